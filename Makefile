@@ -1,0 +1,53 @@
+# `make serve` and `make test` need nothing but Python and make; the rest is installed into .venv, once, with the
+# versions of constraints.txt.
+
+PYTHON ?= python3
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# glibc gives freed buffers of this size back to the kernel and faults them in anew, page by page, at every operation.
+# Keeping them makes training on a CPU markedly faster.
+KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=500000000
+
+.DEFAULT_GOAL := help
+.PHONY: help venv serve test format train gpu-check clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+venv: $(INSTALLED)  ## the environment alone, in .venv
+
+# Made again only when what it holds has changed.
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+serve: $(INSTALLED)  ## serve the bundled model at 127.0.0.1:8000; ARGS="--port 9000" for options
+	@exec $(BIN)/bdh-batch serve $(ARGS)
+
+test: $(INSTALLED)  ## the gate: format, lint, types, tests with coverage; ARGS="-k name" for pytest
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/pytest --cov --cov-report=term $(ARGS)
+
+format: $(INSTALLED)  ## format the code and sort the imports
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+train: $(INSTALLED)  ## train a model: TEXT=file OUT=folder, ARGS for more options
+	@test -n "$(TEXT)" -a -n "$(OUT)" || { echo 'usage: make train TEXT=shakespeare.txt OUT=models/my-bdh' >&2; exit 2; }
+	@exec env $(KEEP_MEMORY) $(BIN)/python examples/train_bdh.py --text "$(TEXT)" --out "$(OUT)" $(ARGS)
+
+# With the Python of the machine: it needs no more than torch, triton, numpy, numba, pytest and safetensors.
+gpu-check:  ## on a machine with a GPU: test the Triton kernels on it, tune, measure
+	@exec $(PYTHON) -m benchmarks.gpu_check $(ARGS)
+
+clean:  ## remove the environment and everything else that can be made again
+	rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf examples/node/node_modules *.egg-info
+	find bdh_batch examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

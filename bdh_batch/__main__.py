@@ -1,0 +1,3 @@
+from bdh_batch.cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,140 @@
+"""Answers from a model in this process: tokenizer + engine."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence as Many
+
+from bdh_batch.errors import ContextLengthExceeded, InvalidRequest
+from bdh_batch.messages import Delta, GenerationRequest
+from bdh_batch.scheduler.mailbox import Mailbox
+from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.worker import Worker, shutting_down
+from bdh_batch.text.stream import TextStream
+from bdh_batch.text.tokenizer import Tokenizer
+
+LAST_WORDS_SECONDS = 2.0  # for the error events of a drain that ran out of time to reach their clients
+
+
+class LocalGeneration:
+    def __init__(self, sequences: Many[Sequence], mailbox: Mailbox, backend: LocalBackend) -> None:
+        self._sequences = sequences
+        self._mailbox = mailbox
+        self._backend = backend
+        self._open = len(sequences)
+
+    @property
+    def prompts(self) -> Many[Many[int]]:
+        return [sequence.prompt for sequence in self._sequences]
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
+        while self._open:
+            deltas = await self._mailbox.take()
+            self._open -= sum(delta.finish_reason is not None for _, delta in deltas)
+            yield deltas
+
+    def abort(self) -> None:
+        self._backend.abandon(self)
+
+    @property
+    def sequences(self) -> Many[Sequence]:
+        return self._sequences
+
+
+class LocalBackend:
+    """
+    Args:
+        vocab_size: token ids below it are valid in a prompt.
+        max_model_len: most tokens of a prompt and its answer together; None is no limit.
+        stall_seconds: how long a step may take before the engine counts as hung.
+    """
+
+    def __init__(
+        self, worker: Worker, tokenizer: Tokenizer, vocab_size: int, max_model_len: int | None, stall_seconds: float
+    ) -> None:
+        self._worker = worker
+        self._tokenizer = tokenizer
+        self._vocab_size = vocab_size
+        self._max_model_len = max_model_len
+        self._stall_seconds = stall_seconds
+        self._running: set[LocalGeneration] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def generate(self, requests: Many[GenerationRequest]) -> LocalGeneration:
+        mailbox = Mailbox()
+        sequences = [self._sequence(request, index, mailbox) for index, request in enumerate(requests)]
+        self._worker.submit(sequences)
+        generation = LocalGeneration(sequences, mailbox, self)
+        self._running.add(generation)
+        self._idle.clear()
+        return generation
+
+    def abandon(self, generation: LocalGeneration) -> None:
+        """No one reads `generation` any more, finished or not."""
+        if generation not in self._running:
+            return
+        self._running.remove(generation)
+        if any(sequence.finish_reason is None for sequence in generation.sequences):
+            self._worker.abort(generation.sequences)
+        if not self._running:
+            self._idle.set()
+
+    def health(self) -> str | None:
+        if not self._worker.alive:
+            return "the engine is down"
+        stalled = self._worker.stalled_for()
+        if stalled > self._stall_seconds:
+            return f"the engine has work, but made no step for {stalled:.0f} s"
+        return None
+
+    async def drain(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            self._worker.fail_all(shutting_down())
+            await asyncio.wait([asyncio.ensure_future(self._idle.wait())], timeout=LAST_WORDS_SECONDS)
+
+    def close(self) -> None:
+        self._worker.close()
+
+    def _sequence(self, request: GenerationRequest, index: int, mailbox: Mailbox) -> Sequence:
+        prompt = self._tokens(request)
+        return Sequence(
+            id=request.id,
+            prompt=prompt,
+            max_tokens=self._max_tokens(request, len(prompt)),
+            sampling=request.sampling,
+            text=TextStream(self._tokenizer.decoder(), request.stop),
+            outbox=mailbox,
+            index=index,
+        )
+
+    def _tokens(self, request: GenerationRequest) -> Many[int]:
+        """The prompt as checked token ids."""
+        param = request.prompt_param
+        tokens = request.prompt
+        if isinstance(tokens, str):
+            try:
+                tokens = self._tokenizer.encode(tokens)
+            except InvalidRequest as error:
+                raise InvalidRequest(error.message, param) from error
+        elif any(not 0 <= token < self._vocab_size for token in tokens):
+            raise InvalidRequest(f"Token ids run from 0 to {self._vocab_size - 1}.", param)
+        if not tokens:
+            raise InvalidRequest("The prompt is empty.", param)
+        return tokens
+
+    def _max_tokens(self, request: GenerationRequest, prompt: int) -> int:
+        """How many tokens an answer to a prompt of so many may have."""
+        if self._max_model_len is None:
+            return request.max_tokens
+        room = self._max_model_len - prompt
+        if room < 1:
+            text = f"{prompt} prompt tokens leave no room for an answer within this server's {self._max_model_len}."
+            raise ContextLengthExceeded(text, request.prompt_param)
+        if request.max_tokens_asked and request.max_tokens > room:
+            text = f"{prompt} prompt tokens and {request.max_tokens} to generate exceed {self._max_model_len}."
+            raise ContextLengthExceeded(text, "max_tokens")
+        return min(request.max_tokens, room)

@@ -1,0 +1,108 @@
+"""The command line: `bdh-batch serve`, `bdh-batch config show`. What cannot work ends in one line and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bdh_batch import __version__, settings
+from bdh_batch.errors import CheckpointError, ConfigError
+
+SHORTCUTS = {
+    "host": "server.host",
+    "port": "server.port",
+    "model": "model.path",
+    "device": "model.device",
+    "dtype": "model.dtype",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except (ConfigError, CheckpointError) as error:
+        print(f"bdh-batch: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of options; see config/default.yaml")
+    common.add_argument(
+        "--set", action="append", default=[], metavar="OPTION=VALUE", help="any option: server.port=9000"
+    )
+    for flag, option in SHORTCUTS.items():
+        default, text = settings.options()[option]
+        common.add_argument(f"--{flag}", help=f"{text} ({option}, default {default})")
+
+    parser = argparse.ArgumentParser(prog="bdh-batch", description="Serves BDH models with an OpenAI-compatible API.")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", parents=[common], help="start the server")
+    serve.set_defaults(run=_serve)
+    config = commands.add_parser("config", help="look at the options")
+    actions = config.add_subparsers(required=True, metavar="ACTION")
+    show = actions.add_parser("show", parents=[common], help="the resolved options, each with where it came from")
+    show.set_defaults(run=_show)
+    default = actions.add_parser("default", help="config/default.yaml: all options, defaults and help")
+    default.set_defaults(run=_default)
+    return parser
+
+
+def _overrides(options: argparse.Namespace) -> list[tuple[str, object]]:
+    """Later ones win: --set over the short flags."""
+    pairs: list[tuple[str, object]] = [
+        (option, value) for flag, option in SHORTCUTS.items() if (value := getattr(options, flag)) is not None
+    ]
+    for text in options.set:
+        option, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: should be OPTION=VALUE, as in server.port=9000")
+        pairs.append((option.strip(), None if value == "null" else value))
+    return pairs
+
+
+def _resolve(options: argparse.Namespace) -> settings.Resolved:
+    return settings.load(options.config, _overrides(options))
+
+
+def _serve(options: argparse.Namespace) -> int:
+    resolved = _resolve(options)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))  # until the server has handlers of its own: nothing runs yet
+    # Only this command pays for importing torch.
+    import uvloop
+
+    from bdh_batch.runtime import serve, threads_left
+
+    logging.basicConfig(
+        level=resolved.settings.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    uvloop.run(serve(resolved.settings, _announce))
+    if threads_left():
+        # One still loads, compiles or hangs in a step; the interpreter cannot be taken down under its feet.
+        logging.shutdown()
+        os._exit(0)
+    return 0
+
+
+def _announce(url: str, model: str) -> None:
+    prompt = '{"prompt": "ROMEO:\\n", "max_tokens": 200}'
+    print(f"\n{model} is ready at {url}. Try:\n", flush=True)
+    print(f"  curl -s {url}/v1/completions -H 'content-type: application/json' -d '{prompt}'\n", flush=True)
+
+
+def _show(options: argparse.Namespace) -> int:
+    print(_resolve(options).show())
+    return 0
+
+
+def _default(options: argparse.Namespace) -> int:
+    print(settings.default_yaml(), end="")
+    return 0

@@ -1,0 +1,80 @@
+"""What can go wrong, by meaning. Knows nothing about HTTP.
+
+BDHError
+├── ConfigError            a setting that cannot be used: the program does not start
+├── CheckpointError        a model that cannot be loaded: the program does not start
+├── InvalidRequest         the request itself is at fault; `param` names the field
+│   ├── UnknownParameter
+│   ├── UnsupportedParameter
+│   └── ContextLengthExceeded
+├── ModelNotFound
+├── QueueFull              too much waits already; `retry_after` seconds
+├── Unavailable            loading, draining, or the engine is down; `retry_after` seconds
+└── GenerationFailed       a fault of ours ended this one request
+"""
+
+from __future__ import annotations
+
+
+class BDHError(Exception):
+    """The root of the tree."""
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+
+class ConfigError(BDHError):
+    pass
+
+
+class CheckpointError(BDHError):
+    pass
+
+
+class InvalidRequest(BDHError):
+    """`param` is the path of the field at fault, as in `messages[2].content`, or None where it is the whole body."""
+
+    code: str | None = None
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code or self.code
+
+
+class UnknownParameter(InvalidRequest):
+    code = "unknown_parameter"
+
+
+class UnsupportedParameter(InvalidRequest):
+    code = "unsupported_parameter"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class ModelNotFound(BDHError):
+    def __init__(self, model: str) -> None:
+        super().__init__(f"The model {model!r} does not exist here.")
+
+
+class RetryLater(BDHError):
+    """Not now: the same request can succeed after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class QueueFull(RetryLater):
+    pass
+
+
+class Unavailable(RetryLater):
+    pass
+
+
+class GenerationFailed(BDHError):
+    pass

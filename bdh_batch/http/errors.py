@@ -1,0 +1,94 @@
+"""Errors by meaning to answers: status, OpenAI's error body, headers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from bdh_batch.errors import BDHError, InvalidRequest, ModelNotFound, QueueFull, RetryLater, Unavailable
+
+CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
+TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    500: "internal_error",
+    503: "service_unavailable",
+}
+
+
+class Unauthorized(BDHError):
+    pass
+
+
+class BodyTooLarge(BDHError):
+    pass
+
+
+class RateLimited(RetryLater):
+    pass
+
+
+STATUS: dict[type[BDHError], tuple[int, str | None]] = {
+    Unauthorized: (401, "invalid_api_key"),
+    ModelNotFound: (404, "model_not_found"),
+    BodyTooLarge: (413, CODES[413]),
+    QueueFull: (429, "queue_full"),
+    RateLimited: (429, "rate_limit_exceeded"),
+    Unavailable: (503, "service_unavailable"),
+}
+
+
+def describe(error: BDHError) -> tuple[int, dict[str, Any]]:
+    """The status and the body that tell a client of `error`."""
+    if isinstance(error, InvalidRequest):
+        return 400, _body(400, error.message, error.param, error.code)
+    status, code = STATUS.get(type(error), (500, None))
+    return status, _body(status, error.message, "model" if isinstance(error, ModelNotFound) else None, code)
+
+
+def error_response(error: BDHError) -> Response:
+    """What the client of a request that ended with `error` is told."""
+    status, body = describe(error)
+    response = _json(status, body)
+    if isinstance(error, RetryLater):
+        response.headers["retry-after"] = str(error.retry_after)
+    if status == 401:
+        response.headers["www-authenticate"] = "Bearer"
+    return response
+
+
+def internal_error() -> Response:
+    return _json(500, _body(500, "The server failed; its log has the reason under this request's id."))
+
+
+async def handle_fault(request: Request, error: Exception) -> Response:
+    return internal_error()
+
+
+async def handle_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, BDHError)
+    return error_response(error)
+
+
+async def handle_http_exception(request: Request, error: Exception) -> Response:
+    """Starlette's own: unknown path, method that a path does not have."""
+    assert isinstance(error, HTTPException)
+    messages = {404: f"There is nothing at {request.url.path}.", 405: f"{request.url.path} has no {request.method}."}
+    message, code = messages.get(error.status_code, error.detail), CODES.get(error.status_code)
+    response = _json(error.status_code, _body(error.status_code, message, None, code))
+    response.headers.update(error.headers or {})
+    return response
+
+
+def _body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    kind = TYPES.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _json(status: int, body: dict[str, Any]) -> Response:
+    return Response(orjson.dumps(body), status, media_type="application/json")

@@ -1,0 +1,69 @@
+"""Whether the door is open: closed while the model loads, and again while the server drains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from bdh_batch.backends.base import Backend
+from bdh_batch.errors import ModelNotFound, Unavailable
+from bdh_batch.http.wire import Defaults
+from bdh_batch.text.chat import ChatTemplate
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that is ready, and how the API speaks of it. `created` is in Unix seconds, and fixed for a model."""
+
+    backend: Backend
+    name: str
+    aliases: tuple[str, ...]
+    created: int
+    fingerprint: str
+    max_model_len: int | None
+    defaults: Defaults
+    template: ChatTemplate
+
+    def check_name(self, model: str | None) -> None:
+        """Raises ModelNotFound unless `model` is this one; None always is."""
+        if model is not None and model != self.name and model not in self.aliases:
+            raise ModelNotFound(model)
+
+    def card(self) -> Mapping[str, object]:
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "bdh_batch",
+            "max_model_len": self.max_model_len,
+        }
+
+
+class Gate:
+    LOADING, DRAINING = "the model is loading", "the server is shutting down"
+
+    def __init__(self) -> None:
+        self._model: ServedModel | None = None
+        self._closed: str | None = self.LOADING
+
+    def open(self, model: ServedModel) -> None:
+        self._model, self._closed = model, None
+
+    def drain(self) -> None:
+        self._closed = self.DRAINING
+
+    @property
+    def closed(self) -> str | None:
+        """Why no new work is taken, or None."""
+        return self._closed
+
+    @property
+    def model(self) -> ServedModel:
+        """The model, for new work. Raises Unavailable while the gate is closed."""
+        if self._closed is not None or self._model is None:
+            raise Unavailable(f"Not now: {self._closed}.", retry_after=5)
+        return self._model
+
+    def health(self) -> str | None:
+        """What is wrong with the engine, or None; loading and draining are not wrong."""
+        return self._model.backend.health() if self._model else None

@@ -1,0 +1,104 @@
+"""The endpoints: each parses, asks the gate for the model, and answers."""
+
+from __future__ import annotations
+
+import time
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from bdh_batch import __version__
+from bdh_batch.errors import ModelNotFound, Unavailable
+from bdh_batch.http.errors import error_response
+from bdh_batch.http.frames import Answer, ChatFrames, CompletionFrames, Frames
+from bdh_batch.http.gate import Gate, ServedModel
+from bdh_batch.http.generation import EventStream, whole
+from bdh_batch.http.wire import ChatBody, CompletionBody, GenerationBody, parse
+from bdh_batch.messages import GenerationRequest
+from bdh_batch.settings import Api
+from bdh_batch.telemetry import Metrics
+
+
+class Routes:
+    def __init__(self, gate: Gate, metrics: Metrics, api: Api) -> None:
+        self._gate = gate
+        self._metrics = metrics
+        self._api = api
+
+    def table(self) -> list[Route]:
+        return [
+            Route("/v1/completions", self.completions, methods=["POST"]),
+            Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+            Route("/v1/models", self.models),
+            Route("/v1/models/{id:path}", self.model),
+            *(Route(path, self.health) for path in ("/health", "/healthz", "/livez")),
+            *(Route(path, self.ready) for path in ("/readyz", "/ready")),
+            Route("/metrics", self.metrics),
+            Route("/", self.root),
+        ]
+
+    async def completions(self, request: Request) -> Response:
+        body = parse(await request.body(), CompletionBody, self._api.unknown_fields)
+        model = self._gate.model
+        model.check_name(body.model)
+        answer = _answer(f"cmpl-{request.state.id}", body, model)
+        requests = body.requests(request.state.id, model.defaults)
+        return await _respond(request, model, requests, CompletionFrames(answer), bool(body.stream))
+
+    async def chat_completions(self, request: Request) -> Response:
+        body = parse(await request.body(), ChatBody, self._api.unknown_fields)
+        model = self._gate.model
+        model.check_name(body.model)
+        answer = _answer(f"chatcmpl-{request.state.id}", body, model)
+        requests = body.requests(request.state.id, model.defaults, model.template)
+        return await _respond(request, model, requests, ChatFrames(answer), bool(body.stream))
+
+    async def models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._gate.model.card()]})
+
+    async def model(self, request: Request) -> Response:
+        model, name = self._gate.model, request.path_params["id"]
+        if not name:
+            raise ModelNotFound(name)
+        model.check_name(name)
+        return JSONResponse(model.card())
+
+    async def health(self, request: Request) -> Response:
+        return _status(self._gate.health(), "ok")
+
+    async def ready(self, request: Request) -> Response:
+        return _status(self._gate.closed or self._gate.health(), "ready")
+
+    async def metrics(self, request: Request) -> Response:
+        return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def root(self, request: Request) -> Response:
+        return JSONResponse({"name": "bdh_batch", "version": __version__, "status": self._gate.closed or "ready"})
+
+
+def _status(problem: str | None, well: str) -> Response:
+    if problem:
+        return error_response(Unavailable(problem, retry_after=5))
+    return JSONResponse({"status": well})
+
+
+def _answer(id: str, body: GenerationBody, model: ServedModel) -> Answer:
+    return Answer(
+        id=id,
+        created=int(time.time()),
+        model=body.model or model.name,
+        fingerprint=model.fingerprint,
+        n=body.n or 1,
+        token_ids=bool(body.return_token_ids),
+        include_usage=body.include_usage,
+    )
+
+
+async def _respond(
+    request: Request, model: ServedModel, requests: list[GenerationRequest], frames: Frames, stream: bool
+) -> Response:
+    generation = model.backend.generate(requests)
+    if stream:
+        return EventStream(generation, frames)
+    return await whole(generation, frames, request)

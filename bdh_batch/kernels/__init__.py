@@ -1,0 +1,1 @@
+"""How a step is computed. Each implementation offers `forward` as `torch_reference` specifies it."""

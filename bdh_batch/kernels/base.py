@@ -1,0 +1,54 @@
+"""What every implementation of the forward pass is given: weights, and a ragged batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A BDH model's tensors, the same for all of its `layers`. D is the width, N the neurons of one head.
+
+    The matrices share one dtype (float32, float16 or bfloat16); `frequencies` is float32 whatever theirs is.
+    """
+
+    layers: int
+    embed: Tensor  # [V, D]
+    encoder: Tensor  # [heads, D, N]
+    encoder_v: Tensor  # [heads, D, N]
+    decoder: Tensor  # [heads * N, D]
+    lm_head: Tensor  # [D, V]
+    frequencies: Tensor  # [N], RoPE turns per position; neurons 2i and 2i + 1 share one
+
+
+@dataclass(frozen=True, slots=True)
+class RaggedBatch:
+    """T tokens of several sequences, one behind the other; sequence s owns tokens `bounds[s]` … `bounds[s + 1]` − 1."""
+
+    tokens: Tensor  # [T] int64
+    positions: Tensor  # [T] int64, of each token in its sequence
+    bounds: Sequence[int]  # S + 1 offsets into the tokens
+    slots: Sequence[int]  # S indices into the state pool, no two the same
+
+
+class Kernels(Protocol):
+    """An implementation, made once for a model's weights, which it may rearrange to its liking.
+
+    It is also made for one window: 0 attends to everything before a token. An even W > 0 cuts every sequence in blocks
+    of W / 2 tokens, at the multiples of W / 2; a token attends to its block and the block before it. `states` is
+    [slots, layers, h, N, D] without a window. With one it is [slots, layers, 2, h, N, D]: the sum over those two
+    blocks, and the sum over the earlier one, which is taken away when the next block begins. Slots stay contiguous.
+    """
+
+    def forward(self, states: Tensor, batch: RaggedBatch) -> Tensor:
+        """The final hidden vectors [T, D] of a batch's tokens; adds the tokens to `states`."""
+
+    def warm(self, states: Tensor) -> None:
+        """Prepares what depends on where `states` lie, before any request; may overwrite them."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores [T, V] float32 of the next token for hidden vectors [T, D]."""

@@ -1,0 +1,354 @@
+"""The forward pass on the CPU: plans a batch's passes, shares them out among threads, keeps the buffers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple, cast
+
+import numba
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdh_batch.kernels import cpu_passes as passes, simd
+from bdh_batch.kernels.base import RaggedBatch, Weights
+from bdh_batch.kernels.cpu_passes import (
+    MAX_TILE,
+    PANEL,
+    PANELS,
+    ROWS,
+    Desk,
+    Floats,
+    Integers,
+    Longs,
+    Packed,
+    Shape,
+    Work,
+)
+from bdh_batch.kernels.simd import LANES, compiled, in_parallel, inlined
+
+PIECES = 4  # for each thread, groups times heads: what the threads share out in a layer
+UNEVEN = 1.25  # how much more than its share a thread may get, if that spares all threads the waiting in every layer
+MAX_TOKENS = 256  # of one round: more would not fit the caches, and gain nothing
+ROUNDING = {torch.float32: passes.FLOAT32, torch.float16: passes.FLOAT16, torch.bfloat16: passes.BFLOAT16}
+
+
+class Round(NamedTuple):
+    """At most MAX_TOKENS tokens: those of segment s are `bounds[s]` … `bounds[s + 1]` − 1, its slot `slots[s]`.
+
+    A thread takes a group of segments at a time, `groups[g, 0]` … `groups[g, 1]` − 1: in one head of one layer, or,
+    where the groups are to go `apart`, through the whole model without waiting for any other.
+    """
+
+    tokens: Longs
+    positions: Longs
+    bounds: Longs
+    slots: Longs
+    groups: Longs
+    apart: bool
+
+
+class CpuKernels:
+    def __init__(self, weights: Weights, window: int = 0) -> None:
+        heads, width, neurons = weights.encoder.shape
+        panels = _round_up(neurons, PANEL) // PANEL
+        self._shape = Shape(
+            layers=weights.layers,
+            heads=heads,
+            width=width,
+            pitch=_round_up(width, LANES),
+            neurons=neurons,
+            panels=panels,
+            # An odd number of vectors: powers of two would put all tokens' rows in the same few sets of the caches.
+            list_pitch=(panels | 1) * LANES,
+            fired_pitch=(2 * panels + 1) * LANES,
+            rounding=ROUNDING[weights.embed.dtype],
+            half_window=window // 2,
+        )
+        self._packed = pack(weights, self._shape)
+        self._lm_head = pack_columns(weights.lm_head[None], self._shape.pitch)
+        self._vocabulary = weights.lm_head.shape[1]
+        self._threads = min(torch.get_num_threads(), simd.most_threads())
+        self._work = allocate(MAX_TOKENS, self._shape)
+        self._desks = furnish(self._threads, self._shape)
+        self._tickets = np.empty(1 + 2 * weights.layers, np.int64)
+
+    def forward(self, states: Tensor, batch: RaggedBatch) -> Tensor:
+        hidden = torch.empty(len(batch.tokens), self._shape.width)
+        flat = states.view(-1).numpy()
+        start = 0
+        for part in rounds(batch, self._threads, self._shape.heads):
+            run(part, self._shape, self._packed, flat, self._work, self._desks, self._tickets, self._threads)
+            end = start + len(part.tokens)
+            read = torch.from_numpy(self._work.x).view(-1, self._shape.pitch)
+            hidden[start:end] = read[: end - start, : self._shape.width]
+            start = end
+        return hidden
+
+    def warm(self, states: Tensor) -> None:
+        pass  # nothing depends on where the states lie
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        rows = _aligned(len(hidden) + ROWS, self._shape.pitch).zero_()
+        rows[: len(hidden), : self._shape.width] = hidden
+        out = _aligned(len(hidden), _round_up(self._vocabulary, PANEL))
+        products = self._desks.products[0]
+        project(rows.view(-1).numpy(), len(hidden), self._shape, self._lm_head, products, out.view(-1).numpy())
+        return out[:, : self._vocabulary]
+
+
+def rounds(batch: RaggedBatch, threads: int, heads: int) -> Iterator[Round]:
+    """Cuts a batch in rounds, and those in groups. Neither changes any token's result."""
+    tokens, positions = batch.tokens.numpy(), batch.positions.numpy()
+    bounds, slots = np.array(batch.bounds, np.int64), np.array(batch.slots, np.int64)
+    for start in range(0, len(tokens), MAX_TOKENS):
+        end = min(start + MAX_TOKENS, len(tokens))
+        first = np.searchsorted(bounds, start, side="right") - 1
+        last = np.searchsorted(bounds, end, side="left")
+        cut = bounds[first : last + 1].clip(start, end) - start
+        groups = group(cut, threads)
+        apart = bool(largest(groups, cut) * threads <= UNEVEN * (end - start))
+        if not apart:
+            groups = group(cut, threads * PIECES // heads)
+        yield Round(tokens[start:end], positions[start:end], cut, slots[first:last], groups, apart)
+
+
+def largest(groups: Longs, bounds: Longs) -> int:
+    return int(bounds[groups[0, 1]] - bounds[groups[0, 0]])
+
+
+def group(bounds: Longs, groups: int) -> Longs:
+    """Neighbouring segments together until they have their share of the tokens; the largest groups come first."""
+    share = -(-int(bounds[-1]) // max(1, groups))
+    found = [0]
+    for segment in range(1, len(bounds) - 1):
+        if bounds[segment + 1] - bounds[found[-1]] > share:
+            found.append(segment)
+    found.append(len(bounds) - 1)
+    sizes = np.diff(bounds[found])
+    return np.stack([found[:-1], found[1:]], axis=1)[np.argsort(-sizes, kind="stable")].astype(np.int64)
+
+
+def pack(weights: Weights, shape: Shape) -> Packed:
+    """The weights in the passes' layouts, widened to float32."""
+    frequencies = torch.zeros(shape.panels * LANES, dtype=torch.float64)
+    frequencies[: shape.neurons // 2] = weights.frequencies[::2].double()
+    embed = _aligned(len(weights.embed), shape.pitch).zero_()
+    embed[:, : shape.width] = weights.embed
+    return Packed(
+        embed=embed.view(-1).numpy(),
+        encoder=pack_columns(pair_up(weights.encoder), shape.pitch),
+        encoder_v=pack_columns(pair_up(weights.encoder_v), shape.pitch),
+        decoder=pack_rows(pair_up(weights.decoder.view_as(weights.encoder.mT).mT).mT, shape.pitch),
+        frequencies=frequencies.numpy(),
+    )
+
+
+def pair_up(matrix: Tensor) -> Tensor:
+    """Columns [..., N] in the order of the panels, zeros where a panel is not full."""
+    neurons = matrix.shape[-1]
+    padded = matrix.new_zeros(*matrix.shape[:-1], _round_up(neurons, PANEL))
+    padded[..., :neurons] = matrix
+    return padded.view(*padded.shape[:-1], -1, LANES, 2).transpose(-1, -2).flatten(-3)
+
+
+def pack_columns(matrices: Tensor, pitch: int) -> Floats:
+    """[heads, D, columns] as [heads, panels, pitch, PANEL]"""
+    heads, width, columns = matrices.shape
+    panels = _round_up(columns, PANEL) // PANEL
+    packed = _aligned(heads, panels * PANEL, pitch).zero_()
+    packed[:, :columns, :width] = matrices.mT
+    target = _aligned(heads, panels, pitch, PANEL)
+    target.copy_(packed.view(heads, panels, PANEL, pitch).transpose(-1, -2))
+    return target.view(-1).numpy()
+
+
+def pack_rows(matrices: Tensor, pitch: int) -> Floats:
+    """[heads, rows, D] as [heads, rows, pitch]"""
+    heads, rows, width = matrices.shape
+    packed = _aligned(heads, rows, pitch).zero_()
+    packed[..., :width] = matrices
+    return packed.view(-1).numpy()
+
+
+def allocate(tokens: int, shape: Shape) -> Work:
+    return Work(
+        x=_floats(tokens * shape.pitch),
+        inputs=_floats((tokens + ROWS) * shape.pitch),
+        cos=_floats(tokens * shape.list_pitch),
+        sin=_floats(tokens * shape.list_pitch),
+        z=_floats(tokens * shape.heads * shape.pitch),
+    )
+
+
+def furnish(threads: int, shape: Shape) -> Desk:
+    """A desk for each thread: every array has one more axis in front."""
+
+    def integers(*sizes: int) -> Integers:
+        return np.empty((threads, *sizes), np.int32)
+
+    lists = MAX_TOKENS * shape.list_pitch
+    return Desk(
+        fired=_floats(threads, MAX_TOKENS * shape.fired_pitch),
+        starts=integers(MAX_TOKENS * (shape.panels + 1)),
+        pairs=integers(lists),
+        even=_floats(threads, lists),
+        odd=_floats(threads, lists),
+        y=_floats(threads, MAX_TOKENS * shape.pitch),
+        products=_floats(threads, ROWS * PANEL),
+        normed=_floats(threads, (MAX_TILE + ROWS) * shape.pitch),
+        passed=integers(MAX_TILE * PANELS * PANEL + LANES),
+        gated=_floats(threads, MAX_TILE * PANELS * PANEL + LANES),
+        counts=integers(MAX_TILE),
+    )
+
+
+def _floats(*sizes: int) -> Floats:
+    return cast(Floats, _aligned(*sizes).numpy())
+
+
+def _aligned(*sizes: int) -> Tensor:
+    """torch aligns to 64 bytes, a vector; numpy to 16."""
+    return torch.empty(*sizes, dtype=torch.float32)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+@in_parallel
+def run(
+    part: Round, shape: Shape, weights: Packed, states: Floats, work: Work, desks: Desk, tickets: Longs, threads: int
+) -> None:
+    """One round through all the layers. After each loop all threads meet."""
+    tickets[:] = 0
+    if part.apart:
+        for thread in numba.prange(threads):
+            carry_some(thread, part, shape, weights, states, work, desks, tickets)
+        return
+    for _ in numba.prange(threads):
+        begin_some(part, shape, weights, work, tickets)
+    for layer in range(shape.layers):
+        for thread in numba.prange(threads):
+            think_some(layer, thread, part, shape, weights, states, work, desks, tickets)
+        for _ in numba.prange(threads):
+            finish_some(2 * layer + 2, part, shape, work, tickets)
+
+
+@compiled
+def carry_some(
+    thread: int, part: Round, shape: Shape, weights: Packed, states: Floats, work: Work, desks: Desk, tickets: Longs
+) -> None:
+    """Takes whole groups through all the layers: sequences need nothing of each other."""
+    desk = desk_of(desks, thread)
+    while True:
+        chosen = simd.take_ticket(tickets, 0)
+        if chosen >= len(part.groups):
+            return
+        first, last = part.bounds[part.groups[chosen, 0]], part.bounds[part.groups[chosen, 1]]
+        for token in range(first, last):
+            passes.begin(token, part.tokens[token], part.positions[token], shape, weights, work)
+        for layer in range(shape.layers):
+            for head in range(shape.heads):
+                think(chosen, layer, head, part, shape, weights, states, work, desk)
+            for token in range(first, last):
+                passes.finish(token, shape, work)
+
+
+@compiled
+def begin_some(part: Round, shape: Shape, weights: Packed, work: Work, tickets: Longs) -> None:
+    tokens = len(part.tokens)
+    while True:
+        first = simd.take_ticket(tickets, 0) * ROWS
+        if first >= tokens:
+            return
+        for token in range(first, min(first + ROWS, tokens)):
+            passes.begin(token, part.tokens[token], part.positions[token], shape, weights, work)
+
+
+@inlined
+def desk_of(desks: Desk, thread: int) -> Desk:
+    return Desk(
+        desks.fired[thread], desks.starts[thread], desks.pairs[thread], desks.even[thread], desks.odd[thread],
+        desks.y[thread], desks.products[thread], desks.normed[thread], desks.passed[thread], desks.gated[thread],
+        desks.counts[thread],
+    )  # fmt: skip
+
+
+@compiled
+def think_some(
+    layer: int, thread: int, part: Round, shape: Shape, weights: Packed, states: Floats, work: Work, desks: Desk,
+    tickets: Longs,
+) -> None:  # fmt: skip
+    """All that a layer does within its heads, piece by piece."""
+    desk = desk_of(desks, thread)
+    while True:
+        piece = simd.take_ticket(tickets, 2 * layer + 1)
+        chosen, head = piece // shape.heads, piece % shape.heads
+        if chosen >= len(part.groups):
+            return
+        think(chosen, layer, head, part, shape, weights, states, work, desk)
+
+
+@compiled
+def think(
+    chosen: int, layer: int, head: int, part: Round, shape: Shape, weights: Packed, states: Floats, work: Work,
+    desk: Desk,
+) -> None:  # fmt: skip
+    """A group of segments in one head of a layer."""
+    begin, end = part.groups[chosen, 0], part.groups[chosen, 1]
+    first, last = part.bounds[begin], part.bounds[end]
+    passes.expand(first, last, head, shape, weights, work, desk)
+    for segment in range(begin, end):
+        attend(segment, first, layer, head, part, shape, states, work, desk)
+    passes.contract(first, last, head, shape, weights, work, desk)
+
+
+@compiled
+def attend(
+    segment: int, desk_start: int, layer: int, head: int, part: Round, shape: Shape, states: Floats, work: Work,
+    desk: Desk,
+) -> None:  # fmt: skip
+    """A sequence's tokens in one head, cut where a block of the window begins."""
+    elements = shape.neurons * shape.width
+    layer_size = elements * shape.heads * (2 if shape.half_window else 1)
+    state = (part.slots[segment] * shape.layers + layer) * layer_size + head * elements
+    first, last = part.bounds[segment], part.bounds[segment + 1]
+    while first < last:
+        end = last
+        if shape.half_window:
+            inside = part.positions[first] % shape.half_window
+            end = min(last, first + shape.half_window - inside)
+            if inside == 0:
+                passes.start_block(states, state, shape.heads * elements, elements)
+        if end == first + 1:
+            passes.attend_token(first, first - desk_start, state, shape, states, work, desk)
+        else:
+            passes.attend_tokens(first, end, first - desk_start, state, shape, states, work, desk)
+        first = end
+
+
+@compiled
+def finish_some(ticket: int, part: Round, shape: Shape, work: Work, tickets: Longs) -> None:
+    tokens = len(part.tokens)
+    while True:
+        first = simd.take_ticket(tickets, ticket) * ROWS
+        if first >= tokens:
+            return
+        for token in range(first, min(first + ROWS, tokens)):
+            passes.finish(token, shape, work)
+
+
+@compiled
+def project(rows: Floats, tokens: int, shape: Shape, columns: Floats, products: Floats, out: Floats) -> None:
+    """out [tokens, columns] = rows [tokens + ROWS, pitch] · packed columns"""
+    panels = len(columns) // (shape.pitch * PANEL)
+    for panel in range(panels):
+        start = panel * shape.pitch * PANEL
+        for token in range(0, tokens, ROWS):
+            count = min(ROWS, tokens - token)
+            passes.product(rows, token * shape.pitch, count, shape.pitch, columns, start, shape.width, products, 0)
+            for i in range(count):
+                to = (token + i) * panels * PANEL + panel * PANEL
+                simd.store(out, to, simd.load(products, i * PANEL))
+                simd.store(out, to + LANES, simd.load(products, i * PANEL + LANES))

@@ -1,0 +1,326 @@
+"""The forward pass on a GPU: cuts a batch in rounds, launches the Triton kernels, replays a decode step as one graph.
+
+Also runs without a GPU, in Triton's interpreter, when TRITON_INTERPRET=1 is set before Triton is imported. Nothing in a
+step waits for the GPU; all memory that steps work in is taken once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdh_batch.kernels import triton_ops as ops
+from bdh_batch.kernels.base import RaggedBatch, Weights
+from bdh_batch.kernels.tuning import Blocks, at_least_smallest, key_of, load_blocks
+
+MAX_TOKENS = 2048  # of one round; the memory to work in is for as many
+MAX_GRAPH = 1024  # sequences of the largest decode step that is kept as a graph
+ANGLES = 256  # of one program
+ROWS = 4  # of partial sums that one program adds at a time
+DENSE = 0.75  # share of a part's pairs from which on its rows are taken in order, without the list
+LOGIT_TILE, LOGIT_DEPTH = 32, 32
+Constants = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    layers: int
+    heads: int
+    width: int
+    neurons: int
+    vocabulary: int
+    half_window: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """At most MAX_TOKENS tokens on the device: segments of one token, and longer ones."""
+
+    tokens: Tensor  # [T]
+    positions: Tensor  # [T]
+    singles: Tensor  # [n], the token of each segment of one
+    slots: Tensor  # [n], theirs; a negative one pads
+    segments: Tensor  # [m, 3], first token, end and slot of the longer ones
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """What the kernels of a step hand each other."""
+
+    x: Tensor  # [T, D]
+    cos: Tensor  # [T, N / 2]
+    sin: Tensor
+    fired: Tensor  # [T, h, N]
+    pairs: Tensor  # [T, h, parts, PART / 2] int16
+    counts: Tensor  # [T, h, parts]
+    reads: Tensor  # [T, h, parts, D]
+    normed: Tensor  # [T, h, D]
+    shares: Tensor  # [T, h * spans, D]
+
+
+class TritonKernels:
+    """`base.Kernels` in Triton. `blocks` are what was tuned for this GPU and shape unless they are given."""
+
+    def __init__(
+        self, weights: Weights, window: int = 0, blocks: Blocks | None = None, max_tokens: int = MAX_TOKENS
+    ) -> None:
+        heads, width, neurons = weights.encoder.shape
+        self._device = weights.embed.device
+        self._weights = contiguous(weights)
+        vocabulary, dtype = weights.lm_head.shape[1], weights.embed.dtype
+        self._shape = Shape(weights.layers, heads, width, neurons, vocabulary, window // 2, dtype)
+        chosen = blocks or load_blocks(key_for(self._device, self._shape))
+        self._blocks = chosen.fitted(width, neurons, dtype.itemsize)
+        self._constants = constants(self._shape, self._blocks)
+        self._work = allocate(max_tokens, self._shape, self._blocks, self._device)
+        self._max_tokens = max_tokens
+        self._decode = DecodeSteps(self, min(MAX_GRAPH, max_tokens), self._device)
+
+    def forward(self, states: Tensor, batch: RaggedBatch) -> Tensor:
+        if not states.is_contiguous():
+            raise ValueError("states must be contiguous")
+        hidden = torch.empty(len(batch.tokens), self._shape.width, device=self._device)
+        with on(self._device):
+            for first, bounds, slots in rounds(batch.bounds, batch.slots, self._max_tokens):
+                last = first + bounds[-1]
+                tokens, positions = batch.tokens[first:last], batch.positions[first:last]
+                if bounds[-1] == len(slots) <= self._decode.most:
+                    self._decode.run(states, tokens, positions, slots)
+                else:
+                    self.launch(states, upload(tokens, positions, bounds, slots))
+                hidden[first:last] = self._work.x[: last - first]
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        shape = self._shape
+        out = torch.empty(len(hidden), shape.vocabulary, device=self._device)
+        grid = (cdiv(shape.vocabulary, LOGIT_TILE), cdiv(len(hidden), LOGIT_TILE))
+        with on(self._device):
+            self._run(ops.logits_kernel, grid, hidden.contiguous(), self._weights.lm_head, out, len(hidden))
+        return out
+
+    def warm(self, states: Tensor) -> None:
+        """Captures every decode step, so that no request waits for it."""
+        with on(self._device):
+            self._decode.capture_all(states)
+
+    def launch(self, states: Tensor, part: Round) -> None:
+        """Queues a round's kernels; its hidden vectors will be the first rows of the workspace."""
+        self.begin(part)
+        for layer in range(self._shape.layers):
+            self.think(layer, states, part)
+
+    def begin(self, part: Round) -> None:
+        """Looks the tokens up, and their angles."""
+        shape, work, weights = self._shape, self._work, self._weights
+        count = len(part.tokens)
+        self._run(ops.embed_kernel, (count,), part.tokens, weights.embed, work.x)
+        angles = (cdiv(shape.neurons // 2, ANGLES), count)
+        self._run(ops.rotation_kernel, angles, part.positions, weights.frequencies, work.cos, work.sin)
+
+    def think(self, layer: int, states: Tensor, part: Round) -> None:
+        """A layer."""
+        shape, blocks, work, weights = self._shape, self._blocks, self._work, self._weights
+        count, parts = len(part.tokens), cdiv(shape.neurons, blocks.part)
+        grid = (parts, shape.heads, cdiv(count, blocks.encode_tokens))
+        self._run(ops.encode_kernel, grid, work.x, weights.encoder, work.fired, work.pairs, work.counts, count)
+        if len(part.singles):
+            self._run(
+                ops.attend_token_kernel, (parts, shape.heads, len(part.singles)),
+                work.x, work.fired, work.pairs, work.counts, work.cos, work.sin,
+                part.positions, part.singles, part.slots, states, work.reads, layer,
+            )  # fmt: skip
+        if len(part.segments):
+            self._run(
+                ops.attend_chunk_kernel,
+                (parts * cdiv(shape.width, blocks.chunk_values), shape.heads, len(part.segments)),
+                work.x, work.fired, work.cos, work.sin, part.positions, part.segments, states, work.reads, layer,
+            )  # fmt: skip
+        self._run(ops.normalise_kernel, (count * shape.heads,), work.reads, work.normed)
+        spans = (shape.heads * cdiv(shape.neurons, blocks.span), cdiv(count, blocks.contract_tokens))
+        self._run(
+            ops.contract_kernel, spans, work.normed, work.fired, weights.encoder_v, weights.decoder, work.shares, count
+        )
+        self._run(ops.finish_kernel, (count,), work.shares, work.x)
+
+    def _run(self, kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int) -> None:
+        kernel[grid](*arguments, **self._constants[kernel.__name__])
+
+
+class DecodeSteps:
+    """Steps in which every sequence has one token: padded to a few sizes, each of which is captured once as a graph.
+
+    A graph holds the addresses of the states and of the inputs, which are copied to where it expects them.
+    """
+
+    def __init__(self, kernels: TritonKernels, most: int, device: torch.device) -> None:
+        self.most = most
+        self._kernels = kernels
+        self._captures = device.type == "cuda"
+        self._graphs: dict[tuple[int, int], Any] = {}
+        # One array, so that a step copies its slots in one go and the padding with them.
+        self._tokens = torch.zeros(most, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(most, dtype=torch.int64, device=device)
+        self._slots = torch.full((most,), -1, dtype=torch.int64, device=device)
+        self._singles = torch.arange(most, device=device)
+        self._segments = torch.zeros(0, 3, dtype=torch.int64, device=device)
+
+    def run(self, states: Tensor, tokens: Tensor, positions: Tensor, slots: Sequence[int]) -> None:
+        count = len(slots)
+        size = bucket(count, self.most)
+        if self._captures and (size, states.data_ptr()) not in self._graphs:
+            self._capture(states, size)
+        self._tokens[:count].copy_(tokens, non_blocking=True)
+        self._positions[:count].copy_(positions, non_blocking=True)
+        self._slots[:size].copy_(torch.tensor([*slots, *[-1] * (size - count)]), non_blocking=True)
+        if self._captures:
+            self._graphs[size, states.data_ptr()].replay()
+        else:
+            self._kernels.launch(states, self._round(size))
+
+    def capture_all(self, states: Tensor) -> None:
+        """Every size, before the first request comes."""
+        size = 1
+        while size < self.most:
+            size = bucket(size, self.most)
+            if self._captures and (size, states.data_ptr()) not in self._graphs:
+                self._capture(states, size)
+            size += 1
+
+    def _capture(self, states: Tensor, size: int) -> None:
+        """Runs the step once with padding alone, which compiles what is not compiled and changes no state."""
+        self._slots.fill_(-1)
+        self._kernels.launch(states, self._round(size))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._kernels.launch(states, self._round(size))
+        self._graphs[size, states.data_ptr()] = graph
+
+    def _round(self, size: int) -> Round:
+        return Round(
+            self._tokens[:size], self._positions[:size], self._singles[:size], self._slots[:size], self._segments
+        )
+
+
+def bucket(count: int, most: int) -> int:
+    """The power of two that holds `count`, at most `most`."""
+    return min(1 << (count - 1).bit_length(), most)
+
+
+def rounds(bounds: Sequence[int], slots: Sequence[int], most: int) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Cuts a batch in rounds of at most `most` tokens: first token, and bounds counted from it, and slots.
+
+    A segment that fits a round stays whole, and a longer one is cut at multiples of `most`, so how it is computed does
+    not depend on the others. Pieces of one segment are never in the same round: all but its last fill one.
+    """
+    first, cut = 0, [0]
+    taken: list[int] = []
+    for slot, begin, end in zip(slots, bounds, bounds[1:]):
+        for piece in range(begin, end, most):
+            size = min(most, end - piece)
+            if cut[-1] + size > most:
+                yield first, cut, taken
+                first, cut, taken = piece, [0], []
+            cut.append(cut[-1] + size)
+            taken.append(slot)
+    yield first, cut, taken
+
+
+def upload(tokens: Tensor, positions: Tensor, bounds: Sequence[int], slots: Sequence[int]) -> Round:
+    """Sorts segments by what computes them, and sends the lists to the device in one copy."""
+    pieces = list(zip(bounds, bounds[1:], slots))
+    singles = [(first, slot) for first, end, slot in pieces if end - first == 1]
+    longer = [piece for piece in pieces if piece[1] - piece[0] > 1]
+    numbers = [*(first for first, _ in singles), *(slot for _, slot in singles)]
+    numbers += [number for piece in longer for number in piece]
+    device = tokens.device
+    sent = torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
+    count = len(singles)
+    return Round(tokens, positions, sent[:count], sent[count : 2 * count], sent[2 * count :].view(-1, 3))
+
+
+def allocate(tokens: int, shape: Shape, blocks: Blocks, device: torch.device) -> Workspace:
+    def empty(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(tokens, *sizes, dtype=dtype, device=device)
+
+    heads, parts = shape.heads, cdiv(shape.neurons, blocks.part)
+    return Workspace(
+        x=empty(shape.width),
+        cos=empty(shape.neurons // 2),
+        sin=empty(shape.neurons // 2),
+        fired=empty(heads, shape.neurons, dtype=shape.dtype),
+        pairs=empty(heads, parts, blocks.part // 2, dtype=torch.int16),
+        counts=empty(heads, parts, dtype=torch.int32),
+        reads=empty(heads, parts, shape.width),
+        normed=empty(heads, shape.width, dtype=shape.dtype),
+        shares=empty(heads * cdiv(shape.neurons, blocks.span), shape.width),
+    )
+
+
+def constants(shape: Shape, blocks: Blocks) -> dict[str, Constants]:
+    """What each kernel is compiled for, by its name."""
+    # Three products of tf32 are as good as one of float32; one is better than the rounding of 16-bit weights.
+    precision = "tf32x3" if shape.dtype == torch.float32 else "tf32"
+    parts, spans = cdiv(shape.neurons, blocks.part), cdiv(shape.neurons, blocks.span)
+    known = {
+        "L": shape.layers, "H": shape.heads, "D": shape.width, "N": shape.neurons, "V": shape.vocabulary,
+        "HALF": shape.half_window, "PART": blocks.part, "PARTS": parts, "SPAN": blocks.span,
+        "SHARES": shape.heads * spans, "BLOCK_D": at_least_smallest(shape.width), "BLOCK_R": ROWS, "BLOCK_A": ANGLES,
+        "PRECISION": precision,
+    }  # fmt: skip
+    special: dict[Any, Constants] = {
+        ops.embed_kernel: {"num_warps": 1},
+        ops.rotation_kernel: {"num_warps": 4},
+        ops.encode_kernel: {
+            "BLOCK_T": blocks.encode_tokens, "BLOCK_K": blocks.encode_depth,
+            "num_warps": blocks.encode_warps, "num_stages": blocks.encode_stages,
+        },
+        ops.attend_token_kernel: {
+            "MANY": int(DENSE * blocks.part / 2), "BLOCK_P": blocks.token_pairs, "STAGES": blocks.token_stages,
+            "num_warps": blocks.token_warps,
+        },
+        ops.attend_chunk_kernel: {
+            "BLOCK_C": blocks.chunk_tokens, "BLOCK_V": blocks.chunk_values,
+            "num_warps": blocks.chunk_warps, "num_stages": blocks.chunk_stages,
+        },
+        ops.normalise_kernel: {"num_warps": 2},
+        ops.contract_kernel: {
+            "BLOCK_T": blocks.contract_tokens, "BLOCK_N": blocks.contract_neurons, "BLOCK_K": blocks.contract_depth,
+            "num_warps": blocks.contract_warps, "num_stages": blocks.contract_stages,
+        },
+        ops.finish_kernel: {"num_warps": 2},
+        ops.logits_kernel: {
+            "BLOCK_T": LOGIT_TILE, "BLOCK_N": LOGIT_TILE, "BLOCK_K": min(LOGIT_DEPTH, at_least_smallest(shape.width)),
+            "num_warps": 4, "num_stages": 2,
+        },
+    }  # fmt: skip
+    return {
+        kernel.__name__: {name: value for name, value in known.items() if name in kernel.arg_names} | chosen
+        for kernel, chosen in special.items()
+    }
+
+
+def contiguous(weights: Weights) -> Weights:
+    names = ("embed", "encoder", "encoder_v", "decoder", "lm_head", "frequencies")
+    return replace(weights, **{name: getattr(weights, name).contiguous() for name in names})
+
+
+def key_for(device: torch.device, shape: Shape) -> str:
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
+    return key_of(gpu, shape.heads, shape.width, shape.neurons, str(shape.dtype).removeprefix("torch."))
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Triton launches on the current GPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def cdiv(number: int, by: int) -> int:
+    return -(-number // by)

@@ -1,0 +1,87 @@
+"""The shape of a BDH model: upstream's `BDHConfig` and what follows from it. Knows nothing about weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdh_batch.errors import CheckpointError
+
+ROPE_THETA = 2.0**16
+
+
+@dataclass(frozen=True)
+class BDHConfig:
+    """Field names are those of upstream's `BDHConfig` (pathwaycom/bdh, `bdh.py`), plus `trained_context`."""
+
+    n_layer: int = 6
+    n_embd: int = 256
+    n_head: int = 4
+    mlp_internal_dim_multiplier: int = 128
+    vocab_size: int = 256
+    dropout: float = 0.1
+    trained_context: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise CheckpointError(f"config.json: {name} must be a positive integer, not {value!r}")
+        if self.mlp_internal_dim_multiplier * self.n_embd % (2 * self.n_head):
+            raise CheckpointError(
+                "config.json: n_embd * mlp_internal_dim_multiplier must be a multiple of 2 * n_head: RoPE turns pairs; "
+                f"{self.n_embd} * {self.mlp_internal_dim_multiplier} is not a multiple of {2 * self.n_head}"
+            )
+        context = self.trained_context
+        if context is not None and (not isinstance(context, int) or isinstance(context, bool) or context < 1):
+            raise CheckpointError(f"config.json: trained_context must be a positive integer, not {context!r}")
+
+    @property
+    def neurons_per_head(self) -> int:
+        """N: rows of one head's state."""
+        return self.mlp_internal_dim_multiplier * self.n_embd // self.n_head
+
+    @property
+    def neurons(self) -> int:
+        """n = heads × N: rows of one layer's state."""
+        return self.n_head * self.neurons_per_head
+
+    @property
+    def state_elements(self) -> int:
+        """Numbers in one sequence's state, L × n × D, at any length."""
+        return self.n_layer * self.neurons * self.n_embd
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors of a checkpoint, by upstream's keys."""
+        heads, width, neurons = self.n_head, self.n_embd, self.neurons_per_head
+        return {
+            "embed.weight": (self.vocab_size, width),
+            "encoder": (heads, width, neurons),
+            "encoder_v": (heads, width, neurons),
+            "decoder": (heads * neurons, width),
+            "lm_head": (width, self.vocab_size),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BDHConfig:
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise CheckpointError(
+                f"config.json: unknown fields {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+
+def rope_frequencies(neurons: int) -> Tensor:
+    """Turns per position [N] of each neuron, float32; neighbours (2i, 2i + 1) share one. Upstream's `get_freqs`."""
+    pairs = (torch.arange(neurons, dtype=torch.float32) / 2).floor() * 2
+    return 1.0 / (ROPE_THETA ** (pairs / neurons)) / (2 * math.pi)

@@ -1,0 +1,68 @@
+"""Computes a plan: packs its segments into one ragged batch, runs the forward pass, draws the next tokens.
+
+Owns every tensor; knows nothing about requests, only slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from bdh_batch.kernels.base import Kernels, RaggedBatch
+from bdh_batch.messages import Outcome, Plan, SamplingParams, Segment
+from bdh_batch.model.sampling import sample
+from bdh_batch.model.state import StatePool
+
+
+class Runner:
+    def __init__(self, kernels: Kernels, pool: StatePool) -> None:
+        self._kernels = kernels
+        self._pool = pool
+        self._device = pool.states.device
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> Outcome:
+        """One step. Every segment's tokens enter its slot's state; those with `sampling` get a next token."""
+        hidden = self.forward(plan.segments)
+        ends = list(accumulate(len(segment.tokens) for segment in plan.segments))
+        rows, params, positions = [], [], []
+        for segment, end in zip(plan.segments, ends):
+            if segment.sampling is not None:
+                rows.append(end - 1)
+                params.append(segment.sampling)
+                positions.append(segment.start + len(segment.tokens))
+        if not rows:
+            return Outcome([None] * len(ends))
+        last = hidden[torch.tensor(rows, device=self._device)]
+        drawn = iter(sample(self._kernels.logits(last), params, positions))
+        return Outcome([None if segment.sampling is None else next(drawn) for segment in plan.segments])
+
+    @torch.inference_mode()
+    def forward(self, segments: Sequence[Segment]) -> Tensor:
+        """The final hidden vectors [T, D] of all tokens of the segments, in their order."""
+        for segment in segments:
+            if segment.start == 0:
+                self._pool.clear(segment.slot)
+        tokens = [token for segment in segments for token in segment.tokens]
+        positions = [p for segment in segments for p in range(segment.start, segment.start + len(segment.tokens))]
+        batch = RaggedBatch(
+            tokens=torch.tensor(tokens, device=self._device),
+            positions=torch.tensor(positions, device=self._device),
+            bounds=[0, *accumulate(len(segment.tokens) for segment in segments)],
+            slots=[segment.slot for segment in segments],
+        )
+        return self._kernels.forward(self._pool.states, batch)
+
+    def logits(self, segments: Sequence[Segment]) -> Tensor:
+        """Scores [T, V] of what follows each token of the segments, in their order."""
+        return self._kernels.logits(self.forward(segments))
+
+    def warm(self, chunk: int) -> None:
+        """Runs a prefill chunk and a decode step in slot 0, so that no request pays for what is done once."""
+        self._kernels.warm(self._pool.states)
+        greedy = SamplingParams(temperature=0.0)
+        for start, length in ((0, chunk), (chunk, 1)):
+            self.run(Plan([Segment(slot=0, start=start, tokens=[0] * length, sampling=greedy)]))

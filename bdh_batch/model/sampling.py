@@ -1,0 +1,91 @@
+"""Drawing the next token, vectorised over the batch; every row by its own parameters and its own random number.
+
+A row's number is Philox4x32-10 (Salmon et al., SC 2011) of its seed and position, so neither the order of requests
+nor who shares the batch can change it. Rows are always walked in token order, whatever filters other rows use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bdh_batch.messages import SamplingParams
+
+COLDEST = 1e-30  # temperatures below are greedy, but float32 could not divide by them
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int | None]:
+    """One token per row of `logits` [rows, V] float32; None for a row that is not finite.
+
+    `positions` are those of the tokens to be drawn, in their sequences.
+    """
+    finite = torch.isfinite(logits).all(dim=-1)
+    tokens = logits.argmax(dim=-1)
+    hot = [row for row, p in enumerate(params) if p.temperature > 0]
+    if hot:
+        rows = torch.tensor(hot, device=logits.device)
+        tokens[rows] = _draw(logits[rows].nan_to_num(), [params[row] for row in hot], [positions[row] for row in hot])
+    return [token if ok else None for token, ok in zip(tokens.tolist(), finite.tolist())]
+
+
+def _draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> Tensor:
+    device = logits.device
+    temperatures = torch.tensor([[max(p.temperature, COLDEST)] for p in params], device=device)
+    logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures  # the likeliest stays at 0, however cold
+    filtered = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
+    if filtered:
+        rows = torch.tensor(filtered, device=device)
+        logits[rows] = _keep_likely(logits[rows], [params[row] for row in filtered])
+    cumulative = logits.softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+    uniform = uniforms([p.seed for p in params], positions, device)[:, None]
+    # Rounding must not reach past the last token that has any probability: scale by the sum, stay below it.
+    target = (uniform * cumulative[:, -1:]).clamp(max=cumulative[:, -1:] * (1 - 1e-12))
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def _keep_likely(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Sets all but the `top_k` likeliest tokens, then all but the likeliest that together reach `top_p`, to −∞."""
+    vocabulary = logits.shape[-1]
+    top_k = torch.tensor([[min(p.top_k or vocabulary, vocabulary)] for p in params], device=logits.device)
+    top_p = torch.tensor([[p.top_p] for p in params], device=logits.device)
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
+    ordered[torch.arange(vocabulary, device=logits.device) >= top_k] = -torch.inf
+    probabilities = ordered.softmax(dim=-1)
+    ahead = probabilities.cumsum(dim=-1) - probabilities
+    beyond = ahead >= top_p
+    beyond[:, 0] = False  # the likeliest always stays
+    return torch.empty_like(logits).scatter_(-1, order, ordered.masked_fill_(beyond, -torch.inf))
+
+
+def uniforms(seeds: Sequence[int], positions: Sequence[int], device: torch.device) -> Tensor:
+    """Float64 numbers [rows] in [0, 1) with 53 random bits, one per seed (64 bits) and position (64 bits)."""
+
+    def words(values: Sequence[int], shift: int) -> Tensor:
+        return torch.tensor([value >> shift & _WORD for value in values], dtype=torch.int64, device=device)
+
+    counter = [words(positions, 0), words(positions, 32), torch.zeros_like(words(positions, 0))]
+    high, low, *_ = philox([*counter, counter[2]], [words(seeds, 0), words(seeds, 32)])
+    return ((high >> 5) * 2.0**26 + (low >> 6).double()) * 2.0**-53
+
+
+def philox(counter: Sequence[Tensor], key: Sequence[Tensor], rounds: int = 10) -> tuple[Tensor, ...]:
+    """Philox4x32: four int64 tensors of 32-bit words from a counter of four and a key of two."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = k0 + _WEYL[0] & _WORD, k1 + _WEYL[1] & _WORD
+    return c0, c1, c2, c3
+
+
+def _multiply(words: Tensor, by: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of the 64-bit product; int64 wraps to the same bits as unsigned arithmetic."""
+    product = words * by
+    return product >> 32 & _WORD, product & _WORD

@@ -1,0 +1,78 @@
+"""The state pool: one block of memory for each running sequence. Knows nothing about whose slot is whose."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from bdh_batch.errors import ConfigError
+from bdh_batch.model.config import BDHConfig
+
+STATE_DTYPE = torch.float32  # a state only ever sums
+
+
+def bytes_per_sequence(config: BDHConfig, window: int = 0) -> int:
+    """A window keeps the sum over its earlier block besides the sum over all of it."""
+    return config.state_elements * STATE_DTYPE.itemsize * (2 if window else 1)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that could be taken on `device` now."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return min(_available_memory(), _cgroup_headroom())
+
+
+def _available_memory() -> int:
+    try:
+        with open("/proc/meminfo") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except FileNotFoundError:  # not Linux: what POSIX tells
+        pass
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _cgroup_headroom(root: str = "/sys/fs/cgroup") -> int:
+    """What a container's limit leaves; a very large number where there is none."""
+    try:
+        with open(f"{root}/memory.max") as limit, open(f"{root}/memory.current") as current:
+            return max(0, int(limit.read()) - int(current.read()))
+    except (FileNotFoundError, ValueError):  # no cgroup v2, or its limit is the word "max"
+        return 1 << 62
+
+
+def slots_within(budget: int, config: BDHConfig, most: int, window: int = 0) -> int:
+    """How many sequences' states fit `budget` bytes, at most `most`.
+
+    Raises:
+        ConfigError: not even one fits.
+    """
+    each = bytes_per_sequence(config, window)
+    if budget < each:
+        raise ConfigError(
+            f"engine.state_memory: {budget:,} bytes cannot hold one sequence's state of {each:,} bytes; "
+            "raise it, or serve a smaller model"
+        )
+    return min(budget // each, most)
+
+
+class StatePool:
+    """`states` [slots, layers, h, N, D], or [slots, layers, 2, h, N, D] with a window.
+
+    Slot s is one contiguous block, so copying it copies a whole context.
+    """
+
+    def __init__(self, config: BDHConfig, slots: int, device: torch.device, window: int = 0) -> None:
+        blocks = (2,) if window else ()
+        shape = (slots, config.n_layer, *blocks, config.n_head, config.neurons_per_head, config.n_embd)
+        # Not filled, as slots are cleared when a sequence begins: on the CPU, those never used then take no memory.
+        self.states: Tensor = torch.empty(shape, dtype=STATE_DTYPE, device=device)
+
+    def clear(self, slot: int) -> None:
+        """Back to the state before any token."""
+        self.states[slot].zero_()

@@ -1,0 +1,269 @@
+"""The only place that wires rooms together: settings to a server that runs, and its life from start to exit.
+
+bind → listen (not ready) → load and warm the model → ready → SIGTERM → drain → close
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import json
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+
+from bdh_batch import __version__
+from bdh_batch.backends.local import LocalBackend
+from bdh_batch.errors import CheckpointError, ConfigError
+from bdh_batch.http.app import create_app
+from bdh_batch.http.gate import Gate, ServedModel
+from bdh_batch.http.server import Server, base_url, bind
+from bdh_batch.http.wire import Defaults
+from bdh_batch.kernels.select import select_kernels
+from bdh_batch.model.checkpoint import Model, load_model
+from bdh_batch.model.runner import Runner
+from bdh_batch.model.state import StatePool, bytes_per_sequence, free_memory, slots_within
+from bdh_batch.scheduler.scheduler import Scheduler
+from bdh_batch.scheduler.worker import WORKER, Worker
+from bdh_batch.settings import Engine, Generation, Settings
+from bdh_batch.telemetry import Metrics
+from bdh_batch.text.chat import load_chat_template
+from bdh_batch.text.tokenizer import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+LOADER = "bdh-loader"  # the name of its thread
+GENERATION_CONFIG = "generation_config.json"
+
+
+def bundled_model() -> Path:
+    """The model that comes with the package: inside an installed wheel, beside the package in a checkout."""
+    package = Path(__file__).parent
+    installed = package / "models" / "bdh-shakespeare"
+    return installed if installed.is_dir() else package.parent / "models" / "bdh-shakespeare"
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """What loading leaves for the event loop to start."""
+
+    model: Model
+    runner: Runner
+    slots: int
+
+
+def load_engine(settings: Settings, path: Path) -> LoadedEngine:
+    """Reads the model, takes the memory for its states, and computes once. Slow: call it off the event loop.
+
+    Raises:
+        ConfigError, CheckpointError
+    """
+    if settings.engine.threads is not None:
+        torch.set_num_threads(settings.engine.threads)
+    device = choose_device(settings.model.device)
+    dtype: torch.dtype = getattr(torch, settings.model.dtype)
+    model = load_model(path, dtype, device, settings.model.layers)
+    window = attention_window(settings.model.attention_window, model.config.trained_context)
+    kernels, reason = select_kernels(settings.engine.kernels, model.weights, window)
+    budget = state_budget(settings.engine, device)
+    slots = slots_within(budget, model.config, settings.scheduler.max_running, window)
+    each = bytes_per_sequence(model.config, window)
+    log.info(
+        "model %s: %d layers, width %d, %d neurons, vocabulary %d; %s on %s",
+        *(path, model.config.n_layer, model.config.n_embd, model.config.neurons, model.config.vocab_size),
+        *(settings.model.dtype, device),
+    )
+    log.info(
+        "state: %d sequences of %.1f MiB, %.2f GiB of a budget of %.2f GiB",
+        *(slots, each / 2**20, slots * each / 2**30, budget / 2**30),
+    )
+    log.info("kernels: %s; attention window: %s", reason, f"{window} tokens" if window else "none")
+    runner = Runner(kernels, StatePool(model.config, slots, device, window))
+    log.info("warming up: kernels that are not in the cache are compiled now")
+    runner.warm(settings.scheduler.prefill_tokens)
+    return LoadedEngine(model, runner, slots)
+
+
+def attention_window(asked: int | None, trained_context: int | None) -> int:
+    """Tokens that a token can look back on, 0 for all: as asked, else what the model was trained at."""
+    if asked is not None:
+        return asked
+    return trained_context + trained_context % 2 if trained_context else 0
+
+
+def choose_device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("model.device: cuda was asked for, but torch finds no CUDA device; use cpu or auto")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def state_budget(engine: Engine, device: torch.device) -> int:
+    """Bytes for the states of running sequences."""
+    free = free_memory(device)
+    if engine.state_memory is None:
+        return int(free * engine.state_memory_share)
+    if engine.state_memory > free:
+        raise ConfigError(f"engine.state_memory: {engine.state_memory:,} bytes asked for, {free:,} are free")
+    return engine.state_memory
+
+
+def defaults_for(settings: Settings, folder: Path) -> Defaults:
+    """The settings' generation defaults; where they are silent the model folder's, else OpenAI's."""
+    chosen = suggested_generation(folder / GENERATION_CONFIG) | settings.generation.model_dump(exclude_none=True)
+    return Defaults(max_n=settings.limits.max_n, max_prompts=settings.limits.max_prompts, **chosen)
+
+
+def suggested_generation(file: Path) -> dict[str, Any]:
+    """What a model folder's `generation_config.json` says, in the settings' names."""
+    if not file.is_file():
+        return {}
+    try:
+        values = json.loads(file.read_bytes())
+        suggested = {name: values.get(name) for name in ("temperature", "top_p", "top_k")}
+        suggested["max_tokens"] = values.get("max_new_tokens")
+        if values.get("do_sample") is False:
+            suggested["temperature"] = 0.0
+        return Generation(**suggested).model_dump(exclude_none=True)
+    except (ValueError, AttributeError) as error:
+        problem = error.errors()[0] if isinstance(error, ValidationError) else None
+        text = f"{problem['loc'][0]}: {problem['msg']}" if problem else f"not a JSON object ({error})"
+        raise CheckpointError(f"{file}: {text}") from error
+
+
+class Service:
+    """One server, from its socket to its exit.
+
+    Args:
+        on_ready: is called with the base URL once requests are welcome.
+    """
+
+    def __init__(self, settings: Settings, on_ready: Callable[[str, str], None] = lambda url, model: None) -> None:
+        self._settings = settings
+        self._on_ready = on_ready
+        self._path = settings.model.path or bundled_model()
+        self._name = settings.model.name or self._path.resolve().name
+        self._gate = Gate()
+        self._metrics = Metrics(self._name)
+        self._stop = asyncio.Event()
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop.is_set()
+
+    def stop(self) -> None:
+        """Begins the drain."""
+        self._stop.set()
+
+    async def run(self) -> None:
+        """Serves until `stop`.
+
+        Raises:
+            ConfigError, CheckpointError: the server could not start.
+        """
+        listener = bind(self._settings.server.host, self._settings.server.port)
+        server = Server(create_app(self._settings, self._gate, self._metrics))
+        listening = asyncio.create_task(server.serve(sockets=[listener]))
+        try:
+            await self._serve(base_url(listener))
+        finally:
+            server.should_exit = True
+            await listening
+
+    async def _serve(self, url: str) -> None:
+        loading = in_daemon_thread(partial(load_engine, self._settings, self._path))
+        stopped = asyncio.ensure_future(self._stop.wait())
+        await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
+        if not loading.done():
+            return  # nothing has been promised to anyone yet
+        backend = self._open(loading.result())
+        try:
+            self._on_ready(url, self._name)
+            await stopped
+            self._gate.drain()
+            log.info("draining for up to %.0f s", self._settings.server.drain_seconds)
+            await backend.drain(self._settings.server.drain_seconds)
+        finally:
+            await asyncio.to_thread(backend.close)
+
+    def _open(self, engine: LoadedEngine) -> LocalBackend:
+        settings, folder = self._settings, self._path if self._path.is_dir() else self._path.parent
+        vocab_size = engine.model.config.vocab_size
+        tokenizer = load_tokenizer(folder, vocab_size)
+        template = load_chat_template(folder)
+        defaults = defaults_for(settings, folder)
+        scheduler = Scheduler(engine.slots, settings.scheduler.prefill_tokens)
+        worker = Worker(scheduler, engine.runner, self._metrics, settings.scheduler.max_queued_requests)
+        backend = LocalBackend(
+            worker, tokenizer, vocab_size, settings.model.max_model_len, settings.health.stall_seconds
+        )
+        self._metrics.watch(lambda: worker.load)
+        gc.collect()
+        gc.freeze()  # what is alive now stays: the collector need not walk it again
+        self._gate.open(
+            ServedModel(
+                backend=backend,
+                name=self._name,
+                aliases=tuple(settings.model.aliases),
+                created=int(self._path.stat().st_mtime),
+                fingerprint=f"{self._name}-bdh_batch-{__version__}",
+                max_model_len=settings.model.max_model_len,
+                defaults=defaults,
+                template=template,
+            )
+        )
+        return backend
+
+
+def in_daemon_thread(function: Callable[[], T]) -> asyncio.Future[T]:
+    """As asyncio.to_thread, but the program can end while the thread still runs."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(set_outcome: Callable[[Any], None], outcome: object) -> None:
+        if not future.done():
+            set_outcome(outcome)
+
+    def run() -> None:
+        try:
+            result = function()
+        except Exception as error:  # noqa: BLE001 - whoever waits for the future gets it
+            loop.call_soon_threadsafe(settle, future.set_exception, error)
+        else:
+            loop.call_soon_threadsafe(settle, future.set_result, result)
+
+    threading.Thread(target=run, name=LOADER, daemon=True).start()
+    return future
+
+
+def threads_left() -> bool:
+    """Whether a thread that could not be stopped still runs."""
+    return any(thread.name in (LOADER, WORKER) for thread in threading.enumerate())
+
+
+async def serve(settings: Settings, on_ready: Callable[[str, str], None]) -> None:
+    """Runs a server until SIGTERM or SIGINT; a second signal does not wait for the drain."""
+    service = Service(settings, on_ready)
+    loop = asyncio.get_running_loop()
+    running = asyncio.ensure_future(service.run())
+
+    def on_signal() -> None:
+        if service.stopping:
+            running.cancel()
+        service.stop()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    with contextlib.suppress(asyncio.CancelledError):
+        await running

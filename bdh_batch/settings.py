@@ -1,0 +1,345 @@
+"""Every option, typed, once. A YAML file < environment variables < the command line."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PlainSerializer,
+    PositiveFloat,
+    PositiveInt,
+    SecretStr,
+    ValidationError,
+)
+from pydantic_core import PydanticCustomError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+)
+
+from bdh_batch.errors import ConfigError
+
+ENV_PREFIX, ENV_DELIMITER = "BDH_", "__"
+UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{u}{i}": s for k, u in enumerate("kmgt", 1) for i, s in (("ib", 2 ** (10 * k)), ("b", 1000**k))},
+}
+
+
+def _parse_bytes(value: object) -> object:
+    """'4 GiB' to a number of bytes."""
+    match = re.fullmatch(r"([\d.]+)\s*([a-zA-Z]*)", value.strip()) if isinstance(value, str) else None
+    if match and match[2].lower() in UNITS:
+        return int(float(match[1]) * UNITS[match[2].lower()])
+    return value
+
+
+def _parse_list(value: object) -> object:
+    """'a,b' or '["a", "b"]' to a list: what an environment variable or a command line can say."""
+    if not isinstance(value, str):
+        return value
+    if value.lstrip().startswith("["):
+        try:
+            return yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError("a list as in [a, b] was expected") from None  # what was given may be a secret
+    return [part.strip() for part in value.split(",") if part.strip()]
+
+
+def _one_worker(value: int) -> int:
+    if value > 1:
+        raise PydanticCustomError(
+            "one_worker", "more than one worker is not supported; one batches all requests together"
+        )
+    return value
+
+
+Bytes = Annotated[PositiveInt, BeforeValidator(_parse_bytes)]
+Strings = Annotated[list[str], NoDecode, BeforeValidator(_parse_list)]
+Secrets = Annotated[
+    list[SecretStr],
+    NoDecode,
+    BeforeValidator(_parse_list),
+    PlainSerializer(lambda keys: ["***"] * len(keys), list[str]),
+]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Server(Section):
+    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    workers: Annotated[PositiveInt, AfterValidator(_one_worker)] = Field(
+        1, description="Processes; 1 is what there is."
+    )
+    drain_seconds: float = Field(30.0, ge=0, description="How long running streams may go on after SIGTERM.")
+    cors_origins: Strings = Field([], description='Origins that browsers may call from; ["*"] for all.')
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
+
+
+class Model(Section):
+    path: Path | None = Field(None, description="Model folder, .pt or .safetensors file; null is the bundled model.")
+    name: str | None = Field(None, description="Name in the API; null is the name of the folder or file.")
+    aliases: Strings = Field([], description="Other names that requests may use.")
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto takes CUDA where there is a GPU.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Of the weights.")
+    attention_window: NonNegativeInt | None = Field(
+        None,
+        description="Tokens that a token can look back on; 0 is all, null the trained_context of the model folder.",
+    )
+    layers: PositiveInt | None = Field(None, description="Layers of a .pt file that does not tell; null is 6.")
+    max_model_len: PositiveInt | None = Field(
+        131072, description="Most tokens of a prompt and its answer together; null is no limit (the state never grows)."
+    )
+
+
+class Engine(Section):
+    kernels: Literal["auto", "torch", "cpu", "triton"] = Field(
+        "auto", description="Which implementation computes a step."
+    )
+    state_memory: Bytes | None = Field(
+        None, description='Memory for the states of running sequences, as in "4 GiB"; null is a share of what is free.'
+    )
+    state_memory_share: float = Field(0.5, gt=0, le=0.95, description="That share, where state_memory is null.")
+    threads: PositiveInt | None = Field(None, description="CPU threads that compute; null is one per core.")
+
+
+class Scheduler(Section):
+    max_running: PositiveInt = Field(
+        256, description="Most sequences that run at a time, if the memory allows so many."
+    )
+    max_queued_requests: PositiveInt = Field(2048, description="Most requests that wait; one more is refused with 429.")
+    prefill_tokens: PositiveInt = Field(256, description="Most prompt tokens in a step, of all sequences together.")
+
+
+class Generation(Section):
+    """What a request that does not say gets; null is what the folder's generation_config.json says, if it does."""
+
+    max_tokens: PositiveInt | None = Field(None, description="Most tokens of an answer; else 256.")
+    temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token; else 1.")
+    top_p: float | None = Field(None, gt=0, le=1, description="Only the likeliest tokens that together reach this.")
+    top_k: int | None = Field(None, ge=-1, description="Only this many of the likeliest tokens; 0 and -1 are off.")
+
+
+class Auth(Section):
+    enabled: bool = Field(False, description="Whether /v1 asks for a key: Authorization: Bearer KEY.")
+    api_keys: Secrets = Field([], description="The keys.")
+    api_keys_file: Path | None = Field(None, description="A file with more keys, one a line; # begins a comment.")
+
+
+class RateLimiting(Section):
+    enabled: bool = Field(False, description="Whether each key (without keys, each address) is limited.")
+    requests_per_minute: PositiveInt = Field(600, description="Requests in any minute; more are refused with 429.")
+
+
+class Limits(Section):
+    max_body_bytes: Bytes = Field(4 * 2**20, description="Largest request body; more is refused with 413.")
+    max_n: PositiveInt = Field(16, description="Most answers to one prompt (n).")
+    max_prompts: PositiveInt = Field(128, description="Most prompts in one request.")
+
+
+class Api(Section):
+    unknown_fields: Literal["refuse", "ignore"] = Field("refuse", description="What to do with unknown body fields.")
+
+
+class Health(Section):
+    stall_seconds: PositiveFloat = Field(60.0, description="Work without a step for so long turns /health to 503.")
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        extra="forbid", frozen=True, env_prefix=ENV_PREFIX, env_nested_delimiter=ENV_DELIMITER, protected_namespaces=()
+    )
+
+    server: Server = Server()
+    model: Model = Model()
+    engine: Engine = Engine()
+    scheduler: Scheduler = Scheduler()
+    generation: Generation = Generation()
+    auth: Auth = Auth()
+    rate_limiting: RateLimiting = RateLimiting()
+    limits: Limits = Limits()
+    api: Api = Api()
+    health: Health = Health()
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        # `load` reads the sources one by one, to know where each value came from.
+        return (init_settings,)
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings, and for each dotted option the source that set it."""
+
+    settings: Settings
+    origins: Mapping[str, str]
+
+    def show(self) -> str:
+        """All options as YAML, secrets masked, each with its origin."""
+        lines, section = [], ""
+        for option, value in flatten(self.settings.model_dump(mode="json")):
+            name, key = option.split(".")
+            if name != section:
+                lines.append(f"{name}:")
+                section = name
+            lines.append(f"  {key}: {_scalar(value)}  # {self.origins.get(option, 'default')}")
+        return "\n".join(lines)
+
+
+def load(config: Path | None = None, overrides: Iterable[tuple[str, object]] = ()) -> Resolved:
+    """Merges a YAML file, the environment and the command line.
+
+    Args:
+        config: a YAML file of sections and keys.
+        overrides: (dotted option, value) pairs of the command line.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown option (with the nearest known one), a value that does not fit.
+    """
+    merged: dict[str, dict[str, Any]] = {}
+    origins: dict[str, str] = {}
+    for origin, options in (
+        (f"file {config}", _file_options(config)),
+        ("environment", _environment_options()),
+        ("command line", overrides),
+    ):
+        for option, value in options:
+            _known(option, origin)
+            section, key = option.split(".")
+            merged.setdefault(section, {})[key] = value
+            origins[option] = origin
+    try:
+        return Resolved(Settings(**merged), origins)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise ConfigError(_explain(error, origins)) from error
+
+
+def options() -> dict[str, tuple[Any, str]]:
+    """Every dotted option with its default and its help."""
+    found = {}
+    for name, section in Settings.model_fields.items():
+        for key, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
+            found[f"{name}.{key}"] = (field.default, field.description or "")
+    return found
+
+
+def default_yaml() -> str:
+    """`config/default.yaml`: every option with its default and its help."""
+    lines = [
+        "# Every option of bdh_batch with its default. `bdh-batch serve --config FILE` reads a file like this one; an",
+        "# environment variable (BDH_SERVER__PORT=9000) wins over it, the command line (--set server.port=9000).",
+    ]
+    section = ""
+    for option, (default, text) in options().items():
+        name, key = option.split(".")
+        if name != section:
+            lines += ["", f"{name}:"]
+            section = name
+        lines += [f"  # {text}{_choices(option)}", f"  {key}: {_scalar(default)}"]
+    return "\n".join(lines) + "\n"
+
+
+def flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for section, keys in values.items():
+        for key, value in keys.items():
+            yield f"{section}.{key}", value
+
+
+def _choices(option: str) -> str:
+    section, key = option.split(".")
+    annotation = Settings.model_fields[section].annotation.model_fields[key].annotation  # type: ignore[union-attr]
+    choices = get_args(annotation) if getattr(annotation, "__origin__", None) is Literal else ()
+    return f" One of: {', '.join(map(str, choices))}." if len(choices) > 1 else ""
+
+
+def _scalar(value: object) -> str:
+    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _file_options(config: Path | None) -> Iterator[tuple[str, Any]]:
+    if config is None:
+        return
+    try:
+        values = yaml.safe_load(config.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: {config} cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config: {config} is not YAML ({' '.join(str(error).split())})") from error
+    if values is None:
+        return
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config: {config} should hold sections, as in `server: {{port: 8000}}`")
+    yield from _section_options(values, f"file {config}")
+
+
+def _section_options(values: Mapping[str, Any], origin: str) -> Iterator[tuple[str, Any]]:
+    for section, keys in values.items():
+        if section not in Settings.model_fields:
+            near = difflib.get_close_matches(str(section), Settings.model_fields, 1, 0)
+            raise ConfigError(f"unknown section {section} ({origin}); did you mean {near[0]}?")
+        if not isinstance(keys, dict | None):
+            raise ConfigError(f"{section} ({origin}): should hold options, as in `{section}: {{key: value}}`")
+        for key, value in (keys or {}).items():
+            yield f"{section}.{key}", value
+
+
+def _environment_options() -> Iterator[tuple[str, Any]]:
+    for name in sorted(os.environ):
+        section = name.upper().removeprefix(ENV_PREFIX).lower()
+        if name.upper().startswith(ENV_PREFIX) and section not in Settings.model_fields:
+            _known(name[len(ENV_PREFIX) :].lower().replace(ENV_DELIMITER, "."), f"environment variable {name}")
+    try:
+        values = EnvSettingsSource(Settings, env_parse_none_str="null")()
+    except SettingsError as error:
+        raise ConfigError(f"environment: {error}; a whole section, as in BDH_SERVER, should be JSON") from error
+    yield from _section_options(values, "environment")
+
+
+def _known(option: str, origin: str) -> None:
+    """Refuses an option that does not exist, with the nearest that does."""
+    known = options()
+    if option in known:
+        return
+    section = option.partition(".")[0]
+    siblings = [other for other in known if other.startswith(f"{section}.")]
+    near = difflib.get_close_matches(option, siblings or known, 1, 0)
+    raise ConfigError(f"unknown option {option} ({origin}); did you mean {near[0]}?")
+
+
+def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
+    """One line that names every option at fault."""
+    parts = []
+    for problem in error.errors():
+        option = ".".join(map(str, problem["loc"][:2]))
+        given = "" if option == "auth.api_keys" else f", not {problem['input']!r}"
+        parts.append(f"{option} ({origins.get(option, 'default')}): {problem['msg']}{given}")
+    return "; ".join(parts)

@@ -1,0 +1,132 @@
+"""Prometheus metrics. Names and buckets follow vLLM's, with the prefix `bdh_`, so that dashboards carry over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.registry import Collector
+
+from bdh_batch.scheduler.scheduler import Step
+from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.worker import Load
+
+FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+BETWEEN_TOKENS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2),
+    *(0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
+)
+WHOLE_REQUEST = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+SEQUENCES = tuple(2**power for power in range(13))
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class Metrics:
+    """All metrics of one server. Implements the worker's `Observer`."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._model_name = model_name
+        ProcessCollector(registry=self.registry)
+
+        self._steps = self._histogram("step_duration_seconds", "Duration of a step", BETWEEN_TOKENS)
+        self._occupancy = self._histogram("batch_occupancy", "Sequences in a step", SEQUENCES)
+        self._step_tokens = self._histogram("iteration_tokens_total", "Tokens in a step", TOKENS)
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed")
+        self._generated = self._counter("generation_tokens", "Tokens generated")
+        self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token", FIRST_TOKEN)
+        self._between = self._histogram("inter_token_latency_seconds", "Between tokens of a sequence", BETWEEN_TOKENS)
+        self._per_token = self._histogram(
+            "request_time_per_output_token_seconds", "Mean time between a request's tokens", BETWEEN_TOKENS
+        )
+        self._whole = self._histogram("e2e_request_latency_seconds", "From arrival to the end", WHOLE_REQUEST)
+        self._queue = self._histogram("request_queue_time_seconds", "Waiting for a slot", WHOLE_REQUEST)
+        self._prefill = self._histogram("request_prefill_time_seconds", "From slot to first token", WHOLE_REQUEST)
+        self._decode = self._histogram("request_decode_time_seconds", "From first to last token", WHOLE_REQUEST)
+        self._inference = self._histogram("request_inference_time_seconds", "From slot to last token", WHOLE_REQUEST)
+        self._request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request", TOKENS)
+        self._request_generated = self._histogram("request_generation_tokens", "Tokens a request generated", TOKENS)
+        self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens of a request", TOKENS)
+        labels = ("model_name", "finished_reason")
+        self._ended = Counter("bdh_request_success", "Requests that ended, by reason", labels, registry=self.registry)
+        labels = ("model_name", "reason")
+        self._refused = Counter("bdh_admission_rejections", "Requests refused", labels, registry=self.registry)
+
+        labels = ("route", "status")
+        self.http_requests = Counter("bdh_http_requests", "HTTP answers", labels, registry=self.registry)
+        self.http_in_flight = Gauge("bdh_http_requests_in_flight", "Open HTTP requests", registry=self.registry)
+
+    def watch(self, load: Callable[[], Load]) -> None:
+        """From now on, scrapes tell the engine's load as it is at their moment."""
+        self.registry.register(_LoadCollector(load, self._model_name))
+
+    def exposition(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def refused(self, reason: str) -> None:
+        self._refused.labels(self._model_name, reason).inc()
+
+    def stepped(self, step: Step, seconds: float) -> None:
+        self._steps.observe(seconds)
+        self._occupancy.observe(len(step.sequences))
+        self._step_tokens.observe(step.plan.tokens)
+
+    def gained(self, sequence: Sequence) -> None:
+        self._generated.inc()
+        if len(sequence.generated) > 1:
+            self._between.observe(sequence.gap)
+        else:
+            self._prompt_tokens.inc(len(sequence.prompt))
+            self._first.observe(sequence.gap)
+
+    def finished(self, sequence: Sequence, now: float) -> None:
+        assert sequence.finish_reason is not None
+        self._ended.labels(self._model_name, sequence.finish_reason.value).inc()
+        self._whole.observe(now - sequence.arrived)
+        self._request_prompt.observe(len(sequence.prompt))
+        self._request_generated.observe(len(sequence.generated))
+        self._max_tokens.observe(sequence.max_tokens)
+        if sequence.scheduled is not None:
+            self._queue.observe(sequence.scheduled - sequence.arrived)
+        if sequence.scheduled is not None and sequence.first_token is not None and sequence.last_token is not None:
+            decode = sequence.last_token - sequence.first_token
+            self._prefill.observe(sequence.first_token - sequence.scheduled)
+            self._decode.observe(decode)
+            self._inference.observe(sequence.last_token - sequence.scheduled)
+            if len(sequence.generated) > 1:
+                self._per_token.observe(decode / (len(sequence.generated) - 1))
+
+    def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
+        family = Histogram(f"bdh_{name}", text, ("model_name",), buckets=tuple(buckets), registry=self.registry)
+        return family.labels(self._model_name)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"bdh_{name}", text, ("model_name",), registry=self.registry).labels(self._model_name)
+
+
+class _LoadCollector(Collector):
+    def __init__(self, load: Callable[[], Load], model_name: str) -> None:
+        self._load = load
+        self._model_name = model_name
+
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        load = self._load()
+        for name, text, value in (
+            ("num_requests_running", "Sequences that hold a slot", load.running),
+            ("num_requests_waiting", "Sequences that wait for a slot", load.waiting),
+            ("state_slots_usage_perc", "Share of slots held, 0 to 1", load.running / load.slots),
+        ):
+            family = GaugeMetricFamily(f"bdh_{name}", text, labels=["model_name"])
+            family.add_metric([self._model_name], value)
+            yield family

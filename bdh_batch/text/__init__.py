@@ -1,0 +1,1 @@
+"""Tokens to text and back. Knows nothing about models, requests or HTTP."""

@@ -1,0 +1,318 @@
+"""What to run on a machine with a GPU, one command: tests the Triton kernels on it, tunes them, measures them.
+
+    python -m benchmarks.gpu_check                # everything; --model bundled, --skip-tests, --skip-tuning for less
+
+Needs torch, triton, numpy, numba, pytest and safetensors. Measures decode steps of the bundled model's shape and of
+upstream's default one, with weights that fire as trained ones do, against the machine's copy bandwidth, the dense
+recurrence in torch and recomputing, which alternate. Prints no speed while a result is wrong. Exits 2 without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bdh_batch.kernels.base import Kernels, RaggedBatch, Weights
+from bdh_batch.kernels.torch_reference import TorchKernels, layer_norm, project, rotate, rotation
+from bdh_batch.kernels.tuning import FILE, Blocks, load_blocks, save_blocks, search
+from bdh_batch.model.config import BDHConfig
+from benchmarks.synthetic import synthetic_weights
+
+ROOT = Path(__file__).parents[1]
+MODELS = {
+    "bundled": BDHConfig(n_layer=6, n_embd=128, n_head=4, mlp_internal_dim_multiplier=32, vocab_size=256),
+    "upstream": BDHConfig(n_layer=6, n_embd=256, n_head=4, mlp_internal_dim_multiplier=128, vocab_size=256),
+}
+DENSITY = 0.12  # of neurons that fire: 9 – 15 % in trained models of 25M – 100M
+BATCHES = [1, 4, 16, 64, 256, 512, 1024]
+TUNED_FOR = [16, 256]  # sequences of the decode steps that block sizes are chosen by
+CONTEXT = 512  # that is recomputed
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+HEADROOM = 6 << 30  # bytes that are not for states
+GPU = torch.device("cuda")
+
+
+def main() -> int:
+    arguments = parse()
+    if not torch.cuda.is_available():
+        print("gpu-check: there is no GPU on this machine, nothing was measured")
+        return 2
+    if not arguments.skip_tests and not tests_pass():
+        print("gpu-check: the kernel tests fail on this GPU: no speed is worth printing")
+        return 1
+    with torch.inference_mode():
+        bandwidth = copy_bandwidth()
+        results = {}
+        for name in arguments.model or MODELS:
+            if (wrong := errors(MODELS[name])) is not None:
+                print(f"gpu-check: {name}: {wrong}: no speed is worth printing")
+                return 1
+            results[name] = check_model(name, MODELS[name], bandwidth, not arguments.skip_tuning)
+    write_report(arguments.out, bandwidth, results)
+    return 0
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Tests, tunes and measures the Triton kernels on this machine's GPU.")
+    parser.add_argument("--model", action="append", choices=MODELS, help="only this shape; may be repeated")
+    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--skip-tuning", action="store_true", help="with the block sizes that are on file")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    return parser.parse_args()
+
+
+def tests_pass() -> bool:
+    """Without the project's pytest settings, which name plugins that a GPU machine need not have."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    names = [f"tests/kernels/test_triton{part}.py" for part in ("", "_properties")]
+    options = [
+        "-q",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(ROOT),
+        "--confcutdir",
+        "tests/kernels",
+        "-p",
+        "no:cacheprovider",
+    ]
+    done = subprocess.run([sys.executable, "-m", "pytest", *options, *names], cwd=ROOT, env=environment)
+    return done.returncode == 0
+
+
+def weights_for(config: BDHConfig, dtype: torch.dtype) -> Weights:
+    made = synthetic_weights(config, DENSITY, dtype=dtype)
+    names = ("embed", "encoder", "encoder_v", "decoder", "lm_head", "frequencies")
+    return replace(made, **{name: getattr(made, name).to(GPU) for name in names})
+
+
+def states_for(config: BDHConfig, slots: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Not zeros, on which arithmetic can be faster."""
+    shape = (slots, config.n_layer, config.n_head, config.neurons_per_head, config.n_embd)
+    states = torch.empty(shape, dtype=dtype, device=GPU)
+    for state in states:
+        state.normal_()
+    return states
+
+
+def ragged(sequences: int, start: int, length: int, vocabulary: int) -> RaggedBatch:
+    generator = torch.Generator().manual_seed(start)
+    return RaggedBatch(
+        tokens=torch.randint(0, vocabulary, (sequences * length,), generator=generator).to(GPU),
+        positions=torch.arange(start, start + length, device=GPU).repeat(sequences),
+        bounds=[length * s for s in range(sequences + 1)],
+        slots=list(range(sequences)),
+    )
+
+
+def errors(config: BDHConfig) -> str | None:
+    """What is wrong with a prefill and some decode steps, by either dtype of weights, on this very shape."""
+    from bdh_batch.kernels.cuda import TritonKernels
+
+    for dtype, tolerance in TOLERANCES.items():
+        weights = weights_for(config, dtype)
+        sides: list[list[Tensor]] = []
+        for kernels in (TorchKernels(weights), TritonKernels(weights)):
+            states = torch.zeros_like(states_for(config, 3))
+            steps = [ragged(3, start, length, config.vocab_size) for start, length in ((0, 100), (100, 1), (101, 1))]
+            sides.append([*(kernels.logits(kernels.forward(states, step)) for step in steps), states])
+        error = max(float((mine - right).norm() / right.norm()) for right, mine in zip(*sides))
+        print(f"largest relative error with {dtype} weights: {error:.1e}")
+        if not error <= tolerance:
+            return f"{error:.1e} off the specification with {dtype} weights, where {tolerance:.0e} is allowed"
+    return None
+
+
+def check_model(name: str, config: BDHConfig, bandwidth: float, tune: bool) -> dict[str, Any]:
+    weights = weights_for(config, torch.bfloat16)
+    blocks = tuned(config, weights) if tune else stored_blocks(weights)
+    figures: dict[str, Any] = {"model": config.to_dict(), "blocks": asdict(blocks), "decode": []}
+    for dtype in (torch.float32, torch.bfloat16):
+        figures["decode"] += list(decode_figures(name, config, weights, blocks, dtype, bandwidth))
+    return figures
+
+
+def tuned(config: BDHConfig, weights: Weights) -> Blocks:
+    """Searched on decode steps of few and many sequences and on a prompt, and put on file."""
+    from triton.runtime.errors import OutOfResources
+
+    from bdh_batch.kernels.cuda import TritonKernels
+
+    states = states_for(config, min(max(TUNED_FOR), most_slots(config, torch.float32)))
+
+    def cost(blocks: Blocks) -> float:
+        kernels = TritonKernels(weights, blocks=blocks)
+        work = [ragged(min(size, len(states)), 900, 1, config.vocab_size) for size in TUNED_FOR]
+        work.append(ragged(1, 0, 2048, config.vocab_size))
+        try:
+            times = alternate({str(i): step(kernels, states, batch) for i, batch in enumerate(work)}, 7)
+        except OutOfResources:
+            return math.inf
+        print(f"  {blocks}: " + ", ".join(f"{seconds * 1e3:.3f} ms" for seconds in times.values()))
+        return sum(math.log(seconds) for seconds in times.values())
+
+    best = search(cost)
+    save_blocks(key(weights), best)
+    print(f"kept in {FILE}: {best}")
+    return best
+
+
+def key(weights: Weights) -> str:
+    from bdh_batch.kernels.cuda import TritonKernels, key_for
+
+    return key_for(weights.embed.device, TritonKernels(weights, max_tokens=1)._shape)
+
+
+def stored_blocks(weights: Weights) -> Blocks:
+    return load_blocks(key(weights))
+
+
+def most_slots(config: BDHConfig, dtype: torch.dtype) -> int:
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    return int((free - HEADROOM) // (config.state_elements * dtype.itemsize))
+
+
+def decode_figures(
+    name: str, config: BDHConfig, weights: Weights, blocks: Blocks, dtype: torch.dtype, bandwidth: float
+) -> Iterator[dict[str, Any]]:
+    from bdh_batch.kernels.cuda import TritonKernels
+
+    kernels = TritonKernels(weights, blocks=blocks)
+    states = states_for(config, min(max(BATCHES), most_slots(config, dtype)), dtype)
+    for size in (size for size in BATCHES if size <= len(states)):
+        batch = ragged(size, 900, 1, config.vocab_size)
+        sides: dict[str, Callable[[], object]] = {"triton": step(kernels, states, batch)}
+        if dtype == torch.float32:
+            sides["dense"] = partial(dense_step, weights, states[:size], batch)
+        if dtype == torch.float32 and size <= 64:
+            contexts = ragged(size, 0, CONTEXT, config.vocab_size).tokens.view(size, CONTEXT)
+            sides["recompute"] = partial(recompute, weights, contexts)
+        times = alternate(sides, 15)
+        moved = rows_moved(kernels, states, batch) * 2 * config.n_embd * dtype.itemsize
+        figures = {
+            "sequences": size,
+            "states": str(dtype).removeprefix("torch."),
+            "ms": times["triton"] * 1e3,
+            **{f"{side}_tokens_per_s": size / seconds for side, seconds in times.items()},
+            "state_bytes_read_and_written": moved,
+            "percent_of_copy_bandwidth": 100 * moved / times["triton"] / bandwidth,
+        }
+        print(
+            f"{name}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
+        )
+        yield figures
+        states.normal_()  # so many equal tokens would make it grow
+
+
+def step(kernels: Kernels, states: Tensor, batch: RaggedBatch) -> Callable[[], Tensor]:
+    return lambda: kernels.logits(kernels.forward(states, batch))
+
+
+def rows_moved(kernels: Any, states: Tensor, batch: RaggedBatch) -> int:
+    """State rows whose pair fired in all layers of a decode step; each is read and written."""
+    from bdh_batch.kernels.cuda import upload
+
+    part = upload(batch.tokens, batch.positions, batch.bounds, batch.slots)
+    kernels.begin(part)
+    rows = 0
+    for layer in range(states.shape[1]):
+        kernels.think(layer, states, part)
+        rows += 2 * int(kernels._work.counts[: len(batch.tokens)].sum())
+    return rows
+
+
+def dense_step(weights: Weights, states: Tensor, batch: RaggedBatch) -> Tensor:
+    """A decode step of all sequences [B, L, h, N, D] at once in torch, which moves the whole state."""
+    cos, sin = rotation(weights.frequencies, batch.positions)
+    x = layer_norm(F.embedding(batch.tokens, weights.embed).float())
+    for layer in range(weights.layers):
+        fired = project(x, weights.encoder).relu()
+        q = rotate(fired, cos, sin).transpose(0, 1)  # [B, h, N]
+        y = (q[:, :, None] @ states[:, layer]).squeeze(2)
+        flat = states[:, layer].view(len(x), -1, x.shape[-1])
+        flat.baddbmm_(q.reshape(len(x), -1, 1).to(flat.dtype), x[:, None].to(flat.dtype))
+        gated = fired * project(layer_norm(y).transpose(0, 1), weights.encoder_v).relu()
+        x = layer_norm(x + layer_norm(project(gated.transpose(0, 1).flatten(1), weights.decoder)))
+    return project(x, weights.lm_head)
+
+
+def recompute(weights: Weights, contexts: Tensor) -> Tensor:
+    """The next token's logits for contexts [B, T], from their start, as upstream's `generate` does for every token."""
+    length = contexts.shape[1]
+    cos, sin = rotation(weights.frequencies, torch.arange(length, device=contexts.device))
+    rows = []
+    for tokens in torch.split(contexts, 4):  # what fits
+        x = layer_norm(weights.embed[tokens].float())[:, None]
+        for _ in range(weights.layers):
+            fired = project(x, weights.encoder).relu()
+            q = rotate(fired, cos, sin)
+            y = layer_norm((q @ q.mT).tril(-1) @ x)
+            gated = fired * project(y, weights.encoder_v).relu()
+            z = project(gated.transpose(1, 2).reshape(len(tokens), 1, length, -1), weights.decoder)
+            x = layer_norm(x + layer_norm(z))
+        rows.append(project(x[:, 0, -1], weights.lm_head))
+    return torch.cat(rows)
+
+
+def alternate(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The median seconds of each side, by the GPU's clock; they take turns."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for side in sides.values():
+        side()
+        side()
+    for _ in range(repeats):
+        for name, side in sides.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            start.record()
+            side()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) / 1e3)
+    return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written in a second by a copy of 2 GB."""
+    source, target = torch.randn(1 << 29, device=GPU), torch.empty(1 << 29, device=GPU)
+    return 2 * source.nbytes / alternate({"copy": lambda: target.copy_(source)}, 15)["copy"]
+
+
+def write_report(folder: Path, bandwidth: float, results: dict[str, Any]) -> None:
+    import triton
+
+    gpu = torch.cuda.get_device_name()
+    report = {
+        "command": " ".join(sys.orig_argv),
+        "date": datetime.now(UTC).date().isoformat(),
+        "machine": {"gpu": gpu, "capability": torch.cuda.get_device_capability(), "system": platform.platform()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
+        "copy_gb_s": bandwidth / 1e9,
+        "density": DENSITY,
+        "models": results,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"gpu-{gpu.lower().replace(' ', '-')}.json"
+    file.write_text(json.dumps(report, indent=2) + "\n")
+    print(f"copy {bandwidth / 1e9:.0f} GB/s; written to {file}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,355 @@
+"""How fast the CPU kernels are, against this machine's ceilings, the dense recurrence in torch, and recomputing.
+
+    python -m benchmarks.kernels                        # synthetic weights of a trained model's density
+    python -m benchmarks.kernels --model models/bdh-shakespeare --text shakespeare.txt
+
+The sides of every comparison alternate in one run; figures are medians. Prints no speed while a result is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numba
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bdh_batch.kernels import cpu, cpu_passes, simd
+from bdh_batch.kernels.base import Kernels, RaggedBatch, Weights
+from bdh_batch.kernels.cpu import CpuKernels, Round
+from bdh_batch.kernels.cpu_passes import Desk, Floats, Packed, Shape, Work
+from bdh_batch.kernels.torch_reference import (
+    TorchKernels,
+    attend_segment,
+    layer_norm,
+    project,
+    rotate,
+    rotation,
+)
+from bdh_batch.model.checkpoint import load_model
+from bdh_batch.model.config import BDHConfig
+from bdh_batch.model.state import StatePool
+from benchmarks.synthetic import synthetic_weights
+
+CPU = torch.device("cpu")
+BUNDLED = BDHConfig(n_layer=6, n_embd=128, n_head=4, mlp_internal_dim_multiplier=32, vocab_size=256)
+CHUNK = 512
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Densities:
+    """Shares of all neurons, or of all pairs, averaged over tokens and layers."""
+
+    fired: float
+    pairs: float
+    gated: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    copy_gb_s: float
+    gemm_gflop_s: float
+
+
+def main() -> None:
+    arguments = parse()
+    torch.manual_seed(0)
+    if arguments.model:
+        model = load_model(arguments.model, torch.float32, CPU)
+        config, weights = model.config, model.weights
+    else:
+        config, weights = BUNDLED, synthetic_weights(BUNDLED, arguments.density)
+    tokens = read_tokens(arguments.text, config.vocab_size, arguments.batch * 1024 + arguments.prompt)
+    if not (error := disagreement(config, weights, tokens)) <= TOLERANCE:
+        sys.exit(f"The CPU kernels are {error:.1e} off the specification: no speed is worth printing.")
+    with torch.inference_mode():
+        densities = measure_densities(weights, tokens[:512])
+        bench = Bench(config, weights, tokens, arguments.batch, densities, arguments.repeats)
+        results = bench.run(arguments.context, arguments.prompt)
+    report = {
+        "command": " ".join(["python -m benchmarks.kernels", *sys.argv[1:]]),
+        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "system": platform.platform()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numba": numba.__version__},
+        "model": config.to_dict(),
+        "largest_relative_error": error,
+        "densities": asdict(densities),
+        **results,
+    }
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "kernels-cpu.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(json.dumps(report, indent=2))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--model", type=Path, help="a model folder; without it, synthetic weights of the bundled shape")
+    parser.add_argument("--text", type=Path, help="a file whose bytes are the tokens; without it, random ones")
+    parser.add_argument("--density", type=float, default=0.22, help="share of neurons that fire, of synthetic weights")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--context", type=int, default=512, help="that is recomputed for every token, upstream's way")
+    parser.add_argument("--prompt", type=int, default=4096)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    return parser.parse_args()
+
+
+def read_tokens(text: Path | None, vocabulary: int, count: int) -> Tensor:
+    if text is None:
+        return torch.randint(0, vocabulary, (count,))
+    read = torch.tensor(list(text.read_bytes()[:count]))
+    return read.repeat(-(-count // len(read)))[:count]
+
+
+def ragged(tokens: Tensor, batch: int, start: int, length: int) -> RaggedBatch:
+    """The tokens at `start` … of `batch` sequences, which lie 1,024 tokens apart."""
+    return RaggedBatch(
+        tokens=torch.cat([tokens[1024 * s + start : 1024 * s + start + length] for s in range(batch)]),
+        positions=torch.arange(start, start + length).repeat(batch),
+        bounds=[length * s for s in range(batch + 1)],
+        slots=list(range(batch)),
+    )
+
+
+def disagreement(config: BDHConfig, weights: Weights, tokens: Tensor) -> float:
+    """The largest relative error over a prefill, a decode step, and the states after them."""
+    sides: list[list[Tensor]] = []
+    for kernels in (TorchKernels(weights), CpuKernels(weights)):
+        states = StatePool(config, 4, CPU).states
+        sides.append([kernels.logits(kernels.forward(states, ragged(tokens, 4, *at))) for at in ((0, 64), (64, 1))])
+        sides[-1].append(states)
+    return max(float((mine - right).norm() / right.norm()) for right, mine in zip(*sides))
+
+
+def measure_densities(weights: Weights, tokens: Tensor) -> Densities:
+    """What fires in the specification for one sequence."""
+    cos, sin = rotation(weights.frequencies, torch.arange(len(tokens)))
+    heads, width, neurons = weights.encoder.shape
+    x = layer_norm(weights.embed[tokens].float())
+    counts = torch.zeros(3)
+    for _ in range(weights.layers):
+        fired = project(x, weights.encoder).relu()
+        y = attend_segment(rotate(fired, cos, sin), x, torch.zeros(heads, neurons, width))
+        gated = fired * project(layer_norm(y), weights.encoder_v).relu()
+        pairs = torch.maximum(fired[..., ::2], fired[..., 1::2])
+        counts += torch.stack([(values > 0).float().mean() for values in (fired, pairs, gated)])
+        x = layer_norm(x + layer_norm(project(gated.transpose(0, 1).flatten(1), weights.decoder)))
+    return Densities(*(counts / weights.layers).tolist())
+
+
+def recompute(weights: Weights, tokens: Tensor) -> Tensor:
+    """Upstream's forward pass over whole contexts [B, T], as its `generate` runs it for every token: logits [B, V]."""
+    batch, length = tokens.shape
+    cos, sin = rotation(weights.frequencies, torch.arange(length))
+    x = layer_norm(weights.embed[tokens].float())[:, None]
+    for _ in range(weights.layers):
+        fired = project(x, weights.encoder).relu()
+        q = rotate(fired, cos, sin)
+        y = layer_norm((q @ q.mT).tril(-1) @ x)
+        gated = fired * project(y, weights.encoder_v).relu()
+        z = project(gated.transpose(1, 2).reshape(batch, 1, length, -1), weights.decoder)
+        x = layer_norm(x + layer_norm(z))
+    return project(x[:, 0, -1], weights.lm_head)
+
+
+def measure_machine(repeats: int) -> tuple[Callable[[], None], Callable[[], None], Callable[[float, float], Machine]]:
+    """Two things to time, a copy and a product, both on all threads, and what their times mean."""
+    source, target = torch.zeros(1 << 26), torch.ones(1 << 26)
+    a, b, out = torch.randn(1536, 1536), torch.randn(1536, 1536), torch.empty(1536, 1536)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    def gemm() -> None:
+        torch.mm(a, b, out=out)
+
+    def rates(copy_time: float, gemm_time: float) -> Machine:
+        return Machine(2 * source.nbytes / copy_time / 1e9, 2 * 1536**3 / gemm_time / 1e9)
+
+    return copy, gemm, rates
+
+
+@simd.in_parallel
+def expand_all(part: Round, shape: Shape, weights: Packed, work: Work, desks: Desk, threads: int) -> None:
+    for thread in numba.prange(threads):
+        expand_share(thread, threads, part, shape, weights, work, desks)
+
+
+@simd.in_parallel
+def attend_all(part: Round, shape: Shape, states: Floats, work: Work, desks: Desk, threads: int) -> None:
+    for thread in numba.prange(threads):
+        attend_share(thread, threads, part, shape, states, work, desks)
+
+
+@simd.in_parallel
+def contract_all(part: Round, shape: Shape, weights: Packed, work: Work, desks: Desk, threads: int) -> None:
+    for thread in numba.prange(threads):
+        contract_share(thread, threads, part, shape, weights, work, desks)
+
+
+@simd.compiled
+def expand_share(
+    thread: int, threads: int, part: Round, shape: Shape, weights: Packed, work: Work, desks: Desk
+) -> None:
+    desk = cpu.desk_of(desks, thread)
+    for piece in range(thread, shape.layers * shape.heads, threads):
+        cpu_passes.expand(0, part.bounds[-1], piece % shape.heads, shape, weights, work, desk)
+
+
+@simd.compiled
+def attend_share(thread: int, threads: int, part: Round, shape: Shape, states: Floats, work: Work, desks: Desk) -> None:
+    """Every layer's and head's state by the lists that lie on the desk."""
+    desk = cpu.desk_of(desks, thread)
+    for piece in range(thread, shape.layers * shape.heads, threads):
+        for segment in range(len(part.slots)):
+            cpu.attend(segment, 0, piece // shape.heads, piece % shape.heads, part, shape, states, work, desk)
+
+
+@simd.compiled
+def contract_share(
+    thread: int, threads: int, part: Round, shape: Shape, weights: Packed, work: Work, desks: Desk
+) -> None:
+    desk = cpu.desk_of(desks, thread)
+    for piece in range(thread, shape.layers * shape.heads, threads):
+        cpu_passes.contract(0, part.bounds[-1], piece % shape.heads, shape, weights, work, desk)
+
+
+class Bench:
+    def __init__(
+        self, config: BDHConfig, weights: Weights, tokens: Tensor, batch: int, densities: Densities, repeats: int
+    ) -> None:
+        self._config, self._weights, self._tokens = config, weights, tokens
+        self._batch, self._densities, self._repeats = batch, densities, repeats
+        self._kernels = CpuKernels(weights)
+        self._states = StatePool(config, batch, CPU).states
+        self._dense_states = StatePool(config, batch, CPU).states
+        self._position = 64
+
+    def run(self, context: int, prompt: int) -> dict[str, object]:
+        copy, gemm, rates = measure_machine(self._repeats)
+        dense = TorchKernels(self._weights)
+        self._kernels.forward(self._states, ragged(self._tokens, self._batch, 0, 64))
+        contexts = torch.stack([self._tokens[1024 * s : 1024 * s + context] for s in range(self._batch)])
+        passes = self._passes()
+        sides = {
+            "copy": copy,
+            "gemm": gemm,
+            "step": lambda: self._step(self._kernels, self._states),
+            "dense_step": lambda: self._step(dense, self._dense_states),
+            "prefill": lambda: self._prefill(prompt),
+            **passes,
+        }
+        times = alternate(sides, self._repeats)
+        times["recompute"] = alternate({"recompute": lambda: recompute(self._weights, contexts)}, 3)["recompute"]
+        machine = rates(times["copy"], times["gemm"])
+        return {
+            "machine_rates": asdict(machine),
+            "decode": self._decode(times, context),
+            "passes": self._pass_figures(times, machine),
+            "prefill": self._prefill_figures(prompt, times["prefill"], machine),
+        }
+
+    def _step(self, kernels: Kernels, states: Tensor) -> None:
+        self._position = 64 + (self._position + 1) % 512
+        kernels.logits(kernels.forward(states, ragged(self._tokens, self._batch, self._position, 1)))
+
+    def _prefill(self, prompt: int) -> None:
+        for start in range(0, prompt, CHUNK):
+            end = min(start + CHUNK, prompt)
+            batch = RaggedBatch(self._tokens[start:end], torch.arange(start, end), [0, end - start], [0])
+            self._kernels.forward(self._states, batch)
+
+    def _passes(self) -> dict[str, Callable[[], None]]:
+        """Each pass of a decode step by itself, for all layers; what is on the desks stays from the pass before."""
+        kernels, states = self._kernels, self._states.view(-1).numpy()
+        (part,) = cpu.rounds(ragged(self._tokens, self._batch, 64, 1), 1, 1)
+        shape, packed, work, desks = kernels._shape, kernels._packed, kernels._work, kernels._desks
+        threads = kernels._threads
+        return {
+            "expand": lambda: expand_all(part, shape, packed, work, desks, threads),
+            "attend": lambda: attend_all(part, shape, states, work, desks, threads),
+            "contract": lambda: contract_all(part, shape, packed, work, desks, threads),
+        }
+
+    def _decode(self, times: dict[str, float], context: int) -> dict[str, float]:
+        rates = {side: self._batch / times[side] for side in ("step", "dense_step", "recompute")}
+        return {
+            "batch": self._batch,
+            "tokens_per_s": rates["step"],
+            "dense_recurrence_tokens_per_s": rates["dense_step"],
+            f"recompute_at_{context}_tokens_per_s": rates["recompute"],
+            "times_dense_recurrence": rates["step"] / rates["dense_step"],
+            f"times_recompute_at_{context}": rates["step"] / rates["recompute"],
+        }
+
+    def _pass_figures(self, times: dict[str, float], machine: Machine) -> dict[str, dict[str, float]]:
+        shape = self._kernels._shape
+        lists = self._kernels._desks.starts[0].reshape(-1, shape.panels + 1)[: self._batch, -1]
+        rows = 2 * int(lists.sum()) * shape.layers * shape.heads
+        products = 2 * self._batch * shape.layers * shape.heads * shape.neurons * shape.width
+        moved = 2 * 4 * shape.width * rows
+        return {
+            "expand": {
+                "ms": times["expand"] * 1e3,
+                "percent_of_gemm_rate": 100 * products / times["expand"] / 1e9 / machine.gemm_gflop_s,
+            },
+            "attend": {
+                "ms": times["attend"] * 1e3,
+                "state_bytes_read_and_written": moved,
+                "gb_s": moved / times["attend"] / 1e9,
+                "percent_of_copy_bandwidth": 100 * moved / times["attend"] / 1e9 / machine.copy_gb_s,
+            },
+            "contract": {
+                "ms": times["contract"] * 1e3,
+                "times_two_dense_products_at_gemm_rate": times["contract"]
+                / (2 * products / 1e9 / machine.gemm_gflop_s),
+            },
+        }
+
+    def _prefill_figures(self, prompt: int, seconds: float, machine: Machine) -> dict[str, float]:
+        """Useful operations have no factor that is zero because a neuron did not fire; dense ones are all of them."""
+        shape, d = self._kernels._shape, self._densities
+        product = 2 * prompt * shape.layers * shape.heads * shape.neurons * shape.width
+        useful = product * (1 + 2 * d.pairs + d.fired + d.gated)
+        return {
+            "tokens": prompt,
+            "tokens_per_s": prompt / seconds,
+            "useful_gflop_s": useful / seconds / 1e9,
+            "useful_percent_of_gemm_rate": 100 * useful / seconds / 1e9 / machine.gemm_gflop_s,
+            "dense_percent_of_gemm_rate": 100 * 5 * product / seconds / 1e9 / machine.gemm_gflop_s,
+        }
+
+
+def alternate(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The median seconds of each side; they take turns, so that what else the machine does meets all of them."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for side in sides.values():
+        side()
+    for _ in tqdm(range(repeats), desc=", ".join(sides), file=sys.stderr):
+        for name, side in sides.items():
+            time.sleep(0.03)  # torch's threads and Numba's are two pools, and idle ones spin for a while
+            start = time.perf_counter()
+            side()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()

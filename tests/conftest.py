@@ -1,0 +1,316 @@
+"""Real servers for the tests: each is `bdh-batch serve` in a process of its own, spoken to over TCP alone.
+
+Test modules take from here only fixtures at run time, and types for the type checker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import AsyncOpenAI, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+ROOT = Path(__file__).parent.parent
+CONFORMANCE = ROOT / "tests" / "data" / "conformance"
+START_SECONDS = 180.0  # where no cache holds the kernels yet, they are compiled first
+STOP_SECONDS = 20.0
+ANSWER_SECONDS = 60.0  # no test waits longer for an answer: a hang is a failure
+POLL_SECONDS = 0.01
+LONG_NAME = (
+    "tiny-" + "x" * 4000
+)  # asked for under it, an answer has frames of 4 KiB: few tokens fill a socket's buffers
+
+ServeFactory = Callable[..., AbstractContextManager["Server"]]
+Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def eventually(condition: Callable[[], bool], within: float, what: Callable[[], object] = lambda: "") -> None:
+    """Polls until `condition` holds; fails with `what` when it does not `within` that many seconds."""
+    deadline = time.monotonic() + within
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {within} s: {what()}"
+        time.sleep(POLL_SECONDS)
+
+
+class RawStream:
+    """A client that does only what a test tells it to: sends its request, and reads when asked."""
+
+    def __init__(self, port: int, path: str, body: Mapping[str, Any], receive_buffer: int | None = None) -> None:
+        self.socket = socket.socket()
+        if receive_buffer is not None:
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+        self.socket.settimeout(ANSWER_SECONDS)
+        self.socket.connect(("127.0.0.1", port))
+        content = json.dumps(body).encode()
+        head = f"POST {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\ncontent-length: {len(content)}\r\n\r\n"
+        self.socket.sendall(head.encode() + content)
+        self.received = b""
+
+    def read_until(self, mark: bytes) -> None:
+        while mark not in self.received:
+            got = self.socket.recv(65536)
+            assert got, f"the server closed before {mark!r} came: {self.received!r}"
+            self.received += got
+
+    def read_all(self) -> bytes:
+        """Everything up to the server's close."""
+        pieces = [self.received]
+        while got := self.socket.recv(1 << 20):
+            pieces.append(got)
+        self.received = b"".join(pieces)
+        return self.received
+
+    @property
+    def status(self) -> int:
+        self.read_until(b"\r\n")
+        return int(self.received.split(b" ", 2)[1])
+
+    def close(self, reset: bool = False) -> None:
+        if reset:  # no farewell: the peer learns by an RST
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+        self.socket.close()
+
+
+class Server:
+    """A server that runs, and the ways to speak to it."""
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.process = process
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.http = httpx.Client(base_url=self.url, timeout=ANSWER_SECONDS)
+        self._log = log
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def openai(self, api_key: str = "none") -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=ANSWER_SECONDS)
+
+    def async_openai(self, api_key: str = "none") -> AsyncOpenAI:
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=ANSWER_SECONDS)
+
+    def raw(
+        self, body: Mapping[str, Any], path: str = "/v1/completions", receive_buffer: int | None = None
+    ) -> RawStream:
+        return RawStream(self.port, path, body, receive_buffer)
+
+    def complete(self, **body: Any) -> dict[str, Any]:
+        """The answer of /v1/completions; it must be one."""
+        response = self.http.post("/v1/completions", json=body)
+        assert response.status_code == 200, response.text
+        answer: dict[str, Any] = response.json()
+        return answer
+
+    def text(self, **body: Any) -> str:
+        return str(self.complete(**body)["choices"][0]["text"])
+
+    def events(self, path: str = "/v1/completions", **body: Any) -> list[dict[str, Any]]:
+        """The chunks of a stream that must end well."""
+        with self.http.stream("POST", path, json=body | {"stream": True}) as response:
+            assert response.status_code == 200, response.read()
+            assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+            raw = b"".join(response.iter_raw())
+        # Every frame is valid on its own: a character cut in two would fail here.
+        frames = [frame.decode("utf-8", "strict") for frame in raw.split(b"\n\n")]
+        assert frames.pop() == ""
+        assert frames.pop() == "data: [DONE]"
+        assert all(frame.startswith("data: {") for frame in frames)
+        return [json.loads(frame.removeprefix("data: ")) for frame in frames]
+
+    def refusal(
+        self,
+        body: object = None,
+        path: str = "/v1/completions",
+        status: int = 400,
+        content: bytes | Iterator[bytes] | None = None,
+    ) -> dict[str, Any]:
+        """The error that answers a POST of `body`, or of `content` as it is."""
+        raw = json.dumps(body).encode() if content is None else content
+        return self.error(self.http.post(path, content=raw), status)
+
+    @staticmethod
+    def error(response: httpx.Response, status: int) -> dict[str, Any]:
+        """The error that `response` bears; it must be whole, and typed as its status says."""
+        assert response.status_code == status, response.text
+        assert response.headers["content-type"] == "application/json"
+        assert response.headers["x-request-id"]
+        body = response.json()
+        assert body.keys() == {"error"}
+        error: dict[str, Any] = body["error"]
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert isinstance(error["message"], str)
+        assert error["message"]
+        assert "Traceback" not in error["message"]
+        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        assert error["type"] == kinds.get(status, "service_unavailable" if status == 503 else "invalid_request_error")
+        if status in (429, 503):
+            assert 1 <= int(response.headers["retry-after"]) <= 60
+        return error
+
+    def metrics(self) -> dict[str, float]:
+        """Samples by name; labels other than model_name follow it, as in `x{reason=y}`."""
+        found = {}
+        for family in text_string_to_metric_families(self.http.get("/metrics").text):
+            for sample in family.samples:
+                labels = ",".join(f"{k}={v}" for k, v in sorted(sample.labels.items()) if k != "model_name")
+                found[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
+        return found
+
+    def until(self, condition: Callable[[dict[str, float]], bool], within: float) -> None:
+        """Polls /metrics until `condition` holds of them."""
+        eventually(lambda: condition(self.metrics()), within, self.metrics)
+
+    def until_idle(self, within: float = 10.0) -> None:
+        """Until nothing runs or waits in the engine."""
+        self.until(lambda m: m["bdh_num_requests_running"] == m["bdh_num_requests_waiting"] == 0, within)
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def exit_code(self, within: float = STOP_SECONDS) -> int:
+        return self.process.wait(within)
+
+    def stop(self, cutting: bool = False) -> None:
+        """Ends the server as its user would, and looks whether it fared well. Idempotent."""
+        self.http.close()
+        if self.process.poll() is None:
+            self.terminate()
+        try:
+            code = self.exit_code()
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise
+        assert code == 0, self.log
+        if not cutting:
+            assert not re.search(r"Traceback|Task exception| (ERROR|CRITICAL) ", self.log), self.log
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def clean_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if not name.upper().startswith("BDH_")}
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "bdh_batch", *map(str, arguments)]
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> ServeFactory:
+    """Starts servers: `with serve("auth.enabled=true", model=folder) as server`; each is stopped and looked at."""
+
+    @contextlib.contextmanager
+    def start(
+        *options: str,
+        model: Path | None = None,
+        wait: bool = True,
+        env: Mapping[str, str] | None = None,
+        cutting: bool = False,  # the server must cut a client off at its end, and may say so in its log
+    ) -> Iterator[Server]:
+        port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+        arguments = [argument for option in options for argument in ("--set", option)]
+        if model is not None:
+            arguments += ["--model", str(model)]
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                command("serve", "--port", port, *arguments),
+                cwd=ROOT,
+                env=clean_environment() | dict(env or {}),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        server = Server(process, port, log)
+        try:
+            if wait:
+                wait_until_ready(server)
+            yield server
+        finally:
+            server.stop(cutting)
+
+    return start
+
+
+def wait_until_ready(server: Server) -> None:
+    def ready() -> bool:
+        assert server.process.poll() is None, f"the server ended at its start: {server.log}"
+        try:
+            return server.http.get("/readyz").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    eventually(ready, START_SECONDS, lambda: server.log)
+
+
+@pytest.fixture(scope="session")
+def both(serve: ServeFactory) -> Iterator[tuple[Server, Server]]:
+    """The two servers that most tests use, started side by side."""
+    of_bytes = serve(f"model.aliases=minute,{LONG_NAME}", model=CONFORMANCE / "tiny", wait=False)
+    with serve("scheduler.max_running=96", wait=False) as server, of_bytes as tiny:
+        wait_until_ready(server)
+        wait_until_ready(tiny)
+        yield server, tiny
+
+
+@pytest.fixture(scope="session")
+def server(both: tuple[Server, Server]) -> Server:
+    """The bundled model, as `make serve` starts it."""
+    return both[0]
+
+
+@pytest.fixture(scope="session")
+def tiny(both: tuple[Server, Server]) -> Server:
+    """A random model of bytes: fast, and full of characters that are not ASCII."""
+    return both[1]
+
+
+@pytest.fixture(scope="session")
+def long_name() -> str:
+    """A name of `tiny`'s model; asked for under it, a stream has frames of 4 KiB: few tokens fill all buffers."""
+    return LONG_NAME
+
+
+@pytest.fixture(scope="session")
+def odd(serve: ServeFactory) -> Iterator[Server]:
+    """A model of 97 tokens that no tokenizer goes with."""
+    with serve(model=CONFORMANCE / "odd-sizes") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def cli() -> Cli:
+    """Runs the command line to its end."""
+
+    def run(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*arguments),
+            cwd=ROOT,
+            env=clean_environment() | dict(env or {}),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=START_SECONDS,
+        )
+
+    return run

@@ -1,0 +1,517 @@
+"""Every wrong request gets an error that names the thing, and leaves the server as it was."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import openai
+import pytest
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+if TYPE_CHECKING:
+    from tests.conftest import Server
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+PATHS = pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+BODIES: dict[str, dict[str, Any]] = {
+    COMPLETIONS: {"prompt": "a", "max_tokens": 1},
+    CHAT: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
+}
+MODEL_LIMIT = 131072
+
+
+@pytest.fixture(autouse=True)
+def unharmed(tiny: Server) -> Iterator[None]:
+    """After every test of this module the server answers as ever."""
+    yield
+    assert tiny.http.get("/health").status_code == 200
+    assert tiny.complete(prompt="a", max_tokens=2, temperature=0)["usage"]["completion_tokens"] == 2
+
+
+def message(**fields: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "a"} | fields]}
+
+
+def each(field: str, param: str, values: Iterable[object]) -> list[tuple[str, object, str]]:
+    return [(field, value, param) for value in values]
+
+
+class TestBodies:
+    @PATHS
+    @pytest.mark.parametrize(
+        "content",
+        [
+            b"",
+            b"{",
+            b"prompt=a&max_tokens=1",
+            b'{"prompt": "a",}',
+            b"{'prompt': 'a'}",
+            b'{"prompt": "a"} {"prompt": "b"}',
+            b'{"prompt": "\xff\xfe", "max_tokens": 1}',
+            b'\xef\xbb\xbf{"prompt": "a"}',
+            b'{"prompt": "a\xed\xa0\x80", "max_tokens": 1}',
+            rb'{"prompt": "a\ud800", "max_tokens": 1}',
+            rb'{"prompt": "\udc00\ud800", "max_tokens": 1}',
+            rb'{"messages": [{"role": "user", "content": "\ud83d"}], "max_tokens": 1}',
+            b'{"prompt": "a", "temperature": NaN}',
+            b'{"prompt": "a", "temperature": Infinity}',
+            b'{"prompt": "a", "temperature": -Infinity}',
+            b"\x00" * 100,
+            b"[" * 100_000,
+            b"[" * 100_000 + b"]" * 100_000,
+            b'{"prompt":' * 50_000 + b"1" + b"}" * 50_000,
+        ],
+        ids=lambda content: repr(content[:24]),
+    )
+    def test_that_are_not_json_are_refused(self, tiny: Server, path: str, content: bytes) -> None:
+        assert tiny.refusal(path=path, content=content)["code"] == "invalid_json"
+
+    @PATHS
+    @pytest.mark.parametrize("body", [[], "prompt", 1, None, True, [{"prompt": "a"}]], ids=repr)
+    def test_that_are_not_objects_are_refused(self, tiny: Server, path: str, body: object) -> None:
+        assert "object" in tiny.refusal(body, path)["message"]
+
+    @PATHS
+    @pytest.mark.parametrize("depth", [10, 200, 900])
+    def test_that_are_nested_deep_are_read_or_refused(self, tiny: Server, path: str, depth: int) -> None:
+        nested: object = 1
+        for _ in range(depth):
+            nested = [nested]
+        field = "prompt" if path == COMPLETIONS else "messages"
+        assert tiny.refusal(BODIES[path] | {field: nested}, path)["param"] in (field, f"{field}[0]")
+        response = tiny.http.post(path, json=BODIES[path] | {"metadata": {"deep": nested}})
+        assert response.status_code in (200, 400)
+
+    @PATHS
+    @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+    def test_may_have_any_content_type(self, tiny: Server, path: str, kind: str) -> None:
+        content = json.dumps(BODIES[path]).encode()
+        assert tiny.http.post(path, content=content, headers={"content-type": kind}).status_code == 200
+
+
+class TestTypes:
+    @PATHS
+    @pytest.mark.parametrize(
+        ("field", "value", "param"),
+        [
+            *each("model", "model", (5, [], {}, True)),
+            *each("max_tokens", "max_tokens", ("5", 1.5, True, [], {})),
+            *each("temperature", "temperature", ("1", True, [], {})),
+            *each("top_p", "top_p", ("0.5", True, [0.5])),
+            *each("top_k", "top_k", ("5", 1.5, True, [])),
+            *each("seed", "seed", ("5", 1.5, True, [])),
+            *each("n", "n", ("1", 1.5, True, [])),
+            *each("stop", "stop", (5, True, {})),
+            *each("stop", "stop[0]", ([5], [None], [["a"]], [""], "")),
+            ("stop", ["a", ""], "stop[1]"),
+            *each("stream", "stream", ("true", 1, 0, [])),
+            *each("stream_options", "stream_options", ([], "a", True)),
+            ("stream_options", {"include_usage": 1}, "stream_options.include_usage"),
+            ("stream_options", {"include_usage": "true"}, "stream_options.include_usage"),
+            *each("return_token_ids", "return_token_ids", ("true", 1, [])),
+            *each("user", "user", (5, [], {})),
+            *each("metadata", "metadata", (5, [], "a")),
+            *each("store", "store", (1, "true")),
+        ],
+    )
+    def test_of_every_field_are_strict(self, tiny: Server, path: str, field: str, value: object, param: str) -> None:
+        error = tiny.refusal(BODIES[path] | {field: value}, path)
+        assert error["param"] == param
+        assert param in error["message"]
+
+    @pytest.mark.parametrize(
+        "prompt",
+        [5, 1.5, True, None, {}, [True], [1.5], ["a", 1], [["a"]], [[1], "a"], [None], [[1.0]], [[True]], [[[1]]]],
+    )
+    def test_of_a_prompt_are_strict(self, tiny: Server, prompt: object) -> None:
+        assert tiny.refusal({"prompt": prompt, "max_tokens": 1})["param"] == "prompt"
+
+    @pytest.mark.parametrize("value", ["5", 1.5, True])
+    def test_of_max_completion_tokens_are_strict(self, tiny: Server, value: object) -> None:
+        assert tiny.refusal(message() | {"max_completion_tokens": value}, CHAT)["param"] == "max_completion_tokens"
+
+    @pytest.mark.parametrize(
+        ("body", "param"),
+        [
+            ({}, "messages"),
+            ({"messages": None}, "messages"),
+            ({"messages": "hello"}, "messages"),
+            ({"messages": {"role": "user", "content": "a"}}, "messages"),
+            ({"messages": []}, "messages"),
+            ({"messages": [5]}, "messages[0]"),
+            ({"messages": [{"content": "a"}]}, "messages[0].role"),
+            (message(role="wizard"), "messages[0].role"),
+            (message(role=None), "messages[0].role"),
+            (message(role=["user"]), "messages[0].role"),
+            ({"messages": [{"role": "user"}]}, "messages[0].content"),
+            (message(content=5), "messages[0].content"),
+            (message(content=None), "messages[0].content"),
+            (message(content={"type": "text", "text": "a"}), "messages[0].content"),
+            (message(content=[5]), "messages[0].content[0]"),
+            (message(content=[{"text": "a"}]), "messages[0].content[0]"),
+            (message(content=[{"type": "text"}]), "messages[0].content[0]"),
+            (message(content=[{"type": "text", "text": "a"}, {"type": "text", "text": 5}]), "messages[0].content[1]"),
+            (message(name=5), "messages[0].name"),
+            ({"messages": [*message()["messages"], {"role": "user", "content": 5}]}, "messages[1].content"),
+        ],
+        ids=repr,
+    )
+    def test_of_messages_are_strict(self, tiny: Server, body: dict[str, Any], param: str) -> None:
+        error = tiny.refusal(body, CHAT)
+        assert error["param"] == param
+        assert param in error["message"]
+
+    @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "refusal", "nonsense"])
+    def test_of_content_other_than_text_are_not_supported(self, tiny: Server, kind: str) -> None:
+        content = [{"type": "text", "text": "a"}, {"type": kind, kind: {"url": "http://example.com"}}]
+        error = tiny.refusal(message(content=content), CHAT)
+        assert (error["param"], error["code"]) == ("messages[0].content[1]", "unsupported_parameter")
+        assert kind in error["message"]
+
+
+class TestRanges:
+    @PATHS
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            *(("max_tokens", value) for value in (0, -1, -(2**63))),
+            *(("temperature", value) for value in (-0.001, 2.001, -5, 1e308)),
+            *(("top_p", value) for value in (0, -0.1, 1.001, 50)),
+            *(("top_k", value) for value in (-2, -(2**63))),
+            *(("n", value) for value in (0, -1, 17, 2**63)),
+            *(("seed", value) for value in (-(2**63) - 1, 2**64, 10**30)),
+            ("stop", [chr(97 + i) for i in range(17)]),
+        ],
+    )
+    def test_end_where_the_api_says(self, tiny: Server, path: str, field: str, value: object) -> None:
+        error = tiny.refusal(BODIES[path] | {field: value}, path)
+        assert error["param"] == field
+        assert field in error["message"]
+
+    @PATHS
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            *(("temperature", value) for value in (0, 0.0, 2, 2.0, 1)),
+            *(("top_p", value) for value in (1, 1.0, 1e-9, 5e-324)),
+            *(("top_k", value) for value in (-1, 0, 1, 256, 10_000)),
+            *(("n", value) for value in (1, 16)),
+            *(("seed", value) for value in (-(2**63), -1, 0, 2**63, 2**64 - 1)),
+            ("stop", [chr(97 + i) for i in range(16)]),
+            ("stop", []),
+        ],
+    )
+    def test_hold_their_ends(self, tiny: Server, path: str, field: str, value: object) -> None:
+        assert tiny.http.post(path, json=BODIES[path] | {field: value}).status_code == 200
+
+    @PATHS
+    def test_of_the_answer_end_with_the_context(self, tiny: Server, path: str) -> None:
+        for most in (MODEL_LIMIT, 2**63 - 1, 2**64 - 1):
+            assert tiny.refusal(BODIES[path] | {"max_tokens": most}, path)["code"] == "context_length_exceeded"
+
+    @pytest.mark.parametrize("value", [0, -1])
+    def test_of_max_completion_tokens_begin_at_one(self, tiny: Server, value: int) -> None:
+        assert tiny.refusal(message() | {"max_completion_tokens": value}, CHAT)["param"] == "max_completion_tokens"
+
+    def test_of_prompts_end_where_the_settings_say(self, tiny: Server) -> None:
+        assert len(tiny.complete(prompt=["a"] * 128, max_tokens=1)["choices"]) == 128
+        assert tiny.refusal({"prompt": ["a"] * 129, "max_tokens": 1})["param"] == "prompt"
+
+    @pytest.mark.parametrize("token", [-1, 256, 2**31, 2**63, 2**64 - 1])
+    def test_of_token_ids_end_with_the_vocabulary(self, tiny: Server, token: int) -> None:
+        for prompt in ([97, token], [[97], [token]]):
+            error = tiny.refusal({"prompt": prompt, "max_tokens": 1})
+            assert error["param"] == "prompt"
+            assert "255" in error["message"]
+
+    @PATHS
+    @pytest.mark.parametrize(
+        "number", [str(2**63), str(2**64), "1" + "0" * 400, "-1" + "0" * 400, "1e400", "-0", "1e-400"]
+    )
+    @pytest.mark.parametrize("field", ["max_tokens", "temperature", "top_p", "top_k", "seed", "n", "priority"])
+    def test_survive_absurd_numbers(self, tiny: Server, path: str, field: str, number: str) -> None:
+        rest = json.dumps({key: value for key, value in BODIES[path].items() if key != field})
+        response = tiny.http.post(path, content=f'{rest[:-1]}, "{field}": {number}}}'.encode())
+        if response.status_code != 200:
+            tiny.error(response, 400)
+
+    @pytest.mark.parametrize("extreme", [{"top_k": 2**63}, {"top_k": 2**64 - 1}, {"temperature": 1e-40}])
+    def test_whatever_they_let_through_ends_no_neighbour(self, tiny: Server, extreme: dict[str, Any]) -> None:
+        neighbour = tiny.raw({"prompt": "a", "max_tokens": 100_000, "stream": True})
+        neighbour.read_until(b"data: ")
+        response = tiny.http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 4} | extreme)
+        running = tiny.metrics()["bdh_num_requests_running"]
+        neighbour.close()
+        tiny.until_idle()
+        assert running == 1
+        assert response.status_code in (200, 400)
+
+
+class TestPrompts:
+    @pytest.mark.parametrize("prompt", ["", [], [""], ["a", ""], [[]], [[97], []]], ids=repr)
+    def test_that_are_empty_are_refused(self, tiny: Server, prompt: object) -> None:
+        error = tiny.refusal({"prompt": prompt, "max_tokens": 1})
+        assert error["param"] == "prompt"
+        assert "empty" in error["message"]
+
+    def test_must_be_there(self, tiny: Server) -> None:
+        assert tiny.refusal({"max_tokens": 1})["param"] == "prompt"
+
+    def test_of_a_megabyte_exceed_the_context(self, tiny: Server) -> None:
+        error = tiny.refusal({"prompt": "a" * 2**20, "max_tokens": 1})
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+        error = tiny.refusal({"prompt": ["a", "é" * 2**19], "max_tokens": 1})
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+        error = tiny.refusal({"prompt": [97] * (MODEL_LIMIT + 1), "max_tokens": 1})
+        assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+        error = tiny.refusal(message(content="a" * 2**20), CHAT)
+        assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
+
+    def test_with_control_characters_are_served(self, tiny: Server) -> None:
+        prompt = "\0\x01\r\n\x7f\u2028\U0010ffff\ufeff"
+        assert tiny.complete(prompt=prompt, max_tokens=1)["usage"]["prompt_tokens"] == len(prompt.encode())
+
+
+class TestUnknown:
+    @PATHS
+    @pytest.mark.parametrize("field", ["prmpt", "max_token", "Temperature", "", "é", "a.b", "__class__", "context"])
+    def test_fields_are_refused_by_name(self, tiny: Server, path: str, field: str) -> None:
+        error = tiny.refusal(BODIES[path] | {field: 1}, path)
+        assert error["code"] == "unknown_parameter"
+        assert error["param"] == field
+        assert field in error["message"]
+
+    @PATHS
+    def test_fields_are_refused_even_if_null(self, tiny: Server, path: str) -> None:
+        assert tiny.refusal(BODIES[path] | {"prmpt": None}, path)["code"] == "unknown_parameter"
+
+    def test_nested_fields_are_refused_by_name(self, tiny: Server) -> None:
+        error = tiny.refusal(message(nmae="a"), CHAT)
+        assert (error["param"], error["code"]) == ("messages[0].nmae", "unknown_parameter")
+        error = tiny.refusal(BODIES[COMPLETIONS] | {"stream": True, "stream_options": {"usage": True}})
+        assert (error["param"], error["code"]) == ("stream_options.usage", "unknown_parameter")
+
+    def test_fields_of_the_other_endpoint_are_refused(self, tiny: Server) -> None:
+        assert tiny.refusal(BODIES[COMPLETIONS] | {"messages": []})["param"] == "messages"
+        assert tiny.refusal(BODIES[COMPLETIONS] | {"max_completion_tokens": 1})["param"] == "max_completion_tokens"
+        assert tiny.refusal(BODIES[CHAT] | {"prompt": "a"}, CHAT)["param"] == "prompt"
+
+    @PATHS
+    @pytest.mark.parametrize("model", ["gpt-4", "", "tiny/", "TINY", "../tiny"])
+    def test_models_are_not_found(self, tiny: Server, path: str, model: str) -> None:
+        error = tiny.refusal(BODIES[path] | {"model": model}, path, 404)
+        assert (error["param"], error["code"]) == ("model", "model_not_found")
+        assert repr(model) in error["message"]
+
+    def test_models_are_the_clients_not_found_error(self, tiny: Server) -> None:
+        with tiny.openai() as client:
+            with pytest.raises(openai.NotFoundError) as caught:
+                client.completions.create(model="gpt-4", prompt="a")
+            assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+            with pytest.raises(openai.NotFoundError):
+                client.chat.completions.create(model="gpt-4", messages=[{"role": "user", "content": "a"}], stream=True)
+
+    def test_fields_are_the_clients_bad_request_error(self, tiny: Server) -> None:
+        with tiny.openai() as client, pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model="tiny", prompt="a", extra_body={"prmpt": "b"})
+        assert (caught.value.code, caught.value.param) == ("unknown_parameter", "prmpt")
+
+    @pytest.mark.parametrize("path", ["/v1", "/v1/", "/nothing", "/v2/completions", "/%00", "/é", "//"])
+    @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+    def test_paths_are_not_found(self, tiny: Server, path: str, method: str) -> None:
+        assert tiny.error(tiny.http.request(method, tiny.url + path), 404)["code"] == "not_found"
+
+    @pytest.mark.parametrize(
+        ("method", "path", "allowed"),
+        [
+            *((method, COMPLETIONS, "POST") for method in ("GET", "PUT", "DELETE", "PATCH", "OPTIONS")),
+            ("GET", CHAT, "POST"),
+            ("POST", "/v1/models", "GET"),
+            ("DELETE", "/v1/models/tiny", "GET"),
+            ("POST", "/health", "GET"),
+            ("POST", "/metrics", "GET"),
+            ("POST", "/", "GET"),
+        ],
+    )
+    def test_methods_are_refused_with_those_there_are(self, tiny: Server, method: str, path: str, allowed: str) -> None:
+        response = tiny.http.request(method, path)
+        assert tiny.error(response, 405)["code"] == "method_not_allowed"
+        assert allowed in response.headers["allow"].split(", ")
+
+
+UNSUPPORTED: dict[str, tuple[list[object], list[object]]] = {  # what asks for something, what asks for nothing
+    "min_p": ([0.1, 1], [0, 0.0]),
+    "presence_penalty": ([0.5, -2, "a"], [0, 0.0]),
+    "frequency_penalty": ([0.5, -2], [0, 0.0]),
+    "repetition_penalty": ([1.1, 0.9], [1, 1.0]),
+    "logit_bias": ([{"50": 100}], [{}]),
+    "best_of": ([2], [1]),
+    "stop_token_ids": ([[10]], [[]]),
+    "include_stop_str_in_output": ([True], [False]),
+    "min_tokens": ([1], [0]),
+    "ignore_eos": ([True], [False]),
+    "logprobs": ([True, 5, 0], [False]),
+    "top_logprobs": ([3], [0]),
+    "echo": ([True], [False]),
+    "response_format": ([{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}], [{"type": "text"}]),
+    "structured_outputs": ([{"regex": "a+"}], [{}]),
+    "tools": ([[{"type": "function", "function": {"name": "f"}}]], [[]]),
+    "tool_choice": (["required", {"type": "function", "function": {"name": "f"}}], ["none", "auto"]),
+    "parallel_tool_calls": ([], [True, False]),
+    "priority": ([1, -1], [0]),
+    "suffix": (["b"], [""]),
+    "audio": ([{"voice": "ash", "format": "wav"}], []),
+    "modalities": ([["text", "audio"]], [["text"]]),
+}
+
+
+class TestUnsupported:
+    @PATHS
+    @pytest.mark.parametrize(
+        ("field", "value"), [(name, value) for name, (asks, _) in UNSUPPORTED.items() for value in asks]
+    )
+    def test_parameters_are_refused_by_name(self, tiny: Server, path: str, field: str, value: object) -> None:
+        error = tiny.refusal(BODIES[path] | {field: value}, path)
+        assert (error["param"], error["code"]) == (field, "unsupported_parameter")
+        assert field in error["message"]
+
+    @PATHS
+    @pytest.mark.parametrize("field", UNSUPPORTED)
+    def test_parameters_that_ask_for_nothing_are_accepted(self, tiny: Server, path: str, field: str) -> None:
+        for value in (None, *UNSUPPORTED[field][1]):
+            assert tiny.http.post(path, json=BODIES[path] | {field: value}).status_code == 200, value
+
+    @PATHS
+    def test_running_usage_is_refused_by_name(self, tiny: Server, path: str) -> None:
+        body = BODIES[path] | {"stream": True}
+        error = tiny.refusal(body | {"stream_options": {"continuous_usage_stats": True}}, path)
+        assert (error["param"], error["code"]) == ("stream_options.continuous_usage_stats", "unsupported_parameter")
+        for value in (None, False):
+            tiny.events(path, **body, stream_options={"continuous_usage_stats": value})
+
+    @PATHS
+    def test_stream_options_without_a_stream_are_refused(self, tiny: Server, path: str) -> None:
+        error = tiny.refusal(BODIES[path] | {"stream_options": {"include_usage": True}}, path)
+        assert error["param"] == "stream_options"
+
+    def test_through_the_client_it_is_a_bad_request(self, tiny: Server) -> None:
+        with tiny.openai() as client, pytest.raises(openai.BadRequestError) as caught:
+            client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}], logprobs=True)
+        assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "logprobs")
+
+
+class TestTooLarge:
+    """The default limit is 4 MiB."""
+
+    @PATHS
+    def test_bodies_are_refused(self, tiny: Server, path: str) -> None:
+        error = tiny.refusal(path=path, content=b'{"prompt": "' + b"a" * (4 * 2**20) + b'"}', status=413)
+        assert error["code"] == "body_too_large"
+        assert "limits.max_body_bytes" in error["message"]
+
+    def test_chunked_bodies_are_refused(self, tiny: Server) -> None:
+        chunks = iter([b'{"prompt": "', *([b"a" * 2**16] * 65), b'"}'])
+        assert tiny.refusal(content=chunks, status=413)["code"] == "body_too_large"
+
+    def test_bodies_are_refused_before_they_are_read(self, tiny: Server) -> None:
+        with socket.create_connection(("127.0.0.1", tiny.port), timeout=10) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 10000000000\r\n\r\n{")
+            assert client.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+    def test_chunked_bodies_without_an_end_are_refused_at_the_limit(self, tiny: Server) -> None:
+        with socket.create_connection(("127.0.0.1", tiny.port), timeout=10) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
+            for _ in range(65):
+                client.sendall(b"10000\r\n" + b"a" * 2**16 + b"\r\n")
+            assert client.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+    def test_bodies_just_below_are_read(self, tiny: Server) -> None:
+        content = b'{"prompt": "a", "max_tokens": 1, "user": "'
+        content += b"a" * (4 * 2**20 - len(content) - 2) + b'"}'
+        assert len(content) == 4 * 2**20
+        assert tiny.http.post(COMPLETIONS, content=content).status_code == 200
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=10,
+)
+FIELDS = [
+    *("model", "prompt", "messages", "temperature", "top_p", "top_k", "seed", "n", "stop", "stream", "stream_options"),
+    *("return_token_ids", "user", "metadata", "store", *UNSUPPORTED),
+]
+plausible = st.fixed_dictionaries(
+    {},
+    optional={
+        "prompt": st.text(max_size=20) | st.lists(st.integers(0, 300), max_size=8) | json_values,
+        "messages": st.lists(
+            st.fixed_dictionaries(
+                {
+                    "role": st.sampled_from(["user", "assistant", "system", "x"]),
+                    "content": st.text(max_size=9) | json_values,
+                }
+            ),
+            max_size=3,
+        )
+        | json_values,
+        "temperature": st.floats(0, 2) | json_values,
+        "top_p": st.floats(0, 1) | json_values,
+        "top_k": st.integers(-1, 300) | json_values,
+        "seed": st.integers() | json_values,
+        "n": st.integers(1, 3) | json_values,
+        "stop": st.text(max_size=3) | st.lists(st.text(max_size=3), max_size=4) | json_values,
+        "stream": st.booleans() | json_values,
+    },
+)
+anything = st.one_of(
+    plausible,
+    plausible,
+    st.dictionaries(st.sampled_from(FIELDS), json_values, max_size=5),
+    json_values,
+    st.binary(max_size=40),
+)
+
+
+@settings(
+    max_examples=150,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(anything)
+def test_nothing_that_a_client_sends_is_the_servers_fault(tiny: Server, body: object) -> None:
+    for path in (COMPLETIONS, CHAT):
+        if isinstance(body, dict):
+            body = body | {"max_tokens": 2}
+        content = body if isinstance(body, bytes) else json.dumps(body).encode("utf-8", "surrogatepass")
+        response = tiny.http.post(path, content=content)
+        if response.status_code == 200:
+            assert "error" not in response.text.partition('"choices"')[0]
+        else:
+            assert response.status_code in (400, 404)
+            tiny.error(response, response.status_code)
+
+
+def test_what_is_not_http_is_refused(tiny: Server) -> None:
+    for nonsense in (
+        b"\x16\x03\x01\x02\x00\x01",
+        b"NONSENSE\r\n\r\n",
+        b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
+    ):
+        with socket.create_connection(("127.0.0.1", tiny.port), timeout=10) as client:
+            client.sendall(nonsense)
+            client.shutdown(socket.SHUT_WR)
+            answer = client.recv(4096)
+            assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
+
+
+def test_a_request_cut_off_in_its_body_leaves_nothing_behind(tiny: Server) -> None:
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", tiny.port), timeout=10) as client:
+            client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 1000\r\n\r\n{")
+    tiny.until(lambda m: m["bdh_http_requests_in_flight"] <= 1, 5)  # the scrape itself

@@ -1,0 +1,234 @@
+"""From start to exit: what cannot work says why in one line; what runs is brought to an end that clients understand."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+if TYPE_CHECKING:
+    from tests.conftest import Cli, RawStream, ServeFactory, Server
+
+ROOT = Path(__file__).parent.parent.parent
+TINY = ROOT / "tests" / "data" / "conformance" / "tiny"
+ENDLESS = {"prompt": "a", "max_tokens": 100_000, "stream": True}
+QUICKLY = 5.0
+
+
+class TestStart:
+    def refused(self, cli: Cli, *arguments: object, env: dict[str, str] | None = None) -> str:
+        """The one line that explains why the command did not run."""
+        ended = cli(*arguments, env=env)
+        assert ended.returncode == 2, ended
+        assert ended.stdout == ""
+        lines = [line for line in ended.stderr.splitlines() if not re.match(r"\d{4}-\d\d-\d\d .* INFO ", line)]
+        assert len(lines) == 1, ended.stderr
+        assert lines[0].startswith("bdh-batch: ")
+        return lines[0]
+
+    def test_needs_a_free_port(self, cli: Cli) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            line = self.refused(cli, "serve", "--port", port, "--model", TINY)
+        assert "server.port" in line
+        assert str(port) in line
+
+    def test_needs_a_model(self, cli: Cli, tmp_path: Path) -> None:
+        line = self.refused(cli, "serve", "--port", 0, "--model", tmp_path / "missing")
+        assert "model.path" in line
+        assert str(tmp_path / "missing") in line
+
+    def test_needs_a_whole_model(self, cli: Cli, tmp_path: Path) -> None:
+        folder = shutil.copytree(TINY, tmp_path / "cut")
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-100])
+        assert str(weights) in self.refused(cli, "serve", "--port", 0, "--model", folder)
+
+    def test_needs_keys_where_they_are_asked_for(self, cli: Cli) -> None:
+        line = self.refused(cli, "serve", "--port", 0, "--model", TINY, "--set", "auth.enabled=true")
+        assert "auth.api_keys" in line
+
+    @pytest.mark.parametrize(
+        ("arguments", "words"),
+        [
+            (["--set", "server.prot=1"], ["server.prot", "server.port?"]),
+            (["--set", "sevrer.port=1"], ["sevrer.port", "server.port?"]),
+            (["--set", "server.port"], ["OPTION=VALUE"]),
+            (["--set", "server.port=http"], ["server.port", "http"]),
+            (["--set", "server.workers=2"], ["server.workers", "one worker"]),
+            (["--device", "tpu"], ["model.device", "tpu"]),
+            (["--config", "/nowhere.yaml"], ["/nowhere.yaml"]),
+        ],
+    )
+    def test_needs_options_that_exist_and_fit(self, cli: Cli, arguments: list[str], words: list[str]) -> None:
+        line = self.refused(cli, "serve", *arguments)
+        assert all(word in line for word in words), line
+
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ("server: {prot: 1}", ["server.prot", "server.port?"]),
+            ("sevrer: {port: 1}", ["sevrer", "server?"]),
+            ("server: {port: many}", ["server.port", "many"]),
+            ("server: 8000", ["server"]),
+            ("server: {port: 1", ["YAML"]),
+        ],
+    )
+    def test_needs_a_file_of_options_that_exist_and_fit(
+        self, cli: Cli, tmp_path: Path, text: str, words: list[str]
+    ) -> None:
+        file = tmp_path / "config.yaml"
+        file.write_text(text)
+        line = self.refused(cli, "serve", "--config", file)
+        assert str(file) in line
+        assert all(word in line for word in words), line
+
+    @pytest.mark.parametrize(
+        ("variable", "value", "words"),
+        [
+            ("BDH_SERVER__PROT", "1", ["BDH_SERVER__PROT", "server.port?"]),
+            ("BDH_SERVER__PORT", "many", ["server.port", "environment", "many"]),
+            ("BDH_SEVRER__PORT", "1", ["BDH_SEVRER__PORT", "server.port?"]),
+            ("BDH_SERVER", "8000", ["environment", "server"]),
+        ],
+    )
+    def test_needs_an_environment_that_fits(self, cli: Cli, variable: str, value: str, words: list[str]) -> None:
+        line = self.refused(cli, "serve", env={variable: value})
+        assert all(word in line for word in words), line
+
+
+def test_nothing_is_served_before_the_model_is_warm(serve: ServeFactory) -> None:
+    """Warming computes a prefill chunk: a large one takes long enough to be seen."""
+    with serve("scheduler.prefill_tokens=512", "scheduler.max_running=8", wait=False) as server:
+        statuses: list[int] = []
+        deadline = time.monotonic() + 60
+        while not statuses:
+            assert time.monotonic() < deadline
+            try:
+                response = server.http.get("/readyz")
+            except httpx.TransportError:
+                time.sleep(0.01)
+                continue
+            statuses.append(response.status_code)
+        assert server.error(response, 503)["message"] == "the model is loading"
+        assert server.http.get("/health").status_code == 200
+        assert server.http.get("/").json()["status"] == "the model is loading"
+        assert "bdh_http_requests_in_flight" in server.metrics()
+        assert "loading" in server.refusal({"prompt": "a"}, status=503)["message"]
+        assert "loading" in server.error(server.http.get("/v1/models"), 503)["message"]
+        assert server.refusal({"prompt": 5}, status=400)["param"] == "prompt"
+        server.terminate()  # must be heard while the model loads
+        assert server.exit_code(60) == 0
+        assert "is ready" not in server.log
+
+
+def test_an_idle_server_ends_at_once(serve: ServeFactory) -> None:
+    with serve(model=TINY) as server:
+        assert server.complete(prompt="a", max_tokens=1)["usage"]["completion_tokens"] == 1
+        began = time.monotonic()
+        server.terminate()
+        assert server.exit_code(QUICKLY) == 0
+        assert time.monotonic() - began < QUICKLY
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/health")
+
+
+def begin_drain(server: Server) -> None:
+    server.terminate()
+    deadline = time.monotonic() + QUICKLY
+    while server.http.get("/readyz").status_code == 200:
+        assert time.monotonic() < deadline
+
+
+def frames(stream: RawStream) -> list[Any]:
+    """What a stream got until the server closed it."""
+    payload = stream.read_all()
+    stream.close()
+    found = re.findall(rb"^data: (.*)$", payload.partition(b"\r\n\r\n")[2], re.MULTILINE)
+    return ["[DONE]" if frame == b"[DONE]" else json.loads(frame) for frame in found]
+
+
+def test_a_drain_lets_streams_finish_and_takes_nothing_new(serve: ServeFactory) -> None:
+    body: dict[str, Any] = {"prompt": "a", "max_tokens": 300, "seed": 3}
+    with serve("scheduler.max_running=4", model=TINY) as server, ThreadPoolExecutor(1) as pool:
+        gate = server.raw(ENDLESS)  # keeps the drain open until it is closed here
+        streams = [server.raw(body | {"stream": True}) for _ in range(5)]
+        for stream in (gate, *streams[:2]):
+            stream.read_until(b"data: ")
+        unstreamed = pool.submit(server.text, **body)
+        server.until(lambda m: m["bdh_num_requests_running"] + m["bdh_num_requests_waiting"] == 7, QUICKLY)
+        begin_drain(server)
+
+        assert server.metrics()["bdh_num_requests_running"] == 4
+        for stream_too in (False, True):
+            error = server.refusal({"prompt": "a", "stream": stream_too}, status=503)
+            assert (error["type"], error["code"]) == ("service_unavailable", "service_unavailable")
+        server.refusal({"messages": [{"role": "user", "content": "a"}]}, "/v1/chat/completions", 503)
+        response = server.http.get("/readyz")
+        assert server.error(response, 503)["message"] == "the server is shutting down"
+        assert server.http.get("/health").status_code == 200
+
+        gate.close()
+        text = unstreamed.result(60)
+        for stream in streams:
+            *chunks, done = frames(stream)
+            assert done == "[DONE]"
+            assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
+            assert chunks[-1]["choices"][0]["finish_reason"] == "length"
+        assert server.exit_code(QUICKLY) == 0
+
+
+def test_a_drain_that_runs_out_of_time_ends_streams_with_an_error(serve: ServeFactory) -> None:
+    with (
+        serve(model=TINY, env={"BDH_SERVER__DRAIN_SECONDS": "0.2"}) as server,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 100_000, "stream": True}
+        streams = [*(server.raw(ENDLESS | {"n": n}) for n in (1, 1, 1, 3)), server.raw(chat, "/v1/chat/completions")]
+        for stream in streams:
+            stream.read_until(b"data: ")
+        unstreamed = pool.submit(server.http.post, "/v1/completions", json=ENDLESS | {"stream": False})
+        server.until(lambda m: m["bdh_num_requests_running"] == 8, QUICKLY)
+        began = time.monotonic()
+        server.terminate()
+        for stream in streams:
+            *chunks, last = frames(stream)
+            assert last.keys() == {"error"}
+            assert last["error"].keys() == {"message", "type", "param", "code"}
+            assert "shutting down" in last["error"]["message"]
+            assert all("choices" in chunk for chunk in chunks)
+        answer = unstreamed.result(QUICKLY)
+        assert answer.status_code in (500, 503)
+        assert answer.json()["error"]["message"]
+        assert server.exit_code(QUICKLY) == 0
+        assert 0.2 <= time.monotonic() - began < QUICKLY
+
+
+def test_a_second_signal_does_not_wait_for_the_drain(serve: ServeFactory) -> None:
+    with serve("server.drain_seconds=60", model=TINY) as server:
+        stream = server.raw(ENDLESS)
+        stream.read_until(b"data: ")
+        begin_drain(server)
+        server.process.send_signal(signal.SIGINT)
+        assert server.exit_code(2 * QUICKLY) == 0
+        stream.close()
+
+
+def test_a_client_that_does_not_read_does_not_keep_the_server_from_ending(serve: ServeFactory, long_name: str) -> None:
+    with serve("server.drain_seconds=0.1", f"model.name={long_name}", model=TINY, cutting=True) as server:
+        sleeper = server.raw(ENDLESS | {"n": 10}, receive_buffer=4096)
+        server.until(lambda m: m["bdh_generation_tokens_total"] > 2500, 30)
+        server.terminate()
+        assert server.exit_code(3 * QUICKLY) == 0
+        sleeper.close()

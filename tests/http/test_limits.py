@@ -1,0 +1,84 @@
+"""What the settings bound is bounded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import httpx
+import pytest
+
+if TYPE_CHECKING:
+    from tests.conftest import ServeFactory, Server
+
+TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
+PER_MINUTE = 40
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def bounded(serve: ServeFactory) -> Iterator[Server]:
+    options = [
+        *("api.unknown_fields=ignore", "limits.max_body_bytes=2KiB", "limits.max_n=2", "limits.max_prompts=3"),
+        *("model.max_model_len=20", "model.name=other", "generation.max_tokens=7", "generation.temperature=0"),
+        *("rate_limiting.enabled=true", f"rate_limiting.requests_per_minute={PER_MINUTE}", "server.cors_origins=*"),
+    ]
+    with serve(*options, model=TINY) as server:
+        yield server
+
+
+def test_unknown_fields_can_be_let_through(bounded: Server) -> None:
+    assert bounded.http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 1, "prmpt": 1}).status_code == 200
+    messages = [{"role": "user", "content": "a", "nmae": "b"}]
+    assert bounded.http.post(CHAT, json={"messages": messages, "max_tokens": 1, "prmpt": 1}).status_code == 200
+
+
+def test_unsupported_parameters_never_are(bounded: Server) -> None:
+    error = bounded.refusal({"prompt": "a", "logit_bias": {"1": 1}})
+    assert (error["param"], error["code"]) == ("logit_bias", "unsupported_parameter")
+
+
+def test_bodies(bounded: Server) -> None:
+    assert bounded.refusal({"prompt": "a", "user": "b" * 2048}, status=413)["code"] == "body_too_large"
+
+
+def test_answers_to_a_prompt(bounded: Server) -> None:
+    assert len(bounded.complete(prompt="a", n=2, max_tokens=1)["choices"]) == 2
+    assert bounded.refusal({"prompt": "a", "n": 3, "max_tokens": 1})["param"] == "n"
+
+
+def test_prompts(bounded: Server) -> None:
+    assert len(bounded.complete(prompt=["a"] * 3, max_tokens=1)["choices"]) == 3
+    assert bounded.refusal({"prompt": ["a"] * 4, "max_tokens": 1})["param"] == "prompt"
+
+
+def test_the_context(bounded: Server) -> None:
+    assert bounded.complete(prompt="a" * 15, max_tokens=5)["usage"]["total_tokens"] == 20
+    assert bounded.refusal({"prompt": "a" * 15, "max_tokens": 6})["code"] == "context_length_exceeded"
+    assert bounded.refusal({"prompt": "a" * 21, "max_tokens": 1})["code"] == "context_length_exceeded"
+
+
+def test_what_a_request_does_not_say_is_what_the_settings_say(bounded: Server) -> None:
+    answer = bounded.complete(prompt="a")
+    assert answer["usage"]["completion_tokens"] == 7
+    assert answer["choices"][0]["text"] == bounded.text(prompt="a", temperature=0, seed=5)
+
+
+def test_the_name(bounded: Server) -> None:
+    assert bounded.complete(model="other", prompt="a", max_tokens=1)["model"] == "other"
+    assert bounded.refusal({"model": "tiny", "prompt": "a"}, status=404)["code"] == "model_not_found"
+
+
+def test_the_rate_of_each_address_where_there_are_no_keys(bounded: Server) -> None:
+    from_elsewhere = httpx.HTTPTransport(local_address="127.0.0.2")
+    with httpx.Client(base_url=bounded.url, transport=from_elsewhere) as client:
+        answers = [client.get("/v1/models", headers={"authorization": f"Bearer {n}"}) for n in range(PER_MINUTE + 1)]
+    assert [answer.status_code for answer in answers] == [200] * PER_MINUTE + [429]
+    assert bounded.error(answers[-1], 429)["code"] == "rate_limit_exceeded"
+    assert bounded.http.get("/v1/models").status_code == 200
+
+
+def test_origins_may_be_all(bounded: Server) -> None:
+    response = bounded.http.get("/health", headers={"origin": "https://example.org"})
+    assert response.headers["access-control-allow-origin"] == "*"

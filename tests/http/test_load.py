@@ -1,0 +1,207 @@
+"""Many clients at once: nobody is lost, nobody waits for another, whoever leaves makes room."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import openai
+import pytest
+
+if TYPE_CHECKING:
+    from tests.conftest import RawStream, ServeFactory, Server
+
+TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
+ENDLESS = {"prompt": "a", "max_tokens": 100_000, "stream": True}
+SLOTS, QUEUE = 2, 8
+
+
+def begun(server: Server, number: int, **body: Any) -> list[RawStream]:
+    """That many endless streams, each with its first token."""
+    streams = [server.raw(ENDLESS | body) for _ in range(number)]
+    for stream in streams:
+        stream.read_until(b"data: ")
+    return streams
+
+
+def texts(raw: bytes) -> tuple[dict[int, str], bool]:
+    """The texts of a stream as it came over the wire, by their index, and whether it ended well."""
+    payload = b"".join(dechunked(raw.partition(b"\r\n\r\n")[2]))
+    frames = [frame.removeprefix(b"data: ") for frame in payload.split(b"\n\n")]
+    found: dict[int, str] = {}
+    for frame in frames[:-2]:
+        (choice,) = json.loads(frame)["choices"]
+        found[choice["index"]] = found.get(choice["index"], "") + choice["text"]
+    return found, frames[-2:] == [b"[DONE]", b""]
+
+
+def dechunked(raw: bytes) -> Iterator[bytes]:
+    begin = 0
+    while (line := raw.index(b"\r\n", begin)) and (size := int(raw[begin:line], 16)):
+        yield raw[line + 2 : line + 2 + size]
+        begin = line + 2 + size + 2
+
+
+async def test_64_streams_share_the_batch_and_all_complete(server: Server) -> None:
+    async def stream(client: openai.AsyncOpenAI, number: int) -> tuple[str, int]:
+        chunks = await client.completions.create(
+            model="bdh-shakespeare",
+            prompt=f"Citizen {number}:\n",
+            max_tokens=24,
+            seed=number,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        reasons, tokens = [], 0
+        async for chunk in chunks:
+            reasons += [choice.finish_reason for choice in chunk.choices]
+            tokens += chunk.usage.completion_tokens if chunk.usage else 0
+        return str(reasons[-1]), tokens
+
+    before = server.metrics()
+    async with asyncio.timeout(60), server.async_openai() as client:
+        ends = await asyncio.gather(*(stream(client, number) for number in range(64)))
+    after = server.metrics()
+    assert ends == [("length", 24)] * 64
+    steps = after["bdh_batch_occupancy_count"] - before["bdh_batch_occupancy_count"]
+    assert (after["bdh_batch_occupancy_sum"] - before["bdh_batch_occupancy_sum"]) / steps > 24
+    name = "bdh_request_success_total{finished_reason=length}"
+    assert after[name] - before.get(name, 0) == 64
+
+
+def test_a_newcomer_among_32_has_its_first_token_within_five_steps(server: Server) -> None:
+    crowd = begun(server, 32)
+    steps = []
+    for number in range(5):
+        before = server.metrics()
+        newcomer = server.raw({"prompt": f"Newcomer {number}:\n", "max_tokens": 1, "stream": True})
+        newcomer.read_until(b"data: ")
+        after = server.metrics()
+        newcomer.close()
+        steps.append(after["bdh_step_duration_seconds_count"] - before["bdh_step_duration_seconds_count"])
+        assert before["bdh_num_requests_running"] >= 32
+    for stream in crowd:
+        stream.close()
+    server.until_idle()
+    assert sorted(steps)[2] <= 5, steps  # the middle one: a scrape may itself be late on a busy machine
+
+
+def test_50_clients_cut_off_in_mid_stream_free_their_slots_within_a_second(server: Server) -> None:
+    before = server.metrics()
+    streams = begun(server, 50)
+    assert server.metrics()["bdh_num_requests_running"] == 50
+    for number, stream in enumerate(streams):
+        stream.close(reset=number % 2 == 0)
+    server.until_idle(within=1.0)
+    name = "bdh_request_success_total{finished_reason=abort}"
+    assert server.metrics()[name] - before.get(name, 0) == 50
+    assert server.metrics()["bdh_state_slots_usage_perc"] == 0
+    assert server.complete(prompt="a", max_tokens=2)["usage"]["completion_tokens"] == 2
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+@pytest.mark.parametrize("reset", [False, True])
+def test_a_client_that_leaves_an_unstreamed_request_frees_its_slots(tiny: Server, path: str, reset: bool) -> None:
+    tiny.until_idle()
+    ask = {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "a"}]}
+    client = tiny.raw(ask | {"max_tokens": 100_000, "n": 3}, path)
+    tiny.until(lambda m: m["bdh_num_requests_running"] == 3, 5)
+    client.close(reset)
+    tiny.until_idle(within=1.0)
+    tiny.until(lambda m: m["bdh_http_requests_in_flight"] == 1, 5)
+
+
+def test_a_client_that_leaves_while_it_waits_leaves_the_queue(narrow: Server) -> None:
+    holders = begun(narrow, SLOTS)
+    waiting = [narrow.raw(ENDLESS) for _ in range(3)]
+    narrow.until(lambda m: m["bdh_num_requests_waiting"] == 3, 5)
+    waiting.pop().close()
+    narrow.until(lambda m: m["bdh_num_requests_waiting"] == 2, 1)
+    assert narrow.metrics()["bdh_num_requests_running"] == SLOTS
+    for stream in (*holders, *waiting):
+        stream.close()
+    narrow.until_idle(within=1.0)
+
+
+def test_the_openai_client_can_leave_a_stream(tiny: Server) -> None:
+    with tiny.openai() as client:
+        stream = client.completions.create(model="tiny", prompt="a", max_tokens=100_000, stream=True)
+        next(iter(stream))
+        stream.close()
+    tiny.until_idle(within=1.0)
+
+
+def test_a_client_that_does_not_read_holds_nobody_up_and_loses_nothing(tiny: Server, long_name: str) -> None:
+    """Its answers come in frames of 4 KiB, 16 MiB in all: far more than the buffers on the way hold."""
+    body: dict[str, Any] = {"prompt": "a", "max_tokens": 400, "n": 10, "seed": 1}
+    sleeper = tiny.raw(body | {"model": long_name, "stream": True}, receive_buffer=4096)
+    sleeper.read_until(b"data: ")
+    whole = tiny.complete(**body)["choices"]
+    tiny.until_idle()  # all is generated, although nobody has taken it
+    assert tiny.metrics()["bdh_http_requests_in_flight"] == 2  # the sleeper still, and the scrape
+    answers, done = texts(sleeper.read_all())
+    sleeper.close()
+    assert done
+    assert answers == {choice["index"]: choice["text"] for choice in whole}
+    tiny.until(lambda m: m["bdh_http_requests_in_flight"] == 1, 5)
+
+
+def test_a_client_that_never_reads_can_leave(tiny: Server, long_name: str) -> None:
+    generated = tiny.metrics()["bdh_generation_tokens_total"]
+    sleeper = tiny.raw(ENDLESS | {"model": long_name, "n": 10}, receive_buffer=4096)
+    tiny.until(lambda m: m["bdh_generation_tokens_total"] > generated + 4000, 30)
+    sleeper.close(reset=True)
+    tiny.until_idle(within=1.0)
+    tiny.until(lambda m: m["bdh_http_requests_in_flight"] == 1, 5)
+
+
+@pytest.fixture(scope="module")
+def narrow(serve: ServeFactory) -> Iterator[Server]:
+    """Runs SLOTS sequences at a time, and lets QUEUE wait."""
+    options = (f"scheduler.max_running={SLOTS}", f"scheduler.max_queued_requests={QUEUE}")
+    with serve(*options, model=TINY) as server:
+        yield server
+
+
+async def test_more_requests_than_slots_all_complete(narrow: Server) -> None:
+    async with asyncio.timeout(60), narrow.async_openai() as client:
+        answers = await asyncio.gather(
+            *(
+                client.completions.create(model="tiny", prompt="ab"[: 1 + n % 2], max_tokens=20 + n, seed=1)
+                for n in range(QUEUE)
+            )
+        )
+    assert [answer.usage.completion_tokens for answer in answers if answer.usage] == [20 + n for n in range(QUEUE)]
+    longest = {n % 2: answers[n].choices[0].text for n in range(QUEUE)}
+    for n, answer in enumerate(answers):
+        assert longest[n % 2].startswith(answer.choices[0].text.rstrip("\ufffd"))
+    metrics = narrow.metrics()
+    assert metrics["bdh_batch_occupancy_bucket{le=2.0}"] == metrics["bdh_batch_occupancy_count"]
+
+
+def test_one_request_may_ask_for_more_sequences_than_there_are_slots(narrow: Server) -> None:
+    assert narrow.complete(prompt=["a"] * 3, n=2, max_tokens=3)["usage"]["completion_tokens"] == 18
+
+
+def test_beyond_the_queues_bound_is_refused_and_nothing_is_lost(narrow: Server) -> None:
+    holders = begun(narrow, SLOTS)
+    waiting = [narrow.raw({"prompt": "a", "max_tokens": 10, "seed": 4, "stream": True}) for _ in range(QUEUE)]
+    narrow.until(lambda m: m["bdh_num_requests_waiting"] == QUEUE, 5)
+    for streamed in (False, True):
+        assert narrow.refusal({"prompt": "a", "stream": streamed}, status=429)["code"] == "queue_full"
+    with narrow.openai() as client, pytest.raises(openai.RateLimitError) as caught:
+        client.completions.create(model="tiny", prompt="a", max_tokens=1)
+    assert caught.value.code == "queue_full"
+    metrics = narrow.metrics()
+    assert (metrics["bdh_num_requests_running"], metrics["bdh_num_requests_waiting"]) == (SLOTS, QUEUE)
+    assert metrics["bdh_admission_rejections_total{reason=queue_full}"] == 3
+    for holder in holders:
+        holder.close()
+    answers = [texts(stream.read_all()) for stream in waiting]
+    for stream in waiting:
+        stream.close()
+    assert answers == [({0: narrow.text(prompt="a", max_tokens=10, seed=4)}, True)] * QUEUE
+    narrow.until_idle()

@@ -1,0 +1,84 @@
+"""What the kernel tests share: ragged batches from sequences, the two implementations, poison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdh_batch.kernels.base import Kernels, RaggedBatch, Weights
+from bdh_batch.kernels.cpu import CpuKernels
+from bdh_batch.model.config import BDHConfig
+
+CONFORMANCE = Path(__file__).parents[1] / "data" / "conformance"
+CPU = torch.device("cpu")
+
+Piece = tuple[int, int, int]  # slot, first and last position of a share of a sequence
+
+
+def states_for(weights: Weights, slots: int, window: int = 0) -> Tensor:
+    heads, width, neurons = weights.encoder.shape
+    blocks = (2,) if window else ()
+    return torch.zeros(slots, weights.layers, *blocks, heads, neurons, width)
+
+
+def feed(kernels: Kernels, states: Tensor, sequences: dict[int, Tensor], pieces: Sequence[Piece]) -> list[Tensor]:
+    """The logits of each piece of the sequences, keyed by slot, after one step with all of them."""
+    poison(kernels)
+    parts = [sequences[slot][begin:end] for slot, begin, end in pieces]
+    bounds = [0, *np.cumsum([len(part) for part in parts]).tolist()]
+    batch = RaggedBatch(
+        tokens=torch.cat(parts),
+        positions=torch.cat([torch.arange(begin, end) for _, begin, end in pieces]),
+        bounds=bounds,
+        slots=[slot for slot, _, _ in pieces],
+    )
+    hidden = kernels.forward(states, batch)
+    poison(kernels)
+    return list(torch.split(kernels.logits(hidden), [len(part) for part in parts]))
+
+
+def alone(kernels: Kernels, states: Tensor, tokens: Tensor, slot: int, cuts: Sequence[int]) -> Tensor:
+    """The logits of a whole sequence, fed by itself in pieces that end at `cuts`."""
+    ends = [*cuts, len(tokens)]
+    logits = [feed(kernels, states, {slot: tokens}, [(slot, b, e)])[0] for b, e in zip([0, *cuts], ends)]
+    return torch.cat(logits)
+
+
+def in_a_crowd(
+    kernels: Kernels, states: Tensor, sequences: dict[int, Tensor], generator: np.random.Generator, longest: int
+) -> dict[int, Tensor]:
+    """The logits of sequences, keyed by slot, fed in random ragged pieces in a random order until all are through."""
+    done = dict.fromkeys(sequences, 0)
+    logits: dict[int, list[Tensor]] = {slot: [] for slot in sequences}
+    while waiting := [slot for slot in sequences if done[slot] < len(sequences[slot])]:
+        chosen = generator.permutation(waiting)[: generator.integers(1, len(waiting) + 1)].tolist()
+        pieces = []
+        for slot in chosen:
+            length = 1 if generator.random() < 0.5 else int(generator.integers(1, longest + 1))
+            pieces.append((slot, done[slot], min(done[slot] + length, len(sequences[slot]))))
+        for (slot, _, end), part in zip(pieces, feed(kernels, states, sequences, pieces)):
+            logits[slot].append(part)
+            done[slot] = end
+    return {slot: torch.cat(parts) for slot, parts in logits.items()}
+
+
+def poison(kernels: Kernels) -> None:
+    """Leaves nothing in the buffers that a step could mistake for its own."""
+    if isinstance(kernels, CpuKernels):
+        for array in (*kernels._work, *kernels._desks):
+            array.fill(np.nan if array.dtype == np.float32 else 7)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def model(layers: int, heads: int, width: int, neurons: int, vocabulary: int) -> BDHConfig:
+    """`neurons` of a head must be such that upstream's multiplier is whole."""
+    multiplier, rest = divmod(neurons * heads, width)
+    assert rest == 0
+    return BDHConfig(layers, width, heads, multiplier, vocabulary, 0.0)

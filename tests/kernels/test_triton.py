@@ -1,0 +1,263 @@
+"""The Triton kernels against the specification: in Triton's interpreter, or on a GPU where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from bdh_batch.errors import ConfigError
+from bdh_batch.kernels import cuda, tuning
+from bdh_batch.kernels.base import RaggedBatch, Weights
+from bdh_batch.kernels.cuda import TritonKernels, bucket, rounds
+from bdh_batch.kernels.torch_reference import TorchKernels, rotation
+from bdh_batch.kernels.tuning import Blocks
+from benchmarks.synthetic import synthetic_weights
+from tests.kernels.support import Piece, alone, distance, feed, model, states_for
+from tests.kernels.test_conformance import read
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = 1e-4
+TOLERANCE_OF = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of what rounds to weights' dtype
+# So small that even tiny models have several of everything.
+SMALL = Blocks(
+    part=32, encode_tokens=16, encode_depth=16, token_pairs=4, chunk_tokens=16, chunk_values=16, span=32,
+    contract_tokens=16, contract_neurons=16, contract_depth=16,
+)  # fmt: skip
+WINDOW = 12
+
+
+class Poisoned:
+    """Kernels that find nothing in their memory that a step could mistake for its own, with all tensors on DEVICE."""
+
+    def __init__(self, weights: Weights, window: int = 0, blocks: Blocks = SMALL, max_tokens: int = 64) -> None:
+        self.kernels = TritonKernels(on_device(weights), window, blocks, max_tokens)
+
+    def warm(self, states: Tensor) -> None:
+        self.kernels.warm(states)
+
+    def forward(self, states: Tensor, batch: RaggedBatch) -> Tensor:
+        work = self.kernels._work
+        for tensor in (getattr(work, field.name) for field in fields(work)):
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 7)
+        moved = replace(batch, tokens=batch.tokens.to(DEVICE), positions=batch.positions.to(DEVICE))
+        return self.kernels.forward(states, moved)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.kernels.logits(hidden).cpu()
+
+
+def on_device(weights: Weights) -> Weights:
+    names = ("embed", "encoder", "encoder_v", "decoder", "lm_head", "frequencies")
+    return replace(weights, **{name: getattr(weights, name).to(DEVICE) for name in names})
+
+
+def states_on_device(weights: Weights, slots: int, window: int = 0) -> Tensor:
+    return states_for(weights, slots, window).to(DEVICE)
+
+
+def text(length: int, vocabulary: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
+
+
+class TestConformance:
+    @pytest.mark.parametrize(("length", "cuts"), [(65, []), (30, range(1, 30))], ids=["whole", "by token"])
+    def test_alone(self, length: int, cuts: Sequence[int]) -> None:
+        weights, tokens, expected = read("tiny")
+        kernels = Poisoned(weights, blocks=Blocks(), max_tokens=128)
+        logits = alone(kernels, states_on_device(weights, 1), tokens[0, :length], 0, cuts)
+        assert distance(logits, expected[0, :length]) <= TOLERANCE
+
+    def test_in_ragged_pieces_among_others(self) -> None:
+        weights, tokens, expected = read("tiny")
+        sequences = {3: tokens[0], 0: tokens[1], 2: text(65, 256)}
+        steps: list[list[Piece]] = [
+            [(2, 0, 1), (3, 0, 20), (0, 0, 33)],
+            [(0, 33, 34), (2, 1, 40), (3, 20, 21)],
+            [(3, 21, 65), (0, 34, 65)],
+        ]
+        kernels, states = Poisoned(weights, blocks=Blocks()), states_on_device(weights, 4)
+        logits: dict[int, list[Tensor]] = {0: [], 2: [], 3: []}
+        for pieces in steps:
+            for (slot, _, _), part in zip(pieces, feed(kernels, states, sequences, pieces)):
+                logits[slot].append(part)
+        assert distance(torch.cat(logits[3]), expected[0]) <= TOLERANCE
+        assert distance(torch.cat(logits[0]), expected[1]) <= TOLERANCE
+
+    def test_odd_sizes(self) -> None:
+        weights, tokens, expected = read("odd-sizes")
+        kernels = Poisoned(weights, blocks=Blocks())
+        logits = alone(kernels, states_on_device(weights, 1), tokens[0, :40], 0, [36, 37, 38])
+        assert distance(logits, expected[0, :40]) <= TOLERANCE
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE_OF))
+def test_weights_of_each_dtype(dtype: torch.dtype) -> None:
+    weights = synthetic_weights(model(2, 2, 48, 96, 60), 0.3, dtype=dtype)
+    tokens = text(30, 60)
+    got = alone(Poisoned(weights), states_on_device(weights, 1), tokens, 0, [26, 27, 28])
+    expected = alone(TorchKernels(weights), states_for(weights, 1), tokens, 0, [26, 27, 28])
+    assert distance(got, expected) <= max(TOLERANCE_OF[dtype], TOLERANCE if DEVICE.type == "cuda" else 0)
+
+
+def test_states_of_16_bits_are_rounded_sums() -> None:
+    weights = synthetic_weights(model(2, 2, 32, 64, 60), 0.3)
+    tokens = text(24, 60)
+    states = states_on_device(weights, 1).bfloat16()
+    got = alone(Poisoned(weights), states, tokens, 0, [20, 21, 22])
+    right = states_for(weights, 1)
+    expected = alone(TorchKernels(weights), right, tokens, 0, [20, 21, 22])
+    assert distance(got, expected) <= 2e-2
+    assert distance(states.cpu(), right) <= 1e-2
+
+
+def test_the_same_bits_in_a_decode_step_and_beside_a_prompt() -> None:
+    weights = synthetic_weights(model(2, 2, 32, 64, 40), 0.3)
+    kernels, sequences = Poisoned(weights), {slot: text(20, 40, slot) for slot in range(6)}
+    alike = [states_on_device(weights, 6) for _ in range(2)]
+    for states in alike:
+        feed(kernels, states, sequences, [(slot, 0, 5) for slot in range(5)])
+    together = feed(kernels, alike[0], sequences, [(slot, 5, 6) for slot in range(5)])
+    beside = feed(kernels, alike[1], sequences, [(5, 0, 20), *((slot, 5, 6) for slot in reversed(range(5)))])
+    assert torch.equal(torch.cat(together), torch.cat(beside[:0:-1]))
+    assert torch.equal(alike[0][:5], alike[1][:5])
+
+
+@pytest.mark.parametrize("window", [0, WINDOW])
+def test_the_same_bits_where_a_prompt_is_cut_between_tiles(window: int) -> None:
+    weights = synthetic_weights(model(2, 2, 32, 64, 40), 0.3)
+    tokens, tile = text(40, 40), WINDOW // 2 if window else SMALL.chunk_tokens
+    whole, cut = states_on_device(weights, 1, window), states_on_device(weights, 1, window)
+    kernels = Poisoned(weights, window)
+    logits = alone(kernels, whole, tokens, 0, [])
+    assert torch.equal(logits, alone(kernels, cut, tokens, 0, [tile, 2 * tile]))
+    assert torch.equal(whole, cut)
+
+
+def test_a_segment_longer_than_a_round() -> None:
+    weights = synthetic_weights(model(2, 2, 17, 34, 40), 0.3)
+    sequences = {0: text(3, 40), 1: text(50, 40, 1), 2: text(5, 40, 2)}
+    pieces = [(slot, 0, len(row)) for slot, row in sequences.items()]
+    kernels, states, right = Poisoned(weights, max_tokens=16), states_on_device(weights, 3), states_for(weights, 3)
+    got = feed(kernels, states, sequences, pieces)
+    for mine, expected in zip(got, feed(TorchKernels(weights), right, sequences, pieces)):
+        assert distance(mine, expected) <= TOLERANCE
+    assert distance(states.cpu(), right) <= TOLERANCE
+    assert torch.equal(got[1], alone(kernels, states_on_device(weights, 1), sequences[1], 0, []))
+
+
+@pytest.mark.parametrize("cuts", [[], range(1, 26), [5, 6, 7, 20]], ids=["whole", "by token", "in chunks"])
+def test_a_window_across_blocks(cuts: Sequence[int]) -> None:
+    weights = synthetic_weights(model(2, 1, 34, 68, 50), 0.3)
+    tokens = text(26, 50)
+    mine, right = states_on_device(weights, 2, WINDOW), states_for(weights, 2, WINDOW)
+    got = alone(Poisoned(weights, WINDOW), mine, tokens, 1, cuts)
+    assert distance(got, alone(TorchKernels(weights, WINDOW), right, tokens, 1, cuts)) <= TOLERANCE
+    assert distance(mine.cpu(), right) <= TOLERANCE
+
+
+def test_a_window_across_fifty_blocks() -> None:
+    weights = synthetic_weights(model(1, 1, 16, 32, 50), 0.3)
+    tokens = text(51 * 2 + 1, 50)
+    got = alone(Poisoned(weights, 4, max_tokens=128), states_on_device(weights, 1, 4), tokens, 0, [60, 61])
+    expected = alone(TorchKernels(weights, 4), states_for(weights, 1, 4), tokens, 0, [60, 61])
+    assert distance(got, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("lengths", [(1, 1, 1), (1, 9, 1)])
+def test_a_broken_state_shows_and_stays_with_its_sequence(lengths: tuple[int, ...]) -> None:
+    weights = synthetic_weights(model(2, 2, 32, 64, 40), 0.5)
+    kernels, sequences = Poisoned(weights), {slot: text(9, 40, slot) for slot in range(3)}
+    pieces = [(slot, 0, length) for slot, length in enumerate(lengths)]
+    states = states_on_device(weights, 3)
+    states[1] = torch.nan
+    healthy, broken, other = feed(kernels, states, sequences, pieces)
+    right = feed(kernels, states_on_device(weights, 3), sequences, pieces)
+    assert broken.isnan().all()
+    assert torch.equal(healthy, right[0])
+    assert torch.equal(other, right[2])
+
+
+def test_other_slots_are_left_alone() -> None:
+    weights = synthetic_weights(model(2, 2, 17, 34, 40), 0.5)
+    states = states_on_device(weights, 5) + 3.0
+    feed(Poisoned(weights), states, {1: text(9, 40), 3: text(1, 40)}, [(1, 0, 9), (3, 0, 1)])
+    feed(Poisoned(weights), states, {3: text(2, 40)}, [(3, 1, 2)])
+    assert (states[[0, 2, 4]] == 3.0).all()
+    assert not (states[1] == 3.0).all()
+
+
+@pytest.mark.parametrize("position", [0, 1, 12345, 1_000_003, 2**28 + 1])
+def test_angles_far_out(position: int) -> None:
+    weights = synthetic_weights(model(1, 1, 32, 512, 40), 0.5)
+    kernels = Poisoned(weights, blocks=Blocks(), max_tokens=1)
+    batch = RaggedBatch(text(1, 40), torch.tensor([position]), [0, 1], [0])
+    kernels.forward(states_on_device(weights, 1), batch)
+    cos, sin = rotation(weights.frequencies, batch.positions)
+    assert (kernels.kernels._work.cos[:1].cpu() - cos).abs().max() <= 5e-7
+    assert (kernels.kernels._work.sin[:1].cpu() - sin).abs().max() <= 5e-7
+
+
+def test_rounds_keep_segments_whole_and_no_two_pieces_of_one_together() -> None:
+    found = list(rounds([0, 3, 4, 24, 25, 27], [7, 1, 5, 0, 2], 8))
+    assert found == [
+        (0, [0, 3, 4], [7, 1]),
+        (4, [0, 8], [5]),
+        (12, [0, 8], [5]),
+        (20, [0, 4, 5, 7], [5, 0, 2]),
+    ]
+
+
+def test_buckets_are_powers_of_two() -> None:
+    assert [bucket(count, 48) for count in (1, 2, 3, 5, 33, 48)] == [1, 2, 4, 8, 48, 48]
+
+
+def test_a_graph_is_captured_once_for_each_size_and_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU would replay; here the capture only counts."""
+    captured: list[int] = []
+    steps = cuda.DecodeSteps(None, 48, torch.device("cpu"))  # type: ignore[arg-type]
+    steps._captures = True
+
+    class Graph:
+        def replay(self) -> None:
+            captured.append(0)
+
+    def capture(states: Tensor, size: int) -> None:
+        captured.append(size)
+        steps._graphs[size, states.data_ptr()] = Graph()
+
+    monkeypatch.setattr(steps, "_capture", capture)
+    states = torch.zeros(3)
+    for count in (3, 4, 3):
+        steps.run(states, torch.arange(count), torch.arange(count), list(range(count)))
+    assert captured == [4, 0, 0, 0]
+    assert steps._slots[:4].tolist() == [0, 1, 2, -1]
+    steps.capture_all(states)
+    assert captured == [4, 0, 0, 0, 1, 2, 8, 16, 32, 48]
+
+
+def test_block_sizes_are_kept_by_gpu_and_shape(tmp_path: Path) -> None:
+    file = tmp_path / "tuned.json"
+    assert tuning.load_blocks("a", file) == Blocks()
+    tuning.save_blocks("a", Blocks(part=64), file)
+    tuning.save_blocks("b", Blocks(span=64), file)
+    assert tuning.load_blocks("a", file) == Blocks(part=64)
+    assert tuning.load_blocks("c", file) == Blocks()
+    file.write_text('{"a": {"parts": 3}}')
+    with pytest.raises(ConfigError, match=r"tuned\.json: not block sizes"):
+        tuning.load_blocks("a", file)
+
+
+def test_the_search_takes_the_fastest_of_each_kernel() -> None:
+    def cost(blocks: Blocks) -> float:
+        return abs(blocks.part - 256) + abs(blocks.span - 64) + (float("inf") if blocks.chunk_tokens == 16 else 0)
+
+    best = tuning.search(cost)
+    assert (best.part, best.span, best.chunk_tokens) == (256, 64, 32)
+    assert asdict(best)["encode_tokens"] == 64

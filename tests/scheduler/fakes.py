@@ -1,0 +1,102 @@
+"""A runner without a model, an outbox and a text without a client."""
+
+from __future__ import annotations
+
+from bdh_batch.messages import Delta, Outcome, Plan, SamplingParams
+from bdh_batch.scheduler.scheduler import Step
+from bdh_batch.scheduler.sequence import Sequence
+
+
+def next_token(slot_tokens: list[int]) -> int:
+    """What the fake model says after these tokens."""
+    return (sum(slot_tokens) * 31 + len(slot_tokens)) % 251
+
+
+class FakeRunner:
+    """Keeps each slot's tokens as its state, and checks that they come in order."""
+
+    def __init__(self) -> None:
+        self.slots: dict[int, list[int]] = {}
+        self.fail_next = False
+
+    def run(self, plan: Plan) -> Outcome:
+        if self.fail_next:
+            self.fail_next = False
+            raise RuntimeError("the device is on fire")
+        assert len({segment.slot for segment in plan.segments}) == len(plan.segments)
+        return Outcome([self._segment(segment) for segment in plan.segments])
+
+    def _segment(self, segment) -> int | None:  # type: ignore[no-untyped-def]
+        if segment.start == 0:
+            self.slots[segment.slot] = []
+        known = self.slots[segment.slot]
+        assert len(known) == segment.start
+        known.extend(segment.tokens)
+        return next_token(known) if segment.sampling else None
+
+
+class FakeText:
+    """Shows each token as a character; `stop_after` tokens it has met a stop string."""
+
+    def __init__(self, stop_after: int | None = None, fail_after: int | None = None) -> None:
+        self.stopped = False
+        self._stop_after = stop_after
+        self._fail_after = fail_after
+        self._tokens = 0
+
+    def push(self, token: int) -> str:
+        self._tokens += 1
+        if self._tokens == self._fail_after:
+            raise ValueError("no such character")
+        self.stopped = self._tokens == self._stop_after
+        return chr(0x100 + token)
+
+    def flush(self) -> str:
+        return ""
+
+
+class FakeOutbox:
+    def __init__(self) -> None:
+        self.deltas: list[Delta] = []
+
+    def put(self, index: int, delta: Delta) -> None:
+        self.deltas.append(delta)
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for delta in self.deltas for token in delta.tokens]
+
+
+class FakeObserver:
+    def __init__(self) -> None:
+        self.steps = self.tokens = self.ends = 0
+
+    def stepped(self, step: Step, seconds: float) -> None:
+        self.steps += 1
+
+    def gained(self, sequence: Sequence) -> None:
+        self.tokens += 1
+
+    def finished(self, sequence: Sequence, now: float) -> None:
+        self.ends += 1
+
+
+def make_sequence(
+    prompt: list[int], max_tokens: int, text: FakeText | None = None, name: str = "r", outbox: FakeOutbox | None = None
+) -> Sequence:
+    return Sequence(
+        id=name,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        sampling=SamplingParams(),
+        text=text or FakeText(),
+        outbox=outbox or FakeOutbox(),
+    )
+
+
+def expected_tokens(prompt: list[int], count: int) -> list[int]:
+    """What an undisturbed run generates."""
+    known = list(prompt)
+    for _ in range(count):
+        known.append(next_token(known))
+    return known[len(prompt) :]

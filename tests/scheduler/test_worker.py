@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+
+import pytest
+
+from bdh_batch.errors import InvalidRequest, QueueFull, Unavailable
+from bdh_batch.messages import Delta, FinishReason, Outcome, Plan
+from bdh_batch.scheduler.mailbox import BACKLOG, Mailbox
+from bdh_batch.scheduler.scheduler import Scheduler
+from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.worker import Worker
+from tests.scheduler.fakes import FakeObserver, FakeOutbox, FakeRunner, expected_tokens, make_sequence
+
+
+class GatedRunner(FakeRunner):
+    """Runs a step only when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_run = threading.Semaphore(0)
+        self.entered = threading.Semaphore(0)
+
+    def run(self, plan: Plan) -> Outcome:
+        self.entered.release()
+        assert self.may_run.acquire(timeout=10)
+        return super().run(plan)
+
+
+async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - what is waited for happens in a thread
+            await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+async def gated() -> AsyncIterator[tuple[Worker, GatedRunner]]:
+    runner = GatedRunner()
+    worker = Worker(Scheduler(slots=2, prefill_tokens=16), runner, FakeObserver(), max_queued=3)
+    yield worker, runner
+    for _ in range(1000):
+        runner.may_run.release()
+    worker.close()
+    worker.close()  # idempotent
+
+
+async def test_every_token_reaches_its_mailbox_in_order() -> None:
+    observer = FakeObserver()
+    worker = Worker(Scheduler(slots=3, prefill_tokens=16), FakeRunner(), observer, max_queued=100)
+    outboxes = [FakeOutbox() for _ in range(10)]
+    for place, outbox in enumerate(outboxes):
+        worker.submit([make_sequence([place] * (1 + 7 * place), 20, outbox=outbox)])
+    await until(lambda: all(outbox.deltas and outbox.deltas[-1].finish_reason for outbox in outboxes))
+    worker.close()
+    for place, outbox in enumerate(outboxes):
+        assert outbox.tokens == expected_tokens([place] * (1 + 7 * place), 20)
+    assert (observer.tokens, observer.ends) == (200, 10)
+
+
+async def test_one_more_than_the_queue_holds_is_refused_and_nothing_is_lost(
+    gated: tuple[Worker, GatedRunner],
+) -> None:
+    worker, runner = gated
+    outboxes = [FakeOutbox() for _ in range(5)]
+    worker.submit([make_sequence([1], 1, outbox=outbox) for outbox in outboxes[:2]])
+    await asyncio.to_thread(runner.entered.acquire)  # both slots are taken
+    worker.submit([make_sequence([2], 1, outbox=outbox) for outbox in outboxes[2:4]])
+    with pytest.raises(QueueFull) as refusal:
+        worker.submit([make_sequence([3], 1), make_sequence([3], 1)])
+    assert refusal.value.retry_after >= 1
+    worker.submit([make_sequence([2], 1, outbox=outboxes[4])])
+    assert worker.load.waiting == 3
+    for _ in range(10):
+        runner.may_run.release()
+    await until(lambda: all(outbox.deltas for outbox in outboxes))
+    assert worker.load.waiting == 0
+
+
+async def test_a_request_that_fitted_once_fits_again_when_all_has_ended() -> None:
+    worker = Worker(Scheduler(slots=4, prefill_tokens=16), FakeRunner(), FakeObserver(), max_queued=1)
+    for _ in range(3):
+        outbox = FakeOutbox()
+        worker.submit([make_sequence([1], 3, outbox=outbox) for _ in range(5)])
+        await until(lambda outbox=outbox: len(outbox.tokens) == 15)  # type: ignore[misc]
+        await until(lambda: worker.load.running == 0)
+    with pytest.raises(InvalidRequest, match="5 answers"):
+        worker.submit([make_sequence([1], 3) for _ in range(6)])
+    worker.close()
+
+
+async def test_clients_get_their_end_even_if_what_observes_the_worker_kills_it() -> None:
+    class Broken(FakeObserver):
+        def finished(self, sequence: Sequence, now: float) -> None:
+            raise RuntimeError("no such metric")
+
+    worker = Worker(Scheduler(slots=1, prefill_tokens=16), FakeRunner(), Broken(), max_queued=10)
+    outboxes = [FakeOutbox() for _ in range(3)]
+    for outbox in outboxes:
+        worker.submit([make_sequence([1], 2, outbox=outbox)])
+    await until(lambda: all(outbox.deltas and outbox.deltas[-1].finish_reason for outbox in outboxes))
+    worker.close()
+
+
+async def test_a_hung_step_does_not_keep_the_server_from_ending(
+    gated: tuple[Worker, GatedRunner], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, runner = gated
+    monkeypatch.setattr("bdh_batch.scheduler.worker.STEP_SECONDS", 0.01)
+    worker.submit([make_sequence([1], 1)])
+    await asyncio.to_thread(runner.entered.acquire)
+    worker.close()
+    assert "left behind" in caplog.text
+
+
+async def test_an_abort_frees_the_slot_before_the_next_plan(gated: tuple[Worker, GatedRunner]) -> None:
+    worker, runner = gated
+    running = make_sequence([1], 100)
+    worker.submit([running, make_sequence([2], 100)])
+    await asyncio.to_thread(runner.entered.acquire)
+    successor = make_sequence([5], 1)
+    worker.submit([successor])
+    worker.abort([running])
+    for _ in range(2):  # the step under way, and the next
+        runner.may_run.release()
+    await until(lambda: successor.finish_reason is FinishReason.LENGTH)
+    assert running.finish_reason is FinishReason.ABORT
+
+
+async def test_a_failed_step_is_reported_and_the_worker_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    runner = FakeRunner()
+    runner.fail_next = True
+    worker = Worker(Scheduler(slots=1, prefill_tokens=16), runner, FakeObserver(), max_queued=10)
+    lost, good = FakeOutbox(), FakeOutbox()
+    worker.submit([make_sequence([1], 3, outbox=lost), make_sequence([2], 3, outbox=good)])
+    await until(lambda: len(good.tokens) == 3)
+    worker.close()
+    assert lost.deltas[-1].finish_reason is FinishReason.ERROR
+    assert "on fire" not in str(lost.deltas[-1].error)
+    assert "on fire" in caplog.text
+
+
+async def test_a_dead_engine_ends_what_waits_and_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = Scheduler(slots=1, prefill_tokens=16)
+    worker = Worker(scheduler, FakeRunner(), FakeObserver(), max_queued=10)
+    assert worker.alive
+
+    def broken(now: float) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(scheduler, "plan", broken)
+    outbox = FakeOutbox()
+    worker.submit([make_sequence([1], 3, outbox=outbox)])
+    await until(lambda: bool(outbox.deltas))
+    assert outbox.deltas[-1].finish_reason is FinishReason.ERROR
+    await until(lambda: not worker.alive)
+    with pytest.raises(Unavailable):
+        worker.submit([make_sequence([1], 3)])
+
+
+async def test_closing_ends_what_still_runs() -> None:
+    runner = GatedRunner()
+    worker = Worker(Scheduler(slots=1, prefill_tokens=16), runner, FakeObserver(), max_queued=10)
+    outboxes = [FakeOutbox() for _ in range(3)]
+    for outbox in outboxes:
+        worker.submit([make_sequence([1], 3, outbox=outbox)])
+    closing = asyncio.create_task(asyncio.to_thread(worker.close))
+    runner.may_run.release()
+    await closing
+    await until(lambda: all(outbox.deltas for outbox in outboxes))
+    assert all(outbox.deltas[-1].finish_reason is FinishReason.ERROR for outbox in outboxes)
+
+
+async def test_stalling_is_time_without_a_step_while_there_is_work(gated: tuple[Worker, GatedRunner]) -> None:
+    worker, runner = gated
+    assert worker.stalled_for() == 0
+    worker.submit([make_sequence([1], 1)])
+    await asyncio.to_thread(runner.entered.acquire)
+    await until(lambda: worker.stalled_for() > 0.02)
+    runner.may_run.release()
+    await until(lambda: worker.stalled_for() == 0)
+
+
+async def test_a_mailbox_keeps_deltas_apart_for_a_reader_that_keeps_up_and_merges_them_for_one_that_does_not() -> None:
+    mailbox = Mailbox()
+    mailbox.put(0, Delta("a", [1]))
+    mailbox.put(1, Delta("b", [2]))
+    assert await mailbox.take() == [(0, Delta("a", [1])), (1, Delta("b", [2]))]
+    for place in range(1000):
+        mailbox.put(place % 2, Delta(str(place % 10), [place]))
+    mailbox.put(0, Delta("!", [7], FinishReason.LENGTH))
+    deltas = await mailbox.take()
+    assert len(deltas) == BACKLOG
+    assert [token for index, delta in deltas if index == 0 for token in delta.tokens] == [*range(0, 1000, 2), 7]
+    assert "".join(delta.text for index, delta in deltas if index == 1) == "13579" * 100
+    assert [delta.finish_reason for _, delta in deltas if delta.finish_reason] == [FinishReason.LENGTH]

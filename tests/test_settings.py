@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from bdh_batch import cli
+from bdh_batch.errors import ConfigError
+from bdh_batch.settings import load, options
+
+
+@pytest.fixture(autouse=True)
+def _no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ:
+        if name.startswith("BDH_"):
+            monkeypatch.delenv(name)
+
+
+def test_the_command_line_wins_over_the_environment_over_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("server: {host: file, port: 1, drain_seconds: 5}\ngeneration:\n")
+    monkeypatch.setenv("BDH_SERVER__HOST", "environment")
+    monkeypatch.setenv("BDH_SERVER__PORT", "2")
+    resolved = load(config, [("server.port", "3")])
+    server = resolved.settings.server
+    assert (server.host, server.port, server.drain_seconds) == ("environment", 3, 5)
+    assert resolved.origins == {
+        "server.host": "environment",
+        "server.port": "command line",
+        "server.drain_seconds": f"file {config}",
+    }
+
+
+@pytest.mark.parametrize("text", ["a,b", "a, b", '["a", "b"]'])
+def test_lists_can_be_said_in_one_string(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("BDH_AUTH__API_KEYS", text)
+    keys = load().settings.auth.api_keys
+    assert [key.get_secret_value() for key in keys] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("text", "number"), [("1000", 1000), ("4 GiB", 4 << 30), ("1.5MB", 1_500_000), ("2k", None)])
+def test_memory_has_units(text: str, number: int | None) -> None:
+    if number is None:
+        with pytest.raises(ConfigError, match=r"engine\.state_memory"):
+            load(overrides=[("engine.state_memory", text)])
+    else:
+        assert load(overrides=[("engine.state_memory", text)]).settings.engine.state_memory == number
+
+
+@pytest.mark.parametrize(
+    ("override", "proposed"),
+    [
+        ("server.prt", "server.port"),
+        ("sever.port", "server.port"),
+        ("auth.api_key", "auth.api_keys"),
+        ("port", "server.port"),
+        ("rate_limiting.rpm", "rate_limiting.enabled"),
+    ],
+)
+def test_an_unknown_option_is_refused_with_the_nearest(override: str, proposed: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{override}.*command line.*did you mean \S+\.\w+") as error:
+        load(overrides=[(override, "1")])
+    assert error.value.message.endswith(f"did you mean {proposed}?") or override == "rate_limiting.rpm"
+
+
+@pytest.mark.parametrize("name", ["BDH_SERVER__PRT", "BDH_SEVER__PORT", "bdh_server__prt", "BDH_SERVER_PORT"])
+def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "1")
+    with pytest.raises(ConfigError, match=rf"{name}.*server\.port"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ("server: {prt: 1}", r"server\.prt .*server\.port"),
+        ("sever: {port: 1}", "section sever .*server"),
+        ("server: 5", "server .*should hold options"),
+        ("[1]", "should hold sections"),
+        ("a: b: c", "not YAML"),
+        ("server: {port: x}", r"server\.port .*integer.*'x'"),
+        ("server: {workers: 2}", r"server\.workers .*more than one worker"),
+        ("server: {port: 70000}", r"server\.port"),
+        ("scheduler: {max_running: 0}", r"scheduler\.max_running"),
+        ("generation: {temperature: 3}", r"generation\.temperature"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_option(tmp_path: Path, content: str, named: str) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text(content)
+    with pytest.raises(ConfigError, match=named) as error:
+        load(config)
+    assert "\n" not in error.value.message
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml"):
+        load(tmp_path / "none.yaml")
+
+
+def test_every_option_has_help_and_belongs_to_a_section() -> None:
+    for option, (_, text) in options().items():
+        assert option.count(".") == 1
+        assert text.endswith("."), option
+
+
+def test_config_show_masks_secrets_and_tells_origins(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "show", "--port", "9000", "--set", "auth.api_keys=sesame"]) == 0
+    shown = capsys.readouterr().out
+    assert "port: 9000  # command line" in shown
+    assert "host: 127.0.0.1  # default" in shown
+    assert "sesame" not in shown
+    assert set(options()) <= {
+        f"{section}.{line.split(':')[0].strip()}" for section, lines in _sections(shown).items() for line in lines
+    }
+
+
+def _sections(text: str) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    section = ""
+    for line in text.splitlines():
+        if line.startswith(" "):
+            found[section].append(line)
+        else:
+            section = line.removesuffix(":")
+            found[section] = []
+    return found
+
+
+def test_an_error_does_not_tell_a_secret(capsys: pytest.CaptureFixture[str]) -> None:
+    for keys in ("[sesame, 5]", '["sesame'):
+        assert cli.main(["config", "show", "--set", f"auth.api_keys={keys}"]) == 2
+        captured = capsys.readouterr()
+        assert "auth.api_keys" in captured.err
+        assert "sesame" not in captured.err
+
+
+@pytest.mark.parametrize("arguments", [["--set", "server.port"], ["--set", "server.prt=1"], ["--port", "x"]])
+def test_a_wrong_command_line_ends_in_one_line_and_exit_code_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert cli.main(["config", "show", *arguments]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
