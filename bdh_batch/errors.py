@@ -11,6 +11,7 @@ BDHError
 ├── QueueFull              too much waits already; `retry_after` seconds
 ├── Unavailable            loading, draining, or the engine is down; `retry_after` seconds
 └── GenerationFailed       a fault of ours ended this one request
+    └── NotFinite          the model's scores of its next token were NaN or infinite
 """
 
 from __future__ import annotations
@@ -78,3 +79,8 @@ class Unavailable(RetryLater):
 
 class GenerationFailed(BDHError):
     pass
+
+
+class NotFinite(GenerationFailed):
+    def __init__(self) -> None:
+        super().__init__("The model gave a result that is not a finite number.")

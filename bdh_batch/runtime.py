@@ -30,6 +30,7 @@ from bdh_batch.http.server import Server, base_url, bind
 from bdh_batch.http.wire import Defaults
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.model.checkpoint import Model, load_model
+from bdh_batch.model.config import BDHConfig
 from bdh_batch.model.runner import Runner
 from bdh_batch.model.state import StatePool, bytes_per_sequence, free_memory, slots_within
 from bdh_batch.scheduler.scheduler import Scheduler
@@ -74,32 +75,34 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     device = choose_device(settings.model.device)
     dtype: torch.dtype = getattr(torch, settings.model.dtype)
     model = load_model(path, dtype, device, settings.model.layers)
-    window = attention_window(settings.model.attention_window, model.config.trained_context)
+    window = attention_window(settings.model.attention_window, model.config)
     kernels, reason = select_kernels(settings.engine.kernels, model.weights, window)
     budget = state_budget(settings.engine, device)
-    slots = slots_within(budget, model.config, settings.scheduler.max_running, window)
-    each = bytes_per_sequence(model.config, window)
+    state_dtype: torch.dtype = getattr(torch, settings.engine.state_dtype)
+    each = bytes_per_sequence(model.config, window, state_dtype)
+    slots = slots_within(budget, each, settings.scheduler.max_running)
     log.info(
         "model %s: %d layers, width %d, %d neurons, vocabulary %d; %s on %s",
         *(path, model.config.n_layer, model.config.n_embd, model.config.neurons, model.config.vocab_size),
         *(settings.model.dtype, device),
     )
     log.info(
-        "state: %d sequences of %.1f MiB, %.2f GiB of a budget of %.2f GiB",
-        *(slots, each / 2**20, slots * each / 2**30, budget / 2**30),
+        "state: %d sequences of %.1f MiB in %s, %.2f GiB of a budget of %.2f GiB",
+        *(slots, each / 2**20, settings.engine.state_dtype, slots * each / 2**30, budget / 2**30),
     )
     log.info("kernels: %s; attention window: %s", reason, f"{window} tokens" if window else "none")
-    runner = Runner(kernels, StatePool(model.config, slots, device, window))
+    runner = Runner(kernels, StatePool(model.config, slots, device, window, state_dtype))
     log.info("warming up: kernels that are not in the cache are compiled now")
     runner.warm(settings.scheduler.prefill_tokens)
     return LoadedEngine(model, runner, slots)
 
 
-def attention_window(asked: int | None, trained_context: int | None) -> int:
-    """Tokens that a token can look back on, 0 for all: as asked, else what the model was trained at."""
+def attention_window(asked: int | None, config: BDHConfig) -> int:
+    """Tokens that a token can look back on, 0 for all: as asked, else as the model's folder suggests."""
     if asked is not None:
         return asked
-    return trained_context + trained_context % 2 if trained_context else 0
+    window = config.trained_context if config.attention_window is None else config.attention_window
+    return window + window % 2 if window else 0
 
 
 def choose_device(name: str) -> torch.device:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from bdh_batch.kernels import cpu, cpu_passes, simd
 from bdh_batch.kernels.base import Kernels, RaggedBatch, Weights
 from bdh_batch.kernels.cpu import CpuKernels, Round
-from bdh_batch.kernels.cpu_passes import Desk, Floats, Packed, Shape, Work
+from bdh_batch.kernels.cpu_layout import Desk, Packed, Shape, States, Work
 from bdh_batch.kernels.torch_reference import (
     TorchKernels,
     attend_segment,
@@ -185,7 +185,7 @@ def expand_all(part: Round, shape: Shape, weights: Packed, work: Work, desks: De
 
 
 @simd.in_parallel
-def attend_all(part: Round, shape: Shape, states: Floats, work: Work, desks: Desk, threads: int) -> None:
+def attend_all(part: Round, shape: Shape, states: States, work: Work, desks: Desk, threads: int) -> None:
     for thread in numba.prange(threads):
         attend_share(thread, threads, part, shape, states, work, desks)
 
@@ -206,7 +206,7 @@ def expand_share(
 
 
 @simd.compiled
-def attend_share(thread: int, threads: int, part: Round, shape: Shape, states: Floats, work: Work, desks: Desk) -> None:
+def attend_share(thread: int, threads: int, part: Round, shape: Shape, states: States, work: Work, desks: Desk) -> None:
     """Every layer's and head's state by the lists that lie on the desk."""
     desk = cpu.desk_of(desks, thread)
     for piece in range(thread, shape.layers * shape.heads, threads):
@@ -270,7 +270,7 @@ class Bench:
 
     def _passes(self) -> dict[str, Callable[[], None]]:
         """Each pass of a decode step by itself, for all layers; what is on the desks stays from the pass before."""
-        kernels, states = self._kernels, self._states.view(-1).numpy()
+        kernels, states = self._kernels, cpu.flatten(self._states)
         (part,) = cpu.rounds(ragged(self._tokens, self._batch, 64, 1), 1, 1)
         shape, packed, work, desks = kernels._shape, kernels._packed, kernels._work, kernels._desks
         threads = kernels._threads

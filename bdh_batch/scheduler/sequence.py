@@ -7,7 +7,7 @@ from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from bdh_batch.errors import BDHError, GenerationFailed
+from bdh_batch.errors import BDHError, GenerationFailed, NotFinite
 from bdh_batch.messages import Delta, FinishReason, SamplingParams, Segment
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class Sequence:
     computed: int = 0  # tokens that have entered the state
     generated: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: BDHError | None = None  # why, where that is ERROR
     scheduled: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -69,7 +70,7 @@ class Sequence:
     def accept(self, token: int | None, now: float) -> Delta:
         """Takes the token that a step drew; None says that its logits were not finite."""
         if token is None:
-            return self.fail(GenerationFailed("The model gave a result that is not a finite number."))
+            return self.fail(NotFinite())
         self.generated.append(token)
         self.gap = now - (self.arrived if self.last_token is None else self.last_token)
         self.first_token = now if self.first_token is None else self.first_token
@@ -87,5 +88,5 @@ class Sequence:
         return Delta(text, [token], self.finish_reason)
 
     def fail(self, error: BDHError) -> Delta:
-        self.finish_reason = FinishReason.ERROR
+        self.finish_reason, self.error = FinishReason.ERROR, error
         return Delta(finish_reason=FinishReason.ERROR, error=error)
