@@ -12,7 +12,8 @@ off the specification. Writes `engine-cpu.json` (by the device's name) and, from
     contexts   decoding at a position by the runner alone: microseconds per token of a batch of `batch`, and the ratio
                to the first context with the interval that holds 95 % of resampled ratios. `exact` says whether the
                context was prefilled. Without it the state comes from a short prompt and only the position is that far
-               out, as no operation depends on how many tokens a state has summed.
+               out, as no operation depends on how many tokens a state has summed. With a window, the pass over the
+               state that begins a block, once in half a window of tokens, is left out
     mixes      `decoders` sequences decode while `prompts` others are in their prompts, by the scheduler's loop
 """
 
@@ -211,7 +212,7 @@ class Bench:
     def contexts(self) -> dict[str, Any]:
         """Every run begins with the same states and tokens; sides differ in the position, and if exact in the state."""
         contexts, size, exact = self._arguments.contexts, self._arguments.context_batch, self._arguments.exact
-        steps = self._arguments.steps
+        steps, after = self._arguments.steps, int(self._arguments.window > 0)  # a block's first token
         self._refuse_too_many(size + len(contexts))
         pool = self._pool(size)
         runner = Runner(self._kernels, pool)
@@ -219,9 +220,9 @@ class Bench:
         tokens = self._text(steps)
         sides = {}
         for context in contexts:
-            begun = self._state_after(context) if short is None else short
+            begun = self._state_after(context + after) if short is None else short
             plans = [
-                Plan([Segment(s, context + i, [token], SamplingParams(0.8, seed=s)) for s in range(size)])
+                Plan([Segment(s, context + after + i, [token], SamplingParams(0.8, seed=s)) for s in range(size)])
                 for i, token in enumerate(tokens)
             ]
             sides[str(context)] = Side(partial(pool.states.copy_, begun), partial(run_all, runner, plans))

@@ -23,7 +23,7 @@ def lines(file: Path, title: str, x: str, y: str, data: Mapping[str, Line], log_
     if log_y:
         axes.set_yscale("log")
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.2 * max(value for _, ys in data.values() for value in ys))
     axes.grid(alpha=0.3)
     axes.legend()
     _save(figure, file)
@@ -39,7 +39,7 @@ def bars(
     axes.bar_label(drawn, [notes[name] for name in data], padding=4)
     if log:
         axes.set_xscale("log")
-        axes.set_xlim(right=max(data.values()) * 30)
+        axes.set_xlim(min(data.values()) / 3, max(data.values()) * 30)
     else:
         axes.set_xlim(0, max(data.values()) * 1.6)
     axes.invert_yaxis()

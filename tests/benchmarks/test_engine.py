@@ -62,6 +62,12 @@ def test_measures_only_what_is_asked_for(run: Run, tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.glob("*.svg")] == ["engine-contexts.svg"]
 
 
+def test_measures_with_a_window(run: Run) -> None:
+    report = run("--only", "contexts", "--window", "16")
+    assert report["attention_window"] == 16
+    assert [row["context"] for row in report["contexts"]["by_context"]] == [8, 4096]
+
+
 class Wrong(TorchKernels):
     """Off by one part in a thousand, and only in a decode step."""
 
