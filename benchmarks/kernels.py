@@ -4,19 +4,26 @@
     python -m benchmarks.kernels --model models/bdh-shakespeare --text shakespeare.txt
 
 The sides of every comparison alternate in one run; figures are medians. Prints no speed while a result is wrong.
+Writes `kernels-cpu.json` and, from it, `kernels-passes.svg` and `kernels-decode.svg`. Its keys:
+
+    machine_rates   bytes a copy reads and writes in a second, and operations of a large product, on all threads
+    decode          tokens/s of a step of `batch` sequences, of the baselines, and how many times as fast it is:
+      dense_per_sequence   the specification: whole states, one sequence after the other
+      dense_batched        whole states, `y = q @ S` and `S += q.mT @ x` for the whole batch in one tensor
+      recompute_at_C       a context of C tokens from its start, as upstream's `generate` does for every token
+    passes          each pass of that step by itself: its time, and the bound that the machine's rates give for it
+    prefill         one prompt in chunks
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numba
 import torch
@@ -38,11 +45,23 @@ from bdh_batch.kernels.torch_reference import (
 from bdh_batch.model.checkpoint import load_model
 from bdh_batch.model.config import BDHConfig
 from bdh_batch.model.state import StatePool
+from benchmarks.common import (
+    alternate,
+    dense_batched,
+    medians,
+    recompute,
+    relative_error,
+    report_head,
+    take_turns,
+    write_json,
+)
+from benchmarks.plots import bars
 from benchmarks.synthetic import synthetic_weights
 
 CPU = torch.device("cpu")
 BUNDLED = BDHConfig(n_layer=6, n_embd=128, n_head=4, mlp_internal_dim_multiplier=32, vocab_size=256)
 CHUNK = 512
+CHECKED = 4  # sequences that are compared with the specification
 TOLERANCE = 1e-4
 
 
@@ -61,15 +80,15 @@ class Machine:
     gemm_gflop_s: float
 
 
-def main() -> None:
-    arguments = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
     torch.manual_seed(0)
     if arguments.model:
         model = load_model(arguments.model, torch.float32, CPU)
         config, weights = model.config, model.weights
     else:
         config, weights = BUNDLED, synthetic_weights(BUNDLED, arguments.density)
-    tokens = read_tokens(arguments.text, config.vocab_size, arguments.batch * 1024 + arguments.prompt)
+    tokens = read_tokens(arguments.text, config.vocab_size, max(CHECKED, arguments.batch) * 1024 + arguments.prompt)
     if not (error := disagreement(config, weights, tokens)) <= TOLERANCE:
         sys.exit(f"The CPU kernels are {error:.1e} off the specification: no speed is worth printing.")
     with torch.inference_mode():
@@ -77,20 +96,38 @@ def main() -> None:
         bench = Bench(config, weights, tokens, arguments.batch, densities, arguments.repeats)
         results = bench.run(arguments.context, arguments.prompt)
     report = {
-        "command": " ".join(["python -m benchmarks.kernels", *sys.argv[1:]]),
-        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "system": platform.platform()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numba": numba.__version__},
+        **report_head(["torch", "numba"]),
         "model": config.to_dict(),
         "largest_relative_error": error,
         "densities": asdict(densities),
         **results,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "kernels-cpu.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(arguments.out / "kernels-cpu.json", report)
+    draw(arguments.out, results)
     print(json.dumps(report, indent=2))
 
 
-def parse() -> argparse.Namespace:
+def draw(folder: Path, results: dict[str, Any]) -> None:
+    passes, decode = results["passes"], results["decode"]
+    bars(
+        folder / "kernels-passes.svg",
+        f"A decode step of {decode['batch']} sequences, pass by pass",
+        "ms",
+        {name: figures["ms"] for name, figures in passes.items()},
+        {name: f"{figures['percent_of_bound']:.0f} % of its bound's speed" for name, figures in passes.items()},
+    )
+    rates = {name.removesuffix("_tokens_per_s"): rate for name, rate in decode.items() if name.endswith("tokens_per_s")}
+    bars(
+        folder / "kernels-decode.svg",
+        f"Decoding {decode['batch']} sequences",
+        "tokens/s",
+        rates,
+        {name: f"{rate:,.0f} tokens/s" for name, rate in rates.items()},
+        log=True,
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, help="a model folder; without it, synthetic weights of the bundled shape")
     parser.add_argument("--text", type=Path, help="a file whose bytes are the tokens; without it, random ones")
@@ -100,7 +137,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def read_tokens(text: Path | None, vocabulary: int, count: int) -> Tensor:
@@ -124,10 +161,12 @@ def disagreement(config: BDHConfig, weights: Weights, tokens: Tensor) -> float:
     """The largest relative error over a prefill, a decode step, and the states after them."""
     sides: list[list[Tensor]] = []
     for kernels in (TorchKernels(weights), CpuKernels(weights)):
-        states = StatePool(config, 4, CPU).states
-        sides.append([kernels.logits(kernels.forward(states, ragged(tokens, 4, *at))) for at in ((0, 64), (64, 1))])
+        states = StatePool(config, CHECKED, CPU).states.zero_()
+        sides.append(
+            [kernels.logits(kernels.forward(states, ragged(tokens, CHECKED, *at))) for at in ((0, 64), (64, 1))]
+        )
         sides[-1].append(states)
-    return max(float((mine - right).norm() / right.norm()) for right, mine in zip(*sides))
+    return relative_error(sides[1], sides[0])
 
 
 def measure_densities(weights: Weights, tokens: Tensor) -> Densities:
@@ -144,21 +183,6 @@ def measure_densities(weights: Weights, tokens: Tensor) -> Densities:
         counts += torch.stack([(values > 0).float().mean() for values in (fired, pairs, gated)])
         x = layer_norm(x + layer_norm(project(gated.transpose(0, 1).flatten(1), weights.decoder)))
     return Densities(*(counts / weights.layers).tolist())
-
-
-def recompute(weights: Weights, tokens: Tensor) -> Tensor:
-    """Upstream's forward pass over whole contexts [B, T], as its `generate` runs it for every token: logits [B, V]."""
-    batch, length = tokens.shape
-    cos, sin = rotation(weights.frequencies, torch.arange(length))
-    x = layer_norm(weights.embed[tokens].float())[:, None]
-    for _ in range(weights.layers):
-        fired = project(x, weights.encoder).relu()
-        q = rotate(fired, cos, sin)
-        y = layer_norm((q @ q.mT).tril(-1) @ x)
-        gated = fired * project(y, weights.encoder_v).relu()
-        z = project(gated.transpose(1, 2).reshape(batch, 1, length, -1), weights.decoder)
-        x = layer_norm(x + layer_norm(z))
-    return project(x[:, 0, -1], weights.lm_head)
 
 
 def measure_machine(repeats: int) -> tuple[Callable[[], None], Callable[[], None], Callable[[float, float], Machine]]:
@@ -230,11 +254,13 @@ class Bench:
         self._config, self._weights, self._tokens = config, weights, tokens
         self._batch, self._densities, self._repeats = batch, densities, repeats
         self._kernels = CpuKernels(weights)
-        self._states = StatePool(config, batch, CPU).states
-        self._dense_states = StatePool(config, batch, CPU).states
+        # Zeros, written here, so that no side is the first to touch its memory.
+        self._states, self._dense_states, self._batched_states = (
+            StatePool(config, batch, CPU).states.zero_() for _ in range(3)
+        )
         self._position = 64
 
-    def run(self, context: int, prompt: int) -> dict[str, object]:
+    def run(self, context: int, prompt: int) -> dict[str, Any]:
         copy, gemm, rates = measure_machine(self._repeats)
         dense = TorchKernels(self._weights)
         self._kernels.forward(self._states, ragged(self._tokens, self._batch, 0, 64))
@@ -244,12 +270,15 @@ class Bench:
             "copy": copy,
             "gemm": gemm,
             "step": lambda: self._step(self._kernels, self._states),
-            "dense_step": lambda: self._step(dense, self._dense_states),
+            "dense_per_sequence": lambda: self._step(dense, self._dense_states),
+            "dense_batched": self._batched_step,
             "prefill": lambda: self._prefill(prompt),
             **passes,
         }
-        times = alternate(sides, self._repeats)
-        times["recompute"] = alternate({"recompute": lambda: recompute(self._weights, contexts)}, 3)["recompute"]
+        with tqdm(total=self._repeats, desc=", ".join(sides), file=sys.stderr) as bar:
+            times = medians(take_turns(sides, self._repeats, tick=bar.update))
+        whole = {"recompute": lambda: recompute(self._weights, contexts, len(contexts))}
+        times["recompute"] = alternate(whole, min(3, self._repeats))["recompute"]
         machine = rates(times["copy"], times["gemm"])
         return {
             "machine_rates": asdict(machine),
@@ -258,9 +287,15 @@ class Bench:
             "prefill": self._prefill_figures(prompt, times["prefill"], machine),
         }
 
-    def _step(self, kernels: Kernels, states: Tensor) -> None:
+    def _next(self) -> RaggedBatch:
         self._position = 64 + (self._position + 1) % 512
-        kernels.logits(kernels.forward(states, ragged(self._tokens, self._batch, self._position, 1)))
+        return ragged(self._tokens, self._batch, self._position, 1)
+
+    def _step(self, kernels: Kernels, states: Tensor) -> None:
+        kernels.logits(kernels.forward(states, self._next()))
+
+    def _batched_step(self) -> None:
+        dense_batched(self._weights, self._batched_states, self._next())
 
     def _prefill(self, prompt: int) -> None:
         for start in range(0, prompt, CHUNK):
@@ -281,17 +316,19 @@ class Bench:
         }
 
     def _decode(self, times: dict[str, float], context: int) -> dict[str, float]:
-        rates = {side: self._batch / times[side] for side in ("step", "dense_step", "recompute")}
+        baselines = {
+            "dense_per_sequence": times["dense_per_sequence"],
+            "dense_batched": times["dense_batched"],
+            f"recompute_at_{context}": times["recompute"],
+        }
         return {
             "batch": self._batch,
-            "tokens_per_s": rates["step"],
-            "dense_recurrence_tokens_per_s": rates["dense_step"],
-            f"recompute_at_{context}_tokens_per_s": rates["recompute"],
-            "times_dense_recurrence": rates["step"] / rates["dense_step"],
-            f"times_recompute_at_{context}": rates["step"] / rates["recompute"],
+            "step_tokens_per_s": self._batch / times["step"],
+            **{f"{name}_tokens_per_s": self._batch / seconds for name, seconds in baselines.items()},
+            **{f"times_{name}": seconds / times["step"] for name, seconds in baselines.items()},
         }
 
-    def _pass_figures(self, times: dict[str, float], machine: Machine) -> dict[str, dict[str, float]]:
+    def _pass_figures(self, times: dict[str, float], machine: Machine) -> dict[str, dict[str, float | str]]:
         shape = self._kernels._shape
         lists = self._kernels._desks.starts[0].reshape(-1, shape.panels + 1)[: self._batch, -1]
         rows = 2 * int(lists.sum()) * shape.layers * shape.heads
@@ -300,18 +337,24 @@ class Bench:
         return {
             "expand": {
                 "ms": times["expand"] * 1e3,
-                "percent_of_gemm_rate": 100 * products / times["expand"] / 1e9 / machine.gemm_gflop_s,
+                "bound": "one product at the rate of large ones",
+                "percent_of_bound": 100 * products / times["expand"] / 1e9 / machine.gemm_gflop_s,
             },
             "attend": {
                 "ms": times["attend"] * 1e3,
                 "state_bytes_read_and_written": moved,
                 "gb_s": moved / times["attend"] / 1e9,
-                "percent_of_copy_bandwidth": 100 * moved / times["attend"] / 1e9 / machine.copy_gb_s,
+                "bound": "the rows that fired at copy bandwidth",
+                "percent_of_bound": 100 * moved / times["attend"] / 1e9 / machine.copy_gb_s,
             },
             "contract": {
                 "ms": times["contract"] * 1e3,
-                "times_two_dense_products_at_gemm_rate": times["contract"]
-                / (2 * products / 1e9 / machine.gemm_gflop_s),
+                "bound": "one product and the rows that passed the gate of another, at the rate of large ones",
+                "percent_of_bound": 100
+                * (products * (1 + self._densities.gated))
+                / times["contract"]
+                / 1e9
+                / machine.gemm_gflop_s,
             },
         }
 
@@ -327,28 +370,6 @@ class Bench:
             "useful_percent_of_gemm_rate": 100 * useful / seconds / 1e9 / machine.gemm_gflop_s,
             "dense_percent_of_gemm_rate": 100 * 5 * product / seconds / 1e9 / machine.gemm_gflop_s,
         }
-
-
-def alternate(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median seconds of each side; they take turns, so that what else the machine does meets all of them."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for side in sides.values():
-        side()
-    for _ in tqdm(range(repeats), desc=", ".join(sides), file=sys.stderr):
-        for name, side in sides.items():
-            time.sleep(0.03)  # torch's threads and Numba's are two pools, and idle ones spin for a while
-            start = time.perf_counter()
-            side()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(measured) for name, measured in times.items()}
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except FileNotFoundError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":
