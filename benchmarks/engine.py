@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = load_model(arguments.model, dtype, device)
     kernels, reason = select_kernels(arguments.kernels, model.weights, arguments.window)
     bench = Bench(model, kernels, arguments)
-    if not (error := bench.disagreement()) <= TOLERANCES[dtype]:
+    tolerance = max(TOLERANCES[dtype], TOLERANCES[bench.state_dtype])
+    if not (error := bench.disagreement()) <= tolerance:
         sys.exit(f"The engine is {error:.1e} off the specification: no speed is worth printing.")
     report = {
         **report_head(["torch", "numba"]),
@@ -66,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "device": str(device),
         "dtype": arguments.dtype,
         "attention_window": arguments.window,
+        "state_dtype": arguments.state_dtype,
         "largest_relative_error": error,
         "repeats": arguments.repeats,
         **{name: getattr(bench, name)() for name in arguments.only},
@@ -83,6 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
     parser.add_argument("--kernels", choices=["auto", "torch", "cpu", "triton"], default="auto")
+    parser.add_argument("--state-dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--window", type=int, default=0, help="tokens that a token looks back on; 0 for all")
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 2, 4, 8, 16, 32, 64])
@@ -173,6 +176,7 @@ class Bench:
     def __init__(self, model: Model, kernels: Kernels, arguments: argparse.Namespace) -> None:
         self._model, self._kernels, self._arguments = model, kernels, arguments
         self._generator = torch.Generator().manual_seed(0)
+        self.state_dtype: torch.dtype = getattr(torch, arguments.state_dtype)
 
     def disagreement(self) -> float:
         """The largest relative error over ragged prompts, decode steps, and one far out, and the states after them."""
@@ -279,7 +283,8 @@ class Bench:
         return drawn
 
     def _pool(self, slots: int) -> StatePool:
-        pool = StatePool(self._model.config, slots, self._model.weights.embed.device, self._arguments.window)
+        device, window = self._model.weights.embed.device, self._arguments.window
+        pool = StatePool(self._model.config, slots, device, window, self.state_dtype)
         pool.states.zero_()  # written here, so that no timed run is the first to touch its memory
         return pool
 
@@ -295,7 +300,7 @@ class Bench:
         return pool.states
 
     def _refuse_too_many(self, states: int) -> None:
-        needed = states * bytes_per_sequence(self._model.config, self._arguments.window)
+        needed = states * bytes_per_sequence(self._model.config, self._arguments.window, self.state_dtype)
         free = free_memory(self._model.weights.embed.device)
         if needed > free:
             sys.exit(f"{states} states need {needed:,} bytes, {free:,} are free: measure smaller batches.")
