@@ -1,12 +1,8 @@
 from __future__ import annotations
 
-from hypothesis import settings, strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
-
 from bdh_batch.errors import GenerationFailed
 from bdh_batch.messages import FinishReason
-from bdh_batch.scheduler.scheduler import Scheduler, Step, Update
-from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.scheduler import Scheduler, Step
 from tests.scheduler.fakes import FakeRunner, FakeText, expected_tokens, make_sequence
 
 BROKEN = GenerationFailed("broken")
@@ -115,82 +111,3 @@ def test_a_fault_in_one_text_ends_that_request_alone() -> None:
     run_dry(scheduler, runner)
     assert bad.finish_reason is FinishReason.ERROR
     assert good.generated == expected_tokens([2], 9)
-
-
-class SchedulerMachine(RuleBasedStateMachine):
-    """Submit, abort, step and fail in any order: nothing is lost, doubled or leaked, and every request ends once."""
-
-    sequences = Bundle("sequences")
-
-    @initialize(slots=st.integers(1, 5), prefill_tokens=st.integers(1, 20))
-    def begin(self, slots: int, prefill_tokens: int) -> None:
-        self.scheduler = Scheduler(slots, prefill_tokens)
-        self.runner = FakeRunner()
-        self.submitted: list[Sequence] = []
-        self.shown: dict[Sequence, list[int]] = {}
-        self.ends: dict[Sequence, list[FinishReason]] = {}
-
-    def take(self, updates: list[Update]) -> None:
-        for sequence, delta in updates:
-            assert not self.ends[sequence], "nothing comes after the end"
-            self.shown[sequence] += delta.tokens
-            if delta.finish_reason is not None:
-                self.ends[sequence].append(delta.finish_reason)
-
-    @rule(
-        target=sequences,
-        prompts=st.lists(st.lists(st.integers(0, 250), min_size=1, max_size=30), max_size=4),
-        max_tokens=st.integers(1, 6),
-        stop_after=st.none() | st.integers(1, 6),
-    )
-    def submit(self, prompts: list[list[int]], max_tokens: int, stop_after: int | None):  # type: ignore[no-untyped-def]
-        sequences = [make_sequence(prompt, max_tokens, FakeText(stop_after)) for prompt in prompts]
-        self.submitted += sequences
-        for sequence in sequences:
-            self.shown[sequence], self.ends[sequence] = [], []
-        self.take(self.scheduler.submit(sequences))
-        return multiple(*sequences)
-
-    @rule(sequence=sequences)
-    def abort(self, sequence: Sequence) -> None:
-        self.take(self.scheduler.abort([sequence]))
-        assert self.ends[sequence]
-
-    @rule()
-    def advance(self) -> None:
-        planned = self.scheduler.plan(now=0.0)
-        assert (planned is None) == (not self.scheduler.has_work)
-        if planned is not None:
-            self.take(self.scheduler.commit(planned, self.runner.run(planned.plan), now=0.0))
-
-    @rule()
-    def fail_step(self) -> None:
-        planned = self.scheduler.plan(now=0.0)
-        if planned is not None:
-            self.take(self.scheduler.fail(planned, BROKEN))
-
-    @rule()
-    def fail_all(self) -> None:
-        self.take(self.scheduler.fail_all(BROKEN))
-        assert not self.scheduler.has_work
-
-    @invariant()
-    def is_sound(self) -> None:
-        if hasattr(self, "scheduler"):
-            self.scheduler.check()
-
-    def teardown(self) -> None:
-        if not hasattr(self, "scheduler"):
-            return
-        bound = 5 + sum(len(sequence.prompt) + sequence.max_tokens for sequence in self.submitted)
-        for _ in range(bound):
-            self.advance()
-        assert not self.scheduler.has_work, "every request ends within a bounded number of steps"
-        for sequence in self.submitted:
-            assert len(self.ends[sequence]) == 1, "every request ends exactly once"
-            assert self.shown[sequence] == sequence.generated
-            assert sequence.generated == expected_tokens(list(sequence.prompt), len(sequence.generated))
-
-
-SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-TestScheduler = SchedulerMachine.TestCase
