@@ -90,7 +90,7 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
         *(settings.model.dtype, device),
     )
     log.info("kernels: %s; attention window: %s", reason, f"{window} tokens" if window else "none")
-    host_slots = host_budget(settings.prefix_cache) // each
+    host_slots = min(host_budget(settings.prefix_cache) // each, most)
     pool = take_states(model.config, slots, device, window, host_slots)
     slots = len(pool.states)
     log.info(

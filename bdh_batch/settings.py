@@ -84,7 +84,10 @@ def _one_worker(value: int) -> int:
 
 Bytes = Annotated[PositiveInt, BeforeValidator(_parse_bytes)]
 Strings = Annotated[list[str], NoDecode, BeforeValidator(_parse_list)]
-Weights = Annotated[dict[str, Annotated[float, Field(gt=0, le=1000)]], BeforeValidator(_parse_mapping)]
+Weights = Annotated[
+    dict[Annotated[str, Field(pattern="^[0-9a-f]{16}$")], Annotated[float, Field(gt=0, le=1000)]],
+    BeforeValidator(_parse_mapping),
+]
 Secrets = Annotated[
     list[SecretStr],
     NoDecode,
@@ -145,12 +148,18 @@ class Scheduler(Section):
     )
     prefill_tokens: PositiveInt = Field(256, description="Most prompt tokens in a step, of all sequences together.")
     target_step_ms: float = Field(
-        100.0, ge=0, description="Milliseconds of a step beside running streams; prompts get less. 0: throughput first."
+        100.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Milliseconds of a step beside running streams; prompts get less. 0: throughput first.",
     )
     quantum_steps: PositiveInt = Field(64, description="Steps of a turn, where sequences take turns.")
-    queue_timeout: PositiveFloat | None = Field(None, description="Seconds that a request may wait; null is no limit.")
+    queue_timeout: PositiveFloat | None = Field(
+        None, allow_inf_nan=False, description="Seconds that a request may wait; null is no limit."
+    )
     request_timeout: PositiveFloat | None = Field(
         None,
+        allow_inf_nan=False,
         description="Seconds from a request's arrival to its end; a request may ask for less by x-request-timeout.",
     )
     weights: Weights = Field(

@@ -26,16 +26,19 @@ class StepCost:
 
     def observe(self, decodes: int, prefill_tokens: int, seconds: float) -> None:
         features = (1.0, decodes / SCALE, prefill_tokens / SCALE)
+        gain = [sum(row[at] * features[at] for at in range(3)) for row in self._variance]
+        news = sum(feature * part for feature, part in zip(features, gain, strict=True))
         error = seconds - self._dot(features)
         size = abs(error)
-        if self.known and size > (most := OUTLIER * self._error):
+        # A step unlike any before tells something new, however far off the model is.
+        if self.known and size > (most := OUTLIER * self._error * (1.0 + news)):
             error *= most / size
-        self._error += (min(size, abs(error)) - self._error) * (0.05 if self.known else 0.5)
-        # The usual error may grow again, however small it became: the machine may have changed for good.
-        self._error = max(self._error, 0.01 * size)
+        if news < 1.0:
+            usual = min(size, OUTLIER * self._error) if self.known else size
+            # It may grow again, however small it became: the machine may have changed for good.
+            self._error = max(self._error + 0.05 * (usual - self._error), 0.01 * size)
         self._steps += 1
-        gain = [sum(row[at] * features[at] for at in range(3)) for row in self._variance]
-        scale = FORGET + sum(feature * part for feature, part in zip(features, gain, strict=True))
+        scale = FORGET + news
         self._weights = [weight + error * part / scale for weight, part in zip(self._weights, gain, strict=True)]
         # What is never exercised must not be forgotten without bound.
         forget = FORGET if max(self._variance[at][at] for at in range(3)) < UNCERTAIN else 1.0

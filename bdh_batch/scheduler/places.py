@@ -39,14 +39,24 @@ class Places:
     def copy(self, source: int, target: int) -> None:
         self.copies.append(Copy(source, target))
 
-    def bring(self, sequence: Sequence, suspended: Iterable[Sequence], cache: PrefixCache, entry: Entry | None) -> bool:
-        """Gives `sequence` a slot on the device, with its own state or that of `entry`. False if there is none."""
+    def bring(
+        self,
+        sequence: Sequence,
+        suspended: Iterable[Sequence],
+        cache: PrefixCache,
+        entry: Entry | None,
+        patient: bool = False,
+    ) -> bool:
+        """Gives `sequence` a slot on the device, with its own state or that of `entry`. False if there is none; one
+        that is `patient` does not take the place of a state that others wait for."""
         old = sequence.slot
         if old is not None and self.slots.on_device(old):
             return True
-        slot = self._on_device(sequence, suspended, cache, entry)
+        slot = self._on_device(sequence, suspended, cache, entry, patient)
         if slot is None:
-            return entry is not None and self._take_over(sequence, suspended, cache, entry)
+            if entry is None or (patient and entry.awaited > (sequence.expects is entry)):
+                return False
+            return self._take_over(sequence, suspended, cache, entry)
         if old is not None:
             self._move(sequence, slot)
             self.slots.give(old)
@@ -77,16 +87,19 @@ class Places:
             self.discard(entry, cache, give=False)
             sequence.slot = entry.slot
             return True
-        sequence.slot = self._on_device(sequence, suspended, cache, None)
-        return sequence.slot is not None
+        sequence.slot = slot = self._on_device(sequence, suspended, cache, None, False)
+        if slot is not None and cache.holds(entry):
+            self.copy(entry.slot, slot)
+            self.moved.append(sequence)
+        return slot is not None
 
     def _on_device(
-        self, sequence: Sequence, suspended: Iterable[Sequence], cache: PrefixCache, spare: Entry | None
+        self, sequence: Sequence, suspended: Iterable[Sequence], cache: PrefixCache, spare: Entry | None, patient: bool
     ) -> int | None:
         if (slot := self.slots.take_device()) is not None:
             return slot
         least = cache.least(entry for entry in cache if self.slots.on_device(entry.slot) and entry is not spare)
-        if least is not None:
+        if least is not None and not (patient and least.awaited):
             return self._evict(least, cache, spare)
         for parked in suspended:
             if parked is not sequence and parked.slot is not None and self.slots.on_device(parked.slot):

@@ -13,7 +13,7 @@ RECENT_BYTES = 32 * 2**20
 
 
 def pack(tokens: Iterable[int]) -> bytes:
-    return array("I", tokens).tobytes()
+    return array("I", list(tokens)).tobytes()  # a list: bytes would be taken for an array's memory
 
 
 def common(one: bytes, other: bytes) -> int:

@@ -254,19 +254,24 @@ class Scheduler:
             return resumed or fresh
         if fresh.priority != resumed.priority:
             return fresh if fresh.priority < resumed.priority else resumed
-        may_enter = self._may_enter(fresh) or self._is_owed(fresh)
+        may_enter = self._may_enter(fresh) or (len(self._running) >= self.width and self._is_owed(fresh))
         return fresh if may_enter and fresh.since < resumed.since else resumed
 
     def _may_enter(self, sequence: Sequence) -> bool:
-        return sequence.stage is Stage.SUSPENDED or self._holding < self.max_running
+        if sequence.stage is Stage.SUSPENDED or self._holding < self.max_running:
+            return True
+        lower = sum(other.priority > sequence.priority for other in self._suspended)
+        return self._holding - lower < self.max_running
 
     def _is_owed(self, sequence: Sequence) -> bool:
         """Whether its key holds less than its share of the places while it waits."""
-        return sequence.account.seats < max(1, self._share(sequence.account))
+        return sequence.account.seats < max(1, self._shares_with(sequence.account)[sequence.account])
 
-    def _share(self, account: Account) -> int:
-        """The places that are an account's among those that hold any."""
-        return int(self.max_running * account.weight / sum(other.weight for other in self._seated | {account}))
+    def _shares_with(self, account: Account) -> dict[Account, int]:
+        """The places that are each account's, among those that hold any and `account`."""
+        accounts = self._seated | {account}
+        weight = sum(other.weight for other in accounts)
+        return {other: int(self.max_running * other.weight / weight) for other in accounts}
 
     def _victim(self, candidate: Sequence) -> Sequence | None:
         """Who has to make room: one of a lower class, or one whose turn is over."""
@@ -280,7 +285,7 @@ class Scheduler:
         if not self._may_enter(candidate):
             if not self._is_owed(candidate):
                 return None
-            shares = {account: self._share(account) for account in self._seated}
+            shares = self._shares_with(candidate.account)
             done = [s for s in done if s.account is not candidate.account and s.account.seats > shares[s.account]]
         return min(done, key=lambda s: s.since, default=None)
 
@@ -293,7 +298,8 @@ class Scheduler:
             return False
         entry = self.sharing.beginning_of(candidate) if fresh else None
         parked = self._suspended if victim is None else [*self._suspended, victim]
-        if not self.places.bring(candidate, parked, self.sharing.cache, entry):
+        patient = fresh and victim is None and bool(self._running)
+        if not self.places.bring(candidate, parked, self.sharing.cache, entry, patient):
             return False
         if victim is not None:
             self._suspend(victim)

@@ -82,6 +82,7 @@ class Sharing:
         entry = self.beginning_of(sequence)
         if entry is not None and shared - entry.length < self._least:
             return False
+        self.expect_no_more(sequence)
         if shared not in leader.cuts:
             insort(leader.cuts, shared)
         self._followers.setdefault(leader, []).append((shared, sequence))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from hypothesis import settings, strategies as st
@@ -163,5 +164,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sequence.generated == expected_tokens(list(sequence.prompt), len(sequence.generated))
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=int(os.environ.get("MACHINE_EXAMPLES", 150)), stateful_step_count=40, deadline=None
+)
 TestScheduler = SchedulerMachine.TestCase
