@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import attrgetter
 
 from bdh_batch.errors import BDHError, GenerationFailed, QueueTimeout, RunTimeout
 from bdh_batch.messages import Delta, FinishReason, Outcome, Plan
@@ -20,6 +22,8 @@ from bdh_batch.scheduler.sequence import Sequence, Stage
 from bdh_batch.scheduler.sharing import Sharing
 
 Update = tuple[Sequence, Delta]
+
+PRIORITY = attrgetter("priority")
 
 OLDEST = 8  # the oldest prompt gets an eighth of a step's prompt tokens for certain
 LEAST_PREFILL = 16  # prompt tokens that go in a step whatever it may take, so that prompts get through
@@ -90,11 +94,12 @@ class Scheduler:
         self.sharing = Sharing(self.places, policy.keep, policy.share_all, policy.min_shared)
         self._queue = FairQueue(policy.weights)
         self._deadlines = Deadlines()
-        self._running: list[Sequence] = []
+        self._running: list[Sequence] = []  # both in the order in which they came to be so
         self._suspended: list[Sequence] = []
         self._seated: set[Account] = set()  # those with a sequence that holds a state
         self._arrivals = 0
         self._swaps = 0
+        self._last_class = 0  # no one that runs is of a later one
 
     @property
     def waiting(self) -> int:
@@ -223,6 +228,8 @@ class Scheduler:
         assert all(self.places.slots.on_device(s.slot) for s in self._running if s.slot is not None), (
             "who runs is there"
         )
+        for line in (self._running, self._suspended):
+            assert all(one.since <= other.since for one, other in pairwise(line)), "lines are in order"
         assert len(self._running) <= self.width, "no more run than may"
         assert all(s.slot is None and s.stage is Stage.QUEUED for s in self._queue), "who waits holds no slot"
         assert all(s.finish_reason is None and s.pending >= 1 for s in holding), "who runs has work"
@@ -234,7 +241,10 @@ class Scheduler:
 
     def _seat(self, now: float) -> None:
         """Gives places to those that wait, and takes turns and precedence into account."""
+        if not (self._suspended or len(self._queue)):
+            return
         self._swaps = max(1, self.width // self.policy.quantum)
+        self._last_class = max(map(PRIORITY, self._running), default=0)
         while (candidate := self._next()) is not None:
             victim = None
             if len(self._running) >= self.width or not self._may_enter(candidate):
@@ -249,7 +259,7 @@ class Scheduler:
     def _next(self) -> Sequence | None:
         """Whoever has waited longest of the first class: in the queue, or suspended."""
         fresh = self._queue.peek()
-        resumed = min(self._suspended, key=lambda s: (s.priority, s.since), default=None)
+        resumed = min(self._suspended, key=PRIORITY) if self._suspended else None
         if fresh is None or resumed is None:
             return resumed or fresh
         if fresh.priority != resumed.priority:
@@ -275,19 +285,20 @@ class Scheduler:
 
     def _victim(self, candidate: Sequence) -> Sequence | None:
         """Who has to make room: one of a lower class, or one whose turn is over."""
-        worst = max(self._running, key=lambda s: (s.priority, s.since), default=None)
-        if worst is not None and worst.priority > candidate.priority:
-            return worst
+        if self._running and self._last_class > candidate.priority:
+            worst = max(reversed(self._running), key=PRIORITY)
+            if worst.priority > candidate.priority:
+                return worst
         if self._swaps == 0:
             return None
         over = self.counts.steps - self.policy.quantum
-        done = [s for s in self._running if s.since <= over and s.priority == candidate.priority]
+        done = (s for s in self._running if s.since <= over and s.priority == candidate.priority)
         if not self._may_enter(candidate):
             if not self._is_owed(candidate):
                 return None
             shares = self._shares_with(candidate.account)
-            done = [s for s in done if s.account is not candidate.account and s.account.seats > shares[s.account]]
-        return min(done, key=lambda s: s.since, default=None)
+            done = (s for s in done if s.account is not candidate.account and s.account.seats > shares[s.account])
+        return next(done, None)
 
     def _run(self, candidate: Sequence, victim: Sequence | None, now: float) -> bool:
         """Puts `candidate` in a slot on the device, instead of `victim`. False, and nothing done, if that cannot be."""
@@ -334,6 +345,7 @@ class Scheduler:
         if sequence.stage is Stage.SUSPENDED:
             self._suspended.remove(sequence)
         self._running.append(sequence)
+        self._last_class = max(self._last_class, sequence.priority)
         sequence.stage, sequence.since = Stage.RUNNING, self.counts.steps
 
     def _follow(self, candidate: Sequence) -> bool:
