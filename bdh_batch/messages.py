@@ -42,6 +42,7 @@ class GenerationRequest:
     sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
     prompt_param: str = "prompt"  # the field of the client's request that an error about the prompt names
+    n: int = 1  # answers to its prompt, of which this is one
     key: str = ""  # whose request it is: an opaque label, the same for all requests of one API key
     priority: int = 0  # lower goes first
     timeout: float | None = None  # seconds from its arrival to its end; None leaves it to the settings

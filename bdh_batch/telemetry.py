@@ -65,6 +65,7 @@ class Metrics:
         self._request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request", TOKENS)
         self._request_generated = self._histogram("request_generation_tokens", "Tokens a request generated", TOKENS)
         self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens of a request", TOKENS)
+        self._n = self._histogram("request_params_n", "n of a request", TOKENS[:6])
         labels = ("model_name", "finished_reason")
         self._ended = Counter("bdh_request_success", "Requests that ended, by reason", labels, registry=self.registry)
         labels = ("model_name", "reason")
@@ -108,6 +109,7 @@ class Metrics:
         self._request_prompt.observe(len(sequence.prompt))
         self._request_generated.observe(len(sequence.generated))
         self._max_tokens.observe(sequence.max_tokens)
+        self._n.observe(sequence.n)
         if sequence.scheduled is not None:
             self._queue.observe(sequence.scheduled - sequence.arrived)
         if sequence.scheduled is not None and sequence.first_token is not None and sequence.last_token is not None:

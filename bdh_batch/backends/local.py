@@ -119,6 +119,7 @@ class LocalBackend:
             text=TextStream(self._tokenizer.decoder(), request.stop),
             outbox=mailbox,
             index=index,
+            n=request.n,
             key=request.key,
             priority=request.priority,
         )

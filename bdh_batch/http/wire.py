@@ -193,6 +193,7 @@ class GenerationBody(Wire):
                     seed=seed + answer & 0xFFFFFFFFFFFFFFFF,
                 ),
                 stop=tuple(self.stop or ()),
+                n=n,
                 priority=self.priority or 0,
             )
             for prompt in prompts

@@ -56,6 +56,7 @@ class Sequence:
     outbox: Outbox
     index: int = 0
     arrived: float = 0.0
+    n: int = 1  # answers to its prompt, of which this is one
 
     key: str = ""
     priority: int = 0
