@@ -15,6 +15,7 @@ BDHError
 │   └── RunTimeout             while it ran
 ├── OutOfMemory            a step needed more memory than there is; another one may fit
 └── GenerationFailed       a fault of ours ended this one request
+    └── NotFinite          the model's scores of its next token were NaN or infinite
 """
 
 from __future__ import annotations
@@ -98,3 +99,8 @@ class OutOfMemory(BDHError):
 
 class GenerationFailed(BDHError):
     pass
+
+
+class NotFinite(GenerationFailed):
+    def __init__(self) -> None:
+        super().__init__("The model gave a result that is not a finite number.")

@@ -78,12 +78,13 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     device = choose_device(settings.model.device)
     dtype: torch.dtype = getattr(torch, settings.model.dtype)
     model = load_model(path, dtype, device, settings.model.layers)
-    window = attention_window(settings.model.attention_window, model.config.trained_context)
+    window = attention_window(settings.model.attention_window, model.config)
     kernels, reason = select_kernels(settings.engine.kernels, model.weights, window)
     budget = state_budget(settings.engine, device)
+    state_dtype: torch.dtype = getattr(torch, settings.engine.state_dtype)
+    each = bytes_per_sequence(model.config, window, state_dtype)
     most = settings.scheduler.max_running + (settings.prefix_cache.entries if settings.prefix_cache.enabled else 0)
-    slots = slots_within(budget, model.config, most, window)
-    each = bytes_per_sequence(model.config, window)
+    slots = slots_within(budget, each, most)
     log.info(
         "model %s: %d layers, width %d, %d neurons, vocabulary %d; %s on %s",
         *(path, model.config.n_layer, model.config.n_embd, model.config.neurons, model.config.vocab_size),
@@ -91,11 +92,11 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     )
     log.info("kernels: %s; attention window: %s", reason, f"{window} tokens" if window else "none")
     host_slots = min(host_budget(settings.prefix_cache) // each, most)
-    pool = take_states(model.config, slots, device, window, host_slots)
+    pool = take_states(model.config, slots, device, window, state_dtype, host_slots)
     slots = len(pool.states)
     log.info(
-        "state: %d sequences of %.1f MiB, %.2f GiB of a budget of %.2f GiB; %d more in the host's memory",
-        *(slots, each / 2**20, slots * each / 2**30, budget / 2**30, host_slots),
+        "state: %d sequences of %.1f MiB in %s, %.2f GiB of a budget of %.2f GiB; %d more in the host's memory",
+        *(slots, each / 2**20, settings.engine.state_dtype, slots * each / 2**30, budget / 2**30, host_slots),
     )
     runner = Runner(kernels, pool)
     log.info("warming up: kernels that are not in the cache are compiled now")
@@ -103,7 +104,9 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     return LoadedEngine(model, runner, slots, host_slots)
 
 
-def take_states(config: BDHConfig, slots: int, device: torch.device, window: int, host_slots: int) -> StatePool:
+def take_states(
+    config: BDHConfig, slots: int, device: torch.device, window: int, dtype: torch.dtype, host_slots: int
+) -> StatePool:
     """Memory for so many states, or for half as many, with a warning, where so much cannot be had after all.
 
     Raises:
@@ -111,7 +114,7 @@ def take_states(config: BDHConfig, slots: int, device: torch.device, window: int
     """
     while slots:
         try:
-            return StatePool(config, slots, device, window, host_slots)
+            return StatePool(config, slots, device, window, dtype, host_slots)
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:  # CPU allocations fail as RuntimeError
             log.warning("the memory for %d states cannot be had (%s)", slots, str(error).partition("\n")[0])
             slots //= 2
@@ -150,11 +153,12 @@ def open_trace(file: Path | None) -> Trace | None:
         raise ConfigError(f"scheduler.trace_file: {file} cannot be written ({error})") from error
 
 
-def attention_window(asked: int | None, trained_context: int | None) -> int:
-    """Tokens that a token can look back on, 0 for all: as asked, else what the model was trained at."""
+def attention_window(asked: int | None, config: BDHConfig) -> int:
+    """Tokens that a token can look back on, 0 for all: as asked, else as the model's folder suggests."""
     if asked is not None:
         return asked
-    return trained_context + trained_context % 2 if trained_context else 0
+    window = config.trained_context if config.attention_window is None else config.attention_window
+    return window + window % 2 if window else 0
 
 
 def choose_device(name: str) -> torch.device:

@@ -119,7 +119,10 @@ class Model(Section):
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Of the weights.")
     attention_window: NonNegativeInt | None = Field(
         None,
-        description="Tokens that a token can look back on; 0 is all, null the trained_context of the model folder.",
+        description=(
+            "Tokens that a token can look back on; 0 is all, null the model folder's attention_window, "
+            "or else its trained_context."
+        ),
     )
     layers: PositiveInt | None = Field(None, description="Layers of a .pt file that does not tell; null is 6.")
     max_model_len: PositiveInt | None = Field(
@@ -130,6 +133,9 @@ class Model(Section):
 class Engine(Section):
     kernels: Literal["auto", "torch", "cpu", "triton"] = Field(
         "auto", description="Which implementation computes a step."
+    )
+    state_dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of the states; bfloat16 takes half the memory, and half the traffic of decoding."
     )
     state_memory: Bytes | None = Field(
         None, description='Memory for the states of running sequences, as in "4 GiB"; null is a share of what is free.'

@@ -20,6 +20,7 @@ from prometheus_client import (
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+from bdh_batch.errors import NotFinite
 from bdh_batch.scheduler.scheduler import Step
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.worker import Load
@@ -68,6 +69,7 @@ class Metrics:
         self._n = self._histogram("request_params_n", "n of a request", TOKENS[:6])
         labels = ("model_name", "finished_reason")
         self._ended = Counter("bdh_request_success", "Requests that ended, by reason", labels, registry=self.registry)
+        self._not_finite = self._counter("non_finite_logits", "Requests ended by NaN or infinite scores")
         labels = ("model_name", "reason")
         self._refused = Counter("bdh_admission_rejections", "Requests refused", labels, registry=self.registry)
 
@@ -105,6 +107,8 @@ class Metrics:
     def finished(self, sequence: Sequence, now: float) -> None:
         assert sequence.finish_reason is not None
         self._ended.labels(self._model_name, sequence.finish_reason.value).inc()
+        if isinstance(sequence.error, NotFinite):
+            self._not_finite.inc()
         self._whole.observe(now - sequence.arrived)
         self._request_prompt.observe(len(sequence.prompt))
         self._request_generated.observe(len(sequence.generated))

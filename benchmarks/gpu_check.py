@@ -10,14 +10,12 @@ recurrence in torch and recomputing, which alternate. Prints no speed while a re
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
-import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -25,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bdh_batch.kernels.base import Kernels, RaggedBatch, Weights
-from bdh_batch.kernels.torch_reference import TorchKernels, layer_norm, project, rotate, rotation
+from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.kernels.tuning import FILE, Blocks, load_blocks, save_blocks, search
 from bdh_batch.model.config import BDHConfig
+from benchmarks.common import alternate, dense_batched, recompute, write_json
 from benchmarks.synthetic import synthetic_weights
 
 ROOT = Path(__file__).parents[1]
@@ -162,7 +160,7 @@ def tuned(config: BDHConfig, weights: Weights) -> Blocks:
         work = [ragged(min(size, len(states)), 900, 1, config.vocab_size) for size in TUNED_FOR]
         work.append(ragged(1, 0, 2048, config.vocab_size))
         try:
-            times = alternate({str(i): step(kernels, states, batch) for i, batch in enumerate(work)}, 7)
+            times = alternate({str(i): step(kernels, states, batch) for i, batch in enumerate(work)}, 7, gpu_clock)
         except OutOfResources:
             return math.inf
         print(f"  {blocks}: " + ", ".join(f"{seconds * 1e3:.3f} ms" for seconds in times.values()))
@@ -201,11 +199,11 @@ def decode_figures(
         batch = ragged(size, 900, 1, config.vocab_size)
         sides: dict[str, Callable[[], object]] = {"triton": step(kernels, states, batch)}
         if dtype == torch.float32:
-            sides["dense"] = partial(dense_step, weights, states[:size], batch)
+            sides["dense"] = partial(dense_batched, weights, states[:size], batch)
         if dtype == torch.float32 and size <= 64:
             contexts = ragged(size, 0, CONTEXT, config.vocab_size).tokens.view(size, CONTEXT)
             sides["recompute"] = partial(recompute, weights, contexts)
-        times = alternate(sides, 15)
+        times = alternate(sides, 15, gpu_clock)
         moved = rows_moved(kernels, states, batch) * 2 * config.n_embd * dtype.itemsize
         figures = {
             "sequences": size,
@@ -239,60 +237,20 @@ def rows_moved(kernels: Any, states: Tensor, batch: RaggedBatch) -> int:
     return rows
 
 
-def dense_step(weights: Weights, states: Tensor, batch: RaggedBatch) -> Tensor:
-    """A decode step of all sequences [B, L, h, N, D] at once in torch, which moves the whole state."""
-    cos, sin = rotation(weights.frequencies, batch.positions)
-    x = layer_norm(F.embedding(batch.tokens, weights.embed).float())
-    for layer in range(weights.layers):
-        fired = project(x, weights.encoder).relu()
-        q = rotate(fired, cos, sin).transpose(0, 1)  # [B, h, N]
-        y = (q[:, :, None] @ states[:, layer]).squeeze(2)
-        flat = states[:, layer].view(len(x), -1, x.shape[-1])
-        flat.baddbmm_(q.reshape(len(x), -1, 1).to(flat.dtype), x[:, None].to(flat.dtype))
-        gated = fired * project(layer_norm(y).transpose(0, 1), weights.encoder_v).relu()
-        x = layer_norm(x + layer_norm(project(gated.transpose(0, 1).flatten(1), weights.decoder)))
-    return project(x, weights.lm_head)
-
-
-def recompute(weights: Weights, contexts: Tensor) -> Tensor:
-    """The next token's logits for contexts [B, T], from their start, as upstream's `generate` does for every token."""
-    length = contexts.shape[1]
-    cos, sin = rotation(weights.frequencies, torch.arange(length, device=contexts.device))
-    rows = []
-    for tokens in torch.split(contexts, 4):  # what fits
-        x = layer_norm(weights.embed[tokens].float())[:, None]
-        for _ in range(weights.layers):
-            fired = project(x, weights.encoder).relu()
-            q = rotate(fired, cos, sin)
-            y = layer_norm((q @ q.mT).tril(-1) @ x)
-            gated = fired * project(y, weights.encoder_v).relu()
-            z = project(gated.transpose(1, 2).reshape(len(tokens), 1, length, -1), weights.decoder)
-            x = layer_norm(x + layer_norm(z))
-        rows.append(project(x[:, 0, -1], weights.lm_head))
-    return torch.cat(rows)
-
-
-def alternate(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median seconds of each side, by the GPU's clock; they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for side in sides.values():
-        side()
-        side()
-    for _ in range(repeats):
-        for name, side in sides.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            side()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) / 1e3)
-    return {name: statistics.median(measured) for name, measured in times.items()}
+def gpu_clock(side: Callable[[], object]) -> float:
+    """Seconds by the GPU's own clock."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    side()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def copy_bandwidth() -> float:
     """Bytes read and written in a second by a copy of 2 GB."""
     source, target = torch.randn(1 << 29, device=GPU), torch.empty(1 << 29, device=GPU)
-    return 2 * source.nbytes / alternate({"copy": lambda: target.copy_(source)}, 15)["copy"]
+    return 2 * source.nbytes / alternate({"copy": lambda: target.copy_(source)}, 15, gpu_clock)["copy"]
 
 
 def write_report(folder: Path, bandwidth: float, results: dict[str, Any]) -> None:
@@ -308,9 +266,8 @@ def write_report(folder: Path, bandwidth: float, results: dict[str, Any]) -> Non
         "density": DENSITY,
         "models": results,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / f"gpu-{gpu.lower().replace(' ', '-')}.json"
-    file.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(file, report)
     print(f"copy {bandwidth / 1e9:.0f} GB/s; written to {file}")
 
 

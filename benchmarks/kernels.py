@@ -4,19 +4,27 @@
     python -m benchmarks.kernels --model models/bdh-shakespeare --text shakespeare.txt
 
 The sides of every comparison alternate in one run; figures are medians. Prints no speed while a result is wrong.
+Writes `kernels-cpu.json` and, from it, `kernels-passes.svg` and `kernels-decode.svg`. Its keys:
+
+    machine_rates   bytes a copy reads and writes in a second, and operations of a large product, on all threads
+    decode          tokens/s of a step of `batch` sequences, with states of float32 and of bfloat16, of the baselines
+                    (float32), and how many times as fast each step is:
+      dense_per_sequence   the specification: whole states, one sequence after the other
+      dense_batched        whole states, `y = q @ S` and `S += q.mT @ x` for the whole batch in one tensor
+      recompute_at_C       a context of C tokens from its start, as upstream's `generate` does for every token
+    passes          each pass of that step by itself: its time, and the bound that the machine's rates give for it
+    prefill         one prompt in chunks, with states of either dtype
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numba
 import torch
@@ -26,7 +34,7 @@ from tqdm import tqdm
 from bdh_batch.kernels import cpu, cpu_passes, simd
 from bdh_batch.kernels.base import Kernels, RaggedBatch, Weights
 from bdh_batch.kernels.cpu import CpuKernels, Round
-from bdh_batch.kernels.cpu_passes import Desk, Floats, Packed, Shape, Work
+from bdh_batch.kernels.cpu_layout import Desk, Packed, Shape, States, Work
 from bdh_batch.kernels.torch_reference import (
     TorchKernels,
     attend_segment,
@@ -38,12 +46,25 @@ from bdh_batch.kernels.torch_reference import (
 from bdh_batch.model.checkpoint import load_model
 from bdh_batch.model.config import BDHConfig
 from bdh_batch.model.state import StatePool
+from benchmarks.common import (
+    alternate,
+    dense_batched,
+    medians,
+    recompute,
+    relative_error,
+    report_head,
+    take_turns,
+    write_json,
+)
+from benchmarks.plots import bars
 from benchmarks.synthetic import synthetic_weights
 
 CPU = torch.device("cpu")
 BUNDLED = BDHConfig(n_layer=6, n_embd=128, n_head=4, mlp_internal_dim_multiplier=32, vocab_size=256)
 CHUNK = 512
-TOLERANCE = 1e-4
+CHECKED = 4  # sequences that are compared with the specification
+STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOLERANCES = {"float32": 1e-4, "bfloat16": 3e-2}  # bfloat16 keeps 8 bits
 
 
 @dataclass(frozen=True)
@@ -61,36 +82,56 @@ class Machine:
     gemm_gflop_s: float
 
 
-def main() -> None:
-    arguments = parse()
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
     torch.manual_seed(0)
     if arguments.model:
         model = load_model(arguments.model, torch.float32, CPU)
         config, weights = model.config, model.weights
     else:
         config, weights = BUNDLED, synthetic_weights(BUNDLED, arguments.density)
-    tokens = read_tokens(arguments.text, config.vocab_size, arguments.batch * 1024 + arguments.prompt)
-    if not (error := disagreement(config, weights, tokens)) <= TOLERANCE:
-        sys.exit(f"The CPU kernels are {error:.1e} off the specification: no speed is worth printing.")
+    tokens = read_tokens(arguments.text, config.vocab_size, max(CHECKED, arguments.batch) * 1024 + arguments.prompt)
+    errors = {name: disagreement(config, weights, tokens, dtype) for name, dtype in STATES.items()}
+    for name, error in errors.items():
+        if not error <= TOLERANCES[name]:
+            sys.exit(f"With {name} states the CPU kernels are {error:.1e} off the specification: no speed is printed.")
     with torch.inference_mode():
         densities = measure_densities(weights, tokens[:512])
         bench = Bench(config, weights, tokens, arguments.batch, densities, arguments.repeats)
         results = bench.run(arguments.context, arguments.prompt)
     report = {
-        "command": " ".join(["python -m benchmarks.kernels", *sys.argv[1:]]),
-        "machine": {"cpu": cpu_name(), "threads": torch.get_num_threads(), "system": platform.platform()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numba": numba.__version__},
+        **report_head(["torch", "numba"]),
         "model": config.to_dict(),
-        "largest_relative_error": error,
+        "largest_relative_error": errors,
         "densities": asdict(densities),
         **results,
     }
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "kernels-cpu.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(arguments.out / "kernels-cpu.json", report)
+    draw(arguments.out, results)
     print(json.dumps(report, indent=2))
 
 
-def parse() -> argparse.Namespace:
+def draw(folder: Path, results: dict[str, Any]) -> None:
+    passes, decode = results["passes"], results["decode"]
+    bars(
+        folder / "kernels-passes.svg",
+        f"A decode step of {decode['batch']} sequences, pass by pass",
+        "ms",
+        {name: figures["ms"] for name, figures in passes.items()},
+        {name: f"{figures['percent_of_bound']:.0f} % of its bound's speed" for name, figures in passes.items()},
+    )
+    rates = {name.removesuffix("_tokens_per_s"): rate for name, rate in decode.items() if name.endswith("tokens_per_s")}
+    bars(
+        folder / "kernels-decode.svg",
+        f"Decoding {decode['batch']} sequences",
+        "tokens/s",
+        rates,
+        {name: f"{rate:,.0f} tokens/s" for name, rate in rates.items()},
+        log=True,
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", type=Path, help="a model folder; without it, synthetic weights of the bundled shape")
     parser.add_argument("--text", type=Path, help="a file whose bytes are the tokens; without it, random ones")
@@ -100,7 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def read_tokens(text: Path | None, vocabulary: int, count: int) -> Tensor:
@@ -120,14 +161,16 @@ def ragged(tokens: Tensor, batch: int, start: int, length: int) -> RaggedBatch:
     )
 
 
-def disagreement(config: BDHConfig, weights: Weights, tokens: Tensor) -> float:
+def disagreement(config: BDHConfig, weights: Weights, tokens: Tensor, dtype: torch.dtype) -> float:
     """The largest relative error over a prefill, a decode step, and the states after them."""
     sides: list[list[Tensor]] = []
     for kernels in (TorchKernels(weights), CpuKernels(weights)):
-        states = StatePool(config, 4, CPU).states
-        sides.append([kernels.logits(kernels.forward(states, ragged(tokens, 4, *at))) for at in ((0, 64), (64, 1))])
+        states = StatePool(config, CHECKED, CPU, dtype=dtype).states.zero_()
+        sides.append(
+            [kernels.logits(kernels.forward(states, ragged(tokens, CHECKED, *at))) for at in ((0, 64), (64, 1))]
+        )
         sides[-1].append(states)
-    return max(float((mine - right).norm() / right.norm()) for right, mine in zip(*sides))
+    return relative_error(sides[1], sides[0])
 
 
 def measure_densities(weights: Weights, tokens: Tensor) -> Densities:
@@ -144,21 +187,6 @@ def measure_densities(weights: Weights, tokens: Tensor) -> Densities:
         counts += torch.stack([(values > 0).float().mean() for values in (fired, pairs, gated)])
         x = layer_norm(x + layer_norm(project(gated.transpose(0, 1).flatten(1), weights.decoder)))
     return Densities(*(counts / weights.layers).tolist())
-
-
-def recompute(weights: Weights, tokens: Tensor) -> Tensor:
-    """Upstream's forward pass over whole contexts [B, T], as its `generate` runs it for every token: logits [B, V]."""
-    batch, length = tokens.shape
-    cos, sin = rotation(weights.frequencies, torch.arange(length))
-    x = layer_norm(weights.embed[tokens].float())[:, None]
-    for _ in range(weights.layers):
-        fired = project(x, weights.encoder).relu()
-        q = rotate(fired, cos, sin)
-        y = layer_norm((q @ q.mT).tril(-1) @ x)
-        gated = fired * project(y, weights.encoder_v).relu()
-        z = project(gated.transpose(1, 2).reshape(batch, 1, length, -1), weights.decoder)
-        x = layer_norm(x + layer_norm(z))
-    return project(x[:, 0, -1], weights.lm_head)
 
 
 def measure_machine(repeats: int) -> tuple[Callable[[], None], Callable[[], None], Callable[[float, float], Machine]]:
@@ -185,7 +213,7 @@ def expand_all(part: Round, shape: Shape, weights: Packed, work: Work, desks: De
 
 
 @simd.in_parallel
-def attend_all(part: Round, shape: Shape, states: Floats, work: Work, desks: Desk, threads: int) -> None:
+def attend_all(part: Round, shape: Shape, states: States, work: Work, desks: Desk, threads: int) -> None:
     for thread in numba.prange(threads):
         attend_share(thread, threads, part, shape, states, work, desks)
 
@@ -206,7 +234,7 @@ def expand_share(
 
 
 @simd.compiled
-def attend_share(thread: int, threads: int, part: Round, shape: Shape, states: Floats, work: Work, desks: Desk) -> None:
+def attend_share(thread: int, threads: int, part: Round, shape: Shape, states: States, work: Work, desks: Desk) -> None:
     """Every layer's and head's state by the lists that lie on the desk."""
     desk = cpu.desk_of(desks, thread)
     for piece in range(thread, shape.layers * shape.heads, threads):
@@ -223,6 +251,11 @@ def contract_share(
         cpu_passes.contract(0, part.bounds[-1], piece % shape.heads, shape, weights, work, desk)
 
 
+def sides_of(name: str) -> list[tuple[str, str]]:
+    """The sides that differ by the dtype of the states only, each with that dtype."""
+    return [("float32", name), ("bfloat16", f"{name}_bfloat16")]
+
+
 class Bench:
     def __init__(
         self, config: BDHConfig, weights: Weights, tokens: Tensor, batch: int, densities: Densities, repeats: int
@@ -230,89 +263,125 @@ class Bench:
         self._config, self._weights, self._tokens = config, weights, tokens
         self._batch, self._densities, self._repeats = batch, densities, repeats
         self._kernels = CpuKernels(weights)
-        self._states = StatePool(config, batch, CPU).states
-        self._dense_states = StatePool(config, batch, CPU).states
+        # Zeros, written here, so that no side is the first to touch its memory.
+        self._states = {
+            name: StatePool(config, batch, CPU, dtype=dtype).states.zero_() for name, dtype in STATES.items()
+        }
+        self._dense_states, self._batched_states = (StatePool(config, batch, CPU).states.zero_() for _ in range(2))
         self._position = 64
 
-    def run(self, context: int, prompt: int) -> dict[str, object]:
+    def run(self, context: int, prompt: int) -> dict[str, Any]:
         copy, gemm, rates = measure_machine(self._repeats)
         dense = TorchKernels(self._weights)
-        self._kernels.forward(self._states, ragged(self._tokens, self._batch, 0, 64))
+        for states in self._states.values():
+            self._kernels.forward(states, ragged(self._tokens, self._batch, 0, 64))
         contexts = torch.stack([self._tokens[1024 * s : 1024 * s + context] for s in range(self._batch)])
         passes = self._passes()
         sides = {
             "copy": copy,
             "gemm": gemm,
-            "step": lambda: self._step(self._kernels, self._states),
-            "dense_step": lambda: self._step(dense, self._dense_states),
-            "prefill": lambda: self._prefill(prompt),
+            "step": lambda: self._step(self._kernels, self._states["float32"]),
+            "step_bfloat16": lambda: self._step(self._kernels, self._states["bfloat16"]),
+            "dense_per_sequence": lambda: self._step(dense, self._dense_states),
+            "dense_batched": self._batched_step,
+            "prefill": lambda: self._prefill(prompt, self._states["float32"]),
+            "prefill_bfloat16": lambda: self._prefill(prompt, self._states["bfloat16"]),
             **passes,
         }
-        times = alternate(sides, self._repeats)
-        times["recompute"] = alternate({"recompute": lambda: recompute(self._weights, contexts)}, 3)["recompute"]
+        with tqdm(total=self._repeats, desc=", ".join(sides), file=sys.stderr) as bar:
+            times = medians(take_turns(sides, self._repeats, tick=bar.update))
+        whole = {"recompute": lambda: recompute(self._weights, contexts, len(contexts))}
+        times["recompute"] = alternate(whole, min(3, self._repeats))["recompute"]
         machine = rates(times["copy"], times["gemm"])
         return {
             "machine_rates": asdict(machine),
             "decode": self._decode(times, context),
             "passes": self._pass_figures(times, machine),
-            "prefill": self._prefill_figures(prompt, times["prefill"], machine),
+            "prefill": {
+                "tokens": prompt,
+                **{name: self._prefill_figures(prompt, times[side], machine) for name, side in sides_of("prefill")},
+            },
         }
 
-    def _step(self, kernels: Kernels, states: Tensor) -> None:
+    def _next(self) -> RaggedBatch:
         self._position = 64 + (self._position + 1) % 512
-        kernels.logits(kernels.forward(states, ragged(self._tokens, self._batch, self._position, 1)))
+        return ragged(self._tokens, self._batch, self._position, 1)
 
-    def _prefill(self, prompt: int) -> None:
+    def _step(self, kernels: Kernels, states: Tensor) -> None:
+        kernels.logits(kernels.forward(states, self._next()))
+
+    def _batched_step(self) -> None:
+        dense_batched(self._weights, self._batched_states, self._next())
+
+    def _prefill(self, prompt: int, states: Tensor) -> None:
         for start in range(0, prompt, CHUNK):
             end = min(start + CHUNK, prompt)
             batch = RaggedBatch(self._tokens[start:end], torch.arange(start, end), [0, end - start], [0])
-            self._kernels.forward(self._states, batch)
+            self._kernels.forward(states, batch)
 
     def _passes(self) -> dict[str, Callable[[], None]]:
         """Each pass of a decode step by itself, for all layers; what is on the desks stays from the pass before."""
-        kernels, states = self._kernels, self._states.view(-1).numpy()
+        kernels, states = self._kernels, {name: cpu.flatten(states) for name, states in self._states.items()}
         (part,) = cpu.rounds(ragged(self._tokens, self._batch, 64, 1), 1, 1)
         shape, packed, work, desks = kernels._shape, kernels._packed, kernels._work, kernels._desks
         threads = kernels._threads
         return {
             "expand": lambda: expand_all(part, shape, packed, work, desks, threads),
-            "attend": lambda: attend_all(part, shape, states, work, desks, threads),
+            "attend": lambda: attend_all(part, shape, states["float32"], work, desks, threads),
+            "attend_bfloat16": lambda: attend_all(part, shape, states["bfloat16"], work, desks, threads),
             "contract": lambda: contract_all(part, shape, packed, work, desks, threads),
         }
 
     def _decode(self, times: dict[str, float], context: int) -> dict[str, float]:
-        rates = {side: self._batch / times[side] for side in ("step", "dense_step", "recompute")}
+        baselines = {
+            "dense_per_sequence": times["dense_per_sequence"],
+            "dense_batched": times["dense_batched"],
+            f"recompute_at_{context}": times["recompute"],
+        }
         return {
             "batch": self._batch,
-            "tokens_per_s": rates["step"],
-            "dense_recurrence_tokens_per_s": rates["dense_step"],
-            f"recompute_at_{context}_tokens_per_s": rates["recompute"],
-            "times_dense_recurrence": rates["step"] / rates["dense_step"],
-            f"times_recompute_at_{context}": rates["step"] / rates["recompute"],
+            **{f"{side}_tokens_per_s": self._batch / times[side] for _, side in sides_of("step")},
+            **{f"{name}_tokens_per_s": self._batch / seconds for name, seconds in baselines.items()},
+            **{
+                f"{side}_times_{name}": seconds / times[side]
+                for _, side in sides_of("step")
+                for name, seconds in baselines.items()
+            },
         }
 
-    def _pass_figures(self, times: dict[str, float], machine: Machine) -> dict[str, dict[str, float]]:
+    def _pass_figures(self, times: dict[str, float], machine: Machine) -> dict[str, dict[str, float | str]]:
         shape = self._kernels._shape
         lists = self._kernels._desks.starts[0].reshape(-1, shape.panels + 1)[: self._batch, -1]
         rows = 2 * int(lists.sum()) * shape.layers * shape.heads
         products = 2 * self._batch * shape.layers * shape.heads * shape.neurons * shape.width
-        moved = 2 * 4 * shape.width * rows
         return {
             "expand": {
                 "ms": times["expand"] * 1e3,
-                "percent_of_gemm_rate": 100 * products / times["expand"] / 1e9 / machine.gemm_gflop_s,
+                "bound": "one product at the rate of large ones",
+                "percent_of_bound": 100 * products / times["expand"] / 1e9 / machine.gemm_gflop_s,
             },
-            "attend": {
-                "ms": times["attend"] * 1e3,
-                "state_bytes_read_and_written": moved,
-                "gb_s": moved / times["attend"] / 1e9,
-                "percent_of_copy_bandwidth": 100 * moved / times["attend"] / 1e9 / machine.copy_gb_s,
+            **{
+                side: self._attend_figures(2 * STATES[name].itemsize * shape.width * rows, times[side], machine)
+                for name, side in sides_of("attend")
             },
             "contract": {
                 "ms": times["contract"] * 1e3,
-                "times_two_dense_products_at_gemm_rate": times["contract"]
-                / (2 * products / 1e9 / machine.gemm_gflop_s),
+                "bound": "the gates of what fired and the rows of what passed, at the rate of large products",
+                "percent_of_bound": 100
+                * (products * (self._densities.fired + self._densities.gated))
+                / times["contract"]
+                / 1e9
+                / machine.gemm_gflop_s,
             },
+        }
+
+    def _attend_figures(self, moved: int, seconds: float, machine: Machine) -> dict[str, float | str]:
+        return {
+            "ms": seconds * 1e3,
+            "state_bytes_read_and_written": moved,
+            "gb_s": moved / seconds / 1e9,
+            "bound": "the rows that fired at copy bandwidth",
+            "percent_of_bound": 100 * moved / seconds / 1e9 / machine.copy_gb_s,
         }
 
     def _prefill_figures(self, prompt: int, seconds: float, machine: Machine) -> dict[str, float]:
@@ -321,34 +390,11 @@ class Bench:
         product = 2 * prompt * shape.layers * shape.heads * shape.neurons * shape.width
         useful = product * (1 + 2 * d.pairs + d.fired + d.gated)
         return {
-            "tokens": prompt,
             "tokens_per_s": prompt / seconds,
             "useful_gflop_s": useful / seconds / 1e9,
             "useful_percent_of_gemm_rate": 100 * useful / seconds / 1e9 / machine.gemm_gflop_s,
             "dense_percent_of_gemm_rate": 100 * 5 * product / seconds / 1e9 / machine.gemm_gflop_s,
         }
-
-
-def alternate(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median seconds of each side; they take turns, so that what else the machine does meets all of them."""
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for side in sides.values():
-        side()
-    for _ in tqdm(range(repeats), desc=", ".join(sides), file=sys.stderr):
-        for name, side in sides.items():
-            time.sleep(0.03)  # torch's threads and Numba's are two pools, and idle ones spin for a while
-            start = time.perf_counter()
-            side()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(measured) for name, measured in times.items()}
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except FileNotFoundError:
-        return platform.processor()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -18,13 +20,13 @@ CPU = torch.device("cpu")
 def test_fewer_states_are_taken_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fitting: int, slots: int
 ) -> None:
-    def scarce(config: BDHConfig, slots: int, device: torch.device, window: int, host_slots: int) -> StatePool:
+    def scarce(config: BDHConfig, slots: int, *arguments: Any) -> StatePool:
         if slots > fitting:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return StatePool(config, slots, device, window, host_slots)
+        return StatePool(config, slots, *arguments)
 
     monkeypatch.setattr(runtime, "StatePool", scarce)
-    assert len(runtime.take_states(CONFIG, 64, CPU, 0, 0).states) == slots
+    assert len(runtime.take_states(CONFIG, 64, CPU, 0, torch.float32, 0).states) == slots
     assert ("cannot be had" in caplog.text) == (slots < 64)
 
 
@@ -34,4 +36,4 @@ def test_no_memory_at_all_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(runtime, "StatePool", none)
     with pytest.raises(ConfigError, match="state_memory"):
-        runtime.take_states(CONFIG, 64, CPU, 0, 0)
+        runtime.take_states(CONFIG, 64, CPU, 0, torch.float32, 0)

@@ -42,6 +42,7 @@ class Kernels(Protocol):
     of W / 2 tokens, at the multiples of W / 2; a token attends to its block and the block before it. `states` is
     [slots, layers, h, N, D] without a window. With one it is [slots, layers, 2, h, N, D]: the sum over those two
     blocks, and the sum over the earlier one, which is taken away when the next block begins. Slots stay contiguous.
+    States are float32 or bfloat16.
     """
 
     def forward(self, states: Tensor, batch: RaggedBatch) -> Tensor:

@@ -10,9 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdh_batch.kernels import cpu_passes as passes, simd
+from bdh_batch.kernels import cpu_passes as passes, cpu_state, simd
 from bdh_batch.kernels.base import RaggedBatch, Weights
-from bdh_batch.kernels.cpu_passes import (
+from bdh_batch.kernels.cpu_layout import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
     MAX_TILE,
     PANEL,
     PANELS,
@@ -23,6 +26,7 @@ from bdh_batch.kernels.cpu_passes import (
     Longs,
     Packed,
     Shape,
+    States,
     Work,
 )
 from bdh_batch.kernels.simd import LANES, compiled, in_parallel, inlined
@@ -30,7 +34,7 @@ from bdh_batch.kernels.simd import LANES, compiled, in_parallel, inlined
 PIECES = 4  # for each thread, groups times heads: what the threads share out in a layer
 UNEVEN = 1.25  # how much more than its share a thread may get, if that spares all threads the waiting in every layer
 MAX_TOKENS = 256  # of one round: more would not fit the caches, and gain nothing
-ROUNDING = {torch.float32: passes.FLOAT32, torch.float16: passes.FLOAT16, torch.bfloat16: passes.BFLOAT16}
+ROUNDING = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
 
 class Round(NamedTuple):
@@ -75,7 +79,7 @@ class CpuKernels:
 
     def forward(self, states: Tensor, batch: RaggedBatch) -> Tensor:
         hidden = torch.empty(len(batch.tokens), self._shape.width)
-        flat = states.view(-1).numpy()
+        flat = flatten(states)
         start = 0
         for part in rounds(batch, self._threads, self._shape.heads):
             run(part, self._shape, self._packed, flat, self._work, self._desks, self._tickets, self._threads)
@@ -138,7 +142,7 @@ def pack(weights: Weights, shape: Shape) -> Packed:
     return Packed(
         embed=embed.view(-1).numpy(),
         encoder=pack_columns(pair_up(weights.encoder), shape.pitch),
-        encoder_v=pack_columns(pair_up(weights.encoder_v), shape.pitch),
+        encoder_v=pack_rows(pair_up(weights.encoder_v).mT, shape.pitch),
         decoder=pack_rows(pair_up(weights.decoder.view_as(weights.encoder.mT).mT).mT, shape.pitch),
         frequencies=frequencies.numpy(),
     )
@@ -197,10 +201,16 @@ def furnish(threads: int, shape: Shape) -> Desk:
         y=_floats(threads, MAX_TOKENS * shape.pitch),
         products=_floats(threads, ROWS * PANEL),
         normed=_floats(threads, (MAX_TILE + ROWS) * shape.pitch),
-        passed=integers(MAX_TILE * PANELS * PANEL + LANES),
-        gated=_floats(threads, MAX_TILE * PANELS * PANEL + LANES),
-        counts=integers(MAX_TILE),
+        neurons=integers(PANELS * PANEL + LANES),
+        gated=_floats(threads, PANELS * PANEL + LANES),
+        gates=_floats(threads, PANELS * PANEL + LANES),
     )
+
+
+def flatten(states: Tensor) -> States:
+    """The numbers of a state pool for the passes; bfloat16 by their bits."""
+    flat = states.view(-1)
+    return flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
 
 
 def _floats(*sizes: int) -> Floats:
@@ -218,7 +228,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 @in_parallel
 def run(
-    part: Round, shape: Shape, weights: Packed, states: Floats, work: Work, desks: Desk, tickets: Longs, threads: int
+    part: Round, shape: Shape, weights: Packed, states: States, work: Work, desks: Desk, tickets: Longs, threads: int
 ) -> None:
     """One round through all the layers. After each loop all threads meet."""
     tickets[:] = 0
@@ -237,7 +247,7 @@ def run(
 
 @compiled
 def carry_some(
-    thread: int, part: Round, shape: Shape, weights: Packed, states: Floats, work: Work, desks: Desk, tickets: Longs
+    thread: int, part: Round, shape: Shape, weights: Packed, states: States, work: Work, desks: Desk, tickets: Longs
 ) -> None:
     """Takes whole groups through all the layers: sequences need nothing of each other."""
     desk = desk_of(desks, thread)
@@ -270,14 +280,14 @@ def begin_some(part: Round, shape: Shape, weights: Packed, work: Work, tickets: 
 def desk_of(desks: Desk, thread: int) -> Desk:
     return Desk(
         desks.fired[thread], desks.starts[thread], desks.pairs[thread], desks.even[thread], desks.odd[thread],
-        desks.y[thread], desks.products[thread], desks.normed[thread], desks.passed[thread], desks.gated[thread],
-        desks.counts[thread],
+        desks.y[thread], desks.products[thread], desks.normed[thread], desks.neurons[thread], desks.gated[thread],
+        desks.gates[thread],
     )  # fmt: skip
 
 
 @compiled
 def think_some(
-    layer: int, thread: int, part: Round, shape: Shape, weights: Packed, states: Floats, work: Work, desks: Desk,
+    layer: int, thread: int, part: Round, shape: Shape, weights: Packed, states: States, work: Work, desks: Desk,
     tickets: Longs,
 ) -> None:  # fmt: skip
     """All that a layer does within its heads, piece by piece."""
@@ -292,7 +302,7 @@ def think_some(
 
 @compiled
 def think(
-    chosen: int, layer: int, head: int, part: Round, shape: Shape, weights: Packed, states: Floats, work: Work,
+    chosen: int, layer: int, head: int, part: Round, shape: Shape, weights: Packed, states: States, work: Work,
     desk: Desk,
 ) -> None:  # fmt: skip
     """A group of segments in one head of a layer."""
@@ -306,7 +316,7 @@ def think(
 
 @compiled
 def attend(
-    segment: int, desk_start: int, layer: int, head: int, part: Round, shape: Shape, states: Floats, work: Work,
+    segment: int, desk_start: int, layer: int, head: int, part: Round, shape: Shape, states: States, work: Work,
     desk: Desk,
 ) -> None:  # fmt: skip
     """A sequence's tokens in one head, cut where a block of the window begins."""
@@ -320,11 +330,12 @@ def attend(
             inside = part.positions[first] % shape.half_window
             end = min(last, first + shape.half_window - inside)
             if inside == 0:
-                passes.start_block(states, state, shape.heads * elements, elements)
+                cpu_state.start_block(states, state, shape.heads * elements, elements)
+        place, position = first - desk_start, part.positions[first]
         if end == first + 1:
-            passes.attend_token(first, first - desk_start, state, shape, states, work, desk)
+            cpu_state.attend_token(first, place, position, state, shape, states, work, desk)
         else:
-            passes.attend_tokens(first, end, first - desk_start, state, shape, states, work, desk)
+            cpu_state.attend_tokens(first, end, place, position, state, shape, states, work, desk)
         first = end
 
 

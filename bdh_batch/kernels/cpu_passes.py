@@ -1,81 +1,30 @@
 """The compiled passes of a step on the CPU: what one thread does for one piece of a layer. `README.md` derives them.
 
-Everything is flat and float32, rows padded with zeros to a multiple of 16 (`Shape.pitch`). The neurons of a head are
-grouped in panels of 32, the even members of 16 RoPE pairs and then the odd ones, so that a pair is the same lane of two
-vectors. Every sum is one chain of fused multiply-adds, or one tree, in an order that depends on the model alone.
+Every sum is one chain of fused multiply-adds, or one tree, in an order that depends on the model alone.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from bdh_batch.kernels import simd
+from bdh_batch.kernels.cpu_layout import (
+    BFLOAT16,
+    FLOAT16,
+    MAX_TILE,
+    PANEL,
+    PANELS,
+    ROWS,
+    Desk,
+    Floats,
+    Packed,
+    Shape,
+    Work,
+)
 from bdh_batch.kernels.simd import LANES, compiled, inlined, reassociated
-
-Floats = npt.NDArray[np.float32]
-Integers = npt.NDArray[np.int32]
-Longs = npt.NDArray[np.int64]
-
-PANEL = 2 * LANES  # neurons
-ROWS = 8  # of one product; with two vectors of columns its sums fill half of AVX-512's registers
-MAX_TILE = 32  # tokens that share a reading of the weights
-PANELS = 4  # that are gated before their decoder rows are added, all in the first two caches
-LOOKAHEAD = 12  # pairs between the prefetch of state rows and their use
-FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2  # what the inputs of products are rounded to
-
-
-class Shape(NamedTuple):
-    """The sizes of a model, and how its arrays are laid out."""
-
-    layers: int
-    heads: int
-    width: int  # D
-    pitch: int  # elements from one row of a padded array to the next
-    neurons: int  # N
-    panels: int  # of a head
-    list_pitch: int  # elements from one token's list of pairs in a head to the next
-    fired_pitch: int  # the same for its activations
-    rounding: int
-    half_window: int  # tokens of a block; 0 attends to everything
-
-
-class Packed(NamedTuple):
-    """The weights as the passes read them."""
-
-    embed: Floats  # [V, pitch]
-    encoder: Floats  # [heads, panels, pitch, PANEL]
-    encoder_v: Floats  # [heads, panels, pitch, PANEL]
-    decoder: Floats  # [heads, panels, PANEL, pitch], rows as they are
-    frequencies: npt.NDArray[np.float64]  # [panels * 16], of each pair
-
-
-class Work(NamedTuple):
-    """What the passes of a round of T tokens share."""
-
-    x: Floats  # [T, pitch]
-    inputs: Floats  # [T + ROWS, pitch]: x as products take it
-    cos: Floats  # [T, list_pitch]
-    sin: Floats
-    z: Floats  # [T, heads, pitch]: each head's share of the decoder's sum
-
-
-class Desk(NamedTuple):
-    """Where one thread does a piece of work: some tokens in one head. They are counted from the piece's first."""
-
-    fired: Floats  # [tokens, fired_pitch]
-    starts: Integers  # [tokens, panels + 1]: where a panel's entries begin in the three lists after this one
-    pairs: Integers  # [tokens, list_pitch]: the pairs that fired, rising
-    even: Floats  # [tokens, list_pitch]: their activations after RoPE
-    odd: Floats
-    y: Floats  # [tokens, pitch]
-    products: Floats  # [ROWS, PANEL]
-    normed: Floats  # [MAX_TILE + ROWS, pitch]: a tile's y after LayerNorm
-    passed: Integers  # [MAX_TILE, PANELS * PANEL]: neurons of some panels that passed their gate, for each token
-    gated: Floats  # [MAX_TILE, PANELS * PANEL]: their activations times their gates
-    counts: Integers  # [MAX_TILE]: how many those are
 
 
 @inlined
@@ -232,160 +181,28 @@ def record(token: int, place: int, panel: int, at: int, shape: Shape, work: Work
     desk.starts[cursor + 1] = end + simd.count_bits(bits)
 
 
-@inlined
-def fold_row(states: Floats, at: int, q: Any, x: Any, y: Any) -> Any:
-    """One vector of one state row: returns y + q · S, and adds q ⊗ x to S."""
-    row = simd.load(states, at)
-    simd.store(states, at, simd.fma(q, x, row))
-    return simd.fma(q, row, y)
-
-
-@inlined
-def fold_row_end(states: Floats, at: int, q: Any, x: Any, y: Any, count: int) -> Any:
-    """As `fold_row`, of the last `count` lanes of a row."""
-    row = simd.load_first(states, at, count)
-    simd.store_first(states, at, simd.fma(q, x, row), count)
-    return simd.fma(q, row, y)
-
-
-@inlined
-def fold_pair(states: Floats, at: int, width: int, work: Work, desk: Desk, entry: int, x: int, y: int) -> None:
-    """The two state rows of one pair of neurons, at `at`: what the token reads of them, and what it writes."""
-    q0, q1 = simd.spread(desk.even, entry), simd.spread(desk.odd, entry)
-    whole = width // LANES * LANES
-    for i in range(0, whole, LANES):
-        x_now, y_now = simd.load(work.x, x + i), simd.load(desk.y, y + i)
-        y_now = fold_row(states, at + i, q0, x_now, y_now)
-        simd.store(desk.y, y + i, fold_row(states, at + width + i, q1, x_now, y_now))
-    rest = width - whole
-    if rest:
-        x_now, y_now = simd.load(work.x, x + whole), simd.load(desk.y, y + whole)
-        y_now = fold_row_end(states, at + whole, q0, x_now, y_now, rest)
-        simd.store(desk.y, y + whole, fold_row_end(states, at + width + whole, q1, x_now, y_now, rest))
-
-
-@inlined
-def fold_two_pairs(
-    states: Floats,
-    at: int,
-    then: int,
-    soon: int,
-    later: int,
-    width: int,
-    work: Work,
-    desk: Desk,
-    entry: int,
-    x: int,
-    y: int,
-) -> None:
-    """As `fold_pair` of an entry and of the next one, but x and y move once. Prefetches `soon` and `later`, if ≥ 0."""
-    q0, q1 = simd.spread(desk.even, entry), simd.spread(desk.odd, entry)
-    q2, q3 = simd.spread(desk.even, entry + 1), simd.spread(desk.odd, entry + 1)
-    whole = width // LANES * LANES
-    for i in range(0, whole, LANES):
-        if soon >= 0:
-            simd.prefetch(states, soon + i)
-            simd.prefetch(states, soon + width + i)
-            simd.prefetch(states, later + i)
-            simd.prefetch(states, later + width + i)
-        x_now, y_now = simd.load(work.x, x + i), simd.load(desk.y, y + i)
-        y_now = fold_row(states, at + i, q0, x_now, y_now)
-        y_now = fold_row(states, at + width + i, q1, x_now, y_now)
-        y_now = fold_row(states, then + i, q2, x_now, y_now)
-        simd.store(desk.y, y + i, fold_row(states, then + width + i, q3, x_now, y_now))
-    rest = width - whole
-    if rest:
-        x_now, y_now = simd.load(work.x, x + whole), simd.load(desk.y, y + whole)
-        y_now = fold_row_end(states, at + whole, q0, x_now, y_now, rest)
-        y_now = fold_row_end(states, at + width + whole, q1, x_now, y_now, rest)
-        y_now = fold_row_end(states, then + whole, q2, x_now, y_now, rest)
-        simd.store(desk.y, y + whole, fold_row_end(states, then + width + whole, q3, x_now, y_now, rest))
-
-
-@compiled
-def attend_token(token: int, place: int, state: int, shape: Shape, states: Floats, work: Work, desk: Desk) -> None:
-    """One pass over the rows of `states` from `state` on whose pair fired: y = q · S, then S += q ⊗ x.
-
-    The token's lists and its y are those at `place` of the desk.
-    """
-    x, y = token * shape.pitch, place * shape.pitch
-    for i in range(y, y + shape.pitch):
-        desk.y[i] = 0
-    size = 2 * shape.width
-    first = place * shape.list_pitch
-    last = first + desk.starts[place * (shape.panels + 1) + shape.panels]
-    for entry in range(first, min(first + LOOKAHEAD, last)):
-        at = state + desk.pairs[entry] * size
-        for i in range(0, size, LANES):
-            simd.prefetch(states, at + i)
-    entry = first
-    while entry + 1 < last:
-        soon = state + desk.pairs[min(entry + LOOKAHEAD, last - 1)] * size
-        later = state + desk.pairs[min(entry + LOOKAHEAD + 1, last - 1)] * size
-        at, then = state + desk.pairs[entry] * size, state + desk.pairs[entry + 1] * size
-        fold_two_pairs(states, at, then, soon, later, shape.width, work, desk, entry, x, y)
-        entry += 2
-    if entry < last:
-        fold_pair(states, state + desk.pairs[entry] * size, shape.width, work, desk, entry, x, y)
-
-
-@compiled
-def attend_tokens(
-    first: int, last: int, place: int, state: int, shape: Shape, states: Floats, work: Work, desk: Desk
-) -> None:
-    """As `attend_token` for each of one sequence's tokens, in their order, with the same bits.
-
-    Goes panel by panel, whose state rows stay in the first cache for all the tokens.
-    """
-    for i in range(place * shape.pitch, (place + last - first) * shape.pitch):
-        desk.y[i] = 0
-    size = 2 * shape.width
-    for panel in range(shape.panels):
-        for token in range(first, last):
-            row = place + token - first
-            x, y = token * shape.pitch, row * shape.pitch
-            entries, cursor = row * shape.list_pitch, row * (shape.panels + 1) + panel
-            entry, end = entries + desk.starts[cursor], entries + desk.starts[cursor + 1]
-            while entry + 1 < end:
-                at, then = state + desk.pairs[entry] * size, state + desk.pairs[entry + 1] * size
-                fold_two_pairs(states, at, then, -1, -1, shape.width, work, desk, entry, x, y)
-                entry += 2
-            if entry < end:
-                fold_pair(states, state + desk.pairs[entry] * size, shape.width, work, desk, entry, x, y)
-
-
-@compiled
-def start_block(states: Floats, state: int, size: int, elements: int) -> None:
-    """The oldest block leaves the window: S −= A, then A = S; A lies `size` elements behind S."""
-    for i in range(state, state + elements):
-        states[i] -= states[i + size]
-        states[i + size] = states[i]
-
-
 @compiled
 def contract(first: int, last: int, head: int, shape: Shape, weights: Packed, work: Work, desk: Desk) -> None:
     """z = (fired ∘ relu(layer_norm(y) · encoder_v)) · decoder of some tokens in one head.
 
-    The gates are a dense product: at the density of trained models that is faster than one of only what fired. Few of
-    the products of both pass, and only their decoder rows are added.
+    A gate is computed only for what fired, and only decoder rows that passed theirs are added.
     """
     for place in range(0, last - first, MAX_TILE):
         tokens = min(MAX_TILE, last - first - place)
         normalise(first + place, place, tokens, head, shape, work, desk)
         for block in range(0, shape.panels, PANELS):
+            neurons = (head * shape.panels + block) * PANEL
             for i in range(tokens):
-                desk.counts[i] = 0
-            for panel in range(block, min(block + PANELS, shape.panels)):
-                gate(place, tokens, head, panel, block, shape, weights, desk)
-            for i in range(tokens):
-                neurons = (head * shape.panels + block) * PANEL
+                count = list_fired(place + i, block, shape, desk)
+                gate(i * shape.pitch, count, neurons, shape, weights, desk)
+                passed = keep_passed(count, desk)
                 z = ((first + place + i) * shape.heads + head) * shape.pitch
-                add_rows(i * PANELS * PANEL, desk.counts[i], neurons, z, shape, weights, work, desk)
+                add_rows(passed, neurons, z, shape, weights, work, desk)
 
 
 @inlined
 def normalise(first: int, place: int, tokens: int, head: int, shape: Shape, work: Work, desk: Desk) -> None:
-    """A tile's y as the product takes it; its z back to zero."""
+    """A tile's y as the gates take it; its z back to zero."""
     for i in range(tokens):
         layer_norm(desk.y, (place + i) * shape.pitch, shape, desk.normed, i * shape.pitch)
         for k in range(shape.pitch):
@@ -395,35 +212,60 @@ def normalise(first: int, place: int, tokens: int, head: int, shape: Shape, work
 
 
 @inlined
-def gate(place: int, tokens: int, head: int, panel: int, block: int, shape: Shape, weights: Packed, desk: Desk) -> None:
-    """Appends to each token's list the neurons of a panel whose activation passes the gate, counted in the block."""
-    columns = (head * shape.panels + panel) * shape.pitch * PANEL
-    for i in range(0, tokens, ROWS):
-        rows = min(ROWS, tokens - i)
-        row = i * shape.pitch
-        product(desk.normed, row, rows, shape.pitch, weights.encoder_v, columns, shape.width, desk.products, 0)
-        for k in range(rows):
-            for half in range(0, PANEL, LANES):
-                fired = simd.load(desk.fired, (place + i + k) * shape.fired_pitch + panel * PANEL + half)
-                gated = simd.multiply(fired, simd.relu(simd.load(desk.products, k * PANEL + half)))
-                bits = simd.nonzero(gated)
-                entry = (i + k) * PANELS * PANEL + desk.counts[i + k]
-                simd.store_places(desk.passed, entry, (panel - block) * PANEL + half, bits)
-                simd.store_chosen(desk.gated, entry, gated, bits)
-                desk.counts[i + k] += simd.count_bits(bits)
+def list_fired(place: int, block: int, shape: Shape, desk: Desk) -> Any:
+    """Lists a token's neurons that fired in a block of panels, counted from the block's first; returns how many."""
+    count = 0
+    start = place * shape.fired_pitch
+    for at in range(block * PANEL, min(block + PANELS, shape.panels) * PANEL, LANES):
+        fired = simd.load(desk.fired, start + at)
+        bits = simd.nonzero(fired)
+        simd.store_places(desk.neurons, count, at - block * PANEL, bits)
+        simd.store_chosen(desk.gated, count, fired, bits)
+        count += simd.count_bits(bits)
+    return count
 
 
 @inlined
-def add_rows(
-    start: int, count: int, neurons: int, z: int, shape: Shape, weights: Packed, work: Work, desk: Desk
-) -> None:
-    """z += the decoder rows of a token's list, scaled; in the order of the list, whether by fours or one by one."""
-    entry, end = start, start + count
+def gate(y: int, count: int, neurons: int, shape: Shape, weights: Packed, desk: Desk) -> None:
+    """The gates, before their relu, of the neurons listed: each a dot product, by fours."""
+    for entry in range(0, count, 4):
+        last = count - 1
+        a = (neurons + desk.neurons[entry]) * shape.pitch
+        b = (neurons + desk.neurons[min(entry + 1, last)]) * shape.pitch
+        c = (neurons + desk.neurons[min(entry + 2, last)]) * shape.pitch
+        d = (neurons + desk.neurons[min(entry + 3, last)]) * shape.pitch
+        by_a = by_b = by_c = by_d = simd.splat(np.float32(0))
+        for k in range(0, shape.pitch, LANES):
+            normed = simd.load(desk.normed, y + k)
+            by_a = simd.fma(normed, simd.load(weights.encoder_v, a + k), by_a)
+            by_b = simd.fma(normed, simd.load(weights.encoder_v, b + k), by_b)
+            by_c = simd.fma(normed, simd.load(weights.encoder_v, c + k), by_c)
+            by_d = simd.fma(normed, simd.load(weights.encoder_v, d + k), by_d)
+        simd.store(desk.gates, entry, simd.sums(by_a, by_b, by_c, by_d))
+
+
+@inlined
+def keep_passed(count: int, desk: Desk) -> Any:
+    """Multiplies what is listed with its gates, and keeps in the list what is left; returns how many."""
+    passed = 0
+    for entry in range(0, count, LANES):
+        gated = simd.multiply(simd.load(desk.gated, entry), simd.relu(simd.load(desk.gates, entry)))
+        bits = simd.first_bits(simd.nonzero(gated), count - entry)
+        simd.move_chosen(desk.neurons, passed, entry, bits)
+        simd.store_chosen(desk.gated, passed, gated, bits)
+        passed += simd.count_bits(bits)
+    return passed
+
+
+@inlined
+def add_rows(count: int, neurons: int, z: int, shape: Shape, weights: Packed, work: Work, desk: Desk) -> None:
+    """z += the decoder rows of the neurons listed, scaled; in their order, whether by fours or one by one."""
+    entry, end = 0, count
     while entry + 3 < end:
-        a = (neurons + desk.passed[entry]) * shape.pitch
-        b = (neurons + desk.passed[entry + 1]) * shape.pitch
-        c = (neurons + desk.passed[entry + 2]) * shape.pitch
-        d = (neurons + desk.passed[entry + 3]) * shape.pitch
+        a = (neurons + desk.neurons[entry]) * shape.pitch
+        b = (neurons + desk.neurons[entry + 1]) * shape.pitch
+        c = (neurons + desk.neurons[entry + 2]) * shape.pitch
+        d = (neurons + desk.neurons[entry + 3]) * shape.pitch
         by_a = simd.splat(rounded(desk.gated[entry], shape.rounding))
         by_b = simd.splat(rounded(desk.gated[entry + 1], shape.rounding))
         by_c = simd.splat(rounded(desk.gated[entry + 2], shape.rounding))
@@ -435,7 +277,7 @@ def add_rows(
             simd.store(work.z, z + k, simd.fma(by_d, simd.load(weights.decoder, d + k), share))
         entry += 4
     while entry < end:
-        a = (neurons + desk.passed[entry]) * shape.pitch
+        a = (neurons + desk.neurons[entry]) * shape.pitch
         by_a = simd.splat(rounded(desk.gated[entry], shape.rounding))
         for k in range(0, shape.pitch, LANES):
             simd.store(work.z, z + k, simd.fma(by_a, simd.load(weights.decoder, a + k), simd.load(work.z, z + k)))

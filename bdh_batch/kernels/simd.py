@@ -21,7 +21,9 @@ LANES = 16
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
 _FLOATS = ir.VectorType(_FLOAT, LANES)
 _INTS = ir.VectorType(_INT, LANES)
+_HALVES = ir.VectorType(ir.IntType(16), LANES)
 _BYTES = ir.IntType(8).as_pointer()
+_GOLDEN = 0x9E3779B1  # 2³² / the golden ratio, odd: its multiples spread evenly
 
 Vector = Any  # sixteen float32 in registers
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -132,42 +134,129 @@ def store(context: Any, array: Any, index: Any, vector: Any) -> Any:
 
 
 @intrinsic
-def load_first(context: Any, array: Any, index: Any, count: Any) -> Any:
-    """As `load`, of `count` elements; zeros in the lanes after them."""
+def load_state(context: Any, array: Any, index: Any) -> Any:
+    """As `load`; the array may also hold bfloat16, as uint16."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = signature.args[0].dtype == types.float32
+        pointer = _address(context, builder, signature.args[0], args[0], args[1], _FLOATS if wide else _HALVES)
+        loaded = builder.load(pointer, align=4 if wide else 2)
+        return loaded if wide else _widen(builder, loaded)
+
+    return _VECTOR(array, types.int64), generate
+
+
+@intrinsic
+def store_state(context: Any, array: Any, index: Any, vector: Any, noise: Any) -> Any:
+    """As `store`; where the array holds bfloat16, as uint16, rounded up by the odds that `noise` decides."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = signature.args[0].dtype == types.float32
+        pointer = _address(context, builder, signature.args[0], args[0], args[1], _FLOATS if wide else _HALVES)
+        builder.store(args[2] if wide else _narrow(builder, args[2], args[3]), pointer, align=4 if wide else 2)
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64, _VECTOR, _VECTOR), generate
+
+
+def _widen(builder: Any, halves: Any) -> Any:
+    """float32 from the bits of bfloat16."""
+    bits = builder.shl(builder.zext(halves, _INTS), ir.Constant(_INTS, [16] * LANES))
+    return builder.bitcast(bits, _FLOATS)
+
+
+def _narrow(builder: Any, vector: Any, noise: Any) -> Any:
+    """The bits of bfloat16: `noise` is added to the 16 bits that are then dropped. NaN of arithmetic stays NaN."""
+    up = builder.add(builder.bitcast(vector, _INTS), builder.bitcast(noise, _INTS))
+    return builder.trunc(builder.lshr(up, ir.Constant(_INTS, [16] * LANES)), _HALVES)
+
+
+@intrinsic
+def noise(context: Any, seed: Any) -> Any:
+    """Sixteen numbers of 16 random bits that follow from `seed`: those of `vary` and `store_state`.
+
+    The finaliser of MurmurHash3 (Appleby, public domain) over lanes a golden ratio apart.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = ir.Constant(_INTS, [_GOLDEN * lane & 0xFFFFFFFF for lane in range(1, LANES + 1)])
+        bits = builder.mul(lanes, _spread(builder, builder.add(builder.trunc(args[0], _INT), ir.Constant(_INT, 1))))
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            bits = builder.xor(bits, builder.lshr(bits, ir.Constant(_INTS, [shift] * LANES)))
+            bits = builder.mul(bits, ir.Constant(_INTS, [factor] * LANES))
+        return builder.bitcast(builder.lshr(bits, ir.Constant(_INTS, [16] * LANES)), _FLOATS)
+
+    return _VECTOR(types.int64), generate
+
+
+@intrinsic
+def vary(context: Any, noise: Any, place: Any) -> Any:
+    """Other noise for the row at `place`: for each lane it stays evenly spread over all seeds."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        shift = builder.mul(builder.trunc(args[1], _INT), ir.Constant(_INT, _GOLDEN // LANES | 1))
+        bits = builder.add(builder.bitcast(args[0], _INTS), _spread(builder, builder.lshr(shift, ir.Constant(_INT, 8))))
+        return builder.bitcast(builder.and_(bits, ir.Constant(_INTS, [0xFFFF] * LANES)), _FLOATS)
+
+    return _VECTOR(_VECTOR, types.int64), generate
+
+
+@intrinsic
+def half(context: Any) -> Any:
+    """The noise that rounds to the nearest."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(ir.Constant(_INTS, [0x8000] * LANES), _FLOATS)
+
+    return _VECTOR(), generate
+
+
+@intrinsic
+def load_state_end(context: Any, array: Any, index: Any, count: Any) -> Any:
+    """As `load_state`, of `count` elements; zeros in the lanes after them."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = signature.args[0].dtype == types.float32
+        kind, element, align = (_FLOATS, "f32", 4) if wide else (_HALVES, "i16", 2)
         pointer = _address(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
-        function = _declare(builder, "llvm.masked.load.v16f32.p0", _FLOATS, [_BYTES, _INT, _MASK, _FLOATS])
-        zeros = ir.Constant(_FLOATS, [0.0] * LANES)
-        return builder.call(function, [pointer, ir.Constant(_INT, 4), _masked(builder, args[2]), zeros])
+        function = _declare(builder, f"llvm.masked.load.v16{element}.p0", kind, [_BYTES, _INT, _MASK, kind])
+        zeros = ir.Constant(kind, [0] * LANES)
+        loaded = builder.call(function, [pointer, ir.Constant(_INT, align), _masked(builder, args[2]), zeros])
+        return loaded if wide else _widen(builder, loaded)
 
     return _VECTOR(array, types.int64, types.int64), generate
 
 
 @intrinsic
-def store_first(context: Any, array: Any, index: Any, vector: Any, count: Any) -> Any:
-    """As `store`, of the first `count` lanes."""
+def store_state_end(context: Any, array: Any, index: Any, vector: Any, noise: Any, count: Any) -> Any:
+    """As `store_state`, of the first `count` lanes."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = signature.args[0].dtype == types.float32
+        kind, element, align = (_FLOATS, "f32", 4) if wide else (_HALVES, "i16", 2)
         pointer = _address(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
-        function = _declare(builder, "llvm.masked.store.v16f32.p0", ir.VoidType(), [_FLOATS, _BYTES, _INT, _MASK])
-        builder.call(function, [args[2], pointer, ir.Constant(_INT, 4), _masked(builder, args[3])])
+        function = _declare(builder, f"llvm.masked.store.v16{element}.p0", ir.VoidType(), [kind, _BYTES, _INT, _MASK])
+        stored = args[2] if wide else _narrow(builder, args[2], args[3])
+        builder.call(function, [stored, pointer, ir.Constant(_INT, align), _masked(builder, args[4])])
         return context.get_dummy_value()
 
-    return types.none(array, types.int64, _VECTOR, types.int64), generate
+    return types.none(array, types.int64, _VECTOR, _VECTOR, types.int64), generate
 
 
 @intrinsic
-def prefetch(context: Any, array: Any, index: Any) -> Any:
-    """Asks for the cache line of an element, which need not exist, into the second cache.
+def prefetch_states(context: Any, array: Any, index: Any) -> Any:
+    """Asks for the cache lines of 32 elements, which need not exist, into the second cache.
 
     More lines can be under way to that one than to the first.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = _address(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
         function = _declare(builder, "llvm.prefetch.p0", ir.VoidType(), [_BYTES, _INT, _INT, _INT])
-        builder.call(function, [pointer, *(ir.Constant(_INT, flag) for flag in (0, 2, 1))])
+        flags = [ir.Constant(_INT, flag) for flag in (0, 2, 1)]
+        pointer = _address(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
+        builder.call(function, [pointer, *flags])
+        if signature.args[0].dtype == types.float32:
+            builder.call(function, [builder.gep(pointer, [ir.Constant(_INT, 64)]), *flags])
         return context.get_dummy_value()
 
     return types.none(array, types.int64), generate
@@ -252,6 +341,12 @@ def lowest_bit(context: Any, bits: Any) -> Any:
     return types.int64(types.int64), generate
 
 
+@inlined
+def first_bits(bits: int, count: int) -> int:
+    """`bits` without those from `count` on, if that is under 16."""
+    return bits & ((1 << min(count, LANES)) - 1)
+
+
 @intrinsic
 def count_bits(context: Any, bits: Any) -> Any:
     """How many bits of `bits` are set."""
@@ -283,6 +378,19 @@ def store_places(context: Any, array: Any, index: Any, base: Any, bits: Any) -> 
         places = builder.add(lanes, _spread(builder, builder.trunc(args[2], _INT)))
         pointer = _address(context, builder, signature.args[0], args[0], args[1], _INTS)
         builder.store(_chosen(builder, places, args[3]), pointer, align=4)
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def move_chosen(context: Any, array: Any, index: Any, source: Any, bits: Any) -> Any:
+    """As `store_chosen`, but of array[source : source + 16], in an int32 array."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointers = [_address(context, builder, signature.args[0], args[0], args[at], _INTS) for at in (1, 2)]
+        vector = builder.load(pointers[1], align=4)
+        builder.store(_chosen(builder, vector, args[3]), pointers[0], align=4)
         return context.get_dummy_value()
 
     return types.none(array, types.int64, types.int64, types.int64), generate

@@ -4,8 +4,8 @@ Of pathwaycom/bdh, `bdh.py`, only the order of summation is changed. There the w
 token, y_t = Σ_{s<t} (q_t · q_s) x_s. Here what came before a segment is read from the sequence's state
 S = Σ_s q_s ⊗ x_s, one N × D matrix per layer and head, which has the same size at any length.
 
-Shapes: T tokens, D width, h heads, N neurons per head. The matrices may be 16 bits wide; activations, sums and states
-are float32.
+Shapes: T tokens, D width, h heads, N neurons per head. The matrices may be 16 bits wide; activations and sums are
+float32. States are float32, or bfloat16: then they are rounded to the nearest when a segment has been added.
 """
 
 from __future__ import annotations
@@ -108,8 +108,10 @@ def attend_window(q: Tensor, x: Tensor, state: Tensor, start: int, block: int) -
 
 def attend_segment(q: Tensor, x: Tensor, state: Tensor) -> Tensor:
     """One sequence: q [h, C, N], x [C, D], state [h, N, D]. A token reads the state and the segment's tokens before."""
-    y = q @ state
+    sums = state.float()  # the state itself, unless that is narrower
+    y = q @ sums
     if len(x) > 1:
         y += (q @ q.mT).tril(-1) @ x
-    state += q.mT @ x
+    sums += q.mT @ x
+    state.copy_(sums)
     return y

@@ -17,7 +17,11 @@ ROPE_THETA = 2.0**16
 
 @dataclass(frozen=True)
 class BDHConfig:
-    """Field names are those of upstream's `BDHConfig` (pathwaycom/bdh, `bdh.py`), plus `trained_context`."""
+    """Field names are those of upstream's `BDHConfig` (pathwaycom/bdh, `bdh.py`), and two more.
+
+    `trained_context` is the longest context that the model has seen in training. `attention_window` is how far its
+    author found it best to look back, if not that far; 0 is without end.
+    """
 
     n_layer: int = 6
     n_embd: int = 256
@@ -26,6 +30,7 @@ class BDHConfig:
     vocab_size: int = 256
     dropout: float = 0.1
     trained_context: int | None = None
+    attention_window: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"):
@@ -37,9 +42,10 @@ class BDHConfig:
                 "config.json: n_embd * mlp_internal_dim_multiplier must be a multiple of 2 * n_head: RoPE turns pairs; "
                 f"{self.n_embd} * {self.mlp_internal_dim_multiplier} is not a multiple of {2 * self.n_head}"
             )
-        context = self.trained_context
-        if context is not None and (not isinstance(context, int) or isinstance(context, bool) or context < 1):
-            raise CheckpointError(f"config.json: trained_context must be a positive integer, not {context!r}")
+        for name, least, kind in (("trained_context", 1, "a positive"), ("attention_window", 0, "a non-negative")):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise CheckpointError(f"config.json: {name} must be {kind} integer, not {value!r}")
 
     @property
     def neurons_per_head(self) -> int:

@@ -10,12 +10,10 @@ from torch import Tensor
 from bdh_batch.errors import ConfigError
 from bdh_batch.model.config import BDHConfig
 
-STATE_DTYPE = torch.float32  # a state only ever sums
 
-
-def bytes_per_sequence(config: BDHConfig, window: int = 0) -> int:
+def bytes_per_sequence(config: BDHConfig, window: int = 0, dtype: torch.dtype = torch.float32) -> int:
     """A window keeps the sum over its earlier block besides the sum over all of it."""
-    return config.state_elements * STATE_DTYPE.itemsize * (2 if window else 1)
+    return config.state_elements * dtype.itemsize * (2 if window else 1)
 
 
 def free_memory(device: torch.device) -> int:
@@ -46,17 +44,16 @@ def _cgroup_headroom(root: str = "/sys/fs/cgroup") -> int:
         return 1 << 62
 
 
-def slots_within(budget: int, config: BDHConfig, most: int, window: int = 0) -> int:
-    """How many sequences' states fit `budget` bytes, at most `most`.
+def slots_within(budget: int, each: int, most: int) -> int:
+    """How many sequences' states of `each` bytes fit `budget` bytes, at most `most`.
 
     Raises:
         ConfigError: not even one fits.
     """
-    each = bytes_per_sequence(config, window)
     if budget < each:
         raise ConfigError(
             f"engine.state_memory: {budget:,} bytes cannot hold one sequence's state of {each:,} bytes; "
-            "raise it, or serve a smaller model"
+            "raise it, set engine.state_dtype to bfloat16, or serve a smaller model"
         )
     return min(budget // each, most)
 
@@ -69,14 +66,20 @@ class StatePool:
     """
 
     def __init__(
-        self, config: BDHConfig, slots: int, device: torch.device, window: int = 0, host_slots: int = 0
+        self,
+        config: BDHConfig,
+        slots: int,
+        device: torch.device,
+        window: int = 0,
+        dtype: torch.dtype = torch.float32,
+        host_slots: int = 0,
     ) -> None:
         blocks = (2,) if window else ()
         shape = (slots, config.n_layer, *blocks, config.n_head, config.neurons_per_head, config.n_embd)
         # Not filled, as slots are cleared when a sequence begins: on the CPU, those never used then take no memory.
-        self.states: Tensor = torch.empty(shape, dtype=STATE_DTYPE, device=device)
+        self.states: Tensor = torch.empty(shape, dtype=dtype, device=device)
         # Pinned, so that a copy from or to a GPU runs at the speed of the bus, and does not hold up the host.
-        self._host = torch.empty((host_slots, *shape[1:]), dtype=STATE_DTYPE, pin_memory=device.type == "cuda")
+        self._host = torch.empty((host_slots, *shape[1:]), dtype=dtype, pin_memory=device.type == "cuda")
 
     def clear(self, slot: int) -> None:
         """Back to the state before any token."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from bdh_batch.errors import BDHError, GenerationFailed
+from bdh_batch.errors import BDHError, GenerationFailed, NotFinite
 from bdh_batch.messages import Delta, FinishReason, SamplingParams, Segment
 from bdh_batch.scheduler.fair_queue import Account
 from bdh_batch.scheduler.prefix_cache import Entry
@@ -75,6 +75,7 @@ class Sequence:
     cached: int = 0  # of them, those that another sequence had computed
     generated: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    error: BDHError | None = None  # why, where that is ERROR
     scheduled: float | None = None
     first_token: float | None = None
     last_token: float | None = None
@@ -118,7 +119,7 @@ class Sequence:
     def accept(self, token: int | None, now: float) -> Delta:
         """Takes the token that a step drew; None says that its logits were not finite."""
         if token is None:
-            return self.fail(GenerationFailed("The model gave a result that is not a finite number."))
+            return self.fail(NotFinite())
         self.generated.append(token)
         self.gap = now - (self.arrived if self.last_token is None else self.last_token)
         self.first_token = now if self.first_token is None else self.first_token
@@ -136,5 +137,5 @@ class Sequence:
         return Delta(text, [token], self.finish_reason)
 
     def fail(self, error: BDHError) -> Delta:
-        self.finish_reason = FinishReason.ERROR
+        self.finish_reason, self.error = FinishReason.ERROR, error
         return Delta(finish_reason=FinishReason.ERROR, error=error)

@@ -10,7 +10,7 @@ import torch
 # looked at in a process of their own (`aot.py`). Where there is a GPU, the same tests run on it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns where this is not said
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton from 3.9 on warns where this is not said
 
 
 @pytest.fixture(autouse=True)

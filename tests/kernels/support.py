@@ -19,10 +19,10 @@ CPU = torch.device("cpu")
 Piece = tuple[int, int, int]  # slot, first and last position of a share of a sequence
 
 
-def states_for(weights: Weights, slots: int, window: int = 0) -> Tensor:
+def states_for(weights: Weights, slots: int, window: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     heads, width, neurons = weights.encoder.shape
     blocks = (2,) if window else ()
-    return torch.zeros(slots, weights.layers, *blocks, heads, neurons, width)
+    return torch.zeros(slots, weights.layers, *blocks, heads, neurons, width, dtype=dtype)
 
 
 def feed(kernels: Kernels, states: Tensor, sequences: dict[int, Tensor], pieces: Sequence[Piece]) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor
 
-from bdh_batch.kernels import cpu, cpu_passes, simd
+from bdh_batch.kernels import cpu, cpu_state, simd
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.torch_reference import TorchKernels, rotation
@@ -150,6 +150,6 @@ def test_groups_hold_every_segment_once_and_the_largest_come_first() -> None:
 
 def test_what_was_compiled_is_recompiled_when_any_source_changes() -> None:
     """Numba alone would go on using what it kept."""
-    dispatchers: list[Any] = [cpu.run, cpu_passes.fold_row]
+    dispatchers: list[Any] = [cpu.run, cpu_state.fold_row]
     for dispatcher in dispatchers:
         assert simd.SOURCES in dispatcher._cache._cache_file._source_stamp

@@ -115,10 +115,11 @@ def test_a_window_that_has_no_two_blocks_is_refused(weights: Weights, window: in
 
 
 @pytest.mark.parametrize("window", [0, 8])
-def test_the_pool_holds_what_it_says(window: int) -> None:
-    pool = StatePool(CONFIG, 3, CPU, window)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pool_holds_what_it_says(window: int, dtype: torch.dtype) -> None:
+    pool = StatePool(CONFIG, 3, CPU, window, dtype)
     assert pool.states[0].is_contiguous()
-    assert pool.states.nbytes == 3 * bytes_per_sequence(CONFIG, window)
+    assert pool.states.nbytes == 3 * bytes_per_sequence(CONFIG, window, dtype)
     pool.states[:] = 1
     pool.clear(1)
     assert torch.equal(pool.states.flatten(1).sum(1) == 0, torch.tensor([False, True, False]))

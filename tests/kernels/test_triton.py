@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="triton is not installed")
+if sys.platform != "linux":  # where it is part of the gate, and missing it an error
+    pytest.importorskip("triton", reason="triton is not installed")
 
 from bdh_batch.errors import ConfigError
 from bdh_batch.kernels import cuda, tuning
@@ -67,7 +69,7 @@ def text(length: int, vocabulary: int, seed: int = 0) -> Tensor:
 
 
 class TestConformance:
-    @pytest.mark.parametrize(("length", "cuts"), [(65, []), (30, range(1, 30))], ids=["whole", "by token"])
+    @pytest.mark.parametrize(("length", "cuts"), [(65, []), (12, range(1, 12))], ids=["whole", "by token"])
     def test_alone(self, length: int, cuts: Sequence[int]) -> None:
         weights, tokens, expected = read("tiny")
         kernels = Poisoned(weights, blocks=Blocks(), max_tokens=128)
@@ -99,10 +101,10 @@ class TestConformance:
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE_OF))
 def test_weights_of_each_dtype(dtype: torch.dtype) -> None:
-    weights = synthetic_weights(model(2, 2, 48, 96, 60), 0.3, dtype=dtype)
-    tokens = text(30, 60)
-    got = alone(Poisoned(weights), states_on_device(weights, 1), tokens, 0, [26, 27, 28])
-    expected = alone(TorchKernels(weights), states_for(weights, 1), tokens, 0, [26, 27, 28])
+    weights = synthetic_weights(model(2, 1, 48, 96, 60), 0.3, dtype=dtype)
+    tokens = text(22, 60)
+    got = alone(Poisoned(weights), states_on_device(weights, 1), tokens, 0, [18, 19, 20])
+    expected = alone(TorchKernels(weights), states_for(weights, 1), tokens, 0, [18, 19, 20])
     assert distance(got, expected) <= max(TOLERANCE_OF[dtype], TOLERANCE if DEVICE.type == "cuda" else 0)
 
 
@@ -119,20 +121,21 @@ def test_states_of_16_bits_are_rounded_sums() -> None:
 
 def test_the_same_bits_in_a_decode_step_and_beside_a_prompt() -> None:
     weights = synthetic_weights(model(2, 2, 32, 64, 40), 0.3)
-    kernels, sequences = Poisoned(weights), {slot: text(20, 40, slot) for slot in range(6)}
-    alike = [states_on_device(weights, 6) for _ in range(2)]
-    for states in alike:
-        feed(kernels, states, sequences, [(slot, 0, 5) for slot in range(5)])
-    together = feed(kernels, alike[0], sequences, [(slot, 5, 6) for slot in range(5)])
-    beside = feed(kernels, alike[1], sequences, [(5, 0, 20), *((slot, 5, 6) for slot in reversed(range(5)))])
+    kernels, sequences = Poisoned(weights), {slot: text(18, 40, slot) for slot in range(4)}
+    states = states_on_device(weights, 4)
+    feed(kernels, states, sequences, [(slot, 0, 4) for slot in range(3)])
+    alike = [states, states.clone()]
+    together = feed(kernels, alike[0], sequences, [(slot, 4, 5) for slot in range(3)])
+    beside = feed(kernels, alike[1], sequences, [(3, 0, 18), *((slot, 4, 5) for slot in reversed(range(3)))])
     assert torch.equal(torch.cat(together), torch.cat(beside[:0:-1]))
-    assert torch.equal(alike[0][:5], alike[1][:5])
+    assert torch.equal(alike[0][:3], alike[1][:3])
 
 
 @pytest.mark.parametrize("window", [0, WINDOW])
 def test_the_same_bits_where_a_prompt_is_cut_between_tiles(window: int) -> None:
-    weights = synthetic_weights(model(2, 2, 32, 64, 40), 0.3)
-    tokens, tile = text(40, 40), WINDOW // 2 if window else SMALL.chunk_tokens
+    weights = synthetic_weights(model(2, 1, 32, 64, 40), 0.3)
+    tile = WINDOW // 2 if window else SMALL.chunk_tokens
+    tokens = text(2 * tile + 5, 40)
     whole, cut = states_on_device(weights, 1, window), states_on_device(weights, 1, window)
     kernels = Poisoned(weights, window)
     logits = alone(kernels, whole, tokens, 0, [])
@@ -141,8 +144,8 @@ def test_the_same_bits_where_a_prompt_is_cut_between_tiles(window: int) -> None:
 
 
 def test_a_segment_longer_than_a_round() -> None:
-    weights = synthetic_weights(model(2, 2, 17, 34, 40), 0.3)
-    sequences = {0: text(3, 40), 1: text(50, 40, 1), 2: text(5, 40, 2)}
+    weights = synthetic_weights(model(2, 1, 17, 34, 40), 0.3)
+    sequences = {0: text(3, 40), 1: text(37, 40, 1), 2: text(5, 40, 2)}
     pieces = [(slot, 0, len(row)) for slot, row in sequences.items()]
     kernels, states, right = Poisoned(weights, max_tokens=16), states_on_device(weights, 3), states_for(weights, 3)
     got = feed(kernels, states, sequences, pieces)
@@ -152,10 +155,10 @@ def test_a_segment_longer_than_a_round() -> None:
     assert torch.equal(got[1], alone(kernels, states_on_device(weights, 1), sequences[1], 0, []))
 
 
-@pytest.mark.parametrize("cuts", [[], range(1, 26), [5, 6, 7, 20]], ids=["whole", "by token", "in chunks"])
+@pytest.mark.parametrize("cuts", [[], range(1, 20), [5, 6, 7, 14]], ids=["whole", "by token", "in chunks"])
 def test_a_window_across_blocks(cuts: Sequence[int]) -> None:
     weights = synthetic_weights(model(2, 1, 34, 68, 50), 0.3)
-    tokens = text(26, 50)
+    tokens = text(20, 50)
     mine, right = states_on_device(weights, 2, WINDOW), states_for(weights, 2, WINDOW)
     got = alone(Poisoned(weights, WINDOW), mine, tokens, 1, cuts)
     assert distance(got, alone(TorchKernels(weights, WINDOW), right, tokens, 1, cuts)) <= TOLERANCE

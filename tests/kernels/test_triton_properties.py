@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="triton is not installed")
+if sys.platform != "linux":
+    pytest.importorskip("triton", reason="triton is not installed")
 pytest.importorskip("hypothesis", reason="hypothesis is not installed")
 
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -22,10 +25,10 @@ properties = settings(max_examples=4, deadline=None, suppress_health_check=[Heal
 
 
 @st.composite
-def models(draw: st.DrawFn) -> Weights:
+def models(draw: st.DrawFn, layers: int = 2) -> Weights:
     heads, width = draw(st.integers(1, 2)), draw(st.sampled_from([2, 15, 17, 32]))
     multiplier = draw(st.sampled_from([2, 4])) * heads
-    config = model(draw(st.integers(1, 2)), heads, width, multiplier * width // heads, draw(st.integers(2, 40)))
+    config = model(draw(st.integers(1, layers)), heads, width, multiplier * width // heads, draw(st.integers(2, 40)))
     density = draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
     return synthetic_weights(config, density, seed=draw(st.integers(0, 9)))
 
@@ -47,17 +50,17 @@ def test_agrees_with_the_specification(weights: Weights, lengths: list[int], see
 
 
 @properties
-@given(weights=models(), seed=st.integers(0, 99))
+@given(weights=models(layers=1), seed=st.integers(0, 99))
 def test_the_same_bits_in_any_company(weights: Weights, seed: int) -> None:
     """Logits and state of the same pieces: alone, and among others, in another slot and place."""
     generator = np.random.default_rng(seed)
     kernels = Poisoned(weights)
-    rows = {slot: text(24, len(weights.embed), seed + slot) for slot in range(4)}
-    cuts = {slot: [0, *sorted(generator.choice(np.arange(1, 24), 2, replace=False).tolist()), 24] for slot in rows}
-    crowd = states_on_device(weights, 4)
+    rows = {slot: text(19, len(weights.embed), seed + slot) for slot in range(3)}
+    cuts = {slot: [0, *sorted(generator.choice(np.arange(1, 19), 2, replace=False).tolist()), 19] for slot in rows}
+    crowd = states_on_device(weights, 3)
     logits: dict[int, list[Tensor]] = {slot: [] for slot in rows}
     for step in range(3):
-        chosen = generator.permutation(4).tolist()
+        chosen = generator.permutation(3).tolist()
         pieces = [(slot, cuts[slot][step], cuts[slot][step + 1]) for slot in chosen]
         for slot, part in zip(chosen, feed(kernels, crowd, rows, pieces)):
             logits[slot].append(part)

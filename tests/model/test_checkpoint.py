@@ -113,6 +113,8 @@ def hostile(folder: Path, kind: str) -> Path:
             config.write_text(json.dumps(CONFIG.to_dict() | {"n_layers": 3}))
         case "config has a string":
             config.write_text(json.dumps(CONFIG.to_dict() | {"n_layer": "3"}))
+        case "config has a negative window":
+            config.write_text(json.dumps(CONFIG.to_dict() | {"attention_window": -2}))
         case "config has an odd head":
             config.write_text(json.dumps(CONFIG.to_dict() | {"n_embd": 9, "n_head": 4}))
         case "no config":
@@ -160,6 +162,7 @@ def hostile(folder: Path, kind: str) -> Path:
         ("config is a list", "config.json"),
         ("config has an unknown field", "n_layers"),
         ("config has a string", "n_layer"),
+        ("config has a negative window", "attention_window"),
         ("config has an odd head", "n_head"),
         ("no config", "config.json"),
         ("no weights", "model.safetensors"),
@@ -184,8 +187,9 @@ def test_what_cannot_be_loaded_is_refused_by_name(tmp_path: Path, kind: str, nam
 def test_slots_never_exceed_the_budget() -> None:
     each = bytes_per_sequence(CONFIG)
     assert each == 3 * 32 * 8 * 4
-    assert slots_within(10 * each + each - 1, CONFIG, most=100) == 10
-    assert slots_within(10 * each, CONFIG, most=4) == 4
+    assert slots_within(10 * each + each - 1, each, most=100) == 10
+    assert slots_within(10 * each, each, most=4) == 4
     assert StatePool(CONFIG, 10, CPU).states.nbytes == 10 * each
+    assert StatePool(CONFIG, 20, CPU, dtype=torch.bfloat16).states.nbytes == 10 * each
     with pytest.raises(ConfigError, match=r"engine\.state_memory"):
-        slots_within(each - 1, CONFIG, most=100)
+        slots_within(each - 1, each, most=100)

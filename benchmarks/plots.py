@@ -1,0 +1,53 @@
+"""The benchmarks' pictures. Numbers come in, SVG files go out; knows nothing about what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+Line = tuple[Sequence[float], Sequence[float]]
+
+
+def lines(file: Path, title: str, x: str, y: str, data: Mapping[str, Line], log_y: bool = False) -> None:
+    """One line for each name, over a logarithmic x axis whose ticks are the measured values."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=x, ylabel=y, xscale="log")
+    for name, (xs, ys) in data.items():
+        axes.plot(xs, ys, marker="o", label=name)
+    ticks = sorted({value for xs, _ in data.values() for value in xs})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_xticks([], minor=True)
+    if log_y:
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.2 * max(value for _, ys in data.values() for value in ys))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, file)
+
+
+def bars(
+    file: Path, title: str, x: str, data: Mapping[str, float], notes: Mapping[str, str], log: bool = False
+) -> None:
+    """One bar for each name with its note behind it."""
+    figure = Figure(figsize=(7, 1.2 + 0.5 * len(data)), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=x)
+    drawn = axes.barh(list(data), list(data.values()))
+    axes.bar_label(drawn, [notes[name] for name in data], padding=4)
+    if log:
+        axes.set_xscale("log")
+        axes.set_xlim(min(data.values()) / 3, max(data.values()) * 30)
+    else:
+        axes.set_xlim(0, max(data.values()) * 1.6)
+    axes.invert_yaxis()
+    _save(figure, file)
+
+
+def _save(figure: Figure, file: Path) -> None:
+    """The same figures give the same file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"svg.hashsalt": "bdh-batch"}):
+        figure.savefig(file, metadata={"Date": None})
