@@ -10,6 +10,10 @@ BDHError
 ├── ModelNotFound
 ├── QueueFull              too much waits already; `retry_after` seconds
 ├── Unavailable            loading, draining, or the engine is down; `retry_after` seconds
+├── DeadlineExceeded       a request's time was up
+│   ├── QueueTimeout           while it waited
+│   └── RunTimeout             while it ran
+├── OutOfMemory            a step needed more memory than there is; another one may fit
 └── GenerationFailed       a fault of ours ended this one request
     └── NotFinite          the model's scores of its next token were NaN or infinite
 """
@@ -74,6 +78,22 @@ class QueueFull(RetryLater):
 
 
 class Unavailable(RetryLater):
+    pass
+
+
+class DeadlineExceeded(BDHError):
+    pass
+
+
+class QueueTimeout(DeadlineExceeded):
+    pass
+
+
+class RunTimeout(DeadlineExceeded):
+    pass
+
+
+class OutOfMemory(BDHError):
     pass
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from bdh_batch.errors import BDHError
 
@@ -41,6 +42,10 @@ class GenerationRequest:
     sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
     prompt_param: str = "prompt"  # the field of the client's request that an error about the prompt names
+    n: int = 1  # answers to its prompt, of which this is one
+    key: str = ""  # whose request it is: an opaque label, the same for all requests of one API key
+    priority: int = 0  # lower goes first
+    timeout: float | None = None  # seconds from its arrival to its end; None leaves it to the settings
 
 
 @dataclass(slots=True)
@@ -67,17 +72,19 @@ class Delta:
 class Usage:
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0  # of the prompt's, those that did not have to be computed
 
     @property
     def total_tokens(self) -> int:
         return self.prompt_tokens + self.completion_tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Segment:
     """A sequence's share of a step: `tokens` enter its state, in `slot`, at positions `start`, `start` + 1, …
 
     A segment that starts at 0 begins with an empty state. With `sampling`, the token after its last one is drawn.
+    Whoever planned it may use it again for a later step; it holds still while its step is computed.
     """
 
     slot: int
@@ -86,11 +93,22 @@ class Segment:
     sampling: SamplingParams | None
 
 
+class Copy(NamedTuple):
+    """The state in slot `source` is copied over that in slot `target`; either may lie on the device or on the host."""
+
+    source: int
+    target: int
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A step: one ragged batch of segments, each of a different slot."""
+    """A step: copies, in their order, then one ragged batch of segments, each of a different slot on the device.
+
+    Slots are numbered through: those on the device first, then those in the host's memory.
+    """
 
     segments: Sequence[Segment]
+    copies: Sequence[Copy] = ()
 
     @property
     def tokens(self) -> int:
@@ -99,6 +117,6 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a step drew: per segment the next token, None where none was asked for or its logits were not finite."""
+    """What a step drew: per segment the next token, None where none was asked for or none could be drawn."""
 
     drawn: Sequence[int | None]

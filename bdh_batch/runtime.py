@@ -33,9 +33,10 @@ from bdh_batch.model.checkpoint import Model, load_model
 from bdh_batch.model.config import BDHConfig
 from bdh_batch.model.runner import Runner
 from bdh_batch.model.state import StatePool, bytes_per_sequence, free_memory, slots_within
-from bdh_batch.scheduler.scheduler import Scheduler
+from bdh_batch.scheduler.scheduler import Policy, Scheduler
+from bdh_batch.scheduler.trace import Trace
 from bdh_batch.scheduler.worker import WORKER, Worker
-from bdh_batch.settings import Engine, Generation, Settings
+from bdh_batch.settings import Engine, Generation, PrefixCache, Settings
 from bdh_batch.telemetry import Metrics
 from bdh_batch.text.chat import load_chat_template
 from bdh_batch.text.tokenizer import load_tokenizer
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LOADER = "bdh-loader"  # the name of its thread
+HOST_MEMORY = 2**30  # bytes for states there, where the settings are silent
 GENERATION_CONFIG = "generation_config.json"
 
 
@@ -62,6 +64,7 @@ class LoadedEngine:
     model: Model
     runner: Runner
     slots: int
+    host_slots: int
 
 
 def load_engine(settings: Settings, path: Path) -> LoadedEngine:
@@ -80,21 +83,74 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     budget = state_budget(settings.engine, device)
     state_dtype: torch.dtype = getattr(torch, settings.engine.state_dtype)
     each = bytes_per_sequence(model.config, window, state_dtype)
-    slots = slots_within(budget, each, settings.scheduler.max_running)
+    most = settings.scheduler.max_running + (settings.prefix_cache.entries if settings.prefix_cache.enabled else 0)
+    slots = slots_within(budget, each, most)
     log.info(
         "model %s: %d layers, width %d, %d neurons, vocabulary %d; %s on %s",
         *(path, model.config.n_layer, model.config.n_embd, model.config.neurons, model.config.vocab_size),
         *(settings.model.dtype, device),
     )
-    log.info(
-        "state: %d sequences of %.1f MiB in %s, %.2f GiB of a budget of %.2f GiB",
-        *(slots, each / 2**20, settings.engine.state_dtype, slots * each / 2**30, budget / 2**30),
-    )
     log.info("kernels: %s; attention window: %s", reason, f"{window} tokens" if window else "none")
-    runner = Runner(kernels, StatePool(model.config, slots, device, window, state_dtype))
+    host_slots = min(host_budget(settings.prefix_cache) // each, most)
+    pool = take_states(model.config, slots, device, window, state_dtype, host_slots)
+    slots = len(pool.states)
+    log.info(
+        "state: %d sequences of %.1f MiB in %s, %.2f GiB of a budget of %.2f GiB; %d more in the host's memory",
+        *(slots, each / 2**20, settings.engine.state_dtype, slots * each / 2**30, budget / 2**30, host_slots),
+    )
+    runner = Runner(kernels, pool)
     log.info("warming up: kernels that are not in the cache are compiled now")
     runner.warm(settings.scheduler.prefill_tokens)
-    return LoadedEngine(model, runner, slots)
+    return LoadedEngine(model, runner, slots, host_slots)
+
+
+def take_states(
+    config: BDHConfig, slots: int, device: torch.device, window: int, dtype: torch.dtype, host_slots: int
+) -> StatePool:
+    """Memory for so many states, or for half as many, with a warning, where so much cannot be had after all.
+
+    Raises:
+        ConfigError: not even one fits.
+    """
+    while slots:
+        try:
+            return StatePool(config, slots, device, window, dtype, host_slots)
+        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:  # CPU allocations fail as RuntimeError
+            log.warning("the memory for %d states cannot be had (%s)", slots, str(error).partition("\n")[0])
+            slots //= 2
+    raise ConfigError("engine.state_memory: there is not enough memory for one sequence's state")
+
+
+def host_budget(cache: PrefixCache) -> int:
+    """Bytes of host memory for states that are suspended or kept."""
+    free = free_memory(torch.device("cpu"))
+    if cache.host_memory is None:
+        return min(HOST_MEMORY, free // 4)
+    if cache.host_memory > free:
+        raise ConfigError(f"prefix_cache.host_memory: {cache.host_memory:,} bytes asked for, {free:,} are free")
+    return cache.host_memory
+
+
+def scheduler_for(settings: Settings, engine: LoadedEngine) -> Scheduler:
+    chosen, cache = settings.scheduler, settings.prefix_cache
+    policy = Policy(
+        host_slots=engine.host_slots,
+        max_running=chosen.max_running,
+        quantum=chosen.quantum_steps,
+        target_step=chosen.target_step_ms / 1000,
+        keep=cache.enabled,
+        share_all=cache.shared,
+        min_shared=cache.min_tokens,
+        weights=chosen.weights,
+    )
+    return Scheduler(engine.slots, chosen.prefill_tokens, policy)
+
+
+def open_trace(file: Path | None) -> Trace | None:
+    try:
+        return None if file is None else Trace(file)
+    except OSError as error:
+        raise ConfigError(f"scheduler.trace_file: {file} cannot be written ({error})") from error
 
 
 def attention_window(asked: int | None, config: BDHConfig) -> int:
@@ -206,10 +262,24 @@ class Service:
         tokenizer = load_tokenizer(folder, vocab_size)
         template = load_chat_template(folder)
         defaults = defaults_for(settings, folder)
-        scheduler = Scheduler(engine.slots, settings.scheduler.prefill_tokens)
-        worker = Worker(scheduler, engine.runner, self._metrics, settings.scheduler.max_queued_requests)
+        chosen = settings.scheduler
+        worker = Worker(
+            scheduler_for(settings, engine),
+            engine.runner,
+            self._metrics,
+            chosen.max_queued_requests,
+            chosen.max_queued_tokens,
+            settings.health.failed_steps,
+            open_trace(chosen.trace_file),
+        )
         backend = LocalBackend(
-            worker, tokenizer, vocab_size, settings.model.max_model_len, settings.health.stall_seconds
+            worker,
+            tokenizer,
+            vocab_size,
+            settings.model.max_model_len,
+            settings.health.stall_seconds,
+            chosen.queue_timeout,
+            chosen.request_timeout,
         )
         self._metrics.watch(lambda: worker.load)
         gc.collect()

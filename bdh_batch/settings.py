@@ -64,6 +64,16 @@ def _parse_list(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()]
 
 
+def _parse_mapping(value: object) -> object:
+    """'{a: 2}' to a mapping: what an environment variable or a command line can say."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise ValueError("a mapping as in {label: 2} was expected") from None
+
+
 def _one_worker(value: int) -> int:
     if value > 1:
         raise PydanticCustomError(
@@ -74,6 +84,10 @@ def _one_worker(value: int) -> int:
 
 Bytes = Annotated[PositiveInt, BeforeValidator(_parse_bytes)]
 Strings = Annotated[list[str], NoDecode, BeforeValidator(_parse_list)]
+Weights = Annotated[
+    dict[Annotated[str, Field(pattern="^[0-9a-f]{16}$")], Annotated[float, Field(gt=0, le=1000)]],
+    BeforeValidator(_parse_mapping),
+]
 Secrets = Annotated[
     list[SecretStr],
     NoDecode,
@@ -132,10 +146,42 @@ class Engine(Section):
 
 class Scheduler(Section):
     max_running: PositiveInt = Field(
-        256, description="Most sequences that run at a time, if the memory allows so many."
+        256, description="Most sequences under way; where the memory holds fewer states, they take turns."
     )
     max_queued_requests: PositiveInt = Field(2048, description="Most requests that wait; one more is refused with 429.")
+    max_queued_tokens: PositiveInt = Field(
+        4 * 2**20, description="Most prompt tokens that wait; more is refused with 429."
+    )
     prefill_tokens: PositiveInt = Field(256, description="Most prompt tokens in a step, of all sequences together.")
+    target_step_ms: float = Field(
+        100.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Milliseconds of a step beside running streams; prompts get less. 0: throughput first.",
+    )
+    quantum_steps: PositiveInt = Field(64, description="Steps of a turn, where sequences take turns.")
+    queue_timeout: PositiveFloat | None = Field(
+        None, allow_inf_nan=False, description="Seconds that a request may wait; null is no limit."
+    )
+    request_timeout: PositiveFloat | None = Field(
+        None,
+        allow_inf_nan=False,
+        description="Seconds from a request's arrival to its end; a request may ask for less by x-request-timeout.",
+    )
+    weights: Weights = Field(
+        {}, description="Shares of API keys, by the first 16 hex digits of the key's SHA-256; others have 1."
+    )
+    trace_file: Path | None = Field(None, description="Where decisions are written as JSON lines; null is nowhere.")
+
+
+class PrefixCache(Section):
+    enabled: bool = Field(True, description="Whether the states of prompts and answers stay for later requests.")
+    shared: bool = Field(False, description="Whether API keys share them; timing then tells what others have asked.")
+    entries: PositiveInt = Field(256, description="Most states on the device beside those of running sequences.")
+    host_memory: Bytes | None = Field(
+        None, description="Host memory for states, kept or suspended; null is 1 GiB, or a quarter of what is free."
+    )
+    min_tokens: PositiveInt = Field(32, description="Tokens that a beginning must have to be kept or shared.")
 
 
 class Generation(Section):
@@ -170,6 +216,7 @@ class Api(Section):
 
 class Health(Section):
     stall_seconds: PositiveFloat = Field(60.0, description="Work without a step for so long turns /health to 503.")
+    failed_steps: PositiveInt = Field(3, description="So many failed steps on end do, too, until one succeeds.")
 
 
 class Settings(BaseSettings):
@@ -181,6 +228,7 @@ class Settings(BaseSettings):
     model: Model = Model()
     engine: Engine = Engine()
     scheduler: Scheduler = Scheduler()
+    prefix_cache: PrefixCache = PrefixCache()
     generation: Generation = Generation()
     auth: Auth = Auth()
     rate_limiting: RateLimiting = RateLimiting()

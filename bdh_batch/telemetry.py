@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from bisect import bisect_left
+from collections import Counter as Counting
+from collections.abc import Callable, Iterable, Sequence as Sequences
+from itertools import accumulate
 
 from prometheus_client import (
     CollectorRegistry,
@@ -13,7 +17,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from bdh_batch.errors import NotFinite
@@ -47,7 +51,10 @@ class Metrics:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed")
         self._generated = self._counter("generation_tokens", "Tokens generated")
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token", FIRST_TOKEN)
-        self._between = self._histogram("inter_token_latency_seconds", "Between tokens of a sequence", BETWEEN_TOKENS)
+        self._between = ManyHistogram(
+            "bdh_inter_token_latency_seconds", "Between tokens of a sequence", model_name, BETWEEN_TOKENS
+        )
+        self.registry.register(self._between)
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean time between a request's tokens", BETWEEN_TOKENS
         )
@@ -59,6 +66,7 @@ class Metrics:
         self._request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request", TOKENS)
         self._request_generated = self._histogram("request_generation_tokens", "Tokens a request generated", TOKENS)
         self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens of a request", TOKENS)
+        self._n = self._histogram("request_params_n", "n of a request", TOKENS[:6])
         labels = ("model_name", "finished_reason")
         self._ended = Counter("bdh_request_success", "Requests that ended, by reason", labels, registry=self.registry)
         self._not_finite = self._counter("non_finite_logits", "Requests ended by NaN or infinite scores")
@@ -82,15 +90,19 @@ class Metrics:
     def stepped(self, step: Step, seconds: float) -> None:
         self._steps.observe(seconds)
         self._occupancy.observe(len(step.sequences))
-        self._step_tokens.observe(step.plan.tokens)
+        self._step_tokens.observe(step.decodes + step.prefill_tokens)
+        self._prompt_tokens.inc(step.prefill_tokens)
 
-    def gained(self, sequence: Sequence) -> None:
-        self._generated.inc()
-        if len(sequence.generated) > 1:
-            self._between.observe(sequence.gap)
-        else:
-            self._prompt_tokens.inc(len(sequence.prompt))
-            self._first.observe(sequence.gap)
+    def gained(self, sequences: Sequences[Sequence]) -> None:
+        self._generated.inc(len(sequences))
+        gaps: Counting[float] = Counting()  # those of one step are mostly the same
+        for sequence in sequences:
+            if len(sequence.generated) > 1:
+                gaps[sequence.gap] += 1
+            else:
+                self._first.observe(sequence.gap)
+        for gap, count in gaps.items():
+            self._between.observe(gap, count)
 
     def finished(self, sequence: Sequence, now: float) -> None:
         assert sequence.finish_reason is not None
@@ -101,6 +113,7 @@ class Metrics:
         self._request_prompt.observe(len(sequence.prompt))
         self._request_generated.observe(len(sequence.generated))
         self._max_tokens.observe(sequence.max_tokens)
+        self._n.observe(sequence.n)
         if sequence.scheduled is not None:
             self._queue.observe(sequence.scheduled - sequence.arrived)
         if sequence.scheduled is not None and sequence.first_token is not None and sequence.last_token is not None:
@@ -119,18 +132,53 @@ class Metrics:
         return Counter(f"bdh_{name}", text, ("model_name",), registry=self.registry).labels(self._model_name)
 
 
+class ManyHistogram(Collector):
+    """A histogram that takes many observations of one value at once. Written by one thread."""
+
+    def __init__(self, name: str, text: str, model_name: str, buckets: Iterable[float]) -> None:
+        self._name, self._text, self._model_name = name, text, model_name
+        self._bounds = [*buckets, math.inf]
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+
+    def observe(self, value: float, count: int) -> None:
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        family = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
+        names = ["+Inf" if bound == math.inf else str(float(bound)) for bound in self._bounds]
+        family.add_metric([self._model_name], list(zip(names, accumulate(self._counts))), self._sum)
+        yield family
+
+
 class _LoadCollector(Collector):
     def __init__(self, load: Callable[[], Load], model_name: str) -> None:
         self._load = load
         self._model_name = model_name
 
-    def collect(self) -> Iterable[GaugeMetricFamily]:
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         load = self._load()
         for name, text, value in (
-            ("num_requests_running", "Sequences that hold a slot", load.running),
-            ("num_requests_waiting", "Sequences that wait for a slot", load.waiting),
-            ("state_slots_usage_perc", "Share of slots held, 0 to 1", load.running / load.slots),
+            ("num_requests_running", "Sequences that run", load.running),
+            ("num_requests_waiting", "Sequences that wait for their first place", load.waiting),
+            ("num_requests_swapped", "Sequences that are suspended", load.suspended),
+            (
+                "state_slots_usage_perc",
+                "Share of the places to run in that are held, 0 to 1",
+                load.running / load.slots,
+            ),
+            ("prefix_cache_states", "States that are kept for later requests", load.cached_states),
         ):
             family = GaugeMetricFamily(f"bdh_{name}", text, labels=["model_name"])
             family.add_metric([self._model_name], value)
             yield family
+        for name, text, count in (
+            ("num_preemptions", "Times that a sequence was suspended", load.preemptions),
+            ("prefix_cache_queries", "Prompt tokens that were looked up", load.cache_queries),
+            ("prefix_cache_hits", "Prompt tokens that were found", load.cache_hits),
+            ("prompt_tokens_cached", "Prompt tokens that did not have to be computed", load.cache_hits),
+        ):
+            counter = CounterMetricFamily(f"bdh_{name}", text, labels=["model_name"])
+            counter.add_metric([self._model_name], count)
+            yield counter

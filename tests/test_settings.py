@@ -96,6 +96,29 @@ def test_a_wrong_file_is_refused_by_option(tmp_path: Path, content: str, named: 
     assert "\n" not in error.value.message
 
 
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((f"scheduler.{name}", 0) for name in ("max_running", "max_queued_requests", "max_queued_tokens")),
+        *((f"scheduler.{name}", 0) for name in ("prefill_tokens", "quantum_steps", "queue_timeout", "request_timeout")),
+        *((f"prefix_cache.{name}", 0) for name in ("entries", "host_memory", "min_tokens")),
+        *(("health.failed_steps", 0), ("scheduler.target_step_ms", -1), ("scheduler.target_step_ms", ".inf")),
+        *(
+            ("scheduler.weights", text)
+            for text in ("{0123456789abcdef: 0}", "{sk-secret: 2}", "{0123456789abcdef: .nan}")
+        ),
+    ],
+)
+def test_a_limit_that_cannot_be_kept_is_refused(option: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=option.replace(".", r"\.")):
+        load(overrides=[(option, value)])
+
+
+def test_weights_may_come_from_a_command_line() -> None:
+    resolved = load(overrides=[("scheduler.weights", "{0123456789abcdef: 2.5}")])
+    assert resolved.settings.scheduler.weights == {"0123456789abcdef": 2.5}
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml"):
         load(tmp_path / "none.yaml")

@@ -15,6 +15,10 @@ class Generation(Protocol):
     def prompts(self) -> Sequence[Sequence[int]]:
         """The prompt's tokens of each sequence."""
 
+    @property
+    def cached_tokens(self) -> Sequence[int]:
+        """Tokens of each sequence's prompt that did not have to be computed."""
+
     def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         """What the sequences gained since the last time, by their index; ends when all have ended or were aborted."""
 

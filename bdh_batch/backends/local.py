@@ -27,6 +27,10 @@ class LocalGeneration:
     def prompts(self) -> Many[Many[int]]:
         return [sequence.prompt for sequence in self._sequences]
 
+    @property
+    def cached_tokens(self) -> Many[int]:
+        return [sequence.cached for sequence in self._sequences]
+
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         while self._open:
             deltas = await self._mailbox.take()
@@ -47,16 +51,26 @@ class LocalBackend:
         vocab_size: token ids below it are valid in a prompt.
         max_model_len: most tokens of a prompt and its answer together; None is no limit.
         stall_seconds: how long a step may take before the engine counts as hung.
+        queue_timeout, timeout: seconds that a request may wait, and take in all; None is no limit.
     """
 
     def __init__(
-        self, worker: Worker, tokenizer: Tokenizer, vocab_size: int, max_model_len: int | None, stall_seconds: float
+        self,
+        worker: Worker,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        max_model_len: int | None,
+        stall_seconds: float,
+        queue_timeout: float | None = None,
+        timeout: float | None = None,
     ) -> None:
         self._worker = worker
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._stall_seconds = stall_seconds
+        self._queue_timeout = queue_timeout
+        self._timeout = timeout
         self._running: set[LocalGeneration] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -64,7 +78,8 @@ class LocalBackend:
     def generate(self, requests: Many[GenerationRequest]) -> LocalGeneration:
         mailbox = Mailbox()
         sequences = [self._sequence(request, index, mailbox) for index, request in enumerate(requests)]
-        self._worker.submit(sequences)
+        timeouts = [seconds for seconds in (self._timeout, requests[0].timeout) if seconds is not None]
+        self._worker.submit(sequences, self._queue_timeout, min(timeouts, default=None))
         generation = LocalGeneration(sequences, mailbox, self)
         self._running.add(generation)
         self._idle.clear()
@@ -81,12 +96,7 @@ class LocalBackend:
             self._idle.set()
 
     def health(self) -> str | None:
-        if not self._worker.alive:
-            return "the engine is down"
-        stalled = self._worker.stalled_for()
-        if stalled > self._stall_seconds:
-            return f"the engine has work, but made no step for {stalled:.0f} s"
-        return None
+        return self._worker.health(self._stall_seconds)
 
     async def drain(self, seconds: float) -> None:
         try:
@@ -109,6 +119,9 @@ class LocalBackend:
             text=TextStream(self._tokenizer.decoder(), request.stop),
             outbox=mailbox,
             index=index,
+            n=request.n,
+            key=request.key,
+            priority=request.priority,
         )
 
     def _tokens(self, request: GenerationRequest) -> Many[int]:

@@ -9,15 +9,26 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from bdh_batch.errors import BDHError, InvalidRequest, ModelNotFound, QueueFull, RetryLater, Unavailable
+from bdh_batch.errors import (
+    BDHError,
+    InvalidRequest,
+    ModelNotFound,
+    QueueFull,
+    QueueTimeout,
+    RetryLater,
+    RunTimeout,
+    Unavailable,
+)
 
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 TYPES = {
     401: "authentication_error",
     404: "not_found_error",
+    408: "timeout_error",
     429: "rate_limit_error",
     500: "internal_error",
     503: "service_unavailable",
+    504: "timeout_error",
 }
 
 
@@ -37,6 +48,8 @@ STATUS: dict[type[BDHError], tuple[int, str | None]] = {
     Unauthorized: (401, "invalid_api_key"),
     ModelNotFound: (404, "model_not_found"),
     BodyTooLarge: (413, CODES[413]),
+    QueueTimeout: (408, "queue_timeout"),
+    RunTimeout: (504, "request_timeout"),
     QueueFull: (429, "queue_full"),
     RateLimited: (429, "rate_limit_exceeded"),
     Unavailable: (503, "service_unavailable"),

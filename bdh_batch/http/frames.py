@@ -47,7 +47,7 @@ def usage_dict(usage: Usage) -> dict[str, Any]:
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
-        "prompt_tokens_details": {"cached_tokens": 0},
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
 
 
@@ -81,11 +81,12 @@ class Frames:
             return DONE
         return self._usage_head + orjson.dumps(usage_dict(usage)) + b"}\n\n" + DONE
 
-    def usage(self, prompts: Sequence[Sequence[int]], completion_tokens: int) -> Usage:
-        """A prompt counts once, however many answers it has."""
-        return Usage(sum(map(len, prompts)) // self._answer.n, completion_tokens)
+    def usage(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], completion_tokens: int) -> Usage:
+        """A prompt counts once, however many answers it has, and as cached what its first answer was spared."""
+        n = self._answer.n
+        return Usage(sum(map(len, prompts)) // n, completion_tokens, cached_tokens=sum(cached[::n]))
 
-    def whole(self, prompts: Sequence[Sequence[int]], ends: Sequence[Delta]) -> bytes:
+    def whole(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], ends: Sequence[Delta]) -> bytes:
         """The answer in one piece; `ends` holds all that each sequence gained."""
         choices = []
         for index, (prompt, end) in enumerate(zip(prompts, ends)):
@@ -98,7 +99,7 @@ class Frames:
             if self._answer.token_ids:
                 choice |= {"prompt_token_ids": list(prompt), "token_ids": end.tokens}
             choices.append(choice)
-        usage = usage_dict(self.usage(prompts, sum(len(end.tokens) for end in ends)))
+        usage = usage_dict(self.usage(prompts, cached, sum(len(end.tokens) for end in ends)))
         return orjson.dumps(self._answer.envelope(self.kind) | {"choices": choices, "usage": usage})
 
     def _frame(self, index: int, content: bytes) -> bytes:

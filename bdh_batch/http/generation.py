@@ -46,7 +46,7 @@ class EventStream(Response):
             if (failed := _failure(deltas)) is not None:
                 yield error_frame(failed)
                 return
-        yield self._frames.closing(self._frames.usage(prompts, completion_tokens))
+        yield self._frames.closing(self._frames.usage(prompts, self._generation.cached_tokens, completion_tokens))
 
 
 async def whole(generation: Generation, frames: Frames, request: Request) -> Response:
@@ -65,7 +65,7 @@ async def whole(generation: Generation, frames: Frames, request: Request) -> Res
                 ends[index].absorb(delta)
     if any(end.finish_reason is FinishReason.ABORT for end in ends):
         raise ClientDisconnect
-    return Response(frames.whole(generation.prompts, ends), media_type="application/json")
+    return Response(frames.whole(generation.prompts, generation.cached_tokens, ends), media_type="application/json")
 
 
 @asynccontextmanager

@@ -117,6 +117,7 @@ class ApiKeys:
                 text = "Incorrect API key." if key else "An API key is needed: Authorization: Bearer KEY."
                 await error_response(Unauthorized(text))(scope, receive, send)
                 return
+            scope.setdefault("state", {})["key"] = key_label(key)
         await self._app(scope, receive, send)
 
     def _knows(self, key: str) -> bool:
@@ -151,6 +152,11 @@ class RateLimit:
                 await error_response(refusal)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
+
+
+def key_label(key: str) -> str:
+    """What a key is called where the key itself has no business."""
+    return _digest(key).hex()[:16]
 
 
 def _with_headers(send: Send, headers: Mapping[str, str]) -> Send:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import replace
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bdh_batch import __version__
-from bdh_batch.errors import ModelNotFound, Unavailable
+from bdh_batch.errors import InvalidRequest, ModelNotFound, Unavailable
 from bdh_batch.http.errors import error_response
 from bdh_batch.http.frames import Answer, ChatFrames, CompletionFrames, Frames
 from bdh_batch.http.gate import Gate, ServedModel
@@ -18,6 +20,9 @@ from bdh_batch.http.wire import ChatBody, CompletionBody, GenerationBody, parse
 from bdh_batch.messages import GenerationRequest
 from bdh_batch.settings import Api
 from bdh_batch.telemetry import Metrics
+
+TIMEOUT_HEADER = "x-request-timeout"
+LONGEST_TIMEOUT = 86400.0  # seconds
 
 
 class Routes:
@@ -95,10 +100,26 @@ def _answer(id: str, body: GenerationBody, model: ServedModel) -> Answer:
     )
 
 
+def _timeout(request: Request) -> float | None:
+    """The seconds that the client gives its request."""
+    given = request.headers.get(TIMEOUT_HEADER)
+    if given is None:
+        return None
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds <= LONGEST_TIMEOUT:
+        text = f"{TIMEOUT_HEADER} should be seconds, more than 0 and at most {LONGEST_TIMEOUT:.0f}."
+        raise InvalidRequest(text, TIMEOUT_HEADER)
+    return seconds
+
+
 async def _respond(
     request: Request, model: ServedModel, requests: list[GenerationRequest], frames: Frames, stream: bool
 ) -> Response:
-    generation = model.backend.generate(requests)
+    key, timeout = getattr(request.state, "key", ""), _timeout(request)
+    generation = model.backend.generate([replace(each, key=key, timeout=timeout) for each in requests])
     if stream:
         return EventStream(generation, frames)
     return await whole(generation, frames, request)

@@ -32,7 +32,6 @@ GENERATION: Neutral = {
     "best_of": (1,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
-    "priority": (0,),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
@@ -42,6 +41,7 @@ GENERATION: Neutral = {
 MESSAGE: Neutral = {"refusal": (), "audio": (), "function_call": (), "tool_calls": ([],), "annotations": ([],)}
 STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 MAX_STOP = 16
+MAX_PRIORITY = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +147,7 @@ class GenerationBody(Wire):
     top_k: int | None = Field(None, ge=-1)
     seed: Seed | None = None
     n: int | None = Field(None, ge=1)
+    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     stop: Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -192,6 +193,8 @@ class GenerationBody(Wire):
                     seed=seed + answer & 0xFFFFFFFFFFFFFFFF,
                 ),
                 stop=tuple(self.stop or ()),
+                n=n,
+                priority=self.priority or 0,
             )
             for prompt in prompts
             for answer in range(n)

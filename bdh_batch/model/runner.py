@@ -5,16 +5,20 @@ Owns every tensor; knows nothing about requests, only slots.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from bdh_batch.errors import OutOfMemory
 from bdh_batch.kernels.base import Kernels, RaggedBatch
 from bdh_batch.messages import Outcome, Plan, SamplingParams, Segment
 from bdh_batch.model.sampling import sample
 from bdh_batch.model.state import StatePool
+
+log = logging.getLogger(__name__)
 
 
 class Runner:
@@ -25,7 +29,21 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Outcome:
-        """One step. Every segment's tokens enter its slot's state; those with `sampling` get a next token."""
+        """One step. Every segment's tokens enter its slot's state; those with `sampling` get a next token.
+
+        Raises:
+            OutOfMemory: the states of the segments are then spoilt.
+        """
+        try:
+            return self._run(plan)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise OutOfMemory(str(error).partition("\n")[0]) from error
+
+    def _run(self, plan: Plan) -> Outcome:
+        for copy in plan.copies:
+            self._pool.copy(copy.source, copy.target)
+        if not plan.segments:
+            return Outcome([])
         hidden = self.forward(plan.segments)
         ends = list(accumulate(len(segment.tokens) for segment in plan.segments))
         rows, params, positions = [], [], []
@@ -37,7 +55,7 @@ class Runner:
         if not rows:
             return Outcome([None] * len(ends))
         last = hidden[torch.tensor(rows, device=self._device)]
-        drawn = iter(sample(self._kernels.logits(last), params, positions))
+        drawn = iter(draw(self._kernels.logits(last), params, positions))
         return Outcome([None if segment.sampling is None else next(drawn) for segment in plan.segments])
 
     @torch.inference_mode()
@@ -66,3 +84,21 @@ class Runner:
         greedy = SamplingParams(temperature=0.0)
         for start, length in ((0, chunk), (chunk, 1)):
             self.run(Plan([Segment(slot=0, start=start, tokens=[0] * length, sampling=greedy)]))
+
+
+def draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int | None]:
+    """A token for each row. A row that cannot be drawn gets None, and does not keep the others from theirs."""
+    try:
+        return list(sample(logits, params, positions))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:
+        log.exception("drawing %d tokens failed; they are drawn one by one", len(params))
+    drawn: list[int | None] = []
+    for row, (param, position) in enumerate(zip(params, positions, strict=True)):
+        try:
+            drawn += sample(logits[row : row + 1], [param], [position])
+        except Exception:
+            log.exception("drawing with %s failed", param)
+            drawn.append(None)
+    return drawn

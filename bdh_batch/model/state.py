@@ -61,7 +61,8 @@ def slots_within(budget: int, each: int, most: int) -> int:
 class StatePool:
     """`states` [slots, layers, h, N, D], or [slots, layers, 2, h, N, D] with a window.
 
-    Slot s is one contiguous block, so copying it copies a whole context.
+    Slot s is one contiguous block, so copying it copies a whole context. Slots from `slots` on are `host_slots` more of
+    the same shape in the host's memory, to which and from which states can only be copied.
     """
 
     def __init__(
@@ -71,12 +72,23 @@ class StatePool:
         device: torch.device,
         window: int = 0,
         dtype: torch.dtype = torch.float32,
+        host_slots: int = 0,
     ) -> None:
         blocks = (2,) if window else ()
         shape = (slots, config.n_layer, *blocks, config.n_head, config.neurons_per_head, config.n_embd)
         # Not filled, as slots are cleared when a sequence begins: on the CPU, those never used then take no memory.
         self.states: Tensor = torch.empty(shape, dtype=dtype, device=device)
+        # Pinned, so that a copy from or to a GPU runs at the speed of the bus, and does not hold up the host.
+        self._host = torch.empty((host_slots, *shape[1:]), dtype=dtype, pin_memory=device.type == "cuda")
 
     def clear(self, slot: int) -> None:
         """Back to the state before any token."""
         self.states[slot].zero_()
+
+    def copy(self, source: int, target: int) -> None:
+        """The state in slot `target` becomes that in slot `source`; ordered with whatever the device computes."""
+        self._slot(target).copy_(self._slot(source), non_blocking=True)
+
+    def _slot(self, slot: int) -> Tensor:
+        slots = len(self.states)
+        return self.states[slot] if slot < slots else self._host[slot - slots]

@@ -1,127 +1,435 @@
 """Decides what each step computes, and takes in what came of it. Pure: no thread, no clock, no tensor.
 
-A sequence waits, then runs in a slot, then is gone. Waiting ones get free slots first come, first served. In a step
-every sequence that decodes gets its one token; those still in their prompts share a budget, shorter remainders first.
+A sequence waits in the queue, runs in a slot on the device, may be suspended and run again, and is gone. Only copies
+move states: to suspend, to resume, to keep a beginning for others, to begin where another one was. In a step every
+sequence that decodes gets its one token; those still in their prompts share what the step's time leaves.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import pairwise
+from operator import attrgetter
 
-from bdh_batch.errors import BDHError
+from bdh_batch.errors import BDHError, GenerationFailed, QueueTimeout, RunTimeout
 from bdh_batch.messages import Delta, FinishReason, Outcome, Plan
-from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.cost import StepCost
+from bdh_batch.scheduler.deadlines import Deadlines
+from bdh_batch.scheduler.fair_queue import Account, FairQueue
+from bdh_batch.scheduler.places import Places
+from bdh_batch.scheduler.sequence import Sequence, Stage
+from bdh_batch.scheduler.sharing import Sharing
 
 Update = tuple[Sequence, Delta]
+
+PRIORITY = attrgetter("priority")
+
+OLDEST = 8  # the oldest prompt gets an eighth of a step's prompt tokens for certain
+LEAST_PREFILL = 16  # prompt tokens that go in a step whatever it may take, so that prompts get through
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """
+    Args:
+        host_slots: places for states in the host's memory.
+        max_running: most sequences that hold a state; above `slots` they take turns. None is as many as slots.
+        quantum: steps of a turn, where others wait for theirs.
+        target_step: seconds that a step with running streams should take; 0 is as much prefill as there is.
+        keep: whether beginnings are kept for later requests.
+        share_all: whether requests of all keys share beginnings; else only those of one.
+        min_shared: tokens that a beginning must have to be shared.
+        weights: of keys, in their share; one that is not named weighs 1.
+    """
+
+    host_slots: int = 0
+    max_running: int | None = None
+    quantum: int = 64
+    target_step: float = 0.0
+    keep: bool = False
+    share_all: bool = False
+    min_shared: int = 32
+    weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A plan for the runner, and whose its segments are."""
+    """A plan for the runner, whose its segments are, and what else its copies touch."""
 
     plan: Plan
     sequences: list[Sequence]
+    moved: list[Sequence]
+    decodes: int
+    prefill_tokens: int
+    planned: float  # seconds on the worker's clock
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has happened since the start."""
+
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    served: int = 0  # sequences that were given their first place
 
 
 class Scheduler:
     """
     Args:
-        slots: how many sequences can run at a time.
+        slots: places for states on the device; as many sequences can be in one step.
         prefill_tokens: most prompt tokens in a step, of all sequences together.
     """
 
-    def __init__(self, slots: int, prefill_tokens: int) -> None:
-        self.slots = slots
-        self._prefill_tokens = prefill_tokens
-        self._free = list(reversed(range(slots)))
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
+    def __init__(self, slots: int, prefill_tokens: int, policy: Policy | None = None) -> None:
+        policy = policy or Policy()
+        self.policy = policy
+        self.max_running = policy.max_running or slots
+        self.width = min(slots, self.max_running)
+        self.counts = Counts()
+        self.prefill_cap = prefill_tokens
+        self.cost = StepCost()
+        self.places = Places(slots, policy.host_slots)
+        self.sharing = Sharing(self.places, policy.keep, policy.share_all, policy.min_shared)
+        self._queue = FairQueue(policy.weights)
+        self._deadlines = Deadlines()
+        self._running: list[Sequence] = []  # both in the order in which they came to be so
+        self._suspended: list[Sequence] = []
+        self._seated: set[Account] = set()  # those with a sequence that holds a state
+        self._arrivals = 0
+        self._swaps = 0
+        self._last_class = 0  # no one that runs is of a later one
 
     @property
     def waiting(self) -> int:
-        return len(self._waiting)
+        return len(self._queue) + self.sharing.following
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self._queue.tokens + self.sharing.following_tokens
+
+    @property
+    def waiting_by_priority(self) -> dict[int, int]:
+        return dict(self._queue.waiting + self.sharing.waiting)
 
     @property
     def running(self) -> int:
         return len(self._running)
 
     @property
+    def suspended(self) -> int:
+        return len(self._suspended)
+
+    @property
+    def free(self) -> int:
+        """How many more sequences could be given a state without anyone making room."""
+        return max(0, min(self.max_running - self._holding, self.places.room))
+
+    @property
     def has_work(self) -> bool:
-        return bool(self._waiting or self._running)
+        return bool(self._running or self._suspended or self.waiting)
+
+    @property
+    def _holding(self) -> int:
+        return len(self._running) + len(self._suspended)
 
     def submit(self, sequences: Iterable[Sequence]) -> list[Update]:
-        self._waiting.extend(sequences)
+        for sequence in sequences:
+            if sequence.finish_reason is not None:  # it was aborted on its way here
+                continue
+            self._arrivals += 1
+            sequence.place, sequence.since = self._arrivals, self.counts.steps
+            sequence.account = self._queue.account(sequence.key)
+            self._queue.push(sequence)
+            self._deadlines.add(sequence)
         return []
 
     def abort(self, sequences: Iterable[Sequence]) -> list[Update]:
         """Ends those of `sequences` that have not ended; nothing more is computed for them."""
+        ending = [sequence for sequence in sequences if sequence.finish_reason is None]
         updates = []
-        for sequence in sequences:
-            if sequence.finish_reason is None:
-                sequence.finish_reason = FinishReason.ABORT
-                updates.append((sequence, Delta(finish_reason=FinishReason.ABORT)))
-        self._sweep()
+        for sequence in ending:
+            sequence.finish_reason = FinishReason.ABORT
+            updates.append((sequence, Delta(finish_reason=FinishReason.ABORT)))
+        self._end(ending)
+        return updates
+
+    def expire(self, now: float) -> list[Update]:
+        """Ends those whose time is up."""
+        updates = []
+        for sequence in self._deadlines.due(now):
+            if sequence.scheduled is None:
+                error: BDHError = QueueTimeout("The request's time was up while it waited for its turn.")
+            else:
+                error = RunTimeout("The request's time was up before its answer was complete.")
+            updates.append((sequence, sequence.fail(error)))
+        self._end(sequence for sequence, _ in updates)
         return updates
 
     def fail_all(self, error: BDHError) -> list[Update]:
-        return self._fail([*self._waiting, *self._running], error)
+        return self._fail([*self._queue, *self.sharing.followers, *self._running, *self._suspended], error)
 
     def fail(self, step: Step, error: BDHError) -> list[Update]:
         """The step could not be computed: ends the sequences in it, whose states are no longer known."""
-        return self._fail(step.sequences, error)
+        self.sharing.forget_fresh()
+        return self._fail({*step.sequences, *step.moved}, error)
+
+    def out_of_memory(self, step: Step) -> list[Update]:
+        """The step needed too much memory: later ones are smaller, and compute again what it has spoilt."""
+        least = min(LEAST_PREFILL, self.prefill_cap)
+        if step.prefill_tokens and self.prefill_cap > least:
+            self.prefill_cap = max(least, self.prefill_cap // 2)
+        elif self.width > 1:
+            self.width = max(1, min(self.width, len(step.sequences)) // 2)
+        else:
+            return self.fail(step, GenerationFailed("There is not enough memory for the request."))
+        self.sharing.forget_fresh()
+        for sequence in {*step.sequences, *step.moved}:
+            if sequence.finish_reason is None:
+                sequence.restart()
+        while len(self._running) > self.width:
+            self._suspend(self._running[-1])
+        return []
 
     def plan(self, now: float) -> Step | None:
         """The next step, or None where nothing can run."""
-        self._admit(now)
-        sequences = [sequence for sequence in self._running if sequence.pending == 1]
-        segments = [sequence.segment(1) for sequence in sequences]
-        prefilling = sorted((s for s in self._running if s.pending > 1), key=lambda s: s.pending)
-        budget = self._prefill_tokens
-        for place, sequence in enumerate(prefilling):
-            if budget == 0:
-                break
-            others = len(prefilling) - place - 1  # a token for each of them is kept back
-            tokens = min(sequence.pending, max(1, budget - others))
-            segments.append(sequence.segment(tokens))
-            sequences.append(sequence)
-            budget -= tokens
-        return Step(Plan(segments), sequences) if segments else None
+        self.places.begin()
+        self.counts.steps += 1
+        for follower in self.sharing.advance(self._running):
+            self._requeue(follower)
+        self._seat(now)
+        return self._deal(now)
 
     def commit(self, step: Step, outcome: Outcome, now: float) -> list[Update]:
         """Takes in what a step drew; those that ended are out of their slots."""
-        updates = []
+        updates: list[Update] = []
+        ended: list[Sequence] = []
         for sequence, segment, token in zip(step.sequences, step.plan.segments, outcome.drawn, strict=True):
             sequence.computed += len(segment.tokens)
             if segment.sampling is not None:
                 updates.append((sequence, sequence.accept(token, now)))
-        self._sweep()
+                sequence.account.used += sequence.account.per_generated
+                if sequence.finish_reason is not None:
+                    ended.append(sequence)
+        self.counts.prompt_tokens += step.prefill_tokens
+        self.cost.observe(step.decodes, step.prefill_tokens, now - step.planned)
+        self.sharing.settle()
+        self._end(ended)
         return updates
 
     def check(self) -> None:
         """Raises AssertionError where an invariant does not hold."""
-        held = [-1 if sequence.slot is None else sequence.slot for sequence in self._running]
-        assert sorted([*self._free, *held]) == list(range(self.slots)), "every slot is free or held, once"
-        assert all(sequence.slot is None for sequence in self._waiting), "who waits holds no slot"
-        assert all(s.finish_reason is None and s.pending >= 1 for s in self._running), "who runs has work"
+        holding = [*self._running, *self._suspended]
+        held = [-1 if sequence.slot is None else sequence.slot for sequence in holding]
+        cached = [entry.slot for entry in self.sharing.cache]
+        every = [*self.places.slots.free, *held, *cached]
+        assert sorted(every) == list(range(self.places.slots.device + self.places.slots.host)), "each slot once"
+        assert all(self.places.slots.on_device(s.slot) for s in self._running if s.slot is not None), (
+            "who runs is there"
+        )
+        for line in (self._running, self._suspended):
+            assert all(one.since <= other.since for one, other in pairwise(line)), "lines are in order"
+        assert len(self._running) <= self.width, "no more run than may"
+        assert all(s.slot is None and s.stage is Stage.QUEUED for s in self._queue), "who waits holds no slot"
+        assert all(s.finish_reason is None and s.pending >= 1 for s in holding), "who runs has work"
+        assert all(s.stage is Stage.RUNNING for s in self._running), "stages are right"
+        assert all(s.stage is Stage.SUSPENDED for s in self._suspended), "stages are right"
+        self.sharing.check()
 
-    def _admit(self, now: float) -> None:
-        while self._free and self._waiting:
-            sequence = self._waiting.popleft()
-            sequence.slot, sequence.scheduled = self._free.pop(), now
-            self._running.append(sequence)
+    # Who runs
+
+    def _seat(self, now: float) -> None:
+        """Gives places to those that wait, and takes turns and precedence into account."""
+        if not (self._suspended or len(self._queue)):
+            return
+        self._swaps = max(1, self.width // self.policy.quantum)
+        self._last_class = max(map(PRIORITY, self._running), default=0)
+        while (candidate := self._next()) is not None:
+            victim = None
+            if len(self._running) >= self.width or not self._may_enter(candidate):
+                victim = self._victim(candidate)
+                if victim is None:
+                    return
+            if candidate.stage is Stage.QUEUED and self._follow(candidate):
+                continue
+            if not self._run(candidate, victim, now):
+                return
+
+    def _next(self) -> Sequence | None:
+        """Whoever has waited longest of the first class: in the queue, or suspended."""
+        fresh = self._queue.peek()
+        resumed = min(self._suspended, key=PRIORITY) if self._suspended else None
+        if fresh is None or resumed is None:
+            return resumed or fresh
+        if fresh.priority != resumed.priority:
+            return fresh if fresh.priority < resumed.priority else resumed
+        may_enter = self._may_enter(fresh) or (len(self._running) >= self.width and self._is_owed(fresh))
+        return fresh if may_enter and fresh.since < resumed.since else resumed
+
+    def _may_enter(self, sequence: Sequence) -> bool:
+        if sequence.stage is Stage.SUSPENDED or self._holding < self.max_running:
+            return True
+        lower = sum(other.priority > sequence.priority for other in self._suspended)
+        return self._holding - lower < self.max_running
+
+    def _is_owed(self, sequence: Sequence) -> bool:
+        """Whether its key holds less than its share of the places while it waits."""
+        return sequence.account.seats < max(1, self._shares_with(sequence.account)[sequence.account])
+
+    def _shares_with(self, account: Account) -> dict[Account, int]:
+        """The places that are each account's, among those that hold any and `account`."""
+        accounts = self._seated | {account}
+        weight = sum(other.weight for other in accounts)
+        return {other: int(self.max_running * other.weight / weight) for other in accounts}
+
+    def _victim(self, candidate: Sequence) -> Sequence | None:
+        """Who has to make room: one of a lower class, or one whose turn is over."""
+        if self._running and self._last_class > candidate.priority:
+            worst = max(reversed(self._running), key=PRIORITY)
+            if worst.priority > candidate.priority:
+                return worst
+        if self._swaps == 0:
+            return None
+        over = self.counts.steps - self.policy.quantum
+        done = (s for s in self._running if s.since <= over and s.priority == candidate.priority)
+        if not self._may_enter(candidate):
+            if not self._is_owed(candidate):
+                return None
+            shares = self._shares_with(candidate.account)
+            done = (s for s in done if s.account is not candidate.account and s.account.seats > shares[s.account])
+        return next(done, None)
+
+    def _run(self, candidate: Sequence, victim: Sequence | None, now: float) -> bool:
+        """Puts `candidate` in a slot on the device, instead of `victim`. False, and nothing done, if that cannot be."""
+        fresh = candidate.stage is Stage.QUEUED
+        # Without a place to spare afterwards, those that are suspended could take no more turns.
+        same_class = victim is not None and victim.priority == candidate.priority
+        if fresh and self.places.room < (2 if same_class else 1):
+            return False
+        entry = self.sharing.beginning_of(candidate) if fresh else None
+        parked = self._suspended if victim is None else [*self._suspended, victim]
+        patient = fresh and victim is None and bool(self._running)
+        if not self.places.bring(candidate, parked, self.sharing.cache, entry, patient):
+            return False
+        if victim is not None:
+            self._suspend(victim)
+            self.counts.preemptions += 1
+            self._swaps -= same_class
+        if fresh:
+            self._queue.serve(candidate)
+            self._sit(candidate, now)
+            self.sharing.begun(candidate, entry)
+        self._resume(candidate)
+        return True
+
+    def _sit(self, sequence: Sequence, now: float) -> None:
+        """It has been given its first place."""
+        sequence.scheduled = now
+        sequence.account.seats += 1
+        self._seated.add(sequence.account)
+        self.counts.served += 1
+
+    def _rise(self, sequence: Sequence) -> None:
+        sequence.account.seats -= 1
+        if not sequence.account.seats:
+            self._seated.discard(sequence.account)
+
+    def _suspend(self, sequence: Sequence) -> None:
+        """It keeps its slot on the device until that is needed."""
+        self._running.remove(sequence)
+        self._suspended.append(sequence)
+        sequence.stage, sequence.since = Stage.SUSPENDED, self.counts.steps
+
+    def _resume(self, sequence: Sequence) -> None:
+        if sequence.stage is Stage.SUSPENDED:
+            self._suspended.remove(sequence)
+        self._running.append(sequence)
+        self._last_class = max(self._last_class, sequence.priority)
+        sequence.stage, sequence.since = Stage.RUNNING, self.counts.steps
+
+    def _follow(self, candidate: Sequence) -> bool:
+        """Whether `candidate` had better wait for a beginning that another one is about to compute."""
+        if not self.sharing.follow(candidate, self._running):
+            return False
+        self._queue.remove(candidate)
+        candidate.stage = Stage.FOLLOWING
+        return True
+
+    def _requeue(self, follower: Sequence) -> None:
+        follower.stage = Stage.QUEUED
+        self._queue.push(follower)
+
+    # What a step computes
+
+    def _deal(self, now: float) -> Step | None:
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in self._running:
+            one = len(sequence.prompt) + len(sequence.generated) - sequence.computed == 1
+            (decoding if one else prefilling).append(sequence)
+        segments = [sequence.turn() for sequence in decoding]
+        fresh = sum(not sequence.generated for sequence in decoding)
+        decodes = len(decoding)
+        prefill_tokens = 0
+        if prefilling:
+            for sequence, tokens in self._shares(prefilling, self._budget(decodes)):
+                decoding.append(sequence)
+                segments.append(sequence.segment(tokens))
+                prefill_tokens += tokens
+        copies = self.places.copies
+        if not (segments or copies):
+            return None
+        return Step(Plan(segments, copies), decoding, self.places.moved, decodes - fresh, prefill_tokens + fresh, now)
+
+    def _budget(self, decodes: int) -> int:
+        """Prompt tokens of this step."""
+        if not (self.policy.target_step and decodes):
+            return self.prefill_cap
+        fitting = self.cost.prefill_budget(self.policy.target_step, decodes)
+        return self.prefill_cap if fitting is None else min(self.prefill_cap, max(LEAST_PREFILL, fitting))
+
+    def _shares(self, prefilling: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
+        """Who gets how many of `budget` prompt tokens. The oldest of the first class gets a part of them, so that none
+        waits for ever; then shorter remainders come first, and a token is kept back for each other; what is left over
+        is the oldest's."""
+        oldest = min(prefilling, key=lambda s: (s.priority, s.place))
+        order = sorted(prefilling, key=lambda s: (s.priority, s is oldest, s.pending))
+        reserve = max(1, budget // OLDEST)
+        shares = []
+        for place, sequence in enumerate(order):
+            reserve = 0 if sequence is oldest else reserve
+            others = len(order) - place - 1
+            tokens = min(sequence.pending, max(1, budget - reserve - others), budget - reserve)
+            cut = next((at for at in sequence.cuts if at > sequence.computed), None)
+            if cut is not None:
+                tokens = min(tokens, cut - sequence.computed)
+            if tokens > 0:
+                shares.append((sequence, tokens))
+                budget -= tokens
+        return shares
+
+    # Who is gone
 
     def _fail(self, sequences: Iterable[Sequence], error: BDHError) -> list[Update]:
-        updates = [(sequence, sequence.fail(error)) for sequence in sequences]
-        self._sweep()
+        updates = [(s, s.fail(error)) for s in sequences if s.finish_reason is None]
+        self._end(sequence for sequence, _ in updates)
         return updates
 
-    def _sweep(self) -> None:
-        """Takes out all that have ended."""
-        ended = [sequence for sequence in self._running if sequence.finish_reason is not None]
-        self._free.extend(sequence.slot for sequence in ended if sequence.slot is not None)
-        if ended:
-            self._running = [sequence for sequence in self._running if sequence.finish_reason is None]
-        if any(sequence.finish_reason is not None for sequence in self._waiting):
-            self._waiting = deque(sequence for sequence in self._waiting if sequence.finish_reason is None)
+    def _end(self, ended: Iterable[Sequence]) -> None:
+        """Takes out those that have ended; the state of a complete answer may stay as a beginning for others."""
+        held = False
+        for sequence in ended:
+            stage, sequence.stage = sequence.stage, Stage.ENDED
+            self.sharing.expect_no_more(sequence)
+            if stage is Stage.QUEUED and sequence.place:
+                self._queue.remove(sequence)
+            elif stage is Stage.FOLLOWING:
+                self.sharing.leave(sequence)
+            elif stage in (Stage.RUNNING, Stage.SUSPENDED):
+                held = True
+                self._rise(sequence)
+                self.sharing.bequeath(sequence)
+        if held:
+            self._running = [sequence for sequence in self._running if sequence.stage is Stage.RUNNING]
+            self._suspended = [sequence for sequence in self._suspended if sequence.stage is Stage.SUSPENDED]

@@ -15,14 +15,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, QueueFull, Unavailable
+from bdh_batch.errors import BDHError, GenerationFailed, OutOfMemory, Unavailable
 from bdh_batch.messages import Outcome, Plan
+from bdh_batch.scheduler.admission import Admission
 from bdh_batch.scheduler.scheduler import Scheduler, Step, Update
 from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.trace import Trace
 
 log = logging.getLogger(__name__)
 
 WORKER = "bdh-worker"  # the name of the thread
+STUCK_SECONDS = 0.1  # between two looks at work that cannot be planned
 STEP_SECONDS = 10.0  # a step that takes longer does not keep a server from ending
 
 Message = Callable[[], list[Update]]
@@ -45,63 +48,79 @@ class Observer(Protocol):
 
     def stepped(self, step: Step, seconds: float) -> None: ...
 
-    def gained(self, sequence: Sequence) -> None: ...
+    def gained(self, sequences: Many[Sequence]) -> None: ...
 
     def finished(self, sequence: Sequence, now: float) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy the engine is at this moment."""
+    """How busy the engine is at this moment, and what it has done so far."""
 
     running: int
     waiting: int
+    suspended: int
     slots: int
+    cached_states: int
+    preemptions: int
+    cache_queries: int  # tokens of prompts that were looked up
+    cache_hits: int  # of them, those that were found
 
 
 class Worker:
     """
     Args:
-        max_queued: how many requests may wait for a slot; one more is refused.
+        max_queued, max_queued_tokens: how many requests may wait, and tokens of their prompts; more is refused.
+        failed_steps: so many failures on end are a fault that /health tells of.
+        trace: where decisions are written to; the worker closes it.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: StepRunner, observer: Observer, max_queued: int) -> None:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        observer: Observer,
+        max_queued: int,
+        max_queued_tokens: int = 2**62,
+        failed_steps: int = 3,
+        trace: Trace | None = None,
+    ) -> None:
         self._scheduler = scheduler
         self._runner = runner
         self._observer = observer
-        self._max_queued = max_queued
+        self._admission = Admission(max_queued, max_queued_tokens, scheduler.max_running)
+        self._failed_steps = failed_steps
+        self._trace = trace
         self._inbox: list[Message] = []
         self._inbox_changed = threading.Condition()
-        self._arriving = 0  # sequences in the inbox; this and the next two are guarded by _inbox_changed
-        self._queued = 0  # sequences in the inbox or waiting in the scheduler
-        self._free = scheduler.slots  # slots that no sequence holds
         self._stopping = False
         self._progress = time.monotonic()
+        self._planned: Step | None = None  # the step that is being computed, or was last
+        self._failures = 0  # on end
+        self._told_of_stall = False
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._main, name=WORKER, daemon=True)
         self._thread.start()
 
-    def submit(self, sequences: Many[Sequence]) -> None:
-        """Queues all of `sequences`, or none.
+    def submit(
+        self, sequences: Many[Sequence], queue_timeout: float | None = None, timeout: float | None = None
+    ) -> None:
+        """Queues all of `sequences`, or none; each may wait for, and take in all, so many seconds.
 
         Raises:
             InvalidRequest: they are more than could ever wait and run.
             QueueFull, Unavailable: not now.
         """
-        most = self._scheduler.slots + self._max_queued
-        if len(sequences) > most:
-            raise InvalidRequest(f"A request may ask for {most} answers in all here, prompts times n.")
         with self._inbox_changed:
             if not self.alive:
                 raise engine_down()
-            if self._queued + len(sequences) > self._max_queued + self._free:
-                raise QueueFull(f"{self._queued} requests are waiting already.", retry_after=1)
             now = time.monotonic()
             for sequence in sequences:
                 sequence.arrived = now
-            self._arriving += len(sequences)
-            self._queued += len(sequences)
-            self._post(partial(self._scheduler.submit, sequences))
+                sequence.queue_deadline = None if queue_timeout is None else now + queue_timeout
+                sequence.deadline = None if timeout is None else now + timeout
+            self._admission.admit(sequences, now)
+            self._post(partial(self._take_in, sequences))
 
     def abort(self, sequences: Many[Sequence]) -> None:
         """Ends `sequences` before the next plan."""
@@ -130,9 +149,41 @@ class Worker:
         """Seconds since the last step while there has been work; 0 when idle."""
         return time.monotonic() - self._progress if self._scheduler.has_work else 0.0
 
+    def health(self, stall_seconds: float) -> str | None:
+        """What is wrong, or None. Work without a step for `stall_seconds` is; its first sight is logged."""
+        if not self.alive:
+            return "the engine is down"
+        if self._failures >= self._failed_steps:
+            return f"the last {self._failures} steps failed"
+        stalled = self.stalled_for()
+        if stalled <= stall_seconds:
+            self._told_of_stall = False
+            return None
+        if not self._told_of_stall:
+            self._told_of_stall = True
+            log.error("no step for %.0f s although there is work; the last plan: %s", stalled, describe(self._planned))
+        return f"the engine has work, but made no step for {stalled:.0f} s"
+
     @property
     def load(self) -> Load:
-        return Load(running=self._scheduler.running, waiting=self._queued, slots=self._scheduler.slots)
+        scheduler = self._scheduler
+        return Load(
+            running=scheduler.running,
+            waiting=self._admission.queued,
+            suspended=scheduler.suspended,
+            slots=scheduler.width,
+            cached_states=scheduler.places.cached,
+            preemptions=scheduler.counts.preemptions,
+            cache_queries=scheduler.sharing.queries,
+            cache_hits=scheduler.sharing.hits,
+        )
+
+    def _take_in(self, sequences: Many[Sequence]) -> list[Update]:
+        updates = self._scheduler.submit(sequences)
+        self._admission.arrived(sequences)
+        if self._trace is not None:
+            self._trace.submitted(sequences, time.monotonic())
+        return updates
 
     def _post(self, message: Message) -> None:
         self._inbox.append(message)
@@ -151,15 +202,22 @@ class Worker:
             messages, self._inbox = self._inbox, []
         updates = [update for message in messages for update in message()]
         self._hand_over([*updates, *self._scheduler.fail_all(last_words)])
+        if self._trace is not None:
+            self._trace.close()
 
     def _step(self) -> None:
         self._publish([update for message in self._take_inbox() for update in message()])
-        step = self._scheduler.plan(time.monotonic())
-        self._count_queued()
+        now = time.monotonic()
+        self._publish(self._scheduler.expire(now))
+        step = self._scheduler.plan(now)
+        self._count()
         if step is not None:
             self._publish(self._compute(step))
-            self._count_queued()
-        self._progress = time.monotonic()
+            self._count()
+            self._progress = time.monotonic()
+        elif self._scheduler.has_work:  # a fault of the scheduler: /health will tell; do not burn a core meanwhile
+            with self._inbox_changed:
+                self._inbox_changed.wait(STUCK_SECONDS)
 
     def _take_inbox(self) -> list[Message]:
         """The messages that have come; waits for one when there is nothing else to do."""
@@ -167,40 +225,76 @@ class Worker:
             while not (self._inbox or self._stopping or self._scheduler.has_work):
                 self._scheduler.check()
                 self._inbox_changed.wait()
-            messages, self._inbox, self._arriving = self._inbox, [], 0
-            self._progress = time.monotonic()
+                self._progress = time.monotonic()
+            messages, self._inbox = self._inbox, []
         return messages
 
-    def _count_queued(self) -> None:
-        """What waits, and how many slots are free, now that a plan has given some out or a step has ended some."""
-        with self._inbox_changed:
-            self._queued = self._scheduler.waiting + self._arriving
-            self._free = self._scheduler.slots - self._scheduler.running
+    def _count(self) -> None:
+        """What waits, now that a plan has given out places or a step has ended some."""
+        of = self._scheduler
+        self._admission.update(of.waiting_by_priority, of.waiting_tokens, of.free, of.counts.served, time.monotonic())
 
     def _compute(self, step: Step) -> list[Update]:
+        self._planned = step
         began = time.monotonic()
         try:
             outcome = self._runner.run(step.plan)
-        except Exception:  # whatever it was, only the sequences of this step are lost
-            log.exception("a step of %d sequences failed", len(step.sequences))
+        except OutOfMemory as error:
+            updates = self._scheduler.out_of_memory(step)
+            log.warning(
+                "a step of %s ran out of memory (%s); from now on at most %d prompt tokens and %d sequences a step",
+                *(describe(step), error, self._scheduler.prefill_cap, self._scheduler.width),
+            )
+            self._failed(step, error)
+            return updates
+        except Exception as error:  # whatever it was, only the sequences of this step are lost
+            if self._failures == 0:
+                log.exception("a step of %s failed", describe(step))
+            else:
+                log.error("a step failed again: %r", error)
+            self._failed(step, error)
             return self._scheduler.fail(step, GenerationFailed("The step that computed this request failed."))
         now = time.monotonic()
+        self._failures = 0
         self._observer.stepped(step, now - began)
-        return self._scheduler.commit(step, outcome, now)
+        updates = self._scheduler.commit(step, outcome, now)
+        if self._trace is not None:
+            self._trace.stepped(step, now)
+        return updates
+
+    def _failed(self, step: Step, error: Exception) -> None:
+        self._failures += 1
+        if self._failures == self._failed_steps:
+            log.error("%d steps on end failed; /health says so until one succeeds", self._failures)
+        if self._trace is not None:
+            self._trace.stepped(step, time.monotonic(), repr(error))
 
     def _publish(self, updates: list[Update]) -> None:
+        if not updates:
+            return
         self._hand_over(updates)
         now = time.monotonic()
+        self._observer.gained([sequence for sequence, delta in updates if delta.tokens])
         for sequence, delta in updates:
-            if delta.tokens:
-                self._observer.gained(sequence)
             if delta.finish_reason is not None:
                 self._observer.finished(sequence, now)
+        if self._trace is not None:
+            self._trace.updated(updates, now)
 
     def _hand_over(self, updates: list[Update]) -> None:
         """One wake-up of the event loop, however many sequences gained something."""
         if updates:
             self._loop.call_soon_threadsafe(_deliver, updates)
+
+
+def describe(step: Step | None) -> str:
+    """A plan in short, for the log."""
+    if step is None:
+        return "nothing"
+    return (
+        f"{len(step.sequences)} sequences ({step.decodes} decoding), {step.prefill_tokens} prompt tokens "
+        f"and {len(step.plan.copies)} copies, of requests {', '.join(sorted({s.id for s in step.sequences})[:8])}"
+    )
 
 
 def _deliver(updates: list[Update]) -> None:

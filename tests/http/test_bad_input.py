@@ -361,7 +361,6 @@ UNSUPPORTED: dict[str, tuple[list[object], list[object]]] = {  # what asks for s
     "tools": ([[{"type": "function", "function": {"name": "f"}}]], [[]]),
     "tool_choice": (["required", {"type": "function", "function": {"name": "f"}}], ["none", "auto"]),
     "parallel_tool_calls": ([], [True, False]),
-    "priority": ([1, -1], [0]),
     "suffix": (["b"], [""]),
     "audio": ([{"voice": "ash", "format": "wav"}], []),
     "modalities": ([["text", "audio"]], [["text"]]),

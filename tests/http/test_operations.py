@@ -24,7 +24,7 @@ HISTOGRAMS = [
     *("e2e_request_latency_seconds", "request_queue_time_seconds", "request_prefill_time_seconds"),
     *("request_decode_time_seconds", "request_inference_time_seconds", "request_prompt_tokens"),
     *("request_generation_tokens", "request_params_max_tokens", "iteration_tokens_total", "step_duration_seconds"),
-    "batch_occupancy",
+    *("batch_occupancy", "request_params_n"),
 ]
 GAUGES = ["bdh_num_requests_running", "bdh_num_requests_waiting", "bdh_state_slots_usage_perc"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from bdh_batch.messages import Delta, Outcome, Plan, SamplingParams
 from bdh_batch.scheduler.scheduler import Step
 from bdh_batch.scheduler.sequence import Sequence
@@ -9,7 +11,7 @@ from bdh_batch.scheduler.sequence import Sequence
 
 def next_token(slot_tokens: list[int]) -> int:
     """What the fake model says after these tokens."""
-    return (sum(slot_tokens) * 31 + len(slot_tokens)) % 251
+    return (sum(slot_tokens[::2]) * 31 + sum(slot_tokens) * 7 + len(slot_tokens)) % 251
 
 
 class FakeRunner:
@@ -18,11 +20,17 @@ class FakeRunner:
     def __init__(self) -> None:
         self.slots: dict[int, list[int]] = {}
         self.fail_next = False
+        self.copies = 0
+        self.computed = 0  # tokens
 
     def run(self, plan: Plan) -> Outcome:
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("the device is on fire")
+        for copy in plan.copies:
+            self.slots[copy.target] = list(self.slots[copy.source])
+            self.copies += 1
+        self.computed += plan.tokens
         assert len({segment.slot for segment in plan.segments}) == len(plan.segments)
         return Outcome([self._segment(segment) for segment in plan.segments])
 
@@ -31,6 +39,7 @@ class FakeRunner:
             self.slots[segment.slot] = []
         known = self.slots[segment.slot]
         assert len(known) == segment.start
+        assert segment.tokens
         known.extend(segment.tokens)
         return next_token(known) if segment.sampling else None
 
@@ -74,15 +83,23 @@ class FakeObserver:
     def stepped(self, step: Step, seconds: float) -> None:
         self.steps += 1
 
-    def gained(self, sequence: Sequence) -> None:
-        self.tokens += 1
+    def gained(self, sequences: Iterable[Sequence]) -> None:
+        self.tokens += len(list(sequences))
 
     def finished(self, sequence: Sequence, now: float) -> None:
         self.ends += 1
 
 
 def make_sequence(
-    prompt: list[int], max_tokens: int, text: FakeText | None = None, name: str = "r", outbox: FakeOutbox | None = None
+    prompt: list[int],
+    max_tokens: int,
+    text: FakeText | None = None,
+    name: str = "r",
+    outbox: FakeOutbox | None = None,
+    key: str = "",
+    priority: int = 0,
+    queue_deadline: float | None = None,
+    deadline: float | None = None,
 ) -> Sequence:
     return Sequence(
         id=name,
@@ -91,6 +108,10 @@ def make_sequence(
         sampling=SamplingParams(),
         text=text or FakeText(),
         outbox=outbox or FakeOutbox(),
+        key=key,
+        priority=priority,
+        queue_deadline=queue_deadline,
+        deadline=deadline,
     )
 
 

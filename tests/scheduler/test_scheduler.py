@@ -1,12 +1,8 @@
 from __future__ import annotations
 
-from hypothesis import settings, strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
-
-from bdh_batch.errors import GenerationFailed
+from bdh_batch.errors import GenerationFailed, QueueTimeout, RunTimeout
 from bdh_batch.messages import FinishReason
-from bdh_batch.scheduler.scheduler import Scheduler, Step, Update
-from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.scheduler import Policy, Scheduler, Step
 from tests.scheduler.fakes import FakeRunner, FakeText, expected_tokens, make_sequence
 
 BROKEN = GenerationFailed("broken")
@@ -117,80 +113,161 @@ def test_a_fault_in_one_text_ends_that_request_alone() -> None:
     assert good.generated == expected_tokens([2], 9)
 
 
-class SchedulerMachine(RuleBasedStateMachine):
-    """Submit, abort, step and fail in any order: nothing is lost, doubled or leaked, and every request ends once."""
+class TestTurns:
+    def test_a_key_with_one_request_is_served_within_a_turn(self) -> None:
+        scheduler, runner = Scheduler(4, 64, Policy(host_slots=4, quantum=8)), FakeRunner()
+        scheduler.submit(make_sequence([1, 2], 10_000, key="flood") for _ in range(100))
+        for _ in range(20):
+            step(scheduler, runner)
+        drop = make_sequence([3], 5, key="drop")
+        scheduler.submit([drop])
+        for _ in range(8):
+            step(scheduler, runner)
+        assert drop.finish_reason is FinishReason.LENGTH
 
-    sequences = Bundle("sequences")
+    def test_places_go_by_weight(self) -> None:
+        policy = Policy(host_slots=12, quantum=4, weights={"heavy": 3.0})
+        scheduler, runner = Scheduler(8, 64, policy), FakeRunner()
+        heavy, light = ([make_sequence([1], 10, key=key) for _ in range(300)] for key in ("heavy", "light"))
+        scheduler.submit([*light, *heavy])
+        for _ in range(200):
+            step(scheduler, runner)
+        done = [sum(len(s.generated) for s in sequences) for sequences in (heavy, light)]
+        assert 2.5 < done[0] / done[1] < 3.5
 
-    @initialize(slots=st.integers(1, 5), prefill_tokens=st.integers(1, 20))
-    def begin(self, slots: int, prefill_tokens: int) -> None:
-        self.scheduler = Scheduler(slots, prefill_tokens)
-        self.runner = FakeRunner()
-        self.submitted: list[Sequence] = []
-        self.shown: dict[Sequence, list[int]] = {}
-        self.ends: dict[Sequence, list[FinishReason]] = {}
+    def test_more_streams_than_slots_advance_alike(self) -> None:
+        scheduler, runner = Scheduler(3, 64, Policy(host_slots=8, max_running=9, quantum=4)), FakeRunner()
+        streams = [make_sequence([number], 10_000) for number in range(9)]
+        scheduler.submit(streams)
+        for _ in range(300):
+            step(scheduler, runner)
+        counts = [len(stream.generated) for stream in streams]
+        assert sum(counts) == 900
+        assert max(counts) - min(counts) <= 3 * 4
 
-    def take(self, updates: list[Update]) -> None:
-        for sequence, delta in updates:
-            assert not self.ends[sequence], "nothing comes after the end"
-            self.shown[sequence] += delta.tokens
-            if delta.finish_reason is not None:
-                self.ends[sequence].append(delta.finish_reason)
-
-    @rule(
-        target=sequences,
-        prompts=st.lists(st.lists(st.integers(0, 250), min_size=1, max_size=30), max_size=4),
-        max_tokens=st.integers(1, 6),
-        stop_after=st.none() | st.integers(1, 6),
-    )
-    def submit(self, prompts: list[list[int]], max_tokens: int, stop_after: int | None):  # type: ignore[no-untyped-def]
-        sequences = [make_sequence(prompt, max_tokens, FakeText(stop_after)) for prompt in prompts]
-        self.submitted += sequences
-        for sequence in sequences:
-            self.shown[sequence], self.ends[sequence] = [], []
-        self.take(self.scheduler.submit(sequences))
-        return multiple(*sequences)
-
-    @rule(sequence=sequences)
-    def abort(self, sequence: Sequence) -> None:
-        self.take(self.scheduler.abort([sequence]))
-        assert self.ends[sequence]
-
-    @rule()
-    def advance(self) -> None:
-        planned = self.scheduler.plan(now=0.0)
-        assert (planned is None) == (not self.scheduler.has_work)
-        if planned is not None:
-            self.take(self.scheduler.commit(planned, self.runner.run(planned.plan), now=0.0))
-
-    @rule()
-    def fail_step(self) -> None:
-        planned = self.scheduler.plan(now=0.0)
-        if planned is not None:
-            self.take(self.scheduler.fail(planned, BROKEN))
-
-    @rule()
-    def fail_all(self) -> None:
-        self.take(self.scheduler.fail_all(BROKEN))
-        assert not self.scheduler.has_work
-
-    @invariant()
-    def is_sound(self) -> None:
-        if hasattr(self, "scheduler"):
-            self.scheduler.check()
-
-    def teardown(self) -> None:
-        if not hasattr(self, "scheduler"):
-            return
-        bound = 5 + sum(len(sequence.prompt) + sequence.max_tokens for sequence in self.submitted)
-        for _ in range(bound):
-            self.advance()
-        assert not self.scheduler.has_work, "every request ends within a bounded number of steps"
-        for sequence in self.submitted:
-            assert len(self.ends[sequence]) == 1, "every request ends exactly once"
-            assert self.shown[sequence] == sequence.generated
-            assert sequence.generated == expected_tokens(list(sequence.prompt), len(sequence.generated))
+    def test_a_higher_class_takes_a_place_at_once(self) -> None:
+        scheduler, runner = Scheduler(2, 64, Policy(host_slots=2)), FakeRunner()
+        low = [make_sequence([1], 50, priority=3) for _ in range(2)]
+        scheduler.submit(low)
+        step(scheduler, runner)
+        high = make_sequence([2], 4, priority=-1)
+        scheduler.submit([high])
+        for _ in range(4):
+            step(scheduler, runner)
+        assert high.finish_reason is FinishReason.LENGTH
+        assert scheduler.counts.preemptions == 1
+        run_dry(scheduler, runner)
+        assert all(sequence.generated == expected_tokens([1], 50) for sequence in low)
 
 
-SchedulerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
-TestScheduler = SchedulerMachine.TestCase
+class TestSharing:
+    KEEP = Policy(keep=True, min_shared=4)
+
+    def test_a_common_beginning_is_computed_once(self) -> None:
+        scheduler, runner = Scheduler(8, 1000, Policy(min_shared=4)), FakeRunner()
+        stem = list(range(100))
+        scheduler.submit(make_sequence([*stem, 200, number, 7], 1) for number in range(8))
+        run_dry(scheduler, runner)
+        assert runner.computed == 101 + 8 * 2  # they part at the digit
+        assert len(scheduler.sharing.cache) == 0
+
+    def test_equal_prompts_compute_their_last_token_each(self) -> None:
+        scheduler, runner = Scheduler(3, 1000, Policy(min_shared=4)), FakeRunner()
+        sequences = [make_sequence([5] * 50, 1) for _ in range(10)]
+        scheduler.submit(sequences)
+        run_dry(scheduler, runner)
+        assert runner.computed == 49 + 10
+
+    def test_a_third_prompt_begins_where_two_others_parted(self) -> None:
+        scheduler, runner = Scheduler(8, 1000, self.KEEP), FakeRunner()
+        prompts = [[*range(60), number, 9, 9] for number in range(100, 103)]
+        cached = []
+        for prompt in prompts:
+            sequence = make_sequence(prompt, 2)
+            scheduler.submit([sequence])
+            run_dry(scheduler, runner)
+            cached.append(sequence.cached)
+        assert cached == [0, 0, 60]
+
+    def test_the_next_turn_begins_at_the_end_of_the_answer(self) -> None:
+        scheduler, runner = Scheduler(8, 1000, self.KEEP), FakeRunner()
+        first = make_sequence([1] * 20, 10)
+        scheduler.submit([first])
+        run_dry(scheduler, runner)
+        second = make_sequence([*first.prompt, *first.generated, 4, 5], 3)
+        scheduler.submit([second])
+        run_dry(scheduler, runner)
+        assert second.cached == 29
+        assert second.generated == expected_tokens(list(second.prompt), 3)
+
+    def test_who_waits_for_one_that_leaves_goes_on_alone(self) -> None:
+        scheduler, runner = Scheduler(4, 10, Policy(min_shared=4)), FakeRunner()
+        leader, follower = make_sequence([5] * 50, 4), make_sequence([5] * 50, 4)
+        scheduler.submit([leader, follower])
+        step(scheduler, runner)
+        assert (scheduler.running, scheduler.waiting) == (1, 1)
+        scheduler.abort([leader])
+        run_dry(scheduler, runner)
+        assert follower.generated == expected_tokens([5] * 50, 4)
+
+    def test_running_sequences_come_before_what_is_kept(self) -> None:
+        scheduler, runner = Scheduler(4, 1000, self.KEEP), FakeRunner()
+        for number in range(10):
+            scheduler.submit([make_sequence([number] * 30, 3)])
+            run_dry(scheduler, runner)
+        assert len(scheduler.sharing.cache) == 4
+        scheduler.submit(make_sequence([50 + number], 5) for number in range(4))
+        planned = step(scheduler, runner)
+        assert planned is not None
+        assert len(planned.sequences) == 4
+
+
+def test_a_step_keeps_to_its_time() -> None:
+    """On a machine where a sequence costs 0.1 ms, a prompt token 0.2 ms, and a step 1 ms."""
+    scheduler, runner, now = Scheduler(16, 4000, Policy(target_step=0.02)), FakeRunner(), 0.0
+    scheduler.submit(make_sequence([1], 10_000) for _ in range(10))
+    seconds = []
+    for number in range(150):
+        if number in (20, 40):
+            scheduler.submit([make_sequence([2] * (4000 + number), 1)])
+        planned = scheduler.plan(now)
+        assert planned is not None
+        seconds.append(0.001 + 0.0001 * planned.decodes + 0.0002 * planned.prefill_tokens)
+        now += seconds[-1]
+        scheduler.commit(planned, runner.run(planned.plan), now)
+    late = [took for took in seconds[42:] if took > 0.0021]  # those with a part of the second prompt
+    assert max(late) <= 0.0205
+    assert sum(late[:-1]) / len(late[:-1]) > 0.018
+
+
+def test_running_out_of_memory_makes_steps_smaller_and_loses_nobody() -> None:
+    scheduler, runner = Scheduler(4, 64), FakeRunner()
+    sequences = [make_sequence([number] * 40, 5) for number in range(4)]
+    scheduler.submit(sequences)
+    sizes = []
+    for _ in range(3):
+        planned = scheduler.plan(0.0)
+        assert planned is not None
+        sizes.append(planned.prefill_tokens)
+        runner.slots = {slot: [-1] for slot in range(4)}
+        assert scheduler.out_of_memory(planned) == []
+        scheduler.check()
+    assert sizes == [64, 32, 16]
+    assert (scheduler.prefill_cap, scheduler.width) == (16, 2)
+    run_dry(scheduler, runner)
+    assert all(sequence.generated == expected_tokens(list(sequence.prompt), 5) for sequence in sequences)
+
+
+def test_time_that_is_up_ends_who_waits_and_who_runs() -> None:
+    scheduler, runner = Scheduler(1, 64), FakeRunner()
+    running = make_sequence([1], 100, deadline=10.0, queue_deadline=1.0)
+    waiting = make_sequence([2], 100, queue_deadline=5.0)
+    scheduler.submit([running, waiting])
+    step(scheduler, runner)
+    assert scheduler.expire(4.9) == []
+    ((first, delta),) = scheduler.expire(5.0)
+    assert (first, type(delta.error)) == (waiting, QueueTimeout)
+    ((second, delta),) = scheduler.expire(11.0)
+    assert (second, type(delta.error)) == (running, RunTimeout)
+    scheduler.check()
+    assert not scheduler.has_work

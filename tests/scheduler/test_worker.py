@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from bdh_batch.errors import InvalidRequest, QueueFull, Unavailable
+from bdh_batch.errors import InvalidRequest, OutOfMemory, QueueFull, Unavailable
 from bdh_batch.messages import Delta, FinishReason, Outcome, Plan
 from bdh_batch.scheduler.mailbox import BACKLOG, Mailbox
 from bdh_batch.scheduler.scheduler import Scheduler
@@ -195,3 +195,49 @@ async def test_a_mailbox_keeps_deltas_apart_for_a_reader_that_keeps_up_and_merge
     assert [token for index, delta in deltas if index == 0 for token in delta.tokens] == [*range(0, 1000, 2), 7]
     assert "".join(delta.text for index, delta in deltas if index == 1) == "13579" * 100
     assert [delta.finish_reason for _, delta in deltas if delta.finish_reason] == [FinishReason.LENGTH]
+
+
+async def test_failures_on_end_are_unhealthy_until_a_step_succeeds(caplog: pytest.LogCaptureFixture) -> None:
+    runner = FakeRunner()
+    worker = Worker(Scheduler(slots=1, prefill_tokens=16), runner, FakeObserver(), max_queued=10, failed_steps=2)
+    for failures, well in ((1, True), (2, False)):
+        runner.fail_next = True
+        outbox = FakeOutbox()
+        worker.submit([make_sequence([1], 1, outbox=outbox)])
+        await until(lambda outbox=outbox: bool(outbox.deltas))  # type: ignore[misc]
+        assert (worker.health(60.0) is None) == well, failures
+    good = FakeOutbox()
+    worker.submit([make_sequence([1], 1, outbox=good)])
+    await until(lambda: bool(good.tokens))
+    assert worker.health(60.0) is None
+    worker.close()
+    assert caplog.text.count("Traceback") == 1
+
+
+async def test_running_out_of_memory_is_told_and_loses_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    class Small(FakeRunner):
+        def run(self, plan: Plan) -> Outcome:
+            if plan.tokens > 20:
+                raise OutOfMemory("no more than 20 tokens fit")
+            return super().run(plan)
+
+    worker = Worker(Scheduler(slots=2, prefill_tokens=64), Small(), FakeObserver(), max_queued=10)
+    outbox = FakeOutbox()
+    worker.submit([make_sequence([3] * 100, 5, outbox=outbox)])
+    await until(lambda: len(outbox.tokens) == 5)
+    worker.close()
+    assert outbox.tokens == expected_tokens([3] * 100, 5)
+    assert "at most 16 prompt tokens" in caplog.text
+
+
+async def test_a_stall_is_logged_once_with_its_plan(
+    gated: tuple[Worker, GatedRunner], caplog: pytest.LogCaptureFixture
+) -> None:
+    worker, runner = gated
+    worker.submit([make_sequence([1], 1, name="the one")])
+    await asyncio.to_thread(runner.entered.acquire)
+    await until(lambda: worker.health(0.01) is not None)
+    assert worker.health(0.01) is not None
+    assert caplog.text.count("the one") == 1
+    runner.may_run.release()
+    await until(lambda: worker.health(0.01) is None)

@@ -1,0 +1,36 @@
+"""Whose time is up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from heapq import heapify, heappop, heappush
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bdh_batch.scheduler.sequence import Sequence
+
+
+SMALL = 1024  # so many are not worth clearing out
+
+
+class Deadlines:
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, bool, Sequence]] = []
+        self._clear_at = SMALL
+
+    def add(self, sequence: Sequence) -> None:
+        if len(self._heap) >= self._clear_at:  # most have ended long before their time
+            self._heap = [item for item in self._heap if item[3].finish_reason is None]
+            heapify(self._heap)
+            self._clear_at = max(SMALL, 2 * len(self._heap))
+        if sequence.queue_deadline is not None:
+            heappush(self._heap, (sequence.queue_deadline, sequence.place, True, sequence))
+        if sequence.deadline is not None:
+            heappush(self._heap, (sequence.deadline, sequence.place, False, sequence))
+
+    def due(self, now: float) -> Iterator[Sequence]:
+        """Those that have not ended by a deadline of theirs; none comes twice."""
+        while self._heap and self._heap[0][0] <= now:
+            _, _, while_queued, sequence = heappop(self._heap)
+            if sequence.finish_reason is None and not (while_queued and sequence.scheduled is not None):
+                yield sequence

@@ -1,0 +1,66 @@
+"""Prompts as bytes, and where they part. Knows nothing about states."""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Iterable
+
+TOKEN_BYTES = array("I").itemsize
+RECENT = 512  # prompts that are remembered, of all namespaces together
+RECENT_BYTES = 32 * 2**20
+
+
+def pack(tokens: Iterable[int]) -> bytes:
+    return array("I", list(tokens)).tobytes()  # a list: bytes would be taken for an array's memory
+
+
+def common(one: bytes, other: bytes) -> int:
+    """How many tokens two packed prompts have in common at their beginning."""
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high // TOKEN_BYTES
+    size = 256  # prompts that part mostly part soon
+    while size < high and one[low:size] == other[low:size]:
+        low, size = size, size * 2
+    high = min(high, size)
+    while low + 1 < high:  # they agree up to low, and differ before high
+        middle = (low + high) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low // TOKEN_BYTES
+
+
+class RecentPrompts:
+    """A bounded record of prompts. Sorted, so that the one with the longest common beginning is a neighbour."""
+
+    def __init__(self) -> None:
+        self._sorted: dict[str, list[bytes]] = {}
+        self._order: OrderedDict[tuple[str, bytes], None] = OrderedDict()
+        self._bytes = 0
+
+    def parting(self, namespace: str, prompt: bytes) -> int:
+        """Where `prompt` parts from the one most like it, in tokens; records it."""
+        line = self._sorted.setdefault(namespace, [])
+        at = bisect_left(line, prompt)
+        longest = max((common(prompt, other) for other in line[max(0, at - 1) : at + 1]), default=0)
+        if (namespace, prompt) in self._order:
+            self._order.move_to_end((namespace, prompt))
+        else:
+            line.insert(at, prompt)
+            self._order[namespace, prompt] = None
+            self._bytes += len(prompt)
+            while len(self._order) > RECENT or self._bytes > RECENT_BYTES:
+                self._forget()
+        return longest
+
+    def _forget(self) -> None:
+        (namespace, prompt), _ = self._order.popitem(last=False)
+        line = self._sorted[namespace]
+        del line[bisect_left(line, prompt)]
+        if not line:
+            del self._sorted[namespace]
+        self._bytes -= len(prompt)

@@ -1,0 +1,223 @@
+"""Beginnings that sequences have in common are computed once: kept for later ones, and waited for by present ones.
+
+A state is wanted where a prompt ends (but for its last token, which every sequence computes itself), at powers of two,
+where prompts were seen to part, and where a sequence waits for it. There a chunk of prefill ends, and the next plan
+copies the state before the sequence goes on. A fork is no more than sequences that wait for the first of them.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from bdh_batch.messages import FinishReason
+from bdh_batch.scheduler.places import Places
+from bdh_batch.scheduler.prefix_cache import Entry, PrefixCache
+from bdh_batch.scheduler.prefixes import RecentPrompts, common, pack
+from bdh_batch.scheduler.sequence import Sequence, Stage
+
+FIRST_POWER = 256
+LEADERS = 64  # most sequences that one is compared with
+
+
+class Sharing:
+    """
+    Args:
+        keep: whether states stay for later requests; else only while someone waits for them.
+        share_all: whether all keys share; else each has beginnings of its own.
+        least: tokens from which on a beginning is worth a copy.
+    """
+
+    def __init__(self, places: Places, keep: bool, share_all: bool, least: int) -> None:
+        self.cache = PrefixCache()
+        self.queries = self.hits = self.cached_tokens = 0
+        self.waiting: Counter[int] = Counter()  # followers of each priority
+        self.following_tokens = 0
+        self._places = places
+        self._keep = keep
+        self._share_all = share_all
+        self._least = least
+        self._recent = RecentPrompts()
+        self._followers: dict[Sequence, list[tuple[int, Sequence]]] = {}  # by whom they wait for, and where
+        self._fresh: list[Entry] = []  # their copies are part of the plan that is being made or computed
+
+    @property
+    def following(self) -> int:
+        return self.waiting.total()
+
+    @property
+    def followers(self) -> Iterator[Sequence]:
+        return (follower for line in self._followers.values() for _, follower in line)
+
+    def beginning_of(self, sequence: Sequence) -> Entry | None:
+        """The state that `sequence` can begin with; its last token has to be computed."""
+        if len(sequence.prompt) <= self._least:
+            return None
+        return self.cache.find(self._namespace(sequence), self._packed(sequence), len(sequence.prompt) - 1)
+
+    def begun(self, sequence: Sequence, entry: Entry | None) -> None:
+        """`sequence` has been given its slot, with the state of `entry` in it."""
+        if len(sequence.prompt) <= self._least:
+            return
+        self.queries += len(sequence.prompt)
+        kept = entry is not None and self.cache.holds(entry)
+        if entry is not None and (kept or entry.slot == sequence.slot):
+            sequence.computed = sequence.cached = entry.length
+            self.hits += entry.length
+            if kept:
+                self.cache.use(entry)
+        self.expect_no_more(sequence)
+        if self._keep:
+            wanted = self._wanted(sequence)
+            sequence.cuts = sorted(at for at in wanted if max(sequence.computed, self._least - 1) < at)
+
+    def follow(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
+        """Whether one that runs is about to compute a longer beginning of `sequence` than is kept; it then waits."""
+        if len(sequence.prompt) <= self._least:
+            return False
+        leader, shared = self._leader_of(sequence, running)
+        if leader is None:
+            return False
+        entry = self.beginning_of(sequence)
+        if entry is not None and shared - entry.length < self._least:
+            return False
+        self.expect_no_more(sequence)
+        if shared not in leader.cuts:
+            insort(leader.cuts, shared)
+        self._followers.setdefault(leader, []).append((shared, sequence))
+        self.waiting[sequence.priority] += 1
+        self.following_tokens += len(sequence.prompt)
+        return True
+
+    def expect_no_more(self, sequence: Sequence) -> None:
+        """`sequence` has begun, or has ended before it could."""
+        entry, sequence.expects = sequence.expects, None
+        if entry is not None:
+            entry.awaited -= 1
+            if not self._keep and not entry.awaited and self.cache.holds(entry):
+                self._places.discard(entry, self.cache)
+
+    def leave(self, follower: Sequence) -> None:
+        """`follower` has ended before its turn came."""
+        for leader, line in list(self._followers.items()):
+            kept = [(at, one) for at, one in line if one is not follower]
+            if len(kept) < len(line):
+                self._count_out(follower)
+                self._set_followers(leader, kept)
+
+    def advance(self, running: Iterable[Sequence]) -> list[Sequence]:
+        """Takes the states that are wanted now; gives those that need not wait any longer."""
+        for sequence in running:
+            if sequence.cuts and sequence.cuts[0] <= sequence.computed:
+                self._take(sequence)
+        released: list[Sequence] = []
+        for leader, line in list(self._followers.items()):
+            gone = leader.stage is not Stage.RUNNING or not leader.cuts
+            released += (one for at, one in line if gone or at <= leader.computed)
+            self._set_followers(leader, [] if gone else [pair for pair in line if pair[0] > leader.computed])
+        for follower in released:
+            self._count_out(follower)
+        return released
+
+    def bequeath(self, sequence: Sequence) -> None:
+        """`sequence` has ended: its state stays as a beginning of what may be asked next, or its slot is free."""
+        slot, sequence.slot = sequence.slot, None
+        assert slot is not None
+        complete = sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
+        if self._keep and complete and sequence.computed >= self._least and sequence.computed > len(sequence.prompt):
+            namespace, known = self._namespace(sequence), pack(sequence.known(0, sequence.computed))
+            if self.cache.get(namespace, known, sequence.computed) is None:
+                self.cache.add(namespace, known, sequence.computed, slot)
+                self._places.cached += 1
+                return
+        self._places.slots.give(slot)
+
+    def settle(self) -> None:
+        """The copies of the last plan are made."""
+        self._fresh = []
+
+    def forget_fresh(self) -> None:
+        """The copies of the last plan may not have been made."""
+        known = set(self.cache)
+        touched = {copy.target for copy in self._places.copies}
+        for entry in known:
+            if entry in self._fresh or entry.slot in touched:
+                self._places.discard(entry, self.cache)
+        self._fresh = []
+
+    def check(self) -> None:
+        assert self._places.cached == len(self.cache), "kept states are counted"
+        assert all(s.stage is Stage.FOLLOWING and s.slot is None for s in self.followers), "followers hold nothing"
+        assert self.following == len(list(self.followers)), "followers are counted"
+        assert all(entry.awaited >= 0 for entry in self.cache), "who waits is counted"
+        assert self.following_tokens == sum(len(s.prompt) for s in self.followers), "followers are counted"
+        if not self._keep:
+            assert all(entry.awaited > 0 for entry in self.cache), "nothing is kept that nobody waits for"
+
+    def _take(self, sequence: Sequence) -> None:
+        """Copies the state of `sequence` to a place of its own, for others to begin with."""
+        at = sequence.computed
+        wanted = at == sequence.cuts[0]
+        while sequence.cuts and sequence.cuts[0] <= at:
+            sequence.cuts.pop(0)
+        if not wanted or sequence.slot is None:
+            return
+        namespace, prompt = self._namespace(sequence), self._packed(sequence)
+        waiting = [follower for position, follower in self._followers.get(sequence, ()) if position == at]
+        entry = self.cache.get(namespace, prompt, at)
+        if entry is None and (self._keep or waiting):
+            slot = self._places.for_entry(self.cache, self.cache.worth(at, len(waiting)))
+            if slot is None:
+                return
+            self._places.copy(sequence.slot, slot)
+            entry = self.cache.add(namespace, prompt, at, slot)
+            self._places.cached += 1
+            self._fresh.append(entry)
+        for follower in waiting:
+            follower.expects = entry
+        if entry is not None:
+            entry.awaited += len(waiting)
+
+    def _wanted(self, sequence: Sequence) -> set[int]:
+        last = len(sequence.prompt) - 1
+        powers = (1 << bit for bit in range(FIRST_POWER.bit_length() - 1, last.bit_length()))
+        parting = self._recent.parting(self._namespace(sequence), self._packed(sequence))
+        return {last, min(parting, last), *(power for power in powers if power < last)}
+
+    def _leader_of(self, sequence: Sequence, running: Iterable[Sequence]) -> tuple[Sequence | None, int]:
+        prompt, namespace = self._packed(sequence), self._namespace(sequence)
+        head = prompt[: 4 * self._least]
+        best, longest, looked_at = None, self._least - 1, 0
+        for leader in running:
+            if leader.generated or leader.priority > sequence.priority or not leader.packed.startswith(head):
+                continue
+            if self._namespace(leader) != namespace:
+                continue
+            shared = min(common(leader.packed, prompt), len(sequence.prompt) - 1, len(leader.prompt) - 1)
+            if shared > longest and leader.computed < shared:
+                best, longest = leader, shared
+            looked_at += 1
+            if looked_at == LEADERS:
+                break
+        return best, longest
+
+    def _namespace(self, sequence: Sequence) -> str:
+        return "" if self._share_all else sequence.key
+
+    def _packed(self, sequence: Sequence) -> bytes:
+        if not sequence.packed:
+            sequence.packed = pack(sequence.prompt)
+        return sequence.packed
+
+    def _set_followers(self, leader: Sequence, line: list[tuple[int, Sequence]]) -> None:
+        if line:
+            self._followers[leader] = line
+        else:
+            del self._followers[leader]
+
+    def _count_out(self, follower: Sequence) -> None:
+        self.waiting[follower.priority] -= 1
+        if not self.waiting[follower.priority]:
+            del self.waiting[follower.priority]
+        self.following_tokens -= len(follower.prompt)

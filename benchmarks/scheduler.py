@@ -1,0 +1,135 @@
+"""What a step costs beside its computing: planning it, committing it, publishing it to mailboxes.
+
+    python -m benchmarks.scheduler                      # 1,024 running sequences
+    python -m benchmarks.scheduler --running 256 --waiting 0 --out figures.json
+
+Nothing is computed: tokens come from a list. What is measured is Python in one thread, as the worker runs it. Figures
+are milliseconds a step: the median, and the 99th percentile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from bdh_batch.messages import Outcome, SamplingParams
+from bdh_batch.scheduler.mailbox import Mailbox
+from bdh_batch.scheduler.scheduler import Policy, Scheduler
+from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.worker import Worker
+from bdh_batch.telemetry import Metrics
+from bdh_batch.text.stream import TextStream
+from bdh_batch.text.tokenizer import ByteTokenizer
+
+SCENES = ("decoding", "decoding, a queue behind", "taking turns", "prompts under way")
+
+
+class NoRunner:
+    def run(self, plan: object) -> Outcome:
+        raise NotImplementedError("nothing is computed here")
+
+
+def make_scheduler(scene: str, running: int, waiting: int) -> Scheduler:
+    turns = scene == "taking turns"
+    policy = Policy(
+        host_slots=running if turns else 0, max_running=running * 3 // 2 if turns else running, keep=True, quantum=64
+    )
+    scheduler = Scheduler(running, 4 * running, policy)
+    decoder = ByteTokenizer()
+    behind = {"decoding": 0, "taking turns": running // 2}.get(scene, waiting)
+    length = 20_000 if scene == "prompts under way" else 24
+    for number in range(running + behind):
+        prompt = [number % 251, number // 251, *([7] * length)]
+        sequence = Sequence(
+            id=str(number),
+            prompt=prompt if number % 8 == 0 else prompt[:3],
+            max_tokens=10**9,
+            sampling=SamplingParams(),
+            text=TextStream(decoder.decoder()),
+            outbox=Mailbox(),
+            key=f"key {number % 16}",
+        )
+        scheduler.submit([sequence])
+    return scheduler
+
+
+async def measure(scene: str, running: int, waiting: int, steps: int) -> dict[str, dict[str, float]]:
+    scheduler = make_scheduler(scene, running, waiting)
+    worker = Worker(Scheduler(1, 1), NoRunner(), Metrics("none"), 1)
+    times: dict[str, list[float]] = {"plan": [], "commit": [], "publish": [], "deliver": []}
+    gc.collect()
+    gc.freeze()
+    for number in range(steps + 20):
+        marks = [time.perf_counter()]
+        step = scheduler.plan(marks[0])
+        assert step is not None
+        marks.append(time.perf_counter())
+        outcome = Outcome([97 if segment.sampling else None for segment in step.plan.segments])
+        began = time.perf_counter()
+        updates = scheduler.commit(step, outcome, began)
+        marks.append(time.perf_counter())
+        worker._publish(updates)
+        marks.append(time.perf_counter())
+        await asyncio.sleep(0)  # the event loop puts the deltas into their mailboxes
+        marks.append(time.perf_counter())
+        for sequence, _ in updates:
+            assert isinstance(sequence.outbox, Mailbox)
+            await sequence.outbox.take()  # as its client would
+        if number >= 20:
+            for name, seconds in zip(
+                times, (marks[1] - marks[0], marks[2] - began, marks[3] - marks[2], marks[4] - marks[3])
+            ):
+                times[name].append(1000 * seconds)
+    worker.close()
+    times["all"] = [sum(parts) for parts in zip(*times.values())]
+    return {name: figures(values) for name, values in times.items()}
+
+
+def figures(values: list[float]) -> dict[str, float]:
+    return {
+        "median_ms": round(statistics.median(values), 3),
+        "p99_ms": round(sorted(values)[int(0.99 * len(values))], 3),
+    }
+
+
+def machine() -> Mapping[str, object]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except FileNotFoundError:
+        lines = []
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return {"cpu": cpu, "system": platform.platform(), "python": platform.python_version()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--running", type=int, default=1024, help="sequences in a step")
+    parser.add_argument("--waiting", type=int, default=2048, help="sequences in the queue, where there is one")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each scene")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scheduler.json"))
+    chosen = parser.parse_args()
+    scenes = {}
+    for scene in SCENES:
+        scenes[scene] = asyncio.run(measure(scene, chosen.running, chosen.waiting, chosen.steps))
+        print(scene, json.dumps(scenes[scene]), file=sys.stderr)
+    report = {
+        "command": f"python -m benchmarks.scheduler {' '.join(sys.argv[1:])}".strip(),
+        "machine": machine(),
+        "running": chosen.running,
+        "waiting": chosen.waiting,
+        "steps": chosen.steps,
+        "milliseconds_a_step": scenes,
+    }
+    chosen.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""Copies of states, and what a step's faults do to those in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bdh_batch.errors import OutOfMemory
+from bdh_batch.kernels.torch_reference import TorchKernels
+from bdh_batch.messages import Copy, Plan, SamplingParams, Segment
+from bdh_batch.model import runner as module
+from bdh_batch.model.checkpoint import load_model
+from bdh_batch.model.runner import Runner
+from bdh_batch.model.sampling import sample
+from bdh_batch.model.state import StatePool
+
+CPU = torch.device("cpu")
+GREEDY = SamplingParams(temperature=0.0)
+TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
+
+
+@pytest.fixture
+def runner() -> Runner:
+    """Two slots on the device, 0 and 1, and two in host memory, 2 and 3."""
+    model = load_model(TINY, torch.float32, CPU)
+    return Runner(TorchKernels(model.weights), StatePool(model.config, 2, CPU, host_slots=2))
+
+
+def test_a_state_goes_on_where_it_was_copied_from(runner: Runner) -> None:
+    (first,) = runner.run(Plan([Segment(0, 0, [1, 2, 3], GREEDY)])).drawn
+    parked = [Copy(0, 3)]
+    (straight,) = runner.run(Plan([Segment(0, 3, [5], GREEDY)], parked)).drawn
+    runner.run(Plan([Segment(0, 0, [9, 9], GREEDY)]))
+    (resumed,) = runner.run(Plan([Segment(1, 3, [5], GREEDY)], [Copy(3, 2), Copy(2, 1)])).drawn
+    assert resumed == straight
+    assert runner.run(Plan([], [Copy(1, 0)])).drawn == []
+    assert first is not None
+
+
+def test_a_row_that_cannot_be_drawn_ends_itself_alone(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    bad = SamplingParams(seed=13)
+
+    def picky(logits: torch.Tensor, params: list[SamplingParams], positions: list[int]) -> list[int | None]:
+        if bad in params:
+            raise RuntimeError("not with that seed")
+        return list(sample(logits, params, positions))
+
+    monkeypatch.setattr(module, "sample", picky)
+    drawn = runner.run(Plan([Segment(0, 0, [1, 2], GREEDY), Segment(1, 0, [1, 2], bad)])).drawn
+    monkeypatch.undo()
+    assert drawn[1] is None
+    assert [drawn[0]] == list(runner.run(Plan([Segment(0, 0, [1, 2], GREEDY)])).drawn)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
+def test_running_out_of_memory_is_told_as_such(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def greedy(segments: object) -> None:
+        raise error
+
+    monkeypatch.setattr(runner, "forward", greedy)
+    with pytest.raises(OutOfMemory):
+        runner.run(Plan([Segment(0, 0, [1], GREEDY)]))

@@ -1,0 +1,170 @@
+"""Anything that can happen to a scheduler, in any order, over a runner whose states are the tokens themselves."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from hypothesis import settings, strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+
+from bdh_batch.errors import GenerationFailed
+from bdh_batch.messages import FinishReason
+from bdh_batch.scheduler.prefix_cache import digests_at
+from bdh_batch.scheduler.prefixes import pack
+from bdh_batch.scheduler.scheduler import Policy, Scheduler, Step, Update
+from bdh_batch.scheduler.sequence import Sequence
+from tests.scheduler.fakes import FakeRunner, FakeText, expected_tokens, make_sequence
+
+BROKEN = GenerationFailed("broken")
+STEM = [7 * at % 251 for at in range(40)]  # most prompts begin as this does, some longer, some shorter
+
+prompts = st.builds(
+    lambda stem, rest: STEM[:stem] + rest,
+    st.sampled_from([0, 0, 3, 8, 9, 20, 40]),
+    st.lists(st.integers(0, 3), min_size=1, max_size=12),
+)
+policies = st.builds(
+    Policy,
+    host_slots=st.integers(0, 4),
+    max_running=st.none() | st.integers(1, 9),
+    quantum=st.integers(1, 6),
+    target_step=st.sampled_from([0.0, 0.01]),
+    keep=st.booleans(),
+    share_all=st.booleans(),
+    min_shared=st.integers(1, 10),
+    weights=st.just({"b": 3.0}),
+)
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Nothing is lost, doubled or leaked, every state is what it should be, and every request ends once."""
+
+    sequences = Bundle("sequences")
+
+    @initialize(slots=st.integers(1, 5), prefill_tokens=st.integers(1, 20), policy=policies)
+    def begin(self, slots: int, prefill_tokens: int, policy: Policy) -> None:
+        self.scheduler = Scheduler(slots, prefill_tokens, policy)
+        self.runner = FakeRunner()
+        self.now = 0.0
+        self.submitted: list[Sequence] = []
+        self.shown: dict[Sequence, list[int]] = {}
+        self.ends: dict[Sequence, list[FinishReason]] = {}
+
+    def take(self, updates: list[Update]) -> None:
+        for sequence, delta in updates:
+            assert not self.ends[sequence], "nothing comes after the end"
+            self.shown[sequence] += delta.tokens
+            if delta.finish_reason is not None:
+                self.ends[sequence].append(delta.finish_reason)
+
+    def run_plan(self, step: Step) -> None:
+        """Computes `step`, after a look at the states that it builds on."""
+        states = dict(self.runner.slots)
+        for copy in step.plan.copies:
+            states[copy.target] = states[copy.source]
+        for sequence, segment in zip(step.sequences, step.plan.segments, strict=True):
+            held = states[segment.slot] if segment.start else []
+            assert held == list(sequence.known(0, segment.start)), "a state is that of the tokens before"
+            assert list(segment.tokens) == list(sequence.known(segment.start, segment.start + len(segment.tokens)))
+        self.take(self.scheduler.commit(step, self.runner.run(step.plan), self.now))
+        for entry in self.scheduler.sharing.cache:
+            kept = self.runner.slots[entry.slot]
+            assert (len(kept), digests_at(pack(kept), [len(kept)])) == (entry.length, [entry.digest])
+
+    @rule(
+        target=sequences,
+        prompts=st.lists(prompts, max_size=4),
+        copies=st.integers(1, 3),
+        options=st.fixed_dictionaries(
+            {
+                "max_tokens": st.integers(1, 12),
+                "key": st.sampled_from("ab"),
+                "priority": st.sampled_from([0, 0, 0, 1, -1]),
+            }
+        ),
+        stop_after=st.none() | st.integers(1, 6),
+        patience=st.tuples(st.none() | st.integers(1, 40), st.none() | st.integers(1, 80)),
+    )
+    def submit(
+        self,
+        prompts: list[list[int]],
+        copies: int,
+        options: dict[str, Any],
+        stop_after: int | None,
+        patience: tuple[int | None, int | None],
+    ) -> Any:
+        queue, total = (None if seconds is None else self.now + seconds for seconds in patience)
+        sequences = [
+            make_sequence(prompt, text=FakeText(stop_after), queue_deadline=queue, deadline=total, **options)
+            for prompt in prompts
+            for _ in range(copies)
+        ]
+        self.submitted += sequences
+        for sequence in sequences:
+            self.shown[sequence], self.ends[sequence] = [], []
+        self.take(self.scheduler.submit(sequences))
+        return multiple(*sequences)
+
+    @rule(sequence=sequences)
+    def abort(self, sequence: Sequence) -> None:
+        self.take(self.scheduler.abort([sequence]))
+        assert self.ends[sequence]
+
+    @rule()
+    def advance(self) -> None:
+        self.now += 1.0
+        self.take(self.scheduler.expire(self.now))
+        step = self.scheduler.plan(self.now)
+        assert (step is None) == (not self.scheduler.has_work), "work is never stuck"
+        if step is not None:
+            self.run_plan(step)
+
+    @rule()
+    def fail_step(self) -> None:
+        step = self.scheduler.plan(self.now)
+        if step is not None:
+            self.spoil(step)
+            self.take(self.scheduler.fail(step, BROKEN))
+
+    @rule()
+    def run_out_of_memory(self) -> None:
+        step = self.scheduler.plan(self.now)
+        if step is not None:
+            self.spoil(step)
+            self.take(self.scheduler.out_of_memory(step))
+
+    def spoil(self, step: Step) -> None:
+        """Whatever the step writes holds anything."""
+        for slot in [*(copy.target for copy in step.plan.copies), *(segment.slot for segment in step.plan.segments)]:
+            self.runner.slots[slot] = [-1]
+
+    @rule()
+    def fail_all(self) -> None:
+        self.take(self.scheduler.fail_all(BROKEN))
+        assert not self.scheduler.has_work
+
+    @invariant()
+    def is_sound(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        bound = 20 + 3 * sum(len(sequence.prompt) + sequence.max_tokens for sequence in self.submitted)
+        for _ in range(bound):
+            if not self.scheduler.has_work:
+                break
+            self.advance()
+        assert not self.scheduler.has_work, "every request ends within a bounded number of steps"
+        for sequence in self.submitted:
+            assert len(self.ends[sequence]) == 1, "every request ends exactly once"
+            assert self.shown[sequence] == sequence.generated
+            assert sequence.generated == expected_tokens(list(sequence.prompt), len(sequence.generated))
+
+
+SchedulerMachine.TestCase.settings = settings(
+    max_examples=int(os.environ.get("MACHINE_EXAMPLES", 150)), stateful_step_count=40, deadline=None
+)
+TestScheduler = SchedulerMachine.TestCase

@@ -1,0 +1,132 @@
+"""The scheduler's parts, each by itself."""
+
+from __future__ import annotations
+
+import random
+
+from hypothesis import given, strategies as st
+
+from bdh_batch.scheduler.cost import StepCost
+from bdh_batch.scheduler.fair_queue import FairQueue
+from bdh_batch.scheduler.prefix_cache import PrefixCache
+from bdh_batch.scheduler.prefixes import RECENT, RecentPrompts, common, pack
+from bdh_batch.scheduler.sequence import Sequence
+from tests.scheduler.fakes import make_sequence
+
+TOKENS = st.lists(st.integers(0, 2), max_size=40)
+
+
+def queue_of(*sequences: Sequence, weights: dict[str, float] | None = None) -> FairQueue:
+    queue = FairQueue(weights)
+    for place, sequence in enumerate(sequences):
+        sequence.place = place
+        queue.push(sequence)
+    return queue
+
+
+def served(queue: FairQueue) -> list[str]:
+    order = []
+    while (sequence := queue.peek()) is not None:
+        queue.serve(sequence)
+        order.append(sequence.id)
+    assert len(queue) == queue.tokens == 0
+    return order
+
+
+class TestFairQueue:
+    def test_lower_classes_go_first_and_inside_a_key_who_came_first(self) -> None:
+        queue = queue_of(
+            *(make_sequence([1], 1, name=name, priority=priority) for name, priority in (("a", 1), ("b", 0), ("c", 0)))
+        )
+        assert served(queue) == ["b", "c", "a"]
+
+    def test_keys_take_turns_whatever_they_queue(self) -> None:
+        flood = [make_sequence([1], 1, name="f", key="f") for _ in range(6)]
+        drop = [make_sequence([1], 1, name="d", key="d") for _ in range(2)]
+        assert served(queue_of(*flood, *drop)) == ["f", "d", "f", "d", "f", "f", "f", "f"]
+
+    def test_weights_are_shares(self) -> None:
+        sequences = [make_sequence([1], 1, name=key, key=key) for key in "ab" for _ in range(40)]
+        order = served(queue_of(*sequences, weights={"a": 3.0}))
+        assert 28 <= order[:40].count("a") <= 32
+
+    def test_a_pause_saves_nothing_up(self) -> None:
+        queue = queue_of(*(make_sequence([1], 1, name="a", key="a") for _ in range(50)))
+        for _ in range(40):
+            queue.serve(queue.peek() or make_sequence([1], 1))
+        for place in range(100, 110):
+            late = make_sequence([1], 1, name="b", key="b")
+            late.place = place
+            queue.push(late)
+        assert 4 <= served(queue)[:10].count("b") <= 6
+
+    def test_one_that_comes_back_has_its_old_place(self) -> None:
+        sequences = [make_sequence([1], 1, name=name) for name in "abc"]
+        queue = queue_of(*sequences)
+        queue.remove(sequences[0])
+        queue.push(sequences[0])
+        assert served(queue) == ["a", "b", "c"]
+
+
+class TestPrefixes:
+    @given(TOKENS, TOKENS)
+    def test_common_counts_equal_tokens(self, one: list[int], other: list[int]) -> None:
+        expected = next((at for at, (a, b) in enumerate(zip(one, other)) if a != b), min(len(one), len(other)))
+        assert common(pack(one), pack(other)) == expected
+
+    @given(st.lists(TOKENS, max_size=12), TOKENS)
+    def test_a_prompt_parts_from_the_one_most_like_it(self, earlier: list[list[int]], prompt: list[int]) -> None:
+        recent = RecentPrompts()
+        for other in earlier:
+            recent.parting("", pack(other))
+        longest = max((common(pack(prompt), pack(other)) for other in earlier), default=0)
+        assert recent.parting("other", pack(prompt)) == 0
+        assert recent.parting("", pack(prompt)) == longest
+
+    def test_the_record_is_bounded(self) -> None:
+        recent = RecentPrompts()
+        for number in range(RECENT + 1):
+            recent.parting("", pack([number, 1, 2]))
+        assert recent.parting("", pack([0, 1, 2])) == 0
+        assert recent.parting("", pack([RECENT, 1, 2])) == 3
+
+    def test_bytes_are_tokens_too(self) -> None:
+        assert pack(b"abc") == pack([97, 98, 99])
+
+
+class TestPrefixCache:
+    @given(st.lists(TOKENS.filter(bool), max_size=12), TOKENS.filter(bool))
+    def test_the_longest_beginning_is_found(self, kept: list[list[int]], prompt: list[int]) -> None:
+        cache = PrefixCache()
+        for slot, tokens in enumerate(kept):
+            if cache.get("", pack(tokens), len(tokens)) is None:
+                cache.add("", pack(tokens), len(tokens), slot)
+        fitting = [len(tokens) for tokens in kept if len(tokens) < len(prompt) and prompt[: len(tokens)] == tokens]
+        found = cache.find("", pack(prompt), len(prompt) - 1)
+        assert (0 if found is None else found.length) == max(fitting, default=0)
+        assert cache.find("another key", pack(prompt), len(prompt)) is None
+        for entry in list(cache):
+            cache.drop(entry)
+        assert cache.find("", pack(prompt), len(prompt)) is None
+
+    def test_what_saves_least_goes_first_and_age_counts(self) -> None:
+        cache = PrefixCache()
+        long, short = (cache.add("", pack([1] * length), length, length) for length in (90, 30))
+        assert cache.least(cache) is short
+        for _ in range(5):
+            cache.use(short)
+        assert cache.least(cache) is long
+        cache.drop(long)
+        fresh = cache.add("", pack([2] * 95), 95, 3)
+        assert cache.least(cache) is short is not fresh
+
+
+def test_the_cost_of_a_step_is_learned_in_spite_of_outliers_and_followed() -> None:
+    draw, cost = random.Random(1), StepCost()
+    for factor in (1.0, 3.0):
+        for number in range(600):
+            decodes, prefill = draw.randrange(1, 64), draw.choice((0, 0, 32, 256))
+            seconds = factor * (0.002 + 0.0003 * decodes + 0.0001 * prefill) * draw.uniform(0.97, 1.03)
+            cost.observe(decodes, prefill, seconds * (50 if number % 29 == 0 else 1))
+        exact = factor * (0.002 + 0.0003 * 32 + 0.0001 * 100)
+        assert abs(cost.seconds(32, 100) - exact) < 0.15 * exact
