@@ -228,9 +228,11 @@ def test_keys_do_not_see_each_others_beginnings(keyed: Server) -> None:
 def test_a_storm_of_clients_that_leave_leaves_everything_as_it_was(crowded: Server) -> None:
     for round in range(15):
         streams = [crowded.raw(ENDLESS | {"prompt": STEM[: 20 + number], "n": 1 + number % 2}) for number in range(20)]
-        for stream in streams[:: 1 + round % 3]:
-            stream.read_until(b"HTTP/1.1 200")
-        close(streams, reset=round % 2 == 0)
+        try:
+            for stream in streams[:: 1 + round % 3]:
+                assert stream.status in (200, 429)  # as fast as they come, those before may not yet be seen to be gone
+        finally:
+            close(streams, reset=round % 2 == 0)
     crowded.until_idle()
     metrics = crowded.metrics()
     assert metrics["bdh_num_requests_swapped"] == metrics["bdh_state_slots_usage_perc"] == 0
