@@ -29,6 +29,7 @@ from bdh_batch.http.gate import Gate, ServedModel
 from bdh_batch.http.server import Server, base_url, bind
 from bdh_batch.http.wire import Defaults
 from bdh_batch.kernels.select import select_kernels
+from bdh_batch.kernels.simd import most_threads
 from bdh_batch.model.checkpoint import Model, load_model
 from bdh_batch.model.config import BDHConfig
 from bdh_batch.model.runner import Runner
@@ -74,14 +75,14 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
         ConfigError, CheckpointError
     """
     if settings.engine.threads is not None:
-        torch.set_num_threads(settings.engine.threads)
+        set_threads(settings.engine.threads)
     device = choose_device(settings.model.device)
     dtype: torch.dtype = getattr(torch, settings.model.dtype)
     model = load_model(path, dtype, device, settings.model.layers)
     window = attention_window(settings.model.attention_window, model.config)
-    kernels, reason = select_kernels(settings.engine.kernels, model.weights, window)
-    budget = state_budget(settings.engine, device)
     state_dtype: torch.dtype = getattr(torch, settings.engine.state_dtype)
+    kernels, reason = select_kernels(settings.engine.kernels, model.weights, window, state_dtype)
+    budget = state_budget(settings.engine, device)
     each = bytes_per_sequence(model.config, window, state_dtype)
     most = settings.scheduler.max_running + (settings.prefix_cache.entries if settings.prefix_cache.enabled else 0)
     slots = slots_within(budget, each, most)
@@ -102,6 +103,13 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     log.info("warming up: kernels that are not in the cache are compiled now")
     runner.warm(settings.scheduler.prefill_tokens)
     return LoadedEngine(model, runner, slots, host_slots)
+
+
+def set_threads(threads: int) -> None:
+    """Numba cannot have more than it began with, one for each core."""
+    if threads > (most := most_threads()):
+        raise ConfigError(f"engine.threads: {threads} asked for, this machine has cores for {most}")
+    torch.set_num_threads(threads)
 
 
 def take_states(

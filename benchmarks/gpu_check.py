@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -121,20 +122,21 @@ def ragged(sequences: int, start: int, length: int, vocabulary: int) -> RaggedBa
 
 
 def errors(config: BDHConfig) -> str | None:
-    """What is wrong with a prefill and some decode steps, by either dtype of weights, on this very shape."""
+    """What is wrong with a prefill and some decode steps, by either dtype of weights and states, on this very shape."""
     from bdh_batch.kernels.cuda import TritonKernels
 
-    for dtype, tolerance in TOLERANCES.items():
+    for dtype, state_dtype in product(TOLERANCES, repeat=2):
+        tolerance, kind = max(TOLERANCES[dtype], TOLERANCES[state_dtype]), f"{dtype} weights and {state_dtype} states"
         weights = weights_for(config, dtype)
         sides: list[list[Tensor]] = []
         for kernels in (TorchKernels(weights), TritonKernels(weights)):
-            states = torch.zeros_like(states_for(config, 3))
+            states = torch.zeros_like(states_for(config, 3, state_dtype))
             steps = [ragged(3, start, length, config.vocab_size) for start, length in ((0, 100), (100, 1), (101, 1))]
-            sides.append([*(kernels.logits(kernels.forward(states, step)) for step in steps), states])
+            sides.append([*(kernels.logits(kernels.forward(states, step)) for step in steps), states.float()])
         error = max(float((mine - right).norm() / right.norm()) for right, mine in zip(*sides))
-        print(f"largest relative error with {dtype} weights: {error:.1e}")
+        print(f"largest relative error with {kind}: {error:.1e}")
         if not error <= tolerance:
-            return f"{error:.1e} off the specification with {dtype} weights, where {tolerance:.0e} is allowed"
+            return f"{error:.1e} off the specification with {kind}, where {tolerance:.0e} is allowed"
     return None
 
 

@@ -3,16 +3,19 @@
     python -m benchmarks.kernels                        # synthetic weights of a trained model's density
     python -m benchmarks.kernels --model models/bdh-shakespeare --text shakespeare.txt
 
-The sides of every comparison alternate in one run; figures are medians. Prints no speed while a result is wrong.
+The sides of every comparison alternate in one run, but for recomputing, which takes so long that it follows, three
+times; figures are medians. Prints no speed while a result is wrong.
 Writes `kernels-cpu.json` and, from it, `kernels-passes.svg` and `kernels-decode.svg`. Its keys:
 
-    machine_rates   bytes a copy reads and writes in a second, and operations of a large product, on all threads
+    machine_rates   bytes that a copy, and a pass in place, read and write in a second, and operations of a large
+                    product, on all threads
     decode          tokens/s of a step of `batch` sequences, with states of float32 and of bfloat16, of the baselines
                     (float32), and how many times as fast each step is:
       dense_per_sequence   the specification: whole states, one sequence after the other
       dense_batched        whole states, `y = q @ S` and `S += q.mT @ x` for the whole batch in one tensor
       recompute_at_C       a context of C tokens from its start, as upstream's `generate` does for every token
-    passes          each pass of that step by itself: its time, and the bound that the machine's rates give for it
+    passes          each pass of such a step by itself, on the last layer's lists of a step before: its time, and its
+                    speed in percent of what the machine's rates give. A pass in place can be faster than a copy
     prefill         one prompt in chunks, with states of either dtype
 """
 
@@ -79,6 +82,7 @@ class Densities:
 @dataclass(frozen=True)
 class Machine:
     copy_gb_s: float
+    in_place_gb_s: float
     gemm_gflop_s: float
 
 
@@ -118,7 +122,7 @@ def draw(folder: Path, results: dict[str, Any]) -> None:
         f"A decode step of {decode['batch']} sequences, pass by pass",
         "ms",
         {name: figures["ms"] for name, figures in passes.items()},
-        {name: f"{figures['percent_of_bound']:.0f} % of its bound's speed" for name, figures in passes.items()},
+        {name: f"{figures['percent_of_rate']:.0f} % of its rate" for name, figures in passes.items()},
     )
     rates = {name.removesuffix("_tokens_per_s"): rate for name, rate in decode.items() if name.endswith("tokens_per_s")}
     bars(
@@ -189,21 +193,20 @@ def measure_densities(weights: Weights, tokens: Tensor) -> Densities:
     return Densities(*(counts / weights.layers).tolist())
 
 
-def measure_machine(repeats: int) -> tuple[Callable[[], None], Callable[[], None], Callable[[float, float], Machine]]:
-    """Two things to time, a copy and a product, both on all threads, and what their times mean."""
+def machine_sides() -> tuple[dict[str, Callable[[], object]], Callable[[dict[str, float]], Machine]]:
+    """A copy, a pass in place and a product to time, all on all threads, and what their times mean."""
     source, target = torch.zeros(1 << 26), torch.ones(1 << 26)
     a, b, out = torch.randn(1536, 1536), torch.randn(1536, 1536), torch.empty(1536, 1536)
 
-    def copy() -> None:
-        target.copy_(source)
+    def rates(times: dict[str, float]) -> Machine:
+        moved = 2 * source.nbytes / 1e9
+        return Machine(moved / times["copy"], moved / times["in_place"], 2 * 1536**3 / times["gemm"] / 1e9)
 
-    def gemm() -> None:
-        torch.mm(a, b, out=out)
-
-    def rates(copy_time: float, gemm_time: float) -> Machine:
-        return Machine(2 * source.nbytes / copy_time / 1e9, 2 * 1536**3 / gemm_time / 1e9)
-
-    return copy, gemm, rates
+    return {
+        "copy": lambda: target.copy_(source),
+        "in_place": lambda: target.add_(1),
+        "gemm": lambda: torch.mm(a, b, out=out),
+    }, rates
 
 
 @simd.in_parallel
@@ -271,28 +274,27 @@ class Bench:
         self._position = 64
 
     def run(self, context: int, prompt: int) -> dict[str, Any]:
-        copy, gemm, rates = measure_machine(self._repeats)
+        machine_tests, rates = machine_sides()
         dense = TorchKernels(self._weights)
         for states in self._states.values():
             self._kernels.forward(states, ragged(self._tokens, self._batch, 0, 64))
         contexts = torch.stack([self._tokens[1024 * s : 1024 * s + context] for s in range(self._batch)])
         passes = self._passes()
         sides = {
-            "copy": copy,
-            "gemm": gemm,
-            "step": lambda: self._step(self._kernels, self._states["float32"]),
-            "step_bfloat16": lambda: self._step(self._kernels, self._states["bfloat16"]),
+            **machine_tests,
             "dense_per_sequence": lambda: self._step(dense, self._dense_states),
             "dense_batched": self._batched_step,
             "prefill": lambda: self._prefill(prompt, self._states["float32"]),
             "prefill_bfloat16": lambda: self._prefill(prompt, self._states["bfloat16"]),
+            "step_bfloat16": lambda: self._step(self._kernels, self._states["bfloat16"]),
+            "step": lambda: self._step(self._kernels, self._states["float32"]),  # leaves its lists to the passes
             **passes,
         }
         with tqdm(total=self._repeats, desc=", ".join(sides), file=sys.stderr) as bar:
             times = medians(take_turns(sides, self._repeats, tick=bar.update))
-        whole = {"recompute": lambda: recompute(self._weights, contexts, len(contexts))}
+        whole = {"recompute": lambda: recompute(self._weights, contexts, 1)}
         times["recompute"] = alternate(whole, min(3, self._repeats))["recompute"]
-        machine = rates(times["copy"], times["gemm"])
+        machine = rates(times)
         return {
             "machine_rates": asdict(machine),
             "decode": self._decode(times, context),
@@ -351,14 +353,17 @@ class Bench:
 
     def _pass_figures(self, times: dict[str, float], machine: Machine) -> dict[str, dict[str, float | str]]:
         shape = self._kernels._shape
-        lists = self._kernels._desks.starts[0].reshape(-1, shape.panels + 1)[: self._batch, -1]
-        rows = 2 * int(lists.sum()) * shape.layers * shape.heads
+        threads, pieces = self._kernels._threads, shape.layers * shape.heads
+        rows = 0
+        for thread in range(threads):  # each goes by the lists on its own desk for all of its pieces
+            lists = self._kernels._desks.starts[thread].reshape(-1, shape.panels + 1)[: self._batch, -1]
+            rows += 2 * int(lists.sum()) * len(range(thread, pieces, threads))
         products = 2 * self._batch * shape.layers * shape.heads * shape.neurons * shape.width
         return {
             "expand": {
                 "ms": times["expand"] * 1e3,
-                "bound": "one product at the rate of large ones",
-                "percent_of_bound": 100 * products / times["expand"] / 1e9 / machine.gemm_gflop_s,
+                "rate": "one product at the rate of large ones",
+                "percent_of_rate": 100 * products / times["expand"] / 1e9 / machine.gemm_gflop_s,
             },
             **{
                 side: self._attend_figures(2 * STATES[name].itemsize * shape.width * rows, times[side], machine)
@@ -366,8 +371,8 @@ class Bench:
             },
             "contract": {
                 "ms": times["contract"] * 1e3,
-                "bound": "the gates of what fired and the rows of what passed, at the rate of large products",
-                "percent_of_bound": 100
+                "rate": "the gates of what fired and the rows of what passed, at the rate of large products",
+                "percent_of_rate": 100
                 * (products * (self._densities.fired + self._densities.gated))
                 / times["contract"]
                 / 1e9
@@ -380,8 +385,8 @@ class Bench:
             "ms": seconds * 1e3,
             "state_bytes_read_and_written": moved,
             "gb_s": moved / seconds / 1e9,
-            "bound": "the rows that fired at copy bandwidth",
-            "percent_of_bound": 100 * moved / seconds / 1e9 / machine.copy_gb_s,
+            "rate": "the rows that fired at copy bandwidth",
+            "percent_of_rate": 100 * moved / seconds / 1e9 / machine.copy_gb_s,
         }
 
     def _prefill_figures(self, prompt: int, seconds: float, machine: Machine) -> dict[str, float]:

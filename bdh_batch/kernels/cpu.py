@@ -72,6 +72,7 @@ class CpuKernels:
         self._packed = pack(weights, self._shape)
         self._lm_head = pack_columns(weights.lm_head[None], self._shape.pitch)
         self._vocabulary = weights.lm_head.shape[1]
+        self._dtype = weights.lm_head.dtype
         self._threads = min(torch.get_num_threads(), simd.most_threads())
         self._work = allocate(MAX_TOKENS, self._shape)
         self._desks = furnish(self._threads, self._shape)
@@ -94,7 +95,7 @@ class CpuKernels:
 
     def logits(self, hidden: Tensor) -> Tensor:
         rows = _aligned(len(hidden) + ROWS, self._shape.pitch).zero_()
-        rows[: len(hidden), : self._shape.width] = hidden
+        rows[: len(hidden), : self._shape.width] = hidden.to(self._dtype)
         out = _aligned(len(hidden), _round_up(self._vocabulary, PANEL))
         products = self._desks.products[0]
         project(rows.view(-1).numpy(), len(hidden), self._shape, self._lm_head, products, out.view(-1).numpy())

@@ -18,16 +18,29 @@ TRITON_WIDEST = 512  # hidden vector that the Triton kernels tile
 OLDEST_GPU = (8, 0)  # compute capability; the Triton kernels use its tensor cores
 
 
-def select_kernels(name: Choice, weights: Weights, window: int) -> tuple[Kernels, str]:
+def select_kernels(
+    name: Choice, weights: Weights, window: int, state_dtype: torch.dtype = torch.float32
+) -> tuple[Kernels, str]:
     """The kernels for a model, and the reason for them in a few words.
 
     Args:
         name: the setting `engine.kernels`.
         window: the setting `model.attention_window`; 0 attends to everything.
+        state_dtype: the setting `engine.state_dtype`.
 
     Raises:
         ConfigError: these kernels cannot serve this model, here.
     """
+    kernels, reason = _select(name, weights, window)
+    if state_dtype != torch.float32 and isinstance(kernels, TorchKernels):
+        raise ConfigError(
+            "engine.state_dtype: the torch kernels round to the nearest, and a state in bfloat16 then loses what it "
+            f"should add up; set it to float32, or engine.kernels to others ({reason})"
+        )
+    return kernels, reason
+
+
+def _select(name: Choice, weights: Weights, window: int) -> tuple[Kernels, str]:
     _check_window(window)
     _check_pairs(weights)
     if name == "torch":

@@ -138,10 +138,29 @@ def turned_pairs(p_fired, p_cos, p_sin, o_pair, m_pair):
 
 
 @triton.jit
-def fold(p_rows, m_rows, b_q, b_x, b_y):
-    """State rows, read and written once: returns y + q ∘ S, and adds q ⊗ x to S. y is summed over rows later."""
+def noise(position, o_d):
+    """Random bits [columns] that follow from a token's position: the finaliser of MurmurHash3 (Appleby)."""
+    b_bits = (position + 1).to(tl.uint32) * (o_d + 1).to(tl.uint32) * 0x9E3779B1
+    b_bits = (b_bits ^ (b_bits >> 16)) * 0x85EBCA6B
+    b_bits = (b_bits ^ (b_bits >> 13)) * 0xC2B2AE35
+    return b_bits >> 16
+
+
+@triton.jit
+def fold(p_rows, m_rows, o_row, b_q, b_x, b_y, b_noise):
+    """State rows, read and written once: returns y + q ∘ S, and adds q ⊗ x to S. y is summed over rows later.
+
+    A sum that is kept in bfloat16 is rounded up or down by odds that keep its mean: to the nearest, a state that has
+    grown would drop every small addend.
+    """
     b_rows = tl.load(p_rows, mask=m_rows, other=0.0).to(tl.float32)
-    tl.store(p_rows, (b_rows + b_q[:, None] * b_x[None, :]).to(p_rows.dtype.element_ty), mask=m_rows)
+    b_sum = b_rows + b_q[:, None] * b_x[None, :]
+    if p_rows.dtype.element_ty == tl.bfloat16:
+        b_shift = (o_row.to(tl.uint32) * 0x9E3779B1) >> 16
+        b_bits = b_sum.to(tl.uint32, bitcast=True) + ((b_noise[None, :] + b_shift[:, None]) & 0xFFFF)
+        tl.store(p_rows, (b_bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=m_rows)
+    else:
+        tl.store(p_rows, b_sum, mask=m_rows)
     return b_y + b_q[:, None] * b_rows
 
 
@@ -184,9 +203,11 @@ def attend_token_kernel(
     b_x = tl.load(x + i_t * D + o_d, mask=m_d, other=0.0)
     b_y = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
     count = tl.load(counts + o_part)
+    position = tl.load(positions + i_t)
+    b_noise = noise(position, o_d)
 
     if HALF > 0:
-        if tl.load(positions + i_t) % HALF == 0:
+        if position % HALF == 0:
             for i in range(0, PART, BLOCK_P):
                 o_row = i_p * PART + i + tl.arange(0, BLOCK_P)
                 p_rows = p_state + o_row[:, None] * D
@@ -199,8 +220,8 @@ def attend_token_kernel(
             m_pair = o_pair < N // 2
             b_even, b_odd = turned_pairs(p_fired, p_cos, p_sin, o_pair, m_pair)
             p_rows, m_rows = p_state + o_pair[:, None] * (2 * D), m_pair[:, None] & m_d[None, :]
-            b_y = fold(p_rows, m_rows, b_even, b_x, b_y)
-            b_y = fold(p_rows + D, m_rows, b_odd, b_x, b_y)
+            b_y = fold(p_rows, m_rows, 2 * o_pair, b_even, b_x, b_y, b_noise)
+            b_y = fold(p_rows + D, m_rows, 2 * o_pair + 1, b_odd, b_x, b_y, b_noise)
     else:
         for i in tl.range(0, count, BLOCK_P, num_stages=STAGES):
             o_entry = i + tl.arange(0, BLOCK_P)
@@ -208,8 +229,8 @@ def attend_token_kernel(
             o_pair = first + tl.load(pairs + o_part * PAIRS + o_entry, mask=m_pair, other=0).to(tl.int32)
             b_even, b_odd = turned_pairs(p_fired, p_cos, p_sin, o_pair, m_pair)
             p_rows, m_rows = p_state + o_pair[:, None] * (2 * D), m_pair[:, None] & m_d[None, :]
-            b_y = fold(p_rows, m_rows, b_even, b_x, b_y)
-            b_y = fold(p_rows + D, m_rows, b_odd, b_x, b_y)
+            b_y = fold(p_rows, m_rows, 2 * o_pair, b_even, b_x, b_y, b_noise)
+            b_y = fold(p_rows + D, m_rows, 2 * o_pair + 1, b_odd, b_x, b_y, b_noise)
     tl.store(reads + o_part * D + o_d, tl.sum(b_y, axis=0), mask=m_d)
 
 

@@ -23,7 +23,7 @@ def test_measures_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
             times = decode[f"{step}_tokens_per_s"] / decode[f"{baseline}_tokens_per_s"]
             assert decode[f"{step}_times_{baseline}"] == pytest.approx(times)
     assert set(report["passes"]) == {"expand", "attend", "attend_bfloat16", "contract"}
-    assert all(figures["percent_of_bound"] > 0 for figures in report["passes"].values())
+    assert all(figures["percent_of_rate"] > 0 for figures in report["passes"].values())
     assert {file.name for file in tmp_path.glob("*.svg")} == {"kernels-passes.svg", "kernels-decode.svg"}
 
 

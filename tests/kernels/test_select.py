@@ -15,6 +15,7 @@ from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.model.state import StatePool, bytes_per_sequence
+from bdh_batch.runtime import set_threads
 from benchmarks.synthetic import synthetic_weights
 from tests.kernels.support import CPU, model
 
@@ -112,6 +113,18 @@ def test_triton_needs_a_gpu(weights: Weights) -> None:
 def test_a_window_that_has_no_two_blocks_is_refused(weights: Weights, window: int) -> None:
     with pytest.raises(ConfigError, match=r"model\.attention_window"):
         select_kernels("auto", weights, window)
+
+
+def test_the_reference_does_not_serve_narrow_states(weights: Weights) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.state_dtype"):
+        select_kernels("torch", weights, 0, torch.bfloat16)
+    kernels, _ = select_kernels("cpu", weights, 0, torch.bfloat16)
+    assert isinstance(kernels, CpuKernels)
+
+
+def test_more_threads_than_cores_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.threads: 100000 asked for"):
+        set_threads(100_000)
 
 
 @pytest.mark.parametrize("window", [0, 8])

@@ -75,10 +75,11 @@ def test_the_same_bits_in_any_company_and_any_pieces(width: int, window: int, se
         assert torch.equal(single[0], crowd[slot])
 
 
-def test_the_loss_of_the_trained_model_stays() -> None:
-    """Over contexts of 4,096 real bytes, with the window that the model's folder asks for."""
+@pytest.mark.parametrize(("window", "most"), [(512, 0.002), (1024, 0.01)])
+def test_the_loss_of_the_trained_model_stays(window: int, most: float) -> None:
+    """Over contexts of 4,096 real bytes, with the window that the model's folder asks for, and with one in which the
+    model is so sensitive that rounding to the nearest loses 0.03."""
     bundled = load_model(BUNDLED, torch.float32, CPU)
-    window = bundled.config.attention_window or 0
     kernels = CpuKernels(bundled.weights, window)
     read = torch.tensor(list(VALIDATION.read_bytes()))
     losses = {
@@ -90,7 +91,7 @@ def test_the_loss_of_the_trained_model_stays() -> None:
         ).mean()
         for dtype in (torch.float32, torch.bfloat16)
     }
-    assert abs(losses[torch.bfloat16] - losses[torch.float32]) <= 0.002
+    assert abs(losses[torch.bfloat16] - losses[torch.float32]) <= most
 
 
 def loss(kernels: CpuKernels, states: Tensor, tokens: Tensor) -> Tensor:

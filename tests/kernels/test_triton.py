@@ -14,8 +14,11 @@ from torch import Tensor
 if sys.platform != "linux":  # where it is part of the gate, and missing it an error
     pytest.importorskip("triton", reason="triton is not installed")
 
+import triton
+import triton.language as tl
+
 from bdh_batch.errors import ConfigError
-from bdh_batch.kernels import cuda, tuning
+from bdh_batch.kernels import cuda, triton_ops, tuning
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cuda import TritonKernels, bucket, rounds
 from bdh_batch.kernels.torch_reference import TorchKernels, rotation
@@ -117,6 +120,29 @@ def test_states_of_16_bits_are_rounded_sums() -> None:
     expected = alone(TorchKernels(weights), right, tokens, 0, [20, 21, 22])
     assert distance(got, expected) <= 2e-2
     assert distance(states.cpu(), right) <= 1e-2
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def fold_many(states, addend, ROWS: tl.constexpr, D: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Every program is a token at its own position, with rows of its own."""
+    o_row, o_d = tl.arange(0, ROWS), tl.arange(0, D)
+    p_rows = states + (tl.program_id(0) * ROWS + o_row)[:, None] * D + o_d[None, :]
+    m_rows = (o_row >= 0)[:, None] & (o_d >= 0)[None, :]
+    b_q, b_x = tl.full([ROWS], 1.0, tl.float32), tl.load(addend + o_d)
+    triton_ops.fold(
+        p_rows, m_rows, o_row, b_q, b_x, tl.zeros([ROWS, D], tl.float32), triton_ops.noise(tl.program_id(0), o_d)
+    )
+
+
+def test_small_addends_are_not_lost_to_states_of_16_bits() -> None:
+    """bfloat16 knows no number between 256 and 258: what is added shows in how often the sum goes up."""
+    tokens, rows = 400, 8
+    addend = torch.linspace(0, 2, 16)
+    states = torch.full((tokens, rows, 16), 256.0, dtype=torch.bfloat16, device=DEVICE)
+    fold_many[(tokens,)](states, addend.to(DEVICE), rows, 16)
+    found = states.float().cpu()
+    assert ((found == 256) | (found == 258)).all()
+    assert (found.mean(dim=(0, 1)) - 256 - addend).abs().max() < 0.1
 
 
 def test_the_same_bits_in_a_decode_step_and_beside_a_prompt() -> None:
