@@ -85,7 +85,7 @@ def _one_worker(value: int) -> int:
 Bytes = Annotated[PositiveInt, BeforeValidator(_parse_bytes)]
 Strings = Annotated[list[str], NoDecode, BeforeValidator(_parse_list)]
 Weights = Annotated[
-    dict[Annotated[str, Field(pattern="^[0-9a-f]{16}$")], Annotated[float, Field(gt=0, le=1000)]],
+    dict[Annotated[str, Field(pattern="^[0-9a-f]{16}$")], Annotated[float, Field(ge=0.001, le=1000)]],
     BeforeValidator(_parse_mapping),
 ]
 Secrets = Annotated[

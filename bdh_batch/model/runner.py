@@ -38,6 +38,10 @@ class Runner:
             return self._run(plan)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise OutOfMemory(str(error).partition("\n")[0]) from error
+        except RuntimeError as error:  # torch has no type of its own for want of main memory
+            if "DefaultCPUAllocator" in str(error):
+                raise OutOfMemory(str(error).partition("\n")[0]) from error
+            raise
 
     def _run(self, plan: Plan) -> Outcome:
         for copy in plan.copies:

@@ -15,6 +15,7 @@ from bdh_batch.errors import InvalidRequest, QueueFull
 from bdh_batch.scheduler.sequence import Sequence
 
 HALF_LIFE = 10.0  # seconds after which a measured rate counts half
+FORGET = 30.0  # seconds after which a rate is no longer believed, if nobody has waited
 LONGEST_RETRY = 60
 
 
@@ -38,6 +39,7 @@ class Admission:
         self._served = 0
         self._measured = (0.0, 0.0)  # places given and seconds gone by while someone waited, both fading
         self._updated: float | None = None
+        self._waited: float | None = None  # when someone was last seen to wait
 
     @property
     def queued(self) -> int:
@@ -54,6 +56,8 @@ class Admission:
         if len(sequences) > most:
             raise InvalidRequest(f"A request may ask for {most} answers in all here, prompts times n.")
         tokens = sum(len(sequence.prompt) for sequence in sequences)
+        if len(sequences) > self._places and tokens > self.max_tokens:
+            raise InvalidRequest(f"A request may have {self.max_tokens} prompt tokens in all here, prompts times n.")
         with self._lock:
             self._check_bounds(len(sequences), tokens)
             self._check_deadlines(sequences, now)
@@ -76,6 +80,9 @@ class Admission:
                 fade = 0.5 ** (seconds / HALF_LIFE)
                 given, passed = self._measured
                 self._measured = given * fade + served - self._served, passed * fade + seconds
+                self._waited = now
+            elif self._waited is not None and now - self._waited > FORGET:
+                self._measured = (0.0, 0.0)  # how it was says nothing any more, and would refuse whoever could find out
             self._updated, self._served = now, served
             self._waiting, self._waiting_tokens, self._free = Counter(waiting), tokens, free
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from bdh_batch.scheduler.sequence import Sequence
 
 
-SMALL = 1024  # so many are not worth clearing out
+SMALL = 64  # so many are not worth clearing out
 
 
 class Deadlines:

@@ -39,7 +39,6 @@ class FairQueue:
         self._weights = dict(weights or {})
         self._accounts: dict[str, Account] = {}
         self._classes: dict[int, dict[str, list[Sequence]]] = {}  # by priority, by key; a list's last is its first
-        self._reached = 0.0  # what the account of the last one served had used
         self._tokens = 0
         self.waiting: Counter[int] = Counter()  # sequences of each priority
 
@@ -64,11 +63,18 @@ class FairQueue:
         """Takes a new one, or back one that was taken out before its turn."""
         line = self._classes.setdefault(sequence.priority, {}).setdefault(sequence.key, [])
         if not line:
-            account = self.account(sequence.key)
-            account.used = max(account.used, self._reached)
+            self._catch_up(self.account(sequence.key))
         insort(line, sequence, key=lambda waiting: -waiting.place)
         self.waiting[sequence.priority] += 1
         self._tokens += len(sequence.prompt)
+
+    def _catch_up(self, account: Account) -> None:
+        """One that was idle starts where the one that has least is, or, alone, where the one that had most was."""
+        if account.seats:
+            return
+        waiting = {id(self._accounts[key]) for keys in self._classes.values() for key, line in keys.items() if line}
+        busy = [other.used for other in self._accounts.values() if other.seats or id(other) in waiting]
+        account.used = max(account.used, min(busy) if busy else max(other.used for other in self._accounts.values()))
 
     def peek(self) -> Sequence | None:
         """The next one."""
@@ -80,7 +86,6 @@ class FairQueue:
     def serve(self, sequence: Sequence) -> None:
         """Takes out `sequence`, whose turn it is, and charges its prompt to its key."""
         account = self.account(sequence.key)
-        self._reached = max(self._reached, account.used)
         account.used += len(sequence.prompt) / account.weight
         self.remove(sequence)
 

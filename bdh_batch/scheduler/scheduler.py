@@ -180,8 +180,8 @@ class Scheduler:
         least = min(LEAST_PREFILL, self.prefill_cap)
         if step.prefill_tokens and self.prefill_cap > least:
             self.prefill_cap = max(least, self.prefill_cap // 2)
-        elif self.width > 1:
-            self.width = max(1, min(self.width, len(step.sequences)) // 2)
+        elif len(step.sequences) > 1:
+            self.width = min(self.width, len(step.sequences) // 2)
         else:
             return self.fail(step, GenerationFailed("There is not enough memory for the request."))
         self.sharing.forget_fresh()

@@ -7,6 +7,7 @@ begin alike can be seen, what they say cannot.
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 from collections.abc import Iterable
 from hashlib import blake2b
@@ -19,11 +20,14 @@ from bdh_batch.scheduler.sequence import Sequence
 
 BLOCK = 16  # tokens
 
+log = logging.getLogger(__name__)
+
 
 class Trace:
     def __init__(self, file: Path) -> None:
         self._file = file.open("w", encoding="utf-8", buffering=1 << 16)
         self._salt = secrets.token_bytes(16)
+        self._broken = False
 
     def submitted(self, sequences: Iterable[Sequence], now: float) -> None:
         for s in sequences:
@@ -61,7 +65,10 @@ class Trace:
                 self._write("end", now, place=s.place, reason=reason, generated=tokens, cached=s.cached)
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._file.close()
+        except OSError as error:
+            log.error("the end of the trace could not be written: %s", error)
 
     def _blocks(self, sequence: Sequence) -> list[str]:
         running, prompt, size = blake2b(self._salt, digest_size=4), pack(sequence.prompt), BLOCK * TOKEN_BYTES
@@ -72,4 +79,10 @@ class Trace:
         return blocks
 
     def _write(self, event: str, now: float, **values: Any) -> None:
-        self._file.write(json.dumps({"event": event, "now": now, **values}, separators=(",", ":")) + "\n")
+        if self._broken:
+            return
+        try:
+            self._file.write(json.dumps({"event": event, "now": now, **values}, separators=(",", ":")) + "\n")
+        except OSError as error:  # a full disk, say: no reason to stop serving
+            self._broken = True
+            log.error("the trace ends here, as it cannot be written: %s", error)

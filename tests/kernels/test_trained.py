@@ -23,6 +23,8 @@ from bdh_batch.model.checkpoint import load_model
 from tests.kernels.support import CPU, alone, states_for
 from tests.kernels.test_triton import DEVICE, Poisoned, states_on_device
 
+pytestmark = pytest.mark.no_cover  # tracing would more than double what the interpreter takes
+
 MODEL = Path(__file__).parents[2] / "models" / "bdh-shakespeare"
 TEXT = b"ROMEO:\nBut soft, what light through yonder"
 TOLERANCE = 1e-4

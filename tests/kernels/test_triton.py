@@ -27,6 +27,8 @@ from benchmarks.synthetic import synthetic_weights
 from tests.kernels.support import Piece, alone, distance, feed, model, states_for
 from tests.kernels.test_conformance import read
 
+pytestmark = pytest.mark.no_cover  # tracing would more than double what the interpreter takes
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = 1e-4
 TOLERANCE_OF = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # of what rounds to weights' dtype

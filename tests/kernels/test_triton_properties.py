@@ -21,6 +21,8 @@ from benchmarks.synthetic import synthetic_weights
 from tests.kernels.support import alone, feed, model, states_for
 from tests.kernels.test_triton import TOLERANCE, Poisoned, states_on_device, text
 
+pytestmark = pytest.mark.no_cover  # tracing would more than double what the interpreter takes
+
 properties = settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -64,3 +64,21 @@ def test_running_out_of_memory_is_told_as_such(
     monkeypatch.setattr(runner, "forward", greedy)
     with pytest.raises(OutOfMemory):
         runner.run(Plan([Segment(0, 0, [1], GREEDY)]))
+
+
+@pytest.mark.parametrize(
+    ("fault", "seen"),
+    [
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), OutOfMemory),
+        (RuntimeError("another fault"), RuntimeError),
+    ],
+)
+def test_a_want_of_main_memory_is_told_from_other_faults(
+    runner: Runner, monkeypatch: pytest.MonkeyPatch, fault: Exception, seen: type[Exception]
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise fault
+
+    monkeypatch.setattr(TorchKernels, "forward", fail)
+    with pytest.raises(seen):
+        runner.run(Plan([Segment(0, 0, [1], GREEDY)]))

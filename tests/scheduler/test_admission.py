@@ -77,3 +77,20 @@ def test_no_one_is_told_to_wait_for_ever() -> None:
     with pytest.raises(QueueFull) as refusal:
         admission.admit([make_sequence([1], 1)], 10_000.0)
     assert 1 <= refusal.value.retry_after <= LONGEST_RETRY
+
+
+def test_a_rate_of_long_ago_refuses_nobody() -> None:
+    admission = busy()
+    request = make_sequence([1], 1)
+    request.deadline = 50.0
+    with pytest.raises(QueueFull, match="longer than the request may take"):
+        admission.admit([request], 40.0)
+    for second in range(40, 80):  # every place is taken, but nobody waits for one
+        admission.update({}, 0, 0, second, now=float(second))
+    request.deadline = 90.0
+    admission.admit([request], 80.0)
+
+
+def test_tokens_that_could_never_wait_are_the_requests_fault() -> None:
+    with pytest.raises(InvalidRequest, match="100 prompt tokens"):
+        full().admit([make_sequence([1] * 40, 1) for _ in range(3)], 0.0)

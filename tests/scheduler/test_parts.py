@@ -60,6 +60,19 @@ class TestFairQueue:
             queue.push(late)
         assert 4 <= served(queue)[:10].count("b") <= 6
 
+    def test_who_worked_alone_is_in_nobodys_debt(self) -> None:
+        queue = queue_of(make_sequence([1], 1, name="a", key="a"))
+        queue.serve(queue.peek() or make_sequence([1], 1))
+        queue.account("a").used += 10_000  # what it has generated meanwhile
+        for place in range(10, 30):
+            flood = make_sequence([1], 1, name="b", key="b")
+            flood.place = place
+            queue.push(flood)
+        late = make_sequence([1], 1, name="a", key="a")
+        late.place = 40
+        queue.push(late)
+        assert "a" in served(queue)[:2]
+
     def test_one_that_comes_back_has_its_old_place(self) -> None:
         sequences = [make_sequence([1], 1, name=name) for name in "abc"]
         queue = queue_of(*sequences)

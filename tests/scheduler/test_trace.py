@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from bdh_batch.scheduler.prefixes import common, pack
 from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.trace import BLOCK, Trace
@@ -52,3 +54,12 @@ def test_fair_shares_serve_small_keys_sooner_than_first_come_first_served() -> N
         assert isinstance(waits, dict)
         p90[policy] = waits["p90"]
     assert p90["fair"] < p90["fcfs"] < p90["static"]
+
+
+def test_a_trace_that_cannot_be_written_ends_and_nothing_else_does(caplog: pytest.LogCaptureFixture) -> None:
+    trace = Trace(Path("/dev/full"))
+    many = [make_sequence([1] * 64, 1) for _ in range(2000)]
+    trace.submitted(many, 0.0)
+    trace.submitted(many, 1.0)
+    trace.close()
+    assert caplog.text.count("the trace ends here") == 1
