@@ -7,7 +7,7 @@ sequence that decodes gets its one token; those still in their prompts share wha
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import attrgetter
@@ -24,6 +24,8 @@ from bdh_batch.scheduler.sharing import Sharing
 Update = tuple[Sequence, Delta]
 
 PRIORITY = attrgetter("priority")
+USED = attrgetter("account.used")
+LEAST_SERVED = attrgetter("priority", "account.used", "since")
 
 OLDEST = 8  # the oldest prompt gets an eighth of a step's prompt tokens for certain
 LEAST_PREFILL = 16  # prompt tokens that go in a step whatever it may take, so that prompts get through
@@ -85,7 +87,8 @@ class Scheduler:
     def __init__(self, slots: int, prefill_tokens: int, policy: Policy | None = None) -> None:
         policy = policy or Policy()
         self.policy = policy
-        self.max_running = policy.max_running or slots
+        self._scratch = min(1, policy.host_slots)  # without a place to spare, no two states could change theirs
+        self.max_running = min(policy.max_running or slots, slots + policy.host_slots - self._scratch)
         self.width = min(slots, self.max_running)
         self.counts = Counts()
         self.prefill_cap = prefill_tokens
@@ -99,6 +102,8 @@ class Scheduler:
         self._seated: set[Account] = set()  # those with a sequence that holds a state
         self._arrivals = 0
         self._swaps = 0
+        self._resumable: list[Sequence] = []  # in this plan; whose turn it is comes last
+        self._turns_over: list[Sequence] | None = None  # in this plan, once that is asked
         self._last_class = 0  # no one that runs is of a later one
 
     @property
@@ -245,6 +250,8 @@ class Scheduler:
             return
         self._swaps = max(1, self.width // self.policy.quantum)
         self._last_class = max(map(PRIORITY, self._running), default=0)
+        self._resumable = sorted(self._suspended, key=LEAST_SERVED, reverse=True)
+        self._turns_over = None
         while (candidate := self._next()) is not None:
             victim = None
             if len(self._running) >= self.width or not self._may_enter(candidate):
@@ -257,15 +264,15 @@ class Scheduler:
                 return
 
     def _next(self) -> Sequence | None:
-        """Whoever has waited longest of the first class: in the queue, or suspended."""
+        """Of those in the queue and those suspended, one of the first class, of the key that has had least."""
         fresh = self._queue.peek()
-        resumed = min(self._suspended, key=PRIORITY) if self._suspended else None
+        resumed = self._resumable[-1] if self._resumable else None
         if fresh is None or resumed is None:
             return resumed or fresh
-        if fresh.priority != resumed.priority:
-            return fresh if fresh.priority < resumed.priority else resumed
-        may_enter = self._may_enter(fresh) or (len(self._running) >= self.width and self._is_owed(fresh))
-        return fresh if may_enter and fresh.since < resumed.since else resumed
+        if fresh.priority == resumed.priority and not self._may_enter(fresh):
+            if len(self._running) < self.width or not self._is_owed(fresh):
+                return resumed
+        return min(resumed, fresh, key=LEAST_SERVED)
 
     def _may_enter(self, sequence: Sequence) -> bool:
         if sequence.stage is Stage.SUSPENDED or self._holding < self.max_running:
@@ -284,29 +291,39 @@ class Scheduler:
         return {other: int(self.max_running * other.weight / weight) for other in accounts}
 
     def _victim(self, candidate: Sequence) -> Sequence | None:
-        """Who has to make room: one of a lower class, or one whose turn is over."""
+        """Who has to make room: one of a lower class, or one whose turn is over, of the key that has had most."""
         if self._running and self._last_class > candidate.priority:
             worst = max(reversed(self._running), key=PRIORITY)
             if worst.priority > candidate.priority:
                 return worst
-        if self._swaps == 0:
+        if self._swaps <= 0:
             return None
-        over = self.counts.steps - self.policy.quantum
-        done = (s for s in self._running if s.since <= over and s.priority == candidate.priority)
-        if not self._may_enter(candidate):
-            if not self._is_owed(candidate):
-                return None
-            shares = self._shares_with(candidate.account)
-            done = (s for s in done if s.account is not candidate.account and s.account.seats > shares[s.account])
+        mine = candidate.account
+        if self._may_enter(candidate):
+            done = (s for s in self._done(candidate.priority) if s.account is mine or s.account.used >= mine.used)
+        elif self._is_owed(candidate):
+            shares = self._shares_with(mine)
+            done = (s for s in self._done(candidate.priority) if s.account.seats > shares[s.account])
+            if self.places.room <= self._scratch:
+                done = (s for s in done if self._is_worth_displacing(s, candidate))
+        else:
+            return None
         return next(done, None)
+
+    def _done(self, priority: int) -> Iterator[Sequence]:
+        """Those of a class whose turn is over, of the key that has had most first."""
+        if self._turns_over is None:
+            last = self.counts.steps - self.policy.quantum
+            over = [sequence for sequence in self._running if sequence.since <= last]
+            self._turns_over = sorted(over, key=USED, reverse=True)
+        return (s for s in self._turns_over if s.priority == priority and s.stage is Stage.RUNNING)
 
     def _run(self, candidate: Sequence, victim: Sequence | None, now: float) -> bool:
         """Puts `candidate` in a slot on the device, instead of `victim`. False, and nothing done, if that cannot be."""
         fresh = candidate.stage is Stage.QUEUED
-        # Without a place to spare afterwards, those that are suspended could take no more turns.
-        same_class = victim is not None and victim.priority == candidate.priority
-        if fresh and self.places.room < (2 if same_class else 1):
-            return False
+        if fresh and victim is not None and self.places.room <= self._scratch:
+            self._displace(victim)
+            victim = None
         entry = self.sharing.beginning_of(candidate) if fresh else None
         parked = self._suspended if victim is None else [*self._suspended, victim]
         patient = fresh and victim is None and bool(self._running)
@@ -315,17 +332,35 @@ class Scheduler:
         if victim is not None:
             self._suspend(victim)
             self.counts.preemptions += 1
-            self._swaps -= same_class
+            self._swaps -= victim.priority == candidate.priority
         if fresh:
             self._queue.serve(candidate)
-            self._sit(candidate, now)
             self.sharing.begun(candidate, entry)
+            self._sit(candidate, now)
         self._resume(candidate)
         return True
 
+    def _is_worth_displacing(self, sequence: Sequence, candidate: Sequence) -> bool:
+        """Whether it has got on since its turn began, and by more than `candidate` has to compute again."""
+        again = candidate.pending if candidate.scheduled is not None else 0
+        return len(sequence.generated) - sequence.turn_began >= max(self.policy.quantum, again)
+
+    def _displace(self, sequence: Sequence) -> None:
+        """There is no place left where it could wait with its state: it waits without, and computes it again."""
+        self._running.remove(sequence)
+        self._rise(sequence)
+        slot, sequence.slot = sequence.slot, None
+        assert slot is not None
+        self.places.slots.give(slot)
+        sequence.restart()
+        self._requeue(sequence)
+        self.counts.preemptions += 1
+        self._swaps -= 1
+
     def _sit(self, sequence: Sequence, now: float) -> None:
         """It has been given its first place."""
-        sequence.scheduled = now
+        if sequence.scheduled is None:
+            sequence.scheduled = now
         sequence.account.seats += 1
         self._seated.add(sequence.account)
         self.counts.served += 1
@@ -344,9 +379,11 @@ class Scheduler:
     def _resume(self, sequence: Sequence) -> None:
         if sequence.stage is Stage.SUSPENDED:
             self._suspended.remove(sequence)
+            self._resumable.pop()
         self._running.append(sequence)
         self._last_class = max(self._last_class, sequence.priority)
         sequence.stage, sequence.since = Stage.RUNNING, self.counts.steps
+        sequence.turn_began = len(sequence.generated)
 
     def _follow(self, candidate: Sequence) -> bool:
         """Whether `candidate` had better wait for a beginning that another one is about to compute."""
@@ -356,9 +393,9 @@ class Scheduler:
         candidate.stage = Stage.FOLLOWING
         return True
 
-    def _requeue(self, follower: Sequence) -> None:
-        follower.stage = Stage.QUEUED
-        self._queue.push(follower)
+    def _requeue(self, sequence: Sequence) -> None:
+        sequence.stage = Stage.QUEUED
+        self._queue.push(sequence)
 
     # What a step computes
 

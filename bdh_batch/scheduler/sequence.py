@@ -66,6 +66,7 @@ class Sequence:
     stage: Stage = Stage.QUEUED
     place: int = 0  # in the order of arrival
     since: int = 0  # the step from which on it has been in its stage
+    turn_began: int = 0  # tokens generated before its present turn
     account: Account = field(default_factory=Account)
     packed: bytes = b""  # the prompt, where it may be shared
     cuts: list[int] = field(default_factory=list)  # ascending positions at which its state is wanted

@@ -63,8 +63,10 @@ class Sharing:
         self.queries += len(sequence.prompt)
         kept = entry is not None and self.cache.holds(entry)
         if entry is not None and (kept or entry.slot == sequence.slot):
-            sequence.computed = sequence.cached = entry.length
+            sequence.computed = entry.length
             self.hits += entry.length
+            if sequence.scheduled is None:  # else it has lost its state, and was through this before
+                sequence.cached = entry.length
             if kept:
                 self.cache.use(entry)
         self.expect_no_more(sequence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from typing import Any
 
 from hypothesis import settings, strategies as st
@@ -13,7 +14,7 @@ from bdh_batch.messages import FinishReason
 from bdh_batch.scheduler.prefix_cache import digests_at
 from bdh_batch.scheduler.prefixes import pack
 from bdh_batch.scheduler.scheduler import Policy, Scheduler, Step, Update
-from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.sequence import Sequence, Stage
 from tests.scheduler.fakes import FakeRunner, FakeText, expected_tokens, make_sequence
 
 BROKEN = GenerationFailed("broken")
@@ -50,6 +51,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.submitted: list[Sequence] = []
         self.shown: dict[Sequence, list[int]] = {}
         self.ends: dict[Sequence, list[FinishReason]] = {}
+        self.passed_over: Counter[str] = Counter()  # plans on end, by key
 
     def take(self, updates: list[Update]) -> None:
         for sequence, delta in updates:
@@ -117,8 +119,23 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.take(self.scheduler.expire(self.now))
         step = self.scheduler.plan(self.now)
         assert (step is None) == (not self.scheduler.has_work), "work is never stuck"
+        self.watch_waiting()
         if step is not None:
             self.run_plan(step)
+
+    def watch_waiting(self) -> None:
+        """A key of the first class that had least and holds nothing gets something soon, whatever others queue."""
+        alive = [sequence for sequence in self.submitted if sequence.finish_reason is None]
+        first = min((sequence.priority for sequence in alive), default=0)
+        least = min((sequence.account.used for sequence in alive), default=0.0)
+        for key in "ab":
+            mine = [sequence for sequence in alive if sequence.key == key]
+            queued = any(s.priority == first and s.account.used <= least for s in mine)
+            served = any(s.stage is not Stage.QUEUED or s.scheduled is not None for s in mine)
+            self.passed_over[key] = self.passed_over[key] + 1 if queued and not served else 0
+            known = sum(len(s.prompt) + len(s.generated) for s in alive if s.key != key and s.scheduled is not None)
+            bound = 3 + self.scheduler.policy.quantum + 2 * known
+            assert self.passed_over[key] <= bound, "no key is starved"
 
     @rule()
     def fail_step(self) -> None:
