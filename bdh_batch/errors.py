@@ -9,6 +9,7 @@ BDHError
 │   └── ContextLengthExceeded
 ├── ModelNotFound
 ├── QueueFull              too much waits already; `retry_after` seconds
+│   └── TooLate                it would wait past its deadline
 ├── Unavailable            loading, draining, or the engine is down; `retry_after` seconds
 ├── DeadlineExceeded       a request's time was up
 │   ├── QueueTimeout           while it waited
@@ -74,6 +75,10 @@ class RetryLater(BDHError):
 
 
 class QueueFull(RetryLater):
+    pass
+
+
+class TooLate(QueueFull):
     pass
 
 

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from bdh_batch.errors import BDHError, ConfigError, QueueFull
+from bdh_batch.errors import BDHError, ConfigError, QueueFull, TooLate
 from bdh_batch.http.errors import handle_error, handle_fault, handle_http_exception
 from bdh_batch.http.gate import Gate
 from bdh_batch.http.middleware import ApiKeys, BodyLimit, RateLimit, RequestContext
@@ -30,7 +30,7 @@ def create_app(settings: Settings, gate: Gate, metrics: Metrics) -> ASGIApp:
     """
 
     async def queue_full(request: Request, error: Exception) -> Response:
-        metrics.refused("queue_full")
+        metrics.refused("deadline" if isinstance(error, TooLate) else "queue_full")
         return await handle_error(request, error)
 
     routes = Routes(gate, metrics, settings.api).table()

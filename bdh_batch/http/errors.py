@@ -17,6 +17,7 @@ from bdh_batch.errors import (
     QueueTimeout,
     RetryLater,
     RunTimeout,
+    TooLate,
     Unavailable,
 )
 
@@ -51,6 +52,7 @@ STATUS: dict[type[BDHError], tuple[int, str | None]] = {
     QueueTimeout: (408, "queue_timeout"),
     RunTimeout: (504, "request_timeout"),
     QueueFull: (429, "queue_full"),
+    TooLate: (429, "queue_full"),
     RateLimited: (429, "rate_limit_exceeded"),
     Unavailable: (503, "service_unavailable"),
 }

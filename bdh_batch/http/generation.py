@@ -15,11 +15,16 @@ from bdh_batch.errors import BDHError
 from bdh_batch.http.frames import Frames, error_frame
 from bdh_batch.messages import Delta, FinishReason
 
+Deltas = list[tuple[int, Delta]]
+
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
 class EventStream(Response):
-    """An ASGI response that writes a generation's frames as its tokens come, all that are ready in one write."""
+    """An ASGI response that writes a generation's frames as its tokens come, all that are ready in one write.
+
+    It starts with the first token: what ends before that has the status of its error.
+    """
 
     def __init__(self, generation: Generation, frames: Frames) -> None:
         super().__init__()
@@ -28,21 +33,25 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with abort_when_left(self._generation, receive):
+            arriving = aiter(self._generation)
+            first = await anext(arriving)
+            if (failed := _failure(first)) is not None:
+                raise failed
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-            async for body in self._chunks():
+            async for body in self._chunks(first, arriving):
                 await send({"type": "http.response.body", "body": body, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _chunks(self) -> AsyncIterator[bytes]:
+    async def _chunks(self, first: Deltas, arriving: AsyncIterator[Deltas]) -> AsyncIterator[bytes]:
         prompts = self._generation.prompts
-        if opening := self._frames.opening(prompts):
-            yield opening
+        opening = self._frames.opening(prompts)
         completion_tokens = 0
-        async for deltas in self._generation:
+        async for deltas in _joined(first, arriving):
             completion_tokens += sum(len(delta.tokens) for _, delta in deltas)
             good = [(index, delta) for index, delta in deltas if delta.error is None]
-            if body := b"".join(self._frames.delta(index, delta) for index, delta in good):
+            if body := opening + b"".join(self._frames.delta(index, delta) for index, delta in good):
                 yield body
+                opening = b""
             if (failed := _failure(deltas)) is not None:
                 yield error_frame(failed)
                 return
@@ -85,5 +94,11 @@ async def abort_when_left(generation: Generation, receive: Receive) -> AsyncIter
         generation.abort()
 
 
-def _failure(deltas: list[tuple[int, Delta]]) -> BDHError | None:
+async def _joined(first: Deltas, rest: AsyncIterator[Deltas]) -> AsyncIterator[Deltas]:
+    yield first
+    async for deltas in rest:
+        yield deltas
+
+
+def _failure(deltas: Deltas) -> BDHError | None:
     return next((delta.error for _, delta in deltas if delta.error is not None), None)

@@ -1,7 +1,8 @@
 """Who is let in to wait: counted and bounded here and nowhere else. Shared between threads.
 
 Refused is what finds the queue full, in requests or in tokens, and what would wait past its deadline at the rate at
-which places have been given out of late.
+which places have been given out of late. A full queue is full for those who fill it: one of an earlier class, or of a
+key with far fewer requests in it, is let in, and so many of the longest line are sent away.
 """
 
 from __future__ import annotations
@@ -9,14 +10,23 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence as Many
+from collections.abc import Sequence as Many
+from typing import NamedTuple
 
-from bdh_batch.errors import InvalidRequest, QueueFull
+from bdh_batch.errors import InvalidRequest, QueueFull, TooLate
+from bdh_batch.scheduler.fair_queue import Line
 from bdh_batch.scheduler.sequence import Sequence
 
 HALF_LIFE = 10.0  # seconds after which a measured rate counts half
 FORGET = 30.0  # seconds after which a rate is no longer believed, if nobody has waited
 LONGEST_RETRY = 60
+
+
+class Excess(NamedTuple):
+    """What is too much in the queue: requests, and tokens of prompts."""
+
+    requests: int
+    tokens: int
 
 
 class Admission:
@@ -31,12 +41,13 @@ class Admission:
         self.max_tokens = max_tokens
         self._places = places
         self._lock = threading.Lock()
-        self._arriving: Counter[int] = Counter()  # let in, by priority, and not yet in the scheduler
+        self._arriving: Counter[Line] = Counter()  # let in, and not yet in the scheduler
         self._arriving_tokens = 0
-        self._waiting: Counter[int] = Counter()  # in the scheduler, likewise
+        self._waiting: Counter[Line] = Counter()  # in the scheduler
         self._waiting_tokens = 0
         self._free = places
         self._served = 0
+        self._last_class: int | None = None
         self._measured = (0.0, 0.0)  # places given and seconds gone by while someone waited, both fading
         self._updated: float | None = None
         self._waited: float | None = None  # when someone was last seen to wait
@@ -45,12 +56,12 @@ class Admission:
     def queued(self) -> int:
         return self._arriving.total() + self._waiting.total()
 
-    def admit(self, sequences: Many[Sequence], now: float) -> None:
-        """Counts all of `sequences`, or none.
+    def admit(self, sequences: Many[Sequence], now: float) -> Excess:
+        """Counts all of `sequences`, or none. Gives what else has to go for them.
 
         Raises:
             InvalidRequest: they are more than could ever wait and run.
-            QueueFull: not now.
+            QueueFull, TooLate: not now.
         """
         most = self._places + self.max_requests
         if len(sequences) > most:
@@ -59,21 +70,31 @@ class Admission:
         if len(sequences) > self._places and tokens > self.max_tokens:
             raise InvalidRequest(f"A request may have {self.max_tokens} prompt tokens in all here, prompts times n.")
         with self._lock:
-            self._check_bounds(len(sequences), tokens)
             self._check_deadlines(sequences, now)
-            self._arriving.update(sequence.priority for sequence in sequences)
+            excess = self._excess(sequences[0].line, len(sequences), tokens)
+            self._arriving.update(sequence.line for sequence in sequences)
             self._arriving_tokens += tokens
+            return excess
 
     def arrived(self, sequences: Many[Sequence]) -> None:
         """The scheduler has taken them; its next `update` counts them."""
         with self._lock:
-            self._arriving.subtract(sequence.priority for sequence in sequences)
+            self._arriving.subtract(sequence.line for sequence in sequences)
             self._arriving_tokens -= sum(len(sequence.prompt) for sequence in sequences)
-            self._waiting.update(sequence.priority for sequence in sequences)
+            self._waiting.update(sequence.line for sequence in sequences)
             self._waiting_tokens += sum(len(sequence.prompt) for sequence in sequences)
 
-    def update(self, waiting: Mapping[int, int], tokens: int, free: int, served: int, now: float) -> None:
-        """What waits in the scheduler by priority, how many places are free, how many were ever given."""
+    def update(
+        self,
+        waiting: Counter[Line],
+        tokens: int,
+        free: int,
+        served: int,
+        now: float,
+        last_class: int | None = None,
+    ) -> None:
+        """What waits in the scheduler, how many places are free, how many were ever given, before which class one
+        need not wait at all."""
         with self._lock:
             if self._updated is not None and self._waiting.total() > 0:
                 seconds = now - self._updated
@@ -84,37 +105,59 @@ class Admission:
             elif self._waited is not None and now - self._waited > FORGET:
                 self._measured = (0.0, 0.0)  # how it was says nothing any more, and would refuse whoever could find out
             self._updated, self._served = now, served
-            self._waiting, self._waiting_tokens, self._free = Counter(waiting), tokens, free
+            self._waiting, self._waiting_tokens, self._free = waiting, tokens, free
+            self._last_class = last_class
 
-    def expected_wait(self, more: int, priority: int) -> float:
+    def expected_wait(self, more: int, line: Line) -> float:
         """Seconds until `more` sequences would all have a place; 0 while there is nothing to go by."""
-        before = sum(n for queue in (self._arriving, self._waiting) for p, n in queue.items() if p <= priority)
+        priority, _ = line
+        if self._last_class is not None and priority < self._last_class:
+            return 0.0
+        own = self._count(line) + more
+        before = 0  # others of the class take turns with this key, so that of each no more go first than it has itself
+        for (other, whose), count in (self._arriving + self._waiting).items():
+            if (other, whose) != line and other <= priority:
+                before += count if other < priority else min(count, own)
         given, passed = self._measured
-        return max(0, before + more - self._free) * passed / given if given > 0 else 0.0
+        return max(0, before + own - self._free) * passed / given if given > 0 else 0.0
 
-    def _check_bounds(self, more: int, tokens: int) -> None:
-        queued = self.queued
+    def _count(self, line: Line) -> int:
+        return self._arriving[line] + self._waiting[line]
+
+    def _excess(self, line: Line, more: int, tokens: int) -> Excess:
+        """What has to go that `more` of `line` can wait. Raises QueueFull where they may not."""
+        queued, waiting = self.queued, self._arriving_tokens + self._waiting_tokens
         if queued + more <= self._free:
-            return
-        if queued + more > self.max_requests + self._free:
-            raise QueueFull(f"{queued} requests are waiting already.", self._retry_after(1))
-        waiting = self._arriving_tokens + self._waiting_tokens
-        if waiting + tokens > self.max_tokens:
-            text = f"{waiting} prompt tokens are waiting already, and {self.max_tokens} may."
-            raise QueueFull(text, self._retry_after(1))
+            return Excess(0, 0)
+        requests = max(0, queued + more - self.max_requests - self._free)
+        excess = Excess(requests, max(0, waiting + tokens - self.max_tokens))
+        if not any(excess) or self._may_displace(line, more, tokens):
+            return excess
+        many = f"{queued} requests" if requests else f"{waiting} prompt tokens"
+        raise QueueFull(f"{many} are waiting already.", self.retry_after())
+
+    def _may_displace(self, line: Line, more: int, tokens: int) -> bool:
+        """Whether there is a line so much longer that it stays the longer one, or one of a later class."""
+        own, (priority, _) = self._count(line), line
+        if tokens * 2 > self.max_tokens:  # it would send away most of what waits
+            return False
+        return any(
+            count >= more if other > priority else other == priority and count >= own + 2 * more
+            for (other, _), count in self._waiting.items()
+        )
 
     def _check_deadlines(self, sequences: Many[Sequence], now: float) -> None:
         first = sequences[0]
         limits = [limit - now for limit in (first.queue_deadline, first.deadline) if limit is not None]
-        wait = self.expected_wait(len(sequences), first.priority)
+        wait = self.expected_wait(len(sequences), first.line)
         if limits and wait > min(limits):
             text = f"The wait would be about {wait:.0f} s, longer than the request may take."
-            raise QueueFull(text, _whole_seconds(wait - min(limits)))
+            raise TooLate(text, _whole_seconds(wait - min(limits)))
 
-    def _retry_after(self, more: int) -> int:
-        """Seconds until so many places will have been given out."""
+    def retry_after(self) -> int:
+        """Seconds until the next place will have been given out."""
         given, passed = self._measured
-        return _whole_seconds(more * passed / given) if given > 0 else 1
+        return _whole_seconds(passed / given) if given > 0 else 1
 
 
 def _whole_seconds(seconds: float) -> int:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bdh_batch.scheduler.sequence import Sequence
 
+Line = tuple[int, str]  # who waits behind one another: a priority, and a key
+
 GENERATED = 2.0  # what a generated token counts, where one of a prompt counts 1: it takes a step of its own
 
 
@@ -40,10 +42,10 @@ class FairQueue:
         self._accounts: dict[str, Account] = {}
         self._classes: dict[int, dict[str, list[Sequence]]] = {}  # by priority, by key; a list's last is its first
         self._tokens = 0
-        self.waiting: Counter[int] = Counter()  # sequences of each priority
+        self.lines: Counter[Line] = Counter()  # how many wait
 
     def __len__(self) -> int:
-        return self.waiting.total()
+        return self.lines.total()
 
     def __iter__(self) -> Iterator[Sequence]:
         return (s for keys in self._classes.values() for line in keys.values() for s in reversed(line))
@@ -65,7 +67,7 @@ class FairQueue:
         if not line:
             self._catch_up(self.account(sequence.key))
         insort(line, sequence, key=lambda waiting: -waiting.place)
-        self.waiting[sequence.priority] += 1
+        self.lines[sequence.line] += 1
         self._tokens += len(sequence.prompt)
 
     def _catch_up(self, account: Account) -> None:
@@ -82,6 +84,13 @@ class FairQueue:
             return None
         keys = self._classes[min(self._classes)]
         return keys[min(keys, key=lambda key: (self._accounts[key].used, keys[key][-1].place))][-1]
+
+    def newest(self) -> Sequence | None:
+        """The last that came of the longest line of the last class."""
+        if not self.lines:
+            return None
+        priority, key = max(self.lines, key=lambda line: (line[0], self.lines[line]))
+        return self._classes[priority][key][0]
 
     def serve(self, sequence: Sequence) -> None:
         """Takes out `sequence`, whose turn it is, and charges its prompt to its key."""
@@ -100,7 +109,7 @@ class FairQueue:
             del keys[sequence.key]
         if not keys:
             del self._classes[sequence.priority]
-        self.waiting[sequence.priority] -= 1
-        if not self.waiting[sequence.priority]:
-            del self.waiting[sequence.priority]
+        self.lines[sequence.line] -= 1
+        if not self.lines[sequence.line]:
+            del self.lines[sequence.line]
         self._tokens -= len(sequence.prompt)

@@ -7,6 +7,7 @@ sequence that decodes gets its one token; those still in their prompts share wha
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -16,7 +17,7 @@ from bdh_batch.errors import BDHError, GenerationFailed, QueueTimeout, RunTimeou
 from bdh_batch.messages import Delta, FinishReason, Outcome, Plan
 from bdh_batch.scheduler.cost import StepCost
 from bdh_batch.scheduler.deadlines import Deadlines
-from bdh_batch.scheduler.fair_queue import Account, FairQueue
+from bdh_batch.scheduler.fair_queue import Account, FairQueue, Line
 from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.sequence import Sequence, Stage
 from bdh_batch.scheduler.sharing import Sharing
@@ -115,8 +116,9 @@ class Scheduler:
         return self._queue.tokens + self.sharing.following_tokens
 
     @property
-    def waiting_by_priority(self) -> dict[int, int]:
-        return dict(self._queue.waiting + self.sharing.waiting)
+    def lines(self) -> Counter[Line]:
+        """How many wait, by priority and key."""
+        return self._queue.lines + self.sharing.lines
 
     @property
     def running(self) -> int:
@@ -132,6 +134,11 @@ class Scheduler:
         return max(0, min(self.max_running - self._holding, self.places.room))
 
     @property
+    def last_class(self) -> int | None:
+        """Whoever is of a class before this one makes one that runs give way; None while nothing runs."""
+        return self._last_class if self._running else None
+
+    @property
     def has_work(self) -> bool:
         return bool(self._running or self._suspended or self.waiting)
 
@@ -139,7 +146,7 @@ class Scheduler:
     def _holding(self) -> int:
         return len(self._running) + len(self._suspended)
 
-    def submit(self, sequences: Iterable[Sequence]) -> list[Update]:
+    def submit(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
             if sequence.finish_reason is not None:  # it was aborted on its way here
                 continue
@@ -148,7 +155,14 @@ class Scheduler:
             sequence.account = self._queue.account(sequence.key)
             self._queue.push(sequence)
             self._deadlines.add(sequence)
-        return []
+
+    def shed(self, count: int, tokens: int, error: BDHError) -> list[Update]:
+        """Ends the newest of the longest lines, `count` of them with `tokens` in their prompts, or more."""
+        updates: list[Update] = []
+        while (len(updates) < count or tokens > 0) and (newest := self._queue.newest()) is not None:
+            updates += self._fail([newest], error)
+            tokens -= len(newest.prompt)
+        return updates
 
     def abort(self, sequences: Iterable[Sequence]) -> list[Update]:
         """Ends those of `sequences` that have not ended; nothing more is computed for them."""
@@ -269,10 +283,12 @@ class Scheduler:
         resumed = self._resumable[-1] if self._resumable else None
         if fresh is None or resumed is None:
             return resumed or fresh
-        if fresh.priority == resumed.priority and not self._may_enter(fresh):
-            if len(self._running) < self.width or not self._is_owed(fresh):
-                return resumed
+        if fresh.priority == resumed.priority and not self._can_enter(fresh):
+            return resumed
         return min(resumed, fresh, key=LEAST_SERVED)
+
+    def _can_enter(self, sequence: Sequence) -> bool:
+        return self._may_enter(sequence) or (len(self._running) >= self.width and self._is_owed(sequence))
 
     def _may_enter(self, sequence: Sequence) -> bool:
         if sequence.stage is Stage.SUSPENDED or self._holding < self.max_running:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from bdh_batch.errors import BDHError, GenerationFailed, NotFinite
 from bdh_batch.messages import Delta, FinishReason, SamplingParams, Segment
-from bdh_batch.scheduler.fair_queue import Account
+from bdh_batch.scheduler.fair_queue import Account, Line
 from bdh_batch.scheduler.prefix_cache import Entry
 
 log = logging.getLogger(__name__)
@@ -82,6 +82,11 @@ class Sequence:
     last_token: float | None = None
     gap: float = 0.0  # before the last token, since the one before it or since arrival
     _turn: Segment | None = None  # a decode step's, used again and again
+
+    @property
+    def line(self) -> Line:
+        """Behind whom it waits."""
+        return self.priority, self.key
 
     @property
     def pending(self) -> int:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from bdh_batch.messages import FinishReason
+from bdh_batch.scheduler.fair_queue import Line
 from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.prefix_cache import Entry, PrefixCache
 from bdh_batch.scheduler.prefixes import RecentPrompts, common, pack
@@ -32,7 +33,7 @@ class Sharing:
     def __init__(self, places: Places, keep: bool, share_all: bool, least: int) -> None:
         self.cache = PrefixCache()
         self.queries = self.hits = self.cached_tokens = 0
-        self.waiting: Counter[int] = Counter()  # followers of each priority
+        self.lines: Counter[Line] = Counter()  # how many follow
         self.following_tokens = 0
         self._places = places
         self._keep = keep
@@ -44,7 +45,7 @@ class Sharing:
 
     @property
     def following(self) -> int:
-        return self.waiting.total()
+        return self.lines.total()
 
     @property
     def followers(self) -> Iterator[Sequence]:
@@ -88,7 +89,7 @@ class Sharing:
         if shared not in leader.cuts:
             insort(leader.cuts, shared)
         self._followers.setdefault(leader, []).append((shared, sequence))
-        self.waiting[sequence.priority] += 1
+        self.lines[sequence.line] += 1
         self.following_tokens += len(sequence.prompt)
         return True
 
@@ -219,7 +220,7 @@ class Sharing:
             del self._followers[leader]
 
     def _count_out(self, follower: Sequence) -> None:
-        self.waiting[follower.priority] -= 1
-        if not self.waiting[follower.priority]:
-            del self.waiting[follower.priority]
+        self.lines[follower.line] -= 1
+        if not self.lines[follower.line]:
+            del self.lines[follower.line]
         self.following_tokens -= len(follower.prompt)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from bdh_batch.errors import BDHError, GenerationFailed, OutOfMemory, Unavailable
+from bdh_batch.errors import BDHError, GenerationFailed, OutOfMemory, QueueFull, Unavailable
 from bdh_batch.messages import Outcome, Plan
-from bdh_batch.scheduler.admission import Admission
+from bdh_batch.scheduler.admission import Admission, Excess
 from bdh_batch.scheduler.scheduler import Scheduler, Step, Update
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.trace import Trace
@@ -119,8 +119,8 @@ class Worker:
                 sequence.arrived = now
                 sequence.queue_deadline = None if queue_timeout is None else now + queue_timeout
                 sequence.deadline = None if timeout is None else now + timeout
-            self._admission.admit(sequences, now)
-            self._post(partial(self._take_in, sequences))
+            excess = self._admission.admit(sequences, now)
+            self._post(partial(self._take_in, sequences, excess))
 
     def abort(self, sequences: Many[Sequence]) -> None:
         """Ends `sequences` before the next plan."""
@@ -178,12 +178,17 @@ class Worker:
             cache_hits=scheduler.sharing.hits,
         )
 
-    def _take_in(self, sequences: Many[Sequence]) -> list[Update]:
-        updates = self._scheduler.submit(sequences)
+    def _take_in(self, sequences: Many[Sequence], excess: Excess) -> list[Update]:
+        updates = self._scheduler.shed(*excess, self._made_room()) if any(excess) else []
+        self._scheduler.submit(sequences)
         self._admission.arrived(sequences)
         if self._trace is not None:
             self._trace.submitted(sequences, time.monotonic())
         return updates
+
+    def _made_room(self) -> QueueFull:
+        text = "The queue is full, and others have fewer requests in it, or earlier ones."
+        return QueueFull(text, self._admission.retry_after())
 
     def _post(self, message: Message) -> None:
         self._inbox.append(message)
@@ -231,8 +236,8 @@ class Worker:
 
     def _count(self) -> None:
         """What waits, now that a plan has given out places or a step has ended some."""
-        of = self._scheduler
-        self._admission.update(of.waiting_by_priority, of.waiting_tokens, of.free, of.counts.served, time.monotonic())
+        of, now = self._scheduler, time.monotonic()
+        self._admission.update(of.lines, of.waiting_tokens, of.free, of.counts.served, now, of.last_class)
 
     def _compute(self, step: Step) -> list[Update]:
         self._planned = step

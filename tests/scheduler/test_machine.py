@@ -105,7 +105,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.submitted += sequences
         for sequence in sequences:
             self.shown[sequence], self.ends[sequence] = [], []
-        self.take(self.scheduler.submit(sequences))
+        self.scheduler.submit(sequences)
         return multiple(*sequences)
 
     @rule(sequence=sequences)
@@ -136,6 +136,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             known = sum(len(s.prompt) + len(s.generated) for s in alive if s.key != key and s.scheduled is not None)
             bound = 3 + self.scheduler.policy.quantum + 2 * known
             assert self.passed_over[key] <= bound, "no key is starved"
+
+    @rule(count=st.integers(0, 3), tokens=st.integers(0, 20))
+    def shed(self, count: int, tokens: int) -> None:
+        before = self.scheduler.waiting - self.scheduler.sharing.following
+        shed = self.scheduler.shed(count, tokens, BROKEN)
+        self.take(shed)
+        freed = sum(len(sequence.prompt) for sequence, _ in shed)
+        assert len(shed) == before or (len(shed) >= count and freed >= tokens)
 
     @rule()
     def fail_step(self) -> None:
