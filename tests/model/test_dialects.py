@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,15 @@ CONFIG = BDHConfig(n_layer=3, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4,
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small are computed in a millisecond by one thread, and in hundred by several on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @st.composite
 def configs(draw: st.DrawFn) -> BDHConfig:
     heads = draw(st.sampled_from([1, 2, 3]))
@@ -35,10 +45,11 @@ def configs(draw: st.DrawFn) -> BDHConfig:
     )
 
 
-@settings(deadline=None, max_examples=50)
-@given(configs(), st.sampled_from(formats.ALL), st.sampled_from(DTYPES), st.integers(0, 2**32))
+@pytest.mark.parametrize("write", formats.ALL)
+@settings(deadline=None, max_examples=6)
+@given(config=configs(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**32))
 def test_every_format_loads_and_converts_to_the_same_model(
-    config: BDHConfig, write: formats.Writer, dtype: torch.dtype, seed: int
+    write: formats.Writer, config: BDHConfig, dtype: torch.dtype, seed: int
 ) -> None:
     state = random_state(config, seed, dtype)
     expected = logits(expected_weights(config, state), config)
