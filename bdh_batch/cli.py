@@ -1,4 +1,7 @@
-"""The command line: `bdh-batch serve`, `bdh-batch config show`. What cannot work ends in one line and exit code 2."""
+"""The command line: `serve`, `config show`, `model inspect`, `model convert`.
+
+What cannot work ends in one line and exit code 2.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +55,30 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_show)
     default = actions.add_parser("default", help="config/default.yaml: all options, defaults and help")
     default.set_defaults(run=_default)
+    _add_model_commands(commands)
     return parser
+
+
+def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    model = commands.add_parser("model", help="look at a model's files, or convert them")
+    actions = model.add_subparsers(required=True, metavar="ACTION")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("source", type=Path, metavar="SRC", help="model folder, .pt, .bin or .safetensors file")
+    common.add_argument("--layers", type=_positive, help="where the file does not tell how many")
+    inspect = actions.add_parser("inspect", parents=[common], help="config, sizes, and how many sequences fit")
+    inspect.add_argument("--memory", metavar="SIZE", help='also count what fits so much, as in "8 GiB"')
+    inspect.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
+    inspect.set_defaults(run=_inspect)
+    convert = actions.add_parser("convert", parents=[common], help="write any checkpoint as a native folder")
+    convert.add_argument("target", type=Path, metavar="DST", help="the folder to write, whole or not at all")
+    convert.add_argument("--force", action="store_true", help="replace a model that is there")
+    convert.set_defaults(run=_convert)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"should be a positive integer, not {text!r}")
+    return int(text)
 
 
 def _overrides(options: argparse.Namespace) -> list[tuple[str, object]]:
@@ -105,4 +131,21 @@ def _show(options: argparse.Namespace) -> int:
 
 def _default(options: argparse.Namespace) -> int:
     print(settings.default_yaml(), end="")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    memory = None if options.memory is None else settings.bytes_of(options.memory, "--memory")
+    from bdh_batch.offline import inspect
+
+    found = inspect(options.source, options.layers, memory)
+    print(found.as_json() if options.json else found.as_text())
+    return 0
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from bdh_batch.offline import convert
+
+    checkpoint = convert(options.source, options.target, options.layers, options.force)
+    print(f"{checkpoint.file} is written to {options.target}; serve it: bdh-batch serve --model {options.target}")
     return 0

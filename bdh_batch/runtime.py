@@ -163,10 +163,7 @@ def open_trace(file: Path | None) -> Trace | None:
 
 def attention_window(asked: int | None, config: BDHConfig) -> int:
     """Tokens that a token can look back on, 0 for all: as asked, else as the model's folder suggests."""
-    if asked is not None:
-        return asked
-    window = config.trained_context if config.attention_window is None else config.attention_window
-    return window + window % 2 if window else 0
+    return config.suggested_window if asked is None else asked
 
 
 def choose_device(name: str) -> torch.device:

@@ -22,6 +22,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SecretStr,
+    TypeAdapter,
     ValidationError,
 )
 from pydantic_core import PydanticCustomError
@@ -294,6 +295,14 @@ def load(config: Path | None = None, overrides: Iterable[tuple[str, object]] = (
         return Resolved(Settings(**merged), origins)  # type: ignore[arg-type]
     except ValidationError as error:
         raise ConfigError(_explain(error, origins)) from error
+
+
+def bytes_of(text: str, option: str) -> int:
+    """A size as an option would be given it, '8 GiB'; errors name the `option`."""
+    try:
+        return TypeAdapter(Bytes).validate_python(text)
+    except ValidationError as error:
+        raise ConfigError(f"{option}: should be a number of bytes, as in '8 GiB', not {text!r}") from error
 
 
 def options() -> dict[str, tuple[Any, str]]:

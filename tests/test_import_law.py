@@ -28,7 +28,8 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         SHARED | {"http", "backends", "text", "settings", "telemetry", "__init__"},
         {"starlette", "uvicorn", "orjson", "pydantic", "pydantic_core", "limits"},
     ),
-    "cli": ({"errors", "settings", "runtime", "__init__"}, {"uvloop"}),
+    "offline": ({"errors", "model", "text"}, {"torch"}),
+    "cli": ({"errors", "settings", "offline", "runtime", "__init__"}, {"uvloop"}),
     "runtime": (
         SHARED | {"http", "backends", "scheduler", "model", "kernels", "text", "settings", "telemetry", "__init__"},
         {"torch", "pydantic"},

@@ -1,4 +1,4 @@
-"""Model files to weights and back: the native folder, and the `.pt` files that upstream and trainers leave.
+"""Checkpoints to weights: every file that `files` reads and `dialects` understands, checked; and the native folder.
 
 A native folder holds `config.json` (upstream's `BDHConfig` fields, perhaps `trained_context`), `model.safetensors`,
 `tokenizer_config.json`, `generation_config.json` and perhaps `chat_template.jinja`; the last three are not read here.
@@ -6,32 +6,30 @@ A native folder holds `config.json` (upstream's `BDHConfig` fields, perhaps `tra
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
-import pickle
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from bdh_batch.errors import CheckpointError
 from bdh_batch.kernels.base import Weights
 from bdh_batch.model.config import BDHConfig, rope_frequencies
+from bdh_batch.model.dialects import EMBED, FREQUENCIES, HEAD, Fields, Tensors, upstream_fields, upstream_tensors
+from bdh_batch.model.files import CONFIG, WEIGHTS, State, read_source, shown
 
 log = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-FREQUENCIES = "attn.freqs"
 SPARE_KEYS = frozenset({FREQUENCIES, "lm_gate"})  # a constant, and a leftover of older upstream versions
-COMPILED_PREFIX = "_orig_mod."  # torch.compile's
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ROUNDING, SMALLEST = 2.0**-7, 1e-7  # what 16 bits lose of a frequency: bfloat16 relatively, float16's least numbers
 UPSTREAM_LAYERS = BDHConfig().n_layer
-
-State = dict[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +38,81 @@ class Model:
     weights: Weights
 
 
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a file holds, in upstream's names: the right tensors in the right shapes, perhaps not yet read.
+
+    `layers_told` is False where neither the file nor the caller told the number of layers, and upstream's was taken.
+    """
+
+    file: Path
+    config: BDHConfig
+    state: State
+    layers_told: bool
+
+    def frequencies(self) -> Tensor:
+        """RoPE's [N], float32. What was saved narrower has lost the phases: then they are computed anew."""
+        neurons = self.config.neurons_per_head
+        saved = self.state.get(FREQUENCIES)
+        if saved is None or saved.dtype.itemsize < torch.float32.itemsize:
+            return rope_frequencies(neurons)
+        return saved.flatten().float()
+
+    def check_finite(self) -> None:
+        """Reads all weights.
+
+        Raises:
+            CheckpointError: some are NaN or infinite; the message counts them.
+        """
+        _check_finite({key: self.state[key] for key in self.config.shapes()}, self.file)
+
+
 def load_model(path: Path, dtype: torch.dtype, device: torch.device, layers: int | None = None) -> Model:
     """Reads a model folder, a `.pt` or a `.safetensors` file.
 
     Args:
-        path: the folder or the file; a file finds its `config.json` beside it, if it does not bear a config itself.
+        path: the folder or the file; a `config.json` beside a file goes before the config inside it.
         dtype: of the weights in memory; RoPE's frequencies stay float32.
-        layers: for a bare state dict, whose shapes do not tell it (BDH's layers share one set of weights).
+        layers: for a file that does not tell it: BDH's layers share one set of weights.
 
     Raises:
         CheckpointError: nothing there, unreadable, or with missing, extra or misshapen keys, every one of them listed.
     """
-    file, config_file = _locate(path)
-    state, values = _read(file)
-    if config_file.is_file():
-        values = _read_config(config_file)
-    state = {key.removeprefix(COMPILED_PREFIX): tensor for key, tensor in state.items()}
-    config = BDHConfig.from_dict(values) if values is not None else _infer_config(state, layers, file)
-    _check(state, config, file)
-    return Model(config, _weights(state, config, dtype, device))
+    checkpoint = open_checkpoint(path, layers)
+    if not checkpoint.layers_told:
+        name = checkpoint.file
+        log.warning("%s does not tell its number of layers: taking upstream's %d (model.layers)", name, UPSTREAM_LAYERS)
+    # A copy always: what is only mapped would change with the file.
+    state = {
+        key: checkpoint.state[key].to(device=device, dtype=dtype, copy=True).contiguous()
+        for key in checkpoint.config.shapes()
+    }
+    _check_finite(state, checkpoint.file)
+    weights = Weights(
+        layers=checkpoint.config.n_layer,
+        embed=state[EMBED],
+        encoder=state["encoder"],
+        encoder_v=state["encoder_v"],
+        decoder=state["decoder"],
+        lm_head=state[HEAD],
+        frequencies=checkpoint.frequencies().to(device, copy=True),
+    )
+    return Model(checkpoint.config, weights)
+
+
+def open_checkpoint(path: Path, layers: int | None = None) -> Checkpoint:
+    """As `load_model`, but leaves the tensors where and as they are; NaN is not looked for."""
+    source = read_source(path)
+    with _blaming(source.config_file):
+        fields = None if source.values is None else upstream_fields(source.values)
+        config = None if fields is None else BDHConfig.from_dict(fields.values)
+    with _blaming(source.file):
+        tensors = upstream_tensors(source.state, fields)
+        told = _layers_told(fields, tensors, layers)
+        config = _infer_config(tensors.state) if config is None else config
+        config = replace(config, n_layer=told or UPSTREAM_LAYERS)
+        _check(tensors, config)
+    return Checkpoint(source.file, config, tensors.state, told is not None)
 
 
 def save_model(folder: Path, config: BDHConfig, state: Mapping[str, Tensor], generation: Mapping[str, Any]) -> None:
@@ -73,124 +127,97 @@ def save_model(folder: Path, config: BDHConfig, state: Mapping[str, Tensor], gen
         (folder / name).write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _locate(path: Path) -> tuple[Path, Path]:
-    """The file with the tensors, and where its config would be."""
-    if path.is_file():
-        return path, path.parent / CONFIG
-    if not path.is_dir():
-        raise CheckpointError(f"model.path: there is no model at {path}")
-    if (path / WEIGHTS).is_file():
-        found = [path / WEIGHTS]
-    else:
-        found = sorted(file for file in path.iterdir() if file.suffix in (".pt", ".pth"))
-    if len(found) != 1:
-        names = ", ".join(file.name for file in found) or "neither"
-        raise CheckpointError(f"model.path: {path} should hold {WEIGHTS} or one .pt file; found {names}")
-    if found[0].name == WEIGHTS and not (path / CONFIG).is_file():
-        raise CheckpointError(f"model.path: {path} has no {CONFIG}")
-    return found[0], path / CONFIG
-
-
-def _read(file: Path) -> tuple[State, dict[str, Any] | None]:
-    """The tensors, and the config that a trainer put beside them."""
-    if file.suffix == ".safetensors":
-        try:
-            return load_file(file), None
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file}: damaged, or not a safetensors file ({error})") from error
+@contextlib.contextmanager
+def _blaming(file: Path) -> Iterator[None]:
+    """Errors inside begin with the file that is at fault."""
     try:
-        saved = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file}: holds pickled objects besides tensors, which are not loaded because they can run code. "
-            "Where you trust the file, load and rewrite it: "
-            'torch.save({"model": model.state_dict(), "config": dataclasses.asdict(config)}, …)'
-        ) from error
-    except Exception as error:  # of a file that is no checkpoint, the unpickler makes any error at all
-        raise CheckpointError(f"{file}: damaged, or not a torch file ({type(error).__name__})") from error
-    return _unwrap(saved, file)
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
 
 
-def _unwrap(saved: object, file: Path) -> tuple[State, dict[str, Any] | None]:
-    if not isinstance(saved, dict):
-        raise CheckpointError(f"{file}: holds a {type(saved).__name__}, not a state dict")
-    wrapper = next((key for key in ("model", "model_state_dict") if isinstance(saved.get(key), dict)), None)
-    state = saved if wrapper is None else saved[wrapper]
-    if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state.items()):
-        raise CheckpointError(f"{file}: holds no state dict, neither by itself nor under 'model' or 'model_state_dict'")
-    values = None if wrapper is None else saved.get("config")
-    if not isinstance(values, dict | None):
-        raise CheckpointError(f"{file}: its config is a {type(values).__name__}, not a dict")
-    return state, values
+def _layers_told(fields: Fields | None, tensors: Tensors, asked: int | None) -> int | None:
+    told = {
+        "its config": None if fields is None else fields.values.get("n_layer"),
+        "its keys": tensors.layers,
+        "model.layers": asked,
+    }
+    known = {who: layers for who, layers in told.items() if layers is not None}
+    if len(set(known.values())) > 1:
+        raise CheckpointError("how many layers? " + ", ".join(f"{who} says {layers}" for who, layers in known.items()))
+    return next(iter(known.values()), None)
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: should be an object, is a {type(values).__name__}")
-    return values
-
-
-def _infer_config(state: State, layers: int | None, file: Path) -> BDHConfig:
-    encoder, embed = state.get("encoder"), state.get("embed.weight")
+def _infer_config(state: State) -> BDHConfig:
+    encoder, embed = state.get("encoder"), state.get(EMBED)
     if encoder is None or embed is None or encoder.ndim != 3 or embed.ndim != 2:
         raise CheckpointError(
-            f"{file}: no {CONFIG} beside it, and without encoder [heads, D, N] and embed.weight [V, D] none can be "
+            f"no {CONFIG} beside it, and without encoder [heads, D, N] and embed.weight [V, D] none can be "
             f"inferred; found {_listing(state)}"
         )
-    if layers is None:
-        log.warning("%s does not tell its number of layers: taking upstream's %d (model.layers)", file, UPSTREAM_LAYERS)
     heads, width, neurons = encoder.shape
+    if not width or heads * neurons % width:
+        raise CheckpointError(f"encoder {list(encoder.shape)} has {heads * neurons} neurons, no multiple of its width")
     return BDHConfig(
-        n_layer=layers or UPSTREAM_LAYERS,
-        n_embd=width,
-        n_head=heads,
-        mlp_internal_dim_multiplier=heads * neurons // width,
-        vocab_size=embed.shape[0],
+        n_embd=width, n_head=heads, mlp_internal_dim_multiplier=heads * neurons // width, vocab_size=embed.shape[0]
     )
 
 
-def _check(state: State, config: BDHConfig, file: Path) -> None:
-    expected = config.shapes()
+def _check(tensors: Tensors, config: BDHConfig) -> None:
+    state, expected = tensors.state, config.shapes()
+
+    def name(key: str) -> str:
+        origin = tensors.origins.get(key, key)
+        return shown(key) if origin == key else f"{shown(origin)} ({shown(key)})"
+
     problems = [f"missing {key} {list(shape)}" for key, shape in expected.items() if key not in state]
-    problems += [f"extra {key}" for key in sorted(state.keys() - expected.keys() - SPARE_KEYS)]
+    problems += [f"extra {name(key)}" for key in sorted(state.keys() - expected.keys() - SPARE_KEYS)]
+    present = {key: state[key] for key in expected if key in state}
     problems += [
-        f"{key} has shape {list(state[key].shape)}, not {list(shape)}"
-        for key, shape in expected.items()
-        if key in state and state[key].shape != shape
+        f"{name(key)} has shape {list(tensor.shape)}, not {list(expected[key])}"
+        for key, tensor in present.items()
+        if tensor.shape != expected[key]
     ]
     problems += [
-        f"{key} holds {state[key].dtype}, not floats"
-        for key in expected
-        if key in state and not state[key].is_floating_point()
+        f"{name(key)} holds {_short(tensor.dtype)}, not floats of 16, 32 or 64 bits"
+        for key, tensor in present.items()
+        if tensor.dtype not in DTYPES
     ]
-    freqs = state.get(FREQUENCIES)
-    if freqs is not None and freqs.numel() != config.neurons_per_head:
-        problems.append(f"{FREQUENCIES} has {freqs.numel()} elements, not {config.neurons_per_head}")
+    if FREQUENCIES in state:
+        problems += [f"{name(FREQUENCIES)} {problem}" for problem in _frequency_problems(state[FREQUENCIES], config)]
+    if problems:
+        raise CheckpointError("; ".join(problems))
+
+
+def _frequency_problems(saved: Tensor, config: BDHConfig) -> list[str]:
+    """The phases are part of the model: others than upstream's are served as they are, if they are RoPE's at all."""
+    if saved.numel() != config.neurons_per_head:
+        return [f"has {saved.numel()} elements, not {config.neurons_per_head}"]
+    if saved.dtype not in DTYPES:
+        return [f"holds {_short(saved.dtype)}, not floats of 16, 32 or 64 bits"]
+    turns = saved.flatten().float()
+    if not turns.isfinite().all() or not torch.equal(turns[::2], turns[1::2]):
+        return ["should be finite, and the same for neurons 2i and 2i + 1"]
+    narrow = saved.dtype.itemsize < torch.float32.itemsize
+    if narrow and not torch.allclose(turns, rope_frequencies(len(turns)), ROUNDING, SMALLEST):
+        return [f"is in {_short(saved.dtype)}, which is too coarse, and is not upstream's; save it in float32"]
+    return []
+
+
+def _check_finite(state: Mapping[str, Tensor], file: Path) -> None:
+    bad = {key: int(tensor.numel() - tensor.isfinite().sum()) for key, tensor in state.items()}
+    problems = [
+        f"{key} has {count} numbers of {state[key].numel()} that are NaN or infinite in {_short(state[key].dtype)}"
+        for key, count in bad.items()
+        if count
+    ]
     if problems:
         raise CheckpointError(f"{file}: " + "; ".join(problems))
 
 
-def _weights(state: State, config: BDHConfig, dtype: torch.dtype, device: torch.device) -> Weights:
-    def place(key: str) -> Tensor:
-        return state[key].to(device=device, dtype=dtype).contiguous()
-
-    freqs = state.get(FREQUENCIES)
-    if freqs is None or freqs.dtype != torch.float32:  # a narrower one has lost the phases
-        freqs = rope_frequencies(config.neurons_per_head)
-    return Weights(
-        layers=config.n_layer,
-        embed=place("embed.weight"),
-        encoder=place("encoder"),
-        encoder_v=place("encoder_v"),
-        decoder=place("decoder"),
-        lm_head=place("lm_head"),
-        frequencies=freqs.flatten().to(device),
-    )
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _listing(state: State) -> str:
-    return ", ".join(f"{key} {list(tensor.shape)}" for key, tensor in sorted(state.items())) or "nothing"
+    return ", ".join(f"{shown(key)} {list(tensor.shape)}" for key, tensor in sorted(state.items())) or "nothing"

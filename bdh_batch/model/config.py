@@ -36,16 +36,18 @@ class BDHConfig:
         for name in ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CheckpointError(f"config.json: {name} must be a positive integer, not {value!r}")
+                raise CheckpointError(f"config: {name} must be a positive integer, not {value!r}")
         if self.mlp_internal_dim_multiplier * self.n_embd % (2 * self.n_head):
             raise CheckpointError(
-                "config.json: n_embd * mlp_internal_dim_multiplier must be a multiple of 2 * n_head: RoPE turns pairs; "
+                "config: n_embd * mlp_internal_dim_multiplier must be a multiple of 2 * n_head: RoPE turns pairs; "
                 f"{self.n_embd} * {self.mlp_internal_dim_multiplier} is not a multiple of {2 * self.n_head}"
             )
         for name, least, kind in (("trained_context", 1, "a positive"), ("attention_window", 0, "a non-negative")):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise CheckpointError(f"config.json: {name} must be {kind} integer, not {value!r}")
+                raise CheckpointError(f"config: {name} must be {kind} integer, not {value!r}")
+        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout <= 1:
+            raise CheckpointError(f"config: dropout must be a number from 0 to 1, not {self.dropout!r}")
 
     @property
     def neurons_per_head(self) -> int:
@@ -61,6 +63,12 @@ class BDHConfig:
     def state_elements(self) -> int:
         """Numbers in one sequence's state, L × n × D, at any length."""
         return self.n_layer * self.neurons * self.n_embd
+
+    @property
+    def suggested_window(self) -> int:
+        """Tokens that a token should look back on, 0 for all: an even number, as two blocks share it."""
+        window = self.trained_context if self.attention_window is None else self.attention_window
+        return window + window % 2 if window else 0
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The tensors of a checkpoint, by upstream's keys."""
@@ -79,10 +87,11 @@ class BDHConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BDHConfig:
         known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
+        unknown = sorted(map(str, set(values) - known))
         if unknown:
             raise CheckpointError(
-                f"config.json: unknown fields {', '.join(unknown)}; known: {', '.join(sorted(known))}"
+                f"config: unknown fields {', '.join(map(ascii, unknown))}; known: {', '.join(sorted(known))}. If they "
+                "do not change the forward pass, put a config.json of the known ones beside the weights"
             )
         return cls(**values)
 

@@ -1,0 +1,123 @@
+"""Converting: what comes along, and that a target is written whole, or not touched."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from bdh_batch.errors import CheckpointError
+from bdh_batch.model import convert as convert_module
+from bdh_batch.model.checkpoint import load_model
+from bdh_batch.model.config import BDHConfig
+from bdh_batch.model.convert import convert
+from tests.model import formats
+from tests.model.formats import CPU, random_state
+
+CONFIG = BDHConfig(n_layer=2, n_embd=4, n_head=2, mlp_internal_dim_multiplier=4, vocab_size=256)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    folder = tmp_path / "source"
+    folder.mkdir()
+    return formats.trainer(folder, CONFIG, random_state(CONFIG))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_native_folder_is_written(source: Path, tmp_path: Path) -> None:
+    convert(source, tmp_path / "deep" / "target")
+    target = tmp_path / "deep" / "target"
+    files = content(target)
+    assert files.keys() == {"config.json", "model.safetensors", "generation_config.json", "tokenizer_config.json"}
+    assert json.loads(files["config.json"]) == CONFIG.to_dict() | {"trained_context": 128}
+    assert json.loads(files["tokenizer_config.json"]) == {"type": "byte"}
+    assert json.loads(files["generation_config.json"]) == {}
+    assert len({path.stat().st_mode for path in target.iterdir()}) == 1  # whoever may read one may read all
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+    state = load_model(target, torch.float32, CPU).weights
+    assert torch.equal(state.encoder, random_state(CONFIG)["encoder"])
+
+
+def test_tokenizer_template_and_defaults_come_along(source: Path, tmp_path: Path) -> None:
+    beside = {"tokenizer.json": "{}", "chat_template.jinja": "{{ messages }}", "generation_config.json": '{"top_k": 3}'}
+    for name, text in beside.items():
+        (source.parent / name).write_text(text)
+    (source.parent / "optimizer.bin").write_text("stays")
+    convert(source, tmp_path / "target")
+    files = content(tmp_path / "target")
+    assert files.keys() == {"config.json", "model.safetensors", *beside}
+    assert all(files[name].decode() == text for name, text in beside.items())
+
+
+def test_a_vocabulary_of_tokens_without_a_tokenizer_is_not_called_bytes(tmp_path: Path) -> None:
+    config = BDHConfig(n_layer=1, n_embd=4, n_head=2, mlp_internal_dim_multiplier=4, vocab_size=300)
+    convert(formats.paper(tmp_path, config, random_state(config)), tmp_path / "target")
+    assert not (tmp_path / "target" / "tokenizer_config.json").exists()
+
+
+def test_what_is_there_is_replaced_only_when_asked_and_only_if_it_is_a_model(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    convert(source, target)  # an empty folder is as good as none
+    before = content(target)
+    with pytest.raises(CheckpointError, match="--force"):
+        convert(source, target)
+    (target / "chat_template.jinja").write_text("old")
+    convert(source, target, force=True)
+    assert content(target) == before
+    (target / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"thesis\.tex"):
+        convert(source, target, force=True)
+    assert content(target).keys() == before.keys() | {"thesis.tex"}
+    with pytest.raises(CheckpointError, match="where the source lies"):
+        convert(source, source.parent, force=True)
+    with pytest.raises(CheckpointError, match="is a file"):
+        convert(source, source)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_failure_leaves_nothing_half_made(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool
+) -> None:
+    target = tmp_path / "place" / "target"
+    if there:
+        convert(source, target)
+    before = content(target) if there else {}
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert_module, "save_file", full)
+        with pytest.raises(CheckpointError, match=r"target: cannot be written .*No space left"):
+            convert(source, target, force=True)
+    assert (content(target) if target.exists() else {}) == before
+    rename = os.rename
+
+    def refuse_the_new(old: Path, new: Path) -> None:
+        if Path(old).name == "new":
+            raise OSError(1, "Operation not permitted")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", refuse_the_new)
+    with pytest.raises(CheckpointError, match="not permitted"):
+        convert(source, target, force=True)
+    assert (content(target) if target.exists() else {}) == before
+    assert [path.name for path in target.parent.iterdir()] == (["target"] if there else [])
+
+
+def test_what_cannot_be_served_is_not_converted(tmp_path: Path) -> None:
+    state = random_state(CONFIG)
+    with pytest.raises(CheckpointError, match="--layers"):
+        convert(formats.save(tmp_path, state), tmp_path / "target")
+    state["decoder"][1, 2] = torch.nan
+    with pytest.raises(CheckpointError, match="decoder has 1 numbers of 64 that are NaN"):
+        convert(formats.save(tmp_path, state), tmp_path / "target", layers=2)
+    assert not (tmp_path / "target").exists()

@@ -1,0 +1,195 @@
+"""Whatever is in a file, the answer is a model or one clear line."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import save_file
+
+from bdh_batch.errors import CheckpointError
+from bdh_batch.model.checkpoint import load_model
+from bdh_batch.model.config import BDHConfig
+from tests.model import formats
+from tests.model.formats import CPU, random_state
+
+CONFIG = BDHConfig(n_layer=3, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, vocab_size=11)
+INDEX = "model.safetensors.index.json"
+SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def refusal(path: Path, layers: int | None = 3) -> str:
+    with pytest.raises(CheckpointError) as error:
+        load_model(path, torch.float32, CPU, layers)
+    message = error.value.message
+    assert message.isprintable(), message  # one line, whatever a name in the file holds
+    return message
+
+
+def state_with(**tensors: Any) -> dict[str, Any]:
+    return random_state(CONFIG) | tensors
+
+
+def huge() -> torch.Tensor:
+    """A terabyte, in a file of a few hundred bytes."""
+    return torch.zeros(1).expand(2**20, 2**18)
+
+
+STATES: dict[str, tuple[Callable[[], dict[str, Any]], tuple[str, ...]]] = {
+    "one tensor twice": (
+        lambda: state_with(**{"_orig_mod.encoder": torch.zeros(2, 8, 16), "module.encoder": torch.zeros(1)}),
+        ("encoder and _orig_mod.encoder are the same", "encoder and module.encoder are the same"),
+    ),
+    "shared and by layer": (lambda: state_with(**{"encoder.0": torch.zeros(2, 8, 16)}), ("encoder is there for 2 of",)),
+    "a layer is missing": (
+        lambda: (
+            {f"encoder.{i}": torch.zeros(2, 8, 16) for i in (0, 2)}
+            | {f"encoder_v.{i}": torch.zeros(2, 8, 16) for i in range(3)}
+        ),
+        ("encoder is there for 2 of 3 layers",),
+    ),
+    "names that break lines": (lambda: state_with(**{"a\nb\ud800": torch.zeros(1)}), ("extra 'a\\nb\\ud800'",)),
+    "the paper's, misshapen": (
+        lambda: {
+            **{"decoder_x": torch.zeros(2, 8, 16), "decoder_y": torch.zeros(2, 8, 15), "encoder": torch.zeros(31, 8)},
+            **{"wte.weight": torch.zeros(11, 8), "readout": torch.zeros(8, 11), "attn.rope.inv_freq": torch.zeros(4)},
+        },
+        ("decoder_y (encoder_v) has shape [2, 8, 15]", "encoder (decoder) has shape [31, 8]", "extra attn.rope"),
+    ),
+    "not a number": (
+        lambda: state_with(encoder=torch.full((2, 8, 16), torch.nan), lm_head=torch.full((8, 11), torch.inf)),
+        ("encoder has 256 numbers of 256", "lm_head has 88 numbers of 88"),
+    ),
+    "8 bits": (
+        lambda: state_with(encoder=torch.zeros(2, 8, 16, dtype=torch.float8_e4m3fn)),
+        ("encoder holds float8_e4m3fn",),
+    ),
+    "complex": (lambda: state_with(decoder=torch.zeros(32, 8, dtype=torch.complex64)), ("decoder holds complex64",)),
+    "larger than the file": (lambda: state_with(encoder=huge()), ("encoder is not a plain tensor",)),
+    "sparse": (lambda: state_with(decoder=torch.zeros(32, 8).to_sparse()), ("decoder is not a plain tensor",)),
+    "nowhere": (lambda: state_with(lm_head=torch.zeros(8, 11, device="meta")), ("lm_head is not a plain tensor",)),
+    "no neurons": (lambda: state_with(encoder=torch.zeros(2, 0, 16)), ("encoder [2, 0, 16]",)),
+    "no multiple": (lambda: state_with(encoder=torch.zeros(2, 8, 15)), ("30 neurons, no multiple",)),
+    "frequencies that are no pairs": (lambda: state_with(**{"attn.freqs": torch.rand(16)}), ("attn.freqs",)),
+    "frequencies that are integers": (
+        lambda: state_with(**{"attn.freqs": torch.zeros(16, dtype=torch.int64)}),
+        ("attn.freqs holds int64",),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_a_state_dict_that_is_no_model_is_refused_by_its_keys(tmp_path: Path, kind: str) -> None:
+    make, parts = STATES[kind]
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict()))
+    if kind.startswith("no "):
+        (tmp_path / "config.json").unlink()
+    message = refusal(formats.save(tmp_path, make()))
+    for part in (*parts, "model.pt"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("values", "part"),
+    [
+        ({"model_type": "llama"}, "model_type is llama"),
+        ({"n_layer": 10**12}, "n_layer"),
+        ({"n_layer": torch.tensor([6, 6])}, "n_layer has a value that no config can have, a Tensor"),
+        ({"n_layer": 4}, "its config says 4, model.layers says 3"),
+        ({"num_hidden_layers": 4}, "n_layer is said twice"),
+        ({"dropout": "much"}, "dropout"),
+        ({"tie_weights": 1}, "tie_weights"),
+        ({"N": 33}, "N should be a multiple"),
+        ({"strict_causal\n": False}, r"unknown fields 'strict_causal\n'"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused_by_its_field(tmp_path: Path, values: dict[str, Any], part: str) -> None:
+    config = CONFIG.to_dict() | values
+    if "N" in values:
+        del config["mlp_internal_dim_multiplier"]
+    saved = {"model": random_state(CONFIG), "config": config}
+    assert part in refusal(formats.save(tmp_path, saved))
+
+
+@pytest.mark.parametrize(
+    ("index", "part"),
+    [
+        ({"encoder": "../model.safetensors"}, "'../model.safetensors' is not the name of a file"),
+        ({"encoder": "/etc/passwd"}, "'/etc/passwd' is not the name of a file"),
+        ({"encoder": "a\0b"}, "'a\\x00b' is not the name of a file"),
+        ({"encoder": ".."}, "'..' is not the name of a file"),
+        ({"encoder": "model-00003-of-00003.safetensors"}, "model-00003-of-00003.safetensors is missing"),
+        ({"backbone.decoder": SHARDS[1]}, f"{SHARDS[0]} holds backbone.decoder, not told in the index"),
+        ({"stranger": SHARDS[1]}, f"{SHARDS[1]} lacks stranger"),
+        ({"encoder": 1}, "weight_map"),
+        ([], "weight_map"),
+    ],
+)
+def test_an_index_leads_nowhere_else(tmp_path: Path, index: Any, part: str) -> None:
+    formats.hf_shards(tmp_path, CONFIG, random_state(CONFIG))
+    saved = json.loads((tmp_path / INDEX).read_text())
+    saved["weight_map"] = saved["weight_map"] | index if isinstance(index, dict) else index
+    (tmp_path / INDEX).write_text(json.dumps(saved))
+    message = refusal(tmp_path)
+    assert part in message
+    assert INDEX in message
+
+
+def test_nested_json_and_huge_headers_are_refused(tmp_path: Path) -> None:
+    formats.native(tmp_path, CONFIG, random_state(CONFIG))
+    (tmp_path / "model.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
+    assert "model.safetensors: damaged" in refusal(tmp_path)
+    save_file(random_state(CONFIG), tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    assert "config.json: not JSON" in refusal(tmp_path)
+
+
+class Config:
+    n_layer = 6
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_pickled_objects_are_refused_by_name_with_the_way_to_convert(tmp_path: Path, zipped: bool) -> None:
+    saved = {"model": random_state(CONFIG), "config": Config()}
+    message = refusal(formats.save(tmp_path, saved, _use_new_zipfile_serialization=zipped))
+    assert "(tests.model.test_hostile_files.Config)" in message
+    assert "dataclasses.asdict(config)" in message
+
+
+def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "owned",))
+
+    (tmp_path / "model.pt").write_bytes(pickle.dumps({"model": Attack()}, protocol=2))
+    refusal(tmp_path / "model.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def outcome(path: Path) -> str:
+    try:
+        load_model(path, torch.float32, CPU)
+    except CheckpointError as error:
+        return error.message
+    return "a model"
+
+
+@settings(deadline=None, max_examples=60)
+@given(write=st.sampled_from(formats.ALL), data=st.data())
+def test_a_damaged_file_is_a_model_or_one_clear_line(
+    tmp_path_factory: pytest.TempPathFactory, write: formats.Writer, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("damaged")
+    path = write(folder, CONFIG, random_state(CONFIG))
+    file = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    content = bytearray(file.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1) | st.integers(0, min(800, len(content) - 1)))
+    content[at : at + data.draw(st.integers(0, 4))] = data.draw(st.binary(max_size=4))
+    file.write_bytes(content[: data.draw(st.none() | st.integers(0, len(content)))])
+    assert outcome(path).isprintable()
