@@ -1,0 +1,235 @@
+"""A real server in a process of its own, and clients that cost little: raw HTTP/1.1 on asyncio's transports.
+
+A client notes the moment at which bytes are read and keeps them; what they say is parsed after the measurement.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import httptools
+import orjson
+from prometheus_client.parser import text_string_to_metric_families
+
+ROOT = Path(__file__).parents[1]
+START_SECONDS = 180.0  # where no cache holds the kernels yet, they are compiled first
+STOP_SECONDS = 30.0
+TICK = 0.005
+
+
+@dataclass
+class Answer:
+    """What a stream brought: the moment at which each token was read, in seconds of `time.perf_counter`."""
+
+    sent: float
+    status: int = 0
+    times: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    prompt: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    complete: bool = False
+
+    @property
+    def first(self) -> float:
+        """Seconds to the first token."""
+        return self.times[0] - self.sent
+
+
+class Stream(asyncio.Protocol):
+    """One request on a connection of its own."""
+
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self._pieces: list[tuple[float, bytes]] = []
+        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.sent = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self.sent = time.perf_counter()
+        self._transport.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        self._pieces.append((time.perf_counter(), data))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._closed.set_result(None)
+
+    @property
+    def pieces(self) -> int:
+        return len(self._pieces)
+
+    async def end(self) -> Answer:
+        """Waits for the server to close; what it sent must be a whole answer."""
+        await self._closed
+        answer = self.answer()
+        if not answer.complete or answer.status != 200:
+            raise RuntimeError(f"status {answer.status}: {b''.join(data for _, data in self._pieces)[-500:]!r}")
+        return answer
+
+    async def leave(self) -> Answer:
+        """Closes, as a client that has had enough."""
+        self._transport.abort()
+        await self._closed
+        return self.answer()
+
+    def answer(self) -> Answer:
+        reader = _Reader(Answer(self.sent))
+        parser = httptools.HttpResponseParser(reader)
+        for reader.now, data in self._pieces:
+            parser.feed_data(data)
+            reader.answer.status = parser.get_status_code()
+        return reader.answer
+
+
+class _Reader:
+    """Takes an answer's body as httptools finds it, and cuts it into events."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.now = 0.0
+        self._rest = b""
+
+    def on_body(self, body: bytes) -> None:
+        *frames, self._rest = (self._rest + body).split(b"\n\n")
+        for frame in frames:
+            self._take(frame.removeprefix(b"data: "))
+
+    def _take(self, frame: bytes) -> None:
+        if frame == b"[DONE]":
+            self.answer.complete = True
+            return
+        event = orjson.loads(frame)
+        for choice in event.get("choices", ()):
+            self.answer.prompt += choice.get("prompt_token_ids") or []
+            tokens = choice.get("token_ids") or []
+            self.answer.tokens += tokens
+            self.answer.times += [self.now] * len(tokens)
+        if usage := event.get("usage"):
+            self.answer.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
+
+
+class Served:
+    """A server that runs, and the ways to speak to it."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    async def send(self, path: str = "/v1/completions", key: str = "", **body: Any) -> Stream:
+        """Sends a request whose answer streams, token by token."""
+        whole = {**body, "stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
+        content = orjson.dumps(whole)
+        head = (
+            f"POST {path} HTTP/1.1\r\nhost: benchmark\r\nconnection: close\r\nauthorization: Bearer {key}\r\n"
+            f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
+        )
+        loop = asyncio.get_running_loop()
+        _, stream = await loop.create_connection(lambda: Stream(head.encode() + content), "127.0.0.1", self._port)
+        return stream
+
+    async def ask(self, path: str = "/v1/completions", key: str = "", **body: Any) -> Answer:
+        return await (await self.send(path, key, **body)).end()
+
+    def get(self, path: str) -> str:
+        """Blocks: not for while something is measured."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self._port}{path}", timeout=10) as answer:
+            text: str = answer.read().decode()
+        return text
+
+    def metric(self, name: str) -> float:
+        families = text_string_to_metric_families(self.get("/metrics"))
+        return sum(sample.value for family in families for sample in family.samples if sample.name == name)
+
+
+@contextmanager
+def served(*options: str) -> Iterator[Served]:
+    """`bdh-batch serve` with `options`, as in "scheduler.max_running=64", until the block's end."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    command = [sys.executable, "-m", "bdh_batch", "serve", "--port", str(port)]
+    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("BDH_")}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(
+            [*command, *(part for option in options for part in ("--set", option))],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            server = Served(port)
+            _wait_until_ready(server, process, log)
+            yield server
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_SECONDS)
+            finally:
+                process.kill()
+
+
+def _wait_until_ready(server: Served, process: subprocess.Popen[bytes], log: Any) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            server.get("/readyz")
+            return
+        except (urllib.error.URLError, ConnectionError):
+            if process.poll() is not None or time.monotonic() > deadline:
+                log.seek(0)
+                raise RuntimeError(f"the server did not start: {log.read().decode()}") from None
+        time.sleep(0.05)
+
+
+class Strain:
+    """Whether the clients themselves were the bottleneck: how late their event loop was, how busy their process.
+
+    uvloop's timers go by whole milliseconds: lateness below two of them is none.
+    """
+
+    def __init__(self) -> None:
+        self._late: list[float] = []
+
+    async def __aenter__(self) -> Strain:
+        self._began, self._busy = time.perf_counter(), time.process_time()
+        self._task = asyncio.create_task(self._watch())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        self._share = (time.process_time() - self._busy) / (time.perf_counter() - self._began)
+
+    async def _watch(self) -> None:
+        while True:
+            due = time.perf_counter() + TICK
+            await asyncio.sleep(TICK)
+            self._late.append(time.perf_counter() - due)
+
+    def figures(self, percentile: Callable[[list[float], float], float]) -> Mapping[str, float]:
+        return {
+            "loop_late_median_ms": 1e3 * percentile(self._late, 0.5),
+            "loop_late_p99_ms": 1e3 * percentile(self._late, 0.99),
+            "cpu_share": self._share,
+        }
+
+
+def load_json(file: Path) -> dict[str, Any]:
+    """What a file holds, nothing where there is none."""
+    held: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return held
