@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bdh_batch.errors import ConfigError
 from bdh_batch.model.config import BDHConfig
+from bdh_batch.model.pages import PagesAhead
 
 
 def bytes_per_sequence(config: BDHConfig, window: int = 0, dtype: torch.dtype = torch.float32) -> int:
@@ -80,14 +81,21 @@ class StatePool:
         self.states: Tensor = torch.empty(shape, dtype=dtype, device=device)
         # Pinned, so that a copy from or to a GPU runs at the speed of the bus, and does not hold up the host.
         self._host = torch.empty((host_slots, *shape[1:]), dtype=dtype, pin_memory=device.type == "cuda")
+        self._pages = PagesAhead(self.states) if device.type == "cpu" else None
 
     def clear(self, slot: int) -> None:
         """Back to the state before any token."""
+        self._about_to_write(slot)
         self.states[slot].zero_()
 
     def copy(self, source: int, target: int) -> None:
         """The state in slot `target` becomes that in slot `source`; ordered with whatever the device computes."""
+        self._about_to_write(target)
         self._slot(target).copy_(self._slot(source), non_blocking=True)
+
+    def _about_to_write(self, slot: int) -> None:
+        if self._pages is not None and slot < len(self.states):
+            self._pages.used(slot)
 
     def _slot(self, slot: int) -> Tensor:
         slots = len(self.states)

@@ -143,7 +143,7 @@ class Admission:
             return False
         return any(
             count >= more if other > priority else other == priority and count >= own + 2 * more
-            for (other, _), count in self._waiting.items()
+            for (other, _), count in (self._arriving + self._waiting).items()
         )
 
     def _check_deadlines(self, sequences: Many[Sequence], now: float) -> None:

@@ -221,9 +221,10 @@ def test_a_full_queue_is_full_for_the_key_that_fills_it(serve: ServeFactory) -> 
     body = {"prompt": "a", "max_tokens": 3000}
     with serve(*options, "scheduler.max_queued_requests=8", model=TINY) as server, ThreadPoolExecutor(10) as pool:
         flooding = [pool.submit(server.http.post, "/v1/completions", json=body, headers=flood) for n in range(10)]
-        server.until(lambda m: m["bdh_num_requests_waiting"] == 8, 10)
+        server.until(lambda m: (m["bdh_num_requests_running"], m["bdh_num_requests_waiting"]) == (2, 8), 10)
         assert server.http.post("/v1/completions", json=body, headers=flood).status_code == 429
-        assert server.http.post("/v1/completions", json=body | {"max_tokens": 1}, headers=drop).status_code == 200
+        answer = server.http.post("/v1/completions", json=body | {"max_tokens": 1}, headers=drop)
+        assert answer.status_code == 200, answer.text
         statuses = sorted(future.result().status_code for future in flooding)
     assert statuses == [200] * 9 + [429]
 
@@ -242,8 +243,8 @@ def test_a_storm_of_clients_that_leave_leaves_everything_as_it_was(crowded: Serv
     for round in range(15):
         streams = [crowded.raw(ENDLESS | {"prompt": STEM[: 20 + number], "n": 1 + number % 2}) for number in range(20)]
         try:
-            for stream in streams[:: 1 + round % 3]:
-                assert stream.status in (200, 429)  # as fast as they come, those before may not yet be seen to be gone
+            for stream in streams[: 1 + round % 5]:  # they run as soon as those before are seen to be gone
+                assert stream.status in (200, 429)
         finally:
             close(streams, reset=round % 2 == 0)
     crowded.until_idle()
