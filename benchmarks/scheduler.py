@@ -14,6 +14,7 @@ import asyncio
 import gc
 import json
 import platform
+import random
 import statistics
 import sys
 import time
@@ -29,7 +30,10 @@ from bdh_batch.telemetry import Metrics
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import ByteTokenizer
 
-SCENES = ("decoding", "decoding, a queue behind", "taking turns", "prompts under way")
+SCENES = ("decoding", "decoding, a queue behind", "taking turns", "prompts under way", "coming and going")
+WARM = 100  # steps before those that count
+CHURN = 16  # sequences that end in a step, and as many that come, where they come and go
+KEPT = 256  # states on the device beside those of running sequences
 
 
 class NoRunner:
@@ -42,32 +46,46 @@ def make_scheduler(scene: str, running: int, waiting: int) -> Scheduler:
     policy = Policy(
         host_slots=running if turns else 0, max_running=running * 3 // 2 if turns else running, keep=True, quantum=64
     )
-    scheduler = Scheduler(running, 4 * running, policy)
-    decoder = ByteTokenizer()
-    behind = {"decoding": 0, "taking turns": running // 2}.get(scene, waiting)
+    scheduler = Scheduler(running + (KEPT if scene == "coming and going" else 0), 4 * running, policy)
+    behind = {"decoding": 0, "taking turns": running // 2, "coming and going": -running}.get(scene, waiting)
     length = 20_000 if scene == "prompts under way" else 24
     for number in range(running + behind):
         prompt = [number % 251, number // 251, *([7] * length)]
-        sequence = Sequence(
-            id=str(number),
-            prompt=prompt if number % 8 == 0 else prompt[:3],
-            max_tokens=10**9,
-            sampling=SamplingParams(),
-            text=TextStream(decoder.decoder()),
-            outbox=Mailbox(),
-            key=f"key {number % 16}",
-        )
-        scheduler.submit([sequence])
+        scheduler.submit([make_sequence(number, prompt if number % 8 == 0 else prompt[:3], 10**9)])
     return scheduler
+
+
+def make_sequence(number: int, prompt: list[int], max_tokens: int) -> Sequence:
+    return Sequence(
+        id=str(number),
+        prompt=prompt,
+        max_tokens=max_tokens,
+        sampling=SamplingParams(),
+        text=TextStream(ByteTokenizer().decoder()),
+        outbox=Mailbox(),
+        key=f"key {number % 16}",
+    )
+
+
+def newcomers(draw: random.Random, number: int, running: int) -> list[Sequence]:
+    """Prompts of some hundred tokens, each with one of a few beginnings, and answers that end as many others come."""
+    lengths = (draw.randrange(running // CHURN // 2, running // CHURN * 3 // 2) for _ in range(CHURN))
+    return [
+        make_sequence(number + at, [draw.randrange(8)] * 200 + draw.choices(range(256), k=100), length)
+        for at, length in enumerate(lengths)
+    ]
 
 
 async def measure(scene: str, running: int, waiting: int, steps: int) -> dict[str, dict[str, float]]:
     scheduler = make_scheduler(scene, running, waiting)
     worker = Worker(Scheduler(1, 1), NoRunner(), Metrics("none"), 1)
+    draw, churn = random.Random(1), scene == "coming and going"
     times: dict[str, list[float]] = {"plan": [], "commit": [], "publish": [], "deliver": []}
     gc.collect()
     gc.freeze()
-    for number in range(steps + 20):
+    for number in range(steps + WARM):
+        if churn:
+            scheduler.submit(newcomers(draw, number * CHURN, running))
         marks = [time.perf_counter()]
         step = scheduler.plan(marks[0])
         assert step is not None
@@ -83,7 +101,7 @@ async def measure(scene: str, running: int, waiting: int, steps: int) -> dict[st
         for sequence, _ in updates:
             assert isinstance(sequence.outbox, Mailbox)
             await sequence.outbox.take()  # as its client would
-        if number >= 20:
+        if number >= WARM:
             for name, seconds in zip(
                 times, (marks[1] - marks[0], marks[2] - began, marks[3] - marks[2], marks[4] - marks[3])
             ):
