@@ -284,7 +284,7 @@ NONSENSE: tuple[tuple[str, str, bytes, int | None, int], ...] = (
     ("POST", "/v1/completions", b'{"prompt": "a", "priority": 1000000}', None, 400),
     ("POST", "/v1/completions", b'{"prompt": "a", "n": 0}', None, 400),
     ("POST", "/v1/completions", b'{"prompt": "a", "max_tokens": "5"}', None, 400),
-    ("POST", "/v1/completions", b'{"prompt": [1, 2, 300]}', None, 400),
+    ("POST", "/v1/completions", b'{"prompt": [1, 2, -3]}', None, 400),
     ("POST", "/v1/completions", b'{"prompt": "a", "model": "none"}', None, 404),
     ("POST", "/v1/completions", b'{"prompt": "a", "temperature', None, 400),
     ("POST", "/v1/completions", b"\x00\xff\xfe", None, 400),
