@@ -36,7 +36,7 @@ from bdh_batch.model.runner import Runner
 from bdh_batch.model.state import StatePool, bytes_per_sequence, free_memory, slots_within
 from bdh_batch.scheduler.scheduler import Policy, Scheduler
 from bdh_batch.scheduler.trace import Trace
-from bdh_batch.scheduler.worker import WORKER, Worker
+from bdh_batch.scheduler.worker import WORKER, StepRunner, Worker
 from bdh_batch.settings import Engine, Generation, PrefixCache, Settings
 from bdh_batch.telemetry import Metrics
 from bdh_batch.text.chat import load_chat_template
@@ -63,7 +63,7 @@ class LoadedEngine:
     """What loading leaves for the event loop to start."""
 
     model: Model
-    runner: Runner
+    runner: StepRunner
     slots: int
     host_slots: int
 
@@ -210,12 +210,19 @@ class Service:
     """One server, from its socket to its exit.
 
     Args:
-        on_ready: is called with the base URL once requests are welcome.
+        on_ready: is called with the base URL and the model's name once requests are welcome.
+        load: makes the engine, off the event loop.
     """
 
-    def __init__(self, settings: Settings, on_ready: Callable[[str, str], None] = lambda url, model: None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        on_ready: Callable[[str, str], None] = lambda url, model: None,
+        load: Callable[[Settings, Path], LoadedEngine] = load_engine,
+    ) -> None:
         self._settings = settings
         self._on_ready = on_ready
+        self._load = load
         self._path = settings.model.path or bundled_model()
         self._name = settings.model.name or self._path.resolve().name
         self._gate = Gate()
@@ -246,7 +253,7 @@ class Service:
             await listening
 
     async def _serve(self, url: str) -> None:
-        loading = in_daemon_thread(partial(load_engine, self._settings, self._path))
+        loading = in_daemon_thread(partial(self._load, self._settings, self._path))
         stopped = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
@@ -330,9 +337,13 @@ def threads_left() -> bool:
     return any(thread.name in (LOADER, WORKER) for thread in threading.enumerate())
 
 
-async def serve(settings: Settings, on_ready: Callable[[str, str], None]) -> None:
+async def serve(
+    settings: Settings,
+    on_ready: Callable[[str, str], None],
+    load: Callable[[Settings, Path], LoadedEngine] = load_engine,
+) -> None:
     """Runs a server until SIGTERM or SIGINT; a second signal does not wait for the drain."""
-    service = Service(settings, on_ready)
+    service = Service(settings, on_ready, load)
     loop = asyncio.get_running_loop()
     running = asyncio.ensure_future(service.run())
 
