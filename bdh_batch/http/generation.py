@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from starlette.requests import ClientDisconnect, Request
@@ -12,8 +12,9 @@ from starlette.types import Receive, Scope, Send
 
 from bdh_batch.backends.base import Generation
 from bdh_batch.errors import BDHError
+from bdh_batch.http.chunks import Chunks
 from bdh_batch.http.frames import Frames, error_frame
-from bdh_batch.messages import Delta, FinishReason
+from bdh_batch.messages import Delta, FinishReason, Usage
 
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
@@ -21,10 +22,12 @@ HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-cont
 class EventStream(Response):
     """An ASGI response that writes a generation's frames as its tokens come, all that are ready in one write."""
 
-    def __init__(self, generation: Generation, frames: Frames) -> None:
+    def __init__(self, generation: Generation, frames: Frames, chunk_tokens: int = 1) -> None:
         super().__init__()
         self._generation = generation
         self._frames = frames
+        self._together = Chunks(chunk_tokens)
+        self._completion_tokens = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with abort_when_left(self._generation, receive):
@@ -34,19 +37,28 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _chunks(self) -> AsyncIterator[bytes]:
-        prompts = self._generation.prompts
-        if opening := self._frames.opening(prompts):
+        if self._frames.continuous_usage:
+            self._frames.tell(self._usage())
+        if opening := self._frames.opening(self._generation.prompts):
             yield opening
-        completion_tokens = 0
-        async for deltas in self._generation:
-            completion_tokens += sum(len(delta.tokens) for _, delta in deltas)
-            good = [(index, delta) for index, delta in deltas if delta.error is None]
-            if body := b"".join(self._frames.delta(index, delta) for index, delta in good):
+        async for arrived in self._generation:
+            deltas = self._together.take(arrived)
+            if body := b"".join(self._frame(index, delta) for index, delta in deltas if delta.error is None):
                 yield body
             if (failed := _failure(deltas)) is not None:
                 yield error_frame(failed)
                 return
-        yield self._frames.closing(self._frames.usage(prompts, self._generation.cached_tokens, completion_tokens))
+        yield self._frames.closing(self._usage())
+
+    def _frame(self, index: int, delta: Delta) -> bytes:
+        self._completion_tokens += len(delta.tokens)
+        if self._frames.continuous_usage:
+            self._frames.tell(self._usage())
+        return self._frames.delta(index, delta)
+
+    def _usage(self) -> Usage:
+        generation = self._generation
+        return self._frames.usage(generation.prompts, generation.cached_tokens, self._completion_tokens)
 
 
 async def whole(generation: Generation, frames: Frames, request: Request) -> Response:
@@ -85,5 +97,5 @@ async def abort_when_left(generation: Generation, receive: Receive) -> AsyncIter
         generation.abort()
 
 
-def _failure(deltas: list[tuple[int, Delta]]) -> BDHError | None:
+def _failure(deltas: Sequence[tuple[int, Delta]]) -> BDHError | None:
     return next((delta.error for _, delta in deltas if delta.error is not None), None)
