@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -21,14 +22,83 @@ class FinishReason(StrEnum):
 class SamplingParams:
     """How the next token is chosen.
 
-    `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 are off. The random number for the token at a position follows
-    from `seed` (64 bits) and that position alone.
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and a `repetition_penalty` of 1 are off. The random
+    number for the token at a position follows from `seed` (64 bits) and that position alone.
     """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # tokens, each once, and what is added to their scores
+    logprobs: int | None = None  # a drawn token comes with its log-probability and this many likeliest
+
+    @property
+    def penalises(self) -> bool:
+        return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+
+@dataclass(slots=True, eq=False)
+class Adjustment:
+    """What changes one sequence's scores before its next token is drawn: bias, penalties, tokens that may not come yet.
+
+    `seen` has the tokens that came, each once, and `times` how often each did in the answer: 0 for those of the prompt
+    alone. The `banned` cannot be drawn while the answer has fewer than `early` tokens. Who plans counts; who draws only
+    reads.
+    """
+
+    sampling: SamplingParams
+    banned: Sequence[int] = ()
+    early: int = 0
+    seen: array[int] = field(default_factory=lambda: array("q"))
+    times: array[int] = field(default_factory=lambda: array("q"))
+    _length: int = 0  # of the answer
+    _places: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, sampling: SamplingParams, prompt: Sequence[int], banned: Sequence[int], early: int
+    ) -> Adjustment | None:
+        """None where nothing changes."""
+        if not (sampling.penalises or sampling.logit_bias or (banned and early)):
+            return None
+        adjustment = cls(sampling, banned, early)
+        if sampling.repetition_penalty != 1:  # the others do not look at the prompt
+            for token in sorted(set(prompt)):
+                adjustment._place(token)
+        return adjustment
+
+    @property
+    def bans(self) -> Sequence[int]:
+        return self.banned if self._length < self.early else ()
+
+    def count(self, token: int) -> None:
+        """The answer has grown by `token`."""
+        self._length += 1
+        if self.sampling.penalises:
+            self.times[self._place(token)] += 1
+
+    def _place(self, token: int) -> int:
+        place = self._places.setdefault(token, len(self.seen))
+        if place == len(self.seen):
+            self.seen.append(token)
+            self.times.append(0)
+        return place
+
+
+class TokenScore(NamedTuple):
+    """A token's log-probability, and the likeliest tokens in its place with theirs, likeliest first.
+
+    They are the log-softmax of the model's own scores, before temperature, penalties and all else.
+    """
+
+    token: int
+    logprob: float
+    top: Sequence[tuple[int, float]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +111,11 @@ class GenerationRequest:
     max_tokens_asked: bool = True  # False where it is a default, which gives way to the model's longest context
     sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop: bool = False  # whether the text shows what ended it
+    ignore_eos: bool = False  # whether the model's own end of text does not end it
+    min_tokens: int = 0  # before which nothing that stops it does
+    score_prompt: bool = False  # whether the prompt's tokens are scored, as `sampling.logprobs` says
     prompt_param: str = "prompt"  # the field of the client's request that an error about the prompt names
     n: int = 1  # answers to its prompt, of which this is one
     key: str = ""  # whose request it is: an opaque label, the same for all requests of one API key
@@ -52,13 +127,17 @@ class GenerationRequest:
 class Delta:
     """What a sequence gained: text that is safe to show, and the tokens behind it.
 
-    The last one of a sequence bears `finish_reason`; when that is ERROR, `error` is why.
+    The last one of a sequence bears `finish_reason`; when that is ERROR, `error` is why. `scores` are of tokens whose
+    text is shown by now, each with where its text begins in the answer; `logprob` is the sum of all tokens'.
     """
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: BDHError | None = None
+    scores: list[tuple[int, TokenScore]] | None = None
+    logprob: float = 0.0
+    prompt_scores: Sequence[TokenScore] | None = None  # of all its tokens but the first; they come at once
 
     def absorb(self, later: Delta) -> None:
         """Appends what `later` brings."""
@@ -66,6 +145,12 @@ class Delta:
         self.tokens += later.tokens
         self.finish_reason = later.finish_reason
         self.error = later.error
+        self.logprob += later.logprob
+        if later.scores is not None:
+            self.scores = self.scores or []
+            self.scores += later.scores
+        if later.prompt_scores is not None:
+            self.prompt_scores = later.prompt_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,12 +170,16 @@ class Segment:
 
     A segment that starts at 0 begins with an empty state. With `sampling`, the token after its last one is drawn.
     Whoever planned it may use it again for a later step; it holds still while its step is computed.
+    `targets` are to be scored: token i of them as what follows token i of `tokens`.
     """
 
     slot: int
     start: int
     tokens: Sequence[int]
     sampling: SamplingParams | None
+    adjustment: Adjustment | None = None
+    targets: Sequence[int] = ()
+    top: int = 0  # likeliest tokens that come with each target's score
 
 
 class Copy(NamedTuple):
@@ -117,6 +206,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a step drew: per segment the next token, None where none was asked for or none could be drawn."""
+    """What a step drew: per segment the next token, None where none was asked for or none could be drawn.
+
+    `scores` has those of the drawn tokens, `target_scores` those of targets, by the place of their segment.
+    """
 
     drawn: Sequence[int | None]
+    scores: Mapping[int, TokenScore] = field(default_factory=dict)
+    target_scores: Mapping[int, Sequence[TokenScore]] = field(default_factory=dict)

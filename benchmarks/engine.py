@@ -105,6 +105,8 @@ class NoText:
     """A token's text is not what is measured."""
 
     stopped = False
+    held = ""
+    unfinished = False
 
     def push(self, token: int) -> str:
         return ""

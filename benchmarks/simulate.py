@@ -60,6 +60,8 @@ class Silent:
     """No text, and no client."""
 
     stopped = False
+    held = ""
+    unfinished = False
 
     def push(self, token: int) -> str:
         return ""

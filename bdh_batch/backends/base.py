@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from bdh_batch.messages import Delta, GenerationRequest
+from bdh_batch.text.tokenizer import Tokenizer
 
 
 class Generation(Protocol):
@@ -27,6 +28,10 @@ class Generation(Protocol):
 
 
 class Backend(Protocol):
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's, for what is told of single tokens."""
+
     def generate(self, requests: Sequence[GenerationRequest]) -> Generation:
         """Starts all of `requests`, or none.
 

@@ -52,6 +52,7 @@ class LocalBackend:
         max_model_len: most tokens of a prompt and its answer together; None is no limit.
         stall_seconds: how long a step may take before the engine counts as hung.
         queue_timeout, timeout: seconds that a request may wait, and take in all; None is no limit.
+        eos: tokens with which the model ends its text.
     """
 
     def __init__(
@@ -63,9 +64,11 @@ class LocalBackend:
         stall_seconds: float,
         queue_timeout: float | None = None,
         timeout: float | None = None,
+        eos: Many[int] = (),
     ) -> None:
         self._worker = worker
         self._tokenizer = tokenizer
+        self._eos = tuple(eos)
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._stall_seconds = stall_seconds
@@ -84,6 +87,10 @@ class LocalBackend:
         self._running.add(generation)
         self._idle.clear()
         return generation
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
 
     def abandon(self, generation: LocalGeneration) -> None:
         """No one reads `generation` any more, finished or not."""
@@ -111,18 +118,40 @@ class LocalBackend:
 
     def _sequence(self, request: GenerationRequest, index: int, mailbox: Mailbox) -> Sequence:
         prompt = self._tokens(request)
+        self._check_bias(request)
         return Sequence(
             id=request.id,
             prompt=prompt,
             max_tokens=self._max_tokens(request, len(prompt)),
             sampling=request.sampling,
-            text=TextStream(self._tokenizer.decoder(), request.stop),
+            text=TextStream(self._tokenizer.decoder(), request.stop, request.include_stop, request.min_tokens),
             outbox=mailbox,
             index=index,
             n=request.n,
+            min_tokens=request.min_tokens,
+            stop_token_ids=self._stop_tokens(request),
+            show_stop_token=request.include_stop,
+            score_prompt=request.score_prompt,
             key=request.key,
             priority=request.priority,
         )
+
+    def _check_bias(self, request: GenerationRequest) -> None:
+        for token, _ in request.sampling.logit_bias:
+            self._check_token(token, f"logit_bias.{token}")
+
+    def _check_token(self, token: int, param: str) -> None:
+        if token >= self._vocab_size:
+            raise InvalidRequest(f"{param}: token ids run from 0 to {self._vocab_size - 1}.", param)
+
+    def _stop_tokens(self, request: GenerationRequest) -> frozenset[int]:
+        for place, token in enumerate(request.stop_token_ids):
+            self._check_token(token, f"stop_token_ids[{place}]")
+        stops = frozenset((*request.stop_token_ids, *(() if request.ignore_eos else self._eos)))
+        if request.min_tokens and len(stops) >= self._vocab_size:
+            text = "stop_token_ids has every token there is: with min_tokens nothing could be said."
+            raise InvalidRequest(text, "stop_token_ids")
+        return stops
 
     def _tokens(self, request: GenerationRequest) -> Many[int]:
         """The prompt as checked token ids."""
@@ -144,10 +173,13 @@ class LocalBackend:
         if self._max_model_len is None:
             return request.max_tokens
         room = self._max_model_len - prompt
-        if room < 1:
+        if room < min(1, request.max_tokens):
             text = f"{prompt} prompt tokens leave no room for an answer within this server's {self._max_model_len}."
             raise ContextLengthExceeded(text, request.prompt_param)
         if request.max_tokens_asked and request.max_tokens > room:
             text = f"{prompt} prompt tokens and {request.max_tokens} to generate exceed {self._max_model_len}."
             raise ContextLengthExceeded(text, "max_tokens")
+        if request.min_tokens > room:
+            text = f"{prompt} prompt tokens and {request.min_tokens} to generate exceed {self._max_model_len}."
+            raise ContextLengthExceeded(text, "min_tokens")
         return min(request.max_tokens, room)

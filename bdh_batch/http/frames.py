@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import orjson
 
 from bdh_batch.errors import BDHError
 from bdh_batch.http.errors import describe
+from bdh_batch.http.logprobs import columns, objects
 from bdh_batch.messages import Delta, Usage
+from bdh_batch.text.stream import decoded
+from bdh_batch.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
 
@@ -28,9 +32,13 @@ class Answer:
     created: int
     model: str
     fingerprint: str
-    n: int  # answers to each prompt
+    n: int  # answers to each prompt that are shown
+    tries: int  # answers to each prompt that are computed; the likeliest are shown
     token_ids: bool  # return_token_ids
+    logprobs: int | None  # likeliest tokens that are told with each log-probability
+    echo: bool
     include_usage: bool
+    continuous_usage: bool
 
     def envelope(self, kind: str) -> dict[str, Any]:
         return {
@@ -51,14 +59,19 @@ def usage_dict(usage: Usage) -> dict[str, Any]:
     }
 
 
+def _likelihood(end: Delta) -> float:
+    return end.logprob / max(1, len(end.tokens))
+
+
 class Frames:
     """One API's shapes. A stream is `opening`, then `delta`s, then `closing`; `whole` is all of it in one object."""
 
     kind: str
     chunk_kind: str
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, tokenizer: Tokenizer) -> None:
         self._answer = answer
+        self._tokenizer = tokenizer
         head = orjson.dumps(answer.envelope(self.chunk_kind))
         self._head = b"data: " + head[:-1] + b',"choices":[{"index":'
         self._tail = b'}],"usage":null}\n\n' if answer.include_usage else b"}]}\n\n"
@@ -70,11 +83,22 @@ class Frames:
 
     def delta(self, index: int, delta: Delta) -> bytes:
         """A frame for what sequence `index` gained; none where nothing of it can be shown yet."""
-        if not (delta.text or delta.finish_reason or self._answer.token_ids):
+        text, logprobs = self._parts(index, delta)
+        shows = text or delta.finish_reason or delta.scores or delta.prompt_scores
+        if not (shows or self._answer.token_ids):
             return b""
         reason = b'"%s"' % delta.finish_reason.encode() if delta.finish_reason else b"null"
         ids = b',"token_ids":' + orjson.dumps(delta.tokens) if self._answer.token_ids else b""
-        return self._frame(index, self._content(delta.text) + b',"logprobs":null,"finish_reason":' + reason + ids)
+        scores = b"null" if logprobs is None else orjson.dumps(logprobs)
+        return self._frame(index, self._content(text) + b',"logprobs":' + scores + b',"finish_reason":' + reason + ids)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self._answer.continuous_usage
+
+    def tell(self, usage: Usage) -> None:
+        """From here on, every chunk bears `usage`."""
+        self._tail = b'}],"usage":' + orjson.dumps(usage_dict(usage)) + b"}\n\n"
 
     def closing(self, usage: Usage) -> bytes:
         if not self._answer.include_usage:
@@ -83,30 +107,51 @@ class Frames:
 
     def usage(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], completion_tokens: int) -> Usage:
         """A prompt counts once, however many answers it has, and as cached what its first answer was spared."""
-        n = self._answer.n
-        return Usage(sum(map(len, prompts)) // n, completion_tokens, cached_tokens=sum(cached[::n]))
+        tries = self._answer.tries
+        return Usage(sum(map(len, prompts)) // tries, completion_tokens, cached_tokens=sum(cached[::tries]))
 
     def whole(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], ends: Sequence[Delta]) -> bytes:
         """The answer in one piece; `ends` holds all that each sequence gained."""
+        self._begin(prompts)
         choices = []
-        for index, (prompt, end) in enumerate(zip(prompts, ends)):
+        for index, place in enumerate(self._best(ends)):
+            end = ends[place]
+            text, logprobs = self._parts(place, end)
             choice = {
                 "index": index,
-                **self._whole_content(end.text),
-                "logprobs": None,
+                **self._whole_content(text),
+                "logprobs": logprobs,
                 "finish_reason": end.finish_reason,
             }
             if self._answer.token_ids:
-                choice |= {"prompt_token_ids": list(prompt), "token_ids": end.tokens}
+                choice |= {"prompt_token_ids": list(prompts[place]), "token_ids": end.tokens}
             choices.append(choice)
         usage = usage_dict(self.usage(prompts, cached, sum(len(end.tokens) for end in ends)))
         return orjson.dumps(self._answer.envelope(self.kind) | {"choices": choices, "usage": usage})
+
+    def _best(self, ends: Sequence[Delta]) -> list[int]:
+        """The places of the answers that are shown: those of the highest log-probability per token, if not all."""
+        n, tries = self._answer.n, self._answer.tries
+        if n == tries:
+            return list(range(len(ends)))
+        return [
+            place
+            for first in range(0, len(ends), tries)
+            for place in sorted(range(first, first + tries), key=lambda place: -_likelihood(ends[place]))[:n]
+        ]
 
     def _frame(self, index: int, content: bytes) -> bytes:
         return b"%b%d,%b%b" % (self._head, index, content, self._tail)
 
     def _prompt_ids(self, prompt: Sequence[int]) -> bytes:
         return b',"prompt_token_ids":' + orjson.dumps(list(prompt)) if self._answer.token_ids else b""
+
+    def _begin(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Is told the prompts before anything that was gained."""
+
+    def _parts(self, index: int, delta: Delta) -> tuple[str, dict[str, Any] | None]:
+        """The text and the log-probabilities that are shown for `delta`."""
+        raise NotImplementedError
 
     def _content(self, text: str) -> bytes:
         raise NotImplementedError
@@ -118,7 +163,34 @@ class Frames:
 class CompletionFrames(Frames):
     kind = chunk_kind = "text_completion"
 
+    def __init__(self, answer: Answer, tokenizer: Tokenizer) -> None:
+        super().__init__(answer, tokenizer)
+        self._unsaid: dict[int, Sequence[int]] = {}  # prompts that are still to be echoed
+        self._bases: dict[int, int] = {}  # where answers begin in their texts
+
+    def _begin(self, prompts: Sequence[Sequence[int]]) -> None:
+        if self._answer.echo:
+            self._unsaid = dict(enumerate(prompts))
+
+    def _parts(self, index: int, delta: Delta) -> tuple[str, dict[str, Any] | None]:
+        if (prompt := self._unsaid.pop(index, None)) is not None:
+            return self._echo(index, prompt, delta)
+        if self._answer.logprobs is None or delta.scores is None:
+            return delta.text, None
+        return delta.text, columns(self._tokenizer, (), delta.scores, self._bases.get(index, 0))
+
+    def _echo(self, index: int, prompt: Sequence[int], delta: Delta) -> tuple[str, dict[str, Any] | None]:
+        """As `_parts`, with the prompt before it."""
+        text, begins = decoded(prompt, self._tokenizer.decoder())
+        self._bases[index] = base = len(text)
+        if self._answer.logprobs is None:
+            return text + delta.text, None
+        of_prompt = zip(begins[1:], delta.prompt_scores or (), strict=True)
+        of_answer = ((base + begin, score) for begin, score in delta.scores or ())
+        return text + delta.text, columns(self._tokenizer, prompt[:1], chain(of_prompt, of_answer))
+
     def opening(self, prompts: Sequence[Sequence[int]]) -> bytes:
+        self._begin(prompts)
         if not self._answer.token_ids:
             return b""
         empty = self._content("") + b',"logprobs":null,"finish_reason":null,"token_ids":[]'
@@ -133,6 +205,11 @@ class CompletionFrames(Frames):
 
 class ChatFrames(Frames):
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+
+    def _parts(self, index: int, delta: Delta) -> tuple[str, dict[str, Any] | None]:
+        if self._answer.logprobs is None or delta.scores is None:
+            return delta.text, None
+        return delta.text, objects(self._tokenizer, delta.scores)
 
     def opening(self, prompts: Sequence[Sequence[int]]) -> bytes:
         role = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'

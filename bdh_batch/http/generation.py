@@ -12,10 +12,9 @@ from starlette.types import Receive, Scope, Send
 
 from bdh_batch.backends.base import Generation
 from bdh_batch.errors import BDHError
+from bdh_batch.http.chunks import Chunks, Deltas
 from bdh_batch.http.frames import Frames, error_frame
-from bdh_batch.messages import Delta, FinishReason
-
-Deltas = list[tuple[int, Delta]]
+from bdh_batch.messages import Delta, FinishReason, Usage
 
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
@@ -26,10 +25,12 @@ class EventStream(Response):
     It starts with the first token: what ends before that has the status of its error.
     """
 
-    def __init__(self, generation: Generation, frames: Frames) -> None:
+    def __init__(self, generation: Generation, frames: Frames, chunk_tokens: int = 1) -> None:
         super().__init__()
         self._generation = generation
         self._frames = frames
+        self._together = Chunks(chunk_tokens)
+        self._completion_tokens = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with abort_when_left(self._generation, receive):
@@ -43,19 +44,28 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _chunks(self, first: Deltas, arriving: AsyncIterator[Deltas]) -> AsyncIterator[bytes]:
-        prompts = self._generation.prompts
-        opening = self._frames.opening(prompts)
-        completion_tokens = 0
-        async for deltas in _joined(first, arriving):
-            completion_tokens += sum(len(delta.tokens) for _, delta in deltas)
-            good = [(index, delta) for index, delta in deltas if delta.error is None]
-            if body := opening + b"".join(self._frames.delta(index, delta) for index, delta in good):
+        if self._frames.continuous_usage:
+            self._frames.tell(self._usage())
+        opening = self._frames.opening(self._generation.prompts)
+        async for arrived in _joined(first, arriving):
+            deltas = self._together.take(arrived)
+            if body := opening + b"".join(self._frame(index, delta) for index, delta in deltas if delta.error is None):
                 yield body
                 opening = b""
             if (failed := _failure(deltas)) is not None:
                 yield error_frame(failed)
                 return
-        yield self._frames.closing(self._frames.usage(prompts, self._generation.cached_tokens, completion_tokens))
+        yield self._frames.closing(self._usage())
+
+    def _frame(self, index: int, delta: Delta) -> bytes:
+        self._completion_tokens += len(delta.tokens)
+        if self._frames.continuous_usage:
+            self._frames.tell(self._usage())
+        return self._frames.delta(index, delta)
+
+    def _usage(self) -> Usage:
+        generation = self._generation
+        return self._frames.usage(generation.prompts, generation.cached_tokens, self._completion_tokens)
 
 
 async def whole(generation: Generation, frames: Frames, request: Request) -> Response:

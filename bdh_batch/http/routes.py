@@ -49,7 +49,7 @@ class Routes:
         model.check_name(body.model)
         answer = _answer(f"cmpl-{request.state.id}", body, model)
         requests = body.requests(request.state.id, model.defaults)
-        return await _respond(request, model, requests, CompletionFrames(answer), bool(body.stream))
+        return await _respond(request, model, requests, CompletionFrames(answer, model.backend.tokenizer), body)
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse(await request.body(), ChatBody, self._api.unknown_fields)
@@ -57,7 +57,7 @@ class Routes:
         model.check_name(body.model)
         answer = _answer(f"chatcmpl-{request.state.id}", body, model)
         requests = body.requests(request.state.id, model.defaults, model.template)
-        return await _respond(request, model, requests, ChatFrames(answer), bool(body.stream))
+        return await _respond(request, model, requests, ChatFrames(answer, model.backend.tokenizer), body)
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._gate.model.card()]})
@@ -95,8 +95,12 @@ def _answer(id: str, body: GenerationBody, model: ServedModel) -> Answer:
         model=body.model or model.name,
         fingerprint=model.fingerprint,
         n=body.n or 1,
+        tries=body.tries,
         token_ids=bool(body.return_token_ids),
-        include_usage=body.include_usage,
+        logprobs=body.top,
+        echo=body.echoes,
+        include_usage=bool(body.options.include_usage),
+        continuous_usage=bool(body.options.continuous_usage_stats),
     )
 
 
@@ -116,10 +120,10 @@ def _timeout(request: Request) -> float | None:
 
 
 async def _respond(
-    request: Request, model: ServedModel, requests: list[GenerationRequest], frames: Frames, stream: bool
+    request: Request, model: ServedModel, requests: list[GenerationRequest], frames: Frames, body: GenerationBody
 ) -> Response:
     key, timeout = getattr(request.state, "key", ""), _timeout(request)
     generation = model.backend.generate([replace(each, key=key, timeout=timeout) for each in requests])
-    if stream:
-        return EventStream(generation, frames)
+    if body.stream:
+        return EventStream(generation, frames, body.options.chunk_tokens or 1)
     return await whole(generation, frames, request)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import orjson
@@ -23,24 +23,23 @@ Neutral = Mapping[str, tuple[Any, ...]]
 
 # Known to the API, not built yet: the values besides null that ask for nothing.
 GENERATION: Neutral = {
-    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "min_tokens"), (0,)),
-    **dict.fromkeys(("logprobs", "echo", "ignore_eos", "include_stop_str_in_output"), (False,)),
-    **dict.fromkeys(("stop_token_ids", "tools", "functions"), ([],)),
-    **dict.fromkeys(("logit_bias", "structured_outputs"), ({},)),
+    **dict.fromkeys(("tools", "functions"), ([],)),
+    "structured_outputs": ({},),
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
     **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
-    "best_of": (1,),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
-    "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "suffix": ("",),
-    "top_logprobs": (0,),
 }
+COMPLETION: Neutral = {**GENERATION, "top_logprobs": (0,)}
+CHAT: Neutral = {**GENERATION, "best_of": (1,), "echo": (False,)}
 MESSAGE: Neutral = {"refusal": (), "audio": (), "function_call": (), "tool_calls": ([],), "annotations": ([],)}
-STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
+STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
 MAX_STOP = 16
+MAX_LOGPROBS = 20
+MAX_CHUNK = 1024
 MAX_PRIORITY = 1000
 
 
@@ -97,12 +96,21 @@ def _text(value: object) -> object:
     return "".join(texts)
 
 
+def _biases(values: dict[str, float]) -> dict[str, float]:
+    for token in values:
+        if not (token.isascii() and token.isdecimal() and token == str(int(token[:20]))):
+            raise PydanticCustomError("token", "Keys should be token ids", {"field": token})
+    return values
+
+
 def _seed_bits(value: int) -> int:
     return value & 0xFFFFFFFFFFFFFFFF
 
 
 Prompts = Annotated[list[Any], BeforeValidator(_prompts)]
 Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP), BeforeValidator(_stops)]
+Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_biases)]
+TokenIds = list[Annotated[int, Field(ge=0)]]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1), AfterValidator(_seed_bits)]
 
 
@@ -133,6 +141,8 @@ class StreamOptions(Wire):
     unsupported = STREAM_OPTIONS
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    chunk_tokens: int | None = Field(None, ge=1, le=MAX_CHUNK)
 
 
 class GenerationBody(Wire):
@@ -145,10 +155,19 @@ class GenerationBody(Wire):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
+    logit_bias: Bias | None = None
     seed: Seed | None = None
     n: int | None = Field(None, ge=1)
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     stop: Stops | None = None
+    stop_token_ids: TokenIds | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
@@ -158,53 +177,113 @@ class GenerationBody(Wire):
     store: bool | None = None
 
     @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
+    def options(self) -> StreamOptions:
+        return self.stream_options or StreamOptions()
+
+    @property
+    def tries(self) -> int:
+        """Answers to each prompt that are computed."""
+        return self.n or 1
+
+    @property
+    def top(self) -> int | None:
+        """Likeliest tokens that are told with each log-probability; None where none of it is."""
+        raise NotImplementedError
+
+    @property
+    def echoes(self) -> bool:
+        return False
 
     def _requests(
         self,
         request_id: str,
         prompts: Sequence[str | Sequence[int]],
         param: str,
-        max_tokens: int | None,
+        asked: int | None,
         defaults: Defaults,
     ) -> list[GenerationRequest]:
-        """n answers to each prompt, a prompt's side by side."""
-        n = self.n or 1
-        if n > defaults.max_n:
-            raise InvalidRequest(f"n is limited to {defaults.max_n} here.", "n")
-        if len(prompts) > defaults.max_prompts:
-            raise InvalidRequest(f"A request may have {defaults.max_prompts} prompts here.", param)
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("stream_options goes with stream.", "stream_options")
-        seed = secrets.randbits(64) if self.seed is None else self.seed
+        """So many answers to each prompt as are tried, a prompt's side by side."""
+        max_tokens = defaults.max_tokens if asked is None else asked
+        self._check(len(prompts), param, max_tokens, defaults)
+        sampling = self._sampling(defaults)
         return [
             GenerationRequest(
                 id=request_id,
                 prompt=prompt,
                 prompt_param=param,
-                max_tokens=max_tokens or defaults.max_tokens,
-                max_tokens_asked=max_tokens is not None,
-                sampling=SamplingParams(
-                    temperature=defaults.temperature if self.temperature is None else self.temperature,
-                    top_p=self.top_p or defaults.top_p,
-                    top_k=max(0, defaults.top_k if self.top_k is None else self.top_k),
-                    # Answers to one prompt must differ, and the first be that of n = 1.
-                    seed=seed + answer & 0xFFFFFFFFFFFFFFFF,
-                ),
+                max_tokens=max_tokens,
+                max_tokens_asked=asked is not None,
+                # Answers to one prompt must differ, and the first be that of n = 1.
+                sampling=replace(sampling, seed=sampling.seed + answer & 0xFFFFFFFFFFFFFFFF),
                 stop=tuple(self.stop or ()),
-                n=n,
+                stop_token_ids=tuple(self.stop_token_ids or ()),
+                include_stop=bool(self.include_stop_str_in_output),
+                ignore_eos=bool(self.ignore_eos),
+                min_tokens=self.min_tokens or 0,
+                score_prompt=self.echoes and self.top is not None,
+                n=self.tries,
                 priority=self.priority or 0,
             )
             for prompt in prompts
-            for answer in range(n)
+            for answer in range(self.tries)
         ]
+
+    def _check(self, prompts: int, param: str, max_tokens: int, defaults: Defaults) -> None:
+        for name, answers in (("n", self.n or 1), ("best_of", self.tries)):
+            if answers > defaults.max_n:
+                raise InvalidRequest(f"{name} is limited to {defaults.max_n} here.", name)
+        if prompts > defaults.max_prompts:
+            raise InvalidRequest(f"A request may have {defaults.max_prompts} prompts here.", param)
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options goes with stream.", "stream_options")
+        if self.min_tokens is not None and self.min_tokens > max_tokens:
+            raise InvalidRequest(f"min_tokens is more than the {max_tokens} of max_tokens.", "min_tokens")
+
+    def _sampling(self, defaults: Defaults) -> SamplingParams:
+        ranked = self.tries > (self.n or 1)
+        return SamplingParams(
+            temperature=defaults.temperature if self.temperature is None else self.temperature,
+            top_p=self.top_p or defaults.top_p,
+            top_k=max(0, defaults.top_k if self.top_k is None else self.top_k),
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+            logprobs=0 if ranked and self.top is None else self.top,
+            seed=secrets.randbits(64) if self.seed is None else self.seed,
+        )
 
 
 class CompletionBody(GenerationBody):
+    unsupported = COMPLETION
+
     prompt: Prompts
+    max_tokens: int | None = Field(None, ge=0)
+    best_of: int | None = Field(None, ge=1)
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def tries(self) -> int:
+        return self.best_of or self.n or 1
+
+    @property
+    def top(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
 
     def requests(self, request_id: str, defaults: Defaults) -> list[GenerationRequest]:
+        n = self.n or 1
+        if self.tries < n:
+            raise InvalidRequest(f"best_of should be at least n, which is {n}.", "best_of")
+        if self.tries > n and self.stream:
+            raise InvalidRequest("best_of does not go with stream: the best are known at the end.", "best_of")
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("max_tokens should be at least 1; 0 goes with echo.", "max_tokens")
         return self._requests(request_id, self.prompt, "prompt", self.max_tokens, defaults)
 
 
@@ -218,10 +297,20 @@ class Message(Wire):
 
 
 class ChatBody(GenerationBody):
+    unsupported = CHAT
+
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def top(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
 
     def requests(self, request_id: str, defaults: Defaults, template: ChatTemplate) -> list[GenerationRequest]:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs goes with logprobs: true.", "top_logprobs")
         prompt = template.render([message.model_dump(exclude_none=True) for message in self.messages])
         max_tokens = self.max_completion_tokens or self.max_tokens
         return self._requests(request_id, [prompt], "messages", max_tokens, defaults)

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from bdh_batch.errors import OutOfMemory
 from bdh_batch.kernels.base import Kernels, RaggedBatch
-from bdh_batch.messages import Outcome, Plan, SamplingParams, Segment
+from bdh_batch.messages import Outcome, Plan, SamplingParams, Segment, TokenScore
+from bdh_batch.model.adjusting import Wishes, adjust
 from bdh_batch.model.sampling import sample
+from bdh_batch.model.scoring import ROWS, score
 from bdh_batch.model.state import StatePool
 
 log = logging.getLogger(__name__)
@@ -49,18 +51,48 @@ class Runner:
         if not plan.segments:
             return Outcome([])
         hidden = self.forward(plan.segments)
-        ends = list(accumulate(len(segment.tokens) for segment in plan.segments))
-        rows, params, positions = [], [], []
-        for segment, end in zip(plan.segments, ends):
+        target_scores = self._score_targets(plan.segments, hidden)
+        drawn, scores = self._draw(plan.segments, hidden)
+        return Outcome(drawn, scores, target_scores)
+
+    def _draw(self, segments: Sequence[Segment], hidden: Tensor) -> tuple[list[int | None], dict[int, TokenScore]]:
+        """What follows each segment that asks for it, and its score where that is asked for."""
+        ends = accumulate(len(segment.tokens) for segment in segments)
+        places: list[int] = []
+        rows: list[int] = []
+        params, positions, wishes = [], [], []
+        for place, (segment, end) in enumerate(zip(segments, ends)):
             if segment.sampling is not None:
+                if segment.adjustment is not None:
+                    wishes.append((len(rows), segment.adjustment))
+                places.append(place)
                 rows.append(end - 1)
                 params.append(segment.sampling)
                 positions.append(segment.start + len(segment.tokens))
+        drawn: list[int | None] = [None] * len(segments)
         if not rows:
-            return Outcome([None] * len(ends))
-        last = hidden[torch.tensor(rows, device=self._device)]
-        drawn = iter(draw(self._kernels.logits(last), params, positions))
-        return Outcome([None if segment.sampling is None else next(drawn) for segment in plan.segments])
+            return drawn, {}
+        logits = self._kernels.logits(hidden[torch.tensor(rows, device=self._device)])
+        tokens, scores = choose(logits, params, positions, wishes)
+        for place, token in zip(places, tokens):
+            drawn[place] = token
+        return drawn, {places[row]: each for row, each in scores.items()}
+
+    def _score_targets(self, segments: Sequence[Segment], hidden: Tensor) -> dict[int, list[TokenScore]]:
+        """The scores of each segment's targets."""
+        begins = accumulate((len(segment.tokens) for segment in segments), initial=0)
+        wanted = [
+            (place, row, target, segment.top)
+            for place, (segment, begin) in enumerate(zip(segments, begins))
+            for row, target in enumerate(segment.targets, begin)
+        ]
+        found: dict[int, list[TokenScore]] = {}
+        for at in range(0, len(wanted), ROWS):
+            places, rows, targets, tops = zip(*wanted[at : at + ROWS])
+            logits = self._kernels.logits(hidden[torch.tensor(rows, device=self._device)])
+            for place, each in zip(places, score(logits, targets, tops)):
+                found.setdefault(place, []).append(each)
+        return found
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
@@ -88,6 +120,22 @@ class Runner:
         greedy = SamplingParams(temperature=0.0)
         for start, length in ((0, chunk), (chunk, 1)):
             self.run(Plan([Segment(slot=0, start=start, tokens=[0] * length, sampling=greedy)]))
+
+
+def choose(
+    logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int], wishes: Wishes
+) -> tuple[list[int | None], dict[int, TokenScore]]:
+    """A token for each row of `logits` [rows, V], which it changes, and scores by row where they are asked for."""
+    scored = [row for row, each in enumerate(params) if each.logprobs is not None]
+    raw = logits[torch.tensor(scored, device=logits.device)] if scored else None
+    if wishes:
+        adjust(logits, wishes)
+    tokens = draw(logits, params, positions)
+    if raw is None:
+        return tokens, {}
+    # Of a row that could not be drawn nobody will see the score.
+    scores = score(raw, [tokens[row] or 0 for row in scored], [params[row].logprobs or 0 for row in scored])
+    return tokens, dict(zip(scored, scores))
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int | None]:

@@ -37,6 +37,10 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[
     device = logits.device
     temperatures = torch.tensor([[max(p.temperature, COLDEST)] for p in params], device=device)
     logits = (logits - logits.amax(dim=-1, keepdim=True)) / temperatures  # the likeliest stays at 0, however cold
+    bounded = [row for row, p in enumerate(params) if p.min_p > 0]
+    if bounded:
+        rows = torch.tensor(bounded, device=device)
+        logits[rows] = _keep_near(logits[rows], [params[row].min_p for row in bounded])
     filtered = [row for row, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
     if filtered:
         rows = torch.tensor(filtered, device=device)
@@ -46,6 +50,12 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[
     # Rounding must not reach past the last token that has any probability: scale by the sum, stay below it.
     target = (uniform * cumulative[:, -1:]).clamp(max=cumulative[:, -1:] * (1 - 1e-12))
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1)
+
+
+def _keep_near(logits: Tensor, min_p: Sequence[float]) -> Tensor:
+    """Sets tokens less than `min_p` times as likely as the likeliest, whose score is 0, to −∞."""
+    least = torch.tensor(min_p, device=logits.device)[:, None].log()
+    return logits.masked_fill(logits < least, -torch.inf)
 
 
 def _keep_likely(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -224,10 +224,13 @@ class Scheduler:
         """Takes in what a step drew; those that ended are out of their slots."""
         updates: list[Update] = []
         ended: list[Sequence] = []
-        for sequence, segment, token in zip(step.sequences, step.plan.segments, outcome.drawn, strict=True):
+        shares = zip(step.sequences, step.plan.segments, outcome.drawn, strict=True)
+        for place, (sequence, segment, token) in enumerate(shares):
             sequence.computed += len(segment.tokens)
+            if segment.targets:
+                sequence.take_prompt_scores(outcome.target_scores[place])
             if segment.sampling is not None:
-                updates.append((sequence, sequence.accept(token, now)))
+                updates.append((sequence, sequence.accept(token, now, outcome.scores.get(place))))
                 sequence.account.used += sequence.account.per_generated
                 if sequence.finish_reason is not None:
                     ended.append(sequence)

@@ -6,10 +6,12 @@ import logging
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from enum import Enum
+from math import isfinite
 from typing import Protocol
 
 from bdh_batch.errors import BDHError, GenerationFailed, NotFinite
-from bdh_batch.messages import Delta, FinishReason, SamplingParams, Segment
+from bdh_batch.messages import Adjustment, Delta, FinishReason, SamplingParams, Segment, TokenScore
+from bdh_batch.scheduler.alignment import Alignment
 from bdh_batch.scheduler.fair_queue import Account, Line
 from bdh_batch.scheduler.prefix_cache import Entry
 
@@ -20,6 +22,10 @@ class TextSink(Protocol):
     """Turns a sequence's tokens into text, and says when a stop string has ended it."""
 
     stopped: bool
+    held: str  # text that is known but not certain
+
+    @property
+    def unfinished(self) -> bool: ...
 
     def push(self, token: int) -> str: ...
 
@@ -57,6 +63,10 @@ class Sequence:
     index: int = 0
     arrived: float = 0.0
     n: int = 1  # answers to its prompt, of which this is one
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    show_stop_token: bool = False
+    score_prompt: bool = False
 
     key: str = ""
     priority: int = 0
@@ -81,7 +91,15 @@ class Sequence:
     first_token: float | None = None
     last_token: float | None = None
     gap: float = 0.0  # before the last token, since the one before it or since arrival
+    _prompt_scores: list[TokenScore] = field(default_factory=list)  # of its tokens but the first, as they come
+    _adjustment: Adjustment | None = field(init=False)
+    _alignment: Alignment | None = field(init=False)
     _turn: Segment | None = None  # a decode step's, used again and again
+
+    def __post_init__(self) -> None:
+        banned = sorted(self.stop_token_ids)
+        self._adjustment = Adjustment.of(self.sampling, self.prompt, banned, self.min_tokens)
+        self._alignment = None if self.sampling.logprobs is None else Alignment()
 
     @property
     def line(self) -> Line:
@@ -99,7 +117,7 @@ class Sequence:
         token = self.generated[-1] if self.generated else self.prompt[-1]
         turn = self._turn
         if turn is None:
-            self._turn = turn = Segment(self.slot, self.computed, [token], self.sampling)
+            self._turn = turn = Segment(self.slot, self.computed, [token], self.sampling, self._adjustment)
             return turn
         turn.slot, turn.start, turn.tokens = self.slot, self.computed, [token]
         return turn
@@ -108,8 +126,28 @@ class Sequence:
         """The next `tokens` of the pending ones as a share of a step; all of them lead to a new token."""
         assert self.slot is not None
         end = self.computed + tokens
-        sampling = self.sampling if tokens == self.pending else None
-        return Segment(slot=self.slot, start=self.computed, tokens=self.known(self.computed, end), sampling=sampling)
+        return Segment(
+            slot=self.slot,
+            start=self.computed,
+            tokens=self.known(self.computed, end),
+            sampling=self.sampling if tokens == self.pending else None,
+            adjustment=self._adjustment,
+            targets=self._targets(end),
+            top=self.sampling.logprobs or 0,
+        )
+
+    def _targets(self, end: int) -> Tokens[int]:
+        """The tokens of the prompt that tokens up to `end` lead to, where they are to be scored."""
+        if not self.score_prompt or self._prompt_is_scored:
+            return ()
+        return self.prompt[self.computed + 1 : end + 1]
+
+    @property
+    def _prompt_is_scored(self) -> bool:
+        return len(self._prompt_scores) == len(self.prompt) - 1
+
+    def take_prompt_scores(self, scores: Tokens[TokenScore]) -> None:
+        self._prompt_scores += scores
 
     def known(self, start: int, end: int) -> Tokens[int]:
         """Its tokens from `start` to `end`, of the prompt and of the answer."""
@@ -121,26 +159,58 @@ class Sequence:
     def restart(self) -> None:
         """Its state is lost: all that is known is computed again, and leads to the same token."""
         self.computed, self.cuts = 0, []
+        if not self._prompt_is_scored:
+            self._prompt_scores.clear()
 
-    def accept(self, token: int | None, now: float) -> Delta:
-        """Takes the token that a step drew; None says that its logits were not finite."""
-        if token is None:
+    def accept(self, token: int | None, now: float, score: TokenScore | None = None) -> Delta:
+        """Takes the token that a step drew, and its score; None says that its logits were not finite."""
+        first = not self.generated
+        if token is None or (first and not all(isfinite(each.logprob) for each in self._prompt_scores)):
             return self.fail(NotFinite())
+        delta = self._grow(token, now, score) if self.max_tokens else self._end_unsaid()
+        if first and self.score_prompt:
+            delta.prompt_scores = self._prompt_scores
+        return delta
+
+    def _end_unsaid(self) -> Delta:
+        """Only the prompt was of interest: what was drawn after it is not told."""
+        self.finish_reason = FinishReason.LENGTH
+        return Delta(finish_reason=FinishReason.LENGTH)
+
+    def _grow(self, token: int, now: float, score: TokenScore | None) -> Delta:
         self.generated.append(token)
+        if self._adjustment is not None:
+            self._adjustment.count(token)
         self.gap = now - (self.arrived if self.last_token is None else self.last_token)
         self.first_token = now if self.first_token is None else self.first_token
         self.last_token = now
         try:
-            text = self.text.push(token)
-            if len(self.generated) >= self.max_tokens:
-                self.finish_reason = FinishReason.LENGTH
-                text += self.text.flush()
-            if self.text.stopped:
-                self.finish_reason = FinishReason.STOP
+            text = self._say(token)
         except Exception:  # one request's text must not end the worker, and with it all others
             log.exception("decoding failed in request %s", self.id)
             return self.fail(GenerationFailed("The answer could not be turned into text."))
-        return Delta(text, [token], self.finish_reason)
+        delta = Delta(text, [token], self.finish_reason)
+        if score is not None and self._alignment is not None:
+            delta.logprob = score.logprob
+            delta.scores = self._shown(score, text, self._alignment)
+        return delta
+
+    def _shown(self, score: TokenScore, text: str, alignment: Alignment) -> list[tuple[int, TokenScore]]:
+        if self.finish_reason is None:
+            return alignment.push(score, text, self.text.held, self.text.unfinished)
+        hidden = score.token in self.stop_token_ids and not self.show_stop_token
+        return alignment.end(score, text, cut=self.text.stopped, hidden=hidden)
+
+    def _say(self, token: int) -> str:
+        """The text that `token` makes certain; says in `finish_reason` whether it is the last."""
+        at_stop = token in self.stop_token_ids
+        text = "" if at_stop and not self.show_stop_token else self.text.push(token)
+        if at_stop or len(self.generated) >= self.max_tokens:
+            self.finish_reason = FinishReason.STOP if at_stop else FinishReason.LENGTH
+            text += self.text.flush()
+        if self.text.stopped:
+            self.finish_reason = FinishReason.STOP
+        return text
 
     def fail(self, error: BDHError) -> Delta:
         self.finish_reason, self.error = FinishReason.ERROR, error

@@ -52,8 +52,8 @@ class Sharing:
         return (follower for line in self._followers.values() for _, follower in line)
 
     def beginning_of(self, sequence: Sequence) -> Entry | None:
-        """The state that `sequence` can begin with; its last token has to be computed."""
-        if len(sequence.prompt) <= self._least:
+        """The state that `sequence` can begin with; its last token has to be computed, or all that are scored."""
+        if len(sequence.prompt) <= self._least or sequence.score_prompt:
             return None
         return self.cache.find(self._namespace(sequence), self._packed(sequence), len(sequence.prompt) - 1)
 
@@ -77,7 +77,7 @@ class Sharing:
 
     def follow(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
         """Whether one that runs is about to compute a longer beginning of `sequence` than is kept; it then waits."""
-        if len(sequence.prompt) <= self._least:
+        if len(sequence.prompt) <= self._least or sequence.score_prompt:
             return False
         leader, shared = self._leader_of(sequence, running)
         if leader is None:

@@ -11,10 +11,15 @@ from typing import Protocol
 from bdh_batch.errors import CheckpointError, InvalidRequest
 
 BYTES = 256
+NO_BYTE = b"\xff"  # tokens of a vocabulary padded past 256: no text led to them, and they decode as invalid bytes do
 
 
 class Decoder(Protocol):
     """One sequence's tokens to text."""
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether the last character still lacks some of its bytes."""
 
     def push(self, token: int) -> str:
         """The characters that `token` completes."""
@@ -28,6 +33,9 @@ class Tokenizer(Protocol):
 
     def decoder(self) -> Decoder: ...
 
+    def token_bytes(self, token: int) -> bytes | None:
+        """What `token` stands for; None where that is not known."""
+
 
 class ByteTokenizer:
     """A token is a byte of UTF-8."""
@@ -38,14 +46,20 @@ class ByteTokenizer:
     def decoder(self) -> Decoder:
         return ByteDecoder()
 
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < BYTES else NO_BYTE
+
 
 class ByteDecoder:
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, token: int) -> str:
-        # A vocabulary padded past 256 has tokens that no text led to: they decode as any other invalid byte does.
-        return self._utf8.decode(bytes([token]) if token < BYTES else b"\xff")
+        return self._utf8.decode(bytes([token]) if token < BYTES else NO_BYTE)
+
+    @property
+    def unfinished(self) -> bool:
+        return bool(self._utf8.getstate()[0])
 
     def flush(self) -> str:
         return self._utf8.decode(b"", final=True)
@@ -60,8 +74,13 @@ class TokenIdsOnly:
     def decoder(self) -> Decoder:
         return NoText()
 
+    def token_bytes(self, token: int) -> None:
+        return None
+
 
 class NoText:
+    unfinished = False
+
     def push(self, token: int) -> str:
         return ""
 

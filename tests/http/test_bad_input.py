@@ -102,6 +102,19 @@ class TestTypes:
             *each("temperature", "temperature", ("1", True, [], {})),
             *each("top_p", "top_p", ("0.5", True, [0.5])),
             *each("top_k", "top_k", ("5", 1.5, True, [])),
+            *each("min_p", "min_p", ("0.5", True, [])),
+            *each("presence_penalty", "presence_penalty", ("1", True, [])),
+            *each("frequency_penalty", "frequency_penalty", ("1", True, [])),
+            *each("repetition_penalty", "repetition_penalty", ("1", True, [])),
+            *each("logit_bias", "logit_bias", ([], "a", 5, True)),
+            *(("logit_bias", {key: 1}, f"logit_bias.{key}") for key in ("a", "-1", "1.0", "05", "", "²", "9" * 30)),
+            *each("logit_bias", "logit_bias.5", ({"5": None}, {"5": "1"}, {"5": True}, {"5": []})),
+            *each("stop_token_ids", "stop_token_ids", (5, "5", {}, True)),
+            *(("stop_token_ids", [1, value], "stop_token_ids[1]") for value in ("5", 1.5, True, None, -1, 256)),
+            *each("min_tokens", "min_tokens", ("1", 1.5, True)),
+            *each("ignore_eos", "ignore_eos", (1, "true")),
+            *each("include_stop_str_in_output", "include_stop_str_in_output", (1, "true")),
+            *each("top_logprobs", "top_logprobs", ("1", 1.5, True)),
             *each("seed", "seed", ("5", 1.5, True, [])),
             *each("n", "n", ("1", 1.5, True, [])),
             *each("stop", "stop", (5, True, {})),
@@ -184,6 +197,11 @@ class TestRanges:
             *(("n", value) for value in (0, -1, 17, 2**63)),
             *(("seed", value) for value in (-(2**63) - 1, 2**64, 10**30)),
             ("stop", [chr(97 + i) for i in range(17)]),
+            *(("min_p", value) for value in (-0.1, 1.01)),
+            *((f"{kind}_penalty", value) for kind in ("presence", "frequency") for value in (-2.01, 2.01)),
+            *(("repetition_penalty", value) for value in (0, -1)),
+            *(("min_tokens", value) for value in (-1, 2)),
+            *(("top_logprobs", value) for value in (-1, 1, 21)),
         ],
     )
     def test_end_where_the_api_says(self, tiny: Server, path: str, field: str, value: object) -> None:
@@ -202,10 +220,50 @@ class TestRanges:
             *(("seed", value) for value in (-(2**63), -1, 0, 2**63, 2**64 - 1)),
             ("stop", [chr(97 + i) for i in range(16)]),
             ("stop", []),
+            *(("min_p", value) for value in (0, 0.0, 1, 5e-324)),
+            *((f"{kind}_penalty", value) for kind in ("presence", "frequency") for value in (-2, 0, 2.0)),
+            *(("repetition_penalty", value) for value in (5e-324, 1, 1.7e308)),
+            *(("logit_bias", value) for value in ({}, {"0": -100, "255": 100, "7": 0}, {"7": -100.0})),
+            *(("stop_token_ids", value) for value in ([], [0, 255, 255], list(range(256)))),
+            *(("min_tokens", value) for value in (0, 1)),
+            *((name, value) for name in ("ignore_eos", "include_stop_str_in_output") for value in (True, False)),
         ],
     )
     def test_hold_their_ends(self, tiny: Server, path: str, field: str, value: object) -> None:
         assert tiny.http.post(path, json=BODIES[path] | {field: value}).status_code == 200
+
+    @PATHS
+    def test_of_tokens_end_with_the_vocabulary(self, tiny: Server, path: str) -> None:
+        for token in ("256", str(2**63), str(10**18)):
+            assert tiny.refusal(BODIES[path] | {"logit_bias": {token: 0}}, path)["param"] == f"logit_bias.{token}"
+        every = {"stop_token_ids": list(range(256)), "min_tokens": 1}
+        assert tiny.refusal(BODIES[path] | every, path)["param"] == "stop_token_ids"
+
+    @pytest.mark.parametrize(
+        ("fields", "param"),
+        [
+            *(({"logprobs": value}, "logprobs") for value in (-1, 21, True, "5", 1.0)),
+            ({"max_tokens": 0}, "max_tokens"),
+            ({"max_tokens": 0, "echo": False}, "max_tokens"),
+            ({"max_tokens": 0, "echo": True, "min_tokens": 1}, "min_tokens"),
+            ({"echo": 1}, "echo"),
+            ({"best_of": 17}, "best_of"),
+            ({"best_of": 0}, "best_of"),
+            ({"best_of": 1, "n": 2}, "best_of"),
+            ({"best_of": 2, "stream": True}, "best_of"),
+        ],
+        ids=str,
+    )
+    def test_of_completions_own(self, tiny: Server, fields: dict[str, Any], param: str) -> None:
+        error = tiny.refusal(BODIES[COMPLETIONS] | fields)
+        assert error["param"] == param
+        assert param in error["message"]
+
+    @PATHS
+    @pytest.mark.parametrize("value", [0, 1025, "5", True])
+    def test_of_tokens_a_chunk_are_bounded(self, tiny: Server, path: str, value: object) -> None:
+        error = tiny.refusal(BODIES[path] | {"stream": True, "stream_options": {"chunk_tokens": value}}, path)
+        assert error["param"] == "stream_options.chunk_tokens"
 
     @PATHS
     def test_of_the_answer_end_with_the_context(self, tiny: Server, path: str) -> None:
@@ -343,19 +401,6 @@ class TestUnknown:
 
 
 UNSUPPORTED: dict[str, tuple[list[object], list[object]]] = {  # what asks for something, what asks for nothing
-    "min_p": ([0.1, 1], [0, 0.0]),
-    "presence_penalty": ([0.5, -2, "a"], [0, 0.0]),
-    "frequency_penalty": ([0.5, -2], [0, 0.0]),
-    "repetition_penalty": ([1.1, 0.9], [1, 1.0]),
-    "logit_bias": ([{"50": 100}], [{}]),
-    "best_of": ([2], [1]),
-    "stop_token_ids": ([[10]], [[]]),
-    "include_stop_str_in_output": ([True], [False]),
-    "min_tokens": ([1], [0]),
-    "ignore_eos": ([True], [False]),
-    "logprobs": ([True, 5, 0], [False]),
-    "top_logprobs": ([3], [0]),
-    "echo": ([True], [False]),
     "response_format": ([{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}], [{"type": "text"}]),
     "structured_outputs": ([{"regex": "a+"}], [{}]),
     "tools": ([[{"type": "function", "function": {"name": "f"}}]], [[]]),
@@ -383,13 +428,17 @@ class TestUnsupported:
         for value in (None, *UNSUPPORTED[field][1]):
             assert tiny.http.post(path, json=BODIES[path] | {field: value}).status_code == 200, value
 
-    @PATHS
-    def test_running_usage_is_refused_by_name(self, tiny: Server, path: str) -> None:
-        body = BODIES[path] | {"stream": True}
-        error = tiny.refusal(body | {"stream_options": {"continuous_usage_stats": True}}, path)
-        assert (error["param"], error["code"]) == ("stream_options.continuous_usage_stats", "unsupported_parameter")
-        for value in (None, False):
-            tiny.events(path, **body, stream_options={"continuous_usage_stats": value})
+    @pytest.mark.parametrize(
+        ("path", "field", "asks", "asks_not"),
+        [(CHAT, "best_of", 2, 1), (CHAT, "echo", True, False), (COMPLETIONS, "top_logprobs", 3, 0)],
+    )
+    def test_parameters_of_the_other_endpoint_are_refused_by_name(
+        self, tiny: Server, path: str, field: str, asks: object, asks_not: object
+    ) -> None:
+        error = tiny.refusal(BODIES[path] | {field: asks}, path)
+        assert (error["param"], error["code"]) == (field, "unsupported_parameter")
+        for value in (None, asks_not):
+            assert tiny.http.post(path, json=BODIES[path] | {field: value}).status_code == 200
 
     @PATHS
     def test_stream_options_without_a_stream_are_refused(self, tiny: Server, path: str) -> None:
@@ -398,8 +447,8 @@ class TestUnsupported:
 
     def test_through_the_client_it_is_a_bad_request(self, tiny: Server) -> None:
         with tiny.openai() as client, pytest.raises(openai.BadRequestError) as caught:
-            client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a"}], logprobs=True)
-        assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "logprobs")
+            client.completions.create(model="tiny", prompt="a", suffix="b")
+        assert (caught.value.code, caught.value.param) == ("unsupported_parameter", "suffix")
 
 
 class TestTooLarge:
@@ -441,7 +490,9 @@ json_values = st.recursive(
 )
 FIELDS = [
     *("model", "prompt", "messages", "temperature", "top_p", "top_k", "seed", "n", "stop", "stream", "stream_options"),
-    *("return_token_ids", "user", "metadata", "store", *UNSUPPORTED),
+    *("return_token_ids", "user", "metadata", "store", "min_p", "presence_penalty", "frequency_penalty"),
+    *("repetition_penalty", "logit_bias", "best_of", "stop_token_ids", "include_stop_str_in_output", "min_tokens"),
+    *("ignore_eos", "logprobs", "top_logprobs", "echo", *UNSUPPORTED),
 ]
 plausible = st.fixed_dictionaries(
     {},
@@ -464,6 +515,14 @@ plausible = st.fixed_dictionaries(
         "n": st.integers(1, 3) | json_values,
         "stop": st.text(max_size=3) | st.lists(st.text(max_size=3), max_size=4) | json_values,
         "stream": st.booleans() | json_values,
+        "min_p": st.floats(0, 1) | json_values,
+        "presence_penalty": st.floats(-2, 2) | json_values,
+        "repetition_penalty": st.floats(0, exclude_min=True, allow_infinity=False) | json_values,
+        "logit_bias": st.dictionaries(st.integers(0, 260).map(str), st.floats(-100, 100)) | json_values,
+        "stop_token_ids": st.lists(st.integers(0, 260)) | json_values,
+        "min_tokens": st.integers(0, 3) | json_values,
+        "logprobs": st.integers(0, 20) | st.booleans() | json_values,
+        "echo": st.booleans(),
     },
 )
 anything = st.one_of(

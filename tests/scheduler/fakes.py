@@ -47,6 +47,9 @@ class FakeRunner:
 class FakeText:
     """Shows each token as a character; `stop_after` tokens it has met a stop string."""
 
+    held = ""
+    unfinished = False
+
     def __init__(self, stop_after: int | None = None, fail_after: int | None = None) -> None:
         self.stopped = False
         self._stop_after = stop_after

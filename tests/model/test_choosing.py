@@ -1,0 +1,164 @@
+"""Which token follows from scores and wishes, against a slow and obvious specification; and what is told of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from hypothesis import given, settings, strategies as st
+
+from bdh_batch.messages import Adjustment, SamplingParams, TokenScore
+from bdh_batch.model.runner import choose
+from bdh_batch.model.sampling import uniforms
+
+VOCABULARY = 23
+LOGITS = torch.randn(12, VOCABULARY, generator=torch.Generator().manual_seed(5)) * 3
+tokens = st.integers(0, VOCABULARY - 1)
+
+
+@dataclass
+class Row:
+    params: SamplingParams
+    prompt: list[int]
+    answer: list[int]
+    banned: list[int]
+    early: int
+
+    @property
+    def wish(self) -> Adjustment | None:
+        wish = Adjustment.of(self.params, self.prompt, self.banned, self.early)
+        for token in self.answer if wish else ():
+            wish.count(token)  # type: ignore[union-attr]
+        return wish
+
+
+rows = st.builds(
+    Row,
+    params=st.builds(
+        SamplingParams,
+        temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
+        top_p=st.sampled_from([1e-9, 0.37, 0.9, 1.0]),
+        top_k=st.sampled_from([0, 1, 3, 22, 23, 1000]),
+        min_p=st.sampled_from([0.0, 1e-9, 0.031, 0.4, 1.0]),
+        presence_penalty=st.sampled_from([0.0, 0.7, -2.0, 2.0]),
+        frequency_penalty=st.sampled_from([0.0, 0.3, -1.1, 2.0]),
+        repetition_penalty=st.sampled_from([1.0, 1.3, 0.6, 10.0]),
+        logit_bias=st.dictionaries(tokens, st.sampled_from([-100.0, -1.5, 0.7, 100.0]), max_size=4).map(
+            lambda bias: tuple(bias.items())
+        ),
+        logprobs=st.sampled_from([None, None, 0, 3, 20, 23, 99]),
+        seed=st.integers(0, 2**64 - 1),
+    ),
+    prompt=st.lists(tokens, min_size=1, max_size=12),
+    answer=st.lists(tokens, max_size=12),
+    banned=st.lists(tokens, max_size=4, unique=True),
+    early=st.integers(0, 12),
+)
+
+
+def adjusted(logits: np.ndarray, row: Row) -> np.ndarray:
+    """The scores after everything that comes before temperature."""
+    scores, params = logits.astype(np.float64), row.params
+    for token, bias in params.logit_bias:
+        scores[token] += bias
+    for token in range(VOCABULARY):
+        if token in row.prompt or token in row.answer:
+            factor = params.repetition_penalty
+            scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
+        scores[token] -= params.frequency_penalty * row.answer.count(token)
+        scores[token] -= params.presence_penalty * (token in row.answer)
+    if len(row.answer) < row.early:
+        scores[row.banned] = -np.inf
+    return scores
+
+
+def softmax(scores: np.ndarray) -> np.ndarray:
+    odds = np.exp(scores - scores.max())
+    return np.asarray(odds / odds.sum())
+
+
+def probabilities(logits: np.ndarray, row: Row) -> np.ndarray:
+    """Of each token to be drawn."""
+    scores, params = adjusted(logits, row), row.params
+    if params.temperature == 0:
+        return np.asarray(np.eye(VOCABULARY)[scores.argmax()])
+    found = softmax(scores / params.temperature)
+    found[found < params.min_p * found.max()] = 0
+    order = np.argsort(-found, kind="stable")
+    if params.top_k:
+        found[order[params.top_k :]] = 0
+    found /= found.sum()
+    ahead = 0.0
+    for token in order:
+        share, found[token] = found[token], found[token] if ahead < params.top_p else 0
+        ahead += share
+    return np.asarray(found / found.sum())
+
+
+def chosen(order: Sequence[int], given: Sequence[Row]) -> tuple[list[int | None], dict[int, TokenScore]]:
+    """Of row `i` of LOGITS, at the position 100 + i, for each i of `order`."""
+    wishes = [(place, wish) for place, row in enumerate(order) if (wish := given[row].wish) is not None]
+    return choose(LOGITS[list(order)], [given[row].params for row in order], [100 + row for row in order], wishes)
+
+
+@settings(deadline=None)
+@given(st.lists(rows, min_size=1, max_size=12))
+def test_draws_are_those_of_the_specification(given: list[Row]) -> None:
+    drawn, _ = chosen(range(len(given)), given)
+    for number, (row, token) in enumerate(zip(given, drawn)):
+        assert token is not None
+        expected = probabilities(LOGITS[number].numpy(), row)
+        above = expected[: token + 1].sum()
+        target = float(uniforms([row.params.seed], [100 + number], LOGITS.device))
+        if row.params.temperature == 0:
+            assert expected[token] == 1
+        else:
+            assert expected[token] > 0
+            assert above - expected[token] - 1e-5 <= target <= above + 1e-5
+
+
+@settings(deadline=None)
+@given(st.lists(rows, min_size=1, max_size=12), st.data())
+def test_a_row_is_chosen_and_scored_alike_alone_and_in_any_company(given: list[Row], data: st.DataObject) -> None:
+    order = data.draw(st.permutations(range(len(given))))
+    drawn, scores = chosen(order, given)
+    for place, row in enumerate(order):
+        alone, score = chosen([row], given)
+        assert [drawn[place]] == alone
+        assert scores.get(place) == score.get(0)
+
+
+@settings(deadline=None)
+@given(st.lists(rows, min_size=1, max_size=12))
+def test_scores_are_of_what_the_model_said_whatever_was_wished(given: list[Row]) -> None:
+    drawn, scores = chosen(range(len(given)), given)
+    assert set(scores) == {number for number, row in enumerate(given) if row.params.logprobs is not None}
+    for number, score in scores.items():
+        expected = np.log(softmax(LOGITS[number].double().numpy()))
+        assert score.token == drawn[number]
+        np.testing.assert_allclose(score.logprob, expected[score.token], atol=1e-5)
+        best = np.argsort(-expected, kind="stable")[: given[number].params.logprobs]
+        assert [token for token, _ in score.top] == best.tolist()
+        np.testing.assert_allclose([logprob for _, logprob in score.top], expected[best], atol=1e-5)
+
+
+def test_absurd_penalties_leave_every_score_a_number() -> None:
+    for repetition in (5e-324, 1e-300, 1e300, 1.7e308):
+        row = Row(SamplingParams(repetition_penalty=repetition, seed=1), list(range(20)), [1, 2], [], 0)
+        drawn, _ = chosen([0], [row])
+        assert drawn[0] is not None
+
+
+def test_rows_that_wish_nothing_keep_their_scores() -> None:
+    logits = LOGITS.clone()
+    params = [SamplingParams(frequency_penalty=2.0, logit_bias=((3, 1.0),)), SamplingParams()]
+    wish = Adjustment.of(params[0], [1], [], 0)
+    assert wish is not None
+    wish.count(4)
+    choose(logits, [params[0], *[params[1]] * 11], range(12), [(0, wish)])
+    changed = (logits != LOGITS).nonzero().tolist()
+    assert changed == [[0, 3], [0, 4]]
+    assert Adjustment.of(params[1], [1], [5], 0) is None
+    assert Adjustment.of(params[1], [1], [], 9) is None

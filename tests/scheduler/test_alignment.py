@@ -1,0 +1,72 @@
+"""Scores wait for their tokens' text."""
+
+from __future__ import annotations
+
+from hypothesis import given, strategies as st
+
+from bdh_batch.messages import Delta, SamplingParams, TokenScore
+from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.text.stream import TextStream, decoded
+from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly
+from tests.scheduler.fakes import FakeOutbox
+
+TOKENIZER = ByteTokenizer()
+
+
+def deltas(
+    tokens: bytes, stop: tuple[str, ...] = (), stop_tokens: frozenset[int] = frozenset(), show: bool = False
+) -> list[Delta]:
+    """What a sequence gains from these tokens, one by one, until it ends."""
+    sequence = Sequence(
+        id="",
+        prompt=[1],
+        max_tokens=len(tokens),
+        sampling=SamplingParams(logprobs=0),
+        text=TextStream(TOKENIZER.decoder(), stop, show),
+        outbox=FakeOutbox(),
+        stop_token_ids=stop_tokens,
+        show_stop_token=show,
+    )
+    gained = []
+    for place, token in enumerate(tokens):
+        gained.append(sequence.accept(token, 0.0, TokenScore(token, -float(place), ())))
+        if sequence.finish_reason is not None:
+            break
+    return gained
+
+
+@given(
+    st.one_of(st.text(max_size=12).map(str.encode), st.binary(max_size=12)).filter(bool),
+    st.lists(st.text(min_size=1, max_size=3), max_size=3),
+    st.booleans(),
+)
+def test_scores_come_in_order_with_the_text_and_never_before(tokens: bytes, stop: list[str], show: bool) -> None:
+    gained = deltas(tokens, tuple(stop), show=show)
+    whole = Delta()
+    for delta in gained:
+        whole.absorb(delta)
+        assert all(begin < len(whole.text) for begin, _ in delta.scores or ())
+    scores = whole.scores or []
+    known = tokens[: len(gained)]
+    text, begins = decoded(known, TOKENIZER.decoder())
+    assert text.startswith(whole.text)
+    # All tokens that have a part in the text are told, and no others.
+    assert [begin for begin, _ in scores] == [begin for begin in begins if begin < len(whole.text)]
+    assert [score.token for _, score in scores] == list(known[: len(scores)])
+    assert whole.logprob == -sum(range(len(gained)))
+
+
+@given(st.text("ab", min_size=1, max_size=9), st.booleans())
+def test_a_token_that_stops_is_told_only_where_it_is_shown(text: str, show: bool) -> None:
+    gained = deltas(text.encode(), stop_tokens=frozenset(b"b"), show=show)
+    known = text[: text.index("b") + show] if "b" in text else text
+    assert "".join(delta.text for delta in gained) == known
+    assert [score.token for delta in gained for _, score in delta.scores or ()] == list(known.encode())
+    assert sum(len(delta.tokens) for delta in gained) == len(known) + ("b" in text and not show)
+
+
+def test_a_token_without_any_text_is_told_at_once() -> None:
+    sequence = Sequence("", [1], 3, SamplingParams(logprobs=0), TextStream(TokenIdsOnly().decoder()), FakeOutbox())
+    for token in (5, 6, 7):
+        delta = sequence.accept(token, 0.0, TokenScore(token, -1.0, ()))
+        assert [score.token for _, score in delta.scores or ()] == [token]
