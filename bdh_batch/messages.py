@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
@@ -32,11 +32,29 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class Text:
+    """A prompt that has yet to be tokenized.
+
+    `add_special`: whether the tokenizer adds what belongs around a text. `mark`: a character in front of what is text
+    although it spells a special token; it is not part of the prompt. `ends`: offsets, ascending, at which beginnings
+    end that other prompts are likely to have.
+    """
+
+    text: str
+    add_special: bool = True
+    mark: str = ""
+    ends: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to generate: a prompt as text or token ids, and when to stop."""
+    """One sequence to generate: a prompt as text or token ids, and when to stop.
+
+    With `pool` nothing is generated: the answer is the sum of the final hidden vectors of the prompt's tokens.
+    """
 
     id: str
-    prompt: str | Sequence[int]
+    prompt: Text | Sequence[int]
     max_tokens: int
     max_tokens_asked: bool = True  # False where it is a default, which gives way to the model's longest context
     sampling: SamplingParams = SamplingParams()
@@ -46,19 +64,23 @@ class GenerationRequest:
     key: str = ""  # whose request it is: an opaque label, the same for all requests of one API key
     priority: int = 0  # lower goes first
     timeout: float | None = None  # seconds from its arrival to its end; None leaves it to the settings
+    breaks: tuple[int, ...] = ()  # positions, ascending, at which beginnings end that others are likely to have
+    pool: bool = False
 
 
 @dataclass(slots=True)
 class Delta:
     """What a sequence gained: text that is safe to show, and the tokens behind it.
 
-    The last one of a sequence bears `finish_reason`; when that is ERROR, `error` is why.
+    The last one of a sequence bears `finish_reason`; when that is ERROR, `error` is why. Where the request asked to
+    `pool`, it bears the sum [D] of the hidden vectors.
     """
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: BDHError | None = None
+    pooled: Sequence[float] | None = None
 
     def absorb(self, later: Delta) -> None:
         """Appends what `later` brings."""
@@ -66,6 +88,7 @@ class Delta:
         self.tokens += later.tokens
         self.finish_reason = later.finish_reason
         self.error = later.error
+        self.pooled = later.pooled
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +106,8 @@ class Usage:
 class Segment:
     """A sequence's share of a step: `tokens` enter its state, in `slot`, at positions `start`, `start` + 1, …
 
-    A segment that starts at 0 begins with an empty state. With `sampling`, the token after its last one is drawn.
+    A segment that starts at 0 begins with an empty state. With `sampling`, the token after its last one is drawn; with
+    `pool`, its tokens' final hidden vectors are summed.
     Whoever planned it may use it again for a later step; it holds still while its step is computed.
     """
 
@@ -91,6 +115,7 @@ class Segment:
     start: int
     tokens: Sequence[int]
     sampling: SamplingParams | None
+    pool: bool = False
 
 
 class Copy(NamedTuple):
@@ -117,6 +142,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a step drew: per segment the next token, None where none was asked for or none could be drawn."""
+    """What a step drew: per segment the next token, None where none was asked for or none could be drawn.
+
+    `pooled` has the sum [D] of the hidden vectors of those segments, by their index, that asked for it.
+    """
 
     drawn: Sequence[int | None]
+    pooled: Mapping[int, Sequence[float]] = field(default_factory=dict)

@@ -7,17 +7,17 @@ unless it says what leaving it out would say.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import InvalidRequest, UnknownParameter, UnsupportedParameter
-from bdh_batch.messages import GenerationRequest, SamplingParams
-from bdh_batch.text.chat import ChatTemplate
+from bdh_batch.messages import GenerationRequest, SamplingParams, Text
+from bdh_batch.text.chat import RESERVED, Conversation
 
 Neutral = Mapping[str, tuple[Any, ...]]
 
@@ -30,6 +30,7 @@ GENERATION: Neutral = {
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
     **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
     "best_of": (1,),
+    "chat_template": (),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "repetition_penalty": (1,),
@@ -42,6 +43,7 @@ MESSAGE: Neutral = {"refusal": (), "audio": (), "function_call": (), "tool_calls
 STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 MAX_STOP = 16
 MAX_PRIORITY = 1000
+MAX_DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,11 +99,32 @@ def _text(value: object) -> object:
     return "".join(texts)
 
 
+def _shallow(value: object) -> object:
+    """Templates and their filters walk values by recursion."""
+    deepest = [value]
+    for _ in range(MAX_DEPTH):
+        deepest = [item for outer in deepest for item in _items(outer)]
+    if deepest:
+        raise PydanticCustomError("deep", "Values may be nested {most} deep", {"most": MAX_DEPTH})
+    return value
+
+
+def _items(value: object) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _not_reserved(values: dict[str, Any]) -> dict[str, Any]:
+    for name in values.keys() & RESERVED:
+        raise PydanticCustomError("reserved", "Cannot be set here", {"field": name})
+    return values
+
+
 def _seed_bits(value: int) -> int:
     return value & 0xFFFFFFFFFFFFFFFF
 
 
 Prompts = Annotated[list[Any], BeforeValidator(_prompts)]
+TemplateVariables = Annotated[dict[str, Any], BeforeValidator(_shallow), AfterValidator(_not_reserved)]
 Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP), BeforeValidator(_stops)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1), AfterValidator(_seed_bits)]
 
@@ -164,7 +187,7 @@ class GenerationBody(Wire):
     def _requests(
         self,
         request_id: str,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Text | Sequence[int]],
         param: str,
         max_tokens: int | None,
         defaults: Defaults,
@@ -203,9 +226,17 @@ class GenerationBody(Wire):
 
 class CompletionBody(GenerationBody):
     prompt: Prompts
+    add_special_tokens: bool | None = None
 
     def requests(self, request_id: str, defaults: Defaults) -> list[GenerationRequest]:
-        return self._requests(request_id, self.prompt, "prompt", self.max_tokens, defaults)
+        prompts = to_prompts(self.prompt, self.add_special_tokens)
+        return self._requests(request_id, prompts, "prompt", self.max_tokens, defaults)
+
+
+def to_prompts(given: Sequence[str | Sequence[int]], add_special_tokens: bool | None) -> list[Text | Sequence[int]]:
+    """Who writes a whole prompt writes special tokens, too, where it spells them."""
+    special = add_special_tokens is not False
+    return [Text(prompt, special) if isinstance(prompt, str) else prompt for prompt in given]
 
 
 class Message(Wire):
@@ -217,17 +248,42 @@ class Message(Wire):
     tool_call_id: str | None = None
 
 
-class ChatBody(GenerationBody):
+class ConversationBody(Wire):
+    """Messages, and how the template makes a prompt of them."""
+
     messages: list[Message] = Field(min_length=1)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+
+    @model_validator(mode="after")
+    def _one_ending(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            text = "Cannot go with add_generation_prompt"
+            raise PydanticCustomError("both", text, {"field": "continue_final_message"})
+        return self
+
+    def conversation(self) -> Conversation:
+        goes_on = bool(self.continue_final_message)
+        return Conversation(
+            [message.model_dump(exclude_none=True) for message in self.messages],
+            add_generation_prompt=self.add_generation_prompt is not False and not goes_on,
+            continue_final=goes_on,
+            variables=self.chat_template_kwargs or {},
+            add_special=self.add_special_tokens,
+        )
+
+
+class ChatBody(ConversationBody, GenerationBody):
     max_completion_tokens: int | None = Field(None, ge=1)
 
-    def requests(self, request_id: str, defaults: Defaults, template: ChatTemplate) -> list[GenerationRequest]:
-        prompt = template.render([message.model_dump(exclude_none=True) for message in self.messages])
+    def requests(self, request_id: str, defaults: Defaults, prompt: Text) -> list[GenerationRequest]:
         max_tokens = self.max_completion_tokens or self.max_tokens
         return self._requests(request_id, [prompt], "messages", max_tokens, defaults)
 
 
-Body = TypeVar("Body", bound=GenerationBody)
+Body = TypeVar("Body", bound=Wire)
 
 
 def parse(raw: bytes, kind: type[Body], unknown_fields: Literal["refuse", "ignore"]) -> Body:
@@ -236,16 +292,22 @@ def parse(raw: bytes, kind: type[Body], unknown_fields: Literal["refuse", "ignor
     Raises:
         InvalidRequest: not JSON, or a field that does not fit; it is named.
     """
+    values = read_object(raw)
+    try:
+        return kind.model_validate(values, extra="ignore" if unknown_fields == "ignore" else "forbid")
+    except ValidationError as error:
+        raise _invalid(error) from error
+
+
+def read_object(raw: bytes) -> dict[str, Any]:
+    """Raises InvalidRequest where `raw` is not a JSON object."""
     try:
         values = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
     if not isinstance(values, dict):
         raise InvalidRequest("The body should be a JSON object.")
-    try:
-        return kind.model_validate(values, extra="ignore" if unknown_fields == "ignore" else "forbid")
-    except ValidationError as error:
-        raise _invalid(error) from error
+    return values
 
 
 def _invalid(error: ValidationError) -> InvalidRequest:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -56,11 +56,12 @@ class Runner:
                 rows.append(end - 1)
                 params.append(segment.sampling)
                 positions.append(segment.start + len(segment.tokens))
+        pooled = sums(hidden, plan.segments)
         if not rows:
-            return Outcome([None] * len(ends))
+            return Outcome([None] * len(ends), pooled)
         last = hidden[torch.tensor(rows, device=self._device)]
         drawn = iter(draw(self._kernels.logits(last), params, positions))
-        return Outcome([None if segment.sampling is None else next(drawn) for segment in plan.segments])
+        return Outcome([None if segment.sampling is None else next(drawn) for segment in plan.segments], pooled)
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:
@@ -88,6 +89,16 @@ class Runner:
         greedy = SamplingParams(temperature=0.0)
         for start, length in ((0, chunk), (chunk, 1)):
             self.run(Plan([Segment(slot=0, start=start, tokens=[0] * length, sampling=greedy)]))
+
+
+def sums(hidden: Tensor, segments: Sequence[Segment]) -> dict[int, list[float]]:
+    """The hidden vectors [D] summed over each segment that asks for it, by its index."""
+    bounds = pairwise([0, *accumulate(len(segment.tokens) for segment in segments)])
+    return {
+        at: hidden[begin:end].sum(dim=0, dtype=torch.float64).tolist()
+        for at, (segment, (begin, end)) in enumerate(zip(segments, bounds))
+        if segment.pool
+    }
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int | None]:

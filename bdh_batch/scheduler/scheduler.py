@@ -205,8 +205,12 @@ class Scheduler:
         """Takes in what a step drew; those that ended are out of their slots."""
         updates: list[Update] = []
         ended: list[Sequence] = []
-        for sequence, segment, token in zip(step.sequences, step.plan.segments, outcome.drawn, strict=True):
+        drawn = zip(step.sequences, step.plan.segments, outcome.drawn, strict=True)
+        for at, (sequence, segment, token) in enumerate(drawn):
             sequence.computed += len(segment.tokens)
+            if segment.pool and (delta := sequence.add(outcome.pooled[at])) is not None:
+                updates.append((sequence, delta))
+                ended.append(sequence)
             if segment.sampling is not None:
                 updates.append((sequence, sequence.accept(token, now)))
                 sequence.account.used += sequence.account.per_generated

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+import operator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from enum import Enum
@@ -51,12 +53,14 @@ class Sequence:
     id: str
     prompt: Tokens[int]
     max_tokens: int
-    sampling: SamplingParams
+    sampling: SamplingParams | None  # None where nothing is generated
     text: TextSink
     outbox: Outbox
     index: int = 0
     arrived: float = 0.0
     n: int = 1  # answers to its prompt, of which this is one
+    end: frozenset[int] = frozenset()  # tokens that end it, and are not shown
+    pool: bool = False  # whether the hidden vectors of its prompt are summed, and that is all
 
     key: str = ""
     priority: int = 0
@@ -74,6 +78,7 @@ class Sequence:
     computed: int = 0  # tokens that have entered the state
     cached: int = 0  # of them, those that another sequence had computed
     generated: list[int] = field(default_factory=list)
+    pooled: list[float] | None = None  # the sum [D] over what is computed
     finish_reason: FinishReason | None = None
     error: BDHError | None = None  # why, where that is ERROR
     scheduled: float | None = None
@@ -93,7 +98,7 @@ class Sequence:
         token = self.generated[-1] if self.generated else self.prompt[-1]
         turn = self._turn
         if turn is None:
-            self._turn = turn = Segment(self.slot, self.computed, [token], self.sampling)
+            self._turn = turn = Segment(self.slot, self.computed, [token], self.sampling, self.pool)
             return turn
         turn.slot, turn.start, turn.tokens = self.slot, self.computed, [token]
         return turn
@@ -103,7 +108,7 @@ class Sequence:
         assert self.slot is not None
         end = self.computed + tokens
         sampling = self.sampling if tokens == self.pending else None
-        return Segment(slot=self.slot, start=self.computed, tokens=self.known(self.computed, end), sampling=sampling)
+        return Segment(self.slot, self.computed, self.known(self.computed, end), sampling, self.pool)
 
     def known(self, start: int, end: int) -> Tokens[int]:
         """Its tokens from `start` to `end`, of the prompt and of the answer."""
@@ -114,7 +119,17 @@ class Sequence:
 
     def restart(self) -> None:
         """Its state is lost: all that is known is computed again, and leads to the same token."""
-        self.computed, self.cuts = 0, []
+        self.computed, self.cuts, self.pooled = 0, [], None
+
+    def add(self, vector: Tokens[float]) -> Delta | None:
+        """Takes the sum [D] of the hidden vectors that a step computed; gives the whole sum once all are in it."""
+        self.pooled = list(map(operator.add, self.pooled, vector)) if self.pooled else list(vector)
+        if self.pending:
+            return None
+        if not all(map(math.isfinite, self.pooled)):
+            return self.fail(NotFinite())
+        self.finish_reason = FinishReason.STOP
+        return Delta(finish_reason=FinishReason.STOP, pooled=self.pooled)
 
     def accept(self, token: int | None, now: float) -> Delta:
         """Takes the token that a step drew; None says that its logits were not finite."""
@@ -125,6 +140,9 @@ class Sequence:
         self.first_token = now if self.first_token is None else self.first_token
         self.last_token = now
         try:
+            if token in self.end:
+                self.finish_reason = FinishReason.STOP
+                return Delta(self.text.flush(), [token], FinishReason.STOP)
             text = self.text.push(token)
             if len(self.generated) >= self.max_tokens:
                 self.finish_reason = FinishReason.LENGTH
