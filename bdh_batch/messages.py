@@ -102,11 +102,29 @@ class TokenScore(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Text:
+    """A prompt that has yet to be tokenized.
+
+    `add_special`: whether the tokenizer adds what belongs around a text. `mark`: a character in front of what is text
+    although it spells a special token; it is not part of the prompt. `ends`: offsets, ascending, at which beginnings
+    end that other prompts are likely to have.
+    """
+
+    text: str
+    add_special: bool = True
+    mark: str = ""
+    ends: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One sequence to generate: a prompt as text or token ids, and when to stop."""
+    """One sequence to generate: a prompt as text or token ids, and when to stop.
+
+    With `pool` nothing is generated: the answer is the sum of the final hidden vectors of the prompt's tokens.
+    """
 
     id: str
-    prompt: str | Sequence[int]
+    prompt: Text | Sequence[int]
     max_tokens: int
     max_tokens_asked: bool = True  # False where it is a default, which gives way to the model's longest context
     sampling: SamplingParams = SamplingParams()
@@ -121,6 +139,8 @@ class GenerationRequest:
     key: str = ""  # whose request it is: an opaque label, the same for all requests of one API key
     priority: int = 0  # lower goes first
     timeout: float | None = None  # seconds from its arrival to its end; None leaves it to the settings
+    breaks: tuple[int, ...] = ()  # positions, ascending, at which beginnings end that others are likely to have
+    pool: bool = False
 
 
 @dataclass(slots=True)
@@ -128,7 +148,8 @@ class Delta:
     """What a sequence gained: text that is safe to show, and the tokens behind it.
 
     The last one of a sequence bears `finish_reason`; when that is ERROR, `error` is why. `scores` are of tokens whose
-    text is shown by now, each with where its text begins in the answer; `logprob` is the sum of all tokens'.
+    text is shown by now, each with where its text begins in the answer; `logprob` is the sum of all tokens'. Where the
+    request asked to `pool`, the last one bears the sum [D] of the hidden vectors.
     """
 
     text: str = ""
@@ -138,6 +159,7 @@ class Delta:
     scores: list[tuple[int, TokenScore]] | None = None
     logprob: float = 0.0
     prompt_scores: Sequence[TokenScore] | None = None  # of all its tokens but the first; they come at once
+    pooled: Sequence[float] | None = None
 
     def absorb(self, later: Delta) -> None:
         """Appends what `later` brings."""
@@ -151,6 +173,7 @@ class Delta:
             self.scores += later.scores
         if later.prompt_scores is not None:
             self.prompt_scores = later.prompt_scores
+        self.pooled = later.pooled
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +191,8 @@ class Usage:
 class Segment:
     """A sequence's share of a step: `tokens` enter its state, in `slot`, at positions `start`, `start` + 1, …
 
-    A segment that starts at 0 begins with an empty state. With `sampling`, the token after its last one is drawn.
+    A segment that starts at 0 begins with an empty state. With `sampling`, the token after its last one is drawn; with
+    `pool`, its tokens' final hidden vectors are summed.
     Whoever planned it may use it again for a later step; it holds still while its step is computed.
     `targets` are to be scored: token i of them as what follows token i of `tokens`.
     """
@@ -180,6 +204,7 @@ class Segment:
     adjustment: Adjustment | None = None
     targets: Sequence[int] = ()
     top: int = 0  # likeliest tokens that come with each target's score
+    pool: bool = False
 
 
 class Copy(NamedTuple):
@@ -208,9 +233,11 @@ class Plan:
 class Outcome:
     """What a step drew: per segment the next token, None where none was asked for or none could be drawn.
 
-    `scores` has those of the drawn tokens, `target_scores` those of targets, by the place of their segment.
+    By the place of their segment, `scores` has those of the drawn tokens, `target_scores` those of targets, and
+    `pooled` the sum [D] of the hidden vectors where that was asked for.
     """
 
     drawn: Sequence[int | None]
     scores: Mapping[int, TokenScore] = field(default_factory=dict)
     target_scores: Mapping[int, Sequence[TokenScore]] = field(default_factory=dict)
+    pooled: Mapping[int, Sequence[float]] = field(default_factory=dict)

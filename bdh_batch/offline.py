@@ -15,7 +15,8 @@ from bdh_batch.errors import CheckpointError
 from bdh_batch.model.checkpoint import Checkpoint, open_checkpoint
 from bdh_batch.model.convert import convert
 from bdh_batch.model.state import bytes_per_sequence, free_memory
-from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly, load_tokenizer
+from bdh_batch.text.folder import load_tokenizer
+from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly
 
 __all__ = ["Inspection", "convert", "inspect"]
 

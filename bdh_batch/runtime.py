@@ -39,8 +39,7 @@ from bdh_batch.scheduler.trace import Trace
 from bdh_batch.scheduler.worker import WORKER, StepRunner, Worker
 from bdh_batch.settings import Engine, Generation, PrefixCache, Settings
 from bdh_batch.telemetry import Metrics
-from bdh_batch.text.chat import load_chat_template
-from bdh_batch.text.tokenizer import load_tokenizer
+from bdh_batch.text.folder import TextSide, load_text
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +65,33 @@ class LoadedEngine:
     runner: StepRunner
     slots: int
     host_slots: int
+
+
+@dataclass(frozen=True)
+class Loaded:
+    text: TextSide
+    defaults: Defaults
+    engine: LoadedEngine
+
+
+def load_all(settings: Settings, path: Path, load: Callable[[Settings, Path], LoadedEngine]) -> Loaded:
+    """Reads what is quickly read first: what is wrong there is told at once. Slow: call it off the event loop.
+
+    Args:
+        load: makes the engine.
+
+    Raises:
+        ConfigError, CheckpointError
+    """
+    folder = path if path.is_dir() else path.parent
+    defaults = defaults_for(settings, folder)
+    text = load_text(folder, settings.chat.template, settings.chat.parse_special_tokens)
+    try:
+        engine = load(settings, path)
+        return Loaded(text.fit(engine.model.config.vocab_size), defaults, engine)
+    except BaseException:
+        text.template.close()
+        raise
 
 
 def load_engine(settings: Settings, path: Path) -> LoadedEngine:
@@ -253,12 +279,13 @@ class Service:
             await listening
 
     async def _serve(self, url: str) -> None:
-        loading = in_daemon_thread(partial(self._load, self._settings, self._path))
+        loading = in_daemon_thread(partial(load_all, self._settings, self._path, self._load))
         stopped = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             return  # nothing has been promised to anyone yet
-        backend = self._open(loading.result())
+        loaded = loading.result()
+        backend = self._open(loaded)
         try:
             self._on_ready(url, self._name)
             await stopped
@@ -266,15 +293,12 @@ class Service:
             log.info("draining for up to %.0f s", self._settings.server.drain_seconds)
             await backend.drain(self._settings.server.drain_seconds)
         finally:
+            loaded.text.template.close()
             await asyncio.to_thread(backend.close)
 
-    def _open(self, engine: LoadedEngine) -> LocalBackend:
-        settings, folder = self._settings, self._path if self._path.is_dir() else self._path.parent
-        vocab_size = engine.model.config.vocab_size
-        tokenizer = load_tokenizer(folder, vocab_size)
-        template = load_chat_template(folder)
-        defaults = defaults_for(settings, folder)
-        chosen = settings.scheduler
+    def _open(self, loaded: Loaded) -> LocalBackend:
+        settings, engine, text, chosen = self._settings, loaded.engine, loaded.text, self._settings.scheduler
+        config = engine.model.config
         worker = Worker(
             scheduler_for(settings, engine),
             engine.runner,
@@ -286,12 +310,13 @@ class Service:
         )
         backend = LocalBackend(
             worker,
-            tokenizer,
-            vocab_size,
+            text.tokenizer,
+            config.vocab_size,
             settings.model.max_model_len,
             settings.health.stall_seconds,
             chosen.queue_timeout,
             chosen.request_timeout,
+            text.eos,
         )
         self._metrics.watch(lambda: worker.load)
         gc.collect()
@@ -304,8 +329,10 @@ class Service:
                 created=int(self._path.stat().st_mtime),
                 fingerprint=f"{self._name}-bdh_batch-{__version__}",
                 max_model_len=settings.model.max_model_len,
-                defaults=defaults,
-                template=template,
+                defaults=loaded.defaults,
+                template=text.template,
+                width=config.n_embd,
+                tokenizer_info=text.info() | {"vocab_size": config.vocab_size},
             )
         )
         return backend

@@ -194,6 +194,13 @@ class Generation(Section):
     top_k: int | None = Field(None, ge=-1, description="Only this many of the likeliest tokens; 0 and -1 are off.")
 
 
+class Chat(Section):
+    template: Path | None = Field(None, description="A file with a Jinja template to use instead of the model's.")
+    parse_special_tokens: bool = Field(
+        False, description="Whether text in messages that spells a special token becomes one, as the template's does."
+    )
+
+
 class Auth(Section):
     enabled: bool = Field(False, description="Whether /v1 asks for a key: Authorization: Bearer KEY.")
     api_keys: Secrets = Field([], description="The keys.")
@@ -231,6 +238,7 @@ class Settings(BaseSettings):
     scheduler: Scheduler = Scheduler()
     prefix_cache: PrefixCache = PrefixCache()
     generation: Generation = Generation()
+    chat: Chat = Chat()
     auth: Auth = Auth()
     rate_limiting: RateLimiting = RateLimiting()
     limits: Limits = Limits()

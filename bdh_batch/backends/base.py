@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
-from bdh_batch.messages import Delta, GenerationRequest
+from bdh_batch.messages import Delta, GenerationRequest, Text
 from bdh_batch.text.tokenizer import Tokenizer
 
 
@@ -32,13 +32,22 @@ class Backend(Protocol):
     def tokenizer(self) -> Tokenizer:
         """The model's, for what is told of single tokens."""
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Generation:
+    async def generate(self, requests: Sequence[GenerationRequest]) -> Generation:
         """Starts all of `requests`, or none.
 
         Raises:
             InvalidRequest: a prompt that cannot be served.
             QueueFull, Unavailable: not now.
         """
+
+    async def tokenize(self, prompt: Text, param: str) -> Sequence[int]:
+        """Raises InvalidRequest, naming `param`, where there is no tokenizer."""
+
+    async def detokenize(self, tokens: Sequence[int]) -> str:
+        """Raises InvalidRequest where there is no tokenizer, or one of `tokens` is not the model's."""
+
+    def load(self) -> int:
+        """Generations under way."""
 
     def health(self) -> str | None:
         """What is wrong, or None."""

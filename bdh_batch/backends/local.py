@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence as Many
+from collections.abc import AsyncIterator, Callable, Sequence as Many
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from bdh_batch.errors import ContextLengthExceeded, InvalidRequest
-from bdh_batch.messages import Delta, GenerationRequest
+from bdh_batch.messages import Delta, GenerationRequest, Text
 from bdh_batch.scheduler.mailbox import Mailbox
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.worker import Worker, shutting_down
 from bdh_batch.text.stream import TextStream
-from bdh_batch.text.tokenizer import Tokenizer
+from bdh_batch.text.tokenizer import TokenIdsOnly, Tokenizer, decode
 
+T = TypeVar("T")
+
+LONG = 16384  # characters; what is shorter is tokenized in a few milliseconds, and waits for no thread
 LAST_WORDS_SECONDS = 2.0  # for the error events of a drain that ran out of time to reach their clients
 
 
@@ -64,11 +69,11 @@ class LocalBackend:
         stall_seconds: float,
         queue_timeout: float | None = None,
         timeout: float | None = None,
-        eos: Many[int] = (),
+        eos: frozenset[int] = frozenset(),
     ) -> None:
         self._worker = worker
         self._tokenizer = tokenizer
-        self._eos = tuple(eos)
+        self._eos = eos
         self._vocab_size = vocab_size
         self._max_model_len = max_model_len
         self._stall_seconds = stall_seconds
@@ -78,8 +83,9 @@ class LocalBackend:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    def generate(self, requests: Many[GenerationRequest]) -> LocalGeneration:
+    async def generate(self, requests: Many[GenerationRequest]) -> LocalGeneration:
         mailbox = Mailbox()
+        requests = await self._tokenized(requests)
         sequences = [self._sequence(request, index, mailbox) for index, request in enumerate(requests)]
         timeouts = [seconds for seconds in (self._timeout, requests[0].timeout) if seconds is not None]
         self._worker.submit(sequences, self._queue_timeout, min(timeouts, default=None))
@@ -102,6 +108,20 @@ class LocalBackend:
         if not self._running:
             self._idle.set()
 
+    async def tokenize(self, prompt: Text, param: str) -> Many[int]:
+        tokens, _ = await self._encode(prompt, param)
+        return tokens
+
+    async def detokenize(self, tokens: Many[int]) -> str:
+        self._check(tokens, "tokens")
+        if isinstance(self._tokenizer, TokenIdsOnly):
+            raise InvalidRequest("This model has no tokenizer.", "tokens")
+        text, _ = await self._off_the_loop(len(tokens), decode, self._tokenizer, tokens)
+        return text
+
+    def load(self) -> int:
+        return len(self._running)
+
     def health(self) -> str | None:
         return self._worker.health(self._stall_seconds)
 
@@ -117,13 +137,15 @@ class LocalBackend:
         self._worker.close()
 
     def _sequence(self, request: GenerationRequest, index: int, mailbox: Mailbox) -> Sequence:
-        prompt = self._tokens(request)
-        self._check_bias(request)
+        prompt = request.prompt
+        assert not isinstance(prompt, Text)
+        for token, _ in request.sampling.logit_bias:
+            self._check([token], f"logit_bias.{token}")
         return Sequence(
             id=request.id,
             prompt=prompt,
             max_tokens=self._max_tokens(request, len(prompt)),
-            sampling=request.sampling,
+            sampling=None if request.pool else request.sampling,
             text=TextStream(self._tokenizer.decoder(), request.stop, request.include_stop, request.min_tokens),
             outbox=mailbox,
             index=index,
@@ -132,41 +154,54 @@ class LocalBackend:
             stop_token_ids=self._stop_tokens(request),
             show_stop_token=request.include_stop,
             score_prompt=request.score_prompt,
+            pool=request.pool,
+            breaks=request.breaks,
             key=request.key,
             priority=request.priority,
         )
 
-    def _check_bias(self, request: GenerationRequest) -> None:
-        for token, _ in request.sampling.logit_bias:
-            self._check_token(token, f"logit_bias.{token}")
-
-    def _check_token(self, token: int, param: str) -> None:
-        if token >= self._vocab_size:
-            raise InvalidRequest(f"{param}: token ids run from 0 to {self._vocab_size - 1}.", param)
-
     def _stop_tokens(self, request: GenerationRequest) -> frozenset[int]:
         for place, token in enumerate(request.stop_token_ids):
-            self._check_token(token, f"stop_token_ids[{place}]")
-        stops = frozenset((*request.stop_token_ids, *(() if request.ignore_eos else self._eos)))
+            self._check([token], f"stop_token_ids[{place}]")
+        stops = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self._eos)
         if request.min_tokens and len(stops) >= self._vocab_size:
             text = "stop_token_ids has every token there is: with min_tokens nothing could be said."
             raise InvalidRequest(text, "stop_token_ids")
         return stops
 
-    def _tokens(self, request: GenerationRequest) -> Many[int]:
-        """The prompt as checked token ids."""
-        param = request.prompt_param
-        tokens = request.prompt
-        if isinstance(tokens, str):
-            try:
-                tokens = self._tokenizer.encode(tokens)
-            except InvalidRequest as error:
-                raise InvalidRequest(error.message, param) from error
-        elif any(not 0 <= token < self._vocab_size for token in tokens):
-            raise InvalidRequest(f"Token ids run from 0 to {self._vocab_size - 1}.", param)
+    async def _tokenized(self, requests: Many[GenerationRequest]) -> list[GenerationRequest]:
+        """The same with checked token ids for prompts; a prompt that several share is tokenized once."""
+        known: dict[int, GenerationRequest] = {}
+        for request in requests:
+            if id(request.prompt) not in known:
+                known[id(request.prompt)] = await self._with_tokens(request)
+        done = [known[id(request.prompt)] for request in requests]
+        return [replace(request, prompt=one.prompt, breaks=one.breaks) for request, one in zip(requests, done)]
+
+    async def _with_tokens(self, request: GenerationRequest) -> GenerationRequest:
+        param, tokens, breaks = request.prompt_param, request.prompt, request.breaks
+        if isinstance(tokens, Text):
+            tokens, breaks = await self._encode(tokens, param)
+        else:
+            self._check(tokens, param)
         if not tokens:
             raise InvalidRequest("The prompt is empty.", param)
-        return tokens
+        return replace(request, prompt=tokens, breaks=breaks)
+
+    async def _encode(self, prompt: Text, param: str) -> tuple[Many[int], tuple[int, ...]]:
+        try:
+            return await self._off_the_loop(len(prompt.text), self._tokenizer.encode_prompt, prompt)
+        except InvalidRequest as error:
+            raise InvalidRequest(error.message, param) from error
+
+    def _check(self, tokens: Many[int], param: str) -> None:
+        if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocab_size:
+            raise InvalidRequest(f"{param}: Token ids run from 0 to {self._vocab_size - 1}.", param)
+
+    @staticmethod
+    async def _off_the_loop(size: int, work: Callable[..., T], *arguments: Any) -> T:
+        """In a thread, where it would hold up everyone else."""
+        return await asyncio.to_thread(work, *arguments) if size > LONG else work(*arguments)
 
     def _max_tokens(self, request: GenerationRequest, prompt: int) -> int:
         """How many tokens an answer to a prompt of so many may have."""

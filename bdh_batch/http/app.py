@@ -33,7 +33,7 @@ def create_app(settings: Settings, gate: Gate, metrics: Metrics) -> ASGIApp:
         metrics.refused("deadline" if isinstance(error, TooLate) else "queue_full")
         return await handle_error(request, error)
 
-    routes = Routes(gate, metrics, settings.api).table()
+    routes = Routes(gate, metrics, settings).table()
     app = Starlette(
         routes=routes,
         middleware=_middleware(settings, metrics),

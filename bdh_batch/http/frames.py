@@ -13,8 +13,7 @@ from bdh_batch.errors import BDHError
 from bdh_batch.http.errors import describe
 from bdh_batch.http.logprobs import columns, objects
 from bdh_batch.messages import Delta, Usage
-from bdh_batch.text.stream import decoded
-from bdh_batch.text.tokenizer import Tokenizer
+from bdh_batch.text.tokenizer import Tokenizer, decode
 
 DONE = b"data: [DONE]\n\n"
 
@@ -181,7 +180,7 @@ class CompletionFrames(Frames):
 
     def _echo(self, index: int, prompt: Sequence[int], delta: Delta) -> tuple[str, dict[str, Any] | None]:
         """As `_parts`, with the prompt before it."""
-        text, begins = decoded(prompt, self._tokenizer.decoder())
+        text, begins = decode(self._tokenizer, prompt)
         self._bases[index] = base = len(text)
         if self._answer.logprobs is None:
             return text + delta.text, None

@@ -23,6 +23,8 @@ class ServedModel:
     max_model_len: int | None
     defaults: Defaults
     template: ChatTemplate
+    width: int  # of the hidden vectors
+    tokenizer_info: Mapping[str, object]
 
     def check_name(self, model: str | None) -> None:
         """Raises ModelNotFound unless `model` is this one; None always is."""
@@ -63,6 +65,10 @@ class Gate:
         if self._closed is not None or self._model is None:
             raise Unavailable(f"Not now: {self._closed}.", retry_after=5)
         return self._model
+
+    def load(self) -> int:
+        """Requests under way in the engine."""
+        return self._model.backend.load() if self._model else 0
 
     def health(self) -> str | None:
         """What is wrong with the engine, or None; loading and draining are not wrong."""

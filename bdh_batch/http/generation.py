@@ -75,6 +75,12 @@ async def whole(generation: Generation, frames: Frames, request: Request) -> Res
         BDHError: the one that a sequence ended with.
         ClientDisconnect
     """
+    ends = await collect(generation, request)
+    return Response(frames.whole(generation.prompts, generation.cached_tokens, ends), media_type="application/json")
+
+
+async def collect(generation: Generation, request: Request) -> list[Delta]:
+    """All that each sequence gained. Raises as `whole` does."""
     ends = [Delta() for _ in generation.prompts]
     async with abort_when_left(generation, request.receive):
         async for deltas in generation:
@@ -84,7 +90,7 @@ async def whole(generation: Generation, frames: Frames, request: Request) -> Res
                 ends[index].absorb(delta)
     if any(end.finish_reason is FinishReason.ABORT for end in ends):
         raise ClientDisconnect
-    return Response(frames.whole(generation.prompts, generation.cached_tokens, ends), media_type="application/json")
+    return ends
 
 
 @asynccontextmanager

@@ -23,7 +23,7 @@ from bdh_batch.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
-PROTECTED = "/v1/"
+PROTECTED = ("/v1/", "/tokenize", "/detokenize", "/server_info")  # beginnings of paths
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -104,7 +104,7 @@ class BodyLimit:
 
 
 class ApiKeys:
-    """Lets requests under /v1 in that bear one of the keys."""
+    """Lets requests under /v1, and others that cost or tell something, in that bear one of the keys."""
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self._app = app

@@ -11,40 +11,53 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bdh_batch import __version__
+from bdh_batch.backends.base import Generation
 from bdh_batch.errors import InvalidRequest, ModelNotFound, Unavailable
+from bdh_batch.http.embeddings import embeddings
 from bdh_batch.http.errors import error_response
 from bdh_batch.http.frames import Answer, ChatFrames, CompletionFrames, Frames
 from bdh_batch.http.gate import Gate, ServedModel
 from bdh_batch.http.generation import EventStream, whole
-from bdh_batch.http.wire import ChatBody, CompletionBody, GenerationBody, parse
+from bdh_batch.http.text_wire import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
+from bdh_batch.http.wire import ChatBody, CompletionBody, GenerationBody, parse, read_object
 from bdh_batch.messages import GenerationRequest
-from bdh_batch.settings import Api
+from bdh_batch.settings import Settings
 from bdh_batch.telemetry import Metrics
 
 TIMEOUT_HEADER = "x-request-timeout"
+TOLD = {"engine", "scheduler", "prefix_cache", "generation", "limits"}  # sections that any client may know
+SECRET = {"scheduler": {"weights", "trace_file"}}
 LONGEST_TIMEOUT = 86400.0  # seconds
 
 
 class Routes:
-    def __init__(self, gate: Gate, metrics: Metrics, api: Api) -> None:
+    def __init__(self, gate: Gate, metrics: Metrics, settings: Settings) -> None:
         self._gate = gate
         self._metrics = metrics
-        self._api = api
+        self._settings = settings
 
     def table(self) -> list[Route]:
         return [
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
+            Route("/v1/embeddings", self.embeddings, methods=["POST"]),
+            *(Route(f"{root}/tokenize", self.tokenize, methods=["POST"]) for root in ("", "/v1")),
+            *(Route(f"{root}/detokenize", self.detokenize, methods=["POST"]) for root in ("", "/v1")),
+            Route("/tokenizer_info", self.tokenizer_info),
             Route("/v1/models", self.models),
             Route("/v1/models/{id:path}", self.model),
             *(Route(path, self.health) for path in ("/health", "/healthz", "/livez")),
             *(Route(path, self.ready) for path in ("/readyz", "/ready")),
+            Route("/ping", self.ping, methods=["GET", "POST"]),
+            Route("/version", self.version),
+            Route("/load", self.load),
+            Route("/server_info", self.server_info),
             Route("/metrics", self.metrics),
             Route("/", self.root),
         ]
 
     async def completions(self, request: Request) -> Response:
-        body = parse(await request.body(), CompletionBody, self._api.unknown_fields)
+        body = parse(await request.body(), CompletionBody, self._settings.api.unknown_fields)
         model = self._gate.model
         model.check_name(body.model)
         answer = _answer(f"cmpl-{request.state.id}", body, model)
@@ -52,12 +65,46 @@ class Routes:
         return await _respond(request, model, requests, CompletionFrames(answer, model.backend.tokenizer), body)
 
     async def chat_completions(self, request: Request) -> Response:
-        body = parse(await request.body(), ChatBody, self._api.unknown_fields)
+        body = parse(await request.body(), ChatBody, self._settings.api.unknown_fields)
         model = self._gate.model
         model.check_name(body.model)
         answer = _answer(f"chatcmpl-{request.state.id}", body, model)
-        requests = body.requests(request.state.id, model.defaults, model.template)
+        prompt = await model.template.render(body.conversation())
+        requests = body.requests(request.state.id, model.defaults, prompt)
         return await _respond(request, model, requests, ChatFrames(answer, model.backend.tokenizer), body)
+
+    async def embeddings(self, request: Request) -> Response:
+        body = parse(await request.body(), EmbeddingBody, self._settings.api.unknown_fields)
+        model = self._gate.model
+        model.check_name(body.model)
+        requests = body.requests(request.state.id, model.defaults, model.width)
+        generation = await _generate(request, model, requests)
+        return await embeddings(generation, body, body.model or model.name, request)
+
+    async def tokenize(self, request: Request) -> Response:
+        raw = await request.body()
+        kind: type[TokenizeChat | TokenizeText] = TokenizeChat if "messages" in read_object(raw) else TokenizeText
+        body = parse(raw, kind, self._settings.api.unknown_fields)
+        model = self._gate.model
+        model.check_name(body.model)
+        if isinstance(body, TokenizeText):
+            param, text = "prompt", body.text()
+        else:
+            param, text = "messages", await model.template.render(body.conversation())
+        tokens = list(await model.backend.tokenize(text, param))
+        answer: dict[str, object] = {"count": len(tokens), "max_model_len": model.max_model_len, "tokens": tokens}
+        if body.return_token_strs:
+            answer["token_strs"] = list(map(model.backend.tokenizer.name, tokens))
+        return JSONResponse(answer)
+
+    async def detokenize(self, request: Request) -> Response:
+        body = parse(await request.body(), DetokenizeBody, self._settings.api.unknown_fields)
+        model = self._gate.model
+        model.check_name(body.model)
+        return JSONResponse({"prompt": await model.backend.detokenize(body.tokens)})
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        return JSONResponse(self._gate.model.tokenizer_info)
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._gate.model.card()]})
@@ -74,6 +121,19 @@ class Routes:
 
     async def ready(self, request: Request) -> Response:
         return _status(self._gate.closed or self._gate.health(), "ready")
+
+    async def ping(self, request: Request) -> Response:
+        return Response(status_code=200) if self._gate.health() is None else await self.health(request)
+
+    async def version(self, request: Request) -> Response:
+        return JSONResponse({"version": __version__})
+
+    async def load(self, request: Request) -> Response:
+        return JSONResponse({"server_load": self._gate.load()})
+
+    async def server_info(self, request: Request) -> Response:
+        told = self._settings.model_dump(mode="json", include=TOLD, exclude=SECRET)
+        return JSONResponse({"version": __version__, "model": self._gate.model.name, "config": told})
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -122,8 +182,12 @@ def _timeout(request: Request) -> float | None:
 async def _respond(
     request: Request, model: ServedModel, requests: list[GenerationRequest], frames: Frames, body: GenerationBody
 ) -> Response:
-    key, timeout = getattr(request.state, "key", ""), _timeout(request)
-    generation = model.backend.generate([replace(each, key=key, timeout=timeout) for each in requests])
+    generation = await _generate(request, model, requests)
     if body.stream:
         return EventStream(generation, frames, body.options.chunk_tokens or 1)
     return await whole(generation, frames, request)
+
+
+async def _generate(request: Request, model: ServedModel, requests: list[GenerationRequest]) -> Generation:
+    key, timeout = getattr(request.state, "key", ""), _timeout(request)
+    return await model.backend.generate([replace(each, key=key, timeout=timeout) for each in requests])

@@ -7,17 +7,17 @@ unless it says what leaving it out would say.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import orjson
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import InvalidRequest, UnknownParameter, UnsupportedParameter
-from bdh_batch.messages import GenerationRequest, SamplingParams
-from bdh_batch.text.chat import ChatTemplate
+from bdh_batch.messages import GenerationRequest, SamplingParams, Text
+from bdh_batch.text.chat import RESERVED, Conversation
 
 Neutral = Mapping[str, tuple[Any, ...]]
 
@@ -27,6 +27,7 @@ GENERATION: Neutral = {
     "structured_outputs": ({},),
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
     **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
+    "chat_template": (),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
@@ -41,6 +42,7 @@ MAX_STOP = 16
 MAX_LOGPROBS = 20
 MAX_CHUNK = 1024
 MAX_PRIORITY = 1000
+MAX_DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +105,32 @@ def _biases(values: dict[str, float]) -> dict[str, float]:
     return values
 
 
+def _shallow(value: object) -> object:
+    """Templates and their filters walk values by recursion."""
+    deepest = [value]
+    for _ in range(MAX_DEPTH):
+        deepest = [item for outer in deepest for item in _items(outer)]
+    if deepest:
+        raise PydanticCustomError("deep", "Values may be nested {most} deep", {"most": MAX_DEPTH})
+    return value
+
+
+def _items(value: object) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _not_reserved(values: dict[str, Any]) -> dict[str, Any]:
+    for name in values.keys() & RESERVED:
+        raise PydanticCustomError("reserved", "Cannot be set here", {"field": name})
+    return values
+
+
 def _seed_bits(value: int) -> int:
     return value & 0xFFFFFFFFFFFFFFFF
 
 
 Prompts = Annotated[list[Any], BeforeValidator(_prompts)]
+TemplateVariables = Annotated[dict[str, Any], BeforeValidator(_shallow), AfterValidator(_not_reserved)]
 Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP), BeforeValidator(_stops)]
 Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_biases)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
@@ -197,7 +220,7 @@ class GenerationBody(Wire):
     def _requests(
         self,
         request_id: str,
-        prompts: Sequence[str | Sequence[int]],
+        prompts: Sequence[Text | Sequence[int]],
         param: str,
         asked: int | None,
         defaults: Defaults,
@@ -259,6 +282,7 @@ class CompletionBody(GenerationBody):
     unsupported = COMPLETION
 
     prompt: Prompts
+    add_special_tokens: bool | None = None
     max_tokens: int | None = Field(None, ge=0)
     best_of: int | None = Field(None, ge=1)
     echo: bool | None = None
@@ -284,7 +308,14 @@ class CompletionBody(GenerationBody):
             raise InvalidRequest("best_of does not go with stream: the best are known at the end.", "best_of")
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequest("max_tokens should be at least 1; 0 goes with echo.", "max_tokens")
-        return self._requests(request_id, self.prompt, "prompt", self.max_tokens, defaults)
+        prompts = to_prompts(self.prompt, self.add_special_tokens)
+        return self._requests(request_id, prompts, "prompt", self.max_tokens, defaults)
+
+
+def to_prompts(given: Sequence[str | Sequence[int]], add_special_tokens: bool | None) -> list[Text | Sequence[int]]:
+    """Who writes a whole prompt writes special tokens, too, where it spells them."""
+    special = add_special_tokens is not False
+    return [Text(prompt, special) if isinstance(prompt, str) else prompt for prompt in given]
 
 
 class Message(Wire):
@@ -296,10 +327,36 @@ class Message(Wire):
     tool_call_id: str | None = None
 
 
-class ChatBody(GenerationBody):
-    unsupported = CHAT
+class ConversationBody(Wire):
+    """Messages, and how the template makes a prompt of them."""
 
     messages: list[Message] = Field(min_length=1)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+
+    @model_validator(mode="after")
+    def _one_ending(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            text = "Cannot go with add_generation_prompt"
+            raise PydanticCustomError("both", text, {"field": "continue_final_message"})
+        return self
+
+    def conversation(self) -> Conversation:
+        goes_on = bool(self.continue_final_message)
+        return Conversation(
+            [message.model_dump(exclude_none=True) for message in self.messages],
+            add_generation_prompt=self.add_generation_prompt is not False and not goes_on,
+            continue_final=goes_on,
+            variables=self.chat_template_kwargs or {},
+            add_special=self.add_special_tokens,
+        )
+
+
+class ChatBody(ConversationBody, GenerationBody):
+    unsupported = CHAT
+
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -308,15 +365,14 @@ class ChatBody(GenerationBody):
     def top(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
 
-    def requests(self, request_id: str, defaults: Defaults, template: ChatTemplate) -> list[GenerationRequest]:
+    def requests(self, request_id: str, defaults: Defaults, prompt: Text) -> list[GenerationRequest]:
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs goes with logprobs: true.", "top_logprobs")
-        prompt = template.render([message.model_dump(exclude_none=True) for message in self.messages])
         max_tokens = self.max_completion_tokens or self.max_tokens
         return self._requests(request_id, [prompt], "messages", max_tokens, defaults)
 
 
-Body = TypeVar("Body", bound=GenerationBody)
+Body = TypeVar("Body", bound=Wire)
 
 
 def parse(raw: bytes, kind: type[Body], unknown_fields: Literal["refuse", "ignore"]) -> Body:
@@ -325,16 +381,22 @@ def parse(raw: bytes, kind: type[Body], unknown_fields: Literal["refuse", "ignor
     Raises:
         InvalidRequest: not JSON, or a field that does not fit; it is named.
     """
+    values = read_object(raw)
+    try:
+        return kind.model_validate(values, extra="ignore" if unknown_fields == "ignore" else "forbid")
+    except ValidationError as error:
+        raise _invalid(error) from error
+
+
+def read_object(raw: bytes) -> dict[str, Any]:
+    """Raises InvalidRequest where `raw` is not a JSON object."""
     try:
         values = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
     if not isinstance(values, dict):
         raise InvalidRequest("The body should be a JSON object.")
-    try:
-        return kind.model_validate(values, extra="ignore" if unknown_fields == "ignore" else "forbid")
-    except ValidationError as error:
-        raise _invalid(error) from error
+    return values
 
 
 def _invalid(error: ValidationError) -> InvalidRequest:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -53,7 +53,7 @@ class Runner:
         hidden = self.forward(plan.segments)
         target_scores = self._score_targets(plan.segments, hidden)
         drawn, scores = self._draw(plan.segments, hidden)
-        return Outcome(drawn, scores, target_scores)
+        return Outcome(drawn, scores, target_scores, sums(hidden, plan.segments))
 
     def _draw(self, segments: Sequence[Segment], hidden: Tensor) -> tuple[list[int | None], dict[int, TokenScore]]:
         """What follows each segment that asks for it, and its score where that is asked for."""
@@ -136,6 +136,16 @@ def choose(
     # Of a row that could not be drawn nobody will see the score.
     scores = score(raw, [tokens[row] or 0 for row in scored], [params[row].logprobs or 0 for row in scored])
     return tokens, dict(zip(scored, scores))
+
+
+def sums(hidden: Tensor, segments: Sequence[Segment]) -> dict[int, list[float]]:
+    """The hidden vectors [D] summed over each segment that asks for it, by its index."""
+    bounds = pairwise([0, *accumulate(len(segment.tokens) for segment in segments)])
+    return {
+        at: hidden[begin:end].sum(dim=0, dtype=torch.float64).tolist()
+        for at, (segment, (begin, end)) in enumerate(zip(segments, bounds))
+        if segment.pool
+    }
 
 
 def draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int | None]:

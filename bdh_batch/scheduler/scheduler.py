@@ -229,6 +229,9 @@ class Scheduler:
             sequence.computed += len(segment.tokens)
             if segment.targets:
                 sequence.take_prompt_scores(outcome.target_scores[place])
+            if segment.pool and (delta := sequence.add(outcome.pooled[place])) is not None:
+                updates.append((sequence, delta))
+                ended.append(sequence)
             if segment.sampling is not None:
                 updates.append((sequence, sequence.accept(token, now, outcome.scores.get(place))))
                 sequence.account.used += sequence.account.per_generated

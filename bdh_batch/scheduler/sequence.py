@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from enum import Enum
@@ -57,7 +58,7 @@ class Sequence:
     id: str
     prompt: Tokens[int]
     max_tokens: int
-    sampling: SamplingParams
+    sampling: SamplingParams | None  # None where nothing is generated
     text: TextSink
     outbox: Outbox
     index: int = 0
@@ -67,6 +68,8 @@ class Sequence:
     stop_token_ids: frozenset[int] = frozenset()
     show_stop_token: bool = False
     score_prompt: bool = False
+    pool: bool = False  # whether the hidden vectors of its prompt are summed, and that is all
+    breaks: Tokens[int] = ()  # positions, ascending, at which beginnings end that others are likely to have
 
     key: str = ""
     priority: int = 0
@@ -85,6 +88,7 @@ class Sequence:
     computed: int = 0  # tokens that have entered the state
     cached: int = 0  # of them, those that another sequence had computed
     generated: list[int] = field(default_factory=list)
+    pooled: list[float] | None = None  # the sum [D] over what is computed
     finish_reason: FinishReason | None = None
     error: BDHError | None = None  # why, where that is ERROR
     scheduled: float | None = None
@@ -92,14 +96,15 @@ class Sequence:
     last_token: float | None = None
     gap: float = 0.0  # before the last token, since the one before it or since arrival
     _prompt_scores: list[TokenScore] = field(default_factory=list)  # of its tokens but the first, as they come
-    _adjustment: Adjustment | None = field(init=False)
-    _alignment: Alignment | None = field(init=False)
+    _adjustment: Adjustment | None = None
+    _alignment: Alignment | None = None
     _turn: Segment | None = None  # a decode step's, used again and again
 
     def __post_init__(self) -> None:
-        banned = sorted(self.stop_token_ids)
-        self._adjustment = Adjustment.of(self.sampling, self.prompt, banned, self.min_tokens)
-        self._alignment = None if self.sampling.logprobs is None else Alignment()
+        if self.sampling is not None:
+            banned = sorted(self.stop_token_ids)
+            self._adjustment = Adjustment.of(self.sampling, self.prompt, banned, self.min_tokens)
+            self._alignment = None if self.sampling.logprobs is None else Alignment()
 
     @property
     def line(self) -> Line:
@@ -117,7 +122,9 @@ class Sequence:
         token = self.generated[-1] if self.generated else self.prompt[-1]
         turn = self._turn
         if turn is None:
-            self._turn = turn = Segment(self.slot, self.computed, [token], self.sampling, self._adjustment)
+            self._turn = turn = Segment(
+                self.slot, self.computed, [token], self.sampling, self._adjustment, pool=self.pool
+            )
             return turn
         turn.slot, turn.start, turn.tokens = self.slot, self.computed, [token]
         return turn
@@ -133,7 +140,8 @@ class Sequence:
             sampling=self.sampling if tokens == self.pending else None,
             adjustment=self._adjustment,
             targets=self._targets(end),
-            top=self.sampling.logprobs or 0,
+            top=0 if self.sampling is None else self.sampling.logprobs or 0,
+            pool=self.pool,
         )
 
     def _targets(self, end: int) -> Tokens[int]:
@@ -145,6 +153,11 @@ class Sequence:
     @property
     def _prompt_is_scored(self) -> bool:
         return len(self._prompt_scores) == len(self.prompt) - 1
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether all of its prompt has to be computed for it, whoever else has computed some of it."""
+        return self.pool or self.score_prompt
 
     def take_prompt_scores(self, scores: Tokens[TokenScore]) -> None:
         self._prompt_scores += scores
@@ -158,9 +171,19 @@ class Sequence:
 
     def restart(self) -> None:
         """Its state is lost: all that is known is computed again, and leads to the same token."""
-        self.computed, self.cuts = 0, []
+        self.computed, self.cuts, self.pooled = 0, [], None
         if not self._prompt_is_scored:
             self._prompt_scores.clear()
+
+    def add(self, vector: Tokens[float]) -> Delta | None:
+        """Takes the sum [D] of the hidden vectors that a step computed; gives the whole sum once all are in it."""
+        self.pooled = list(map(operator.add, self.pooled, vector)) if self.pooled else list(vector)
+        if self.pending:
+            return None
+        if not all(map(isfinite, self.pooled)):
+            return self.fail(NotFinite())
+        self.finish_reason = FinishReason.STOP
+        return Delta(finish_reason=FinishReason.STOP, pooled=self.pooled)
 
     def accept(self, token: int | None, now: float, score: TokenScore | None = None) -> Delta:
         """Takes the token that a step drew, and its score; None says that its logits were not finite."""

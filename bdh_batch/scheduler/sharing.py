@@ -52,14 +52,14 @@ class Sharing:
         return (follower for line in self._followers.values() for _, follower in line)
 
     def beginning_of(self, sequence: Sequence) -> Entry | None:
-        """The state that `sequence` can begin with; its last token has to be computed, or all that are scored."""
-        if len(sequence.prompt) <= self._least or sequence.score_prompt:
+        """The state that `sequence` can begin with; its last token has to be computed."""
+        if not self._may_share(sequence):
             return None
         return self.cache.find(self._namespace(sequence), self._packed(sequence), len(sequence.prompt) - 1)
 
     def begun(self, sequence: Sequence, entry: Entry | None) -> None:
         """`sequence` has been given its slot, with the state of `entry` in it."""
-        if len(sequence.prompt) <= self._least:
+        if not self._may_share(sequence):
             return
         self.queries += len(sequence.prompt)
         kept = entry is not None and self.cache.holds(entry)
@@ -77,7 +77,7 @@ class Sharing:
 
     def follow(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
         """Whether one that runs is about to compute a longer beginning of `sequence` than is kept; it then waits."""
-        if len(sequence.prompt) <= self._least or sequence.score_prompt:
+        if not self._may_share(sequence):
             return False
         leader, shared = self._leader_of(sequence, running)
         if leader is None:
@@ -204,6 +204,9 @@ class Sharing:
             if looked_at == LEADERS:
                 break
         return best, longest
+
+    def _may_share(self, sequence: Sequence) -> bool:
+        return len(sequence.prompt) > self._least and not sequence.needs_all
 
     def _namespace(self, sequence: Sequence) -> str:
         return "" if self._share_all else sequence.key

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 from bdh_batch.text.tokenizer import Decoder
 
@@ -63,13 +62,6 @@ class TextStream:
             return None
         at, stop = min(found, key=lambda each: each[0])
         return at + len(stop) if self._include_stop else at
-
-
-def decoded(tokens: Sequence[int], decoder: Decoder) -> tuple[str, list[int]]:
-    """The text of `tokens`, and where each one's begins; that of a part of a character where the character does."""
-    pieces = [decoder.push(token) for token in tokens]
-    begins = list(accumulate(map(len, pieces[:-1]), initial=0))
-    return "".join([*pieces, decoder.flush()]), begins
 
 
 def _overlap(text: str, stop: str) -> int:

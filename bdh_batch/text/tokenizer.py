@@ -1,14 +1,14 @@
-"""Tokenizers, and the incremental decoders that turn a stream of tokens into text which never splits a character."""
+"""What a tokenizer is; the two that need no files; and the decoder that never splits a character."""
 
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Sequence
-from pathlib import Path
+from itertools import accumulate
 from typing import Protocol
 
-from bdh_batch.errors import CheckpointError, InvalidRequest
+from bdh_batch.errors import InvalidRequest
+from bdh_batch.messages import Text
 
 BYTES = 256
 NO_BYTE = b"\xff"  # tokens of a vocabulary padded past 256: no text led to them, and they decode as invalid bytes do
@@ -29,9 +29,19 @@ class Decoder(Protocol):
 
 
 class Tokenizer(Protocol):
-    def encode(self, text: str) -> Sequence[int]: ...
+    special: Sequence[str]  # texts that are one token with a meaning of its own, as `<|end|>`
 
-    def decoder(self) -> Decoder: ...
+    def encode(self, text: str, add_special: bool = True) -> Sequence[int]:
+        """Tokens of `text`; with `add_special` also what belongs around a text, such as one that begins it."""
+
+    def encode_prompt(self, prompt: Text) -> tuple[Sequence[int], tuple[int, ...]]:
+        """Tokens of `prompt`, and those of its `ends` that can be told, as positions among them."""
+
+    def decoder(self, first: bool = False) -> Decoder:
+        """For tokens that continue a text, or, with `first`, begin one."""
+
+    def name(self, token: int) -> str:
+        """How the vocabulary spells `token`; empty where it has no such token."""
 
     def token_bytes(self, token: int) -> bytes | None:
         """What `token` stands for; None where that is not known."""
@@ -40,14 +50,22 @@ class Tokenizer(Protocol):
 class ByteTokenizer:
     """A token is a byte of UTF-8."""
 
-    def encode(self, text: str) -> Sequence[int]:
+    special: Sequence[str] = ()
+
+    def encode(self, text: str, add_special: bool = True) -> Sequence[int]:
         return text.encode()
 
-    def decoder(self) -> Decoder:
+    def encode_prompt(self, prompt: Text) -> tuple[Sequence[int], tuple[int, ...]]:
+        return prompt.text.encode(), tuple(len(prompt.text[:end].encode()) for end in prompt.ends)
+
+    def decoder(self, first: bool = False) -> Decoder:
         return ByteDecoder()
 
     def token_bytes(self, token: int) -> bytes:
         return bytes([token]) if token < BYTES else NO_BYTE
+
+    def name(self, token: int) -> str:
+        return chr(token) if 0x20 <= token < 0x7F else f"<0x{token:02X}>" if token < BYTES else ""
 
 
 class ByteDecoder:
@@ -68,14 +86,22 @@ class ByteDecoder:
 class TokenIdsOnly:
     """For a model whose tokenizer is not known: prompts and answers are token ids, and there is no text."""
 
-    def encode(self, text: str) -> Sequence[int]:
+    special: Sequence[str] = ()
+
+    def encode(self, text: str, add_special: bool = True) -> Sequence[int]:
         raise InvalidRequest("This model has no tokenizer: send token ids, and ask for return_token_ids.")
 
-    def decoder(self) -> Decoder:
+    def encode_prompt(self, prompt: Text) -> tuple[Sequence[int], tuple[int, ...]]:
+        return self.encode(prompt.text), ()
+
+    def decoder(self, first: bool = False) -> Decoder:
         return NoText()
 
     def token_bytes(self, token: int) -> None:
         return None
+
+    def name(self, token: int) -> str:
+        return ""
 
 
 class NoText:
@@ -88,28 +114,9 @@ class NoText:
         return ""
 
 
-def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer of a model folder; without one, a vocabulary of 256 is bytes and any other is token ids only.
-
-    Raises:
-        CheckpointError: the folder asks for a tokenizer that cannot be had.
-    """
-    if (folder / "tokenizer.json").is_file():
-        raise CheckpointError(f"{folder / 'tokenizer.json'}: Hugging Face tokenizers cannot be served yet")
-    config = folder / "tokenizer_config.json"
-    kind = _kind(config) if config.is_file() else "byte" if vocab_size == BYTES else None
-    if kind is None:
-        return TokenIdsOnly()
-    if kind != "byte":
-        raise CheckpointError(f'{config}: type is {kind!r}; "byte" is what can be served')
-    if vocab_size < BYTES:
-        raise CheckpointError(f"{config}: a byte tokenizer needs a vocabulary of 256; the model has {vocab_size}")
-    return ByteTokenizer()
-
-
-def _kind(config: Path) -> object:
-    try:
-        values = json.loads(config.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{config}: not JSON ({error})") from error
-    return values.get("type") if isinstance(values, dict) else values
+def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, list[int]]:
+    """The text of `tokens`, and where each one's begins; that of a part of a character where the character does."""
+    decoder = tokenizer.decoder(first=True)
+    pieces = [decoder.push(token) for token in tokens]
+    begins = list(accumulate(map(len, pieces[:-1]), initial=0))
+    return "".join([*pieces, decoder.flush()]), begins

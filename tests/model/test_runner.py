@@ -54,6 +54,17 @@ def test_a_row_that_cannot_be_drawn_ends_itself_alone(runner: Runner, monkeypatc
     assert [drawn[0]] == list(runner.run(Plan([Segment(0, 0, [1, 2], GREEDY)])).drawn)
 
 
+def test_hidden_vectors_are_summed_over_a_segment(runner: Runner) -> None:
+    tokens = list(range(1, 40))
+    whole = runner.forward([Segment(0, 0, tokens, None)])
+    alone = runner.run(Plan([Segment(0, 0, tokens[:30], None, pool=True), Segment(1, 0, [5], GREEDY)]))
+    beside = runner.run(Plan([Segment(1, 1, [6], GREEDY), Segment(0, 30, tokens[30:], None, pool=True)]))
+    assert (list(alone.pooled), list(beside.pooled)) == ([0], [1])
+    assert (alone.drawn[0], beside.drawn[1]) == (None, None)
+    total = torch.tensor(alone.pooled[0]) + torch.tensor(beside.pooled[1])
+    torch.testing.assert_close(total, whole.sum(dim=0), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
 def test_running_out_of_memory_is_told_as_such(
     runner: Runner, monkeypatch: pytest.MonkeyPatch, error: Exception

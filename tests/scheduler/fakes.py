@@ -32,7 +32,12 @@ class FakeRunner:
             self.copies += 1
         self.computed += plan.tokens
         assert len({segment.slot for segment in plan.segments}) == len(plan.segments)
-        return Outcome([self._segment(segment) for segment in plan.segments])
+        pooled = {
+            at: [float(sum(segment.tokens)), float(len(segment.tokens))]
+            for at, segment in enumerate(plan.segments)
+            if segment.pool
+        }
+        return Outcome([self._segment(segment) for segment in plan.segments], pooled=pooled)
 
     def _segment(self, segment) -> int | None:  # type: ignore[no-untyped-def]
         if segment.start == 0:

@@ -6,8 +6,8 @@ from hypothesis import given, strategies as st
 
 from bdh_batch.messages import Delta, SamplingParams, TokenScore
 from bdh_batch.scheduler.sequence import Sequence
-from bdh_batch.text.stream import TextStream, decoded
-from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly
+from bdh_batch.text.stream import TextStream
+from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly, decode
 from tests.scheduler.fakes import FakeOutbox
 
 TOKENIZER = ByteTokenizer()
@@ -48,7 +48,7 @@ def test_scores_come_in_order_with_the_text_and_never_before(tokens: bytes, stop
         assert all(begin < len(whole.text) for begin, _ in delta.scores or ())
     scores = whole.scores or []
     known = tokens[: len(gained)]
-    text, begins = decoded(known, TOKENIZER.decoder())
+    text, begins = decode(TOKENIZER, known)
     assert text.startswith(whole.text)
     # All tokens that have a part in the text are told, and no others.
     assert [begin for begin, _ in scores] == [begin for begin in begins if begin < len(whole.text)]

@@ -1,75 +1,129 @@
+"""What a model folder says about text, and what is told of a folder that cannot be served."""
+
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from bdh_batch.errors import CheckpointError, InvalidRequest
-from bdh_batch.text.chat import ChatTemplate, load_chat_template
-from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly, load_tokenizer
+from bdh_batch.errors import CheckpointError, ConfigError, InvalidRequest
+from bdh_batch.text.chat import Conversation
+from bdh_batch.text.folder import TextSide, load_text
+from bdh_batch.text.hugging_face import HuggingFaceTokenizer
+from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly, Tokenizer
+from tests.text.tokenizers import byte_level
 
-MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi\nthere"}]
+MESSAGES = [{"role": "user", "content": "Hi"}]
+SHOUTED = "{{ bos_token }}{% for m in messages %}{{ m.content | upper }}{% endfor %}"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("trained") / "tokenizer.json"
+    byte_level().save(str(file))
+    return file
+
+
+@pytest.fixture
+def folder(tmp_path: Path, trained: Path) -> Path:
+    (tmp_path / "tokenizer.json").write_bytes(trained.read_bytes())
+    return tmp_path
+
+
+def write(folder: Path, **files: object) -> Path:
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(content if isinstance(content, str) else json.dumps(content))
+    return folder
+
+
+def tokenizer_of(folder: Path, vocab_size: int) -> Tokenizer:
+    return load_text(folder).fit(vocab_size).tokenizer
+
+
+async def shown(side: TextSide) -> str:
+    """What its template makes of a message."""
+    try:
+        return (await side.template.render(Conversation(MESSAGES))).text
+    finally:
+        side.template.close()
 
 
 def test_without_a_tokenizer_a_vocabulary_of_256_is_bytes_and_others_are_ids_only(tmp_path: Path) -> None:
-    assert isinstance(load_tokenizer(tmp_path, 256), ByteTokenizer)
-    ids_only = load_tokenizer(tmp_path, 97)
+    assert isinstance(tokenizer_of(tmp_path, 256), ByteTokenizer)
+    ids_only = tokenizer_of(tmp_path, 97)
     assert isinstance(ids_only, TokenIdsOnly)
     with pytest.raises(InvalidRequest, match="token ids"):
         ids_only.encode("text")
 
 
 def test_a_folder_can_ask_for_bytes(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer_config.json").write_text('{"type": "byte"}')
-    assert isinstance(load_tokenizer(tmp_path, 300), ByteTokenizer)
+    write(tmp_path, tokenizer_config={"type": "byte"})
+    assert isinstance(tokenizer_of(tmp_path, 300), ByteTokenizer)
     with pytest.raises(CheckpointError, match="256"):
-        load_tokenizer(tmp_path, 97)
+        tokenizer_of(tmp_path, 97)
+
+
+def test_a_tokenizer_may_know_fewer_tokens_than_the_model_but_not_more(folder: Path) -> None:
+    tokenizer = tokenizer_of(folder, 1000)
+    assert isinstance(tokenizer, HuggingFaceTokenizer)
+    assert isinstance(tokenizer_of(folder, tokenizer.size), HuggingFaceTokenizer)
+    with pytest.raises(CheckpointError, match=rf"tokenizer\.json.*{tokenizer.size - 1}.*vocabulary of 256"):
+        tokenizer_of(folder, 256)
+    write(folder, config={"vocab_size": 256})
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):  # the weights need not be read to see it
+        load_text(folder)
 
 
 @pytest.mark.parametrize(
-    ("file", "content"),
+    ("files", "named"),
     [
-        ("tokenizer.json", "{}"),
-        ("tokenizer_config.json", '{"type": "bpe"}'),
-        ("tokenizer_config.json", "{"),
-        ("tokenizer_config.json", "[]"),
+        ({"tokenizer": "{}"}, "tokenizer.json"),
+        ({"tokenizer": "nonsense"}, "tokenizer.json"),
+        ({"tokenizer_config": {"type": "bpe"}}, "tokenizer_config.json"),
+        ({"tokenizer_config": "{"}, "tokenizer_config.json"),
+        ({"tokenizer_config": []}, "tokenizer_config.json"),
+        ({"special_tokens_map": "{"}, "special_tokens_map.json"),
+        ({"tokenizer_config": {"chat_template": 5}}, "chat_template"),
+        ({"tokenizer_config": {"chat_template": [{"name": "tools", "template": ""}]}}, "chat_template"),
+        ({"tokenizer_config": {"chat_template": "{% for %}"}}, "chat_template"),
+        ({"generation_config": {"eos_token_id": "7"}}, "eos_token_id"),
+        ({"generation_config": {"eos_token_id": [1, -2]}}, "eos_token_id"),
+        ({"generation_config": {"eos_token_id": 256}}, "eos_token_id"),
     ],
 )
-def test_a_tokenizer_that_cannot_be_had_is_refused_by_its_file(tmp_path: Path, file: str, content: str) -> None:
-    (tmp_path / file).write_text(content)
-    with pytest.raises(CheckpointError, match=file):
-        load_tokenizer(tmp_path, 256)
+def test_what_cannot_be_used_is_refused_by_its_file(tmp_path: Path, files: dict[str, object], named: str) -> None:
+    with pytest.raises(CheckpointError) as error:
+        load_text(write(tmp_path, **files)).fit(256)
+    assert named in error.value.message
 
 
-def test_the_default_template_is_lines_of_role_and_content_up_to_the_assistant(tmp_path: Path) -> None:
-    prompt = load_chat_template(tmp_path).render(MESSAGES)
-    assert prompt == "system: Be brief.\nuser: Hi\nthere\nassistant:"
+def test_ends_of_text_come_from_the_tokenizer_and_the_generation_config(folder: Path) -> None:
+    write(folder, tokenizer_config={"eos_token": {"content": "<|im_end|>"}, "bos_token": "<s>"})
+    write(folder, special_tokens_map={"eos_token": "<s>"}, generation_config={"eos_token_id": [5, 7]})
+    side = load_text(folder)
+    assert isinstance(side.tokenizer, HuggingFaceTokenizer)
+    assert side.eos == {side.tokenizer.token_id("<|im_end|>"), 5, 7}
+    assert side.names == {"eos_token": "<|im_end|>", "bos_token": "<s>"}
+    write(folder, tokenizer_config={"eos_token": "</nothing>"})
+    with pytest.raises(CheckpointError, match="nothing"):
+        load_text(folder)
 
 
-def test_a_folders_template_is_used(tmp_path: Path) -> None:
-    template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
-    )
-    (tmp_path / "chat_template.jinja").write_text(template)
-    assert load_chat_template(tmp_path).render(MESSAGES[1:]) == "<user>Hi\nthere<a>"
+def test_bytes_may_have_an_end_of_text_too(tmp_path: Path) -> None:
+    assert load_text(write(tmp_path, generation_config={"eos_token_id": 0})).fit(256).eos == {0}
 
 
-def test_a_template_that_does_not_compile_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "chat_template.jinja").write_text("{% for %}")
-    with pytest.raises(CheckpointError, match=r"chat_template\.jinja"):
-        load_chat_template(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ raise_exception('no system role') }}",
-        "{{ messages.__class__.__mro__ }}",
-        "{{ messages.append(1) }}",
-        "{{ x.y }}",
-    ],
-)
-def test_what_a_template_refuses_or_may_not_do_is_the_requests_error(source: str) -> None:
-    with pytest.raises(InvalidRequest) as error:
-        ChatTemplate(source).render(MESSAGES)
-    assert error.value.param == "messages"
+async def test_the_template_is_the_options_or_the_files_or_that_of_the_tokenizers_config(tmp_path: Path) -> None:
+    assert await shown(load_text(tmp_path)) == "user: Hi\nassistant:"
+    named = [{"name": "rag", "template": "no"}, {"name": "default", "template": SHOUTED}]
+    for template in (SHOUTED, named):
+        write(tmp_path, tokenizer_config={"type": "byte", "bos_token": "^", "chat_template": template})
+        assert await shown(load_text(tmp_path)) == "^HI"
+    (tmp_path / "chat_template.jinja").write_text("file {{ messages[0].content }}\n")
+    assert await shown(load_text(tmp_path)) == "file Hi"
+    option = tmp_path / "other.jinja"
+    option.write_text("option {{ messages[0].content }}")
+    assert await shown(load_text(tmp_path, option)) == "option Hi"
+    with pytest.raises(ConfigError, match=r"chat\.template"):
+        load_text(tmp_path, tmp_path / "missing.jinja")

@@ -1,0 +1,67 @@
+"""Bodies of the endpoints that generate nothing: embeddings, and text to tokens and back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from bdh_batch.errors import InvalidRequest
+from bdh_batch.http.wire import (
+    MAX_PRIORITY,
+    ConversationBody,
+    Defaults,
+    Prompts,
+    Wire,
+    to_prompts,
+)
+from bdh_batch.messages import GenerationRequest, Text
+
+
+class EmbeddingBody(Wire):
+    model: str | None = None
+    input: Prompts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1)
+    add_special_tokens: bool | None = None
+    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    user: str | None = None  # a label
+
+    def requests(self, request_id: str, defaults: Defaults, width: int) -> list[GenerationRequest]:
+        """
+        Args:
+            width: of the model's hidden vectors.
+        """
+        if self.dimensions is not None and self.dimensions > width:
+            raise InvalidRequest(f"dimensions: This model's embeddings have {width}.", "dimensions")
+        if len(self.input) > defaults.max_prompts:
+            raise InvalidRequest(f"A request may have {defaults.max_prompts} inputs here.", "input")
+        return [
+            GenerationRequest(
+                id=request_id, prompt=prompt, max_tokens=0, prompt_param="input", priority=self.priority or 0, pool=True
+            )
+            for prompt in to_prompts(self.input, self.add_special_tokens)
+        ]
+
+
+class TokenizeText(Wire):
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+    def text(self) -> Text:
+        return Text(self.prompt, self.add_special_tokens is not False)
+
+
+class TokenizeChat(ConversationBody):
+    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"chat_template": (), "tools": ([],)}
+
+    model: str | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeBody(Wire):
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]

@@ -1,0 +1,103 @@
+"""/v1/embeddings: the mean of the model's last hidden vectors, as the specification of the kernels has them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from bdh_batch.kernels.torch_reference import TorchKernels
+from bdh_batch.messages import Segment
+from bdh_batch.model.checkpoint import load_model
+from bdh_batch.model.runner import Runner
+from bdh_batch.model.state import StatePool
+
+if TYPE_CHECKING:
+    from tests.conftest import Server
+
+PATH = "/v1/embeddings"
+TINY = "tests/data/conformance/tiny"
+LONG = "To be, or not to be: that is the question. é世🙂 " * 20  # several steps' worth of a prompt
+
+
+@pytest.fixture(scope="module")
+def runner(pytestconfig: pytest.Config) -> Runner:
+    cpu = torch.device("cpu")
+    model = load_model(pytestconfig.rootpath / TINY, torch.float32, cpu)
+    assert model.config.trained_context is None
+    assert model.config.attention_window is None
+    return Runner(TorchKernels(model.weights), StatePool(model.config, 1, cpu))
+
+
+def expected(runner: Runner, text: str, dimensions: int | None = None) -> torch.Tensor:
+    mean: torch.Tensor = runner.forward([Segment(0, 0, list(text.encode()), None)]).mean(dim=0)[:dimensions]
+    return torch.nn.functional.normalize(mean, dim=0)
+
+
+def embed(server: Server, **body: Any) -> dict[str, Any]:
+    response = server.http.post(PATH, json=body)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+def test_embeddings_are_what_the_specification_computes(tiny: Server, runner: Runner) -> None:
+    texts = ["a", LONG, "Hello, world", LONG]
+    answer = embed(tiny, input=texts, model="tiny")
+    assert (answer["object"], answer["model"]) == ("list", "tiny")
+    assert [each["index"] for each in answer["data"]] == [0, 1, 2, 3]
+    tokens = sum(len(text.encode()) for text in texts)
+    assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+    for text, each in zip(texts, answer["data"], strict=True):
+        torch.testing.assert_close(torch.tensor(each["embedding"]), expected(runner, text), atol=1e-5, rtol=1e-4)
+        assert math.isclose(math.hypot(*each["embedding"]), 1)
+
+
+def test_embeddings_share_steps_with_answers_and_neither_changes(tiny: Server, runner: Runner) -> None:
+    tiny.complete(prompt=LONG, max_tokens=2)  # its state is kept, and must not be begun with
+    text = tiny.text(prompt="a", max_tokens=60, seed=1)
+    stream = tiny.raw({"prompt": "a", "max_tokens": 60, "seed": 1, "stream": True})
+    (each,) = embed(tiny, input=LONG)["data"]
+    torch.testing.assert_close(torch.tensor(each["embedding"]), expected(runner, LONG), atol=1e-5, rtol=1e-4)
+    stream.read_all()
+    stream.close()
+    assert tiny.text(prompt="a", max_tokens=60, seed=1) == text
+    tiny.until_idle()
+
+
+def test_the_official_client_reads_them(tiny: Server, runner: Runner) -> None:
+    with tiny.openai() as client:
+        plain = client.embeddings.create(model="tiny", input="Hello", encoding_format="float")
+        packed = client.embeddings.create(model="tiny", input="Hello")  # it asks for base64, and unpacks it
+        ids = client.embeddings.create(model="tiny", input=[list(b"Hello"), list(b"a")], dimensions=5)
+    assert packed.data[0].embedding == pytest.approx(plain.data[0].embedding, abs=1e-6)
+    assert ids.usage.prompt_tokens == 6
+    got = torch.tensor(ids.data[0].embedding)
+    torch.testing.assert_close(got, expected(runner, "Hello", 5), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "input"),
+        ({"input": ""}, "input"),
+        ({"input": []}, "input"),
+        ({"input": ["a", ""]}, "input"),
+        ({"input": [256]}, "input"),
+        ({"input": 5}, "input"),
+        ({"input": ["a"] * 129}, "input"),
+        ({"input": "a" * 131073}, "input"),
+        ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
+        ({"input": "a", "dimensions": 0}, "dimensions"),
+        ({"input": "a", "dimensions": 100_000}, "dimensions"),
+        ({"input": "a", "dimensions": "5"}, "dimensions"),
+        ({"input": "a", "user": 5}, "user"),
+        ({"input": "a", "nonsense": 5}, "nonsense"),
+    ],
+)
+def test_what_is_wrong_is_named(tiny: Server, body: dict[str, Any], param: str) -> None:
+    error = tiny.refusal(body, PATH)
+    assert error["param"] == param
+    assert tiny.refusal({"input": "a", "model": "gpt-4"}, PATH, 404)["param"] == "model"
