@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from bdh_batch.errors import BDHError
 
@@ -13,6 +13,7 @@ from bdh_batch.errors import BDHError
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"  # only in the chat API: there an answer that stopped after a call says so
     ABORT = "abort"
     ERROR = "error"
 
@@ -31,6 +32,31 @@ class SamplingParams:
     seed: int = 0
 
 
+class Constraint(Protocol):
+    """What one answer may still become. `mask` comes before each `accept`, and may be asked for again."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing can follow the tokens that it has accepted."""
+
+    def mask(self) -> bytes | None:
+        """A bit per token, the lowest first: whether it may come next. None is any token. Never raises."""
+
+    def accept(self, token: int) -> bool:
+        """Takes the token that was drawn; False where the answer has ended before it.
+
+        Raises:
+            InvalidRequest: the answer can neither go on nor end.
+        """
+
+
+class Grammar(Protocol):
+    """What the answers to a request have to follow."""
+
+    def constraint(self) -> Constraint:
+        """For one answer, which is empty yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to generate: a prompt as text or token ids, and when to stop."""
@@ -46,6 +72,7 @@ class GenerationRequest:
     key: str = ""  # whose request it is: an opaque label, the same for all requests of one API key
     priority: int = 0  # lower goes first
     timeout: float | None = None  # seconds from its arrival to its end; None leaves it to the settings
+    grammar: Grammar | None = None  # what the answer has to follow
 
 
 @dataclass(slots=True)
@@ -83,7 +110,8 @@ class Usage:
 class Segment:
     """A sequence's share of a step: `tokens` enter its state, in `slot`, at positions `start`, `start` + 1, …
 
-    A segment that starts at 0 begins with an empty state. With `sampling`, the token after its last one is drawn.
+    A segment that starts at 0 begins with an empty state. With `sampling`, the token after its last one is drawn, among
+    those that `constraint` allows.
     Whoever planned it may use it again for a later step; it holds still while its step is computed.
     """
 
@@ -91,6 +119,7 @@ class Segment:
     start: int
     tokens: Sequence[int]
     sampling: SamplingParams | None
+    constraint: Constraint | None = None
 
 
 class Copy(NamedTuple):

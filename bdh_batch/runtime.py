@@ -40,6 +40,7 @@ from bdh_batch.scheduler.worker import WORKER, Worker
 from bdh_batch.settings import Engine, Generation, PrefixCache, Settings
 from bdh_batch.telemetry import Metrics
 from bdh_batch.text.chat import load_chat_template
+from bdh_batch.text.grammar import Grammars, vocabulary_of
 from bdh_batch.text.tokenizer import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -302,6 +303,7 @@ class Service:
                 max_model_len=settings.model.max_model_len,
                 defaults=defaults,
                 template=template,
+                grammars=Grammars(vocabulary_of(tokenizer, vocab_size), settings.limits.max_schema_bytes),
             )
         )
         return backend

@@ -120,6 +120,7 @@ class LocalBackend:
             outbox=mailbox,
             index=index,
             n=request.n,
+            constraint=None if request.grammar is None else request.grammar.constraint(),
             key=request.key,
             priority=request.priority,
         )

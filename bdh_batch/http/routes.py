@@ -16,6 +16,7 @@ from bdh_batch.http.errors import error_response
 from bdh_batch.http.frames import Answer, ChatFrames, CompletionFrames, Frames
 from bdh_batch.http.gate import Gate, ServedModel
 from bdh_batch.http.generation import EventStream, whole
+from bdh_batch.http.tool_frames import ToolFrames
 from bdh_batch.http.wire import ChatBody, CompletionBody, GenerationBody, parse
 from bdh_batch.messages import GenerationRequest
 from bdh_batch.settings import Api
@@ -49,7 +50,7 @@ class Routes:
         model.check_name(body.model)
         answer = _answer(f"cmpl-{request.state.id}", body, model)
         requests = body.requests(request.state.id, model.defaults)
-        return await _respond(request, model, requests, CompletionFrames(answer), bool(body.stream))
+        return await _respond(request, model, requests, body, CompletionFrames(answer))
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse(await request.body(), ChatBody, self._api.unknown_fields)
@@ -57,7 +58,8 @@ class Routes:
         model.check_name(body.model)
         answer = _answer(f"chatcmpl-{request.state.id}", body, model)
         requests = body.requests(request.state.id, model.defaults, model.template)
-        return await _respond(request, model, requests, ChatFrames(answer), bool(body.stream))
+        frames = ToolFrames(answer, body.tool_names) if body.may_call else ChatFrames(answer)
+        return await _respond(request, model, requests, body, frames)
 
     async def models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._gate.model.card()]})
@@ -116,10 +118,13 @@ def _timeout(request: Request) -> float | None:
 
 
 async def _respond(
-    request: Request, model: ServedModel, requests: list[GenerationRequest], frames: Frames, stream: bool
+    request: Request, model: ServedModel, requests: list[GenerationRequest], body: GenerationBody, frames: Frames
 ) -> Response:
     key, timeout = getattr(request.state, "key", ""), _timeout(request)
-    generation = model.backend.generate([replace(each, key=key, timeout=timeout) for each in requests])
-    if stream:
+    source = body.source()
+    grammar = None if source is None else await model.grammars.compile(source)
+    requests = [replace(each, key=key, timeout=timeout, grammar=grammar) for each in requests]
+    generation = model.backend.generate(requests)
+    if body.stream:
         return EventStream(generation, frames)
     return await whole(generation, frames, request)

@@ -7,38 +7,43 @@ unless it says what leaving it out would say.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import InvalidRequest, UnknownParameter, UnsupportedParameter
+from bdh_batch.http.strict import Neutral, Wire
+from bdh_batch.http.wire_format import Formatted
+from bdh_batch.http.wire_tools import ToolCall, Tools
 from bdh_batch.messages import GenerationRequest, SamplingParams
 from bdh_batch.text.chat import ChatTemplate
-
-Neutral = Mapping[str, tuple[Any, ...]]
+from bdh_batch.text.grammar import Source
 
 # Known to the API, not built yet: the values besides null that ask for nothing.
-GENERATION: Neutral = {
+GENERATION: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_p", "min_tokens"), (0,)),
     **dict.fromkeys(("logprobs", "echo", "ignore_eos", "include_stop_str_in_output"), (False,)),
-    **dict.fromkeys(("stop_token_ids", "tools", "functions"), ([],)),
-    **dict.fromkeys(("logit_bias", "structured_outputs"), ({},)),
-    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    **dict.fromkeys(("stop_token_ids", "functions"), ([],)),
+    "logit_bias": ({},),
+    "function_call": ("none", "auto"),
     **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
     "best_of": (1,),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
     "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "suffix": ("",),
     "top_logprobs": (0,),
 }
-MESSAGE: Neutral = {"refusal": (), "audio": (), "function_call": (), "tool_calls": ([],), "annotations": ([],)}
+TOOLS: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+}
+MESSAGE: Neutral = {"refusal": (), "audio": (), "function_call": (), "annotations": ([],)}
 STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
 MAX_STOP = 16
 MAX_PRIORITY = 1000
@@ -106,36 +111,13 @@ Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MA
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1), AfterValidator(_seed_bits)]
 
 
-class Wire(BaseModel):
-    """An object of a body. `unsupported` fields are refused by name, or dropped where they ask for nothing."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-    unsupported: ClassVar[Neutral] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_unsupported(cls, values: object) -> object:
-        if not isinstance(values, dict):
-            return values
-        for name in values.keys() & cls.unsupported.keys():
-            if values[name] is not None and not _asks_for_nothing(values[name], cls.unsupported[name]):
-                text = "{field} is not supported by this server"
-                raise PydanticCustomError("unsupported", text, {"field": name})
-        return {name: value for name, value in values.items() if name not in cls.unsupported}
-
-
-def _asks_for_nothing(value: object, neutral: tuple[Any, ...]) -> bool:
-    # 1 == True in Python, but not in JSON.
-    return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral)
-
-
 class StreamOptions(Wire):
     unsupported = STREAM_OPTIONS
 
     include_usage: bool | None = None
 
 
-class GenerationBody(Wire):
+class GenerationBody(Formatted):
     """What completions and chat have in common."""
 
     unsupported = GENERATION
@@ -202,6 +184,8 @@ class GenerationBody(Wire):
 
 
 class CompletionBody(GenerationBody):
+    unsupported = GENERATION | TOOLS
+
     prompt: Prompts
 
     def requests(self, request_id: str, defaults: Defaults) -> list[GenerationRequest]:
@@ -212,19 +196,38 @@ class Message(Wire):
     unsupported = MESSAGE
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(_text)]
+    content: Annotated[str | None, BeforeValidator(_text)] = None
     name: str | None = None
     tool_call_id: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("calls", "Only the assistant calls tools", {"field": "tool_calls"})
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("content", "Input should be a valid string", {"field": "content"})
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        told = self.model_dump(exclude_none=True, exclude={"tool_calls"}) | {"content": self.content or ""}
+        if self.tool_calls:
+            told["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return told
 
 
-class ChatBody(GenerationBody):
+class ChatBody(GenerationBody, Tools):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
 
     def requests(self, request_id: str, defaults: Defaults, template: ChatTemplate) -> list[GenerationRequest]:
-        prompt = template.render([message.model_dump(exclude_none=True) for message in self.messages])
+        tools = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+        prompt = template.render([message.for_template() for message in self.messages], tools or None)
         max_tokens = self.max_completion_tokens or self.max_tokens
         return self._requests(request_id, [prompt], "messages", max_tokens, defaults)
+
+    def source(self) -> Source | None:
+        return self.calls(self.schema_asked, super().source()) if self.may_call else super().source()
 
 
 Body = TypeVar("Body", bound=GenerationBody)

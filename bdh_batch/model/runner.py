@@ -49,6 +49,8 @@ class Runner:
         if not plan.segments:
             return Outcome([])
         hidden = self.forward(plan.segments)
+        # The device is at work on it: the time to find out what may be drawn.
+        masks = [s.constraint.mask() if s.constraint else None for s in plan.segments if s.sampling is not None]
         ends = list(accumulate(len(segment.tokens) for segment in plan.segments))
         rows, params, positions = [], [], []
         for segment, end in zip(plan.segments, ends):
@@ -59,7 +61,7 @@ class Runner:
         if not rows:
             return Outcome([None] * len(ends))
         last = hidden[torch.tensor(rows, device=self._device)]
-        drawn = iter(draw(self._kernels.logits(last), params, positions))
+        drawn = iter(draw(self._kernels.logits(last), params, positions, masks))
         return Outcome([None if segment.sampling is None else next(drawn) for segment in plan.segments])
 
     @torch.inference_mode()
@@ -90,10 +92,15 @@ class Runner:
             self.run(Plan([Segment(slot=0, start=start, tokens=[0] * length, sampling=greedy)]))
 
 
-def draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int | None]:
+def draw(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    masks: Sequence[bytes | None] = (),
+) -> list[int | None]:
     """A token for each row. A row that cannot be drawn gets None, and does not keep the others from theirs."""
     try:
-        return list(sample(logits, params, positions))
+        return list(sample(logits, params, positions, masks))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:
@@ -101,7 +108,7 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[i
     drawn: list[int | None] = []
     for row, (param, position) in enumerate(zip(params, positions, strict=True)):
         try:
-            drawn += sample(logits[row : row + 1], [param], [position])
+            drawn += sample(logits[row : row + 1], [param], [position], masks[row : row + 1])
         except Exception:
             log.exception("drawing with %s failed", param)
             drawn.append(None)

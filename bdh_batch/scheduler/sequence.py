@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
 
-from bdh_batch.errors import BDHError, GenerationFailed, NotFinite
-from bdh_batch.messages import Delta, FinishReason, SamplingParams, Segment
+from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, NotFinite
+from bdh_batch.messages import Constraint, Delta, FinishReason, SamplingParams, Segment
 from bdh_batch.scheduler.fair_queue import Account
 from bdh_batch.scheduler.prefix_cache import Entry
 
@@ -57,6 +57,7 @@ class Sequence:
     index: int = 0
     arrived: float = 0.0
     n: int = 1  # answers to its prompt, of which this is one
+    constraint: Constraint | None = None  # what its answer may become; it knows the tokens generated so far
 
     key: str = ""
     priority: int = 0
@@ -93,7 +94,7 @@ class Sequence:
         token = self.generated[-1] if self.generated else self.prompt[-1]
         turn = self._turn
         if turn is None:
-            self._turn = turn = Segment(self.slot, self.computed, [token], self.sampling)
+            self._turn = turn = Segment(self.slot, self.computed, [token], self.sampling, constraint=self.constraint)
             return turn
         turn.slot, turn.start, turn.tokens = self.slot, self.computed, [token]
         return turn
@@ -103,7 +104,13 @@ class Sequence:
         assert self.slot is not None
         end = self.computed + tokens
         sampling = self.sampling if tokens == self.pending else None
-        return Segment(slot=self.slot, start=self.computed, tokens=self.known(self.computed, end), sampling=sampling)
+        return Segment(
+            slot=self.slot,
+            start=self.computed,
+            tokens=self.known(self.computed, end),
+            sampling=sampling,
+            constraint=self.constraint,
+        )
 
     def known(self, start: int, end: int) -> Tokens[int]:
         """Its tokens from `start` to `end`, of the prompt and of the answer."""
@@ -120,14 +127,17 @@ class Sequence:
         """Takes the token that a step drew; None says that its logits were not finite."""
         if token is None:
             return self.fail(NotFinite())
+        if self.constraint is not None and (end := self._constrain(self.constraint, token)) is not None:
+            return end
         self.generated.append(token)
         self.gap = now - (self.arrived if self.last_token is None else self.last_token)
         self.first_token = now if self.first_token is None else self.first_token
         self.last_token = now
         try:
             text = self.text.push(token)
-            if len(self.generated) >= self.max_tokens:
-                self.finish_reason = FinishReason.LENGTH
+            complete = self.constraint is not None and self.constraint.complete
+            if complete or len(self.generated) >= self.max_tokens:
+                self.finish_reason = FinishReason.STOP if complete else FinishReason.LENGTH
                 text += self.text.flush()
             if self.text.stopped:
                 self.finish_reason = FinishReason.STOP
@@ -135,6 +145,19 @@ class Sequence:
             log.exception("decoding failed in request %s", self.id)
             return self.fail(GenerationFailed("The answer could not be turned into text."))
         return Delta(text, [token], self.finish_reason)
+
+    def _constrain(self, constraint: Constraint, token: int) -> Delta | None:
+        """The end of the answer, if it is one that does not go on with `token`."""
+        try:
+            if constraint.accept(token):
+                return None
+            self.finish_reason = FinishReason.STOP
+            return Delta(self.text.flush(), finish_reason=FinishReason.STOP)
+        except InvalidRequest as error:
+            return self.fail(error)
+        except Exception:  # as with its text: no one else's concern
+            log.exception("the constraint failed in request %s", self.id)
+            return self.fail(GenerationFailed("The answer could not be held to its grammar."))
 
     def fail(self, error: BDHError) -> Delta:
         self.finish_reason, self.error = FinishReason.ERROR, error
