@@ -24,7 +24,8 @@ def read(pieces: list[str]) -> tuple[str, list[list[str]], CallReader]:
     """What was said, and the name and arguments of each call."""
     reader = CallReader(["f", "fg", "get_it"])
     found: list[Piece] = [piece for text in pieces for piece in reader.push(text)] + reader.flush()
-    said, made = "", []
+    said = ""
+    made: list[list[str]] = []
     for piece in found:
         if isinstance(piece, Called):
             assert piece.index == len(made)
