@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from bdh_batch.errors import BDHError
 
@@ -14,6 +14,7 @@ from bdh_batch.errors import BDHError
 class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
+    TOOL_CALLS = "tool_calls"  # only in the chat API: there an answer that stopped after a call says so
     ABORT = "abort"
     ERROR = "error"
 
@@ -116,6 +117,31 @@ class Text:
     ends: tuple[int, ...] = ()
 
 
+class Constraint(Protocol):
+    """What one answer may still become. `mask` comes before each `accept`, and may be asked for again."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing can follow the tokens that it has accepted."""
+
+    def mask(self) -> bytes | None:
+        """A bit per token, the lowest first: whether it may come next. None is any token. Never raises."""
+
+    def accept(self, token: int) -> bool:
+        """Takes the token that was drawn; False where the answer has ended before it.
+
+        Raises:
+            InvalidRequest: the answer can neither go on nor end.
+        """
+
+
+class Grammar(Protocol):
+    """What the answers to a request have to follow."""
+
+    def constraint(self) -> Constraint:
+        """For one answer, which is empty yet."""
+
+
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to generate: a prompt as text or token ids, and when to stop.
@@ -141,6 +167,7 @@ class GenerationRequest:
     timeout: float | None = None  # seconds from its arrival to its end; None leaves it to the settings
     breaks: tuple[int, ...] = ()  # positions, ascending, at which beginnings end that others are likely to have
     pool: bool = False
+    grammar: Grammar | None = None  # what the answer has to follow
 
 
 @dataclass(slots=True)
@@ -191,8 +218,8 @@ class Usage:
 class Segment:
     """A sequence's share of a step: `tokens` enter its state, in `slot`, at positions `start`, `start` + 1, …
 
-    A segment that starts at 0 begins with an empty state. With `sampling`, the token after its last one is drawn; with
-    `pool`, its tokens' final hidden vectors are summed.
+    A segment that starts at 0 begins with an empty state. With `sampling`, the token after its last one is drawn, among
+    those that `constraint` allows; with `pool`, its tokens' final hidden vectors are summed.
     Whoever planned it may use it again for a later step; it holds still while its step is computed.
     `targets` are to be scored: token i of them as what follows token i of `tokens`.
     """
@@ -202,6 +229,7 @@ class Segment:
     tokens: Sequence[int]
     sampling: SamplingParams | None
     adjustment: Adjustment | None = None
+    constraint: Constraint | None = None
     targets: Sequence[int] = ()
     top: int = 0  # likeliest tokens that come with each target's score
     pool: bool = False

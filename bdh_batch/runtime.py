@@ -40,6 +40,7 @@ from bdh_batch.scheduler.worker import WORKER, StepRunner, Worker
 from bdh_batch.settings import Engine, Generation, PrefixCache, Settings
 from bdh_batch.telemetry import Metrics
 from bdh_batch.text.folder import TextSide, load_text
+from bdh_batch.text.grammar import Grammars, Vocabulary, vocabulary_of
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ class LoadedEngine:
 @dataclass(frozen=True)
 class Loaded:
     text: TextSide
+    vocabulary: Vocabulary | None
     defaults: Defaults
     engine: LoadedEngine
 
@@ -88,7 +90,9 @@ def load_all(settings: Settings, path: Path, load: Callable[[Settings, Path], Lo
     text = load_text(folder, settings.chat.template, settings.chat.parse_special_tokens)
     try:
         engine = load(settings, path)
-        return Loaded(text.fit(engine.model.config.vocab_size), defaults, engine)
+        size = engine.model.config.vocab_size
+        text = text.fit(size)
+        return Loaded(text, vocabulary_of(text.tokenizer, size, text.eos), defaults, engine)
     except BaseException:
         text.template.close()
         raise
@@ -333,6 +337,7 @@ class Service:
                 template=text.template,
                 width=config.n_embd,
                 tokenizer_info=text.info() | {"vocab_size": config.vocab_size},
+                grammars=Grammars(loaded.vocabulary, settings.limits.max_schema_bytes),
             )
         )
         return backend

@@ -216,6 +216,9 @@ class Limits(Section):
     max_body_bytes: Bytes = Field(4 * 2**20, description="Largest request body; more is refused with 413.")
     max_n: PositiveInt = Field(16, description="Most answers to one prompt (n).")
     max_prompts: PositiveInt = Field(128, description="Most prompts in one request.")
+    max_schema_bytes: Bytes = Field(
+        2**16, description="Largest schema, regular expression or grammar; more is refused with 400."
+    )
 
 
 class Api(Section):

@@ -18,7 +18,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "messages": ({"errors"}, set()),
     "settings": ({"errors"}, {"pydantic", "pydantic_core", "pydantic_settings", "yaml"}),
-    "text": (SHARED, {"jinja2", "tokenizers"}),
+    "text": (SHARED | {"text"}, {"jinja2", "llguidance", "tokenizers"}),
     "kernels": (SHARED | {"kernels"}, {"torch", "numpy", "numba", "llvmlite", "triton"}),
     "model": (SHARED | {"kernels", "model"}, {"torch", "numpy", "safetensors"}),
     "scheduler": (SHARED | {"scheduler"}, set()),

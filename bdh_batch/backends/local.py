@@ -156,6 +156,7 @@ class LocalBackend:
             score_prompt=request.score_prompt,
             pool=request.pool,
             breaks=request.breaks,
+            constraint=None if request.grammar is None else request.grammar.constraint(),
             key=request.key,
             priority=request.priority,
         )

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from bdh_batch.backends.base import Generation
 from bdh_batch.http.generation import collect
-from bdh_batch.http.text_wire import EmbeddingBody
+from bdh_batch.http.wire_text import EmbeddingBody
 
 
 async def embeddings(generation: Generation, body: EmbeddingBody, model: str, request: Request) -> Response:

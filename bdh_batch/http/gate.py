@@ -9,6 +9,7 @@ from bdh_batch.backends.base import Backend
 from bdh_batch.errors import ModelNotFound, Unavailable
 from bdh_batch.http.wire import Defaults
 from bdh_batch.text.chat import ChatTemplate
+from bdh_batch.text.grammar import Grammars
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class ServedModel:
     template: ChatTemplate
     width: int  # of the hidden vectors
     tokenizer_info: Mapping[str, object]
+    grammars: Grammars
 
     def check_name(self, model: str | None) -> None:
         """Raises ModelNotFound unless `model` is this one; None always is."""

@@ -18,8 +18,9 @@ from bdh_batch.http.errors import error_response
 from bdh_batch.http.frames import Answer, ChatFrames, CompletionFrames, Frames
 from bdh_batch.http.gate import Gate, ServedModel
 from bdh_batch.http.generation import EventStream, whole
-from bdh_batch.http.text_wire import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
+from bdh_batch.http.tool_frames import ToolFrames
 from bdh_batch.http.wire import ChatBody, CompletionBody, GenerationBody, parse, read_object
+from bdh_batch.http.wire_text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
 from bdh_batch.messages import GenerationRequest
 from bdh_batch.settings import Settings
 from bdh_batch.telemetry import Metrics
@@ -62,7 +63,7 @@ class Routes:
         model.check_name(body.model)
         answer = _answer(f"cmpl-{request.state.id}", body, model)
         requests = body.requests(request.state.id, model.defaults)
-        return await _respond(request, model, requests, CompletionFrames(answer, model.backend.tokenizer), body)
+        return await _respond(request, model, requests, body, CompletionFrames(answer, model.backend.tokenizer))
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse(await request.body(), ChatBody, self._settings.api.unknown_fields)
@@ -71,7 +72,9 @@ class Routes:
         answer = _answer(f"chatcmpl-{request.state.id}", body, model)
         prompt = await model.template.render(body.conversation())
         requests = body.requests(request.state.id, model.defaults, prompt)
-        return await _respond(request, model, requests, ChatFrames(answer, model.backend.tokenizer), body)
+        tokenizer = model.backend.tokenizer
+        frames = ToolFrames(answer, tokenizer, body.tool_names) if body.may_call else ChatFrames(answer, tokenizer)
+        return await _respond(request, model, requests, body, frames)
 
     async def embeddings(self, request: Request) -> Response:
         body = parse(await request.body(), EmbeddingBody, self._settings.api.unknown_fields)
@@ -180,8 +183,11 @@ def _timeout(request: Request) -> float | None:
 
 
 async def _respond(
-    request: Request, model: ServedModel, requests: list[GenerationRequest], frames: Frames, body: GenerationBody
+    request: Request, model: ServedModel, requests: list[GenerationRequest], body: GenerationBody, frames: Frames
 ) -> Response:
+    if (source := body.source()) is not None:
+        grammar = await model.grammars.compile(source)
+        requests = [replace(each, grammar=grammar) for each in requests]
     generation = await _generate(request, model, requests)
     if body.stream:
         return EventStream(generation, frames, body.options.chunk_tokens or 1)

@@ -7,42 +7,39 @@ unless it says what leaving it out would say.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import InvalidRequest, UnknownParameter, UnsupportedParameter
+from bdh_batch.http.strict import Neutral, Wire
+from bdh_batch.http.wire_chat import ConversationBody
+from bdh_batch.http.wire_format import Formatted
 from bdh_batch.messages import GenerationRequest, SamplingParams, Text
-from bdh_batch.text.chat import RESERVED, Conversation
-
-Neutral = Mapping[str, tuple[Any, ...]]
+from bdh_batch.text.grammar import Source
 
 # Known to the API, not built yet: the values besides null that ask for nothing.
 GENERATION: Neutral = {
-    **dict.fromkeys(("tools", "functions"), ([],)),
-    "structured_outputs": ({},),
-    **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
     **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
     "chat_template": (),
     "modalities": (["text"],),
-    "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "suffix": ("",),
 }
-COMPLETION: Neutral = {**GENERATION, "top_logprobs": (0,)}
+TOOLS: Neutral = {"tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
+COMPLETION: Neutral = {**GENERATION, **TOOLS, "top_logprobs": (0,)}
 CHAT: Neutral = {**GENERATION, "best_of": (1,), "echo": (False,)}
-MESSAGE: Neutral = {"refusal": (), "audio": (), "function_call": (), "tool_calls": ([],), "annotations": ([],)}
 STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
 MAX_STOP = 16
 MAX_LOGPROBS = 20
 MAX_CHUNK = 1024
 MAX_PRIORITY = 1000
-MAX_DEPTH = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,47 +78,10 @@ def _stops(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _text(value: object) -> object:
-    """Message content as a string: text parts are joined; parts of other kinds are refused."""
-    if not isinstance(value, list):
-        return value
-    texts = []
-    for index, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind is not None and kind != "text":
-            raise PydanticCustomError(
-                "unsupported", f"Content parts of type {kind!r} are not supported", {"index": index}
-            )
-        if kind is None or not isinstance(part.get("text"), str):
-            raise PydanticCustomError("part", "Content parts are objects with type and text", {"index": index})
-        texts.append(part["text"])
-    return "".join(texts)
-
-
 def _biases(values: dict[str, float]) -> dict[str, float]:
     for token in values:
         if not (token.isascii() and token.isdecimal() and token == str(int(token[:20]))):
             raise PydanticCustomError("token", "Keys should be token ids", {"field": token})
-    return values
-
-
-def _shallow(value: object) -> object:
-    """Templates and their filters walk values by recursion."""
-    deepest = [value]
-    for _ in range(MAX_DEPTH):
-        deepest = [item for outer in deepest for item in _items(outer)]
-    if deepest:
-        raise PydanticCustomError("deep", "Values may be nested {most} deep", {"most": MAX_DEPTH})
-    return value
-
-
-def _items(value: object) -> Iterable[object]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
-def _not_reserved(values: dict[str, Any]) -> dict[str, Any]:
-    for name in values.keys() & RESERVED:
-        raise PydanticCustomError("reserved", "Cannot be set here", {"field": name})
     return values
 
 
@@ -130,34 +90,10 @@ def _seed_bits(value: int) -> int:
 
 
 Prompts = Annotated[list[Any], BeforeValidator(_prompts)]
-TemplateVariables = Annotated[dict[str, Any], BeforeValidator(_shallow), AfterValidator(_not_reserved)]
 Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP), BeforeValidator(_stops)]
 Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_biases)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1), AfterValidator(_seed_bits)]
-
-
-class Wire(BaseModel):
-    """An object of a body. `unsupported` fields are refused by name, or dropped where they ask for nothing."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-    unsupported: ClassVar[Neutral] = {}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_unsupported(cls, values: object) -> object:
-        if not isinstance(values, dict):
-            return values
-        for name in values.keys() & cls.unsupported.keys():
-            if values[name] is not None and not _asks_for_nothing(values[name], cls.unsupported[name]):
-                text = "{field} is not supported by this server"
-                raise PydanticCustomError("unsupported", text, {"field": name})
-        return {name: value for name, value in values.items() if name not in cls.unsupported}
-
-
-def _asks_for_nothing(value: object, neutral: tuple[Any, ...]) -> bool:
-    # 1 == True in Python, but not in JSON.
-    return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral)
 
 
 class StreamOptions(Wire):
@@ -168,7 +104,7 @@ class StreamOptions(Wire):
     chunk_tokens: int | None = Field(None, ge=1, le=MAX_CHUNK)
 
 
-class GenerationBody(Wire):
+class GenerationBody(Formatted):
     """What completions and chat have in common."""
 
     unsupported = GENERATION
@@ -318,42 +254,6 @@ def to_prompts(given: Sequence[str | Sequence[int]], add_special_tokens: bool | 
     return [Text(prompt, special) if isinstance(prompt, str) else prompt for prompt in given]
 
 
-class Message(Wire):
-    unsupported = MESSAGE
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str, BeforeValidator(_text)]
-    name: str | None = None
-    tool_call_id: str | None = None
-
-
-class ConversationBody(Wire):
-    """Messages, and how the template makes a prompt of them."""
-
-    messages: list[Message] = Field(min_length=1)
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    add_special_tokens: bool | None = None
-    chat_template_kwargs: TemplateVariables | None = None
-
-    @model_validator(mode="after")
-    def _one_ending(self) -> Self:
-        if self.continue_final_message and self.add_generation_prompt:
-            text = "Cannot go with add_generation_prompt"
-            raise PydanticCustomError("both", text, {"field": "continue_final_message"})
-        return self
-
-    def conversation(self) -> Conversation:
-        goes_on = bool(self.continue_final_message)
-        return Conversation(
-            [message.model_dump(exclude_none=True) for message in self.messages],
-            add_generation_prompt=self.add_generation_prompt is not False and not goes_on,
-            continue_final=goes_on,
-            variables=self.chat_template_kwargs or {},
-            add_special=self.add_special_tokens,
-        )
-
-
 class ChatBody(ConversationBody, GenerationBody):
     unsupported = CHAT
 
@@ -370,6 +270,9 @@ class ChatBody(ConversationBody, GenerationBody):
             raise InvalidRequest("top_logprobs goes with logprobs: true.", "top_logprobs")
         max_tokens = self.max_completion_tokens or self.max_tokens
         return self._requests(request_id, [prompt], "messages", max_tokens, defaults)
+
+    def source(self) -> Source | None:
+        return self.calls(self.schema_asked, super().source()) if self.may_call else super().source()
 
 
 Body = TypeVar("Body", bound=Wire)

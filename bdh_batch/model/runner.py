@@ -73,7 +73,10 @@ class Runner:
         if not rows:
             return drawn, {}
         logits = self._kernels.logits(hidden[torch.tensor(rows, device=self._device)])
-        tokens, scores = choose(logits, params, positions, wishes)
+        # The device is at work on it: the time to find out what may be drawn.
+        constraints = [segments[place].constraint for place in places]
+        masks = [None if constraint is None else constraint.mask() for constraint in constraints]
+        tokens, scores = choose(logits, params, positions, wishes, masks)
         for place, token in zip(places, tokens):
             drawn[place] = token
         return drawn, {places[row]: each for row, each in scores.items()}
@@ -123,14 +126,18 @@ class Runner:
 
 
 def choose(
-    logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int], wishes: Wishes
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    wishes: Wishes,
+    masks: Sequence[bytes | None] = (),
 ) -> tuple[list[int | None], dict[int, TokenScore]]:
     """A token for each row of `logits` [rows, V], which it changes, and scores by row where they are asked for."""
     scored = [row for row, each in enumerate(params) if each.logprobs is not None]
     raw = logits[torch.tensor(scored, device=logits.device)] if scored else None
     if wishes:
         adjust(logits, wishes)
-    tokens = draw(logits, params, positions)
+    tokens = draw(logits, params, positions, masks)
     if raw is None:
         return tokens, {}
     # Of a row that could not be drawn nobody will see the score.
@@ -148,10 +155,15 @@ def sums(hidden: Tensor, segments: Sequence[Segment]) -> dict[int, list[float]]:
     }
 
 
-def draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int | None]:
+def draw(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    masks: Sequence[bytes | None] = (),
+) -> list[int | None]:
     """A token for each row. A row that cannot be drawn gets None, and does not keep the others from theirs."""
     try:
-        return list(sample(logits, params, positions))
+        return list(sample(logits, params, positions, masks))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception:
@@ -159,7 +171,7 @@ def draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[i
     drawn: list[int | None] = []
     for row, (param, position) in enumerate(zip(params, positions, strict=True)):
         try:
-            drawn += sample(logits[row : row + 1], [param], [position])
+            drawn += sample(logits[row : row + 1], [param], [position], masks[row : row + 1])
         except Exception:
             log.exception("drawing with %s failed", param)
             drawn.append(None)

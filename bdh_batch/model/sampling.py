@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bdh_batch.messages import SamplingParams
+from bdh_batch.model.masks import masked
 
 COLDEST = 1e-30  # temperatures below are greedy, but float32 could not divide by them
 _WORD = 0xFFFFFFFF
@@ -19,12 +20,19 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
-def sample(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> list[int | None]:
+def sample(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    masks: Sequence[bytes | None] = (),
+) -> list[int | None]:
     """One token per row of `logits` [rows, V] float32; None for a row that is not finite.
 
-    `positions` are those of the tokens to be drawn, in their sequences.
+    `positions` are those of the tokens to be drawn, in their sequences; `masks` has what each row may draw, as
+    `messages.Constraint` says it, or is empty.
     """
     finite = torch.isfinite(logits).all(dim=-1)
+    logits = masked(logits, masks)
     tokens = logits.argmax(dim=-1)
     hot = [row for row, p in enumerate(params) if p.temperature > 0]
     if hot:

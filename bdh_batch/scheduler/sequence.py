@@ -10,8 +10,8 @@ from enum import Enum
 from math import isfinite
 from typing import Protocol
 
-from bdh_batch.errors import BDHError, GenerationFailed, NotFinite
-from bdh_batch.messages import Adjustment, Delta, FinishReason, SamplingParams, Segment, TokenScore
+from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, NotFinite
+from bdh_batch.messages import Adjustment, Constraint, Delta, FinishReason, SamplingParams, Segment, TokenScore
 from bdh_batch.scheduler.alignment import Alignment
 from bdh_batch.scheduler.fair_queue import Account, Line
 from bdh_batch.scheduler.prefix_cache import Entry
@@ -70,6 +70,7 @@ class Sequence:
     score_prompt: bool = False
     pool: bool = False  # whether the hidden vectors of its prompt are summed, and that is all
     breaks: Tokens[int] = ()  # positions, ascending, at which beginnings end that others are likely to have
+    constraint: Constraint | None = None  # what its answer may become; it knows the tokens generated so far
 
     key: str = ""
     priority: int = 0
@@ -123,7 +124,13 @@ class Sequence:
         turn = self._turn
         if turn is None:
             self._turn = turn = Segment(
-                self.slot, self.computed, [token], self.sampling, self._adjustment, pool=self.pool
+                self.slot,
+                self.computed,
+                [token],
+                self.sampling,
+                self._adjustment,
+                self.constraint,
+                pool=self.pool,
             )
             return turn
         turn.slot, turn.start, turn.tokens = self.slot, self.computed, [token]
@@ -139,6 +146,7 @@ class Sequence:
             tokens=self.known(self.computed, end),
             sampling=self.sampling if tokens == self.pending else None,
             adjustment=self._adjustment,
+            constraint=self.constraint,
             targets=self._targets(end),
             top=0 if self.sampling is None else self.sampling.logprobs or 0,
             pool=self.pool,
@@ -201,6 +209,8 @@ class Sequence:
         return Delta(finish_reason=FinishReason.LENGTH)
 
     def _grow(self, token: int, now: float, score: TokenScore | None) -> Delta:
+        if self.constraint is not None and (end := self._constrain(self.constraint, token, score)) is not None:
+            return end
         self.generated.append(token)
         if self._adjustment is not None:
             self._adjustment.count(token)
@@ -213,23 +223,40 @@ class Sequence:
             log.exception("decoding failed in request %s", self.id)
             return self.fail(GenerationFailed("The answer could not be turned into text."))
         delta = Delta(text, [token], self.finish_reason)
-        if score is not None and self._alignment is not None:
+        if score is not None:
             delta.logprob = score.logprob
-            delta.scores = self._shown(score, text, self._alignment)
+            delta.scores = self._shown(score, text, hidden=token in self.stop_token_ids and not self.show_stop_token)
         return delta
 
-    def _shown(self, score: TokenScore, text: str, alignment: Alignment) -> list[tuple[int, TokenScore]]:
+    def _constrain(self, constraint: Constraint, token: int, score: TokenScore | None) -> Delta | None:
+        """The end of the answer, if it is one that does not go on with `token`."""
+        try:
+            if constraint.accept(token):
+                return None
+            self.finish_reason = FinishReason.STOP
+            text = self.text.flush()
+        except InvalidRequest as error:
+            return self.fail(error)
+        except Exception:  # as with its text: no one else's concern
+            log.exception("the constraint failed in request %s", self.id)
+            return self.fail(GenerationFailed("The answer could not be held to its grammar."))
+        scores = None if score is None else self._shown(score, text, hidden=True)
+        return Delta(text, finish_reason=FinishReason.STOP, scores=scores)
+
+    def _shown(self, score: TokenScore, text: str, hidden: bool) -> list[tuple[int, TokenScore]]:
+        """The scores that are told with `text`; that of the last token is not if it is `hidden`."""
+        assert self._alignment is not None
         if self.finish_reason is None:
-            return alignment.push(score, text, self.text.held, self.text.unfinished)
-        hidden = score.token in self.stop_token_ids and not self.show_stop_token
-        return alignment.end(score, text, cut=self.text.stopped, hidden=hidden)
+            return self._alignment.push(score, text, self.text.held, self.text.unfinished)
+        return self._alignment.end(score, text, cut=self.text.stopped, hidden=hidden)
 
     def _say(self, token: int) -> str:
         """The text that `token` makes certain; says in `finish_reason` whether it is the last."""
         at_stop = token in self.stop_token_ids
+        complete = at_stop or (self.constraint is not None and self.constraint.complete)
         text = "" if at_stop and not self.show_stop_token else self.text.push(token)
-        if at_stop or len(self.generated) >= self.max_tokens:
-            self.finish_reason = FinishReason.STOP if at_stop else FinishReason.LENGTH
+        if complete or len(self.generated) >= self.max_tokens:
+            self.finish_reason = FinishReason.STOP if complete else FinishReason.LENGTH
             text += self.text.flush()
         if self.text.stopped:
             self.finish_reason = FinishReason.STOP

@@ -16,7 +16,11 @@ from bdh_batch.messages import Text
 from bdh_batch.text.template import Question, Refused, Rendered, Template
 
 DEFAULT_TEMPLATE = """\
-{%- for message in messages %}{{ message.role }}: {{ message.content }}
+{%- if tools %}system: You may call these functions: {{ tools | tojson }}
+{% endif %}{% for message in messages %}{{ message.role }}: {{ message.content }}{% for call in message.tool_calls %}\
+<tool_call>{"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments | tojson }}}</tool_call>\
+{% endfor %}
+
 {% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
 
 PRIVATE = range(0xF0000, 0xFFFFE)  # Unicode's private use: characters that mean nothing to anyone

@@ -65,6 +65,12 @@ class HuggingFaceTokenizer:
         name = self.name(token)
         return piece.raw if piece is not None else name.encode() if name else None
 
+    @property
+    def json(self) -> str:
+        """As it would be in a `tokenizer.json`."""
+        text: str = self._tokenizer.to_str()
+        return text
+
     def token_id(self, name: str) -> int | None:
         number: int | None = self._tokenizer.token_to_id(name)
         return number

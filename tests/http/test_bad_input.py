@@ -401,11 +401,6 @@ class TestUnknown:
 
 
 UNSUPPORTED: dict[str, tuple[list[object], list[object]]] = {  # what asks for something, what asks for nothing
-    "response_format": ([{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}], [{"type": "text"}]),
-    "structured_outputs": ([{"regex": "a+"}], [{}]),
-    "tools": ([[{"type": "function", "function": {"name": "f"}}]], [[]]),
-    "tool_choice": (["required", {"type": "function", "function": {"name": "f"}}], ["none", "auto"]),
-    "parallel_tool_calls": ([], [True, False]),
     "suffix": (["b"], [""]),
     "audio": ([{"voice": "ash", "format": "wav"}], []),
     "modalities": ([["text", "audio"]], [["text"]]),

@@ -42,10 +42,12 @@ def test_a_state_goes_on_where_it_was_copied_from(runner: Runner) -> None:
 def test_a_row_that_cannot_be_drawn_ends_itself_alone(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
     bad = SamplingParams(seed=13)
 
-    def picky(logits: torch.Tensor, params: list[SamplingParams], positions: list[int]) -> list[int | None]:
+    def picky(
+        logits: torch.Tensor, params: list[SamplingParams], positions: list[int], masks: list[bytes | None]
+    ) -> list[int | None]:
         if bad in params:
             raise RuntimeError("not with that seed")
-        return list(sample(logits, params, positions))
+        return list(sample(logits, params, positions, masks))
 
     monkeypatch.setattr(module, "sample", picky)
     drawn = runner.run(Plan([Segment(0, 0, [1, 2], GREEDY), Segment(1, 0, [1, 2], bad)])).drawn

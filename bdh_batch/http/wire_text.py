@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from bdh_batch.errors import InvalidRequest
-from bdh_batch.http.wire import (
-    MAX_PRIORITY,
-    ConversationBody,
-    Defaults,
-    Prompts,
-    Wire,
-    to_prompts,
-)
+from bdh_batch.http.strict import Neutral, Wire
+from bdh_batch.http.wire import MAX_PRIORITY, Defaults, Prompts, to_prompts
+from bdh_batch.http.wire_chat import ConversationBody
 from bdh_batch.messages import GenerationRequest, Text
 
 
@@ -56,7 +50,11 @@ class TokenizeText(Wire):
 
 
 class TokenizeChat(ConversationBody):
-    unsupported: ClassVar[Mapping[str, tuple[Any, ...]]] = {"chat_template": (), "tools": ([],)}
+    unsupported: ClassVar[Neutral] = {
+        "chat_template": (),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (True, False),
+    }
 
     model: str | None = None
     return_token_strs: bool | None = None

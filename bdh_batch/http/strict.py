@@ -1,0 +1,51 @@
+"""What all objects of a body have in common: strict types, no unknown fields, and unsupported ones refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic_core import PydanticCustomError
+
+Neutral = Mapping[str, tuple[Any, ...]]  # unsupported fields, and the values besides null that ask for nothing
+
+
+MAX_DEPTH = 64
+
+
+def shallow(value: object) -> object:
+    """Refuses what is nested deep: templates and their filters walk values by recursion."""
+    deepest = [value]
+    for _ in range(MAX_DEPTH):
+        deepest = [item for outer in deepest for item in _items(outer)]
+    if deepest:
+        raise PydanticCustomError("deep", "Values may be nested {most} deep", {"most": MAX_DEPTH})
+    return value
+
+
+def _items(value: object) -> Iterable[object]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+class Wire(BaseModel):
+    """An object of a body. `unsupported` fields are refused by name, or dropped where they ask for nothing."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    unsupported: ClassVar[Neutral] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_unsupported(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        for name in values.keys() & cls.unsupported.keys():
+            if values[name] is not None and not _asks_for_nothing(values[name], cls.unsupported[name]):
+                text = "{field} is not supported by this server"
+                raise PydanticCustomError("unsupported", text, {"field": name})
+        return {name: value for name, value in values.items() if name not in cls.unsupported}
+
+
+def _asks_for_nothing(value: object, neutral: tuple[Any, ...]) -> bool:
+    # 1 == True in Python, but not in JSON.
+    return any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral)

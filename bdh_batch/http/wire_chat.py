@@ -1,0 +1,92 @@
+"""Messages as they come over the wire, and how the template makes a prompt of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from bdh_batch.http.strict import Neutral, Wire, shallow
+from bdh_batch.http.wire_tools import ToolCall, Tools
+from bdh_batch.text.chat import RESERVED, Conversation
+
+MESSAGE: Neutral = {"refusal": (), "audio": (), "function_call": (), "annotations": ([],)}
+
+
+def _text(value: object) -> object:
+    """Message content as a string: text parts are joined; parts of other kinds are refused."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for index, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind is not None and kind != "text":
+            raise PydanticCustomError(
+                "unsupported", f"Content parts of type {kind!r} are not supported", {"index": index}
+            )
+        if kind is None or not isinstance(part.get("text"), str):
+            raise PydanticCustomError("part", "Content parts are objects with type and text", {"index": index})
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _not_reserved(values: dict[str, Any]) -> dict[str, Any]:
+    for name in values.keys() & RESERVED:
+        raise PydanticCustomError("reserved", "Cannot be set here", {"field": name})
+    return values
+
+
+TemplateVariables = Annotated[dict[str, Any], BeforeValidator(shallow), AfterValidator(_not_reserved)]
+
+
+class Message(Wire):
+    unsupported = MESSAGE
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Annotated[str | None, BeforeValidator(_text)] = None
+    name: str | None = None
+    tool_call_id: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.tool_calls and self.role != "assistant":
+            raise PydanticCustomError("calls", "Only the assistant calls tools", {"field": "tool_calls"})
+        if self.content is None and not self.tool_calls:
+            raise PydanticCustomError("content", "Input should be a valid string", {"field": "content"})
+        return self
+
+    def for_template(self) -> dict[str, Any]:
+        told = self.model_dump(exclude_none=True, exclude={"tool_calls"}) | {"content": self.content or ""}
+        if self.tool_calls:
+            told["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        return told
+
+
+class ConversationBody(Tools):
+    """A body with messages, of which the template makes a prompt."""
+
+    messages: list[Message] = Field(min_length=1)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    add_special_tokens: bool | None = None
+    chat_template_kwargs: TemplateVariables | None = None
+
+    @model_validator(mode="after")
+    def _one_ending(self) -> Self:
+        if self.continue_final_message and self.add_generation_prompt:
+            text = "Cannot go with add_generation_prompt"
+            raise PydanticCustomError("both", text, {"field": "continue_final_message"})
+        return self
+
+    def conversation(self) -> Conversation:
+        goes_on = bool(self.continue_final_message)
+        tools = {"tools": [tool.model_dump(exclude_none=True) for tool in self.tools]} if self.tools else {}
+        return Conversation(
+            [message.for_template() for message in self.messages],
+            add_generation_prompt=self.add_generation_prompt is not False and not goes_on,
+            continue_final=goes_on,
+            variables={**(self.chat_template_kwargs or {}), **tools},
+            add_special=self.add_special_tokens,
+        )

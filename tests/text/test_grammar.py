@@ -1,0 +1,257 @@
+"""Grammars without a model: every way through them ends in what was asked for, and what is no grammar is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from bdh_batch.errors import InvalidRequest, QueueFull, UnsupportedParameter
+from bdh_batch.messages import Constraint
+from bdh_batch.text.calls import CLOSE, OPEN, Tool, from_tools, head
+from bdh_batch.text.grammar import Grammars, Source, Vocabulary, byte_vocabulary, hugging_face_vocabulary, vocabulary_of
+from bdh_batch.text.sources import from_choice, from_lark, from_regex, from_schema
+from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly
+
+PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2's alphabet writes as themselves
+ALPHABET = {byte: chr(byte if byte in PLAIN else 256 + byte - sum(p < byte for p in PLAIN)) for byte in range(256)}
+MERGES = [("a", "b"), ("ab", "c"), ("1", "2"), ('"', ":"), ("t", "o"), ("to", "o"), ("too", "l"), (">", "{")]
+PIECES = [*ALPHABET.values(), *("".join(pair) for pair in MERGES)]
+ENDING = len(PIECES)
+
+
+def tokenizer_json() -> str:
+    """A small tokenizer.json of byte-level pieces, and a token that ends texts."""
+    end = {"id": ENDING, "content": "<|end|>", "special": True}
+    end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    model = {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(PIECES)}, "merges": MERGES}
+    return json.dumps({"added_tokens": [end], "pre_tokenizer": byte_level, "decoder": byte_level, "model": model})
+
+
+def vocabularies() -> list[Vocabulary]:
+    return [
+        byte_vocabulary(256),
+        byte_vocabulary(300),
+        hugging_face_vocabulary(tokenizer_json(), ENDING + 1, [ENDING]),
+        hugging_face_vocabulary(tokenizer_json(), ENDING + 1),
+    ]
+
+
+def allowed(constraint: Constraint, size: int) -> list[int]:
+    mask = constraint.mask()
+    return (
+        list(range(size)) if mask is None else [t for t in range(min(size, len(mask) * 8)) if mask[t // 8] >> t % 8 & 1]
+    )
+
+
+def walk(constraint: Constraint, vocabulary: Vocabulary, rng: random.Random, most: int = 300) -> tuple[bytes, bool]:
+    """A random answer, and whether it ended by itself."""
+    text = b""
+    for _ in range(most):
+        token = rng.choice(allowed(constraint, vocabulary.size))
+        if not constraint.accept(token):
+            return text, True
+        text += b"" if token in vocabulary.ends else vocabulary.tokens.decode_bytes([token])
+        if constraint.complete:
+            return text, True
+    return text, False
+
+
+@pytest.mark.parametrize("small", [0, 4096])
+@pytest.mark.parametrize("vocabulary", vocabularies())
+async def test_every_way_through_a_grammar_ends_in_what_was_asked_for(vocabulary: Vocabulary, small: int) -> None:
+    grammars, rng = Grammars(vocabulary, small=small), random.Random(3)
+    pattern = re.compile(r"(a|b1?)+(c: \{12\})?")
+    checks: list[tuple[Source, Callable[[str], Any]]] = [
+        (from_regex(pattern.pattern.replace(": ", ":"), "r"), re.compile(r"(a|b1?)+(c:\{12\})?").fullmatch),
+        (from_choice(["ab", "abc", "1"], "c"), {"ab", "abc", "1"}.__contains__),
+        (from_lark('start: "{" start "}" | "a"', "g"), lambda text: text.count("{") == text.count("}")),
+        (
+            from_schema({"type": "object", "additionalProperties": {"enum": [1, 12]}}, "s"),
+            lambda t: json.loads(t) is not None,
+        ),
+    ]
+    for source, check in checks:
+        grammar = await grammars.compile(source)
+        ended = 0
+        for _ in range(20):
+            text, by_itself = walk(grammar.constraint(), vocabulary, rng)
+            ended += by_itself
+            assert not by_itself or check(text.decode()), (source, text)
+        assert ended
+
+
+async def test_where_it_may_end_a_model_without_a_token_for_it_ends_by_drawing_something_else() -> None:
+    grammar = await Grammars(byte_vocabulary(256)).compile(from_regex("[0-9]+", "r"))
+    constraint = grammar.constraint()
+    assert allowed(constraint, 256) == list(b"0123456789")
+    assert constraint.accept(ord("1"))
+    assert constraint.mask() is None
+    assert constraint.accept(ord("2"))
+    assert not constraint.accept(ord("x"))
+    other = grammar.constraint()
+    with pytest.raises(InvalidRequest, match="cannot go on"):
+        other.accept(ord("x"))
+
+
+async def test_a_model_with_a_token_for_the_end_draws_it_or_goes_on() -> None:
+    vocabulary = hugging_face_vocabulary(tokenizer_json(), ENDING + 1, [ENDING])
+    constraint = (await Grammars(vocabulary).compile(from_regex("a+b?", "r"))).constraint()
+    assert allowed(constraint, vocabulary.size) == [PIECES.index("a"), PIECES.index("ab")]
+    assert constraint.accept(PIECES.index("a"))
+    assert ENDING in allowed(constraint, vocabulary.size)
+    assert constraint.accept(ENDING)
+    assert constraint.complete
+
+
+@pytest.mark.parametrize("vocabulary", vocabularies())
+async def test_after_its_trigger_a_free_text_follows_the_grammar(vocabulary: Vocabulary) -> None:
+    source = from_tools([Tool("abc", {}, "p")], "tools", parallel=False, required=False)
+    constraint = (await Grammars(vocabulary).compile(source)).constraint()
+    for token in vocabulary.tokens.tokenize_str("ab < c <tool") + vocabulary.tokens.tokenize_str("_call"):
+        assert constraint.mask() is None
+        assert constraint.accept(token)
+    past = vocabulary.tokens.tokenize_str(">{")  # one token, where there is such a one
+    assert constraint.accept(past[0])
+    texts = {vocabulary.tokens.decode_bytes([token]) for token in allowed(constraint, vocabulary.size)}
+    assert texts == ({b'"'} if len(past) == 1 else {b"\n", b"{"})
+    assert not constraint.complete
+
+
+async def test_calls_are_of_the_tools_and_of_their_schemas() -> None:
+    tools = [Tool("f", {"properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}, "p0"), Tool("g", None, "p1")]
+    vocabulary, rng = byte_vocabulary(256), random.Random(5)
+    grammars = Grammars(vocabulary)
+    one = await grammars.compile(from_tools(tools, "tools", parallel=False, required=True))
+    either = await grammars.compile(from_tools(tools, "tools", False, False, {"enum": ["no"]}))
+    several = (await grammars.compile(from_tools(tools[1:], "tools", parallel=True, required=True))).constraint()
+    for _ in range(10):
+        text, ended = walk(one.constraint(), vocabulary, rng, 4000)
+        assert not ended or re.fullmatch(rf'{OPEN}\n?\{{"name": "[fg]", .*\}}\n?{CLOSE}', text.decode(), re.DOTALL)
+    texts = {walk(either.constraint(), vocabulary, rng, 60)[0][:1] for _ in range(20)}
+    assert texts == {b'"', b"<"}
+    call = f"{OPEN}{head('g')}{{}}}}{CLOSE}"
+    for byte in f"{call}\n{call}".encode():
+        assert several.accept(byte)
+    assert several.mask() is None
+    assert not several.accept(ord("x"))
+
+
+LOOP = {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]}
+DEEP: dict[str, Any] = {"type": "string"}
+for _ in range(300):
+    DEEP = {"type": "array", "items": DEEP}
+PAIRS = [{"anyOf": [{"required": [f"p{i}_{j}"], "type": "object"} for j in range(4)]} for i in range(10)]
+REFUSED: list[tuple[Callable[[Any, str], Source], Any]] = [
+    (from_regex, "(("),
+    (from_regex, "(?!a)b"),
+    (from_regex, r"a[^\s\S]"),
+    (from_lark, "start: missing"),
+    (from_lark, "not lark at all ("),
+    (from_lark, 'start: start "a"'),
+    (from_lark, ""),
+    (from_schema, LOOP),
+    (from_schema, {"$ref": "#"}),
+    (from_schema, {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}),
+    (from_schema, {"$ref": "http://127.0.0.1/x"}),
+    (from_schema, {"$ref": "#/nowhere"}),
+    (from_schema, {"type": "integer", "minimum": 3, "maximum": 2}),
+    (from_schema, {"type": "array", "uniqueItems": True}),
+    (from_schema, {"not": {}}),
+    (from_schema, {"type": 5}),
+    (from_schema, {"enum": []}),
+    (from_schema, {"type": "string", "pattern": "("}),
+    (from_schema, {"allOf": PAIRS}),
+    (from_schema, {"type": "integer", "multipleOf": 999999999}),
+    (from_schema, {"enum": [f"v{i}" for i in range(10_000)]}),
+    (from_schema, DEEP),
+]
+ACCEPTED: list[tuple[Callable[[Any, str], Source], Any]] = [
+    (from_regex, "(.*a.{15}.*){3}"),
+    (from_regex, "((a{1,1000}){1,1000}){1,1000}"),
+    (from_regex, "(a?){500}a{500}"),
+    (from_regex, "a/b\r\n\x00"),
+    (from_lark, 'start: start start | "a" | '),
+    (from_schema, {"type": "object", "properties": {"next": {"$ref": "#"}}, "additionalProperties": False}),
+    (from_schema, {"enum": [f"v{i}" for i in range(2000)]}),
+    (from_choice, ['"', "\\", "\n", "\x00", "😀", "", "/"]),
+]
+
+
+@pytest.mark.parametrize(("kind", "asked"), REFUSED)
+async def test_what_nothing_satisfies_or_is_no_grammar_is_refused_by_its_field(kind: Any, asked: Any) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        await Grammars(byte_vocabulary(256)).compile(kind(asked, "the.field"))
+    assert refused.value.param == "the.field"
+    assert refused.value.message.startswith("the.field: ")
+    assert len(refused.value.message) < 500
+    assert "\n" not in refused.value.message
+
+
+@pytest.mark.parametrize(("kind", "asked"), ACCEPTED)
+async def test_hard_grammars_are_walked(kind: Any, asked: Any) -> None:
+    vocabulary = byte_vocabulary(256)
+    grammar = await Grammars(vocabulary, 2**18).compile(kind(asked, "p"))
+    walk(grammar.constraint(), vocabulary, random.Random(1), 100)
+
+
+async def test_a_tool_whose_schema_is_at_fault_is_named() -> None:
+    tools = [Tool("f", None, "tools[0].function.parameters"), Tool("g", {"not": {}}, "tools[1].function.parameters")]
+    with pytest.raises(InvalidRequest) as refused:
+        await Grammars(byte_vocabulary(256)).compile(from_tools(tools, "tools", True, True))
+    assert refused.value.param == "tools[1].function.parameters"
+
+
+async def test_a_schema_that_leads_to_itself_in_countless_ways_is_decided_at_once() -> None:
+    names = [f"d{i}" for i in range(40)]
+    definitions: dict[str, Any] = {
+        name: {"anyOf": [{"$ref": f"#/$defs/{after}"}] * 2} for name, after in zip(names, [*names[1:], "d0"])
+    }
+    from_schema({"$ref": "#/$defs/d0", "$defs": definitions}, "p")
+
+
+async def test_grammars_are_bounded_in_bytes_and_in_number() -> None:
+    grammars = Grammars(byte_vocabulary(256), most_bytes=1000, most_waiting=3)
+    with pytest.raises(InvalidRequest, match="1000 bytes"):
+        await grammars.compile(from_regex("a" * 1001, "p"))
+    storm = [grammars.compile(from_regex(f"a{i}", "p")) for i in range(50)]
+    outcomes = await asyncio.gather(*storm, return_exceptions=True)
+    assert {type(outcome).__name__ for outcome in outcomes} == {"CompiledGrammar", "QueueFull"}
+    assert isinstance(next(o for o in outcomes if isinstance(o, QueueFull)).retry_after, int)
+    assert (await grammars.compile(from_regex("a49", "p"))).constraint()
+
+
+async def test_time_that_runs_out_is_told_and_the_loop_is_free_meanwhile() -> None:
+    slow = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1500)}}
+    grammars = Grammars(byte_vocabulary(256), 2**20, seconds=0.0)
+    source = from_schema(slow, "p")
+    outcomes = await asyncio.gather(*(grammars.compile(source) for _ in range(3)), return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} <= {InvalidRequest, QueueFull}
+    patient = Grammars(byte_vocabulary(256), 2**20)
+    compiling = asyncio.ensure_future(patient.compile(source))
+    turns = 0
+    while not compiling.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 10
+    assert (await compiling).constraint().mask()
+
+
+async def test_without_a_tokenizer_grammars_are_refused() -> None:
+    assert isinstance(vocabulary_of(ByteTokenizer(), 256), Vocabulary)
+    with pytest.raises(UnsupportedParameter) as refused:
+        await Grammars(vocabulary_of(TokenIdsOnly(), 97)).compile(from_regex("a", "p"))
+    assert refused.value.param == "p"
+
+
+async def test_more_grammars_than_are_kept_are_compiled_again() -> None:
+    grammars = Grammars(byte_vocabulary(256))
+    for _ in range(2):
+        for i in range(70):
+            assert (await grammars.compile(from_regex(f"a{i}", "p"))).constraint()
