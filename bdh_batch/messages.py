@@ -43,7 +43,9 @@ class GenerationRequest:
     stop: tuple[str, ...] = ()
     prompt_param: str = "prompt"  # the field of the client's request that an error about the prompt names
     n: int = 1  # answers to its prompt, of which this is one
-    key: str = ""  # whose request it is: an opaque label, the same for all requests of one API key
+    key: str = ""  # whose kept states it may begin with: an opaque label, the same for all requests of one API key
+    tenant: str = ""  # in whose share of the machine it is computed: as `key`, but also told apart without keys
+    weight: float | None = None  # of that share; None leaves it to the settings
     priority: int = 0  # lower goes first
     timeout: float | None = None  # seconds from its arrival to its end; None leaves it to the settings
 

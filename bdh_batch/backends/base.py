@@ -27,6 +27,9 @@ class Generation(Protocol):
 
 
 class Backend(Protocol):
+    def tokens(self, request: GenerationRequest) -> Sequence[int]:
+        """The tokens of the prompt of `request`. Raises InvalidRequest: it has none."""
+
     def generate(self, requests: Sequence[GenerationRequest]) -> Generation:
         """Starts all of `requests`, or none.
 

@@ -75,6 +75,9 @@ class LocalBackend:
         self._idle = asyncio.Event()
         self._idle.set()
 
+    def tokens(self, request: GenerationRequest) -> Many[int]:
+        return self._tokens(request)
+
     def generate(self, requests: Many[GenerationRequest]) -> LocalGeneration:
         mailbox = Mailbox()
         sequences = [self._sequence(request, index, mailbox) for index, request in enumerate(requests)]
@@ -121,6 +124,8 @@ class LocalBackend:
             index=index,
             n=request.n,
             key=request.key,
+            tenant=request.tenant,
+            weight=request.weight,
             priority=request.priority,
         )
 
@@ -133,7 +138,7 @@ class LocalBackend:
                 tokens = self._tokenizer.encode(tokens)
             except InvalidRequest as error:
                 raise InvalidRequest(error.message, param) from error
-        elif any(not 0 <= token < self._vocab_size for token in tokens):
+        elif tokens and not 0 <= min(tokens) <= max(tokens) < self._vocab_size:
             raise InvalidRequest(f"Token ids run from 0 to {self._vocab_size - 1}.", param)
         if not tokens:
             raise InvalidRequest("The prompt is empty.", param)

@@ -1,7 +1,8 @@
 """Who is next of those that wait: by priority class, inside it by fair shares of the keys, inside a key by arrival.
 
 A key's account counts the work done for it, divided by its weight; the key with the least goes first. A key that comes
-back from a pause starts where the others are: time in which it asked for nothing is not saved up.
+back from a pause starts where the others are: time in which it asked for nothing is not saved up. Where no keys are
+asked for, addresses stand in for them (`Sequence.tenant`), of which there may be very many.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bdh_batch.scheduler.sequence import Sequence
 
+FEW = 1024  # accounts, which are not worth clearing out
 GENERATED = 2.0  # what a generated token counts, where one of a prompt counts 1: it takes a step of its own
 
 
@@ -23,9 +25,12 @@ class Account:
     __slots__ = ("per_generated", "seats", "used", "weight")
 
     def __init__(self, weight: float = 1.0) -> None:
-        self.weight = weight
         self.used = 0.0
         self.seats = 0
+        self.weigh(weight)
+
+    def weigh(self, weight: float) -> None:
+        self.weight = weight
         self.per_generated = GENERATED / weight
 
 
@@ -38,6 +43,8 @@ class FairQueue:
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self._weights = dict(weights or {})
         self._accounts: dict[str, Account] = {}
+        self._clear_at = FEW
+        self._most = 0.0  # that any of those had that were cleared out
         self._classes: dict[int, dict[str, list[Sequence]]] = {}  # by priority, by key; a list's last is its first
         self._tokens = 0
         self.waiting: Counter[int] = Counter()  # sequences of each priority
@@ -56,25 +63,42 @@ class FairQueue:
     def account(self, key: str) -> Account:
         account = self._accounts.get(key)
         if account is None:
+            if len(self._accounts) >= self._clear_at:
+                self._clear_out()
             account = self._accounts[key] = Account(self._weights.get(key, 1.0))
         return account
 
     def push(self, sequence: Sequence) -> None:
         """Takes a new one, or back one that was taken out before its turn."""
-        line = self._classes.setdefault(sequence.priority, {}).setdefault(sequence.key, [])
+        sequence.account = self.account(_tenant(sequence))
+        if sequence.weight is not None:
+            sequence.account.weigh(sequence.weight)
+        line = self._classes.setdefault(sequence.priority, {}).setdefault(_tenant(sequence), [])
         if not line:
-            self._catch_up(self.account(sequence.key))
+            self._catch_up(sequence.account)
         insort(line, sequence, key=lambda waiting: -waiting.place)
         self.waiting[sequence.priority] += 1
         self._tokens += len(sequence.prompt)
 
     def _catch_up(self, account: Account) -> None:
         """One that was idle starts where the one that has least is, or, alone, where the one that had most was."""
-        if account.seats:
-            return
+        if not account.seats:
+            account.used = max(account.used, self._level())
+
+    def _level(self) -> float:
+        """Where one that was idle starts, however little it has had."""
         waiting = {id(self._accounts[key]) for keys in self._classes.values() for key, line in keys.items() if line}
         busy = [other.used for other in self._accounts.values() if other.seats or id(other) in waiting]
-        account.used = max(account.used, min(busy) if busy else max(other.used for other in self._accounts.values()))
+        return min(busy) if busy else max(self._most, *(other.used for other in self._accounts.values()), 0.0)
+
+    def _clear_out(self) -> None:
+        """Forgets those that are idle and would start at the level in any case."""
+        level = self._level()
+        waiting = {key for keys in self._classes.values() for key in keys}
+        accounts = self._accounts.items()
+        self._accounts = {key: other for key, other in accounts if other.seats or key in waiting or other.used > level}
+        self._most = max(self._most, level)
+        self._clear_at = max(FEW, 2 * len(self._accounts))
 
     def peek(self) -> Sequence | None:
         """The next one."""
@@ -85,22 +109,25 @@ class FairQueue:
 
     def serve(self, sequence: Sequence) -> None:
         """Takes out `sequence`, whose turn it is, and charges its prompt to its key."""
-        account = self.account(sequence.key)
-        account.used += len(sequence.prompt) / account.weight
+        sequence.account.used += len(sequence.prompt) / sequence.account.weight
         self.remove(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         keys = self._classes[sequence.priority]
-        line = keys[sequence.key]
+        line = keys[_tenant(sequence)]
         if line[-1] is sequence:
             line.pop()
         else:
             line.remove(sequence)
         if not line:
-            del keys[sequence.key]
+            del keys[_tenant(sequence)]
         if not keys:
             del self._classes[sequence.priority]
         self.waiting[sequence.priority] -= 1
         if not self.waiting[sequence.priority]:
             del self.waiting[sequence.priority]
         self._tokens -= len(sequence.prompt)
+
+
+def _tenant(sequence: Sequence) -> str:
+    return sequence.tenant or sequence.key

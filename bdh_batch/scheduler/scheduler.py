@@ -140,7 +140,6 @@ class Scheduler:
                 continue
             self._arrivals += 1
             sequence.place, sequence.since = self._arrivals, self.counts.steps
-            sequence.account = self._queue.account(sequence.key)
             self._queue.push(sequence)
             self._deadlines.add(sequence)
         return []

@@ -45,7 +45,7 @@ class Sequence:
     """One generation. Times are seconds on the clock that the worker passes in.
 
     It waits until `queue_deadline` at most, and ends by `deadline`; `key` is whose it is, and a lower `priority` goes
-    first.
+    first. It runs in the share of `tenant`, which is `key`'s unless said otherwise, and has `weight` if that is said.
     """
 
     id: str
@@ -59,6 +59,8 @@ class Sequence:
     n: int = 1  # answers to its prompt, of which this is one
 
     key: str = ""
+    tenant: str = ""
+    weight: float | None = None
     priority: int = 0
     queue_deadline: float | None = None
     deadline: float | None = None
