@@ -16,6 +16,7 @@ from bdh_batch.http.errors import error_response
 from bdh_batch.http.frames import Answer, ChatFrames, CompletionFrames, Frames
 from bdh_batch.http.gate import Gate, ServedModel
 from bdh_batch.http.generation import EventStream, whole
+from bdh_batch.http.quota import Quota
 from bdh_batch.http.wire import ChatBody, CompletionBody, GenerationBody, parse
 from bdh_batch.messages import GenerationRequest
 from bdh_batch.settings import Api
@@ -26,10 +27,11 @@ LONGEST_TIMEOUT = 86400.0  # seconds
 
 
 class Routes:
-    def __init__(self, gate: Gate, metrics: Metrics, api: Api) -> None:
+    def __init__(self, gate: Gate, metrics: Metrics, api: Api, quota: Quota) -> None:
         self._gate = gate
         self._metrics = metrics
         self._api = api
+        self._quota = quota
 
     def table(self) -> list[Route]:
         return [
@@ -45,29 +47,28 @@ class Routes:
 
     async def completions(self, request: Request) -> Response:
         body = parse(await request.body(), CompletionBody, self._api.unknown_fields)
-        model = self._gate.model
-        model.check_name(body.model)
+        model = self._model(request, body.model)
         answer = _answer(f"cmpl-{request.state.id}", body, model)
         requests = body.requests(request.state.id, model.defaults)
-        return await _respond(request, model, requests, CompletionFrames(answer), bool(body.stream))
+        return await self._respond(request, model, requests, CompletionFrames(answer), bool(body.stream))
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse(await request.body(), ChatBody, self._api.unknown_fields)
-        model = self._gate.model
-        model.check_name(body.model)
+        model = self._model(request, body.model)
         answer = _answer(f"chatcmpl-{request.state.id}", body, model)
         requests = body.requests(request.state.id, model.defaults, model.template)
-        return await _respond(request, model, requests, ChatFrames(answer), bool(body.stream))
+        return await self._respond(request, model, requests, ChatFrames(answer), bool(body.stream))
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._gate.model.card()]})
+        model = self._gate.model
+        mine = [model.card()] if request.state.caller.may_use(model.names) else []
+        return JSONResponse({"object": "list", "data": mine})
 
     async def model(self, request: Request) -> Response:
-        model, name = self._gate.model, request.path_params["id"]
+        name = request.path_params["id"]
         if not name:
             raise ModelNotFound(name)
-        model.check_name(name)
-        return JSONResponse(model.card())
+        return JSONResponse(self._model(request, name).card())
 
     async def health(self, request: Request) -> Response:
         return _status(self._gate.health(), "ok")
@@ -80,6 +81,34 @@ class Routes:
 
     async def root(self, request: Request) -> Response:
         return JSONResponse({"name": "bdh_batch", "version": __version__, "status": self._gate.closed or "ready"})
+
+    def _model(self, request: Request, name: str | None) -> ServedModel:
+        """The model of that name; None is the one there is.
+
+        Raises:
+            ModelNotFound
+            Forbidden: the caller's key is not for it.
+            Unavailable
+        """
+        model = self._gate.model
+        model.check_name(name)
+        request.state.caller.check_model(name or model.name, model.names)
+        return model
+
+    async def _respond(
+        self,
+        request: Request,
+        model: ServedModel,
+        requests: list[GenerationRequest],
+        frames: Frames,
+        stream: bool,
+    ) -> Response:
+        timeout = _timeout(request)
+        timed = [replace(each, timeout=timeout) for each in requests]
+        generation = await self._quota.start(request, model.backend, timed)
+        if stream:
+            return EventStream(generation, frames)
+        return await whole(generation, frames, request)
 
 
 def _status(problem: str | None, well: str) -> Response:
@@ -113,13 +142,3 @@ def _timeout(request: Request) -> float | None:
         text = f"{TIMEOUT_HEADER} should be seconds, more than 0 and at most {LONGEST_TIMEOUT:.0f}."
         raise InvalidRequest(text, TIMEOUT_HEADER)
     return seconds
-
-
-async def _respond(
-    request: Request, model: ServedModel, requests: list[GenerationRequest], frames: Frames, stream: bool
-) -> Response:
-    key, timeout = getattr(request.state, "key", ""), _timeout(request)
-    generation = model.backend.generate([replace(each, key=key, timeout=timeout) for each in requests])
-    if stream:
-        return EventStream(generation, frames)
-    return await whole(generation, frames, request)

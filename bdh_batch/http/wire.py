@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import InvalidRequest, UnknownParameter, UnsupportedParameter
+from bdh_batch.http.sizes import check_stops
 from bdh_batch.messages import GenerationRequest, SamplingParams
 from bdh_batch.text.chat import ChatTemplate
 
@@ -40,7 +41,6 @@ GENERATION: Neutral = {
 }
 MESSAGE: Neutral = {"refusal": (), "audio": (), "function_call": (), "tool_calls": ([],), "annotations": ([],)}
 STREAM_OPTIONS: Neutral = {"continuous_usage_stats": (False,), "include_obfuscation": (False,)}
-MAX_STOP = 16
 MAX_PRIORITY = 1000
 
 
@@ -54,6 +54,9 @@ class Defaults:
     top_k: int = 0
     max_n: int = 16
     max_prompts: int = 128
+    max_stop: int = 16
+    max_stop_bytes: int = 1024
+    max_schema_bytes: int = 65536
 
 
 def _prompts(value: object) -> object:
@@ -102,7 +105,7 @@ def _seed_bits(value: int) -> int:
 
 
 Prompts = Annotated[list[Any], BeforeValidator(_prompts)]
-Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP), BeforeValidator(_stops)]
+Stops = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_stops)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1), AfterValidator(_seed_bits)]
 
 
@@ -175,6 +178,7 @@ class GenerationBody(Wire):
             raise InvalidRequest(f"n is limited to {defaults.max_n} here.", "n")
         if len(prompts) > defaults.max_prompts:
             raise InvalidRequest(f"A request may have {defaults.max_prompts} prompts here.", param)
+        check_stops(self.stop or (), defaults.max_stop, defaults.max_stop_bytes)
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options goes with stream.", "stream_options")
         seed = secrets.randbits(64) if self.seed is None else self.seed
