@@ -1,4 +1,4 @@
-"""The command line: `serve`, `config show`, `model inspect`, `model convert`.
+"""The command line: `serve`, `config show`, `keys add`, `model inspect`, `model convert`.
 
 What cannot work ends in one line and exit code 2.
 """
@@ -11,10 +11,12 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from bdh_batch import __version__, settings
 from bdh_batch.errors import CheckpointError, ConfigError
+from bdh_batch.keys import KeyFile, new_key
 
 SHORTCUTS = {
     "host": "server.host",
@@ -23,6 +25,8 @@ SHORTCUTS = {
     "device": "model.device",
     "dtype": "model.dtype",
 }
+
+RIGHTS = ("models", "weight", "requests_per_minute", "tokens_per_minute", "top_priority")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,8 +59,28 @@ def _parser() -> argparse.ArgumentParser:
     show.set_defaults(run=_show)
     default = actions.add_parser("default", help="config/default.yaml: all options, defaults and help")
     default.set_defaults(run=_default)
+    _add_keys_commands(commands.add_parser("keys", help="make, list and revoke API keys"), common)
     _add_model_commands(commands)
     return parser
+
+
+def _add_keys_commands(keys: argparse.ArgumentParser, common: argparse.ArgumentParser) -> None:
+    file = argparse.ArgumentParser(add_help=False, parents=[common])
+    file.add_argument("--file", type=Path, metavar="FILE", help="the file of keys (auth.api_keys_file)")
+    actions = keys.add_subparsers(required=True, metavar="ACTION")
+    add = actions.add_parser("add", parents=[file], help="make a key, and print it this once")
+    add.add_argument("--name", required=True, help="whose it is")
+    add.add_argument("--models", metavar="A,B", help="the models it may use; else all")
+    add.add_argument("--weight", metavar="NUMBER", help="its share beside other keys; else 1")
+    add.add_argument("--requests-per-minute", metavar="N", help="else rate_limiting.requests_per_minute")
+    add.add_argument("--tokens-per-minute", metavar="N", help="else rate_limiting.tokens_per_minute")
+    add.add_argument("--top-priority", metavar="N", help="the lowest `priority` of its requests; else any")
+    add.set_defaults(run=_add_key)
+    listing = actions.add_parser("list", parents=[file], help="the keys' names and rights")
+    listing.set_defaults(run=_list_keys)
+    revoke = actions.add_parser("revoke", parents=[file], help="take a key back")
+    revoke.add_argument("key", metavar="ID|NAME")
+    revoke.set_defaults(run=_revoke_key)
 
 
 def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -110,7 +134,7 @@ def _serve(options: argparse.Namespace) -> int:
     logging.basicConfig(
         level=resolved.settings.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    uvloop.run(serve(resolved.settings, _announce))
+    uvloop.run(serve(resolved.settings, partial(_announce, resolved.settings.auth.enabled)))
     if threads_left():
         # One still loads, compiles or hangs in a step; the interpreter cannot be taken down under its feet.
         logging.shutdown()
@@ -118,14 +142,45 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
-def _announce(url: str, model: str) -> None:
+def _announce(with_key: bool, url: str, model: str) -> None:
     prompt = '{"prompt": "ROMEO:\\n", "max_tokens": 200}'
+    headers = "-H 'content-type: application/json'" + (" -H 'authorization: Bearer KEY'" if with_key else "")
     print(f"\n{model} is ready at {url}. Try:\n", flush=True)
-    print(f"  curl -s {url}/v1/completions -H 'content-type: application/json' -d '{prompt}'\n", flush=True)
+    print(f"  curl -s {url}/v1/completions {headers} -d '{prompt}'\n", flush=True)
 
 
 def _show(options: argparse.Namespace) -> int:
     print(_resolve(options).show())
+    return 0
+
+
+def _key_file(options: argparse.Namespace) -> KeyFile:
+    path = options.file or _resolve(options).settings.auth.api_keys_file
+    if path is None:
+        raise ConfigError("auth.api_keys_file: not set; say by --file where the keys are")
+    return KeyFile(path)
+
+
+def _add_key(options: argparse.Namespace) -> int:
+    given = {name: getattr(options, name) for name in RIGHTS if getattr(options, name) is not None}
+    if options.models is not None:
+        given["models"] = [model.strip() for model in options.models.split(",") if model.strip()]
+    secret = _key_file(options).add(partial(new_key, name=options.name, rights=given))
+    print(f"The key of {options.name}; it is kept nowhere and cannot be shown again:", file=sys.stderr)
+    print(secret)
+    return 0
+
+
+def _list_keys(options: argparse.Namespace) -> int:
+    for key in _key_file(options).read():
+        rights = key.model_dump(mode="json", exclude={"sha256", "name"}, exclude_none=True)
+        print("  ".join([key.id, key.name or "(a plain key)", *(f"{name}={value}" for name, value in rights.items())]))
+    return 0
+
+
+def _revoke_key(options: argparse.Namespace) -> int:
+    key = _key_file(options).revoke(options.key)
+    print(f"revoked {key.id} {key.name}".rstrip())
     return 0
 
 

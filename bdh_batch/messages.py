@@ -162,12 +162,20 @@ class GenerationRequest:
     score_prompt: bool = False  # whether the prompt's tokens are scored, as `sampling.logprobs` says
     prompt_param: str = "prompt"  # the field of the client's request that an error about the prompt names
     n: int = 1  # answers to its prompt, of which this is one
-    key: str = ""  # whose request it is: an opaque label, the same for all requests of one API key
+    key: str = ""  # whose kept states it may begin with: an opaque label, the same for all requests of one API key
+    tenant: str = ""  # in whose share of the machine it is computed: as `key`, but also told apart without keys
+    weight: float | None = None  # of that share; None leaves it to the settings
     priority: int = 0  # lower goes first
     timeout: float | None = None  # seconds from its arrival to its end; None leaves it to the settings
     breaks: tuple[int, ...] = ()  # positions, ascending, at which beginnings end that others are likely to have
     pool: bool = False
     grammar: Grammar | None = None  # what the answer has to follow
+
+    @property
+    def tokens(self) -> Sequence[int]:
+        """The prompt, once it is tokenized."""
+        assert not isinstance(self.prompt, Text)
+        return self.prompt
 
 
 @dataclass(slots=True)

@@ -30,6 +30,7 @@ from bdh_batch.http.server import Server, base_url, bind
 from bdh_batch.http.wire import Defaults
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.simd import most_threads
+from bdh_batch.keys import KeyRing
 from bdh_batch.model.checkpoint import Model, load_model
 from bdh_batch.model.config import BDHConfig
 from bdh_batch.model.runner import Runner
@@ -37,7 +38,7 @@ from bdh_batch.model.state import StatePool, bytes_per_sequence, free_memory, sl
 from bdh_batch.scheduler.scheduler import Policy, Scheduler
 from bdh_batch.scheduler.trace import Trace
 from bdh_batch.scheduler.worker import WORKER, StepRunner, Worker
-from bdh_batch.settings import Engine, Generation, PrefixCache, Settings
+from bdh_batch.settings import Auth, Engine, Generation, PrefixCache, Settings
 from bdh_batch.telemetry import Metrics
 from bdh_batch.text.folder import TextSide, load_text
 from bdh_batch.text.grammar import Grammars, Vocabulary, vocabulary_of
@@ -48,6 +49,7 @@ T = TypeVar("T")
 
 LOADER = "bdh-loader"  # the name of its thread
 HOST_MEMORY = 2**30  # bytes for states there, where the settings are silent
+BOUNDS = ("max_n", "max_prompts", "max_stop", "max_stop_bytes")  # of one request
 GENERATION_CONFIG = "generation_config.json"
 
 
@@ -216,7 +218,8 @@ def state_budget(engine: Engine, device: torch.device) -> int:
 def defaults_for(settings: Settings, folder: Path) -> Defaults:
     """The settings' generation defaults; where they are silent the model folder's, else OpenAI's."""
     chosen = suggested_generation(folder / GENERATION_CONFIG) | settings.generation.model_dump(exclude_none=True)
-    return Defaults(max_n=settings.limits.max_n, max_prompts=settings.limits.max_prompts, **chosen)
+    bounds = {name: getattr(settings.limits, name) for name in BOUNDS}
+    return Defaults(**bounds, **chosen)
 
 
 def suggested_generation(file: Path) -> dict[str, Any]:
@@ -234,6 +237,16 @@ def suggested_generation(file: Path) -> dict[str, Any]:
         problem = error.errors()[0] if isinstance(error, ValidationError) else None
         text = f"{problem['loc'][0]}: {problem['msg']}" if problem else f"not a JSON object ({error})"
         raise CheckpointError(f"{file}: {text}") from error
+
+
+def key_ring(auth: Auth) -> KeyRing | None:
+    """The keys that are asked for, if any are. Raises ConfigError: there are none, or some are needed and not asked."""
+    if auth.enabled:
+        return KeyRing([key.get_secret_value() for key in auth.api_keys], auth.api_keys_file)
+    for option in ("protect_metrics", "protect_docs"):
+        if getattr(auth, option):
+            raise ConfigError(f"auth.{option}: there are no keys to ask for unless auth.enabled is set")
+    return None
 
 
 class Service:
@@ -273,12 +286,17 @@ class Service:
         Raises:
             ConfigError, CheckpointError: the server could not start.
         """
+        keys = key_ring(self._settings.auth)
         listener = bind(self._settings.server.host, self._settings.server.port)
-        server = Server(create_app(self._settings, self._gate, self._metrics))
+        app = create_app(self._settings, self._gate, self._metrics, keys)
+        server = Server(app, self._settings, self._metrics)
         listening = asyncio.create_task(server.serve(sockets=[listener]))
+        watching = None if keys is None else asyncio.create_task(keys.watch())
         try:
-            await self._serve(base_url(listener))
+            await self._serve(base_url(listener, self._settings.server.tls_cert is not None))
         finally:
+            if watching is not None:
+                watching.cancel()
             server.should_exit = True
             await listening
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,6 +39,7 @@ from pydantic_settings import (
 from bdh_batch.errors import ConfigError
 
 ENV_PREFIX, ENV_DELIMITER = "BDH_", "__"
+SECRET = ("auth.api_keys", "rate_limiting.storage")  # what is given there is not repeated
 UNITS = {
     "": 1,
     "b": 1,
@@ -83,8 +85,30 @@ def _one_worker(value: int) -> int:
     return value
 
 
+def _network(value: str) -> str:
+    try:
+        ipaddress.ip_network(value, strict=False)
+    except ValueError:
+        raise PydanticCustomError("network", "an address or a network is expected, as in 10.0.0.0/8") from None
+    return value
+
+
+def _storage(value: str) -> str:
+    if value != "memory" and not value.startswith(("redis://", "rediss://", "redis+unix://")):
+        raise PydanticCustomError("storage", "memory, or a URL as in redis://host:6379/0, is expected")
+    return value
+
+
+def without_password(url: str) -> str:
+    """'redis://:secret@host' to 'redis://***@host'; what follows a ? may hold one, too."""
+    scheme, separator, rest = url.partition("?")[0].rpartition("://")
+    return f"{scheme}{separator}***@{rest.rpartition('@')[2]}" if "@" in rest else f"{scheme}{separator}{rest}"
+
+
 Bytes = Annotated[PositiveInt, BeforeValidator(_parse_bytes)]
 Strings = Annotated[list[str], NoDecode, BeforeValidator(_parse_list)]
+Networks = Annotated[list[Annotated[str, AfterValidator(_network)]], NoDecode, BeforeValidator(_parse_list)]
+Storage = Annotated[str, AfterValidator(_storage), PlainSerializer(without_password, str)]
 Weights = Annotated[
     dict[Annotated[str, Field(pattern="^[0-9a-f]{16}$")], Annotated[float, Field(ge=0.001, le=1000)]],
     BeforeValidator(_parse_mapping),
@@ -109,6 +133,11 @@ class Server(Section):
     )
     drain_seconds: float = Field(30.0, ge=0, description="How long running streams may go on after SIGTERM.")
     cors_origins: Strings = Field([], description='Origins that browsers may call from; ["*"] for all.')
+    trusted_proxies: Networks = Field(
+        [], description="Addresses and networks of proxies whose x-forwarded-for is believed."
+    )
+    tls_cert: Path | None = Field(None, description="PEM file of the certificate and its chain; with it, HTTPS only.")
+    tls_key: Path | None = Field(None, description="PEM file of its private key, without a passphrase.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
 
 
@@ -202,23 +231,46 @@ class Chat(Section):
 
 
 class Auth(Section):
-    enabled: bool = Field(False, description="Whether /v1 asks for a key: Authorization: Bearer KEY.")
+    enabled: bool = Field(
+        False, description="Whether all but probes, metrics and docs asks for a key: Authorization: Bearer KEY."
+    )
     api_keys: Secrets = Field([], description="The keys.")
-    api_keys_file: Path | None = Field(None, description="A file with more keys, one a line; # begins a comment.")
+    api_keys_file: Path | None = Field(
+        None, description="A file with more of them, as `bdh-batch keys` makes it, or one a line; changes are seen."
+    )
+    protect_metrics: bool = Field(False, description="Whether /metrics asks for one, too.")
+    protect_docs: bool = Field(False, description="Whether /docs and /openapi.json do.")
 
 
 class RateLimiting(Section):
-    enabled: bool = Field(False, description="Whether each key (without keys, each address) is limited.")
+    enabled: bool = Field(
+        False, description="Whether each key (without a key, each address) is limited; a key's own limits always hold."
+    )
     requests_per_minute: PositiveInt = Field(600, description="Requests in any minute; more are refused with 429.")
+    tokens_per_minute: PositiveInt | None = Field(
+        None, description="Tokens a minute, of prompts and of the most their answers may have; null is no limit."
+    )
+    storage: Storage = Field(
+        "memory", description="Where is counted: memory, or the redis:// or rediss:// URL of one that servers share."
+    )
 
 
 class Limits(Section):
     max_body_bytes: Bytes = Field(4 * 2**20, description="Largest request body; more is refused with 413.")
+    max_header_bytes: Bytes = Field(32 * 1024, description="Largest head of a request; more is refused with 431.")
+    header_seconds: PositiveFloat = Field(20.0, description="In which a request's headers have to come.")
+    body_seconds: PositiveFloat = Field(60.0, description="In which its body has to; slower ones are refused with 408.")
+    keep_alive_seconds: PositiveFloat = Field(
+        75.0, description="That an idle connection is kept; longer than clients do, so that they are who close it."
+    )
     max_n: PositiveInt = Field(16, description="Most answers to one prompt (n).")
     max_prompts: PositiveInt = Field(128, description="Most prompts in one request.")
-    max_schema_bytes: Bytes = Field(
-        2**16, description="Largest schema, regular expression or grammar; more is refused with 400."
+    max_prompt_tokens: PositiveInt | None = Field(
+        None, description="Most tokens of a prompt; null is no limit but model.max_model_len."
     )
+    max_stop: PositiveInt = Field(16, description="Most stop strings.")
+    max_stop_bytes: Bytes = Field(1024, description="Longest stop string, in bytes of UTF-8.")
+    max_schema_bytes: Bytes = Field(64 * 1024, description="Largest schema or grammar that an answer has to follow.")
 
 
 class Api(Section):
@@ -414,6 +466,6 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     parts = []
     for problem in error.errors():
         option = ".".join(map(str, problem["loc"][:2]))
-        given = "" if option == "auth.api_keys" else f", not {problem['input']!r}"
+        given = "" if option in SECRET else f", not {problem['input']!r}"
         parts.append(f"{option} ({origins.get(option, 'default')}): {problem['msg']}{given}")
     return "; ".join(parts)

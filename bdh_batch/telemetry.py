@@ -73,6 +73,10 @@ class Metrics:
         labels = ("model_name", "reason")
         self._refused = Counter("bdh_admission_rejections", "Requests refused", labels, registry=self.registry)
 
+        self._rate_storage = self._counter(
+            "rate_limit_storage_failures", "Requests whose rate was counted here instead"
+        )
+
         labels = ("route", "status")
         self.http_requests = Counter("bdh_http_requests", "HTTP answers", labels, registry=self.registry)
         self.http_in_flight = Gauge("bdh_http_requests_in_flight", "Open HTTP requests", registry=self.registry)
@@ -86,6 +90,13 @@ class Metrics:
 
     def refused(self, reason: str) -> None:
         self._refused.labels(self._model_name, reason).inc()
+
+    def rate_storage_failed(self) -> None:
+        self._rate_storage.inc()
+
+    def refused_unread(self, status: int) -> None:
+        """What came was no request that a route could answer."""
+        self.http_requests.labels("unread", status).inc()
 
     def stepped(self, step: Step, seconds: float) -> None:
         self._steps.observe(seconds)

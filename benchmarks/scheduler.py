@@ -64,6 +64,7 @@ def make_sequence(number: int, prompt: list[int], max_tokens: int) -> Sequence:
         text=TextStream(ByteTokenizer().decoder()),
         outbox=Mailbox(),
         key=f"key {number % 16}",
+        tenant=f"key {number % 16}",
     )
 
 

@@ -50,7 +50,7 @@ class Cost:
 @dataclass(frozen=True)
 class Request:
     at: float
-    key: str
+    tenant: str
     priority: int
     prompt: Many[int]
     answer: int  # tokens
@@ -98,7 +98,7 @@ def replay(file: Path) -> list[Request]:
     submitted = [event for event in events if event["event"] == "submit" and answers.get(event["place"])]
     begin = submitted[0]["now"] if submitted else 0.0
     return [
-        Request(event["now"] - begin, event["key"], event["priority"], _tokens(event), answers[event["place"]])
+        Request(event["now"] - begin, event["tenant"], event["priority"], _tokens(event), answers[event["place"]])
         for event in submitted
     ]
 
@@ -136,7 +136,7 @@ def simulate(name: str, requests: Many[Request], cost: Cost, slots: int, prefill
         computed += step.prefill_tokens
         scheduler.commit(step, Outcome([1 if s.sampling else None for s in step.plan.segments]), now)
     scheduler.check()
-    keys = [request.key for request in requests]
+    keys = [request.tenant for request in requests]
     return figures(sequences, keys, now) | {
         "prompt_tokens_computed": computed,
         "preemptions": scheduler.counts.preemptions,
@@ -154,7 +154,8 @@ def _sequence(request: Request, fair: bool) -> Sequence:
         text=silent,
         outbox=silent,
         arrived=request.at,
-        key=request.key if fair else "",
+        key=request.tenant if fair else "",
+        tenant=request.tenant if fair else "",
         priority=request.priority if fair else 0,
     )
 

@@ -157,9 +157,12 @@ class Server:
         assert isinstance(error["message"], str)
         assert error["message"]
         assert "Traceback" not in error["message"]
-        kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"} | dict.fromkeys(
-            (408, 504), "timeout_error"
-        )
+        kinds = {
+            401: "authentication_error",
+            403: "permission_error",
+            404: "not_found_error",
+            429: "rate_limit_error",
+        } | dict.fromkeys((408, 504), "timeout_error")
         assert error["type"] == kinds.get(status, "service_unavailable" if status == 503 else "invalid_request_error")
         if status in (429, 503):
             assert 1 <= int(response.headers["retry-after"]) <= 60

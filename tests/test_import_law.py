@@ -17,6 +17,7 @@ STDLIB = set(sys.stdlib_module_names)
 LAW: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "messages": ({"errors"}, set()),
+    "keys": ({"errors"}, {"pydantic"}),
     "settings": ({"errors"}, {"pydantic", "pydantic_core", "pydantic_settings", "yaml"}),
     "text": (SHARED | {"text"}, {"jinja2", "llguidance", "tokenizers"}),
     "kernels": (SHARED | {"kernels"}, {"torch", "numpy", "numba", "llvmlite", "triton"}),
@@ -25,13 +26,14 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "backends": (SHARED | {"backends", "scheduler", "text"}, set()),
     "telemetry": (SHARED | {"scheduler"}, {"prometheus_client"}),
     "http": (
-        SHARED | {"http", "backends", "text", "settings", "telemetry", "__init__"},
-        {"starlette", "uvicorn", "orjson", "pydantic", "pydantic_core", "limits"},
+        SHARED | {"http", "backends", "text", "settings", "telemetry", "keys", "__init__"},
+        {"starlette", "uvicorn", "orjson", "pydantic", "pydantic_core", "limits", "redis"},
     ),
     "offline": ({"errors", "model", "text"}, {"torch"}),
-    "cli": ({"errors", "settings", "offline", "runtime", "__init__"}, {"uvloop"}),
+    "cli": ({"errors", "settings", "keys", "offline", "runtime", "__init__"}, {"uvloop"}),
     "runtime": (
-        SHARED | {"http", "backends", "scheduler", "model", "kernels", "text", "settings", "telemetry", "__init__"},
+        SHARED
+        | {"http", "backends", "scheduler", "model", "kernels", "text", "settings", "telemetry", "keys", "__init__"},
         {"torch", "pydantic"},
     ),
     "__main__": ({"cli"}, set()),

@@ -32,8 +32,11 @@ class Backend(Protocol):
     def tokenizer(self) -> Tokenizer:
         """The model's, for what is told of single tokens."""
 
-    async def generate(self, requests: Sequence[GenerationRequest]) -> Generation:
-        """Starts all of `requests`, or none.
+    async def tokenized(self, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+        """The same with checked token ids for prompts. Raises InvalidRequest: one cannot be served."""
+
+    def generate(self, requests: Sequence[GenerationRequest]) -> Generation:
+        """Starts all of `requests`, whose prompts are tokens, or none.
 
         Raises:
             InvalidRequest: a prompt that cannot be served.

@@ -83,9 +83,17 @@ class LocalBackend:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def generate(self, requests: Many[GenerationRequest]) -> LocalGeneration:
+    async def tokenized(self, requests: Many[GenerationRequest]) -> list[GenerationRequest]:
+        # A prompt that several share is tokenized once.
+        known: dict[int, GenerationRequest] = {}
+        for request in requests:
+            if id(request.prompt) not in known:
+                known[id(request.prompt)] = await self._with_tokens(request)
+        done = [known[id(request.prompt)] for request in requests]
+        return [replace(request, prompt=one.prompt, breaks=one.breaks) for request, one in zip(requests, done)]
+
+    def generate(self, requests: Many[GenerationRequest]) -> LocalGeneration:
         mailbox = Mailbox()
-        requests = await self._tokenized(requests)
         sequences = [self._sequence(request, index, mailbox) for index, request in enumerate(requests)]
         timeouts = [seconds for seconds in (self._timeout, requests[0].timeout) if seconds is not None]
         self._worker.submit(sequences, self._queue_timeout, min(timeouts, default=None))
@@ -137,8 +145,7 @@ class LocalBackend:
         self._worker.close()
 
     def _sequence(self, request: GenerationRequest, index: int, mailbox: Mailbox) -> Sequence:
-        prompt = request.prompt
-        assert not isinstance(prompt, Text)
+        prompt = request.tokens
         for token, _ in request.sampling.logit_bias:
             self._check([token], f"logit_bias.{token}")
         return Sequence(
@@ -158,6 +165,8 @@ class LocalBackend:
             breaks=request.breaks,
             constraint=None if request.grammar is None else request.grammar.constraint(),
             key=request.key,
+            tenant=request.tenant,
+            weight=request.weight,
             priority=request.priority,
         )
 
@@ -169,15 +178,6 @@ class LocalBackend:
             text = "stop_token_ids has every token there is: with min_tokens nothing could be said."
             raise InvalidRequest(text, "stop_token_ids")
         return stops
-
-    async def _tokenized(self, requests: Many[GenerationRequest]) -> list[GenerationRequest]:
-        """The same with checked token ids for prompts; a prompt that several share is tokenized once."""
-        known: dict[int, GenerationRequest] = {}
-        for request in requests:
-            if id(request.prompt) not in known:
-                known[id(request.prompt)] = await self._with_tokens(request)
-        done = [known[id(request.prompt)] for request in requests]
-        return [replace(request, prompt=one.prompt, breaks=one.breaks) for request, one in zip(requests, done)]
 
     async def _with_tokens(self, request: GenerationRequest) -> GenerationRequest:
         param, tokens, breaks = request.prompt_param, request.prompt, request.breaks

@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from bdh_batch.errors import BDHError, ConfigError, QueueFull, TooLate
+from bdh_batch.errors import BDHError, QueueFull, TooLate
+from bdh_batch.http.access import Access, open_paths
 from bdh_batch.http.errors import handle_error, handle_fault, handle_http_exception
 from bdh_batch.http.gate import Gate
-from bdh_batch.http.middleware import ApiKeys, BodyLimit, RateLimit, RequestContext
+from bdh_batch.http.middleware import BodyLimit, Origins, RequestContext
+from bdh_batch.http.quota import Quota
+from bdh_batch.http.rates import HEADERS, Rates
 from bdh_batch.http.routes import Routes
-from bdh_batch.settings import Auth, Settings
+from bdh_batch.keys import KeyRing
+from bdh_batch.settings import Settings
 from bdh_batch.telemetry import Metrics
 
 
-def create_app(settings: Settings, gate: Gate, metrics: Metrics) -> ASGIApp:
-    """The ASGI application.
+def create_app(settings: Settings, gate: Gate, metrics: Metrics, keys: KeyRing | None) -> ASGIApp:
+    """The ASGI application; without `keys` it asks for none.
 
     Raises:
-        ConfigError: keys are asked for, but there are none.
+        ConfigError: what the rates are counted in cannot be reached.
     """
+    rates = Rates(settings.rate_limiting, metrics)
 
     async def queue_full(request: Request, error: Exception) -> Response:
         metrics.refused("deadline" if isinstance(error, TooLate) else "queue_full")
         return await handle_error(request, error)
 
-    routes = Routes(gate, metrics, settings).table()
+    routes = Routes(gate, metrics, settings, Quota(rates, settings.limits.max_prompt_tokens)).table()
     app = Starlette(
         routes=routes,
-        middleware=_middleware(settings, metrics),
+        middleware=_middleware(settings, keys, rates),
         exception_handlers={
             BDHError: handle_error,
             QueueFull: queue_full,
@@ -49,44 +50,20 @@ def create_app(settings: Settings, gate: Gate, metrics: Metrics) -> ASGIApp:
     return RequestContext(app, metrics, [route.path for route in routes])
 
 
-def _middleware(settings: Settings, metrics: Metrics) -> list[Middleware]:
+def _middleware(settings: Settings, keys: KeyRing | None, rates: Rates) -> list[Middleware]:
     """First listed is outermost: browsers can read refusals, and a wrong key costs no more than a look at it."""
     stack = []
     if settings.server.cors_origins:
         stack.append(
             Middleware(
-                CORSMiddleware,
+                Origins,
                 allow_origins=settings.server.cors_origins,
                 allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
-                expose_headers=["x-request-id", "openai-processing-ms", "retry-after", *RateLimit.HEADERS],
+                expose_headers=["x-request-id", "openai-processing-ms", "retry-after", *HEADERS],
             )
         )
-    if settings.auth.enabled:
-        stack.append(Middleware(ApiKeys, keys=read_keys(settings.auth)))
-    if settings.rate_limiting.enabled:
-        rate = settings.rate_limiting.requests_per_minute
-        stack.append(Middleware(RateLimit, requests_per_minute=rate, by_key=settings.auth.enabled, metrics=metrics))
-    stack.append(Middleware(BodyLimit, most=settings.limits.max_body_bytes))
+    stack.append(Middleware(Access, keys=keys, rates=rates, open_paths=open_paths(settings.auth)))
+    limits = settings.limits
+    stack.append(Middleware(BodyLimit, most=limits.max_body_bytes, seconds=limits.body_seconds))
     return stack
-
-
-def read_keys(auth: Auth) -> Sequence[str]:
-    """The keys of the settings and of the key file."""
-    keys = [key.get_secret_value() for key in auth.api_keys]
-    if auth.api_keys_file is not None:
-        keys += _keys_in(auth.api_keys_file)
-    if not keys or not all(keys):
-        raise ConfigError(
-            "auth.enabled asks for keys: set auth.api_keys or auth.api_keys_file to ones that are not empty"
-        )
-    return keys
-
-
-def _keys_in(file: Path) -> list[str]:
-    try:
-        lines = file.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"auth.api_keys_file: {file} cannot be read ({error})") from error
-    keys = (line.partition("#")[0].strip() for line in lines)
-    return [key for key in keys if key]

@@ -24,6 +24,7 @@ from bdh_batch.errors import (
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     408: "timeout_error",
     429: "rate_limit_error",
@@ -37,7 +38,35 @@ class Unauthorized(BDHError):
     pass
 
 
+class Forbidden(BDHError):
+    """`param` is the field that asks for what the key may not have."""
+
+    def __init__(self, message: str, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class InvalidHTTP(BDHError):
+    pass
+
+
+class HeadersTooLarge(BDHError):
+    pass
+
+
+class HeaderTimeout(BDHError):
+    pass
+
+
 class BodyTooLarge(BDHError):
+    pass
+
+
+class BodyTimeout(BDHError):
+    pass
+
+
+class OriginRefused(BDHError):
     pass
 
 
@@ -47,6 +76,12 @@ class RateLimited(RetryLater):
 
 STATUS: dict[type[BDHError], tuple[int, str | None]] = {
     Unauthorized: (401, "invalid_api_key"),
+    Forbidden: (403, "permission_denied"),
+    InvalidHTTP: (400, "invalid_http"),
+    OriginRefused: (400, "origin_not_allowed"),
+    HeadersTooLarge: (431, "headers_too_large"),
+    HeaderTimeout: (408, "header_timeout"),
+    BodyTimeout: (408, "body_timeout"),
     ModelNotFound: (404, "model_not_found"),
     BodyTooLarge: (413, CODES[413]),
     QueueTimeout: (408, "queue_timeout"),
@@ -63,7 +98,8 @@ def describe(error: BDHError) -> tuple[int, dict[str, Any]]:
     if isinstance(error, InvalidRequest):
         return 400, _body(400, error.message, error.param, error.code)
     status, code = STATUS.get(type(error), (500, None))
-    return status, _body(status, error.message, "model" if isinstance(error, ModelNotFound) else None, code)
+    param = "model" if isinstance(error, ModelNotFound) else getattr(error, "param", None)
+    return status, _body(status, error.message, param, code)
 
 
 def error_response(error: BDHError) -> Response:
@@ -74,6 +110,8 @@ def error_response(error: BDHError) -> Response:
         response.headers["retry-after"] = str(error.retry_after)
     if status == 401:
         response.headers["www-authenticate"] = "Bearer"
+    if isinstance(error, BodyTimeout):
+        response.headers["connection"] = "close"
     return response
 
 

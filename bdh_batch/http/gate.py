@@ -28,9 +28,13 @@ class ServedModel:
     tokenizer_info: Mapping[str, object]
     grammars: Grammars
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.name, *self.aliases
+
     def check_name(self, model: str | None) -> None:
         """Raises ModelNotFound unless `model` is this one; None always is."""
-        if model is not None and model != self.name and model not in self.aliases:
+        if model is not None and model not in self.names:
             raise ModelNotFound(model)
 
     def card(self) -> Mapping[str, object]:

@@ -1,29 +1,26 @@
-"""What holds for every request, as plain ASGI: its id and its metrics, the size of its body, its key, its rate."""
+"""What holds for every request, as plain ASGI: its id and its metrics, its body's size, its origin."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
+import asyncio
 import logging
 import math
 import re
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from uuid import uuid4
 
-from limits import RateLimitItemPerMinute
-from limits.storage import MemoryStorage
-from limits.strategies import MovingWindowRateLimiter
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bdh_batch.http.errors import BodyTooLarge, RateLimited, Unauthorized, error_response, internal_error
+from bdh_batch.http.errors import BodyTimeout, BodyTooLarge, OriginRefused, error_response, internal_error
 from bdh_batch.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
-PROTECTED = ("/v1/", "/tokenize", "/detokenize", "/server_info")  # beginnings of paths
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -75,11 +72,12 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuses a body over `most` bytes before it is read whole."""
+    """Refuses a body over `most` bytes before it is read whole, and one that is not there after `seconds`."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
+    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
         self._app = app
         self._most = most
+        self._seconds = seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -90,93 +88,37 @@ class BodyLimit:
         if length.isdecimal() and int(length) > self._most:
             await error_response(refusal)(scope, receive, send)
             return
-        received = 0
+        deadline = asyncio.get_running_loop().time() + self._seconds
+        received, more = 0, True
 
         async def counted() -> Message:
-            nonlocal received
-            message = await receive()
+            nonlocal received, more
+            if not more:  # the client has nothing to say but that it leaves
+                return await receive()
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError:
+                raise BodyTimeout(
+                    f"A request body should be there within {self._seconds:g} seconds (limits.body_seconds)."
+                ) from None
             received += len(message.get("body", b""))
             if received > self._most:
                 raise refusal
+            more = message.get("more_body", False)
             return message
 
         await self._app(scope, counted, send)
 
 
-class ApiKeys:
-    """Lets requests under /v1, and others that cost or tell something, in that bear one of the keys."""
+class Origins(CORSMiddleware):
+    """Which web pages may ask. A refused preflight has the error body that every refusal has."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
-        self._app = app
-        self._digests = [_digest(key) for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _guarded(scope):
-            key = _bearer(scope)
-            if not self._knows(key):
-                text = "Incorrect API key." if key else "An API key is needed: Authorization: Bearer KEY."
-                await error_response(Unauthorized(text))(scope, receive, send)
-                return
-            scope.setdefault("state", {})["key"] = key_label(key)
-        await self._app(scope, receive, send)
-
-    def _knows(self, key: str) -> bool:
-        # Digests have one length and all are compared: the time taken tells nothing about any key.
-        digest = _digest(key)
-        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
-
-
-class RateLimit:
-    """Limits requests under /v1 in any minute: by key where keys are asked for, else by address."""
-
-    HEADERS = ("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", "x-ratelimit-reset-requests")
-
-    def __init__(self, app: ASGIApp, requests_per_minute: int, by_key: bool, metrics: Metrics) -> None:
-        self._app = app
-        self._limiter = MovingWindowRateLimiter(MemoryStorage())
-        self._limit = RateLimitItemPerMinute(requests_per_minute)
-        self._by_key = by_key
-        self._metrics = metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and _guarded(scope):
-            who = _digest(_bearer(scope)).hex() if self._by_key else scope["client"][0]
-            allowed = self._limiter.hit(self._limit, who)
-            window = self._limiter.get_window_stats(self._limit, who)
-            wait = max(1, math.ceil(window.reset_time - time.time()))
-            standing = (str(self._limit.amount), str(window.remaining), f"{wait}s")
-            send = _with_headers(send, dict(zip(self.HEADERS, standing, strict=True)))
-            if not allowed:
-                self._metrics.refused("rate_limit_exceeded")
-                refusal = RateLimited(f"Limited to {self._limit.amount} requests a minute.", retry_after=wait)
-                await error_response(refusal)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def key_label(key: str) -> str:
-    """What a key is called where the key itself has no business."""
-    return _digest(key).hex()[:16]
-
-
-def _with_headers(send: Send, headers: Mapping[str, str]) -> Send:
-    async def wrapped(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            MutableHeaders(scope=message).update(headers)
-        await send(message)
-
-    return wrapped
-
-
-def _guarded(scope: Scope) -> bool:
-    # A preflight bears no key by design; the request that follows it does.
-    return str(scope["path"]).startswith(PROTECTED) and scope["method"] != "OPTIONS"
-
-
-def _bearer(scope: Scope) -> str:
-    scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-    return key.strip() if scheme.lower() == "bearer" else ""
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+    def preflight_response(self, request_headers: Headers) -> Response:
+        response = super().preflight_response(request_headers)
+        if response.status_code == 200:
+            return response
+        refusal = error_response(OriginRefused(f"{bytes(response.body).decode()}."))
+        kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
+        refusal.headers.update(kept)
+        return refusal

@@ -18,6 +18,7 @@ from bdh_batch.http.errors import error_response
 from bdh_batch.http.frames import Answer, ChatFrames, CompletionFrames, Frames
 from bdh_batch.http.gate import Gate, ServedModel
 from bdh_batch.http.generation import EventStream, whole
+from bdh_batch.http.quota import Quota
 from bdh_batch.http.tool_frames import ToolFrames
 from bdh_batch.http.wire import ChatBody, CompletionBody, GenerationBody, parse, read_object
 from bdh_batch.http.wire_text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
@@ -32,10 +33,11 @@ LONGEST_TIMEOUT = 86400.0  # seconds
 
 
 class Routes:
-    def __init__(self, gate: Gate, metrics: Metrics, settings: Settings) -> None:
+    def __init__(self, gate: Gate, metrics: Metrics, settings: Settings, quota: Quota) -> None:
         self._gate = gate
         self._metrics = metrics
         self._settings = settings
+        self._quota = quota
 
     def table(self) -> list[Route]:
         return [
@@ -59,37 +61,33 @@ class Routes:
 
     async def completions(self, request: Request) -> Response:
         body = parse(await request.body(), CompletionBody, self._settings.api.unknown_fields)
-        model = self._gate.model
-        model.check_name(body.model)
+        model = self._model(request, body.model)
         answer = _answer(f"cmpl-{request.state.id}", body, model)
         requests = body.requests(request.state.id, model.defaults)
-        return await _respond(request, model, requests, body, CompletionFrames(answer, model.backend.tokenizer))
+        return await self._respond(request, model, requests, body, CompletionFrames(answer, model.backend.tokenizer))
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse(await request.body(), ChatBody, self._settings.api.unknown_fields)
-        model = self._gate.model
-        model.check_name(body.model)
+        model = self._model(request, body.model)
         answer = _answer(f"chatcmpl-{request.state.id}", body, model)
         prompt = await model.template.render(body.conversation())
         requests = body.requests(request.state.id, model.defaults, prompt)
         tokenizer = model.backend.tokenizer
         frames = ToolFrames(answer, tokenizer, body.tool_names) if body.may_call else ChatFrames(answer, tokenizer)
-        return await _respond(request, model, requests, body, frames)
+        return await self._respond(request, model, requests, body, frames)
 
     async def embeddings(self, request: Request) -> Response:
         body = parse(await request.body(), EmbeddingBody, self._settings.api.unknown_fields)
-        model = self._gate.model
-        model.check_name(body.model)
+        model = self._model(request, body.model)
         requests = body.requests(request.state.id, model.defaults, model.width)
-        generation = await _generate(request, model, requests)
+        generation = await self._start(request, model, requests)
         return await embeddings(generation, body, body.model or model.name, request)
 
     async def tokenize(self, request: Request) -> Response:
         raw = await request.body()
         kind: type[TokenizeChat | TokenizeText] = TokenizeChat if "messages" in read_object(raw) else TokenizeText
         body = parse(raw, kind, self._settings.api.unknown_fields)
-        model = self._gate.model
-        model.check_name(body.model)
+        model = self._model(request, body.model)
         if isinstance(body, TokenizeText):
             param, text = "prompt", body.text()
         else:
@@ -102,22 +100,22 @@ class Routes:
 
     async def detokenize(self, request: Request) -> Response:
         body = parse(await request.body(), DetokenizeBody, self._settings.api.unknown_fields)
-        model = self._gate.model
-        model.check_name(body.model)
+        model = self._model(request, body.model)
         return JSONResponse({"prompt": await model.backend.detokenize(body.tokens)})
 
     async def tokenizer_info(self, request: Request) -> Response:
-        return JSONResponse(self._gate.model.tokenizer_info)
+        return JSONResponse(self._model(request, None).tokenizer_info)
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._gate.model.card()]})
+        model = self._gate.model
+        mine = [model.card()] if request.state.caller.may_use(model.names) else []
+        return JSONResponse({"object": "list", "data": mine})
 
     async def model(self, request: Request) -> Response:
-        model, name = self._gate.model, request.path_params["id"]
+        name = request.path_params["id"]
         if not name:
             raise ModelNotFound(name)
-        model.check_name(name)
-        return JSONResponse(model.card())
+        return JSONResponse(self._model(request, name).card())
 
     async def health(self, request: Request) -> Response:
         return _status(self._gate.health(), "ok")
@@ -136,13 +134,47 @@ class Routes:
 
     async def server_info(self, request: Request) -> Response:
         told = self._settings.model_dump(mode="json", include=TOLD, exclude=SECRET)
-        return JSONResponse({"version": __version__, "model": self._gate.model.name, "config": told})
+        return JSONResponse({"version": __version__, "model": self._model(request, None).name, "config": told})
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def root(self, request: Request) -> Response:
         return JSONResponse({"name": "bdh_batch", "version": __version__, "status": self._gate.closed or "ready"})
+
+    def _model(self, request: Request, name: str | None) -> ServedModel:
+        """The model of that name; None is the one there is.
+
+        Raises:
+            ModelNotFound
+            Forbidden: the caller's key is not for it.
+            Unavailable
+        """
+        model = self._gate.model
+        model.check_name(name)
+        request.state.caller.check_model(name or model.name, model.names)
+        return model
+
+    async def _respond(
+        self,
+        request: Request,
+        model: ServedModel,
+        requests: list[GenerationRequest],
+        body: GenerationBody,
+        frames: Frames,
+    ) -> Response:
+        if (source := body.source()) is not None:
+            grammar = await model.grammars.compile(source)
+            requests = [replace(each, grammar=grammar) for each in requests]
+        generation = await self._start(request, model, requests)
+        if body.stream:
+            return EventStream(generation, frames, body.options.chunk_tokens or 1)
+        return await whole(generation, frames, request)
+
+    async def _start(self, request: Request, model: ServedModel, requests: list[GenerationRequest]) -> Generation:
+        timeout = _timeout(request)
+        timed = [replace(each, timeout=timeout) for each in requests]
+        return await self._quota.start(request, model.backend, timed)
 
 
 def _status(problem: str | None, well: str) -> Response:
@@ -180,20 +212,3 @@ def _timeout(request: Request) -> float | None:
         text = f"{TIMEOUT_HEADER} should be seconds, more than 0 and at most {LONGEST_TIMEOUT:.0f}."
         raise InvalidRequest(text, TIMEOUT_HEADER)
     return seconds
-
-
-async def _respond(
-    request: Request, model: ServedModel, requests: list[GenerationRequest], body: GenerationBody, frames: Frames
-) -> Response:
-    if (source := body.source()) is not None:
-        grammar = await model.grammars.compile(source)
-        requests = [replace(each, grammar=grammar) for each in requests]
-    generation = await _generate(request, model, requests)
-    if body.stream:
-        return EventStream(generation, frames, body.options.chunk_tokens or 1)
-    return await whole(generation, frames, request)
-
-
-async def _generate(request: Request, model: ServedModel, requests: list[GenerationRequest]) -> Generation:
-    key, timeout = getattr(request.state, "key", ""), _timeout(request)
-    return await model.backend.generate([replace(each, key=key, timeout=timeout) for each in requests])

@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 Neutral = Mapping[str, tuple[Any, ...]]  # unsupported fields, and the values besides null that ask for nothing
 
 
-MAX_DEPTH = 64
+MAX_DEPTH = 32
 
 
 def shallow(value: object) -> object:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import InvalidRequest, UnknownParameter, UnsupportedParameter
+from bdh_batch.http.sizes import check_stops
 from bdh_batch.http.strict import Neutral, Wire
 from bdh_batch.http.wire_chat import ConversationBody
 from bdh_batch.http.wire_format import Formatted
@@ -36,7 +37,6 @@ TOOLS: Neutral = {"tools": ([],), "tool_choice": ("none", "auto"), "parallel_too
 COMPLETION: Neutral = {**GENERATION, **TOOLS, "top_logprobs": (0,)}
 CHAT: Neutral = {**GENERATION, "best_of": (1,), "echo": (False,)}
 STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
-MAX_STOP = 16
 MAX_LOGPROBS = 20
 MAX_CHUNK = 1024
 MAX_PRIORITY = 1000
@@ -52,6 +52,8 @@ class Defaults:
     top_k: int = 0
     max_n: int = 16
     max_prompts: int = 128
+    max_stop: int = 16
+    max_stop_bytes: int = 1024
 
 
 def _prompts(value: object) -> object:
@@ -90,7 +92,7 @@ def _seed_bits(value: int) -> int:
 
 
 Prompts = Annotated[list[Any], BeforeValidator(_prompts)]
-Stops = Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=MAX_STOP), BeforeValidator(_stops)]
+Stops = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_stops)]
 Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_biases)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1), AfterValidator(_seed_bits)]
@@ -193,6 +195,7 @@ class GenerationBody(Formatted):
                 raise InvalidRequest(f"{name} is limited to {defaults.max_n} here.", name)
         if prompts > defaults.max_prompts:
             raise InvalidRequest(f"A request may have {defaults.max_prompts} prompts here.", param)
+        check_stops(self.stop or (), defaults.max_stop, defaults.max_stop_bytes)
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options goes with stream.", "stream_options")
         if self.min_tokens is not None and self.min_tokens > max_tokens:

@@ -2,7 +2,7 @@
 
 Refused is what finds the queue full, in requests or in tokens, and what would wait past its deadline at the rate at
 which places have been given out of late. A full queue is full for those who fill it: one of an earlier class, or of a
-key with far fewer requests in it, is let in, and so many of the longest line are sent away.
+tenant with far fewer requests in it, is let in, and so many of the longest line are sent away.
 """
 
 from __future__ import annotations
@@ -114,7 +114,9 @@ class Admission:
         if self._last_class is not None and priority < self._last_class:
             return 0.0
         own = self._count(line) + more
-        before = 0  # others of the class take turns with this key, so that of each no more go first than it has itself
+        before = (
+            0  # others of the class take turns with this tenant, so that of each no more go first than it has itself
+        )
         for (other, whose), count in (self._arriving + self._waiting).items():
             if (other, whose) != line and other <= priority:
                 before += count if other < priority else min(count, own)

@@ -1,7 +1,8 @@
-"""Who is next of those that wait: by priority class, inside it by fair shares of the keys, inside a key by arrival.
+"""Who is next of those that wait: by priority class, inside it by fair shares of the tenants, inside one by arrival.
 
-A key's account counts the work done for it, divided by its weight; the key with the least goes first. A key that comes
-back from a pause starts where the others are: time in which it asked for nothing is not saved up.
+A tenant is a key, or, where none is asked for, an address, of which there may be very many. Its account counts the
+work done for it, divided by its weight; who has the least goes first. One that comes back from a pause starts where the
+others are: time in which it asked for nothing is not saved up.
 """
 
 from __future__ import annotations
@@ -14,33 +15,39 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from bdh_batch.scheduler.sequence import Sequence
 
-Line = tuple[int, str]  # who waits behind one another: a priority, and a key
+Line = tuple[int, str]  # who waits behind one another: a priority, and a tenant
 
+FEW = 1024  # accounts, which are not worth clearing out
 GENERATED = 2.0  # what a generated token counts, where one of a prompt counts 1: it takes a step of its own
 
 
 class Account:
-    """What one key has used, in tokens over its weight, and how many of its sequences hold a state."""
+    """What one tenant has used, in tokens over its weight, and how many of its sequences hold a state."""
 
     __slots__ = ("per_generated", "seats", "used", "weight")
 
     def __init__(self, weight: float = 1.0) -> None:
-        self.weight = weight
         self.used = 0.0
         self.seats = 0
+        self.weigh(weight)
+
+    def weigh(self, weight: float) -> None:
+        self.weight = weight
         self.per_generated = GENERATED / weight
 
 
 class FairQueue:
     """
     Args:
-        weights: of keys; one that is not named weighs 1. Twice the weight is twice the share.
+        weights: of tenants; one that is not named weighs 1. Twice the weight is twice the share.
     """
 
     def __init__(self, weights: Mapping[str, float] | None = None) -> None:
         self._weights = dict(weights or {})
         self._accounts: dict[str, Account] = {}
-        self._classes: dict[int, dict[str, list[Sequence]]] = {}  # by priority, by key; a list's last is its first
+        self._clear_at = FEW
+        self._most = 0.0  # that any of those had that were cleared out
+        self._classes: dict[int, dict[str, list[Sequence]]] = {}  # by priority, by tenant; a list's last is its first
         self._tokens = 0
         self.lines: Counter[Line] = Counter()  # how many wait
 
@@ -48,66 +55,86 @@ class FairQueue:
         return self.lines.total()
 
     def __iter__(self) -> Iterator[Sequence]:
-        return (s for keys in self._classes.values() for line in keys.values() for s in reversed(line))
+        return (s for lines in self._classes.values() for line in lines.values() for s in reversed(line))
 
     @property
     def tokens(self) -> int:
         """Of the prompts that wait."""
         return self._tokens
 
-    def account(self, key: str) -> Account:
-        account = self._accounts.get(key)
+    def account(self, tenant: str) -> Account:
+        account = self._accounts.get(tenant)
         if account is None:
-            account = self._accounts[key] = Account(self._weights.get(key, 1.0))
+            if len(self._accounts) >= self._clear_at:
+                self._clear_out()
+            account = self._accounts[tenant] = Account(self._weights.get(tenant, 1.0))
         return account
 
     def push(self, sequence: Sequence) -> None:
         """Takes a new one, or back one that was taken out before its turn."""
-        line = self._classes.setdefault(sequence.priority, {}).setdefault(sequence.key, [])
+        sequence.account = self.account(sequence.tenant)
+        if sequence.weight is not None:
+            sequence.account.weigh(sequence.weight)
+        line = self._classes.setdefault(sequence.priority, {}).setdefault(sequence.tenant, [])
         if not line:
-            self._catch_up(self.account(sequence.key))
+            self._catch_up(sequence.account)
         insort(line, sequence, key=lambda waiting: -waiting.place)
         self.lines[sequence.line] += 1
         self._tokens += len(sequence.prompt)
 
     def _catch_up(self, account: Account) -> None:
         """One that was idle starts where the one that has least is, or, alone, where the one that had most was."""
-        if account.seats:
-            return
-        waiting = {id(self._accounts[key]) for keys in self._classes.values() for key, line in keys.items() if line}
+        if not account.seats:
+            account.used = max(account.used, self._level())
+
+    def _level(self) -> float:
+        """Where one that was idle starts, however little it has had."""
+        lines = ((tenant, line) for tenants in self._classes.values() for tenant, line in tenants.items())
+        waiting = {id(self._accounts[tenant]) for tenant, line in lines if line}
         busy = [other.used for other in self._accounts.values() if other.seats or id(other) in waiting]
-        account.used = max(account.used, min(busy) if busy else max(other.used for other in self._accounts.values()))
+        return min(busy) if busy else max(self._most, *(other.used for other in self._accounts.values()), 0.0)
+
+    def _clear_out(self) -> None:
+        """Forgets those that are idle and would start at the level in any case."""
+        level = self._level()
+        waiting = {tenant for tenants in self._classes.values() for tenant in tenants}
+        self._accounts = {
+            tenant: other
+            for tenant, other in self._accounts.items()
+            if other.seats or tenant in waiting or other.used > level
+        }
+        self._most = max(self._most, level)
+        self._clear_at = max(FEW, 2 * len(self._accounts))
 
     def peek(self) -> Sequence | None:
         """The next one."""
         if not self._classes:
             return None
-        keys = self._classes[min(self._classes)]
-        return keys[min(keys, key=lambda key: (self._accounts[key].used, keys[key][-1].place))][-1]
+        lines = self._classes[min(self._classes)]
+        return lines[min(lines, key=lambda tenant: (self._accounts[tenant].used, lines[tenant][-1].place))][-1]
 
     def newest(self) -> Sequence | None:
         """The last that came of the longest line of the last class."""
         if not self.lines:
             return None
-        priority, key = max(self.lines, key=lambda line: (line[0], self.lines[line]))
-        return self._classes[priority][key][0]
+        priority, tenant = max(self.lines, key=lambda line: (line[0], self.lines[line]))
+        return self._classes[priority][tenant][0]
 
     def serve(self, sequence: Sequence) -> None:
-        """Takes out `sequence`, whose turn it is, and charges its prompt to its key."""
-        account = self.account(sequence.key)
-        account.used += len(sequence.prompt) / account.weight
+        """Takes out `sequence`, whose turn it is, and charges its prompt to its tenant."""
+        sequence.account.used += len(sequence.prompt) / sequence.account.weight
         self.remove(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        keys = self._classes[sequence.priority]
-        line = keys[sequence.key]
+        lines = self._classes[sequence.priority]
+        line = lines[sequence.tenant]
         if line[-1] is sequence:
             line.pop()
         else:
             line.remove(sequence)
         if not line:
-            del keys[sequence.key]
-        if not keys:
+            del lines[sequence.tenant]
+        if not lines:
             del self._classes[sequence.priority]
         self.lines[sequence.line] -= 1
         if not self.lines[sequence.line]:

@@ -43,7 +43,7 @@ class Policy:
         keep: whether beginnings are kept for later requests.
         share_all: whether requests of all keys share beginnings; else only those of one.
         min_shared: tokens that a beginning must have to be shared.
-        weights: of keys, in their share; one that is not named weighs 1.
+        weights: of tenants, in their share; one that is not named weighs 1.
     """
 
     host_slots: int = 0
@@ -117,7 +117,7 @@ class Scheduler:
 
     @property
     def lines(self) -> Counter[Line]:
-        """How many wait, by priority and key."""
+        """How many wait, by priority and tenant."""
         return self._queue.lines + self.sharing.lines
 
     @property
@@ -152,7 +152,6 @@ class Scheduler:
                 continue
             self._arrivals += 1
             sequence.place, sequence.since = self._arrivals, self.counts.steps
-            sequence.account = self._queue.account(sequence.key)
             self._queue.push(sequence)
             self._deadlines.add(sequence)
 
@@ -284,7 +283,7 @@ class Scheduler:
                 return
 
     def _next(self) -> Sequence | None:
-        """Of those in the queue and those suspended, one of the first class, of the key that has had least."""
+        """Of those in the queue and those suspended, one of the first class, of the tenant that has had least."""
         fresh = self._queue.peek()
         resumed = self._resumable[-1] if self._resumable else None
         if fresh is None or resumed is None:
@@ -303,7 +302,7 @@ class Scheduler:
         return self._holding - lower < self.max_running
 
     def _is_owed(self, sequence: Sequence) -> bool:
-        """Whether its key holds less than its share of the places while it waits."""
+        """Whether its tenant holds less than its share of the places while it waits."""
         return sequence.account.seats < max(1, self._shares_with(sequence.account)[sequence.account])
 
     def _shares_with(self, account: Account) -> dict[Account, int]:
@@ -313,7 +312,7 @@ class Scheduler:
         return {other: int(self.max_running * other.weight / weight) for other in accounts}
 
     def _victim(self, candidate: Sequence) -> Sequence | None:
-        """Who has to make room: one of a lower class, or one whose turn is over, of the key that has had most."""
+        """Who has to make room: one of a lower class, or one whose turn is over, of the tenant that has had most."""
         if self._running and self._last_class > candidate.priority:
             worst = max(reversed(self._running), key=PRIORITY)
             if worst.priority > candidate.priority:
@@ -333,7 +332,7 @@ class Scheduler:
         return next(done, None)
 
     def _done(self, priority: int) -> Iterator[Sequence]:
-        """Those of a class whose turn is over, of the key that has had most first."""
+        """Those of a class whose turn is over, of the tenant that has had most first."""
         if self._turns_over is None:
             last = self.counts.steps - self.policy.quantum
             over = [sequence for sequence in self._running if sequence.since <= last]

@@ -51,8 +51,8 @@ class Stage(Enum):
 class Sequence:
     """One generation. Times are seconds on the clock that the worker passes in.
 
-    It waits until `queue_deadline` at most, and ends by `deadline`; `key` is whose it is, and a lower `priority` goes
-    first.
+    It waits until `queue_deadline` at most, and ends by `deadline`; a lower `priority` goes first. It runs in the share
+    of `tenant`, which weighs `weight` if that is said, and may begin with the kept states of `key`.
     """
 
     id: str
@@ -73,6 +73,8 @@ class Sequence:
     constraint: Constraint | None = None  # what its answer may become; it knows the tokens generated so far
 
     key: str = ""
+    tenant: str = ""
+    weight: float | None = None
     priority: int = 0
     queue_deadline: float | None = None
     deadline: float | None = None
@@ -110,7 +112,7 @@ class Sequence:
     @property
     def line(self) -> Line:
         """Behind whom it waits."""
-        return self.priority, self.key
+        return self.priority, self.tenant
 
     @property
     def pending(self) -> int:

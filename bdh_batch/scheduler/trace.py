@@ -37,6 +37,7 @@ class Trace:
                 place=s.place,
                 request=s.id,
                 key=s.key,
+                tenant=s.tenant,
                 priority=s.priority,
                 prompt_tokens=len(s.prompt),
                 prompt=self._blocks(s),

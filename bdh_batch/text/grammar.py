@@ -156,8 +156,9 @@ class Grammars:
                 "This model's answers can follow no grammar: what its tokens say is not known.", source.param
             )
         for each in (*source.parts, source):
-            if len(each.grammar.encode()) > self._most_bytes:
-                raise InvalidRequest(f"{each.param}: more than {self._most_bytes} bytes.", each.param)
+            if (size := len(each.grammar.encode())) > self._most_bytes:
+                text = f"A schema or grammar may have {self._most_bytes} bytes here (limits.max_schema_bytes)"
+                raise InvalidRequest(f"{each.param}: {text}, and this has {size}.", each.param)
         matcher = await self._compiled(self._vocabulary, source)
         if isinstance(matcher, str):
             for part in source.parts:

@@ -22,6 +22,7 @@ def bounded(serve: ServeFactory) -> Iterator[Server]:
     options = [
         *("api.unknown_fields=ignore", "limits.max_body_bytes=2KiB", "limits.max_n=2", "limits.max_prompts=3"),
         *("model.max_model_len=20", "model.name=other", "generation.max_tokens=7", "generation.temperature=0"),
+        *("limits.max_stop=2", "limits.max_stop_bytes=4", "limits.max_prompt_tokens=18", "limits.max_schema_bytes=256"),
         *("rate_limiting.enabled=true", f"rate_limiting.requests_per_minute={PER_MINUTE}", "server.cors_origins=*"),
     ]
     with serve(*options, model=TINY) as server:
@@ -35,8 +36,8 @@ def test_unknown_fields_can_be_let_through(bounded: Server) -> None:
 
 
 def test_unsupported_parameters_never_are(bounded: Server) -> None:
-    error = bounded.refusal({"prompt": "a", "logit_bias": {"1": 1}})
-    assert (error["param"], error["code"]) == ("logit_bias", "unsupported_parameter")
+    error = bounded.refusal({"prompt": "a", "suffix": "b"})
+    assert (error["param"], error["code"]) == ("suffix", "unsupported_parameter")
 
 
 def test_bodies(bounded: Server) -> None:
@@ -53,10 +54,30 @@ def test_prompts(bounded: Server) -> None:
     assert bounded.refusal({"prompt": ["a"] * 4, "max_tokens": 1})["param"] == "prompt"
 
 
+def test_stop_strings(bounded: Server) -> None:
+    assert bounded.complete(prompt="a", stop=["\x01" * 4, "éé"], max_tokens=1)
+    assert bounded.refusal({"prompt": "a", "stop": ["b", "c", "d"]})["param"] == "stop"
+    assert bounded.refusal({"prompt": "a", "stop": ["b", "ééé"]})["param"] == "stop[1]"
+
+
+def test_schemas(bounded: Server) -> None:
+    assert bounded.complete(prompt="a", guided_regex="a" * 18, max_tokens=1)
+    for asked in ({"guided_regex": "a" * 300}, {"guided_json": {"type": "object", "title": "é" * 150}}):
+        error = bounded.refusal({"prompt": "a", **asked})
+        assert error["param"] == next(iter(asked))
+        assert "limits.max_schema_bytes" in error["message"]
+
+
+def test_tokens_of_a_prompt(bounded: Server) -> None:
+    for prompt in ("a" * 19, [97] * 19, ["a", "a" * 19]):
+        assert "limits.max_prompt_tokens" in bounded.refusal({"prompt": prompt, "max_tokens": 1})["message"]
+    assert bounded.complete(prompt=[97] * 18, max_tokens=1)
+
+
 def test_the_context(bounded: Server) -> None:
     assert bounded.complete(prompt="a" * 15, max_tokens=5)["usage"]["total_tokens"] == 20
     assert bounded.refusal({"prompt": "a" * 15, "max_tokens": 6})["code"] == "context_length_exceeded"
-    assert bounded.refusal({"prompt": "a" * 21, "max_tokens": 1})["code"] == "context_length_exceeded"
+    assert bounded.refusal({"prompt": "a" * 18, "max_tokens": 3})["code"] == "context_length_exceeded"
 
 
 def test_what_a_request_does_not_say_is_what_the_settings_say(bounded: Server) -> None:

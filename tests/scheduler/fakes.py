@@ -117,6 +117,7 @@ def make_sequence(
         text=text or FakeText(),
         outbox=outbox or FakeOutbox(),
         key=key,
+        tenant=key,
         priority=priority,
         queue_deadline=queue_deadline,
         deadline=deadline,

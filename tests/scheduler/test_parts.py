@@ -50,6 +50,30 @@ class TestFairQueue:
         order = served(queue_of(*sequences, weights={"a": 3.0}))
         assert 28 <= order[:40].count("a") <= 32
 
+    def test_a_sequence_can_bring_its_weight_and_be_in_another_share_than_its_keys(self) -> None:
+        sequences = [make_sequence([1], 1, name=name) for name in "ab" for _ in range(40)]
+        for sequence in sequences:
+            sequence.tenant, sequence.weight = sequence.id, 3.0 if sequence.id == "a" else None
+        order = served(queue_of(*sequences, weights={"b": 1.0}))
+        assert 28 <= order[:40].count("a") <= 32
+
+    @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 30), st.booleans()), max_size=60))
+    def test_accounts_that_are_forgotten_change_nothing(self, arrivals: list[tuple[int, int, bool]]) -> None:
+        def order(few: int) -> list[str]:
+            queue, names = FairQueue(), []
+            queue._clear_at = few
+            for place, (tenant, tokens, serve) in enumerate(arrivals):
+                sequence = make_sequence([1] * tokens, 1, name=f"{tenant}/{place}", key=str(tenant))
+                sequence.place = place
+                queue.push(sequence)
+                queue._clear_at = min(queue._clear_at, few)
+                while serve and (next_one := queue.peek()) is not None:
+                    queue.serve(next_one)
+                    names.append(next_one.id)
+            return names + served(queue)
+
+        assert order(1) == order(1000)
+
     def test_a_pause_saves_nothing_up(self) -> None:
         queue = queue_of(*(make_sequence([1], 1, name="a", key="a") for _ in range(50)))
         for _ in range(40):

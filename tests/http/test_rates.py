@@ -1,0 +1,263 @@
+"""Requests and tokens per minute, in memory and in Redis, which is fakeredis here: it speaks the protocol over TCP, and
+runs the Lua scripts of `limits`, but it is not the real thing."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from fakeredis import TcpFakeServer
+from starlette.requests import Request
+
+from bdh_batch.errors import ConfigError, InvalidRequest, QueueFull
+from bdh_batch.http import rates as rates_module
+from bdh_batch.http.caller import Caller, by_key
+from bdh_batch.http.errors import Forbidden, RateLimited
+from bdh_batch.http.quota import Quota
+from bdh_batch.http.rates import Rates
+from bdh_batch.keys import Key
+from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Text
+from bdh_batch.settings import RateLimiting
+from bdh_batch.telemetry import Metrics
+from bdh_batch.text.tokenizer import ByteTokenizer
+
+ANN = Caller("ann")
+BOB = Caller("bob")
+
+
+@contextmanager
+def redis() -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = probe.getsockname()
+    server = TcpFakeServer(address, server_type="redis")
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, daemon=True, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield f"redis://:secret-word@{address[0]}:{address[1]}/0"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def redis_url() -> Iterator[str]:
+    with redis() as url:
+        yield url.replace(":secret-word@", "")
+
+
+@pytest.fixture(params=["memory", "redis"])
+def storage(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[str]:
+    yield "memory" if request.param == "memory" else str(request.getfixturevalue("redis_url"))
+    assert not caplog.records, "it is Redis that has counted"
+
+
+numbers = iter(range(1000))
+
+
+@pytest.fixture
+def ann() -> Caller:
+    """Someone whom no other test knows: Redis remembers."""
+    return Caller(f"ann {next(numbers)}")
+
+
+def rates_of(storage: str = "memory", **settings: Any) -> Rates:
+    return Rates(RateLimiting(enabled=True, storage=storage, **settings), Metrics("model"))
+
+
+async def settled(rates: Rates) -> None:
+    while rates._settling:
+        await next(iter(rates._settling))
+
+
+async def test_requests_are_counted_for_each_caller(storage: str, ann: Caller) -> None:
+    rates, standing = rates_of(storage, requests_per_minute=3), dict[str, str]()
+    for remaining in (2, 1, 0):
+        await rates.count_request(ann, standing)
+        assert standing["x-ratelimit-remaining-requests"] == str(remaining)
+        assert standing["x-ratelimit-limit-requests"] == "3"
+        assert 1 <= int(standing["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
+    with pytest.raises(RateLimited) as refused:
+        await rates.count_request(ann, standing)
+    assert 1 <= refused.value.retry_after <= 60
+    await rates.count_request(Caller(ann.label + "'s neighbour"), {})
+
+
+async def test_tokens_are_reserved_and_what_is_not_used_comes_back(storage: str, ann: Caller) -> None:
+    rates, standing = rates_of(storage, tokens_per_minute=100), dict[str, str]()
+    first = await rates.reserve(ann, 60, standing)
+    assert first is not None
+    assert standing["x-ratelimit-remaining-tokens"] == "40"
+    with pytest.raises(RateLimited, match="may need 41, 40 are left"):
+        await rates.reserve(ann, 41, standing)
+    assert standing["x-ratelimit-remaining-tokens"] == "40"
+    rates.settle(first, 10)
+    await settled(rates)
+    second = await rates.reserve(ann, 90, standing)
+    assert second is not None
+    assert standing["x-ratelimit-remaining-tokens"] == "0"
+    rates.settle(second, 90)
+    await settled(rates)
+    with pytest.raises(RateLimited):
+        await rates.reserve(ann, 1, standing)
+
+
+async def test_more_tokens_than_a_minute_has_are_a_bad_request() -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        await rates_of(tokens_per_minute=100).reserve(ANN, 101, {})
+    assert refused.value.param == "max_tokens"
+
+
+async def test_a_window_that_has_ended_takes_nothing_back(storage: str, ann: Caller) -> None:
+    rates, standing = rates_of(storage, tokens_per_minute=100), dict[str, str]()
+    reservation = await rates.reserve(ann, 60, standing)
+    assert reservation is not None
+    reservation.storage.clear(reservation.window)
+    rates.settle(reservation, 0)
+    await settled(rates)
+    await rates.reserve(ann, 10, standing)
+    assert standing["x-ratelimit-remaining-tokens"] == "90"
+
+
+async def test_a_keys_own_limits_hold_over_the_settings_and_without_them() -> None:
+    own = by_key(Key(sha256="a" * 64, requests_per_minute=1, tokens_per_minute=10))
+    for rates in (rates_of(requests_per_minute=5), Rates(RateLimiting(), Metrics("model"))):
+        await rates.count_request(own, {})
+        with pytest.raises(RateLimited):
+            await rates.count_request(own, {})
+        with pytest.raises(InvalidRequest):
+            await rates.reserve(own, 11, {})
+    standing: dict[str, str] = {}
+    assert await rates.reserve(ANN, 10**9, standing) is None
+    await rates.count_request(ANN, standing)
+    assert standing == {}
+
+
+async def test_two_servers_share_what_redis_counts(redis_url: str, ann: Caller) -> None:
+    one, other = (rates_of(redis_url, requests_per_minute=2) for _ in range(2))
+    await one.count_request(ann, {})
+    await other.count_request(ann, {})
+    with pytest.raises(RateLimited):
+        await one.count_request(ann, {})
+
+
+async def test_while_redis_is_away_limits_hold_here(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, ann: Caller
+) -> None:
+    monkeypatch.setattr(rates_module, "RETRY_SECONDS", 3600.0)
+    with redis() as url:
+        metrics = Metrics("model")
+        storage = url.replace(":secret-word@", "")
+        rates = Rates(RateLimiting(enabled=True, storage=storage, requests_per_minute=2), metrics)
+        await rates.count_request(ann, {})
+    rates._ledger._shared.storage.connection_pool.disconnect()  # type: ignore[union-attr]
+    for _ in range(2):
+        await rates.count_request(ann, {})
+    with pytest.raises(RateLimited):
+        await rates.count_request(ann, {})
+    (record,) = [record for record in caplog.records if "rate_limiting.storage" in record.getMessage()]
+    assert record.levelname == "WARNING"
+    assert b"bdh_rate_limit_storage_failures_total" in metrics.exposition()
+    assert b'bdh_rate_limit_storage_failures_total{model_name="model"} 1.0' in metrics.exposition()
+
+
+def test_redis_that_does_not_answer_at_the_start_is_refused_without_its_password() -> None:
+    with redis() as url:
+        pass
+    with pytest.raises(ConfigError, match=r"rate_limiting\.storage") as refused:
+        rates_of(url)
+    assert "secret-word" not in refused.value.message
+
+
+class OneToken:
+    """A backend whose answers are of one token each."""
+
+    full = False
+
+    def __init__(self) -> None:
+        self.started: list[GenerationRequest] = []
+
+    async def tokenized(self, requests: list[GenerationRequest]) -> list[GenerationRequest]:
+        encode: Any = ByteTokenizer().encode_prompt
+        return [replace(each, prompt=encode(each.prompt)[0]) for each in requests]
+
+    def generate(self, requests: Any) -> OneTokenGeneration:
+        if self.full:
+            raise QueueFull("full", 1)
+        self.started += requests
+        return OneTokenGeneration([each.prompt for each in requests])
+
+
+def one_token() -> Any:
+    return OneToken()
+
+
+class OneTokenGeneration:
+    def __init__(self, prompts: list[Any]) -> None:
+        self.prompts, self.cached_tokens = prompts, [0] * len(prompts)
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
+        yield [(index, Delta("a", [97], FinishReason.STOP)) for index in range(len(self.prompts))]
+
+    def abort(self) -> None: ...
+
+
+def request_of(caller: Caller) -> Request:
+    return Request({"type": "http", "state": {"caller": caller, "standing": {}}})
+
+
+def ask(prompt: str, **changes: Any) -> list[GenerationRequest]:
+    n = changes.pop("n", 1)
+    return [GenerationRequest("id", Text(prompt), 10, n=n, **changes) for _ in range(n)]
+
+
+async def test_a_generation_costs_its_prompt_once_and_its_tokens_whoever_ends_it() -> None:
+    rates, backend = rates_of(tokens_per_minute=100), one_token()
+    quota = Quota(rates, max_prompt_tokens=50)
+
+    async def left(caller: Caller) -> int:
+        standing: dict[str, str] = {}
+        await rates.reserve(caller, 0, standing)
+        return int(standing["x-ratelimit-remaining-tokens"])
+
+    generation = await quota.start(request_of(ANN), backend, ask("é" * 10, n=3))
+    assert await left(ANN) == 100 - 20 - 30
+    async for _ in generation:
+        pass
+    generation.abort()
+    generation.abort()
+    await settled(rates)
+    assert await left(ANN) == 100 - 20 - 3
+    generation = await quota.start(request_of(ANN), backend, [*ask("ab"), *ask("c")])
+    generation.abort()
+    await settled(rates)
+    assert await left(ANN) == 77 - 3
+
+    backend.full = True
+    with pytest.raises(QueueFull):
+        await quota.start(request_of(ANN), backend, ask("a"))
+    await settled(rates)
+    assert await left(ANN) == 74
+    with pytest.raises(InvalidRequest, match="max_prompt_tokens"):
+        await quota.start(request_of(BOB), backend, ask("a" * 51))
+    assert await left(BOB) == 100
+
+
+async def test_a_generation_bears_whose_it_is() -> None:
+    quota, backend = Quota(rates_of(), None), one_token()
+    key = Key(sha256="b" * 64, weight=3.0, top_priority=0)
+    await quota.start(request_of(by_key(key)), backend, ask("a", priority=0))
+    await quota.start(request_of(ANN), backend, ask("a", priority=-5))
+    owned, free = backend.started
+    assert (owned.key, owned.tenant, owned.weight) == (key.id, key.id, 3.0)
+    assert (free.key, free.tenant, free.weight) == ("", "ann", None)
+    with pytest.raises(Forbidden) as refused:
+        await quota.start(request_of(by_key(key)), backend, ask("a", priority=-1))
+    assert refused.value.param == "priority"
