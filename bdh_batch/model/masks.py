@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 def masked(logits: Tensor, masks: Sequence[bytes | None]) -> Tensor:
     """`logits` [rows, V] with −∞ for each token whose bit is 0 in its row's mask.
 
-    Masks are of one length, the lowest bit first; tokens beyond them are refused. None leaves its row as it is, so do
-    no masks.
+    Masks are of one length, the lowest bit first; tokens beyond them are refused. None leaves its row as it is, and no
+    masks leave all.
     """
     rows = [row for row, mask in enumerate(masks) if mask is not None]
     if not rows:

@@ -74,8 +74,7 @@ class Runner:
             return drawn, {}
         logits = self._kernels.logits(hidden[torch.tensor(rows, device=self._device)])
         # The device is at work on it: the time to find out what may be drawn.
-        constraints = [segments[place].constraint for place in places]
-        masks = [None if constraint is None else constraint.mask() for constraint in constraints]
+        masks = [each.constraint.mask() if each.constraint else None for each in map(segments.__getitem__, places)]
         tokens, scores = choose(logits, params, positions, wishes, masks)
         for place, token in zip(places, tokens):
             drawn[place] = token

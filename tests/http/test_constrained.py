@@ -222,6 +222,8 @@ class TestTools:
                     tools=TOOLS,
                     tool_choice=required,
                     n=2,
+                    seed=2,
+                    max_tokens=2000,
                 )
                 for answer in completion.choices:
                     assert answer.finish_reason == "tool_calls"

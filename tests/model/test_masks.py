@@ -41,3 +41,9 @@ def test_without_masks_the_scores_are_not_even_copied() -> None:
     logits = torch.randn(3, V)
     assert masked(logits, []) is logits
     assert masked(logits, [None] * 3) is logits
+
+
+def test_tokens_beyond_a_mask_are_refused() -> None:
+    (row,) = masked(torch.zeros(1, V), [b"\xff" * 4])
+    assert (row[:32] == 0).all()
+    assert (row[32:] == -torch.inf).all()
