@@ -104,6 +104,7 @@ class Scheduler:
         self._arrivals = 0
         self._swaps = 0
         self._resumable: list[Sequence] = []  # in this plan; whose turn it is comes last
+        self._beginning: list[Sequence] = []  # in this plan, those that run and have generated nothing
         self._turns_over: list[Sequence] | None = None  # in this plan, once that is asked
         self._last_class = 0  # no one that runs is of a later one
 
@@ -266,6 +267,7 @@ class Scheduler:
         self._last_class = max(map(PRIORITY, self._running), default=0)
         self._resumable = sorted(self._suspended, key=LEAST_SERVED, reverse=True)
         self._turns_over = None
+        self._beginning = [sequence for sequence in self._running if not sequence.generated]
         while (candidate := self._next()) is not None:
             victim = None
             if len(self._running) >= self.width or not self._may_enter(candidate):
@@ -397,13 +399,15 @@ class Scheduler:
             self._suspended.remove(sequence)
             self._resumable.pop()
         self._running.append(sequence)
+        if not sequence.generated:
+            self._beginning.append(sequence)
         self._last_class = max(self._last_class, sequence.priority)
         sequence.stage, sequence.since = Stage.RUNNING, self.counts.steps
         sequence.turn_began = len(sequence.generated)
 
     def _follow(self, candidate: Sequence) -> bool:
         """Whether `candidate` had better wait for a beginning that another one is about to compute."""
-        if not self.sharing.follow(candidate, self._running):
+        if not self.sharing.follow(candidate, (s for s in self._beginning if s.stage is Stage.RUNNING)):
             return False
         self._queue.remove(candidate)
         candidate.stage = Stage.FOLLOWING

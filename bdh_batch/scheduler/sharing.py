@@ -31,7 +31,7 @@ class Sharing:
     """
 
     def __init__(self, places: Places, keep: bool, share_all: bool, least: int) -> None:
-        self.cache = PrefixCache()
+        self.cache = PrefixCache(places.slots.device)
         self.queries = self.hits = self.cached_tokens = 0
         self.lines: Counter[Line] = Counter()  # how many follow
         self.following_tokens = 0
@@ -75,11 +75,11 @@ class Sharing:
             wanted = self._wanted(sequence)
             sequence.cuts = sorted(at for at in wanted if max(sequence.computed, self._least - 1) < at)
 
-    def follow(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
-        """Whether one that runs is about to compute a longer beginning of `sequence` than is kept; it then waits."""
+    def follow(self, sequence: Sequence, beginning: Iterable[Sequence]) -> bool:
+        """Whether one of those `beginning` is about to compute more of `sequence` than is kept; it then waits."""
         if len(sequence.prompt) <= self._least:
             return False
-        leader, shared = self._leader_of(sequence, running)
+        leader, shared = self._leader_of(sequence, beginning)
         if leader is None:
             return False
         entry = self.beginning_of(sequence)
@@ -188,12 +188,12 @@ class Sharing:
         parting = self._recent.parting(self._namespace(sequence), self._packed(sequence))
         return {last, min(parting, last), *(power for power in powers if power < last)}
 
-    def _leader_of(self, sequence: Sequence, running: Iterable[Sequence]) -> tuple[Sequence | None, int]:
+    def _leader_of(self, sequence: Sequence, beginning: Iterable[Sequence]) -> tuple[Sequence | None, int]:
         prompt, namespace = self._packed(sequence), self._namespace(sequence)
         head = prompt[: 4 * self._least]
         best, longest, looked_at = None, self._least - 1, 0
-        for leader in running:
-            if leader.generated or leader.priority > sequence.priority or not leader.packed.startswith(head):
+        for leader in beginning:
+            if leader.priority > sequence.priority or not leader.packed.startswith(head):
                 continue
             if self._namespace(leader) != namespace:
                 continue
