@@ -155,7 +155,7 @@ class Scheduler(Section):
     )
     prefill_tokens: PositiveInt = Field(256, description="Most prompt tokens in a step, of all sequences together.")
     target_step_ms: float = Field(
-        50.0,
+        25.0,
         ge=0,
         allow_inf_nan=False,
         description="Milliseconds of a step beside running streams; prompts get less. 0: throughput first.",

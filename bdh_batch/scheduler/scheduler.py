@@ -29,7 +29,10 @@ USED = attrgetter("account.used")
 LEAST_SERVED = attrgetter("priority", "account.used", "since")
 
 OLDEST = 8  # the oldest prompt gets an eighth of a step's prompt tokens for certain
-LEAST_PREFILL = 16  # prompt tokens that go in a step whatever it may take, so that prompts get through
+LEAST_PREFILL = 16  # prompt tokens that go in a step whatever it may take, so that prompts get through,
+LEAST_SHARE = 0.25  # or as many as take so much of the time of those that decode
+LEAST_WIDTH = 64  # sequences that decode in a step whatever it may take: fewer would be slower altogether
+MANY = 8  # places; a key that holds more steps aside for the first token of one that held none
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,8 @@ class Scheduler:
         self._arrivals = 0
         self._swaps = 0
         self._resumable: list[Sequence] = []  # in this plan; whose turn it is comes last
+        self._was_express = False  # the last step
+        self._rotation = 0  # where those that decode begin, where they do not fit one step
         self._beginning: list[Sequence] = []  # in this plan, those that run and have generated nothing
         self._turns_over: list[Sequence] | None = None  # in this plan, once that is asked
         self._last_class = 0  # no one that runs is of a later one
@@ -321,6 +326,8 @@ class Scheduler:
             done = (s for s in self._done(candidate.priority) if s.account is mine or s.account.used >= mine.used)
         elif self._is_owed(candidate):
             shares = self._shares_with(mine)
+            if not mine.seats and (surplus := self._surplus(candidate.priority, shares)) is not None:
+                return surplus
             done = (s for s in self._done(candidate.priority) if s.account.seats > shares[s.account])
             if self.places.room <= self._scratch:
                 done = (s for s in done if self._is_worth_displacing(s, candidate))
@@ -335,6 +342,11 @@ class Scheduler:
             over = [sequence for sequence in self._running if sequence.since <= last]
             self._turns_over = sorted(over, key=USED, reverse=True)
         return (s for s in self._turns_over if s.priority == priority and s.stage is Stage.RUNNING)
+
+    def _surplus(self, priority: int, shares: Mapping[Account, int]) -> Sequence | None:
+        """Of a class, one of a key above its share, which is left with another one: the one that has computed least."""
+        above = (s for s in self._running if s.priority == priority and s.account.seats > max(1, shares[s.account]))
+        return min(above, key=attrgetter("computed"), default=None)
 
     def _run(self, candidate: Sequence, victim: Sequence | None, now: float) -> bool:
         """Puts `candidate` in a slot on the device, instead of `victim`. False, and nothing done, if that cannot be."""
@@ -353,7 +365,7 @@ class Scheduler:
             self._swaps -= victim.priority == candidate.priority
         if fresh:
             self._queue.serve(candidate)
-            self.sharing.begun(candidate, entry)
+            self.sharing.begun(candidate, entry, alone=not self._running)
             self._sit(candidate, now)
         self._resume(candidate)
         return True
@@ -425,6 +437,10 @@ class Scheduler:
         for sequence in self._running:
             one = len(sequence.prompt) + len(sequence.generated) - sequence.computed == 1
             (decoding if one else prefilling).append(sequence)
+        if express := self._express(prefilling):
+            decoding, prefilling = [s for s in decoding if s.account.seats <= MANY], express
+        self._was_express = bool(express)
+        decoding = self._in_time(decoding)
         segments = [sequence.turn() for sequence in decoding]
         fresh = sum(not sequence.generated for sequence in decoding)
         decodes = len(decoding)
@@ -439,19 +455,40 @@ class Scheduler:
             return None
         return Step(Plan(segments, copies), decoding, self.places.moved, decodes - fresh, prefill_tokens + fresh, now)
 
+    def _express(self, prefilling: list[Sequence]) -> list[Sequence]:
+        """Short prompts of keys that hold nothing else have a step without the keys that hold many places, which wait
+        no longer for it than if they went along. Never two on end."""
+        if self._was_express or not any(account.seats > MANY for account in self._seated):
+            return []
+        return [s for s in prefilling if s.account.seats == 1 and s.pending <= self.prefill_cap]
+
+    def _in_time(self, decoding: list[Sequence]) -> list[Sequence]:
+        """As many as fit the time of a step; the others have their token in the next ones."""
+        if not self.policy.target_step or len(decoding) <= LEAST_WIDTH:
+            return decoding
+        fitting = self.cost.decodes_within(self.policy.target_step)
+        if fitting is None or len(decoding) <= (width := max(LEAST_WIDTH, fitting)):
+            return decoding
+        first = self._rotation % len(decoding)
+        self._rotation = first + width
+        return [*decoding[first:], *decoding[:first]][:width]
+
     def _budget(self, decodes: int) -> int:
         """Prompt tokens of this step."""
         if not (self.policy.target_step and decodes):
             return self.prefill_cap
-        fitting = self.cost.prefill_budget(self.policy.target_step, decodes)
+        target = max(self.policy.target_step, (1 + LEAST_SHARE) * self.cost.seconds(decodes, 0))
+        fitting = self.cost.prefill_budget(target, decodes)
         return self.prefill_cap if fitting is None else min(self.prefill_cap, max(LEAST_PREFILL, fitting))
 
     def _shares(self, prefilling: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
         """Who gets how many of `budget` prompt tokens. The oldest of the first class gets a part of them, so that none
-        waits for ever; then shorter remainders come first, and a token is kept back for each other; what is left over
-        is the oldest's."""
+        waits for ever; then the key that holds least comes first, and its shorter remainders, and a token is kept
+        back for each other; what is left over is the oldest's."""
         oldest = min(prefilling, key=lambda s: (s.priority, s.place))
-        order = sorted(prefilling, key=lambda s: (s.priority, s is oldest, s.pending))
+        order = sorted(
+            prefilling, key=lambda s: (s.priority, s is oldest, s.account.seats / s.account.weight, s.pending)
+        )
         reserve = max(1, budget // OLDEST)
         shares = []
         for place, sequence in enumerate(order):
