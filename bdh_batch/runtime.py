@@ -92,9 +92,10 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
         *(settings.model.dtype, device),
     )
     log.info("kernels: %s; attention window: %s", reason, f"{window} tokens" if window else "none")
-    host_slots = min(host_budget(settings.prefix_cache) // each, most)
+    taken = slots * each if device.type == "cpu" else 0
+    host_slots = min(host_budget(settings.prefix_cache, taken) // each, most)
     pool = take_states(model.config, slots, device, window, state_dtype, host_slots)
-    slots = len(pool.states)
+    slots, host_slots = len(pool.states), pool.host_slots
     log.info(
         "state: %d sequences of %.1f MiB in %s, %.2f GiB of a budget of %.2f GiB; %d more in the host's memory",
         *(slots, each / 2**20, settings.engine.state_dtype, slots * each / 2**30, budget / 2**30, host_slots),
@@ -115,7 +116,8 @@ def set_threads(threads: int) -> None:
 def take_states(
     config: BDHConfig, slots: int, device: torch.device, window: int, dtype: torch.dtype, host_slots: int
 ) -> StatePool:
-    """Memory for so many states, or for half as many, with a warning, where so much cannot be had after all.
+    """Memory for so many states, or for fewer, with a warning, where so much cannot be had after all: first fewer on
+    the host, but where it is the device that has no more.
 
     Raises:
         ConfigError: not even one fits.
@@ -124,14 +126,18 @@ def take_states(
         try:
             return StatePool(config, slots, device, window, dtype, host_slots)
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:  # CPU allocations fail as RuntimeError
-            log.warning("the memory for %d states cannot be had (%s)", slots, str(error).partition("\n")[0])
-            slots //= 2
+            reason = str(error).partition("\n")[0]
+            log.warning("the memory for %d states, and %d on the host, cannot be had (%s)", slots, host_slots, reason)
+            if host_slots and not isinstance(error, torch.OutOfMemoryError):
+                host_slots //= 2
+            else:
+                slots //= 2
     raise ConfigError("engine.state_memory: there is not enough memory for one sequence's state")
 
 
-def host_budget(cache: PrefixCache) -> int:
-    """Bytes of host memory for states that are suspended or kept."""
-    free = free_memory(torch.device("cpu"))
+def host_budget(cache: PrefixCache, taken: int) -> int:
+    """Bytes of host memory for states that are suspended or kept; `taken` of what is free now is for others."""
+    free = max(0, free_memory(torch.device("cpu")) - taken)
     if cache.host_memory is None:
         return min(HOST_MEMORY, free // 4)
     if cache.host_memory > free:

@@ -21,6 +21,7 @@ from bdh_batch.scheduler.fair_queue import Account, FairQueue, Line
 from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.sequence import Sequence, Stage
 from bdh_batch.scheduler.sharing import Sharing
+from bdh_batch.scheduler.step_size import LEAST_PREFILL, StepSize
 
 Update = tuple[Sequence, Delta]
 
@@ -29,8 +30,7 @@ USED = attrgetter("account.used")
 LEAST_SERVED = attrgetter("priority", "account.used", "since")
 
 OLDEST = 8  # the oldest prompt gets an eighth of a step's prompt tokens for certain
-LEAST_PREFILL = 16  # prompt tokens that go in a step whatever it may take, so that prompts get through,
-LEAST_SHARE = 0.25  # or as many as take so much of the time of those that decode
+LEAST_SHARE = 0.25  # prompt tokens may always take so much of the time of those that decode
 LEAST_WIDTH = 64  # sequences that decode in a step whatever it may take: fewer would be slower altogether
 MANY = 8  # places; a key that holds more steps aside for the first token of one that held none
 
@@ -93,9 +93,8 @@ class Scheduler:
         self.policy = policy
         self._scratch = min(1, policy.host_slots)  # without a place to spare, no two states could change theirs
         self.max_running = min(policy.max_running or slots, slots + policy.host_slots - self._scratch)
-        self.width = min(slots, self.max_running)
         self.counts = Counts()
-        self.prefill_cap = prefill_tokens
+        self._size = StepSize(prefill_tokens, min(slots, self.max_running))
         self.cost = StepCost()
         self.places = Places(slots, policy.host_slots)
         self.sharing = Sharing(self.places, policy.keep, policy.share_all, policy.min_shared)
@@ -120,6 +119,16 @@ class Scheduler:
     @property
     def waiting_tokens(self) -> int:
         return self._queue.tokens + self.sharing.following_tokens
+
+    @property
+    def prefill_cap(self) -> int:
+        """Most prompt tokens in a step."""
+        return self._size.prefill
+
+    @property
+    def width(self) -> int:
+        """Most sequences that run at a time."""
+        return self._size.width
 
     @property
     def lines(self) -> Counter[Line]:
@@ -202,12 +211,7 @@ class Scheduler:
 
     def out_of_memory(self, step: Step) -> list[Update]:
         """The step needed too much memory: later ones are smaller, and compute again what it has spoilt."""
-        least = min(LEAST_PREFILL, self.prefill_cap)
-        if step.prefill_tokens and self.prefill_cap > least:
-            self.prefill_cap = max(least, self.prefill_cap // 2)
-        elif len(step.sequences) > 1:
-            self.width = min(self.width, len(step.sequences) // 2)
-        else:
+        if not self._size.shrink(step.prefill_tokens, len(step.sequences)):
             return self.fail(step, GenerationFailed("There is not enough memory for the request."))
         self.sharing.forget_fresh()
         for sequence in {*step.sequences, *step.moved}:
@@ -238,6 +242,7 @@ class Scheduler:
                 if sequence.finish_reason is not None:
                     ended.append(sequence)
         self.counts.prompt_tokens += step.prefill_tokens
+        self._size.succeeded()
         self.cost.observe(step.decodes, step.prefill_tokens, now - step.planned)
         self.sharing.settle()
         self._end(ended)

@@ -255,7 +255,7 @@ class Worker:
         except Exception as error:  # whatever it was, only the sequences of this step are lost
             if self._failures == 0:
                 log.exception("a step of %s failed", describe(step))
-            else:
+            elif self._failures < self._failed_steps:
                 log.error("a step failed again: %r", error)
             self._failed(step, error)
             return self._scheduler.fail(step, GenerationFailed("The step that computed this request failed."))
