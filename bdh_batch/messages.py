@@ -117,6 +117,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a step drew: per segment the next token, None where none was asked for or none could be drawn."""
+    """What a step drew: per segment the next token, None where none was asked for or none could be drawn.
+
+    `active` is, by layer, the share of neurons that fired for one of its tokens; mostly nobody has looked.
+    """
 
     drawn: Sequence[int | None]
+    active: Sequence[float] = ()

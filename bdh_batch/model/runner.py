@@ -15,6 +15,7 @@ from torch import Tensor
 from bdh_batch.errors import OutOfMemory
 from bdh_batch.kernels.base import Kernels, RaggedBatch
 from bdh_batch.messages import Outcome, Plan, SamplingParams, Segment
+from bdh_batch.model.activity import Activity
 from bdh_batch.model.sampling import sample
 from bdh_batch.model.state import StatePool
 
@@ -22,8 +23,9 @@ log = logging.getLogger(__name__)
 
 
 class Runner:
-    def __init__(self, kernels: Kernels, pool: StatePool) -> None:
+    def __init__(self, kernels: Kernels, pool: StatePool, activity: Activity | None = None) -> None:
         self._kernels = kernels
+        self._activity = activity
         self._pool = pool
         self._device = pool.states.device
 
@@ -48,6 +50,7 @@ class Runner:
             self._pool.copy(copy.source, copy.target)
         if not plan.segments:
             return Outcome([])
+        active = [] if self._activity is None else self._activity.look(self._pool.states, plan.segments)
         hidden = self.forward(plan.segments)
         ends = list(accumulate(len(segment.tokens) for segment in plan.segments))
         rows, params, positions = [], [], []
@@ -57,10 +60,10 @@ class Runner:
                 params.append(segment.sampling)
                 positions.append(segment.start + len(segment.tokens))
         if not rows:
-            return Outcome([None] * len(ends))
+            return Outcome([None] * len(ends), active)
         last = hidden[torch.tensor(rows, device=self._device)]
         drawn = iter(draw(self._kernels.logits(last), params, positions))
-        return Outcome([None if segment.sampling is None else next(drawn) for segment in plan.segments])
+        return Outcome([None if segment.sampling is None else next(drawn) for segment in plan.segments], active)
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment]) -> Tensor:

@@ -48,6 +48,8 @@ class Observer(Protocol):
 
     def stepped(self, step: Step, seconds: float) -> None: ...
 
+    def looked(self, active: Many[float]) -> None: ...
+
     def gained(self, sequences: Many[Sequence]) -> None: ...
 
     def finished(self, sequence: Sequence, now: float) -> None: ...
@@ -262,6 +264,8 @@ class Worker:
         now = time.monotonic()
         self._failures = 0
         self._observer.stepped(step, now - began)
+        if outcome.active:
+            self._observer.looked(outcome.active)
         updates = self._scheduler.commit(step, outcome, now)
         if self._trace is not None:
             self._trace.stepped(step, now)
