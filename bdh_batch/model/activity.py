@@ -31,7 +31,7 @@ class Activity:
         if segment.start == 0:  # its state is not cleared yet
             return []
         batch = RaggedBatch(
-            tokens=torch.tensor(segment.tokens[:1], device=states.device),
+            tokens=torch.tensor([segment.tokens[0]], device=states.device),
             positions=torch.tensor([segment.start], device=states.device),
             bounds=[0, 1],
             slots=[0],

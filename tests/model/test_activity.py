@@ -24,7 +24,7 @@ def test_a_look_tells_how_sparse_a_trained_model_is_and_changes_nothing(window: 
         tokens, outcomes = list(b"ROMEO:\nBut soft"), list[Outcome]()
         start = 0
         while len(tokens) < 28:
-            segment = Segment(0, start, tokens[start:], SamplingParams(temperature=0.0))
+            segment = Segment(0, start, bytes(tokens[start:]), SamplingParams(temperature=0.0))  # as prompts come
             start = len(tokens)
             outcomes.append(runner.run(Plan([segment])))
             tokens += [token for token in outcomes[-1].drawn if token is not None]
