@@ -270,10 +270,12 @@ class Outcome:
     """What a step drew: per segment the next token, None where none was asked for or none could be drawn.
 
     By the place of their segment, `scores` has those of the drawn tokens, `target_scores` those of targets, and
-    `pooled` the sum [D] of the hidden vectors where that was asked for.
+    `pooled` the sum [D] of the hidden vectors where that was asked for. `active` is, by layer, the share of neurons that fired for one of its tokens;
+    mostly nobody has looked.
     """
 
     drawn: Sequence[int | None]
     scores: Mapping[int, TokenScore] = field(default_factory=dict)
     target_scores: Mapping[int, Sequence[TokenScore]] = field(default_factory=dict)
     pooled: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    active: Sequence[float] = ()

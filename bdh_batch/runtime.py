@@ -31,6 +31,7 @@ from bdh_batch.http.wire import Defaults
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.simd import most_threads
 from bdh_batch.keys import KeyRing
+from bdh_batch.model.activity import Activity
 from bdh_batch.model.checkpoint import Model, load_model
 from bdh_batch.model.config import BDHConfig
 from bdh_batch.model.runner import Runner
@@ -124,14 +125,15 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
         *(settings.model.dtype, device),
     )
     log.info("kernels: %s; attention window: %s", reason, f"{window} tokens" if window else "none")
-    host_slots = min(host_budget(settings.prefix_cache) // each, most)
+    taken = slots * each if device.type == "cpu" else 0
+    host_slots = min(host_budget(settings.prefix_cache, taken) // each, most)
     pool = take_states(model.config, slots, device, window, state_dtype, host_slots)
-    slots = len(pool.states)
+    slots, host_slots = len(pool.states), pool.host_slots
     log.info(
         "state: %d sequences of %.1f MiB in %s, %.2f GiB of a budget of %.2f GiB; %d more in the host's memory",
         *(slots, each / 2**20, settings.engine.state_dtype, slots * each / 2**30, budget / 2**30, host_slots),
     )
-    runner = Runner(kernels, pool)
+    runner = Runner(kernels, pool, Activity(model.weights, window))
     log.info("warming up: kernels that are not in the cache are compiled now")
     runner.warm(settings.scheduler.prefill_tokens)
     return LoadedEngine(model, runner, slots, host_slots)
@@ -147,7 +149,8 @@ def set_threads(threads: int) -> None:
 def take_states(
     config: BDHConfig, slots: int, device: torch.device, window: int, dtype: torch.dtype, host_slots: int
 ) -> StatePool:
-    """Memory for so many states, or for half as many, with a warning, where so much cannot be had after all.
+    """Memory for so many states, or for fewer, with a warning, where so much cannot be had after all: first fewer on
+    the host, but where it is the device that has no more.
 
     Raises:
         ConfigError: not even one fits.
@@ -156,14 +159,18 @@ def take_states(
         try:
             return StatePool(config, slots, device, window, dtype, host_slots)
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:  # CPU allocations fail as RuntimeError
-            log.warning("the memory for %d states cannot be had (%s)", slots, str(error).partition("\n")[0])
-            slots //= 2
+            reason = str(error).partition("\n")[0]
+            log.warning("the memory for %d states, and %d on the host, cannot be had (%s)", slots, host_slots, reason)
+            if host_slots and not isinstance(error, torch.OutOfMemoryError):
+                host_slots //= 2
+            else:
+                slots //= 2
     raise ConfigError("engine.state_memory: there is not enough memory for one sequence's state")
 
 
-def host_budget(cache: PrefixCache) -> int:
-    """Bytes of host memory for states that are suspended or kept."""
-    free = free_memory(torch.device("cpu"))
+def host_budget(cache: PrefixCache, taken: int) -> int:
+    """Bytes of host memory for states that are suspended or kept; `taken` of what is free now is for others."""
+    free = max(0, free_memory(torch.device("cpu")) - taken)
     if cache.host_memory is None:
         return min(HOST_MEMORY, free // 4)
     if cache.host_memory > free:

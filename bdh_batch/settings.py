@@ -131,7 +131,9 @@ class Server(Section):
     workers: Annotated[PositiveInt, AfterValidator(_one_worker)] = Field(
         1, description="Processes; 1 is what there is."
     )
-    drain_seconds: float = Field(30.0, ge=0, description="How long running streams may go on after SIGTERM.")
+    drain_seconds: float = Field(
+        30.0, ge=0, allow_inf_nan=False, description="How long running streams may go on after SIGTERM."
+    )
     cors_origins: Strings = Field([], description='Origins that browsers may call from; ["*"] for all.')
     trusted_proxies: Networks = Field(
         [], description="Addresses and networks of proxies whose x-forwarded-for is believed."
@@ -182,9 +184,11 @@ class Scheduler(Section):
     max_queued_tokens: PositiveInt = Field(
         4 * 2**20, description="Most prompt tokens that wait; more is refused with 429."
     )
-    prefill_tokens: PositiveInt = Field(256, description="Most prompt tokens in a step, of all sequences together.")
+    prefill_tokens: PositiveInt = Field(
+        256, le=65536, description="Most prompt tokens in a step, of all sequences together."
+    )
     target_step_ms: float = Field(
-        50.0,
+        25.0,
         ge=0,
         allow_inf_nan=False,
         description="Milliseconds of a step beside running streams; prompts get less. 0: throughput first.",
@@ -278,7 +282,9 @@ class Api(Section):
 
 
 class Health(Section):
-    stall_seconds: PositiveFloat = Field(60.0, description="Work without a step for so long turns /health to 503.")
+    stall_seconds: PositiveFloat = Field(
+        60.0, allow_inf_nan=False, description="Work without a step for so long turns /health to 503."
+    )
     failed_steps: PositiveInt = Field(3, description="So many failed steps on end do, too, until one succeeds.")
 
 

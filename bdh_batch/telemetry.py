@@ -46,6 +46,9 @@ class Metrics:
         ProcessCollector(registry=self.registry)
 
         self._steps = self._histogram("step_duration_seconds", "Duration of a step", BETWEEN_TOKENS)
+        labels = ("model_name", "layer")
+        text = "Share of neurons that fired, for a token looked at now and then"
+        self._active = Gauge("bdh_active_neuron_fraction", text, labels, registry=self.registry)
         self._occupancy = self._histogram("batch_occupancy", "Sequences in a step", SEQUENCES)
         self._step_tokens = self._histogram("iteration_tokens_total", "Tokens in a step", TOKENS)
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed")
@@ -103,6 +106,11 @@ class Metrics:
         self._occupancy.observe(len(step.sequences))
         self._step_tokens.observe(step.decodes + step.prefill_tokens)
         self._prompt_tokens.inc(step.prefill_tokens)
+
+    def looked(self, active: Sequences[float]) -> None:
+        """`active` is the share of neurons that fired, by layer."""
+        for layer, share in enumerate(active):
+            self._active.labels(self._model_name, layer).set(share)
 
     def gained(self, sequences: Sequences[Sequence]) -> None:
         self._generated.inc(len(sequences))

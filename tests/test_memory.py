@@ -30,6 +30,20 @@ def test_fewer_states_are_taken_with_a_warning(
     assert ("cannot be had" in caplog.text) == (slots < 64)
 
 
+def test_a_host_without_so_much_memory_does_not_cost_the_device_its_states(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def scarce(*arguments: Any) -> StatePool:
+        if arguments[-1] > 10:
+            raise RuntimeError("CUDA error: out of memory for pinned pages")
+        return StatePool(*arguments)
+
+    monkeypatch.setattr(runtime, "StatePool", scarce)
+    pool = runtime.take_states(CONFIG, 64, CPU, 0, torch.float32, 32)
+    assert (len(pool.states), pool.host_slots) == (64, 8)
+    assert "cannot be had" in caplog.text
+
+
 def test_no_memory_at_all_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*arguments: object) -> StatePool:
         raise MemoryError

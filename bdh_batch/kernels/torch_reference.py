@@ -11,6 +11,7 @@ float32. States are float32, or bfloat16: then they are rounded to the nearest w
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +39,12 @@ class TorchKernels:
 
 def forward(weights: Weights, states: Tensor, batch: RaggedBatch, window: int = 0) -> Tensor:
     """The final hidden vectors [T, D] of a batch's tokens. Adds the tokens to `states`, laid out as `Kernels` says."""
+    *_, (_, hidden) = think(weights, states, batch, window)
+    return hidden
+
+
+def think(weights: Weights, states: Tensor, batch: RaggedBatch, window: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Layer by layer: what fired [h, T, N], and the hidden vectors [T, D] that came of it."""
     cos, sin = rotation(weights.frequencies, batch.positions)
     x = layer_norm(F.embedding(batch.tokens, weights.embed).float())
     for layer in range(weights.layers):
@@ -46,7 +53,7 @@ def forward(weights: Weights, states: Tensor, batch: RaggedBatch, window: int = 
         gate = project(layer_norm(y), weights.encoder_v).relu()
         gated = (fired * gate).transpose(0, 1).flatten(1)  # [T, h * N]
         x = layer_norm(x + layer_norm(project(gated, weights.decoder)))
-    return x
+        yield fired, x
 
 
 def project(x: Tensor, matrix: Tensor) -> Tensor:

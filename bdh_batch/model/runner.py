@@ -15,6 +15,7 @@ from torch import Tensor
 from bdh_batch.errors import OutOfMemory
 from bdh_batch.kernels.base import Kernels, RaggedBatch
 from bdh_batch.messages import Outcome, Plan, SamplingParams, Segment, TokenScore
+from bdh_batch.model.activity import Activity
 from bdh_batch.model.adjusting import Wishes, adjust
 from bdh_batch.model.sampling import sample
 from bdh_batch.model.scoring import ROWS, score
@@ -24,8 +25,9 @@ log = logging.getLogger(__name__)
 
 
 class Runner:
-    def __init__(self, kernels: Kernels, pool: StatePool) -> None:
+    def __init__(self, kernels: Kernels, pool: StatePool, activity: Activity | None = None) -> None:
         self._kernels = kernels
+        self._activity = activity
         self._pool = pool
         self._device = pool.states.device
 
@@ -50,10 +52,11 @@ class Runner:
             self._pool.copy(copy.source, copy.target)
         if not plan.segments:
             return Outcome([])
+        active = [] if self._activity is None else self._activity.look(self._pool.states, plan.segments)
         hidden = self.forward(plan.segments)
         target_scores = self._score_targets(plan.segments, hidden)
         drawn, scores = self._draw(plan.segments, hidden)
-        return Outcome(drawn, scores, target_scores, sums(hidden, plan.segments))
+        return Outcome(drawn, scores, target_scores, sums(hidden, plan.segments), active)
 
     def _draw(self, segments: Sequence[Segment], hidden: Tensor) -> tuple[list[int | None], dict[int, TokenScore]]:
         """What follows each segment that asks for it, and its score where that is asked for."""

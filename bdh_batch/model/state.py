@@ -83,6 +83,10 @@ class StatePool:
         self._host = torch.empty((host_slots, *shape[1:]), dtype=dtype, pin_memory=device.type == "cuda")
         self._pages = PagesAhead(self.states) if device.type == "cpu" else None
 
+    @property
+    def host_slots(self) -> int:
+        return len(self._host)
+
     def clear(self, slot: int) -> None:
         """Back to the state before any token."""
         self._about_to_write(slot)

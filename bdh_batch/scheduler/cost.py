@@ -57,5 +57,12 @@ class StepCost:
             return None
         return max(0, int((target - self.seconds(decodes, 0)) / each))
 
+    def decodes_within(self, target: float) -> int | None:
+        """Sequences that can decode in `target` seconds; None while that is not known."""
+        each = self._weights[1] / SCALE
+        if not self.known or each <= 0:
+            return None
+        return max(0, int((target - self.seconds(0, 0)) / each))
+
     def _dot(self, features: tuple[float, float, float]) -> float:
         return sum(weight * feature for weight, feature in zip(self._weights, features, strict=True))

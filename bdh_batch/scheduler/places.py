@@ -70,7 +70,7 @@ class Places:
         """A slot for a state that is to be kept, if something worth less lies where it could."""
         if (slot := self.slots.take_device()) is not None:
             return slot
-        least = cache.least(entry for entry in cache if self.slots.on_device(entry.slot))
+        least = cache.least(on_device=True)
         if least is not None and not least.awaited and least.worth < worth:
             return self._evict(least, cache, None)
         return self._on_host(cache, worth, None)
@@ -98,7 +98,7 @@ class Places:
     ) -> int | None:
         if (slot := self.slots.take_device()) is not None:
             return slot
-        least = cache.least(entry for entry in cache if self.slots.on_device(entry.slot) and entry is not spare)
+        least = cache.least(on_device=True, spare=spare)
         if least is not None and not (patient and least.awaited):
             return self._evict(least, cache, spare)
         for parked in suspended:
@@ -124,7 +124,7 @@ class Places:
             host = self._on_host(cache, entry.worth, spare)
             if host is not None:
                 self.copy(slot, host)
-                entry.slot = host
+                cache.move(entry, host)
                 return slot
         self.discard(entry, cache, give=False)
         return slot
@@ -133,7 +133,7 @@ class Places:
         """A slot there; what is kept makes room for a sequence (`worth` None), or for what is worth more."""
         if (slot := self.slots.take_host()) is not None:
             return slot
-        least = cache.least(entry for entry in cache if not self.slots.on_device(entry.slot) and entry is not spare)
+        least = cache.least(on_device=False, spare=spare)
         if least is None or (worth is not None and (least.awaited or least.worth >= worth)):
             return None
         slot = least.slot

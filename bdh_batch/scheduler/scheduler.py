@@ -21,6 +21,7 @@ from bdh_batch.scheduler.fair_queue import Account, FairQueue, Line
 from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.sequence import Sequence, Stage
 from bdh_batch.scheduler.sharing import Sharing
+from bdh_batch.scheduler.step_size import LEAST_PREFILL, StepSize
 
 Update = tuple[Sequence, Delta]
 
@@ -29,7 +30,9 @@ USED = attrgetter("account.used")
 LEAST_SERVED = attrgetter("priority", "account.used", "since")
 
 OLDEST = 8  # the oldest prompt gets an eighth of a step's prompt tokens for certain
-LEAST_PREFILL = 16  # prompt tokens that go in a step whatever it may take, so that prompts get through
+LEAST_SHARE = 0.25  # prompt tokens may always take so much of the time of those that decode
+LEAST_WIDTH = 64  # sequences that decode in a step whatever it may take: fewer would be slower altogether
+MANY = 8  # places; a key that holds more steps aside for the first token of one that held none
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +93,8 @@ class Scheduler:
         self.policy = policy
         self._scratch = min(1, policy.host_slots)  # without a place to spare, no two states could change theirs
         self.max_running = min(policy.max_running or slots, slots + policy.host_slots - self._scratch)
-        self.width = min(slots, self.max_running)
         self.counts = Counts()
-        self.prefill_cap = prefill_tokens
+        self._size = StepSize(prefill_tokens, min(slots, self.max_running))
         self.cost = StepCost()
         self.places = Places(slots, policy.host_slots)
         self.sharing = Sharing(self.places, policy.keep, policy.share_all, policy.min_shared)
@@ -104,6 +106,9 @@ class Scheduler:
         self._arrivals = 0
         self._swaps = 0
         self._resumable: list[Sequence] = []  # in this plan; whose turn it is comes last
+        self._was_express = False  # the last step
+        self._rotation = 0  # where those that decode begin, where they do not fit one step
+        self._beginning: list[Sequence] = []  # in this plan, those that run and have generated nothing
         self._turns_over: list[Sequence] | None = None  # in this plan, once that is asked
         self._last_class = 0  # no one that runs is of a later one
 
@@ -114,6 +119,16 @@ class Scheduler:
     @property
     def waiting_tokens(self) -> int:
         return self._queue.tokens + self.sharing.following_tokens
+
+    @property
+    def prefill_cap(self) -> int:
+        """Most prompt tokens in a step."""
+        return self._size.prefill
+
+    @property
+    def width(self) -> int:
+        """Most sequences that run at a time."""
+        return self._size.width
 
     @property
     def lines(self) -> Counter[Line]:
@@ -195,12 +210,7 @@ class Scheduler:
 
     def out_of_memory(self, step: Step) -> list[Update]:
         """The step needed too much memory: later ones are smaller, and compute again what it has spoilt."""
-        least = min(LEAST_PREFILL, self.prefill_cap)
-        if step.prefill_tokens and self.prefill_cap > least:
-            self.prefill_cap = max(least, self.prefill_cap // 2)
-        elif len(step.sequences) > 1:
-            self.width = min(self.width, len(step.sequences) // 2)
-        else:
+        if not self._size.shrink(step.prefill_tokens, len(step.sequences)):
             return self.fail(step, GenerationFailed("There is not enough memory for the request."))
         self.sharing.forget_fresh()
         for sequence in {*step.sequences, *step.moved}:
@@ -237,6 +247,7 @@ class Scheduler:
                 if sequence.finish_reason is not None:
                     ended.append(sequence)
         self.counts.prompt_tokens += step.prefill_tokens
+        self._size.succeeded()
         self.cost.observe(step.decodes, step.prefill_tokens, now - step.planned)
         self.sharing.settle()
         self._end(ended)
@@ -271,6 +282,7 @@ class Scheduler:
         self._last_class = max(map(PRIORITY, self._running), default=0)
         self._resumable = sorted(self._suspended, key=LEAST_SERVED, reverse=True)
         self._turns_over = None
+        self._beginning = [sequence for sequence in self._running if not sequence.generated]
         while (candidate := self._next()) is not None:
             victim = None
             if len(self._running) >= self.width or not self._may_enter(candidate):
@@ -324,6 +336,8 @@ class Scheduler:
             done = (s for s in self._done(candidate.priority) if s.account is mine or s.account.used >= mine.used)
         elif self._is_owed(candidate):
             shares = self._shares_with(mine)
+            if not mine.seats and (surplus := self._surplus(candidate.priority, shares)) is not None:
+                return surplus
             done = (s for s in self._done(candidate.priority) if s.account.seats > shares[s.account])
             if self.places.room <= self._scratch:
                 done = (s for s in done if self._is_worth_displacing(s, candidate))
@@ -338,6 +352,11 @@ class Scheduler:
             over = [sequence for sequence in self._running if sequence.since <= last]
             self._turns_over = sorted(over, key=USED, reverse=True)
         return (s for s in self._turns_over if s.priority == priority and s.stage is Stage.RUNNING)
+
+    def _surplus(self, priority: int, shares: Mapping[Account, int]) -> Sequence | None:
+        """Of a class, one of a key above its share, which is left with another one: the one that has computed least."""
+        above = (s for s in self._running if s.priority == priority and s.account.seats > max(1, shares[s.account]))
+        return min(above, key=attrgetter("computed"), default=None)
 
     def _run(self, candidate: Sequence, victim: Sequence | None, now: float) -> bool:
         """Puts `candidate` in a slot on the device, instead of `victim`. False, and nothing done, if that cannot be."""
@@ -356,7 +375,7 @@ class Scheduler:
             self._swaps -= victim.priority == candidate.priority
         if fresh:
             self._queue.serve(candidate)
-            self.sharing.begun(candidate, entry)
+            self.sharing.begun(candidate, entry, alone=not self._running)
             self._sit(candidate, now)
         self._resume(candidate)
         return True
@@ -402,13 +421,15 @@ class Scheduler:
             self._suspended.remove(sequence)
             self._resumable.pop()
         self._running.append(sequence)
+        if not sequence.generated:
+            self._beginning.append(sequence)
         self._last_class = max(self._last_class, sequence.priority)
         sequence.stage, sequence.since = Stage.RUNNING, self.counts.steps
         sequence.turn_began = len(sequence.generated)
 
     def _follow(self, candidate: Sequence) -> bool:
         """Whether `candidate` had better wait for a beginning that another one is about to compute."""
-        if not self.sharing.follow(candidate, self._running):
+        if not self.sharing.follow(candidate, (s for s in self._beginning if s.stage is Stage.RUNNING)):
             return False
         self._queue.remove(candidate)
         candidate.stage = Stage.FOLLOWING
@@ -426,6 +447,10 @@ class Scheduler:
         for sequence in self._running:
             one = len(sequence.prompt) + len(sequence.generated) - sequence.computed == 1
             (decoding if one else prefilling).append(sequence)
+        if express := self._express(prefilling):
+            decoding, prefilling = [s for s in decoding if s.account.seats <= MANY], express
+        self._was_express = bool(express)
+        decoding = self._in_time(decoding)
         segments = [sequence.turn() for sequence in decoding]
         fresh = sum(not sequence.generated for sequence in decoding)
         decodes = len(decoding)
@@ -440,19 +465,40 @@ class Scheduler:
             return None
         return Step(Plan(segments, copies), decoding, self.places.moved, decodes - fresh, prefill_tokens + fresh, now)
 
+    def _express(self, prefilling: list[Sequence]) -> list[Sequence]:
+        """Short prompts of keys that hold nothing else have a step without the keys that hold many places, which wait
+        no longer for it than if they went along. Never two on end."""
+        if self._was_express or not any(account.seats > MANY for account in self._seated):
+            return []
+        return [s for s in prefilling if s.account.seats == 1 and s.pending <= self.prefill_cap]
+
+    def _in_time(self, decoding: list[Sequence]) -> list[Sequence]:
+        """As many as fit the time of a step; the others have their token in the next ones."""
+        if not self.policy.target_step or len(decoding) <= LEAST_WIDTH:
+            return decoding
+        fitting = self.cost.decodes_within(self.policy.target_step)
+        if fitting is None or len(decoding) <= (width := max(LEAST_WIDTH, fitting)):
+            return decoding
+        first = self._rotation % len(decoding)
+        self._rotation = first + width
+        return [*decoding[first:], *decoding[:first]][:width]
+
     def _budget(self, decodes: int) -> int:
         """Prompt tokens of this step."""
         if not (self.policy.target_step and decodes):
             return self.prefill_cap
-        fitting = self.cost.prefill_budget(self.policy.target_step, decodes)
+        target = max(self.policy.target_step, (1 + LEAST_SHARE) * self.cost.seconds(decodes, 0))
+        fitting = self.cost.prefill_budget(target, decodes)
         return self.prefill_cap if fitting is None else min(self.prefill_cap, max(LEAST_PREFILL, fitting))
 
     def _shares(self, prefilling: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
         """Who gets how many of `budget` prompt tokens. The oldest of the first class gets a part of them, so that none
-        waits for ever; then shorter remainders come first, and a token is kept back for each other; what is left over
-        is the oldest's."""
+        waits for ever; then the key that holds least comes first, and its shorter remainders, and a token is kept
+        back for each other; what is left over is the oldest's."""
         oldest = min(prefilling, key=lambda s: (s.priority, s.place))
-        order = sorted(prefilling, key=lambda s: (s.priority, s is oldest, s.pending))
+        order = sorted(
+            prefilling, key=lambda s: (s.priority, s is oldest, s.account.seats / s.account.weight, s.pending)
+        )
         reserve = max(1, budget // OLDEST)
         shares = []
         for place, sequence in enumerate(order):

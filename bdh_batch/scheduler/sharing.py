@@ -19,6 +19,7 @@ from bdh_batch.scheduler.prefixes import RecentPrompts, common, pack
 from bdh_batch.scheduler.sequence import Sequence, Stage
 
 FIRST_POWER = 256
+LONG = 512  # tokens, from which on a prompt is worth a step more
 LEADERS = 64  # most sequences that one is compared with
 
 
@@ -31,7 +32,7 @@ class Sharing:
     """
 
     def __init__(self, places: Places, keep: bool, share_all: bool, least: int) -> None:
-        self.cache = PrefixCache()
+        self.cache = PrefixCache(places.slots.device)
         self.queries = self.hits = self.cached_tokens = 0
         self.lines: Counter[Line] = Counter()  # how many follow
         self.following_tokens = 0
@@ -57,8 +58,8 @@ class Sharing:
             return None
         return self.cache.find(self._namespace(sequence), self._packed(sequence), len(sequence.prompt) - 1)
 
-    def begun(self, sequence: Sequence, entry: Entry | None) -> None:
-        """`sequence` has been given its slot, with the state of `entry` in it."""
+    def begun(self, sequence: Sequence, entry: Entry | None, alone: bool = True) -> None:
+        """`sequence` has been given its slot, with the state of `entry` in it; it is `alone` where nobody else runs."""
         if not self._may_share(sequence):
             return
         self.queries += len(sequence.prompt)
@@ -72,14 +73,14 @@ class Sharing:
                 self.cache.use(entry)
         self.expect_no_more(sequence)
         if self._keep:
-            wanted = self._wanted(sequence)
+            wanted = self._wanted(sequence, alone)
             sequence.cuts = sorted(at for at in wanted if max(sequence.computed, self._least - 1) < at)
 
-    def follow(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
-        """Whether one that runs is about to compute a longer beginning of `sequence` than is kept; it then waits."""
+    def follow(self, sequence: Sequence, beginning: Iterable[Sequence]) -> bool:
+        """Whether one of those `beginning` is about to compute more of `sequence` than is kept; it then waits."""
         if not self._may_share(sequence):
             return False
-        leader, shared = self._leader_of(sequence, running)
+        leader, shared = self._leader_of(sequence, beginning)
         if leader is None:
             return False
         entry = self.beginning_of(sequence)
@@ -182,18 +183,21 @@ class Sharing:
         if entry is not None:
             entry.awaited += len(waiting)
 
-    def _wanted(self, sequence: Sequence) -> set[int]:
+    def _wanted(self, sequence: Sequence, alone: bool) -> set[int]:
         last = len(sequence.prompt) - 1
         powers = (1 << bit for bit in range(FIRST_POWER.bit_length() - 1, last.bit_length()))
-        parting = self._recent.parting(self._namespace(sequence), self._packed(sequence))
-        return {last, min(parting, last), *(power for power in powers if power < last)}
+        wanted = {min(last, self._recent.parting(self._namespace(sequence), self._packed(sequence)))}
+        wanted.update(power for power in powers if power < last)
+        if alone or len(sequence.prompt) >= LONG:  # a step more for the last token: dear beside others' steps
+            wanted.add(last)
+        return wanted
 
-    def _leader_of(self, sequence: Sequence, running: Iterable[Sequence]) -> tuple[Sequence | None, int]:
+    def _leader_of(self, sequence: Sequence, beginning: Iterable[Sequence]) -> tuple[Sequence | None, int]:
         prompt, namespace = self._packed(sequence), self._namespace(sequence)
         head = prompt[: 4 * self._least]
         best, longest, looked_at = None, self._least - 1, 0
-        for leader in running:
-            if leader.generated or leader.priority > sequence.priority or not leader.packed.startswith(head):
+        for leader in beginning:
+            if leader.priority > sequence.priority or not leader.packed.startswith(head):
                 continue
             if self._namespace(leader) != namespace:
                 continue

@@ -48,6 +48,8 @@ class Observer(Protocol):
 
     def stepped(self, step: Step, seconds: float) -> None: ...
 
+    def looked(self, active: Many[float]) -> None: ...
+
     def gained(self, sequences: Many[Sequence]) -> None: ...
 
     def finished(self, sequence: Sequence, now: float) -> None: ...
@@ -255,13 +257,15 @@ class Worker:
         except Exception as error:  # whatever it was, only the sequences of this step are lost
             if self._failures == 0:
                 log.exception("a step of %s failed", describe(step))
-            else:
+            elif self._failures < self._failed_steps:
                 log.error("a step failed again: %r", error)
             self._failed(step, error)
             return self._scheduler.fail(step, GenerationFailed("The step that computed this request failed."))
         now = time.monotonic()
         self._failures = 0
         self._observer.stepped(step, now - began)
+        if outcome.active:
+            self._observer.looked(outcome.active)
         updates = self._scheduler.commit(step, outcome, now)
         if self._trace is not None:
             self._trace.stepped(step, now)

@@ -91,6 +91,9 @@ class FakeObserver:
     def stepped(self, step: Step, seconds: float) -> None:
         self.steps += 1
 
+    def looked(self, active: Iterable[float]) -> None:
+        raise NotImplementedError("there are no neurons here")
+
     def gained(self, sequences: Iterable[Sequence]) -> None:
         self.tokens += len(list(sequences))
 

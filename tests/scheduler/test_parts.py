@@ -11,6 +11,7 @@ from bdh_batch.scheduler.fair_queue import FairQueue
 from bdh_batch.scheduler.prefix_cache import PrefixCache
 from bdh_batch.scheduler.prefixes import RECENT, RecentPrompts, common, pack
 from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.step_size import PATIENCE, StepSize
 from tests.scheduler.fakes import make_sequence
 
 TOKENS = st.lists(st.integers(0, 2), max_size=40)
@@ -149,13 +150,13 @@ class TestPrefixCache:
     def test_what_saves_least_goes_first_and_age_counts(self) -> None:
         cache = PrefixCache()
         long, short = (cache.add("", pack([1] * length), length, length) for length in (90, 30))
-        assert cache.least(cache) is short
+        assert cache.least(on_device=False) is short
         for _ in range(5):
             cache.use(short)
-        assert cache.least(cache) is long
+        assert cache.least(on_device=False) is long
         cache.drop(long)
         fresh = cache.add("", pack([2] * 95), 95, 3)
-        assert cache.least(cache) is short is not fresh
+        assert cache.least(on_device=False) is short is not fresh
 
 
 def test_the_cost_of_a_step_is_learned_in_spite_of_outliers_and_followed() -> None:
@@ -167,3 +168,17 @@ def test_the_cost_of_a_step_is_learned_in_spite_of_outliers_and_followed() -> No
             cost.observe(decodes, prefill, seconds * (50 if number % 29 == 0 else 1))
         exact = factor * (0.002 + 0.0003 * 32 + 0.0001 * 100)
         assert abs(cost.seconds(32, 100) - exact) < 0.15 * exact
+
+
+class TestStepSize:
+    def test_shrinks_prompts_first_and_grows_back_with_more_and_more_patience(self) -> None:
+        size = StepSize(100, 8)
+        for prefill, width in ((50, 8), (25, 8), (16, 8), (16, 3)):
+            assert size.shrink(40, 6)
+            assert (size.prefill, size.width) == (prefill, width)
+        steps = 0
+        while (size.prefill, size.width) != (100, 8):
+            size.succeeded()
+            steps += 1
+        assert steps == 3 * 16 * PATIENCE  # four times too much, three doublings
+        assert not StepSize(8, 1).shrink(0, 1)

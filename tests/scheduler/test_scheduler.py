@@ -222,6 +222,41 @@ class TestSharing:
         assert len(planned.sequences) == 4
 
 
+def test_more_than_fit_the_time_of_a_step_decode_by_turns() -> None:
+    scheduler, runner, now = Scheduler(300, 64, Policy(target_step=0.02)), FakeRunner(), 0.0
+    streams = [make_sequence([number % 251, 1 + number // 251], 10_000) for number in range(250)]
+    scheduler.submit(streams)
+    seconds = []
+    for _ in range(400):
+        planned = scheduler.plan(now)
+        assert planned is not None
+        seconds.append(0.001 + 0.0002 * planned.decodes + 0.0001 * planned.prefill_tokens)
+        now += seconds[-1]
+        scheduler.commit(planned, runner.run(planned.plan), now)
+    assert max(seconds[-100:]) <= 0.021
+    counts = [len(stream.generated) for stream in streams]
+    assert max(counts[:60]) - min(counts[:60]) <= 2  # those that began together
+
+
+def test_the_first_token_of_another_key_does_not_wait_for_a_flood_to_decode() -> None:
+    scheduler, runner = Scheduler(64, 256, Policy()), FakeRunner()
+    flood = [make_sequence([number], 10_000, key="flood") for number in range(60)]
+    scheduler.submit(flood)
+    for _ in range(3):
+        step(scheduler, runner)
+    for _ in range(2):
+        drop = make_sequence([1] * 200, 2, key="drop")
+        scheduler.submit([drop])
+        planned = step(scheduler, runner)
+        assert planned is not None
+        assert planned.sequences == [drop]
+        assert drop.generated
+        planned = step(scheduler, runner)
+        assert planned is not None
+        assert len(planned.sequences) == 61  # and never two such steps on end
+    assert all(stream.generated == expected_tokens(list(stream.prompt), len(stream.generated)) for stream in flood)
+
+
 def test_a_step_keeps_to_its_time() -> None:
     """On a machine where a sequence costs 0.1 ms, a prompt token 0.2 ms, and a step 1 ms."""
     scheduler, runner, now = Scheduler(16, 4000, Policy(target_step=0.02)), FakeRunner(), 0.0

@@ -1,0 +1,43 @@
+"""How much a step may take: less after one that ran out of memory, and more again after many that did not."""
+
+from __future__ import annotations
+
+PATIENCE = 512  # steps before more is tried again; twice as many after each that was too much
+MOST_PATIENCE = 2**20
+LEAST_PREFILL = 16  # prompt tokens that go in a step whatever it may take, so that prompts get through
+
+
+class StepSize:
+    """
+    Args:
+        prefill: most prompt tokens in a step.
+        width: most sequences that run at a time.
+    """
+
+    def __init__(self, prefill: int, width: int) -> None:
+        self.prefill = self._most_prefill = prefill
+        self.width = self._most_width = width
+        self._patience = PATIENCE
+        self._succeeded = 0
+
+    def shrink(self, prefill: int, sequences: int) -> bool:
+        """After a step of `prefill` prompt tokens and so many sequences. False where it cannot be smaller."""
+        least = min(LEAST_PREFILL, self._most_prefill)
+        if prefill and self.prefill > least:
+            self.prefill = max(least, self.prefill // 2)
+        elif sequences > 1:
+            self.width = min(self.width, sequences // 2)
+        else:
+            return False
+        self._succeeded, self._patience = 0, min(2 * self._patience, MOST_PATIENCE)
+        return True
+
+    def succeeded(self) -> None:
+        """After a step that had enough."""
+        if self.prefill == self._most_prefill and self.width == self._most_width:
+            return
+        self._succeeded += 1
+        if self._succeeded >= self._patience:
+            self._succeeded = 0
+            self.prefill = min(2 * self.prefill, self._most_prefill)
+            self.width = min(2 * self.width, self._most_width)
