@@ -270,8 +270,8 @@ class Outcome:
     """What a step drew: per segment the next token, None where none was asked for or none could be drawn.
 
     By the place of their segment, `scores` has those of the drawn tokens, `target_scores` those of targets, and
-    `pooled` the sum [D] of the hidden vectors where that was asked for. `active` is, by layer, the share of neurons that fired for one of its tokens;
-    mostly nobody has looked.
+    `pooled` the sum [D] of the hidden vectors where that was asked for. `active` is, by layer, the share of neurons
+    that fired for one of its tokens; mostly nobody has looked.
     """
 
     drawn: Sequence[int | None]

@@ -309,7 +309,7 @@ class TestTools:
         body = {"messages": [*MESSAGES, sent, result], "max_tokens": 1, "return_token_ids": True}
         (choice,) = tiny.http.post(CHAT, json=body).json()["choices"]
         assert isinstance(call, ChatCompletionMessageToolCall)
-        arguments = json.dumps(json.loads(call.function.arguments))
+        arguments = json.dumps(json.loads(call.function.arguments), ensure_ascii=False)
         assert bytes(choice["prompt_token_ids"]).decode() == (
             f'user: x\nassistant: <tool_call>{{"name": "weather", "arguments": {arguments}}}</tool_call>\n'
             "tool: rain\nassistant:"
