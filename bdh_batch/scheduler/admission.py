@@ -11,7 +11,6 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Sequence as Many
-from typing import NamedTuple
 
 from bdh_batch.errors import InvalidRequest, QueueFull, TooLate
 from bdh_batch.scheduler.fair_queue import Line
@@ -20,13 +19,6 @@ from bdh_batch.scheduler.sequence import Sequence
 HALF_LIFE = 10.0  # seconds after which a measured rate counts half
 FORGET = 30.0  # seconds after which a rate is no longer believed, if nobody has waited
 LONGEST_RETRY = 60
-
-
-class Excess(NamedTuple):
-    """What is too much in the queue: requests, and tokens of prompts."""
-
-    requests: int
-    tokens: int
 
 
 class Admission:
@@ -56,8 +48,8 @@ class Admission:
     def queued(self) -> int:
         return self._arriving.total() + self._waiting.total()
 
-    def admit(self, sequences: Many[Sequence], now: float) -> Excess:
-        """Counts all of `sequences`, or none. Gives what else has to go for them.
+    def admit(self, sequences: Many[Sequence], now: float) -> bool:
+        """Counts all of `sequences`, or none. Gives whether others have to go for them.
 
         Raises:
             InvalidRequest: they are more than could ever wait and run.
@@ -71,15 +63,18 @@ class Admission:
             raise InvalidRequest(f"A request may have {self.max_tokens} prompt tokens in all here, prompts times n.")
         with self._lock:
             self._check_deadlines(sequences, now)
-            excess = self._excess(sequences[0].line, len(sequences), tokens)
+            displacing = self._is_displacing(sequences[0].line, len(sequences), tokens)
             self._arriving.update(sequence.line for sequence in sequences)
             self._arriving_tokens += tokens
-            return excess
+            return displacing
 
     def arrived(self, sequences: Many[Sequence]) -> None:
         """The scheduler has taken them; its next `update` counts them."""
         with self._lock:
-            self._arriving.subtract(sequence.line for sequence in sequences)
+            for sequence in sequences:
+                self._arriving[sequence.line] -= 1
+                if not self._arriving[sequence.line]:
+                    del self._arriving[sequence.line]
             self._arriving_tokens -= sum(len(sequence.prompt) for sequence in sequences)
             self._waiting.update(sequence.line for sequence in sequences)
             self._waiting_tokens += sum(len(sequence.prompt) for sequence in sequences)
@@ -126,15 +121,20 @@ class Admission:
     def _count(self, line: Line) -> int:
         return self._arriving[line] + self._waiting[line]
 
-    def _excess(self, line: Line, more: int, tokens: int) -> Excess:
-        """What has to go that `more` of `line` can wait. Raises QueueFull where they may not."""
+    def excess(self, requests: int, tokens: int, free: int) -> tuple[int, int]:
+        """What is too much in a queue of so many requests and tokens of prompts, while so many places are free."""
+        if requests <= free:
+            return 0, 0
+        return max(0, requests - self.max_requests - free), max(0, tokens - self.max_tokens)
+
+    def _is_displacing(self, line: Line, more: int, tokens: int) -> bool:
+        """Whether others have to go that `more` of `line` can wait. Raises QueueFull where they may not."""
         queued, waiting = self.queued, self._arriving_tokens + self._waiting_tokens
-        if queued + more <= self._free:
-            return Excess(0, 0)
-        requests = max(0, queued + more - self.max_requests - self._free)
-        excess = Excess(requests, max(0, waiting + tokens - self.max_tokens))
-        if not any(excess) or self._may_displace(line, more, tokens):
-            return excess
+        requests, surplus = self.excess(queued + more, waiting + tokens, self._free)
+        if not (requests or surplus):
+            return False
+        if self._may_displace(line, more, tokens):
+            return True
         many = f"{queued} requests" if requests else f"{waiting} prompt tokens"
         raise QueueFull(f"{many} are waiting already.", self.retry_after())
 

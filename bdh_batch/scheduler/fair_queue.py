@@ -121,8 +121,9 @@ class FairQueue:
         return self._classes[priority][tenant][0]
 
     def serve(self, sequence: Sequence) -> None:
-        """Takes out `sequence`, whose turn it is, and charges its prompt to its tenant."""
-        sequence.account.used += len(sequence.prompt) / sequence.account.weight
+        """Takes out `sequence`, whose turn it is, and charges its prompt to its tenant, once."""
+        if sequence.scheduled is None:  # else it has lost its state, through no fault of its own
+            sequence.account.used += len(sequence.prompt) / sequence.account.weight
         self.remove(sequence)
 
     def remove(self, sequence: Sequence) -> None:

@@ -31,6 +31,7 @@ LEAST_SERVED = attrgetter("priority", "account.used", "since")
 
 OLDEST = 8  # the oldest prompt gets an eighth of a step's prompt tokens for certain
 LEAST_SHARE = 0.25  # prompt tokens may always take so much of the time of those that decode
+LITTLE = 0.1  # of a step's time, up to which what it costs by itself does not keep it from being a short one
 LEAST_WIDTH = 64  # sequences that decode in a step whatever it may take: fewer would be slower altogether
 MANY = 8  # places; a key that holds more steps aside for the first token of one that held none
 
@@ -107,7 +108,6 @@ class Scheduler:
         self._swaps = 0
         self._resumable: list[Sequence] = []  # in this plan; whose turn it is comes last
         self._was_express = False  # the last step
-        self._rotation = 0  # where those that decode begin, where they do not fit one step
         self._beginning: list[Sequence] = []  # in this plan, those that run and have generated nothing
         self._turns_over: list[Sequence] | None = None  # in this plan, once that is asked
         self._last_class = 0  # no one that runs is of a later one
@@ -366,7 +366,9 @@ class Scheduler:
             victim = None
         entry = self.sharing.beginning_of(candidate) if fresh else None
         parked = self._suspended if victim is None else [*self._suspended, victim]
-        patient = fresh and victim is None and bool(self._running)
+        # Of those that wait for one state, none takes its place from the others; but not for ever.
+        waited = self.counts.steps - candidate.since
+        patient = candidate.expects is not None and victim is None and waited < self.policy.quantum
         if not self.places.bring(candidate, parked, self.sharing.cache, entry, patient):
             return False
         if victim is not None:
@@ -447,8 +449,10 @@ class Scheduler:
         for sequence in self._running:
             one = len(sequence.prompt) + len(sequence.generated) - sequence.computed == 1
             (decoding if one else prefilling).append(sequence)
+        held_back = 0
         if express := self._express(prefilling):
-            decoding, prefilling = [s for s in decoding if s.account.seats <= MANY], express
+            every, decoding = len(decoding), [s for s in decoding if s.account.seats <= MANY]
+            prefilling, held_back = express, every - len(decoding)
         self._was_express = bool(express)
         decoding = self._in_time(decoding)
         segments = [sequence.turn() for sequence in decoding]
@@ -456,7 +460,7 @@ class Scheduler:
         decodes = len(decoding)
         prefill_tokens = 0
         if prefilling:
-            for sequence, tokens in self._shares(prefilling, self._budget(decodes)):
+            for sequence, tokens in self._shares(prefilling, self._budget(decodes, held_back)):
                 decoding.append(sequence)
                 segments.append(sequence.segment(tokens))
                 prefill_tokens += tokens
@@ -466,28 +470,31 @@ class Scheduler:
         return Step(Plan(segments, copies), decoding, self.places.moved, decodes - fresh, prefill_tokens + fresh, now)
 
     def _express(self, prefilling: list[Sequence]) -> list[Sequence]:
-        """Short prompts of keys that hold nothing else have a step without the keys that hold many places, which wait
-        no longer for it than if they went along. Never two on end."""
+        """Short prompts of keys that hold nothing else have a step without the keys that hold many places, unless those
+        are of an earlier class. Never two on end."""
         if self._was_express or not any(account.seats > MANY for account in self._seated):
             return []
-        return [s for s in prefilling if s.account.seats == 1 and s.pending <= self.prefill_cap]
+        first = min(map(PRIORITY, self._running))
+        short = (s for s in prefilling if s.account.seats == 1 and s.pending <= self.prefill_cap)
+        return [sequence for sequence in short if sequence.priority == first]
 
     def _in_time(self, decoding: list[Sequence]) -> list[Sequence]:
-        """As many as fit the time of a step; the others have their token in the next ones."""
-        if not self.policy.target_step or len(decoding) <= LEAST_WIDTH:
+        """As many as fit the time of a step, where a step costs little by itself: those of the first class, of these
+        those whose last token is the oldest. The others have theirs in the next ones."""
+        target = self.policy.target_step
+        if not target or len(decoding) <= LEAST_WIDTH or self.cost.seconds(0, 0) > LITTLE * target:
             return decoding
-        fitting = self.cost.decodes_within(self.policy.target_step)
+        fitting = self.cost.decodes_within(target)
         if fitting is None or len(decoding) <= (width := max(LEAST_WIDTH, fitting)):
             return decoding
-        first = self._rotation % len(decoding)
-        self._rotation = first + width
-        return [*decoding[first:], *decoding[:first]][:width]
+        return sorted(decoding, key=lambda s: (s.priority, s.last_token or 0.0))[:width]
 
-    def _budget(self, decodes: int) -> int:
-        """Prompt tokens of this step."""
-        if not (self.policy.target_step and decodes):
+    def _budget(self, decodes: int, held_back: int) -> int:
+        """Prompt tokens of this step; `held_back` are those that step aside for them."""
+        if not (self.policy.target_step and decodes + held_back):
             return self.prefill_cap
-        target = max(self.policy.target_step, (1 + LEAST_SHARE) * self.cost.seconds(decodes, 0))
+        decoding = self.cost.seconds(decodes + held_back, 0)
+        target = max(self.policy.target_step, decoding if held_back else (1 + LEAST_SHARE) * decoding)
         fitting = self.cost.prefill_budget(target, decodes)
         return self.prefill_cap if fitting is None else min(self.prefill_cap, max(LEAST_PREFILL, fitting))
 

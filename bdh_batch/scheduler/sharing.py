@@ -41,7 +41,8 @@ class Sharing:
         self._share_all = share_all
         self._least = least
         self._recent = RecentPrompts()
-        self._followers: dict[Sequence, list[tuple[int, Sequence]]] = {}  # by whom they wait for, and where
+        self._followers: dict[Sequence, dict[Sequence, int]] = {}  # by whom they wait for; and where
+        self._leaders: dict[Sequence, Sequence] = {}  # of the followers
         self._fresh: list[Entry] = []  # their copies are part of the plan that is being made or computed
 
     @property
@@ -50,7 +51,7 @@ class Sharing:
 
     @property
     def followers(self) -> Iterator[Sequence]:
-        return (follower for line in self._followers.values() for _, follower in line)
+        return iter(self._leaders)
 
     def beginning_of(self, sequence: Sequence) -> Entry | None:
         """The state that `sequence` can begin with; its last token has to be computed."""
@@ -89,7 +90,8 @@ class Sharing:
         self.expect_no_more(sequence)
         if shared not in leader.cuts:
             insort(leader.cuts, shared)
-        self._followers.setdefault(leader, []).append((shared, sequence))
+        self._followers.setdefault(leader, {})[sequence] = shared
+        self._leaders[sequence] = leader
         self.lines[sequence.line] += 1
         self.following_tokens += len(sequence.prompt)
         return True
@@ -103,12 +105,15 @@ class Sharing:
                 self._places.discard(entry, self.cache)
 
     def leave(self, follower: Sequence) -> None:
-        """`follower` has ended before its turn came."""
-        for leader, line in list(self._followers.items()):
-            kept = [(at, one) for at, one in line if one is not follower]
-            if len(kept) < len(line):
-                self._count_out(follower)
-                self._set_followers(leader, kept)
+        """`follower` has ended, or need not wait any longer."""
+        leader = self._leaders.pop(follower)
+        del self._followers[leader][follower]
+        if not self._followers[leader]:
+            del self._followers[leader]
+        self.lines[follower.line] -= 1
+        if not self.lines[follower.line]:
+            del self.lines[follower.line]
+        self.following_tokens -= len(follower.prompt)
 
     def advance(self, running: Iterable[Sequence]) -> list[Sequence]:
         """Takes the states that are wanted now; gives those that need not wait any longer."""
@@ -116,12 +121,11 @@ class Sharing:
             if sequence.cuts and sequence.cuts[0] <= sequence.computed:
                 self._take(sequence)
         released: list[Sequence] = []
-        for leader, line in list(self._followers.items()):
+        for leader, line in self._followers.items():
             gone = leader.stage is not Stage.RUNNING or not leader.cuts
-            released += (one for at, one in line if gone or at <= leader.computed)
-            self._set_followers(leader, [] if gone else [pair for pair in line if pair[0] > leader.computed])
+            released += (follower for follower, at in line.items() if gone or at <= leader.computed)
         for follower in released:
-            self._count_out(follower)
+            self.leave(follower)
         return released
 
     def bequeath(self, sequence: Sequence) -> None:
@@ -168,7 +172,7 @@ class Sharing:
         if not wanted or sequence.slot is None:
             return
         namespace, prompt = self._namespace(sequence), self._packed(sequence)
-        waiting = [follower for position, follower in self._followers.get(sequence, ()) if position == at]
+        waiting = [follower for follower, position in self._followers.get(sequence, {}).items() if position == at]
         entry = self.cache.get(namespace, prompt, at)
         if entry is None and (self._keep or waiting):
             slot = self._places.for_entry(self.cache, self.cache.worth(at, len(waiting)))
@@ -219,15 +223,3 @@ class Sharing:
         if not sequence.packed:
             sequence.packed = pack(sequence.prompt)
         return sequence.packed
-
-    def _set_followers(self, leader: Sequence, line: list[tuple[int, Sequence]]) -> None:
-        if line:
-            self._followers[leader] = line
-        else:
-            del self._followers[leader]
-
-    def _count_out(self, follower: Sequence) -> None:
-        self.lines[follower.line] -= 1
-        if not self.lines[follower.line]:
-            del self.lines[follower.line]
-        self.following_tokens -= len(follower.prompt)

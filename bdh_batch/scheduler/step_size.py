@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-PATIENCE = 512  # steps before more is tried again; twice as many after each that was too much
+PATIENCE = 512  # steps before more is tried again; twice as many each time that that was too much
 MOST_PATIENCE = 2**20
 LEAST_PREFILL = 16  # prompt tokens that go in a step whatever it may take, so that prompts get through
 
@@ -19,6 +19,11 @@ class StepSize:
         self.width = self._most_width = width
         self._patience = PATIENCE
         self._succeeded = 0
+        self._has_grown = False  # since it shrank
+
+    @property
+    def is_reduced(self) -> bool:
+        return self.prefill < self._most_prefill or self.width < self._most_width
 
     def shrink(self, prefill: int, sequences: int) -> bool:
         """After a step of `prefill` prompt tokens and so many sequences. False where it cannot be smaller."""
@@ -29,15 +34,17 @@ class StepSize:
             self.width = min(self.width, sequences // 2)
         else:
             return False
-        self._succeeded, self._patience = 0, min(2 * self._patience, MOST_PATIENCE)
+        if self._has_grown:
+            self._patience = min(2 * self._patience, MOST_PATIENCE)
+        self._succeeded, self._has_grown = 0, False
         return True
 
     def succeeded(self) -> None:
         """After a step that had enough."""
-        if self.prefill == self._most_prefill and self.width == self._most_width:
+        if not self.is_reduced:
             return
         self._succeeded += 1
         if self._succeeded >= self._patience:
-            self._succeeded = 0
+            self._succeeded, self._has_grown = 0, True
             self.prefill = min(2 * self.prefill, self._most_prefill)
             self.width = min(2 * self.width, self._most_width)

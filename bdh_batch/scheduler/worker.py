@@ -17,7 +17,7 @@ from typing import Protocol
 
 from bdh_batch.errors import BDHError, GenerationFailed, OutOfMemory, QueueFull, Unavailable
 from bdh_batch.messages import Outcome, Plan
-from bdh_batch.scheduler.admission import Admission, Excess
+from bdh_batch.scheduler.admission import Admission
 from bdh_batch.scheduler.scheduler import Scheduler, Step, Update
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.trace import Trace
@@ -94,6 +94,7 @@ class Worker:
         self._failed_steps = failed_steps
         self._trace = trace
         self._inbox: list[Message] = []
+        self._open: set[Sequence] = set()  # those that were let in and have not been told their end
         self._inbox_changed = threading.Condition()
         self._stopping = False
         self._progress = time.monotonic()
@@ -121,8 +122,9 @@ class Worker:
                 sequence.arrived = now
                 sequence.queue_deadline = None if queue_timeout is None else now + queue_timeout
                 sequence.deadline = None if timeout is None else now + timeout
-            excess = self._admission.admit(sequences, now)
-            self._post(partial(self._take_in, sequences, excess))
+            displacing = self._admission.admit(sequences, now)
+            self._open.update(sequences)
+            self._post(partial(self._take_in, sequences, displacing))
 
     def abort(self, sequences: Many[Sequence]) -> None:
         """Ends `sequences` before the next plan."""
@@ -180,9 +182,14 @@ class Worker:
             cache_hits=scheduler.sharing.hits,
         )
 
-    def _take_in(self, sequences: Many[Sequence], excess: Excess) -> list[Update]:
-        updates = self._scheduler.shed(*excess, self._made_room()) if any(excess) else []
-        self._scheduler.submit(sequences)
+    def _take_in(self, sequences: Many[Sequence], displacing: bool) -> list[Update]:
+        """Where they are `displacing`, so many others go as are too many now."""
+        of, updates = self._scheduler, []
+        if displacing:
+            tokens = of.waiting_tokens + sum(len(sequence.prompt) for sequence in sequences)
+            excess = self._admission.excess(of.waiting + len(sequences), tokens, of.free)
+            updates = of.shed(*excess, self._made_room())
+        of.submit(sequences)
         self._admission.arrived(sequences)
         if self._trace is not None:
             self._trace.submitted(sequences, time.monotonic())
@@ -206,9 +213,8 @@ class Worker:
             last_words = engine_down()
         with self._inbox_changed:
             self._stopping = True  # from here on nothing is submitted: all that ever was gets an end
-            messages, self._inbox = self._inbox, []
-        updates = [update for message in messages for update in message()]
-        self._hand_over([*updates, *self._scheduler.fail_all(last_words)])
+            ending = [*self._open]
+        self._hand_over([(sequence, sequence.fail(last_words)) for sequence in ending])
         if self._trace is not None:
             self._trace.close()
 
@@ -282,11 +288,12 @@ class Worker:
         if not updates:
             return
         self._hand_over(updates)
+        ended = [sequence for sequence, delta in updates if delta.finish_reason is not None]
+        self._open.difference_update(ended)
         now = time.monotonic()
         self._observer.gained([sequence for sequence, delta in updates if delta.tokens])
-        for sequence, delta in updates:
-            if delta.finish_reason is not None:
-                self._observer.finished(sequence, now)
+        for sequence in ended:
+            self._observer.finished(sequence, now)
         if self._trace is not None:
             self._trace.updated(updates, now)
 

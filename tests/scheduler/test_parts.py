@@ -171,14 +171,26 @@ def test_the_cost_of_a_step_is_learned_in_spite_of_outliers_and_followed() -> No
 
 
 class TestStepSize:
-    def test_shrinks_prompts_first_and_grows_back_with_more_and_more_patience(self) -> None:
+    def test_shrinks_prompts_first_and_grows_back(self) -> None:
         size = StepSize(100, 8)
         for prefill, width in ((50, 8), (25, 8), (16, 8), (16, 3)):
             assert size.shrink(40, 6)
             assert (size.prefill, size.width) == (prefill, width)
-        steps = 0
-        while (size.prefill, size.width) != (100, 8):
-            size.succeeded()
-            steps += 1
-        assert steps == 3 * 16 * PATIENCE  # four times too much, three doublings
+        assert steps_to_grow(size) == 3 * PATIENCE
+        assert (size.prefill, size.width) == (100, 8)
         assert not StepSize(8, 1).shrink(0, 1)
+
+    def test_waits_longer_after_having_grown_too_far(self) -> None:
+        size, waits = StepSize(64, 8), []
+        for _ in range(4):
+            size.shrink(64, 8)
+            waits.append(steps_to_grow(size))
+        assert waits == [PATIENCE, 2 * PATIENCE, 4 * PATIENCE, 8 * PATIENCE]
+
+
+def steps_to_grow(size: StepSize) -> int:
+    steps = 0
+    while size.is_reduced:
+        size.succeeded()
+        steps += 1
+    return steps

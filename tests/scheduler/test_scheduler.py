@@ -178,6 +178,19 @@ class TestSharing:
         run_dry(scheduler, runner)
         assert runner.computed == 49 + 10
 
+    def test_another_one_does_not_wait_for_a_state_that_is_awaited(self) -> None:
+        for host_slots in (0, 1, 2):
+            scheduler, runner = Scheduler(2, 1000, Policy(host_slots=host_slots, min_shared=4, quantum=8)), FakeRunner()
+            forks = [make_sequence([5] * 40, 1000) for _ in range(3)]
+            scheduler.submit(forks)
+            step(scheduler, runner)
+            other = make_sequence([6], 3, priority=-1)
+            scheduler.submit([other])
+            for _ in range(20):
+                step(scheduler, runner)
+            assert other.finish_reason is FinishReason.LENGTH
+            assert sum(bool(fork.generated) for fork in forks) >= 2  # no place is idle while someone waits
+
     def test_a_third_prompt_begins_where_two_others_parted(self) -> None:
         scheduler, runner = Scheduler(8, 1000, self.KEEP), FakeRunner()
         prompts = [[*range(60), number, 9, 9] for number in range(100, 103)]
