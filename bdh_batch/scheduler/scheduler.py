@@ -33,6 +33,7 @@ OLDEST = 8  # the oldest prompt gets an eighth of a step's prompt tokens for cer
 LEAST_SHARE = 0.25  # prompt tokens may always take so much of the time of those that decode
 LITTLE = 0.1  # of a step's time, up to which what it costs by itself does not keep it from being a short one
 LEAST_WIDTH = 64  # sequences that decode in a step whatever it may take: fewer would be slower altogether
+EXPRESS = 2.0  # times a step's time may take the one for which many step aside, as the next one is theirs
 MANY = 8  # places; a key that holds more steps aside for the first token of one that held none
 
 
@@ -494,7 +495,8 @@ class Scheduler:
         if not (self.policy.target_step and decodes + held_back):
             return self.prefill_cap
         decoding = self.cost.seconds(decodes + held_back, 0)
-        target = max(self.policy.target_step, decoding if held_back else (1 + LEAST_SHARE) * decoding)
+        target = self.policy.target_step
+        target = EXPRESS * max(target, decoding) if held_back else max(target, (1 + LEAST_SHARE) * decoding)
         fitting = self.cost.prefill_budget(target, decodes)
         return self.prefill_cap if fitting is None else min(self.prefill_cap, max(LEAST_PREFILL, fitting))
 
