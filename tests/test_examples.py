@@ -62,10 +62,15 @@ def test_node(server: Server) -> None:
     if not (EXAMPLES / "node" / "node_modules" / "openai").is_dir():
         pytest.skip("the client is not installed: npm install --prefix examples/node")
     output = run(server.url, "node", "chat.mjs", cwd=EXAMPLES / "node")
-    answer, mark, count = output.rpartition("\n# ")
+    answer, mark, told = output.partition("\n# 100 tokens\n")
     assert mark
     assert answer.strip()  # what the model says may end with empty lines
-    assert re.fullmatch(r"\d+ tokens\n", count)
+    scene, call, likeliest, embeddings, refusal = told.splitlines()
+    assert re.fullmatch("# a scene: act [1-5], (Verona|Mantua)", scene)
+    assert re.fullmatch("# a call: play in (Verona|Mantua)", call)
+    assert len(re.findall(r'"(?:[^"\\]|\\.)+"', likeliest)) == 3
+    assert embeddings == "# 2 embeddings of 8"
+    assert refusal == "# refused: suffix (unsupported_parameter)"
 
 
 @pytest.mark.parametrize("example", ["openai_sync.py", "openai_async.py"])

@@ -29,6 +29,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         SHARED | {"http", "backends", "text", "settings", "telemetry", "keys", "__init__"},
         {"starlette", "uvicorn", "orjson", "pydantic", "pydantic_core", "limits", "redis"},
     ),
+    "client": (set(), {"openai", "prometheus_client"}),
     "offline": ({"errors", "model", "text"}, {"torch"}),
     "cli": ({"errors", "settings", "keys", "offline", "runtime", "__init__"}, {"uvloop"}),
     "runtime": (

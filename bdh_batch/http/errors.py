@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from bdh_batch.errors import (
     BDHError,
+    DeadlineExceeded,
     InvalidRequest,
     ModelNotFound,
     QueueFull,
@@ -108,6 +109,8 @@ def error_response(error: BDHError) -> Response:
     response = _json(status, body)
     if isinstance(error, RetryLater):
         response.headers["retry-after"] = str(error.retry_after)
+    if isinstance(error, DeadlineExceeded):
+        response.headers["x-should-retry"] = "false"  # OpenAI's clients would ask again on their own, past the deadline
     if status == 401:
         response.headers["www-authenticate"] = "Bearer"
     if isinstance(error, BodyTimeout):

@@ -27,7 +27,8 @@ from bdh_batch.text.grammar import Source
 GENERATION: Neutral = {
     "functions": ([],),
     "function_call": ("none", "auto"),
-    **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
+    **dict.fromkeys(("audio", "moderation", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
+    **dict.fromkeys(("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"), ()),
     "chat_template": (),
     "modalities": (["text"],),
     "service_tier": ("auto", "default"),
@@ -134,6 +135,7 @@ class GenerationBody(Formatted):
     return_token_ids: bool | None = None
     # Labels: accepted, and left to the client's own records.
     user: str | None = None
+    safety_identifier: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import InvalidRequest
@@ -14,6 +14,7 @@ from bdh_batch.text.calls import Tool, from_tools
 from bdh_batch.text.grammar import Source
 
 MAX_TOOLS = 128
+MODES = (None, "none", "auto", "required")
 NAME = "^[a-zA-Z0-9_-]{1,64}$"
 
 
@@ -50,6 +51,15 @@ class NamedChoice(Wire):
     function: FunctionName
 
 
+def _choice(value: object) -> object:
+    """A problem is told of the one form that is meant, not of both."""
+    if isinstance(value, dict):
+        return NamedChoice.model_validate(value)
+    if value not in MODES:
+        raise PydanticCustomError("choice", "Input should be 'none', 'auto', 'required' or a function by its name")
+    return value
+
+
 class CalledFunction(Wire):
     name: str = Field(pattern=NAME)
     arguments: str
@@ -80,11 +90,14 @@ class ToolCall(Wire):
         return {"id": self.id, "type": self.type, "function": function}
 
 
+ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedChoice, BeforeValidator(_choice)]
+
+
 class Tools(Wire):
     """A body that can offer tools."""
 
     tools: list[FunctionTool] | None = Field(None, max_length=MAX_TOOLS)
-    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
     @field_validator("tools")

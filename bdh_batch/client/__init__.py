@@ -1,0 +1,63 @@
+"""A thin client on top of the official `openai` one, for what that lacks: `pip install 'bdh-batch[client]'`.
+
+Knows the server by its HTTP interface alone.
+"""
+
+from bdh_batch.client.answers import Metrics, Score, ServerInfo, Text, TokenizerInfo, Tokens
+from bdh_batch.client.client import AsyncBDHClient, BDHClient
+from bdh_batch.client.errors import (
+    ClientError,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    Forbidden,
+    InvalidRequest,
+    ModelNotFound,
+    NotFound,
+    QueueFull,
+    QueueTimeout,
+    RateLimited,
+    RetryLater,
+    RunTimeout,
+    ServerFailed,
+    TooLarge,
+    Unauthorized,
+    Unavailable,
+    UnknownParameter,
+    Unreachable,
+    UnsupportedParameter,
+)
+from bdh_batch.client.wishes import ChatWishes, CompletionWishes, StreamOptions, StructuredOutputs
+
+__all__ = [
+    "AsyncBDHClient",
+    "BDHClient",
+    "ChatWishes",
+    "ClientError",
+    "CompletionWishes",
+    "ContextLengthExceeded",
+    "DeadlineExceeded",
+    "Forbidden",
+    "InvalidRequest",
+    "Metrics",
+    "ModelNotFound",
+    "NotFound",
+    "QueueFull",
+    "QueueTimeout",
+    "RateLimited",
+    "RetryLater",
+    "RunTimeout",
+    "Score",
+    "ServerFailed",
+    "ServerInfo",
+    "StreamOptions",
+    "StructuredOutputs",
+    "Text",
+    "TokenizerInfo",
+    "Tokens",
+    "TooLarge",
+    "Unauthorized",
+    "Unavailable",
+    "UnknownParameter",
+    "Unreachable",
+    "UnsupportedParameter",
+]

@@ -1,0 +1,77 @@
+"""What a request may wish, typed: OpenAI's parameters that the server honours, vLLM's, and its own.
+
+None of them need be there; what they mean and their ranges are in the README and in the server's errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict
+
+from openai.types.chat import ChatCompletionToolChoiceOptionParam, ChatCompletionToolParam
+
+
+class StructuredOutputs(TypedDict, total=False):
+    """One of these; `json` is a schema, `grammar` is llguidance's Lark."""
+
+    json: Mapping[str, Any] | str
+    regex: str
+    choice: Sequence[str]
+    grammar: str
+
+
+class StreamOptions(TypedDict, total=False):
+    include_usage: bool
+    continuous_usage_stats: bool
+    chunk_tokens: int
+
+
+class Wishes(TypedDict, total=False):
+    """What completions and chats have in common."""
+
+    model: str
+    max_tokens: int
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: Mapping[int, float]
+    seed: int
+    n: int
+    priority: int
+    stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
+    include_stop_str_in_output: bool
+    ignore_eos: bool
+    min_tokens: int
+    return_token_ids: bool
+    add_special_tokens: bool
+    response_format: Mapping[str, Any]
+    structured_outputs: StructuredOutputs
+    user: str
+    metadata: Mapping[str, Any]
+    store: bool
+
+
+class CompletionWishes(Wishes, total=False):
+    best_of: int
+    echo: bool
+    logprobs: int
+
+
+class ChatWishes(Wishes, total=False):
+    max_completion_tokens: int
+    logprobs: bool
+    top_logprobs: int
+    tools: Iterable[ChatCompletionToolParam]
+    tool_choice: ChatCompletionToolChoiceOptionParam
+    parallel_tool_calls: bool
+    add_generation_prompt: bool
+    continue_final_message: bool
+    chat_template_kwargs: Mapping[str, Any]
+
+
+Prompt = str | Sequence[str] | Sequence[int] | Sequence[Sequence[int]]
