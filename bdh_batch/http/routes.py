@@ -6,6 +6,7 @@ import math
 import time
 from dataclasses import replace
 
+import orjson
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -13,11 +14,13 @@ from starlette.routing import Route
 from bdh_batch import __version__
 from bdh_batch.backends.base import Generation
 from bdh_batch.errors import InvalidRequest, ModelNotFound, Unavailable
+from bdh_batch.http.docs import POLICY, page
 from bdh_batch.http.embeddings import embeddings
 from bdh_batch.http.errors import error_response
 from bdh_batch.http.frames import Answer, ChatFrames, CompletionFrames, Frames
 from bdh_batch.http.gate import Gate, ServedModel
 from bdh_batch.http.generation import EventStream, whole
+from bdh_batch.http.openapi import openapi
 from bdh_batch.http.quota import Quota
 from bdh_batch.http.tool_frames import ToolFrames
 from bdh_batch.http.wire import ChatBody, CompletionBody, GenerationBody, parse, read_object
@@ -38,6 +41,8 @@ class Routes:
         self._metrics = metrics
         self._settings = settings
         self._quota = quota
+        document = openapi(settings)
+        self._openapi, self._docs = orjson.dumps(document), page(document)
 
     def table(self) -> list[Route]:
         return [
@@ -56,6 +61,8 @@ class Routes:
             Route("/load", self.load),
             Route("/server_info", self.server_info),
             Route("/metrics", self.metrics),
+            Route("/openapi.json", self.openapi),
+            Route("/docs", self.docs),
             Route("/", self.root),
         ]
 
@@ -138,6 +145,12 @@ class Routes:
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def openapi(self, request: Request) -> Response:
+        return Response(self._openapi, media_type="application/json")
+
+    async def docs(self, request: Request) -> Response:
+        return Response(self._docs, headers={"content-security-policy": POLICY}, media_type="text/html")
 
     async def root(self, request: Request) -> Response:
         return JSONResponse({"name": "bdh_batch", "version": __version__, "status": self._gate.closed or "ready"})

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, PydanticCustomError
 
 Neutral = Mapping[str, tuple[Any, ...]]  # unsupported fields, and the values besides null that ask for nothing
 
@@ -44,6 +45,14 @@ class Wire(BaseModel):
                 text = "{field} is not supported by this server"
                 raise PydanticCustomError("unsupported", text, {"field": name})
         return {name: value for name, value in values.items() if name not in cls.unsupported}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        for name, neutral in cls.unsupported.items():
+            text = "Not supported: may only say what leaving it out would say."
+            schema["properties"][name] = {"enum": [None, *neutral], "description": text}
+        return schema
 
 
 def _asks_for_nothing(value: object, neutral: tuple[Any, ...]) -> bool:

@@ -92,10 +92,22 @@ def _seed_bits(value: int) -> int:
     return value & 0xFFFFFFFFFFFFFFFF
 
 
-Prompts = Annotated[list[Any], BeforeValidator(_prompts)]
-Stops = Annotated[list[Annotated[str, Field(min_length=1)]], BeforeValidator(_stops)]
-Bias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], AfterValidator(_biases)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
+Filled = Annotated[str, Field(min_length=1)]
+# As they are written: what the validators make of them is a list in any case.
+AnyPrompts = (
+    Filled
+    | Annotated[list[Filled], Field(min_length=1)]
+    | Annotated[TokenIds, Field(min_length=1)]
+    | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1)]
+)
+Prompts = Annotated[list[Any], BeforeValidator(_prompts, json_schema_input_type=AnyPrompts)]
+Stops = Annotated[list[Filled], BeforeValidator(_stops, json_schema_input_type=Filled | list[Filled])]
+Bias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    AfterValidator(_biases),
+    Field(json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,19})$"}}),
+]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1), AfterValidator(_seed_bits)]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.http.strict import Neutral, Wire, shallow
@@ -12,6 +12,13 @@ from bdh_batch.http.wire_tools import ToolCall, Tools
 from bdh_batch.text.chat import RESERVED, Conversation
 
 MESSAGE: Neutral = {"refusal": (), "audio": (), "function_call": (), "annotations": ([],)}
+
+
+class TextPart(BaseModel):
+    """Part of a message's content; what else it says is for the client's own records."""
+
+    type: Literal["text"]
+    text: str
 
 
 def _text(value: object) -> object:
@@ -37,14 +44,20 @@ def _not_reserved(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-TemplateVariables = Annotated[dict[str, Any], BeforeValidator(shallow), AfterValidator(_not_reserved)]
+TemplateVariables = Annotated[
+    dict[str, Any],
+    BeforeValidator(shallow, json_schema_input_type=dict[str, Any]),
+    AfterValidator(_not_reserved),
+    Field(json_schema_extra={"propertyNames": {"not": {"enum": sorted(RESERVED)}}}),
+]
+Content = Annotated[str | None, BeforeValidator(_text, json_schema_input_type=str | list[TextPart] | None)]
 
 
 class Message(Wire):
     unsupported = MESSAGE
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Annotated[str | None, BeforeValidator(_text)] = None
+    content: Content = None
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[ToolCall] | None = None

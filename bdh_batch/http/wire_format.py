@@ -24,7 +24,7 @@ def _schema(value: object) -> object:
         raise PydanticCustomError("schema", "This is not JSON: {error}", {"error": str(error)}) from error
 
 
-Schema = Annotated[dict[str, Any], BeforeValidator(_schema)]
+Schema = Annotated[dict[str, Any], BeforeValidator(_schema, json_schema_input_type=str | dict[str, Any])]
 Choice = Annotated[list[str], Field(min_length=1)]
 
 

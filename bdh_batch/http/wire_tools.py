@@ -24,7 +24,7 @@ class Function(Wire):
     parameters: dict[str, Any] | None = None
     strict: bool | None = None  # schemas are always kept to, strictly
 
-    @field_validator("parameters", mode="before")
+    @field_validator("parameters", mode="before", json_schema_input_type=dict[str, Any] | None)
     @classmethod
     def _are_shallow(cls, schema: object) -> object:
         return shallow(schema)

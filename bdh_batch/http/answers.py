@@ -1,0 +1,249 @@
+"""What answers look like. They are written by hand (`frames.py`, `embeddings.py`, …), for speed; these types describe
+them in the OpenAPI document, and tests hold real answers to them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+Count = Annotated[int, Field(ge=0)]
+FinishReason = Literal["stop", "length"]
+ChatFinishReason = Literal["stop", "length", "tool_calls"]
+
+
+class Answer(BaseModel):
+    """A field with a default factory may be absent; none is there that is not listed."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+class PromptTokensDetails(Answer):
+    cached_tokens: Count = Field(description="Tokens whose state was kept from earlier, and not computed again.")
+
+
+class Usage(Answer):
+    prompt_tokens: Count
+    completion_tokens: Count
+    total_tokens: Count
+    prompt_tokens_details: PromptTokensDetails
+
+
+class Envelope(Answer):
+    id: str
+    created: int = Field(description="Unix seconds.")
+    model: str
+    system_fingerprint: str = Field(description="Names the model and the build.")
+
+
+class TokenIds(Answer):
+    """Present with `return_token_ids`."""
+
+    prompt_token_ids: list[Count] = Field(default_factory=list)
+    token_ids: list[Count] = Field(default_factory=list)
+
+
+class CompletionLogprobs(Answer):
+    """Columns, one row for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None] = Field(description="Null for the first token of an echoed prompt.")
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[Count] = Field(description="Where each token's text begins, in characters.")
+
+
+class CompletionChoice(TokenIds):
+    index: Count
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason
+
+
+class CompletionChunkChoice(TokenIds):
+    index: Count
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class Completion(Envelope):
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+    usage: Usage
+
+
+class CompletionChunk(Envelope):
+    """One event of a stream."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChunkChoice] = Field(description="Empty in the chunk that bears the usage.")
+    usage: Usage | None = Field(default_factory=lambda: None)
+
+
+class Logprob(Answer):
+    token: str
+    logprob: float
+    bytes: list[Annotated[int, Field(ge=0, le=255)]] | None
+
+
+class TokenLogprob(Logprob):
+    top_logprobs: list[Logprob]
+
+
+class ChatLogprobs(Answer):
+    content: list[TokenLogprob]
+    refusal: None
+
+
+class FunctionCall(Answer):
+    name: str
+    arguments: str = Field(description="A JSON object, as a string.")
+
+
+class MadeCall(Answer):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class AssistantMessage(Answer):
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    tool_calls: list[MadeCall] = Field(default_factory=list)
+
+
+class ChatChoice(TokenIds):
+    index: Count
+    message: AssistantMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: ChatFinishReason
+
+
+class ChatCompletion(Envelope):
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    usage: Usage
+
+
+class FunctionCallDelta(Answer):
+    name: str = Field("", description="With the first delta of a call.")
+    arguments: str = Field(description="What comes next of them.")
+
+
+class CallDelta(Answer):
+    index: Count
+    id: str = Field("", description="With the first delta of a call.")
+    type: Literal["function"] = "function"
+    function: FunctionCallDelta
+
+
+class ChatDelta(Answer):
+    role: Literal["assistant"] = Field("assistant", description="With the first delta of an answer.")
+    content: str = ""
+    tool_calls: list[CallDelta] = Field(default_factory=list)
+
+
+class ChatChunkChoice(TokenIds):
+    index: Count
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: ChatFinishReason | None
+
+
+class ChatCompletionChunk(Envelope):
+    """One event of a stream."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice] = Field(description="Empty in the chunk that bears the usage.")
+    usage: Usage | None = Field(default_factory=lambda: None)
+
+
+class EmbeddingUsage(Answer):
+    prompt_tokens: Count
+    total_tokens: Count
+
+
+class Embedding(Answer):
+    object: Literal["embedding"]
+    index: Count
+    embedding: list[float] | str = Field(description="With base64: little-endian float32.")
+
+
+class Embeddings(Answer):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
+class Tokenization(Answer):
+    count: Count
+    max_model_len: int | None
+    tokens: list[Count]
+    token_strs: list[str] = Field(default_factory=list, description="With `return_token_strs`.")
+
+
+class Detokenization(Answer):
+    prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """With the tokenizer's other special tokens by name, where it has any."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    tokenizer_class: str
+    bos_token: str | None
+    eos_token: str | None
+    eos_token_ids: list[Count]
+    vocab_size: Count
+
+
+class ModelCard(Answer):
+    id: str
+    object: Literal["model"]
+    created: int = Field(description="Unix seconds; fixed for a model.")
+    owned_by: str
+    max_model_len: int | None
+
+
+class ModelList(Answer):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Status(Answer):
+    status: Literal["ok", "ready"]
+
+
+class Version(Answer):
+    version: str
+
+
+class Load(Answer):
+    server_load: Count = Field(description="Requests under way in the engine.")
+
+
+class ServerInfo(Answer):
+    version: str
+    model: str
+    config: dict[str, dict[str, JsonValue]]
+
+
+class Root(Answer):
+    name: str
+    version: str
+    status: str = Field(description="ready, or why it is not.")
+
+
+class ErrorDetail(Answer):
+    message: str
+    type: str
+    param: str | None = Field(description="The field at fault, as in `messages[2].content`.")
+    code: str | None
+
+
+class Error(Answer):
+    error: ErrorDetail

@@ -1,0 +1,153 @@
+"""Asks a server what its OpenAPI document allows (positive) and what it does not (negative), and looks at the answers.
+
+Each must have a status, a content type and a shape that the document tells of; none may be a fault of the server, and
+every stream must end as streams do. The requests are schemathesis's; this only keeps answers short.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import jsonschema
+import requests
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, seed as seeded, settings
+from schemathesis import APIOperation, Case, GenerationMode, Response
+from schemathesis.checks import not_a_server_error
+from schemathesis.core.failures import FailureGroup
+from schemathesis.core.result import Ok
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+Operation = APIOperation[Any, Any, Any, Any]
+AnyCase = Case[Any]
+
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+ANSWER_SECONDS = 60.0  # an answer that is not there by then is a hang
+WITHOUT_BODY = 5  # cases of an operation that has but its headers to vary, of each mode
+MOST_TOKENS = 4
+EVENT = "data: "
+
+
+@dataclass
+class Found:
+    """What came of it: how many cases there were of each kind, and what was wrong with some."""
+
+    cases: Counter[str] = field(default_factory=Counter)
+    statuses: Counter[int] = field(default_factory=Counter)
+    streams: int = 0
+    slowest: float = 0.0
+    wrong: list[str] = field(default_factory=list)
+
+
+class Fuzzer:
+    def __init__(self, url: str, seed: int = 0) -> None:
+        self._url = url
+        self._seed = seed
+        self._session = requests.Session()
+        self._schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
+        self._events = event_validators(self._schema.raw_schema)
+        self.found = Found()
+
+    def run(self, cases: int) -> Found:
+        """At least so many over all operations; those with bodies have the most."""
+        operations = [found.ok() for found in self._schema.get_all_operations() if isinstance(found, Ok)]
+        with_body = sum(bool(operation.body) for operation in operations)
+        without = (len(operations) - with_body) * 2 * WITHOUT_BODY
+        share = math.ceil((cases - without) / (2 * with_body))
+        with self._session:
+            for operation in operations:
+                for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+                    self._run(operation, mode, share if operation.body else WITHOUT_BODY)
+        return self.found
+
+    def _run(self, operation: Operation, mode: GenerationMode, cases: int) -> None:
+        @seeded(self._seed)
+        @settings(
+            max_examples=cases,
+            deadline=None,
+            database=None,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(operation.as_strategy(generation_mode=mode))
+        def ask(case: AnyCase) -> None:
+            self.found.cases[f"{operation.label} {mode.value}"] += 1
+            self._ask(_brief(case))
+
+        ask()
+
+    def _ask(self, case: AnyCase) -> None:
+        began = time.perf_counter()
+        try:
+            response = case.call_and_validate(self._url, self._session, checks=CHECKS, timeout=ANSWER_SECONDS)
+            self._look(case, response)
+        except (AssertionError, FailureGroup, requests.RequestException) as error:
+            self.found.wrong.append(f"{case.operation.label}: {error}\n{case.body!r}")
+        self.found.slowest = max(self.found.slowest, time.perf_counter() - began)
+
+    def _look(self, case: AnyCase, response: Response) -> None:
+        self.found.statuses[response.status_code] += 1
+        assert not response.stream_cut_short
+        text = response.content.decode()
+        assert response.status_code == 200 or "Traceback (most recent call last)" not in text
+        if response.headers.get("content-type", [""])[0].startswith("text/event-stream"):
+            self.found.streams += 1
+            check_stream(text, self._events[case.operation.path])
+
+
+def check_stream(text: str, chunk: jsonschema.Draft202012Validator) -> None:
+    """Each event of a whole stream is of its kind, and the last ends it."""
+    *events, rest = text.split("\n\n")
+    assert rest == ""
+    assert all(event.startswith(EVENT) for event in events)
+    told = [event.removeprefix(EVENT) for event in events]
+    if told[-1] == "[DONE]":
+        told.pop()
+        assert not any("error" in json.loads(event) for event in told)
+    else:
+        assert "error" in json.loads(told[-1])
+    for event in told:
+        chunk.validate(json.loads(event))
+
+
+def event_validators(document: dict[str, Any]) -> dict[str, jsonschema.Draft202012Validator]:
+    """Of the events of the paths that can stream."""
+    found = {}
+    for path, methods in document["paths"].items():
+        content = methods.get("post", {}).get("responses", {}).get("200", {}).get("content", {})
+        if (stream := content.get("text/event-stream")) is not None:
+            data, _ = stream["schema"]["properties"]["data"]["anyOf"]
+            found[path] = jsonschema.Draft202012Validator(
+                data["contentSchema"] | {"components": document["components"]}
+            )
+    return found
+
+
+def _brief(case: AnyCase) -> AnyCase:
+    """Wherever its answer would be long, ask for a short one: what is no number, or negative, is left as it is."""
+    body = case.body
+    if case.operation.path in ("/v1/completions", "/v1/chat/completions") and isinstance(body, dict):
+        names = [name for name in ("max_tokens", "max_completion_tokens") if name in body]
+        for name in names:
+            value = body[name]
+            if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > MOST_TOKENS):
+                body[name] = MOST_TOKENS
+        if not names:
+            body["max_tokens"] = MOST_TOKENS
+    return case

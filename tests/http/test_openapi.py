@@ -1,0 +1,309 @@
+"""What /openapi.json says is valid, complete and true of the server; /docs shows it, and needs nobody for it."""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hatchling.builders.wheel import WheelBuilder
+from jsonschema import Draft202012Validator
+from openapi_spec_validator import validate
+from pydantic import BaseModel
+from starlette.routing import Route
+
+from bdh_batch.http import answers
+from bdh_batch.http.field_help import HELP, help_of
+from bdh_batch.http.gate import Gate
+from bdh_batch.http.openapi import openapi
+from bdh_batch.http.operations import Operation, operations
+from bdh_batch.http.quota import Quota
+from bdh_batch.http.rates import Rates
+from bdh_batch.http.routes import Routes
+from bdh_batch.http.strict import Wire
+from bdh_batch.settings import Settings
+from bdh_batch.telemetry import Metrics
+from tests.http.fuzzing import Fuzzer, check_stream, event_validators
+
+if TYPE_CHECKING:
+    from tests.conftest import Server
+
+ROOT = Path(__file__).parent.parent.parent
+CASES = int(os.environ.get("FUZZ_CASES", "300"))
+SEED = int(os.environ.get("FUZZ_SEED", "0"))
+USER = {"role": "user", "content": "a"}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "boolean"}}}}}
+SHAPES: list[tuple[str, dict[str, Any], type[BaseModel]]] = [
+    ("/v1/completions", {"prompt": "a"}, answers.Completion),
+    (
+        "/v1/completions",
+        {"prompt": ["ab", "c"], "n": 2, "best_of": 3, "echo": True, "logprobs": 3, "return_token_ids": True},
+        answers.Completion,
+    ),
+    ("/v1/completions", {"prompt": "abc", "echo": True, "logprobs": 0, "max_tokens": 0}, answers.Completion),
+    ("/v1/chat/completions", {"messages": [USER], "stop": ["e"]}, answers.ChatCompletion),
+    (
+        "/v1/chat/completions",
+        {"messages": [USER], "logprobs": True, "top_logprobs": 2, "return_token_ids": True, "n": 2},
+        answers.ChatCompletion,
+    ),
+    (
+        "/v1/chat/completions",
+        {"messages": [USER], "tools": [TOOL], "tool_choice": "required", "max_tokens": 200},
+        answers.ChatCompletion,
+    ),
+    ("/v1/embeddings", {"input": ["a", "b"]}, answers.Embeddings),
+    ("/v1/embeddings", {"input": [1, 2], "encoding_format": "base64"}, answers.Embeddings),
+    ("/tokenize", {"prompt": "aé", "return_token_strs": True}, answers.Tokenization),
+    ("/v1/tokenize", {"messages": [USER]}, answers.Tokenization),
+    ("/detokenize", {"tokens": [255, 65]}, answers.Detokenization),
+    ("/v1/completions", {"prompt": ""}, answers.Error),
+    ("/v1/chat/completions", {"messages": []}, answers.Error),
+    ("/v1/embeddings", {"input": "a", "model": "none"}, answers.Error),
+]
+
+
+@cache
+def document() -> dict[str, Any]:
+    return openapi(Settings())
+
+
+def validator(name: str, told: dict[str, Any]) -> Draft202012Validator:
+    """Of the type of that name."""
+    schema = {"$ref": f"#/components/schemas/{name}", "components": told["components"]}
+    return Draft202012Validator(schema)
+
+
+class TestDocument:
+    def test_is_valid(self, tiny: Server) -> None:
+        response = tiny.http.get("/openapi.json")
+        assert response.headers["content-type"] == "application/json"
+        assert response.json()["openapi"].startswith("3.1.")
+        validate(response.json())
+
+    def test_is_that_of_the_settings(self, tiny: Server) -> None:
+        assert tiny.http.get("/openapi.json").json() == document()
+
+    def test_has_every_route_and_no_other(self) -> None:
+        settings, metrics = Settings(), Metrics("tiny")
+        routes = Routes(Gate(), metrics, settings, Quota(Rates(settings.rate_limiting, metrics), None)).table()
+        served = {(method, _template(route)) for route in routes for method in (route.methods or set()) - {"HEAD"}}
+        told = {(each.method.upper(), each.path) for each in operations()}
+        assert served == told | {("GET", "/openapi.json"), ("GET", "/docs")}
+
+    def test_names_every_operation_once(self) -> None:
+        names = [each.id for each in operations()]
+        assert len(set(names)) == len(names)
+
+    def test_explains_every_field_of_a_request_and_knows_no_others(self) -> None:
+        used = set()
+        for name, kind in _subclasses(Wire).items():
+            for field, told in kind.model_fields.items():
+                assert help_of(name, told.alias or field)
+                used |= {told.alias or field, f"{name}.{told.alias or field}"}
+        assert HELP.keys() <= used | {"text", "type"}
+
+    @pytest.mark.parametrize("operation", operations(), ids=lambda operation: str(operation.id))
+    def test_has_examples_that_fit_it(self, operation: Operation) -> None:
+        told = document()
+        for body in operation.requests.values():
+            fits = [kind for kind in operation.bodies if validator(kind.__name__, told).is_valid(body)]
+            assert len(fits) == 1, body
+        assert bool(operation.requests) == bool(operation.bodies)
+        for reply in operation.replies.values():
+            assert isinstance(operation.answer, type)
+            validator(operation.answer.__name__, told).validate(reply)
+            operation.answer.model_validate(reply)
+
+    def test_says_the_limits_of_the_settings(self) -> None:
+        told = openapi(
+            Settings.model_validate(
+                {
+                    "limits": {"max_n": 3, "max_prompts": 2, "max_stop": 1, "max_stop_bytes": 4},
+                    "model": {"max_model_len": 50},
+                }
+            )
+        )
+        checks = validator("CompletionBody", told)
+        fitting: dict[str, Any] = {"prompt": ["a", "b"], "n": 3, "best_of": 3, "stop": ["abcd"], "max_tokens": 50}
+        checks.validate(fitting)
+        wrong = {"prompt": ["a"] * 3, "n": 4, "best_of": 4, "stop": ["a", "b"], "max_tokens": 51}
+        for field, value in wrong.items():
+            assert not checks.is_valid(fitting | {field: value}), field
+        assert not checks.is_valid(fitting | {"stop": "abcde"})
+        assert not validator("EmbeddingBody", told).is_valid({"input": [[1]] * 3})
+
+    @pytest.mark.parametrize("choice", ["refuse", "ignore"])
+    def test_says_what_becomes_of_unknown_fields(self, choice: str) -> None:
+        told = openapi(Settings.model_validate({"api": {"unknown_fields": choice}}))
+        body = {"messages": [USER | {"spare": 1}], "spare": 1}
+        assert validator("ChatBody", told).is_valid(body) == (choice == "ignore")
+
+    def test_asks_for_a_key_where_the_server_does(self) -> None:
+        def guarded(**auth: bool) -> set[str]:
+            paths = openapi(Settings.model_validate({"auth": auth}))["paths"]
+            return {path for path, methods in paths.items() if any("security" in each for each in methods.values())}
+
+        assert guarded() == set()
+        closed = guarded(enabled=True)
+        assert {"/v1/completions", "/server_info"} <= closed
+        assert closed.isdisjoint({"/health", "/metrics", "/"})
+        assert "/metrics" in guarded(enabled=True, protect_metrics=True)
+
+    @pytest.mark.parametrize(
+        ("body", "fits"),
+        [
+            ({"prompt": "a", "logit_bias": {"5": 100}}, True),
+            ({"prompt": "a", "logit_bias": {"05": 1}}, False),
+            ({"prompt": [1, "a"]}, False),
+            ({"prompt": []}, False),
+            ({"prompt": "a", "suffix": ""}, True),
+            ({"prompt": "a", "suffix": "b"}, False),
+            ({"prompt": "a", "temperature": 2.1}, False),
+            ({"prompt": "a", "top_p": 0}, False),
+            ({"prompt": "a", "seed": 2**64}, False),
+            ({"prompt": "a", "stream_options": {"include_usage": 1}}, False),
+            ({"prompt": "a", "guided_json": '{"type": "null"}'}, True),
+            ({"prompt": "a", "guided_choice": []}, False),
+            ({"prompt": "a", "stop": ""}, False),
+            ({}, False),
+        ],
+    )
+    def test_says_what_the_server_does(self, tiny: Server, body: dict[str, Any], fits: bool) -> None:
+        assert validator("CompletionBody", document()).is_valid(body) == fits
+        response = tiny.http.post("/v1/completions", json=body | {"max_tokens": 1})
+        assert response.status_code == (200 if fits else 400), response.text
+
+
+class TestAnswers:
+    @pytest.mark.parametrize(("path", "body", "shape"), SHAPES)
+    def test_have_their_shapes(self, tiny: Server, path: str, body: dict[str, Any], shape: type[BaseModel]) -> None:
+        generates = "completions" in path
+        response = tiny.http.post(path, json=({"max_tokens": 3, "seed": 1} if generates else {}) | body)
+        assert (response.status_code >= 400) == (shape is answers.Error), response.text
+        shape.model_validate_json(response.content)
+        validator(shape.__name__, document()).validate(response.json())
+
+    @pytest.mark.parametrize(("path", "body", "shape"), [shape for shape in SHAPES[:6] if "best_of" not in shape[1]])
+    @pytest.mark.parametrize("options", [None, {"include_usage": True}, {"continuous_usage_stats": True}])
+    def test_have_their_shapes_in_streams(
+        self, tiny: Server, path: str, body: dict[str, Any], shape: type[BaseModel], options: dict[str, bool] | None
+    ) -> None:
+        asked = {"max_tokens": 3, "seed": 1} | body | {"stream": True, "stream_options": options}
+        response = tiny.http.post(path, json=asked)
+        assert response.status_code == 200, response.text
+        check_stream(response.text, event_validators(document())[path])
+
+    @pytest.mark.parametrize(
+        "operation", [each for each in operations() if each.method == "get"], ids=lambda operation: str(operation.id)
+    )
+    def test_of_what_takes_no_body_have_their_shapes(self, tiny: Server, operation: Operation) -> None:
+        response = tiny.http.get(operation.path.replace("{id}", "tiny"))
+        assert response.status_code == 200
+        if isinstance(operation.answer, type):
+            operation.answer.model_validate_json(response.content)
+            validator(operation.answer.__name__, document()).validate(response.json())
+
+    @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize"])
+    def test_of_the_bundled_model_are_as_in_the_examples(self, server: Server, path: str) -> None:
+        (operation,) = [each for each in operations() if each.path == path]
+        for name, body in operation.requests.items():
+            told = operation.replies.get(name)
+            brief = {"max_tokens": min(8, body["max_tokens"])} if told is None and "max_tokens" in body else {}
+            response = server.http.post(path, json=body | brief)
+            assert response.status_code == 200, response.text
+            if told is not None:
+                given = response.json()
+                for varies in ("id", "created", "data", "usage"):
+                    given[varies] = told.get(varies)
+                assert {key: value for key, value in given.items() if value is not None} == told
+
+
+def test_nothing_that_fits_the_document_or_does_not_breaks_the_server(tiny: Server) -> None:
+    """`make fuzz` asks for many more cases."""
+    fuzzer = Fuzzer(tiny.url, SEED)
+    found = fuzzer.run(CASES)
+    assert found.cases.total() >= CASES
+    assert found.cases.keys() == {
+        f"{each.method.upper()} {each.path} {mode}" for each in operations() for mode in ("positive", "negative")
+    }
+    assert found.statuses[200] > 0
+    assert found.statuses[400] > 0
+    assert not found.wrong, "\n".join(found.wrong[:10])
+    tiny.until_idle()
+
+
+class Page(HTMLParser):
+    """What a page refers to, shows and names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.links: set[str] = set()
+        self.ids: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            assert not name.startswith("on"), "scripts in attributes are not run"
+            if name in ("href", "src", "action", "srcset", "data", "poster", "formaction", "style"):
+                self.links.add(f"{name}={value}")
+            if name == "id" and value:
+                self.ids.append(value)
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+class TestPage:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def page(tiny: Server) -> Page:
+        response = tiny.http.get("/docs")
+        assert response.headers["content-type"] == "text/html; charset=utf-8"
+        page = Page()
+        page.feed(response.text)
+        return page
+
+    def test_shows_every_operation_and_type(self, page: Page) -> None:
+        told = document()
+        assert {each.id for each in operations()} <= set(page.ids)
+        assert told["components"]["schemas"].keys() <= set(page.ids)
+        assert len(page.ids) == len(set(page.ids))
+        for path in told["paths"]:
+            assert path in page.text
+        for field in told["components"]["schemas"]["ChatBody"]["properties"].values():
+            assert field["description"].replace("`", "") in page.text
+
+    def test_refers_to_nothing_outside(self, page: Page, tiny: Server) -> None:
+        assert page.links - {"href=openapi.json"} <= {f"href=#{id}" for id in page.ids}
+        assert {"link", "img", "iframe", "base", "object", "embed"}.isdisjoint(page.tags)
+        source = tiny.http.get("/docs").text
+        assert not re.search(r"https?:|url\(|@import|[\"'(=]//", source)
+
+    def test_may_load_nothing_from_outside(self, tiny: Server) -> None:
+        policy = tiny.http.get("/docs").headers["content-security-policy"]
+        rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+        assert rules["default-src"] == "'none'"
+        assert rules["connect-src"] == "'self'"
+        assert all(re.fullmatch(r"'(none|self|sha256-[\w+/=]+)'", value) for value in rules.values())
+
+    def test_comes_with_the_wheel(self) -> None:
+        files = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
+        assert {"bdh_batch/http/docs.css", "bdh_batch/http/docs.js"} <= files
+
+
+def _template(route: Route) -> str:
+    return route.path.replace(":path}", "}")
+
+
+def _subclasses(kind: type[Wire]) -> dict[str, type[Wire]]:
+    found = {}
+    for each in kind.__subclasses__():
+        found |= {each.__name__: each} | _subclasses(each)
+    return found
