@@ -88,8 +88,8 @@ PARAMETERS: Json = {
     "x-request-id": {
         "name": "x-request-id",
         "in": "header",
-        "description": "Names the request, in answer and log, if it is printable ASCII of at most 128 characters.",
-        "schema": {"type": "string"},
+        "description": "Names the request, in the answer and in the log; others are replaced.",
+        "schema": {"type": "string", "pattern": "^[\\x21-\\x7e]{1,128}$"},
         "example": "my-request-1",
     },
     "x-request-timeout": {
