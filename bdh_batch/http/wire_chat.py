@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.http.strict import Neutral, Wire, shallow
@@ -53,7 +53,19 @@ TemplateVariables = Annotated[
 Content = Annotated[str | None, BeforeValidator(_text, json_schema_input_type=str | list[TextPart] | None)]
 
 
+SAYS_SOMETHING = {
+    "anyOf": [
+        {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+        {
+            "required": ["tool_calls"],
+            "properties": {"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}},
+        },
+    ]
+}
+
+
 class Message(Wire):
+    model_config = ConfigDict(json_schema_extra=SAYS_SOMETHING)
     unsupported = MESSAGE
 
     role: Literal["system", "developer", "user", "assistant", "tool"]

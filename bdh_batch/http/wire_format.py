@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import InvalidRequest
@@ -35,7 +35,16 @@ class NamedSchema(Wire):
     strict: bool | None = None  # schemas are always kept to, strictly
 
 
+GO_TOGETHER = {
+    "if": {"properties": {"type": {"const": "json_schema"}}},
+    "then": {"required": ["json_schema"], "properties": {"json_schema": {"type": "object"}}},
+    "else": {"properties": {"json_schema": {"type": "null"}}},
+}
+
+
 class ResponseFormat(Wire):
+    model_config = ConfigDict(json_schema_extra=GO_TOGETHER)
+
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
 

@@ -36,6 +36,7 @@ ROOT = Path(__file__).parent.parent.parent
 CASES = int(os.environ.get("FUZZ_CASES", "300"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 USER = {"role": "user", "content": "a"}
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "boolean"}}}}}
 SHAPES: list[tuple[str, dict[str, Any], type[BaseModel]]] = [
     ("/v1/completions", {"prompt": "a"}, answers.Completion),
@@ -140,7 +141,7 @@ class TestDocument:
     @pytest.mark.parametrize("choice", ["refuse", "ignore"])
     def test_says_what_becomes_of_unknown_fields(self, choice: str) -> None:
         told = openapi(Settings.model_validate({"api": {"unknown_fields": choice}}))
-        body = {"messages": [USER | {"spare": 1}], "spare": 1}
+        body: dict[str, Any] = {"messages": [USER | {"spare": 1}], "spare": 1}
         assert validator("ChatBody", told).is_valid(body) == (choice == "ignore")
 
     def test_asks_for_a_key_where_the_server_does(self) -> None:
@@ -176,6 +177,28 @@ class TestDocument:
     def test_says_what_the_server_does(self, tiny: Server, body: dict[str, Any], fits: bool) -> None:
         assert validator("CompletionBody", document()).is_valid(body) == fits
         response = tiny.http.post("/v1/completions", json=body | {"max_tokens": 1})
+        assert response.status_code == (200 if fits else 400), response.text
+
+    @pytest.mark.parametrize(
+        ("body", "fits"),
+        [
+            ({"messages": [USER]}, True),
+            ({"messages": [{"role": "user"}]}, False),
+            ({"messages": [{"role": "user", "content": None}]}, False),
+            ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, True),
+            ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, False),
+            ({"messages": [{"role": "assistant", "tool_calls": [CALL]}]}, True),
+            ({"messages": [{"role": "assistant", "tool_calls": []}]}, False),
+            ({"messages": [USER], "response_format": {"type": "json_schema"}}, False),
+            ({"messages": [USER], "response_format": {"type": "text"}}, True),
+            ({"messages": [USER], "response_format": {"type": "text", "json_schema": {"name": "a"}}}, False),
+            ({"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, True),
+            ({"messages": [USER], "chat_template_kwargs": {"messages": []}}, False),
+        ],
+    )
+    def test_says_what_the_server_does_with_chats(self, tiny: Server, body: dict[str, Any], fits: bool) -> None:
+        assert validator("ChatBody", document()).is_valid(body) == fits
+        response = tiny.http.post("/v1/chat/completions", json=body | {"max_tokens": 1})
         assert response.status_code == (200 if fits else 400), response.text
 
 
