@@ -80,6 +80,7 @@ HELP = {
     "top_logprobs": "So many of the likeliest tokens beside each; goes with `logprobs`.",
     "top_p": "Only the likeliest tokens that together reach this.",
     "type": "Its kind.",
+    "safety_identifier": "A label, as `user`.",
     "user": "A label: accepted, and not looked at.",
 }
 

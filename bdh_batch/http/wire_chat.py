@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.http.strict import Neutral, Wire, shallow
@@ -53,7 +54,7 @@ TemplateVariables = Annotated[
 Content = Annotated[str | None, BeforeValidator(_text, json_schema_input_type=str | list[TextPart] | None)]
 
 
-SAYS_SOMETHING = {
+SAYS_SOMETHING: JsonDict = {
     "anyOf": [
         {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
         {

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 import orjson
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import InvalidRequest
@@ -35,7 +36,7 @@ class NamedSchema(Wire):
     strict: bool | None = None  # schemas are always kept to, strictly
 
 
-GO_TOGETHER = {
+GO_TOGETHER: JsonDict = {
     "if": {"properties": {"type": {"const": "json_schema"}}},
     "then": {"required": ["json_schema"], "properties": {"json_schema": {"type": "object"}}},
     "else": {"properties": {"json_schema": {"type": "null"}}},

@@ -326,7 +326,7 @@ def _template(route: Route) -> str:
 
 
 def _subclasses(kind: type[Wire]) -> dict[str, type[Wire]]:
-    found = {}
+    found: dict[str, type[Wire]] = {}
     for each in kind.__subclasses__():
         found |= {each.__name__: each} | _subclasses(each)
     return found
