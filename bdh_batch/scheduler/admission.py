@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence as Many
 
 from bdh_batch.errors import InvalidRequest, QueueFull, TooLate
-from bdh_batch.scheduler.fair_queue import Line
+from bdh_batch.scheduler.fair_queue import Line, count_out
 from bdh_batch.scheduler.sequence import Sequence
 
 HALF_LIFE = 10.0  # seconds after which a measured rate counts half
@@ -72,9 +72,7 @@ class Admission:
         """The scheduler has taken them; its next `update` counts them."""
         with self._lock:
             for sequence in sequences:
-                self._arriving[sequence.line] -= 1
-                if not self._arriving[sequence.line]:
-                    del self._arriving[sequence.line]
+                count_out(self._arriving, sequence.line)
             self._arriving_tokens -= sum(len(sequence.prompt) for sequence in sequences)
             self._waiting.update(sequence.line for sequence in sequences)
             self._waiting_tokens += sum(len(sequence.prompt) for sequence in sequences)
@@ -109,9 +107,8 @@ class Admission:
         if self._last_class is not None and priority < self._last_class:
             return 0.0
         own = self._count(line) + more
-        before = (
-            0  # others of the class take turns with this tenant, so that of each no more go first than it has itself
-        )
+        before = 0
+        # Others of the class take turns with this tenant, so that of each no more go first than it has itself.
         for (other, whose), count in (self._arriving + self._waiting).items():
             if (other, whose) != line and other <= priority:
                 before += count if other < priority else min(count, own)

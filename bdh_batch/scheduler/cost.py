@@ -52,17 +52,16 @@ class StepCost:
 
     def prefill_budget(self, target: float, decodes: int) -> int | None:
         """Prompt tokens that fit a step of `target` seconds beside `decodes`; None while that is not known."""
-        each = self._weights[2] / SCALE
-        if not self.known or each <= 0:
-            return None
-        return max(0, int((target - self.seconds(decodes, 0)) / each))
+        return self._fitting(target - self.seconds(decodes, 0), self._weights[2])
 
     def decodes_within(self, target: float) -> int | None:
         """Sequences that can decode in `target` seconds; None while that is not known."""
-        each = self._weights[1] / SCALE
-        if not self.known or each <= 0:
-            return None
-        return max(0, int((target - self.seconds(0, 0)) / each))
+        return self._fitting(target - self.seconds(0, 0), self._weights[1])
+
+    def _fitting(self, seconds: float, weight: float) -> int | None:
+        """How many of what costs `weight` fit; None while that is not known."""
+        each = weight / SCALE
+        return max(0, int(seconds / each)) if self.known and each > 0 else None
 
     def _dot(self, features: tuple[float, float, float]) -> float:
         return sum(weight * feature for weight, feature in zip(self._weights, features, strict=True))

@@ -21,6 +21,13 @@ FEW = 1024  # accounts, which are not worth clearing out
 GENERATED = 2.0  # what a generated token counts, where one of a prompt counts 1: it takes a step of its own
 
 
+def count_out(lines: Counter[Line], line: Line) -> None:
+    """One fewer is in `line`; an empty one is forgotten."""
+    lines[line] -= 1
+    if not lines[line]:
+        del lines[line]
+
+
 class Account:
     """What one tenant has used, in tokens over its weight, and how many of its sequences hold a state."""
 
@@ -137,7 +144,5 @@ class FairQueue:
             del lines[sequence.tenant]
         if not lines:
             del self._classes[sequence.priority]
-        self.lines[sequence.line] -= 1
-        if not self.lines[sequence.line]:
-            del self.lines[sequence.line]
+        count_out(self.lines, sequence.line)
         self._tokens -= len(sequence.prompt)

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from bdh_batch.messages import FinishReason
-from bdh_batch.scheduler.fair_queue import Line
+from bdh_batch.scheduler.fair_queue import Line, count_out
 from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.prefix_cache import Entry, PrefixCache
 from bdh_batch.scheduler.prefixes import RecentPrompts, common, pack
@@ -110,9 +110,7 @@ class Sharing:
         del self._followers[leader][follower]
         if not self._followers[leader]:
             del self._followers[leader]
-        self.lines[follower.line] -= 1
-        if not self.lines[follower.line]:
-            del self.lines[follower.line]
+        count_out(self.lines, follower.line)
         self.following_tokens -= len(follower.prompt)
 
     def advance(self, running: Iterable[Sequence]) -> list[Sequence]:
