@@ -29,18 +29,35 @@ def count_out(lines: Counter[Line], line: Line) -> None:
 
 
 class Account:
-    """What one tenant has used, in tokens over its weight, and how many of its sequences hold a state."""
+    """What one tenant has used, in tokens over its weight, and how many of its sequences hold a state.
 
-    __slots__ = ("per_generated", "seats", "used", "weight")
+    A prompt is charged when it gets its place; what of it is still to be computed is `owed`, in tokens.
+    """
+
+    __slots__ = ("owed", "per_generated", "seats", "used", "weight")
 
     def __init__(self, weight: float = 1.0) -> None:
         self.used = 0.0
+        self.owed = 0
         self.seats = 0
         self.weigh(weight)
 
     def weigh(self, weight: float) -> None:
         self.weight = weight
         self.per_generated = GENERATED / weight
+
+    @property
+    def had(self) -> float:
+        """What has been computed of what it has used."""
+        return self.used - self.owed / self.weight
+
+    def charge(self, tokens: int) -> None:
+        self.used += tokens / self.weight
+        self.owed += tokens
+
+    def refund(self, tokens: int) -> None:
+        """So many of those charged are not computed any more."""
+        self.charge(-tokens)
 
 
 class FairQueue:
@@ -98,7 +115,7 @@ class FairQueue:
         """Where one that was idle starts, however little it has had."""
         lines = ((tenant, line) for tenants in self._classes.values() for tenant, line in tenants.items())
         waiting = {id(self._accounts[tenant]) for tenant, line in lines if line}
-        busy = [other.used for other in self._accounts.values() if other.seats or id(other) in waiting]
+        busy = [other.had for other in self._accounts.values() if other.seats or id(other) in waiting]
         return min(busy) if busy else max(self._most, *(other.used for other in self._accounts.values()), 0.0)
 
     def _clear_out(self) -> None:
@@ -130,7 +147,8 @@ class FairQueue:
     def serve(self, sequence: Sequence) -> None:
         """Takes out `sequence`, whose turn it is, and charges its prompt to its tenant, once."""
         if sequence.scheduled is None:  # else it has lost its state, through no fault of its own
-            sequence.account.used += len(sequence.prompt) / sequence.account.weight
+            sequence.owed = len(sequence.prompt)
+            sequence.account.charge(sequence.owed)
         self.remove(sequence)
 
     def remove(self, sequence: Sequence) -> None:

@@ -237,6 +237,8 @@ class Scheduler:
         shares = zip(step.sequences, step.plan.segments, outcome.drawn, strict=True)
         for place, (sequence, segment, token) in enumerate(shares):
             sequence.computed += len(segment.tokens)
+            if sequence.owed:
+                sequence.pay()
             if segment.targets:
                 sequence.take_prompt_scores(outcome.target_scores[place])
             if segment.pool and (delta := sequence.add(outcome.pooled[place])) is not None:
@@ -502,12 +504,10 @@ class Scheduler:
 
     def _shares(self, prefilling: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
         """Who gets how many of `budget` prompt tokens. The oldest of the first class gets a part of them, so that none
-        waits for ever; then the key that holds least comes first, and its shorter remainders, and a token is kept
+        waits for ever; then the key that has had least comes first, and its shorter remainders, and a token is kept
         back for each other; what is left over is the oldest's."""
         oldest = min(prefilling, key=lambda s: (s.priority, s.place))
-        order = sorted(
-            prefilling, key=lambda s: (s.priority, s is oldest, s.account.seats / s.account.weight, s.pending)
-        )
+        order = sorted(prefilling, key=lambda s: (s.priority, s is oldest, s.account.had, s.pending))
         reserve = max(1, budget // OLDEST)
         shares = []
         for place, sequence in enumerate(order):
@@ -534,6 +534,7 @@ class Scheduler:
         held = False
         for sequence in ended:
             stage, sequence.stage = sequence.stage, Stage.ENDED
+            sequence.account.refund(sequence.owed)
             self.sharing.expect_no_more(sequence)
             if stage is Stage.QUEUED and sequence.place:
                 self._queue.remove(sequence)

@@ -84,6 +84,7 @@ class Sequence:
     since: int = 0  # the step from which on it has been in its stage
     turn_began: int = 0  # tokens generated before its present turn
     account: Account = field(default_factory=Account)
+    owed: int = 0  # tokens of the prompt that its account was charged for and that were never computed
     packed: bytes = b""  # the prompt, where it may be shared
     cuts: list[int] = field(default_factory=list)  # ascending positions at which its state is wanted
     expects: Entry | None = None  # the state that it waited for
@@ -178,6 +179,12 @@ class Sequence:
         if end <= split:
             return self.prompt[start:end]
         return [*self.prompt[start:], *self.generated[max(0, start - split) : end - split]]
+
+    def pay(self) -> None:
+        """What is computed of its prompt is owed no more; what is computed again never was."""
+        owed = min(self.owed, max(0, len(self.prompt) - self.computed))
+        self.account.owed -= self.owed - owed
+        self.owed = owed
 
     def restart(self) -> None:
         """Its state is lost: all that is known is computed again, and leads to the same token."""

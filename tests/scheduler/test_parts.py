@@ -25,11 +25,21 @@ def queue_of(*sequences: Sequence, weights: dict[str, float] | None = None) -> F
     return queue
 
 
+def serve(queue: FairQueue) -> str | None:
+    """The next one has its turn, and its prompt is computed."""
+    sequence = queue.peek()
+    if sequence is None:
+        return None
+    queue.serve(sequence)
+    sequence.computed = len(sequence.prompt)
+    sequence.pay()
+    return sequence.id
+
+
 def served(queue: FairQueue) -> list[str]:
     order = []
-    while (sequence := queue.peek()) is not None:
-        queue.serve(sequence)
-        order.append(sequence.id)
+    while (name := serve(queue)) is not None:
+        order.append(name)
     assert len(queue) == queue.tokens == 0
     return order
 
@@ -63,14 +73,13 @@ class TestFairQueue:
         def order(few: int) -> list[str]:
             queue, names = FairQueue(), []
             queue._clear_at = few
-            for place, (tenant, tokens, serve) in enumerate(arrivals):
+            for place, (tenant, tokens, has_turns) in enumerate(arrivals):
                 sequence = make_sequence([1] * tokens, 1, name=f"{tenant}/{place}", key=str(tenant))
                 sequence.place = place
                 queue.push(sequence)
                 queue._clear_at = min(queue._clear_at, few)
-                while serve and (next_one := queue.peek()) is not None:
-                    queue.serve(next_one)
-                    names.append(next_one.id)
+                if has_turns:
+                    names += served(queue)
             return names + served(queue)
 
         assert order(1) == order(1000)
@@ -78,16 +87,29 @@ class TestFairQueue:
     def test_a_pause_saves_nothing_up(self) -> None:
         queue = queue_of(*(make_sequence([1], 1, name="a", key="a") for _ in range(50)))
         for _ in range(40):
-            queue.serve(queue.peek() or make_sequence([1], 1))
+            serve(queue)
         for place in range(100, 110):
             late = make_sequence([1], 1, name="b", key="b")
             late.place = place
             queue.push(late)
         assert 4 <= served(queue)[:10].count("b") <= 6
 
+    def test_what_was_charged_and_never_computed_is_no_debt(self) -> None:
+        queue = queue_of(make_sequence([1] * 50, 1, key="a"), make_sequence([1] * 50, 1, key="a"))
+        given_up = queue.peek()
+        assert given_up is not None
+        queue.serve(given_up)
+        account = given_up.account
+        assert (account.used, account.had) == (50, 0)
+        given_up.computed = 20
+        given_up.pay()
+        assert (account.used, account.had) == (50, 20)
+        account.refund(given_up.owed)
+        assert (account.used, account.had) == (20, 20)
+
     def test_who_worked_alone_is_in_nobodys_debt(self) -> None:
         queue = queue_of(make_sequence([1], 1, name="a", key="a"))
-        queue.serve(queue.peek() or make_sequence([1], 1))
+        serve(queue)
         queue.account("a").used += 10_000  # what it has generated meanwhile
         for place in range(10, 30):
             flood = make_sequence([1], 1, name="b", key="b")
