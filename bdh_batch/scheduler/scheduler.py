@@ -1,8 +1,8 @@
-"""Decides what each step computes, and takes in what came of it. Pure: no thread, no clock, no tensor.
+"""Decides who runs, and takes in what came of each step. Pure: no thread, no clock, no tensor.
 
 A sequence waits in the queue, runs in a slot on the device, may be suspended and run again, and is gone. Only copies
-move states: to suspend, to resume, to keep a beginning for others, to begin where another one was. In a step every
-sequence that decodes gets its one token; those still in their prompts share what the step's time leaves.
+move states: to suspend, to resume, to keep a beginning for others, to begin where another one was. What a step computes
+of those that run is dealt in `dealer.py`.
 """
 
 from __future__ import annotations
@@ -14,27 +14,20 @@ from itertools import pairwise
 from operator import attrgetter
 
 from bdh_batch.errors import BDHError, GenerationFailed, QueueTimeout, RunTimeout
-from bdh_batch.messages import Delta, FinishReason, Outcome, Plan
-from bdh_batch.scheduler.cost import StepCost
+from bdh_batch.messages import Delta, FinishReason, Outcome
 from bdh_batch.scheduler.deadlines import Deadlines
+from bdh_batch.scheduler.dealer import Dealer, Step
 from bdh_batch.scheduler.fair_queue import Account, FairQueue, Line
 from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.sequence import Sequence, Stage
 from bdh_batch.scheduler.sharing import Sharing
-from bdh_batch.scheduler.step_size import LEAST_PREFILL, StepSize
+from bdh_batch.scheduler.step_size import StepSize
 
 Update = tuple[Sequence, Delta]
 
 PRIORITY = attrgetter("priority")
 USED = attrgetter("account.used")
 LEAST_SERVED = attrgetter("priority", "account.used", "since")
-
-OLDEST = 8  # the oldest prompt gets an eighth of a step's prompt tokens for certain
-LEAST_SHARE = 0.25  # prompt tokens may always take so much of the time of those that decode
-LITTLE = 0.1  # of a step's time, up to which what it costs by itself does not keep it from being a short one
-LEAST_WIDTH = 64  # sequences that decode in a step whatever it may take: fewer would be slower altogether
-EXPRESS = 2.0  # times a step's time may take the one for which many step aside, as the next one is theirs
-MANY = 8  # places; a key that holds more steps aside for the first token of one that held none
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,18 +54,6 @@ class Policy:
     weights: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A plan for the runner, whose its segments are, and what else its copies touch."""
-
-    plan: Plan
-    sequences: list[Sequence]
-    moved: list[Sequence]
-    decodes: int
-    prefill_tokens: int
-    planned: float  # seconds on the worker's clock
-
-
 @dataclass(slots=True)
 class Counts:
     """What has happened since the start."""
@@ -97,7 +78,7 @@ class Scheduler:
         self.max_running = min(policy.max_running or slots, slots + policy.host_slots - self._scratch)
         self.counts = Counts()
         self._size = StepSize(prefill_tokens, min(slots, self.max_running))
-        self.cost = StepCost()
+        self._dealer = Dealer(self._size, policy.target_step)
         self.places = Places(slots, policy.host_slots)
         self.sharing = Sharing(self.places, policy.keep, policy.share_all, policy.min_shared)
         self._queue = FairQueue(policy.weights)
@@ -108,7 +89,6 @@ class Scheduler:
         self._arrivals = 0
         self._swaps = 0
         self._resumable: list[Sequence] = []  # in this plan; whose turn it is comes last
-        self._was_express = False  # the last step
         self._beginning: list[Sequence] = []  # in this plan, those that run and have generated nothing
         self._turns_over: list[Sequence] | None = None  # in this plan, once that is asked
         self._last_class = 0  # no one that runs is of a later one
@@ -228,7 +208,7 @@ class Scheduler:
         for follower in self.sharing.advance(self._running):
             self._requeue(follower)
         self._seat(now)
-        return self._deal(now)
+        return self._dealer.deal(self._running, self.places, now)
 
     def commit(self, step: Step, outcome: Outcome, now: float) -> list[Update]:
         """Takes in what a step drew; those that ended are out of their slots."""
@@ -250,8 +230,7 @@ class Scheduler:
                 if sequence.finish_reason is not None:
                     ended.append(sequence)
         self.counts.prompt_tokens += step.prefill_tokens
-        self._size.succeeded()
-        self.cost.observe(step.decodes, step.prefill_tokens, now - step.planned)
+        self._dealer.computed(step, now - step.planned)
         self.sharing.settle()
         self._end(ended)
         return updates
@@ -443,84 +422,6 @@ class Scheduler:
     def _requeue(self, sequence: Sequence) -> None:
         sequence.stage = Stage.QUEUED
         self._queue.push(sequence)
-
-    # What a step computes
-
-    def _deal(self, now: float) -> Step | None:
-        decoding: list[Sequence] = []
-        prefilling: list[Sequence] = []
-        for sequence in self._running:
-            one = len(sequence.prompt) + len(sequence.generated) - sequence.computed == 1
-            (decoding if one else prefilling).append(sequence)
-        held_back = 0
-        if express := self._express(prefilling):
-            every, decoding = len(decoding), [s for s in decoding if s.account.seats <= MANY]
-            prefilling, held_back = express, every - len(decoding)
-        self._was_express = bool(express)
-        decoding = self._in_time(decoding)
-        segments = [sequence.turn() for sequence in decoding]
-        fresh = sum(not sequence.generated for sequence in decoding)
-        decodes = len(decoding)
-        prefill_tokens = 0
-        if prefilling:
-            for sequence, tokens in self._shares(prefilling, self._budget(decodes, held_back)):
-                decoding.append(sequence)
-                segments.append(sequence.segment(tokens))
-                prefill_tokens += tokens
-        copies = self.places.copies
-        if not (segments or copies):
-            return None
-        return Step(Plan(segments, copies), decoding, self.places.moved, decodes - fresh, prefill_tokens + fresh, now)
-
-    def _express(self, prefilling: list[Sequence]) -> list[Sequence]:
-        """Short prompts of keys that hold nothing else have a step without the keys that hold many places, unless those
-        are of an earlier class. Never two on end."""
-        if self._was_express or not any(account.seats > MANY for account in self._seated):
-            return []
-        first = min(map(PRIORITY, self._running))
-        short = (s for s in prefilling if s.account.seats == 1 and s.pending <= self.prefill_cap)
-        return [sequence for sequence in short if sequence.priority == first]
-
-    def _in_time(self, decoding: list[Sequence]) -> list[Sequence]:
-        """As many as fit the time of a step, where a step costs little by itself: those of the first class, of these
-        those whose last token is the oldest. The others have theirs in the next ones."""
-        target = self.policy.target_step
-        if not target or len(decoding) <= LEAST_WIDTH or self.cost.seconds(0, 0) > LITTLE * target:
-            return decoding
-        fitting = self.cost.decodes_within(target)
-        if fitting is None or len(decoding) <= (width := max(LEAST_WIDTH, fitting)):
-            return decoding
-        return sorted(decoding, key=lambda s: (s.priority, s.last_token or 0.0))[:width]
-
-    def _budget(self, decodes: int, held_back: int) -> int:
-        """Prompt tokens of this step; `held_back` are those that step aside for them."""
-        if not (self.policy.target_step and decodes + held_back):
-            return self.prefill_cap
-        decoding = self.cost.seconds(decodes + held_back, 0)
-        target = self.policy.target_step
-        target = EXPRESS * max(target, decoding) if held_back else max(target, (1 + LEAST_SHARE) * decoding)
-        fitting = self.cost.prefill_budget(target, decodes)
-        return self.prefill_cap if fitting is None else min(self.prefill_cap, max(LEAST_PREFILL, fitting))
-
-    def _shares(self, prefilling: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
-        """Who gets how many of `budget` prompt tokens. The oldest of the first class gets a part of them, so that none
-        waits for ever; then the key that has had least comes first, and its shorter remainders, and a token is kept
-        back for each other; what is left over is the oldest's."""
-        oldest = min(prefilling, key=lambda s: (s.priority, s.place))
-        order = sorted(prefilling, key=lambda s: (s.priority, s is oldest, s.account.had, s.pending))
-        reserve = max(1, budget // OLDEST)
-        shares = []
-        for place, sequence in enumerate(order):
-            reserve = 0 if sequence is oldest else reserve
-            others = len(order) - place - 1
-            tokens = min(sequence.pending, max(1, budget - reserve - others), budget - reserve)
-            cut = next((at for at in sequence.cuts if at > sequence.computed), None)
-            if cut is not None:
-                tokens = min(tokens, cut - sequence.computed)
-            if tokens > 0:
-                shares.append((sequence, tokens))
-                budget -= tokens
-        return shares
 
     # Who is gone
 

@@ -14,8 +14,9 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from bdh_batch.scheduler.dealer import Step
 from bdh_batch.scheduler.prefixes import TOKEN_BYTES, pack
-from bdh_batch.scheduler.scheduler import Step, Update
+from bdh_batch.scheduler.scheduler import Update
 from bdh_batch.scheduler.sequence import Sequence
 
 BLOCK = 16  # tokens

@@ -18,7 +18,8 @@ from typing import Protocol
 from bdh_batch.errors import BDHError, GenerationFailed, OutOfMemory, QueueFull, Unavailable
 from bdh_batch.messages import Outcome, Plan
 from bdh_batch.scheduler.admission import Admission
-from bdh_batch.scheduler.scheduler import Scheduler, Step, Update
+from bdh_batch.scheduler.dealer import Step
+from bdh_batch.scheduler.scheduler import Scheduler, Update
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.trace import Trace
 

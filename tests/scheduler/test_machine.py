@@ -11,9 +11,10 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from bdh_batch.errors import GenerationFailed
 from bdh_batch.messages import FinishReason
+from bdh_batch.scheduler.dealer import Step
 from bdh_batch.scheduler.prefix_cache import digests_at
 from bdh_batch.scheduler.prefixes import pack
-from bdh_batch.scheduler.scheduler import Policy, Scheduler, Step, Update
+from bdh_batch.scheduler.scheduler import Policy, Scheduler, Update
 from bdh_batch.scheduler.sequence import Sequence, Stage
 from tests.scheduler.fakes import FakeRunner, FakeText, expected_tokens, make_sequence
 

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from bdh_batch.errors import GenerationFailed, QueueTimeout, RunTimeout
 from bdh_batch.messages import FinishReason
-from bdh_batch.scheduler.scheduler import Policy, Scheduler, Step
+from bdh_batch.scheduler.dealer import Step
+from bdh_batch.scheduler.scheduler import Policy, Scheduler
 from tests.scheduler.fakes import FakeRunner, FakeText, expected_tokens, make_sequence
 
 BROKEN = GenerationFailed("broken")
