@@ -125,8 +125,7 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
         *(settings.model.dtype, device),
     )
     log.info("kernels: %s; attention window: %s", reason, f"{window} tokens" if window else "none")
-    taken = slots * each if device.type == "cpu" else 0
-    host_slots = min(host_budget(settings.prefix_cache, taken) // each, most)
+    host_slots = min(host_budget(settings.prefix_cache, device, slots * each) // each, most)
     pool = take_states(model.config, slots, device, window, state_dtype, host_slots)
     slots, host_slots = len(pool.states), pool.host_slots
     log.info(
@@ -168,11 +167,13 @@ def take_states(
     raise ConfigError("engine.state_memory: there is not enough memory for one sequence's state")
 
 
-def host_budget(cache: PrefixCache, taken: int) -> int:
-    """Bytes of host memory for states that are suspended or kept; `taken` of what is free now is for others."""
-    free = max(0, free_memory(torch.device("cpu")) - taken)
+def host_budget(cache: PrefixCache, device: torch.device, taken: int) -> int:
+    """Bytes of host memory for states that are suspended or kept; `taken` are for those on the device. Where that is
+    the CPU, they would be copied from memory to memory: there are none unless they are asked for."""
+    on_cpu = device.type == "cpu"
+    free = max(0, free_memory(torch.device("cpu")) - (taken if on_cpu else 0))
     if cache.host_memory is None:
-        return min(HOST_MEMORY, free // 4)
+        return 0 if on_cpu else min(HOST_MEMORY, free // 4)
     if cache.host_memory > free:
         raise ConfigError(f"prefix_cache.host_memory: {cache.host_memory:,} bytes asked for, {free:,} are free")
     return cache.host_memory

@@ -213,7 +213,9 @@ class PrefixCache(Section):
     shared: bool = Field(False, description="Whether API keys share them; timing then tells what others have asked.")
     entries: PositiveInt = Field(256, description="Most states on the device beside those of running sequences.")
     host_memory: Bytes | None = Field(
-        None, description="Host memory for states, kept or suspended; null is 1 GiB, or a quarter of what is free."
+        None,
+        description="Host memory for states, kept or suspended; null is 1 GiB, or a quarter of what is free, beside a "
+        "GPU, and none without one, where it would be copied from memory to memory.",
     )
     min_tokens: PositiveInt = Field(32, description="Tokens that a beginning must have to be kept or shared.")
 

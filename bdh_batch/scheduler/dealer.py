@@ -23,6 +23,7 @@ LITTLE = 0.1  # of a step's time, up to which what it costs by itself does not k
 LEAST_WIDTH = 64  # sequences that decode in a step whatever it may take: fewer would be slower altogether
 EXPRESS = 2.0  # times a step's time may take the one for which many step aside, as the next one is theirs
 MANY = 8  # places; a key that holds more steps aside for the first token of one that held none
+BRIEF = 0.25  # of a step's time, for the step after which one is likely to ask again
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,10 @@ class Step:
     planned: float  # seconds on the worker's clock
 
 
+def is_crowded(running: list[Sequence]) -> bool:
+    return any(sequence.account.seats > MANY for sequence in running)
+
+
 class Dealer:
     """
     Args:
@@ -48,7 +53,8 @@ class Dealer:
         self.cost = StepCost()
         self._size = size
         self._target = target
-        self._was_express = False  # the last step
+        self._was_express = self._was_brief = False  # the last step
+        self._is_awaited = False  # a request, of a key that was answered a moment ago
 
     def deal(self, running: list[Sequence], places: Places, now: float) -> Step | None:
         """The next step of those `running`, with the copies that are planned; None where it would be empty."""
@@ -62,13 +68,14 @@ class Dealer:
             every, decoding = len(decoding), [s for s in decoding if s.account.seats <= MANY]
             prefilling, held_back = express, every - len(decoding)
         self._was_express = bool(express)
-        decoding = self._in_time(decoding)
+        target = self._time(running)
+        decoding = self._in_time(decoding, target)
         segments = [sequence.turn() for sequence in decoding]
         fresh = sum(not sequence.generated for sequence in decoding)
         decodes = len(decoding)
         prefill_tokens = 0
         if prefilling:
-            for sequence, tokens in self._shares(prefilling, self._budget(decodes, held_back)):
+            for sequence, tokens in self._shares(prefilling, self._budget(target, decodes, held_back)):
                 decoding.append(sequence)
                 segments.append(sequence.segment(tokens))
                 prefill_tokens += tokens
@@ -76,6 +83,10 @@ class Dealer:
         if not (segments or copies):
             return None
         return Step(Plan(segments, copies), decoding, places.moved, decodes - fresh, prefill_tokens + fresh, now)
+
+    def await_next(self) -> None:
+        """A key has been answered all it asked for, and may ask again at once."""
+        self._is_awaited = True
 
     def computed(self, step: Step, seconds: float) -> None:
         """`step` took so long, and had memory enough."""
@@ -85,29 +96,35 @@ class Dealer:
     def _express(self, prefilling: list[Sequence], running: list[Sequence]) -> list[Sequence]:
         """Short prompts of keys that hold nothing else have a step without the keys that hold many places, unless those
         are of an earlier class. Never two on end."""
-        if not prefilling or self._was_express or all(s.account.seats <= MANY for s in running):
+        if not prefilling or self._was_express or not is_crowded(running):
             return []
         first = min(map(PRIORITY, running))
         short = (s for s in prefilling if s.account.seats == 1 and s.pending <= self._size.prefill)
         return [sequence for sequence in short if sequence.priority == first]
 
-    def _in_time(self, decoding: list[Sequence]) -> list[Sequence]:
+    def _time(self, running: list[Sequence]) -> float:
+        """Seconds for this step. Who asks one thing after another comes when a step has just begun: where a key that
+        holds many places makes steps long, that one is brief. Never two on end."""
+        self._was_brief = self._is_awaited and not self._was_brief and is_crowded(running)
+        self._is_awaited = False
+        return BRIEF * self._target if self._was_brief else self._target
+
+    def _in_time(self, decoding: list[Sequence], target: float) -> list[Sequence]:
         """As many as fit the time of a step, where a step costs little by itself: those of the first class, of these
         those whose last token is the oldest. The others have theirs in the next ones."""
-        target = self._target
-        if not target or len(decoding) <= LEAST_WIDTH or self.cost.seconds(0, 0) > LITTLE * target:
+        least = int(BRIEF * LEAST_WIDTH) if self._was_brief else LEAST_WIDTH
+        if not target or len(decoding) <= least or self.cost.seconds(0, 0) > LITTLE * self._target:
             return decoding
         fitting = self.cost.decodes_within(target)
-        if fitting is None or len(decoding) <= (width := max(LEAST_WIDTH, fitting)):
+        if fitting is None or len(decoding) <= (width := max(least, fitting)):
             return decoding
         return sorted(decoding, key=lambda s: (s.priority, s.last_token or 0.0))[:width]
 
-    def _budget(self, decodes: int, held_back: int) -> int:
+    def _budget(self, target: float, decodes: int, held_back: int) -> int:
         """Prompt tokens of this step; `held_back` are those that step aside for them."""
-        if not (self._target and decodes + held_back):
+        if not (target and decodes + held_back):
             return self._size.prefill
         decoding = self.cost.seconds(decodes + held_back, 0)
-        target = self._target
         target = EXPRESS * max(target, decoding) if held_back else max(target, (1 + LEAST_SHARE) * decoding)
         fitting = self.cost.prefill_budget(target, decodes)
         return self._size.prefill if fitting is None else min(self._size.prefill, max(LEAST_PREFILL, fitting))

@@ -444,6 +444,8 @@ class Scheduler:
             elif stage in (Stage.RUNNING, Stage.SUSPENDED):
                 held = True
                 self._rise(sequence)
+                if not sequence.account.seats:
+                    self._dealer.await_next()
                 self.sharing.bequeath(sequence)
         if held:
             self._running = [sequence for sequence in self._running if sequence.stage is Stage.RUNNING]

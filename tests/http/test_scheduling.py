@@ -218,7 +218,7 @@ def test_a_key_that_asks_for_little_is_served_whatever_another_queues(keyed: Ser
 def test_a_full_queue_is_full_for_the_key_that_fills_it(serve: ServeFactory) -> None:
     flood, drop = ({"authorization": f"Bearer {key}"} for key in KEYS)
     options = ["auth.enabled=true", f"auth.api_keys={','.join(KEYS)}", "scheduler.max_running=2"]
-    body = {"prompt": "a", "max_tokens": 1000}
+    body = {"prompt": "a", "max_tokens": 400}
     with serve(*options, "scheduler.max_queued_requests=8", model=TINY) as server, ThreadPoolExecutor(10) as pool:
         flooding = [pool.submit(server.http.post, "/v1/completions", json=body, headers=flood) for n in range(10)]
         server.until(lambda m: (m["bdh_num_requests_running"], m["bdh_num_requests_waiting"]) == (2, 8), 10)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pytest
+
 from bdh_batch.errors import GenerationFailed, QueueTimeout, RunTimeout
 from bdh_batch.messages import FinishReason
 from bdh_batch.scheduler.dealer import Step
@@ -269,6 +271,31 @@ def test_the_first_token_of_another_key_does_not_wait_for_a_flood_to_decode() ->
         assert planned is not None
         assert len(planned.sequences) == 61  # and never two such steps on end
     assert all(stream.generated == expected_tokens(list(stream.prompt), len(stream.generated)) for stream in flood)
+
+
+@pytest.mark.parametrize("places", [60, 4])
+def test_the_step_after_a_small_keys_answer_is_brief_where_another_one_fills_them(places: int) -> None:
+    scheduler, runner, now = Scheduler(64, 256, Policy(target_step=0.02)), FakeRunner(), 0.0
+
+    def advance() -> Step:
+        nonlocal now
+        planned = scheduler.plan(now)
+        assert planned is not None
+        now += 0.001 + 0.0002 * planned.decodes + 0.0001 * planned.prefill_tokens
+        scheduler.commit(planned, runner.run(planned.plan), now)
+        return planned
+
+    for number in range(places):
+        scheduler.submit([make_sequence([number], 10_000, key="flood")])
+        advance()
+    for _ in range(3):
+        drop = make_sequence([1] * 20, 2, key="drop")
+        scheduler.submit([drop])
+        while drop.finish_reason is None:
+            advance()
+        decodes = [advance().decodes for _ in range(3)]
+        assert decodes[1:] == [places, places]
+        assert (decodes[0] < places / 2) == (places == 60), "only where there are many"
 
 
 def test_a_step_keeps_to_its_time() -> None:
