@@ -119,6 +119,15 @@ class Sequence:
         """Tokens that are known but have not entered the state yet."""
         return len(self.prompt) + len(self.generated) - self.computed
 
+    @property
+    def time_in_queue(self) -> float | None:
+        """Seconds until it had its first place; None where it has not had one."""
+        return None if self.scheduled is None else self.scheduled - self.arrived
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        return None if self.first_token is None else self.first_token - self.arrived
+
     def turn(self) -> Segment:
         """The one pending token as a share of a step."""
         assert self.slot is not None
