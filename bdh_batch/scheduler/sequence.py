@@ -78,6 +78,7 @@ class Sequence:
     priority: int = 0
     queue_deadline: float | None = None
     deadline: float | None = None
+    span: object | None = None  # of the client's request, for those who watch
 
     stage: Stage = Stage.QUEUED
     place: int = 0  # in the order of arrival
