@@ -170,6 +170,7 @@ class GenerationRequest:
     breaks: tuple[int, ...] = ()  # positions, ascending, at which beginnings end that others are likely to have
     pool: bool = False
     grammar: Grammar | None = None  # what the answer has to follow
+    span: object | None = None  # of the client's request, where spans are made; only they look into it
 
     @property
     def tokens(self) -> Sequence[int]:

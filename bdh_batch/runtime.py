@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from pydantic import ValidationError
@@ -43,6 +43,9 @@ from bdh_batch.settings import Auth, Engine, Generation, PrefixCache, Settings
 from bdh_batch.telemetry import Metrics
 from bdh_batch.text.folder import TextSide, load_text
 from bdh_batch.text.grammar import Grammars, Vocabulary, vocabulary_of
+
+if TYPE_CHECKING:
+    from bdh_batch.spans import Spans
 
 log = logging.getLogger(__name__)
 
@@ -257,6 +260,19 @@ def key_ring(auth: Auth) -> KeyRing | None:
     return None
 
 
+def open_spans(settings: Settings, model_name: str) -> Spans | None:
+    """None where no collector is set. Raises ConfigError: what speaks to it is not installed, or cannot be set up."""
+    endpoint = settings.telemetry.otlp_endpoint
+    if endpoint is None:
+        return None
+    try:
+        from bdh_batch.spans import Spans  # an extra: only who asks for spans needs it
+    except ImportError as error:
+        text = f"OpenTelemetry is not installed ({error}); pip install 'bdh-batch[otel]'"
+        raise ConfigError(f"telemetry.otlp_endpoint: {text}") from error
+    return Spans(str(endpoint), model_name)
+
+
 class Service:
     """One server, from its socket to its exit.
 
@@ -278,6 +294,7 @@ class Service:
         self._name = settings.model.name or self._path.resolve().name
         self._gate = Gate()
         self._metrics = Metrics(self._name)
+        self._spans: Spans | None = None
         self._stop = asyncio.Event()
 
     @property
@@ -295,8 +312,9 @@ class Service:
             ConfigError, CheckpointError: the server could not start.
         """
         keys = key_ring(self._settings.auth)
+        self._spans = open_spans(self._settings, self._name)
         listener = bind(self._settings.server.host, self._settings.server.port)
-        app = create_app(self._settings, self._gate, self._metrics, keys)
+        app = create_app(self._settings, self._gate, self._metrics, keys, self._spans)
         server = Server(app, self._settings, self._metrics)
         listening = asyncio.create_task(server.serve(sockets=[listener]))
         watching = None if keys is None else asyncio.create_task(keys.watch())
@@ -307,6 +325,8 @@ class Service:
                 watching.cancel()
             server.should_exit = True
             await listening
+            if self._spans is not None:
+                await self._spans.close()
 
     async def _serve(self, url: str) -> None:
         loading = in_daemon_thread(partial(load_all, self._settings, self._path, self._load))
@@ -332,7 +352,7 @@ class Service:
         worker = Worker(
             scheduler_for(settings, engine),
             engine.runner,
-            self._metrics,
+            self._metrics if self._spans is None else self._spans.beside(self._metrics),
             chosen.max_queued_requests,
             chosen.max_queued_tokens,
             settings.health.failed_steps,

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import (
     AfterValidator,
+    AnyHttpUrl,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -39,7 +40,7 @@ from pydantic_settings import (
 from bdh_batch.errors import ConfigError
 
 ENV_PREFIX, ENV_DELIMITER = "BDH_", "__"
-SECRET = ("auth.api_keys", "rate_limiting.storage")  # what is given there is not repeated
+SECRET = ("auth.api_keys", "rate_limiting.storage", "telemetry.otlp_endpoint")  # what is given there is not repeated
 UNITS = {
     "": 1,
     "b": 1,
@@ -109,6 +110,7 @@ Bytes = Annotated[PositiveInt, BeforeValidator(_parse_bytes)]
 Strings = Annotated[list[str], NoDecode, BeforeValidator(_parse_list)]
 Networks = Annotated[list[Annotated[str, AfterValidator(_network)]], NoDecode, BeforeValidator(_parse_list)]
 Storage = Annotated[str, AfterValidator(_storage), PlainSerializer(without_password, str)]
+Collector = Annotated[AnyHttpUrl, PlainSerializer(lambda url: without_password(str(url)), str)]
 Weights = Annotated[
     dict[Annotated[str, Field(pattern="^[0-9a-f]{16}$")], Annotated[float, Field(ge=0.001, le=1000)]],
     BeforeValidator(_parse_mapping),
@@ -290,6 +292,16 @@ class Health(Section):
     failed_steps: PositiveInt = Field(3, description="So many failed steps on end do, too, until one succeeds.")
 
 
+class Telemetry(Section):
+    otlp_endpoint: Collector | None = Field(
+        None,
+        description=(
+            "Where spans are sent (OTLP over HTTP), as in http://localhost:4318; null is nowhere. The environment's "
+            "OTEL_ options hold, as OTEL_EXPORTER_OTLP_HEADERS."
+        ),
+    )
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         extra="forbid", frozen=True, env_prefix=ENV_PREFIX, env_nested_delimiter=ENV_DELIMITER, protected_namespaces=()
@@ -307,6 +319,7 @@ class Settings(BaseSettings):
     limits: Limits = Limits()
     api: Api = Api()
     health: Health = Health()
+    telemetry: Telemetry = Telemetry()
 
     @classmethod
     def settings_customise_sources(

@@ -118,8 +118,8 @@ class Metrics:
         for sequence in sequences:
             if len(sequence.generated) > 1:
                 gaps[sequence.gap] += 1
-            else:
-                self._first.observe(sequence.gap)
+            elif (seconds := sequence.time_to_first_token) is not None:
+                self._first.observe(seconds)
         for gap, count in gaps.items():
             self._between.observe(gap, count)
 
@@ -133,8 +133,8 @@ class Metrics:
         self._request_generated.observe(len(sequence.generated))
         self._max_tokens.observe(sequence.max_tokens)
         self._n.observe(sequence.n)
-        if sequence.scheduled is not None:
-            self._queue.observe(sequence.scheduled - sequence.arrived)
+        if (seconds := sequence.time_in_queue) is not None:
+            self._queue.observe(seconds)
         if sequence.scheduled is not None and sequence.first_token is not None and sequence.last_token is not None:
             decode = sequence.last_token - sequence.first_token
             self._prefill.observe(sequence.first_token - sequence.scheduled)

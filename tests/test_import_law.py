@@ -25,8 +25,9 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "scheduler": (SHARED | {"scheduler"}, set()),
     "backends": (SHARED | {"backends", "scheduler", "text"}, set()),
     "telemetry": (SHARED | {"scheduler"}, {"prometheus_client"}),
+    "spans": (SHARED | {"backends", "scheduler", "__init__"}, {"opentelemetry"}),
     "http": (
-        SHARED | {"http", "backends", "text", "settings", "telemetry", "keys", "__init__"},
+        SHARED | {"http", "backends", "text", "settings", "telemetry", "spans", "keys", "__init__"},
         {"starlette", "uvicorn", "orjson", "pydantic", "pydantic_core", "limits", "redis"},
     ),
     "client": (set(), {"openai", "prometheus_client"}),
@@ -34,7 +35,8 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "cli": ({"errors", "settings", "keys", "offline", "runtime", "__init__"}, {"uvloop"}),
     "runtime": (
         SHARED
-        | {"http", "backends", "scheduler", "model", "kernels", "text", "settings", "telemetry", "keys", "__init__"},
+        | {"http", "backends", "scheduler", "model", "kernels", "text", "settings", "telemetry", "spans", "keys"}
+        | {"__init__"},
         {"torch", "pydantic"},
     ),
     "__main__": ({"cli"}, set()),

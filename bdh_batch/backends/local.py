@@ -168,6 +168,7 @@ class LocalBackend:
             tenant=request.tenant,
             weight=request.weight,
             priority=request.priority,
+            span=request.span,
         )
 
     def _stop_tokens(self, request: GenerationRequest) -> frozenset[int]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -21,8 +23,13 @@ from bdh_batch.keys import KeyRing
 from bdh_batch.settings import Settings
 from bdh_batch.telemetry import Metrics
 
+if TYPE_CHECKING:
+    from bdh_batch.spans import Spans
 
-def create_app(settings: Settings, gate: Gate, metrics: Metrics, keys: KeyRing | None) -> ASGIApp:
+
+def create_app(
+    settings: Settings, gate: Gate, metrics: Metrics, keys: KeyRing | None, spans: Spans | None = None
+) -> ASGIApp:
     """The ASGI application; without `keys` it asks for none.
 
     Raises:
@@ -47,7 +54,7 @@ def create_app(settings: Settings, gate: Gate, metrics: Metrics, keys: KeyRing |
     )
     app.router.redirect_slashes = False  # a path that is not there is a 404, with the error body
     # Outside Starlette, so that no answer goes without an id, not even that to a fault in the middleware.
-    return RequestContext(app, metrics, [route.path for route in routes])
+    return RequestContext(app, metrics, [route.path for route in routes], spans)
 
 
 def _middleware(settings: Settings, keys: KeyRing | None, rates: Rates) -> list[Middleware]:

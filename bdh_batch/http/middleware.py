@@ -8,6 +8,7 @@ import math
 import re
 import time
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -16,21 +17,28 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from bdh_batch.http.access import DOCS, METRICS, PROBES
 from bdh_batch.http.errors import BodyTimeout, BodyTooLarge, OriginRefused, error_response, internal_error
 from bdh_batch.telemetry import Metrics
+
+if TYPE_CHECKING:
+    from bdh_batch.spans import RequestSpan, Spans
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+TRACE_HEADERS = ("traceparent", "tracestate")
+WITHOUT_SPANS = PROBES | METRICS | DOCS  # asked for again and again, and never of the model
 
 
 class RequestContext:
     """Outermost: gives the request an id (the client's, if it sent a sane one), counts it, answers for what fails."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, known_paths: Iterable[str]) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, known_paths: Iterable[str], spans: Spans | None = None) -> None:
         self._app = app
         self._metrics = metrics
         self._known_paths = frozenset(known_paths)
+        self._spans = spans
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,7 +47,8 @@ class RequestContext:
         began = time.perf_counter()
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
-        scope.setdefault("state", {})["id"] = request_id
+        span = None if self._spans is None else self._begin(self._spans, scope, request_id)
+        scope.setdefault("state", {}).update(id=request_id, span=span)
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -62,6 +71,17 @@ class RequestContext:
                     await internal_error()(scope, receive, send_with_id)
             finally:
                 self._metrics.http_requests.labels(self._route(scope), status).inc()
+                if span is not None:
+                    span.end(self._route(scope), status)
+
+    @staticmethod
+    def _begin(spans: Spans, scope: Scope, request_id: str) -> RequestSpan | None:
+        if scope["path"] in WITHOUT_SPANS:
+            return None
+        headers = Headers(scope=scope)
+        # Several of a name are one, as HTTP has it: several parents are then none.
+        trace_headers = {name: ",".join(headers.getlist(name)) for name in TRACE_HEADERS}
+        return spans.begin(request_id, scope["method"], trace_headers)
 
     def _route(self, scope: Scope) -> str:
         """A label of few values, whatever paths clients try."""

@@ -186,8 +186,10 @@ class Routes:
 
     async def _start(self, request: Request, model: ServedModel, requests: list[GenerationRequest]) -> Generation:
         timeout = _timeout(request)
-        timed = [replace(each, timeout=timeout) for each in requests]
-        return await self._quota.start(request, model.backend, timed)
+        span = request.state.span
+        timed = [replace(each, timeout=timeout, span=span) for each in requests]
+        generation = await self._quota.start(request, model.backend, timed)
+        return generation if span is None else span.watch(generation)
 
 
 def _status(problem: str | None, well: str) -> Response:

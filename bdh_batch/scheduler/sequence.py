@@ -78,6 +78,7 @@ class Sequence:
     priority: int = 0
     queue_deadline: float | None = None
     deadline: float | None = None
+    span: object | None = None  # of the client's request, for those who watch
 
     stage: Stage = Stage.QUEUED
     place: int = 0  # in the order of arrival
@@ -119,6 +120,15 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that are known but have not entered the state yet."""
         return len(self.prompt) + len(self.generated) - self.computed
+
+    @property
+    def time_in_queue(self) -> float | None:
+        """Seconds until it had its first place; None where it has not had one."""
+        return None if self.scheduled is None else self.scheduled - self.arrived
+
+    @property
+    def time_to_first_token(self) -> float | None:
+        return None if self.first_token is None else self.first_token - self.arrived
 
     def turn(self) -> Segment:
         """The one pending token as a share of a step."""
