@@ -1,4 +1,4 @@
-"""The command line: `serve`, `config show`, `keys add`, `model inspect`, `model convert`.
+"""The command line: `serve`, `config show`, `keys add`, `model inspect`, `model convert`, `bench serve`.
 
 What cannot work ends in one line and exit code 2.
 """
@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from bdh_batch import __version__, settings
+from bdh_batch.bench import options as bench_options
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.keys import KeyFile, new_key
 
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     default.set_defaults(run=_default)
     _add_keys_commands(commands.add_parser("keys", help="make, list and revoke API keys"), common)
     _add_model_commands(commands)
+    _add_bench_commands(commands.add_parser("bench", help="measure a server, this one or another"))
     return parser
 
 
@@ -97,6 +99,13 @@ def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     convert.add_argument("target", type=Path, metavar="DST", help="the folder to write, whole or not at all")
     convert.add_argument("--force", action="store_true", help="replace a model that is there")
     convert.set_defaults(run=_convert)
+
+
+def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
+    actions = bench.add_subparsers(required=True, metavar="ACTION", parser_class=bench_options.Parser)
+    serve = actions.add_parser("serve", help="load for a server of the OpenAI API, and what its clients see")
+    bench_options.add_arguments(serve)
+    serve.set_defaults(run=_bench_serve)
 
 
 def _positive(text: str) -> int:
@@ -204,3 +213,10 @@ def _convert(options: argparse.Namespace) -> int:
     checkpoint = convert(options.source, options.target, options.layers, options.force)
     print(f"{checkpoint.file} is written to {options.target}; serve it: bdh-batch serve --model {options.target}")
     return 0
+
+
+def _bench_serve(options: argparse.Namespace) -> int:
+    wanted = bench_options.options_of(options)
+    from bdh_batch.bench.serve import serve
+
+    return serve(wanted)

@@ -1,0 +1,199 @@
+"""HTTP/1.1 connections that are kept and used again. The moment of each read is noted before anything else is done."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from dataclasses import dataclass
+from typing import Protocol, cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from bdh_batch.bench.outcome import Failed
+from bdh_batch.errors import ConfigError
+
+
+class Answer(Protocol):
+    """Who takes an answer as it comes; must not raise, but may say that it has seen enough."""
+
+    sent: float  # when the request went to the socket
+    failure: Failed | None
+
+    def begin(self, status: int, content_type: str) -> None: ...
+
+    def take(self, body: bytes, now: float) -> None: ...
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server is: `path` goes before every endpoint's."""
+
+    host: str
+    port: int
+    path: str
+    tls: ssl.SSLContext | None
+
+    @classmethod
+    def of(cls, url: str, insecure: bool) -> Address:
+        """Raises ConfigError where `url` is not one of a server."""
+        try:
+            parts = urlsplit(url)
+            host = (parts.hostname or "").encode("idna").decode()
+            port = parts.port or (443 if parts.scheme == "https" else 80)
+        except ValueError as error:
+            raise ConfigError(f"--base-url {url}: {error}") from None
+        if parts.scheme not in ("http", "https") or not host or parts.query or parts.fragment:
+            raise ConfigError(f"--base-url {url}: should be as in http://127.0.0.1:8000")
+        if any(character <= " " or character == "\x7f" for character in url):
+            raise ConfigError(f"--base-url {url!r}: has a space or a control character")
+        return cls(host, port, parts.path.rstrip("/"), _tls(insecure) if parts.scheme == "https" else None)
+
+    def request(self, method: str, path: str, headers: dict[str, str], content: bytes) -> bytes:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        lines = [f"{method} {self.path}{path} HTTP/1.1", f"host: {host}:{self.port}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        return "\r\n".join([*lines, f"content-length: {len(content)}", "", ""]).encode() + content
+
+
+def _tls(insecure: bool) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    if insecure:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+class Connection(asyncio.Protocol):
+    """One connection, one request at a time."""
+
+    def __init__(self) -> None:
+        self._answer: Answer | None = None
+        self._end: asyncio.Future[None] | None = None
+        self.usable = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self.usable = True
+
+    def send(self, request: bytes, answer: Answer) -> asyncio.Future[None]:
+        """The future ends when the answer is whole; raises Failed where it never will be."""
+        self._answer, self._end = answer, asyncio.get_running_loop().create_future()
+        self._parser = httptools.HttpResponseParser(self)
+        self._type, self._bounded, self.answered = "", False, False
+        answer.sent = time.perf_counter()
+        self._transport.write(request)
+        return self._end
+
+    def close(self) -> None:
+        self.usable, self._answer, self._end = False, None, None
+        self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        self._now = time.perf_counter()
+        answer = self._answer
+        if answer is None:  # nobody asked: whatever it is, the next answer would not begin where it should
+            self.close()
+            return
+        self.answered = True
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._fail(Failed("malformed_http", str(error)))
+        if answer.failure is not None:
+            self._fail(answer.failure)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        name = name.lower()
+        if name == b"content-type":
+            self._type = value.decode("latin-1")
+        self._bounded |= name in (b"content-length", b"transfer-encoding")
+
+    def on_headers_complete(self) -> None:
+        if self._answer is not None:
+            self._answer.begin(self._parser.get_status_code(), self._type)
+
+    def on_body(self, body: bytes) -> None:
+        if self._answer is not None:
+            self._answer.take(body, self._now)
+
+    def on_message_complete(self) -> None:
+        if self._parser.get_status_code() >= 200:
+            self.usable = self.usable and self._parser.should_keep_alive()
+            self._finish()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.usable = False
+        if self._end is None:
+            return
+        if not self.answered:
+            self._fail(Failed("closed_before_answer", "the server closed the connection before it answered"))
+        elif self._type and not self._bounded and error is None:  # the close is the answer's end
+            self._finish()
+        else:
+            self._fail(Failed("closed_mid_stream", "the server closed the connection inside its answer"))
+
+    def _finish(self) -> None:
+        if self._end is not None and not self._end.done():
+            self._end.set_result(None)
+        self._answer = self._end = None
+
+    def _fail(self, failed: Failed) -> None:
+        if self._end is not None and not self._end.done():
+            self._end.set_exception(failed)
+        self.close()
+
+
+class Pool:
+    """Connections to one server; as many as there are requests under way."""
+
+    def __init__(self, address: Address) -> None:
+        self._address = address
+        self._idle: list[Connection] = []
+
+    async def exchange(self, request: bytes, answer: Answer) -> None:
+        """Sends and waits for the whole answer. A kept connection that the server closed meanwhile is no failure of
+        the request: it goes over a new one.
+
+        Raises Failed.
+        """
+        while kept := self._kept():
+            try:
+                await self._over(kept, request, answer)
+                return
+            except Failed as failed:
+                if failed.kind != "closed_before_answer":
+                    raise
+        await self._over(await self._connect(), request, answer)
+
+    def close(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
+
+    def _kept(self) -> Connection | None:
+        while self._idle:
+            if (connection := self._idle.pop()).usable:
+                return connection
+        return None
+
+    async def _over(self, connection: Connection, request: bytes, answer: Answer) -> None:
+        whole = False
+        try:
+            await connection.send(request, answer)
+            whole = True
+        finally:
+            if whole and connection.usable:
+                self._idle.append(connection)
+            else:
+                connection.close()
+
+    async def _connect(self) -> Connection:
+        to = self._address
+        try:
+            _, connection = await asyncio.get_running_loop().create_connection(Connection, to.host, to.port, ssl=to.tls)
+        except ConnectionRefusedError as error:
+            raise Failed("connect_refused", str(error)) from None
+        except OSError as error:
+            raise Failed("connect_failed", str(error)) from None
+        return connection

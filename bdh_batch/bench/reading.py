@@ -1,0 +1,179 @@
+"""Answers as they come: a stream of tokens, or JSON in one piece."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import orjson
+
+from bdh_batch.bench.outcome import Failed, Outcome
+from bdh_batch.bench.sse import Events
+
+DONE = b"[DONE]"
+TOLD_BYTES = 2000  # as much of an error's body is kept
+VISIBLE = ("content", "reasoning_content", "reasoning", "tool_calls", "function_call")
+
+
+class Whole:
+    """An answer in one piece."""
+
+    def __init__(self) -> None:
+        self.sent = 0.0
+        self.failure: Failed | None = None
+        self._status = 0
+        self._body = b""
+
+    def begin(self, status: int, content_type: str) -> None:
+        self._status = status
+
+    def take(self, body: bytes, now: float) -> None:
+        self._body += body
+
+    def json(self) -> Any:
+        """Raises Failed where it is an error, or no JSON."""
+        if self._status != 200:
+            raise refusal(self._status, self._body)
+        try:
+            return orjson.loads(self._body)
+        except orjson.JSONDecodeError as error:
+            raise Failed("malformed_http", f"the answer is no JSON: {error}") from None
+
+
+class Stream:
+    """Writes what a stream says into its outcome; `count` is told of tokens as they come."""
+
+    def __init__(self, outcome: Outcome, count: Callable[[int], None]) -> None:
+        self.failure: Failed | None = None
+        self._outcome = outcome
+        self._count = count
+        self._events = Events()
+        self._status = 0
+        self._error = b""
+        self._done = False
+
+    @property
+    def sent(self) -> float:
+        return self._outcome.sent
+
+    @sent.setter
+    def sent(self, moment: float) -> None:
+        self._outcome.sent = moment
+
+    def begin(self, status: int, content_type: str) -> None:
+        self._status = status
+        if status == 200 and not content_type.lower().startswith("text/event-stream"):
+            self.failure = Failed(
+                "malformed_sse", f"the answer is {content_type or 'of no type'}, not text/event-stream"
+            )
+
+    def take(self, body: bytes, now: float) -> None:
+        if self._status != 200:
+            self._error = (self._error + body)[:TOLD_BYTES]
+        elif self.failure is None:
+            try:
+                for data in self._events.feed(body):
+                    self._event(data, now)
+            except Failed as failed:
+                self.failure = failed
+
+    def finish(self) -> None:
+        """To be called when the answer is whole. Raises Failed where it is not one."""
+        if self.failure is not None:
+            raise self.failure
+        if self._status != 200:
+            raise refusal(self._status, self._error)
+        if self._events.unfinished or not self._done:
+            raise Failed("closed_mid_stream", "the stream ended before `data: [DONE]`")
+        if not self._outcome.times:
+            raise Failed("no_tokens", "the stream bore no token")
+
+    def _event(self, data: bytes, now: float) -> None:
+        if self._done:
+            raise Failed("malformed_sse", "an event after `data: [DONE]`")
+        if data == DONE:
+            self._done = True
+            return
+        event = _object(data)
+        if event.get("error"):
+            raise Failed("error_event", _message(event["error"]))
+        if isinstance(usage := event.get("usage"), dict):
+            self._usage(usage)
+        if choices := event.get("choices"):
+            self._choices(choices, now)
+
+    def _usage(self, usage: dict[str, Any]) -> None:
+        if isinstance(told := usage.get("completion_tokens"), int):
+            self._outcome.told_tokens = told
+        if isinstance(told := usage.get("prompt_tokens"), int):
+            self._outcome.prompt_tokens, self._outcome.prompt_told = told, True
+
+    def _choices(self, choices: object, now: float) -> None:
+        if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+            raise Failed("malformed_sse", "an event whose choices are no list of objects")
+        outcome = self._outcome
+        tokens, whence = 0, "events"
+        for choice in choices:
+            borne, source = tokens_of(choice)
+            tokens += borne
+            whence = source if borne else whence
+            outcome.pieces.append(text_of(choice))
+        outcome.ended = now
+        if tokens:
+            outcome.times.append(now)
+            outcome.listed_tokens += tokens
+            outcome.listed_by = whence
+            self._count(tokens)
+
+
+def tokens_of(choice: dict[str, Any]) -> tuple[int, str]:
+    """How many tokens an event bears, and what says so.
+
+    Where it lists none, it bears one if it shows something, or if there is nothing else that it could be for: an event
+    that only names the role or the reason of the end bears none.
+    """
+    logprobs = choice.get("logprobs")
+    scored = logprobs if isinstance(logprobs, dict) else {}
+    for listed, whence in (
+        (choice.get("token_ids"), "token_ids"),
+        (scored.get("tokens"), "logprobs"),
+        (scored.get("content"), "logprobs"),
+    ):
+        if isinstance(listed, list):
+            return len(listed), whence
+    delta = choice.get("delta")
+    if isinstance(delta, dict):
+        other_use = "role" in delta or choice.get("finish_reason")
+        shows = any(delta.get(name) for name in VISIBLE)
+    else:
+        other_use, shows = choice.get("finish_reason"), bool(choice.get("text"))
+    return int(shows or not other_use), "events"
+
+
+def text_of(choice: dict[str, Any]) -> str:
+    held = choice["delta"].get("content") if isinstance(choice.get("delta"), dict) else choice.get("text")
+    return held if isinstance(held, str) else ""
+
+
+def refusal(status: int, body: bytes) -> Failed:
+    """An answer with another status than 200; its message, if it has OpenAI's shape."""
+    try:
+        held = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        held = body.decode("utf-8", "replace")
+    return Failed(f"http_{status}", _message(held.get("error", held) if isinstance(held, dict) else held))
+
+
+def _message(error: Any) -> str:
+    held = error.get("message", error) if isinstance(error, dict) else error
+    return " ".join(str(held).split())[:300]
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    try:
+        held = orjson.loads(data)
+    except orjson.JSONDecodeError as error:
+        raise Failed("malformed_sse", f"an event that is no JSON: {error}: {data[:80]!r}") from None
+    if not isinstance(held, dict):
+        raise Failed("malformed_sse", f"an event that is no object: {data[:80]!r}")
+    return held
