@@ -99,7 +99,7 @@ class KeyFile:
     def _lines(self) -> list[tuple[str, Key | None]]:
         """The lines as they are, and the key in each that has one."""
         try:
-            lines = self.path.read_text().splitlines()
+            lines = self.path.read_text("utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{self.path} cannot be read ({_reason(error)})") from None
         return [(line, self._key(line, number)) for number, line in enumerate(lines, 1)]

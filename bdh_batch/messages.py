@@ -152,7 +152,7 @@ class GenerationRequest:
     id: str
     prompt: Text | Sequence[int]
     max_tokens: int
-    max_tokens_asked: bool = True  # False where it is a default, which gives way to the model's longest context
+    max_tokens_param: str | None = "max_tokens"  # the field that said so; None where it is a default, which gives way
     sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()

@@ -49,7 +49,7 @@ class TestCommands:
 
     @pytest.mark.parametrize("by_name", [True, False])
     def test_a_revoked_key_is_gone_and_nothing_else(self, path: Path, capsys: Captured, by_name: bool) -> None:
-        path.write_text("# ours\nplain-key  # a note\n\n")
+        path.write_text("\ufeff# ours\nplain-key  # a note\n\n")
         add(path, "kept")
         secret = add(path, "gone", requests_per_minute=5)
         before = path.read_text()

@@ -211,11 +211,12 @@ class LocalBackend:
             return request.max_tokens
         room = self._max_model_len - prompt
         if room < min(1, request.max_tokens):
-            text = f"{prompt} prompt tokens leave no room for an answer within this server's {self._max_model_len}."
+            room_for = "leave no room for an answer within" if request.max_tokens else "exceed"
+            text = f"{prompt} prompt tokens {room_for} this server's {self._max_model_len}."
             raise ContextLengthExceeded(text, request.prompt_param)
-        if request.max_tokens_asked and request.max_tokens > room:
+        if request.max_tokens_param is not None and request.max_tokens > room:
             text = f"{prompt} prompt tokens and {request.max_tokens} to generate exceed {self._max_model_len}."
-            raise ContextLengthExceeded(text, "max_tokens")
+            raise ContextLengthExceeded(text, request.max_tokens_param)
         if request.min_tokens > room:
             text = f"{prompt} prompt tokens and {request.min_tokens} to generate exceed {self._max_model_len}."
             raise ContextLengthExceeded(text, "min_tokens")

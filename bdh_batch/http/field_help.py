@@ -37,7 +37,7 @@ HELP = {
     "logit_bias": "Token ids, as strings, to what is added to their scores; 100 almost forces, -100 almost bans.",
     "logprobs": "Tokens are told with their log-probabilities, and those of this many likeliest.",
     "ChatBody.logprobs": "Whether tokens are told with their log-probabilities.",
-    "max_completion_tokens": "As `max_tokens`, before which it goes.",
+    "max_completion_tokens": "As `max_tokens`; given both, they must agree.",
     "max_tokens": "Most tokens of an answer; with its prompt at most `max_model_len`.",
     "CompletionBody.max_tokens": "Most tokens of an answer; with its prompt at most `max_model_len`. 0 needs `echo`.",
     "messages": "The conversation so far. Only the assistant's have `tool_calls`.",

@@ -69,7 +69,8 @@ class Quota:
         self._check_lengths(mine)
         prompts = sum(len(each.tokens) for each in mine[:: mine[0].n])  # a prompt counts once, as in `usage`
         most = prompts + sum(each.max_tokens for each in mine)
-        reservation = await self._rates.reserve(caller, most, request.state.standing)
+        param = mine[0].prompt_param if mine[0].pool else mine[0].max_tokens_param or "max_tokens"
+        reservation = await self._rates.reserve(caller, most, request.state.standing, param)
         if reservation is None:
             return backend.generate(mine)
         try:

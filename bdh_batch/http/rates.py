@@ -80,8 +80,10 @@ class Rates:
         if not allowed:
             raise self._refusal(f"Limited to {item.amount} requests a minute.", wait)
 
-    async def reserve(self, caller: Caller, tokens: int, standing: dict[str, str]) -> Reservation | None:
-        """Takes `tokens` from what `caller` has left; None where it has no limit.
+    async def reserve(
+        self, caller: Caller, tokens: int, standing: dict[str, str], param: str = "max_tokens"
+    ) -> Reservation | None:
+        """Takes `tokens`, which `param` has asked for, from what `caller` has left; None where it has no limit.
 
         Raises:
             InvalidRequest: so many are not to be had in any minute.
@@ -92,7 +94,7 @@ class Rates:
             return None
         if tokens > item.amount:
             text = f"The request may need {tokens} tokens, and {item.amount} a minute are all there is; ask for fewer."
-            raise InvalidRequest(text, "max_tokens", "tokens_per_minute_exceeded")
+            raise InvalidRequest(text, param, "tokens_per_minute_exceeded")
         reservation, remaining, wait = await self._ledger.ask(partial(_reserve, item, caller.label, tokens))
         _tell(standing, "tokens", item.amount, remaining, wait)
         if reservation is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import blake2b
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
@@ -176,6 +177,7 @@ class GenerationBody(Formatted):
         param: str,
         asked: int | None,
         defaults: Defaults,
+        asked_by: str = "max_tokens",
     ) -> list[GenerationRequest]:
         """So many answers to each prompt as are tried, a prompt's side by side."""
         max_tokens = defaults.max_tokens if asked is None else asked
@@ -187,9 +189,8 @@ class GenerationBody(Formatted):
                 prompt=prompt,
                 prompt_param=param,
                 max_tokens=max_tokens,
-                max_tokens_asked=asked is not None,
-                # Answers to one prompt must differ, and the first be that of n = 1.
-                sampling=replace(sampling, seed=sampling.seed + answer & 0xFFFFFFFFFFFFFFFF),
+                max_tokens_param=None if asked is None else asked_by,
+                sampling=replace(sampling, seed=seed_of(self.seed, answer)),
                 stop=tuple(self.stop or ()),
                 stop_token_ids=tuple(self.stop_token_ids or ()),
                 include_stop=bool(self.include_stop_str_in_output),
@@ -227,8 +228,14 @@ class GenerationBody(Formatted):
             repetition_penalty=self.repetition_penalty or 1.0,
             logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
             logprobs=0 if ranked and self.top is None else self.top,
-            seed=secrets.randbits(64) if self.seed is None else self.seed,
         )
+
+
+def seed_of(asked: int | None, answer: int) -> int:
+    """Answers to one prompt must differ, the first be that of n = 1, and none be another seed's."""
+    if asked is None:
+        return secrets.randbits(64)
+    return int.from_bytes(blake2b(f"{asked} {answer}".encode(), digest_size=8).digest()) if answer else asked
 
 
 class CompletionBody(GenerationBody):
@@ -285,8 +292,12 @@ class ChatBody(ConversationBody, GenerationBody):
     def requests(self, request_id: str, defaults: Defaults, prompt: Text) -> list[GenerationRequest]:
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs goes with logprobs: true.", "top_logprobs")
-        max_tokens = self.max_completion_tokens or self.max_tokens
-        return self._requests(request_id, [prompt], "messages", max_tokens, defaults)
+        if self.max_completion_tokens is None:
+            return self._requests(request_id, [prompt], "messages", self.max_tokens, defaults)
+        if self.max_tokens not in (None, self.max_completion_tokens):
+            raise InvalidRequest("max_tokens and max_completion_tokens say different things.", "max_tokens")
+        asked, asked_by = self.max_completion_tokens, "max_completion_tokens"
+        return self._requests(request_id, [prompt], "messages", asked, defaults, asked_by)
 
     def source(self) -> Source | None:
         return self.calls(self.schema_asked, super().source()) if self.may_call else super().source()

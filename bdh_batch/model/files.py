@@ -131,8 +131,9 @@ def _load_pickle(file: Path) -> object:
         if strange := re.search(r"GLOBAL (\S+)", str(error)):
             raise CheckpointError(
                 f"{file}: holds pickled objects besides tensors ({shown(strange[1])}), which are not loaded because "
-                "they can run code. Where you trust the file, load it with the code it comes from and rewrite it: "
-                'torch.save({"model": model.state_dict(), "config": dataclasses.asdict(config)}, …)'
+                "they can run code. Where you trust the file, load it with the code it comes from and rewrite it, "
+                "its config as a plain dict (dataclasses.asdict or vars makes one): "
+                'torch.save({"model": model.state_dict(), "config": {…}}, …)'
             ) from error
         raise CheckpointError(f"{file}: damaged, or not a torch file") from error
     except Exception as error:  # of a file that is no checkpoint, the unpickler makes any error at all

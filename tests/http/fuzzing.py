@@ -162,4 +162,6 @@ def _brief(case: AnyCase) -> AnyCase:
                 body[name] = MOST_TOKENS
         if not names:
             body["max_tokens"] = MOST_TOKENS
+        elif len(names) == 2 and None not in (body[names[0]], body[names[1]]):
+            body[names[0]] = body[names[1]]  # they must agree
     return case

@@ -270,6 +270,13 @@ class TestRanges:
         for most in (MODEL_LIMIT, 2**63 - 1, 2**64 - 1):
             assert tiny.refusal(BODIES[path] | {"max_tokens": most}, path)["code"] == "context_length_exceeded"
 
+    def test_of_max_tokens_under_two_names_must_agree(self, tiny: Server) -> None:
+        assert tiny.refusal(message() | {"max_tokens": 3, "max_completion_tokens": 4}, CHAT)["param"] == "max_tokens"
+        both = message() | {"max_tokens": 3, "max_completion_tokens": 3}
+        assert tiny.http.post(CHAT, json=both).json()["usage"]["completion_tokens"] == 3
+        error = tiny.refusal(message() | {"max_completion_tokens": 2**40}, CHAT)
+        assert (error["param"], error["code"]) == ("max_completion_tokens", "context_length_exceeded")
+
     @pytest.mark.parametrize("value", [0, -1])
     def test_of_max_completion_tokens_begin_at_one(self, tiny: Server, value: int) -> None:
         assert tiny.refusal(message() | {"max_completion_tokens": value}, CHAT)["param"] == "max_completion_tokens"

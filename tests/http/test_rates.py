@@ -111,8 +111,8 @@ async def test_tokens_are_reserved_and_what_is_not_used_comes_back(storage: str,
 
 async def test_more_tokens_than_a_minute_has_are_a_bad_request() -> None:
     with pytest.raises(InvalidRequest) as refused:
-        await rates_of(tokens_per_minute=100).reserve(ANN, 101, {})
-    assert refused.value.param == "max_tokens"
+        await rates_of(tokens_per_minute=100).reserve(ANN, 101, {}, "input")
+    assert refused.value.param == "input"
 
 
 async def test_a_window_that_has_ended_takes_nothing_back(storage: str, ann: Caller) -> None:

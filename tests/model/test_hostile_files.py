@@ -159,7 +159,7 @@ def test_pickled_objects_are_refused_by_name_with_the_way_to_convert(tmp_path: P
     saved = {"model": random_state(CONFIG), "config": Config()}
     message = refusal(formats.save(tmp_path, saved, _use_new_zipfile_serialization=zipped))
     assert "(tests.model.test_hostile_files.Config)" in message
-    assert "dataclasses.asdict(config)" in message
+    assert "dataclasses.asdict" in message
 
 
 def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
