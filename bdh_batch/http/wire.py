@@ -9,7 +9,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from hashlib import blake2b
 from typing import Annotated, Any, Literal, TypeVar
 
 import orjson
@@ -232,10 +231,8 @@ class GenerationBody(Formatted):
 
 
 def seed_of(asked: int | None, answer: int) -> int:
-    """Answers to one prompt must differ, the first be that of n = 1, and none be another seed's."""
-    if asked is None:
-        return secrets.randbits(64)
-    return int.from_bytes(blake2b(f"{asked} {answer}".encode(), digest_size=8).digest()) if answer else asked
+    """Answers to one prompt must differ; each is that of a request with a seed of its own, as in vLLM."""
+    return secrets.randbits(64) if asked is None else asked + answer & 0xFFFFFFFFFFFFFFFF
 
 
 class CompletionBody(GenerationBody):

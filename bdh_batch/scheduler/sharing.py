@@ -1,7 +1,7 @@
 """Beginnings that sequences have in common are computed once: kept for later ones, and waited for by present ones.
 
-A state is wanted where a prompt ends (but for its last token, which every sequence computes itself), at powers of two,
-where prompts were seen to part, and where a sequence waits for it. There a chunk of prefill ends, and the next plan
+A state is wanted where a prompt ends (but for its last token, which every sequence computes itself), where a chat's
+instructions and its earlier turns do, at powers of two, where prompts were seen to part, and where a sequence waits for it. There a chunk of prefill ends, and the next plan
 copies the state before the sequence goes on. A fork is no more than sequences that wait for the first of them.
 """
 
@@ -189,7 +189,7 @@ class Sharing:
         last = len(sequence.prompt) - 1
         powers = (1 << bit for bit in range(FIRST_POWER.bit_length() - 1, last.bit_length()))
         wanted = {min(last, self._recent.parting(self._namespace(sequence), self._packed(sequence)))}
-        wanted.update(power for power in powers if power < last)
+        wanted.update(at for at in (*powers, *sequence.breaks) if at < last)
         if alone or len(sequence.prompt) >= LONG:  # a step more for the last token: dear beside others' steps
             wanted.add(last)
         return wanted

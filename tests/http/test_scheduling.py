@@ -229,6 +229,16 @@ def test_a_full_queue_is_full_for_the_key_that_fills_it(serve: ServeFactory) -> 
     assert statuses == [200] * 9 + [429]
 
 
+def test_a_chats_instructions_are_kept_for_the_next_one(tiny: Server, alone: Server) -> None:
+    system = {"role": "system", "content": f"instructions: {STEM}"}
+    bodies = [{"messages": [system, {"role": "user", "content": said}], "max_tokens": 8, "seed": 1} for said in "ab"]
+    first, second = (tiny.http.post("/v1/chat/completions", json=body).json() for body in bodies)
+    assert second["usage"]["prompt_tokens_details"]["cached_tokens"] == len(f"system: {system['content']}\n")
+    assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+    plain = alone.http.post("/v1/chat/completions", json=bodies[1]).json()
+    assert second["choices"] == plain["choices"]
+
+
 def test_keys_do_not_see_each_others_beginnings(keyed: Server) -> None:
     prompt = "mine alone: " + STEM
     cached = []
