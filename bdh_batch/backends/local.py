@@ -39,7 +39,7 @@ class LocalGeneration:
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         while self._open:
             deltas = await self._mailbox.take()
-            self._open -= sum(delta.finish_reason is not None for _, delta in deltas)
+            self._open -= sum([delta.finish_reason is not None for _, delta in deltas])
             yield deltas
 
     def abort(self) -> None:

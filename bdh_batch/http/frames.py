@@ -67,6 +67,8 @@ class Frames:
 
     kind: str
     chunk_kind: str
+    before_text: bytes  # in the choice of a frame
+    after_text: bytes
 
     def __init__(self, answer: Answer, tokenizer: Tokenizer) -> None:
         self._answer = answer
@@ -75,6 +77,8 @@ class Frames:
         self._head = b"data: " + head[:-1] + b',"choices":[{"index":'
         self._tail = b'}],"usage":null}\n\n' if answer.include_usage else b"}]}\n\n"
         self._usage_head = b"data: " + head[:-1] + b',"choices":[],"usage":'
+        self._only_text = not (answer.token_ids or answer.echo or answer.logprobs is not None)
+        self._after_only_text = self.after_text + b',"logprobs":null,"finish_reason":null'
 
     def opening(self, prompts: Sequence[Sequence[int]]) -> bytes:
         """Frames before the first token."""
@@ -82,6 +86,9 @@ class Frames:
 
     def delta(self, index: int, delta: Delta) -> bytes:
         """A frame for what sequence `index` gained; none where nothing of it can be shown yet."""
+        if self._only_text and delta.text and delta.finish_reason is None:  # most are, and it costs less
+            parts = (self._head, index, self.before_text, orjson.dumps(delta.text), self._after_only_text, self._tail)
+            return b"%b%d,%b%b%b%b" % parts
         text, logprobs = self._parts(index, delta)
         shows = text or delta.finish_reason or delta.scores or delta.prompt_scores
         if not (shows or self._answer.token_ids):
@@ -153,7 +160,7 @@ class Frames:
         raise NotImplementedError
 
     def _content(self, text: str) -> bytes:
-        raise NotImplementedError
+        return self.before_text + orjson.dumps(text) + self.after_text
 
     def _whole_content(self, text: str) -> dict[str, Any]:
         raise NotImplementedError
@@ -161,6 +168,7 @@ class Frames:
 
 class CompletionFrames(Frames):
     kind = chunk_kind = "text_completion"
+    before_text, after_text = b'"text":', b""
 
     def __init__(self, answer: Answer, tokenizer: Tokenizer) -> None:
         super().__init__(answer, tokenizer)
@@ -195,15 +203,13 @@ class CompletionFrames(Frames):
         empty = self._content("") + b',"logprobs":null,"finish_reason":null,"token_ids":[]'
         return b"".join(self._frame(index, empty + self._prompt_ids(prompt)) for index, prompt in enumerate(prompts))
 
-    def _content(self, text: str) -> bytes:
-        return b'"text":' + orjson.dumps(text)
-
     def _whole_content(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
 
 class ChatFrames(Frames):
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    before_text, after_text = b'"delta":{"content":', b"}"
 
     def _parts(self, index: int, delta: Delta) -> tuple[str, dict[str, Any] | None]:
         if self._answer.logprobs is None or delta.scores is None:
@@ -215,7 +221,7 @@ class ChatFrames(Frames):
         return b"".join(self._frame(index, role + self._prompt_ids(prompt)) for index, prompt in enumerate(prompts))
 
     def _content(self, text: str) -> bytes:
-        return b'"delta":{"content":' + orjson.dumps(text) + b"}" if text else b'"delta":{}'
+        return super()._content(text) if text else b'"delta":{}'
 
     def _whole_content(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}

@@ -39,29 +39,39 @@ class EventStream(Response):
             if (failed := _failure(first)) is not None:
                 raise failed
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-            async for body in self._chunks(first, arriving):
-                await send({"type": "http.response.body", "body": body, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await self._write(send, self._opening() + self._body(first))
+            async for deltas in arriving:
+                await self._write(send, self._body(deltas))
+                if (failed := _failure(deltas)) is not None:
+                    break
+            last = self._frames.closing(self._usage()) if failed is None else error_frame(failed)
+            await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _chunks(self, first: Deltas, arriving: AsyncIterator[Deltas]) -> AsyncIterator[bytes]:
+    async def _write(self, send: Send, body: bytes) -> None:
+        if body:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    def _opening(self) -> bytes:
         if self._frames.continuous_usage:
             self._frames.tell(self._usage())
-        opening = self._frames.opening(self._generation.prompts)
-        async for arrived in _joined(first, arriving):
-            deltas = self._together.take(arrived)
-            if body := opening + b"".join(self._frame(index, delta) for index, delta in deltas if delta.error is None):
-                yield body
-                opening = b""
-            if (failed := _failure(deltas)) is not None:
-                yield error_frame(failed)
-                return
-        yield self._frames.closing(self._usage())
+        return self._frames.opening(self._generation.prompts)
 
-    def _frame(self, index: int, delta: Delta) -> bytes:
-        self._completion_tokens += len(delta.tokens)
+    def _body(self, arrived: Deltas) -> bytes:
+        """The frames of all that may go now."""
+        deltas = [(index, delta) for index, delta in self._together.take(arrived) if delta.error is None]
         if self._frames.continuous_usage:
-            self._frames.tell(self._usage())
-        return self._frames.delta(index, delta)
+            return self._with_usage(deltas)
+        self._completion_tokens += sum([len(delta.tokens) for _, delta in deltas])
+        return b"".join([self._frames.delta(index, delta) for index, delta in deltas])
+
+    def _with_usage(self, deltas: Deltas) -> bytes:
+        known = self._usage()
+        frames = []
+        for index, delta in deltas:
+            self._completion_tokens += len(delta.tokens)
+            self._frames.tell(Usage(known.prompt_tokens, self._completion_tokens, known.cached_tokens))
+            frames.append(self._frames.delta(index, delta))
+        return b"".join(frames)
 
     def _usage(self) -> Usage:
         generation = self._generation
@@ -110,11 +120,8 @@ async def abort_when_left(generation: Generation, receive: Receive) -> AsyncIter
         generation.abort()
 
 
-async def _joined(first: Deltas, rest: AsyncIterator[Deltas]) -> AsyncIterator[Deltas]:
-    yield first
-    async for deltas in rest:
-        yield deltas
-
-
 def _failure(deltas: Deltas) -> BDHError | None:
-    return next((delta.error for _, delta in deltas if delta.error is not None), None)
+    for _, delta in deltas:
+        if delta.error is not None:
+            return delta.error
+    return None

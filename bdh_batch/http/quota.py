@@ -32,7 +32,7 @@ class Metered:
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         async for deltas in self._generation:
-            self._tokens += sum(len(delta.tokens) for _, delta in deltas)
+            self._tokens += sum([len(delta.tokens) for _, delta in deltas])
             yield deltas
 
     def abort(self) -> None:

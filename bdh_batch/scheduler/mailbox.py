@@ -18,16 +18,15 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._pending: list[tuple[int, Delta]] = []
-        self._last: dict[int, Delta] = {}
+        self._last: dict[int, Delta] = {}  # of each sequence, from BACKLOG on
         self._arrived = asyncio.Event()
 
     def put(self, index: int, delta: Delta) -> None:
-        if len(self._pending) >= BACKLOG and index in self._last:
-            self._last[index].absorb(delta)
-        else:
+        if len(self._pending) < BACKLOG:
             self._pending.append((index, delta))
-            self._last[index] = delta
-        self._arrived.set()
+            self._arrived.set()
+        else:
+            self._merge(index, delta)
 
     async def take(self) -> list[tuple[int, Delta]]:
         """Waits for the next deltas; gives all that are there, oldest first."""
@@ -36,3 +35,12 @@ class Mailbox:
         pending, self._pending = self._pending, []
         self._last.clear()
         return pending
+
+    def _merge(self, index: int, delta: Delta) -> None:
+        if not self._last:
+            self._last.update(self._pending)
+        if index in self._last:
+            self._last[index].absorb(delta)
+        else:
+            self._pending.append((index, delta))
+            self._last[index] = delta

@@ -22,6 +22,7 @@ class TextStream:
         self.held = ""  # the end of the text, while a stop string may be beginning there
         self._decoder = decoder
         self._stop = tuple(stop)
+        self._beginnings = frozenset(each[0] for each in stop)
         self._include_stop = include_stop
         self._early = min_tokens  # tokens that come before one can complete a stop string
 
@@ -45,7 +46,7 @@ class TextStream:
         return text + held
 
     def _release(self, text: str) -> str:
-        if not self._stop or not text:
+        if not text or (not self.held and self._beginnings.isdisjoint(text)):
             return text
         known, text = len(self.held), self.held + text
         if self._early <= 0 and (cut := self._cut(text, known)) is not None:

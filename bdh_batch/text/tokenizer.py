@@ -46,6 +46,9 @@ class Tokenizer(Protocol):
     def token_bytes(self, token: int) -> bytes | None:
         """What `token` stands for; None where that is not known."""
 
+    def __hash__(self) -> int:
+        """It is always itself: what is found of its tokens may be kept."""
+
 
 class ByteTokenizer:
     """A token is a byte of UTF-8."""

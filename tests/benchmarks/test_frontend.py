@@ -1,0 +1,54 @@
+"""The front door's benchmark: its clients count what is there, and it runs all of its sides."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import frontend
+from benchmarks.client import Served
+from benchmarks.frontend import COMPLETIONS, SIDES, WISHES, Crowd, Side, request, turn
+from tests.conftest import Server
+
+SENT = b'HTTP/1.1 200 OK\r\n\r\n1f\r\ndata: {"text":"\\n\\n"}\n\n\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n'
+TOLD = {"prompt": "Count these.", "return_token_ids": True}  # an event for each token, though its text may be none
+
+
+async def test_events_are_counted_however_their_bytes_are_cut(tiny: Server) -> None:
+    for length in range(1, len(SENT)):
+        crowd = Crowd(Served(tiny.port, tiny.process.pid), b"", 1)
+        for start in range(0, len(SENT), length):
+            crowd.streams[0].data_received(SENT[start : start + length])
+        assert crowd.streams[0].events == 2
+        assert crowd.streams[0].reads == -(-len(SENT) // length)
+
+
+@pytest.mark.parametrize("together", [1, 4])
+async def test_a_stream_has_the_events_that_its_side_says(tiny: Server, together: int) -> None:
+    body = {**TOLD, "stream_options": {"chunk_tokens": together, "include_usage": True}}
+    side = Side("", COMPLETIONS, body, more=3, together=together)  # the prompt's tokens, the usage, the end
+    crowd = Crowd(Served(tiny.port, tiny.process.pid), request(side, 10), 3)
+    await crowd.run()
+    stream = tiny.raw({**body, "max_tokens": 10, "temperature": 0.0, "stream": True})
+    frames = stream.read_all().count(b"data: ")
+    stream.close()
+    assert {stream.events for stream in crowd.streams} == {side.events(10)} == {frames}
+
+
+async def test_no_figure_where_events_are_missing(tiny: Server) -> None:
+    wrong = Side("", COMPLETIONS, TOLD, more=5)
+    with pytest.raises(SystemExit, match="a stream should have 15 events, but there were"):
+        await turn("wrong", wrong, Served(tiny.port, tiny.process.pid), 2, 10)
+
+
+def test_all_sides_have_figures(tmp_path: Path) -> None:
+    out = tmp_path / "frontend.json"
+    frontend.main(["--streams", "3", "--tokens", "60", "--rounds", "1", "--out", str(out)])
+    report = json.loads(out.read_text())
+    assert set(report["sides"]) == set(SIDES)
+    assert set(report["server_us_per_token_more_than_plain"]) == set(WISHES)
+    assert all(side["events_per_second"] > 0 for side in report["sides"].values())
+    assert all(side["events_per_read"] > 0 for side in report["sides"].values())
+    assert report["events_ratio_to"]["bare"]["ahead"]["value"] > 0
