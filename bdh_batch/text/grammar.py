@@ -87,7 +87,7 @@ class _Bytes:
 
 
 def byte_vocabulary(size: int, ends: Sequence[int] = ()) -> Vocabulary:
-    """Of a model of `size` tokens, 256 or more, of which the first are bytes, and whose texts end with one of `ends`."""
+    """Of a model of bytes, padded to `size` tokens, whose texts end with one of `ends`."""
     known = list(ends) or [BYTES]
     tokens = LLTokenizer(TokenizerWrapper(_Bytes(known)), eos_token=known, slices=[])
     return Vocabulary(tokens, size, frozenset(ends))
