@@ -8,7 +8,8 @@ import shutil
 import signal
 import socket
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +109,19 @@ class TestStart:
         assert all(word in line for word in words), line
 
 
+@pytest.fixture(scope="module")
+def forsaken(serve: ServeFactory, long_name: str) -> Iterator[Future[int]]:
+    """How a server ends that is told to while a client does not read; it waits as long for that one as it may."""
+    options = ("server.drain_seconds=0.1", f"model.name={long_name}")
+    with serve(*options, model=TINY, cutting=True) as server, ThreadPoolExecutor(1) as pool:
+        sleeper = server.raw(ENDLESS | {"n": 10}, receive_buffer=4096)
+        server.until(lambda m: m["bdh_generation_tokens_total"] > 2500, 30)
+        server.terminate()
+        yield pool.submit(server.exit_code, 3 * QUICKLY)
+        sleeper.close()
+
+
+@pytest.mark.usefixtures("forsaken")  # which ends while these tests run
 def test_nothing_is_served_before_the_model_is_warm(serve: ServeFactory) -> None:
     """Warming computes a prefill chunk: a large one takes long enough to be seen."""
     with serve("scheduler.prefill_tokens=512", "scheduler.max_running=8", wait=False) as server:
@@ -225,10 +239,5 @@ def test_a_second_signal_does_not_wait_for_the_drain(serve: ServeFactory) -> Non
         stream.close()
 
 
-def test_a_client_that_does_not_read_does_not_keep_the_server_from_ending(serve: ServeFactory, long_name: str) -> None:
-    with serve("server.drain_seconds=0.1", f"model.name={long_name}", model=TINY, cutting=True) as server:
-        sleeper = server.raw(ENDLESS | {"n": 10}, receive_buffer=4096)
-        server.until(lambda m: m["bdh_generation_tokens_total"] > 2500, 30)
-        server.terminate()
-        assert server.exit_code(3 * QUICKLY) == 0
-        sleeper.close()
+def test_a_client_that_does_not_read_does_not_keep_the_server_from_ending(forsaken: Future[int]) -> None:
+    assert forsaken.result() == 0

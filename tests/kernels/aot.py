@@ -7,6 +7,7 @@ whether it compiles or interprets, and the other tests interpret.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -113,6 +114,7 @@ def type_of(argument: str, case: Case) -> str:
 
 
 def main() -> None:
+    os.nice(10)  # tests run beside it
     everything = list(cases())
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         results = pool.map(compiled, everything, chunksize=4)

@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +15,50 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton from 3.9 on warns where this is not said
+
+
+COMPILING = pytest.StashKey[subprocess.Popen[str]]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Begins to compile the Triton kernels, for `test_aot.py`, beside the first tests, which leave a core idle.
+
+    What has not changed since the last run is taken from Triton's cache, which knows a kernel by its source, the
+    functions it calls, its constants and options, and the compiler. A fresh checkout compiles all of them.
+    """
+    config = session.config
+    if config.option.collectonly or not any(item.path.name == "test_aot.py" for item in session.items):
+        return
+    cache = config.cache
+    folder = {"TRITON_CACHE_DIR": str(cache.mkdir("triton"))} if cache else {}
+    config.stash[COMPILING] = subprocess.Popen(
+        [sys.executable, "-m", "tests.kernels.aot"],
+        env=os.environ | folder | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"},
+        cwd=config.rootpath,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Where the tests ended before they came to it, it ends with its children."""
+    process = config.stash.get(COMPILING, None)
+    if process is not None and process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+@pytest.fixture(scope="session")
+def compiled_ahead(pytestconfig: pytest.Config) -> str:
+    """What `tests/kernels/aot.py` prints."""
+    process = pytestconfig.stash[COMPILING]
+    told, problem = process.communicate()
+    assert process.returncode == 0, problem
+    return told
 
 
 @pytest.fixture(autouse=True)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -20,26 +17,9 @@ Results = dict[str, dict[str, int | str]]
 
 
 @pytest.fixture(scope="module")
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
-    """In another process, since this one interprets the kernels.
-
-    What has not changed since the last run is taken from Triton's cache, which knows a kernel by its source, the
-    functions it calls, its constants and options, and the compiler. A fresh checkout compiles all of them.
-    """
-    cache = request.config.cache
-    folder = cache.mkdir("triton") if cache else tmp_path_factory.mktemp("triton")
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "0",
-        "TRITON_CACHE_DIR": str(folder),
-        "TRITON_DEFAULT_FP_FUSION": "1",
-    }
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.aot"], env=environment, cwd=root, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    read: Results = json.loads(done.stdout)
+def results(compiled_ahead: str) -> Results:
+    """From another process, since this one interprets the kernels."""
+    read: Results = json.loads(compiled_ahead)
     return read
 
 
