@@ -2,8 +2,8 @@
 
 A state is wanted where a prompt ends (but for its last token, which every sequence computes itself), where a chat's
 instructions and its earlier turns do, at powers of two, where prompts were seen to part, and where a sequence waits for
-it. There a chunk of prefill ends, and the next plan copies the state before the sequence goes on. A fork is no more than
-sequences that wait for the first of them.
+it. There a chunk of prefill ends, and the next plan copies the state before the sequence goes on. A fork is no more
+than sequences that wait for the first of them.
 """
 
 from __future__ import annotations
