@@ -11,6 +11,7 @@ from bdh_batch.errors import InvalidRequest
 from bdh_batch.messages import Text
 
 BYTES = 256
+ASCII = 128  # tokens below it are characters by themselves
 NO_BYTE = b"\xff"  # tokens of a vocabulary padded past 256: no text led to them, and they decode as invalid bytes do
 
 
@@ -74,15 +75,17 @@ class ByteTokenizer:
 class ByteDecoder:
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.unfinished = False
 
     def push(self, token: int) -> str:
-        return self._utf8.decode(bytes([token]) if token < BYTES else NO_BYTE)
-
-    @property
-    def unfinished(self) -> bool:
-        return bool(self._utf8.getstate()[0])
+        if token < ASCII and not self.unfinished:  # most tokens, once for each of them
+            return chr(token)
+        text = self._utf8.decode(bytes([token]) if token < BYTES else NO_BYTE)
+        self.unfinished = bool(self._utf8.getstate()[0])
+        return text
 
     def flush(self) -> str:
+        self.unfinished = False
         return self._utf8.decode(b"", final=True)
 
 
