@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from httpx import Response
 
 if TYPE_CHECKING:
     from tests.conftest import RawStream, ServeFactory, Server
@@ -218,12 +219,18 @@ def test_a_key_that_asks_for_little_is_served_whatever_another_queues(keyed: Ser
 def test_a_full_queue_is_full_for_the_key_that_fills_it(serve: ServeFactory) -> None:
     flood, drop = ({"authorization": f"Bearer {key}"} for key in KEYS)
     options = ["auth.enabled=true", f"auth.api_keys={','.join(KEYS)}", "scheduler.max_running=2"]
-    body = {"prompt": "a", "max_tokens": 400}
+    body = {"prompt": "a", "max_tokens": 1}
+
+    def ask_as_flood(most: int) -> Response:
+        return server.http.post("/v1/completions", json=body | {"max_tokens": most}, headers=flood)
+
     with serve(*options, "scheduler.max_queued_requests=8", model=TINY) as server, ThreadPoolExecutor(10) as pool:
-        flooding = [pool.submit(server.http.post, "/v1/completions", json=body, headers=flood) for n in range(10)]
+        flooding = [pool.submit(ask_as_flood, 1000) for _ in range(2)]
+        server.until(lambda m: m["bdh_num_requests_running"] == 2, 10)
+        flooding += [pool.submit(ask_as_flood, 1) for _ in range(8)]
         server.until(lambda m: (m["bdh_num_requests_running"], m["bdh_num_requests_waiting"]) == (2, 8), 10)
-        assert server.http.post("/v1/completions", json=body, headers=flood).status_code == 429
-        answer = server.http.post("/v1/completions", json=body | {"max_tokens": 1}, headers=drop)
+        assert ask_as_flood(1).status_code == 429
+        answer = server.http.post("/v1/completions", json=body, headers=drop)
         assert answer.status_code == 200, answer.text
         statuses = sorted(future.result().status_code for future in flooding)
     assert statuses == [200] * 9 + [429]
