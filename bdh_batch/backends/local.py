@@ -187,7 +187,7 @@ class LocalBackend:
         else:
             self._check(tokens, param)
         if not tokens:
-            raise InvalidRequest("The prompt is empty.", param)
+            raise InvalidRequest(f"{param}: Input should not be empty.", param)
         return replace(request, prompt=tokens, breaks=breaks)
 
     async def _encode(self, prompt: Text, param: str) -> tuple[Many[int], tuple[int, ...]]:

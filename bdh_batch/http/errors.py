@@ -8,6 +8,7 @@ import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from bdh_batch.errors import (
     BDHError,
@@ -134,11 +135,21 @@ async def handle_error(request: Request, error: Exception) -> Response:
 async def handle_http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own: unknown path, method that a path does not have."""
     assert isinstance(error, HTTPException)
-    messages = {404: f"There is nothing at {request.url.path}.", 405: f"{request.url.path} has no {request.method}."}
+    messages = {404: _nothing_at(request), 405: f"{request.url.path} has no {request.method}."}
     message, code = messages.get(error.status_code, error.detail), CODES.get(error.status_code)
     response = _json(error.status_code, _body(error.status_code, message, None, code))
     response.headers.update(error.headers or {})
     return response
+
+
+def _nothing_at(request: Request) -> str:
+    """Clients whose base URL lacks its /v1, or has one too many, are told."""
+    path = request.url.path
+    for meant in (f"/v1{path}", path.removeprefix("/v1")):
+        scope = {**request.scope, "path": meant}
+        if any(route.matches(scope)[0] != Match.NONE for route in request.app.routes):
+            return f"There is nothing at {path}. Did you mean {meant}?"
+    return f"There is nothing at {path}."
 
 
 def _body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

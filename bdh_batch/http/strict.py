@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, model_validator
+from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 Neutral = Mapping[str, tuple[Any, ...]]  # unsupported fields, and the values besides null that ask for nothing
 
@@ -27,6 +28,27 @@ def shallow(value: object) -> object:
 
 def _items(value: object) -> Iterable[object]:
     return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Marks a field that comes as one of several `kinds`: `how` makes its value of what came.
+
+    Of the `kinds`, `how` is given the validator of the one that has parts of its own, whose problems are then told in
+    their places, and of that kind alone.
+    """
+
+    how: Callable[[Any, Callable[[Any], Any]], Any]
+    parts: Any
+    kinds: Any
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_wrap_validator_function(
+            self.how,
+            handler.generate_schema(self.parts),
+            json_schema_input_schema=handler.generate_schema(self.kinds),
+            serialization=core_schema.simple_ser_schema("any"),
+        )
 
 
 class Wire(BaseModel):

@@ -67,7 +67,7 @@ def _prompts(value: object) -> object:
         if all(isinstance(item, list) and all(_is_token(token) for token in item) for item in value):
             return value
     if value == []:
-        raise PydanticCustomError("prompt_empty", "The prompt is empty.")
+        raise PydanticCustomError("empty", "Input should not be empty")
     raise PydanticCustomError(
         "prompt_type", "Input should be a string, a list of strings, a list of token ids, or a list of such lists"
     )

@@ -2,41 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Callable
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
-from bdh_batch.http.strict import Neutral, Wire, shallow
+from bdh_batch.http.strict import Neutral, Read, Wire, shallow
 from bdh_batch.http.wire_tools import ToolCall, Tools
 from bdh_batch.text.chat import RESERVED, Conversation
 
 MESSAGE: Neutral = {"refusal": (), "audio": (), "function_call": (), "annotations": ([],)}
 
 
-class TextPart(BaseModel):
-    """Part of a message's content; what else it says is for the client's own records."""
+class TextPart(Wire):
+    unsupported: ClassVar[Neutral] = {"prompt_cache_breakpoint": ()}
 
     type: Literal["text"]
     text: str
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, part: object) -> object:
+        kind = part.get("type", "text") if isinstance(part, dict) else "text"
+        if kind != "text":
+            raise PydanticCustomError("unsupported", f"Content parts of type {kind!r} are not supported")
+        return part
 
-def _text(value: object) -> object:
-    """Message content as a string: text parts are joined; parts of other kinds are refused."""
-    if not isinstance(value, list):
+
+def _text(value: object, parts: Callable[[list[object]], list[TextPart]]) -> object:
+    """Message content as a string: text parts are joined."""
+    if isinstance(value, list):
+        return "".join(part.text for part in parts(value))
+    if value is None or isinstance(value, str):
         return value
-    texts = []
-    for index, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind is not None and kind != "text":
-            raise PydanticCustomError(
-                "unsupported", f"Content parts of type {kind!r} are not supported", {"index": index}
-            )
-        if kind is None or not isinstance(part.get("text"), str):
-            raise PydanticCustomError("part", "Content parts are objects with type and text", {"index": index})
-        texts.append(part["text"])
-    return "".join(texts)
+    raise PydanticCustomError("content", "Input should be a string or a list of text parts")
 
 
 def _not_reserved(values: dict[str, Any]) -> dict[str, Any]:
@@ -51,7 +52,7 @@ TemplateVariables = Annotated[
     AfterValidator(_not_reserved),
     Field(json_schema_extra={"propertyNames": {"not": {"enum": sorted(RESERVED)}}}),
 ]
-Content = Annotated[str | None, BeforeValidator(_text, json_schema_input_type=str | list[TextPart] | None)]
+Content = Annotated[str | None, Read(_text, list[TextPart], str | list[TextPart] | None)]
 
 
 SAYS_SOMETHING: JsonDict = {
@@ -61,7 +62,9 @@ SAYS_SOMETHING: JsonDict = {
             "required": ["tool_calls"],
             "properties": {"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}},
         },
-    ]
+    ],
+    "if": {"properties": {"role": {"const": "tool"}}},
+    "then": {"required": ["tool_call_id"], "properties": {"tool_call_id": {"type": "string"}}},
 }
 
 
@@ -74,6 +77,7 @@ class Message(Wire):
     name: str | None = None
     tool_call_id: str | None = None
     tool_calls: list[ToolCall] | None = None
+    parsed: Any = None  # a label: what an official client made of the content of an answer
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -81,10 +85,12 @@ class Message(Wire):
             raise PydanticCustomError("calls", "Only the assistant calls tools", {"field": "tool_calls"})
         if self.content is None and not self.tool_calls:
             raise PydanticCustomError("content", "Input should be a valid string", {"field": "content"})
+        if self.role == "tool" and self.tool_call_id is None:
+            raise PydanticCustomError("call", "A tool's message says which call it answers", {"field": "tool_call_id"})
         return self
 
     def for_template(self) -> dict[str, Any]:
-        told = self.model_dump(exclude_none=True, exclude={"tool_calls"}) | {"content": self.content or ""}
+        told = self.model_dump(exclude_none=True, exclude={"tool_calls", "parsed"}) | {"content": self.content or ""}
         if self.tool_calls:
             told["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return told

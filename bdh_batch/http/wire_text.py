@@ -31,11 +31,12 @@ class EmbeddingBody(Wire):
             raise InvalidRequest(f"dimensions: This model's embeddings have {width}.", "dimensions")
         if len(self.input) > defaults.max_prompts:
             raise InvalidRequest(f"A request may have {defaults.max_prompts} inputs here.", "input")
+        prompts = to_prompts(self.input, self.add_special_tokens)
+        params = ["input"] if len(prompts) == 1 else [f"input[{index}]" for index in range(len(prompts))]
+        priority = self.priority or 0
         return [
-            GenerationRequest(
-                id=request_id, prompt=prompt, max_tokens=0, prompt_param="input", priority=self.priority or 0, pool=True
-            )
-            for prompt in to_prompts(self.input, self.add_special_tokens)
+            GenerationRequest(request_id, prompt, max_tokens=0, prompt_param=param, priority=priority, pool=True)
+            for prompt, param in zip(prompts, params)
         ]
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BeforeValidator, Field, field_validator
+from pydantic import Field, field_validator
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import InvalidRequest
-from bdh_batch.http.strict import Wire, shallow
+from bdh_batch.http.strict import Read, Wire, shallow
 from bdh_batch.text.calls import Tool, from_tools
 from bdh_batch.text.grammar import Source
 
@@ -51,10 +52,9 @@ class NamedChoice(Wire):
     function: FunctionName
 
 
-def _choice(value: object) -> object:
-    """A problem is told of the one form that is meant, not of both."""
+def _choice(value: object, named: Callable[[object], NamedChoice]) -> object:
     if isinstance(value, dict):
-        return NamedChoice.model_validate(value)
+        return named(value)
     if value not in MODES:
         raise PydanticCustomError("choice", "Input should be 'none', 'auto', 'required' or a function by its name")
     return value
@@ -63,6 +63,7 @@ def _choice(value: object) -> object:
 class CalledFunction(Wire):
     name: str = Field(pattern=NAME)
     arguments: str
+    parsed_arguments: Any = None  # a label, as all that official clients add to an answer that they send back
 
     @field_validator("arguments")
     @classmethod
@@ -83,6 +84,7 @@ class ToolCall(Wire):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: int | None = Field(None, ge=0)  # a label
 
     def for_template(self) -> dict[str, Any]:
         """As templates expect it: the arguments are an object."""
@@ -90,7 +92,8 @@ class ToolCall(Wire):
         return {"id": self.id, "type": self.type, "function": function}
 
 
-ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedChoice, BeforeValidator(_choice)]
+AnyChoice = Literal["none", "auto", "required"] | NamedChoice
+ToolChoice = Annotated[AnyChoice, Read(_choice, NamedChoice, AnyChoice)]
 
 
 class Tools(Wire):

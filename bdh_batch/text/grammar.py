@@ -70,32 +70,41 @@ class Vocabulary:
 
 
 class _Bytes:
-    """256 bytes, and a token that stands for the end."""
+    """A byte is a token, unless it is among `ends`; those, and all past the bytes, stand for no text."""
 
-    eos_token_id, bos_token_id = BYTES, None
-    tokens = (*(bytes([byte]) for byte in range(BYTES)), END.encode())
-    special_token_ids = (BYTES,)
+    bos_token_id = None
+
+    def __init__(self, ends: Sequence[int]) -> None:
+        self.eos_token_id = ends[0]
+        count = max(BYTES, max(ends) + 1)
+        self.special_token_ids = [token for token in range(count) if token >= BYTES or token in ends]
+        self.tokens = [bytes([token % BYTES]) for token in range(count)]
+        for token in self.special_token_ids:
+            self.tokens[token] = f"<|{token}|>".encode()
 
     def __call__(self, text: bytes | str) -> list[int]:
         return list(text.encode() if isinstance(text, str) else text)
 
 
-def byte_vocabulary(size: int) -> Vocabulary:
-    """Of a model of bytes, whose vocabulary may be padded; it has no token for the end."""
-    return Vocabulary(LLTokenizer(TokenizerWrapper(_Bytes()), n_vocab=BYTES + 1, slices=[]), size)
+def byte_vocabulary(size: int, ends: Sequence[int] = ()) -> Vocabulary:
+    """Of a model of bytes, padded to `size` tokens, whose texts end with one of `ends`."""
+    known = list(ends) or [BYTES]
+    tokens = LLTokenizer(TokenizerWrapper(_Bytes(known)), eos_token=known, slices=[])
+    return Vocabulary(tokens, size, frozenset(ends))
 
 
 def hugging_face_vocabulary(tokenizer: str, size: int, ends: Sequence[int] = ()) -> Vocabulary:
     """Of a model of `size` tokens whose `tokenizer.json` says `tokenizer`, and whose texts end with one of `ends`."""
-    if ends:
-        return Vocabulary(LLTokenizer(tokenizer, eos_token=list(ends)), size, frozenset(ends))
     values = json.loads(tokenizer)
-    vocabulary = values["model"]["vocab"]
-    ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-    known = [*ids, *(added["id"] for added in values["added_tokens"])]
-    end = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    values["added_tokens"].append(end | {"id": max(known) + 1, "content": END, "special": True})
-    return Vocabulary(LLTokenizer(json.dumps(values), eos_token=max(known) + 1), size)
+    vocabulary, added = values["model"]["vocab"], {token["id"]: token for token in values["added_tokens"]}
+    pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((pair[0], i) for i, pair in enumerate(vocabulary))
+    names = {token: name for name, token in pairs} | {token: each["content"] for token, each in added.items()}
+    known = list(ends) or [max(names) + 1]
+    # One that ends a text is none, though the tokenizer may have it as such: within a grammar it would cut the answer.
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    added |= {token: plain | {"id": token, "content": names.get(token, END), "special": True} for token in known}
+    values["added_tokens"] = [added[token] for token in sorted(added)]
+    return Vocabulary(LLTokenizer(json.dumps(values), eos_token=known), size, frozenset(ends))
 
 
 def vocabulary_of(tokenizer: Tokenizer, size: int, ends: frozenset[int] = frozenset()) -> Vocabulary | None:
@@ -106,7 +115,7 @@ def vocabulary_of(tokenizer: Tokenizer, size: int, ends: frozenset[int] = frozen
         except ValueError as error:
             log.warning("answers can follow no grammar: llguidance does not read this tokenizer (%s)", error)
             return None
-    return byte_vocabulary(size) if isinstance(tokenizer, ByteTokenizer) else None
+    return byte_vocabulary(size, sorted(ends)) if isinstance(tokenizer, ByteTokenizer) else None
 
 
 class _Job:
@@ -266,7 +275,7 @@ class GrammarConstraint:
     def accept(self, token: int) -> bool:
         bits = self._allowed()
         allowed = token < 8 * len(bits) and bits[token >> 3] >> (token & 7) & 1
-        if not allowed and self._may_end_anywhere():
+        if self._may_end_anywhere() and not (allowed and token != self._vocabulary.tokens.eos_token):
             return False
         if not (allowed and self._matcher.consume_token(token)):
             reason = _reason(self._matcher) or "no token can follow"

@@ -21,6 +21,7 @@ BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
 }
 MODEL_LIMIT = 131072
+TEXT = {"type": "text", "text": "a"}
 
 
 @pytest.fixture(autouse=True)
@@ -164,9 +165,12 @@ class TestTypes:
             (message(content=None), "messages[0].content"),
             (message(content={"type": "text", "text": "a"}), "messages[0].content"),
             (message(content=[5]), "messages[0].content[0]"),
-            (message(content=[{"text": "a"}]), "messages[0].content[0]"),
-            (message(content=[{"type": "text"}]), "messages[0].content[0]"),
-            (message(content=[{"type": "text", "text": "a"}, {"type": "text", "text": 5}]), "messages[0].content[1]"),
+            (message(content=[{"text": "a"}]), "messages[0].content[0].type"),
+            (message(content=[{"type": "text"}]), "messages[0].content[0].text"),
+            (message(content=[TEXT, TEXT | {"text": 5}]), "messages[0].content[1].text"),
+            (message(role="tool"), "messages[0].tool_call_id"),
+            (message(role="tool", tool_call_id=None), "messages[0].tool_call_id"),
+            (message(role="tool", tool_call_id=5), "messages[0].tool_call_id"),
             (message(name=5), "messages[0].name"),
             ({"messages": [*message()["messages"], {"role": "user", "content": 5}]}, "messages[1].content"),
         ],
@@ -179,7 +183,7 @@ class TestTypes:
 
     @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "refusal", "nonsense"])
     def test_of_content_other_than_text_are_not_supported(self, tiny: Server, kind: str) -> None:
-        content = [{"type": "text", "text": "a"}, {"type": kind, kind: {"url": "http://example.com"}}]
+        content = [TEXT, {"type": kind, kind: {"url": "http://example.com"}}]
         error = tiny.refusal(message(content=content), CHAT)
         assert (error["param"], error["code"]) == ("messages[0].content[1]", "unsupported_parameter")
         assert kind in error["message"]
@@ -333,6 +337,29 @@ class TestPrompts:
         assert tiny.complete(prompt=prompt, max_tokens=1)["usage"]["prompt_tokens"] == len(prompt.encode())
 
 
+FOO = {"foo": None}
+FUNCTION = {"type": "function", "function": {"name": "f"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+SCHEMA = {"name": "a", "schema": {"enum": [1]}}
+NESTED: list[tuple[str, dict[str, Any]]] = [
+    ("messages[0]", message(**FOO)),
+    ("messages[0].content[1]", message(content=[TEXT, TEXT | FOO])),
+    ("messages[0].tool_calls[0]", message(role="assistant", tool_calls=[CALL | FOO])),
+    (
+        "messages[0].tool_calls[0].function",
+        message(role="assistant", tool_calls=[CALL | {"function": {"name": "f", "arguments": "{}"} | FOO}]),
+    ),
+    ("tools[0]", {"tools": [FUNCTION | FOO]}),
+    ("tools[0].function", {"tools": [FUNCTION | {"function": {"name": "f"} | FOO}]}),
+    ("tool_choice", {"tools": [FUNCTION], "tool_choice": FUNCTION | FOO}),
+    ("tool_choice.function", {"tools": [FUNCTION], "tool_choice": FUNCTION | {"function": {"name": "f"} | FOO}}),
+    ("stream_options", {"stream": True, "stream_options": FOO}),
+    ("response_format", {"response_format": {"type": "json_schema", "json_schema": SCHEMA} | FOO}),
+    ("response_format.json_schema", {"response_format": {"type": "json_schema", "json_schema": SCHEMA | FOO}}),
+    ("structured_outputs", {"structured_outputs": {"regex": "a"} | FOO}),
+]
+
+
 class TestUnknown:
     @PATHS
     @pytest.mark.parametrize("field", ["prmpt", "max_token", "Temperature", "", "é", "a.b", "__class__", "context"])
@@ -346,11 +373,11 @@ class TestUnknown:
     def test_fields_are_refused_even_if_null(self, tiny: Server, path: str) -> None:
         assert tiny.refusal(BODIES[path] | {"prmpt": None}, path)["code"] == "unknown_parameter"
 
-    def test_nested_fields_are_refused_by_name(self, tiny: Server) -> None:
-        error = tiny.refusal(message(nmae="a"), CHAT)
-        assert (error["param"], error["code"]) == ("messages[0].nmae", "unknown_parameter")
-        error = tiny.refusal(BODIES[COMPLETIONS] | {"stream": True, "stream_options": {"usage": True}})
-        assert (error["param"], error["code"]) == ("stream_options.usage", "unknown_parameter")
+    @pytest.mark.parametrize(("place", "body"), NESTED)
+    def test_nested_fields_are_refused_by_name(self, tiny: Server, place: str, body: dict[str, Any]) -> None:
+        for path in (COMPLETIONS, CHAT) if body.keys().isdisjoint({"messages", "tools"}) else (CHAT,):
+            error = tiny.refusal(BODIES[path] | body, path)
+            assert (error["param"], error["code"]) == (f"{place}.foo", "unknown_parameter")
 
     def test_fields_of_the_other_endpoint_are_refused(self, tiny: Server) -> None:
         assert tiny.refusal(BODIES[COMPLETIONS] | {"messages": []})["param"] == "messages"
@@ -380,7 +407,28 @@ class TestUnknown:
     @pytest.mark.parametrize("path", ["/v1", "/v1/", "/nothing", "/v2/completions", "/%00", "/é", "//"])
     @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
     def test_paths_are_not_found(self, tiny: Server, path: str, method: str) -> None:
-        assert tiny.error(tiny.http.request(method, tiny.url + path), 404)["code"] == "not_found"
+        error = tiny.error(tiny.http.request(method, tiny.url + path), 404)
+        assert error["code"] == "not_found"
+        assert path == "/v1/" or "mean" not in error["message"]
+
+    @pytest.mark.parametrize(
+        ("method", "path", "meant"),
+        [
+            *(("POST", path.removeprefix("/v1"), path) for path in (COMPLETIONS, CHAT, "/v1/embeddings")),
+            ("GET", "/models", "/v1/models"),
+            ("GET", "/models/tiny", "/v1/models/tiny"),
+            ("POST", f"/v1{CHAT}", CHAT),
+            ("GET", "/v1/health", "/health"),
+        ],
+    )
+    def test_paths_of_a_wrong_base_url_are_told_the_right_one(
+        self, tiny: Server, method: str, path: str, meant: str
+    ) -> None:
+        error = tiny.error(tiny.http.request(method, path), 404)
+        assert (error["code"], error["message"]) == (
+            "not_found",
+            f"There is nothing at {path}. Did you mean {meant}?",
+        )
 
     @pytest.mark.parametrize(
         ("method", "path", "allowed"),
@@ -434,6 +482,14 @@ class TestUnsupported:
         assert (error["param"], error["code"]) == (field, "unsupported_parameter")
         for value in (None, asks_not):
             assert tiny.http.post(path, json=BODIES[path] | {field: value}).status_code == 200
+
+    def test_parts_of_messages_are_refused_by_name(self, tiny: Server) -> None:
+        asks: dict[str, Any] = {"refusal": "No.", "audio": {"id": "a"}, "annotations": [{"type": "url_citation"}]}
+        for field, value in (asks | {"function_call": {"name": "f", "arguments": "{}"}}).items():
+            error = tiny.refusal(message(role="assistant", **{field: value}), CHAT)
+            assert (error["param"], error["code"]) == (f"messages[0].{field}", "unsupported_parameter")
+        error = tiny.refusal(message(content=[TEXT | {"prompt_cache_breakpoint": {"mode": "explicit"}}]), CHAT)
+        assert error["param"] == "messages[0].content[0].prompt_cache_breakpoint"
 
     @PATHS
     def test_stream_options_without_a_stream_are_refused(self, tiny: Server, path: str) -> None:

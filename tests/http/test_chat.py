@@ -45,6 +45,7 @@ def test_all_roles_are_understood(tiny: Server) -> None:
     messages = [
         {"role": role, "content": role.upper()} for role in ("system", "developer", "user", "assistant", "tool")
     ]
+    messages[-1]["tool_call_id"] = "1"
     response = tiny.http.post(PATH, json={"messages": messages, "max_tokens": 1, "return_token_ids": True})
     assert bytes(response.json()["choices"][0]["prompt_token_ids"]).decode() == (
         "system: SYSTEM\ndeveloper: DEVELOPER\nuser: USER\nassistant: ASSISTANT\ntool: TOOL\nassistant:"

@@ -187,6 +187,27 @@ def test_the_client_parses_answers_into_its_types(tiny: Server) -> None:
     assert final.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the client's own, at what it made of an answer
+def test_the_clients_typed_answers_can_be_sent_back_as_they_are(tiny: Server) -> None:
+    """It sends what it made of them, too, and where in the stream they were."""
+    tools = [openai.pydantic_function_tool(Weather)]
+    with tiny.openai() as client:
+        said = client.chat.completions.parse(model="tiny", messages=MESSAGES, response_format=Colour).choices[0].message
+        with client.chat.completions.stream(
+            model="tiny", messages=MESSAGES, tools=tools, tool_choice="required", parallel_tool_calls=False, seed=2
+        ) as stream:
+            called = stream.get_final_completion().choices[0].message
+        (call,) = called.tool_calls or []
+        told: Any = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+        messages: list[Any] = [*MESSAGES, said, *MESSAGES, called, told]
+        ids: Any = {"return_token_ids": True}
+        answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=1, extra_body=ids)
+    prompt = bytes(answer.model_dump()["choices"][0]["prompt_token_ids"]).decode()
+    assert f"assistant: {said.content}\n" in prompt
+    assert prompt.count("Weather") == 1
+    assert "parsed" not in prompt
+
+
 def sent_back(role: str, arguments: str) -> dict[str, Any]:
     """A conversation that begins with a call."""
     calls = [{"id": "1", "function": {"name": "f", "arguments": arguments}}]
@@ -266,6 +287,19 @@ class TestTools:
                     "".join(p["function"]["arguments"] for p in pieces if p["index"] == index)
                     == (call["function"]["arguments"])
                 )
+
+    @pytest.mark.parametrize("choice", ["required", "auto"])
+    def test_streamed_calls_have_the_scores_of_the_whole_answer(self, tiny: Server, choice: str) -> None:
+        body = {"messages": MESSAGES, "tools": [WEATHER], "tool_choice": choice, "seed": 3, "max_tokens": 200}
+        body |= {"n": 2, "logprobs": True, "top_logprobs": 2, "return_token_ids": True}
+        whole = tiny.http.post(CHAT, json=body).json()["choices"]
+        events = tiny.events(CHAT, **body)
+        for answer in whole:
+            deltas = [c for event in events for c in event["choices"] if c["index"] == answer["index"]]
+            scores = [score for c in deltas if c["logprobs"] for score in c["logprobs"]["content"]]
+            assert scores == answer["logprobs"]["content"]
+            assert [byte for score in scores for byte in score["bytes"]] == answer["token_ids"]
+            assert all(score["logprob"] <= 0 and len(score["top_logprobs"]) in (2, 3) for score in scores)
 
     def test_the_clients_stream_helper_parses_them(self, tiny: Server) -> None:
         with (

@@ -84,7 +84,10 @@ def test_the_official_client_reads_them(tiny: Server, runner: Runner) -> None:
         ({}, "input"),
         ({"input": ""}, "input"),
         ({"input": []}, "input"),
-        ({"input": ["a", ""]}, "input"),
+        ({"input": ["a", "", "b"]}, "input[1]"),
+        ({"input": [[1], [2], []]}, "input[2]"),
+        ({"input": [[1], [256]]}, "input[1]"),
+        ({"input": ["a", "a" * 131073]}, "input[1]"),
         ({"input": [256]}, "input"),
         ({"input": 5}, "input"),
         ({"input": ["a"] * 129}, "input"),
@@ -100,4 +103,5 @@ def test_the_official_client_reads_them(tiny: Server, runner: Runner) -> None:
 def test_what_is_wrong_is_named(tiny: Server, body: dict[str, Any], param: str) -> None:
     error = tiny.refusal(body, PATH)
     assert error["param"] == param
+    assert "prompt is empty" not in error["message"]
     assert tiny.refusal({"input": "a", "model": "gpt-4"}, PATH, 404)["param"] == "model"

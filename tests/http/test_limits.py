@@ -31,8 +31,11 @@ def bounded(serve: ServeFactory) -> Iterator[Server]:
 
 def test_unknown_fields_can_be_let_through(bounded: Server) -> None:
     assert bounded.http.post(COMPLETIONS, json={"prompt": "a", "max_tokens": 1, "prmpt": 1}).status_code == 200
-    messages = [{"role": "user", "content": "a", "nmae": "b"}]
-    assert bounded.http.post(CHAT, json={"messages": messages, "max_tokens": 1, "prmpt": 1}).status_code == 200
+    content = [{"type": "text", "text": "a", "cache_control": {}}]
+    body = {"messages": [{"role": "user", "content": content, "nmae": "b"}], "max_tokens": 1, "prmpt": 1}
+    assert bounded.http.post(CHAT, json=body).status_code == 200
+    chosen = {"type": "function", "function": {"name": "f", "spare": 1}}
+    assert "no tool 'f'" in bounded.refusal(body | {"tool_choice": chosen}, CHAT)["message"]
 
 
 def test_unsupported_parameters_never_are(bounded: Server) -> None:

@@ -106,7 +106,7 @@ class TestDocument:
             for field, told in kind.model_fields.items():
                 assert help_of(name, told.alias or field)
                 used |= {told.alias or field, f"{name}.{told.alias or field}"}
-        assert HELP.keys() <= used | {"text", "type"}
+        assert HELP.keys() <= used
 
     @pytest.mark.parametrize("operation", operations(), ids=lambda operation: str(operation.id))
     def test_has_examples_that_fit_it(self, operation: Operation) -> None:
@@ -187,7 +187,13 @@ class TestDocument:
             ({"messages": [{"role": "user", "content": None}]}, False),
             ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, True),
             ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, False),
+            ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "foo": 1}]}]}, False),
+            ({"messages": [{"role": "tool", "content": "a"}]}, False),
+            ({"messages": [{"role": "tool", "content": "a", "tool_call_id": None}]}, False),
+            ({"messages": [{"role": "tool", "content": "a", "tool_call_id": "1"}]}, True),
             ({"messages": [{"role": "assistant", "tool_calls": [CALL]}]}, True),
+            ({"messages": [{"role": "assistant", "tool_calls": [CALL | {"index": -1}]}]}, False),
+            ({"messages": [USER], "tools": [TOOL], "tool_choice": {"type": "function"}}, False),
             ({"messages": [{"role": "assistant", "tool_calls": []}]}, False),
             ({"messages": [USER], "response_format": {"type": "json_schema"}}, False),
             ({"messages": [USER], "response_format": {"type": "text"}}, True),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import jsonschema
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -28,7 +30,13 @@ CHATML = """\
 {% endif %}{% if slow %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}"""
 RENDERED = "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\né 世<|im_end|>\n<|im_start|>assistant\n"
 NESTED = json.loads("[" * 40 + "]" * 40)
-ENDS = list(range(0, 320, 10))
+ENDS = list(range(0, 320, 10))  # of them, some have texts that a grammar may ask for
+SCHEMA = {
+    "type": "object",
+    "properties": {"who": {"enum": ["fog–世", "quick the"]}, "lazy": {"type": "boolean"}, "legs": {"type": "integer"}},
+    "required": ["who", "lazy"],
+    "additionalProperties": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +86,30 @@ def test_prompts_are_tokenized_and_answers_decoded(chatty: Server, raw: Tokenize
         assert "".join(event["choices"][0]["text"] for event in events) == choice["text"]
         ended.add(reason)
     assert ended == {"stop", "length"}
+
+
+def test_answers_follow_a_schema_whatever_of_it_is_a_token(chatty: Server) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+    body = {"messages": MESSAGES, "response_format": form, "n": 12, "seed": 1, "temperature": 1.5, "max_tokens": 60}
+    choices = chatty.http.post(CHAT, json=body).json()["choices"]
+    assert {choice["finish_reason"] for choice in choices} >= {"stop"}
+    for choice in choices:
+        if choice["finish_reason"] == "stop":
+            jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
+    deltas = [choice for event in chatty.events(CHAT, **body) for choice in event["choices"]]
+    for choice in choices:
+        said = "".join(each["delta"].get("content", "") for each in deltas if each["index"] == choice["index"])
+        assert said == choice["message"]["content"]
+
+
+def test_an_answer_that_follows_a_grammar_may_end_with_an_end_of_text_token(chatty: Server, raw: Tokenizer) -> None:
+    body = {"prompt": "a", "structured_outputs": {"regex": "[a-z ]+"}, "n": 16, "seed": 1, "return_token_ids": True}
+    choices = chatty.complete(**body, max_tokens=3)["choices"]
+    stops = {*ENDS, raw.token_to_id("<|im_end|>")}
+    for choice in choices:
+        assert re.fullmatch("[a-z ]+", choice["text"])
+        assert (choice["finish_reason"] == "stop") == (choice["token_ids"][-1] in stops)
+    assert {choice["finish_reason"] for choice in choices} == {"stop", "length"}
 
 
 def test_a_chat_is_rendered_by_the_folders_template(chatty: Server, raw: Tokenizer) -> None:

@@ -38,7 +38,10 @@ def vocabularies() -> list[Vocabulary]:
     return [
         byte_vocabulary(256),
         byte_vocabulary(300),
+        byte_vocabulary(256, [0]),
+        byte_vocabulary(300, [ord("\t"), 299]),
         hugging_face_vocabulary(tokenizer_json(), ENDING + 1, [ENDING]),
+        hugging_face_vocabulary(tokenizer_json(), ENDING + 1, [PIECES.index("\u0109"), ENDING]),
         hugging_face_vocabulary(tokenizer_json(), ENDING + 1),
     ]
 
@@ -100,14 +103,27 @@ async def test_where_it_may_end_a_model_without_a_token_for_it_ends_by_drawing_s
         other.accept(ord("x"))
 
 
-async def test_a_model_with_a_token_for_the_end_draws_it_or_goes_on() -> None:
-    vocabulary = hugging_face_vocabulary(tokenizer_json(), ENDING + 1, [ENDING])
-    constraint = (await Grammars(vocabulary).compile(from_regex("a+b?", "r"))).constraint()
-    assert allowed(constraint, vocabulary.size) == [PIECES.index("a"), PIECES.index("ab")]
-    assert constraint.accept(PIECES.index("a"))
-    assert ENDING in allowed(constraint, vocabulary.size)
-    assert constraint.accept(ENDING)
-    assert constraint.complete
+@pytest.mark.parametrize("vocabulary", [byte_vocabulary(300), hugging_face_vocabulary(tokenizer_json(), 300)])
+async def test_what_stands_in_for_that_token_is_never_part_of_an_answer(vocabulary: Vocabulary) -> None:
+    constraint = (await Grammars(vocabulary).compile(from_regex("a+", "r"))).constraint()
+    for token in vocabulary.tokens.tokenize_str("aa"):
+        assert constraint.accept(token)
+    assert vocabulary.tokens.eos_token < vocabulary.size
+    assert not constraint.accept(vocabulary.tokens.eos_token)
+
+
+@pytest.mark.parametrize("vocabulary", [each for each in vocabularies() if each.ends])
+async def test_a_model_with_a_token_for_the_end_draws_it_or_goes_on(vocabulary: Vocabulary) -> None:
+    compiled = await Grammars(vocabulary).compile(from_regex(r"[a\t\x00]\te?|a+e?", "r"))
+    for end in vocabulary.ends:
+        constraint = compiled.constraint()
+        assert not vocabulary.ends & set(allowed(constraint, vocabulary.size))
+        for token in vocabulary.tokens.tokenize_str("aa"):
+            assert constraint.accept(token)
+        said = {*vocabulary.tokens.tokenize_str("a"), *vocabulary.tokens.tokenize_str("e"), *vocabulary.ends}
+        assert set(allowed(constraint, vocabulary.size)) == said
+        assert constraint.accept(end)
+        assert constraint.complete
 
 
 @pytest.mark.parametrize("vocabulary", vocabularies())
@@ -244,7 +260,9 @@ async def test_time_that_runs_out_is_told_and_the_loop_is_free_meanwhile() -> No
 
 
 async def test_without_a_tokenizer_grammars_are_refused() -> None:
-    assert isinstance(vocabulary_of(ByteTokenizer(), 256), Vocabulary)
+    byte_model = vocabulary_of(ByteTokenizer(), 256, frozenset({0}))
+    assert byte_model is not None
+    assert byte_model.ends == {0}
     with pytest.raises(UnsupportedParameter) as refused:
         await Grammars(vocabulary_of(TokenIdsOnly(), 97)).compile(from_regex("a", "p"))
     assert refused.value.param == "p"
