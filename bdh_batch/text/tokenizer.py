@@ -13,6 +13,8 @@ from bdh_batch.messages import Text
 BYTES = 256
 NO_BYTE = b"\xff"  # tokens of a vocabulary padded past 256: no text led to them, and they decode as invalid bytes do
 
+CALL = ("<tool_call>", "</tool_call>")  # around a call of a tool, in an answer
+
 
 class Decoder(Protocol):
     """One sequence's tokens to text."""
