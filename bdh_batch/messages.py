@@ -138,8 +138,8 @@ class Constraint(Protocol):
 class Grammar(Protocol):
     """What the answers to a request have to follow."""
 
-    def constraint(self) -> Constraint:
-        """For one answer, which is empty yet."""
+    def constraint(self, early: float) -> Constraint:
+        """For one answer, which is empty yet, and with less than `early` tokens ends only where nothing can follow."""
 
 
 @dataclass(frozen=True, slots=True)

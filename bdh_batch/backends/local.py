@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Sequence as Many
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -163,7 +164,7 @@ class LocalBackend:
             score_prompt=request.score_prompt,
             pool=request.pool,
             breaks=request.breaks,
-            constraint=None if request.grammar is None else request.grammar.constraint(),
+            constraint=None if request.grammar is None else request.grammar.constraint(_early(request)),
             key=request.key,
             tenant=request.tenant,
             weight=request.weight,
@@ -220,3 +221,8 @@ class LocalBackend:
             text = f"{prompt} prompt tokens and {request.min_tokens} to generate exceed {self._max_model_len}."
             raise ContextLengthExceeded(text, "min_tokens")
         return min(request.max_tokens, room)
+
+
+def _early(request: GenerationRequest) -> float:
+    """Tokens before which an answer that can go on does."""
+    return math.inf if request.ignore_eos else request.min_tokens

@@ -2,7 +2,8 @@
 
 Where an answer may end, but could go on, a model that has an end-of-text token decides by drawing it. One that has none
 draws among all its tokens there: what the grammar cannot take says that the answer has ended before it. So an answer
-to `[0-9]+` goes on for as long as the model would write digits anyway, and is complete in any case.
+to `[0-9]+` goes on for as long as the model would write digits anyway, and is complete in any case. Where an answer may
+not end early, it goes on as long as it can.
 """
 
 from __future__ import annotations
@@ -168,11 +169,11 @@ class CompiledGrammar:
         self._source = source
         self._maskers = maskers
 
-    def constraint(self) -> Constraint:
-        return TriggeredConstraint(self, self._source.trigger) if self._source.trigger else self.walk()
+    def constraint(self, early: float = 0) -> Constraint:
+        return TriggeredConstraint(self, self._source.trigger, early) if self._source.trigger else self.walk(early)
 
-    def walk(self) -> GrammarConstraint:
-        return GrammarConstraint(self._matcher.deep_copy(), self._vocabulary, self._source.param, self._maskers)
+    def walk(self, early: float) -> GrammarConstraint:
+        return GrammarConstraint(self._matcher.deep_copy(), self._vocabulary, self._source.param, early, self._maskers)
 
     def text(self, token: int) -> bytes:
         return self._vocabulary.text(token)
@@ -185,15 +186,24 @@ class GrammarConstraint:
     """One answer's way through a grammar.
 
     Args:
+        early: tokens before which the answer does not end as long as it can go on.
         maskers: makes the masks, each from the moment on at which the token before it is known; None makes them where
             they are asked for.
     """
 
-    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, param: str, maskers: Executor | None = None) -> None:
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        vocabulary: Vocabulary,
+        param: str,
+        early: float = 0,
+        maskers: Executor | None = None,
+    ) -> None:
         self.complete = False
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._param = param
+        self._early = early
         self._maskers = maskers
         self._bits: bytes | None = None  # what is allowed next, once it is known
         self._coming: Future[bytes] | None = None
@@ -214,6 +224,7 @@ class GrammarConstraint:
         if not (allowed and self._matcher.consume_token(token)):
             reason = _reason(self._matcher) or "no token can follow"
             raise InvalidRequest(f"{self._param}: The answer cannot go on in this grammar ({reason}).", self._param)
+        self._early -= 1
         self.complete = self._matcher.is_stopped() and not self._matcher.is_error()
         self._look_ahead()
         return True
@@ -234,19 +245,24 @@ class GrammarConstraint:
 
     def _allowed(self) -> bytes:
         if self._bits is None:
-            self._bits = self._matcher.compute_bitmask() if self._coming is None else self._coming.result()
+            bits = self._matcher.compute_bitmask() if self._coming is None else self._coming.result()
+            early = self._early > 0 and self._matcher.is_accepting()
+            self._bits = self._vocabulary.without_ends(bits) if early else bits
         return self._bits
 
     def _may_end_anywhere(self) -> bool:
-        """Whether the answer may end here, and the model has no token to say so."""
-        return not self._vocabulary.ends and self._matcher.is_accepting()
+        """Whether the answer may end here, and no token says so: the model has none, or none may come yet."""
+        if not self._matcher.is_accepting():
+            return False
+        return not any(self._allowed()) if self._early > 0 else not self._vocabulary.ends
 
 
 class TriggeredConstraint:
     """Any text, until the trigger has been said; then the grammar."""
 
-    def __init__(self, grammar: CompiledGrammar, trigger: str) -> None:
+    def __init__(self, grammar: CompiledGrammar, trigger: str, early: float) -> None:
         self._grammar = grammar
+        self._early = early
         self._trigger = trigger.encode()
         self._said = b""  # the end of the text, as far as the trigger may be beginning there
         self._inner: GrammarConstraint | None = None
@@ -261,10 +277,11 @@ class TriggeredConstraint:
     def accept(self, token: int) -> bool:
         if self._inner is not None:
             return self._inner.accept(token)
+        self._early -= 1
         said, trigger, rest = (self._said + self._grammar.text(token)).partition(self._trigger)
         self._said = (said + trigger + rest)[1 - len(self._trigger) :]
         if trigger:
-            inner = self._grammar.walk()
+            inner = self._grammar.walk(self._early)
             # A token may go on past the trigger. If it does so otherwise than a call would, none is meant.
             if inner.follow(self._grammar.tokens(rest)):
                 self._inner = inner

@@ -112,6 +112,10 @@ def test_an_answer_that_follows_a_grammar_may_end_with_an_end_of_text_token(chat
         assert re.fullmatch("[a-z ]+", choice["text"])
         assert (choice["finish_reason"] == "stop") == (choice["token_ids"][-1] in stops)
     assert {choice["finish_reason"] for choice in choices} == {"stop", "length"}
+    for later in ({"min_tokens": 3}, {"ignore_eos": True}):
+        choices = chatty.complete(**body, **later, max_tokens=3)["choices"]
+        assert {choice["finish_reason"] for choice in choices} == {"length"}
+        assert not stops & {token for choice in choices for token in choice["token_ids"]}
 
 
 def test_calls_are_read_though_they_are_written_with_tokens_of_their_own(chatty: Server, raw: Tokenizer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import re
 from collections.abc import Callable, Iterable
@@ -149,6 +150,33 @@ async def test_a_model_with_a_token_for_the_end_draws_it_or_goes_on(vocabulary: 
         assert {vocabulary.text(token) for token in following - vocabulary.ends} == {b"a", b"e"}
         assert constraint.accept(end)
         assert constraint.complete
+
+
+@pytest.mark.parametrize("vocabulary", vocabularies())
+async def test_an_answer_does_not_end_early_as_long_as_it_can_go_on(vocabulary: Vocabulary) -> None:
+    grammars, rng = Grammars(vocabulary), random.Random(2)
+    asked: list[tuple[Source, float, str, bool]] = [
+        (from_regex("c+x?", "r"), 4, "c{4,}|c+x", True),
+        (from_regex("c*", "r"), math.inf, "c{40}", False),
+        (from_regex("c?x?", "r"), math.inf, "c?x", True),
+        (from_choice([""], "c"), 5, "", True),
+    ]
+    for source, early, pattern, ends in asked:
+        grammar = await grammars.compile(source)
+        for _ in range(10):
+            text, ended = walk(grammar.constraint(early), vocabulary, rng, 40)
+            assert re.fullmatch(pattern, text.decode()), text
+            assert ended is ends or len(text) == 40
+
+
+async def test_calls_go_on_as_long_as_they_can() -> None:
+    source = from_tools([Tool("g", None, "p")], "tools", parallel=True, required=False)
+    grammar = await Grammars(byte_vocabulary(256)).compile(source)
+    call = f"{OPEN}{head('g')}{{}}}}{CLOSE}".encode()
+    for early, may_end in ((0, True), (len(call), True), (len(call) + 1, False), (math.inf, False)):
+        constraint = grammar.constraint(early)
+        assert all(map(constraint.accept, call))
+        assert (constraint.mask() is None) == may_end
 
 
 @pytest.mark.parametrize("vocabulary", vocabularies())
