@@ -155,6 +155,7 @@ class GenerationRequest:
     max_tokens_asked: bool = True  # False where it is a default, which gives way to the model's longest context
     sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
+    stop_before: str = ""  # a text from which on nothing is a stop string
     stop_token_ids: tuple[int, ...] = ()
     include_stop: bool = False  # whether the text shows what ended it
     ignore_eos: bool = False  # whether the model's own end of text does not end it

@@ -154,7 +154,9 @@ class LocalBackend:
             prompt=prompt,
             max_tokens=self._max_tokens(request, len(prompt)),
             sampling=None if request.pool else request.sampling,
-            text=TextStream(self._tokenizer.decoder(), request.stop, request.include_stop, request.min_tokens),
+            text=TextStream(
+                self._tokenizer.decoder(), request.stop, request.include_stop, request.min_tokens, request.stop_before
+            ),
             outbox=mailbox,
             index=index,
             n=request.n,

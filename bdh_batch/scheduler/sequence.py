@@ -23,7 +23,10 @@ class TextSink(Protocol):
     """Turns a sequence's tokens into text, and says when a stop string has ended it."""
 
     stopped: bool
-    held: str  # text that is known but not certain
+
+    @property
+    def held(self) -> str:
+        """Text that is known but not certain."""
 
     @property
     def unfinished(self) -> bool: ...

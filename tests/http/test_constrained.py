@@ -388,6 +388,17 @@ class TestTools:
         (choice,) = answer.json()["choices"]
         assert '"name": "weather"' in bytes(choice["prompt_token_ids"]).decode()
 
+    def test_a_stop_string_is_none_within_a_call(self, tiny: Server) -> None:
+        body: dict[str, Any] = {"messages": MESSAGES, "tools": TOOLS[:1], "tool_choice": "required", "max_tokens": 80}
+        body |= {"seed": 1, "parallel_tool_calls": False}
+        for stop in ("ool_call", "arguments"):
+            (choice,) = tiny.http.post(CHAT, json=body | {"stop": stop}).json()["choices"]
+            assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+            deltas = [each["delta"] for event in tiny.events(CHAT, **body, stop=stop) for each in event["choices"]]
+            assert not any(delta.get("content") for delta in deltas)
+            pieces = [call["function"]["arguments"] for delta in deltas for call in delta.get("tool_calls", [])]
+            assert "".join(pieces) == choice["message"]["tool_calls"][0]["function"]["arguments"]
+
     @pytest.mark.parametrize(("param", "asked"), BAD_TOOLS)
     def test_bad_tools_are_refused_by_their_field(self, tiny: Server, param: str, asked: dict[str, Any]) -> None:
         assert tiny.refusal(BODIES[CHAT] | asked, CHAT)["param"] == param
