@@ -138,8 +138,8 @@ class Constraint(Protocol):
 class Grammar(Protocol):
     """What the answers to a request have to follow."""
 
-    def constraint(self) -> Constraint:
-        """For one answer, which is empty yet."""
+    def constraint(self, early: float) -> Constraint:
+        """For one answer, which is empty yet, and with less than `early` tokens ends only where nothing can follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +155,7 @@ class GenerationRequest:
     max_tokens_param: str | None = "max_tokens"  # the field that said so; None where it is a default, which gives way
     sampling: SamplingParams = SamplingParams()
     stop: tuple[str, ...] = ()
+    stop_before: str = ""  # a text from which on nothing is a stop string
     stop_token_ids: tuple[int, ...] = ()
     include_stop: bool = False  # whether the text shows what ended it
     ignore_eos: bool = False  # whether the model's own end of text does not end it

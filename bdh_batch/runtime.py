@@ -42,7 +42,8 @@ from bdh_batch.scheduler.worker import WORKER, StepRunner, Worker
 from bdh_batch.settings import Auth, Engine, Generation, PrefixCache, Settings
 from bdh_batch.telemetry import Metrics
 from bdh_batch.text.folder import TextSide, load_text
-from bdh_batch.text.grammar import Grammars, Vocabulary, vocabulary_of
+from bdh_batch.text.grammar import Grammars
+from bdh_batch.text.vocabulary import Vocabulary, vocabulary_of
 
 if TYPE_CHECKING:
     from bdh_batch.spans import Spans
@@ -77,7 +78,7 @@ class LoadedEngine:
 @dataclass(frozen=True)
 class Loaded:
     text: TextSide
-    vocabulary: Vocabulary | None
+    vocabulary: Vocabulary | str  # or why there is none
     defaults: Defaults
     engine: LoadedEngine
 

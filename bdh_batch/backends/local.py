@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Sequence as Many
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -153,7 +154,9 @@ class LocalBackend:
             prompt=prompt,
             max_tokens=self._max_tokens(request, len(prompt)),
             sampling=None if request.pool else request.sampling,
-            text=TextStream(self._tokenizer.decoder(), request.stop, request.include_stop, request.min_tokens),
+            text=TextStream(
+                self._tokenizer.decoder(), request.stop, request.include_stop, request.min_tokens, request.stop_before
+            ),
             outbox=mailbox,
             index=index,
             n=request.n,
@@ -163,7 +166,7 @@ class LocalBackend:
             score_prompt=request.score_prompt,
             pool=request.pool,
             breaks=request.breaks,
-            constraint=None if request.grammar is None else request.grammar.constraint(),
+            constraint=None if request.grammar is None else request.grammar.constraint(_early(request)),
             key=request.key,
             tenant=request.tenant,
             weight=request.weight,
@@ -221,3 +224,8 @@ class LocalBackend:
             text = f"{prompt} prompt tokens and {request.min_tokens} to generate exceed {self._max_model_len}."
             raise ContextLengthExceeded(text, "min_tokens")
         return min(request.max_tokens, room)
+
+
+def _early(request: GenerationRequest) -> float:
+    """Tokens before which an answer that can go on does."""
+    return math.inf if request.ignore_eos else request.min_tokens

@@ -21,6 +21,7 @@ from bdh_batch.http.strict import Neutral, Wire
 from bdh_batch.http.wire_chat import ConversationBody
 from bdh_batch.http.wire_format import Formatted
 from bdh_batch.messages import GenerationRequest, SamplingParams, Text
+from bdh_batch.text.calls import OPEN
 from bdh_batch.text.grammar import Source
 
 # Known to the API, not built yet: the values besides null that ask for nothing.
@@ -169,6 +170,11 @@ class GenerationBody(Formatted):
     def echoes(self) -> bool:
         return False
 
+    @property
+    def stop_before(self) -> str:
+        """A text from which on an answer has no stop strings in it; empty where there is none."""
+        return ""
+
     def _requests(
         self,
         request_id: str,
@@ -191,6 +197,7 @@ class GenerationBody(Formatted):
                 max_tokens_param=None if asked is None else asked_by,
                 sampling=replace(sampling, seed=seed_of(self.seed, answer)),
                 stop=tuple(self.stop or ()),
+                stop_before=self.stop_before,
                 stop_token_ids=tuple(self.stop_token_ids or ()),
                 include_stop=bool(self.include_stop_str_in_output),
                 ignore_eos=bool(self.ignore_eos),
@@ -285,6 +292,10 @@ class ChatBody(ConversationBody, GenerationBody):
     @property
     def top(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
+
+    @property
+    def stop_before(self) -> str:
+        return OPEN if self.may_call else ""
 
     def requests(self, request_id: str, defaults: Defaults, prompt: Text) -> list[GenerationRequest]:
         if self.top_logprobs and not self.logprobs:

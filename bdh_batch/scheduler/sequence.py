@@ -23,7 +23,10 @@ class TextSink(Protocol):
     """Turns a sequence's tokens into text, and says when a stop string has ended it."""
 
     stopped: bool
-    held: str  # text that is known but not certain
+
+    @property
+    def held(self) -> str:
+        """Text that is known but not certain."""
 
     @property
     def unfinished(self) -> bool: ...
@@ -244,7 +247,7 @@ class Sequence:
         delta = Delta(text, [token], self.finish_reason)
         if score is not None:
             delta.logprob = score.logprob
-            delta.scores = self._shown(score, text, hidden=token in self.stop_token_ids and not self.show_stop_token)
+            delta.scores = self._shown(score, text, hidden=self._at_stop and not self.show_stop_token)
         return delta
 
     def _constrain(self, constraint: Constraint, token: int, score: TokenScore | None) -> Delta | None:
@@ -269,9 +272,14 @@ class Sequence:
             return self._alignment.push(score, text, self.text.held, self.text.unfinished)
         return self._alignment.end(score, text, cut=self.text.stopped, hidden=hidden)
 
+    @property
+    def _at_stop(self) -> bool:
+        """Whether the last token is one that ends the answer. A form may leave no other before `min_tokens`."""
+        return len(self.generated) > self.min_tokens and self.generated[-1] in self.stop_token_ids
+
     def _say(self, token: int) -> str:
         """The text that `token` makes certain; says in `finish_reason` whether it is the last."""
-        at_stop = token in self.stop_token_ids
+        at_stop = self._at_stop
         complete = at_stop or (self.constraint is not None and self.constraint.complete)
         text = "" if at_stop and not self.show_stop_token else self.text.push(token)
         if complete or len(self.generated) >= self.max_tokens:

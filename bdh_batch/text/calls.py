@@ -12,8 +12,9 @@ from typing import Any
 
 from bdh_batch.text.grammar import Source
 from bdh_batch.text.sources import ANY_OBJECT, from_schema, json_rule
+from bdh_batch.text.tokenizer import CALL
 
-OPEN, CLOSE = "<tool_call>", "</tool_call>"
+OPEN, CLOSE = CALL
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
 GAP = r"/\n?/"
 

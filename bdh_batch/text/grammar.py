@@ -2,35 +2,30 @@
 
 Where an answer may end, but could go on, a model that has an end-of-text token decides by drawing it. One that has none
 draws among all its tokens there: what the grammar cannot take says that the answer has ended before it. So an answer
-to `[0-9]+` goes on for as long as the model would write digits anyway, and is complete in any case.
+to `[0-9]+` goes on for as long as the model would write digits anyway, and is complete in any case. Where an answer may
+not end early, it goes on as long as it can.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from bdh_batch.errors import InvalidRequest, QueueFull, UnsupportedParameter
 from bdh_batch.messages import Constraint
-from bdh_batch.text.hugging_face import HuggingFaceTokenizer
-from bdh_batch.text.tokenizer import BYTES, ByteTokenizer, Tokenizer
-
-log = logging.getLogger(__name__)
+from bdh_batch.text.vocabulary import Vocabulary
 
 COMPILERS = 2  # threads; a grammar takes milliseconds, a vast one a second
 MASKERS = 2  # threads
 SMALL = 4096  # tokens: a mask over so few is made sooner than it is handed to another thread
 KEPT = 64  # compiled grammars
 MESSAGE = 400  # characters of llguidance's that a client is shown
-END = "<|end of answer|>"  # stands in for the end-of-text token of a tokenizer that has none
 
 _FOR_AUTHORS = re.compile(r"\n<|\n *\d+ \| ")
 
@@ -60,64 +55,6 @@ class Source:
     trigger: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Vocabulary:
-    """A model's tokens as llguidance knows them; `ends` are those of the model that end a text, if it has any."""
-
-    tokens: LLTokenizer
-    size: int
-    ends: frozenset[int] = frozenset()
-
-
-class _Bytes:
-    """A byte is a token, unless it is among `ends`; those, and all past the bytes, stand for no text."""
-
-    bos_token_id = None
-
-    def __init__(self, ends: Sequence[int]) -> None:
-        self.eos_token_id = ends[0]
-        count = max(BYTES, max(ends) + 1)
-        self.special_token_ids = [token for token in range(count) if token >= BYTES or token in ends]
-        self.tokens = [bytes([token % BYTES]) for token in range(count)]
-        for token in self.special_token_ids:
-            self.tokens[token] = f"<|{token}|>".encode()
-
-    def __call__(self, text: bytes | str) -> list[int]:
-        return list(text.encode() if isinstance(text, str) else text)
-
-
-def byte_vocabulary(size: int, ends: Sequence[int] = ()) -> Vocabulary:
-    """Of a model of bytes, padded to `size` tokens, whose texts end with one of `ends`."""
-    known = list(ends) or [BYTES]
-    tokens = LLTokenizer(TokenizerWrapper(_Bytes(known)), eos_token=known, slices=[])
-    return Vocabulary(tokens, size, frozenset(ends))
-
-
-def hugging_face_vocabulary(tokenizer: str, size: int, ends: Sequence[int] = ()) -> Vocabulary:
-    """Of a model of `size` tokens whose `tokenizer.json` says `tokenizer`, and whose texts end with one of `ends`."""
-    values = json.loads(tokenizer)
-    vocabulary, added = values["model"]["vocab"], {token["id"]: token for token in values["added_tokens"]}
-    pairs = vocabulary.items() if isinstance(vocabulary, dict) else ((pair[0], i) for i, pair in enumerate(vocabulary))
-    names = {token: name for name, token in pairs} | {token: each["content"] for token, each in added.items()}
-    known = list(ends) or [max(names) + 1]
-    # One that ends a text is none, though the tokenizer may have it as such: within a grammar it would cut the answer.
-    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added |= {token: plain | {"id": token, "content": names.get(token, END), "special": True} for token in known}
-    values["added_tokens"] = [added[token] for token in sorted(added)]
-    return Vocabulary(LLTokenizer(json.dumps(values), eos_token=known), size, frozenset(ends))
-
-
-def vocabulary_of(tokenizer: Tokenizer, size: int, ends: frozenset[int] = frozenset()) -> Vocabulary | None:
-    """Of a model of `size` tokens, of which `ends` end a text; None where its tokens have no text that is known."""
-    if isinstance(tokenizer, HuggingFaceTokenizer):
-        try:
-            return hugging_face_vocabulary(tokenizer.json, size, sorted(ends))
-        except ValueError as error:
-            log.warning("answers can follow no grammar: llguidance does not read this tokenizer (%s)", error)
-            return None
-    return byte_vocabulary(size, sorted(ends)) if isinstance(tokenizer, ByteTokenizer) else None
-
-
 class _Job:
     """A grammar on its way through the compilers; what comes of it is a matcher, or what is wrong with the grammar."""
 
@@ -129,7 +66,7 @@ class Grammars:
     """Compiles grammars for a vocabulary, and keeps them.
 
     Args:
-        vocabulary: None refuses every grammar.
+        vocabulary: a reason why there is none refuses every grammar.
         most_bytes: of a grammar as llguidance reads it.
         seconds: how long one may take to compile.
         most_waiting: grammars that may wait for their turn.
@@ -138,7 +75,7 @@ class Grammars:
 
     def __init__(
         self,
-        vocabulary: Vocabulary | None,
+        vocabulary: Vocabulary | str,
         most_bytes: int = 2**16,
         seconds: float = 10.0,
         most_waiting: int = 64,
@@ -151,7 +88,7 @@ class Grammars:
         self._jobs: OrderedDict[str, _Job] = OrderedDict()
         self._waiting = 0
         self._compilers = ThreadPoolExecutor(COMPILERS, "bdh-grammar")
-        large = vocabulary is not None and vocabulary.size > small
+        large = isinstance(vocabulary, Vocabulary) and vocabulary.size > small
         self._maskers = ThreadPoolExecutor(MASKERS, "bdh-mask") if large else None
 
     async def compile(self, source: Source) -> CompiledGrammar:
@@ -160,10 +97,8 @@ class Grammars:
             InvalidRequest: it is none, is too large, or nothing satisfies it; the field is named.
             QueueFull: too many are being compiled.
         """
-        if self._vocabulary is None:
-            raise UnsupportedParameter(
-                "This model's answers can follow no grammar: what its tokens say is not known.", source.param
-            )
+        if isinstance(self._vocabulary, str):
+            raise UnsupportedParameter(f"This model's answers can follow no form: {self._vocabulary}.", source.param)
         for each in (*source.parts, source):
             if (size := len(each.grammar.encode())) > self._most_bytes:
                 text = f"A schema or grammar may have {self._most_bytes} bytes here (limits.max_schema_bytes)"
@@ -234,14 +169,14 @@ class CompiledGrammar:
         self._source = source
         self._maskers = maskers
 
-    def constraint(self) -> Constraint:
-        return TriggeredConstraint(self, self._source.trigger) if self._source.trigger else self.walk()
+    def constraint(self, early: float = 0) -> Constraint:
+        return TriggeredConstraint(self, self._source.trigger, early) if self._source.trigger else self.walk(early)
 
-    def walk(self) -> GrammarConstraint:
-        return GrammarConstraint(self._matcher.deep_copy(), self._vocabulary, self._source.param, self._maskers)
+    def walk(self, early: float) -> GrammarConstraint:
+        return GrammarConstraint(self._matcher.deep_copy(), self._vocabulary, self._source.param, early, self._maskers)
 
     def text(self, token: int) -> bytes:
-        return self._vocabulary.tokens.decode_bytes([token]) if token < self._vocabulary.tokens.vocab_size else b""
+        return self._vocabulary.text(token)
 
     def tokens(self, text: bytes) -> list[int]:
         return self._vocabulary.tokens.tokenize_bytes(text) if text else []
@@ -251,15 +186,24 @@ class GrammarConstraint:
     """One answer's way through a grammar.
 
     Args:
+        early: tokens before which the answer does not end as long as it can go on.
         maskers: makes the masks, each from the moment on at which the token before it is known; None makes them where
             they are asked for.
     """
 
-    def __init__(self, matcher: LLMatcher, vocabulary: Vocabulary, param: str, maskers: Executor | None = None) -> None:
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        vocabulary: Vocabulary,
+        param: str,
+        early: float = 0,
+        maskers: Executor | None = None,
+    ) -> None:
         self.complete = False
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._param = param
+        self._early = early
         self._maskers = maskers
         self._bits: bytes | None = None  # what is allowed next, once it is known
         self._coming: Future[bytes] | None = None
@@ -280,6 +224,7 @@ class GrammarConstraint:
         if not (allowed and self._matcher.consume_token(token)):
             reason = _reason(self._matcher) or "no token can follow"
             raise InvalidRequest(f"{self._param}: The answer cannot go on in this grammar ({reason}).", self._param)
+        self._early -= 1
         self.complete = self._matcher.is_stopped() and not self._matcher.is_error()
         self._look_ahead()
         return True
@@ -300,19 +245,24 @@ class GrammarConstraint:
 
     def _allowed(self) -> bytes:
         if self._bits is None:
-            self._bits = self._matcher.compute_bitmask() if self._coming is None else self._coming.result()
+            bits = self._matcher.compute_bitmask() if self._coming is None else self._coming.result()
+            early = self._early > 0 and self._matcher.is_accepting()
+            self._bits = self._vocabulary.without_ends(bits) if early else bits
         return self._bits
 
     def _may_end_anywhere(self) -> bool:
-        """Whether the answer may end here, and the model has no token to say so."""
-        return not self._vocabulary.ends and self._matcher.is_accepting()
+        """Whether the answer may end here, and no token says so: the model has none, or none may come yet."""
+        if not self._matcher.is_accepting():
+            return False
+        return not any(self._allowed()) if self._early > 0 else not self._vocabulary.ends
 
 
 class TriggeredConstraint:
     """Any text, until the trigger has been said; then the grammar."""
 
-    def __init__(self, grammar: CompiledGrammar, trigger: str) -> None:
+    def __init__(self, grammar: CompiledGrammar, trigger: str, early: float) -> None:
         self._grammar = grammar
+        self._early = early
         self._trigger = trigger.encode()
         self._said = b""  # the end of the text, as far as the trigger may be beginning there
         self._inner: GrammarConstraint | None = None
@@ -327,10 +277,11 @@ class TriggeredConstraint:
     def accept(self, token: int) -> bool:
         if self._inner is not None:
             return self._inner.accept(token)
+        self._early -= 1
         said, trigger, rest = (self._said + self._grammar.text(token)).partition(self._trigger)
         self._said = (said + trigger + rest)[1 - len(self._trigger) :]
         if trigger:
-            inner = self._grammar.walk()
+            inner = self._grammar.walk(self._early)
             # A token may go on past the trigger. If it does so otherwise than a call would, none is meant.
             if inner.follow(self._grammar.tokens(rest)):
                 self._inner = inner

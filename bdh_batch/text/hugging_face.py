@@ -12,7 +12,7 @@ from tokenizers import Encoding, Tokenizer
 from bdh_batch.errors import CheckpointError
 from bdh_batch.messages import Text
 from bdh_batch.text.pieces import PieceDecoder, Pieces
-from bdh_batch.text.tokenizer import Decoder
+from bdh_batch.text.tokenizer import CALL, Decoder
 
 LONG = 4096  # characters
 SAMPLES = 256  # tokens of the vocabulary that are decoded both ways at the start
@@ -36,7 +36,9 @@ class HuggingFaceTokenizer:
         self.special: Sequence[str] = sorted(self._special, key=len, reverse=True)  # the longest is matched first
         self.size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids are below it
         try:
-            self._pieces = Pieces(tokenizer, frozenset(number for number, _ in self._special.values()))
+            # What a call is written with is text: who reads the answer looks for it.
+            hidden = frozenset(number for name, (number, _) in self._special.items() if name not in CALL)
+            self._pieces = Pieces(tokenizer, hidden)
             self._check()
         except CheckpointError as error:
             raise CheckpointError(f"{file}: {error}") from error
@@ -64,6 +66,13 @@ class HuggingFaceTokenizer:
         piece = self._pieces.of(token, first=False)
         name = self.name(token)
         return piece.raw if piece is not None else name.encode() if name else None
+
+    def text(self, token: int) -> bytes | None:
+        """What `token` adds to a text that goes on with it, which may be nothing; None where what follows has a say."""
+        piece = self._pieces.of(token, first=False)
+        if piece is None:
+            return b""
+        return None if piece.tail else piece.raw
 
     @property
     def json(self) -> str:
@@ -112,7 +121,8 @@ class HuggingFaceTokenizer:
     def _check(self) -> None:
         """Raises CheckpointError where pieces do not add up to what the library decodes."""
         step = max(1, self.size // SAMPLES)
-        tokens = [token for token in range(0, self.size, step) if not self.name(token).startswith("<0x")]
+        names = ((token, self.name(token)) for token in range(0, self.size, step))
+        tokens = [token for token, name in names if not name.startswith("<0x") and name not in CALL]
         for first in range(0, len(tokens), 16):
             some = tokens[first : first + 16]
             decoder = self.decoder(first=True)

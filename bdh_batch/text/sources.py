@@ -27,7 +27,8 @@ def from_regex(regex: str, param: str) -> Source:
 
 
 def from_choice(choices: Sequence[str], param: str) -> Source:
-    return Source("start: " + " | ".join(json.dumps(choice) for choice in choices), param)
+    # One terminal: a parser that weighed each of them would take a thousand at most.
+    return Source("start: CHOICE\nCHOICE: " + " | ".join(json.dumps(choice) for choice in choices), param)
 
 
 def from_lark(grammar: str, param: str) -> Source:
@@ -42,12 +43,28 @@ def json_rule(schema: Mapping[str, Any], param: str) -> str:
 def _written(schema: Mapping[str, Any], param: str) -> str:
     try:
         endless = not _Ends(schema).has_end(schema)
+        uncounted = _counts_free_keys(schema)
         text = json.dumps({**schema, "x-guidance": LAYOUT})
     except RecursionError:
         raise InvalidRequest(f"{param}: It is nested too deeply.", param) from None
     if endless:
         raise InvalidRequest(f"{param}: Nothing satisfies it: what it requires contains itself without an end.", param)
+    if uncounted:
+        text = "minProperties goes with additionalProperties: false and no patternProperties, or with as many required"
+        raise InvalidRequest(f"{param}: {text}: of other keys, one that came twice would count twice.", param)
     return text
+
+
+def _counts_free_keys(schema: object) -> bool:
+    """Whether a schema is anywhere in it that wants several keys, which may be any: a repeated one is no other."""
+    if isinstance(schema, list):
+        return any(map(_counts_free_keys, schema))
+    if not isinstance(schema, Mapping):
+        return False
+    least, required = schema.get("minProperties"), set(map(str, _list(schema, "required")))
+    closed = schema.get("additionalProperties") is False and not schema.get("patternProperties")
+    free = isinstance(least, int) and least > max(1, len(required)) and not closed
+    return free or any(map(_counts_free_keys, schema.values()))
 
 
 class _Ends:

@@ -13,13 +13,22 @@ class TextStream:
     Args:
         include_stop: whether the text shows the stop string that ends it.
         min_tokens: a stop string that is complete with these first tokens is none.
+        before: a text, if any, up to which stop strings are looked for; it and what follows it have none.
     """
 
     def __init__(
-        self, decoder: Decoder, stop: Sequence[str] = (), include_stop: bool = False, min_tokens: int = 0
+        self,
+        decoder: Decoder,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        min_tokens: int = 0,
+        before: str = "",
     ) -> None:
         self.stopped = False
-        self.held = ""  # the end of the text, while a stop string may be beginning there
+        self._held = ""  # the end of the text, while a stop string may be beginning there
+        self._before = before
+        self._coming = ""  # what comes after that, while what has no stop strings in it may be beginning there
+        self._stale = 0  # characters of that which came too early to complete a stop string
         self._decoder = decoder
         self._stop = tuple(stop)
         self._beginnings = frozenset(each[0] for each in stop)
@@ -28,9 +37,14 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that `token` makes certain."""
-        text = self._release(self._decoder.push(token))
+        text = self._take(self._decoder.push(token))
         self._early -= 1
         return text
+
+    @property
+    def held(self) -> str:
+        """Text that is known but not certain."""
+        return self._held + self._coming
 
     @property
     def unfinished(self) -> bool:
@@ -41,19 +55,38 @@ class TextStream:
         """What is left when no more tokens come."""
         if self.stopped:
             return ""
-        text = self._release(self._decoder.flush())
-        held, self.held = self.held, ""
+        text = self._take(self._decoder.flush())
+        coming, self._coming = self._coming, ""
+        text += self._release(coming, self._stale)
+        held, self._held = self._held, ""
         return text + held
 
-    def _release(self, text: str) -> str:
-        if not text or (not self.held and self._beginnings.isdisjoint(text)):
+    def _take(self, text: str) -> str:
+        if not self._stop:
             return text
-        known, text = len(self.held), self.held + text
-        if self._early <= 0 and (cut := self._cut(text, known)) is not None:
-            self.stopped, self.held = True, ""
+        text = self._coming + text
+        if self._early > 0:
+            self._stale = len(text)
+        begun = text.find(self._before) if self._before else -1
+        end = len(text) - _overlap(text, self._before) if begun < 0 else begun
+        stale, self._stale = min(self._stale, end), max(0, self._stale - end)
+        self._coming = text[end:]
+        shown = self._release(text[:end], stale)
+        if begun < 0 or self.stopped:
+            return shown
+        shown += self.held
+        self._held, self._coming, self._stop = "", "", ()
+        return shown
+
+    def _release(self, text: str, stale: int) -> str:
+        if not text or (not self._held and self._beginnings.isdisjoint(text)):
+            return text
+        known, text = len(self._held) + stale, self._held + text
+        if (cut := self._cut(text, known)) is not None:
+            self.stopped, self._held, self._coming = True, "", ""
             return text[:cut]
         keep = len(text) - max(_overlap(text, stop) for stop in self._stop)
-        self.held = text[keep:]
+        self._held = text[keep:]
         return text[:keep]
 
     def _cut(self, text: str, known: int) -> int | None:

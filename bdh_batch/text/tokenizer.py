@@ -14,6 +14,8 @@ BYTES = 256
 ASCII = 128  # tokens below it are characters by themselves
 NO_BYTE = b"\xff"  # tokens of a vocabulary padded past 256: no text led to them, and they decode as invalid bytes do
 
+CALL = ("<tool_call>", "</tool_call>")  # around a call of a tool, in an answer
+
 
 class Decoder(Protocol):
     """One sequence's tokens to text."""

@@ -112,6 +112,23 @@ def test_an_answer_may_be_nothing_at_all(tiny: Server) -> None:
     assert (choice["text"], choice["finish_reason"]) == ("", "stop")
 
 
+def test_before_min_tokens_only_a_form_that_cannot_go_on_ends_an_answer(tiny: Server) -> None:
+    def ask(regex: str, **body: Any) -> tuple[str, str]:
+        (choice,) = tiny.complete(prompt="x", seed=1, structured_outputs={"regex": regex}, **body)["choices"]
+        return choice["text"], choice["finish_reason"]
+
+    assert re.fullmatch("[0-9]{10,}", ask("[0-9]+", min_tokens=10, max_tokens=40)[0])
+    assert len(ask("[0-9]+", ignore_eos=True, max_tokens=30)[0]) == 30
+    assert ask("A{3}", min_tokens=5, max_tokens=9) == ("AAA", "stop")
+    assert ask("A{3}", ignore_eos=True, max_tokens=9) == ("AAA", "stop")
+    assert ask("A{3}", stop_token_ids=[65], max_tokens=9) == ("", "stop")
+    assert ask("A{3}", stop_token_ids=[65], min_tokens=2, max_tokens=9) == ("AA", "stop")
+    shown = {"logprobs": 0, "stop_token_ids": [65], "min_tokens": 2, "max_tokens": 2}
+    (choice,) = tiny.complete(prompt="x", structured_outputs={"regex": "A{3}"}, **shown)["choices"]
+    assert (choice["text"], choice["finish_reason"]) == ("AA", "length")
+    assert choice["logprobs"]["tokens"] == ["A", "A"]
+
+
 def test_others_are_answered_as_ever(tiny: Server) -> None:
     body = {"prompt": "abc", "max_tokens": 30, "seed": 5}
     alone = tiny.text(**body)
@@ -370,6 +387,17 @@ class TestTools:
         assert answer.status_code == 200, answer.text
         (choice,) = answer.json()["choices"]
         assert '"name": "weather"' in bytes(choice["prompt_token_ids"]).decode()
+
+    def test_a_stop_string_is_none_within_a_call(self, tiny: Server) -> None:
+        body: dict[str, Any] = {"messages": MESSAGES, "tools": TOOLS[:1], "tool_choice": "required", "max_tokens": 80}
+        body |= {"seed": 1, "parallel_tool_calls": False}
+        for stop in ("ool_call", "arguments"):
+            (choice,) = tiny.http.post(CHAT, json=body | {"stop": stop}).json()["choices"]
+            assert (choice["finish_reason"], choice["message"]["content"]) == ("tool_calls", None)
+            deltas = [each["delta"] for event in tiny.events(CHAT, **body, stop=stop) for each in event["choices"]]
+            assert not any(delta.get("content") for delta in deltas)
+            pieces = [call["function"]["arguments"] for delta in deltas for call in delta.get("tool_calls", [])]
+            assert "".join(pieces) == choice["message"]["tool_calls"][0]["function"]["arguments"]
 
     @pytest.mark.parametrize(("param", "asked"), BAD_TOOLS)
     def test_bad_tools_are_refused_by_their_field(self, tiny: Server, param: str, asked: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ CHATML = """\
 {% endif %}{% if slow %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}"""
 RENDERED = "<s><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\né 世<|im_end|>\n<|im_start|>assistant\n"
 NESTED = json.loads("[" * 40 + "]" * 40)
-ENDS = list(range(0, 320, 10))  # of them, some have texts that a grammar may ask for
+ENDS = [*range(0, 80, 10), *range(90, 320, 10)]  # of them, some have texts that a grammar may ask for
 SCHEMA = {
     "type": "object",
     "properties": {"who": {"enum": ["fog–世", "quick the"]}, "lazy": {"type": "boolean"}, "legs": {"type": "integer"}},
@@ -41,7 +41,9 @@ SCHEMA = {
 
 @pytest.fixture(scope="module")
 def raw() -> Tokenizer:
-    return byte_level()
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens(["<tool_call>", "</tool_call>"])
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +112,28 @@ def test_an_answer_that_follows_a_grammar_may_end_with_an_end_of_text_token(chat
         assert re.fullmatch("[a-z ]+", choice["text"])
         assert (choice["finish_reason"] == "stop") == (choice["token_ids"][-1] in stops)
     assert {choice["finish_reason"] for choice in choices} == {"stop", "length"}
+    for later in ({"min_tokens": 3}, {"ignore_eos": True}):
+        choices = chatty.complete(**body, **later, max_tokens=3)["choices"]
+        assert {choice["finish_reason"] for choice in choices} == {"length"}
+        assert not stops & {token for choice in choices for token in choice["token_ids"]}
+
+
+def test_calls_are_read_though_they_are_written_with_tokens_of_their_own(chatty: Server, raw: Tokenizer) -> None:
+    tools = [{"type": "function", "function": {"name": "g"}}]
+    begin = {str(raw.token_to_id("<tool_call>")): 100}
+    for choice in ("required", {"type": "function", "function": {"name": "g"}}, "auto"):
+        body = {"messages": MESSAGES, "tools": tools, "tool_choice": choice, "max_tokens": 40, "seed": 1}
+        body |= {"parallel_tool_calls": False, "logit_bias": begin if choice == "auto" else {}}
+        answer = chatty.http.post(CHAT, json=body)
+        assert answer.status_code == 200, answer.text
+        (whole,) = answer.json()["choices"]
+        assert (whole["finish_reason"], whole["message"]["content"]) == ("tool_calls", None)
+        (call,) = whole["message"]["tool_calls"]
+        assert call["function"] == {"name": "g", "arguments": "{}"}
+        deltas = [each["delta"] for event in chatty.events(CHAT, **body) for each in event["choices"]]
+        pieces = [piece["function"] for delta in deltas for piece in delta.get("tool_calls", [])]
+        assert "".join(piece["arguments"] for piece in pieces) == "{}"
+        assert not any(delta.get("content") for delta in deltas)
 
 
 def test_a_chat_is_rendered_by_the_folders_template(chatty: Server, raw: Tokenizer) -> None:

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Tokenizer
 
 from bdh_batch.errors import InvalidRequest, QueueFull, UnsupportedParameter
 from bdh_batch.messages import Constraint
 from bdh_batch.text.calls import CLOSE, OPEN, Tool, from_tools, head
-from bdh_batch.text.grammar import Grammars, Source, Vocabulary, byte_vocabulary, hugging_face_vocabulary, vocabulary_of
+from bdh_batch.text.grammar import Grammars, Source
+from bdh_batch.text.hugging_face import HuggingFaceTokenizer
 from bdh_batch.text.sources import from_choice, from_lark, from_regex, from_schema
 from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly
+from bdh_batch.text.vocabulary import Vocabulary, byte_vocabulary, vocabulary_of
+from tests.text import tokenizers
 
 PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2's alphabet writes as themselves
 ALPHABET = {byte: chr(byte if byte in PLAIN else 256 + byte - sum(p < byte for p in PLAIN)) for byte in range(256)}
@@ -25,13 +31,29 @@ PIECES = [*ALPHABET.values(), *("".join(pair) for pair in MERGES)]
 ENDING = len(PIECES)
 
 
-def tokenizer_json() -> str:
-    """A small tokenizer.json of byte-level pieces, and a token that ends texts."""
+def byte_level() -> Tokenizer:
+    """A small one of byte-level pieces, and a token that ends texts."""
     end = {"id": ENDING, "content": "<|end|>", "special": True}
     end |= dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": {piece: i for i, piece in enumerate(PIECES)}, "merges": MERGES}
-    return json.dumps({"added_tokens": [end], "pre_tokenizer": byte_level, "decoder": byte_level, "model": model})
+    values = {"added_tokens": [end], "pre_tokenizer": byte_level, "decoder": byte_level, "model": model}
+    return Tokenizer.from_str(json.dumps(values))
+
+
+def with_calls(special: bool) -> Tokenizer:
+    """As Qwen and Hermes have it: a call is written with tokens of its own."""
+    tokenizer = tokenizers.byte_level()
+    tokenizer.add_tokens([AddedToken(text, special=special, normalized=False) for text in (OPEN, CLOSE)])
+    return tokenizer
+
+
+def vocabulary_for(tokenizer: Tokenizer, ends: Iterable[int] = (), size: int = 0) -> Vocabulary:
+    """Of a model of so many tokens, or of a few more than the tokenizer has."""
+    known = HuggingFaceTokenizer(tokenizer, Path("tokenizer.json"))
+    vocabulary = vocabulary_of(known, size or known.size + 8, frozenset(ends))
+    assert isinstance(vocabulary, Vocabulary), vocabulary
+    return vocabulary
 
 
 def vocabularies() -> list[Vocabulary]:
@@ -40,9 +62,12 @@ def vocabularies() -> list[Vocabulary]:
         byte_vocabulary(300),
         byte_vocabulary(256, [0]),
         byte_vocabulary(300, [ord("\t"), 299]),
-        hugging_face_vocabulary(tokenizer_json(), ENDING + 1, [ENDING]),
-        hugging_face_vocabulary(tokenizer_json(), ENDING + 1, [PIECES.index("\u0109"), ENDING]),
-        hugging_face_vocabulary(tokenizer_json(), ENDING + 1),
+        vocabulary_for(byte_level(), [ENDING], ENDING + 1),
+        vocabulary_for(byte_level(), [PIECES.index("\u0109"), ENDING], ENDING + 1),
+        vocabulary_for(byte_level(), (), ENDING + 1),
+        vocabulary_for(with_calls(special=False)),
+        vocabulary_for(with_calls(special=True), [3]),
+        vocabulary_for(tokenizers.byte_fallback(), [3]),
     ]
 
 
@@ -103,7 +128,7 @@ async def test_where_it_may_end_a_model_without_a_token_for_it_ends_by_drawing_s
         other.accept(ord("x"))
 
 
-@pytest.mark.parametrize("vocabulary", [byte_vocabulary(300), hugging_face_vocabulary(tokenizer_json(), 300)])
+@pytest.mark.parametrize("vocabulary", [byte_vocabulary(300), vocabulary_for(byte_level(), (), 300)])
 async def test_what_stands_in_for_that_token_is_never_part_of_an_answer(vocabulary: Vocabulary) -> None:
     constraint = (await Grammars(vocabulary).compile(from_regex("a+", "r"))).constraint()
     for token in vocabulary.tokens.tokenize_str("aa"):
@@ -120,10 +145,38 @@ async def test_a_model_with_a_token_for_the_end_draws_it_or_goes_on(vocabulary: 
         assert not vocabulary.ends & set(allowed(constraint, vocabulary.size))
         for token in vocabulary.tokens.tokenize_str("aa"):
             assert constraint.accept(token)
-        said = {*vocabulary.tokens.tokenize_str("a"), *vocabulary.tokens.tokenize_str("e"), *vocabulary.ends}
-        assert set(allowed(constraint, vocabulary.size)) == said
+        following = set(allowed(constraint, vocabulary.size))
+        assert following >= vocabulary.ends
+        assert {vocabulary.text(token) for token in following - vocabulary.ends} == {b"a", b"e"}
         assert constraint.accept(end)
         assert constraint.complete
+
+
+@pytest.mark.parametrize("vocabulary", vocabularies())
+async def test_an_answer_does_not_end_early_as_long_as_it_can_go_on(vocabulary: Vocabulary) -> None:
+    grammars, rng = Grammars(vocabulary), random.Random(2)
+    asked: list[tuple[Source, float, str, bool]] = [
+        (from_regex("c+x?", "r"), 4, "c{4,}|c+x", True),
+        (from_regex("c*", "r"), math.inf, "c{40}", False),
+        (from_regex("c?x?", "r"), math.inf, "c?x", True),
+        (from_choice([""], "c"), 5, "", True),
+    ]
+    for source, early, pattern, ends in asked:
+        grammar = await grammars.compile(source)
+        for _ in range(10):
+            text, ended = walk(grammar.constraint(early), vocabulary, rng, 40)
+            assert re.fullmatch(pattern, text.decode()), text
+            assert ended is ends or len(text) == 40
+
+
+async def test_calls_go_on_as_long_as_they_can() -> None:
+    source = from_tools([Tool("g", None, "p")], "tools", parallel=True, required=False)
+    grammar = await Grammars(byte_vocabulary(256)).compile(source)
+    call = f"{OPEN}{head('g')}{{}}}}{CLOSE}".encode()
+    for early, may_end in ((0, True), (len(call), True), (len(call) + 1, False), (math.inf, False)):
+        constraint = grammar.constraint(early)
+        assert all(map(constraint.accept, call))
+        assert (constraint.mask() is None) == may_end
 
 
 @pytest.mark.parametrize("vocabulary", vocabularies())
@@ -138,6 +191,45 @@ async def test_after_its_trigger_a_free_text_follows_the_grammar(vocabulary: Voc
     texts = {vocabulary.tokens.decode_bytes([token]) for token in allowed(constraint, vocabulary.size)}
     assert texts == ({b'"'} if len(past) == 1 else {b"\n", b"{"})
     assert not constraint.complete
+
+
+@pytest.mark.parametrize("vocabulary", vocabularies())
+async def test_what_is_a_token_by_itself_can_be_said(vocabulary: Vocabulary) -> None:
+    """Whether that is shown or not, or ends texts: a form that spells it is no call for that token."""
+    tool = Tool("g", None, "p")
+    call = f"{OPEN}{head('g')}{{}}}}{CLOSE}"
+    asked: list[tuple[Source, set[str]]] = [
+        (
+            from_choice(["<|im_end|>", "a<s>b", "<think> it</think>"], "c"),
+            {"<|im_end|>", "a<s>b", "<think> it</think>"},
+        ),
+        (from_regex(r"<\|im_end\|>x", "r"), {"<|im_end|>x"}),
+        (from_schema({"enum": ["<s>", "<|end|>"]}, "s"), {'"<s>"', '"<|end|>"'}),
+        (from_tools([tool], "tools", parallel=False, required=True), {call}),
+        (from_tools([tool], "tools", parallel=False, required=False), {f"Well, {call}"}),
+    ]
+    grammars, rng = Grammars(vocabulary), random.Random(1)
+    for source, texts in asked:
+        grammar = await grammars.compile(source)
+        said = set()
+        for _ in range(12):
+            constraint, text = grammar.constraint(), b""
+            for token in vocabulary.tokens.tokenize_str(f"Well, {OPEN}") if source.trigger else ():
+                assert constraint.accept(token)
+                text += vocabulary.text(token)
+            rest, ended = walk(constraint, vocabulary, rng)
+            assert ended
+            said.add((text + rest).replace(b"\n", b"").decode())
+        assert said == texts
+
+
+def test_a_call_that_has_tokens_of_its_own_is_shown_and_begins_with_them() -> None:
+    for special in (False, True):
+        tokenizer = with_calls(special)
+        begin, end, hidden = map(tokenizer.get_vocab().__getitem__, [OPEN, CLOSE, "<s>"])
+        assert vocabulary_for(tokenizer, [3]).tokens.tokenize_str(f"{OPEN}x")[0] == begin
+        decoder = HuggingFaceTokenizer(tokenizer, Path("t")).decoder()
+        assert "".join(map(decoder.push, [begin, hidden, end])) == OPEN + CLOSE
 
 
 async def test_calls_are_of_the_tools_and_of_their_schemas() -> None:
@@ -179,6 +271,11 @@ REFUSED: list[tuple[Callable[[Any, str], Source], Any]] = [
     (from_schema, {"$ref": "#/nowhere"}),
     (from_schema, {"type": "integer", "minimum": 3, "maximum": 2}),
     (from_schema, {"type": "array", "uniqueItems": True}),
+    (from_schema, {"type": "object", "minProperties": 2}),
+    (from_schema, {"type": "object", "additionalProperties": {"enum": [1]}, "required": ["a"], "minProperties": 2}),
+    (from_schema, {"patternProperties": {"^[ab]$": {}}, "additionalProperties": False, "minProperties": 2}),
+    (from_schema, {"allOf": [{"additionalProperties": {"type": "null"}}, {"minProperties": 2}], "type": "object"}),
+    (from_schema, {"$ref": "#/else/0", "else": [{"type": "object", "minProperties": 2}]}),
     (from_schema, {"not": {}}),
     (from_schema, {"type": 5}),
     (from_schema, {"enum": []}),
@@ -195,7 +292,12 @@ ACCEPTED: list[tuple[Callable[[Any, str], Source], Any]] = [
     (from_regex, "a/b\r\n\x00"),
     (from_lark, 'start: start start | "a" | '),
     (from_schema, {"type": "object", "properties": {"next": {"$ref": "#"}}, "additionalProperties": False}),
+    (from_schema, {"type": "object", "minProperties": 1}),
+    (from_schema, {"type": "object", "required": ["a", "b"], "minProperties": 2}),
+    (from_schema, {"properties": {"minProperties": {"const": 5}}, "required": ["minProperties"]}),
     (from_schema, {"enum": [f"v{i}" for i in range(2000)]}),
+    (from_choice, [f"v{i}" for i in range(10_000)]),
+    (from_choice, [f"{i} " * 8 for i in range(3000)]),
     (from_choice, ['"', "\\", "\n", "\x00", "😀", "", "/"]),
 ]
 
@@ -261,10 +363,21 @@ async def test_time_that_runs_out_is_told_and_the_loop_is_free_meanwhile() -> No
 
 async def test_without_a_tokenizer_grammars_are_refused() -> None:
     byte_model = vocabulary_of(ByteTokenizer(), 256, frozenset({0}))
-    assert byte_model is not None
+    assert isinstance(byte_model, Vocabulary)
     assert byte_model.ends == {0}
     with pytest.raises(UnsupportedParameter) as refused:
         await Grammars(vocabulary_of(TokenIdsOnly(), 97)).compile(from_regex("a", "p"))
+    assert refused.value.param == "p"
+
+
+@pytest.mark.parametrize(
+    "kind", [tokenizers.metaspace, tokenizers.word_piece, tokenizers.end_of_word, tokenizers.words]
+)
+async def test_where_not_every_byte_can_be_said_grammars_are_refused(kind: Callable[[], Tokenizer]) -> None:
+    """Else an answer could come to where the grammar goes on and no token does."""
+    known = HuggingFaceTokenizer(kind(), Path("tokenizer.json"))
+    with pytest.raises(UnsupportedParameter, match="not every byte") as refused:
+        await Grammars(vocabulary_of(known, known.size)).compile(from_regex("a", "p"))
     assert refused.value.param == "p"
 
 

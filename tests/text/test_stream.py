@@ -8,9 +8,9 @@ from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly
 TOKENIZER = ByteTokenizer()
 
 
-def pieces(tokens: bytes | list[int], stop: tuple[str, ...] = ()) -> list[str]:
+def pieces(tokens: bytes | list[int], stop: tuple[str, ...] = (), early: int = 0, before: str = "") -> list[str]:
     """What a stream shows for each token, until it stops, and at its end."""
-    stream = TextStream(TOKENIZER.decoder(), stop)
+    stream = TextStream(TOKENIZER.decoder(), stop, min_tokens=early, before=before)
     shown = []
     for token in tokens:
         shown.append(stream.push(token))
@@ -42,6 +42,24 @@ def test_text_ends_before_the_first_stop_string_and_shows_nothing_of_it(text: st
     assert "".join(shown) == known[:cut]
     for end in range(len(shown)):
         assert known[:cut].startswith("".join(shown[:end]))
+
+
+@given(
+    st.text("abc", max_size=20),
+    st.lists(st.text("abc<", min_size=1, max_size=4), min_size=1, max_size=4),
+    st.text("abc<", max_size=9),
+    st.integers(0, 9),
+)
+def test_stop_strings_are_looked_for_up_to_a_text_and_not_from_there_on(
+    text: str, stop: list[str], rest: str, early: int
+) -> None:
+    shown = "".join(pieces(text.encode(), tuple(stop), early))
+    stopped = len("".join(pieces(text.encode() + b"..", tuple(stop), early))) < len(text) + 2
+    with_more = "".join(pieces(f"{text}<abc>{rest}".encode(), tuple(stop), early, "<abc>"))
+    assert with_more == (shown if stopped else f"{text}<abc>{rest}")
+    assert "".join(pieces(f"{text}<ab".encode(), tuple(stop), early, "<abc>")) == "".join(
+        pieces(f"{text}<ab".encode(), tuple(stop), early)
+    )
 
 
 def test_text_that_only_begins_like_a_stop_string_is_shown_at_the_end() -> None:
