@@ -126,8 +126,10 @@ class _Reader:
 class Served:
     """A server that runs, and the ways to speak to it."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, pid: int | None = None) -> None:
         self._port = port
+        self.pid = pid
+        self.url = f"http://127.0.0.1:{port}"
 
     async def send(self, path: str = "/v1/completions", key: str = "", **body: Any) -> Stream:
         """Sends a request whose answer streams, token by token."""
@@ -173,7 +175,7 @@ def served(*options: str) -> Iterator[Served]:
             stderr=subprocess.STDOUT,
         )
         try:
-            server = Served(port)
+            server = Served(port, process.pid)
             _wait_until_ready(server, process, log)
             yield server
         finally:
