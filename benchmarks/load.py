@@ -37,7 +37,12 @@ SETTLING = 0.2  # of a stage, which is not measured: users come, and the queue f
 NEAR, FAR = 0.95, 0.9  # of the best stage's tokens/s: saturated, and fallen
 GROWTH = 0.02  # of the memory, that is no leak yet
 KEYS = ("load-1", "load-2", "load-3")
-SERVER = ("scheduler.max_running=64", "scheduler.max_queued_requests=64", "auth.enabled=true")
+SERVER = (
+    "scheduler.max_running=64",
+    "scheduler.max_queued_requests=64",
+    "engine.state_memory=3 GiB",
+    "auth.enabled=true",
+)
 FILE = "load.json"
 Figures = dict[str, Any]
 Stage = tuple[int, float, float]  # users, from and to second
