@@ -35,7 +35,7 @@ PLANNED = {  # flags of `plan`, with their defaults
     "prompt-tokens": ("256", "of each prompt; none of it cached"),
     "answer-tokens": ("256", "of each answer"),
     "state-dtype": ("float32", "float32 or bfloat16"),
-    "dtype": ("bfloat16", "of the weights: float32, bfloat16 or float16"),
+    "dtype": ("float32", "of the weights: float32, bfloat16 or float16"),
     "window": ("the model's", "tokens that a token can look back on; 0 is no window"),
     "utilization": ("0.8", "the share of the time that a machine may be busy"),
     "active-fraction": ("0.216, the bundled model's", "of the neurons, that fire for a token"),
@@ -127,7 +127,7 @@ def _add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
     plan.add_argument("--gpu", required=True, help="h200, h100, a100, l4, or cpu, which is this machine")
     plan.add_argument("--results", type=Path, help="for cpu: the folder of its kernels-cpu.json and engine-cpu.json")
     for name, (default, text) in PLANNED.items():
-        plan.add_argument(f"--{name}", dest=f"planned_{name}", help=f"{text} (default {default})")
+        plan.add_argument(f"--{name}", dest=f"planned_{name}", metavar="X", help=f"{text} (default {default})")
     plan.add_argument("--json", action="store_true", help="as JSON, in seconds and bytes")
     plan.set_defaults(run=_plan)
 

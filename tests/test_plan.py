@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, strategies as st
 
-from bdh_batch.cli import main
+from bdh_batch.cli import PLANNED, main
 from bdh_batch.errors import ConfigError
 from bdh_batch.model.config import BDHConfig
 from bdh_batch.plan.costs import Load, costs_of
 from bdh_batch.plan.machines import DATASHEETS, Machine, measured
 from bdh_batch.plan.sizing import PLANNING, Planner, Sizing
+from bdh_batch.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 BUNDLED = ROOT / "models" / "bdh-shakespeare"
@@ -55,14 +56,22 @@ def test_the_costs_of_a_small_model_by_hand() -> None:
     assert windowed.prompt_flops == 2 * 1.75 * 512 + 4 * 0.75 * 512
 
 
+def test_the_defaults_are_those_that_help_tells_and_the_server_has() -> None:
+    for name, (told, _) in PLANNED.items():
+        default = getattr(Load(), name.replace("-", "_"))
+        assert name == "window" or told.split(",")[0] == (default if isinstance(default, str) else f"{default:g}")
+    served = Settings()
+    assert (Load().dtype, Load().state_dtype) == (served.model.dtype, served.engine.state_dtype)
+
+
 def test_a_plan_by_hand() -> None:
     load = Load(streams=40, rate=2.0, prompt_tokens=8, answer_tokens=16, active_fraction=0.5, dtype="float32")
     found = Planner(SMALL, MACHINE, load).size()
     assert found.limits["state memory"] == 41  # (90,000 − 4,096) / 2,048
     assert found.limits["front end"] == 72_000
-    # In a second, a stream has two tokens, of 3,072 bytes at 500,000 a second and 3,328 operations at a million each, is
-    # planned twice, and has a prompt's token of 5,120 operations; beside all of them are two steps' fixed parts. The
-    # weights come while the products are made.
+    # In a second, a stream has two tokens, of 3,072 bytes at 500,000 a second and 3,328 operations at a million each,
+    # is planned twice, and has a prompt's token of 5,120 operations; beside all of them are two steps' fixed parts.
+    # The weights come while the products are made.
     each, fixed = 2 * (3072 / 5e5 + 3328 / 1e6 + PLANNING) + 5120 / 1e6, 2 * 0.002
     assert found.limits["time"] == int((0.8 - fixed) / each) == 33
     assert (found.machines, found.streams_per_machine, found.most_streams_per_machine) == (2, 20, 33)
@@ -215,6 +224,15 @@ def test_what_cannot_be_is_refused_in_one_line(flags: str, told: str, capsys: py
     assert printed.out == ""
     assert told in printed.err
     assert printed.err.count("\n") == 1
+
+
+def test_a_rate_that_is_refused_is_told_with_the_highest_that_is_not() -> None:
+    load = Load(prompt_tokens=0, active_fraction=0.5, dtype="float32")
+    with pytest.raises(ConfigError) as refused:
+        Planner(SMALL, MACHINE, replace(load, rate=1000.0)).size()
+    alone = 1 / (0.002 + PLANNING + 3072 / 5e5 + 6656 / 5e5)  # a single stream waits for the weights
+    assert str(refused.value) == f"--rate 1000: a stream alone on hand gets at most {0.8 * alone:,.0f} tokens/s"
+    assert Planner(SMALL, MACHINE, replace(load, rate=0.8 * alone * 0.999)).size().machines == 1
 
 
 def test_a_model_too_large_for_a_machine_is_refused() -> None:

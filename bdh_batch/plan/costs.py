@@ -24,7 +24,10 @@ ACTIVE = 0.216  # of the neurons fire for a token: the bundled model's, measured
 
 @dataclass(frozen=True)
 class Load:
-    """What is wanted. `rate` is tokens/s that each of the `streams` gets; each is followed by another when it ends."""
+    """What is wanted, with the server's own defaults.
+
+    `rate` is tokens/s that each of the `streams` gets; each is followed by another when it ends.
+    """
 
     streams: int = 1
     rate: float = 1.0
@@ -33,7 +36,7 @@ class Load:
     utilization: float = 0.8
     active_fraction: float = ACTIVE
     state_dtype: str = "float32"
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
     window: int = 0  # tokens, 0 is none
 
     def __post_init__(self) -> None:

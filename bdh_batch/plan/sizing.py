@@ -63,7 +63,8 @@ class Sizing:
             "asked for": f"{load['streams']:,} streams at {load['rate']:g} tokens/s each; prompts of "
             f"{load['prompt_tokens']:,} tokens, answers of {load['answer_tokens']:,}",
             "assumed": f"{load['active_fraction']:.1%} of the neurons fire; no prompt is cached; window "
-            f"{load['window'] or 'none'}; states in {load['state_dtype']}, weights in {load['dtype']}",
+            f"{load['window'] or 'none'}; states in {load['state_dtype']}, weights in {load['dtype']}; "
+            f"one process writes {FRAMES:,.0f} frames/s at best",
             "": "",
             "machines": f"{self.machines:,} x {self.machine['name']}",
             "slots on each": f"{self.streams_per_machine:,} of at most {self.most_streams_per_machine:,}",
@@ -175,9 +176,8 @@ class Planner:
         if binds == "state memory":
             needed = size_text(costs.weight_bytes + costs.state_bytes)
             return f"--gpu {name}: weights and the state of one stream are {needed}, more than {MEMORY_SHARE:.0%} of it"
-        fastest = self._load.utilization / (sum(self.busy(1).values()) / self._load.rate)
-        if binds == "front end":
-            fastest = self._load.utilization * FRAMES
+        alone = self._load.rate / sum(self.busy(1).values())
+        fastest = self._load.utilization * min(alone, FRAMES)
         return f"--rate {self._load.rate:g}: a stream alone on {name} gets at most {fastest:,.0f} tokens/s"
 
 
