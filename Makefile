@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=500000000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test fuzz format train gpu-check clean
+.PHONY: help venv serve test fuzz load format train gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ test: $(INSTALLED)  ## the gate: format, lint, types, tests with coverage; ARGS=
 
 fuzz: $(INSTALLED)  ## 20,000 requests made from /openapi.json, right and wrong ones; CASES=n SEED=n for others
 	FUZZ_CASES=$(or $(CASES),20000) FUZZ_SEED=$(or $(SEED),0) $(BIN)/pytest tests/http/test_openapi.py -k breaks $(ARGS)
+
+load: $(INSTALLED)  ## locust's users on a server, up to saturation and beyond; SECONDS=600 USERS=256 for others
+	$(BIN)/python -m benchmarks.load --seconds $(or $(SECONDS),600) --users $(or $(USERS),256) $(ARGS)
 
 format: $(INSTALLED)  ## format the code and sort the imports
 	$(BIN)/ruff check --fix .

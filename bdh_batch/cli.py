@@ -1,4 +1,5 @@
-"""The command line: `serve`, `config show`, `keys add`, `model inspect`, `model convert`, `bench serve`.
+"""The command line: `serve`, `config show`, `keys add`, `model inspect`, `model convert`, `bench serve`,
+`plan`.
 
 What cannot work ends in one line and exit code 2.
 """
@@ -28,6 +29,17 @@ SHORTCUTS = {
 }
 
 RIGHTS = ("models", "weight", "requests_per_minute", "tokens_per_minute", "top_priority")
+PLANNED = {  # flags of `plan`, with their defaults
+    "streams": ("1", "answers under way at once; each is followed by another when it ends"),
+    "rate": ("1", "tokens/s that the reader of each of them gets"),
+    "prompt-tokens": ("256", "of each prompt; none of it cached"),
+    "answer-tokens": ("256", "of each answer"),
+    "state-dtype": ("float32", "float32 or bfloat16"),
+    "dtype": ("float32", "of the weights: float32, bfloat16 or float16"),
+    "window": ("the model's", "tokens that a token can look back on; 0 is no window"),
+    "utilization": ("0.8", "the share of the time that a machine may be busy"),
+    "active-fraction": ("0.216, the bundled model's", "of the neurons, that fire for a token"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -63,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_keys_commands(commands.add_parser("keys", help="make, list and revoke API keys"), common)
     _add_model_commands(commands)
     _add_bench_commands(commands.add_parser("bench", help="measure a server, this one or another"))
+    _add_plan_command(commands)
     return parser
 
 
@@ -106,6 +119,17 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
     serve = actions.add_parser("serve", help="load for a server of the OpenAI API, and what its clients see")
     bench_options.add_arguments(serve)
     serve.set_defaults(run=_bench_serve)
+
+
+def _add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    plan = commands.add_parser("plan", help="how many machines a load takes, on paper")
+    plan.add_argument("--model", type=Path, required=True, help="model folder, .pt, .bin or .safetensors file")
+    plan.add_argument("--gpu", required=True, help="h200, h100, a100, l4, or cpu, which is this machine")
+    plan.add_argument("--results", type=Path, help="for cpu: the folder of its kernels-cpu.json and engine-cpu.json")
+    for name, (default, text) in PLANNED.items():
+        plan.add_argument(f"--{name}", dest=f"planned_{name}", metavar="X", help=f"{text} (default {default})")
+    plan.add_argument("--json", action="store_true", help="as JSON, in seconds and bytes")
+    plan.set_defaults(run=_plan)
 
 
 def _positive(text: str) -> int:
@@ -220,3 +244,13 @@ def _bench_serve(options: argparse.Namespace) -> int:
     from bdh_batch.bench.serve import serve
 
     return serve(wanted)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from bdh_batch.plan.sizing import plan
+
+    flags = {name.replace("-", "_"): getattr(options, f"planned_{name}") for name in PLANNED}
+    given = {name: text for name, text in flags.items() if text is not None}
+    found = plan(options.model, options.gpu, options.results, given)
+    print(found.as_json() if options.json else found.as_text())
+    return 0

@@ -129,6 +129,7 @@ class Served:
     def __init__(self, port: int, pid: int = 0) -> None:
         self.port = port
         self.pid = pid
+        self.url = f"http://127.0.0.1:{port}"
 
     async def send(self, path: str = "/v1/completions", key: str = "", **body: Any) -> Stream:
         """Sends a request whose answer streams, token by token."""
@@ -147,7 +148,7 @@ class Served:
 
     def get(self, path: str) -> str:
         """Blocks: not for while something is measured."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as answer:
             text: str = answer.read().decode()
         return text
 

@@ -34,7 +34,8 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     # A server is measured over HTTP, whoever wrote it: nothing of this one's is at hand.
     "bench": ({"errors", "__init__"}, {"httptools", "orjson", "tokenizers", "uvloop"}),
     "offline": ({"errors", "model", "text"}, {"torch"}),
-    "cli": ({"errors", "settings", "keys", "offline", "runtime", "bench", "__init__"}, {"uvloop"}),
+    "plan": ({"errors", "model", "offline"}, {"torch"}),
+    "cli": ({"errors", "settings", "keys", "offline", "runtime", "bench", "plan", "__init__"}, {"uvloop"}),
     "runtime": (
         SHARED
         | {"http", "backends", "scheduler", "model", "kernels", "text", "settings", "telemetry", "spans", "keys"}

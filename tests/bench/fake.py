@@ -80,7 +80,8 @@ class Fake:
         with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-                headers = dict(line.split(": ", 1) for line in head[1:] if line)
+                fields = (line.split(": ", 1) for line in head[1:] if line)
+                headers = {name.lower(): value for name, value in fields}
                 content = await reader.readexactly(int(headers["content-length"]))
                 if "completions" not in head[0]:
                     writer.write(whole(404, b'{"detail":"Not Found"}'))
@@ -92,7 +93,7 @@ class Fake:
                 if self.running == self.wanted:
                     self.held.set()
                 try:
-                    await self._answer(str(self.bodies[-1]["prompt"]), writer)
+                    await self._answer(str(self.bodies[-1].get("prompt")), writer)
                 finally:
                     self.running -= 1
                 if self.closes:

@@ -1,0 +1,1 @@
+"""How many machines a load takes, on paper: `bdh-batch plan`. Knows nothing about servers."""

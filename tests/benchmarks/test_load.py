@@ -1,0 +1,149 @@
+"""The load by locust, which runs in processes of its own: it patches what it is imported into."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import itertools
+import json
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from benchmarks import load
+from tests.bench.fake import EXPECTED, SSE, Fake, text
+
+if TYPE_CHECKING:
+    from tests.conftest import Server
+
+ROOT = Path(__file__).parents[2]
+MIB = 2**20
+MORE_THAN_IS_READ = 1000  # tokens, which only those who leave ask for
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with file.open() as lines:
+        return list(csv.DictReader(lines))
+
+
+def by_type(file: Path) -> dict[str, Counter[str]]:
+    """How many there are of each name, by type."""
+    found: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows(file):
+        found[row["Type"]][row["Name"]] = int(row["Request Count"])
+    return found
+
+
+def test_a_load_leaves_its_report_and_its_verdicts(tiny: Server, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "benchmarks.load", "--url", tiny.url, "--pid", tiny.process.pid, "--out", tmp_path]
+    command += ["--seconds", 3, "--users", 2, "--think", 0.02, "--answer-tokens", 8, "--tags", "steady"]
+    ended = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    report = json.loads((tmp_path / "load.json").read_text())
+    assert ended.returncode == int(False in report["verdicts"].values()), ended.stderr
+    assert report["failures"] == {}
+    assert report["verdicts"]["no_failures"]
+    assert [stage["users"] for stage in report["stages"]] == [1, 2]
+    assert all(stage["rss_median"] > 50 * MIB for stage in report["stages"])
+    found = by_type(tmp_path / "load_stats.csv")
+    answers = found["answer"]
+    assert report["answers"] == answers.total() > 0
+    assert found[""] == {"Aggregated": answers.total()}  # first tokens and gaps are no requests
+    assert answers.keys() <= {"completion", "chat"}
+    assert found["ttft"] == answers
+    assert found["gap"].total() > answers.total()
+    page = (tmp_path / "load.html").read_text()
+    assert all(name in page for name in ("ttft", "gap", "tokens/s"))
+
+
+class Cycle(Fake):
+    """Answers in every way in turn, whatever is asked; those who mean to leave it answers without an end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.answered: Counter[str] = Counter()
+        self._wishes = itertools.cycle(EXPECTED)
+
+    async def _answer(self, prompt: str, writer: asyncio.StreamWriter) -> None:
+        if self.bodies[-1].get("max_tokens") == MORE_THAN_IS_READ:
+            self.answered["left"] += 1
+            await self._for_ever(writer)
+        wish = next(self._wishes)
+        await super()._answer(wish, writer)
+        self.answered[EXPECTED[wish]] += 1
+
+    async def _for_ever(self, writer: asyncio.StreamWriter) -> None:
+        writer.write(f"HTTP/1.1 200 OK\r\ncontent-type: {SSE}\r\ntransfer-encoding: chunked\r\n\r\n".encode())
+        piece = text("a")
+        while True:  # until writing fails, as the client is gone
+            writer.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+            await writer.drain()
+            await asyncio.sleep(0.001)
+
+
+async def test_whatever_is_wrong_with_an_answer_is_a_failure_of_its_kind(tmp_path: Path) -> None:
+    """In all scenarios, each of which is met."""
+    fake, seen = Cycle(), tmp_path / "seen.json"
+    async with fake.listening() as port:
+        command = ["-m", "locust", "-f", "benchmarks/locustfile.py", "--headless", "-H", f"http://127.0.0.1:{port}"]
+        command += ["-u", "30", "-r", "100", "-t", "3s", "--stop-timeout", "60", "--think", "0.01"]
+        command += ["--api-keys", "a,b", "--csv", str(tmp_path / "load"), "--samples", str(seen), "-L", "WARNING"]
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, *command, "--only-summary", cwd=ROOT, stderr=asyncio.subprocess.DEVNULL
+        )
+        assert await process.wait() == 1  # as for any failure
+    found = json.loads(seen.read_text())
+    others = {"": found["answers"], "http_429": found["refused"], "left": found["left"]}
+    assert Counter(found["failures"]) + Counter(others) == fake.answered
+    assert fake.answered.keys() == {*EXPECTED.values(), "left"}
+    told: Counter[str] = Counter()
+    for row in rows(tmp_path / "load_failures.csv"):
+        told[row["Error"].removeprefix("CatchResponseError('").removesuffix("')")] += int(row["Occurrences"])
+    assert told == found["failures"]
+    counted = by_type(tmp_path / "load_stats.csv")
+    assert counted["answer"].keys() == {"completion", "chat", "burst", "long prompt", "key 1", "key 2"}
+    assert counted["left"] == {"leaving": found["left"]}
+    assert counted["429"].total() == found["refused"]
+    assert counted[""].total() == counted["answer"].total() == found["answers"] + told.total()
+    assert {headers["authorization"] for headers in fake.headers} == {"Bearer a", "Bearer b"}
+    assert max(len(body.get("prompt", "")) for body in fake.bodies) == 4096
+
+
+def seen(rates: Sequence[float], memory: Sequence[int], **more: Any) -> dict[str, Any]:
+    """Ten seconds a stage, a sample a second."""
+    samples, tokens = [], 0.0
+    for second in range(10 * len(rates) + 1):
+        stage = min(second // 10, len(rates) - 1)
+        counts = {"tokens": tokens, "answers": tokens / 10, "refused": 0}
+        samples.append({"seconds": second, "rss": memory[stage] * MIB, "client_cpu_seconds": second / 4, **counts})
+        tokens += rates[stage]
+    return {"answers": 9, "refused": 0, "left": 1, "failures": {}, "samples": samples, **more}
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        (seen([40, 80, 96, 99, 97, 98], [90, 95, 99, 99, 99, 100]), (True, True, True)),
+        (seen([40, 80, 96, 99, 97, 85], [99] * 6), (True, False, True)),
+        (seen([40, 80, 96, 99, 97, 98], [50, 80, 99, 99, 110, 120]), (True, True, False)),
+        (seen([10, 20, 40, 60, 80, 99], [99] * 6), (True, None, None)),  # more users would bring more
+        (seen([99] * 6, [99] * 6, failures={"closed_mid_stream": 1}), (False, True, True)),
+    ],
+)
+def test_what_becomes_of_a_server_past_its_saturation_is_judged(what: dict[str, Any], told: tuple[Any, ...]) -> None:
+    report = load.judged(what, load.stages_of(160, 60))
+    assert [stage["users"] for stage in report["stages"]] == [10, 20, 40, 80, 120, 160]
+    found = report["verdicts"]
+    assert (found["no_failures"], found["throughput_flat"], found["memory_flat"]) == told
+    assert report["stages"][0]["client_cpu_share"] == 0.25
+
+
+def test_the_figures_of_a_stage_are_those_after_it_has_settled() -> None:
+    figures = load.judged(seen([40, 80], [90, 95]), load.stages_of(2, 20))["stages"]
+    assert [stage["tokens_per_s"] for stage in figures] == [40, 80]
+    with pytest.raises(RuntimeError, match="more --seconds"):
+        load.judged(seen([40, 80], [90, 95]), [(1, 0, 1), (2, 1, 20)])
