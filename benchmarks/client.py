@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,8 +126,9 @@ class _Reader:
 class Served:
     """A server that runs, and the ways to speak to it."""
 
-    def __init__(self, port: int) -> None:
-        self._port = port
+    def __init__(self, port: int, pid: int = 0) -> None:
+        self.port = port
+        self.pid = pid
 
     async def send(self, path: str = "/v1/completions", key: str = "", **body: Any) -> Stream:
         """Sends a request whose answer streams, token by token."""
@@ -138,7 +139,7 @@ class Served:
             f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
         )
         loop = asyncio.get_running_loop()
-        _, stream = await loop.create_connection(lambda: Stream(head.encode() + content), "127.0.0.1", self._port)
+        _, stream = await loop.create_connection(lambda: Stream(head.encode() + content), "127.0.0.1", self.port)
         return stream
 
     async def ask(self, path: str = "/v1/completions", key: str = "", **body: Any) -> Answer:
@@ -146,7 +147,7 @@ class Served:
 
     def get(self, path: str) -> str:
         """Blocks: not for while something is measured."""
-        with urllib.request.urlopen(f"http://127.0.0.1:{self._port}{path}", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=10) as answer:
             text: str = answer.read().decode()
         return text
 
@@ -156,12 +157,16 @@ class Served:
 
 
 @contextmanager
-def served(*options: str) -> Iterator[Served]:
-    """`bdh-batch serve` with `options`, as in "scheduler.max_running=64", until the block's end."""
+def served(*options: str, module: Sequence[str] = ("bdh_batch", "serve")) -> Iterator[Served]:
+    """`bdh-batch serve` with `options`, as in "scheduler.max_running=64", until the block's end.
+
+    Args:
+        module: what is run instead, and its arguments; it takes the same `--port` and `--set`.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
-    command = [sys.executable, "-m", "bdh_batch", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", *module, "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("BDH_")}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
@@ -173,7 +178,7 @@ def served(*options: str) -> Iterator[Served]:
             stderr=subprocess.STDOUT,
         )
         try:
-            server = Served(port)
+            server = Served(port, process.pid)
             _wait_until_ready(server, process, log)
             yield server
         finally:
