@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 
 import httpx
 import orjson
@@ -36,7 +37,7 @@ def baselines() -> Iterator[dict[str, Served]]:
 
 async def test_every_baseline_answers_as_the_server_does(tiny: Server, baselines: dict[str, Served]) -> None:
     """Together, as they share batches: of greedy answers and of drawn ones, streamed."""
-    bodies = [
+    bodies: list[dict[str, Any]] = [
         {"prompt": prompt, "max_tokens": length, "temperature": temperature, "seed": 7}
         for temperature in (0.0, 0.9)
         for prompt, length in zip(PROMPTS, LENGTHS)
