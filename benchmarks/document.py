@@ -111,8 +111,8 @@ def server(report: Report, link: str) -> Lines:
             yield ""
             yield from part(report[name], link)
     yield ""
-    yield f"Options of all servers: {', '.join(f'`{option}`' for option in report['options'][1:])}. Prompts have "
-    yield f"{report['prompt_tokens']} tokens, temperature is {report['temperature']}."
+    yield f"Options of all servers: {', '.join(f'`{option}`' for option in report['options'][1:])}."
+    yield f"Prompts have {report['prompt_tokens']} tokens, temperature is {report['temperature']}."
 
 
 def against(scene: Report, link: str) -> Lines:
@@ -131,9 +131,10 @@ def against(scene: Report, link: str) -> Lines:
 
 def heavy_tailed(scene: Report, link: str) -> Lines:
     lengths = scene["answer_tokens"]
-    yield f"{scene['streams']} streams, {scene['requests']} answers whose lengths have a heavy tail (median "
-    yield f"{lengths['median']}, longest {lengths['max']}); static batches of {scene['batch_of_static']} compute "
-    yield f"{number(scene['rows_that_static_computes_to_those_needed'])} rows for each that is needed:"
+    yield f"{scene['streams']} streams, {scene['requests']} answers whose lengths have a heavy tail: median"
+    yield f"{lengths['median']}, longest {lengths['max']}. Static batches of {scene['batch_of_static']}; a padded one"
+    by_batch = (f"{number(rows)} in batches of {batch}" for batch, rows in scene["rows_computed_to_needed"].items())
+    yield f"computes more rows than are needed, in this order of arrival {', '.join(by_batch)} times as many:"
     yield ""
     rows = [[named(name), told(side["tokens_per_s"])] for name, side in scene["sides"].items()]
     yield from table(["", "tokens/s"], *rows, ["ratio", " ".join(judged(scene["ratios"]["to_static"]))])

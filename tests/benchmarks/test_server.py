@@ -86,6 +86,7 @@ def test_what_is_measured_is_judged_and_told(bench: server.Bench, tmp_path: Path
     assert "at least 10: missed" in page
     assert "at least 2: met" in page
     assert document.told(against["sides"]["dense"]["tokens_per_s"]) in page
+    assert not re.search(r"\s\n", page.replace("\n\n", "\n"))
     assert "The client's own strain, this server: the client was late." in page
     assert "![throughput against latency](results/server-curve.svg)" in page
 
