@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=500000000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test fuzz load format train gpu-check clean
+.PHONY: help venv serve test fuzz load format train bench gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +48,9 @@ format: $(INSTALLED)  ## format the code and sort the imports
 train: $(INSTALLED)  ## train a model: TEXT=file OUT=folder, ARGS for more options
 	@test -n "$(TEXT)" -a -n "$(OUT)" || { echo 'usage: make train TEXT=shakespeare.txt OUT=models/my-bdh' >&2; exit 2; }
 	@exec env $(KEEP_MEMORY) $(BIN)/python examples/train_bdh.py --text "$(TEXT)" --out "$(OUT)" $(ARGS)
+
+bench: $(INSTALLED)  ## measure everything here, about 20 minutes; ARGS="--quick" tries it out in two
+	@exec $(BIN)/python -m benchmarks.suite $(ARGS)
 
 # With the Python of the machine: it needs no more than torch, triton, numpy, numba, pytest and safetensors.
 gpu-check:  ## on a machine with a GPU: test the Triton kernels on it, tune, measure

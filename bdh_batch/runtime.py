@@ -22,7 +22,7 @@ import torch
 from pydantic import ValidationError
 
 from bdh_batch import __version__
-from bdh_batch.backends.local import LocalBackend
+from bdh_batch.backends.local import Engine as Computes, LocalBackend
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.http.app import create_app
 from bdh_batch.http.gate import Gate, ServedModel
@@ -38,7 +38,7 @@ from bdh_batch.model.runner import Runner
 from bdh_batch.model.state import StatePool, bytes_per_sequence, free_memory, slots_within
 from bdh_batch.scheduler.scheduler import Policy, Scheduler
 from bdh_batch.scheduler.trace import Trace
-from bdh_batch.scheduler.worker import WORKER, StepRunner, Worker
+from bdh_batch.scheduler.worker import WORKER, Observer, StepRunner, Worker
 from bdh_batch.settings import Auth, Engine, Generation, PrefixCache, Settings
 from bdh_batch.telemetry import Metrics
 from bdh_batch.text.folder import TextSide, load_text
@@ -198,6 +198,19 @@ def scheduler_for(settings: Settings, engine: LoadedEngine) -> Scheduler:
     return Scheduler(engine.slots, chosen.prefill_tokens, policy)
 
 
+def start_worker(settings: Settings, engine: LoadedEngine, observer: Observer) -> Worker:
+    chosen = settings.scheduler
+    return Worker(
+        scheduler_for(settings, engine),
+        engine.runner,
+        observer,
+        chosen.max_queued_requests,
+        chosen.max_queued_tokens,
+        settings.health.failed_steps,
+        open_trace(chosen.trace_file),
+    )
+
+
 def open_trace(file: Path | None) -> Trace | None:
     try:
         return None if file is None else Trace(file)
@@ -280,6 +293,7 @@ class Service:
     Args:
         on_ready: is called with the base URL and the model's name once requests are welcome.
         load: makes the engine, off the event loop.
+        start: has it compute, on the event loop.
     """
 
     def __init__(
@@ -287,10 +301,12 @@ class Service:
         settings: Settings,
         on_ready: Callable[[str, str], None] = lambda url, model: None,
         load: Callable[[Settings, Path], LoadedEngine] = load_engine,
+        start: Callable[[Settings, LoadedEngine, Observer], Computes] = start_worker,
     ) -> None:
         self._settings = settings
         self._on_ready = on_ready
         self._load = load
+        self._start = start
         self._path = settings.model.path or bundled_model()
         self._name = settings.model.name or self._path.resolve().name
         self._gate = Gate()
@@ -350,15 +366,8 @@ class Service:
     def _open(self, loaded: Loaded) -> LocalBackend:
         settings, engine, text, chosen = self._settings, loaded.engine, loaded.text, self._settings.scheduler
         config = engine.model.config
-        worker = Worker(
-            scheduler_for(settings, engine),
-            engine.runner,
-            self._metrics if self._spans is None else self._spans.beside(self._metrics),
-            chosen.max_queued_requests,
-            chosen.max_queued_tokens,
-            settings.health.failed_steps,
-            open_trace(chosen.trace_file),
-        )
+        observer = self._metrics if self._spans is None else self._spans.beside(self._metrics)
+        worker = self._start(settings, engine, observer)
         backend = LocalBackend(
             worker,
             text.tokenizer,
@@ -420,9 +429,10 @@ async def serve(
     settings: Settings,
     on_ready: Callable[[str, str], None],
     load: Callable[[Settings, Path], LoadedEngine] = load_engine,
+    start: Callable[[Settings, LoadedEngine, Observer], Computes] = start_worker,
 ) -> None:
     """Runs a server until SIGTERM or SIGINT; a second signal does not wait for the drain."""
-    service = Service(settings, on_ready, load)
+    service = Service(settings, on_ready, load, start)
     loop = asyncio.get_running_loop()
     running = asyncio.ensure_future(service.run())
 

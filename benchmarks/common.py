@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import random
+import re
 import statistics
 import sys
 import time
@@ -92,6 +93,19 @@ def ratio(upper: Sequence[float], lower: Sequence[float], draws: int = 2000) -> 
     return Ratio(of(pairs), found[int(0.025 * draws)], found[int(0.975 * draws) - 1])
 
 
+def figure(rounds: Sequence[float], unit: str, better: str, draws: int = 2000) -> dict[str, Any]:
+    """A measured quantity as reports hold it: the median of its rounds, and the interval that holds 95 % of those of
+    resampled rounds. `compare.py` knows it by its keys.
+
+    Args:
+        better: "higher" or "lower".
+    """
+    chance = random.Random(0)
+    found = sorted(statistics.median(chance.choices(rounds, k=len(rounds))) for _ in range(draws))
+    interval = {"low": found[int(0.025 * draws)], "high": found[int(0.975 * draws) - 1]}
+    return {"value": statistics.median(rounds), **interval, "unit": unit, "better": better, "rounds": list(rounds)}
+
+
 def relative_error(mine: Iterable[Tensor], right: Iterable[Tensor]) -> float:
     """The largest over some tensors, in the Frobenius norm; NaN where any is."""
     errors = [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(mine, right, strict=True)]
@@ -144,6 +158,11 @@ def cpu_name() -> str:
     except FileNotFoundError:
         return platform.processor()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
+def machine_slug() -> str:
+    """This machine as the name of a folder, as in amd-epyc-2-threads."""
+    return "-".join(re.findall("[a-z0-9]+", f"{cpu_name()} {torch.get_num_threads()} threads".lower()))
 
 
 def report_head(packages: Sequence[str]) -> dict[str, Any]:

@@ -4,9 +4,9 @@
     python -m benchmarks.engine --exact            # contexts are really prefilled; by default only positions are
     python -m benchmarks.engine --only contexts --repeats 101 --contexts 256 65536
 
-Three measurements, each with sides that take turns; figures are medians. Prints no speed while the engine's logits are
-off the specification. Writes `engine-cpu.json` (by the device's name) and, from it, `engine-batches.svg` and
-`engine-contexts.svg`. Its keys:
+Three measurements, each with sides that take turns; figures are medians, and `figure` holds the rounds of one and their
+interval. Prints no speed while the engine's logits are off the specification. Writes `engine-cpu.json` (by the device's
+name) and, from it, `engine-batches.svg` and `engine-contexts.svg`. Its keys:
 
     batches    decoding of so many sequences by the scheduler's loop: tokens/s, ms per step
     contexts   decoding at a position by the runner alone: microseconds per token of a batch of `batch`, and the ratio
@@ -40,7 +40,17 @@ from bdh_batch.model.runner import Runner
 from bdh_batch.model.state import StatePool, bytes_per_sequence, free_memory
 from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.sequence import Sequence as Generation
-from benchmarks.common import Times, medians, ratio, relative_error, report_head, take_turns, wall_clock, write_json
+from benchmarks.common import (
+    Times,
+    figure,
+    medians,
+    ratio,
+    relative_error,
+    report_head,
+    take_turns,
+    wall_clock,
+    write_json,
+)
 from benchmarks.plots import lines
 
 ROOT = Path(__file__).parents[1]
@@ -205,12 +215,14 @@ class Bench:
             loop = self._loop(size)
             loop.decode([self._text(PROMPT) for _ in range(size)])
             sides[str(size)] = Side(lambda: None, partial(loop.run, steps))
-        times = medians(self._measure("batches", sides))
+        rounds = self._measure("batches", sides)
+        times = medians(rounds)
         return [
             {
                 "batch": size,
                 "tokens_per_s": size * steps / times[str(size)],
                 "ms_per_step": 1e3 * times[str(size)] / steps,
+                "figure": figure([size * steps / seconds for seconds in rounds[str(size)]], "tokens/s", "higher"),
             }
             for size in sizes
         ]
@@ -241,6 +253,7 @@ class Bench:
                 {
                     "context": context,
                     "us_per_token": 1e6 * seconds / (steps * size),
+                    "figure": figure([1e6 * each / (steps * size) for each in times[str(context)]], "µs", "lower"),
                     f"ratio_to_{contexts[0]}": asdict(ratio(times[str(context)], first)),
                 }
                 for context, seconds in zip(contexts, medians(times).values())
@@ -257,7 +270,8 @@ class Bench:
             loop.decode([self._text(PROMPT) for _ in range(decoders)])
             prompts = [self._text(steps * budget + 2) for _ in range(count)]  # none of which ends in a run
             sides[str(count)] = Side(partial(loop.prefill, prompts), partial(loop.run, steps))
-        times = medians(self._measure("mixes", sides))
+        rounds = self._measure("mixes", sides)
+        times = medians(rounds)
         return [
             {
                 "decoders": decoders,
@@ -265,6 +279,7 @@ class Bench:
                 "decoded_tokens_per_s": loops[count].decoded / times[str(count)],
                 "prefilled_tokens_per_s": loops[count].prefilled / times[str(count)],
                 "ms_per_step": 1e3 * times[str(count)] / steps,
+                "figure": figure([1e3 * seconds / steps for seconds in rounds[str(count)]], "ms a step", "lower"),
             }
             for count in counts
         ]

@@ -14,6 +14,7 @@ Writes `kernels-cpu.json` and, from it, `kernels-passes.svg` and `kernels-decode
       dense_per_sequence   the specification: whole states, one sequence after the other
       dense_batched        whole states, `y = q @ S` and `S += q.mT @ x` for the whole batch in one tensor
       recompute_at_C       a context of C tokens from its start, as upstream's `generate` does for every token
+    figures         the same tokens/s, and those of the prompt, with their rounds and intervals
     passes          each pass of such a step by itself, on the last layer's lists of a step before: its time, and its
                     speed in percent of what the machine's rates give. A pass in place can be faster than a copy
     prefill         one prompt in chunks, with states of either dtype
@@ -52,6 +53,7 @@ from bdh_batch.model.state import StatePool
 from benchmarks.common import (
     alternate,
     dense_batched,
+    figure,
     medians,
     recompute,
     relative_error,
@@ -291,13 +293,21 @@ class Bench:
             **passes,
         }
         with tqdm(total=self._repeats, desc=", ".join(sides), file=sys.stderr) as bar:
-            times = medians(take_turns(sides, self._repeats, tick=bar.update))
+            rounds = take_turns(sides, self._repeats, tick=bar.update)
+        times = medians(rounds)
         whole = {"recompute": lambda: recompute(self._weights, contexts, 1)}
         times["recompute"] = alternate(whole, min(3, self._repeats))["recompute"]
         machine = rates(times)
         return {
             "machine_rates": asdict(machine),
             "decode": self._decode(times, context),
+            "figures": {
+                name: figure([tokens / seconds for seconds in rounds[name]], "tokens/s", "higher")
+                for name, tokens in {
+                    **dict.fromkeys(("step", "step_bfloat16", "dense_per_sequence", "dense_batched"), self._batch),
+                    **dict.fromkeys(("prefill", "prefill_bfloat16"), prompt),
+                }.items()
+            },
             "passes": self._pass_figures(times, machine),
             "prefill": {
                 "tokens": prompt,

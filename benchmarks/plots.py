@@ -29,6 +29,22 @@ def lines(file: Path, title: str, x: str, y: str, data: Mapping[str, Line], log_
     _save(figure, file)
 
 
+def curves(
+    file: Path, title: str, x: str, y: str, data: Mapping[str, Line], notes: Mapping[str, Sequence[str]]
+) -> None:
+    """One line for each name through its points, in their order, over a logarithmic x axis; a note at each point."""
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot(title=title, xlabel=x, ylabel=y, xscale="log")
+    for name, (xs, ys) in data.items():
+        axes.plot(xs, ys, marker="o", label=name)
+        for at, note in zip(zip(xs, ys), notes[name]):
+            axes.annotate(note, at, xytext=(4, 4), textcoords="offset points", fontsize=8)
+    axes.set_ylim(0, 1.2 * max(value for _, ys in data.values() for value in ys))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    _save(figure, file)
+
+
 def bars(
     file: Path, title: str, x: str, data: Mapping[str, float], notes: Mapping[str, str], log: bool = False
 ) -> None:

@@ -4,7 +4,7 @@
     python -m benchmarks.scheduler --running 256 --waiting 0 --out figures.json
 
 Nothing is computed: tokens come from a list. What is measured is Python in one thread, as the worker runs it. Figures
-are milliseconds a step: the median, and the 99th percentile.
+are milliseconds a step: the median, and the 99th percentile; `figure` has the median of all of it by blocks of steps.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bdh_batch.messages import Outcome, SamplingParams
 from bdh_batch.scheduler.mailbox import Mailbox
@@ -29,10 +30,12 @@ from bdh_batch.scheduler.worker import Worker
 from bdh_batch.telemetry import Metrics
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import ByteTokenizer
+from benchmarks.common import figure, write_json
 
 SCENES = ("decoding", "decoding, a queue behind", "taking turns", "prompts under way", "coming and going")
 WARM = 100  # steps before those that count
 CHURN = 16  # sequences that end in a step, and as many that come, where they come and go
+BLOCKS = 10  # of steps: a figure's rounds
 KEPT = 256  # states on the device beside those of running sequences
 
 
@@ -77,7 +80,7 @@ def newcomers(draw: random.Random, number: int, running: int) -> list[Sequence]:
     ]
 
 
-async def measure(scene: str, running: int, waiting: int, steps: int) -> dict[str, dict[str, float]]:
+async def measure(scene: str, running: int, waiting: int, steps: int) -> dict[str, dict[str, Any]]:
     scheduler = make_scheduler(scene, running, waiting)
     worker = Worker(Scheduler(1, 1), NoRunner(), Metrics("none"), 1)
     draw, churn = random.Random(1), scene == "coming and going"
@@ -109,7 +112,12 @@ async def measure(scene: str, running: int, waiting: int, steps: int) -> dict[st
                 times[name].append(1000 * seconds)
     worker.close()
     times["all"] = [sum(parts) for parts in zip(*times.values())]
-    return {name: figures(values) for name, values in times.items()}
+    share = len(times["all"]) // BLOCKS
+    blocks = [statistics.median(times["all"][block * share : (block + 1) * share]) for block in range(BLOCKS)]
+    return {
+        **{name: figures(values) for name, values in times.items()},
+        "figure": figure(blocks, "ms a step", "lower"),
+    }
 
 
 def figures(values: list[float]) -> dict[str, float]:
@@ -135,6 +143,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="steps of each scene")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scheduler.json"))
     chosen = parser.parse_args()
+    if chosen.steps < BLOCKS:
+        parser.error(f"--steps should be at least {BLOCKS}")
     scenes = {}
     for scene in SCENES:
         scenes[scene] = asyncio.run(measure(scene, chosen.running, chosen.waiting, chosen.steps))
@@ -147,7 +157,7 @@ def main() -> None:
         "steps": chosen.steps,
         "milliseconds_a_step": scenes,
     }
-    chosen.out.write_text(json.dumps(report, indent=2) + "\n")
+    write_json(chosen.out, report)
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ from bdh_batch.runtime import bundled_model, load_engine
 from bdh_batch.scheduler.prefixes import common, pack
 from bdh_batch.settings import load
 from benchmarks.client import Answer, Served, Strain, Stream, load_json, served
-from benchmarks.common import ratio, report_head, write_json
-from benchmarks.plots import lines
+from benchmarks.common import figure, ratio, report_head, write_json
+from benchmarks.plots import bars, lines
 from benchmarks.static import Job, continuous, heavy_tailed, ideal, static
 
 ROOT = Path(__file__).parents[1]
@@ -141,6 +141,7 @@ def gap_figures(answers: Sequence[Answer], windows: Sequence[tuple[Window, Windo
     return {
         "rounds": len(windows),
         "p99_gap_ratio": asdict(compared),
+        "figure": figure([1e3 * percentile(g, 0.99) for g in beside], "ms", "lower"),
         **gap_percentiles("without", [gap for found in without for gap in found]),
         **gap_percentiles("beside", [gap for found in beside for gap in found]),
     }
@@ -191,7 +192,14 @@ async def beside_a_flood(server: Served, chosen: argparse.Namespace) -> Figures:
         "ratio": statistics.median(others) / statistics.median(ones),
         "beside_p90_seconds": percentile(others, 0.9),
         "requests_beside": [len(row) for row in beside[1:]],
+        "figure_alone": figure(median_ms(alone[1:]), "ms", "lower"),
+        "figure": figure(median_ms(beside[1:]), "ms", "lower"),
     }
+
+
+def median_ms(rounds: Sequence[Sequence[Answer]]) -> list[float]:
+    """To the first token, round by round."""
+    return [1e3 * statistics.median(answer.first for answer in row) for row in rounds if row]
 
 
 def single(draw: random.Random, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -386,6 +394,21 @@ def draw_gaps(folder: Path, scene: Figures) -> None:
     lines(folder / "serving-gaps.svg", title, "scheduler.target_step_ms", "p99 gap between tokens, ms", data)
 
 
+def draw_fairness(folder: Path, scene: Figures) -> None:
+    sides = {
+        f"{name}, max_running {row['max_running']}": row[key]
+        for row in scene["by_max_running"]
+        for name, key in (("alone", "figure_alone"), ("beside the flood", "figure"))
+    }
+    title = f"One request at a time, and another key with {scene['flood']} at once"
+    values = {name: side["value"] for name, side in sides.items()}
+    notes = {name: f"{side['low']:.0f} to {side['high']:.0f}" for name, side in sides.items()}
+    bars(folder / "serving-fairness.svg", title, "ms to the first token, median", values, notes)
+
+
+DRAWINGS = {"prompt": draw_gaps, "keys": draw_fairness}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     chosen = parse(argv)
     file = chosen.out / "serving.json"
@@ -393,8 +416,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = uvloop.run(SCENES[name](chosen))
         head = report_head(["torch", "numba", "uvicorn", "uvloop"])
         write_json(file, {**load_json(file), name: {**head, **figures}})
-        if name == "prompt":
-            draw_gaps(chosen.out, figures)
+        if name in DRAWINGS:
+            DRAWINGS[name](chosen.out, figures)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Callable, Sequence as Many
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from bdh_batch.errors import ContextLengthExceeded, InvalidRequest
+from bdh_batch.errors import BDHError, ContextLengthExceeded, InvalidRequest
 from bdh_batch.messages import Delta, GenerationRequest, Text
 from bdh_batch.scheduler.mailbox import Mailbox
 from bdh_batch.scheduler.sequence import Sequence
-from bdh_batch.scheduler.worker import Worker, shutting_down
+from bdh_batch.scheduler.worker import Load, shutting_down
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import TokenIdsOnly, Tokenizer, decode
 
@@ -20,6 +20,23 @@ T = TypeVar("T")
 
 LONG = 16384  # characters; what is shorter is tokenized in a few milliseconds, and waits for no thread
 LAST_WORDS_SECONDS = 2.0  # for the error events of a drain that ran out of time to reach their clients
+
+
+class Engine(Protocol):
+    """Who computes sequences: `scheduler.worker.Worker`, which says what these mean."""
+
+    def submit(self, sequences: Many[Sequence], queue_timeout: float | None, timeout: float | None) -> None: ...
+
+    def abort(self, sequences: Many[Sequence]) -> None: ...
+
+    def fail_all(self, error: BDHError) -> None: ...
+
+    def health(self, stall_seconds: float) -> str | None: ...
+
+    def close(self) -> None: ...
+
+    @property
+    def load(self) -> Load: ...
 
 
 class LocalGeneration:
@@ -63,7 +80,7 @@ class LocalBackend:
 
     def __init__(
         self,
-        worker: Worker,
+        engine: Engine,
         tokenizer: Tokenizer,
         vocab_size: int,
         max_model_len: int | None,
@@ -72,7 +89,7 @@ class LocalBackend:
         timeout: float | None = None,
         eos: frozenset[int] = frozenset(),
     ) -> None:
-        self._worker = worker
+        self._engine = engine
         self._tokenizer = tokenizer
         self._eos = eos
         self._vocab_size = vocab_size
@@ -97,7 +114,7 @@ class LocalBackend:
         mailbox = Mailbox()
         sequences = [self._sequence(request, index, mailbox) for index, request in enumerate(requests)]
         timeouts = [seconds for seconds in (self._timeout, requests[0].timeout) if seconds is not None]
-        self._worker.submit(sequences, self._queue_timeout, min(timeouts, default=None))
+        self._engine.submit(sequences, self._queue_timeout, min(timeouts, default=None))
         generation = LocalGeneration(sequences, mailbox, self)
         self._running.add(generation)
         self._idle.clear()
@@ -113,7 +130,7 @@ class LocalBackend:
             return
         self._running.remove(generation)
         if any(sequence.finish_reason is None for sequence in generation.sequences):
-            self._worker.abort(generation.sequences)
+            self._engine.abort(generation.sequences)
         if not self._running:
             self._idle.set()
 
@@ -132,18 +149,18 @@ class LocalBackend:
         return len(self._running)
 
     def health(self) -> str | None:
-        return self._worker.health(self._stall_seconds)
+        return self._engine.health(self._stall_seconds)
 
     async def drain(self, seconds: float) -> None:
         try:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
         except TimeoutError:
-            self._worker.fail_all(shutting_down())
+            self._engine.fail_all(shutting_down())
             await asyncio.wait([asyncio.ensure_future(self._idle.wait())], timeout=LAST_WORDS_SECONDS)
 
     def close(self) -> None:
-        self._worker.close()
+        self._engine.close()
 
     def _sequence(self, request: GenerationRequest, index: int, mailbox: Mailbox) -> Sequence:
         prompt = request.tokens
