@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,38 +201,6 @@ def _wait_until_ready(server: Served, process: subprocess.Popen[bytes], log: Any
                 log.seek(0)
                 raise RuntimeError(f"the server did not start: {log.read().decode()}") from None
         time.sleep(0.05)
-
-
-class Strain:
-    """Whether the clients themselves were the bottleneck: how late their event loop was, how busy their process.
-
-    uvloop's timers go by whole milliseconds: lateness below two of them is none.
-    """
-
-    def __init__(self) -> None:
-        self._late: list[float] = []
-
-    async def __aenter__(self) -> Strain:
-        self._began, self._busy = time.perf_counter(), time.process_time()
-        self._task = asyncio.create_task(self._watch())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._task.cancel()
-        self._share = (time.process_time() - self._busy) / (time.perf_counter() - self._began)
-
-    async def _watch(self) -> None:
-        while True:
-            due = time.perf_counter() + TICK
-            await asyncio.sleep(TICK)
-            self._late.append(time.perf_counter() - due)
-
-    def figures(self, percentile: Callable[[list[float], float], float]) -> Mapping[str, float]:
-        return {
-            "loop_late_median_ms": 1e3 * percentile(self._late, 0.5),
-            "loop_late_p99_ms": 1e3 * percentile(self._late, 0.99),
-            "cpu_share": self._share,
-        }
 
 
 def load_json(file: Path) -> dict[str, Any]:

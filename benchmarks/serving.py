@@ -34,10 +34,11 @@ from typing import Any
 
 import uvloop
 
+from bdh_batch.bench.strain import Watch
 from bdh_batch.runtime import bundled_model, load_engine
 from bdh_batch.scheduler.prefixes import common, pack
 from bdh_batch.settings import load
-from benchmarks.client import Answer, Served, Strain, Stream, load_json, served
+from benchmarks.client import Answer, Served, Stream, load_json, served
 from benchmarks.common import figure, ratio, report_head, write_json
 from benchmarks.plots import bars, lines
 from benchmarks.static import Job, continuous, heavy_tailed, ideal, static
@@ -66,6 +67,11 @@ def text(draw: random.Random, length: int) -> str:
     """So many tokens (characters) of real text that begin like no other."""
     at = draw.randrange(len(TEXT))
     return (f"{draw.getrandbits(48):012x} " + TEXT[at:] + TEXT * (length // len(TEXT) + 1))[:length]
+
+
+def strained(watch: Watch) -> Figures:
+    """Whether the clients themselves were the bottleneck."""
+    return asdict(watch.strain(()))
 
 
 def refuse_unless(same: bool, what: str) -> None:
@@ -112,7 +118,7 @@ async def beside_streams(server: Served, chosen: argparse.Namespace) -> tuple[Fi
     await until_decoding(streams)
     windows: list[tuple[Window, Window]] = []
     long, seconds = [], 1.0
-    async with Strain() as strain:
+    async with Watch() as watch:
         for _ in range(chosen.rounds + 1):
             await asyncio.sleep(1.1 * seconds)
             answer = await server.ask(prompt=text(draw, chosen.long), max_tokens=1, **GREEDY)
@@ -126,7 +132,7 @@ async def beside_streams(server: Served, chosen: argparse.Namespace) -> tuple[Fi
     refuse_unless(alone.tokens == beside[0].tokens, "A stream's text differs from its text alone")
     figures = gap_figures(beside, windows[1:])
     figures["prompt_seconds_to_first_token"] = statistics.median(answer.first for answer in long[1:])
-    return {**figures, "client": strain.figures(percentile)}, [answer.tokens[0] for answer in long]
+    return {**figures, "client": strained(watch)}, [answer.tokens[0] for answer in long]
 
 
 async def until_decoding(streams: Sequence[Stream], pieces: int = 20) -> None:
@@ -160,9 +166,9 @@ async def keys(chosen: argparse.Namespace) -> Figures:
     for running in chosen.running:
         options = [f"scheduler.max_running={running}", "auth.enabled=true", f"auth.api_keys={','.join(KEYS)}"]
         with served(*options, *chosen.set) as server:
-            async with Strain() as strain:
+            async with Watch() as watch:
                 figures = {**await beside_a_flood(server, chosen), **await two_floods(server, chosen)}
-        by_running.append({"max_running": running, **figures, "client": strain.figures(percentile)})
+        by_running.append({"max_running": running, **figures, "client": strained(watch)})
         print_scene(f"max_running {running}", by_running[-1])
     queue = load().settings.scheduler.max_queued_requests
     return {"flood": chosen.flood, "max_queued_requests": queue, "options": chosen.set, "by_max_running": by_running}
@@ -250,14 +256,14 @@ async def beginning(chosen: argparse.Namespace) -> Figures:
         sides = {name: stack.enter_context(served(*few, *options)) for name, options in kinds.items()}
         for server in sides.values():
             await use_all_slots(server, 2 * (32 + 32))
-        async with Strain() as strain:
+        async with Watch() as watch:
             figures = {
                 "one_after_another": await asked(sides, chats(draw, chosen), 1),
                 f"{chosen.together}_at_a_time": await asked(sides, chats(draw, chosen), chosen.together),
             }
     for name, found in figures.items():
         print_scene(name, found)
-    return {"requests": chosen.chats, "system_tokens": chosen.system, **figures, "client": strain.figures(percentile)}
+    return {"requests": chosen.chats, "system_tokens": chosen.system, **figures, "client": strained(watch)}
 
 
 def chats(draw: random.Random, chosen: argparse.Namespace) -> list[dict[str, Any]]:

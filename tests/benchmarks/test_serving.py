@@ -8,12 +8,23 @@ from typing import Any
 import pytest
 import torch
 
+from bdh_batch.bench.strain import Watch
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.model.checkpoint import load_model
 from bdh_batch.model.runner import Runner
 from bdh_batch.model.state import StatePool
-from benchmarks.client import Answer, Served, Strain
-from benchmarks.serving import beginning_figures, gap_figures, gaps, jain, percentile, refuse_unless, shares, text
+from benchmarks.client import Answer, Served
+from benchmarks.serving import (
+    beginning_figures,
+    gap_figures,
+    gaps,
+    jain,
+    percentile,
+    refuse_unless,
+    shares,
+    strained,
+    text,
+)
 from benchmarks.static import LEAST, MOST, Job, continuous, heavy_tailed, ideal, static
 from tests.conftest import Server
 from tests.kernels.support import CONFORMANCE
@@ -95,7 +106,7 @@ async def test_all_ways_of_batching_give_the_same_answers() -> None:
 async def test_the_client_reads_what_the_server_says(tiny: Server) -> None:
     served = Served(tiny.port)
     body: dict[str, Any] = {"prompt": "The client reads.", "max_tokens": 12, "temperature": 0.0}
-    async with Strain() as strain:
+    async with Watch() as watch:
         answer = await served.ask(**body)
         left = await (await served.send(**body)).leave()
     assert answer.tokens == tiny.complete(**body, return_token_ids=True)["choices"][0]["token_ids"]
@@ -104,6 +115,6 @@ async def test_the_client_reads_what_the_server_says(tiny: Server) -> None:
     assert 0 < answer.first <= answer.times[-1] - answer.sent
     assert not left.complete
     assert served.metric("bdh_prompt_tokens_total") >= len(answer.prompt)
-    assert strain.figures(percentile)["cpu_share"] > 0
+    assert strained(watch)["cpu_share"] > 0
     with pytest.raises(RuntimeError, match=r"status 400: .*max_tokens"):
         await served.ask(prompt="a", max_tokens=0)
