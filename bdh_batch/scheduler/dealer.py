@@ -11,6 +11,7 @@ from operator import attrgetter
 
 from bdh_batch.messages import Plan
 from bdh_batch.scheduler.cost import StepCost
+from bdh_batch.scheduler.fair_queue import NOTHING, Account
 from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.step_size import LEAST_PREFILL, StepSize
@@ -38,8 +39,9 @@ class Step:
     planned: float  # seconds on the worker's clock
 
 
-def is_crowded(running: list[Sequence]) -> bool:
-    return any(sequence.account.seats > MANY for sequence in running)
+def had_by_many(running: list[Sequence]) -> float | None:
+    """What the keys that hold many places have had, the least of them; None where there is none such."""
+    return min((s.account.had for s in running if s.account.seats > MANY), default=None)
 
 
 class Dealer:
@@ -54,7 +56,7 @@ class Dealer:
         self._size = size
         self._target = target
         self._was_express = self._was_brief = False  # the last step
-        self._is_awaited = False  # a request, of a key that was answered a moment ago
+        self._awaited: Account | None = None  # which was answered a moment ago, and may ask again
 
     def deal(self, running: list[Sequence], places: Places, now: float) -> Step | None:
         """The next step of those `running`, with the copies that are planned; None where it would be empty."""
@@ -84,9 +86,9 @@ class Dealer:
             return None
         return Step(Plan(segments, copies), decoding, places.moved, decodes - fresh, prefill_tokens + fresh, now)
 
-    def await_next(self) -> None:
-        """A key has been answered all it asked for, and may ask again at once."""
-        self._is_awaited = True
+    def await_next(self, account: Account) -> None:
+        """It has been answered all it asked for, and may ask again at once."""
+        self._awaited = account
 
     def computed(self, step: Step, seconds: float) -> None:
         """`step` took so long, and had memory enough."""
@@ -94,19 +96,20 @@ class Dealer:
         self.cost.observe(step.decodes, step.prefill_tokens, seconds)
 
     def _express(self, prefilling: list[Sequence], running: list[Sequence]) -> list[Sequence]:
-        """Short prompts of keys that hold nothing else have a step without the keys that hold many places, unless those
-        are of an earlier class. Never two on end."""
-        if not prefilling or self._was_express or not is_crowded(running):
+        """Short prompts of keys that hold nothing else, and have not had more, have a step without the keys that hold
+        many places, unless those are of an earlier class. Never two on end."""
+        if not prefilling or self._was_express or (had := had_by_many(running)) is None:
             return []
         first = min(map(PRIORITY, running))
         short = (s for s in prefilling if s.account.seats == 1 and s.pending <= self._size.prefill)
-        return [sequence for sequence in short if sequence.priority == first]
+        return [s for s in short if s.priority == first and s.account.had <= had + NOTHING]
 
     def _time(self, running: list[Sequence]) -> float:
         """Seconds for this step. Who asks one thing after another comes when a step has just begun: where a key that
-        holds many places makes steps long, that one is brief. Never two on end."""
-        self._was_brief = self._is_awaited and not self._was_brief and is_crowded(running)
-        self._is_awaited = False
+        holds many places, and has not had less, makes steps long, that one is brief. Never two on end."""
+        awaited, self._awaited = self._awaited, None
+        had = None if awaited is None or self._was_brief else had_by_many(running)
+        self._was_brief = had is not None and awaited is not None and awaited.had <= had + NOTHING
         return BRIEF * self._target if self._was_brief else self._target
 
     def _in_time(self, decoding: list[Sequence], target: float) -> list[Sequence]:
@@ -122,7 +125,7 @@ class Dealer:
 
     def _budget(self, target: float, decodes: int, held_back: int) -> int:
         """Prompt tokens of this step; `held_back` are those that step aside for them."""
-        if not (target and decodes + held_back):
+        if not (target and (decodes + held_back or self._was_brief)):
             return self._size.prefill
         decoding = self.cost.seconds(decodes + held_back, 0)
         target = EXPRESS * max(target, decoding) if held_back else max(target, (1 + LEAST_SHARE) * decoding)

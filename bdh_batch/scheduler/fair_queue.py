@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 Line = tuple[int, str]  # who waits behind one another: a priority, and a tenant
 
 FEW = 1024  # accounts, which are not worth clearing out
+NOTHING = 1e-6  # what sums of prices may be off by
 GENERATED = 2.0  # what a generated token counts, where one of a prompt counts 1: it takes a step of its own
 
 
@@ -31,14 +32,14 @@ def count_out(lines: Counter[Line], line: Line) -> None:
 class Account:
     """What one tenant has used, in tokens over its weight, and how many of its sequences hold a state.
 
-    A prompt is charged when it gets its place; what of it is still to be computed is `owed`, in tokens.
+    A prompt is charged when it gets its place; what of that is still to be computed is `owed`.
     """
 
     __slots__ = ("owed", "per_generated", "seats", "used", "weight")
 
     def __init__(self, weight: float = 1.0) -> None:
         self.used = 0.0
-        self.owed = 0
+        self.owed = 0.0
         self.seats = 0
         self.weigh(weight)
 
@@ -49,15 +50,15 @@ class Account:
     @property
     def had(self) -> float:
         """What has been computed of what it has used."""
-        return self.used - self.owed / self.weight
+        return self.used - self.owed
 
-    def charge(self, tokens: int) -> None:
-        self.used += tokens / self.weight
-        self.owed += tokens
+    def charge(self, price: float) -> None:
+        self.used += price
+        self.owed += price
 
-    def refund(self, tokens: int) -> None:
-        """So many of those charged are not computed any more."""
-        self.charge(-tokens)
+    def refund(self, price: float) -> None:
+        """What was charged for is not computed any more."""
+        self.charge(-price)
 
 
 class FairQueue:
@@ -125,7 +126,7 @@ class FairQueue:
         self._accounts = {
             tenant: other
             for tenant, other in self._accounts.items()
-            if other.seats or tenant in waiting or other.used > level
+            if other.seats or other.owed > NOTHING or tenant in waiting or other.used > level
         }
         self._most = max(self._most, level)
         self._clear_at = max(FEW, 2 * len(self._accounts))
@@ -147,8 +148,8 @@ class FairQueue:
     def serve(self, sequence: Sequence) -> None:
         """Takes out `sequence`, whose turn it is, and charges its prompt to its tenant, once."""
         if sequence.scheduled is None:  # else it has lost its state, through no fault of its own
-            sequence.owed = len(sequence.prompt)
-            sequence.account.charge(sequence.owed)
+            sequence.owed, sequence.price = len(sequence.prompt), 1 / sequence.account.weight
+            sequence.account.charge(sequence.owed * sequence.price)
         self.remove(sequence)
 
     def remove(self, sequence: Sequence) -> None:

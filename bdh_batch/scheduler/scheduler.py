@@ -321,10 +321,10 @@ class Scheduler:
             if not mine.seats and (surplus := self._surplus(candidate.priority, shares)) is not None:
                 return surplus
             done = (s for s in self._done(candidate.priority) if s.account.seats > shares[s.account])
-            if self.places.room <= self._scratch:
-                done = (s for s in done if self._is_worth_displacing(s, candidate))
         else:
             return None
+        if candidate.stage is Stage.QUEUED and self.places.room <= self._scratch:
+            done = (s for s in done if self._is_worth_displacing(s, candidate))
         return next(done, None)
 
     def _done(self, priority: int) -> Iterator[Sequence]:
@@ -435,7 +435,7 @@ class Scheduler:
         held = False
         for sequence in ended:
             stage, sequence.stage = sequence.stage, Stage.ENDED
-            sequence.account.refund(sequence.owed)
+            sequence.account.refund(sequence.owed * sequence.price)
             self.sharing.expect_no_more(sequence)
             if stage is Stage.QUEUED and sequence.place:
                 self._queue.remove(sequence)
@@ -445,7 +445,7 @@ class Scheduler:
                 held = True
                 self._rise(sequence)
                 if not sequence.account.seats:
-                    self._dealer.await_next()
+                    self._dealer.await_next(sequence.account)
                 self.sharing.bequeath(sequence)
         if held:
             self._running = [sequence for sequence in self._running if sequence.stage is Stage.RUNNING]

@@ -89,6 +89,7 @@ class Sequence:
     turn_began: int = 0  # tokens generated before its present turn
     account: Account = field(default_factory=Account)
     owed: int = 0  # tokens of the prompt that its account was charged for and that were never computed
+    price: float = 1.0  # of each, as they were charged: weights may change
     packed: bytes = b""  # the prompt, where it may be shared
     cuts: list[int] = field(default_factory=list)  # ascending positions at which its state is wanted
     expects: Entry | None = None  # the state that it waited for
@@ -196,7 +197,7 @@ class Sequence:
     def pay(self) -> None:
         """What is computed of its prompt is owed no more; what is computed again never was."""
         owed = min(self.owed, max(0, len(self.prompt) - self.computed))
-        self.account.owed -= self.owed - owed
+        self.account.owed -= (self.owed - owed) * self.price
         self.owed = owed
 
     def restart(self) -> None:

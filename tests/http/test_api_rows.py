@@ -104,7 +104,7 @@ COMPLETIONS: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
     ({"prompt": [TOKENS, [99]]}, lambda a: a.usage.prompt_tokens == 3 and len(a.choices) == 2),
 ]
 CHATS: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
-    ({"max_completion_tokens": 2}, lambda a: a.usage.completion_tokens == 2),
+    ({"max_tokens": None, "max_completion_tokens": 2}, lambda a: a.usage.completion_tokens == 2),
     ({"logprobs": True}, lambda a: [len(each.top_logprobs) for each in a.choices[0].logprobs.content] == [0] * 4),
     ({"logprobs": True, "top_logprobs": 20}, lambda a: len(a.choices[0].logprobs.content[3].top_logprobs) == 20),
     ({"messages": [{"role": "developer", "content": [{"type": "text", "text": "é"}]}]}, lambda a: len(a.choices) == 1),

@@ -104,8 +104,19 @@ class TestFairQueue:
         given_up.computed = 20
         given_up.pay()
         assert (account.used, account.had) == (50, 20)
-        account.refund(given_up.owed)
+        account.refund(given_up.owed * given_up.price)
         assert (account.used, account.had) == (20, 20)
+
+    def test_a_weight_that_changes_leaves_nothing_owed(self) -> None:
+        queue = queue_of(make_sequence([1] * 50, 1, key="a"))
+        waiting = queue.peek()
+        assert waiting is not None
+        queue.serve(waiting)
+        waiting.account.weigh(0.1)
+        waiting.computed = 20
+        waiting.pay()
+        waiting.account.refund(waiting.owed * waiting.price)
+        assert (waiting.account.used, waiting.account.had) == (20, 20)
 
     def test_who_worked_alone_is_in_nobodys_debt(self) -> None:
         queue = queue_of(make_sequence([1], 1, name="a", key="a"))

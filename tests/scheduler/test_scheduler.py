@@ -270,6 +270,7 @@ def test_the_first_token_of_another_key_does_not_wait_for_a_flood_to_decode() ->
         planned = step(scheduler, runner)
         assert planned is not None
         assert len(planned.sequences) == 61  # and never two such steps on end
+        step(scheduler, runner)  # by now the flood has had more
     assert all(stream.generated == expected_tokens(list(stream.prompt), len(stream.generated)) for stream in flood)
 
 
@@ -332,6 +333,43 @@ def test_running_out_of_memory_makes_steps_smaller_and_loses_nobody() -> None:
     assert (scheduler.prefill_cap, scheduler.width) == (16, 2)
     run_dry(scheduler, runner)
     assert all(sequence.generated == expected_tokens(list(sequence.prompt), 5) for sequence in sequences)
+
+
+def test_small_requests_on_end_get_their_share_and_no_more() -> None:
+    """A step costs 1 ms, a sequence 0.2 ms, a prompt token 0.1 ms."""
+    scheduler, runner, now = Scheduler(80, 256, Policy(target_step=0.025)), FakeRunner(), 0.0
+    flood = [make_sequence([number], 10_000, key="flood") for number in range(64)]
+    scheduler.submit(flood)
+    small = make_sequence([1] * 256, 1, key="small")
+    for _ in range(1000):
+        if small.finish_reason is not None:
+            small = make_sequence([1] * 256, 1, key="small")
+        if not small.place:
+            scheduler.submit([small])
+        planned = scheduler.plan(now)
+        assert planned is not None
+        now += 0.001 + 0.0002 * planned.decodes + 0.0001 * planned.prefill_tokens
+        scheduler.commit(planned, runner.run(planned.plan), now)
+    assert small.account.used < 1.5 * flood[0].account.used
+
+
+def test_prompts_of_a_class_do_not_throw_one_another_out() -> None:
+    """One place on the device, four beside it, and more that want one than there are."""
+    policy = Policy(host_slots=4, max_running=5, quantum=1, keep=True, share_all=True, min_shared=8)
+    scheduler, runner = Scheduler(1, 3, policy), FakeRunner()
+    later = [make_sequence([0] * 12, 5, priority=1) for _ in range(6)]
+    scheduler.submit(later)
+    for _ in range(21):
+        step(scheduler, runner)
+    scheduler.abort(later[5:])
+    step(scheduler, runner)
+    step(scheduler, runner)
+    stem = [7 * at % 251 for at in range(20)]
+    first = [make_sequence(list(prompt), 5) for prompt in ([0] * 10, [*stem, 0, 0]) for _ in range(2)]
+    scheduler.submit(first)
+    for _ in range(200):
+        step(scheduler, runner)
+    assert all(sequence.finish_reason is not None for sequence in (*first, *later))
 
 
 def test_time_that_is_up_ends_who_waits_and_who_runs() -> None:
