@@ -50,8 +50,6 @@ def _compiler(**options: Any) -> Callable[[Function], Function]:
 
 compiled = _compiler(_nrt=False)  # on the first call, kept on disk; runs without the GIL
 inlined = _compiler(_nrt=False, forceinline=True)  # and copied into its callers
-# LLVM may reorder its sums to vectorise them: the same way for every row of a matrix.
-reassociated = _compiler(_nrt=False, fastmath={"reassoc", "contract", "nsz"})
 in_parallel = _compiler(parallel=True)  # `prange` loops on several threads
 
 
@@ -423,6 +421,20 @@ def sums(context: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
         return fold(abcd, abcd, firsts, [n + 1 for n in firsts])
 
     return _VECTOR(_VECTOR, _VECTOR, _VECTOR, _VECTOR), generate
+
+
+@intrinsic
+def total(context: Any, vector: Any) -> Any:
+    """The sum of the lanes, added up as a binary tree."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        (vector,) = args
+        for half in (8, 4, 2, 1):
+            turned = _shuffle(builder, vector, vector, [(lane + half) % LANES for lane in range(LANES)])
+            vector = builder.fadd(vector, turned)
+        return builder.extract_element(vector, ir.Constant(ir.IntType(32), 0))
+
+    return types.float32(_VECTOR), generate
 
 
 @intrinsic
