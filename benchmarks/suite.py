@@ -11,6 +11,7 @@ meanwhile. `suite.json` has the commit, and how long each part took.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -80,7 +81,8 @@ def run(name: str, results: Path, quick: bool) -> None:
     part = PARTS[name]
     flags = part.quick if quick else part.flags
     results.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", f"benchmarks.{name}", *flags.split(), "--out", str(results / part.file)]
+    out = os.path.relpath(results / part.file, ROOT)  # results tell their command, and no one's folders
+    command = [sys.executable, "-m", f"benchmarks.{name}", *flags.split(), "--out", out]
     with (results / f"{name}.log").open("w") as log:
         ended = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
     if ended:
