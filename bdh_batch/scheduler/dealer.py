@@ -108,8 +108,10 @@ class Dealer:
         """Seconds for this step. Who asks one thing after another comes when a step has just begun: where a key that
         holds many places, and has not had less, makes steps long, that one is brief. Never two on end."""
         awaited, self._awaited = self._awaited, None
-        had = None if awaited is None or self._was_brief else had_by_many(running)
-        self._was_brief = had is not None and awaited is not None and awaited.had <= had + NOTHING
+        brief = False
+        if awaited is not None and not self._was_brief and (had := had_by_many(running)) is not None:
+            brief = awaited.had <= had + NOTHING
+        self._was_brief = brief
         return BRIEF * self._target if self._was_brief else self._target
 
     def _in_time(self, decoding: list[Sequence], target: float) -> list[Sequence]:

@@ -16,7 +16,7 @@ from operator import attrgetter
 from bdh_batch.errors import BDHError, GenerationFailed, QueueTimeout, RunTimeout
 from bdh_batch.messages import Delta, FinishReason, Outcome
 from bdh_batch.scheduler.deadlines import Deadlines
-from bdh_batch.scheduler.dealer import Dealer, Step
+from bdh_batch.scheduler.dealer import PRIORITY, Dealer, Step
 from bdh_batch.scheduler.fair_queue import Account, FairQueue, Line
 from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.sequence import Sequence, Stage
@@ -25,7 +25,6 @@ from bdh_batch.scheduler.step_size import StepSize
 
 Update = tuple[Sequence, Delta]
 
-PRIORITY = attrgetter("priority")
 USED = attrgetter("account.used")
 LEAST_SERVED = attrgetter("priority", "account.used", "since")
 
