@@ -33,6 +33,9 @@ from bdh_batch.kernels.simd import LANES, compiled, in_parallel, inlined
 
 PIECES = 4  # for each thread, groups times heads: what the threads share out in a layer
 UNEVEN = 1.25  # how much more than its share a thread may get, if that spares all threads the waiting in every layer
+# Work is counted in half tokens of a long segment, as measured: a lone token reads and writes its part of a state for
+# itself; several go over the whole state once.
+LONE, WHOLE, EACH = 5, 9, 2
 MAX_TOKENS = 256  # of one round: more would not fit the caches, and gain nothing
 ROUNDING = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
@@ -111,26 +114,33 @@ def rounds(batch: RaggedBatch, threads: int, heads: int) -> Iterator[Round]:
         first = np.searchsorted(bounds, start, side="right") - 1
         last = np.searchsorted(bounds, end, side="left")
         cut = bounds[first : last + 1].clip(start, end) - start
-        groups = group(cut, threads)
-        apart = bool(largest(groups, cut) * threads <= UNEVEN * (end - start))
+        work = work_of(cut)
+        groups = group(work, threads)
+        apart = bool(largest(groups, work) * threads <= UNEVEN * work[-1])
         if not apart:
-            groups = group(cut, threads * PIECES // heads)
+            groups = group(work, threads * PIECES // heads)
         yield Round(tokens[start:end], positions[start:end], cut, slots[first:last], groups, apart)
 
 
-def largest(groups: Longs, bounds: Longs) -> int:
-    return int(bounds[groups[0, 1]] - bounds[groups[0, 0]])
+def work_of(bounds: Longs) -> Longs:
+    """As `bounds` of tokens, those of the segments' work."""
+    tokens = np.diff(bounds)
+    return np.concatenate([[0], np.where(tokens == 1, LONE, WHOLE + EACH * tokens).cumsum()])
 
 
-def group(bounds: Longs, groups: int) -> Longs:
-    """Neighbouring segments together until they have their share of the tokens; the largest groups come first."""
-    share = -(-int(bounds[-1]) // max(1, groups))
+def largest(groups: Longs, work: Longs) -> int:
+    return int(work[groups[0, 1]] - work[groups[0, 0]])
+
+
+def group(work: Longs, groups: int) -> Longs:
+    """Neighbouring segments together until they have their share of the work; the largest groups come first."""
+    share = -(-int(work[-1]) // max(1, groups))
     found = [0]
-    for segment in range(1, len(bounds) - 1):
-        if bounds[segment + 1] - bounds[found[-1]] > share:
+    for segment in range(1, len(work) - 1):
+        if work[segment + 1] - work[found[-1]] > share:
             found.append(segment)
-    found.append(len(bounds) - 1)
-    sizes = np.diff(bounds[found])
+    found.append(len(work) - 1)
+    sizes = np.diff(work[found])
     return np.stack([found[:-1], found[1:]], axis=1)[np.argsort(-sizes, kind="stable")].astype(np.int64)
 
 

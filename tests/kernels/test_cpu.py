@@ -139,13 +139,23 @@ def test_angles_far_out(position: int) -> None:
 
 
 def test_groups_hold_every_segment_once_and_the_largest_come_first() -> None:
-    bounds = np.array([0, 1, 2, 3, 200, 201, 230, 231])
+    work = np.array([0, 1, 2, 3, 200, 201, 230, 231])
     for groups in (0, 1, 3, 20):
-        found = cpu.group(bounds, groups)
+        found = cpu.group(work, groups)
         segments = sorted(segment for first, last in found.tolist() for segment in range(first, last))
         assert segments == list(range(7))
-        sizes = [bounds[last] - bounds[first] for first, last in found]
+        sizes = [work[last] - work[first] for first, last in found]
         assert sizes == sorted(sizes, reverse=True)
+
+
+def test_lone_tokens_are_more_work_than_those_of_a_prompt() -> None:
+    """Two threads share 63 sequences that decode and a prompt of 64 tokens: who has the prompt gets some of the 63."""
+    batch = RaggedBatch(torch.zeros(127, dtype=torch.long), torch.arange(127), [*range(64), 127], list(range(64)))
+    (part,) = cpu.rounds(batch, threads=2, heads=4)
+    assert part.apart
+    alone, *shared = [part.bounds[last] - part.bounds[first] for first, last in part.groups]
+    assert 40 <= alone <= 50
+    assert sum(shared) == 127 - alone
 
 
 def test_what_was_compiled_is_recompiled_when_any_source_changes() -> None:
