@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,9 +17,10 @@ from bdh_batch.messages import SamplingParams
 from bdh_batch.model.masks import masked
 
 COLDEST = 1e-30  # temperatures below are greedy, but float32 could not divide by them
-_WORD = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WORD, _HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
+_MULTIPLIERS = np.array([0xD2511F53, 0xCD9E8D57], np.uint64)
+_WEYL = np.array([0x9E3779B9, 0xBB67AE85], np.uint64)
+Words = npt.NDArray[np.uint64]  # of 32 bits each: products fit
 
 
 def sample(
@@ -82,28 +85,28 @@ def _keep_likely(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
 def uniforms(seeds: Sequence[int], positions: Sequence[int], device: torch.device) -> Tensor:
     """Float64 numbers [rows] in [0, 1) with 53 random bits, one per seed (64 bits) and position (64 bits)."""
-
-    def words(values: Sequence[int], shift: int) -> Tensor:
-        return torch.tensor([value >> shift & _WORD for value in values], dtype=torch.int64, device=device)
-
-    counter = [words(positions, 0), words(positions, 32), torch.zeros_like(words(positions, 0))]
-    high, low, *_ = philox([*counter, counter[2]], [words(seeds, 0), words(seeds, 32)])
-    return ((high >> 5) * 2.0**26 + (low >> 6).double()) * 2.0**-53
+    (seed_low, seed_high), (low, high) = words(seeds), words(positions)
+    nothing = np.zeros_like(low)
+    first, second, *_ = philox([low, high, nothing, nothing], [seed_low, seed_high])
+    return torch.from_numpy(((first >> 5) * 2.0**26 + (second >> 6)) * 2.0**-53).to(device)
 
 
-def philox(counter: Sequence[Tensor], key: Sequence[Tensor], rounds: int = 10) -> tuple[Tensor, ...]:
-    """Philox4x32: four int64 tensors of 32-bit words from a counter of four and a key of two."""
+def words(values: Sequence[int]) -> tuple[Words, Words]:
+    """The low and the high 32 bits of each."""
+    whole = np.array(values, np.uint64)
+    return whole & _WORD, whole >> _HALF
+
+
+def philox(counter: Sequence[Words], key: Sequence[Words], rounds: int = 10) -> tuple[Words, ...]:
+    """Philox4x32: four arrays of 32-bit words from a counter of four and a key of two.
+
+    On the host: a hundred operations on a few numbers each are little for numpy, and much for a device to launch.
+    """
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
-        high0, low0 = _multiply(c0, _MULTIPLIERS[0])
-        high1, low1 = _multiply(c2, _MULTIPLIERS[1])
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = product1 >> _HALF ^ c1 ^ k0, product1 & _WORD
+        c2, c3 = product0 >> _HALF ^ c3 ^ k1, product0 & _WORD
         k0, k1 = k0 + _WEYL[0] & _WORD, k1 + _WEYL[1] & _WORD
     return c0, c1, c2, c3
-
-
-def _multiply(words: Tensor, by: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the 64-bit product; int64 wraps to the same bits as unsigned arithmetic."""
-    product = words * by
-    return product >> 32 & _WORD, product & _WORD

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import numpy as np
 import torch
 from hypothesis import given, strategies as st
 
 from bdh_batch.messages import SamplingParams
-from bdh_batch.model.sampling import philox, sample, uniforms
+from bdh_batch.model.sampling import Words, philox, sample, uniforms, words
 
 CPU = torch.device("cpu")
 LOGITS = torch.randn(64, 50, generator=torch.Generator().manual_seed(3)) * 2
@@ -21,8 +22,8 @@ params = st.builds(
 def test_philox_gives_the_published_answers() -> None:
     """The known-answer vectors of Random123, philox4x32 with 10 rounds."""
 
-    def words(*values: int) -> list[torch.Tensor]:
-        return [torch.tensor([value]) for value in values]
+    def single(*values: int) -> list[Words]:
+        return [np.array([value], np.uint64) for value in values]
 
     ones = 0xFFFFFFFF
     for counter, key, answer in (
@@ -34,7 +35,15 @@ def test_philox_gives_the_published_answers() -> None:
             (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
         ),
     ):
-        assert tuple(int(word) for word in philox(words(*counter), words(*key))) == answer
+        assert tuple(word.item() for word in philox(single(*counter), single(*key))) == answer
+
+
+def test_uniforms_have_all_their_bits() -> None:
+    seeds, positions = [2**64 - 1, 5, 1 << 40], [0, 2**33 + 1, 7]
+    (seed_low, seed_high), (low, high) = words(seeds), words(positions)
+    first, second, *_ = philox([low, high, low & np.uint64(0), low & np.uint64(0)], [seed_low, seed_high])
+    exact = [((a >> 5 << 26) + (b >> 6)) / 2**53 for a, b in zip(first.tolist(), second.tolist())]
+    assert uniforms(seeds, positions, CPU).tolist() == exact
 
 
 def test_uniforms_are_spread_evenly() -> None:
