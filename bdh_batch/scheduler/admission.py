@@ -41,6 +41,7 @@ class Admission:
         self._served = 0
         self._last_class: int | None = None
         self._measured = (0.0, 0.0)  # places given and seconds gone by while someone waited, both fading
+        self._refused = 0.0  # of late: it fades as they do
         self._updated: float | None = None
         self._waited: float | None = None  # when someone was last seen to wait
 
@@ -94,9 +95,11 @@ class Admission:
                 fade = 0.5 ** (seconds / HALF_LIFE)
                 given, passed = self._measured
                 self._measured = given * fade + served - self._served, passed * fade + seconds
+                self._refused *= fade
                 self._waited = now
             elif self._waited is not None and now - self._waited > FORGET:
-                self._measured = (0.0, 0.0)  # how it was says nothing any more, and would refuse whoever could find out
+                # How it was says nothing any more, and would refuse whoever could find out.
+                self._measured, self._refused = (0.0, 0.0), 0.0
             self._updated, self._served = now, served
             self._waiting, self._waiting_tokens, self._free = waiting, tokens, free
             self._last_class = last_class
@@ -132,6 +135,7 @@ class Admission:
             return False
         if self._may_displace(line, more, tokens):
             return True
+        self._refused += 1
         many = f"{queued} requests" if requests else f"{waiting} prompt tokens"
         raise QueueFull(f"{many} are waiting already.", self.retry_after())
 
@@ -154,9 +158,10 @@ class Admission:
             raise TooLate(text, _whole_seconds(wait - min(limits)))
 
     def retry_after(self) -> int:
-        """Seconds until the next place will have been given out."""
+        """Seconds until the next place will have been given out; or as many as there are refusals for each place, so
+        that a crowd which asks in vain asks less often, and answers have the time that refusing takes."""
         given, passed = self._measured
-        return _whole_seconds(passed / given) if given > 0 else 1
+        return _whole_seconds(max(passed, self._refused) / given) if given > 0 else 1
 
 
 def _whole_seconds(seconds: float) -> int:

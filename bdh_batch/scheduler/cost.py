@@ -50,6 +50,11 @@ class StepCost:
     def seconds(self, decodes: int, prefill_tokens: int) -> float:
         return max(0.0, self._dot((1.0, decodes / SCALE, prefill_tokens / SCALE)))
 
+    @property
+    def prompt_token(self) -> float | None:
+        """Seconds that one more of them takes; None while that is not known."""
+        return self._each(self._weights[2])
+
     def prefill_budget(self, target: float, decodes: int) -> int | None:
         """Prompt tokens that fit a step of `target` seconds beside `decodes`; None while that is not known."""
         return self._fitting(target - self.seconds(decodes, 0), self._weights[2])
@@ -60,8 +65,12 @@ class StepCost:
 
     def _fitting(self, seconds: float, weight: float) -> int | None:
         """How many of what costs `weight` fit; None while that is not known."""
-        each = weight / SCALE
-        return max(0, int(seconds / each)) if self.known and each > 0 else None
+        each = self._each(weight)
+        return None if each is None else max(0, int(seconds / each))
+
+    def _each(self, weight: float) -> float | None:
+        """Seconds for one of what costs `weight`; None while that is not known."""
+        return weight / SCALE if self.known and weight > 0 else None
 
     def _dot(self, features: tuple[float, float, float]) -> float:
         return sum(weight * feature for weight, feature in zip(self._weights, features, strict=True))

@@ -19,6 +19,7 @@ from bdh_batch.scheduler.step_size import LEAST_PREFILL, StepSize
 PRIORITY = attrgetter("priority")
 
 OLDEST = 8  # the oldest prompt gets an eighth of a step's prompt tokens for certain
+UNKNOWN = 1.0  # seconds that a prompt token takes, as long as that is not known: shorter ones come first
 LEAST_SHARE = 0.25  # prompt tokens may always take so much of the time of those that decode
 LITTLE = 0.1  # of a step's time, up to which what it costs by itself does not keep it from being a short one
 LEAST_WIDTH = 64  # sequences that decode in a step whatever it may take: fewer would be slower altogether
@@ -136,16 +137,19 @@ class Dealer:
 
     def _shares(self, prefilling: list[Sequence], budget: int) -> list[tuple[Sequence, int]]:
         """Who gets how many of `budget` prompt tokens. The oldest of the first class gets a part of them, so that none
-        waits for ever; then the key that has had least comes first, and its shorter remainders, and a token is kept
-        back for each other; what is left over is the oldest's."""
+        waits for ever; then the key that has had least comes first. Within a key a prompt is due some times what it
+        takes alone after it came: shorter ones overtake a longer one, but not all that come after it. None gets a few
+        tokens for their own sake, as those cost as much as many."""
         oldest = min(prefilling, key=lambda s: (s.priority, s.place))
-        order = sorted(prefilling, key=lambda s: (s.priority, s is oldest, s.account.had, s.pending))
+        patience = OLDEST * (self.cost.prompt_token or UNKNOWN)
+        order = sorted(
+            prefilling, key=lambda s: (s.priority, s is oldest, s.account.had, s.arrived + patience * s.pending)
+        )
         reserve = max(1, budget // OLDEST)
         shares = []
-        for place, sequence in enumerate(order):
+        for sequence in order:
             reserve = 0 if sequence is oldest else reserve
-            others = len(order) - place - 1
-            tokens = min(sequence.pending, max(1, budget - reserve - others), budget - reserve)
+            tokens = min(sequence.pending, budget - reserve)
             cut = next((at for at in sequence.cuts if at > sequence.computed), None)
             if cut is not None:
                 tokens = min(tokens, cut - sequence.computed)

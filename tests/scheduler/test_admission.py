@@ -81,6 +81,20 @@ def test_no_one_is_told_to_wait_for_ever() -> None:
     assert 1 <= refusal.value.retry_after <= LONGEST_RETRY
 
 
+def test_a_crowd_that_asks_in_vain_is_told_to_ask_less_often() -> None:
+    admission = busy()  # gives a place every second
+    told = []
+    for second in range(30, 90):
+        admission.update(Counter({(0, ""): 20}), 20, 0, second, now=float(second))
+        for _ in range(20 if second < 60 else 0):
+            with pytest.raises(QueueFull) as refusal:
+                admission.admit([make_sequence([1], 1)], float(second))
+            told.append(refusal.value.retry_after)
+    assert told[0] == 1
+    assert 15 <= told[-1] <= 20
+    assert admission.retry_after() <= 3
+
+
 def test_a_rate_of_long_ago_refuses_nobody() -> None:
     admission = busy()
     request = make_sequence([1], 1)

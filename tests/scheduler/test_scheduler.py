@@ -74,6 +74,31 @@ def test_a_newcomer_among_prompts_under_way_has_its_first_token_within_five_step
         assert newcomer.finish_reason is FinishReason.LENGTH
 
 
+def test_prompts_under_way_take_their_tokens_in_few_pieces() -> None:
+    scheduler, runner = Scheduler(slots=40, prefill_tokens=256), FakeRunner()
+    scheduler.submit(make_sequence([number] * 1000, 1) for number in range(32))
+    while scheduler.has_work:
+        planned = step(scheduler, runner)
+        assert planned is not None
+        assert sum(len(segment.tokens) > 0 for segment in planned.plan.segments) <= 4
+
+
+def test_long_prompts_are_not_overtaken_by_short_ones_for_ever() -> None:
+    """On a machine where a prompt token costs 1 ms, and short prompts alone would fill every step."""
+    scheduler, runner, now = Scheduler(400, 128, Policy(target_step=0.128)), FakeRunner(), 0.0
+    long = [make_sequence([100 + number] * 1000, 1) for number in range(10)]
+    scheduler.submit(long)
+    for number in range(300):
+        short = make_sequence([number % 100, *[number] * 127], 1)
+        short.arrived = now
+        scheduler.submit([short])
+        planned = scheduler.plan(now)
+        assert planned is not None
+        now += 0.001 * planned.prefill_tokens
+        scheduler.commit(planned, runner.run(planned.plan), now)
+    assert all(sequence.finish_reason is FinishReason.LENGTH for sequence in long)
+
+
 def test_more_prompts_than_budget_all_get_through() -> None:
     scheduler, runner = Scheduler(slots=20, prefill_tokens=4), FakeRunner()
     sequences = [make_sequence([1] * (2 + length), 3) for length in range(20)]
@@ -330,7 +355,7 @@ def test_running_out_of_memory_makes_steps_smaller_and_loses_nobody() -> None:
         assert scheduler.out_of_memory(planned) == []
         scheduler.check()
     assert sizes == [64, 32, 16]
-    assert (scheduler.prefill_cap, scheduler.width) == (16, 2)
+    assert (scheduler.prefill_cap, scheduler.width) == (16, 1)
     run_dry(scheduler, runner)
     assert all(sequence.generated == expected_tokens(list(sequence.prompt), 5) for sequence in sequences)
 
