@@ -8,7 +8,9 @@ sequences at once, lets as many again wait, and refuses the rest. Leaves locust'
 (`load_*.csv`) and `load.json`: tokens/s and memory by stage, failures by kind, and the verdicts
 
     no_failures      nothing failed; a refusal (429) is no failure
-    throughput_flat  once a stage comes near the best tokens/s, no later one falls far below; null: never saturated
+    throughput_flat  once a stage comes near the best tokens/s, no later one falls far below; null: never saturated. The
+                     tokens of prompts count too: how many answers a stage has left for is much a matter of chance,
+                     as some prompts are long
     memory_flat      medians of the memory in both halves of that time; null: never saturated, or memory not seen
 
 Ends with exit code 1 where one of them is false.
@@ -36,6 +38,7 @@ SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the users, by stage
 SETTLING = 0.2  # of a stage, which is not measured: users come, and the queue fills or empties
 NEAR, FAR = 0.95, 0.9  # of the best stage's tokens/s: saturated, and fallen
 GROWTH = 0.02  # of the memory, that is no leak yet
+RATES = ("tokens", "prompt_tokens", "answers", "refused")
 KEYS = ("load-1", "load-2", "load-3")
 SERVER = (
     "scheduler.max_running=64",
@@ -73,7 +76,7 @@ def stage_figures(samples: Sequence[Mapping[str, Any]], stage: Stage) -> Figures
         raise RuntimeError(f"a stage of {end - begin:.1f} s is too short to be measured: more --seconds")
     first, last = found[0], found[-1]
     seconds = last["seconds"] - first["seconds"]
-    per_second = {name: (last[name] - first[name]) / seconds for name in ("tokens", "answers", "refused")}
+    per_second = {name: (last[name] - first[name]) / seconds for name in RATES}
     rss = [sample["rss"] for sample in found if sample["rss"] is not None]
     return {
         "users": users,
@@ -94,7 +97,7 @@ def saturated_at(rates: Sequence[float]) -> int | None:
 def verdicts(
     stages: Sequence[Stage], by_stage: Sequence[Figures], samples: Sequence[Mapping[str, Any]], failures: int
 ) -> Figures:
-    rates = [figures["tokens_per_s"] for figures in by_stage]
+    rates = [figures["tokens_per_s"] + figures["prompt_tokens_per_s"] for figures in by_stage]
     at = saturated_at(rates)
     found: Figures = {"no_failures": not failures, "throughput_flat": None, "memory_flat": None}
     if at is None:
@@ -105,7 +108,7 @@ def verdicts(
         [sample["rss"] for sample in within(samples, *half) if sample["rss"] is not None]
         for half in pairwise((begin, (begin + end) / 2, end))
     ]
-    found |= {"saturated_at_users": stages[at][0], "lowest_to_best_tokens_per_s": round(lowest, 3)}
+    found |= {"saturated_at_users": stages[at][0], "lowest_to_best_total_tokens_per_s": round(lowest, 3)}
     found["throughput_flat"] = lowest >= FAR
     if all(halves):
         growth = statistics.median(halves[1]) / statistics.median(halves[0]) - 1
@@ -156,6 +159,7 @@ def print_report(report: Figures) -> None:
     for stage in report["stages"]:
         memory = "" if stage["rss_median"] is None else f", {stage['rss_median'] / 2**20:,.0f} MiB"
         rates = f"{stage['tokens_per_s']:8,.0f} tokens/s, {stage['answers_per_s']:6.1f} answers/s"
+        rates += f", {stage['prompt_tokens_per_s']:8,.0f} tokens of prompts/s"
         refused, busy = f"{stage['refused_per_s']:6.1f} refused/s", f"client busy {stage['client_cpu_share']:.0%}"
         print(f"{stage['users']:>5} users: {rates}, {refused}{memory}; {busy}")
     for name in ("failures", "verdicts"):

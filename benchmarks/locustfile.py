@@ -78,7 +78,7 @@ class Tally:
     """What all users of this process have seen."""
 
     def __init__(self) -> None:
-        self.tokens = self.answers = self.refused = self.left = 0
+        self.tokens = self.prompt_tokens = self.answers = self.refused = self.left = 0
         self.failures: Counter[str] = Counter()
 
     def count(self, tokens: int) -> None:
@@ -207,6 +207,7 @@ class Reader(User):
 
     def _answered(self, scenario: str, outcome: Outcome) -> None:
         TALLY.answers += 1
+        TALLY.prompt_tokens += outcome.prompt_tokens
         self._request(scenario, outcome.ended - outcome.sent)
         self._log("ttft", scenario, outcome.first - outcome.sent)
         for gap in outcome.gaps:
@@ -307,6 +308,7 @@ class Samples:
             "seconds": time.perf_counter() - self._began,
             "users": 0 if runner is None else runner.user_count,
             "tokens": TALLY.tokens,
+            "prompt_tokens": TALLY.prompt_tokens,
             "answers": TALLY.answers,
             "refused": TALLY.refused,
             "rss": server.memory_info().rss if server is not None and server.is_running() else None,

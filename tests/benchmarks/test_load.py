@@ -118,7 +118,7 @@ def seen(rates: Sequence[float], memory: Sequence[int], **more: Any) -> dict[str
     samples, tokens = [], 0.0
     for second in range(10 * len(rates) + 1):
         stage = min(second // 10, len(rates) - 1)
-        counts = {"tokens": tokens, "answers": tokens / 10, "refused": 0}
+        counts = {"tokens": tokens / 4, "prompt_tokens": tokens * 3 / 4, "answers": tokens / 10, "refused": 0}
         samples.append({"seconds": second, "rss": memory[stage] * MIB, "client_cpu_seconds": second / 4, **counts})
         tokens += rates[stage]
     return {"answers": 9, "refused": 0, "left": 1, "failures": {}, "samples": samples, **more}
@@ -144,6 +144,7 @@ def test_what_becomes_of_a_server_past_its_saturation_is_judged(what: dict[str, 
 
 def test_the_figures_of_a_stage_are_those_after_it_has_settled() -> None:
     figures = load.judged(seen([40, 80], [90, 95]), load.stages_of(2, 20))["stages"]
-    assert [stage["tokens_per_s"] for stage in figures] == [40, 80]
+    assert [stage["tokens_per_s"] for stage in figures] == [10, 20]
+    assert [stage["prompt_tokens_per_s"] for stage in figures] == [30, 60]
     with pytest.raises(RuntimeError, match="more --seconds"):
         load.judged(seen([40, 80], [90, 95]), [(1, 0, 1), (2, 1, 20)])
