@@ -36,7 +36,7 @@ from benchmarks.common import report_head, write_json
 ROOT = Path(__file__).parents[1]
 SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the users, by stage
 SETTLING = 0.2  # of a stage, which is not measured: users come, and the queue fills or empties
-NEAR, FAR = 0.95, 0.85  # of the best stage's tokens/s: saturated, and fallen
+NEAR, FAR = 0.95, 0.9  # of the best stage's tokens/s: saturated, and fallen
 GROWTH = 0.02  # of the memory, that is no leak yet
 RATES = ("tokens", "prompt_tokens", "answers", "refused")
 KEYS = ("load-1", "load-2", "load-3")
@@ -89,7 +89,9 @@ def stage_figures(samples: Sequence[Mapping[str, Any]], stage: Stage) -> Figures
 
 
 def saturated_at(rates: Sequence[float]) -> int | None:
-    """The first stage near the best, if others come after it; None where tokens/s still grow."""
+    """The first stage near the best, if others come after it; None where tokens/s still grow, or there are none."""
+    if not any(rates):
+        return None
     first = next(i for i, rate in enumerate(rates) if rate >= NEAR * max(rates))
     return first if first < len(rates) - 1 else None
 

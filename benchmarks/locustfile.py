@@ -5,12 +5,12 @@
     make load                                                                                 # see benchmarks/load.py
 
 Scenarios, by tag: `steady`, `burst` (some at once), `long` (prompts), `leaving` (before the end), `keys` (of unequal
-wishes). Rows of the statistics, by type, each for every scenario:
+wishes). Rows of the statistics, by type, each for every scenario (of those that leave, only how many did):
 
     answer      whole answers, in ms, and what failed, by the kinds of `bench serve`; no other is in the Aggregated row
     ttft        ms to the first token
     gap         ms between the events that bear tokens
-    tokens/s    of an answer after its first token: a rate, where the head of the column says ms
+    tokens/s    of an answer of some length after its first token: a rate, where the head of the column says ms
     429         refusals, which are no failures: ms until they were told
     left        streams that their client left, as it meant to: ms until then
 
@@ -50,7 +50,8 @@ STAGES = "LOAD_STAGES"
 BURST = 8  # streams at once
 SPAWN_RATE = 100.0  # users a second, at each stage of a ramp
 LONGEST_ANSWER = 4  # times the mean
-PATIENCE_SECONDS = 5.0  # after a refusal, whatever it says
+PATIENCE_SECONDS = 60.0  # after a refusal, whatever it says
+RATED_TOKENS = 8  # that an answer has at least which has a rate: of two that come together it would be anything
 TIMEOUT_SECONDS = 120.0  # without a byte
 SAMPLE_SECONDS = 0.25
 CSV_SECONDS = 0.5  # between the writings of locust's CSV; there is none at the end
@@ -212,7 +213,7 @@ class Reader(User):
         self._log("ttft", scenario, outcome.first - outcome.sent)
         for gap in outcome.gaps:
             self._log("gap", scenario, gap)
-        if outcome.per_token:
+        if outcome.per_token and outcome.output_tokens >= RATED_TOKENS:
             self._log("tokens/s", scenario, 1e-3 / outcome.per_token)
 
     def _refused(self, scenario: str, began: float, answer: HTTPSocketResponse) -> None:

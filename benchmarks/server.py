@@ -294,7 +294,7 @@ def curve(bench: Bench) -> Figures:
 
     def turn(name: str, streams: int, number: int) -> Figures:
         lengths = [min(4 * chosen.length, length) for length in heavy_tailed(max(12, 3 * streams), 32.0, 0.7, streams)]
-        return bench.sides[name](loads.load(lengths, seed=1000 * number + streams), streams)
+        return bench.sides[name](loads.load(lengths, seed=10_000 + 1000 * number + streams), streams)
 
     found = bench.turns(
         chosen.curve_rounds,
@@ -322,7 +322,7 @@ def first_token(bench: Bench) -> Figures:
     """Each round finds out the rate of saturation, then goes by it."""
     chosen = bench.chosen
     lengths = heavy_tailed(chosen.arrivals, 32.0, 0.7, seed=8)
-    saturating = lengths[: 4 * chosen.streams]
+    saturating = (2 * lengths)[: 8 * chosen.streams]  # of which coming and going are a small part
     rates: list[float] = []
 
     def saturated(number: int) -> Figures:

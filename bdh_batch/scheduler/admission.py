@@ -41,7 +41,7 @@ class Admission:
         self._served = 0
         self._last_class: int | None = None
         self._measured = (0.0, 0.0)  # places given and seconds gone by while someone waited, both fading
-        self._refused = 0.0  # of late: it fades as they do
+        self._sent_away = 0.0  # seconds that those who were refused were told to stay away, fading alike
         self._updated: float | None = None
         self._waited: float | None = None  # when someone was last seen to wait
 
@@ -95,11 +95,11 @@ class Admission:
                 fade = 0.5 ** (seconds / HALF_LIFE)
                 given, passed = self._measured
                 self._measured = given * fade + served - self._served, passed * fade + seconds
-                self._refused *= fade
+                self._sent_away *= fade
                 self._waited = now
             elif self._waited is not None and now - self._waited > FORGET:
                 # How it was says nothing any more, and would refuse whoever could find out.
-                self._measured, self._refused = (0.0, 0.0), 0.0
+                self._measured, self._sent_away = (0.0, 0.0), 0.0
             self._updated, self._served = now, served
             self._waiting, self._waiting_tokens, self._free = waiting, tokens, free
             self._last_class = last_class
@@ -135,9 +135,10 @@ class Admission:
             return False
         if self._may_displace(line, more, tokens):
             return True
-        self._refused += 1
+        seconds = self.retry_after()
+        self._sent_away += seconds
         many = f"{queued} requests" if requests else f"{waiting} prompt tokens"
-        raise QueueFull(f"{many} are waiting already.", self.retry_after())
+        raise QueueFull(f"{many} are waiting already.", seconds)
 
     def _may_displace(self, line: Line, more: int, tokens: int) -> bool:
         """Whether there is a line so much longer that it stays the longer one, or one of a later class."""
@@ -158,10 +159,11 @@ class Admission:
             raise TooLate(text, _whole_seconds(wait - min(limits)))
 
     def retry_after(self) -> int:
-        """Seconds until the next place will have been given out; or as many as there are refusals for each place, so
-        that a crowd which asks in vain asks less often, and answers have the time that refusing takes."""
+        """Seconds until the next place will have been given out, and all who stay away could have had one: by Little's
+        law they are as many as there were seconds told in a second. So no more ask again than there are places for,
+        and answers have the time that refusing takes."""
         given, passed = self._measured
-        return _whole_seconds(max(passed, self._refused) / given) if given > 0 else 1
+        return _whole_seconds(max(passed, self._sent_away) / given) if given > 0 else 1
 
 
 def _whole_seconds(seconds: float) -> int:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,17 +22,7 @@ from benchmarks.baselines.batches import Batches
 from benchmarks.baselines.recompute import RecomputeKernels
 
 KINDS = ("upstream", "one-at-a-time", "static", "dense")
-IN_TORCH = ("upstream", "dense")
 Load = Callable[[settings.Settings, Path], LoadedEngine]
-
-
-def wait_passively() -> None:
-    """Torch's threads spin while they wait for each other. Where there are no more cores than threads, and a client
-    and an event loop need some of them, that slows a step down many times. How they wait is settled when torch is
-    loaded: the program begins anew.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"})
 
 
 def overrides_of(chosen: argparse.Namespace) -> list[tuple[str, str]]:
@@ -92,8 +80,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     chosen = parse(argv)
-    if chosen.kind in IN_TORCH:
-        wait_passively()
     resolved = settings.load(None, overrides_of(chosen))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     load = load_upstream if chosen.kind == "upstream" else load_engine

@@ -132,6 +132,7 @@ def seen(rates: Sequence[float], memory: Sequence[int], **more: Any) -> dict[str
         (seen([40, 80, 96, 99, 97, 98], [50, 80, 99, 99, 110, 120]), (True, True, False)),
         (seen([10, 20, 40, 60, 80, 99], [99] * 6), (True, None, None)),  # more users would bring more
         (seen([99] * 6, [99] * 6, failures={"closed_mid_stream": 1}), (False, True, True)),
+        (seen([0] * 6, [99] * 6, failures={"connect_refused": 9}), (False, None, None)),
     ],
 )
 def test_what_becomes_of_a_server_past_its_saturation_is_judged(what: dict[str, Any], told: tuple[Any, ...]) -> None:
