@@ -434,7 +434,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tail-requests", type=int, default=256, help="heavy_tailed")
     parser.add_argument("--tail-median", type=float, default=48.0, help="heavy_tailed: tokens of an answer")
     parser.add_argument("--tail-rounds", type=int, default=3, help="heavy_tailed")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64, 128], help="curve: streams")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64], help="curve: streams")
     parser.add_argument("--most-for-one", type=int, default=16, help="curve: streams where one goes at a time")
     parser.add_argument("--curve-rounds", type=int, default=3)
     parser.add_argument("--arrivals", type=int, default=600, help="first_token: requests of the Poisson process")
