@@ -74,7 +74,10 @@ def alternate(
 
 @dataclass(frozen=True)
 class Ratio:
-    """A ratio of medians, and the interval that holds 95 % of those of resampled rounds."""
+    """A ratio of medians, and the interval that holds 95 % of those of resampled rounds.
+
+    It never leaves the range of the rounds, and where they are few, it holds the true ratio less often than that.
+    """
 
     value: float
     low: float
@@ -96,6 +99,9 @@ def ratio(upper: Sequence[float], lower: Sequence[float], draws: int = 2000) -> 
 def figure(rounds: Sequence[float], unit: str, better: str, draws: int = 2000) -> dict[str, Any]:
     """A measured quantity as reports hold it: the median of its rounds, and the interval that holds 95 % of those of
     resampled rounds. `compare.py` knows it by its keys.
+
+    Medians of n resampled rounds never leave the rounds' range, which holds the true one with a chance of 1 - 2^(1-n):
+    75 % with 3 rounds. Nor is in it what drifts from one run to the next.
 
     Args:
         better: "higher" or "lower".

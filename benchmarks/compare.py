@@ -3,10 +3,14 @@
     python -m benchmarks.compare benchmarks/results/amd-epyc-2-threads /tmp/new
     python -m benchmarks.compare A B --least 0.1         # what is slower by less than a tenth is no matter
 
-Looks at every figure (`common.figure`) that both folders have. Where both have as many rounds, rounds of the same
-number are pairs, as a run is slow and fast at the same places, and are drawn again as pairs; where they do not, the
-spread of the ratio follows from both intervals, as normal ones. What is worse by more than `--least` at each place of
-the interval that holds 95 % is a regression, and the exit code is 1. 2 is for folders with no figure in common.
+Looks at every figure (`common.figure`) of the first folder. The rounds of both are compared by t intervals on the scale
+of logarithms, whose variances lean on those of all figures (`noise.py`). They are as wide as it takes for all of them
+together to hold in 95 % of comparisons of runs that differ by noise alone; what drifts between two runs is in none of
+them, and is what `--least` is for. Of a figure without rounds, the spread follows from both intervals, as normal ones.
+
+What is worse by more than `--least` at each place of its interval is a regression, and the exit code is 1. So it is
+where B lacks a figure that A has. 2 is for folders that cannot be compared: nothing in common, or one of them of a
+quick run.
 
 For two runs of one machine: the measure is time.
 """
@@ -20,12 +24,16 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
-from benchmarks.common import Ratio, ratio
+from benchmarks.common import Ratio
+from benchmarks.noise import SURE, each_share, ratios
 
 KEYS = {"value", "low", "high", "unit", "better"}
 Figure = Mapping[str, Any]
+Figures = Mapping[str, Figure]
+Reports = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,11 +51,18 @@ class Change:
         return "faster" if self.ratio.high < 1 / (1 + least) else "the same"
 
 
-def figures(folder: Path) -> dict[str, Figure]:
+def reports(folder: Path) -> Reports:
+    return {file.stem: json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))}
+
+
+def figures(reports: Reports) -> Figures:
     """Every figure of a folder's files, by where it lies: as in server/against/sides/static/tokens_per_s."""
     found: dict[str, Figure] = {}
-    for file in sorted(folder.glob("*.json")):
-        found.update(within(file.stem, json.loads(file.read_text())))
+    for stem, report in reports.items():
+        for name, each in within(stem, report):
+            if name in found:
+                raise ValueError(f"two figures would go by the name {name}")
+            found[name] = each
     return found
 
 
@@ -59,40 +74,81 @@ def within(name: str, held: object) -> Iterator[tuple[str, Figure]]:
         for key, part in held.items():
             yield from within(f"{name}/{key}", part)
     elif isinstance(held, list):
-        for number, part in enumerate(held):
-            yield from within(f"{name}/{label(part, number)}", part)
+        for label, part in zip(labels(held), held, strict=True):
+            yield from within(f"{name}/{label}", part)
 
 
-def label(row: object, number: int) -> str:
-    """A row of a list goes by what its first entry says, so that lists of other lengths can be compared."""
-    if isinstance(row, dict) and row:
-        key, value = next(iter(row.items()))
-        if isinstance(value, int | float | str):
-            return f"{key}={value}"
-    return str(number)
+def labels(rows: Sequence[object]) -> list[str]:
+    """A row of a list goes by what its first entries say, so that lists of other lengths can be compared: by as many
+    entries as tell all rows apart, and by its place where none do."""
+    entries = [told(row) for row in rows]
+    for count in range(1, max(map(len, entries), default=0) + 1):
+        found = [",".join(each[:count]) or str(number) for number, each in enumerate(entries)]
+        if len(set(found)) == len(found):
+            return found
+    return [",".join([*each[:1], str(number)]) for number, each in enumerate(entries)]
 
 
-def compare(before: Mapping[str, Figure], after: Mapping[str, Figure]) -> list[Change]:
-    """Of the figures that both have and that mean the same."""
+def told(row: object) -> list[str]:
+    """The entries before the first that holds others, or that was measured, as a fraction after the first may be."""
+    found: list[str] = []
+    for key, value in row.items() if isinstance(row, dict) and not row.keys() >= KEYS else ():
+        if not isinstance(value, int | str) and not (isinstance(value, float) and not found):
+            break
+        found.append(f"{key}={value}")
+    return found
+
+
+def why_not(before: Figure, after: Figure) -> str | None:
+    """What keeps two figures from being compared."""
+    for key in ("unit", "better"):
+        if before[key] != after[key]:
+            return f"{key} is {before[key]} in A and {after[key]} in B"
+    for name, each in (("A", before), ("B", after)):
+        if not positive(each):
+            return f"not all of it is above 0 in {name}"
+    if before.get("rounds") and after.get("rounds") and len(before["rounds"]) + len(after["rounds"]) < 3:
+        return "a single round does not tell its noise"
+    return None
+
+
+def positive(figure: Figure) -> bool:
+    values = (*(figure[key] for key in ("value", "low", "high")), *figure.get("rounds", ()))
+    return all(0 < value < math.inf for value in values)
+
+
+def lost(before: Figures, after: Figures) -> list[str]:
+    """What A tells and B does not, or not as that quantity."""
     return [
-        Change(name, before[name], after[name], worse(before[name], after[name]))
-        for name in before
-        if name in after and all(before[name][key] == after[name][key] for key in ("unit", "better"))
+        name
+        for name, each in before.items()
+        if name not in after
+        or (positive(each) and not positive(after[name]))
+        or any(each[key] != after[name][key] for key in ("unit", "better"))
     ]
 
 
-def worse(before: Figure, after: Figure) -> Ratio:
-    upper, lower = (after, before) if before["better"] == "lower" else (before, after)
-    rounds = [each.get("rounds", ()) for each in (upper, lower)]
-    if len(rounds[0]) == len(rounds[1]) > 1:
-        return ratio(*rounds)
-    return of_intervals(upper, lower)
+def compare(before: Figures, after: Figures) -> list[Change]:
+    """Of the figures that both have and that can be compared."""
+    names = [name for name in before if name in after and why_not(before[name], after[name]) is None]
+    pairs = [worse(before[name], after[name]) for name in names]
+    known = [bool(upper.get("rounds") and lower.get("rounds")) for upper, lower in pairs]
+    share = each_share(len(pairs) or 1)
+    of_rounds = iter(ratios([(a["rounds"], b["rounds"]) for (a, b), has in zip(pairs, known) if has], share))
+    found = [next(of_rounds) if has else of_intervals(*pair, share) for pair, has in zip(pairs, known)]
+    return [Change(name, before[name], after[name], ratio) for name, ratio in zip(names, found, strict=True)]
 
 
-def of_intervals(upper: Figure, lower: Figure) -> Ratio:
-    """On the scale of logarithms, where a ratio is a difference."""
+def worse(before: Figure, after: Figure) -> tuple[Figure, Figure]:
+    """Those whose ratio is above 1 where it got worse."""
+    return (after, before) if before["better"] == "lower" else (before, after)
+
+
+def of_intervals(upper: Figure, lower: Figure, share: float = SURE) -> Ratio:
+    """On the scale of logarithms, where a ratio is a difference; each has the interval that holds 95 %."""
     value = upper["value"] / lower["value"]
-    spread = math.hypot(*(half_width(each) for each in (upper, lower)))
+    wider = NormalDist().inv_cdf((1 + share) / 2) / NormalDist().inv_cdf((1 + SURE) / 2)
+    spread = wider * math.hypot(*(half_width(each) for each in (upper, lower)))
     return Ratio(value, value * math.exp(-spread), value * math.exp(spread))
 
 
@@ -110,6 +166,26 @@ def table(changes: Sequence[Change], least: float) -> Iterator[str]:
     yield f"{len(changes) - len(told)} of {len(changes)} figures are the same within the noise."
 
 
+def beside(before: Figures, after: Figures) -> Iterator[str]:
+    """What was not compared."""
+    for name, each in before.items():
+        if name not in after:
+            yield f"missing in B: {name}"
+        elif reason := why_not(each, after[name]):
+            yield f"cannot be compared: {name}: {reason}"
+    if more := len(after.keys() - before.keys()):
+        yield f"Figures only in B: {more}."
+
+
+def quick(reports: Reports) -> bool:
+    """Whether any of a folder's figures say nothing."""
+    return any(report.get("quick") or "--quick" in report.get("command", "").split() for report in reports.values())
+
+
+def processors(reports: Reports) -> set[str]:
+    return {report["machine"]["cpu"] for report in reports.values() if "cpu" in report.get("machine", {})}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m benchmarks.compare"
@@ -120,12 +196,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(argv)
     if chosen.least < 0:
         parser.error("--least should not be below 0")
-    changes = compare(figures(chosen.before), figures(chosen.after))
+    folders = [reports(folder) for folder in (chosen.before, chosen.after)]
+    if quick(folders[0]) != quick(folders[1]):
+        print("One of them is of a quick run, whose figures say nothing.", file=sys.stderr)
+        return 2
+    if differing := processors(folders[0]) ^ processors(folders[1]):
+        print(f"Warning: only one of them is of {', '.join(sorted(differing))}.", file=sys.stderr)
+    before, after = (figures(folder) for folder in folders)
+    changes = compare(before, after)
     if not changes:
         print(f"{chosen.before} and {chosen.after} have no figure in common.", file=sys.stderr)
         return 2
-    print("\n".join(table(changes, chosen.least)))
-    return int(any(change.verdict(chosen.least) == "slower" for change in changes))
+    print("\n".join([*table(changes, chosen.least), *beside(before, after)]))
+    return int(bool(lost(before, after)) or any(change.verdict(chosen.least) == "slower" for change in changes))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def document(results: Path, home: Path) -> str:
         "",
         "Made from the results of `make bench` by `python -m benchmarks.document`; nothing here is typed by hand.",
         "A figure is the median of rounds in which all sides took turns, with the interval that holds 95 % of the",
-        "medians of resampled rounds. `python -m benchmarks.compare A B` says what got slower between two folders.",
+        "medians of resampled rounds: with 3 rounds it is no more than their range, which holds the true median three",
+        "times in four. What drifts from one run to the next is in no interval. `python -m benchmarks.compare A B`",
+        "says what got slower between two folders, and goes by the rounds.",
     ]
     for name, section in SECTIONS.items():
         file = results / f"{name}.json"
@@ -277,8 +279,8 @@ def frontend(report: Report, link: str) -> Lines:
     yield f"{report['streams']} streams of {report['tokens']} tokens, with an engine that computes nothing:"
     yield ""
     rows = [
-        [name, number(side["events_per_second"]), number(side["server_us_per_token"])]
-        for name, side in report["sides"].items()
+        [name, told(side["events_per_second"]), told(side["server_us_per_token"])]
+        for name, side in report["figures"].items()
     ]
     yield from table(["", "events/s", "µs of the server's processor time a token"], *rows)
     yield ""

@@ -12,10 +12,11 @@ one that makes and dumps a pydantic object for each.
 
 Sides take turns; one process of clients counts events. What counts is the time in which all streams of a side are under
 way. Figures are medians of rounds: events and tokens a second, events that a client's read brings, and the microseconds
-of processor time that a token costs the server, all of its threads, and the clients. What a wish costs is the
-difference of the server's time to that of plain completions, round by round; the stop strings are never in the answers,
-nor any of their beginnings, which would hold text back and join events. There are no figures if a stream has not
-exactly the events that it should have: one for each token, unless it asks otherwise.
+of processor time that a token costs the server, all of its threads, and the clients; `figures` has the rounds of two of
+them and their intervals. What a wish costs is the difference of the server's time to that of plain completions, round
+by round; the stop strings are never in the answers, nor any of their beginnings, which would hold text back and join
+events. There are no figures if a stream has not exactly the events that it should have: one for each token, unless it
+asks otherwise.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import psutil
 import uvloop
 
 from benchmarks.client import Served, served
-from benchmarks.common import ratio, report_head, write_json
+from benchmarks.common import figure, ratio, report_head, write_json
 
 TIMEOUT = 60.0  # seconds, of one side's turn
 TOGETHER = 8  # tokens of a chunk, where several are wished for
@@ -239,7 +240,8 @@ async def measure(sides: Mapping[str, Side], streams: int, tokens: int, rounds: 
 
 
 def summary(found: Mapping[str, Sequence[Figures]]) -> dict[str, Any]:
-    """Medians of rounds; beside what others do, and what each wish costs beside plain completions."""
+    """Medians of rounds, two of them with their rounds; beside what others do, and what each wish costs beside plain
+    completions."""
     medians = {
         name: {measure: round(statistics.median(each[measure] for each in rounds), 3) for measure in rounds[0]}
         for name, rounds in found.items()
@@ -248,6 +250,13 @@ def summary(found: Mapping[str, Sequence[Figures]]) -> dict[str, Any]:
     costs = {name: [each["server_us_per_token"] for each in rounds] for name, rounds in found.items()}
     return {
         "sides": medians,
+        "figures": {
+            name: {
+                "events_per_second": figure(rates[name], "events/s", "higher"),
+                "server_us_per_token": figure(costs[name], "µs", "lower"),
+            }
+            for name in found
+        },
         "events_ratio_to": {
             other: {name: asdict(ratio(rates[name], rates[other])) for name in ("in step", "ahead")}
             for other in ("bare", "pydantic")

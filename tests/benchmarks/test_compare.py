@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.common import figure, write_json
-from benchmarks.compare import compare, figures, main, worse
+from benchmarks.compare import compare, figures, main, of_intervals, reports
+from benchmarks.noise import each_share, ratios, student
 
 ROUNDS = 9
 
@@ -41,7 +44,7 @@ def before(tmp_path: Path) -> str:
 
 
 def test_every_figure_is_found_by_where_it_lies(before: str) -> None:
-    assert list(figures(Path(before))) == [
+    assert list(figures(reports(Path(before)))) == [
         "server/against/sides/server/tokens_per_s",
         "server/points/streams=1/wait",
         "server/points/streams=64/wait",
@@ -68,20 +71,111 @@ def test_a_planted_regression_is_found(
     assert main([before, after, "--least", "0.5"]) == 0
 
 
-def test_rounds_of_two_lengths_are_compared_by_their_intervals() -> None:
+def test_rows_go_by_as_many_entries_as_tell_them_apart() -> None:
+    held = figure([3.0, 4.0], "ms", "lower")
+    mixes = [{"decoders": 32, "prompts": prompts, "speed": 2.5 * prompts, "figure": held} for prompts in (0, 1, 4)]
+    equal = [{"decoders": 32, "speed": speed, "figure": held} for speed in (1.5, 2.5)]
+    targets = [{"target": 100.0, "other": 1, "figure": held}, {"target": 25.0, "other": 1, "figure": held}]
+    bare = [held, [held]]
+    assert list(figures({"a": {"mixes": mixes, "equal": equal, "targets": targets, "bare": bare}})) == [
+        *(f"a/mixes/decoders=32,prompts={prompts}/figure" for prompts in (0, 1, 4)),
+        *(f"a/equal/decoders=32,{number}/figure" for number in (0, 1)),
+        *(f"a/targets/target={target}/figure" for target in (100.0, 25.0)),
+        *("a/bare/0", "a/bare/1/0"),
+    ]
+    with pytest.raises(ValueError, match="two figures would go by the name a/b/c"):
+        figures({"a": {"b/c": held, "b": {"c": held}}})
+
+
+def test_what_vanished_is_a_fault_and_what_is_new_is_none(
+    before: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = results(1)
+    del report["points"][0]
+    less = folder(tmp_path / "less", report)
+    assert main([before, less]) == 1
+    assert "missing in B: server/points/streams=1/wait\n" in capsys.readouterr().out
+    assert main([less, before]) == 0
+    assert "Figures only in B: 1.\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "code", "reason"),
+    [
+        ([0.0, 0.0, 1.0], [0.0, 0.0, 1.0], 0, "not all of it is above 0 in A"),
+        ([1.0, 1.0, 1.0], [0.0, 0.0, 1.0], 1, "not all of it is above 0 in B"),
+        ([1.0], [9.0], 0, "a single round does not tell its noise"),
+    ],
+)
+def test_what_has_no_ratio_is_told(
+    one: list[float], two: list[float], code: int, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [
+        folder(tmp_path / name, {**results(1), "odd": figure(rounds, "ms", "lower")})
+        for name, rounds in (("one", one), ("two", two))
+    ]
+    assert main(folders) == code
+    assert f"cannot be compared: server/odd: {reason}\n" in capsys.readouterr().out
+
+
+def test_a_quick_run_is_not_compared_with_a_full_one(before: str, tmp_path: Path) -> None:
+    quick = folder(tmp_path / "quick", {**results(1), "command": "python -m benchmarks.server --quick"})
+    suite = folder(tmp_path / "suite", results(1))
+    write_json(Path(suite) / "suite.json", {"quick": True})
+    assert [main([before, quick]), main([suite, before]), main([quick, suite])] == [2, 2, 0]
+
+
+def test_another_machine_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = (folder(tmp_path / cpu, {**results(1), "machine": {"cpu": cpu}}) for cpu in ("old", "new"))
+    assert main([one, one]) == 0
+    assert not capsys.readouterr().err
+    assert main([one, two]) == 0
+    assert capsys.readouterr().err == "Warning: only one of them is of new, old.\n"
+
+
+def drawn(draw: random.Random, spreads: Sequence[float], rounds: int, factor: float = 1.0) -> list[list[float]]:
+    return [[factor * math.exp(draw.gauss(0.0, spread)) for _ in range(rounds)] for spread in spreads]
+
+
+@pytest.mark.parametrize("rounds", [3, 4, 9])
+@pytest.mark.parametrize("spreads", [[0.1] * 52, [0.01, 0.05, 0.2, 0.1] * 4], ids=["alike", "unlike"])
+def test_equal_runs_of_few_rounds_are_mostly_the_same(rounds: int, spreads: list[float]) -> None:
+    """Even with no allowance for what is no matter."""
+    draw, flagged = random.Random(rounds), 0
+    for _ in range(200):
+        pairs = list(zip(drawn(draw, spreads, rounds), drawn(draw, spreads, rounds), strict=True))
+        flagged += any(found.low > 1 or found.high < 1 for found in ratios(pairs, each_share(len(pairs))))
+    assert flagged <= 20
+
+
+def test_a_slowdown_to_half_is_found_in_three_rounds_of_many_figures() -> None:
+    draw = random.Random(5)
+    for _ in range(20):
+        one, two = (
+            {str(number): figure(each, "ms", "lower", draws=100) for number, each in enumerate(run)}
+            for run in (
+                drawn(draw, [0.1] * 52, 3),
+                drawn(draw, [0.1], 3, 2.0) + drawn(draw, [0.1] * 51, 3),
+            )
+        )
+        assert "slower" in [change.verdict(0.05) for change in compare(one, two) if change.name == "0"]
+
+
+@pytest.mark.parametrize(
+    ("share", "freedom", "found"), [(0.95, 4, 2.7764), (0.999, 2, 31.599), (0.95, 1, 12.706), (0.95, 1000, 1.9623)]
+)
+def test_students_t_is_that_of_tables(share: float, freedom: float, found: float) -> None:
+    assert student(share, freedom) == pytest.approx(found, rel=1e-4)
+
+
+def test_figures_without_rounds_are_compared_by_their_intervals() -> None:
     one = {"value": 100.0, "low": 98.0, "high": 102.0, "unit": "ms", "better": "lower"}
     two = {"value": 110.0, "low": 107.0, "high": 113.0, "unit": "ms", "better": "lower"}
-    found = worse(one, two)
+    (found,) = [change.ratio for change in compare({"a": one}, {"a": two})]
     assert found.value == pytest.approx(1.1)
     assert 1.05 < found.low < 1.1 < found.high < 1.15
-    assert worse({**one, "better": "higher"}, {**two, "better": "higher"}).high < 1
-
-
-def test_pairs_see_through_what_slows_both() -> None:
-    slow = [1.0, 1.5, 2.0, 1.2, 0.8]
-    one, two = (figure([scale * each for each in slow], "ms", "lower") for scale in (10.0, 11.0))
-    found = worse(one, two)
-    assert 1.0 < found.low <= found.value == pytest.approx(1.1)
+    assert compare({"a": {**one, "better": "higher"}}, {"a": {**two, "better": "higher"}})[0].ratio.high < 1
+    assert of_intervals(two, one, 0.99).low < found.low
 
 
 def test_what_is_not_the_same_quantity_is_not_compared(tmp_path: Path) -> None:

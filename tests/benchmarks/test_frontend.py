@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import frontend
+from benchmarks import document, frontend
 from benchmarks.client import Served
+from benchmarks.compare import figures
 from benchmarks.frontend import COMPLETIONS, SIDES, WISHES, Crowd, Side, request, turn
 from tests.conftest import Server
 
@@ -51,4 +52,13 @@ def test_all_sides_have_figures(tmp_path: Path) -> None:
     assert set(report["server_us_per_token_more_than_plain"]) == set(WISHES)
     assert all(side["events_per_second"] > 0 for side in report["sides"].values())
     assert all(side["events_per_read"] > 0 for side in report["sides"].values())
+    for name, rounds in report["figures"].items():
+        for key, each in rounds.items():
+            assert each["value"] == pytest.approx(report["sides"][name][key], abs=1e-3)
+    found = set(figures({"frontend": report}))
+    assert found == {
+        f"frontend/figures/{name}/{key}" for name in SIDES for key in ("events_per_second", "server_us_per_token")
+    }
+    page = "\n".join(document.frontend(report, ""))
+    assert all(f"| {document.told(each['events_per_second'])} |" in page for each in report["figures"].values())
     assert report["events_ratio_to"]["bare"]["ahead"]["value"] > 0
