@@ -13,6 +13,7 @@ from random import Random
 from typing import Any
 
 from bdh_batch.bench.options import Options
+from bdh_batch.bench.sendable import check_sendable
 from bdh_batch.bench.texts import Writer
 from bdh_batch.errors import ConfigError
 
@@ -174,19 +175,30 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Each line's place, and what it holds."""
     for number, line in enumerate(_content(path).split("\n"), 1):
         if line.strip():
-            try:
-                yield f"--dataset-path {path}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"--dataset-path {path}, line {number}: is no JSON: {error}") from None
+            place = f"--dataset-path {path}, line {number}"
+            entry = _json(place, line)
+            _check_entry(place, entry)
+            yield place, entry
+
+
+def _json(place: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{place}: is no JSON: {error}") from None
+
+
+def _check_entry(place: str, entry: Any) -> None:
+    try:
+        check_sendable(entry)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}") from None
 
 
 def _recorded(options: Options) -> list[list[str]]:
     """What was said in each conversation of a ShareGPT file, by turns; those without an answer are passed over."""
     path = _path(options)
-    try:
-        entries = json.loads(_content(path))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--dataset-path {path}: is no JSON: {error}") from None
+    entries = _json(f"--dataset-path {path}", _content(path))
     if not isinstance(entries, list):
         raise ConfigError(f"--dataset-path {path}: should be a list of {{conversations: [{{from, value}}]}}")
     found = []
@@ -196,6 +208,7 @@ def _recorded(options: Options) -> list[list[str]]:
             raise ConfigError(f"--dataset-path {path}: entry {number} is no conversation")
         if not all(isinstance(turn.get("value"), str) for turn in said):
             raise ConfigError(f"--dataset-path {path}: entry {number} has a turn without a text")
+        _check_entry(f"--dataset-path {path}: entry {number}", said)
         found.append([turn["value"] for turn in said])
     return [said for said in found if len(said) >= 2 and all(said)]
 

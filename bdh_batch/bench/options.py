@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from bdh_batch.bench.sendable import check_sendable
 from bdh_batch.errors import ConfigError
 
 BACKENDS = {
@@ -20,6 +21,7 @@ BACKENDS = {
 }
 DATASETS = ("random", "sharegpt", "custom", "prefix_repetition", "multi-turn")
 METRICS = ("ttft", "tpot", "itl", "e2el", "client_queue_time", "e2el_including_client_queue")
+NOT_SENT = ("dataset_path", "result_dir", "result_filename", "tokenizer", "seed")
 LIMITED = ("ttft", "tpot", "e2el")
 SAMPLING = (
     "ignore_eos",
@@ -76,7 +78,7 @@ def length_or_own(text: str) -> int | None:
 def json_object(text: str) -> dict[str, Any]:
     try:
         held = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"is no JSON: {error}") from None
     if not isinstance(held, dict):
         raise argparse.ArgumentTypeError("should be a JSON object")
@@ -266,12 +268,22 @@ def options_of(given: argparse.Namespace) -> Options:
     Raises ConfigError, naming the flag, where they cannot be.
     """
     options = Options(**{option.name: getattr(given, option.name) for option in dataclasses.fields(Options)})
+    _check_sendable(options)
     _check_ramp(options)
     _check_data(options)
     suffix = "/chat/completions" if options.chats else "/completions"
     if not options.path.startswith("/") or not options.path.endswith(suffix) or options.path.split() != [options.path]:
         raise ConfigError(f"--endpoint {options.path}: with --backend {options.backend}, should end in {suffix}")
     return _completed(options)
+
+
+def _check_sendable(options: Options) -> None:
+    for option in dataclasses.fields(options):
+        if option.name not in NOT_SENT:
+            try:
+                check_sendable(getattr(options, option.name))
+            except ValueError as error:
+                raise ConfigError(f"--{option.name.replace('_', '-')}: {error}") from None
 
 
 def _check_ramp(options: Options) -> None:

@@ -18,7 +18,7 @@ import uvloop
 from bdh_batch.bench import result_file
 from bdh_batch.bench.client import Client
 from bdh_batch.bench.data import Conversation, Prompt, conversations
-from bdh_batch.bench.load import Measured, measure
+from bdh_batch.bench.load import Measured, measure, offsets
 from bdh_batch.bench.metrics import metrics_of
 from bdh_batch.bench.options import Options
 from bdh_batch.bench.outcome import Failed, Outcome
@@ -70,11 +70,12 @@ async def bench(options: Options) -> Report:
         path = result_file.result_path(options, options.model or client.model, date)
         tokens = await choose(options.tokenizer, client.question, client.model, options.skip_tokenizer_init)
         said = await _data(options, tokens)
+        begins = offsets(options, said)
         await patience.until_good(lambda: _try(client, said[0][0], 0))
         await _warm_up(options, client, said[0][0])
         gc.collect()
         gc.freeze()  # what is there now stays, and need not be looked at while times are taken
-        report = await _measured(options, client, said, tokens)
+        report = await _measured(options, client, said, begins, tokens)
     finally:
         client.close()
     print(report.table())
@@ -84,9 +85,11 @@ async def bench(options: Options) -> Report:
     return report
 
 
-async def _measured(options: Options, client: Client, said: list[Conversation], tokens: Tokens) -> Report:
+async def _measured(
+    options: Options, client: Client, said: list[Conversation], begins: list[float], tokens: Tokens
+) -> Report:
     date = datetime.now().astimezone()
-    measured = await measure(options, client, said)
+    measured = await measure(options, client, said, begins)
     gc.unfreeze()
     if not measured.interrupted:
         await _count_texts(measured, tokens)

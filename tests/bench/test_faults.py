@@ -57,6 +57,14 @@ async def test_a_server_that_is_down_refuses_everything(tmp_path: Path, capsys: 
         await run(port, file, "--base-url", "http://a..b:1")
 
 
+async def test_a_rate_that_cannot_be_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    fake = Fake()
+    async with fake.listening() as port:
+        with pytest.raises(ConfigError, match="--burstiness 1e-200"):
+            await run(port, prompts(tmp_path / "p.jsonl", ["a"]), "--request-rate", 1e-200, "--burstiness", 1e-200)
+    assert fake.bodies == []
+
+
 async def test_a_server_that_is_slow_runs_into_the_timeout(tmp_path: Path) -> None:
     file = prompts(tmp_path / "p.jsonl", ["held"])
     async with Fake().listening() as port:

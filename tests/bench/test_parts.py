@@ -68,8 +68,18 @@ def test_a_ramp_goes_from_its_first_rate_to_its_last(count: int, start: float, f
 
 def test_all_at_once_and_never() -> None:
     assert offsets(3, math.inf, 1.0, 0) == [0.0] * 3
-    with pytest.raises(ConfigError, match="--burstiness 1e-300"):
-        offsets(3, 1.0, 1e-300, 0)
+    for rate, burstiness, flag in (
+        (1.0, 1e-300, "--burstiness 1e-300"),
+        (10.0, 1e308, "--burstiness"),
+        (1e-200, 1e-200, "--burstiness"),
+        (1e-320, 1.0, "--request-rate"),
+        (1e-320, math.inf, "--request-rate"),
+        (0.0, 1.0, "--request-rate"),  # a quarter of the least float, where conversations have four turns
+        (Ramp("linear", 1e-320, 1.0), 1.0, "--ramp-up-start-rps"),
+        (Ramp("exponential", 1e-200, 1.0), 1e-200, "--burstiness"),
+    ):
+        with pytest.raises(ConfigError, match=flag):
+            offsets(3, rate, burstiness, 0)
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50), st.lists(st.floats(0, 100), max_size=5))
@@ -220,6 +230,10 @@ async def test_files_that_hold_nothing_to_send_are_refused_with_their_place(tmp_
         ("custom", "", "holds nothing that can be sent"),
         ("custom", '{"prompt": "a"}\n{"prompt": 3}', "line 2: should be an object with a `prompt`"),
         ("custom", "{", "line 1: is no JSON"),
+        ("custom", '{"prompt": "a"}\n{"prompt": "a\\ud83d"}', "line 2: cannot be sent as JSON: .*surrogates"),
+        ("custom", '{"prompt": [99999999999999999999]}', "line 1: cannot be sent as JSON: .*64-bit"),
+        ("custom", "[" * 100_000, "line 1: is no JSON"),
+        ("sharegpt", '[{"conversations": [{"value": "\\ud83d"}]}]', "entry 0: cannot be sent as JSON"),
         ("sharegpt", "[]", "holds nothing that can be sent"),
         ("sharegpt", "[", "is no JSON"),
         ("sharegpt", "{}", "should be a list"),
@@ -273,6 +287,10 @@ async def test_files_that_hold_nothing_to_send_are_refused_with_their_place(tmp_
         ("--header a=b\x01", "--header"),
         ("--extra-body [1]", "--extra-body: should be a JSON object"),
         ("--extra-body {", "--extra-body: is no JSON"),
+        ('--extra-body {"seed":99999999999999999999}', "--extra-body: cannot be sent as JSON"),
+        ("--top-k 99999999999999999999", "--top-k: cannot be sent as JSON"),
+        ("--output-len 99999999999999999999", "--output-len: cannot be sent as JSON"),
+        ("--model a\ud83d", "--model: cannot be sent as JSON"),
         ("--endpoint /v1/embeddings", "--endpoint /v1/embeddings: with --backend openai, should end in /completions"),
         ("--backend openai-chat --endpoint /v1/completions", "--endpoint"),
         ("--base-url ftp://a --model a", "--base-url ftp://a: should be as in"),
