@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import math
+import time
 from pathlib import Path
 from random import Random
 
@@ -19,7 +21,7 @@ from bdh_batch.bench.metrics import is_good, peak_concurrency, peak_rate
 from bdh_batch.bench.outcome import Failed, Outcome
 from bdh_batch.bench.progress import Progress, Tally
 from bdh_batch.bench.sse import Events
-from bdh_batch.bench.strain import Strain
+from bdh_batch.bench.strain import Strain, Watch, swallowed
 from bdh_batch.bench.texts import Writer
 from bdh_batch.bench.tokens import ByteTokens, FileTokens, GuessedTokens, Tokens
 from bdh_batch.cli import main
@@ -120,6 +122,19 @@ def test_goodput_and_peaks() -> None:
 def test_a_client_that_is_the_bottleneck_says_so() -> None:
     assert Strain(0.3, 0.0, 0.002, 0.002).signs() == []
     assert len(Strain(0.95, 0.01, 0.05, 0.05).signs()) == 3
+
+
+async def test_a_stall_weighs_as_much_as_it_lasts() -> None:
+    assert swallowed(0.0) == [0.0]
+    assert swallowed(0.012) == pytest.approx([0.012, 0.007, 0.002])
+    async with Watch() as watch:
+        await asyncio.sleep(0.3)
+        time.sleep(0.1)  # noqa: ASYNC251 - the stall; one tick of some sixty
+        await asyncio.sleep(0.3)
+    assert watch.strain(()).loop_late_p99 > 0.08
+    async with Watch() as watch:
+        time.sleep(0.1)  # noqa: ASYNC251 - until the end, such that no tick comes at all
+    assert watch.strain(()).loop_late_median > 0.03
 
 
 async def test_progress_is_one_line_on_a_terminal_and_lines_elsewhere() -> None:
