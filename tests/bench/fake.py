@@ -44,6 +44,8 @@ STATUSES = {"status 500": 500, "status 429": 429, "status 503": 503}
 OTHERS = {
     "hangs up at once": "closed_before_answer",
     "hangs up inside": "closed_mid_stream",
+    "hangs up in the headers": "closed_mid_stream",
+    "hangs up after a hint": "closed_mid_stream",
     "no HTTP": "malformed_http",
     "no stream": "malformed_sse",
 }
@@ -113,6 +115,12 @@ class Fake:
             writer.write(b"220 mail.example ready\r\n\r\n")
         elif prompt == "hangs up at once":
             writer.transport.abort()
+        elif prompt == "hangs up in the headers":
+            writer.write(f"HTTP/1.1 200 OK\r\ncontent-type: {SSE}\r\n".encode())
+            writer.close()
+        elif prompt == "hangs up after a hint":
+            writer.write(b"HTTP/1.1 103 Early Hints\r\ncontent-type: text/plain\r\n\r\n")
+            writer.close()
         else:
             await self._stream(prompt, writer)
 

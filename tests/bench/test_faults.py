@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from bdh_batch.bench.connection import Address, Pool
+from bdh_batch.bench.reading import Whole
 from bdh_batch.bench.report import Report
 from bdh_batch.bench.serve import bench
 from bdh_batch.errors import ConfigError
@@ -79,6 +82,32 @@ async def test_connections_are_kept_and_one_that_was_closed_meanwhile_is_no_fail
     async with fake.listening() as port:
         report = await run(port, file, "--num-prompts", 20, "--max-concurrency", 1)
     assert report.metrics.completed == len(fake.bodies) == 20
+
+
+@pytest.mark.parametrize(("crossing", "sends"), [(0.0, 1), (math.inf, 2)])
+async def test_a_request_that_the_server_may_have_read_is_not_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crossing: float, sends: int
+) -> None:
+    monkeypatch.setattr("bdh_batch.bench.connection.CROSSING_SECONDS", crossing)
+    fake = Fake()
+    async with fake.listening() as port:
+        file = prompts(tmp_path / "p.jsonl", ["held", "held", "held", "hangs up at once"])
+        fake.wanted = 3
+        flags = ("--num-prompts", 4, "--burstiness", "inf", "--request-rate", 20)
+        report = await run(port, file, *flags)
+    assert report.metrics.failures == {"closed_before_answer": 1}
+    assert len(fake.bodies) == 3 + sends  # never once for each of the three connections that were kept
+
+
+async def test_latency_counts_from_the_first_send() -> None:
+    fake, answer = Fake(), Whole()
+    async with fake.listening() as port:
+        address = Address.of(f"http://127.0.0.1:{port}", insecure=False)
+        answer.sent = 5.0
+        pool = Pool(address)
+        await pool.exchange(address.request("GET", "/", {}, b""), answer)
+        pool.close()
+    assert answer.sent == 5.0
 
 
 @pytest.mark.parametrize(
