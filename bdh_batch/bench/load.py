@@ -105,11 +105,12 @@ class Load:
 
     async def _converse(self, first: int, conversation: Conversation, due: float) -> None:
         history: list[Exchange] = []
+        earlier: Outcome | None = None
         async with self._place:
             if not self._options.open_loop:
                 due = time.perf_counter()
             for number, prompt in enumerate(conversation, first):
-                outcome = Outcome(number, due, prompt.tokens)
+                outcome = Outcome(number, due, prompt.tokens, earlier)
                 self.outcomes.append(outcome)
                 self._tally.running += 1
                 try:
@@ -121,6 +122,7 @@ class Load:
                     return
                 self._tally.answered += 1
                 history.append((str(prompt.content), outcome.text))
+                earlier = outcome
                 due = time.perf_counter() + self._options.multi_turn_think_time_sec
                 if number + 1 < first + len(conversation):
                     await until(due)

@@ -118,18 +118,26 @@ class Patience:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._deadline = time.perf_counter() + options.ready_check_timeout_sec
+        self._left = options.ready_check_timeout_sec  # for attempts, whatever comes between them
 
     async def until_good(self, attempt: Callable[[], Awaitable[Failed | None]]) -> None:
-        """Raises ConfigError where no attempt was without failure."""
+        """Raises ConfigError where no attempt ended in time without failure."""
         patience = self._options.ready_check_timeout_sec
-        while patience and (failure := await attempt()) is not None:
-            if time.perf_counter() + RETRY_SECONDS > self._deadline:
-                raise ConfigError(
-                    f"--ready-check-timeout-sec {patience:g}: no good answer of {self._options.url}: "
-                    f"{failure.kind}: {failure}"
-                )
-            await asyncio.sleep(RETRY_SECONDS)
+        if not patience:
+            return
+        silence = Failed("timeout", "the answer was not whole in time")
+        failure: Failed | None = silence
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(self._left):
+                while (failure := await attempt()) is not None:  # noqa: ASYNC110 - a server tells of no event
+                    await asyncio.sleep(RETRY_SECONDS)
+        except TimeoutError:
+            told = failure or silence
+            raise ConfigError(
+                f"--ready-check-timeout-sec {patience:g}: no good answer of {self._options.url}: {told.kind}: {told}"
+            ) from None
+        self._left -= time.perf_counter() - began
 
 
 async def _listening(client: Client) -> Failed | None:

@@ -72,6 +72,8 @@ async def test_a_server_that_is_slow_runs_into_the_timeout(tmp_path: Path) -> No
     file = prompts(tmp_path / "p.jsonl", ["held"])
     async with Fake().listening() as port:
         report = await run(port, file, "--num-prompts", 3, "--request-timeout-sec", 0.05)
+        with pytest.raises(ConfigError, match=r"--ready-check-timeout-sec 0.2: no good answer .* timeout"):
+            await run(port, file, "--num-prompts", 1, "--ready-check-timeout-sec", 0.2, "--request-timeout-sec", 9)
     assert report.metrics.failures == {"timeout": 3}
 
 
@@ -140,6 +142,19 @@ async def test_it_is_told_how_tokens_were_counted(
     assert report.metrics.events == 2 * events
     assert report.metrics.input_counted_by == {"bytes": 2}
     assert any("ITL is the time between such events" in note for note in report.notes()) == (tokens != events)
+
+
+async def test_a_prompt_has_the_tokens_of_what_was_said_before_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.bench.fake.STREAMS", {"good": ("", [text("ä"), text("b"), DONE])})
+    fake = Fake()
+    async with fake.listening() as port:
+        fixed = ("--port", port, "--model", "fake", "--tokenizer", "bytes", "--disable-tqdm")
+        turns = ("--dataset-name", "multi-turn", "--num-prompts", 3, "--multi-turn-num-turns", 3, "--save-detailed")
+        report = await bench(options(*fixed, *turns, "--random-input-len", 10))
+    assert report.saved()["input_lens"] == [10, 23, 36] == [len(body["prompt"].encode()) for body in fake.bodies]
+    assert report.metrics.input_counted_by == {"bytes": 3}
 
 
 async def test_what_flags_say_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,12 +157,13 @@ def test_events_are_the_same_however_a_stream_is_cut(data: st.DataObject) -> Non
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
     events = Events()
     found = [event for begin, end in zip([0, *cuts], [*cuts, len(stream)]) for event in events.feed(stream[begin:end])]
-    assert found == [body.encode() for body in bodies]
+    assert found == [(b"", body.encode()) for body in bodies]
     assert not events.unfinished
 
 
 def test_lines_of_an_event_are_joined_and_other_lines_are_refused() -> None:
-    assert list(Events().feed(b"event: a\ndata: 1\ndata:2\nretry: 3\n\n\n\n")) == [b"1\n2"]
+    stream = b"event: a\ndata: 1\ndata:2\nretry: 3\n\n\n\nevent: b\n\ndata: 3\n\n"
+    assert list(Events().feed(stream)) == [(b"a", b"1\n2"), (b"", b"3")]
     for line in (b"data", b"x: 1", b"<html>"):
         with pytest.raises(Failed) as failed:
             list(Events().feed(line + b"\n"))
