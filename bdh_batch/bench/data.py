@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, dropwhile, takewhile
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,6 +19,7 @@ from bdh_batch.errors import ConfigError
 
 # As vLLM does: what is too short says nothing, what is too long is for another benchmark.
 SHORTEST, LONGEST_PROMPT, LONGEST = 4, 1024, 2048
+USERS = ("human", "user")
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ async def _sharegpt(options: Options, writer: Writer) -> list[Conversation]:
     found: list[Conversation] = []
     for said in _shuffled(options, _recorded(options)):
         turn = await _recorded_turn(options, writer, said[0], said[1])
-        if min(turn.tokens, turn.output_tokens) < SHORTEST or turn.tokens > LONGEST_PROMPT:
+        if turn.tokens < SHORTEST or turn.tokens > LONGEST_PROMPT:
+            continue
+        if turn.output_tokens < SHORTEST and options.sharegpt_output_len is None:
             continue
         if turn.tokens + turn.output_tokens <= LONGEST:
             found.append([turn])
@@ -209,8 +212,21 @@ def _recorded(options: Options) -> list[list[str]]:
         if not all(isinstance(turn.get("value"), str) for turn in said):
             raise ConfigError(f"--dataset-path {path}: entry {number} has a turn without a text")
         _check_entry(f"--dataset-path {path}: entry {number}", said)
-        found.append([turn["value"] for turn in said])
+        found.append([turn["value"] for turn in _exchanged(said)])
     return [said for said in found if len(said) >= 2 and all(said)]
+
+
+def _exchanged(said: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """From the user's first turn on, as long as user and model take turns; what a system says is passed over. Where
+    nothing tells who speaks, the user begins."""
+    if not any("from" in turn for turn in said):
+        return said
+    spoken = dropwhile(lambda turn: not _asks(turn), (turn for turn in said if turn.get("from") != "system"))
+    return [turn for turn, _ in takewhile(lambda one: _asks(one[0]) == one[1], zip(spoken, cycle((True, False))))]
+
+
+def _asks(turn: dict[str, Any]) -> bool:
+    return turn.get("from") in USERS
 
 
 Maker = Callable[[Options, Writer], Awaitable[list[Conversation]]]

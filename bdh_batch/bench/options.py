@@ -99,6 +99,12 @@ def header(text: str) -> tuple[str, str]:
     return name.lower(), value
 
 
+def in_header(text: str) -> str:
+    if not all("\x20" <= character < "\x7f" for character in text):
+        raise argparse.ArgumentTypeError(f"should be ASCII that a header can hold, not {text!r}")
+    return text
+
+
 def limit(text: str) -> tuple[str, float]:
     name, _, value = text.partition(":")
     if name not in LIMITED:
@@ -176,7 +182,7 @@ class Options:
     num_warmups: int = flag(0, "requests before the run, not measured", count)
     ready_check_timeout_sec: float = flag(0.0, "wait so long for a first good answer, not measured; 0: do not", seconds)
     request_timeout_sec: float = flag(21600.0, "a request that takes longer has failed", above_zero)
-    request_id_prefix: str = flag("", "of the header x-request-id; else a random one")
+    request_id_prefix: str = flag("", "of the header x-request-id; else a random one", in_header)
 
     ignore_eos: bool | None = flag(
         None,

@@ -92,7 +92,12 @@ async def _measured(
     measured = await measure(options, client, said, begins)
     gc.unfreeze()
     if not measured.interrupted:
-        await _count_texts(measured, tokens)
+        try:
+            await _count_texts(measured, tokens)
+        except asyncio.CancelledError:  # what was not counted yet has its events as its count
+            measured.interrupted = True
+            if (task := asyncio.current_task()) is not None:
+                task.uncancel()
     metrics = metrics_of(measured, options, tokens.name)
     return Report(options, options.model or client.model, tokens.name, date, measured, metrics)
 

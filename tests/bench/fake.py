@@ -65,6 +65,7 @@ class Fake:
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.heads: list[str] = []  # as they came
         self.most = self.running = 0
         self.closes = False  # a kept connection, without a word, after each answer
         self.held = asyncio.Event()  # "held" is answered when this is set
@@ -93,6 +94,7 @@ class Fake:
                     continue
                 self.bodies.append(json.loads(content))
                 self.headers.append(headers)
+                self.heads.append("\r\n".join(head))
                 self.running += 1
                 self.most = max(self.most, self.running)
                 if self.running == self.wanted:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections import Counter
 from pathlib import Path
@@ -12,6 +13,7 @@ from bdh_batch.bench.connection import Address, Pool
 from bdh_batch.bench.reading import Whole
 from bdh_batch.bench.report import Report
 from bdh_batch.bench.serve import bench
+from bdh_batch.bench.tokens import ByteTokens
 from bdh_batch.errors import ConfigError
 from tests.bench.fake import DONE, EXPECTED, Fake, event, text
 from tests.bench.support import options, prompts
@@ -157,18 +159,59 @@ async def test_a_prompt_has_the_tokens_of_what_was_said_before_too(
     assert report.metrics.input_counted_by == {"bytes": 3}
 
 
+async def test_an_interrupt_while_texts_are_counted_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupting(ByteTokens):
+        async def count(self, text: str) -> int:
+            if text == "answer" and (task := asyncio.current_task()) is not None:
+                task.cancel()
+                await asyncio.sleep(0)
+            return await super().count(text)
+
+    monkeypatch.setattr("bdh_batch.bench.tokens.ByteTokens", Interrupting)
+    monkeypatch.setattr("tests.bench.fake.STREAMS", {"good": ("", [text("ans"), text("wer"), DONE])})
+    async with Fake().listening() as port:
+        report = await run(port, prompts(tmp_path / "p.jsonl", ["good"]), "--num-prompts", 2)
+    assert report.measured.interrupted
+    assert (report.metrics.completed, report.metrics.total_output) == (2, 4)
+    assert report.metrics.output_counted_by == {"events": 2}
+
+
+@pytest.mark.parametrize("key", ["secret\n", "secr\u00e9t", "a\r\nb: c"])
+async def test_a_key_that_no_header_can_hold_is_refused_and_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ConfigError, match=r"^OPENAI_API_KEY: ") as refused:
+        await run(1, prompts(tmp_path / "p.jsonl", ["a"]))
+    assert key not in str(refused.value)
+
+
 async def test_what_flags_say_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     fake = Fake()
     file = prompts(tmp_path / "p.jsonl", [{"prompt": "a", "output_tokens": 5}, {"prompt": [1, 2], "output_tokens": 6}])
     flags = ["--temperature", 0.5, "--top-k", 3, "--ignore-eos", "--extra-body", '{"user": "me", "top_k": 4}']
-    flags += ["--header", "X-More=1", "--request-id-prefix", "r-", "--custom-output-len", "-1", "--num-warmups", 2]
+    flags += [
+        "--header",
+        "X-More=1",
+        "Host=example.com",
+        "--request-id-prefix",
+        "r-",
+        "--custom-output-len",
+        "-1",
+        "--num-warmups",
+        2,
+    ]
     async with fake.listening() as port:
         report = await run(port, file, "--num-prompts", 2, "--served-model-name", "other", "--logprobs", 2, *flags)
     assert report.metrics.completed == 2
     assert [headers["x-request-id"] for headers in fake.headers] == ["r--1", "r--2", "r-0", "r-1"]
     assert {headers["authorization"] for headers in fake.headers} == {"Bearer secret"}
     assert fake.headers[0]["x-more"] == "1"
+    assert fake.heads[0].lower().count("\r\nhost: ") == 1
+    assert fake.headers[0]["host"] == "example.com"
     common = {"model": "other", "temperature": 0.5, "top_k": 4, "ignore_eos": True, "user": "me", "logprobs": 2}
     common |= {"stream": True, "stream_options": {"include_usage": True}}
     assert fake.bodies[2:] == [

@@ -240,6 +240,26 @@ async def test_data_is_what_its_flags_say(tmp_path: Path) -> None:
     assert [turn.tokens for (turn,) in ordered] == [9, 18, 27, 9, 18]
 
 
+async def test_who_speaks_in_a_file_is_read_and_a_given_length_may_be_short(tmp_path: Path) -> None:
+    talk = tmp_path / "talk.json"
+    for speakers, asked in (
+        ("system human gpt human gpt", ["turn 1", "turn 3"]),
+        ("gpt human gpt", ["turn 1"]),
+        ("human system gpt", ["turn 0"]),
+        ("user assistant user assistant", ["turn 0", "turn 2"]),
+        ("human gpt gpt human gpt", ["turn 0"]),
+    ):
+        said = [{"from": who, "value": f"turn {n}"} for n, who in enumerate(speakers.split())]
+        talk.write_text(json.dumps([{"conversations": said}]))
+        flags = ("--dataset-path", talk, "--no-oversample", "--output-len", 3)
+        (turns,) = await made("--dataset-name", "multi-turn", *flags)
+        assert [turn.content for turn in turns] == asked
+        (turns,) = await made("--dataset-name", "sharegpt", *flags)
+        assert [(turn.content, turn.output_tokens) for turn in turns] == [(asked[0], 3)]
+    talk.write_text(json.dumps([{"conversations": [{"value": "turn 0"}, {"value": "turn 1"}]}]))
+    assert [turn.content for (turn,) in await made("--dataset-name", "sharegpt", *flags)] == ["turn 0"]
+
+
 async def test_files_that_hold_nothing_to_send_are_refused_with_their_place(tmp_path: Path) -> None:
     file = tmp_path / "file"
     for name, content, message in (
@@ -300,6 +320,7 @@ async def test_files_that_hold_nothing_to_send_are_refused_with_their_place(tmp_
         ("--percentile-metrics ttft,x", "--percentile-metrics: 'x' is none of"),
         ("--metric-percentiles 101", "--metric-percentiles"),
         ("--header a", "--header"),
+        ("--request-id-prefix a\r\nb:c", "--request-id-prefix: should be ASCII that a header can hold"),
         ("--header a=b\x01", "--header"),
         ("--extra-body [1]", "--extra-body: should be a JSON object"),
         ("--extra-body {", "--extra-body: is no JSON"),
