@@ -35,19 +35,28 @@ def offsets(count: int, rate: float | Ramp, burstiness: float, seed: int) -> lis
     Intervals are drawn from a gamma distribution of shape `burstiness`, 1 being a Poisson process's; infinity draws
     nothing. At a fixed rate they are stretched such that the last arrival is at `count / rate`: the load that was asked
     for, whatever was drawn.
+
+    Raises ConfigError where floats cannot hold such times.
     """
     if rate == math.inf:
         return [0.0] * count
     rates = [rate.rate(n / max(1, count - 1)) if isinstance(rate, Ramp) else rate for n in range(count)]
-    times = list(accumulate(_intervals(rates, burstiness, seed)))
-    if isinstance(rate, Ramp):
-        return times
-    if not 0 < times[-1] < math.inf:
+    if not (min(rates) > 0 and count / min(rates) < math.inf):
+        raise ConfigError(f"{_named(rate)} {rates[0]:g}: the last request would never come")
+    try:
+        times = list(accumulate(_intervals(rates, burstiness, seed)))
+    except (ArithmeticError, ValueError):  # of the gamma distribution, where its numbers leave those of floats
+        times = [math.nan]
+    last = times[-1] if isinstance(rate, Ramp) else count / rate
+    if not (0 < times[-1] < math.inf and last / times[-1] < math.inf):
         raise ConfigError(
             f"--burstiness {burstiness:g}: no intervals can be drawn with it; --request-rate inf is one burst"
         )
-    stretch = count / rate / times[-1]
-    return [time * stretch for time in times]
+    return [time * (last / times[-1]) for time in times]
+
+
+def _named(rate: float | Ramp) -> str:
+    return "--ramp-up-start-rps" if isinstance(rate, Ramp) else "--request-rate"
 
 
 def _intervals(rates: Sequence[float], burstiness: float, seed: int) -> list[float]:

@@ -14,6 +14,7 @@ from bdh_batch.bench.data import Prompt
 from bdh_batch.bench.options import Options
 from bdh_batch.bench.outcome import Failed, Outcome
 from bdh_batch.bench.reading import Stream, Whole
+from bdh_batch.errors import ConfigError
 
 QUESTION_SECONDS = 60.0
 Exchange = tuple[str, str]  # what the user said, and what was answered
@@ -26,6 +27,8 @@ class Client:
         self._options = options
         self._address = Address.of(options.url, options.insecure)
         self._pool = Pool(self._address)
+        if api_key and not all("\x20" < character < "\x7f" for character in api_key):
+            raise ConfigError("OPENAI_API_KEY: has a space, a line's end or what is not ASCII")
         key = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._headers = {"content-type": "application/json", **key, **options.headers}
         self.model = options.served_model_name or options.model or ""

@@ -14,11 +14,13 @@ import httptools
 from bdh_batch.bench.outcome import Failed
 from bdh_batch.errors import ConfigError
 
+CROSSING_SECONDS = 0.05  # longer, and a close had not been under way when the request was sent
+
 
 class Answer(Protocol):
     """Who takes an answer as it comes; must not raise, but may say that it has seen enough."""
 
-    sent: float  # when the request went to the socket
+    sent: float  # when the request first went to a socket; 0 until then
     failure: Failed | None
 
     def begin(self, status: int, content_type: str) -> None: ...
@@ -52,8 +54,8 @@ class Address:
 
     def request(self, method: str, path: str, headers: dict[str, str], content: bytes) -> bytes:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        lines = [f"{method} {self.path}{path} HTTP/1.1", f"host: {host}:{self.port}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
+        headers = {"host": f"{host}:{self.port}", **headers}
+        lines = [f"{method} {self.path}{path} HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
         return "\r\n".join([*lines, f"content-length: {len(content)}", "", ""]).encode() + content
 
 
@@ -81,8 +83,9 @@ class Connection(asyncio.Protocol):
         """The future ends when the answer is whole; raises Failed where it never will be."""
         self._answer, self._end = answer, asyncio.get_running_loop().create_future()
         self._parser = httptools.HttpResponseParser(self)
-        self._type, self._bounded, self.answered = "", False, False
-        answer.sent = time.perf_counter()
+        self._type, self._bounded, self._begun, self.answered = "", False, False, False
+        self.sent = time.perf_counter()
+        answer.sent = answer.sent or self.sent
         self._transport.write(request)
         return self._end
 
@@ -111,8 +114,10 @@ class Connection(asyncio.Protocol):
         self._bounded |= name in (b"content-length", b"transfer-encoding")
 
     def on_headers_complete(self) -> None:
-        if self._answer is not None:
-            self._answer.begin(self._parser.get_status_code(), self._type)
+        status = self._parser.get_status_code()
+        if self._answer is not None and status >= 200:  # what is below only tells of an answer that will come
+            self._begun = True
+            self._answer.begin(status, self._type)
 
     def on_body(self, body: bytes) -> None:
         if self._answer is not None:
@@ -129,7 +134,7 @@ class Connection(asyncio.Protocol):
             return
         if not self.answered:
             self._fail(Failed("closed_before_answer", "the server closed the connection before it answered"))
-        elif self._type and not self._bounded and error is None:  # the close is the answer's end
+        elif self._begun and self._type and not self._bounded and error is None:  # the close is the answer's end
             self._finish()
         else:
             self._fail(Failed("closed_mid_stream", "the server closed the connection inside its answer"))
@@ -153,17 +158,21 @@ class Pool:
         self._idle: list[Connection] = []
 
     async def exchange(self, request: bytes, answer: Answer) -> None:
-        """Sends and waits for the whole answer. A kept connection that the server closed meanwhile is no failure of
-        the request: it goes over a new one.
+        """Sends and waits for the whole answer.
+
+        A kept connection that closes without a byte within CROSSING_SECONDS of the send is taken for one that the
+        server had given up before it could read the request, which goes, once, over a new one; its time counts from the
+        first send. A close that comes later, or over a new connection, is a failure.
 
         Raises Failed.
         """
-        while kept := self._kept():
+        if kept := self._kept():
             try:
                 await self._over(kept, request, answer)
                 return
             except Failed as failed:
-                if failed.kind != "closed_before_answer":
+                held = time.perf_counter() - kept.sent
+                if failed.kind != "closed_before_answer" or held > CROSSING_SECONDS:
                     raise
         await self._over(await self._connect(), request, answer)
 

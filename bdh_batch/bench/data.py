@@ -7,17 +7,19 @@ import json
 import math
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, dropwhile, takewhile
 from pathlib import Path
 from random import Random
 from typing import Any
 
 from bdh_batch.bench.options import Options
+from bdh_batch.bench.sendable import check_sendable
 from bdh_batch.bench.texts import Writer
 from bdh_batch.errors import ConfigError
 
 # As vLLM does: what is too short says nothing, what is too long is for another benchmark.
 SHORTEST, LONGEST_PROMPT, LONGEST = 4, 1024, 2048
+USERS = ("human", "user")
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,9 @@ async def _sharegpt(options: Options, writer: Writer) -> list[Conversation]:
     found: list[Conversation] = []
     for said in _shuffled(options, _recorded(options)):
         turn = await _recorded_turn(options, writer, said[0], said[1])
-        if min(turn.tokens, turn.output_tokens) < SHORTEST or turn.tokens > LONGEST_PROMPT:
+        if turn.tokens < SHORTEST or turn.tokens > LONGEST_PROMPT:
+            continue
+        if turn.output_tokens < SHORTEST and options.sharegpt_output_len is None:
             continue
         if turn.tokens + turn.output_tokens <= LONGEST:
             found.append([turn])
@@ -174,19 +178,30 @@ def _lines(path: Path) -> Iterator[tuple[str, Any]]:
     """Each line's place, and what it holds."""
     for number, line in enumerate(_content(path).split("\n"), 1):
         if line.strip():
-            try:
-                yield f"--dataset-path {path}, line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"--dataset-path {path}, line {number}: is no JSON: {error}") from None
+            place = f"--dataset-path {path}, line {number}"
+            entry = _json(place, line)
+            _check_entry(place, entry)
+            yield place, entry
+
+
+def _json(place: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{place}: is no JSON: {error}") from None
+
+
+def _check_entry(place: str, entry: Any) -> None:
+    try:
+        check_sendable(entry)
+    except ValueError as error:
+        raise ConfigError(f"{place}: {error}") from None
 
 
 def _recorded(options: Options) -> list[list[str]]:
     """What was said in each conversation of a ShareGPT file, by turns; those without an answer are passed over."""
     path = _path(options)
-    try:
-        entries = json.loads(_content(path))
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"--dataset-path {path}: is no JSON: {error}") from None
+    entries = _json(f"--dataset-path {path}", _content(path))
     if not isinstance(entries, list):
         raise ConfigError(f"--dataset-path {path}: should be a list of {{conversations: [{{from, value}}]}}")
     found = []
@@ -196,8 +211,22 @@ def _recorded(options: Options) -> list[list[str]]:
             raise ConfigError(f"--dataset-path {path}: entry {number} is no conversation")
         if not all(isinstance(turn.get("value"), str) for turn in said):
             raise ConfigError(f"--dataset-path {path}: entry {number} has a turn without a text")
-        found.append([turn["value"] for turn in said])
+        _check_entry(f"--dataset-path {path}: entry {number}", said)
+        found.append([turn["value"] for turn in _exchanged(said)])
     return [said for said in found if len(said) >= 2 and all(said)]
+
+
+def _exchanged(said: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """From the user's first turn on, as long as user and model take turns; what a system says is passed over. Where
+    nothing tells who speaks, the user begins."""
+    if not any("from" in turn for turn in said):
+        return said
+    spoken = dropwhile(lambda turn: not _asks(turn), (turn for turn in said if turn.get("from") != "system"))
+    return [turn for turn, _ in takewhile(lambda one: _asks(one[0]) == one[1], zip(spoken, cycle((True, False))))]
+
+
+def _asks(turn: dict[str, Any]) -> bool:
+    return turn.get("from") in USERS
 
 
 Maker = Callable[[Options, Writer], Awaitable[list[Conversation]]]

@@ -18,7 +18,7 @@ from bdh_batch.bench.outcome import Failed, Outcome
 from bdh_batch.bench.progress import Progress, Tally
 from bdh_batch.bench.strain import Strain, Watch
 
-MILLISECOND = 1e-3
+MILLISECOND, HOUR = 1e-3, 3600.0
 
 
 @dataclass
@@ -50,15 +50,28 @@ class Measured:
         return self.wanted - len(self.answered) - len(self.failed)
 
 
-async def measure(options: Options, client: Client, said: Sequence[Conversation]) -> Measured:
-    """A run; it ends early, with what there is, where it is cancelled."""
+def offsets(options: Options, said: Sequence[Conversation]) -> list[float]:
+    """When each conversation begins, in seconds from the beginning: the rate is of requests, so those of several turns
+    begin less often. Raises ConfigError where the rate cannot be."""
+    per_request = len(said) / sum(map(len, said))
+    if options.ramp_up_strategy is None:
+        rate: float | arrivals.Ramp = options.request_rate * per_request
+    else:
+        start, end = options.ramp_up_start_rps or math.nan, options.ramp_up_end_rps or math.nan
+        rate = arrivals.Ramp(options.ramp_up_strategy, start * per_request, end * per_request)
+    return arrivals.offsets(len(said), rate, options.burstiness, options.seed)
+
+
+async def measure(options: Options, client: Client, said: Sequence[Conversation], begins: Sequence[float]) -> Measured:
+    """A run, of which each conversation begins at its offset; it ends early, with what there is, where it is
+    cancelled."""
     tally = Tally(sum(map(len, said)))
     load = Load(options, client, said, tally)
     interrupted = False
     async with Watch() as watch, Progress(tally, sys.stderr, options.disable_tqdm):
         began = time.perf_counter()
         try:
-            await load.run(began)
+            await load.run(began, begins)
         except asyncio.CancelledError:
             interrupted = True
             if (task := asyncio.current_task()) is not None:
@@ -81,33 +94,23 @@ class Load:
         )
         self.outcomes: list[Outcome] = []
 
-    async def run(self, began: float) -> None:
+    async def run(self, began: float, begins: Sequence[float]) -> None:
         first = 0
         async with asyncio.TaskGroup() as group:
-            for conversation, offset in zip(self._said, self._offsets()):
+            for conversation, offset in zip(self._said, begins):
                 due = began + offset
                 await until(due)
                 group.create_task(self._converse(first, conversation, due))
                 first += len(conversation)
 
-    def _offsets(self) -> list[float]:
-        """Of conversations: the rate is of requests, so those of several turns begin less often."""
-        options = self._options
-        per_request = len(self._said) / self._tally.wanted
-        if options.ramp_up_strategy is None:
-            rate: float | arrivals.Ramp = options.request_rate * per_request
-        else:
-            start, end = options.ramp_up_start_rps or math.nan, options.ramp_up_end_rps or math.nan
-            rate = arrivals.Ramp(options.ramp_up_strategy, start * per_request, end * per_request)
-        return arrivals.offsets(len(self._said), rate, options.burstiness, options.seed)
-
     async def _converse(self, first: int, conversation: Conversation, due: float) -> None:
         history: list[Exchange] = []
+        earlier: Outcome | None = None
         async with self._place:
             if not self._options.open_loop:
                 due = time.perf_counter()
             for number, prompt in enumerate(conversation, first):
-                outcome = Outcome(number, due, prompt.tokens)
+                outcome = Outcome(number, due, prompt.tokens, earlier)
                 self.outcomes.append(outcome)
                 self._tally.running += 1
                 try:
@@ -119,6 +122,7 @@ class Load:
                     return
                 self._tally.answered += 1
                 history.append((str(prompt.content), outcome.text))
+                earlier = outcome
                 due = time.perf_counter() + self._options.multi_turn_think_time_sec
                 if number + 1 < first + len(conversation):
                     await until(due)
@@ -136,4 +140,4 @@ async def until(due: float) -> None:
     """Sleeps to a moment, not past it: the event loop's timers go by whole milliseconds, so the rest of the last one is
     spent in turns of the loop."""
     while (left := due - time.perf_counter()) > 0:  # noqa: ASYNC110 - a moment is no event
-        await asyncio.sleep(math.floor(left / MILLISECOND) * MILLISECOND)
+        await asyncio.sleep(math.floor(min(left, HOUR) / MILLISECOND) * MILLISECOND)

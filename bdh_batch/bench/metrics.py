@@ -113,7 +113,7 @@ def metrics_of(measured: Measured, options: Options, input_counter: str) -> Metr
         total_token_throughput=(inputs + outputs) / duration,
         max_output_tokens_per_s=peak_rate(answered),
         max_concurrent_requests=peak_concurrency(answered),
-        input_counted_by=Counter("usage" if outcome.prompt_told else input_counter for outcome in answered),
+        input_counted_by=Counter(input_counter if outcome.told_prompt is None else "usage" for outcome in answered),
         output_counted_by=Counter(outcome.counted_by for outcome in answered),
         events=sum(len(outcome.times) for outcome in answered),
         latencies=[

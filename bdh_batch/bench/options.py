@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from bdh_batch.bench.sendable import check_sendable
 from bdh_batch.errors import ConfigError
 
 BACKENDS = {
@@ -20,6 +21,7 @@ BACKENDS = {
 }
 DATASETS = ("random", "sharegpt", "custom", "prefix_repetition", "multi-turn")
 METRICS = ("ttft", "tpot", "itl", "e2el", "client_queue_time", "e2el_including_client_queue")
+NOT_SENT = ("dataset_path", "result_dir", "result_filename", "tokenizer", "seed")
 LIMITED = ("ttft", "tpot", "e2el")
 SAMPLING = (
     "ignore_eos",
@@ -76,7 +78,7 @@ def length_or_own(text: str) -> int | None:
 def json_object(text: str) -> dict[str, Any]:
     try:
         held = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise argparse.ArgumentTypeError(f"is no JSON: {error}") from None
     if not isinstance(held, dict):
         raise argparse.ArgumentTypeError("should be a JSON object")
@@ -95,6 +97,12 @@ def header(text: str) -> tuple[str, str]:
     if not all("\x20" <= character < "\x7f" for character in name + value) or set(name) & set(" :"):
         raise argparse.ArgumentTypeError(f"should be a header's KEY=VALUE, in ASCII, not {text!r}")
     return name.lower(), value
+
+
+def in_header(text: str) -> str:
+    if not all("\x20" <= character < "\x7f" for character in text):
+        raise argparse.ArgumentTypeError(f"should be ASCII that a header can hold, not {text!r}")
+    return text
 
 
 def limit(text: str) -> tuple[str, float]:
@@ -174,7 +182,7 @@ class Options:
     num_warmups: int = flag(0, "requests before the run, not measured", count)
     ready_check_timeout_sec: float = flag(0.0, "wait so long for a first good answer, not measured; 0: do not", seconds)
     request_timeout_sec: float = flag(21600.0, "a request that takes longer has failed", above_zero)
-    request_id_prefix: str = flag("", "of the header x-request-id; else a random one")
+    request_id_prefix: str = flag("", "of the header x-request-id; else a random one", in_header)
 
     ignore_eos: bool | None = flag(
         None,
@@ -266,12 +274,22 @@ def options_of(given: argparse.Namespace) -> Options:
     Raises ConfigError, naming the flag, where they cannot be.
     """
     options = Options(**{option.name: getattr(given, option.name) for option in dataclasses.fields(Options)})
+    _check_sendable(options)
     _check_ramp(options)
     _check_data(options)
     suffix = "/chat/completions" if options.chats else "/completions"
     if not options.path.startswith("/") or not options.path.endswith(suffix) or options.path.split() != [options.path]:
         raise ConfigError(f"--endpoint {options.path}: with --backend {options.backend}, should end in {suffix}")
     return _completed(options)
+
+
+def _check_sendable(options: Options) -> None:
+    for option in dataclasses.fields(options):
+        if option.name not in NOT_SENT:
+            try:
+                check_sendable(getattr(options, option.name))
+            except ValueError as error:
+                raise ConfigError(f"--{option.name.replace('_', '-')}: {error}") from None
 
 
 def _check_ramp(options: Options) -> None:

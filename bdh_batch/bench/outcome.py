@@ -34,7 +34,8 @@ class Outcome:
 
     index: int
     due: float  # when it was to be sent
-    prompt_tokens: int  # as the data says, then as the server does
+    turn_tokens: int  # of what is new in its prompt, as the data says
+    earlier: Outcome | None = None  # the turn before, which is sent again
     begun: float = 0.0  # when the client set about it
     sent: float = 0.0  # when its bytes went to the socket
     times: list[float] = field(default_factory=list)  # when each event that bears tokens was read
@@ -43,7 +44,7 @@ class Outcome:
     listed_tokens: int = 0  # in its events, by token_ids or logprobs; an event without them counts as one
     listed_by: str = "events"
     told_tokens: int | None = None  # by the server's usage
-    prompt_told: bool = False
+    told_prompt: int | None = None  # tokens of the whole prompt, by the server's usage
     retold_tokens: int | None = None  # of its text, by a tokenizer
     failure: Failed | None = None
     complete: bool = False
@@ -51,6 +52,18 @@ class Outcome:
     @property
     def text(self) -> str:
         return "".join(self.pieces)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the whole prompt: as the server tells, else the turn and all that was said before it."""
+        total, turn = 0, self
+        while turn.told_prompt is None:
+            total += turn.turn_tokens
+            if turn.earlier is None:
+                return total
+            turn = turn.earlier
+            total += turn.output_tokens
+        return total + turn.told_prompt
 
     @property
     def output_tokens(self) -> int:

@@ -72,8 +72,8 @@ class Stream:
             self._error = (self._error + body)[:TOLD_BYTES]
         elif self.failure is None:
             try:
-                for data in self._events.feed(body):
-                    self._event(data, now)
+                for name, data in self._events.feed(body):
+                    self._event(name, data, now)
             except Failed as failed:
                 self.failure = failed
 
@@ -88,15 +88,17 @@ class Stream:
         if not self._outcome.times:
             raise Failed("no_tokens", "the stream bore no token")
 
-    def _event(self, data: bytes, now: float) -> None:
+    def _event(self, name: bytes, data: bytes, now: float) -> None:
         if self._done:
             raise Failed("malformed_sse", "an event after `data: [DONE]`")
         if data == DONE:
             self._done = True
             return
+        if name == b"error":
+            raise Failed("error_event", _complaint(data))
         event = _object(data)
-        if event.get("error"):
-            raise Failed("error_event", _message(event["error"]))
+        if event.get("error") or event.get("object") == "error":
+            raise Failed("error_event", _complaint(data))
         if isinstance(usage := event.get("usage"), dict):
             self._usage(usage)
         if choices := event.get("choices"):
@@ -106,7 +108,7 @@ class Stream:
         if isinstance(told := usage.get("completion_tokens"), int):
             self._outcome.told_tokens = told
         if isinstance(told := usage.get("prompt_tokens"), int):
-            self._outcome.prompt_tokens, self._outcome.prompt_told = told, True
+            self._outcome.told_prompt = told
 
     def _choices(self, choices: object, now: float) -> None:
         if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
@@ -156,16 +158,18 @@ def text_of(choice: dict[str, Any]) -> str:
 
 
 def refusal(status: int, body: bytes) -> Failed:
-    """An answer with another status than 200; its message, if it has OpenAI's shape."""
+    """An answer with another status than 200."""
+    return Failed(f"http_{status}", _complaint(body))
+
+
+def _complaint(body: bytes) -> str:
+    """The message of an error, if it has OpenAI's shape; else all of it."""
     try:
         held = orjson.loads(body)
     except orjson.JSONDecodeError:
         held = body.decode("utf-8", "replace")
-    return Failed(f"http_{status}", _message(held.get("error", held) if isinstance(held, dict) else held))
-
-
-def _message(error: Any) -> str:
-    held = error.get("message", error) if isinstance(error, dict) else error
+    for key in ("error", "message"):
+        held = held.get(key, held) if isinstance(held, dict) else held
     return " ".join(str(held).split())[:300]
 
 

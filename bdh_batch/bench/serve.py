@@ -18,7 +18,7 @@ import uvloop
 from bdh_batch.bench import result_file
 from bdh_batch.bench.client import Client
 from bdh_batch.bench.data import Conversation, Prompt, conversations
-from bdh_batch.bench.load import Measured, measure
+from bdh_batch.bench.load import Measured, measure, offsets
 from bdh_batch.bench.metrics import metrics_of
 from bdh_batch.bench.options import Options
 from bdh_batch.bench.outcome import Failed, Outcome
@@ -70,11 +70,12 @@ async def bench(options: Options) -> Report:
         path = result_file.result_path(options, options.model or client.model, date)
         tokens = await choose(options.tokenizer, client.question, client.model, options.skip_tokenizer_init)
         said = await _data(options, tokens)
+        begins = offsets(options, said)
         await patience.until_good(lambda: _try(client, said[0][0], 0))
         await _warm_up(options, client, said[0][0])
         gc.collect()
         gc.freeze()  # what is there now stays, and need not be looked at while times are taken
-        report = await _measured(options, client, said, tokens)
+        report = await _measured(options, client, said, begins, tokens)
     finally:
         client.close()
     print(report.table())
@@ -84,12 +85,19 @@ async def bench(options: Options) -> Report:
     return report
 
 
-async def _measured(options: Options, client: Client, said: list[Conversation], tokens: Tokens) -> Report:
+async def _measured(
+    options: Options, client: Client, said: list[Conversation], begins: list[float], tokens: Tokens
+) -> Report:
     date = datetime.now().astimezone()
-    measured = await measure(options, client, said)
+    measured = await measure(options, client, said, begins)
     gc.unfreeze()
     if not measured.interrupted:
-        await _count_texts(measured, tokens)
+        try:
+            await _count_texts(measured, tokens)
+        except asyncio.CancelledError:  # what was not counted yet has its events as its count
+            measured.interrupted = True
+            if (task := asyncio.current_task()) is not None:
+                task.uncancel()
     metrics = metrics_of(measured, options, tokens.name)
     return Report(options, options.model or client.model, tokens.name, date, measured, metrics)
 
@@ -115,18 +123,26 @@ class Patience:
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._deadline = time.perf_counter() + options.ready_check_timeout_sec
+        self._left = options.ready_check_timeout_sec  # for attempts, whatever comes between them
 
     async def until_good(self, attempt: Callable[[], Awaitable[Failed | None]]) -> None:
-        """Raises ConfigError where no attempt was without failure."""
+        """Raises ConfigError where no attempt ended in time without failure."""
         patience = self._options.ready_check_timeout_sec
-        while patience and (failure := await attempt()) is not None:
-            if time.perf_counter() + RETRY_SECONDS > self._deadline:
-                raise ConfigError(
-                    f"--ready-check-timeout-sec {patience:g}: no good answer of {self._options.url}: "
-                    f"{failure.kind}: {failure}"
-                )
-            await asyncio.sleep(RETRY_SECONDS)
+        if not patience:
+            return
+        silence = Failed("timeout", "the answer was not whole in time")
+        failure: Failed | None = silence
+        began = time.perf_counter()
+        try:
+            async with asyncio.timeout(self._left):
+                while (failure := await attempt()) is not None:  # noqa: ASYNC110 - a server tells of no event
+                    await asyncio.sleep(RETRY_SECONDS)
+        except TimeoutError:
+            told = failure or silence
+            raise ConfigError(
+                f"--ready-check-timeout-sec {patience:g}: no good answer of {self._options.url}: {told.kind}: {told}"
+            ) from None
+        self._left -= time.perf_counter() - began
 
 
 async def _listening(client: Client) -> Failed | None:

@@ -10,21 +10,23 @@ FIELDS = {b"data", b"event", b"id", b"retry"}
 
 
 class Events:
-    """Takes a body as it comes, in any pieces, and gives the data of each event."""
+    """Takes a body as it comes, in any pieces, and gives the name, empty where it has none, and data of each event."""
 
     def __init__(self) -> None:
         self._rest = b""
+        self._name = b""
         self._data: list[bytes] = []
 
-    def feed(self, body: bytes) -> Iterator[bytes]:
+    def feed(self, body: bytes) -> Iterator[tuple[bytes, bytes]]:
         *lines, self._rest = (self._rest + body).split(b"\n")
         for line in lines:
             line = line.removesuffix(b"\r")
             if line:
                 self._take(line)
-            elif self._data:
-                data, self._data = b"\n".join(self._data), []
-                yield data
+            else:
+                name, data, self._name, self._data = self._name, self._data, b"", []
+                if data:
+                    yield name, b"\n".join(data)
 
     @property
     def unfinished(self) -> bool:
@@ -36,5 +38,8 @@ class Events:
         name, colon, value = line.partition(b":")
         if not colon or name not in FIELDS:
             raise Failed("malformed_sse", f"a line that is no field of an event: {line[:80]!r}")
+        value = value.removeprefix(b" ")
         if name == b"data":
-            self._data.append(value.removeprefix(b" "))
+            self._data.append(value)
+        elif name == b"event":
+            self._name = value

@@ -6,6 +6,7 @@ uvloop's timers go by whole milliseconds: lateness below two of them is none.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,6 +39,12 @@ class Strain:
         return found
 
 
+def swallowed(late: float) -> list[float]:
+    """How late each tick is that a stall kept from coming: that which ended it, and those that were due meanwhile. So
+    each share of the ticks is that share of the time, and a long stall weighs as much as it lasted."""
+    return [late - TICK * missed for missed in range(max(1, math.ceil(late / TICK)))]
+
+
 class Watch:
     """Measures until the block's end."""
 
@@ -46,21 +53,26 @@ class Watch:
 
     async def __aenter__(self) -> Watch:
         self._began, self._busy = time.perf_counter(), time.process_time()
+        self._due = self._began + TICK
         self._task = asyncio.create_task(self._watch())
         return self
 
     async def __aexit__(self, *_: object) -> None:
         self._task.cancel()
+        self._tick()
         self._share = (time.process_time() - self._busy) / (time.perf_counter() - self._began)
 
     async def _watch(self) -> None:
         while True:
-            due = time.perf_counter() + TICK
+            self._due = time.perf_counter() + TICK
             await asyncio.sleep(TICK)
-            self._late.append(max(0.0, time.perf_counter() - due))
+            self._tick()
+
+    def _tick(self) -> None:
+        self._late += swallowed(max(0.0, time.perf_counter() - self._due))
 
     def strain(self, send_late: Sequence[float]) -> Strain:
         """With how late each request was sent, where each had its own time."""
-        late = sorted(self._late) or [0.0]  # nothing is known of a run that was over before the first tick
+        late = sorted(self._late)
         sent = percentile(sorted(send_late), 99) if send_late else None
         return Strain(self._share, percentile(late, 50), percentile(late, 99), sent)

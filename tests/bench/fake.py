@@ -31,6 +31,9 @@ STREAMS: Mapping[str, tuple[str, Sequence[bytes]]] = {
     "ends early": ("closed_mid_stream", GOOD[:-1]),
     "last event unfinished": ("closed_mid_stream", [*GOOD[:-1], b"data: [DONE]\n"]),
     "error": ("error_event", [*GOOD[:2], event(error={"message": "out of\nluck", "type": "internal_error"})]),
+    "named error": ("error_event", [*GOOD[:2], b"event: error\n" + event(message="out of luck"), DONE]),
+    "named error, no JSON": ("error_event", [*GOOD[:2], b"event: error\ndata: out of luck\n\n", DONE]),
+    "flat error": ("error_event", [*GOOD[:2], event(object="error", message="out of luck"), *GOOD[2:]]),
     "bare error": ("error_event", [event(error="out of luck")]),
     "no tokens": ("no_tokens", [event(choices=[{"text": "", "finish_reason": "stop"}]), DONE]),
     "no JSON": ("malformed_sse", [*GOOD[:2], b"data: {'a'}\n\n"]),
@@ -44,6 +47,8 @@ STATUSES = {"status 500": 500, "status 429": 429, "status 503": 503}
 OTHERS = {
     "hangs up at once": "closed_before_answer",
     "hangs up inside": "closed_mid_stream",
+    "hangs up in the headers": "closed_mid_stream",
+    "hangs up after a hint": "closed_mid_stream",
     "no HTTP": "malformed_http",
     "no stream": "malformed_sse",
 }
@@ -60,6 +65,7 @@ class Fake:
     def __init__(self) -> None:
         self.bodies: list[dict[str, Any]] = []
         self.headers: list[dict[str, str]] = []
+        self.heads: list[str] = []  # as they came
         self.most = self.running = 0
         self.closes = False  # a kept connection, without a word, after each answer
         self.held = asyncio.Event()  # "held" is answered when this is set
@@ -88,6 +94,7 @@ class Fake:
                     continue
                 self.bodies.append(json.loads(content))
                 self.headers.append(headers)
+                self.heads.append("\r\n".join(head))
                 self.running += 1
                 self.most = max(self.most, self.running)
                 if self.running == self.wanted:
@@ -113,6 +120,12 @@ class Fake:
             writer.write(b"220 mail.example ready\r\n\r\n")
         elif prompt == "hangs up at once":
             writer.transport.abort()
+        elif prompt == "hangs up in the headers":
+            writer.write(f"HTTP/1.1 200 OK\r\ncontent-type: {SSE}\r\n".encode())
+            writer.close()
+        elif prompt == "hangs up after a hint":
+            writer.write(b"HTTP/1.1 103 Early Hints\r\ncontent-type: text/plain\r\n\r\n")
+            writer.close()
         else:
             await self._stream(prompt, writer)
 

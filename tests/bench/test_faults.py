@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from bdh_batch.bench.connection import Address, Pool
+from bdh_batch.bench.reading import Whole
 from bdh_batch.bench.report import Report
 from bdh_batch.bench.serve import bench
+from bdh_batch.bench.tokens import ByteTokens
 from bdh_batch.errors import ConfigError
 from tests.bench.fake import DONE, EXPECTED, Fake, event, text
 from tests.bench.support import options, prompts
@@ -57,10 +62,20 @@ async def test_a_server_that_is_down_refuses_everything(tmp_path: Path, capsys: 
         await run(port, file, "--base-url", "http://a..b:1")
 
 
+async def test_a_rate_that_cannot_be_is_refused_before_anything_is_sent(tmp_path: Path) -> None:
+    fake = Fake()
+    async with fake.listening() as port:
+        with pytest.raises(ConfigError, match="--burstiness 1e-200"):
+            await run(port, prompts(tmp_path / "p.jsonl", ["a"]), "--request-rate", 1e-200, "--burstiness", 1e-200)
+    assert fake.bodies == []
+
+
 async def test_a_server_that_is_slow_runs_into_the_timeout(tmp_path: Path) -> None:
     file = prompts(tmp_path / "p.jsonl", ["held"])
     async with Fake().listening() as port:
         report = await run(port, file, "--num-prompts", 3, "--request-timeout-sec", 0.05)
+        with pytest.raises(ConfigError, match=r"--ready-check-timeout-sec 0.2: no good answer .* not whole in time"):
+            await run(port, file, "--num-prompts", 1, "--ready-check-timeout-sec", 0.2, "--request-timeout-sec", 1)
     assert report.metrics.failures == {"timeout": 3}
 
 
@@ -71,6 +86,32 @@ async def test_connections_are_kept_and_one_that_was_closed_meanwhile_is_no_fail
     async with fake.listening() as port:
         report = await run(port, file, "--num-prompts", 20, "--max-concurrency", 1)
     assert report.metrics.completed == len(fake.bodies) == 20
+
+
+@pytest.mark.parametrize(("crossing", "sends"), [(0.0, 1), (math.inf, 2)])
+async def test_a_request_that_the_server_may_have_read_is_not_sent_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crossing: float, sends: int
+) -> None:
+    monkeypatch.setattr("bdh_batch.bench.connection.CROSSING_SECONDS", crossing)
+    fake = Fake()
+    async with fake.listening() as port:
+        file = prompts(tmp_path / "p.jsonl", ["held", "held", "held", "hangs up at once"])
+        fake.wanted = 3
+        flags = ("--num-prompts", 4, "--burstiness", "inf", "--request-rate", 20)
+        report = await run(port, file, *flags)
+    assert report.metrics.failures == {"closed_before_answer": 1}
+    assert len(fake.bodies) == 3 + sends  # never once for each of the three connections that were kept
+
+
+async def test_latency_counts_from_the_first_send() -> None:
+    fake, answer = Fake(), Whole()
+    async with fake.listening() as port:
+        address = Address.of(f"http://127.0.0.1:{port}", insecure=False)
+        answer.sent = 5.0
+        pool = Pool(address)
+        await pool.exchange(address.request("GET", "/", {}, b""), answer)
+        pool.close()
+    assert answer.sent == 5.0
 
 
 @pytest.mark.parametrize(
@@ -105,18 +146,63 @@ async def test_it_is_told_how_tokens_were_counted(
     assert any("ITL is the time between such events" in note for note in report.notes()) == (tokens != events)
 
 
+async def test_a_prompt_has_the_tokens_of_what_was_said_before_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.bench.fake.STREAMS", {"good": ("", [text("ä"), text("b"), DONE])})
+    fake = Fake()
+    async with fake.listening() as port:
+        fixed = ("--port", port, "--model", "fake", "--tokenizer", "bytes", "--disable-tqdm")
+        turns = ("--dataset-name", "multi-turn", "--num-prompts", 3, "--multi-turn-num-turns", 3, "--save-detailed")
+        report = await bench(options(*fixed, *turns, "--random-input-len", 10))
+    assert report.saved()["input_lens"] == [10, 23, 36] == [len(body["prompt"].encode()) for body in fake.bodies]
+    assert report.metrics.input_counted_by == {"bytes": 3}
+
+
+async def test_an_interrupt_while_texts_are_counted_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupting(ByteTokens):
+        async def count(self, text: str) -> int:
+            if text == "answer" and (task := asyncio.current_task()) is not None:
+                task.cancel()
+                await asyncio.sleep(0)
+            return await super().count(text)
+
+    monkeypatch.setattr("bdh_batch.bench.tokens.ByteTokens", Interrupting)
+    monkeypatch.setattr("tests.bench.fake.STREAMS", {"good": ("", [text("ans"), text("wer"), DONE])})
+    async with Fake().listening() as port:
+        report = await run(port, prompts(tmp_path / "p.jsonl", ["good"]), "--num-prompts", 2)
+    assert report.measured.interrupted
+    assert (report.metrics.completed, report.metrics.total_output) == (2, 4)
+    assert report.metrics.output_counted_by == {"events": 2}
+
+
+@pytest.mark.parametrize("key", ["secret\n", "secr\u00e9t", "a\r\nb: c"])
+async def test_a_key_that_no_header_can_hold_is_refused_and_not_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(ConfigError, match=r"^OPENAI_API_KEY: ") as refused:
+        await run(1, prompts(tmp_path / "p.jsonl", ["a"]))
+    assert key not in str(refused.value)
+
+
 async def test_what_flags_say_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     fake = Fake()
     file = prompts(tmp_path / "p.jsonl", [{"prompt": "a", "output_tokens": 5}, {"prompt": [1, 2], "output_tokens": 6}])
     flags = ["--temperature", 0.5, "--top-k", 3, "--ignore-eos", "--extra-body", '{"user": "me", "top_k": 4}']
-    flags += ["--header", "X-More=1", "--request-id-prefix", "r-", "--custom-output-len", "-1", "--num-warmups", 2]
+    flags += ["--header", "X-More=1", "Host=example.com", "--request-id-prefix", "r-"]
+    flags += ["--custom-output-len", "-1", "--num-warmups", 2]
     async with fake.listening() as port:
         report = await run(port, file, "--num-prompts", 2, "--served-model-name", "other", "--logprobs", 2, *flags)
     assert report.metrics.completed == 2
     assert [headers["x-request-id"] for headers in fake.headers] == ["r--1", "r--2", "r-0", "r-1"]
     assert {headers["authorization"] for headers in fake.headers} == {"Bearer secret"}
     assert fake.headers[0]["x-more"] == "1"
+    assert fake.heads[0].lower().count("\r\nhost: ") == 1
+    assert fake.headers[0]["host"] == "example.com"
     common = {"model": "other", "temperature": 0.5, "top_k": 4, "ignore_eos": True, "user": "me", "logprobs": 2}
     common |= {"stream": True, "stream_options": {"include_usage": True}}
     assert fake.bodies[2:] == [

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import math
+import time
 from pathlib import Path
 from random import Random
 
@@ -19,7 +21,7 @@ from bdh_batch.bench.metrics import is_good, peak_concurrency, peak_rate
 from bdh_batch.bench.outcome import Failed, Outcome
 from bdh_batch.bench.progress import Progress, Tally
 from bdh_batch.bench.sse import Events
-from bdh_batch.bench.strain import Strain
+from bdh_batch.bench.strain import Strain, Watch, swallowed
 from bdh_batch.bench.texts import Writer
 from bdh_batch.bench.tokens import ByteTokens, FileTokens, GuessedTokens, Tokens
 from bdh_batch.cli import main
@@ -68,8 +70,18 @@ def test_a_ramp_goes_from_its_first_rate_to_its_last(count: int, start: float, f
 
 def test_all_at_once_and_never() -> None:
     assert offsets(3, math.inf, 1.0, 0) == [0.0] * 3
-    with pytest.raises(ConfigError, match="--burstiness 1e-300"):
-        offsets(3, 1.0, 1e-300, 0)
+    for rate, burstiness, flag in (
+        (1.0, 1e-300, "--burstiness 1e-300"),
+        (10.0, 1e308, "--burstiness"),
+        (1e-200, 1e-200, "--burstiness"),
+        (1e-320, 1.0, "--request-rate"),
+        (1e-320, math.inf, "--request-rate"),
+        (0.0, 1.0, "--request-rate"),  # a quarter of the least float, where conversations have four turns
+        (Ramp("linear", 1e-320, 1.0), 1.0, "--ramp-up-start-rps"),
+        (Ramp("exponential", 1e-200, 1.0), 1e-200, "--burstiness"),
+    ):
+        with pytest.raises(ConfigError, match=flag):
+            offsets(3, rate, burstiness, 0)
 
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50), st.lists(st.floats(0, 100), max_size=5))
@@ -112,6 +124,19 @@ def test_a_client_that_is_the_bottleneck_says_so() -> None:
     assert len(Strain(0.95, 0.01, 0.05, 0.05).signs()) == 3
 
 
+async def test_a_stall_weighs_as_much_as_it_lasts() -> None:
+    assert swallowed(0.0) == [0.0]
+    assert swallowed(0.012) == pytest.approx([0.012, 0.007, 0.002])
+    async with Watch() as watch:
+        await asyncio.sleep(0.3)
+        time.sleep(0.1)  # noqa: ASYNC251 - the stall; one tick of some sixty
+        await asyncio.sleep(0.3)
+    assert watch.strain(()).loop_late_p99 > 0.08
+    async with Watch() as watch:
+        time.sleep(0.1)  # noqa: ASYNC251 - until the end, such that no tick comes at all
+    assert watch.strain(()).loop_late_median > 0.03
+
+
 async def test_progress_is_one_line_on_a_terminal_and_lines_elsewhere() -> None:
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -132,12 +157,13 @@ def test_events_are_the_same_however_a_stream_is_cut(data: st.DataObject) -> Non
     cuts = sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=8)))
     events = Events()
     found = [event for begin, end in zip([0, *cuts], [*cuts, len(stream)]) for event in events.feed(stream[begin:end])]
-    assert found == [body.encode() for body in bodies]
+    assert found == [(b"", body.encode()) for body in bodies]
     assert not events.unfinished
 
 
 def test_lines_of_an_event_are_joined_and_other_lines_are_refused() -> None:
-    assert list(Events().feed(b"event: a\ndata: 1\ndata:2\nretry: 3\n\n\n\n")) == [b"1\n2"]
+    stream = b"event: a\ndata: 1\ndata:2\nretry: 3\n\n\n\nevent: b\n\ndata: 3\n\n"
+    assert list(Events().feed(stream)) == [(b"a", b"1\n2"), (b"", b"3")]
     for line in (b"data", b"x: 1", b"<html>"):
         with pytest.raises(Failed) as failed:
             list(Events().feed(line + b"\n"))
@@ -214,12 +240,36 @@ async def test_data_is_what_its_flags_say(tmp_path: Path) -> None:
     assert [turn.tokens for (turn,) in ordered] == [9, 18, 27, 9, 18]
 
 
+async def test_who_speaks_in_a_file_is_read_and_a_given_length_may_be_short(tmp_path: Path) -> None:
+    talk = tmp_path / "talk.json"
+    for speakers, asked in (
+        ("system human gpt human gpt", ["turn 1", "turn 3"]),
+        ("gpt human gpt", ["turn 1"]),
+        ("human system gpt", ["turn 0"]),
+        ("user assistant user assistant", ["turn 0", "turn 2"]),
+        ("human gpt gpt human gpt", ["turn 0"]),
+    ):
+        said = [{"from": who, "value": f"turn {n}"} for n, who in enumerate(speakers.split())]
+        talk.write_text(json.dumps([{"conversations": said}]))
+        flags = ("--dataset-path", talk, "--no-oversample", "--output-len", 3)
+        (turns,) = await made("--dataset-name", "multi-turn", *flags)
+        assert [turn.content for turn in turns] == asked
+        (turns,) = await made("--dataset-name", "sharegpt", *flags)
+        assert [(turn.content, turn.output_tokens) for turn in turns] == [(asked[0], 3)]
+    talk.write_text(json.dumps([{"conversations": [{"value": "turn 0"}, {"value": "turn 1"}]}]))
+    assert [turn.content for (turn,) in await made("--dataset-name", "sharegpt", *flags)] == ["turn 0"]
+
+
 async def test_files_that_hold_nothing_to_send_are_refused_with_their_place(tmp_path: Path) -> None:
     file = tmp_path / "file"
     for name, content, message in (
         ("custom", "", "holds nothing that can be sent"),
         ("custom", '{"prompt": "a"}\n{"prompt": 3}', "line 2: should be an object with a `prompt`"),
         ("custom", "{", "line 1: is no JSON"),
+        ("custom", '{"prompt": "a"}\n{"prompt": "a\\ud83d"}', "line 2: cannot be sent as JSON: .*surrogates"),
+        ("custom", '{"prompt": [99999999999999999999]}', "line 1: cannot be sent as JSON: .*64-bit"),
+        ("custom", "[" * 100_000, "line 1: is no JSON"),
+        ("sharegpt", '[{"conversations": [{"value": "\\ud83d"}]}]', "entry 0: cannot be sent as JSON"),
         ("sharegpt", "[]", "holds nothing that can be sent"),
         ("sharegpt", "[", "is no JSON"),
         ("sharegpt", "{}", "should be a list"),
@@ -270,9 +320,14 @@ async def test_files_that_hold_nothing_to_send_are_refused_with_their_place(tmp_
         ("--percentile-metrics ttft,x", "--percentile-metrics: 'x' is none of"),
         ("--metric-percentiles 101", "--metric-percentiles"),
         ("--header a", "--header"),
+        ("--request-id-prefix a\r\nb:c", "--request-id-prefix: should be ASCII that a header can hold"),
         ("--header a=b\x01", "--header"),
         ("--extra-body [1]", "--extra-body: should be a JSON object"),
         ("--extra-body {", "--extra-body: is no JSON"),
+        ('--extra-body {"seed":99999999999999999999}', "--extra-body: cannot be sent as JSON"),
+        ("--top-k 99999999999999999999", "--top-k: cannot be sent as JSON"),
+        ("--output-len 99999999999999999999", "--output-len: cannot be sent as JSON"),
+        ("--model a\ud83d", "--model: cannot be sent as JSON"),
         ("--endpoint /v1/embeddings", "--endpoint /v1/embeddings: with --backend openai, should end in /completions"),
         ("--backend openai-chat --endpoint /v1/completions", "--endpoint"),
         ("--base-url ftp://a --model a", "--base-url ftp://a: should be as in"),
