@@ -47,8 +47,13 @@ def test_agrees_with_the_specification(weights: Weights, lengths: list[int], see
     for pieces in (prompts, steps):
         got = torch.cat(feed(kernels, mine, sequences, pieces))
         expected = torch.cat(feed(TorchKernels(weights), right, sequences, pieces))
-        assert torch.allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE * float(expected.abs().max()))
-        assert torch.allclose(mine.cpu(), right, rtol=TOLERANCE, atol=TOLERANCE * float(right.abs().max()))
+        assert torch.allclose(got, expected, rtol=TOLERANCE, atol=TOLERANCE * scale(expected))
+        assert torch.allclose(mine.cpu(), right, rtol=TOLERANCE, atol=TOLERANCE * scale(right))
+
+
+def scale(values: Tensor) -> float:
+    """Of what is there; where all cancels out, as it can at a width of 2, only rounding is left to be seen."""
+    return max(float(values.abs().max()), 1e-3)
 
 
 @properties
