@@ -55,11 +55,8 @@ RATED_TOKENS = 8  # that an answer has at least which has a rate: of two that co
 TIMEOUT_SECONDS = 120.0  # without a byte
 SAMPLE_SECONDS = 0.25
 CSV_SECONDS = 0.5  # between the writings of locust's CSV; there is none at the end
-ENDED = (
-    "Incomplete response.",
-    "connection closed",
-    "('Invalid EOF state'",
-)  # so geventhttpclient's errors begin where the server closed
+# So geventhttpclient's errors begin where the server closed.
+ENDED = ("Incomplete response.", "connection closed", "('Invalid EOF state'")
 
 
 stats.CSV_STATS_INTERVAL_SEC = CSV_SECONDS  # type: ignore[assignment]  # gevent.sleep takes it

@@ -73,8 +73,8 @@ class Cycle(Fake):
             self.answered["left"] += 1
             await self._for_ever(writer)
         wish = next(self._wishes)
+        self.answered[EXPECTED[wish]] += 1  # before: a client that has seen an error need not stay for the rest
         await super()._answer(wish, writer)
-        self.answered[EXPECTED[wish]] += 1
 
     async def _for_ever(self, writer: asyncio.StreamWriter) -> None:
         writer.write(f"HTTP/1.1 200 OK\r\ncontent-type: {SSE}\r\ntransfer-encoding: chunked\r\n\r\n".encode())
