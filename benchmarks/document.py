@@ -113,7 +113,7 @@ def server(report: Report, link: str) -> Lines:
             yield ""
             yield from part(report[name], link)
     yield ""
-    yield f"Options of all servers: {', '.join(f'`{option}`' for option in report['options'][1:])}."
+    yield f"Options of all servers: {', '.join(f'`{option}`' for option in report['options'])}."
     yield f"Prompts have {report['prompt_tokens']} tokens, temperature is {report['temperature']}."
 
 

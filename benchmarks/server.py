@@ -65,14 +65,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = parse(argv)
     report: Figures = {
         **report_head(["torch", "numba", "uvicorn", "uvloop"]),
+        "model": os.path.relpath(chosen.model, ROOT),
         "options": options_of(chosen),
         "prompt_tokens": loads.PROMPT,
         "temperature": TEMPERATURE,
     }
     with ExitStack() as stack:
         servers = {
-            name: Remote(stack.enter_context(served(*options_of(chosen), *more, module=module)).port)
-            for name, (module, more) in modules(chosen).items()
+            name: Remote(stack.enter_context(served(f"model.path={chosen.model}", *options, module=module)).port)
+            for name, (module, options) in modules(chosen).items()
         }
         bench = Bench(chosen, servers)
         for name, side in bench.sides.items():
@@ -86,25 +87,22 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def options_of(chosen: argparse.Namespace) -> list[str]:
-    """Of all servers, and of the engine in process."""
+    """Of all servers, and of the engine in process; the model is told apart."""
     streams = max(chosen.streams, *chosen.concurrency)
-    return [
-        f"model.path={chosen.model}",
-        f"scheduler.max_running={streams}",
-        f"prefix_cache.entries={KEPT}",
-    ]
+    return [f"scheduler.max_running={streams}", f"prefix_cache.entries={KEPT}"]
 
 
 def modules(chosen: argparse.Namespace) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
-    """What runs each server, as `python -m`, and its own options."""
-    own = ["prefix_cache.enabled=false"]  # these keep nothing, and have a place for each row
+    """What runs each server, as `python -m`, and its options."""
+    every = options_of(chosen)
+    own = [*every, "prefix_cache.enabled=false"]  # these keep nothing, and have a place for each row
     batch = ("--batch", str(chosen.batch))
     return {
-        SERVER: (("bdh_batch", "serve"), []),
+        SERVER: (("bdh_batch", "serve"), every),
         "one_at_a_time": (("benchmarks.baselines", "one-at-a-time"), [*own, "scheduler.max_running=1"]),
         "upstream": (("benchmarks.baselines", "upstream"), [*own, "scheduler.max_running=1"]),
         "static": (("benchmarks.baselines", "static", *batch), [*own, f"scheduler.max_running={chosen.batch}"]),
-        "dense": (("benchmarks.baselines", "dense"), []),
+        "dense": (("benchmarks.baselines", "dense"), every),
     }
 
 
@@ -227,6 +225,7 @@ class Crowd:
 def against(bench: Bench) -> Figures:
     chosen = bench.chosen
     overrides = [(option, value) for option, _, value in (text.partition("=") for text in options_of(chosen))]
+    overrides.append(("model.path", str(chosen.model)))
     resolved = settings.load(None, overrides).settings
     engine = InProcess(load_engine(resolved, chosen.model), resolved)
     bench.warm(ENGINE, engine)
