@@ -259,8 +259,8 @@ async def rest(server: Watched, target: Target) -> dict[str, Any]:
         "http_requests": metrics["bdh_http_requests_in_flight"] - 1,
         "kept_states": metrics["bdh_prefix_cache_states"],
         "health": await server.health(),
+        **await server.census(),  # by the server's event loop, which has closed the last connection by then
         **server.sample(),
-        **await server.census(),
     }
 
 

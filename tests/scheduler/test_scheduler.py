@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 
 from bdh_batch.errors import GenerationFailed, QueueTimeout, RunTimeout
@@ -410,3 +412,17 @@ def test_time_that_is_up_ends_who_waits_and_who_runs() -> None:
     assert (second, type(delta.error)) == (running, RunTimeout)
     scheduler.check()
     assert not scheduler.has_work
+
+
+def test_who_ended_before_its_time_is_not_kept_until_then() -> None:
+    scheduler, runner = Scheduler(1, 64), FakeRunner()
+    early = make_sequence([1], 1, deadline=10.0)
+    gone = weakref.ref(early.outbox)
+    scheduler.submit([early])
+    step(scheduler, runner)
+    assert early.finish_reason == "length"
+    del early
+    scheduler.submit([make_sequence([2], 1)])  # the last step's are let go with the next one
+    assert scheduler.expire(1.0) == []
+    step(scheduler, runner)
+    assert gone() is None
