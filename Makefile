@@ -49,7 +49,7 @@ train: $(INSTALLED)  ## train a model: TEXT=file OUT=folder, ARGS for more optio
 	@test -n "$(TEXT)" -a -n "$(OUT)" || { echo 'usage: make train TEXT=shakespeare.txt OUT=models/my-bdh' >&2; exit 2; }
 	@exec env $(KEEP_MEMORY) $(BIN)/python examples/train_bdh.py --text "$(TEXT)" --out "$(OUT)" $(ARGS)
 
-bench: $(INSTALLED)  ## measure everything here, about 20 minutes; ARGS="--quick" tries it out in two
+bench: $(INSTALLED)  ## measure everything here, about 20 minutes; ARGS="--quick" tries it out in three
 	@exec $(BIN)/python -m benchmarks.suite $(ARGS)
 
 # With the Python of the machine: it needs no more than torch, triton, numpy, numba, pytest and safetensors.

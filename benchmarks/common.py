@@ -28,6 +28,8 @@ from bdh_batch.kernels.torch_reference import layer_norm, project, rotate, rotat
 
 Sides = Mapping[str, Callable[[], object]]
 Times = dict[str, list[float]]
+INTERVAL = {"value", "low", "high"}  # the keys of what `interval` gives, and `ratio` as a dictionary
+FIGURE = INTERVAL | {"unit", "better"}
 REST = 0.03  # seconds: torch's threads and Numba's are two pools, and idle ones spin for a while
 
 
@@ -106,10 +108,15 @@ def figure(rounds: Sequence[float], unit: str, better: str, draws: int = 2000) -
     Args:
         better: "higher" or "lower".
     """
+    return {**interval(rounds, draws), "unit": unit, "better": better, "rounds": list(rounds)}
+
+
+def interval(rounds: Sequence[float], draws: int = 2000) -> dict[str, float]:
+    """The median, and between what 95 % of those of resampled rounds lie."""
     chance = random.Random(0)
     found = sorted(statistics.median(chance.choices(rounds, k=len(rounds))) for _ in range(draws))
-    interval = {"low": found[int(0.025 * draws)], "high": found[int(0.975 * draws) - 1]}
-    return {"value": statistics.median(rounds), **interval, "unit": unit, "better": better, "rounds": list(rounds)}
+    low, high = found[int(0.025 * draws)], found[int(0.975 * draws) - 1]
+    return {"value": statistics.median(rounds), "low": low, "high": high}
 
 
 def relative_error(mine: Iterable[Tensor], right: Iterable[Tensor]) -> float:

@@ -27,10 +27,9 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from benchmarks.common import Ratio
+from benchmarks.common import FIGURE, Ratio
 from benchmarks.noise import SURE, each_share, ratios
 
-KEYS = {"value", "low", "high", "unit", "better"}
 Figure = Mapping[str, Any]
 Figures = Mapping[str, Figure]
 Reports = Mapping[str, Any]
@@ -68,7 +67,7 @@ def figures(reports: Reports) -> Figures:
 
 def within(name: str, held: object) -> Iterator[tuple[str, Figure]]:
     if isinstance(held, dict):
-        if held.keys() >= KEYS:
+        if held.keys() >= FIGURE:
             yield name, held
             return
         for key, part in held.items():
@@ -92,7 +91,7 @@ def labels(rows: Sequence[object]) -> list[str]:
 def told(row: object) -> list[str]:
     """The entries before the first that holds others, or that was measured, as a fraction after the first may be."""
     found: list[str] = []
-    for key, value in row.items() if isinstance(row, dict) and not row.keys() >= KEYS else ():
+    for key, value in row.items() if isinstance(row, dict) and not row.keys() >= FIGURE else ():
         if not isinstance(value, int | str) and not (isinstance(value, float) and not found):
             break
         found.append(f"{key}={value}")

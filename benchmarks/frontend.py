@@ -16,7 +16,7 @@ of processor time that a token costs the server, all of its threads, and the cli
 them and their intervals. What a wish costs is the difference of the server's time to that of plain completions, round
 by round; the stop strings are never in the answers, nor any of their beginnings, which would hold text back and join
 events. There are no figures if a stream has not exactly the events that it should have: one for each token, unless it
-asks otherwise.
+asks otherwise. Writes `frontend.json`.
 """
 
 from __future__ import annotations
@@ -273,14 +273,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=250, help="of each stream")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/frontend.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     chosen = parser.parse_args(arguments)
     found = uvloop.run(measure(SIDES, chosen.streams, chosen.tokens, chosen.rounds))
     figures = summary(found)
     report = report_head(["uvicorn", "uvloop", "starlette", "orjson"])
     report["machine"]["cores"] = len(os.sched_getaffinity(0))
     sizes = {"streams": chosen.streams, "tokens": chosen.tokens, "rounds": chosen.rounds, "ahead": AHEAD}
-    write_json(chosen.out, report | sizes | figures)
+    write_json(chosen.out / "frontend.json", report | sizes | figures)
     for name, each in figures["sides"].items():
         print(f"{name:22} " + "  ".join(f"{measure} {value:,.2f}" for measure, value in each.items()))
 

@@ -113,12 +113,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         **results,
     }
     write_json(arguments.out / "kernels-cpu.json", report)
-    draw(arguments.out, results)
+    draw(arguments.out, report)
     print(json.dumps(report, indent=2))
 
 
-def draw(folder: Path, results: dict[str, Any]) -> None:
-    passes, decode = results["passes"], results["decode"]
+def draw(folder: Path, report: dict[str, Any]) -> None:
+    passes, decode = report["passes"], report["decode"]
     bars(
         folder / "kernels-passes.svg",
         f"A decode step of {decode['batch']} sequences, pass by pass",

@@ -1,10 +1,11 @@
 """What a step costs beside its computing: planning it, committing it, publishing it to mailboxes.
 
     python -m benchmarks.scheduler                      # 1,024 running sequences
-    python -m benchmarks.scheduler --running 256 --waiting 0 --out figures.json
+    python -m benchmarks.scheduler --running 256 --waiting 0
 
 Nothing is computed: tokens come from a list. What is measured is Python in one thread, as the worker runs it. Figures
 are milliseconds a step: the median, and the 99th percentile; `figure` has the median of all of it by blocks of steps.
+Writes `scheduler.json`.
 """
 
 from __future__ import annotations
@@ -141,7 +142,7 @@ def main() -> None:
     parser.add_argument("--running", type=int, default=1024, help="sequences in a step")
     parser.add_argument("--waiting", type=int, default=2048, help="sequences in the queue, where there is one")
     parser.add_argument("--steps", type=int, default=300, help="steps of each scene")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/scheduler.json"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     chosen = parser.parse_args()
     if chosen.steps < BLOCKS:
         parser.error(f"--steps should be at least {BLOCKS}")
@@ -157,7 +158,7 @@ def main() -> None:
         "steps": chosen.steps,
         "milliseconds_a_step": scenes,
     }
-    write_json(chosen.out, report)
+    write_json(chosen.out / "scheduler.json", report)
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python -m benchmarks.server                 # all of it, about a quarter of an hour
     python -m benchmarks.server --quick         # whether it works: figures of nothing
 
-All servers run from the beginning to the end, each in its process; `bench serve` measures them from a process of its
-own, whose strain is told (`client`). No figure is written where a request failed or an answer lacks a token. Writes
-`server.json`, a key for each measurement, and a plot:
+All servers that are needed run from the beginning to the end, each in its process; `bench serve` measures them from a
+process of its own, whose strain is told (`client`). No figure is written where a request failed or an answer lacks a
+token. Writes `server.json`, a key for each measurement, and a plot:
 
     against       tokens/s at so many streams of even answers, which begin as others end; of the engine in process, in
                   this process, through the same scheduler and worker; and of the baselines. One at a time, more streams
@@ -74,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         servers = {
             name: Remote(stack.enter_context(served(f"model.path={chosen.model}", *options, module=module)).port)
             for name, (module, options) in modules(chosen).items()
+            if any(name in NEEDED[measurement] for measurement in chosen.only)
         }
         bench = Bench(chosen, servers)
         for name, side in bench.sides.items():
@@ -82,8 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             report[name] = MEASUREMENTS[name](bench)
             print(f"{name}: {short(report[name])}", flush=True)
     write_json(chosen.out / "server.json", report)
-    if "curve" in report:
-        draw_curve(chosen.out, report["curve"])
+    draw(chosen.out, report)
 
 
 def options_of(chosen: argparse.Namespace) -> list[str]:
@@ -359,6 +359,14 @@ MEASUREMENTS: dict[str, Callable[[Bench], Figures]] = {
 }
 
 
+NEEDED: dict[str, Sequence[str]] = {  # the servers of each
+    "against": (SERVER, "one_at_a_time", "upstream", "static", "dense"),
+    "heavy_tailed": (SERVER, "static"),
+    "curve": (SERVER, "static", "one_at_a_time"),
+    "first_token": (SERVER,),
+}
+
+
 def judged(
     upper: Sequence[float], lower: Sequence[float], least: float | None = None, most: float | None = None
 ) -> Figures:
@@ -380,9 +388,11 @@ def client(rounds: Sequence[Figures]) -> Figures:
     return {"client": {"largest_cpu_share": max(each["cpu_share"] for each in found), "signs_of_strain": signs}}
 
 
-def draw_curve(folder: Path, curve: Figures) -> None:
+def draw(folder: Path, report: Figures) -> None:
+    if "curve" not in report:
+        return
     data, notes = {}, {}
-    for name, points in curve["sides"].items():
+    for name, points in report["curve"]["sides"].items():
         data[name] = (
             [each["mean_answer_ms"]["value"] for each in points],
             [each["tokens_per_s"]["value"] for each in points],

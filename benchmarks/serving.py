@@ -412,7 +412,10 @@ def draw_fairness(folder: Path, scene: Figures) -> None:
     bars(folder / "serving-fairness.svg", title, "ms to the first token, median", values, notes)
 
 
-DRAWINGS = {"prompt": draw_gaps, "keys": draw_fairness}
+def draw(folder: Path, report: Figures) -> None:
+    for name, drawing in {"prompt": draw_gaps, "keys": draw_fairness}.items():
+        if name in report:
+            drawing(folder, report[name])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -422,8 +425,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = uvloop.run(SCENES[name](chosen))
         head = report_head(["torch", "numba", "uvicorn", "uvloop"])
         write_json(file, {**load_json(file), name: {**head, **figures}})
-        if name in DRAWINGS:
-            DRAWINGS[name](chosen.out, figures)
+    draw(chosen.out, load_json(file))
 
 
 if __name__ == "__main__":

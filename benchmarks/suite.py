@@ -1,8 +1,11 @@
 """All benchmarks of this machine, one after the other, and the page that tells of them: `make bench`.
 
     python -m benchmarks.suite               # about 20 minutes on two cores
-    python -m benchmarks.suite --quick       # about two, into build/: whether everything works; its figures say nothing
+    python -m benchmarks.suite --quick       # about three, into build/: whether it works; its figures say nothing
     python -m benchmarks.suite --only server engine
+
+What is short sits again and again, between the scenes of what is long: a machine is faster in some minutes than in
+others, and its figures tell that by their intervals (`pool.py`). Scenes take long enough to see it in their rounds.
 
 Leaves the results and plots in benchmarks/results/<machine>/, and docs/performance.md. Let the machine do nothing else
 meanwhile. `suite.json` has the commit, and how long each part took.
@@ -12,82 +15,131 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from benchmarks import document
+from benchmarks import document, engine, kernels, server, serving
 from benchmarks.client import load_json
 from benchmarks.common import machine_slug, report_head, write_json
+from benchmarks.pool import pooled
 
 ROOT = Path(__file__).parents[1]
 MODEL = "models/bdh-shakespeare"
 WINDOW = 512  # of the bundled model
+Report = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Part:
-    """A benchmark and its flags; `file` is what its --out names, where that is no folder."""
+class Flags:
+    """Of a benchmark, in earnest and in a quick run."""
 
-    flags: str
+    full: str
     quick: str
-    file: str = ""
+
+    def chosen(self, quick: bool) -> list[str]:
+        return (self.quick if quick else self.full).split()
 
 
-PARTS = {
-    "kernels": Part(
-        f"--model {MODEL} --context 128", f"--model {MODEL} --context 32 --repeats 3 --batch 4 --prompt 512"
+SHORT = {  # each a sitting
+    "kernels": Flags(
+        f"--model {MODEL} --context 128 --repeats 3",
+        f"--model {MODEL} --context 32 --repeats 3 --batch 4 --prompt 512",
     ),
-    "engine": Part(
-        f"--window {WINDOW} --repeats 21",
+    "engine": Flags(
+        f"--window {WINDOW} --repeats 5",
         f"--window {WINDOW} --repeats 3 --batches 1 4 --contexts 256 4096 --decoders 4 --prompts 0 1 --steps 2",
     ),
-    "scheduler": Part("--steps 300", "--running 64 --waiting 64 --steps 20", "scheduler.json"),
-    "frontend": Part("--rounds 5", "--rounds 2 --streams 8 --tokens 100", "frontend.json"),
-    "serving": Part(
-        "--only prompt keys --targets 100 25 --fresh --long 8192 --rounds 5 --running 256 --flood 300 --singles 15 "
-        "--rounds-of-keys 4",
-        "--only prompt keys --targets 25 --fresh --streams 4 --long 1024 --rounds 2 --running 16 --flood 24 "
-        "--singles 2 --still 4 --single-tokens 32 --rounds-of-keys 2",
-    ),
-    "server": Part("", "--quick"),
+    "scheduler": Flags("--steps 100", "--running 64 --waiting 64 --steps 20"),
+    "frontend": Flags("--rounds 1", "--rounds 1 --streams 8 --tokens 100"),
 }
+SCENES = {  # each after a sitting of all that is short
+    ("server", "against"): Flags("", "--quick"),
+    ("serving", "prompt"): Flags(
+        "--targets 100 25 --fresh --long 8192 --rounds 5",
+        "--targets 25 --fresh --streams 4 --long 1024 --rounds 2",
+    ),
+    ("server", "heavy_tailed"): Flags("", "--quick"),
+    ("serving", "keys"): Flags(
+        "--running 256 --flood 300 --singles 15 --rounds-of-keys 4",
+        "--running 16 --flood 24 --singles 2 --still 4 --single-tokens 32 --rounds-of-keys 2",
+    ),
+    ("server", "curve"): Flags("", "--quick"),
+    ("server", "first_token"): Flags("", "--quick"),
+}
+PARTS = [*SHORT, *dict.fromkeys(part for part, _ in SCENES)]
+DRAWINGS: dict[str, Callable[[Path, Report], None]] = {
+    "kernels-cpu.json": kernels.draw,
+    "engine-cpu.json": engine.draw,
+    "serving.json": serving.draw,
+    "server.json": server.draw,
+}
+
+
+@dataclass(frozen=True)
+class Sitting:
+    part: str
+    flags: Sequence[str]
+
+
+def sittings(only: Sequence[str], quick: bool) -> Iterator[Sitting]:
+    """In the order in which they come."""
+    for number, ((part, scene), flags) in enumerate(SCENES.items()):
+        if not (quick and number > 1):  # two show whether they can be pooled
+            yield from (Sitting(name, each.chosen(quick)) for name, each in SHORT.items() if name in only)
+        if part in only:
+            yield Sitting(part, ["--only", scene, *flags.chosen(quick)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     chosen = parse(argv)
-    report = {
-        **report_head(["torch", "numba", "uvicorn", "uvloop"]),
-        "commit": commit(),
-        "quick": chosen.quick,
-        "seconds": load_json(chosen.results / "suite.json").get("seconds", {}),
-    }
-    for name in chosen.only:
-        print(f"{name} …", flush=True)
+    folder = chosen.results / "sittings"
+    if folder.exists():  # of a run that failed
+        shutil.rmtree(folder)
+    head = {**report_head(["torch", "numba", "uvicorn", "uvloop"]), "commit": commit(), "quick": chosen.quick}
+    seconds: Counter[str] = Counter()
+    planned = [*sittings(chosen.only, chosen.quick)]
+    for number, sitting in enumerate(planned):
+        print(f"{number + 1} of {len(planned)}: {sitting.part}", flush=True)
         began = time.perf_counter()
-        run(name, chosen.results, chosen.quick)
-        report["seconds"][name] = round(time.perf_counter() - began, 1)
-        print(f"{name}: {report['seconds'][name]:.0f} s", flush=True)
-        write_json(chosen.results / "suite.json", report)
+        sit(sitting, folder / f"{number:02}")
+        seconds[sitting.part] += round(time.perf_counter() - began)
+    gather(folder, chosen.results, head["command"])
+    before = load_json(chosen.results / "suite.json").get("seconds", {})
+    write_json(chosen.results / "suite.json", {**head, "seconds": {**before, **seconds}})
     document.main(["--results", str(chosen.results), "--out", str(chosen.page)])
     print(f"{chosen.page} and {chosen.results} have it all.")
 
 
-def run(name: str, results: Path, quick: bool) -> None:
+def sit(sitting: Sitting, folder: Path) -> None:
     """Ends the program where a benchmark fails, and leaves what it said."""
-    part = PARTS[name]
-    flags = part.quick if quick else part.flags
-    results.mkdir(parents=True, exist_ok=True)
-    out = os.path.relpath(results / part.file, ROOT)  # results tell their command, and no one's folders
-    command = [sys.executable, "-m", f"benchmarks.{name}", *flags.split(), "--out", out]
-    with (results / f"{name}.log").open("w") as log:
-        ended = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT).returncode
+    folder.mkdir(parents=True)
+    out = os.path.relpath(folder, ROOT)  # results tell their command, and no one's folders
+    command = [sys.executable, "-m", f"benchmarks.{sitting.part}", *sitting.flags, "--out", out]
+    log = folder / "log"
+    with log.open("w") as output:
+        ended = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT).returncode
     if ended:
-        sys.exit(f"{' '.join(command)} ended with {ended}; {results / name}.log says why.")
-    (results / f"{name}.log").unlink()
+        sys.exit(f"{' '.join(command)} ended with {ended}; {log} says why.")
+
+
+def gather(sittings: Path, results: Path, command: str) -> None:
+    """Makes one report of those of a name, and its plots; then the sittings may go."""
+    parts: defaultdict[str, list[Report]] = defaultdict(list)
+    for file in sorted(sittings.glob("*/*.json")):
+        parts[file.name].append(load_json(file))
+    for name, each in parts.items():
+        report = pooled(each)
+        write_json(results / name, {**report, "command": command, "sittings": len(each)})
+        if name in DRAWINGS:
+            DRAWINGS[name](results, report)
+    shutil.rmtree(sittings)
 
 
 def commit() -> str:
@@ -105,7 +157,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m benchmarks.suite"
     )
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--results", type=Path, help="the folder for JSON and plots")
     parser.add_argument("--page", type=Path, help="the file that is made from them")

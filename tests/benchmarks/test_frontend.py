@@ -45,9 +45,8 @@ async def test_no_figure_where_events_are_missing(tiny: Server) -> None:
 
 
 def test_all_sides_have_figures(tmp_path: Path) -> None:
-    out = tmp_path / "frontend.json"
-    frontend.main(["--streams", "3", "--tokens", "60", "--rounds", "1", "--out", str(out)])
-    report = json.loads(out.read_text())
+    frontend.main(["--streams", "3", "--tokens", "60", "--rounds", "1", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "frontend.json").read_text())
     assert set(report["sides"]) == set(SIDES)
     assert set(report["server_us_per_token_more_than_plain"]) == set(WISHES)
     assert all(side["events_per_second"] > 0 for side in report["sides"].values())

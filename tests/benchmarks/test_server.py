@@ -81,7 +81,7 @@ def test_what_is_measured_is_judged_and_told(bench: server.Bench, tmp_path: Path
     assert report["first_token"]["ratios"]["loaded_to_unloaded"]["met"]
     assert bench.server.flags[0] == "--request-rate"  # type: ignore[attr-defined]
     write_json(tmp_path / "server.json", report)
-    server.draw_curve(tmp_path, report["curve"])
+    server.draw(tmp_path, report)
     page = written(tmp_path)
     assert "at least 10: missed" in page
     assert "at least 2: met" in page

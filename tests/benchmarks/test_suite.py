@@ -1,0 +1,79 @@
+"""The suite: what sits when, and what becomes of several sittings; its parts have tests of their own."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, strategies as st
+
+from benchmarks import suite
+from benchmarks.common import figure, interval
+from benchmarks.compare import figures
+from benchmarks.pool import pooled
+
+VALUES = st.lists(st.floats(0.1, 1e6), min_size=2, max_size=8)
+
+
+def sitting(value: float) -> dict[str, Any]:
+    return {
+        "command": f"at {value}",
+        "batch": 8,
+        "met": True,
+        "rate": value,
+        "rows": [{"size": 1, "figure": figure([0.9 * value, value, 9 * value], "tokens/s", "higher")}],
+        "ratio": interval([value, value, 2 * value]),
+    }
+
+
+@given(VALUES)
+def test_each_sitting_is_a_round(values: list[float]) -> None:
+    found = pooled([sitting(value) for value in values])
+    assert found["rows"] == [{"size": 1, "figure": figure(values, "tokens/s", "higher")}]
+    assert found["ratio"] == interval(values)
+    assert found["rate"] == statistics.median(values)
+    assert (found["batch"], found["met"], found["command"]) == (8, True, f"at {values[-1]}")
+
+
+def test_what_sat_once_is_as_it_was() -> None:
+    assert pooled([sitting(5.0)]) == sitting(5.0)
+    assert pooled([{"a": sitting(1.0)}, {"b": sitting(2.0)}]) == {"a": sitting(1.0), "b": sitting(2.0)}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [({"met": True}, {"met": False}), ([1, 2], [1]), ({"a": {}}, {"a": 3}), ({"a": None}, {"a": 3})],
+)
+def test_what_is_of_other_measurements_is_refused(one: object, other: object) -> None:
+    with pytest.raises(ValueError, match=r"sittings differ|zip"):
+        pooled([one, other])
+
+
+def test_everything_sits_and_what_is_short_all_over_the_run() -> None:
+    for quick in (True, False):
+        planned = [*suite.sittings(suite.PARTS, quick)]
+        scenes = [(each.part, each.flags[1]) for each in planned if each.flags[:1] == ["--only"]]
+        assert scenes == [*suite.SCENES]
+        assert {each.part for each in planned} == set(suite.PARTS)
+        assert sum(each.part == "engine" for each in planned) == (2 if quick else len(scenes))
+    assert [each.part for each in suite.sittings(["scheduler"], True)] == ["scheduler"] * 2
+
+
+def test_a_run_leaves_one_report_of_its_sittings_and_the_page(tmp_path: Path) -> None:
+    arguments = ["--quick", "--only", "scheduler", "--results", str(tmp_path / "found"), "--page"]
+    suite.main([*arguments, str(tmp_path / "page.md")])
+    report = json.loads((tmp_path / "found" / "scheduler.json").read_text())
+    found = figures({"scheduler": report})
+    assert found
+    assert all(len(each["rounds"]) == report["sittings"] == 2 for each in found.values())
+    assert {file.name for file in (tmp_path / "found").iterdir()} == {"scheduler.json", "suite.json"}
+    assert "## Scheduling" in (tmp_path / "page.md").read_text()
+
+
+def test_a_part_that_fails_ends_the_run_and_leaves_what_it_said(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="ended with 2"):
+        suite.sit(suite.Sitting("scheduler", ["--steps", "1"]), tmp_path / "00")
+    assert "--steps should be at least" in (tmp_path / "00" / "log").read_text()
