@@ -3,16 +3,18 @@
     python -m benchmarks.load                                         # 10 minutes; `make load SECONDS=60 USERS=96`
     python -m benchmarks.load --url http://127.0.0.1:8000 --pid 4711  # a server that runs; without --pid no memory
 
-The users of `locustfile.py` come in stages, the last of which are more than the server has room for: it runs so many
-sequences at once, lets as many again wait, and refuses the rest. Leaves locust's report (`load.html`), its CSV
-(`load_*.csv`) and `load.json`: tokens/s and memory by stage, failures by kind, and the verdicts
+The users of `locustfile.py` come in stages: few, enough to saturate it, as many as it has room for, and more: it runs
+so many sequences at once, lets as many again wait, and refuses the rest. These levels are climbed, descended and
+climbed again, so that what the machine does meanwhile meets all of them, and a server that does not recover is seen.
+Leaves locust's report (`load.html`), its CSV (`load_*.csv`) and `load.json`: tokens/s and memory by stage, tokens/s by
+level with a round of each climb, failures by kind, and the verdicts
 
     no_failures      nothing failed; a refusal (429) is no failure
-    throughput_flat  the last stage's tokens/s are not far below the mean of those before it, from the first on that
-                     came near the best; null: never saturated. The lowest to the best, told beside it, is much a matter
-                     of the machine's noise. The tokens of prompts count too: how many answers a stage has left for is
-                     much a matter of chance, as some prompts are long
-    memory_flat      medians of the memory in both halves of that time; null: never saturated, or memory not seen
+    throughput_flat  at no level past the first that comes near the best are tokens/s far below that one's, climb by
+                     climb; null: never saturated. The tokens of prompts count too: how many answers a stage has left
+                     for is much a matter of chance, as some prompts are long
+    memory_flat      medians of the memory in both halves of the time since then; null: never saturated, or memory not
+                     seen
 
 Ends with exit code 1 where one of them is false.
 """
@@ -27,17 +29,18 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from benchmarks.client import served
-from benchmarks.common import report_head, write_json
+from benchmarks.common import figure, ratio, report_head, write_json
 
 ROOT = Path(__file__).parents[1]
-SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1.0)  # of the users, by stage
+SHARES = (1 / 64, 1 / 8, 1 / 2, 1.0)  # of the users, by level
 SETTLING = 0.2  # of a stage, which is not measured: users come, and the queue fills or empties
-NEAR, FAR = 0.95, 0.9  # of the best stage's tokens/s, which is saturated; of the mean, which is fallen
+NEAR, FAR = 0.95, 0.9  # of the best level's tokens/s, which is saturated; of a saturated level's, which is fallen
 GROWTH = 0.02  # of the memory, that is no leak yet
 RATES = ("tokens", "prompt_tokens", "answers", "refused")
 KEYS = ("load-1", "load-2", "load-3")
@@ -52,9 +55,10 @@ Figures = dict[str, Any]
 Stage = tuple[int, float, float]  # users, from and to second
 
 
-def stages_of(users: int, seconds: float) -> list[Stage]:
-    """As long as each other, each with more users than the one before."""
-    numbers = sorted({max(1, round(share * users)) for share in SHARES})
+def stages_of(users: int, seconds: float, climbs: int) -> list[Stage]:
+    """As long as each other: all levels upwards, then downwards, and so on."""
+    levels = sorted({max(1, round(share * users)) for share in SHARES})
+    numbers = [users for climb in range(climbs) for users in (levels[::-1] if climb % 2 else levels)]
     each = seconds / len(numbers)
     return [(number, i * each, (i + 1) * each) for i, number in enumerate(numbers)]
 
@@ -89,8 +93,25 @@ def stage_figures(samples: Sequence[Mapping[str, Any]], stage: Stage) -> Figures
     }
 
 
+def levels_of(by_stage: Sequence[Figures]) -> list[Figures]:
+    """Each number of users with the tokens/s of its stages, those of prompts too, and of those generated."""
+    found = []
+    for users in sorted({stage["users"] for stage in by_stage}):
+        stages = [stage for stage in by_stage if stage["users"] == users]
+        total = [stage["tokens_per_s"] + stage["prompt_tokens_per_s"] for stage in stages]
+        generated = [stage["tokens_per_s"] for stage in stages]
+        found.append(
+            {
+                "users": users,
+                "total_tokens_per_s": figure(total, "tokens/s", "higher"),
+                "tokens_per_s": figure(generated, "tokens/s", "higher"),
+            }
+        )
+    return found
+
+
 def saturated_at(rates: Sequence[float]) -> int | None:
-    """The first stage near the best, if others come after it; None where tokens/s still grow, or there are none."""
+    """The first level near the best, if others come after it; None where tokens/s still grow, or there are none."""
     if not any(rates):
         return None
     first = next(i for i, rate in enumerate(rates) if rate >= NEAR * max(rates))
@@ -98,25 +119,25 @@ def saturated_at(rates: Sequence[float]) -> int | None:
 
 
 def verdicts(
-    stages: Sequence[Stage], by_stage: Sequence[Figures], samples: Sequence[Mapping[str, Any]], failures: int
+    stages: Sequence[Stage], levels: Sequence[Figures], samples: Sequence[Mapping[str, Any]], failures: int
 ) -> Figures:
-    rates = [figures["tokens_per_s"] + figures["prompt_tokens_per_s"] for figures in by_stage]
-    at = saturated_at(rates)
     found: Figures = {"no_failures": not failures, "throughput_flat": None, "memory_flat": None}
+    rates = [level["total_tokens_per_s"] for level in levels]
+    at = saturated_at([rate["value"] for rate in rates])
     if at is None:
         return found
-    begin, end = settled(stages[at]), stages[-1][2]
-    last = rates[-1] / statistics.fmean(rates[at:-1])
+    users = levels[at]["users"]
+    beyond = {
+        str(level["users"]): asdict(ratio(rate["rounds"], rates[at]["rounds"]))
+        for level, rate in zip(levels[at + 1 :], rates[at + 1 :], strict=True)
+    }
+    found |= {"saturated_at_users": users, "total_tokens_per_s_to_saturated": beyond}
+    found["throughput_flat"] = all(each["value"] >= FAR for each in beyond.values())
+    begin, end = next(settled(stage) for stage in stages if stage[0] >= users), stages[-1][2]
     halves = [
         [sample["rss"] for sample in within(samples, *half) if sample["rss"] is not None]
         for half in pairwise((begin, (begin + end) / 2, end))
     ]
-    found |= {
-        "saturated_at_users": stages[at][0],
-        "last_to_mean_total_tokens_per_s": round(last, 3),
-        "lowest_to_best_total_tokens_per_s": round(min(rates[at:]) / max(rates), 3),
-    }
-    found["throughput_flat"] = last >= FAR
     if all(halves):
         growth = statistics.median(halves[1]) / statistics.median(halves[0]) - 1
         found |= {"memory_growth": round(growth, 4), "memory_flat": growth <= GROWTH}
@@ -127,10 +148,12 @@ def judged(seen: Mapping[str, Any], stages: Sequence[Stage]) -> Figures:
     """The report of what the users saw."""
     samples = seen["samples"]
     by_stage = [stage_figures(samples, stage) for stage in stages]
+    levels = levels_of(by_stage)
     return {
         **{name: seen[name] for name in ("answers", "refused", "left", "failures")},
         "stages": by_stage,
-        "verdicts": verdicts(stages, by_stage, samples, sum(seen["failures"].values())),
+        "levels": levels,
+        "verdicts": verdicts(stages, levels, samples, sum(seen["failures"].values())),
     }
 
 
@@ -169,6 +192,11 @@ def print_report(report: Figures) -> None:
         rates += f", {stage['prompt_tokens_per_s']:8,.0f} tokens of prompts/s"
         refused, busy = f"{stage['refused_per_s']:6.1f} refused/s", f"client busy {stage['client_cpu_share']:.0%}"
         print(f"{stage['users']:>5} users: {rates}, {refused}{memory}; {busy}")
+    for level in report["levels"]:
+        total, generated = level["total_tokens_per_s"], level["tokens_per_s"]
+        print(f"{level['users']:>5} users: {total['value']:,.0f} tokens/s, {generated['value']:,.0f} of answers")
+    if report["verdicts"]["throughput_flat"] is None:
+        print("It was never saturated: more --users show what becomes of it then.")
     for name in ("failures", "verdicts"):
         print(f"{name}: {report[name]}")
 
@@ -178,7 +206,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m benchmarks.load"
     )
     parser.add_argument("--seconds", type=float, default=600, help="of all stages together")
-    parser.add_argument("--users", type=int, default=256, help="of the last stage")
+    parser.add_argument("--users", type=int, default=256, help="of the highest level")
+    parser.add_argument("--climbs", type=int, default=4, help="of the levels, up and down in turn")
     parser.add_argument("--tags", nargs="*", default=[], help="scenarios; else all")
     parser.add_argument("--think", type=float, default=1.0, help="seconds between an answer and the next request")
     parser.add_argument("--answer-tokens", type=int, default=64, help="on the average")
@@ -188,8 +217,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--keys", nargs="*", help="its API keys")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
     chosen = parser.parse_args(argv)
-    if chosen.users < 2 or not chosen.seconds > 0:
-        parser.error("--users and --seconds: should be at least 2, and above 0")
+    if chosen.users < 2 or chosen.climbs < 1 or not chosen.seconds > 0:
+        parser.error("--users, --climbs and --seconds: should be at least 2, at least 1, and above 0")
     if chosen.keys is None:
         chosen.keys = [] if chosen.url else KEYS
     return chosen
@@ -198,7 +227,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     chosen = parse(argv)
     chosen.out.mkdir(parents=True, exist_ok=True)
-    stages = stages_of(chosen.users, chosen.seconds)
+    stages = stages_of(chosen.users, chosen.seconds, chosen.climbs)
     with target(chosen) as (url, pid):
         seen = locust(url, pid, stages, chosen)
     options = {"server": None if chosen.url else [*SERVER, *chosen.set], "think": chosen.think, "tags": chosen.tags}

@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from datetime import datetime
 
@@ -156,13 +157,16 @@ async def _listening(client: Client) -> Failed | None:
 
 
 async def _warm_up(options: Options, client: Client, prompt: Prompt) -> None:
+    """Says what failed, as a run that was not warmed is another one."""
     places = asyncio.Semaphore(options.max_concurrency or max(1, options.num_warmups))
 
-    async def warm(number: int) -> None:
+    async def warm(number: int) -> Failed | None:
         async with places:
-            await _try(client, prompt, number)
+            return await _try(client, prompt, number)
 
-    await asyncio.gather(*map(warm, range(options.num_warmups)))
+    ended = await asyncio.gather(*map(warm, range(options.num_warmups)))
+    for kind, number in Counter(failed.kind for failed in ended if failed is not None).items():
+        print(f"WARNING: of {options.num_warmups} warm-up requests {number} failed: {kind}", file=sys.stderr)
 
 
 async def _try(client: Client, prompt: Prompt, number: int) -> Failed | None:

@@ -54,6 +54,8 @@ async def test_a_server_that_is_down_refuses_everything(tmp_path: Path, capsys: 
     assert saved["mean_ttft_ms"] is None
     assert saved["errors"][0].startswith("connect_refused: ")
     assert "WARNING: no request was answered." in capsys.readouterr().out
+    await run(port, file, "--num-prompts", 1, "--num-warmups", 2)
+    assert capsys.readouterr().err == "WARNING: of 2 warm-up requests 2 failed: connect_refused\n"
     with pytest.raises(ConfigError, match=r"--ready-check-timeout-sec 0.2: no good answer .* connect_refused"):
         await run(port, file, "--ready-check-timeout-sec", 0.2)
     with pytest.raises(ConfigError, match=r"--model: not given, .* connect_refused"):
