@@ -14,6 +14,7 @@ import pytest
 from benchmarks import document, engine, loads, server
 from benchmarks.common import figure, write_json
 from benchmarks.loads import Request
+from benchmarks.sides import TEMPERATURE, Remote
 from tests.conftest import Server
 from tests.kernels.support import CONFORMANCE
 
@@ -25,7 +26,7 @@ ENGINE = (
 ).split()
 
 
-class Made(server.Remote):
+class Made(Remote):
     """What a turn may bring, without one."""
 
     def __init__(self, rate: float) -> None:
@@ -57,19 +58,19 @@ def test_prompts_have_their_length_and_no_other_seed_has_the_same() -> None:
 
 def test_a_server_is_measured_over_http(tiny: Server, tmp_path: Path) -> None:
     load = loads.load([3, 9, 4], seed=0)
-    found = server.Remote(tiny.port)(load, 2)
+    found = Remote(tiny.port)(load, 2)
     assert found["completed"] == 3
     assert found["total_output_tokens"] == 16
     assert found["max_concurrency"] == 2
     with pytest.raises(SystemExit, match=r"bench serve ended with 2.*refused"):
-        server.Remote(1)(load, 2)
+        Remote(1)(load, 2)
 
 
 def test_what_is_measured_is_judged_and_told(bench: server.Bench, tmp_path: Path) -> None:
     report: dict[str, Any] = {
         "options": server.options_of(bench.chosen),
         "prompt_tokens": loads.PROMPT,
-        "temperature": server.TEMPERATURE,
+        "temperature": TEMPERATURE,
         **{name: measurement(bench) for name, measurement in server.MEASUREMENTS.items()},
     }
     against = report["against"]
