@@ -29,7 +29,7 @@ class Places:
     def begin(self) -> None:
         """A new plan."""
         self.copies: list[Copy] = []
-        self.moved: list[Sequence] = []
+        self.moved: list[Sequence] = []  # whose states are what these copies make them
 
     @property
     def room(self) -> int:
@@ -86,6 +86,8 @@ class Places:
         if self.slots.on_device(entry.slot):
             self.discard(entry, cache, give=False)
             sequence.slot = entry.slot
+            if any(copy.target == entry.slot for copy in self.copies):
+                self.moved.append(sequence)
             return True
         sequence.slot = slot = self._on_device(sequence, suspended, cache, None, False)
         if slot is not None and cache.holds(entry):

@@ -220,14 +220,17 @@ class Worker:
             self._trace.close()
 
     def _step(self) -> None:
-        self._publish([update for message in self._take_inbox() for update in message()])
+        """Counts before it publishes: who has been told an end finds the place free."""
+        updates = [update for message in self._take_inbox() for update in message()]
         now = time.monotonic()
-        self._publish(self._scheduler.expire(now))
+        updates += self._scheduler.expire(now)
         step = self._scheduler.plan(now)
         self._count()
+        self._publish(updates)
         if step is not None:
-            self._publish(self._compute(step))
+            updates = self._compute(step)
             self._count()
+            self._publish(updates)
             self._progress = time.monotonic()
         elif self._scheduler.has_work:  # a fault of the scheduler: /health will tell; do not burn a core meanwhile
             with self._inbox_changed:

@@ -90,11 +90,12 @@ class TextStream:
         return text[:keep]
 
     def _cut(self, text: str, known: int) -> int | None:
-        """Where `text` ends for a stop string that what follows its `known` beginning has completed."""
+        """Where `text` ends for a stop string that what follows its `known` beginning has completed: the first that is
+        complete, and of those the longest, in however many pieces the text comes."""
         found = [(at, stop) for stop in self._stop if (at := text.find(stop, max(0, known - len(stop) + 1))) >= 0]
         if not found:
             return None
-        at, stop = min(found, key=lambda each: each[0])
+        at, stop = min(found, key=lambda each: (each[0] + len(each[1]), each[0]))
         return at + len(stop) if self._include_stop else at
 
 

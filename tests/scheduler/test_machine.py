@@ -194,3 +194,16 @@ SchedulerMachine.TestCase.settings = settings(
     max_examples=int(os.environ.get("MACHINE_EXAMPLES", 150)), stateful_step_count=40, deadline=None
 )
 TestScheduler = SchedulerMachine.TestCase
+
+
+def test_nobody_begins_with_a_copy_that_a_failed_step_did_not_make() -> None:
+    """The one that waited for it took its place over, had none of the step's tokens, and is not believed to hold it."""
+    machine = SchedulerMachine()
+    machine.begin(3, 10, Policy(quantum=1, keep=False, min_shared=1))
+    for stem, key in ((20, "b"), (40, "b"), (8, "a")):
+        options = {"max_tokens": 1, "key": key, "priority": 0}
+        machine.submit([[*STEM[:stem], 0, 0]], 1, options, None, (None, None))
+        if key == "b":
+            machine.advance()
+    machine.fail_step()
+    machine.teardown()

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given, strategies as st
+from hypothesis import example, given, strategies as st
 
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly
@@ -50,6 +50,7 @@ def test_text_ends_before_the_first_stop_string_and_shows_nothing_of_it(text: st
     st.text("abc<", max_size=9),
     st.integers(0, 9),
 )
+@example("a", ["<", "a<a"], "", 0)  # the first is complete before the other, which begins before it
 def test_stop_strings_are_looked_for_up_to_a_text_and_not_from_there_on(
     text: str, stop: list[str], rest: str, early: int
 ) -> None:
