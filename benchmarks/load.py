@@ -10,9 +10,10 @@ Leaves locust's report (`load.html`), its CSV (`load_*.csv`) and `load.json`: to
 level with a round of each climb, failures by kind, and the verdicts
 
     no_failures      nothing failed; a refusal (429) is no failure
-    throughput_flat  at no level past the first that comes near the best are tokens/s far below that one's, climb by
-                     climb; null: never saturated. The tokens of prompts count too: how many answers a stage has left
-                     for is much a matter of chance, as some prompts are long
+    throughput_flat  at no level past the first that comes near the best are tokens/s far below that one's, by the
+                     medians over climbs, and no stage of these levels brings little beside the best; null: never
+                     saturated. The tokens of prompts count too: how many answers a stage has left for is much a
+                     matter of chance, as some prompts are long
     memory_flat      medians of the memory in both halves of the time since then; null: never saturated, or memory not
                      seen
 
@@ -41,6 +42,7 @@ ROOT = Path(__file__).parents[1]
 SHARES = (1 / 64, 1 / 8, 1 / 2, 1.0)  # of the users, by level
 SETTLING = 0.2  # of a stage, which is not measured: users come, and the queue fills or empties
 NEAR, FAR = 0.95, 0.9  # of the best level's tokens/s, which is saturated; of a saturated level's, which is fallen
+FALLEN = 0.6  # of the best stage's tokens/s, below which a single stage is no noise
 GROWTH = 0.02  # of the memory, that is no leak yet
 RATES = ("tokens", "prompt_tokens", "answers", "refused")
 KEYS = ("load-1", "load-2", "load-3")
@@ -50,7 +52,7 @@ SERVER = (
     "engine.state_memory=3 GiB",
     "auth.enabled=true",
 )
-FILE = "load.json"
+FILE, SAMPLES = "load.json", "load_samples.json"
 Figures = dict[str, Any]
 Stage = tuple[int, float, float]  # users, from and to second
 
@@ -74,17 +76,18 @@ def within(samples: Sequence[Mapping[str, Any]], begin: float, end: float) -> li
 
 
 def stage_figures(samples: Sequence[Mapping[str, Any]], stage: Stage) -> Figures:
-    """What was seen between the first and the last sample of a stage that has settled."""
+    """What was seen between the first and the last sample of a stage that has settled and has its users."""
     users, begin, end = stage
-    found = within(samples, settled(stage), end)
+    found = [sample for sample in within(samples, settled(stage), end) if sample["users"] == users]
     if len(found) < 2:
-        raise RuntimeError(f"a stage of {end - begin:.1f} s is too short to be measured: more --seconds")
+        raise RuntimeError(f"a stage of {end - begin:.1f} s was too short to be measured: more --seconds")
     first, last = found[0], found[-1]
     seconds = last["seconds"] - first["seconds"]
     per_second = {name: (last[name] - first[name]) / seconds for name in RATES}
     rss = [sample["rss"] for sample in found if sample["rss"] is not None]
     return {
         "users": users,
+        "from_second": round(first["seconds"], 1),
         "seconds": round(seconds, 1),
         **{f"{name}_per_s": round(rate, 2) for name, rate in per_second.items()},
         "rss_median": statistics.median(rss) if rss else None,
@@ -98,72 +101,89 @@ def levels_of(by_stage: Sequence[Figures]) -> list[Figures]:
     found = []
     for users in sorted({stage["users"] for stage in by_stage}):
         stages = [stage for stage in by_stage if stage["users"] == users]
-        total = [stage["tokens_per_s"] + stage["prompt_tokens_per_s"] for stage in stages]
-        generated = [stage["tokens_per_s"] for stage in stages]
         found.append(
             {
                 "users": users,
-                "total_tokens_per_s": figure(total, "tokens/s", "higher"),
-                "tokens_per_s": figure(generated, "tokens/s", "higher"),
+                "total_tokens_per_s": figure([total(stage) for stage in stages], "tokens/s", "higher"),
+                "tokens_per_s": figure([stage["tokens_per_s"] for stage in stages], "tokens/s", "higher"),
             }
         )
     return found
 
 
 def saturated_at(rates: Sequence[float]) -> int | None:
-    """The first level near the best, if others come after it; None where tokens/s still grow, or there are none."""
+    """The first level that once came near the best, if others come after it; None where tokens/s still grow, or there
+    are none."""
     if not any(rates):
         return None
     first = next(i for i, rate in enumerate(rates) if rate >= NEAR * max(rates))
     return first if first < len(rates) - 1 else None
 
 
-def verdicts(
-    stages: Sequence[Stage], levels: Sequence[Figures], samples: Sequence[Mapping[str, Any]], failures: int
-) -> Figures:
-    found: Figures = {"no_failures": not failures, "throughput_flat": None, "memory_flat": None}
-    rates = [level["total_tokens_per_s"] for level in levels]
-    at = saturated_at([rate["value"] for rate in rates])
+def verdicts(by_stage: Sequence[Figures], levels: Sequence[Figures], seen: Mapping[str, Any]) -> Figures:
+    found: Figures = {"no_failures": not seen["failures"], "throughput_flat": None, "memory_flat": None}
+    at = saturated_at([max(level["total_tokens_per_s"]["rounds"]) for level in levels])
     if at is None:
         return found
-    users = levels[at]["users"]
-    beyond = {
-        str(level["users"]): asdict(ratio(rate["rounds"], rates[at]["rounds"]))
-        for level, rate in zip(levels[at + 1 :], rates[at + 1 :], strict=True)
-    }
-    found |= {"saturated_at_users": users, "total_tokens_per_s_to_saturated": beyond}
-    found["throughput_flat"] = all(each["value"] >= FAR for each in beyond.values())
-    begin, end = next(settled(stage) for stage in stages if stage[0] >= users), stages[-1][2]
+    users, rates = levels[at]["users"], [total(stage) for stage in by_stage]
+    fallen = [i for i, stage in enumerate(by_stage) if stage["users"] >= users and rates[i] < FALLEN * max(rates)]
+    found |= {"saturated_at_users": users, "fallen_stages": fallen}
+    if all(rates):  # else there is no ratio to what was nothing
+        ratios = to_first(levels[at:])
+        found["total_tokens_per_s_to_saturated"] = ratios
+        found["throughput_flat"] = not fallen and all(each["value"] >= FAR for each in ratios.values())
+    else:
+        found["throughput_flat"] = False
+    return found | of_memory(seen["samples"], by_stage, users)
+
+
+def to_first(levels: Sequence[Figures]) -> Figures:
+    """How many times the first level's tokens/s each other's are."""
+    first, *others = levels
+    below = first["total_tokens_per_s"]["rounds"]
+    return {str(level["users"]): asdict(ratio(level["total_tokens_per_s"]["rounds"], below)) for level in others}
+
+
+def total(stage: Figures) -> float:
+    """Tokens/s, those of prompts too."""
+    return float(stage["tokens_per_s"] + stage["prompt_tokens_per_s"])
+
+
+def of_memory(samples: Sequence[Mapping[str, Any]], by_stage: Sequence[Figures], users: int) -> Figures:
+    """Whether it grew since there first were so many."""
+    begin = next(stage["from_second"] for stage in by_stage if stage["users"] >= users)
+    end = samples[-1]["seconds"]
     halves = [
         [sample["rss"] for sample in within(samples, *half) if sample["rss"] is not None]
         for half in pairwise((begin, (begin + end) / 2, end))
     ]
-    if all(halves):
-        growth = statistics.median(halves[1]) / statistics.median(halves[0]) - 1
-        found |= {"memory_growth": round(growth, 4), "memory_flat": growth <= GROWTH}
-    return found
+    if not all(halves):
+        return {}
+    growth = statistics.median(halves[1]) / statistics.median(halves[0]) - 1
+    return {"memory_growth": round(growth, 4), "memory_flat": growth <= GROWTH}
 
 
 def judged(seen: Mapping[str, Any], stages: Sequence[Stage]) -> Figures:
     """The report of what the users saw."""
-    samples = seen["samples"]
-    by_stage = [stage_figures(samples, stage) for stage in stages]
+    if (last := seen["samples"][-1]["seconds"]) < settled(stages[-1]):
+        raise RuntimeError(f"locust ended after {last:.0f} s, before its last stage")
+    by_stage = [stage_figures(seen["samples"], stage) for stage in stages]
     levels = levels_of(by_stage)
     return {
-        **{name: seen[name] for name in ("answers", "refused", "left", "failures")},
+        **{name: seen[name] for name in ("answers", "refused", "left", "stopped", "failures")},
         "stages": by_stage,
         "levels": levels,
-        "verdicts": verdicts(stages, levels, samples, sum(seen["failures"].values())),
+        "verdicts": verdicts(by_stage, levels, seen),
     }
 
 
 def locust(url: str, pid: int | None, stages: Sequence[Stage], chosen: argparse.Namespace) -> Figures:
     """Runs it to its end; what its users saw."""
-    samples = chosen.out / "load_samples.json"
+    samples = chosen.out / SAMPLES
     samples.unlink(missing_ok=True)
     command = [sys.executable, "-m", "locust", "-f", ROOT / "benchmarks" / "locustfile.py", "--headless", "-H", url]
     command += ["--html", chosen.out / "load.html", "--csv", chosen.out / "load", "--samples", samples]
-    command += ["--stop-timeout", "10", "--only-summary", "--api-keys", ",".join(chosen.keys), "--think", chosen.think]
+    command += ["--only-summary", "--api-keys", ",".join(chosen.keys), "--think", chosen.think]
     command += ["--answer-tokens", chosen.answer_tokens, "--server-pid", pid or 0]
     command += ["--tags", *chosen.tags] if chosen.tags else []
     text = ",".join(f"{users}x{end - begin}" for users, begin, end in stages)
@@ -171,7 +191,6 @@ def locust(url: str, pid: int | None, stages: Sequence[Stage], chosen: argparse.
     if not samples.is_file():
         raise RuntimeError(f"locust left nothing behind; its exit code is {ended.returncode}")
     seen: Figures = json.loads(samples.read_text())
-    samples.unlink()
     return seen
 
 
@@ -233,6 +252,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = {"server": None if chosen.url else [*SERVER, *chosen.set], "think": chosen.think, "tags": chosen.tags}
     report = {**report_head(["locust", "gevent", "torch", "numba"]), **options, **judged(seen, stages)}
     write_json(chosen.out / FILE, report)
+    (chosen.out / SAMPLES).unlink()
     print_report(report)
     return int(False in report["verdicts"].values())
 

@@ -34,6 +34,7 @@ from typing import Any
 import gevent
 import orjson
 import psutil
+from gevent import GreenletExit
 from gevent.pool import Group
 from geventhttpclient.client import HTTPClient
 from geventhttpclient.response import HTTPConnectionClosed, HTTPParseError, HTTPSocketResponse
@@ -81,6 +82,7 @@ class Tally:
 
     def __init__(self) -> None:
         self.tokens = self.prompt_tokens = self.answers = self.refused = self.left = 0
+        self.stopped = 0  # streams of users that locust took away, as there were to be fewer
         self.failures: Counter[str] = Counter()
 
     def count(self, tokens: int) -> None:
@@ -129,7 +131,10 @@ class Reader(User):
         together = Group()
         for _ in range(BURST):
             together.spawn(self.stream, "burst", COMPLETIONS, self.completion())
-        together.join()
+        try:
+            together.join()
+        finally:  # locust may take the user away
+            together.kill()
 
     @tag("long")
     @task(1)
@@ -176,15 +181,21 @@ class Reader(User):
         began = outcome.sent = time.perf_counter()
         try:
             answer = self._ask(path, body, key if key is not None else "".join(self.keys[:1]))
-            if answer.status_code == 429:
-                self._refused(scenario, began, answer)
-            elif self._read(answer, outcome, leave_after):
-                self._answered(scenario, outcome)
-            else:
-                TALLY.left += 1
-                self._log("left", scenario, time.perf_counter() - began)
+            refused = answer.status_code == 429
+            whole = bool(answer.read()) if refused else self._read(answer, outcome, leave_after)
         except (Failed, OSError, HTTPParseError) as error:
             self._failed(scenario, began, kind_of(error))
+            return
+        except GreenletExit:
+            TALLY.stopped += 1
+            raise
+        if refused:
+            self._refused(scenario, began, answer)
+        elif whole:
+            self._answered(scenario, outcome)
+        else:
+            TALLY.left += 1
+            self._log("left", scenario, time.perf_counter() - began)
 
     def _ask(self, path: str, body: Mapping[str, Any], key: str) -> HTTPSocketResponse:
         content = orjson.dumps({**body, "stream": True, "stream_options": {"include_usage": True}})
@@ -218,7 +229,6 @@ class Reader(User):
             self._log("tokens/s", scenario, 1e-3 / outcome.per_token)
 
     def _refused(self, scenario: str, began: float, answer: HTTPSocketResponse) -> None:
-        answer.read()
         TALLY.refused += 1
         self._log("429", scenario, time.perf_counter() - began)
         told = str(answer.get("retry-after", "1"))
@@ -313,14 +323,22 @@ class Samples:
             "prompt_tokens": TALLY.prompt_tokens,
             "answers": TALLY.answers,
             "refused": TALLY.refused,
-            "rss": server.memory_info().rss if server is not None and server.is_running() else None,
+            "rss": None if server is None else rss_of(server),
             "client_cpu_seconds": time.process_time(),
         }
 
     def write(self) -> None:
         self._loop.kill()
-        told = {"refused": TALLY.refused, "left": TALLY.left, "answers": TALLY.answers, "failures": TALLY.failures}
+        told = {name: getattr(TALLY, name) for name in ("answers", "refused", "left", "stopped", "failures")}
         self._file.write_text(json.dumps({**told, "samples": self._found}))
+
+
+def rss_of(process: psutil.Process) -> int | None:
+    """None where it has ended, also if nobody has taken note of that yet."""
+    try:
+        return process.memory_info().rss or None
+    except psutil.NoSuchProcess:
+        return None
 
 
 @events.test_start.add_listener  # type: ignore[untyped-decorator]

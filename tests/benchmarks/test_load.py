@@ -113,15 +113,20 @@ async def test_whatever_is_wrong_with_an_answer_is_a_failure_of_its_kind(tmp_pat
     assert max(len(body.get("prompt", "")) for body in fake.bodies) == 4096
 
 
-def seen(rates: Sequence[float], memory: Sequence[int], **more: Any) -> dict[str, Any]:
-    """Ten seconds a stage, a sample a second."""
+USERS = [2, 16, 64, 128, 128, 64, 16, 2]
+
+
+def seen(rates: Sequence[float], memory: Sequence[int], users: Sequence[int] = USERS, **more: Any) -> dict[str, Any]:
+    """Ten seconds a stage, a sample a second; users come and go within three."""
     samples, tokens = [], 0.0
     for second in range(10 * len(rates) + 1):
         stage = min(second // 10, len(rates) - 1)
         counts = {"tokens": tokens / 4, "prompt_tokens": tokens * 3 / 4, "answers": tokens / 10, "refused": 0}
-        samples.append({"seconds": second, "rss": memory[stage] * MIB, "client_cpu_seconds": second / 4, **counts})
+        there = users[stage] if second % 10 >= 3 or second == 0 else 77
+        samples.append({"seconds": second, "users": there, "rss": memory[stage] * MIB or None, **counts})
+        samples[-1]["client_cpu_seconds"] = second / 4
         tokens += rates[stage]
-    return {"answers": 9, "refused": 0, "left": 1, "failures": {}, "samples": samples, **more}
+    return {"answers": 9, "refused": 0, "left": 1, "stopped": 2, "failures": {}, "samples": samples, **more}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +136,10 @@ def seen(rates: Sequence[float], memory: Sequence[int], **more: Any) -> dict[str
         (seen([40, 96, 99, 85, 85, 97, 96, 41], [99] * 8), (True, False, True)),
         (seen([40, 96, 85, 97, 98, 85, 96, 41], [99] * 8), (True, False, True)),  # in the middle alone
         (seen([40, 96, 99, 97, 72, 71, 72, 41], [99] * 8), (True, True, True)),  # the machine's doing
-        (seen([40, 96, 99, 97, 98, 70, 96, 41], [99] * 8), (True, False, True)),  # does not recover
+        (seen([40, 96, 99, 97, 98, 70, 96, 41], [99] * 8), (True, False, True)),  # on the way down alone
+        (seen([40, 96, 99, 97, 20, 20, 20, 20], [99] * 8), (True, False, True)),  # does not recover
+        (seen([40, 96, 99, 97, 98, 97, 30, 30], [99] * 8), (True, False, True)),  # breaks down late
+        (seen([40, 96, 99, 97, 0, 0, 0, 0], [99] * 4 + [0] * 4, failures={"timeout": 9}), (False, False, None)),  # dies
         (seen([40, 96, 99, 97, 98, 97, 96, 41], [50, 80, 99, 99, 110, 120, 120, 120]), (True, True, False)),
         (seen([10, 20, 40, 80, 80, 40, 20, 10], [99] * 8), (True, None, None)),  # more users would bring more
         (seen([99] * 8, [99] * 8, failures={"closed_mid_stream": 1}), (False, True, True)),
@@ -147,8 +155,10 @@ def test_what_becomes_of_a_server_past_its_saturation_is_judged(what: dict[str, 
 
 
 def test_the_figures_of_a_stage_are_those_after_it_has_settled() -> None:
-    figures = load.judged(seen([40, 80], [90, 95]), load.stages_of(2, 20, climbs=1))["stages"]
+    figures = load.judged(seen([40, 80], [90, 95], [1, 2]), load.stages_of(2, 20, climbs=1))["stages"]
     assert [stage["tokens_per_s"] for stage in figures] == [10, 20]
     assert [stage["prompt_tokens_per_s"] for stage in figures] == [30, 60]
     with pytest.raises(RuntimeError, match="more --seconds"):
-        load.judged(seen([40, 80], [90, 95]), [(1, 0, 1), (2, 1, 20)])
+        load.judged(seen([40, 80], [90, 95], [1, 2]), [(1, 0, 1), (2, 1, 20)])
+    with pytest.raises(RuntimeError, match="ended after 20 s, before its last stage"):
+        load.judged(seen([40, 80], [90, 95], [1, 2]), load.stages_of(2, 60, climbs=1))
