@@ -3,10 +3,12 @@
     python -m benchmarks.compare benchmarks/results/amd-epyc-2-threads /tmp/new
     python -m benchmarks.compare A B --least 0.1         # what is slower by less than a tenth is no matter
 
-Looks at every figure (`common.figure`) of the first folder. The rounds of both are compared by t intervals on the scale
-of logarithms, whose variances lean on those of all figures (`noise.py`). They are as wide as it takes for all of them
-together to hold in 95 % of comparisons of runs that differ by noise alone; what drifts between two runs is in none of
-them, and is what `--least` is for. Of a figure without rounds, the spread follows from both intervals, as normal ones.
+Looks at every figure (`common.figure`) of the first folder, and at each part of a file as a whole, as what is slower
+in many figures need not be beyond the noise of one. The rounds of both are compared by t intervals on the scale of
+logarithms, whose variances lean on those of all figures, or all parts (`noise.py`). They are as wide as it takes for
+all of them together to hold in 95 % of comparisons of runs that differ by noise alone, and it is told what loss they
+would show. What drifts between two runs is in none of them, and is what `--least` is for. Of a figure without rounds,
+the spread follows from both intervals, as normal ones.
 
 What is worse by more than `--least` at each place of its interval is a regression, and the exit code is 1. So it is
 where B lacks a figure that A has. 2 is for folders that cannot be compared: nothing in common, or one of them of a
@@ -20,14 +22,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
-from benchmarks.common import FIGURE, Ratio
+from benchmarks.common import FIGURE, Ratio, figure
 from benchmarks.noise import SURE, each_share, ratios
 
 Figure = Mapping[str, Any]
@@ -132,10 +136,35 @@ def compare(before: Figures, after: Figures) -> list[Change]:
     names = [name for name in before if name in after and why_not(before[name], after[name]) is None]
     pairs = [worse(before[name], after[name]) for name in names]
     known = [bool(upper.get("rounds") and lower.get("rounds")) for upper, lower in pairs]
-    share = each_share(len(pairs) or 1)
+    share = each_share(2 * len(pairs) or 1)  # half of all chances of an error are the parts'
     of_rounds = iter(ratios([(a["rounds"], b["rounds"]) for (a, b), has in zip(pairs, known) if has], share))
     found = [next(of_rounds) if has else of_intervals(*pair, share) for pair, has in zip(pairs, known)]
     return [Change(name, before[name], after[name], ratio) for name, ratio in zip(names, found, strict=True)]
+
+
+def compare_parts(before: Figures, after: Figures) -> list[Change]:
+    """Of all that goes by the same two first names: round by round the geometric mean of costs, to that of A."""
+    members = defaultdict(list)
+    for name in before:
+        if name in after and why_not(before[name], after[name]) is None and before[name].get("rounds"):
+            rounds = tuple(len(each[name].get("rounds", ())) for each in (before, after))
+            members["/".join(name.split("/")[:2]), rounds].append(name)
+    several = {key: names for key, names in members.items() if len(names) > 1 and min(key[1]) > 1}
+    sides = [[costs([each[name] for name in names]) for names in several.values()] for each in (before, after)]
+    found = ratios([*zip(sides[1], sides[0])], each_share(2 * len(several) or 1))
+    changes = []
+    for ((name, _), names), old, new, ratio in zip(several.items(), *sides, found, strict=True):
+        one = statistics.median(old)
+        was, now = (figure([each / one for each in rounds], "of its cost in A", "lower") for rounds in (old, new))
+        changes.append(Change(f"{name}, {len(names)} together", was, now, ratio))
+    return changes
+
+
+def costs(members: Sequence[Figure]) -> list[float]:
+    """Of each round, the geometric mean of what takes longer the worse it is."""
+    signs = [1 if each["better"] == "lower" else -1 for each in members]
+    rounds = zip(*(each["rounds"] for each in members), strict=True)
+    return [math.exp(statistics.fmean(s * math.log(v) for s, v in zip(signs, each))) for each in rounds]
 
 
 def worse(before: Figure, after: Figure) -> tuple[Figure, Figure]:
@@ -162,7 +191,12 @@ def table(changes: Sequence[Change], least: float) -> Iterator[str]:
         by = f"{change.ratio.value:.3f} ({change.ratio.low:.3f} to {change.ratio.high:.3f}) times as slow"
         values = f"{change.before['value']:,.4g} → {change.after['value']:,.4g} {change.before['unit']}"
         yield f"{change.verdict(least)}: {change.name}: {values}, {by}"
-    yield f"{len(changes) - len(told)} of {len(changes)} figures are the same within the noise."
+    yield f"{len(changes) - len(told)} of {len(changes)} are the same within the noise."
+
+
+def visible(changes: Sequence[Change], least: float) -> float:
+    """The loss that half of them would have shown."""
+    return statistics.median((1 + least) * each.ratio.value / each.ratio.low - 1 for each in changes)
 
 
 def beside(before: Figures, after: Figures) -> Iterator[str]:
@@ -206,8 +240,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not changes:
         print(f"{chosen.before} and {chosen.after} have no figure in common.", file=sys.stderr)
         return 2
-    print("\n".join([*table(changes, chosen.least), *beside(before, after)]))
-    return int(bool(lost(before, after)) or any(change.verdict(chosen.least) == "slower" for change in changes))
+    parts = compare_parts(before, after)
+    for what, each in (("figures", changes), ("parts", parts)):
+        if each:
+            print(f"Half of the {what} would show a loss of {visible(each, chosen.least):.0%}.")
+            print("\n".join(table(each, chosen.least)))
+    for line in beside(before, after):
+        print(line)
+    slower = any(change.verdict(chosen.least) == "slower" for change in (*changes, *parts))
+    return int(slower or bool(lost(before, after)))
 
 
 if __name__ == "__main__":
