@@ -29,11 +29,11 @@ $(INSTALLED): pyproject.toml constraints.txt
 serve: $(INSTALLED)  ## serve the bundled model at 127.0.0.1:8000; ARGS="--port 9000" for options
 	@exec $(BIN)/bdh-batch serve $(ARGS)
 
-test: $(INSTALLED)  ## the gate: format, lint, types, tests with coverage; ARGS="-k name" for pytest
+test: $(INSTALLED)  ## the gate: format, lint, types, tests; ARGS="-k name" for pytest, ARGS=--cov for coverage
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest --cov --cov-report=term $(ARGS)
+	$(BIN)/pytest $(ARGS)
 
 fuzz: $(INSTALLED)  ## 20,000 requests made from /openapi.json, right and wrong ones; CASES=n SEED=n for others
 	FUZZ_CASES=$(or $(CASES),20000) FUZZ_SEED=$(or $(SEED),0) $(BIN)/pytest tests/http/test_openapi.py -k breaks $(ARGS)

@@ -100,7 +100,9 @@ def suite(report: Report, link: str) -> Lines:
     yield "## The run"
     yield ""
     yield f"{machine['cpu']}, {machine['threads']} threads, {machine['system']}; {versions}."
-    yield f"{report['date']}, commit {report['commit']}, {sum(report['seconds'].values()) / 60:.0f} minutes."
+    parts = report["parts"].values()
+    commits = " and ".join(dict.fromkeys(part["commit"] for part in parts))
+    yield f"{report['date']}, commit {commits}, {sum(part['seconds'] for part in parts) / 60:.0f} minutes."
     if report["quick"]:
         yield ""
         yield "**A quick run, to see whether it works: its figures say nothing.**"

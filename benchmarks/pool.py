@@ -17,7 +17,8 @@ def pooled(parts: Sequence[Any]) -> Any:
     """Of reports, or of the same part of each.
 
     A figure has a round for each sitting, which is its median there; so has the interval of a ratio. Other numbers are
-    medians over the sittings. What only some have is pooled from those; texts that differ are those of the last.
+    medians over the sittings, so that what was derived from others need not fit them to the digit. What only some have
+    is pooled from those; texts that differ are those of the last.
 
     Raises:
         ValueError: they are not of one measurement: lists of other lengths, other kinds of things, other verdicts.

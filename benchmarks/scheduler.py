@@ -14,6 +14,7 @@ import argparse
 import asyncio
 import gc
 import json
+import math
 import platform
 import random
 import statistics
@@ -124,7 +125,7 @@ async def measure(scene: str, running: int, waiting: int, steps: int) -> dict[st
 def figures(values: list[float]) -> dict[str, float]:
     return {
         "median_ms": round(statistics.median(values), 3),
-        "p99_ms": round(sorted(values)[int(0.99 * len(values))], 3),
+        "p99_ms": round(sorted(values)[math.ceil(0.99 * len(values)) - 1], 3),
     }
 
 

@@ -8,7 +8,8 @@ What is short sits again and again, between the scenes of what is long: a machin
 others, and its figures tell that by their intervals (`pool.py`). Scenes take long enough to see it in their rounds.
 
 Leaves the results and plots in benchmarks/results/<machine>/, and docs/performance.md. Let the machine do nothing else
-meanwhile. `suite.json` has the commit, and how long each part took.
+meanwhile. `suite.json` has the commit of each part, and how long it took. What sat before a failure stays in a folder
+of its own, which is named.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -99,10 +102,9 @@ def sittings(only: Sequence[str], quick: bool) -> Iterator[Sitting]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     chosen = parse(argv)
-    folder = chosen.results / "sittings"
-    if folder.exists():  # of a run that failed
-        shutil.rmtree(folder)
-    head = {**report_head(["torch", "numba", "uvicorn", "uvloop"]), "commit": commit(), "quick": chosen.quick}
+    chosen.results.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix="sittings-", dir=chosen.results))
+    head = report_head(["torch", "numba", "uvicorn", "uvloop"])
     seconds: Counter[str] = Counter()
     planned = [*sittings(chosen.only, chosen.quick)]
     for number, sitting in enumerate(planned):
@@ -111,8 +113,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         sit(sitting, folder / f"{number:02}")
         seconds[sitting.part] += round(time.perf_counter() - began)
     gather(folder, chosen.results, head["command"])
-    before = load_json(chosen.results / "suite.json").get("seconds", {})
-    write_json(chosen.results / "suite.json", {**head, "seconds": {**before, **seconds}})
+    of_this = {"commit": commit(), "quick": chosen.quick}
+    parts = {**load_json(chosen.results / "suite.json").get("parts", {})}
+    parts |= {name: {**of_this, "seconds": each} for name, each in seconds.items()}
+    quick = any(part["quick"] for part in parts.values())
+    write_json(chosen.results / "suite.json", {**head, "quick": quick, "parts": parts})
     document.main(["--results", str(chosen.results), "--out", str(chosen.page)])
     print(f"{chosen.page} and {chosen.results} have it all.")
 
@@ -120,11 +125,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 def sit(sitting: Sitting, folder: Path) -> None:
     """Ends the program where a benchmark fails, and leaves what it said."""
     folder.mkdir(parents=True)
-    out = os.path.relpath(folder, ROOT)  # results tell their command, and no one's folders
+    out = os.path.relpath(folder, ROOT)
     command = [sys.executable, "-m", f"benchmarks.{sitting.part}", *sitting.flags, "--out", out]
     log = folder / "log"
-    with log.open("w") as output:
-        ended = subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT).returncode
+    with log.open("w") as output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as process:
+        try:
+            ended = process.wait()
+        except KeyboardInterrupt:
+            process.send_signal(signal.SIGINT)  # so that it ends its servers
+            raise
     if ended:
         sys.exit(f"{' '.join(command)} ended with {ended}; {log} says why.")
 

@@ -61,6 +61,9 @@ def _number(name: str, wanted: str, read: Callable[[str], float], holds: Callabl
 
 rate = _number("rate", "a number above 0, or inf", float, lambda value: value > 0)
 seconds = _number("seconds", "a number of seconds, not below 0", float, lambda value: 0 <= value < math.inf)
+milliseconds = _number(
+    "milliseconds", "a number of milliseconds, not below 0", float, lambda value: 0 <= value < math.inf
+)
 above_zero = _number("seconds", "a number of seconds above 0", float, lambda value: 0 < value < math.inf)
 finite = _number("number", "a finite number", float, math.isfinite)
 ratio = _number("ratio", "a number from 0 to below 1", float, lambda value: 0 <= value < 1)
@@ -109,7 +112,7 @@ def limit(text: str) -> tuple[str, float]:
     name, _, value = text.partition(":")
     if name not in LIMITED:
         raise argparse.ArgumentTypeError(f"should be KEY:MILLISECONDS with a KEY of {', '.join(LIMITED)}, not {text!r}")
-    return name, float(seconds(value))
+    return name, float(milliseconds(value))
 
 
 def metrics(text: str) -> tuple[str, ...]:

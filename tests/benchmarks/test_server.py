@@ -116,7 +116,8 @@ def test_the_page_tells_what_the_engine_benchmark_wrote(tmp_path: Path) -> None:
 def test_the_page_says_what_run_it_was(tmp_path: Path) -> None:
     results = tmp_path / "some"
     head = {"date": "2026-01-02", "machine": {"cpu": "A CPU", "threads": 2, "system": "Linux"}, "versions": {"x": "1"}}
-    write_json(results / "suite.json", {**head, "commit": "abc", "quick": True, "seconds": {"engine": 90.0, "x": 30.0}})
+    parts = {"engine": {"commit": "abc", "seconds": 90.0}, "server": {"commit": "abc", "seconds": 30.0}}
+    write_json(results / "suite.json", {**head, "quick": True, "parts": parts})
     page = written(results)
     assert "A CPU, 2 threads, Linux; x 1." in page
     assert "2026-01-02, commit abc, 2 minutes." in page

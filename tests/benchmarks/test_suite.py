@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from benchmarks import suite
-from benchmarks.common import figure, interval
+from benchmarks.common import figure, interval, write_json
 from benchmarks.compare import figures
 from benchmarks.pool import pooled
 
@@ -29,6 +29,7 @@ def sitting(value: float) -> dict[str, Any]:
     }
 
 
+@settings(max_examples=20)
 @given(VALUES)
 def test_each_sitting_is_a_round(values: list[float]) -> None:
     found = pooled([sitting(value) for value in values])
@@ -63,6 +64,8 @@ def test_everything_sits_and_what_is_short_all_over_the_run() -> None:
 
 
 def test_a_run_leaves_one_report_of_its_sittings_and_the_page(tmp_path: Path) -> None:
+    of_others = {"commit": "abc", "quick": False, "seconds": 7}
+    write_json(tmp_path / "found" / "suite.json", {"parts": {"engine": of_others, "scheduler": of_others}})
     arguments = ["--quick", "--only", "scheduler", "--results", str(tmp_path / "found"), "--page"]
     suite.main([*arguments, str(tmp_path / "page.md")])
     report = json.loads((tmp_path / "found" / "scheduler.json").read_text())
@@ -70,7 +73,24 @@ def test_a_run_leaves_one_report_of_its_sittings_and_the_page(tmp_path: Path) ->
     assert found
     assert all(len(each["rounds"]) == report["sittings"] == 2 for each in found.values())
     assert {file.name for file in (tmp_path / "found").iterdir()} == {"scheduler.json", "suite.json"}
-    assert "## Scheduling" in (tmp_path / "page.md").read_text()
+    page = (tmp_path / "page.md").read_text()
+    assert "## Scheduling" in page
+    assert "its figures say nothing" in page
+    parts = json.loads((tmp_path / "found" / "suite.json").read_text())["parts"]
+    assert parts["engine"] == of_others
+    assert parts["scheduler"]["quick"]
+    assert f"commit abc and {parts['scheduler']['commit']}" in page
+
+
+def test_plots_are_of_all_sittings(tmp_path: Path) -> None:
+    for number, value in enumerate((1000.0, 3000.0)):
+        row = {"batch": 8, "tokens_per_s": value, "figure": figure([value], "tokens/s", "higher")}
+        write_json(tmp_path / f"sittings/{number:02}/engine-cpu.json", {"batches": [row]})
+    suite.gather(tmp_path / "sittings", tmp_path, "make bench")
+    (row,) = json.loads((tmp_path / "engine-cpu.json").read_text())["batches"]
+    assert row["tokens_per_s"] == row["figure"]["value"] == 2000.0
+    assert (tmp_path / "engine-batches.svg").is_file()
+    assert not (tmp_path / "sittings").exists()
 
 
 def test_a_part_that_fails_ends_the_run_and_leaves_what_it_said(tmp_path: Path) -> None:

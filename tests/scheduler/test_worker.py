@@ -166,6 +166,7 @@ async def test_closing_ends_what_still_runs() -> None:
     for outbox in outboxes:
         worker.submit([make_sequence([1], 3, outbox=outbox)])
     closing = asyncio.create_task(asyncio.to_thread(worker.close))
+    await until(lambda: not worker.alive)  # it is told to stop, and in its first step
     runner.may_run.release()
     await closing
     await until(lambda: all(outbox.deltas for outbox in outboxes))
