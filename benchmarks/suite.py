@@ -5,7 +5,7 @@
     python -m benchmarks.suite --only server engine
 
 What is short sits again and again, between the scenes of what is long: a machine is faster in some minutes than in
-others, and its figures tell that by their intervals (`pool.py`). Scenes take long enough to see it in their rounds.
+others, and its figures tell that by their intervals (`pool.py`). A scene is measured once, in rounds that take minutes.
 
 Leaves the results and plots in benchmarks/results/<machine>/, and docs/performance.md. Let the machine do nothing else
 meanwhile. `suite.json` has the commit of each part, and how long it took. What sat before a failure stays in a folder

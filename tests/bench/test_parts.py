@@ -316,7 +316,7 @@ async def test_files_that_hold_nothing_to_send_are_refused_with_their_place(tmp_
         ("--dataset-path x", "--dataset-path: random data is made, not read"),
         ("--goodput ttft", "--goodput"),
         ("--goodput itl:3", "--goodput: should be KEY:MILLISECONDS"),
-        ("--goodput ttft:-1", "--goodput"),
+        ("--goodput ttft:-1", "--goodput: should be a number of milliseconds"),
         ("--percentile-metrics ttft,x", "--percentile-metrics: 'x' is none of"),
         ("--metric-percentiles 101", "--metric-percentiles"),
         ("--header a", "--header"),
