@@ -41,7 +41,7 @@ def by_type(file: Path) -> dict[str, Counter[str]]:
 
 def test_a_load_leaves_its_report_and_its_verdicts(tiny: Server, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.load", "--url", tiny.url, "--pid", tiny.process.pid, "--out", tmp_path]
-    command += ["--seconds", 3, "--climbs", 1, "--users", 2, "--think", 0.02, "--answer-tokens", 8, "--tags", "steady"]
+    command += ["--seconds", 6, "--climbs", 1, "--users", 2, "--think", 0.02, "--answer-tokens", 8, "--tags", "steady"]
     ended = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=120)
     report = json.loads((tmp_path / "load.json").read_text())
     assert ended.returncode == int(False in report["verdicts"].values()), ended.stderr
