@@ -131,9 +131,14 @@ def lost(before: Figures, after: Figures) -> list[str]:
     ]
 
 
+def comparable(before: Figures, after: Figures) -> list[str]:
+    """The figures that both have and that can be compared."""
+    return [name for name in before if name in after and why_not(before[name], after[name]) is None]
+
+
 def compare(before: Figures, after: Figures) -> list[Change]:
-    """Of the figures that both have and that can be compared."""
-    names = [name for name in before if name in after and why_not(before[name], after[name]) is None]
+    """Each comparable figure by itself."""
+    names = comparable(before, after)
     pairs = [worse(before[name], after[name]) for name in names]
     known = [bool(upper.get("rounds") and lower.get("rounds")) for upper, lower in pairs]
     share = each_share(2 * len(pairs) or 1)  # half of all chances of an error are the parts'
@@ -145,10 +150,9 @@ def compare(before: Figures, after: Figures) -> list[Change]:
 def compare_parts(before: Figures, after: Figures) -> list[Change]:
     """Of all that goes by the same two first names: round by round the geometric mean of costs, to that of A."""
     members = defaultdict(list)
-    for name in before:
-        if name in after and why_not(before[name], after[name]) is None and before[name].get("rounds"):
-            rounds = tuple(len(each[name].get("rounds", ())) for each in (before, after))
-            members["/".join(name.split("/")[:2]), rounds].append(name)
+    for name in comparable(before, after):
+        rounds = tuple(len(each[name].get("rounds", ())) for each in (before, after))
+        members["/".join(name.split("/")[:2]), rounds].append(name)
     several = {key: names for key, names in members.items() if len(names) > 1 and min(key[1]) > 1}
     sides = [[costs([each[name] for name in names]) for names in several.values()] for each in (before, after)]
     found = ratios([*zip(sides[1], sides[0])], each_share(2 * len(several) or 1))

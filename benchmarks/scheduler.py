@@ -15,12 +15,10 @@ import asyncio
 import gc
 import json
 import math
-import platform
 import random
 import statistics
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +30,7 @@ from bdh_batch.scheduler.worker import Worker
 from bdh_batch.telemetry import Metrics
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import ByteTokenizer
-from benchmarks.common import figure, write_json
+from benchmarks.common import figure, report_head, write_json
 
 SCENES = ("decoding", "decoding, a queue behind", "taking turns", "prompts under way", "coming and going")
 WARM = 100  # steps before those that count
@@ -129,15 +127,6 @@ def figures(values: list[float]) -> dict[str, float]:
     }
 
 
-def machine() -> Mapping[str, object]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except FileNotFoundError:
-        lines = []
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
-    return {"cpu": cpu, "system": platform.platform(), "python": platform.python_version()}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--running", type=int, default=1024, help="sequences in a step")
@@ -152,8 +141,7 @@ def main() -> None:
         scenes[scene] = asyncio.run(measure(scene, chosen.running, chosen.waiting, chosen.steps))
         print(scene, json.dumps(scenes[scene]), file=sys.stderr)
     report = {
-        "command": f"python -m benchmarks.scheduler {' '.join(sys.argv[1:])}".strip(),
-        "machine": machine(),
+        **report_head(["torch"]),
         "running": chosen.running,
         "waiting": chosen.waiting,
         "steps": chosen.steps,

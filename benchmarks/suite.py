@@ -105,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen.results.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="sittings-", dir=chosen.results))
     head = report_head(["torch", "numba", "uvicorn", "uvloop"])
+    of_this = {"commit": commit(), "quick": chosen.quick}  # before anything sits: files may change meanwhile
     seconds: Counter[str] = Counter()
     planned = [*sittings(chosen.only, chosen.quick)]
     for number, sitting in enumerate(planned):
@@ -113,8 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sit(sitting, folder / f"{number:02}")
         seconds[sitting.part] += round(time.perf_counter() - began)
     gather(folder, chosen.results, head["command"])
-    of_this = {"commit": commit(), "quick": chosen.quick}
-    parts = {**load_json(chosen.results / "suite.json").get("parts", {})}
+    parts = load_json(chosen.results / "suite.json").get("parts", {})
     parts |= {name: {**of_this, "seconds": each} for name, each in seconds.items()}
     quick = any(part["quick"] for part in parts.values())
     write_json(chosen.results / "suite.json", {**head, "quick": quick, "parts": parts})
