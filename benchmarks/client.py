@@ -126,9 +126,10 @@ class _Reader:
 class Served:
     """A server that runs, and the ways to speak to it."""
 
-    def __init__(self, port: int, pid: int = 0) -> None:
+    def __init__(self, port: int, pid: int = 0, process: subprocess.Popen[bytes] | None = None) -> None:
         self.port = port
         self.pid = pid
+        self.process = process  # where it was started here
         self.url = f"http://127.0.0.1:{port}"
 
     async def send(self, path: str = "/v1/completions", key: str = "", **body: Any) -> Stream:
@@ -136,7 +137,7 @@ class Served:
         whole = {**body, "stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
         content = orjson.dumps(whole)
         head = (
-            f"POST {path} HTTP/1.1\r\nhost: benchmark\r\nconnection: close\r\nauthorization: Bearer {key}\r\n"
+            f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nauthorization: Bearer {key}\r\n"
             f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
         )
         loop = asyncio.get_running_loop()
@@ -158,29 +159,30 @@ class Served:
 
 
 @contextmanager
-def served(*options: str, module: Sequence[str] = ("bdh_batch", "serve")) -> Iterator[Served]:
+def served(*options: str, module: Sequence[str] = ("bdh_batch", "serve"), log: Path | None = None) -> Iterator[Served]:
     """`bdh-batch serve` with `options`, as in "scheduler.max_running=64", until the block's end.
 
     Args:
         module: what is run instead, and its arguments; it takes the same `--port` and `--set`.
+        log: the file that its output goes to; None keeps it only until it has started.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
     command = [sys.executable, "-m", *module, "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("BDH_")}
-    with tempfile.TemporaryFile() as log:
+    with tempfile.TemporaryFile() if log is None else log.open("w+b") as output:
         process = subprocess.Popen(
             [*command, *(part for option in options for part in ("--set", option))],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=output,
             stderr=subprocess.STDOUT,
         )
         try:
-            server = Served(port, process.pid)
-            _wait_until_ready(server, process, log)
+            server = Served(port, process.pid, process)
+            _wait_until_ready(server, process, output)
             yield server
         finally:
             process.terminate()
