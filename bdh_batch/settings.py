@@ -272,9 +272,10 @@ class Limits(Section):
         75.0, description="That an idle connection is kept; longer than clients do, so that they are who close it."
     )
     max_values: PositiveInt = Field(
-        2**20,
+        2**19,
         description="Most JSON values in a body, all token ids of its prompts included; more are refused with 400.",
     )
+    max_strings: PositiveInt = Field(2**17, description="Most strings in a body, the names of members included.")
     max_containers: PositiveInt = Field(2**16, description="Most lists and objects in a body.")
     max_depth: int = Field(128, ge=1, le=250, description="How deep lists and objects of a body may be nested.")
     max_members: PositiveInt = Field(

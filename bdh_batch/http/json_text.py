@@ -14,7 +14,7 @@ import orjson
 
 from bdh_batch.settings import Limits
 
-NOT_STRUCTURE = bytes(set(range(256)) - set(b"[]{},"))
+NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 STEPS = [{91: 1, 123: 1, 93: -1, 125: -1}.get(byte, 0) for byte in range(256)]  # in depth, by bracket
 PARSER_DEPTH = 1024  # what is deeper is no JSON to the parser
 
@@ -36,10 +36,11 @@ def read_json(raw: bytes, limits: Limits) -> Any:
 
     Raises:
         JSONDecodeError: it is none.
-        ExceedsLimit: it has more values, more lists and objects, or deeper ones, than `limits` allow.
+        ExceedsLimit: it has more values, strings, lists and objects, or deeper ones, than `limits` allow.
     """
     containers = raw.count(b"[") + raw.count(b"{")  # those in strings count, too, where they do no harm
-    if containers <= limits.max_depth and containers + raw.count(b",") < limits.max_values:
+    few = containers <= min(limits.max_depth, limits.max_containers)
+    if few and containers + raw.count(b",") < limits.max_values and raw.count(b'"') <= 2 * limits.max_strings:
         return orjson.loads(raw)
     depth = _depth(raw, limits)
     values = orjson.loads(raw)
@@ -50,18 +51,17 @@ def read_json(raw: bytes, limits: Limits) -> Any:
 
 def _depth(raw: bytes, limits: Limits) -> int:
     """How deep JSON text is nested, by what stands outside of its strings. Raises ExceedsLimit as `read_json` does."""
-    too_many_values = f"has more than {limits.max_values} values (limits.max_values)"
-    without_escapes = raw.replace(b"\\\\", b"").replace(b'\\"', b"")
-    if without_escapes.count(b'"') > 4 * limits.max_values:  # a value and its name have two quotes each
-        raise ExceedsLimit(too_many_values)
-    structure = b"".join(without_escapes.split(b'"')[::2]).translate(None, NOT_STRUCTURE)
-    brackets = structure.replace(b",", b"")
+    without_escapes = raw.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in raw else raw
+    if without_escapes.count(b'"') > 2 * limits.max_strings:
+        raise ExceedsLimit(f"has more than {limits.max_strings} strings (limits.max_strings)")
+    outside = b"".join(without_escapes.split(b'"')[::2])
+    brackets = outside.translate(None, NO_BRACKETS)
     containers = brackets.count(b"[") + brackets.count(b"{")
     depth = max(accumulate(map(STEPS.__getitem__, brackets[: 2 * limits.max_containers])), default=0)
     if containers > limits.max_containers and depth <= PARSER_DEPTH:  # what is deeper the parser refuses, and soon
         raise ExceedsLimit(f"has more than {limits.max_containers} lists and objects (limits.max_containers)")
-    if containers + structure.count(b",") >= limits.max_values:
-        raise ExceedsLimit(too_many_values)
+    if containers + outside.count(b",") >= limits.max_values:
+        raise ExceedsLimit(f"has more than {limits.max_values} values (limits.max_values)")
     return depth
 
 

@@ -64,7 +64,7 @@ class OffLoop:
     def _work(self, loop: asyncio.AbstractEventLoop, work: Callable[[], T], outcome: asyncio.Future[T]) -> None:
         try:
             result = work()
-        except Exception as error:  # noqa: BLE001 - whoever waits for the outcome gets it
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the outcome gets it
             self._tell(loop, outcome, outcome.set_exception, error)
         else:
             self._tell(loop, outcome, outcome.set_result, result)
