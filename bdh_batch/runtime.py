@@ -54,7 +54,6 @@ T = TypeVar("T")
 
 LOADER = "bdh-loader"  # the name of its thread
 HOST_MEMORY = 2**30  # bytes for states there, where the settings are silent
-BOUNDS = ("max_n", "max_prompts", "max_stop", "max_stop_bytes")  # of one request
 GENERATION_CONFIG = "generation_config.json"
 
 
@@ -243,8 +242,7 @@ def state_budget(engine: Engine, device: torch.device) -> int:
 def defaults_for(settings: Settings, folder: Path) -> Defaults:
     """The settings' generation defaults; where they are silent the model folder's, else OpenAI's."""
     chosen = suggested_generation(folder / GENERATION_CONFIG) | settings.generation.model_dump(exclude_none=True)
-    bounds = {name: getattr(settings.limits, name) for name in BOUNDS}
-    return Defaults(**bounds, **chosen)
+    return Defaults(**chosen)
 
 
 def suggested_generation(file: Path) -> dict[str, Any]:

@@ -271,13 +271,33 @@ class Limits(Section):
     keep_alive_seconds: PositiveFloat = Field(
         75.0, description="That an idle connection is kept; longer than clients do, so that they are who close it."
     )
+    max_values: PositiveInt = Field(
+        2**19,
+        description="Most JSON values in a body, all token ids of its prompts included; more are refused with 400.",
+    )
+    max_strings: PositiveInt = Field(2**17, description="Most strings in a body, the names of members included.")
+    max_containers: PositiveInt = Field(2**16, description="Most lists and objects in a body.")
+    max_depth: int = Field(128, ge=1, le=250, description="How deep lists and objects of a body may be nested.")
+    max_members: PositiveInt = Field(
+        1024, description="Most members of an object with free names: metadata, a schema, template variables."
+    )
+    max_label_length: PositiveInt = Field(
+        4096, description="Longest name, id or label, in characters; texts may fill the body."
+    )
+    max_messages: PositiveInt = Field(4096, description="Most messages of a conversation.")
+    max_parts: PositiveInt = Field(1024, description="Most parts of a message's content.")
+    max_tools: PositiveInt = Field(128, description="Most tools, and most calls of tools in one message.")
     max_n: PositiveInt = Field(16, description="Most answers to one prompt (n).")
     max_prompts: PositiveInt = Field(128, description="Most prompts in one request.")
+    max_inputs: PositiveInt = Field(2048, description="Most inputs in one request for embeddings.")
     max_prompt_tokens: PositiveInt | None = Field(
         None, description="Most tokens of a prompt; null is no limit but model.max_model_len."
     )
     max_stop: PositiveInt = Field(16, description="Most stop strings.")
     max_stop_bytes: Bytes = Field(1024, description="Longest stop string, in bytes of UTF-8.")
+    max_stop_token_ids: PositiveInt = Field(1024, description="Most tokens of stop_token_ids.")
+    max_logit_bias: PositiveInt = Field(1024, description="Most tokens of logit_bias.")
+    max_choices: PositiveInt = Field(8192, description="Most alternatives of structured_outputs.choice.")
     max_schema_bytes: Bytes = Field(64 * 1024, description="Largest schema or grammar that an answer has to follow.")
 
 

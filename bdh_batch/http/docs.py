@@ -24,6 +24,7 @@ BOUNDS = {
     "maxLength": "at most {} characters",
     "minItems": "{} or more",
     "maxItems": "at most {}",
+    "maxProperties": "at most {} members",
     "pattern": "as {}",
 }
 

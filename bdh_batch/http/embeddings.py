@@ -6,7 +6,6 @@ import base64
 import math
 import struct
 from collections.abc import Sequence
-from typing import Any
 
 import orjson
 from starlette.requests import Request
@@ -14,27 +13,40 @@ from starlette.responses import Response
 
 from bdh_batch.backends.base import Generation
 from bdh_batch.http.generation import collect
+from bdh_batch.http.off_loop import Aside
 from bdh_batch.http.wire_text import EmbeddingBody
 
 
-async def embeddings(generation: Generation, body: EmbeddingBody, model: str, request: Request) -> Response:
-    """The answer in one piece.
+async def embeddings(
+    generation: Generation, body: EmbeddingBody, model: str, request: Request, aside: Aside
+) -> Response:
+    """The answer in one piece; `aside` is where one is encoded that takes long.
 
     Raises:
         BDHError: the one that a sequence ended with.
         ClientDisconnect
     """
     ends = await collect(generation, request)
-    data = []
-    for index, end in enumerate(ends):
-        assert end.pooled is not None
-        vector = normalised(end.pooled[: body.dimensions])
-        shown = to_base64(vector) if body.encoding_format == "base64" else vector
-        data.append({"object": "embedding", "index": index, "embedding": shown})
+    sums = [end.pooled[: body.dimensions] for end in ends if end.pooled is not None]
+    assert len(sums) == len(ends)
     tokens = sum(map(len, generation.prompts))
+    content = await aside.run(sum(map(len, sums)), encoded, sums, body.encoding_format == "base64", model, tokens)
+    return Response(content, media_type="application/json")
+
+
+def encoded(sums: Sequence[Sequence[float]], packed: bool, model: str, tokens: int) -> bytes:
+    """The answer for sums [N][D] of hidden vectors, as base64 if `packed`; each vector is encoded by itself."""
+    data = []
+    for index, pooled in enumerate(sums):
+        vector = normalised(pooled)
+        shown = to_base64(vector) if packed else vector
+        data.append(orjson.dumps({"object": "embedding", "index": index, "embedding": shown}))
     usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    answer: dict[str, Any] = {"object": "list", "data": data, "model": model, "usage": usage}
-    return Response(orjson.dumps(answer), media_type="application/json")
+    return b'{"object":"list","data":[%b],"model":%b,"usage":%b}' % (
+        b",".join(data),
+        orjson.dumps(model),
+        orjson.dumps(usage),
+    )
 
 
 def normalised(vector: Sequence[float]) -> list[float]:

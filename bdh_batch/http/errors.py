@@ -23,6 +23,7 @@ from bdh_batch.errors import (
     Unavailable,
 )
 
+LONGEST_MESSAGE = 8192  # characters: an error may repeat what a client sent, but not all of it
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 TYPES = {
     401: "authentication_error",
@@ -154,6 +155,7 @@ def _nothing_at(request: Request) -> str:
 
 def _body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     kind = TYPES.get(status, "invalid_request_error")
+    message = message if len(message) <= LONGEST_MESSAGE else f"{message[:LONGEST_MESSAGE]}…"
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

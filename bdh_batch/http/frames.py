@@ -11,6 +11,7 @@ import orjson
 
 from bdh_batch.errors import BDHError
 from bdh_batch.http.errors import describe
+from bdh_batch.http.json_pieces import dump_list
 from bdh_batch.http.logprobs import columns, objects
 from bdh_batch.messages import Delta, Usage
 from bdh_batch.text.tokenizer import Tokenizer, decode
@@ -77,7 +78,7 @@ class Frames:
         self._head = b"data: " + head[:-1] + b',"choices":[{"index":'
         self._tail = b'}],"usage":null}\n\n' if answer.include_usage else b"}]}\n\n"
         self._usage_head = b"data: " + head[:-1] + b',"choices":[],"usage":'
-        self._only_text = not (answer.token_ids or answer.echo or answer.logprobs is not None)
+        self.only_text = not (answer.token_ids or answer.echo or answer.logprobs is not None)
         self._after_only_text = self.after_text + b',"logprobs":null,"finish_reason":null'
 
     def opening(self, prompts: Sequence[Sequence[int]]) -> bytes:
@@ -86,7 +87,7 @@ class Frames:
 
     def delta(self, index: int, delta: Delta) -> bytes:
         """A frame for what sequence `index` gained; none where nothing of it can be shown yet."""
-        if self._only_text and delta.text and delta.finish_reason is None:  # most are, and it costs less
+        if self.only_text and delta.text and delta.finish_reason is None:  # most are, and it costs less
             parts = (self._head, index, self.before_text, orjson.dumps(delta.text), self._after_only_text, self._tail)
             return b"%b%d,%b%b%b%b" % parts
         text, logprobs = self._parts(index, delta)
@@ -94,9 +95,17 @@ class Frames:
         if not (shows or self._answer.token_ids):
             return b""
         reason = b'"%s"' % delta.finish_reason.encode() if delta.finish_reason else b"null"
-        ids = b',"token_ids":' + orjson.dumps(delta.tokens) if self._answer.token_ids else b""
-        scores = b"null" if logprobs is None else orjson.dumps(logprobs)
+        ids = b',"token_ids":' + dump_list(delta.tokens) if self._answer.token_ids else b""
+        scores = b"null" if logprobs is None else logprobs
         return self._frame(index, self._content(text) + b',"logprobs":' + scores + b',"finish_reason":' + reason + ids)
+
+    def cost(self, prompts: Sequence[Sequence[int]], deltas: Sequence[Delta]) -> int:
+        """About how many microseconds it takes to encode `deltas`, with the `prompts` that are part of the answer."""
+        each = 1 + (self._answer.logprobs or 0)
+        told = sum(
+            [len(delta.tokens) + each * (len(delta.scores or ()) + len(delta.prompt_scores or ())) for delta in deltas]
+        )
+        return told + (sum(map(len, prompts)) if self._answer.token_ids or self._answer.echo else 0)
 
     @property
     def continuous_usage(self) -> bool:
@@ -119,44 +128,46 @@ class Frames:
     def whole(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], ends: Sequence[Delta]) -> bytes:
         """The answer in one piece; `ends` holds all that each sequence gained."""
         self._begin(prompts)
-        choices = []
-        for index, place in enumerate(self._best(ends)):
-            end = ends[place]
-            text, logprobs = self._parts(place, end)
-            choice = {
-                "index": index,
-                **self._whole_content(text),
-                "logprobs": logprobs,
-                "finish_reason": end.finish_reason,
-            }
-            if self._answer.token_ids:
-                choice |= {"prompt_token_ids": list(prompts[place]), "token_ids": end.tokens}
-            choices.append(choice)
+        choices = [self._choice(index, row, prompts[row], ends[row]) for index, row in enumerate(self._best(ends))]
         usage = usage_dict(self.usage(prompts, cached, sum(len(end.tokens) for end in ends)))
-        return orjson.dumps(self._answer.envelope(self.kind) | {"choices": choices, "usage": usage})
+        head = orjson.dumps(self._answer.envelope(self.kind))[:-1]
+        return b'%b,"choices":[%b],"usage":%b}' % (head, b",".join(choices), orjson.dumps(usage))
+
+    def _choice(self, index: int, row: int, prompt: Sequence[int], end: Delta) -> bytes:
+        text, logprobs = self._parts(row, end)
+        choice: dict[str, Any] = {
+            "index": index,
+            **self._whole_content(text),
+            "logprobs": None if logprobs is None else orjson.Fragment(logprobs),
+            "finish_reason": end.finish_reason,
+        }
+        if self._answer.token_ids:
+            choice["prompt_token_ids"] = orjson.Fragment(dump_list(prompt))
+            choice["token_ids"] = orjson.Fragment(dump_list(end.tokens))
+        return orjson.dumps(choice)
 
     def _best(self, ends: Sequence[Delta]) -> list[int]:
-        """The places of the answers that are shown: those of the highest log-probability per token, if not all."""
+        """The rows of the answers that are shown: those of the highest log-probability per token, if not all."""
         n, tries = self._answer.n, self._answer.tries
         if n == tries:
             return list(range(len(ends)))
         return [
-            place
+            row
             for first in range(0, len(ends), tries)
-            for place in sorted(range(first, first + tries), key=lambda place: -_likelihood(ends[place]))[:n]
+            for row in sorted(range(first, first + tries), key=lambda row: -_likelihood(ends[row]))[:n]
         ]
 
     def _frame(self, index: int, content: bytes) -> bytes:
         return b"%b%d,%b%b" % (self._head, index, content, self._tail)
 
     def _prompt_ids(self, prompt: Sequence[int]) -> bytes:
-        return b',"prompt_token_ids":' + orjson.dumps(list(prompt)) if self._answer.token_ids else b""
+        return b',"prompt_token_ids":' + dump_list(prompt) if self._answer.token_ids else b""
 
     def _begin(self, prompts: Sequence[Sequence[int]]) -> None:
         """Is told the prompts before anything that was gained."""
 
-    def _parts(self, index: int, delta: Delta) -> tuple[str, dict[str, Any] | None]:
-        """The text and the log-probabilities that are shown for `delta`."""
+    def _parts(self, index: int, delta: Delta) -> tuple[str, bytes | None]:
+        """The text and the log-probabilities, as JSON, that are shown for `delta`."""
         raise NotImplementedError
 
     def _content(self, text: str) -> bytes:
@@ -179,14 +190,14 @@ class CompletionFrames(Frames):
         if self._answer.echo:
             self._unsaid = dict(enumerate(prompts))
 
-    def _parts(self, index: int, delta: Delta) -> tuple[str, dict[str, Any] | None]:
+    def _parts(self, index: int, delta: Delta) -> tuple[str, bytes | None]:
         if (prompt := self._unsaid.pop(index, None)) is not None:
             return self._echo(index, prompt, delta)
         if self._answer.logprobs is None or delta.scores is None:
             return delta.text, None
         return delta.text, columns(self._tokenizer, (), delta.scores, self._bases.get(index, 0))
 
-    def _echo(self, index: int, prompt: Sequence[int], delta: Delta) -> tuple[str, dict[str, Any] | None]:
+    def _echo(self, index: int, prompt: Sequence[int], delta: Delta) -> tuple[str, bytes | None]:
         """As `_parts`, with the prompt before it."""
         text, begins = decode(self._tokenizer, prompt)
         self._bases[index] = base = len(text)
@@ -211,7 +222,7 @@ class ChatFrames(Frames):
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
     before_text, after_text = b'"delta":{"content":', b"}"
 
-    def _parts(self, index: int, delta: Delta) -> tuple[str, dict[str, Any] | None]:
+    def _parts(self, index: int, delta: Delta) -> tuple[str, bytes | None]:
         if self._answer.logprobs is None or delta.scores is None:
             return delta.text, None
         return delta.text, objects(self._tokenizer, delta.scores)

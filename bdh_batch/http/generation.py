@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from starlette.requests import ClientDisconnect, Request
@@ -14,8 +14,11 @@ from bdh_batch.backends.base import Generation
 from bdh_batch.errors import BDHError
 from bdh_batch.http.chunks import Chunks, Deltas
 from bdh_batch.http.frames import Frames, error_frame
+from bdh_batch.http.off_loop import Aside
 from bdh_batch.messages import Delta, FinishReason, Usage
 
+CHOICE_COST = 10  # microseconds, about, to encode one
+CHARACTERS = 16  # that are encoded, or read for calls, in a microsecond
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 
 
@@ -23,10 +26,14 @@ class EventStream(Response):
     """An ASGI response that writes a generation's frames as its tokens come, all that are ready in one write.
 
     It starts with the first token: what ends before that has the status of its error.
+
+    Args:
+        aside: where frames are encoded that take long, as those of an echoed prompt.
     """
 
-    def __init__(self, generation: Generation, frames: Frames, chunk_tokens: int = 1) -> None:
+    def __init__(self, generation: Generation, frames: Frames, aside: Aside, chunk_tokens: int = 1) -> None:
         super().__init__()
+        self._aside = aside
         self._generation = generation
         self._frames = frames
         self._together = Chunks(chunk_tokens)
@@ -39,9 +46,10 @@ class EventStream(Response):
             if (failed := _failure(first)) is not None:
                 raise failed
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-            await self._write(send, self._opening() + self._body(first))
+            prompts = self._generation.prompts
+            await self._write(send, await self._aside.run(self._cost(prompts, first), self._beginning, prompts, first))
             async for deltas in arriving:
-                await self._write(send, self._body(deltas))
+                await self._write(send, await self._aside.run(self._cost((), deltas), self._body, deltas))
                 if (failed := _failure(deltas)) is not None:
                     break
             last = self._frames.closing(self._usage()) if failed is None else error_frame(failed)
@@ -51,10 +59,15 @@ class EventStream(Response):
         if body:
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
-    def _opening(self) -> bytes:
+    def _cost(self, prompts: Sequence[Sequence[int]], deltas: Deltas) -> int:
+        if self._frames.only_text:  # the most frequent case, and cheap
+            return 0
+        return self._frames.cost(prompts, [delta for _, delta in deltas])
+
+    def _beginning(self, prompts: Sequence[Sequence[int]], first: Deltas) -> bytes:
         if self._frames.continuous_usage:
             self._frames.tell(self._usage())
-        return self._frames.opening(self._generation.prompts)
+        return self._frames.opening(prompts) + self._body(first)
 
     def _body(self, arrived: Deltas) -> bytes:
         """The frames of all that may go now."""
@@ -78,15 +91,21 @@ class EventStream(Response):
         return self._frames.usage(generation.prompts, generation.cached_tokens, self._completion_tokens)
 
 
-async def whole(generation: Generation, frames: Frames, request: Request) -> Response:
+async def whole(generation: Generation, frames: Frames, request: Request, aside: Aside) -> Response:
     """The answer in one piece.
+
+    Args:
+        aside: where one is encoded that takes long.
 
     Raises:
         BDHError: the one that a sequence ended with.
         ClientDisconnect
     """
     ends = await collect(generation, request)
-    return Response(frames.whole(generation.prompts, generation.cached_tokens, ends), media_type="application/json")
+    prompts = generation.prompts
+    cost = frames.cost(prompts, ends) + sum([CHOICE_COST + len(end.text) // CHARACTERS for end in ends])
+    content = await aside.run(cost, frames.whole, prompts, generation.cached_tokens, ends)
+    return Response(content, media_type="application/json")
 
 
 async def collect(generation: Generation, request: Request) -> list[Delta]:

@@ -9,10 +9,15 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
+import orjson
+
+from bdh_batch.http.json_pieces import in_pieces, joined
 from bdh_batch.messages import TokenScore
 from bdh_batch.text.tokenizer import Tokenizer
 
 Scores = Iterable[tuple[int, TokenScore]]  # each with where its token's text begins
+PIECE = 512  # scores; each may have twenty more tokens in it
+COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
 @lru_cache(2**16)
@@ -27,17 +32,28 @@ def known(tokenizer: Tokenizer, token: int) -> tuple[str, Sequence[int] | None]:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), tuple(raw)
 
 
-def columns(tokenizer: Tokenizer, first: Sequence[int], scores: Scores, base: int = 0) -> dict[str, list[Any]]:
-    """Of completions. A token is always among its own `top_logprobs`, which may be one more for that.
+def columns(tokenizer: Tokenizer, first: Sequence[int], scores: Scores, base: int = 0) -> bytes:
+    """Of completions, as JSON. A token is always among its own `top_logprobs`, which may be one more for that.
 
     Args:
         first: the token that nothing came before, and that has no score; or none.
-        base: where in the text the scores' places begin.
+        base: where in the text the offsets of the scores begin.
     """
-    names = [known(tokenizer, token)[0] for token in first]
-    logprobs: list[float | None] = [None] * len(first)
-    tops: list[dict[str, float] | None] = [None] * len(first)
-    offsets = [0] * len(first)
+    encoded: list[list[bytes]] = [[] for _ in COLUMNS]
+    if first:
+        for column, value in zip(encoded, ([known(tokenizer, first[0])[0]], [None], [None], [0])):
+            column.append(orjson.dumps(value))
+    for piece in in_pieces(scores, PIECE):
+        for column, values in zip(encoded, _columns(tokenizer, piece, base)):
+            column.append(orjson.dumps(values))
+    return b"{%b}" % b",".join([b'"%b":%b' % (name.encode(), joined(each)) for name, each in zip(COLUMNS, encoded)])
+
+
+def _columns(tokenizer: Tokenizer, scores: Scores, base: int) -> tuple[list[Any], ...]:
+    names: list[str] = []
+    logprobs: list[float] = []
+    tops: list[dict[str, float]] = []
+    offsets: list[int] = []
     for begin, score in scores:
         own = known(tokenizer, score.token)[0]
         top: dict[str, float] = {}
@@ -48,17 +64,19 @@ def columns(tokenizer: Tokenizer, first: Sequence[int], scores: Scores, base: in
         logprobs.append(score.logprob)
         tops.append(top)
         offsets.append(base + begin)
-    return {"tokens": names, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
+    return names, logprobs, tops, offsets
 
 
-def objects(tokenizer: Tokenizer, scores: Scores) -> dict[str, Any]:
-    """Of chat."""
-    content = []
-    for _, score in scores:
-        told = _object(tokenizer, score.token, score.logprob)
-        told["top_logprobs"] = [_object(tokenizer, token, logprob) for token, logprob in score.top]
-        content.append(told)
-    return {"content": content, "refusal": None}
+def objects(tokenizer: Tokenizer, scores: Scores) -> bytes:
+    """Of chat, as JSON."""
+    pieces = ([_with_top(tokenizer, score) for _, score in piece] for piece in in_pieces(scores, PIECE))
+    return b'{"content":%b,"refusal":null}' % joined(map(orjson.dumps, pieces))
+
+
+def _with_top(tokenizer: Tokenizer, score: TokenScore) -> dict[str, Any]:
+    told = _object(tokenizer, score.token, score.logprob)
+    told["top_logprobs"] = [_object(tokenizer, token, logprob) for token, logprob in score.top]
+    return told
 
 
 def _object(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from bdh_batch.http.answers import Error
 from bdh_batch.http.field_help import help_of
 from bdh_batch.http.operations import TAGS, Operation, operations
 from bdh_batch.http.rates import HEADERS as RATE_HEADERS
+from bdh_batch.http.sizes import show_limits
 from bdh_batch.http.strict import Wire
 from bdh_batch.settings import Limits, Settings
 
@@ -245,22 +246,11 @@ def _explain(name: str, schema: Json) -> None:
 
 def _limit(schemas: Json, limits: Limits, max_model_len: int | None) -> None:
     """What the settings, not the types, say."""
-    for name in ("CompletionBody", "ChatBody"):
-        fields = schemas[name]["properties"]
-        _bound(fields["n"], "integer", maximum=limits.max_n)
-        _bound(fields["stop"], "array", maxItems=limits.max_stop)
-        for kind in _kinds(fields["stop"]):
-            # In characters; that a string may have so many bytes is more than JSON Schema can say.
-            _bound(kind.get("items", kind), "string", maxLength=limits.max_stop_bytes)
-        if max_model_len is not None:
+    show_limits(schemas, limits)
+    if max_model_len is not None:
+        for fields in (schemas[name]["properties"] for name in ("CompletionBody", "ChatBody")):
             for field in {"max_tokens", "max_completion_tokens"} & fields.keys():
                 _bound(fields[field], "integer", maximum=max_model_len)
-    completion = schemas["CompletionBody"]["properties"]
-    _bound(completion["best_of"], "integer", maximum=limits.max_n)
-    for prompts in (completion["prompt"], schemas["EmbeddingBody"]["properties"]["input"]):
-        for kind in _kinds(prompts):
-            if kind["type"] == "array" and kind["items"]["type"] != "integer":
-                kind["maxItems"] = limits.max_prompts
 
 
 def _bound(schema: Json, type: str, **bounds: int) -> None:

@@ -14,24 +14,30 @@ from starlette.routing import Route
 from bdh_batch import __version__
 from bdh_batch.backends.base import Generation
 from bdh_batch.errors import InvalidRequest, ModelNotFound, Unavailable
+from bdh_batch.http.body import Body, check, parse, read_object
 from bdh_batch.http.docs import POLICY, page
 from bdh_batch.http.embeddings import embeddings
 from bdh_batch.http.errors import error_response
 from bdh_batch.http.frames import Answer, ChatFrames, CompletionFrames, Frames
 from bdh_batch.http.gate import Gate, ServedModel
-from bdh_batch.http.generation import EventStream, whole
+from bdh_batch.http.generation import CHARACTERS, EventStream, whole
+from bdh_batch.http.json_pieces import dump_text
+from bdh_batch.http.off_loop import Aside, OffLoop
 from bdh_batch.http.openapi import openapi
 from bdh_batch.http.quota import Quota
+from bdh_batch.http.tokens import tokenization
 from bdh_batch.http.tool_frames import ToolFrames
-from bdh_batch.http.wire import ChatBody, CompletionBody, GenerationBody, parse, read_object
+from bdh_batch.http.wire import ChatBody, CompletionBody, GenerationBody
 from bdh_batch.http.wire_text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
-from bdh_batch.messages import GenerationRequest
+from bdh_batch.messages import GenerationRequest, Grammar
 from bdh_batch.settings import Settings
 from bdh_batch.telemetry import Metrics
+from bdh_batch.text.grammar import Source
 
 TIMEOUT_HEADER = "x-request-timeout"
 TOLD = {"engine", "scheduler", "prefix_cache", "generation", "limits"}  # sections that any client may know
 SECRET = {"scheduler": {"weights", "trace_file"}}
+SEQUENCE_COST = 20  # microseconds, about, to make the request for one
 LONGEST_TIMEOUT = 86400.0  # seconds
 
 
@@ -41,6 +47,7 @@ class Routes:
         self._metrics = metrics
         self._settings = settings
         self._quota = quota
+        self._off_loop = OffLoop()
         document = openapi(settings)
         self._openapi, self._docs = orjson.dumps(document), page(document)
 
@@ -67,48 +74,59 @@ class Routes:
         ]
 
     async def completions(self, request: Request) -> Response:
-        body = parse(await request.body(), CompletionBody, self._settings.api.unknown_fields)
+        raw, aside = await request.body(), self._aside(request)
+        body = await aside.run(len(raw), self._parse, raw, CompletionBody)
         model = self._model(request, body.model)
         answer = _answer(f"cmpl-{request.state.id}", body, model)
-        requests = body.requests(request.state.id, model.defaults)
-        return await self._respond(request, model, requests, body, CompletionFrames(answer, model.backend.tokenizer))
+        size = max(len(raw), SEQUENCE_COST * len(body.prompt) * body.tries)
+        requests = await aside.run(size, body.requests, request.state.id, model.defaults)
+        source = await aside.run(len(raw), body.source)
+        frames = CompletionFrames(answer, model.backend.tokenizer)
+        return await self._respond(request, model, requests, body, source, frames)
 
     async def chat_completions(self, request: Request) -> Response:
-        body = parse(await request.body(), ChatBody, self._settings.api.unknown_fields)
+        raw, aside = await request.body(), self._aside(request)
+        body = await aside.run(len(raw), self._parse, raw, ChatBody)
         model = self._model(request, body.model)
         answer = _answer(f"chatcmpl-{request.state.id}", body, model)
-        prompt = await model.template.render(body.conversation())
+        conversation = await aside.run(len(raw), body.conversation)
+        prompt = await model.template.render(conversation)
         requests = body.requests(request.state.id, model.defaults, prompt)
+        source = await aside.run(len(raw), body.source)
         tokenizer = model.backend.tokenizer
         frames = ToolFrames(answer, tokenizer, body.tool_names) if body.may_call else ChatFrames(answer, tokenizer)
-        return await self._respond(request, model, requests, body, frames)
+        return await self._respond(request, model, requests, body, source, frames)
 
     async def embeddings(self, request: Request) -> Response:
-        body = parse(await request.body(), EmbeddingBody, self._settings.api.unknown_fields)
+        raw, aside = await request.body(), self._aside(request)
+        body = await aside.run(len(raw), self._parse, raw, EmbeddingBody)
         model = self._model(request, body.model)
-        requests = body.requests(request.state.id, model.defaults, model.width)
+        size = max(len(raw), SEQUENCE_COST * len(body.input))
+        requests = await aside.run(size, body.requests, request.state.id, model.width)
         generation = await self._start(request, model, requests)
-        return await embeddings(generation, body, body.model or model.name, request)
+        return await embeddings(generation, body, body.model or model.name, request, aside)
 
     async def tokenize(self, request: Request) -> Response:
-        raw = await request.body()
-        kind: type[TokenizeChat | TokenizeText] = TokenizeChat if "messages" in read_object(raw) else TokenizeText
-        body = parse(raw, kind, self._settings.api.unknown_fields)
+        raw, aside = await request.body(), self._aside(request)
+        body = await aside.run(len(raw), self._parse_tokenize, raw)
         model = self._model(request, body.model)
         if isinstance(body, TokenizeText):
             param, text = "prompt", body.text()
         else:
-            param, text = "messages", await model.template.render(body.conversation())
-        tokens = list(await model.backend.tokenize(text, param))
-        answer: dict[str, object] = {"count": len(tokens), "max_model_len": model.max_model_len, "tokens": tokens}
-        if body.return_token_strs:
-            answer["token_strs"] = list(map(model.backend.tokenizer.name, tokens))
-        return JSONResponse(answer)
+            conversation = await aside.run(len(raw), body.conversation)
+            param, text = "messages", await model.template.render(conversation)
+        tokens = await model.backend.tokenize(text, param)
+        tokenizer = model.backend.tokenizer if body.return_token_strs else None
+        content = await aside.run(len(tokens), tokenization, tokens, model.max_model_len, tokenizer)
+        return Response(content, media_type="application/json")
 
     async def detokenize(self, request: Request) -> Response:
-        body = parse(await request.body(), DetokenizeBody, self._settings.api.unknown_fields)
+        raw, aside = await request.body(), self._aside(request)
+        body = await aside.run(len(raw), self._parse, raw, DetokenizeBody)
         model = self._model(request, body.model)
-        return JSONResponse({"prompt": await model.backend.detokenize(body.tokens)})
+        text = await model.backend.detokenize(body.tokens)
+        content = await aside.run(len(text) // CHARACTERS, dump_text, text)
+        return Response(b'{"prompt":%b}' % content, media_type="application/json")
 
     async def tokenizer_info(self, request: Request) -> Response:
         return JSONResponse(self._model(request, None).tokenizer_info)
@@ -155,6 +173,17 @@ class Routes:
     async def root(self, request: Request) -> Response:
         return JSONResponse({"name": "bdh_batch", "version": __version__, "status": self._gate.closed or "ready"})
 
+    def _aside(self, request: Request) -> Aside:
+        return self._off_loop.of(request.state.caller.label)
+
+    def _parse(self, raw: bytes, kind: type[Body]) -> Body:
+        return parse(raw, kind, self._settings.limits, self._settings.api.unknown_fields)
+
+    def _parse_tokenize(self, raw: bytes) -> TokenizeChat | TokenizeText:
+        values = read_object(raw, self._settings.limits)
+        kind: type[TokenizeChat | TokenizeText] = TokenizeChat if "messages" in values else TokenizeText
+        return check(values, kind, self._settings.limits, self._settings.api.unknown_fields)
+
     def _model(self, request: Request, name: str | None) -> ServedModel:
         """The model of that name; None is the one there is.
 
@@ -174,20 +203,24 @@ class Routes:
         model: ServedModel,
         requests: list[GenerationRequest],
         body: GenerationBody,
+        source: Source | None,
         frames: Frames,
     ) -> Response:
-        if (source := body.source()) is not None:
+        grammar = None
+        if source is not None:
             grammar = await model.grammars.compile(source)
-            requests = [replace(each, grammar=grammar) for each in requests]
-        generation = await self._start(request, model, requests)
+        generation = await self._start(request, model, requests, grammar)
+        aside = self._aside(request)
         if body.stream:
-            return EventStream(generation, frames, body.options.chunk_tokens or 1)
-        return await whole(generation, frames, request)
+            return EventStream(generation, frames, aside, body.options.chunk_tokens or 1)
+        return await whole(generation, frames, request, aside)
 
-    async def _start(self, request: Request, model: ServedModel, requests: list[GenerationRequest]) -> Generation:
+    async def _start(
+        self, request: Request, model: ServedModel, requests: list[GenerationRequest], grammar: Grammar | None = None
+    ) -> Generation:
         timeout = _timeout(request)
         span = request.state.span
-        timed = [replace(each, timeout=timeout, span=span) for each in requests]
+        timed = [replace(each, timeout=timeout, span=span, grammar=grammar) for each in requests]
         generation = await self._quota.start(request, model.backend, timed)
         return generation if span is None else span.watch(generation)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from bdh_batch.http.json_text import deeper
 
 Neutral = Mapping[str, tuple[Any, ...]]  # unsupported fields, and the values besides null that ask for nothing
 
@@ -18,16 +20,9 @@ MAX_DEPTH = 32
 
 def shallow(value: object) -> object:
     """Refuses what is nested deep: templates and their filters walk values by recursion."""
-    deepest = [value]
-    for _ in range(MAX_DEPTH):
-        deepest = [item for outer in deepest for item in _items(outer)]
-    if deepest:
+    if deeper(value, MAX_DEPTH):
         raise PydanticCustomError("deep", "Values may be nested {most} deep", {"most": MAX_DEPTH})
     return value
-
-
-def _items(value: object) -> Iterable[object]:
-    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,17 +51,28 @@ class Wire(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
     unsupported: ClassVar[Neutral] = {}
+    names: ClassVar[frozenset[str]] = frozenset()  # of the fields, as they are written in JSON
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        cls.names = frozenset(field.alias or name for name, field in cls.model_fields.items())
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_unsupported(cls, values: object) -> object:
+    def _with_known_fields(cls, values: object) -> object:
+        """Without the unsupported fields, and with one unknown one if there are any: one is enough for an error."""
         if not isinstance(values, dict):
             return values
-        for name in values.keys() & cls.unsupported.keys():
+        for name in cls.unsupported.keys() & values.keys():
             if values[name] is not None and not _asks_for_nothing(values[name], cls.unsupported[name]):
                 text = "{field} is not supported by this server"
                 raise PydanticCustomError("unsupported", text, {"field": name})
-        return {name: value for name, value in values.items() if name not in cls.unsupported}
+        kept = {name: values[name] for name in cls.names & values.keys()}
+        for name in values:
+            if name not in cls.names and name not in cls.unsupported:
+                return kept | {name: values[name]}
+        return kept
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:

@@ -7,16 +7,15 @@ unless it says what leaving it out would say.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any
 
-import orjson
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
-from pydantic_core import PydanticCustomError
+from pydantic import AfterValidator, BeforeValidator, Field, GetCoreSchemaHandler, ValidationInfo, WrapValidator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from bdh_batch.errors import InvalidRequest, UnknownParameter, UnsupportedParameter
-from bdh_batch.http.sizes import check_stops
+from bdh_batch.errors import InvalidRequest
+from bdh_batch.http.sizes import AtMost, BodyText, BodyTokens, FreeObject, Label
 from bdh_batch.http.strict import Neutral, Wire
 from bdh_batch.http.wire_chat import ConversationBody
 from bdh_batch.http.wire_format import Formatted
@@ -46,70 +45,87 @@ MAX_PRIORITY = 1000
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What a request that does not say gets, and how much it may ask for."""
+    """What a request that does not say gets."""
 
     max_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-    max_n: int = 16
-    max_prompts: int = 128
-    max_stop: int = 16
-    max_stop_bytes: int = 1024
 
 
-def _prompts(value: object) -> object:
-    """A string, token ids, or a list of either, to a list of prompts."""
-    if isinstance(value, str) or (isinstance(value, list) and value and all(_is_token(item) for item in value)):
-        return [value]
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value):
-            return value
-        if all(isinstance(item, list) and all(_is_token(token) for token in item) for item in value):
-            return value
-    if value == []:
-        raise PydanticCustomError("empty", "Input should not be empty")
-    raise PydanticCustomError(
-        "prompt_type", "Input should be a string, a list of strings, a list of token ids, or a list of such lists"
-    )
+@dataclass(frozen=True, slots=True)
+class PromptList:
+    """Marks a field that comes as a string, token ids, or a list of either, and is then a list of prompts.
+
+    The bound on their number is looked at first, and the types of token ids all at once: a body may have a million.
+    """
+
+    option: str  # of `limits`: the most prompts
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        written = core_schema.with_info_plain_validator_function
+        return written(self._read, json_schema_input_schema=handler.generate_schema(self._written()))
+
+    def _written(self) -> Any:
+        texts = Annotated[list[Filled], Field(min_length=1), AtMost(self.option)]
+        lists = Annotated[list[FilledTokens], Field(min_length=1), AtMost(self.option)]
+        return Filled | texts | FilledTokens | lists
+
+    def _read(self, value: object, info: ValidationInfo) -> list[str] | list[list[int]]:
+        if value in ([], ""):
+            raise PydanticCustomError("empty", "Input should not be empty")
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, list):
+            if type(value[0]) is int and _are_all(value, int):
+                return [value]
+            AtMost(self.option).check(value, info)
+            if _are_all(value, str) or (_are_all(value, list) and all(_are_all(prompt, int) for prompt in value)):
+                return value
+        raise PydanticCustomError(
+            "prompt_type", "Input should be a string, a list of strings, a list of token ids, or a list of such lists"
+        )
 
 
-def _is_token(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _are_all(values: list[Any], kind: type) -> bool:
+    """Whether each of `values` is of that very type: True is no token."""
+    return {kind}.issuperset(map(type, values))
 
 
 def _stops(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _biases(values: dict[str, float]) -> dict[str, float]:
-    for token in values:
+def _biases(values: object, one: Callable[[object], dict[str, float]]) -> dict[str, float]:
+    """Token ids to biases, validated one by one: the first that is wrong is the only one that is reported."""
+    if not isinstance(values, dict):
+        return one(values)
+    biases: dict[str, float] = {}
+    for token, bias in values.items():
         if not (token.isascii() and token.isdecimal() and token == str(int(token[:20]))):
             raise PydanticCustomError("token", "Keys should be token ids", {"field": token})
-    return values
+        biases |= one({token: bias})
+    return biases
 
 
 def _seed_bits(value: int) -> int:
     return value & 0xFFFFFFFFFFFFFFFF
 
 
+Filled = Annotated[BodyText, Field(min_length=1)]
+FilledTokens = Annotated[BodyTokens, Field(min_length=1)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
-Filled = Annotated[str, Field(min_length=1)]
-# As they are written: what the validators make of them is a list in any case.
-AnyPrompts = (
-    Filled
-    | Annotated[list[Filled], Field(min_length=1)]
-    | Annotated[TokenIds, Field(min_length=1)]
-    | Annotated[list[Annotated[TokenIds, Field(min_length=1)]], Field(min_length=1)]
-)
-Prompts = Annotated[list[Any], BeforeValidator(_prompts, json_schema_input_type=AnyPrompts)]
-Stops = Annotated[list[Filled], BeforeValidator(_stops, json_schema_input_type=Filled | list[Filled])]
+StopString = Annotated[str, Field(min_length=1), AtMost("max_stop_bytes")]
+StopStrings = Annotated[list[StopString], AtMost("max_stop")]
+Stops = Annotated[StopStrings, BeforeValidator(_stops, json_schema_input_type=StopString | StopStrings)]
 Bias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
-    AfterValidator(_biases),
     Field(json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,19})$"}}),
+    WrapValidator(_biases),
+    AtMost("max_logit_bias"),
 ]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1), AfterValidator(_seed_bits)]
+Answers = Annotated[int, Field(ge=1), AtMost("max_n")]
 
 
 class StreamOptions(Wire):
@@ -125,7 +141,7 @@ class GenerationBody(Formatted):
 
     unsupported = GENERATION
 
-    model: str | None = None
+    model: Label | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -136,10 +152,10 @@ class GenerationBody(Formatted):
     repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
     logit_bias: Bias | None = None
     seed: Seed | None = None
-    n: int | None = Field(None, ge=1)
+    n: Answers | None = None
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     stop: Stops | None = None
-    stop_token_ids: TokenIds | None = None
+    stop_token_ids: Annotated[TokenIds, AtMost("max_stop_token_ids")] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
@@ -147,9 +163,9 @@ class GenerationBody(Formatted):
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     # Labels: accepted, and left to the client's own records.
-    user: str | None = None
-    safety_identifier: str | None = None
-    metadata: dict[str, Any] | None = None
+    user: Label | None = None
+    safety_identifier: Label | None = None
+    metadata: FreeObject | None = None
     store: bool | None = None
 
     @property
@@ -184,39 +200,38 @@ class GenerationBody(Formatted):
         defaults: Defaults,
         asked_by: str = "max_tokens",
     ) -> list[GenerationRequest]:
-        """So many answers to each prompt as are tried, a prompt's side by side."""
+        """So many answers to each prompt as are tried, a prompt's side by side. They share all that does not differ."""
         max_tokens = defaults.max_tokens if asked is None else asked
-        self._check(len(prompts), param, max_tokens, defaults)
+        self._check(max_tokens)
         sampling = self._sampling(defaults)
+        samplings = [replace(sampling, seed=seed) for seed in self._seeds(len(prompts))]
+        shared: dict[str, Any] = {
+            "id": request_id,
+            "prompt_param": param,
+            "max_tokens": max_tokens,
+            "max_tokens_param": None if asked is None else asked_by,
+            "stop": tuple(self.stop or ()),
+            "stop_before": self.stop_before,
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "include_stop": bool(self.include_stop_str_in_output),
+            "ignore_eos": bool(self.ignore_eos),
+            "min_tokens": self.min_tokens or 0,
+            "score_prompt": self.echoes and self.top is not None,
+            "n": self.tries,
+            "priority": self.priority or 0,
+        }
         return [
-            GenerationRequest(
-                id=request_id,
-                prompt=prompt,
-                prompt_param=param,
-                max_tokens=max_tokens,
-                max_tokens_param=None if asked is None else asked_by,
-                sampling=replace(sampling, seed=seed_of(self.seed, answer)),
-                stop=tuple(self.stop or ()),
-                stop_before=self.stop_before,
-                stop_token_ids=tuple(self.stop_token_ids or ()),
-                include_stop=bool(self.include_stop_str_in_output),
-                ignore_eos=bool(self.ignore_eos),
-                min_tokens=self.min_tokens or 0,
-                score_prompt=self.echoes and self.top is not None,
-                n=self.tries,
-                priority=self.priority or 0,
-            )
-            for prompt in prompts
-            for answer in range(self.tries)
+            GenerationRequest(prompt=prompts[index // self.tries], sampling=sampling, **shared)
+            for index, sampling in enumerate(samplings)
         ]
 
-    def _check(self, prompts: int, param: str, max_tokens: int, defaults: Defaults) -> None:
-        for name, answers in (("n", self.n or 1), ("best_of", self.tries)):
-            if answers > defaults.max_n:
-                raise InvalidRequest(f"{name} is limited to {defaults.max_n} here.", name)
-        if prompts > defaults.max_prompts:
-            raise InvalidRequest(f"A request may have {defaults.max_prompts} prompts here.", param)
-        check_stops(self.stop or (), defaults.max_stop, defaults.max_stop_bytes)
+    def _seeds(self, prompts: int) -> list[int]:
+        """One for each answer: those to one prompt differ, and each is that of a request of its own, as in vLLM."""
+        if self.seed is None:
+            return [secrets.randbits(64) for _ in range(prompts * self.tries)]
+        return [self.seed + answer & 0xFFFFFFFFFFFFFFFF for answer in range(self.tries)] * prompts
+
+    def _check(self, max_tokens: int) -> None:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options goes with stream.", "stream_options")
         if self.min_tokens is not None and self.min_tokens > max_tokens:
@@ -237,18 +252,13 @@ class GenerationBody(Formatted):
         )
 
 
-def seed_of(asked: int | None, answer: int) -> int:
-    """Answers to one prompt must differ; each is that of a request with a seed of its own, as in vLLM."""
-    return secrets.randbits(64) if asked is None else asked + answer & 0xFFFFFFFFFFFFFFFF
-
-
 class CompletionBody(GenerationBody):
     unsupported = COMPLETION
 
-    prompt: Prompts
+    prompt: Annotated[list[Any], PromptList("max_prompts")]
     add_special_tokens: bool | None = None
     max_tokens: int | None = Field(None, ge=0)
-    best_of: int | None = Field(None, ge=1)
+    best_of: Answers | None = None
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -309,48 +319,3 @@ class ChatBody(ConversationBody, GenerationBody):
 
     def source(self) -> Source | None:
         return self.calls(self.schema_asked, super().source()) if self.may_call else super().source()
-
-
-Body = TypeVar("Body", bound=Wire)
-
-
-def parse(raw: bytes, kind: type[Body], unknown_fields: Literal["refuse", "ignore"]) -> Body:
-    """A request body, checked.
-
-    Raises:
-        InvalidRequest: not JSON, or a field that does not fit; it is named.
-    """
-    values = read_object(raw)
-    try:
-        return kind.model_validate(values, extra="ignore" if unknown_fields == "ignore" else "forbid")
-    except ValidationError as error:
-        raise _invalid(error) from error
-
-
-def read_object(raw: bytes) -> dict[str, Any]:
-    """Raises InvalidRequest where `raw` is not a JSON object."""
-    try:
-        values = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
-    if not isinstance(values, dict):
-        raise InvalidRequest("The body should be a JSON object.")
-    return values
-
-
-def _invalid(error: ValidationError) -> InvalidRequest:
-    problem = error.errors(include_url=False)[0]
-    context = problem.get("ctx", {})
-    # Validators of a whole object or list say in their context which part of it they mean.
-    param = _path((*problem["loc"], *(context[key] for key in ("field", "index") if key in context)))
-    if problem["type"] == "extra_forbidden":
-        return UnknownParameter(f"Unknown parameter: {param}.", param)
-    if problem["type"] == "unsupported":
-        return UnsupportedParameter(f"{problem['msg']}.", param)
-    return InvalidRequest(f"{param}: {problem['msg']}", param)
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    """('messages', 2, 'content') to 'messages[2].content'."""
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location)
-    return path.removeprefix(".")

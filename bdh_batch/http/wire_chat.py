@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -9,6 +10,7 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_v
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
+from bdh_batch.http.sizes import AnyJson, AtMost, BodyText, FreeObject, Label
 from bdh_batch.http.strict import Neutral, Read, Wire, shallow
 from bdh_batch.http.wire_tools import ToolCall, Tools
 from bdh_batch.text.chat import RESERVED, Conversation
@@ -20,14 +22,14 @@ class TextPart(Wire):
     unsupported: ClassVar[Neutral] = {"prompt_cache_breakpoint": ()}
 
     type: Literal["text"]
-    text: str
+    text: BodyText
 
     @model_validator(mode="before")
     @classmethod
     def _is_text(cls, part: object) -> object:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if kind != "text":
-            raise PydanticCustomError("unsupported", f"Content parts of type {kind!r} are not supported")
+            raise PydanticCustomError("unsupported", f"Content parts of type {reprlib.repr(kind)} are not supported")
         return part
 
 
@@ -47,12 +49,13 @@ def _not_reserved(values: dict[str, Any]) -> dict[str, Any]:
 
 
 TemplateVariables = Annotated[
-    dict[str, Any],
-    BeforeValidator(shallow, json_schema_input_type=dict[str, Any]),
+    FreeObject,
+    BeforeValidator(shallow, json_schema_input_type=FreeObject),
     AfterValidator(_not_reserved),
     Field(json_schema_extra={"propertyNames": {"not": {"enum": sorted(RESERVED)}}}),
 ]
-Content = Annotated[str | None, Read(_text, list[TextPart], str | list[TextPart] | None)]
+Parts = Annotated[list[TextPart], AtMost("max_parts")]
+Content = Annotated[str | None, Read(_text, Parts, BodyText | Parts | None)]
 
 
 SAYS_SOMETHING: JsonDict = {
@@ -74,10 +77,10 @@ class Message(Wire):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Content = None
-    name: str | None = None
-    tool_call_id: str | None = None
-    tool_calls: list[ToolCall] | None = None
-    parsed: Any = None  # a label: what an official client made of the content of an answer
+    name: Label | None = None
+    tool_call_id: Label | None = None
+    tool_calls: Annotated[list[ToolCall], AtMost("max_tools")] | None = None
+    parsed: AnyJson = None  # a label: what an official client made of the content of an answer
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -99,7 +102,7 @@ class Message(Wire):
 class ConversationBody(Tools):
     """A body with messages, of which the template makes a prompt."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Field(min_length=1), AtMost("max_messages")]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     add_special_tokens: bool | None = None

@@ -5,34 +5,42 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import InvalidRequest
+from bdh_batch.http.sizes import AtMost, BodyText, FreeObject, FunctionLabel, from_string
 from bdh_batch.http.strict import Wire
 from bdh_batch.text.grammar import Source
 from bdh_batch.text.sources import ANY_OBJECT, from_choice, from_lark, from_regex, from_schema
 
 
-def _schema(value: object) -> object:
+def _schema(value: object, info: ValidationInfo) -> object:
     """A schema may come as a string of JSON."""
     if not isinstance(value, str):
         return value
     try:
-        return orjson.loads(value)
+        return from_string(value, info)
     except orjson.JSONDecodeError as error:
         raise PydanticCustomError("schema", "This is not JSON: {error}", {"error": str(error)}) from error
 
 
-Schema = Annotated[dict[str, Any], BeforeValidator(_schema, json_schema_input_type=str | dict[str, Any])]
-Choice = Annotated[list[str], Field(min_length=1)]
+MostBytes = AtMost("max_schema_bytes")
+SchemaObject = Annotated[FreeObject, MostBytes]
+SchemaText = Annotated[str, MostBytes]
+Schema = Annotated[
+    SchemaObject,
+    BeforeValidator(_schema, json_schema_input_type=SchemaText | SchemaObject),
+    BeforeValidator(MostBytes.check),
+]
+Choice = Annotated[list[SchemaText], Field(min_length=1), AtMost("max_choices")]
 
 
 class NamedSchema(Wire):
-    name: str = Field(pattern="^[a-zA-Z0-9_-]{1,64}$")
-    description: str | None = None
-    schema_: dict[str, Any] | None = Field(None, alias="schema")
+    name: FunctionLabel
+    description: BodyText | None = None
+    schema_: SchemaObject | None = Field(None, alias="schema")
     strict: bool | None = None  # schemas are always kept to, strictly
 
 
@@ -65,9 +73,9 @@ class ResponseFormat(Wire):
 
 class StructuredOutputs(Wire):
     json_: Schema | None = Field(None, alias="json")
-    regex: str | None = None
+    regex: SchemaText | None = None
     choice: Choice | None = None
-    grammar: str | None = None
+    grammar: SchemaText | None = None
 
 
 class Formatted(Wire):
@@ -76,9 +84,9 @@ class Formatted(Wire):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: Schema | None = None
-    guided_regex: str | None = None
+    guided_regex: SchemaText | None = None
     guided_choice: Choice | None = None
-    guided_grammar: str | None = None
+    guided_grammar: SchemaText | None = None
 
     @property
     def schema_asked(self) -> dict[str, Any] | None:

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from bdh_batch.errors import InvalidRequest
+from bdh_batch.http.sizes import BodyText, BodyTokens, Label
 from bdh_batch.http.strict import Neutral, Wire
-from bdh_batch.http.wire import MAX_PRIORITY, Defaults, Prompts, to_prompts
+from bdh_batch.http.wire import MAX_PRIORITY, PromptList, to_prompts
 from bdh_batch.http.wire_chat import ConversationBody
 from bdh_batch.messages import GenerationRequest, Text
 
 
 class EmbeddingBody(Wire):
-    model: str | None = None
-    input: Prompts
+    model: Label | None = None
+    input: Annotated[list[Any], PromptList("max_inputs")]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1)
     add_special_tokens: bool | None = None
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
-    user: str | None = None  # a label
+    user: Label | None = None  # a label
 
-    def requests(self, request_id: str, defaults: Defaults, width: int) -> list[GenerationRequest]:
+    def requests(self, request_id: str, width: int) -> list[GenerationRequest]:
         """
         Args:
             width: of the model's hidden vectors.
         """
         if self.dimensions is not None and self.dimensions > width:
             raise InvalidRequest(f"dimensions: This model's embeddings have {width}.", "dimensions")
-        if len(self.input) > defaults.max_prompts:
-            raise InvalidRequest(f"A request may have {defaults.max_prompts} inputs here.", "input")
         prompts = to_prompts(self.input, self.add_special_tokens)
         params = ["input"] if len(prompts) == 1 else [f"input[{index}]" for index in range(len(prompts))]
         priority = self.priority or 0
@@ -41,8 +40,8 @@ class EmbeddingBody(Wire):
 
 
 class TokenizeText(Wire):
-    model: str | None = None
-    prompt: str
+    model: Label | None = None
+    prompt: BodyText
     add_special_tokens: bool | None = None
     return_token_strs: bool | None = None
 
@@ -57,10 +56,10 @@ class TokenizeChat(ConversationBody):
         "parallel_tool_calls": (True, False),
     }
 
-    model: str | None = None
+    model: Label | None = None
     return_token_strs: bool | None = None
 
 
 class DetokenizeBody(Wire):
-    model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    model: Label | None = None
+    tokens: BodyTokens

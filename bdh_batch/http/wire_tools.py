@@ -6,26 +6,25 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import InvalidRequest
+from bdh_batch.http.sizes import AnyJson, AtMost, BodyText, FreeObject, FunctionLabel, Label, from_string
 from bdh_batch.http.strict import Read, Wire, shallow
 from bdh_batch.text.calls import Tool, from_tools
 from bdh_batch.text.grammar import Source
 
-MAX_TOOLS = 128
 MODES = (None, "none", "auto", "required")
-NAME = "^[a-zA-Z0-9_-]{1,64}$"
 
 
 class Function(Wire):
-    name: str = Field(pattern=NAME)
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
+    name: FunctionLabel
+    description: BodyText | None = None
+    parameters: FreeObject | None = None
     strict: bool | None = None  # schemas are always kept to, strictly
 
-    @field_validator("parameters", mode="before", json_schema_input_type=dict[str, Any] | None)
+    @field_validator("parameters", mode="before", json_schema_input_type=FreeObject | None)
     @classmethod
     def _are_shallow(cls, schema: object) -> object:
         return shallow(schema)
@@ -44,7 +43,7 @@ class FunctionTool(Wire):
 
 
 class FunctionName(Wire):
-    name: str
+    name: Label
 
 
 class NamedChoice(Wire):
@@ -61,15 +60,15 @@ def _choice(value: object, named: Callable[[object], NamedChoice]) -> object:
 
 
 class CalledFunction(Wire):
-    name: str = Field(pattern=NAME)
-    arguments: str
-    parsed_arguments: Any = None  # a label, as all that official clients add to an answer that they send back
+    name: FunctionLabel
+    arguments: BodyText
+    parsed_arguments: AnyJson = None  # a label, as all that official clients add to an answer that they send back
 
     @field_validator("arguments")
     @classmethod
-    def _are_json(cls, arguments: str) -> str:
+    def _are_json(cls, arguments: str, info: ValidationInfo) -> str:
         try:
-            values = orjson.loads(arguments)
+            values = from_string(arguments, info)
         except orjson.JSONDecodeError:
             values = None
         if not isinstance(values, dict):
@@ -81,7 +80,7 @@ class CalledFunction(Wire):
 class ToolCall(Wire):
     """A call that the assistant made, sent back to it."""
 
-    id: str
+    id: Label
     type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = Field(None, ge=0)  # a label
@@ -99,17 +98,18 @@ ToolChoice = Annotated[AnyChoice, Read(_choice, NamedChoice, AnyChoice)]
 class Tools(Wire):
     """A body that can offer tools."""
 
-    tools: list[FunctionTool] | None = Field(None, max_length=MAX_TOOLS)
+    tools: Annotated[list[FunctionTool], AtMost("max_tools")] | None = None
     tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
     @field_validator("tools")
     @classmethod
     def _have_names_of_their_own(cls, tools: list[FunctionTool] | None) -> list[FunctionTool] | None:
-        names = [tool.function.name for tool in tools or ()]
-        for index, name in enumerate(names):
-            if name in names[:index]:
+        names: set[str] = set()
+        for index, tool in enumerate(tools or ()):
+            if tool.function.name in names:
                 raise PydanticCustomError("tools", "There are several of that name", {"index": index})
+            names.add(tool.function.name)
         return tools
 
     @property

@@ -90,7 +90,7 @@ def test_the_official_client_reads_them(tiny: Server, runner: Runner) -> None:
         ({"input": ["a", "a" * 131073]}, "input[1]"),
         ({"input": [256]}, "input"),
         ({"input": 5}, "input"),
-        ({"input": ["a"] * 129}, "input"),
+        ({"input": ["a"] * 2049}, "input"),
         ({"input": "a" * 131073}, "input"),
         ({"input": "a", "encoding_format": "int8"}, "encoding_format"),
         ({"input": "a", "dimensions": 0}, "dimensions"),

@@ -124,7 +124,7 @@ class TestDocument:
         told = openapi(
             Settings.model_validate(
                 {
-                    "limits": {"max_n": 3, "max_prompts": 2, "max_stop": 1, "max_stop_bytes": 4},
+                    "limits": {"max_n": 3, "max_prompts": 2, "max_inputs": 2, "max_stop": 1, "max_stop_bytes": 4},
                     "model": {"max_model_len": 50},
                 }
             )

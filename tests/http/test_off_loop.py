@@ -1,0 +1,128 @@
+"""Long work is done off the event loop: one piece at a time, tenants by turns, and whoever gives up holds up nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import orjson
+import pytest
+from starlette.requests import Request
+
+from bdh_batch.errors import InvalidRequest, Unavailable
+from bdh_batch.http import body as bodies, routes as endpoints
+from bdh_batch.http.body import parse
+from bdh_batch.http.gate import Gate
+from bdh_batch.http.off_loop import LARGE, THREAD, OffLoop
+from bdh_batch.http.quota import Quota
+from bdh_batch.http.rates import Rates
+from bdh_batch.http.routes import Routes
+from bdh_batch.http.strict import Wire
+from bdh_batch.http.wire import CompletionBody
+from bdh_batch.settings import Limits, Settings
+from bdh_batch.telemetry import Metrics
+
+USER = {"role": "user", "content": "a"}
+
+
+class TestOffTheLoop:
+    async def test_one_at_a_time_and_tenants_by_turns(self) -> None:
+        off_loop, order, running = OffLoop(), [], []
+
+        def work(name: str) -> str:
+            assert threading.current_thread().name == THREAD
+            assert threading.current_thread().daemon
+            running.append(name)
+            assert running == [name]
+            order.append(name)
+            running.remove(name)
+            return name
+
+        names = ["a1", "a2", "a3", "a4", "b1", "c1", "b2"]
+        results = await asyncio.gather(*(off_loop.run(name[0], partial(work, name)) for name in names))
+        assert results == names
+        assert order == ["a1", "a2", "b1", "c1", "a3", "b2", "a4"]
+
+    async def test_who_gives_up_is_not_waited_for(self) -> None:
+        off_loop, go_on = OffLoop(), threading.Event()
+        first = asyncio.create_task(off_loop.run("a", lambda: go_on.wait(60)))
+        given_up = asyncio.create_task(off_loop.run("a", lambda: pytest.fail("it was given up")))
+        next_one = asyncio.create_task(off_loop.run("b", lambda: 5))
+        await asyncio.sleep(0)
+        given_up.cancel()
+        first.cancel()  # its work has begun, and nothing else begins until that ends
+        await asyncio.sleep(0)
+        assert not next_one.done()
+        go_on.set()
+        assert await next_one == 5
+        assert await off_loop.run("a", lambda: 6) == 6
+
+    async def test_who_gives_up_at_its_turn_gives_it_away(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        off_loop, go_on = OffLoop(), threading.Event()
+        first = asyncio.create_task(off_loop.run("a", lambda: go_on.wait(60)))
+        second = asyncio.create_task(off_loop.run("a", lambda: pytest.fail("it was given up")))
+        third = asyncio.create_task(off_loop.run("a", lambda: 3))
+        await asyncio.sleep(0)
+        give_turn = off_loop._next
+
+        def give_turn_too_late() -> None:
+            monkeypatch.setattr(off_loop, "_next", give_turn)
+            give_turn()
+            second.cancel()
+
+        monkeypatch.setattr(off_loop, "_next", give_turn_too_late)
+        go_on.set()
+        assert await first
+        assert await third == 3
+        assert second.cancelled()
+        assert await off_loop.run("a", lambda: 4) == 4
+
+    async def test_what_fails_fails_for_who_asked(self) -> None:
+        off_loop = OffLoop()
+        with pytest.raises(InvalidRequest):
+            await off_loop.run("a", lambda: parse(b"{", CompletionBody, Limits()))
+        assert await off_loop.run("a", lambda: 1) == 1
+
+    @pytest.mark.parametrize(
+        ("path", "body"),
+        [
+            ("/v1/completions", {"prompt": "a"}),
+            ("/v1/chat/completions", {"messages": [USER]}),
+            ("/v1/embeddings", {"input": "a"}),
+            ("/tokenize", {"prompt": "a"}),
+            ("/detokenize", {"tokens": [1]}),
+        ],
+    )
+    async def test_large_bodies_are_parsed_there(
+        self, monkeypatch: pytest.MonkeyPatch, path: str, body: dict[str, Any]
+    ) -> None:
+        threads: list[str] = []
+
+        def watched(values: Any, kind: type[Wire], *rest: Any) -> Wire:
+            threads.append(threading.current_thread().name)
+            return bodies.check(values, kind, *rest)
+
+        def watched_parse(raw: bytes, kind: type[Wire], *rest: Any) -> Wire:
+            return watched(bodies.read_object(raw, rest[0]), kind, *rest)
+
+        monkeypatch.setattr(endpoints, "check", watched)
+        monkeypatch.setattr(endpoints, "parse", watched_parse)
+        chosen, metrics = Settings(), Metrics("tiny")
+        table = Routes(Gate(), metrics, chosen, Quota(Rates(chosen.rate_limiting, metrics), None)).table()
+        endpoint = next(route.endpoint for route in table if route.path == path)
+        for size, expected in ((LARGE, threading.main_thread().name), (LARGE + 1, THREAD)):
+            raw = orjson.dumps(body).ljust(size)
+            with pytest.raises(Unavailable):  # the gate is closed; the body was read
+                await endpoint(_request(raw))
+            assert threads.pop() == expected
+
+
+def _request(raw: bytes) -> Request:
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": raw}
+
+    scope = {"type": "http", "headers": [], "state": {"id": "x", "caller": SimpleNamespace(label="a")}}
+    return Request(scope, receive)
