@@ -17,6 +17,7 @@ from pathlib import Path
 
 from bdh_batch import __version__, settings
 from bdh_batch.bench import options as bench_options
+from bdh_batch.documents import shown
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.keys import KeyFile, new_key
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(options.run(options))
     except (ConfigError, CheckpointError) as error:
-        print(f"bdh-batch: {error}", file=sys.stderr)
+        print(f"bdh-batch: {shown(error)}", file=sys.stderr)
         return 2
 
 
@@ -133,7 +134,7 @@ def _add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
+    if not text.isdecimal() or len(text) > 9 or not int(text):
         raise argparse.ArgumentTypeError(f"should be a positive integer, not {text!r}")
     return int(text)
 
@@ -152,7 +153,10 @@ def _overrides(options: argparse.Namespace) -> list[tuple[str, object]]:
 
 
 def _resolve(options: argparse.Namespace) -> settings.Resolved:
-    return settings.load(options.config, _overrides(options))
+    resolved = settings.load(options.config, _overrides(options))
+    for text in resolved.warnings:
+        print(f"bdh-batch: {text}", file=sys.stderr)
+    return resolved
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import json
 import logging
 import signal
 import threading
@@ -23,6 +22,7 @@ from pydantic import ValidationError
 
 from bdh_batch import __version__
 from bdh_batch.backends.local import Engine as Computes, LocalBackend
+from bdh_batch.documents import read_json_beside
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.http.app import create_app
 from bdh_batch.http.gate import Gate, ServedModel
@@ -249,19 +249,16 @@ def defaults_for(settings: Settings, folder: Path) -> Defaults:
 
 def suggested_generation(file: Path) -> dict[str, Any]:
     """What a model folder's `generation_config.json` says, in the settings' names."""
-    if not file.is_file():
-        return {}
+    values = read_json_beside(file)
     try:
-        values = json.loads(file.read_bytes())
         suggested = {name: values.get(name) for name in ("temperature", "top_p", "top_k")}
         suggested["max_tokens"] = values.get("max_new_tokens")
         if values.get("do_sample") is False:
             suggested["temperature"] = 0.0
         return Generation(**suggested).model_dump(exclude_none=True)
-    except (ValueError, AttributeError) as error:
-        problem = error.errors()[0] if isinstance(error, ValidationError) else None
-        text = f"{problem['loc'][0]}: {problem['msg']}" if problem else f"not a JSON object ({error})"
-        raise CheckpointError(f"{file}: {text}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise CheckpointError(f"{file}: {problem['loc'][0]}: {problem['msg']}") from error
 
 
 def key_ring(auth: Auth) -> KeyRing | None:
