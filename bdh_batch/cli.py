@@ -21,6 +21,8 @@ from bdh_batch.documents import shown
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.keys import KeyFile, new_key
 
+log = logging.getLogger(__name__)
+
 SHORTCUTS = {
     "host": "server.host",
     "port": "server.port",
@@ -44,12 +46,30 @@ PLANNED = {  # flags of `plan`, with their defaults
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    _stand_on_firm_ground()
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except (ConfigError, CheckpointError) as error:
         print(f"bdh-batch: {shown(error)}", file=sys.stderr)
         return 2
+
+
+def _stand_on_firm_ground() -> None:
+    """Gives the process what libraries take for granted: standard streams, and a working directory.
+
+    Streams that are closed lead nowhere then: else the next socket would be one of them, and be written to. Where the
+    directory has been deleted, Intel's MKL ends the process at its first product.
+    """
+    try:
+        os.getcwd()
+    except OSError:
+        os.chdir("/")
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -163,14 +183,14 @@ def _serve(options: argparse.Namespace) -> int:
     resolved = _resolve(options)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))  # until the server has handlers of its own: nothing runs yet
+    logging.basicConfig(
+        level=resolved.settings.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     # Only this command pays for importing torch.
     import uvloop
 
     from bdh_batch.runtime import serve, threads_left
 
-    logging.basicConfig(
-        level=resolved.settings.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
     uvloop.run(serve(resolved.settings, partial(_announce, resolved.settings.auth.enabled)))
     if threads_left():
         # One still loads, compiles or hangs in a step; the interpreter cannot be taken down under its feet.
@@ -182,8 +202,11 @@ def _serve(options: argparse.Namespace) -> int:
 def _announce(with_key: bool, url: str, model: str) -> None:
     prompt = '{"prompt": "ROMEO:\\n", "max_tokens": 200}'
     headers = "-H 'content-type: application/json'" + (" -H 'authorization: Bearer KEY'" if with_key else "")
-    print(f"\n{model} is ready at {url}. Try:\n", flush=True)
-    print(f"  curl -s {url}/v1/completions {headers} -d '{prompt}'\n", flush=True)
+    try:
+        print(f"\n{model} is ready at {url}. Try:\n", flush=True)
+        print(f"  curl -s {url}/v1/completions {headers} -d '{prompt}'\n", flush=True)
+    except OSError as error:  # a full disk, or a pipe that nobody reads any more
+        log.warning("%s is ready at %s, which cannot be printed: %s", model, url, error.strerror)
 
 
 def _show(options: argparse.Namespace) -> int:

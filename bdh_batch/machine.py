@@ -45,7 +45,7 @@ def _system_memory(root: Path) -> int:
 
 def _headrooms(root: Path) -> Iterator[int]:
     """What each group's limit leaves. Page cache that the kernel would give back is not counted as used."""
-    for group in _groups(root, "memory"):
+    for group in groups(root, "memory"):
         names = ("memory.max", "memory.high") if group.version == 2 else ("memory.limit_in_bytes",)
         limit = min((_number(group.folder / name) for name in names), default=UNLIMITED)
         if limit >= UNLIMITED:
@@ -61,7 +61,7 @@ def _headrooms(root: Path) -> Iterator[int]:
 
 def _quotas(root: Path) -> Iterator[float]:
     """The cores' worth of time that each group may use."""
-    for group in _groups(root, "cpu"):
+    for group in groups(root, "cpu"):
         if group.version == 2:
             quota, _, period = _read(group.folder / "cpu.max").partition(" ")
         else:
@@ -78,7 +78,7 @@ class Group:
     folder: Path
 
 
-def _groups(root: Path, controller: str) -> Iterator[Group]:
+def groups(root: Path, controller: str) -> Iterator[Group]:
     """The process's own groups with this controller, each followed by those above it that can be seen."""
     mounts = list(_mounts(root, controller))
     for line in _read(root / "proc/self/cgroup").splitlines():

@@ -31,6 +31,7 @@ from bdh_batch.http.wire import Defaults
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.simd import most_threads
 from bdh_batch.keys import KeyRing
+from bdh_batch.machine import usable_cores
 from bdh_batch.model.activity import Activity
 from bdh_batch.model.checkpoint import Model, load_model
 from bdh_batch.model.config import BDHConfig
@@ -111,8 +112,7 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     Raises:
         ConfigError, CheckpointError
     """
-    if settings.engine.threads is not None:
-        set_threads(settings.engine.threads)
+    set_threads(settings.engine.threads)
     device = choose_device(settings.model.device)
     dtype: torch.dtype = getattr(torch, settings.model.dtype)
     model = load_model(path, dtype, device, settings.model.layers)
@@ -142,10 +142,19 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     return LoadedEngine(model, runner, slots, host_slots)
 
 
-def set_threads(threads: int) -> None:
-    """Numba cannot have more than it began with, one for each core."""
+def set_threads(asked: int | None) -> None:
+    """As many as are asked for; else one for each core that a control group's quota gives time for.
+
+    Raises:
+        ConfigError: Numba cannot have more than it began with, one for each core.
+    """
+    cores = usable_cores()
+    threads = min(torch.get_num_threads(), cores) if asked is None else asked
     if threads > (most := most_threads()):
         raise ConfigError(f"engine.threads: {threads} asked for, this machine has cores for {most}")
+    if threads > cores:
+        log.warning("engine.threads: %d asked for, but a quota gives time for %d: they will wait", threads, cores)
+    log.info("threads: %d of %d usable cores", threads, cores)
     torch.set_num_threads(threads)
 
 

@@ -170,7 +170,9 @@ class Engine(Section):
         None, description='Memory for the states of running sequences, as in "4 GiB"; null is a share of what is free.'
     )
     state_memory_share: float = Field(0.5, gt=0, le=0.95, description="That share, where state_memory is null.")
-    threads: PositiveInt | None = Field(None, description="CPU threads that compute; null is one per core.")
+    threads: PositiveInt | None = Field(
+        None, description="CPU threads that compute; null is one per core, as far as CPU quotas go."
+    )
 
 
 class Scheduler(Section):
