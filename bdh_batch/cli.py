@@ -53,6 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError) as error:
         print(f"bdh-batch: {shown(error)}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("bdh-batch: there is not enough memory", file=sys.stderr)
+        return 2
 
 
 def _stand_on_firm_ground() -> None:
@@ -207,6 +210,7 @@ def _announce(with_key: bool, url: str, model: str) -> None:
         print(f"  curl -s {url}/v1/completions {headers} -d '{prompt}'\n", flush=True)
     except OSError as error:  # a full disk, or a pipe that nobody reads any more
         log.warning("%s is ready at %s, which cannot be printed: %s", model, url, error.strerror)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit tries once more, and fails
 
 
 def _show(options: argparse.Namespace) -> int:

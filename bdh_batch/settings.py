@@ -357,6 +357,8 @@ def load(config: Path | None = None, overrides: Iterable[tuple[str, object]] = (
     ):
         for option, value in options:
             _known(option, origin)
+            if isinstance(value, str) and "\0" in value:  # no path may have one, and nothing else needs it
+                raise ConfigError(f"{option} ({origin}): holds a NUL character")
             section, key = option.split(".")
             merged.setdefault(section, {})[key] = value
             origins[option] = origin

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ import yaml
 from hypothesis import given, strategies as st
 
 from bdh_batch.documents import DEEPEST, LARGEST_TEXT, MOST_LISTED, Malformed, listed, parse_json, parse_yaml, read_text
+
+PACKAGE = Path(__file__).parent.parent / "bdh_batch"
 
 plain = st.recursive(
     st.none()
@@ -116,3 +120,22 @@ def test_text_is_utf8_whatever_the_locale_and_may_come_through_a_pipe(tmp_path: 
 def test_a_list_of_problems_has_an_end() -> None:
     assert listed(["a", "b"]) == "a; b"
     assert listed(map(str, range(100_000)), ", ").endswith(f"{MOST_LISTED - 1}, and 99,950 more")
+
+
+def reads_and_writes(source: Path) -> Iterator[ast.Call]:
+    """Calls that open text."""
+    for node in ast.walk(ast.parse(source.read_text("utf-8"))):
+        if isinstance(node, ast.Call):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            modes = [each.value for each in node.args if isinstance(each, ast.Constant) and isinstance(each.value, str)]
+            if name in ("read_text", "write_text") or (name in ("open", "fdopen") and modes and "b" not in modes[-1]):
+                yield node
+
+
+@pytest.mark.parametrize("source", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_text_is_read_or_written_in_the_locales_encoding(source: Path) -> None:
+    for call in reads_and_writes(source):
+        constants = [each.value for each in call.args if isinstance(each, ast.Constant)]
+        own = isinstance(call.func, ast.Name)  # read_text of documents.py
+        named = any(keyword.arg == "encoding" for keyword in call.keywords)
+        assert own or named or {"utf-8", "utf-8-sig"} & set(constants), f"line {call.lineno} names no encoding"

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,8 @@ from bdh_batch.settings import load, options
 
 if TYPE_CHECKING:
     from tests.conftest import Cli
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -151,6 +155,7 @@ def test_a_value_beyond_the_bounds_is_refused_by_option_in_a_short_line(
         ('server: {host: "caf\\u0007"}\nport: \x07', "not YAML"),
         ("server: {port: 2001-01-01}", r"server\.port .*2001"),
         ("server: {port: 1_000_000_000_000}", r"server\.port"),
+        ('model: {path: "a\\0b"}', r"model\.path .*holds a NUL character"),
         ("{1: 2}", "unknown section 1"),
         ("server: {1: 2}", r"unknown option server\.1"),
         ("server: {host: [a]}", r"server\.host"),
@@ -259,3 +264,23 @@ def test_a_wrong_command_line_ends_in_one_line_and_exit_code_2(
 ) -> None:
     assert cli.main(["config", "show", *arguments]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_command_needs_no_standard_streams(closed: str) -> None:
+    command = [sys.executable, "-m", "bdh_batch", "config", "show"]
+    script = f'exec "$@" {closed}'
+    ended = subprocess.run(["sh", "-c", script, "sh", *command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0
+    assert ended.stderr == ""
+    assert bool(ended.stdout) == (">&-" not in closed.replace("2>&-", ""))
+
+
+def test_where_nothing_can_be_printed_the_server_goes_on() -> None:
+    code = 'from bdh_batch import cli; cli._announce(False, "http://here", "dragon")'
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert ended.returncode == 0
+    assert ended.stderr == "dragon is ready at http://here, which cannot be printed: No space left on device\n"

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bdh_batch.documents import Malformed, read_json_beside, read_text, unreadable
+from bdh_batch.documents import Malformed, brief, read_json_beside, read_text, unreadable
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.text.chat import ChatTemplate
 from bdh_batch.text.hugging_face import HuggingFaceTokenizer, load_hugging_face
@@ -117,7 +117,7 @@ def _tokenizer(folder: Path, config: Values) -> tuple[Tokenizer | None, Path]:
     if "type" not in config:
         return None, file
     if config["type"] != "byte":
-        text = f'type is {config["type"]!r}; "byte" is what can be served, or a {TOKENIZER} beside it'
+        text = f'type is {brief(config["type"])}; "byte" is what can be served, or a {TOKENIZER} beside it'
         raise CheckpointError(f"{file}: {text}")
     return ByteTokenizer(), file
 
@@ -139,13 +139,13 @@ def _eos(folder: Path, names: Mapping[str, str], tokenizer: Tokenizer | None) ->
     if name is not None and isinstance(tokenizer, HuggingFaceTokenizer):
         token = tokenizer.token_id(name)
         if token is None:
-            raise CheckpointError(f"{folder / TOKENIZER_CONFIG}: eos_token {name!r} is not in {TOKENIZER}")
+            raise CheckpointError(f"{folder / TOKENIZER_CONFIG}: eos_token {brief(name)} is not in {TOKENIZER}")
         yield token
     file = folder / GENERATION_CONFIG
     ids = read_json_beside(file).get("eos_token_id")
     for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise CheckpointError(f"{file}: eos_token_id should be a token id or a list of them, not {ids!r}")
+            raise CheckpointError(f"{file}: eos_token_id should be a token id or a list of them, not {brief(ids)}")
         yield token
 
 
