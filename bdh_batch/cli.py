@@ -17,8 +17,11 @@ from pathlib import Path
 
 from bdh_batch import __version__, settings
 from bdh_batch.bench import options as bench_options
+from bdh_batch.documents import shown
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.keys import KeyFile, new_key
+
+log = logging.getLogger(__name__)
 
 SHORTCUTS = {
     "host": "server.host",
@@ -43,12 +46,33 @@ PLANNED = {  # flags of `plan`, with their defaults
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    _stand_on_firm_ground()
     options = _parser().parse_args(arguments)
     try:
         return int(options.run(options))
     except (ConfigError, CheckpointError) as error:
-        print(f"bdh-batch: {error}", file=sys.stderr)
+        print(f"bdh-batch: {shown(error)}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print("bdh-batch: there is not enough memory", file=sys.stderr)
+        return 2
+
+
+def _stand_on_firm_ground() -> None:
+    """Gives the process what libraries take for granted: standard streams, and a working directory.
+
+    Streams that are closed lead nowhere then: else the next socket would be one of them, and be written to. Where the
+    directory has been deleted, Intel's MKL ends the process at its first product.
+    """
+    try:
+        os.getcwd()
+    except OSError:
+        os.chdir("/")
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,7 +157,7 @@ def _add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentPars
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
+    if not text.isdecimal() or len(text) > 9 or not int(text):
         raise argparse.ArgumentTypeError(f"should be a positive integer, not {text!r}")
     return int(text)
 
@@ -152,21 +176,24 @@ def _overrides(options: argparse.Namespace) -> list[tuple[str, object]]:
 
 
 def _resolve(options: argparse.Namespace) -> settings.Resolved:
-    return settings.load(options.config, _overrides(options))
+    resolved = settings.load(options.config, _overrides(options))
+    for text in resolved.warnings:
+        print(f"bdh-batch: {text}", file=sys.stderr)
+    return resolved
 
 
 def _serve(options: argparse.Namespace) -> int:
     resolved = _resolve(options)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))  # until the server has handlers of its own: nothing runs yet
+    logging.basicConfig(
+        level=resolved.settings.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
     # Only this command pays for importing torch.
     import uvloop
 
     from bdh_batch.runtime import serve, threads_left
 
-    logging.basicConfig(
-        level=resolved.settings.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
     uvloop.run(serve(resolved.settings, partial(_announce, resolved.settings.auth.enabled)))
     if threads_left():
         # One still loads, compiles or hangs in a step; the interpreter cannot be taken down under its feet.
@@ -178,8 +205,12 @@ def _serve(options: argparse.Namespace) -> int:
 def _announce(with_key: bool, url: str, model: str) -> None:
     prompt = '{"prompt": "ROMEO:\\n", "max_tokens": 200}'
     headers = "-H 'content-type: application/json'" + (" -H 'authorization: Bearer KEY'" if with_key else "")
-    print(f"\n{model} is ready at {url}. Try:\n", flush=True)
-    print(f"  curl -s {url}/v1/completions {headers} -d '{prompt}'\n", flush=True)
+    try:
+        print(f"\n{model} is ready at {url}. Try:\n", flush=True)
+        print(f"  curl -s {url}/v1/completions {headers} -d '{prompt}'\n", flush=True)
+    except OSError as error:  # a full disk, or a pipe that nobody reads any more
+        log.warning("%s is ready at %s, which cannot be printed: %s", model, url, error.strerror)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit tries once more, and fails
 
 
 def _show(options: argparse.Namespace) -> int:

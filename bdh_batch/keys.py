@@ -135,7 +135,7 @@ class KeyFile:
         try:
             handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")  # with mode 0600
             try:
-                with os.fdopen(handle, "w") as file:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
                     file.writelines(f"{line}\n" for line in lines)
                     file.flush()
                     os.fsync(file.fileno())

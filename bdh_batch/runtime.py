@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import json
 import logging
 import signal
 import threading
@@ -23,6 +22,7 @@ from pydantic import ValidationError
 
 from bdh_batch import __version__
 from bdh_batch.backends.local import Engine as Computes, LocalBackend
+from bdh_batch.documents import read_json_beside
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.http.app import create_app
 from bdh_batch.http.gate import Gate, ServedModel
@@ -31,6 +31,7 @@ from bdh_batch.http.wire import Defaults
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.simd import most_threads
 from bdh_batch.keys import KeyRing
+from bdh_batch.machine import usable_cores
 from bdh_batch.model.activity import Activity
 from bdh_batch.model.checkpoint import Model, load_model
 from bdh_batch.model.config import BDHConfig
@@ -110,8 +111,7 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     Raises:
         ConfigError, CheckpointError
     """
-    if settings.engine.threads is not None:
-        set_threads(settings.engine.threads)
+    set_threads(settings.engine.threads)
     device = choose_device(settings.model.device)
     dtype: torch.dtype = getattr(torch, settings.model.dtype)
     model = load_model(path, dtype, device, settings.model.layers)
@@ -141,10 +141,19 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     return LoadedEngine(model, runner, slots, host_slots)
 
 
-def set_threads(threads: int) -> None:
-    """Numba cannot have more than it began with, one for each core."""
+def set_threads(asked: int | None) -> None:
+    """As many as are asked for; else one for each core that a control group's quota gives time for.
+
+    Raises:
+        ConfigError: Numba cannot have more than it began with, one for each core.
+    """
+    cores = usable_cores()
+    threads = min(torch.get_num_threads(), cores) if asked is None else asked
     if threads > (most := most_threads()):
         raise ConfigError(f"engine.threads: {threads} asked for, this machine has cores for {most}")
+    if threads > cores:
+        log.warning("engine.threads: %d asked for, but a quota gives time for %d: they will wait", threads, cores)
+    log.info("threads: %d of %d usable cores", threads, cores)
     torch.set_num_threads(threads)
 
 
@@ -247,19 +256,16 @@ def defaults_for(settings: Settings, folder: Path) -> Defaults:
 
 def suggested_generation(file: Path) -> dict[str, Any]:
     """What a model folder's `generation_config.json` says, in the settings' names."""
-    if not file.is_file():
-        return {}
+    values = read_json_beside(file)
     try:
-        values = json.loads(file.read_bytes())
         suggested = {name: values.get(name) for name in ("temperature", "top_p", "top_k")}
         suggested["max_tokens"] = values.get("max_new_tokens")
         if values.get("do_sample") is False:
             suggested["temperature"] = 0.0
         return Generation(**suggested).model_dump(exclude_none=True)
-    except (ValueError, AttributeError) as error:
-        problem = error.errors()[0] if isinstance(error, ValidationError) else None
-        text = f"{problem['loc'][0]}: {problem['msg']}" if problem else f"not a JSON object ({error})"
-        raise CheckpointError(f"{file}: {text}") from error
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise CheckpointError(f"{file}: {problem['loc'][0]}: {problem['msg']}") from error
 
 
 def key_ring(auth: Auth) -> KeyRing | None:

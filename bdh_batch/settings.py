@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -28,17 +29,11 @@ from pydantic import (
     ValidationError,
 )
 from pydantic_core import PydanticCustomError
-from pydantic_settings import (
-    BaseSettings,
-    EnvSettingsSource,
-    NoDecode,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-    SettingsError,
-)
 
+from bdh_batch.documents import Malformed, brief, listed, parse_json, parse_yaml, read_text, shown
 from bdh_batch.errors import ConfigError
 
+LONGEST_SHOWN = 100  # characters of an option that does not exist
 ENV_PREFIX, ENV_DELIMITER = "BDH_", "__"
 SECRET = ("auth.api_keys", "rate_limiting.storage", "telemetry.otlp_endpoint")  # what is given there is not repeated
 UNITS = {
@@ -52,7 +47,8 @@ def _parse_bytes(value: object) -> object:
     """'4 GiB' to a number of bytes."""
     match = re.fullmatch(r"([\d.]+)\s*([a-zA-Z]*)", value.strip()) if isinstance(value, str) else None
     if match and match[2].lower() in UNITS:
-        return int(float(match[1]) * UNITS[match[2].lower()])
+        size = float(match[1]) * UNITS[match[2].lower()]
+        return int(size) if math.isfinite(size) else value
     return value
 
 
@@ -62,8 +58,8 @@ def _parse_list(value: object) -> object:
         return value
     if value.lstrip().startswith("["):
         try:
-            return yaml.safe_load(value)
-        except yaml.YAMLError:
+            return parse_yaml(value)
+        except Malformed:
             raise ValueError("a list as in [a, b] was expected") from None  # what was given may be a secret
     return [part.strip() for part in value.split(",") if part.strip()]
 
@@ -73,8 +69,8 @@ def _parse_mapping(value: object) -> object:
     if not isinstance(value, str):
         return value
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
+        return parse_yaml(value)
+    except Malformed:
         raise ValueError("a mapping as in {label: 2} was expected") from None
 
 
@@ -107,8 +103,8 @@ def without_password(url: str) -> str:
 
 
 Bytes = Annotated[PositiveInt, BeforeValidator(_parse_bytes)]
-Strings = Annotated[list[str], NoDecode, BeforeValidator(_parse_list)]
-Networks = Annotated[list[Annotated[str, AfterValidator(_network)]], NoDecode, BeforeValidator(_parse_list)]
+Strings = Annotated[list[str], BeforeValidator(_parse_list)]
+Networks = Annotated[list[Annotated[str, AfterValidator(_network)]], BeforeValidator(_parse_list)]
 Storage = Annotated[str, AfterValidator(_storage), PlainSerializer(without_password, str)]
 Collector = Annotated[AnyHttpUrl, PlainSerializer(lambda url: without_password(str(url)), str)]
 Weights = Annotated[
@@ -117,7 +113,6 @@ Weights = Annotated[
 ]
 Secrets = Annotated[
     list[SecretStr],
-    NoDecode,
     BeforeValidator(_parse_list),
     PlainSerializer(lambda keys: ["***"] * len(keys), list[str]),
 ]
@@ -175,7 +170,9 @@ class Engine(Section):
         None, description='Memory for the states of running sequences, as in "4 GiB"; null is a share of what is free.'
     )
     state_memory_share: float = Field(0.5, gt=0, le=0.95, description="That share, where state_memory is null.")
-    threads: PositiveInt | None = Field(None, description="CPU threads that compute; null is one per core.")
+    threads: PositiveInt | None = Field(
+        None, description="CPU threads that compute; null is one per core, as far as CPU quotas go."
+    )
 
 
 class Scheduler(Section):
@@ -322,10 +319,8 @@ class Telemetry(Section):
     )
 
 
-class Settings(BaseSettings):
-    model_config = SettingsConfigDict(
-        extra="forbid", frozen=True, env_prefix=ENV_PREFIX, env_nested_delimiter=ENV_DELIMITER, protected_namespaces=()
-    )
+class Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     server: Server = Server()
     model: Model = Model()
@@ -341,25 +336,14 @@ class Settings(BaseSettings):
     health: Health = Health()
     telemetry: Telemetry = Telemetry()
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        # `load` reads the sources one by one, to know where each value came from.
-        return (init_settings,)
-
 
 @dataclass(frozen=True)
 class Resolved:
-    """Settings, and for each dotted option the source that set it."""
+    """Settings, for each dotted option the source that set it, and what was left out of account, a line for each."""
 
     settings: Settings
     origins: Mapping[str, str]
+    warnings: Sequence[str] = ()
 
     def show(self) -> str:
         """All options as YAML, secrets masked, each with its origin."""
@@ -385,18 +369,21 @@ def load(config: Path | None = None, overrides: Iterable[tuple[str, object]] = (
     """
     merged: dict[str, dict[str, Any]] = {}
     origins: dict[str, str] = {}
+    environment, warnings = _environment_options()
     for origin, options in (
         (f"file {config}", _file_options(config)),
-        ("environment", _environment_options()),
+        ("environment", environment),
         ("command line", overrides),
     ):
         for option, value in options:
             _known(option, origin)
+            if isinstance(value, str) and "\0" in value:  # no path may have one, and nothing else needs it
+                raise ConfigError(f"{option} ({origin}): holds a NUL character")
             section, key = option.split(".")
             merged.setdefault(section, {})[key] = value
             origins[option] = origin
     try:
-        return Resolved(Settings(**merged), origins)  # type: ignore[arg-type]
+        return Resolved(Settings.model_validate(merged), origins, warnings)
     except ValidationError as error:
         raise ConfigError(_explain(error, origins)) from error
 
@@ -406,7 +393,7 @@ def bytes_of(text: str, option: str) -> int:
     try:
         return TypeAdapter(Bytes).validate_python(text)
     except ValidationError as error:
-        raise ConfigError(f"{option}: should be a number of bytes, as in '8 GiB', not {text!r}") from error
+        raise ConfigError(f"{option}: should be a number of bytes, as in '8 GiB', not {brief(text)}") from error
 
 
 def options() -> dict[str, tuple[Any, str]]:
@@ -456,11 +443,9 @@ def _file_options(config: Path | None) -> Iterator[tuple[str, Any]]:
     if config is None:
         return
     try:
-        values = yaml.safe_load(config.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config: {config} cannot be read ({error})") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--config: {config} is not YAML ({' '.join(str(error).split())})") from error
+        values = parse_yaml(read_text(config))
+    except (OSError, Malformed) as error:
+        raise ConfigError(f"--config: {config} cannot be read: {error}") from error
     if values is None:
         return
     if not isinstance(values, dict):
@@ -471,24 +456,52 @@ def _file_options(config: Path | None) -> Iterator[tuple[str, Any]]:
 def _section_options(values: Mapping[str, Any], origin: str) -> Iterator[tuple[str, Any]]:
     for section, keys in values.items():
         if section not in Settings.model_fields:
-            near = difflib.get_close_matches(str(section), Settings.model_fields, 1, 0)
-            raise ConfigError(f"unknown section {section} ({origin}); did you mean {near[0]}?")
+            name = str(section)[:LONGEST_SHOWN]
+            near = difflib.get_close_matches(name, Settings.model_fields, 1, 0)
+            raise ConfigError(f"unknown section {shown(name)} ({origin}); did you mean {near[0]}?")
         if not isinstance(keys, dict | None):
             raise ConfigError(f"{section} ({origin}): should hold options, as in `{section}: {{key: value}}`")
         for key, value in (keys or {}).items():
             yield f"{section}.{key}", value
 
 
-def _environment_options() -> Iterator[tuple[str, Any]]:
-    for name in sorted(os.environ):
-        section = name.upper().removeprefix(ENV_PREFIX).lower()
-        if name.upper().startswith(ENV_PREFIX) and section not in Settings.model_fields:
-            _known(name[len(ENV_PREFIX) :].lower().replace(ENV_DELIMITER, "."), f"environment variable {name}")
+def _environment_options() -> tuple[list[tuple[str, Any]], list[str]]:
+    """What BDH_SECTION__OPTION, and BDH_SECTION with a JSON object, say; and a warning of the others that begin so.
+
+    An option goes before a whole section. The others are none of ours: for a service called `bdh`, Kubernetes sets
+    BDH_PORT, BDH_SERVICE_HOST and their like in every container beside it.
+    """
+    of_sections: list[tuple[str, Any]] = []
+    of_options: list[tuple[str, Any]] = []
+    others = []
+    for name, value in sorted(os.environ.items()):
+        if not name.upper().startswith(ENV_PREFIX):
+            continue
+        words = name[len(ENV_PREFIX) :].lower()
+        if ENV_DELIMITER in words:
+            option = words.replace(ENV_DELIMITER, ".")
+            _known(option, f"environment variable {name}")
+            of_options.append((option, None if value == "null" else value))
+        elif words in Settings.model_fields and (section := _json_object(value)) is not None:
+            of_sections += _section_options({words: section}, f"environment variable {name}")
+        else:
+            others.append(name)
+    return of_sections + of_options, [_ignored(others)] if others else []
+
+
+def _json_object(text: str) -> dict[str, Any] | None:
     try:
-        values = EnvSettingsSource(Settings, env_parse_none_str="null")()
-    except SettingsError as error:
-        raise ConfigError(f"environment: {error}; a whole section, as in BDH_SERVER, should be JSON") from error
-    yield from _section_options(values, "environment")
+        values = parse_json(text)
+    except Malformed:
+        return None
+    return values if isinstance(values, dict) else None
+
+
+def _ignored(names: Sequence[str]) -> str:
+    return (
+        f"not used, though set in the environment: {listed(map(shown, names), ', ')}. An option is {ENV_PREFIX}SECTION"
+        f"{ENV_DELIMITER}OPTION, as in {ENV_PREFIX}SERVER{ENV_DELIMITER}PORT; a whole section is a JSON object"
+    )
 
 
 def _known(option: str, origin: str) -> None:
@@ -496,10 +509,11 @@ def _known(option: str, origin: str) -> None:
     known = options()
     if option in known:
         return
+    option = option[:LONGEST_SHOWN]
     section = option.partition(".")[0]
     siblings = [other for other in known if other.startswith(f"{section}.")]
     near = difflib.get_close_matches(option, siblings or known, 1, 0)
-    raise ConfigError(f"unknown option {option} ({origin}); did you mean {near[0]}?")
+    raise ConfigError(f"unknown option {shown(option)} ({origin}); did you mean {near[0]}?")
 
 
 def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
@@ -507,6 +521,6 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     parts = []
     for problem in error.errors():
         option = ".".join(map(str, problem["loc"][:2]))
-        given = "" if option in SECRET else f", not {problem['input']!r}"
+        given = "" if option in SECRET else f", not {brief(problem['input'])}"
         parts.append(f"{option} ({origins.get(option, 'default')}): {problem['msg']}{given}")
-    return "; ".join(parts)
+    return listed(parts)

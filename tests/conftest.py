@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -232,6 +232,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> ServeFactory:
         wait: bool = True,
         env: Mapping[str, str] | None = None,
         cutting: bool = False,  # the server must cut a client off at its end, and may say so in its log
+        inside: Sequence[object] = (),  # a command that becomes the server, in the environment that it makes
     ) -> Iterator[Server]:
         port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
         arguments = [argument for option in options for argument in ("--set", option)]
@@ -239,7 +240,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> ServeFactory:
             arguments += ["--model", str(model)]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                command("serve", "--port", port, *arguments),
+                [*map(str, inside), *command("serve", "--port", port, *arguments)],
                 cwd=ROOT,
                 env=clean_environment() | dict(env or {}),
                 stdin=subprocess.DEVNULL,

@@ -17,11 +17,13 @@ STDLIB = set(sys.stdlib_module_names)
 LAW: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "messages": ({"errors"}, set()),
+    "documents": ({"errors"}, {"yaml"}),
+    "machine": (set(), set()),
     "keys": ({"errors"}, {"pydantic"}),
-    "settings": ({"errors"}, {"pydantic", "pydantic_core", "pydantic_settings", "yaml"}),
-    "text": (SHARED | {"text"}, {"jinja2", "llguidance", "tokenizers"}),
+    "settings": ({"errors", "documents"}, {"pydantic", "pydantic_core", "yaml"}),
+    "text": (SHARED | {"text", "documents"}, {"jinja2", "llguidance", "tokenizers"}),
     "kernels": (SHARED | {"kernels"}, {"torch", "numpy", "numba", "llvmlite", "triton"}),
-    "model": (SHARED | {"kernels", "model"}, {"torch", "numpy", "safetensors"}),
+    "model": (SHARED | {"kernels", "model", "documents", "machine"}, {"torch", "numpy", "safetensors"}),
     "scheduler": (SHARED | {"scheduler"}, set()),
     "backends": (SHARED | {"backends", "scheduler", "text"}, set()),
     "telemetry": (SHARED | {"scheduler"}, {"prometheus_client"}),
@@ -34,12 +36,12 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     # A server is measured over HTTP, whoever wrote it: nothing of this one's is at hand.
     "bench": ({"errors", "__init__"}, {"httptools", "orjson", "tokenizers", "uvloop"}),
     "offline": ({"errors", "model", "text"}, {"torch"}),
-    "plan": ({"errors", "model", "offline"}, {"torch"}),
-    "cli": ({"errors", "settings", "keys", "offline", "runtime", "bench", "plan", "__init__"}, {"uvloop"}),
+    "plan": ({"errors", "documents", "model", "offline"}, {"torch"}),
+    "cli": ({"errors", "documents", "settings", "keys", "offline", "runtime", "bench", "plan", "__init__"}, {"uvloop"}),
     "runtime": (
         SHARED
         | {"http", "backends", "scheduler", "model", "kernels", "text", "settings", "telemetry", "spans", "keys"}
-        | {"__init__"},
+        | {"documents", "machine", "__init__"},
         {"torch", "pydantic"},
     ),
     "__main__": ({"cli"}, set()),

@@ -34,7 +34,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
     return command
 
 
-@pytest.mark.parametrize("write", [formats.trainer, formats.hf_shards, formats.paper])
+@pytest.mark.parametrize("write", [formats.trainer, formats.hf_shards, formats.lightning])
 def test_inspect_counts_what_serving_takes(run: Any, tmp_path: Path, write: formats.Writer) -> None:
     path = write(tmp_path, CONFIG, formats.random_state(CONFIG, dtype=torch.bfloat16))
     found = json.loads(run("inspect", path, "--json", "--memory", f"{10 * STATE} B"))
@@ -72,7 +72,7 @@ def test_inspect_tells_people_the_same(run: Any) -> None:
 
 
 def test_inspect_says_what_it_was_not_told_and_what_cannot_be_served(run: Any, tmp_path: Path) -> None:
-    path = formats.save(tmp_path, formats.random_state(CONFIG))
+    path = formats.save(tmp_path, formats.with_freqs(CONFIG, formats.random_state(CONFIG)))
     assert re.search(r"^n_layer +6 \(not told", run("inspect", path), re.MULTILINE)
     assert re.search(r"^n_layer +4$", run("inspect", path, "--layers", 4), re.MULTILINE)
     (tmp_path / "tokenizer_config.json").write_text('{"type": "runes"}')
@@ -86,7 +86,7 @@ def test_inspect_does_not_read_the_weights(run: Any, tmp_path: Path) -> None:
 
 
 def test_convert_writes_what_serves(run: Any, tmp_path: Path) -> None:
-    source = formats.save(tmp_path, formats.random_state(CONFIG))
+    source = formats.save(tmp_path, formats.with_freqs(CONFIG, formats.random_state(CONFIG)))
     assert f"bdh-batch serve --model {tmp_path / 'native'}" in run(
         "convert", source, tmp_path / "native", "--layers", 3
     )

@@ -1,13 +1,21 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from bdh_batch import cli
 from bdh_batch.errors import ConfigError
 from bdh_batch.settings import load, options
+
+if TYPE_CHECKING:
+    from tests.conftest import Cli
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -66,16 +74,91 @@ def test_an_unknown_option_is_refused_with_the_nearest(override: str, proposed: 
     assert error.value.message.endswith(f"did you mean {proposed}?") or override == "rate_limiting.rpm"
 
 
-@pytest.mark.parametrize("name", ["BDH_SERVER__PRT", "BDH_SEVER__PORT", "bdh_server__prt", "BDH_SERVER_PORT"])
+@pytest.mark.parametrize("name", ["BDH_SERVER__PRT", "BDH_SEVER__PORT", "bdh_server__prt", "BDH_SERVER__PORT__X"])
 def test_an_unknown_variable_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "1")
     with pytest.raises(ConfigError, match=rf"{name}.*server\.port"):
         load()
 
 
+OF_KUBERNETES = {  # beside a service called bdh, and one called bdh-server
+    "BDH_PORT": "tcp://10.0.0.1:8000",
+    "BDH_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+    "BDH_PORT_8000_TCP_ADDR": "10.0.0.1",
+    "BDH_SERVICE_HOST": "10.0.0.1",
+    "BDH_SERVER": "tcp://10.0.0.1:8000",
+    "BDH_SERVER_PORT": "tcp://10.0.0.1:8000",
+    "BDH_SERVER_SERVICE_PORT": "8000",
+}
+
+
+def test_variables_that_are_no_options_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not load().warnings
+    for name, value in OF_KUBERNETES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("BDH_SERVER__PORT", "9000")
+    resolved = load()
+    assert resolved.settings.server.port == 9000
+    (warning,) = resolved.warnings
+    assert all(f" {name}," in warning or f" {name}." in warning for name in OF_KUBERNETES)
+    assert "BDH_SERVER__PORT" in warning
+    assert "\n" not in warning
+
+
+def test_a_whole_section_is_a_json_object_and_an_option_goes_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BDH_SERVER", '{"host": "section", "port": 1, "cors_origins": ["a", "b"]}')
+    monkeypatch.setenv("BDH_SERVER__PORT", "2")
+    monkeypatch.setenv("BDH_MODEL__LAYERS", "null")
+    resolved = load()
+    server = resolved.settings.server
+    assert (server.host, server.port, server.cors_origins) == ("section", 2, ["a", "b"])
+    assert resolved.settings.model.layers is None
+    assert not resolved.warnings
+    monkeypatch.setenv("BDH_SERVER", '{"prt": 1}')
+    with pytest.raises(ConfigError, match=r"unknown option server\.prt \(.*did you mean server\.port"):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("scheduler.weights", "[" * 10_000),
+        ("scheduler.weights", "{0123456789abcdef: &a [*a]}"),
+        ("auth.api_keys", "[" * 10_000),
+        ("server.cors_origins", "[&a b, *a]"),
+        ("server.port", "9" * 100_000),
+        ("engine.state_memory", "9" * 400 + " GiB"),
+        ("engine.state_memory", "9" * 100_000),
+        ("model.layers", "9" * 100_000),
+    ],
+)
+@pytest.mark.parametrize("origin", ["command line", "environment"])
+def test_a_value_beyond_the_bounds_is_refused_by_option_in_a_short_line(
+    monkeypatch: pytest.MonkeyPatch, option: str, text: str, origin: str
+) -> None:
+    if origin == "environment":
+        monkeypatch.setenv(f"BDH_{option.upper().replace('.', '__')}", text)
+    with pytest.raises(ConfigError, match=rf"{option} \({origin}\)") as error:
+        load(overrides=[(option, text)] if origin == "command line" else [])
+    assert len(error.value.message) < 500
+
+
 @pytest.mark.parametrize(
     ("content", "named"),
     [
+        ("[" * 100_000, "nested more than 64 deep"),
+        ("server: {port: " + "9" * 900_000 + "}", "a number of 900,000 digits"),
+        ("server: &a {port: 1}\nmodel: {<<: *a}", "aliases"),
+        ("server: {port: 1, port: 2}", "a key is given twice"),
+        ("? " + "s" * 100_000 + "\n: {}", "unknown section s"),
+        ("server: {" + "s" * 100 + "é: 1}", "unknown option server.s"),
+        ('server: {host: "caf\\u0007"}\nport: \x07', "not YAML"),
+        ("server: {port: 2001-01-01}", r"server\.port .*2001"),
+        ("server: {port: 1_000_000_000_000}", r"server\.port"),
+        ('model: {path: "a\\0b"}', r"model\.path .*holds a NUL character"),
+        ("{1: 2}", "unknown section 1"),
+        ("server: {1: 2}", r"unknown option server\.1"),
+        ("server: {host: [a]}", r"server\.host"),
         ("server: {prt: 1}", r"server\.prt .*server\.port"),
         ("sever: {port: 1}", "section sever .*server"),
         ("server: 5", "server .*should hold options"),
@@ -94,6 +177,7 @@ def test_a_wrong_file_is_refused_by_option(tmp_path: Path, content: str, named: 
     with pytest.raises(ConfigError, match=named) as error:
         load(config)
     assert "\n" not in error.value.message
+    assert len(error.value.message) < 500
 
 
 @pytest.mark.parametrize(
@@ -112,6 +196,19 @@ def test_a_wrong_file_is_refused_by_option(tmp_path: Path, content: str, named: 
 def test_a_limit_that_cannot_be_kept_is_refused(option: str, value: object) -> None:
     with pytest.raises(ConfigError, match=option.replace(".", r"\.")):
         load(overrides=[(option, value)])
+
+
+def test_a_file_is_read_as_utf8_whatever_the_locale(tmp_path: Path, cli: Cli) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_bytes("\ufeffmodel: {name: Drache 🐉}".encode())
+    ended = cli(
+        "config", "show", "--config", config, env={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONIOENCODING": "utf-8"}
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "Drache" in ended.stdout
+    config.write_bytes(b"model: {name: \xe9}")
+    with pytest.raises(ConfigError, match=r"not UTF-8 \(.* at byte 14\)"):
+        load(config)
 
 
 def test_weights_may_come_from_a_command_line() -> None:
@@ -167,3 +264,23 @@ def test_a_wrong_command_line_ends_in_one_line_and_exit_code_2(
 ) -> None:
     assert cli.main(["config", "show", *arguments]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_command_needs_no_standard_streams(closed: str) -> None:
+    command = [sys.executable, "-m", "bdh_batch", "config", "show"]
+    script = f'exec "$@" {closed}'
+    ended = subprocess.run(["sh", "-c", script, "sh", *command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0
+    assert ended.stderr == ""
+    assert bool(ended.stdout) == (">&-" not in closed.replace("2>&-", ""))
+
+
+def test_where_nothing_can_be_printed_the_server_goes_on() -> None:
+    code = 'from bdh_batch import cli; cli._announce(False, "http://here", "dragon")'
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert ended.returncode == 0
+    assert ended.stderr == "dragon is ready at http://here, which cannot be printed: No space left on device\n"

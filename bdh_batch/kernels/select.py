@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib.util import find_spec
 from typing import Literal
 
@@ -9,6 +10,7 @@ import torch
 
 from bdh_batch.errors import ConfigError
 from bdh_batch.kernels.base import Kernels, Weights
+from bdh_batch.kernels.cache import choose_triton_cache
 from bdh_batch.kernels.cpu import ROUNDING, CpuKernels
 from bdh_batch.kernels.torch_reference import TorchKernels
 
@@ -90,6 +92,8 @@ def triton_obstacle(weights: Weights) -> str | None:
 
 def _triton(weights: Weights, window: int) -> Kernels:
     """Imported when it is chosen: where Triton is not installed, the rest works."""
+    if folder := choose_triton_cache():
+        os.environ["TRITON_CACHE_DIR"] = folder
     from bdh_batch.kernels.cuda import TritonKernels
 
     return TritonKernels(weights, window)

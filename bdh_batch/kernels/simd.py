@@ -16,6 +16,8 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic as _intrinsic, models, register_model
 
+from bdh_batch.kernels.cache import keep_compiled
+
 LANES = 16
 
 _FLOAT, _INT = ir.FloatType(), ir.IntType(32)
@@ -40,15 +42,14 @@ def _compiler(**options: Any) -> Callable[[Function], Function]:
     """`_nrt`: arrays are borrowed, never counted; counting them took more time than the loops."""
 
     def compile_lazily(function: Function) -> Function:
-        dispatcher = numba.njit(cache=True, nogil=True, error_model="numpy", **options)(function)
-        index = dispatcher._cache._cache_file
-        index._source_stamp = (index._source_stamp, SOURCES)
+        dispatcher = numba.njit(nogil=True, error_model="numpy", **options)(function)
+        keep_compiled(dispatcher, SOURCES)
         return cast(Function, dispatcher)
 
     return compile_lazily
 
 
-compiled = _compiler(_nrt=False)  # on the first call, kept on disk; runs without the GIL
+compiled = _compiler(_nrt=False)  # on the first call, and kept on disk; runs without the GIL
 inlined = _compiler(_nrt=False, forceinline=True)  # and copied into its callers
 in_parallel = _compiler(parallel=True)  # `prange` loops on several threads
 

@@ -112,14 +112,14 @@ def load_blocks(key: str, file: Path = FILE) -> Blocks:
     if not file.is_file():
         return Blocks()
     try:
-        return Blocks(**json.loads(file.read_text()).get(key, {}))
+        return Blocks(**json.loads(file.read_text("utf-8")).get(key, {}))
     except (ValueError, TypeError, AttributeError) as error:
         raise ConfigError(f"{file}: not block sizes ({error}); delete it, or tune again with make gpu-check") from error
 
 
 def save_blocks(key: str, blocks: Blocks, file: Path = FILE) -> None:
-    known = json.loads(file.read_text()) if file.is_file() else {}
-    file.write_text(json.dumps({**known, key: asdict(blocks)}, indent=2, sort_keys=True) + "\n")
+    known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps({**known, key: asdict(blocks)}, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def candidates(best: Blocks, kernel: str) -> Iterator[Blocks]:

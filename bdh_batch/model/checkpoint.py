@@ -18,11 +18,22 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from bdh_batch.documents import listed, shown
 from bdh_batch.errors import CheckpointError
 from bdh_batch.kernels.base import Weights
-from bdh_batch.model.config import BDHConfig, rope_frequencies
-from bdh_batch.model.dialects import EMBED, FREQUENCIES, HEAD, Fields, Tensors, upstream_fields, upstream_tensors
-from bdh_batch.model.files import CONFIG, WEIGHTS, State, read_source, shown
+from bdh_batch.model.config import ROPE_THETA, BDHConfig, rope_frequencies
+from bdh_batch.model.dialects import (
+    EMBED,
+    FREQUENCIES,
+    HEAD,
+    ROPE,
+    Fields,
+    Tensors,
+    upstream_fields,
+    upstream_tensors,
+)
+from bdh_batch.model.files import CONFIG, WEIGHTS, State, read_source
+from bdh_batch.model.state import free_memory
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +93,7 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, layers: int
     if not checkpoint.layers_told:
         name = checkpoint.file
         log.warning("%s does not tell its number of layers: taking upstream's %d (model.layers)", name, UPSTREAM_LAYERS)
+    _check_memory(checkpoint, dtype, device)
     # A copy always: what is only mapped would change with the file.
     state = {
         key: checkpoint.state[key].to(device=device, dtype=dtype, copy=True).contiguous()
@@ -105,26 +117,40 @@ def open_checkpoint(path: Path, layers: int | None = None) -> Checkpoint:
     source = read_source(path)
     with _blaming(source.config_file):
         fields = None if source.values is None else upstream_fields(source.values)
-        config = None if fields is None else BDHConfig.from_dict(fields.values)
     with _blaming(source.file):
         tensors = upstream_tensors(source.state, fields)
+    with _blaming(source.config_file):
+        config = None if fields is None else BDHConfig.from_dict(fields.values)
+    with _blaming(source.file):
         told = _layers_told(fields, tensors, layers)
         config = _infer_config(tensors.state) if config is None else config
         config = replace(config, n_layer=told or UPSTREAM_LAYERS)
-        _check(tensors, config)
+        _check(tensors, config, fields is not None and fields.rope)
     return Checkpoint(source.file, config, tensors.state, told is not None)
 
 
 def save_model(folder: Path, config: BDHConfig, state: Mapping[str, Tensor], generation: Mapping[str, Any]) -> None:
-    """Writes the native folder of a byte-level model; `generation` holds the sampling defaults it suggests."""
+    """Writes the native folder of a byte-level model; `generation` holds the sampling defaults it suggests.
+
+    Where `state` has no frequencies of RoPE, they are upstream's.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).write_bytes(save({key: state[key].detach().contiguous() for key in config.shapes()}))
+    tensors = {FREQUENCIES: rope_frequencies(config.neurons_per_head).view(1, 1, 1, -1)} | dict(state)
+    kept = {key: tensors[key].detach().contiguous() for key in (*config.shapes(), FREQUENCIES)}
+    (folder / WEIGHTS).write_bytes(save(kept))
     for name, values in (
         (CONFIG, config.to_dict()),
         ("tokenizer_config.json", {"type": "byte"}),
         ("generation_config.json", dict(generation)),
     ):
-        (folder / name).write_text(json.dumps(values, indent=2) + "\n")
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", "utf-8")
+
+
+def _check_memory(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
+    size = sum(checkpoint.state[key].numel() for key in checkpoint.config.shapes()) * dtype.itemsize
+    if size > (free := free_memory(device)):
+        text = f"its weights take {size:,} bytes in {_short(dtype)} (model.dtype), and {free:,} are free on {device}"
+        raise CheckpointError(f"{checkpoint.file}: {text}")
 
 
 @contextlib.contextmanager
@@ -163,7 +189,7 @@ def _infer_config(state: State) -> BDHConfig:
     )
 
 
-def _check(tensors: Tensors, config: BDHConfig) -> None:
+def _check(tensors: Tensors, config: BDHConfig, rope_told: bool) -> None:
     state, expected = tensors.state, config.shapes()
 
     def name(key: str) -> str:
@@ -185,8 +211,13 @@ def _check(tensors: Tensors, config: BDHConfig) -> None:
     ]
     if FREQUENCIES in state:
         problems += [f"{name(FREQUENCIES)} {problem}" for problem in _frequency_problems(state[FREQUENCIES], config)]
+    elif not rope_told:
+        problems.append(
+            f"missing {FREQUENCIES} [1, 1, 1, {config.neurons_per_head}], without which RoPE is not known; where it is "
+            f'upstream\'s, say so by "{ROPE}": {ROPE_THETA:.0f} in {CONFIG}'
+        )
     if problems:
-        raise CheckpointError("; ".join(problems))
+        raise CheckpointError(listed(problems))
 
 
 def _frequency_problems(saved: Tensor, config: BDHConfig) -> list[str]:
@@ -212,7 +243,7 @@ def _check_finite(state: Mapping[str, Tensor], file: Path) -> None:
         if count
     ]
     if problems:
-        raise CheckpointError(f"{file}: " + "; ".join(problems))
+        raise CheckpointError(f"{file}: " + listed(problems))
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -220,4 +251,4 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _listing(state: State) -> str:
-    return ", ".join(f"{shown(key)} {list(tensor.shape)}" for key, tensor in sorted(state.items())) or "nothing"
+    return listed((f"{shown(key)} {list(tensor.shape)}" for key, tensor in sorted(state.items())), ", ") or "nothing"

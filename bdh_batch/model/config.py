@@ -10,9 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdh_batch.documents import brief, listed
 from bdh_batch.errors import CheckpointError
 
 ROPE_THETA = 2.0**16
+LARGEST = {  # beyond any BDH, and far below where products of them would not fit 64 bits
+    "n_layer": 4096,
+    "n_embd": 2**17,
+    "n_head": 2**13,
+    "mlp_internal_dim_multiplier": 2**17,
+    "vocab_size": 2**24,
+}
+LARGEST_CONTEXT = 2**40
+LARGEST_STATE = 2**50  # bytes of one sequence, in float32 with a window
 
 
 @dataclass(frozen=True)
@@ -33,21 +43,29 @@ class BDHConfig:
     attention_window: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n_layer", "n_embd", "n_head", "mlp_internal_dim_multiplier", "vocab_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CheckpointError(f"config: {name} must be a positive integer, not {value!r}")
+        for name, most in LARGEST.items():
+            self._check_integer(name, 1, most)
         if self.mlp_internal_dim_multiplier * self.n_embd % (2 * self.n_head):
             raise CheckpointError(
                 "config: n_embd * mlp_internal_dim_multiplier must be a multiple of 2 * n_head: RoPE turns pairs; "
                 f"{self.n_embd} * {self.mlp_internal_dim_multiplier} is not a multiple of {2 * self.n_head}"
             )
-        for name, least, kind in (("trained_context", 1, "a positive"), ("attention_window", 0, "a non-negative")):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise CheckpointError(f"config: {name} must be {kind} integer, not {value!r}")
-        if not isinstance(self.dropout, int | float) or not 0 <= self.dropout <= 1:
-            raise CheckpointError(f"config: dropout must be a number from 0 to 1, not {self.dropout!r}")
+        for name, least in (("trained_context", 1), ("attention_window", 0)):
+            if getattr(self, name) is not None:
+                self._check_integer(name, least, LARGEST_CONTEXT)
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout <= 1:
+            raise CheckpointError(f"config: dropout must be a number from 0 to 1, not {brief(self.dropout)}")
+        if (state := 2 * 4 * self.state_elements) > LARGEST_STATE:
+            raise CheckpointError(
+                f"config: n_layer {self.n_layer}, n_embd {self.n_embd} and mlp_internal_dim_multiplier "
+                f"{self.mlp_internal_dim_multiplier} make states of {state:,} bytes, more than any machine has"
+            )
+
+    def _check_integer(self, name: str, least: int, most: int) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            kind = "a positive integer" if least else "a non-negative integer"
+            raise CheckpointError(f"config: {name} must be {kind} of at most {most:,}, not {brief(value)}")
 
     @property
     def neurons_per_head(self) -> int:
@@ -87,10 +105,11 @@ class BDHConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BDHConfig:
         known = {field.name for field in fields(cls)}
-        unknown = sorted(map(str, set(values) - known))
+        unknown = sorted(map(str, values.keys() - known))
         if unknown:
+            names = listed(map(ascii, unknown), ", ")
             raise CheckpointError(
-                f"config: unknown fields {', '.join(map(ascii, unknown))}; known: {', '.join(sorted(known))}. If they "
+                f"config: unknown fields {names}; known: {', '.join(sorted(known))}. If they "
                 "do not change the forward pass, put a config.json of the known ones beside the weights"
             )
         return cls(**values)

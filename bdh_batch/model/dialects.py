@@ -1,8 +1,9 @@
 """Other people's names for BDH's config and tensors, to upstream's (pathwaycom/bdh, `bdh.py`).
 
-Known are upstream's own, with what `torch.compile` and DDP put before them; bdh-transformers' (`backbone.…`,
-`num_hidden_layers`); the paper's listing, whose encoder is upstream's decoder; and a matrix for each layer, where all
-layers' are the same. Knows nothing about files; the errors here are completed with one by whoever calls.
+Known are upstream's own, with what `torch.compile`, DDP, FSDP and Lightning put before them; bdh-transformers'
+(`backbone.…`, `num_hidden_layers`); and a matrix for each layer, where all layers' are the same. The names of the
+paper's listing are known and refused: models of those names differ in what neither names nor sizes tell. Knows nothing
+about files; the errors here are completed with one by whoever calls.
 """
 
 from __future__ import annotations
@@ -15,20 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdh_batch.documents import brief, listed, shown
 from bdh_batch.errors import CheckpointError
-from bdh_batch.model.config import BDHConfig
-from bdh_batch.model.files import State, shown
+from bdh_batch.model.config import ROPE_THETA, BDHConfig
+from bdh_batch.model.files import State
 
 EMBED, HEAD, FREQUENCIES = "embed.weight", "lm_head", "attn.freqs"
-PREFIXES = ("_orig_mod.", "module.")  # torch.compile's and DDP's
+PREFIXES = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "model.")  # torch.compile's, DDP's, FSDP's, Lightning's
 BACKBONE, LINEAR_HEAD = "backbone.", "lm_head.weight"  # bdh-transformers'; an nn.Linear is [V, D], upstream's is [D, V]
-PAPER = {
-    "wte.weight": EMBED,
-    "decoder_x": "encoder",
-    "decoder_y": "encoder_v",
-    "encoder": "decoder",
-    "readout": HEAD,
-}
+PAPER = {"wte.weight": EMBED, "decoder_x": "encoder", "decoder_y": "encoder_v", "encoder": "decoder", "readout": HEAD}
 LAYERED = (  # a tensor of one layer: its name in the model and the layer's number
     re.compile(r"(?:layers|blocks)\.(?P<layer>[0-9]{1,6})\.(?P<name>.+)"),
     re.compile(r"(?P<list>attn)s\.(?P<layer>[0-9]{1,6})\.(?P<name>.+)"),
@@ -43,7 +39,8 @@ FIELDS = {
 }
 NEURONS = "N"  # the paper's, of all heads
 KNOWN = {field.name for field in fields_of(BDHConfig)} | FIELDS.keys() | {NEURONS}
-LARGEST = 2**31  # of the numbers in a config
+ROPE = "rope_theta"
+OWN = {"trained_context", "attention_window"}  # fields that only this project writes
 TIES = ("tie_word_embeddings", "tie_weights")
 SAYS_NOTHING = frozenset(  # about the forward pass
     {
@@ -61,11 +58,16 @@ SAYS_NOTHING = frozenset(  # about the forward pass
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """A config in upstream's names. `tied`: whether it says that the head is the embedding; None: it does not say."""
+    """A config in upstream's names.
+
+    `tied`: whether it says that the head is the embedding; None: it does not say. `rope`: whether it says that RoPE is
+    upstream's, so that its frequencies need not be in the file.
+    """
 
     values: dict[str, Any]
     tied: bool | None
     hugging_face: bool
+    rope: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,15 +87,15 @@ def upstream_fields(values: Mapping[str, Any]) -> Fields:
     """
     kind = values.get("model_type")
     if kind not in (None, "bdh"):
-        raise CheckpointError(f"config: model_type is {shown(kind)}; only bdh can be served")
+        raise CheckpointError(f"config: model_type is {shown(kind)[:100]}; only bdh can be served")
     found: dict[str, Any] = {}
     for name, value in values.items():
-        if name in SAYS_NOTHING or name in TIES or name == NEURONS or (name in FIELDS and value is None):
+        if name in SAYS_NOTHING or name in TIES or name in (ROPE, NEURONS) or (name in FIELDS and value is None):
             continue
         _check_plain(name, value)
         field = FIELDS.get(name, name)
         if field in found and found[field] != value:
-            raise CheckpointError(f"config: {field} is said twice, as {found[field]!r} and as {value!r}")
+            raise CheckpointError(f"config: {field} is said twice, as {brief(found[field])} and as {brief(value)}")
         found[field] = value
     if NEURONS in values:
         _check_plain(NEURONS, values[NEURONS])
@@ -101,20 +103,31 @@ def upstream_fields(values: Mapping[str, Any]) -> Fields:
     ties = [values[name] for name in TIES if name in values]
     if not all(isinstance(tied, bool) for tied in ties) or len(set(ties)) > 1:
         raise CheckpointError(f"config: {' and '.join(TIES)} should be true or false")
-    return Fields(found, ties[0] if ties else None, kind is not None)
+    return Fields(found, ties[0] if ties else None, kind is not None, _tells_rope(values))
 
 
 def _check_plain(name: str, value: object) -> None:
     """A pickle's config can hold anything at all."""
-    plain = isinstance(value, bool | int | float | str | None)
-    if name in KNOWN and not (plain and not (isinstance(value, int) and abs(value) > LARGEST)):
+    if name in KNOWN and not isinstance(value, bool | int | float | str | None):
         raise CheckpointError(f"config: {name} has a value that no config can have, a {type(value).__name__}")
 
 
 def _multiplier(neurons: object, width: object) -> int:
     if not isinstance(neurons, int) or not isinstance(width, int) or width < 1 or neurons % width:
-        raise CheckpointError(f"config: {NEURONS} should be a multiple of D, not {neurons!r} of {width!r}")
+        text = f"{NEURONS} should be a multiple of D, not {brief(neurons)} of {brief(width)}"
+        raise CheckpointError(f"config: {text}")
     return neurons // width
+
+
+def _tells_rope(values: Mapping[str, Any]) -> bool:
+    """Of bdh-transformers, and of what this project has written, it is known; of others it has to be said."""
+    theta = values.get(ROPE)
+    if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float) or theta != ROPE_THETA):
+        raise CheckpointError(
+            f"config: {ROPE} is {brief(theta)}, not upstream's {ROPE_THETA:.0f}, and does not say how neurons pair. "
+            f"Leave it out, and save {FREQUENCIES}: turns per position of each neuron, the same for 2i and 2i + 1"
+        )
+    return theta is not None or values.get("model_type") == "bdh" or not OWN.isdisjoint(values)
 
 
 def upstream_tensors(state: Mapping[str, Tensor], fields: Fields | None) -> Tensors:
@@ -126,23 +139,33 @@ def upstream_tensors(state: Mapping[str, Tensor], fields: Fields | None) -> Tens
     bare = {key: _without_prefixes(key) for key in state}
     hugging_face = any(name.startswith(BACKBONE) or name == LINEAR_HEAD for name in bare.values())
     parts = {key: _layer_of(name.removeprefix(BACKBONE)) for key, name in bare.items()}
-    paper = any(name in ("decoder_x", "decoder_y") for name, _ in parts.values())
+    _refuse_paper({name for name, _ in parts.values()})
     groups: dict[str, dict[int | None, str]] = {}
     problems = []
     for key, (name, layer) in parts.items():
-        name = PAPER.get(name, name) if paper else name
         members = groups.setdefault(HEAD if name == LINEAR_HEAD else name, {})
         if (other := members.setdefault(layer, key)) != key:
             problems.append(f"{shown(other)} and {shown(key)} are the same tensor")
     problems += _uneven(groups)
     if problems:
-        raise CheckpointError("; ".join(problems))
+        raise CheckpointError(listed(problems))
     _refuse_unshared(groups, state)
     origins = {name: next(iter(members.values())) for name, members in groups.items()}
     found = {name: _turned(parts[key][0], state[key]) for name, key in origins.items()}
     _tie(found, fields, hugging_face or (fields is not None and fields.hugging_face))
     counts = [len(members) for members in groups.values() if None not in members]
     return Tensors(found, origins, counts[0] if counts else None)
+
+
+def _refuse_paper(names: set[str]) -> None:
+    """Two models of the paper's names and the same sizes can be different functions."""
+    if found := sorted(names & (PAPER.keys() - {"encoder"})):
+        renamed = ", ".join(f"{paper} is {upstream}" for paper, upstream in PAPER.items())
+        raise CheckpointError(
+            f"has the paper's names ({', '.join(found)}), whose models differ in what the file does not tell: where "
+            "LayerNorm is applied, RoPE's base and how it pairs neurons. Where all of it is as in upstream's bdh.py, "
+            f"save the tensors by upstream's names ({renamed}), with {FREQUENCIES}"
+        )
 
 
 def _without_prefixes(key: str) -> str:
@@ -184,7 +207,7 @@ def _refuse_unshared(groups: Mapping[str, Mapping[int | None, str]], state: Mapp
     ]
     if differ:
         raise CheckpointError(
-            f"layers have weights of their own ({', '.join(differ)}), and the kernels compute upstream's BDH, whose "
+            f"layers have weights of their own ({listed(differ, ', ')}), and the kernels compute upstream's BDH, whose "
             "layers share them. No conversion keeps such a model's answers: to serve it here, train it with shared "
             "weights (started from the mean of the layers', for instance)"
         )

@@ -6,10 +6,8 @@ is a `CheckpointError`. Tensors are mapped, not read, where the format allows it
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +18,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bdh_batch.documents import listed, read_json, shown
 from bdh_batch.errors import CheckpointError
+from bdh_batch.model.pickles import check_torch_file, is_zip, refuse_pickled
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUGGING_FACE_NAMES = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TORCH_SUFFIXES = (".pt", ".pth")
 WRAPPERS = ("model", "model_state_dict", "state_dict")  # where trainers put the state dict
 CONFIG_KEYS = ("model_args", "model_config", "config")  # and what it needs; the plain one may be of the whole training
+LARGEST_HEADER = 4 * 2**20  # bytes of a safetensors file: some 50,000 tensors
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
 
 State = dict[str, Tensor]
@@ -59,22 +60,6 @@ def read_source(path: Path) -> Source:
     return Source(file, state, values, file)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: should be an object, is a {type(values).__name__}")
-    return values
-
-
-def shown(name: object) -> str:
-    """A name from a file, fit for one line of text."""
-    text = str(name)
-    return text if text.isprintable() else ascii(text)
-
-
 def _locate(path: Path) -> Path:
     if path.is_file():
         return path
@@ -94,10 +79,20 @@ def _read(file: Path) -> tuple[State, dict[str, Any] | None]:
     """The tensors, and the config that a trainer put beside them."""
     if file.suffix != ".safetensors":
         return _unwrap(_load_pickle(file), file)
+    _check_header(file)
     try:
         return load_file(file), None
     except SafetensorError as error:
         raise CheckpointError(f"{file}: damaged, or not a safetensors file ({shown(error)})") from error
+
+
+def _check_header(file: Path) -> None:
+    """The library takes seconds for a hundred thousand names, and a header may have a hundred megabytes of them."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+    if size > LARGEST_HEADER:
+        text = f"its header claims {size:,} bytes; a BDH's has a few hundred, and {LARGEST_HEADER:,} are read at most"
+        raise CheckpointError(f"{file}: damaged, or not a BDH ({text})")
 
 
 def _read_index(file: Path) -> tuple[State, None]:
@@ -120,21 +115,17 @@ def _read_index(file: Path) -> tuple[State, None]:
             problems += [f"{name} holds {shown(key)}, not told in the index" for key in sorted(tensors.keys() - told)]
             state |= tensors
     if problems:
-        raise CheckpointError(f"{file}: " + "; ".join(problems))
+        raise CheckpointError(f"{file}: " + listed(problems))
     return state, None
 
 
 def _load_pickle(file: Path) -> object:
+    check_torch_file(file)
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip(file))
     except pickle.UnpicklingError as error:
         if strange := re.search(r"GLOBAL (\S+)", str(error)):
-            raise CheckpointError(
-                f"{file}: holds pickled objects besides tensors ({shown(strange[1])}), which are not loaded because "
-                "they can run code. Where you trust the file, load it with the code it comes from and rewrite it, "
-                "its config as a plain dict (dataclasses.asdict or vars makes one): "
-                'torch.save({"model": model.state_dict(), "config": {…}}, …)'
-            ) from error
+            raise refuse_pickled(file, strange[1]) from error
         raise CheckpointError(f"{file}: damaged, or not a torch file") from error
     except Exception as error:  # of a file that is no checkpoint, the unpickler makes any error at all
         raise CheckpointError(f"{file}: damaged, or not a torch file ({type(error).__name__})") from error
@@ -166,4 +157,4 @@ def _check_backed(state: Mapping[str, Tensor], file: Path) -> None:
         or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
     ]
     if problems:
-        raise CheckpointError(f"{file}: " + "; ".join(problems))
+        raise CheckpointError(f"{file}: " + listed(problems))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
 from bdh_batch.errors import ConfigError
+from bdh_batch.machine import available_memory
 from bdh_batch.model.config import BDHConfig
 from bdh_batch.model.pages import PagesAhead
 
@@ -22,27 +21,7 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return int(free)
-    return min(_available_memory(), _cgroup_headroom())
-
-
-def _available_memory() -> int:
-    try:
-        with open("/proc/meminfo") as lines:
-            for line in lines:
-                if line.startswith("MemAvailable:"):
-                    return int(line.split()[1]) * 1024
-    except FileNotFoundError:  # not Linux: what POSIX tells
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _cgroup_headroom(root: str = "/sys/fs/cgroup") -> int:
-    """What a container's limit leaves; a very large number where there is none."""
-    try:
-        with open(f"{root}/memory.max") as limit, open(f"{root}/memory.current") as current:
-            return max(0, int(limit.read()) - int(current.read()))
-    except (FileNotFoundError, ValueError):  # no cgroup v2, or its limit is the word "max"
-        return 1 << 62
+    return available_memory()
 
 
 def slots_within(budget: int, each: int, most: int) -> int:

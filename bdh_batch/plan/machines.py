@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from bdh_batch.documents import LARGEST_JSON, Malformed, parse_json, read_text
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.model.config import BDHConfig
 from bdh_batch.model.state import free_memory
@@ -140,9 +140,8 @@ def _bandwidth_share(machine: Machine, costs: Costs, seconds: float) -> float:
     return costs.state_traffic / machine.bandwidth / left
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read(file: Path) -> Any:
     try:
-        held: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        return parse_json(read_text(file, LARGEST_JSON))
+    except (OSError, Malformed) as error:
         raise ConfigError(f"--results: {file} cannot be read: {error}") from None
-    return held

@@ -5,12 +5,12 @@ Read before the weights, which take long, so that what cannot work is told at on
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from bdh_batch.documents import Malformed, brief, read_json_beside, read_text, unreadable
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.text.chat import ChatTemplate
 from bdh_batch.text.hugging_face import HuggingFaceTokenizer, load_hugging_face
@@ -74,13 +74,13 @@ def load_text(folder: Path, template: Path | None = None, parse_special: bool = 
         CheckpointError: a file that cannot be used.
         ConfigError: `template` cannot be read.
     """
-    config = _read(folder / TOKENIZER_CONFIG)
+    config = read_json_beside(folder / TOKENIZER_CONFIG)
     tokenizer, origin = _tokenizer(folder, config)
-    names = _names(config, _read(folder / SPECIAL_TOKENS))
+    names = _names(config, read_json_beside(folder / SPECIAL_TOKENS))
     eos = frozenset(_eos(folder, names, tokenizer))
     guarded = () if parse_special or tokenizer is None else tokenizer.special
     chat = _template(folder, config, template, guarded, names)
-    size = _read(folder / MODEL_CONFIG).get("vocab_size")
+    size = read_json_beside(folder / MODEL_CONFIG).get("vocab_size")
     side = TextSide(tokenizer or TokenIdsOnly(), chat, eos, names, origin, tokenizer is not None)
     try:
         return side.fit(size) if isinstance(size, int) else side
@@ -95,7 +95,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     Raises:
         CheckpointError: it cannot be used, or does not go with the model.
     """
-    return _fitting(*_tokenizer(folder, _read(folder / TOKENIZER_CONFIG)), vocab_size)
+    return _fitting(*_tokenizer(folder, read_json_beside(folder / TOKENIZER_CONFIG)), vocab_size)
 
 
 def _fitting(tokenizer: Tokenizer | None, origin: Path, vocab_size: int) -> Tokenizer:
@@ -117,7 +117,7 @@ def _tokenizer(folder: Path, config: Values) -> tuple[Tokenizer | None, Path]:
     if "type" not in config:
         return None, file
     if config["type"] != "byte":
-        text = f'type is {config["type"]!r}; "byte" is what can be served, or a {TOKENIZER} beside it'
+        text = f'type is {brief(config["type"])}; "byte" is what can be served, or a {TOKENIZER} beside it'
         raise CheckpointError(f"{file}: {text}")
     return ByteTokenizer(), file
 
@@ -139,13 +139,13 @@ def _eos(folder: Path, names: Mapping[str, str], tokenizer: Tokenizer | None) ->
     if name is not None and isinstance(tokenizer, HuggingFaceTokenizer):
         token = tokenizer.token_id(name)
         if token is None:
-            raise CheckpointError(f"{folder / TOKENIZER_CONFIG}: eos_token {name!r} is not in {TOKENIZER}")
+            raise CheckpointError(f"{folder / TOKENIZER_CONFIG}: eos_token {brief(name)} is not in {TOKENIZER}")
         yield token
     file = folder / GENERATION_CONFIG
-    ids = _read(file).get("eos_token_id")
+    ids = read_json_beside(file).get("eos_token_id")
     for token in ids if isinstance(ids, list) else [] if ids is None else [ids]:
         if not isinstance(token, int) or isinstance(token, bool) or token < 0:
-            raise CheckpointError(f"{file}: eos_token_id should be a token id or a list of them, not {ids!r}")
+            raise CheckpointError(f"{file}: eos_token_id should be a token id or a list of them, not {brief(ids)}")
         yield token
 
 
@@ -154,15 +154,15 @@ def _template(
 ) -> ChatTemplate:
     if option is not None:
         try:
-            source, name = option.read_text(), f"chat.template: {option}"
-        except (OSError, UnicodeDecodeError) as error:
+            source, name = read_text(option), f"chat.template: {option}"
+        except (OSError, Malformed) as error:
             raise ConfigError(f"chat.template: {option} cannot be read ({error})") from error
         return ChatTemplate(Jail(source, name), special, names)
     if (file := folder / CHAT_TEMPLATE).is_file():
         try:
-            return ChatTemplate(Jail(file.read_text(), str(file)), special, names)
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{file}: {error}") from error
+            return ChatTemplate(Jail(read_text(file), str(file)), special, names)
+        except (OSError, Malformed) as error:
+            raise unreadable(file, error) from error
     file, found = folder / TOKENIZER_CONFIG, config.get("chat_template")
     if found is None:
         return ChatTemplate(None, special, names)
@@ -178,20 +178,3 @@ def _source(found: object, file: Path) -> str:
         if isinstance(each, dict) and each.get("name") == "default" and isinstance(each.get("template"), str):
             return str(each["template"])
     raise CheckpointError(f"{file}: chat_template should be a template, or a list of named ones with a default")
-
-
-def _read(file: Path) -> Values:
-    """A file of JSON, empty where it is missing.
-
-    Raises:
-        CheckpointError: it is not a JSON object.
-    """
-    if not file.is_file():
-        return {}
-    try:
-        values = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{file}: not JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: should hold a JSON object")
-    return values

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
 
+from bdh_batch.documents import shown
 from bdh_batch.errors import CheckpointError
 from bdh_batch.messages import Text
 from bdh_batch.text.pieces import PieceDecoder, Pieces
 from bdh_batch.text.tokenizer import CALL, Decoder
 
 LONG = 4096  # characters
+LARGEST = 256 * 2**20  # bytes of a tokenizer.json; those of the largest vocabularies have some thirty MiB
 SAMPLES = 256  # tokens of the vocabulary that are decoded both ways at the start
 
 
@@ -143,8 +145,13 @@ def load_hugging_face(file: Path) -> HuggingFaceTokenizer:
     Raises:
         CheckpointError: not a tokenizer that the library can read, or that can be streamed.
     """
+    if (size := file.stat().st_size) > LARGEST:
+        raise CheckpointError(f"{file}: has {size:,} bytes; a tokenizer has {LARGEST:,} at most")
     try:
         tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises nothing more specific
-        raise CheckpointError(f"{file}: not a tokenizer that can be read ({error})") from error
+        tokenizer.encode("What cannot be encoded is found now, and not by a request.")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # the library raises nothing more specific, and its panics are not even Exceptions
+        raise CheckpointError(f"{file}: not a tokenizer that can be read ({shown(error)})") from error
     return HuggingFaceTokenizer(tokenizer, file)

@@ -101,7 +101,7 @@ class TestStart:
             ("BDH_SERVER__PROT", "1", ["BDH_SERVER__PROT", "server.port?"]),
             ("BDH_SERVER__PORT", "many", ["server.port", "environment", "many"]),
             ("BDH_SEVRER__PORT", "1", ["BDH_SEVRER__PORT", "server.port?"]),
-            ("BDH_SERVER", "8000", ["environment", "server"]),
+            ("BDH_SERVER", '{"port": "many"}', ["server.port", "environment", "many"]),
         ],
     )
     def test_needs_an_environment_that_fits(self, cli: Cli, variable: str, value: str, words: list[str]) -> None:

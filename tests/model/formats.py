@@ -21,6 +21,7 @@ from bdh_batch.model.state import StatePool
 CPU = torch.device("cpu")
 State = dict[str, Tensor]
 Writer = Callable[[Path, BDHConfig, State], Path]  # folder, config, upstream's state dict; the path to load
+UNLAYERED = ("embed.weight", "lm_head", "attn.freqs")
 PAPER = {"embed.weight": "wte.weight", "encoder": "decoder_x", "encoder_v": "decoder_y", "decoder": "encoder"}
 
 
@@ -68,7 +69,7 @@ def bare(folder: Path, config: BDHConfig, state: State) -> Path:
 
 def legacy(folder: Path, config: BDHConfig, state: State) -> Path:
     """As torch saved before 1.6, an older upstream, and parameters instead of tensors."""
-    parameters = {key: nn.Parameter(tensor) for key, tensor in state.items()}
+    parameters = {key: nn.Parameter(tensor) for key, tensor in with_freqs(config, state).items()}
     wrapped = {"model": parameters | {"lm_gate": torch.zeros(3, 1)}, "config": upstream_config(config)}
     return save(folder, wrapped, _use_new_zipfile_serialization=False)
 
@@ -81,8 +82,15 @@ def trainer(folder: Path, config: BDHConfig, state: State) -> Path:
 
 
 def distributed(folder: Path, config: BDHConfig, state: State) -> Path:
-    wrapped = {f"module._orig_mod.{key}": tensor for key, tensor in state.items()}
+    wrapped = {f"module._orig_mod.{key}": tensor for key, tensor in with_freqs(config, state).items()}
     return save(folder, {"model_state_dict": wrapped, "model_args": upstream_config(config), "config": {"lr": 1e-3}})
+
+
+def lightning(folder: Path, config: BDHConfig, state: State) -> Path:
+    """A module that holds the model as `self.model`."""
+    (folder / "config.json").write_text(json.dumps(upstream_config(config)))
+    wrapped = {f"model.{key}": tensor for key, tensor in with_freqs(config, state).items()}
+    return save(folder, {"state_dict": wrapped, "epoch": 3, "pytorch-lightning_version": "2.5.0", "callbacks": {}})
 
 
 def attention_by_layer(folder: Path, config: BDHConfig, state: State) -> Path:
@@ -93,13 +101,13 @@ def attention_by_layer(folder: Path, config: BDHConfig, state: State) -> Path:
 
 def shared_by_layer(folder: Path, config: BDHConfig, state: State) -> Path:
     layered = {f"{key}.{i}": state[key] for key in ("encoder", "encoder_v", "decoder") for i in range(config.n_layer)}
-    return save(folder, layered | {key: state[key] for key in ("embed.weight", "lm_head")})
+    return save(folder, layered | {key: with_freqs(config, state)[key] for key in UNLAYERED})
 
 
 def modules_by_layer(folder: Path, config: BDHConfig, state: State) -> Path:
     keys = ("encoder", "encoder_v", "decoder")
     layered = {f"layers.{i}.{key}": state[key].clone() for key in keys for i in range(config.n_layer)}
-    return save(folder, layered | {key: state[key] for key in ("embed.weight", "lm_head")})
+    return save(folder, layered | {key: with_freqs(config, state)[key] for key in UNLAYERED})
 
 
 def paper(folder: Path, config: BDHConfig, state: State) -> Path:
@@ -153,6 +161,6 @@ def hf_pickle_shards(folder: Path, config: BDHConfig, state: State) -> Path:
 
 
 ALL: tuple[Writer, ...] = (
-    *(native, bare, legacy, trainer, distributed, attention_by_layer, shared_by_layer, modules_by_layer, paper),
+    *(native, bare, legacy, trainer, lightning, distributed, attention_by_layer, shared_by_layer, modules_by_layer),
     *(hf_folder, hf_pickle, hf_shards, hf_pickle_shards),
 )

@@ -58,7 +58,7 @@ def test_tokenizer_template_and_defaults_come_along(source: Path, tmp_path: Path
 
 def test_a_vocabulary_of_tokens_without_a_tokenizer_is_not_called_bytes(tmp_path: Path) -> None:
     config = BDHConfig(n_layer=1, n_embd=4, n_head=2, mlp_internal_dim_multiplier=4, vocab_size=300)
-    convert(formats.paper(tmp_path, config, random_state(config)), tmp_path / "target")
+    convert(formats.trainer(tmp_path, config, random_state(config)), tmp_path / "target")
     assert not (tmp_path / "target" / "tokenizer_config.json").exists()
 
 
@@ -114,10 +114,60 @@ def test_a_failure_leaves_nothing_half_made(
 
 
 def test_what_cannot_be_served_is_not_converted(tmp_path: Path) -> None:
-    state = random_state(CONFIG)
+    state = formats.with_freqs(CONFIG, random_state(CONFIG))
     with pytest.raises(CheckpointError, match="--layers"):
         convert(formats.save(tmp_path, state), tmp_path / "target")
     state["decoder"][1, 2] = torch.nan
     with pytest.raises(CheckpointError, match="decoder has 1 numbers of 64 that are NaN"):
         convert(formats.save(tmp_path, state), tmp_path / "target", layers=2)
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"]
+)
+@pytest.mark.parametrize("leads_to", ["secret", "nowhere", "."])
+def test_a_link_that_leads_out_of_the_folder_is_not_followed(
+    source: Path, tmp_path: Path, name: str, leads_to: str
+) -> None:
+    (tmp_path / "secret").write_text("{}")
+    (source.parent / name).symlink_to(tmp_path / leads_to)
+    with pytest.raises(
+        CheckpointError, match=rf"{name}: leads to .*{leads_to}, which is not a regular file in its folder"
+    ):
+        convert(source, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_link_inside_the_folder_is_a_file_of_it(source: Path, tmp_path: Path) -> None:
+    (source.parent / "llama.jinja").write_text("{{ messages }}")
+    (source.parent / "chat_template.jinja").symlink_to("llama.jinja")
+    convert(source, tmp_path / "target")
+    assert not (tmp_path / "target" / "chat_template.jinja").is_symlink()
+    assert (tmp_path / "target" / "chat_template.jinja").read_text() == "{{ messages }}"
+
+
+def test_a_snapshot_in_hugging_faces_cache_is_made_of_links(tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "models--a--b" / "blobs", tmp_path / "models--a--b" / "snapshots" / "0123"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    formats.native(blobs, CONFIG, random_state(CONFIG))
+    for file in list(blobs.iterdir()):
+        (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
+    convert(snapshot, tmp_path / "target")
+    assert content(tmp_path / "target") == content(blobs)
+
+
+def test_a_pipe_is_no_tokenizer(source: Path, tmp_path: Path) -> None:
+    os.mkfifo(source.parent / "tokenizer.json")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        convert(source, tmp_path / "target")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_target_that_is_a_link_is_refused(source: Path, tmp_path: Path, there: bool) -> None:
+    if there:
+        (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "target").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="target: is a link"):
+        convert(source, tmp_path / "target", force=True)

@@ -139,6 +139,40 @@ def test_frequencies_that_lost_their_phases_are_computed_anew(tmp_path: Path, dt
         open_checkpoint(formats.save(tmp_path, state))
 
 
+def test_the_papers_names_are_refused_with_what_they_leave_open(tmp_path: Path) -> None:
+    """Public models of these names and of the same sizes are other functions than upstream's."""
+    path = formats.paper(tmp_path, CONFIG, with_freqs(CONFIG, random_state(CONFIG)))
+    with pytest.raises(
+        CheckpointError, match=r"decoder_x, decoder_y, readout, wte\.weight.*LayerNorm.*RoPE's base"
+    ) as error:
+        open_checkpoint(path)
+    assert "decoder_x is encoder" in error.value.message
+
+
+def test_without_frequencies_the_config_has_to_say_what_rope_is(tmp_path: Path) -> None:
+    sizes = formats.upstream_config(CONFIG)
+    path = formats.save(tmp_path, random_state(CONFIG))
+    for values in (None, sizes):
+        if values is not None:
+            (tmp_path / "config.json").write_text(json.dumps(values))
+        with pytest.raises(CheckpointError, match=r'missing attn\.freqs \[1, 1, 1, 16\].*"rope_theta": 65536'):
+            open_checkpoint(path, layers=3)
+    for told in ({"rope_theta": 65536}, {"rope_theta": 65536.0}, {"trained_context": 128}, {"model_type": "bdh"}):
+        (tmp_path / "config.json").write_text(json.dumps(sizes | told))
+        assert torch.equal(open_checkpoint(path).frequencies(), rope_frequencies(16))
+
+
+def test_a_file_without_a_config_says_what_rope_is_by_its_frequencies(tmp_path: Path) -> None:
+    assert open_checkpoint(formats.save(tmp_path, with_freqs(CONFIG, random_state(CONFIG))), layers=3).config == CONFIG
+
+
+@pytest.mark.parametrize("prefix", ["model.", "model._orig_mod.", "_fsdp_wrapped_module.module."])
+def test_what_wraps_a_model_may_stand_before_its_names(tmp_path: Path, prefix: str) -> None:
+    tensors = {prefix + key: tensor for key, tensor in with_freqs(CONFIG, random_state(CONFIG)).items()}
+    for saved in (tensors, {"state_dict": tensors}, {"model": tensors}):
+        assert open_checkpoint(formats.save(tmp_path, saved), layers=3).config == CONFIG
+
+
 class Test16Bits:
     def test_numbers_that_do_not_fit_are_counted(self, tmp_path: Path) -> None:
         state = random_state(CONFIG)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import tracemalloc
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,11 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 
 from bdh_batch.errors import CheckpointError
+from bdh_batch.model import checkpoint, pickles
 from bdh_batch.model.checkpoint import load_model
 from bdh_batch.model.config import BDHConfig
 from tests.model import formats
-from tests.model.formats import CPU, random_state
+from tests.model.formats import CPU, random_state, with_freqs
 
 CONFIG = BDHConfig(n_layer=3, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, vocab_size=11)
 INDEX = "model.safetensors.index.json"
@@ -33,7 +36,7 @@ def refusal(path: Path, layers: int | None = 3) -> str:
 
 
 def state_with(**tensors: Any) -> dict[str, Any]:
-    return random_state(CONFIG) | tensors
+    return dict(with_freqs(CONFIG, random_state(CONFIG))) | tensors
 
 
 def huge() -> torch.Tensor:
@@ -55,13 +58,6 @@ STATES: dict[str, tuple[Callable[[], dict[str, Any]], tuple[str, ...]]] = {
         ("encoder is there for 2 of 3 layers",),
     ),
     "names that break lines": (lambda: state_with(**{"a\nb\ud800": torch.zeros(1)}), ("extra 'a\\nb\\ud800'",)),
-    "the paper's, misshapen": (
-        lambda: {
-            **{"decoder_x": torch.zeros(2, 8, 16), "decoder_y": torch.zeros(2, 8, 15), "encoder": torch.zeros(31, 8)},
-            **{"wte.weight": torch.zeros(11, 8), "readout": torch.zeros(8, 11), "attn.rope.inv_freq": torch.zeros(4)},
-        },
-        ("decoder_y (encoder_v) has shape [2, 8, 15]", "encoder (decoder) has shape [31, 8]", "extra attn.rope"),
-    ),
     "not a number": (
         lambda: state_with(encoder=torch.full((2, 8, 16), torch.nan), lm_head=torch.full((8, 11), torch.inf)),
         ("encoder has 256 numbers of 256", "lm_head has 88 numbers of 88"),
@@ -99,7 +95,20 @@ def test_a_state_dict_that_is_no_model_is_refused_by_its_keys(tmp_path: Path, ki
     ("values", "part"),
     [
         ({"model_type": "llama"}, "model_type is llama"),
-        ({"n_layer": 10**12}, "n_layer"),
+        ({"n_layer": 10**12}, "n_layer must be a positive integer of at most 4,096, not 1000000000000"),
+        ({"n_layer": 10**9}, "n_layer must be a positive integer of at most 4,096"),
+        ({"n_layer": 1e9}, "n_layer must be a positive integer of at most 4,096, not 1000000000.0"),
+        ({"n_layer": 10**600}, f"n_layer must be a positive integer of at most 4,096, not 1{'0' * 99}…"),
+        ({"n_layer": True}, "n_layer must be a positive integer"),
+        ({"n_layer": -1}, "n_layer must be a positive integer"),
+        ({"n_embd": 10**9}, "n_embd must be a positive integer of at most 131,072"),
+        ({"n_embd": 2**17, "n_layer": 4096}, "make states of"),
+        ({"trained_context": 10**15}, "trained_context must be"),
+        ({"attention_window": False}, "attention_window must be a non-negative integer"),
+        ({"dropout": True}, "dropout must be a number"),
+        ({"dropout": float("nan")}, "dropout must be a number"),
+        ({"rope_theta": 10_000}, "rope_theta is 10000, not upstream's 65536"),
+        ({f"f{n}": 0 for n in range(10_000)}, "and 9,950 more; known: "),
         ({"n_layer": torch.tensor([6, 6])}, "n_layer has a value that no config can have, a Tensor"),
         ({"n_layer": 4}, "its config says 4, model.layers says 3"),
         ({"num_hidden_layers": 4}, "n_layer is said twice"),
@@ -113,7 +122,7 @@ def test_a_config_that_cannot_be_is_refused_by_its_field(tmp_path: Path, values:
     config = CONFIG.to_dict() | values
     if "N" in values:
         del config["mlp_internal_dim_multiplier"]
-    saved = {"model": random_state(CONFIG), "config": config}
+    saved = {"model": state_with(), "config": config}
     assert part in refusal(formats.save(tmp_path, saved))
 
 
@@ -147,7 +156,95 @@ def test_nested_json_and_huge_headers_are_refused(tmp_path: Path) -> None:
     assert "model.safetensors: damaged" in refusal(tmp_path)
     save_file(random_state(CONFIG), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("[" * 200_000)
-    assert "config.json: not JSON" in refusal(tmp_path)
+    assert "config.json: not JSON (nested too deeply)" in refusal(tmp_path)
+
+
+def test_a_header_of_more_names_than_any_bdh_has_is_not_parsed(tmp_path: Path) -> None:
+    formats.native(tmp_path, CONFIG, random_state(CONFIG))
+    tensors = {f"t{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(100_000)}
+    header = json.dumps(tensors).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    assert f"its header claims {len(header):,} bytes" in refusal(tmp_path)
+
+
+def rewritten(file: Path, change: Callable[[str, bytes], tuple[str, bytes]], **options: Any) -> Path:
+    """The zip of `torch.save`, packed again with other members."""
+    with zipfile.ZipFile(file) as archive:
+        members = [change(name, archive.read(name)) for name in archive.namelist()]
+    with zipfile.ZipFile(file, "w", **options) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return file
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "version", "byteorder", "data/0"])
+def test_a_zip_that_unpacks_to_more_than_itself_is_refused_before_it_is_unpacked(tmp_path: Path, name: str) -> None:
+    file = formats.trainer(tmp_path, CONFIG, random_state(CONFIG))
+    rewritten(
+        file,
+        lambda member, content: (member, content + bytes(2**26 if member.endswith(name) else 0)),
+        compression=zipfile.ZIP_DEFLATED,
+    )
+    assert file.stat().st_size < 2**20
+    tracemalloc.start()
+    assert "in it is compressed, which torch.save never does" in refusal(file)
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+
+
+def test_a_pickle_larger_than_any_bdh_needs_is_refused(tmp_path: Path) -> None:
+    for zipped in (True, False):
+        saved = {"model": state_with(), "history": ["x" * 50 + str(n) for n in range(100_000)]}
+        message = refusal(formats.save(tmp_path, saved, _use_new_zipfile_serialization=zipped))
+        assert "in it is larger than 4,194,304 bytes" in message
+
+
+@pytest.mark.parametrize("where", ["before", "after"])
+def test_a_zip_with_two_directories_is_refused(tmp_path: Path, where: str) -> None:
+    """Of two readers one could see harmless members, and the other what is to be unpacked."""
+    file = formats.trainer(tmp_path, CONFIG, random_state(CONFIG))
+    content = file.read_bytes()
+    if where == "before":
+        file.write_bytes(content + content)
+    else:
+        file.write_bytes(content[:-2] + len(content).to_bytes(2, "little") + content)
+    assert "damaged" in refusal(file)
+
+
+class Bomb:
+    """A gigabyte and more, in a pickle of a few bytes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (bytearray, (2**31,))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_asks_for_memory_is_refused_before_it_gets_any(tmp_path: Path, zipped: bool) -> None:
+    file = formats.save(tmp_path, {"model": state_with(), "config": Bomb()}, _use_new_zipfile_serialization=zipped)
+    assert "builtin" in refusal(file)
+    assert ".bytearray" in refusal(file)
+
+
+def test_tuples_inside_tuples_do_not_end_the_process(tmp_path: Path) -> None:
+    """Python hashes them by recursion without looking at its stack."""
+    nested = b"\x80\x02}(" + b")" + b"\x85" * 300_000 + b"K\x01u."
+    file = formats.trainer(tmp_path, CONFIG, random_state(CONFIG))
+    rewritten(file, lambda name, content: (name, nested if name.endswith(".pkl") else content))
+    assert "more than 50,000 tuples" in refusal(file)
+
+
+def test_a_file_before_torch_1_6_must_fit_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = formats.legacy(tmp_path, CONFIG, random_state(CONFIG))
+    monkeypatch.setattr(pickles, "available_memory", lambda: 1000)
+    assert "is read as a whole, and 1,000 bytes are free; save it anew" in refusal(file)
+
+
+def test_weights_that_do_not_fit_the_memory_are_told_and_not_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    formats.native(tmp_path, CONFIG, random_state(CONFIG))
+    monkeypatch.setattr(checkpoint, "free_memory", lambda device: 3775)
+    assert "its weights take 3,776 bytes in float32 (model.dtype), and 3,775 are free on cpu" in refusal(tmp_path)
 
 
 class Config:

@@ -14,6 +14,9 @@ from bdh_batch.text.hugging_face import HuggingFaceTokenizer
 from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly, Tokenizer
 from tests.text.tokenizers import byte_level
 
+PANICS = '{"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, "post_processor": {"type": \
+"TemplateProcessing", "single": [{"SpecialToken": {"id": "s", "type_id": 0}}], "pair": [{"Sequence": {"id": "A", \
+"type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}], "special_tokens": {}}}'  # its library has no token "s"
 MESSAGES = [{"role": "user", "content": "Hi"}]
 SHOUTED = "{{ bos_token }}{% for m in messages %}{{ m.content | upper }}{% endfor %}"
 
@@ -80,6 +83,13 @@ def test_a_tokenizer_may_know_fewer_tokens_than_the_model_but_not_more(folder: P
     [
         ({"tokenizer": "{}"}, "tokenizer.json"),
         ({"tokenizer": "nonsense"}, "tokenizer.json"),
+        ({"tokenizer": "[" * 100_000}, "tokenizer.json"),
+        ({"tokenizer": PANICS}, "tokenizer.json: not a tokenizer that can be read"),
+        ({"tokenizer_config": "[" * 100_000}, "tokenizer_config.json: not JSON (nested too deeply)"),
+        ({"tokenizer_config": '{"a":' * 65 + "0" + "}" * 65}, "tokenizer_config.json: nested more than 64 deep"),
+        ({"generation_config": '{"eos_token_id": ' + "9" * 1_000_000 + "}"}, "a number of 1,000,000 digits"),
+        ({"generation_config": '{"eos_token_id": 1, "eos_token_id": 2}'}, "'eos_token_id' is given twice"),
+        ({"generation_config": '{"eos_token_id": NaN}'}, "generation_config.json: not JSON (NaN is not a number)"),
         ({"tokenizer_config": {"type": "bpe"}}, "tokenizer_config.json"),
         ({"tokenizer_config": "{"}, "tokenizer_config.json"),
         ({"tokenizer_config": []}, "tokenizer_config.json"),
@@ -96,6 +106,22 @@ def test_what_cannot_be_used_is_refused_by_its_file(tmp_path: Path, files: dict[
     with pytest.raises(CheckpointError) as error:
         load_text(write(tmp_path, **files)).fit(256)
     assert named in error.value.message
+    assert error.value.message.isprintable()
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "tokenizer_config.json"])
+def test_what_is_not_utf8_or_without_an_end_is_refused_by_its_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b'{"eos_token": "\xe9"}')
+    with pytest.raises(CheckpointError, match=rf"{name}: not UTF-8 \(.* at byte 15\)"):
+        load_text(tmp_path)
+    (tmp_path / name).write_bytes(b" " * (16 * 2**20 + 1))
+    with pytest.raises(CheckpointError, match=rf"{name}: is larger than"):
+        load_text(tmp_path)
+
+
+def test_an_option_names_a_template_that_ends(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"chat\.template: /dev/zero cannot be read \(is larger than"):
+        load_text(tmp_path, Path("/dev/zero"))
 
 
 def test_ends_of_text_come_from_the_tokenizer_and_the_generation_config(folder: Path) -> None:

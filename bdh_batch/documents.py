@@ -1,0 +1,224 @@
+"""Reads the small documents that people and models bring: JSON, YAML and plain text.
+
+They come from strangers, so every read is bounded: in bytes, in depth, in the length of a number. Text is UTF-8,
+whatever the locale says. Whatever is wrong is told in one line. Knows nothing about what the documents mean.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from bdh_batch.errors import CheckpointError
+
+LARGEST_JSON = 16 * 2**20  # bytes; tokenizer_config.json of a large vocabulary takes one or two MiB
+LARGEST_TEXT = 2**20  # bytes of a chat template, or of settings
+DEEPEST = 64  # lists and objects inside one another
+LONGEST_NUMBER = 400  # characters: float64's largest has 309 digits
+MOST_LISTED = 50  # problems named in one message
+
+
+class Malformed(ValueError):
+    """A document that cannot be read; the message is one line, without the document's name."""
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model folder.
+
+    Raises:
+        CheckpointError: it cannot be read, is not one, or is beyond the bounds; the message names the file.
+    """
+    try:
+        values = parse_json(read_text(file, LARGEST_JSON))
+    except (OSError, Malformed) as error:
+        raise unreadable(file, error) from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: should be an object, is a {type(values).__name__}")
+    return values
+
+
+def read_json_beside(file: Path) -> dict[str, Any]:
+    """As `read_json`, of a file that a model folder need not have: empty where it is missing."""
+    try:
+        there = file.is_file()
+    except OSError as error:
+        raise unreadable(file, error) from error
+    return read_json(file) if there else {}
+
+
+def unreadable(file: Path, error: OSError | Malformed) -> CheckpointError:
+    """The error of a file of a model that could not be read."""
+    reason = str(error) if isinstance(error, Malformed) else f"cannot be read ({error.strerror or error})"
+    return CheckpointError(f"{file}: {shown(reason)}")
+
+
+def read_text(file: Path, most: int = LARGEST_TEXT) -> str:
+    """The UTF-8 text in a file, which may be a pipe; a byte order mark is not part of it.
+
+    Raises:
+        Malformed: it has more than `most` bytes, or is not UTF-8.
+        OSError: it cannot be opened.
+    """
+    with file.open("rb") as stream:
+        raw = stream.read(most + 1)
+    if len(raw) > most:
+        raise Malformed(f"is larger than {most:,} bytes")
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Malformed(f"not UTF-8 ({error.reason} at byte {error.start})") from error
+
+
+def parse_json(text: str) -> object:
+    """What `json.loads` makes of it, but within bounds, without NaN, and with each key of an object given once.
+
+    Raises:
+        Malformed
+    """
+    try:
+        values = json.loads(
+            text,
+            object_pairs_hook=_once,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_no_constant,
+        )
+    except Malformed:
+        raise
+    except (ValueError, RecursionError, MemoryError) as error:
+        reason = str(error) if isinstance(error, ValueError) else "nested too deeply"
+        raise Malformed(f"not JSON ({shown(reason)})") from error
+    _check_depth(values)
+    return values
+
+
+def parse_yaml(text: str) -> Any:
+    """What YAML's safe loader makes of it, but within bounds, without aliases, and with each key given once.
+
+    Raises:
+        Malformed
+    """
+    if len(text) > LARGEST_TEXT:
+        raise Malformed(f"is larger than {LARGEST_TEXT:,} characters")
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise Malformed(f"not YAML ({_reason(error)})") from error
+    except Malformed:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # PyYAML's, of !!int x
+        raise Malformed("not YAML (a value is not what its form or its tag says)") from error
+
+
+def shown(name: object) -> str:
+    """A name from a file, fit for one line of text."""
+    text = str(name)
+    return text if text.isprintable() else ascii(text)
+
+
+def brief(value: object, most: int = 100) -> str:
+    """A value from a file, fit for a message: cut where it is long."""
+    try:
+        text = str(value) if isinstance(value, BaseException) else repr(value)
+    except (ValueError, RecursionError):  # an integer beyond what Python prints, or nested without an end
+        return f"a very large {type(value).__name__}"
+    return shown(text if len(text) <= most else f"{text[:most]}…")
+
+
+def listed(problems: Iterable[str], separator: str = "; ") -> str:
+    """All problems in one message, but no more of them than people read."""
+    every = list(problems)
+    more = [f"and {len(every) - MOST_LISTED:,} more"] if len(every) > MOST_LISTED else []
+    return separator.join([*every[:MOST_LISTED], *more])
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise Malformed(f"not JSON (the key {brief(name)} is given twice)")
+            seen.add(name)
+    return values
+
+
+def _integer(text: str) -> int:
+    if len(text) > LONGEST_NUMBER:
+        raise Malformed(f"holds a number of {len(text):,} digits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    if len(text) > LONGEST_NUMBER:
+        raise Malformed(f"holds a number of {len(text):,} digits")
+    if not math.isfinite(value := float(text)):
+        raise Malformed(f"holds a number that is too large, {brief(text)}")
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise Malformed(f"not JSON ({name} is not a number)")
+
+
+def _check_depth(values: object) -> None:
+    level = [values]
+    for _ in range(DEEPEST):
+        level = [
+            member
+            for each in level
+            if isinstance(each, dict | list)
+            for member in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return
+    if any(isinstance(each, dict | list) for each in level):
+        raise Malformed(f"nested more than {DEEPEST} deep")
+
+
+def _reason(error: yaml.YAMLError) -> str:
+    """What is wrong and where; not the line itself, which may hold a secret."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        return shown(f"{error.problem or error.context}{where}")
+    return shown(" ".join(str(error).split()))
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader without what makes a small document large: aliases, depth, numbers without an end."""
+
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", event.start_mark)
+        if self._depth >= DEEPEST:
+            raise Malformed(f"nested more than {DEEPEST} deep")
+        self._depth += 1
+        try:
+            node: yaml.Node | None = super().compose_node(parent, index)
+            return node
+        finally:
+            self._depth -= 1
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        values = super().construct_mapping(node, deep)
+        if len(values) < len(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "a key is given twice", node.start_mark)
+        return values
+
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        if len(node.value) > LONGEST_NUMBER:
+            raise Malformed(f"holds a number of {len(node.value):,} digits")
+        return self.construct_yaml_int(node) if node.tag.endswith(":int") else self.construct_yaml_float(node)
+
+
+for _kind in ("int", "float"):
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader.construct_number)
