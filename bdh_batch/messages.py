@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Protocol
@@ -21,14 +21,14 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Bias:
+class LogitBias:
     """What is added to the scores of some tokens, each of which is there once. Made once for a request."""
 
     tokens: array[int]  # int64
     amounts: array[float]  # float32
 
     @classmethod
-    def of(cls, amounts: Mapping[int, float]) -> Bias | None:
+    def of(cls, amounts: Mapping[int, float]) -> LogitBias | None:
         """None where nothing is added."""
         return cls(array("q", amounts), array("f", amounts.values())) if amounts else None
 
@@ -49,12 +49,15 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: Bias | None = None
+    logit_bias: LogitBias | None = None
     logprobs: int | None = None  # a drawn token comes with its log-probability and this many likeliest
 
     @property
     def penalises(self) -> bool:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
+
+
+NO_TOKENS = array("q")
 
 
 def distinct(tokens: Iterable[int]) -> array[int]:
@@ -65,38 +68,37 @@ def distinct(tokens: Iterable[int]) -> array[int]:
 class Adjustment:
     """What changes one sequence's scores before its next token is drawn: bias, penalties, tokens that may not come yet.
 
-    The answers to one prompt share what does not differ between them, so that one more costs no more than its counts.
-    Who plans counts; who draws only reads.
+    The answers to one prompt share whatever is as large as the request makes it; each has only what it counts. Who
+    plans counts; who draws only reads.
 
     Args:
         prompt: the distinct tokens of the prompt, ascending; empty where nothing penalises them.
         banned: tokens that cannot be drawn while the answer has fewer than `early` tokens.
     """
 
-    __slots__ = ("_banned", "_early", "_index", "_length", "answer", "answer_times", "prompt", "prompt_times", "sampling")
+    __slots__ = ("_banned", "_early", "_index", "_length", "answer", "prompt", "repeated", "sampling", "times")
 
     def __init__(self, sampling: SamplingParams, prompt: array[int], banned: array[int], early: int) -> None:
         self.sampling = sampling
         self.prompt = prompt
-        self.prompt_times = array("q", bytes(prompt.itemsize * len(prompt)))  # how often each came in the answer
-        self.answer = array("q")  # tokens of the answer that are not in `prompt`, each once
-        self.answer_times = array("q")
+        self.answer = array("q")  # the distinct tokens of the answer, as far as they are penalised
+        self.times = array("q")  # how often each came
+        self.repeated = array("q")  # 1 for each that is in `prompt`, too; else 0
+        self._index: dict[int, int] = {}  # of each in `answer`
+        self._length = 0  # of the answer
         self._banned = banned
         self._early = early
-        self._length = 0  # of the answer
-        self._index: dict[int, int] = {}  # of each token in `answer`
 
     @classmethod
     def of(
         cls, sampling: SamplingParams, prompt: Iterable[int], banned: Iterable[int], early: int
     ) -> Adjustment | None:
         """None where nothing changes."""
-        bans = distinct(banned) if early else array("q")
+        bans = distinct(banned) if early else NO_TOKENS
         if not (sampling.penalises or sampling.logit_bias or bans):
             return None
         # The other penalties do not look at the prompt.
-        seen = distinct(prompt) if sampling.repetition_penalty != 1 else array("q")
-        return cls(sampling, seen, bans, early)
+        return cls(sampling, distinct(prompt) if sampling.repetition_penalty != 1 else NO_TOKENS, bans, early)
 
     def afresh(self) -> Adjustment:
         """That of another answer to the same prompt."""
@@ -104,33 +106,20 @@ class Adjustment:
 
     @property
     def bans(self) -> array[int]:
-        return self._banned if self._length < self._early else _NONE
-
-    @property
-    def seen(self) -> Iterator[tuple[array[int], array[int]]]:
-        """The tokens that came, each once, and how often each did in the answer: 0 for those of the prompt alone."""
-        if self.prompt:
-            yield self.prompt, self.prompt_times
-        if self.answer:
-            yield self.answer, self.answer_times
+        return self._banned if self._length < self._early else NO_TOKENS
 
     def count(self, token: int) -> None:
         """The answer has grown by `token`."""
         self._length += 1
         if not self.sampling.penalises:
             return
-        at = bisect_left(self.prompt, token)
-        if at < len(self.prompt) and self.prompt[at] == token:
-            self.prompt_times[at] += 1
-            return
         at = self._index.setdefault(token, len(self.answer))
         if at == len(self.answer):
+            found = bisect_left(self.prompt, token)
             self.answer.append(token)
-            self.answer_times.append(0)
-        self.answer_times[at] += 1
-
-
-_NONE = array("q")
+            self.times.append(0)
+            self.repeated.append(found < len(self.prompt) and self.prompt[found] == token)
+        self.times[at] += 1
 
 
 class TokenScore(NamedTuple):

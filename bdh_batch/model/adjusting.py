@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdh_batch.kernels.simd import compiled
+from bdh_batch.kernels.simd import compiled, inlined
 from bdh_batch.messages import Adjustment
 
 BANNED = -1e30  # what a banned token scores: below all that a bias or a penalty can do, and still finite
@@ -42,14 +42,17 @@ def adjust_in_main_memory(logits: Tensor, wishes: Wishes) -> None:
     """Row by row."""
     scores = logits.numpy()
     for row, wish in wishes:
-        sampling, bans = wish.sampling, wish.bans
+        own, sampling = scores[row], wish.sampling
         if (bias := sampling.logit_bias) is not None:
-            _add(scores[row], np.frombuffer(bias.tokens, np.int64), np.frombuffer(bias.amounts, np.float32))
-        penalties = (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty)
-        for tokens, times in wish.seen:
-            _penalise(scores[row], np.frombuffer(tokens, np.int64), np.frombuffer(times, np.int64), *penalties)
-        if bans:
-            _ban(scores[row], np.frombuffer(bans, np.int64))
+            _add(own, np.frombuffer(bias.tokens, np.int64), np.frombuffer(bias.amounts, np.float32))
+        if wish.prompt:
+            _repeat(own, np.frombuffer(wish.prompt, np.int64), sampling.repetition_penalty)
+        if wish.answer:
+            counted = [np.frombuffer(each, np.int64) for each in (wish.answer, wish.times, wish.repeated)]
+            penalties = sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty
+            _penalise(own, *counted, *penalties)
+        if bans := wish.bans:
+            _ban(own, np.frombuffer(bans, np.int64))
 
 
 @compiled
@@ -59,17 +62,34 @@ def _add(scores: Floats, tokens: Longs, amounts: Floats) -> None:
 
 
 @compiled
+def _repeat(scores: Floats, tokens: Longs, repetition: float) -> None:
+    for token in tokens:
+        scores[token] = _moved(scores[token], repetition, 0.0)
+
+
+@compiled
 def _penalise(
-    scores: Floats, tokens: Longs, times: Longs, repetition: float, frequency: float, presence: float
+    scores: Floats,
+    tokens: Longs,
+    times: Longs,
+    repeated: Longs,
+    repetition: float,
+    frequency: float,
+    presence: float,
 ) -> None:
-    """In float64, as a repetition penalty may be any number above 0."""
     for at in range(len(tokens)):
-        score = np.float64(scores[tokens[at]])
-        if not np.isfinite(score):  # stays, so that it shows
-            continue
-        score = score / repetition if score > 0 else score * repetition
-        score -= frequency * times[at] + (presence if times[at] else 0.0)
-        scores[tokens[at]] = min(max(score, -_FARTHEST), _FARTHEST)
+        less = frequency * times[at] + presence
+        scores[tokens[at]] = _moved(scores[tokens[at]], 1.0 if repeated[at] else repetition, less)
+
+
+@inlined
+def _moved(score: float, repetition: float, less: float) -> float:
+    """In float64, as a repetition penalty may be any number above 0. What is not finite stays, so that it shows."""
+    exact = np.float64(score)
+    if not np.isfinite(exact):
+        return exact
+    exact = (exact / repetition if exact > 0 else exact * repetition) - less
+    return min(max(exact, -_FARTHEST), _FARTHEST)
 
 
 @compiled
@@ -83,20 +103,37 @@ def adjust_on_device(logits: Tensor, wishes: Wishes) -> None:
     if biased := [(row, bias) for row, wish in wishes if (bias := wish.sampling.logit_bias) is not None]:
         where = _entries(logits, [(row, bias.tokens) for row, bias in biased])
         logits[where] += _on(logits, [bias.amounts for _, bias in biased], torch.float32)
-    if penalised := [(row, wish.sampling, *seen) for row, wish in wishes for seen in wish.seen]:
-        where = _entries(logits, [(row, tokens) for row, _, tokens, _ in penalised])
-        times = _on(logits, [times for *_, times in penalised], torch.int64)
-        each = [(p.repetition_penalty, p.frequency_penalty, p.presence_penalty) for _, p, _, _ in penalised]
-        numbers = torch.tensor(each, dtype=torch.float64, device=logits.device)
-        lengths = torch.tensor([len(times) for *_, times in penalised], device=logits.device)
-        repeated = numbers.repeat_interleave(lengths, dim=0, output_size=len(times))
-        repetition, frequency, presence = repeated.unbind(dim=1)
-        scores = logits[where].double()
-        changed = torch.where(scores > 0, scores / repetition, scores * repetition)
-        changed -= frequency * times + presence * (times > 0)
-        logits[where] = torch.where(scores.isfinite(), changed.clamp(-_FARTHEST, _FARTHEST), scores).float()
+    if repeating := [(row, wish) for row, wish in wishes if wish.prompt]:
+        where = _entries(logits, [(row, wish.prompt) for row, wish in repeating])
+        factors = [[wish.sampling.repetition_penalty] for _, wish in repeating]
+        (repetition,) = _for_each(logits, factors, [len(wish.prompt) for _, wish in repeating])
+        logits[where] = _moved_all(logits[where], repetition, 0.0)
+    if counting := [(row, wish) for row, wish in wishes if wish.answer]:
+        where = _entries(logits, [(row, wish.answer) for row, wish in counting])
+        times, repeated = (
+            _on(logits, [getattr(wish, name) for _, wish in counting], torch.int64) for name in ("times", "repeated")
+        )
+        of_row = [wish.sampling for _, wish in counting]
+        numbers = [[p.repetition_penalty, p.frequency_penalty, p.presence_penalty] for p in of_row]
+        repetition, frequency, presence = _for_each(logits, numbers, [len(wish.answer) for _, wish in counting])
+        repetition = torch.where(repeated > 0, 1.0, repetition)
+        logits[where] = _moved_all(logits[where], repetition, frequency * times + presence)
     if banned := [(row, bans) for row, wish in wishes if (bans := wish.bans)]:
         logits[_entries(logits, banned)] = BANNED
+
+
+def _moved_all(scores: Tensor, repetition: Tensor, less: Tensor | float) -> Tensor:
+    """As `_moved`."""
+    exact = scores.double()
+    moved = torch.where(exact > 0, exact / repetition, exact * repetition) - less
+    return torch.where(exact.isfinite(), moved.clamp(-_FARTHEST, _FARTHEST), exact).float()
+
+
+def _for_each(logits: Tensor, numbers: Sequence[Sequence[float]], lengths: Sequence[int]) -> Sequence[Tensor]:
+    """Each row's numbers repeated for its so many entries, in float64: a tensor [entries] for each column."""
+    counts = torch.tensor(lengths, device=logits.device)
+    columns = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
+    return columns.repeat_interleave(counts, dim=0, output_size=sum(lengths)).unbind(dim=1)
 
 
 def _entries(logits: Tensor, tokens_of_rows: Sequence[tuple[int, array[int]]]) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from bdh_batch.messages import Adjustment, Bias, SamplingParams, TokenScore
+from bdh_batch.messages import Adjustment, LogitBias, SamplingParams, TokenScore
 from bdh_batch.model import adjusting
 from bdh_batch.model.adjusting import adjust_in_main_memory, adjust_on_device
 from bdh_batch.model.runner import choose
@@ -48,7 +48,7 @@ rows = st.builds(
         presence_penalty=st.sampled_from([0.0, 0.7, -2.0, 2.0]),
         frequency_penalty=st.sampled_from([0.0, 0.3, -1.1, 2.0]),
         repetition_penalty=st.sampled_from([1.0, 1.3, 0.6, 10.0]),
-        logit_bias=st.dictionaries(tokens, st.sampled_from([-100.0, -1.5, 0.7, 100.0]), max_size=4).map(Bias.of),
+        logit_bias=st.dictionaries(tokens, st.sampled_from([-100.0, -1.5, 0.7, 100.0]), max_size=4).map(LogitBias.of),
         logprobs=st.sampled_from([None, None, 0, 3, 20, 23, 99]),
         seed=st.integers(0, 2**64 - 1),
     ),
@@ -155,7 +155,7 @@ def test_absurd_penalties_leave_every_score_a_number() -> None:
 
 def test_rows_that_wish_nothing_keep_their_scores() -> None:
     logits = LOGITS.clone()
-    params = [SamplingParams(frequency_penalty=2.0, logit_bias=Bias.of({3: 1.0})), SamplingParams()]
+    params = [SamplingParams(frequency_penalty=2.0, logit_bias=LogitBias.of({3: 1.0})), SamplingParams()]
     wish = Adjustment.of(params[0], [1], [], 0)
     assert wish is not None
     wish.count(4)
@@ -178,37 +178,40 @@ def test_scores_are_adjusted_alike_in_main_memory_and_on_a_device(given: list[Ro
 
 
 def test_answers_to_one_prompt_share_what_does_not_differ_and_nothing_else() -> None:
-    params = SamplingParams(repetition_penalty=2.0, logit_bias=Bias.of({3: 1.0}))
+    params = SamplingParams(repetition_penalty=2.0, logit_bias=LogitBias.of({3: 1.0}))
     first = Adjustment.of(params, [5, 1, 5], [7, 7, 2], early=2)
     assert first is not None
     other = first.afresh()
     for token in (5, 9, 9):
         first.count(token)
     assert (first.prompt is other.prompt, first.sampling is other.sampling) == (True, True)
-    assert [(list(tokens), list(times)) for tokens, times in first.seen] == [([1, 5], [0, 1]), ([9], [2])]
-    assert [(list(tokens), list(times)) for tokens, times in other.seen] == [([1, 5], [0, 0])]
+    assert list(first.prompt) == [1, 5]
+    assert [list(each) for each in (first.answer, first.times, first.repeated)] == [[5, 9], [1, 2], [1, 0]]
+    assert not other.answer
     assert (list(first.bans), list(other.bans)) == ([], [2, 7])
 
 
 def test_what_a_step_changes_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     """No Python object is made for an entry of a bias, of what was seen or of what is banned."""
     vocabulary = range(VOCABULARY)
-    params = SamplingParams(repetition_penalty=2.0, logit_bias=Bias.of(dict.fromkeys(vocabulary, 1.0)))
-    wish = Adjustment.of(params, vocabulary, vocabulary, early=1)
+    params = SamplingParams(repetition_penalty=2.0, logit_bias=LogitBias.of(dict.fromkeys(vocabulary, 1.0)))
+    wish = Adjustment.of(params, vocabulary, vocabulary, early=2)
     assert wish is not None
-    passed: list[np.ndarray] = []
-    for name in ("_add", "_penalise", "_ban"):
+    wish.count(3)
+    passed: list[object] = []
+    for name in ("_add", "_repeat", "_penalise", "_ban"):
         monkeypatch.setattr(adjusting, name, lambda _, *arrays: passed.extend(arrays))
     adjust_in_main_memory(LOGITS.clone(), [(0, wish)])
     assert params.logit_bias is not None
-    kept = [params.logit_bias.tokens, params.logit_bias.amounts, wish.prompt, wish.prompt_times, wish.bans]
+    counted = [wish.answer, wish.times, wish.repeated]
+    kept = [params.logit_bias.tokens, params.logit_bias.amounts, wish.prompt, *counted, wish.bans]
     lying = [each for each in passed if isinstance(each, np.ndarray)]
     assert [each.ctypes.data for each in lying] == [each.buffer_info()[0] for each in kept]
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_a_score_that_is_no_number_shows_whatever_is_wished(broken: float) -> None:
-    wish = Adjustment.of(SamplingParams(repetition_penalty=2.0, logit_bias=Bias.of({3: 1.0})), [3, 4], [], early=0)
+    wish = Adjustment.of(SamplingParams(repetition_penalty=2.0, logit_bias=LogitBias.of({3: 1.0})), [3, 4], [], early=0)
     assert wish is not None
     for adjust in (adjust_in_main_memory, adjust_on_device):
         logits = LOGITS[:1].clone()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bdh_batch.kernels.torch_reference import TorchKernels
-from bdh_batch.messages import Adjustment, Bias, FinishReason, SamplingParams
+from bdh_batch.messages import Adjustment, LogitBias, FinishReason, SamplingParams
 from bdh_batch.model.checkpoint import load_model
 from bdh_batch.model.runner import Runner
 from bdh_batch.model.state import StatePool
@@ -25,7 +25,7 @@ STOPS = frozenset(range(0, 256, 3))
 WISHES = [
     SamplingParams(temperature=0.7, seed=1, frequency_penalty=1.0, logprobs=2),
     SamplingParams(temperature=0.0, repetition_penalty=1.5, presence_penalty=0.4, logprobs=0),
-    SamplingParams(temperature=1.0, seed=2, logit_bias=Bias.of({101: 4.0, 32: -100.0}), min_p=0.02),
+    SamplingParams(temperature=1.0, seed=2, logit_bias=LogitBias.of({101: 4.0, 32: -100.0}), min_p=0.02),
     SamplingParams(temperature=1.0, seed=3, logprobs=1),
     SamplingParams(temperature=0.0),
 ]
