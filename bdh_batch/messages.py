@@ -90,11 +90,9 @@ class Adjustment:
         self._early = early
 
     @classmethod
-    def of(
-        cls, sampling: SamplingParams, prompt: Iterable[int], banned: Iterable[int], early: int
-    ) -> Adjustment | None:
+    def of(cls, sampling: SamplingParams, prompt: Iterable[int], banned: array[int], early: int) -> Adjustment | None:
         """None where nothing changes."""
-        bans = distinct(banned) if early else NO_TOKENS
+        bans = banned if early else NO_TOKENS
         if not (sampling.penalises or sampling.logit_bias or bans):
             return None
         # The other penalties do not look at the prompt.

@@ -48,9 +48,15 @@ def adjust_in_main_memory(logits: Tensor, wishes: Wishes) -> None:
         if wish.prompt:
             _repeat(own, np.frombuffer(wish.prompt, np.int64), sampling.repetition_penalty)
         if wish.answer:
-            counted = [np.frombuffer(each, np.int64) for each in (wish.answer, wish.times, wish.repeated)]
-            penalties = sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty
-            _penalise(own, *counted, *penalties)
+            _penalise(
+                own,
+                np.frombuffer(wish.answer, np.int64),
+                np.frombuffer(wish.times, np.int64),
+                np.frombuffer(wish.repeated, np.int64),
+                sampling.repetition_penalty,
+                sampling.frequency_penalty,
+                sampling.presence_penalty,
+            )
         if bans := wish.bans:
             _ban(own, np.frombuffer(bans, np.int64))
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from bdh_batch.messages import Adjustment, LogitBias, SamplingParams, TokenScore
+from bdh_batch.messages import NO_TOKENS, Adjustment, LogitBias, SamplingParams, TokenScore, distinct
 from bdh_batch.model import adjusting
 from bdh_batch.model.adjusting import adjust_in_main_memory, adjust_on_device
 from bdh_batch.model.runner import choose
@@ -31,7 +33,7 @@ class Row:
 
     @property
     def wish(self) -> Adjustment | None:
-        wish = Adjustment.of(self.params, self.prompt, self.banned, self.early)
+        wish = Adjustment.of(self.params, self.prompt, distinct(self.banned), self.early)
         for token in self.answer if wish else ():
             wish.count(token)  # type: ignore[union-attr]
         return wish
@@ -156,14 +158,14 @@ def test_absurd_penalties_leave_every_score_a_number() -> None:
 def test_rows_that_wish_nothing_keep_their_scores() -> None:
     logits = LOGITS.clone()
     params = [SamplingParams(frequency_penalty=2.0, logit_bias=LogitBias.of({3: 1.0})), SamplingParams()]
-    wish = Adjustment.of(params[0], [1], [], 0)
+    wish = Adjustment.of(params[0], [1], NO_TOKENS, 0)
     assert wish is not None
     wish.count(4)
     choose(logits, [params[0], *[params[1]] * 11], range(12), [(0, wish)])
     changed = (logits != LOGITS).nonzero().tolist()
     assert changed == [[0, 3], [0, 4]]
-    assert Adjustment.of(params[1], [1], [5], 0) is None
-    assert Adjustment.of(params[1], [1], [], 9) is None
+    assert Adjustment.of(params[1], [1], distinct([5]), 0) is None
+    assert Adjustment.of(params[1], [1], NO_TOKENS, 9) is None
 
 
 @settings(deadline=None)
@@ -179,7 +181,7 @@ def test_scores_are_adjusted_alike_in_main_memory_and_on_a_device(given: list[Ro
 
 def test_answers_to_one_prompt_share_what_does_not_differ_and_nothing_else() -> None:
     params = SamplingParams(repetition_penalty=2.0, logit_bias=LogitBias.of({3: 1.0}))
-    first = Adjustment.of(params, [5, 1, 5], [7, 7, 2], early=2)
+    first = Adjustment.of(params, [5, 1, 5], distinct([7, 7, 2]), early=2)
     assert first is not None
     other = first.afresh()
     for token in (5, 9, 9):
@@ -195,7 +197,7 @@ def test_what_a_step_changes_is_read_where_it_lies(monkeypatch: pytest.MonkeyPat
     """No Python object is made for an entry of a bias, of what was seen or of what is banned."""
     vocabulary = range(VOCABULARY)
     params = SamplingParams(repetition_penalty=2.0, logit_bias=LogitBias.of(dict.fromkeys(vocabulary, 1.0)))
-    wish = Adjustment.of(params, vocabulary, vocabulary, early=2)
+    wish = Adjustment.of(params, vocabulary, distinct(vocabulary), early=2)
     assert wish is not None
     wish.count(3)
     passed: list[object] = []
@@ -204,14 +206,16 @@ def test_what_a_step_changes_is_read_where_it_lies(monkeypatch: pytest.MonkeyPat
     adjust_in_main_memory(LOGITS.clone(), [(0, wish)])
     assert params.logit_bias is not None
     counted = [wish.answer, wish.times, wish.repeated]
-    kept = [params.logit_bias.tokens, params.logit_bias.amounts, wish.prompt, *counted, wish.bans]
+    kept: list[array[Any]] = [params.logit_bias.tokens, params.logit_bias.amounts, wish.prompt, *counted, wish.bans]
     lying = [each for each in passed if isinstance(each, np.ndarray)]
     assert [each.ctypes.data for each in lying] == [each.buffer_info()[0] for each in kept]
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_a_score_that_is_no_number_shows_whatever_is_wished(broken: float) -> None:
-    wish = Adjustment.of(SamplingParams(repetition_penalty=2.0, logit_bias=LogitBias.of({3: 1.0})), [3, 4], [], early=0)
+    wish = Adjustment.of(
+        SamplingParams(repetition_penalty=2.0, logit_bias=LogitBias.of({3: 1.0})), [3, 4], NO_TOKENS, early=0
+    )
     assert wish is not None
     for adjust in (adjust_in_main_memory, adjust_on_device):
         logits = LOGITS[:1].clone()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bdh_batch.kernels.torch_reference import TorchKernels
-from bdh_batch.messages import Adjustment, LogitBias, FinishReason, SamplingParams
+from bdh_batch.messages import Adjustment, FinishReason, LogitBias, SamplingParams, distinct
 from bdh_batch.model.checkpoint import load_model
 from bdh_batch.model.runner import Runner
 from bdh_batch.model.state import StatePool
@@ -46,7 +46,7 @@ def run(slots: int, running: int, faults: set[int]) -> list[Sequence]:
             outbox=FakeOutbox(),
             min_tokens=9,
             stop_token_ids=STOPS,
-            adjustment=Adjustment.of(wish, PROMPT, STOPS, 9),
+            adjustment=Adjustment.of(wish, PROMPT, distinct(STOPS), 9),
             score_prompt=number == 0,
         )
         for number, wish in enumerate(WISHES)

@@ -98,16 +98,17 @@ def test_stop_strings_are_found_as_a_search_of_the_whole_text_finds_them(
     stop: list[str], text: list[str], ignored: int
 ) -> None:
     """In however many pieces it comes; and what may still become one is all that is held back, and nothing else."""
-    automaton, state, known, found = StopStrings(stop), START, "", None
+    automaton, state, known = StopStrings(stop), START, ""
+    whole: tuple[int, int] | None = None
     for piece in text:
         state, found = automaton.scan(state, piece, max(0, ignored - len(known)))
         if found is not None:
-            found = (len(known) + found.end, found.length)
+            whole = (len(known) + found.end, found.length)
             break
         known += piece
         begun = [n for string in stop for n in range(1, len(string)) if known.endswith(string[:n])]
         assert automaton.unfinished(state) == max(begun, default=0)
-    assert found == naive("".join(text), stop, ignored)
+    assert whole == naive("".join(text), stop, ignored)
 
 
 class Counting(dict[tuple[int, int], int]):
