@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, Protocol
@@ -17,6 +18,19 @@ class FinishReason(StrEnum):
     TOOL_CALLS = "tool_calls"  # only in the chat API: there an answer that stopped after a call says so
     ABORT = "abort"
     ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LogitBias:
+    """What is added to the scores of some tokens, each of which is there once. Made once for a request."""
+
+    tokens: array[int]  # int64
+    amounts: array[float]  # float32
+
+    @classmethod
+    def of(cls, amounts: Mapping[int, float]) -> LogitBias | None:
+        """None where nothing is added."""
+        return cls(array("q", amounts), array("f", amounts.values())) if amounts else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +49,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    logit_bias: tuple[tuple[int, float], ...] = ()  # tokens, each once, and what is added to their scores
+    logit_bias: LogitBias | None = None
     logprobs: int | None = None  # a drawn token comes with its log-probability and this many likeliest
 
     @property
@@ -43,52 +57,67 @@ class SamplingParams:
         return self.presence_penalty != 0 or self.frequency_penalty != 0 or self.repetition_penalty != 1
 
 
-@dataclass(slots=True, eq=False)
+NO_TOKENS = array("q")
+
+
+def distinct(tokens: Iterable[int]) -> array[int]:
+    """Each of `tokens` once, ascending, as int64."""
+    return array("q", sorted(set(tokens)))
+
+
 class Adjustment:
     """What changes one sequence's scores before its next token is drawn: bias, penalties, tokens that may not come yet.
 
-    `seen` has the tokens that came, each once, and `times` how often each did in the answer: 0 for those of the prompt
-    alone. The `banned` cannot be drawn while the answer has fewer than `early` tokens. Who plans counts; who draws only
-    reads.
+    The answers to one prompt share whatever is as large as the request makes it; each has only what it counts. Who
+    plans counts; who draws only reads.
+
+    Args:
+        prompt: the distinct tokens of the prompt, ascending; empty where nothing penalises them.
+        banned: tokens that cannot be drawn while the answer has fewer than `early` tokens.
     """
 
-    sampling: SamplingParams
-    banned: Sequence[int] = ()
-    early: int = 0
-    seen: array[int] = field(default_factory=lambda: array("q"))
-    times: array[int] = field(default_factory=lambda: array("q"))
-    _length: int = 0  # of the answer
-    _places: dict[int, int] = field(default_factory=dict)
+    __slots__ = ("_banned", "_early", "_index", "_length", "answer", "prompt", "repeated", "sampling", "times")
+
+    def __init__(self, sampling: SamplingParams, prompt: array[int], banned: array[int], early: int) -> None:
+        self.sampling = sampling
+        self.prompt = prompt
+        self.answer = array("q")  # the distinct tokens of the answer, as far as they are penalised
+        self.times = array("q")  # how often each came
+        self.repeated = array("q")  # 1 for each that is in `prompt`, too; else 0
+        self._index: dict[int, int] = {}  # of each in `answer`
+        self._length = 0  # of the answer
+        self._banned = banned
+        self._early = early
 
     @classmethod
-    def of(
-        cls, sampling: SamplingParams, prompt: Sequence[int], banned: Sequence[int], early: int
-    ) -> Adjustment | None:
+    def of(cls, sampling: SamplingParams, prompt: Iterable[int], banned: array[int], early: int) -> Adjustment | None:
         """None where nothing changes."""
-        if not (sampling.penalises or sampling.logit_bias or (banned and early)):
+        bans = banned if early else NO_TOKENS
+        if not (sampling.penalises or sampling.logit_bias or bans):
             return None
-        adjustment = cls(sampling, banned, early)
-        if sampling.repetition_penalty != 1:  # the others do not look at the prompt
-            for token in sorted(set(prompt)):
-                adjustment._place(token)
-        return adjustment
+        # The other penalties do not look at the prompt.
+        return cls(sampling, distinct(prompt) if sampling.repetition_penalty != 1 else NO_TOKENS, bans, early)
+
+    def afresh(self) -> Adjustment:
+        """That of another answer to the same prompt."""
+        return Adjustment(self.sampling, self.prompt, self._banned, self._early)
 
     @property
-    def bans(self) -> Sequence[int]:
-        return self.banned if self._length < self.early else ()
+    def bans(self) -> array[int]:
+        return self._banned if self._length < self._early else NO_TOKENS
 
     def count(self, token: int) -> None:
         """The answer has grown by `token`."""
         self._length += 1
-        if self.sampling.penalises:
-            self.times[self._place(token)] += 1
-
-    def _place(self, token: int) -> int:
-        place = self._places.setdefault(token, len(self.seen))
-        if place == len(self.seen):
-            self.seen.append(token)
+        if not self.sampling.penalises:
+            return
+        at = self._index.setdefault(token, len(self.answer))
+        if at == len(self.answer):
+            found = bisect_left(self.prompt, token)
+            self.answer.append(token)
             self.times.append(0)
-        return place
+            self.repeated.append(found < len(self.prompt) and self.prompt[found] == token)
+        self.times[at] += 1
 
 
 class TokenScore(NamedTuple):

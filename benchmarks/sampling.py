@@ -1,11 +1,15 @@
-"""What a step pays to choose its tokens, by what its requests wish.
+"""What a step pays to choose its tokens, by the sampling parameters of its requests.
 
     python -m benchmarks.sampling                       # 256 rows, vocabularies of 256 and 8,192
     python -m benchmarks.sampling --before old.py       # also the `sample` of another sampling.py, by path
 
-Sides take turns. Each chooses a token for every row: `plain` ones have a temperature alone; a row with wishes is
-penalised on the tokens of a prompt and an answer, or told with the log-probabilities of 5. Figures are milliseconds a
+Sides take turns. Each chooses a token for every row: `plain` ones have a temperature alone; other rows are penalised on
+the tokens of a prompt and an answer, biased, or scored with the log-probabilities of 5. Figures are milliseconds a
 step, the median, of the one thread's own time: what else the machine does adds little to them.
+
+`worst` is what requests may ask for at most: 64 rows, each with a bias for every token, a prompt and an answer that had
+every token, a ban on all but one, 20 log-probabilities; and a stream with 16 stop strings of 1 KiB that overlap with
+an answer of one letter, in microseconds a token.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import importlib.util
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,16 +27,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdh_batch.messages import Adjustment, SamplingParams
+from bdh_batch.messages import NO_TOKENS, Adjustment, LogitBias, SamplingParams, distinct
+from bdh_batch.model.adjusting import adjust
 from bdh_batch.model.runner import choose
+from bdh_batch.text.stop_strings import StopStrings
+from bdh_batch.text.stream import TextStream
+from bdh_batch.text.tokenizer import ByteTokenizer
 from benchmarks.common import alternate, report_head, write_json
 
 VOCABULARIES = (256, 8192)
 PLAIN = SamplingParams(temperature=0.8, seed=1)
 PENALISED = SamplingParams(temperature=0.8, seed=1, repetition_penalty=1.1, frequency_penalty=0.2, presence_penalty=0.1)
-BIASED = SamplingParams(temperature=0.8, seed=1, logit_bias=((5, 1.5), (9, -100.0)))
+BIASED = SamplingParams(temperature=0.8, seed=1, logit_bias=LogitBias.of({5: 1.5, 9: -100.0}))
 TOLD = SamplingParams(temperature=0.8, seed=1, logprobs=5)
 KINDS = {"penalised": PENALISED, "biased": BIASED, "with logprobs": TOLD}
+WORST_ROWS, WORST_VOCABULARIES = 64, (256, 50_257)
 
 
 def side(logits: Tensor, wishing: int, params: SamplingParams, known: int) -> Callable[[], object]:
@@ -41,7 +51,7 @@ def side(logits: Tensor, wishing: int, params: SamplingParams, known: int) -> Ca
     each = [params if row < wishing else PLAIN for row in range(rows)]
     wishes = []
     for row in range(wishing):
-        wish = Adjustment.of(params, [chance.randrange(vocabulary) for _ in range(known)], (), 0)
+        wish = Adjustment.of(params, [chance.randrange(vocabulary) for _ in range(known)], NO_TOKENS, 0)
         if wish is not None:
             for _ in range(known):
                 wish.count(chance.randrange(vocabulary))
@@ -74,6 +84,38 @@ def measure(rows: int, vocabulary: int, known: int, repeats: int, old: Path | No
         return {name: round(1000 * seconds, 3) for name, seconds in alternate(sides, repeats, thread_time).items()}
 
 
+def worst(rows: int, vocabulary: int, repeats: int) -> dict[str, float]:
+    """Milliseconds a step, of which `adjusting` is what changes scores, and microseconds a token of a stream."""
+    logits = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0)) * 3
+    every = range(vocabulary)
+    bias = LogitBias.of({token: token % 7 - 3.0 for token in every})
+    params = replace(PENALISED, repetition_penalty=1.1, logit_bias=bias, logprobs=20)
+    first = Adjustment.of(params, every, distinct(every[1:]), early=vocabulary + 1)
+    assert first is not None
+    wishes = [(row, first.afresh()) for row in range(rows)]
+    for _, wish in wishes:
+        for token in every:
+            wish.count(token)
+    sides: dict[str, Callable[[], object]] = {
+        "plain": partial(choose, logits, [PLAIN] * rows, range(rows), []),
+        "adjusting": partial(adjust, logits, wishes),
+        "all": partial(choose, logits, [params] * rows, range(rows), wishes),
+        "stop strings, us a token": partial(stream, 1000),
+    }
+    with torch.inference_mode():
+        return {name: round(1000 * seconds, 3) for name, seconds in alternate(sides, repeats, thread_time).items()}
+
+
+STOPS = StopStrings(["a" * length + "b" for length in range(1008, 1024)])
+
+
+def stream(tokens: int) -> None:
+    """So many tokens of an answer that is about to end with each of 16 stop strings, and never does."""
+    text = TextStream(ByteTokenizer().decoder(), STOPS)
+    for _ in range(tokens):
+        text.push(ord("a"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=256)
@@ -87,10 +129,14 @@ def main() -> None:
     for vocabulary in VOCABULARIES:
         found[str(vocabulary)] = measure(chosen.rows, vocabulary, chosen.known, chosen.repeats, chosen.before)
         print(vocabulary, found[str(vocabulary)])
+    at_worst = {str(size): worst(WORST_ROWS, size, max(3, chosen.repeats // 8)) for size in WORST_VOCABULARIES}
+    print("worst", at_worst)
     report = report_head(["torch"]) | {
         "rows": chosen.rows,
         "known_tokens": 2 * chosen.known,
         "milliseconds_by_vocabulary": found,
+        "worst_rows": WORST_ROWS,
+        "worst_by_vocabulary": at_worst,
     }
     write_json(chosen.out, report)
 

@@ -35,8 +35,9 @@ class Backend(Protocol):
     async def tokenized(self, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
         """The same with checked token ids for prompts. Raises InvalidRequest: one cannot be served."""
 
-    def generate(self, requests: Sequence[GenerationRequest]) -> Generation:
-        """Starts all of `requests`, whose prompts are tokens, or none.
+    async def generate(self, requests: Sequence[GenerationRequest]) -> Generation:
+        """Starts all of `requests`, whose prompts are tokens, or none. They are those of one client's request: apart
+        from prompts and seeds, what holds for the first holds for all.
 
         Raises:
             InvalidRequest: a prompt that cannot be served.

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import math
+from array import array
 from collections.abc import AsyncIterator, Callable, Sequence as Many
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from bdh_batch.errors import BDHError, ContextLengthExceeded, InvalidRequest
-from bdh_batch.messages import Delta, GenerationRequest, Text
+from bdh_batch.messages import NO_TOKENS, Adjustment, Delta, GenerationRequest, Text, distinct
 from bdh_batch.scheduler.mailbox import Mailbox
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.worker import Load, shutting_down
+from bdh_batch.text.stop_strings import StopStrings
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import TokenIdsOnly, Tokenizer, decode
 
 T = TypeVar("T")
 
 LONG = 16384  # characters; what is shorter is tokenized in a few milliseconds, and waits for no thread
+PART = 65536  # tokens that are checked at a time
+SLICE = 128  # sequences that are made at a time
 LAST_WORDS_SECONDS = 2.0  # for the error events of a drain that ran out of time to reach their clients
 
 
@@ -37,6 +41,15 @@ class Engine(Protocol):
 
     @property
     def load(self) -> Load: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What the sequences of one client's request have in common: checked and made once."""
+
+    stop: StopStrings
+    stop_token_ids: frozenset[int]
+    banned: array[int]  # those of them that cannot be drawn before `min_tokens`
 
 
 class LocalGeneration:
@@ -103,17 +116,33 @@ class LocalBackend:
 
     async def tokenized(self, requests: Many[GenerationRequest]) -> list[GenerationRequest]:
         # A prompt that several share is tokenized once.
-        known: dict[int, GenerationRequest] = {}
-        for request in requests:
-            if id(request.prompt) not in known:
-                known[id(request.prompt)] = await self._with_tokens(request)
-        done = [known[id(request.prompt)] for request in requests]
-        return [replace(request, prompt=one.prompt, breaks=one.breaks) for request, one in zip(requests, done)]
+        prompts = {id(each.prompt): each for each in requests}
+        size = sum(map(_size, prompts.values()))
+        known = await self._off_the_loop(size, self._tokens_of, list(prompts.values()))
+        found = dict(zip(prompts, known))
+        done = []
+        for made, each in enumerate(requests):
+            await breathe(made)
+            tokens, breaks = found[id(each.prompt)]
+            done.append(replace(each, prompt=tokens, breaks=breaks))
+        return done
 
-    def generate(self, requests: Many[GenerationRequest]) -> LocalGeneration:
-        mailbox = Mailbox()
-        sequences = [self._sequence(request, index, mailbox) for index, request in enumerate(requests)]
-        timeouts = [seconds for seconds in (self._timeout, requests[0].timeout) if seconds is not None]
+    async def generate(self, requests: Many[GenerationRequest]) -> LocalGeneration:
+        mailbox, first = Mailbox(), requests[0]
+        shared = self._shared(first)
+        sequences: list[Sequence] = []
+        adjustment, prompt = None, None
+        for made, each in enumerate(requests):
+            await breathe(made)
+            if each.tokens is not prompt:
+                prompt = each.tokens
+                adjustment = Adjustment.of(first.sampling, prompt, shared.banned, first.min_tokens)
+                if len(prompt) > LONG:
+                    await asyncio.sleep(0)
+            elif adjustment is not None:
+                adjustment = adjustment.afresh()
+            sequences.append(self._sequence(each, made, mailbox, shared, adjustment))
+        timeouts = [seconds for seconds in (self._timeout, first.timeout) if seconds is not None]
         self._engine.submit(sequences, self._queue_timeout, min(timeouts, default=None))
         generation = LocalGeneration(sequences, mailbox, self)
         self._running.add(generation)
@@ -135,11 +164,11 @@ class LocalBackend:
             self._idle.set()
 
     async def tokenize(self, prompt: Text, param: str) -> Many[int]:
-        tokens, _ = await self._encode(prompt, param)
+        tokens, _ = await self._off_the_loop(len(prompt.text), self._encode, prompt, param)
         return tokens
 
     async def detokenize(self, tokens: Many[int]) -> str:
-        self._check(tokens, "tokens")
+        await self._off_the_loop(len(tokens), self._check, tokens, "tokens")
         if isinstance(self._tokenizer, TokenIdsOnly):
             raise InvalidRequest("This model has no tokenizer.", "tokens")
         text, _ = await self._off_the_loop(len(tokens), decode, self._tokenizer, tokens)
@@ -162,28 +191,46 @@ class LocalBackend:
     def close(self) -> None:
         self._engine.close()
 
-    def _sequence(self, request: GenerationRequest, index: int, mailbox: Mailbox) -> Sequence:
-        prompt = request.tokens
-        for token, _ in request.sampling.logit_bias:
+    def _shared(self, request: GenerationRequest) -> Shared:
+        """Raises InvalidRequest where a token is not the model's, or nothing could be said."""
+        if (bias := request.sampling.logit_bias) is not None and not self._knows(bias.tokens):
+            token = next(token for token in bias.tokens if not self._knows([token]))
             self._check([token], f"logit_bias.{token}")
+        if not self._knows(request.stop_token_ids):
+            at = next(at for at, token in enumerate(request.stop_token_ids) if not self._knows([token]))
+            self._check([request.stop_token_ids[at]], f"stop_token_ids[{at}]")
+        stops = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self._eos)
+        if request.min_tokens and len(stops) >= self._vocab_size:
+            text = "stop_token_ids has every token there is: with min_tokens nothing could be said."
+            raise InvalidRequest(text, "stop_token_ids")
+        return Shared(StopStrings(request.stop), stops, distinct(stops) if request.min_tokens else NO_TOKENS)
+
+    def _sequence(
+        self,
+        request: GenerationRequest,
+        index: int,
+        mailbox: Mailbox,
+        shared: Shared,
+        adjustment: Adjustment | None,
+    ) -> Sequence:
+        decoder = self._tokenizer.decoder()
         return Sequence(
             id=request.id,
-            prompt=prompt,
-            max_tokens=self._max_tokens(request, len(prompt)),
+            prompt=request.tokens,
+            max_tokens=self._max_tokens(request, len(request.tokens)),
             sampling=None if request.pool else request.sampling,
-            text=TextStream(
-                self._tokenizer.decoder(), request.stop, request.include_stop, request.min_tokens, request.stop_before
-            ),
+            text=TextStream(decoder, shared.stop, request.include_stop, request.min_tokens, request.stop_before),
             outbox=mailbox,
             index=index,
             n=request.n,
             min_tokens=request.min_tokens,
-            stop_token_ids=self._stop_tokens(request),
+            stop_token_ids=shared.stop_token_ids,
             show_stop_token=request.include_stop,
             score_prompt=request.score_prompt,
             pool=request.pool,
             breaks=request.breaks,
             constraint=None if request.grammar is None else request.grammar.constraint(_early(request)),
+            adjustment=adjustment,
             key=request.key,
             tenant=request.tenant,
             weight=request.weight,
@@ -191,34 +238,36 @@ class LocalBackend:
             span=request.span,
         )
 
-    def _stop_tokens(self, request: GenerationRequest) -> frozenset[int]:
-        for place, token in enumerate(request.stop_token_ids):
-            self._check([token], f"stop_token_ids[{place}]")
-        stops = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self._eos)
-        if request.min_tokens and len(stops) >= self._vocab_size:
-            text = "stop_token_ids has every token there is: with min_tokens nothing could be said."
-            raise InvalidRequest(text, "stop_token_ids")
-        return stops
+    def _tokens_of(self, requests: Many[GenerationRequest]) -> list[tuple[Many[int], tuple[int, ...]]]:
+        """Each one's prompt as tokens, and where beginnings of it end."""
+        return [self._tokens(each.prompt, each.prompt_param, each.breaks) for each in requests]
 
-    async def _with_tokens(self, request: GenerationRequest) -> GenerationRequest:
-        param, tokens, breaks = request.prompt_param, request.prompt, request.breaks
+    def _tokens(
+        self, prompt: Text | Many[int], param: str, breaks: tuple[int, ...]
+    ) -> tuple[Many[int], tuple[int, ...]]:
+        tokens = prompt
         if isinstance(tokens, Text):
-            tokens, breaks = await self._encode(tokens, param)
+            tokens, breaks = self._encode(tokens, param)
         else:
             self._check(tokens, param)
         if not tokens:
             raise InvalidRequest(f"{param}: Input should not be empty.", param)
-        return replace(request, prompt=tokens, breaks=breaks)
+        return tokens, breaks
 
-    async def _encode(self, prompt: Text, param: str) -> tuple[Many[int], tuple[int, ...]]:
+    def _encode(self, prompt: Text, param: str) -> tuple[Many[int], tuple[int, ...]]:
         try:
-            return await self._off_the_loop(len(prompt.text), self._tokenizer.encode_prompt, prompt)
+            return self._tokenizer.encode_prompt(prompt)
         except InvalidRequest as error:
             raise InvalidRequest(error.message, param) from error
 
     def _check(self, tokens: Many[int], param: str) -> None:
-        if tokens and not 0 <= min(tokens) <= max(tokens) < self._vocab_size:
+        if not self._knows(tokens):
             raise InvalidRequest(f"{param}: Token ids run from 0 to {self._vocab_size - 1}.", param)
+
+    def _knows(self, tokens: Many[int]) -> bool:
+        """Whether all are tokens of the model. In parts, as `min` does not let go of the interpreter."""
+        parts = (tokens[at : at + PART] for at in range(0, len(tokens), PART))
+        return all(0 <= min(part) <= max(part) < self._vocab_size for part in parts)
 
     @staticmethod
     async def _off_the_loop(size: int, work: Callable[..., T], *arguments: Any) -> T:
@@ -241,6 +290,17 @@ class LocalBackend:
             text = f"{prompt} prompt tokens and {request.min_tokens} to generate exceed {self._max_model_len}."
             raise ContextLengthExceeded(text, "min_tokens")
         return min(request.max_tokens, room)
+
+
+def _size(request: GenerationRequest) -> int:
+    """Characters or tokens of its prompt."""
+    return len(request.prompt.text if isinstance(request.prompt, Text) else request.prompt)
+
+
+async def breathe(made: int) -> None:
+    """Between slices of what is made for one request, others have their turn on the event loop."""
+    if made and made % SLICE == 0:
+        await asyncio.sleep(0)
 
 
 def _early(request: GenerationRequest) -> float:

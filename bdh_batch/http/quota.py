@@ -72,9 +72,9 @@ class Quota:
         param = mine[0].prompt_param if mine[0].pool else mine[0].max_tokens_param or "max_tokens"
         reservation = await self._rates.reserve(caller, most, request.state.standing, param)
         if reservation is None:
-            return backend.generate(mine)
+            return await backend.generate(mine)
         try:
-            generation = backend.generate(mine)
+            generation = await backend.generate(mine)
         except BaseException:
             self._rates.settle(reservation, 0)
             raise

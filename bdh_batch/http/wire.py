@@ -19,7 +19,7 @@ from bdh_batch.http.sizes import AtMost, BodyText, BodyTokens, FreeObject, Label
 from bdh_batch.http.strict import Neutral, Wire
 from bdh_batch.http.wire_chat import ConversationBody
 from bdh_batch.http.wire_format import Formatted
-from bdh_batch.messages import GenerationRequest, SamplingParams, Text
+from bdh_batch.messages import GenerationRequest, LogitBias, SamplingParams, Text
 from bdh_batch.text.calls import OPEN
 from bdh_batch.text.grammar import Source
 
@@ -247,7 +247,7 @@ class GenerationBody(Formatted):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             repetition_penalty=self.repetition_penalty or 1.0,
-            logit_bias=tuple((int(token), bias) for token, bias in (self.logit_bias or {}).items()),
+            logit_bias=LogitBias.of({int(token): bias for token, bias in (self.logit_bias or {}).items()}),
             logprobs=0 if ranked and self.top is None else self.top,
         )
 

@@ -37,6 +37,7 @@ UNEVEN = 1.25  # how much more than its share a thread may get, if that spares a
 # itself; several go over the whole state once.
 LONE, WHOLE, EACH = 5, 9, 2
 MAX_TOKENS = 256  # of one round: more would not fit the caches, and gain nothing
+WORTH_SHARING = 2048  # rows times panels of a product, from which on waking other threads takes less than it saves
 ROUNDING = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
 
@@ -100,8 +101,10 @@ class CpuKernels:
         rows = _aligned(len(hidden) + ROWS, self._shape.pitch).zero_()
         rows[: len(hidden), : self._shape.width] = hidden.to(self._dtype)
         out = _aligned(len(hidden), _round_up(self._vocabulary, PANEL))
-        products = self._desks.products[0]
-        project(rows.view(-1).numpy(), len(hidden), self._shape, self._lm_head, products, out.view(-1).numpy())
+        panels = out.shape[1] // PANEL
+        threads = self._threads if len(hidden) * panels >= WORTH_SHARING else 1
+        numbers, scores = rows.view(-1).numpy(), out.view(-1).numpy()
+        project(numbers, len(hidden), self._shape, self._lm_head, self._desks, scores, self._tickets, threads)
         return out[:, : self._vocabulary]
 
 
@@ -361,11 +364,29 @@ def finish_some(ticket: int, part: Round, shape: Shape, work: Work, tickets: Lon
             passes.finish(token, shape, work)
 
 
+@in_parallel
+def project(
+    rows: Floats, tokens: int, shape: Shape, columns: Floats, desks: Desk, out: Floats, tickets: Longs, threads: int
+) -> None:
+    """out [tokens, columns] = rows [tokens + ROWS, pitch] · packed columns. Threads share out the panels, each of which
+    is computed as it would be by one alone."""
+    tickets[0] = 0
+    if threads == 1:  # without the time that waking the others takes
+        project_some(rows, tokens, shape, columns, desks.products[0], out, tickets)
+        return
+    for thread in numba.prange(threads):
+        project_some(rows, tokens, shape, columns, desks.products[thread], out, tickets)
+
+
 @compiled
-def project(rows: Floats, tokens: int, shape: Shape, columns: Floats, products: Floats, out: Floats) -> None:
-    """out [tokens, columns] = rows [tokens + ROWS, pitch] · packed columns"""
+def project_some(
+    rows: Floats, tokens: int, shape: Shape, columns: Floats, products: Floats, out: Floats, tickets: Longs
+) -> None:
     panels = len(columns) // (shape.pitch * PANEL)
-    for panel in range(panels):
+    while True:
+        panel = simd.take_ticket(tickets, 0)
+        if panel >= panels:
+            return
         start = panel * shape.pitch * PANEL
         for token in range(0, tokens, ROWS):
             count = min(ROWS, tokens - token)

@@ -25,6 +25,7 @@ _FLOATS = ir.VectorType(_FLOAT, LANES)
 _INTS = ir.VectorType(_INT, LANES)
 _HALVES = ir.VectorType(ir.IntType(16), LANES)
 _BYTES = ir.IntType(8).as_pointer()
+_QUIET = 0x00400000  # the bit of a NaN that keeps it one without its last 16
 _GOLDEN = 0x9E3779B1  # 2³² / the golden ratio, odd: its multiples spread evenly
 
 Vector = Any  # sixteen float32 in registers
@@ -165,9 +166,13 @@ def _widen(builder: Any, halves: Any) -> Any:
 
 
 def _narrow(builder: Any, vector: Any, noise: Any) -> Any:
-    """The bits of bfloat16: `noise` is added to the 16 bits that are then dropped. NaN of arithmetic stays NaN."""
-    up = builder.add(builder.bitcast(vector, _INTS), builder.bitcast(noise, _INTS))
-    return builder.trunc(builder.lshr(up, ir.Constant(_INTS, [16] * LANES)), _HALVES)
+    """The bits of bfloat16: `noise` is added to the 16 bits that are then dropped. NaN stays NaN, whatever its bits:
+    added to the GPU's, 0x7FFFFFFF, noise would make it −0.0."""
+    bits = builder.bitcast(vector, _INTS)
+    quiet = builder.or_(bits, ir.Constant(_INTS, [_QUIET] * LANES))
+    up = builder.add(bits, builder.bitcast(noise, _INTS))
+    chosen = builder.select(builder.fcmp_unordered("uno", vector, vector), quiet, up)
+    return builder.trunc(builder.lshr(chosen, ir.Constant(_INTS, [16] * LANES)), _HALVES)
 
 
 @intrinsic

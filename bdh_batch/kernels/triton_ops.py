@@ -147,6 +147,14 @@ def noise(position, o_d):
 
 
 @triton.jit
+def rounded_at_random(b_sum, b_noise):
+    """bfloat16 by the odds of `b_noise`. NaN stays NaN: to the GPU's, 0x7FFFFFFF, noise would be added up to −0.0."""
+    b_bits = b_sum.to(tl.uint32, bitcast=True)
+    b_bits = tl.where(b_sum == b_sum, b_bits + b_noise, b_bits | 0x400000)
+    return (b_bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
 def fold(p_rows, m_rows, o_row, b_q, b_x, b_y, b_noise):
     """State rows, read and written once: returns y + q ∘ S, and adds q ⊗ x to S. y is summed over rows later.
 
@@ -157,8 +165,7 @@ def fold(p_rows, m_rows, o_row, b_q, b_x, b_y, b_noise):
     b_sum = b_rows + b_q[:, None] * b_x[None, :]
     if p_rows.dtype.element_ty == tl.bfloat16:
         b_shift = (o_row.to(tl.uint32) * 0x9E3779B1) >> 16
-        b_bits = b_sum.to(tl.uint32, bitcast=True) + ((b_noise[None, :] + b_shift[:, None]) & 0xFFFF)
-        tl.store(p_rows, (b_bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), mask=m_rows)
+        tl.store(p_rows, rounded_at_random(b_sum, (b_noise[None, :] + b_shift[:, None]) & 0xFFFF), mask=m_rows)
     else:
         tl.store(p_rows, b_sum, mask=m_rows)
     return b_y + b_q[:, None] * b_rows

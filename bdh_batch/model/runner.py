@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bdh_batch.errors import OutOfMemory
 from bdh_batch.kernels.base import Kernels, RaggedBatch
-from bdh_batch.messages import Outcome, Plan, SamplingParams, Segment, TokenScore
+from bdh_batch.messages import Adjustment, LogitBias, Outcome, Plan, SamplingParams, Segment, TokenScore, distinct
 from bdh_batch.model.activity import Activity
 from bdh_batch.model.adjusting import Wishes, adjust
 from bdh_batch.model.sampling import sample
@@ -122,9 +122,10 @@ class Runner:
     def warm(self, chunk: int) -> None:
         """Runs a prefill chunk and a decode step in slot 0, so that no request pays for what is done once."""
         self._kernels.warm(self._pool.states)
-        greedy = SamplingParams(temperature=0.0)
+        adjusted = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias=LogitBias.of({0: 1.0}))
+        adjustment = Adjustment.of(adjusted, [0], distinct([0]), early=1)
         for start, length in ((0, chunk), (chunk, 1)):
-            self.run(Plan([Segment(slot=0, start=start, tokens=[0] * length, sampling=greedy)]))
+            self.run(Plan([Segment(0, start, [0] * length, adjusted, adjustment)]))
 
 
 def choose(

@@ -74,6 +74,7 @@ class Sequence:
     pool: bool = False  # whether the hidden vectors of its prompt are summed, and that is all
     breaks: Tokens[int] = ()  # positions, ascending, at which beginnings end that others are likely to have
     constraint: Constraint | None = None  # what its answer may become; it knows the tokens generated so far
+    adjustment: Adjustment | None = None  # of its scores; it counts the tokens generated so far
 
     key: str = ""
     tenant: str = ""
@@ -105,15 +106,12 @@ class Sequence:
     last_token: float | None = None
     gap: float = 0.0  # before the last token, since the one before it or since arrival
     _prompt_scores: list[TokenScore] = field(default_factory=list)  # of its tokens but the first, as they come
-    _adjustment: Adjustment | None = None
     _alignment: Alignment | None = None
     _turn: Segment | None = None  # a decode step's, used again and again
 
     def __post_init__(self) -> None:
-        if self.sampling is not None:
-            banned = sorted(self.stop_token_ids)
-            self._adjustment = Adjustment.of(self.sampling, self.prompt, banned, self.min_tokens)
-            self._alignment = None if self.sampling.logprobs is None else Alignment()
+        if self.sampling is not None and self.sampling.logprobs is not None:
+            self._alignment = Alignment()
 
     @property
     def line(self) -> Line:
@@ -145,7 +143,7 @@ class Sequence:
                 self.computed,
                 [token],
                 self.sampling,
-                self._adjustment,
+                self.adjustment,
                 self.constraint,
                 pool=self.pool,
             )
@@ -162,7 +160,7 @@ class Sequence:
             start=self.computed,
             tokens=self.known(self.computed, end),
             sampling=self.sampling if tokens == self.pending else None,
-            adjustment=self._adjustment,
+            adjustment=self.adjustment,
             constraint=self.constraint,
             targets=self._targets(end),
             top=0 if self.sampling is None else self.sampling.logprobs or 0,
@@ -235,8 +233,8 @@ class Sequence:
         if self.constraint is not None and (end := self._constrain(self.constraint, token, score)) is not None:
             return end
         self.generated.append(token)
-        if self._adjustment is not None:
-            self._adjustment.count(token)
+        if self.adjustment is not None:
+            self.adjustment.count(token)
         self.gap = now - (self.arrived if self.last_token is None else self.last_token)
         self.first_token = now if self.first_token is None else self.first_token
         self.last_token = now

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
+from bdh_batch.text.stop_strings import START, StopStrings
 from bdh_batch.text.tokenizer import Decoder
+
+NO_STOPS = StopStrings(())
 
 
 class TextStream:
     """Takes tokens, gives text. After a stop string has been met, `stopped` is true and no more text comes.
 
     Args:
+        stop: the stop strings, which the streams of one request share.
         include_stop: whether the text shows the stop string that ends it.
         min_tokens: a stop string that is complete with these first tokens is none.
         before: a text, if any, up to which stop strings are looked for; it and what follows it have none.
@@ -19,7 +21,7 @@ class TextStream:
     def __init__(
         self,
         decoder: Decoder,
-        stop: Sequence[str] = (),
+        stop: StopStrings = NO_STOPS,
         include_stop: bool = False,
         min_tokens: int = 0,
         before: str = "",
@@ -30,8 +32,8 @@ class TextStream:
         self._coming = ""  # what comes after that, while what has no stop strings in it may be beginning there
         self._stale = 0  # characters of that which came too early to complete a stop string
         self._decoder = decoder
-        self._stop = tuple(stop)
-        self._beginnings = frozenset(each[0] for each in stop)
+        self._stop = stop
+        self._state = START  # of the stop strings, after the text that is held
         self._include_stop = include_stop
         self._early = min_tokens  # tokens that come before one can complete a stop string
 
@@ -75,28 +77,20 @@ class TextStream:
         if begun < 0 or self.stopped:
             return shown
         shown += self.held
-        self._held, self._coming, self._stop = "", "", ()
+        self._held, self._coming, self._stop, self._state = "", "", NO_STOPS, START
         return shown
 
     def _release(self, text: str, stale: int) -> str:
-        if not text or (not self._held and self._beginnings.isdisjoint(text)):
-            return text
-        known, text = len(self._held) + stale, self._held + text
-        if (cut := self._cut(text, known)) is not None:
+        """What is certain now that `text` follows what is held; no stop string is complete in its `stale` beginning."""
+        self._state, found = self._stop.scan(self._state, text, stale)
+        if found is not None:
+            shown = (self._held + text)[: len(self._held) + found.end - (0 if self._include_stop else found.length)]
             self.stopped, self._held, self._coming = True, "", ""
-            return text[:cut]
-        keep = len(text) - max(_overlap(text, stop) for stop in self._stop)
-        self._held = text[keep:]
-        return text[:keep]
-
-    def _cut(self, text: str, known: int) -> int | None:
-        """Where `text` ends for a stop string that what follows its `known` beginning has completed: the first that is
-        complete, and of those the longest, in however many pieces the text comes."""
-        found = [(at, stop) for stop in self._stop if (at := text.find(stop, max(0, known - len(stop) + 1))) >= 0]
-        if not found:
-            return None
-        at, stop = min(found, key=lambda each: (each[0] + len(each[1]), each[0]))
-        return at + len(stop) if self._include_stop else at
+            return shown
+        text = self._held + text
+        certain = len(text) - self._stop.unfinished(self._state)
+        self._held = text[certain:]
+        return text[:certain]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -188,7 +188,7 @@ class OneToken:
         encode: Any = ByteTokenizer().encode_prompt
         return [replace(each, prompt=encode(each.prompt)[0]) for each in requests]
 
-    def generate(self, requests: Any) -> OneTokenGeneration:
+    async def generate(self, requests: Any) -> OneTokenGeneration:
         if self.full:
             raise QueueFull("full", 1)
         self.started += requests

@@ -16,6 +16,9 @@ from bdh_batch.model.config import BDHConfig
 CONFORMANCE = Path(__file__).parents[1] / "data" / "conformance"
 CPU = torch.device("cpu")
 
+# The GPU's own first: what its arithmetic gives for 0 · ∞.
+NOT_NUMBERS = [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7FC00000, 0xFFC00000, 0x7F80FFFF, 0x7FFF8000]
+
 Piece = tuple[int, int, int]  # slot, first and last position of a share of a sequence
 
 
@@ -82,3 +85,8 @@ def model(layers: int, heads: int, width: int, neurons: int, vocabulary: int) ->
     multiplier, rest = divmod(neurons * heads, width)
     assert rest == 0
     return BDHConfig(layers, width, heads, multiplier, vocabulary, 0.0)
+
+
+def floats_of(bits: Sequence[int]) -> Tensor:
+    """float32 numbers by their bits."""
+    return torch.from_numpy(np.array(bits, np.uint32).view(np.float32).copy())

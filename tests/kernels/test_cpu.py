@@ -103,6 +103,33 @@ def test_the_same_bits_on_any_number_of_threads(threads: int) -> None:
     assert torch.equal(torch.cat(usual), torch.cat(other))
 
 
+@pytest.mark.parametrize("rows", [1, 3, 64])
+def test_scores_of_a_large_vocabulary_have_the_same_bits_on_any_number_of_threads(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = synthetic_weights(model(1, 1, 32, 64, 40_013), 0.3)
+    hidden = torch.randn(rows, 32, generator=torch.Generator().manual_seed(1))
+    asked: list[int] = []
+    project = cpu.project
+    monkeypatch.setattr(cpu, "project", lambda *arguments: (asked.append(arguments[-1]), project(*arguments)))
+    found = []
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        try:
+            kernels = CpuKernels(weights)
+            poison(kernels)
+            found.append(kernels.logits(hidden))
+        finally:
+            torch.set_num_threads(before)
+    assert asked == [1, 1 if rows == 1 else 2]
+    assert torch.equal(*found)
+    expected = TorchKernels(weights).logits(hidden)
+    assert distance(found[0], expected) <= TOLERANCE
+    for row in range(rows):
+        assert torch.equal(kernels.logits(hidden[row : row + 1])[0], found[0][row])
+
+
 def test_a_broken_state_shows_and_stays_with_its_sequence() -> None:
     weights = synthetic_weights(model(2, 2, 32, 64, 40), 0.5)
     sequences = {slot: text(9, 40, slot) for slot in range(3)}

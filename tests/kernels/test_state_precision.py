@@ -17,7 +17,7 @@ from bdh_batch.kernels.cpu_layout import Floats, Longs, States
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.model.checkpoint import load_model
 from benchmarks.synthetic import synthetic_weights
-from tests.kernels.support import CPU, alone, distance, in_a_crowd, model, states_for
+from tests.kernels.support import CPU, NOT_NUMBERS, alone, distance, floats_of, in_a_crowd, model, states_for
 from tests.kernels.test_cpu import text
 
 TOLERANCE = 3e-2  # bfloat16 keeps 8 bits
@@ -45,6 +45,15 @@ def test_rounds_up_as_often_as_the_dropped_part_says() -> None:
     went_up = (states.float() == above).float()
     assert ((states == below) | (went_up == 1)).all()
     assert (went_up.mean(0) - share).abs().max() < 0.02
+
+
+def test_what_is_no_number_stays_none_and_infinity_stays_what_it_is() -> None:
+    values = torch.cat([floats_of(NOT_NUMBERS), torch.tensor([torch.inf, -torch.inf] * 4)])
+    seeds = np.arange(5_000)
+    states = torch.empty(len(seeds), simd.LANES, dtype=torch.bfloat16)
+    round_all(values.numpy(), states.view(-1).view(torch.uint16).numpy(), seeds)
+    assert states[:, :8].isnan().all()
+    assert (states[:, 8:].float() == values[8:]).all()
 
 
 @pytest.mark.parametrize("width", [15, 48])

@@ -24,7 +24,7 @@ from bdh_batch.kernels.cuda import TritonKernels, bucket, rounds
 from bdh_batch.kernels.torch_reference import TorchKernels, rotation
 from bdh_batch.kernels.tuning import Blocks
 from benchmarks.synthetic import synthetic_weights
-from tests.kernels.support import Piece, alone, distance, feed, model, states_for
+from tests.kernels.support import NOT_NUMBERS, Piece, alone, distance, feed, floats_of, model, states_for
 from tests.kernels.test_conformance import read
 
 pytestmark = pytest.mark.no_cover  # tracing would more than double what the interpreter takes
@@ -145,6 +145,24 @@ def test_small_addends_are_not_lost_to_states_of_16_bits() -> None:
     found = states.float().cpu()
     assert ((found == 256) | (found == 258)).all()
     assert (found.mean(dim=(0, 1)) - 256 - addend).abs().max() < 0.1
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def round_many(values, rounded, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
+    """Every program rounds all values by noise of its own."""
+    o_value = tl.arange(0, COUNT)
+    b_noise = triton_ops.noise(tl.program_id(0), o_value)
+    p_rounded = rounded + tl.program_id(0) * COUNT + o_value
+    tl.store(p_rounded, triton_ops.rounded_at_random(tl.load(values + o_value), b_noise))
+
+
+def test_what_is_no_number_stays_none_and_infinity_stays_what_it_is() -> None:
+    values = torch.cat([floats_of(NOT_NUMBERS), torch.tensor([torch.inf, -torch.inf] * 4)])
+    rounded = torch.zeros(200, len(values), dtype=torch.bfloat16, device=DEVICE)
+    round_many[(len(rounded),)](values.to(DEVICE), rounded, len(values))
+    found = rounded.float().cpu()
+    assert found[:, :8].isnan().all()
+    assert (found[:, 8:] == values[8:]).all()
 
 
 def test_the_same_bits_in_a_decode_step_and_beside_a_prompt() -> None:

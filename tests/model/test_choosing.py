@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from bdh_batch.messages import Adjustment, SamplingParams, TokenScore
+from bdh_batch.messages import NO_TOKENS, Adjustment, LogitBias, SamplingParams, TokenScore, distinct
+from bdh_batch.model import adjusting
+from bdh_batch.model.adjusting import adjust_in_main_memory, adjust_on_device
 from bdh_batch.model.runner import choose
 from bdh_batch.model.sampling import uniforms
 
@@ -28,7 +33,7 @@ class Row:
 
     @property
     def wish(self) -> Adjustment | None:
-        wish = Adjustment.of(self.params, self.prompt, self.banned, self.early)
+        wish = Adjustment.of(self.params, self.prompt, distinct(self.banned), self.early)
         for token in self.answer if wish else ():
             wish.count(token)  # type: ignore[union-attr]
         return wish
@@ -45,9 +50,7 @@ rows = st.builds(
         presence_penalty=st.sampled_from([0.0, 0.7, -2.0, 2.0]),
         frequency_penalty=st.sampled_from([0.0, 0.3, -1.1, 2.0]),
         repetition_penalty=st.sampled_from([1.0, 1.3, 0.6, 10.0]),
-        logit_bias=st.dictionaries(tokens, st.sampled_from([-100.0, -1.5, 0.7, 100.0]), max_size=4).map(
-            lambda bias: tuple(bias.items())
-        ),
+        logit_bias=st.dictionaries(tokens, st.sampled_from([-100.0, -1.5, 0.7, 100.0]), max_size=4).map(LogitBias.of),
         logprobs=st.sampled_from([None, None, 0, 3, 20, 23, 99]),
         seed=st.integers(0, 2**64 - 1),
     ),
@@ -61,8 +64,9 @@ rows = st.builds(
 def adjusted(logits: np.ndarray, row: Row) -> np.ndarray:
     """The scores after everything that comes before temperature."""
     scores, params = logits.astype(np.float64), row.params
-    for token, bias in params.logit_bias:
-        scores[token] += bias
+    if params.logit_bias is not None:
+        for token, amount in zip(params.logit_bias.tokens, params.logit_bias.amounts, strict=True):
+            scores[token] += amount
     for token in range(VOCABULARY):
         if token in row.prompt or token in row.answer:
             factor = params.repetition_penalty
@@ -153,12 +157,68 @@ def test_absurd_penalties_leave_every_score_a_number() -> None:
 
 def test_rows_that_wish_nothing_keep_their_scores() -> None:
     logits = LOGITS.clone()
-    params = [SamplingParams(frequency_penalty=2.0, logit_bias=((3, 1.0),)), SamplingParams()]
-    wish = Adjustment.of(params[0], [1], [], 0)
+    params = [SamplingParams(frequency_penalty=2.0, logit_bias=LogitBias.of({3: 1.0})), SamplingParams()]
+    wish = Adjustment.of(params[0], [1], NO_TOKENS, 0)
     assert wish is not None
     wish.count(4)
     choose(logits, [params[0], *[params[1]] * 11], range(12), [(0, wish)])
     changed = (logits != LOGITS).nonzero().tolist()
     assert changed == [[0, 3], [0, 4]]
-    assert Adjustment.of(params[1], [1], [5], 0) is None
-    assert Adjustment.of(params[1], [1], [], 9) is None
+    assert Adjustment.of(params[1], [1], distinct([5]), 0) is None
+    assert Adjustment.of(params[1], [1], NO_TOKENS, 9) is None
+
+
+@settings(deadline=None)
+@given(st.lists(rows, min_size=1, max_size=12))
+def test_scores_are_adjusted_alike_in_main_memory_and_on_a_device(given: list[Row]) -> None:
+    """With what a GPU computes computed here: the same formulas in torch."""
+    host, device = LOGITS[: len(given)].clone(), LOGITS[: len(given)].clone()
+    wishes = [(number, wish) for number, row in enumerate(given) if (wish := row.wish) is not None]
+    adjust_in_main_memory(host, wishes)
+    adjust_on_device(device, wishes)
+    torch.testing.assert_close(host, device, rtol=1e-6, atol=0)
+
+
+def test_answers_to_one_prompt_share_what_does_not_differ_and_nothing_else() -> None:
+    params = SamplingParams(repetition_penalty=2.0, logit_bias=LogitBias.of({3: 1.0}))
+    first = Adjustment.of(params, [5, 1, 5], distinct([7, 7, 2]), early=2)
+    assert first is not None
+    other = first.afresh()
+    for token in (5, 9, 9):
+        first.count(token)
+    assert (first.prompt is other.prompt, first.sampling is other.sampling) == (True, True)
+    assert list(first.prompt) == [1, 5]
+    assert [list(each) for each in (first.answer, first.times, first.repeated)] == [[5, 9], [1, 2], [1, 0]]
+    assert not other.answer
+    assert (list(first.bans), list(other.bans)) == ([], [2, 7])
+
+
+def test_what_a_step_changes_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No Python object is made for an entry of a bias, of what was seen or of what is banned."""
+    vocabulary = range(VOCABULARY)
+    params = SamplingParams(repetition_penalty=2.0, logit_bias=LogitBias.of(dict.fromkeys(vocabulary, 1.0)))
+    wish = Adjustment.of(params, vocabulary, distinct(vocabulary), early=2)
+    assert wish is not None
+    wish.count(3)
+    passed: list[object] = []
+    for name in ("_add", "_repeat", "_penalise", "_ban"):
+        monkeypatch.setattr(adjusting, name, lambda _, *arrays: passed.extend(arrays))
+    adjust_in_main_memory(LOGITS.clone(), [(0, wish)])
+    assert params.logit_bias is not None
+    counted = [wish.answer, wish.times, wish.repeated]
+    kept: list[array[Any]] = [params.logit_bias.tokens, params.logit_bias.amounts, wish.prompt, *counted, wish.bans]
+    lying = [each for each in passed if isinstance(each, np.ndarray)]
+    assert [each.ctypes.data for each in lying] == [each.buffer_info()[0] for each in kept]
+
+
+@pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
+def test_a_score_that_is_no_number_shows_whatever_is_wished(broken: float) -> None:
+    wish = Adjustment.of(
+        SamplingParams(repetition_penalty=2.0, logit_bias=LogitBias.of({3: 1.0})), [3, 4], NO_TOKENS, early=0
+    )
+    assert wish is not None
+    for adjust in (adjust_in_main_memory, adjust_on_device):
+        logits = LOGITS[:1].clone()
+        logits[0, 3] = broken
+        adjust(logits, [(0, wish)])
+        assert not logits[0, 3].isfinite()

@@ -6,6 +6,7 @@ from hypothesis import given, strategies as st
 
 from bdh_batch.messages import Delta, SamplingParams, TokenScore
 from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.text.stop_strings import StopStrings
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly, decode
 from tests.scheduler.fakes import FakeOutbox
@@ -22,7 +23,7 @@ def deltas(
         prompt=[1],
         max_tokens=len(tokens),
         sampling=SamplingParams(logprobs=0),
-        text=TextStream(TOKENIZER.decoder(), stop, show),
+        text=TextStream(TOKENIZER.decoder(), StopStrings(stop), show),
         outbox=FakeOutbox(),
         stop_token_ids=stop_tokens,
         show_stop_token=show,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bdh_batch.kernels.torch_reference import TorchKernels
-from bdh_batch.messages import FinishReason, SamplingParams
+from bdh_batch.messages import Adjustment, FinishReason, LogitBias, SamplingParams, distinct
 from bdh_batch.model.checkpoint import load_model
 from bdh_batch.model.runner import Runner
 from bdh_batch.model.state import StatePool
@@ -20,10 +20,12 @@ from tests.scheduler.fakes import FakeOutbox
 
 TINY = Path(__file__).parents[1] / "data" / "conformance" / "tiny"
 CPU = torch.device("cpu")
+PROMPT = b"a prompt that takes more than one step " * 2
+STOPS = frozenset(range(0, 256, 3))
 WISHES = [
     SamplingParams(temperature=0.7, seed=1, frequency_penalty=1.0, logprobs=2),
     SamplingParams(temperature=0.0, repetition_penalty=1.5, presence_penalty=0.4, logprobs=0),
-    SamplingParams(temperature=1.0, seed=2, logit_bias=((101, 4.0), (32, -100.0)), min_p=0.02),
+    SamplingParams(temperature=1.0, seed=2, logit_bias=LogitBias.of({101: 4.0, 32: -100.0}), min_p=0.02),
     SamplingParams(temperature=1.0, seed=3, logprobs=1),
     SamplingParams(temperature=0.0),
 ]
@@ -37,13 +39,14 @@ def run(slots: int, running: int, faults: set[int]) -> list[Sequence]:
     sequences = [
         Sequence(
             str(number),
-            b"a prompt that takes more than one step " * 2,
+            PROMPT,
             max_tokens=12,
             sampling=wish,
             text=TextStream(ByteTokenizer().decoder()),
             outbox=FakeOutbox(),
             min_tokens=9,
-            stop_token_ids=frozenset(range(0, 256, 3)),
+            stop_token_ids=STOPS,
+            adjustment=Adjustment.of(wish, PROMPT, distinct(STOPS), 9),
             score_prompt=number == 0,
         )
         for number, wish in enumerate(WISHES)

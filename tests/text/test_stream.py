@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from hypothesis import example, given, strategies as st
 
+from bdh_batch.text.stop_strings import START, StopStrings
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly
 
@@ -10,7 +14,7 @@ TOKENIZER = ByteTokenizer()
 
 def pieces(tokens: bytes | list[int], stop: tuple[str, ...] = (), early: int = 0, before: str = "") -> list[str]:
     """What a stream shows for each token, until it stops, and at its end."""
-    stream = TextStream(TOKENIZER.decoder(), stop, min_tokens=early, before=before)
+    stream = TextStream(TOKENIZER.decoder(), StopStrings(stop), min_tokens=early, before=before)
     shown = []
     for token in tokens:
         shown.append(stream.push(token))
@@ -72,5 +76,70 @@ def test_a_stop_string_may_span_tokens_and_characters_of_several_bytes() -> None
 
 
 def test_a_model_without_a_tokenizer_has_no_text() -> None:
-    stream = TextStream(TokenIdsOnly().decoder(), ("x",))
+    stream = TextStream(TokenIdsOnly().decoder(), StopStrings(("x",)))
     assert stream.push(5) + stream.flush() == ""
+
+
+def naive(text: str, stop: list[str], ignored: int) -> tuple[int, int] | None:
+    """Where the first stop string that is complete ends, and the length of the longest of those."""
+    for end in range(ignored + 1, len(text) + 1):
+        if lengths := [len(string) for string in stop if text[:end].endswith(string)]:
+            return end, max(lengths)
+    return None
+
+
+@given(
+    st.lists(st.text("aab", min_size=1, max_size=8) | st.text(min_size=1, max_size=3), max_size=5),
+    st.lists(st.text("aaab", max_size=9) | st.text(max_size=3), max_size=9),
+    st.integers(0, 12),
+)
+@example(["aab", "ab", "aabab"], ["aa", "", "baba"], 3)
+def test_stop_strings_are_found_as_a_search_of_the_whole_text_finds_them(
+    stop: list[str], text: list[str], ignored: int
+) -> None:
+    """In however many pieces it comes; and what may still become one is all that is held back, and nothing else."""
+    automaton, state, known = StopStrings(stop), START, ""
+    whole: tuple[int, int] | None = None
+    for piece in text:
+        state, found = automaton.scan(state, piece, max(0, ignored - len(known)))
+        if found is not None:
+            whole = (len(known) + found.end, found.length)
+            break
+        known += piece
+        begun = [n for string in stop for n in range(1, len(string)) if known.endswith(string[:n])]
+        assert automaton.unfinished(state) == max(begun, default=0)
+    assert whole == naive("".join(text), stop, ignored)
+
+
+class Counting(dict[tuple[int, int], int]):
+    """The edges between strings, which are looked at once for each node that a character is compared with."""
+
+    looks = 0
+
+    def get(self, *key: Any) -> Any:
+        self.looks += 1
+        return super().get(*key)
+
+
+@pytest.mark.parametrize(
+    ("stop", "answer"),
+    [
+        (["a" * length + "b" for length in range(1008, 1024)], "a" * 5000),
+        (["a" * length + "b" for length in range(1008, 1024)], ("a" * 1023 + "c") * 4),
+        (["ab" * 500 + "c", "ba" * 500 + "c"], "ab" * 2500),
+        (["x" * 1024], ("x" * 1023 + "y") * 4),
+        (["ab" * 511 + "c" * (at + 1) for at in range(16)], ("ab" * 511 + "b") * 4),
+    ],
+    ids=["a run", "a run that breaks off", "two that overlap", "one letter", "a period"],
+)
+def test_a_character_costs_the_same_whatever_the_stop_strings_are(stop: list[str], answer: str) -> None:
+    automaton = StopStrings(stop)
+    automaton._branches = edges = Counting(automaton._branches)
+    state, worst = START, 0
+    for character in answer:
+        before = edges.looks
+        state, found = automaton.scan(state, character)
+        assert found is None
+        worst = max(worst, edges.looks - before)
+    assert worst <= 32
+    assert edges.looks <= 2 * len(answer)
