@@ -285,11 +285,13 @@ class Copy(NamedTuple):
 class Plan:
     """A step: copies, in their order, then one ragged batch of segments, each of a different slot on the device.
 
-    Slots are numbered through: those on the device first, then those in the host's memory.
+    Slots are numbered through: those on the device first, then those in the host's memory. The memory of the slots in
+    `releases` goes back to the system; they hold no state that anyone needs.
     """
 
     segments: Sequence[Segment]
     copies: Sequence[Copy] = ()
+    releases: Sequence[int] = ()
 
     @property
     def tokens(self) -> int:

@@ -37,6 +37,7 @@ from bdh_batch.model.checkpoint import Model, load_model
 from bdh_batch.model.config import BDHConfig
 from bdh_batch.model.runner import Runner
 from bdh_batch.model.state import StatePool, bytes_per_sequence, free_memory, slots_within
+from bdh_batch.scheduler import working_set
 from bdh_batch.scheduler.scheduler import Policy, Scheduler
 from bdh_batch.scheduler.trace import Trace
 from bdh_batch.scheduler.worker import WORKER, Observer, StepRunner, Worker
@@ -54,6 +55,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LOADER = "bdh-loader"  # the name of its thread
+MODEST = 4 * 2**30  # bytes for states in main memory, where the settings are silent
+FEW = 4  # states; where fewer fit, the memory for them is too small
 HOST_MEMORY = 2**30  # bytes for states there, where the settings are silent
 GENERATION_CONFIG = "generation_config.json"
 
@@ -73,6 +76,7 @@ class LoadedEngine:
     runner: StepRunner
     slots: int
     host_slots: int
+    grows: bool = False  # whether a slot takes memory only when it is first used
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,8 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     window = attention_window(settings.model.attention_window, model.config)
     state_dtype: torch.dtype = getattr(torch, settings.engine.state_dtype)
     kernels, reason = select_kernels(settings.engine.kernels, model.weights, window, state_dtype)
-    budget = state_budget(settings.engine, device)
     each = bytes_per_sequence(model.config, window, state_dtype)
+    budget = state_budget(settings.engine, device, each)
     most = settings.scheduler.max_running + (settings.prefix_cache.entries if settings.prefix_cache.enabled else 0)
     slots = slots_within(budget, each, most)
     log.info(
@@ -135,10 +139,19 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
         "state: %d sequences of %.1f MiB in %s, %.2f GiB of a budget of %.2f GiB; %d more in the host's memory",
         *(slots, each / 2**20, settings.engine.state_dtype, slots * each / 2**30, budget / 2**30, host_slots),
     )
+    if slots < FEW:
+        log.warning(
+            "only %d sequences fit the memory for states, %.2f GiB: engine.state_memory sets it, "
+            "engine.state_dtype=bfloat16 halves what each takes",
+            *(slots, budget / 2**30),
+        )
     runner = Runner(kernels, pool, Activity(model.weights, window))
     log.info("warming up: kernels that are not in the cache are compiled now")
     runner.warm(settings.scheduler.prefill_tokens)
-    return LoadedEngine(model, runner, slots, host_slots)
+    if device.type == "cpu":
+        had = "are in huge pages" if pool.huge_bytes else "are not in huge pages, as the system gives none: slower"
+        log.info("states %s", had)
+    return LoadedEngine(model, runner, slots, host_slots, grows=device.type == "cpu")
 
 
 def set_threads(asked: int | None) -> None:
@@ -193,15 +206,26 @@ def host_budget(cache: PrefixCache, device: torch.device, taken: int) -> int:
 
 def scheduler_for(settings: Settings, engine: LoadedEngine) -> Scheduler:
     chosen, cache = settings.scheduler, settings.prefix_cache
+    running, free_slots = chosen.max_running, None
+    if engine.grows:
+        if "max_running" not in chosen.model_fields_set:
+            running = min(running, working_set.running_slots(engine.slots))
+        free_slots = working_set.free_slots(engine.slots, running)
+        log.info(
+            "at most %d sequences run at once; %d states have memory for the asking, more where requests show the need",
+            *(min(running, engine.slots), free_slots),
+        )
     policy = Policy(
         host_slots=engine.host_slots,
-        max_running=chosen.max_running,
+        max_running=running,
         quantum=chosen.quantum_steps,
         target_step=chosen.target_step_ms / 1000,
         keep=cache.enabled,
         share_all=cache.shared,
         min_shared=cache.min_tokens,
         weights=chosen.weights,
+        free_slots=free_slots,
+        idle_release=settings.engine.idle_release_seconds if engine.grows else 0.0,
     )
     return Scheduler(engine.slots, chosen.prefill_tokens, policy)
 
@@ -238,14 +262,23 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if available and name != "cpu" else "cpu")
 
 
-def state_budget(engine: Engine, device: torch.device) -> int:
-    """Bytes for the states of running sequences."""
+def state_budget(engine: Engine, device: torch.device, each: int) -> int:
+    """Bytes for states of `each` bytes: as asked, else a share of what is free, which without a GPU is modest."""
     free = free_memory(device)
-    if engine.state_memory is None:
-        return int(free * engine.state_memory_share)
-    if engine.state_memory > free:
-        raise ConfigError(f"engine.state_memory: {engine.state_memory:,} bytes asked for, {free:,} are free")
-    return engine.state_memory
+    if engine.state_memory is not None:
+        if engine.state_memory > free:
+            raise ConfigError(f"engine.state_memory: {engine.state_memory:,} bytes asked for, {free:,} are free")
+        return engine.state_memory
+    if engine.state_memory_share is not None:
+        budget, how = int(free * engine.state_memory_share), f"{engine.state_memory_share:.0%} of what is free"
+    elif device.type == "cuda":
+        budget, how = free // 2, "half of what is free"
+    else:
+        budget, how = min(free // 4, MODEST), f"a quarter of what is free, at most {MODEST // 2**30} GiB"
+        if budget < (least := min(FEW * each, free // 2)):
+            budget, how = least, f"what {FEW} states take, at most half of what is free"
+    log.info("memory for states: %.2f GiB (%s); engine.state_memory sets it", budget / 2**30, how)
+    return budget
 
 
 def defaults_for(settings: Settings, folder: Path) -> Defaults:

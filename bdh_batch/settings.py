@@ -167,9 +167,23 @@ class Engine(Section):
         "float32", description="Of the states; bfloat16 takes half the memory, and half the traffic of decoding."
     )
     state_memory: Bytes | None = Field(
-        None, description='Memory for the states of running sequences, as in "4 GiB"; null is a share of what is free.'
+        None,
+        description='Most memory for states, of running sequences and cached prefixes, as in "4 GiB"; null is a share '
+        "of what is free. Without a GPU, memory is taken only as it is needed.",
     )
-    state_memory_share: float = Field(0.5, gt=0, le=0.95, description="That share, where state_memory is null.")
+    state_memory_share: float | None = Field(
+        None,
+        gt=0,
+        le=0.95,
+        description="That share, where state_memory is null; null is 0.5 on a GPU, and 0.25 without one, but at most "
+        "4 GiB, or where few states fit that, up to 0.5 for 4 of them.",
+    )
+    idle_release_seconds: float = Field(
+        300.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds after which main memory for states that nobody uses goes back to the system; 0 is never.",
+    )
     threads: PositiveInt | None = Field(
         None, description="CPU threads that compute; null is one per core, as far as CPU quotas go."
     )
@@ -177,7 +191,9 @@ class Engine(Section):
 
 class Scheduler(Section):
     max_running: PositiveInt = Field(
-        256, description="Most sequences under way; where the memory holds fewer states, they take turns."
+        256,
+        description="Most sequences under way; where the memory holds fewer states, they take turns. Where this is not "
+        "set and there is no GPU, also at most 3/8 of the states that fit, but 64 at least: more compute no faster.",
     )
     max_queued_requests: PositiveInt = Field(2048, description="Most requests that wait; one more is refused with 429.")
     max_queued_tokens: PositiveInt = Field(
@@ -210,7 +226,11 @@ class Scheduler(Section):
 class PrefixCache(Section):
     enabled: bool = Field(True, description="Whether the states of prompts and answers stay for later requests.")
     shared: bool = Field(False, description="Whether API keys share them; timing then tells what others have asked.")
-    entries: PositiveInt = Field(256, description="Most states on the device beside those of running sequences.")
+    entries: PositiveInt = Field(
+        256,
+        description="Most states on the device beside those of running sequences. Without a GPU, more than half of the "
+        "states that fit are used only where requests asked for prefixes that had to go.",
+    )
     host_memory: Bytes | None = Field(
         None,
         description="Host memory for states, kept or suspended; null is 1 GiB, or a quarter of what is free, beside a "

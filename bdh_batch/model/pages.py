@@ -1,4 +1,4 @@
-"""Memory that is backed with pages before its first use.
+"""Main memory for states: in huge pages where the kernel has them, backed before its first use, given back after it.
 
 The kernel gives fresh memory page by page as it is first written, which takes ten times as long as writing it: a state
 that begins in fresh memory would hold up a step. So a thread has the kernel back the next ones in advance.
@@ -8,17 +8,71 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import mmap
+import re
 import sys
 import threading
+from collections.abc import Sequence
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+HUGE = 2**21  # bytes of a huge page
 MADV_POPULATE_WRITE = 23  # Linux 5.14: backs pages, and leaves what they hold as it is
-AHEAD = 2**29  # bytes
+AHEAD = 2**26  # bytes
 LEAST_AHEAD = 2  # blocks
+
+
+def reserve(shape: Sequence[int], dtype: torch.dtype, huge: bool = True) -> Tensor:
+    """A tensor in main memory that takes none until it is written, and holds zeros.
+
+    Args:
+        huge: whether huge pages are asked for, which may be in vain.
+
+    Raises:
+        MemoryError: the system does not promise so much.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if not size:
+        return torch.zeros(*shape, dtype=dtype)
+    try:
+        # So much more that it can begin where a huge page does. Private: only then can it be given back.
+        memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"{size:,} bytes cannot be had: {error}") from error
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+        try:
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:  # a kernel without them
+            log.debug("huge pages are not had: %s", error)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE
+    return whole[start : start + size].view(dtype).view(*shape)
+
+
+def in_huge_pages(block: Tensor, maps: Path = Path("/proc/self/smaps")) -> int:
+    """Bytes of the mapping that `block` begins in that lie in huge pages now; 0 where the system does not tell."""
+    try:
+        lines = maps.read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        return 0
+    inside = False
+    for line in lines:
+        if mapping := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(mapping[1], 16) <= block.data_ptr() < int(mapping[2], 16)
+        elif inside and line.startswith("AnonHugePages:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+def release(block: Tensor) -> bool:
+    """The memory of `block`, which `reserve` gave, goes back to the system, but for pages that it shares with
+    neighbours: what it holds is lost. False, and nothing done, where the system cannot."""
+    return _advise(block, getattr(mmap, "MADV_DONTNEED", None))
 
 
 class PagesAhead:
@@ -57,14 +111,19 @@ class PagesAhead:
 
 def populate(block: Tensor) -> bool:
     """Backs the memory of `block` with pages. False, and nothing done, where the system cannot."""
-    if not sys.platform.startswith("linux"):
+    return _advise(block, MADV_POPULATE_WRITE)
+
+
+def _advise(block: Tensor, advice: int | None) -> bool:
+    """Says `advice` of the whole pages in `block`. False where the system does not take it."""
+    if advice is None or not sys.platform.startswith("linux"):
         return False
     start, end = block.data_ptr(), block.data_ptr() + block.nbytes
     start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
     if start >= end:
         return True
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_POPULATE_WRITE) == 0:
+    if libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), advice) == 0:
         return True
-    log.debug("states are not backed with memory ahead of their use: errno %d", ctypes.get_errno())
+    log.debug("the system does not take advice %d on memory: errno %d", advice, ctypes.get_errno())
     return False

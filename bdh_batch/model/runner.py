@@ -48,6 +48,8 @@ class Runner:
             raise
 
     def _run(self, plan: Plan) -> Outcome:
+        for slot in plan.releases:
+            self._pool.release(slot)
         for copy in plan.copies:
             self._pool.copy(copy.source, copy.target)
         if not plan.segments:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from bdh_batch.errors import ConfigError
 from bdh_batch.machine import available_memory
+from bdh_batch.model import pages
 from bdh_batch.model.config import BDHConfig
 from bdh_batch.model.pages import PagesAhead
 
@@ -53,14 +54,25 @@ class StatePool:
         window: int = 0,
         dtype: torch.dtype = torch.float32,
         host_slots: int = 0,
+        huge_pages: bool = True,
     ) -> None:
         blocks = (2,) if window else ()
         shape = (slots, config.n_layer, *blocks, config.n_head, config.neurons_per_head, config.n_embd)
         # Not filled, as slots are cleared when a sequence begins: on the CPU, those never used then take no memory.
-        self.states: Tensor = torch.empty(shape, dtype=dtype, device=device)
-        # Pinned, so that a copy from or to a GPU runs at the speed of the bus, and does not hold up the host.
-        self._host = torch.empty((host_slots, *shape[1:]), dtype=dtype, pin_memory=device.type == "cuda")
-        self._pages = PagesAhead(self.states) if device.type == "cpu" else None
+        self._pages: PagesAhead | None = None
+        if device.type == "cpu":
+            self.states: Tensor = pages.reserve(shape, dtype, huge_pages)
+            self._host = pages.reserve((host_slots, *shape[1:]), dtype, huge_pages)
+            self._pages = PagesAhead(self.states)
+        else:
+            self.states = torch.empty(shape, dtype=dtype, device=device)
+            # Pinned, so that a copy from or to a GPU runs at the speed of the bus, and does not hold up the host.
+            self._host = torch.empty((host_slots, *shape[1:]), dtype=dtype, pin_memory=True)
+
+    @property
+    def huge_bytes(self) -> int:
+        """How much of the states on the device lies in the system's huge pages now; 0 on a GPU, which has its own."""
+        return 0 if self._pages is None else pages.in_huge_pages(self.states)
 
     @property
     def host_slots(self) -> int:
@@ -75,6 +87,11 @@ class StatePool:
         """The state in slot `target` becomes that in slot `source`; ordered with whatever the device computes."""
         self._about_to_write(target)
         self._slot(target).copy_(self._slot(source), non_blocking=True)
+
+    def release(self, slot: int) -> None:
+        """Gives the memory of a slot on the device back to the system, which holds no state that anyone needs."""
+        if self._pages is not None:
+            pages.release(self.states[slot])
 
     def _about_to_write(self, slot: int) -> None:
         if self._pages is not None and slot < len(self.states):

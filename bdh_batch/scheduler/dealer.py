@@ -82,10 +82,10 @@ class Dealer:
                 decoding.append(sequence)
                 segments.append(sequence.segment(tokens))
                 prefill_tokens += tokens
-        copies = places.copies
-        if not (segments or copies):
+        plan = Plan(segments, places.copies, places.released)
+        if not (segments or plan.copies or plan.releases):
             return None
-        return Step(Plan(segments, copies), decoding, places.moved, decodes - fresh, prefill_tokens + fresh, now)
+        return Step(plan, decoding, places.moved, decodes - fresh, prefill_tokens + fresh, now)
 
     def await_next(self, account: Account) -> None:
         """It has been answered all it asked for, and may ask again at once."""
@@ -93,6 +93,8 @@ class Dealer:
 
     def computed(self, step: Step, seconds: float) -> None:
         """`step` took so long, and had memory enough."""
+        if not step.sequences:  # nothing was computed
+            return
         self._size.succeeded()
         self.cost.observe(step.decodes, step.prefill_tokens, seconds)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from bdh_batch.messages import Copy
 from bdh_batch.scheduler.prefix_cache import Entry, PrefixCache
 from bdh_batch.scheduler.slots import Slots
+from bdh_batch.scheduler.working_set import WorkingSet
 
 if TYPE_CHECKING:
     from bdh_batch.scheduler.sequence import Sequence
@@ -18,18 +19,24 @@ LONG = 512  # tokens; from so many on a kept state is worth a copy to the host b
 class Places:
     """
     Args:
-        device, host: how many states have a place there.
+        device, host: how many slots there are.
+        free: slots on the device whose memory may be touched without evidence that it is of use; None is all.
+        idle_release: seconds after which the memory of idle slots goes back to the system; 0 is never.
     """
 
-    def __init__(self, device: int, host: int) -> None:
+    def __init__(self, device: int, host: int, free: int | None = None, idle_release: float = 0.0) -> None:
         self.slots = Slots(device, host)
-        self.cached = 0  # places that the prefix cache holds
-        self.begin()
+        self.working_set = WorkingSet(device, free)
+        self.cached = 0  # slots that the prefix cache holds
+        self._idle_release = idle_release
+        self.begin(0.0)
 
-    def begin(self) -> None:
-        """A new plan."""
+    def begin(self, now: float) -> None:
+        """A new plan, at `now` in seconds."""
+        self.now = now
         self.copies: list[Copy] = []
         self.moved: list[Sequence] = []  # whose states are what these copies make them
+        self.released: list[int] = []  # slots whose memory goes back to the system
 
     @property
     def room(self) -> int:
@@ -59,32 +66,79 @@ class Places:
             return self._take_over(sequence, suspended, cache, entry)
         if old is not None:
             self._move(sequence, slot)
-            self.slots.give(old)
+            self.give(old)
         elif entry is not None:
             self.copy(entry.slot, slot)
             self.moved.append(sequence)
         sequence.slot = slot
         return True
 
-    def for_entry(self, cache: PrefixCache, worth: float) -> int | None:
-        """A slot for a state that is to be kept, if something worth less lies where it could."""
-        if (slot := self.slots.take_device()) is not None:
+    def for_entry(self, cache: PrefixCache, worth: float, awaited: bool) -> int | None:
+        """A slot for a state that is to be cached, if there is one or something worth less; `awaited` by sequences."""
+        if (slot := self._unused()) is not None:
             return slot
         least = cache.least(on_device=True)
         if least is not None and not least.awaited and least.worth < worth:
             return self._evict(least, cache, None)
+        if awaited and (slot := self.slots.take_untouched()) is not None:
+            return slot
         return self._on_host(cache, worth, None)
 
-    def discard(self, entry: Entry, cache: PrefixCache, give: bool = True) -> None:
+    def discard(self, entry: Entry, cache: PrefixCache) -> None:
+        """Forgets `entry`; its slot is free."""
+        self._drop(entry, cache)
+        self.give(entry.slot)
+
+    def give(self, slot: int) -> None:
+        """Nobody needs `slot` any more."""
+        self.slots.give(slot, self.now)
+
+    def release_idle(self, cache: PrefixCache) -> None:
+        """Plans that the memory of one idle slot goes back to the system: of a free one, or, where the working set has
+        grown, of a cached prefix that nobody has asked for. One for each plan, as it takes a moment."""
+        if (due := self.release_due(cache)) is None or due > self.now:
+            return
+        if (since := self.slots.idle_since) is not None and since + self._idle_release <= self.now:
+            slot = self.slots.release_idle()
+        else:
+            entry = self._beyond_need(cache)
+            assert entry is not None
+            slot = entry.slot
+            self._drop(entry, cache)
+            self.slots.give_untouched(slot)
+        self.released.append(slot)
+        self.working_set.shrink()
+
+    def release_due(self, cache: PrefixCache) -> float | None:
+        """From when on there is memory to release, in seconds; None where there is none."""
+        if not self._idle_release:
+            return None
+        entry = self._beyond_need(cache)
+        since = [at for at in (self.slots.idle_since, None if entry is None else entry.used) if at is not None]
+        return min(since) + self._idle_release if since else None
+
+    def _beyond_need(self, cache: PrefixCache) -> Entry | None:
+        """The least useful cached prefix, where more memory is touched than may be without evidence."""
+        if self.slots.touched <= self.working_set.free:
+            return None
+        entry = cache.least(on_device=True)
+        return None if entry is None or entry.awaited else entry
+
+    def _unused(self) -> int | None:
+        """A slot on the device that is free, and whose memory is touched already or may be."""
+        if (slot := self.slots.take_touched()) is not None:
+            return slot
+        return self.slots.take_untouched() if self.working_set.may_grow(self.slots.touched) else None
+
+    def _drop(self, entry: Entry, cache: PrefixCache) -> None:
+        """Forgets `entry`; its slot is the caller's."""
         cache.drop(entry)
         self.cached -= 1
-        if give:
-            self.slots.give(entry.slot)
 
     def _take_over(self, sequence: Sequence, suspended: Iterable[Sequence], cache: PrefixCache, entry: Entry) -> bool:
         """The last place there is, is that of `entry`: becomes the slot of `sequence`, or makes room for it."""
         if self.slots.on_device(entry.slot):
-            self.discard(entry, cache, give=False)
+            self._drop(entry, cache)
             sequence.slot = entry.slot
             if any(copy.target == entry.slot for copy in self.copies):
                 self.moved.append(sequence)
@@ -98,10 +152,14 @@ class Places:
     def _on_device(
         self, sequence: Sequence, suspended: Iterable[Sequence], cache: PrefixCache, spare: Entry | None, patient: bool
     ) -> int | None:
-        if (slot := self.slots.take_device()) is not None:
+        if (slot := self._unused()) is not None:
             return slot
         least = cache.least(on_device=True, spare=spare)
-        if least is not None and not (patient and least.awaited):
+        if least is not None and not least.awaited:
+            return self._evict(least, cache, spare)
+        if (slot := self.slots.take_untouched()) is not None:
+            return slot
+        if least is not None and not patient:
             return self._evict(least, cache, spare)
         for parked in suspended:
             if parked is not sequence and parked.slot is not None and self.slots.on_device(parked.slot):
@@ -128,8 +186,13 @@ class Places:
                 self.copy(slot, host)
                 cache.move(entry, host)
                 return slot
-        self.discard(entry, cache, give=False)
+        self._evict_for_good(entry, cache)
         return slot
+
+    def _evict_for_good(self, entry: Entry, cache: PrefixCache) -> None:
+        """`entry` has to go, though its slot was wanted by others, not for want of use."""
+        self._drop(entry, cache)
+        self.working_set.evicted(entry)
 
     def _on_host(self, cache: PrefixCache, worth: float | None, spare: Entry | None) -> int | None:
         """A slot there; what is kept makes room for a sequence (`worth` None), or for what is worth more."""
@@ -139,5 +202,5 @@ class Places:
         if least is None or (worth is not None and (least.awaited or least.worth >= worth)):
             return None
         slot = least.slot
-        self.discard(least, cache, give=False)
+        self._evict_for_good(least, cache)
         return slot

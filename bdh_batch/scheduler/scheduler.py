@@ -41,6 +41,8 @@ class Policy:
         share_all: whether requests of all keys share beginnings; else only those of one.
         min_shared: tokens that a beginning must have to be shared.
         weights: of tenants, in their share; one that is not named weighs 1.
+        free_slots: slots whose memory may be touched before anything has shown that it is of use; None is all.
+        idle_release: seconds after which the memory of idle slots goes back to the system; 0 is never.
     """
 
     host_slots: int = 0
@@ -51,6 +53,8 @@ class Policy:
     share_all: bool = False
     min_shared: int = 32
     weights: Mapping[str, float] = field(default_factory=dict)
+    free_slots: int | None = None
+    idle_release: float = 0.0
 
 
 @dataclass(slots=True)
@@ -78,7 +82,7 @@ class Scheduler:
         self.counts = Counts()
         self._size = StepSize(prefill_tokens, min(slots, self.max_running))
         self._dealer = Dealer(self._size, policy.target_step)
-        self.places = Places(slots, policy.host_slots)
+        self.places = Places(slots, policy.host_slots, policy.free_slots, policy.idle_release)
         self.sharing = Sharing(self.places, policy.keep, policy.share_all, policy.min_shared)
         self._queue = FairQueue(policy.weights)
         self._deadlines = Deadlines()
@@ -136,6 +140,11 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         return bool(self._running or self._suspended or self.waiting)
+
+    @property
+    def release_due(self) -> float | None:
+        """When a plan will give memory back although there is no work, in seconds; None where none will."""
+        return self.places.release_due(self.sharing.cache)
 
     @property
     def _holding(self) -> int:
@@ -202,11 +211,12 @@ class Scheduler:
 
     def plan(self, now: float) -> Step | None:
         """The next step, or None where nothing can run."""
-        self.places.begin()
+        self.places.begin(now)
         self.counts.steps += 1
         for follower in self.sharing.advance(self._running):
             self._requeue(follower)
         self._seat(now)
+        self.places.release_idle(self.sharing.cache)
         return self._dealer.deal(self._running, self.places, now)
 
     def commit(self, step: Step, outcome: Outcome, now: float) -> list[Update]:
@@ -374,7 +384,7 @@ class Scheduler:
         self._rise(sequence)
         slot, sequence.slot = sequence.slot, None
         assert slot is not None
-        self.places.slots.give(slot)
+        self.places.give(slot)
         sequence.restart()
         self._requeue(sequence)
         self.counts.preemptions += 1

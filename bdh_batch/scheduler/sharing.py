@@ -65,6 +65,9 @@ class Sharing:
         if not self._may_share(sequence):
             return
         self.queries += len(sequence.prompt)
+        found = 0 if entry is None else entry.length
+        namespace, prompt = self._namespace(sequence), self._packed(sequence)
+        self._places.working_set.asked(namespace, prompt, len(sequence.prompt) - 1, found)
         kept = entry is not None and self.cache.holds(entry)
         if entry is not None and (kept or entry.slot == sequence.slot):
             sequence.computed = entry.length
@@ -72,7 +75,7 @@ class Sharing:
             if sequence.scheduled is None:  # else it has lost its state, and was through this before
                 sequence.cached = entry.length
             if kept:
-                self.cache.use(entry)
+                self.cache.use(entry, self._places.now)
         self.expect_no_more(sequence)
         if self._keep:
             wanted = self._wanted(sequence, alone)
@@ -135,10 +138,10 @@ class Sharing:
         if self._keep and complete and sequence.computed >= self._least and sequence.computed > len(sequence.prompt):
             namespace, known = self._namespace(sequence), pack(sequence.known(0, sequence.computed))
             if self.cache.get(namespace, known, sequence.computed) is None:
-                self.cache.add(namespace, known, sequence.computed, slot)
+                self.cache.add(namespace, known, sequence.computed, slot, self._places.now)
                 self._places.cached += 1
                 return
-        self._places.slots.give(slot)
+        self._places.give(slot)
 
     def settle(self) -> None:
         """The copies of the last plan are made."""
@@ -174,11 +177,12 @@ class Sharing:
         waiting = [follower for follower, position in self._followers.get(sequence, {}).items() if position == at]
         entry = self.cache.get(namespace, prompt, at)
         if entry is None and (self._keep or waiting):
-            slot = self._places.for_entry(self.cache, self.cache.worth(at, len(waiting)))
+            slot = self._places.for_entry(self.cache, self.cache.worth(at, len(waiting)), bool(waiting))
             if slot is None:
+                self._places.working_set.evicted(Entry.of(namespace, prompt, at, -1))
                 return
             self._places.copy(sequence.slot, slot)
-            entry = self.cache.add(namespace, prompt, at, slot)
+            entry = self.cache.add(namespace, prompt, at, slot, self._places.now)
             self._places.cached += 1
             self._fresh.append(entry)
         for follower in waiting:

@@ -1,35 +1,66 @@
 """Which slots are free: those on the device, then those in the host's memory, numbered through.
 
-Who holds the others is known where they are held: in the sequences and in the prefix cache.
+Who holds the others is known where they are held: in the sequences and in the prefix cache. On the device, slots whose
+memory has been touched are kept apart from those whose memory has not, or has gone back to the system.
 """
 
 from __future__ import annotations
+
+from collections import deque
+from heapq import heappop, heappush
 
 
 class Slots:
     def __init__(self, device: int, host: int = 0) -> None:
         self.device = device
         self.host = host
-        # Last in, first out: memory that was never touched stays untouched as long as it can.
-        self._free_device = list(reversed(range(device)))
+        self._touched: deque[tuple[float, int]] = deque()  # free ones, and since when; the last to come goes first
+        self._untouched = list(range(device))  # a heap: the lowest goes first, so that what is touched lies together
         self._free_host = list(reversed(range(device, device + host)))
 
     @property
     def free(self) -> list[int]:
-        return [*self._free_device, *self._free_host]
+        return [*(slot for _, slot in self._touched), *self._untouched, *self._free_host]
 
     @property
     def free_count(self) -> int:
-        return len(self._free_device) + len(self._free_host)
+        return len(self._touched) + len(self._untouched) + len(self._free_host)
+
+    @property
+    def touched(self) -> int:
+        """Slots on the device, free or not, whose memory has been touched."""
+        return self.device - len(self._untouched)
+
+    @property
+    def idle_since(self) -> float | None:
+        """When the touched slot that has been free for longest became so; None where there is none."""
+        return self._touched[0][0] if self._touched else None
 
     def on_device(self, slot: int) -> bool:
         return slot < self.device
 
-    def take_device(self) -> int | None:
-        return self._free_device.pop() if self._free_device else None
+    def take_touched(self) -> int | None:
+        return self._touched.pop()[1] if self._touched else None
+
+    def take_untouched(self) -> int | None:
+        return heappop(self._untouched) if self._untouched else None
 
     def take_host(self) -> int | None:
         return self._free_host.pop() if self._free_host else None
 
-    def give(self, slot: int) -> None:
-        (self._free_device if self.on_device(slot) else self._free_host).append(slot)
+    def give(self, slot: int, now: float = 0.0) -> None:
+        """`slot` is free from `now` on, in seconds that never go back."""
+        if self.on_device(slot):
+            self._touched.append((now, slot))
+        else:
+            self._free_host.append(slot)
+
+    def give_untouched(self, slot: int) -> None:
+        """`slot`, on the device, is free, and its memory goes back to the system."""
+        heappush(self._untouched, slot)
+
+    def release_idle(self) -> int:
+        """The slot that has been free for longest counts as untouched again."""
+        _, slot = self._touched.popleft()
+        self.give_untouched(slot)
+        return slot

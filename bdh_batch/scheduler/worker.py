@@ -237,11 +237,14 @@ class Worker:
                 self._inbox_changed.wait(STUCK_SECONDS)
 
     def _take_inbox(self) -> list[Message]:
-        """The messages that have come; waits for one when there is nothing else to do."""
+        """The messages that have come; waits for one when there is nothing else to do, or until memory has been idle
+        for so long that it goes back to the system."""
         with self._inbox_changed:
             while not (self._inbox or self._stopping or self._scheduler.has_work):
                 self._scheduler.check()
-                self._inbox_changed.wait()
+                due = self._scheduler.release_due
+                if not self._inbox_changed.wait(None if due is None else max(0.0, due - time.monotonic())):
+                    break
                 self._progress = time.monotonic()
             messages, self._inbox = self._inbox, []
         return messages
@@ -273,7 +276,8 @@ class Worker:
             return self._scheduler.fail(step, GenerationFailed("The step that computed this request failed."))
         now = time.monotonic()
         self._failures = 0
-        self._observer.stepped(step, now - began)
+        if step.plan.segments or step.plan.copies:
+            self._observer.stepped(step, now - began)
         if outcome.active:
             self._observer.looked(outcome.active)
         updates = self._scheduler.commit(step, outcome, now)

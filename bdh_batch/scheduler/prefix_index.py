@@ -1,0 +1,116 @@
+"""Finds the longest of many token prefixes that a prompt begins with. Knows nothing about who keeps what, and why.
+
+An entry is found by its namespace, its length and a hash of all its tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right, insort
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from bdh_batch.scheduler.prefixes import TOKEN_BYTES
+
+TAIL = 8 * TOKEN_BYTES  # so many bytes at the end of a prefix almost always distinguish it from another
+
+Key = tuple[str, int, bytes]
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A cached prefix, and what is known of its use."""
+
+    namespace: str
+    length: int  # tokens
+    tail: bytes
+    digest: bytes
+    slot: int
+    uses: int = 0
+    used: float = 0.0  # seconds: when it was added, or last used
+    awaited: int = 0  # sequences that wait to begin here
+    worth: float = 0.0
+
+    @classmethod
+    def of(cls, namespace: str, prompt: bytes, length: int, slot: int) -> Entry:
+        (digest,) = digests_at(prompt, [length])
+        return cls(namespace, length, tail_of(prompt, length), digest, slot)
+
+    @property
+    def key(self) -> Key:
+        return self.namespace, self.length, self.digest
+
+
+class PrefixIndex:
+    """Entries in the order in which they were added, each prefix once."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Key, Entry] = {}
+        self._tails: dict[str, dict[int, Counter[bytes]]] = {}  # of the entries of each length
+        self._ascending: dict[str, list[int]] = {}  # these lengths
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())
+
+    def find(self, namespace: str, prompt: bytes, most: int, above: int = 0) -> Entry | None:
+        """The entry with the longest prefix of `prompt`, of more than `above` and at most `most` tokens."""
+        ascending, tails = self._ascending.get(namespace, []), self._tails.get(namespace, {})
+        lengths = ascending[bisect_right(ascending, above) : bisect_right(ascending, most)]
+        lengths = [length for length in lengths if tail_of(prompt, length) in tails[length]]
+        digests = digests_at(prompt, lengths)
+        for length, digest in zip(reversed(lengths), reversed(digests)):
+            if (entry := self._entries.get((namespace, length, digest))) is not None:
+                return entry
+        return None
+
+    def get(self, namespace: str, prompt: bytes, length: int) -> Entry | None:
+        (digest,) = digests_at(prompt, [length])
+        return self._entries.get((namespace, length, digest))
+
+    def twin(self, entry: Entry) -> Entry | None:
+        """The entry of the same prefix, if there is one."""
+        return self._entries.get(entry.key)
+
+    def holds(self, entry: Entry) -> bool:
+        return self.twin(entry) is entry
+
+    def add(self, entry: Entry) -> None:
+        assert entry.key not in self._entries
+        self._entries[entry.key] = entry
+        tails = self._tails.setdefault(entry.namespace, {})
+        if entry.length not in tails:
+            tails[entry.length] = Counter()
+            insort(self._ascending.setdefault(entry.namespace, []), entry.length)
+        tails[entry.length][entry.tail] += 1
+
+    def remove(self, entry: Entry) -> None:
+        del self._entries[entry.key]
+        tails = self._tails[entry.namespace]
+        alike = tails[entry.length]
+        alike[entry.tail] -= 1
+        if not alike[entry.tail]:
+            del alike[entry.tail]
+        if not alike:
+            del tails[entry.length]
+            self._ascending[entry.namespace].remove(entry.length)
+        if not tails:
+            del self._tails[entry.namespace], self._ascending[entry.namespace]
+
+
+def tail_of(prompt: bytes, length: int) -> bytes:
+    end = length * TOKEN_BYTES
+    return prompt[max(0, end - TAIL) : end]
+
+
+def digests_at(prompt: bytes, lengths: Iterable[int]) -> list[bytes]:
+    """Hashes of the first tokens of `prompt`, at ascending lengths, each byte read once."""
+    running, done, digests = blake2b(digest_size=16), 0, []
+    for length in lengths:
+        running.update(prompt[done * TOKEN_BYTES : length * TOKEN_BYTES])
+        done = length
+        digests.append(running.copy().digest())
+    return digests
