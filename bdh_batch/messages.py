@@ -302,7 +302,7 @@ class Outcome:
 
     By the place of their segment, `scores` has those of the drawn tokens, `target_scores` those of targets, and
     `pooled` the sum [D] of the hidden vectors where that was asked for. `active` is, by layer, the share of neurons
-    that fired for one of its tokens; mostly nobody has looked.
+    that fired for its tokens; mostly nobody has looked.
     """
 
     drawn: Sequence[int | None]

@@ -31,7 +31,6 @@ from bdh_batch.http.wire import Defaults
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.simd import most_threads
 from bdh_batch.keys import KeyRing
-from bdh_batch.model.activity import Activity
 from bdh_batch.model.checkpoint import Model, load_model
 from bdh_batch.model.config import BDHConfig
 from bdh_batch.model.runner import Runner
@@ -136,7 +135,7 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
         "state: %d sequences of %.1f MiB in %s, %.2f GiB of a budget of %.2f GiB; %d more in the host's memory",
         *(slots, each / 2**20, settings.engine.state_dtype, slots * each / 2**30, budget / 2**30, host_slots),
     )
-    runner = Runner(kernels, pool, Activity(model.weights, window))
+    runner = Runner(kernels, pool)
     log.info("warming up: kernels that are not in the cache are compiled now")
     runner.warm(settings.scheduler.prefill_tokens)
     return LoadedEngine(model, runner, slots, host_slots)
