@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from io import StringIO
 from typing import NamedTuple, Protocol
 
 from bdh_batch.errors import BDHError
@@ -227,19 +228,39 @@ class Delta:
     prompt_scores: Sequence[TokenScore] | None = None  # of all its tokens but the first; they come at once
     pooled: Sequence[float] | None = None
 
-    def absorb(self, later: Delta) -> None:
-        """Appends what `later` brings."""
-        self.text += later.text
-        self.tokens += later.tokens
-        self.finish_reason = later.finish_reason
-        self.error = later.error
-        self.logprob += later.logprob
+
+class Gathering:
+    """Several deltas of a sequence that become one, in time that depends on what they bring and not on how many came
+    before: a text that grows by `+=` would be copied for every token."""
+
+    __slots__ = ("_delta", "_text")
+
+    def __init__(self) -> None:
+        self._delta = Delta()
+        self._text = StringIO(newline="")
+
+    def add(self, later: Delta) -> None:
+        of = self._delta
+        self._text.write(later.text)
+        of.tokens += later.tokens
+        of.finish_reason = later.finish_reason
+        of.error = later.error
+        of.logprob += later.logprob
         if later.scores is not None:
-            self.scores = self.scores or []
-            self.scores += later.scores
+            of.scores = of.scores or []
+            of.scores += later.scores
         if later.prompt_scores is not None:
-            self.prompt_scores = later.prompt_scores
-        self.pooled = later.pooled
+            of.prompt_scores = later.prompt_scores
+        of.pooled = later.pooled
+
+    @property
+    def tokens(self) -> int:
+        """How many have come."""
+        return len(self._delta.tokens)
+
+    def whole(self) -> Delta:
+        self._delta.text = self._text.getvalue()
+        return self._delta
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +325,7 @@ class Outcome:
 
     By the place of their segment, `scores` has those of the drawn tokens, `target_scores` those of targets, and
     `pooled` the sum [D] of the hidden vectors where that was asked for. `active` is, by layer, the share of neurons
-    that fired for one of its tokens; mostly nobody has looked.
+    that fired for its tokens; mostly nobody has looked.
     """
 
     drawn: Sequence[int | None]

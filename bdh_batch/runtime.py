@@ -32,7 +32,6 @@ from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.simd import most_threads
 from bdh_batch.keys import KeyRing
 from bdh_batch.machine import usable_cores
-from bdh_batch.model.activity import Activity
 from bdh_batch.model.checkpoint import Model, load_model
 from bdh_batch.model.config import BDHConfig
 from bdh_batch.model.runner import Runner
@@ -145,7 +144,7 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
             "engine.state_dtype=bfloat16 halves what each takes",
             *(slots, budget / 2**30),
         )
-    runner = Runner(kernels, pool, Activity(model.weights, window))
+    runner = Runner(kernels, pool)
     log.info("warming up: kernels that are not in the cache are compiled now")
     runner.warm(settings.scheduler.prefill_tokens)
     if device.type == "cpu":

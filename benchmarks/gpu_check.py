@@ -230,7 +230,7 @@ def rows_moved(kernels: Any, states: Tensor, batch: RaggedBatch) -> int:
     """State rows whose pair fired in all layers of a decode step; each is read and written."""
     from bdh_batch.kernels.cuda import upload
 
-    part = upload(batch.tokens, batch.positions, batch.bounds, batch.slots)
+    part = upload(batch.tokens, batch.positions, batch.bounds, batch.slots, [True] * len(batch.slots))
     kernels.begin(part)
     rows = 0
     for layer in range(states.shape[1]):

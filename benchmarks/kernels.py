@@ -235,7 +235,7 @@ def expand_share(
 ) -> None:
     desk = cpu.desk_of(desks, thread)
     for piece in range(thread, shape.layers * shape.heads, threads):
-        cpu_passes.expand(0, part.bounds[-1], piece % shape.heads, shape, weights, work, desk)
+        cpu_passes.expand(0, part.bounds[-1], piece // shape.heads, piece % shape.heads, shape, weights, work, desk)
 
 
 @simd.compiled

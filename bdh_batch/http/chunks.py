@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bdh_batch.messages import Delta
+from bdh_batch.messages import Delta, Gathering
 
 Deltas = Sequence[tuple[int, Delta]]
 
@@ -14,7 +14,7 @@ class Chunks:
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
-        self._waiting: dict[int, Delta | None] = {}
+        self._waiting: dict[int, Gathering | None] = {}
 
     def take(self, deltas: Deltas) -> Deltas:
         """Those that go now, of `deltas` and of what waited."""
@@ -23,14 +23,15 @@ class Chunks:
         return [ready for index, delta in deltas for ready in self._add(index, delta)]
 
     def _add(self, index: int, delta: Delta) -> Deltas:
-        waited, begun = self._waiting.get(index), index in self._waiting
+        if index not in self._waiting:
+            self._waiting[index] = None
+            return [(index, delta)]
+        waited = self._waiting[index] or Gathering()
         self._waiting[index] = None
         if delta.error is not None:
-            return [(index, each) for each in (waited, delta) if each is not None]
-        if waited is not None:
-            waited.absorb(delta)
-            delta = waited
-        if begun and len(delta.tokens) < self._tokens and delta.finish_reason is None:
-            self._waiting[index] = delta
+            return [(index, each) for each in (waited.whole(), delta) if each.tokens or each is delta]
+        waited.add(delta)
+        if waited.tokens < self._tokens and delta.finish_reason is None:
+            self._waiting[index] = waited
             return []
-        return [(index, delta)]
+        return [(index, waited.whole())]

@@ -15,7 +15,7 @@ from bdh_batch.errors import BDHError
 from bdh_batch.http.chunks import Chunks, Deltas
 from bdh_batch.http.frames import Frames, error_frame
 from bdh_batch.http.off_loop import Aside
-from bdh_batch.messages import Delta, FinishReason, Usage
+from bdh_batch.messages import Delta, FinishReason, Gathering, Usage
 
 CHOICE_COST = 10  # microseconds, about, to encode one
 CHARACTERS = 16  # that are encoded, or read for calls, in a microsecond
@@ -110,16 +110,17 @@ async def whole(generation: Generation, frames: Frames, request: Request, aside:
 
 async def collect(generation: Generation, request: Request) -> list[Delta]:
     """All that each sequence gained. Raises as `whole` does."""
-    ends = [Delta() for _ in generation.prompts]
+    ends = [Gathering() for _ in generation.prompts]
     async with abort_when_left(generation, request.receive):
         async for deltas in generation:
             if (failed := _failure(deltas)) is not None:
                 raise failed
             for index, delta in deltas:
-                ends[index].absorb(delta)
-    if any(end.finish_reason is FinishReason.ABORT for end in ends):
+                ends[index].add(delta)
+    whole = [end.whole() for end in ends]
+    if any(end.finish_reason is FinishReason.ABORT for end in whole):
         raise ClientDisconnect
-    return ends
+    return whole
 
 
 @asynccontextmanager

@@ -33,6 +33,8 @@ class RaggedBatch:
     positions: Tensor  # [T] int64, of each token in its sequence
     bounds: Sequence[int]  # S + 1 offsets into the tokens
     slots: Sequence[int]  # S indices into the state pool, no two the same
+    # For each segment, whether what follows its last token is drawn. Empty: where it has one token.
+    draws: Sequence[bool] = ()
 
 
 class Kernels(Protocol):
@@ -45,8 +47,12 @@ class Kernels(Protocol):
     States are float32 or bfloat16.
     """
 
-    def forward(self, states: Tensor, batch: RaggedBatch) -> Tensor:
-        """The final hidden vectors [T, D] of a batch's tokens; adds the tokens to `states`."""
+    def forward(self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
+        """The final hidden vectors [T, D] of a batch's tokens; adds the tokens to `states`.
+
+        `active` [layers] float32, where it is given, gets the share of neurons that fired in each layer, over all the
+        tokens. Whether it is changes no result.
+        """
 
     def warm(self, states: Tensor) -> None:
         """Prepares what depends on where `states` lie, before any request; may overwrite them."""

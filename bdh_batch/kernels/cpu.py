@@ -82,7 +82,8 @@ class CpuKernels:
         self._desks = furnish(self._threads, self._shape)
         self._tickets = np.empty(1 + 2 * weights.layers, np.int64)
 
-    def forward(self, states: Tensor, batch: RaggedBatch) -> Tensor:
+    def forward(self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
+        self._desks.active.fill(0)
         hidden = torch.empty(len(batch.tokens), self._shape.width)
         flat = flatten(states)
         start = 0
@@ -92,6 +93,9 @@ class CpuKernels:
             read = torch.from_numpy(self._work.x).view(-1, self._shape.pitch)
             hidden[start:end] = read[: end - start, : self._shape.width]
             start = end
+        if active is not None:
+            each = len(batch.tokens) * self._shape.heads * self._shape.neurons
+            active.copy_(torch.from_numpy(self._desks.active.sum(axis=0)[: len(active)] / each))
         return hidden
 
     def warm(self, states: Tensor) -> None:
@@ -218,6 +222,7 @@ def furnish(threads: int, shape: Shape) -> Desk:
         neurons=integers(PANELS * PANEL + LANES),
         gated=_floats(threads, PANELS * PANEL + LANES),
         gates=_floats(threads, PANELS * PANEL + LANES),
+        active=np.zeros((threads, _round_up(shape.layers, LANES) + LANES), np.int64),
     )
 
 
@@ -295,7 +300,7 @@ def desk_of(desks: Desk, thread: int) -> Desk:
     return Desk(
         desks.fired[thread], desks.starts[thread], desks.pairs[thread], desks.even[thread], desks.odd[thread],
         desks.y[thread], desks.products[thread], desks.normed[thread], desks.neurons[thread], desks.gated[thread],
-        desks.gates[thread],
+        desks.gates[thread], desks.active[thread],
     )  # fmt: skip
 
 
@@ -322,7 +327,7 @@ def think(
     """A group of segments in one head of a layer."""
     begin, end = part.groups[chosen, 0], part.groups[chosen, 1]
     first, last = part.bounds[begin], part.bounds[end]
-    passes.expand(first, last, head, shape, weights, work, desk)
+    passes.expand(first, last, layer, head, shape, weights, work, desk)
     for segment in range(begin, end):
         attend(segment, first, layer, head, part, shape, states, work, desk)
     passes.contract(first, last, head, shape, weights, work, desk)

@@ -75,3 +75,4 @@ class Desk(NamedTuple):
     neurons: Integers  # [PANELS * PANEL]: those of some panels that one token fired, later those that passed their gate
     gated: Floats  # [PANELS * PANEL]: their activations, later times their gates
     gates: Floats  # [PANELS * PANEL]
+    active: Longs  # [layers]: how many neurons have fired, in a row of cache lines that no other thread writes

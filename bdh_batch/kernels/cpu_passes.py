@@ -154,7 +154,7 @@ def product(
 
 
 @compiled
-def expand(first: int, last: int, head: int, shape: Shape, weights: Packed, work: Work, desk: Desk) -> None:
+def expand(first: int, last: int, layer: int, head: int, shape: Shape, weights: Packed, work: Work, desk: Desk) -> None:
     """fired = relu(x · encoder) of tokens some tokens in one head, and lists of the pairs that fired, turned."""
     for token in range(last - first):
         desk.starts[token * (shape.panels + 1)] = 0
@@ -167,19 +167,21 @@ def expand(first: int, last: int, head: int, shape: Shape, weights: Packed, work
                 row = token * shape.pitch
                 product(work.inputs, row, rows, shape.pitch, weights.encoder, columns, shape.width, desk.products, 0)
                 for i in range(rows):
-                    record(token + i, token + i - first, panel, i * PANEL, shape, work, desk)
+                    record(token + i, token + i - first, panel, i * PANEL, layer, shape, work, desk)
 
 
 @inlined
-def record(token: int, place: int, panel: int, at: int, shape: Shape, work: Work, desk: Desk) -> None:
-    """Stores what fired, and appends the pairs that did, after RoPE, to the token's lists."""
+def record(token: int, place: int, panel: int, at: int, layer: int, shape: Shape, work: Work, desk: Desk) -> None:
+    """Stores and counts what fired, and appends the pairs that did, after RoPE, to the token's lists."""
     even, odd = simd.relu(simd.load(desk.products, at)), simd.relu(simd.load(desk.products, at + LANES))
     to = place * shape.fired_pitch + panel * PANEL
     simd.store(desk.fired, to, even)
     simd.store(desk.fired, to + LANES, odd)
     angles = token * shape.list_pitch + panel * LANES
     cos, sin = simd.load(work.cos, angles), simd.load(work.sin, angles)
-    bits = simd.nonzero(even) | simd.nonzero(odd)
+    bits_even, bits_odd = simd.nonzero(even), simd.nonzero(odd)
+    bits = bits_even | bits_odd
+    desk.active[layer] += simd.count_bits(bits_even) + simd.count_bits(bits_odd)
     cursor = place * (shape.panels + 1) + panel
     end = desk.starts[cursor]
     entry = place * shape.list_pitch + end

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,13 +41,13 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """At most MAX_TOKENS tokens on the device: segments of one token, and longer ones."""
+    """At most MAX_TOKENS tokens on the device: single ones, and segments that come before any single one of a slot."""
 
     tokens: Tensor  # [T]
     positions: Tensor  # [T]
-    singles: Tensor  # [n], the token of each segment of one
+    singles: Tensor  # [n], tokens that are computed one by one
     slots: Tensor  # [n], theirs; a negative one pads
-    segments: Tensor  # [m, 3], first token, end and slot of the longer ones
+    segments: Tensor  # [m, 3], first token, end and slot of the others
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +83,24 @@ class TritonKernels:
         self._max_tokens = max_tokens
         self._decode = DecodeSteps(self, min(MAX_GRAPH, max_tokens), self._device)
 
-    def forward(self, states: Tensor, batch: RaggedBatch) -> Tensor:
+    def forward(self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
         if not states.is_contiguous():
             raise ValueError("states must be contiguous")
         hidden = torch.empty(len(batch.tokens), self._shape.width, device=self._device)
+        if active is not None:
+            active.zero_()
         with on(self._device):
-            for first, bounds, slots in rounds(batch.bounds, batch.slots, self._max_tokens):
+            draws = batch.draws or [end - begin == 1 for begin, end in pairwise(batch.bounds)]
+            for first, bounds, slots, drawn in rounds(batch.bounds, batch.slots, draws, self._max_tokens):
                 last = first + bounds[-1]
                 tokens, positions = batch.tokens[first:last], batch.positions[first:last]
-                if bounds[-1] == len(slots) <= self._decode.most:
+                if active is None and bounds[-1] == sum(drawn) <= self._decode.most:
                     self._decode.run(states, tokens, positions, slots)
-                else:
-                    self.launch(states, upload(tokens, positions, bounds, slots))
+                else:  # a graph does not say what fired in between
+                    self.launch(states, upload(tokens, positions, bounds, slots, drawn), active)
                 hidden[first:last] = self._work.x[: last - first]
+        if active is not None:
+            active /= len(batch.tokens) * self._shape.heads * self._shape.neurons
         return hidden
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -110,11 +116,14 @@ class TritonKernels:
         with on(self._device):
             self._decode.capture_all(states)
 
-    def launch(self, states: Tensor, part: Round) -> None:
-        """Queues a round's kernels; its hidden vectors will be the first rows of the workspace."""
+    def launch(self, states: Tensor, part: Round, active: Tensor | None = None) -> None:
+        """Queues a round's kernels; its hidden vectors will be the first rows of the workspace. How many neurons fired
+        in each layer is added to `active`."""
         self.begin(part)
         for layer in range(self._shape.layers):
             self.think(layer, states, part)
+            if active is not None:
+                active[layer] += self._work.fired[: len(part.tokens)].count_nonzero()
 
     def begin(self, part: Round) -> None:
         """Looks the tokens up, and their angles."""
@@ -130,17 +139,17 @@ class TritonKernels:
         count, parts = len(part.tokens), cdiv(shape.neurons, blocks.part)
         grid = (parts, shape.heads, cdiv(count, blocks.encode_tokens))
         self._run(ops.encode_kernel, grid, work.x, weights.encoder, work.fired, work.pairs, work.counts, count)
-        if len(part.singles):
-            self._run(
-                ops.attend_token_kernel, (parts, shape.heads, len(part.singles)),
-                work.x, work.fired, work.pairs, work.counts, work.cos, work.sin,
-                part.positions, part.singles, part.slots, states, work.reads, layer,
-            )  # fmt: skip
         if len(part.segments):
             self._run(
                 ops.attend_chunk_kernel,
                 (parts * cdiv(shape.width, blocks.chunk_values), shape.heads, len(part.segments)),
                 work.x, work.fired, work.cos, work.sin, part.positions, part.segments, states, work.reads, layer,
+            )  # fmt: skip
+        if len(part.singles):  # after the longer ones, of some of which they are the last token
+            self._run(
+                ops.attend_token_kernel, (parts, shape.heads, len(part.singles)),
+                work.x, work.fired, work.pairs, work.counts, work.cos, work.sin,
+                part.positions, part.singles, part.slots, states, work.reads, layer,
             )  # fmt: skip
         self._run(ops.normalise_kernel, (count * shape.heads,), work.reads, work.normed)
         spans = (shape.heads * cdiv(shape.neurons, blocks.span), cdiv(count, blocks.contract_tokens))
@@ -214,30 +223,44 @@ def bucket(count: int, most: int) -> int:
     return min(1 << (count - 1).bit_length(), most)
 
 
-def rounds(bounds: Sequence[int], slots: Sequence[int], most: int) -> Iterator[tuple[int, list[int], list[int]]]:
-    """Cuts a batch in rounds of at most `most` tokens: first token, and bounds counted from it, and slots.
+def rounds(
+    bounds: Sequence[int], slots: Sequence[int], draws: Sequence[bool], most: int
+) -> Iterator[tuple[int, list[int], list[int], list[bool]]]:
+    """Cuts a batch in rounds of at most `most` tokens: first token, and bounds counted from it, slots, and draws.
 
     A segment that fits a round stays whole, and a longer one is cut at multiples of `most`, so how it is computed does
     not depend on the others. Pieces of one segment are never in the same round: all but its last fill one.
     """
     first, cut = 0, [0]
     taken: list[int] = []
-    for slot, begin, end in zip(slots, bounds, bounds[1:]):
+    drawn: list[bool] = []
+    for slot, draw, begin, end in zip(slots, draws, bounds, bounds[1:], strict=False):
         for piece in range(begin, end, most):
             size = min(most, end - piece)
             if cut[-1] + size > most:
-                yield first, cut, taken
-                first, cut, taken = piece, [0], []
+                yield first, cut, taken, drawn
+                first, cut, taken, drawn = piece, [0], [], []
             cut.append(cut[-1] + size)
             taken.append(slot)
-    yield first, cut, taken
+            drawn.append(draw and piece + size == end)
+    yield first, cut, taken, drawn
 
 
-def upload(tokens: Tensor, positions: Tensor, bounds: Sequence[int], slots: Sequence[int]) -> Round:
-    """Sorts segments by what computes them, and sends the lists to the device in one copy."""
-    pieces = list(zip(bounds, bounds[1:], slots))
-    singles = [(first, slot) for first, end, slot in pieces if end - first == 1]
-    longer = [piece for piece in pieces if piece[1] - piece[0] > 1]
+def upload(
+    tokens: Tensor, positions: Tensor, bounds: Sequence[int], slots: Sequence[int], draws: Sequence[bool]
+) -> Round:
+    """Sorts tokens by what computes them, and sends the lists to the device in one copy.
+
+    A token after which one is drawn is computed one by one, as in a decode step; every other one is not, and be it the
+    only one of its segment. So how a token is computed does not depend on whether it had a step of its own.
+    """
+    singles: list[tuple[int, int]] = []
+    longer: list[tuple[int, int, int]] = []
+    for first, end, slot, draw in zip(bounds, bounds[1:], slots, draws, strict=True):
+        if draw:
+            singles.append((end - 1, slot))
+        if first < end - draw:
+            longer.append((first, end - draw, slot))
     numbers = [*(first for first, _ in singles), *(slot for _, slot in singles)]
     numbers += [number for piece in longer for number in piece]
     device = tokens.device

@@ -11,7 +11,6 @@ float32. States are float32, or bfloat16: then they are rounded to the nearest w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +26,8 @@ class TorchKernels:
         self._weights = weights
         self._window = window
 
-    def forward(self, states: Tensor, batch: RaggedBatch) -> Tensor:
-        return forward(self._weights, states, batch, self._window)
+    def forward(self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
+        return forward(self._weights, states, batch, self._window, active)
 
     def warm(self, states: Tensor) -> None:
         pass  # nothing depends on where the states lie
@@ -37,23 +36,21 @@ class TorchKernels:
         return project(hidden, self._weights.lm_head)
 
 
-def forward(weights: Weights, states: Tensor, batch: RaggedBatch, window: int = 0) -> Tensor:
+def forward(
+    weights: Weights, states: Tensor, batch: RaggedBatch, window: int = 0, active: Tensor | None = None
+) -> Tensor:
     """The final hidden vectors [T, D] of a batch's tokens. Adds the tokens to `states`, laid out as `Kernels` says."""
-    *_, (_, hidden) = think(weights, states, batch, window)
-    return hidden
-
-
-def think(weights: Weights, states: Tensor, batch: RaggedBatch, window: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Layer by layer: what fired [h, T, N], and the hidden vectors [T, D] that came of it."""
     cos, sin = rotation(weights.frequencies, batch.positions)
     x = layer_norm(F.embedding(batch.tokens, weights.embed).float())
     for layer in range(weights.layers):
         fired = project(x, weights.encoder).relu()  # [h, T, N]
+        if active is not None:
+            active[layer] = (fired != 0).float().mean()
         y = attend(rotate(fired, cos, sin), x, states[:, layer], batch, window)
         gate = project(layer_norm(y), weights.encoder_v).relu()
         gated = (fired * gate).transpose(0, 1).flatten(1)  # [T, h * N]
         x = layer_norm(x + layer_norm(project(gated, weights.decoder)))
-        yield fired, x
+    return x
 
 
 def project(x: Tensor, matrix: Tensor) -> Tensor:

@@ -186,7 +186,7 @@ def attend_token_kernel(
     L: tl.constexpr, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr, PART: tl.constexpr,
     MANY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One part of one head's state for a segment of one token: y = q · S, then S += q ⊗ x, in one pass.
+    """One part of one head's state for a single token: y = q · S, then S += q ⊗ x, in one pass.
 
     Goes by the list of pairs that fired, or, where they are more than MANY, through all of the part's rows in order:
     each part of each token chooses by its own count, which lies on the device. `singles` are the tokens, `slots` their

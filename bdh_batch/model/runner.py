@@ -15,7 +15,6 @@ from torch import Tensor
 from bdh_batch.errors import OutOfMemory
 from bdh_batch.kernels.base import Kernels, RaggedBatch
 from bdh_batch.messages import Adjustment, LogitBias, Outcome, Plan, SamplingParams, Segment, TokenScore, distinct
-from bdh_batch.model.activity import Activity
 from bdh_batch.model.adjusting import Wishes, adjust
 from bdh_batch.model.sampling import sample
 from bdh_batch.model.scoring import ROWS, score
@@ -23,12 +22,15 @@ from bdh_batch.model.state import StatePool
 
 log = logging.getLogger(__name__)
 
+FIRST_LOOK, LOOK_EVERY = 8, 64  # steps, in which it is told how sparsely the model fires
+
 
 class Runner:
-    def __init__(self, kernels: Kernels, pool: StatePool, activity: Activity | None = None) -> None:
+    def __init__(self, kernels: Kernels, pool: StatePool) -> None:
         self._kernels = kernels
-        self._activity = activity
         self._pool = pool
+        self._layers = pool.states.shape[1]
+        self._steps = 0
         self._device = pool.states.device
 
     @torch.inference_mode()
@@ -54,11 +56,17 @@ class Runner:
             self._pool.copy(copy.source, copy.target)
         if not plan.segments:
             return Outcome([])
-        active = [] if self._activity is None else self._activity.look(self._pool.states, plan.segments)
-        hidden = self.forward(plan.segments)
+        active = self._wanted_activity()
+        hidden = self.forward(plan.segments, active)
         target_scores = self._score_targets(plan.segments, hidden)
         drawn, scores = self._draw(plan.segments, hidden)
-        return Outcome(drawn, scores, target_scores, sums(hidden, plan.segments), active)
+        shares = [] if active is None else active.tolist()
+        return Outcome(drawn, scores, target_scores, sums(hidden, plan.segments), shares)
+
+    def _wanted_activity(self) -> Tensor | None:
+        """Where the kernels put the share of neurons that fire in each layer, in one step of many."""
+        self._steps += 1
+        return torch.empty(self._layers, device=self._device) if self._steps % LOOK_EVERY == FIRST_LOOK else None
 
     def _draw(self, segments: Sequence[Segment], hidden: Tensor) -> tuple[list[int | None], dict[int, TokenScore]]:
         """What follows each segment that asks for it, and its score where that is asked for."""
@@ -102,8 +110,8 @@ class Runner:
         return found
 
     @torch.inference_mode()
-    def forward(self, segments: Sequence[Segment]) -> Tensor:
-        """The final hidden vectors [T, D] of all tokens of the segments, in their order."""
+    def forward(self, segments: Sequence[Segment], active: Tensor | None = None) -> Tensor:
+        """The final hidden vectors [T, D] of all tokens of the segments, in their order; `active` as in `Kernels`."""
         for segment in segments:
             if segment.start == 0:
                 self._pool.clear(segment.slot)
@@ -114,8 +122,9 @@ class Runner:
             positions=torch.tensor(positions, device=self._device),
             bounds=[0, *accumulate(len(segment.tokens) for segment in segments)],
             slots=[segment.slot for segment in segments],
+            draws=[segment.sampling is not None for segment in segments],
         )
-        return self._kernels.forward(self._pool.states, batch)
+        return self._kernels.forward(self._pool.states, batch, active)
 
     def logits(self, segments: Sequence[Segment]) -> Tensor:
         """Scores [T, V] of what follows each token of the segments, in their order."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from bdh_batch.messages import Delta
+from bdh_batch.messages import Delta, Gathering
 
 BACKLOG = 64
 
@@ -18,7 +18,8 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._pending: list[tuple[int, Delta]] = []
-        self._last: dict[int, Delta] = {}  # of each sequence, from BACKLOG on
+        self._last: dict[int, int] = {}  # of each sequence, where its last delta is, from BACKLOG on
+        self._merged: dict[int, Gathering] = {}  # what takes the place of those deltas
         self._arrived = asyncio.Event()
 
     def put(self, index: int, delta: Delta) -> None:
@@ -33,14 +34,20 @@ class Mailbox:
         await self._arrived.wait()
         self._arrived.clear()
         pending, self._pending = self._pending, []
+        for at, merged in self._merged.items():
+            pending[at] = pending[at][0], merged.whole()
         self._last.clear()
+        self._merged.clear()
         return pending
 
     def _merge(self, index: int, delta: Delta) -> None:
         if not self._last:
-            self._last.update(self._pending)
-        if index in self._last:
-            self._last[index].absorb(delta)
-        else:
+            self._last.update((each, at) for at, (each, _) in enumerate(self._pending))
+        at = self._last.setdefault(index, len(self._pending))
+        if at == len(self._pending):
             self._pending.append((index, delta))
-            self._last[index] = delta
+            return
+        if at not in self._merged:
+            self._merged[at] = Gathering()
+            self._merged[at].add(self._pending[at][1])
+        self._merged[at].add(delta)

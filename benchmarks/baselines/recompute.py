@@ -18,12 +18,16 @@ class RecomputeKernels:
         self._block = window // 2
         self._known: dict[int, Tensor] = {}
 
-    def forward(self, states: Tensor, batch: RaggedBatch) -> Tensor:
+    def forward(self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
         hidden = []
+        if active is not None:
+            active.zero_()
         for slot, begin, end in zip(batch.slots, batch.bounds, batch.bounds[1:]):
             known = self._known.get(slot, batch.tokens[:0])[: int(batch.positions[begin])]
             self._known[slot] = torch.cat([known, batch.tokens[begin:end]])
-            hidden.append(self._whole(self._known[slot])[begin - end :])
+            hidden.append(self._whole(self._known[slot], end - begin, active))
+        if active is not None:
+            active /= len(batch.tokens)
         return torch.cat(hidden)
 
     def warm(self, states: Tensor) -> None:
@@ -32,20 +36,23 @@ class RecomputeKernels:
     def logits(self, hidden: Tensor) -> Tensor:
         return project(hidden, self._weights.lm_head)
 
-    def _whole(self, tokens: Tensor) -> Tensor:
-        """The final hidden vectors [T, D] of a sequence."""
+    def _whole(self, tokens: Tensor, last: int, active: Tensor | None) -> Tensor:
+        """The final hidden vectors of a sequence's `last` tokens; the shares of neurons that fired for them are added
+        to `active`."""
         weights = self._weights
         positions = torch.arange(len(tokens), device=tokens.device)
         cos, sin = rotation(weights.frequencies, positions)
         out_of_sight = self._out_of_sight(positions)
         x = layer_norm(F.embedding(tokens, weights.embed).float())
-        for _ in range(weights.layers):
+        for layer in range(weights.layers):
             fired = project(x, weights.encoder).relu()  # [h, T, N]
+            if active is not None:
+                active[layer] += last * (fired[:, -last:] != 0).float().mean()
             q = rotate(fired, cos, sin)
             y = (q @ q.mT).tril(-1).masked_fill(out_of_sight, 0.0) @ x
             gated = fired * project(layer_norm(y), weights.encoder_v).relu()
             x = layer_norm(x + layer_norm(project(gated.transpose(0, 1).flatten(1), weights.decoder)))
-        return x
+        return x[-last:]
 
     def _out_of_sight(self, positions: Tensor) -> Tensor:
         """Which tokens [T, T] lie before the blocks that another one attends to."""

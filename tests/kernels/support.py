@@ -28,7 +28,13 @@ def states_for(weights: Weights, slots: int, window: int = 0, dtype: torch.dtype
     return torch.zeros(slots, weights.layers, *blocks, heads, neurons, width, dtype=dtype)
 
 
-def feed(kernels: Kernels, states: Tensor, sequences: dict[int, Tensor], pieces: Sequence[Piece]) -> list[Tensor]:
+def feed(
+    kernels: Kernels,
+    states: Tensor,
+    sequences: dict[int, Tensor],
+    pieces: Sequence[Piece],
+    draws: Sequence[bool] = (),
+) -> list[Tensor]:
     """The logits of each piece of the sequences, keyed by slot, after one step with all of them."""
     poison(kernels)
     parts = [sequences[slot][begin:end] for slot, begin, end in pieces]
@@ -38,6 +44,7 @@ def feed(kernels: Kernels, states: Tensor, sequences: dict[int, Tensor], pieces:
         positions=torch.cat([torch.arange(begin, end) for _, begin, end in pieces]),
         bounds=bounds,
         slots=[slot for slot, _, _ in pieces],
+        draws=draws,
     )
     hidden = kernels.forward(states, batch)
     poison(kernels)

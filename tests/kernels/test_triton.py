@@ -49,12 +49,12 @@ class Poisoned:
     def warm(self, states: Tensor) -> None:
         self.kernels.warm(states)
 
-    def forward(self, states: Tensor, batch: RaggedBatch) -> Tensor:
+    def forward(self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
         work = self.kernels._work
         for tensor in (getattr(work, field.name) for field in fields(work)):
             tensor.fill_(torch.nan if tensor.is_floating_point() else 7)
         moved = replace(batch, tokens=batch.tokens.to(DEVICE), positions=batch.positions.to(DEVICE))
-        return self.kernels.forward(states, moved)
+        return self.kernels.forward(states, moved, active)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.kernels.logits(hidden).cpu()
@@ -189,6 +189,36 @@ def test_the_same_bits_where_a_prompt_is_cut_between_tiles(window: int) -> None:
     assert torch.equal(whole, cut)
 
 
+@pytest.mark.parametrize("window", [0, WINDOW])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["32 bits", "16 bits"])
+def test_the_same_bits_whether_a_prompt_ends_in_a_step_of_its_own(dtype: torch.dtype, window: int) -> None:
+    """What is drawn after a prompt must not depend on how much else there was to do."""
+    weights = synthetic_weights(model(2, 1, 32, 64, 40), 0.3, dtype=dtype)
+    tokens = {0: text(19, 40), 1: text(9, 40, 1)}
+    alike = [states_on_device(weights, 2, window).to(dtype) for _ in range(3)]
+    kernels = Poisoned(weights, window)
+
+    def last(states: Tensor, *steps: list[Piece]) -> Tensor:
+        """What follows all tokens of slot 0, after these steps."""
+        for pieces in steps:
+            logits = feed(kernels, states, tokens, pieces, [end == len(tokens[slot]) for slot, _, end in pieces])
+        return logits[-1][-1]
+
+    alone = last(alike[0], [(0, 0, 18)], [(0, 18, 19)])
+    assert torch.equal(alone, last(alike[1], [(0, 0, 19)]))
+    assert torch.equal(alone, last(alike[2], [(1, 0, 8), (0, 0, 18)], [(1, 8, 9), (0, 18, 19)]))
+    assert torch.equal(alike[0][0], alike[1][0])
+    assert torch.equal(alike[0][0], alike[2][0])
+
+
+def test_a_prompt_of_two_tokens_takes_them_in_their_order() -> None:
+    weights = synthetic_weights(model(2, 1, 32, 64, 40), 0.3)
+    tokens, states, right = {0: text(2, 40)}, states_on_device(weights, 1), states_for(weights, 1)
+    (got,) = feed(Poisoned(weights), states, tokens, [(0, 0, 2)], [True])
+    assert distance(got, alone(TorchKernels(weights), right, tokens[0], 0, [])) <= TOLERANCE
+    assert distance(states.cpu(), right) <= TOLERANCE
+
+
 def test_a_segment_longer_than_a_round() -> None:
     weights = synthetic_weights(model(2, 1, 17, 34, 40), 0.3)
     sequences = {0: text(3, 40), 1: text(37, 40, 1), 2: text(5, 40, 2)}
@@ -254,12 +284,12 @@ def test_angles_far_out(position: int) -> None:
 
 
 def test_rounds_keep_segments_whole_and_no_two_pieces_of_one_together() -> None:
-    found = list(rounds([0, 3, 4, 24, 25, 27], [7, 1, 5, 0, 2], 8))
+    found = list(rounds([0, 3, 4, 24, 25, 27], [7, 1, 5, 0, 2], [False, True, True, True, False], 8))
     assert found == [
-        (0, [0, 3, 4], [7, 1]),
-        (4, [0, 8], [5]),
-        (12, [0, 8], [5]),
-        (20, [0, 4, 5, 7], [5, 0, 2]),
+        (0, [0, 3, 4], [7, 1], [False, True]),
+        (4, [0, 8], [5], [False]),
+        (12, [0, 8], [5], [False]),
+        (20, [0, 4, 5, 7], [5, 0, 2], [True, True, False]),
     ]
 
 
@@ -310,3 +340,16 @@ def test_the_search_takes_the_fastest_of_each_kernel() -> None:
     best = tuning.search(cost)
     assert (best.part, best.span, best.chunk_tokens) == (256, 64, 32)
     assert asdict(best)["encode_tokens"] == 64
+
+
+def test_what_fires_is_counted_as_the_specification_does_and_changes_nothing() -> None:
+    weights = synthetic_weights(model(2, 2, 32, 64, 40), 0.3)
+    for lengths in ([1, 1, 1], [1, 30, 1], [70]):
+        bounds = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        batch = RaggedBatch(text(bounds[-1], 40), positions, bounds, range(len(lengths)))
+        found, expected = torch.full((2,), torch.nan, device=DEVICE), torch.full((2,), torch.nan)
+        looked = Poisoned(weights).forward(states_on_device(weights, 3), batch, found)
+        assert torch.equal(looked, Poisoned(weights).forward(states_on_device(weights, 3), batch))
+        TorchKernels(weights).forward(states_for(weights, 3), batch, expected)
+        torch.testing.assert_close(found.cpu(), expected, atol=1e-3, rtol=0)

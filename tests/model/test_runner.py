@@ -71,7 +71,7 @@ def test_hidden_vectors_are_summed_over_a_segment(runner: Runner) -> None:
 def test_running_out_of_memory_is_told_as_such(
     runner: Runner, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    def greedy(segments: object) -> None:
+    def greedy(*arguments: object) -> None:
         raise error
 
     monkeypatch.setattr(runner, "forward", greedy)

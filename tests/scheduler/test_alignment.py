@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
-from bdh_batch.messages import Delta, SamplingParams, TokenScore
+from bdh_batch.messages import Delta, Gathering, SamplingParams, TokenScore
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.text.stop_strings import StopStrings
 from bdh_batch.text.stream import TextStream
@@ -43,10 +43,11 @@ def deltas(
 )
 def test_scores_come_in_order_with_the_text_and_never_before(tokens: bytes, stop: list[str], show: bool) -> None:
     gained = deltas(tokens, tuple(stop), show=show)
-    whole = Delta()
+    gathering = Gathering()
     for delta in gained:
-        whole.absorb(delta)
-        assert all(begin < len(whole.text) for begin, _ in delta.scores or ())
+        gathering.add(delta)
+        assert all(begin < len(gathering.whole().text) for begin, _ in delta.scores or ())
+    whole = gathering.whole()
     scores = whole.scores or []
     known = tokens[: len(gained)]
     text, begins = decode(TOKENIZER, known)
