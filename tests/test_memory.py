@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -11,9 +12,11 @@ from bdh_batch import runtime
 from bdh_batch.errors import ConfigError
 from bdh_batch.model.config import BDHConfig
 from bdh_batch.model.state import StatePool
+from bdh_batch.settings import Engine, Scheduler, Settings
 
 CONFIG = BDHConfig(n_layer=1, n_embd=8, n_head=1, mlp_internal_dim_multiplier=2, vocab_size=256)
 CPU = torch.device("cpu")
+MIB, GIB = 2**20, 2**30
 
 
 @pytest.mark.parametrize(("fitting", "slots"), [(100, 64), (40, 32), (1, 1)])
@@ -51,3 +54,62 @@ def test_no_memory_at_all_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(runtime, "StatePool", none)
     with pytest.raises(ConfigError, match="state_memory"):
         runtime.take_states(CONFIG, 64, CPU, 0, torch.float32, 0)
+
+
+def budget(each: int, free: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:
+    monkeypatch.setattr(runtime, "free_memory", lambda device: free)
+    return runtime.state_budget(Engine(**options), CPU, each)
+
+
+@pytest.mark.parametrize(
+    ("free", "each", "options", "expected"),
+    [
+        (8 * GIB, MIB, {}, 2 * GIB),  # a quarter
+        (100 * GIB, MIB, {}, 4 * GIB),
+        (100 * GIB, 3 * GIB, {}, 12 * GIB),  # a few of a large model
+        (10 * GIB, 3 * GIB, {}, 5 * GIB),
+        (100 * GIB, MIB, {"state_memory_share": 0.5}, 50 * GIB),
+        (100 * GIB, MIB, {"state_memory": 7 * GIB}, 7 * GIB),
+    ],
+)
+def test_the_budget_is_modest_without_a_gpu_and_told_with_the_option_that_sets_it(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    free: int,
+    each: int,
+    options: dict[str, Any],
+    expected: int,
+) -> None:
+    with caplog.at_level(logging.INFO):
+        assert budget(each, free, monkeypatch, **options) == expected
+    assert ("engine.state_memory sets it" in caplog.text) == ("state_memory" not in options)
+
+
+def test_a_budget_above_what_is_free_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ConfigError, match=r"engine\.state_memory: 2,147,483,648 bytes asked for, 1,073,741,824 are free"
+    ):
+        budget(MIB, GIB, monkeypatch, state_memory=2 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("slots", "options", "running", "free_slots"),
+    [
+        (170, {}, 64, 85),
+        (62, {}, 62, 62),
+        (512, {}, 192, 256),
+        (170, {"max_running": 96}, 96, 117),
+        (170, {"max_running": 4}, 4, 85),
+    ],
+)
+def test_sequences_leave_memory_for_cached_prefixes_unless_more_are_asked_for(
+    slots: int, options: dict[str, Any], running: int, free_slots: int
+) -> None:
+    settings = Settings(scheduler=Scheduler(**options))
+    model: Any = None
+    scheduler = runtime.scheduler_for(settings, runtime.LoadedEngine(model, model, slots, 0, grows=True))
+    assert (scheduler.max_running, scheduler.policy.free_slots) == (running, free_slots)
+    assert scheduler.policy.idle_release == settings.engine.idle_release_seconds
+    on_gpu = runtime.scheduler_for(settings, runtime.LoadedEngine(model, model, slots, 0))
+    assert (on_gpu.max_running, on_gpu.policy.free_slots) == (min(slots, options.get("max_running", 256)), None)
+    assert on_gpu.policy.idle_release == 0

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from itertools import count
 
-from bdh_batch.scheduler.prefix_index import Entry, PrefixIndex, digests_at
+from bdh_batch.scheduler.prefix_index import End, Entry, PrefixIndex, digests_at
 
-__all__ = ["Entry", "PrefixCache", "digests_at"]
+__all__ = ["End", "Entry", "PrefixCache", "digests_at"]
 
 SMALL = 64  # entries that are not worth clearing out
 
@@ -64,6 +64,11 @@ class PrefixCache:
     def use(self, entry: Entry, now: float = 0.0) -> None:
         entry.uses += 1
         entry.worth, entry.used = self.worth(entry.length, entry.uses), now
+        self._rank(entry)
+
+    def demote(self, entry: Entry) -> None:
+        """It is of no more use than what has just gone, until someone uses it."""
+        entry.worth = self._age
         self._rank(entry)
 
     def move(self, entry: Entry, slot: int) -> None:

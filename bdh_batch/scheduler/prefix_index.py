@@ -9,6 +9,7 @@ from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from enum import Enum
 from hashlib import blake2b
 
 from bdh_batch.scheduler.prefixes import TOKEN_BYTES
@@ -16,6 +17,13 @@ from bdh_batch.scheduler.prefixes import TOKEN_BYTES
 TAIL = 8 * TOKEN_BYTES  # so many bytes at the end of a prefix almost always distinguish it from another
 
 Key = tuple[str, int, bytes]
+
+
+class End(Enum):
+    """What of a request ended where a state was taken; the next turn of a conversation mostly begins at one of them."""
+
+    PROMPT = "prompt"
+    COMPLETION = "completion"
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +39,7 @@ class Entry:
     used: float = 0.0  # seconds: when it was added, or last used
     awaited: int = 0  # sequences that wait to begin here
     worth: float = 0.0
+    end: End | None = None
 
     @classmethod
     def of(cls, namespace: str, prompt: bytes, length: int, slot: int) -> Entry:

@@ -15,12 +15,13 @@ from collections.abc import Iterable, Iterator
 from bdh_batch.messages import FinishReason
 from bdh_batch.scheduler.fair_queue import Line, count_out
 from bdh_batch.scheduler.places import Places
-from bdh_batch.scheduler.prefix_cache import Entry, PrefixCache
+from bdh_batch.scheduler.prefix_cache import End, Entry, PrefixCache
 from bdh_batch.scheduler.prefixes import RecentPrompts, common, pack
 from bdh_batch.scheduler.sequence import Sequence, Stage
 
 FIRST_POWER = 256
 LONG = 512  # tokens, from which on a prompt is worth a step more
+MEMORY = 8  # requests, after which it is believed that conversations go on in another way
 LEADERS = 64  # most sequences that one is compared with
 
 
@@ -44,6 +45,7 @@ class Sharing:
         self._recent = RecentPrompts()
         self._followers: dict[Sequence, dict[Sequence, int]] = {}  # by whom they wait for; and where
         self._leaders: dict[Sequence, Sequence] = {}  # of the followers
+        self._completions_go_on = 0  # above 0, more of late than prompts alone did
         self._fresh: list[Entry] = []  # their copies are part of the plan that is being made or computed
 
     @property
@@ -67,7 +69,8 @@ class Sharing:
         self.queries += len(sequence.prompt)
         found = 0 if entry is None else entry.length
         namespace, prompt = self._namespace(sequence), self._packed(sequence)
-        self._places.working_set.asked(namespace, prompt, len(sequence.prompt) - 1, found)
+        evicted = self._places.working_set.asked(namespace, prompt, len(sequence.prompt) - 1, found)
+        self._observe(evicted or entry)
         kept = entry is not None and self.cache.holds(entry)
         if entry is not None and (kept or entry.slot == sequence.slot):
             sequence.computed = entry.length
@@ -138,7 +141,9 @@ class Sharing:
         if self._keep and complete and sequence.computed >= self._least and sequence.computed > len(sequence.prompt):
             namespace, known = self._namespace(sequence), pack(sequence.known(0, sequence.computed))
             if self.cache.get(namespace, known, sequence.computed) is None:
-                self.cache.add(namespace, known, sequence.computed, slot, self._places.now)
+                entry = self.cache.add(namespace, known, sequence.computed, slot, self._places.now)
+                entry.end = End.COMPLETION
+                self._supersede(sequence, namespace, known)
                 self._places.cached += 1
                 return
         self._places.give(slot)
@@ -183,12 +188,31 @@ class Sharing:
                 return
             self._places.copy(sequence.slot, slot)
             entry = self.cache.add(namespace, prompt, at, slot, self._places.now)
+            entry.end = End.PROMPT if at == len(sequence.prompt) - 1 else None
             self._places.cached += 1
             self._fresh.append(entry)
         for follower in waiting:
             follower.expects = entry
         if entry is not None:
             entry.awaited += len(waiting)
+
+    def _observe(self, wanted: Entry | None) -> None:
+        """A request begins, or would have begun, at `wanted`: tells where the turns of conversations begin."""
+        if wanted is not None and wanted.end is not None:
+            vote = 1 if wanted.end is End.COMPLETION else -1
+            self._completions_go_on = max(-MEMORY, min(MEMORY, self._completions_go_on + vote))
+
+    def _supersede(self, sequence: Sequence, namespace: str, known: bytes) -> None:
+        """The completion of `sequence` is cached. So nobody will begin where the turn before it ended; nor where its
+        prompt did, if conversations go on from completions: not all templates repeat those as they were. What nobody
+        else has used is the first to go."""
+        superseded = {sequence.cached: 1}  # the uses that are its own
+        if self._completions_go_on >= 0:
+            superseded.setdefault(len(sequence.prompt) - 1, 0)
+        for length, uses in superseded.items():
+            entry = self.cache.get(namespace, known, length)
+            if entry is not None and entry.end is not None and entry.uses <= uses:
+                self.cache.demote(entry)
 
     def _wanted(self, sequence: Sequence, alone: bool) -> set[int]:
         last = len(sequence.prompt) - 1

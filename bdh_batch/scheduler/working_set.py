@@ -6,9 +6,9 @@ afterwards. So a slot whose memory holds nothing yet is used
 1. while fewer slots are touched than the working set has, which begins with `free_slots`;
 2. for a sequence, or for a state that sequences wait for, where nothing cached could be evicted instead.
 
-In all other cases the least useful cached prefix is evicted. The working set grows by one slot each time that a request
-asks for a prefix that had to go for it: more memory would have served that request. It shrinks by one for each slot
-that has been idle.
+In all other cases the least useful cached prefix is evicted. The working set grows each time that a request asks for a
+prefix that had to go for it, by what one request leaves: more memory would have served it. It shrinks by one for each
+slot that has been idle.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from bdh_batch.scheduler.prefix_index import Entry, PrefixIndex
 FILLED = 64  # sequences, which on a CPU fill the time of a step: more of them take turns
 RUNNING_SHARE = 3 / 8  # of the slots; so much is for sequences, where nobody said how many may run
 FREE_SHARE, CACHED_SHARE = 1 / 2, 1 / 8  # of the slots; at least the second is left for cached prefixes
+STEP = 2  # slots: what a request leaves is mostly the state where its prompt ends, and that where its answer does
 
 
 def running_slots(slots: int) -> int:
@@ -50,19 +51,20 @@ class WorkingSet:
 
     def evicted(self, entry: Entry) -> None:
         """The state of `entry` had to go."""
-        if self.free == self._slots:
-            return
         if (twin := self._evicted.twin(entry)) is not None:
             self._evicted.remove(twin)
         self._evicted.add(entry)
         if len(self._evicted) > self._slots:
             self._evicted.remove(next(iter(self._evicted)))
 
-    def asked(self, namespace: str, prompt: bytes, most: int, found: int) -> None:
-        """A prompt was looked up to its first `most` tokens, and the first `found` of them were cached."""
-        if (entry := self._evicted.find(namespace, prompt, most, above=found)) is not None:
+    def asked(self, namespace: str, prompt: bytes, most: int, found: int) -> Entry | None:
+        """A prompt was looked up to its first `most` tokens, and the first `found` of them were cached. Gives the entry
+        that had more of them, and had to go."""
+        entry = self._evicted.find(namespace, prompt, most, above=found)
+        if entry is not None:
             self._evicted.remove(entry)
-            self.size = min(self._slots, self.size + 1)
+            self.size = min(self._slots, self.size + STEP)
+        return entry
 
     def shrink(self) -> None:
         """A slot has been idle."""

@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import ctypes
+import mmap
 import resource
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from bdh_batch.model import pages
+from bdh_batch.model.config import BDHConfig
 from bdh_batch.model.pages import PagesAhead
+from bdh_batch.model.state import StatePool
 
 PAGES = 64  # of 4 KiB in a block
 
@@ -61,3 +66,62 @@ def test_a_system_that_cannot_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> 
         ahead.used(block)
         finish(ahead)
     assert len(asked) == 1
+
+
+def resident(block: torch.Tensor) -> int:
+    """Bytes of `block`, which begins where a page does, that lie in main memory."""
+    libc, pages_of = ctypes.CDLL(None, use_errno=True), -(-block.nbytes // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * pages_of)()
+    assert libc.mincore(ctypes.c_void_p(block.data_ptr()), ctypes.c_size_t(block.nbytes), found) == 0
+    return sum(page & 1 for page in found) * mmap.PAGESIZE
+
+
+@pytest.mark.parametrize("huge", [True, False])
+def test_reserved_memory_is_aligned_and_zero_and_takes_none_until_it_is_written(huge: bool) -> None:
+    blocks = pages.reserve((4, 2**20), torch.float32, huge)
+    assert blocks.data_ptr() % pages.HUGE == 0
+    assert [resident(block) for block in blocks] == [0, 0, 0, 0]
+    blocks[1] = 1.0
+    assert [resident(block) for block in blocks] == [0, 2**22, 0, 0]
+    assert blocks.sum() == 2**20
+
+
+def test_released_memory_is_gone_and_zero_and_neighbours_keep_theirs() -> None:
+    blocks = pages.reserve((3, 2**20), torch.float32).fill_(5.0)
+    assert pages.release(blocks[1])
+    assert [resident(block) for block in blocks] == [2**22, 0, 2**22]
+    assert [block.unique().tolist() for block in blocks] == [[5.0], [0.0], [5.0]]
+
+
+def test_a_block_that_shares_its_pages_with_others_is_released_without_harm_to_them() -> None:
+    blocks = pages.reserve((5, 3000), torch.float32).fill_(5.0)
+    assert pages.release(blocks[2])
+    assert (blocks[[0, 1, 3, 4]] == 5.0).all()
+
+
+def test_memory_that_cannot_be_promised_is_a_memory_error() -> None:
+    with pytest.raises(MemoryError, match="cannot be had"):
+        pages.reserve((2**60,), torch.float32)
+
+
+def test_a_pool_gives_slots_back_and_clears_them_for_the_next() -> None:
+    config = BDHConfig(n_layer=2, n_embd=64, n_head=2, mlp_internal_dim_multiplier=64, vocab_size=256)
+    pool = StatePool(config, 4, torch.device("cpu"))
+    pool.states.fill_(torch.nan)
+    pool.release(2)
+    assert [resident(state) for state in pool.states] == [pool.states[0].nbytes * (at != 2) for at in range(4)]
+    for slot in (1, 2):
+        pool.clear(slot)
+        assert not pool.states[slot].any()
+    assert pool.states[3].isnan().all()
+
+
+def test_huge_pages_are_told_where_the_system_gives_them(tmp_path: Path) -> None:
+    block = pages.reserve((2**20,), torch.float32).fill_(1.0)
+    begin = block.data_ptr()
+    maps = tmp_path / "smaps"
+    text = "{:x}-{:x} rw-p 00000000 00:00 0 \nSize: 4 kB\nAnonHugePages:    {} kB\n"
+    maps.write_text(text.format(begin - 8, begin, 1) + text.format(begin, begin + 8, 4096) + text.format(1, 2, 3))
+    assert pages.in_huge_pages(block, maps) == 4096 * 1024
+    assert pages.in_huge_pages(block, tmp_path / "none") == 0
+    assert pages.in_huge_pages(block) >= 0

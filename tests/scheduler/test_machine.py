@@ -36,6 +36,8 @@ policies = st.builds(
     share_all=st.booleans(),
     min_shared=st.integers(1, 10),
     weights=st.just({"b": 3.0}),
+    free_slots=st.none() | st.integers(1, 5),
+    idle_release=st.sampled_from([0.0, 1.0, 5.0]),
 )
 
 
@@ -64,6 +66,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def run_plan(self, step: Step) -> None:
         """Computes `step`, after a look at the states that it builds on."""
         states = dict(self.runner.slots)
+        for slot in step.plan.releases:
+            states.pop(slot, None)
         for copy in step.plan.copies:
             states[copy.target] = states[copy.source]
         for sequence, segment in zip(step.sequences, step.plan.segments, strict=True):
@@ -119,7 +123,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now += 1.0
         self.take(self.scheduler.expire(self.now))
         step = self.scheduler.plan(self.now)
-        assert (step is None) == (not self.scheduler.has_work), "work is never stuck"
+        computes = step is not None and bool(step.plan.segments or step.plan.copies)
+        assert computes == self.scheduler.has_work, "work is never stuck"
         self.watch_waiting()
         if step is not None:
             self.run_plan(step)
