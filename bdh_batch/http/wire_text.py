@@ -8,9 +8,10 @@ from pydantic import Field
 
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.strict import Neutral, Wire
-from bdh_batch.http.wire import MAX_PRIORITY, Defaults, Prompts, to_prompts
+from bdh_batch.http.wire import Defaults, Prompts, to_prompts
 from bdh_batch.http.wire_chat import ConversationBody
 from bdh_batch.messages import GenerationRequest, Text
+from bdh_batch.settings import MAX_PRIORITY
 
 
 class EmbeddingBody(Wire):
