@@ -194,6 +194,8 @@ def scheduler_for(settings: Settings, engine: LoadedEngine) -> Scheduler:
         share_all=cache.shared,
         min_shared=cache.min_tokens,
         weights=chosen.weights,
+        patience=chosen.priority_patience_seconds,
+        queue_unit=max(1, chosen.max_queued_tokens // chosen.max_queued_requests),
     )
     return Scheduler(engine.slots, chosen.prefill_tokens, policy)
 

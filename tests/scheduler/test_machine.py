@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from math import inf
 from typing import Any
 
 from hypothesis import settings, strategies as st
@@ -11,6 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 
 from bdh_batch.errors import GenerationFailed
 from bdh_batch.messages import FinishReason
+from bdh_batch.scheduler.backlog import NO_UNIT
 from bdh_batch.scheduler.dealer import Step
 from bdh_batch.scheduler.prefix_cache import digests_at
 from bdh_batch.scheduler.prefixes import pack
@@ -36,6 +38,8 @@ policies = st.builds(
     share_all=st.booleans(),
     min_shared=st.integers(1, 10),
     weights=st.just({"b": 3.0}),
+    patience=st.sampled_from([inf, 2.0, 5.0, 20.0]),
+    queue_unit=st.sampled_from([4, NO_UNIT]),
 )
 
 
@@ -53,6 +57,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.shown: dict[Sequence, list[int]] = {}
         self.ends: dict[Sequence, list[FinishReason]] = {}
         self.passed_over: Counter[str] = Counter()  # plans on end, by key
+        self.outranked: Counter[Sequence] = Counter()  # plans on end
+        self.waiting: set[Sequence] = set()  # by what the scheduler says of changes
 
     def take(self, updates: list[Update]) -> None:
         for sequence, delta in updates:
@@ -106,6 +112,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.submitted += sequences
         for sequence in sequences:
             self.shown[sequence], self.ends[sequence] = [], []
+            sequence.arrived = self.now
         self.scheduler.submit(sequences)
         return multiple(*sequences)
 
@@ -121,6 +128,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         step = self.scheduler.plan(self.now)
         assert (step is None) == (not self.scheduler.has_work), "work is never stuck"
         self.watch_waiting()
+        self.watch_classes(step)
         if step is not None:
             self.run_plan(step)
 
@@ -138,10 +146,30 @@ class SchedulerMachine(RuleBasedStateMachine):
             bound = 3 + self.scheduler.policy.quantum + 2 * known
             assert self.passed_over[key] <= bound, "no key is starved"
 
-    @rule(count=st.integers(0, 3), tokens=st.integers(0, 20))
-    def shed(self, count: int, tokens: int) -> None:
+    def watch_classes(self, step: Step | None) -> None:
+        """Nobody goes without for longer than its patience because of its class: from then on, its tenant has a part
+        of the steps that those of earlier classes have, however many of them there are."""
+        alive = [sequence for sequence in self.submitted if sequence.finish_reason is None]
+        served = set() if step is None else set(step.sequences)
+        for sequence in alive:
+            earlier = any(other.priority < sequence.priority for other in served)
+            mine = any(other.key == sequence.key for other in served)
+            aged = self.now - sequence.served_at > self.scheduler.policy.patience
+            passed_over = aged and earlier and not mine and sequence.stage is not Stage.FOLLOWING
+            self.outranked[sequence] = self.outranked[sequence] + 1 if passed_over else 0
+            used = max((other.account.used for other in alive if other.scheduled is not None), default=0.0)
+            debt = max(0.0, sequence.account.used - used) if sequence.scheduled is not None else 0.0
+            known = sum(len(s.prompt) + len(s.generated) for s in alive if s.key != sequence.key and s.scheduled)
+            assert self.outranked[sequence] <= 3 + self.scheduler.policy.quantum + 2 * known + debt, "no class starves"
+
+    @rule(
+        count=st.integers(0, 3),
+        tokens=st.integers(0, 20),
+        line=st.tuples(st.integers(-1, 1), st.sampled_from("ab")),
+    )
+    def shed(self, count: int, tokens: int, line: tuple[int, str]) -> None:
         before = self.scheduler.waiting - self.scheduler.sharing.following
-        shed = self.scheduler.shed(count, tokens, BROKEN)
+        shed = self.scheduler.shed(count, tokens, line, BROKEN)
         self.take(shed)
         freed = sum(len(sequence.prompt) for sequence, _ in shed)
         assert len(shed) == before or (len(shed) >= count and freed >= tokens)
@@ -172,8 +200,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def is_sound(self) -> None:
-        if hasattr(self, "scheduler"):
-            self.scheduler.check()
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.check()
+        for sequence, change in self.scheduler.take_changes().items():
+            (self.waiting.add if change > 0 else self.waiting.remove)(sequence)
+        assert self.waiting == {s for s in self.submitted if s.stage in (Stage.QUEUED, Stage.FOLLOWING) and s.place}
+        assert self.scheduler.waiting == len(self.waiting)
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
