@@ -292,26 +292,32 @@ class Scheduler:
         self._resumable = sorted(self._suspended, key=LEAST_SERVED, reverse=True)
         self._turns_over = None
         self._beginning = [sequence for sequence in self._running if not sequence.generated]
-        while (candidate := self._next()) is not None:
-            victim = None
-            if len(self._running) >= self.width or not self._may_enter(candidate):
-                victim = self._victim(candidate)
-                if victim is None:
-                    return
+        while (next_one := self._next()) is not None:
+            candidate, victim = next_one
             if candidate.stage is Stage.QUEUED and self._follow(candidate):
                 continue
             if not self._run(candidate, victim, now):
                 return
 
-    def _next(self) -> Sequence | None:
-        """Of those in the queue and those suspended, one of the first class, of the tenant that has had least."""
+    def _next(self) -> tuple[Sequence, Sequence | None] | None:
+        """Who is to run, and who has to make room for it, if anyone."""
+        for candidate in self._candidates():
+            if len(self._running) < self.width and self._may_enter(candidate):
+                return candidate, None
+            if (victim := self._victim(candidate)) is not None:
+                return candidate, victim
+        return None
+
+    def _candidates(self) -> list[Sequence]:
+        """One of the queue and one of those suspended: of the first class, of the tenant that has had least. Where
+        nobody makes room for one of them, the other one's turn comes all the same."""
         fresh = self._queue.peek(self._first_class)
         resumed = self._resumable[-1] if self._resumable else None
         if fresh is None or resumed is None:
-            return resumed or fresh
+            return [one for one in (fresh, resumed) if one is not None]
         if fresh.rank == resumed.rank and not self._can_enter(fresh):
-            return resumed
-        return min(resumed, fresh, key=LEAST_SERVED)
+            return [resumed, fresh]
+        return sorted((resumed, fresh), key=LEAST_SERVED)
 
     def _can_enter(self, sequence: Sequence) -> bool:
         return self._may_enter(sequence) or (len(self._running) >= self.width and self._is_owed(sequence))

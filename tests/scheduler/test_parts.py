@@ -168,7 +168,7 @@ class FairQueueMachine(RuleBasedStateMachine):
         self.under_way: list[Sequence] = []
         self.places, self.now = 0, 0.0
 
-    @rule(tenant=st.integers(0, 6), tokens=st.integers(1, 30), priority=st.integers(-1, 1))
+    @rule(tenant=st.integers(0, 2), tokens=st.integers(1, 30), priority=st.sampled_from([0, 0, 0, -1, 1]))
     def push(self, tenant: int, tokens: int, priority: int) -> None:
         sequence = make_sequence([1] * tokens, 1, key=str(tenant), priority=priority)
         self.places += 1
@@ -180,6 +180,11 @@ class FairQueueMachine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.now += seconds
         self.queue.age(self.now)
+
+    @rule(times=st.integers(1, 4))
+    def serve_some(self, times: int) -> None:
+        for _ in range(times):
+            self.serve(-1)
 
     @rule(first=st.integers(-2, -1))
     def serve(self, first: int) -> None:
@@ -197,7 +202,7 @@ class FairQueueMachine(RuleBasedStateMachine):
         self.under_way.append(sequence)
 
     @precondition(lambda self: self.under_way)
-    @rule(which=st.integers(0, 99), tokens=st.integers(1, 30), ends=st.booleans(), comes_back=st.booleans())
+    @rule(which=st.integers(0, 99), tokens=st.integers(0, 30), ends=st.booleans(), comes_back=st.booleans())
     def compute(self, which: int, tokens: int, ends: bool, comes_back: bool) -> None:
         sequence = self.under_way[which % len(self.under_way)]
         sequence.served_at = self.now
