@@ -317,8 +317,8 @@ def test_a_stream_of_a_later_class_that_no_step_has_room_for_has_its_turn() -> N
     first = [make_sequence([3, number], 10_000, key="first") for number in range(100)]
     scheduler.submit([later, *first])
     last, waits = now, []
-    for number in range(3000):
-        if number == 500:
+    for number in range(1500):
+        if number == 300:
             prompt.arrived = now
             scheduler.submit([prompt])
         scheduler.submit([make_sequence([number % 251] * 16, 1, key="first")])

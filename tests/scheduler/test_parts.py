@@ -100,6 +100,20 @@ class TestFairQueue:
         queue.ended(given_up)
         assert (account.used, account.had) == (20, 20)
 
+    def test_who_is_refunded_comes_before_who_has_used_more(self) -> None:
+        prompts = {"a": [1] * 50, "b": [1] * 30}
+        queue = queue_of(*(make_sequence(prompts[key], 1, name=key, key=key) for key in "abab"))
+        given_up = queue.peek(0)
+        assert given_up is not None
+        queue.serve(given_up)
+        given_up.scheduled = 0.0
+        assert serve(queue) == "b"
+        after = queue.peek(0)
+        assert after is not None
+        assert (given_up.id, after.id) == ("a", "b")
+        queue.ended(given_up)
+        assert served(queue) == ["a", "b"]
+
     def test_a_weight_that_changes_leaves_nothing_owed(self) -> None:
         queue = queue_of(make_sequence([1] * 50, 1, key="a"))
         waiting = queue.peek(0)
@@ -166,7 +180,7 @@ class FairQueueMachine(RuleBasedStateMachine):
     def begin(self, patience: float) -> None:
         self.queue, self.plain = FairQueue(patience=patience), Plain(patience)
         self.under_way: list[Sequence] = []
-        self.places, self.now = 0, 0.0
+        self.places, self.now, self.level = 0, 0.0, 0.0
 
     @rule(tenant=st.integers(0, 2), tokens=st.integers(1, 30), priority=st.sampled_from([0, 0, 0, -1, 1]))
     def push(self, tenant: int, tokens: int, priority: int) -> None:
@@ -239,6 +253,8 @@ class FairQueueMachine(RuleBasedStateMachine):
         if hasattr(self, "queue"):
             assert set(self.queue) == set(self.plain.waiting)
             assert len(self.queue) == len(self.plain.waiting)
+            before, self.level = self.level, self.queue._level()
+            assert before <= self.level, "nothing is saved up"
 
 
 FairQueueMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
