@@ -113,7 +113,9 @@ def _add_keys_commands(keys: argparse.ArgumentParser, common: argparse.ArgumentP
     add.add_argument("--weight", metavar="NUMBER", help="its share beside other keys; else 1")
     add.add_argument("--requests-per-minute", metavar="N", help="else rate_limiting.requests_per_minute")
     add.add_argument("--tokens-per-minute", metavar="N", help="else rate_limiting.tokens_per_minute")
-    add.add_argument("--top-priority", metavar="N", help="the lowest `priority` of its requests; else any")
+    add.add_argument(
+        "--top-priority", metavar="N", help="the lowest `priority` of its requests; else scheduler.top_priority"
+    )
     add.set_defaults(run=_add_key)
     listing = actions.add_parser("list", parents=[file], help="the keys' names and rights")
     listing.set_defaults(run=_list_keys)

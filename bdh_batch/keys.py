@@ -4,6 +4,11 @@ A line of the file is a record in JSON, with the key's SHA-256 and never the key
 them; `#` begins a comment. A key that is made here has 256 random bits, which nobody can guess from a digest however
 fast the digest is: a plain SHA-256 is right for it, where a password would need a slow one.
 
+The file may be read while somebody writes it, and no part of a key may pass for a key. A plain key has at least
+`LEAST_PLAIN` visible ASCII characters, none of which a piece of a record would contain; what begins as our own keys do
+has their length; and a plain key at the end of the file counts once its line is ended. A record cannot be cut
+unnoticed: no proper prefix of a JSON object is one.
+
 Knows nothing of HTTP.
 """
 
@@ -16,8 +21,11 @@ import hashlib
 import hmac
 import logging
 import os
+import re
 import secrets
+import stat
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +38,13 @@ from bdh_batch.errors import ConfigError
 log = logging.getLogger(__name__)
 
 PREFIX = "bdh-"
+OWN_KEY = re.compile(PREFIX + r"[A-Za-z0-9_-]{43}")
+LEAST_PLAIN = 3  # characters of a key in plain: files that are there may hold short ones
+PLAIN_KEY = re.compile(f"[!#-z|~]{{{LEAST_PLAIN},}}")  # visible ASCII but for the quotes and braces of a record
+MOST_BYTES = 16 * 2**20  # of a file of keys
+OTHERS = stat.S_IRWXG | stat.S_IRWXO
 LOOK_SECONDS = 1.0  # between looks at the file
+WATCHER = "bdh-keys"  # the name of the thread that looks
 
 
 class Key(BaseModel):
@@ -45,7 +59,7 @@ class Key(BaseModel):
     weight: Annotated[float, Field(ge=0.001, le=1000)] | None = None  # its share beside other keys
     requests_per_minute: PositiveInt | None = None
     tokens_per_minute: PositiveInt | None = None
-    top_priority: int | None = None  # the lowest number, which goes first, that its requests may bear
+    top_priority: int | None = None  # the lowest `priority`, which goes first, of its requests; None is no such right
 
     @property
     def id(self) -> str:
@@ -65,6 +79,7 @@ class KeyFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._warned = False  # of its mode
 
     def read(self) -> list[Key]:
         return [key for _, key in self._lines() if key is not None]
@@ -72,7 +87,7 @@ class KeyFile:
     def stamp(self) -> object:
         """Changes whenever the file does. Raises OSError."""
         status = self.path.stat()
-        return status.st_ino, status.st_mtime_ns, status.st_size
+        return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
     def add(self, make: Callable[[str], Key]) -> str:
         """A new key, which is told here and nowhere else; `make` gets its digest."""
@@ -99,21 +114,47 @@ class KeyFile:
     def _lines(self) -> list[tuple[str, Key | None]]:
         """The lines as they are, and the key in each that has one."""
         try:
-            lines = self.path.read_text("utf-8-sig").splitlines()
+            *lines, rest = self._content().decode("utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{self.path} cannot be read ({_reason(error)})") from None
-        return [(line, self._key(line, number)) for number, line in enumerate(lines, 1)]
+        found = [(line, self._key(line, number, ended=True)) for number, line in enumerate(lines, 1)]
+        return [*found, (rest, self._key(rest, len(found) + 1, ended=False))] if rest else found
 
-    def _key(self, line: str, number: int) -> Key | None:
-        if not line.lstrip().startswith("{"):
-            plain = line.partition("#")[0].strip()
-            return Key(sha256=digest(plain)) if plain else None
-        try:
-            return Key.model_validate_json(line)
-        except ValidationError as error:
-            problem = error.errors(include_input=False)[0]  # what stands there may be a key
-            where = ".".join(map(str, problem["loc"])) or "the line"
-            raise ConfigError(f"{self.path}, line {number}: {where}: {problem['msg']}") from None
+    def _content(self) -> bytes:
+        """Whatever stands at the path, this neither waits for a writer, as opening a FIFO would, nor reads for ever."""
+        with open(os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ConfigError(f"{self.path} is not a regular file")
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ConfigError(f"{self.path} has more than {MOST_BYTES} bytes")
+        if status.st_mode & OTHERS and not self._warned:
+            self._warned = True
+            mode = stat.S_IMODE(status.st_mode)
+            log.warning("%s has mode %04o: others than its owner may use it; chmod 600 %s", self.path, mode, self.path)
+        return content
+
+    def _key(self, line: str, number: int, ended: bool) -> Key | None:
+        """Raises ConfigError, which never repeats the line: what stands there may be a key."""
+        if line.lstrip().startswith("{"):
+            try:
+                return Key.model_validate_json(line)
+            except ValidationError as error:
+                problem = error.errors(include_input=False)[0]
+                where = ".".join(map(str, problem["loc"])) or "the line"
+                raise ConfigError(f"{self.path}, line {number}: {where}: {problem['msg']}") from None
+        plain, comment, _ = line.partition("#")
+        plain = plain.strip()
+        if not plain:
+            return None
+        is_own = OWN_KEY.fullmatch(plain) is not None
+        if not is_own and (plain.startswith(PREFIX) or not PLAIN_KEY.fullmatch(plain)):
+            text = f"neither a record nor a key in plain ({LEAST_PLAIN} or more visible ASCII characters without quotes"
+            raise ConfigError(f"{self.path}, line {number}: {text} and braces; {PREFIX}… as it was made)")
+        if not (ended or comment or is_own):
+            raise ConfigError(f"{self.path}, line {number}: a newline has to end it; without one it may be half a key")
+        return Key(sha256=digest(plain))
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -196,10 +237,18 @@ class KeyRing:
             log.warning("the keys stay as they were: %s", error)
 
     async def watch(self) -> None:
-        """Refreshes for ever; the event loop does not wait for the disk."""
-        while True:
-            await asyncio.sleep(LOOK_SECONDS)
-            await asyncio.to_thread(self.refresh)
+        """Refreshes until it is cancelled, in a thread that keeps neither the event loop nor the end of the program
+        waiting where the file's disk hangs."""
+        stopped = threading.Event()
+        threading.Thread(target=self._watch, args=(stopped,), name=WATCHER, daemon=True).start()
+        try:
+            await asyncio.get_running_loop().create_future()
+        finally:
+            stopped.set()
+
+    def _watch(self, stopped: threading.Event) -> None:
+        while not stopped.wait(LOOK_SECONDS):
+            self.refresh()
 
     def _load(self) -> None:
         try:

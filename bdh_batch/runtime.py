@@ -225,6 +225,8 @@ def scheduler_for(settings: Settings, engine: LoadedEngine) -> Scheduler:
         weights=chosen.weights,
         free_slots=free_slots,
         idle_release=settings.engine.idle_release_seconds if engine.grows else 0.0,
+        patience=chosen.priority_patience_seconds,
+        queue_unit=max(1, chosen.max_queued_tokens // chosen.max_queued_requests),
     )
     return Scheduler(engine.slots, chosen.prefill_tokens, policy)
 

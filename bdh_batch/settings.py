@@ -36,6 +36,7 @@ from bdh_batch.errors import ConfigError
 LONGEST_SHOWN = 100  # characters of an option that does not exist
 ENV_PREFIX, ENV_DELIMITER = "BDH_", "__"
 SECRET = ("auth.api_keys", "rate_limiting.storage", "telemetry.otlp_endpoint")  # what is given there is not repeated
+MAX_PRIORITY = 1000  # of a request, above 0 and below
 UNITS = {
     "": 1,
     "b": 1,
@@ -84,10 +85,10 @@ def _one_worker(value: int) -> int:
 
 def _network(value: str) -> str:
     try:
-        ipaddress.ip_network(value, strict=False)
+        network = ipaddress.ip_network(value, strict=False)
     except ValueError:
         raise PydanticCustomError("network", "an address or a network is expected, as in 10.0.0.0/8") from None
-    return value
+    return str(network) if "/" in value else value  # uvicorn trusts none that is written with bits of a host
 
 
 def _storage(value: str) -> str:
@@ -216,6 +217,18 @@ class Scheduler(Section):
         None,
         allow_inf_nan=False,
         description="Seconds from a request's arrival to its end; a request may ask for less by x-request-timeout.",
+    )
+    top_priority: int = Field(
+        0,
+        ge=-MAX_PRIORITY,
+        le=MAX_PRIORITY,
+        description="The lowest priority of requests without a right of their own: without a key, or with a key "
+        "without a top_priority. Lower goes first; less is refused with 403.",
+    )
+    priority_patience_seconds: PositiveFloat = Field(
+        30.0,
+        allow_inf_nan=False,
+        description="Who has waited so long, for a place or for a share of a step, competes in the first class.",
     )
     weights: Weights = Field(
         {}, description="Shares of API keys, by the first 16 hex digits of the key's SHA-256; others have 1."

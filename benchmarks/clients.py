@@ -156,7 +156,7 @@ def wish(draw: random.Random, **more: object) -> Body:
         "prompt": draw.choice((text, list(text.encode()))),
         "max_tokens": draw.choice((1, 8, 64)),
         "n": draw.choice((1, 1, 1, 3)),
-        "priority": draw.choice((0, 0, 0, 1, -1)),
+        "priority": draw.choice((0, 0, 0, 1, 2)),
         "temperature": draw.choice((0, 1)),
         "stream": True,
     }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import stat
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -12,9 +14,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from bdh_batch import cli
+from bdh_batch import cli, keys
 from bdh_batch.errors import ConfigError
-from bdh_batch.keys import KeyFile, KeyRing, digest, new_key
+from bdh_batch.keys import PREFIX, KeyFile, KeyRing, digest, new_key
 
 Captured = pytest.CaptureFixture[str]
 
@@ -87,6 +89,13 @@ class TestCommands:
         assert len(KeyFile(path).read()) == 1
         assert run("list") == 2
         assert "auth.api_keys_file" in capsys.readouterr().err
+
+    def test_the_right_to_go_first_is_given_by_name(self, path: Path, capsys: Captured) -> None:
+        assert run("add", "--file", path, "--name", "first", "--top-priority", "-5") == 0
+        assert run("add", "--file", path, "--name", "other") == 0
+        assert [key.top_priority for key in KeyFile(path).read()] == [-5, None]
+        assert run("list", "--file", path) == 0
+        assert "top_priority=-5" in capsys.readouterr().out
 
     def test_files_that_cannot_be_used_are_named(self, path: Path, capsys: Captured) -> None:
         assert run("list", "--file", path) == 2
@@ -166,6 +175,112 @@ class TestRing:
             ring.refresh()
             assert not ring.find(secret)
             assert ring.find("other")
+
+    def test_a_line_that_is_being_written_lets_nothing_in(self, path: Path) -> None:
+        """Whatever part of the file is there when it is read."""
+        secret = add(path, "a")
+        old = path.read_text()
+        plain, own = "plain-key-of-the-other-team", f"{PREFIX}{'x' * 43}"
+        record = new_key(digest("a third key"), "b", {}).model_dump_json(exclude_none=True)
+        new = f"{old}# theirs\n{plain}\n{own}\n{record}\n"
+        whole = {secret, plain, own, "a third key"}
+        ring = KeyRing([], path)
+        for written in range(len(old), len(new) + 1):
+            path.write_text(new[:written])
+            ring.refresh()
+            assert ring.find(secret)
+            for begin in range(written):
+                piece = new[begin:written].rpartition("\n")[2]
+                assert piece in whole or not ring.find(piece), "no part of a line is a key"
+        assert all(map(ring.find, whole))
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            *(
+                "ab",
+                f"{PREFIX}abc",
+                f"{PREFIX}{'x' * 42}",
+                f"{PREFIX}{'x' * 44}",
+                "two words",
+                "clé-secrète",
+                "a\0bcdefgh",
+            ),
+            *('ab12cd"}', '"name":"a"}', 'sha256": "ab', "}", '{"sha256": "ab', "{"),
+        ],
+    )
+    def test_what_does_not_look_like_a_key_is_refused_by_its_line(self, path: Path, line: str) -> None:
+        path.write_text(f"plain-key\n{line}\n")
+        with pytest.raises(ConfigError, match=f"{path}, line 2") as refused:
+            KeyFile(path).read()
+        assert len(line) < 3 or line not in refused.value.message.partition("line 2")[2]
+
+    @pytest.mark.parametrize("end", [" # a note", f"\n{PREFIX}{'x' * 43}", "\r\n", "\n\n  "])
+    def test_a_last_line_that_cannot_be_half_needs_no_newline(self, path: Path, end: str) -> None:
+        path.write_text("plain-key" + end)
+        assert KeyRing([], path).find("plain-key")
+
+    def test_a_name_does_not_end_the_line_of_its_record(self, path: Path) -> None:
+        secret = add(path, "a\u2028b\u0085c")
+        found = KeyRing([], path).find(secret)
+        assert found is not None
+        assert found.name == "a\u2028b\u0085c"
+
+    @pytest.mark.parametrize("kind", ["fifo", "directory", "device", "huge", "dangling link"])
+    def test_outlives_a_file_that_is_none(self, path: Path, caplog: pytest.LogCaptureFixture, kind: str) -> None:
+        secret = add(path, "a")
+        ring = KeyRing([], path)
+        path.unlink()
+        if kind == "fifo":
+            os.mkfifo(path)
+        elif kind == "directory":
+            path.mkdir()
+        elif kind == "huge":
+            path.touch()
+            os.truncate(path, 2**40)
+        else:
+            path.symlink_to("/dev/zero" if kind == "device" else path.with_name("nowhere"))
+        ring.refresh()
+        ring.refresh()
+        (record,) = caplog.records
+        assert "the keys stay as they were" in record.getMessage()
+        assert str(path) in record.getMessage()
+        assert ring.find(secret)
+        with pytest.raises(ConfigError, match=str(path)):
+            KeyRing(["fixed-key"], path)
+
+    def test_a_file_that_others_can_read_is_warned_of_once(self, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        path.write_text("plain-key\n")
+        path.chmod(0o644)
+        ring = KeyRing([], path)
+        for mode in (0o640, 0o644):
+            path.write_text(f"plain-key-{mode}\n")
+            path.chmod(mode)
+            ring.refresh()
+        (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert f"chmod 600 {path}" in record.getMessage()
+
+    async def test_a_look_that_hangs_keeps_nobody_waiting(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Neither the event loop, nor the end of the program."""
+        ring = KeyRing(["fixed-key"], None)
+        looking, may_end = threading.Event(), threading.Event()
+
+        def hang() -> None:
+            looking.set()
+            may_end.wait(60)
+
+        monkeypatch.setattr(keys, "LOOK_SECONDS", 0.0)
+        monkeypatch.setattr(ring, "refresh", hang)
+        watching = asyncio.create_task(ring.watch())
+        assert await asyncio.to_thread(looking.wait, 60)
+        (thread,) = [thread for thread in threading.enumerate() if thread.name == keys.WATCHER]
+        assert thread.daemon
+        watching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await watching
+        may_end.set()
+        await asyncio.to_thread(thread.join, 60)
+        assert not thread.is_alive()
 
     @pytest.mark.parametrize("plain", [[], [""], ["a", ""]])
     def test_without_a_key_is_refused(self, plain: list[str]) -> None:

@@ -41,7 +41,8 @@ def create_app(
         metrics.refused("deadline" if isinstance(error, TooLate) else "queue_full")
         return await handle_error(request, error)
 
-    routes = Routes(gate, metrics, settings, Quota(rates, settings.limits.max_prompt_tokens)).table()
+    quota = Quota(rates, settings.limits.max_prompt_tokens, settings.scheduler.top_priority)
+    routes = Routes(gate, metrics, settings, quota).table()
     app = Starlette(
         routes=routes,
         middleware=_middleware(settings, keys, rates),

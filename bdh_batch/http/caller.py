@@ -41,10 +41,16 @@ class Caller:
         if not self.may_use(names):
             raise Forbidden(f"This key may not use the model {name!r}.", "model")
 
-    def check_priority(self, priority: int) -> None:
-        """Raises Forbidden where its key may not go before others so far."""
-        if self.key is not None and self.key.top_priority is not None and priority < self.key.top_priority:
-            raise Forbidden(f"This key's requests may have a priority of {self.key.top_priority} or more.", "priority")
+    def check_priority(self, priority: int, least: int) -> None:
+        """Raises Forbidden where it may not go before others so far: by its key's right, or, without one, `least`."""
+        own = None if self.key is None else self.key.top_priority
+        if priority >= (least if own is None else own):
+            return
+        if own is None:
+            text = f"Without a key that may go first, a priority is {least} or more here (scheduler.top_priority)"
+        else:
+            text = f"This key's requests may have a priority of {own} or more (its top_priority)"
+        raise Forbidden(f"{text}, not {priority}.", "priority")
 
 
 def by_key(key: Key) -> Caller:

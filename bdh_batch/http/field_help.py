@@ -54,7 +54,7 @@ HELP = {
     "parsed": "A label: what an official client adds to an answer that it sends back.",
     "parsed_arguments": "A label, as `parsed`.",
     "presence_penalty": "Taken off the score of each token that the answer has.",
-    "priority": "Lower goes first; 0 unless told.",
+    "priority": "Lower goes first; 0 unless told, and less only by right: `scheduler.top_priority`, or the key's.",
     "prompt": "A text, or token ids, or a list of either; each gets its own answers.",
     "TokenizeText.prompt": "The text.",
     "regex": "The answer matches this regular expression.",

@@ -46,11 +46,13 @@ class Quota:
     """
     Args:
         max_prompt_tokens: of each prompt; None is no limit but the model's.
+        top_priority: the lowest `priority` of requests whose key has no right of its own to one.
     """
 
-    def __init__(self, rates: Rates, max_prompt_tokens: int | None) -> None:
+    def __init__(self, rates: Rates, max_prompt_tokens: int | None, top_priority: int = 0) -> None:
         self._rates = rates
         self._max_prompt_tokens = max_prompt_tokens
+        self._top_priority = top_priority
 
     async def start(self, request: Request, backend: Backend, requests: Sequence[GenerationRequest]) -> Generation:
         """Starts all of `requests` for whoever sent `request`, or none.
@@ -61,7 +63,7 @@ class Quota:
             RateLimited, QueueFull, Unavailable: not now.
         """
         caller: Caller = request.state.caller
-        caller.check_priority(requests[0].priority)
+        caller.check_priority(requests[0].priority, self._top_priority)
         mine = [
             replace(each, key=caller.namespace, tenant=caller.label, weight=caller.weight)
             for each in await backend.tokenized(requests)

@@ -1,8 +1,8 @@
 """How often, and how much, each caller may ask in a minute; counted in this process, or in a Redis that several share.
 
-Requests are counted in any minute, refused ones that were let in included. Tokens are counted in minutes that begin
-with a caller's first request, as they are reserved: what a request may need at most is taken when it comes, and what it
-did not use is given back at its end, so that no crowd of long answers gets past the limit together.
+Requests are counted in any minute, refused ones that were let in included. So are tokens, in the minute in which they
+are reserved: what a request may need at most is taken when it comes, and what it did not use is given back at its end,
+if that is within the minute. No crowd of long answers gets past the limit together, and no minute has more than it.
 
 Redis is spoken to on threads of its own, so that the event loop never waits for it. While it cannot be reached, this
 process counts for itself: limits still hold, if only here.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,37 +19,31 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
-from limits import RateLimitItem, RateLimitItemPerMinute
-from limits.errors import StorageError
-from limits.storage import MemoryStorage, RedisStorage, Storage
-from limits.strategies import MovingWindowRateLimiter
-
-from bdh_batch.errors import ConfigError, InvalidRequest
+from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.caller import Caller
 from bdh_batch.http.errors import RateLimited
-from bdh_batch.settings import RateLimiting, without_password
+from bdh_batch.http.ledger import Grant, Ledger, MemoryLedger, Unreachable, connect, whole_seconds
+from bdh_batch.settings import RateLimiting
 from bdh_batch.telemetry import Metrics
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-MINUTE = 60  # seconds
-REDIS_SECONDS = 1.0  # that it may take to answer
-RETRY_SECONDS = 5.0  # after which one that did not is asked again
+RETRY_SECONDS = 5.0  # after which a Redis that did not answer is asked again
 THREADS = 8
-SAME = 2.0  # seconds that two readings of one window's end may differ: Redis tells whole ones
+TIDY_SECONDS = 1.0  # between looks for callers that can be forgotten
+TIDY_MOST = 5000  # of them at a time: some milliseconds
 PREFIX = "x-ratelimit-"
 HEADERS = [f"{PREFIX}{part}-{of}" for of in ("requests", "tokens") for part in ("limit", "remaining", "reset")]
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Tokens that a request may use: where they are counted, and until when (Unix seconds)."""
+    """Tokens that a request may use, and where they are counted."""
 
-    storage: Storage
-    window: str
-    until: float
+    ledger: Ledger
+    grant: Grant
     tokens: int
 
 
@@ -63,7 +56,7 @@ class Rates:
     def __init__(self, settings: RateLimiting, metrics: Metrics) -> None:
         self._settings = settings
         self._metrics = metrics
-        self._ledger = Ledger(settings.storage, metrics.rate_storage_failed)
+        self._ledgers = Ledgers(settings.storage, metrics.rate_storage_failed)
         self._settling: set[asyncio.Task[None]] = set()
 
     async def count_request(self, caller: Caller, standing: dict[str, str]) -> None:
@@ -72,13 +65,13 @@ class Rates:
         Raises:
             RateLimited: it is one too many.
         """
-        item = self._limit(caller, "requests_per_minute")
-        if item is None:
+        limit = self._limit(caller, "requests_per_minute")
+        if limit is None:
             return
-        allowed, remaining, wait = await self._ledger.ask(partial(_hit, item, caller.label))
-        _tell(standing, "requests", item.amount, remaining, wait)
-        if not allowed:
-            raise self._refusal(f"Limited to {item.amount} requests a minute.", wait)
+        _, grant = await self._ledgers.ask(partial(_take, "requests", caller, 1, limit))
+        _tell(standing, "requests", limit, grant)
+        if not grant.granted:
+            raise self._refusal(f"Limited to {limit} requests a minute.", grant)
 
     async def reserve(
         self, caller: Caller, tokens: int, standing: dict[str, str], param: str = "max_tokens"
@@ -89,118 +82,102 @@ class Rates:
             InvalidRequest: so many are not to be had in any minute.
             RateLimited: not now.
         """
-        item = self._limit(caller, "tokens_per_minute")
-        if item is None:
+        limit = self._limit(caller, "tokens_per_minute")
+        if limit is None:
             return None
-        if tokens > item.amount:
-            text = f"The request may need {tokens} tokens, and {item.amount} a minute are all there is; ask for fewer."
+        if tokens > limit:
+            text = f"The request may need {tokens} tokens, and {limit} a minute are all there is; ask for fewer."
             raise InvalidRequest(text, param, "tokens_per_minute_exceeded")
-        reservation, remaining, wait = await self._ledger.ask(partial(_reserve, item, caller.label, tokens))
-        _tell(standing, "tokens", item.amount, remaining, wait)
-        if reservation is None:
-            text = f"Limited to {item.amount} tokens a minute: the request may need {tokens}, {remaining} are left."
-            raise self._refusal(text, wait)
-        return reservation
+        ledger, grant = await self._ledgers.ask(partial(_take, "tokens", caller, tokens, limit))
+        _tell(standing, "tokens", limit, grant)
+        if not grant.granted:
+            text = f"Limited to {limit} tokens a minute: the request may need {tokens}, {grant.remaining} are left."
+            raise self._refusal(text, grant)
+        return Reservation(ledger, grant, tokens)
 
     def settle(self, reservation: Reservation, used: int) -> None:
         """Gives back what was reserved and not used; does not wait for that."""
         if used < reservation.tokens:
-            task = asyncio.ensure_future(self._ledger.ask(partial(_give_back, reservation, reservation.tokens - used)))
+            unused = reservation.tokens - used
+            task = asyncio.ensure_future(self._ledgers.ask(partial(_give_back, reservation, unused)))
             self._settling.add(task)
             task.add_done_callback(self._settling.discard)
 
-    def _limit(self, caller: Caller, kind: str) -> RateLimitItem | None:
+    def _limit(self, caller: Caller, kind: str) -> int | None:
         """The key's own, else that of the settings, if they limit at all."""
-        amount = getattr(caller.key, kind, None)
-        if amount is None and self._settings.enabled:
-            amount = getattr(self._settings, kind)
-        return None if amount is None else RateLimitItemPerMinute(amount)
+        own: int | None = getattr(caller.key, kind, None)
+        common: int | None = getattr(self._settings, kind) if self._settings.enabled else None
+        return common if own is None else own
 
-    def _refusal(self, text: str, wait: int) -> RateLimited:
+    def _refusal(self, text: str, grant: Grant) -> RateLimited:
         self._metrics.refused("rate_limit_exceeded")
-        return RateLimited(text, retry_after=wait)
+        return RateLimited(text, retry_after=whole_seconds(grant.wait))
 
 
-class Ledger:
-    """Where is counted. In memory at once, in Redis on a thread; if that fails, in memory until it answers again."""
+class Ledgers:
+    """Where is counted. In memory at once, in Redis on a thread; if that fails, in memory until it answers again.
+
+    Raises:
+        ConfigError: Redis cannot be reached.
+    """
 
     def __init__(self, url: str, failed: Callable[[], None]) -> None:
         self._failed = failed
-        self._spare = MemoryStorage()
+        self._here = MemoryLedger()
         self._shared = None if url == "memory" else connect(url)
         self._threads = ThreadPoolExecutor(THREADS, "bdh-rates")
         self._away_until = 0.0
+        self._tidying = False
 
-    async def ask(self, work: Callable[[Storage], T]) -> T:
+    async def ask(self, work: Callable[[Ledger], T]) -> T:
         if self._shared is None or self._away:
-            return work(self._spare)
+            return self._ask_here(work)
         try:
             return await asyncio.get_running_loop().run_in_executor(self._threads, self._ask_shared, work)
-        except StorageError as error:
+        except Unreachable as error:
             if not self._away:
                 self._away_until = time.monotonic() + RETRY_SECONDS
                 log.warning("rate_limiting.storage does not answer, counting here meanwhile: %s", error)
             self._failed()
-            return work(self._spare)
+            return self._ask_here(work)
 
     @property
     def _away(self) -> bool:
         return time.monotonic() < self._away_until
 
-    def _ask_shared(self, work: Callable[[Storage], T]) -> T:
+    def _ask_shared(self, work: Callable[[Ledger], T]) -> T:
         assert self._shared is not None
         if self._away:  # found out while this one waited for a thread
-            raise StorageError(TimeoutError("it did not answer another request"))
+            raise Unreachable("it did not answer another request")
         return work(self._shared)
 
+    def _ask_here(self, work: Callable[[Ledger], T]) -> T:
+        result = work(self._here)
+        self._tidy_later()
+        return result
 
-def connect(url: str) -> RedisStorage:
-    """Raises ConfigError: the library is missing, or nothing answers there."""
-    try:
-        from redis.backoff import NoBackoff
-        from redis.retry import Retry
-    except ImportError as error:
-        raise ConfigError("rate_limiting.storage: Redis needs a package: pip install 'bdh-batch[redis]'") from error
-    storage = RedisStorage(
-        url,
-        key_prefix="bdh",
-        wrap_exceptions=True,
-        socket_timeout=REDIS_SECONDS,
-        socket_connect_timeout=REDIS_SECONDS,
-        retry=Retry(NoBackoff(), 1),  # type: ignore[arg-type]  # a connection may have died of idleness
-    )
-    if not storage.check():
-        raise ConfigError(f"rate_limiting.storage: nothing answers at {without_password(url)}")
-    return storage
+    def _tidy_later(self) -> None:
+        """Who has not come again is forgotten even if nobody else comes."""
+        if len(self._here) and not self._tidying:
+            self._tidying = True
+            asyncio.get_running_loop().call_later(TIDY_SECONDS, self._tidy)
+
+    def _tidy(self) -> None:
+        self._tidying = False
+        self._here.forget(TIDY_MOST)
+        self._tidy_later()
 
 
-def _hit(item: RateLimitItem, who: str, storage: Storage) -> tuple[bool, int, int]:
-    limiter = MovingWindowRateLimiter(storage)
-    allowed = limiter.hit(item, who)
-    window = limiter.get_window_stats(item, who)
-    return allowed, window.remaining, _seconds_until(window.reset_time)
+def _take(kind: str, caller: Caller, amount: int, limit: int, ledger: Ledger) -> tuple[Ledger, Grant]:
+    return ledger, ledger.take(f"{kind}/{caller.label}", amount, limit, own_log=caller.key is not None)
 
 
-def _reserve(item: RateLimitItem, who: str, tokens: int, storage: Storage) -> tuple[Reservation | None, int, int]:
-    window = item.key_for(who, "tokens")
-    taken = storage.incr(window, MINUTE, tokens)
-    until = storage.get_expiry(window)
-    if taken <= item.amount:
-        return Reservation(storage, window, until, tokens), item.amount - taken, _seconds_until(until)
-    taken = storage.incr(window, MINUTE, -tokens)
-    return None, max(0, item.amount - taken), _seconds_until(until)
+def _give_back(reservation: Reservation, tokens: int, ledger: Ledger) -> None:
+    """Only where they were taken."""
+    if ledger is reservation.ledger:
+        ledger.give_back(reservation.grant, tokens)
 
 
-def _give_back(reservation: Reservation, tokens: int, storage: Storage) -> None:
-    """A window that has ended since, or was counted elsewhere, has nothing to take back."""
-    if storage is reservation.storage and abs(storage.get_expiry(reservation.window) - reservation.until) < SAME:
-        storage.incr(reservation.window, MINUTE, -tokens)
-
-
-def _seconds_until(when: float) -> int:
-    return min(MINUTE, max(1, math.ceil(when - time.time())))
-
-
-def _tell(standing: dict[str, str], of: str, limit: int, remaining: int, wait: int) -> None:
-    parts = {"limit": str(limit), "remaining": str(remaining), "reset": f"{wait}s"}
+def _tell(standing: dict[str, str], of: str, limit: int, grant: Grant) -> None:
+    parts = {"limit": str(limit), "remaining": str(grant.remaining), "reset": f"{whole_seconds(grant.wait)}s"}
     standing.update({f"{PREFIX}{part}-{of}": value for part, value in parts.items()})

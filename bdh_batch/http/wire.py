@@ -20,6 +20,7 @@ from bdh_batch.http.strict import Neutral, Wire
 from bdh_batch.http.wire_chat import ConversationBody
 from bdh_batch.http.wire_format import Formatted
 from bdh_batch.messages import GenerationRequest, LogitBias, SamplingParams, Text
+from bdh_batch.settings import MAX_PRIORITY
 from bdh_batch.text.calls import OPEN
 from bdh_batch.text.grammar import Source
 
@@ -40,7 +41,6 @@ CHAT: Neutral = {**GENERATION, "best_of": (1,), "echo": (False,)}
 STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
 MAX_LOGPROBS = 20
 MAX_CHUNK = 1024
-MAX_PRIORITY = 1000
 
 
 @dataclass(frozen=True, slots=True)

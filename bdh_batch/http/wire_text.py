@@ -9,9 +9,10 @@ from pydantic import Field
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.sizes import BodyText, BodyTokens, Label
 from bdh_batch.http.strict import Neutral, Wire
-from bdh_batch.http.wire import MAX_PRIORITY, PromptList, to_prompts
+from bdh_batch.http.wire import PromptList, to_prompts
 from bdh_batch.http.wire_chat import ConversationBody
 from bdh_batch.messages import GenerationRequest, Text
+from bdh_batch.settings import MAX_PRIORITY
 
 
 class EmbeddingBody(Wire):

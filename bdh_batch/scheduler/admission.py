@@ -2,18 +2,17 @@
 
 Refused is what finds the queue full, in requests or in tokens, and what would wait past its deadline at the rate at
 which places have been given out of late. A full queue is full for those who fill it: one of an earlier class, or of a
-tenant with far fewer requests in it, is let in, and so many of the longest line are sent away.
+tenant with far fewer requests in it, is let in, and so many of those who fill it are sent away.
 """
 
 from __future__ import annotations
 
 import math
 import threading
-from collections import Counter
-from collections.abc import Sequence as Many
+from collections.abc import Mapping, Sequence as Many
 
 from bdh_batch.errors import InvalidRequest, QueueFull, TooLate
-from bdh_batch.scheduler.fair_queue import Line, count_out
+from bdh_batch.scheduler.backlog import NO_UNIT, Backlog, Line
 from bdh_batch.scheduler.sequence import Sequence
 
 HALF_LIFE = 10.0  # seconds after which a measured rate counts half
@@ -26,17 +25,25 @@ class Admission:
     Args:
         max_requests, max_tokens: most sequences, and tokens of their prompts, that may wait for a place.
         places: how many sequences can hold a state.
+        patience: seconds after which whoever waits competes in the first class.
+        unit: tokens of a prompt that fill the queue as another sequence does.
     """
 
-    def __init__(self, max_requests: int, max_tokens: int, places: int) -> None:
+    def __init__(
+        self,
+        max_requests: int,
+        max_tokens: int,
+        places: int,
+        patience: float = math.inf,
+        unit: int = NO_UNIT,
+    ) -> None:
         self.max_requests = max_requests
         self.max_tokens = max_tokens
         self._places = places
+        self._patience = patience
         self._lock = threading.Lock()
-        self._arriving: Counter[Line] = Counter()  # let in, and not yet in the scheduler
-        self._arriving_tokens = 0
-        self._waiting: Counter[Line] = Counter()  # in the scheduler
-        self._waiting_tokens = 0
+        self._backlog = Backlog(unit)
+        self._arriving = 0  # of those that wait, how many have not come to the scheduler yet
         self._free = places
         self._served = 0
         self._last_class: int | None = None
@@ -47,7 +54,7 @@ class Admission:
 
     @property
     def queued(self) -> int:
-        return self._arriving.total() + self._waiting.total()
+        return len(self._backlog)
 
     def admit(self, sequences: Many[Sequence], now: float) -> bool:
         """Counts all of `sequences`, or none. Gives whether others have to go for them.
@@ -64,33 +71,32 @@ class Admission:
             raise InvalidRequest(f"A request may have {self.max_tokens} prompt tokens in all here, prompts times n.")
         with self._lock:
             self._check_deadlines(sequences, now)
-            displacing = self._is_displacing(sequences[0].line, len(sequences), tokens)
-            self._arriving.update(sequence.line for sequence in sequences)
-            self._arriving_tokens += tokens
+            displacing = self._is_displacing(sequences, tokens)
+            for sequence in sequences:
+                self._backlog.add(sequence)
+            self._arriving += len(sequences)
             return displacing
 
-    def arrived(self, sequences: Many[Sequence]) -> None:
-        """The scheduler has taken them; its next `update` counts them."""
+    def arrived(self, sequences: Many[Sequence], changes: Mapping[Sequence, int]) -> None:
+        """The scheduler has taken them, and says by `changes` who waits there since then (1), and no longer (-1)."""
         with self._lock:
             for sequence in sequences:
-                count_out(self._arriving, sequence.line)
-            self._arriving_tokens -= sum(len(sequence.prompt) for sequence in sequences)
-            self._waiting.update(sequence.line for sequence in sequences)
-            self._waiting_tokens += sum(len(sequence.prompt) for sequence in sequences)
+                self._backlog.remove(sequence)
+            self._arriving -= len(sequences)
+            self._apply(changes)
 
     def update(
         self,
-        waiting: Counter[Line],
-        tokens: int,
+        changes: Mapping[Sequence, int],
         free: int,
         served: int,
         now: float,
         last_class: int | None = None,
     ) -> None:
-        """What waits in the scheduler, how many places are free, how many were ever given, before which class one
-        need not wait at all."""
+        """Who waits in the scheduler now, and no longer, how many places are free, how many were ever given, before
+        which class one need not wait at all."""
         with self._lock:
-            if self._updated is not None and self._waiting.total() > 0:
+            if self._updated is not None and len(self._backlog) > self._arriving:
                 seconds = now - self._updated
                 fade = 0.5 ** (seconds / HALF_LIFE)
                 given, passed = self._measured
@@ -100,26 +106,28 @@ class Admission:
             elif self._waited is not None and now - self._waited > FORGET:
                 # How it was says nothing any more, and would refuse whoever could find out.
                 self._measured, self._sent_away = (0.0, 0.0), 0.0
-            self._updated, self._served = now, served
-            self._waiting, self._waiting_tokens, self._free = waiting, tokens, free
+            self._updated, self._served, self._free = now, served, free
             self._last_class = last_class
+            self._apply(changes)
+
+    def _apply(self, changes: Mapping[Sequence, int]) -> None:
+        for sequence, change in changes.items():
+            (self._backlog.add if change > 0 else self._backlog.remove)(sequence)
 
     def expected_wait(self, more: int, line: Line) -> float:
         """Seconds until `more` sequences would all have a place; 0 while there is nothing to go by."""
-        priority, _ = line
-        if self._last_class is not None and priority < self._last_class:
-            return 0.0
-        own = self._count(line) + more
-        before = 0
-        # Others of the class take turns with this tenant, so that of each no more go first than it has itself.
-        for (other, whose), count in (self._arriving + self._waiting).items():
-            if (other, whose) != line and other <= priority:
-                before += count if other < priority else min(count, own)
+        priority, tenant = line
         given, passed = self._measured
-        return max(0, before + own - self._free) * passed / given if given > 0 else 0.0
+        if given <= 0 or (self._last_class is not None and priority < self._last_class):
+            return 0.0
 
-    def _count(self, line: Line) -> int:
-        return self._arriving[line] + self._waiting[line]
+        def seconds(ahead: int) -> float:
+            return max(0, ahead - self._free) * passed / given
+
+        wait = seconds(self._backlog.ahead(line, more))
+        if wait <= self._patience:
+            return wait
+        return min(wait, self._patience + seconds(self._backlog.ahead_in_turn(tenant, more)))
 
     def excess(self, requests: int, tokens: int, free: int) -> tuple[int, int]:
         """What is too much in a queue of so many requests and tokens of prompts, while so many places are free."""
@@ -127,28 +135,20 @@ class Admission:
             return 0, 0
         return max(0, requests - self.max_requests - free), max(0, tokens - self.max_tokens)
 
-    def _is_displacing(self, line: Line, more: int, tokens: int) -> bool:
-        """Whether others have to go that `more` of `line` can wait. Raises QueueFull where they may not."""
-        queued, waiting = self.queued, self._arriving_tokens + self._waiting_tokens
-        requests, surplus = self.excess(queued + more, waiting + tokens, self._free)
+    def _is_displacing(self, sequences: Many[Sequence], tokens: int) -> bool:
+        """Whether others have to go that they can wait. Raises QueueFull where those may not."""
+        queued, waiting = self.queued, self._backlog.tokens
+        requests, surplus = self.excess(queued + len(sequences), waiting + tokens, self._free)
         if not (requests or surplus):
             return False
-        if self._may_displace(line, more, tokens):
+        size = sum(map(self._backlog.size, sequences))
+        # One that would send away most of what waits does not.
+        if tokens * 2 <= self.max_tokens and self._backlog.gives_way(sequences[0].line, size):
             return True
         seconds = self.retry_after()
         self._sent_away += seconds
         many = f"{queued} requests" if requests else f"{waiting} prompt tokens"
         raise QueueFull(f"{many} are waiting already.", seconds)
-
-    def _may_displace(self, line: Line, more: int, tokens: int) -> bool:
-        """Whether there is a line so much longer that it stays the longer one, or one of a later class."""
-        own, (priority, _) = self._count(line), line
-        if tokens * 2 > self.max_tokens:  # it would send away most of what waits
-            return False
-        return any(
-            count >= more if other > priority else other == priority and count >= own + 2 * more
-            for (other, _), count in (self._arriving + self._waiting).items()
-        )
 
     def _check_deadlines(self, sequences: Many[Sequence], now: float) -> None:
         first = sequences[0]

@@ -16,7 +16,7 @@ from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.step_size import LEAST_PREFILL, StepSize
 
-PRIORITY = attrgetter("priority")
+RANK = attrgetter("rank")
 
 OLDEST = 8  # the oldest prompt gets an eighth of a step's prompt tokens for certain
 UNKNOWN = 1.0  # seconds that a prompt token takes, as long as that is not known: shorter ones come first
@@ -103,9 +103,9 @@ class Dealer:
         many places, unless those are of an earlier class. Never two on end."""
         if not prefilling or self._was_express or (had := had_by_many(running)) is None:
             return []
-        first = min(map(PRIORITY, running))
+        first = min(map(RANK, running))
         short = (s for s in prefilling if s.account.seats == 1 and s.pending <= self._size.prefill)
-        return [s for s in short if s.priority == first and s.account.had <= had + NOTHING]
+        return [s for s in short if s.rank == first and s.account.had <= had + NOTHING]
 
     def _time(self, running: list[Sequence]) -> float:
         """Seconds for this step. Who asks one thing after another comes when a step has just begun: where a key that
@@ -126,7 +126,7 @@ class Dealer:
         fitting = self.cost.decodes_within(target)
         if fitting is None or len(decoding) <= (width := max(least, fitting)):
             return decoding
-        return sorted(decoding, key=lambda s: (s.priority, s.last_token or 0.0))[:width]
+        return sorted(decoding, key=lambda s: (s.rank, s.last_token or 0.0))[:width]
 
     def _budget(self, target: float, decodes: int, held_back: int) -> int:
         """Prompt tokens of this step; `held_back` are those that step aside for them."""
@@ -142,11 +142,9 @@ class Dealer:
         waits for ever; then the key that has had least comes first. Within a key a prompt is due some times what it
         takes alone after it came: shorter ones overtake a longer one, but not all that come after it. None gets a few
         tokens for their own sake, as those cost as much as many."""
-        oldest = min(prefilling, key=lambda s: (s.priority, s.place))
+        oldest = min(prefilling, key=lambda s: (s.rank, s.place))
         patience = OLDEST * (self.cost.prompt_token or UNKNOWN)
-        order = sorted(
-            prefilling, key=lambda s: (s.priority, s is oldest, s.account.had, s.arrived + patience * s.pending)
-        )
+        order = sorted(prefilling, key=lambda s: (s.rank, s is oldest, s.account.had, s.arrived + patience * s.pending))
         reserve = max(1, budget // OLDEST)
         shares = []
         for sequence in order:

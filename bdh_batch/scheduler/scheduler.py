@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import chain, pairwise
+from math import inf
 from operator import attrgetter
 
 from bdh_batch.errors import BDHError, GenerationFailed, QueueTimeout, RunTimeout
 from bdh_batch.messages import Delta, FinishReason, Outcome
+from bdh_batch.scheduler.backlog import NO_UNIT, Line
 from bdh_batch.scheduler.deadlines import Deadlines
-from bdh_batch.scheduler.dealer import PRIORITY, Dealer, Step
-from bdh_batch.scheduler.fair_queue import Account, FairQueue, Line
+from bdh_batch.scheduler.dealer import RANK, Dealer, Step
+from bdh_batch.scheduler.fair_queue import Account, FairQueue
 from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.sequence import Sequence, Stage
 from bdh_batch.scheduler.sharing import Sharing
@@ -26,7 +28,7 @@ from bdh_batch.scheduler.step_size import StepSize
 Update = tuple[Sequence, Delta]
 
 USED = attrgetter("account.used")
-LEAST_SERVED = attrgetter("priority", "account.used", "since")
+LEAST_SERVED = attrgetter("rank", "account.used", "since")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ class Policy:
         weights: of tenants, in their share; one that is not named weighs 1.
         free_slots: slots whose memory may be touched before anything has shown that it is of use; None is all.
         idle_release: seconds after which the memory of idle slots goes back to the system; 0 is never.
+        patience: seconds after which whoever no step has computed anything of competes in the first class.
+        queue_unit: tokens of a prompt that fill the queue as another sequence does.
     """
 
     host_slots: int = 0
@@ -55,6 +59,8 @@ class Policy:
     weights: Mapping[str, float] = field(default_factory=dict)
     free_slots: int | None = None
     idle_release: float = 0.0
+    patience: float = inf
+    queue_unit: int = NO_UNIT
 
 
 @dataclass(slots=True)
@@ -84,7 +90,7 @@ class Scheduler:
         self._dealer = Dealer(self._size, policy.target_step)
         self.places = Places(slots, policy.host_slots, policy.free_slots, policy.idle_release)
         self.sharing = Sharing(self.places, policy.keep, policy.share_all, policy.min_shared)
-        self._queue = FairQueue(policy.weights)
+        self._queue = FairQueue(policy.weights, policy.patience, policy.queue_unit)
         self._deadlines = Deadlines()
         self._running: list[Sequence] = []  # both in the order in which they came to be so
         self._suspended: list[Sequence] = []
@@ -94,7 +100,10 @@ class Scheduler:
         self._resumable: list[Sequence] = []  # in this plan; whose turn it is comes last
         self._beginning: list[Sequence] = []  # in this plan, those that run and have generated nothing
         self._turns_over: list[Sequence] | None = None  # in this plan, once that is asked
-        self._last_class = 0  # no one that runs is of a later one
+        self._classes: Counter[int] = Counter()  # the priorities of all that have not ended
+        self._first_class = self._last_class = 0  # no one is of an earlier one, none that runs of a later one
+        self._mixed = False  # whether there was more than one when ranks were given last
+        self._changes: dict[Sequence, int] = {}  # who waits now, and did not when that was asked last: 1, or -1
 
     @property
     def waiting(self) -> int:
@@ -113,11 +122,6 @@ class Scheduler:
     def width(self) -> int:
         """Most sequences that run at a time."""
         return self._size.width
-
-    @property
-    def lines(self) -> Counter[Line]:
-        """How many wait, by priority and tenant."""
-        return self._queue.lines + self.sharing.lines
 
     @property
     def running(self) -> int:
@@ -156,13 +160,22 @@ class Scheduler:
                 continue
             self._arrivals += 1
             sequence.place, sequence.since = self._arrivals, self.counts.steps
+            sequence.served_at, sequence.rank = sequence.arrived, sequence.priority
+            self._classes[sequence.priority] += 1
             self._queue.push(sequence)
+            self._note(sequence, 1)
             self._deadlines.add(sequence)
 
-    def shed(self, count: int, tokens: int, error: BDHError) -> list[Update]:
-        """Ends the newest of the longest lines, `count` of them with `tokens` in their prompts, or more."""
+    def take_changes(self) -> dict[Sequence, int]:
+        """Who has come to wait since this was asked last (1), and who has ceased to (-1)."""
+        changes, self._changes = self._changes, {}
+        return changes
+
+    def shed(self, count: int, tokens: int, line: Line, error: BDHError) -> list[Update]:
+        """Ends `count` of those in the queue with `tokens` in their prompts, or more, for newcomers of `line`: the
+        newest of those who fill it."""
         updates: list[Update] = []
-        while (len(updates) < count or tokens > 0) and (newest := self._queue.newest()) is not None:
+        while (len(updates) < count or tokens > 0) and (newest := self._queue.newest(line)) is not None:
             updates += self._fail([newest], error)
             tokens -= len(newest.prompt)
         return updates
@@ -215,6 +228,7 @@ class Scheduler:
         self.counts.steps += 1
         for follower in self.sharing.advance(self._running):
             self._requeue(follower)
+        self._rank(now)
         self._seat(now)
         self.places.release_idle(self.sharing.cache)
         return self._dealer.deal(self._running, self.places, now)
@@ -226,6 +240,7 @@ class Scheduler:
         shares = zip(step.sequences, step.plan.segments, outcome.drawn, strict=True)
         for place, (sequence, segment, token) in enumerate(shares):
             sequence.computed += len(segment.tokens)
+            sequence.served_at = now
             if sequence.owed:
                 sequence.pay()
             if segment.targets:
@@ -265,35 +280,54 @@ class Scheduler:
 
     # Who runs
 
+    def _rank(self, now: float) -> None:
+        """Has everyone compete in its class, or, where it has waited too long, in the first."""
+        self._queue.age(now)
+        self._first_class = first = min(self._classes, default=0)
+        mixed = len(self._classes) > 1
+        if mixed or self._mixed:
+            latest = now - self.policy.patience
+            for sequence in chain(self._running, self._suspended):
+                if sequence.served_at <= latest and sequence.priority > first:
+                    sequence.aged = True
+                sequence.rank = first if sequence.aged else sequence.priority
+        self._mixed = mixed
+
     def _seat(self, now: float) -> None:
         """Gives places to those that wait, and takes turns and precedence into account."""
         if not (self._suspended or len(self._queue)):
             return
         self._swaps = max(1, self.width // self.policy.quantum)
-        self._last_class = max(map(PRIORITY, self._running), default=0)
+        self._last_class = max(map(RANK, self._running), default=0)
         self._resumable = sorted(self._suspended, key=LEAST_SERVED, reverse=True)
         self._turns_over = None
         self._beginning = [sequence for sequence in self._running if not sequence.generated]
-        while (candidate := self._next()) is not None:
-            victim = None
-            if len(self._running) >= self.width or not self._may_enter(candidate):
-                victim = self._victim(candidate)
-                if victim is None:
-                    return
+        while (next_one := self._next()) is not None:
+            candidate, victim = next_one
             if candidate.stage is Stage.QUEUED and self._follow(candidate):
                 continue
             if not self._run(candidate, victim, now):
                 return
 
-    def _next(self) -> Sequence | None:
-        """Of those in the queue and those suspended, one of the first class, of the tenant that has had least."""
-        fresh = self._queue.peek()
+    def _next(self) -> tuple[Sequence, Sequence | None] | None:
+        """Who is to run, and who has to make room for it, if anyone."""
+        for candidate in self._candidates():
+            if len(self._running) < self.width and self._may_enter(candidate):
+                return candidate, None
+            if (victim := self._victim(candidate)) is not None:
+                return candidate, victim
+        return None
+
+    def _candidates(self) -> list[Sequence]:
+        """One of the queue and one of those suspended: of the first class, of the tenant that has had least. Where
+        nobody makes room for one of them, the other one's turn comes all the same."""
+        fresh = self._queue.peek(self._first_class)
         resumed = self._resumable[-1] if self._resumable else None
         if fresh is None or resumed is None:
-            return resumed or fresh
-        if fresh.priority == resumed.priority and not self._can_enter(fresh):
-            return resumed
-        return min(resumed, fresh, key=LEAST_SERVED)
+            return [one for one in (fresh, resumed) if one is not None]
+        if fresh.rank == resumed.rank and not self._can_enter(fresh):
+            return [resumed, fresh]
+        return sorted((resumed, fresh), key=LEAST_SERVED)
 
     def _can_enter(self, sequence: Sequence) -> bool:
         return self._may_enter(sequence) or (len(self._running) >= self.width and self._is_owed(sequence))
@@ -301,7 +335,7 @@ class Scheduler:
     def _may_enter(self, sequence: Sequence) -> bool:
         if sequence.stage is Stage.SUSPENDED or self._holding < self.max_running:
             return True
-        lower = sum(other.priority > sequence.priority for other in self._suspended)
+        lower = sum(other.rank > sequence.rank for other in self._suspended)
         return self._holding - lower < self.max_running
 
     def _is_owed(self, sequence: Sequence) -> bool:
@@ -316,37 +350,37 @@ class Scheduler:
 
     def _victim(self, candidate: Sequence) -> Sequence | None:
         """Who has to make room: one of a lower class, or one whose turn is over, of the tenant that has had most."""
-        if self._running and self._last_class > candidate.priority:
-            worst = max(reversed(self._running), key=PRIORITY)
-            if worst.priority > candidate.priority:
+        if self._running and self._last_class > candidate.rank:
+            worst = max(reversed(self._running), key=RANK)
+            if worst.rank > candidate.rank:
                 return worst
         if self._swaps <= 0:
             return None
         mine = candidate.account
         if self._may_enter(candidate):
-            done = (s for s in self._done(candidate.priority) if s.account is mine or s.account.used >= mine.used)
+            done = (s for s in self._done(candidate.rank) if s.account is mine or s.account.used >= mine.used)
         elif self._is_owed(candidate):
             shares = self._shares_with(mine)
-            if not mine.seats and (surplus := self._surplus(candidate.priority, shares)) is not None:
+            if not mine.seats and (surplus := self._surplus(candidate.rank, shares)) is not None:
                 return surplus
-            done = (s for s in self._done(candidate.priority) if s.account.seats > shares[s.account])
+            done = (s for s in self._done(candidate.rank) if s.account.seats > shares[s.account])
         else:
             return None
         if candidate.stage is Stage.QUEUED and self.places.room <= self._scratch:
             done = (s for s in done if self._is_worth_displacing(s, candidate))
         return next(done, None)
 
-    def _done(self, priority: int) -> Iterator[Sequence]:
+    def _done(self, rank: int) -> Iterator[Sequence]:
         """Those of a class whose turn is over, of the tenant that has had most first."""
         if self._turns_over is None:
             last = self.counts.steps - self.policy.quantum
             over = [sequence for sequence in self._running if sequence.since <= last]
             self._turns_over = sorted(over, key=USED, reverse=True)
-        return (s for s in self._turns_over if s.priority == priority and s.stage is Stage.RUNNING)
+        return (s for s in self._turns_over if s.rank == rank and s.stage is Stage.RUNNING)
 
-    def _surplus(self, priority: int, shares: Mapping[Account, int]) -> Sequence | None:
+    def _surplus(self, rank: int, shares: Mapping[Account, int]) -> Sequence | None:
         """Of a class, one of a key above its share, which is left with another one: the one that has computed least."""
-        above = (s for s in self._running if s.priority == priority and s.account.seats > max(1, shares[s.account]))
+        above = (s for s in self._running if s.rank == rank and s.account.seats > max(1, shares[s.account]))
         return min(above, key=attrgetter("computed"), default=None)
 
     def _run(self, candidate: Sequence, victim: Sequence | None, now: float) -> bool:
@@ -365,9 +399,10 @@ class Scheduler:
         if victim is not None:
             self._suspend(victim)
             self.counts.preemptions += 1
-            self._swaps -= victim.priority == candidate.priority
+            self._swaps -= victim.rank == candidate.rank
         if fresh:
             self._queue.serve(candidate)
+            self._note(candidate, -1)
             self.sharing.begun(candidate, entry, alone=not self._running)
             self._sit(candidate, now)
         self._resume(candidate)
@@ -386,7 +421,9 @@ class Scheduler:
         assert slot is not None
         self.places.give(slot)
         sequence.restart()
+        self._demote(sequence)
         self._requeue(sequence)
+        self._note(sequence, 1)
         self.counts.preemptions += 1
         self._swaps -= 1
 
@@ -408,6 +445,11 @@ class Scheduler:
         self._running.remove(sequence)
         self._suspended.append(sequence)
         sequence.stage, sequence.since = Stage.SUSPENDED, self.counts.steps
+        self._demote(sequence)
+
+    def _demote(self, sequence: Sequence) -> None:
+        """It has given way, and waits in its own class again."""
+        sequence.aged, sequence.rank = False, sequence.priority
 
     def _resume(self, sequence: Sequence) -> None:
         if sequence.stage is Stage.SUSPENDED:
@@ -416,7 +458,7 @@ class Scheduler:
         self._running.append(sequence)
         if not sequence.generated:
             self._beginning.append(sequence)
-        self._last_class = max(self._last_class, sequence.priority)
+        self._last_class = max(self._last_class, sequence.rank)
         sequence.stage, sequence.since = Stage.RUNNING, self.counts.steps
         sequence.turn_began = len(sequence.generated)
 
@@ -432,6 +474,11 @@ class Scheduler:
         sequence.stage = Stage.QUEUED
         self._queue.push(sequence)
 
+    def _note(self, sequence: Sequence, change: int) -> None:
+        """It waits from now on (1), or no longer (-1)."""
+        if self._changes.pop(sequence, 0) + change:
+            self._changes[sequence] = change
+
     # Who is gone
 
     def _fail(self, sequences: Iterable[Sequence], error: BDHError) -> list[Update]:
@@ -444,18 +491,25 @@ class Scheduler:
         held = False
         for sequence in ended:
             stage, sequence.stage = sequence.stage, Stage.ENDED
-            sequence.account.refund(sequence.owed * sequence.price)
+            if not sequence.place:  # it has ended on its way here
+                continue
+            self._classes[sequence.priority] -= 1
+            if not self._classes[sequence.priority]:
+                del self._classes[sequence.priority]
             self.sharing.expect_no_more(sequence)
-            if stage is Stage.QUEUED and sequence.place:
+            if stage is Stage.QUEUED:
                 self._queue.remove(sequence)
+                self._note(sequence, -1)
             elif stage is Stage.FOLLOWING:
                 self.sharing.leave(sequence)
+                self._note(sequence, -1)
             elif stage in (Stage.RUNNING, Stage.SUSPENDED):
                 held = True
                 self._rise(sequence)
                 if not sequence.account.seats:
                     self._dealer.await_next(sequence.account)
                 self.sharing.bequeath(sequence)
+            self._queue.ended(sequence)
         if held:
             self._running = [sequence for sequence in self._running if sequence.stage is Stage.RUNNING]
             self._suspended = [sequence for sequence in self._suspended if sequence.stage is Stage.SUSPENDED]

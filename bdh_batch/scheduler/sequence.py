@@ -13,7 +13,8 @@ from typing import Protocol
 from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, NotFinite
 from bdh_batch.messages import Adjustment, Constraint, Delta, FinishReason, SamplingParams, Segment, TokenScore
 from bdh_batch.scheduler.alignment import Alignment
-from bdh_batch.scheduler.fair_queue import Account, Line
+from bdh_batch.scheduler.backlog import Line
+from bdh_batch.scheduler.fair_queue import Account
 from bdh_batch.scheduler.prefix_cache import Entry
 
 log = logging.getLogger(__name__)
@@ -87,6 +88,9 @@ class Sequence:
     stage: Stage = Stage.QUEUED
     place: int = 0  # in the order of arrival
     since: int = 0  # the step from which on it has been in its stage
+    served_at: float = 0.0  # when a step last computed something of it; before, when it arrived
+    aged: bool = False  # whether it waited too long for that, and competes in the first class while it holds its slot
+    rank: int = 0  # the class that it competes in
     turn_began: int = 0  # tokens generated before its present turn
     account: Account = field(default_factory=Account)
     owed: int = 0  # tokens of the prompt that its account was charged for and that were never computed

@@ -9,11 +9,9 @@ than sequences that wait for the first of them.
 from __future__ import annotations
 
 from bisect import insort
-from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from bdh_batch.messages import FinishReason
-from bdh_batch.scheduler.fair_queue import Line, count_out
 from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.prefix_cache import End, Entry, PrefixCache
 from bdh_batch.scheduler.prefixes import RecentPrompts, common, pack
@@ -36,7 +34,6 @@ class Sharing:
     def __init__(self, places: Places, keep: bool, share_all: bool, least: int) -> None:
         self.cache = PrefixCache(places.slots.device)
         self.queries = self.hits = self.cached_tokens = 0
-        self.lines: Counter[Line] = Counter()  # how many follow
         self.following_tokens = 0
         self._places = places
         self._keep = keep
@@ -50,7 +47,7 @@ class Sharing:
 
     @property
     def following(self) -> int:
-        return self.lines.total()
+        return len(self._leaders)
 
     @property
     def followers(self) -> Iterator[Sequence]:
@@ -99,7 +96,6 @@ class Sharing:
             insort(leader.cuts, shared)
         self._followers.setdefault(leader, {})[sequence] = shared
         self._leaders[sequence] = leader
-        self.lines[sequence.line] += 1
         self.following_tokens += len(sequence.prompt)
         return True
 
@@ -117,7 +113,6 @@ class Sharing:
         del self._followers[leader][follower]
         if not self._followers[leader]:
             del self._followers[leader]
-        count_out(self.lines, follower.line)
         self.following_tokens -= len(follower.prompt)
 
     def advance(self, running: Iterable[Sequence]) -> list[Sequence]:
@@ -164,7 +159,6 @@ class Sharing:
     def check(self) -> None:
         assert self._places.cached == len(self.cache), "kept states are counted"
         assert all(s.stage is Stage.FOLLOWING and s.slot is None for s in self.followers), "followers hold nothing"
-        assert self.following == len(list(self.followers)), "followers are counted"
         assert all(entry.awaited >= 0 for entry in self.cache), "who waits is counted"
         assert self.following_tokens == sum(len(s.prompt) for s in self.followers), "followers are counted"
         if not self._keep:
@@ -228,7 +222,7 @@ class Sharing:
         head = prompt[: 4 * self._least]
         best, longest, looked_at = None, self._least - 1, 0
         for leader in beginning:
-            if leader.priority > sequence.priority or not leader.packed.startswith(head):
+            if leader.rank > sequence.rank or not leader.packed.startswith(head):
                 continue
             if self._namespace(leader) != namespace:
                 continue

@@ -91,7 +91,10 @@ class Worker:
         self._scheduler = scheduler
         self._runner = runner
         self._observer = observer
-        self._admission = Admission(max_queued, max_queued_tokens, scheduler.max_running)
+        policy = scheduler.policy
+        self._admission = Admission(
+            max_queued, max_queued_tokens, scheduler.max_running, policy.patience, policy.queue_unit
+        )
         self._failed_steps = failed_steps
         self._trace = trace
         self._inbox: list[Message] = []
@@ -189,9 +192,9 @@ class Worker:
         if displacing:
             tokens = of.waiting_tokens + sum(len(sequence.prompt) for sequence in sequences)
             excess = self._admission.excess(of.waiting + len(sequences), tokens, of.free)
-            updates = of.shed(*excess, self._made_room())
+            updates = of.shed(*excess, sequences[0].line, self._made_room())
         of.submit(sequences)
-        self._admission.arrived(sequences)
+        self._admission.arrived(sequences, of.take_changes())
         if self._trace is not None:
             self._trace.submitted(sequences, time.monotonic())
         return updates
@@ -252,7 +255,7 @@ class Worker:
     def _count(self) -> None:
         """What waits, now that a plan has given out places or a step has ended some."""
         of, now = self._scheduler, time.monotonic()
-        self._admission.update(of.lines, of.waiting_tokens, of.free, of.counts.served, now, of.last_class)
+        self._admission.update(of.take_changes(), of.free, of.counts.served, now, of.last_class)
 
     def _compute(self, step: Step) -> list[Update]:
         self._planned = step

@@ -60,7 +60,7 @@ def client(tiny: Server) -> Iterator[BDHClient]:
 
 class TestCalls:
     def test_wishes_are_passed_on_typed(self, client: BDHClient) -> None:
-        answer = client.complete("ab", max_tokens=3, logit_bias=X, priority=-2, min_p=0.1, repetition_penalty=1.1)
+        answer = client.complete("ab", max_tokens=3, logit_bias=X, priority=2, min_p=0.1, repetition_penalty=1.1)
         assert answer.choices[0].text == "xxx"
         chosen = client.complete("ab", structured_outputs={"choice": ["yes", "no"]}, top_k=0, deadline=50.0)
         assert chosen.choices[0].text in ("yes", "no")

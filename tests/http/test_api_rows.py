@@ -88,7 +88,7 @@ BOTH: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
     ({"logit_bias": X, "n": 3}, lambda a: texts(a) == ["xxxx"] * 3 and [c.index for c in a.choices] == [0, 1, 2]),
     ({"logit_bias": X, "return_token_ids": True}, lambda a: a.choices[0].token_ids == [120] * 4),
     ({"logit_bias": X, "top_k": 5, "top_p": 0.5, "min_p": 0.5}, lambda a: texts(a) == ["xxxx"]),
-    ({"logit_bias": X, "priority": -3}, lambda a: texts(a) == ["xxxx"]),
+    ({"logit_bias": X, "priority": 3}, lambda a: texts(a) == ["xxxx"]),
     ({"structured_outputs": {"choice": ["yes"]}}, lambda a: texts(a)[0] in ("yes", "yes"[:4])),
     ({"structured_outputs": {"regex": "[0-9]{4}"}}, lambda a: str(texts(a)[0]).isdecimal()),
     ({"structured_outputs": {"json": {"const": 77}}}, lambda a: texts(a) == ["77"]),

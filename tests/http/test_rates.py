@@ -1,5 +1,5 @@
 """Requests and tokens per minute, in memory and in Redis, which is fakeredis here: it speaks the protocol over TCP, and
-runs the Lua scripts of `limits`, but it is not the real thing."""
+runs our Lua scripts, but it is not the real thing."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from bdh_batch.errors import ConfigError, InvalidRequest, QueueFull
 from bdh_batch.http import rates as rates_module
 from bdh_batch.http.caller import Caller, by_key
 from bdh_batch.http.errors import Forbidden, RateLimited
+from bdh_batch.http.ledger import KEPT
 from bdh_batch.http.quota import Quota
 from bdh_batch.http.rates import Rates
 from bdh_batch.keys import Key
@@ -115,15 +116,15 @@ async def test_more_tokens_than_a_minute_has_are_a_bad_request() -> None:
     assert refused.value.param == "input"
 
 
-async def test_a_window_that_has_ended_takes_nothing_back(storage: str, ann: Caller) -> None:
+async def test_what_does_not_count_any_more_is_not_given_back(storage: str, ann: Caller) -> None:
     rates, standing = rates_of(storage, tokens_per_minute=100), dict[str, str]()
     reservation = await rates.reserve(ann, 60, standing)
     assert reservation is not None
-    reservation.storage.clear(reservation.window)
-    rates.settle(reservation, 0)
+    late = replace(reservation.grant, slot=reservation.grant.slot - KEPT)
+    rates.settle(replace(reservation, grant=late), 0)
     await settled(rates)
     await rates.reserve(ann, 10, standing)
-    assert standing["x-ratelimit-remaining-tokens"] == "90"
+    assert standing["x-ratelimit-remaining-tokens"] == "30"
 
 
 async def test_a_keys_own_limits_hold_over_the_settings_and_without_them() -> None:
@@ -157,7 +158,7 @@ async def test_while_redis_is_away_limits_hold_here(
         storage = url.replace(":secret-word@", "")
         rates = Rates(RateLimiting(enabled=True, storage=storage, requests_per_minute=2), metrics)
         await rates.count_request(ann, {})
-    rates._ledger._shared.storage.connection_pool.disconnect()  # type: ignore[union-attr]
+    rates._ledgers._shared.client.connection_pool.disconnect()  # type: ignore[union-attr]
     for _ in range(2):
         await rates.count_request(ann, {})
     with pytest.raises(RateLimited):
@@ -254,10 +255,26 @@ async def test_a_generation_bears_whose_it_is() -> None:
     quota, backend = Quota(rates_of(), None), one_token()
     key = Key(sha256="b" * 64, weight=3.0, top_priority=0)
     await quota.start(request_of(by_key(key)), backend, ask("a", priority=0))
-    await quota.start(request_of(ANN), backend, ask("a", priority=-5))
+    await quota.start(request_of(ANN), backend, ask("a", priority=5))
     owned, free = backend.started
     assert (owned.key, owned.tenant, owned.weight) == (key.id, key.id, 3.0)
     assert (free.key, free.tenant, free.weight) == ("", "ann", None)
-    with pytest.raises(Forbidden) as refused:
-        await quota.start(request_of(by_key(key)), backend, ask("a", priority=-1))
+
+
+@pytest.mark.parametrize(
+    ("caller", "option", "least"),
+    [
+        (ANN, 0, 0),
+        (ANN, -3, -3),
+        (by_key(Key(sha256="b" * 64)), 0, 0),
+        (by_key(Key(sha256="b" * 64, top_priority=-5)), 0, -5),
+        (by_key(Key(sha256="b" * 64, top_priority=2)), 0, 2),
+    ],
+)
+async def test_nobody_goes_before_others_without_a_right_to_it(caller: Caller, option: int, least: int) -> None:
+    quota, backend = Quota(rates_of(), None, option), one_token()
+    await quota.start(request_of(caller), backend, ask("a", priority=least))
+    with pytest.raises(Forbidden, match="top_priority") as refused:
+        await quota.start(request_of(caller), backend, ask("a", priority=least - 1))
     assert refused.value.param == "priority"
+    assert len(backend.started) == 1

@@ -36,6 +36,7 @@ def crowded(serve: ServeFactory, tmp_path_factory: pytest.TempPathFactory) -> It
     options = [
         *("scheduler.max_running=8", "scheduler.quantum_steps=3", f"engine.state_memory={2 * STATE}"),
         *(f"prefix_cache.host_memory={20 * STATE}", "scheduler.max_queued_tokens=4000"),
+        "scheduler.top_priority=-5",
         f"scheduler.trace_file={trace}",
     ]
     with serve(*options, model=TINY) as server:

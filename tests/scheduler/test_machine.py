@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from math import inf
 from typing import Any
 
-from hypothesis import settings, strategies as st
+import pytest
+from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
 
 from bdh_batch.errors import GenerationFailed
 from bdh_batch.messages import FinishReason
+from bdh_batch.scheduler.backlog import NO_UNIT
 from bdh_batch.scheduler.dealer import Step
 from bdh_batch.scheduler.prefix_cache import digests_at
 from bdh_batch.scheduler.prefixes import pack
@@ -38,6 +41,8 @@ policies = st.builds(
     weights=st.just({"b": 3.0}),
     free_slots=st.none() | st.integers(1, 5),
     idle_release=st.sampled_from([0.0, 1.0, 5.0]),
+    patience=st.sampled_from([inf, 2.0, 5.0, 20.0]),
+    queue_unit=st.sampled_from([4, NO_UNIT]),
 )
 
 
@@ -55,6 +60,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.shown: dict[Sequence, list[int]] = {}
         self.ends: dict[Sequence, list[FinishReason]] = {}
         self.passed_over: Counter[str] = Counter()  # plans on end, by key
+        self.outranked: Counter[Sequence] = Counter()  # plans on end
+        self.waiting: set[Sequence] = set()  # by what the scheduler says of changes
 
     def take(self, updates: list[Update]) -> None:
         for sequence, delta in updates:
@@ -110,6 +117,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.submitted += sequences
         for sequence in sequences:
             self.shown[sequence], self.ends[sequence] = [], []
+            sequence.arrived = self.now
         self.scheduler.submit(sequences)
         return multiple(*sequences)
 
@@ -126,6 +134,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         computes = step is not None and bool(step.plan.segments or step.plan.copies)
         assert computes == self.scheduler.has_work, "work is never stuck"
         self.watch_waiting()
+        self.watch_classes(step)
         if step is not None:
             self.run_plan(step)
 
@@ -143,10 +152,30 @@ class SchedulerMachine(RuleBasedStateMachine):
             bound = 3 + self.scheduler.policy.quantum + 2 * known
             assert self.passed_over[key] <= bound, "no key is starved"
 
-    @rule(count=st.integers(0, 3), tokens=st.integers(0, 20))
-    def shed(self, count: int, tokens: int) -> None:
+    def watch_classes(self, step: Step | None) -> None:
+        """Nobody goes without for longer than its patience because of its class: from then on, its tenant has a part
+        of the steps that those of earlier classes have, however many of them there are."""
+        alive = [sequence for sequence in self.submitted if sequence.finish_reason is None]
+        served = set() if step is None else set(step.sequences)
+        for sequence in alive:
+            earlier = any(other.priority < sequence.priority for other in served)
+            mine = any(other.key == sequence.key for other in served)
+            aged = self.now - sequence.served_at > self.scheduler.policy.patience
+            passed_over = aged and earlier and not mine and sequence.stage is not Stage.FOLLOWING
+            self.outranked[sequence] = self.outranked[sequence] + 1 if passed_over else 0
+            used = max((other.account.used for other in alive if other.scheduled is not None), default=0.0)
+            debt = max(0.0, sequence.account.used - used) if sequence.scheduled is not None else 0.0
+            known = sum(len(s.prompt) + len(s.generated) for s in alive if s.key != sequence.key and s.scheduled)
+            assert self.outranked[sequence] <= 3 + self.scheduler.policy.quantum + 2 * known + debt, "no class starves"
+
+    @rule(
+        count=st.integers(0, 3),
+        tokens=st.integers(0, 20),
+        line=st.tuples(st.integers(-1, 1), st.sampled_from("ab")),
+    )
+    def shed(self, count: int, tokens: int, line: tuple[int, str]) -> None:
         before = self.scheduler.waiting - self.scheduler.sharing.following
-        shed = self.scheduler.shed(count, tokens, BROKEN)
+        shed = self.scheduler.shed(count, tokens, line, BROKEN)
         self.take(shed)
         freed = sum(len(sequence.prompt) for sequence, _ in shed)
         assert len(shed) == before or (len(shed) >= count and freed >= tokens)
@@ -177,8 +206,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def is_sound(self) -> None:
-        if hasattr(self, "scheduler"):
-            self.scheduler.check()
+        if not hasattr(self, "scheduler"):
+            return
+        self.scheduler.check()
+        for sequence, change in self.scheduler.take_changes().items():
+            (self.waiting.add if change > 0 else self.waiting.remove)(sequence)
+        assert self.waiting == {s for s in self.submitted if s.stage in (Stage.QUEUED, Stage.FOLLOWING) and s.place}
+        assert self.scheduler.waiting == len(self.waiting)
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -212,3 +246,111 @@ def test_nobody_begins_with_a_copy_that_a_failed_step_did_not_make() -> None:
             machine.advance()
     machine.fail_step()
     machine.teardown()
+
+
+@pytest.mark.parametrize("kind", ["queued", "suspended"])
+@settings(max_examples=int(os.environ.get("MACHINE_EXAMPLES", 25)), deadline=None)
+@given(
+    slots=st.integers(1, 4),
+    host_slots=st.integers(0, 4),
+    quantum=st.integers(1, 6),
+    patience=st.integers(1, 30),
+    flooding=st.integers(1, 3),
+    prompt=st.integers(1, 30),
+    late=st.lists(st.tuples(st.integers(0, 1000), st.integers(1, 6), st.booleans()), min_size=1, max_size=4),
+)
+def test_no_flood_of_an_earlier_class_keeps_another_one_waiting(
+    kind: str,
+    slots: int,
+    host_slots: int,
+    quantum: int,
+    patience: int,
+    flooding: int,
+    prompt: int,
+    late: list[tuple[int, int, bool]],
+) -> None:
+    """Keys with the right to go first, whose requests never end, or are followed by others. A step takes a second."""
+    policy = Policy(host_slots=host_slots, quantum=quantum, patience=patience, max_running=slots + host_slots)
+    scheduler, runner, now = Scheduler(slots, 16, policy), FakeRunner(), 0.0
+    flood: list[Sequence] = []
+    others = [
+        make_sequence([number + 1] * size, 3, key=f"late {number}", priority=priority)
+        for number, (priority, size, _) in enumerate(late)
+    ]
+
+    def advance() -> None:
+        nonlocal now
+        now += 1.0
+        for number in range(flooding):
+            waiting = [s for s in flood if s.stage is Stage.QUEUED and s.key == f"first {number}"]
+            for _ in range(len(waiting), slots + host_slots + 2):
+                endless = 10_000 if number % 2 else 5
+                flood.append(make_sequence([7] * prompt, endless, key=f"first {number}", priority=-1000))
+                flood[-1].arrived = now
+                scheduler.submit(flood[-1:])
+        step = scheduler.plan(now)
+        assert step is not None
+        scheduler.commit(step, runner.run(step.plan), now)
+        flood[:] = [sequence for sequence in flood if sequence.finish_reason is None]
+
+    if kind == "suspended":
+        scheduler.submit(others)
+        while not all(other.scheduled is not None or other.finish_reason for other in others[:slots]):
+            step = scheduler.plan(now)
+            assert step is not None
+            scheduler.commit(step, runner.run(step.plan), now)
+    for _ in range(10):
+        advance()
+    if kind != "suspended":
+        for other in others:
+            other.arrived = now
+        scheduler.submit(others)
+    tokens = sum(len(other.prompt) + 3 for other in others)
+    bound = 3 * len(others) * (patience + 3 * quantum + 2 * prompt + 10 * flooding) + 10 * tokens
+    for _ in range(bound):
+        if all(other.finish_reason is not None for other in others):
+            break
+        advance()
+    assert all(other.finish_reason is not None for other in others), "no class waits for ever"
+
+
+def test_a_stream_of_a_later_class_that_no_step_has_room_for_has_its_turn() -> None:
+    """A hundred streams of the first class fill every step's time; a prompt and a stream of a later one run beside."""
+    scheduler, runner, now = Scheduler(200, 16, Policy(target_step=0.02, patience=5.0)), FakeRunner(), 0.0
+    later = make_sequence([1], 10_000, key="later", priority=7)
+    prompt = make_sequence([2] * 200, 1, key="later", priority=7)
+    first = [make_sequence([3, number], 10_000, key="first") for number in range(100)]
+    scheduler.submit([later, *first])
+    last, waits = now, []
+    for number in range(1500):
+        if number == 300:
+            prompt.arrived = now
+            scheduler.submit([prompt])
+        scheduler.submit([make_sequence([number % 251] * 16, 1, key="first")])
+        step = scheduler.plan(now)
+        assert step is not None
+        now += 0.001 + 0.0003 * step.decodes + 0.0001 * step.prefill_tokens
+        scheduler.commit(step, runner.run(step.plan), now)
+        if later in step.sequences:
+            waits.append(now - last)
+            last = now
+    assert max(waits) <= 6.0
+    assert now - last <= 6.0
+    assert prompt.finish_reason is FinishReason.LENGTH
+
+
+def test_keys_that_hold_no_more_than_their_share_take_turns_for_the_last_place() -> None:
+    """One place on the device, three beside it. A key's stream runs, another's two are suspended, a third key comes:
+    nobody is above its share but the one whose turn is to come."""
+    scheduler, runner = Scheduler(1, 16, Policy(host_slots=3, quantum=1, max_running=4)), FakeRunner()
+    streams = [make_sequence([number], 10_000, key=key) for number, key in enumerate("aab")]
+    scheduler.submit(streams)
+    third = make_sequence([9], 3, key="c")
+    for number in range(200):
+        if number == 20:
+            scheduler.submit([third])
+        step = scheduler.plan(0.0)
+        assert step is not None
+        scheduler.commit(step, runner.run(step.plan), 0.0)
+    assert third.finish_reason is FinishReason.LENGTH
+    assert min(len(stream.generated) for stream in streams) > 40

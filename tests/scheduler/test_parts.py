@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
-from hypothesis import given, strategies as st
+import pytest
+from hypothesis import given, settings, strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from bdh_batch.scheduler import fair_queue
 from bdh_batch.scheduler.cost import StepCost
-from bdh_batch.scheduler.fair_queue import FairQueue
+from bdh_batch.scheduler.fair_queue import AGE, FORGET, FairQueue
 from bdh_batch.scheduler.prefix_cache import PrefixCache
 from bdh_batch.scheduler.prefixes import RECENT, RecentPrompts, common, pack
 from bdh_batch.scheduler.sequence import Sequence
@@ -27,10 +34,11 @@ def queue_of(*sequences: Sequence, weights: dict[str, float] | None = None) -> F
 
 def serve(queue: FairQueue) -> str | None:
     """The next one has its turn, and its prompt is computed."""
-    sequence = queue.peek()
+    sequence = queue.peek(min((waiting.priority for waiting in queue), default=0))
     if sequence is None:
         return None
     queue.serve(sequence)
+    sequence.scheduled = 0.0
     sequence.computed = len(sequence.prompt)
     sequence.pay()
     return sequence.id
@@ -68,22 +76,6 @@ class TestFairQueue:
         order = served(queue_of(*sequences, weights={"b": 1.0}))
         assert 28 <= order[:40].count("a") <= 32
 
-    @given(st.lists(st.tuples(st.integers(0, 12), st.integers(1, 30), st.booleans()), max_size=60))
-    def test_accounts_that_are_forgotten_change_nothing(self, arrivals: list[tuple[int, int, bool]]) -> None:
-        def order(few: int) -> list[str]:
-            queue, names = FairQueue(), []
-            queue._clear_at = few
-            for place, (tenant, tokens, has_turns) in enumerate(arrivals):
-                sequence = make_sequence([1] * tokens, 1, name=f"{tenant}/{place}", key=str(tenant))
-                sequence.place = place
-                queue.push(sequence)
-                queue._clear_at = min(queue._clear_at, few)
-                if has_turns:
-                    names += served(queue)
-            return names + served(queue)
-
-        assert order(1) == order(1000)
-
     def test_a_pause_saves_nothing_up(self) -> None:
         queue = queue_of(*(make_sequence([1], 1, name="a", key="a") for _ in range(50)))
         for _ in range(40):
@@ -96,26 +88,42 @@ class TestFairQueue:
 
     def test_what_was_charged_and_never_computed_is_no_debt(self) -> None:
         queue = queue_of(make_sequence([1] * 50, 1, key="a"), make_sequence([1] * 50, 1, key="a"))
-        given_up = queue.peek()
+        given_up = queue.peek(0)
         assert given_up is not None
         queue.serve(given_up)
+        given_up.scheduled = 0.0
         account = given_up.account
         assert (account.used, account.had) == (50, 0)
         given_up.computed = 20
         given_up.pay()
         assert (account.used, account.had) == (50, 20)
-        account.refund(given_up.owed * given_up.price)
+        queue.ended(given_up)
         assert (account.used, account.had) == (20, 20)
+
+    def test_who_is_refunded_comes_before_who_has_used_more(self) -> None:
+        prompts = {"a": [1] * 50, "b": [1] * 30}
+        queue = queue_of(*(make_sequence(prompts[key], 1, name=key, key=key) for key in "abab"))
+        given_up = queue.peek(0)
+        assert given_up is not None
+        queue.serve(given_up)
+        given_up.scheduled = 0.0
+        assert serve(queue) == "b"
+        after = queue.peek(0)
+        assert after is not None
+        assert (given_up.id, after.id) == ("a", "b")
+        queue.ended(given_up)
+        assert served(queue) == ["a", "b"]
 
     def test_a_weight_that_changes_leaves_nothing_owed(self) -> None:
         queue = queue_of(make_sequence([1] * 50, 1, key="a"))
-        waiting = queue.peek()
+        waiting = queue.peek(0)
         assert waiting is not None
         queue.serve(waiting)
+        waiting.scheduled = 0.0
         waiting.account.weigh(0.1)
         waiting.computed = 20
         waiting.pay()
-        waiting.account.refund(waiting.owed * waiting.price)
+        queue.ended(waiting)
         assert (waiting.account.used, waiting.account.had) == (20, 20)
 
     def test_who_worked_alone_is_in_nobodys_debt(self) -> None:
@@ -137,6 +145,176 @@ class TestFairQueue:
         queue.remove(sequences[0])
         queue.push(sequences[0])
         assert served(queue) == ["a", "b", "c"]
+
+
+class Plain:
+    """Who is next, by looking at all tenants and all that wait: what `FairQueue` says without."""
+
+    def __init__(self, patience: float) -> None:
+        self.patience = patience
+        self.waiting: list[Sequence] = []
+        self.used: dict[str, float] = {}
+        self.owed: Counter[str] = Counter()
+        self.charged: Counter[str] = Counter()  # sequences under way
+        self.most = 0.0
+
+    def push(self, sequence: Sequence) -> None:
+        tenant, busy = sequence.tenant, {s.tenant for s in self.waiting} | {*+self.charged}
+        had = [self.used[other] - self.owed[other] for other in busy]
+        if tenant not in busy:
+            self.used[tenant] = max(self.used.get(tenant, 0.0), min(had) if had else max([0.0, *self.used.values()]))
+        self.waiting.append(sequence)
+
+    def peek(self, first: int, now: float) -> Sequence | None:
+        def competes(sequence: Sequence) -> tuple[int, float, int]:
+            queue = [other for other in self.waiting if other.line == sequence.line]
+            head = min(queue, key=lambda other: other.place)
+            aged = now - head.served_at >= self.patience
+            return first if aged else sequence.priority, self.used[sequence.tenant], sequence.place
+
+        return min(self.waiting, key=competes, default=None)
+
+
+class FairQueueMachine(RuleBasedStateMachine):
+    @initialize(patience=st.sampled_from([math.inf, 5.0]))
+    def begin(self, patience: float) -> None:
+        self.queue, self.plain = FairQueue(patience=patience), Plain(patience)
+        self.under_way: list[Sequence] = []
+        self.places, self.now, self.level = 0, 0.0, 0.0
+
+    @rule(tenant=st.integers(0, 2), tokens=st.integers(1, 30), priority=st.sampled_from([0, 0, 0, -1, 1]))
+    def push(self, tenant: int, tokens: int, priority: int) -> None:
+        sequence = make_sequence([1] * tokens, 1, key=str(tenant), priority=priority)
+        self.places += 1
+        sequence.place, sequence.served_at = self.places, self.now
+        self.plain.push(sequence)
+        self.queue.push(sequence)
+
+    @rule(seconds=st.sampled_from([0.0, 1.0, 4.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+        self.queue.age(self.now)
+
+    @rule(times=st.integers(1, 4))
+    def serve_some(self, times: int) -> None:
+        for _ in range(times):
+            self.serve(-1)
+
+    @rule(first=st.integers(-2, -1))
+    def serve(self, first: int) -> None:
+        sequence = self.queue.peek(min([first, *(s.priority for s in self.queue)]))
+        assert sequence is self.plain.peek(min([first, *(s.priority for s in self.plain.waiting)]), self.now)
+        if sequence is None:
+            return
+        self.queue.serve(sequence)
+        self.plain.waiting.remove(sequence)
+        if sequence.scheduled is None:
+            self.plain.used[sequence.tenant] += len(sequence.prompt)
+            self.plain.owed[sequence.tenant] += len(sequence.prompt)
+            self.plain.charged[sequence.tenant] += 1
+        sequence.scheduled = self.now
+        self.under_way.append(sequence)
+
+    @precondition(lambda self: self.under_way)
+    @rule(which=st.integers(0, 99), tokens=st.integers(0, 30), ends=st.booleans(), comes_back=st.booleans())
+    def compute(self, which: int, tokens: int, ends: bool, comes_back: bool) -> None:
+        sequence = self.under_way[which % len(self.under_way)]
+        sequence.served_at = self.now
+        before = sequence.owed
+        sequence.computed = min(len(sequence.prompt), sequence.computed + tokens)
+        sequence.pay()
+        self.plain.owed[sequence.tenant] -= before - sequence.owed
+        sequence.account.used += 2
+        self.plain.used[sequence.tenant] += 2
+        if ends:
+            self.under_way.remove(sequence)
+            self.plain.used[sequence.tenant] -= sequence.owed
+            self.plain.owed[sequence.tenant] -= sequence.owed
+            self.plain.charged[sequence.tenant] -= 1
+            self.queue.ended(sequence)
+        elif comes_back:
+            self.under_way.remove(sequence)
+            self.plain.push(sequence)
+            self.queue.push(sequence)
+
+    @rule(which=st.integers(0, 99))
+    def leave(self, which: int) -> None:
+        if self.plain.waiting:
+            sequence = self.plain.waiting.pop(which % len(self.plain.waiting))
+            self.queue.remove(sequence)
+            if sequence.scheduled is not None:
+                self.plain.used[sequence.tenant] -= sequence.owed
+                self.plain.owed[sequence.tenant] -= sequence.owed
+                self.plain.charged[sequence.tenant] -= 1
+                self.queue.ended(sequence)
+
+    @invariant()
+    def counts(self) -> None:
+        if hasattr(self, "queue"):
+            assert set(self.queue) == set(self.plain.waiting)
+            assert len(self.queue) == len(self.plain.waiting)
+            before, self.level = self.level, self.queue._level()
+            assert before <= self.level, "nothing is saved up"
+
+
+FairQueueMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestFairQueueIsAsPlain = FairQueueMachine.TestCase
+
+
+class TestManyTenants:
+    def test_nothing_is_looked_at_for_each_of_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        looks = 0
+
+        def counted(key: Callable[[Any], Any]) -> Callable[[Any], Any]:
+            def look(item: Any) -> Any:
+                nonlocal looks
+                looks += 1
+                return key(item)
+
+            return look
+
+        queue = FairQueue(patience=30.0)
+        for ranking in (queue._by_had, queue._aged, queue._due):
+            ranking._key = counted(ranking._key)
+        monkeypatch.setattr(fair_queue, "TURN", counted(fair_queue.TURN))
+        for place in range(20_000):
+            sequence = make_sequence([1] * (1 + place % 7), 1, key=f"@{place}", priority=place % 2)
+            sequence.place = place
+            queue.push(sequence)
+        pushed, looks = looks, 0
+        assert pushed < 6 * 20_000
+        for plan in range(200):
+            queue.age(40.0 if plan > 100 else 1.0)
+            sequence_or_none = queue.peek(0)
+            assert sequence_or_none is not None
+            queue.serve(sequence_or_none)
+            sequence_or_none.scheduled = 1.0
+            queue.ended(sequence_or_none)
+        assert looks < 200 * (FORGET + 10 * AGE)
+        assert looks < 100 * 20_000 / 4
+
+    def test_idle_ones_are_forgotten(self) -> None:
+        queue = FairQueue()
+        for place in range(5000):
+            sequence = make_sequence([1] * 3, 1, key=f"@{place}")
+            sequence.place = place
+            queue.push(sequence)
+            serve(queue)
+            queue.ended(sequence)
+        assert len(queue._accounts) == len(queue._by_had) <= 2
+        assert len(queue._by_had._heap) < 200
+        assert not queue._queues
+        assert not queue._classes
+
+    def test_a_class_that_waits_too_long_takes_turns_with_the_first(self) -> None:
+        first = [make_sequence([1], 1, name="f", key="f", priority=-1000) for _ in range(6)]
+        later = [make_sequence([1], 1, name="l", key="l", priority=1000) for _ in range(3)]
+        queue = queue_of(*first, *later)
+        queue._patience = 30.0
+        queue.age(29.0)
+        assert [serve(queue) for _ in range(2)] == ["f", "f"]
+        queue.age(30.0)
+        assert served(queue) == ["l", "l", "f", "l", "f", "f", "f"]
 
 
 class TestPrefixes:

@@ -1,0 +1,139 @@
+"""How much waits, by priority and tenant, and whose requests give way where it is too much.
+
+No question or change goes over all tenants: it takes time by the root of how much waits, at most.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bdh_batch.scheduler.sequence import Sequence
+
+Line = tuple[int, str]  # who waits behind one another: a priority, and a tenant
+
+NO_UNIT = 2**62  # tokens: sequences are of one size, whatever their prompts
+
+
+class Lengths:
+    """A number for each of some tenants, and who has the largest."""
+
+    def __init__(self) -> None:
+        self.total = 0
+        self._of: dict[str, int] = {}
+        self._with: dict[int, dict[str, None]] = {}  # the tenants with each number; few numbers differ
+
+    def __getitem__(self, tenant: str) -> int:
+        return self._of.get(tenant, 0)
+
+    def add(self, tenant: str, more: int) -> None:
+        before = self._of.pop(tenant, 0)
+        after = before + more
+        if before:
+            alike = self._with[before]
+            del alike[tenant]
+            if not alike:
+                del self._with[before]
+        if after:
+            self._of[tenant] = after
+            self._with.setdefault(after, {})[tenant] = None
+        self.total += more
+
+    @property
+    def largest(self) -> int:
+        return max(self._with, default=0)
+
+    def largest_tenant(self) -> str:
+        return next(iter(self._with[self.largest]))
+
+    def within(self, most: int) -> int:
+        """The sum where no tenant counts more than `most`."""
+        return sum(min(number, most) * len(tenants) for number, tenants in self._with.items())
+
+
+class Backlog:
+    """
+    Args:
+        unit: so many tokens of a prompt count as one more sequence, where sizes are compared: a queue is bounded in
+            sequences and in tokens, and can be filled with either.
+    """
+
+    def __init__(self, unit: int = NO_UNIT) -> None:
+        self._unit = unit
+        self.tokens = 0  # of the prompts
+        self._counts: dict[int, Lengths] = {}  # of sequences, by priority
+        self._sizes: dict[int, Lengths] = {}
+        self._tenant_counts = Lengths()
+        self._tenant_sizes = Lengths()
+        self._priorities: dict[str, dict[int, int]] = {}  # at which each tenant waits, and with how many sequences
+
+    def __len__(self) -> int:
+        return self._tenant_counts.total
+
+    def size(self, sequence: Sequence) -> int:
+        return 1 + len(sequence.prompt) // self._unit
+
+    def add(self, sequence: Sequence) -> None:
+        self._change(sequence, 1)
+
+    def remove(self, sequence: Sequence) -> None:
+        self._change(sequence, -1)
+
+    def _change(self, sequence: Sequence, sign: int) -> None:
+        (priority, tenant), size = sequence.line, sign * self.size(sequence)
+        self.tokens += sign * len(sequence.prompt)
+        for known, more in ((self._counts, sign), (self._sizes, size)):
+            lengths = known.setdefault(priority, Lengths())
+            lengths.add(tenant, more)
+            if not lengths.total:
+                del known[priority]
+        self._tenant_counts.add(tenant, sign)
+        self._tenant_sizes.add(tenant, size)
+        own = self._priorities.setdefault(tenant, {})
+        own[priority] = own.get(priority, 0) + sign
+        if not own[priority]:
+            del own[priority]
+            if not own:
+                del self._priorities[tenant]
+
+    def ahead(self, line: Line, more: int) -> int:
+        """How many go before the last of `more` newcomers of `line`, itself included: all of earlier classes, and of
+        each tenant of its class no more than it has itself, as they take turns."""
+        priority, tenant = line
+        earlier = sum(counts.total for other, counts in self._counts.items() if other < priority)
+        return earlier + _in_turn(self._counts.get(priority, Lengths()), tenant, more)
+
+    def ahead_in_turn(self, tenant: str, more: int) -> int:
+        """As `ahead`, where all classes are one."""
+        return _in_turn(self._tenant_counts, tenant, more)
+
+    def gives_way(self, line: Line, size: int) -> bool:
+        """Whether others have to go for newcomers of `line`, of that size in all: those of a later class; a tenant of
+        its class with so much more that it stays the larger one; or, of any class, one with more than half of all."""
+        priority, tenant = line
+        if any(sizes.largest >= size for other, sizes in self._sizes.items() if other > priority):
+            return True
+        if priority in self._sizes and self._sizes[priority].largest >= self._sizes[priority][tenant] + 2 * size:
+            return True
+        return self._fills_half(tenant) and self._tenant_sizes.largest >= self._tenant_sizes[tenant] + 2 * size
+
+    def yielding(self, line: Line) -> Line | None:
+        """The line whose newest goes first for newcomers of `line`."""
+        if not len(self):
+            return None
+        priority, tenant = line
+        last = max(self._sizes)
+        if last <= priority and self._fills_half(tenant):
+            largest = self._tenant_sizes.largest_tenant()
+            return max(self._priorities[largest]), largest
+        return last, self._sizes[last].largest_tenant()
+
+    def _fills_half(self, tenant: str) -> bool:
+        """Whether one that is not `tenant` has more than half of all."""
+        largest = self._tenant_sizes.largest
+        return 2 * largest > self._tenant_sizes.total and self._tenant_sizes[tenant] < largest
+
+
+def _in_turn(counts: Lengths, tenant: str, more: int) -> int:
+    own = counts[tenant] + more
+    return counts.within(own) - counts[tenant] + own
