@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -16,40 +17,69 @@ from bdh_batch.http.chunks import Chunks, Deltas
 from bdh_batch.http.frames import Frames, error_frame
 from bdh_batch.messages import Delta, FinishReason, Usage
 
-HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back until it has a page of them
+]
+KEEPALIVE = b": keep-alive\n\n"  # a comment, which is no event
 
 
 class EventStream(Response):
     """An ASGI response that writes a generation's frames as its tokens come, all that are ready in one write.
 
-    It starts with the first token: what ends before that has the status of its error.
+    It starts with the first token, or after `keepalive` seconds of silence (0 is never): what ends before that has the
+    status of its error. After every further silence of that length it sends a comment.
     """
 
-    def __init__(self, generation: Generation, frames: Frames, chunk_tokens: int = 1) -> None:
+    def __init__(self, generation: Generation, frames: Frames, chunk_tokens: int = 1, keepalive: float = 0) -> None:
         super().__init__()
         self._generation = generation
         self._frames = frames
         self._together = Chunks(chunk_tokens)
+        self._keepalive = keepalive
+        self._started = False
         self._completion_tokens = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with abort_when_left(self._generation, receive):
-            arriving = aiter(self._generation)
-            first = await anext(arriving)
-            if (failed := _failure(first)) is not None:
-                raise failed
-            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-            await self._write(send, self._opening() + self._body(first))
-            async for deltas in arriving:
-                await self._write(send, self._body(deltas))
-                if (failed := _failure(deltas)) is not None:
+        async with abort_when_left(self._generation, receive), self._kept_alive(send):
+            opening, failed = True, None
+            async for deltas in self._generation:
+                failed = _failure(deltas)
+                if failed is not None and not self._started:
+                    raise failed
+                await self._write(send, (self._opening() if opening else b"") + self._body(deltas))
+                opening = False
+                if failed is not None:
                     break
             last = self._frames.closing(self._usage()) if failed is None else error_frame(failed)
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _write(self, send: Send, body: bytes) -> None:
+        self._last = time.monotonic()
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         if body:
             await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    @asynccontextmanager
+    async def _kept_alive(self, send: Send) -> AsyncIterator[None]:
+        """Sends a comment after every `keepalive` seconds in which nothing else was sent."""
+        self._last = time.monotonic()
+
+        async def beat() -> None:
+            while True:
+                await asyncio.sleep(max(0.0, self._last + self._keepalive - time.monotonic()))
+                if time.monotonic() - self._last >= self._keepalive:
+                    await self._write(send, KEEPALIVE)
+
+        beating = asyncio.create_task(beat()) if self._keepalive else None
+        try:
+            yield
+        finally:
+            if beating is not None:
+                beating.cancel()
 
     def _opening(self) -> bytes:
         if self._frames.continuous_usage:

@@ -181,7 +181,8 @@ class Routes:
             requests = [replace(each, grammar=grammar) for each in requests]
         generation = await self._start(request, model, requests)
         if body.stream:
-            return EventStream(generation, frames, body.options.chunk_tokens or 1)
+            keepalive = self._settings.server.sse_keepalive_seconds
+            return EventStream(generation, frames, body.options.chunk_tokens or 1, keepalive)
         return await whole(generation, frames, request)
 
     async def _start(self, request: Request, model: ServedModel, requests: list[GenerationRequest]) -> Generation:
