@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -209,6 +210,8 @@ def _announce(with_key: bool, url: str, model: str) -> None:
     headers = "-H 'content-type: application/json'" + (" -H 'authorization: Bearer KEY'" if with_key else "")
     try:
         print(f"\n{model} is ready at {url}. Try:\n", flush=True)
+        if url.startswith("unix:"):
+            headers, url = f"--unix-socket {shlex.quote(url.removeprefix('unix:'))} {headers}", "http://localhost"
         print(f"  curl -s {url}/v1/completions {headers} -d '{prompt}'\n", flush=True)
     except OSError as error:  # a full disk, or a pipe that nobody reads any more
         log.warning("%s is ready at %s, which cannot be printed: %s", model, url, error.strerror)

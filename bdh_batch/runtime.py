@@ -26,7 +26,7 @@ from bdh_batch.documents import read_json_beside
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.http.app import create_app
 from bdh_batch.http.gate import Gate, ServedModel
-from bdh_batch.http.server import Server, base_url, bind
+from bdh_batch.http.server import Server, listen, local_only, url_of
 from bdh_batch.http.wire import Defaults
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.simd import most_threads
@@ -368,18 +368,17 @@ class Service:
         """
         keys = key_ring(self._settings.auth)
         self._spans = open_spans(self._settings, self._name)
-        listener = bind(self._settings.server.host, self._settings.server.port)
-        app = create_app(self._settings, self._gate, self._metrics, keys, self._spans)
+        listeners = listen(self._settings.server)
+        app = create_app(self._settings, self._gate, self._metrics, keys, self._spans, local_only(listeners))
         server = Server(app, self._settings, self._metrics)
-        listening = asyncio.create_task(server.serve(sockets=[listener]))
+        server.start(listeners)
         watching = None if keys is None else asyncio.create_task(keys.watch())
         try:
-            await self._serve(base_url(listener, self._settings.server.tls_cert is not None))
+            await self._serve(url_of(listeners, self._settings.server))
         finally:
             if watching is not None:
                 watching.cancel()
-            server.should_exit = True
-            await listening
+            await server.close()
             if self._spans is not None:
                 await self._spans.close()
 

@@ -75,12 +75,21 @@ def _parse_mapping(value: object) -> object:
         raise ValueError("a mapping as in {label: 2} was expected") from None
 
 
+def _octal(value: object) -> object:
+    """660 of a YAML file, and 0o660, to '660'."""
+    return str(value).removeprefix("0o") if isinstance(value, str | int) else value
+
+
 def _one_worker(value: int) -> int:
     if value > 1:
         raise PydanticCustomError(
             "one_worker", "more than one worker is not supported; one batches all requests together"
         )
     return value
+
+
+def _proxy(value: str) -> str:
+    return value if value == "unix" else _network(value)
 
 
 def _network(value: str) -> str:
@@ -105,7 +114,7 @@ def without_password(url: str) -> str:
 
 Bytes = Annotated[PositiveInt, BeforeValidator(_parse_bytes)]
 Strings = Annotated[list[str], BeforeValidator(_parse_list)]
-Networks = Annotated[list[Annotated[str, AfterValidator(_network)]], BeforeValidator(_parse_list)]
+Proxies = Annotated[list[Annotated[str, AfterValidator(_proxy)]], BeforeValidator(_parse_list)]
 Storage = Annotated[str, AfterValidator(_storage), PlainSerializer(without_password, str)]
 Collector = Annotated[AnyHttpUrl, PlainSerializer(lambda url: without_password(str(url)), str)]
 Weights = Annotated[
@@ -124,17 +133,47 @@ class Section(BaseModel):
 
 
 class Server(Section):
-    host: str = Field("127.0.0.1", description="Address to listen on; 0.0.0.0 for all.")
+    host: str = Field(
+        "127.0.0.1", description="Address to listen on, or a name, for all its addresses; 0.0.0.0 for all of IPv4."
+    )
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    uds: Path | None = Field(
+        None,
+        description="Path of a Unix socket to listen on instead of host and port. Sockets that systemd hands over go "
+        "before either.",
+    )
+    uds_mode: Annotated[str, Field(pattern=r"^0?[0-7]{3}$"), BeforeValidator(_octal)] = Field(
+        "660", description="Permissions of that socket, in octal."
+    )
+    allowed_hosts: Strings | None = Field(
+        None,
+        description='Names that requests may call this server by (the Host header), as in ["api.example.com", '
+        '"*.example.com"], without ports; ["*"] is any. null is any, but where the server listens on loopback '
+        "addresses only, without keys and trusted proxies, it is addresses, names without a dot, and names in "
+        "localhost, local, internal and home.arpa, so that no web page on another name passes for this machine's own "
+        "(DNS rebinding).",
+    )
     workers: Annotated[PositiveInt, AfterValidator(_one_worker)] = Field(
         1, description="Processes; 1 is what there is."
     )
     drain_seconds: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="How long running streams may go on after SIGTERM."
     )
-    cors_origins: Strings = Field([], description='Origins that browsers may call from; ["*"] for all.')
-    trusted_proxies: Networks = Field(
-        [], description="Addresses and networks of proxies whose x-forwarded-for is believed."
+    cors_origins: Strings = Field(
+        [],
+        description='Origins of web pages that may call, as in ["https://chat.example.com"], also with credentials; '
+        '["*"] is all, without credentials.',
+    )
+    sse_keepalive_seconds: float = Field(
+        15.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Silence after which a stream gets a comment, so that proxies keep it open; 0 is never.",
+    )
+    trusted_proxies: Proxies = Field(
+        [],
+        description="Addresses and networks of proxies whose x-forwarded-for is believed; unix is who comes over "
+        "server.uds.",
     )
     tls_cert: Path | None = Field(None, description="PEM file of the certificate and its chain; with it, HTTPS only.")
     tls_key: Path | None = Field(None, description="PEM file of its private key, without a passphrase.")
@@ -298,6 +337,9 @@ class Limits(Section):
     max_header_bytes: Bytes = Field(32 * 1024, description="Largest head of a request; more is refused with 431.")
     header_seconds: PositiveFloat = Field(20.0, description="In which a request's headers have to come.")
     body_seconds: PositiveFloat = Field(60.0, description="In which its body has to; slower ones are refused with 408.")
+    write_seconds: PositiveFloat = Field(
+        60.0, description="In which a client has to take some of what waits for it; then its connection is cut."
+    )
     keep_alive_seconds: PositiveFloat = Field(
         75.0, description="That an idle connection is kept; longer than clients do, so that they are who close it."
     )
@@ -317,6 +359,21 @@ class Limits(Section):
     max_messages: PositiveInt = Field(4096, description="Most messages of a conversation.")
     max_parts: PositiveInt = Field(1024, description="Most parts of a message's content.")
     max_tools: PositiveInt = Field(128, description="Most tools, and most calls of tools in one message.")
+    max_connections: PositiveInt | None = Field(
+        None,
+        description="Most open connections; one more is refused with 503. null is 32768, or as many as the limit of "
+        "open files has room for, which is raised as far as the system allows.",
+    )
+    max_connections_per_address: PositiveInt | None = Field(
+        None,
+        description="Most of one IPv4 address or one /64 of IPv6; one more is refused with 429, and null is half of "
+        "all. Those of server.trusted_proxies and of server.uds count in all only.",
+    )
+    max_buffered_bytes: Bytes = Field(
+        256 * 2**20,
+        description="Most bytes of requests that are held, from their arrival to their answer, in all; beyond, the "
+        "largest that have not come whole are refused with 503.",
+    )
     max_n: PositiveInt = Field(16, description="Most answers to one prompt (n).")
     max_prompts: PositiveInt = Field(128, description="Most prompts in one request.")
     max_inputs: PositiveInt = Field(2048, description="Most inputs in one request for embeddings.")

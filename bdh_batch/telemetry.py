@@ -88,6 +88,14 @@ class Metrics:
         """From now on, scrapes tell the engine's load as it is at their moment."""
         self.registry.register(_LoadCollector(load, self._model_name))
 
+    def watch_connections(self, open: Callable[[], int]) -> None:
+        """From now on, scrapes report how many connections are open at their moment."""
+        self._gauge("http_connections", "Open connections", open)
+
+    def watch_buffered(self, held: Callable[[], int]) -> None:
+        """From now on, scrapes report how many bytes of requests are held at their moment."""
+        self._gauge("http_buffered_bytes", "Bytes of requests that are held until they are answered", held)
+
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
 
@@ -146,6 +154,9 @@ class Metrics:
     def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
         family = Histogram(f"bdh_{name}", text, ("model_name",), buckets=tuple(buckets), registry=self.registry)
         return family.labels(self._model_name)
+
+    def _gauge(self, name: str, text: str, value: Callable[[], int]) -> None:
+        Gauge(f"bdh_{name}", text, registry=self.registry).set_function(value)
 
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"bdh_{name}", text, ("model_name",), registry=self.registry).labels(self._model_name)

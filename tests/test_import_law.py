@@ -30,7 +30,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "spans": (SHARED | {"backends", "scheduler", "__init__"}, {"opentelemetry"}),
     "http": (
         SHARED | {"http", "backends", "text", "settings", "telemetry", "spans", "keys", "__init__"},
-        {"starlette", "uvicorn", "orjson", "pydantic", "pydantic_core", "redis"},
+        {"starlette", "uvicorn", "httptools", "orjson", "pydantic", "pydantic_core", "redis"},
     ),
     "client": (set(), {"openai", "prometheus_client"}),
     # A server is measured over HTTP, whoever wrote it: nothing of this one's is at hand.

@@ -15,9 +15,10 @@ from bdh_batch.errors import BDHError, QueueFull, TooLate
 from bdh_batch.http.access import Access, open_paths
 from bdh_batch.http.errors import handle_error, handle_fault, handle_http_exception
 from bdh_batch.http.gate import Gate
+from bdh_batch.http.hosts import ANY, AllowedHosts
 from bdh_batch.http.middleware import BodyLimit, Origins, RequestContext
 from bdh_batch.http.quota import Quota
-from bdh_batch.http.rates import HEADERS, Rates
+from bdh_batch.http.rates import Rates
 from bdh_batch.http.routes import Routes
 from bdh_batch.keys import KeyRing
 from bdh_batch.settings import Settings
@@ -28,9 +29,18 @@ if TYPE_CHECKING:
 
 
 def create_app(
-    settings: Settings, gate: Gate, metrics: Metrics, keys: KeyRing | None, spans: Spans | None = None
+    settings: Settings,
+    gate: Gate,
+    metrics: Metrics,
+    keys: KeyRing | None,
+    spans: Spans | None = None,
+    local_only: bool = False,
 ) -> ASGIApp:
-    """The ASGI application; without `keys` it asks for none.
+    """The ASGI application.
+
+    Args:
+        keys: without them, none is asked for.
+        local_only: no other machine can connect.
 
     Raises:
         ConfigError: what the rates are counted in cannot be reached.
@@ -45,7 +55,7 @@ def create_app(
     routes = Routes(gate, metrics, settings, quota).table()
     app = Starlette(
         routes=routes,
-        middleware=_middleware(settings, keys, rates),
+        middleware=_middleware(settings, keys, rates, local_only),
         exception_handlers={
             BDHError: handle_error,
             QueueFull: queue_full,
@@ -58,20 +68,24 @@ def create_app(
     return RequestContext(app, metrics, [route.path for route in routes], spans)
 
 
-def _middleware(settings: Settings, keys: KeyRing | None, rates: Rates) -> list[Middleware]:
+def _middleware(settings: Settings, keys: KeyRing | None, rates: Rates, local_only: bool) -> list[Middleware]:
     """First listed is outermost: browsers can read refusals, and a wrong key costs no more than a look at it."""
-    stack = []
-    if settings.server.cors_origins:
-        stack.append(
-            Middleware(
-                Origins,
-                allow_origins=settings.server.cors_origins,
-                allow_methods=["GET", "POST", "DELETE"],
-                allow_headers=["*"],
-                expose_headers=["x-request-id", "openai-processing-ms", "retry-after", *HEADERS],
-            )
-        )
-    stack.append(Middleware(Access, keys=keys, rates=rates, open_paths=open_paths(settings.auth)))
-    limits = settings.limits
-    stack.append(Middleware(BodyLimit, most=limits.max_body_bytes, seconds=limits.body_seconds))
-    return stack
+    server, limits = settings.server, settings.limits
+    return [
+        *_allowed_hosts(settings, local_only),
+        Middleware(Origins, origins=server.cors_origins),
+        Middleware(Access, keys=keys, rates=rates, open_paths=open_paths(settings.auth)),
+        Middleware(
+            BodyLimit, most=limits.max_body_bytes, seconds=limits.body_seconds, origins=tuple(server.cors_origins)
+        ),
+    ]
+
+
+def _allowed_hosts(settings: Settings, local_only: bool) -> list[Middleware]:
+    """Where nothing is set, a server that only this machine's programs reach is kept from web pages; one with keys
+    needs no such thing, and one behind a proxy has that one's names."""
+    server = settings.server
+    if server.allowed_hosts is None:
+        guarded = local_only and not settings.auth.enabled and not server.trusted_proxies
+        return [Middleware(AllowedHosts, names=None)] if guarded else []
+    return [] if ANY in server.allowed_hosts else [Middleware(AllowedHosts, names=server.allowed_hosts)]

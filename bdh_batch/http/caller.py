@@ -13,6 +13,7 @@ from starlette.types import Scope
 from bdh_batch.http.errors import Forbidden
 from bdh_batch.keys import Key
 
+UNIX = "unix"  # who comes over a Unix socket has no address; in lists of networks, all of them
 NETWORK_BITS = 64  # of an IPv6 address: what is behind them is one customer's, who can take any of the rest
 
 
@@ -59,7 +60,7 @@ def by_key(key: Key) -> Caller:
 
 def by_address(scope: Scope) -> Caller:
     client = scope.get("client")
-    address = _network(client[0]) if client else ""
+    address = network_of(client[0]) if client else ""
     return Caller("@" + hashlib.sha256(address.encode()).hexdigest()[:16])
 
 
@@ -70,7 +71,7 @@ def bearer(scope: Scope) -> str:
     return key.strip() if scheme.lower() == "bearer" else ""
 
 
-def _network(address: str) -> str:
+def network_of(address: str) -> str:
     """What one client can call itself by: its IPv4 address, or its IPv6 network."""
     try:
         known = ipaddress.ip_address(address)

@@ -1,5 +1,8 @@
-"""A connection, as uvicorn's httptools protocol has it, with bounds on what a client may send before it has asked for
-anything, and OpenAI's error body where what it sends is not HTTP.
+"""A connection, with bounds on what its client may send, and how long that, and taking the responses, may take.
+
+One request at a time: what a client sends behind a request that is still being answered is not parsed before its turn,
+and not read beyond a few. The parser gets what came in pieces that end where a request may end, and a connection with
+more of them lets the event loop serve the others in between.
 
 What a request's body may be, and how long it may take, is the middleware's business.
 """
@@ -7,133 +10,468 @@ What a request's body may be, and how long it may take, is the middleware's busi
 from __future__ import annotations
 
 import asyncio
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import cast
 from uuid import uuid4
 
+import httptools
 from starlette.responses import Response
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from starlette.types import ASGIApp, Scope
 
-from bdh_batch.errors import BDHError
+from bdh_batch.errors import BDHError, Unavailable
+from bdh_batch.http.budgets import BufferBudget
+from bdh_batch.http.caller import UNIX
 from bdh_batch.http.errors import HeadersTooLarge, HeaderTimeout, InvalidHTTP, error_response
+from bdh_batch.http.exchange import Exchange, status_line
+from bdh_batch.http.request_head import BLANK, END, OFFER, PLAUSIBLE, START, body_length, fill, without_offer
 from bdh_batch.settings import Limits
 from bdh_batch.telemetry import Metrics
 
 LINGER_SECONDS = 3.0  # in which what a client still sends is thrown away, so that it reads why
+AHEAD_BYTES = (
+    16 * 1024
+)  # of later requests that are read while one is answered: its client's leaving is seen behind them
+UNREAD_BYTES = 64 * 1024  # of a body that are read before the application asks for them
+TURN_BYTES = 16 * 1024  # of chunks that are parsed before others have their turn
+# After a client has ended its sending: when to find out whether it has gone. Each takes a byte (`Exchange.probe`).
+PROBE_SECONDS = (0.0, 0.05, 0.2, 1.0, 5.0, 20.0, 60.0, 180.0, 600.0)
 
 
-def connection_type(limits: Limits, metrics: Metrics) -> type[Connection]:
-    """uvicorn makes the connections itself, of this type."""
-    return type("LimitedConnection", (Connection,), {"_limits": limits, "_metrics": metrics})
+class Expecting(Enum):
+    """What the next bytes belong to."""
+
+    HEAD = "a request line or headers"
+    BODY = "a body of known length"
+    CHUNKS = "a body in chunks"
+    LATER = "a request that comes after the one that is being answered"
 
 
-class Connection(HttpToolsProtocol):
-    _limits: ClassVar[Limits]
-    _metrics: ClassVar[Metrics]
+@dataclass
+class Site:
+    """What all connections of a server have in common."""
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._in_head = True  # what comes next belongs to a request line or to headers
+    app: ASGIApp
+    limits: Limits
+    metrics: Metrics
+    connections: set[Connection] = field(default_factory=set)
+    tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.budget = BufferBudget(self.limits.max_buffered_bytes, self.connections, self.metrics)
+        self.empty = asyncio.Event()  # there is no connection
+        self.empty.set()
+
+    def enter(self, connection: Connection) -> None:
+        self.connections.add(connection)
+        self.empty.clear()
+
+    def leave(self, connection: Connection) -> None:
+        self.connections.discard(connection)
+        if not self.connections:
+            self.empty.set()
+
+
+class Connection(asyncio.Protocol):
+    """
+    Args:
+        ended: is called once the connection is closed.
+    """
+
+    transport: asyncio.Transport
+
+    def __init__(self, site: Site, ended: Callable[[], None]) -> None:
+        self._site, self._ended = site, ended
+        self._limits, self.budget = site.limits, site.budget
+        self._loop = asyncio.get_running_loop()
+        self._parser = httptools.HttpRequestParser(self)
+        self._buffer, self._at = b"", 0  # what came, and how much of it the parser has had
+        self._expecting = Expecting.HEAD
+        self._length = 0  # bytes of the body that are still to come
         self._unseen = 0  # bytes since the parser last made anything of them
+        self._exchange: Exchange | None = None  # the last request; there is no other before it is answered and whole
         self._error: BDHError | None = None  # found by a callback of the parser
-        self._over = False
-        self._timer: asyncio.TimerHandle | None = None
+        self._over = False  # nothing that still comes is looked at
+        self._eof = False  # the client has ended its sending
+        self._reading = True
+        self._turn: asyncio.Handle | None = None  # the parser goes on with the buffer then
+        self._timer: asyncio.TimerHandle | None = None  # for a head, for the next request, or for the end
+        self._stall: asyncio.TimerHandle | None = None
+        self._probe: asyncio.TimerHandle | None = None
+        self.writable = asyncio.Event()
+        self.writable.set()
+        self._timing_head = True  # the timer is that of a head
+        self.held = 0
+
+    # What the transport tells
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self._site.enter(self)
+        tls = transport.get_extra_info("sslcontext") is not None
+        peer, here = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
+        self._scope: Scope = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "scheme": "https" if tls else "http",
+            "server": (str(here[0]), int(here[1])) if isinstance(here, tuple) else None,
+            "client": (str(peer[0]), int(peer[1])) if isinstance(peer, tuple) else (UNIX, 0),
+            "root_path": "",
+        }
+        self._half_closes = self.transport.can_write_eof()  # not with TLS
         self._expect_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._stop_timer()
-        super().connection_lost(exc)
+        self._over = True
+        for handle in (self._timer, self._turn, self._stall, self._probe):
+            if handle is not None:
+                handle.cancel()
+        if self._exchange is not None:
+            self._exchange.leave()
+        self.writable.set()
+        self._buffer = b""
+        self.budget.update(self, 0)
+        self._site.leave(self)
+        self._ended()
 
     def data_received(self, data: bytes) -> None:
         if self._over:
             return
-        self._unseen += len(data)
-        super().data_received(data)
-        if self._over or self.transport.is_closing():
-            return
-        if self._unseen > self._limits.max_header_bytes:  # a head without end, or trailers, or chunks of nothing
-            self._refuse(self._too_large())
-        elif self._in_head and self._idle and self._timer is None:
-            self._expect_head()
+        self._buffer, self._at = self._buffer[self._at :] + data, 0
+        if self._turn is None:
+            self._advance()
+        else:
+            self.steer()
+
+    def eof_received(self) -> bool:
+        """The client sends no more. It may still wait for what it has asked for, which deserves its answer."""
+        self._eof = True
+        if self._over or not self._half_closes or (self._expecting is not Expecting.LATER and self._turn is None):
+            return False
+        if self._expecting is Expecting.LATER:
+            self._find_out(0)
+        return True
+
+    def pause_writing(self) -> None:
+        self.writable.clear()
+        self._watch_output(self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+            self._stall = None
+        self.writable.set()
+
+    # What the parser tells
+
+    def on_message_begin(self) -> None:
+        self._url, self._headers = b"", list[tuple[bytes, bytes]]()
+
+    def on_url(self, url: bytes) -> None:
+        self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_head:  # headers after a body are nobody's: they must not pass for the request's own
-            super().on_header(name, value)
+        name = name.lower()
+        if self._expecting is Expecting.HEAD and name != OFFER:  # after a body they must not pass for the request's own
+            self._headers.append((name, value))
 
     def on_headers_complete(self) -> None:
+        if self._exchange is not None and not self._exchange.complete:
+            raise self._failure(InvalidHTTP("A request began inside another one."))
+        version, headers = self._parser.get_http_version(), self._headers
+        scope = {**self._scope, "headers": headers, "state": {}}
+        try:
+            fill(scope, self._parser.get_method(), version, self._url, headers)
+        except InvalidHTTP as error:
+            raise self._failure(error) from None
+        if self._parser.should_upgrade():
+            raise self._failure(InvalidHTTP("Only HTTP/1.1 is spoken here."))
         self._stop_timer()
-        self._in_head, self._unseen = False, 0
-        size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
-        if size > self._limits.max_header_bytes:
-            self._error = self._too_large()
-            raise self._error  # ends up in `send_400_response`
-        super().on_headers_complete()
-        if self.parser.should_upgrade():  # the parser reads no further, whatever is answered
-            self.cycle.keep_alive = False
+        self._unseen = 0
+        length = body_length(headers)
+        self._length = length or 0
+        self._expecting = Expecting.CHUNKS if length is None else Expecting.BODY
+        size = len(self._url) + sum([len(name) + len(value) for name, value in headers])
+        keep_alive = version == "1.1" and self._parser.should_keep_alive()
+        self._exchange = Exchange(self, scope, size, keep_alive)
+        task = self._loop.create_task(self._exchange.run(self._site.app))
+        self._site.tasks.add(task)
+        task.add_done_callback(self._site.tasks.discard)
 
     def on_body(self, body: bytes) -> None:
+        assert self._exchange is not None
         self._unseen = 0
-        super().on_body(body)
+        self._length -= len(body)
+        self._exchange.feed(body)
 
     def on_message_complete(self) -> None:
-        self._in_head, self._unseen = True, 0
+        assert self._exchange is not None
+        self._unseen = 0
+        self._expecting = Expecting.LATER
+        self._exchange.end_body()
+
+    # What the exchange tells
+
+    def write(self, data: bytes) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(data)
+
+    def answered(self) -> None:
+        """The response is complete."""
+        exchange = self._exchange
+        assert exchange is not None
+        if self._probe is not None:
+            self._probe.cancel()
+        self.account()
+        if self._over:
+            return
+        if not exchange.keep_alive:
+            self._end()
+        elif self._expecting is Expecting.LATER:
+            self._next()
+        else:  # Its body was not read. What still comes of that is thrown away, but not for ever.
+            self._timer = self._loop.call_later(LINGER_SECONDS, self.close)
+            self.steer()
+
+    def close(self) -> None:
+        """Closes the connection as soon as what has been written is sent; not later than a stalled client may take."""
+        self._over = True
         self._stop_timer()
-        super().on_message_complete()
+        if self.transport.is_closing():
+            return
+        unsent = self.transport.get_write_buffer_size()
+        self.transport.close()
+        if unsent:
+            self._timer = self._loop.call_later(self._limits.write_seconds, self.transport.abort)
 
-    def on_response_complete(self) -> None:
-        super().on_response_complete()
-        if not self._in_head and not self.pipeline and not self.transport.is_closing():
-            # Answered before its body was read. Whatever else comes of that is thrown away, but not for ever.
-            self._timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+    def account(self) -> None:
+        """Has the budget know what is held."""
+        exchange = self._exchange
+        self.budget.update(self, len(self._buffer) - self._at + (0 if exchange is None else exchange.size))
 
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(self._error or InvalidHTTP("What came is not valid HTTP."))
+    def steer(self) -> None:
+        """Reads on, or does not, by what waits to be looked at."""
+        waiting, exchange = len(self._buffer) - self._at, self._exchange
+        full = waiting > AHEAD_BYTES and (self._turn is not None or self._expecting is Expecting.LATER)
+        reading = self._over or not (full or (exchange is not None and exchange.unread > UNREAD_BYTES))
+        if reading != self._reading and not self._eof and not self.transport.is_closing():
+            self._reading = reading
+            (self.transport.resume_reading if reading else self.transport.pause_reading)()
 
-    def _unsupported_upgrade_warning(self) -> None:
-        """Nothing to warn of: a request that wishes for another protocol is answered in this one."""
+    # What the server and its budget tell
+
+    def shutdown(self) -> None:
+        """The request that is being answered is the last."""
+        if self._exchange is None or self._exchange.complete:
+            self.close()
+        else:
+            self._exchange.keep_alive = False
 
     @property
-    def _idle(self) -> bool:
-        return self.cycle is None or self.cycle.response_complete
+    def sheddable(self) -> bool:
+        return not self._over and self.held > 0 and (self._in_body or self._at < len(self._buffer))
+
+    def shed(self, error: Unavailable) -> None:
+        exchange = self._exchange
+        self._buffer, self._at = b"", 0
+        if exchange is None or exchange.complete:
+            self._refuse(error)
+            return
+        exchange.keep_alive = False  # what came behind it has been thrown away
+        if self._in_body:
+            exchange.fail(error)
+        self.account()
+
+    # The parser's turns
+
+    @property
+    def _in_body(self) -> bool:
+        return self._expecting in (Expecting.BODY, Expecting.CHUNKS)
+
+    def _advance(self) -> None:
+        """Gives the parser what is there, up to the end of one request, or as much as one turn may take."""
+        self._turn = None
+        parsed = 0
+        while not self._over and self._at < len(self._buffer) and self._expecting is not Expecting.LATER:
+            if parsed > TURN_BYTES and self._expecting is Expecting.CHUNKS:
+                self._turn = self._loop.call_soon(self._advance)
+                break
+            piece = self._piece()
+            if not piece:
+                break
+            self._at += len(piece)
+            self._parse(piece)
+            parsed += len(piece)
+        if self._over:
+            return
+        if self._at == len(self._buffer):
+            self._buffer, self._at = b"", 0
+        if self._unseen > self._limits.max_header_bytes:  # a head without end, or trailers, or chunks of nothing
+            self._refuse(self._too_large())
+            return
+        self.account()
+        self._settle()
+        self.steer()
+
+    def _settle(self) -> None:
+        """What follows from what has been parsed."""
+        if self._turn is not None:
+            return
+        if self._expecting is Expecting.LATER:
+            assert self._exchange is not None
+            if self._exchange.complete:  # it was answered before its body was whole
+                self._stop_timer()
+                self._next()
+            elif not START.match(self._buffer, self._at):
+                self._refuse(InvalidHTTP("What came is not valid HTTP."))
+            elif self._eof:
+                self._find_out(0)
+        elif self._eof:
+            self.close()  # nothing that is missing will come
+        elif self._expecting is Expecting.HEAD and not self._timing_head:
+            self._expect_head()
+
+    def _piece(self) -> bytes:
+        """What the parser may have next; nothing where more has to come first."""
+        buffer, at = self._buffer, self._at
+        if self._expecting is Expecting.BODY:
+            return buffer[at : at + self._length]
+        if self._expecting is Expecting.CHUNKS:
+            end = buffer.find(END, at, at + TURN_BYTES)
+            if end >= 0:
+                return buffer[at : end + len(END)]
+            piece = buffer[at : at + TURN_BYTES]
+            return piece[: len(piece) - _begun(piece)]
+        return self._head()
+
+    def _head(self) -> bytes:
+        """A head that is whole, or what can only be a mistake."""
+        match = BLANK.match(self._buffer, self._at)
+        assert match is not None
+        self._unseen += match.end() - self._at
+        self._at = match.end()
+        end = self._buffer.find(END, self._at)
+        size = (len(self._buffer) if end < 0 else end + len(END)) - self._at
+        if self._unseen + size > self._limits.max_header_bytes:
+            self._refuse(self._too_large())
+            return b""
+        head = self._buffer[self._at : self._at + size]
+        return head if end >= 0 or (head and not PLAUSIBLE.match(head)) else b""
+
+    def _parse(self, piece: bytes) -> None:
+        self._unseen += len(piece)
+        try:
+            self._parser.feed_data(without_offer(piece) if self._expecting is Expecting.HEAD else piece)
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):
+            self._refuse(self._error or InvalidHTTP("What came is not valid HTTP."))
+
+    def _next(self) -> None:
+        """The next request: at once, if it is there already, but not before others had their turn."""
+        self._expecting = Expecting.HEAD
+        if self._at < len(self._buffer):
+            self._timing_head = False
+            self._turn = self._loop.call_soon(self._advance)
+            self.steer()
+        elif self._eof:
+            self.close()
+        else:
+            self._timing_head = False
+            self._timer = self._loop.call_later(self._limits.keep_alive_seconds, self.close)
+            self.steer()
+
+    # Ends
+
+    def _end(self) -> None:
+        """The last response is written. A client that still sends must not have it taken away by a reset."""
+        unread = self._in_body or self._at < len(self._buffer) or not self._reading
+        if unread and not self._eof:
+            self._linger()
+        else:
+            self.close()
+
+    def _linger(self) -> None:
+        self._over = True
+        self._buffer, self._at = b"", 0
+        self._stop_timer()
+        self.account()
+        self.steer()
+        if self._half_closes and not self.transport.is_closing():
+            self.transport.write_eof()
+        self._timer = self._loop.call_later(LINGER_SECONDS, self.close)
+
+    def _refuse(self, error: BDHError) -> None:
+        """The last thing that is said on this connection."""
+        exchange = self._exchange
+        if exchange is not None and not exchange.complete:
+            if exchange.started or not self._in_body:
+                self.close()  # another request is being answered, and that is not an answer to it
+                return
+            exchange.leave()
+        elif self._in_body:
+            self._linger()  # it has had its answer
+            return
+        self.write(refusal(error, self._site.metrics))
+        self._linger()
+
+    def _failure(self, error: BDHError) -> BDHError:
+        """What a callback of the parser raises, which ends up in `_parse`."""
+        self._error = error
+        return error
+
+    def _too_large(self) -> HeadersTooLarge:
+        most = self._limits.max_header_bytes
+        return HeadersTooLarge(f"A request's headers may have {most} bytes here (limits.max_header_bytes).")
+
+    # Timers
 
     def _expect_head(self) -> None:
-        self._timer = self.loop.call_later(self._limits.header_seconds, self._head_is_late)
+        self._stop_timer()
+        self._timing_head = True
+        self._timer = self._loop.call_later(self._limits.header_seconds, self._head_is_late)
 
     def _head_is_late(self) -> None:
-        if self._unseen:
+        if self._at < len(self._buffer) or self._unseen:
             seconds = self._limits.header_seconds
             self._refuse(HeaderTimeout(f"Headers should be there within {seconds:g} seconds (limits.header_seconds)."))
         else:
-            self.transport.close()
+            self.close()
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _too_large(self) -> HeadersTooLarge:
-        most = self._limits.max_header_bytes
-        return HeadersTooLarge(f"A request's headers may have {most} bytes here (limits.max_header_bytes).")
+    def _watch_output(self, waiting: int) -> None:
+        """Ends a client that takes nothing of the `waiting` bytes for too long."""
+        self._stall = self._loop.call_later(self._limits.write_seconds, self._look_at_output, waiting)
 
-    def _refuse(self, error: BDHError) -> None:
-        """The last thing that is said on this connection."""
-        self._stop_timer()
-        self._over = True
-        in_body = self.cycle is not None and not self.cycle.response_complete
-        if self.pipeline or (in_body and (self.cycle.response_started or not self.cycle.more_body)):
-            self.transport.close()  # another request is being answered, and that is not an answer to it
-            return
-        if in_body:
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-        self._write(error_response(error))
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
-            self._timer = self.loop.call_later(LINGER_SECONDS, self.transport.close)
+    def _look_at_output(self, waited: int) -> None:
+        waiting = self.transport.get_write_buffer_size()
+        if waiting < waited:
+            self._watch_output(waiting)
         else:
-            self.transport.close()
+            self.transport.abort()
 
-    def _write(self, response: Response) -> None:
-        self._metrics.refused_unread(response.status_code)
-        headers = [*response.raw_headers, (b"x-request-id", uuid4().hex.encode()), (b"connection", b"close")]
-        lines = b"".join(b"%b: %b\r\n" % pair for pair in headers)
-        self.transport.write(STATUS_LINE[response.status_code] + lines + b"\r\n" + bytes(response.body))
+    def _find_out(self, times: int) -> None:
+        """Whether a client that has ended its sending is still there, for as long as it has had no response."""
+        if times < len(PROBE_SECONDS):
+            self._probe = self._loop.call_later(PROBE_SECONDS[times], self._probed, times)
+
+    def _probed(self, times: int) -> None:
+        if self._exchange is not None and not self.transport.is_closing() and self._exchange.probe():
+            self._find_out(times + 1)
+
+
+def _begun(piece: bytes) -> int:
+    """How many bytes at the end of `piece` may begin an END."""
+    return next((length for length in (3, 2, 1) if piece.endswith(END[:length])), 0)
+
+
+def refusal(error: BDHError, metrics: Metrics) -> bytes:
+    """A whole response, to what is no request or to one that is not read."""
+    response: Response = error_response(error)
+    metrics.refused_unread(response.status_code)
+    headers = [*response.raw_headers, (b"x-request-id", uuid4().hex.encode()), (b"connection", b"close")]
+    lines = b"".join(b"%b: %b\r\n" % pair for pair in headers)
+    return status_line(response.status_code) + lines + b"\r\n" + bytes(response.body)

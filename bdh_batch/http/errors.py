@@ -24,6 +24,7 @@ from bdh_batch.errors import (
 )
 
 LONGEST_MESSAGE = 8192  # characters: an error may repeat what a client sent, but not all of it
+ACCEPTED_CODINGS = "gzip, deflate, identity"
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 TYPES = {
     401: "authentication_error",
@@ -69,12 +70,28 @@ class BodyTimeout(BDHError):
     pass
 
 
+class UnsupportedMedia(BDHError):
+    """415: a body that is no JSON, by what its headers say, or in a coding that is not understood here."""
+
+
+class InvalidCoding(BDHError):
+    """400: a body that is not what its Content-Encoding says."""
+
+
 class OriginRefused(BDHError):
     pass
 
 
+class HostRefused(BDHError):
+    """403: a name in the Host header that this server is not called by."""
+
+
 class RateLimited(RetryLater):
     pass
+
+
+class TooManyConnections(RetryLater):
+    """429: one address has too many connections open."""
 
 
 STATUS: dict[type[BDHError], tuple[int, str | None]] = {
@@ -85,6 +102,9 @@ STATUS: dict[type[BDHError], tuple[int, str | None]] = {
     HeadersTooLarge: (431, "headers_too_large"),
     HeaderTimeout: (408, "header_timeout"),
     BodyTimeout: (408, "body_timeout"),
+    UnsupportedMedia: (415, "unsupported_media_type"),
+    InvalidCoding: (400, "invalid_content_encoding"),
+    HostRefused: (403, "host_not_allowed"),
     ModelNotFound: (404, "model_not_found"),
     BodyTooLarge: (413, CODES[413]),
     QueueTimeout: (408, "queue_timeout"),
@@ -92,6 +112,7 @@ STATUS: dict[type[BDHError], tuple[int, str | None]] = {
     QueueFull: (429, "queue_full"),
     TooLate: (429, "queue_full"),
     RateLimited: (429, "rate_limit_exceeded"),
+    TooManyConnections: (429, "too_many_connections"),
     Unavailable: (503, "service_unavailable"),
 }
 
@@ -115,6 +136,8 @@ def error_response(error: BDHError) -> Response:
         response.headers["x-should-retry"] = "false"  # OpenAI's clients would ask again on their own, past the deadline
     if status == 401:
         response.headers["www-authenticate"] = "Bearer"
+    if status == 415:
+        response.headers["accept-encoding"] = ACCEPTED_CODINGS
     if isinstance(error, BodyTimeout):
         response.headers["connection"] = "close"
     return response

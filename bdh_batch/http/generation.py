@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -19,50 +20,86 @@ from bdh_batch.messages import Delta, FinishReason, Gathering, Usage
 
 CHOICE_COST = 10  # microseconds, about, to encode one
 CHARACTERS = 16  # that are encoded, or read for calls, in a microsecond
-HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back until it has a page of them
+]
+KEEPALIVE = b": keep-alive\n\n"  # a comment, which is no event
 
 
 class EventStream(Response):
     """An ASGI response that writes a generation's frames as its tokens come, all that are ready in one write.
 
-    It starts with the first token: what ends before that has the status of its error.
+    It starts with the first token, or after `keepalive` seconds of silence (0 is never): what ends before that has the
+    status of its error. After every further silence of that length it sends a comment.
 
     Args:
         aside: where frames are encoded that take long, as those of an echoed prompt.
     """
 
-    def __init__(self, generation: Generation, frames: Frames, aside: Aside, chunk_tokens: int = 1) -> None:
+    def __init__(
+        self, generation: Generation, frames: Frames, aside: Aside, chunk_tokens: int = 1, keepalive: float = 0
+    ) -> None:
         super().__init__()
         self._aside = aside
         self._generation = generation
         self._frames = frames
         self._together = Chunks(chunk_tokens)
+        self._keepalive = keepalive
+        self._started = False
         self._completion_tokens = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with abort_when_left(self._generation, receive):
-            arriving = aiter(self._generation)
-            first = await anext(arriving)
-            if (failed := _failure(first)) is not None:
-                raise failed
-            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-            prompts = self._generation.prompts
-            await self._write(send, await self._aside.run(self._cost(prompts, first), self._beginning, prompts, first))
-            async for deltas in arriving:
-                await self._write(send, await self._aside.run(self._cost((), deltas), self._body, deltas))
-                if (failed := _failure(deltas)) is not None:
+        async with abort_when_left(self._generation, receive), self._kept_alive(send):
+            opening, failed = True, None
+            async for deltas in self._generation:
+                failed = _failure(deltas)
+                if failed is not None and not self._started:
+                    raise failed
+                await self._write(send, await self._encoded(deltas, opening))
+                opening = False
+                if failed is not None:
                     break
             last = self._frames.closing(self._usage()) if failed is None else error_frame(failed)
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _write(self, send: Send, body: bytes) -> None:
+        self._last = time.monotonic()
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
         if body:
             await send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def _encoded(self, deltas: Deltas, opening: bool) -> bytes:
+        if not opening:
+            return await self._aside.run(self._cost((), deltas), self._body, deltas)
+        prompts = self._generation.prompts
+        return await self._aside.run(self._cost(prompts, deltas), self._beginning, prompts, deltas)
 
     def _cost(self, prompts: Sequence[Sequence[int]], deltas: Deltas) -> int:
         if self._frames.only_text:  # the most frequent case, and cheap
             return 0
         return self._frames.cost(prompts, [delta for _, delta in deltas])
+
+    @asynccontextmanager
+    async def _kept_alive(self, send: Send) -> AsyncIterator[None]:
+        """Sends a comment after every `keepalive` seconds in which nothing else was sent."""
+        self._last = time.monotonic()
+
+        async def beat() -> None:
+            while True:
+                await asyncio.sleep(max(0.0, self._last + self._keepalive - time.monotonic()))
+                if time.monotonic() - self._last >= self._keepalive:
+                    await self._write(send, KEEPALIVE)
+
+        beating = asyncio.create_task(beat()) if self._keepalive else None
+        try:
+            yield
+        finally:
+            if beating is not None:
+                beating.cancel()
 
     def _beginning(self, prompts: Sequence[Sequence[int]], first: Deltas) -> bytes:
         if self._frames.continuous_usage:

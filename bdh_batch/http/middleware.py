@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -18,7 +18,11 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bdh_batch.http.access import DOCS, METRICS, PROBES
+from bdh_batch.http.budgets import Occasionally
+from bdh_batch.http.content import check_type, decoded
 from bdh_batch.http.errors import BodyTimeout, BodyTooLarge, OriginRefused, error_response, internal_error
+from bdh_batch.http.exchange import HOLD
+from bdh_batch.http.rates import HEADERS
 from bdh_batch.telemetry import Metrics
 
 if TYPE_CHECKING:
@@ -92,53 +96,115 @@ class RequestContext:
 
 
 class BodyLimit:
-    """Refuses a body over `most` bytes before it is read whole, and one that is not there after `seconds`."""
+    """Bounds the body of a request, and looks at what it is, once it is read.
 
-    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
+    Args:
+        most: bytes, also once decompressed.
+        seconds: in which it has to be there.
+        origins: web pages that may call.
+    """
+
+    def __init__(self, app: ASGIApp, most: int, seconds: float, origins: Collection[str]) -> None:
         self._app = app
         self._most = most
         self._seconds = seconds
+        self._origins = origins
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        refusal = BodyTooLarge(f"A request body may have {self._most} bytes here (limits.max_body_bytes).")
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length) > self._most:
-            await error_response(refusal)(scope, receive, send)
+            await error_response(self._too_large())(scope, receive, send)
             return
-        deadline = asyncio.get_running_loop().time() + self._seconds
-        received, more = 0, True
+        await self._app(scope, _Body(self, scope, receive), send)
 
-        async def counted() -> Message:
-            nonlocal received, more
-            if not more:  # the client has nothing to say but that it leaves
-                return await receive()
+    def open(self, scope: Scope, receive: Receive) -> Receive:
+        """What a body is received by, from now on. Raises UnsupportedMedia."""
+        headers = Headers(scope=scope)
+        check_type(headers, self._origins)
+        timed = self._bounded(self._timed(receive))
+        hold: Callable[[int], None] = scope.get(HOLD, lambda size: None)
+        inner = decoded(timed, headers, hold)
+        return timed if inner is timed else self._bounded(inner)
+
+    def _timed(self, receive: Receive) -> Receive:
+        deadline = asyncio.get_running_loop().time() + self._seconds
+
+        async def timed() -> Message:
             try:
                 async with asyncio.timeout_at(deadline):
-                    message = await receive()
+                    return await receive()
             except TimeoutError:
                 raise BodyTimeout(
                     f"A request body should be there within {self._seconds:g} seconds (limits.body_seconds)."
                 ) from None
+
+        return timed
+
+    def _bounded(self, receive: Receive) -> Receive:
+        received = 0
+
+        async def bounded() -> Message:
+            nonlocal received
+            message = await receive()
             received += len(message.get("body", b""))
             if received > self._most:
-                raise refusal
-            more = message.get("more_body", False)
+                raise self._too_large()
             return message
 
-        await self._app(scope, counted, send)
+        return bounded
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"A request body may have {self._most} bytes here (limits.max_body_bytes).")
+
+
+class _Body:
+    """Receives a request's body within its limits, and after it whether the client leaves."""
+
+    def __init__(self, limit: BodyLimit, scope: Scope, receive: Receive) -> None:
+        self._limit = limit
+        self._scope = scope
+        self._receive = receive
+        self._inner: Receive | None = None
+        self._more = True
+
+    async def __call__(self) -> Message:
+        if not self._more:  # the client has nothing to say but that it leaves
+            return await self._receive()
+        if self._inner is None:
+            self._inner = self._limit.open(self._scope, self._receive)
+        message = await self._inner()
+        self._more = message.get("more_body", False)
+        return message
 
 
 class Origins(CORSMiddleware):
-    """Which web pages may ask. A refused preflight has the error body that every refusal has."""
+    """Which web pages may call. A refused preflight has the error body that every refusal has."""
+
+    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
+        super().__init__(
+            app,
+            allow_origins=origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            allow_credentials="*" not in origins,  # what any page may ask is nobody's in particular
+            expose_headers=["x-request-id", "openai-processing-ms", "retry-after", *HEADERS],
+        )
+        self._told = Occasionally()
 
     def preflight_response(self, request_headers: Headers) -> Response:
         response = super().preflight_response(request_headers)
         if response.status_code == 200:
             return response
-        refusal = error_response(OriginRefused(f"{bytes(response.body).decode()}."))
+        origin = request_headers["origin"]
+        if self.is_allowed_origin(origin):
+            text = f"{bytes(response.body).decode()}."
+        else:
+            text = f"Web pages of {origin} may not call this server: server.cors_origins does not list their origin."
+            self._told.warn("a web page of %r was refused; server.cors_origins can list its origin", origin[:100])
+        refusal = error_response(OriginRefused(text))
         kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
         refusal.headers.update(kept)
         return refusal

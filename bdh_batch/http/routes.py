@@ -212,7 +212,8 @@ class Routes:
         generation = await self._start(request, model, requests, grammar)
         aside = self._aside(request)
         if body.stream:
-            return EventStream(generation, frames, aside, body.options.chunk_tokens or 1)
+            keepalive = self._settings.server.sse_keepalive_seconds
+            return EventStream(generation, frames, aside, body.options.chunk_tokens or 1, keepalive)
         return await whole(generation, frames, request, aside)
 
     async def _start(

@@ -1,82 +1,80 @@
-"""The socket and uvicorn, set up for a server whose life is decided elsewhere."""
+"""A server that accepts connections, from its sockets to their end; when that is, is decided elsewhere."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ipaddress import IPv4Network, ip_network
+from typing import Any, cast
 
-import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from bdh_batch.errors import ConfigError
-from bdh_batch.http.connection import connection_type
+from bdh_batch.http.accept import Acceptor
+from bdh_batch.http.budgets import ConnectionBudget
+from bdh_batch.http.caller import UNIX
+from bdh_batch.http.connection import Site
+from bdh_batch.http.listen import bind, listen, local_only, release, url_of
 from bdh_batch.settings import Server as ServerSettings, Settings
 from bdh_batch.telemetry import Metrics
 
-CLOSE_SECONDS = 5  # for answers that are being written when the server closes
-BACKLOG = 2048
+__all__ = ["Server", "bind", "listen", "local_only", "tls_context", "url_of"]
+
+log = logging.getLogger(__name__)
+
+CLOSE_SECONDS = 5.0  # for answers that are being written when the server closes
 
 
-class Server(uvicorn.Server):
-    """uvicorn without its own signal handling: draining comes before closing, and a stopped server has not failed.
+class Server:
+    """Connections and their requests, for one application.
 
     Raises:
         ConfigError: the certificate cannot be used.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
-        # Its start and its end are told by ours, and whoever sends nonsense cannot fill the log.
-        logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-        tls = tls_context(settings.server)
-        proxies = settings.server.trusted_proxies
-        super().__init__(
-            uvicorn.Config(
-                app,
-                loop="none",
-                http=connection_type(settings.limits, metrics),
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                backlog=BACKLOG,
-                proxy_headers=bool(proxies),
-                forwarded_allow_ips=[*proxies, *_mapped(proxies)],
-                ssl_context_factory=None if tls is None else lambda config, default: tls,
-                timeout_keep_alive=settings.limits.keep_alive_seconds,  # type: ignore[arg-type]
-                timeout_graceful_shutdown=CLOSE_SECONDS,
+        self._tls = tls_context(settings.server)
+        self._proxies = settings.server.trusted_proxies
+        if self._proxies:
+            trusted = [*self._proxies, *_mapped(self._proxies)]
+            app = cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), trusted))
+        self._site = Site(app, settings.limits, metrics)
+        self._settings, self._limits, self._metrics = settings.server, settings.limits, metrics
+        self._acceptors: list[Acceptor] = []
+        self._listeners: Sequence[socket.socket] = ()
+
+    def start(self, listeners: Sequence[socket.socket]) -> None:
+        """Takes connections from now on, on the running event loop."""
+        budget = ConnectionBudget(self._limits, self._proxies, self._metrics)
+        self._listeners = listeners
+        self._acceptors = [Acceptor(listener, self._site, budget, self._tls) for listener in listeners]
+
+    async def close(self) -> None:
+        """Takes no more connections, lets requests be answered for up to CLOSE_SECONDS, and cuts off the rest."""
+        for acceptor in self._acceptors:
+            acceptor.close()
+        for listener in self._listeners:
+            release(listener, self._settings)
+        for connection in list(self._site.connections):
+            connection.shutdown()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_SECONDS):
+                await self._site.empty.wait()
+        if self._site.connections:
+            log.warning(
+                "%d connections did not take their answers in time and are cut off", len(self._site.connections)
             )
-        )
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket, whose address is taken before the slow part of the start.
-
-    Raises:
-        ConfigError: it cannot be had.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind(address)
-            listener.listen(BACKLOG)  # until one listens, Linux lets others bind the same address
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise ConfigError(f"server.port: cannot listen on {host}:{port} ({error.strerror or error})") from error
-    listener.setblocking(False)
-    return listener
+        for connection in list(self._site.connections):
+            connection.transport.abort()
+        for task in self._site.tasks:
+            task.cancel()
+        if self._site.tasks:
+            await asyncio.wait(self._site.tasks, timeout=1)
 
 
 def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
@@ -102,11 +100,6 @@ def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:
 
 def _mapped(networks: list[str]) -> Iterator[str]:
     """IPv4 networks as sockets of IPv6 see them."""
-    for network in (ip_network(text, strict=False) for text in networks):
+    for network in (ip_network(text, strict=False) for text in networks if text != UNIX):
         if isinstance(network, IPv4Network):
             yield f"::ffff:{network.network_address}/{96 + network.prefixlen}"
-
-
-def base_url(listener: socket.socket, tls: bool = False) -> str:
-    host, port = listener.getsockname()[:2]
-    return f"{'https' if tls else 'http'}://{f'[{host}]' if ':' in host else host}:{port}"

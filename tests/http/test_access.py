@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import httpx
 import openai
 import pytest
+from starlette.applications import Starlette
 
+from bdh_batch.http.middleware import Origins
 from bdh_batch.keys import KeyFile, new_key
 from tests.conftest import eventually
 
@@ -274,3 +276,20 @@ class TestOrigins:
 
     def test_are_none_by_default(self, tiny: Server) -> None:
         assert "access-control-allow-origin" not in tiny.http.get("/v1/models", headers={"origin": ORIGIN}).headers
+
+    def test_that_are_listed_may_send_credentials_and_all_may_not(self, guarded: Server, key: str) -> None:
+        assert self.preflight(guarded, ORIGIN)["access-control-allow-credentials"] == "true"
+        response = guarded.http.get("/v1/models", headers=bearer(key) | {"origin": ORIGIN, "cookie": "a=b"})
+        assert response.headers["access-control-allow-origin"] == ORIGIN
+        assert response.headers["access-control-allow-credentials"] == "true"
+        with_any = Origins(Starlette(), ["*"])
+        assert "access-control-allow-credentials" not in with_any.preflight_headers | with_any.simple_headers
+
+    def test_that_are_refused_name_the_option(self, guarded: Server, tiny: Server) -> None:
+        for server in (guarded, tiny):
+            asked = {"origin": "https://page.example", "access-control-request-method": "POST"}
+            for path in ("/v1/completions", "/v1/models", "/nothing"):
+                error = server.error(server.http.options(path, headers=asked), 400)
+                assert "server.cors_origins" in error["message"]
+                assert "https://page.example" in error["message"]
+            assert "server.cors_origins" in server.log

@@ -87,10 +87,27 @@ class TestBodies:
         assert response.status_code in (200, 400)
 
     @PATHS
-    @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
-    def test_may_have_any_content_type(self, tiny: Server, path: str, kind: str) -> None:
+    @pytest.mark.parametrize(
+        "kind", ["application/json", 'Application/JSON; charset="UTF-8"', "application/vnd.api+json", "text/json", ""]
+    )
+    def test_may_be_json_by_any_name_or_by_none(self, tiny: Server, path: str, kind: str) -> None:
         content = json.dumps(BODIES[path]).encode()
         assert tiny.http.post(path, content=content, headers={"content-type": kind}).status_code == 200
+
+    @PATHS
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            "text/plain",
+            "application/x-www-form-urlencoded",
+            "multipart/form-data; boundary=a",
+            "application/json; charset=latin1",
+        ],
+    )
+    def test_that_say_they_are_something_else_are_refused(self, tiny: Server, path: str, kind: str) -> None:
+        content = json.dumps(BODIES[path]).encode()
+        response = tiny.http.post(path, content=content, headers={"content-type": kind})
+        assert tiny.error(response, 415)["code"] == "unsupported_media_type"
 
 
 class TestTypes:

@@ -151,7 +151,7 @@ def test_odd_requests_are_answered_for_what_they_are(hasty: Server) -> None:
         HEALTH * 5 + close + b"\r\n": [200] * 6,
         close.replace(b"/health", b"http://a/health") + b"\r\n": [200],
         close.replace(b"GET /health", b"OPTIONS *") + b"\r\n": [404],
-        HEALTH.replace(b"host: a", b"connection: upgrade\r\nupgrade: h2c") + HEALTH: [200],  # nothing is read after it
+        HEALTH.replace(b"host", b"connection: upgrade\r\nupgrade: h2c\r\nhost") + close + b"\r\n": [200, 200],
         close.replace(b"GET /health", b"POST /v1/completions") + b"content-length: 10000\r\n\r\n" + b"[" * 10_000: [
             400
         ],
@@ -195,6 +195,7 @@ def proxied(serve: ServeFactory) -> Iterator[tuple[Server, ssl.SSLContext]]:
     options = (
         *(f"server.tls_cert={CERT}", f"server.tls_key={KEY}", "server.trusted_proxies=127.0.1.0/24,10.0.0.1"),
         *("rate_limiting.enabled=true", f"rate_limiting.requests_per_minute={PER_MINUTE}"),
+        f"limits.header_seconds={SECONDS}",
     )
     context = ssl.create_default_context(cafile=CERT)
     with serve(*options, model=TINY, wait=False) as server:
@@ -209,6 +210,18 @@ def test_https_is_all_there_is_with_a_certificate(proxied: tuple[Server, ssl.SSL
         assert client.get("/health").status_code == 200
     with pytest.raises(httpx.TransportError):
         server.http.get("/health")
+
+
+def test_a_handshake_that_does_not_come_is_not_waited_for(proxied: tuple[Server, ssl.SSLContext]) -> None:
+    server, context = proxied
+    hello = context.wrap_bio(incoming := ssl.MemoryBIO(), outgoing := ssl.MemoryBIO(), server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        hello.do_handshake()
+    clients = [Client(server, sent) for sent in (b"", outgoing.read()[:40])]
+    assert not incoming.read()
+    for client in clients:
+        with client.socket:
+            assert client.socket.recv(65536) == b""
 
 
 def test_a_client_is_known_by_what_the_nearest_proxy_says(proxied: tuple[Server, ssl.SSLContext]) -> None:
