@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bdh_batch"
-SHARED = {"errors", "messages"}
+SHARED = {"errors", "messages", "threads"}
 STDLIB = set(sys.stdlib_module_names)
 
 # room: (rooms of the package it may import, packages it may import)
 LAW: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "messages": ({"errors"}, set()),
+    "threads": (set(), set()),
     "keys": ({"errors"}, {"pydantic"}),
     "settings": ({"errors"}, {"pydantic", "pydantic_core", "pydantic_settings", "yaml"}),
-    "text": (SHARED | {"text"}, {"jinja2", "llguidance", "tokenizers"}),
+    "text": (SHARED | {"text"}, {"jinja2", "llguidance", "orjson", "tokenizers"}),
     "kernels": (SHARED | {"kernels"}, {"torch", "numpy", "numba", "llvmlite", "triton"}),
     "model": (SHARED | {"kernels", "model"}, {"torch", "numpy", "safetensors"}),
     "scheduler": (SHARED | {"scheduler"}, set()),

@@ -21,11 +21,13 @@ from bdh_batch.http.frames import Answer, ChatFrames, CompletionFrames, Frames
 from bdh_batch.http.gate import Gate, ServedModel
 from bdh_batch.http.generation import EventStream, whole
 from bdh_batch.http.openapi import openapi
+from bdh_batch.http.presence import unless_left
 from bdh_batch.http.quota import Quota
 from bdh_batch.http.tool_frames import ToolFrames
 from bdh_batch.http.wire import ChatBody, CompletionBody, GenerationBody, parse, read_object
+from bdh_batch.http.wire_chat import ConversationBody
 from bdh_batch.http.wire_text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
-from bdh_batch.messages import GenerationRequest
+from bdh_batch.messages import GenerationRequest, Text
 from bdh_batch.settings import Settings
 from bdh_batch.telemetry import Metrics
 
@@ -77,7 +79,7 @@ class Routes:
         body = parse(await request.body(), ChatBody, self._settings.api.unknown_fields)
         model = self._model(request, body.model)
         answer = _answer(f"chatcmpl-{request.state.id}", body, model)
-        prompt = await model.template.render(body.conversation())
+        prompt = await self._rendered(request, model, body)
         requests = body.requests(request.state.id, model.defaults, prompt)
         tokenizer = model.backend.tokenizer
         frames = ToolFrames(answer, tokenizer, body.tool_names) if body.may_call else ChatFrames(answer, tokenizer)
@@ -98,7 +100,7 @@ class Routes:
         if isinstance(body, TokenizeText):
             param, text = "prompt", body.text()
         else:
-            param, text = "messages", await model.template.render(body.conversation())
+            param, text = "messages", await self._rendered(request, model, body)
         tokens = list(await model.backend.tokenize(text, param))
         answer: dict[str, object] = {"count": len(tokens), "max_model_len": model.max_model_len, "tokens": tokens}
         if body.return_token_strs:
@@ -168,6 +170,9 @@ class Routes:
         request.state.caller.check_model(name or model.name, model.names)
         return model
 
+    async def _rendered(self, request: Request, model: ServedModel, body: ConversationBody) -> Text:
+        return await unless_left(request, model.template.render(body.conversation(), request.state.caller.label))
+
     async def _respond(
         self,
         request: Request,
@@ -177,7 +182,7 @@ class Routes:
         frames: Frames,
     ) -> Response:
         if (source := body.source()) is not None:
-            grammar = await model.grammars.compile(source)
+            grammar = await unless_left(request, model.grammars.compile(source, request.state.caller.label))
             requests = [replace(each, grammar=grammar) for each in requests]
         generation = await self._start(request, model, requests)
         if body.stream:

@@ -12,7 +12,7 @@ from pydantic_core import PydanticCustomError
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.strict import Read, Wire, shallow
 from bdh_batch.text.calls import Tool, from_tools
-from bdh_batch.text.grammar import Source
+from bdh_batch.text.sources import Source
 
 MAX_TOOLS = 128
 MODES = (None, "none", "auto", "required")
