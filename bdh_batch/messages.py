@@ -136,14 +136,14 @@ class TokenScore(NamedTuple):
 class Text:
     """A prompt that has yet to be tokenized.
 
-    `add_special`: whether the tokenizer adds what belongs around a text. `mark`: a character in front of what is text
-    although it spells a special token; it is not part of the prompt. `ends`: offsets, ascending, at which beginnings
-    end that other prompts are likely to have.
+    `add_special`: whether the tokenizer adds what belongs around a text. `stand_ins`: characters in it, with the
+    special tokens that they stand for, beside which nothing is one; None is a text in which what spells one is one.
+    `ends`: offsets, ascending, at which beginnings end that other prompts are likely to have.
     """
 
     text: str
     add_special: bool = True
-    mark: str = ""
+    stand_ins: Mapping[str, str] | None = None
     ends: tuple[int, ...] = ()
 
 

@@ -40,11 +40,14 @@ from bdh_batch.scheduler import working_set
 from bdh_batch.scheduler.scheduler import Policy, Scheduler
 from bdh_batch.scheduler.trace import Trace
 from bdh_batch.scheduler.worker import WORKER, Observer, StepRunner, Worker
-from bdh_batch.settings import Auth, Engine, Generation, PrefixCache, Settings
+from bdh_batch.settings import Auth, Engine, Generation, PrefixCache, Sandbox as SandboxSettings, Settings
 from bdh_batch.telemetry import Metrics
+from bdh_batch.text.chat import ChatTemplate, open_template
 from bdh_batch.text.folder import TextSide, load_text
-from bdh_batch.text.grammar import Grammars
-from bdh_batch.text.vocabulary import Vocabulary, vocabulary_of
+from bdh_batch.text.grammar import Grammars, open_sandbox
+from bdh_batch.text.sandbox import Sandbox
+from bdh_batch.text.turns import QueueLimits
+from bdh_batch.text.vocabulary import Vocabulary, setup_of, vocabulary_of
 
 if TYPE_CHECKING:
     from bdh_batch.spans import Spans
@@ -80,10 +83,21 @@ class LoadedEngine:
 
 @dataclass(frozen=True)
 class Loaded:
+    """All that a server needs, ready. `grammars` is where they are tried out, None where there is no vocabulary."""
+
     text: TextSide
+    template: ChatTemplate
+    templates: Sandbox
     vocabulary: Vocabulary | str  # or why there is none
+    grammars: Sandbox | None
     defaults: Defaults
     engine: LoadedEngine
+
+    def close(self) -> None:
+        """Ends the sandboxes. Idempotent."""
+        self.templates.close()
+        if self.grammars is not None:
+            self.grammars.close()
 
 
 def load_all(settings: Settings, path: Path, load: Callable[[Settings, Path], LoadedEngine]) -> Loaded:
@@ -98,14 +112,30 @@ def load_all(settings: Settings, path: Path, load: Callable[[Settings, Path], Lo
     folder = path if path.is_dir() else path.parent
     defaults = defaults_for(settings, folder)
     text = load_text(folder, settings.chat.template, settings.chat.parse_special_tokens)
+    chosen, queue = settings.sandbox, queue_limits(settings.sandbox)
+    templates, template = open_template(text.template, chosen.template_seconds, chosen.template_memory, queue)
     try:
         engine = load(settings, path)
         size = engine.model.config.vocab_size
         text = text.fit(size)
-        return Loaded(text, vocabulary_of(text.tokenizer, size, text.eos), defaults, engine)
+        vocabulary = vocabulary_of(text.tokenizer, size, text.eos)
+        grammars = open_grammars(settings, text, vocabulary, size)
+        return Loaded(text, template, templates, vocabulary, grammars, defaults, engine)
     except BaseException:
-        text.template.close()
+        templates.close()
         raise
+
+
+def queue_limits(chosen: SandboxSettings) -> QueueLimits:
+    return QueueLimits(chosen.processes, chosen.max_queued, chosen.max_queued_bytes, chosen.queue_seconds)
+
+
+def open_grammars(settings: Settings, text: TextSide, vocabulary: Vocabulary | str, size: int) -> Sandbox | None:
+    """A sandbox for grammars, which gets ready beside all else; None where no grammar can be followed."""
+    if isinstance(vocabulary, str):
+        return None
+    chosen, setup = settings.structured_output, setup_of(text.tokenizer, size, text.eos)
+    return open_sandbox(setup, chosen.compile_seconds, chosen.grammar_memory, queue_limits(settings.sandbox))
 
 
 def load_engine(settings: Settings, path: Path) -> LoadedEngine:
@@ -397,7 +427,7 @@ class Service:
             log.info("draining for up to %.0f s", self._settings.server.drain_seconds)
             await backend.drain(self._settings.server.drain_seconds)
         finally:
-            loaded.text.template.close()
+            loaded.close()
             await asyncio.to_thread(backend.close)
 
     def _open(self, loaded: Loaded) -> LocalBackend:
@@ -416,6 +446,12 @@ class Service:
             text.eos,
         )
         self._metrics.watch(lambda: worker.load)
+        if loaded.grammars is not None:
+            loaded.grammars.warm_up()
+        sandboxes = {"templates": loaded.templates, "grammars": loaded.grammars}
+        self._metrics.watch_sandboxes(
+            {work: partial(getattr, sandbox, "load") for work, sandbox in sandboxes.items() if sandbox is not None}
+        )
         gc.collect()
         gc.freeze()  # what is alive now stays: the collector need not walk it again
         self._gate.open(
@@ -427,10 +463,15 @@ class Service:
                 fingerprint=f"{self._name}-bdh_batch-{__version__}",
                 max_model_len=settings.model.max_model_len,
                 defaults=loaded.defaults,
-                template=text.template,
+                template=loaded.template,
                 width=config.n_embd,
                 tokenizer_info=text.info() | {"vocab_size": config.vocab_size},
-                grammars=Grammars(loaded.vocabulary, settings.limits.max_schema_bytes),
+                grammars=Grammars(
+                    loaded.vocabulary,
+                    loaded.grammars,
+                    settings.limits.max_schema_bytes,
+                    settings.structured_output.cache_memory,
+                ),
             )
         )
         return backend

@@ -388,6 +388,31 @@ class Limits(Section):
     max_schema_bytes: Bytes = Field(64 * 1024, description="Largest schema or grammar that an answer has to follow.")
 
 
+class Sandbox(Section):
+    """Chat templates, and grammars before they are compiled, run in processes with bounds."""
+
+    processes: PositiveInt = Field(
+        2, description="Jobs at a time, of templates and of grammars each; a client has at most one less, but for 1."
+    )
+    max_queued: PositiveInt = Field(256, description="Most jobs that wait; one more is refused with 429.")
+    max_queued_bytes: Bytes = Field(64 * 2**20, description="Most bytes of waiting jobs; more is refused with 429.")
+    queue_seconds: PositiveFloat = Field(
+        10.0, allow_inf_nan=False, description="That a job may wait; then it is refused with 429."
+    )
+    template_seconds: PositiveFloat = Field(
+        5.0, allow_inf_nan=False, description="Processor time that a template may take for a conversation."
+    )
+    template_memory: Bytes = Field(512 * 2**20, description="Memory that it may take for one.")
+
+
+class StructuredOutput(Section):
+    compile_seconds: PositiveFloat = Field(
+        2.0, allow_inf_nan=False, description="Processor time that a schema or grammar may take to compile."
+    )
+    grammar_memory: Bytes = Field(64 * 2**20, description="Memory that one may take.")
+    cache_memory: Bytes = Field(256 * 2**20, description="Memory for those that are kept compiled.")
+
+
 class Api(Section):
     unknown_fields: Literal["refuse", "ignore"] = Field("refuse", description="What to do with unknown body fields.")
 
@@ -422,6 +447,8 @@ class Settings(BaseModel):
     auth: Auth = Auth()
     rate_limiting: RateLimiting = RateLimiting()
     limits: Limits = Limits()
+    sandbox: Sandbox = Sandbox()
+    structured_output: StructuredOutput = StructuredOutput()
     api: Api = Api()
     health: Health = Health()
     telemetry: Telemetry = Telemetry()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter as Counting
-from collections.abc import Callable, Iterable, Sequence as Sequences
+from collections.abc import Callable, Iterable, Mapping, Sequence as Sequences
 from itertools import accumulate
+from typing import Protocol
 
 from prometheus_client import (
     CollectorRegistry,
@@ -35,6 +36,19 @@ TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
 SEQUENCES = tuple(2**power for power in range(13))
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class SandboxLoad(Protocol):
+    """How busy a sandbox is, and how its jobs have ended so far."""
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def running(self) -> int: ...
+
+    @property
+    def outcomes(self) -> Mapping[str, int]: ...
 
 
 class Metrics:
@@ -95,6 +109,10 @@ class Metrics:
     def watch_buffered(self, held: Callable[[], int]) -> None:
         """From now on, scrapes report how many bytes of requests are held at their moment."""
         self._gauge("http_buffered_bytes", "Bytes of requests that are held until they are answered", held)
+
+    def watch_sandboxes(self, loads: Mapping[str, Callable[[], SandboxLoad]]) -> None:
+        """As `watch`, of the sandboxes, by what they do."""
+        self.registry.register(_SandboxCollector(loads, self._model_name))
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
@@ -212,3 +230,22 @@ class _LoadCollector(Collector):
             counter = CounterMetricFamily(f"bdh_{name}", text, labels=["model_name"])
             counter.add_metric([self._model_name], count)
             yield counter
+
+
+class _SandboxCollector(Collector):
+    def __init__(self, loads: Mapping[str, Callable[[], SandboxLoad]], model_name: str) -> None:
+        self._loads = loads
+        self._model_name = model_name
+
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        labels = ["model_name", "work"]
+        waiting = GaugeMetricFamily("bdh_sandbox_jobs_waiting", "Jobs that wait for a process", labels=labels)
+        running = GaugeMetricFamily("bdh_sandbox_jobs_running", "Jobs that run", labels=labels)
+        ended = CounterMetricFamily("bdh_sandbox_jobs", "Jobs that ended, by outcome", labels=[*labels, "outcome"])
+        for work, look in self._loads.items():
+            load, values = look(), [self._model_name, work]
+            waiting.add_metric(values, load.waiting)
+            running.add_metric(values, load.running)
+            for outcome, count in load.outcomes.items():
+                ended.add_metric([*values, outcome], count)
+        yield from (waiting, running, ended)

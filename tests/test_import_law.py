@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bdh_batch"
-SHARED = {"errors", "messages"}
+SHARED = {"errors", "messages", "threads"}
 STDLIB = set(sys.stdlib_module_names)
 
 # room: (rooms of the package it may import, packages it may import)
@@ -19,9 +19,10 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "messages": ({"errors"}, set()),
     "documents": ({"errors"}, {"yaml"}),
     "machine": (set(), set()),
+    "threads": (set(), set()),
     "keys": ({"errors"}, {"pydantic"}),
     "settings": ({"errors", "documents"}, {"pydantic", "pydantic_core", "yaml"}),
-    "text": (SHARED | {"text", "documents"}, {"jinja2", "llguidance", "tokenizers"}),
+    "text": (SHARED | {"text", "documents"}, {"jinja2", "llguidance", "orjson", "tokenizers"}),
     "kernels": (SHARED | {"kernels"}, {"torch", "numpy", "numba", "llvmlite", "triton"}),
     "model": (SHARED | {"kernels", "model", "documents", "machine"}, {"torch", "numpy", "safetensors"}),
     "scheduler": (SHARED | {"scheduler"}, set()),

@@ -24,15 +24,17 @@ from bdh_batch.http.generation import CHARACTERS, EventStream, whole
 from bdh_batch.http.json_pieces import dump_text
 from bdh_batch.http.off_loop import Aside, OffLoop
 from bdh_batch.http.openapi import openapi
+from bdh_batch.http.presence import unless_left
 from bdh_batch.http.quota import Quota
 from bdh_batch.http.tokens import tokenization
 from bdh_batch.http.tool_frames import ToolFrames
 from bdh_batch.http.wire import ChatBody, CompletionBody, GenerationBody
+from bdh_batch.http.wire_chat import ConversationBody
 from bdh_batch.http.wire_text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
-from bdh_batch.messages import GenerationRequest, Grammar
+from bdh_batch.messages import GenerationRequest, Grammar, Text
 from bdh_batch.settings import Settings
 from bdh_batch.telemetry import Metrics
-from bdh_batch.text.grammar import Source
+from bdh_batch.text.sources import Source
 
 TIMEOUT_HEADER = "x-request-timeout"
 TOLD = {"engine", "scheduler", "prefix_cache", "generation", "limits"}  # sections that any client may know
@@ -89,8 +91,7 @@ class Routes:
         body = await aside.run(len(raw), self._parse, raw, ChatBody)
         model = self._model(request, body.model)
         answer = _answer(f"chatcmpl-{request.state.id}", body, model)
-        conversation = await aside.run(len(raw), body.conversation)
-        prompt = await model.template.render(conversation)
+        prompt = await self._rendered(request, model, body, len(raw))
         requests = body.requests(request.state.id, model.defaults, prompt)
         source = await aside.run(len(raw), body.source)
         tokenizer = model.backend.tokenizer
@@ -113,8 +114,7 @@ class Routes:
         if isinstance(body, TokenizeText):
             param, text = "prompt", body.text()
         else:
-            conversation = await aside.run(len(raw), body.conversation)
-            param, text = "messages", await model.template.render(conversation)
+            param, text = "messages", await self._rendered(request, model, body, len(raw))
         tokens = await model.backend.tokenize(text, param)
         tokenizer = model.backend.tokenizer if body.return_token_strs else None
         content = await aside.run(len(tokens), tokenization, tokens, model.max_model_len, tokenizer)
@@ -197,6 +197,11 @@ class Routes:
         request.state.caller.check_model(name or model.name, model.names)
         return model
 
+    async def _rendered(self, request: Request, model: ServedModel, body: ConversationBody, size: int) -> Text:
+        """The prompt that the template makes of a body of `size` bytes."""
+        conversation = await self._aside(request).run(size, body.conversation)
+        return await unless_left(request, model.template.render(conversation, request.state.caller.label))
+
     async def _respond(
         self,
         request: Request,
@@ -208,7 +213,7 @@ class Routes:
     ) -> Response:
         grammar = None
         if source is not None:
-            grammar = await model.grammars.compile(source)
+            grammar = await unless_left(request, model.grammars.compile(source, request.state.caller.label))
         generation = await self._start(request, model, requests, grammar)
         aside = self._aside(request)
         if body.stream:

@@ -22,7 +22,7 @@ from bdh_batch.http.wire_format import Formatted
 from bdh_batch.messages import GenerationRequest, LogitBias, SamplingParams, Text
 from bdh_batch.settings import MAX_PRIORITY
 from bdh_batch.text.calls import OPEN
-from bdh_batch.text.grammar import Source
+from bdh_batch.text.sources import Source
 
 # Known to the API, not built yet: the values besides null that ask for nothing.
 GENERATION: Neutral = {

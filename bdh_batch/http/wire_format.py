@@ -12,8 +12,7 @@ from pydantic_core import PydanticCustomError
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.sizes import AtMost, BodyText, FreeObject, FunctionLabel, from_string
 from bdh_batch.http.strict import Wire
-from bdh_batch.text.grammar import Source
-from bdh_batch.text.sources import ANY_OBJECT, from_choice, from_lark, from_regex, from_schema
+from bdh_batch.text.sources import ANY_OBJECT, Source, from_choice, from_lark, from_regex, from_schema
 
 
 def _schema(value: object, info: ValidationInfo) -> object:

@@ -13,7 +13,7 @@ from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.sizes import AnyJson, AtMost, BodyText, FreeObject, FunctionLabel, Label, from_string
 from bdh_batch.http.strict import Read, Wire, shallow
 from bdh_batch.text.calls import Tool, from_tools
-from bdh_batch.text.grammar import Source
+from bdh_batch.text.sources import Source
 
 MODES = (None, "none", "auto", "required")
 

@@ -22,6 +22,7 @@ from bdh_batch.scheduler.dealer import Step
 from bdh_batch.scheduler.scheduler import Scheduler, Update
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.trace import Trace
+from bdh_batch.threads import start_daemon
 
 log = logging.getLogger(__name__)
 
@@ -106,8 +107,7 @@ class Worker:
         self._failures = 0  # on end
         self._told_of_stall = False
         self._loop = asyncio.get_running_loop()
-        self._thread = threading.Thread(target=self._main, name=WORKER, daemon=True)
-        self._thread.start()
+        self._thread = start_daemon(self._main, WORKER)  # grammars are followed in it, by native recursion
 
     def submit(
         self, sequences: Many[Sequence], queue_timeout: float | None = None, timeout: float | None = None

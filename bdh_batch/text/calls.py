@@ -5,18 +5,16 @@ A call is `<tool_call>{"name": …, "arguments": …}</tool_call>`, as in the te
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bdh_batch.text.grammar import Source
-from bdh_batch.text.sources import ANY_OBJECT, from_schema, json_rule
+from bdh_batch.text.sources import ANY_OBJECT, Source, from_schema
 from bdh_batch.text.tokenizer import CALL
 
 OPEN, CLOSE = CALL
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
-GAP = r"/\n?/"
+OTHERWISE_PARAM = "response_format.json_schema.schema"
 
 
 @dataclass(frozen=True)
@@ -41,27 +39,13 @@ def from_tools(
     tools: Sequence[Tool], param: str, parallel: bool, required: bool, otherwise: Mapping[str, Any] | None = None
 ) -> Source:
     """Calls of `tools`; one, or several where they may be `parallel`. Where none is required, an answer may be any
-    text, or only JSON of the schema `otherwise`.
-
-    Raises:
-        InvalidRequest: a schema cannot be written down.
-    """
-    bodies = [
-        f"tool{i}: {json.dumps(head(tool.name))} {json_rule(tool.schema, tool.param)} " for i, tool in _each(tools)
-    ]
-    rules = [f'{body}"}}" {GAP} "{CLOSE}"' for body in bodies]
-    rules.append(f"call: {GAP} ({' | '.join(f'tool{i}' for i, _ in _each(tools))})")
-    rules.append("calls: call" + (f' ({GAP} "{OPEN}" call)* {GAP}' if parallel else ""))
-    free = not required and otherwise is None
-    start = "calls" if free else f'"{OPEN}" calls'
-    if not required and otherwise is not None:
-        start += f" | {json_rule(otherwise, 'response_format.json_schema.schema')}"
+    text, or only JSON of the schema `otherwise`."""
     parts = [from_schema(tool.schema, tool.param) for tool in tools]
-    return Source("\n".join([f"start: {start}", *rules]), param, parts, OPEN if free else "")
-
-
-def _each(tools: Sequence[Tool]) -> list[tuple[int, Tool]]:
-    return list(enumerate(tools))
+    if otherwise is not None:
+        parts.append(from_schema(otherwise, OTHERWISE_PARAM))
+    offered = [(tool.name, tool.schema) for tool in tools]
+    value = {"tools": offered, "parallel": parallel, "required": required, "otherwise": otherwise}
+    return Source("calls", value, param, parts, OPEN if not required and otherwise is None else "")
 
 
 @dataclass(frozen=True, slots=True)

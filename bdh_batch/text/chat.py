@@ -1,19 +1,25 @@
-"""Chat messages to a prompt, by a template: the model folder's, or plain `role: content` lines.
+"""Chat messages to a prompt, by a template in a sandbox: the model folder's, or plain `role: content` lines.
 
-What clients write does not become special tokens, unless the settings say so: before the template sees it, a mark is
-put in front of whatever spells one, and the tokenizer takes what the mark precedes for text.
+What clients write does not become special tokens, unless the settings say so (`stand_ins.py`).
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
-from bdh_batch.errors import InvalidRequest
+import orjson
+
+from bdh_batch.errors import CheckpointError, InvalidRequest
 from bdh_batch.messages import Text
-from bdh_batch.text.template import Question, Refused, Rendered, Template
+from bdh_batch.text.sandbox import JobFailed, Runs, Sandbox, Work
+from bdh_batch.text.sandbox_process import JobLimits, Refused
+from bdh_batch.text.template import Rendered, decoded
+from bdh_batch.text.turns import QueueLimits
+
+log = logging.getLogger(__name__)
 
 DEFAULT_TEMPLATE = """\
 {%- if tools %}system: You may call these functions: {{ tools | tojson }}
@@ -23,7 +29,8 @@ DEFAULT_TEMPLATE = """\
 
 {% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
 
-PRIVATE = range(0xF0000, 0xFFFFE)  # Unicode's private use: characters that mean nothing to anyone
+MODULE = "bdh_batch.text.template"
+JOBS = 500  # conversations that one worker renders
 RESERVED = frozenset({"messages", "add_generation_prompt", "continue_final_message"})
 
 
@@ -44,97 +51,98 @@ class Conversation:
     add_special: bool | None = None
 
 
-class Renderer(Protocol):
-    async def render(self, question: Question) -> Rendered: ...
+@dataclass(frozen=True, slots=True)
+class TemplateSource:
+    """A chat template as a model folder has it; without a `source`, the built-in one.
 
-    def close(self) -> None: ...
+    Args:
+        name: of where it is from, for errors.
+        special: texts that clients cannot write as special tokens, the longest first.
+        names: of special tokens, such as `bos_token`.
+    """
 
+    source: str | None = None
+    name: str = "the built-in template"
+    special: Sequence[str] = ()
+    names: Mapping[str, str] = field(default_factory=dict)
 
-class BuiltIn:
-    """The default template, which needs no jail."""
-
-    def __init__(self) -> None:
-        self._template = Template(DEFAULT_TEMPLATE)
-
-    async def render(self, question: Question) -> Rendered:
-        return self._template.render(question)
-
-    def close(self) -> None:
-        pass
+    @property
+    def setup(self) -> bytes:
+        """For the sandbox."""
+        source = DEFAULT_TEMPLATE if self.source is None else self.source
+        return orjson.dumps({"source": source, "special": list(self.special), "names": dict(self.names)})
 
 
 class ChatTemplate:
     """
     Args:
-        renderer: None is the built-in one.
-        special: texts that clients cannot write as special tokens, the longest first.
-        names: of special tokens, such as `bos_token`, for the template.
+        sandbox: one that has prepared `source`, and told `ready` of it.
     """
 
-    def __init__(
-        self, renderer: Renderer | None = None, special: Sequence[str] = (), names: Mapping[str, str] | None = None
-    ) -> None:
-        self._renderer = renderer or BuiltIn()
-        self._add_special = renderer is None  # templates write out what belongs around a conversation; that one cannot
-        self._special = re.compile("|".join(map(re.escape, special))) if special else None
-        self._names = names or {}
+    def __init__(self, source: TemplateSource, sandbox: Runs, ready: bytes) -> None:
+        told = orjson.loads(ready)
+        self._sandbox = sandbox
+        self._tokens = {chr(int(code, 16)): token for code, token in told["tokens"].items()}
+        self._guards = bool(source.special)
+        # Templates write out what belongs around a conversation; the built-in one cannot.
+        self._add_special = source.source is None
+        if told["unsure"]:
+            text = "%s: it puts %s together from pieces; they stay text (chat.parse_special_tokens makes them tokens)"
+            log.warning(text, source.name, ", ".join(told["unsure"]))
 
-    async def render(self, conversation: Conversation) -> Text:
+    async def render(self, conversation: Conversation, tenant: str = "") -> Text:
         """The prompt.
 
         Raises:
-            InvalidRequest: the template refuses these messages.
+            InvalidRequest: the template refuses these messages, or takes too long or too much memory for them.
+            QueueFull, Unavailable: not now.
         """
-        texts = "".join(_texts([conversation.messages, conversation.variables]))
-        cut, mark = (chr(code) for code, _ in zip((c for c in PRIVATE if chr(c) not in texts), range(2)))
-        guard = _inserter(self._special, mark) if self._special and self._special.search(texts) else None
-        question = Question(
-            messages=[_guarded(message, guard) for message in conversation.messages],
-            variables={**self._names, **_guarded(conversation.variables, guard)},
-            add_generation_prompt=conversation.add_generation_prompt,
-            cut=cut if conversation.continue_final else "",
-        )
         try:
-            rendered = await self._renderer.render(question)
-        except Refused as error:
+            job = _job(conversation)
+        except orjson.JSONEncodeError as error:
+            raise InvalidRequest(f"messages: They cannot be written as JSON ({error}).", "messages") from error
+        try:
+            rendered = await self._sandbox.run(job, tenant, _decoded)
+        except (Refused, JobFailed) as error:
             raise InvalidRequest(f"messages: The chat template refuses these: {error}.", "messages") from error
         add_special = self._add_special if conversation.add_special is None else conversation.add_special
-        return Text(rendered.text, add_special, mark if guard else "", rendered.ends)
-
-    def close(self) -> None:
-        self._renderer.close()
+        return Text(rendered.text, add_special, self._tokens if self._guards else None, rendered.ends)
 
 
-def _guarded(values: Mapping[str, Any], guard: Callable[[str], str] | None) -> Mapping[str, Any]:
-    """What a client wrote; roles are not of its own choosing."""
-    if guard is None:
-        return values
-    return {key: value if key == "role" else _map(value, guard) for key, value in values.items()}
+def open_template(
+    source: TemplateSource, seconds: float, memory: int, queue: QueueLimits
+) -> tuple[Sandbox, ChatTemplate]:
+    """A template in a sandbox of its own. Blocks until that is ready.
+
+    Args:
+        seconds, memory: that a conversation may take.
+
+    Raises:
+        CheckpointError: the template does not compile.
+    """
+    limits = JobLimits(seconds, memory, jobs=JOBS)
+    options = ("sandbox.template_seconds", "sandbox.template_memory")
+    sandbox = Sandbox(Work(MODULE, source.setup, limits, *options), queue)
+    try:
+        return sandbox, ChatTemplate(source, sandbox, sandbox.wait_until_ready())
+    except Refused as error:
+        sandbox.close()
+        raise CheckpointError(f"{source.name}: {error}") from error
+    except BaseException:
+        sandbox.close()
+        raise
 
 
-def _inserter(special: re.Pattern[str], mark: str) -> Callable[[str], str]:
-    return lambda text: special.sub(lambda match: mark + match[0], text)
+def _job(conversation: Conversation) -> bytes:
+    return orjson.dumps(
+        {
+            "messages": conversation.messages,
+            "variables": conversation.variables,
+            "add_generation_prompt": conversation.add_generation_prompt,
+            "continue_final": conversation.continue_final,
+        }
+    )
 
 
-def _texts(value: object) -> Iterator[str]:
-    """All strings in a JSON value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield key
-            yield from _texts(item)
-    elif isinstance(value, Sequence):
-        for item in value:
-            yield from _texts(item)
-
-
-def _map(value: Any, change: Callable[[str], str]) -> Any:
-    """A JSON value with all its strings changed."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {change(key): _map(item, change) for key, item in value.items()}
-    if isinstance(value, Sequence):
-        return [_map(item, change) for item in value]
-    return value
+async def _decoded(said: bytes) -> Rendered:
+    return decoded(said)

@@ -12,9 +12,8 @@ from typing import Any
 
 from bdh_batch.documents import Malformed, brief, read_json_beside, read_text, unreadable
 from bdh_batch.errors import CheckpointError, ConfigError
-from bdh_batch.text.chat import ChatTemplate
+from bdh_batch.text.chat import TemplateSource
 from bdh_batch.text.hugging_face import HuggingFaceTokenizer, load_hugging_face
-from bdh_batch.text.jail import Jail
 from bdh_batch.text.tokenizer import BYTES, ByteTokenizer, TokenIdsOnly, Tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -34,7 +33,7 @@ class TextSide:
     """
 
     tokenizer: Tokenizer
-    template: ChatTemplate
+    template: TemplateSource
     eos: frozenset[int]
     names: Mapping[str, str]
     origin: Path
@@ -82,11 +81,7 @@ def load_text(folder: Path, template: Path | None = None, parse_special: bool = 
     chat = _template(folder, config, template, guarded, names)
     size = read_json_beside(folder / MODEL_CONFIG).get("vocab_size")
     side = TextSide(tokenizer or TokenIdsOnly(), chat, eos, names, origin, tokenizer is not None)
-    try:
-        return side.fit(size) if isinstance(size, int) else side
-    except CheckpointError:
-        chat.close()
-        raise
+    return side.fit(size) if isinstance(size, int) else side
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
@@ -151,22 +146,21 @@ def _eos(folder: Path, names: Mapping[str, str], tokenizer: Tokenizer | None) ->
 
 def _template(
     folder: Path, config: Values, option: Path | None, special: Sequence[str], names: Mapping[str, str]
-) -> ChatTemplate:
+) -> TemplateSource:
     if option is not None:
         try:
-            source, name = read_text(option), f"chat.template: {option}"
+            return TemplateSource(read_text(option), f"chat.template: {option}", special, names)
         except (OSError, Malformed) as error:
             raise ConfigError(f"chat.template: {option} cannot be read ({error})") from error
-        return ChatTemplate(Jail(source, name), special, names)
     if (file := folder / CHAT_TEMPLATE).is_file():
         try:
-            return ChatTemplate(Jail(read_text(file), str(file)), special, names)
+            return TemplateSource(read_text(file), str(file), special, names)
         except (OSError, Malformed) as error:
             raise unreadable(file, error) from error
     file, found = folder / TOKENIZER_CONFIG, config.get("chat_template")
     if found is None:
-        return ChatTemplate(None, special, names)
-    return ChatTemplate(Jail(_source(found, file), f"{file}: chat_template"), special, names)
+        return TemplateSource(special=special, names=names)
+    return TemplateSource(_source(found, file), f"{file}: chat_template", special, names)
 
 
 def _source(found: object, file: Path) -> str:

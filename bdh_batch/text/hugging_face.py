@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import zip_longest
 from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
@@ -17,6 +18,7 @@ from bdh_batch.text.tokenizer import CALL, Decoder
 
 LONG = 4096  # characters
 LARGEST = 256 * 2**20  # bytes of a tokenizer.json; those of the largest vocabularies have some thirty MiB
+UNKNOWN = "\U0010fffd"  # a character that no vocabulary has
 SAMPLES = 256  # tokens of the vocabulary that are decoded both ways at the start
 
 
@@ -35,6 +37,9 @@ class HuggingFaceTokenizer:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self._special = {token.content: (number, token) for number, token in added.items() if token.special}
+        # What stands for unknown characters is special, too, and comes of any text.
+        unknown = tokenizer.encode(UNKNOWN, add_special_tokens=False).ids
+        self._special_ids = frozenset(number for number, _ in self._special.values()).difference(unknown)
         self.special: Sequence[str] = sorted(self._special, key=len, reverse=True)  # the longest is matched first
         self.size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids are below it
         try:
@@ -50,13 +55,10 @@ class HuggingFaceTokenizer:
         return ids
 
     def encode_prompt(self, prompt: Text) -> tuple[Sequence[int], tuple[int, ...]]:
-        if prompt.mark:
-            return self._encode_marked(prompt), ()
-        if not prompt.ends:
-            return self.encode(prompt.text, prompt.add_special), ()
-        encoding = _encode(self._tokenizer, prompt.text, prompt.add_special)
-        breaks = [encoding.char_to_token(end) for end in prompt.ends if end < len(prompt.text)]
-        return encoding.ids, tuple(at for at in breaks if at)
+        if prompt.stand_ins is None:
+            encoding = _encode(self._tokenizer, prompt.text, prompt.add_special)
+            return encoding.ids, _breaks(encoding, prompt.ends, len(prompt.text))
+        return self._encode_guarded(prompt, prompt.stand_ins)
 
     def decoder(self, first: bool = False) -> Decoder:
         return PieceDecoder(self._pieces, first)
@@ -86,32 +88,54 @@ class HuggingFaceTokenizer:
         number: int | None = self._tokenizer.token_to_id(name)
         return number
 
-    def _encode_marked(self, prompt: Text) -> Sequence[int]:
-        """What a mark precedes is text, whatever it spells; each run of text between special tokens goes by itself."""
-        pattern = re.compile(f"({re.escape(prompt.mark)})?({'|'.join(map(re.escape, self.special))})")
+    def _encode_guarded(self, prompt: Text, stand_ins: Mapping[str, str]) -> tuple[Sequence[int], tuple[int, ...]]:
+        """Only what stands in for a special token becomes one. Mostly nothing else spells one; then the library can
+        have the text as it is spelt, and does what it always does."""
+        pieces = re.split(f"([{re.escape(''.join(stand_ins))}])", prompt.text) if stand_ins else [prompt.text]
+        tokens = [self._special[stand_ins[piece]][0] for piece in pieces[1::2]]
+        spelt = "".join(stand_ins.get(piece, piece) for piece in pieces)
+        encoding = _encode(self._tokenizer, spelt, prompt.add_special)
+        if self._special_among(encoding) == tokens:
+            ends = (_spelt_end(prompt.text, stand_ins, end) for end in prompt.ends)
+            return encoding.ids, _breaks(encoding, ends, len(spelt))
+        return self._encode_apart(pieces, stand_ins, prompt.add_special), ()
+
+    def _special_among(self, encoding: Encoding) -> list[int]:
+        """The special tokens that come from the text, and not from what the tokenizer adds around it."""
+        known = self._special_ids
+        found = [at for at, token in enumerate(encoding.ids) if token in known]
+        if not found:
+            return []
+        added = encoding.special_tokens_mask
+        return [encoding.ids[at] for at in found if not added[at]]
+
+    def _encode_apart(self, pieces: Sequence[str], stand_ins: Mapping[str, str], add_special: bool) -> Sequence[int]:
+        """Each run of text between special tokens goes by itself, through a tokenizer that knows no special tokens."""
         tokens: list[int] = []
-        begin, strip = 0, False
-        for match in pattern.finditer(prompt.text):
-            if match[1]:
-                continue
-            number, token = self._special[match[2]]
-            tokens += self._plain(prompt, prompt.text[begin : match.start()], strip, token.lstrip)
-            tokens.append(number)
-            begin, strip = match.end(), token.rstrip
-        tokens += self._plain(prompt, prompt.text[begin:], strip, False)
-        if not prompt.add_special:
+        strip = False
+        for text, stand_in in zip_longest(pieces[::2], pieces[1::2]):
+            number, token = self._special[stand_ins[stand_in]] if stand_in else (None, None)
+            tokens += self._plain(text, strip, token is not None and token.lstrip)
+            if number is not None and token is not None:
+                tokens.append(number)
+                strip = token.rstrip
+        if not add_special:
             return tokens
         around = self.encode("", add_special=True)  # a template that asks for them has none of its own
         return [*around, *tokens]
 
-    def _plain(self, prompt: Text, text: str, lstrip: bool, rstrip: bool) -> Sequence[int]:
-        text = text.replace(prompt.mark, "")
+    def _plain(self, text: str, lstrip: bool, rstrip: bool) -> Sequence[int]:
         text = text.lstrip() if lstrip else text
         text = text.rstrip() if rstrip else text
         if not text:
             return []
         ids: list[int] = _encode(self._blind, text, add_special=False).ids
-        return ids
+        if self._special_ids.isdisjoint(ids):
+            return ids
+        # The model itself has it among its pieces, as Unigram's do: it gets each spelling in two.
+        cut = re.compile("|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in self.special))
+        halves = [_encode(self._blind, half, add_special=False).ids for half in cut.split(text)]
+        return [token for half in halves for token in half if token not in self._special_ids]
 
     @cached_property
     def _blind(self) -> Tokenizer:
@@ -131,6 +155,17 @@ class HuggingFaceTokenizer:
             text = "".join(map(decoder.push, some)) + decoder.flush()
             if text != self._tokenizer.decode(some):
                 raise CheckpointError("its decoder is of a kind that cannot be streamed: tokens do not add up to texts")
+
+
+def _breaks(encoding: Encoding, ends: Iterable[int], length: int) -> tuple[int, ...]:
+    """The positions of tokens at which `ends` of a text of that `length` lie, where they can be told."""
+    found = (encoding.char_to_token(end) for end in ends if end < length)
+    return tuple(at for at in found if at)
+
+
+def _spelt_end(text: str, stand_ins: Mapping[str, str], end: int) -> int:
+    """Where `end` lies once all special tokens are spelt."""
+    return end + sum(text.count(character, 0, end) * (len(token) - 1) for character, token in stand_ins.items())
 
 
 def _encode(tokenizer: Tokenizer, text: str, add_special: bool) -> Encoding:

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llguidance import LLTokenizer, TokenizerWrapper
@@ -91,6 +92,20 @@ def vocabulary_of(tokenizer: Tokenizer, size: int, ends: frozenset[int] = frozen
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return hugging_face_vocabulary(tokenizer, size, sorted(ends))
     return byte_vocabulary(size, sorted(ends)) if isinstance(tokenizer, ByteTokenizer) else NOT_KNOWN
+
+
+def setup_of(tokenizer: Tokenizer, size: int, ends: frozenset[int] = frozenset()) -> bytes:
+    """From which `vocabulary_from` makes the same in another process."""
+    text = tokenizer.json if isinstance(tokenizer, HuggingFaceTokenizer) else None
+    return json.dumps({"tokenizer": text, "size": size, "ends": sorted(ends)}).encode()
+
+
+def vocabulary_from(setup: bytes) -> Vocabulary | str:
+    told = json.loads(setup)
+    if told["tokenizer"] is None:
+        return byte_vocabulary(told["size"], told["ends"])
+    known = HuggingFaceTokenizer(Library.from_str(told["tokenizer"]), Path("tokenizer.json"))
+    return hugging_face_vocabulary(known, told["size"], told["ends"])
 
 
 def byte_vocabulary(size: int, ends: Sequence[int] = ()) -> Vocabulary:

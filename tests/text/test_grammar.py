@@ -7,22 +7,32 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
+from llguidance import LLMatcher
 from tokenizers import AddedToken, Tokenizer
 
-from bdh_batch.errors import InvalidRequest, QueueFull, UnsupportedParameter
+from bdh_batch.errors import InvalidRequest, UnsupportedParameter
 from bdh_batch.messages import Constraint
+from bdh_batch.text import probation
 from bdh_batch.text.calls import CLOSE, OPEN, Tool, from_tools, head
-from bdh_batch.text.grammar import Grammars, Source
+from bdh_batch.text.compiler import compile_grammar
+from bdh_batch.text.grammar import Grammars, open_sandbox
+from bdh_batch.text.grammar_cache import LEAST_WEIGHT, GrammarCache
 from bdh_batch.text.hugging_face import HuggingFaceTokenizer
-from bdh_batch.text.sources import from_choice, from_lark, from_regex, from_schema
+from bdh_batch.text.sandbox_process import Prepared, Refused
+from bdh_batch.text.schemas import problem_of
+from bdh_batch.text.sources import Source, from_choice, from_lark, from_regex, from_schema
 from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly
-from bdh_batch.text.vocabulary import Vocabulary, byte_vocabulary, vocabulary_of
+from bdh_batch.text.turns import QueueLimits
+from bdh_batch.text.vocabulary import Vocabulary, byte_vocabulary, setup_of, vocabulary_of
 from tests.text import tokenizers
+from tests.text.inline import Inline, inline_grammars
+
+T = TypeVar("T")
 
 PLAIN = [*range(33, 127), *range(161, 173), *range(174, 256)]  # bytes that GPT-2's alphabet writes as themselves
 ALPHABET = {byte: chr(byte if byte in PLAIN else 256 + byte - sum(p < byte for p in PLAIN)) for byte in range(256)}
@@ -71,6 +81,15 @@ def vocabularies() -> list[Vocabulary]:
     ]
 
 
+@pytest.fixture(scope="module")
+async def sandboxed() -> AsyncIterator[Grammars]:
+    """Of bytes, with a sandbox as a server has it, but for less time."""
+    sandbox = open_sandbox(setup_of(ByteTokenizer(), 256), 1.0, 48 * 2**20, QueueLimits())
+    sandbox.warm_up()
+    yield Grammars(byte_vocabulary(256), sandbox)
+    sandbox.close()
+
+
 def allowed(constraint: Constraint, size: int) -> list[int]:
     mask = constraint.mask()
     return (
@@ -94,7 +113,7 @@ def walk(constraint: Constraint, vocabulary: Vocabulary, rng: random.Random, mos
 @pytest.mark.parametrize("small", [0, 4096])
 @pytest.mark.parametrize("vocabulary", vocabularies())
 async def test_every_way_through_a_grammar_ends_in_what_was_asked_for(vocabulary: Vocabulary, small: int) -> None:
-    grammars, rng = Grammars(vocabulary, small=small), random.Random(3)
+    grammars, rng = inline_grammars(vocabulary, small=small), random.Random(3)
     pattern = re.compile(r"(a|b1?)+(c: \{12\})?")
     checks: list[tuple[Source, Callable[[str], Any]]] = [
         (from_regex(pattern.pattern.replace(": ", ":"), "r"), re.compile(r"(a|b1?)+(c:\{12\})?").fullmatch),
@@ -116,7 +135,7 @@ async def test_every_way_through_a_grammar_ends_in_what_was_asked_for(vocabulary
 
 
 async def test_where_it_may_end_a_model_without_a_token_for_it_ends_by_drawing_something_else() -> None:
-    grammar = await Grammars(byte_vocabulary(256)).compile(from_regex("[0-9]+", "r"))
+    grammar = await inline_grammars(byte_vocabulary(256)).compile(from_regex("[0-9]+", "r"))
     constraint = grammar.constraint()
     assert allowed(constraint, 256) == list(b"0123456789")
     assert constraint.accept(ord("1"))
@@ -130,7 +149,7 @@ async def test_where_it_may_end_a_model_without_a_token_for_it_ends_by_drawing_s
 
 @pytest.mark.parametrize("vocabulary", [byte_vocabulary(300), vocabulary_for(byte_level(), (), 300)])
 async def test_what_stands_in_for_that_token_is_never_part_of_an_answer(vocabulary: Vocabulary) -> None:
-    constraint = (await Grammars(vocabulary).compile(from_regex("a+", "r"))).constraint()
+    constraint = (await inline_grammars(vocabulary).compile(from_regex("a+", "r"))).constraint()
     for token in vocabulary.tokens.tokenize_str("aa"):
         assert constraint.accept(token)
     assert vocabulary.tokens.eos_token < vocabulary.size
@@ -139,7 +158,7 @@ async def test_what_stands_in_for_that_token_is_never_part_of_an_answer(vocabula
 
 @pytest.mark.parametrize("vocabulary", [each for each in vocabularies() if each.ends])
 async def test_a_model_with_a_token_for_the_end_draws_it_or_goes_on(vocabulary: Vocabulary) -> None:
-    compiled = await Grammars(vocabulary).compile(from_regex(r"[a\t\x00]\te?|a+e?", "r"))
+    compiled = await inline_grammars(vocabulary).compile(from_regex(r"[a\t\x00]\te?|a+e?", "r"))
     for end in vocabulary.ends:
         constraint = compiled.constraint()
         assert not vocabulary.ends & set(allowed(constraint, vocabulary.size))
@@ -154,7 +173,7 @@ async def test_a_model_with_a_token_for_the_end_draws_it_or_goes_on(vocabulary: 
 
 @pytest.mark.parametrize("vocabulary", vocabularies())
 async def test_an_answer_does_not_end_early_as_long_as_it_can_go_on(vocabulary: Vocabulary) -> None:
-    grammars, rng = Grammars(vocabulary), random.Random(2)
+    grammars, rng = inline_grammars(vocabulary), random.Random(2)
     asked: list[tuple[Source, float, str, bool]] = [
         (from_regex("c+x?", "r"), 4, "c{4,}|c+x", True),
         (from_regex("c*", "r"), math.inf, "c{40}", False),
@@ -171,7 +190,7 @@ async def test_an_answer_does_not_end_early_as_long_as_it_can_go_on(vocabulary: 
 
 async def test_calls_go_on_as_long_as_they_can() -> None:
     source = from_tools([Tool("g", None, "p")], "tools", parallel=True, required=False)
-    grammar = await Grammars(byte_vocabulary(256)).compile(source)
+    grammar = await inline_grammars(byte_vocabulary(256)).compile(source)
     call = f"{OPEN}{head('g')}{{}}}}{CLOSE}".encode()
     for early, may_end in ((0, True), (len(call), True), (len(call) + 1, False), (math.inf, False)):
         constraint = grammar.constraint(early)
@@ -182,7 +201,7 @@ async def test_calls_go_on_as_long_as_they_can() -> None:
 @pytest.mark.parametrize("vocabulary", vocabularies())
 async def test_after_its_trigger_a_free_text_follows_the_grammar(vocabulary: Vocabulary) -> None:
     source = from_tools([Tool("abc", {}, "p")], "tools", parallel=False, required=False)
-    constraint = (await Grammars(vocabulary).compile(source)).constraint()
+    constraint = (await inline_grammars(vocabulary).compile(source)).constraint()
     for token in vocabulary.tokens.tokenize_str("ab < c <tool") + vocabulary.tokens.tokenize_str("_call"):
         assert constraint.mask() is None
         assert constraint.accept(token)
@@ -208,7 +227,7 @@ async def test_what_is_a_token_by_itself_can_be_said(vocabulary: Vocabulary) -> 
         (from_tools([tool], "tools", parallel=False, required=True), {call}),
         (from_tools([tool], "tools", parallel=False, required=False), {f"Well, {call}"}),
     ]
-    grammars, rng = Grammars(vocabulary), random.Random(1)
+    grammars, rng = inline_grammars(vocabulary), random.Random(1)
     for source, texts in asked:
         grammar = await grammars.compile(source)
         said = set()
@@ -235,7 +254,7 @@ def test_a_call_that_has_tokens_of_its_own_is_shown_and_begins_with_them() -> No
 async def test_calls_are_of_the_tools_and_of_their_schemas() -> None:
     tools = [Tool("f", {"properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}, "p0"), Tool("g", None, "p1")]
     vocabulary, rng = byte_vocabulary(256), random.Random(5)
-    grammars = Grammars(vocabulary)
+    grammars = inline_grammars(vocabulary)
     one = await grammars.compile(from_tools(tools, "tools", parallel=False, required=True))
     either = await grammars.compile(from_tools(tools, "tools", False, False, {"enum": ["no"]}))
     several = (await grammars.compile(from_tools(tools[1:], "tools", parallel=True, required=True))).constraint()
@@ -303,9 +322,11 @@ ACCEPTED: list[tuple[Callable[[Any, str], Source], Any]] = [
 
 
 @pytest.mark.parametrize(("kind", "asked"), REFUSED)
-async def test_what_nothing_satisfies_or_is_no_grammar_is_refused_by_its_field(kind: Any, asked: Any) -> None:
+async def test_what_nothing_satisfies_or_is_no_grammar_is_refused_by_its_field(
+    sandboxed: Grammars, kind: Any, asked: Any
+) -> None:
     with pytest.raises(InvalidRequest) as refused:
-        await Grammars(byte_vocabulary(256)).compile(kind(asked, "the.field"))
+        await sandboxed.compile(kind(asked, "the.field"))
     assert refused.value.param == "the.field"
     assert refused.value.message.startswith("the.field: ")
     assert len(refused.value.message) < 500
@@ -315,50 +336,45 @@ async def test_what_nothing_satisfies_or_is_no_grammar_is_refused_by_its_field(k
 @pytest.mark.parametrize(("kind", "asked"), ACCEPTED)
 async def test_hard_grammars_are_walked(kind: Any, asked: Any) -> None:
     vocabulary = byte_vocabulary(256)
-    grammar = await Grammars(vocabulary, 2**18).compile(kind(asked, "p"))
+    grammar = await inline_grammars(vocabulary, 2**18).compile(kind(asked, "p"))
     walk(grammar.constraint(), vocabulary, random.Random(1), 100)
 
 
 async def test_a_tool_whose_schema_is_at_fault_is_named() -> None:
     tools = [Tool("f", None, "tools[0].function.parameters"), Tool("g", {"not": {}}, "tools[1].function.parameters")]
     with pytest.raises(InvalidRequest) as refused:
-        await Grammars(byte_vocabulary(256)).compile(from_tools(tools, "tools", True, True))
+        await inline_grammars(byte_vocabulary(256)).compile(from_tools(tools, "tools", True, True))
     assert refused.value.param == "tools[1].function.parameters"
 
 
-async def test_a_schema_that_leads_to_itself_in_countless_ways_is_decided_at_once() -> None:
+def test_a_schema_that_leads_to_itself_in_countless_ways_is_decided_at_once() -> None:
     names = [f"d{i}" for i in range(40)]
     definitions: dict[str, Any] = {
         name: {"anyOf": [{"$ref": f"#/$defs/{after}"}] * 2} for name, after in zip(names, [*names[1:], "d0"])
     }
-    from_schema({"$ref": "#/$defs/d0", "$defs": definitions}, "p")
+    schema = {"$ref": "#/$defs/d0", "$defs": definitions}
+    assert "without an end" in str(problem_of(schema))
+    definitions["d39"]["anyOf"].append({"type": "null"})
+    assert problem_of(schema) is None
 
 
-async def test_grammars_are_bounded_in_bytes_and_in_number() -> None:
-    grammars = Grammars(byte_vocabulary(256), most_bytes=1000, most_waiting=3)
-    with pytest.raises(InvalidRequest, match="1000 bytes"):
-        await grammars.compile(from_regex("a" * 1001, "p"))
-    storm = [grammars.compile(from_regex(f"a{i}", "p")) for i in range(50)]
-    outcomes = await asyncio.gather(*storm, return_exceptions=True)
-    assert {type(outcome).__name__ for outcome in outcomes} == {"CompiledGrammar", "QueueFull"}
-    assert isinstance(next(o for o in outcomes if isinstance(o, QueueFull)).retry_after, int)
-    assert (await grammars.compile(from_regex("a49", "p"))).constraint()
-
-
-async def test_time_that_runs_out_is_told_and_the_loop_is_free_meanwhile() -> None:
-    slow = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(1500)}}
-    grammars = Grammars(byte_vocabulary(256), 2**20, seconds=0.0)
-    source = from_schema(slow, "p")
-    outcomes = await asyncio.gather(*(grammars.compile(source) for _ in range(3)), return_exceptions=True)
-    assert {type(outcome) for outcome in outcomes} <= {InvalidRequest, QueueFull}
-    patient = Grammars(byte_vocabulary(256), 2**20)
-    compiling = asyncio.ensure_future(patient.compile(source))
-    turns = 0
-    while not compiling.done():
-        await asyncio.sleep(0)
-        turns += 1
-    assert turns > 10
-    assert (await compiling).constraint().mask()
+async def test_grammars_are_bounded_in_bytes_whatever_they_are_made_of() -> None:
+    grammars = inline_grammars(byte_vocabulary(256), 1000)
+    long = {"enum": ["a" * 1001]}
+    calls = from_tools([Tool("f", None, "t0"), Tool("g", long, "t1")], "tools", parallel=True, required=True)
+    several = from_tools([Tool(f"f{i}", {"enum": ["a" * 300]}, f"t{i}") for i in range(4)], "tools", True, True)
+    asked: list[tuple[Source, str]] = [
+        (from_regex("a" * 1001, "p"), "p"),
+        (from_lark("é" * 501, "p"), "p"),
+        (from_choice(["a"] * 1001, "p"), "p"),
+        (from_schema(long, "p"), "p"),
+        (calls, "t1"),
+        (several, "tools"),
+    ]
+    for source, param in asked:
+        with pytest.raises(InvalidRequest, match=r"1000 bytes.*limits\.max_schema_bytes") as refused:
+            await grammars.compile(source)
+        assert refused.value.param == param
 
 
 async def test_without_a_tokenizer_grammars_are_refused() -> None:
@@ -366,7 +382,7 @@ async def test_without_a_tokenizer_grammars_are_refused() -> None:
     assert isinstance(byte_model, Vocabulary)
     assert byte_model.ends == {0}
     with pytest.raises(UnsupportedParameter) as refused:
-        await Grammars(vocabulary_of(TokenIdsOnly(), 97)).compile(from_regex("a", "p"))
+        await Grammars(vocabulary_of(TokenIdsOnly(), 97), None).compile(from_regex("a", "p"))
     assert refused.value.param == "p"
 
 
@@ -377,12 +393,141 @@ async def test_where_not_every_byte_can_be_said_grammars_are_refused(kind: Calla
     """Else an answer could come to where the grammar goes on and no token does."""
     known = HuggingFaceTokenizer(kind(), Path("tokenizer.json"))
     with pytest.raises(UnsupportedParameter, match="not every byte") as refused:
-        await Grammars(vocabulary_of(known, known.size)).compile(from_regex("a", "p"))
+        await Grammars(vocabulary_of(known, known.size), None).compile(from_regex("a", "p"))
     assert refused.value.param == "p"
 
 
-async def test_more_grammars_than_are_kept_are_compiled_again() -> None:
-    grammars = Grammars(byte_vocabulary(256))
-    for _ in range(2):
-        for i in range(70):
-            assert (await grammars.compile(from_regex(f"a{i}", "p"))).constraint()
+def chain(rules: int) -> str:
+    return "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(rules)) + f'\nr{rules}: "a"'
+
+
+def terminals(count: int) -> str:
+    return "start: T0\n" + "\n".join(f'T{i}: "b" T{i + 1}' for i in range(count)) + f'\nT{count}: "a"'
+
+
+def definitions(count: int) -> dict[str, Any]:
+    found: dict[str, Any] = {f"d{i}": {"anyOf": [{}, {"$ref": f"#/$defs/d{i + 1}"}]} for i in range(count)}
+    return {"$ref": "#/$defs/d0", "$defs": found | {f"d{count}": {"type": "null"}}}
+
+
+def properties(count: int) -> dict[str, Any]:
+    found: dict[str, Any] = {f"d{i}": {"properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(count)}
+    return {"$ref": "#/$defs/d0", "$defs": found | {f"d{count}": {"type": "null"}}}
+
+
+INTERSECTION = "start: T\nT: " + " & ".join(f"/((a|b){{{k}}})*/" for k in (7, 11, 13, 17, 19, 23, 29, 31, 37, 41))
+HOSTILE: list[tuple[Callable[[Any, str], Source], Any, str]] = [
+    (from_lark, chain(3000), "too deeply"),
+    (from_lark, terminals(3500), "too deeply"),
+    (from_schema, definitions(1200), "400 deep"),
+    (from_schema, properties(1200), "too deeply"),
+    (from_schema, {"const": -9223372036854775808}, "number out of range"),
+    (from_schema, {"type": "integer", "multipleOf": 999983}, r"structured_output\."),
+    (from_schema, {"type": "integer", "multipleOf": 99999989}, r"structured_output\."),
+    (from_lark, INTERSECTION, r"structured_output\."),
+]
+
+
+@pytest.mark.parametrize(("kind", "asked", "told"), HOSTILE)
+async def test_what_would_end_the_server_or_never_end_is_refused(
+    sandboxed: Grammars, kind: Any, asked: Any, told: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=told) as refused:
+        await sandboxed.compile(kind(asked, "the.field"))
+    assert refused.value.param == "the.field"
+    assert (await sandboxed.compile(from_regex("[0-9]+", "p"))).constraint().mask()
+
+
+async def test_a_tool_that_the_compiler_crashes_on_is_refused(sandboxed: Grammars) -> None:
+    tool = Tool("g", properties(1200) | {"type": "object"}, "tools[0].function.parameters")
+    with pytest.raises(InvalidRequest, match="too deeply") as refused:
+        await sandboxed.compile(from_tools([tool], "tools", True, True))
+    assert refused.value.param == "tools"
+
+
+async def test_a_grammar_whose_tokens_cost_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long they take is measured; here, any time is too long."""
+    grammars = inline_grammars(byte_vocabulary(256))
+    monkeypatch.setattr(probation, "SLOW", -1.0)
+    with pytest.raises(InvalidRequest, match="too ambiguous"):
+        await grammars.compile(from_lark('start: start start | "a" | ', "p"))
+
+
+async def test_what_was_compiled_and_what_was_refused_is_known_the_next_time() -> None:
+    counting = Counting(byte_vocabulary(256))
+    grammars = Grammars(byte_vocabulary(256), counting)
+    for _ in range(3):
+        assert (await grammars.compile(from_regex("a+", "p"))).constraint().mask()
+        with pytest.raises(InvalidRequest, match=r"^q: "):
+            await grammars.compile(from_regex("((", "q"))
+    assert counting.jobs == 2
+
+
+async def test_the_bytes_of_grammars_that_are_kept_are_bounded() -> None:
+    counting = Counting(byte_vocabulary(256))
+    grammars = Grammars(byte_vocabulary(256), counting, cache_bytes=3 * LEAST_WEIGHT)
+    for i in (0, 1, 2, 0, 3, 0, 1):  # when the fourth comes, the second goes
+        assert (await grammars.compile(from_regex(f"a{i}", "p"))).constraint().mask()
+    assert counting.jobs == 5
+    cache = GrammarCache(100 * LEAST_WEIGHT)
+    matcher = compile_grammar(byte_vocabulary(256).tokens, "start: /a/")
+    assert isinstance(matcher, LLMatcher)
+    assert not cache.add(b"small", matcher, 0)
+    assert cache.add(b"huge", matcher, 100 * LEAST_WEIGHT) == [matcher]
+    assert (len(cache), cache.get(b"small")) == (1, None)
+
+
+async def test_requests_for_one_grammar_share_its_compilation_until_none_of_them_waits() -> None:
+    held = Held()
+    grammars = Grammars(byte_vocabulary(256), held)
+    source = from_regex("a+", "p")
+    first, second = (asyncio.ensure_future(grammars.compile(source, "a")) for _ in range(2))
+    other = asyncio.ensure_future(grammars.compile(source, "b"))
+    await asyncio.wait_for(held.come(2), 10)
+    assert held.tenants == ["a", "b"]
+    first.cancel()
+    await asyncio.wait([first])
+    assert held.cancelled == []
+    second.cancel()
+    await asyncio.wait([second])
+    assert held.cancelled == ["a"]
+    held.release.set()
+    with pytest.raises(InvalidRequest):
+        await other
+
+
+class Counting(Inline):
+    """Counts the jobs that run."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        super().__init__(Prepared(probation.work_for(vocabulary)))
+        self.jobs = 0
+
+    async def run(self, job: bytes, tenant: str, then: Callable[[bytes], Awaitable[T]]) -> T:
+        self.jobs += 1
+        return await super().run(job, tenant, then)
+
+
+class Held:
+    """Runs nothing until it is told to, and then refuses."""
+
+    def __init__(self) -> None:
+        self.tenants: list[str] = []
+        self.cancelled: list[str] = []
+        self.release = asyncio.Event()
+        self._came = asyncio.Event()
+
+    async def run(self, job: bytes, tenant: str, then: Callable[[bytes], Awaitable[T]]) -> T:
+        self.tenants.append(tenant)
+        self._came.set()
+        try:
+            await self.release.wait()
+        except asyncio.CancelledError:
+            self.cancelled.append(tenant)
+            raise
+        raise Refused("no")
+
+    async def come(self, count: int) -> None:
+        while len(self.tenants) < count:
+            self._came.clear()
+            await self._came.wait()

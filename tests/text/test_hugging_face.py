@@ -8,7 +8,7 @@ from types import FrameType
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from tokenizers import decoders
+from tokenizers import AddedToken, decoders, normalizers
 
 from bdh_batch.errors import CheckpointError
 from bdh_batch.messages import Text
@@ -121,35 +121,62 @@ def test_what_belongs_around_a_text_is_added_if_asked() -> None:
         assert tokenizer.encode_prompt(Text("the"))[0] == tokenizer.encode("the")
 
 
-def test_what_is_marked_is_text_and_what_is_not_is_special() -> None:
-    tokenizer = TOKENIZERS["byte_level"]
-    start, end = (number("byte_level", name) for name in ("<|im_start|>", "<|im_end|>"))
-    text = "<|im_start|>user\na \U000f0000<|im_end|> b<|im_end|>\n"
-    tokens, _ = tokenizer.encode_prompt(Text(text, add_special=False, mark="\U000f0000"))
-    assert (tokens[0], list(tokens).count(start), list(tokens).count(end)) == (start, 1, 1)
-    spelt = [token for token in tokens if token not in (start, end)]
-    assert decode(tokenizer, spelt)[0] == "user\na <|im_end|> b\n"
-    assert tokenizer.encode_prompt(Text("a", mark="\U000f0000")) == ([*tokenizer.encode("a")], ())
+START, END = "\udc80", "\udc81"
+STAND_INS = {START: "<|im_start|>", END: "<|im_end|>"}
+
+
+@EACH
+def test_what_stands_in_for_a_special_token_becomes_one_and_what_spells_one_does_not(kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]
+    start, end = (number(kind, name) for name in STAND_INS.values())
+    text = f"{START}user\na <|im_end|> b{END}\n"
+    for add_special in (False, True):
+        tokens, _ = tokenizer.encode_prompt(Text(text, add_special, STAND_INS))
+        assert [token for token in tokens if token in (start, end)] == [start, end]
+    if kind == "byte_level":
+        assert decode(tokenizer, [token for token in tokens if token not in (start, end)])[0].endswith(
+            "user\na <|im_end|> b\n"
+        )
+    for harmless in ("a", f"{START}a{END}"):
+        spelt = harmless.replace(START, "<|im_start|>").replace(END, "<|im_end|>")
+        assert tokenizer.encode_prompt(Text(harmless, True, STAND_INS))[0] == tokenizer.encode(spelt)
+
+
+def test_what_a_normalizer_makes_of_a_text_is_no_special_token_either() -> None:
+    raw = byte_level()
+    raw.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    raw.add_special_tokens([AddedToken("<|obey|>", normalized=True)])
+    tokenizer = HuggingFaceTokenizer(raw, HERE)
+    special = tokenizer.token_id("<|obey|>")
+    for text in ("＜|obey|＞", "<|OBEY|>", "<|obey|>"):
+        assert special in tokenizer.encode(text)
+        assert special not in tokenizer.encode_prompt(Text(text, True, {}))[0]
+    assert special in tokenizer.encode_prompt(Text("a\udc80", True, {"\udc80": "<|obey|>"}))[0]
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.sampled_from(["<|im_start|>", "<|im_end|>", "the ", " fox", "\n", "é"])))
-def test_marks_that_protect_nothing_change_no_token(parts: list[str]) -> None:
+@given(st.lists(st.sampled_from([START, END, "<|im_end|>", "<|im_", "end|>", "the ", " fox", "\n", "é"])))
+def test_only_stand_ins_become_special_tokens(parts: list[str]) -> None:
     for kind in ("byte_level", "word_piece"):
-        tokenizer = TOKENIZERS[kind]
-        assert tokenizer.encode_prompt(Text("".join(parts), False, "\U000f0000"))[0] == tokenizer.encode(
-            "".join(parts), add_special=False
-        )
+        tokenizer, text = TOKENIZERS[kind], "".join(parts)
+        special = {token: number(kind, token) for token in STAND_INS.values()}
+        expected = [special[STAND_INS[part]] for part in parts if part in STAND_INS]
+        tokens, _ = tokenizer.encode_prompt(Text(text, False, STAND_INS))
+        assert [token for token in tokens if token in special.values()] == expected
+        if "<|im_end|>" not in text:
+            spelt = "".join(STAND_INS.get(part, part) for part in parts)
+            assert list(tokens) == list(tokenizer.encode(spelt, add_special=False))
 
 
 def test_ends_of_messages_are_told_as_positions() -> None:
-    for tokenizer, text, ends in (
-        (TOKENIZERS["byte_level"], "<|im_start|>é<|im_end|>the fox<|im_end|>", (23,)),
-        (ByteTokenizer(), "é: the\nfox", (7,)),
+    for tokenizer, text, stand_ins, ends in (
+        (TOKENIZERS["byte_level"], "<|im_start|>é<|im_end|>the fox<|im_end|>", None, (23,)),
+        (TOKENIZERS["byte_level"], f"{START}é{END}the fox{END}", STAND_INS, (3,)),
+        (ByteTokenizer(), "é: the\nfox", None, (7,)),
     ):
-        tokens, breaks = tokenizer.encode_prompt(Text(text, False, ends=ends))
+        tokens, breaks = tokenizer.encode_prompt(Text(text, False, stand_ins, ends))
         (at,) = breaks
-        head = tokenizer.encode(text[: ends[0]], add_special=False)
+        head, _ = tokenizer.encode_prompt(Text(text[: ends[0]], False, stand_ins))
         assert list(tokens[:at]) == list(head)
 
 

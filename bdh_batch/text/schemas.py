@@ -1,0 +1,122 @@
+"""What can be seen of a JSON schema before it is compiled: whether anything satisfies it, and what could not be kept.
+
+All of it without recursion, and in steps that grow as the schema does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+DEEPEST = 400  # references and subschemas that lead into one another
+
+
+def problem_of(schema: Mapping[str, Any]) -> str | None:
+    """Why `schema` cannot be kept to, or None where nothing is seen that speaks against it."""
+    needs = _Needs(schema)
+    if needs.too_deep:
+        return f"Its references and subschemas lead more than {DEEPEST} deep into one another."
+    if not needs.can_end():
+        return "Nothing satisfies it: what it requires contains itself without an end."
+    if _counts_free_keys(schema):
+        text = "minProperties goes with additionalProperties: false and no patternProperties, or with as many required"
+        return f"{text}: of other keys, one that came twice would count twice."
+    return None
+
+
+def _counts_free_keys(schema: object) -> bool:
+    """Whether a schema is anywhere in it that wants several keys, which may be any: a repeated one is no other."""
+    ahead = [schema]
+    while ahead:
+        each = ahead.pop()
+        if isinstance(each, list):
+            ahead += each
+        elif isinstance(each, Mapping):
+            least, required = each.get("minProperties"), set(map(str, _list(each, "required")))
+            closed = each.get("additionalProperties") is False and not each.get("patternProperties")
+            if isinstance(least, int) and least > max(1, len(required)) and not closed:
+                return True
+            ahead += each.values()
+    return False
+
+
+class _Needs:
+    """The schemas that lead out of a schema, each with groups of others: of each group, one has to be satisfied.
+
+    A schema can end where, of each of its groups, one can; so those that require themselves, by references, cannot.
+    """
+
+    def __init__(self, root: Mapping[str, Any]) -> None:
+        self._root = root
+        self._groups: dict[int, list[list[int]]] = {}  # by the identity of a schema
+        self.too_deep = False
+        self._find()
+
+    def can_end(self) -> bool:
+        """Of the root: the least set of schemas that can, found from those that need nothing."""
+        users: dict[int, list[int]] = {}
+        for schema, groups in self._groups.items():
+            for group in groups:
+                for member in group:
+                    users.setdefault(member, []).append(schema)
+        ends: set[int] = set()
+        ahead = list(self._groups)
+        while ahead:
+            schema = ahead.pop()
+            if schema not in ends and all(any(each in ends for each in group) for group in self._groups[schema]):
+                ends.add(schema)
+                ahead += users.get(schema, [])
+        return id(self._root) in ends
+
+    def _find(self) -> None:
+        path: list[Iterator[object]] = [iter([self._root])]
+        while path:
+            schema = next(path[-1], path)
+            if schema is path:
+                path.pop()
+            elif id(schema) not in self._groups:
+                groups = list(self._groups_of(schema))
+                self._groups[id(schema)] = [list(map(id, group)) for group in groups]
+                path.append(iter([each for group in groups for each in group]))
+                if len(path) > DEEPEST:
+                    self.too_deep = True
+                    return
+
+    def _groups_of(self, schema: object) -> Iterator[Sequence[object]]:
+        if not isinstance(schema, Mapping):
+            return
+        if isinstance(reference := schema.get("$ref"), str):
+            yield [_resolve(self._root, reference)]
+        for needed in _needed(schema):
+            yield [needed]
+        for key in ("anyOf", "oneOf"):
+            if alternatives := _list(schema, key):
+                yield alternatives
+
+
+def _needed(schema: Mapping[str, Any]) -> list[Any]:
+    """The schemas of which whatever satisfies `schema` has something in it."""
+    needed = list(_list(schema, "allOf"))
+    if schema.get("type") == "object" and isinstance(properties := schema.get("properties"), Mapping):
+        needed += [properties.get(name) for name in _list(schema, "required") if isinstance(name, str)]
+    if schema.get("type") == "array" and (count := _count(schema)):
+        needed += _list(schema, "prefixItems")[:count] or [schema.get("items")]
+    return needed
+
+
+def _count(schema: Mapping[str, Any]) -> int:
+    value = schema.get("minItems")
+    return value if isinstance(value, int) else 0
+
+
+def _list(schema: Mapping[str, Any], key: str) -> list[Any]:
+    value = schema.get(key)
+    return value if isinstance(value, list) else []
+
+
+def _resolve(root: Mapping[str, Any], reference: str) -> object:
+    """What `#/$defs/name` points to; None where it is nothing that is known here."""
+    found: Any = root
+    for key in filter(None, reference.removeprefix("#").split("/")) if reference.startswith("#") else ("",):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found

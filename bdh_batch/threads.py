@@ -1,0 +1,68 @@
+"""Threads that never keep the program from ending, with stacks that deep native recursion fits into."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import Any, Protocol, TypeVar
+
+T = TypeVar("T")
+
+STACK = 64 * 2**20  # bytes; address space alone, as long as it is not used
+
+_starting = threading.Lock()  # the size of a stack is an option of the whole program
+
+
+class Executor(Protocol):
+    def submit(self, function: Callable[..., T], /, *arguments: Any) -> Future[T]: ...
+
+
+def start_daemon(target: Callable[[], object], name: str, stack: int = STACK) -> threading.Thread:
+    """Starts a daemon thread with a stack of so many bytes."""
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    with _starting:
+        usual = threading.stack_size(stack)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(usual)
+    return thread
+
+
+class DaemonThreads:
+    """A few threads that call functions, first come, first served.
+
+    `concurrent.futures` waits for its threads when the interpreter ends; nothing waits for these.
+    """
+
+    def __init__(self, count: int, name: str) -> None:
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._threads = [start_daemon(self._run, name) for _ in range(count)]
+
+    def submit(self, function: Callable[..., T], /, *arguments: Any) -> Future[T]:
+        future: Future[T] = Future()
+
+        def call() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                result = function(*arguments)
+            except BaseException as error:  # noqa: BLE001 - whoever waits for the future gets it
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+
+        self._calls.put(call)
+        return future
+
+    def close(self) -> None:
+        """Ends each thread after its present call. Idempotent; does not wait."""
+        for _ in self._threads:
+            self._calls.put(None)
+
+    def _run(self) -> None:
+        while (call := self._calls.get()) is not None:
+            call()
+            del call  # what it held is not kept until the next one comes
