@@ -17,10 +17,11 @@ STDLIB = set(sys.stdlib_module_names)
 LAW: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "messages": ({"errors"}, set()),
-    "documents": ({"errors"}, {"yaml"}),
+    "documents": ({"errors"}, set()),
+    "yaml_documents": ({"documents"}, {"yaml"}),
     "machine": (set(), set()),
     "keys": ({"errors"}, {"pydantic"}),
-    "settings": ({"errors", "documents"}, {"pydantic", "pydantic_core", "yaml"}),
+    "settings": ({"errors", "documents", "yaml_documents"}, {"pydantic", "pydantic_core", "yaml"}),
     "text": (SHARED | {"text", "documents"}, {"jinja2", "llguidance", "tokenizers"}),
     "kernels": (SHARED | {"kernels"}, {"torch", "numpy", "numba", "llvmlite", "triton"}),
     "model": (SHARED | {"kernels", "model", "documents", "machine"}, {"torch", "numpy", "safetensors"}),
