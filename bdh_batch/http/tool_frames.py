@@ -22,7 +22,8 @@ class ToolFrames(ChatFrames):
         self._readers: dict[int, CallReader] = {}
 
     def delta(self, index: int, delta: Delta) -> bytes:
-        reader = self._readers.setdefault(index, CallReader(self._names))
+        if (reader := self._readers.get(index)) is None:
+            reader = self._readers[index] = CallReader(self._names)
         pieces = reader.push(delta.text)
         if delta.finish_reason is not None:
             pieces += reader.flush()

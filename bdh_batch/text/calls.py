@@ -5,6 +5,7 @@ A call is `<tool_call>{"name": …, "arguments": …}</tool_call>`, as in the te
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -75,12 +76,19 @@ Piece = Said | Called | Argued
 
 
 class CallReader:
-    """Takes an answer's text as it comes, gives what is in it. Text that turns out to be no call is given as it is."""
+    """Takes an answer's text as it comes, gives what is in it. Text that turns out to be no call is given as it is.
+
+    What a text costs depends on its length alone: neither on how many tools there are, nor on what came before it.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
-        self._heads = {head(name): name for name in names}
+        self._names = {head(name): name for name in names}
+        self._heads = sorted(self._names)  # none is a beginning of another one, as names have no quotes
+        self._longest = max(map(len, self._heads), default=0)
         self._read = self._read_text
-        self._held = ""
+        self._text = ""  # what has come and may not all be read
+        self._at = 0  # where what is not read begins
+        self._gap = 0  # newlines after OPEN
         self._began = 0
         self.calls = 0  # that are complete
         self._depth = 0
@@ -92,47 +100,56 @@ class CallReader:
         return self._began > self.calls
 
     def push(self, text: str) -> list[Piece]:
-        self._held += text
+        self._text, self._at = self._text[self._at :] + text, 0
         pieces: list[Piece] = []
-        while True:
-            before, reader = self._held, self._read
-            pieces += self._read()
-            if self._held == before and self._read == reader:
-                return pieces
+        while self._read(pieces):
+            pass
+        return pieces
 
     def flush(self) -> list[Piece]:
         """What is left when no more text comes; a call that has hardly begun is none."""
-        held, self._held = self._held, ""
+        held, self._text, self._at = self._text[self._at :], "", 0
         return [Said(held)] if held and self._read == self._read_text and not self.calls else []
 
-    def _read_text(self) -> list[Piece]:
-        if self.calls:  # between calls there is nothing but space
-            self._held = self._held.lstrip()
-        text, opened, rest = self._held.partition(OPEN)
-        if opened:
-            self._held, self._read = rest, self._read_head
-        else:
-            keep = next((n for n in range(len(OPEN) - 1, 0, -1) if text.endswith(OPEN[:n])), 0)
-            text, self._held = text[: len(text) - keep], text[len(text) - keep :]
-        return [Said(text)] if text else []
+    # Each reads as far as it can, and says whether another one goes on from there; else more text has to come.
 
-    def _read_head(self) -> list[Piece]:
-        written = self._held.lstrip("\n")
-        for beginning, name in self._heads.items():
-            if written.startswith(beginning):
-                self._held, self._read = written[len(beginning) :], self._read_arguments
-                self._began += 1
-                self._depth, self._quoted, self._escaped = 0, False, False
-                return [Called(self._began - 1, name)]
-        if any(beginning.startswith(written) for beginning in self._heads):
-            return []
-        self._read = self._read_text
-        text, self._held = OPEN + self._held[:1], self._held[1:]
-        return [Said(text)]
+    def _read_text(self, pieces: list[Piece]) -> bool:
+        while self.calls and self._text[self._at : self._at + 1].isspace():  # all there is between calls
+            self._at += 1
+        found = self._text.find(OPEN, self._at)
+        if found >= 0:
+            self._say(pieces, self._text[self._at : found])
+            self._at, self._gap, self._read = found + len(OPEN), 0, self._read_head
+            return True
+        end = self._text[max(self._at, len(self._text) - len(OPEN) + 1) :]
+        keep = next((n for n in range(len(end), 0, -1) if end.endswith(OPEN[:n])), 0)
+        certain = len(self._text) - keep
+        self._say(pieces, self._text[self._at : certain])
+        self._at = certain
+        return False
 
-    def _read_arguments(self) -> list[Piece]:
+    def _read_head(self, pieces: list[Piece]) -> bool:
+        while self._text.startswith("\n", self._at):
+            self._at, self._gap = self._at + 1, self._gap + 1
+        written = self._text[self._at : self._at + self._longest]
+        after = bisect_right(self._heads, written)
+        if after and written.startswith(begun := self._heads[after - 1]):
+            self._at, self._read = self._at + len(begun), self._read_arguments
+            pieces.append(Called(self._began, self._names[begun]))
+            self._began += 1
+            self._depth, self._quoted, self._escaped = 0, False, False
+            return True
+        if after < len(self._heads) and self._heads[after].startswith(written):
+            return False
+        said = "\n" * self._gap or written[:1]
+        self._at, self._read = self._at + (0 if self._gap else len(said)), self._read_text
+        self._say(pieces, OPEN + said)
+        return True
+
+    def _read_arguments(self, pieces: list[Piece]) -> bool:
         """Up to the bracket that closes the first."""
-        for at, character in enumerate(self._held):
+        for at in range(self._at, len(self._text)):
+            character = self._text[at]
             if self._escaped:
                 self._escaped = False
             elif self._quoted:
@@ -144,16 +161,26 @@ class CallReader:
             elif character in "}]":
                 self._depth -= 1
                 if not self._depth:
-                    return self._argued(at + 1, self._read_end)
-        return self._argued(len(self._held), self._read_arguments) if self._held else []
+                    self._argue(pieces, at + 1)
+                    self._read = self._read_end
+                    return True
+        self._argue(pieces, len(self._text))
+        return False
 
-    def _read_end(self) -> list[Piece]:
-        _, closed, rest = self._held.partition(CLOSE)
-        if closed:
-            self.calls += 1
-            self._held, self._read = rest, self._read_text
-        return []
+    def _read_end(self, pieces: list[Piece]) -> bool:
+        found = self._text.find(CLOSE, self._at)
+        if found < 0:
+            self._at = max(self._at, len(self._text) - len(CLOSE) + 1)
+            return False
+        self.calls += 1
+        self._at, self._read = found + len(CLOSE), self._read_text
+        return True
 
-    def _argued(self, end: int, then: Any) -> list[Piece]:
-        text, self._held, self._read = self._held[:end], self._held[end:], then
-        return [Argued(self._began - 1, text)]
+    def _say(self, pieces: list[Piece], text: str) -> None:
+        if text:
+            pieces.append(Said(text))
+
+    def _argue(self, pieces: list[Piece], end: int) -> None:
+        if end > self._at:
+            pieces.append(Argued(self._began - 1, self._text[self._at : end]))
+        self._at = end

@@ -72,3 +72,44 @@ def test_what_only_looks_like_a_call_is_text() -> None:
 def test_text_before_a_call_is_said() -> None:
     reader = CallReader(["f"])
     assert reader.push("Let me see <tool") == [Said("Let me see ")]
+
+
+@given(
+    st.lists(st.sampled_from([OPEN, CLOSE, "\n", " ", "x", head("f"), head("fg"), head("f")[:-3], "{}", "}", "[1]"])),
+    st.lists(st.integers(0, 200)),
+)
+def test_what_is_read_does_not_depend_on_where_the_text_is_cut(parts: list[str], cuts: list[int]) -> None:
+    text = "".join(parts)
+    whole, cut = (
+        read([text[a:b] for a, b in pairwise(sorted({min(at, len(text)) for at in ends} | {0, len(text)}))])
+        for ends in ((), cuts)
+    )
+    assert whole[1] == cut[1]
+    assert "".join(whole[0].split()) == "".join(cut[0].split())  # between calls, space is passed over
+
+
+def test_what_a_text_costs_does_not_depend_on_how_many_tools_there_are() -> None:
+    class Counted(str):
+        looks = 0
+
+        def __gt__(self, other: str) -> bool:
+            Counted.looks += 1
+            return str.__gt__(self, other)
+
+    names = [f"tool_{number}" for number in range(1024)]
+    reader = CallReader(names)
+    reader._heads = [Counted(each) for each in reader._heads]
+    whole = written("tool_777", {"a": 1})
+    pieces = [piece for character in whole for piece in reader.push(character)]
+    assert Called(0, "tool_777") in pieces
+    assert 0 < Counted.looks <= 11 * len(whole)
+
+
+def test_many_calls_at_once_are_read_in_one_pass() -> None:
+    """No part of a text is copied for each call in it."""
+    reader = CallReader(["f"])
+    text = written("f", {}) * 5000
+    pieces = reader.push(text)
+    assert reader.calls == 5000
+    assert sum(len(piece.text) for piece in pieces if isinstance(piece, Argued)) == 2 * 5000
+    assert (len(reader._text), reader._at) == (len(text), len(text))
