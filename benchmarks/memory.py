@@ -82,7 +82,8 @@ class Crowd:
         try:
             while True:
                 body = {"prompt": text(self._draw, self._prompt), "max_tokens": self._tokens}
-                self.generated += (await post(reader, writer, body))["usage"]["completion_tokens"]
+                answer = await post(reader, writer, body)
+                self.generated += answer["usage"]["completion_tokens"]
                 self.answered += 1
                 if self.answered in self._marks:
                     self.note()
