@@ -159,12 +159,15 @@ class Served:
 
 
 @contextmanager
-def served(*options: str, module: Sequence[str] = ("bdh_batch", "serve"), log: Path | None = None) -> Iterator[Served]:
+def served(
+    *options: str, module: Sequence[str] = ("bdh_batch", "serve"), log: Path | None = None, root: Path = ROOT
+) -> Iterator[Served]:
     """`bdh-batch serve` with `options`, as in "scheduler.max_running=64", until the block's end.
 
     Args:
         module: what is run instead, and its arguments; it takes the same `--port` and `--set`.
         log: the file that its output goes to; None keeps it only until it has started.
+        root: the checkout whose server it is.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -174,8 +177,8 @@ def served(*options: str, module: Sequence[str] = ("bdh_batch", "serve"), log: P
     with tempfile.TemporaryFile() if log is None else log.open("w+b") as output:
         process = subprocess.Popen(
             [*command, *(part for option in options for part in ("--set", option))],
-            cwd=ROOT,
-            env=environment,
+            cwd=root,
+            env={**environment, "PYTHONPATH": str(root)},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

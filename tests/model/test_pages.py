@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import ctypes
-import mmap
 import resource
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ from bdh_batch.model import pages
 from bdh_batch.model.config import BDHConfig
 from bdh_batch.model.pages import PagesAhead
 from bdh_batch.model.state import StatePool
+from tests.support import resident
 
 PAGES = 64  # of 4 KiB in a block
 
@@ -66,14 +65,6 @@ def test_a_system_that_cannot_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> 
         ahead.used(block)
         finish(ahead)
     assert len(asked) == 1
-
-
-def resident(block: torch.Tensor) -> int:
-    """Bytes of `block`, which begins where a page does, that lie in main memory."""
-    libc, pages_of = ctypes.CDLL(None, use_errno=True), -(-block.nbytes // mmap.PAGESIZE)
-    found = (ctypes.c_ubyte * pages_of)()
-    assert libc.mincore(ctypes.c_void_p(block.data_ptr()), ctypes.c_size_t(block.nbytes), found) == 0
-    return sum(page & 1 for page in found) * mmap.PAGESIZE
 
 
 @pytest.mark.parametrize("huge", [True, False])

@@ -3,16 +3,25 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
 import pytest
+import torch
 
 from bdh_batch.errors import InvalidRequest, OutOfMemory, QueueFull, Unavailable
-from bdh_batch.messages import Delta, FinishReason, Outcome, Plan
+from bdh_batch.kernels.torch_reference import TorchKernels
+from bdh_batch.messages import Delta, FinishReason, Outcome, Plan, SamplingParams
+from bdh_batch.model.checkpoint import load_model
+from bdh_batch.model.runner import Runner
+from bdh_batch.model.state import StatePool
 from bdh_batch.scheduler.mailbox import BACKLOG, Mailbox
-from bdh_batch.scheduler.scheduler import Scheduler
+from bdh_batch.scheduler.scheduler import Policy, Scheduler
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.worker import Worker
 from tests.scheduler.fakes import FakeObserver, FakeOutbox, FakeRunner, expected_tokens, make_sequence
+from tests.support import resident
+
+TINY = Path(__file__).parents[1] / "data" / "conformance" / "tiny"
 
 
 class GatedRunner(FakeRunner):
@@ -242,3 +251,27 @@ async def test_a_stall_is_logged_once_with_its_plan(
     assert caplog.text.count("the one") == 1
     runner.may_run.release()
     await until(lambda: worker.health(0.01) is None)
+
+
+async def test_memory_that_is_idle_goes_back_though_nothing_is_asked_for() -> None:
+    model = load_model(TINY, torch.float32, torch.device("cpu"))
+    pool = StatePool(model.config, 4, torch.device("cpu"))
+    scheduler = Scheduler(slots=4, prefill_tokens=16, policy=Policy(idle_release=0.05))
+    observer = FakeObserver()
+    worker = Worker(scheduler, Runner(TorchKernels(model.weights), pool), observer, max_queued=10)
+
+    async def ask(count: int) -> list[list[int]]:
+        outboxes = [FakeOutbox() for _ in range(count)]
+        for outbox in outboxes:
+            sequence = make_sequence([1, 2, 3], 4, outbox=outbox)
+            sequence.sampling = SamplingParams(temperature=0.0)
+            worker.submit([sequence])
+        await until(lambda: all(len(outbox.tokens) == 4 for outbox in outboxes))
+        return [outbox.tokens for outbox in outboxes]
+
+    first = await ask(3)
+    steps = observer.steps
+    await until(lambda: not any(resident(state) for state in pool.states[:3]))
+    assert observer.steps == steps, "nothing was computed for it"
+    assert await ask(3) == first
+    worker.close()
