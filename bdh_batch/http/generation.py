@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 from starlette.requests import ClientDisconnect, Request
@@ -14,6 +14,7 @@ from bdh_batch.backends.base import Generation
 from bdh_batch.errors import BDHError
 from bdh_batch.http.chunks import Chunks, Deltas
 from bdh_batch.http.frames import Frames, error_frame
+from bdh_batch.http.json_pieces import JsonInPieces, grouped
 from bdh_batch.http.off_loop import Aside
 from bdh_batch.messages import Delta, FinishReason, Usage
 
@@ -55,8 +56,8 @@ class EventStream(Response):
             last = self._frames.closing(self._usage()) if failed is None else error_frame(failed)
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _write(self, send: Send, body: bytes) -> None:
-        if body:
+    async def _write(self, send: Send, pieces: Iterable[bytes]) -> None:
+        for body in grouped(pieces):
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
     def _cost(self, prompts: Sequence[Sequence[int]], deltas: Deltas) -> int:
@@ -64,27 +65,27 @@ class EventStream(Response):
             return 0
         return self._frames.cost(prompts, [delta for _, delta in deltas])
 
-    def _beginning(self, prompts: Sequence[Sequence[int]], first: Deltas) -> bytes:
+    def _beginning(self, prompts: Sequence[Sequence[int]], first: Deltas) -> list[bytes]:
         if self._frames.continuous_usage:
             self._frames.tell(self._usage())
-        return self._frames.opening(prompts) + self._body(first)
+        return [self._frames.opening(prompts), *self._body(first)]
 
-    def _body(self, arrived: Deltas) -> bytes:
-        """The frames of all that may go now."""
+    def _body(self, arrived: Deltas) -> list[bytes]:
+        """The frames of all that may go now, in pieces."""
         deltas = [(index, delta) for index, delta in self._together.take(arrived) if delta.error is None]
         if self._frames.continuous_usage:
             return self._with_usage(deltas)
         self._completion_tokens += sum([len(delta.tokens) for _, delta in deltas])
-        return b"".join([self._frames.delta(index, delta) for index, delta in deltas])
+        return [piece for index, delta in deltas for piece in self._frames.delta(index, delta)]
 
-    def _with_usage(self, deltas: Deltas) -> bytes:
+    def _with_usage(self, deltas: Deltas) -> list[bytes]:
         known = self._usage()
-        frames = []
+        frames: list[bytes] = []
         for index, delta in deltas:
             self._completion_tokens += len(delta.tokens)
             self._frames.tell(Usage(known.prompt_tokens, self._completion_tokens, known.cached_tokens))
-            frames.append(self._frames.delta(index, delta))
-        return b"".join(frames)
+            frames += self._frames.delta(index, delta)
+        return frames
 
     def _usage(self) -> Usage:
         generation = self._generation
@@ -92,7 +93,7 @@ class EventStream(Response):
 
 
 async def whole(generation: Generation, frames: Frames, request: Request, aside: Aside) -> Response:
-    """The answer in one piece.
+    """The answer as one JSON object.
 
     Args:
         aside: where one is encoded that takes long.
@@ -104,8 +105,7 @@ async def whole(generation: Generation, frames: Frames, request: Request, aside:
     ends = await collect(generation, request)
     prompts = generation.prompts
     cost = frames.cost(prompts, ends) + sum([CHOICE_COST + len(end.text) // CHARACTERS for end in ends])
-    content = await aside.run(cost, frames.whole, prompts, generation.cached_tokens, ends)
-    return Response(content, media_type="application/json")
+    return JsonInPieces(await aside.run(cost, frames.whole, prompts, generation.cached_tokens, ends))
 
 
 async def collect(generation: Generation, request: Request) -> list[Delta]:
