@@ -13,6 +13,7 @@ from starlette.responses import Response
 
 from bdh_batch.backends.base import Generation
 from bdh_batch.http.generation import collect
+from bdh_batch.http.json_pieces import JsonInPieces, between
 from bdh_batch.http.off_loop import Aside
 from bdh_batch.http.wire_text import EmbeddingBody
 
@@ -30,23 +31,19 @@ async def embeddings(
     sums = [end.pooled[: body.dimensions] for end in ends if end.pooled is not None]
     assert len(sums) == len(ends)
     tokens = sum(map(len, generation.prompts))
-    content = await aside.run(sum(map(len, sums)), encoded, sums, body.encoding_format == "base64", model, tokens)
-    return Response(content, media_type="application/json")
+    packed = body.encoding_format == "base64"
+    return JsonInPieces(await aside.run(sum(map(len, sums)), encoded, sums, packed, model, tokens))
 
 
-def encoded(sums: Sequence[Sequence[float]], packed: bool, model: str, tokens: int) -> bytes:
-    """The answer for sums [N][D] of hidden vectors, as base64 if `packed`; each vector is encoded by itself."""
-    data = []
+def encoded(sums: Sequence[Sequence[float]], packed: bool, model: str, tokens: int) -> list[bytes]:
+    """The pieces of the answer for sums [N][D] of hidden vectors, as base64 if `packed`."""
+    vectors = []
     for index, pooled in enumerate(sums):
         vector = normalised(pooled)
         shown = to_base64(vector) if packed else vector
-        data.append(orjson.dumps({"object": "embedding", "index": index, "embedding": shown}))
-    usage = {"prompt_tokens": tokens, "total_tokens": tokens}
-    return b'{"object":"list","data":[%b],"model":%b,"usage":%b}' % (
-        b",".join(data),
-        orjson.dumps(model),
-        orjson.dumps(usage),
-    )
+        vectors.append([orjson.dumps({"object": "embedding", "index": index, "embedding": shown})])
+    end = orjson.dumps({"model": model, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}})
+    return [b'{"object":"list","data":[', *between(b",", vectors), b"],", end[1:]]
 
 
 def normalised(vector: Sequence[float]) -> list[float]:

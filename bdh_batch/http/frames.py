@@ -11,12 +11,13 @@ import orjson
 
 from bdh_batch.errors import BDHError
 from bdh_batch.http.errors import describe
-from bdh_batch.http.json_pieces import dump_list
+from bdh_batch.http.json_pieces import between, dump_list
 from bdh_batch.http.logprobs import columns, objects
 from bdh_batch.messages import Delta, Usage
 from bdh_batch.text.tokenizer import Tokenizer, decode
 
 DONE = b"data: [DONE]\n\n"
+NULL = b"null"
 
 
 def error_frame(error: BDHError) -> bytes:
@@ -85,19 +86,19 @@ class Frames:
         """Frames before the first token."""
         raise NotImplementedError
 
-    def delta(self, index: int, delta: Delta) -> bytes:
-        """A frame for what sequence `index` gained; none where nothing of it can be shown yet."""
+    def delta(self, index: int, delta: Delta) -> list[bytes]:
+        """The pieces of a frame for what sequence `index` gained; none where nothing of it can be shown yet."""
         if self.only_text and delta.text and delta.finish_reason is None:  # most are, and it costs less
             parts = (self._head, index, self.before_text, orjson.dumps(delta.text), self._after_only_text, self._tail)
-            return b"%b%d,%b%b%b%b" % parts
+            return [b"%b%d,%b%b%b%b" % parts]
         text, logprobs = self._parts(index, delta)
         shows = text or delta.finish_reason or delta.scores or delta.prompt_scores
         if not (shows or self._answer.token_ids):
-            return b""
+            return []
         reason = b'"%s"' % delta.finish_reason.encode() if delta.finish_reason else b"null"
         ids = b',"token_ids":' + dump_list(delta.tokens) if self._answer.token_ids else b""
-        scores = b"null" if logprobs is None else logprobs
-        return self._frame(index, self._content(text) + b',"logprobs":' + scores + b',"finish_reason":' + reason + ids)
+        begin = b'%b%d,%b,"logprobs":' % (self._head, index, self._content(text))
+        return [begin, *logprobs, b',"finish_reason":%b%b%b' % (reason, ids, self._tail)]
 
     def cost(self, prompts: Sequence[Sequence[int]], deltas: Sequence[Delta]) -> int:
         """About how many microseconds it takes to encode `deltas`, with the `prompts` that are part of the answer."""
@@ -125,26 +126,20 @@ class Frames:
         tries = self._answer.tries
         return Usage(sum(map(len, prompts)) // tries, completion_tokens, cached_tokens=sum(cached[::tries]))
 
-    def whole(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], ends: Sequence[Delta]) -> bytes:
-        """The answer in one piece; `ends` holds all that each sequence gained."""
+    def whole(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], ends: Sequence[Delta]) -> list[bytes]:
+        """The answer, in pieces; `ends` holds all that each sequence gained."""
         self._begin(prompts)
-        choices = [self._choice(index, row, prompts[row], ends[row]) for index, row in enumerate(self._best(ends))]
+        choices = (self._choice(index, row, prompts[row], ends[row]) for index, row in enumerate(self._best(ends)))
         usage = usage_dict(self.usage(prompts, cached, sum(len(end.tokens) for end in ends)))
         head = orjson.dumps(self._answer.envelope(self.kind))[:-1]
-        return b'%b,"choices":[%b],"usage":%b}' % (head, b",".join(choices), orjson.dumps(usage))
+        return [head, b',"choices":[', *between(b",", choices), b'],"usage":%b}' % orjson.dumps(usage)]
 
-    def _choice(self, index: int, row: int, prompt: Sequence[int], end: Delta) -> bytes:
+    def _choice(self, index: int, row: int, prompt: Sequence[int], end: Delta) -> list[bytes]:
         text, logprobs = self._parts(row, end)
-        choice: dict[str, Any] = {
-            "index": index,
-            **self._whole_content(text),
-            "logprobs": None if logprobs is None else orjson.Fragment(logprobs),
-            "finish_reason": end.finish_reason,
-        }
-        if self._answer.token_ids:
-            choice["prompt_token_ids"] = orjson.Fragment(dump_list(prompt))
-            choice["token_ids"] = orjson.Fragment(dump_list(end.tokens))
-        return orjson.dumps(choice)
+        begin = orjson.dumps({"index": index, **self._whole_content(text)})[:-1] + b',"logprobs":'
+        reason = b',"finish_reason":' + orjson.dumps(end.finish_reason)
+        ids = [self._prompt_ids(prompt), b',"token_ids":', dump_list(end.tokens)] if self._answer.token_ids else []
+        return [begin, *logprobs, reason, *ids, b"}"]
 
     def _best(self, ends: Sequence[Delta]) -> list[int]:
         """The rows of the answers that are shown: those of the highest log-probability per token, if not all."""
@@ -166,8 +161,8 @@ class Frames:
     def _begin(self, prompts: Sequence[Sequence[int]]) -> None:
         """Is told the prompts before anything that was gained."""
 
-    def _parts(self, index: int, delta: Delta) -> tuple[str, bytes | None]:
-        """The text and the log-probabilities, as JSON, that are shown for `delta`."""
+    def _parts(self, index: int, delta: Delta) -> tuple[str, list[bytes]]:
+        """The text and the log-probabilities, as pieces of JSON, that are shown for `delta`."""
         raise NotImplementedError
 
     def _content(self, text: str) -> bytes:
@@ -190,19 +185,19 @@ class CompletionFrames(Frames):
         if self._answer.echo:
             self._unsaid = dict(enumerate(prompts))
 
-    def _parts(self, index: int, delta: Delta) -> tuple[str, bytes | None]:
+    def _parts(self, index: int, delta: Delta) -> tuple[str, list[bytes]]:
         if (prompt := self._unsaid.pop(index, None)) is not None:
             return self._echo(index, prompt, delta)
         if self._answer.logprobs is None or delta.scores is None:
-            return delta.text, None
+            return delta.text, [NULL]
         return delta.text, columns(self._tokenizer, (), delta.scores, self._bases.get(index, 0))
 
-    def _echo(self, index: int, prompt: Sequence[int], delta: Delta) -> tuple[str, bytes | None]:
+    def _echo(self, index: int, prompt: Sequence[int], delta: Delta) -> tuple[str, list[bytes]]:
         """As `_parts`, with the prompt before it."""
         text, begins = decode(self._tokenizer, prompt)
         self._bases[index] = base = len(text)
         if self._answer.logprobs is None:
-            return text + delta.text, None
+            return text + delta.text, [NULL]
         of_prompt = zip(begins[1:], delta.prompt_scores or (), strict=True)
         of_answer = ((base + begin, score) for begin, score in delta.scores or ())
         return text + delta.text, columns(self._tokenizer, prompt[:1], chain(of_prompt, of_answer))
@@ -222,9 +217,9 @@ class ChatFrames(Frames):
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
     before_text, after_text = b'"delta":{"content":', b"}"
 
-    def _parts(self, index: int, delta: Delta) -> tuple[str, bytes | None]:
+    def _parts(self, index: int, delta: Delta) -> tuple[str, list[bytes]]:
         if self._answer.logprobs is None or delta.scores is None:
-            return delta.text, None
+            return delta.text, [NULL]
         return delta.text, objects(self._tokenizer, delta.scores)
 
     def opening(self, prompts: Sequence[Sequence[int]]) -> bytes:

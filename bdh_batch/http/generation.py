@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
 
 from starlette.requests import ClientDisconnect, Request
@@ -15,6 +15,7 @@ from bdh_batch.backends.base import Generation
 from bdh_batch.errors import BDHError
 from bdh_batch.http.chunks import Chunks, Deltas
 from bdh_batch.http.frames import Frames, error_frame
+from bdh_batch.http.json_pieces import JsonInPieces, grouped
 from bdh_batch.http.off_loop import Aside
 from bdh_batch.messages import Delta, FinishReason, Gathering, Usage
 
@@ -64,15 +65,15 @@ class EventStream(Response):
             last = self._frames.closing(self._usage()) if failed is None else error_frame(failed)
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
-    async def _write(self, send: Send, body: bytes) -> None:
+    async def _write(self, send: Send, pieces: Iterable[bytes]) -> None:
         self._last = time.monotonic()
         if not self._started:
             self._started = True
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-        if body:
+        for body in grouped(pieces):
             await send({"type": "http.response.body", "body": body, "more_body": True})
 
-    async def _encoded(self, deltas: Deltas, opening: bool) -> bytes:
+    async def _encoded(self, deltas: Deltas, opening: bool) -> list[bytes]:
         if not opening:
             return await self._aside.run(self._cost((), deltas), self._body, deltas)
         prompts = self._generation.prompts
@@ -92,7 +93,7 @@ class EventStream(Response):
             while True:
                 await asyncio.sleep(max(0.0, self._last + self._keepalive - time.monotonic()))
                 if time.monotonic() - self._last >= self._keepalive:
-                    await self._write(send, KEEPALIVE)
+                    await self._write(send, [KEEPALIVE])
 
         beating = asyncio.create_task(beat()) if self._keepalive else None
         try:
@@ -101,27 +102,27 @@ class EventStream(Response):
             if beating is not None:
                 beating.cancel()
 
-    def _beginning(self, prompts: Sequence[Sequence[int]], first: Deltas) -> bytes:
+    def _beginning(self, prompts: Sequence[Sequence[int]], first: Deltas) -> list[bytes]:
         if self._frames.continuous_usage:
             self._frames.tell(self._usage())
-        return self._frames.opening(prompts) + self._body(first)
+        return [self._frames.opening(prompts), *self._body(first)]
 
-    def _body(self, arrived: Deltas) -> bytes:
-        """The frames of all that may go now."""
+    def _body(self, arrived: Deltas) -> list[bytes]:
+        """The frames of all that may go now, in pieces."""
         deltas = [(index, delta) for index, delta in self._together.take(arrived) if delta.error is None]
         if self._frames.continuous_usage:
             return self._with_usage(deltas)
         self._completion_tokens += sum([len(delta.tokens) for _, delta in deltas])
-        return b"".join([self._frames.delta(index, delta) for index, delta in deltas])
+        return [piece for index, delta in deltas for piece in self._frames.delta(index, delta)]
 
-    def _with_usage(self, deltas: Deltas) -> bytes:
+    def _with_usage(self, deltas: Deltas) -> list[bytes]:
         known = self._usage()
-        frames = []
+        frames: list[bytes] = []
         for index, delta in deltas:
             self._completion_tokens += len(delta.tokens)
             self._frames.tell(Usage(known.prompt_tokens, self._completion_tokens, known.cached_tokens))
-            frames.append(self._frames.delta(index, delta))
-        return b"".join(frames)
+            frames += self._frames.delta(index, delta)
+        return frames
 
     def _usage(self) -> Usage:
         generation = self._generation
@@ -129,7 +130,7 @@ class EventStream(Response):
 
 
 async def whole(generation: Generation, frames: Frames, request: Request, aside: Aside) -> Response:
-    """The answer in one piece.
+    """The answer as one JSON object.
 
     Args:
         aside: where one is encoded that takes long.
@@ -141,8 +142,7 @@ async def whole(generation: Generation, frames: Frames, request: Request, aside:
     ends = await collect(generation, request)
     prompts = generation.prompts
     cost = frames.cost(prompts, ends) + sum([CHOICE_COST + len(end.text) // CHARACTERS for end in ends])
-    content = await aside.run(cost, frames.whole, prompts, generation.cached_tokens, ends)
-    return Response(content, media_type="application/json")
+    return JsonInPieces(await aside.run(cost, frames.whole, prompts, generation.cached_tokens, ends))
 
 
 async def collect(generation: Generation, request: Request) -> list[Delta]:

@@ -1,4 +1,7 @@
-"""Writes long JSON piece by piece: no piece keeps the interpreter's lock for more than a few milliseconds."""
+"""Writes long JSON piece by piece: no piece keeps the interpreter's lock for more than a few milliseconds.
+
+What is longest, log-probabilities, stays in pieces until it is sent: copying a hundred megabytes takes long, too.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,14 @@ from itertools import islice
 from typing import Any, TypeVar
 
 import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
 
 PIECE = 4096  # items of a list
 TEXT_PIECE = 2**20  # characters
+SENT = 2**20  # bytes that are sent at once
 
 
 def in_pieces(items: Iterable[T], size: int = PIECE) -> Iterator[list[T]]:
@@ -21,21 +27,58 @@ def in_pieces(items: Iterable[T], size: int = PIECE) -> Iterator[list[T]]:
         yield piece
 
 
-def joined(lists: Iterable[bytes]) -> bytes:
-    """One JSON list of several, each of which is JSON and not empty."""
-    return b"[" + b",".join([each[1:-1] for each in lists]) + b"]"
+def one_list(lists: Iterable[bytes]) -> list[bytes]:
+    """The pieces of one JSON list that has the items of several, each of which is JSON and not empty."""
+    return [b"[", *between(b",", ([each[1:-1]] for each in lists)), b"]"]
+
+
+def between(comma: bytes, parts: Iterable[Iterable[bytes]]) -> Iterator[bytes]:
+    """The pieces of all `parts`, with a comma between two of them."""
+    for index, part in enumerate(parts):
+        if index:
+            yield comma
+        yield from part
 
 
 def dump_list(items: Sequence[Any]) -> bytes:
     """JSON of a list of small values."""
     if len(items) <= PIECE:
         return orjson.dumps(list(items))
-    return joined(map(orjson.dumps, in_pieces(items)))
+    return b"".join(one_list(map(orjson.dumps, in_pieces(items))))
 
 
-def dump_text(text: str) -> bytes:
-    """JSON of a string."""
-    if len(text) <= TEXT_PIECE:
-        return orjson.dumps(text)
+def dump_text(text: str) -> list[bytes]:
+    """The pieces of the JSON of a string."""
     pieces = (text[begin : begin + TEXT_PIECE] for begin in range(0, len(text), TEXT_PIECE))
-    return b'"' + b"".join([orjson.dumps(piece)[1:-1] for piece in pieces]) + b'"'
+    return [b'"', *(orjson.dumps(piece)[1:-1] for piece in pieces), b'"']
+
+
+def grouped(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in pieces that are worth sending; none is empty."""
+    group: list[bytes] = []
+    size = 0
+    for piece in pieces:
+        group.append(piece)
+        size += len(piece)
+        if size >= SENT:
+            yield b"".join(group)
+            group, size = [], 0
+    if size:
+        yield b"".join(group)
+
+
+class JsonInPieces(Response):
+    """A whole answer in JSON, whose pieces are sent one after the other."""
+
+    media_type = "application/json"
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        super().__init__()
+        self._pieces = pieces
+        self.headers["content-length"] = str(sum(map(len, pieces)))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for group in grouped(self._pieces):
+            await send({"type": "http.response.body", "body": group, "more_body": True})
+        await send({"type": "http.response.body", "body": b""})

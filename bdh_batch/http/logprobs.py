@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from bdh_batch.http.json_pieces import in_pieces, joined
+from bdh_batch.http.json_pieces import between, in_pieces, one_list
 from bdh_batch.messages import TokenScore
 from bdh_batch.text.tokenizer import Tokenizer
 
@@ -32,8 +32,8 @@ def known(tokenizer: Tokenizer, token: int) -> tuple[str, Sequence[int] | None]:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), tuple(raw)
 
 
-def columns(tokenizer: Tokenizer, first: Sequence[int], scores: Scores, base: int = 0) -> bytes:
-    """Of completions, as JSON. A token is always among its own `top_logprobs`, which may be one more for that.
+def columns(tokenizer: Tokenizer, first: Sequence[int], scores: Scores, base: int = 0) -> list[bytes]:
+    """Of completions, in pieces of JSON. A token is always among its own `top_logprobs`, which may be one more for it.
 
     Args:
         first: the token that nothing came before, and that has no score; or none.
@@ -46,7 +46,8 @@ def columns(tokenizer: Tokenizer, first: Sequence[int], scores: Scores, base: in
     for piece in in_pieces(scores, PIECE):
         for column, values in zip(encoded, _columns(tokenizer, piece, base)):
             column.append(orjson.dumps(values))
-    return b"{%b}" % b",".join([b'"%b":%b' % (name.encode(), joined(each)) for name, each in zip(COLUMNS, encoded)])
+    members = ([b'"%b":' % name.encode(), *one_list(each)] for name, each in zip(COLUMNS, encoded))
+    return [b"{", *between(b",", members), b"}"]
 
 
 def _columns(tokenizer: Tokenizer, scores: Scores, base: int) -> tuple[list[Any], ...]:
@@ -67,10 +68,10 @@ def _columns(tokenizer: Tokenizer, scores: Scores, base: int) -> tuple[list[Any]
     return names, logprobs, tops, offsets
 
 
-def objects(tokenizer: Tokenizer, scores: Scores) -> bytes:
-    """Of chat, as JSON."""
+def objects(tokenizer: Tokenizer, scores: Scores) -> list[bytes]:
+    """Of chat, as pieces of JSON."""
     pieces = ([_with_top(tokenizer, score) for _, score in piece] for piece in in_pieces(scores, PIECE))
-    return b'{"content":%b,"refusal":null}' % joined(map(orjson.dumps, pieces))
+    return [b'{"content":', *one_list(map(orjson.dumps, pieces)), b',"refusal":null}']
 
 
 def _with_top(tokenizer: Tokenizer, score: TokenScore) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from bdh_batch.http.errors import error_response
 from bdh_batch.http.frames import Answer, ChatFrames, CompletionFrames, Frames
 from bdh_batch.http.gate import Gate, ServedModel
 from bdh_batch.http.generation import CHARACTERS, EventStream, whole
-from bdh_batch.http.json_pieces import dump_text
+from bdh_batch.http.json_pieces import JsonInPieces, dump_text
 from bdh_batch.http.off_loop import Aside, OffLoop
 from bdh_batch.http.openapi import openapi
 from bdh_batch.http.presence import unless_left
@@ -117,16 +117,15 @@ class Routes:
             param, text = "messages", await self._rendered(request, model, body, len(raw))
         tokens = await model.backend.tokenize(text, param)
         tokenizer = model.backend.tokenizer if body.return_token_strs else None
-        content = await aside.run(len(tokens), tokenization, tokens, model.max_model_len, tokenizer)
-        return Response(content, media_type="application/json")
+        return JsonInPieces(await aside.run(len(tokens), tokenization, tokens, model.max_model_len, tokenizer))
 
     async def detokenize(self, request: Request) -> Response:
         raw, aside = await request.body(), self._aside(request)
         body = await aside.run(len(raw), self._parse, raw, DetokenizeBody)
         model = self._model(request, body.model)
         text = await model.backend.detokenize(body.tokens)
-        content = await aside.run(len(text) // CHARACTERS, dump_text, text)
-        return Response(b'{"prompt":%b}' % content, media_type="application/json")
+        pieces = await aside.run(len(text) // CHARACTERS, dump_text, text)
+        return JsonInPieces([b'{"prompt":', *pieces, b"}"])
 
     async def tokenizer_info(self, request: Request) -> Response:
         return JSONResponse(self._model(request, None).tokenizer_info)

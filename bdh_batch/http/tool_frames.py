@@ -21,7 +21,7 @@ class ToolFrames(ChatFrames):
         self._names = names
         self._readers: dict[int, CallReader] = {}
 
-    def delta(self, index: int, delta: Delta) -> bytes:
+    def delta(self, index: int, delta: Delta) -> list[bytes]:
         if (reader := self._readers.get(index)) is None:
             reader = self._readers[index] = CallReader(self._names)
         pieces = reader.push(delta.text)
@@ -29,13 +29,13 @@ class ToolFrames(ChatFrames):
             pieces += reader.flush()
         said = "".join(piece.text for piece in pieces if isinstance(piece, Said))
         # What was said comes before any call; the tokens, which frames may show, go with it.
-        frames = [super().delta(index, replace(delta, text=said, finish_reason=None))]
+        frames = super().delta(index, replace(delta, text=said, finish_reason=None))
         frames += [self._frame(index, _call_delta(piece)) for piece in pieces if not isinstance(piece, Said)]
         if delta.finish_reason is not None:
-            frames.append(super().delta(index, Delta(finish_reason=_reason(delta.finish_reason, reader))))
-        return b"".join(frames)
+            frames += super().delta(index, Delta(finish_reason=_reason(delta.finish_reason, reader)))
+        return frames
 
-    def whole(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], ends: Sequence[Delta]) -> bytes:
+    def whole(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], ends: Sequence[Delta]) -> list[bytes]:
         told = []
         for end in ends:
             reader = self._read(end.text)[1]
