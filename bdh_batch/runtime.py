@@ -48,6 +48,7 @@ from bdh_batch.text.grammar import Grammars, open_sandbox
 from bdh_batch.text.sandbox import Sandbox
 from bdh_batch.text.turns import QueueLimits
 from bdh_batch.text.vocabulary import Vocabulary, setup_of, vocabulary_of
+from bdh_batch.threads import calls_under_way
 
 if TYPE_CHECKING:
     from bdh_batch.spans import Spans
@@ -500,7 +501,7 @@ def in_daemon_thread(function: Callable[[], T]) -> asyncio.Future[T]:
 
 def threads_left() -> bool:
     """Whether a thread that could not be stopped still runs."""
-    return any(thread.name in (LOADER, WORKER) for thread in threading.enumerate())
+    return calls_under_way() or any(thread.name in (LOADER, WORKER) for thread in threading.enumerate())
 
 
 async def serve(

@@ -12,6 +12,7 @@ T = TypeVar("T")
 
 STACK = 64 * 2**20  # bytes; address space alone, as long as it is not used
 
+_under_way: set[int] = set()  # calls, by their identity
 _starting = threading.Lock()  # the size of a stack is an option of the whole program
 
 
@@ -38,8 +39,10 @@ class DaemonThreads:
     """
 
     def __init__(self, count: int, name: str) -> None:
-        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._threads = [start_daemon(self._run, name) for _ in range(count)]
+        self._count = count
+        self._name = name
+        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._threads: list[threading.Thread] = []
 
     def submit(self, function: Callable[..., T], /, *arguments: Any) -> Future[T]:
         future: Future[T] = Future()
@@ -55,14 +58,19 @@ class DaemonThreads:
                 future.set_result(result)
 
         self._calls.put(call)
+        if len(self._threads) < self._count:
+            self._threads.append(start_daemon(self._run, self._name))
         return future
 
-    def close(self) -> None:
-        """Ends each thread after its present call. Idempotent; does not wait."""
-        for _ in self._threads:
-            self._calls.put(None)
-
     def _run(self) -> None:
-        while (call := self._calls.get()) is not None:
+        while True:
+            call = self._calls.get()
+            _under_way.add(id(call))
             call()
+            _under_way.discard(id(call))
             del call  # what it held is not kept until the next one comes
+
+
+def calls_under_way() -> bool:
+    """Whether such a thread is in a call now: the interpreter must not be taken down under its native code."""
+    return bool(_under_way)

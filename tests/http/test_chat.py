@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
+import psutil
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam
 
 if TYPE_CHECKING:
-    from tests.conftest import Server
+    from collections.abc import Iterator
 
+    from tests.conftest import ServeFactory, Server
+
+CONFORMANCE = Path(__file__).parent.parent / "data" / "conformance"
 PATH = "/v1/chat/completions"
 MESSAGES: list[ChatCompletionMessageParam] = [
     {"role": "system", "content": "You are Romeo."},
@@ -155,3 +162,49 @@ def test_token_ids_come_with_each_chunk_and_the_prompt_once(tiny: Server) -> Non
     assert [c["prompt_token_ids"] for c in choices if "prompt_token_ids" in c] == [list(RENDERED.encode())]
     assert [token for c in choices for token in c.get("token_ids", [])] == whole["token_ids"]
     assert bytes(whole["token_ids"]).decode(errors="replace") == whole["message"]["content"]
+
+
+SPINNING = (
+    "{% if spin %}{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
+    "{% for message in messages %}{{ message.content }}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def keyed(serve: ServeFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of two keys, whose template spins if it is told to."""
+    template = tmp_path_factory.mktemp("template") / "spinning.jinja"
+    template.write_text(SPINNING)
+    options = ("auth.enabled=true", "auth.api_keys=a,b", f"chat.template={template}", "sandbox.template_seconds=20")
+    with serve(*options, model=CONFORMANCE / "tiny") as server:
+        yield server
+
+
+def ask(server: Server, key: str, timeout: float = 60, **variables: Any) -> httpx.Response:
+    body = {"messages": MESSAGES, "max_tokens": 1, "chat_template_kwargs": variables}
+    return httpx.post(f"{server.url}{PATH}", json=body, headers={"authorization": f"Bearer {key}"}, timeout=timeout)
+
+
+WAITING, RUNNING = (f"bdh_sandbox_jobs_{each}{{work=templates}}" for each in ("waiting", "running"))
+
+
+def test_chats_that_spin_delay_no_other_key_and_go_with_their_clients(keyed: Server) -> None:
+    with ThreadPoolExecutor(20) as pool:
+        spinning = [pool.submit(ask, keyed, "a", timeout=3, spin=True) for _ in range(20)]
+        keyed.until(lambda metrics: metrics[WAITING] == 19, within=30)
+        assert ask(keyed, "b").status_code == 200
+        if not any(each.done() for each in spinning):
+            assert keyed.metrics()[RUNNING] == 1
+        assert all(isinstance(each.exception(), httpx.ReadTimeout) for each in spinning)
+    keyed.until(lambda metrics: metrics[WAITING] == metrics[RUNNING] == 0, within=30)
+    assert ask(keyed, "a").status_code == 200
+
+
+def test_killed_the_templates_processes_are_started_again(keyed: Server) -> None:
+    def inside() -> list[psutil.Process]:
+        return psutil.Process(keyed.process.pid).children(recursive=True)
+
+    assert ask(keyed, "a").status_code == 200
+    for process in inside():
+        process.kill()
+    assert ask(keyed, "a").status_code == 200

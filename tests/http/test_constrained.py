@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import openai
@@ -16,8 +18,9 @@ from pydantic import BaseModel
 from benchmarks import constrained
 
 if TYPE_CHECKING:
-    from tests.conftest import Server
+    from tests.conftest import ServeFactory, Server
 
+CONFORMANCE = Path(__file__).parent.parent / "data" / "conformance"
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 MESSAGES: list[Any] = [{"role": "user", "content": "x"}]
 BODIES: dict[str, dict[str, Any]] = {
@@ -177,6 +180,66 @@ def test_nested_beyond_measure_is_refused(tiny: Server) -> None:
         schema = '{"items":' * depth + "{}" + "}" * depth
         content = b'{"prompt": "x", "structured_outputs": {"json": %b}}' % schema.encode()
         assert tiny.refusal(content=content)["message"]
+
+
+def chained(count: int, definition: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    found = {f"d{i}": definition(f"#/$defs/d{i + 1}") for i in range(count)}
+    return {"type": "object", "$ref": "#/$defs/d0", "$defs": found | {f"d{count}": {"type": "null"}}}
+
+
+CHAIN = "start: r0\n" + "\n".join(f"r{i}: r{i + 1}" for i in range(3000)) + '\nr3000: "a"'
+LEADING = chained(1200, lambda after: {"anyOf": [{}, {"$ref": after}]})
+DEEP = chained(1200, lambda after: {"properties": {"a": {"$ref": after}}})
+ENDLESS = {"type": "integer", "multipleOf": 99999989}
+SMALLEST = {"const": -9223372036854775808}
+INTERSECTION = "start: T\nT: " + " & ".join(f"/((a|b){{{k}}})*/" for k in (7, 11, 13, 17, 19, 23, 29, 31, 37, 41))
+
+
+def of_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}}}
+
+
+HOSTILE: list[tuple[str, str, dict[str, Any]]] = [
+    (COMPLETIONS, "structured_outputs.grammar", {"structured_outputs": {"grammar": CHAIN}}),
+    (COMPLETIONS, "structured_outputs.grammar", {"structured_outputs": {"grammar": INTERSECTION}}),
+    (COMPLETIONS, "response_format.json_schema.schema", of_schema(LEADING)),
+    (COMPLETIONS, "response_format.json_schema.schema", of_schema(DEEP)),
+    (COMPLETIONS, "response_format.json_schema.schema", of_schema(SMALLEST)),
+    (COMPLETIONS, "structured_outputs.json", {"structured_outputs": {"json": ENDLESS}}),
+    (CHAT, "tools[0].function.parameters", {"tools": [tool("f", LEADING)]}),
+    (CHAT, "tools", {"tools": [tool("f", DEEP)]}),
+    (CHAT, "tools", {"tools": [tool("f", {"properties": {"a": SMALLEST}})]}),
+]
+
+
+@pytest.mark.parametrize(("path", "param", "asked"), HOSTILE)
+def test_a_form_that_its_compiler_cannot_bear_is_refused_and_harms_no_one(
+    tiny: Server, path: str, param: str, asked: dict[str, Any]
+) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        refusals = [pool.submit(tiny.refusal, BODIES[path] | asked, path) for _ in range(2)]
+        while not all(each.done() for each in refusals):
+            assert tiny.http.get("/health").status_code == 200
+            assert tiny.complete(prompt="x", max_tokens=1)["choices"]
+        for each in refusals:
+            error = each.result()
+            assert error["param"] == param
+            assert len(error["message"]) < 500
+    assert re.fullmatch("[ab]{3}", tiny.text(prompt="x", structured_outputs={"regex": "[ab]{3}"}))
+
+
+def test_a_server_that_compiles_what_has_no_end_ends_when_it_is_told_to(serve: ServeFactory) -> None:
+    with serve("structured_output.compile_seconds=600", model=CONFORMANCE / "tiny", cutting=True) as server:
+        slow = {"prompt": "x", "structured_outputs": {"regex": "(.*a.{200}.*){3}x{1000}"}}
+        endless = [{"prompt": "x", "structured_outputs": {"json": ENDLESS | {"minimum": i}}} for i in range(3)]
+        streams = [server.raw(body) for body in [*endless, slow]]
+        server.until(lambda metrics: metrics["bdh_sandbox_jobs_running{work=grammars}"] > 0, within=30)
+        streams[0].close()
+        assert server.http.get("/health").status_code == 200
+        server.terminate()
+        assert server.exit_code() == 0
+        for stream in streams:
+            stream.close()
 
 
 def test_no_field_that_asks_for_nothing_constrains(tiny: Server) -> None:
