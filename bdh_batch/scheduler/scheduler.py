@@ -25,6 +25,7 @@ from bdh_batch.scheduler.step_size import StepSize
 
 Update = tuple[Sequence, Delta]
 
+FOLLOWERS = 256  # that one plan has wait for others: more would hold up the step
 USED = attrgetter("account.used")
 LEAST_SERVED = attrgetter("priority", "account.used", "since")
 
@@ -264,13 +265,15 @@ class Scheduler:
         self._resumable = sorted(self._suspended, key=LEAST_SERVED, reverse=True)
         self._turns_over = None
         self._beginning = [sequence for sequence in self._running if not sequence.generated]
-        while (candidate := self._next()) is not None:
+        followers = 0
+        while followers < FOLLOWERS and (candidate := self._next()) is not None:
             victim = None
             if len(self._running) >= self.width or not self._may_enter(candidate):
                 victim = self._victim(candidate)
                 if victim is None:
                     return
             if candidate.stage is Stage.QUEUED and self._follow(candidate):
+                followers += 1
                 continue
             if not self._run(candidate, victim, now):
                 return
