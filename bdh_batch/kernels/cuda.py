@@ -234,7 +234,7 @@ def rounds(
     first, cut = 0, [0]
     taken: list[int] = []
     drawn: list[bool] = []
-    for slot, draw, begin, end in zip(slots, draws, bounds, bounds[1:], strict=False):
+    for (begin, end), slot, draw in zip(pairwise(bounds), slots, draws, strict=True):
         for piece in range(begin, end, most):
             size = min(most, end - piece)
             if cut[-1] + size > most:
@@ -256,7 +256,7 @@ def upload(
     """
     singles: list[tuple[int, int]] = []
     longer: list[tuple[int, int, int]] = []
-    for first, end, slot, draw in zip(bounds, bounds[1:], slots, draws, strict=True):
+    for (first, end), slot, draw in zip(pairwise(bounds), slots, draws, strict=True):
         if draw:
             singles.append((end - 1, slot))
         if first < end - draw:

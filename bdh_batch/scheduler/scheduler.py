@@ -27,6 +27,7 @@ from bdh_batch.scheduler.step_size import StepSize
 
 Update = tuple[Sequence, Delta]
 
+FOLLOWERS = 256  # that one plan has wait for others: more would hold up the step
 USED = attrgetter("account.used")
 LEAST_SERVED = attrgetter("rank", "account.used", "since")
 
@@ -302,9 +303,11 @@ class Scheduler:
         self._resumable = sorted(self._suspended, key=LEAST_SERVED, reverse=True)
         self._turns_over = None
         self._beginning = [sequence for sequence in self._running if not sequence.generated]
-        while (next_one := self._next()) is not None:
+        followers = 0
+        while followers < FOLLOWERS and (next_one := self._next()) is not None:
             candidate, victim = next_one
             if candidate.stage is Stage.QUEUED and self._follow(candidate):
+                followers += 1
                 continue
             if not self._run(candidate, victim, now):
                 return

@@ -9,7 +9,7 @@ than sequences that wait for the first of them.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence as Tokens
 
 from bdh_batch.messages import FinishReason
 from bdh_batch.scheduler.places import Places
@@ -43,6 +43,7 @@ class Sharing:
         self._followers: dict[Sequence, dict[Sequence, int]] = {}  # by whom they wait for; and where
         self._leaders: dict[Sequence, Sequence] = {}  # of the followers
         self._completions_go_on = 0  # above 0, more of late than prompts alone did
+        self._last: tuple[Tokens[int], bytes] = (), b""  # the last prompt that was packed, and as bytes
         self._fresh: list[Entry] = []  # their copies are part of the plan that is being made or computed
 
     @property
@@ -241,6 +242,9 @@ class Sharing:
         return "" if self._share_all else sequence.key
 
     def _packed(self, sequence: Sequence) -> bytes:
+        """The prompt as bytes. Answers to one prompt come side by side, and share them."""
         if not sequence.packed:
-            sequence.packed = pack(sequence.prompt)
+            if sequence.prompt is not self._last[0]:
+                self._last = sequence.prompt, pack(sequence.prompt)
+            sequence.packed = self._last[1]
         return sequence.packed
