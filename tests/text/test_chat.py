@@ -190,8 +190,10 @@ MISTRAL = """\
 {% set ns.system = message.content ~ '\\n\\n' %}{% elif message.role == 'user' %}
 {{ '[INST]' + ns.system + message.content + '[/INST]' }}{% else %}{{ message.content.split('</s>')[0] + eos_token }}
 {% endif %}{% endfor %}"""
-OF_MODELS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|assistant|>", "<|system|>", "<|user|>")
-OF_MODELS += ("<|end|>", "[/INST]", "[gMASK]", "[INST]", "<sop>", "</s>", "<s>")
+OF_MODELS = [
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|assistant|>", "<|system|>", "<|user|>"),
+    *("<|end|>", "[/INST]", "[gMASK]", "[INST]", "<sop>", "</s>", "<s>"),
+]
 
 
 @pytest.mark.parametrize("source", [LLAMA, PHI, GLM, MISTRAL])
@@ -202,7 +204,7 @@ async def test_templates_as_models_have_them_write_all_their_special_tokens(
     names = {"bos_token": "<s>", "eos_token": "</s>"}
     guarded, plain = [
         await inline_template(TemplateSource(source, "t", special, names)).render(Conversation(messages))
-        for special in (OF_MODELS, ())
+        for special in (OF_MODELS, [])
     ]
     apart = re.split("(«.*?»)", shown(guarded))
     assert "".join(apart).replace("«", "").replace("»", "") == plain.text
