@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from bdh_batch.errors import GenerationFailed, NotFinite
 from bdh_batch.telemetry import Metrics
+from bdh_batch.text.sandbox import SandboxLoad
 from tests.scheduler.fakes import make_sequence
 
 
@@ -19,3 +22,14 @@ def test_logits_that_are_not_finite_are_counted(error: GenerationFailed, count: 
     assert metrics.registry.get_sample_value("bdh_non_finite_logits_total", labels) == count
     errors = metrics.registry.get_sample_value("bdh_request_success_total", labels | {"finished_reason": "error"})
     assert errors == 1.0
+
+
+def test_sandboxes_are_told_apart_by_what_they_do() -> None:
+    metrics = Metrics("bdh")
+    loads = {"templates": SandboxLoad(3, 1, {"ok": 7, "crash": 0}), "grammars": SandboxLoad(0, 2, {"timeout": 5})}
+    metrics.watch_sandboxes({work: partial(loads.__getitem__, work) for work in loads})
+    labels = {"model_name": "bdh", "work": "templates"}
+    assert metrics.registry.get_sample_value("bdh_sandbox_jobs_waiting", labels) == 3
+    assert metrics.registry.get_sample_value("bdh_sandbox_jobs_running", labels | {"work": "grammars"}) == 2
+    assert metrics.registry.get_sample_value("bdh_sandbox_jobs_total", labels | {"outcome": "ok"}) == 7
+    assert metrics.exposition().count(b"# TYPE bdh_sandbox_jobs_waiting") == 1

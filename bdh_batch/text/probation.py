@@ -22,7 +22,7 @@ from bdh_batch.text.vocabulary import Vocabulary, vocabulary_from
 WALKS = 4  # the first allowed token always, the last, and by lot
 STEPS = 48  # tokens of each
 SLOW = 0.05  # seconds of processor time for one mask or token
-WALK_SECONDS = 0.5  # for all of them
+WALK_SECONDS = 1.0  # for all of them
 
 
 class Problem(Exception):

@@ -216,9 +216,10 @@ def confine(limits: JobLimits) -> None:
 
 def bound_memory(more: int) -> None:
     """This process may have so many bytes more than it has, or what it was given, if that is less."""
-    if sys.platform == "linux":  # elsewhere this limit does not hold
+    space, _ = memory_in_use()
+    if space:  # elsewhere this limit does not hold, or what it is beside is not known
         _, hardest = resource.getrlimit(resource.RLIMIT_AS)
-        most = memory_in_use()[0] + more
+        most = space + more
         most = most if hardest == resource.RLIM_INFINITY else min(most, hardest)
         resource.setrlimit(resource.RLIMIT_AS, (most, hardest))
 

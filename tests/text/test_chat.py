@@ -170,6 +170,49 @@ async def test_names_of_special_tokens_stand_for_them() -> None:
     assert shown(await inline_template(source).render(Conversation(MESSAGES))) == f"«{END}»</s>"
 
 
+LLAMA = """\
+{{- bos_token }}{%- for message in messages %}{%- if message.role == 'tool' %}
+{{- '<|start_header_id|>ipython<|end_header_id|>\\n\\n' ~ (message.content | tojson) ~ '<|eot_id|>' }}{%- else %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+{%- endif %}{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"""
+PHI = """\
+{% for message in messages %}{% if message['role'] in ['system', 'user'] %}
+{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}{% elif message['role'] == 'assistant' %}
+{{ '<|assistant|>\\n' + message['content'] + '<|end|>\\n' }}{% endif %}{% endfor %}
+{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"""
+GLM = """\
+[gMASK]<sop>{% for item in messages %}{% if item['tools'] is defined %}{{ item['tools'] }}{% endif %}
+{% if item['content'] %}<|{{ item['role'] }}|>
+{{ item['content'].strip() }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"""
+MISTRAL = """\
+{{ bos_token }}{% set ns = namespace(system='') %}{% for message in messages %}{% if message.role == 'system' %}
+{% set ns.system = message.content ~ '\\n\\n' %}{% elif message.role == 'user' %}
+{{ '[INST]' + ns.system + message.content + '[/INST]' }}{% else %}{{ message.content.split('</s>')[0] + eos_token }}
+{% endif %}{% endfor %}"""
+OF_MODELS = [
+    *("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|assistant|>", "<|system|>", "<|user|>"),
+    *("<|end|>", "[/INST]", "[gMASK]", "[INST]", "<sop>", "</s>", "<s>"),
+]
+
+
+@pytest.mark.parametrize("source", [LLAMA, PHI, GLM, MISTRAL])
+@pytest.mark.parametrize("messages", [MESSAGES, TURNS])
+async def test_templates_as_models_have_them_write_all_their_special_tokens(
+    source: str, messages: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    guarded, plain = [
+        await inline_template(TemplateSource(source, "t", special, names)).render(Conversation(messages))
+        for special in (OF_MODELS, [])
+    ]
+    apart = re.split("(«.*?»)", shown(guarded))
+    assert "".join(apart).replace("«", "").replace("»", "") == plain.text
+    assert len(apart) > 5
+    assert not re.search("|".join(map(re.escape, OF_MODELS)), "".join(apart[::2]))
+    assert not caplog.text
+
+
 async def test_a_template_whose_special_tokens_cannot_be_told_from_text_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from hypothesis import given, settings, strategies as st
 from llguidance import LLMatcher
 from tokenizers import AddedToken, Tokenizer
 
@@ -20,6 +21,7 @@ from bdh_batch.messages import Constraint
 from bdh_batch.text import probation
 from bdh_batch.text.calls import CLOSE, OPEN, Tool, from_tools, head
 from bdh_batch.text.compiler import compile_grammar
+from bdh_batch.text.constraints import CompiledGrammar
 from bdh_batch.text.grammar import Grammars, open_sandbox
 from bdh_batch.text.grammar_cache import LEAST_WEIGHT, GrammarCache
 from bdh_batch.text.hugging_face import HuggingFaceTokenizer
@@ -436,6 +438,50 @@ async def test_what_would_end_the_server_or_never_end_is_refused(
         await sandboxed.compile(kind(asked, "the.field"))
     assert refused.value.param == "the.field"
     assert (await sandboxed.compile(from_regex("[0-9]+", "p"))).constraint().mask()
+
+
+NUMBERS = st.sampled_from([0, 1, -1, 7, 97, 2**31, 2**53, 2**63 - 1, -(2**63) + 1, -(2**63), 0.1, -0.0, 1e-300, 1e308])
+EXPRESSIONS = st.lists(
+    st.sampled_from([*"ab.()|*+?", "[^a]", "{3}", "{0,200}", r"\w", r"\p{L}", "(?=", "é", "&"]), max_size=12
+).map("".join)
+SCHEMAS: st.SearchStrategy[Any] = st.recursive(
+    st.just({})
+    | st.fixed_dictionaries({"const": NUMBERS})
+    | st.dictionaries(st.sampled_from(["minimum", "maximum", "multipleOf"]), NUMBERS).map(
+        lambda bounds: {"type": "number"} | bounds
+    )
+    | st.fixed_dictionaries({"type": st.just("string"), "pattern": EXPRESSIONS, "maxLength": NUMBERS})
+    | st.sampled_from([{"$ref": "#"}, {"$ref": "#/properties/a"}, {"type": "null"}]),
+    lambda inner: (
+        st.fixed_dictionaries({"anyOf": st.lists(inner, min_size=1, max_size=3)})
+        | st.fixed_dictionaries({"type": st.just("array"), "items": inner, "minItems": NUMBERS})
+        | st.fixed_dictionaries(
+            {"type": st.just("object"), "properties": st.dictionaries(st.sampled_from("ab"), inner)}
+        )
+    ),
+    max_leaves=6,
+)
+LARK = st.lists(
+    st.sampled_from(
+        ["start:", "\na:", "\nB:", "a", "B", "|", "(", ")", "*", "&", "~", '"x"', "/y+/", "{2,9}", "start"]
+    ),
+    max_size=14,
+).map(" ".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    EXPRESSIONS.map(lambda regex: from_regex(regex, "p"))
+    | SCHEMAS.map(lambda schema: from_schema(schema, "p"))
+    | LARK.map(lambda grammar: from_lark(f"start: a\n{grammar}", "p"))
+)
+async def test_whatever_is_asked_for_is_followed_or_refused(sandboxed: Grammars, source: Source) -> None:
+    (outcome,) = await asyncio.gather(sandboxed.compile(source), return_exceptions=True)
+    if isinstance(outcome, CompiledGrammar):
+        walk(outcome.constraint(), byte_vocabulary(256), random.Random(1), 30)
+    else:
+        assert isinstance(outcome, InvalidRequest)
+        assert outcome.param == "p"
 
 
 async def test_a_tool_that_the_compiler_crashes_on_is_refused(sandboxed: Grammars) -> None:
