@@ -27,7 +27,7 @@ from bdh_batch.scheduler.step_size import StepSize
 
 Update = tuple[Sequence, Delta]
 
-FOLLOWERS = 256  # that one plan has wait for others: more would hold up the step
+FOLLOWERS = 128  # that one plan has wait for others: more would hold up the step
 USED = attrgetter("account.used")
 LEAST_SERVED = attrgetter("rank", "account.used", "since")
 

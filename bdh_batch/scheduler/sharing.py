@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence as Tokens
 from bdh_batch.messages import FinishReason
 from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.prefix_cache import End, Entry, PrefixCache
-from bdh_batch.scheduler.prefixes import RecentPrompts, common, pack
+from bdh_batch.scheduler.prefixes import TOKEN_BYTES, RecentPrompts, common, pack
 from bdh_batch.scheduler.sequence import Sequence, Stage
 
 FIRST_POWER = 256
@@ -220,12 +220,13 @@ class Sharing:
 
     def _leader_of(self, sequence: Sequence, beginning: Iterable[Sequence]) -> tuple[Sequence | None, int]:
         prompt, namespace = self._packed(sequence), self._namespace(sequence)
-        head = prompt[: 4 * self._least]
         best, longest, looked_at = None, self._least - 1, 0
         for leader in beginning:
-            if leader.rank > sequence.rank or not leader.packed.startswith(head):
+            if leader.rank > sequence.rank or self._namespace(leader) != namespace:
                 continue
-            if self._namespace(leader) != namespace:
+            # Only one that is about to compute more than was found so far is worth comparing at length.
+            more = max(longest, leader.computed) + 1
+            if not leader.packed.startswith(prompt[: TOKEN_BYTES * more]):
                 continue
             shared = min(common(leader.packed, prompt), len(sequence.prompt) - 1, len(leader.prompt) - 1)
             if shared > longest and leader.computed < shared:

@@ -15,9 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from bdh_batch.scheduler import fair_queue
 from bdh_batch.scheduler.cost import StepCost
 from bdh_batch.scheduler.fair_queue import AGE, FORGET, FairQueue
+from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.prefix_cache import PrefixCache
 from bdh_batch.scheduler.prefixes import RECENT, RecentPrompts, common, pack
 from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.sharing import Sharing
 from bdh_batch.scheduler.step_size import PATIENCE, StepSize
 from tests.scheduler.fakes import make_sequence
 
@@ -405,3 +407,12 @@ def steps_to_grow(size: StepSize) -> int:
         size.succeeded()
         steps += 1
     return steps
+
+
+def test_answers_to_one_prompt_share_its_bytes() -> None:
+    sharing = Sharing(Places(4, 0), keep=False, share_all=True, least=2)
+    prompts = [list(range(100)), list(range(100))]
+    sequences = [make_sequence(prompt, 1) for prompt in prompts for _ in range(3)]
+    packed = [sharing._packed(sequence) for sequence in sequences]
+    assert len({id(each) for each in packed}) == len(prompts)
+    assert packed == [pack(prompts[0])] * 6

@@ -1,0 +1,137 @@
+"""A request of very many sequences: what they have in common is checked and made once, and others have their turn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence as Many
+from typing import Any
+
+import pytest
+
+from bdh_batch.backends import local
+from bdh_batch.backends.local import LocalBackend
+from bdh_batch.errors import InvalidRequest
+from bdh_batch.messages import GenerationRequest, LogitBias, SamplingParams, Text
+from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.text.tokenizer import ByteTokenizer
+
+PROMPTS, ANSWERS = 128, 16
+
+
+class Engine:
+    """Takes what it is given, and computes nothing."""
+
+    def __init__(self) -> None:
+        self.sequences: list[Sequence] = []
+
+    def submit(self, sequences: Many[Sequence], queue_timeout: float | None, timeout: float | None) -> None:
+        self.sequences += sequences
+
+
+def backend_of(engine: Any, vocabulary: int = 256) -> LocalBackend:
+    return LocalBackend(engine, ByteTokenizer(), vocabulary, None, 60.0)
+
+
+def requests(**changes: Any) -> list[GenerationRequest]:
+    """As the front door makes them: what is the same for all is shared."""
+    prompts = [Text(f"prompt {number} " * 8) for number in range(PROMPTS)]
+    return [GenerationRequest("r", prompt, 10, n=ANSWERS, **changes) for prompt in prompts for _ in range(ANSWERS)]
+
+
+class Turns:
+    """Counts how often the event loop comes to others."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self._task = asyncio.ensure_future(self._count())
+
+    async def _count(self) -> None:
+        while True:
+            await asyncio.sleep(0)
+            self.taken += 1
+
+    def end(self) -> int:
+        self._task.cancel()
+        return self.taken
+
+
+async def test_two_thousand_sequences_share_what_does_not_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine()
+    backend = backend_of(engine)
+    checked: list[int] = []
+    knows = LocalBackend._knows
+
+    def counted(self: LocalBackend, tokens: Many[int]) -> bool:
+        checked.append(len(tokens))
+        return knows(self, tokens)
+
+    monkeypatch.setattr(LocalBackend, "_knows", counted)
+    sampling = SamplingParams(repetition_penalty=1.2, logit_bias=LogitBias.of({5: 1.0}))
+    stops = tuple(range(200))
+    asked = requests(sampling=sampling, stop=("END",) * 16, stop_token_ids=stops, min_tokens=2)
+    await backend.generate(await backend.tokenized(asked))
+    assert len(engine.sequences) == PROMPTS * ANSWERS
+    assert sorted(checked) == [1, len(stops)]  # the bias and the stop tokens: once, not for each sequence
+    first, *others = engine.sequences
+    assert first.adjustment is not None
+    for sequence in others:
+        assert sequence.stop_token_ids is first.stop_token_ids
+        assert sequence.adjustment is not None
+        assert sequence.adjustment.bans is first.adjustment.bans
+    # An answer's own state is no one else's; the tokens of its prompt are those of its neighbours.
+    for at in range(0, len(engine.sequences), ANSWERS):
+        same = [s.adjustment for s in engine.sequences[at : at + ANSWERS] if s.adjustment is not None]
+        assert len({id(each) for each in same}) == ANSWERS
+        assert len({id(each.prompt) for each in same}) == 1
+
+
+async def test_others_have_their_turn_while_two_thousand_sequences_are_made() -> None:
+    engine = Engine()
+    backend = backend_of(engine)
+    asked = requests()
+    turns = Turns()
+    tokenized = await backend.tokenized(asked)
+    between = turns.taken
+    await backend.generate(tokenized)
+    slices = PROMPTS * ANSWERS // local.SLICE
+    assert between >= slices // 2
+    assert turns.end() - between >= slices // 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"stop_token_ids": (1, 256, 2)}, "stop_token_ids[1]"),
+        ({"stop_token_ids": (1, -1)}, "stop_token_ids[1]"),
+        ({"sampling": SamplingParams(logit_bias=LogitBias.of({3: 1.0, 700: 1.0}))}, "logit_bias.700"),
+        ({"stop_token_ids": tuple(range(256)), "min_tokens": 1}, "stop_token_ids"),
+    ],
+)
+async def test_a_token_that_is_not_the_models_is_named_and_nothing_starts(changes: dict[str, Any], param: str) -> None:
+    engine = Engine()
+    backend = backend_of(engine)
+    with pytest.raises(InvalidRequest) as refused:
+        await backend.generate(await backend.tokenized(requests(**changes)))
+    assert refused.value.param == param
+    assert not engine.sequences
+    assert backend.load() == 0
+
+
+async def test_many_short_prompts_are_tokenized_off_the_event_loop_as_one_long_one_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    aside: list[object] = []
+    to_thread = asyncio.to_thread
+
+    async def counted(work: Any, *arguments: Any) -> Any:
+        aside.append(work)
+        return await to_thread(work, *arguments)
+
+    monkeypatch.setattr(asyncio, "to_thread", counted)
+    backend = backend_of(Engine())
+    short = [GenerationRequest("r", Text("a" * 1000), 1)]
+    await backend.tokenized(short)
+    assert not aside
+    done = await backend.tokenized([GenerationRequest("r", Text("a" * 1000), 1) for _ in range(PROMPTS)])
+    assert len(aside) == 1
+    assert [len(each.tokens) for each in done] == [1000] * PROMPTS
