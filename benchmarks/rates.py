@@ -17,7 +17,8 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,16 +70,19 @@ SIDES = {"ledger": ledger, "limits": limits}
 
 def measure(side: str, addresses: int, results: Any) -> None:
     ask, known = SIDES[side](addresses)
+    seconds = array("d", bytes(8 * addresses))
     gc.collect()
     gc.freeze()
     before = psutil.Process().memory_info().rss
     processor = time.process_time()
-    seconds = [clocked(ask, f"requests/@{number:016x}") for number in range(addresses)]
+    for number in range(addresses):
+        seconds[number] = clocked(ask, f"requests/@{number:016x}")
     processor = time.process_time() - processor  # of all threads: `limits` has one that looks for what has expired
-    again = [clocked(ask, f"requests/@{number:016x}") for number in range(AGAIN)]
+    mebibytes = round((psutil.Process().memory_info().rss - before) / 2**20, 1)
+    again = array("d", [clocked(ask, f"requests/@{number:016x}") for number in range(AGAIN)])
     results.put(
         {
-            "mebibytes": round((psutil.Process().memory_info().rss - before) / 2**20, 1),
+            "mebibytes": mebibytes,
             "known": known(),
             "seconds": round(sum(seconds), 1),
             "processor_microseconds_a_request": round(1e6 * processor / addresses, 2),
@@ -95,7 +99,7 @@ def clocked(ask: Callable[[str], object], name: str) -> float:
     return time.perf_counter() - began
 
 
-def figures(seconds: list[float]) -> dict[str, float]:
+def figures(seconds: Sequence[float]) -> dict[str, float]:
     ordered = sorted(1e6 * each for each in seconds)
     return {
         "median": round(statistics.median(ordered), 2),

@@ -216,6 +216,11 @@ def test_weights_may_come_from_a_command_line() -> None:
     assert resolved.settings.scheduler.weights == {"0123456789abcdef": 2.5}
 
 
+def test_a_network_of_proxies_may_be_written_with_bits_of_a_host() -> None:
+    settings = load(overrides=[("server.trusted_proxies", "10.0.0.5/8, 10.0.0.5, fd00::1/64")]).settings
+    assert settings.server.trusted_proxies == ["10.0.0.0/8", "10.0.0.5", "fd00::/64"]
+
+
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.yaml"):
         load(tmp_path / "none.yaml")

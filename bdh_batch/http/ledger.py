@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SLOTS = 4  # in a second
 KEPT = 60 * SLOTS  # slots for which a slot counts after its end
-MOST_NAMES = 100_000  # that have a log of their own in memory, some 45 MB
+MOST_NAMES = 100_000  # that have a log of their own in memory, some 70 MB
 SHARED = 4096  # logs of those that come when there are so many
 FORGET = 4  # names that are looked at, at most, when one takes: more than one, so that they become fewer
 REDIS_SECONDS = 1.0  # that Redis may take to answer

@@ -4,8 +4,7 @@ A tenant is a key, or, where none is asked for, an address, of which there may b
 of them. Its account counts the work done for it, divided by its weight; who has the least goes first. One that comes
 back from a pause starts where the others are: time in which it asked for nothing is not saved up.
 
-Who has waited longer than its patience competes in the first class there is, whatever its own: no class can keep
-another one waiting for ever.
+A queue whose head has aged (`classes.py`) competes in the first class there is, whatever its own.
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from operator import attrgetter
 from typing import TYPE_CHECKING
 
 from bdh_batch.scheduler.backlog import NO_UNIT, Backlog, Line
+from bdh_batch.scheduler.classes import has_aged
 from bdh_batch.scheduler.ranking import Ranking
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class FairQueue:
             self._enter(queue.head.priority, queue)
 
     def _is_aged(self, queue: TenantQueue) -> bool:
-        return self._now - queue.head.served_at >= self._patience
+        return has_aged(queue.head, self._patience, self._now)
 
     def _enter(self, priority: int, queue: TenantQueue) -> None:
         if self._is_aged(queue):

@@ -7,7 +7,6 @@ of those that run is dealt in `dealer.py`.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain, pairwise
@@ -18,6 +17,7 @@ from bdh_batch.errors import BDHError, GenerationFailed, QueueTimeout, RunTimeou
 from bdh_batch.messages import Delta, FinishReason, Outcome
 from bdh_batch.scheduler.backlog import NO_UNIT, Line
 from bdh_batch.scheduler.deadlines import Deadlines
+from bdh_batch.scheduler.classes import Classes
 from bdh_batch.scheduler.dealer import RANK, Dealer, Step
 from bdh_batch.scheduler.fair_queue import Account, FairQueue
 from bdh_batch.scheduler.places import Places
@@ -101,9 +101,8 @@ class Scheduler:
         self._resumable: list[Sequence] = []  # in this plan; whose turn it is comes last
         self._beginning: list[Sequence] = []  # in this plan, those that run and have generated nothing
         self._turns_over: list[Sequence] | None = None  # in this plan, once that is asked
-        self._classes: Counter[int] = Counter()  # the priorities of all that have not ended
-        self._first_class = self._last_class = 0  # no one is of an earlier one, none that runs of a later one
-        self._mixed = False  # whether there was more than one when ranks were given last
+        self._classes = Classes(policy.patience)
+        self._last_class = 0  # no one that runs is of a later one
         self._changes: dict[Sequence, int] = {}  # who waits now, and did not when that was asked last: 1, or -1
 
     @property
@@ -161,8 +160,7 @@ class Scheduler:
                 continue
             self._arrivals += 1
             sequence.place, sequence.since = self._arrivals, self.counts.steps
-            sequence.served_at, sequence.rank = sequence.arrived, sequence.priority
-            self._classes[sequence.priority] += 1
+            self._classes.enter(sequence)
             self._queue.push(sequence)
             self._note(sequence, 1)
             self._deadlines.add(sequence)
@@ -229,7 +227,8 @@ class Scheduler:
         self.counts.steps += 1
         for follower in self.sharing.advance(self._running):
             self._requeue(follower)
-        self._rank(now)
+        self._queue.age(now)
+        self._classes.rank(chain(self._running, self._suspended), now)
         self._seat(now)
         self.places.release_idle(self.sharing.cache)
         return self._dealer.deal(self._running, self.places, now)
@@ -281,19 +280,6 @@ class Scheduler:
 
     # Who runs
 
-    def _rank(self, now: float) -> None:
-        """Has everyone compete in its class, or, where it has waited too long, in the first."""
-        self._queue.age(now)
-        self._first_class = first = min(self._classes, default=0)
-        mixed = len(self._classes) > 1
-        if mixed or self._mixed:
-            latest = now - self.policy.patience
-            for sequence in chain(self._running, self._suspended):
-                if sequence.served_at <= latest and sequence.priority > first:
-                    sequence.aged = True
-                sequence.rank = first if sequence.aged else sequence.priority
-        self._mixed = mixed
-
     def _seat(self, now: float) -> None:
         """Gives places to those that wait, and takes turns and precedence into account."""
         if not (self._suspended or len(self._queue)):
@@ -324,7 +310,7 @@ class Scheduler:
     def _candidates(self) -> list[Sequence]:
         """One of the queue and one of those suspended: of the first class, of the tenant that has had least. Where
         nobody makes room for one of them, the other one's turn comes all the same."""
-        fresh = self._queue.peek(self._first_class)
+        fresh = self._queue.peek(self._classes.first)
         resumed = self._resumable[-1] if self._resumable else None
         if fresh is None or resumed is None:
             return [one for one in (fresh, resumed) if one is not None]
@@ -424,7 +410,7 @@ class Scheduler:
         assert slot is not None
         self.places.give(slot)
         sequence.restart()
-        self._demote(sequence)
+        self._classes.demote(sequence)
         self._requeue(sequence)
         self._note(sequence, 1)
         self.counts.preemptions += 1
@@ -448,11 +434,7 @@ class Scheduler:
         self._running.remove(sequence)
         self._suspended.append(sequence)
         sequence.stage, sequence.since = Stage.SUSPENDED, self.counts.steps
-        self._demote(sequence)
-
-    def _demote(self, sequence: Sequence) -> None:
-        """It has given way, and waits in its own class again."""
-        sequence.aged, sequence.rank = False, sequence.priority
+        self._classes.demote(sequence)
 
     def _resume(self, sequence: Sequence) -> None:
         if sequence.stage is Stage.SUSPENDED:
@@ -496,9 +478,7 @@ class Scheduler:
             stage, sequence.stage = sequence.stage, Stage.ENDED
             if not sequence.place:  # it has ended on its way here
                 continue
-            self._classes[sequence.priority] -= 1
-            if not self._classes[sequence.priority]:
-                del self._classes[sequence.priority]
+            self._classes.leave(sequence)
             self.sharing.expect_no_more(sequence)
             if stage is Stage.QUEUED:
                 self._queue.remove(sequence)

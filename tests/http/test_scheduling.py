@@ -6,11 +6,14 @@ import asyncio
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from httpx import Response
+
+from bdh_batch.keys import KeyFile, new_key
 
 if TYPE_CHECKING:
     from tests.conftest import RawStream, ServeFactory, Server
@@ -194,10 +197,57 @@ async def test_100_requests_with_one_beginning_hardly_compute_it_again(alone: Se
 
 
 @pytest.fixture(scope="module")
-def keyed(serve: ServeFactory) -> Iterator[Server]:
+def first_key(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A file with a key that has the right to go first, and that key."""
+    path = tmp_path_factory.mktemp("keys") / "keys"
+    return path, KeyFile(path).add(partial(new_key, name="first", rights={"top_priority": -1000}))
+
+
+@pytest.fixture(scope="module")
+def keyed(serve: ServeFactory, first_key: tuple[Path, str]) -> Iterator[Server]:
     options = ["auth.enabled=true", f"auth.api_keys={','.join(KEYS)}", "scheduler.max_running=4"]
+    options += [f"auth.api_keys_file={first_key[0]}", "scheduler.priority_patience_seconds=1"]
     with serve(*options, "scheduler.quantum_steps=8", model=TINY) as server:
         yield server
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": "a", "max_tokens": 1}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}),
+        ("/v1/embeddings", {"input": "a"}),
+    ],
+)
+def test_nobody_goes_before_others_without_a_right_to_it(
+    keyed: Server, tiny: Server, first_key: tuple[Path, str], path: str, body: dict[str, Any]
+) -> None:
+    error = tiny.refusal(body | {"priority": -1}, path, 403)
+    assert (error["param"], error["code"]) == ("priority", "permission_denied")
+    assert "scheduler.top_priority" in error["message"]
+    assert tiny.http.post(path, json=body | {"priority": 1000}).status_code == 200
+    for key, priority, status in ((KEYS[0], -1, 403), (KEYS[0], 0, 200), (first_key[1], -1000, 200)):
+        headers = {"authorization": f"Bearer {key}"}
+        answer = keyed.http.post(path, json=body | {"priority": priority}, headers=headers)
+        assert answer.status_code == status, answer.text
+
+
+def test_a_key_that_goes_first_keeps_nobody_waiting_for_ever(keyed: Server, first_key: tuple[Path, str]) -> None:
+    def flood() -> Response:
+        headers = {"authorization": f"Bearer {first_key[1]}"}
+        body = {"prompt": "a", "max_tokens": 100_000, "priority": -1000, "n": 6}
+        return keyed.http.post("/v1/completions", json=body, headers=headers | {"x-request-timeout": "50"})
+
+    with ThreadPoolExecutor(2) as pool:
+        flooding = [pool.submit(flood) for _ in range(2)]
+        keyed.until(lambda m: m["bdh_num_requests_running"] == 4 and m["bdh_num_requests_waiting"] >= 8, 10)
+        for priority in (0, 1000):
+            headers = {"authorization": f"Bearer {KEYS[1]}"}
+            body = {"prompt": "b", "max_tokens": 5, "priority": priority}
+            assert keyed.http.post("/v1/completions", json=body, headers=headers).status_code == 200
+        assert not any(future.done() for future in flooding)
+        assert [future.result().status_code for future in flooding] == [504, 504]
+    keyed.until_idle()
 
 
 def test_a_key_that_asks_for_little_is_served_whatever_another_queues(keyed: Server) -> None:
