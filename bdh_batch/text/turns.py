@@ -122,4 +122,6 @@ class Turns:
 
 
 def _full() -> QueueFull:
-    return QueueFull("Too many jobs wait for the sandbox (sandbox.max_queued).", RETRY_SECONDS)
+    return QueueFull(
+        "Too many jobs wait for the sandbox (sandbox.max_queued, sandbox.max_queued_bytes).", RETRY_SECONDS
+    )

@@ -14,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 from bdh_batch.errors import CheckpointError, InvalidRequest
 from bdh_batch.messages import Text
 from bdh_batch.text.chat import Conversation, TemplateSource, open_template
+from bdh_batch.text.sandbox_process import Refused
 from bdh_batch.text.turns import QueueLimits
 from tests.text.inline import inline_template
 
@@ -261,6 +262,17 @@ async def test_a_template_in_its_sandbox_renders_and_survives_what_does_not_end(
         assert sandbox.load.outcomes["memory"] == sandbox.load.outcomes["timeout"] == 2
     finally:
         sandbox.close()
+
+
+async def test_a_template_that_spells_more_special_tokens_than_can_be_told_apart_is_refused() -> None:
+    special = [f"<{i}>" for i in range(100)]
+    with pytest.raises(Refused, match="more than 63 special tokens"):
+        inline_template(TemplateSource("".join(special), "t", special))
+    assert await shown_of("".join(special[:63]), special) == "".join(f"«{token}»" for token in special[:63])
+
+
+async def shown_of(source: str, special: Sequence[str]) -> str:
+    return shown(await inline_template(TemplateSource(source, "t", special)).render(Conversation(MESSAGES)))
 
 
 @pytest.mark.parametrize("source", ["{% for %}", "{{ raise_exception }", "{{ 'x' * 10 ** 11 }}"])
