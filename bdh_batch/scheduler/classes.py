@@ -1,4 +1,4 @@
-"""The classes in which sequences compete for slots and steps: by `priority`, the lower first, and by how long they wait.
+"""The classes in which sequences compete: by `priority`, the lower first, and by how long they wait.
 
 The rule, for those in the queue, suspended, and passed over by steps alike: who has had nothing computed for longer
 than the patience competes in the first class there is, until it has to give its slot up. Inside a class tenants share

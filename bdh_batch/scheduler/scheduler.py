@@ -16,8 +16,8 @@ from operator import attrgetter
 from bdh_batch.errors import BDHError, GenerationFailed, QueueTimeout, RunTimeout
 from bdh_batch.messages import Delta, FinishReason, Outcome
 from bdh_batch.scheduler.backlog import NO_UNIT, Line
-from bdh_batch.scheduler.deadlines import Deadlines
 from bdh_batch.scheduler.classes import Classes
+from bdh_batch.scheduler.deadlines import Deadlines
 from bdh_batch.scheduler.dealer import RANK, Dealer, Step
 from bdh_batch.scheduler.fair_queue import Account, FairQueue
 from bdh_batch.scheduler.places import Places
