@@ -26,6 +26,7 @@ from bdh_batch.http.caller import UNIX
 from bdh_batch.http.errors import HeadersTooLarge, HeaderTimeout, InvalidHTTP, error_response
 from bdh_batch.http.exchange import Exchange, status_line
 from bdh_batch.http.request_head import BLANK, END, OFFER, PLAUSIBLE, START, body_length, fill, without_offer
+from bdh_batch.http.turns import Turns
 from bdh_batch.settings import Limits
 from bdh_batch.telemetry import Metrics
 
@@ -34,7 +35,9 @@ AHEAD_BYTES = (
     16 * 1024
 )  # of later requests that are read while one is answered: its client's leaving is seen behind them
 UNREAD_BYTES = 64 * 1024  # of a body that are read before the application asks for them
-TURN_BYTES = 16 * 1024  # of chunks that are parsed before others have their turn
+TURN_BYTES = 8 * 1024  # of chunks that are parsed before others have their turn
+BULK_BYTES = 16 * 1024  # that came at once: the next ones are read when it is this connection's turn again
+FIRST_BYTES = 1024  # of chunks that are parsed as soon as they come
 # After a client has ended its sending: when to find out whether it has gone. Each takes a byte (`Exchange.probe`).
 PROBE_SECONDS = (0.0, 0.05, 0.2, 1.0, 5.0, 20.0, 60.0, 180.0, 600.0)
 
@@ -60,6 +63,7 @@ class Site:
 
     def __post_init__(self) -> None:
         self.budget = BufferBudget(self.limits.max_buffered_bytes, self.connections, self.metrics)
+        self.turns = Turns()
         self.empty = asyncio.Event()  # there is no connection
         self.empty.set()
 
@@ -95,7 +99,8 @@ class Connection(asyncio.Protocol):
         self._over = False  # nothing that still comes is looked at
         self._eof = False  # the client has ended its sending
         self._reading = True
-        self._turn: asyncio.Handle | None = None  # the parser goes on with the buffer then
+        self._waits = False  # for its turn, in which the parser goes on with the buffer
+        self._bulk = False  # nothing is read before that
         self._timer: asyncio.TimerHandle | None = None  # for a head, for the next request, or for the end
         self._stall: asyncio.TimerHandle | None = None
         self._probe: asyncio.TimerHandle | None = None
@@ -124,7 +129,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._over = True
-        for handle in (self._timer, self._turn, self._stall, self._probe):
+        for handle in (self._timer, self._stall, self._probe):
             if handle is not None:
                 handle.cancel()
         if self._exchange is not None:
@@ -136,18 +141,20 @@ class Connection(asyncio.Protocol):
         self._ended()
 
     def data_received(self, data: bytes) -> None:
-        if self._over:
-            return
-        self._buffer, self._at = self._buffer[self._at :] + data, 0
-        if self._turn is None:
-            self._advance()
-        else:
-            self.steer()
+        if not self._over:
+            self._buffer, self._at = self._buffer[self._at :] + data, 0
+            if not self._waits:
+                self._advance(FIRST_BYTES)
+        if len(data) >= BULK_BYTES:
+            self._bulk = True
+            self._wait_for_turn()
+        self.account()
+        self.steer()
 
     def eof_received(self) -> bool:
         """The client sends no more. It may still wait for what it has asked for, which deserves its answer."""
         self._eof = True
-        if self._over or not self._half_closes or (self._expecting is not Expecting.LATER and self._turn is None):
+        if self._over or not self._half_closes or (self._expecting is not Expecting.LATER and not self._waits):
             return False
         if self._expecting is Expecting.LATER:
             self._find_out(0)
@@ -253,8 +260,9 @@ class Connection(asyncio.Protocol):
     def steer(self) -> None:
         """Reads on, or does not, by what waits to be looked at."""
         waiting, exchange = len(self._buffer) - self._at, self._exchange
-        full = waiting > AHEAD_BYTES and (self._turn is not None or self._expecting is Expecting.LATER)
-        reading = self._over or not (full or (exchange is not None and exchange.unread > UNREAD_BYTES))
+        full = waiting > AHEAD_BYTES and (self._waits or self._expecting is Expecting.LATER)
+        unread = exchange is not None and exchange.unread > UNREAD_BYTES
+        reading = not (self._bulk or full or unread) or (self._over and not self._bulk)
         if reading != self._reading and not self._eof and not self.transport.is_closing():
             self._reading = reading
             (self.transport.resume_reading if reading else self.transport.pause_reading)()
@@ -289,20 +297,38 @@ class Connection(asyncio.Protocol):
     def _in_body(self) -> bool:
         return self._expecting in (Expecting.BODY, Expecting.CHUNKS)
 
-    def _advance(self) -> None:
-        """Gives the parser what is there, up to the end of one request, or as much as one turn may take."""
-        self._turn = None
+    def take_turn(self) -> None:
+        self._waits = self._bulk = False
+        if not self._over:
+            self._advance(TURN_BYTES)
+        self.steer()
+
+    def _wait_for_turn(self) -> None:
+        if not self._waits:
+            self._waits = True
+            self._site.turns.add(self.take_turn)
+
+    async def turn(self) -> None:
+        """Waits until it is this connection's turn, for work that the application does."""
+        came = asyncio.Event()
+        self._site.turns.add(came.set)
+        await came.wait()
+
+    def _advance(self, most: int) -> None:
+        """Gives the parser what is there, up to the end of one request, or of some `most` bytes of chunks."""
         parsed = 0
         while not self._over and self._at < len(self._buffer) and self._expecting is not Expecting.LATER:
-            if parsed > TURN_BYTES and self._expecting is Expecting.CHUNKS:
-                self._turn = self._loop.call_soon(self._advance)
+            chunks = self._expecting is Expecting.CHUNKS
+            if chunks and parsed >= most:
+                self._wait_for_turn()
                 break
-            piece = self._piece()
+            piece = self._piece(most - parsed)
             if not piece:
                 break
             self._at += len(piece)
             self._parse(piece)
-            parsed += len(piece)
+            if chunks:
+                parsed += len(piece)
         if self._over:
             return
         if self._at == len(self._buffer):
@@ -316,7 +342,7 @@ class Connection(asyncio.Protocol):
 
     def _settle(self) -> None:
         """What follows from what has been parsed."""
-        if self._turn is not None:
+        if self._waits:
             return
         if self._expecting is Expecting.LATER:
             assert self._exchange is not None
@@ -332,16 +358,17 @@ class Connection(asyncio.Protocol):
         elif self._expecting is Expecting.HEAD and not self._timing_head:
             self._expect_head()
 
-    def _piece(self) -> bytes:
-        """What the parser may have next; nothing where more has to come first."""
+    def _piece(self, most: int) -> bytes:
+        """What the parser may have next, of chunks at `most` so many bytes; nothing where more has to come first."""
         buffer, at = self._buffer, self._at
         if self._expecting is Expecting.BODY:
             return buffer[at : at + self._length]
         if self._expecting is Expecting.CHUNKS:
-            end = buffer.find(END, at, at + TURN_BYTES)
+            most = max(most, len(END))
+            end = buffer.find(END, at, at + most)
             if end >= 0:
                 return buffer[at : end + len(END)]
-            piece = buffer[at : at + TURN_BYTES]
+            piece = buffer[at : at + most]
             return piece[: len(piece) - _begun(piece)]
         return self._head()
 
@@ -371,7 +398,7 @@ class Connection(asyncio.Protocol):
         self._expecting = Expecting.HEAD
         if self._at < len(self._buffer):
             self._timing_head = False
-            self._turn = self._loop.call_soon(self._advance)
+            self._wait_for_turn()
             self.steer()
         elif self._eof:
             self.close()

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -15,6 +14,7 @@ from bdh_batch.http.errors import InvalidCoding, UnsupportedMedia
 ZLIB_AND_GZIP = 32 + zlib.MAX_WBITS
 CODINGS = ("gzip", "x-gzip", "deflate")
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
+Hold = Callable[[int], Awaitable[None]]
 PIECE = 256 * 1024  # bytes that are decompressed before others have their turn
 
 
@@ -43,11 +43,11 @@ def check_type(headers: Headers, origins: Collection[str]) -> None:
         raise UnsupportedMedia(f"The body is in {charset}; JSON is in UTF-8.")
 
 
-def decoded(receive: Receive, headers: Headers, hold: Callable[[int], None]) -> Receive:
+def decoded(receive: Receive, headers: Headers, hold: Hold) -> Receive:
     """Receives the body as it was before it was compressed.
 
     Args:
-        hold: is told of every piece's size before the next one is made, and may raise to end it.
+        hold: is told of every piece's size, and awaited before the next one is made; may raise to end it.
 
     Raises:
         UnsupportedMedia: it is in a coding that is not understood.
@@ -67,7 +67,7 @@ class Decompressed:
         InvalidCoding: that is neither gzip nor zlib, is cut, or has more behind it.
     """
 
-    def __init__(self, receive: Receive, hold: Callable[[int], None]) -> None:
+    def __init__(self, receive: Receive, hold: Hold) -> None:
         self._receive = receive
         self._hold = hold
         self._zlib = zlib.decompressobj(ZLIB_AND_GZIP)
@@ -87,8 +87,7 @@ class Decompressed:
                 self._input, self._more = message.get("body", b""), message.get("more_body", False)
             piece = self._decompress()
             if piece:
-                self._hold(len(piece))
-                await asyncio.sleep(0)
+                await self._hold(len(piece))
                 return {"type": "http.request", "body": piece, "more_body": True}
             if not (self._more or self._input or self._full):
                 return self._end()

@@ -24,7 +24,7 @@ BODILESS = (204, 304)
 UNSAFE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # in a header: it could begin another one
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
 PREFIX = b"HTTP/1.1 "  # what every response begins with, whatever becomes of its request
-HOLD = "bdh_batch.hold"  # in a scope: counts bytes that were made of the body (`Exchange.hold`)
+HOLD = "bdh_batch.hold"  # in a scope: `Exchange.hold`
 DISCONNECT = {"type": "http.disconnect"}
 
 
@@ -112,21 +112,25 @@ class Exchange:
         self._changed.set()
 
     def probe(self) -> bool:
-        """Sends one byte of what any response begins with: a client that has only ended its own sending takes it, one
-        that has gone resets the connection. False where there is none left to send."""
-        if self.started or self._probed == len(PREFIX):
+        """Sends one byte that changes nothing: a client that has only ended its own sending takes it, one that has gone
+        resets the connection. Before the response that is a byte of what every response begins with; between chunks it
+        is a leading zero of the next one's size. False where there is no such byte."""
+        begun = self.started and not self._head
+        if self.complete or (begun and not self._chunked) or (not begun and self._probed == len(PREFIX)):
             return False
-        self._connection.write(PREFIX[self._probed : self._probed + 1])
-        self._probed += 1
+        self._connection.write(b"0" if begun else PREFIX[self._probed : self._probed + 1])
+        self._probed += 0 if begun else 1
         return True
 
     # What the application says
 
-    def hold(self, size: int) -> None:
-        """Counts bytes that the application made of the body. Raises Unavailable where they are too many."""
+    async def hold(self, size: int) -> None:
+        """Counts bytes that the application made of the body, and lets others have their turns. Raises Unavailable
+        where they are too many."""
         self.size += size
         self._connection.account()
         self._connection.budget.check()
+        await self._connection.turn()
 
     async def receive(self) -> Message:
         if self._awaits_continue and not self.started and not self.gone:

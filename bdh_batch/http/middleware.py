@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -125,8 +125,7 @@ class BodyLimit:
         headers = Headers(scope=scope)
         check_type(headers, self._origins)
         timed = self._bounded(self._timed(receive))
-        hold: Callable[[int], None] = scope.get(HOLD, lambda size: None)
-        inner = decoded(timed, headers, hold)
+        inner = decoded(timed, headers, scope[HOLD])
         return timed if inner is timed else self._bounded(inner)
 
     def _timed(self, receive: Receive) -> Receive:
