@@ -102,7 +102,8 @@ def _biases(values: object, one: Callable[[object], dict[str, float]]) -> dict[s
         return one(values)
     biases: dict[str, float] = {}
     for token, bias in values.items():
-        if not (token.isascii() and token.isdecimal() and token == str(int(token[:20]))):
+        # More digits than int64 has: no vocabulary is so large.
+        if not (token.isascii() and token.isdecimal() and token == str(int(token[:18]))):
             raise PydanticCustomError("token", "Keys should be token ids", {"field": token})
         biases |= one({token: bias})
     return biases
@@ -120,7 +121,7 @@ StopStrings = Annotated[list[StopString], AtMost("max_stop")]
 Stops = Annotated[StopStrings, BeforeValidator(_stops, json_schema_input_type=StopString | StopStrings)]
 Bias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
-    Field(json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,19})$"}}),
+    Field(json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,17})$"}}),
     WrapValidator(_biases),
     AtMost("max_logit_bias"),
 ]
