@@ -29,11 +29,12 @@ REFUSALS = {
     403: "A key that may not do this.",
     404: "No such model.",
     408: "The request came too slowly, or waited past its deadline.",
-    413: "The body is larger than `limits.max_body_bytes`.",
+    413: "The body is larger than `limits.max_body_bytes`, perhaps once it is decompressed.",
+    415: "The body is not JSON by its `content-type`, or in another coding than gzip and deflate.",
     429: "Too many requests or tokens of this key (`rate_limit_exceeded`), or too many requests wait (`queue_full`).",
     431: "The headers are larger than `limits.max_header_bytes`.",
     500: "A fault of the server, whose log has the reason under the request's id.",
-    503: "The model is loading, the server is draining, or the engine is down.",
+    503: "The model is loading, the server is draining, the engine is down, or `limits.max_buffered_bytes` are held.",
     504: "The request ran past its deadline.",
 }
 ANYWHERE = (400, 408, 431, 500)
@@ -173,7 +174,12 @@ def _events(operation: Operation) -> Json:
 
 
 def _refusals(operation: Operation, closed: bool) -> Json:
-    statuses = {*ANYWHERE, *operation.errors, *((401, 429) if closed else ()), *((413,) if operation.bodies else ())}
+    statuses = {
+        *ANYWHERE,
+        *operation.errors,
+        *((401, 429) if closed else ()),
+        *((413, 415) if operation.bodies else ()),
+    }
     return {str(status): {"$ref": f"#/components/responses/{status}"} for status in sorted(statuses)}
 
 
