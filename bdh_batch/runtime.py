@@ -34,6 +34,7 @@ from bdh_batch.keys import KeyRing
 from bdh_batch.machine import usable_cores
 from bdh_batch.model.checkpoint import Model, load_model
 from bdh_batch.model.config import BDHConfig
+from bdh_batch.model.pages import HUGE
 from bdh_batch.model.runner import Runner
 from bdh_batch.model.state import StatePool, bytes_per_sequence, free_memory, slots_within
 from bdh_batch.scheduler import working_set
@@ -178,7 +179,7 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     runner = Runner(kernels, pool)
     log.info("warming up: kernels that are not in the cache are compiled now")
     runner.warm(settings.scheduler.prefill_tokens)
-    if device.type == "cpu":
+    if device.type == "cpu" and pool.states.nbytes >= HUGE:
         had = "are in huge pages" if pool.huge_bytes else "are not in huge pages, as the system gives none: slower"
         log.info("states %s", had)
     return LoadedEngine(model, runner, slots, host_slots, grows=device.type == "cpu")
