@@ -395,7 +395,7 @@ class Sandbox(Section):
     processes: PositiveInt = Field(
         2, description="Jobs at a time, of templates and of grammars each; a client has at most one less, but for 1."
     )
-    max_queued: PositiveInt = Field(256, description="Most jobs that wait; one more is refused with 429.")
+    max_queued: PositiveInt = Field(2048, description="Most jobs that wait; one more is refused with 429.")
     max_queued_bytes: Bytes = Field(64 * 2**20, description="Most bytes of waiting jobs; more is refused with 429.")
     queue_seconds: PositiveFloat = Field(
         10.0, allow_inf_nan=False, description="That a job may wait; then it is refused with 429."

@@ -51,6 +51,8 @@ def fill(scope: Scope, method: bytes, version: str, url: bytes, headers: Headers
         raise InvalidHTTP("This is no proxy: there is no CONNECT.")
     if version == "1.0" and any(name == b"transfer-encoding" for name, _ in headers):
         raise InvalidHTTP("HTTP/1.0 has no Transfer-Encoding.")
+    if any(name == b"transfer-encoding" and value.strip().lower() != b"chunked" for name, value in headers):
+        raise InvalidHTTP("The only Transfer-Encoding that is understood here is chunked.")
     target = httptools.parse_url(url)
     _check_host([value for name, value in headers if name == b"host"], version)
     if target.host is not None:  # the whole URL says more than the header (RFC 9112, 3.2.2)

@@ -7,9 +7,12 @@ connection that asks for little is served at once, whatever number of others sen
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
+
+log = logging.getLogger(__name__)
 
 ROUND_SECONDS = 0.002
 ROUND_TURNS = 8  # each may begin a request, whose work is done in the rounds that follow
@@ -29,7 +32,10 @@ class Turns:
     def _round(self) -> None:
         end = time.perf_counter() + ROUND_SECONDS
         for _ in range(min(ROUND_TURNS, len(self._waiting))):
-            self._waiting[0]()  # it stays in the queue meanwhile, so that no second round is begun
+            try:
+                self._waiting[0]()  # it stays in the queue meanwhile, so that no second round is begun
+            except Exception:
+                log.exception("a connection's turn failed")
             self._waiting.popleft()
             if time.perf_counter() > end:
                 break

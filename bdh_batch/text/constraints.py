@@ -8,7 +8,7 @@ not end early, it goes on as long as it can.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from llguidance import LLMatcher
@@ -21,7 +21,12 @@ from bdh_batch.threads import Executor
 
 
 class CompiledGrammar:
-    """Constraints of one grammar share what was compiled, and what they learn of it."""
+    """Constraints of one grammar share what was compiled, and what they learn of it.
+
+    Args:
+        worn_out: is called, in the engine's thread, once what they share has reached a limit of the library's: every
+            other constraint of it fails from then on.
+    """
 
     def __init__(
         self,
@@ -30,9 +35,11 @@ class CompiledGrammar:
         param: str,
         trigger: str = "",
         maskers: Executor | None = None,
+        worn_out: Callable[[], object] = lambda: None,
     ) -> None:
         self._matcher = matcher
         self._vocabulary = vocabulary
+        self._worn_out = worn_out
         self._param = param
         self._trigger = trigger
         self._maskers = maskers
@@ -41,7 +48,8 @@ class CompiledGrammar:
         return TriggeredConstraint(self, self._trigger, early) if self._trigger else self.walk(early)
 
     def walk(self, early: float) -> GrammarConstraint:
-        return GrammarConstraint(self._matcher.deep_copy(), self._vocabulary, self._param, early, self._maskers)
+        matcher = self._matcher.deep_copy()
+        return GrammarConstraint(matcher, self._vocabulary, self._param, early, self._maskers, self._worn_out)
 
     def text(self, token: int) -> bytes:
         return self._vocabulary.text(token)
@@ -66,8 +74,10 @@ class GrammarConstraint:
         param: str,
         early: float = 0,
         maskers: Executor | None = None,
+        worn_out: Callable[[], object] = lambda: None,
     ) -> None:
         self.complete = False
+        self._worn_out = worn_out
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._param = param
@@ -90,6 +100,8 @@ class GrammarConstraint:
         if self._may_end_anywhere() and not (allowed and token != self._vocabulary.tokens.eos_token):
             return False
         if not (allowed and self._matcher.consume_token(token)):
+            if self._matcher.is_error():  # an allowed token, and a limit all the same
+                self._worn_out()
             why = reason(self._matcher) or "no token can follow"
             raise InvalidRequest(f"{self._param}: The answer cannot go on in this grammar ({why}).", self._param)
         self._early -= 1

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 
 import orjson
 from llguidance import LLMatcher
@@ -63,7 +64,8 @@ class Grammars:
         self._sandbox = sandbox
         self._most_bytes = most_bytes
         self._kept = GrammarCache(cache_bytes)
-        self._compiling: dict[tuple[str, bytes], _Compiling] = {}
+        self._worn_out: set[bytes] = set()  # those of the kept that have reached a limit of the library's
+        self._compiling: dict[bytes, _Compiling] = {}
         self._compilers = DaemonThreads(COMPILERS, "bdh-grammar")
         large = isinstance(vocabulary, Vocabulary) and vocabulary.size > small
         self._maskers = DaemonThreads(MASKERS, "bdh-mask") if large else None
@@ -77,21 +79,26 @@ class Grammars:
         if isinstance(self._vocabulary, str) or self._sandbox is None:
             raise UnsupportedParameter(f"This model's answers can follow no form: {self._vocabulary}.", source.param)
         job = source.written(self._most_bytes)
-        key = hashlib.sha256(job).digest()
+        # Completions share what a grammar learns of itself, and its limits: only one tenant's do.
+        key = hashlib.sha256(b"%b\0%b" % (tenant.encode(), job)).digest()
+        if key in self._worn_out:
+            self._worn_out.discard(key)
+            self._kept.discard(key)
         found = self._kept.get(key) or await self._compiled(self._vocabulary, self._sandbox, job, key, tenant)
         if isinstance(found, Problem):
             param = found.param or source.param
             raise InvalidRequest(f"{param}: {found.text}", param)
-        return CompiledGrammar(found, self._vocabulary, source.param, source.trigger, self._maskers)
+        worn_out = partial(self._worn_out.add, key)
+        return CompiledGrammar(found, self._vocabulary, source.param, source.trigger, self._maskers, worn_out)
 
     async def _compiled(
         self, vocabulary: Vocabulary, sandbox: Runs, job: bytes, key: bytes, tenant: str
     ) -> LLMatcher | Problem:
         """Requests of one tenant for one grammar wait for the same work, which ends when none of them waits for it."""
-        on_its_way = self._compiling.get((tenant, key))
+        on_its_way = self._compiling.get(key)
         if on_its_way is None:
             work = asyncio.ensure_future(self._compile(vocabulary, sandbox, job, key, tenant))
-            on_its_way = self._compiling[tenant, key] = _Compiling(work)
+            on_its_way = self._compiling[key] = _Compiling(work)
         on_its_way.waiting += 1
         try:
             return await asyncio.shield(on_its_way.work)
@@ -99,7 +106,7 @@ class Grammars:
             on_its_way.waiting -= 1
             if not on_its_way.waiting:
                 on_its_way.work.cancel()
-                del self._compiling[tenant, key]
+                del self._compiling[key]
 
     async def _compile(
         self, vocabulary: Vocabulary, sandbox: Runs, job: bytes, key: bytes, tenant: str

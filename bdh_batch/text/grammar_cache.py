@@ -54,6 +54,9 @@ class GrammarCache:
             gone += self._without(next(iter(self._matchers)))
         return gone
 
+    def discard(self, key: bytes) -> None:
+        self._without(key)
+
     def add_problem(self, key: bytes, problem: Problem) -> Problem:
         self._problems[key] = problem, time.monotonic() + PROBLEM_SECONDS
         self._problems.move_to_end(key)

@@ -21,7 +21,7 @@ class QueueLimits:
     """
 
     at_once: int = 2
-    most_waiting: int = 256
+    most_waiting: int = 2048
     most_bytes: int = 64 * 2**20
     seconds: float = 10.0
 

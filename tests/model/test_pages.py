@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import mmap
 import resource
 import sys
 from pathlib import Path
@@ -29,7 +30,9 @@ def finish(ahead: PagesAhead) -> None:
 
 def test_what_is_backed_ahead_is_written_without_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "AHEAD", 4 * PAGES * 4096)
-    blocks = torch.empty((200, PAGES * 1024))
+    memory = mmap.mmap(-1, 200 * PAGES * 4096)  # pages that nothing has touched, as torch's need not be
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    blocks = torch.frombuffer(memory, dtype=torch.float32).view(200, -1)
     blocks[0] = 7.0
     ahead = PagesAhead(blocks)
     ahead.used(0)

@@ -163,9 +163,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             aged = self.now - sequence.served_at > self.scheduler.policy.patience
             passed_over = aged and earlier and not mine and sequence.stage is not Stage.FOLLOWING
             self.outranked[sequence] = self.outranked[sequence] + 1 if passed_over else 0
-            used = max((other.account.used for other in alive if other.scheduled is not None), default=0.0)
-            debt = max(0.0, sequence.account.used - used) if sequence.scheduled is not None else 0.0
-            known = sum(len(s.prompt) + len(s.generated) for s in alive if s.key != sequence.key and s.scheduled)
+            others = [other for other in alive if other.key != sequence.key]
+            # Inside a class, a tenant that has had less goes first: for as many tokens as it has had less, by weight.
+            used, account = sequence.account.used, [other.account for other in others]
+            debt = max((max(0.0, used - other.used) * other.weight for other in account), default=0.0)
+            known = sum(len(other.prompt) + len(other.generated) for other in others if other.scheduled is not None)
             assert self.outranked[sequence] <= 3 + self.scheduler.policy.quantum + 2 * known + debt, "no class starves"
 
     @rule(

@@ -103,7 +103,12 @@ def walk(constraint: Constraint, vocabulary: Vocabulary, rng: random.Random, mos
     """A random answer, and whether it ended by itself."""
     text = b""
     for _ in range(most):
-        token = rng.choice(allowed(constraint, vocabulary.size))
+        choices = allowed(constraint, vocabulary.size)
+        if not choices:  # a grammar may lead to where nothing can follow: that ends the completion with an error
+            with pytest.raises(InvalidRequest, match="cannot go on"):
+                constraint.accept(0)
+            return text, False
+        token = rng.choice(choices)
         if not constraint.accept(token):
             return text, True
         text += b"" if token in vocabulary.ends else vocabulary.tokens.decode_bytes([token])
