@@ -46,6 +46,7 @@ MALFORMED = {
     "negative length": HEAD + b"content-length: -5\r\n\r\n",
     "absurd length": HEAD + b"content-length: 99999999999999999999999\r\n\r\n",
     "unknown coding": HEAD + b"transfer-encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "coding before chunks": HEAD + b"transfer-encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
     "coding after chunks": HEAD + b"transfer-encoding: chunked, identity\r\n\r\n0\r\n\r\n",
     "space before colon": HEAD + b"transfer-encoding : chunked\r\n\r\n0\r\n\r\n",
     "chunk of no size": CHUNKED + b"ZZ\r\n",

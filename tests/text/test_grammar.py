@@ -582,3 +582,17 @@ class Held:
         while len(self.tenants) < count:
             self._came.clear()
             await self._came.wait()
+
+
+async def test_what_one_completion_wears_out_is_compiled_anew_and_nobody_elses(sandboxed: Grammars) -> None:
+    endings = " | ".join(f"/(b|c)*b(b|c){{{length}}}d/" for length in range(20, 220))
+    source = from_lark(f'start: /a{{60}}/ t* "zzz"\nt: {endings}', "p")
+    other = await sandboxed.compile(source, "other")
+    worn = await sandboxed.compile(source, "mine")
+    chance, constraint = random.Random(1), worn.constraint()
+    with pytest.raises(InvalidRequest, match="lexer"):
+        for _ in range(3000):
+            constraint.accept(chance.choice([t for t in allowed(constraint, 256) if t not in b"zd"] or [0]))
+    for grammar in (other, await sandboxed.compile(source, "mine")):
+        constraint = grammar.constraint()
+        assert [constraint.accept(token) for token in b"aaaaa"] == [True] * 5
