@@ -201,7 +201,7 @@ def _wait_until_ready(server: Served, process: subprocess.Popen[bytes], log: Any
         try:
             server.get("/readyz")
             return
-        except (urllib.error.URLError, ConnectionError):
+        except OSError:  # not there yet, or too busy with its start to answer
             if process.poll() is not None or time.monotonic() > deadline:
                 log.seek(0)
                 raise RuntimeError(f"the server did not start: {log.read().decode()}") from None
