@@ -233,7 +233,7 @@ ATTACKS: dict[str, Attack] = {
     ),
     # The template's process.
     "template: crowd of long chats": Attack(
-        lambda: iter([with_array("/v1/chat/completions", NOTHING_SAID, '{"role":"user","content":""}', 870_000)] * 60),
+        lambda: iter([with_array("/v1/chat/completions", NOTHING_SAID, '{"role":"user","content":""}', 116_000)] * 60),
         patience=1.0,
         together=60,
     ),
