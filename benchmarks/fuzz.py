@@ -52,12 +52,14 @@ class Fuzz:
         self.rss: list[int] = []
         self.longest_health = 0.0
         self._may_take = longest_health
+        self._over = False
         self.slowest = (0.0, 0)  # seconds, and the case that took them
 
     async def run(self, bar: tqdm[Any]) -> None:
         watch = asyncio.create_task(self._watch(bar))
         await asyncio.gather(*(self._client() for _ in range(TOGETHER)))
-        watch.cancel()
+        self._over = True
+        await watch
 
     async def _client(self) -> None:
         for case in self._cases:
@@ -78,7 +80,7 @@ class Fuzz:
         self._under_way.discard(case)
 
     async def _watch(self, bar: tqdm[Any]) -> None:
-        while self._process.is_running():
+        while self._process.is_running() and not self._over:
             began = time.monotonic()
             await ask(self._server.port, HEALTH)
             took = time.monotonic() - began

@@ -82,7 +82,11 @@ class Listener(asyncio.Protocol):
         self.end = "nothing came"  # the last line that did
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        cast(asyncio.Transport, transport).write(self._request)
+        self._transport = cast(asyncio.Transport, transport)
+        self._transport.write(self._request)
+
+    def leave(self) -> None:
+        self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self.look()
@@ -121,6 +125,9 @@ class Observer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for listener in self._listeners:
+            listener.leave()
+        await asyncio.sleep(0)  # in which they are closed
 
     def begin(self) -> None:
         """From here on, what is seen is of something new."""
@@ -183,9 +190,11 @@ async def ask(port: int, request: bytes, seconds: float = LOST) -> int:
     try:
         async with asyncio.timeout(seconds):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(request)
-            answer = await reader.read()
-            writer.close()
+            try:
+                writer.write(request)
+                answer = await reader.read()
+            finally:
+                writer.transport.abort()
             return int(answer.split(b" ", 2)[1]) if answer else 0
     except (OSError, TimeoutError):
         return 0
