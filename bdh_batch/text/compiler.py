@@ -10,12 +10,13 @@ MESSAGE = 400  # characters of llguidance's that a client is shown
 
 _FOR_AUTHORS = re.compile(r"\n<|\n *\d+ \| ")
 
-# What a mask or a token may cost: some 20 ms at most where a grammar is as ambiguous as it may be, mostly well below 1.
+# What a mask or a token may cost: 20 ms each where a grammar is as ambiguous as it may be (with 2000 items in
+# a step it was 40 and 26), mostly well below 1. Objects of 240 optional properties need the items in a row.
 LIMITS = LLParserLimits(
     max_items_in_row=1000,
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=50_000,
-    step_max_items=2000,
+    step_max_items=1500,
     max_lexer_states=16_000,
     max_grammar_size=300_000,
     verbose_errors=False,

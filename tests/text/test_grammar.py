@@ -496,6 +496,18 @@ async def test_a_tool_that_the_compiler_crashes_on_is_refused(sandboxed: Grammar
     assert refused.value.param == "tools"
 
 
+@pytest.mark.parametrize("rule", ['start start start start | "a" | start "b" start | ', 'start start start | "a" | '])
+def test_the_most_ambiguous_grammars_end_by_the_limits_of_a_step(rule: str) -> None:
+    """Else each token costs more than the one before it; work is bounded by items, whatever the machine."""
+    matcher = compile_grammar(byte_vocabulary(256).tokens, f"start: {rule}")
+    assert isinstance(matcher, LLMatcher)
+    steps = 0
+    while any(matcher.compute_bitmask()) and matcher.consume_token(ord("a")):
+        steps += 1
+        assert steps < 1000
+    assert "Too many items" in matcher.get_error() or "Current row" in matcher.get_error()
+
+
 async def test_a_grammar_whose_tokens_cost_too_much_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """How long they take is measured; here, any time is too long."""
     grammars = inline_grammars(byte_vocabulary(256))
