@@ -49,7 +49,7 @@ from bdh_batch.text.grammar import Grammars, open_sandbox
 from bdh_batch.text.sandbox import Sandbox
 from bdh_batch.text.turns import QueueLimits
 from bdh_batch.text.vocabulary import Vocabulary, setup_of, vocabulary_of
-from bdh_batch.threads import calls_under_way
+from bdh_batch.threads import calls_under_way, in_daemon_thread
 
 if TYPE_CHECKING:
     from bdh_batch.spans import Spans
@@ -415,7 +415,7 @@ class Service:
                 await self._spans.close()
 
     async def _serve(self, url: str) -> None:
-        loading = in_daemon_thread(partial(load_all, self._settings, self._path, self._load))
+        loading = in_daemon_thread(partial(load_all, self._settings, self._path, self._load), LOADER)
         stopped = asyncio.ensure_future(self._stop.wait())
         await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
@@ -477,27 +477,6 @@ class Service:
             )
         )
         return backend
-
-
-def in_daemon_thread(function: Callable[[], T]) -> asyncio.Future[T]:
-    """As asyncio.to_thread, but the program can end while the thread still runs."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(set_outcome: Callable[[Any], None], outcome: object) -> None:
-        if not future.done():
-            set_outcome(outcome)
-
-    def run() -> None:
-        try:
-            result = function()
-        except Exception as error:  # noqa: BLE001 - whoever waits for the future gets it
-            loop.call_soon_threadsafe(settle, future.set_exception, error)
-        else:
-            loop.call_soon_threadsafe(settle, future.set_result, result)
-
-    threading.Thread(target=run, name=LOADER, daemon=True).start()
-    return future
 
 
 def threads_left() -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -11,6 +13,7 @@ from typing import Any, Protocol, TypeVar
 T = TypeVar("T")
 
 STACK = 64 * 2**20  # bytes; address space alone, as long as it is not used
+USUAL_STACK = 0  # is what the system gives
 
 _under_way: set[int] = set()  # calls, by their identity
 _starting = threading.Lock()  # the size of a stack is an option of the whole program
@@ -30,6 +33,27 @@ def start_daemon(target: Callable[[], object], name: str, stack: int = STACK) ->
         finally:
             threading.stack_size(usual)
     return thread
+
+
+def in_daemon_thread(function: Callable[[], T], name: str) -> asyncio.Future[T]:
+    """As asyncio.to_thread, but the program can end while the thread still runs. Call it on the event loop."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(set_outcome: Callable[[Any], None], outcome: object) -> None:
+        if not future.done():
+            set_outcome(outcome)
+
+    def run() -> None:
+        try:
+            outcome: tuple[Callable[[Any], None], object] = future.set_result, function()
+        except BaseException as error:  # noqa: BLE001 - whoever waits for the future gets it
+            outcome = future.set_exception, error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(settle, *outcome)
+
+    start_daemon(run, name, USUAL_STACK)
+    return future
 
 
 class DaemonThreads:

@@ -17,6 +17,7 @@ from bdh_batch.http.chunks import Chunks, Deltas
 from bdh_batch.http.frames import Frames, error_frame
 from bdh_batch.http.json_pieces import JsonInPieces, grouped
 from bdh_batch.http.off_loop import Aside
+from bdh_batch.http.presence import left
 from bdh_batch.messages import Delta, FinishReason, Gathering, Usage
 
 CHOICE_COST = 10  # microseconds, about, to encode one
@@ -165,8 +166,7 @@ async def abort_when_left(generation: Generation, receive: Receive) -> AsyncIter
     """Aborts `generation` as soon as its client has gone, and in any case on the way out."""
 
     async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
+        await left(receive)
         generation.abort()
 
     watcher = asyncio.create_task(watch())

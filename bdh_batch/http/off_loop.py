@@ -6,11 +6,13 @@ A thread shares the interpreter's lock with the loop and the engine: several at 
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections import OrderedDict, deque
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
+
+from bdh_batch.text.turns import QueueLimits, Turns
+from bdh_batch.threads import in_daemon_thread
 
 T = TypeVar("T")
 
@@ -22,63 +24,17 @@ class OffLoop:
     """Runs the long work of all requests, in a thread that does not keep the program from ending."""
 
     def __init__(self) -> None:
-        self._busy = False
-        self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()  # by tenant, the next one first
+        self._turns = Turns(QueueLimits(at_once=1, most_waiting=sys.maxsize, most_bytes=sys.maxsize, seconds=None))
 
     def of(self, tenant: str) -> Aside:
         return Aside(self, tenant)
 
     async def run(self, tenant: str, work: Callable[[], T]) -> T:
         """What `work` returns or raises. Who gives up waiting leaves the queue; work that has begun is finished."""
-        await self._turn(tenant)
-        loop = asyncio.get_running_loop()
-        outcome: asyncio.Future[T] = loop.create_future()
-        threading.Thread(target=self._work, args=(loop, work, outcome), name=THREAD, daemon=True).start()
-        return await outcome
-
-    async def _turn(self, tenant: str) -> None:
-        if not self._busy:
-            self._busy = True
-            return
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._queues.setdefault(tenant, deque()).append(turn)
-        try:
-            await turn
-        except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():  # it had just come
-                self._next()
-            raise
-
-    def _next(self) -> None:
-        """Gives the turn to a request of the tenant that has waited longest for one."""
-        while self._queues:
-            tenant, queue = self._queues.popitem(last=False)
-            turn = queue.popleft()
-            if queue:
-                self._queues[tenant] = queue
-            if not turn.done():
-                turn.set_result(None)
-                return
-        self._busy = False
-
-    def _work(self, loop: asyncio.AbstractEventLoop, work: Callable[[], T], outcome: asyncio.Future[T]) -> None:
-        try:
-            result = work()
-        except BaseException as error:  # noqa: BLE001 - whoever waits for the outcome gets it
-            self._tell(loop, outcome, outcome.set_exception, error)
-        else:
-            self._tell(loop, outcome, outcome.set_result, result)
-
-    def _tell(
-        self, loop: asyncio.AbstractEventLoop, outcome: asyncio.Future[T], settle: Callable[[Any], None], value: object
-    ) -> None:
-        def told() -> None:
-            self._next()
-            if not outcome.done():
-                settle(value)
-
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(told)
+        await self._turns.take(tenant, 0)
+        outcome = in_daemon_thread(work, THREAD)
+        outcome.add_done_callback(lambda _: self._turns.give_back(tenant))
+        return await asyncio.shield(outcome)
 
 
 @dataclass(frozen=True, slots=True)

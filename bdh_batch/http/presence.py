@@ -7,6 +7,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Receive
 
 T = TypeVar("T")
 
@@ -18,7 +19,7 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
         ClientDisconnect
     """
     working = asyncio.ensure_future(work)
-    watching = asyncio.ensure_future(_left(request))
+    watching = asyncio.ensure_future(left(request.receive))
     try:
         await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
         if not working.done():
@@ -29,6 +30,7 @@ async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
         watching.cancel()
 
 
-async def _left(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def left(receive: Receive) -> None:
+    """Returns once the client has gone. The body must have been read."""
+    while (await receive())["type"] != "http.disconnect":
         pass

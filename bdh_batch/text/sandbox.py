@@ -40,7 +40,7 @@ from bdh_batch.text.sandbox_process import (
     Refused,
 )
 from bdh_batch.text.turns import QueueLimits, Turns
-from bdh_batch.threads import start_daemon
+from bdh_batch.threads import in_daemon_thread
 
 log = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ class Sandbox:
 
     async def _connect(self) -> _Link:
         """To the process that was started at the beginning, or else to a new one."""
-        process = await _in_daemon_thread(self._ready_process)
+        process = await in_daemon_thread(self._ready_process, "bdh-sandbox")
         reader, writer = await asyncio.open_unix_connection(sock=process.take_socket())
         self._link = _Link(reader, writer, self._on_lost)
         return self._link
@@ -355,28 +355,3 @@ def environment() -> dict[str, str]:
     """The server's, without its settings, some of which are secret."""
     kept = {name: value for name, value in os.environ.items() if not name.upper().startswith("BDH_")}
     return kept | {"TOKENIZERS_PARALLELISM": "false"}
-
-
-async def _in_daemon_thread(function: Callable[[], T]) -> T:
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(error: Exception | None, result: T | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(result)  # type: ignore[arg-type]
-        else:
-            future.set_exception(error)
-
-    def run() -> None:
-        result, failed = None, None
-        try:
-            result = function()
-        except Exception as error:  # noqa: BLE001 - whoever waits for the future gets it
-            failed = error
-        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(settle, failed, result)
-
-    start_daemon(run, "bdh-sandbox")
-    return await future

@@ -17,13 +17,13 @@ class QueueLimits:
     Args:
         at_once: jobs that run at the same time. A tenant has at most one less, so that no other waits for it alone.
         most_waiting, most_bytes: jobs that wait, and what they hold, of all tenants together.
-        seconds: that a job may wait.
+        seconds: that a job may wait; None is no limit.
     """
 
     at_once: int = 2
     most_waiting: int = 2048
     most_bytes: int = 64 * 2**20
-    seconds: float = 10.0
+    seconds: float | None = 10.0
 
 
 @dataclass(eq=False, slots=True)
@@ -68,7 +68,7 @@ class Turns:
                 await mine.turn
         except TimeoutError:
             self._leave(tenant, mine)
-            text = f"It waited for {self._limits.seconds:g} s (sandbox.queue_seconds), and others still go first."
+            text = f"It waited for {self._limits.seconds or 0:g} s (sandbox.queue_seconds), and others still go first."
             raise QueueFull(text, RETRY_SECONDS) from None
         except BaseException:
             self._leave(tenant, mine)

@@ -66,14 +66,15 @@ class TestOffTheLoop:
         second = asyncio.create_task(off_loop.run("a", lambda: pytest.fail("it was given up")))
         third = asyncio.create_task(off_loop.run("a", lambda: 3))
         await asyncio.sleep(0)
-        give_turn = off_loop._next
+        turns = off_loop._turns
+        give_turn = turns._start_next
 
         def give_turn_too_late() -> None:
-            monkeypatch.setattr(off_loop, "_next", give_turn)
+            monkeypatch.setattr(turns, "_start_next", give_turn)
             give_turn()
             second.cancel()
 
-        monkeypatch.setattr(off_loop, "_next", give_turn_too_late)
+        monkeypatch.setattr(turns, "_start_next", give_turn_too_late)
         go_on.set()
         assert await first
         assert await third == 3
