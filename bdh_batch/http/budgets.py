@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import ctypes
 import logging
 import resource
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -16,6 +13,7 @@ from typing import Protocol
 from bdh_batch.errors import Unavailable
 from bdh_batch.http.caller import UNIX, network_of
 from bdh_batch.http.errors import TooManyConnections
+from bdh_batch.http.freed_memory import FREED_MEMORY, WORTH_RETURNING
 from bdh_batch.settings import Limits
 from bdh_batch.telemetry import Metrics
 
@@ -25,8 +23,6 @@ MOST_CONNECTIONS = 32768
 RESERVED_DESCRIPTORS = 256  # for all that is no connection: files, pipes, the event loop, connections being refused
 RETRY_SECONDS = 2
 QUIET_SECONDS = 10.0  # between two lines in the log about the same shortage
-WORTH_RETURNING = 64 * 2**20  # bytes
-RETURN_SECONDS = 1.0  # after which that is done, once for all that was freed meanwhile
 ROOM = 1 / 8  # of a full buffer budget is freed at once, so that looking for the largest holder stays rare
 
 
@@ -69,7 +65,6 @@ class BufferBudget:
         self._holders = holders
         self._metrics = metrics
         self._held = self._peak = 0
-        self._returning = False
         metrics.watch_buffered(lambda: self._held)
 
     def update(self, holder: Holder, held: int) -> None:
@@ -81,19 +76,15 @@ class BufferBudget:
         if more > 0:
             if self._held > self._most:
                 self._make_room()
-        elif self._peak - self._held > WORTH_RETURNING and not self._returning:
-            self._returning = True
-            asyncio.get_running_loop().call_later(RETURN_SECONDS, self._return_memory)
+        elif self._peak - self._held > WORTH_RETURNING:
+            self._peak = self._held
+            FREED_MEMORY.return_soon()
 
     def check(self) -> None:
         """Raises Unavailable while the budget is full."""
         if self._held > self._most:
             self._metrics.refused("buffered_bytes")
             raise self._full()
-
-    def _return_memory(self) -> None:
-        self._returning, self._peak = False, self._held
-        return_memory()
 
     def _make_room(self) -> None:
         goal = self._most * (1 - ROOM)
@@ -106,14 +97,6 @@ class BufferBudget:
     def _full(self) -> Unavailable:
         text = f"Too many request bodies are held at the moment; all together may have {self._most} bytes"
         return Unavailable(f"{text} (limits.max_buffered_bytes).", retry_after=RETRY_SECONDS)
-
-
-def return_memory() -> None:
-    """Gives freed memory back to the system, which glibc does only with what lies at the end. In a thread: it takes
-    milliseconds."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        threading.Thread(target=trim, args=(0,), name="bdh-trim", daemon=True).start()
 
 
 class ConnectionBudget:

@@ -15,7 +15,7 @@ from bdh_batch.backends.base import Generation
 from bdh_batch.errors import BDHError
 from bdh_batch.http.chunks import Chunks, Deltas
 from bdh_batch.http.frames import Frames, error_frame
-from bdh_batch.http.json_pieces import JsonInPieces, grouped
+from bdh_batch.http.json_pieces import JsonInPieces, send_pieces
 from bdh_batch.http.off_loop import Aside
 from bdh_batch.http.presence import left
 from bdh_batch.messages import Delta, FinishReason, Gathering, Usage
@@ -71,8 +71,7 @@ class EventStream(Response):
         if not self._started:
             self._started = True
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
-        for body in grouped(pieces):
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+        await send_pieces(send, pieces)
 
     async def _encoded(self, deltas: Deltas, opening: bool) -> list[bytes]:
         if not opening:

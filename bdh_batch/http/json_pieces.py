@@ -13,6 +13,8 @@ import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from bdh_batch.http.freed_memory import FREED_MEMORY, WORTH_RETURNING
+
 T = TypeVar("T")
 
 PIECE = 4096  # items of a list
@@ -53,8 +55,18 @@ def dump_text(text: str) -> list[bytes]:
     return [b'"', *(orjson.dumps(piece)[1:-1] for piece in pieces), b'"']
 
 
-def grouped(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """The same bytes in pieces that are worth sending; none is empty."""
+async def send_pieces(send: Send, pieces: Iterable[bytes]) -> None:
+    """Sends them as part of a body, in chunks that are worth sending."""
+    total = 0
+    for group in _grouped(pieces):
+        total += len(group)
+        await send({"type": "http.response.body", "body": group, "more_body": True})
+    if total > WORTH_RETURNING:
+        FREED_MEMORY.return_soon()
+
+
+def _grouped(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """The same bytes in chunks of about SENT bytes; none is empty."""
     group: list[bytes] = []
     size = 0
     for piece in pieces:
@@ -79,6 +91,5 @@ class JsonInPieces(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for group in grouped(self._pieces):
-            await send({"type": "http.response.body", "body": group, "more_body": True})
+        await send_pieces(send, self._pieces)
         await send({"type": "http.response.body", "body": b""})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import overload
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from bdh_batch.messages import TokenScore
@@ -12,10 +15,43 @@ from bdh_batch.messages import TokenScore
 ROWS = 128  # of prompts, that are scored at a time: their logits take memory
 
 
+class Likeliest(Sequence[tuple[int, float]]):
+    """The likeliest tokens of one row with their log-probabilities, likeliest first: a view of the arrays of all rows,
+    because as tuples those of a long prompt take ten times the memory.
+
+    Args:
+        tokens: [rows, k] int32.
+        logprobs: [rows, k] float32.
+        top: how many of the k the row has.
+    """
+
+    __slots__ = ("_logprobs", "_row", "_tokens", "_top")
+
+    def __init__(self, tokens: NDArray[np.int32], logprobs: NDArray[np.float32], row: int, top: int) -> None:
+        self._tokens, self._logprobs, self._row, self._top = tokens, logprobs, row, top
+
+    def __len__(self) -> int:
+        return min(self._top, int(self._tokens.shape[1]))
+
+    def __iter__(self) -> Iterator[tuple[int, float]]:
+        tokens, logprobs = self._tokens[self._row], self._logprobs[self._row]
+        return zip(tokens[: self._top].tolist(), logprobs[: self._top].tolist())
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, float]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[int, float]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, float] | list[tuple[int, float]]:
+        return list(self)[index]
+
+
 def score(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenScore]:
     """A score for the token of each row of `logits` [rows, V] float32, with its row's `tops` likeliest tokens."""
     logprobs = logits.log_softmax(dim=-1)
     own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None]).squeeze(1).tolist()
-    values, likeliest = logprobs.topk(min(max(tops), logits.shape[-1]), dim=-1)
-    rows = zip(tokens, own, likeliest.tolist(), values.tolist(), tops, strict=True)
-    return [TokenScore(token, mine, list(zip(ids[:top], those[:top]))) for token, mine, ids, those, top in rows]
+    found = logprobs.topk(min(max(tops), logits.shape[-1]), dim=-1)
+    likeliest, values = found.indices.to(torch.int32).numpy(force=True), found.values.numpy(force=True)
+    return [
+        TokenScore(token, mine, Likeliest(likeliest, values, row, top))
+        for row, (token, mine, top) in enumerate(zip(tokens, own, tops, strict=True))
+    ]
