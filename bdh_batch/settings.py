@@ -149,7 +149,8 @@ class Server(Section):
     allowed_hosts: Strings | None = Field(
         None,
         description='Names that requests may call this server by (the Host header), as in ["api.example.com", '
-        '"*.example.com"], without ports; ["*"] is any. null is any, but where the server listens on loopback '
+        '"*.example.com"], without ports; ["*"] is any. Health probes by address need a Host header of their own, or '
+        "the address in this list. null is any, but where the server listens on loopback "
         "addresses only, without keys and trusted proxies, it is addresses, names without a dot, and names in "
         "localhost, local, internal and home.arpa, so that no web page on another name passes for this machine's own "
         "(DNS rebinding).",
