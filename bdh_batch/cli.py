@@ -18,9 +18,9 @@ from pathlib import Path
 
 from bdh_batch import __version__, settings
 from bdh_batch.bench import options as bench_options
-from bdh_batch.documents import shown
 from bdh_batch.errors import CheckpointError, ConfigError
-from bdh_batch.keys import KeyFile, new_key
+from bdh_batch.http.auth.keys import KeyFile, new_key
+from bdh_batch.system.documents import shown
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ def _serve(options: argparse.Namespace) -> int:
     # Only this command pays for importing torch.
     import uvloop
 
-    from bdh_batch.runtime import serve, threads_left
+    from bdh_batch.server import serve, threads_left
 
     uvloop.run(serve(resolved.settings, partial(_announce, resolved.settings.auth.enabled)))
     if threads_left():
@@ -260,7 +260,7 @@ def _default(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     memory = None if options.memory is None else settings.bytes_of(options.memory, "--memory")
-    from bdh_batch.offline import inspect
+    from bdh_batch.plan.offline import inspect
 
     found = inspect(options.source, options.layers, memory)
     print(found.as_json() if options.json else found.as_text())
@@ -268,7 +268,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from bdh_batch.offline import convert
+    from bdh_batch.plan.offline import convert
 
     checkpoint = convert(options.source, options.target, options.layers, options.force)
     print(f"{checkpoint.file} is written to {options.target}; serve it: bdh-batch serve --model {options.target}")

@@ -30,9 +30,9 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from bdh_batch.documents import Malformed, brief, listed, parse_json, read_text, shown
 from bdh_batch.errors import ConfigError
-from bdh_batch.yaml_documents import parse_yaml
+from bdh_batch.system.documents import Malformed, brief, listed, parse_json, read_text, shown
+from bdh_batch.system.yaml_documents import parse_yaml
 
 LONGEST_SHOWN = 100  # characters of an option that does not exist
 ENV_PREFIX, ENV_DELIMITER = "BDH_", "__"

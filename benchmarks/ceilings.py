@@ -20,9 +20,9 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from bdh_batch.http.answers import CompletionChunk, CompletionChunkChoice
-from bdh_batch.http.frames import DONE
-from bdh_batch.http.generation import HEADERS
+from bdh_batch.http.docs.response_types import CompletionChunk, CompletionChunkChoice
+from bdh_batch.http.responses.frames import DONE
+from bdh_batch.http.responses.generation import HEADERS
 
 
 def chunk(text: str) -> CompletionChunk:

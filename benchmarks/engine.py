@@ -31,15 +31,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from bdh_batch.checkpoint.checkpoint import Model, load_model
+from bdh_batch.checkpoint.config import bytes_per_sequence
+from bdh_batch.engine.runner import Runner
+from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.base import Kernels
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Delta, Plan, SamplingParams, Segment
-from bdh_batch.model.checkpoint import Model, load_model
-from bdh_batch.model.runner import Runner
-from bdh_batch.model.state import StatePool, bytes_per_sequence, free_memory
 from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.sequence import Sequence as Generation
+from bdh_batch.system.device_memory import free_memory
 from benchmarks.common import (
     Times,
     figure,

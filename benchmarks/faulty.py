@@ -24,10 +24,11 @@ from pathlib import Path
 import uvloop
 
 from bdh_batch import settings
+from bdh_batch.engine.loading import LoadedEngine, load_engine
+from bdh_batch.engine.worker import StepRunner
 from bdh_batch.errors import OutOfMemory
 from bdh_batch.messages import Outcome, Plan
-from bdh_batch.runtime import LoadedEngine, load_engine, serve
-from bdh_batch.scheduler.worker import StepRunner
+from bdh_batch.server import serve
 
 ROOMY = 24  # tokens of a step that never lacks memory, unless it is one sequence's: else steps would shrink to nothing
 DAWDLE_SECONDS = 1.0

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.kernels.base import Kernels, RaggedBatch, Weights
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.kernels.tuning import FILE, Blocks, load_blocks, save_blocks, search
-from bdh_batch.model.config import BDHConfig
 from benchmarks.common import alternate, dense_batched, recompute, write_json
 from benchmarks.synthetic import synthetic_weights
 

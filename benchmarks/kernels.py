@@ -35,10 +35,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bdh_batch.kernels import cpu, cpu_passes, simd
+from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.checkpoint.config import BDHConfig
+from bdh_batch.engine.state_pool import StatePool
+from bdh_batch.kernels import cpu, cpu_passes, vector
 from bdh_batch.kernels.base import Kernels, RaggedBatch, Weights
-from bdh_batch.kernels.cpu import CpuKernels, Round
-from bdh_batch.kernels.cpu_layout import Desk, Packed, Shape, States, Work
+from bdh_batch.kernels.cpu import CpuKernels
+from bdh_batch.kernels.cpu_layout import Desk, Packed, Round, Shape, States, Work
 from bdh_batch.kernels.torch_reference import (
     TorchKernels,
     attend_segment,
@@ -47,9 +50,6 @@ from bdh_batch.kernels.torch_reference import (
     rotate,
     rotation,
 )
-from bdh_batch.model.checkpoint import load_model
-from bdh_batch.model.config import BDHConfig
-from bdh_batch.model.state import StatePool
 from benchmarks.common import (
     alternate,
     dense_batched,
@@ -211,25 +211,25 @@ def machine_sides() -> tuple[dict[str, Callable[[], object]], Callable[[dict[str
     }, rates
 
 
-@simd.in_parallel
+@vector.in_parallel
 def expand_all(part: Round, shape: Shape, weights: Packed, work: Work, desks: Desk, threads: int) -> None:
     for thread in numba.prange(threads):
         expand_share(thread, threads, part, shape, weights, work, desks)
 
 
-@simd.in_parallel
+@vector.in_parallel
 def attend_all(part: Round, shape: Shape, states: States, work: Work, desks: Desk, threads: int) -> None:
     for thread in numba.prange(threads):
         attend_share(thread, threads, part, shape, states, work, desks)
 
 
-@simd.in_parallel
+@vector.in_parallel
 def contract_all(part: Round, shape: Shape, weights: Packed, work: Work, desks: Desk, threads: int) -> None:
     for thread in numba.prange(threads):
         contract_share(thread, threads, part, shape, weights, work, desks)
 
 
-@simd.compiled
+@vector.compiled
 def expand_share(
     thread: int, threads: int, part: Round, shape: Shape, weights: Packed, work: Work, desks: Desk
 ) -> None:
@@ -238,7 +238,7 @@ def expand_share(
         cpu_passes.expand(0, part.bounds[-1], piece // shape.heads, piece % shape.heads, shape, weights, work, desk)
 
 
-@simd.compiled
+@vector.compiled
 def attend_share(thread: int, threads: int, part: Round, shape: Shape, states: States, work: Work, desks: Desk) -> None:
     """Every layer's and head's state by the lists that lie on the desk."""
     desk = cpu.desk_of(desks, thread)
@@ -247,7 +247,7 @@ def attend_share(thread: int, threads: int, part: Round, shape: Shape, states: S
             cpu.attend(segment, 0, piece // shape.heads, piece % shape.heads, part, shape, states, work, desk)
 
 
-@simd.compiled
+@vector.compiled
 def contract_share(
     thread: int, threads: int, part: Round, shape: Shape, weights: Packed, work: Work, desks: Desk
 ) -> None:

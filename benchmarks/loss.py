@@ -21,11 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from bdh_batch.checkpoint.checkpoint import Model, load_model
+from bdh_batch.engine.runner import Runner
+from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.messages import Segment
-from bdh_batch.model.checkpoint import Model, load_model
-from bdh_batch.model.runner import Runner
-from bdh_batch.model.state import StatePool
 
 BUNDLED = Path(__file__).parents[1] / "models" / "bdh-shakespeare"
 CHUNK = 512

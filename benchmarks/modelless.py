@@ -20,9 +20,10 @@ import torch
 import uvloop
 
 from bdh_batch import settings
+from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.engine.loading import LoadedEngine
 from bdh_batch.messages import Outcome, Plan, TokenScore
-from bdh_batch.model.checkpoint import load_model
-from bdh_batch.runtime import LoadedEngine, bundled_model, serve
+from bdh_batch.server import bundled_model, serve
 
 TEXT = b'He said: "The quick brown fox jumps over the lazy dog." And it did, too. '
 SLOW_SECONDS = 0.02

@@ -33,7 +33,7 @@ MINUTE = 60.0
 
 def ledger(addresses: int) -> tuple[Callable[[str], object], Callable[[], int]]:
     """How one asks, and how many are known."""
-    from bdh_batch.http.ledger import MemoryLedger
+    from bdh_batch.http.auth.ledger import MemoryLedger
 
     asked = 0
 

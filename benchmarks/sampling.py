@@ -27,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdh_batch.engine.runner import choose
+from bdh_batch.engine.sampling.logits_processors import adjust
 from bdh_batch.messages import NO_TOKENS, Adjustment, LogitBias, SamplingParams, distinct
-from bdh_batch.model.adjusting import adjust
-from bdh_batch.model.runner import choose
 from bdh_batch.text.stop_strings import StopStrings
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import ByteTokenizer

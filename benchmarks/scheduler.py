@@ -22,12 +22,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bdh_batch.engine.mailbox import Mailbox
+from bdh_batch.engine.worker import Worker
 from bdh_batch.messages import Outcome, SamplingParams
-from bdh_batch.scheduler.mailbox import Mailbox
+from bdh_batch.observability.metrics import Metrics
 from bdh_batch.scheduler.scheduler import Policy, Scheduler
 from bdh_batch.scheduler.sequence import Sequence
-from bdh_batch.scheduler.worker import Worker
-from bdh_batch.telemetry import Metrics
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import ByteTokenizer
 from benchmarks.common import figure, report_head, write_json

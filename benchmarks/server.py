@@ -30,7 +30,8 @@ from functools import partial
 from pathlib import Path
 
 from bdh_batch import settings
-from bdh_batch.runtime import bundled_model, load_engine
+from bdh_batch.engine.loading import load_engine
+from bdh_batch.server import bundled_model
 from benchmarks import loads
 from benchmarks.client import served
 from benchmarks.common import figure, ratio, report_head, write_json

@@ -35,8 +35,9 @@ from typing import Any
 import uvloop
 
 from bdh_batch.bench.strain import Watch
-from bdh_batch.runtime import bundled_model, load_engine
+from bdh_batch.engine.loading import load_engine
 from bdh_batch.scheduler.prefixes import common, pack
+from bdh_batch.server import bundled_model
 from bdh_batch.settings import load
 from benchmarks.client import Answer, Served, Stream, load_json, served
 from benchmarks.common import figure, ratio, report_head, write_json

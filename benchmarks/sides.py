@@ -20,11 +20,11 @@ from typing import Any
 import uvloop
 
 from bdh_batch import settings
+from bdh_batch.engine.loading import LoadedEngine, start_worker
+from bdh_batch.engine.worker import Worker
 from bdh_batch.messages import Delta
-from bdh_batch.runtime import LoadedEngine, start_worker
+from bdh_batch.observability.metrics import Metrics
 from bdh_batch.scheduler.sequence import Sequence as Generation
-from bdh_batch.scheduler.worker import Worker
-from bdh_batch.telemetry import Metrics
 from benchmarks import loads
 from benchmarks.loads import Request
 from benchmarks.simulate import Silent

@@ -24,10 +24,10 @@ from collections.abc import Iterator, Mapping, Sequence as Many
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from bdh_batch.engine.trace import BLOCK
 from bdh_batch.messages import Delta, Outcome, SamplingParams
 from bdh_batch.scheduler.scheduler import Policy, Scheduler
 from bdh_batch.scheduler.sequence import Sequence
-from bdh_batch.scheduler.trace import BLOCK
 
 POLICIES = ("fair", "fcfs", "static")
 GOOD = 5.0  # seconds to the first token within which an answer counts for goodput

@@ -36,9 +36,9 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
-from bdh_batch.model.config import BDHConfig
-from bdh_batch.model.state import bytes_per_sequence
-from bdh_batch.runtime import attention_window, bundled_model
+from bdh_batch.checkpoint.config import BDHConfig, bytes_per_sequence
+from bdh_batch.engine.loading import attention_window
+from bdh_batch.server import bundled_model
 from benchmarks.clients import KINDS, LEFT, REFUSED, Target, asks_little, holds_on, meet, never_reads
 from benchmarks.common import report_head, write_json
 
@@ -58,7 +58,7 @@ INJECTED = (
     "There is not enough memory for the request.",
 )
 OURS = (
-    "bdh_batch.scheduler.mailbox.Mailbox",
+    "bdh_batch.engine.mailbox.Mailbox",
     "bdh_batch.scheduler.sequence.Sequence",
     "bdh_batch.backends.local.LocalGeneration",
 )

@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence as Many
 from dataclasses import dataclass
 from typing import Protocol
 
+from bdh_batch.engine.worker import Worker
 from bdh_batch.messages import Delta, Outcome, Plan, SamplingParams, Segment
+from bdh_batch.observability.metrics import Metrics
 from bdh_batch.scheduler.scheduler import Policy, Scheduler
 from bdh_batch.scheduler.sequence import Sequence
-from bdh_batch.scheduler.worker import Worker
-from bdh_batch.telemetry import Metrics
 from benchmarks.simulate import Silent
 
 LEAST, MOST = 8, 512  # tokens of an answer

@@ -7,8 +7,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from bdh_batch.checkpoint.config import BDHConfig, rope_frequencies
 from bdh_batch.kernels.base import Weights
-from bdh_batch.model.config import BDHConfig, rope_frequencies
 
 COMMON = 4.0  # of what all tokens share in their hidden vector, in standard deviations of the rest
 

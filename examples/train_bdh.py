@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from bdh_batch.model.checkpoint import save_model
-from bdh_batch.model.config import BDHConfig, rope_frequencies
+from bdh_batch.checkpoint.checkpoint import save_model
+from bdh_batch.checkpoint.config import BDHConfig, rope_frequencies
 
 CHUNK = 128
 

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from hypothesis import given, strategies as st
 
-from bdh_batch.documents import DEEPEST, LARGEST_TEXT, MOST_LISTED, Malformed, listed, parse_json, read_text
-from bdh_batch.yaml_documents import parse_yaml
+from bdh_batch.system.documents import DEEPEST, LARGEST_TEXT, MOST_LISTED, Malformed, listed, parse_json, read_text
+from bdh_batch.system.yaml_documents import parse_yaml
 
 PACKAGE = Path(__file__).parent.parent / "bdh_batch"
 

@@ -1,51 +1,49 @@
-"""Which room may import which. A room that is missing from the table is an error, too."""
+"""Which room may import which, and how large rooms and modules may be. A room that is missing from the table is an
+error, too."""
 
 from __future__ import annotations
 
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "bdh_batch"
-SHARED = {"errors", "messages", "threads"}
+SHARED = {"errors", "messages", "system"}
+FRONT_DOOR = [PACKAGE / "http", *(each.parent for each in (PACKAGE / "http").glob("*/__init__.py"))]
 STDLIB = set(sys.stdlib_module_names)
+MOST_LINES, MOST_FILES = 400, 8
+TABLES = {"settings.py"}  # long, but read by looking something up
 
 # room: (rooms of the package it may import, packages it may import)
 LAW: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "messages": ({"errors"}, set()),
-    "documents": ({"errors"}, set()),
-    "yaml_documents": ({"documents"}, {"yaml"}),
-    "machine": (set(), set()),
-    "threads": (set(), set()),
-    "keys": ({"errors"}, {"pydantic"}),
-    "settings": ({"errors", "documents", "yaml_documents"}, {"pydantic", "pydantic_core", "yaml"}),
-    "text": (SHARED | {"text", "documents"}, {"jinja2", "llguidance", "orjson", "tokenizers"}),
-    "kernels": (SHARED | {"kernels"}, {"torch", "numpy", "numba", "llvmlite", "triton"}),
-    "model": (SHARED | {"kernels", "model", "documents", "machine"}, {"torch", "numpy", "safetensors"}),
-    "scheduler": (SHARED | {"scheduler"}, set()),
-    "backends": (SHARED | {"backends", "scheduler", "text"}, set()),
-    "telemetry": (SHARED | {"scheduler"}, {"prometheus_client"}),
-    "spans": (SHARED | {"backends", "scheduler", "__init__"}, {"opentelemetry"}),
+    "system": ({"errors"}, {"torch", "yaml"}),
+    "settings": ({"errors", "system"}, {"pydantic", "pydantic_core", "yaml"}),
+    "text": (SHARED, {"jinja2", "llguidance", "orjson", "tokenizers"}),
+    "kernels": ({"errors"}, {"torch", "numpy", "numba", "llvmlite", "triton"}),
+    "checkpoint": ({"errors", "system", "kernels"}, {"torch", "numpy", "safetensors"}),
+    "scheduler": ({"errors", "messages"}, set()),
+    "engine": (SHARED | {"scheduler", "kernels", "checkpoint", "settings"}, {"torch", "numpy"}),
+    "backends": (SHARED | {"engine", "scheduler", "text"}, set()),
+    "observability": (SHARED | {"engine", "scheduler", "backends", "__init__"}, {"opentelemetry", "prometheus_client"}),
     "http": (
-        SHARED | {"http", "backends", "text", "settings", "telemetry", "spans", "keys", "__init__"},
+        SHARED | {"backends", "text", "settings", "observability", "__init__"},
         {"starlette", "uvicorn", "httptools", "orjson", "pydantic", "pydantic_core", "redis"},
     ),
     "client": (set(), {"openai", "prometheus_client"}),
     # A server is measured over HTTP, whoever wrote it: nothing of this one's is at hand.
     "bench": ({"errors", "__init__"}, {"httptools", "orjson", "tokenizers", "uvloop"}),
-    "offline": ({"errors", "model", "text"}, {"torch"}),
-    "plan": ({"errors", "documents", "model", "offline"}, {"torch"}),
-    "cli": ({"errors", "documents", "settings", "keys", "offline", "runtime", "bench", "plan", "__init__"}, {"uvloop"}),
-    "runtime": (
-        SHARED
-        | {"http", "backends", "scheduler", "model", "kernels", "text", "settings", "telemetry", "spans", "keys"}
-        | {"documents", "machine", "__init__"},
-        {"torch", "pydantic"},
+    "plan": ({"errors", "system", "checkpoint", "text"}, {"torch"}),
+    "server": (
+        SHARED | {"http", "backends", "engine", "text", "settings", "observability", "__init__"},
+        {"pydantic"},
     ),
+    "cli": ({"errors", "system", "settings", "http", "server", "bench", "plan", "__init__"}, {"uvloop"}),
     "__main__": ({"cli"}, set()),
     "__init__": (set(), set()),
 }
@@ -89,6 +87,46 @@ def test_a_module_imports_only_what_its_room_may(module: Path) -> None:
             assert top in packages | STDLIB, f"{room} must not import {name}"
 
 
-def test_only_the_worker_and_the_mailbox_of_the_scheduler_know_asyncio() -> None:
-    users = {module.stem for module in (PACKAGE / "scheduler").glob("*.py") if "asyncio" in set(imports(module))}
-    assert users <= {"worker", "mailbox"}
+def name_of(module: Path) -> str:
+    return ".".join(module.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_module_leads_back_to_itself() -> None:
+    """Imports for types count, and those inside functions."""
+    names = {name_of(module) for module in modules()}
+    graph = {
+        name_of(module): {name for name in names_in(module) if name in names and name != name_of(module)}
+        for module in modules()
+    }
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"modules import each other: {' <- '.join(error.args[1])}")
+
+
+def names_in(module: Path) -> Iterator[str]:
+    """All that an import may name: `from a.b import c` is a.b, or its module c."""
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            below = [f"{node.module}.{alias.name}" for alias in node.names]
+            known = [each for each in below if (PACKAGE.parent / f"{each.replace('.', '/')}.py").is_file()]
+            yield from known or [node.module]
+
+
+@pytest.mark.parametrize("module", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_is_read_in_one_sitting(module: Path) -> None:
+    lines = len(module.read_text().splitlines())
+    assert lines <= MOST_LINES or str(module.relative_to(PACKAGE)) in TABLES, f"{module} has {lines} lines"
+
+
+def test_a_room_of_the_front_door_has_few_modules() -> None:
+    rooms = {folder: [each for each in folder.glob("*.py") if each.stem != "__init__"] for folder in FRONT_DOOR}
+    assert len(rooms) > 5
+    assert {str(folder): len(files) for folder, files in rooms.items() if len(files) > MOST_FILES} == {}
+
+
+def test_the_scheduler_knows_no_clock_and_no_thread() -> None:
+    known = {name.split(".")[0] for module in (PACKAGE / "scheduler").glob("*.py") for name in imports(module)}
+    assert known.isdisjoint({"asyncio", "threading", "time", "torch", "numpy"})

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from bdh_batch import cli, keys
+from bdh_batch import cli
 from bdh_batch.errors import ConfigError
-from bdh_batch.keys import PREFIX, KeyFile, KeyRing, digest, new_key
+from bdh_batch.http.auth import keys
+from bdh_batch.http.auth.keys import PREFIX, KeyFile, KeyRing, digest, new_key
 
 Captured = pytest.CaptureFixture[str]
 

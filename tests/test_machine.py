@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from bdh_batch.machine import ROOT, available_memory, groups, usable_cores
+from bdh_batch.system.machine import ROOT, available_memory, groups, usable_cores
 
 MIB = 2**20
 SYSTEM = 8192  # MiB that all of the machine has
@@ -182,7 +182,9 @@ def group(request: pytest.FixtureRequest) -> Iterator[tuple[str, Path]]:
 
 def test_a_real_group_is_seen(group: tuple[str, Path]) -> None:
     controller, folder = group
-    code = "from bdh_batch.machine import available_memory, usable_cores; print(available_memory(), usable_cores())"
+    code = (
+        "from bdh_batch.system.machine import available_memory, usable_cores; print(available_memory(), usable_cores())"
+    )
     script = 'echo $$ > "$0"/cgroup.procs && exec "$@"'
     command = ["sh", "-c", script, str(folder), sys.executable, "-c", code]
     memory, cores = map(int, subprocess.check_output(command, text=True, timeout=60).split())

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from bdh_batch import runtime
+from bdh_batch.checkpoint.config import BDHConfig
+from bdh_batch.engine import loading
+from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.errors import ConfigError
-from bdh_batch.model.config import BDHConfig
-from bdh_batch.model.state import StatePool
 from bdh_batch.settings import Engine, Scheduler, Settings
 
 CONFIG = BDHConfig(n_layer=1, n_embd=8, n_head=1, mlp_internal_dim_multiplier=2, vocab_size=256)
@@ -28,8 +28,8 @@ def test_fewer_states_are_taken_with_a_warning(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return StatePool(config, slots, *arguments)
 
-    monkeypatch.setattr(runtime, "StatePool", scarce)
-    assert len(runtime.take_states(CONFIG, 64, CPU, 0, torch.float32, 0).states) == slots
+    monkeypatch.setattr(loading, "StatePool", scarce)
+    assert len(loading.take_states(CONFIG, 64, CPU, 0, torch.float32, 0).states) == slots
     assert ("cannot be had" in caplog.text) == (slots < 64)
 
 
@@ -41,8 +41,8 @@ def test_a_host_without_so_much_memory_does_not_cost_the_device_its_states(
             raise RuntimeError("CUDA error: out of memory for pinned pages")
         return StatePool(*arguments)
 
-    monkeypatch.setattr(runtime, "StatePool", scarce)
-    pool = runtime.take_states(CONFIG, 64, CPU, 0, torch.float32, 32)
+    monkeypatch.setattr(loading, "StatePool", scarce)
+    pool = loading.take_states(CONFIG, 64, CPU, 0, torch.float32, 32)
     assert (len(pool.states), pool.host_slots) == (64, 8)
     assert "cannot be had" in caplog.text
 
@@ -51,14 +51,14 @@ def test_no_memory_at_all_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> Non
     def none(*arguments: object) -> StatePool:
         raise MemoryError
 
-    monkeypatch.setattr(runtime, "StatePool", none)
+    monkeypatch.setattr(loading, "StatePool", none)
     with pytest.raises(ConfigError, match="state_memory"):
-        runtime.take_states(CONFIG, 64, CPU, 0, torch.float32, 0)
+        loading.take_states(CONFIG, 64, CPU, 0, torch.float32, 0)
 
 
 def budget(each: int, free: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:
-    monkeypatch.setattr(runtime, "free_memory", lambda device: free)
-    return runtime.state_budget(Engine(**options), CPU, each)
+    monkeypatch.setattr(loading, "free_memory", lambda device: free)
+    return loading.state_budget(Engine(**options), CPU, each)
 
 
 @pytest.mark.parametrize(
@@ -107,9 +107,9 @@ def test_sequences_leave_memory_for_cached_prefixes_unless_more_are_asked_for(
 ) -> None:
     settings = Settings(scheduler=Scheduler(**options))
     model: Any = None
-    scheduler = runtime.scheduler_for(settings, runtime.LoadedEngine(model, model, slots, 0, grows=True))
+    scheduler = loading.scheduler_for(settings, loading.LoadedEngine(model, model, slots, 0, grows=True))
     assert (scheduler.max_running, scheduler.policy.free_slots) == (running, free_slots)
     assert scheduler.policy.idle_release == settings.engine.idle_release_seconds
-    on_gpu = runtime.scheduler_for(settings, runtime.LoadedEngine(model, model, slots, 0))
+    on_gpu = loading.scheduler_for(settings, loading.LoadedEngine(model, model, slots, 0))
     assert (on_gpu.max_running, on_gpu.policy.free_slots) == (min(slots, options.get("max_running", 256)), None)
     assert on_gpu.policy.idle_release == 0

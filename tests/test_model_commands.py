@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from bdh_batch import cli as command_line
-from bdh_batch.model.config import BDHConfig
-from bdh_batch.offline import size_text
+from bdh_batch.checkpoint.config import BDHConfig
+from bdh_batch.plan.offline import size_text
 from tests.model import formats
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, strategies as st
 
+from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.cli import PLANNED, main
 from bdh_batch.errors import ConfigError
-from bdh_batch.model.config import BDHConfig
 from bdh_batch.plan.costs import Load, costs_of
 from bdh_batch.plan.machines import DATASHEETS, Machine, measured
 from bdh_batch.plan.sizing import PLANNING, Planner, Sizing

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from bdh_batch.machine import ROOT, Group, groups
+from bdh_batch.system.machine import ROOT, Group, groups
 
 if TYPE_CHECKING:
     from tests.conftest import ServeFactory, Server

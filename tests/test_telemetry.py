@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from bdh_batch.errors import GenerationFailed, NotFinite
-from bdh_batch.telemetry import Metrics
+from bdh_batch.observability.metrics import Metrics
 from bdh_batch.text.sandbox import SandboxLoad
 from tests.scheduler.fakes import make_sequence
 

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from bdh_batch.threads import STACK, DaemonThreads, calls_under_way
+from bdh_batch.system.threads import STACK, DaemonThreads, calls_under_way
 
 WITHIN = 60.0  # seconds; a hang is a failure
 
@@ -36,9 +36,12 @@ def test_calls_have_results_and_errors_and_can_be_seen_under_way() -> None:
 
 
 def test_a_program_ends_while_a_call_is_under_way() -> None:
-    code = (
-        "import time\nfrom bdh_batch.threads import DaemonThreads\nDaemonThreads(2, 'test').submit(time.sleep, 3600)\n"
+    lines = (
+        "import time",
+        "from bdh_batch.system.threads import *",
+        "DaemonThreads(2, 'test').submit(time.sleep, 3600)",
     )
+    code = "\n".join(lines)
     assert subprocess.run([sys.executable, "-c", code], timeout=WITHIN, check=False).returncode == 0
 
 
@@ -48,7 +51,7 @@ def test_a_thread_has_the_stack_that_it_asks_for_and_others_what_they_have_had()
         "import sys, threading\n"
         "from bdh_batch.text.compiler import compile_grammar\n"
         "from bdh_batch.text.vocabulary import byte_vocabulary\n"
-        "from bdh_batch.threads import start_daemon\n"
+        "from bdh_batch.system.threads import start_daemon\n"
         "chain = 'start: r0\\n' + '\\n'.join(f'r{i}: r{i + 1}' for i in range(8000)) + '\\nr8000: \"a\"'\n"
         "tokens, usual = byte_vocabulary(256).tokens, threading.stack_size()\n"
         "start_daemon(lambda: compile_grammar(tokens, chain), 'test', int(sys.argv[1])).join()\n"

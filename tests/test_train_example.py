@@ -11,10 +11,10 @@ from types import ModuleType
 import pytest
 import torch
 
+from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.base import RaggedBatch
 from bdh_batch.kernels.torch_reference import TorchKernels
-from bdh_batch.model.checkpoint import load_model
-from bdh_batch.model.state import StatePool
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "train_bdh.py"
 CPU = torch.device("cpu")

@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Callable, Sequence as Many
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
+from bdh_batch.engine.mailbox import Mailbox
+from bdh_batch.engine.worker import Load, shutting_down
 from bdh_batch.errors import BDHError, ContextLengthExceeded, InvalidRequest
 from bdh_batch.messages import NO_TOKENS, Adjustment, Delta, GenerationRequest, Text, distinct
-from bdh_batch.scheduler.mailbox import Mailbox
 from bdh_batch.scheduler.sequence import Sequence
-from bdh_batch.scheduler.worker import Load, shutting_down
 from bdh_batch.text.stop_strings import StopStrings
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import TokenIdsOnly, Tokenizer, decode

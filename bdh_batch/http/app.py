@@ -12,20 +12,20 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from bdh_batch.errors import BDHError, QueueFull, TooLate
-from bdh_batch.http.access import Access, open_paths
+from bdh_batch.http.auth.access import Access, open_paths
+from bdh_batch.http.auth.hosts import ANY, AllowedHosts
+from bdh_batch.http.auth.keys import KeyRing
+from bdh_batch.http.auth.quota import Quota
+from bdh_batch.http.auth.rates import Rates
 from bdh_batch.http.errors import handle_error, handle_fault, handle_http_exception
 from bdh_batch.http.gate import Gate
-from bdh_batch.http.hosts import ANY, AllowedHosts
 from bdh_batch.http.middleware import BodyLimit, Origins, RequestContext
-from bdh_batch.http.quota import Quota
-from bdh_batch.http.rates import Rates
 from bdh_batch.http.routes import Routes
-from bdh_batch.keys import KeyRing
+from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Settings
-from bdh_batch.telemetry import Metrics
 
 if TYPE_CHECKING:
-    from bdh_batch.spans import Spans
+    from bdh_batch.observability.spans import Spans
 
 
 def create_app(

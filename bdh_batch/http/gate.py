@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from bdh_batch.backends.base import Backend
 from bdh_batch.errors import ModelNotFound, Unavailable
-from bdh_batch.http.wire import Defaults
+from bdh_batch.http.schema.requests import Defaults
 from bdh_batch.text.chat import ChatTemplate
 from bdh_batch.text.grammar import Grammars
 

@@ -17,16 +17,16 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bdh_batch.http.access import DOCS, METRICS, PROBES
-from bdh_batch.http.budgets import Occasionally
-from bdh_batch.http.content import check_type, decoded
+from bdh_batch.http.auth.access import DOCS, METRICS, PROBES
+from bdh_batch.http.auth.rates import HEADERS
 from bdh_batch.http.errors import BodyTimeout, BodyTooLarge, OriginRefused, error_response, internal_error
-from bdh_batch.http.exchange import HOLD
-from bdh_batch.http.rates import HEADERS
-from bdh_batch.telemetry import Metrics
+from bdh_batch.http.request.content import check_type, decoded
+from bdh_batch.http.transport.budgets import Occasionally
+from bdh_batch.http.transport.exchange import HOLD
+from bdh_batch.observability.metrics import Metrics
 
 if TYPE_CHECKING:
-    from bdh_batch.spans import RequestSpan, Spans
+    from bdh_batch.observability.spans import RequestSpan, Spans
 
 log = logging.getLogger(__name__)
 

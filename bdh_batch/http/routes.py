@@ -14,26 +14,26 @@ from starlette.routing import Route
 from bdh_batch import __version__
 from bdh_batch.backends.base import Generation
 from bdh_batch.errors import InvalidRequest, ModelNotFound, Unavailable
-from bdh_batch.http.body import Body, check, parse, read_object
-from bdh_batch.http.docs import POLICY, page
-from bdh_batch.http.embeddings import embeddings
+from bdh_batch.http.auth.quota import Quota
+from bdh_batch.http.docs.openapi import openapi
+from bdh_batch.http.docs.page import POLICY, page
 from bdh_batch.http.errors import error_response
-from bdh_batch.http.frames import Answer, ChatFrames, CompletionFrames, Frames
 from bdh_batch.http.gate import Gate, ServedModel
-from bdh_batch.http.generation import CHARACTERS, EventStream, whole
-from bdh_batch.http.json_pieces import JsonInPieces, dump_text
-from bdh_batch.http.off_loop import Aside, OffLoop
-from bdh_batch.http.openapi import openapi
 from bdh_batch.http.presence import unless_left
-from bdh_batch.http.quota import Quota
-from bdh_batch.http.tokens import tokenization
-from bdh_batch.http.tool_frames import ToolFrames
-from bdh_batch.http.wire import ChatBody, CompletionBody, GenerationBody
-from bdh_batch.http.wire_chat import ConversationBody
-from bdh_batch.http.wire_text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
+from bdh_batch.http.request.body import Body, check, parse, read_object
+from bdh_batch.http.request.off_loop import Aside, OffLoop
+from bdh_batch.http.responses.embeddings import embeddings
+from bdh_batch.http.responses.frames import Answer, ChatFrames, CompletionFrames, Frames
+from bdh_batch.http.responses.generation import CHARACTERS, EventStream, whole
+from bdh_batch.http.responses.json_pieces import JsonInPieces, dump_text
+from bdh_batch.http.responses.tokens import tokenization
+from bdh_batch.http.responses.tool_frames import ToolFrames
+from bdh_batch.http.schema.chat import ConversationBody
+from bdh_batch.http.schema.requests import ChatBody, CompletionBody, GenerationBody
+from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
 from bdh_batch.messages import GenerationRequest, Grammar, Text
+from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Settings
-from bdh_batch.telemetry import Metrics
 from bdh_batch.text.sources import Source
 
 TIMEOUT_HEADER = "x-request-timeout"

@@ -123,14 +123,18 @@ class _Files(caching.IndexDataCacheFile):
 def _whole(file: Path) -> Any:
     """
     Raises:
-        OSError: the file cannot be read or is damaged, which Numba takes for a missing one.
+        OSError: the file cannot be read, is damaged or of another version, which Numba takes for a missing one.
     """
     content = file.read_bytes()
     body = content[:-DIGEST]
     if hashlib.sha256(body).digest() != content[-DIGEST:]:
         log.warning("%s is damaged; what it should hold is compiled again", file)
         raise OSError(f"{file} is damaged")
-    return pickle.loads(body)
+    try:
+        return pickle.loads(body)
+    except (AttributeError, ImportError) as error:  # another version of the package had a type elsewhere
+        log.info("%s is of another version (%s); what it should hold is compiled again", file, error)
+        raise OSError(f"{file} is of another version") from error
 
 
 class _Cache(caching.FunctionCache):

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, cast
+from typing import cast
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from bdh_batch.kernels import cpu_passes as passes, cpu_state, simd
+from bdh_batch.kernels import cpu_passes as passes, cpu_state, simd, vector
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cpu_layout import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
     MAX_TILE,
+    MAX_TOKENS,
     PANEL,
     PANELS,
     ROWS,
@@ -25,35 +26,20 @@ from bdh_batch.kernels.cpu_layout import (
     Integers,
     Longs,
     Packed,
+    Round,
     Shape,
     States,
     Work,
 )
-from bdh_batch.kernels.simd import LANES, compiled, in_parallel, inlined
+from bdh_batch.kernels.vector import LANES, compiled, in_parallel, inlined
 
 PIECES = 4  # for each thread, groups times heads: what the threads share out in a layer
 UNEVEN = 1.25  # how much more than its share a thread may get, if that spares all threads the waiting in every layer
 # Work is counted in half tokens of a long segment, as measured: a lone token reads and writes its part of a state for
 # itself; several go over the whole state once.
 LONE, WHOLE, EACH = 5, 9, 2
-MAX_TOKENS = 256  # of one round: more would not fit the caches, and gain nothing
 WORTH_SHARING = 2048  # rows times panels of a product, from which on waking other threads takes less than it saves
 ROUNDING = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
-
-
-class Round(NamedTuple):
-    """At most MAX_TOKENS tokens: those of segment s are `bounds[s]` … `bounds[s + 1]` − 1, its slot `slots[s]`.
-
-    A thread takes a group of segments at a time, `groups[g, 0]` … `groups[g, 1]` − 1: in one head of one layer, or,
-    where the groups are to go `apart`, through the whole model without waiting for any other.
-    """
-
-    tokens: Longs
-    positions: Longs
-    bounds: Longs
-    slots: Longs
-    groups: Longs
-    apart: bool
 
 
 class CpuKernels:
@@ -77,7 +63,7 @@ class CpuKernels:
         self._lm_head = pack_columns(weights.lm_head[None], self._shape.pitch)
         self._vocabulary = weights.lm_head.shape[1]
         self._dtype = weights.lm_head.dtype
-        self._threads = min(torch.get_num_threads(), simd.most_threads())
+        self._threads = min(torch.get_num_threads(), vector.most_threads())
         self._work = allocate(MAX_TOKENS, self._shape)
         self._desks = furnish(self._threads, self._shape)
         self._tickets = np.empty(1 + 2 * weights.layers, np.int64)

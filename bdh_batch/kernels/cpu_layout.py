@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from bdh_batch.kernels.simd import LANES
+from bdh_batch.kernels.vector import LANES
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int32]
@@ -21,6 +21,7 @@ States = npt.NDArray[np.float32] | npt.NDArray[np.uint16]  # those of bfloat16, 
 
 PANEL = 2 * LANES  # neurons
 ROWS = 8  # of one product; with two vectors of columns its sums fill half of AVX-512's registers
+MAX_TOKENS = 256  # of one round: more would not fit the caches, and gain nothing
 MAX_TILE = 32  # tokens that share a reading of the weights
 PANELS = 4  # that are gated before their decoder rows are added, all in the first two caches
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2  # what the inputs of products are rounded to
@@ -76,3 +77,18 @@ class Desk(NamedTuple):
     gated: Floats  # [PANELS * PANEL]: their activations, later times their gates
     gates: Floats  # [PANELS * PANEL]
     active: Longs  # [layers]: how many neurons have fired, in a row of cache lines that no other thread writes
+
+
+class Round(NamedTuple):
+    """At most MAX_TOKENS tokens: those of segment s are `bounds[s]` … `bounds[s + 1]` − 1, its slot `slots[s]`.
+
+    A thread takes a group of segments at a time, `groups[g, 0]` … `groups[g, 1]` − 1: in one head of one layer, or,
+    where the groups are to go `apart`, through the whole model without waiting for any other.
+    """
+
+    tokens: Longs
+    positions: Longs
+    bounds: Longs
+    slots: Longs
+    groups: Longs
+    apart: bool

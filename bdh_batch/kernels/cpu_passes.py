@@ -24,7 +24,7 @@ from bdh_batch.kernels.cpu_layout import (
     Shape,
     Work,
 )
-from bdh_batch.kernels.simd import LANES, compiled, inlined
+from bdh_batch.kernels.vector import LANES, compiled, inlined
 
 
 @inlined

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from bdh_batch.kernels import simd
+from bdh_batch.kernels import simd, simd_state, vector
 from bdh_batch.kernels.cpu_layout import PANEL, Desk, Shape, States, Work
-from bdh_batch.kernels.simd import LANES, compiled, inlined
+from bdh_batch.kernels.vector import LANES, compiled, inlined
 
 LOOKAHEAD = 12  # pairs between the prefetch of state rows and their use
 
@@ -22,22 +22,22 @@ class Rows(NamedTuple):
 
     states: States
     start: int  # where the head's N rows of D begin
-    noise: simd.Vector  # what this token's sums are rounded by, where states are bfloat16
+    noise: vector.Vector  # what this token's sums are rounded by, where states are bfloat16
 
 
 @inlined
 def fold_row(rows: Rows, at: int, q: Any, x: Any, y: Any, noise: Any) -> Any:
     """One vector of one state row: returns y + q · S, and adds q ⊗ x to S."""
-    row = simd.load_state(rows.states, rows.start + at)
-    simd.store_state(rows.states, rows.start + at, simd.fma(q, x, row), noise)
+    row = simd_state.load_state(rows.states, rows.start + at)
+    simd_state.store_state(rows.states, rows.start + at, simd.fma(q, x, row), noise)
     return simd.fma(q, row, y)
 
 
 @inlined
 def fold_row_end(rows: Rows, at: int, q: Any, x: Any, y: Any, noise: Any, count: int) -> Any:
     """As `fold_row`, of the last `count` lanes of a row."""
-    row = simd.load_state_end(rows.states, rows.start + at, count)
-    simd.store_state_end(rows.states, rows.start + at, simd.fma(q, x, row), noise, count)
+    row = simd_state.load_state_end(rows.states, rows.start + at, count)
+    simd_state.store_state_end(rows.states, rows.start + at, simd.fma(q, x, row), noise, count)
     return simd.fma(q, row, y)
 
 
@@ -45,7 +45,7 @@ def fold_row_end(rows: Rows, at: int, q: Any, x: Any, y: Any, noise: Any, count:
 def fold_pair(rows: Rows, at: int, width: int, work: Work, desk: Desk, entry: int, x: int, y: int) -> None:
     """The two state rows of one pair of neurons, at `at`: what the token reads of them, and what it writes."""
     q0, q1 = simd.spread(desk.even, entry), simd.spread(desk.odd, entry)
-    noise0, noise1 = simd.vary(rows.noise, at), simd.vary(rows.noise, at + width)
+    noise0, noise1 = simd_state.vary(rows.noise, at), simd_state.vary(rows.noise, at + width)
     whole = width // LANES * LANES
     for i in range(0, whole, LANES):
         x_now, y_now = simd.load(work.x, x + i), simd.load(desk.y, y + i)
@@ -75,13 +75,13 @@ def fold_two_pairs(
     """As `fold_pair` of an entry and of the next one, but x and y move once. Prefetches `soon` and `later`, if ≥ 0."""
     q0, q1 = simd.spread(desk.even, entry), simd.spread(desk.odd, entry)
     q2, q3 = simd.spread(desk.even, entry + 1), simd.spread(desk.odd, entry + 1)
-    noise0, noise1 = simd.vary(rows.noise, at), simd.vary(rows.noise, at + width)
-    noise2, noise3 = simd.vary(rows.noise, then), simd.vary(rows.noise, then + width)
+    noise0, noise1 = simd_state.vary(rows.noise, at), simd_state.vary(rows.noise, at + width)
+    noise2, noise3 = simd_state.vary(rows.noise, then), simd_state.vary(rows.noise, then + width)
     whole = width // LANES * LANES
     for i in range(0, whole, LANES):
         if soon >= 0:
-            simd.prefetch_states(rows.states, rows.start + soon + 2 * i)
-            simd.prefetch_states(rows.states, rows.start + later + 2 * i)
+            simd_state.prefetch_states(rows.states, rows.start + soon + 2 * i)
+            simd_state.prefetch_states(rows.states, rows.start + later + 2 * i)
         x_now, y_now = simd.load(work.x, x + i), simd.load(desk.y, y + i)
         y_now = fold_row(rows, at + i, q0, x_now, y_now, noise0)
         y_now = fold_row(rows, at + width + i, q1, x_now, y_now, noise1)
@@ -104,7 +104,7 @@ def attend_token(
 
     The token's lists and its y are those at `place` of the desk.
     """
-    rows = Rows(states, state, simd.noise(position))
+    rows = Rows(states, state, simd_state.noise(position))
     x, y = token * shape.pitch, place * shape.pitch
     for i in range(y, y + shape.pitch):
         desk.y[i] = 0
@@ -113,7 +113,7 @@ def attend_token(
     last = first + desk.starts[place * (shape.panels + 1) + shape.panels]
     for entry in range(first, min(first + LOOKAHEAD, last)):
         for i in range(0, size, PANEL):
-            simd.prefetch_states(states, state + desk.pairs[entry] * size + i)
+            simd_state.prefetch_states(states, state + desk.pairs[entry] * size + i)
     entry = first
     while entry + 1 < last:
         soon = desk.pairs[min(entry + LOOKAHEAD, last - 1)] * size
@@ -138,7 +138,7 @@ def attend_tokens(
     size = 2 * shape.width
     for panel in range(shape.panels):
         for token in range(first, last):
-            rows = Rows(states, state, simd.noise(position + token - first))
+            rows = Rows(states, state, simd_state.noise(position + token - first))
             row = place + token - first
             x, y = token * shape.pitch, row * shape.pitch
             entries, cursor = row * shape.list_pitch, row * (shape.panels + 1) + panel
@@ -154,14 +154,16 @@ def attend_tokens(
 @compiled
 def start_block(states: States, state: int, size: int, elements: int) -> None:
     """The oldest block leaves the window: S −= A, then A = S; A lies `size` elements behind S."""
-    to_nearest = simd.half()
+    to_nearest = simd_state.half()
     whole = elements // LANES * LANES
     for i in range(state, state + whole, LANES):
-        left = simd.subtract(simd.load_state(states, i), simd.load_state(states, i + size))
-        simd.store_state(states, i, left, to_nearest)
-        simd.store_state(states, i + size, left, to_nearest)
+        left = simd.subtract(simd_state.load_state(states, i), simd_state.load_state(states, i + size))
+        simd_state.store_state(states, i, left, to_nearest)
+        simd_state.store_state(states, i + size, left, to_nearest)
     rest, i = elements - whole, state + whole
     if rest:
-        left = simd.subtract(simd.load_state_end(states, i, rest), simd.load_state_end(states, i + size, rest))
-        simd.store_state_end(states, i, left, to_nearest, rest)
-        simd.store_state_end(states, i + size, left, to_nearest, rest)
+        left = simd.subtract(
+            simd_state.load_state_end(states, i, rest), simd_state.load_state_end(states, i + size, rest)
+        )
+        simd_state.store_state_end(states, i, left, to_nearest, rest)
+        simd_state.store_state_end(states, i + size, left, to_nearest, rest)

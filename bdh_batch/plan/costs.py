@@ -10,9 +10,8 @@ from dataclasses import dataclass, fields
 
 import torch
 
+from bdh_batch.checkpoint.config import BDHConfig, bytes_per_sequence
 from bdh_batch.errors import ConfigError
-from bdh_batch.model.config import BDHConfig
-from bdh_batch.model.state import bytes_per_sequence
 
 STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS = {**STATES, "float16": torch.float16}

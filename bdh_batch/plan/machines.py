@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from bdh_batch.documents import LARGEST_JSON, Malformed, parse_json, read_text
+from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.errors import CheckpointError, ConfigError
-from bdh_batch.model.config import BDHConfig
-from bdh_batch.model.state import free_memory
 from bdh_batch.plan.costs import Costs, Load, costs_of
+from bdh_batch.system.device_memory import free_memory
+from bdh_batch.system.documents import LARGEST_JSON, Malformed, parse_json, read_text
 
 ASSUMED_SHARE = 0.5  # of a datasheet's rates, as no kernel of ours has been measured on a GPU
 LAUNCHES = 5e-4  # seconds: a CUDA graph, sampling and the way to the host and back; assumed

@@ -15,9 +15,9 @@ from llguidance import LLMatcher
 
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.messages import Constraint
+from bdh_batch.system.threads import Executor
 from bdh_batch.text.compiler import reason
 from bdh_batch.text.vocabulary import Vocabulary
-from bdh_batch.threads import Executor
 
 
 class CompiledGrammar:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bdh_batch.documents import Malformed, brief, read_json_beside, read_text, unreadable
 from bdh_batch.errors import CheckpointError, ConfigError
+from bdh_batch.system.documents import Malformed, brief, read_json_beside, read_text, unreadable
 from bdh_batch.text.chat import TemplateSource
 from bdh_batch.text.hugging_face import HuggingFaceTokenizer, load_hugging_face
 from bdh_batch.text.tokenizer import BYTES, ByteTokenizer, TokenIdsOnly, Tokenizer

@@ -16,6 +16,7 @@ import orjson
 from llguidance import LLMatcher
 
 from bdh_batch.errors import InvalidRequest, UnsupportedParameter
+from bdh_batch.system.threads import DaemonThreads
 from bdh_batch.text.compiler import compile_grammar
 from bdh_batch.text.constraints import CompiledGrammar
 from bdh_batch.text.grammar_cache import GrammarCache, Problem
@@ -24,7 +25,6 @@ from bdh_batch.text.sandbox_process import JobLimits, Refused
 from bdh_batch.text.sources import Source
 from bdh_batch.text.turns import QueueLimits
 from bdh_batch.text.vocabulary import Vocabulary
-from bdh_batch.threads import DaemonThreads
 
 MODULE = "bdh_batch.text.probation"
 STACK = 4 * 2**20  # bytes of the sandbox's; threads here have sixteen times as much

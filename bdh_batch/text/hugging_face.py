@@ -10,9 +10,9 @@ from pathlib import Path
 
 from tokenizers import Encoding, Tokenizer
 
-from bdh_batch.documents import shown
 from bdh_batch.errors import CheckpointError
 from bdh_batch.messages import Text
+from bdh_batch.system.documents import shown
 from bdh_batch.text.pieces import PieceDecoder, Pieces
 from bdh_batch.text.tokenizer import CALL, Decoder
 

@@ -24,6 +24,7 @@ from multiprocessing.connection import Connection
 from typing import Protocol, TypeVar
 
 from bdh_batch.errors import Unavailable
+from bdh_batch.system.threads import in_daemon_thread
 from bdh_batch.text.sandbox_process import (
     CANCEL,
     CANCELLED,
@@ -40,7 +41,6 @@ from bdh_batch.text.sandbox_process import (
     Refused,
 )
 from bdh_batch.text.turns import QueueLimits, Turns
-from bdh_batch.threads import in_daemon_thread
 
 log = logging.getLogger(__name__)
 

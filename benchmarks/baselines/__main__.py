@@ -12,11 +12,12 @@ from pathlib import Path
 import uvloop
 
 from bdh_batch import settings
-from bdh_batch.model.checkpoint import Model
-from bdh_batch.model.runner import Runner
-from bdh_batch.model.state import StatePool
-from bdh_batch.runtime import LoadedEngine, attention_window, load_engine, serve, start_worker
-from bdh_batch.scheduler.worker import Observer
+from bdh_batch.checkpoint.checkpoint import Model
+from bdh_batch.engine.loading import LoadedEngine, attention_window, load_engine, start_worker
+from bdh_batch.engine.runner import Runner
+from bdh_batch.engine.state_pool import StatePool
+from bdh_batch.engine.worker import Observer
+from bdh_batch.server import serve
 from benchmarks import baselines
 from benchmarks.baselines.batches import Batches
 from benchmarks.baselines.recompute import RecomputeKernels

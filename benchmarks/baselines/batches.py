@@ -13,11 +13,11 @@ import threading
 import time
 from collections.abc import Sequence as Many
 
+from bdh_batch.engine.worker import STEP_SECONDS, Load, Observer, StepRunner, engine_down, shutting_down
 from bdh_batch.errors import BDHError, GenerationFailed, QueueFull, UnsupportedParameter
 from bdh_batch.messages import Delta, FinishReason, Plan, Segment
 from bdh_batch.scheduler.scheduler import Update
 from bdh_batch.scheduler.sequence import Sequence
-from bdh_batch.scheduler.worker import STEP_SECONDS, Load, Observer, StepRunner, engine_down, shutting_down
 
 log = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bdh_batch.model import sampling
+from bdh_batch.engine.sampling import draw as sampling
 from benchmarks.sampling import KINDS, measure, worst
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from bdh_batch.bench.strain import Watch
+from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.engine.runner import Runner
+from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.torch_reference import TorchKernels
-from bdh_batch.model.checkpoint import load_model
-from bdh_batch.model.runner import Runner
-from bdh_batch.model.state import StatePool
 from benchmarks.client import Answer, Served
 from benchmarks.serving import (
     beginning_figures,

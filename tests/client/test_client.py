@@ -19,6 +19,7 @@ import torch
 from openai.types.chat import ChatCompletionMessageParam
 
 from bdh_batch import __version__
+from bdh_batch.checkpoint.checkpoint import load_model
 from bdh_batch.client import (
     AsyncBDHClient,
     BDHClient,
@@ -29,13 +30,12 @@ from bdh_batch.client import (
     StreamOptions,
     errors,
 )
-from bdh_batch.http import wire
+from bdh_batch.engine.runner import Runner
+from bdh_batch.engine.state_pool import StatePool
+from bdh_batch.http.auth.keys import KeyFile, new_key
+from bdh_batch.http.schema import requests as wire
 from bdh_batch.kernels.torch_reference import TorchKernels
-from bdh_batch.keys import KeyFile, new_key
 from bdh_batch.messages import Segment
-from bdh_batch.model.checkpoint import load_model
-from bdh_batch.model.runner import Runner
-from bdh_batch.model.state import StatePool
 from tests.conftest import eventually
 
 if TYPE_CHECKING:

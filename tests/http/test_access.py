@@ -13,8 +13,8 @@ import openai
 import pytest
 from starlette.applications import Starlette
 
+from bdh_batch.http.auth.keys import KeyFile, new_key
 from bdh_batch.http.middleware import Origins
-from bdh_batch.keys import KeyFile, new_key
 from tests.conftest import eventually
 
 if TYPE_CHECKING:

@@ -12,12 +12,12 @@ from hypothesis import given, settings, strategies as st
 from pydantic import ValidationError
 
 from bdh_batch.errors import InvalidRequest
-from bdh_batch.http.body import parse
-from bdh_batch.http.json_text import ExceedsLimit, deeper, read_json
-from bdh_batch.http.sizes import MARK
-from bdh_batch.http.strict import Wire
-from bdh_batch.http.wire import ChatBody, CompletionBody, Defaults
-from bdh_batch.http.wire_text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
+from bdh_batch.http.request.body import parse
+from bdh_batch.http.request.json_text import ExceedsLimit, deeper, read_json
+from bdh_batch.http.request.sizes import MARK
+from bdh_batch.http.request.strict import Wire
+from bdh_batch.http.schema.requests import ChatBody, CompletionBody, Defaults
+from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
 from bdh_batch.settings import Limits
 
 if TYPE_CHECKING:
@@ -218,7 +218,7 @@ class TestJson:
         self, monkeypatch: pytest.MonkeyPatch, raw: bytes, option: str
     ) -> None:
         read: list[int] = []
-        monkeypatch.setattr("bdh_batch.http.json_text.orjson", _Recording(read))
+        monkeypatch.setattr("bdh_batch.http.request.json_text.orjson", _Recording(read))
         assert option in refusal(CompletionBody, raw).message
         assert bool(read) == (option in ("max_depth", "valid JSON"))
 

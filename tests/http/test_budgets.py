@@ -16,20 +16,21 @@ import httpx
 import pytest
 
 from bdh_batch.errors import BDHError, Unavailable
-from bdh_batch.http.accept import Acceptor
-from bdh_batch.http.budgets import (
+from bdh_batch.http.errors import TooManyConnections
+from bdh_batch.http.request.off_loop import OffLoop
+from bdh_batch.http.responses.generation import EventStream
+from bdh_batch.http.transport.accept import Acceptor
+from bdh_batch.http.transport.budgets import (
     RESERVED_DESCRIPTORS,
     BufferBudget,
     ConnectionBudget,
     connections_within_descriptors,
 )
-from bdh_batch.http.connection import AHEAD_BYTES, Site
-from bdh_batch.http.errors import TooManyConnections
-from bdh_batch.http.generation import EventStream
-from bdh_batch.http.off_loop import OffLoop
+from bdh_batch.http.transport.connection import AHEAD_BYTES
+from bdh_batch.http.transport.site import Site
 from bdh_batch.messages import Delta
+from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Limits
-from bdh_batch.telemetry import Metrics
 from tests.conftest import eventually
 from tests.http.raw import Raw, ask, get, post
 
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
 
     from bdh_batch.backends.base import Generation
-    from bdh_batch.http.frames import Frames
+    from bdh_batch.http.responses.frames import Frames
     from tests.conftest import ServeFactory, Server
 
 TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"

@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from bdh_batch.errors import ConfigError
-from bdh_batch.http.caller import by_address
-from bdh_batch.http.server import tls_context
-from bdh_batch.runtime import key_ring
+from bdh_batch.http.auth.caller import by_address
+from bdh_batch.http.transport.server import tls_context
+from bdh_batch.server import key_ring
 from bdh_batch.settings import Auth, Server as ServerSettings, load
 from tests.conftest import eventually
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, cast
 
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from bdh_batch.http import turns
-from bdh_batch.http.connection import Connection, Site
-from bdh_batch.http.turns import Turns
+from bdh_batch.http.transport import site
+from bdh_batch.http.transport.connection import Connection
+from bdh_batch.http.transport.site import Site, Turns
+from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Limits
-from bdh_batch.telemetry import Metrics
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope, Send
@@ -124,7 +124,7 @@ async def test_turns_leave_room_for_others() -> None:
     """However many wait, what is new has its own turn after a few of theirs."""
     order: list[str] = []
     queue = Turns()
-    for number in range(3 * turns.ROUND_TURNS):
+    for number in range(3 * site.ROUND_TURNS):
         queue.add(lambda number=number: order.append(f"waiting {number}"))  # type: ignore[misc]
 
     def new(rounds: int) -> None:
@@ -133,12 +133,12 @@ async def test_turns_leave_room_for_others() -> None:
             asyncio.get_running_loop().call_soon(new, rounds - 1)
 
     new(4)
-    for _ in range(50 * turns.ROUND_TURNS):
+    for _ in range(50 * site.ROUND_TURNS):
         await asyncio.sleep(0)
     waited = [each for each in order if each != "new"]
-    assert waited == [f"waiting {number}" for number in range(3 * turns.ROUND_TURNS)]
+    assert waited == [f"waiting {number}" for number in range(3 * site.ROUND_TURNS)]
     rounds = " ".join(order).split("new")
-    assert max(part.count("waiting") for part in rounds) <= turns.ROUND_TURNS
+    assert max(part.count("waiting") for part in rounds) <= site.ROUND_TURNS
     assert len([part for part in rounds if part.strip()]) >= 3
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
+from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.engine.runner import Runner
+from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Segment
-from bdh_batch.model.checkpoint import load_model
-from bdh_batch.model.runner import Runner
-from bdh_batch.model.state import StatePool
 
 if TYPE_CHECKING:
     from tests.conftest import Server

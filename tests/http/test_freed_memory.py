@@ -7,8 +7,9 @@ import asyncio
 import pytest
 from starlette.types import Message
 
-from bdh_batch.http import freed_memory, json_pieces
-from bdh_batch.http.freed_memory import WORTH_RETURNING, FreedMemory
+from bdh_batch.http.responses import json_pieces
+from bdh_batch.system import freed_memory
+from bdh_batch.system.freed_memory import WORTH_RETURNING, FreedMemory
 
 
 @pytest.fixture

@@ -12,8 +12,18 @@ import pytest
 from fakeredis import FakeRedis
 from hypothesis import given, settings, strategies as st
 
-from bdh_batch.http import ledger as ledger_module
-from bdh_batch.http.ledger import FORGET, KEPT, SHARED, SLOTS, Grant, Ledger, MemoryLedger, RedisLedger, whole_seconds
+from bdh_batch.http.auth import ledger as ledger_module
+from bdh_batch.http.auth.ledger import (
+    FORGET,
+    KEPT,
+    SHARED,
+    SLOTS,
+    Grant,
+    Ledger,
+    MemoryLedger,
+    RedisLedger,
+    whole_seconds,
+)
 
 MINUTE = 60.0
 LIMIT = 100

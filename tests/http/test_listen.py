@@ -13,8 +13,8 @@ import httpx
 import pytest
 
 from bdh_batch.errors import ConfigError
-from bdh_batch.http.hosts import AllowedHosts
-from bdh_batch.http.listen import listen, local_only, release, url_of
+from bdh_batch.http.auth.hosts import AllowedHosts
+from bdh_batch.http.transport.listen import listen, local_only, release, url_of
 from bdh_batch.settings import Server as Settings, load
 from tests.conftest import eventually
 
@@ -133,7 +133,7 @@ def test_sockets_of_a_service_manager_go_before_all_else(tmp_path: Path) -> None
         import os, sys
         os.dup2(int(sys.argv[1]), 3)
         os.environ |= {"LISTEN_FDS": "1", "LISTEN_PID": str(os.getpid() + int(sys.argv[2]))}
-        from bdh_batch.http.listen import listen, url_of
+        from bdh_batch.http.transport.listen import listen, url_of
         from bdh_batch.settings import Server
         listeners = listen(Server(port=0))
         print(url_of(listeners, Server()), "LISTEN_FDS" in os.environ, os.get_inheritable(listeners[0].fileno()))

@@ -13,17 +13,18 @@ import pytest
 from starlette.requests import Request
 
 from bdh_batch.errors import InvalidRequest, Unavailable
-from bdh_batch.http import body as bodies, routes as endpoints
-from bdh_batch.http.body import parse
+from bdh_batch.http import routes as endpoints
+from bdh_batch.http.auth.quota import Quota
+from bdh_batch.http.auth.rates import Rates
 from bdh_batch.http.gate import Gate
-from bdh_batch.http.off_loop import LARGE, THREAD, OffLoop
-from bdh_batch.http.quota import Quota
-from bdh_batch.http.rates import Rates
+from bdh_batch.http.request import body as bodies
+from bdh_batch.http.request.body import parse
+from bdh_batch.http.request.off_loop import LARGE, THREAD, OffLoop
+from bdh_batch.http.request.strict import Wire
 from bdh_batch.http.routes import Routes
-from bdh_batch.http.strict import Wire
-from bdh_batch.http.wire import CompletionBody
+from bdh_batch.http.schema.requests import CompletionBody
+from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Limits, Settings
-from bdh_batch.telemetry import Metrics
 
 USER = {"role": "user", "content": "a"}
 

@@ -16,17 +16,17 @@ from openapi_spec_validator import validate
 from pydantic import BaseModel
 from starlette.routing import Route
 
-from bdh_batch.http import answers
-from bdh_batch.http.field_help import HELP, help_of
+from bdh_batch.http.auth.quota import Quota
+from bdh_batch.http.auth.rates import Rates
+from bdh_batch.http.docs import response_types as answers
+from bdh_batch.http.docs.field_help import HELP, help_of
+from bdh_batch.http.docs.openapi import openapi
+from bdh_batch.http.docs.operations import Operation, operations
 from bdh_batch.http.gate import Gate
-from bdh_batch.http.openapi import openapi
-from bdh_batch.http.operations import Operation, operations
-from bdh_batch.http.quota import Quota
-from bdh_batch.http.rates import Rates
+from bdh_batch.http.request.strict import Wire
 from bdh_batch.http.routes import Routes
-from bdh_batch.http.strict import Wire
+from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Settings
-from bdh_batch.telemetry import Metrics
 from tests.http.fuzzing import Fuzzer, check_stream, event_validators
 
 if TYPE_CHECKING:
@@ -324,7 +324,7 @@ class TestPage:
 
     def test_comes_with_the_wheel(self) -> None:
         files = {file.distribution_path for file in WheelBuilder(str(ROOT)).recurse_included_files()}
-        assert {"bdh_batch/http/docs.css", "bdh_batch/http/docs.js"} <= files
+        assert {"bdh_batch/http/docs/page.css", "bdh_batch/http/docs/page.js"} <= files
 
 
 def _template(route: Route) -> str:

@@ -13,11 +13,11 @@ import torch
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam
 
+from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.engine.runner import Runner
+from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Segment
-from bdh_batch.model.checkpoint import load_model
-from bdh_batch.model.runner import Runner
-from bdh_batch.model.state import StatePool
 
 if TYPE_CHECKING:
     from tests.conftest import Server

@@ -15,16 +15,16 @@ from fakeredis import TcpFakeServer
 from starlette.requests import Request
 
 from bdh_batch.errors import ConfigError, InvalidRequest, QueueFull
-from bdh_batch.http import rates as rates_module
-from bdh_batch.http.caller import Caller, by_key
+from bdh_batch.http.auth import rates as rates_module
+from bdh_batch.http.auth.caller import Caller, by_key
+from bdh_batch.http.auth.keys import Key
+from bdh_batch.http.auth.ledger import KEPT
+from bdh_batch.http.auth.quota import Quota
+from bdh_batch.http.auth.rates import Rates
 from bdh_batch.http.errors import Forbidden, RateLimited
-from bdh_batch.http.ledger import KEPT
-from bdh_batch.http.quota import Quota
-from bdh_batch.http.rates import Rates
-from bdh_batch.keys import Key
 from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Text
+from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import RateLimiting
-from bdh_batch.telemetry import Metrics
 from bdh_batch.text.tokenizer import ByteTokenizer
 
 ANN = Caller("ann")

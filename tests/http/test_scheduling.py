@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from httpx import Response
 
-from bdh_batch.keys import KeyFile, new_key
+from bdh_batch.http.auth.keys import KeyFile, new_key
 
 if TYPE_CHECKING:
     from tests.conftest import RawStream, ServeFactory, Server

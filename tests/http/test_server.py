@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from bdh_batch.errors import ConfigError
-from bdh_batch.http.server import bind
+from bdh_batch.http.transport.server import bind
 
 if TYPE_CHECKING:
     from tests.conftest import ServeFactory

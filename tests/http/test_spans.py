@@ -20,10 +20,11 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
-from bdh_batch import settings, spans as module
+from bdh_batch import settings
 from bdh_batch.errors import ConfigError
-from bdh_batch.runtime import open_spans
-from bdh_batch.spans import Spans, traces_url
+from bdh_batch.observability import spans as module
+from bdh_batch.observability.spans import Spans, traces_url
+from bdh_batch.server import open_spans
 
 if TYPE_CHECKING:
     from tests.conftest import ServeFactory, Server
@@ -279,7 +280,7 @@ def test_only_who_asks_for_spans_loads_what_they_need(tiny: Server, traced: tupl
 
 
 def test_a_server_that_lacks_the_extra_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "bdh_batch.spans")
+    monkeypatch.delitem(sys.modules, "bdh_batch.observability.spans")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)  # as where it is not installed
     endpoint = settings.Telemetry.model_validate({"otlp_endpoint": "http://localhost:4318"})
     with pytest.raises(ConfigError, match=r"^telemetry.otlp_endpoint: .*pip install 'bdh-batch\[otel\]'$"):

@@ -14,8 +14,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from bdh_batch.model.checkpoint import save_model
-from bdh_batch.model.config import BDHConfig
+from bdh_batch.checkpoint.checkpoint import save_model
+from bdh_batch.checkpoint.config import BDHConfig
 from tests.text.tokenizers import byte_level
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.kernels.base import Kernels, RaggedBatch, Weights
 from bdh_batch.kernels.cpu import CpuKernels
-from bdh_batch.model.config import BDHConfig
 
 CONFORMANCE = Path(__file__).parents[1] / "data" / "conformance"
 CPU = torch.device("cpu")

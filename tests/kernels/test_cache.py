@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,6 +42,11 @@ def files(folder: Path, suffix: str) -> Iterator[Path]:
     yield from folder.rglob(f"*{suffix}")
 
 
+def signed(body: bytes) -> bytes:
+    """As a file of the cache ends: its digest is right."""
+    return body + hashlib.sha256(body).digest()
+
+
 def flip(content: bytes) -> bytes:
     middle = len(content) // 2
     return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
@@ -52,6 +58,8 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "one bit": flip,
     "zeros": lambda content: bytes(len(content)),
     "nonsense": lambda content: b"nonsense",
+    "another version": lambda content: signed(b"cbdh_batch.kernels.simd\nNoSuchType\n."),
+    "another package": lambda content: signed(b"cno_such_package\nNoSuchType\n."),
 }
 
 

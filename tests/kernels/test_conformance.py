@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bdh_batch.checkpoint.checkpoint import load_model
 from bdh_batch.kernels.base import Kernels, Weights
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.torch_reference import TorchKernels
-from bdh_batch.model.checkpoint import load_model
 from tests.kernels.support import CONFORMANCE, CPU, alone, distance, in_a_crowd, states_for
 
 TOLERANCE = 1e-4

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor
 
-from bdh_batch.kernels import cpu, cpu_state, simd
+from bdh_batch.kernels import cpu, cpu_layout, cpu_state, vector
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.torch_reference import TorchKernels, rotation
@@ -79,7 +79,7 @@ def test_the_same_bits_in_any_company_and_any_pieces(weights: Weights, lengths: 
 def test_the_same_bits_with_more_tokens_than_a_round_holds() -> None:
     weights = synthetic_weights(model(2, 2, 32, 64, 40), 0.3)
     kernels = CpuKernels(weights)
-    sequences = {slot: text(length, 40, slot) for slot, length in enumerate((1, cpu.MAX_TOKENS + 50, 3, 200, 1))}
+    sequences = {slot: text(length, 40, slot) for slot, length in enumerate((1, cpu_layout.MAX_TOKENS + 50, 3, 200, 1))}
     together = feed(
         kernels, states_for(weights, 5), sequences, [(slot, 0, len(row)) for slot, row in sequences.items()]
     )
@@ -194,4 +194,4 @@ def test_what_was_compiled_is_recompiled_when_any_source_changes() -> None:
     """Numba alone would go on using what it kept."""
     dispatchers: list[Any] = [cpu.run, cpu_state.fold_row]
     for dispatcher in dispatchers:
-        assert simd.SOURCES in dispatcher._cache._cache_file._source_stamp
+        assert vector.SOURCES in dispatcher._cache._cache_file._source_stamp

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from bdh_batch.checkpoint.config import bytes_per_sequence
+from bdh_batch.engine.loading import set_threads
+from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.errors import ConfigError
 from bdh_batch.kernels import select
 from bdh_batch.kernels.base import Weights
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.torch_reference import TorchKernels
-from bdh_batch.model.state import StatePool, bytes_per_sequence
-from bdh_batch.runtime import set_threads
 from benchmarks.synthetic import synthetic_weights
 from tests.kernels.support import CPU, model
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor
 
-from bdh_batch.kernels import simd
+from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.kernels import simd, simd_state, vector
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.cpu_layout import Floats, Longs, States
 from bdh_batch.kernels.torch_reference import TorchKernels
-from bdh_batch.model.checkpoint import load_model
 from benchmarks.synthetic import synthetic_weights
 from tests.kernels.support import CPU, NOT_NUMBERS, alone, distance, floats_of, in_a_crowd, model, states_for
 from tests.kernels.test_cpu import text
@@ -25,22 +25,22 @@ BUNDLED = Path(__file__).parents[2] / "models" / "bdh-shakespeare"
 VALIDATION = Path(__file__).parents[1] / "data" / "shakespeare-validation.txt"
 
 
-@simd.compiled
+@vector.compiled
 def round_all(values: Floats, states: States, seeds: Longs) -> None:
     """The 16 `values`, once for each seed."""
     for i in range(len(seeds)):
-        noise = simd.vary(simd.noise(seeds[i]), 128 * i)
-        simd.store_state(states, i * simd.LANES, simd.load(values, 0), noise)
+        noise = simd_state.vary(simd_state.noise(seeds[i]), 128 * i)
+        simd_state.store_state(states, i * vector.LANES, simd.load(values, 0), noise)
 
 
 def test_rounds_up_as_often_as_the_dropped_part_says() -> None:
     """So sums of many small numbers come out right on average, where rounding to the nearest would lose them all."""
-    below = torch.linspace(1, 3, simd.LANES).bfloat16()
+    below = torch.linspace(1, 3, vector.LANES).bfloat16()
     above = torch.nextafter(below, torch.tensor(torch.inf, dtype=torch.bfloat16)).float()
-    share = torch.linspace(0, 1, simd.LANES)
+    share = torch.linspace(0, 1, vector.LANES)
     values = below.float() + share * (above - below.float())
     seeds = np.arange(20_000)
-    states = torch.empty(len(seeds), simd.LANES, dtype=torch.bfloat16)
+    states = torch.empty(len(seeds), vector.LANES, dtype=torch.bfloat16)
     round_all(values.numpy(), states.view(-1).view(torch.uint16).numpy(), seeds)
     went_up = (states.float() == above).float()
     assert ((states == below) | (went_up == 1)).all()
@@ -50,7 +50,7 @@ def test_rounds_up_as_often_as_the_dropped_part_says() -> None:
 def test_what_is_no_number_stays_none_and_infinity_stays_what_it_is() -> None:
     values = torch.cat([floats_of(NOT_NUMBERS), torch.tensor([torch.inf, -torch.inf] * 4)])
     seeds = np.arange(5_000)
-    states = torch.empty(len(seeds), simd.LANES, dtype=torch.bfloat16)
+    states = torch.empty(len(seeds), vector.LANES, dtype=torch.bfloat16)
     round_all(values.numpy(), states.view(-1).view(torch.uint16).numpy(), seeds)
     assert states[:, :8].isnan().all()
     assert (states[:, 8:].float() == values[8:]).all()

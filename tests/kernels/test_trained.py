@@ -15,11 +15,11 @@ from torch import Tensor
 if sys.platform != "linux":
     pytest.importorskip("triton", reason="triton is not installed")
 
+from bdh_batch.checkpoint.checkpoint import load_model
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.kernels.tuning import Blocks
-from bdh_batch.model.checkpoint import load_model
 from tests.kernels.support import CPU, alone, states_for
 from tests.kernels.test_triton import DEVICE, Poisoned, states_on_device
 

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from bdh_batch.checkpoint.checkpoint import save_model
+from bdh_batch.checkpoint.config import BDHConfig, rope_frequencies
+from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.torch_reference import TorchKernels
-from bdh_batch.model.checkpoint import save_model
-from bdh_batch.model.config import BDHConfig, rope_frequencies
-from bdh_batch.model.state import StatePool
 
 CPU = torch.device("cpu")
 State = dict[str, Tensor]

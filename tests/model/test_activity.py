@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.checkpoint.config import BDHConfig
+from bdh_batch.engine import runner as module
+from bdh_batch.engine.runner import Runner
+from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.base import Kernels, RaggedBatch
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Outcome, Plan, SamplingParams, Segment
-from bdh_batch.model import runner as module
-from bdh_batch.model.checkpoint import load_model
-from bdh_batch.model.config import BDHConfig
-from bdh_batch.model.runner import Runner
-from bdh_batch.model.state import StatePool
-from bdh_batch.runtime import bundled_model
+from bdh_batch.server import bundled_model
 from benchmarks.synthetic import synthetic_weights
 from tests.kernels.support import model as config_of, states_for
 

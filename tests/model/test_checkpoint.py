@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from bdh_batch.checkpoint.checkpoint import load_model, save_model
+from bdh_batch.checkpoint.config import BDHConfig, bytes_per_sequence, rope_frequencies
+from bdh_batch.engine.state_pool import StatePool, slots_within
 from bdh_batch.errors import CheckpointError, ConfigError
-from bdh_batch.model.checkpoint import load_model, save_model
-from bdh_batch.model.config import BDHConfig, rope_frequencies
-from bdh_batch.model.state import StatePool, bytes_per_sequence, slots_within
 
 CPU = torch.device("cpu")
 CONFIG = BDHConfig(n_layer=3, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, vocab_size=11)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
+from bdh_batch.engine.runner import choose
+from bdh_batch.engine.sampling import logits_processors as adjusting
+from bdh_batch.engine.sampling.draw import uniforms
+from bdh_batch.engine.sampling.logits_processors import adjust_in_main_memory, adjust_on_device
 from bdh_batch.messages import NO_TOKENS, Adjustment, LogitBias, SamplingParams, TokenScore, distinct
-from bdh_batch.model import adjusting
-from bdh_batch.model.adjusting import adjust_in_main_memory, adjust_on_device
-from bdh_batch.model.runner import choose
-from bdh_batch.model.sampling import uniforms
 
 VOCABULARY = 23
 LOGITS = torch.randn(12, VOCABULARY, generator=torch.Generator().manual_seed(5)) * 3

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.engine.runner import Runner
+from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Segment
-from bdh_batch.model.checkpoint import load_model
-from bdh_batch.model.runner import Runner
-from bdh_batch.model.state import StatePool
 
 CPU = torch.device("cpu")
 FOLDERS = sorted((Path(__file__).parent.parent / "data" / "conformance").iterdir())[1:]

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bdh_batch.checkpoint import convert as convert_module
+from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.checkpoint.config import BDHConfig
+from bdh_batch.checkpoint.convert import convert
 from bdh_batch.errors import CheckpointError
-from bdh_batch.model import convert as convert_module
-from bdh_batch.model.checkpoint import load_model
-from bdh_batch.model.config import BDHConfig
-from bdh_batch.model.convert import convert
 from tests.model import formats
 from tests.model.formats import CPU, random_state
 

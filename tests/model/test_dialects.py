@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
+from bdh_batch.checkpoint.checkpoint import load_model, open_checkpoint
+from bdh_batch.checkpoint.config import BDHConfig, rope_frequencies
+from bdh_batch.checkpoint.convert import convert
 from bdh_batch.errors import CheckpointError
-from bdh_batch.model.checkpoint import load_model, open_checkpoint
-from bdh_batch.model.config import BDHConfig, rope_frequencies
-from bdh_batch.model.convert import convert
 from tests.model import formats
 from tests.model.formats import CPU, expected_weights, hugging_face, logits, random_state, with_freqs
 

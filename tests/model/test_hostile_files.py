@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 
+from bdh_batch.checkpoint import checkpoint, pickles
+from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.errors import CheckpointError
-from bdh_batch.model import checkpoint, pickles
-from bdh_batch.model.checkpoint import load_model
-from bdh_batch.model.config import BDHConfig
 from tests.model import formats
 from tests.model.formats import CPU, random_state, with_freqs
 

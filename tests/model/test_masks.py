@@ -3,9 +3,9 @@ from __future__ import annotations
 import torch
 from hypothesis import given, strategies as st
 
+from bdh_batch.engine.sampling.draw import sample
+from bdh_batch.engine.sampling.masks import masked
 from bdh_batch.messages import SamplingParams
-from bdh_batch.model.masks import masked
-from bdh_batch.model.sampling import sample
 
 V = 50
 masks = st.lists(st.none() | st.binary(min_size=8, max_size=8), min_size=1, max_size=9)

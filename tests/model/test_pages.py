@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bdh_batch.model import pages
-from bdh_batch.model.config import BDHConfig
-from bdh_batch.model.pages import PagesAhead
-from bdh_batch.model.state import StatePool
+from bdh_batch.checkpoint.config import BDHConfig
+from bdh_batch.engine import pages
+from bdh_batch.engine.pages import PagesAhead
+from bdh_batch.engine.state_pool import StatePool
 from tests.support import resident
 
 PAGES = 64  # of 4 KiB in a block

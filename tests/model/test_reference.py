@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
+from bdh_batch.checkpoint.config import rope_frequencies
 from bdh_batch.kernels.torch_reference import rotate, rotation
-from bdh_batch.model.config import rope_frequencies
 
 
 @pytest.mark.parametrize("position", [0, 1, 12_345, 1_000_003, 123_456_789, 2**29 - 1])

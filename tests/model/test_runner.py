@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.engine import runner as module
+from bdh_batch.engine.runner import Runner
+from bdh_batch.engine.sampling.draw import sample
+from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.errors import OutOfMemory
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Copy, Plan, SamplingParams, Segment
-from bdh_batch.model import runner as module
-from bdh_batch.model.checkpoint import load_model
-from bdh_batch.model.runner import Runner
-from bdh_batch.model.sampling import sample
-from bdh_batch.model.state import StatePool
 
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0.0)

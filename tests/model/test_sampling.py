@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from hypothesis import given, strategies as st
 
+from bdh_batch.engine.sampling.draw import Words, philox, sample, uniforms, words
 from bdh_batch.messages import SamplingParams
-from bdh_batch.model.sampling import Words, philox, sample, uniforms, words
 
 CPU = torch.device("cpu")
 LOGITS = torch.randn(64, 50, generator=torch.Generator().manual_seed(3)) * 2

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bdh_batch.checkpoint.checkpoint import Model, load_model
+from bdh_batch.engine.loading import attention_window
+from bdh_batch.engine.runner import Runner
+from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.messages import Segment
-from bdh_batch.model.checkpoint import Model, load_model
-from bdh_batch.model.runner import Runner
-from bdh_batch.model.state import StatePool
-from bdh_batch.runtime import attention_window
 
 DATA = Path(__file__).parents[1] / "data"
 CPU = torch.device("cpu")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from hypothesis import given, strategies as st
 
+from bdh_batch.engine.admission import LONGEST_RETRY, Admission
 from bdh_batch.errors import InvalidRequest, QueueFull, TooLate
-from bdh_batch.scheduler.admission import LONGEST_RETRY, Admission
 from bdh_batch.scheduler.backlog import Backlog
 from bdh_batch.scheduler.sequence import Sequence
 from tests.scheduler.fakes import make_sequence

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from bdh_batch.engine.trace import BLOCK, Trace
 from bdh_batch.scheduler.prefixes import common, pack
 from bdh_batch.scheduler.scheduler import Scheduler
-from bdh_batch.scheduler.trace import BLOCK, Trace
 from benchmarks.simulate import POLICIES, Cost, generate, replay, simulate
 from tests.scheduler.fakes import FakeRunner, make_sequence
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.engine.runner import Runner
+from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Adjustment, FinishReason, LogitBias, SamplingParams, distinct
-from bdh_batch.model.checkpoint import load_model
-from bdh_batch.model.runner import Runner
-from bdh_batch.model.state import StatePool
 from bdh_batch.scheduler.scheduler import Policy, Scheduler
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.text.stream import TextStream

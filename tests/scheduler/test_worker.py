@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.engine.mailbox import BACKLOG, Mailbox
+from bdh_batch.engine.runner import Runner
+from bdh_batch.engine.state_pool import StatePool
+from bdh_batch.engine.worker import Worker
 from bdh_batch.errors import InvalidRequest, OutOfMemory, QueueFull, Unavailable
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Delta, FinishReason, Outcome, Plan, SamplingParams
-from bdh_batch.model.checkpoint import load_model
-from bdh_batch.model.runner import Runner
-from bdh_batch.model.state import StatePool
-from bdh_batch.scheduler.mailbox import BACKLOG, Mailbox
 from bdh_batch.scheduler.scheduler import Policy, Scheduler
 from bdh_batch.scheduler.sequence import Sequence
-from bdh_batch.scheduler.worker import Worker
 from tests.scheduler.fakes import FakeObserver, FakeOutbox, FakeRunner, expected_tokens, make_sequence
 from tests.support import resident
 
@@ -116,7 +116,7 @@ async def test_a_hung_step_does_not_keep_the_server_from_ending(
     gated: tuple[Worker, GatedRunner], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     worker, runner = gated
-    monkeypatch.setattr("bdh_batch.scheduler.worker.STEP_SECONDS", 0.01)
+    monkeypatch.setattr("bdh_batch.engine.worker.STEP_SECONDS", 0.01)
     worker.submit([make_sequence([1], 1)])
     await asyncio.to_thread(runner.entered.acquire)
     worker.close()

@@ -1,0 +1,1 @@
+"""Model files: read, checked, converted. Knows nothing about how a model is computed."""

@@ -1,0 +1,160 @@
+"""Model files to tensors by name, as they are in the file. Knows nothing about what the tensors are.
+
+Files come from strangers: nothing in them is run, nothing outside their folder is read, and whatever is wrong with one
+is a `CheckpointError`. Tensors are mapped, not read, where the format allows it: looking at a model costs no memory.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bdh_batch.checkpoint.pickles import check_torch_file, is_zip, refuse_pickled
+from bdh_batch.errors import CheckpointError
+from bdh_batch.system.documents import listed, read_json, shown
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+HUGGING_FACE_NAMES = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+TORCH_SUFFIXES = (".pt", ".pth")
+WRAPPERS = ("model", "model_state_dict", "state_dict")  # where trainers put the state dict
+CONFIG_KEYS = ("model_args", "model_config", "config")  # and what it needs; the plain one may be of the whole training
+LARGEST_HEADER = 4 * 2**20  # bytes of a safetensors file: some 50,000 tensors
+PLAIN_NAME = re.compile(r"\w[\w.-]*")
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What was found: the tensors, and the config beside them or in their file, None where there is neither."""
+
+    file: Path
+    state: State
+    values: dict[str, Any] | None
+    config_file: Path  # the file that `values` came from
+
+
+def read_source(path: Path) -> Source:
+    """Reads a model folder, a `.pt` or `.bin` file, a `.safetensors` file or the index of several.
+
+    Raises:
+        CheckpointError: nothing there, or unreadable; the message names the file.
+    """
+    try:
+        file = _locate(path)
+        state, values = _read_index(file) if file.suffix == ".json" else _read(file)
+        beside = file.parent / CONFIG
+        if beside.is_file():
+            return Source(file, state, read_json(beside), beside)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    return Source(file, state, values, file)
+
+
+def _locate(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"model.path: there is no model at {path}")
+    found = [path / name for name in HUGGING_FACE_NAMES if (path / name).is_file()][:1]
+    found = found or sorted(file for file in path.iterdir() if file.suffix in TORCH_SUFFIXES)
+    if len(found) != 1:
+        names = ", ".join(shown(file.name) for file in found) or "neither"
+        raise CheckpointError(f"model.path: {path} should hold {WEIGHTS} or one .pt file; found {names}")
+    if found[0].name.startswith(WEIGHTS) and not (path / CONFIG).is_file():
+        raise CheckpointError(f"model.path: {path} has no {CONFIG}")
+    return found[0]
+
+
+def _read(file: Path) -> tuple[State, dict[str, Any] | None]:
+    """The tensors, and the config that a trainer put beside them."""
+    if file.suffix != ".safetensors":
+        return _unwrap(_load_pickle(file), file)
+    _check_header(file)
+    try:
+        return load_file(file), None
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: damaged, or not a safetensors file ({shown(error)})") from error
+
+
+def _check_header(file: Path) -> None:
+    """The library takes seconds for a hundred thousand names, and a header may have a hundred megabytes of them."""
+    with file.open("rb") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+    if size > LARGEST_HEADER:
+        text = f"its header claims {size:,} bytes; a BDH's has a few hundred, and {LARGEST_HEADER:,} are read at most"
+        raise CheckpointError(f"{file}: damaged, or not a BDH ({text})")
+
+
+def _read_index(file: Path) -> tuple[State, None]:
+    """The tensors of several files, which must be those that Hugging Face's index `file` tells."""
+    places = read_json(file).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise CheckpointError(f"{file}: its weight_map should tell the file of each tensor")
+    state: State = {}
+    problems = []
+    for name in sorted(set(places.values())):
+        part = file.parent / name
+        if not PLAIN_NAME.fullmatch(name):  # a path could lead anywhere
+            problems.append(f"{name!r} is not the name of a file in its folder")
+        elif not part.is_file():
+            problems.append(f"{name} is missing")
+        else:
+            tensors, _ = _read(part)
+            told = {key for key, place in places.items() if place == name}
+            problems += [f"{name} lacks {shown(key)}" for key in sorted(told - tensors.keys())]
+            problems += [f"{name} holds {shown(key)}, not told in the index" for key in sorted(tensors.keys() - told)]
+            state |= tensors
+    if problems:
+        raise CheckpointError(f"{file}: " + listed(problems))
+    return state, None
+
+
+def _load_pickle(file: Path) -> object:
+    check_torch_file(file)
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip(file))
+    except pickle.UnpicklingError as error:
+        if strange := re.search(r"GLOBAL (\S+)", str(error)):
+            raise refuse_pickled(file, strange[1]) from error
+        raise CheckpointError(f"{file}: damaged, or not a torch file") from error
+    except Exception as error:  # of a file that is no checkpoint, the unpickler makes any error at all
+        raise CheckpointError(f"{file}: damaged, or not a torch file ({type(error).__name__})") from error
+
+
+def _unwrap(saved: object, file: Path) -> tuple[State, dict[str, Any] | None]:
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{file}: holds a {type(saved).__name__}, not a state dict")
+    wrapper = next((key for key in WRAPPERS if isinstance(saved.get(key), dict)), None)
+    state = saved if wrapper is None else saved[wrapper]
+    if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state.items()):
+        raise CheckpointError(
+            f"{file}: holds no state dict, neither by itself nor under one of {', '.join(map(repr, WRAPPERS))}"
+        )
+    _check_backed(state, file)
+    values = None if wrapper is None else next((saved[key] for key in CONFIG_KEYS if saved.get(key) is not None), None)
+    if not isinstance(values, dict | None):
+        raise CheckpointError(f"{file}: its config is a {type(values).__name__}, not a dict")
+    return {key: tensor.detach() for key, tensor in state.items()}, values
+
+
+def _check_backed(state: Mapping[str, Tensor], file: Path) -> None:
+    """A pickle can claim tensors far larger than itself, which would take that memory once they are used."""
+    problems = [
+        f"{shown(key)} is not a plain tensor whose numbers are in the file"
+        for key, tensor in state.items()
+        if tensor.layout != torch.strided
+        or tensor.device.type != "cpu"
+        or tensor.untyped_storage().nbytes() < tensor.numel() * tensor.element_size()
+    ]
+    if problems:
+        raise CheckpointError(f"{file}: " + listed(problems))

@@ -1,0 +1,1 @@
+"""What owns a thread and tensors: the worker, the runner, the pool of states."""

@@ -1,0 +1,219 @@
+"""From settings and a model's files to an engine that is ready: weights, kernels, memory for states, a scheduler.
+
+Knows nothing of HTTP, or of text.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from bdh_batch.checkpoint.checkpoint import Model, load_model
+from bdh_batch.checkpoint.config import BDHConfig, bytes_per_sequence
+from bdh_batch.engine.pages import HUGE
+from bdh_batch.engine.runner import Runner
+from bdh_batch.engine.state_pool import StatePool, slots_within
+from bdh_batch.engine.trace import Trace
+from bdh_batch.engine.worker import Observer, StepRunner, Worker
+from bdh_batch.errors import ConfigError
+from bdh_batch.kernels.select import select_kernels
+from bdh_batch.kernels.vector import most_threads
+from bdh_batch.scheduler import working_set
+from bdh_batch.scheduler.scheduler import Policy, Scheduler
+from bdh_batch.settings import Engine, PrefixCache, Settings
+from bdh_batch.system.device_memory import free_memory
+from bdh_batch.system.machine import usable_cores
+
+log = logging.getLogger(__name__)
+
+MODEST = 4 * 2**30  # bytes for states in main memory, where the settings are silent
+FEW = 4  # states; where fewer fit, the memory for them is too small
+HOST_MEMORY = 2**30  # bytes for states there, where the settings are silent
+
+
+@dataclass(frozen=True)
+class LoadedEngine:
+    """What loading leaves for the event loop to start."""
+
+    model: Model
+    runner: StepRunner
+    slots: int
+    host_slots: int
+    grows: bool = False  # whether a slot takes memory only when it is first used
+
+
+def load_engine(settings: Settings, path: Path) -> LoadedEngine:
+    """Reads the model, takes the memory for its states, and computes once. Slow: call it off the event loop.
+
+    Raises:
+        ConfigError, CheckpointError
+    """
+    set_threads(settings.engine.threads)
+    device = choose_device(settings.model.device)
+    dtype: torch.dtype = getattr(torch, settings.model.dtype)
+    model = load_model(path, dtype, device, settings.model.layers)
+    window = attention_window(settings.model.attention_window, model.config)
+    state_dtype: torch.dtype = getattr(torch, settings.engine.state_dtype)
+    kernels, reason = select_kernels(settings.engine.kernels, model.weights, window, state_dtype)
+    each = bytes_per_sequence(model.config, window, state_dtype)
+    budget = state_budget(settings.engine, device, each)
+    most = settings.scheduler.max_running + (settings.prefix_cache.entries if settings.prefix_cache.enabled else 0)
+    slots = slots_within(budget, each, most)
+    log.info(
+        "model %s: %d layers, width %d, %d neurons, vocabulary %d; %s on %s",
+        *(path, model.config.n_layer, model.config.n_embd, model.config.neurons, model.config.vocab_size),
+        *(settings.model.dtype, device),
+    )
+    log.info("kernels: %s; attention window: %s", reason, f"{window} tokens" if window else "none")
+    host_slots = min(host_budget(settings.prefix_cache, device, slots * each) // each, most)
+    pool = take_states(model.config, slots, device, window, state_dtype, host_slots)
+    slots, host_slots = len(pool.states), pool.host_slots
+    log.info(
+        "state: %d sequences of %.1f MiB in %s, %.2f GiB of a budget of %.2f GiB; %d more in the host's memory",
+        *(slots, each / 2**20, settings.engine.state_dtype, slots * each / 2**30, budget / 2**30, host_slots),
+    )
+    if slots < FEW:
+        log.warning(
+            "only %d sequences fit the memory for states, %.2f GiB: engine.state_memory sets it, "
+            "engine.state_dtype=bfloat16 halves what each takes",
+            *(slots, budget / 2**30),
+        )
+    runner = Runner(kernels, pool)
+    log.info("warming up: kernels that are not in the cache are compiled now")
+    runner.warm(settings.scheduler.prefill_tokens)
+    if device.type == "cpu" and pool.states.nbytes >= HUGE:
+        had = "are in huge pages" if pool.huge_bytes else "are not in huge pages, as the system gives none: slower"
+        log.info("states %s", had)
+    return LoadedEngine(model, runner, slots, host_slots, grows=device.type == "cpu")
+
+
+def set_threads(asked: int | None) -> None:
+    """As many as are asked for; else one for each core that a control group's quota gives time for.
+
+    Raises:
+        ConfigError: Numba cannot have more than it began with, one for each core.
+    """
+    cores = usable_cores()
+    threads = min(torch.get_num_threads(), cores) if asked is None else asked
+    if threads > (most := most_threads()):
+        raise ConfigError(f"engine.threads: {threads} asked for, this machine has cores for {most}")
+    if threads > cores:
+        log.warning("engine.threads: %d asked for, but a quota gives time for %d: they will wait", threads, cores)
+    log.info("threads: %d of %d usable cores", threads, cores)
+    torch.set_num_threads(threads)
+
+
+def take_states(
+    config: BDHConfig, slots: int, device: torch.device, window: int, dtype: torch.dtype, host_slots: int
+) -> StatePool:
+    """Memory for so many states, or for fewer, with a warning, where so much cannot be had after all: first fewer on
+    the host, but where it is the device that has no more.
+
+    Raises:
+        ConfigError: not even one fits.
+    """
+    while slots:
+        try:
+            return StatePool(config, slots, device, window, dtype, host_slots)
+        except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:  # CPU allocations fail as RuntimeError
+            reason = str(error).partition("\n")[0]
+            log.warning("the memory for %d states, and %d on the host, cannot be had (%s)", slots, host_slots, reason)
+            if host_slots and not isinstance(error, torch.OutOfMemoryError):
+                host_slots //= 2
+            else:
+                slots //= 2
+    raise ConfigError("engine.state_memory: there is not enough memory for one sequence's state")
+
+
+def host_budget(cache: PrefixCache, device: torch.device, taken: int) -> int:
+    """Bytes of host memory for states that are suspended or kept; `taken` are for those on the device. Where that is
+    the CPU, they would be copied from memory to memory: there are none unless they are asked for."""
+    on_cpu = device.type == "cpu"
+    free = max(0, free_memory(torch.device("cpu")) - (taken if on_cpu else 0))
+    if cache.host_memory is None:
+        return 0 if on_cpu else min(HOST_MEMORY, free // 4)
+    if cache.host_memory > free:
+        raise ConfigError(f"prefix_cache.host_memory: {cache.host_memory:,} bytes asked for, {free:,} are free")
+    return cache.host_memory
+
+
+def scheduler_for(settings: Settings, engine: LoadedEngine) -> Scheduler:
+    chosen, cache = settings.scheduler, settings.prefix_cache
+    running, free_slots = chosen.max_running, None
+    if engine.grows:
+        if "max_running" not in chosen.model_fields_set:
+            running = min(running, working_set.running_slots(engine.slots))
+        free_slots = working_set.free_slots(engine.slots, running)
+        log.info(
+            "at most %d sequences run at once; %d states have memory for the asking, more where requests show the need",
+            *(min(running, engine.slots), free_slots),
+        )
+    policy = Policy(
+        host_slots=engine.host_slots,
+        max_running=running,
+        quantum=chosen.quantum_steps,
+        target_step=chosen.target_step_ms / 1000,
+        keep=cache.enabled,
+        share_all=cache.shared,
+        min_shared=cache.min_tokens,
+        weights=chosen.weights,
+        free_slots=free_slots,
+        idle_release=settings.engine.idle_release_seconds if engine.grows else 0.0,
+        patience=chosen.priority_patience_seconds,
+        queue_unit=max(1, chosen.max_queued_tokens // chosen.max_queued_requests),
+    )
+    return Scheduler(engine.slots, chosen.prefill_tokens, policy)
+
+
+def start_worker(settings: Settings, engine: LoadedEngine, observer: Observer) -> Worker:
+    chosen = settings.scheduler
+    return Worker(
+        scheduler_for(settings, engine),
+        engine.runner,
+        observer,
+        chosen.max_queued_requests,
+        chosen.max_queued_tokens,
+        settings.health.failed_steps,
+        open_trace(chosen.trace_file),
+    )
+
+
+def open_trace(file: Path | None) -> Trace | None:
+    try:
+        return None if file is None else Trace(file)
+    except OSError as error:
+        raise ConfigError(f"scheduler.trace_file: {file} cannot be written ({error})") from error
+
+
+def attention_window(asked: int | None, config: BDHConfig) -> int:
+    """Tokens that a token can look back on, 0 for all: as asked, else as the model's folder suggests."""
+    return config.suggested_window if asked is None else asked
+
+
+def choose_device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("model.device: cuda was asked for, but torch finds no CUDA device; use cpu or auto")
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def state_budget(engine: Engine, device: torch.device, each: int) -> int:
+    """Bytes for states of `each` bytes: as asked, else a share of what is free, which without a GPU is modest."""
+    free = free_memory(device)
+    if engine.state_memory is not None:
+        if engine.state_memory > free:
+            raise ConfigError(f"engine.state_memory: {engine.state_memory:,} bytes asked for, {free:,} are free")
+        return engine.state_memory
+    if engine.state_memory_share is not None:
+        budget, how = int(free * engine.state_memory_share), f"{engine.state_memory_share:.0%} of what is free"
+    elif device.type == "cuda":
+        budget, how = free // 2, "half of what is free"
+    else:
+        budget, how = min(free // 4, MODEST), f"a quarter of what is free, at most {MODEST // 2**30} GiB"
+        if budget < (least := min(FEW * each, free // 2)):
+            budget, how = least, f"what {FEW} states take, at most half of what is free"
+    log.info("memory for states: %.2f GiB (%s); engine.state_memory sets it", budget / 2**30, how)
+    return budget

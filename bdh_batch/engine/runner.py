@@ -1,0 +1,192 @@
+"""Computes a plan: packs its segments into one ragged batch, runs the forward pass, draws the next tokens.
+
+Owns every tensor; knows nothing about requests, only slots.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from bdh_batch.engine.sampling.draw import sample
+from bdh_batch.engine.sampling.logits_processors import Wishes, adjust
+from bdh_batch.engine.sampling.logprobs import ROWS, score
+from bdh_batch.engine.state_pool import StatePool
+from bdh_batch.errors import OutOfMemory
+from bdh_batch.kernels.base import Kernels, RaggedBatch
+from bdh_batch.messages import Adjustment, LogitBias, Outcome, Plan, SamplingParams, Segment, TokenScore, distinct
+
+log = logging.getLogger(__name__)
+
+FIRST_LOOK, LOOK_EVERY = 8, 64  # steps, in which it is told how sparsely the model fires
+
+
+class Runner:
+    def __init__(self, kernels: Kernels, pool: StatePool) -> None:
+        self._kernels = kernels
+        self._pool = pool
+        self._layers = pool.states.shape[1]
+        self._steps = 0
+        self._device = pool.states.device
+
+    @torch.inference_mode()
+    def run(self, plan: Plan) -> Outcome:
+        """One step. Every segment's tokens enter its slot's state; those with `sampling` get a next token.
+
+        Raises:
+            OutOfMemory: the states of the segments are then spoilt.
+        """
+        try:
+            return self._run(plan)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise OutOfMemory(str(error).partition("\n")[0]) from error
+        except RuntimeError as error:  # torch has no type of its own for want of main memory
+            if "DefaultCPUAllocator" in str(error):
+                raise OutOfMemory(str(error).partition("\n")[0]) from error
+            raise
+
+    def _run(self, plan: Plan) -> Outcome:
+        for slot in plan.releases:
+            self._pool.release(slot)
+        for copy in plan.copies:
+            self._pool.copy(copy.source, copy.target)
+        if not plan.segments:
+            return Outcome([])
+        active = self._wanted_activity()
+        hidden = self.forward(plan.segments, active)
+        target_scores = self._score_targets(plan.segments, hidden)
+        drawn, scores = self._draw(plan.segments, hidden)
+        shares = [] if active is None else active.tolist()
+        return Outcome(drawn, scores, target_scores, sums(hidden, plan.segments), shares)
+
+    def _wanted_activity(self) -> Tensor | None:
+        """Where the kernels put the share of neurons that fire in each layer, in one step of many."""
+        self._steps += 1
+        return torch.empty(self._layers, device=self._device) if self._steps % LOOK_EVERY == FIRST_LOOK else None
+
+    def _draw(self, segments: Sequence[Segment], hidden: Tensor) -> tuple[list[int | None], dict[int, TokenScore]]:
+        """What follows each segment that asks for it, and its score where that is asked for."""
+        ends = accumulate(len(segment.tokens) for segment in segments)
+        places: list[int] = []
+        rows: list[int] = []
+        params, positions, wishes = [], [], []
+        for place, (segment, end) in enumerate(zip(segments, ends)):
+            if segment.sampling is not None:
+                if segment.adjustment is not None:
+                    wishes.append((len(rows), segment.adjustment))
+                places.append(place)
+                rows.append(end - 1)
+                params.append(segment.sampling)
+                positions.append(segment.start + len(segment.tokens))
+        drawn: list[int | None] = [None] * len(segments)
+        if not rows:
+            return drawn, {}
+        logits = self._kernels.logits(hidden[torch.tensor(rows, device=self._device)])
+        # The device is at work on it: the time to find out what may be drawn.
+        masks = [each.constraint.mask() if each.constraint else None for each in map(segments.__getitem__, places)]
+        tokens, scores = choose(logits, params, positions, wishes, masks)
+        for place, token in zip(places, tokens):
+            drawn[place] = token
+        return drawn, {places[row]: each for row, each in scores.items()}
+
+    def _score_targets(self, segments: Sequence[Segment], hidden: Tensor) -> dict[int, list[TokenScore]]:
+        """The scores of each segment's targets."""
+        begins = accumulate((len(segment.tokens) for segment in segments), initial=0)
+        wanted = [
+            (place, row, target, segment.top)
+            for place, (segment, begin) in enumerate(zip(segments, begins))
+            for row, target in enumerate(segment.targets, begin)
+        ]
+        found: dict[int, list[TokenScore]] = {}
+        for at in range(0, len(wanted), ROWS):
+            places, rows, targets, tops = zip(*wanted[at : at + ROWS])
+            logits = self._kernels.logits(hidden[torch.tensor(rows, device=self._device)])
+            for place, each in zip(places, score(logits, targets, tops)):
+                found.setdefault(place, []).append(each)
+        return found
+
+    @torch.inference_mode()
+    def forward(self, segments: Sequence[Segment], active: Tensor | None = None) -> Tensor:
+        """The final hidden vectors [T, D] of all tokens of the segments, in their order; `active` as in `Kernels`."""
+        for segment in segments:
+            if segment.start == 0:
+                self._pool.clear(segment.slot)
+        tokens = [token for segment in segments for token in segment.tokens]
+        positions = [p for segment in segments for p in range(segment.start, segment.start + len(segment.tokens))]
+        batch = RaggedBatch(
+            tokens=torch.tensor(tokens, device=self._device),
+            positions=torch.tensor(positions, device=self._device),
+            bounds=[0, *accumulate(len(segment.tokens) for segment in segments)],
+            slots=[segment.slot for segment in segments],
+            draws=[segment.sampling is not None for segment in segments],
+        )
+        return self._kernels.forward(self._pool.states, batch, active)
+
+    def logits(self, segments: Sequence[Segment]) -> Tensor:
+        """Scores [T, V] of what follows each token of the segments, in their order."""
+        return self._kernels.logits(self.forward(segments))
+
+    def warm(self, chunk: int) -> None:
+        """Runs a prefill chunk and a decode step in slot 0, so that no request pays for what is done once."""
+        self._kernels.warm(self._pool.states)
+        adjusted = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias=LogitBias.of({0: 1.0}))
+        adjustment = Adjustment.of(adjusted, [0], distinct([0]), early=1)
+        for start, length in ((0, chunk), (chunk, 1)):
+            self.run(Plan([Segment(0, start, [0] * length, adjusted, adjustment)]))
+
+
+def choose(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    wishes: Wishes,
+    masks: Sequence[bytes | None] = (),
+) -> tuple[list[int | None], dict[int, TokenScore]]:
+    """A token for each row of `logits` [rows, V], which it changes, and scores by row where they are asked for."""
+    scored = [row for row, each in enumerate(params) if each.logprobs is not None]
+    raw = logits[torch.tensor(scored, device=logits.device)] if scored else None
+    if wishes:
+        adjust(logits, wishes)
+    tokens = draw(logits, params, positions, masks)
+    if raw is None:
+        return tokens, {}
+    # Of a row that could not be drawn nobody will see the score.
+    scores = score(raw, [tokens[row] or 0 for row in scored], [params[row].logprobs or 0 for row in scored])
+    return tokens, dict(zip(scored, scores))
+
+
+def sums(hidden: Tensor, segments: Sequence[Segment]) -> dict[int, list[float]]:
+    """The hidden vectors [D] summed over each segment that asks for it, by its index."""
+    bounds = pairwise([0, *accumulate(len(segment.tokens) for segment in segments)])
+    return {
+        at: hidden[begin:end].sum(dim=0, dtype=torch.float64).tolist()
+        for at, (segment, (begin, end)) in enumerate(zip(segments, bounds))
+        if segment.pool
+    }
+
+
+def draw(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    positions: Sequence[int],
+    masks: Sequence[bytes | None] = (),
+) -> list[int | None]:
+    """A token for each row. A row that cannot be drawn gets None, and does not keep the others from theirs."""
+    try:
+        return list(sample(logits, params, positions, masks))
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception:
+        log.exception("drawing %d tokens failed; they are drawn one by one", len(params))
+    drawn: list[int | None] = []
+    for row, (param, position) in enumerate(zip(params, positions, strict=True)):
+        try:
+            drawn += sample(logits[row : row + 1], [param], [position], masks[row : row + 1])
+        except Exception:
+            log.exception("drawing with %s failed", param)
+            drawn.append(None)
+    return drawn

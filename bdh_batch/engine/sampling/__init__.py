@@ -1,0 +1,1 @@
+"""From scores to tokens: logits processors, masks, the draw, log-probabilities."""

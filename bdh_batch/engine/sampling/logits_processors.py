@@ -1,0 +1,155 @@
+"""Changes scores as requests wish before tokens are drawn: bias, penalties, bans.
+
+Only the entries that change are touched; a row without sampling parameters of this kind costs nothing. The order and
+the formulas are vLLM's: bias; then, on the tokens that came, the repetition penalty (prompt and answer), the frequency
+and the presence penalty (answer); then bans.
+
+What changes comes as arrays of int64 and float32 that requests keep, and is read where it lies. In main memory, a
+compiled loop goes over each row's entries: a row of 50,000 costs about a fifth of a millisecond. For a GPU, the entries
+of all rows are sent as one.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdh_batch.kernels.vector import compiled, inlined
+from bdh_batch.messages import Adjustment
+
+BANNED = -1e30  # what a banned token scores: below all that a bias or a penalty can do, and still finite
+_FARTHEST = 1e29  # from 0, that penalties can move a score
+
+Wishes = Sequence[tuple[int, Adjustment]]  # with the rows that are theirs
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+Longs = np.ndarray[Any, np.dtype[np.int64]]
+
+
+def adjust(logits: Tensor, wishes: Wishes) -> None:
+    """Changes rows of `logits` [rows, V] float32, in place."""
+    if logits.device.type == "cpu":
+        adjust_in_main_memory(logits, wishes)
+    else:
+        adjust_on_device(logits, wishes)
+
+
+def adjust_in_main_memory(logits: Tensor, wishes: Wishes) -> None:
+    """Row by row."""
+    scores = logits.numpy()
+    for row, wish in wishes:
+        own, sampling = scores[row], wish.sampling
+        if (bias := sampling.logit_bias) is not None:
+            _add(own, np.frombuffer(bias.tokens, np.int64), np.frombuffer(bias.amounts, np.float32))
+        if wish.prompt:
+            _repeat(own, np.frombuffer(wish.prompt, np.int64), sampling.repetition_penalty)
+        if wish.answer:
+            _penalise(
+                own,
+                np.frombuffer(wish.answer, np.int64),
+                np.frombuffer(wish.times, np.int64),
+                np.frombuffer(wish.repeated, np.int64),
+                sampling.repetition_penalty,
+                sampling.frequency_penalty,
+                sampling.presence_penalty,
+            )
+        if bans := wish.bans:
+            _ban(own, np.frombuffer(bans, np.int64))
+
+
+@compiled
+def _add(scores: Floats, tokens: Longs, amounts: Floats) -> None:
+    for at in range(len(tokens)):
+        scores[tokens[at]] += amounts[at]
+
+
+@compiled
+def _repeat(scores: Floats, tokens: Longs, repetition: float) -> None:
+    for token in tokens:
+        scores[token] = _moved(scores[token], repetition, 0.0)
+
+
+@compiled
+def _penalise(
+    scores: Floats,
+    tokens: Longs,
+    times: Longs,
+    repeated: Longs,
+    repetition: float,
+    frequency: float,
+    presence: float,
+) -> None:
+    for at in range(len(tokens)):
+        less = frequency * times[at] + presence
+        scores[tokens[at]] = _moved(scores[tokens[at]], 1.0 if repeated[at] else repetition, less)
+
+
+@inlined
+def _moved(score: float, repetition: float, less: float) -> float:
+    """In float64, as a repetition penalty may be any number above 0. What is not finite stays, so that it shows."""
+    exact = np.float64(score)
+    if not np.isfinite(exact):
+        return exact
+    exact = (exact / repetition if exact > 0 else exact * repetition) - less
+    return min(max(exact, -_FARTHEST), _FARTHEST)
+
+
+@compiled
+def _ban(scores: Floats, tokens: Longs) -> None:
+    for token in tokens:
+        scores[token] = BANNED
+
+
+def adjust_on_device(logits: Tensor, wishes: Wishes) -> None:
+    """The entries of all rows together."""
+    if biased := [(row, bias) for row, wish in wishes if (bias := wish.sampling.logit_bias) is not None]:
+        where = _entries(logits, [(row, bias.tokens) for row, bias in biased])
+        logits[where] += _on(logits, [bias.amounts for _, bias in biased], torch.float32)
+    if repeating := [(row, wish) for row, wish in wishes if wish.prompt]:
+        where = _entries(logits, [(row, wish.prompt) for row, wish in repeating])
+        factors = [[wish.sampling.repetition_penalty] for _, wish in repeating]
+        (repetition,) = _for_each(logits, factors, [len(wish.prompt) for _, wish in repeating])
+        logits[where] = _moved_all(logits[where], repetition, 0.0)
+    if counting := [(row, wish) for row, wish in wishes if wish.answer]:
+        where = _entries(logits, [(row, wish.answer) for row, wish in counting])
+        times, repeated = (
+            _on(logits, [getattr(wish, name) for _, wish in counting], torch.int64) for name in ("times", "repeated")
+        )
+        of_row = [wish.sampling for _, wish in counting]
+        numbers = [[p.repetition_penalty, p.frequency_penalty, p.presence_penalty] for p in of_row]
+        repetition, frequency, presence = _for_each(logits, numbers, [len(wish.answer) for _, wish in counting])
+        repetition = torch.where(repeated > 0, 1.0, repetition)
+        logits[where] = _moved_all(logits[where], repetition, frequency * times + presence)
+    if banned := [(row, bans) for row, wish in wishes if (bans := wish.bans)]:
+        logits[_entries(logits, banned)] = BANNED
+
+
+def _moved_all(scores: Tensor, repetition: Tensor, less: Tensor | float) -> Tensor:
+    """As `_moved`."""
+    exact = scores.double()
+    moved = torch.where(exact > 0, exact / repetition, exact * repetition) - less
+    return torch.where(exact.isfinite(), moved.clamp(-_FARTHEST, _FARTHEST), exact).float()
+
+
+def _for_each(logits: Tensor, numbers: Sequence[Sequence[float]], lengths: Sequence[int]) -> Sequence[Tensor]:
+    """Each row's numbers repeated for its so many entries, in float64: a tensor [entries] for each column."""
+    counts = torch.tensor(lengths, device=logits.device)
+    columns = torch.tensor(numbers, dtype=torch.float64, device=logits.device)
+    return columns.repeat_interleave(counts, dim=0, output_size=sum(lengths)).unbind(dim=1)
+
+
+def _entries(logits: Tensor, tokens_of_rows: Sequence[tuple[int, array[int]]]) -> tuple[Tensor, Tensor]:
+    """Where those tokens of those rows lie in `logits`; no entry twice."""
+    rows = torch.tensor([row for row, _ in tokens_of_rows], device=logits.device)
+    lengths = torch.tensor([len(tokens) for _, tokens in tokens_of_rows], device=logits.device)
+    tokens = _on(logits, [tokens for _, tokens in tokens_of_rows], torch.int64)
+    return rows.repeat_interleave(lengths, output_size=len(tokens)), tokens
+
+
+def _on(logits: Tensor, arrays: Iterable[array[Any]], dtype: torch.dtype) -> Tensor:
+    """Numbers as they lie in memory, one array behind the other, as a tensor beside `logits`."""
+    return torch.frombuffer(bytearray().join(arrays), dtype=dtype).to(logits.device)

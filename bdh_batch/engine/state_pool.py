@@ -1,0 +1,88 @@
+"""The state pool: one block of memory for each running sequence. Knows nothing about whose slot is whose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bdh_batch.checkpoint.config import BDHConfig
+from bdh_batch.engine import pages
+from bdh_batch.engine.pages import PagesAhead
+from bdh_batch.errors import ConfigError
+
+
+def slots_within(budget: int, each: int, most: int) -> int:
+    """How many sequences' states of `each` bytes fit `budget` bytes, at most `most`.
+
+    Raises:
+        ConfigError: not even one fits.
+    """
+    if budget < each:
+        raise ConfigError(
+            f"engine.state_memory: {budget:,} bytes cannot hold one sequence's state of {each:,} bytes; "
+            "raise it, set engine.state_dtype to bfloat16, or serve a smaller model"
+        )
+    return min(budget // each, most)
+
+
+class StatePool:
+    """`states` [slots, layers, h, N, D], or [slots, layers, 2, h, N, D] with a window.
+
+    Slot s is one contiguous block, so copying it copies a whole context. Slots from `slots` on are `host_slots` more of
+    the same shape in the host's memory, to which and from which states can only be copied.
+    """
+
+    def __init__(
+        self,
+        config: BDHConfig,
+        slots: int,
+        device: torch.device,
+        window: int = 0,
+        dtype: torch.dtype = torch.float32,
+        host_slots: int = 0,
+        huge_pages: bool = True,
+    ) -> None:
+        blocks = (2,) if window else ()
+        shape = (slots, config.n_layer, *blocks, config.n_head, config.neurons_per_head, config.n_embd)
+        # Not filled, as slots are cleared when a sequence begins: on the CPU, those never used then take no memory.
+        self._pages: PagesAhead | None = None
+        if device.type == "cpu":
+            self.states: Tensor = pages.reserve(shape, dtype, huge_pages)
+            self._host = pages.reserve((host_slots, *shape[1:]), dtype, huge_pages)
+            self._pages = PagesAhead(self.states)
+        else:
+            self.states = torch.empty(shape, dtype=dtype, device=device)
+            # Pinned, so that a copy from or to a GPU runs at the speed of the bus, and does not hold up the host.
+            self._host = torch.empty((host_slots, *shape[1:]), dtype=dtype, pin_memory=True)
+
+    @property
+    def huge_bytes(self) -> int:
+        """How much of the states on the device lies in the system's huge pages now; 0 on a GPU, which has its own."""
+        return 0 if self._pages is None else pages.in_huge_pages(self.states)
+
+    @property
+    def host_slots(self) -> int:
+        return len(self._host)
+
+    def clear(self, slot: int) -> None:
+        """Back to the state before any token."""
+        self._about_to_write(slot)
+        self.states[slot].zero_()
+
+    def copy(self, source: int, target: int) -> None:
+        """The state in slot `target` becomes that in slot `source`; ordered with whatever the device computes."""
+        self._about_to_write(target)
+        self._slot(target).copy_(self._slot(source), non_blocking=True)
+
+    def release(self, slot: int) -> None:
+        """Gives the memory of a slot on the device back to the system, which holds no state that anyone needs."""
+        if self._pages is not None:
+            pages.release(self.states[slot])
+
+    def _about_to_write(self, slot: int) -> None:
+        if self._pages is not None and slot < len(self.states):
+            self._pages.used(slot)
+
+    def _slot(self, slot: int) -> Tensor:
+        slots = len(self.states)
+        return self.states[slot] if slot < slots else self._host[slot - slots]

@@ -1,0 +1,329 @@
+"""The engine's thread: takes the inbox, plans, runs, commits, publishes; step after step.
+
+Only this thread changes the scheduler and the state. Others hand it messages, and it hands deltas to the event loop
+with one wake-up a step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence as Many
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from bdh_batch.engine.admission import Admission
+from bdh_batch.engine.trace import Trace
+from bdh_batch.errors import BDHError, GenerationFailed, OutOfMemory, QueueFull, Unavailable
+from bdh_batch.messages import Outcome, Plan
+from bdh_batch.scheduler.dealer import Step
+from bdh_batch.scheduler.scheduler import Scheduler, Update
+from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.system.threads import start_daemon
+
+log = logging.getLogger(__name__)
+
+WORKER = "bdh-worker"  # the name of the thread
+STUCK_SECONDS = 0.1  # between two looks at work that cannot be planned
+STEP_SECONDS = 10.0  # a step that takes longer does not keep a server from ending
+
+Message = Callable[[], list[Update]]
+
+
+def shutting_down() -> Unavailable:
+    return Unavailable("The server is shutting down.", retry_after=5)
+
+
+def engine_down() -> Unavailable:
+    return Unavailable("The engine is down.", retry_after=30)
+
+
+class StepRunner(Protocol):
+    def run(self, plan: Plan) -> Outcome: ...
+
+
+class Observer(Protocol):
+    """Is told of what happened, in the worker's thread."""
+
+    def stepped(self, step: Step, seconds: float) -> None: ...
+
+    def looked(self, active: Many[float]) -> None: ...
+
+    def gained(self, sequences: Many[Sequence]) -> None: ...
+
+    def finished(self, sequence: Sequence, now: float) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy the engine is at this moment, and what it has done so far."""
+
+    running: int
+    waiting: int
+    suspended: int
+    slots: int
+    cached_states: int
+    preemptions: int
+    cache_queries: int  # tokens of prompts that were looked up
+    cache_hits: int  # of them, those that were found
+
+
+class Worker:
+    """
+    Args:
+        max_queued, max_queued_tokens: how many requests may wait, and tokens of their prompts; more is refused.
+        failed_steps: so many failures on end are a fault that /health tells of.
+        trace: where decisions are written to; the worker closes it.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        observer: Observer,
+        max_queued: int,
+        max_queued_tokens: int = 2**62,
+        failed_steps: int = 3,
+        trace: Trace | None = None,
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._observer = observer
+        policy = scheduler.policy
+        self._admission = Admission(
+            max_queued, max_queued_tokens, scheduler.max_running, policy.patience, policy.queue_unit
+        )
+        self._failed_steps = failed_steps
+        self._trace = trace
+        self._inbox: list[Message] = []
+        self._open: set[Sequence] = set()  # those that were let in and have not been told their end
+        self._inbox_changed = threading.Condition()
+        self._stopping = False
+        self._progress = time.monotonic()
+        self._planned: Step | None = None  # the step that is being computed, or was last
+        self._failures = 0  # on end
+        self._told_of_stall = False
+        self._loop = asyncio.get_running_loop()
+        self._thread = start_daemon(self._main, WORKER)  # grammars are followed in it, by native recursion
+
+    def submit(
+        self, sequences: Many[Sequence], queue_timeout: float | None = None, timeout: float | None = None
+    ) -> None:
+        """Queues all of `sequences`, or none; each may wait for, and take in all, so many seconds.
+
+        Raises:
+            InvalidRequest: they are more than could ever wait and run.
+            QueueFull, Unavailable: not now.
+        """
+        with self._inbox_changed:
+            if not self.alive:
+                raise engine_down()
+            now = time.monotonic()
+            for sequence in sequences:
+                sequence.arrived = now
+                sequence.queue_deadline = None if queue_timeout is None else now + queue_timeout
+                sequence.deadline = None if timeout is None else now + timeout
+            displacing = self._admission.admit(sequences, now)
+            self._open.update(sequences)
+            self._post(partial(self._take_in, sequences, displacing))
+
+    def abort(self, sequences: Many[Sequence]) -> None:
+        """Ends `sequences` before the next plan."""
+        with self._inbox_changed:
+            self._post(partial(self._scheduler.abort, sequences))
+
+    def fail_all(self, error: BDHError) -> None:
+        """Ends whatever waits or runs with an error."""
+        with self._inbox_changed:
+            self._post(partial(self._scheduler.fail_all, error))
+
+    def close(self) -> None:
+        """Stops the thread after its present step, if that ends in reasonable time. Idempotent."""
+        with self._inbox_changed:
+            self._stopping = True
+            self._inbox_changed.notify()
+        self._thread.join(STEP_SECONDS)
+        if self._thread.is_alive():
+            log.error("the engine's thread is stuck in a step and is left behind")
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive() and not self._stopping
+
+    def stalled_for(self) -> float:
+        """Seconds since the last step while there has been work; 0 when idle."""
+        return time.monotonic() - self._progress if self._scheduler.has_work else 0.0
+
+    def health(self, stall_seconds: float) -> str | None:
+        """What is wrong, or None. Work without a step for `stall_seconds` is; its first sight is logged."""
+        if not self.alive:
+            return "the engine is down"
+        if self._failures >= self._failed_steps:
+            return f"the last {self._failures} steps failed"
+        stalled = self.stalled_for()
+        if stalled <= stall_seconds:
+            self._told_of_stall = False
+            return None
+        if not self._told_of_stall:
+            self._told_of_stall = True
+            log.error("no step for %.0f s although there is work; the last plan: %s", stalled, describe(self._planned))
+        return f"the engine has work, but made no step for {stalled:.0f} s"
+
+    @property
+    def load(self) -> Load:
+        scheduler = self._scheduler
+        return Load(
+            running=scheduler.running,
+            waiting=self._admission.queued,
+            suspended=scheduler.suspended,
+            slots=scheduler.width,
+            cached_states=scheduler.places.cached,
+            preemptions=scheduler.counts.preemptions,
+            cache_queries=scheduler.sharing.queries,
+            cache_hits=scheduler.sharing.hits,
+        )
+
+    def _take_in(self, sequences: Many[Sequence], displacing: bool) -> list[Update]:
+        """Where they are `displacing`, so many others go as are too many now."""
+        of, updates = self._scheduler, []
+        if displacing:
+            tokens = of.waiting_tokens + sum(len(sequence.prompt) for sequence in sequences)
+            excess = self._admission.excess(of.waiting + len(sequences), tokens, of.free)
+            updates = of.shed(*excess, sequences[0].line, self._made_room())
+        of.submit(sequences)
+        self._admission.arrived(sequences, of.take_changes())
+        if self._trace is not None:
+            self._trace.submitted(sequences, time.monotonic())
+        return updates
+
+    def _made_room(self) -> QueueFull:
+        text = "The queue is full, and others have fewer requests in it, or earlier ones."
+        return QueueFull(text, self._admission.retry_after())
+
+    def _post(self, message: Message) -> None:
+        self._inbox.append(message)
+        self._inbox_changed.notify()
+
+    def _main(self) -> None:
+        last_words = shutting_down()
+        try:
+            while not self._stopping:
+                self._step()
+        except Exception:
+            log.critical("the engine's thread died", exc_info=True)
+            last_words = engine_down()
+        with self._inbox_changed:
+            self._stopping = True  # from here on nothing is submitted: all that ever was gets an end
+            ending = [*self._open]
+        self._hand_over([(sequence, sequence.fail(last_words)) for sequence in ending])
+        if self._trace is not None:
+            self._trace.close()
+
+    def _step(self) -> None:
+        """Counts before it publishes: who has been told an end finds the place free."""
+        updates = [update for message in self._take_inbox() for update in message()]
+        now = time.monotonic()
+        updates += self._scheduler.expire(now)
+        step = self._scheduler.plan(now)
+        self._count()
+        self._publish(updates)
+        if step is not None:
+            updates = self._compute(step)
+            self._count()
+            self._publish(updates)
+            self._progress = time.monotonic()
+        elif self._scheduler.has_work:  # a fault of the scheduler: /health will tell; do not burn a core meanwhile
+            with self._inbox_changed:
+                self._inbox_changed.wait(STUCK_SECONDS)
+
+    def _take_inbox(self) -> list[Message]:
+        """The messages that have come; waits for one when there is nothing else to do, or until memory has been idle
+        for so long that it goes back to the system."""
+        with self._inbox_changed:
+            while not (self._inbox or self._stopping or self._scheduler.has_work):
+                self._scheduler.check()
+                due = self._scheduler.release_due
+                if not self._inbox_changed.wait(None if due is None else max(0.0, due - time.monotonic())):
+                    break
+                self._progress = time.monotonic()
+            messages, self._inbox = self._inbox, []
+        return messages
+
+    def _count(self) -> None:
+        """What waits, now that a plan has given out places or a step has ended some."""
+        of, now = self._scheduler, time.monotonic()
+        self._admission.update(of.take_changes(), of.free, of.counts.served, now, of.last_class)
+
+    def _compute(self, step: Step) -> list[Update]:
+        self._planned = step
+        began = time.monotonic()
+        try:
+            outcome = self._runner.run(step.plan)
+        except OutOfMemory as error:
+            updates = self._scheduler.out_of_memory(step)
+            log.warning(
+                "a step of %s ran out of memory (%s); from now on at most %d prompt tokens and %d sequences a step",
+                *(describe(step), error, self._scheduler.prefill_cap, self._scheduler.width),
+            )
+            self._failed(step, error)
+            return updates
+        except Exception as error:  # whatever it was, only the sequences of this step are lost
+            if self._failures == 0:
+                log.exception("a step of %s failed", describe(step))
+            elif self._failures < self._failed_steps:
+                log.error("a step failed again: %r", error)
+            self._failed(step, error)
+            return self._scheduler.fail(step, GenerationFailed("The step that computed this request failed."))
+        now = time.monotonic()
+        self._failures = 0
+        if step.plan.segments or step.plan.copies:
+            self._observer.stepped(step, now - began)
+        if outcome.active:
+            self._observer.looked(outcome.active)
+        updates = self._scheduler.commit(step, outcome, now)
+        if self._trace is not None:
+            self._trace.stepped(step, now)
+        return updates
+
+    def _failed(self, step: Step, error: Exception) -> None:
+        self._failures += 1
+        if self._failures == self._failed_steps:
+            log.error("%d steps on end failed; /health says so until one succeeds", self._failures)
+        if self._trace is not None:
+            self._trace.stepped(step, time.monotonic(), repr(error))
+
+    def _publish(self, updates: list[Update]) -> None:
+        if not updates:
+            return
+        self._hand_over(updates)
+        ended = [sequence for sequence, delta in updates if delta.finish_reason is not None]
+        self._open.difference_update(ended)
+        now = time.monotonic()
+        self._observer.gained([sequence for sequence, delta in updates if delta.tokens])
+        for sequence in ended:
+            self._observer.finished(sequence, now)
+        if self._trace is not None:
+            self._trace.updated(updates, now)
+
+    def _hand_over(self, updates: list[Update]) -> None:
+        """One wake-up of the event loop, however many sequences gained something."""
+        if updates:
+            self._loop.call_soon_threadsafe(_deliver, updates)
+
+
+def describe(step: Step | None) -> str:
+    """A plan in short, for the log."""
+    if step is None:
+        return "nothing"
+    return (
+        f"{len(step.sequences)} sequences ({step.decodes} decoding), {step.prefill_tokens} prompt tokens "
+        f"and {len(step.plan.copies)} copies, of requests {', '.join(sorted({s.id for s in step.sequences})[:8])}"
+    )
+
+
+def _deliver(updates: list[Update]) -> None:
+    for sequence, delta in updates:
+        sequence.outbox.put(sequence.index, delta)

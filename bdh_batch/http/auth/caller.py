@@ -1,0 +1,84 @@
+"""Who asks: a key, or, where none is asked for or given, an address; and what it may do."""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.types import Scope
+
+from bdh_batch.http.auth.keys import Key
+from bdh_batch.http.errors import Forbidden
+
+UNIX = "unix"  # who comes over a Unix socket has no address; in lists of networks, all of them
+NETWORK_BITS = 64  # of an IPv6 address: what is behind them is one customer's, who can take any of the rest
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """`label` is opaque, the same for all requests of one key or address, and neither of them."""
+
+    label: str
+    key: Key | None = None
+
+    @property
+    def namespace(self) -> str:
+        """Whose kept states its requests may begin with; those without keys share theirs."""
+        return self.label if self.key is not None else ""
+
+    @property
+    def weight(self) -> float | None:
+        return None if self.key is None else self.key.weight
+
+    def may_use(self, names: Collection[str]) -> bool:
+        """Whether a model of these names is among its own."""
+        return self.key is None or self.key.models is None or not set(names).isdisjoint(self.key.models)
+
+    def check_model(self, name: str, names: Collection[str]) -> None:
+        """Raises Forbidden unless it may use the model that it asked for as `name`."""
+        if not self.may_use(names):
+            raise Forbidden(f"This key may not use the model {name!r}.", "model")
+
+    def check_priority(self, priority: int, least: int) -> None:
+        """Raises Forbidden where it may not go before others so far: by its key's right, or, without one, `least`."""
+        own = None if self.key is None else self.key.top_priority
+        if priority >= (least if own is None else own):
+            return
+        if own is None:
+            text = f"Without a key that may go first, a priority is {least} or more here (scheduler.top_priority)"
+        else:
+            text = f"This key's requests may have a priority of {own} or more (its top_priority)"
+        raise Forbidden(f"{text}, not {priority}.", "priority")
+
+
+def by_key(key: Key) -> Caller:
+    return Caller(key.id, key)
+
+
+def by_address(scope: Scope) -> Caller:
+    client = scope.get("client")
+    address = network_of(client[0]) if client else ""
+    return Caller("@" + hashlib.sha256(address.encode()).hexdigest()[:16])
+
+
+def bearer(scope: Scope) -> str:
+    """The key that a request bears, or nothing; of two keys, which one counts is not for us to guess."""
+    given = Headers(scope=scope).getlist("authorization")
+    scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
+    return key.strip() if scheme.lower() == "bearer" else ""
+
+
+def network_of(address: str) -> str:
+    """What one client can call itself by: its IPv4 address, or its IPv6 network."""
+    try:
+        known = ipaddress.ip_address(address)
+    except ValueError:
+        return address  # a proxy's own word for it
+    if isinstance(known, ipaddress.IPv4Address):
+        return str(known)
+    if known.ipv4_mapped is not None:
+        return str(known.ipv4_mapped)
+    return str(ipaddress.ip_network((int(known), NETWORK_BITS), strict=False))

@@ -1,0 +1,273 @@
+"""The OpenAPI document: what can be asked and what is answered, by the types that check the one and describe the other.
+
+What JSON Schema cannot say, such as which fields exclude one another, is a 400 with the field's name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema, models_json_schema
+
+from bdh_batch import __version__
+from bdh_batch.http.auth.access import open_paths
+from bdh_batch.http.auth.rates import HEADERS as RATE_HEADERS
+from bdh_batch.http.docs.field_help import help_of
+from bdh_batch.http.docs.operations import TAGS, Operation, operations
+from bdh_batch.http.docs.response_types import Error
+from bdh_batch.http.request.sizes import show_limits
+from bdh_batch.http.request.strict import Wire
+from bdh_batch.settings import Limits, Settings
+
+Json = dict[str, Any]
+
+REFUSALS = {
+    400: "Malformed HTTP or JSON, a wrong type, or a value out of range; `param` names the field.",
+    401: "The key is missing or wrong (`invalid_api_key`).",
+    403: "A key that may not do this.",
+    404: "No such model.",
+    408: "The request came too slowly, or waited past its deadline.",
+    413: "The body is larger than `limits.max_body_bytes`, perhaps once it is decompressed.",
+    415: "The body is not JSON by its `content-type`, or in another coding than gzip and deflate.",
+    429: "Too many requests or tokens of this key (`rate_limit_exceeded`), or too many requests wait (`queue_full`).",
+    431: "The headers are larger than `limits.max_header_bytes`.",
+    500: "A fault of the server, whose log has the reason under the request's id.",
+    503: "The model is loading, the server is draining, the engine is down, or `limits.max_buffered_bytes` are held.",
+    504: "The request ran past its deadline.",
+}
+ANYWHERE = (400, 408, 431, 500)
+INTRODUCTION = (
+    "Continuous batching for BDH models, with an OpenAI-compatible API. Null is as good as leaving a field out. "
+    "Integers are written without a fraction. Errors that the schemas do not tell of, such as fields that exclude "
+    "one another, have the status 400."
+)
+
+
+class _Untitled(GenerateJsonSchema):
+    """Fields go by their names."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+
+def openapi(settings: Settings) -> Json:
+    """The document of a server with these settings, in OpenAPI 3.1."""
+    known = operations()
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "bdh_batch",
+            "version": __version__,
+            "description": INTRODUCTION,
+            "license": {"name": "MIT", "identifier": "MIT"},
+        },
+        "tags": [{"name": name, "description": text} for name, text in TAGS.items()],
+        "paths": _paths(known, settings),
+        "components": {
+            "schemas": _schemas(known, settings),
+            "responses": {str(status): _refusal(status) for status in REFUSALS},
+            "headers": HEADERS,
+            "parameters": PARAMETERS,
+            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "description": "An API key."}},
+        },
+    }
+
+
+def _text_header(text: str, **schema: Any) -> Json:
+    return {"description": text, "schema": {"type": "string", **schema}}
+
+
+HEADERS: Json = {
+    "x-request-id": _text_header("The client's own, if it sent one that can be told, or a new one."),
+    "openai-processing-ms": {"description": "Milliseconds until the answer began.", "schema": {"type": "integer"}},
+    "retry-after": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}},
+    "www-authenticate": _text_header("How to say who asks.", const="Bearer"),
+    **{name: _text_header("Where the caller stands, if it is limited.") for name in RATE_HEADERS},
+}
+PARAMETERS: Json = {
+    "x-request-id": {
+        "name": "x-request-id",
+        "in": "header",
+        "description": "Names the request, in the answer and in the log; others are replaced.",
+        "schema": {"type": "string", "pattern": "^[\\x21-\\x7e]{1,128}$"},
+        "example": "my-request-1",
+    },
+    "x-request-timeout": {
+        "name": "x-request-timeout",
+        "in": "header",
+        "description": "Seconds in which the answer has to be there.",
+        "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 86400},
+        "example": 30,
+    },
+    "model": {
+        "name": "id",
+        "in": "path",
+        "required": True,
+        "description": "The name of a model.",
+        "schema": {"type": "string", "minLength": 1},
+        "example": "bdh-shakespeare",
+    },
+}
+
+
+def _paths(known: Iterable[Operation], settings: Settings) -> Json:
+    open_to_all = open_paths(settings.auth)
+    paths: Json = {}
+    for operation in known:
+        closed = operation.path not in open_to_all
+        paths.setdefault(operation.path, {})[operation.method] = _operation(operation, closed, settings.auth.enabled)
+    return paths
+
+
+def _operation(operation: Operation, closed: bool, keys: bool) -> Json:
+    """`closed` to who has no key, where there are `keys`."""
+    wanted = ["model"] if "{id}" in operation.path else []
+    wanted += ["x-request-id", "x-request-timeout"] if operation.generates else ["x-request-id"]
+    told: Json = {
+        "operationId": operation.id,
+        "tags": [operation.tag],
+        "summary": operation.summary,
+        "parameters": [{"$ref": f"#/components/parameters/{name}"} for name in wanted],
+        "responses": {"200": _answer(operation)} | _refusals(operation, closed),
+    }
+    if operation.description:
+        told["description"] = operation.description
+    if operation.bodies:
+        schemas = [_ref(body) for body in operation.bodies]
+        content = {
+            "schema": schemas[0] if len(schemas) == 1 else {"oneOf": schemas},
+            "examples": {name: {"value": value} for name, value in operation.requests.items()},
+        }
+        told["requestBody"] = {"required": True, "content": {"application/json": content}}
+    if closed and keys:
+        told["security"] = [{"bearer": []}]
+    return told
+
+
+def _answer(operation: Operation) -> Json:
+    answer: Json = {"description": "It went well.", "headers": _headers()}
+    if isinstance(operation.answer, str):
+        answer["content"] = {operation.answer: {"schema": {"type": "string"}}}
+    elif operation.answer is not None:
+        examples = {name: {"value": value} for name, value in operation.replies.items()}
+        whole = {"schema": _ref(operation.answer)} | ({"examples": examples} if examples else {})
+        answer["content"] = {"application/json": whole} | _events(operation)
+    return answer
+
+
+def _events(operation: Operation) -> Json:
+    """What `stream` makes of it. OpenAPI 3.1 does not say what a schema of events is of; most tools take it for one."""
+    if operation.event is None:
+        return {}
+    chunk = {"oneOf": [_ref(operation.event), _ref(Error)]}
+    data = [{"type": "string", "contentMediaType": "application/json", "contentSchema": chunk}, {"const": "[DONE]"}]
+    schema = {
+        "type": "object",
+        "description": f"One server-sent event: a {operation.event.__name__}; the last is [DONE]. What fails after the "
+        "first has an Error instead, and ends without [DONE].",
+        "properties": {"data": {"anyOf": data}},
+        "required": ["data"],
+    }
+    return {"text/event-stream": {"schema": schema}}
+
+
+def _refusals(operation: Operation, closed: bool) -> Json:
+    statuses = {
+        *ANYWHERE,
+        *operation.errors,
+        *((401, 429) if closed else ()),
+        *((413, 415) if operation.bodies else ()),
+    }
+    return {str(status): {"$ref": f"#/components/responses/{status}"} for status in sorted(statuses)}
+
+
+def _refusal(status: int) -> Json:
+    more = {401: ["www-authenticate"], 429: ["retry-after"], 503: ["retry-after"]}.get(status, [])
+    return {
+        "description": REFUSALS[status],
+        "headers": _headers(*more),
+        "content": {"application/json": {"schema": _ref(Error)}},
+    }
+
+
+def _headers(*more: str) -> Json:
+    names = ("x-request-id", "openai-processing-ms", *more, *RATE_HEADERS)
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in names}
+
+
+def _ref(model: type[BaseModel]) -> Json:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def _schemas(known: Iterable[Operation], settings: Settings) -> Json:
+    types: set[type[BaseModel]] = {Error}
+    for operation in known:
+        types.update(kind for kind in (operation.answer, operation.event, *operation.bodies) if isinstance(kind, type))
+    _, made = models_json_schema(
+        [(kind, "validation") for kind in sorted(types, key=lambda kind: kind.__name__)],
+        ref_template="#/components/schemas/{model}",
+        schema_generator=_Untitled,
+    )
+    schemas: Json = made["$defs"]
+    for name in _requested(schemas, [kind.__name__ for kind in types if issubclass(kind, Wire)]):
+        _explain(name, schemas[name])
+        if settings.api.unknown_fields == "ignore":
+            schemas[name].pop("additionalProperties", None)
+    _limit(schemas, settings.limits, settings.model.max_model_len)
+    return schemas
+
+
+def _requested(schemas: Json, names: Iterable[str]) -> set[str]:
+    """The names of all schemas that those of these `names` refer to, and themselves."""
+    found: set[str] = set()
+    left = list(names)
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            left += _referred(schemas[name])
+    return found
+
+
+def _referred(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        if isinstance(reference := value.get("$ref"), str):
+            yield reference.rpartition("/")[2]
+        for item in value.values():
+            yield from _referred(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _referred(item)
+
+
+def _explain(name: str, schema: Json) -> None:
+    for field, told in schema.get("properties", {}).items():
+        if "description" not in told:
+            told["description"] = help_of(name, field)
+        if told.get("default", "") is None:
+            del told["default"]  # null says what leaving it out says
+
+
+def _limit(schemas: Json, limits: Limits, max_model_len: int | None) -> None:
+    """What the settings, not the types, say."""
+    show_limits(schemas, limits)
+    if max_model_len is not None:
+        for fields in (schemas[name]["properties"] for name in ("CompletionBody", "ChatBody")):
+            for field in {"max_tokens", "max_completion_tokens"} & fields.keys():
+                _bound(fields[field], "integer", maximum=max_model_len)
+
+
+def _bound(schema: Json, type: str, **bounds: int) -> None:
+    for kind in _kinds(schema):
+        if kind.get("type") == type:
+            kind.update(bounds)
+
+
+def _kinds(schema: Json) -> Iterator[Json]:
+    """What a value may be."""
+    if "anyOf" not in schema:
+        yield schema
+    for kind in schema.get("anyOf", ()):
+        yield from _kinds(kind)

@@ -1,0 +1,1 @@
+"""A request: head and body, from bytes to checked values, within bounds."""

@@ -1,0 +1,74 @@
+"""From the bytes of a body to its type: strict types, bounded parts, and one error that names the field."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, TypeVar
+
+import orjson
+from pydantic import ValidationError
+
+from bdh_batch.errors import InvalidRequest, UnknownParameter, UnsupportedParameter
+from bdh_batch.http.request.json_text import ExceedsLimit, deeper, read_json
+from bdh_batch.http.request.strict import Wire
+from bdh_batch.settings import Limits
+
+Body = TypeVar("Body", bound=Wire)
+
+LONGEST_NAME = 128  # characters of a field's name that an error repeats
+
+
+def parse(raw: bytes, kind: type[Body], limits: Limits, unknown_fields: Literal["refuse", "ignore"] = "refuse") -> Body:
+    """A request body, checked.
+
+    Raises:
+        InvalidRequest: not JSON, too large in one of its parts, or a field that does not fit; it is named.
+    """
+    return check(read_object(raw, limits), kind, limits, unknown_fields)
+
+
+def check(
+    values: dict[str, Any], kind: type[Body], limits: Limits, unknown_fields: Literal["refuse", "ignore"] = "refuse"
+) -> Body:
+    """The values of a body in its type. Raises InvalidRequest: a field does not fit; it is named."""
+    extra: Literal["ignore", "forbid"] = "ignore" if unknown_fields == "ignore" else "forbid"
+    try:
+        return kind.model_validate(values, extra=extra, context=limits)
+    except ValidationError as error:
+        raise _invalid(error) from error
+
+
+def read_object(raw: bytes, limits: Limits) -> dict[str, Any]:
+    """Raises InvalidRequest where `raw` is not a JSON object, or is one with too much in it."""
+    try:
+        values = read_json(raw, limits)
+    except orjson.JSONDecodeError as error:
+        raise InvalidRequest(f"The body is not valid JSON: {error}.", code="invalid_json") from error
+    except ExceedsLimit as error:
+        members = error.values.items() if isinstance(error.values, dict) else ()
+        field = next((_path((name,)) for name, value in members if deeper(value, limits.max_depth - 1)), None)
+        raise InvalidRequest(f"{field or 'The body'} {error}.", field) from error
+    if not isinstance(values, dict):
+        raise InvalidRequest("The body should be a JSON object.")
+    return values
+
+
+def _invalid(error: ValidationError) -> InvalidRequest:
+    problem = error.errors(include_url=False, include_input=False)[0]
+    context = problem.get("ctx", {})
+    # Validators of a whole object or list say in their context which part of it they mean.
+    param = _path((*problem["loc"], *(context[key] for key in ("field", "index") if key in context)))
+    if problem["type"] == "extra_forbidden":
+        return UnknownParameter(f"Unknown parameter: {param}.", param)
+    if problem["type"] == "unsupported":
+        return UnsupportedParameter(f"{problem['msg']}.", param)
+    return InvalidRequest(f"{param}: {problem['msg']}", param)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """('messages', 2, 'content') to 'messages[2].content'. Names that a client made up may be long, and are cut."""
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{_brief(part)}" for part in location)
+    return path.removeprefix(".")
+
+
+def _brief(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"

@@ -1,0 +1,51 @@
+"""Work that would hold up the event loop goes to a thread: one piece of it at a time, tenants by turns.
+
+A thread shares the interpreter's lock with the loop and the engine: several at once would leave less to those.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from bdh_batch.system.threads import in_daemon_thread
+from bdh_batch.text.turns import QueueLimits, Turns
+
+T = TypeVar("T")
+
+LARGE = 16384  # bytes of a body, or about as many microseconds of work: what is less is done at once
+THREAD = "bdh-large-bodies"
+
+
+class OffLoop:
+    """Runs the long work of all requests, in a thread that does not keep the program from ending."""
+
+    def __init__(self) -> None:
+        self._turns = Turns(QueueLimits(at_once=1, most_waiting=sys.maxsize, most_bytes=sys.maxsize, seconds=None))
+
+    def of(self, tenant: str) -> Aside:
+        return Aside(self, tenant)
+
+    async def run(self, tenant: str, work: Callable[[], T]) -> T:
+        """What `work` returns or raises. Who gives up waiting leaves the queue; work that has begun is finished."""
+        await self._turns.take(tenant, 0)
+        outcome = in_daemon_thread(work, THREAD)
+        outcome.add_done_callback(lambda _: self._turns.give_back(tenant))
+        return await asyncio.shield(outcome)
+
+
+@dataclass(frozen=True, slots=True)
+class Aside:
+    """Where a tenant's long work is done."""
+
+    off_loop: OffLoop
+    tenant: str
+
+    async def run(self, size: int, work: Callable[..., T], *arguments: Any) -> T:
+        """What `work` makes of `arguments`: at once where its `size` is small, else off the event loop."""
+        if size <= LARGE:
+            return work(*arguments)
+        return await self.off_loop.run(self.tenant, lambda: work(*arguments))

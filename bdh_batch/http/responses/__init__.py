@@ -1,0 +1,1 @@
+"""Responses: frames, streams, whole bodies."""

@@ -1,0 +1,233 @@
+"""Answers as bytes, in OpenAI's shapes: whole, or as SSE frames of which only what changes is encoded per token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import orjson
+
+from bdh_batch.errors import BDHError
+from bdh_batch.http.errors import describe
+from bdh_batch.http.responses.json_pieces import between, dump_list
+from bdh_batch.http.responses.logprobs import columns, objects
+from bdh_batch.messages import Delta, Usage
+from bdh_batch.text.tokenizer import Tokenizer, decode
+
+DONE = b"data: [DONE]\n\n"
+NULL = b"null"
+
+
+def error_frame(error: BDHError) -> bytes:
+    _, body = describe(error)
+    return b"data: " + orjson.dumps(body) + b"\n\n"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is the same in all frames of one request."""
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+    n: int  # answers to each prompt that are shown
+    tries: int  # answers to each prompt that are computed; the likeliest are shown
+    token_ids: bool  # return_token_ids
+    logprobs: int | None  # likeliest tokens that are told with each log-probability
+    echo: bool
+    include_usage: bool
+    continuous_usage: bool
+
+    def envelope(self, kind: str) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.fingerprint,
+        }
+
+
+def usage_dict(usage: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+    }
+
+
+def _likelihood(end: Delta) -> float:
+    return end.logprob / max(1, len(end.tokens))
+
+
+class Frames:
+    """One API's shapes. A stream is `opening`, then `delta`s, then `closing`; `whole` is all of it in one object."""
+
+    kind: str
+    chunk_kind: str
+    before_text: bytes  # in the choice of a frame
+    after_text: bytes
+
+    def __init__(self, answer: Answer, tokenizer: Tokenizer) -> None:
+        self._answer = answer
+        self._tokenizer = tokenizer
+        head = orjson.dumps(answer.envelope(self.chunk_kind))
+        self._head = b"data: " + head[:-1] + b',"choices":[{"index":'
+        self._tail = b'}],"usage":null}\n\n' if answer.include_usage else b"}]}\n\n"
+        self._usage_head = b"data: " + head[:-1] + b',"choices":[],"usage":'
+        self.only_text = not (answer.token_ids or answer.echo or answer.logprobs is not None)
+        self._after_only_text = self.after_text + b',"logprobs":null,"finish_reason":null'
+
+    def opening(self, prompts: Sequence[Sequence[int]]) -> bytes:
+        """Frames before the first token."""
+        raise NotImplementedError
+
+    def delta(self, index: int, delta: Delta) -> list[bytes]:
+        """The pieces of a frame for what sequence `index` gained; none where nothing of it can be shown yet."""
+        if self.only_text and delta.text and delta.finish_reason is None:  # most are, and it costs less
+            parts = (self._head, index, self.before_text, orjson.dumps(delta.text), self._after_only_text, self._tail)
+            return [b"%b%d,%b%b%b%b" % parts]
+        text, logprobs = self._parts(index, delta)
+        shows = text or delta.finish_reason or delta.scores or delta.prompt_scores
+        if not (shows or self._answer.token_ids):
+            return []
+        reason = b'"%s"' % delta.finish_reason.encode() if delta.finish_reason else b"null"
+        ids = b',"token_ids":' + dump_list(delta.tokens) if self._answer.token_ids else b""
+        begin = b'%b%d,%b,"logprobs":' % (self._head, index, self._content(text))
+        return [begin, *logprobs, b',"finish_reason":%b%b%b' % (reason, ids, self._tail)]
+
+    def cost(self, prompts: Sequence[Sequence[int]], deltas: Sequence[Delta]) -> int:
+        """About how many microseconds it takes to encode `deltas`, with the `prompts` that are part of the answer."""
+        each = 1 + (self._answer.logprobs or 0)
+        told = sum(
+            [len(delta.tokens) + each * (len(delta.scores or ()) + len(delta.prompt_scores or ())) for delta in deltas]
+        )
+        return told + (sum(map(len, prompts)) if self._answer.token_ids or self._answer.echo else 0)
+
+    @property
+    def continuous_usage(self) -> bool:
+        return self._answer.continuous_usage
+
+    def tell(self, usage: Usage) -> None:
+        """From here on, every chunk bears `usage`."""
+        self._tail = b'}],"usage":' + orjson.dumps(usage_dict(usage)) + b"}\n\n"
+
+    def closing(self, usage: Usage) -> bytes:
+        if not self._answer.include_usage:
+            return DONE
+        return self._usage_head + orjson.dumps(usage_dict(usage)) + b"}\n\n" + DONE
+
+    def usage(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], completion_tokens: int) -> Usage:
+        """A prompt counts once, however many answers it has, and as cached what its first answer was spared."""
+        tries = self._answer.tries
+        return Usage(sum(map(len, prompts)) // tries, completion_tokens, cached_tokens=sum(cached[::tries]))
+
+    def whole(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], ends: Sequence[Delta]) -> list[bytes]:
+        """The answer, in pieces; `ends` holds all that each sequence gained."""
+        self._begin(prompts)
+        choices = (self._choice(index, row, prompts[row], ends[row]) for index, row in enumerate(self._best(ends)))
+        usage = usage_dict(self.usage(prompts, cached, sum(len(end.tokens) for end in ends)))
+        head = orjson.dumps(self._answer.envelope(self.kind))[:-1]
+        return [head, b',"choices":[', *between(b",", choices), b'],"usage":%b}' % orjson.dumps(usage)]
+
+    def _choice(self, index: int, row: int, prompt: Sequence[int], end: Delta) -> list[bytes]:
+        text, logprobs = self._parts(row, end)
+        begin = orjson.dumps({"index": index, **self._whole_content(text)})[:-1] + b',"logprobs":'
+        reason = b',"finish_reason":' + orjson.dumps(end.finish_reason)
+        ids = [self._prompt_ids(prompt), b',"token_ids":', dump_list(end.tokens)] if self._answer.token_ids else []
+        return [begin, *logprobs, reason, *ids, b"}"]
+
+    def _best(self, ends: Sequence[Delta]) -> list[int]:
+        """The rows of the answers that are shown: those of the highest log-probability per token, if not all."""
+        n, tries = self._answer.n, self._answer.tries
+        if n == tries:
+            return list(range(len(ends)))
+        return [
+            row
+            for first in range(0, len(ends), tries)
+            for row in sorted(range(first, first + tries), key=lambda row: -_likelihood(ends[row]))[:n]
+        ]
+
+    def _frame(self, index: int, content: bytes) -> bytes:
+        return b"%b%d,%b%b" % (self._head, index, content, self._tail)
+
+    def _prompt_ids(self, prompt: Sequence[int]) -> bytes:
+        return b',"prompt_token_ids":' + dump_list(prompt) if self._answer.token_ids else b""
+
+    def _begin(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Is told the prompts before anything that was gained."""
+
+    def _parts(self, index: int, delta: Delta) -> tuple[str, list[bytes]]:
+        """The text and the log-probabilities, as pieces of JSON, that are shown for `delta`."""
+        raise NotImplementedError
+
+    def _content(self, text: str) -> bytes:
+        return self.before_text + orjson.dumps(text) + self.after_text
+
+    def _whole_content(self, text: str) -> dict[str, Any]:
+        raise NotImplementedError
+
+
+class CompletionFrames(Frames):
+    kind = chunk_kind = "text_completion"
+    before_text, after_text = b'"text":', b""
+
+    def __init__(self, answer: Answer, tokenizer: Tokenizer) -> None:
+        super().__init__(answer, tokenizer)
+        self._unsaid: dict[int, Sequence[int]] = {}  # prompts that are still to be echoed
+        self._bases: dict[int, int] = {}  # where answers begin in their texts
+
+    def _begin(self, prompts: Sequence[Sequence[int]]) -> None:
+        if self._answer.echo:
+            self._unsaid = dict(enumerate(prompts))
+
+    def _parts(self, index: int, delta: Delta) -> tuple[str, list[bytes]]:
+        if (prompt := self._unsaid.pop(index, None)) is not None:
+            return self._echo(index, prompt, delta)
+        if self._answer.logprobs is None or delta.scores is None:
+            return delta.text, [NULL]
+        return delta.text, columns(self._tokenizer, (), delta.scores, self._bases.get(index, 0))
+
+    def _echo(self, index: int, prompt: Sequence[int], delta: Delta) -> tuple[str, list[bytes]]:
+        """As `_parts`, with the prompt before it."""
+        text, begins = decode(self._tokenizer, prompt)
+        self._bases[index] = base = len(text)
+        if self._answer.logprobs is None:
+            return text + delta.text, [NULL]
+        of_prompt = zip(begins[1:], delta.prompt_scores or (), strict=True)
+        of_answer = ((base + begin, score) for begin, score in delta.scores or ())
+        return text + delta.text, columns(self._tokenizer, prompt[:1], chain(of_prompt, of_answer))
+
+    def opening(self, prompts: Sequence[Sequence[int]]) -> bytes:
+        self._begin(prompts)
+        if not self._answer.token_ids:
+            return b""
+        empty = self._content("") + b',"logprobs":null,"finish_reason":null,"token_ids":[]'
+        return b"".join(self._frame(index, empty + self._prompt_ids(prompt)) for index, prompt in enumerate(prompts))
+
+    def _whole_content(self, text: str) -> dict[str, Any]:
+        return {"text": text}
+
+
+class ChatFrames(Frames):
+    kind, chunk_kind = "chat.completion", "chat.completion.chunk"
+    before_text, after_text = b'"delta":{"content":', b"}"
+
+    def _parts(self, index: int, delta: Delta) -> tuple[str, list[bytes]]:
+        if self._answer.logprobs is None or delta.scores is None:
+            return delta.text, [NULL]
+        return delta.text, objects(self._tokenizer, delta.scores)
+
+    def opening(self, prompts: Sequence[Sequence[int]]) -> bytes:
+        role = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+        return b"".join(self._frame(index, role + self._prompt_ids(prompt)) for index, prompt in enumerate(prompts))
+
+    def _content(self, text: str) -> bytes:
+        return super()._content(text) if text else b'"delta":{}'
+
+    def _whole_content(self, text: str) -> dict[str, Any]:
+        return {"message": {"role": "assistant", "content": text, "refusal": None}}

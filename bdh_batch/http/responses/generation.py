@@ -1,0 +1,183 @@
+"""From a generation to its client: as server-sent events, or whole. A client that leaves ends its generation."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from bdh_batch.backends.base import Generation
+from bdh_batch.errors import BDHError
+from bdh_batch.http.presence import left
+from bdh_batch.http.request.off_loop import Aside
+from bdh_batch.http.responses.chunks import Chunks, Deltas
+from bdh_batch.http.responses.frames import Frames, error_frame
+from bdh_batch.http.responses.json_pieces import JsonInPieces, send_pieces
+from bdh_batch.messages import Delta, FinishReason, Gathering, Usage
+
+CHOICE_COST = 10  # microseconds, about, to encode one
+CHARACTERS = 16  # that are encoded, or read for calls, in a microsecond
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would hold events back until it has a page of them
+]
+KEEPALIVE = b": keep-alive\n\n"  # a comment, which is no event
+
+
+class EventStream(Response):
+    """An ASGI response that writes a generation's frames as its tokens come, all that are ready in one write.
+
+    It starts with the first token, or after `keepalive` seconds of silence (0 is never): what ends before that has the
+    status of its error. After every further silence of that length it sends a comment.
+
+    Args:
+        aside: where frames are encoded that take long, as those of an echoed prompt.
+    """
+
+    def __init__(
+        self, generation: Generation, frames: Frames, aside: Aside, chunk_tokens: int = 1, keepalive: float = 0
+    ) -> None:
+        super().__init__()
+        self._aside = aside
+        self._generation = generation
+        self._frames = frames
+        self._together = Chunks(chunk_tokens)
+        self._keepalive = keepalive
+        self._started = False
+        self._completion_tokens = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with abort_when_left(self._generation, receive), self._kept_alive(send):
+            opening, failed = True, None
+            async for deltas in self._generation:
+                failed = _failure(deltas)
+                if failed is not None and not self._started:
+                    raise failed
+                await self._write(send, await self._encoded(deltas, opening))
+                opening = False
+                if failed is not None:
+                    break
+            last = self._frames.closing(self._usage()) if failed is None else error_frame(failed)
+            await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    async def _write(self, send: Send, pieces: Iterable[bytes]) -> None:
+        self._last = time.monotonic()
+        if not self._started:
+            self._started = True
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        await send_pieces(send, pieces)
+
+    async def _encoded(self, deltas: Deltas, opening: bool) -> list[bytes]:
+        if not opening:
+            return await self._aside.run(self._cost((), deltas), self._body, deltas)
+        prompts = self._generation.prompts
+        return await self._aside.run(self._cost(prompts, deltas), self._beginning, prompts, deltas)
+
+    def _cost(self, prompts: Sequence[Sequence[int]], deltas: Deltas) -> int:
+        if self._frames.only_text:  # the most frequent case, and cheap
+            return 0
+        return self._frames.cost(prompts, [delta for _, delta in deltas])
+
+    @asynccontextmanager
+    async def _kept_alive(self, send: Send) -> AsyncIterator[None]:
+        """Sends a comment after every `keepalive` seconds in which nothing else was sent."""
+        self._last = time.monotonic()
+
+        async def beat() -> None:
+            while True:
+                await asyncio.sleep(max(0.0, self._last + self._keepalive - time.monotonic()))
+                if time.monotonic() - self._last >= self._keepalive:
+                    await self._write(send, [KEEPALIVE])
+
+        beating = asyncio.create_task(beat()) if self._keepalive else None
+        try:
+            yield
+        finally:
+            if beating is not None:
+                beating.cancel()
+
+    def _beginning(self, prompts: Sequence[Sequence[int]], first: Deltas) -> list[bytes]:
+        if self._frames.continuous_usage:
+            self._frames.tell(self._usage())
+        return [self._frames.opening(prompts), *self._body(first)]
+
+    def _body(self, arrived: Deltas) -> list[bytes]:
+        """The frames of all that may go now, in pieces."""
+        deltas = [(index, delta) for index, delta in self._together.take(arrived) if delta.error is None]
+        if self._frames.continuous_usage:
+            return self._with_usage(deltas)
+        self._completion_tokens += sum([len(delta.tokens) for _, delta in deltas])
+        return [piece for index, delta in deltas for piece in self._frames.delta(index, delta)]
+
+    def _with_usage(self, deltas: Deltas) -> list[bytes]:
+        known = self._usage()
+        frames: list[bytes] = []
+        for index, delta in deltas:
+            self._completion_tokens += len(delta.tokens)
+            self._frames.tell(Usage(known.prompt_tokens, self._completion_tokens, known.cached_tokens))
+            frames += self._frames.delta(index, delta)
+        return frames
+
+    def _usage(self) -> Usage:
+        generation = self._generation
+        return self._frames.usage(generation.prompts, generation.cached_tokens, self._completion_tokens)
+
+
+async def whole(generation: Generation, frames: Frames, request: Request, aside: Aside) -> Response:
+    """The answer as one JSON object.
+
+    Args:
+        aside: where one is encoded that takes long.
+
+    Raises:
+        BDHError: the one that a sequence ended with.
+        ClientDisconnect
+    """
+    ends = await collect(generation, request)
+    prompts = generation.prompts
+    cost = frames.cost(prompts, ends) + sum([CHOICE_COST + len(end.text) // CHARACTERS for end in ends])
+    return JsonInPieces(await aside.run(cost, frames.whole, prompts, generation.cached_tokens, ends))
+
+
+async def collect(generation: Generation, request: Request) -> list[Delta]:
+    """All that each sequence gained. Raises as `whole` does."""
+    ends = [Gathering() for _ in generation.prompts]
+    async with abort_when_left(generation, request.receive):
+        async for deltas in generation:
+            if (failed := _failure(deltas)) is not None:
+                raise failed
+            for index, delta in deltas:
+                ends[index].add(delta)
+    whole = [end.whole() for end in ends]
+    if any(end.finish_reason is FinishReason.ABORT for end in whole):
+        raise ClientDisconnect
+    return whole
+
+
+@asynccontextmanager
+async def abort_when_left(generation: Generation, receive: Receive) -> AsyncIterator[None]:
+    """Aborts `generation` as soon as its client has gone, and in any case on the way out."""
+
+    async def watch() -> None:
+        await left(receive)
+        generation.abort()
+
+    watcher = asyncio.create_task(watch())
+    try:
+        yield
+    finally:
+        watcher.cancel()
+        generation.abort()
+
+
+def _failure(deltas: Deltas) -> BDHError | None:
+    for _, delta in deltas:
+        if delta.error is not None:
+            return delta.error
+    return None

@@ -1,0 +1,1 @@
+"""Request bodies: fields, types and ranges, and their translation into generation requests."""

@@ -1,0 +1,322 @@
+"""Request bodies as they come over the wire: types and ranges, and their translation into generation requests.
+
+Types are strict: "5" is not a number. A field that the API knows but this server cannot honour yet is refused by name,
+unless it says what leaving it out would say.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BeforeValidator, Field, GetCoreSchemaHandler, ValidationInfo, WrapValidator
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from bdh_batch.errors import InvalidRequest
+from bdh_batch.http.request.sizes import AtMost, BodyText, BodyTokens, FreeObject, Label
+from bdh_batch.http.request.strict import Neutral, Wire
+from bdh_batch.http.schema.chat import ConversationBody
+from bdh_batch.http.schema.response_format import Formatted
+from bdh_batch.messages import GenerationRequest, LogitBias, SamplingParams, Text
+from bdh_batch.settings import MAX_PRIORITY
+from bdh_batch.text.calls import OPEN
+from bdh_batch.text.sources import Source
+
+# Known to the API, not built yet: the values besides null that ask for nothing.
+GENERATION: Neutral = {
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    **dict.fromkeys(("audio", "moderation", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
+    **dict.fromkeys(("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"), ()),
+    "chat_template": (),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "suffix": ("",),
+}
+TOOLS: Neutral = {"tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
+COMPLETION: Neutral = {**GENERATION, **TOOLS, "top_logprobs": (0,)}
+CHAT: Neutral = {**GENERATION, "best_of": (1,), "echo": (False,)}
+STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
+MAX_LOGPROBS = 20
+MAX_CHUNK = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a request that does not say gets."""
+
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PromptList:
+    """Marks a field that comes as a string, token ids, or a list of either, and is then a list of prompts.
+
+    The bound on their number is looked at first, and the types of token ids all at once: a body may have a million.
+    """
+
+    option: str  # of `limits`: the most prompts
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        written = core_schema.with_info_plain_validator_function
+        return written(self._read, json_schema_input_schema=handler.generate_schema(self._written()))
+
+    def _written(self) -> Any:
+        texts = Annotated[list[Filled], Field(min_length=1), AtMost(self.option)]
+        lists = Annotated[list[FilledTokens], Field(min_length=1), AtMost(self.option)]
+        return Filled | texts | FilledTokens | lists
+
+    def _read(self, value: object, info: ValidationInfo) -> list[str] | list[list[int]]:
+        if value in ([], ""):
+            raise PydanticCustomError("empty", "Input should not be empty")
+        if isinstance(value, str):
+            return [value]
+        if isinstance(value, list):
+            if type(value[0]) is int and _are_all(value, int):
+                return [value]
+            AtMost(self.option).check(value, info)
+            if _are_all(value, str) or (_are_all(value, list) and all(_are_all(prompt, int) for prompt in value)):
+                return value
+        raise PydanticCustomError(
+            "prompt_type", "Input should be a string, a list of strings, a list of token ids, or a list of such lists"
+        )
+
+
+def _are_all(values: list[Any], kind: type) -> bool:
+    """Whether each of `values` is of that very type: True is no token."""
+    return {kind}.issuperset(map(type, values))
+
+
+def _stops(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _biases(values: object, one: Callable[[object], dict[str, float]]) -> dict[str, float]:
+    """Token ids to biases, validated one by one: the first that is wrong is the only one that is reported."""
+    if not isinstance(values, dict):
+        return one(values)
+    biases: dict[str, float] = {}
+    for token, bias in values.items():
+        # More digits than int64 has: no vocabulary is so large.
+        if not (token.isascii() and token.isdecimal() and token == str(int(token[:18]))):
+            raise PydanticCustomError("token", "Keys should be token ids", {"field": token})
+        biases |= one({token: bias})
+    return biases
+
+
+def _seed_bits(value: int) -> int:
+    return value & 0xFFFFFFFFFFFFFFFF
+
+
+Filled = Annotated[BodyText, Field(min_length=1)]
+FilledTokens = Annotated[BodyTokens, Field(min_length=1)]
+TokenIds = list[Annotated[int, Field(ge=0)]]
+StopString = Annotated[str, Field(min_length=1), AtMost("max_stop_bytes")]
+StopStrings = Annotated[list[StopString], AtMost("max_stop")]
+Stops = Annotated[StopStrings, BeforeValidator(_stops, json_schema_input_type=StopString | StopStrings)]
+Bias = Annotated[
+    dict[str, Annotated[float, Field(ge=-100, le=100)]],
+    Field(json_schema_extra={"propertyNames": {"pattern": "^(0|[1-9][0-9]{0,17})$"}}),
+    WrapValidator(_biases),
+    AtMost("max_logit_bias"),
+]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1), AfterValidator(_seed_bits)]
+Answers = Annotated[int, Field(ge=1), AtMost("max_n")]
+
+
+class StreamOptions(Wire):
+    unsupported = STREAM_OPTIONS
+
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    chunk_tokens: int | None = Field(None, ge=1, le=MAX_CHUNK)
+
+
+class GenerationBody(Formatted):
+    """What completions and chat have in common."""
+
+    unsupported = GENERATION
+
+    model: Label | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=-1)
+    min_p: float | None = Field(None, ge=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
+    logit_bias: Bias | None = None
+    seed: Seed | None = None
+    n: Answers | None = None
+    priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
+    stop: Stops | None = None
+    stop_token_ids: Annotated[TokenIds, AtMost("max_stop_token_ids")] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = Field(None, ge=0)
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_token_ids: bool | None = None
+    # Labels: accepted, and left to the client's own records.
+    user: Label | None = None
+    safety_identifier: Label | None = None
+    metadata: FreeObject | None = None
+    store: bool | None = None
+
+    @property
+    def options(self) -> StreamOptions:
+        return self.stream_options or StreamOptions()
+
+    @property
+    def tries(self) -> int:
+        """Answers to each prompt that are computed."""
+        return self.n or 1
+
+    @property
+    def top(self) -> int | None:
+        """Likeliest tokens that are told with each log-probability; None where none of it is."""
+        raise NotImplementedError
+
+    @property
+    def echoes(self) -> bool:
+        return False
+
+    @property
+    def stop_before(self) -> str:
+        """A text from which on an answer has no stop strings in it; empty where there is none."""
+        return ""
+
+    def _requests(
+        self,
+        request_id: str,
+        prompts: Sequence[Text | Sequence[int]],
+        param: str,
+        asked: int | None,
+        defaults: Defaults,
+        asked_by: str = "max_tokens",
+    ) -> list[GenerationRequest]:
+        """So many answers to each prompt as are tried, a prompt's side by side. They share all that does not differ."""
+        max_tokens = defaults.max_tokens if asked is None else asked
+        self._check(max_tokens)
+        sampling = self._sampling(defaults)
+        samplings = [replace(sampling, seed=seed) for seed in self._seeds(len(prompts))]
+        shared: dict[str, Any] = {
+            "id": request_id,
+            "prompt_param": param,
+            "max_tokens": max_tokens,
+            "max_tokens_param": None if asked is None else asked_by,
+            "stop": tuple(self.stop or ()),
+            "stop_before": self.stop_before,
+            "stop_token_ids": tuple(self.stop_token_ids or ()),
+            "include_stop": bool(self.include_stop_str_in_output),
+            "ignore_eos": bool(self.ignore_eos),
+            "min_tokens": self.min_tokens or 0,
+            "score_prompt": self.echoes and self.top is not None,
+            "n": self.tries,
+            "priority": self.priority or 0,
+        }
+        return [
+            GenerationRequest(prompt=prompts[index // self.tries], sampling=sampling, **shared)
+            for index, sampling in enumerate(samplings)
+        ]
+
+    def _seeds(self, prompts: int) -> list[int]:
+        """One for each answer: those to one prompt differ, and each is that of a request of its own, as in vLLM."""
+        if self.seed is None:
+            return [secrets.randbits(64) for _ in range(prompts * self.tries)]
+        return [self.seed + answer & 0xFFFFFFFFFFFFFFFF for answer in range(self.tries)] * prompts
+
+    def _check(self, max_tokens: int) -> None:
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options goes with stream.", "stream_options")
+        if self.min_tokens is not None and self.min_tokens > max_tokens:
+            raise InvalidRequest(f"min_tokens is more than the {max_tokens} of max_tokens.", "min_tokens")
+
+    def _sampling(self, defaults: Defaults) -> SamplingParams:
+        ranked = self.tries > (self.n or 1)
+        return SamplingParams(
+            temperature=defaults.temperature if self.temperature is None else self.temperature,
+            top_p=self.top_p or defaults.top_p,
+            top_k=max(0, defaults.top_k if self.top_k is None else self.top_k),
+            min_p=self.min_p or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            repetition_penalty=self.repetition_penalty or 1.0,
+            logit_bias=LogitBias.of({int(token): bias for token, bias in (self.logit_bias or {}).items()}),
+            logprobs=0 if ranked and self.top is None else self.top,
+        )
+
+
+class CompletionBody(GenerationBody):
+    unsupported = COMPLETION
+
+    prompt: Annotated[list[Any], PromptList("max_prompts")]
+    add_special_tokens: bool | None = None
+    max_tokens: int | None = Field(None, ge=0)
+    best_of: Answers | None = None
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def tries(self) -> int:
+        return self.best_of or self.n or 1
+
+    @property
+    def top(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        return bool(self.echo)
+
+    def requests(self, request_id: str, defaults: Defaults) -> list[GenerationRequest]:
+        n = self.n or 1
+        if self.tries < n:
+            raise InvalidRequest(f"best_of should be at least n, which is {n}.", "best_of")
+        if self.tries > n and self.stream:
+            raise InvalidRequest("best_of does not go with stream: the best are known at the end.", "best_of")
+        if self.max_tokens == 0 and not self.echo:
+            raise InvalidRequest("max_tokens should be at least 1; 0 goes with echo.", "max_tokens")
+        prompts = to_prompts(self.prompt, self.add_special_tokens)
+        return self._requests(request_id, prompts, "prompt", self.max_tokens, defaults)
+
+
+def to_prompts(given: Sequence[str | Sequence[int]], add_special_tokens: bool | None) -> list[Text | Sequence[int]]:
+    """Who writes a whole prompt writes special tokens, too, where it spells them."""
+    special = add_special_tokens is not False
+    return [Text(prompt, special) if isinstance(prompt, str) else prompt for prompt in given]
+
+
+class ChatBody(ConversationBody, GenerationBody):
+    unsupported = CHAT
+
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+
+    @property
+    def top(self) -> int | None:
+        return self.top_logprobs or 0 if self.logprobs else None
+
+    @property
+    def stop_before(self) -> str:
+        return OPEN if self.may_call else ""
+
+    def requests(self, request_id: str, defaults: Defaults, prompt: Text) -> list[GenerationRequest]:
+        if self.top_logprobs and not self.logprobs:
+            raise InvalidRequest("top_logprobs goes with logprobs: true.", "top_logprobs")
+        if self.max_completion_tokens is None:
+            return self._requests(request_id, [prompt], "messages", self.max_tokens, defaults)
+        if self.max_tokens not in (None, self.max_completion_tokens):
+            raise InvalidRequest("max_tokens and max_completion_tokens say different things.", "max_tokens")
+        asked, asked_by = self.max_completion_tokens, "max_completion_tokens"
+        return self._requests(request_id, [prompt], "messages", asked, defaults, asked_by)
+
+    def source(self) -> Source | None:
+        return self.calls(self.schema_asked, super().source()) if self.may_call else super().source()

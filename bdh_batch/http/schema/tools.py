@@ -1,0 +1,145 @@
+"""Tools as they come over the wire: what may be called, whether it has to be, and calls that were made before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+import orjson
+from pydantic import Field, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from bdh_batch.errors import InvalidRequest
+from bdh_batch.http.request.sizes import AnyJson, AtMost, BodyText, FreeObject, FunctionLabel, Label, from_string
+from bdh_batch.http.request.strict import Read, Wire, shallow
+from bdh_batch.text.calls import Tool, from_tools
+from bdh_batch.text.sources import Source
+
+MODES = (None, "none", "auto", "required")
+
+
+class Function(Wire):
+    name: FunctionLabel
+    description: BodyText | None = None
+    parameters: FreeObject | None = None
+    strict: bool | None = None  # schemas are always kept to, strictly
+
+    @field_validator("parameters", mode="before", json_schema_input_type=FreeObject | None)
+    @classmethod
+    def _are_shallow(cls, schema: object) -> object:
+        return shallow(schema)
+
+    @field_validator("parameters")
+    @classmethod
+    def _are_an_object(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
+        if schema is not None and schema.get("type", "object") != "object":
+            raise PydanticCustomError("parameters", "Arguments are an object: the type should be 'object'")
+        return schema
+
+
+class FunctionTool(Wire):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(Wire):
+    name: Label
+
+
+class NamedChoice(Wire):
+    type: Literal["function"]
+    function: FunctionName
+
+
+def _choice(value: object, named: Callable[[object], NamedChoice]) -> object:
+    if isinstance(value, dict):
+        return named(value)
+    if value not in MODES:
+        raise PydanticCustomError("choice", "Input should be 'none', 'auto', 'required' or a function by its name")
+    return value
+
+
+class CalledFunction(Wire):
+    name: FunctionLabel
+    arguments: BodyText
+    parsed_arguments: AnyJson = None  # a label, as all that official clients add to an answer that they send back
+
+    @field_validator("arguments")
+    @classmethod
+    def _are_json(cls, arguments: str, info: ValidationInfo) -> str:
+        try:
+            values = from_string(arguments, info)
+        except orjson.JSONDecodeError:
+            values = None
+        if not isinstance(values, dict):
+            raise PydanticCustomError("arguments", "Input should be a JSON object, as a string")
+        shallow(values)
+        return arguments
+
+
+class ToolCall(Wire):
+    """A call that the assistant made, sent back to it."""
+
+    id: Label
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = Field(None, ge=0)  # a label
+
+    def for_template(self) -> dict[str, Any]:
+        """As templates expect it: the arguments are an object."""
+        function = {"name": self.function.name, "arguments": orjson.loads(self.function.arguments)}
+        return {"id": self.id, "type": self.type, "function": function}
+
+
+AnyChoice = Literal["none", "auto", "required"] | NamedChoice
+ToolChoice = Annotated[AnyChoice, Read(_choice, NamedChoice, AnyChoice)]
+
+
+class Tools(Wire):
+    """A body that can offer tools."""
+
+    tools: Annotated[list[FunctionTool], AtMost("max_tools")] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+
+    @field_validator("tools")
+    @classmethod
+    def _have_names_of_their_own(cls, tools: list[FunctionTool] | None) -> list[FunctionTool] | None:
+        names: set[str] = set()
+        for index, tool in enumerate(tools or ()):
+            if tool.function.name in names:
+                raise PydanticCustomError("tools", "There are several of that name", {"index": index})
+            names.add(tool.function.name)
+        return tools
+
+    @property
+    def may_call(self) -> bool:
+        """Whether answers may have calls in them."""
+        return self.tool_choice != "none" and bool(self.tools or self.tool_choice not in (None, "auto"))
+
+    @property
+    def tool_names(self) -> list[str]:
+        return [tool.function.name for tool in self.tools or ()]
+
+    def calls(self, schema: dict[str, Any] | None, other: Source | None) -> Source:
+        """The grammar of an answer that may, or has to, call tools; one that calls none may have to follow `schema`.
+
+        Raises:
+            InvalidRequest: the choice is not among the tools, or does not go with the `other` grammar.
+        """
+        if other is not None and (schema is None or self.tool_choice not in (None, "auto")):
+            raise InvalidRequest(f"{other.param} does not go with calls of tools.", other.param)
+        tools = [
+            Tool(tool.function.name, tool.function.parameters, f"tools[{index}].function.parameters")
+            for index, tool in enumerate(self.tools or ())
+        ]
+        if isinstance(self.tool_choice, NamedChoice):
+            named = self.tool_choice.function.name
+            tools = [tool for tool in tools if tool.name == named]
+            if not tools:
+                raise InvalidRequest(f"tool_choice: There is no tool {named!r}.", "tool_choice.function.name")
+        if not tools:
+            raise InvalidRequest("tool_choice goes with tools.", "tool_choice")
+        # One that is named is called once.
+        parallel = self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedChoice)
+        return from_tools(tools, "tools", parallel, self.tool_choice not in (None, "auto"), schema)

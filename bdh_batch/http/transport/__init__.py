@@ -1,0 +1,1 @@
+"""Connections: listening, limits, HTTP/1.1."""

@@ -1,0 +1,160 @@
+"""Rows of states, float32 or bfloat16 with stochastic rounding, from and to vectors of float32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+
+from bdh_batch.kernels.vector import (
+    BYTES,
+    FLOATS,
+    HALVES,
+    INT,
+    INTS,
+    LANES,
+    MASK,
+    VECTOR,
+    address,
+    broadcast,
+    declare,
+    intrinsic,
+    masked,
+)
+
+_QUIET = 0x00400000  # the bit of a NaN that keeps it one without its last 16
+_GOLDEN = 0x9E3779B1  # 2³² / the golden ratio, odd: its multiples spread evenly
+
+
+@intrinsic
+def load_state(context: Any, array: Any, index: Any) -> Any:
+    """As `load`; the array may also hold bfloat16, as uint16."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = signature.args[0].dtype == types.float32
+        pointer = address(context, builder, signature.args[0], args[0], args[1], FLOATS if wide else HALVES)
+        loaded = builder.load(pointer, align=4 if wide else 2)
+        return loaded if wide else _widen(builder, loaded)
+
+    return VECTOR(array, types.int64), generate
+
+
+@intrinsic
+def store_state(context: Any, array: Any, index: Any, vector: Any, noise: Any) -> Any:
+    """As `store`; where the array holds bfloat16, as uint16, rounded up by the odds that `noise` decides."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = signature.args[0].dtype == types.float32
+        pointer = address(context, builder, signature.args[0], args[0], args[1], FLOATS if wide else HALVES)
+        builder.store(args[2] if wide else _narrow(builder, args[2], args[3]), pointer, align=4 if wide else 2)
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64, VECTOR, VECTOR), generate
+
+
+def _widen(builder: Any, halves: Any) -> Any:
+    """float32 from the bits of bfloat16."""
+    bits = builder.shl(builder.zext(halves, INTS), ir.Constant(INTS, [16] * LANES))
+    return builder.bitcast(bits, FLOATS)
+
+
+def _narrow(builder: Any, vector: Any, noise: Any) -> Any:
+    """The bits of bfloat16: `noise` is added to the 16 bits that are then dropped. NaN stays NaN, whatever its bits:
+    added to the GPU's, 0x7FFFFFFF, noise would make it −0.0."""
+    bits = builder.bitcast(vector, INTS)
+    quiet = builder.or_(bits, ir.Constant(INTS, [_QUIET] * LANES))
+    up = builder.add(bits, builder.bitcast(noise, INTS))
+    chosen = builder.select(builder.fcmp_unordered("uno", vector, vector), quiet, up)
+    return builder.trunc(builder.lshr(chosen, ir.Constant(INTS, [16] * LANES)), HALVES)
+
+
+@intrinsic
+def noise(context: Any, seed: Any) -> Any:
+    """Sixteen numbers of 16 random bits that follow from `seed`: those of `vary` and `store_state`.
+
+    The finaliser of MurmurHash3 (Appleby, public domain) over lanes a golden ratio apart.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        lanes = ir.Constant(INTS, [_GOLDEN * lane & 0xFFFFFFFF for lane in range(1, LANES + 1)])
+        bits = builder.mul(lanes, broadcast(builder, builder.add(builder.trunc(args[0], INT), ir.Constant(INT, 1))))
+        for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            bits = builder.xor(bits, builder.lshr(bits, ir.Constant(INTS, [shift] * LANES)))
+            bits = builder.mul(bits, ir.Constant(INTS, [factor] * LANES))
+        return builder.bitcast(builder.lshr(bits, ir.Constant(INTS, [16] * LANES)), FLOATS)
+
+    return VECTOR(types.int64), generate
+
+
+@intrinsic
+def vary(context: Any, noise: Any, place: Any) -> Any:
+    """Other noise for the row at `place`: for each lane it stays evenly spread over all seeds."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        shift = builder.mul(builder.trunc(args[1], INT), ir.Constant(INT, _GOLDEN // LANES | 1))
+        bits = builder.add(builder.bitcast(args[0], INTS), broadcast(builder, builder.lshr(shift, ir.Constant(INT, 8))))
+        return builder.bitcast(builder.and_(bits, ir.Constant(INTS, [0xFFFF] * LANES)), FLOATS)
+
+    return VECTOR(VECTOR, types.int64), generate
+
+
+@intrinsic
+def half(context: Any) -> Any:
+    """The noise that rounds to the nearest."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(ir.Constant(INTS, [0x8000] * LANES), FLOATS)
+
+    return VECTOR(), generate
+
+
+@intrinsic
+def load_state_end(context: Any, array: Any, index: Any, count: Any) -> Any:
+    """As `load_state`, of `count` elements; zeros in the lanes after them."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = signature.args[0].dtype == types.float32
+        kind, element, align = (FLOATS, "f32", 4) if wide else (HALVES, "i16", 2)
+        pointer = address(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
+        function = declare(builder, f"llvm.masked.load.v16{element}.p0", kind, [BYTES, INT, MASK, kind])
+        zeros = ir.Constant(kind, [0] * LANES)
+        loaded = builder.call(function, [pointer, ir.Constant(INT, align), masked(builder, args[2]), zeros])
+        return loaded if wide else _widen(builder, loaded)
+
+    return VECTOR(array, types.int64, types.int64), generate
+
+
+@intrinsic
+def store_state_end(context: Any, array: Any, index: Any, vector: Any, noise: Any, count: Any) -> Any:
+    """As `store_state`, of the first `count` lanes."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        wide = signature.args[0].dtype == types.float32
+        kind, element, align = (FLOATS, "f32", 4) if wide else (HALVES, "i16", 2)
+        pointer = address(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
+        function = declare(builder, f"llvm.masked.store.v16{element}.p0", ir.VoidType(), [kind, BYTES, INT, MASK])
+        stored = args[2] if wide else _narrow(builder, args[2], args[3])
+        builder.call(function, [stored, pointer, ir.Constant(INT, align), masked(builder, args[4])])
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64, VECTOR, VECTOR, types.int64), generate
+
+
+@intrinsic
+def prefetch_states(context: Any, array: Any, index: Any) -> Any:
+    """Asks for the cache lines of 32 elements, which need not exist, into the second cache.
+
+    More lines can be under way to that one than to the first.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        function = declare(builder, "llvm.prefetch.p0", ir.VoidType(), [BYTES, INT, INT, INT])
+        flags = [ir.Constant(INT, flag) for flag in (0, 2, 1)]
+        pointer = address(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
+        builder.call(function, [pointer, *flags])
+        if signature.args[0].dtype == types.float32:
+            builder.call(function, [builder.gep(pointer, [ir.Constant(INT, 64)]), *flags])
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64), generate

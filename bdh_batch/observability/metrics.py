@@ -1,0 +1,251 @@
+"""Prometheus metrics. Names and buckets follow vLLM's, with the prefix `bdh_`, so that dashboards carry over."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left
+from collections import Counter as Counting
+from collections.abc import Callable, Iterable, Mapping, Sequence as Sequences
+from itertools import accumulate
+from typing import Protocol
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from bdh_batch.engine.worker import Load
+from bdh_batch.errors import NotFinite
+from bdh_batch.scheduler.dealer import Step
+from bdh_batch.scheduler.sequence import Sequence
+
+FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
+BETWEEN_TOKENS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2),
+    *(0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
+)
+WHOLE_REQUEST = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
+SEQUENCES = tuple(2**power for power in range(13))
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+class SandboxLoad(Protocol):
+    """How busy a sandbox is, and how its jobs have ended so far."""
+
+    @property
+    def waiting(self) -> int: ...
+
+    @property
+    def running(self) -> int: ...
+
+    @property
+    def outcomes(self) -> Mapping[str, int]: ...
+
+
+class Metrics:
+    """All metrics of one server. Implements the worker's `Observer`."""
+
+    def __init__(self, model_name: str) -> None:
+        self.registry = CollectorRegistry()
+        self._model_name = model_name
+        ProcessCollector(registry=self.registry)
+
+        self._steps = self._histogram("step_duration_seconds", "Duration of a step", BETWEEN_TOKENS)
+        labels = ("model_name", "layer")
+        text = "Share of neurons that fired, for a token looked at now and then"
+        self._active = Gauge("bdh_active_neuron_fraction", text, labels, registry=self.registry)
+        self._occupancy = self._histogram("batch_occupancy", "Sequences in a step", SEQUENCES)
+        self._step_tokens = self._histogram("iteration_tokens_total", "Tokens in a step", TOKENS)
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed")
+        self._generated = self._counter("generation_tokens", "Tokens generated")
+        self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token", FIRST_TOKEN)
+        self._between = ManyHistogram(
+            "bdh_inter_token_latency_seconds", "Between tokens of a sequence", model_name, BETWEEN_TOKENS
+        )
+        self.registry.register(self._between)
+        self._per_token = self._histogram(
+            "request_time_per_output_token_seconds", "Mean time between a request's tokens", BETWEEN_TOKENS
+        )
+        self._whole = self._histogram("e2e_request_latency_seconds", "From arrival to the end", WHOLE_REQUEST)
+        self._queue = self._histogram("request_queue_time_seconds", "Waiting for a slot", WHOLE_REQUEST)
+        self._prefill = self._histogram("request_prefill_time_seconds", "From slot to first token", WHOLE_REQUEST)
+        self._decode = self._histogram("request_decode_time_seconds", "From first to last token", WHOLE_REQUEST)
+        self._inference = self._histogram("request_inference_time_seconds", "From slot to last token", WHOLE_REQUEST)
+        self._request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request", TOKENS)
+        self._request_generated = self._histogram("request_generation_tokens", "Tokens a request generated", TOKENS)
+        self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens of a request", TOKENS)
+        self._n = self._histogram("request_params_n", "n of a request", TOKENS[:6])
+        labels = ("model_name", "finished_reason")
+        self._ended = Counter("bdh_request_success", "Requests that ended, by reason", labels, registry=self.registry)
+        self._not_finite = self._counter("non_finite_logits", "Requests ended by NaN or infinite scores")
+        labels = ("model_name", "reason")
+        self._refused = Counter("bdh_admission_rejections", "Requests refused", labels, registry=self.registry)
+
+        self._rate_storage = self._counter(
+            "rate_limit_storage_failures", "Requests whose rate was counted here instead"
+        )
+
+        labels = ("route", "status")
+        self.http_requests = Counter("bdh_http_requests", "HTTP answers", labels, registry=self.registry)
+        self.http_in_flight = Gauge("bdh_http_requests_in_flight", "Open HTTP requests", registry=self.registry)
+
+    def watch(self, load: Callable[[], Load]) -> None:
+        """From now on, scrapes tell the engine's load as it is at their moment."""
+        self.registry.register(_LoadCollector(load, self._model_name))
+
+    def watch_connections(self, open: Callable[[], int]) -> None:
+        """From now on, scrapes report how many connections are open at their moment."""
+        self._gauge("http_connections", "Open connections", open)
+
+    def watch_buffered(self, held: Callable[[], int]) -> None:
+        """From now on, scrapes report how many bytes of requests are held at their moment."""
+        self._gauge("http_buffered_bytes", "Bytes of requests that are held until they are answered", held)
+
+    def watch_sandboxes(self, loads: Mapping[str, Callable[[], SandboxLoad]]) -> None:
+        """As `watch`, of the sandboxes, by what they do."""
+        self.registry.register(_SandboxCollector(loads, self._model_name))
+
+    def exposition(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def refused(self, reason: str) -> None:
+        self._refused.labels(self._model_name, reason).inc()
+
+    def rate_storage_failed(self) -> None:
+        self._rate_storage.inc()
+
+    def refused_unread(self, status: int) -> None:
+        """What came was no request that a route could answer."""
+        self.http_requests.labels("unread", status).inc()
+
+    def stepped(self, step: Step, seconds: float) -> None:
+        self._steps.observe(seconds)
+        self._occupancy.observe(len(step.sequences))
+        self._step_tokens.observe(step.decodes + step.prefill_tokens)
+        self._prompt_tokens.inc(step.prefill_tokens)
+
+    def looked(self, active: Sequences[float]) -> None:
+        """`active` is the share of neurons that fired, by layer."""
+        for layer, share in enumerate(active):
+            self._active.labels(self._model_name, layer).set(share)
+
+    def gained(self, sequences: Sequences[Sequence]) -> None:
+        self._generated.inc(len(sequences))
+        gaps: Counting[float] = Counting()  # those of one step are mostly the same
+        for sequence in sequences:
+            if len(sequence.generated) > 1:
+                gaps[sequence.gap] += 1
+            elif (seconds := sequence.time_to_first_token) is not None:
+                self._first.observe(seconds)
+        for gap, count in gaps.items():
+            self._between.observe(gap, count)
+
+    def finished(self, sequence: Sequence, now: float) -> None:
+        assert sequence.finish_reason is not None
+        self._ended.labels(self._model_name, sequence.finish_reason.value).inc()
+        if isinstance(sequence.error, NotFinite):
+            self._not_finite.inc()
+        self._whole.observe(now - sequence.arrived)
+        self._request_prompt.observe(len(sequence.prompt))
+        self._request_generated.observe(len(sequence.generated))
+        self._max_tokens.observe(sequence.max_tokens)
+        self._n.observe(sequence.n)
+        if (seconds := sequence.time_in_queue) is not None:
+            self._queue.observe(seconds)
+        if sequence.scheduled is not None and sequence.first_token is not None and sequence.last_token is not None:
+            decode = sequence.last_token - sequence.first_token
+            self._prefill.observe(sequence.first_token - sequence.scheduled)
+            self._decode.observe(decode)
+            self._inference.observe(sequence.last_token - sequence.scheduled)
+            if len(sequence.generated) > 1:
+                self._per_token.observe(decode / (len(sequence.generated) - 1))
+
+    def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
+        family = Histogram(f"bdh_{name}", text, ("model_name",), buckets=tuple(buckets), registry=self.registry)
+        return family.labels(self._model_name)
+
+    def _gauge(self, name: str, text: str, value: Callable[[], int]) -> None:
+        Gauge(f"bdh_{name}", text, registry=self.registry).set_function(value)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        return Counter(f"bdh_{name}", text, ("model_name",), registry=self.registry).labels(self._model_name)
+
+
+class ManyHistogram(Collector):
+    """A histogram that takes many observations of one value at once. Written by one thread."""
+
+    def __init__(self, name: str, text: str, model_name: str, buckets: Iterable[float]) -> None:
+        self._name, self._text, self._model_name = name, text, model_name
+        self._bounds = [*buckets, math.inf]
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+
+    def observe(self, value: float, count: int) -> None:
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterable[HistogramMetricFamily]:
+        family = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
+        names = ["+Inf" if bound == math.inf else str(float(bound)) for bound in self._bounds]
+        family.add_metric([self._model_name], list(zip(names, accumulate(self._counts))), self._sum)
+        yield family
+
+
+class _LoadCollector(Collector):
+    def __init__(self, load: Callable[[], Load], model_name: str) -> None:
+        self._load = load
+        self._model_name = model_name
+
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        load = self._load()
+        for name, text, value in (
+            ("num_requests_running", "Sequences that run", load.running),
+            ("num_requests_waiting", "Sequences that wait for their first place", load.waiting),
+            ("num_requests_swapped", "Sequences that are suspended", load.suspended),
+            (
+                "state_slots_usage_perc",
+                "Share of the places to run in that are held, 0 to 1",
+                load.running / load.slots,
+            ),
+            ("prefix_cache_states", "States that are kept for later requests", load.cached_states),
+        ):
+            family = GaugeMetricFamily(f"bdh_{name}", text, labels=["model_name"])
+            family.add_metric([self._model_name], value)
+            yield family
+        for name, text, count in (
+            ("num_preemptions", "Times that a sequence was suspended", load.preemptions),
+            ("prefix_cache_queries", "Prompt tokens that were looked up", load.cache_queries),
+            ("prefix_cache_hits", "Prompt tokens that were found", load.cache_hits),
+            ("prompt_tokens_cached", "Prompt tokens that did not have to be computed", load.cache_hits),
+        ):
+            counter = CounterMetricFamily(f"bdh_{name}", text, labels=["model_name"])
+            counter.add_metric([self._model_name], count)
+            yield counter
+
+
+class _SandboxCollector(Collector):
+    def __init__(self, loads: Mapping[str, Callable[[], SandboxLoad]], model_name: str) -> None:
+        self._loads = loads
+        self._model_name = model_name
+
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        labels = ["model_name", "work"]
+        waiting = GaugeMetricFamily("bdh_sandbox_jobs_waiting", "Jobs that wait for a process", labels=labels)
+        running = GaugeMetricFamily("bdh_sandbox_jobs_running", "Jobs that run", labels=labels)
+        ended = CounterMetricFamily("bdh_sandbox_jobs", "Jobs that ended, by outcome", labels=[*labels, "outcome"])
+        for work, look in self._loads.items():
+            load, values = look(), [self._model_name, work]
+            waiting.add_metric(values, load.waiting)
+            running.add_metric(values, load.running)
+            for outcome, count in load.outcomes.items():
+                ended.add_metric([*values, outcome], count)
+        yield from (waiting, running, ended)
