@@ -24,16 +24,39 @@ from bdh_batch.settings import MAX_PRIORITY
 from bdh_batch.text.calls import OPEN
 from bdh_batch.text.sources import Source
 
-# Known to the API, not built yet: the values besides null that ask for nothing.
+# Known to OpenAI's API or to other servers', and not built: the values besides null that ask for nothing.
 GENERATION: Neutral = {
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    **dict.fromkeys(("audio", "moderation", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
-    **dict.fromkeys(("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"), ()),
+    **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options", "prompt_cache_options"), ()),
+    "cache_prompt": (True,),
     "chat_template": (),
+    "detokenize": (True,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_decoding_backend": ("auto", "guidance", "lm-format-enforcer", "outlines", "xgrammar"),
+    "guided_whitespace_pattern": (),
+    "include_reasoning": (True, False),
+    "kv_transfer_params": ({},),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "mirostat": (0,),
+    "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
+    "num_beams": (1,),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
+    "reasoning_effort": ("none",),
+    "repeat_penalty": (1,),
+    "safe_prompt": (False,),
+    "service_tier": ("auto", "default", "flex"),
+    "spaces_between_special_tokens": (True, False),
     "suffix": ("",),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "vllm_xargs": ({},),
 }
 TOOLS: Neutral = {"tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
 COMPLETION: Neutral = {**GENERATION, **TOOLS, "top_logprobs": (0,)}
@@ -145,7 +168,7 @@ class GenerationBody(Formatted):
     model: Label | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -166,6 +189,8 @@ class GenerationBody(Formatted):
     # Labels: accepted, and left to the client's own records.
     user: Label | None = None
     safety_identifier: Label | None = None
+    request_id: Label | None = None
+    prompt_cache_key: Label | None = None
     metadata: FreeObject | None = None
     store: bool | None = None
 
@@ -242,7 +267,7 @@ class GenerationBody(Formatted):
         ranked = self.tries > (self.n or 1)
         return SamplingParams(
             temperature=defaults.temperature if self.temperature is None else self.temperature,
-            top_p=self.top_p or defaults.top_p,
+            top_p=defaults.top_p if self.top_p is None else self.top_p,
             top_k=max(0, defaults.top_k if self.top_k is None else self.top_k),
             min_p=self.min_p or 0.0,
             presence_penalty=self.presence_penalty or 0.0,

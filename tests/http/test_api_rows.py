@@ -140,7 +140,7 @@ class TestParameters:
         [
             *(("functions", [{"name": "f"}]), ("function_call", "f"), ("prediction", {"type": "content"})),
             *(("reasoning_effort", "low"), ("verbosity", "low"), ("web_search_options", {}), ("moderation", {})),
-            *(("service_tier", "flex"), ("chat_template", "x"), ("prompt_cache_key", "k"), ("suffix", "s")),
+            *(("service_tier", "priority"), ("chat_template", "x"), ("suffix", "s")),
             *(("prompt_cache_options", {}), ("prompt_cache_retention", "24h"), ("modalities", ["audio"])),
         ],
     )

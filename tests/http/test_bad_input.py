@@ -198,7 +198,7 @@ class TestTypes:
         assert error["param"] == param
         assert param in error["message"]
 
-    @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "refusal", "nonsense"])
+    @pytest.mark.parametrize("kind", ["image_url", "input_audio", "file", "tool_result", "nonsense"])
     def test_of_content_other_than_text_are_not_supported(self, tiny: Server, kind: str) -> None:
         content = [TEXT, {"type": kind, kind: {"url": "http://example.com"}}]
         error = tiny.refusal(message(content=content), CHAT)
@@ -213,7 +213,7 @@ class TestRanges:
         [
             *(("max_tokens", value) for value in (0, -1, -(2**63))),
             *(("temperature", value) for value in (-0.001, 2.001, -5, 1e308)),
-            *(("top_p", value) for value in (0, -0.1, 1.001, 50)),
+            *(("top_p", value) for value in (-0.1, 1.001, 50)),
             *(("top_k", value) for value in (-2, -(2**63))),
             *(("n", value) for value in (0, -1, 17, 2**63)),
             *(("seed", value) for value in (-(2**63) - 1, 2**64, 10**30)),
@@ -235,7 +235,7 @@ class TestRanges:
         ("field", "value"),
         [
             *(("temperature", value) for value in (0, 0.0, 2, 2.0, 1)),
-            *(("top_p", value) for value in (1, 1.0, 1e-9, 5e-324)),
+            *(("top_p", value) for value in (0, 0.0, 1, 1.0, 1e-9, 5e-324)),
             *(("top_k", value) for value in (-1, 0, 1, 256, 10_000)),
             *(("n", value) for value in (1, 16)),
             *(("seed", value) for value in (-(2**63), -1, 0, 2**63, 2**64 - 1)),
@@ -361,18 +361,11 @@ class TestPrompts:
         assert tiny.complete(prompt=prompt, max_tokens=1)["usage"]["prompt_tokens"] == len(prompt.encode())
 
 
-FOO = {"foo": None}
+FOO = {"foo": 1}
 FUNCTION = {"type": "function", "function": {"name": "f"}}
-CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 SCHEMA = {"name": "a", "schema": {"enum": [1]}}
 NESTED: list[tuple[str, dict[str, Any]]] = [
-    ("messages[0]", message(**FOO)),
     ("messages[0].content[1]", message(content=[TEXT, TEXT | FOO])),
-    ("messages[0].tool_calls[0]", message(role="assistant", tool_calls=[CALL | FOO])),
-    (
-        "messages[0].tool_calls[0].function",
-        message(role="assistant", tool_calls=[CALL | {"function": {"name": "f", "arguments": "{}"} | FOO}]),
-    ),
     ("tools[0]", {"tools": [FUNCTION | FOO]}),
     ("tools[0].function", {"tools": [FUNCTION | {"function": {"name": "f"} | FOO}]}),
     ("tool_choice", {"tools": [FUNCTION], "tool_choice": FUNCTION | FOO}),
@@ -394,8 +387,41 @@ class TestUnknown:
         assert field in error["message"]
 
     @PATHS
-    def test_fields_are_refused_even_if_null(self, tiny: Server, path: str) -> None:
-        assert tiny.refusal(BODIES[path] | {"prmpt": None}, path)["code"] == "unknown_parameter"
+    def test_fields_say_which_option_lets_them_pass(self, tiny: Server, path: str) -> None:
+        assert "api.unknown_fields" in tiny.refusal(BODIES[path] | {"prmpt": 1}, path)["message"]
+
+    @pytest.mark.parametrize("path", [COMPLETIONS, CHAT, "/v1/embeddings", "/tokenize", "/detokenize"])
+    def test_fields_that_are_null_are_as_good_as_left_out(self, tiny: Server, path: str) -> None:
+        bodies: dict[str, Any] = BODIES | {"/v1/embeddings": {"input": "a"}, "/tokenize": {"prompt": "a"}}
+        body = bodies.get(path, {"tokens": [97]}) | {"prmpt": None, "mirostat": None, "min_p_scale": None}
+        assert tiny.http.post(path, json=body).status_code == 200
+
+    @pytest.mark.parametrize(("place", "body"), NESTED)
+    def test_nested_fields_that_are_null_are_too(self, tiny: Server, place: str, body: dict[str, Any]) -> None:
+        content = json.dumps(BODIES[CHAT] | body).replace('"foo": 1', '"foo": null')
+        assert tiny.http.post(CHAT, content=content.encode()).status_code == 200, place
+
+    @PATHS
+    @pytest.mark.parametrize(
+        ("field", "value", "meant"),
+        [
+            *(("n_predict", 5, "max_tokens"), ("max_new_tokens", 5, "max_tokens"), ("num_predict", 5, "max_tokens")),
+            *(
+                ("repeat_penalty", 1.1, "repetition_penalty"),
+                ("stop_sequences", ["a"], "stop"),
+                ("random_seed", 1, "seed"),
+            ),
+            *(("typical_p", 0.9, "min_p"), ("mirostat", 2, "min_p"), ("cache_prompt", False, "prefix_cache.enabled")),
+            *(("regex", "a", "structured_outputs.regex"), ("extra_body", {"top_k": 1}, "beside")),
+            ("num_ctx", 512, "model.max_model_len"),
+        ],
+    )
+    def test_fields_of_other_servers_are_told_what_they_are_here(
+        self, tiny: Server, path: str, field: str, value: object, meant: str
+    ) -> None:
+        error = tiny.refusal(BODIES[path] | {field: value}, path)
+        assert (error["param"], error["type"]) == (field, "invalid_request_error")
+        assert meant in error["message"]
 
     @pytest.mark.parametrize(("place", "body"), NESTED)
     def test_nested_fields_are_refused_by_name(self, tiny: Server, place: str, body: dict[str, Any]) -> None:
@@ -476,6 +502,21 @@ UNSUPPORTED: dict[str, tuple[list[object], list[object]]] = {  # what asks for s
     "suffix": (["b"], [""]),
     "audio": ([{"voice": "ash", "format": "wav"}], []),
     "modalities": ([["text", "audio"]], [["text"]]),
+    "reasoning_effort": (["low"], ["none"]),
+    "verbosity": (["low"], ["medium"]),
+    "service_tier": (["priority"], ["auto", "default", "flex"]),
+    "length_penalty": ([2, 0.5, True], [1, 1.0]),
+    "early_stopping": ([True, "never", 0], [False]),
+    "use_beam_search": ([True], [False]),
+    "spaces_between_special_tokens": (["a"], [True, False]),
+    "guided_decoding_backend": (["a"], ["auto", "outlines", "xgrammar"]),
+    "include_reasoning": ([1], [True, False]),
+    "prompt_cache_retention": (["24h"], ["in_memory"]),
+    "mirostat": ([1, False], [0]),
+    "typical_p": ([0.5], [1, 1.0]),
+    "cache_prompt": ([False], [True]),
+    "repeat_penalty": ([1.1], [1]),
+    "logits_processors": (["a"], [[]]),
 }
 
 
@@ -508,10 +549,8 @@ class TestUnsupported:
             assert tiny.http.post(path, json=BODIES[path] | {field: value}).status_code == 200
 
     def test_parts_of_messages_are_refused_by_name(self, tiny: Server) -> None:
-        asks: dict[str, Any] = {"refusal": "No.", "audio": {"id": "a"}, "annotations": [{"type": "url_citation"}]}
-        for field, value in (asks | {"function_call": {"name": "f", "arguments": "{}"}}).items():
-            error = tiny.refusal(message(role="assistant", **{field: value}), CHAT)
-            assert (error["param"], error["code"]) == (f"messages[0].{field}", "unsupported_parameter")
+        error = tiny.refusal(message(role="assistant", audio={"id": "a"}), CHAT)
+        assert (error["param"], error["code"]) == ("messages[0].audio", "unsupported_parameter")
         error = tiny.refusal(message(content=[TEXT | {"prompt_cache_breakpoint": {"mode": "explicit"}}]), CHAT)
         assert error["param"] == "messages[0].content[0].prompt_cache_breakpoint"
 

@@ -308,7 +308,7 @@ BAD_TOOLS: list[tuple[str, dict[str, Any]]] = [
     ("structured_outputs.regex", {"tools": TOOLS, "structured_outputs": {"regex": "a"}}),
     ("response_format.json_schema.schema", {"tools": TOOLS, "tool_choice": "required", "response_format": OBJECT}),
     ("messages[0].tool_calls", sent_back("user", "{}")),
-    ("messages[0].tool_calls[0].function.arguments", sent_back("assistant", "[]")),
+    ("messages[0].tool_calls[0].function.arguments", sent_back("assistant", '{"a":' * 40 + "1" + "}" * 40)),
     ("messages[0].content", {"messages": [{"role": "assistant"}]}),
 ]
 
