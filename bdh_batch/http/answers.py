@@ -206,6 +206,7 @@ class ModelCard(Answer):
     object: Literal["model"]
     created: int = Field(description="Unix seconds; fixed for a model.")
     owned_by: str
+    root: str = Field(description="The model's name; another id is an alias of it.")
     max_model_len: int | None
 
 

@@ -78,7 +78,14 @@ def operations() -> list[Operation]:
 
 NAME = "bdh-shakespeare"
 FINGERPRINT = f"{NAME}-bdh_batch-{__version__}"
-CARD = {"id": NAME, "object": "model", "created": 1762000000, "owned_by": "bdh_batch", "max_model_len": 131072}
+CARD: dict[str, Any] = {
+    "id": NAME,
+    "object": "model",
+    "created": 1762000000,
+    "owned_by": "bdh_batch",
+    "root": NAME,
+    "max_model_len": 131072,
+}
 QUESTION = {"role": "user", "content": "Who is there?"}
 ENTER = {
     "type": "function",
@@ -263,7 +270,7 @@ def _models() -> list[Operation]:
             "listModels",
             "Models",
             "/v1/models",
-            "The models that the caller may use",
+            "The models that the caller may use, under each of their names",
             ModelList,
             errors=(503,),
             replies={"models": {"object": "list", "data": [CARD]}},

@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from bdh_batch import __version__
 from bdh_batch.backends.base import Generation
-from bdh_batch.errors import InvalidRequest, ModelNotFound, Unavailable
+from bdh_batch.errors import InvalidRequest, Unavailable
 from bdh_batch.http.body import Body, check, parse, read_object
 from bdh_batch.http.docs import POLICY, page
 from bdh_batch.http.embeddings import embeddings
@@ -132,14 +132,12 @@ class Routes:
 
     async def models(self, request: Request) -> Response:
         model = self._gate.model
-        mine = [model.card()] if request.state.caller.may_use(model.names) else []
-        return JSONResponse({"object": "list", "data": mine})
+        mine = model.names if request.state.caller.may_use(model.names) else ()
+        return JSONResponse({"object": "list", "data": [model.card(name) for name in mine]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["id"]
-        if not name:
-            raise ModelNotFound(name)
-        return JSONResponse(self._model(request, name).card())
+        return JSONResponse(self._model(request, name).card(name))
 
     async def health(self, request: Request) -> Response:
         return _status(self._gate.health(), "ok")
@@ -191,9 +189,9 @@ class Routes:
             Forbidden: the caller's key is not for it.
             Unavailable
         """
-        model = self._gate.model
-        model.check_name(name)
-        request.state.caller.check_model(name or model.name, model.names)
+        model, caller = self._gate.model, request.state.caller
+        model.check_name(name, told=caller.may_use(model.names))
+        caller.check_model(name or model.name, model.names)
         return model
 
     async def _rendered(self, request: Request, model: ServedModel, body: ConversationBody, size: int) -> Text:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import openai
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -440,6 +441,8 @@ class TestUnknown:
         error = tiny.refusal(BODIES[path] | {"model": model}, path, 404)
         assert (error["param"], error["code"]) == ("model", "model_not_found")
         assert repr(model) in error["message"]
+        assert "There is 'tiny', 'minute', 'tiny-xxx" in error["message"]
+        assert len(error["message"]) < 500
 
     def test_models_are_the_clients_not_found_error(self, tiny: Server) -> None:
         with tiny.openai() as client:
@@ -459,7 +462,23 @@ class TestUnknown:
     def test_paths_are_not_found(self, tiny: Server, path: str, method: str) -> None:
         error = tiny.error(tiny.http.request(method, tiny.url + path), 404)
         assert error["code"] == "not_found"
-        assert path == "/v1/" or "mean" not in error["message"]
+        assert "mean" not in error["message"]
+        assert f"There is nothing at {httpx.URL(tiny.url + path).path}" in error["message"]
+        assert "/v1/completions" in error["message"]
+
+    @pytest.mark.parametrize(
+        ("path", "near"),
+        [
+            *((path, CHAT) for path in ("/v1/responses", "/v1/messages", "/api/chat", "/v1/chat/completion")),
+            ("/v2/completions", COMPLETIONS),
+            ("/v1/embedding", "/v1/embeddings"),
+            ("/" + "v1/" * 5000, CHAT),
+        ],
+    )
+    def test_paths_are_told_what_is_near_them(self, tiny: Server, path: str, near: str) -> None:
+        message = tiny.error(tiny.http.post(path, json={}), 404)["message"]
+        assert near in message
+        assert "/openapi.json" in message
 
     @pytest.mark.parametrize(
         ("method", "path", "meant"),
@@ -469,6 +488,10 @@ class TestUnknown:
             ("GET", "/models/tiny", "/v1/models/tiny"),
             ("POST", f"/v1{CHAT}", CHAT),
             ("GET", "/v1/health", "/health"),
+            ("POST", "/v1/v1/embeddings", "/v1/embeddings"),
+            ("POST", "/v1/chat/completions/", CHAT),
+            ("POST", "/v1//completions", COMPLETIONS),
+            ("POST", "/completions/", COMPLETIONS),
         ],
     )
     def test_paths_of_a_wrong_base_url_are_told_the_right_one(
@@ -494,7 +517,9 @@ class TestUnknown:
     )
     def test_methods_are_refused_with_those_there_are(self, tiny: Server, method: str, path: str, allowed: str) -> None:
         response = tiny.http.request(method, path)
-        assert tiny.error(response, 405)["code"] == "method_not_allowed"
+        error = tiny.error(response, 405)
+        assert error["code"] == "method_not_allowed"
+        assert allowed in error["message"]
         assert allowed in response.headers["allow"].split(", ")
 
 

@@ -38,7 +38,10 @@ class TestModels:
 
     def test_are_found_by_name_and_alias(self, tiny: Server) -> None:
         with tiny.openai() as client:
-            assert client.models.retrieve("tiny") == client.models.retrieve("minute") == client.models.list().data[0]
+            listed = client.models.list().data
+            assert [each.id for each in listed][:2] == ["tiny", "minute"]
+            assert [client.models.retrieve(each.id) for each in listed] == listed
+        assert {each.model_dump()["root"] for each in listed} == {"tiny"}
 
     def test_are_as_old_as_they_are(self, server: Server) -> None:
         first = server.http.get("/v1/models").json()["data"][0]["created"]
