@@ -71,6 +71,7 @@ class Frames:
     chunk_kind: str
     before_text: bytes  # in the choice of a frame
     after_text: bytes
+    prompt_beside_choices = False  # where its token ids are: beside the choices, of which all have the same, or in each
 
     def __init__(self, answer: Answer, tokenizer: Tokenizer) -> None:
         self._answer = answer
@@ -132,14 +133,17 @@ class Frames:
         choices = (self._choice(index, row, prompts[row], ends[row]) for index, row in enumerate(self._best(ends)))
         usage = usage_dict(self.usage(prompts, cached, sum(len(end.tokens) for end in ends)))
         head = orjson.dumps(self._answer.envelope(self.kind))[:-1]
-        return [head, b',"choices":[', *between(b",", choices), b'],"usage":%b}' % orjson.dumps(usage)]
+        beside = self._of_prompt(prompts[0]) if self.prompt_beside_choices else []
+        end = b'],"usage":%b' % orjson.dumps(usage)
+        return [head, b',"choices":[', *between(b",", choices), end, *beside, b"}"]
 
     def _choice(self, index: int, row: int, prompt: Sequence[int], end: Delta) -> list[bytes]:
         text, logprobs = self._parts(row, end)
         begin = orjson.dumps({"index": index, **self._whole_content(text)})[:-1] + b',"logprobs":'
         reason = b',"finish_reason":' + orjson.dumps(end.finish_reason)
-        ids = [self._prompt_ids(prompt), b',"token_ids":', dump_list(end.tokens)] if self._answer.token_ids else []
-        return [begin, *logprobs, reason, *ids, b"}"]
+        ids = dump_list(end.tokens) if self._answer.token_ids else NULL
+        inside = [] if self.prompt_beside_choices else self._of_prompt(prompt)
+        return [begin, *logprobs, reason, *inside, b',"token_ids":', ids, b"}"]
 
     def _best(self, ends: Sequence[Delta]) -> list[int]:
         """The rows of the answers that are shown: those of the highest log-probability per token, if not all."""
@@ -152,8 +156,14 @@ class Frames:
             for row in sorted(range(first, first + tries), key=lambda row: -_likelihood(ends[row]))[:n]
         ]
 
-    def _frame(self, index: int, content: bytes) -> bytes:
-        return b"%b%d,%b%b" % (self._head, index, content, self._tail)
+    def _frame(self, index: int, content: bytes, beside: bytes = b"") -> bytes:
+        """A frame; `beside` are members that come after its choices."""
+        closed, rest = self._tail[:2], self._tail[2:]
+        return b"%b%d,%b%b%b%b" % (self._head, index, content, closed, beside, rest)
+
+    def _of_prompt(self, prompt: Sequence[int]) -> list[bytes]:
+        """What a whole response has of a prompt, as members of an object."""
+        return [b',"prompt_token_ids":', dump_list(prompt) if self._answer.token_ids else NULL]
 
     def _prompt_ids(self, prompt: Sequence[int]) -> bytes:
         return b',"prompt_token_ids":' + dump_list(prompt) if self._answer.token_ids else b""
@@ -216,6 +226,7 @@ class CompletionFrames(Frames):
 class ChatFrames(Frames):
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
     before_text, after_text = b'"delta":{"content":', b"}"
+    prompt_beside_choices = True
 
     def _parts(self, index: int, delta: Delta) -> tuple[str, list[bytes]]:
         if self._answer.logprobs is None or delta.scores is None:
@@ -224,7 +235,8 @@ class ChatFrames(Frames):
 
     def opening(self, prompts: Sequence[Sequence[int]]) -> bytes:
         role = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        return b"".join(self._frame(index, role + self._prompt_ids(prompt)) for index, prompt in enumerate(prompts))
+        beside = [self._prompt_ids(prompts[0]), *[b""] * (len(prompts) - 1)]
+        return b"".join(self._frame(index, role, ids) for index, ids in enumerate(beside))
 
     def _content(self, text: str) -> bytes:
         return super()._content(text) if text else b'"delta":{}'

@@ -109,7 +109,16 @@ COMPLETION = {
     "created": CREATED,
     "model": NAME,
     "system_fingerprint": FINGERPRINT,
-    "choices": [{"index": 0, "text": "I think the state of the", "logprobs": None, "finish_reason": "length"}],
+    "choices": [
+        {
+            "index": 0,
+            "text": "I think the state of the",
+            "logprobs": None,
+            "finish_reason": "length",
+            "prompt_token_ids": None,
+            "token_ids": None,
+        }
+    ],
     "usage": {
         "prompt_tokens": 7,
         "completion_tokens": 24,
@@ -129,6 +138,7 @@ CHAT = {
             "message": {"role": "assistant", "content": " the world of the countr", "refusal": None},
             "logprobs": None,
             "finish_reason": "length",
+            "token_ids": None,
         }
     ],
     "usage": {
@@ -137,6 +147,7 @@ CHAT = {
         "total_tokens": 54,
         "prompt_tokens_details": {"cached_tokens": 0},
     },
+    "prompt_token_ids": None,
 }
 EMBEDDINGS = {
     "object": "list",
@@ -248,6 +259,8 @@ def _tokens() -> list[Operation]:
         "bos_token": None,
         "eos_token": None,
         "eos_token_ids": [],
+        "prefix_token": "\n",
+        "prefix_token_id": 10,
         "vocab_size": 256,
     }
     return [

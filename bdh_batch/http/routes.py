@@ -246,7 +246,7 @@ def _answer(id: str, body: GenerationBody, model: ServedModel) -> Answer:
         logprobs=body.top,
         echo=body.echoes,
         include_usage=bool(body.options.include_usage),
-        continuous_usage=bool(body.options.continuous_usage_stats),
+        continuous_usage=bool(body.options.include_usage and body.options.continuous_usage_stats),
     )
 
 

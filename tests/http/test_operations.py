@@ -145,6 +145,7 @@ class TestMetrics:
         assert found["bdh_state_slots_usage_perc"] == pytest.approx(
             3 / 192
         )  # three eighths of 512 states are for sequences
+        assert found["bdh_kv_cache_usage_perc"] == found["bdh_state_slots_usage_perc"]
         assert found["bdh_http_requests_in_flight"] == 3
         tiny.until_idle()
 
@@ -174,6 +175,29 @@ class TestMetrics:
         text = tiny.http.get("/metrics").text
         assert f"# TYPE bdh_{name} histogram" in text
         assert f'bdh_{name}_count{{model_name="tiny"}}' in text
+
+    def test_tell_of_the_memory_for_states(self, tiny: Server) -> None:
+        (told,) = [name for name in tiny.metrics() if name.startswith("bdh_cache_config_info")]
+        facts = dict(
+            fact.split("=") for fact in told.removeprefix("bdh_cache_config_info{").removesuffix("}").split(",")
+        )
+        assert facts == {
+            "num_gpu_blocks": "512",
+            "num_cpu_blocks": "0",
+            "block_size": "131072",
+            "cache_dtype": "float32",
+            "enable_prefix_caching": "True",
+            "sliding_window": "None",
+        }
+
+    def test_have_the_latency_between_tokens_under_both_of_its_names(self, tiny: Server) -> None:
+        tiny.complete(prompt="a", max_tokens=5)
+        found = tiny.metrics()
+        for part in ("count", "sum", "bucket{le=0.1}"):
+            name = f"bdh_{{}}_{part}"
+            assert (
+                found[name.format("time_per_output_token_seconds")] == found[name.format("inter_token_latency_seconds")]
+            )
 
     def test_count_how_requests_end(self, server: Server) -> None:
         text = server.text(prompt="a", max_tokens=4, temperature=0)

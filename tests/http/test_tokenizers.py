@@ -138,11 +138,11 @@ def test_calls_are_read_though_they_are_written_with_tokens_of_their_own(chatty:
 
 def test_a_chat_is_rendered_by_the_folders_template(chatty: Server, raw: Tokenizer) -> None:
     body = {"messages": MESSAGES, "max_tokens": 1, "return_token_ids": True}
-    (choice,) = chatty.http.post(CHAT, json=body).json()["choices"]
-    assert choice["prompt_token_ids"] == raw.encode(RENDERED, add_special_tokens=False).ids
-    assert ids(chatty, messages=MESSAGES) == choice["prompt_token_ids"]
+    prompt = chatty.http.post(CHAT, json=body).json()["prompt_token_ids"]
+    assert prompt == raw.encode(RENDERED, add_special_tokens=False).ids
+    assert ids(chatty, messages=MESSAGES) == prompt
     begin = raw.token_to_id("<s>")
-    assert ids(chatty, messages=MESSAGES, add_special_tokens=True) == [begin, *choice["prompt_token_ids"]]
+    assert ids(chatty, messages=MESSAGES, add_special_tokens=True) == [begin, *prompt]
     prefilled = [*MESSAGES, {"role": "assistant", "content": "Well, "}]
     tokens = ids(chatty, messages=prefilled, continue_final_message=True)
     assert tokens == raw.encode(RENDERED + "Well, ", add_special_tokens=False).ids
@@ -188,6 +188,7 @@ def test_what_vllm_tells_of_a_tokenizer_is_told(chatty: Server, raw: Tokenizer) 
         assert plain.json() == {"prompt": "the fox"}
     info = chatty.http.get("/tokenizer_info").json()
     assert (info["eos_token"], info["bos_token"], info["vocab_size"]) == ("<|im_end|>", "<s>", 330)
+    assert (info["prefix_token"], info["prefix_token_id"]) == ("<s>", raw.token_to_id("<s>"))
 
 
 def test_bytes_are_tokenized_too(tiny: Server) -> None:
@@ -196,7 +197,10 @@ def test_bytes_are_tokenized_too(tiny: Server) -> None:
     names = tiny.http.post(TOKENIZE, json={"prompt": "aé", "return_token_strs": True}).json()["token_strs"]
     assert names == ["a", "<0xC3>", "<0xA9>"]
     assert tiny.http.post("/detokenize", json={"tokens": [0xC3, 0xA9, 0xFF]}).json() == {"prompt": "é\ufffd"}
-    assert tiny.http.get("/tokenizer_info").json()["eos_token"] is None
+    info = tiny.http.get("/tokenizer_info").json()
+    assert (info["bos_token"], info["eos_token"]) == (None, None)
+    assert (info["prefix_token"], info["prefix_token_id"]) == ("\n", 10)
+    assert ids(tiny, prompt=info["prefix_token"]) == [info["prefix_token_id"]]
 
 
 def test_a_model_without_a_tokenizer_says_so(odd: Server) -> None:
