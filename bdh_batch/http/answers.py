@@ -42,6 +42,16 @@ PROMPT_TOKENS = "With `return_token_ids`: the prompt's; else null."
 TOKENS = "With `return_token_ids`; else null."
 
 
+class PromptLogprob(Answer):
+    logprob: float
+    rank: int = Field(ge=1, description="How many tokens are at least as likely, itself included.")
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+PROMPT_LOGPROBS = "With `prompt_logprobs`, by token id, null for the first token; else null."
+
+
 class CompletionLogprobs(Answer):
     """Columns, one row for each token."""
 
@@ -56,6 +66,7 @@ class CompletionChoice(Answer):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
+    prompt_logprobs: PromptLogprobs | None = Field(description=PROMPT_LOGPROBS)
     prompt_token_ids: Tokens | None = Field(description=PROMPT_TOKENS)
     token_ids: Tokens | None = Field(description=TOKENS)
 
@@ -128,6 +139,7 @@ class ChatCompletion(Envelope):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = Field(description=PROMPT_LOGPROBS)
     prompt_token_ids: Tokens | None = Field(description=PROMPT_TOKENS)
 
 
@@ -205,8 +217,8 @@ class TokenizerInfo(BaseModel):
     eos_token: str | None
     eos_token_ids: list[Count]
     prefix_token: str | None = Field(
-        description="What a text can be scored after: that of its beginning, else of its end, else a newline. Harnesses "
-        "that score texts from their first token on (rolling log-likelihoods) take its id as their prefix token."
+        description="What a text can be scored after: that of its beginning, else of its end, else a newline. "
+        "Harnesses that score texts from their first token on (rolling log-likelihoods) take it as prefix token."
     )
     prefix_token_id: Count | None = Field(description="Its id, as for lm-eval's `custom_prefix_token_id`.")
     vocab_size: Count

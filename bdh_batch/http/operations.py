@@ -30,7 +30,7 @@ from bdh_batch.http.answers import (
     Version,
 )
 from bdh_batch.http.wire import ChatBody, CompletionBody
-from bdh_batch.http.wire_text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
+from bdh_batch.http.wire_text import DetokenizeBody, EmbeddingBody, EmbeddingChat, TokenizeChat, TokenizeText
 
 MODEL = (403, 404, 503)  # of all that asks for the model
 WORK = (429, 504)  # of all that the engine works on
@@ -115,6 +115,7 @@ COMPLETION = {
             "text": "I think the state of the",
             "logprobs": None,
             "finish_reason": "length",
+            "prompt_logprobs": None,
             "prompt_token_ids": None,
             "token_ids": None,
         }
@@ -147,6 +148,7 @@ CHAT = {
         "total_tokens": 54,
         "prompt_tokens_details": {"cached_tokens": 0},
     },
+    "prompt_logprobs": None,
     "prompt_token_ids": None,
 }
 EMBEDDINGS = {
@@ -211,11 +213,12 @@ def _generation() -> list[Operation]:
             Embeddings,
             "post",
             "The mean of the final hidden vectors over a text's tokens, of length 1.",
-            bodies=[EmbeddingBody],
+            bodies=[EmbeddingBody, EmbeddingChat],
             errors=MODEL + WORK,
             requests={
                 "text": {"input": "O Romeo, Romeo!", "dimensions": 3},
                 "texts": {"input": ["O Romeo!", "O Juliet!"], "encoding_format": "base64"},
+                "conversation": {"messages": [QUESTION]},
             },
             replies={"text": EMBEDDINGS},
         ),

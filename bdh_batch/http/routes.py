@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import orjson
@@ -30,7 +31,7 @@ from bdh_batch.http.tokens import tokenization
 from bdh_batch.http.tool_frames import ToolFrames
 from bdh_batch.http.wire import ChatBody, CompletionBody, GenerationBody
 from bdh_batch.http.wire_chat import ConversationBody
-from bdh_batch.http.wire_text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
+from bdh_batch.http.wire_text import DetokenizeBody, EmbeddingBody, EmbeddingChat, TokenizeChat, TokenizeText
 from bdh_batch.messages import GenerationRequest, Grammar, Text
 from bdh_batch.settings import Settings
 from bdh_batch.telemetry import Metrics
@@ -100,10 +101,15 @@ class Routes:
 
     async def embeddings(self, request: Request) -> Response:
         raw, aside = await request.body(), self._aside(request)
-        body = await aside.run(len(raw), self._parse, raw, EmbeddingBody)
+        body = await aside.run(len(raw), self._parse_embedding, raw)
         model = self._model(request, body.model)
-        size = max(len(raw), SEQUENCE_COST * len(body.input))
-        requests = await aside.run(size, body.requests, request.state.id, model.width)
+        prompts: Mapping[str, Text | Sequence[int]]
+        if isinstance(body, EmbeddingBody):
+            prompts = await aside.run(len(raw), body.prompts)
+        else:
+            prompts = {"messages": await self._rendered(request, model, body, len(raw))}
+        size = max(len(raw), SEQUENCE_COST * len(prompts))
+        requests = await aside.run(size, body.requests, request.state.id, model.width, prompts)
         generation = await self._start(request, model, requests)
         return await embeddings(generation, body, body.model or model.name, request, aside)
 
@@ -178,7 +184,14 @@ class Routes:
 
     def _parse_tokenize(self, raw: bytes) -> TokenizeChat | TokenizeText:
         values = read_object(raw, self._settings.limits)
-        kind: type[TokenizeChat | TokenizeText] = TokenizeChat if "messages" in values else TokenizeText
+        is_text = values.get("messages") is None
+        kind: type[TokenizeChat | TokenizeText] = TokenizeText if is_text else TokenizeChat
+        return check(values, kind, self._settings.limits, self._settings.api.unknown_fields)
+
+    def _parse_embedding(self, raw: bytes) -> EmbeddingChat | EmbeddingBody:
+        values = read_object(raw, self._settings.limits)
+        is_chat = values.get("messages") is not None and values.get("input") is None
+        kind: type[EmbeddingChat | EmbeddingBody] = EmbeddingChat if is_chat else EmbeddingBody
         return check(values, kind, self._settings.limits, self._settings.api.unknown_fields)
 
     def _model(self, request: Request, name: str | None) -> ServedModel:
@@ -244,7 +257,11 @@ def _answer(id: str, body: GenerationBody, model: ServedModel) -> Answer:
         tries=body.tries,
         token_ids=bool(body.return_token_ids),
         logprobs=body.top,
+        names_are_ids=bool(body.return_tokens_as_token_ids),
+        prompt_logprobs=body.prompt_logprobs,
+        special=body.skip_special_tokens is False,
         echo=body.echoes,
+        said=body.said,
         include_usage=bool(body.options.include_usage),
         continuous_usage=bool(body.options.include_usage and body.options.continuous_usage_stats),
     )

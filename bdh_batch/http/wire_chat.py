@@ -145,6 +145,8 @@ class Message(Open):
 class ConversationBody(Tools):
     """A body with messages, of which the template makes a prompt."""
 
+    is_answered: ClassVar[bool] = True  # whether the prompt ends where the assistant's answer begins, unless told
+
     messages: Annotated[list[Message], Field(min_length=1), AtMost("max_messages")]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -160,10 +162,11 @@ class ConversationBody(Tools):
 
     def conversation(self) -> Conversation:
         goes_on = bool(self.continue_final_message)
+        asked = self.is_answered if self.add_generation_prompt is None else self.add_generation_prompt
         tools = {"tools": [tool.model_dump(exclude_none=True) for tool in self.tools]} if self.tools else {}
         return Conversation(
             [message.for_template() for message in self.messages],
-            add_generation_prompt=self.add_generation_prompt is not False and not goes_on,
+            add_generation_prompt=asked and not goes_on,
             continue_final=goes_on,
             variables={**(self.chat_template_kwargs or {}), **tools},
             add_special=self.add_special_tokens,

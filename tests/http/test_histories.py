@@ -27,10 +27,13 @@ def called(arguments: object, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": None, "tool_calls": [call | more]}
 
 
+BLANK: tuple[object, ...] = ("", " ", "\n\t", "null", " null ", "{}", "[]", None, {})
+
+
 @pytest.mark.parametrize(
     ("arguments", "shown"),
     [
-        *((blank, "{}") for blank in ("", " ", "\n\t", "null", " null ", "{}", "[]", None, {})),
+        *[(blank, "{}") for blank in BLANK],
         ('{"city": "Par', '{"city": "Par'),
         ('{"a": 1}{"b": 2}', '{"a": 1}{"b": 2}'),
         ("city=Paris", "city=Paris"),

@@ -337,8 +337,8 @@ class TestStreamOptions:
         body |= {"max_tokens": 6, "n": 2, "logit_bias": {"120": 100}}
         for options in ({"continuous_usage_stats": True}, {"continuous_usage_stats": True, "include_usage": False}):
             assert not any("usage" in event for event in tiny.events(path, **body, stream_options=options))
-        for more in ({}, {"chunk_tokens": 2}):
-            options = {"continuous_usage_stats": True, "include_usage": True, **more}
+        for size in (None, 2):
+            options = {"continuous_usage_stats": True, "include_usage": True, "chunk_tokens": size}
             events = tiny.events(path, **body, stream_options=options)
             assert events.pop()["choices"] == []
             counts = [event["usage"]["completion_tokens"] for event in events]
