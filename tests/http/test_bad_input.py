@@ -175,7 +175,7 @@ class TestTypes:
             ({"messages": []}, "messages"),
             ({"messages": [5]}, "messages[0]"),
             ({"messages": [{"content": "a"}]}, "messages[0].role"),
-            (message(role="wizard"), "messages[0].role"),
+            (message(role=5), "messages[0].role"),
             (message(role=None), "messages[0].role"),
             (message(role=["user"]), "messages[0].role"),
             ({"messages": [{"role": "user"}]}, "messages[0].content"),
@@ -563,7 +563,7 @@ class TestUnsupported:
 
     @pytest.mark.parametrize(
         ("path", "field", "asks", "asks_not"),
-        [(CHAT, "best_of", 2, 1), (CHAT, "echo", True, False), (COMPLETIONS, "top_logprobs", 3, 0)],
+        [(CHAT, "best_of", 2, 1), (COMPLETIONS, "top_logprobs", 3, 0)],
     )
     def test_parameters_of_the_other_endpoint_are_refused_by_name(
         self, tiny: Server, path: str, field: str, asks: object, asks_not: object

@@ -57,7 +57,14 @@ SHAPES: list[tuple[str, dict[str, Any], type[BaseModel]]] = [
         {"messages": [USER], "tools": [TOOL], "tool_choice": "required", "max_tokens": 200},
         answers.ChatCompletion,
     ),
+    (
+        "/v1/completions",
+        {"prompt": ["abc", "d"], "echo": True, "logprobs": 1, "prompt_logprobs": 3, "return_tokens_as_token_ids": True},
+        answers.Completion,
+    ),
+    ("/v1/chat/completions", {"messages": [USER], "prompt_logprobs": 0, "echo": True}, answers.ChatCompletion),
     ("/v1/embeddings", {"input": ["a", "b"]}, answers.Embeddings),
+    ("/v1/embeddings", {"messages": [USER], "truncate_prompt_tokens": 2}, answers.Embeddings),
     ("/v1/embeddings", {"input": [1, 2], "encoding_format": "base64"}, answers.Embeddings),
     ("/tokenize", {"prompt": "aé", "return_token_strs": True}, answers.Tokenization),
     ("/v1/tokenize", {"messages": [USER]}, answers.Tokenization),
@@ -262,7 +269,9 @@ class TestAnswers:
                 given = response.json()
                 for varies in ("id", "created", "data", "usage"):
                     given[varies] = told.get(varies)
-                assert {key: value for key, value in given.items() if value is not None} == told
+                assert {key: value for key, value in given.items() if value is not None} == {
+                    key: value for key, value in told.items() if value is not None
+                }
 
 
 def test_nothing_that_fits_the_document_or_does_not_breaks_the_server(tiny: Server) -> None:
