@@ -335,6 +335,7 @@ class TestStreamOptions:
     def test_usage_can_come_with_every_chunk(self, tiny: Server, path: str) -> None:
         body: dict[str, Any] = {"messages": MESSAGES} if path == CHAT else {"prompt": "abc"}
         body |= {"max_tokens": 6, "n": 2, "logit_bias": {"120": 100}}
+        options: dict[str, Any]
         for options in ({"continuous_usage_stats": True}, {"continuous_usage_stats": True, "include_usage": False}):
             assert not any("usage" in event for event in tiny.events(path, **body, stream_options=options))
         for size in (None, 2):
