@@ -206,7 +206,7 @@ class LocalBackend:
         if request.min_tokens and len(stops) >= self._vocab_size:
             text = "stop_token_ids has every token there is: with min_tokens nothing could be said."
             raise InvalidRequest(text, "stop_token_ids")
-        size = NODE_COST * sum(map(len, request.bad_words)) + len(request.allowed_token_ids or ()) // 8
+        size = NODE_COST * sum(map(len, request.bad_words)) + len(request.allowed_token_ids or ()) // 4
         restriction = await self._off_the_loop(size, self._restriction, request, stops)
         banned = distinct(stops) if request.min_tokens else NO_TOKENS
         return Shared(StopStrings(request.stop), stops, banned, restriction)

@@ -57,6 +57,7 @@ HELP = {
     "model": "The model's name or an alias; may be left out.",
     "n": "Answers to each prompt, which is computed once.",
     "name": "Letters, digits, _ and -.",
+    "PastFunction.name": "Of the function that was called.",
     "Message.name": "Of who speaks, for the template.",
     "parallel_tool_calls": "Whether an answer may have several calls; true unless told.",
     "parameters": "A JSON schema of type `object`, nested at most 32 deep.",

@@ -5,23 +5,22 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import orjson
-from pydantic import BeforeValidator, Field, ValidationInfo
+from pydantic import Field, PlainValidator, ValidationInfo
+from pydantic_core import PydanticCustomError
 
-from bdh_batch.http.sizes import AnyJson, BodyText, FreeObject, Label, from_string
+from bdh_batch.http.sizes import AnyJson, AtMost, BodyText, FreeObject, Label, from_string
 from bdh_batch.http.strict import Open, shallow
 
 
 def _arguments(value: object, info: ValidationInfo) -> object:
     """As templates expect them, an object. None at all are an empty one; what is no JSON object stays the text it is:
     a model may have been cut off in the middle of it."""
-    if value is None:
-        return {}
+    if value is None or isinstance(value, dict):
+        return shallow(MOST_MEMBERS.check(value or {}, info))
     if not isinstance(value, str):
-        return shallow(value)
-    if not value.strip():
-        return {}
+        raise PydanticCustomError("arguments", "Input should be a JSON object, as a string or as it is")
     try:
-        values = from_string(value, info)
+        values = from_string(value, info) if value.strip() else {}
     except orjson.JSONDecodeError:
         return value
     if values is None or values == []:  # what PHP makes of an empty object
@@ -29,8 +28,9 @@ def _arguments(value: object, info: ValidationInfo) -> object:
     return shallow(values) if isinstance(values, dict) else value
 
 
+MOST_MEMBERS = AtMost("max_members")
 Arguments = Annotated[
-    FreeObject | BodyText, BeforeValidator(_arguments, json_schema_input_type=BodyText | FreeObject | None)
+    dict[str, Any] | str, PlainValidator(_arguments, json_schema_input_type=BodyText | FreeObject | None)
 ]
 
 

@@ -632,6 +632,8 @@ FIELDS = [
     *("return_token_ids", "user", "metadata", "store", "min_p", "presence_penalty", "frequency_penalty"),
     *("repetition_penalty", "logit_bias", "best_of", "stop_token_ids", "include_stop_str_in_output", "min_tokens"),
     *("ignore_eos", "logprobs", "top_logprobs", "echo", *UNSUPPORTED),
+    *("bad_words", "allowed_token_ids", "prompt_logprobs", "truncate_prompt_tokens", "skip_special_tokens"),
+    *("return_tokens_as_token_ids", "cache_salt"),
 ]
 plausible = st.fixed_dictionaries(
     {},
@@ -662,6 +664,10 @@ plausible = st.fixed_dictionaries(
         "min_tokens": st.integers(0, 3) | json_values,
         "logprobs": st.integers(0, 20) | st.booleans() | json_values,
         "echo": st.booleans(),
+        "bad_words": st.lists(st.text(max_size=3), max_size=3),
+        "allowed_token_ids": st.lists(st.integers(0, 260), max_size=5),
+        "prompt_logprobs": st.integers(-1, 21),
+        "truncate_prompt_tokens": st.integers(-1, 5),
     },
 )
 anything = st.one_of(

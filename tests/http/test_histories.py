@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -118,6 +119,9 @@ for _ in range(40):
     DEEP = {"a": DEEP}
 
 
+WIDE = {f"x{number}": 1 for number in range(1025)}
+
+
 @pytest.mark.parametrize(
     ("message", "param"),
     [
@@ -131,14 +135,17 @@ for _ in range(40):
         ({"role": "user", "content": "a", "tool_calls": called("{}")["tool_calls"]}, "tool_calls"),
         ({"role": "user", "content": "a", "function_call": {"name": "f"}}, "function_call"),
         ({"role": "user", "content": "a", "spare": DEEP}, "spare"),
-        ({"role": "user", "content": "a", **{f"x{i}": 1 for i in range(1025)}}, ""),
+        ({"role": "user", "content": "a", **WIDE}, ""),
         ({"role": "user", "content": [{"type": "text"}]}, "content[0].text"),
         ({"role": "user", "content": [{"type": "text", "refusal": "a"}]}, "content[0].text"),
         (called("{}", type="custom"), "tool_calls[0].type"),
-        (called(5), "tool_calls[0].function.arguments"),
+        *(
+            (called(wrong), "tool_calls[0].function.arguments")
+            for wrong in (5, True, [1], DEEP, json.dumps(DEEP), WIDE)
+        ),
     ],
     ids=lambda value: str(value)[:60],
 )
 def test_what_is_wrong_is_named(tiny: Server, message: dict[str, Any], param: str) -> None:
     told = tiny.refusal({"messages": [message], "max_tokens": 1}, CHAT)["param"]
-    assert told.startswith(f"messages[0].{param}".rstrip("."))
+    assert told == f"messages[0].{param}".rstrip(".")
