@@ -21,6 +21,10 @@ BDHError
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+LONGEST_NAME = 128  # characters of a name that an error repeats
+
 
 class BDHError(Exception):
     """The root of the tree."""
@@ -62,8 +66,11 @@ class ContextLengthExceeded(InvalidRequest):
 
 
 class ModelNotFound(BDHError):
-    def __init__(self, model: str) -> None:
-        super().__init__(f"The model {model!r} does not exist here.")
+    """`known` are the names that may be asked for instead."""
+
+    def __init__(self, model: str, known: Sequence[str] = ()) -> None:
+        names = ", ".join(repr(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…") for name in known)
+        super().__init__(f"The model {model!r} does not exist here." + (f" There is {names}." if names else ""))
 
 
 class RetryLater(BDHError):

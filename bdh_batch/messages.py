@@ -130,6 +130,7 @@ class TokenScore(NamedTuple):
     token: int
     logprob: float
     top: Sequence[tuple[int, float]]
+    rank: int = 0  # how many tokens are at least as likely, itself included; of a prompt's tokens only
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +191,15 @@ class GenerationRequest:
     include_stop: bool = False  # whether the text shows what ended it
     ignore_eos: bool = False  # whether the model's own end of text does not end it
     min_tokens: int = 0  # before which nothing that stops it does
-    score_prompt: bool = False  # whether the prompt's tokens are scored, as `sampling.logprobs` says
+    bad_words: tuple[str, ...] = ()  # texts whose tokens the answer does not have one after the other
+    allowed_token_ids: tuple[int, ...] | None = None  # all that the answer may have; None is any
+    show_special: bool = False  # whether the text shows special tokens
+    score_prompt: int | None = None  # likeliest tokens with each score of the prompt's tokens; None scores none
+    truncate: int | None = None  # so many of the prompt's last tokens are kept; -1 is as many as there is room for
     prompt_param: str = "prompt"  # the field of the client's request that an error about the prompt names
     n: int = 1  # answers to its prompt, of which this is one
     key: str = ""  # whose kept states it may begin with: an opaque label, the same for all requests of one API key
+    salt: str = ""  # requests of different salts share no states
     tenant: str = ""  # in whose share of the machine it is computed: as `key`, but also told apart without keys
     weight: float | None = None  # of that share; None leaves it to the settings
     priority: int = 0  # lower goes first

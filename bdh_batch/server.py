@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from bdh_batch import __version__
 from bdh_batch.backends.local import Engine as Computes, LocalBackend
-from bdh_batch.engine.loading import LoadedEngine, load_engine, start_worker
+from bdh_batch.engine.loading import LoadedEngine, attention_window, load_engine, start_worker
 from bdh_batch.engine.worker import WORKER, Observer
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.http.app import create_app
@@ -249,6 +249,14 @@ class Service:
             text.eos,
         )
         self._metrics.watch(lambda: worker.load)
+        self._metrics.describe_cache(
+            num_gpu_blocks=engine.slots,  # states on the device, which without a GPU is main memory
+            num_cpu_blocks=engine.host_slots,
+            block_size=settings.model.max_model_len,  # tokens that a state can stand for
+            cache_dtype=settings.engine.state_dtype,
+            enable_prefix_caching=settings.prefix_cache.enabled,
+            sliding_window=attention_window(settings.model.attention_window, config) or None,
+        )
         if loaded.grammars is not None:
             loaded.grammars.warm_up()
         sandboxes = {"templates": loaded.templates, "grammars": loaded.grammars}

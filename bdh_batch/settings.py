@@ -386,6 +386,9 @@ class Limits(Section):
     max_stop_bytes: Bytes = Field(1024, description="Longest stop string, in bytes of UTF-8.")
     max_stop_token_ids: PositiveInt = Field(1024, description="Most tokens of stop_token_ids.")
     max_logit_bias: PositiveInt = Field(1024, description="Most tokens of logit_bias.")
+    max_bad_words: PositiveInt = Field(256, description="Most texts of bad_words.")
+    max_bad_word_bytes: Bytes = Field(128, description="Longest of them, in bytes of UTF-8.")
+    max_allowed_token_ids: PositiveInt = Field(2**17, description="Most tokens of allowed_token_ids.")
     max_choices: PositiveInt = Field(8192, description="Most alternatives of structured_outputs.choice.")
     max_schema_bytes: Bytes = Field(64 * 1024, description="Largest schema or grammar that an answer has to follow.")
 

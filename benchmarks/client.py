@@ -114,6 +114,7 @@ class _Reader:
             self.answer.complete = True
             return
         event = orjson.loads(frame)
+        self.answer.prompt += event.get("prompt_token_ids") or []  # of a chat; of completions, they are in the choices
         for choice in event.get("choices", ()):
             self.answer.prompt += choice.get("prompt_token_ids") or []
             tokens = choice.get("token_ids") or []

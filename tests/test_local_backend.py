@@ -28,8 +28,8 @@ class Engine:
         self.sequences += sequences
 
 
-def backend_of(engine: Any, vocabulary: int = 256) -> LocalBackend:
-    return LocalBackend(engine, ByteTokenizer(), vocabulary, None, 60.0)
+def backend_of(engine: Any, vocabulary: int = 256, max_model_len: int | None = None) -> LocalBackend:
+    return LocalBackend(engine, ByteTokenizer(), vocabulary, max_model_len, 60.0)
 
 
 def requests(**changes: Any) -> list[GenerationRequest]:
@@ -135,3 +135,47 @@ async def test_many_short_prompts_are_tokenized_off_the_event_loop_as_one_long_o
     done = await backend.tokenized([GenerationRequest("r", Text("a" * 1000), 1) for _ in range(PROMPTS)])
     assert len(aside) == 1
     assert [len(each.tokens) for each in done] == [1000] * PROMPTS
+
+
+@pytest.mark.parametrize(
+    ("max_model_len", "max_tokens", "asked", "truncate", "kept"),
+    [
+        (None, 5, True, -1, 40),
+        (None, 5, True, 7, 7),
+        (20, 5, True, -1, 15),
+        (20, 0, True, -1, 20),
+        (20, 256, False, -1, 10),  # a default gives way, but not to one token
+        (20, 2, False, -1, 18),
+        (20, 5, True, 3, 3),
+        (100, 5, True, -1, 40),
+        (100, 5, True, None, 40),
+    ],
+)
+async def test_a_prompt_is_cut_to_what_leaves_room_for_its_answer(
+    max_model_len: int | None, max_tokens: int, asked: bool, truncate: int | None, kept: int
+) -> None:
+    text = "".join(map(chr, range(60, 100)))
+    request = GenerationRequest(
+        "r", Text(text, ends=(10, 35)), max_tokens, "max_tokens" if asked else None, truncate=truncate
+    )
+    (cut,) = await backend_of(Engine(), max_model_len=max_model_len).tokenized([request])
+    assert bytes(cut.tokens).decode() == text[-kept:]
+    assert cut.breaks == tuple(at - 40 + kept for at in (10, 35) if at > 40 - kept)
+
+
+async def test_no_prompt_is_cut_to_more_than_the_model_takes() -> None:
+    request = GenerationRequest("r", Text("a"), 5, truncate=21)
+    with pytest.raises(InvalidRequest) as caught:
+        await backend_of(Engine(), max_model_len=20).tokenized([request])
+    assert caught.value.param == "truncate_prompt_tokens"
+
+
+async def test_bad_words_are_looked_up_and_checked_once_for_all_answers() -> None:
+    engine = Engine()
+    asked = requests(bad_words=("ab", "c"), allowed_token_ids=(*b"abcd",))
+    backend = backend_of(engine)
+    await backend.generate(await backend.tokenized(asked))
+    constraints = [sequence.constraint for sequence in engine.sequences]
+    assert len({id(each) for each in constraints}) == len(asked)
+    masks = {each.mask() for each in constraints if each is not None}
+    assert masks == {sum(1 << token for token in b"abd").to_bytes(32, "little")}

@@ -14,6 +14,7 @@ from bdh_batch.engine.worker import Load, shutting_down
 from bdh_batch.errors import BDHError, ContextLengthExceeded, InvalidRequest
 from bdh_batch.messages import NO_TOKENS, Adjustment, Delta, GenerationRequest, Text, distinct
 from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.text.restrictions import Restriction, sequences_of
 from bdh_batch.text.stop_strings import StopStrings
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import TokenIdsOnly, Tokenizer, decode
@@ -21,6 +22,7 @@ from bdh_batch.text.tokenizer import TokenIdsOnly, Tokenizer, decode
 T = TypeVar("T")
 
 LONG = 16384  # characters; what is shorter is tokenized in a few milliseconds, and waits for no thread
+NODE_COST = 4  # of a character of a bad word, beside one that is tokenized
 PART = 65536  # tokens that are checked at a time
 SLICE = 128  # sequences that are made at a time
 LAST_WORDS_SECONDS = 2.0  # for the error events of a drain that ran out of time to reach their clients
@@ -50,6 +52,7 @@ class Shared:
     stop: StopStrings
     stop_token_ids: frozenset[int]
     banned: array[int]  # those of them that cannot be drawn before `min_tokens`
+    restriction: Restriction | None
 
 
 class LocalGeneration:
@@ -129,7 +132,7 @@ class LocalBackend:
 
     async def generate(self, requests: Many[GenerationRequest]) -> LocalGeneration:
         mailbox, first = Mailbox(), requests[0]
-        shared = self._shared(first)
+        shared = await self._shared(first)
         sequences: list[Sequence] = []
         adjustment, prompt = None, None
         for made, each in enumerate(requests):
@@ -191,7 +194,7 @@ class LocalBackend:
     def close(self) -> None:
         self._engine.close()
 
-    def _shared(self, request: GenerationRequest) -> Shared:
+    async def _shared(self, request: GenerationRequest) -> Shared:
         """Raises InvalidRequest where a token is not the model's, or nothing could be said."""
         if (bias := request.sampling.logit_bias) is not None and not self._knows(bias.tokens):
             token = next(token for token in bias.tokens if not self._knows([token]))
@@ -203,7 +206,31 @@ class LocalBackend:
         if request.min_tokens and len(stops) >= self._vocab_size:
             text = "stop_token_ids has every token there is: with min_tokens nothing could be said."
             raise InvalidRequest(text, "stop_token_ids")
-        return Shared(StopStrings(request.stop), stops, distinct(stops) if request.min_tokens else NO_TOKENS)
+        size = NODE_COST * sum(map(len, request.bad_words)) + len(request.allowed_token_ids or ()) // 4
+        restriction = await self._off_the_loop(size, self._restriction, request, stops)
+        banned = distinct(stops) if request.min_tokens else NO_TOKENS
+        return Shared(StopStrings(request.stop), stops, banned, restriction)
+
+    def _restriction(self, request: GenerationRequest, stops: frozenset[int]) -> Restriction | None:
+        """Raises InvalidRequest where a token is not the model's, or nothing could be said."""
+        allowed = request.allowed_token_ids
+        if allowed is None and not request.bad_words:
+            return None
+        if allowed is not None:
+            if not self._knows(allowed):
+                at = next(at for at, token in enumerate(allowed) if not self._knows([token]))
+                self._check([allowed[at]], f"allowed_token_ids[{at}]")
+            if request.min_tokens and stops.issuperset(allowed):
+                text = "allowed_token_ids has only tokens that end the answer: with min_tokens nothing could be said."
+                raise InvalidRequest(text, "allowed_token_ids")
+        try:
+            banned = [each for word in request.bad_words for each in sequences_of(word, self._tokenizer)]
+        except InvalidRequest as error:
+            raise InvalidRequest(error.message, "bad_words") from error
+        restriction = Restriction(self._vocab_size, allowed, banned)
+        if not restriction.allows_any:
+            raise InvalidRequest("bad_words leaves no token that the answer could begin with.", "bad_words")
+        return restriction
 
     def _sequence(
         self,
@@ -213,7 +240,10 @@ class LocalBackend:
         shared: Shared,
         adjustment: Adjustment | None,
     ) -> Sequence:
-        decoder = self._tokenizer.decoder()
+        decoder = self._tokenizer.decoder(special=request.show_special)
+        constraint = None if request.grammar is None else request.grammar.constraint(_early(request))
+        if shared.restriction is not None:
+            constraint = shared.restriction.constraint(constraint)
         return Sequence(
             id=request.id,
             prompt=request.tokens,
@@ -229,9 +259,10 @@ class LocalBackend:
             score_prompt=request.score_prompt,
             pool=request.pool,
             breaks=request.breaks,
-            constraint=None if request.grammar is None else request.grammar.constraint(_early(request)),
+            constraint=constraint,
             adjustment=adjustment,
             key=request.key,
+            salt=request.salt,
             tenant=request.tenant,
             weight=request.weight,
             priority=request.priority,
@@ -240,7 +271,23 @@ class LocalBackend:
 
     def _tokens_of(self, requests: Many[GenerationRequest]) -> list[tuple[Many[int], tuple[int, ...]]]:
         """Each one's prompt as tokens, and where beginnings of it end."""
-        return [self._tokens(each.prompt, each.prompt_param, each.breaks) for each in requests]
+        return [self._truncated(each, *self._tokens(each.prompt, each.prompt_param, each.breaks)) for each in requests]
+
+    def _truncated(
+        self, request: GenerationRequest, tokens: Many[int], breaks: tuple[int, ...]
+    ) -> tuple[Many[int], tuple[int, ...]]:
+        """As many of a prompt's last tokens as the request wants. Raises InvalidRequest: more than the model takes."""
+        most, room = request.truncate, self._max_model_len
+        if most is None or (most < 0 and room is None):
+            return tokens, breaks
+        if room is not None and most > room:
+            text = f"truncate_prompt_tokens is more than the {room} tokens that this model takes (model.max_model_len)."
+            raise InvalidRequest(text, "truncate_prompt_tokens")
+        if most < 0 and room is not None:
+            answer = request.max_tokens if request.max_tokens_param else min(request.max_tokens, room // 2)
+            most = max(1, room - answer)
+        begin = len(tokens) - most
+        return (tokens, breaks) if begin <= 0 else (tokens[begin:], tuple(at - begin for at in breaks if at > begin))
 
     def _tokens(
         self, prompt: Text | Many[int], param: str, breaks: tuple[int, ...]

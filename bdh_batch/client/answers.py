@@ -26,12 +26,15 @@ class Text(BaseModel):
 
 
 class TokenizerInfo(BaseModel):
-    """`eos_token_ids` are those that end an answer, also where the tokenizer has no name for them."""
+    """`eos_token_ids` are those that end an answer, also where the tokenizer has no name for them. The prefix token is
+    what a text can be scored after, from its first token on; a server may not tell it."""
 
     tokenizer_class: str
     bos_token: str | None
     eos_token: str | None
     eos_token_ids: list[int]
+    prefix_token: str | None = None
+    prefix_token_id: int | None = None
     vocab_size: int
 
 

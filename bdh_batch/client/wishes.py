@@ -47,6 +47,13 @@ class Wishes(TypedDict, total=False):
     include_stop_str_in_output: bool
     ignore_eos: bool
     min_tokens: int
+    bad_words: Sequence[str]
+    allowed_token_ids: Sequence[int]
+    skip_special_tokens: bool
+    truncate_prompt_tokens: int
+    prompt_logprobs: int
+    return_tokens_as_token_ids: bool
+    cache_salt: str
     return_token_ids: bool
     add_special_tokens: bool
     response_format: Mapping[str, Any]
@@ -66,6 +73,7 @@ class ChatWishes(Wishes, total=False):
     max_completion_tokens: int
     logprobs: bool
     top_logprobs: int
+    echo: bool
     tools: Iterable[ChatCompletionToolParam]
     tool_choice: ChatCompletionToolChoiceOptionParam
     parallel_tool_calls: bool

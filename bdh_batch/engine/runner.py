@@ -105,7 +105,7 @@ class Runner:
         for at in range(0, len(wanted), ROWS):
             places, rows, targets, tops = zip(*wanted[at : at + ROWS])
             logits = self._kernels.logits(hidden[torch.tensor(rows, device=self._device)])
-            for place, each in zip(places, score(logits, targets, tops)):
+            for place, each in zip(places, score(logits, targets, tops, ranked=True)):
                 found.setdefault(place, []).append(each)
         return found
 

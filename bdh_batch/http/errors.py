@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from difflib import get_close_matches
 from typing import Any
 
 import orjson
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match
+from starlette.routing import Match, Route
 
 from bdh_batch.errors import (
     BDHError,
@@ -23,6 +25,10 @@ from bdh_batch.errors import (
     Unavailable,
 )
 
+REPEATED_SLASHES = re.compile("//+")
+LONGEST_PATH = 128  # characters of one that an error repeats, and that are compared with those there are
+SIMILAR = 0.7
+MAIN_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models")
 LONGEST_MESSAGE = 8192  # characters: an error may repeat what a client sent, but not all of it
 ACCEPTED_CODINGS = "gzip, deflate, identity"
 CODES = {404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
@@ -159,21 +165,28 @@ async def handle_error(request: Request, error: Exception) -> Response:
 async def handle_http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own: unknown path, method that a path does not have."""
     assert isinstance(error, HTTPException)
-    messages = {404: _nothing_at(request), 405: f"{request.url.path} has no {request.method}."}
-    message, code = messages.get(error.status_code, error.detail), CODES.get(error.status_code)
-    response = _json(error.status_code, _body(error.status_code, message, None, code))
-    response.headers.update(error.headers or {})
+    headers, message = error.headers or {}, error.detail
+    if error.status_code == 404:
+        message = _nothing_at(request)
+    elif error.status_code == 405:
+        message = f"{request.url.path} has no {request.method}, but {headers.get('Allow', 'other methods')}."
+    response = _json(error.status_code, _body(error.status_code, message, None, CODES.get(error.status_code)))
+    response.headers.update(headers)
     return response
 
 
 def _nothing_at(request: Request) -> str:
-    """Clients whose base URL lacks its /v1, or has one too many, are told."""
-    path = request.url.path
-    for meant in (f"/v1{path}", path.removeprefix("/v1")):
+    """Clients whose base URL lacks its /v1, has one too many, or slashes, are told; others, what there is."""
+    path: str = request.scope["path"]
+    shown = path if len(path) <= LONGEST_PATH else f"{path[:LONGEST_PATH]}…"
+    plain = REPEATED_SLASHES.sub("/", path).rstrip("/")
+    for meant in (f"/v1{path}", path.removeprefix("/v1"), plain, f"/v1{plain}", plain.removeprefix("/v1")):
         scope = {**request.scope, "path": meant}
-        if any(route.matches(scope)[0] != Match.NONE for route in request.app.routes):
-            return f"There is nothing at {path}. Did you mean {meant}?"
-    return f"There is nothing at {path}."
+        if meant != "/" and any(route.matches(scope)[0] != Match.NONE for route in request.app.routes):
+            return f"There is nothing at {shown}. Did you mean {meant}?"
+    known = [route.path.replace(":path}", "}") for route in request.app.routes if isinstance(route, Route)]
+    near = get_close_matches(path[:LONGEST_PATH], known, 3, SIMILAR) or MAIN_PATHS
+    return f"There is nothing at {shown}. There is {', '.join(near)}; /openapi.json lists all."
 
 
 def _body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -32,17 +32,19 @@ class ServedModel:
     def names(self) -> tuple[str, ...]:
         return self.name, *self.aliases
 
-    def check_name(self, model: str | None) -> None:
-        """Raises ModelNotFound unless `model` is this one; None always is."""
+    def check_name(self, model: str | None, told: bool = True) -> None:
+        """Raises ModelNotFound unless `model` is this one; None always is. Who asks may be `told` its names."""
         if model is not None and model not in self.names:
-            raise ModelNotFound(model)
+            raise ModelNotFound(model, self.names if told else ())
 
-    def card(self) -> Mapping[str, object]:
+    def card(self, name: str) -> Mapping[str, object]:
+        """What there is to tell of the model under one of its names."""
         return {
-            "id": self.name,
+            "id": name,
             "object": "model",
             "created": self.created,
             "owned_by": "bdh_batch",
+            "root": self.name,
             "max_model_len": self.max_model_len,
         }
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import orjson
@@ -13,7 +14,7 @@ from starlette.routing import Route
 
 from bdh_batch import __version__
 from bdh_batch.backends.base import Generation
-from bdh_batch.errors import InvalidRequest, ModelNotFound, Unavailable
+from bdh_batch.errors import InvalidRequest, Unavailable
 from bdh_batch.http.auth.quota import Quota
 from bdh_batch.http.docs.openapi import openapi
 from bdh_batch.http.docs.page import POLICY, page
@@ -30,7 +31,7 @@ from bdh_batch.http.responses.tokens import tokenization
 from bdh_batch.http.responses.tool_frames import ToolFrames
 from bdh_batch.http.schema.chat import ConversationBody
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody, GenerationBody
-from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
+from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, EmbeddingChat, TokenizeChat, TokenizeText
 from bdh_batch.messages import GenerationRequest, Grammar, Text
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Settings
@@ -100,10 +101,15 @@ class Routes:
 
     async def embeddings(self, request: Request) -> Response:
         raw, aside = await request.body(), self._aside(request)
-        body = await aside.run(len(raw), self._parse, raw, EmbeddingBody)
+        body = await aside.run(len(raw), self._parse_embedding, raw)
         model = self._model(request, body.model)
-        size = max(len(raw), SEQUENCE_COST * len(body.input))
-        requests = await aside.run(size, body.requests, request.state.id, model.width)
+        prompts: Mapping[str, Text | Sequence[int]]
+        if isinstance(body, EmbeddingBody):
+            prompts = await aside.run(len(raw), body.prompts)
+        else:
+            prompts = {"messages": await self._rendered(request, model, body, len(raw))}
+        size = max(len(raw), SEQUENCE_COST * len(prompts))
+        requests = await aside.run(size, body.requests, request.state.id, model.width, prompts)
         generation = await self._start(request, model, requests)
         return await embeddings(generation, body, body.model or model.name, request, aside)
 
@@ -132,14 +138,12 @@ class Routes:
 
     async def models(self, request: Request) -> Response:
         model = self._gate.model
-        mine = [model.card()] if request.state.caller.may_use(model.names) else []
-        return JSONResponse({"object": "list", "data": mine})
+        mine = model.names if request.state.caller.may_use(model.names) else ()
+        return JSONResponse({"object": "list", "data": [model.card(name) for name in mine]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["id"]
-        if not name:
-            raise ModelNotFound(name)
-        return JSONResponse(self._model(request, name).card())
+        return JSONResponse(self._model(request, name).card(name))
 
     async def health(self, request: Request) -> Response:
         return _status(self._gate.health(), "ok")
@@ -180,7 +184,14 @@ class Routes:
 
     def _parse_tokenize(self, raw: bytes) -> TokenizeChat | TokenizeText:
         values = read_object(raw, self._settings.limits)
-        kind: type[TokenizeChat | TokenizeText] = TokenizeChat if "messages" in values else TokenizeText
+        is_text = values.get("messages") is None
+        kind: type[TokenizeChat | TokenizeText] = TokenizeText if is_text else TokenizeChat
+        return check(values, kind, self._settings.limits, self._settings.api.unknown_fields)
+
+    def _parse_embedding(self, raw: bytes) -> EmbeddingChat | EmbeddingBody:
+        values = read_object(raw, self._settings.limits)
+        is_chat = values.get("messages") is not None and values.get("input") is None
+        kind: type[EmbeddingChat | EmbeddingBody] = EmbeddingChat if is_chat else EmbeddingBody
         return check(values, kind, self._settings.limits, self._settings.api.unknown_fields)
 
     def _model(self, request: Request, name: str | None) -> ServedModel:
@@ -191,9 +202,9 @@ class Routes:
             Forbidden: the caller's key is not for it.
             Unavailable
         """
-        model = self._gate.model
-        model.check_name(name)
-        request.state.caller.check_model(name or model.name, model.names)
+        model, caller = self._gate.model, request.state.caller
+        model.check_name(name, told=caller.may_use(model.names))
+        caller.check_model(name or model.name, model.names)
         return model
 
     async def _rendered(self, request: Request, model: ServedModel, body: ConversationBody, size: int) -> Text:
@@ -246,9 +257,13 @@ def _answer(id: str, body: GenerationBody, model: ServedModel) -> Answer:
         tries=body.tries,
         token_ids=bool(body.return_token_ids),
         logprobs=body.top,
+        names_are_ids=bool(body.return_tokens_as_token_ids),
+        prompt_logprobs=body.prompt_logprobs,
+        special=body.skip_special_tokens is False,
         echo=body.echoes,
+        said=body.said,
         include_usage=bool(body.options.include_usage),
-        continuous_usage=bool(body.options.continuous_usage_stats),
+        continuous_usage=bool(body.options.include_usage and body.options.continuous_usage_stats),
     )
 
 

@@ -68,9 +68,9 @@ class Metrics:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed")
         self._generated = self._counter("generation_tokens", "Tokens generated")
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token", FIRST_TOKEN)
-        self._between = ManyHistogram(
-            "bdh_inter_token_latency_seconds", "Between tokens of a sequence", model_name, BETWEEN_TOKENS
-        )
+        # vLLM called it the second way before: dashboards ask for either.
+        names = ("bdh_inter_token_latency_seconds", "bdh_time_per_output_token_seconds")
+        self._between = ManyHistogram(names, "Between tokens of a sequence", model_name, BETWEEN_TOKENS)
         self.registry.register(self._between)
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean time between a request's tokens", BETWEEN_TOKENS
@@ -101,6 +101,12 @@ class Metrics:
     def watch(self, load: Callable[[], Load]) -> None:
         """From now on, scrapes tell the engine's load as it is at their moment."""
         self.registry.register(_LoadCollector(load, self._model_name))
+
+    def describe_cache(self, **facts: object) -> None:
+        """Tells of the memory for states, by labels: dashboards join other metrics with them."""
+        labels = ("model_name", *facts)
+        info = Gauge("bdh_cache_config_info", "The memory for states, in its labels", labels, registry=self.registry)
+        info.labels(self._model_name, *facts.values()).set(1)
 
     def watch_connections(self, open: Callable[[], int]) -> None:
         """From now on, scrapes report how many connections are open at their moment."""
@@ -181,10 +187,11 @@ class Metrics:
 
 
 class ManyHistogram(Collector):
-    """A histogram that takes many observations of one value at once. Written by one thread."""
+    """A histogram, under one name or several, that takes many observations of one value at once. Written by one
+    thread."""
 
-    def __init__(self, name: str, text: str, model_name: str, buckets: Iterable[float]) -> None:
-        self._name, self._text, self._model_name = name, text, model_name
+    def __init__(self, names: Sequences[str], text: str, model_name: str, buckets: Iterable[float]) -> None:
+        self._names, self._text, self._model_name = names, text, model_name
         self._bounds = [*buckets, math.inf]
         self._counts = [0] * len(self._bounds)
         self._sum = 0.0
@@ -194,10 +201,12 @@ class ManyHistogram(Collector):
         self._sum += value * count
 
     def collect(self) -> Iterable[HistogramMetricFamily]:
-        family = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
-        names = ["+Inf" if bound == math.inf else str(float(bound)) for bound in self._bounds]
-        family.add_metric([self._model_name], list(zip(names, accumulate(self._counts))), self._sum)
-        yield family
+        bounds = ["+Inf" if bound == math.inf else str(float(bound)) for bound in self._bounds]
+        buckets = list(zip(bounds, accumulate(self._counts)))
+        for name in self._names:
+            family = HistogramMetricFamily(name, self._text, labels=["model_name"])
+            family.add_metric([self._model_name], buckets, self._sum)
+            yield family
 
 
 class _LoadCollector(Collector):
@@ -207,15 +216,13 @@ class _LoadCollector(Collector):
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         load = self._load()
+        usage = load.running / load.slots
         for name, text, value in (
             ("num_requests_running", "Sequences that run", load.running),
             ("num_requests_waiting", "Sequences that wait for their first place", load.waiting),
             ("num_requests_swapped", "Sequences that are suspended", load.suspended),
-            (
-                "state_slots_usage_perc",
-                "Share of the places to run in that are held, 0 to 1",
-                load.running / load.slots,
-            ),
+            ("state_slots_usage_perc", "Share of the slots to run in that are held, 0 to 1", usage),
+            ("kv_cache_usage_perc", "The same, under the name that it has in vLLM", usage),
             ("prefix_cache_states", "States that are kept for later requests", load.cached_states),
         ):
             family = GaugeMetricFamily(f"bdh_{name}", text, labels=["model_name"])

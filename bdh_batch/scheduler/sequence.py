@@ -56,7 +56,7 @@ class Sequence:
     """One generation. Times are seconds on the clock that the worker passes in.
 
     It waits until `queue_deadline` at most, and ends by `deadline`; a lower `priority` goes first. It runs in the share
-    of `tenant`, which weighs `weight` if that is said, and may begin with the kept states of `key`.
+    of `tenant`, which weighs `weight` if that is said, and may begin with the kept states of `key` and `salt`.
     """
 
     id: str
@@ -71,13 +71,14 @@ class Sequence:
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     show_stop_token: bool = False
-    score_prompt: bool = False
+    score_prompt: int | None = None  # likeliest tokens with each score of its prompt's; None scores none
     pool: bool = False  # whether the hidden vectors of its prompt are summed, and that is all
     breaks: Tokens[int] = ()  # positions, ascending, at which beginnings end that others are likely to have
     constraint: Constraint | None = None  # what its answer may become; it knows the tokens generated so far
     adjustment: Adjustment | None = None  # of its scores; it counts the tokens generated so far
 
     key: str = ""
+    salt: str = ""
     tenant: str = ""
     weight: float | None = None
     priority: int = 0
@@ -167,13 +168,13 @@ class Sequence:
             adjustment=self.adjustment,
             constraint=self.constraint,
             targets=self._targets(end),
-            top=0 if self.sampling is None else self.sampling.logprobs or 0,
+            top=self.score_prompt or 0,
             pool=self.pool,
         )
 
     def _targets(self, end: int) -> Tokens[int]:
         """The tokens of the prompt that tokens up to `end` lead to, where they are to be scored."""
-        if not self.score_prompt or self._prompt_is_scored:
+        if self.score_prompt is None or self._prompt_is_scored:
             return ()
         return self.prompt[self.computed + 1 : end + 1]
 
@@ -184,7 +185,7 @@ class Sequence:
     @property
     def needs_all(self) -> bool:
         """Whether all of its prompt has to be computed for it, whoever else has computed some of it."""
-        return self.pool or self.score_prompt
+        return self.pool or self.score_prompt is not None
 
     def take_prompt_scores(self, scores: Tokens[TokenScore]) -> None:
         self._prompt_scores += scores
@@ -224,7 +225,7 @@ class Sequence:
         if token is None or (first and not all(isfinite(each.logprob) for each in self._prompt_scores)):
             return self.fail(NotFinite())
         delta = self._grow(token, now, score) if self.max_tokens else self._end_unsaid()
-        if first and self.score_prompt:
+        if first and self.score_prompt is not None:
             delta.prompt_scores = self._prompt_scores
         return delta
 

@@ -27,7 +27,7 @@ class Sharing:
     """
     Args:
         keep: whether states stay for later requests; else only while someone waits for them.
-        share_all: whether all keys share; else each has beginnings of its own.
+        share_all: whether all keys share; else each has beginnings of its own. Each salt has its own in any case.
         least: tokens from which on a beginning is worth a copy.
     """
 
@@ -240,7 +240,8 @@ class Sharing:
         return len(sequence.prompt) > self._least and not sequence.needs_all
 
     def _namespace(self, sequence: Sequence) -> str:
-        return "" if self._share_all else sequence.key
+        key = "" if self._share_all else sequence.key
+        return f"{sequence.salt} {key}" if sequence.salt else key
 
     def _packed(self, sequence: Sequence) -> bytes:
         """The prompt as bytes. Answers to one prompt come side by side, and share them."""

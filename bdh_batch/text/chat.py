@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import orjson
@@ -24,12 +24,14 @@ log = logging.getLogger(__name__)
 DEFAULT_TEMPLATE = """\
 {%- if tools %}system: You may call these functions: {{ tools | tojson }}
 {% endif %}{% for message in messages %}{{ message.role }}: {{ message.content }}{% for call in message.tool_calls %}\
-<tool_call>{"name": {{ call.function.name | tojson }}, "arguments": {{ call.function.arguments | tojson }}}</tool_call>\
+<tool_call>{"name": {{ call.function.name | tojson }}, "arguments": {% if call.function.arguments is string %}\
+{{ call.function.arguments }}{% else %}{{ call.function.arguments | tojson }}{% endif %}}</tool_call>\
 {% endfor %}
 
 {% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
 
 MODULE = "bdh_batch.text.template"
+DEVELOPER = "developer"
 JOBS = 500  # conversations that one worker renders
 RESERVED = frozenset({"messages", "add_generation_prompt", "continue_final_message"})
 
@@ -84,6 +86,8 @@ class ChatTemplate:
         self._sandbox = sandbox
         self._tokens = {chr(int(code, 16)): token for code, token in told["tokens"].items()}
         self._guards = bool(source.special)
+        # Most know no such role, and leave its messages out or write a role that their model has never seen.
+        self._knows_developers = source.source is None or DEVELOPER in source.source
         # Templates write out what belongs around a conversation; the built-in one cannot.
         self._add_special = source.source is None
         if told["unsure"]:
@@ -98,7 +102,7 @@ class ChatTemplate:
             QueueFull, Unavailable: not now.
         """
         try:
-            job = _job(conversation)
+            job = _job(conversation if self._knows_developers else _without_developers(conversation))
         except orjson.JSONEncodeError as error:
             raise InvalidRequest(f"messages: They cannot be written as JSON ({error}).", "messages") from error
         try:
@@ -131,6 +135,14 @@ def open_template(
     except BaseException:
         sandbox.close()
         raise
+
+
+def _without_developers(conversation: Conversation) -> Conversation:
+    """The same with `system` as the role of what OpenAI's newer clients call a developer's messages."""
+    messages = [
+        {**message, "role": "system"} if message["role"] == DEVELOPER else message for message in conversation.messages
+    ]
+    return replace(conversation, messages=messages)
 
 
 def _job(conversation: Conversation) -> bytes:

@@ -19,6 +19,7 @@ from bdh_batch.text.tokenizer import BYTES, ByteTokenizer, TokenIdsOnly, Tokeniz
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS, GENERATION_CONFIG, MODEL_CONFIG = "special_tokens_map.json", "generation_config.json", "config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+NEWLINE = "\n"
 Values = Mapping[str, Any]
 
 
@@ -47,7 +48,21 @@ class TextSide:
             "eos_token": None,
             **self.names,
             "eos_token_ids": sorted(self.eos),
+            **dict(zip(("prefix_token", "prefix_token_id"), self._prefix())),
         }
+
+    def _prefix(self) -> tuple[str | None, int | None]:
+        """A token that texts can be scored after, and its id: their beginning, else their end, else a newline."""
+        known = [self.names[name] for name in ("bos_token", "eos_token") if name in self.names]
+        for text in (*known, NEWLINE):
+            tokens = self._alone(text)
+            if len(tokens) == 1:
+                return text, tokens[0]
+        return None, None
+
+    def _alone(self, text: str) -> Sequence[int]:
+        """The tokens of `text`; none where texts have none."""
+        return () if isinstance(self.tokenizer, TokenIdsOnly) else self.tokenizer.encode(text, add_special=False)
 
     def fit(self, vocab_size: int) -> TextSide:
         """For a model with a vocabulary of this size, which may be larger than the tokenizer's: some are padded.

@@ -60,8 +60,8 @@ class HuggingFaceTokenizer:
             return encoding.ids, _breaks(encoding, prompt.ends, len(prompt.text))
         return self._encode_guarded(prompt, prompt.stand_ins)
 
-    def decoder(self, first: bool = False) -> Decoder:
-        return PieceDecoder(self._pieces, first)
+    def decoder(self, first: bool = False, special: bool = False) -> Decoder:
+        return PieceDecoder(self._all_pieces if special else self._pieces, first)
 
     def name(self, token: int) -> str:
         return self._tokenizer.id_to_token(token) or ""
@@ -136,6 +136,11 @@ class HuggingFaceTokenizer:
         cut = re.compile("|".join(f"(?<={re.escape(token[0])})(?={re.escape(token[1:])})" for token in self.special))
         halves = [_encode(self._blind, half, add_special=False).ids for half in cut.split(text)]
         return [token for half in halves for token in half if token not in self._special_ids]
+
+    @cached_property
+    def _all_pieces(self) -> Pieces:
+        """With those of special tokens, which few requests ask for."""
+        return Pieces(self._tokenizer, frozenset())
 
     @cached_property
     def _blind(self) -> Tokenizer:

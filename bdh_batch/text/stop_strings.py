@@ -42,6 +42,7 @@ class StopStrings:
         # Where to look on for a character that no edge of a node has: at the longest end of its text that is a node,
         # too, and has other edges. Without those other edges, a run of one character would be walked back step by step.
         self._fallback = array("i", self._unfinished)
+        self._shorter = array("i", self._unfinished)  # the longest end of a node's text that is a node, too
         self._link()
 
     def __bool__(self) -> bool:
@@ -98,7 +99,7 @@ class StopStrings:
         branches: dict[int, list[tuple[int, int]]] = {}
         for (node, code), child in self._branches.items():
             branches.setdefault(node, []).append((code, child))
-        shorter = array("i", unfinished)  # the longest end of a node's text that is a node, too
+        shorter = self._shorter
         level, depth = [START], 0
         while level:
             below: list[int] = []

@@ -40,8 +40,8 @@ class Tokenizer(Protocol):
     def encode_prompt(self, prompt: Text) -> tuple[Sequence[int], tuple[int, ...]]:
         """Tokens of `prompt`, and those of its `ends` that can be told, as positions among them."""
 
-    def decoder(self, first: bool = False) -> Decoder:
-        """For tokens that continue a text, or, with `first`, begin one."""
+    def decoder(self, first: bool = False, special: bool = False) -> Decoder:
+        """For tokens that continue a text, or, with `first`, begin one; `special` ones are shown, too, if asked for."""
 
     def name(self, token: int) -> str:
         """How the vocabulary spells `token`; empty where it has no such token."""
@@ -64,7 +64,7 @@ class ByteTokenizer:
     def encode_prompt(self, prompt: Text) -> tuple[Sequence[int], tuple[int, ...]]:
         return prompt.text.encode(), tuple(len(prompt.text[:end].encode()) for end in prompt.ends)
 
-    def decoder(self, first: bool = False) -> Decoder:
+    def decoder(self, first: bool = False, special: bool = False) -> Decoder:
         return ByteDecoder()
 
     def token_bytes(self, token: int) -> bytes:
@@ -102,7 +102,7 @@ class TokenIdsOnly:
     def encode_prompt(self, prompt: Text) -> tuple[Sequence[int], tuple[int, ...]]:
         return self.encode(prompt.text), ()
 
-    def decoder(self, first: bool = False) -> Decoder:
+    def decoder(self, first: bool = False, special: bool = False) -> Decoder:
         return NoText()
 
     def token_bytes(self, token: int) -> None:
@@ -122,9 +122,9 @@ class NoText:
         return ""
 
 
-def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> tuple[str, list[int]]:
+def decode(tokenizer: Tokenizer, tokens: Sequence[int], special: bool = False) -> tuple[str, list[int]]:
     """The text of `tokens`, and where each one's begins; that of a part of a character where the character does."""
-    decoder = tokenizer.decoder(first=True)
+    decoder = tokenizer.decoder(first=True, special=special)
     pieces = [decoder.push(token) for token in tokens]
     begins = list(accumulate(map(len, pieces[:-1]), initial=0))
     return "".join([*pieces, decoder.flush()]), begins

@@ -192,7 +192,7 @@ def refuse(sequence: Sequence) -> None:
     """What this engine cannot do."""
     if sequence.pool:
         raise UnsupportedParameter("This baseline makes no embeddings.")
-    if sequence.score_prompt:
+    if sequence.score_prompt is not None:
         raise UnsupportedParameter("This baseline scores no prompts.", "echo")
     if sequence.priority:
         raise UnsupportedParameter("This baseline knows no classes.", "priority")

@@ -91,6 +91,7 @@ class TestCalls:
         assert chat.token_strs is None
         info = client.tokenizer_info()
         assert (info.vocab_size, info.eos_token, info.eos_token_ids) == (256, None, [])
+        assert (info.prefix_token, info.prefix_token_id) == ("\n", 10)
 
     def test_the_server_tells_of_itself(self, client: BDHClient, tiny: Server) -> None:
         info = client.server_info()
@@ -136,7 +137,8 @@ class TestCalls:
     )
     def test_wishes_are_what_the_server_takes(self, wishes: Any, body: Any, others: set[str]) -> None:
         older = {f"guided_{form}" for form in ("json", "regex", "choice", "grammar")}
-        apart = others | older | {"stream", "stream_options", "safety_identifier"}
+        labels = {"safety_identifier", "request_id", "prompt_cache_key"}
+        apart = others | older | labels | {"stream", "stream_options"}
         assert get_type_hints(wishes).keys() == body.model_fields.keys() - apart
 
     def test_it_needs_neither_torch_nor_the_server(self) -> None:

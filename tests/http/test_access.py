@@ -164,8 +164,9 @@ class TestKeys:
         assert len(guarded.http.get("/v1/models", headers=bearer(same)).json()["data"]) == 1
         with guarded.openai(other) as client, pytest.raises(openai.PermissionDeniedError):
             client.models.retrieve("tiny")
-        with guarded.openai(other) as client, pytest.raises(openai.NotFoundError):
+        with guarded.openai(other) as client, pytest.raises(openai.NotFoundError) as caught:
             client.completions.create(model="gpt", prompt="a")
+        assert "tiny" not in caught.value.message
 
     def test_may_have_limits_of_their_own(self, guarded: Server, file: KeyFile) -> None:
         limits = {"requests_per_minute": 4, "tokens_per_minute": 50, "top_priority": 1}

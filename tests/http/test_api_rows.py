@@ -36,7 +36,7 @@ class TestEndpoints:
     @pytest.mark.parametrize("root", ["", "/v1"])
     def test_tokenize_and_detokenize_are_at_both_places(self, tiny: Server, root: str) -> None:
         told = tiny.http.post(f"{root}/tokenize", json={"prompt": "ab"}).json()
-        assert told == {"tokens": TOKENS, "count": 2, "max_model_len": 131072}
+        assert told == {"tokens": TOKENS, "count": 2, "max_model_len": 131072, "token_strs": None}
         chat = tiny.http.post(f"{root}/tokenize", json={"messages": MESSAGES}).json()
         assert chat["count"] == RENDERED
         assert tiny.http.post(f"{root}/detokenize", json={"tokens": TOKENS}).json() == {"prompt": "ab"}
@@ -140,7 +140,7 @@ class TestParameters:
         [
             *(("functions", [{"name": "f"}]), ("function_call", "f"), ("prediction", {"type": "content"})),
             *(("reasoning_effort", "low"), ("verbosity", "low"), ("web_search_options", {}), ("moderation", {})),
-            *(("service_tier", "flex"), ("chat_template", "x"), ("prompt_cache_key", "k"), ("suffix", "s")),
+            *(("service_tier", "priority"), ("chat_template", "x"), ("suffix", "s")),
             *(("prompt_cache_options", {}), ("prompt_cache_retention", "24h"), ("modalities", ["audio"])),
         ],
     )
@@ -171,7 +171,10 @@ class TestParameters:
 FIRST_TOKEN = ".001 .005 .01 .02 .04 .06 .08 .1 .25 .5 .75 1 2.5 5 7.5 10 20 40 80 160"
 BETWEEN_TOKENS = ".001 .0025 .005 .01 .025 .05 .075 .1 .15 .2 .3 .4 .5 .75 1 2.5 5 7.5 10"
 WHOLE_REQUEST = ".1 .3 .5 .8 1 1.5 2 2.5 5 10 15 20 30 40 50 60 120 240 480 960"
-GAUGES = ("num_requests_running", "num_requests_waiting", "num_requests_swapped", "state_slots_usage_perc")
+GAUGES = (
+    *("num_requests_running", "num_requests_waiting", "num_requests_swapped", "state_slots_usage_perc"),
+    *("kv_cache_usage_perc", "cache_config_info"),
+)
 COUNTERS = (
     *("prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "prompt_tokens", "prompt_tokens_cached"),
     "generation_tokens",
@@ -179,6 +182,7 @@ COUNTERS = (
 HISTOGRAMS = {
     "time_to_first_token_seconds": FIRST_TOKEN,
     "inter_token_latency_seconds": BETWEEN_TOKENS,
+    "time_per_output_token_seconds": BETWEEN_TOKENS,
     "request_time_per_output_token_seconds": BETWEEN_TOKENS,
     **dict.fromkeys(
         (

@@ -44,7 +44,7 @@ def test_the_default_template_is_lines_of_role_and_content(server: Server) -> No
     body = {"messages": MESSAGES, "max_tokens": 20, "temperature": 0, "return_token_ids": True}
     response = server.http.post(PATH, json=body)
     (choice,) = response.json()["choices"]
-    assert bytes(choice["prompt_token_ids"]).decode() == RENDERED
+    assert bytes(response.json()["prompt_token_ids"]).decode() == RENDERED
     assert choice["message"]["content"] == server.text(prompt=RENDERED, max_tokens=20, temperature=0)
 
 
@@ -54,7 +54,7 @@ def test_all_roles_are_understood(tiny: Server) -> None:
     ]
     messages[-1]["tool_call_id"] = "1"
     response = tiny.http.post(PATH, json={"messages": messages, "max_tokens": 1, "return_token_ids": True})
-    assert bytes(response.json()["choices"][0]["prompt_token_ids"]).decode() == (
+    assert bytes(response.json()["prompt_token_ids"]).decode() == (
         "system: SYSTEM\ndeveloper: DEVELOPER\nuser: USER\nassistant: ASSISTANT\ntool: TOOL\nassistant:"
     )
 
@@ -157,11 +157,23 @@ def test_a_stop_string_ends_the_answer_before_it(server: Server) -> None:
 
 def test_token_ids_come_with_each_chunk_and_the_prompt_once(tiny: Server) -> None:
     body = {"messages": MESSAGES, "max_tokens": 10, "seed": 2, "return_token_ids": True}
-    (whole,) = tiny.http.post(PATH, json=body).json()["choices"]
-    choices = [event["choices"][0] for event in tiny.events(PATH, **body)]
-    assert [c["prompt_token_ids"] for c in choices if "prompt_token_ids" in c] == [list(RENDERED.encode())]
+    answer = tiny.http.post(PATH, json=body).json()
+    (whole,) = answer["choices"]
+    assert answer["prompt_token_ids"] == list(RENDERED.encode())
+    assert "prompt_token_ids" not in whole
+    events = tiny.events(PATH, **body)
+    choices = [event["choices"][0] for event in events]
+    assert ["prompt_token_ids" in event for event in events] == [True] + [False] * (len(events) - 1)
+    assert events[0]["prompt_token_ids"] == answer["prompt_token_ids"]
     assert [token for c in choices for token in c.get("token_ids", [])] == whole["token_ids"]
     assert bytes(whole["token_ids"]).decode(errors="replace") == whole["message"]["content"]
+
+
+def test_token_ids_do_not_come_unasked(tiny: Server) -> None:
+    answer = tiny.http.post(PATH, json={"messages": MESSAGES, "max_tokens": 2}).json()
+    assert [answer["prompt_token_ids"], answer["choices"][0]["token_ids"]] == [None, None]  # as vLLM has it
+    for event in tiny.events(PATH, messages=MESSAGES, max_tokens=2, stream_options={"include_usage": True}):
+        assert "prompt_token_ids" not in event
 
 
 SPINNING = (

@@ -78,9 +78,51 @@ def test_the_official_client_reads_them(tiny: Server, runner: Runner) -> None:
     torch.testing.assert_close(got, expected(runner, "Hello", 5), atol=1e-5, rtol=1e-4)
 
 
+def test_texts_and_tokens_may_be_in_one_list(tiny: Server, runner: Runner) -> None:
+    answer = embed(tiny, input=["Hello", list(b"Hello"), "a", [97]])
+    vectors = [torch.tensor(each["embedding"]) for each in answer["data"]]
+    assert torch.equal(vectors[0], vectors[1])
+    assert torch.equal(vectors[2], vectors[3])
+    torch.testing.assert_close(vectors[0], expected(runner, "Hello"), atol=1e-5, rtol=1e-4)
+    assert answer["usage"]["prompt_tokens"] == 12
+
+
+def test_a_conversation_has_one_vector(tiny: Server, runner: Runner) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": None, "tool_calls": []}]
+    for more, text in (
+        ({}, "user: Hi\nassistant: \n"),
+        ({"add_generation_prompt": True}, "user: Hi\nassistant: \nassistant:"),
+        ({"truncate_prompt_tokens": 3, "input": None}, ": \n"),
+    ):
+        answer = embed(tiny, messages=messages, **more)
+        (each,) = answer["data"]
+        torch.testing.assert_close(torch.tensor(each["embedding"]), expected(runner, text), atol=1e-5, rtol=1e-4)
+        assert answer["usage"]["prompt_tokens"] == len(text)
+
+
+@pytest.mark.parametrize(("most", "text"), [(3, "llo"), (5, "Hello"), (50, "Hello"), (-1, "Hello")])
+def test_a_text_can_be_cut_to_its_end(tiny: Server, runner: Runner, most: int, text: str) -> None:
+    (each,) = embed(tiny, input="Hello", truncate_prompt_tokens=most, request_id="r", normalize=True)["data"]
+    torch.testing.assert_close(torch.tensor(each["embedding"]), expected(runner, text), atol=1e-5, rtol=1e-4)
+
+
+def test_as_many_inputs_are_taken_as_openai_takes(tiny: Server) -> None:
+    assert len(embed(tiny, input=["a"] * 2048)["data"]) == 2048
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
+        ({"input": "a", "messages": [{"role": "user", "content": "a"}]}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "a"}], "dimensions": 100_000}, "dimensions"),
+        ({"messages": [{"role": "user", "content": "a" * 131073}]}, "messages"),
+        ({"input": ["a", [1, "b"]]}, "input"),
+        ({"input": ["a", [1], ""]}, "input[2]"),
+        ({"input": ["a", [256]]}, "input[1]"),
+        ({"input": "a", "truncate_prompt_tokens": 131073}, "truncate_prompt_tokens"),
+        ({"input": "a", "truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"input": "a", "normalize": False}, "normalize"),
         ({}, "input"),
         ({"input": ""}, "input"),
         ({"input": []}, "input"),

@@ -57,7 +57,14 @@ SHAPES: list[tuple[str, dict[str, Any], type[BaseModel]]] = [
         {"messages": [USER], "tools": [TOOL], "tool_choice": "required", "max_tokens": 200},
         answers.ChatCompletion,
     ),
+    (
+        "/v1/completions",
+        {"prompt": ["abc", "d"], "echo": True, "logprobs": 1, "prompt_logprobs": 3, "return_tokens_as_token_ids": True},
+        answers.Completion,
+    ),
+    ("/v1/chat/completions", {"messages": [USER], "prompt_logprobs": 0, "echo": True}, answers.ChatCompletion),
     ("/v1/embeddings", {"input": ["a", "b"]}, answers.Embeddings),
+    ("/v1/embeddings", {"messages": [USER], "truncate_prompt_tokens": 2}, answers.Embeddings),
     ("/v1/embeddings", {"input": [1, 2], "encoding_format": "base64"}, answers.Embeddings),
     ("/tokenize", {"prompt": "aé", "return_token_strs": True}, answers.Tokenization),
     ("/v1/tokenize", {"messages": [USER]}, answers.Tokenization),
@@ -141,7 +148,7 @@ class TestDocument:
     @pytest.mark.parametrize("choice", ["refuse", "ignore"])
     def test_says_what_becomes_of_unknown_fields(self, choice: str) -> None:
         told = openapi(Settings.model_validate({"api": {"unknown_fields": choice}}))
-        body: dict[str, Any] = {"messages": [USER | {"spare": 1}], "spare": 1}
+        body: dict[str, Any] = {"messages": [USER | {"content": [{"type": "text", "text": "a", "spare": 1}]}]}
         assert validator("ChatBody", told).is_valid(body) == (choice == "ignore")
 
     def test_asks_for_a_key_where_the_server_does(self) -> None:
@@ -165,7 +172,9 @@ class TestDocument:
             ({"prompt": "a", "suffix": ""}, True),
             ({"prompt": "a", "suffix": "b"}, False),
             ({"prompt": "a", "temperature": 2.1}, False),
-            ({"prompt": "a", "top_p": 0}, False),
+            ({"prompt": "a", "top_p": 0}, True),
+            ({"prompt": "a", "spare": None}, True),
+            ({"prompt": "a", "spare": 0}, False),
             ({"prompt": "a", "seed": 2**64}, False),
             ({"prompt": "a", "stream_options": {"include_usage": 1}}, False),
             ({"prompt": "a", "guided_json": '{"type": "null"}'}, True),
@@ -194,7 +203,18 @@ class TestDocument:
             ({"messages": [{"role": "assistant", "tool_calls": [CALL]}]}, True),
             ({"messages": [{"role": "assistant", "tool_calls": [CALL | {"index": -1}]}]}, False),
             ({"messages": [USER], "tools": [TOOL], "tool_choice": {"type": "function"}}, False),
-            ({"messages": [{"role": "assistant", "tool_calls": []}]}, False),
+            ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, True),
+            ({"messages": [{"role": "assistant"}]}, False),
+            ({"messages": [{"role": "user", "content": "a", "tool_calls": [CALL]}]}, False),
+            ({"messages": [USER | {"spare": {"a": [1]}}]}, True),
+            ({"messages": [{"role": "critic", "content": None}]}, True),
+            ({"messages": [{"role": "", "content": "a"}]}, False),
+            ({"messages": [{"role": "assistant", "content": [{"type": "refusal", "refusal": "No."}]}]}, True),
+            ({"messages": [{"role": "user", "content": [{"type": "refusal", "text": "No."}]}]}, False),
+            (
+                {"messages": [{"role": "user", "content": ["a", {"type": "text", "text": "b", "cache_control": {}}]}]},
+                True,
+            ),
             ({"messages": [USER], "response_format": {"type": "json_schema"}}, False),
             ({"messages": [USER], "response_format": {"type": "text"}}, True),
             ({"messages": [USER], "response_format": {"type": "text", "json_schema": {"name": "a"}}}, False),
@@ -249,7 +269,9 @@ class TestAnswers:
                 given = response.json()
                 for varies in ("id", "created", "data", "usage"):
                     given[varies] = told.get(varies)
-                assert {key: value for key, value in given.items() if value is not None} == told
+                assert {key: value for key, value in given.items() if value is not None} == {
+                    key: value for key, value in told.items() if value is not None
+                }
 
 
 def test_nothing_that_fits_the_document_or_does_not_breaks_the_server(tiny: Server) -> None:

@@ -38,7 +38,10 @@ class TestModels:
 
     def test_are_found_by_name_and_alias(self, tiny: Server) -> None:
         with tiny.openai() as client:
-            assert client.models.retrieve("tiny") == client.models.retrieve("minute") == client.models.list().data[0]
+            listed = client.models.list().data
+            assert [each.id for each in listed][:2] == ["tiny", "minute"]
+            assert [client.models.retrieve(each.id) for each in listed] == listed
+        assert {each.model_dump()["root"] for each in listed} == {"tiny"}
 
     def test_are_as_old_as_they_are(self, server: Server) -> None:
         first = server.http.get("/v1/models").json()["data"][0]["created"]
@@ -142,6 +145,7 @@ class TestMetrics:
         assert found["bdh_state_slots_usage_perc"] == pytest.approx(
             3 / 192
         )  # three eighths of 512 states are for sequences
+        assert found["bdh_kv_cache_usage_perc"] == found["bdh_state_slots_usage_perc"]
         assert found["bdh_http_requests_in_flight"] == 3
         tiny.until_idle()
 
@@ -171,6 +175,30 @@ class TestMetrics:
         text = tiny.http.get("/metrics").text
         assert f"# TYPE bdh_{name} histogram" in text
         assert f'bdh_{name}_count{{model_name="tiny"}}' in text
+
+    def test_tell_of_the_memory_for_states(self, tiny: Server) -> None:
+        (told,) = [name for name in tiny.metrics() if name.startswith("bdh_cache_config_info")]
+        facts = dict(
+            fact.split("=") for fact in told.removeprefix("bdh_cache_config_info{").removesuffix("}").split(",")
+        )
+        assert facts == {
+            "num_gpu_blocks": "512",
+            "num_cpu_blocks": "0",
+            "block_size": "131072",
+            "cache_dtype": "float32",
+            "enable_prefix_caching": "True",
+            "sliding_window": "None",
+        }
+
+    def test_have_the_latency_between_tokens_under_both_of_its_names(self, tiny: Server) -> None:
+        tiny.complete(prompt="a", max_tokens=5)
+        found = tiny.metrics()
+        ours, older = (
+            {sample.partition("_seconds_")[2]: value for sample, value in found.items() if sample.startswith(name)}
+            for name in ("bdh_inter_token_latency", "bdh_time_per_output_token")
+        )
+        assert ours == older
+        assert ours["count"] >= 4
 
     def test_count_how_requests_end(self, server: Server) -> None:
         text = server.text(prompt="a", max_tokens=4, temperature=0)

@@ -284,7 +284,8 @@ class TestEcho:
         for index, text in enumerate(self.TEXTS):
             self.check(reference, text, batch[index]["logprobs"])
             (event,) = (c for e in streamed for c in e["choices"] if c["index"] == index)
-            assert event == batch[index]
+            assert event == {name: value for name, value in batch[index].items() if name in event}
+            assert event.keys() == {"index", "text", "logprobs", "finish_reason"}
 
     def test_comes_before_the_answer(self, tiny: Server, reference: Reference) -> None:
         body: dict[str, Any] = {"prompt": ["né", "ab"], "n": 2, "max_tokens": 8, **WEATHER, "echo": True}
@@ -334,11 +335,13 @@ class TestStreamOptions:
     def test_usage_can_come_with_every_chunk(self, tiny: Server, path: str) -> None:
         body: dict[str, Any] = {"messages": MESSAGES} if path == CHAT else {"prompt": "abc"}
         body |= {"max_tokens": 6, "n": 2, "logit_bias": {"120": 100}}
-        for last in (False, True):
-            options = {"continuous_usage_stats": True, "include_usage": last}
+        options: dict[str, Any]
+        for options in ({"continuous_usage_stats": True}, {"continuous_usage_stats": True, "include_usage": False}):
+            assert not any("usage" in event for event in tiny.events(path, **body, stream_options=options))
+        for size in (None, 2):
+            options = {"continuous_usage_stats": True, "include_usage": True, "chunk_tokens": size}
             events = tiny.events(path, **body, stream_options=options)
-            if last:
-                assert events.pop()["choices"] == []
+            assert events.pop()["choices"] == []
             counts = [event["usage"]["completion_tokens"] for event in events]
             assert counts == sorted(counts)
             assert counts[-1] == 12

@@ -90,6 +90,42 @@ def test_prompts_are_tokenized_and_answers_decoded(chatty: Server, raw: Tokenize
     assert ended == {"stop", "length"}
 
 
+def test_special_tokens_are_shown_where_that_is_asked(chatty: Server, raw: Tokenizer) -> None:
+    begin = raw.token_to_id("<s>")
+    body: dict[str, Any] = {"prompt": "the", "max_tokens": 3, "logit_bias": {str(begin): 100}, "echo": True}
+    body["ignore_eos"] = True
+    hidden = chatty.text(**body)
+    assert chatty.text(**body, skip_special_tokens=True) == hidden
+    prompt = raw.decode(raw.encode("the").ids, skip_special_tokens=False)
+    assert hidden == raw.decode(raw.encode("the").ids)
+    assert chatty.text(**body, skip_special_tokens=False) == f"{prompt}<s><s><s>"
+    events = chatty.events(**body | {"echo": False}, skip_special_tokens=False)
+    assert "".join(event["choices"][0]["text"] for event in events) == "<s><s><s>"
+    chat = {"messages": MESSAGES, "max_tokens": 2, "logit_bias": body["logit_bias"], "skip_special_tokens": False}
+    chat["ignore_eos"] = True
+    assert chatty.http.post(CHAT, json=chat).json()["choices"][0]["message"]["content"] == "<s><s>"
+    assert chatty.text(**body, skip_special_tokens=False, stop="<s><s>").endswith("the")
+
+
+def test_bad_words_are_what_spells_them_in_this_vocabulary(chatty: Server, raw: Tokenizer) -> None:
+    fox = raw.encode("fox", add_special_tokens=False).ids
+    body: dict[str, Any] = {"prompt": "the", "max_tokens": len(fox), "temperature": 0, "return_token_ids": True}
+    body["allowed_token_ids"] = [*fox, *raw.encode("q", add_special_tokens=False).ids]
+    bias = {str(token): 50 + at for at, token in enumerate(fox)}
+    for word in ("fox", " fox"):
+        (choice,) = chatty.complete(**body, logit_bias=bias, bad_words=[word])["choices"]
+        assert choice["token_ids"] != fox
+        assert "fox" not in choice["text"]
+
+
+def test_a_developer_is_the_system_to_a_template_that_knows_none(chatty: Server) -> None:
+    told, system = (
+        [{"role": role, "content": "Be brief."}, {"role": "user", "content": "the fox"}]
+        for role in ("developer", "system")
+    )
+    assert ids(chatty, messages=told) == ids(chatty, messages=system)
+
+
 def test_answers_follow_a_schema_whatever_of_it_is_a_token(chatty: Server) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
     body = {"messages": MESSAGES, "response_format": form, "n": 12, "seed": 1, "temperature": 1.5, "max_tokens": 60}
@@ -138,11 +174,11 @@ def test_calls_are_read_though_they_are_written_with_tokens_of_their_own(chatty:
 
 def test_a_chat_is_rendered_by_the_folders_template(chatty: Server, raw: Tokenizer) -> None:
     body = {"messages": MESSAGES, "max_tokens": 1, "return_token_ids": True}
-    (choice,) = chatty.http.post(CHAT, json=body).json()["choices"]
-    assert choice["prompt_token_ids"] == raw.encode(RENDERED, add_special_tokens=False).ids
-    assert ids(chatty, messages=MESSAGES) == choice["prompt_token_ids"]
+    prompt = chatty.http.post(CHAT, json=body).json()["prompt_token_ids"]
+    assert prompt == raw.encode(RENDERED, add_special_tokens=False).ids
+    assert ids(chatty, messages=MESSAGES) == prompt
     begin = raw.token_to_id("<s>")
-    assert ids(chatty, messages=MESSAGES, add_special_tokens=True) == [begin, *choice["prompt_token_ids"]]
+    assert ids(chatty, messages=MESSAGES, add_special_tokens=True) == [begin, *prompt]
     prefilled = [*MESSAGES, {"role": "assistant", "content": "Well, "}]
     tokens = ids(chatty, messages=prefilled, continue_final_message=True)
     assert tokens == raw.encode(RENDERED + "Well, ", add_special_tokens=False).ids
@@ -188,6 +224,7 @@ def test_what_vllm_tells_of_a_tokenizer_is_told(chatty: Server, raw: Tokenizer) 
         assert plain.json() == {"prompt": "the fox"}
     info = chatty.http.get("/tokenizer_info").json()
     assert (info["eos_token"], info["bos_token"], info["vocab_size"]) == ("<|im_end|>", "<s>", 330)
+    assert (info["prefix_token"], info["prefix_token_id"]) == ("<s>", raw.token_to_id("<s>"))
 
 
 def test_bytes_are_tokenized_too(tiny: Server) -> None:
@@ -196,7 +233,10 @@ def test_bytes_are_tokenized_too(tiny: Server) -> None:
     names = tiny.http.post(TOKENIZE, json={"prompt": "aé", "return_token_strs": True}).json()["token_strs"]
     assert names == ["a", "<0xC3>", "<0xA9>"]
     assert tiny.http.post("/detokenize", json={"tokens": [0xC3, 0xA9, 0xFF]}).json() == {"prompt": "é\ufffd"}
-    assert tiny.http.get("/tokenizer_info").json()["eos_token"] is None
+    info = tiny.http.get("/tokenizer_info").json()
+    assert (info["bos_token"], info["eos_token"]) == (None, None)
+    assert (info["prefix_token"], info["prefix_token_id"]) == ("\n", 10)
+    assert ids(tiny, prompt=info["prefix_token"]) == [info["prefix_token_id"]]
 
 
 def test_a_model_without_a_tokenizer_says_so(odd: Server) -> None:

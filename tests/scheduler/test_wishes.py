@@ -47,7 +47,7 @@ def run(slots: int, running: int, faults: set[int]) -> list[Sequence]:
             min_tokens=9,
             stop_token_ids=STOPS,
             adjustment=Adjustment.of(wish, PROMPT, distinct(STOPS), 9),
-            score_prompt=number == 0,
+            score_prompt=2 if number == 0 else None,
         )
         for number, wish in enumerate(WISHES)
     ]

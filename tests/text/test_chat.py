@@ -75,6 +75,23 @@ async def test_templates_find_what_they_expect(source: str, expected: str) -> No
     assert await text(source, variables={"flag": 7}) == expected
 
 
+ROLES = "{% for m in messages %}{{ m.role }} {{ m.mark }};{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        (ROLES, "system x;user y;"),
+        ("{% set known = 'developer' %}" + ROLES, "developer x;user y;"),
+        (None, "developer: a\nuser: b\nassistant:"),
+    ],
+)
+async def test_a_developer_is_the_system_where_a_template_knows_none(source: str | None, expected: str) -> None:
+    messages = [{"role": "developer", "content": "a", "mark": "x"}, {"role": "user", "content": "b", "mark": "y"}]
+    assert await text(source, messages) == expected
+    assert messages[0]["role"] == "developer"
+
+
 @pytest.mark.parametrize(
     ("source", "told"),
     [

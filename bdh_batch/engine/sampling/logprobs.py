@@ -45,13 +45,16 @@ class Likeliest(Sequence[tuple[int, float]]):
         return list(self)[index]
 
 
-def score(logits: Tensor, tokens: Sequence[int], tops: Sequence[int]) -> list[TokenScore]:
-    """A score for the token of each row of `logits` [rows, V] float32, with its row's `tops` likeliest tokens."""
+def score(logits: Tensor, tokens: Sequence[int], tops: Sequence[int], ranked: bool = False) -> list[TokenScore]:
+    """A score for the token of each row of `logits` [rows, V] float32, with its row's `tops` likeliest tokens, and
+    `ranked` among all."""
     logprobs = logits.log_softmax(dim=-1)
-    own = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None]).squeeze(1).tolist()
+    chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
+    own = chosen.squeeze(1).tolist()
+    ranks = (logprobs >= chosen).sum(dim=-1).tolist() if ranked else [0] * len(own)
     found = logprobs.topk(min(max(tops), logits.shape[-1]), dim=-1)
     likeliest, values = found.indices.to(torch.int32).numpy(force=True), found.values.numpy(force=True)
     return [
-        TokenScore(token, mine, Likeliest(likeliest, values, row, top))
-        for row, (token, mine, top) in enumerate(zip(tokens, own, tops, strict=True))
+        TokenScore(token, mine, Likeliest(likeliest, values, row, top), rank)
+        for row, (token, mine, top, rank) in enumerate(zip(tokens, own, tops, ranks, strict=True))
     ]

@@ -30,7 +30,7 @@ from bdh_batch.http.docs.response_types import (
     Version,
 )
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody
-from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
+from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, EmbeddingChat, TokenizeChat, TokenizeText
 
 MODEL = (403, 404, 503)  # of all that asks for the model
 WORK = (429, 504)  # of all that the engine works on
@@ -78,7 +78,14 @@ def operations() -> list[Operation]:
 
 NAME = "bdh-shakespeare"
 FINGERPRINT = f"{NAME}-bdh_batch-{__version__}"
-CARD = {"id": NAME, "object": "model", "created": 1762000000, "owned_by": "bdh_batch", "max_model_len": 131072}
+CARD: dict[str, Any] = {
+    "id": NAME,
+    "object": "model",
+    "created": 1762000000,
+    "owned_by": "bdh_batch",
+    "root": NAME,
+    "max_model_len": 131072,
+}
 QUESTION = {"role": "user", "content": "Who is there?"}
 ENTER = {
     "type": "function",
@@ -102,7 +109,17 @@ COMPLETION = {
     "created": CREATED,
     "model": NAME,
     "system_fingerprint": FINGERPRINT,
-    "choices": [{"index": 0, "text": "I think the state of the", "logprobs": None, "finish_reason": "length"}],
+    "choices": [
+        {
+            "index": 0,
+            "text": "I think the state of the",
+            "logprobs": None,
+            "finish_reason": "length",
+            "prompt_logprobs": None,
+            "prompt_token_ids": None,
+            "token_ids": None,
+        }
+    ],
     "usage": {
         "prompt_tokens": 7,
         "completion_tokens": 24,
@@ -122,6 +139,7 @@ CHAT = {
             "message": {"role": "assistant", "content": " the world of the countr", "refusal": None},
             "logprobs": None,
             "finish_reason": "length",
+            "token_ids": None,
         }
     ],
     "usage": {
@@ -130,6 +148,8 @@ CHAT = {
         "total_tokens": 54,
         "prompt_tokens_details": {"cached_tokens": 0},
     },
+    "prompt_logprobs": None,
+    "prompt_token_ids": None,
 }
 EMBEDDINGS = {
     "object": "list",
@@ -193,11 +213,12 @@ def _generation() -> list[Operation]:
             Embeddings,
             "post",
             "The mean of the final hidden vectors over a text's tokens, of length 1.",
-            bodies=[EmbeddingBody],
+            bodies=[EmbeddingBody, EmbeddingChat],
             errors=MODEL + WORK,
             requests={
                 "text": {"input": "O Romeo, Romeo!", "dimensions": 3},
                 "texts": {"input": ["O Romeo!", "O Juliet!"], "encoding_format": "base64"},
+                "conversation": {"messages": [QUESTION]},
             },
             replies={"text": EMBEDDINGS},
         ),
@@ -241,6 +262,8 @@ def _tokens() -> list[Operation]:
         "bos_token": None,
         "eos_token": None,
         "eos_token_ids": [],
+        "prefix_token": "\n",
+        "prefix_token_id": 10,
         "vocab_size": 256,
     }
     return [
@@ -263,7 +286,7 @@ def _models() -> list[Operation]:
             "listModels",
             "Models",
             "/v1/models",
-            "The models that the caller may use",
+            "The models that the caller may use, under each of their names",
             ModelList,
             errors=(503,),
             replies={"models": {"object": "list", "data": [CARD]}},

@@ -37,11 +37,19 @@ class Envelope(Answer):
     system_fingerprint: str = Field(description="Names the model and the build.")
 
 
-class TokenIds(Answer):
-    """Present with `return_token_ids`."""
+Tokens = list[Count]
+PROMPT_TOKENS = "With `return_token_ids`: the prompt's; else null."
+TOKENS = "With `return_token_ids`; else null."
 
-    prompt_token_ids: list[Count] = Field(default_factory=list)
-    token_ids: list[Count] = Field(default_factory=list)
+
+class PromptLogprob(Answer):
+    logprob: float
+    rank: int = Field(ge=1, description="How many tokens are at least as likely, itself included.")
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+PROMPT_LOGPROBS = "With `prompt_logprobs`, by token id, null for the first token; else null."
 
 
 class CompletionLogprobs(Answer):
@@ -53,18 +61,23 @@ class CompletionLogprobs(Answer):
     text_offset: list[Count] = Field(description="Where each token's text begins, in characters.")
 
 
-class CompletionChoice(TokenIds):
+class CompletionChoice(Answer):
     index: Count
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
+    prompt_logprobs: PromptLogprobs | None = Field(description=PROMPT_LOGPROBS)
+    prompt_token_ids: Tokens | None = Field(description=PROMPT_TOKENS)
+    token_ids: Tokens | None = Field(description=TOKENS)
 
 
-class CompletionChunkChoice(TokenIds):
+class CompletionChunkChoice(Answer):
     index: Count
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    prompt_token_ids: Tokens = Field(default_factory=list, description="With `return_token_ids`, in the first chunk.")
+    token_ids: Tokens = Field(default_factory=list, description="With `return_token_ids`.")
 
 
 class Completion(Envelope):
@@ -114,17 +127,20 @@ class AssistantMessage(Answer):
     tool_calls: list[MadeCall] = Field(default_factory=list)
 
 
-class ChatChoice(TokenIds):
+class ChatChoice(Answer):
     index: Count
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason
+    token_ids: Tokens | None = Field(description=TOKENS)
 
 
 class ChatCompletion(Envelope):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
+    prompt_logprobs: PromptLogprobs | None = Field(description=PROMPT_LOGPROBS)
+    prompt_token_ids: Tokens | None = Field(description=PROMPT_TOKENS)
 
 
 class FunctionCallDelta(Answer):
@@ -145,11 +161,12 @@ class ChatDelta(Answer):
     tool_calls: list[CallDelta] = Field(default_factory=list)
 
 
-class ChatChunkChoice(TokenIds):
+class ChatChunkChoice(Answer):
     index: Count
     delta: ChatDelta
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
+    token_ids: Tokens = Field(default_factory=list, description="With `return_token_ids`.")
 
 
 class ChatCompletionChunk(Envelope):
@@ -158,6 +175,7 @@ class ChatCompletionChunk(Envelope):
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice] = Field(description="Empty in the chunk that bears the usage.")
     usage: Usage | None = Field(default_factory=lambda: None)
+    prompt_token_ids: Tokens = Field(default_factory=list, description="With `return_token_ids`, in the first chunk.")
 
 
 class EmbeddingUsage(Answer):
@@ -182,7 +200,7 @@ class Tokenization(Answer):
     count: Count
     max_model_len: int | None
     tokens: list[Count]
-    token_strs: list[str] = Field(default_factory=list, description="With `return_token_strs`.")
+    token_strs: list[str] | None = Field(description="With `return_token_strs`; else null.")
 
 
 class Detokenization(Answer):
@@ -198,6 +216,11 @@ class TokenizerInfo(BaseModel):
     bos_token: str | None
     eos_token: str | None
     eos_token_ids: list[Count]
+    prefix_token: str | None = Field(
+        description="What a text can be scored after: that of its beginning, else of its end, else a newline. "
+        "Harnesses that score texts from their first token on (rolling log-likelihoods) take it as prefix token."
+    )
+    prefix_token_id: Count | None = Field(description="Its id, as for lm-eval's `custom_prefix_token_id`.")
     vocab_size: Count
 
 
@@ -206,6 +229,7 @@ class ModelCard(Answer):
     object: Literal["model"]
     created: int = Field(description="Unix seconds; fixed for a model.")
     owned_by: str
+    root: str = Field(description="The model's name; another id is an alias of it.")
     max_model_len: int | None
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from bdh_batch.errors import InvalidRequest, UnknownParameter, UnsupportedParameter
 from bdh_batch.http.request.json_text import ExceedsLimit, deeper, read_json
 from bdh_batch.http.request.strict import Wire
+from bdh_batch.http.schema.other_names import hint
 from bdh_batch.settings import Limits
 
 Body = TypeVar("Body", bound=Wire)
@@ -57,10 +58,14 @@ def _invalid(error: ValidationError) -> InvalidRequest:
     context = problem.get("ctx", {})
     # Validators of a whole object or list say in their context which part of it they mean.
     param = _path((*problem["loc"], *(context[key] for key in ("field", "index") if key in context)))
+    instead = f" {text}" if (text := hint(param)) else ""
     if problem["type"] == "extra_forbidden":
-        return UnknownParameter(f"Unknown parameter: {param}.", param)
+        text = (
+            f"Unknown parameter: {param}.{instead} Where the server's option api.unknown_fields is ignore, it passes."
+        )
+        return UnknownParameter(text, param)
     if problem["type"] == "unsupported":
-        return UnsupportedParameter(f"{problem['msg']}.", param)
+        return UnsupportedParameter(f"{problem['msg']}.{instead}", param)
     return InvalidRequest(f"{param}: {problem['msg']}", param)
 
 

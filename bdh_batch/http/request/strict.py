@@ -1,27 +1,40 @@
-"""What all objects of a body have in common: strict types, no unknown fields, and unsupported ones refused by name."""
+"""What all objects of a body have in common: strict types, no unknown fields, and unsupported ones refused by name.
+
+Null is as good as leaving a field out, whether the field is known or not.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from bdh_batch.http.request.json_text import deeper
+from bdh_batch.http.request.sizes import AtMost
 
 Neutral = Mapping[str, tuple[Any, ...]]  # unsupported fields, and the values besides null that ask for nothing
 
-
 MAX_DEPTH = 32
+TOO_DEEP = "Values may be nested {most} deep"
 
 
 def shallow(value: object) -> object:
     """Refuses what is nested deep: templates and their filters walk values by recursion."""
     if deeper(value, MAX_DEPTH):
-        raise PydanticCustomError("deep", "Values may be nested {most} deep", {"most": MAX_DEPTH})
+        raise PydanticCustomError("deep", TOO_DEEP, {"most": MAX_DEPTH})
     return value
 
 
@@ -52,6 +65,7 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
     unsupported: ClassVar[Neutral] = {}
     names: ClassVar[frozenset[str]] = frozenset()  # of the fields, as they are written in JSON
+    open: ClassVar[bool] = False  # whether unknown fields are left to a subclass
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -69,10 +83,15 @@ class Wire(BaseModel):
                 text = "{field} is not supported by this server"
                 raise PydanticCustomError("unsupported", text, {"field": name})
         kept = {name: values[name] for name in cls.names & values.keys()}
-        for name in values:
-            if name not in cls.names and name not in cls.unsupported:
-                return kept | {name: values[name]}
-        return kept
+        unknown = None if cls.open else next(cls._unknown(values), None)
+        return kept if unknown is None else kept | {unknown: values[unknown]}
+
+    @classmethod
+    def _unknown(cls, values: Mapping[str, Any]) -> Iterator[str]:
+        """The names of the unknown fields that say something."""
+        for name, value in values.items():
+            if value is not None and name not in cls.names and name not in cls.unsupported:
+                yield name
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
@@ -80,7 +99,32 @@ class Wire(BaseModel):
         for name, neutral in cls.unsupported.items():
             text = "Not supported: may only say what leaving it out would say."
             schema["properties"][name] = {"enum": [None, *neutral], "description": text}
+        schema["additionalProperties"] = True if cls.open else {"type": "null"}
         return schema
+
+
+class Open(Wire):
+    """An object of a conversation. Its unknown fields are kept in `others` for the chat template, as they came."""
+
+    open = True
+    _others: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @property
+    def others(self) -> Mapping[str, Any]:
+        return self._others
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_others(cls, values: object, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        made = handler(values)
+        if isinstance(values, dict):
+            others = {name: values[name] for name in cls._unknown(values)}
+            AtMost("max_members").check(others, info)
+            for name, value in others.items():
+                if deeper(value, MAX_DEPTH):
+                    raise PydanticCustomError("deep", TOO_DEEP, {"most": MAX_DEPTH, "field": name})
+            made._others = others
+        return made
 
 
 def _asks_for_nothing(value: object, neutral: tuple[Any, ...]) -> bool:

@@ -15,11 +15,11 @@ from bdh_batch.backends.base import Generation
 from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses.generation import collect
 from bdh_batch.http.responses.json_pieces import JsonInPieces, between
-from bdh_batch.http.schema.text import EmbeddingBody
+from bdh_batch.http.schema.text import EmbeddingOptions
 
 
 async def embeddings(
-    generation: Generation, body: EmbeddingBody, model: str, request: Request, aside: Aside
+    generation: Generation, body: EmbeddingOptions, model: str, request: Request, aside: Aside
 ) -> Response:
     """The answer in one piece; `aside` is where one is encoded that takes long.
 

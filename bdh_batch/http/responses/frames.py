@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -12,7 +13,7 @@ import orjson
 from bdh_batch.errors import BDHError
 from bdh_batch.http.errors import describe
 from bdh_batch.http.responses.json_pieces import between, dump_list
-from bdh_batch.http.responses.logprobs import columns, objects
+from bdh_batch.http.responses.logprobs import by_id, columns, known, objects, of_prompt
 from bdh_batch.messages import Delta, Usage
 from bdh_batch.text.tokenizer import Tokenizer, decode
 
@@ -37,7 +38,11 @@ class Answer:
     tries: int  # answers to each prompt that are computed; the likeliest are shown
     token_ids: bool  # return_token_ids
     logprobs: int | None  # likeliest tokens that are told with each log-probability
+    names_are_ids: bool  # return_tokens_as_token_ids
+    prompt_logprobs: int | None  # likeliest tokens with each log-probability of the prompt's tokens
+    special: bool  # whether texts show special tokens
     echo: bool
+    said: str  # what each answer of a chat begins with
     include_usage: bool
     continuous_usage: bool
 
@@ -71,10 +76,12 @@ class Frames:
     chunk_kind: str
     before_text: bytes  # in the choice of a frame
     after_text: bytes
+    prompt_beside_choices = False  # where its token ids are: beside the choices, of which all have the same, or in each
 
     def __init__(self, answer: Answer, tokenizer: Tokenizer) -> None:
         self._answer = answer
         self._tokenizer = tokenizer
+        self._name = partial(by_id if answer.names_are_ids else known, tokenizer)
         head = orjson.dumps(answer.envelope(self.chunk_kind))
         self._head = b"data: " + head[:-1] + b',"choices":[{"index":'
         self._tail = b'}],"usage":null}\n\n' if answer.include_usage else b"}]}\n\n"
@@ -102,7 +109,7 @@ class Frames:
 
     def cost(self, prompts: Sequence[Sequence[int]], deltas: Sequence[Delta]) -> int:
         """About how many microseconds it takes to encode `deltas`, with the `prompts` that are part of the answer."""
-        each = 1 + (self._answer.logprobs or 0)
+        each = 1 + max(self._answer.logprobs or 0, self._answer.prompt_logprobs or 0)
         told = sum(
             [len(delta.tokens) + each * (len(delta.scores or ()) + len(delta.prompt_scores or ())) for delta in deltas]
         )
@@ -132,14 +139,17 @@ class Frames:
         choices = (self._choice(index, row, prompts[row], ends[row]) for index, row in enumerate(self._best(ends)))
         usage = usage_dict(self.usage(prompts, cached, sum(len(end.tokens) for end in ends)))
         head = orjson.dumps(self._answer.envelope(self.kind))[:-1]
-        return [head, b',"choices":[', *between(b",", choices), b'],"usage":%b}' % orjson.dumps(usage)]
+        beside = self._of_prompt(prompts[0], ends[0]) if self.prompt_beside_choices else []
+        end = b'],"usage":%b' % orjson.dumps(usage)
+        return [head, b',"choices":[', *between(b",", choices), end, *beside, b"}"]
 
     def _choice(self, index: int, row: int, prompt: Sequence[int], end: Delta) -> list[bytes]:
         text, logprobs = self._parts(row, end)
         begin = orjson.dumps({"index": index, **self._whole_content(text)})[:-1] + b',"logprobs":'
         reason = b',"finish_reason":' + orjson.dumps(end.finish_reason)
-        ids = [self._prompt_ids(prompt), b',"token_ids":', dump_list(end.tokens)] if self._answer.token_ids else []
-        return [begin, *logprobs, reason, *ids, b"}"]
+        ids = dump_list(end.tokens) if self._answer.token_ids else NULL
+        inside = [] if self.prompt_beside_choices else self._of_prompt(prompt, end)
+        return [begin, *logprobs, reason, *inside, b',"token_ids":', ids, b"}"]
 
     def _best(self, ends: Sequence[Delta]) -> list[int]:
         """The rows of the answers that are shown: those of the highest log-probability per token, if not all."""
@@ -152,8 +162,18 @@ class Frames:
             for row in sorted(range(first, first + tries), key=lambda row: -_likelihood(ends[row]))[:n]
         ]
 
-    def _frame(self, index: int, content: bytes) -> bytes:
-        return b"%b%d,%b%b" % (self._head, index, content, self._tail)
+    def _frame(self, index: int, content: bytes, beside: bytes = b"") -> bytes:
+        """A frame; `beside` are members that come after its choices."""
+        closed, rest = self._tail[:2], self._tail[2:]
+        return b"%b%d,%b%b%b%b" % (self._head, index, content, closed, beside, rest)
+
+    def _of_prompt(self, prompt: Sequence[int], end: Delta) -> list[bytes]:
+        """What a whole response has of a prompt, as members of an object."""
+        scores, most = [NULL], self._answer.prompt_logprobs
+        if most is not None:
+            scores = of_prompt(self._tokenizer, end.prompt_scores or (), most)
+        ids = dump_list(prompt) if self._answer.token_ids else NULL
+        return [b',"prompt_logprobs":', *scores, b',"prompt_token_ids":', ids]
 
     def _prompt_ids(self, prompt: Sequence[int]) -> bytes:
         return b',"prompt_token_ids":' + dump_list(prompt) if self._answer.token_ids else b""
@@ -190,17 +210,17 @@ class CompletionFrames(Frames):
             return self._echo(index, prompt, delta)
         if self._answer.logprobs is None or delta.scores is None:
             return delta.text, [NULL]
-        return delta.text, columns(self._tokenizer, (), delta.scores, self._bases.get(index, 0))
+        return delta.text, columns(self._name, (), delta.scores, self._answer.logprobs, self._bases.get(index, 0))
 
     def _echo(self, index: int, prompt: Sequence[int], delta: Delta) -> tuple[str, list[bytes]]:
         """As `_parts`, with the prompt before it."""
-        text, begins = decode(self._tokenizer, prompt)
+        text, begins = decode(self._tokenizer, prompt, self._answer.special)
         self._bases[index] = base = len(text)
         if self._answer.logprobs is None:
             return text + delta.text, [NULL]
-        of_prompt = zip(begins[1:], delta.prompt_scores or (), strict=True)
-        of_answer = ((base + begin, score) for begin, score in delta.scores or ())
-        return text + delta.text, columns(self._tokenizer, prompt[:1], chain(of_prompt, of_answer))
+        before = zip(begins[1:], delta.prompt_scores or (), strict=True)
+        after = ((base + begin, score) for begin, score in delta.scores or ())
+        return text + delta.text, columns(self._name, prompt[:1], chain(before, after), self._answer.logprobs)
 
     def opening(self, prompts: Sequence[Sequence[int]]) -> bytes:
         self._begin(prompts)
@@ -216,18 +236,24 @@ class CompletionFrames(Frames):
 class ChatFrames(Frames):
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
     before_text, after_text = b'"delta":{"content":', b"}"
+    prompt_beside_choices = True
 
     def _parts(self, index: int, delta: Delta) -> tuple[str, list[bytes]]:
         if self._answer.logprobs is None or delta.scores is None:
             return delta.text, [NULL]
-        return delta.text, objects(self._tokenizer, delta.scores)
+        return delta.text, objects(self._name, delta.scores)
 
     def opening(self, prompts: Sequence[Sequence[int]]) -> bytes:
         role = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        return b"".join(self._frame(index, role + self._prompt_ids(prompt)) for index, prompt in enumerate(prompts))
+        beside = [self._prompt_ids(prompts[0]), *[b""] * (len(prompts) - 1)]
+        frames = [self._frame(index, role, ids) for index, ids in enumerate(beside)]
+        if self._answer.said:
+            said = self._content(self._answer.said) + b',"logprobs":null,"finish_reason":null'
+            frames += [self._frame(index, said) for index in range(len(prompts))]
+        return b"".join(frames)
 
     def _content(self, text: str) -> bytes:
         return super()._content(text) if text else b'"delta":{}'
 
     def _whole_content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"message": {"role": "assistant", "content": self._answer.said + text, "refusal": None}}

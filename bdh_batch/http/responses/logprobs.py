@@ -1,12 +1,14 @@
-"""Scores of tokens in OpenAI's two shapes: columns for completions, a list of objects for chat.
+"""Scores of tokens in OpenAI's two shapes, columns for completions and a list of objects for chat, and in vLLM's for
+those of a prompt.
 
 A token is named by its text; where its bytes are no text, as `bytes:\\xf0`; where they are not known, by its id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -16,6 +18,7 @@ from bdh_batch.messages import TokenScore
 from bdh_batch.text.tokenizer import Tokenizer
 
 Scores = Iterable[tuple[int, TokenScore]]  # each with where its token's text begins
+Name = Callable[[int], tuple[str, Sequence[int] | None]]  # of a token: what it is called, and its bytes
 PIECE = 512  # scores; each may have twenty more tokens in it
 COLUMNS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
@@ -32,34 +35,40 @@ def known(tokenizer: Tokenizer, token: int) -> tuple[str, Sequence[int] | None]:
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw), tuple(raw)
 
 
-def columns(tokenizer: Tokenizer, first: Sequence[int], scores: Scores, base: int = 0) -> list[bytes]:
+def by_id(tokenizer: Tokenizer, token: int) -> tuple[str, Sequence[int] | None]:
+    """As `known`, but that the name is the token's id, as all names are then."""
+    return f"token_id:{token}", known(tokenizer, token)[1]
+
+
+def columns(name: Name, first: Sequence[int], scores: Scores, most: int, base: int = 0) -> list[bytes]:
     """Of completions, in pieces of JSON. A token is always among its own `top_logprobs`, which may be one more for it.
 
     Args:
         first: the token that nothing came before, and that has no score; or none.
+        most: of the likeliest tokens that scores have, so many are shown.
         base: where in the text the offsets of the scores begin.
     """
     encoded: list[list[bytes]] = [[] for _ in COLUMNS]
     if first:
-        for column, value in zip(encoded, ([known(tokenizer, first[0])[0]], [None], [None], [0])):
+        for column, value in zip(encoded, ([name(first[0])[0]], [None], [None], [0])):
             column.append(orjson.dumps(value))
     for piece in in_pieces(scores, PIECE):
-        for column, values in zip(encoded, _columns(tokenizer, piece, base)):
+        for column, values in zip(encoded, _columns(name, piece, most, base)):
             column.append(orjson.dumps(values))
-    members = ([b'"%b":' % name.encode(), *one_list(each)] for name, each in zip(COLUMNS, encoded))
+    members = ([b'"%b":' % heading.encode(), *one_list(each)] for heading, each in zip(COLUMNS, encoded))
     return [b"{", *between(b",", members), b"}"]
 
 
-def _columns(tokenizer: Tokenizer, scores: Scores, base: int) -> tuple[list[Any], ...]:
+def _columns(name: Name, scores: Scores, most: int, base: int) -> tuple[list[Any], ...]:
     names: list[str] = []
     logprobs: list[float] = []
     tops: list[dict[str, float]] = []
     offsets: list[int] = []
     for begin, score in scores:
-        own = known(tokenizer, score.token)[0]
+        own = name(score.token)[0]
         top: dict[str, float] = {}
-        for token, logprob in score.top:
-            top.setdefault(known(tokenizer, token)[0], logprob)  # of several with one name, the likeliest
+        for token, logprob in islice(score.top, most):
+            top.setdefault(name(token)[0], logprob)  # of several with one name, the likeliest
         top.setdefault(own, score.logprob)
         names.append(own)
         logprobs.append(score.logprob)
@@ -68,18 +77,35 @@ def _columns(tokenizer: Tokenizer, scores: Scores, base: int) -> tuple[list[Any]
     return names, logprobs, tops, offsets
 
 
-def objects(tokenizer: Tokenizer, scores: Scores) -> list[bytes]:
+def objects(name: Name, scores: Scores) -> list[bytes]:
     """Of chat, as pieces of JSON."""
-    pieces = ([_with_top(tokenizer, score) for _, score in piece] for piece in in_pieces(scores, PIECE))
+    pieces = ([_with_top(name, score) for _, score in piece] for piece in in_pieces(scores, PIECE))
     return [b'{"content":', *one_list(map(orjson.dumps, pieces)), b',"refusal":null}']
 
 
-def _with_top(tokenizer: Tokenizer, score: TokenScore) -> dict[str, Any]:
-    told = _object(tokenizer, score.token, score.logprob)
-    told["top_logprobs"] = [_object(tokenizer, token, logprob) for token, logprob in score.top]
+def _with_top(name: Name, score: TokenScore) -> dict[str, Any]:
+    told = _object(name, score.token, score.logprob)
+    told["top_logprobs"] = [_object(name, token, logprob) for token, logprob in score.top]
     return told
 
 
-def _object(tokenizer: Tokenizer, token: int, logprob: float) -> dict[str, Any]:
-    name, raw = known(tokenizer, token)
-    return {"token": name, "logprob": logprob, "bytes": raw}
+def _object(name: Name, token: int, logprob: float) -> dict[str, Any]:
+    text, raw = name(token)
+    return {"token": text, "logprob": logprob, "bytes": raw}
+
+
+def of_prompt(tokenizer: Tokenizer, scores: Iterable[TokenScore], most: int) -> list[bytes]:
+    """Of a prompt's tokens, as vLLM has them, in pieces of JSON: by token id, the token itself and the likeliest; null
+    for the first, which nothing came before. Tokens are named by their texts in any case, as they have ids."""
+    pieces = ([_ranked(tokenizer, score, most) for score in piece] for piece in in_pieces(scores, PIECE))
+    return one_list([b"[null]", *map(orjson.dumps, pieces)])
+
+
+def _ranked(tokenizer: Tokenizer, score: TokenScore, most: int) -> dict[str, Any]:
+    found = [(score.token, score.logprob, score.rank)]
+    likeliest = islice(score.top, most)
+    found += [(token, logprob, rank) for rank, (token, logprob) in enumerate(likeliest, 1) if token != score.token]
+    return {
+        str(token): {"logprob": logprob, "rank": rank, "decoded_token": known(tokenizer, token)[0]}
+        for token, logprob, rank in found
+    }

@@ -17,8 +17,8 @@ def tokenization(tokens: Sequence[int], max_model_len: int | None, tokenizer: To
     """The pieces of the answer; with a `tokenizer` also how its vocabulary spells each token."""
     head = orjson.dumps({"count": len(tokens), "max_model_len": max_model_len})[:-1]
     pieces = [head, b',"tokens":', *one_list(map(orjson.dumps, in_pieces(tokens)))]
+    names = [b"null"]
     if tokenizer is not None:
         name = lru_cache(KEPT)(tokenizer.name)
-        names = (orjson.dumps(list(map(name, piece))) for piece in in_pieces(tokens))
-        pieces += [b',"token_strs":', *one_list(names)]
-    return [*pieces, b"}"]
+        names = one_list(orjson.dumps(list(map(name, piece))) for piece in in_pieces(tokens))
+    return [*pieces, b',"token_strs":', *names, b"}"]

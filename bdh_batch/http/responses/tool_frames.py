@@ -45,7 +45,7 @@ class ToolFrames(ChatFrames):
 
     def _whole_content(self, text: str) -> dict[str, Any]:
         pieces, _ = self._read(text)
-        said = "".join(piece.text for piece in pieces if isinstance(piece, Said))
+        said = self._answer.said + "".join(piece.text for piece in pieces if isinstance(piece, Said))
         calls = [_function(piece.name) for piece in pieces if isinstance(piece, Called)]
         for piece in pieces:
             if isinstance(piece, Argued):

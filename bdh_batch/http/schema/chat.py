@@ -11,32 +11,59 @@ from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.http.request.sizes import AnyJson, AtMost, BodyText, FreeObject, Label
-from bdh_batch.http.request.strict import Neutral, Read, Wire, shallow
-from bdh_batch.http.schema.tools import ToolCall, Tools
+from bdh_batch.http.request.strict import Neutral, Open, Read, Wire, shallow
+from bdh_batch.http.schema.history import PastCall, PastFunction
+from bdh_batch.http.schema.tools import Tools
 from bdh_batch.text.chat import RESERVED, Conversation
 
-MESSAGE: Neutral = {"refusal": (), "audio": (), "function_call": (), "annotations": ([],)}
+# What a part of a message is called, to the field that has its text.
+TEXTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+NEED_CONTENT = ("system", "developer", "user", "tool")
 
 
 class TextPart(Wire):
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"type": {"const": "refusal"}}},
+            "then": {"required": ["refusal"], "properties": {"refusal": {"type": "string"}}},
+            "else": {"required": ["text"], "properties": {"text": {"type": "string"}}},
+        }
+    )
     unsupported: ClassVar[Neutral] = {"prompt_cache_breakpoint": ()}
 
-    type: Literal["text"]
-    text: BodyText
+    type: Literal["text", "input_text", "output_text", "refusal"]
+    text: BodyText | None = None
+    refusal: BodyText | None = None
+    # Labels: what clients add for other servers, or send back as it came.
+    annotations: AnyJson = None
+    cache_control: AnyJson = None
+    logprobs: AnyJson = None
 
     @model_validator(mode="before")
     @classmethod
     def _is_text(cls, part: object) -> object:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
-        if kind != "text":
+        if isinstance(kind, str) and kind not in TEXTS:
             raise PydanticCustomError("unsupported", f"Content parts of type {reprlib.repr(kind)} are not supported")
         return part
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if getattr(self, TEXTS[self.type]) is None:
+            raise PydanticCustomError("text", "Input should be a valid string", {"field": TEXTS[self.type]})
+        return self
+
+    @property
+    def said(self) -> str:
+        text: str = getattr(self, TEXTS[self.type])
+        return text
 
 
 def _text(value: object, parts: Callable[[list[object]], list[TextPart]]) -> object:
     """Message content as a string: text parts are joined."""
     if isinstance(value, list):
-        return "".join(part.text for part in parts(value))
+        listed = [{"type": "text", "text": part} if isinstance(part, str) else part for part in value]
+        return "".join(part.said for part in parts(listed))
     if value is None or isinstance(value, str):
         return value
     raise PydanticCustomError("content", "Input should be a string or a list of text parts")
@@ -55,52 +82,70 @@ TemplateVariables = Annotated[
     Field(json_schema_extra={"propertyNames": {"not": {"enum": sorted(RESERVED)}}}),
 ]
 Parts = Annotated[list[TextPart], AtMost("max_parts")]
-Content = Annotated[str | None, Read(_text, Parts, BodyText | Parts | None)]
+PartsOrTexts = Annotated[list[TextPart | BodyText], AtMost("max_parts")]
+Content = Annotated[str | None, Read(_text, Parts, BodyText | PartsOrTexts | None)]
 
-
-SAYS_SOMETHING: JsonDict = {
-    "anyOf": [
-        {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
+BY_ROLE: JsonDict = {
+    "allOf": [
         {
-            "required": ["tool_calls"],
-            "properties": {"role": {"const": "assistant"}, "tool_calls": {"type": "array", "minItems": 1}},
+            "if": {"properties": {"role": {"enum": [*NEED_CONTENT]}}},
+            "then": {"required": ["content"], "properties": {"content": {"not": {"type": "null"}}}},
         },
-    ],
-    "if": {"properties": {"role": {"const": "tool"}}},
-    "then": {"required": ["tool_call_id"], "properties": {"tool_call_id": {"type": "string"}}},
+        {"if": {"properties": {"role": {"const": "assistant"}}}, "then": {"minProperties": 2}},
+        {
+            "if": {"properties": {"role": {"const": "tool"}}},
+            "then": {"required": ["tool_call_id"], "properties": {"tool_call_id": {"type": "string"}}},
+        },
+        {
+            "if": {"properties": {"role": {"not": {"const": "assistant"}}}},
+            "then": {"properties": {"tool_calls": {"maxItems": 0}, "function_call": {"type": "null"}}},
+        },
+    ]
 }
 
 
-class Message(Wire):
-    model_config = ConfigDict(json_schema_extra=SAYS_SOMETHING)
-    unsupported = MESSAGE
+class Message(Open):
+    """One message. Roles and fields that OpenAI does not define go to the template."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    model_config = ConfigDict(json_schema_extra=BY_ROLE)
+    unsupported: ClassVar[Neutral] = {"audio": ()}
+
+    role: Annotated[Label, Field(min_length=1)]
     content: Content = None
     name: Label | None = None
+    refusal: BodyText | None = None
     tool_call_id: Label | None = None
-    tool_calls: Annotated[list[ToolCall], AtMost("max_tools")] | None = None
+    tool_calls: Annotated[list[PastCall], AtMost("max_tools")] | None = None
+    function_call: PastFunction | None = None
     parsed: AnyJson = None  # a label: what an official client made of the content of an answer
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
-        if self.tool_calls and self.role != "assistant":
-            raise PydanticCustomError("calls", "Only the assistant calls tools", {"field": "tool_calls"})
-        if self.content is None and not self.tool_calls:
+        for field in ("tool_calls", "function_call"):
+            if getattr(self, field) and self.role != "assistant":
+                raise PydanticCustomError("calls", "Only the assistant calls tools", {"field": field})
+        says_nothing = self.role == "assistant" and self.model_fields_set == {"role"} and not self.others
+        if says_nothing or (self.content is None and self.role in NEED_CONTENT):
             raise PydanticCustomError("content", "Input should be a valid string", {"field": "content"})
         if self.role == "tool" and self.tool_call_id is None:
             raise PydanticCustomError("call", "A tool's message says which call it answers", {"field": "tool_call_id"})
         return self
 
     def for_template(self) -> dict[str, Any]:
-        told = self.model_dump(exclude_none=True, exclude={"tool_calls", "parsed"}) | {"content": self.content or ""}
-        if self.tool_calls:
-            told["tool_calls"] = [call.for_template() for call in self.tool_calls]
-        return told
+        told: dict[str, Any] = {"role": self.role, "content": self.content or self.refusal or ""}
+        known = {"name": self.name, "tool_call_id": self.tool_call_id, "refusal": self.refusal}
+        told |= {name: value for name, value in known.items() if value is not None}
+        told |= self.others
+        calls = [call.for_template() for call in self.tool_calls or ()]
+        if not calls and self.function_call is not None:
+            calls = [{"type": "function", "function": self.function_call.for_template()}]
+        return told | {"tool_calls": calls} if calls else told
 
 
 class ConversationBody(Tools):
     """A body with messages, of which the template makes a prompt."""
+
+    is_answered: ClassVar[bool] = True  # whether the prompt ends where the assistant's answer begins, unless told
 
     messages: Annotated[list[Message], Field(min_length=1), AtMost("max_messages")]
     add_generation_prompt: bool | None = None
@@ -117,10 +162,11 @@ class ConversationBody(Tools):
 
     def conversation(self) -> Conversation:
         goes_on = bool(self.continue_final_message)
+        asked = self.is_answered if self.add_generation_prompt is None else self.add_generation_prompt
         tools = {"tools": [tool.model_dump(exclude_none=True) for tool in self.tools]} if self.tools else {}
         return Conversation(
             [message.for_template() for message in self.messages],
-            add_generation_prompt=self.add_generation_prompt is not False and not goes_on,
+            add_generation_prompt=asked and not goes_on,
             continue_final=goes_on,
             variables={**(self.chat_template_kwargs or {}), **tools},
             add_special=self.add_special_tokens,

@@ -11,33 +11,57 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BeforeValidator, Field, GetCoreSchemaHandler, ValidationInfo, WrapValidator
-from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+from pydantic import AfterValidator, BeforeValidator, Field, WrapValidator
+from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import InvalidRequest
-from bdh_batch.http.request.sizes import AtMost, BodyText, BodyTokens, FreeObject, Label
+from bdh_batch.http.request.sizes import AtMost, FreeObject, Label
 from bdh_batch.http.request.strict import Neutral, Wire
 from bdh_batch.http.schema.chat import ConversationBody
+from bdh_batch.http.schema.prompts import PromptList, Salt, Truncation, salted, to_prompts
 from bdh_batch.http.schema.response_format import Formatted
 from bdh_batch.messages import GenerationRequest, LogitBias, SamplingParams, Text
 from bdh_batch.settings import MAX_PRIORITY
 from bdh_batch.text.calls import OPEN
 from bdh_batch.text.sources import Source
 
-# Known to the API, not built yet: the values besides null that ask for nothing.
+# Known to OpenAI's API or to other servers', and not built: the values besides null that ask for nothing.
 GENERATION: Neutral = {
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    **dict.fromkeys(("audio", "moderation", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
-    **dict.fromkeys(("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"), ()),
+    **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options", "prompt_cache_options"), ()),
+    "cache_prompt": (True,),
     "chat_template": (),
+    "detokenize": (True,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_decoding_backend": ("auto", "guidance", "lm-format-enforcer", "outlines", "xgrammar"),
+    "guided_whitespace_pattern": (),
+    "include_reasoning": (True, False),
+    "kv_transfer_params": ({},),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "mirostat": (0,),
+    "mm_processor_kwargs": ({},),
     "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
+    "num_beams": (1,),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
+    "reasoning_effort": ("none",),
+    "repeat_penalty": (1,),
+    "safe_prompt": (False,),
+    "service_tier": ("auto", "default", "flex"),
+    "spaces_between_special_tokens": (True, False),
     "suffix": ("",),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "vllm_xargs": ({},),
 }
 TOOLS: Neutral = {"tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
 COMPLETION: Neutral = {**GENERATION, **TOOLS, "top_logprobs": (0,)}
-CHAT: Neutral = {**GENERATION, "best_of": (1,), "echo": (False,)}
+CHAT: Neutral = {**GENERATION, "best_of": (1,)}
 STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
 MAX_LOGPROBS = 20
 MAX_CHUNK = 1024
@@ -51,45 +75,6 @@ class Defaults:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class PromptList:
-    """Marks a field that comes as a string, token ids, or a list of either, and is then a list of prompts.
-
-    The bound on their number is looked at first, and the types of token ids all at once: a body may have a million.
-    """
-
-    option: str  # of `limits`: the most prompts
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        written = core_schema.with_info_plain_validator_function
-        return written(self._read, json_schema_input_schema=handler.generate_schema(self._written()))
-
-    def _written(self) -> Any:
-        texts = Annotated[list[Filled], Field(min_length=1), AtMost(self.option)]
-        lists = Annotated[list[FilledTokens], Field(min_length=1), AtMost(self.option)]
-        return Filled | texts | FilledTokens | lists
-
-    def _read(self, value: object, info: ValidationInfo) -> list[str] | list[list[int]]:
-        if value in ([], ""):
-            raise PydanticCustomError("empty", "Input should not be empty")
-        if isinstance(value, str):
-            return [value]
-        if isinstance(value, list):
-            if type(value[0]) is int and _are_all(value, int):
-                return [value]
-            AtMost(self.option).check(value, info)
-            if _are_all(value, str) or (_are_all(value, list) and all(_are_all(prompt, int) for prompt in value)):
-                return value
-        raise PydanticCustomError(
-            "prompt_type", "Input should be a string, a list of strings, a list of token ids, or a list of such lists"
-        )
-
-
-def _are_all(values: list[Any], kind: type) -> bool:
-    """Whether each of `values` is of that very type: True is no token."""
-    return {kind}.issuperset(map(type, values))
 
 
 def _stops(value: object) -> object:
@@ -113,8 +98,6 @@ def _seed_bits(value: int) -> int:
     return value & 0xFFFFFFFFFFFFFFFF
 
 
-Filled = Annotated[BodyText, Field(min_length=1)]
-FilledTokens = Annotated[BodyTokens, Field(min_length=1)]
 TokenIds = list[Annotated[int, Field(ge=0)]]
 StopString = Annotated[str, Field(min_length=1), AtMost("max_stop_bytes")]
 StopStrings = Annotated[list[StopString], AtMost("max_stop")]
@@ -127,6 +110,8 @@ Bias = Annotated[
 ]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1), AfterValidator(_seed_bits)]
 Answers = Annotated[int, Field(ge=1), AtMost("max_n")]
+BadWord = Annotated[str, Field(min_length=1), AtMost("max_bad_word_bytes")]
+AllowedTokens = Annotated[TokenIds, Field(min_length=1), AtMost("max_allowed_token_ids")]
 
 
 class StreamOptions(Wire):
@@ -145,7 +130,7 @@ class GenerationBody(Formatted):
     model: Label | None = None
     max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
@@ -160,12 +145,21 @@ class GenerationBody(Formatted):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     min_tokens: int | None = Field(None, ge=0)
+    bad_words: Annotated[list[BadWord], AtMost("max_bad_words")] | None = None
+    allowed_token_ids: AllowedTokens | None = None
+    skip_special_tokens: bool | None = None
+    truncate_prompt_tokens: Truncation | None = None
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    return_tokens_as_token_ids: bool | None = None
+    cache_salt: Salt | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
     # Labels: accepted, and left to the client's own records.
     user: Label | None = None
     safety_identifier: Label | None = None
+    request_id: Label | None = None
+    prompt_cache_key: Label | None = None
     metadata: FreeObject | None = None
     store: bool | None = None
 
@@ -186,6 +180,11 @@ class GenerationBody(Formatted):
     @property
     def echoes(self) -> bool:
         return False
+
+    @property
+    def said(self) -> str:
+        """What each answer begins with that is no part of what is generated."""
+        return ""
 
     @property
     def stop_before(self) -> str:
@@ -217,7 +216,12 @@ class GenerationBody(Formatted):
             "include_stop": bool(self.include_stop_str_in_output),
             "ignore_eos": bool(self.ignore_eos),
             "min_tokens": self.min_tokens or 0,
-            "score_prompt": self.echoes and self.top is not None,
+            "bad_words": tuple(self.bad_words or ()),
+            "allowed_token_ids": None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            "show_special": self.skip_special_tokens is False,
+            "score_prompt": self._scores_of_prompt(),
+            "truncate": self.truncate_prompt_tokens,
+            "salt": salted(self.cache_salt),
             "n": self.tries,
             "priority": self.priority or 0,
         }
@@ -225,6 +229,11 @@ class GenerationBody(Formatted):
             GenerationRequest(prompt=prompts[index // self.tries], sampling=sampling, **shared)
             for index, sampling in enumerate(samplings)
         ]
+
+    def _scores_of_prompt(self) -> int | None:
+        """Likeliest tokens that are needed with each score of the prompt's tokens; None where no score is."""
+        wanted = [self.prompt_logprobs, self.top if self.echoes else None]
+        return max((each for each in wanted if each is not None), default=None)
 
     def _seeds(self, prompts: int) -> list[int]:
         """One for each answer: those to one prompt differ, and each is that of a request of its own, as in vLLM."""
@@ -235,6 +244,8 @@ class GenerationBody(Formatted):
     def _check(self, max_tokens: int) -> None:
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("stream_options goes with stream.", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("prompt_logprobs does not go with stream.", "prompt_logprobs")
         if self.min_tokens is not None and self.min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens is more than the {max_tokens} of max_tokens.", "min_tokens")
 
@@ -242,7 +253,7 @@ class GenerationBody(Formatted):
         ranked = self.tries > (self.n or 1)
         return SamplingParams(
             temperature=defaults.temperature if self.temperature is None else self.temperature,
-            top_p=self.top_p or defaults.top_p,
+            top_p=defaults.top_p if self.top_p is None else self.top_p,
             top_k=max(0, defaults.top_k if self.top_k is None else self.top_k),
             min_p=self.min_p or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
@@ -287,22 +298,23 @@ class CompletionBody(GenerationBody):
         return self._requests(request_id, prompts, "prompt", self.max_tokens, defaults)
 
 
-def to_prompts(given: Sequence[str | Sequence[int]], add_special_tokens: bool | None) -> list[Text | Sequence[int]]:
-    """Who writes a whole prompt writes special tokens, too, where it spells them."""
-    special = add_special_tokens is not False
-    return [Text(prompt, special) if isinstance(prompt, str) else prompt for prompt in given]
-
-
 class ChatBody(ConversationBody, GenerationBody):
     unsupported = CHAT
 
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool | None = None
 
     @property
     def top(self) -> int | None:
         return self.top_logprobs or 0 if self.logprobs else None
+
+    @property
+    def said(self) -> str:
+        """What an answer begins with: with `echo`, what the assistant said last, if it was the last to speak."""
+        last = self.messages[-1]
+        return (last.content or "") if self.echo and last.role == "assistant" else ""
 
     @property
     def stop_before(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -10,34 +11,61 @@ from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.request.sizes import BodyText, BodyTokens, Label
 from bdh_batch.http.request.strict import Neutral, Wire
 from bdh_batch.http.schema.chat import ConversationBody
-from bdh_batch.http.schema.requests import PromptList, to_prompts
+from bdh_batch.http.schema.prompts import PromptList, Truncation, to_prompts
 from bdh_batch.messages import GenerationRequest, Text
 from bdh_batch.settings import MAX_PRIORITY
 
+NO_CALLS: Neutral = {"chat_template": (), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
+EMBEDDING: Neutral = {"embed_dtype": ("float32",), "endianness": ("little", "native"), "normalize": (True,)}
 
-class EmbeddingBody(Wire):
+
+class EmbeddingOptions(Wire):
+    """What all requests for embeddings have in common."""
+
+    unsupported: ClassVar[Neutral] = EMBEDDING
+
     model: Label | None = None
-    input: Annotated[list[Any], PromptList("max_inputs")]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1)
-    add_special_tokens: bool | None = None
+    truncate_prompt_tokens: Truncation | None = None
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
-    user: Label | None = None  # a label
+    # Labels: accepted, and left to the client's own records.
+    user: Label | None = None
+    request_id: Label | None = None
 
-    def requests(self, request_id: str, width: int) -> list[GenerationRequest]:
+    def requests(
+        self, request_id: str, width: int, prompts: Mapping[str, Text | Sequence[int]]
+    ) -> list[GenerationRequest]:
         """
         Args:
             width: of the model's hidden vectors.
+            prompts: by the field that each is from.
         """
         if self.dimensions is not None and self.dimensions > width:
             raise InvalidRequest(f"dimensions: This model's embeddings have {width}.", "dimensions")
-        prompts = to_prompts(self.input, self.add_special_tokens)
-        params = ["input"] if len(prompts) == 1 else [f"input[{index}]" for index in range(len(prompts))]
-        priority = self.priority or 0
+        shared: dict[str, Any] = {"priority": self.priority or 0, "truncate": self.truncate_prompt_tokens}
         return [
-            GenerationRequest(request_id, prompt, max_tokens=0, prompt_param=param, priority=priority, pool=True)
-            for prompt, param in zip(prompts, params)
+            GenerationRequest(request_id, prompt, max_tokens=0, prompt_param=param, pool=True, **shared)
+            for param, prompt in prompts.items()
         ]
+
+
+class EmbeddingBody(EmbeddingOptions):
+    input: Annotated[list[Any], PromptList("max_inputs", mixed=True)]
+    add_special_tokens: bool | None = None
+
+    def prompts(self) -> dict[str, Text | Sequence[int]]:
+        prompts = to_prompts(self.input, self.add_special_tokens)
+        if len(prompts) == 1:
+            return {"input": prompts[0]}
+        return {f"input[{index}]": prompt for index, prompt in enumerate(prompts)}
+
+
+class EmbeddingChat(ConversationBody, EmbeddingOptions):
+    """A conversation, which gets one vector."""
+
+    unsupported: ClassVar[Neutral] = {**EMBEDDING, **NO_CALLS}
+    is_answered: ClassVar[bool] = False
 
 
 class TokenizeText(Wire):
@@ -51,11 +79,7 @@ class TokenizeText(Wire):
 
 
 class TokenizeChat(ConversationBody):
-    unsupported: ClassVar[Neutral] = {
-        "chat_template": (),
-        "tool_choice": ("none", "auto"),
-        "parallel_tool_calls": (True, False),
-    }
+    unsupported: ClassVar[Neutral] = NO_CALLS
 
     model: Label | None = None
     return_token_strs: bool | None = None

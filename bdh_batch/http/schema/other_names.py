@@ -1,0 +1,63 @@
+"""What other servers call the parameters of a request: an error says what they are called here."""
+
+from __future__ import annotations
+
+_NAMES = {
+    "bad_words_ids": "bad_words, with texts",
+    "beam_width": "best_of",
+    "cache_prompt": "the server's option prefix_cache.enabled",
+    "details": "logprobs",
+    "do_sample": "temperature, where 0 always takes the likeliest token",
+    "ebnf": "structured_outputs.grammar",
+    "format": "response_format",
+    "grammar": "structured_outputs.grammar",
+    "inputs": "prompt, and for embeddings input",
+    "instructions": "a message with the role system",
+    "json_schema": "response_format",
+    "max_context_length": "the server's option model.max_model_len",
+    "max_gen_len": "max_tokens",
+    "max_length": "max_tokens",
+    "max_new_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "max_tokens_to_sample": "max_tokens",
+    "min_length": "min_tokens",
+    "min_new_tokens": "min_tokens",
+    "n_predict": "max_tokens",
+    "n_probs": "logprobs",
+    "num_beams": "best_of",
+    "num_ctx": "the server's option model.max_model_len",
+    "num_generations": "n",
+    "num_predict": "max_tokens",
+    "num_return_sequences": "n",
+    "prompt_token_ids": "prompt, which takes token ids",
+    "random_seed": "seed",
+    "regex": "structured_outputs.regex",
+    "rep_pen": "repetition_penalty",
+    "repeat_penalty": "repetition_penalty",
+    "return_logprob": "logprobs",
+    "sampling_seed": "seed",
+    "stop_sequences": "stop",
+    "system": "a message with the role system",
+    "top_logprobs_num": "top_logprobs",
+    "top_n_tokens": "top_logprobs",
+    "truncate": "truncate_prompt_tokens",
+}
+_NOTHING_LIKE_IT = frozenset(
+    (
+        *("dry_multiplier", "dynatemp_range", "mirostat", "mirostat_eta", "mirostat_tau", "penalty_alpha", "tfs_z"),
+        *("top_a", "typical", "typical_p", "xtc_probability", "xtc_threshold"),
+    )
+)
+_HINTS = {
+    **{name: f"Here that is {meant}." for name, meant in _NAMES.items()},
+    **dict.fromkeys(_NOTHING_LIKE_IT, "Here there are temperature, top_k, top_p, min_p and the penalties."),
+    "extra_body": "What is in it belongs beside the other parameters.",
+    "options": "What is in it belongs beside the other parameters, under the names that OpenAI has for it.",
+    "parameters": "What is in it belongs beside the other parameters, under the names that OpenAI has for it.",
+    "sampling_params": "What is in it belongs beside the other parameters.",
+}
+
+
+def hint(name: str) -> str:
+    """What to use instead of a parameter of that name; empty where nothing is known of it."""
+    return _HINTS.get(name, "")
