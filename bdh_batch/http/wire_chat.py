@@ -75,7 +75,7 @@ class Message(Wire):
     model_config = ConfigDict(json_schema_extra=SAYS_SOMETHING)
     unsupported = MESSAGE
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Content = None
     name: Label | None = None
     tool_call_id: Label | None = None
@@ -94,6 +94,8 @@ class Message(Wire):
 
     def for_template(self) -> dict[str, Any]:
         told = self.model_dump(exclude_none=True, exclude={"tool_calls", "parsed"}) | {"content": self.content or ""}
+        if self.role == "function":  # what "tool" was called before
+            told["role"] = "tool"
         if self.tool_calls:
             told["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return told

@@ -15,14 +15,14 @@ from bdh_batch.http.strict import Read, Wire, shallow
 from bdh_batch.text.calls import Tool, from_tools
 from bdh_batch.text.sources import Source
 
-MODES = (None, "none", "auto", "required")
+MODES = {None: None, "none": "none", "auto": "auto", "required": "required", "any": "required"}  # of two APIs
 
 
 class Function(Wire):
     name: FunctionLabel
     description: BodyText | None = None
     parameters: FreeObject | None = None
-    strict: bool | None = None  # schemas are always kept to, strictly
+    strict: bool | None = None  # whether what cannot be kept to is refused, and not left out
 
     @field_validator("parameters", mode="before", json_schema_input_type=FreeObject | None)
     @classmethod
@@ -54,9 +54,9 @@ class NamedChoice(Wire):
 def _choice(value: object, named: Callable[[object], NamedChoice]) -> object:
     if isinstance(value, dict):
         return named(value)
-    if value not in MODES:
+    if not isinstance(value, str | None) or value not in MODES:
         raise PydanticCustomError("choice", "Input should be 'none', 'auto', 'required' or a function by its name")
-    return value
+    return MODES[value]
 
 
 class CalledFunction(Wire):
@@ -91,7 +91,7 @@ class ToolCall(Wire):
         return {"id": self.id, "type": self.type, "function": function}
 
 
-AnyChoice = Literal["none", "auto", "required"] | NamedChoice
+AnyChoice = Literal["none", "auto", "required", "any"] | NamedChoice
 ToolChoice = Annotated[AnyChoice, Read(_choice, NamedChoice, AnyChoice)]
 
 
@@ -121,17 +121,18 @@ class Tools(Wire):
     def tool_names(self) -> list[str]:
         return [tool.function.name for tool in self.tools or ()]
 
-    def calls(self, schema: dict[str, Any] | None, other: Source | None) -> Source:
-        """The grammar of an answer that may, or has to, call tools; one that calls none may have to follow `schema`.
+    def calls(self, form: Source | None, other: Source | None) -> Source:
+        """The grammar of an answer that may, or has to, call tools; one that calls none may have to follow the schema
+        `form`.
 
         Raises:
             InvalidRequest: the choice is not among the tools, or does not go with the `other` grammar.
         """
-        if other is not None and (schema is None or self.tool_choice not in (None, "auto")):
+        if other is not None and (form is None or self.tool_choice not in (None, "auto")):
             raise InvalidRequest(f"{other.param} does not go with calls of tools.", other.param)
         tools = [
-            Tool(tool.function.name, tool.function.parameters, f"tools[{index}].function.parameters")
-            for index, tool in enumerate(self.tools or ())
+            Tool(each.name, each.parameters, f"tools[{index}].function.parameters", bool(each.strict))
+            for index, each in enumerate(tool.function for tool in self.tools or ())
         ]
         if isinstance(self.tool_choice, NamedChoice):
             named = self.tool_choice.function.name
@@ -142,4 +143,4 @@ class Tools(Wire):
             raise InvalidRequest("tool_choice goes with tools.", "tool_choice")
         # One that is named is called once.
         parallel = self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedChoice)
-        return from_tools(tools, "tools", parallel, self.tool_choice not in (None, "auto"), schema)
+        return from_tools(tools, "tools", parallel, self.tool_choice not in (None, "auto"), form)
