@@ -23,17 +23,21 @@ def of_objects(node: Node, least: int | None, most: int | None) -> dict[str, Any
         "properties": properties,
         "required": list(dict.fromkeys(node.strings("required"))),
         "patternProperties": _patterns(node, whole),
-        "additionalProperties": _additional(node, whole, properties),
     }
-    _restrict_names(node, found, whole)
-    if found["additionalProperties"] is False and not node.schema.keys() & {"additionalProperties", "propertyNames"}:
+    said = _others(node, whole)
+    if said is not None:
+        found["additionalProperties"] = node.child(said[1], whole, said[0])
+    elif whole and (found["patternProperties"] or "properties" in node.schema):
+        found["additionalProperties"] = False
         for name in [*found["required"], *_required_in_place(node)]:
             properties.setdefault(name, True)
+    _restrict_names(node, found, whole, ("additionalProperties", True) if said is None else said)
     found |= _counts(node, found, least or 0, most)
     for keyword in ("dependentRequired", "dependentSchemas", "dependencies"):
         if node.mapping(keyword):
             node.leave_out(keyword)
-    return {keyword: value for keyword, value in found.items() if value not in ({}, [], None)}
+    # Schemas are empty until they are filled in.
+    return {key: value for key, value in found.items() if value not in ({}, []) or key == "additionalProperties"}
 
 
 def _in_place(node: Node) -> Iterator[object]:
@@ -64,37 +68,35 @@ def _patterns(node: Node, whole: bool) -> dict[str, Any]:
     return {pattern: node.child(each, whole, "patternProperties", pattern) for pattern, each in patterns.items()}
 
 
-def _additional(node: Node, whole: bool, properties: Mapping[str, Any]) -> Any:
-    """The schema of properties that are not named: what `node` says of them, else False where it names any."""
-    for keyword in ("additionalProperties", "unevaluatedProperties"):
-        said = node.schema.get(keyword)
-        if said is None:
-            continue
-        if keyword == "unevaluatedProperties" and not says_nothing(said) and not whole:
-            node.leave_out(keyword)
-            continue
-        return node.child(said, whole, keyword)
-    names_any = "properties" in node.schema or "patternProperties" in node.schema
-    return False if whole and names_any else None
+def _others(node: Node, whole: bool) -> tuple[str, object] | None:
+    """What `node` says of properties that are not named: its keyword and its schema."""
+    if "additionalProperties" in node.schema:
+        return "additionalProperties", node.schema["additionalProperties"]
+    said = node.schema.get("unevaluatedProperties", True)
+    if says_nothing(said) or whole:
+        return ("unevaluatedProperties", said) if "unevaluatedProperties" in node.schema else None
+    node.leave_out("unevaluatedProperties")
+    return None
 
 
-def _restrict_names(node: Node, found: dict[str, Any], whole: bool) -> None:
-    """Names of a known set are properties, and names that match an expression are those of a pattern."""
+def _restrict_names(node: Node, found: dict[str, Any], whole: bool, others: tuple[str, object]) -> None:
+    """Names of a known set are properties, and names that match an expression are those of a pattern; both as `others`
+    are."""
     names = node.schema.get("propertyNames", True)
     if says_nothing(names, "string"):
         return
     known = _known_names(names)
-    other = node.schema.get("additionalProperties", True)
+    keyword, other = others
     if known is not None and not found["patternProperties"]:
         for name in known:
             if name not in found["properties"]:
-                found["properties"][name] = node.rewriter.shared(other, (node.path, "additionalProperties"), whole)
+                found["properties"][name] = node.rewriter.shared(other, (node.path, keyword), whole)
         for name in found["properties"].keys() - set(known):
             found["properties"][name] = False
         found["additionalProperties"] = False
     elif isinstance(pattern := _only_pattern(names), str) and not found["properties"] | found["patternProperties"]:
         if node.rewriter.compiles({"type": "object", "patternProperties": {pattern: True}}):
-            found["patternProperties"] = {pattern: node.rewriter.shared(other, node.path, whole)}
+            found["patternProperties"] = {pattern: node.rewriter.shared(other, (node.path, keyword), whole)}
             found["additionalProperties"] = False
         else:
             node.leave_out("propertyNames")
@@ -125,7 +127,7 @@ def _counts(node: Node, found: Mapping[str, Any], least: int, most: int | None) 
     """
     required = len(found["required"])
     optional = len(found["properties"].keys() - set(found["required"]))
-    closed = found["additionalProperties"] is False and not found["patternProperties"]
+    closed = found.get("additionalProperties") is False and not found["patternProperties"]
     more, room = max(0, least - required), None if most is None else most - required
     if closed and room is not None and room >= optional:
         room = None

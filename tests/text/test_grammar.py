@@ -312,7 +312,6 @@ REFUSED: list[tuple[Callable[[Any, str], Source], Any]] = [
     (strict_schema, {"type": "integer", "multipleOf": 999999999}),
     (from_schema, {"not": {}}),
     (from_schema, {"$ref": "#/nowhere"}),
-    (strict_schema, {"enum": [f"v{i}" for i in range(10_000)]}),
     (strict_schema, DEEP),
 ]
 ACCEPTED: list[tuple[Callable[[Any, str], Source], Any]] = [
@@ -325,7 +324,7 @@ ACCEPTED: list[tuple[Callable[[Any, str], Source], Any]] = [
     (from_schema, {"type": "object", "minProperties": 1}),
     (from_schema, {"type": "object", "required": ["a", "b"], "minProperties": 2}),
     (from_schema, {"properties": {"minProperties": {"const": 5}}, "required": ["minProperties"]}),
-    (from_schema, {"enum": [f"v{i}" for i in range(2000)]}),
+    (from_schema, {"enum": [f"v{i}" for i in range(10_000)]}),
     (from_choice, [f"v{i}" for i in range(10_000)]),
     (from_choice, [f"{i} " * 8 for i in range(3000)]),
     (from_choice, ['"', "\\", "\n", "\x00", "😀", "", "/"]),

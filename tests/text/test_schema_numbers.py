@@ -18,11 +18,11 @@ from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.validators import extend
 
 from bdh_batch.errors import InvalidRequest
-from bdh_batch.messages import Constraint
 from bdh_batch.text.constraints import CompiledGrammar
 from bdh_batch.text.schema_numbers import LARGEST_INTEGER
 from bdh_batch.text.sources import from_schema
 from bdh_batch.text.vocabulary import byte_vocabulary
+from tests.text.drawing import drawn
 from tests.text.inline import inline_grammars
 
 VOCABULARY = byte_vocabulary(256)
@@ -44,21 +44,6 @@ def exactly(text: str | bytes) -> Any:
 async def compiled(schema: str) -> CompiledGrammar:
     """As a server has it from a body."""
     return await GRAMMARS.compile(from_schema(orjson.loads(schema), "the.field"))
-
-
-def drawn(constraint: Constraint, chance: random.Random, most: int = 60) -> str:
-    """One completion, as far as `most` tokens lead; empty where it has not ended by then."""
-    text = b""
-    while len(text) < most:
-        mask = constraint.mask()
-        allowed = range(256) if mask is None else [token for token in range(256) if mask[token >> 3] >> (token & 7) & 1]
-        token = chance.choice(allowed)
-        if not constraint.accept(token):
-            return text.decode()
-        text += bytes([token])
-        if constraint.complete:
-            return text.decode()
-    return ""
 
 
 INTEGERS = st.sampled_from(
