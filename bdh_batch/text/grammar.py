@@ -128,7 +128,7 @@ class Grammars:
             if isinstance(matcher, str):
                 return self._kept.add_problem(key, Problem(matcher))
             for warning in told["warnings"]:
-                log.info("%(param)s: %(path)s: %(text)s", warning)
+                log.info("%(param)s: %(path)r: %(text)s", warning)
             compiled = Compiled(matcher, told["warnings"])
             gone = self._kept.add(key, compiled, told["bytes"])
             self._compilers.submit(gone.clear)  # to free a large one takes a while

@@ -266,6 +266,56 @@ async def test_all_tools_of_widely_used_servers_are_taken_at_once(server: str, c
                 Draft202012Validator(each["inputSchema"]).validate(json.loads(text))
 
 
+ZOD: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "type": "object",
+    "properties": {
+        "count": {"type": "integer", "exclusiveMinimum": 0, "maximum": 9007199254740991},
+        "share": {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1, "default": 0.5},
+        "id": {"type": "string", "format": "cuid2", "pattern": "^[0-9a-z]+$"},
+        "mail": {
+            "type": "string",
+            "format": "email",
+            "pattern": r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]"
+            r"@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$",
+        },
+        "link": {"type": "string", "format": "uri"},
+        "tags": {"type": "object", "propertyNames": {"type": "string"}, "additionalProperties": {}},
+        "levels": {
+            "type": "object",
+            "propertyNames": {"type": "string", "enum": ["low", "high"]},
+            "additionalProperties": {"type": "integer", "minimum": -9007199254740991, "maximum": 9007199254740991},
+            "required": ["low", "high"],
+        },
+        "name": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "never": {"not": {}},
+        "pair": {"type": "array", "prefixItems": [{"type": "string"}, {"type": "number"}]},
+        "either": {
+            "oneOf": [
+                {"type": "object", "properties": {"kind": {"type": "string", "const": kind}}, "required": ["kind"]}
+                for kind in ("circle", "square")
+            ]
+        },
+        "children": {"type": "array", "items": {"$ref": "#"}},
+    },
+    "required": ["count", "levels"],
+    "additionalProperties": False,
+}
+
+
+async def test_what_zod_writes_is_taken_but_for_expressions_that_look_ahead() -> None:
+    grammar = await compiled(ZOD)
+    assert [warning["path"] for warning in grammar.warnings] == ["#/properties/mail/pattern"]
+    levels = {"low": 1, "high": -2}
+    assert takes(grammar, {"count": 1, "levels": levels})
+    full: dict[str, Any] = {"count": 9007199254740991, "share": 0.25, "id": "a1", "mail": "a@b.c", "link": "a:b"}
+    full |= {"tags": {"x": [1]}, "levels": levels, "name": None, "pair": ["a", 1.5], "either": {"kind": "square"}}
+    assert takes(grammar, {**full, "children": [full]})
+    for wrong in ({"count": 0}, {"count": 9007199254740992}, {"levels": {"low": 1}}, {"share": 1}, {"mail": "a"}):
+        assert not takes(grammar, {**full, **wrong}), wrong
+    assert not takes(grammar, {**full, "never": 1})
+
+
 NAMES = st.sampled_from(["a", "b", "c"])
 LEAVES: st.SearchStrategy[Any] = st.sampled_from(
     [
