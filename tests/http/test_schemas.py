@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from bdh_batch.http.wire import CompletionBody
+from bdh_batch.http.body import parse
+from bdh_batch.http.wire import ChatBody, CompletionBody
+from bdh_batch.settings import Limits
 from tests.text.test_schemas import tools_of
 
 if TYPE_CHECKING:
@@ -79,17 +81,29 @@ def test_a_tool_that_is_strict_is_refused_by_keyword_and_one_that_is_not_is_coun
     assert tiny.metrics()[metric] == before + 1
 
 
-@pytest.mark.parametrize("server", ["notion", "playwright"])
-@pytest.mark.parametrize("choice", ["auto", "required", "any"])
-def test_all_tools_of_a_widely_used_server_are_accepted_at_once(tiny: Server, server: str, choice: str) -> None:
+def all_tools(server: str, choice: str) -> dict[str, Any]:
     tools = [offered(each["name"], each["inputSchema"], description=each["description"]) for each in tools_of(server)]
-    body = {"messages": [USER], "tools": tools, "tool_choice": choice, "max_tokens": 40, "seed": 3}
+    return {"messages": [USER], "tools": tools, "tool_choice": choice, "seed": 3}
+
+
+@pytest.mark.parametrize("choice", ["auto", "any"])
+def test_all_tools_of_a_widely_used_server_are_accepted_at_once(tiny: Server, choice: str) -> None:
+    body = all_tools("playwright", choice) | {"max_tokens": 80 if choice == "any" else 1}
     answer = tiny.http.post(CHAT, json=body)
     assert answer.status_code == 200, answer.text
-    (choice_made,) = answer.json()["choices"]
-    if choice != "auto":
-        (call, *_) = choice_made["message"]["tool_calls"]
-        assert call["function"]["name"] in {each["name"] for each in tools_of(server)}
+    assert "warnings" not in answer.json()
+    (made,) = answer.json()["choices"]
+    if choice == "any":
+        (call, *_) = made["message"]["tool_calls"]
+        assert call["function"]["name"] in {each["name"] for each in tools_of("playwright")}
+
+
+def test_the_largest_are_within_the_bounds_of_the_defaults() -> None:
+    body = json.dumps(all_tools("notion", "required")).encode()
+    source = parse(body, ChatBody, Limits()).source()
+    assert source is not None
+    assert len(body) > 75_000
+    assert source.written(Limits().max_schema_bytes)
 
 
 def test_an_object_follows_the_schema_beside_it(tiny: Server) -> None:
@@ -100,12 +114,12 @@ def test_an_object_follows_the_schema_beside_it(tiny: Server) -> None:
 
 def test_names_may_have_dots_and_128_characters(tiny: Server) -> None:
     name = "repo.issues.list-" + "x" * 111
-    body = {"messages": [USER], "tools": [offered(name)], "tool_choice": "any", "max_tokens": 400}
+    body = {"messages": [USER], "tools": [offered(name)], "tool_choice": "any", "max_tokens": 250}
     body["parallel_tool_calls"] = False
     (call,) = tiny.http.post(CHAT, json=body).json()["choices"][0]["message"]["tool_calls"]
     assert call["function"] == {"name": name, "arguments": "{}"}
     one = {"type": "function", "function": {"name": name}}
-    assert tiny.http.post(CHAT, json={**body, "tool_choice": one}).status_code == 200
+    assert tiny.http.post(CHAT, json={**body, "tool_choice": one, "max_tokens": 1}).status_code == 200
     error = tiny.refusal({**body, "tools": [offered(name + "x")]}, CHAT)
     assert error["param"] == "tools[0].function.name"
 
