@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from json import JSONDecoder
 from typing import Any
 
 import orjson
@@ -15,7 +17,10 @@ from bdh_batch.text.schema_rewriting import rewritten
 from bdh_batch.text.schemas import NoGrammar, problem_of
 
 # JSON is written on one line: a small model that may begin a new line at every comma seldom does anything else.
-LAYOUT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+LAYOUT: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+OPTIONS = "x-guidance"  # the keyword of a schema that has the library's own options
+# Where `%json` begins a schema: not in a string, an expression or a comment.
+LITERAL_OR_JSON = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|%json\b')
 GAP = r"/\n?/"
 UNSATISFIABLE = "Unsatisfiable"  # how its errors begin where nothing satisfies a schema
 
@@ -27,14 +32,16 @@ class Written:
     grammar: str = ""
     warnings: list[dict[str, str]] = field(default_factory=list)
 
-    def schema(self, schema: Mapping[str, Any], strict: bool, param: str) -> str:
+    def schema(
+        self, schema: Mapping[str, Any], strict: bool, param: str, layout: Mapping[str, Any] | None = LAYOUT
+    ) -> str:
         """`schema`, from the field `param`, in the library's JSON. Raises NoGrammar."""
         plain, omissions = rewritten(schema, strict, _compiles)
         problem = problem_of(plain)
         if problem is not None:
             raise NoGrammar(problem)
         self.warnings += [{"param": param, **asdict(omission)} for omission in omissions]
-        return _json({**plain, "x-guidance": LAYOUT})
+        return _json(plain if layout is None else {**plain, OPTIONS: layout})
 
 
 def written(kind: str, value: Any, param: str) -> Written:
@@ -51,7 +58,7 @@ def written(kind: str, value: Any, param: str) -> Written:
     elif kind == "choice":
         made.grammar = _choice(value)
     else:
-        made.grammar = _calls(made, **value) if kind == "calls" else str(value)
+        made.grammar = _calls(made, **value) if kind == "calls" else _lark(made, value, param)
     return made
 
 
@@ -64,6 +71,30 @@ def _compiles(schema: Mapping[str, Any]) -> bool:
 def _choice(choices: Sequence[str]) -> str:
     # One terminal: a parser that weighed each of them would take a thousand at most.
     return "start: CHOICE\nCHOICE: " + " | ".join(map(_json, choices))
+
+
+def _lark(made: Written, grammar: str, param: str) -> str:
+    """A client's grammar, whose schemas (`%json {…}`) are rewritten as any other, but for their own layout."""
+    parts, at = [], 0
+    while (found := LITERAL_OR_JSON.search(grammar, at)) is not None:
+        parts.append(grammar[at : found.end()])
+        at = found.end()
+        if found[0] == "%json" and (inline := _inline_schema(grammar, at)) is not None:
+            schema, at = inline
+            parts.append(f" {made.schema(schema, False, param, schema.get(OPTIONS))}")
+    return "".join([*parts, grammar[at:]])
+
+
+def _inline_schema(grammar: str, at: int) -> tuple[dict[str, Any], int] | None:
+    """The object at `at`, and where it ends; None leaves what is none to the library, which says so."""
+    while grammar[at : at + 1].isspace():
+        at += 1
+    try:
+        _, end = JSONDecoder().raw_decode(grammar, at)
+        schema = orjson.loads(grammar[at:end])
+    except (ValueError, RecursionError):
+        return None
+    return (schema, end) if isinstance(schema, dict) else None
 
 
 def _calls(

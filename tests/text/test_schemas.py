@@ -17,7 +17,7 @@ from bdh_batch.errors import InvalidRequest
 from bdh_batch.text.calls import Tool, from_tools, head
 from bdh_batch.text.constraints import CompiledGrammar
 from bdh_batch.text.schema_rewriting import MOST_OMISSIONS
-from bdh_batch.text.sources import from_schema
+from bdh_batch.text.sources import from_lark, from_schema
 from bdh_batch.text.vocabulary import byte_vocabulary
 from tests.text.drawing import drawn
 from tests.text.inline import inline_grammars
@@ -211,6 +211,19 @@ async def test_what_is_no_schema_or_satisfied_by_nothing_is_refused_by_its_path(
     with pytest.raises(InvalidRequest, match=re.escape(f"the.field: {path}")) as refused:
         await compiled(schema)
     assert len(refused.value.message) < 500
+
+
+async def test_schemas_in_a_grammar_are_rewritten_too_with_their_own_layout() -> None:
+    layout = {"whitespace_flexible": False, "item_separator": ";", "key_separator": "="}
+    schema = {"type": "array", "items": {"const": 1.0}, "minItems": 2, "uniqueItems": True, "x-guidance": layout}
+    lark = f'start: "%json {{" /%json \\{{x/ %json {json.dumps(schema)} // %json {{"const": 9007199254740993}}\n'
+    grammar = await GRAMMARS.compile(from_lark(lark, "g"))
+    assert [warning["path"] for warning in grammar.warnings] == ["#/uniqueItems"]
+    constraint = grammar.constraint()
+    assert all(map(constraint.accept, b"%json {%json {x[1;1]"))
+    for wrong, why in (('{"const": 9007199254740993}', "#/const"), ('{"const": ', "^g: at"), ("5", "^g: ")):
+        with pytest.raises(InvalidRequest, match=why):
+            await GRAMMARS.compile(from_lark(f"start: %json {wrong}", "g"))
 
 
 async def test_omissions_are_bounded_in_number_and_length() -> None:
