@@ -43,6 +43,9 @@ class Rewriter(Protocol):
     def leave_out(self, path: Path, keyword: str, text: str) -> None:
         """Reports that `keyword` is left out. Raises NoGrammar where the schema is strict."""
 
+    def intersect_step(self, digits: int) -> None:
+        """Counts a step that may be intersected with others. Raises BadNumber where that cannot be kept exactly."""
+
     def compiles(self, schema: Mapping[str, Any]) -> bool: ...
 
 

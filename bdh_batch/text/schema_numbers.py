@@ -62,7 +62,19 @@ def numeric_keywords(schema: Mapping[str, Any], only_integers: bool, alone: bool
         raise EmptyInterval
     found = _integers(lower, upper) if only_integers else _numbers(lower, upper, alone)
     step = _step(schema, only_integers)
-    return found if step is None else {**found, "multipleOf": step}
+    if step is None:
+        return found
+    if not _has_multiple(found, _exact(step), only_integers):
+        raise EmptyInterval
+    return {**found, "multipleOf": step}
+
+
+def digits_of(step: int | float) -> int:
+    """What the library computes with where steps are intersected: the digits of `step`, times its power of ten."""
+    exact, decimals = _exact(step), 0
+    while exact.denominator != 1:
+        exact, decimals = exact * 10, decimals + 1
+    return exact.numerator * int(10**decimals)
 
 
 def check_constant(keyword: str, value: object) -> None:
@@ -243,6 +255,18 @@ def _step(schema: Mapping[str, Any], only_integers: bool) -> int | float | None:
     if _as_a_step(value) != exact:
         raise BadNumber("multipleOf", f"multiples of {value} cannot be kept exactly")
     return value
+
+
+def _has_multiple(bounds: Mapping[str, Any], step: Fraction, only_integers: bool) -> bool:
+    """Whether a multiple of `step` lies within `bounds`, which the library does not see, and then leads nowhere."""
+    step = Fraction(step.numerator) if only_integers else step
+    least, most = (bounds.get(each, bounds.get(f"exclusive{each.capitalize()}")) for each in ("minimum", "maximum"))
+    if least is None or most is None:
+        return True
+    multiple = math.ceil(_exact(least) / step) * step
+    if "exclusiveMinimum" in bounds and multiple == _exact(least):
+        multiple += step
+    return multiple < _exact(most) or (multiple == _exact(most) and "maximum" in bounds)
 
 
 def _as_a_step(value: float) -> Fraction | None:

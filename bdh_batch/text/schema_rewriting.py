@@ -9,13 +9,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
 from bdh_batch.text.schema_node import OWN, UNSATISFIABLE, Node, Path, pointer, says_nothing
-from bdh_batch.text.schema_numbers import BadNumber, check_constant, count
+from bdh_batch.text.schema_numbers import LARGEST_STEP, BadNumber, check_constant, count
 from bdh_batch.text.schema_objects import merged, of_objects
 from bdh_batch.text.schema_unions import all_disjoint
 from bdh_batch.text.schema_values import of_arrays, of_numbers, of_strings
@@ -66,6 +67,7 @@ class _Rewriting:
         self._definitions: dict[str, Any] = {}
         self._ahead: list[tuple[Mapping[str, Any], dict[str, Any], Path, bool]] = []
         self._left_out = 0
+        self._steps: set[int] = set()
         self.omissions: list[Omission] = []
         self._anchors = {name: each for each in _objects(root) for name in _anchors(each)}
         self._shared = {id(target) for target in self._targets() if isinstance(target, Mapping)}
@@ -124,6 +126,12 @@ class _Rewriting:
         self._left_out += 1
         if self._left_out <= MOST_OMISSIONS:
             self.omissions.append(Omission(pointer(path), keyword, f"{keyword} {text}."))
+
+    def intersect_step(self, digits: int) -> None:
+        # The library computes a least common multiple with 32 bits, of any of them, perhaps with itself.
+        self._steps.add(digits)
+        if math.prod(self._steps) * max(self._steps) > LARGEST_STEP:
+            raise BadNumber("multipleOf", "cannot be kept exactly together with what else holds there")
 
     def compiles(self, schema: Mapping[str, Any]) -> bool:
         key = repr(schema)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from bdh_batch.text.schema_node import OF_NUMBERS, Node, says_nothing
-from bdh_batch.text.schema_numbers import EmptyInterval, numeric_keywords
+from bdh_batch.text.schema_numbers import EmptyInterval, digits_of, numeric_keywords
 
 ENFORCED = {
     *("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri"),
@@ -44,10 +44,14 @@ def of_numbers(node: Node) -> dict[str, Any]:
     types = node.types or ["number"]
     if not node.schema.keys() & OF_NUMBERS:
         return {}
+    alone = node.alone and not node.intersected
     try:
-        return numeric_keywords(node.schema, "number" not in types, node.alone and not node.intersected)
+        found = numeric_keywords(node.schema, "number" not in types, alone)
     except EmptyInterval:
         return {"minimum": 1, "maximum": 0}
+    if "multipleOf" in found and not alone:
+        node.rewriter.intersect_step(digits_of(found["multipleOf"]))
+    return found
 
 
 def of_arrays(node: Node, least: int | None, most: int | None) -> dict[str, Any]:

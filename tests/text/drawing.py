@@ -15,6 +15,8 @@ def drawn(constraint: Constraint, chance: random.Random, most: int = 60, likely:
     while len(text) < most:
         mask = constraint.mask()
         allowed = range(256) if mask is None else [token for token in range(256) if mask[token >> 3] >> (token & 7) & 1]
+        if not allowed:  # a grammar may lead to where nothing can follow, which ends the completion with an error
+            return ""
         favoured = [token for token in likely if token in allowed] if mask is not None else []
         token = chance.choice(favoured if favoured and chance.random() < LIKELY else allowed)
         if not constraint.accept(token):

@@ -76,7 +76,8 @@ def numeric(draw: st.DrawFn) -> str:
         bounds = {key: repr(float(Fraction(value))) if "/" in value else value for key, value in bounds.items()}
     step = {"multipleOf": draw(STEPS)} if draw(st.integers(0, 3)) == 0 else {}
     if draw(st.integers(0, 3)) == 0:
-        parts = ", ".join(written({"type": kind} | {key: value}) for key, value in (bounds | step).items())
+        several = [*bounds.items(), *(("multipleOf", each) for each in draw(st.lists(STEPS, max_size=2)))]
+        parts = ", ".join(written({"type": kind, key: value}) for key, value in several)
         return f'{{"allOf": [{parts or "{}"}]}}'
     return written({"type": kind} | bounds | step)
 
@@ -107,6 +108,7 @@ async def test_what_is_generated_satisfies_the_schema_as_it_was_written(schema: 
 
 
 KEPT = [
+    ('{"type": "integer", "maximum": 15, "allOf": [{"multipleOf": 4}, {"multipleOf": 6, "minimum": 1}]}', {"12"}),
     ('{"type": "integer", "minimum": 9007199254740993, "maximum": 9007199254740995}', {"9007199254740994"}),
     ('{"type": "integer", "minimum": 4.5, "maximum": 5e0}', {"5"}),
     ('{"type": "integer", "exclusiveMinimum": 1.0, "exclusiveMaximum": 3}', {"2"}),
@@ -167,12 +169,16 @@ REFUSED = [
     ('{"type": "number", "multipleOf": 1.1e-8}', "multipleOf"),
     ('{"type": "integer", "multipleOf": 4294967296}', "multipleOf"),
     ('{"type": "integer", "multipleOf": 0}', "multipleOf"),
+    ('{"allOf": [{"type": "integer", "multipleOf": 99991}, {"multipleOf": 99989}]}', "allOf/"),
     ('{"type": "integer", "minimum": "3"}', "minimum"),
     ('{"type": "integer", "maximum": true}', "maximum"),
     ('{"type": "string", "minLength": 1.5}', "minLength"),
     ('{"type": "string", "maxLength": -1}', "maxLength"),
     ('{"type": "array", "minItems": 1e20}', "minItems"),
     ('{"type": "integer", "minimum": 3, "maximum": 2}', ""),
+    ('{"type": "integer", "minimum": 1000000000000000000, "maximum": 1000000000000000001, "multipleOf": 3}', ""),
+    ('{"type": "integer", "minimum": 4, "maximum": 6, "multipleOf": 3.5}', ""),
+    ('{"type": "number", "exclusiveMinimum": 3, "exclusiveMaximum": 6, "multipleOf": 3}', ""),
     ('{"type": "integer", "exclusiveMinimum": 3, "exclusiveMaximum": 4}', ""),
     ('{"type": "number", "minimum": 3, "exclusiveMaximum": 3}', ""),
 ]
