@@ -390,7 +390,11 @@ class Limits(Section):
     max_bad_word_bytes: Bytes = Field(128, description="Longest of them, in bytes of UTF-8.")
     max_allowed_token_ids: PositiveInt = Field(2**17, description="Most tokens of allowed_token_ids.")
     max_choices: PositiveInt = Field(8192, description="Most alternatives of structured_outputs.choice.")
-    max_schema_bytes: Bytes = Field(64 * 1024, description="Largest schema or grammar that an answer has to follow.")
+    max_schema_bytes: Bytes = Field(
+        512 * 1024,
+        description="Largest schema or grammar that a response has to follow, and largest list of tools; what one "
+        "costs to compile is bounded by the section structured_output.",
+    )
 
 
 class Sandbox(Section):

@@ -224,6 +224,8 @@ class Routes:
         grammar = None
         if source is not None:
             grammar = await unless_left(request, model.grammars.compile(source, request.state.caller.label))
+            frames.warn(grammar.warnings)
+            self._metrics.left_out(grammar.warnings)
         generation = await self._start(request, model, requests, grammar)
         aside = self._aside(request)
         if body.stream:

@@ -90,6 +90,9 @@ class Metrics:
         labels = ("model_name", "reason")
         self._refused = Counter("bdh_admission_rejections", "Requests refused", labels, registry=self.registry)
 
+        labels, text = ("model_name", "keyword"), "Keywords left out of schemas that requests asked to follow"
+        self._left_out = Counter("bdh_schema_keywords_left_out", text, labels, registry=self.registry)
+
         self._rate_storage = self._counter(
             "rate_limit_storage_failures", "Requests whose rate was counted here instead"
         )
@@ -125,6 +128,11 @@ class Metrics:
 
     def refused(self, reason: str) -> None:
         self._refused.labels(self._model_name, reason).inc()
+
+    def left_out(self, warnings: Iterable[Mapping[str, str]]) -> None:
+        """`warnings` are of one request."""
+        for warning in warnings:
+            self._left_out.labels(self._model_name, warning["keyword"]).inc()
 
     def rate_storage_failed(self) -> None:
         self._rate_storage.inc()

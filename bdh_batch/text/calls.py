@@ -15,7 +15,6 @@ from bdh_batch.text.tokenizer import CALL
 
 OPEN, CLOSE = CALL
 NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
-OTHERWISE_PARAM = "response_format.json_schema.schema"
 
 
 @dataclass(frozen=True)
@@ -25,6 +24,7 @@ class Tool:
     name: str
     parameters: Mapping[str, Any] | None
     param: str  # the field that the schema comes from
+    strict: bool = False  # what cannot be kept to is refused, and not left out
 
     @property
     def schema(self) -> Mapping[str, Any]:
@@ -37,15 +37,20 @@ def head(name: str) -> str:
 
 
 def from_tools(
-    tools: Sequence[Tool], param: str, parallel: bool, required: bool, otherwise: Mapping[str, Any] | None = None
+    tools: Sequence[Tool],
+    param: str,
+    parallel: bool,
+    required: bool,
+    otherwise: Source | None = None,
 ) -> Source:
     """Calls of `tools`; one, or several where they may be `parallel`. Where none is required, an answer may be any
     text, or only JSON of the schema `otherwise`."""
-    parts = [from_schema(tool.schema, tool.param) for tool in tools]
+    parts = [from_schema(tool.schema, tool.param, tool.strict) for tool in tools]
     if otherwise is not None:
-        parts.append(from_schema(otherwise, OTHERWISE_PARAM))
-    offered = [(tool.name, tool.schema) for tool in tools]
-    value = {"tools": offered, "parallel": parallel, "required": required, "otherwise": otherwise}
+        parts.append(otherwise)
+    offered = [(tool.name, tool.schema, tool.strict, tool.param) for tool in tools]
+    other = None if otherwise is None else (*otherwise.value, otherwise.param)
+    value = {"tools": offered, "parallel": parallel, "required": required, "otherwise": other}
     return Source("calls", value, param, parts, OPEN if not required and otherwise is None else "")
 
 

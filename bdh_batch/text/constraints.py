@@ -8,7 +8,7 @@ not end early, it goes on as long as it can.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 from llguidance import LLMatcher
@@ -26,6 +26,7 @@ class CompiledGrammar:
     Args:
         worn_out: is called, in the engine's thread, once what they share has reached a limit of the library's: every
             other constraint of it fails from then on.
+        warnings: what was left out of its schemas, which responses may not keep to.
     """
 
     def __init__(
@@ -36,7 +37,9 @@ class CompiledGrammar:
         trigger: str = "",
         maskers: Executor | None = None,
         worn_out: Callable[[], object] = lambda: None,
+        warnings: Sequence[Mapping[str, str]] = (),
     ) -> None:
+        self.warnings = warnings
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._worn_out = worn_out

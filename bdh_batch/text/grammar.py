@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from dataclasses import dataclass
 from functools import partial
 
 import orjson
-from llguidance import LLMatcher
 
 from bdh_batch.errors import InvalidRequest, UnsupportedParameter
 from bdh_batch.system.threads import DaemonThreads
 from bdh_batch.text.compiler import compile_grammar
 from bdh_batch.text.constraints import CompiledGrammar
-from bdh_batch.text.grammar_cache import GrammarCache, Problem
+from bdh_batch.text.grammar_cache import Compiled, GrammarCache, Problem
 from bdh_batch.text.sandbox import JobFailed, Runs, Sandbox, Work
 from bdh_batch.text.sandbox_process import JobLimits, Refused
 from bdh_batch.text.sources import Source
 from bdh_batch.text.turns import QueueLimits
 from bdh_batch.text.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 MODULE = "bdh_batch.text.probation"
 STACK = 4 * 2**20  # bytes of the sandbox's; threads here have sixteen times as much
@@ -37,7 +39,7 @@ SMALL = 4096  # tokens: a mask over so few is made sooner than it is handed to a
 class _Compiling:
     """A grammar on its way, and how many requests wait for it."""
 
-    work: asyncio.Task[LLMatcher | Problem]
+    work: asyncio.Task[Compiled | Problem]
     waiting: int = 0
 
 
@@ -56,7 +58,7 @@ class Grammars:
         self,
         vocabulary: Vocabulary | str,
         sandbox: Runs | None,
-        most_bytes: int = 2**16,
+        most_bytes: int = 2**19,
         cache_bytes: int = 2**28,
         small: int = SMALL,
     ) -> None:
@@ -89,11 +91,13 @@ class Grammars:
             param = found.param or source.param
             raise InvalidRequest(f"{param}: {found.text}", param)
         worn_out = partial(self._worn_out.add, key)
-        return CompiledGrammar(found, self._vocabulary, source.param, source.trigger, self._maskers, worn_out)
+        return CompiledGrammar(
+            found.matcher, self._vocabulary, source.param, source.trigger, self._maskers, worn_out, found.warnings
+        )
 
     async def _compiled(
         self, vocabulary: Vocabulary, sandbox: Runs, job: bytes, key: bytes, tenant: str
-    ) -> LLMatcher | Problem:
+    ) -> Compiled | Problem:
         """Requests of one tenant for one grammar wait for the same work, which ends when none of them waits for it."""
         on_its_way = self._compiling.get(key)
         if on_its_way is None:
@@ -110,8 +114,8 @@ class Grammars:
 
     async def _compile(
         self, vocabulary: Vocabulary, sandbox: Runs, job: bytes, key: bytes, tenant: str
-    ) -> LLMatcher | Problem:
-        async def here(said: bytes) -> LLMatcher | Problem:
+    ) -> Compiled | Problem:
+        async def here(said: bytes) -> Compiled | Problem:
             told = orjson.loads(said)
             if "problem" in told:
                 return self._kept.add_problem(key, Problem(told["problem"], told["param"]))
@@ -123,9 +127,12 @@ class Grammars:
                 raise
             if isinstance(matcher, str):
                 return self._kept.add_problem(key, Problem(matcher))
-            gone = self._kept.add(key, matcher, told["bytes"])
+            for warning in told["warnings"]:
+                log.info("%(param)s: %(path)r: %(text)s", warning)
+            compiled = Compiled(matcher, told["warnings"])
+            gone = self._kept.add(key, compiled, told["bytes"])
             self._compilers.submit(gone.clear)  # to free a large one takes a while
-            return matcher
+            return compiled
 
         try:
             return await sandbox.run(job, tenant, here)

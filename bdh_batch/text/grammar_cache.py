@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llguidance import LLMatcher
@@ -21,6 +22,14 @@ class Problem:
     param: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Compiled:
+    """A matcher at the beginning of a grammar, and what was left out of its schemas (`lark.Written`)."""
+
+    matcher: LLMatcher
+    warnings: Sequence[Mapping[str, str]] = ()
+
+
 class GrammarCache:
     """Keeps those that were used last.
 
@@ -30,28 +39,28 @@ class GrammarCache:
 
     def __init__(self, most_bytes: int) -> None:
         self._most_bytes = most_bytes
-        self._matchers: OrderedDict[bytes, tuple[LLMatcher, int]] = OrderedDict()
+        self._compiled: OrderedDict[bytes, tuple[Compiled, int]] = OrderedDict()
         self._problems: OrderedDict[bytes, tuple[Problem, float]] = OrderedDict()
         self.bytes = 0
 
     def __len__(self) -> int:
-        return len(self._matchers)
+        return len(self._compiled)
 
-    def get(self, key: bytes) -> LLMatcher | Problem | None:
-        if key in self._matchers:
-            self._matchers.move_to_end(key)
-            return self._matchers[key][0]
+    def get(self, key: bytes) -> Compiled | Problem | None:
+        if key in self._compiled:
+            self._compiled.move_to_end(key)
+            return self._compiled[key][0]
         problem, until = self._problems.get(key, (None, 0.0))
         return problem if time.monotonic() < until else None
 
-    def add(self, key: bytes, matcher: LLMatcher, size: int) -> list[LLMatcher]:
-        """Keeps `matcher`, and returns those that gave way."""
+    def add(self, key: bytes, compiled: Compiled, size: int) -> list[LLMatcher]:
+        """Keeps `compiled`, and returns the matchers that gave way."""
         gone = self._without(key)
         weight = max(size, LEAST_WEIGHT)
-        self._matchers[key] = matcher, weight
+        self._compiled[key] = compiled, weight
         self.bytes += weight
         while self.bytes > self._most_bytes:
-            gone += self._without(next(iter(self._matchers)))
+            gone += self._without(next(iter(self._compiled)))
         return gone
 
     def discard(self, key: bytes) -> None:
@@ -65,6 +74,6 @@ class GrammarCache:
         return problem
 
     def _without(self, key: bytes) -> list[LLMatcher]:
-        matcher, weight = self._matchers.pop(key, (None, 0))
+        compiled, weight = self._compiled.pop(key, (None, 0))
         self.bytes -= weight
-        return [] if matcher is None else [matcher]
+        return [] if compiled is None else [compiled.matcher]

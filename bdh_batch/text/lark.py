@@ -2,43 +2,70 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from json import JSONDecoder
 from typing import Any
 
 import orjson
 from llguidance import LLMatcher
 
 from bdh_batch.text.calls import CLOSE, OPEN, head
-from bdh_batch.text.schemas import problem_of
+from bdh_batch.text.compiler import LIMITS
+from bdh_batch.text.schema_rewriting import rewritten
+from bdh_batch.text.schemas import NoGrammar, problem_of
 
 # JSON is written on one line: a small model that may begin a new line at every comma seldom does anything else.
-LAYOUT = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+LAYOUT: Mapping[str, Any] = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
+OPTIONS = "x-guidance"  # the keyword of a schema that has the library's own options
+# Where `%json` begins a schema: not in a string, an expression or a comment.
+LITERAL_OR_JSON = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|%json\b')
 GAP = r"/\n?/"
+UNSATISFIABLE = "Unsatisfiable"  # how its errors begin where nothing satisfies a schema
 
 
-class NoGrammar(Exception):
-    """It cannot be written down; says why."""
+@dataclass(slots=True)
+class Written:
+    """A grammar, and what was left out of its schemas: for each, the field of the request and an omission's fields."""
+
+    grammar: str = ""
+    warnings: list[dict[str, str]] = field(default_factory=list)
+
+    def schema(
+        self, schema: Mapping[str, Any], strict: bool, param: str, layout: Mapping[str, Any] | None = LAYOUT
+    ) -> str:
+        """`schema`, from the field `param`, in the library's JSON. Raises NoGrammar."""
+        plain, omissions = rewritten(schema, strict, _compiles)
+        problem = problem_of(plain)
+        if problem is not None:
+            raise NoGrammar(problem)
+        self.warnings += [{"param": param, **asdict(omission)} for omission in omissions]
+        return _json(plain if layout is None else {**plain, OPTIONS: layout})
 
 
-def written(kind: str, value: Any) -> str:
+def written(kind: str, value: Any, param: str) -> Written:
     """
     Raises:
         NoGrammar
     """
+    made = Written()
     if kind == "schema":
-        return LLMatcher.grammar_from_json_schema(_schema(value))
-    if kind == "regex":
-        return LLMatcher.grammar_from_regex(value)
-    if kind == "choice":
-        return _choice(value)
-    return _calls(**value) if kind == "calls" else str(value)
+        schema, strict = value
+        made.grammar = LLMatcher.grammar_from_json_schema(made.schema(schema, strict, param))
+    elif kind == "regex":
+        made.grammar = LLMatcher.grammar_from_regex(value)
+    elif kind == "choice":
+        made.grammar = _choice(value)
+    else:
+        made.grammar = _calls(made, **value) if kind == "calls" else _lark(made, value, param)
+    return made
 
 
-def _schema(schema: Mapping[str, Any]) -> str:
-    problem = problem_of(schema)
-    if problem is not None:
-        raise NoGrammar(problem)
-    return _json({**schema, "x-guidance": LAYOUT})
+def _compiles(schema: Mapping[str, Any]) -> bool:
+    """Whether the library takes `schema`, be it that nothing satisfies it."""
+    error = LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(_json(schema)), limits=LIMITS)
+    return not error or UNSATISFIABLE in error
 
 
 def _choice(choices: Sequence[str]) -> str:
@@ -46,23 +73,48 @@ def _choice(choices: Sequence[str]) -> str:
     return "start: CHOICE\nCHOICE: " + " | ".join(map(_json, choices))
 
 
+def _lark(made: Written, grammar: str, param: str) -> str:
+    """A client's grammar, whose schemas (`%json {…}`) are rewritten as any other, but for their own layout."""
+    parts, at = [], 0
+    while (found := LITERAL_OR_JSON.search(grammar, at)) is not None:
+        parts.append(grammar[at : found.end()])
+        at = found.end()
+        if found[0] == "%json" and (inline := _inline_schema(grammar, at)) is not None:
+            schema, at = inline
+            parts.append(f" {made.schema(schema, False, param, schema.get(OPTIONS))}")
+    return "".join([*parts, grammar[at:]])
+
+
+def _inline_schema(grammar: str, at: int) -> tuple[dict[str, Any], int] | None:
+    """The object at `at`, and where it ends; None leaves what is none to the library, which says so."""
+    while grammar[at : at + 1].isspace():
+        at += 1
+    try:
+        _, end = JSONDecoder().raw_decode(grammar, at)
+        schema = orjson.loads(grammar[at:end])
+    except (ValueError, RecursionError):
+        return None
+    return (schema, end) if isinstance(schema, dict) else None
+
+
 def _calls(
-    tools: Sequence[tuple[str, Mapping[str, Any]]],
+    made: Written,
+    tools: Sequence[tuple[str, Mapping[str, Any], bool, str]],
     parallel: bool,
     required: bool,
-    otherwise: Mapping[str, Any] | None,
+    otherwise: tuple[Mapping[str, Any], bool, str] | None,
 ) -> str:
     """Calls of `tools`; one, or several where they may be `parallel`. Where none is required, an answer may be any
-    text, or only JSON of the schema `otherwise`."""
+    text, or only JSON of the schema `otherwise`. Schemas come with whether they are strict, and with their fields."""
     rules = [
-        f'tool{i}: {_json(head(name))} %json {_schema(schema)} "}}" {GAP} "{CLOSE}"'
-        for i, (name, schema) in enumerate(tools)
+        f'tool{i}: {_json(head(name))} %json {made.schema(schema, strict, param)} "}}" {GAP} "{CLOSE}"'
+        for i, (name, schema, strict, param) in enumerate(tools)
     ]
     rules.append(f"call: {GAP} ({' | '.join(f'tool{i}' for i in range(len(tools)))})")
     rules.append("calls: call" + (f' ({GAP} "{OPEN}" call)* {GAP}' if parallel else ""))
     start = "calls" if not required and otherwise is None else f'"{OPEN}" calls'
     if not required and otherwise is not None:
-        start += f" | %json {_schema(otherwise)}"
+        start += f" | %json {made.schema(*otherwise)}"
     return "\n".join([f"start: {start}", *rules])
 
 

@@ -15,8 +15,9 @@ import orjson
 from llguidance import LLMatcher
 
 from bdh_batch.text.compiler import compile_grammar
-from bdh_batch.text.lark import NoGrammar, written
+from bdh_batch.text.lark import Written, written
 from bdh_batch.text.sandbox_process import Prepared, Refused, memory_in_use
+from bdh_batch.text.schemas import NoGrammar
 from bdh_batch.text.vocabulary import Vocabulary, vocabulary_from
 
 WALKS = 4  # the first allowed token always, the last, and by lot
@@ -49,11 +50,12 @@ def outcome(vocabulary: Vocabulary, job: bytes) -> dict[str, Any]:
     kind, value, param, parts = orjson.loads(job)
     before = memory_in_use()[1]
     try:
-        grammar, resident = tried(vocabulary, kind, value, param)
+        made, resident = tried(vocabulary, kind, value, param)
     except Problem as problem:
         found = next(filter(None, (_problem_of(vocabulary, part) for part in parts)), problem)
         return {"problem": str(found), "param": found.param}
-    return {"grammar": grammar, "bytes": max(0, resident - before) + len(grammar)}
+    size = max(0, resident - before) + len(made.grammar)
+    return {"grammar": made.grammar, "bytes": size, "warnings": made.warnings}
 
 
 def _problem_of(vocabulary: Vocabulary, part: Any) -> Problem | None:
@@ -65,17 +67,17 @@ def _problem_of(vocabulary: Vocabulary, part: Any) -> Problem | None:
     return None
 
 
-def tried(vocabulary: Vocabulary, kind: str, value: Any, param: str) -> tuple[str, int]:
+def tried(vocabulary: Vocabulary, kind: str, value: Any, param: str) -> tuple[Written, int]:
     """The grammar, if it compiles and can be followed, and the bytes of memory in use while it is compiled.
 
     Raises:
         Problem
     """
     try:
-        grammar = written(kind, value)
+        made = written(kind, value, param)
     except NoGrammar as error:
         raise Problem(str(error), param) from error
-    matcher = compile_grammar(vocabulary.tokens, grammar)
+    matcher = compile_grammar(vocabulary.tokens, made.grammar)
     if isinstance(matcher, str):
         raise Problem(matcher, param)
     began = time.thread_time()
@@ -84,7 +86,7 @@ def tried(vocabulary: Vocabulary, kind: str, value: Any, param: str) -> tuple[st
             raise Problem(f"A token of it takes {slowest * 1000:.0f} ms: it is too ambiguous.", param)
         if time.thread_time() - began > WALK_SECONDS:
             raise Problem(f"{STEPS} tokens of it take more than {WALK_SECONDS:g} s: it is too ambiguous.", param)
-    return grammar, memory_in_use()[1]
+    return made, memory_in_use()[1]
 
 
 def choice(walk: int) -> Callable[[int], int]:

@@ -1,4 +1,4 @@
-"""What can be seen of a JSON schema before it is compiled: whether anything satisfies it, and what could not be kept.
+"""What can be seen of a JSON schema before it is compiled: whether anything satisfies it.
 
 All of it without recursion, and in steps that grow as the schema does.
 """
@@ -11,6 +11,10 @@ from typing import Any
 DEEPEST = 400  # references and subschemas that lead into one another
 
 
+class NoGrammar(Exception):
+    """What a client asked for cannot be written as a grammar: a 400 that says why."""
+
+
 def problem_of(schema: Mapping[str, Any]) -> str | None:
     """Why `schema` cannot be kept to, or None where nothing is seen that speaks against it."""
     needs = _Needs(schema)
@@ -18,26 +22,7 @@ def problem_of(schema: Mapping[str, Any]) -> str | None:
         return f"Its references and subschemas lead more than {DEEPEST} deep into one another."
     if not needs.can_end():
         return "Nothing satisfies it: what it requires contains itself without an end."
-    if _counts_free_keys(schema):
-        text = "minProperties goes with additionalProperties: false and no patternProperties, or with as many required"
-        return f"{text}: of other keys, one that came twice would count twice."
     return None
-
-
-def _counts_free_keys(schema: object) -> bool:
-    """Whether a schema is anywhere in it that wants several keys, which may be any: a repeated one is no other."""
-    ahead = [schema]
-    while ahead:
-        each = ahead.pop()
-        if isinstance(each, list):
-            ahead += each
-        elif isinstance(each, Mapping):
-            least, required = each.get("minProperties"), set(map(str, _list(each, "required")))
-            closed = each.get("additionalProperties") is False and not each.get("patternProperties")
-            if isinstance(least, int) and least > max(1, len(required)) and not closed:
-                return True
-            ahead += each.values()
-    return False
 
 
 class _Needs:

@@ -51,8 +51,9 @@ class Source:
         yield [list(part._tree()) for part in self.parts]
 
 
-def from_schema(schema: Mapping[str, Any], param: str) -> Source:
-    return Source("schema", schema, param)
+def from_schema(schema: Mapping[str, Any], param: str, strict: bool = False) -> Source:
+    """Responses that satisfy `schema`. What cannot be kept to is refused where it is `strict`, else it is left out."""
+    return Source("schema", [schema, strict], param)
 
 
 def from_regex(regex: str, param: str) -> Source:

@@ -71,9 +71,14 @@ class TestLists:
                 "structured_outputs.choice",
                 "max_choices",
             ),
-            (CompletionBody, {"prompt": "a", "guided_regex": "a" * 65_537}, "guided_regex", "max_schema_bytes"),
-            (CompletionBody, {"prompt": "a", "guided_json": {"enum": [0] * MANY}}, "guided_json", "max_schema_bytes"),
-            (CompletionBody, {"prompt": "a", "guided_json": '"' + "a" * MANY}, "guided_json", "max_schema_bytes"),
+            (CompletionBody, {"prompt": "a", "guided_regex": "a" * 524_289}, "guided_regex", "max_schema_bytes"),
+            (
+                CompletionBody,
+                {"prompt": "a", "guided_json": {"enum": [99999] * MANY}},
+                "guided_json",
+                "max_schema_bytes",
+            ),
+            (CompletionBody, {"prompt": "a", "guided_json": '"' + "a" * 6 * MANY}, "guided_json", "max_schema_bytes"),
             (CompletionBody, {"prompt": "a", "user": "a" * MANY}, "user", "max_label_length"),
             (CompletionBody, {"prompt": "a", "model": "a" * MANY}, "model", "max_label_length"),
             (

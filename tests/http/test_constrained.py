@@ -146,7 +146,7 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("structured_outputs.regex", {"structured_outputs": {"regex": "(("}}),
     ("structured_outputs.regex", {"structured_outputs": {"regex": r"[^\s\S]"}}),
     ("structured_outputs.regex", {"structured_outputs": {"regex": 5}}),
-    ("structured_outputs.regex", {"structured_outputs": {"regex": "a" * 70_000}}),
+    ("structured_outputs.regex", {"structured_outputs": {"regex": "a" * 530_000}}),
     ("structured_outputs.grammar", {"structured_outputs": {"grammar": "start: missing"}}),
     ("structured_outputs.choice", {"structured_outputs": {"choice": []}}),
     ("structured_outputs.choice[1]", {"structured_outputs": {"choice": ["a", 5]}}),
@@ -159,7 +159,9 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("response_format.type", {"response_format": {"type": "xml"}}),
     ("response_format.json_schema", {"response_format": {"type": "json_schema"}}),
     ("response_format.json_schema", {"response_format": {"type": "text", "json_schema": {"name": "a"}}}),
-    ("response_format.json_schema.name", {"response_format": {"type": "json_schema", "json_schema": {}}}),
+    ("response_format.json_schema.name", {"response_format": {"type": "json_schema", "json_schema": {"name": "a b"}}}),
+    ("response_format.schema", {"response_format": {"type": "json_schema", "json_schema": {}, "schema": {}}}),
+    ("response_format.schema", {"response_format": {"type": "json_object", "schema": {"type": "x"}}}),
     (
         "response_format.json_schema.schema",
         {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "x"}}}},
@@ -208,7 +210,7 @@ HOSTILE: list[tuple[str, str, dict[str, Any]]] = [
     (COMPLETIONS, "structured_outputs.json", {"structured_outputs": {"json": ENDLESS}}),
     (CHAT, "tools[0].function.parameters", {"tools": [tool("f", LEADING)]}),
     (CHAT, "tools", {"tools": [tool("f", DEEP)]}),
-    (CHAT, "tools", {"tools": [tool("f", {"properties": {"a": SMALLEST}})]}),
+    (CHAT, "tools[0].function.parameters", {"tools": [tool("f", {"properties": {"a": SMALLEST}})]}),
 ]
 
 

@@ -106,10 +106,10 @@ def test_calls_of_the_older_kind_are_calls(tiny: Server) -> None:
     before = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a":1}'}}
     told = rendered(tiny, USER, before, {"role": "function", "name": "f", "content": "rain"})
     call = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
-    assert told == f"user: a\nassistant: {call}\nfunction: rain\n"
+    assert told == f"user: a\nassistant: {call}\ntool: rain\n"
 
 
-@pytest.mark.parametrize("role", ["function", "ipython", "context", "Critic 7", "é"])
+@pytest.mark.parametrize("role", ["ipython", "context", "Critic 7", "é"])
 def test_roles_that_the_api_does_not_define_are_the_templates(tiny: Server, role: str) -> None:
     assert rendered(tiny, {"role": role, "content": "x"}) == f"{role}: x\n"
 

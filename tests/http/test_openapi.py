@@ -219,6 +219,12 @@ class TestDocument:
             ({"messages": [USER], "response_format": {"type": "text"}}, True),
             ({"messages": [USER], "response_format": {"type": "text", "json_schema": {"name": "a"}}}, False),
             ({"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, True),
+            ({"messages": [USER], "response_format": {"type": "json_schema", "json_schema": {}}}, True),
+            ({"messages": [USER], "response_format": {"type": "json_object", "schema": {"type": "object"}}}, True),
+            ({"messages": [USER], "response_format": {"type": "text", "schema": {}}}, False),
+            ({"messages": [USER], "tools": [TOOL], "tool_choice": "any"}, True),
+            ({"messages": [USER], "tools": [TOOL], "tool_choice": "some"}, False),
+            ({"messages": [{"role": "function", "name": "f", "content": "a"}]}, True),
             ({"messages": [USER], "chat_template_kwargs": {"messages": []}}, False),
         ],
     )

@@ -30,11 +30,25 @@ class Usage(Answer):
     prompt_tokens_details: PromptTokensDetails
 
 
+class SchemaWarning(Answer):
+    """A keyword of a schema that is not strict, and that the response may not keep to."""
+
+    param: str = Field(description="The field of the request that the schema is in.")
+    path: str = Field(description="Where in the schema, as a JSON pointer.")
+    keyword: str
+    text: str
+
+
 class Envelope(Answer):
     id: str
     created: int = Field(description="Unix seconds.")
     model: str
     system_fingerprint: str = Field(description="Names the model and the build.")
+    warnings: list[SchemaWarning] = Field(
+        default_factory=list,
+        description="What was left out of schemas that are not strict; absent where there is nothing. In a stream, "
+        "with the first event.",
+    )
 
 
 Tokens = list[Count]

@@ -77,7 +77,7 @@ def _unit(value: object, in_bytes: bool) -> str:
 
 
 Label = Annotated[str, AtMost("max_label_length")]
-FunctionLabel = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$", max_length=64)]
+FunctionLabel = Annotated[str, Field(pattern="^[a-zA-Z0-9_.-]{1,128}$", max_length=128)]
 # Text is as long as a body that holds it can be; so is a list of token ids.
 BodyText = Annotated[str, Field(json_schema_extra={MARK: "max_body_bytes"})]
 BodyTokens = Annotated[list[Annotated[int, Field(ge=0)]], AtMost("max_values")]

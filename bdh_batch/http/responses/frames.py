@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -86,8 +86,23 @@ class Frames:
         self._head = b"data: " + head[:-1] + b',"choices":[{"index":'
         self._tail = b'}],"usage":null}\n\n' if answer.include_usage else b"}]}\n\n"
         self._usage_head = b"data: " + head[:-1] + b',"choices":[],"usage":'
+        self._warnings = b""
         self.only_text = not (answer.token_ids or answer.echo or answer.logprobs is not None)
         self._after_only_text = self.after_text + b',"logprobs":null,"finish_reason":null'
+
+    def warn(self, warnings: Sequence[Mapping[str, str]]) -> None:
+        """The response, or the first frame of a stream, reports what was left out of a schema."""
+        self._warnings = b',"warnings":' + orjson.dumps(warnings) if warnings else b""
+
+    def with_warnings(self, pieces: list[bytes]) -> list[bytes]:
+        """Pieces of frames; if they are the first that are not empty, with the warnings."""
+        for index, piece in enumerate(pieces) if self._warnings else ():
+            if piece.startswith(b"data: {"):
+                envelope, choices, rest = piece.partition(b',"choices":')
+                pieces[index] = b"".join((envelope, self._warnings, choices, rest))
+                self._warnings = b""
+                break
+        return pieces
 
     def opening(self, prompts: Sequence[Sequence[int]]) -> bytes:
         """Frames before the first token."""
@@ -138,7 +153,7 @@ class Frames:
         self._begin(prompts)
         choices = (self._choice(index, row, prompts[row], ends[row]) for index, row in enumerate(self._best(ends)))
         usage = usage_dict(self.usage(prompts, cached, sum(len(end.tokens) for end in ends)))
-        head = orjson.dumps(self._answer.envelope(self.kind))[:-1]
+        head = orjson.dumps(self._answer.envelope(self.kind))[:-1] + self._warnings
         beside = self._of_prompt(prompts[0], ends[0]) if self.prompt_beside_choices else []
         end = b'],"usage":%b' % orjson.dumps(usage)
         return [head, b',"choices":[', *between(b",", choices), end, *beside, b"}"]

@@ -75,9 +75,11 @@ class EventStream(Response):
 
     async def _encoded(self, deltas: Deltas, opening: bool) -> list[bytes]:
         if not opening:
-            return await self._aside.run(self._cost((), deltas), self._body, deltas)
-        prompts = self._generation.prompts
-        return await self._aside.run(self._cost(prompts, deltas), self._beginning, prompts, deltas)
+            pieces = await self._aside.run(self._cost((), deltas), self._body, deltas)
+        else:
+            prompts = self._generation.prompts
+            pieces = await self._aside.run(self._cost(prompts, deltas), self._beginning, prompts, deltas)
+        return self._frames.with_warnings(pieces)
 
     def _cost(self, prompts: Sequence[Sequence[int]], deltas: Deltas) -> int:
         if self._frames.only_text:  # the most frequent case, and cheap

@@ -132,7 +132,8 @@ class Message(Open):
         return self
 
     def for_template(self) -> dict[str, Any]:
-        told: dict[str, Any] = {"role": self.role, "content": self.content or self.refusal or ""}
+        role = "tool" if self.role == "function" else self.role  # what OpenAI called a tool's message before
+        told: dict[str, Any] = {"role": role, "content": self.content or self.refusal or ""}
         known = {"name": self.name, "tool_call_id": self.tool_call_id, "refusal": self.refusal}
         told |= {name: value for name, value in known.items() if value is not None}
         told |= self.others

@@ -331,4 +331,4 @@ class ChatBody(ConversationBody, GenerationBody):
         return self._requests(request_id, [prompt], "messages", asked, defaults, asked_by)
 
     def source(self) -> Source | None:
-        return self.calls(self.schema_asked, super().source()) if self.may_call else super().source()
+        return self.calls(self.form(), super().source()) if self.may_call else super().source()

@@ -37,16 +37,22 @@ Choice = Annotated[list[SchemaText], Field(min_length=1), AtMost("max_choices")]
 
 
 class NamedSchema(Wire):
-    name: FunctionLabel
+    name: FunctionLabel | None = None
     description: BodyText | None = None
     schema_: SchemaObject | None = Field(None, alias="schema")
-    strict: bool | None = None  # schemas are always kept to, strictly
+    strict: bool | None = None  # whether what cannot be kept to is refused, and not left out
 
 
 GO_TOGETHER: JsonDict = {
     "if": {"properties": {"type": {"const": "json_schema"}}},
     "then": {"required": ["json_schema"], "properties": {"json_schema": {"type": "object"}}},
     "else": {"properties": {"json_schema": {"type": "null"}}},
+    "allOf": [
+        {
+            "if": {"properties": {"schema": {"type": "object"}}, "required": ["schema"]},
+            "then": {"properties": {"type": {"const": "json_object"}}},
+        }
+    ],
 }
 
 
@@ -55,19 +61,25 @@ class ResponseFormat(Wire):
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: NamedSchema | None = None
+    schema_: SchemaObject | None = Field(None, alias="schema")  # llama.cpp's, of json_object
 
     @model_validator(mode="after")
     def _schema_goes_with_its_type(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
             raise PydanticCustomError("format", "json_schema and its type go together", {"field": "json_schema"})
+        if self.schema_ is not None and self.type != "json_object":
+            raise PydanticCustomError("format", "Goes with the type json_object", {"field": "schema"})
         return self
 
-    @property
-    def schema_asked(self) -> dict[str, Any] | None:
+    def source(self) -> Source | None:
         """None where any text will do."""
         if self.type == "text":
             return None
-        return ANY_OBJECT if self.json_schema is None or self.json_schema.schema_ is None else self.json_schema.schema_
+        if self.schema_ is not None:
+            return from_schema({**ANY_OBJECT, **self.schema_}, "response_format.schema")
+        named = self.json_schema or NamedSchema()
+        schema = ANY_OBJECT if named.schema_ is None else named.schema_
+        return from_schema(schema, "response_format.json_schema.schema", bool(named.strict))
 
 
 class StructuredOutputs(Wire):
@@ -87,9 +99,9 @@ class Formatted(Wire):
     guided_choice: Choice | None = None
     guided_grammar: SchemaText | None = None
 
-    @property
-    def schema_asked(self) -> dict[str, Any] | None:
-        return None if self.response_format is None else self.response_format.schema_asked
+    def form(self) -> Source | None:
+        """What `response_format` asks for."""
+        return None if self.response_format is None else self.response_format.source()
 
     def source(self) -> Source | None:
         """The grammar that answers have to follow.
@@ -98,8 +110,8 @@ class Formatted(Wire):
             InvalidRequest: several are asked for, or one that cannot be written down.
         """
         sources = [*self._structured(), *self._guided()]
-        if (schema := self.schema_asked) is not None:
-            sources.append(from_schema(schema, "response_format.json_schema.schema"))
+        if (form := self.form()) is not None:
+            sources.append(form)
         if len(sources) > 1:
             raise InvalidRequest(f"{sources[1].param} does not go with {sources[0].param}.", sources[1].param)
         return sources[0] if sources else None

@@ -5,24 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-import orjson
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import field_validator
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import InvalidRequest
-from bdh_batch.http.request.sizes import AnyJson, AtMost, BodyText, FreeObject, FunctionLabel, Label, from_string
+from bdh_batch.http.request.sizes import AtMost, BodyText, FreeObject, FunctionLabel, Label
 from bdh_batch.http.request.strict import Read, Wire, shallow
 from bdh_batch.text.calls import Tool, from_tools
 from bdh_batch.text.sources import Source
 
-MODES = (None, "none", "auto", "required")
+MODES = {None: None, "none": "none", "auto": "auto", "required": "required", "any": "required"}  # of two APIs
 
 
 class Function(Wire):
     name: FunctionLabel
     description: BodyText | None = None
     parameters: FreeObject | None = None
-    strict: bool | None = None  # schemas are always kept to, strictly
+    strict: bool | None = None  # whether what cannot be kept to is refused, and not left out
 
     @field_validator("parameters", mode="before", json_schema_input_type=FreeObject | None)
     @classmethod
@@ -54,44 +53,12 @@ class NamedChoice(Wire):
 def _choice(value: object, named: Callable[[object], NamedChoice]) -> object:
     if isinstance(value, dict):
         return named(value)
-    if value not in MODES:
+    if not isinstance(value, str | None) or value not in MODES:
         raise PydanticCustomError("choice", "Input should be 'none', 'auto', 'required' or a function by its name")
-    return value
+    return MODES[value]
 
 
-class CalledFunction(Wire):
-    name: FunctionLabel
-    arguments: BodyText
-    parsed_arguments: AnyJson = None  # a label, as all that official clients add to an answer that they send back
-
-    @field_validator("arguments")
-    @classmethod
-    def _are_json(cls, arguments: str, info: ValidationInfo) -> str:
-        try:
-            values = from_string(arguments, info)
-        except orjson.JSONDecodeError:
-            values = None
-        if not isinstance(values, dict):
-            raise PydanticCustomError("arguments", "Input should be a JSON object, as a string")
-        shallow(values)
-        return arguments
-
-
-class ToolCall(Wire):
-    """A call that the assistant made, sent back to it."""
-
-    id: Label
-    type: Literal["function"] = "function"
-    function: CalledFunction
-    index: int | None = Field(None, ge=0)  # a label
-
-    def for_template(self) -> dict[str, Any]:
-        """As templates expect it: the arguments are an object."""
-        function = {"name": self.function.name, "arguments": orjson.loads(self.function.arguments)}
-        return {"id": self.id, "type": self.type, "function": function}
-
-
-AnyChoice = Literal["none", "auto", "required"] | NamedChoice
+AnyChoice = Literal["none", "auto", "required", "any"] | NamedChoice
 ToolChoice = Annotated[AnyChoice, Read(_choice, NamedChoice, AnyChoice)]
 
 
@@ -121,17 +88,18 @@ class Tools(Wire):
     def tool_names(self) -> list[str]:
         return [tool.function.name for tool in self.tools or ()]
 
-    def calls(self, schema: dict[str, Any] | None, other: Source | None) -> Source:
-        """The grammar of an answer that may, or has to, call tools; one that calls none may have to follow `schema`.
+    def calls(self, form: Source | None, other: Source | None) -> Source:
+        """The grammar of an answer that may, or has to, call tools; one that calls none may have to follow the schema
+        `form`.
 
         Raises:
             InvalidRequest: the choice is not among the tools, or does not go with the `other` grammar.
         """
-        if other is not None and (schema is None or self.tool_choice not in (None, "auto")):
+        if other is not None and (form is None or self.tool_choice not in (None, "auto")):
             raise InvalidRequest(f"{other.param} does not go with calls of tools.", other.param)
         tools = [
-            Tool(tool.function.name, tool.function.parameters, f"tools[{index}].function.parameters")
-            for index, tool in enumerate(self.tools or ())
+            Tool(each.name, each.parameters, f"tools[{index}].function.parameters", bool(each.strict))
+            for index, each in enumerate(tool.function for tool in self.tools or ())
         ]
         if isinstance(self.tool_choice, NamedChoice):
             named = self.tool_choice.function.name
@@ -142,4 +110,4 @@ class Tools(Wire):
             raise InvalidRequest("tool_choice goes with tools.", "tool_choice")
         # One that is named is called once.
         parallel = self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedChoice)
-        return from_tools(tools, "tools", parallel, self.tool_choice not in (None, "auto"), schema)
+        return from_tools(tools, "tools", parallel, self.tool_choice not in (None, "auto"), form)
