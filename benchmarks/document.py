@@ -47,9 +47,11 @@ def document(results: Path, home: Path) -> str:
         "Made from the results of `make bench` by `python -m benchmarks.document`; nothing here is typed by hand.",
         "A figure is the median of rounds in which all sides took turns, with the interval that holds 95 % of the",
         "medians of resampled rounds: with 3 rounds it is no more than their range, which holds the true median three",
-        "times in four. What is short was measured in several sittings, spread over the run, of which each is a round.",
-        "What drifts from one run to the next is in no interval. `python -m benchmarks.compare A B` says what got",
-        "slower between two folders, and goes by the rounds.",
+        "times in four.",
+        "",
+        "What is short was measured in several repetitions, spread over the run, of which each is a round. What drifts",
+        "from one run to the next is in no interval. `python -m benchmarks.compare A B` says what got slower between",
+        "two folders, and goes by the rounds.",
     ]
     for name, section in SECTIONS.items():
         file = results / f"{name}.json"
