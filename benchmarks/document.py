@@ -236,7 +236,7 @@ def scheduler(report: Report, link: str) -> Lines:
 
 
 def serving(report: Report, link: str) -> Lines:
-    yield "## Others beside"
+    yield "## Beside other load"
     if scene := report.get("prompt"):
         yield ""
         yield f"{scene['streams']} streams decode, and a prompt of {scene['prompt_tokens']:,} tokens arrives:"
@@ -256,7 +256,7 @@ def serving(report: Report, link: str) -> Lines:
         yield from table(head, *rows)
     if scene := report.get("keys"):
         yield ""
-        yield f"One key sends one request at a time, another one {scene['flood']} at once; and two that flood:"
+        yield f"One tenant sends one request at a time, another one {scene['flood']} at once; and two that flood:"
         yield ""
         yield f"![fairness]({link}/serving-fairness.svg)"
         yield ""
@@ -279,7 +279,7 @@ def serving(report: Report, link: str) -> Lines:
 
 
 def frontend(report: Report, link: str) -> Lines:
-    yield "## The front door"
+    yield "## The front end"
     yield ""
     yield f"{report['streams']} streams of {report['tokens']} tokens, with an engine that computes nothing:"
     yield ""

@@ -34,6 +34,7 @@ ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 OTHERS = ("examples/README.md", "models/bdh-shakespeare/README.md", "bdh_batch/kernels/README.md")
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted(DOCS.glob("*.md")), *(ROOT / name for name in OTHERS)]
+FEW = 40  # tokens of each completion here, whatever an example asks for
 MOST_WORDS, MOST_LINES = 600, 120  # of the README, of the changelog
 OPTION = re.compile(rf"(({'|'.join(settings.Settings.model_fields)})\.[a-z_]+)(=.*|: .*)?")
 FILES = (".json", ".pt", ".py", ".safetensors")  # names of files look like options
@@ -141,6 +142,14 @@ def test_every_example_in_python_is_python(page: Path) -> None:
         ast.parse(block)
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md", "docs/structured-output.md"])
+def test_the_examples_in_python_run(page: str, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+    for block in code(ROOT / page, "python"):
+        source = re.sub(r"max_tokens=\d+", f"max_tokens={FEW}", block.replace("http://127.0.0.1:8000", server.url))
+        exec(compile(source, page, "exec", dont_inherit=True), {"__name__": "example"})
+        assert capsys.readouterr().out.strip()
+
+
 @every_page
 def test_every_request_by_curl_is_answered(page: Path, server: Server) -> None:
     for block in code(page, "sh"):
@@ -148,8 +157,8 @@ def test_every_request_by_curl_is_answered(page: Path, server: Server) -> None:
             words = shlex.split(line, comments=True)
             if words[:1] == ["curl"]:
                 (url,) = [word for word in words if word.startswith("http://")]
-                path, body = url.removeprefix("http://127.0.0.1:8000"), words[words.index("-d") + 1]
-                response = httpx.post(server.url + path, json=json.loads(body), timeout=60)
+                path, body = url.removeprefix("http://127.0.0.1:8000"), json.loads(words[words.index("-d") + 1])
+                response = httpx.post(server.url + path, json=body | {"max_tokens": FEW}, timeout=None)
                 assert response.status_code == 200, response.text
 
 
