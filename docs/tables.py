@@ -48,6 +48,7 @@ OPENAI: dict[str, set[str]] = {
     "EmbeddingBody": set(embedding_create_params.EmbeddingCreateParams.__annotations__),
 }
 OURS = {"chunk_tokens"}
+ENDPOINTS = {"CompletionBody": "completions", "ChatBody": "chat completions"}
 
 SERVED, DRAWN = Defaults(), SamplingParams()
 DEFAULTS: dict[str, str] = {
@@ -109,26 +110,28 @@ def options(section: str) -> Rows:
 
 
 def parameters(body: str) -> Rows:
-    """Every parameter of a request's body."""
+    """Every parameter of a request's body that the server has."""
     schema = BODIES[body].model_json_schema()
-    required = schema.get("required", ())
+    required, known_names = schema.get("required", ()), BODIES[body].names
     yield "parameter", "type", "range", "default", "same as", "meaning"
-    for name, known in sorted(schema["properties"].items(), key=lambda item: (item[0] not in required, item[0])):
+    for name in sorted(known_names, key=lambda name: (name not in required, name)):
+        known = schema["properties"][name]
         default = "required" if name in required else _absent(body, name, _kind(known, schema))
         meaning = known.get("description") or help_of(body, name)
         yield f"`{name}`", _kind(known, schema), _range(known, schema), default, _origin(body, name), meaning
 
 
 def refused(*bodies: str) -> Rows:
-    """Parameters of the API that the server does not have, with the values that ask for nothing."""
-    found: dict[str, list[str]] = {}
+    """Parameters of the API that a body does not have, with the values that ask for nothing."""
+    found: dict[str, tuple[list[str], list[str]]] = {}
     for body in bodies:
         for name, neutral in BODIES[body].unsupported.items():
-            found.setdefault(name, [])
-            found[name] += [text for value in neutral if (text := f"`{json.dumps(value)}`") not in found[name]]
-    yield "parameter", "accepted only as"
-    for name, values in sorted(found.items()):
-        yield f"`{name}`", ", ".join(["`null`", *values])
+            of, values = found.setdefault(name, ([], []))
+            of.append(ENDPOINTS[body])
+            values += [text for value in neutral if (text := f"`{json.dumps(value)}`") not in values]
+    yield "parameter", "of", "accepted only as"
+    for name, (of, values) in sorted(found.items()):
+        yield f"`{name}`", " and ".join(of), ", ".join(["`null`", *values])
 
 
 def endpoints() -> Rows:
@@ -160,6 +163,8 @@ KINDS: dict[str, Callable[..., Rows]] = {
 def _origin(body: str, name: str) -> str:
     if name in OPENAI.get(body, ()):
         return "OpenAI"
+    if body == "CompletionBody" and name in OPENAI["ChatBody"]:
+        return "OpenAI's chat"
     return "ours" if name in OURS else "vLLM"
 
 
@@ -194,12 +199,10 @@ def _escaped(text: str) -> str:
 def _kinds(schema: Schema, root: Schema) -> Iterator[Schema]:
     """What a value may be, without null."""
     schema = _resolved(schema, root)
-    for key in ("anyOf", "oneOf", "allOf"):
-        if key in schema:
-            for kind in schema[key]:
-                yield from _kinds(kind, root)
-            return
-    if schema.get("type") != "null":
+    if "type" not in schema and "anyOf" in schema:
+        for kind in schema["anyOf"]:
+            yield from _kinds(kind, root)
+    elif schema.get("type") != "null":
         yield schema
 
 
