@@ -20,7 +20,8 @@ exclude_patterns = [".*", "build", "bdh_batch.egg-info", "**/__pycache__", "**/n
 html_extra_path = ["site"]  # index.html, which leads to the first page
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-nitpicky = False  # types of the standard library and of openai have no pages here
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!bdh_batch\.).*")]  # the standard library and openai have no pages here
 html_theme = "furo"
 html_title = f"bdh_batch {__version__}"
 html_copy_source = False
