@@ -7,13 +7,14 @@ ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+DOCS_INSTALLED := $(VENV)/.docs-installed
 
 # glibc gives freed buffers of this size back to the kernel and faults them in anew, page by page, at every operation.
 # Keeping them makes training on a CPU markedly faster.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=500000000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test fuzz load format train bench gpu-check clean
+.PHONY: help venv serve test docs fuzz load format train bench gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +35,15 @@ test: $(INSTALLED)  ## the gate: format, lint, types, tests; ARGS="-k name" for 
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/pytest $(ARGS)
+
+$(DOCS_INSTALLED): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+# Strict: a broken link or reference fails. What has not changed is not made again.
+docs: $(DOCS_INSTALLED)  ## the documentation as a site, in build/docs
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs -d build/doctrees . build/docs
+	@echo 'build/docs/index.html'
 
 fuzz: $(INSTALLED)  ## 20,000 requests made from /openapi.json, right and wrong ones; CASES=n SEED=n for others
 	FUZZ_CASES=$(or $(CASES),20000) FUZZ_SEED=$(or $(SEED),0) $(BIN)/pytest tests/http/test_openapi.py -k breaks $(ARGS)

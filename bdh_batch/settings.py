@@ -156,7 +156,7 @@ class Server(Section):
         "(DNS rebinding).",
     )
     workers: Annotated[PositiveInt, AfterValidator(_one_worker)] = Field(
-        1, description="Processes; 1 is what there is."
+        1, description="Processes; only 1 is supported."
     )
     drain_seconds: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="How long running streams may go on after SIGTERM."
@@ -187,7 +187,7 @@ class Model(Section):
     name: str | None = Field(None, description="Name in the API; null is the name of the folder or file.")
     aliases: Strings = Field([], description="Other names that requests may use.")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto takes CUDA where there is a GPU.")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="Of the weights.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="The dtype of the weights.")
     attention_window: NonNegativeInt | None = Field(
         None,
         description=(
@@ -195,9 +195,12 @@ class Model(Section):
             "or else its trained_context."
         ),
     )
-    layers: PositiveInt | None = Field(None, description="Layers of a .pt file that does not tell; null is 6.")
+    layers: PositiveInt | None = Field(
+        None, description="Layers of a .pt file that does not say how many it has; null is 6."
+    )
     max_model_len: PositiveInt | None = Field(
-        131072, description="Most tokens of a prompt and its answer together; null is no limit (the state never grows)."
+        131072,
+        description="Most tokens of a prompt and its completion together; null is no limit (the state never grows).",
     )
 
 
@@ -206,7 +209,8 @@ class Engine(Section):
         "auto", description="Which implementation computes a step."
     )
     state_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Of the states; bfloat16 takes half the memory, and half the traffic of decoding."
+        "float32",
+        description="The dtype of the states; bfloat16 takes half the memory, and half the traffic of decoding.",
     )
     state_memory: Bytes | None = Field(
         None,
@@ -278,7 +282,9 @@ class Scheduler(Section):
 
 
 class PrefixCache(Section):
-    enabled: bool = Field(True, description="Whether the states of prompts and answers stay for later requests.")
+    enabled: bool = Field(
+        True, description="Whether the states of prompts and completions are cached for later requests."
+    )
     shared: bool = Field(False, description="Whether API keys share them; timing then tells what others have asked.")
     entries: PositiveInt = Field(
         256,
@@ -287,16 +293,16 @@ class PrefixCache(Section):
     )
     host_memory: Bytes | None = Field(
         None,
-        description="Host memory for states, kept or suspended; null is 1 GiB, or a quarter of what is free, beside a "
-        "GPU, and none without one, where it would be copied from memory to memory.",
+        description="Host memory for states, cached or preempted by swap; null is 1 GiB, or a quarter of what is free, "
+        "beside a GPU, and none without one, where it would be copied from memory to memory.",
     )
-    min_tokens: PositiveInt = Field(32, description="Tokens that a beginning must have to be kept or shared.")
+    min_tokens: PositiveInt = Field(32, description="Fewest tokens of a prefix that is cached or shared.")
 
 
 class Generation(Section):
     """What a request that does not say gets; null is what the folder's generation_config.json says, if it does."""
 
-    max_tokens: PositiveInt | None = Field(None, description="Most tokens of an answer; else 256.")
+    max_tokens: PositiveInt | None = Field(None, description="Most tokens of a completion; else 256.")
     temperature: float | None = Field(None, ge=0, le=2, description="0 always takes the likeliest token; else 1.")
     top_p: float | None = Field(None, gt=0, le=1, description="Only the likeliest tokens that together reach this.")
     top_k: int | None = Field(None, ge=-1, description="Only this many of the likeliest tokens; 0 and -1 are off.")
@@ -311,14 +317,14 @@ class Chat(Section):
 
 class Auth(Section):
     enabled: bool = Field(
-        False, description="Whether all but probes, metrics and docs asks for a key: Authorization: Bearer KEY."
+        False, description="Whether every path but probes, metrics and docs asks for a key: Authorization: Bearer KEY."
     )
-    api_keys: Secrets = Field([], description="The keys.")
+    api_keys: Secrets = Field([], description="The keys, in plain.")
     api_keys_file: Path | None = Field(
-        None, description="A file with more of them, as `bdh-batch keys` makes it, or one a line; changes are seen."
+        None, description="A file with more keys, as `bdh-batch keys` makes it, or one a line; changes are seen."
     )
-    protect_metrics: bool = Field(False, description="Whether /metrics asks for one, too.")
-    protect_docs: bool = Field(False, description="Whether /docs and /openapi.json do.")
+    protect_metrics: bool = Field(False, description="Whether /metrics asks for a key, too.")
+    protect_docs: bool = Field(False, description="Whether /docs and /openapi.json ask for a key, too.")
 
 
 class RateLimiting(Section):
@@ -327,23 +333,31 @@ class RateLimiting(Section):
     )
     requests_per_minute: PositiveInt = Field(600, description="Requests in any minute; more are refused with 429.")
     tokens_per_minute: PositiveInt | None = Field(
-        None, description="Tokens a minute, of prompts and of the most their answers may have; null is no limit."
+        None,
+        description="Tokens in any minute, of prompts and of their completions at most; null is no limit.",
     )
     storage: Storage = Field(
-        "memory", description="Where is counted: memory, or the redis:// or rediss:// URL of one that servers share."
+        "memory",
+        description="What counts them: memory, or the redis:// or rediss:// URL of a Redis that servers share.",
     )
 
 
 class Limits(Section):
     max_body_bytes: Bytes = Field(4 * 2**20, description="Largest request body; more is refused with 413.")
     max_header_bytes: Bytes = Field(32 * 1024, description="Largest head of a request; more is refused with 431.")
-    header_seconds: PositiveFloat = Field(20.0, description="In which a request's headers have to come.")
-    body_seconds: PositiveFloat = Field(60.0, description="In which its body has to; slower ones are refused with 408.")
+    header_seconds: PositiveFloat = Field(
+        20.0, description="Seconds in which a request's headers have to come; slower ones are refused with 408."
+    )
+    body_seconds: PositiveFloat = Field(
+        60.0, description="Seconds in which a request's body has to come; slower ones are refused with 408."
+    )
     write_seconds: PositiveFloat = Field(
-        60.0, description="In which a client has to take some of what waits for it; then its connection is cut."
+        60.0,
+        description="Seconds in which a client has to take some of what waits for it; else its connection is closed.",
     )
     keep_alive_seconds: PositiveFloat = Field(
-        75.0, description="That an idle connection is kept; longer than clients do, so that they are who close it."
+        75.0,
+        description="Seconds that an idle connection is kept; longer than clients do, so that they close it.",
     )
     max_values: PositiveInt = Field(
         2**19,
@@ -373,10 +387,10 @@ class Limits(Section):
     )
     max_buffered_bytes: Bytes = Field(
         256 * 2**20,
-        description="Most bytes of requests that are held, from their arrival to their answer, in all; beyond, the "
+        description="Most bytes of all requests that are held, from their arrival to their response; beyond, the "
         "largest that have not come whole are refused with 503.",
     )
-    max_n: PositiveInt = Field(16, description="Most answers to one prompt (n).")
+    max_n: PositiveInt = Field(16, description="Most choices for one prompt (n, best_of).")
     max_prompts: PositiveInt = Field(128, description="Most prompts in one request.")
     max_inputs: PositiveInt = Field(2048, description="Most inputs in one request for embeddings.")
     max_prompt_tokens: PositiveInt | None = Field(
@@ -401,25 +415,25 @@ class Sandbox(Section):
     """Chat templates, and grammars before they are compiled, run in processes with bounds."""
 
     processes: PositiveInt = Field(
-        2, description="Jobs at a time, of templates and of grammars each; a client has at most one less, but for 1."
+        2, description="Jobs at a time, of templates and of grammars each; a tenant has at most one less, but for 1."
     )
     max_queued: PositiveInt = Field(2048, description="Most jobs that wait; one more is refused with 429.")
     max_queued_bytes: Bytes = Field(64 * 2**20, description="Most bytes of waiting jobs; more is refused with 429.")
     queue_seconds: PositiveFloat = Field(
-        10.0, allow_inf_nan=False, description="That a job may wait; then it is refused with 429."
+        10.0, allow_inf_nan=False, description="Seconds that a job may wait; then it is refused with 429."
     )
     template_seconds: PositiveFloat = Field(
-        5.0, allow_inf_nan=False, description="Processor time that a template may take for a conversation."
+        5.0, allow_inf_nan=False, description="Seconds of processor time that a template may take for a conversation."
     )
-    template_memory: Bytes = Field(512 * 2**20, description="Memory that it may take for one.")
+    template_memory: Bytes = Field(512 * 2**20, description="Memory that a template may take for a conversation.")
 
 
 class StructuredOutput(Section):
     compile_seconds: PositiveFloat = Field(
-        2.0, allow_inf_nan=False, description="Processor time that a schema or grammar may take to compile."
+        2.0, allow_inf_nan=False, description="Seconds of processor time that a schema or grammar may take to compile."
     )
-    grammar_memory: Bytes = Field(64 * 2**20, description="Memory that one may take.")
-    cache_memory: Bytes = Field(256 * 2**20, description="Memory for those that are kept compiled.")
+    grammar_memory: Bytes = Field(64 * 2**20, description="Memory that a schema or grammar may take to compile.")
+    cache_memory: Bytes = Field(256 * 2**20, description="Memory for schemas and grammars that are kept compiled.")
 
 
 class Api(Section):
@@ -428,9 +442,11 @@ class Api(Section):
 
 class Health(Section):
     stall_seconds: PositiveFloat = Field(
-        60.0, allow_inf_nan=False, description="Work without a step for so long turns /health to 503."
+        60.0, allow_inf_nan=False, description="Seconds of work without a step after which /health turns to 503."
     )
-    failed_steps: PositiveInt = Field(3, description="So many failed steps on end do, too, until one succeeds.")
+    failed_steps: PositiveInt = Field(
+        3, description="Failed steps in a row after which /health turns to 503, until one succeeds."
+    )
 
 
 class Telemetry(Section):

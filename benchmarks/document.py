@@ -47,9 +47,11 @@ def document(results: Path, home: Path) -> str:
         "Made from the results of `make bench` by `python -m benchmarks.document`; nothing here is typed by hand.",
         "A figure is the median of rounds in which all sides took turns, with the interval that holds 95 % of the",
         "medians of resampled rounds: with 3 rounds it is no more than their range, which holds the true median three",
-        "times in four. What is short was measured in several sittings, spread over the run, of which each is a round.",
-        "What drifts from one run to the next is in no interval. `python -m benchmarks.compare A B` says what got",
-        "slower between two folders, and goes by the rounds.",
+        "times in four.",
+        "",
+        "What is short was measured in several repetitions, spread over the run, of which each is a round. What drifts",
+        "from one run to the next is in no interval. `python -m benchmarks.compare A B` says what got slower between",
+        "two folders, and goes by the rounds.",
     ]
     for name, section in SECTIONS.items():
         file = results / f"{name}.json"
@@ -234,7 +236,7 @@ def scheduler(report: Report, link: str) -> Lines:
 
 
 def serving(report: Report, link: str) -> Lines:
-    yield "## Others beside"
+    yield "## Beside other load"
     if scene := report.get("prompt"):
         yield ""
         yield f"{scene['streams']} streams decode, and a prompt of {scene['prompt_tokens']:,} tokens arrives:"
@@ -254,7 +256,7 @@ def serving(report: Report, link: str) -> Lines:
         yield from table(head, *rows)
     if scene := report.get("keys"):
         yield ""
-        yield f"One key sends one request at a time, another one {scene['flood']} at once; and two that flood:"
+        yield f"One tenant sends one request at a time, another one {scene['flood']} at once; and two that flood:"
         yield ""
         yield f"![fairness]({link}/serving-fairness.svg)"
         yield ""
@@ -277,7 +279,7 @@ def serving(report: Report, link: str) -> Lines:
 
 
 def frontend(report: Report, link: str) -> Lines:
-    yield "## The front door"
+    yield "## The front end"
     yield ""
     yield f"{report['streams']} streams of {report['tokens']} tokens, with an engine that computes nothing:"
     yield ""

@@ -62,6 +62,23 @@ def bars(
     _save(figure, file)
 
 
+def panels(file: Path, x: str, data: Mapping[str, Mapping[str, float]]) -> None:
+    """Bars in a panel for each title, one above the other, over one x axis; the first bar of each stands out."""
+    figure = Figure(figsize=(7, 0.9 * len(data) + 0.36 * sum(map(len, data.values()))), layout="constrained")
+    heights = [len(bars) + 1 for bars in data.values()]
+    rows = figure.subplots(len(data), sharex=True, squeeze=False, gridspec_kw={"height_ratios": heights})[:, 0]
+    for axes, (title, bars) in zip(rows, data.items()):
+        colors = ["tab:blue", *["lightgray"] * (len(bars) - 1)]
+        drawn = axes.barh(list(bars), list(bars.values()), color=colors)
+        axes.bar_label(drawn, [f"{value:,.0f}" for value in bars.values()], padding=4)
+        axes.set_title(title, loc="left", fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.invert_yaxis()
+    rows[-1].set_xlabel(x)
+    rows[-1].set_xlim(0, 1.15 * max(value for bars in data.values() for value in bars.values()))
+    _save(figure, file)
+
+
 def _save(figure: Figure, file: Path) -> None:
     """The same figures give the same file."""
     file.parent.mkdir(parents=True, exist_ok=True)

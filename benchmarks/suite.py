@@ -7,9 +7,9 @@
 What is short sits again and again, between the scenes of what is long: a machine is faster in some minutes than in
 others, and its figures tell that by their intervals (`pool.py`). A scene is measured once, in rounds that take minutes.
 
-Leaves the results and plots in benchmarks/results/<machine>/, and docs/performance.md. Let the machine do nothing else
-meanwhile. `suite.json` has the commit of each part, and how long it took. What sat before a failure stays in a folder
-of its own, which is named.
+Leaves the results and plots in benchmarks/results/<machine>/, docs/performance.md and the README's picture. Let the
+machine do nothing else meanwhile. `suite.json` has the commit of each part, and how long it took. What sat before a
+failure stays in a folder of its own, which is named.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import document, engine, kernels, server, serving
+from benchmarks import document, engine, kernels, picture, server, serving
 from benchmarks.client import load_json
 from benchmarks.common import machine_slug, report_head, write_json
 from benchmarks.pool import pooled
@@ -119,6 +119,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     quick = any(part["quick"] for part in parts.values())
     write_json(chosen.results / "suite.json", {**head, "quick": quick, "parts": parts})
     document.main(["--results", str(chosen.results), "--out", str(chosen.page)])
+    if (chosen.results / picture.SERVER).is_file():
+        picture.main(["--results", str(chosen.results), "--out", str(chosen.page.with_name("throughput.svg"))])
     print(f"{chosen.page} and {chosen.results} have it all.")
 
 

@@ -205,6 +205,7 @@ def test_the_package_comes_from_the_wheel(image: Image, tmp_path: Path) -> None:
     output = subprocess.check_output(["python", "-c", code], cwd=tmp_path, env=image.environment, text=True)
     for path in output.splitlines():
         assert Path(path).is_relative_to(image.root / "opt" / "bdh-batch")
+    assert Path(output.splitlines()[0]).with_name("py.typed").is_file()
 
 
 def test_an_unknown_variant_is_refused(image: Image) -> None:

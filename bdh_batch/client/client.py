@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import closing
@@ -23,11 +24,19 @@ Streams: Any = Stream  # of a kind that is known when it runs only
 AsyncStreams: Any = AsyncStream
 
 
+def _describe(method: Any, build: Callable[..., Any]) -> None:
+    """Gives `method` the docstring of `build`, and its parameters after `self`, for who looks at it."""
+    update_wrapper(method, build)
+    signature = inspect.signature(build)
+    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    method.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])
+
+
 def _now(build: Callable[Arguments, Call[Answer]]) -> Callable[Concatenate[BDHClient, Arguments], Answer]:
     def method(self: BDHClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
         return self.send(build(*args, **kwargs))
 
-    update_wrapper(method, build)
+    _describe(method, build)
     return method
 
 
@@ -37,7 +46,7 @@ def _awaited(
     def method(self: AsyncBDHClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Awaitable[Answer]:
         return self.send(build(*args, **kwargs))
 
-    update_wrapper(method, build)
+    _describe(method, build)
     return method
 
 
@@ -47,7 +56,7 @@ def _streamed(
     def method(self: BDHClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Iterator[Answer]:
         return self.stream(build(*args, **kwargs))
 
-    update_wrapper(method, build)
+    _describe(method, build)
     return method
 
 
@@ -57,7 +66,7 @@ def _streamed_later(
     def method(self: AsyncBDHClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> AsyncIterator[Answer]:
         return self.stream(build(*args, **kwargs))
 
-    update_wrapper(method, build)
+    _describe(method, build)
     return method
 
 

@@ -1,6 +1,6 @@
 """What a request may wish, typed: OpenAI's parameters that the server honours, vLLM's, and its own.
 
-None of them need be there; what they mean and their ranges are in the README and in the server's errors.
+None of them need be there; what they mean and their ranges are in `docs/api.md` and in the server's errors.
 """
 
 from __future__ import annotations
