@@ -12,11 +12,12 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from bdh_batch.errors import BDHError, QueueFull, TooLate
-from bdh_batch.http.auth.access import Access, open_paths
+from bdh_batch.http.auth.access import Access
 from bdh_batch.http.auth.hosts import ANY, AllowedHosts
 from bdh_batch.http.auth.keys import KeyRing
 from bdh_batch.http.auth.quota import Quota
 from bdh_batch.http.auth.rates import Rates
+from bdh_batch.http.endpoints import open_paths
 from bdh_batch.http.errors import handle_error, handle_fault, handle_http_exception
 from bdh_batch.http.gate import Gate
 from bdh_batch.http.middleware import BodyLimit, Origins, RequestContext

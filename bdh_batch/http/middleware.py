@@ -17,8 +17,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from bdh_batch.http.auth.access import DOCS, METRICS, PROBES
 from bdh_batch.http.auth.rates import HEADERS
+from bdh_batch.http.endpoints import ENDPOINTS
 from bdh_batch.http.errors import BodyTimeout, BodyTooLarge, OriginRefused, error_response, internal_error
 from bdh_batch.http.request.content import check_type, decoded
 from bdh_batch.http.transport.budgets import Occasionally
@@ -32,7 +32,9 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 TRACE_HEADERS = ("traceparent", "tracestate")
-WITHOUT_SPANS = PROBES | METRICS | DOCS  # asked for again and again, and never of the model
+WITHOUT_SPANS = frozenset(
+    each.path for each in ENDPOINTS if each.open is not None
+)  # asked for again and again, and never of the model
 
 
 class RequestContext:

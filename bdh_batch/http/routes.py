@@ -1,4 +1,4 @@
-"""The endpoints: each parses, asks the gate for the model, and answers."""
+"""What answers at each endpoint (`endpoints.py`): it parses, asks the gate for the model, and responds."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from bdh_batch.errors import InvalidRequest, Unavailable
 from bdh_batch.http.auth.quota import Quota
 from bdh_batch.http.docs.openapi import openapi
 from bdh_batch.http.docs.page import POLICY, page
+from bdh_batch.http.endpoints import ENDPOINTS
 from bdh_batch.http.errors import error_response
 from bdh_batch.http.gate import Gate, ServedModel
 from bdh_batch.http.presence import unless_left
@@ -55,25 +56,12 @@ class Routes:
         self._openapi, self._docs = orjson.dumps(document), page(document)
 
     def table(self) -> list[Route]:
+        methods: dict[tuple[str, str], list[str]] = {}
+        for each in ENDPOINTS:
+            methods.setdefault((each.path, each.handler), []).append(each.method.upper())
         return [
-            Route("/v1/completions", self.completions, methods=["POST"]),
-            Route("/v1/chat/completions", self.chat_completions, methods=["POST"]),
-            Route("/v1/embeddings", self.embeddings, methods=["POST"]),
-            *(Route(f"{root}/tokenize", self.tokenize, methods=["POST"]) for root in ("", "/v1")),
-            *(Route(f"{root}/detokenize", self.detokenize, methods=["POST"]) for root in ("", "/v1")),
-            Route("/tokenizer_info", self.tokenizer_info),
-            Route("/v1/models", self.models),
-            Route("/v1/models/{id:path}", self.model),
-            *(Route(path, self.health) for path in ("/health", "/healthz", "/livez")),
-            *(Route(path, self.ready) for path in ("/readyz", "/ready")),
-            Route("/ping", self.ping, methods=["GET", "POST"]),
-            Route("/version", self.version),
-            Route("/load", self.load),
-            Route("/server_info", self.server_info),
-            Route("/metrics", self.metrics),
-            Route("/openapi.json", self.openapi),
-            Route("/docs", self.docs),
-            Route("/", self.root),
+            Route(path.replace("{id}", "{id:path}"), getattr(self, handler), methods=some)
+            for (path, handler), some in methods.items()
         ]
 
     async def completions(self, request: Request) -> Response:

@@ -10,16 +10,6 @@ from bdh_batch.http.auth.caller import Caller, bearer, by_address, by_key
 from bdh_batch.http.auth.keys import KeyRing
 from bdh_batch.http.auth.rates import Rates
 from bdh_batch.http.errors import Unauthorized, error_response
-from bdh_batch.settings import Auth
-
-PROBES = frozenset(("/", "/health", "/healthz", "/livez", "/readyz", "/ready", "/ping", "/version", "/load"))
-METRICS = frozenset(("/metrics",))
-DOCS = frozenset(("/docs", "/openapi.json"))
-
-
-def open_paths(auth: Auth) -> frozenset[str]:
-    """What anyone may ask for as often as they like; every other path is behind the door."""
-    return PROBES | (frozenset() if auth.protect_metrics else METRICS) | (frozenset() if auth.protect_docs else DOCS)
 
 
 class Access:

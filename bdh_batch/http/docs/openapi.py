@@ -12,11 +12,10 @@ from pydantic import BaseModel
 from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
 from bdh_batch import __version__
-from bdh_batch.http.auth.access import open_paths
 from bdh_batch.http.auth.rates import HEADERS as RATE_HEADERS
 from bdh_batch.http.docs.field_help import help_of
-from bdh_batch.http.docs.operations import TAGS, Operation, operations
 from bdh_batch.http.docs.response_types import Error
+from bdh_batch.http.endpoints import ENDPOINTS, TAGS, Endpoint, open_paths
 from bdh_batch.http.request.sizes import show_limits
 from bdh_batch.http.request.strict import Wire
 from bdh_batch.settings import Limits, Settings
@@ -54,7 +53,7 @@ class _Untitled(GenerateJsonSchema):
 
 def openapi(settings: Settings) -> Json:
     """The document of a server with these settings, in OpenAPI 3.1."""
-    known = operations()
+    known = [each for each in ENDPOINTS if each.documented]
     return {
         "openapi": "3.1.0",
         "info": {
@@ -112,7 +111,7 @@ PARAMETERS: Json = {
 }
 
 
-def _paths(known: Iterable[Operation], settings: Settings) -> Json:
+def _paths(known: Iterable[Endpoint], settings: Settings) -> Json:
     open_to_all = open_paths(settings.auth)
     paths: Json = {}
     for operation in known:
@@ -121,7 +120,7 @@ def _paths(known: Iterable[Operation], settings: Settings) -> Json:
     return paths
 
 
-def _operation(operation: Operation, closed: bool, keys: bool) -> Json:
+def _operation(operation: Endpoint, closed: bool, keys: bool) -> Json:
     """`closed` to who has no key, where there are `keys`."""
     wanted = ["model"] if "{id}" in operation.path else []
     wanted += ["x-request-id", "x-request-timeout"] if operation.generates else ["x-request-id"]
@@ -146,7 +145,7 @@ def _operation(operation: Operation, closed: bool, keys: bool) -> Json:
     return told
 
 
-def _answer(operation: Operation) -> Json:
+def _answer(operation: Endpoint) -> Json:
     answer: Json = {"description": "It went well.", "headers": _headers()}
     if isinstance(operation.answer, str):
         answer["content"] = {operation.answer: {"schema": {"type": "string"}}}
@@ -157,7 +156,7 @@ def _answer(operation: Operation) -> Json:
     return answer
 
 
-def _events(operation: Operation) -> Json:
+def _events(operation: Endpoint) -> Json:
     """What `stream` makes of it. OpenAPI 3.1 does not say what a schema of events is of; most tools take it for one."""
     if operation.event is None:
         return {}
@@ -173,7 +172,7 @@ def _events(operation: Operation) -> Json:
     return {"text/event-stream": {"schema": schema}}
 
 
-def _refusals(operation: Operation, closed: bool) -> Json:
+def _refusals(operation: Endpoint, closed: bool) -> Json:
     statuses = {
         *ANYWHERE,
         *operation.errors,
@@ -201,7 +200,7 @@ def _ref(model: type[BaseModel]) -> Json:
     return {"$ref": f"#/components/schemas/{model.__name__}"}
 
 
-def _schemas(known: Iterable[Operation], settings: Settings) -> Json:
+def _schemas(known: Iterable[Endpoint], settings: Settings) -> Json:
     types: set[type[BaseModel]] = {Error}
     for operation in known:
         types.update(kind for kind in (operation.answer, operation.event, *operation.bodies) if isinstance(kind, type))

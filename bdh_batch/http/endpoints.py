@@ -1,17 +1,19 @@
-"""The endpoints as the OpenAPI document tells of them: what each takes and gives, with examples of the bundled model.
+"""The table of endpoints, from which routing, access and the OpenAPI document are made.
 
-A test holds this table to the routes, and the examples to a server.
+The examples are of the bundled model; a test holds them to a server.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from pydantic import BaseModel
 
 from bdh_batch import __version__
+from bdh_batch.http.docs.examples import CARD, CHAT, COMPLETION, EMBEDDINGS, ENTER, NAME, QUESTION, READY, TOKENS
 from bdh_batch.http.docs.response_types import (
     ChatCompletion,
     ChatCompletionChunk,
@@ -31,6 +33,7 @@ from bdh_batch.http.docs.response_types import (
 )
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody
 from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, EmbeddingChat, TokenizeChat, TokenizeText
+from bdh_batch.settings import Auth
 
 MODEL = (403, 404, 503)  # of all that asks for the model
 WORK = (429, 504)  # of all that the engine works on
@@ -42,10 +45,21 @@ TAGS = {
 }
 
 
+class Open(Enum):
+    """What anyone may ask for as often as they like."""
+
+    ALWAYS = "probes and the like"
+    METRICS = "unless auth.protect_metrics is set"
+    DOCS = "unless auth.protect_docs is set"
+
+
 @dataclass(frozen=True)
-class Operation:
+class Endpoint:
     """
     Args:
+        handler: the method of `Routes` that answers.
+        open: whether it is; None is for callers only.
+        documented: whether it is in the OpenAPI document.
         bodies: of which the request has one; none takes no body.
         answer: of status 200; a text is a media type, None an empty body.
         event: the chunk of a stream, where there can be one.
@@ -55,6 +69,7 @@ class Operation:
     """
 
     id: str
+    handler: str
     tag: str
     path: str
     summary: str
@@ -66,104 +81,23 @@ class Operation:
     errors: Sequence[int] = ()
     requests: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     replies: Mapping[str, Any] = field(default_factory=dict)
+    open: Open | None = None
+    documented: bool = True
 
     @property
     def generates(self) -> bool:
         return 504 in self.errors
 
 
-def operations() -> list[Operation]:
-    return [*_generation(), *_tokens(), *_models(), *_operation()]
-
-
-NAME = "bdh-shakespeare"
-FINGERPRINT = f"{NAME}-bdh_batch-{__version__}"
-CARD: dict[str, Any] = {
-    "id": NAME,
-    "object": "model",
-    "created": 1762000000,
-    "owned_by": "bdh_batch",
-    "root": NAME,
-    "max_model_len": 131072,
-}
-QUESTION = {"role": "user", "content": "Who is there?"}
-ENTER = {
-    "type": "function",
-    "function": {
-        "name": "enter",
-        "parameters": {
-            "type": "object",
-            "properties": {"who": {"enum": ["Romeo", "Juliet"]}},
-            "required": ["who"],
-            "additionalProperties": False,
-        },
-    },
-}
-TOKENS: dict[str, Any] = {"count": 6, "max_model_len": 131072, "tokens": [82, 79, 77, 69, 79, 58]}
 HEALTH = (("", "/health"), ("2", "/healthz"), ("3", "/livez"))
-READY = {"ready": {"status": "ready"}}
-CREATED = 1795258833
-COMPLETION = {
-    "id": "cmpl-5e98699d240a456f81799003ee556f84",
-    "object": "text_completion",
-    "created": CREATED,
-    "model": NAME,
-    "system_fingerprint": FINGERPRINT,
-    "choices": [
-        {
-            "index": 0,
-            "text": "I think the state of the",
-            "logprobs": None,
-            "finish_reason": "length",
-            "prompt_logprobs": None,
-            "prompt_token_ids": None,
-            "token_ids": None,
-        }
-    ],
-    "usage": {
-        "prompt_tokens": 7,
-        "completion_tokens": 24,
-        "total_tokens": 31,
-        "prompt_tokens_details": {"cached_tokens": 0},
-    },
-}
-CHAT = {
-    "id": "chatcmpl-035e67a47bbc407eb348d3a77f2e978a",
-    "object": "chat.completion",
-    "created": CREATED,
-    "model": NAME,
-    "system_fingerprint": FINGERPRINT,
-    "choices": [
-        {
-            "index": 0,
-            "message": {"role": "assistant", "content": " the world of the countr", "refusal": None},
-            "logprobs": None,
-            "finish_reason": "length",
-            "token_ids": None,
-        }
-    ],
-    "usage": {
-        "prompt_tokens": 30,
-        "completion_tokens": 24,
-        "total_tokens": 54,
-        "prompt_tokens_details": {"cached_tokens": 0},
-    },
-    "prompt_logprobs": None,
-    "prompt_token_ids": None,
-}
-EMBEDDINGS = {
-    "object": "list",
-    "data": [{"object": "embedding", "index": 0, "embedding": [0.76557013, -0.00099519, 0.64335168]}],
-    "model": NAME,
-    "usage": {"prompt_tokens": 15, "total_tokens": 15},
-}
 
 
-def _generation() -> list[Operation]:
+def _generation() -> list[Endpoint]:
     stream = "With `stream`, the answer is server-sent events; the last is `data: [DONE]`, or an error."
     return [
-        Operation(
+        Endpoint(
             "createCompletion",
+            "completions",
             "Generation",
             "/v1/completions",
             "Continue a text",
@@ -187,8 +121,9 @@ def _generation() -> list[Operation]:
             },
             replies={"text": COMPLETION},
         ),
-        Operation(
+        Endpoint(
             "createChatCompletion",
+            "chat_completions",
             "Generation",
             "/v1/chat/completions",
             "Answer a conversation",
@@ -205,8 +140,9 @@ def _generation() -> list[Operation]:
             },
             replies={"conversation": CHAT},
         ),
-        Operation(
+        Endpoint(
             "createEmbedding",
+            "embeddings",
             "Generation",
             "/v1/embeddings",
             "Texts to vectors",
@@ -225,12 +161,13 @@ def _generation() -> list[Operation]:
     ]
 
 
-def _tokens() -> list[Operation]:
+def _tokens() -> list[Endpoint]:
     found = []
     for root, suffix in (("", ""), ("/v1", "V1")):
         found += [
-            Operation(
+            Endpoint(
                 f"tokenize{suffix}",
+                "tokenize",
                 "Tokens",
                 f"{root}/tokenize",
                 "Text, or a conversation, to tokens",
@@ -244,8 +181,9 @@ def _tokens() -> list[Operation]:
                 },
                 replies={"text": TOKENS | {"token_strs": ["R", "O", "M", "E", "O", ":"]}},
             ),
-            Operation(
+            Endpoint(
                 f"detokenize{suffix}",
+                "detokenize",
                 "Tokens",
                 f"{root}/detokenize",
                 "Tokens to text",
@@ -268,8 +206,9 @@ def _tokens() -> list[Operation]:
     }
     return [
         *found,
-        Operation(
+        Endpoint(
             "getTokenizerInfo",
+            "tokenizer_info",
             "Tokens",
             "/tokenizer_info",
             "The tokenizer: its special tokens and its vocabulary",
@@ -280,10 +219,11 @@ def _tokens() -> list[Operation]:
     ]
 
 
-def _models() -> list[Operation]:
+def _models() -> list[Endpoint]:
     return [
-        Operation(
+        Endpoint(
             "listModels",
+            "models",
             "Models",
             "/v1/models",
             "The models that the caller may use, under each of their names",
@@ -291,8 +231,9 @@ def _models() -> list[Operation]:
             errors=(503,),
             replies={"models": {"object": "list", "data": [CARD]}},
         ),
-        Operation(
+        Endpoint(
             "getModel",
+            "model",
             "Models",
             "/v1/models/{id}",
             "A model by its name or an alias",
@@ -300,8 +241,9 @@ def _models() -> list[Operation]:
             errors=MODEL,
             replies={"model": CARD},
         ),
-        Operation(
+        Endpoint(
             "getServerInfo",
+            "server_info",
             "Models",
             "/server_info",
             "Version, model, and the settings that any client may know",
@@ -311,54 +253,92 @@ def _models() -> list[Operation]:
     ]
 
 
-def _operation() -> list[Operation]:
+def _operation() -> list[Endpoint]:
     well = {"well": {"status": "ok"}}
     alive = "503 where the engine is dead, or has had work and made no step for `health.stall_seconds`."
     probes = [
-        *(("isHealthy" + suffix, path, "Alive and making progress?", alive, well) for suffix, path in HEALTH),
+        *(("isHealthy" + suffix, "health", path, "Alive and making progress?", alive, well) for suffix, path in HEALTH),
         *(
-            ("isReady" + suffix, path, "Ready for requests?", "503 while loading and draining.", READY)
+            ("isReady" + suffix, "ready", path, "Ready for requests?", "503 while loading and draining.", READY)
             for suffix, path in (("", "/readyz"), ("2", "/ready"))
         ),
     ]
     return [
         *(
-            Operation(id, "Operation", path, summary, Status, description=text, errors=(503,), replies=replies)
-            for id, path, summary, text, replies in probes
+            Endpoint(
+                *(id, handler, "Operation", path, summary, Status),
+                description=text,
+                errors=(503,),
+                replies=replies,
+                open=Open.ALWAYS,
+            )
+            for id, handler, path, summary, text, replies in probes
         ),
         *(
-            Operation(f"ping{suffix}", "Operation", "/ping", "Alive? Without a body", None, method, errors=(503,))
+            Endpoint(
+                *(f"ping{suffix}", "ping", "Operation", "/ping", "Alive? Without a body", None, method),
+                errors=(503,),
+                open=Open.ALWAYS,
+            )
             for method, suffix in (("get", ""), ("post", "Post"))
         ),
-        Operation(
+        Endpoint(
             "getVersion",
+            "version",
             "Operation",
             "/version",
             "The server's version",
             Version,
             replies={"version": {"version": __version__}},
+            open=Open.ALWAYS,
         ),
-        Operation(
+        Endpoint(
             "getLoad",
+            "load",
             "Operation",
             "/load",
             "Requests under way",
             Load,
             replies={"load": {"server_load": 0}},
+            open=Open.ALWAYS,
         ),
-        Operation(
+        Endpoint(
             "getMetrics",
+            "metrics",
             "Operation",
             "/metrics",
             "Metrics for Prometheus",
             "text/plain",
+            open=Open.METRICS,
         ),
-        Operation(
+        Endpoint(
             "getRoot",
+            "root",
             "Operation",
             "/",
             "Name, version and status of the server",
             Root,
             replies={"ready": {"name": "bdh_batch", "version": __version__, "status": "ready"}},
+            open=Open.ALWAYS,
+        ),
+        *(
+            Endpoint(*(id, id, "Operation", path, summary, media), open=Open.DOCS, documented=False)
+            for id, path, summary, media in (
+                ("openapi", "/openapi.json", "The OpenAPI document", "application/json"),
+                ("docs", "/docs", "The same as a page", "text/html"),
+            )
         ),
     ]
+
+
+ENDPOINTS = (*_generation(), *_tokens(), *_models(), *_operation())
+
+
+def open_paths(auth: Auth) -> frozenset[str]:
+    """What anyone may ask for as often as they like; every other path is for callers."""
+    closed: set[Open | None] = {None}
+    if auth.protect_metrics:
+        closed.add(Open.METRICS)
+    if auth.protect_docs:
+        closed.add(Open.DOCS)
+    return frozenset(each.path for each in ENDPOINTS if each.open not in closed)
