@@ -33,6 +33,8 @@ def test_task(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             "model": endpoint.model,
             "base_url": f"{endpoint.url}/completions",
             "tokenizer_backend": "remote",
+            "auth_token": endpoint.key,
+            "custom_prefix_token_id": 10,  # the prefix_token_id of /tokenizer_info, which the harness does not read
             "num_concurrent": 2,
             "max_length": 4096,
         },
