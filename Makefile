@@ -14,7 +14,7 @@ DOCS_INSTALLED := $(VENV)/.docs-installed
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=500000000
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test docs fuzz load format train bench gpu-check clean
+.PHONY: help venv serve test docs clients fuzz load format train bench gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,22 @@ docs: $(DOCS_INSTALLED)  ## the documentation as a site, in build/docs
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs -d build/doctrees . build/docs
 	@echo 'build/docs/index.html'
 
+# Clients that need different major versions of openai have environments of their own; none has this project in it.
+CLIENTS := .venv-clients
+CLIENT_GROUPS := openai_2 openai_3
+
+$(CLIENTS)/%/.installed: tests/clients/%/requirements.txt
+	$(PYTHON) -m venv $(CLIENTS)/$*
+	$(CLIENTS)/$*/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+clients: $(INSTALLED) $(CLIENT_GROUPS:%=$(CLIENTS)/%/.installed)  ## other people's clients against the server: docs/compatibility.md
+	npm install --prefix tests/clients/node --no-package-lock --no-audit --no-fund --loglevel=error || echo "without Node's" >&2
+	@for group in $(CLIENT_GROUPS); do \
+	    BDH_PYTHON=$(abspath $(BIN)/python) $(CLIENTS)/$$group/bin/pytest -c tests/clients/pytest.ini \
+	        tests/clients/$$group $(ARGS) || exit; \
+	done
+
 fuzz: $(INSTALLED)  ## 20,000 requests made from /openapi.json, right and wrong ones; CASES=n SEED=n for others
 	FUZZ_CASES=$(or $(CASES),20000) FUZZ_SEED=$(or $(SEED),0) $(BIN)/pytest tests/http/test_openapi.py -k breaks $(ARGS)
 
@@ -67,6 +83,6 @@ gpu-check:  ## on a machine with a GPU: test the Triton kernels on it, tune, mea
 	@exec $(PYTHON) -m benchmarks.gpu_check $(ARGS)
 
 clean:  ## remove the environment and everything else that can be made again
-	rm -rf $(VENV) build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	rm -rf examples/node/node_modules *.egg-info
+	rm -rf $(VENV) $(CLIENTS) build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf examples/node/node_modules tests/clients/node/node_modules *.egg-info
 	find bdh_batch examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import socket
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from tests.conftest import Server
+from typing import Any, Protocol
 
 SECONDS = 60
+
+
+class Listener(Protocol):
+    """A server, or what stands before one."""
+
+    @property
+    def port(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Answer:
 
 
 class Raw:
-    def __init__(self, server: Server, *parts: bytes) -> None:
+    def __init__(self, server: Listener, *parts: bytes) -> None:
         self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=SECONDS)
         self.file = self.socket.makefile("rb")
         for part in parts:
@@ -72,7 +76,7 @@ class Raw:
         return body
 
 
-def ask(server: Server, *parts: bytes) -> Answer:
+def ask(server: Listener, *parts: bytes) -> Answer:
     """The first response to what is sent; nobody waits for others."""
     client = Raw(server, *parts)
     try:
