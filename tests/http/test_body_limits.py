@@ -154,8 +154,8 @@ class TestErrors:
             (ChatBody, {"messages": [{"role": "user", "content": [0] * 1024}]}, "messages[0].content[0]"),
             (ChatBody, {"messages": [{"role": "assistant", "tool_calls": [0] * 128}]}, "messages[0].tool_calls[0]"),
             (ChatBody, chat(tools=[0] * 128), "tools[0]"),
-            (ChatBody, chat(**dict.fromkeys(map(str, range(60_000)))), "0"),
-            (ChatBody, {"messages": [USER | dict.fromkeys(map(str, range(60_000)))]}, "messages[0].0"),
+            (ChatBody, chat(**dict.fromkeys(map(str, range(60_000)), 0)), "0"),
+            (ChatBody, {"messages": [USER | dict.fromkeys(map(str, range(60_000)), 0)]}, "messages[0]"),
             (CompletionBody, {"prompt": "a", "stop": [0] * 16}, "stop[0]"),
             (CompletionBody, {"prompt": "a", "stop_token_ids": [-1] * 1024}, "stop_token_ids[0]"),
             (CompletionBody, {"prompt": "a", "logit_bias": {str(i): "a" for i in range(1024)}}, "logit_bias.0"),
@@ -303,7 +303,7 @@ class TestTypes:
     """Nothing of unbounded size is in a type of the API."""
 
     # Texts, which may fill a body; a new one is a decision.
-    TEXTS: ClassVar = {"prompt", "input", "content", "text", "description", "arguments"}
+    TEXTS: ClassVar = {"prompt", "input", "content", "text", "description", "arguments", "refusal"}
 
     def test_have_a_bound_for_each_list_object_and_string(self) -> None:
         kinds = _subclasses(Wire)

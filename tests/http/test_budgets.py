@@ -257,6 +257,9 @@ class Silent:
     def opening(self, prompts: object) -> bytes:
         return b""
 
+    def with_warnings(self, pieces: list[bytes]) -> list[bytes]:
+        return pieces
+
 
 async def forever() -> Message:
     await asyncio.Event().wait()
