@@ -38,20 +38,23 @@ class _Needs:
         self._find()
 
     def can_end(self) -> bool:
-        """Of the root: the least set of schemas that can, found from those that need nothing."""
-        users: dict[int, list[int]] = {}
+        """Of the root: the least set of schemas that can, found from those that need nothing. A group is counted once,
+        when the first of its members can end."""
+        users: dict[int, list[tuple[int, int]]] = {}  # by a schema, whose group it is in, and which
         for schema, groups in self._groups.items():
-            for group in groups:
+            for number, group in enumerate(groups):
                 for member in group:
-                    users.setdefault(member, []).append(schema)
-        ends: set[int] = set()
-        ahead = list(self._groups)
+                    users.setdefault(member, []).append((schema, number))
+        unsatisfied = {schema: set(range(len(groups))) for schema, groups in self._groups.items()}
+        ahead = [schema for schema, numbers in unsatisfied.items() if not numbers]
         while ahead:
-            schema = ahead.pop()
-            if schema not in ends and all(any(each in ends for each in group) for group in self._groups[schema]):
-                ends.add(schema)
-                ahead += users.get(schema, [])
-        return id(self._root) in ends
+            for schema, number in users.pop(ahead.pop(), ()):
+                left = unsatisfied[schema]
+                if number in left:
+                    left.remove(number)
+                    if not left:
+                        ahead.append(schema)
+        return not unsatisfied[id(self._root)]
 
     def _find(self) -> None:
         path: list[Iterator[object]] = [iter([self._root])]
