@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
 from bdh_batch.messages import Delta, GenerationRequest, Text
 from bdh_batch.text.tokenizer import Tokenizer
+
+# Tokens that were generated, and the end of the first sequence that failed or was aborted, if one was.
+Ended = Callable[[int, Delta | None], None]
 
 
 class Generation(Protocol):
@@ -24,7 +27,11 @@ class Generation(Protocol):
         """What the sequences gained since the last time, by their index; ends when all have ended or were aborted."""
 
     def abort(self) -> None:
-        """Ends what still runs; nothing more is computed for it. Idempotent."""
+        """Ends what still runs; nothing more is computed for it. Idempotent. Whoever reads a generation ends with it,
+        also where all has ended."""
+
+    def on_end(self, ended: Ended) -> None:
+        """Has `ended` called once, at the first `abort`."""
 
 
 class Backend(Protocol):

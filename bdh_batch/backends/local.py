@@ -9,10 +9,11 @@ from collections.abc import AsyncIterator, Callable, Sequence as Many
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
+from bdh_batch.backends.base import Ended
 from bdh_batch.engine.mailbox import Mailbox
 from bdh_batch.engine.worker import Load, shutting_down
 from bdh_batch.errors import BDHError, ContextLengthExceeded, InvalidRequest
-from bdh_batch.messages import NO_TOKENS, Adjustment, Delta, GenerationRequest, Text, distinct
+from bdh_batch.messages import NO_TOKENS, Adjustment, Delta, FinishReason, GenerationRequest, Text, distinct
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.text.restrictions import Restriction, sequences_of
 from bdh_batch.text.stop_strings import StopStrings
@@ -55,12 +56,18 @@ class Shared:
     restriction: Restriction | None
 
 
+FAILED = (FinishReason.ABORT, FinishReason.ERROR)
+
+
 class LocalGeneration:
     def __init__(self, sequences: Many[Sequence], mailbox: Mailbox, backend: LocalBackend) -> None:
         self._sequences = sequences
         self._mailbox = mailbox
         self._backend = backend
         self._open = len(sequences)
+        self._tokens = 0
+        self._failure: Delta | None = None
+        self._ended: list[Ended] = []
 
     @property
     def prompts(self) -> Many[Many[int]]:
@@ -73,11 +80,22 @@ class LocalGeneration:
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         while self._open:
             deltas = await self._mailbox.take()
-            self._open -= sum([delta.finish_reason is not None for _, delta in deltas])
+            for _, delta in deltas:
+                self._tokens += len(delta.tokens)
+                if delta.finish_reason is not None:
+                    self._open -= 1
+                    if delta.finish_reason in FAILED and self._failure is None:
+                        self._failure = delta
             yield deltas
 
     def abort(self) -> None:
         self._backend.abandon(self)
+        ended, self._ended = self._ended, []
+        for each in ended:
+            each(self._tokens, self._failure)
+
+    def on_end(self, ended: Ended) -> None:
+        self._ended.append(ended)
 
     @property
     def sequences(self) -> Many[Sequence]:

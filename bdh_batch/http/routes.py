@@ -228,7 +228,9 @@ class Routes:
         span = request.state.span
         timed = [replace(each, timeout=timeout, span=span, grammar=grammar) for each in requests]
         generation = await self._quota.start(request, model.backend, timed)
-        return generation if span is None else span.watch(generation)
+        if span is not None:
+            generation.on_end(span.generation_ended)
+        return generation
 
 
 def _status(problem: str | None, well: str) -> Response:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence as Many
+from collections.abc import Mapping, Sequence as Many
 from urllib.parse import urlsplit
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -23,7 +23,6 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 from bdh_batch import __version__
-from bdh_batch.backends.base import Generation
 from bdh_batch.engine.worker import Observer
 from bdh_batch.errors import ConfigError
 from bdh_batch.messages import Delta, FinishReason
@@ -127,9 +126,10 @@ class RequestSpan:
         self._failed = False
         self.context = set_span_in_context(span)
 
-    def watch(self, generation: Generation) -> Generation:
-        """The same, but this span learns what of it fails: a stream that breaks off has begun with a 200."""
-        return _Watched(generation, self)
+    def generation_ended(self, tokens: int, failure: Delta | None) -> None:
+        """For `Generation.on_end`: a stream that breaks off has begun with a 200, and has failed all the same."""
+        if failure is not None:
+            self.fail(_cause(failure))
 
     def fail(self, cause: str) -> None:
         """The first cause stays."""
@@ -143,30 +143,6 @@ class RequestSpan:
         if not 0 < status < FAILED:
             self.fail(str(status))
         self._span.end()
-
-
-class _Watched:
-    def __init__(self, generation: Generation, span: RequestSpan) -> None:
-        self._generation = generation
-        self._span = span
-
-    @property
-    def prompts(self) -> Many[Many[int]]:
-        return self._generation.prompts
-
-    @property
-    def cached_tokens(self) -> Many[int]:
-        return self._generation.cached_tokens
-
-    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
-        async for deltas in self._generation:
-            for _, delta in deltas:
-                if delta.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
-                    self._span.fail(_cause(delta))
-            yield deltas
-
-    def abort(self) -> None:
-        self._generation.abort()
 
 
 class _Beside:

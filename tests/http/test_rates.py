@@ -14,6 +14,7 @@ import pytest
 from fakeredis import TcpFakeServer
 from starlette.requests import Request
 
+from bdh_batch.backends.base import Ended
 from bdh_batch.errors import ConfigError, InvalidRequest, QueueFull
 from bdh_batch.http.auth import rates as rates_module
 from bdh_batch.http.auth.caller import Caller, by_key
@@ -203,11 +204,19 @@ def one_token() -> Any:
 class OneTokenGeneration:
     def __init__(self, prompts: list[Any]) -> None:
         self.prompts, self.cached_tokens = prompts, [0] * len(prompts)
+        self._tokens = 0
+        self._ended: list[Ended] = []
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
+        self._tokens = len(self.prompts)
         yield [(index, Delta("a", [97], FinishReason.STOP)) for index in range(len(self.prompts))]
 
-    def abort(self) -> None: ...
+    def abort(self) -> None:
+        while self._ended:
+            self._ended.pop()(self._tokens, None)
+
+    def on_end(self, ended: Ended) -> None:
+        self._ended.append(ended)
 
 
 def request_of(caller: Caller) -> Request:

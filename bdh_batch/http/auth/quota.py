@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from starlette.requests import Request
@@ -11,35 +11,7 @@ from bdh_batch.backends.base import Backend, Generation
 from bdh_batch.errors import ContextLengthExceeded
 from bdh_batch.http.auth.caller import Caller
 from bdh_batch.http.auth.rates import Rates
-from bdh_batch.messages import Delta, GenerationRequest
-
-
-class Metered:
-    """A generation that tells, at its end and once, how many tokens it made."""
-
-    def __init__(self, generation: Generation, ended: Callable[[int], None]) -> None:
-        self._generation = generation
-        self._ended: Callable[[int], None] | None = ended
-        self._tokens = 0
-
-    @property
-    def prompts(self) -> Sequence[Sequence[int]]:
-        return self._generation.prompts
-
-    @property
-    def cached_tokens(self) -> Sequence[int]:
-        return self._generation.cached_tokens
-
-    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
-        async for deltas in self._generation:
-            self._tokens += sum([len(delta.tokens) for _, delta in deltas])
-            yield deltas
-
-    def abort(self) -> None:
-        self._generation.abort()
-        if self._ended is not None:
-            ended, self._ended = self._ended, None
-            ended(self._tokens)
+from bdh_batch.messages import GenerationRequest
 
 
 class Quota:
@@ -80,7 +52,8 @@ class Quota:
         except BaseException:
             self._rates.settle(reservation, 0)
             raise
-        return Metered(generation, lambda tokens: self._rates.settle(reservation, prompts + tokens))
+        generation.on_end(lambda tokens, _: self._rates.settle(reservation, prompts + tokens))
+        return generation
 
     def _check_lengths(self, requests: Sequence[GenerationRequest]) -> None:
         most = self._max_prompt_tokens
