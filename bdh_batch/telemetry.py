@@ -22,7 +22,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from bdh_batch.errors import NotFinite
-from bdh_batch.scheduler.dealer import Step
+from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.worker import Load
 

@@ -24,9 +24,9 @@ class Deadlines:
             heapify(self._heap)
             self._clear_at = max(SMALL, 2 * len(self._heap))
         if sequence.queue_deadline is not None:
-            heappush(self._heap, (sequence.queue_deadline, sequence.place, True, sequence))
+            heappush(self._heap, (sequence.queue_deadline, sequence.arrival, True, sequence))
         if sequence.deadline is not None:
-            heappush(self._heap, (sequence.deadline, sequence.place, False, sequence))
+            heappush(self._heap, (sequence.deadline, sequence.arrival, False, sequence))
 
     def due(self, now: float) -> Iterator[Sequence]:
         """Those that have not ended by a deadline of theirs; none comes twice. The first that have ended are let go,

@@ -14,8 +14,8 @@ from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, NotFini
 from bdh_batch.messages import Adjustment, Constraint, Delta, FinishReason, SamplingParams, Segment, TokenScore
 from bdh_batch.scheduler.alignment import Alignment
 from bdh_batch.scheduler.backlog import Line
-from bdh_batch.scheduler.fair_queue import Account
 from bdh_batch.scheduler.prefix_cache import Entry
+from bdh_batch.scheduler.tenants import Tenant
 
 log = logging.getLogger(__name__)
 
@@ -86,15 +86,15 @@ class Sequence:
     span: object | None = None  # of the client's request, for those who watch
 
     stage: Stage = Stage.QUEUED
-    place: int = 0  # in the order of arrival
+    arrival: int = 0  # its number in the order of arrival
     since: int = 0  # the step from which on it has been in its stage
+    due: float = 0.0  # when its prompt should be computed, or when it had its last token, or was preempted
     served_at: float = 0.0  # when a step last computed something of it; before, when it arrived
-    aged: bool = False  # whether it waited too long for that, and competes in the first class while it holds its slot
-    rank: int = 0  # the class that it competes in
-    turn_began: int = 0  # tokens generated before its present turn
-    account: Account = field(default_factory=Account)
-    owed: int = 0  # tokens of the prompt that its account was charged for and that were never computed
-    price: float = 1.0  # of each, as they were charged: weights may change
+    aged: bool = False  # whether it waited too long for that, and has the first priority while it holds its slot
+    effective_priority: int = 0  # the one at which it competes
+    state_began: int = 0  # tokens generated before it was given its present state
+    account: Tenant = field(default_factory=Tenant)
+    charged: int = 0  # tokens of the prompt that its tenant was charged for, or that were cached
     packed: bytes = b""  # the prompt, where it may be shared
     cuts: list[int] = field(default_factory=list)  # ascending positions at which its state is wanted
     expects: Entry | None = None  # the state that it waited for
@@ -196,11 +196,12 @@ class Sequence:
             return self.prompt[start:end]
         return [*self.prompt[start:], *self.generated[max(0, start - split) : end - split]]
 
-    def pay(self) -> None:
-        """What is computed of its prompt is owed no more; what is computed again never was."""
-        owed = min(self.owed, max(0, len(self.prompt) - self.computed))
-        self.account.owed -= (self.owed - owed) * self.price
-        self.owed = owed
+    def charge(self) -> None:
+        """Its tenant is charged for what is computed of its prompt, once."""
+        computed = min(self.computed, len(self.prompt))
+        if computed > self.charged:
+            self.account.charge(computed - self.charged, 0)
+            self.charged = computed
 
     def restart(self) -> None:
         """Its state is lost: all that is known is computed again, and leads to the same token."""

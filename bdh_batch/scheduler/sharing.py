@@ -222,7 +222,7 @@ class Sharing:
         prompt, namespace = self._packed(sequence), self._namespace(sequence)
         best, longest, looked_at = None, self._least - 1, 0
         for leader in beginning:
-            if leader.rank > sequence.rank or self._namespace(leader) != namespace:
+            if leader.effective_priority > sequence.effective_priority or self._namespace(leader) != namespace:
                 continue
             # Only one that is about to compute more than was found so far is worth comparing at length.
             more = max(longest, leader.computed) + 1

@@ -18,7 +18,7 @@ from typing import Protocol
 from bdh_batch.errors import BDHError, GenerationFailed, OutOfMemory, QueueFull, Unavailable
 from bdh_batch.messages import Outcome, Plan
 from bdh_batch.scheduler.admission import Admission
-from bdh_batch.scheduler.dealer import Step
+from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.scheduler import Scheduler, Update
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.trace import Trace
@@ -255,7 +255,7 @@ class Worker:
     def _count(self) -> None:
         """What waits, now that a plan has given out places or a step has ended some."""
         of, now = self._scheduler, time.monotonic()
-        self._admission.update(of.take_changes(), of.free, of.counts.served, now, of.last_class)
+        self._admission.update(of.take_changes(), of.free, of.counts.served, now, of.last_priority)
 
     def _compute(self, step: Step) -> list[Update]:
         self._planned = step

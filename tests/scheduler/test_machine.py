@@ -14,7 +14,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from bdh_batch.errors import GenerationFailed
 from bdh_batch.messages import FinishReason
 from bdh_batch.scheduler.backlog import NO_UNIT
-from bdh_batch.scheduler.dealer import Step
+from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.prefix_cache import digests_at
 from bdh_batch.scheduler.prefixes import pack
 from bdh_batch.scheduler.scheduler import Policy, Scheduler, Update
@@ -142,10 +142,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         """A key of the first class that had least and holds nothing gets something soon, whatever others queue."""
         alive = [sequence for sequence in self.submitted if sequence.finish_reason is None]
         first = min((sequence.priority for sequence in alive), default=0)
-        least = min((sequence.account.used for sequence in alive), default=0.0)
+        least = min((sequence.account.virtual_time for sequence in alive), default=0.0)
         for key in "ab":
             mine = [sequence for sequence in alive if sequence.key == key]
-            queued = any(s.priority == first and s.account.used <= least for s in mine)
+            queued = any(s.priority == first and s.account.virtual_time <= least for s in mine)
             served = any(s.stage is not Stage.QUEUED or s.scheduled is not None for s in mine)
             self.passed_over[key] = self.passed_over[key] + 1 if queued and not served else 0
             known = sum(len(s.prompt) + len(s.generated) for s in alive if s.key != key and s.scheduled is not None)
@@ -165,8 +165,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.outranked[sequence] = self.outranked[sequence] + 1 if passed_over else 0
             others = [other for other in alive if other.key != sequence.key]
             # Inside a class, a tenant that has had less goes first: for as many tokens as it has had less, by weight.
-            used, account = sequence.account.used, [other.account for other in others]
-            debt = max((max(0.0, used - other.used) * other.weight for other in account), default=0.0)
+            used, account = sequence.account.virtual_time, [other.account for other in others]
+            debt = max((max(0.0, used - other.virtual_time) * other.weight for other in account), default=0.0)
             known = sum(len(other.prompt) + len(other.generated) for other in others if other.scheduled is not None)
             assert self.outranked[sequence] <= 3 + self.scheduler.policy.quantum + 2 * known + debt, "no class starves"
 
@@ -213,7 +213,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check()
         for sequence, change in self.scheduler.take_changes().items():
             (self.waiting.add if change > 0 else self.waiting.remove)(sequence)
-        assert self.waiting == {s for s in self.submitted if s.stage in (Stage.QUEUED, Stage.FOLLOWING) and s.place}
+        assert self.waiting == {s for s in self.submitted if s.stage in (Stage.QUEUED, Stage.FOLLOWING) and s.arrival}
         assert self.scheduler.waiting == len(self.waiting)
 
     def teardown(self) -> None:
@@ -351,8 +351,8 @@ def test_keys_that_hold_no_more_than_their_share_take_turns_for_the_last_place()
     for number in range(200):
         if number == 20:
             scheduler.submit([third])
-        step = scheduler.plan(0.0)
+        step = scheduler.plan(0.01 * number)
         assert step is not None
-        scheduler.commit(step, runner.run(step.plan), 0.0)
+        scheduler.commit(step, runner.run(step.plan), 0.01 * number)
     assert third.finish_reason is FinishReason.LENGTH
     assert min(len(stream.generated) for stream in streams) > 40
