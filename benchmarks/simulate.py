@@ -266,13 +266,23 @@ def quantiles(values: Many[float]) -> dict[str, float]:
 # Scenarios, each with what `benchmarks.serving` measures over HTTP
 
 CPU = Cost(step=0.0015, decode=0.00036, prefill=0.00016, copy=0.0001)
+SLOW = replace(CPU, decode=0.001)  # a larger model
+GPU = Cost(step=0.02, decode=0.00005, prefill=0.00001, copy=0.0001)  # what a step costs by itself is most of it
 TARGET = 0.025  # seconds: the default of scheduler.target_step_ms
 PREFILL = 256  # tokens: the default of scheduler.prefill_tokens
 ENDLESS = 100_000
 
 
-def on_a_cpu(slots: int, **policy: object) -> Play:
-    return Play(Scheduler(slots, PREFILL, Policy(target_step=TARGET, **policy)), CPU)  # type: ignore[arg-type]
+def server(slots: int, cost: Cost = CPU, **policy: object) -> Play:
+    """One that has served some requests before, so that it has learned what a step costs."""
+    play = Play(Scheduler(slots, PREFILL, Policy(target_step=TARGET, **policy)), cost)  # type: ignore[arg-type]
+    draw, play.now = random.Random(0), -60.0
+    for number in range(100):
+        play.ask(Request(-60.0 + 0.1 * number, "before", 0, tokens(draw, draw.randrange(8, 400)), 8))
+    play.run()
+    play.responses.clear()
+    play.steps.clear()
+    return play
 
 
 def tokens(draw: random.Random, length: int) -> list[int]:
@@ -290,7 +300,7 @@ def lone_tenant(flood: int, slots: int, singles: int = 200) -> dict[str, object]
 
 
 def singles_beside(flood: int, slots: int, singles: int) -> list[float]:
-    draw, play = random.Random(2), on_a_cpu(slots)
+    draw, play = random.Random(2), server(slots)
     waits: list[float] = []
 
     def again(at: float, tenant: str) -> None:
@@ -313,9 +323,9 @@ def singles_beside(flood: int, slots: int, singles: int) -> list[float]:
     return waits
 
 
-def two_floods(slots: int, requests: int = 500, **policy: object) -> dict[str, object]:
+def two_floods(slots: int, requests: int = 500, cost: Cost = CPU, **policy: object) -> dict[str, object]:
     """The first tenant's requests come first, and ask for longer responses; what counts is tokens while both wait."""
-    draw, play = random.Random(3), on_a_cpu(slots, **policy)
+    draw, play = random.Random(3), server(slots, cost, **policy)
     for tenant, scale, at in (("first", 2, 0.0), ("second", 1, 0.3)):
         for _ in range(requests):
             prompt = tokens(draw, draw.randrange(32, 96))
@@ -345,7 +355,7 @@ def jain(amounts: Many[float]) -> float:
 
 def long_prompt(streams: int, tenant: str, length: int = 8192) -> dict[str, object]:
     """Gaps between the tokens of streams that decode, without and beside a long prompt of `tenant`."""
-    draw, play = random.Random(1), on_a_cpu(2 * streams)
+    draw, play = random.Random(1), server(2 * streams)
     for _ in range(streams):
         play.ask(Request(0.0, "streams", 0, tokens(draw, 64), ENDLESS))
     ended: list[Response] = []
@@ -363,15 +373,37 @@ def long_prompt(streams: int, tenant: str, length: int = 8192) -> dict[str, obje
     }
 
 
+def prompts_on_end(streams: int, weight: float) -> dict[str, object]:
+    """Gaps between the tokens of streams, while a tenant of this weight asks for one prompt after another."""
+    draw, play = random.Random(4), server(2 * streams, weights={"prompts": weight})
+    for _ in range(streams):
+        play.ask(Request(0.0, "streams", 0, tokens(draw, 64), ENDLESS))
+    ended: list[Response] = []
+
+    def again(response: Response) -> None:
+        ended.append(response)
+        play.ask(Request(play.now, "prompts", 0, tokens(draw, 256), 1), again)
+
+    for _ in range(8):
+        play.ask(Request(3.0, "prompts", 0, tokens(draw, 256), 1), again)
+    play.run(lambda: play.now > 10.0)
+    gaps = [b - a for r in play.responses[:streams] for a, b in pairwise(r.times) if a >= 3.0]
+    return {"gap_s": quantiles(gaps), "prompts": len(ended)}
+
+
 def scenarios() -> dict[str, dict[str, object]]:
     return {
         "lone tenant beside 300": lone_tenant(300, 256),
-        "lone tenant beside 300, half of them run": lone_tenant(300, 150),
+        "lone tenant beside 300, 150 slots": lone_tenant(300, 150),
         "two floods that fit": two_floods(1024),
         "two floods, 64 slots": two_floods(64),
         "two floods, 64 slots and 64 on the host": two_floods(64, host_slots=64, max_running=120),
+        "two floods, a larger model": two_floods(1024, cost=SLOW),
+        "two floods, a GPU": two_floods(1024, cost=GPU),
         "8,192 tokens beside 32 streams": long_prompt(32, "streams"),
         "8,192 tokens of another tenant beside 32 streams": long_prompt(32, "other"),
+        "1,024 tokens beside 256 streams": long_prompt(256, "streams", 1024),
+        "prompts on end, of weight 8, beside 32 streams": prompts_on_end(32, 8.0),
     }
 
 

@@ -17,11 +17,11 @@ from bdh_batch.scheduler.rank import RANK, TENANT_RANK
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.step_size import LEAST_PREFILL, StepSize
 
-# Guards, each for a figure of `benchmarks/results/simulate.json` that fails without it.
-LEAST_SHARE = 0.25  # of the time of the streams before them, that prompts get however many streams there are
-LEAST_WIDTH = 64  # streams in a step that goes to no prompt, however long it takes: fewer would be slower altogether
-FINISHED = 2.0  # times a step's time that prompts may take that it completes, if the streams behind wait for them
-LITTLE = 0.1  # of a step's time, that a step may cost by itself for streams to be left to the next one
+# Guards. docs/scheduling.md says which figure of benchmarks/results/simulate.json fails without each of them.
+LEAST_SHARE = 0.25  # of the time of a step without prompts, that prompts get after the streams before them
+LEAST_WIDTH = 64  # streams in any step, if no prompt goes before them
+FINISHED = 2.0  # times a step's time, for a prompt that goes before streams and is finished by it
+LITTLE = 0.1  # of a step's time: where a step costs more by itself, no stream is left out
 
 NO_LIMIT = 2**62
 
@@ -128,7 +128,7 @@ class Filling:
     def prefill(self, prompt: Sequence, passes_over: bool) -> None:
         """Gives `prompt` what is left; `passes_over`: whether streams come after it."""
         tokens = min(prompt.pending, self._budget - self.prompt_tokens, self._room(prompt.pending, passes_over))
-        cut = next((at for at in prompt.cuts if at > prompt.computed), None)
+        cut = next((at for at in prompt.prefix.cuts if at > prompt.computed), None)
         if cut is not None:
             tokens = min(tokens, cut - prompt.computed)
         if tokens > 0:
@@ -142,7 +142,7 @@ class Filling:
         left = self._target - self._seconds
         if passes_over and pending * self._token <= left + (FINISHED - 1) * self._target:
             return pending
-        least = LEAST_SHARE * self._stream * len(self.streams) - self._token * self.prompt_tokens
+        least = LEAST_SHARE * (self._base + self._stream * len(self.streams)) - self._token * self.prompt_tokens
         return max(int(max(left, least) / self._token), LEAST_PREFILL - self.prompt_tokens)
 
     @property

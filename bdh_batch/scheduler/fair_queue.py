@@ -39,8 +39,8 @@ class TenantQueue:
     @property
     def rank(self) -> tuple[float, int, float, int]:
         """The rank of its head among those of one priority."""
-        head = self.sequences[-1]
-        return self.account.virtual_time, self.account.slots, head.due, head.arrival
+        standing = self.sequences[-1].standing
+        return self.account.virtual_time, self.account.slots, standing.due, standing.arrival
 
 
 RANK_OF_HEAD = attrgetter("rank")
@@ -59,7 +59,7 @@ class FairQueue:
         self._by_priority: dict[int, Ranking[TenantQueue]] = {}  # those whose heads have not waited too long
         self._priorities: list[int] = []  # of these, in order
         self._aged: Ranking[TenantQueue] = Ranking(RANK_OF_HEAD)  # the others
-        self._ageing: Ranking[TenantQueue] = Ranking(lambda queue: queue.head.served_at)  # not yet aged
+        self._ageing: Ranking[TenantQueue] = Ranking(lambda queue: queue.head.standing.served_at)  # not yet aged
         self._now = -inf
         self._backlog = Backlog(unit)
 
@@ -77,8 +77,8 @@ class FairQueue:
     def push(self, sequence: Sequence) -> None:
         queue = self._queues.get(sequence.line)
         if queue is None:
-            queue = self._queues[sequence.line] = TenantQueue(sequence.account)
-            sequence.account.queues.append(queue)
+            queue = self._queues[sequence.line] = TenantQueue(sequence.standing.account)
+            sequence.standing.account.queues.append(queue)
         is_head = not queue.sequences or _latest_first(queue.head) < _latest_first(sequence)
         if is_head and queue.sequences:
             self._leave(sequence.priority, queue)
@@ -95,7 +95,7 @@ class FairQueue:
         del queue.sequences[bisect_left(queue.sequences, _latest_first(sequence), key=_latest_first)]
         if not queue.sequences:
             del self._queues[sequence.line]
-            sequence.account.queues.remove(queue)
+            sequence.standing.account.queues.remove(queue)
         elif was_head:
             self._enter(sequence.priority, queue)
         self._backlog.remove(sequence)
@@ -122,8 +122,8 @@ class FairQueue:
         if self._priorities and (self._priorities[0] <= first or aged is None):
             queue = self._by_priority[self._priorities[0]].first()
         if aged is not None and (queue is None or aged.rank < queue.rank):
-            queue, aged.head.effective_priority = aged, first
-            aged.head.aged = first < aged.head.priority  # else it comes first as it is
+            queue, aged.head.standing.effective_priority = aged, first
+            aged.head.standing.aged = first < aged.head.priority  # else it comes first as it is
         return None if queue is None else queue.head
 
     def last(self, line: Line) -> Sequence | None:
@@ -154,4 +154,4 @@ class FairQueue:
 
 
 def _latest_first(sequence: Sequence) -> tuple[float, int]:
-    return -sequence.due, -sequence.arrival
+    return -sequence.standing.due, -sequence.standing.arrival

@@ -61,7 +61,7 @@ class Places:
             return True
         slot = self._on_device(sequence, suspended, cache, entry, patient)
         if slot is None:
-            if entry is None or (patient and entry.awaited > (sequence.expects is entry)):
+            if entry is None or (patient and entry.awaited > (sequence.prefix.expects is entry)):
                 return False
             return self._take_over(sequence, suspended, cache, entry)
         if old is not None:

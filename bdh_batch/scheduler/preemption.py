@@ -19,7 +19,7 @@ from operator import attrgetter
 from bdh_batch.scheduler.sequence import Sequence, Stage
 from bdh_batch.scheduler.tenants import Tenant
 
-COMPUTED, SINCE = attrgetter("computed"), attrgetter("since")
+COMPUTED, SINCE = attrgetter("computed"), attrgetter("standing.since")
 
 Group = tuple[int, Tenant, list[Sequence]]  # what runs of one tenant at one priority
 
@@ -45,16 +45,17 @@ class Preemption:
             crowded: whether the candidate's state is one more than there may be.
             by_recompute: whether there is no room for another state, so that whoever gives way loses its own.
         """
+        own, mine = candidate.standing.effective_priority, candidate.standing.account
         for priority, tenant, members in self._backwards:
-            if priority < candidate.effective_priority:
+            if priority < own:
                 return None
-            if priority > candidate.effective_priority or self._holds_more(tenant, candidate.account, given=1):
+            if priority > own or self._holds_more(tenant, mine, given=1):
                 giving: Iterable[Sequence] = members
-            elif self._may_exchange(tenant, candidate.account, crowded):
+            elif self._may_exchange(tenant, mine, crowded):
                 giving = (s for s in members if self._is_over(s, candidate if by_recompute else None))
             else:
                 continue
-            giving = (s for s in giving if s.stage is Stage.RUNNING and s.since < self._step)
+            giving = (s for s in giving if s.stage is Stage.RUNNING and s.standing.since < self._step)
             if (found := min(giving, key=COMPUTED if by_recompute else SINCE, default=None)) is not None:
                 return found
         return None
@@ -64,7 +65,7 @@ class Preemption:
         """What runs, the last in rank first."""
         groups: dict[tuple[int, Tenant], list[Sequence]] = {}
         for sequence in self._running:
-            groups.setdefault((sequence.effective_priority, sequence.account), []).append(sequence)
+            groups.setdefault((sequence.standing.effective_priority, sequence.standing.account), []).append(sequence)
         by_rank = ((priority, tenant, members) for (priority, tenant), members in groups.items())
         return sorted(by_rank, key=lambda group: (group[0], group[1].virtual_time), reverse=True)
 
@@ -84,6 +85,6 @@ class Preemption:
     def _is_over(self, sequence: Sequence, candidate: Sequence | None) -> bool:
         """Whether its time slice is; where it loses its state for `candidate`, whether it has got on enough."""
         if candidate is None:
-            return sequence.since <= self._step - self._time_slice
-        again = candidate.pending if candidate.scheduled is not None else 0
-        return len(sequence.generated) - sequence.state_began >= max(self._time_slice, again)
+            return sequence.standing.since <= self._step - self._time_slice
+        again = candidate.pending if candidate.times.scheduled is not None else 0
+        return len(sequence.generated) - sequence.standing.state_began >= max(self._time_slice, again)

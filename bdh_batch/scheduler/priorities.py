@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def has_aged(sequence: Sequence, patience: float, now: float) -> bool:
-    return now - sequence.served_at >= patience
+    return now - sequence.standing.served_at >= patience
 
 
 class Priorities:
@@ -32,7 +32,7 @@ class Priorities:
         self.first = 0  # nobody has an earlier one
 
     def enter(self, sequence: Sequence) -> None:
-        sequence.served_at, sequence.effective_priority = sequence.arrived, sequence.priority
+        sequence.standing.served_at, sequence.standing.effective_priority = sequence.arrived, sequence.priority
         self._present[sequence.priority] += 1
 
     def leave(self, sequence: Sequence) -> None:
@@ -46,12 +46,13 @@ class Priorities:
         mixed = len(self._present) > 1
         if mixed or self._were_mixed:
             for sequence in holding:
+                standing = sequence.standing
                 if sequence.priority > self.first and has_aged(sequence, self._patience, now):
-                    sequence.aged = True
-                sequence.effective_priority = self.first if sequence.aged else sequence.priority
+                    standing.aged = True
+                standing.effective_priority = self.first if standing.aged else sequence.priority
         self._were_mixed = mixed
 
     @staticmethod
     def reset(sequence: Sequence) -> None:
         """It has given its slot up, and competes at its own priority again."""
-        sequence.aged, sequence.effective_priority = False, sequence.priority
+        sequence.standing.aged, sequence.standing.effective_priority = False, sequence.priority

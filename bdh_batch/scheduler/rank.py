@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from operator import attrgetter
 
-RANK = attrgetter("effective_priority", "account.virtual_time", "account.slots", "due", "since")
-TENANT_RANK = attrgetter("effective_priority", "account.virtual_time", "account.slots")
-EFFECTIVE_PRIORITY = attrgetter("effective_priority")
+TENANT = ("standing.effective_priority", "standing.account.virtual_time", "standing.account.slots")
+TENANT_RANK = attrgetter(*TENANT)
+RANK = attrgetter(*TENANT, "standing.due", "standing.since")
+EFFECTIVE_PRIORITY = attrgetter("standing.effective_priority")

@@ -1,8 +1,8 @@
 """Decides who runs, and takes in what came of each step. Pure: no thread, no clock, no tensor.
 
-A sequence waits in the queue, runs in a slot on the device, may be suspended and run again, and is gone. Only copies
-move states: to suspend, to resume, to keep a beginning for others, to begin where another one was. What a step computes
-of those that run is decided in `batch.py`.
+A sequence waits in the queue, runs in a slot on the device, may be preempted and run again, and is gone. Only copies
+move states: to preempt by swap, to resume, to cache a prefix, to begin with one. Who goes first is said in `rank.py`,
+who gives way in `preemption.py`, and what a step computes in `batch.py`.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ PROMPT_TOKEN = 2e-4  # seconds of one, as long as that is not known
 class Policy:
     """
     Args:
-        host_slots: places for states in the host's memory.
-        max_running: most sequences that hold a state; above `slots` they take turns. None is as many as slots.
-        quantum: steps of a turn, where others wait for theirs.
-        target_step: seconds that a step with running streams should take; 0 is as much prefill as there is.
-        keep: whether beginnings are kept for later requests.
-        share_all: whether requests of all keys share beginnings; else only those of one.
-        min_shared: tokens that a beginning must have to be shared.
+        host_slots: slots for states in the host's memory.
+        max_running: most sequences that hold a state; above `slots` they take time slices. None is as many as slots.
+        quantum: steps of a time slice, where others wait for theirs.
+        target_step: seconds that a step with streams should take; 0 is no limit.
+        keep: whether prefixes are cached for later requests.
+        share_all: whether requests of all keys share prefixes; else only those of one.
+        min_shared: tokens that a prefix must have to be shared.
         weights: of tenants, in their share; one that is not named weighs 1.
         free_slots: slots whose memory may be touched before anything has shown that it is of use; None is all.
         idle_release: seconds after which the memory of idle slots goes back to the system; 0 is never.
-        patience: seconds after which whoever no step has computed anything of competes in the first class.
+        patience: seconds without a computed token after which a sequence competes in the first priority.
         queue_unit: tokens of a prompt that fill the queue as another sequence does.
     """
 
@@ -73,20 +73,20 @@ class Counts:
     steps: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
-    served: int = 0  # sequences that were given their first place
+    served: int = 0  # times that a queued sequence was given a slot
 
 
 class Scheduler:
     """
     Args:
-        slots: places for states on the device; as many sequences can be in one step.
+        slots: slots for states on the device; as many sequences can be in one step.
         prefill_tokens: most prompt tokens in a step, of all sequences together.
     """
 
     def __init__(self, slots: int, prefill_tokens: int, policy: Policy | None = None) -> None:
         policy = policy or Policy()
         self.policy = policy
-        self._scratch = min(1, policy.host_slots)  # without a place to spare, no two states could change theirs
+        self._scratch = min(1, policy.host_slots)  # without a slot to spare, no two states could change theirs
         self.max_running = min(policy.max_running or slots, slots + policy.host_slots - self._scratch)
         self.counts = Counts()
         self._size = StepSize(prefill_tokens, min(slots, self.max_running))
@@ -101,7 +101,7 @@ class Scheduler:
         self._arrivals = 0
         self._exchanges = 0  # sequences that may still give way in this plan
         self._resumable: list[Sequence] = []  # in this plan, the suspended ones; the first in rank comes last
-        self._beginning: list[Sequence] = []  # in this plan, those that run and have generated nothing
+        self._in_prompt: list[Sequence] = []  # in this plan, those that run and have generated nothing
         self._preemption = Preemption([], 0, 0)  # in this plan
         self._priorities = Priorities(policy.patience)
         self._last_priority = 0  # no one that runs has a later one
@@ -161,10 +161,11 @@ class Scheduler:
             if sequence.finish_reason is not None:  # it was aborted on its way here
                 continue
             self._arrivals += 1
-            sequence.arrival, sequence.since = self._arrivals, self.counts.steps
-            sequence.account = self._tenants.join(sequence.tenant, sequence.weight)
+            standing = sequence.standing
+            standing.arrival, standing.since = self._arrivals, self.counts.steps
+            standing.account = self._tenants.join(sequence.tenant, sequence.weight)
             alone = len(sequence.prompt) * (self._batches.cost.prompt_token or PROMPT_TOKEN)
-            sequence.due = sequence.arrived + min(OVERDUE * alone, self.policy.patience)
+            standing.due = sequence.arrived + min(OVERDUE * alone, self.policy.patience)
             self._priorities.enter(sequence)
             self._queue.push(sequence)
             self._note(sequence, 1)
@@ -198,10 +199,10 @@ class Scheduler:
         """Ends those whose time is up."""
         updates = []
         for sequence in self._deadlines.due(now):
-            if sequence.scheduled is None:
-                error: BDHError = QueueTimeout("The request's time was up while it waited for its turn.")
+            if sequence.times.scheduled is None:
+                error: BDHError = QueueTimeout("The request's time was up while it waited in the queue.")
             else:
-                error = RunTimeout("The request's time was up before its answer was complete.")
+                error = RunTimeout("The request's time was up before its response was complete.")
             updates.append((sequence, sequence.fail(error)))
         self._end(sequence for sequence, _ in updates)
         return updates
@@ -245,8 +246,8 @@ class Scheduler:
         shares = zip(step.sequences, step.plan.segments, outcome.drawn, strict=True)
         for row, (sequence, segment, token) in enumerate(shares):
             sequence.computed += len(segment.tokens)
-            sequence.served_at = now
-            if sequence.charged < len(sequence.prompt):
+            sequence.standing.served_at = now
+            if sequence.standing.charged < len(sequence.prompt):
                 sequence.charge()
             if segment.targets:
                 sequence.take_prompt_scores(outcome.target_scores[row])
@@ -255,8 +256,8 @@ class Scheduler:
                 ended.append(sequence)
             if segment.sampling is not None:
                 updates.append((sequence, sequence.accept(token, now, outcome.scores.get(row))))
-                sequence.due = now
-                sequence.account.charge(0, 1)
+                sequence.standing.due = now
+                sequence.standing.account.charge(0, 1)
                 if sequence.finish_reason is not None:
                     ended.append(sequence)
         self.counts.prompt_tokens += step.prefill_tokens
@@ -276,7 +277,9 @@ class Scheduler:
             "who runs is there"
         )
         for line in (self._running, self._suspended):
-            assert all(one.since <= other.since for one, other in pairwise(line)), "lines are in order"
+            assert all(one.standing.since <= other.standing.since for one, other in pairwise(line)), (
+                "lines are in order"
+            )
         assert len(self._running) <= self.width, "no more run than may"
         assert all(s.slot is None and s.stage is Stage.QUEUED for s in self._queue), "who waits holds no slot"
         assert all(s.finish_reason is None and s.pending >= 1 for s in holding), "who runs has work"
@@ -293,7 +296,7 @@ class Scheduler:
         self._exchanges = max(1, self.width // self.policy.quantum)
         self._last_priority = max(map(EFFECTIVE_PRIORITY, self._running), default=0)
         self._resumable = sorted(self._suspended, key=RANK, reverse=True)
-        self._beginning = [sequence for sequence in self._running if not sequence.generated]
+        self._in_prompt = [sequence for sequence in self._running if not sequence.generated]
         self._preemption = Preemption([*self._running], self.policy.quantum, self.counts.steps)
         followers = 0
         while followers < FOLLOWERS and (found := self._next()) is not None:
@@ -311,7 +314,7 @@ class Scheduler:
             crowded = candidate.stage is Stage.QUEUED and self._is_crowded(candidate)
             if len(self._running) < self.width and not crowded:
                 return candidate, None
-            if self._exchanges > 0 or self._last_priority > candidate.effective_priority:
+            if self._exchanges > 0 or self._last_priority > candidate.standing.effective_priority:
                 victim = self._preemption.victim(candidate, crowded, self._loses_state(candidate))
                 if victim is not None:
                     return candidate, victim
@@ -319,7 +322,8 @@ class Scheduler:
 
     def _is_crowded(self, candidate: Sequence) -> bool:
         """Whether as many hold a state as may. Suspended ones of a later priority do not keep it out."""
-        later = sum(other.effective_priority > candidate.effective_priority for other in self._suspended)
+        own = candidate.standing.effective_priority
+        later = sum(other.standing.effective_priority > own for other in self._suspended)
         return self._holding - later >= self.max_running
 
     def _loses_state(self, candidate: Sequence) -> bool:
@@ -332,11 +336,11 @@ class Scheduler:
         if victim is not None and self._loses_state(candidate):
             self._preempt_by_recompute(victim)
             victim = None
-        entry = self.sharing.beginning_of(candidate) if fresh else None
+        entry = self.sharing.cached_prefix(candidate) if fresh else None
         parked = self._suspended if victim is None else [*self._suspended, victim]
-        # Of those that wait for one state, none takes its place from the others; but not for ever.
-        waited = self.counts.steps - candidate.since
-        patient = candidate.expects is not None and victim is None and waited < self.policy.quantum
+        # Of those that wait for one state, none takes its slot from the others; but not for ever.
+        waited = self.counts.steps - candidate.standing.since
+        patient = candidate.prefix.expects is not None and victim is None and waited < self.policy.quantum
         if not self.places.bring(candidate, parked, self.sharing.cache, entry, patient):
             return False
         if victim is not None:
@@ -346,11 +350,12 @@ class Scheduler:
             self._queue.remove(candidate)
             self._note(candidate, -1)
             self.sharing.begun(candidate, entry, alone=not self._running)
-            candidate.account.slots += 1
-            candidate.state_began = len(candidate.generated)
-            candidate.charged = max(candidate.charged, candidate.computed)  # what is cached costs nothing
-            if candidate.scheduled is None:
-                candidate.scheduled = now
+            standing = candidate.standing
+            standing.account.slots += 1
+            standing.state_began = len(candidate.generated)
+            standing.charged = max(standing.charged, candidate.computed)  # what is cached costs nothing
+            if candidate.times.scheduled is None:
+                candidate.times.scheduled = now
             self.counts.served += 1
         self._enter(candidate)
         return True
@@ -358,7 +363,7 @@ class Scheduler:
     def _preempt_by_recompute(self, sequence: Sequence) -> None:
         """It waits in the queue again, without a state, and all that is known of it will be computed again."""
         self._running.remove(sequence)
-        self._holds_less(sequence.account)
+        self._holds_less(sequence.standing.account)
         slot, sequence.slot = sequence.slot, None
         assert slot is not None
         self.places.give(slot)
@@ -376,7 +381,8 @@ class Scheduler:
         """It is preempted by swap, and keeps its slot on the device until that is needed."""
         self._running.remove(sequence)
         self._suspended.append(sequence)
-        sequence.stage, sequence.since, sequence.due = Stage.SUSPENDED, self.counts.steps, self.places.now
+        sequence.stage = Stage.SUSPENDED
+        sequence.standing.since, sequence.standing.due = self.counts.steps, self.places.now
         self._priorities.reset(sequence)
 
     def _enter(self, sequence: Sequence) -> None:
@@ -386,17 +392,17 @@ class Scheduler:
             self._resumable.pop()
         self._running.append(sequence)
         if not sequence.generated:
-            self._beginning.append(sequence)
-        self._last_priority = max(self._last_priority, sequence.effective_priority)
-        sequence.stage, sequence.since = Stage.RUNNING, self.counts.steps
+            self._in_prompt.append(sequence)
+        self._last_priority = max(self._last_priority, sequence.standing.effective_priority)
+        sequence.stage, sequence.standing.since = Stage.RUNNING, self.counts.steps
 
     def _holds_less(self, tenant: Tenant) -> None:
         tenant.slots -= 1
         self._queue.reorder(tenant)
 
     def _follow(self, candidate: Sequence) -> bool:
-        """Whether `candidate` had better wait for a beginning that another one is about to compute."""
-        if not self.sharing.follow(candidate, (s for s in self._beginning if s.stage is Stage.RUNNING)):
+        """Whether `candidate` had better wait for a prefix that another one is about to compute."""
+        if not self.sharing.follow(candidate, (s for s in self._in_prompt if s.stage is Stage.RUNNING)):
             return False
         self._queue.remove(candidate)
         candidate.stage = Stage.FOLLOWING
@@ -423,10 +429,10 @@ class Scheduler:
         held = False
         for sequence in ended:
             stage, sequence.stage = sequence.stage, Stage.ENDED
-            if not sequence.arrival:  # it has ended on its way here
+            if not sequence.standing.arrival:  # it has ended on its way here
                 continue
             self._priorities.leave(sequence)
-            sequence.account.active -= 1
+            sequence.standing.account.active -= 1
             self.sharing.expect_no_more(sequence)
             if stage is Stage.QUEUED:
                 self._queue.remove(sequence)
@@ -436,7 +442,7 @@ class Scheduler:
                 self._note(sequence, -1)
             elif stage in (Stage.RUNNING, Stage.SUSPENDED):
                 held = True
-                self._holds_less(sequence.account)
+                self._holds_less(sequence.standing.account)
                 self.sharing.bequeath(sequence)
         if held:
             self._running = [sequence for sequence in self._running if sequence.stage is Stage.RUNNING]

@@ -54,7 +54,7 @@ class Sharing:
     def followers(self) -> Iterator[Sequence]:
         return iter(self._leaders)
 
-    def beginning_of(self, sequence: Sequence) -> Entry | None:
+    def cached_prefix(self, sequence: Sequence) -> Entry | None:
         """The state that `sequence` can begin with; its last token has to be computed."""
         if not self._may_share(sequence):
             return None
@@ -73,14 +73,14 @@ class Sharing:
         if entry is not None and (kept or entry.slot == sequence.slot):
             sequence.computed = entry.length
             self.hits += entry.length
-            if sequence.scheduled is None:  # else it has lost its state, and was through this before
-                sequence.cached = entry.length
+            if sequence.times.scheduled is None:  # else it has lost its state, and was through this before
+                sequence.prefix.cached = entry.length
             if kept:
                 self.cache.use(entry, self._places.now)
         self.expect_no_more(sequence)
         if self._keep:
             wanted = self._wanted(sequence, alone)
-            sequence.cuts = sorted(at for at in wanted if max(sequence.computed, self._least - 1) < at)
+            sequence.prefix.cuts = sorted(at for at in wanted if max(sequence.computed, self._least - 1) < at)
 
     def follow(self, sequence: Sequence, beginning: Iterable[Sequence]) -> bool:
         """Whether one of those `beginning` is about to compute more of `sequence` than is kept; it then waits."""
@@ -89,12 +89,12 @@ class Sharing:
         leader, shared = self._leader_of(sequence, beginning)
         if leader is None:
             return False
-        entry = self.beginning_of(sequence)
+        entry = self.cached_prefix(sequence)
         if entry is not None and shared - entry.length < self._least:
             return False
         self.expect_no_more(sequence)
-        if shared not in leader.cuts:
-            insort(leader.cuts, shared)
+        if shared not in leader.prefix.cuts:
+            insort(leader.prefix.cuts, shared)
         self._followers.setdefault(leader, {})[sequence] = shared
         self._leaders[sequence] = leader
         self.following_tokens += len(sequence.prompt)
@@ -102,7 +102,7 @@ class Sharing:
 
     def expect_no_more(self, sequence: Sequence) -> None:
         """`sequence` has begun, or has ended before it could."""
-        entry, sequence.expects = sequence.expects, None
+        entry, sequence.prefix.expects = sequence.prefix.expects, None
         if entry is not None:
             entry.awaited -= 1
             if not self._keep and not entry.awaited and self.cache.holds(entry):
@@ -119,11 +119,11 @@ class Sharing:
     def advance(self, running: Iterable[Sequence]) -> list[Sequence]:
         """Takes the states that are wanted now; gives those that need not wait any longer."""
         for sequence in running:
-            if sequence.cuts and sequence.cuts[0] <= sequence.computed:
+            if sequence.prefix.cuts and sequence.prefix.cuts[0] <= sequence.computed:
                 self._take(sequence)
         released: list[Sequence] = []
         for leader, line in self._followers.items():
-            gone = leader.stage is not Stage.RUNNING or not leader.cuts
+            gone = leader.stage is not Stage.RUNNING or not leader.prefix.cuts
             released += (follower for follower, at in line.items() if gone or at <= leader.computed)
         for follower in released:
             self.leave(follower)
@@ -168,9 +168,9 @@ class Sharing:
     def _take(self, sequence: Sequence) -> None:
         """Copies the state of `sequence` to a place of its own, for others to begin with."""
         at = sequence.computed
-        wanted = at == sequence.cuts[0]
-        while sequence.cuts and sequence.cuts[0] <= at:
-            sequence.cuts.pop(0)
+        wanted = at == sequence.prefix.cuts[0]
+        while sequence.prefix.cuts and sequence.prefix.cuts[0] <= at:
+            sequence.prefix.cuts.pop(0)
         if not wanted or sequence.slot is None:
             return
         namespace, prompt = self._namespace(sequence), self._packed(sequence)
@@ -187,7 +187,7 @@ class Sharing:
             self._places.cached += 1
             self._fresh.append(entry)
         for follower in waiting:
-            follower.expects = entry
+            follower.prefix.expects = entry
         if entry is not None:
             entry.awaited += len(waiting)
 
@@ -201,7 +201,7 @@ class Sharing:
         """The completion of `sequence` is cached. So nobody will begin where the turn before it ended; nor where its
         prompt did, if conversations go on from completions: not all templates repeat those as they were. What nobody
         else has used is the first to go."""
-        superseded = {sequence.cached: 1}  # the uses that are its own
+        superseded = {sequence.prefix.cached: 1}  # the uses that are its own
         if self._completions_go_on >= 0:
             superseded.setdefault(len(sequence.prompt) - 1, 0)
         for length, uses in superseded.items():
@@ -222,13 +222,14 @@ class Sharing:
         prompt, namespace = self._packed(sequence), self._namespace(sequence)
         best, longest, looked_at = None, self._least - 1, 0
         for leader in beginning:
-            if leader.effective_priority > sequence.effective_priority or self._namespace(leader) != namespace:
+            is_later = leader.standing.effective_priority > sequence.standing.effective_priority
+            if is_later or self._namespace(leader) != namespace:
                 continue
             # Only one that is about to compute more than was found so far is worth comparing at length.
             more = max(longest, leader.computed) + 1
-            if not leader.packed.startswith(prompt[: TOKEN_BYTES * more]):
+            if not leader.prefix.packed.startswith(prompt[: TOKEN_BYTES * more]):
                 continue
-            shared = min(common(leader.packed, prompt), len(sequence.prompt) - 1, len(leader.prompt) - 1)
+            shared = min(common(leader.prefix.packed, prompt), len(sequence.prompt) - 1, len(leader.prompt) - 1)
             if shared > longest and leader.computed < shared:
                 best, longest = leader, shared
             looked_at += 1
@@ -244,8 +245,8 @@ class Sharing:
 
     def _packed(self, sequence: Sequence) -> bytes:
         """The prompt as bytes. Answers to one prompt come side by side, and share them."""
-        if not sequence.packed:
+        if not sequence.prefix.packed:
             if sequence.prompt is not self._last[0]:
                 self._last = sequence.prompt, pack(sequence.prompt)
-            sequence.packed = self._last[1]
-        return sequence.packed
+            sequence.prefix.packed = self._last[1]
+        return sequence.prefix.packed

@@ -126,9 +126,9 @@ class Worker:
                 sequence.arrived = now
                 sequence.queue_deadline = None if queue_timeout is None else now + queue_timeout
                 sequence.deadline = None if timeout is None else now + timeout
-            displacing = self._admission.admit(sequences, now)
+            sheds = self._admission.admit(sequences, now)
             self._open.update(sequences)
-            self._post(partial(self._take_in, sequences, displacing))
+            self._post(partial(self._take_in, sequences, sheds))
 
     def abort(self, sequences: Many[Sequence]) -> None:
         """Ends `sequences` before the next plan."""
@@ -186,10 +186,10 @@ class Worker:
             cache_hits=scheduler.sharing.hits,
         )
 
-    def _take_in(self, sequences: Many[Sequence], displacing: bool) -> list[Update]:
-        """Where they are `displacing`, so many others go as are too many now."""
+    def _take_in(self, sequences: Many[Sequence], sheds: bool) -> list[Update]:
+        """Where it `sheds` others for them, as many go as are too many now."""
         of, updates = self._scheduler, []
-        if displacing:
+        if sheds:
             tokens = of.waiting_tokens + sum(len(sequence.prompt) for sequence in sequences)
             excess = self._admission.excess(of.waiting + len(sequences), tokens, of.free)
             updates = of.shed(*excess, sequences[0].line, self._made_room())

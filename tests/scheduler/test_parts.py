@@ -38,9 +38,9 @@ class Waiting:
     def submit(self, *sequences: Sequence) -> Waiting:
         for sequence in sequences:
             self.arrivals += 1
-            sequence.arrival = self.arrivals
-            sequence.effective_priority = sequence.priority
-            sequence.account = self.tenants.join(sequence.tenant, sequence.weight)
+            sequence.standing.arrival = self.arrivals
+            sequence.standing.effective_priority = sequence.priority
+            sequence.standing.account = self.tenants.join(sequence.tenant, sequence.weight)
             self.queue.push(sequence)
         return self
 
@@ -52,7 +52,7 @@ class Waiting:
         self.queue.remove(sequence)
         sequence.computed = len(sequence.prompt)
         sequence.charge()
-        sequence.account.active -= 1
+        sequence.standing.account.active -= 1
         return sequence.id
 
     def served(self) -> list[str]:
@@ -68,7 +68,7 @@ class TestFairQueue:
         options: list[tuple[str, int, float]] = [("a", 1, 0.0), ("b", 0, 2.0), ("c", 0, 1.0), ("d", 0, 2.0)]
         sequences = [make_sequence([1], 1, name=name, priority=priority) for name, priority, _ in options]
         for sequence, (_, _, due) in zip(sequences, options, strict=True):
-            sequence.due = due
+            sequence.standing.due = due
         assert Waiting().submit(*sequences).served() == ["c", "b", "d", "a"]
 
     def test_tenants_take_turns_whatever_they_queue(self) -> None:
@@ -79,8 +79,8 @@ class TestFairQueue:
     def test_of_equals_the_tenant_goes_first_that_holds_fewer_slots(self) -> None:
         first, second = (make_sequence([1], 1, name=name, key=name) for name in "ab")
         waiting = Waiting().submit(first, second)
-        first.account.slots = 2
-        waiting.queue.reorder(first.account)
+        first.standing.account.slots = 2
+        waiting.queue.reorder(first.standing.account)
         assert waiting.served() == ["b", "a"]
 
     def test_weights_are_shares(self) -> None:
@@ -116,15 +116,15 @@ class TestFairQueue:
 
     def test_a_tenant_is_charged_once_and_for_what_is_computed(self) -> None:
         sequence = make_sequence([1] * 50, 1)
-        sequence.account, sequence.charged = Tenant(weight=2.0), 10  # the first ones were cached
+        sequence.standing.account, sequence.standing.charged = Tenant(weight=2.0), 10  # the first ones were cached
         for computed, charged in ((20, 10), (50, 40), (51, 40)):
             sequence.computed = computed
             sequence.charge()
-            assert sequence.account.virtual_time == charged / 2
+            assert sequence.standing.account.virtual_time == charged / 2
         sequence.restart()
         sequence.computed = 30
         sequence.charge()
-        assert sequence.account.virtual_time == 20
+        assert sequence.standing.account.virtual_time == 20
 
     def test_who_worked_alone_is_in_nobodys_debt(self) -> None:
         waiting = Waiting().submit(make_sequence([1], 1, name="a", key="a"))
@@ -161,10 +161,16 @@ class Plain:
     def peek(self, first: int, now: float) -> Sequence | None:
         def rank(sequence: Sequence) -> tuple[int, float, int, float, int]:
             queue = [other for other in self.waiting if other.line == sequence.line]
-            head = min(queue, key=lambda other: (other.due, other.arrival))
-            aged = now - head.served_at >= self.patience
+            head = min(queue, key=lambda other: (other.standing.due, other.standing.arrival))
+            aged = now - head.standing.served_at >= self.patience
             priority = first if aged else sequence.priority
-            return (priority, self.times[sequence.tenant], sequence.account.slots, sequence.due, sequence.arrival)
+            return (
+                priority,
+                self.times[sequence.tenant],
+                sequence.standing.account.slots,
+                sequence.standing.due,
+                sequence.standing.arrival,
+            )
 
         return min(self.waiting, key=rank, default=None)
 
@@ -185,10 +191,14 @@ class FairQueueMachine(RuleBasedStateMachine):
     def push(self, tenant: int, tokens: int, priority: int, alone: float) -> None:
         sequence = make_sequence([1] * tokens, 1, key=str(tenant), priority=priority)
         self.arrivals += 1
-        sequence.arrival, sequence.served_at, sequence.due = self.arrivals, self.now, self.now + alone
+        sequence.standing.arrival, sequence.standing.served_at, sequence.standing.due = (
+            self.arrivals,
+            self.now,
+            self.now + alone,
+        )
         self.plain.join(sequence.tenant)
         self.plain.waiting.append(sequence)
-        sequence.account = self.tenants.join(sequence.tenant)
+        sequence.standing.account = self.tenants.join(sequence.tenant)
         self.queue.push(sequence)
 
     @rule(seconds=st.sampled_from([0.0, 1.0, 4.0]))
@@ -209,24 +219,24 @@ class FairQueueMachine(RuleBasedStateMachine):
             return
         self.queue.remove(sequence)
         self.plain.waiting.remove(sequence)
-        sequence.account.slots += 1
+        sequence.standing.account.slots += 1
         self.under_way.append(sequence)
 
     @precondition(lambda self: self.under_way)
     @rule(which=st.integers(0, 99), tokens=st.integers(0, 30), ends=st.booleans(), comes_back=st.booleans())
     def compute(self, which: int, tokens: int, ends: bool, comes_back: bool) -> None:
         sequence = self.under_way[which % len(self.under_way)]
-        sequence.served_at = self.now
-        before = sequence.charged
+        sequence.standing.served_at = self.now
+        before = sequence.standing.charged
         sequence.computed = min(len(sequence.prompt), sequence.computed + tokens)
         sequence.charge()
-        sequence.account.charge(0, 1)
-        self.plain.times[sequence.tenant] += sequence.charged - before + 2
+        sequence.standing.account.charge(0, 1)
+        self.plain.times[sequence.tenant] += sequence.standing.charged - before + 2
         if not (ends or comes_back):
             return
         self.under_way.remove(sequence)
-        sequence.account.slots -= 1
-        self.queue.reorder(sequence.account)
+        sequence.standing.account.slots -= 1
+        self.queue.reorder(sequence.standing.account)
         if ends:
             self.end(sequence)
         else:
@@ -241,7 +251,7 @@ class FairQueueMachine(RuleBasedStateMachine):
             self.end(sequence)
 
     def end(self, sequence: Sequence) -> None:
-        sequence.account.active -= 1
+        sequence.standing.account.active -= 1
         self.plain.active[sequence.tenant] -= 1
 
     @invariant()
@@ -281,7 +291,7 @@ class TestManyTenants:
             sequence = queue.peek(0)
             assert sequence is not None
             queue.remove(sequence)
-            sequence.account.active -= 1
+            sequence.standing.account.active -= 1
         assert looks < 200 * (FORGET + 10 * AGE)
         assert looks < 100 * 20_000 / 4
 

@@ -47,7 +47,7 @@ def test_each_gets_the_sum_over_its_whole_prompt_and_disturbs_nobody(spoil: int 
     for sequence in summed:
         assert isinstance(sequence.outbox, FakeOutbox)
         (delta,) = sequence.outbox.deltas
-        assert (delta.finish_reason, delta.tokens, sequence.cached) == (FinishReason.STOP, [], 0)
+        assert (delta.finish_reason, delta.tokens, sequence.prefix.cached) == (FinishReason.STOP, [], 0)
         assert delta.pooled == [float(sum(sequence.prompt)), float(len(sequence.prompt))]
 
 

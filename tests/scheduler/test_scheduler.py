@@ -227,7 +227,7 @@ class TestSharing:
             sequence = make_sequence(prompt, 2)
             scheduler.submit([sequence])
             run_dry(scheduler, runner)
-            cached.append(sequence.cached)
+            cached.append(sequence.prefix.cached)
         assert cached == [0, 0, 60]
 
     def test_the_next_turn_begins_at_the_end_of_the_answer(self) -> None:
@@ -238,7 +238,7 @@ class TestSharing:
         second = make_sequence([*first.prompt, *first.generated, 4, 5], 3)
         scheduler.submit([second])
         run_dry(scheduler, runner)
-        assert second.cached == 29
+        assert second.prefix.cached == 29
         assert second.generated == expected_tokens(list(second.prompt), 3)
 
     def test_who_waits_for_one_that_leaves_goes_on_alone(self) -> None:
@@ -352,13 +352,13 @@ def test_small_requests_on_end_get_their_share_and_no_more() -> None:
     for _ in range(1000):
         if small.finish_reason is not None:
             small = make_sequence([1] * 256, 1, key="small")
-        if not small.arrival:
+        if not small.standing.arrival:
             scheduler.submit([small])
         planned = scheduler.plan(now)
         assert planned is not None
         now += 0.001 + 0.0002 * planned.decodes + 0.0001 * planned.prefill_tokens
         scheduler.commit(planned, runner.run(planned.plan), now)
-    assert small.account.virtual_time < 1.5 * flood[0].account.virtual_time
+    assert small.standing.account.virtual_time < 1.5 * flood[0].standing.account.virtual_time
 
 
 def test_prompts_of_a_class_do_not_throw_one_another_out() -> None:
