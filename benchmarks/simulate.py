@@ -391,6 +391,18 @@ def prompts_on_end(streams: int, weight: float) -> dict[str, object]:
     return {"gap_s": quantiles(gaps), "prompts": len(ended)}
 
 
+def many_tenants(tenants: int, length: int = 256) -> dict[str, object]:
+    """Gaps between the tokens of streams of a tenant each, while prompts of others come, and the latter's waits."""
+    draw, play = random.Random(5), server(3 * tenants)
+    for number in range(tenants):
+        play.ask(Request(0.0, f"stream {number}", 0, tokens(draw, 64), ENDLESS))
+    for number in range(60):
+        play.ask(Request(3.0 + number / 8, f"prompt {number}", 0, tokens(draw, length), 8))
+    play.run(lambda: all(response.ended for response in play.responses[tenants:]) and play.now > 10.0)
+    gaps = [b - a for r in play.responses[:tenants] for a, b in pairwise(r.times) if a >= 3.0]
+    return {"gap_s": quantiles(gaps), "first_token_s": quantiles([r.wait for r in play.responses[tenants:]])}
+
+
 def scenarios() -> dict[str, dict[str, object]]:
     return {
         "lone tenant beside 300": lone_tenant(300, 256),
@@ -404,6 +416,8 @@ def scenarios() -> dict[str, dict[str, object]]:
         "8,192 tokens of another tenant beside 32 streams": long_prompt(32, "other"),
         "1,024 tokens beside 256 streams": long_prompt(256, "streams", 1024),
         "prompts on end, of weight 8, beside 32 streams": prompts_on_end(32, 8.0),
+        "prompts beside 32 tenants with a stream": many_tenants(32),
+        "prompts beside 60 tenants with a stream": many_tenants(60),
     }
 
 

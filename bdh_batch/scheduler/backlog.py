@@ -108,8 +108,8 @@ class Backlog:
         return _in_turn(self._tenant_counts, tenant, more)
 
     def gives_way(self, line: Line, size: int) -> bool:
-        """Whether others have to go for newcomers of `line`, of that size in all: those of a later priority; a tenant of
-        its priority with so much more that it stays the larger one; or, of any priority, one with more than half of all."""
+        """Whether others have to go for newcomers of `line`, of that size in all: those of a later priority; a tenant
+        of its priority with so much more that it stays the larger one; or, of any, one with more than half of all."""
         priority, tenant = line
         if any(sizes.largest >= size for other, sizes in self._sizes.items() if other > priority):
             return True
