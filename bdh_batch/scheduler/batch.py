@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from bdh_batch.messages import Plan
 from bdh_batch.scheduler.cost import StepCost
-from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.rank import RANK, TENANT_RANK
 from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import LEAST_PREFILL, StepSize
 
 # Guards. docs/scheduling.md says which figure of benchmarks/results/simulate.json fails without each of them.
@@ -51,7 +51,7 @@ class BatchBuilder:
         self._target = target
         self._passed_over = False  # by the last step, streams for a prompt
 
-    def build(self, running: list[Sequence], places: Places, now: float) -> Step | None:
+    def build(self, running: list[Sequence], allocator: SlotAllocator, now: float) -> Step | None:
         """The next step of those `running`, with the copies that are planned; None where it would be empty."""
         streams: list[Sequence] = []
         prompts: list[Sequence] = []
@@ -61,13 +61,13 @@ class BatchBuilder:
         filling = self._walk(streams, prompts)
         segments = [stream.turn() for stream in filling.streams]
         segments += [prompt.segment(tokens) for prompt, tokens in filling.prompts]
-        plan = Plan(segments, places.copies, places.released)
+        plan = Plan(segments, allocator.copies, allocator.released)
         if not (segments or plan.copies or plan.releases):
             return None
         fresh = sum(not stream.generated for stream in filling.streams)  # the last token of a prompt
         sequences = [*filling.streams, *(prompt for prompt, _ in filling.prompts)]
         decodes = len(filling.streams) - fresh
-        return Step(plan, sequences, places.moved, decodes, filling.prompt_tokens + fresh, now)
+        return Step(plan, sequences, allocator.moved, decodes, filling.prompt_tokens + fresh, now)
 
     def computed(self, step: Step, seconds: float) -> None:
         """`step` took so long, and had memory enough."""

@@ -18,12 +18,12 @@ from bdh_batch.scheduler.backlog import NO_UNIT, Line
 from bdh_batch.scheduler.batch import BatchBuilder, Step
 from bdh_batch.scheduler.deadlines import Deadlines
 from bdh_batch.scheduler.fair_queue import FairQueue
-from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.preemption import Preemption
 from bdh_batch.scheduler.priorities import Priorities
 from bdh_batch.scheduler.rank import EFFECTIVE_PRIORITY, RANK
 from bdh_batch.scheduler.sequence import Sequence, Stage
 from bdh_batch.scheduler.sharing import Sharing
+from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import StepSize
 from bdh_batch.scheduler.tenants import Tenant, Tenants
 
@@ -91,8 +91,8 @@ class Scheduler:
         self.counts = Counts()
         self._size = StepSize(prefill_tokens, min(slots, self.max_running))
         self._batches = BatchBuilder(self._size, policy.target_step)
-        self.places = Places(slots, policy.host_slots, policy.free_slots, policy.idle_release)
-        self.sharing = Sharing(self.places, policy.keep, policy.share_all, policy.min_shared)
+        self.allocator = SlotAllocator(slots, policy.host_slots, policy.free_slots, policy.idle_release)
+        self.sharing = Sharing(self.allocator, policy.keep, policy.share_all, policy.min_shared)
         self._tenants = Tenants(policy.weights)
         self._queue = FairQueue(policy.patience, policy.queue_unit)
         self._deadlines = Deadlines()
@@ -136,7 +136,7 @@ class Scheduler:
     @property
     def free(self) -> int:
         """How many more sequences could be given a state without anyone making room."""
-        return max(0, min(self.max_running - self._holding, self.places.room))
+        return max(0, min(self.max_running - self._holding, self.allocator.room))
 
     @property
     def last_priority(self) -> int | None:
@@ -150,7 +150,7 @@ class Scheduler:
     @property
     def release_due(self) -> float | None:
         """When a plan will give memory back although there is no work, in seconds; None where none will."""
-        return self.places.release_due(self.sharing.cache)
+        return self.allocator.release_due(self.sharing.cache)
 
     @property
     def _holding(self) -> int:
@@ -229,15 +229,15 @@ class Scheduler:
 
     def plan(self, now: float) -> Step | None:
         """The next step, or None where nothing can run."""
-        self.places.begin(now)
+        self.allocator.begin(now)
         self.counts.steps += 1
         for follower in self.sharing.advance(self._running):
             self._requeue(follower)
         self._queue.age(now)
         self._priorities.update(chain(self._running, self._suspended), now)
         self._give_slots(now)
-        self.places.release_idle(self.sharing.cache)
-        return self._batches.build(self._running, self.places, now)
+        self.allocator.release_idle(self.sharing.cache)
+        return self._batches.build(self._running, self.allocator, now)
 
     def commit(self, step: Step, outcome: Outcome, now: float) -> list[Update]:
         """Takes in what a step drew; those that ended are out of their slots."""
@@ -271,9 +271,9 @@ class Scheduler:
         holding = [*self._running, *self._suspended]
         held = [-1 if sequence.slot is None else sequence.slot for sequence in holding]
         cached = [entry.slot for entry in self.sharing.cache]
-        every = [*self.places.slots.free, *held, *cached]
-        assert sorted(every) == list(range(self.places.slots.device + self.places.slots.host)), "each slot once"
-        assert all(self.places.slots.on_device(s.slot) for s in self._running if s.slot is not None), (
+        every = [*self.allocator.slots.free, *held, *cached]
+        assert sorted(every) == list(range(self.allocator.slots.device + self.allocator.slots.host)), "each slot once"
+        assert all(self.allocator.slots.on_device(s.slot) for s in self._running if s.slot is not None), (
             "who runs is there"
         )
         for line in (self._running, self._suspended):
@@ -328,7 +328,7 @@ class Scheduler:
 
     def _loses_state(self, candidate: Sequence) -> bool:
         """Whether there is no room for another state, so that whoever gives way to it is preempted by recompute."""
-        return candidate.stage is Stage.QUEUED and self.places.room <= self._scratch
+        return candidate.stage is Stage.QUEUED and self.allocator.room <= self._scratch
 
     def _run(self, candidate: Sequence, victim: Sequence | None, now: float) -> bool:
         """Puts `candidate` in a slot on the device, instead of `victim`. False, and nothing done, if that cannot be."""
@@ -341,7 +341,7 @@ class Scheduler:
         # Of those that wait for one state, none takes its slot from the others; but not for ever.
         waited = self.counts.steps - candidate.standing.since
         patient = candidate.prefix.expects is not None and victim is None and waited < self.policy.quantum
-        if not self.places.bring(candidate, parked, self.sharing.cache, entry, patient):
+        if not self.allocator.bring(candidate, parked, self.sharing.cache, entry, patient):
             return False
         if victim is not None:
             self._suspend(victim)
@@ -366,7 +366,7 @@ class Scheduler:
         self._holds_less(sequence.standing.account)
         slot, sequence.slot = sequence.slot, None
         assert slot is not None
-        self.places.give(slot)
+        self.allocator.give(slot)
         sequence.restart()
         self._priorities.reset(sequence)
         self._requeue(sequence)
@@ -382,7 +382,7 @@ class Scheduler:
         self._running.remove(sequence)
         self._suspended.append(sequence)
         sequence.stage = Stage.SUSPENDED
-        sequence.standing.since, sequence.standing.due = self.counts.steps, self.places.now
+        sequence.standing.since, sequence.standing.due = self.counts.steps, self.allocator.now
         self._priorities.reset(sequence)
 
     def _enter(self, sequence: Sequence) -> None:
@@ -425,7 +425,7 @@ class Scheduler:
         return updates
 
     def _end(self, ended: Iterable[Sequence]) -> None:
-        """Takes out those that have ended; the state of a complete answer may stay as a beginning for others."""
+        """Takes out those that have ended; the state of a complete response may stay as a prefix for others."""
         held = False
         for sequence in ended:
             stage, sequence.stage = sequence.stage, Stage.ENDED

@@ -45,7 +45,7 @@ class Outbox(Protocol):
 
 class Stage(Enum):
     QUEUED = "queued"
-    FOLLOWING = "following"  # waits for a beginning that another one computes
+    FOLLOWING = "following"  # waits for a prefix that another one computes
     RUNNING = "running"
     SUSPENDED = "suspended"  # holds a state, and waits for its next turn
     ENDED = "ended"
@@ -108,7 +108,7 @@ class Sequence:
     show_stop_token: bool = False
     score_prompt: bool = False
     pool: bool = False  # whether the hidden vectors of its prompt are summed, and that is all
-    breaks: Tokens[int] = ()  # positions, ascending, at which beginnings end that others are likely to have
+    breaks: Tokens[int] = ()  # positions, ascending, at which prefixes end that others are likely to have
     constraint: Constraint | None = None  # what its answer may become; it knows the tokens generated so far
     adjustment: Adjustment | None = None  # of its scores; it counts the tokens generated so far
 
@@ -150,7 +150,7 @@ class Sequence:
 
     @property
     def time_in_queue(self) -> float | None:
-        """Seconds until it had its first place; None where it has not had one."""
+        """Seconds until it was first given a slot; None where it has not been."""
         return None if self.times.scheduled is None else self.times.scheduled - self.arrived
 
     @property

@@ -1,4 +1,4 @@
-"""Beginnings that sequences have in common are computed once: kept for later ones, and waited for by present ones.
+"""Prefixes that sequences have in common are computed once: cached for later ones, waited for by present ones.
 
 A state is wanted where a prompt ends (but for its last token, which every sequence computes itself), where a chat's
 instructions and its earlier turns do, at powers of two, where prompts were seen to part, and where a sequence waits for
@@ -12,10 +12,10 @@ from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence as Tokens
 
 from bdh_batch.messages import FinishReason
-from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.prefix_cache import End, Entry, PrefixCache
 from bdh_batch.scheduler.prefixes import TOKEN_BYTES, RecentPrompts, common, pack
 from bdh_batch.scheduler.sequence import Sequence, Stage
+from bdh_batch.scheduler.slot_allocator import SlotAllocator
 
 FIRST_POWER = 256
 LONG = 512  # tokens, from which on a prompt is worth a step more
@@ -27,15 +27,15 @@ class Sharing:
     """
     Args:
         keep: whether states stay for later requests; else only while someone waits for them.
-        share_all: whether all keys share; else each has beginnings of its own.
-        least: tokens from which on a beginning is worth a copy.
+        share_all: whether all keys share; else each has prefixes of its own.
+        least: tokens from which on a prefix is worth a copy.
     """
 
-    def __init__(self, places: Places, keep: bool, share_all: bool, least: int) -> None:
-        self.cache = PrefixCache(places.slots.device)
+    def __init__(self, allocator: SlotAllocator, keep: bool, share_all: bool, least: int) -> None:
+        self.cache = PrefixCache(allocator.slots.device)
         self.queries = self.hits = self.cached_tokens = 0
         self.following_tokens = 0
-        self._places = places
+        self._allocator = allocator
         self._keep = keep
         self._share_all = share_all
         self._least = least
@@ -67,7 +67,7 @@ class Sharing:
         self.queries += len(sequence.prompt)
         found = 0 if entry is None else entry.length
         namespace, prompt = self._namespace(sequence), self._packed(sequence)
-        evicted = self._places.working_set.asked(namespace, prompt, len(sequence.prompt) - 1, found)
+        evicted = self._allocator.working_set.asked(namespace, prompt, len(sequence.prompt) - 1, found)
         self._observe(evicted or entry)
         kept = entry is not None and self.cache.holds(entry)
         if entry is not None and (kept or entry.slot == sequence.slot):
@@ -76,17 +76,17 @@ class Sharing:
             if sequence.times.scheduled is None:  # else it has lost its state, and was through this before
                 sequence.prefix.cached = entry.length
             if kept:
-                self.cache.use(entry, self._places.now)
+                self.cache.use(entry, self._allocator.now)
         self.expect_no_more(sequence)
         if self._keep:
             wanted = self._wanted(sequence, alone)
             sequence.prefix.cuts = sorted(at for at in wanted if max(sequence.computed, self._least - 1) < at)
 
-    def follow(self, sequence: Sequence, beginning: Iterable[Sequence]) -> bool:
-        """Whether one of those `beginning` is about to compute more of `sequence` than is kept; it then waits."""
+    def follow(self, sequence: Sequence, in_prompt: Iterable[Sequence]) -> bool:
+        """Whether one of those `in_prompt` is about to compute more of `sequence` than is kept; it then waits."""
         if not self._may_share(sequence):
             return False
-        leader, shared = self._leader_of(sequence, beginning)
+        leader, shared = self._leader_of(sequence, in_prompt)
         if leader is None:
             return False
         entry = self.cached_prefix(sequence)
@@ -106,7 +106,7 @@ class Sharing:
         if entry is not None:
             entry.awaited -= 1
             if not self._keep and not entry.awaited and self.cache.holds(entry):
-                self._places.discard(entry, self.cache)
+                self._allocator.discard(entry, self.cache)
 
     def leave(self, follower: Sequence) -> None:
         """`follower` has ended, or need not wait any longer."""
@@ -130,19 +130,19 @@ class Sharing:
         return released
 
     def bequeath(self, sequence: Sequence) -> None:
-        """`sequence` has ended: its state stays as a beginning of what may be asked next, or its slot is free."""
+        """`sequence` has ended: its state stays as a prefix of what may be asked next, or its slot is free."""
         slot, sequence.slot = sequence.slot, None
         assert slot is not None
         complete = sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
         if self._keep and complete and sequence.computed >= self._least and sequence.computed > len(sequence.prompt):
             namespace, known = self._namespace(sequence), pack(sequence.known(0, sequence.computed))
             if self.cache.get(namespace, known, sequence.computed) is None:
-                entry = self.cache.add(namespace, known, sequence.computed, slot, self._places.now)
+                entry = self.cache.add(namespace, known, sequence.computed, slot, self._allocator.now)
                 entry.end = End.COMPLETION
                 self._supersede(sequence, namespace, known)
-                self._places.cached += 1
+                self._allocator.cached += 1
                 return
-        self._places.give(slot)
+        self._allocator.give(slot)
 
     def settle(self) -> None:
         """The copies of the last plan are made."""
@@ -151,14 +151,14 @@ class Sharing:
     def forget_fresh(self) -> None:
         """The copies of the last plan may not have been made."""
         known = set(self.cache)
-        touched = {copy.target for copy in self._places.copies}
+        touched = {copy.target for copy in self._allocator.copies}
         for entry in known:
             if entry in self._fresh or entry.slot in touched:
-                self._places.discard(entry, self.cache)
+                self._allocator.discard(entry, self.cache)
         self._fresh = []
 
     def check(self) -> None:
-        assert self._places.cached == len(self.cache), "kept states are counted"
+        assert self._allocator.cached == len(self.cache), "kept states are counted"
         assert all(s.stage is Stage.FOLLOWING and s.slot is None for s in self.followers), "followers hold nothing"
         assert all(entry.awaited >= 0 for entry in self.cache), "who waits is counted"
         assert self.following_tokens == sum(len(s.prompt) for s in self.followers), "followers are counted"
@@ -166,7 +166,7 @@ class Sharing:
             assert all(entry.awaited > 0 for entry in self.cache), "nothing is kept that nobody waits for"
 
     def _take(self, sequence: Sequence) -> None:
-        """Copies the state of `sequence` to a place of its own, for others to begin with."""
+        """Copies the state of `sequence` to a slot of its own, for others to begin with."""
         at = sequence.computed
         wanted = at == sequence.prefix.cuts[0]
         while sequence.prefix.cuts and sequence.prefix.cuts[0] <= at:
@@ -177,14 +177,14 @@ class Sharing:
         waiting = [follower for follower, position in self._followers.get(sequence, {}).items() if position == at]
         entry = self.cache.get(namespace, prompt, at)
         if entry is None and (self._keep or waiting):
-            slot = self._places.for_entry(self.cache, self.cache.worth(at, len(waiting)), bool(waiting))
+            slot = self._allocator.for_entry(self.cache, self.cache.worth(at, len(waiting)), bool(waiting))
             if slot is None:
-                self._places.working_set.evicted(Entry.of(namespace, prompt, at, -1))
+                self._allocator.working_set.evicted(Entry.of(namespace, prompt, at, -1))
                 return
-            self._places.copy(sequence.slot, slot)
-            entry = self.cache.add(namespace, prompt, at, slot, self._places.now)
+            self._allocator.copy(sequence.slot, slot)
+            entry = self.cache.add(namespace, prompt, at, slot, self._allocator.now)
             entry.end = End.PROMPT if at == len(sequence.prompt) - 1 else None
-            self._places.cached += 1
+            self._allocator.cached += 1
             self._fresh.append(entry)
         for follower in waiting:
             follower.prefix.expects = entry
@@ -218,10 +218,10 @@ class Sharing:
             wanted.add(last)
         return wanted
 
-    def _leader_of(self, sequence: Sequence, beginning: Iterable[Sequence]) -> tuple[Sequence | None, int]:
+    def _leader_of(self, sequence: Sequence, in_prompt: Iterable[Sequence]) -> tuple[Sequence | None, int]:
         prompt, namespace = self._packed(sequence), self._namespace(sequence)
         best, longest, looked_at = None, self._least - 1, 0
-        for leader in beginning:
+        for leader in in_prompt:
             is_later = leader.standing.effective_priority > sequence.standing.effective_priority
             if is_later or self._namespace(leader) != namespace:
                 continue

@@ -180,7 +180,7 @@ class Worker:
             waiting=self._admission.queued,
             suspended=scheduler.suspended,
             slots=scheduler.width,
-            cached_states=scheduler.places.cached,
+            cached_states=scheduler.allocator.cached,
             preemptions=scheduler.counts.preemptions,
             cache_queries=scheduler.sharing.queries,
             cache_hits=scheduler.sharing.hits,
@@ -253,7 +253,7 @@ class Worker:
         return messages
 
     def _count(self) -> None:
-        """What waits, now that a plan has given out places or a step has ended some."""
+        """What waits, now that a plan has given out slots or a step has ended some."""
         of, now = self._scheduler, time.monotonic()
         self._admission.update(of.take_changes(), of.free, of.counts.served, now, of.last_priority)
 

@@ -15,11 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from bdh_batch.scheduler import fair_queue
 from bdh_batch.scheduler.cost import StepCost
 from bdh_batch.scheduler.fair_queue import AGE, FairQueue
-from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.prefix_cache import PrefixCache
 from bdh_batch.scheduler.prefixes import RECENT, RecentPrompts, common, pack
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.sharing import Sharing
+from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import PATIENCE, StepSize
 from bdh_batch.scheduler.tenants import FORGET, Tenant, Tenants
 from tests.scheduler.fakes import make_sequence
@@ -406,7 +406,7 @@ def steps_to_grow(size: StepSize) -> int:
 
 
 def test_answers_to_one_prompt_share_its_bytes() -> None:
-    sharing = Sharing(Places(4, 0), keep=False, share_all=True, least=2)
+    sharing = Sharing(SlotAllocator(4, 0), keep=False, share_all=True, least=2)
     prompts = [list(range(100)), list(range(100))]
     sequences = [make_sequence(prompt, 1) for prompt in prompts for _ in range(3)]
     packed = [sharing._packed(sequence) for sequence in sequences]

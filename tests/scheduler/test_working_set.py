@@ -31,7 +31,7 @@ class Engine:
 
     @property
     def touched(self) -> int:
-        return self.scheduler.places.slots.touched
+        return self.scheduler.allocator.slots.touched
 
     def step(self) -> bool:
         step = self.scheduler.plan(self.now)
@@ -208,7 +208,7 @@ class TestIdle:
         engine.now = 100.0
         while engine.step():
             pass
-        assert engine.touched == len(engine.scheduler.sharing.cache) == engine.scheduler.places.working_set.size == 6
+        assert engine.touched == len(engine.scheduler.sharing.cache) == engine.scheduler.allocator.working_set.size == 6
 
     def test_never_where_it_is_off(self) -> None:
         engine = Engine(4, keep=False)
