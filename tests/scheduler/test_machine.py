@@ -61,6 +61,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.ends: dict[Sequence, list[FinishReason]] = {}
         self.passed_over: Counter[str] = Counter()  # plans on end, by key
         self.outranked: Counter[Sequence] = Counter()  # plans on end
+        self.debts: dict[Sequence, float] = {}  # the largest in these plans, in tokens
         self.waiting: set[Sequence] = set()  # by what the scheduler says of changes
 
     def take(self, updates: list[Update]) -> None:
@@ -172,6 +173,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             known = sum(
                 len(other.prompt) + len(other.generated) for other in others if other.times.scheduled is not None
             )
+            # It shrinks while the others catch up.
+            self.debts[sequence] = debt = max(debt, self.debts.get(sequence, 0.0)) if passed_over else 0.0
             assert self.outranked[sequence] <= 3 + self.scheduler.policy.quantum + 2 * known + debt, "no class starves"
 
     @rule(
