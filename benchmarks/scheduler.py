@@ -26,7 +26,8 @@ from bdh_batch.engine.mailbox import Mailbox
 from bdh_batch.engine.worker import Worker
 from bdh_batch.messages import Outcome, SamplingParams
 from bdh_batch.observability.metrics import Metrics
-from bdh_batch.scheduler.scheduler import Policy, Scheduler
+from bdh_batch.scheduler.policy import Policy
+from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import ByteTokenizer

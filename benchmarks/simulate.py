@@ -1,13 +1,17 @@
 """Plays loads against a model of step time on a virtual clock, with the scheduler as it is and with simpler ones.
 
-    python -m benchmarks.simulate                           # 100,000 requests of a generated load
+    python -m benchmarks.simulate                           # 100,000 requests of a generated load, and all scenarios
+    python -m benchmarks.simulate --against ../before       # the same with the scheduler of another checkout beside it
     python -m benchmarks.simulate --trace trace.jsonl       # what a server with scheduler.trace_file was asked
     python -m benchmarks.simulate --requests 2000 --load 0.9 --out /tmp
 
-Policies: `fair` is the server's. `fcfs` serves in order of arrival, and shares and suspends nothing. `static` also
-waits for a whole batch to end before the next begins. Prints JSON, and writes it with a plot to --out.
+Policies: `fair` is the server's, and `before` that of the other checkout. `fcfs` serves in order of arrival, and shares
+and preempts nothing. `static` also waits for a whole batch to end before the next begins. Prints JSON, and writes it
+with a plot to --out.
 
-In a generated load one key asks for most, in bursts, and others for little; many prompts begin with one of a few stems.
+In a generated load one tenant asks for most, in bursts, and others for little; many prompts begin with one of a few
+stems. The scenarios are a lone tenant beside a flood, two floods, and a long prompt beside streams, with the costs of a
+step on two cores of a CPU. Nothing here depends on how fast the machine is, but for `wall_seconds`.
 """
 
 from __future__ import annotations
@@ -15,22 +19,27 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import random
+import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence as Many
+from collections.abc import Callable, Iterator, Mapping, Sequence as Many
 from dataclasses import asdict, dataclass, replace
+from heapq import heappop, heappush
+from itertools import count, pairwise
 from pathlib import Path
 
 from bdh_batch.engine.trace import BLOCK
 from bdh_batch.messages import Delta, Outcome, SamplingParams
-from bdh_batch.scheduler.scheduler import Policy, Scheduler
+from bdh_batch.scheduler.policy import Policy
+from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.sequence import Sequence
 
 POLICIES = ("fair", "fcfs", "static")
-GOOD = 5.0  # seconds to the first token within which an answer counts for goodput
+GOOD = 5.0  # seconds to the first token within which a response counts for goodput
 PARAMS = SamplingParams()
 
 
@@ -71,6 +80,106 @@ class Silent:
 
     def put(self, index: int, delta: Delta) -> None:
         pass
+
+
+@dataclass
+class Response:
+    """What came of a request: when its tokens did, in seconds."""
+
+    request: Request
+    times: list[float]
+    ended: bool = False
+
+    @property
+    def wait(self) -> float:
+        return self.times[0] - self.request.at
+
+
+class Play:
+    """A scheduler, a virtual clock, and requests that arrive.
+
+    Looks at nothing in a sequence, so that the schedulers of other checkouts can be played, too.
+
+    Args:
+        shares: whether requests keep their tenants and priorities.
+        batches_of: where a whole batch has to end before the next begins, how many it has.
+    """
+
+    def __init__(self, scheduler: Scheduler, cost: Cost, shares: bool = True, batches_of: int | None = None) -> None:
+        self.scheduler = scheduler
+        self.now = 0.0
+        self.responses: list[Response] = []
+        self.computed = 0  # prompt tokens
+        self.steps: list[float] = []  # seconds
+        self._cost = cost
+        self._shares = shares
+        self._batches_of = batches_of
+        self._arrivals: list[tuple[float, int, Request, Callable[[Response], None] | None]] = []
+        self._order = count()
+        self._open: dict[Sequence, tuple[Response, Callable[[Response], None] | None]] = {}
+
+    def ask(self, request: Request, then: Callable[[Response], None] | None = None) -> None:
+        """`then` is called when it has ended."""
+        heappush(self._arrivals, (request.at, next(self._order), request, then))
+
+    def leave(self) -> None:
+        """All clients leave."""
+        self._arrivals.clear()
+        self.scheduler.abort([*self._open])
+
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        while (self._arrivals or self.scheduler.has_work) and not until():
+            self._admit()
+            step = self.scheduler.plan(self.now)
+            if step is None:
+                self.now = max(self.now, self._arrivals[0][0])
+                continue
+            seconds = self._cost.of(step.decodes, step.prefill_tokens, len(step.plan.copies))
+            self.now += seconds
+            self.steps.append(seconds)
+            self.computed += step.prefill_tokens
+            drawn = Outcome([1 if segment.sampling else None for segment in step.plan.segments])
+            for sequence, delta in self.scheduler.commit(step, drawn, self.now):
+                self._take(sequence, delta)
+
+    def _admit(self) -> None:
+        taken = 0
+        if self._batches_of is not None and self.scheduler.has_work:
+            return
+        while self._arrivals and self._arrivals[0][0] <= self.now and taken != self._batches_of:
+            _, _, request, then = heappop(self._arrivals)
+            sequence = self._sequence(request)
+            self._open[sequence] = Response(request, []), then
+            self.responses.append(self._open[sequence][0])
+            self.scheduler.submit([sequence])
+            taken += 1
+
+    def _take(self, sequence: Sequence, delta: Delta) -> None:
+        response, then = self._open[sequence]
+        response.times += [self.now] * len(delta.tokens)
+        if delta.finish_reason is not None:
+            response.ended = True
+            del self._open[sequence]
+            if then is not None:
+                then(response)
+
+    def _sequence(self, request: Request) -> Sequence:
+        silent = Silent()
+        return Sequence(
+            id="",
+            prompt=request.prompt,
+            max_tokens=request.answer,
+            sampling=PARAMS,
+            text=silent,
+            outbox=silent,
+            arrived=request.at,
+            key=request.tenant if self._shares else "",
+            tenant=request.tenant if self._shares else "",
+            priority=request.priority if self._shares else 0,
+        )
+
+
+# A generated load, or a recorded one
 
 
 def generate(count: int, load: float, cost: Cost, slots: int, seed: int) -> list[Request]:
@@ -114,68 +223,35 @@ def simulate(name: str, requests: Many[Request], cost: Cost, slots: int, prefill
     """Runs all of `requests` under one policy."""
     fair = name == "fair"
     policy = Policy(host, target_step=0.03, keep=True) if fair else Policy(min_shared=1 << 30)
-    scheduler = Scheduler(slots, prefill, policy)
-    arrivals = iter(requests)
-    upcoming, now, began = next(arrivals, None), 0.0, time.perf_counter()
-    sequences: list[Sequence] = []
-    computed = 0
-    while upcoming is not None or scheduler.has_work:
-        batch_open = name != "static" or not scheduler.has_work
-        taken = 0
-        while upcoming is not None and upcoming.at <= now and batch_open and (fair or name == "fcfs" or taken < slots):
-            sequence = _sequence(upcoming, fair)
-            sequences.append(sequence)
-            scheduler.submit([sequence])
-            upcoming, taken = next(arrivals, None), taken + 1
-        step = scheduler.plan(now)
-        if step is None:
-            assert upcoming is not None
-            now = max(now, upcoming.at)
-            continue
-        now += cost.of(step.decodes, step.prefill_tokens, len(step.plan.copies))
-        computed += step.prefill_tokens
-        scheduler.commit(step, Outcome([1 if s.sampling else None for s in step.plan.segments]), now)
-    scheduler.check()
-    keys = [request.tenant for request in requests]
-    return figures(sequences, keys, now) | {
-        "prompt_tokens_computed": computed,
-        "preemptions": scheduler.counts.preemptions,
+    play = Play(Scheduler(slots, prefill, policy), cost, fair, slots if name == "static" else None)
+    began = time.perf_counter()
+    for request in requests:
+        play.ask(request)
+    play.run()
+    play.scheduler.check()
+    assert all(response.ended for response in play.responses), "every request was answered"
+    return figures(play.responses, play.now) | {
+        "prompt_tokens_computed": play.computed,
+        "preemptions": play.scheduler.counts.preemptions,
         "wall_seconds": round(time.perf_counter() - began, 1),
     }
 
 
-def _sequence(request: Request, fair: bool) -> Sequence:
-    silent = Silent()
-    return Sequence(
-        id="",
-        prompt=request.prompt,
-        max_tokens=request.answer,
-        sampling=PARAMS,
-        text=silent,
-        outbox=silent,
-        arrived=request.at,
-        key=request.tenant if fair else "",
-        tenant=request.tenant if fair else "",
-        priority=request.priority if fair else 0,
-    )
-
-
-def figures(sequences: Many[Sequence], keys: Many[str], seconds: float) -> dict[str, object]:
-    waits = [s.first_token - s.arrived for s in sequences if s.first_token is not None]
-    assert len(waits) == len(sequences), "every request was answered"
-    by_key = defaultdict(list)
-    for key, wait in zip(keys, waits, strict=True):
-        by_key[key].append(wait)
-    good = sum(len(s.generated) for s, wait in zip(sequences, waits, strict=True) if wait <= GOOD)
-    greedy = max(by_key, key=lambda key: len(by_key[key]))
-    small = [wait for key, line in by_key.items() if key != greedy for wait in line]
+def figures(responses: Many[Response], seconds: float) -> dict[str, object]:
+    by_tenant = defaultdict(list)
+    for response in responses:
+        by_tenant[response.request.tenant].append(response.wait)
+    waits = [response.wait for response in responses]
+    good = sum(len(response.times) for response in responses if response.wait <= GOOD)
+    greedy = max(by_tenant, key=lambda tenant: len(by_tenant[tenant]))
+    small = [wait for tenant, line in by_tenant.items() if tenant != greedy for wait in line]
     return {
         "seconds": round(seconds, 1),
-        "tokens_per_s": round(sum(len(s.generated) for s in sequences) / seconds, 1),
+        "tokens_per_s": round(sum(len(response.times) for response in responses) / seconds, 1),
         "goodput_tokens_per_s": round(good / seconds, 1),
         "first_token_s": quantiles(waits),
         "first_token_s_of_small_keys": quantiles(small or waits),
-        "mean_wait_of_small_keys_over_greedy": round(mean(small or waits) / mean(by_key[greedy]), 3),
+        "mean_wait_of_small_keys_over_greedy": round(mean(small or waits) / mean(by_tenant[greedy]), 3),
     }
 
 
@@ -186,6 +262,167 @@ def mean(values: Many[float]) -> float:
 def quantiles(values: Many[float]) -> dict[str, float]:
     ordered = sorted(values)
     return {f"p{q}": round(ordered[min(len(ordered) - 1, int(q / 100 * len(ordered)))], 4) for q in (50, 90, 99)}
+
+
+# Scenarios, each with what `benchmarks.serving` measures over HTTP
+
+CPU = Cost(step=0.0015, decode=0.00036, prefill=0.00016, copy=0.0001)
+SLOW = replace(CPU, decode=0.001)  # a larger model
+GPU = Cost(step=0.02, decode=0.00005, prefill=0.00001, copy=0.0001)  # what a step costs by itself is most of it
+TARGET = 0.025  # seconds: the default of scheduler.target_step_ms
+PREFILL = 256  # tokens: the default of scheduler.prefill_tokens
+ENDLESS = 100_000
+
+
+def server(slots: int, cost: Cost = CPU, **policy: object) -> Play:
+    """One that has served some requests before, so that it has learned what a step costs."""
+    play = Play(Scheduler(slots, PREFILL, Policy(target_step=TARGET, **policy)), cost)  # type: ignore[arg-type]
+    draw, play.now = random.Random(0), -60.0
+    for number in range(100):
+        play.ask(Request(-60.0 + 0.1 * number, "before", 0, tokens(draw, draw.randrange(8, 400)), 8))
+    play.run()
+    play.responses.clear()
+    play.steps.clear()
+    return play
+
+
+def tokens(draw: random.Random, length: int) -> list[int]:
+    return [draw.randrange(256) for _ in range(length)]
+
+
+def lone_tenant(flood: int, slots: int, singles: int = 200) -> dict[str, object]:
+    """One request at a time of 256 tokens, alone and beside another tenant's flood that never ends."""
+    alone, beside = singles_beside(0, slots, singles), singles_beside(flood, slots, singles)
+    return {
+        "alone_s": quantiles(alone),
+        "beside_s": quantiles(beside),
+        "ratio": round(quantiles(beside)["p50"] / quantiles(alone)["p50"], 3),
+    }
+
+
+def singles_beside(flood: int, slots: int, singles: int) -> list[float]:
+    draw, play = random.Random(2), server(slots)
+    waits: list[float] = []
+
+    def again(at: float, tenant: str) -> None:
+        if tenant == "flood":
+            request = Request(at, tenant, 0, tokens(draw, draw.randrange(32, 96)), draw.randrange(16, 64))
+        else:
+            request = Request(at, tenant, 0, tokens(draw, 256), 8)
+        play.ask(request, lambda response: ended(response))
+
+    def ended(response: Response) -> None:
+        tenant = response.request.tenant
+        if tenant == "lone":
+            waits.append(response.wait)
+        again(play.now + draw.uniform(0.001, 0.01), tenant)  # a client's time between two requests
+
+    for _ in range(flood):
+        again(0.0, "flood")
+    again(2.0, "lone")
+    play.run(lambda: len(waits) >= singles)
+    return waits
+
+
+def two_floods(slots: int, requests: int = 500, cost: Cost = CPU, **policy: object) -> dict[str, object]:
+    """The first tenant's requests come first, and ask for longer responses; what counts is tokens while both wait."""
+    draw, play = random.Random(3), server(slots, cost, **policy)
+    for tenant, scale, at in (("first", 2, 0.0), ("second", 1, 0.3)):
+        for _ in range(requests):
+            prompt = tokens(draw, draw.randrange(32, 96))
+            play.ask(Request(at, tenant, 0, prompt, scale * draw.randrange(16, 64)))
+    play.run()
+    sides = [[r for r in play.responses if r.request.tenant == tenant] for tenant in ("first", "second")]
+    waiting = min(max(r.times[0] for r in side) for side in sides)
+    unfinished = min(sorted(r.times[-1] for r in side)[int(0.8 * requests)] for side in sides)
+    return {
+        "seconds": round(play.now, 2),
+        "jain_while_both_wait": jain([served(side, 0.3, waiting) for side in sides]),
+        "jain_while_both_are_unfinished": jain([served(side, 0.3, unfinished) for side in sides]),
+        "preemptions": play.scheduler.counts.preemptions,
+    }
+
+
+def served(side: Many[Response], begin: float, end: float) -> int:
+    """Tokens generated in this time, and of the prompts whose first token came in it."""
+    generated = sum(begin < at <= end for r in side for at in r.times)
+    return generated + sum(len(r.request.prompt) for r in side if begin < r.times[0] <= end)
+
+
+def jain(amounts: Many[float]) -> float:
+    """Jain's index: 1 where all have the same, 1/n where one has all."""
+    return round(sum(amounts) ** 2 / (len(amounts) * sum(amount**2 for amount in amounts)), 4)
+
+
+def long_prompt(streams: int, tenant: str, length: int = 8192) -> dict[str, object]:
+    """Gaps between the tokens of streams that decode, without and beside a long prompt of `tenant`."""
+    draw, play = random.Random(1), server(2 * streams)
+    for _ in range(streams):
+        play.ask(Request(0.0, "streams", 0, tokens(draw, 64), ENDLESS))
+    ended: list[Response] = []
+    play.ask(Request(3.0, tenant, 0, tokens(draw, length), 1), ended.append)
+    play.run(lambda: bool(ended))
+    begin, end = 3.0, play.now
+    gaps = [(a, b - a) for r in play.responses[:streams] for a, b in pairwise(r.times)]
+    without = quantiles([gap for at, gap in gaps if 1.0 <= at < begin])
+    beside = quantiles([gap for at, gap in gaps if begin <= at < end])
+    return {
+        "without_s": without,
+        "beside_s": beside,
+        "ratio_of_p99": round(beside["p99"] / without["p99"], 3),
+        "prompt_s": round(end - begin, 3),
+    }
+
+
+def prompts_on_end(streams: int, weight: float) -> dict[str, object]:
+    """Gaps between the tokens of streams, while a tenant of this weight asks for one prompt after another."""
+    draw, play = random.Random(4), server(2 * streams, weights={"prompts": weight})
+    for _ in range(streams):
+        play.ask(Request(0.0, "streams", 0, tokens(draw, 64), ENDLESS))
+    ended: list[Response] = []
+
+    def again(response: Response) -> None:
+        ended.append(response)
+        play.ask(Request(play.now, "prompts", 0, tokens(draw, 256), 1), again)
+
+    for _ in range(8):
+        play.ask(Request(3.0, "prompts", 0, tokens(draw, 256), 1), again)
+    play.run(lambda: play.now > 10.0)
+    gaps = [b - a for r in play.responses[:streams] for a, b in pairwise(r.times) if a >= 3.0]
+    return {"gap_s": quantiles(gaps), "prompts": len(ended)}
+
+
+def many_tenants(tenants: int, length: int = 256) -> dict[str, object]:
+    """Gaps between the tokens of streams of a tenant each, while prompts of others come, and the latter's waits."""
+    draw, play = random.Random(5), server(3 * tenants)
+    for number in range(tenants):
+        play.ask(Request(0.0, f"stream {number}", 0, tokens(draw, 64), ENDLESS))
+    for number in range(60):
+        play.ask(Request(3.0 + number / 8, f"prompt {number}", 0, tokens(draw, length), 8))
+    play.run(lambda: all(response.ended for response in play.responses[tenants:]) and play.now > 10.0)
+    gaps = [b - a for r in play.responses[:tenants] for a, b in pairwise(r.times) if a >= 3.0]
+    return {"gap_s": quantiles(gaps), "first_token_s": quantiles([r.wait for r in play.responses[tenants:]])}
+
+
+def scenarios() -> dict[str, dict[str, object]]:
+    return {
+        "lone tenant beside 300": lone_tenant(300, 256),
+        "lone tenant beside 300, 150 slots": lone_tenant(300, 150),
+        "two floods that fit": two_floods(1024),
+        "two floods, 64 slots": two_floods(64),
+        "two floods, 64 slots and 64 on the host": two_floods(64, host_slots=64, max_running=120),
+        "two floods, a larger model": two_floods(1024, cost=SLOW),
+        "two floods, a GPU": two_floods(1024, cost=GPU),
+        "8,192 tokens beside 32 streams": long_prompt(32, "streams"),
+        "8,192 tokens of another tenant beside 32 streams": long_prompt(32, "other"),
+        "1,024 tokens beside 256 streams": long_prompt(256, "streams", 1024),
+        "prompts on end, of weight 8, beside 32 streams": prompts_on_end(32, 8.0),
+        "prompts beside 32 tenants with a stream": many_tenants(32),
+        "prompts beside 60 tenants with a stream": many_tenants(60),
+    }
+
+
+# The command
 
 
 def plot(report: Mapping[str, Mapping[str, object]], file: Path) -> None:
@@ -210,7 +447,7 @@ def plot(report: Mapping[str, Mapping[str, object]], file: Path) -> None:
     figure.savefig(file, dpi=80)
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: Many[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trace", type=Path, help="a file of scheduler.trace_file, instead of a generated load")
     parser.add_argument("--requests", type=int, default=100_000)
@@ -219,32 +456,61 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--host", type=int, default=64, help="slots in host memory, for the server's policy")
     parser.add_argument("--prefill", type=int, default=256, help="most prompt tokens in a step")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
+    parser.add_argument("--against", type=Path, help="another checkout, whose scheduler is played beside this one's")
+    parser.add_argument("--print-only", action="store_true", help="write no files; the report goes to stdout")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON and the plot")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def in_order(requests: Many[Request]) -> Iterator[Request]:
     yield from sorted(requests, key=lambda request: request.at)
 
 
-def main() -> None:
-    chosen, cost = parse(), Cost()
+def measure(chosen: argparse.Namespace) -> dict[str, dict[str, dict[str, object]]]:
+    cost = Cost()
     if chosen.trace is not None:
         requests = replay(chosen.trace)
     else:
         requests = generate(chosen.requests, chosen.load, cost, chosen.slots, chosen.seed)
     requests = [replace(request, at=max(0.0, request.at)) for request in in_order(requests)]
-    policies = {}
-    for name in POLICIES:
-        policies[name] = simulate(name, requests, cost, chosen.slots, chosen.prefill, chosen.host)
-        print(name, json.dumps(policies[name]), file=sys.stderr)
-    assert all(math.isfinite(float(str(result["seconds"]))) for result in policies.values())
+    found = {}
+    for name in chosen.policies:
+        found[name] = simulate(name, requests, cost, chosen.slots, chosen.prefill, chosen.host)
+        print(name, json.dumps(found[name]), file=sys.stderr)
+    assert all(math.isfinite(float(str(result["seconds"]))) for result in found.values())
+    return {"policies": found, "scenarios": scenarios()}
+
+
+def measure_other(checkout: Path, argv: Many[str]) -> dict[str, dict[str, dict[str, object]]]:
+    """What this file says of the scheduler of `checkout`. Run by its path, so that the package is that one's."""
+    kept = [each for at, each in enumerate(argv) if each != "--against" and (not at or argv[at - 1] != "--against")]
+    command = [sys.executable, __file__, *kept, "--policies", "fair", "--print-only"]
+    environment = os.environ | {"PYTHONPATH": str(checkout.resolve())}
+    report: dict[str, dict[str, dict[str, object]]] = json.loads(
+        subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True).stdout
+    )
+    return report
+
+
+def main(argv: Many[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    chosen = parse(argv)
+    measured = measure(chosen)
+    if chosen.print_only:
+        json.dump(measured, sys.stdout)
+        return
+    policies, sides = measured["policies"], {"fair": measured["scenarios"]}
+    if chosen.against is not None:
+        before = measure_other(chosen.against, argv)
+        policies["before"], sides["before"] = before["policies"]["fair"], before["scenarios"]
     report = {
-        "command": f"python -m benchmarks.simulate {' '.join(sys.argv[1:])}".strip(),
+        "command": f"python -m benchmarks.simulate {' '.join(argv)}".strip(),
         "machine": {"system": platform.platform(), "python": platform.python_version()},
-        "requests": len(requests),
-        "cost": asdict(cost),
+        "requests": chosen.requests if chosen.trace is None else str(chosen.trace),
+        "cost": asdict(Cost()),
         "policies": policies,
+        "scenarios": {"cost": asdict(CPU), "target_step_s": TARGET, **sides},
     }
     (chosen.out / "simulate.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(policies, chosen.out / "simulate.png")

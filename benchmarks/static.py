@@ -15,7 +15,8 @@ from typing import Protocol
 from bdh_batch.engine.worker import Worker
 from bdh_batch.messages import Delta, Outcome, Plan, SamplingParams, Segment
 from bdh_batch.observability.metrics import Metrics
-from bdh_batch.scheduler.scheduler import Policy, Scheduler
+from bdh_batch.scheduler.policy import Policy
+from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.sequence import Sequence
 from benchmarks.simulate import Silent
 

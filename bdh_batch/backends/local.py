@@ -75,7 +75,7 @@ class LocalGeneration:
 
     @property
     def cached_tokens(self) -> Many[int]:
-        return [sequence.cached for sequence in self._sequences]
+        return [sequence.prefix.cached for sequence in self._sequences]
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         while self._open:

@@ -1,8 +1,8 @@
 """Who is let in to wait: counted and bounded here and nowhere else. Shared between threads.
 
 Refused is what finds the queue full, in requests or in tokens, and what would wait past its deadline at the rate at
-which places have been given out of late. A full queue is full for those who fill it: one of an earlier class, or of a
-tenant with far fewer requests in it, is let in, and so many of those who fill it are sent away.
+which slots have been given out of late. A full queue is full for those who fill it: one of an earlier priority, or of a
+tenant with far fewer requests in it, is let in, and so many of those who fill it are shed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import threading
 from collections.abc import Mapping, Sequence as Many
 
 from bdh_batch.errors import InvalidRequest, QueueFull, TooLate
-from bdh_batch.scheduler.backlog import NO_UNIT, Backlog, Line
-from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.backlog import NO_UNIT, Backlog
+from bdh_batch.scheduler.sequence import Line, Sequence
 
 HALF_LIFE = 10.0  # seconds after which a measured rate counts half
 FORGET = 30.0  # seconds after which a rate is no longer believed, if nobody has waited
@@ -23,9 +23,9 @@ LONGEST_RETRY = 60
 class Admission:
     """
     Args:
-        max_requests, max_tokens: most sequences, and tokens of their prompts, that may wait for a place.
-        places: how many sequences can hold a state.
-        patience: seconds after which whoever waits competes in the first class.
+        max_requests, max_tokens: most sequences, and tokens of their prompts, that may wait for a slot.
+        slots: how many sequences can hold a state.
+        patience: seconds after which whoever waits competes in the first priority.
         unit: tokens of a prompt that fill the queue as another sequence does.
     """
 
@@ -33,21 +33,21 @@ class Admission:
         self,
         max_requests: int,
         max_tokens: int,
-        places: int,
+        slots: int,
         patience: float = math.inf,
         unit: int = NO_UNIT,
     ) -> None:
         self.max_requests = max_requests
         self.max_tokens = max_tokens
-        self._places = places
+        self._slots = slots
         self._patience = patience
         self._lock = threading.Lock()
         self._backlog = Backlog(unit)
         self._arriving = 0  # of those that wait, how many have not come to the scheduler yet
-        self._free = places
+        self._free = slots
         self._served = 0
-        self._last_class: int | None = None
-        self._measured = (0.0, 0.0)  # places given and seconds gone by while someone waited, both fading
+        self._last_priority: int | None = None
+        self._measured = (0.0, 0.0)  # slots given and seconds gone by while someone waited, both fading
         self._sent_away = 0.0  # seconds that those who were refused were told to stay away, fading alike
         self._updated: float | None = None
         self._waited: float | None = None  # when someone was last seen to wait
@@ -63,19 +63,19 @@ class Admission:
             InvalidRequest: they are more than could ever wait and run.
             QueueFull, TooLate: not now.
         """
-        most = self._places + self.max_requests
+        most = self._slots + self.max_requests
         if len(sequences) > most:
             raise InvalidRequest(f"A request may ask for {most} answers in all here, prompts times n.")
         tokens = sum(len(sequence.prompt) for sequence in sequences)
-        if len(sequences) > self._places and tokens > self.max_tokens:
+        if len(sequences) > self._slots and tokens > self.max_tokens:
             raise InvalidRequest(f"A request may have {self.max_tokens} prompt tokens in all here, prompts times n.")
         with self._lock:
             self._check_deadlines(sequences, now)
-            displacing = self._is_displacing(sequences, tokens)
+            sheds = self._sheds_others(sequences, tokens)
             for sequence in sequences:
                 self._backlog.add(sequence)
             self._arriving += len(sequences)
-            return displacing
+            return sheds
 
     def arrived(self, sequences: Many[Sequence], changes: Mapping[Sequence, int]) -> None:
         """The scheduler has taken them, and says by `changes` who waits there since then (1), and no longer (-1)."""
@@ -91,10 +91,10 @@ class Admission:
         free: int,
         served: int,
         now: float,
-        last_class: int | None = None,
+        last_priority: int | None = None,
     ) -> None:
-        """Who waits in the scheduler now, and no longer, how many places are free, how many were ever given, before
-        which class one need not wait at all."""
+        """Who waits in the scheduler now, and no longer, how many slots are free, how many were ever given, before
+        which priority one need not wait at all."""
         with self._lock:
             if self._updated is not None and len(self._backlog) > self._arriving:
                 seconds = now - self._updated
@@ -107,7 +107,7 @@ class Admission:
                 # How it was says nothing any more, and would refuse whoever could find out.
                 self._measured, self._sent_away = (0.0, 0.0), 0.0
             self._updated, self._served, self._free = now, served, free
-            self._last_class = last_class
+            self._last_priority = last_priority
             self._apply(changes)
 
     def _apply(self, changes: Mapping[Sequence, int]) -> None:
@@ -115,10 +115,10 @@ class Admission:
             (self._backlog.add if change > 0 else self._backlog.remove)(sequence)
 
     def expected_wait(self, more: int, line: Line) -> float:
-        """Seconds until `more` sequences would all have a place; 0 while there is nothing to go by."""
+        """Seconds until `more` sequences would all have a slot; 0 while there is nothing to go by."""
         priority, tenant = line
         given, passed = self._measured
-        if given <= 0 or (self._last_class is not None and priority < self._last_class):
+        if given <= 0 or (self._last_priority is not None and priority < self._last_priority):
             return 0.0
 
         def seconds(ahead: int) -> float:
@@ -130,12 +130,12 @@ class Admission:
         return min(wait, self._patience + seconds(self._backlog.ahead_in_turn(tenant, more)))
 
     def excess(self, requests: int, tokens: int, free: int) -> tuple[int, int]:
-        """What is too much in a queue of so many requests and tokens of prompts, while so many places are free."""
+        """What is too much in a queue of so many requests and tokens of prompts, while so many slots are free."""
         if requests <= free:
             return 0, 0
         return max(0, requests - self.max_requests - free), max(0, tokens - self.max_tokens)
 
-    def _is_displacing(self, sequences: Many[Sequence], tokens: int) -> bool:
+    def _sheds_others(self, sequences: Many[Sequence], tokens: int) -> bool:
         """Whether others have to go that they can wait. Raises QueueFull where those may not."""
         queued, waiting = self.queued, self._backlog.tokens
         requests, surplus = self.excess(queued + len(sequences), waiting + tokens, self._free)
@@ -159,8 +159,8 @@ class Admission:
             raise TooLate(text, _whole_seconds(wait - min(limits)))
 
     def retry_after(self) -> int:
-        """Seconds until the next place will have been given out, and all who stay away could have had one: by Little's
-        law they are as many as there were seconds told in a second. So no more ask again than there are places for,
+        """Seconds until the next slot will have been given out, and all who stay away could have had one: by Little's
+        law they are as many as there were seconds told in a second. So no more ask again than there are slots for,
         and answers have the time that refusing takes."""
         given, passed = self._measured
         return _whole_seconds(max(passed, self._sent_away) / given) if given > 0 else 1

@@ -22,7 +22,8 @@ from bdh_batch.errors import ConfigError
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.vector import most_threads
 from bdh_batch.scheduler import working_set
-from bdh_batch.scheduler.scheduler import Policy, Scheduler
+from bdh_batch.scheduler.policy import Policy
+from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.settings import Engine, PrefixCache, Settings
 from bdh_batch.system.device_memory import free_memory
 from bdh_batch.system.machine import usable_cores

@@ -14,7 +14,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from bdh_batch.scheduler.dealer import Step
+from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.prefixes import TOKEN_BYTES, pack
 from bdh_batch.scheduler.scheduler import Update
 from bdh_batch.scheduler.sequence import Sequence
@@ -35,7 +35,7 @@ class Trace:
             self._write(
                 "submit",
                 now,
-                place=s.place,
+                place=s.standing.arrival,
                 request=s.id,
                 key=s.key,
                 tenant=s.tenant,
@@ -54,9 +54,11 @@ class Trace:
             step.planned,
             seconds=now - step.planned,
             decodes=step.decodes,
-            prefill={s.place: len(segment.tokens) for s, segment in segments if segment.start < len(s.prompt)},
+            prefill={
+                s.standing.arrival: len(segment.tokens) for s, segment in segments if segment.start < len(s.prompt)
+            },
             copies=[list(copy) for copy in step.plan.copies],
-            places=[s.place for s in step.sequences],
+            places=[s.standing.arrival for s in step.sequences],
             error=error,
         )
 
@@ -64,7 +66,8 @@ class Trace:
         for s, delta in updates:
             if delta.finish_reason is not None:
                 reason, tokens = delta.finish_reason.value, len(s.generated)
-                self._write("end", now, place=s.place, reason=reason, generated=tokens, cached=s.cached)
+                place, cached = s.standing.arrival, s.prefix.cached
+                self._write("end", now, place=place, reason=reason, generated=tokens, cached=cached)
 
     def close(self) -> None:
         try:

@@ -19,7 +19,7 @@ from bdh_batch.engine.admission import Admission
 from bdh_batch.engine.trace import Trace
 from bdh_batch.errors import BDHError, GenerationFailed, OutOfMemory, QueueFull, Unavailable
 from bdh_batch.messages import Outcome, Plan
-from bdh_batch.scheduler.dealer import Step
+from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.scheduler import Scheduler, Update
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.system.threads import start_daemon
@@ -126,9 +126,9 @@ class Worker:
                 sequence.arrived = now
                 sequence.queue_deadline = None if queue_timeout is None else now + queue_timeout
                 sequence.deadline = None if timeout is None else now + timeout
-            displacing = self._admission.admit(sequences, now)
+            sheds = self._admission.admit(sequences, now)
             self._open.update(sequences)
-            self._post(partial(self._take_in, sequences, displacing))
+            self._post(partial(self._take_in, sequences, sheds))
 
     def abort(self, sequences: Many[Sequence]) -> None:
         """Ends `sequences` before the next plan."""
@@ -180,16 +180,16 @@ class Worker:
             waiting=self._admission.queued,
             suspended=scheduler.suspended,
             slots=scheduler.width,
-            cached_states=scheduler.places.cached,
+            cached_states=scheduler.allocator.cached,
             preemptions=scheduler.counts.preemptions,
             cache_queries=scheduler.sharing.queries,
             cache_hits=scheduler.sharing.hits,
         )
 
-    def _take_in(self, sequences: Many[Sequence], displacing: bool) -> list[Update]:
-        """Where they are `displacing`, so many others go as are too many now."""
+    def _take_in(self, sequences: Many[Sequence], sheds: bool) -> list[Update]:
+        """Where it `sheds` others for them, as many go as are too many now."""
         of, updates = self._scheduler, []
-        if displacing:
+        if sheds:
             tokens = of.waiting_tokens + sum(len(sequence.prompt) for sequence in sequences)
             excess = self._admission.excess(of.waiting + len(sequences), tokens, of.free)
             updates = of.shed(*excess, sequences[0].line, self._made_room())
@@ -253,9 +253,9 @@ class Worker:
         return messages
 
     def _count(self) -> None:
-        """What waits, now that a plan has given out places or a step has ended some."""
+        """What waits, now that a plan has given out slots or a step has ended some."""
         of, now = self._scheduler, time.monotonic()
-        self._admission.update(of.take_changes(), of.free, of.counts.served, now, of.last_class)
+        self._admission.update(of.take_changes(), of.free, of.counts.served, now, of.last_priority)
 
     def _compute(self, step: Step) -> list[Update]:
         self._planned = step

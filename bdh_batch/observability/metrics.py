@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 
 from bdh_batch.engine.worker import Load
 from bdh_batch.errors import NotFinite
-from bdh_batch.scheduler.dealer import Step
+from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.sequence import Sequence
 
 FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -157,7 +157,7 @@ class Metrics:
         gaps: Counting[float] = Counting()  # those of one step are mostly the same
         for sequence in sequences:
             if len(sequence.generated) > 1:
-                gaps[sequence.gap] += 1
+                gaps[sequence.times.gap] += 1
             elif (seconds := sequence.time_to_first_token) is not None:
                 self._first.observe(seconds)
         for gap, count in gaps.items():
@@ -175,11 +175,12 @@ class Metrics:
         self._n.observe(sequence.n)
         if (seconds := sequence.time_in_queue) is not None:
             self._queue.observe(seconds)
-        if sequence.scheduled is not None and sequence.first_token is not None and sequence.last_token is not None:
-            decode = sequence.last_token - sequence.first_token
-            self._prefill.observe(sequence.first_token - sequence.scheduled)
+        times = sequence.times
+        if times.scheduled is not None and times.first_token is not None and times.last_token is not None:
+            decode = times.last_token - times.first_token
+            self._prefill.observe(times.first_token - times.scheduled)
             self._decode.observe(decode)
-            self._inference.observe(sequence.last_token - sequence.scheduled)
+            self._inference.observe(times.last_token - times.scheduled)
             if len(sequence.generated) > 1:
                 self._per_token.observe(decode / (len(sequence.generated) - 1))
 

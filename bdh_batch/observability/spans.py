@@ -26,7 +26,7 @@ from bdh_batch import __version__
 from bdh_batch.engine.worker import Observer
 from bdh_batch.errors import ConfigError
 from bdh_batch.messages import Delta, FinishReason
-from bdh_batch.scheduler.dealer import Step
+from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.sequence import Sequence
 
 log = logging.getLogger(__name__)

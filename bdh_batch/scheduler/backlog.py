@@ -5,12 +5,7 @@ No question or change goes over all tenants: it takes time by the root of how mu
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from bdh_batch.scheduler.sequence import Sequence
-
-Line = tuple[int, str]  # who waits behind one another: a priority, and a tenant
+from bdh_batch.scheduler.sequence import Line, Sequence
 
 NO_UNIT = 2**62  # tokens: sequences are of one size, whatever their prompts
 
@@ -97,19 +92,19 @@ class Backlog:
                 del self._priorities[tenant]
 
     def ahead(self, line: Line, more: int) -> int:
-        """How many go before the last of `more` newcomers of `line`, itself included: all of earlier classes, and of
-        each tenant of its class no more than it has itself, as they take turns."""
+        """How many go before the last of `more` newcomers of `line`, itself included: all of earlier priorities, and of
+        each tenant of its priority no more than it has itself, as they take turns."""
         priority, tenant = line
         earlier = sum(counts.total for other, counts in self._counts.items() if other < priority)
         return earlier + _in_turn(self._counts.get(priority, Lengths()), tenant, more)
 
     def ahead_in_turn(self, tenant: str, more: int) -> int:
-        """As `ahead`, where all classes are one."""
+        """As `ahead`, where all priorities are one."""
         return _in_turn(self._tenant_counts, tenant, more)
 
     def gives_way(self, line: Line, size: int) -> bool:
-        """Whether others have to go for newcomers of `line`, of that size in all: those of a later class; a tenant of
-        its class with so much more that it stays the larger one; or, of any class, one with more than half of all."""
+        """Whether others have to go for newcomers of `line`, of that size in all: those of a later priority; a tenant
+        of its priority with so much more that it stays the larger one; or, of any, one with more than half of all."""
         priority, tenant = line
         if any(sizes.largest >= size for other, sizes in self._sizes.items() if other > priority):
             return True

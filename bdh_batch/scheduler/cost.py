@@ -55,18 +55,10 @@ class StepCost:
         """Seconds that one more of them takes; None while that is not known."""
         return self._each(self._weights[2])
 
-    def prefill_budget(self, target: float, decodes: int) -> int | None:
-        """Prompt tokens that fit a step of `target` seconds beside `decodes`; None while that is not known."""
-        return self._fitting(target - self.seconds(decodes, 0), self._weights[2])
-
-    def decodes_within(self, target: float) -> int | None:
-        """Sequences that can decode in `target` seconds; None while that is not known."""
-        return self._fitting(target - self.seconds(0, 0), self._weights[1])
-
-    def _fitting(self, seconds: float, weight: float) -> int | None:
-        """How many of what costs `weight` fit; None while that is not known."""
-        each = self._each(weight)
-        return None if each is None else max(0, int(seconds / each))
+    @property
+    def stream(self) -> float | None:
+        """Seconds that one more sequence takes that decodes; None while that is not known."""
+        return self._each(self._weights[1])
 
     def _each(self, weight: float) -> float | None:
         """Seconds for one of what costs `weight`; None while that is not known."""

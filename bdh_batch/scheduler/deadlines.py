@@ -24,14 +24,14 @@ class Deadlines:
             heapify(self._heap)
             self._clear_at = max(SMALL, 2 * len(self._heap))
         if sequence.queue_deadline is not None:
-            heappush(self._heap, (sequence.queue_deadline, sequence.place, True, sequence))
+            heappush(self._heap, (sequence.queue_deadline, sequence.standing.arrival, True, sequence))
         if sequence.deadline is not None:
-            heappush(self._heap, (sequence.deadline, sequence.place, False, sequence))
+            heappush(self._heap, (sequence.deadline, sequence.standing.arrival, False, sequence))
 
     def due(self, now: float) -> Iterator[Sequence]:
         """Those that have not ended by a deadline of theirs; none comes twice. The first that have ended are let go,
         however far their time is off."""
         while self._heap and (self._heap[0][0] <= now or self._heap[0][3].finish_reason is not None):
             _, _, while_queued, sequence = heappop(self._heap)
-            if sequence.finish_reason is None and not (while_queued and sequence.scheduled is not None):
+            if sequence.finish_reason is None and not (while_queued and sequence.times.scheduled is not None):
                 yield sequence

@@ -1,108 +1,66 @@
 """Decides who runs, and takes in what came of each step. Pure: no thread, no clock, no tensor.
 
-A sequence waits in the queue, runs in a slot on the device, may be suspended and run again, and is gone. Only copies
-move states: to suspend, to resume, to keep a beginning for others, to begin where another one was. What a step computes
-of those that run is dealt in `dealer.py`.
+A sequence waits in the queue, runs in a slot on the device, may be preempted and run again, and is gone. Only copies
+move states: to preempt by swap, to resume, to cache a prefix, to begin with one. Who goes first is said in `rank.py`,
+who gives way in `preemption.py`, and what a step computes in `batch.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import chain, pairwise
-from math import inf
-from operator import attrgetter
+from collections.abc import Iterable
+from itertools import chain
 
 from bdh_batch.errors import BDHError, GenerationFailed, QueueTimeout, RunTimeout
 from bdh_batch.messages import Delta, FinishReason, Outcome
-from bdh_batch.scheduler.backlog import NO_UNIT, Line
-from bdh_batch.scheduler.classes import Classes
+from bdh_batch.scheduler.batch import BatchBuilder, Step
 from bdh_batch.scheduler.deadlines import Deadlines
-from bdh_batch.scheduler.dealer import RANK, Dealer, Step
-from bdh_batch.scheduler.fair_queue import Account, FairQueue
-from bdh_batch.scheduler.places import Places
-from bdh_batch.scheduler.sequence import Sequence, Stage
+from bdh_batch.scheduler.fair_queue import FairQueue
+from bdh_batch.scheduler.policy import Counts, Policy
+from bdh_batch.scheduler.preemption import Preemption
+from bdh_batch.scheduler.priorities import Priorities
+from bdh_batch.scheduler.rank import EFFECTIVE_PRIORITY, RANK
+from bdh_batch.scheduler.sequence import Line, Sequence, Stage
 from bdh_batch.scheduler.sharing import Sharing
+from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import StepSize
+from bdh_batch.scheduler.tenants import Tenant, Tenants
 
 Update = tuple[Sequence, Delta]
 
 FOLLOWERS = 128  # that one plan has wait for others: more would hold up the step
-USED = attrgetter("account.used")
-LEAST_SERVED = attrgetter("rank", "account.used", "since")
-
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """
-    Args:
-        host_slots: places for states in the host's memory.
-        max_running: most sequences that hold a state; above `slots` they take turns. None is as many as slots.
-        quantum: steps of a turn, where others wait for theirs.
-        target_step: seconds that a step with running streams should take; 0 is as much prefill as there is.
-        keep: whether beginnings are kept for later requests.
-        share_all: whether requests of all keys share beginnings; else only those of one.
-        min_shared: tokens that a beginning must have to be shared.
-        weights: of tenants, in their share; one that is not named weighs 1.
-        free_slots: slots whose memory may be touched before anything has shown that it is of use; None is all.
-        idle_release: seconds after which the memory of idle slots goes back to the system; 0 is never.
-        patience: seconds after which whoever no step has computed anything of competes in the first class.
-        queue_unit: tokens of a prompt that fill the queue as another sequence does.
-    """
-
-    host_slots: int = 0
-    max_running: int | None = None
-    quantum: int = 64
-    target_step: float = 0.0
-    keep: bool = False
-    share_all: bool = False
-    min_shared: int = 32
-    weights: Mapping[str, float] = field(default_factory=dict)
-    free_slots: int | None = None
-    idle_release: float = 0.0
-    patience: float = inf
-    queue_unit: int = NO_UNIT
-
-
-@dataclass(slots=True)
-class Counts:
-    """What has happened since the start."""
-
-    steps: int = 0
-    preemptions: int = 0
-    prompt_tokens: int = 0
-    served: int = 0  # sequences that were given their first place
+OVERDUE = 8  # times what a prompt takes alone, after which it is due
+PROMPT_TOKEN = 2e-4  # seconds of one, as long as that is not known
 
 
 class Scheduler:
     """
     Args:
-        slots: places for states on the device; as many sequences can be in one step.
+        slots: slots for states on the device; as many sequences can be in one step.
         prefill_tokens: most prompt tokens in a step, of all sequences together.
     """
 
     def __init__(self, slots: int, prefill_tokens: int, policy: Policy | None = None) -> None:
         policy = policy or Policy()
         self.policy = policy
-        self._scratch = min(1, policy.host_slots)  # without a place to spare, no two states could change theirs
+        self._scratch = min(1, policy.host_slots)  # without a slot to spare, no two states could change theirs
         self.max_running = min(policy.max_running or slots, slots + policy.host_slots - self._scratch)
         self.counts = Counts()
         self._size = StepSize(prefill_tokens, min(slots, self.max_running))
-        self._dealer = Dealer(self._size, policy.target_step)
-        self.places = Places(slots, policy.host_slots, policy.free_slots, policy.idle_release)
-        self.sharing = Sharing(self.places, policy.keep, policy.share_all, policy.min_shared)
-        self._queue = FairQueue(policy.weights, policy.patience, policy.queue_unit)
+        self._batches = BatchBuilder(self._size, policy.target_step)
+        self.allocator = SlotAllocator(slots, policy.host_slots, policy.free_slots, policy.idle_release)
+        self.sharing = Sharing(self.allocator, policy.keep, policy.share_all, policy.min_shared)
+        self._tenants = Tenants(policy.weights)
+        self._queue = FairQueue(policy.patience, policy.queue_unit)
         self._deadlines = Deadlines()
         self._running: list[Sequence] = []  # both in the order in which they came to be so
         self._suspended: list[Sequence] = []
-        self._seated: set[Account] = set()  # those with a sequence that holds a state
         self._arrivals = 0
-        self._swaps = 0
-        self._resumable: list[Sequence] = []  # in this plan; whose turn it is comes last
-        self._beginning: list[Sequence] = []  # in this plan, those that run and have generated nothing
-        self._turns_over: list[Sequence] | None = None  # in this plan, once that is asked
-        self._classes = Classes(policy.patience)
-        self._last_class = 0  # no one that runs is of a later one
+        self._exchanges = 0  # sequences that may still give way in this plan
+        self._resumable: list[Sequence] = []  # in this plan, the suspended ones; the first in rank comes last
+        self._in_prompt: list[Sequence] = []  # in this plan, those that run and have generated nothing
+        self._preemption = Preemption([], 0, 0)  # in this plan
+        self._priorities = Priorities(policy.patience)
+        self._last_priority = 0  # no one that runs has a later one
         self._changes: dict[Sequence, int] = {}  # who waits now, and did not when that was asked last: 1, or -1
 
     @property
@@ -134,12 +92,12 @@ class Scheduler:
     @property
     def free(self) -> int:
         """How many more sequences could be given a state without anyone making room."""
-        return max(0, min(self.max_running - self._holding, self.places.room))
+        return max(0, min(self.max_running - self._holding, self.allocator.room))
 
     @property
-    def last_class(self) -> int | None:
-        """Whoever is of a class before this one makes one that runs give way; None while nothing runs."""
-        return self._last_class if self._running else None
+    def last_priority(self) -> int | None:
+        """Whoever has an earlier priority makes one that runs give way; None while nothing runs."""
+        return self._last_priority if self._running else None
 
     @property
     def has_work(self) -> bool:
@@ -148,7 +106,7 @@ class Scheduler:
     @property
     def release_due(self) -> float | None:
         """When a plan will give memory back although there is no work, in seconds; None where none will."""
-        return self.places.release_due(self.sharing.cache)
+        return self.allocator.release_due(self.sharing.cache)
 
     @property
     def _holding(self) -> int:
@@ -159,8 +117,12 @@ class Scheduler:
             if sequence.finish_reason is not None:  # it was aborted on its way here
                 continue
             self._arrivals += 1
-            sequence.place, sequence.since = self._arrivals, self.counts.steps
-            self._classes.enter(sequence)
+            standing = sequence.standing
+            standing.arrival, standing.since = self._arrivals, self.counts.steps
+            standing.account = self._tenants.join(sequence.tenant, sequence.weight)
+            alone = len(sequence.prompt) * (self._batches.cost.prompt_token or PROMPT_TOKEN)
+            standing.due = sequence.arrived + min(OVERDUE * alone, self.policy.patience)
+            self._priorities.enter(sequence)
             self._queue.push(sequence)
             self._note(sequence, 1)
             self._deadlines.add(sequence)
@@ -172,31 +134,29 @@ class Scheduler:
 
     def shed(self, count: int, tokens: int, line: Line, error: BDHError) -> list[Update]:
         """Ends `count` of those in the queue with `tokens` in their prompts, or more, for newcomers of `line`: the
-        newest of those who fill it."""
+        last of those who fill it."""
         updates: list[Update] = []
-        while (len(updates) < count or tokens > 0) and (newest := self._queue.newest(line)) is not None:
-            updates += self._fail([newest], error)
-            tokens -= len(newest.prompt)
+        while (len(updates) < count or tokens > 0) and (last := self._queue.last(line)) is not None:
+            updates += self._fail([last], error)
+            tokens -= len(last.prompt)
         return updates
 
     def abort(self, sequences: Iterable[Sequence]) -> list[Update]:
         """Ends those of `sequences` that have not ended; nothing more is computed for them."""
         ending = [sequence for sequence in sequences if sequence.finish_reason is None]
-        updates = []
         for sequence in ending:
             sequence.finish_reason = FinishReason.ABORT
-            updates.append((sequence, Delta(finish_reason=FinishReason.ABORT)))
         self._end(ending)
-        return updates
+        return [(sequence, Delta(finish_reason=FinishReason.ABORT)) for sequence in ending]
 
     def expire(self, now: float) -> list[Update]:
         """Ends those whose time is up."""
         updates = []
         for sequence in self._deadlines.due(now):
-            if sequence.scheduled is None:
-                error: BDHError = QueueTimeout("The request's time was up while it waited for its turn.")
+            if sequence.times.scheduled is None:
+                error: BDHError = QueueTimeout("The request's time was up while it waited in the queue.")
             else:
-                error = RunTimeout("The request's time was up before its answer was complete.")
+                error = RunTimeout("The request's time was up before its response was complete.")
             updates.append((sequence, sequence.fail(error)))
         self._end(sequence for sequence, _ in updates)
         return updates
@@ -223,233 +183,176 @@ class Scheduler:
 
     def plan(self, now: float) -> Step | None:
         """The next step, or None where nothing can run."""
-        self.places.begin(now)
+        self.allocator.begin(now)
         self.counts.steps += 1
         for follower in self.sharing.advance(self._running):
             self._requeue(follower)
         self._queue.age(now)
-        self._classes.rank(chain(self._running, self._suspended), now)
-        self._seat(now)
-        self.places.release_idle(self.sharing.cache)
-        return self._dealer.deal(self._running, self.places, now)
+        self._priorities.update(chain(self._running, self._suspended), now)
+        self._give_slots(now)
+        self.allocator.release_idle(self.sharing.cache)
+        return self._batches.build(self._running, self.allocator, now)
 
     def commit(self, step: Step, outcome: Outcome, now: float) -> list[Update]:
         """Takes in what a step drew; those that ended are out of their slots."""
         updates: list[Update] = []
         ended: list[Sequence] = []
-        shares = zip(step.sequences, step.plan.segments, outcome.drawn, strict=True)
-        for place, (sequence, segment, token) in enumerate(shares):
+        rows = enumerate(zip(step.sequences, step.plan.segments, outcome.drawn, strict=True))
+        for row, (sequence, segment, token) in rows:
             sequence.computed += len(segment.tokens)
-            sequence.served_at = now
-            if sequence.owed:
-                sequence.pay()
+            sequence.standing.served_at = now
+            if sequence.standing.charged < len(sequence.prompt):
+                sequence.charge()
             if segment.targets:
-                sequence.take_prompt_scores(outcome.target_scores[place])
-            if segment.pool and (delta := sequence.add(outcome.pooled[place])) is not None:
+                sequence.take_prompt_scores(outcome.target_scores[row])
+            if segment.pool and (delta := sequence.add(outcome.pooled[row])) is not None:
                 updates.append((sequence, delta))
                 ended.append(sequence)
             if segment.sampling is not None:
-                updates.append((sequence, sequence.accept(token, now, outcome.scores.get(place))))
-                sequence.account.used += sequence.account.per_generated
+                updates.append((sequence, sequence.accept(token, now, outcome.scores.get(row))))
+                sequence.standing.due = now
+                sequence.standing.account.charge(0, 1)
                 if sequence.finish_reason is not None:
                     ended.append(sequence)
         self.counts.prompt_tokens += step.prefill_tokens
-        self._dealer.computed(step, now - step.planned)
+        self._batches.computed(step, now - step.planned)
         self.sharing.settle()
         self._end(ended)
         return updates
 
     def check(self) -> None:
         """Raises AssertionError where an invariant does not hold."""
-        holding = [*self._running, *self._suspended]
+        holding, slots = [*self._running, *self._suspended], self.allocator.slots
         held = [-1 if sequence.slot is None else sequence.slot for sequence in holding]
-        cached = [entry.slot for entry in self.sharing.cache]
-        every = [*self.places.slots.free, *held, *cached]
-        assert sorted(every) == list(range(self.places.slots.device + self.places.slots.host)), "each slot once"
-        assert all(self.places.slots.on_device(s.slot) for s in self._running if s.slot is not None), (
-            "who runs is there"
-        )
+        every = [*slots.free, *held, *(entry.slot for entry in self.sharing.cache)]
+        assert sorted(every) == list(range(slots.device + slots.host)), "each slot once"
+        assert all(slots.on_device(s.slot) for s in self._running if s.slot is not None), "who runs is there"
         for line in (self._running, self._suspended):
-            assert all(one.since <= other.since for one, other in pairwise(line)), "lines are in order"
+            since = [sequence.standing.since for sequence in line]
+            assert since == sorted(since), "lines are in order"
         assert len(self._running) <= self.width, "no more run than may"
         assert all(s.slot is None and s.stage is Stage.QUEUED for s in self._queue), "who waits holds no slot"
         assert all(s.finish_reason is None and s.pending >= 1 for s in holding), "who runs has work"
-        assert all(s.stage is Stage.RUNNING for s in self._running), "stages are right"
-        assert all(s.stage is Stage.SUSPENDED for s in self._suspended), "stages are right"
+        stages = [Stage.RUNNING] * len(self._running) + [Stage.SUSPENDED] * len(self._suspended)
+        assert [sequence.stage for sequence in holding] == stages, "stages are right"
         self.sharing.check()
 
     # Who runs
 
-    def _seat(self, now: float) -> None:
-        """Gives places to those that wait, and takes turns and precedence into account."""
+    def _give_slots(self, now: float) -> None:
+        """Gives slots to those that wait, in the order of their ranks."""
         if not (self._suspended or len(self._queue)):
             return
-        self._swaps = max(1, self.width // self.policy.quantum)
-        self._last_class = max(map(RANK, self._running), default=0)
-        self._resumable = sorted(self._suspended, key=LEAST_SERVED, reverse=True)
-        self._turns_over = None
-        self._beginning = [sequence for sequence in self._running if not sequence.generated]
+        self._exchanges = max(1, self.width // self.policy.quantum)
+        self._last_priority = max(map(EFFECTIVE_PRIORITY, self._running), default=0)
+        self._resumable = sorted(self._suspended, key=RANK, reverse=True)
+        self._in_prompt = [sequence for sequence in self._running if not sequence.generated]
+        self._preemption = Preemption([*self._running], self.policy.quantum, self.counts.steps)
         followers = 0
-        while followers < FOLLOWERS and (next_one := self._next()) is not None:
-            candidate, victim = next_one
+        while followers < FOLLOWERS and (found := self._next()) is not None:
+            candidate, victim = found
             if candidate.stage is Stage.QUEUED and self._follow(candidate):
                 followers += 1
-                continue
-            if not self._run(candidate, victim, now):
+            elif not self._run(candidate, victim, now):
                 return
 
     def _next(self) -> tuple[Sequence, Sequence | None] | None:
-        """Who is to run, and who has to make room for it, if anyone."""
-        for candidate in self._candidates():
-            if len(self._running) < self.width and self._may_enter(candidate):
+        """Who is to run, and who gives way to it, if anyone. Where nobody does to the first in rank of those queued or
+        of those suspended, the other one has its turn all the same."""
+        waiting = [self._queue.peek(self._priorities.first), *self._resumable[-1:]]
+        for candidate in sorted(filter(None, waiting), key=RANK):
+            crowded = candidate.stage is Stage.QUEUED and self._is_crowded(candidate)
+            if len(self._running) < self.width and not crowded:
                 return candidate, None
-            if (victim := self._victim(candidate)) is not None:
-                return candidate, victim
+            if self._exchanges > 0 or self._last_priority > candidate.standing.effective_priority:
+                victim = self._preemption.victim(candidate, crowded, self._loses_state(candidate))
+                if victim is not None:
+                    return candidate, victim
         return None
 
-    def _candidates(self) -> list[Sequence]:
-        """One of the queue and one of those suspended: of the first class, of the tenant that has had least. Where
-        nobody makes room for one of them, the other one's turn comes all the same."""
-        fresh = self._queue.peek(self._classes.first)
-        resumed = self._resumable[-1] if self._resumable else None
-        if fresh is None or resumed is None:
-            return [one for one in (fresh, resumed) if one is not None]
-        if fresh.rank == resumed.rank and not self._can_enter(fresh):
-            return [resumed, fresh]
-        return sorted((resumed, fresh), key=LEAST_SERVED)
+    def _is_crowded(self, candidate: Sequence) -> bool:
+        """Whether as many hold a state as may. Suspended ones of a later priority do not keep it out."""
+        own = candidate.standing.effective_priority
+        later = sum(other.standing.effective_priority > own for other in self._suspended)
+        return self._holding - later >= self.max_running
 
-    def _can_enter(self, sequence: Sequence) -> bool:
-        return self._may_enter(sequence) or (len(self._running) >= self.width and self._is_owed(sequence))
-
-    def _may_enter(self, sequence: Sequence) -> bool:
-        if sequence.stage is Stage.SUSPENDED or self._holding < self.max_running:
-            return True
-        lower = sum(other.rank > sequence.rank for other in self._suspended)
-        return self._holding - lower < self.max_running
-
-    def _is_owed(self, sequence: Sequence) -> bool:
-        """Whether its tenant holds less than its share of the places while it waits."""
-        return sequence.account.seats < max(1, self._shares_with(sequence.account)[sequence.account])
-
-    def _shares_with(self, account: Account) -> dict[Account, int]:
-        """The places that are each account's, among those that hold any and `account`."""
-        accounts = self._seated | {account}
-        weight = sum(other.weight for other in accounts)
-        return {other: int(self.max_running * other.weight / weight) for other in accounts}
-
-    def _victim(self, candidate: Sequence) -> Sequence | None:
-        """Who has to make room: one of a lower class, or one whose turn is over, of the tenant that has had most."""
-        if self._running and self._last_class > candidate.rank:
-            worst = max(reversed(self._running), key=RANK)
-            if worst.rank > candidate.rank:
-                return worst
-        if self._swaps <= 0:
-            return None
-        mine = candidate.account
-        if self._may_enter(candidate):
-            done = (s for s in self._done(candidate.rank) if s.account is mine or s.account.used >= mine.used)
-        elif self._is_owed(candidate):
-            shares = self._shares_with(mine)
-            if not mine.seats and (surplus := self._surplus(candidate.rank, shares)) is not None:
-                return surplus
-            done = (s for s in self._done(candidate.rank) if s.account.seats > shares[s.account])
-        else:
-            return None
-        if candidate.stage is Stage.QUEUED and self.places.room <= self._scratch:
-            done = (s for s in done if self._is_worth_displacing(s, candidate))
-        return next(done, None)
-
-    def _done(self, rank: int) -> Iterator[Sequence]:
-        """Those of a class whose turn is over, of the tenant that has had most first."""
-        if self._turns_over is None:
-            last = self.counts.steps - self.policy.quantum
-            over = [sequence for sequence in self._running if sequence.since <= last]
-            self._turns_over = sorted(over, key=USED, reverse=True)
-        return (s for s in self._turns_over if s.rank == rank and s.stage is Stage.RUNNING)
-
-    def _surplus(self, rank: int, shares: Mapping[Account, int]) -> Sequence | None:
-        """Of a class, one of a key above its share, which is left with another one: the one that has computed least."""
-        above = (s for s in self._running if s.rank == rank and s.account.seats > max(1, shares[s.account]))
-        return min(above, key=attrgetter("computed"), default=None)
+    def _loses_state(self, candidate: Sequence) -> bool:
+        """Whether there is no room for another state, so that whoever gives way to it is preempted by recompute."""
+        return candidate.stage is Stage.QUEUED and self.allocator.room <= self._scratch
 
     def _run(self, candidate: Sequence, victim: Sequence | None, now: float) -> bool:
         """Puts `candidate` in a slot on the device, instead of `victim`. False, and nothing done, if that cannot be."""
         fresh = candidate.stage is Stage.QUEUED
-        if fresh and victim is not None and self.places.room <= self._scratch:
-            self._displace(victim)
+        if victim is not None and self._loses_state(candidate):
+            self._preempt_by_recompute(victim)
             victim = None
-        entry = self.sharing.beginning_of(candidate) if fresh else None
+        entry = self.sharing.cached_prefix(candidate) if fresh else None
         parked = self._suspended if victim is None else [*self._suspended, victim]
-        # Of those that wait for one state, none takes its place from the others; but not for ever.
-        waited = self.counts.steps - candidate.since
-        patient = candidate.expects is not None and victim is None and waited < self.policy.quantum
-        if not self.places.bring(candidate, parked, self.sharing.cache, entry, patient):
+        # Of those that wait for one state, none takes its slot from the others; but not for ever.
+        waited = self.counts.steps - candidate.standing.since
+        patient = candidate.prefix.expects is not None and victim is None and waited < self.policy.quantum
+        if not self.allocator.bring(candidate, parked, self.sharing.cache, entry, patient):
             return False
         if victim is not None:
             self._suspend(victim)
-            self.counts.preemptions += 1
-            self._swaps -= victim.rank == candidate.rank
+            self._count_preemption()
         if fresh:
-            self._queue.serve(candidate)
+            self._queue.remove(candidate)
             self._note(candidate, -1)
             self.sharing.begun(candidate, entry, alone=not self._running)
-            self._sit(candidate, now)
-        self._resume(candidate)
+            standing = candidate.standing
+            standing.account.slots += 1
+            standing.state_began = len(candidate.generated)
+            standing.charged = max(standing.charged, candidate.computed)  # what is cached costs nothing
+            if candidate.times.scheduled is None:
+                candidate.times.scheduled = now
+            self.counts.served += 1
+        self._enter(candidate)
         return True
 
-    def _is_worth_displacing(self, sequence: Sequence, candidate: Sequence) -> bool:
-        """Whether it has got on since its turn began, and by more than `candidate` has to compute again."""
-        again = candidate.pending if candidate.scheduled is not None else 0
-        return len(sequence.generated) - sequence.turn_began >= max(self.policy.quantum, again)
-
-    def _displace(self, sequence: Sequence) -> None:
-        """There is no place left where it could wait with its state: it waits without, and computes it again."""
+    def _preempt_by_recompute(self, sequence: Sequence) -> None:
+        """It waits in the queue again, without a state, and all that is known of it will be computed again."""
         self._running.remove(sequence)
-        self._rise(sequence)
+        self._holds_less(sequence.standing.account)
         slot, sequence.slot = sequence.slot, None
         assert slot is not None
-        self.places.give(slot)
+        self.allocator.give(slot)
         sequence.restart()
-        self._classes.demote(sequence)
+        self._priorities.reset(sequence)
         self._requeue(sequence)
         self._note(sequence, 1)
+        self._count_preemption()
+
+    def _count_preemption(self) -> None:
         self.counts.preemptions += 1
-        self._swaps -= 1
-
-    def _sit(self, sequence: Sequence, now: float) -> None:
-        """It has been given its first place."""
-        if sequence.scheduled is None:
-            sequence.scheduled = now
-        sequence.account.seats += 1
-        self._seated.add(sequence.account)
-        self.counts.served += 1
-
-    def _rise(self, sequence: Sequence) -> None:
-        sequence.account.seats -= 1
-        if not sequence.account.seats:
-            self._seated.discard(sequence.account)
+        self._exchanges -= 1
 
     def _suspend(self, sequence: Sequence) -> None:
-        """It keeps its slot on the device until that is needed."""
+        """It is preempted by swap, and keeps its slot on the device until that is needed."""
         self._running.remove(sequence)
         self._suspended.append(sequence)
-        sequence.stage, sequence.since = Stage.SUSPENDED, self.counts.steps
-        self._classes.demote(sequence)
+        sequence.stage = Stage.SUSPENDED
+        sequence.standing.since, sequence.standing.due = self.counts.steps, self.allocator.now
+        self._priorities.reset(sequence)
 
-    def _resume(self, sequence: Sequence) -> None:
+    def _enter(self, sequence: Sequence) -> None:
+        """It runs from now on."""
         if sequence.stage is Stage.SUSPENDED:
             self._suspended.remove(sequence)
             self._resumable.pop()
         self._running.append(sequence)
         if not sequence.generated:
-            self._beginning.append(sequence)
-        self._last_class = max(self._last_class, sequence.rank)
-        sequence.stage, sequence.since = Stage.RUNNING, self.counts.steps
-        sequence.turn_began = len(sequence.generated)
+            self._in_prompt.append(sequence)
+        self._last_priority = max(self._last_priority, sequence.standing.effective_priority)
+        sequence.stage, sequence.standing.since = Stage.RUNNING, self.counts.steps
+
+    def _holds_less(self, tenant: Tenant) -> None:
+        tenant.slots -= 1
+        self._queue.reorder(tenant)
 
     def _follow(self, candidate: Sequence) -> bool:
-        """Whether `candidate` had better wait for a beginning that another one is about to compute."""
-        if not self.sharing.follow(candidate, (s for s in self._beginning if s.stage is Stage.RUNNING)):
+        """Whether `candidate` had better wait for a prefix that another one is about to compute."""
+        if not self.sharing.follow(candidate, (s for s in self._in_prompt if s.stage is Stage.RUNNING)):
             return False
         self._queue.remove(candidate)
         candidate.stage = Stage.FOLLOWING
@@ -472,13 +375,14 @@ class Scheduler:
         return updates
 
     def _end(self, ended: Iterable[Sequence]) -> None:
-        """Takes out those that have ended; the state of a complete answer may stay as a beginning for others."""
+        """Takes out those that have ended; the state of a complete response may stay as a prefix for others."""
         held = False
         for sequence in ended:
             stage, sequence.stage = sequence.stage, Stage.ENDED
-            if not sequence.place:  # it has ended on its way here
+            if not sequence.standing.arrival:  # it has ended on its way here
                 continue
-            self._classes.leave(sequence)
+            self._priorities.leave(sequence)
+            sequence.standing.account.active -= 1
             self.sharing.expect_no_more(sequence)
             if stage is Stage.QUEUED:
                 self._queue.remove(sequence)
@@ -488,11 +392,8 @@ class Scheduler:
                 self._note(sequence, -1)
             elif stage in (Stage.RUNNING, Stage.SUSPENDED):
                 held = True
-                self._rise(sequence)
-                if not sequence.account.seats:
-                    self._dealer.await_next(sequence.account)
+                self._holds_less(sequence.standing.account)
                 self.sharing.bequeath(sequence)
-            self._queue.ended(sequence)
         if held:
             self._running = [sequence for sequence in self._running if sequence.stage is Stage.RUNNING]
             self._suspended = [sequence for sequence in self._suspended if sequence.stage is Stage.SUSPENDED]

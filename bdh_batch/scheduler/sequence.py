@@ -13,11 +13,13 @@ from typing import Protocol
 from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, NotFinite
 from bdh_batch.messages import Adjustment, Constraint, Delta, FinishReason, SamplingParams, Segment, TokenScore
 from bdh_batch.scheduler.alignment import Alignment
-from bdh_batch.scheduler.backlog import Line
-from bdh_batch.scheduler.fair_queue import Account
 from bdh_batch.scheduler.prefix_cache import Entry
+from bdh_batch.scheduler.tenants import Tenant
 
 log = logging.getLogger(__name__)
+
+
+Line = tuple[int, str]  # who waits behind one another: a priority, and a tenant
 
 
 class TextSink(Protocol):
@@ -45,10 +47,45 @@ class Outbox(Protocol):
 
 class Stage(Enum):
     QUEUED = "queued"
-    FOLLOWING = "following"  # waits for a beginning that another one computes
+    FOLLOWING = "following"  # waits for a prefix that another one computes
     RUNNING = "running"
     SUSPENDED = "suspended"  # holds a state, and waits for its next turn
     ENDED = "ended"
+
+
+@dataclass(slots=True)
+class Standing:
+    """What decides when a sequence is scheduled, and what its tenant was charged for it. The scheduler's alone."""
+
+    effective_priority: int = 0  # the one at which it competes
+    account: Tenant = field(default_factory=Tenant)
+    due: float = 0.0  # when its prompt should be computed, or when it had its last token, or was preempted
+    since: int = 0  # the step from which on it has been in its stage
+    arrival: int = 0  # its number in the order of arrival
+    served_at: float = 0.0  # when a step last computed something of it; before, when it arrived
+    aged: bool = False  # whether it waited too long for that, and has the first priority while it holds its slot
+    state_began: int = 0  # tokens generated before it was given its present state
+    charged: int = 0  # tokens of the prompt that its tenant was charged for, or that were cached
+
+
+@dataclass(slots=True)
+class Prefix:
+    """What a sequence shares with others: where its state is wanted, and what it began with."""
+
+    packed: bytes = b""  # the prompt, where it may be shared
+    cuts: list[int] = field(default_factory=list)  # ascending positions at which its state is wanted
+    expects: Entry | None = None  # the state that it waited for
+    cached: int = 0  # tokens that another sequence had computed
+
+
+@dataclass(slots=True)
+class Times:
+    """When something of a sequence happened for the first or last time, in seconds; None before."""
+
+    scheduled: float | None = None
+    first_token: float | None = None
+    last_token: float | None = None
+    gap: float = 0.0  # before the last token, since the one before it or since arrival
 
 
 @dataclass(slots=True, eq=False)
@@ -73,7 +110,7 @@ class Sequence:
     show_stop_token: bool = False
     score_prompt: int | None = None  # likeliest tokens with each score of its prompt's; None scores none
     pool: bool = False  # whether the hidden vectors of its prompt are summed, and that is all
-    breaks: Tokens[int] = ()  # positions, ascending, at which beginnings end that others are likely to have
+    breaks: Tokens[int] = ()  # positions, ascending, at which prefixes end that others are likely to have
     constraint: Constraint | None = None  # what its answer may become; it knows the tokens generated so far
     adjustment: Adjustment | None = None  # of its scores; it counts the tokens generated so far
 
@@ -87,29 +124,15 @@ class Sequence:
     span: object | None = None  # of the client's request, for those who watch
 
     stage: Stage = Stage.QUEUED
-    place: int = 0  # in the order of arrival
-    since: int = 0  # the step from which on it has been in its stage
-    served_at: float = 0.0  # when a step last computed something of it; before, when it arrived
-    aged: bool = False  # whether it waited too long for that, and competes in the first class while it holds its slot
-    rank: int = 0  # the class that it competes in
-    turn_began: int = 0  # tokens generated before its present turn
-    account: Account = field(default_factory=Account)
-    owed: int = 0  # tokens of the prompt that its account was charged for and that were never computed
-    price: float = 1.0  # of each, as they were charged: weights may change
-    packed: bytes = b""  # the prompt, where it may be shared
-    cuts: list[int] = field(default_factory=list)  # ascending positions at which its state is wanted
-    expects: Entry | None = None  # the state that it waited for
+    standing: Standing = field(default_factory=Standing)
+    prefix: Prefix = field(default_factory=Prefix)
+    times: Times = field(default_factory=Times)
     slot: int | None = None
     computed: int = 0  # tokens that have entered the state
-    cached: int = 0  # of them, those that another sequence had computed
     generated: list[int] = field(default_factory=list)
     pooled: list[float] | None = None  # the sum [D] over what is computed
     finish_reason: FinishReason | None = None
     error: BDHError | None = None  # why, where that is ERROR
-    scheduled: float | None = None
-    first_token: float | None = None
-    last_token: float | None = None
-    gap: float = 0.0  # before the last token, since the one before it or since arrival
     _prompt_scores: list[TokenScore] = field(default_factory=list)  # of its tokens but the first, as they come
     _alignment: Alignment | None = None
     _turn: Segment | None = None  # a decode step's, used again and again
@@ -130,12 +153,12 @@ class Sequence:
 
     @property
     def time_in_queue(self) -> float | None:
-        """Seconds until it had its first place; None where it has not had one."""
-        return None if self.scheduled is None else self.scheduled - self.arrived
+        """Seconds until it was first given a slot; None where it has not been."""
+        return None if self.times.scheduled is None else self.times.scheduled - self.arrived
 
     @property
     def time_to_first_token(self) -> float | None:
-        return None if self.first_token is None else self.first_token - self.arrived
+        return None if self.times.first_token is None else self.times.first_token - self.arrived
 
     def turn(self) -> Segment:
         """The one pending token as a share of a step."""
@@ -197,15 +220,16 @@ class Sequence:
             return self.prompt[start:end]
         return [*self.prompt[start:], *self.generated[max(0, start - split) : end - split]]
 
-    def pay(self) -> None:
-        """What is computed of its prompt is owed no more; what is computed again never was."""
-        owed = min(self.owed, max(0, len(self.prompt) - self.computed))
-        self.account.owed -= (self.owed - owed) * self.price
-        self.owed = owed
+    def charge(self) -> None:
+        """Its tenant is charged for what is computed of its prompt, once."""
+        computed, standing = min(self.computed, len(self.prompt)), self.standing
+        if computed > standing.charged:
+            standing.account.charge(computed - standing.charged, 0)
+            standing.charged = computed
 
     def restart(self) -> None:
         """Its state is lost: all that is known is computed again, and leads to the same token."""
-        self.computed, self.cuts, self.pooled = 0, [], None
+        self.computed, self.prefix.cuts, self.pooled = 0, [], None
         if not self._prompt_is_scored:
             self._prompt_scores.clear()
 
@@ -240,9 +264,10 @@ class Sequence:
         self.generated.append(token)
         if self.adjustment is not None:
             self.adjustment.count(token)
-        self.gap = now - (self.arrived if self.last_token is None else self.last_token)
-        self.first_token = now if self.first_token is None else self.first_token
-        self.last_token = now
+        times = self.times
+        times.gap = now - (self.arrived if times.last_token is None else times.last_token)
+        times.first_token = now if times.first_token is None else times.first_token
+        times.last_token = now
         try:
             text = self._say(token)
         except Exception:  # one request's text must not end the worker, and with it all others

@@ -1,4 +1,4 @@
-"""Beginnings that sequences have in common are computed once: kept for later ones, and waited for by present ones.
+"""Prefixes that sequences have in common are computed once: cached for later ones, waited for by present ones.
 
 A state is wanted where a prompt ends (but for its last token, which every sequence computes itself), where a chat's
 instructions and its earlier turns do, at powers of two, where prompts were seen to part, and where a sequence waits for
@@ -12,10 +12,10 @@ from bisect import insort
 from collections.abc import Iterable, Iterator, Sequence as Tokens
 
 from bdh_batch.messages import FinishReason
-from bdh_batch.scheduler.places import Places
 from bdh_batch.scheduler.prefix_cache import End, Entry, PrefixCache
 from bdh_batch.scheduler.prefixes import TOKEN_BYTES, RecentPrompts, common, pack
 from bdh_batch.scheduler.sequence import Sequence, Stage
+from bdh_batch.scheduler.slot_allocator import SlotAllocator
 
 FIRST_POWER = 256
 LONG = 512  # tokens, from which on a prompt is worth a step more
@@ -27,15 +27,15 @@ class Sharing:
     """
     Args:
         keep: whether states stay for later requests; else only while someone waits for them.
-        share_all: whether all keys share; else each has beginnings of its own. Each salt has its own in any case.
-        least: tokens from which on a beginning is worth a copy.
+        share_all: whether all keys share; else each has prefixes of its own. Each salt has its own in any case.
+        least: tokens from which on a prefix is worth a copy.
     """
 
-    def __init__(self, places: Places, keep: bool, share_all: bool, least: int) -> None:
-        self.cache = PrefixCache(places.slots.device)
+    def __init__(self, allocator: SlotAllocator, keep: bool, share_all: bool, least: int) -> None:
+        self.cache = PrefixCache(allocator.slots.device)
         self.queries = self.hits = self.cached_tokens = 0
         self.following_tokens = 0
-        self._places = places
+        self._allocator = allocator
         self._keep = keep
         self._share_all = share_all
         self._least = least
@@ -54,7 +54,7 @@ class Sharing:
     def followers(self) -> Iterator[Sequence]:
         return iter(self._leaders)
 
-    def beginning_of(self, sequence: Sequence) -> Entry | None:
+    def cached_prefix(self, sequence: Sequence) -> Entry | None:
         """The state that `sequence` can begin with; its last token has to be computed."""
         if not self._may_share(sequence):
             return None
@@ -67,34 +67,34 @@ class Sharing:
         self.queries += len(sequence.prompt)
         found = 0 if entry is None else entry.length
         namespace, prompt = self._namespace(sequence), self._packed(sequence)
-        evicted = self._places.working_set.asked(namespace, prompt, len(sequence.prompt) - 1, found)
+        evicted = self._allocator.working_set.asked(namespace, prompt, len(sequence.prompt) - 1, found)
         self._observe(evicted or entry)
         kept = entry is not None and self.cache.holds(entry)
         if entry is not None and (kept or entry.slot == sequence.slot):
             sequence.computed = entry.length
             self.hits += entry.length
-            if sequence.scheduled is None:  # else it has lost its state, and was through this before
-                sequence.cached = entry.length
+            if sequence.times.scheduled is None:  # else it has lost its state, and was through this before
+                sequence.prefix.cached = entry.length
             if kept:
-                self.cache.use(entry, self._places.now)
+                self.cache.use(entry, self._allocator.now)
         self.expect_no_more(sequence)
         if self._keep:
             wanted = self._wanted(sequence, alone)
-            sequence.cuts = sorted(at for at in wanted if max(sequence.computed, self._least - 1) < at)
+            sequence.prefix.cuts = sorted(at for at in wanted if max(sequence.computed, self._least - 1) < at)
 
-    def follow(self, sequence: Sequence, beginning: Iterable[Sequence]) -> bool:
-        """Whether one of those `beginning` is about to compute more of `sequence` than is kept; it then waits."""
+    def follow(self, sequence: Sequence, in_prompt: Iterable[Sequence]) -> bool:
+        """Whether one of those `in_prompt` is about to compute more of `sequence` than is kept; it then waits."""
         if not self._may_share(sequence):
             return False
-        leader, shared = self._leader_of(sequence, beginning)
+        leader, shared = self._leader_of(sequence, in_prompt)
         if leader is None:
             return False
-        entry = self.beginning_of(sequence)
+        entry = self.cached_prefix(sequence)
         if entry is not None and shared - entry.length < self._least:
             return False
         self.expect_no_more(sequence)
-        if shared not in leader.cuts:
-            insort(leader.cuts, shared)
+        if shared not in leader.prefix.cuts:
+            insort(leader.prefix.cuts, shared)
         self._followers.setdefault(leader, {})[sequence] = shared
         self._leaders[sequence] = leader
         self.following_tokens += len(sequence.prompt)
@@ -102,11 +102,11 @@ class Sharing:
 
     def expect_no_more(self, sequence: Sequence) -> None:
         """`sequence` has begun, or has ended before it could."""
-        entry, sequence.expects = sequence.expects, None
+        entry, sequence.prefix.expects = sequence.prefix.expects, None
         if entry is not None:
             entry.awaited -= 1
             if not self._keep and not entry.awaited and self.cache.holds(entry):
-                self._places.discard(entry, self.cache)
+                self._allocator.discard(entry, self.cache)
 
     def leave(self, follower: Sequence) -> None:
         """`follower` has ended, or need not wait any longer."""
@@ -119,30 +119,30 @@ class Sharing:
     def advance(self, running: Iterable[Sequence]) -> list[Sequence]:
         """Takes the states that are wanted now; gives those that need not wait any longer."""
         for sequence in running:
-            if sequence.cuts and sequence.cuts[0] <= sequence.computed:
+            if sequence.prefix.cuts and sequence.prefix.cuts[0] <= sequence.computed:
                 self._take(sequence)
         released: list[Sequence] = []
         for leader, line in self._followers.items():
-            gone = leader.stage is not Stage.RUNNING or not leader.cuts
+            gone = leader.stage is not Stage.RUNNING or not leader.prefix.cuts
             released += (follower for follower, at in line.items() if gone or at <= leader.computed)
         for follower in released:
             self.leave(follower)
         return released
 
     def bequeath(self, sequence: Sequence) -> None:
-        """`sequence` has ended: its state stays as a beginning of what may be asked next, or its slot is free."""
+        """`sequence` has ended: its state stays as a prefix of what may be asked next, or its slot is free."""
         slot, sequence.slot = sequence.slot, None
         assert slot is not None
         complete = sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
         if self._keep and complete and sequence.computed >= self._least and sequence.computed > len(sequence.prompt):
             namespace, known = self._namespace(sequence), pack(sequence.known(0, sequence.computed))
             if self.cache.get(namespace, known, sequence.computed) is None:
-                entry = self.cache.add(namespace, known, sequence.computed, slot, self._places.now)
+                entry = self.cache.add(namespace, known, sequence.computed, slot, self._allocator.now)
                 entry.end = End.COMPLETION
                 self._supersede(sequence, namespace, known)
-                self._places.cached += 1
+                self._allocator.cached += 1
                 return
-        self._places.give(slot)
+        self._allocator.give(slot)
 
     def settle(self) -> None:
         """The copies of the last plan are made."""
@@ -151,14 +151,14 @@ class Sharing:
     def forget_fresh(self) -> None:
         """The copies of the last plan may not have been made."""
         known = set(self.cache)
-        touched = {copy.target for copy in self._places.copies}
+        touched = {copy.target for copy in self._allocator.copies}
         for entry in known:
             if entry in self._fresh or entry.slot in touched:
-                self._places.discard(entry, self.cache)
+                self._allocator.discard(entry, self.cache)
         self._fresh = []
 
     def check(self) -> None:
-        assert self._places.cached == len(self.cache), "kept states are counted"
+        assert self._allocator.cached == len(self.cache), "kept states are counted"
         assert all(s.stage is Stage.FOLLOWING and s.slot is None for s in self.followers), "followers hold nothing"
         assert all(entry.awaited >= 0 for entry in self.cache), "who waits is counted"
         assert self.following_tokens == sum(len(s.prompt) for s in self.followers), "followers are counted"
@@ -166,28 +166,28 @@ class Sharing:
             assert all(entry.awaited > 0 for entry in self.cache), "nothing is kept that nobody waits for"
 
     def _take(self, sequence: Sequence) -> None:
-        """Copies the state of `sequence` to a place of its own, for others to begin with."""
+        """Copies the state of `sequence` to a slot of its own, for others to begin with."""
         at = sequence.computed
-        wanted = at == sequence.cuts[0]
-        while sequence.cuts and sequence.cuts[0] <= at:
-            sequence.cuts.pop(0)
+        wanted = at == sequence.prefix.cuts[0]
+        while sequence.prefix.cuts and sequence.prefix.cuts[0] <= at:
+            sequence.prefix.cuts.pop(0)
         if not wanted or sequence.slot is None:
             return
         namespace, prompt = self._namespace(sequence), self._packed(sequence)
         waiting = [follower for follower, position in self._followers.get(sequence, {}).items() if position == at]
         entry = self.cache.get(namespace, prompt, at)
         if entry is None and (self._keep or waiting):
-            slot = self._places.for_entry(self.cache, self.cache.worth(at, len(waiting)), bool(waiting))
+            slot = self._allocator.for_entry(self.cache, self.cache.worth(at, len(waiting)), bool(waiting))
             if slot is None:
-                self._places.working_set.evicted(Entry.of(namespace, prompt, at, -1))
+                self._allocator.working_set.evicted(Entry.of(namespace, prompt, at, -1))
                 return
-            self._places.copy(sequence.slot, slot)
-            entry = self.cache.add(namespace, prompt, at, slot, self._places.now)
+            self._allocator.copy(sequence.slot, slot)
+            entry = self.cache.add(namespace, prompt, at, slot, self._allocator.now)
             entry.end = End.PROMPT if at == len(sequence.prompt) - 1 else None
-            self._places.cached += 1
+            self._allocator.cached += 1
             self._fresh.append(entry)
         for follower in waiting:
-            follower.expects = entry
+            follower.prefix.expects = entry
         if entry is not None:
             entry.awaited += len(waiting)
 
@@ -201,7 +201,7 @@ class Sharing:
         """The completion of `sequence` is cached. So nobody will begin where the turn before it ended; nor where its
         prompt did, if conversations go on from completions: not all templates repeat those as they were. What nobody
         else has used is the first to go."""
-        superseded = {sequence.cached: 1}  # the uses that are its own
+        superseded = {sequence.prefix.cached: 1}  # the uses that are its own
         if self._completions_go_on >= 0:
             superseded.setdefault(len(sequence.prompt) - 1, 0)
         for length, uses in superseded.items():
@@ -218,17 +218,18 @@ class Sharing:
             wanted.add(last)
         return wanted
 
-    def _leader_of(self, sequence: Sequence, beginning: Iterable[Sequence]) -> tuple[Sequence | None, int]:
+    def _leader_of(self, sequence: Sequence, in_prompt: Iterable[Sequence]) -> tuple[Sequence | None, int]:
         prompt, namespace = self._packed(sequence), self._namespace(sequence)
         best, longest, looked_at = None, self._least - 1, 0
-        for leader in beginning:
-            if leader.rank > sequence.rank or self._namespace(leader) != namespace:
+        for leader in in_prompt:
+            is_later = leader.standing.effective_priority > sequence.standing.effective_priority
+            if is_later or self._namespace(leader) != namespace:
                 continue
             # Only one that is about to compute more than was found so far is worth comparing at length.
             more = max(longest, leader.computed) + 1
-            if not leader.packed.startswith(prompt[: TOKEN_BYTES * more]):
+            if not leader.prefix.packed.startswith(prompt[: TOKEN_BYTES * more]):
                 continue
-            shared = min(common(leader.packed, prompt), len(sequence.prompt) - 1, len(leader.prompt) - 1)
+            shared = min(common(leader.prefix.packed, prompt), len(sequence.prompt) - 1, len(leader.prompt) - 1)
             if shared > longest and leader.computed < shared:
                 best, longest = leader, shared
             looked_at += 1
@@ -245,8 +246,8 @@ class Sharing:
 
     def _packed(self, sequence: Sequence) -> bytes:
         """The prompt as bytes. Answers to one prompt come side by side, and share them."""
-        if not sequence.packed:
+        if not sequence.prefix.packed:
             if sequence.prompt is not self._last[0]:
                 self._last = sequence.prompt, pack(sequence.prompt)
-            sequence.packed = self._last[1]
-        return sequence.packed
+            sequence.prefix.packed = self._last[1]
+        return sequence.prefix.packed

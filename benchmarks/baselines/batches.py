@@ -112,7 +112,7 @@ class Batches:
                 break
         self._progress = time.monotonic()
         for slot, sequence in enumerate(self._batch):
-            sequence.slot, sequence.scheduled = slot, self._progress
+            sequence.slot, sequence.times.scheduled = slot, self._progress
 
     def _compute(self) -> None:
         self._look_for_ends()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bdh_batch.messages import Delta, Outcome, Plan, SamplingParams
-from bdh_batch.scheduler.dealer import Step
+from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.sequence import Sequence
 
 

@@ -16,7 +16,7 @@ from tests.scheduler.fakes import make_sequence
 
 def full(max_requests: int = 5, max_tokens: int = 100) -> Admission:
     """Two places, both taken."""
-    admission = Admission(max_requests, max_tokens, places=2)
+    admission = Admission(max_requests, max_tokens, slots=2)
     admission.update({}, 0, 2, now=0.0)
     return admission
 
@@ -45,7 +45,7 @@ def test_tokens_that_wait_are_bounded() -> None:
 
 
 def test_a_long_prompt_that_need_not_wait_is_let_in() -> None:
-    Admission(5, 100, places=2).admit([make_sequence([1] * 1000, 1)], 0.0)
+    Admission(5, 100, slots=2).admit([make_sequence([1] * 1000, 1)], 0.0)
 
 
 def test_more_than_could_ever_run_and_wait_is_the_requests_fault() -> None:
@@ -136,7 +136,7 @@ def test_another_key_does_not_wait_behind_a_whole_line() -> None:
 
 def test_one_that_makes_another_give_way_need_not_wait() -> None:
     admission = busy()
-    admission.update({}, 0, 21, now=40.0, last_class=0)
+    admission.update({}, 0, 21, now=40.0, last_priority=0)
     assert admission.expected_wait(1, (-1, "")) == 0.0
     assert admission.expected_wait(1, (0, "")) > 20.0
 
@@ -169,7 +169,7 @@ def test_an_earlier_class_fills_no_more_than_half_of_the_queue_for_others() -> N
 
 
 def test_one_huge_prompt_that_waits_does_not_keep_others_out() -> None:
-    admission = Admission(max_requests=10, max_tokens=1000, places=1, unit=100)
+    admission = Admission(max_requests=10, max_tokens=1000, slots=1, unit=100)
     admission.update({make_sequence([1] * 1000, 1, key="huge"): 1}, 0, 1, now=0.0)
     assert admission.admit([make_sequence([1] * 50, 1, key="small")], 0.0)
     with pytest.raises(QueueFull, match="1050 prompt tokens"):
@@ -177,7 +177,7 @@ def test_one_huge_prompt_that_waits_does_not_keep_others_out() -> None:
 
 
 def test_a_wait_behind_an_earlier_class_is_foreseen_to_be_no_longer_than_patience_allows() -> None:
-    admission = Admission(max_requests=1000, max_tokens=10**6, places=1, patience=30.0)
+    admission = Admission(max_requests=1000, max_tokens=10**6, slots=1, patience=30.0)
     admission.update(line(500, "first", priority=-1000), 0, 1, now=0.0)
     for second in range(1, 40):
         admission.update({}, 0, 1 + second, now=float(second))
@@ -204,7 +204,7 @@ class Counted(dict[int, dict[str, None]]):
 
 
 def test_no_request_is_compared_with_all_tenants_that_wait() -> None:
-    admission = Admission(max_requests=100_000, max_tokens=10**9, places=1, patience=30.0)
+    admission = Admission(max_requests=100_000, max_tokens=10**9, slots=1, patience=30.0)
     waiting = {make_sequence([1], 1, key=f"@{number}", priority=number % 3): 1 for number in range(50_000)}
     admission.update(waiting, 0, 1, now=0.0)
     admission.update({}, 0, 2, now=1.0)

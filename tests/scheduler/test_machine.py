@@ -14,10 +14,11 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invar
 from bdh_batch.errors import GenerationFailed
 from bdh_batch.messages import FinishReason
 from bdh_batch.scheduler.backlog import NO_UNIT
-from bdh_batch.scheduler.dealer import Step
+from bdh_batch.scheduler.batch import Step
+from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.prefix_cache import digests_at
 from bdh_batch.scheduler.prefixes import pack
-from bdh_batch.scheduler.scheduler import Policy, Scheduler, Update
+from bdh_batch.scheduler.scheduler import Scheduler, Update
 from bdh_batch.scheduler.sequence import Sequence, Stage
 from tests.scheduler.fakes import FakeRunner, FakeText, expected_tokens, make_sequence
 
@@ -61,6 +62,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.ends: dict[Sequence, list[FinishReason]] = {}
         self.passed_over: Counter[str] = Counter()  # plans on end, by key
         self.outranked: Counter[Sequence] = Counter()  # plans on end
+        self.debts: dict[Sequence, float] = {}  # the largest in these plans, in tokens
         self.waiting: set[Sequence] = set()  # by what the scheduler says of changes
 
     def take(self, updates: list[Update]) -> None:
@@ -142,13 +144,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         """A key of the first class that had least and holds nothing gets something soon, whatever others queue."""
         alive = [sequence for sequence in self.submitted if sequence.finish_reason is None]
         first = min((sequence.priority for sequence in alive), default=0)
-        least = min((sequence.account.used for sequence in alive), default=0.0)
+        least = min((sequence.standing.account.virtual_time for sequence in alive), default=0.0)
         for key in "ab":
             mine = [sequence for sequence in alive if sequence.key == key]
-            queued = any(s.priority == first and s.account.used <= least for s in mine)
-            served = any(s.stage is not Stage.QUEUED or s.scheduled is not None for s in mine)
+            queued = any(s.priority == first and s.standing.account.virtual_time <= least for s in mine)
+            served = any(s.stage is not Stage.QUEUED or s.times.scheduled is not None for s in mine)
             self.passed_over[key] = self.passed_over[key] + 1 if queued and not served else 0
-            known = sum(len(s.prompt) + len(s.generated) for s in alive if s.key != key and s.scheduled is not None)
+            known = sum(
+                len(s.prompt) + len(s.generated) for s in alive if s.key != key and s.times.scheduled is not None
+            )
             bound = 3 + self.scheduler.policy.quantum + 2 * known
             assert self.passed_over[key] <= bound, "no key is starved"
 
@@ -160,14 +164,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sequence in alive:
             earlier = any(other.priority < sequence.priority for other in served)
             mine = any(other.key == sequence.key for other in served)
-            aged = self.now - sequence.served_at > self.scheduler.policy.patience
+            aged = self.now - sequence.standing.served_at > self.scheduler.policy.patience
             passed_over = aged and earlier and not mine and sequence.stage is not Stage.FOLLOWING
             self.outranked[sequence] = self.outranked[sequence] + 1 if passed_over else 0
             others = [other for other in alive if other.key != sequence.key]
             # Inside a class, a tenant that has had less goes first: for as many tokens as it has had less, by weight.
-            used, account = sequence.account.used, [other.account for other in others]
-            debt = max((max(0.0, used - other.used) * other.weight for other in account), default=0.0)
-            known = sum(len(other.prompt) + len(other.generated) for other in others if other.scheduled is not None)
+            used, account = sequence.standing.account.virtual_time, [other.standing.account for other in others]
+            debt = max((max(0.0, used - other.virtual_time) * other.weight for other in account), default=0.0)
+            known = sum(
+                len(other.prompt) + len(other.generated) for other in others if other.times.scheduled is not None
+            )
+            # It shrinks while the others catch up.
+            self.debts[sequence] = debt = max(debt, self.debts.get(sequence, 0.0)) if passed_over else 0.0
             assert self.outranked[sequence] <= 3 + self.scheduler.policy.quantum + 2 * known + debt, "no class starves"
 
     @rule(
@@ -213,7 +221,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check()
         for sequence, change in self.scheduler.take_changes().items():
             (self.waiting.add if change > 0 else self.waiting.remove)(sequence)
-        assert self.waiting == {s for s in self.submitted if s.stage in (Stage.QUEUED, Stage.FOLLOWING) and s.place}
+        assert self.waiting == {
+            s for s in self.submitted if s.stage in (Stage.QUEUED, Stage.FOLLOWING) and s.standing.arrival
+        }
         assert self.scheduler.waiting == len(self.waiting)
 
     def teardown(self) -> None:
@@ -297,7 +307,7 @@ def test_no_flood_of_an_earlier_class_keeps_another_one_waiting(
 
     if kind == "suspended":
         scheduler.submit(others)
-        while not all(other.scheduled is not None or other.finish_reason for other in others[:slots]):
+        while not all(other.times.scheduled is not None or other.finish_reason for other in others[:slots]):
             step = scheduler.plan(now)
             assert step is not None
             scheduler.commit(step, runner.run(step.plan), now)
@@ -351,8 +361,8 @@ def test_keys_that_hold_no_more_than_their_share_take_turns_for_the_last_place()
     for number in range(200):
         if number == 20:
             scheduler.submit([third])
-        step = scheduler.plan(0.0)
+        step = scheduler.plan(0.01 * number)
         assert step is not None
-        scheduler.commit(step, runner.run(step.plan), 0.0)
+        scheduler.commit(step, runner.run(step.plan), 0.01 * number)
     assert third.finish_reason is FinishReason.LENGTH
     assert min(len(stream.generated) for stream in streams) > 40

@@ -14,182 +14,191 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from bdh_batch.scheduler import fair_queue
 from bdh_batch.scheduler.cost import StepCost
-from bdh_batch.scheduler.fair_queue import AGE, FORGET, FairQueue
-from bdh_batch.scheduler.places import Places
+from bdh_batch.scheduler.fair_queue import AGE, FairQueue
 from bdh_batch.scheduler.prefix_cache import PrefixCache
 from bdh_batch.scheduler.prefixes import RECENT, RecentPrompts, common, pack
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.sharing import Sharing
+from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import PATIENCE, StepSize
+from bdh_batch.scheduler.tenants import FORGET, Tenant, Tenants
 from tests.scheduler.fakes import make_sequence
 
 TOKENS = st.lists(st.integers(0, 2), max_size=40)
 
 
-def queue_of(*sequences: Sequence, weights: dict[str, float] | None = None) -> FairQueue:
-    queue = FairQueue(weights)
-    for place, sequence in enumerate(sequences):
-        sequence.place = place
-        queue.push(sequence)
-    return queue
+class Waiting:
+    """A queue, and the tenants of those that wait in it, as the scheduler has them."""
 
+    def __init__(self, weights: dict[str, float] | None = None, patience: float = math.inf) -> None:
+        self.tenants = Tenants(weights)
+        self.queue = FairQueue(patience)
+        self.arrivals = 0
 
-def serve(queue: FairQueue) -> str | None:
-    """The next one has its turn, and its prompt is computed."""
-    sequence = queue.peek(min((waiting.priority for waiting in queue), default=0))
-    if sequence is None:
-        return None
-    queue.serve(sequence)
-    sequence.scheduled = 0.0
-    sequence.computed = len(sequence.prompt)
-    sequence.pay()
-    return sequence.id
+    def submit(self, *sequences: Sequence) -> Waiting:
+        for sequence in sequences:
+            self.arrivals += 1
+            sequence.standing.arrival = self.arrivals
+            sequence.standing.effective_priority = sequence.priority
+            sequence.standing.account = self.tenants.join(sequence.tenant, sequence.weight)
+            self.queue.push(sequence)
+        return self
 
+    def serve(self) -> str | None:
+        """The next one has its turn, its prompt is computed, and it ends."""
+        sequence = self.queue.peek(min((waiting.priority for waiting in self.queue), default=0))
+        if sequence is None:
+            return None
+        self.queue.remove(sequence)
+        sequence.computed = len(sequence.prompt)
+        sequence.charge()
+        sequence.standing.account.active -= 1
+        return sequence.id
 
-def served(queue: FairQueue) -> list[str]:
-    order = []
-    while (name := serve(queue)) is not None:
-        order.append(name)
-    assert len(queue) == queue.tokens == 0
-    return order
+    def served(self) -> list[str]:
+        order = []
+        while (name := self.serve()) is not None:
+            order.append(name)
+        assert len(self.queue) == self.queue.tokens == 0
+        return order
 
 
 class TestFairQueue:
-    def test_lower_classes_go_first_and_inside_a_key_who_came_first(self) -> None:
-        queue = queue_of(
-            *(make_sequence([1], 1, name=name, priority=priority) for name, priority in (("a", 1), ("b", 0), ("c", 0)))
-        )
-        assert served(queue) == ["b", "c", "a"]
+    def test_lower_priorities_go_first_and_inside_a_tenant_who_is_due_first(self) -> None:
+        options: list[tuple[str, int, float]] = [("a", 1, 0.0), ("b", 0, 2.0), ("c", 0, 1.0), ("d", 0, 2.0)]
+        sequences = [make_sequence([1], 1, name=name, priority=priority) for name, priority, _ in options]
+        for sequence, (_, _, due) in zip(sequences, options, strict=True):
+            sequence.standing.due = due
+        assert Waiting().submit(*sequences).served() == ["c", "b", "d", "a"]
 
-    def test_keys_take_turns_whatever_they_queue(self) -> None:
+    def test_tenants_take_turns_whatever_they_queue(self) -> None:
         flood = [make_sequence([1], 1, name="f", key="f") for _ in range(6)]
         drop = [make_sequence([1], 1, name="d", key="d") for _ in range(2)]
-        assert served(queue_of(*flood, *drop)) == ["f", "d", "f", "d", "f", "f", "f", "f"]
+        assert Waiting().submit(*flood, *drop).served() == ["f", "d", "f", "d", "f", "f", "f", "f"]
+
+    def test_of_equals_the_tenant_goes_first_that_holds_fewer_slots(self) -> None:
+        first, second = (make_sequence([1], 1, name=name, key=name) for name in "ab")
+        waiting = Waiting().submit(first, second)
+        first.standing.account.slots = 2
+        waiting.queue.reorder(first.standing.account)
+        assert waiting.served() == ["b", "a"]
 
     def test_weights_are_shares(self) -> None:
         sequences = [make_sequence([1], 1, name=key, key=key) for key in "ab" for _ in range(40)]
-        order = served(queue_of(*sequences, weights={"a": 3.0}))
+        order = Waiting({"a": 3.0}).submit(*sequences).served()
         assert 28 <= order[:40].count("a") <= 32
 
     def test_a_sequence_can_bring_its_weight_and_be_in_another_share_than_its_keys(self) -> None:
         sequences = [make_sequence([1], 1, name=name) for name in "ab" for _ in range(40)]
         for sequence in sequences:
             sequence.tenant, sequence.weight = sequence.id, 3.0 if sequence.id == "a" else None
-        order = served(queue_of(*sequences, weights={"b": 1.0}))
+        order = Waiting({"b": 1.0}).submit(*sequences).served()
         assert 28 <= order[:40].count("a") <= 32
 
     def test_a_pause_saves_nothing_up(self) -> None:
-        queue = queue_of(*(make_sequence([1], 1, name="a", key="a") for _ in range(50)))
+        waiting = Waiting().submit(*(make_sequence([1], 1, name="a", key="a") for _ in range(50)))
         for _ in range(40):
-            serve(queue)
-        for place in range(100, 110):
-            late = make_sequence([1], 1, name="b", key="b")
-            late.place = place
-            queue.push(late)
-        assert 4 <= served(queue)[:10].count("b") <= 6
+            waiting.serve()
+        waiting.submit(*(make_sequence([1], 1, name="b", key="b") for _ in range(10)))
+        assert 4 <= waiting.served()[:10].count("b") <= 6
 
-    def test_what_was_charged_and_never_computed_is_no_debt(self) -> None:
-        queue = queue_of(make_sequence([1] * 50, 1, key="a"), make_sequence([1] * 50, 1, key="a"))
-        given_up = queue.peek(0)
-        assert given_up is not None
-        queue.serve(given_up)
-        given_up.scheduled = 0.0
-        account = given_up.account
-        assert (account.used, account.had) == (50, 0)
-        given_up.computed = 20
-        given_up.pay()
-        assert (account.used, account.had) == (50, 20)
-        queue.ended(given_up)
-        assert (account.used, account.had) == (20, 20)
+    def test_one_that_asks_for_less_than_its_share_saves_nothing_up_either(self) -> None:
+        """It always has a sequence under way, but nothing that waits."""
+        waiting = Waiting().submit(make_sequence([1], 1, name="b", key="b"))
+        under_way = waiting.queue.peek(0)
+        assert under_way is not None
+        waiting.queue.remove(under_way)
+        waiting.submit(*(make_sequence([1], 1, name="a", key="a") for _ in range(50)))
+        for _ in range(40):
+            waiting.serve()
+        waiting.submit(*(make_sequence([1], 1, name="b", key="b") for _ in range(10)))
+        assert 4 <= waiting.served()[:10].count("b") <= 6
 
-    def test_who_is_refunded_comes_before_who_has_used_more(self) -> None:
-        prompts = {"a": [1] * 50, "b": [1] * 30}
-        queue = queue_of(*(make_sequence(prompts[key], 1, name=key, key=key) for key in "abab"))
-        given_up = queue.peek(0)
-        assert given_up is not None
-        queue.serve(given_up)
-        given_up.scheduled = 0.0
-        assert serve(queue) == "b"
-        after = queue.peek(0)
-        assert after is not None
-        assert (given_up.id, after.id) == ("a", "b")
-        queue.ended(given_up)
-        assert served(queue) == ["a", "b"]
-
-    def test_a_weight_that_changes_leaves_nothing_owed(self) -> None:
-        queue = queue_of(make_sequence([1] * 50, 1, key="a"))
-        waiting = queue.peek(0)
-        assert waiting is not None
-        queue.serve(waiting)
-        waiting.scheduled = 0.0
-        waiting.account.weigh(0.1)
-        waiting.computed = 20
-        waiting.pay()
-        queue.ended(waiting)
-        assert (waiting.account.used, waiting.account.had) == (20, 20)
+    def test_a_tenant_is_charged_once_and_for_what_is_computed(self) -> None:
+        sequence = make_sequence([1] * 50, 1)
+        sequence.standing.account, sequence.standing.charged = Tenant(weight=2.0), 10  # the first ones were cached
+        for computed, charged in ((20, 10), (50, 40), (51, 40)):
+            sequence.computed = computed
+            sequence.charge()
+            assert sequence.standing.account.virtual_time == charged / 2
+        sequence.restart()
+        sequence.computed = 30
+        sequence.charge()
+        assert sequence.standing.account.virtual_time == 20
 
     def test_who_worked_alone_is_in_nobodys_debt(self) -> None:
-        queue = queue_of(make_sequence([1], 1, name="a", key="a"))
-        serve(queue)
-        queue.account("a").used += 10_000  # what it has generated meanwhile
-        for place in range(10, 30):
-            flood = make_sequence([1], 1, name="b", key="b")
-            flood.place = place
-            queue.push(flood)
-        late = make_sequence([1], 1, name="a", key="a")
-        late.place = 40
-        queue.push(late)
-        assert "a" in served(queue)[:2]
+        waiting = Waiting().submit(make_sequence([1], 1, name="a", key="a"))
+        waiting.serve()
+        waiting.tenants.join("a").charge(0, 5_000)  # what it has generated meanwhile
+        waiting.submit(*(make_sequence([1], 1, name="b", key="b") for _ in range(20)))
+        waiting.submit(make_sequence([1], 1, name="a", key="a"))
+        assert "a" in waiting.served()[:2]
 
-    def test_one_that_comes_back_has_its_old_place(self) -> None:
+    def test_one_that_comes_back_has_its_old_rank(self) -> None:
         sequences = [make_sequence([1], 1, name=name) for name in "abc"]
-        queue = queue_of(*sequences)
-        queue.remove(sequences[0])
-        queue.push(sequences[0])
-        assert served(queue) == ["a", "b", "c"]
+        waiting = Waiting().submit(*sequences)
+        waiting.queue.remove(sequences[0])
+        waiting.queue.push(sequences[0])
+        assert waiting.served() == ["a", "b", "c"]
 
 
 class Plain:
-    """Who is next, by looking at all tenants and all that wait: what `FairQueue` says without."""
+    """Who is next, by looking at all tenants and all that wait: what `FairQueue` and `Tenants` say without."""
 
     def __init__(self, patience: float) -> None:
         self.patience = patience
         self.waiting: list[Sequence] = []
-        self.used: dict[str, float] = {}
-        self.owed: Counter[str] = Counter()
-        self.charged: Counter[str] = Counter()  # sequences under way
-        self.most = 0.0
+        self.times: dict[str, float] = {}
+        self.active: Counter[str] = Counter()
 
-    def push(self, sequence: Sequence) -> None:
-        tenant, busy = sequence.tenant, {s.tenant for s in self.waiting} | {*+self.charged}
-        had = [self.used[other] - self.owed[other] for other in busy]
-        if tenant not in busy:
-            self.used[tenant] = max(self.used.get(tenant, 0.0), min(had) if had else max([0.0, *self.used.values()]))
-        self.waiting.append(sequence)
+    def join(self, tenant: str) -> None:
+        if not any(sequence.tenant == tenant for sequence in self.waiting):
+            others = [self.times[other] for other in +self.active if other != tenant]
+            level = min(others) if others else max([0.0, *self.times.values()])
+            self.times[tenant] = max(self.times.get(tenant, 0.0), level)
+        self.active[tenant] += 1
 
     def peek(self, first: int, now: float) -> Sequence | None:
-        def competes(sequence: Sequence) -> tuple[int, float, int]:
+        def rank(sequence: Sequence) -> tuple[int, float, int, float, int]:
             queue = [other for other in self.waiting if other.line == sequence.line]
-            head = min(queue, key=lambda other: other.place)
-            aged = now - head.served_at >= self.patience
-            return first if aged else sequence.priority, self.used[sequence.tenant], sequence.place
+            head = min(queue, key=lambda other: (other.standing.due, other.standing.arrival))
+            aged = now - head.standing.served_at >= self.patience
+            priority = first if aged else sequence.priority
+            return (
+                priority,
+                self.times[sequence.tenant],
+                sequence.standing.account.slots,
+                sequence.standing.due,
+                sequence.standing.arrival,
+            )
 
-        return min(self.waiting, key=competes, default=None)
+        return min(self.waiting, key=rank, default=None)
 
 
 class FairQueueMachine(RuleBasedStateMachine):
     @initialize(patience=st.sampled_from([math.inf, 5.0]))
     def begin(self, patience: float) -> None:
-        self.queue, self.plain = FairQueue(patience=patience), Plain(patience)
+        self.tenants, self.queue, self.plain = Tenants(), FairQueue(patience), Plain(patience)
         self.under_way: list[Sequence] = []
-        self.places, self.now, self.level = 0, 0.0, 0.0
+        self.arrivals, self.now = 0, 0.0
 
-    @rule(tenant=st.integers(0, 2), tokens=st.integers(1, 30), priority=st.sampled_from([0, 0, 0, -1, 1]))
-    def push(self, tenant: int, tokens: int, priority: int) -> None:
+    @rule(
+        tenant=st.integers(0, 2),
+        tokens=st.integers(1, 30),
+        priority=st.sampled_from([0, 0, 0, -1, 1]),
+        alone=st.sampled_from([0.0, 3.0]),
+    )
+    def push(self, tenant: int, tokens: int, priority: int, alone: float) -> None:
         sequence = make_sequence([1] * tokens, 1, key=str(tenant), priority=priority)
-        self.places += 1
-        sequence.place, sequence.served_at = self.places, self.now
-        self.plain.push(sequence)
+        self.arrivals += 1
+        sequence.standing.arrival, sequence.standing.served_at, sequence.standing.due = (
+            self.arrivals,
+            self.now,
+            self.now + alone,
+        )
+        self.plain.join(sequence.tenant)
+        self.plain.waiting.append(sequence)
+        sequence.standing.account = self.tenants.join(sequence.tenant)
         self.queue.push(sequence)
 
     @rule(seconds=st.sampled_from([0.0, 1.0, 4.0]))
@@ -208,35 +217,30 @@ class FairQueueMachine(RuleBasedStateMachine):
         assert sequence is self.plain.peek(min([first, *(s.priority for s in self.plain.waiting)]), self.now)
         if sequence is None:
             return
-        self.queue.serve(sequence)
+        self.queue.remove(sequence)
         self.plain.waiting.remove(sequence)
-        if sequence.scheduled is None:
-            self.plain.used[sequence.tenant] += len(sequence.prompt)
-            self.plain.owed[sequence.tenant] += len(sequence.prompt)
-            self.plain.charged[sequence.tenant] += 1
-        sequence.scheduled = self.now
+        sequence.standing.account.slots += 1
         self.under_way.append(sequence)
 
     @precondition(lambda self: self.under_way)
     @rule(which=st.integers(0, 99), tokens=st.integers(0, 30), ends=st.booleans(), comes_back=st.booleans())
     def compute(self, which: int, tokens: int, ends: bool, comes_back: bool) -> None:
         sequence = self.under_way[which % len(self.under_way)]
-        sequence.served_at = self.now
-        before = sequence.owed
+        sequence.standing.served_at = self.now
+        before = sequence.standing.charged
         sequence.computed = min(len(sequence.prompt), sequence.computed + tokens)
-        sequence.pay()
-        self.plain.owed[sequence.tenant] -= before - sequence.owed
-        sequence.account.used += 2
-        self.plain.used[sequence.tenant] += 2
+        sequence.charge()
+        sequence.standing.account.charge(0, 1)
+        self.plain.times[sequence.tenant] += sequence.standing.charged - before + 2
+        if not (ends or comes_back):
+            return
+        self.under_way.remove(sequence)
+        sequence.standing.account.slots -= 1
+        self.queue.reorder(sequence.standing.account)
         if ends:
-            self.under_way.remove(sequence)
-            self.plain.used[sequence.tenant] -= sequence.owed
-            self.plain.owed[sequence.tenant] -= sequence.owed
-            self.plain.charged[sequence.tenant] -= 1
-            self.queue.ended(sequence)
-        elif comes_back:
-            self.under_way.remove(sequence)
-            self.plain.push(sequence)
+            self.end(sequence)
+        else:
+            self.plain.waiting.append(sequence)
             self.queue.push(sequence)
 
     @rule(which=st.integers(0, 99))
@@ -244,19 +248,17 @@ class FairQueueMachine(RuleBasedStateMachine):
         if self.plain.waiting:
             sequence = self.plain.waiting.pop(which % len(self.plain.waiting))
             self.queue.remove(sequence)
-            if sequence.scheduled is not None:
-                self.plain.used[sequence.tenant] -= sequence.owed
-                self.plain.owed[sequence.tenant] -= sequence.owed
-                self.plain.charged[sequence.tenant] -= 1
-                self.queue.ended(sequence)
+            self.end(sequence)
+
+    def end(self, sequence: Sequence) -> None:
+        sequence.standing.account.active -= 1
+        self.plain.active[sequence.tenant] -= 1
 
     @invariant()
     def counts(self) -> None:
         if hasattr(self, "queue"):
             assert set(self.queue) == set(self.plain.waiting)
             assert len(self.queue) == len(self.plain.waiting)
-            before, self.level = self.level, self.queue._level()
-            assert before <= self.level, "nothing is saved up"
 
 
 FairQueueMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
@@ -275,48 +277,42 @@ class TestManyTenants:
 
             return look
 
-        queue = FairQueue(patience=30.0)
-        for ranking in (queue._by_had, queue._aged, queue._due):
+        waiting = Waiting(patience=30.0)
+        queue = waiting.queue
+        for ranking in (waiting.tenants._by_time, queue._aged, queue._ageing):
             ranking._key = counted(ranking._key)
-        monkeypatch.setattr(fair_queue, "TURN", counted(fair_queue.TURN))
-        for place in range(20_000):
-            sequence = make_sequence([1] * (1 + place % 7), 1, key=f"@{place}", priority=place % 2)
-            sequence.place = place
-            queue.push(sequence)
+        monkeypatch.setattr(fair_queue, "RANK_OF_HEAD", counted(fair_queue.RANK_OF_HEAD))
+        for number in range(20_000):
+            waiting.submit(make_sequence([1] * (1 + number % 7), 1, key=f"@{number}", priority=number % 2))
         pushed, looks = looks, 0
-        assert pushed < 6 * 20_000
+        assert pushed < 8 * 20_000
         for plan in range(200):
             queue.age(40.0 if plan > 100 else 1.0)
-            sequence_or_none = queue.peek(0)
-            assert sequence_or_none is not None
-            queue.serve(sequence_or_none)
-            sequence_or_none.scheduled = 1.0
-            queue.ended(sequence_or_none)
+            sequence = queue.peek(0)
+            assert sequence is not None
+            queue.remove(sequence)
+            sequence.standing.account.active -= 1
         assert looks < 200 * (FORGET + 10 * AGE)
         assert looks < 100 * 20_000 / 4
 
     def test_idle_ones_are_forgotten(self) -> None:
-        queue = FairQueue()
-        for place in range(5000):
-            sequence = make_sequence([1] * 3, 1, key=f"@{place}")
-            sequence.place = place
-            queue.push(sequence)
-            serve(queue)
-            queue.ended(sequence)
-        assert len(queue._accounts) == len(queue._by_had) <= 2
-        assert len(queue._by_had._heap) < 200
-        assert not queue._queues
-        assert not queue._classes
+        waiting = Waiting()
+        for number in range(5000):
+            waiting.submit(make_sequence([1] * 3, 1, key=f"@{number}"))
+            waiting.serve()
+        assert len(waiting.tenants._known) == len(waiting.tenants._by_time) <= 2
+        assert len(waiting.tenants._by_time._heap) < 200
+        assert not waiting.queue._queues
+        assert not waiting.queue._by_priority
 
-    def test_a_class_that_waits_too_long_takes_turns_with_the_first(self) -> None:
+    def test_a_priority_that_waits_too_long_takes_turns_with_the_first(self) -> None:
         first = [make_sequence([1], 1, name="f", key="f", priority=-1000) for _ in range(6)]
         later = [make_sequence([1], 1, name="l", key="l", priority=1000) for _ in range(3)]
-        queue = queue_of(*first, *later)
-        queue._patience = 30.0
-        queue.age(29.0)
-        assert [serve(queue) for _ in range(2)] == ["f", "f"]
-        queue.age(30.0)
-        assert served(queue) == ["l", "l", "f", "l", "f", "f", "f"]
+        waiting = Waiting(patience=30.0).submit(*first, *later)
+        waiting.queue.age(29.0)
+        assert [waiting.serve() for _ in range(2)] == ["f", "f"]
+        waiting.queue.age(30.0)
+        assert waiting.served() == ["l", "l", "f", "l", "f", "f", "f"]
 
 
 class TestPrefixes:
@@ -410,7 +406,7 @@ def steps_to_grow(size: StepSize) -> int:
 
 
 def test_answers_to_one_prompt_share_its_bytes() -> None:
-    sharing = Sharing(Places(4, 0), keep=False, share_all=True, least=2)
+    sharing = Sharing(SlotAllocator(4, 0), keep=False, share_all=True, least=2)
     prompts = [list(range(100)), list(range(100))]
     sequences = [make_sequence(prompt, 1) for prompt in prompts for _ in range(3)]
     packed = [sharing._packed(sequence) for sequence in sequences]

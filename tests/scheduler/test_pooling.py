@@ -6,7 +6,8 @@ import pytest
 
 from bdh_batch.errors import NotFinite
 from bdh_batch.messages import FinishReason
-from bdh_batch.scheduler.scheduler import Policy, Scheduler
+from bdh_batch.scheduler.policy import Policy
+from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.sequence import Sequence
 from tests.scheduler.fakes import FakeOutbox, FakeRunner, expected_tokens, make_sequence
 
@@ -47,7 +48,7 @@ def test_each_gets_the_sum_over_its_whole_prompt_and_disturbs_nobody(spoil: int 
     for sequence in summed:
         assert isinstance(sequence.outbox, FakeOutbox)
         (delta,) = sequence.outbox.deltas
-        assert (delta.finish_reason, delta.tokens, sequence.cached) == (FinishReason.STOP, [], 0)
+        assert (delta.finish_reason, delta.tokens, sequence.prefix.cached) == (FinishReason.STOP, [], 0)
         assert delta.pooled == [float(sum(sequence.prompt)), float(len(sequence.prompt))]
 
 

@@ -12,7 +12,8 @@ from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Adjustment, FinishReason, LogitBias, SamplingParams, distinct
-from bdh_batch.scheduler.scheduler import Policy, Scheduler
+from bdh_batch.scheduler.policy import Policy
+from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import ByteTokenizer
@@ -70,7 +71,7 @@ def undisturbed() -> list[Sequence]:
     return run(slots=5, running=5, faults=set())
 
 
-@pytest.mark.parametrize(("slots", "running", "faults"), [(1, 1, set()), (2, 5, set()), (5, 5, {1, 4})])
+@pytest.mark.parametrize(("slots", "running", "faults"), [(1, 1, set()), (2, 5, set()), (5, 5, {1, 12})])
 def test_disturbances_change_no_token_and_no_score(
     undisturbed: list[Sequence], slots: int, running: int, faults: set[int]
 ) -> None:
@@ -91,7 +92,7 @@ def test_nothing_that_stops_comes_before_min_tokens(undisturbed: list[Sequence])
 
 
 def test_a_prompt_is_scored_once_and_whole(undisturbed: list[Sequence]) -> None:
-    for sequences in (undisturbed, run(slots=5, running=5, faults={1, 2})):
+    for sequences in (undisturbed, run(slots=5, running=5, faults={1, 12})):
         assert isinstance(sequences[0].outbox, FakeOutbox)
         first, *later = sequences[0].outbox.deltas
         assert first.prompt_scores is not None

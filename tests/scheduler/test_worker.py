@@ -16,7 +16,8 @@ from bdh_batch.engine.worker import Worker
 from bdh_batch.errors import InvalidRequest, OutOfMemory, QueueFull, Unavailable
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Delta, FinishReason, Outcome, Plan, SamplingParams
-from bdh_batch.scheduler.scheduler import Policy, Scheduler
+from bdh_batch.scheduler.policy import Policy
+from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.sequence import Sequence
 from tests.scheduler.fakes import FakeObserver, FakeOutbox, FakeRunner, expected_tokens, make_sequence
 from tests.support import resident

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
+from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.prefix_index import Entry
 from bdh_batch.scheduler.prefixes import pack
-from bdh_batch.scheduler.scheduler import Policy, Scheduler
+from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.slots import Slots
 from bdh_batch.scheduler.working_set import STEP, WorkingSet, free_slots, running_slots
 from tests.scheduler.fakes import FakeRunner, expected_tokens, make_sequence
@@ -31,7 +32,7 @@ class Engine:
 
     @property
     def touched(self) -> int:
-        return self.scheduler.places.slots.touched
+        return self.scheduler.allocator.slots.touched
 
     def step(self) -> bool:
         step = self.scheduler.plan(self.now)
@@ -208,7 +209,7 @@ class TestIdle:
         engine.now = 100.0
         while engine.step():
             pass
-        assert engine.touched == len(engine.scheduler.sharing.cache) == engine.scheduler.places.working_set.size == 6
+        assert engine.touched == len(engine.scheduler.sharing.cache) == engine.scheduler.allocator.working_set.size == 6
 
     def test_never_where_it_is_off(self) -> None:
         engine = Engine(4, keep=False)

@@ -1,4 +1,4 @@
-"""Where states lie, and the copies that move them. Sequences come before what is kept for later."""
+"""Where states lie, and the copies that move them. Sequences come before cached prefixes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 LONG = 512  # tokens; from so many on a kept state is worth a copy to the host before anyone has used it
 
 
-class Places:
-    """
+class SlotAllocator:
+    """Gives out the slots that states lie in, and plans the copies between them.
+
     Args:
         device, host: how many slots there are.
         free: slots on the device whose memory may be touched without evidence that it is of use; None is all.
@@ -40,7 +41,7 @@ class Places:
 
     @property
     def room(self) -> int:
-        """Places that a sequence could have."""
+        """Slots that a sequence could have."""
         return self.slots.free_count + self.cached
 
     def copy(self, source: int, target: int) -> None:
@@ -55,13 +56,13 @@ class Places:
         patient: bool = False,
     ) -> bool:
         """Gives `sequence` a slot on the device, with its own state or that of `entry`. False if there is none; one
-        that is `patient` does not take the place of a state that others wait for."""
+        that is `patient` does not take the slot of a state that others wait for."""
         old = sequence.slot
         if old is not None and self.slots.on_device(old):
             return True
         slot = self._on_device(sequence, suspended, cache, entry, patient)
         if slot is None:
-            if entry is None or (patient and entry.awaited > (sequence.expects is entry)):
+            if entry is None or (patient and entry.awaited > (sequence.prefix.expects is entry)):
                 return False
             return self._take_over(sequence, suspended, cache, entry)
         if old is not None:
@@ -136,7 +137,7 @@ class Places:
         self.cached -= 1
 
     def _take_over(self, sequence: Sequence, suspended: Iterable[Sequence], cache: PrefixCache, entry: Entry) -> bool:
-        """The last place there is, is that of `entry`: becomes the slot of `sequence`, or makes room for it."""
+        """The last slot there is, is that of `entry`: becomes the slot of `sequence`, or makes room for it."""
         if self.slots.on_device(entry.slot):
             self._drop(entry, cache)
             sequence.slot = entry.slot

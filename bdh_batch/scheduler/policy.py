@@ -1,0 +1,51 @@
+"""What an operator chooses about scheduling, and what is counted of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import inf
+
+from bdh_batch.scheduler.backlog import NO_UNIT
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """
+    Args:
+        host_slots: slots for states in the host's memory.
+        max_running: most sequences that hold a state; above `slots` they take time slices. None is as many as slots.
+        quantum: steps of a time slice, where others wait for theirs.
+        target_step: seconds that a step with streams should take; 0 is no limit.
+        keep: whether prefixes are cached for later requests.
+        share_all: whether requests of all keys share prefixes; else only those of one.
+        min_shared: tokens that a prefix must have to be shared.
+        weights: of tenants, in their share; one that is not named weighs 1.
+        free_slots: slots whose memory may be touched before anything has shown that it is of use; None is all.
+        idle_release: seconds after which the memory of idle slots goes back to the system; 0 is never.
+        patience: seconds without a computed token after which a sequence competes in the first priority.
+        queue_unit: tokens of a prompt that fill the queue as another sequence does.
+    """
+
+    host_slots: int = 0
+    max_running: int | None = None
+    quantum: int = 64
+    target_step: float = 0.0
+    keep: bool = False
+    share_all: bool = False
+    min_shared: int = 32
+    weights: Mapping[str, float] = field(default_factory=dict)
+    free_slots: int | None = None
+    idle_release: float = 0.0
+    patience: float = inf
+    queue_unit: int = NO_UNIT
+
+
+@dataclass(slots=True)
+class Counts:
+    """What has happened since the start."""
+
+    steps: int = 0
+    preemptions: int = 0
+    prompt_tokens: int = 0
+    served: int = 0  # times that a queued sequence was given a slot
