@@ -181,7 +181,7 @@ class Server:
         """Polls /metrics until `condition` holds of them."""
         eventually(lambda: condition(self.metrics()), within, self.metrics)
 
-    def until_idle(self, within: float = 10.0) -> None:
+    def until_idle(self, within: float = 60.0) -> None:
         """Until nothing runs or waits in the engine."""
         self.until(lambda m: m["bdh_num_requests_running"] == m["bdh_num_requests_waiting"] == 0, within)
 
