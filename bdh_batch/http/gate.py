@@ -32,13 +32,13 @@ class ServedModel:
     def names(self) -> tuple[str, ...]:
         return self.name, *self.aliases
 
-    def check_name(self, model: str | None, told: bool = True) -> None:
-        """Raises ModelNotFound unless `model` is this one; None always is. Who asks may be `told` its names."""
+    def check_name(self, model: str | None, show_names: bool = True) -> None:
+        """Raises ModelNotFound unless `model` is this one; None always is. The error lists names if `show_names`."""
         if model is not None and model not in self.names:
-            raise ModelNotFound(model, self.names if told else ())
+            raise ModelNotFound(model, self.names if show_names else ())
 
     def card(self, name: str) -> Mapping[str, object]:
-        """What there is to tell of the model under one of its names."""
+        """What /v1/models reports of the model under one of its names."""
         return {
             "id": name,
             "object": "model",
@@ -50,6 +50,8 @@ class ServedModel:
 
 
 class Gate:
+    """Gives handlers the model while it is ready, and refuses requests while it loads or drains."""
+
     LOADING, DRAINING = "the model is loading", "the server is shutting down"
 
     def __init__(self) -> None:

@@ -124,9 +124,9 @@ class TestDocument:
             assert len(fits) == 1, body
         assert bool(operation.requests) == bool(operation.bodies)
         for reply in operation.replies.values():
-            assert isinstance(operation.answer, type)
-            validator(operation.answer.__name__, told).validate(reply)
-            operation.answer.model_validate(reply)
+            assert isinstance(operation.response, type)
+            validator(operation.response.__name__, told).validate(reply)
+            operation.response.model_validate(reply)
 
     def test_says_the_limits_of_the_settings(self) -> None:
         told = openapi(
@@ -260,9 +260,9 @@ class TestAnswers:
     def test_of_what_takes_no_body_have_their_shapes(self, tiny: Server, operation: Endpoint) -> None:
         response = tiny.http.get(operation.path.replace("{id}", "tiny"))
         assert response.status_code == 200
-        if isinstance(operation.answer, type):
-            operation.answer.model_validate_json(response.content)
-            validator(operation.answer.__name__, document()).validate(response.json())
+        if isinstance(operation.response, type):
+            operation.response.model_validate_json(response.content)
+            validator(operation.response.__name__, document()).validate(response.json())
 
     @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize"])
     def test_of_the_bundled_model_are_as_in_the_examples(self, server: Server, path: str) -> None:

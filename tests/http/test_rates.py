@@ -19,7 +19,7 @@ from bdh_batch.errors import ConfigError, InvalidRequest, QueueFull
 from bdh_batch.http.auth import rates as rates_module
 from bdh_batch.http.auth.caller import Caller, by_key
 from bdh_batch.http.auth.keys import Key
-from bdh_batch.http.auth.ledger import KEPT
+from bdh_batch.http.auth.ledger import RETAINED
 from bdh_batch.http.auth.quota import Quota
 from bdh_batch.http.auth.rates import Rates
 from bdh_batch.http.errors import Forbidden, RateLimited
@@ -121,7 +121,7 @@ async def test_what_does_not_count_any_more_is_not_given_back(storage: str, ann:
     rates, standing = rates_of(storage, tokens_per_minute=100), dict[str, str]()
     reservation = await rates.reserve(ann, 60, standing)
     assert reservation is not None
-    late = replace(reservation.grant, slot=reservation.grant.slot - KEPT)
+    late = replace(reservation.grant, slot=reservation.grant.slot - RETAINED)
     rates.settle(replace(reservation, grant=late), 0)
     await settled(rates)
     await rates.reserve(ann, 10, standing)

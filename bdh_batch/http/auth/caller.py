@@ -19,14 +19,17 @@ NETWORK_BITS = 64  # of an IPv6 address: what is behind them is one customer's, 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """`label` is opaque, the same for all requests of one key or address, and neither of them."""
+    """Whoever sends a request: the owner of an API key, or an address.
+
+    `label` is opaque, the same for all requests of one key or address, and neither of them.
+    """
 
     label: str
     key: Key | None = None
 
     @property
     def namespace(self) -> str:
-        """Whose kept states its requests may begin with; those without keys share theirs."""
+        """The namespace of cached prefixes that its requests share; callers without keys have one in common."""
         return self.label if self.key is not None else ""
 
     @property
@@ -65,7 +68,7 @@ def by_address(scope: Scope) -> Caller:
 
 
 def bearer(scope: Scope) -> str:
-    """The key that a request bears, or nothing; of two keys, which one counts is not for us to guess."""
+    """The key that a request carries, or an empty string where it carries none or several."""
     given = Headers(scope=scope).getlist("authorization")
     scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""

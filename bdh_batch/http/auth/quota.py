@@ -15,7 +15,8 @@ from bdh_batch.messages import GenerationRequest
 
 
 class Quota:
-    """
+    """Starts generations within a caller's limits.
+
     Args:
         max_prompt_tokens: of each prompt; None is no limit but the model's.
         top_priority: the lowest `priority` of requests whose key has no right of its own to one.

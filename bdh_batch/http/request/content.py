@@ -47,7 +47,7 @@ def decoded(receive: Receive, headers: Headers, hold: Hold) -> Receive:
     """Receives the body as it was before it was compressed.
 
     Args:
-        hold: is told of every piece's size, and awaited before the next one is made; may raise to end it.
+        hold: called with every piece's size, and awaited before the next one is made; may raise to end it.
 
     Raises:
         UnsupportedMedia: it is in a coding that is not understood.

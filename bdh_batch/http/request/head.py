@@ -43,7 +43,7 @@ def fill(scope: Scope, method: bytes, version: str, url: bytes, headers: Headers
     """Puts a request's line and what follows from it into `scope`.
 
     Raises:
-        InvalidHTTP: the request cannot be told from another one, or asks for what is no HTTP.
+        InvalidHTTP: the request cannot be distinguished from another one, or asks for what is no HTTP.
     """
     if version not in ("1.0", "1.1"):
         raise InvalidHTTP(f"HTTP/{version} is not spoken here; HTTP/1.1 is.")

@@ -42,8 +42,8 @@ def shallow(value: object) -> object:
 class Read:
     """Marks a field that comes as one of several `kinds`: `how` makes its value of what came.
 
-    Of the `kinds`, `how` is given the validator of the one that has parts of its own, whose problems are then told in
-    their places, and of that kind alone.
+    Of the `kinds`, `how` is given the validator of the one that has parts of its own, whose problems are then reported
+    by their own paths, and of that kind alone.
     """
 
     how: Callable[[Any, Callable[[Any], Any]], Any]

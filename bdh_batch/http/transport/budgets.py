@@ -141,7 +141,7 @@ class ConnectionBudget:
         self._metrics = metrics
         self._by_address: Counter[str] = Counter()
         self._open = 0
-        self._told = Occasionally()
+        self._warnings = Occasionally()
         metrics.watch_connections(lambda: self._open)
 
     def enter(self, address: str) -> Callable[[], None]:
@@ -154,7 +154,7 @@ class ConnectionBudget:
         """
         if self._open >= self._most:
             self._metrics.refused("connections")
-            self._told.warn("refusing connections: %d are open (limits.max_connections, ulimit -n)", self._open)
+            self._warnings.warn("refusing connections: %d are open (limits.max_connections, ulimit -n)", self._open)
             text = f"Too many connections are open; there may be {self._most} (limits.max_connections)."
             raise Unavailable(text, RETRY_SECONDS)
         label = self._label(address)
