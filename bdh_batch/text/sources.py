@@ -1,4 +1,4 @@
-"""What clients can ask an answer to follow, as it came: JSON schemas, expressions, choices, grammars, calls of tools.
+"""The kinds of structured output that clients can ask for: JSON schemas, expressions, choices, grammars, tools.
 
 Nothing here looks into it: that is done in the sandbox (`probation.py`), once its size is known to be within bounds.
 """
@@ -19,11 +19,12 @@ Kind = Literal["schema", "regex", "choice", "lark", "calls"]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """
+    """One request for structured output.
+
     Args:
         value: what was asked for, as JSON.
         param: the field of the request that it comes from.
-        parts: of which it is made; what is wrong with one of them is told in that part's name.
+        parts: of which it is made; errors in one of them name that part.
         trigger: where there is one, text is free until that has been said, and then follows the grammar.
     """
 

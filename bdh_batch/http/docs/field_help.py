@@ -99,7 +99,7 @@ HELP = {
     "top_k": "Only so many of the likeliest tokens; 0 and -1 are off.",
     "top_logprobs": "This many of the likeliest tokens beside each; goes with `logprobs`.",
     "top_p": "Only the likeliest tokens that together reach this; 0 always takes the likeliest.",
-    "truncate_prompt_tokens": "Only so many of the prompt's last tokens; -1 is as many as leave room for `max_tokens`.",
+    "truncate_prompt_tokens": "Only so many of the prompt's last tokens; -1 is as many as leave room to generate.",
     "type": "Its kind.",
     "safety_identifier": "A label, as `user`.",
     "user": "A label: accepted, and not used.",
