@@ -1,4 +1,4 @@
-"""The only place that wires rooms together: settings to a server that runs, and its life from start to exit.
+"""The only module that wires packages together: settings to a server that runs, and its life from start to exit.
 
 bind → listen (not ready) → load and warm the model → ready → SIGTERM → drain → close
 """
@@ -78,7 +78,7 @@ class Loaded:
 
 
 def load_all(settings: Settings, path: Path, load: Callable[[Settings, Path], LoadedEngine]) -> Loaded:
-    """Reads what is quickly read first: what is wrong there is told at once. Slow: call it off the event loop.
+    """Reads what is quickly read first: what is wrong there is reported at once. Slow: call it off the event loop.
 
     Args:
         load: makes the engine.

@@ -170,7 +170,7 @@ def error_response(error: BDHError) -> Response:
 
 
 def internal_error() -> Response:
-    return _json(500, _body(500, "The server failed; its log has the reason under this request's id."))
+    return _json(500, _body(500, "Internal server error. The server's log has the reason under this request's id."))
 
 
 async def handle_fault(request: Request, error: Exception) -> Response:
@@ -189,7 +189,8 @@ async def handle_http_exception(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         message = _nothing_at(request)
     elif error.status_code == 405:
-        message = f"{request.url.path} has no {request.method}, but {headers.get('Allow', 'other methods')}."
+        allowed = headers.get("Allow", "other methods")
+        message = f"Method {request.method} is not allowed for {request.url.path}; allowed: {allowed}."
     response = _json(error.status_code, _body(error.status_code, message, None, CODES.get(error.status_code)))
     response.headers.update(headers)
     return response
@@ -203,10 +204,10 @@ def _nothing_at(request: Request) -> str:
     for meant in (f"/v1{path}", path.removeprefix("/v1"), plain, f"/v1{plain}", plain.removeprefix("/v1")):
         scope = {**request.scope, "path": meant}
         if meant != "/" and any(route.matches(scope)[0] != Match.NONE for route in request.app.routes):
-            return f"There is nothing at {shown}. Did you mean {meant}?"
+            return f"The path {shown} does not exist. Did you mean {meant}?"
     known = [route.path.replace(":path}", "}") for route in request.app.routes if isinstance(route, Route)]
     near = get_close_matches(path[:LONGEST_PATH], known, 3, SIMILAR) or MAIN_PATHS
-    return f"There is nothing at {shown}. There is {', '.join(near)}; /openapi.json lists all."
+    return f"The path {shown} does not exist. Available: {', '.join(near)}; /openapi.json lists all."
 
 
 def _body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

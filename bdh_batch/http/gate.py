@@ -73,7 +73,7 @@ class Gate:
     def model(self) -> ServedModel:
         """The model, for new work. Raises Unavailable while the gate is closed."""
         if self._closed is not None or self._model is None:
-            raise Unavailable(f"Not now: {self._closed}.", retry_after=5)
+            raise Unavailable(f"The server is not ready: {self._closed}.", retry_after=5)
         return self._model
 
     def load(self) -> int:

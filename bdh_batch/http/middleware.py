@@ -158,7 +158,7 @@ class BodyLimit:
         return bounded
 
     def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"A request body may have {self._most} bytes here (limits.max_body_bytes).")
+        return BodyTooLarge(f"The request body exceeds the limit of {self._most} bytes (limits.max_body_bytes).")
 
 
 class _Body:

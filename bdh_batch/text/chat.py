@@ -107,11 +107,11 @@ class ChatTemplate:
         try:
             job = _job(conversation if self._knows_developers else _without_developers(conversation))
         except orjson.JSONEncodeError as error:
-            raise InvalidRequest(f"messages: They cannot be written as JSON ({error}).", "messages") from error
+            raise InvalidRequest(f"messages: They cannot be encoded as JSON ({error}).", "messages") from error
         try:
             rendered = await self._sandbox.run(job, tenant, _decoded)
         except (Refused, JobFailed) as error:
-            raise InvalidRequest(f"messages: The chat template refuses these: {error}.", "messages") from error
+            raise InvalidRequest(f"messages: The chat template rejected them: {error}.", "messages") from error
         add_special = self._add_special if conversation.add_special is None else conversation.add_special
         return Text(rendered.text, add_special, self._tokens if self._guards else None, rendered.ends)
 

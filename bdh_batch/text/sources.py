@@ -77,5 +77,5 @@ def _bounded(value: Any, param: str, most: int) -> None:
     except orjson.JSONEncodeError as error:  # a recursion that is too deep is one, too
         raise InvalidRequest(f"{param}: It is nested too deeply ({error}).", param) from error
     if size > most:
-        text = f"A schema or grammar may have {most} bytes here (limits.max_schema_bytes), and this has {size}."
+        text = f"The schema or grammar has {size} bytes, more than the limit of {most} (limits.max_schema_bytes)."
         raise InvalidRequest(f"{param}: {text}", param)

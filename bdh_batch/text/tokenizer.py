@@ -101,7 +101,7 @@ class TokenIdsOnly:
     special: Sequence[str] = ()
 
     def encode(self, text: str, add_special: bool = True) -> Sequence[int]:
-        raise InvalidRequest("This model has no tokenizer: send token ids, and ask for return_token_ids.")
+        raise InvalidRequest("This model has no tokenizer: send token ids, and set return_token_ids.")
 
     def encode_prompt(self, prompt: Text) -> tuple[Sequence[int], tuple[int, ...]]:
         return self.encode(prompt.text), ()

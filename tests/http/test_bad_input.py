@@ -441,7 +441,7 @@ class TestUnknown:
         error = tiny.refusal(BODIES[path] | {"model": model}, path, 404)
         assert (error["param"], error["code"]) == ("model", "model_not_found")
         assert repr(model) in error["message"]
-        assert "There is 'tiny', 'minute', 'tiny-xxx" in error["message"]
+        assert "Available: 'tiny', 'minute', 'tiny-xxx" in error["message"]
         assert len(error["message"]) < 500
 
     def test_models_are_the_clients_not_found_error(self, tiny: Server) -> None:
@@ -463,7 +463,7 @@ class TestUnknown:
         error = tiny.error(tiny.http.request(method, tiny.url + path), 404)
         assert error["code"] == "not_found"
         assert "mean" not in error["message"]
-        assert f"There is nothing at {httpx.URL(tiny.url + path).path}" in error["message"]
+        assert f"The path {httpx.URL(tiny.url + path).path} does not exist" in error["message"]
         assert "/v1/completions" in error["message"]
 
     @pytest.mark.parametrize(
@@ -500,7 +500,7 @@ class TestUnknown:
         error = tiny.error(tiny.http.request(method, path), 404)
         assert (error["code"], error["message"]) == (
             "not_found",
-            f"There is nothing at {path}. Did you mean {meant}?",
+            f"The path {path} does not exist. Did you mean {meant}?",
         )
 
     @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ async def test_tokens_are_reserved_and_what_is_not_used_comes_back(storage: str,
     first = await rates.reserve(ann, 60, standing)
     assert first is not None
     assert standing["x-ratelimit-remaining-tokens"] == "40"
-    with pytest.raises(RateLimited, match="may need 41, 40 are left"):
+    with pytest.raises(RateLimited, match="up to 41, 40 are left"):
         await rates.reserve(ann, 41, standing)
     assert standing["x-ratelimit-remaining-tokens"] == "40"
     rates.settle(first, 10)

@@ -47,7 +47,11 @@ class Access:
             caller = by_key(key)
         await self._rates.count_request(caller, standing)
         if self._keys is not None and key is None:
-            raise Unauthorized("Incorrect API key." if given else "An API key is needed: Authorization: Bearer KEY.")
+            raise Unauthorized(
+                "Incorrect API key provided."
+                if given
+                else "No API key provided. Send it in a header: Authorization: Bearer KEY."
+            )
         return caller
 
 

@@ -43,7 +43,7 @@ class Caller:
     def check_model(self, name: str, names: Collection[str]) -> None:
         """Raises Forbidden unless it may use the model that it asked for as `name`."""
         if not self.may_use(names):
-            raise Forbidden(f"This key may not use the model {name!r}.", "model")
+            raise Forbidden(f"This API key does not have access to the model {name!r}.", "model")
 
     def check_priority(self, priority: int, least: int) -> None:
         """Raises Forbidden where it may not go before others so far: by its key's right, or, without one, `least`."""
@@ -51,9 +51,9 @@ class Caller:
         if priority >= (least if own is None else own):
             return
         if own is None:
-            text = f"Without a key that may go first, a priority is {least} or more here (scheduler.top_priority)"
+            text = f"Without a top_priority of the key, a priority is at least {least} (scheduler.top_priority)"
         else:
-            text = f"This key's requests may have a priority of {own} or more (its top_priority)"
+            text = f"With this key, a priority is at least {own} (its top_priority)"
         raise Forbidden(f"{text}, not {priority}.", "priority")
 
 

@@ -60,7 +60,5 @@ class Quota:
         most = self._max_prompt_tokens
         for each in requests:
             if most is not None and len(each.tokens) > most:
-                text = (
-                    f"A prompt may have {most} tokens here (limits.max_prompt_tokens), and one has {len(each.tokens)}."
-                )
+                text = f"The prompt has {len(each.tokens)} tokens; the limit is {most} (limits.max_prompt_tokens)."
                 raise ContextLengthExceeded(text, each.prompt_param)

@@ -72,7 +72,7 @@ class Rates:
         _, grant = await self._ledgers.ask(partial(_take, "requests", caller, 1, limit))
         _report(standing, "requests", limit, grant)
         if not grant.granted:
-            raise self._refusal(f"Limited to {limit} requests a minute.", grant)
+            raise self._refusal(f"Rate limit reached: {limit} requests per minute.", grant)
 
     async def reserve(
         self, caller: Caller, tokens: int, standing: dict[str, str], param: str = "max_tokens"
@@ -87,12 +87,14 @@ class Rates:
         if limit is None:
             return None
         if tokens > limit:
-            text = f"The request may need {tokens} tokens, and {limit} a minute are all there is; ask for fewer."
+            text = f"The request needs up to {tokens} tokens; the limit is {limit} per minute. Ask for fewer."
             raise InvalidRequest(text, param, "tokens_per_minute_exceeded")
         ledger, grant = await self._ledgers.ask(partial(_take, "tokens", caller, tokens, limit))
         _report(standing, "tokens", limit, grant)
         if not grant.granted:
-            text = f"Limited to {limit} tokens a minute: the request may need {tokens}, {grant.remaining} are left."
+            text = (
+                f"Rate limit reached: {limit} tokens per minute; it needs up to {tokens}, {grant.remaining} are left."
+            )
             raise self._refusal(text, grant)
         return Reservation(ledger, grant, tokens)
 

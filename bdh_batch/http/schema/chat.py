@@ -130,7 +130,9 @@ class Message(Open):
         if says_nothing or (self.content is None and self.role in NEED_CONTENT):
             raise PydanticCustomError("content", "Input should be a valid string", {"field": "content"})
         if self.role == "tool" and self.tool_call_id is None:
-            raise PydanticCustomError("call", "A tool's message says which call it answers", {"field": "tool_call_id"})
+            raise PydanticCustomError(
+                "call", "A tool message should have the tool_call_id that it responds to", {"field": "tool_call_id"}
+            )
         return self
 
     def for_template(self) -> dict[str, Any]:
@@ -160,7 +162,7 @@ class ConversationBody(Tools):
     @model_validator(mode="after")
     def _one_ending(self) -> Self:
         if self.continue_final_message and self.add_generation_prompt:
-            text = "Cannot go with add_generation_prompt"
+            text = "Cannot be used with add_generation_prompt"
             raise PydanticCustomError("both", text, {"field": "continue_final_message"})
         return self
 

@@ -245,11 +245,11 @@ class GenerationBody(Formatted):
 
     def _check(self, max_tokens: int) -> None:
         if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("stream_options goes with stream.", "stream_options")
+            raise InvalidRequest("stream_options can only be used with stream: true.", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
-            raise InvalidRequest("prompt_logprobs does not go with stream.", "prompt_logprobs")
+            raise InvalidRequest("prompt_logprobs cannot be used with stream.", "prompt_logprobs")
         if self.min_tokens is not None and self.min_tokens > max_tokens:
-            raise InvalidRequest(f"min_tokens is more than the {max_tokens} of max_tokens.", "min_tokens")
+            raise InvalidRequest(f"min_tokens should be at most max_tokens, which is {max_tokens}.", "min_tokens")
 
     def _sampling(self, defaults: Defaults) -> SamplingParams:
         ranked = self.tries > (self.n or 1)
@@ -295,9 +295,9 @@ class CompletionBody(GenerationBody):
         if self.tries < n:
             raise InvalidRequest(f"best_of should be at least n, which is {n}.", "best_of")
         if self.tries > n and self.stream:
-            raise InvalidRequest("best_of does not go with stream: the best are known at the end.", "best_of")
+            raise InvalidRequest("best_of cannot be used with stream: the best are known at the end.", "best_of")
         if self.max_tokens == 0 and not self.echo:
-            raise InvalidRequest("max_tokens should be at least 1; 0 goes with echo.", "max_tokens")
+            raise InvalidRequest("max_tokens should be at least 1; 0 can only be used with echo.", "max_tokens")
         prompts = to_prompts(self.prompt, self.add_special_tokens)
         return self._requests(request_id, prompts, "prompt", self.max_tokens, defaults)
 
@@ -328,11 +328,13 @@ class ChatBody(ConversationBody, GenerationBody):
 
     def requests(self, request_id: str, defaults: Defaults, prompt: Text) -> list[GenerationRequest]:
         if self.top_logprobs and not self.logprobs:
-            raise InvalidRequest("top_logprobs goes with logprobs: true.", "top_logprobs")
+            raise InvalidRequest("top_logprobs can only be used with logprobs: true.", "top_logprobs")
         if self.max_completion_tokens is None:
             return self._requests(request_id, [prompt], "messages", self.max_tokens, defaults)
         if self.max_tokens not in (None, self.max_completion_tokens):
-            raise InvalidRequest("max_tokens and max_completion_tokens say different things.", "max_tokens")
+            raise InvalidRequest(
+                "max_tokens and max_completion_tokens should be equal where both are set.", "max_tokens"
+            )
         asked, asked_by = self.max_completion_tokens, "max_completion_tokens"
         return self._requests(request_id, [prompt], "messages", asked, defaults, asked_by)
 

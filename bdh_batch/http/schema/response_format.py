@@ -70,9 +70,13 @@ class ResponseFormat(Wire):
     @model_validator(mode="after")
     def _schema_goes_with_its_type(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise PydanticCustomError("format", "json_schema and its type go together", {"field": "json_schema"})
+            raise PydanticCustomError(
+                "format",
+                "json_schema can only be used with the type json_schema, which requires it",
+                {"field": "json_schema"},
+            )
         if self.schema_ is not None and self.type != "json_object":
-            raise PydanticCustomError("format", "Goes with the type json_object", {"field": "schema"})
+            raise PydanticCustomError("format", "Can only be used with the type json_object", {"field": "schema"})
         return self
 
     def source(self) -> Source | None:
@@ -119,7 +123,7 @@ class Formatted(Wire):
         if (structured_output := self.structured_output()) is not None:
             sources.append(structured_output)
         if len(sources) > 1:
-            raise InvalidRequest(f"{sources[1].param} does not go with {sources[0].param}.", sources[1].param)
+            raise InvalidRequest(f"{sources[1].param} cannot be used with {sources[0].param}.", sources[1].param)
         return sources[0] if sources else None
 
     def _structured(self) -> list[Source]:

@@ -83,7 +83,7 @@ class Tools(Wire):
         names: set[str] = set()
         for index, tool in enumerate(tools or ()):
             if tool.function.name in names:
-                raise PydanticCustomError("tools", "There are several of that name", {"index": index})
+                raise PydanticCustomError("tools", "There are several functions of that name", {"index": index})
             names.add(tool.function.name)
         return tools
 
@@ -104,7 +104,7 @@ class Tools(Wire):
             InvalidRequest: the choice is not among the tools, or does not go with the `other` grammar.
         """
         if other is not None and (structured_output is None or self.tool_choice not in (None, "auto")):
-            raise InvalidRequest(f"{other.param} does not go with calls of tools.", other.param)
+            raise InvalidRequest(f"{other.param} cannot be used with tool calls.", other.param)
         tools = [
             Tool(each.name, each.parameters, f"tools[{index}].function.parameters", bool(each.strict))
             for index, each in enumerate(tool.function for tool in self.tools or ())
@@ -113,9 +113,11 @@ class Tools(Wire):
             named = self.tool_choice.function.name
             tools = [tool for tool in tools if tool.name == named]
             if not tools:
-                raise InvalidRequest(f"tool_choice: There is no tool {named!r}.", "tool_choice.function.name")
+                raise InvalidRequest(
+                    f"tool_choice: The function {named!r} is not in tools.", "tool_choice.function.name"
+                )
         if not tools:
-            raise InvalidRequest("tool_choice goes with tools.", "tool_choice")
+            raise InvalidRequest("tool_choice can only be used with tools.", "tool_choice")
         # One that is named is called once.
         parallel = self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedChoice)
         return from_tools(tools, "tools", parallel, self.tool_choice not in (None, "auto"), structured_output)

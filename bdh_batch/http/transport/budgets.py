@@ -96,7 +96,7 @@ class BufferBudget:
             holder.shed(self._full())
 
     def _full(self) -> Unavailable:
-        text = f"Too many request bodies are held at the moment; all together may have {self._most} bytes"
+        text = f"The request bodies that are held exceed the limit of {self._most} bytes"
         return Unavailable(f"{text} (limits.max_buffered_bytes).", retry_after=RETRY_SECONDS)
 
 
@@ -155,12 +155,12 @@ class ConnectionBudget:
         if self._open >= self._most:
             self._metrics.refused("connections")
             self._warnings.warn("refusing connections: %d are open (limits.max_connections, ulimit -n)", self._open)
-            text = f"Too many connections are open; there may be {self._most} (limits.max_connections)."
+            text = f"Too many open connections; the limit is {self._most} (limits.max_connections)."
             raise Unavailable(text, RETRY_SECONDS)
         label = self._label(address)
         if label and self._by_address[label] >= self._each:
             self._metrics.refused("connections_per_address")
-            text = f"Too many connections from this address are open; there may be {self._each}"
+            text = f"Too many open connections from this address; the limit is {self._each}"
             raise TooManyConnections(f"{text} (limits.max_connections_per_address).", RETRY_SECONDS)
         self._open += 1
         self._by_address[label] += 1

@@ -145,7 +145,7 @@ class Connection(asyncio.Protocol):
         except InvalidHTTP as error:
             raise self._failure(error) from None
         if self._parser.should_upgrade():
-            raise self._failure(InvalidHTTP("Only HTTP/1.1 is spoken here."))
+            raise self._failure(InvalidHTTP("Only HTTP/1.1 is supported."))
         self._stop_timer()
         self._incoming.unseen = 0
         length = body_length(headers)
@@ -307,7 +307,7 @@ class Connection(asyncio.Protocol):
                 self._stop_timer()
                 self._next()
             elif not self._incoming.plausible:
-                self._refuse(InvalidHTTP("What came is not valid HTTP."))
+                self._refuse(InvalidHTTP("The request is not valid HTTP."))
             elif self._eof:
                 self._exchange.watch_for_leaving()
         elif self._eof:
@@ -319,7 +319,7 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(without_offer(piece) if self._expecting is Expecting.HEAD else piece)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._refuse(self._error or InvalidHTTP("What came is not valid HTTP."))
+            self._refuse(self._error or InvalidHTTP("The request is not valid HTTP."))
 
     def _next(self) -> None:
         """The next request: at once, if it is there already, but not before others had their turn."""
@@ -384,7 +384,9 @@ class Connection(asyncio.Protocol):
     def _head_is_late(self) -> None:
         if self._incoming or self._incoming.unseen:
             seconds = self._limits.header_seconds
-            self._refuse(HeaderTimeout(f"Headers should be there within {seconds:g} seconds (limits.header_seconds)."))
+            self._refuse(
+                HeaderTimeout(f"The headers did not arrive within {seconds:g} seconds (limits.header_seconds).")
+            )
         else:
             self.close()
 
