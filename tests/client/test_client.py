@@ -23,9 +23,9 @@ from bdh_batch.checkpoint.checkpoint import load_model
 from bdh_batch.client import (
     AsyncBDHClient,
     BDHClient,
-    ChatWishes,
+    ChatParameters,
     ClientError,
-    CompletionWishes,
+    CompletionParameters,
     Score,
     StreamOptions,
     errors,
@@ -59,9 +59,9 @@ def client(tiny: Server) -> Iterator[BDHClient]:
 
 
 class TestCalls:
-    def test_wishes_are_passed_on_typed(self, client: BDHClient) -> None:
-        answer = client.complete("ab", max_tokens=3, logit_bias=X, priority=2, min_p=0.1, repetition_penalty=1.1)
-        assert answer.choices[0].text == "xxx"
+    def test_parameters_are_passed_on_typed(self, client: BDHClient) -> None:
+        response = client.complete("ab", max_tokens=3, logit_bias=X, priority=2, min_p=0.1, repetition_penalty=1.1)
+        assert response.choices[0].text == "xxx"
         chosen = client.complete("ab", structured_outputs={"choice": ["yes", "no"]}, top_k=0, deadline=50.0)
         assert chosen.choices[0].text in ("yes", "no")
         chat = client.chat(MESSAGES, model="minute", max_completion_tokens=2, logprobs=True, top_logprobs=1)
@@ -128,18 +128,18 @@ class TestCalls:
         assert all(getattr(BDHClient, name).__doc__ for name in public[0] - {"send", "stream", "close"})
 
     @pytest.mark.parametrize(
-        ("wishes", "body", "others"),
+        ("parameters", "body", "others"),
         [
-            (CompletionWishes, wire.CompletionBody, {"prompt"}),
-            (ChatWishes, wire.ChatBody, {"messages"}),
+            (CompletionParameters, wire.CompletionBody, {"prompt"}),
+            (ChatParameters, wire.ChatBody, {"messages"}),
             (StreamOptions, wire.StreamOptions, set()),
         ],
     )
-    def test_wishes_are_what_the_server_takes(self, wishes: Any, body: Any, others: set[str]) -> None:
+    def test_parameters_are_what_the_server_takes(self, parameters: Any, body: Any, others: set[str]) -> None:
         older = {f"guided_{form}" for form in ("json", "regex", "choice", "grammar")}
         labels = {"safety_identifier", "request_id", "prompt_cache_key"}
         apart = others | older | labels | {"stream", "stream_options"}
-        assert get_type_hints(wishes).keys() == body.model_fields.keys() - apart
+        assert get_type_hints(parameters).keys() == body.model_fields.keys() - apart
 
     def test_it_needs_neither_torch_nor_the_server(self) -> None:
         code = "import sys, bdh_batch.client; print(*sys.modules)"
@@ -338,6 +338,6 @@ class TestErrors:
 
     @pytest.mark.parametrize(("status", "kind"), errors.BY_STATUS.items())
     def test_of_a_proxy_go_by_its_status(self, status: int, kind: type[ClientError]) -> None:
-        answer = httpx2.Response(status, text="<html>", headers={"retry-after": "3"}, request=REQUEST)
-        error = errors.translated(openai.APIStatusError("<html>", response=answer, body=None))
+        response = httpx2.Response(status, text="<html>", headers={"retry-after": "3"}, request=REQUEST)
+        error = errors.translated(openai.APIStatusError("<html>", response=response, body=None))
         assert (type(error), error.status, error.retry_after, str(error)) == (kind, status, 3, "<html>")
