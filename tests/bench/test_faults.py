@@ -53,10 +53,10 @@ async def test_a_server_that_is_down_refuses_everything(tmp_path: Path, capsys: 
     saved = report.saved()
     assert saved["mean_ttft_ms"] is None
     assert saved["errors"][0].startswith("connect_refused: ")
-    assert "WARNING: no request was answered." in capsys.readouterr().out
+    assert "WARNING: no request was completed." in capsys.readouterr().out
     await run(port, file, "--num-prompts", 1, "--num-warmups", 2)
     assert capsys.readouterr().err == "WARNING: of 2 warm-up requests 2 failed: connect_refused\n"
-    with pytest.raises(ConfigError, match=r"--ready-check-timeout-sec 0.2: no good answer .* connect_refused"):
+    with pytest.raises(ConfigError, match=r"--ready-check-timeout-sec 0.2: no good response .* connect_refused"):
         await run(port, file, "--ready-check-timeout-sec", 0.2)
     with pytest.raises(ConfigError, match=r"--model: not given, .* connect_refused"):
         await bench(options("--port", port))
@@ -76,7 +76,9 @@ async def test_a_server_that_is_slow_runs_into_the_timeout(tmp_path: Path) -> No
     file = prompts(tmp_path / "p.jsonl", ["held"])
     async with Fake().listening() as port:
         report = await run(port, file, "--num-prompts", 3, "--request-timeout-sec", 0.05)
-        with pytest.raises(ConfigError, match=r"--ready-check-timeout-sec 0.2: no good answer .* not whole in time"):
+        with pytest.raises(
+            ConfigError, match=r"--ready-check-timeout-sec 0.2: no good response .* not complete in time"
+        ):
             await run(port, file, "--num-prompts", 1, "--ready-check-timeout-sec", 0.2, "--request-timeout-sec", 1)
     assert report.metrics.failures == {"timeout": 3}
 
