@@ -262,7 +262,7 @@ async def test_who_speaks_in_a_file_is_read_and_a_given_length_may_be_short(tmp_
     assert [turn.content for (turn,) in await made("--dataset-name", "sharegpt", *flags)] == ["turn 0"]
 
 
-async def test_files_that_hold_nothing_to_send_are_refused_with_their_place(tmp_path: Path) -> None:
+async def test_files_that_hold_nothing_to_send_are_refused_with_their_location(tmp_path: Path) -> None:
     file = tmp_path / "file"
     for name, content, message in (
         ("custom", "", "holds nothing that can be sent"),
@@ -344,8 +344,8 @@ def test_what_cannot_be_is_refused_in_one_line(flags: str, message: str, capsys:
         code: object = main(["bench", "serve", *flags.split(" ")])
     except SystemExit as left:
         code = left.code
-    told = capsys.readouterr()
+    reported = capsys.readouterr()
     assert code == 2
-    assert message in told.err
-    assert told.err.count("\n") == 1
-    assert told.out == ""
+    assert message in reported.err
+    assert reported.err.count("\n") == 1
+    assert reported.out == ""

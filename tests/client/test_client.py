@@ -68,7 +68,7 @@ class TestCalls:
         assert chat.model == "minute"
         assert chat.choices[0].logprobs is not None
 
-    def test_streams_are_the_answer_in_chunks(self, client: BDHClient, tiny: Server) -> None:
+    def test_streams_are_the_response_in_chunks(self, client: BDHClient, tiny: Server) -> None:
         whole = client.complete("ab", max_tokens=20, seed=3).choices[0].text
         *chunks, last = client.stream_complete("ab", max_tokens=20, seed=3, options={"include_usage": True})
         assert "".join(chunk.choices[0].text for chunk in chunks) == whole
@@ -82,10 +82,10 @@ class TestCalls:
         tiny.until_idle()
 
     def test_tokens_go_there_and_back(self, client: BDHClient) -> None:
-        told = client.tokenize("né", return_token_strs=True)
-        assert (told.tokens, told.count, told.max_model_len) == ([*"né".encode()], 3, 131072)
-        assert told.token_strs == ["n", "<0xC3>", "<0xA9>"]
-        assert client.detokenize(told.tokens) == "né"
+        reported = client.tokenize("né", return_token_strs=True)
+        assert (reported.tokens, reported.count, reported.max_model_len) == ([*"né".encode()], 3, 131072)
+        assert reported.token_strs == ["n", "<0xC3>", "<0xA9>"]
+        assert client.detokenize(reported.tokens) == "né"
         chat = client.tokenize_chat(MESSAGES)
         assert client.detokenize(chat.tokens) == "user: Sing, é!\nassistant:"
         assert chat.token_strs is None
@@ -93,7 +93,7 @@ class TestCalls:
         assert (info.vocab_size, info.eos_token, info.eos_token_ids) == (256, None, [])
         assert (info.prefix_token, info.prefix_token_id) == ("\n", 10)
 
-    def test_the_server_tells_of_itself(self, client: BDHClient, tiny: Server) -> None:
+    def test_the_server_reports_about_itself(self, client: BDHClient, tiny: Server) -> None:
         info = client.server_info()
         assert (info.version, info.model) == (__version__, "tiny")
         assert info.config["scheduler"]["max_running"] == 256
@@ -197,11 +197,11 @@ class TestScores:
         for choice, table in zip(tops, tables):
             assert choice.logprobs is not None
             assert choice.logprobs.top_logprobs is not None
-            for told, row in zip(choice.logprobs.top_logprobs[1:], table, strict=True):
+            for reported, row in zip(choice.logprobs.top_logprobs[1:], table, strict=True):
                 best = {chr(token): row[token] for token in np.argsort(-row)[:5]}
-                assert best == pytest.approx({name: told[name] for name in best}, abs=1e-4)
+                assert best == pytest.approx({name: reported[name] for name in best}, abs=1e-4)
 
-    def test_of_an_answer_begin_where_its_question_ends(self, client: BDHClient, tiny: Server) -> None:
+    def test_of_a_completion_begin_where_its_prompt_ends(self, client: BDHClient, tiny: Server) -> None:
         greedy = tiny.complete(prompt="né", max_tokens=4, temperature=0, return_token_ids=True)["choices"][0]
         tokens = [*"né".encode(), *greedy["token_ids"]]
         whole = client.score(tokens)
@@ -237,7 +237,7 @@ class TestErrors:
     """Each is raised for what it means, and has the official client's own as its cause."""
 
     @pytest.mark.parametrize(
-        ("key", "ask", "kind", "cause", "told"),
+        ("key", "ask", "kind", "cause", "reported"),
         [
             ("all", lambda c: c.complete("a", top_p=5), errors.InvalidRequest, openai.BadRequestError, (400, "top_p")),
             ("all", lambda c: c.complete(5), errors.InvalidRequest, openai.BadRequestError, (400, "prompt")),
@@ -264,14 +264,14 @@ class TestErrors:
         ask: Callable[[Any], object],
         kind: type[ClientError],
         cause: type[openai.APIStatusError],
-        told: tuple[int, str | None],
+        reported: tuple[int, str | None],
     ) -> None:
         before = strict.metrics()
         with BDHClient(strict.url, keys.get(key, key)) as client, pytest.raises(kind) as caught:
             ask(client)
         error = caught.value
         assert type(error) is kind
-        assert (error.status, error.param, error.retry_after) == (*told, None)
+        assert (error.status, error.param, error.retry_after) == (*reported, None)
         assert error.request_id
         assert isinstance(error.__cause__, cause)
         assert "Error code" not in str(error)
@@ -288,7 +288,7 @@ class TestErrors:
         name = f"bdh_http_requests_total{{route=/v1/completions,status={error.status}}}"
         assert strict.metrics()[name] == before.get(name, 0) + 1  # the official client would have tried again, twice
 
-    def test_tell_when_to_come_back(self, strict: Server, keys: dict[str, str]) -> None:
+    def test_report_when_to_come_back(self, strict: Server, keys: dict[str, str]) -> None:
         with BDHClient(strict.url, keys["few"], max_retries=0) as client:
             client.tokenizer_info()
             with pytest.raises(errors.RateLimited) as limited:

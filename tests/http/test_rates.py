@@ -179,7 +179,7 @@ def test_redis_that_does_not_answer_at_the_start_is_refused_without_its_password
 
 
 class OneToken:
-    """A backend whose answers are of one token each."""
+    """A backend whose responses are of one token each."""
 
     full = False
 
@@ -260,7 +260,7 @@ async def test_a_generation_costs_its_prompt_once_and_its_tokens_whoever_ends_it
     assert await left(BOB) == 100
 
 
-async def test_a_generation_bears_whose_it_is() -> None:
+async def test_a_generation_has_its_tenant() -> None:
     quota, backend = Quota(rates_of(), None), one_token()
     key = Key(sha256="b" * 64, weight=3.0, top_priority=0)
     await quota.start(request_of(by_key(key)), backend, ask("a", priority=0))

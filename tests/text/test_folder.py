@@ -1,4 +1,4 @@
-"""What a model folder says about text, and what is told of a folder that cannot be served."""
+"""What a model folder says about text, and what is reported of a folder that cannot be served."""
 
 from __future__ import annotations
 
