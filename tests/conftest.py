@@ -140,7 +140,7 @@ class Server:
         status: int = 400,
         content: bytes | Iterator[bytes] | None = None,
     ) -> dict[str, Any]:
-        """The error that answers a POST of `body`, or of `content` as it is."""
+        """The error response to a POST of `body`, or of `content` as it is."""
         raw = json.dumps(body).encode() if content is None else content
         return self.error(self.http.post(path, content=raw), status)
 

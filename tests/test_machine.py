@@ -18,7 +18,7 @@ CORES = usable_cores()
 
 
 class Tree:
-    """A machine whose kernel has told what is written here."""
+    """A machine whose kernel has reported what is written here."""
 
     def __init__(self, root: Path) -> None:
         self.root = root

@@ -115,7 +115,7 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if self._reader is not None and status >= 200:  # what is below only tells of a response that will come
+        if self._reader is not None and status >= 200:  # an interim response only announces the one that will come
             self._begun = True
             self._reader.begin(status, self._type)
 

@@ -190,5 +190,5 @@ def translated(error: APIError) -> ClientError:
 
 
 def _seconds(value: str) -> float | None:
-    """None for the other form of Retry-After, a date, which this server never sends."""
+    """None for the other syntax of Retry-After, a date, which this server never sends."""
     return float(value) if value.isdecimal() else None

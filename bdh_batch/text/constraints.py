@@ -147,7 +147,7 @@ class TriggeredConstraint:
         self._grammar = grammar
         self._early = early
         self._trigger = trigger.encode()
-        self._said = b""  # the end of the text, as far as the trigger may be beginning there
+        self._said = b""  # the end of the text, as far as it may be a prefix of the trigger
         self._inner: GrammarConstraint | None = None
 
     @property

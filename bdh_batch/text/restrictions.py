@@ -18,7 +18,7 @@ UNKNOWN = -1
 
 
 def sequences_of(word: str, tokenizer: Tokenizer) -> list[Sequence[int]]:
-    """The sequences of tokens that spell `word`: at the beginning of a text, and behind a space where that is one token
+    """The sequences of tokens that spell `word`: at the start of a text, and behind a space where that is one token
     with what follows, as vLLM has them."""
     text = word.lstrip() or word
     plain = tokenizer.encode(text, add_special=False)

@@ -96,7 +96,7 @@ class ByteDecoder:
 
 
 class TokenIdsOnly:
-    """For a model whose tokenizer is not known: prompts and answers are token ids, and there is no text."""
+    """For a model whose tokenizer is not known: prompts and completions are token ids, and there is no text."""
 
     special: Sequence[str] = ()
 

@@ -37,7 +37,7 @@ async def test_every_failure_is_counted_by_its_kind_and_no_response_is_lost(tmp_
     kinds = Counter(kind for kind in EXPECTED.values() if kind)
     assert report.metrics.failures == {kind: 2 * number for kind, number in kinds.items()}
     assert report.metrics.completed == 4
-    assert report.metrics.total_output == 12  # as usage tells; nothing of a response that failed
+    assert report.metrics.total_output == 12  # as usage reports; nothing of a response that failed
     assert report.metrics.total_input == 28
     assert report.metrics.output_counted_by == {"usage": 4}
     for line in ("http_429:                                2", "http_429: no luck", "error_event: out of luck"):

@@ -136,7 +136,7 @@ class TestCalls:
         ],
     )
     def test_parameters_are_what_the_server_takes(self, parameters: Any, body: Any, others: set[str]) -> None:
-        older = {f"guided_{form}" for form in ("json", "regex", "choice", "grammar")}
+        older = {f"guided_{kind}" for kind in ("json", "regex", "choice", "grammar")}
         labels = {"safety_identifier", "request_id", "prompt_cache_key"}
         apart = others | older | labels | {"stream", "stream_options"}
         assert get_type_hints(parameters).keys() == body.model_fields.keys() - apart

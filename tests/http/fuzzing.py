@@ -1,6 +1,6 @@
 """Asks a server what its OpenAPI document allows (positive) and what it does not (negative), and checks responses.
 
-Each must have a status, a content type and a shape that the document tells of; none may be a fault of the server, and
+Each must have a status, a content type and a shape that the document declares; none may be a fault of the server, and
 every stream must end as streams do. The requests are schemathesis's; this only keeps responses short.
 """
 

@@ -181,7 +181,7 @@ def test_headers_after_a_body_are_not_the_requests(hasty: Server) -> None:
 
 
 def test_addresses_without_keys_share_states(tiny: Server) -> None:
-    body = {"prompt": "a beginning that two neighbours have in common, and nobody else", "max_tokens": 1}
+    body = {"prompt": "a prefix that two neighbours have in common, and nobody else", "max_tokens": 1}
     cached = []
     for address in ("127.0.0.2", "127.0.0.3"):
         with httpx.Client(transport=httpx.HTTPTransport(local_address=address), timeout=60) as client:

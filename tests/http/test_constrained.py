@@ -410,8 +410,8 @@ class TestTools:
         assert streamed(tiny.events(CHAT, **body), 0) == response["message"]["content"]
 
     def test_with_auto_a_response_follows_its_format_or_is_a_call(self, tiny: Server) -> None:
-        form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["x"]}}}
-        body = {"messages": MESSAGES, "tools": TOOLS[:1], "response_format": form, "n": 12, "seed": 2}
+        response_format = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["x"]}}}
+        body = {"messages": MESSAGES, "tools": TOOLS[:1], "response_format": response_format, "n": 12, "seed": 2}
         choices = tiny.http.post(CHAT, json=body).json()["choices"]
         said = {c["message"]["content"] for c in choices if c["finish_reason"] == "stop"}
         assert said == {'"x"'}

@@ -257,7 +257,7 @@ class TestContentEncoding:
 
 
 def test_a_web_page_cannot_send_what_browsers_do_not_ask_for(tiny: Server) -> None:
-    """A body of no type needs no preflight; where it comes from is all that tells a page from a program."""
+    """A body of no type needs no preflight; where it comes from is all that distinguishes a page from a program."""
     content = json.dumps(SHORT).encode()
     for origin, status in (("http://evil.example", 415), ("null", 415), (tiny.url, 200)):
         response = tiny.http.post("/v1/completions", content=content, headers={"origin": origin})

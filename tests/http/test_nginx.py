@@ -205,5 +205,5 @@ def test_a_connection_from_nginx_is_kept_where_it_asks_for_that(backend: Server,
 
 
 def without_numbers(error: dict[str, object]) -> str:
-    """An error may tell how long to wait."""
+    """An error may say how long to wait."""
     return re.sub("[0-9]+", "N", json.dumps(error))

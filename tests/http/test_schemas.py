@@ -107,8 +107,8 @@ def test_the_largest_are_within_the_bounds_of_the_defaults() -> None:
 
 
 def test_an_object_follows_the_schema_beside_it(tiny: Server) -> None:
-    form = {"type": "json_object", "schema": {"properties": {"a": {"const": 1}}, "required": ["a"]}}
-    response = tiny.http.post(CHAT, json={"messages": [USER], "response_format": form, "max_tokens": 30})
+    response_format = {"type": "json_object", "schema": {"properties": {"a": {"const": 1}}, "required": ["a"]}}
+    response = tiny.http.post(CHAT, json={"messages": [USER], "response_format": response_format, "max_tokens": 30})
     assert json.loads(response.json()["choices"][0]["message"]["content"]) == {"a": 1}
 
 

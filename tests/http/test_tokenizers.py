@@ -127,8 +127,15 @@ def test_a_developer_is_the_system_to_a_template_that_knows_none(chatty: Server)
 
 
 def test_responses_follow_a_schema_whatever_of_it_is_a_token(chatty: Server) -> None:
-    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
-    body = {"messages": MESSAGES, "response_format": form, "n": 12, "seed": 1, "temperature": 1.5, "max_tokens": 60}
+    response_format = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+    body = {
+        "messages": MESSAGES,
+        "response_format": response_format,
+        "n": 12,
+        "seed": 1,
+        "temperature": 1.5,
+        "max_tokens": 60,
+    }
     choices = chatty.http.post(CHAT, json=body).json()["choices"]
     assert {choice["finish_reason"] for choice in choices} >= {"stop"}
     for choice in choices:

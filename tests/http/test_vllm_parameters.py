@@ -1,4 +1,4 @@
-"""Parameters that vLLM has beside OpenAI's: what they do to answers, and what answers tell by them."""
+"""Parameters that vLLM has beside OpenAI's: what they do to responses, and what responses report by them."""
 
 from __future__ import annotations
 

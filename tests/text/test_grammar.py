@@ -222,7 +222,7 @@ async def test_after_its_trigger_a_free_text_follows_the_grammar(vocabulary: Voc
 
 @pytest.mark.parametrize("vocabulary", vocabularies())
 async def test_what_is_a_token_by_itself_can_be_said(vocabulary: Vocabulary) -> None:
-    """Whether that is shown or not, or ends texts: a form that spells it is no call for that token."""
+    """Whether that is shown or not, or ends texts: a syntax that spells it is no call for that token."""
     tool = Tool("g", None, "p")
     call = f"{OPEN}{head('g')}{{}}}}{CLOSE}"
     asked: list[tuple[Source, set[str]]] = [

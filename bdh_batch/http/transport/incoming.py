@@ -36,7 +36,7 @@ class Incoming:
 
     @property
     def plausible(self) -> bool:
-        """Whether it can be the beginning of a request."""
+        """Whether it can be the start of a request."""
         return START.match(self._buffer, self._at) is not None
 
     def add(self, data: bytes) -> None:
