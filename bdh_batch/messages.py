@@ -79,15 +79,15 @@ class Adjustment:
         banned: tokens that cannot be drawn while the completion has fewer than `early` tokens.
     """
 
-    __slots__ = ("_banned", "_early", "_index", "_length", "answer", "prompt", "repeated", "sampling", "times")
+    __slots__ = ("_banned", "_early", "_index", "_length", "generated", "prompt", "repeated", "sampling", "times")
 
     def __init__(self, sampling: SamplingParams, prompt: array[int], banned: array[int], early: int) -> None:
         self.sampling = sampling
         self.prompt = prompt
-        self.answer = array("q")  # the distinct tokens of the completion, as far as they are penalised
+        self.generated = array("q")  # the distinct tokens of the completion, as far as they are penalised
         self.times = array("q")  # how often each came
         self.repeated = array("q")  # 1 for each that is in `prompt`, too; else 0
-        self._index: dict[int, int] = {}  # of each in `answer`
+        self._index: dict[int, int] = {}  # of each in `generated`
         self._length = 0  # of the completion
         self._banned = banned
         self._early = early
@@ -114,10 +114,10 @@ class Adjustment:
         self._length += 1
         if not self.sampling.penalises:
             return
-        at = self._index.setdefault(token, len(self.answer))
-        if at == len(self.answer):
+        at = self._index.setdefault(token, len(self.generated))
+        if at == len(self.generated):
             found = bisect_left(self.prompt, token)
-            self.answer.append(token)
+            self.generated.append(token)
             self.times.append(0)
             self.repeated.append(found < len(self.prompt) and self.prompt[found] == token)
         self.times[at] += 1
@@ -200,9 +200,9 @@ class GenerationRequest:
     truncate: int | None = None  # so many of the prompt's last tokens are kept; -1 is as many as there is room for
     prompt_param: str = "prompt"  # the field of the client's request that an error about the prompt names
     n: int = 1  # choices for its prompt, of which this is one
-    key: str = ""  # the namespace of cached prefixes: an opaque label, the same for all requests of one API key
+    cache_namespace: str = ""  # an opaque label; only requests with the same one share cached prefixes
     salt: str = ""  # requests of different salts share no prefixes
-    tenant: str = ""  # whose share of the machine it uses: as `key`, but also distinguished without API keys
+    tenant: str = ""  # whose share of the machine it uses; without API keys, one for each address
     weight: float | None = None  # of that share; None leaves it to the settings
     priority: int = 0  # lower goes first
     timeout: float | None = None  # seconds from its arrival to its end; None leaves it to the settings

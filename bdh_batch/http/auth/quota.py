@@ -38,7 +38,7 @@ class Quota:
         caller: Caller = request.state.caller
         caller.check_priority(requests[0].priority, self._top_priority)
         mine = [
-            replace(each, key=caller.namespace, tenant=caller.label, weight=caller.weight)
+            replace(each, cache_namespace=caller.namespace, tenant=caller.label, weight=caller.weight)
             for each in await backend.tokenized(requests)
         ]
         self._check_lengths(mine)
