@@ -34,10 +34,10 @@ SHORTCUTS = {
 
 RIGHTS = ("models", "weight", "requests_per_minute", "tokens_per_minute", "top_priority")
 PLANNED = {  # flags of `plan`, with their defaults
-    "streams": ("1", "answers under way at once; each is followed by another when it ends"),
+    "streams": ("1", "completions under way at once; each is followed by another when it ends"),
     "rate": ("1", "tokens/s that the reader of each of them gets"),
     "prompt-tokens": ("256", "of each prompt; none of it cached"),
-    "answer-tokens": ("256", "of each answer"),
+    "answer-tokens": ("256", "of each completion"),
     "state-dtype": ("float32", "float32 or bfloat16"),
     "dtype": ("float32", "of the weights: float32, bfloat16 or float16"),
     "window": ("the model's", "tokens that a token can look back on; 0 is no window"),
@@ -130,7 +130,7 @@ def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     actions = model.add_subparsers(required=True, metavar="ACTION")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("source", type=Path, metavar="SRC", help="model folder, .pt, .bin or .safetensors file")
-    common.add_argument("--layers", type=_positive, help="where the file does not tell how many")
+    common.add_argument("--layers", type=_positive, help="where the file does not say how many")
     inspect = actions.add_parser("inspect", parents=[common], help="config, sizes, and how many sequences fit")
     inspect.add_argument("--memory", metavar="SIZE", help='also count what fits so much, as in "8 GiB"')
     inspect.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
@@ -235,7 +235,7 @@ def _add_key(options: argparse.Namespace) -> int:
     if options.models is not None:
         given["models"] = [model.strip() for model in options.models.split(",") if model.strip()]
     secret = _key_file(options).add(partial(new_key, name=options.name, rights=given))
-    print(f"The key of {options.name}; it is kept nowhere and cannot be shown again:", file=sys.stderr)
+    print(f"The key of {options.name}; it is stored nowhere and cannot be shown again:", file=sys.stderr)
     print(secret)
     return 0
 

@@ -1,22 +1,25 @@
-"""What can go wrong, by meaning. Knows nothing about HTTP.
+"""Every error of the server below its HTTP layer, by meaning. Knows nothing about HTTP.
+
+`http/errors.py` maps them to responses, and adds those that only HTTP knows. Statuses:
 
 BDHError
-├── ConfigError            a setting that cannot be used: the program does not start
-├── CheckpointError        a model that cannot be loaded: the program does not start
-├── InvalidRequest         the request itself is at fault; `param` names the field
-│   ├── UnknownParameter
-│   ├── UnsupportedParameter
-│   └── ContextLengthExceeded
-├── ModelNotFound
-├── QueueFull              too much waits already; `retry_after` seconds
-│   └── TooLate                it would wait past its deadline
-├── Unavailable            loading, draining, or the engine is down; `retry_after` seconds
-├── DeadlineExceeded       a request's time was up
-│   ├── QueueTimeout           while it waited
-│   └── RunTimeout             while it ran
-├── OutOfMemory            a step needed more memory than there is; another one may fit
-└── GenerationFailed       a fault of ours ended this one request
-    └── NotFinite          the model's scores of its next token were NaN or infinite
+├── ConfigError                   -  a setting cannot be used: the program does not start
+├── CheckpointError               -  a model cannot be loaded: the program does not start
+├── InvalidRequest              400  the request itself is invalid; `param` names the field
+│   ├── UnknownParameter        400  a field that no API has
+│   ├── UnsupportedParameter    400  a field or value that this server or model does not support
+│   └── ContextLengthExceeded   400  the prompt, with `max_tokens`, does not fit the model's context
+├── ModelNotFound               404  `model` is not served here
+├── RetryLater                    -  the base of those that can succeed after `retry_after` seconds
+│   ├── QueueFull               429  the queue is at its limit
+│   │   └── TooLate             429  the estimated wait is longer than the request's timeout
+│   └── Unavailable             503  the server is loading or draining, or the engine is down
+├── DeadlineExceeded              -  the base of timeouts
+│   ├── QueueTimeout            408  the request's time was up while it waited in the queue
+│   └── RunTimeout              504  the request's time was up while it ran
+├── OutOfMemory                 500  a step needed more memory than there is; a smaller one may fit
+└── GenerationFailed            500  an internal fault ended this one request
+    └── NotFinite               500  the model's logits were NaN or infinite
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ LONGEST_NAME = 128  # characters of a name that an error repeats
 
 
 class BDHError(Exception):
-    """The root of the tree."""
+    """The base of all errors that the server raises."""
 
     @property
     def message(self) -> str:
@@ -35,15 +38,18 @@ class BDHError(Exception):
 
 
 class ConfigError(BDHError):
-    pass
+    """A setting cannot be used. Raised while the program starts, which then ends; it has no HTTP status."""
 
 
 class CheckpointError(BDHError):
-    pass
+    """A model cannot be loaded. Raised while the program starts, which then ends; it has no HTTP status."""
 
 
 class InvalidRequest(BDHError):
-    """`param` is the path of the field at fault, as in `messages[2].content`, or None where it is the whole body."""
+    """400: the request itself is invalid. Raised while a request is parsed, tokenized or constrained.
+
+    `param` is the path of the field at fault, as in `messages[2].content`, or None where it is the whole body.
+    """
 
     code: str | None = None
 
@@ -54,27 +60,36 @@ class InvalidRequest(BDHError):
 
 
 class UnknownParameter(InvalidRequest):
+    """400: raised for a field of the body that is not known, unless `api.unknown_fields` is `ignore`."""
+
     code = "unknown_parameter"
 
 
 class UnsupportedParameter(InvalidRequest):
+    """400: raised for a field or a value that is valid in other APIs and not supported here."""
+
     code = "unsupported_parameter"
 
 
 class ContextLengthExceeded(InvalidRequest):
+    """400: raised where a prompt, with `max_tokens`, exceeds the model's context or `limits.max_prompt_tokens`."""
+
     code = "context_length_exceeded"
 
 
 class ModelNotFound(BDHError):
-    """`known` are the names that may be asked for instead."""
+    """404: raised where a request names a model that is not served here.
+
+    `known` are the names that the error lists.
+    """
 
     def __init__(self, model: str, known: Sequence[str] = ()) -> None:
         names = ", ".join(repr(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…") for name in known)
-        super().__init__(f"The model {model!r} does not exist here." + (f" There is {names}." if names else ""))
+        super().__init__(f"The model {model!r} does not exist." + (f" Available: {names}." if names else ""))
 
 
 class RetryLater(BDHError):
-    """Not now: the same request can succeed after `retry_after` seconds."""
+    """The base of errors after which the same request can succeed in `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
@@ -82,37 +97,39 @@ class RetryLater(BDHError):
 
 
 class QueueFull(RetryLater):
-    pass
+    """429: raised where a queue has no room for one more request."""
 
 
 class TooLate(QueueFull):
-    pass
+    """429: raised where a request would wait past its timeout, by the estimate made when it arrives."""
 
 
 class Unavailable(RetryLater):
-    pass
+    """503: raised while the server loads or drains, or when the engine is down."""
 
 
 class DeadlineExceeded(BDHError):
-    pass
+    """The base of the timeouts of a request."""
 
 
 class QueueTimeout(DeadlineExceeded):
-    pass
+    """408: ends a request whose time is up while it waits in the queue."""
 
 
 class RunTimeout(DeadlineExceeded):
-    pass
+    """504: ends a request whose time is up while it runs."""
 
 
 class OutOfMemory(BDHError):
-    pass
+    """500: raised where a step needs more memory than there is; the engine retries with less."""
 
 
 class GenerationFailed(BDHError):
-    pass
+    """500: ends a request that an internal fault keeps from being completed."""
 
 
 class NotFinite(GenerationFailed):
+    """500: ends a request for which the model's logits are NaN or infinite."""
+
     def __init__(self) -> None:
         super().__init__("The model gave a result that is not a finite number.")

@@ -1,4 +1,4 @@
-"""The nouns that the rooms share: what a request asks, what a step does, what comes back."""
+"""The types that packages share: requests, sampling parameters, steps and their outcomes, deltas."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from bdh_batch.errors import BDHError
 
 
 class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
     STOP = "stop"
     LENGTH = "length"
-    TOOL_CALLS = "tool_calls"  # only in the chat API: there an answer that stopped after a call says so
+    TOOL_CALLS = "tool_calls"  # only in the chat API: there a response that stopped after a call says so
     ABORT = "abort"
     ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LogitBias:
-    """What is added to the scores of some tokens, each of which is there once. Made once for a request."""
+    """What is added to the logits of some tokens, each of which is there once. Made once for a request."""
 
     tokens: array[int]  # int64
     amounts: array[float]  # float32
@@ -36,7 +38,7 @@ class LogitBias:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen.
+    """Sampling parameters: how the next token is chosen.
 
     `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and a `repetition_penalty` of 1 are off. The random
     number for the token at a position follows from `seed` (64 bits) and that position alone.
@@ -67,26 +69,26 @@ def distinct(tokens: Iterable[int]) -> array[int]:
 
 
 class Adjustment:
-    """What changes one sequence's scores before its next token is drawn: bias, penalties, tokens that may not come yet.
+    """The logits processors of one sequence: bias, penalties, and tokens that are banned for now.
 
-    The answers to one prompt share whatever is as large as the request makes it; each has only what it counts. Who
-    plans counts; who draws only reads.
+    The choices for one prompt share whatever is as large as the request makes it; each has only what it counts. The
+    scheduler counts; the sampler only reads.
 
     Args:
         prompt: the distinct tokens of the prompt, ascending; empty where nothing penalises them.
-        banned: tokens that cannot be drawn while the answer has fewer than `early` tokens.
+        banned: tokens that cannot be drawn while the completion has fewer than `early` tokens.
     """
 
-    __slots__ = ("_banned", "_early", "_index", "_length", "answer", "prompt", "repeated", "sampling", "times")
+    __slots__ = ("_banned", "_early", "_index", "_length", "generated", "prompt", "repeated", "sampling", "times")
 
     def __init__(self, sampling: SamplingParams, prompt: array[int], banned: array[int], early: int) -> None:
         self.sampling = sampling
         self.prompt = prompt
-        self.answer = array("q")  # the distinct tokens of the answer, as far as they are penalised
+        self.generated = array("q")  # the distinct tokens of the completion, as far as they are penalised
         self.times = array("q")  # how often each came
         self.repeated = array("q")  # 1 for each that is in `prompt`, too; else 0
-        self._index: dict[int, int] = {}  # of each in `answer`
-        self._length = 0  # of the answer
+        self._index: dict[int, int] = {}  # of each in `generated`
+        self._length = 0  # of the completion
         self._banned = banned
         self._early = early
 
@@ -100,7 +102,7 @@ class Adjustment:
         return cls(sampling, distinct(prompt) if sampling.repetition_penalty != 1 else NO_TOKENS, bans, early)
 
     def afresh(self) -> Adjustment:
-        """That of another answer to the same prompt."""
+        """That of another choice for the same prompt."""
         return Adjustment(self.sampling, self.prompt, self._banned, self._early)
 
     @property
@@ -108,23 +110,23 @@ class Adjustment:
         return self._banned if self._length < self._early else NO_TOKENS
 
     def count(self, token: int) -> None:
-        """The answer has grown by `token`."""
+        """The completion has grown by `token`."""
         self._length += 1
         if not self.sampling.penalises:
             return
-        at = self._index.setdefault(token, len(self.answer))
-        if at == len(self.answer):
+        at = self._index.setdefault(token, len(self.generated))
+        if at == len(self.generated):
             found = bisect_left(self.prompt, token)
-            self.answer.append(token)
+            self.generated.append(token)
             self.times.append(0)
             self.repeated.append(found < len(self.prompt) and self.prompt[found] == token)
         self.times[at] += 1
 
 
 class TokenScore(NamedTuple):
-    """A token's log-probability, and the likeliest tokens in its place with theirs, likeliest first.
+    """A token's log-probability, and the likeliest tokens at its position with theirs, likeliest first.
 
-    They are the log-softmax of the model's own scores, before temperature, penalties and all else.
+    They are the log-softmax of the model's own logits, before temperature, penalties and all else.
     """
 
     token: int
@@ -139,7 +141,7 @@ class Text:
 
     `add_special`: whether the tokenizer adds what belongs around a text. `stand_ins`: characters in it, with the
     special tokens that they stand for, beside which nothing is one; None is a text in which what spells one is one.
-    `ends`: offsets, ascending, at which beginnings end that other prompts are likely to have.
+    `ends`: offsets, ascending, of prefixes that other prompts are likely to have.
     """
 
     text: str
@@ -149,7 +151,7 @@ class Text:
 
 
 class Constraint(Protocol):
-    """What one answer may still become. `mask` comes before each `accept`, and may be asked for again."""
+    """What one completion may still become. `mask` comes before each `accept`, and may be asked for again."""
 
     @property
     def complete(self) -> bool:
@@ -159,25 +161,25 @@ class Constraint(Protocol):
         """A bit per token, the lowest first: whether it may come next. None is any token. Never raises."""
 
     def accept(self, token: int) -> bool:
-        """Takes the token that was drawn; False where the answer has ended before it.
+        """Takes the token that was drawn; False where the completion has ended before it.
 
         Raises:
-            InvalidRequest: the answer can neither go on nor end.
+            InvalidRequest: the completion can neither go on nor end.
         """
 
 
 class Grammar(Protocol):
-    """What the answers to a request have to follow."""
+    """A compiled grammar for the structured output of a request."""
 
     def constraint(self, early: float) -> Constraint:
-        """For one answer, which is empty yet, and with less than `early` tokens ends only where nothing can follow."""
+        """For one completion, which is still empty, and before `early` tokens ends only where nothing can follow."""
 
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """One sequence to generate: a prompt as text or token ids, and when to stop.
 
-    With `pool` nothing is generated: the answer is the sum of the final hidden vectors of the prompt's tokens.
+    With `pool` nothing is generated: the response is the sum of the final hidden vectors of the prompt's tokens.
     """
 
     id: str
@@ -191,22 +193,22 @@ class GenerationRequest:
     include_stop: bool = False  # whether the text shows what ended it
     ignore_eos: bool = False  # whether the model's own end of text does not end it
     min_tokens: int = 0  # before which nothing that stops it does
-    bad_words: tuple[str, ...] = ()  # texts whose tokens the answer does not have one after the other
-    allowed_token_ids: tuple[int, ...] | None = None  # all that the answer may have; None is any
+    bad_words: tuple[str, ...] = ()  # texts whose token sequences are never generated
+    allowed_token_ids: tuple[int, ...] | None = None  # the only tokens that may be generated; None is any
     show_special: bool = False  # whether the text shows special tokens
     score_prompt: int | None = None  # likeliest tokens with each score of the prompt's tokens; None scores none
     truncate: int | None = None  # so many of the prompt's last tokens are kept; -1 is as many as there is room for
     prompt_param: str = "prompt"  # the field of the client's request that an error about the prompt names
-    n: int = 1  # answers to its prompt, of which this is one
-    key: str = ""  # whose kept states it may begin with: an opaque label, the same for all requests of one API key
-    salt: str = ""  # requests of different salts share no states
-    tenant: str = ""  # in whose share of the machine it is computed: as `key`, but also told apart without keys
+    n: int = 1  # choices for its prompt, of which this is one
+    cache_namespace: str = ""  # an opaque label; only requests with the same one share cached prefixes
+    salt: str = ""  # requests of different salts share no prefixes
+    tenant: str = ""  # whose share of the machine it uses; without API keys, one for each address
     weight: float | None = None  # of that share; None leaves it to the settings
     priority: int = 0  # lower goes first
     timeout: float | None = None  # seconds from its arrival to its end; None leaves it to the settings
-    breaks: tuple[int, ...] = ()  # positions, ascending, at which beginnings end that others are likely to have
+    breaks: tuple[int, ...] = ()  # positions, ascending, of prefixes that other prompts are likely to have
     pool: bool = False
-    grammar: Grammar | None = None  # what the answer has to follow
+    grammar: Grammar | None = None  # of its structured output
     span: object | None = None  # of the client's request, where spans are made; only they look into it
 
     @property
@@ -220,9 +222,9 @@ class GenerationRequest:
 class Delta:
     """What a sequence gained: text that is safe to show, and the tokens behind it.
 
-    The last one of a sequence bears `finish_reason`; when that is ERROR, `error` is why. `scores` are of tokens whose
-    text is shown by now, each with where its text begins in the answer; `logprob` is the sum of all tokens'. Where the
-    request asked to `pool`, the last one bears the sum [D] of the hidden vectors.
+    The last one of a sequence has `finish_reason`; when that is ERROR, `error` is why. `scores` are of tokens whose
+    text is shown by now, each with where its text begins in the completion; `logprob` is the sum of all tokens'. Where
+    the request asked to `pool`, the last one has the sum [D] of the hidden vectors.
     """
 
     text: str = ""
@@ -236,7 +238,7 @@ class Delta:
 
 
 class Gathering:
-    """Several deltas of a sequence that become one, in time that depends on what they bring and not on how many came
+    """Merges several deltas of a sequence into one, in time that depends on what they bring and not on how many came
     before: a text that grows by `+=` would be copied for every token."""
 
     __slots__ = ("_delta", "_text")
@@ -271,6 +273,8 @@ class Gathering:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """The tokens that a request used."""
+
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0  # of the prompt's, those that did not have to be computed
@@ -286,7 +290,7 @@ class Segment:
 
     A segment that starts at 0 begins with an empty state. With `sampling`, the token after its last one is drawn, among
     those that `constraint` allows; with `pool`, its tokens' final hidden vectors are summed.
-    Whoever planned it may use it again for a later step; it holds still while its step is computed.
+    The scheduler may use it again for a later step; it does not change while its step is computed.
     `targets` are to be scored: token i of them as what follows token i of `tokens`.
     """
 
@@ -329,9 +333,9 @@ class Plan:
 class Outcome:
     """What a step drew: per segment the next token, None where none was asked for or none could be drawn.
 
-    By the place of their segment, `scores` has those of the drawn tokens, `target_scores` those of targets, and
+    By the index of their segment, `scores` has those of the drawn tokens, `target_scores` those of targets, and
     `pooled` the sum [D] of the hidden vectors where that was asked for. `active` is, by layer, the share of neurons
-    that fired for its tokens; mostly nobody has looked.
+    that fired for its tokens; empty where that was not measured.
     """
 
     drawn: Sequence[int | None]

@@ -1,4 +1,4 @@
-"""The only place that wires rooms together: settings to a server that runs, and its life from start to exit.
+"""The only module that wires packages together: settings to a server that runs, and its life from start to exit.
 
 bind → listen (not ready) → load and warm the model → ready → SIGTERM → drain → close
 """
@@ -34,7 +34,7 @@ from bdh_batch.settings import Auth, Generation, Sandbox as SandboxSettings, Set
 from bdh_batch.system.documents import read_json_beside
 from bdh_batch.system.threads import calls_under_way, in_daemon_thread
 from bdh_batch.text.chat import ChatTemplate, open_template
-from bdh_batch.text.folder import TextSide, load_text
+from bdh_batch.text.folder import TextComponents, load_text
 from bdh_batch.text.grammar import Grammars, open_sandbox
 from bdh_batch.text.sandbox import Sandbox
 from bdh_batch.text.turns import QueueLimits
@@ -62,7 +62,7 @@ def bundled_model() -> Path:
 class Loaded:
     """All that a server needs, ready. `grammars` is where they are tried out, None where there is no vocabulary."""
 
-    text: TextSide
+    text: TextComponents
     template: ChatTemplate
     templates: Sandbox
     vocabulary: Vocabulary | str  # or why there is none
@@ -78,7 +78,7 @@ class Loaded:
 
 
 def load_all(settings: Settings, path: Path, load: Callable[[Settings, Path], LoadedEngine]) -> Loaded:
-    """Reads what is quickly read first: what is wrong there is told at once. Slow: call it off the event loop.
+    """Reads what is quickly read first: what is wrong there is reported at once. Slow: call it off the event loop.
 
     Args:
         load: makes the engine.
@@ -107,7 +107,7 @@ def queue_limits(chosen: SandboxSettings) -> QueueLimits:
     return QueueLimits(chosen.processes, chosen.max_queued, chosen.max_queued_bytes, chosen.queue_seconds)
 
 
-def open_grammars(settings: Settings, text: TextSide, vocabulary: Vocabulary | str, size: int) -> Sandbox | None:
+def open_grammars(settings: Settings, text: TextComponents, vocabulary: Vocabulary | str, size: int) -> Sandbox | None:
     """A sandbox for grammars, which gets ready beside all else; None where no grammar can be followed."""
     if isinstance(vocabulary, str):
         return None

@@ -130,10 +130,14 @@ Secrets = Annotated[
 
 
 class Section(BaseModel):
+    """The base of a section of the settings."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class Server(Section):
+    """Where and for whom the server listens."""
+
     host: str = Field(
         "127.0.0.1", description="Address to listen on, or a name, for all its addresses; 0.0.0.0 for all of IPv4."
     )
@@ -183,6 +187,8 @@ class Server(Section):
 
 
 class Model(Section):
+    """What is served."""
+
     path: Path | None = Field(None, description="Model folder, .pt or .safetensors file; null is the bundled model.")
     name: str | None = Field(None, description="Name in the API; null is the name of the folder or file.")
     aliases: Strings = Field([], description="Other names that requests may use.")
@@ -205,6 +211,8 @@ class Model(Section):
 
 
 class Engine(Section):
+    """How the model is computed."""
+
     kernels: Literal["auto", "torch", "cpu", "triton"] = Field(
         "auto", description="Which implementation computes a step."
     )
@@ -236,9 +244,11 @@ class Engine(Section):
 
 
 class Scheduler(Section):
+    """How requests are queued, batched and shared fairly."""
+
     max_running: PositiveInt = Field(
         256,
-        description="Most sequences under way; where the memory holds fewer states, they take turns. Where this is not "
+        description="Most sequences under way; where memory holds fewer states, they take time slices. If this is not "
         "set and there is no GPU, also at most 3/8 of the states that fit, but 64 at least: more compute no faster.",
     )
     max_queued_requests: PositiveInt = Field(2048, description="Most requests that wait; one more is refused with 429.")
@@ -254,7 +264,7 @@ class Scheduler(Section):
         allow_inf_nan=False,
         description="Milliseconds of a step beside running streams; prompts get less. 0: throughput first.",
     )
-    quantum_steps: PositiveInt = Field(64, description="Steps of a turn, where sequences take turns.")
+    quantum_steps: PositiveInt = Field(64, description="Steps of a time slice, where sequences take turns in memory.")
     queue_timeout: PositiveFloat | None = Field(
         None, allow_inf_nan=False, description="Seconds that a request may wait; null is no limit."
     )
@@ -273,7 +283,7 @@ class Scheduler(Section):
     priority_patience_seconds: PositiveFloat = Field(
         30.0,
         allow_inf_nan=False,
-        description="Who has waited so long, for a place or for a share of a step, competes in the first class.",
+        description="Waiting this long, for a slot or a share of a step, raises a sequence to the highest priority.",
     )
     weights: Weights = Field(
         {}, description="Shares of API keys, by the first 16 hex digits of the key's SHA-256; others have 1."
@@ -282,14 +292,16 @@ class Scheduler(Section):
 
 
 class PrefixCache(Section):
+    """The cache of prefixes."""
+
     enabled: bool = Field(
         True, description="Whether the states of prompts and completions are cached for later requests."
     )
-    shared: bool = Field(False, description="Whether API keys share them; timing then tells what others have asked.")
+    shared: bool = Field(False, description="Whether API keys share them; timing then reveals what others have asked.")
     entries: PositiveInt = Field(
         256,
         description="Most states on the device beside those of running sequences. Without a GPU, more than half of the "
-        "states that fit are used only where requests asked for prefixes that had to go.",
+        "states that fit are used only where requests asked for prefixes that were evicted.",
     )
     host_memory: Bytes | None = Field(
         None,
@@ -309,6 +321,8 @@ class Generation(Section):
 
 
 class Chat(Section):
+    """How conversations become prompts."""
+
     template: Path | None = Field(None, description="A file with a Jinja template to use instead of the model's.")
     parse_special_tokens: bool = Field(
         False, description="Whether text in messages that spells a special token becomes one, as the template's does."
@@ -316,6 +330,8 @@ class Chat(Section):
 
 
 class Auth(Section):
+    """API keys, and what is open without one."""
+
     enabled: bool = Field(
         False, description="Whether every path but probes, metrics and docs asks for a key: Authorization: Bearer KEY."
     )
@@ -328,6 +344,8 @@ class Auth(Section):
 
 
 class RateLimiting(Section):
+    """Limits per minute for each caller."""
+
     enabled: bool = Field(
         False, description="Whether each key (without a key, each address) is limited; a key's own limits always hold."
     )
@@ -343,6 +361,8 @@ class RateLimiting(Section):
 
 
 class Limits(Section):
+    """Bounds of requests and connections."""
+
     max_body_bytes: Bytes = Field(4 * 2**20, description="Largest request body; more is refused with 413.")
     max_header_bytes: Bytes = Field(32 * 1024, description="Largest head of a request; more is refused with 431.")
     header_seconds: PositiveFloat = Field(
@@ -429,18 +449,24 @@ class Sandbox(Section):
 
 
 class StructuredOutput(Section):
+    """Bounds of compiling schemas and grammars."""
+
     compile_seconds: PositiveFloat = Field(
         2.0, allow_inf_nan=False, description="Seconds of processor time that a schema or grammar may take to compile."
     )
     grammar_memory: Bytes = Field(64 * 2**20, description="Memory that a schema or grammar may take to compile.")
-    cache_memory: Bytes = Field(256 * 2**20, description="Memory for schemas and grammars that are kept compiled.")
+    cache_memory: Bytes = Field(256 * 2**20, description="Memory for compiled schemas and grammars that are cached.")
 
 
 class Api(Section):
+    """How strict the API is."""
+
     unknown_fields: Literal["refuse", "ignore"] = Field("refuse", description="What to do with unknown body fields.")
 
 
 class Health(Section):
+    """When the server reports that it is unhealthy."""
+
     stall_seconds: PositiveFloat = Field(
         60.0, allow_inf_nan=False, description="Seconds of work without a step after which /health turns to 503."
     )
@@ -450,6 +476,8 @@ class Health(Section):
 
 
 class Telemetry(Section):
+    """Where spans are exported."""
+
     otlp_endpoint: Collector | None = Field(
         None,
         description=(
@@ -460,6 +488,8 @@ class Telemetry(Section):
 
 
 class Settings(BaseModel):
+    """All settings of the server, by section."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     server: Server = Server()

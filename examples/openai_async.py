@@ -12,7 +12,7 @@ from openai import AsyncOpenAI
 
 
 @dataclass(frozen=True)
-class Answer:
+class StreamResult:
     """One stream: its text, its tokens, and the seconds to its first piece of text."""
 
     text: str
@@ -20,7 +20,7 @@ class Answer:
     first: float
 
 
-async def ask(client: AsyncOpenAI, model: str, seed: int, max_tokens: int) -> Answer:
+async def ask(client: AsyncOpenAI, model: str, seed: int, max_tokens: int) -> StreamResult:
     began, first, tokens, text = time.perf_counter(), 0.0, 0, ""
     stream = await client.completions.create(
         model=model,
@@ -37,7 +37,7 @@ async def ask(client: AsyncOpenAI, model: str, seed: int, max_tokens: int) -> An
                 text += choice.text
             if chunk.usage:
                 tokens = chunk.usage.completion_tokens
-    return Answer(text, tokens, first)
+    return StreamResult(text, tokens, first)
 
 
 async def main() -> None:
@@ -51,14 +51,14 @@ async def main() -> None:
     ) as client:
         model = (await client.models.list()).data[0].id
         began = time.perf_counter()
-        answers = await asyncio.gather(
+        results = await asyncio.gather(
             *(ask(client, model, seed, options.max_tokens) for seed in range(options.streams))
         )
         seconds = time.perf_counter() - began
-    tokens = sum(answer.tokens for answer in answers)
-    firsts = sorted(answer.first for answer in answers)
-    print(f"{answers[0].text}\n")
-    print(f"{len(answers)} streams of {model}, {tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s")
+    tokens = sum(result.tokens for result in results)
+    firsts = sorted(result.first for result in results)
+    print(f"{results[0].text}\n")
+    print(f"{len(results)} streams of {model}, {tokens} tokens in {seconds:.2f} s: {tokens / seconds:.0f} tokens/s")
     print(f"first text after {firsts[len(firsts) // 2]:.2f} s (median), {firsts[-1]:.2f} s (slowest)")
 
 

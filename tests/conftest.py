@@ -28,11 +28,11 @@ ROOT = Path(__file__).parent.parent
 CONFORMANCE = ROOT / "tests" / "data" / "conformance"
 START_SECONDS = 180.0  # where no cache holds the kernels yet, they are compiled first
 STOP_SECONDS = 20.0
-ANSWER_SECONDS = 60.0  # no test waits longer for an answer: a hang is a failure
+RESPONSE_SECONDS = 60.0  # no test waits longer for a response: a hang is a failure
 POLL_SECONDS = 0.01
 LONG_NAME = (
     "tiny-" + "x" * 4000
-)  # asked for under it, an answer has frames of 4 KiB: few tokens fill a socket's buffers
+)  # asked for under it, a response has frames of 4 KiB: few tokens fill a socket's buffers
 
 ServeFactory = Callable[..., AbstractContextManager["Server"]]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
@@ -53,7 +53,7 @@ class RawStream:
         self.socket = socket.socket()
         if receive_buffer is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.socket.settimeout(ANSWER_SECONDS)
+        self.socket.settimeout(RESPONSE_SECONDS)
         self.socket.connect(("127.0.0.1", port))
         content = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\ncontent-length: {len(content)}\r\n\r\n"
@@ -92,7 +92,7 @@ class Server:
         self.process = process
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx.Client(base_url=self.url, timeout=ANSWER_SECONDS)
+        self.http = httpx.Client(base_url=self.url, timeout=RESPONSE_SECONDS)
         self._log = log
 
     @property
@@ -100,10 +100,10 @@ class Server:
         return self._log.read_text()
 
     def openai(self, api_key: str = "none") -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=ANSWER_SECONDS)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=RESPONSE_SECONDS)
 
     def async_openai(self, api_key: str = "none") -> AsyncOpenAI:
-        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=ANSWER_SECONDS)
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=RESPONSE_SECONDS)
 
     def raw(
         self, body: Mapping[str, Any], path: str = "/v1/completions", receive_buffer: int | None = None
@@ -111,11 +111,11 @@ class Server:
         return RawStream(self.port, path, body, receive_buffer)
 
     def complete(self, **body: Any) -> dict[str, Any]:
-        """The answer of /v1/completions; it must be one."""
+        """The response of /v1/completions; it must be one."""
         response = self.http.post("/v1/completions", json=body)
         assert response.status_code == 200, response.text
-        answer: dict[str, Any] = response.json()
-        return answer
+        content: dict[str, Any] = response.json()
+        return content
 
     def text(self, **body: Any) -> str:
         return str(self.complete(**body)["choices"][0]["text"])
@@ -140,13 +140,13 @@ class Server:
         status: int = 400,
         content: bytes | Iterator[bytes] | None = None,
     ) -> dict[str, Any]:
-        """The error that answers a POST of `body`, or of `content` as it is."""
+        """The error response to a POST of `body`, or of `content` as it is."""
         raw = json.dumps(body).encode() if content is None else content
         return self.error(self.http.post(path, content=raw), status)
 
     @staticmethod
     def error(response: httpx.Response, status: int) -> dict[str, Any]:
-        """The error that `response` bears; it must be whole, and typed as its status says."""
+        """The error that `response` has; it must be whole, and typed as its status says."""
         assert response.status_code == status, response.text
         assert response.headers["content-type"] == "application/json"
         assert response.headers["x-request-id"]
@@ -271,7 +271,7 @@ def wait_until_ready(server: Server) -> None:
 
 @pytest.fixture(scope="session")
 def both(serve: ServeFactory) -> Iterator[tuple[Server, Server]]:
-    """The two servers that most tests use, started side by side."""
+    """The two servers that most tests use, started next to each other."""
     of_bytes = serve(f"model.aliases=minute,{LONG_NAME}", model=CONFORMANCE / "tiny", wait=False)
     with serve("scheduler.max_running=96", wait=False) as server, of_bytes as tiny:
         wait_until_ready(server)

@@ -169,9 +169,9 @@ def test_a_container_starts_answers_is_healthy_and_stops(
         {"Content-Type": "application/json"},
     )
     with urllib.request.urlopen(request, timeout=60) as response:
-        answer = json.load(response)
-    assert answer["model"] == "bdh-shakespeare"
-    assert answer["usage"]["completion_tokens"] == 5
+        completion = json.load(response)
+    assert completion["model"] == "bdh-shakespeare"
+    assert completion["usage"]["completion_tokens"] == 5
 
     assert health(environment, tmp_path) == 0
     container.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The reader of small documents: whatever is in one, the answer is what it says or one line."""
+"""The reader of small documents: whatever is in one, the response is what it says or one line."""
 
 from __future__ import annotations
 

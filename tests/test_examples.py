@@ -62,10 +62,10 @@ def test_node(server: Server) -> None:
     if not (EXAMPLES / "node" / "node_modules" / "openai").is_dir():
         pytest.skip("the client is not installed: npm install --prefix examples/node")
     output = run(server.url, "node", "chat.mjs", cwd=EXAMPLES / "node")
-    answer, mark, told = output.partition("\n# 100 tokens\n")
+    response, mark, reported = output.partition("\n# 100 tokens\n")
     assert mark
-    assert answer.strip()  # what the model says may end with empty lines
-    scene, call, likeliest, embeddings, refusal = told.splitlines()
+    assert response.strip()  # what the model says may end with empty lines
+    scene, call, likeliest, embeddings, refusal = reported.splitlines()
     assert re.fullmatch("# a scene: act [1-5], (Verona|Mantua)", scene)
     assert re.fullmatch("# a call: play in (Verona|Mantua)", call)
     assert len(re.findall(r'"(?:[^"\\]|\\.)+"', likeliest)) == 3

@@ -15,7 +15,7 @@ from bdh_batch.messages import GenerationRequest, LogitBias, SamplingParams, Tex
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.text.tokenizer import ByteTokenizer
 
-PROMPTS, ANSWERS = 128, 16
+PROMPTS, CHOICES = 128, 16
 
 
 class Engine:
@@ -35,7 +35,7 @@ def backend_of(engine: Any, vocabulary: int = 256, max_model_len: int | None = N
 def requests(**changes: Any) -> list[GenerationRequest]:
     """As the front door makes them: what is the same for all is shared."""
     prompts = [Text(f"prompt {number} " * 8) for number in range(PROMPTS)]
-    return [GenerationRequest("r", prompt, 10, n=ANSWERS, **changes) for prompt in prompts for _ in range(ANSWERS)]
+    return [GenerationRequest("r", prompt, 10, n=CHOICES, **changes) for prompt in prompts for _ in range(CHOICES)]
 
 
 class Turns:
@@ -70,7 +70,7 @@ async def test_two_thousand_sequences_share_what_does_not_differ(monkeypatch: py
     stops = tuple(range(200))
     asked = requests(sampling=sampling, stop=("END",) * 16, stop_token_ids=stops, min_tokens=2)
     await backend.generate(await backend.tokenized(asked))
-    assert len(engine.sequences) == PROMPTS * ANSWERS
+    assert len(engine.sequences) == PROMPTS * CHOICES
     assert sorted(checked) == [1, len(stops)]  # the bias and the stop tokens: once, not for each sequence
     first, *others = engine.sequences
     assert first.adjustment is not None
@@ -78,10 +78,10 @@ async def test_two_thousand_sequences_share_what_does_not_differ(monkeypatch: py
         assert sequence.stop_token_ids is first.stop_token_ids
         assert sequence.adjustment is not None
         assert sequence.adjustment.bans is first.adjustment.bans
-    # An answer's own state is no one else's; the tokens of its prompt are those of its neighbours.
-    for at in range(0, len(engine.sequences), ANSWERS):
-        same = [s.adjustment for s in engine.sequences[at : at + ANSWERS] if s.adjustment is not None]
-        assert len({id(each) for each in same}) == ANSWERS
+    # A response's own state is no one else's; the tokens of its prompt are those of its neighbours.
+    for at in range(0, len(engine.sequences), CHOICES):
+        same = [s.adjustment for s in engine.sequences[at : at + CHOICES] if s.adjustment is not None]
+        assert len({id(each) for each in same}) == CHOICES
         assert len({id(each.prompt) for each in same}) == 1
 
 
@@ -93,7 +93,7 @@ async def test_others_have_their_turn_while_two_thousand_sequences_are_made() ->
     tokenized = await backend.tokenized(asked)
     between = turns.taken
     await backend.generate(tokenized)
-    slices = PROMPTS * ANSWERS // local.SLICE
+    slices = PROMPTS * CHOICES // local.SLICE
     assert between >= slices // 2
     assert turns.end() - between >= slices // 2
 
@@ -151,7 +151,7 @@ async def test_many_short_prompts_are_tokenized_off_the_event_loop_as_one_long_o
         (100, 5, True, None, 40),
     ],
 )
-async def test_a_prompt_is_cut_to_what_leaves_room_for_its_answer(
+async def test_a_prompt_is_cut_to_what_leaves_room_for_its_response(
     max_model_len: int | None, max_tokens: int, asked: bool, truncate: int | None, kept: int
 ) -> None:
     text = "".join(map(chr, range(60, 100)))
@@ -170,7 +170,7 @@ async def test_no_prompt_is_cut_to_more_than_the_model_takes() -> None:
     assert caught.value.param == "truncate_prompt_tokens"
 
 
-async def test_bad_words_are_looked_up_and_checked_once_for_all_answers() -> None:
+async def test_bad_words_are_looked_up_and_checked_once_for_all_responses() -> None:
     engine = Engine()
     asked = requests(bad_words=("ab", "c"), allowed_token_ids=(*b"abcd",))
     backend = backend_of(engine)

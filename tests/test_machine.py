@@ -18,7 +18,7 @@ CORES = usable_cores()
 
 
 class Tree:
-    """A machine whose kernel has told what is written here."""
+    """A machine whose kernel has reported what is written here."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -106,7 +106,7 @@ def test_both_versions_at_once(tree: Tree) -> None:
 
 @pytest.mark.parametrize("path", ["/docker/abc", "/../../other", "/elsewhere"])
 def test_a_container_sees_its_own_group_as_the_top(tree: Tree, path: str) -> None:
-    """What it is told of its path may be the host's, or lead out of what it sees."""
+    """What it is reported of its path may be the host's, or lead out of what it sees."""
     tree.belong(f"4:memory:{path}\n0::{path}\n", V1_MEMORY.replace(" / ", " /docker/abc ", 1), V2)
     tree.memory_1(f"{SYS}/memory", 512, used=12)
     assert tree.mib == 500
@@ -147,7 +147,7 @@ def test_a_core_that_is_begun_counts(tree: Tree) -> None:
 
 
 def limits(controller: str) -> dict[str, str]:
-    """What a group of this machine has to be told for 512 MiB, or half a core."""
+    """What a group of this machine has to be reported for 512 MiB, or half a core."""
     version = next(groups(ROOT, controller)).version
     if controller == "memory":
         return {"memory.max" if version == 2 else "memory.limit_in_bytes": str(512 * MIB)}

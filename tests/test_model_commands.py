@@ -56,7 +56,7 @@ def test_inspect_counts_what_serving_takes(run: Any, tmp_path: Path, write: form
     assert found["tokenizer"] == "none: token ids only"
 
 
-def test_inspect_tells_people_the_same(run: Any) -> None:
+def test_inspect_reports_the_same_as_text(run: Any) -> None:
     text = run("inspect", BUNDLED, "--memory", "8 GiB")
     for part in (
         r"^n_layer +6$",

@@ -56,10 +56,10 @@ def test_the_costs_of_a_small_model_by_hand() -> None:
     assert windowed.prompt_flops == 2 * 1.75 * 512 + 4 * 0.75 * 512
 
 
-def test_the_defaults_are_those_that_help_tells_and_the_server_has() -> None:
-    for name, (told, _) in PLANNED.items():
+def test_the_defaults_are_those_that_help_shows_and_the_server_has() -> None:
+    for name, (reported, _) in PLANNED.items():
         default = getattr(Load(), name.replace("-", "_"))
-        assert name == "window" or told.split(",")[0] == (default if isinstance(default, str) else f"{default:g}")
+        assert name == "window" or reported.split(",")[0] == (default if isinstance(default, str) else f"{default:g}")
     served = Settings()
     assert (Load().dtype, Load().state_dtype) == (served.model.dtype, served.engine.state_dtype)
 
@@ -180,7 +180,7 @@ def test_a_step_of_the_measured_model_takes_as_long_as_it_was_measured_to() -> N
 
 
 @pytest.mark.parametrize("gpu", [*DATASHEETS, "cpu"])
-def test_a_plan_is_told_as_text_and_as_json(gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_is_reported_as_text_and_as_json(gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["plan", "--model", str(BUNDLED), "--gpu", gpu, "--streams", "2000", "--rate", "20"]
     command += ["--results", str(RESULTS)] if gpu == "cpu" else []
     assert main([*command, "--json"]) == 0
@@ -196,7 +196,7 @@ def test_a_plan_is_told_as_text_and_as_json(gpu: str, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "reported"),
     [
         ("--streams 0", "--streams 0: should be from 1 to"),
         ("--streams 1.5", "--streams 1.5: should be a whole number"),
@@ -218,15 +218,15 @@ def test_a_plan_is_told_as_text_and_as_json(gpu: str, capsys: pytest.CaptureFixt
         ("--model nowhere", "nowhere"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(flags: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_is_refused_in_one_line(flags: str, reported: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", str(BUNDLED), "--gpu", "l4", *flags.split()]) == 2
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert told in printed.err
+    assert reported in printed.err
     assert printed.err.count("\n") == 1
 
 
-def test_a_rate_that_is_refused_is_told_with_the_highest_that_is_not() -> None:
+def test_a_rate_that_is_refused_is_reported_with_the_highest_that_is_not() -> None:
     load = Load(prompt_tokens=0, active_fraction=0.5, dtype="float32")
     with pytest.raises(ConfigError) as refused:
         Planner(SMALL, MACHINE, replace(load, rate=1000.0)).size()

@@ -83,7 +83,7 @@ def test_it_serves(poor: Server) -> None:
     assert chat.status_code == 200
 
 
-def test_it_tells_once_that_kernels_are_not_kept(poor: Server) -> None:
+def test_it_reports_once_that_kernels_are_not_kept(poor: Server) -> None:
     warnings = [line for line in poor.log.splitlines() if " WARNING " in line]
     assert len(warnings) == 1
     assert "compiled CPU kernels are not kept" in warnings[0]

@@ -92,7 +92,7 @@ OF_KUBERNETES = {  # beside a service called bdh, and one called bdh-server
 }
 
 
-def test_variables_that_are_no_options_are_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_that_are_no_options_are_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not load().warnings
     for name, value in OF_KUBERNETES.items():
         monkeypatch.setenv(name, value)
@@ -232,7 +232,7 @@ def test_every_option_has_help_and_belongs_to_a_section() -> None:
         assert text.endswith("."), option
 
 
-def test_config_show_masks_secrets_and_tells_origins(capsys: pytest.CaptureFixture[str]) -> None:
+def test_config_show_masks_secrets_and_reports_origins(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "show", "--port", "9000", "--set", "auth.api_keys=sesame"]) == 0
     shown = capsys.readouterr().out
     assert "port: 9000  # command line" in shown
@@ -255,7 +255,7 @@ def _sections(text: str) -> dict[str, list[str]]:
     return found
 
 
-def test_an_error_does_not_tell_a_secret(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_error_does_not_show_a_secret(capsys: pytest.CaptureFixture[str]) -> None:
     for keys in ("[sesame, 5]", '["sesame'):
         assert cli.main(["config", "show", "--set", f"auth.api_keys={keys}"]) == 2
         captured = capsys.readouterr()

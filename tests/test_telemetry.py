@@ -24,7 +24,7 @@ def test_logits_that_are_not_finite_are_counted(error: GenerationFailed, count: 
     assert errors == 1.0
 
 
-def test_sandboxes_are_told_apart_by_what_they_do() -> None:
+def test_sandboxes_are_distinguished_by_what_they_do() -> None:
     metrics = Metrics("bdh")
     loads = {"templates": SandboxLoad(3, 1, {"ok": 7, "crash": 0}), "grammars": SandboxLoad(0, 2, {"timeout": 5})}
     metrics.watch_sandboxes({work: partial(loads.__getitem__, work) for work in loads})

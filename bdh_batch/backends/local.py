@@ -279,7 +279,7 @@ class LocalBackend:
             breaks=request.breaks,
             constraint=constraint,
             adjustment=adjustment,
-            key=request.key,
+            key=request.cache_namespace,
             salt=request.salt,
             tenant=request.tenant,
             weight=request.weight,

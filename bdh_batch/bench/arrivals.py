@@ -30,7 +30,7 @@ class Ramp:
 
 
 def offsets(count: int, rate: float | Ramp, burstiness: float, seed: int) -> list[float]:
-    """Seconds from the beginning to each of `count` arrivals, in order.
+    """Seconds from the start to each of `count` arrivals, in order.
 
     Intervals are drawn from a gamma distribution of shape `burstiness`, 1 being a Poisson process's; infinity draws
     nothing. At a fixed rate they are stretched such that the last arrival is at `count / rate`: the load that was asked

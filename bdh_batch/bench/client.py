@@ -17,7 +17,7 @@ from bdh_batch.bench.reading import Stream, Whole
 from bdh_batch.errors import ConfigError
 
 QUESTION_SECONDS = 60.0
-Exchange = tuple[str, str]  # what the user said, and what was answered
+Exchange = tuple[str, str]  # what the user said, and what the assistant said
 
 
 class Client:
@@ -37,15 +37,15 @@ class Client:
         self._pool.close()
 
     async def question(self, method: str, path: str, body: Any = None) -> Any:
-        """The JSON that answers. Raises Failed."""
-        answer = Whole()
+        """The JSON of the response. Raises Failed."""
+        response = Whole()
         content = b"" if body is None else orjson.dumps(body)
         try:
             async with asyncio.timeout(QUESTION_SECONDS):
-                await self._pool.exchange(self._address.request(method, path, self._headers, content), answer)
+                await self._pool.exchange(self._address.request(method, path, self._headers, content), response)
         except TimeoutError:
-            raise Failed("timeout", f"no answer within {QUESTION_SECONDS:g} s") from None
-        return answer.json()
+            raise Failed("timeout", f"no response within {QUESTION_SECONDS:g} s") from None
+        return response.json()
 
     async def ask(
         self, outcome: Outcome, prompt: Prompt, history: Sequence[Exchange], count: Callable[[int], None]

@@ -17,8 +17,8 @@ from bdh_batch.errors import ConfigError
 CROSSING_SECONDS = 0.05  # longer, and a close had not been under way when the request was sent
 
 
-class Answer(Protocol):
-    """Who takes an answer as it comes; must not raise, but may say that it has seen enough."""
+class ResponseReader(Protocol):
+    """Reads a response as it comes; must not raise, but may say that it has seen enough."""
 
     sent: float  # when the request first went to a socket; 0 until then
     failure: Failed | None
@@ -71,7 +71,7 @@ class Connection(asyncio.Protocol):
     """One connection, one request at a time."""
 
     def __init__(self) -> None:
-        self._answer: Answer | None = None
+        self._reader: ResponseReader | None = None
         self._end: asyncio.Future[None] | None = None
         self.usable = False
 
@@ -79,33 +79,33 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self.usable = True
 
-    def send(self, request: bytes, answer: Answer) -> asyncio.Future[None]:
-        """The future ends when the answer is whole; raises Failed where it never will be."""
-        self._answer, self._end = answer, asyncio.get_running_loop().create_future()
+    def send(self, request: bytes, reader: ResponseReader) -> asyncio.Future[None]:
+        """The future ends when the response is whole; raises Failed where it never will be."""
+        self._reader, self._end = reader, asyncio.get_running_loop().create_future()
         self._parser = httptools.HttpResponseParser(self)
-        self._type, self._bounded, self._begun, self.answered = "", False, False, False
+        self._type, self._bounded, self._begun, self.responded = "", False, False, False
         self.sent = time.perf_counter()
-        answer.sent = answer.sent or self.sent
+        reader.sent = reader.sent or self.sent
         self._transport.write(request)
         return self._end
 
     def close(self) -> None:
-        self.usable, self._answer, self._end = False, None, None
+        self.usable, self._reader, self._end = False, None, None
         self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self._now = time.perf_counter()
-        answer = self._answer
-        if answer is None:  # nobody asked: whatever it is, the next answer would not begin where it should
+        reader = self._reader
+        if reader is None:  # nobody asked: whatever it is, the next response would not begin where it should
             self.close()
             return
-        self.answered = True
+        self.responded = True
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self._fail(Failed("malformed_http", str(error)))
-        if answer.failure is not None:
-            self._fail(answer.failure)
+        if reader.failure is not None:
+            self._fail(reader.failure)
 
     def on_header(self, name: bytes, value: bytes) -> None:
         name = name.lower()
@@ -115,13 +115,13 @@ class Connection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         status = self._parser.get_status_code()
-        if self._answer is not None and status >= 200:  # what is below only tells of an answer that will come
+        if self._reader is not None and status >= 200:  # an interim response only announces the one that will come
             self._begun = True
-            self._answer.begin(status, self._type)
+            self._reader.begin(status, self._type)
 
     def on_body(self, body: bytes) -> None:
-        if self._answer is not None:
-            self._answer.take(body, self._now)
+        if self._reader is not None:
+            self._reader.take(body, self._now)
 
     def on_message_complete(self) -> None:
         if self._parser.get_status_code() >= 200:
@@ -132,17 +132,17 @@ class Connection(asyncio.Protocol):
         self.usable = False
         if self._end is None:
             return
-        if not self.answered:
-            self._fail(Failed("closed_before_answer", "the server closed the connection before it answered"))
-        elif self._begun and self._type and not self._bounded and error is None:  # the close is the answer's end
+        if not self.responded:
+            self._fail(Failed("closed_before_answer", "the server closed the connection before it responded"))
+        elif self._begun and self._type and not self._bounded and error is None:  # the close is the response's end
             self._finish()
         else:
-            self._fail(Failed("closed_mid_stream", "the server closed the connection inside its answer"))
+            self._fail(Failed("closed_mid_stream", "the server closed the connection inside its response"))
 
     def _finish(self) -> None:
         if self._end is not None and not self._end.done():
             self._end.set_result(None)
-        self._answer = self._end = None
+        self._reader = self._end = None
 
     def _fail(self, failed: Failed) -> None:
         if self._end is not None and not self._end.done():
@@ -157,8 +157,8 @@ class Pool:
         self._address = address
         self._idle: list[Connection] = []
 
-    async def exchange(self, request: bytes, answer: Answer) -> None:
-        """Sends and waits for the whole answer.
+    async def exchange(self, request: bytes, reader: ResponseReader) -> None:
+        """Sends and waits for the whole response.
 
         A kept connection that closes without a byte within CROSSING_SECONDS of the send is taken for one that the
         server had given up before it could read the request, which goes, once, over a new one; its time counts from the
@@ -168,13 +168,13 @@ class Pool:
         """
         if kept := self._kept():
             try:
-                await self._over(kept, request, answer)
+                await self._over(kept, request, reader)
                 return
             except Failed as failed:
                 held = time.perf_counter() - kept.sent
                 if failed.kind != "closed_before_answer" or held > CROSSING_SECONDS:
                     raise
-        await self._over(await self._connect(), request, answer)
+        await self._over(await self._connect(), request, reader)
 
     def close(self) -> None:
         while self._idle:
@@ -186,10 +186,10 @@ class Pool:
                 return connection
         return None
 
-    async def _over(self, connection: Connection, request: bytes, answer: Answer) -> None:
+    async def _over(self, connection: Connection, request: bytes, reader: ResponseReader) -> None:
         whole = False
         try:
-            await connection.send(request, answer)
+            await connection.send(request, reader)
             whole = True
         finally:
             if whole and connection.usable:

@@ -24,7 +24,7 @@ USERS = ("human", "user")
 
 @dataclass(frozen=True)
 class Prompt:
-    """One turn; `tokens` is how many it has as far as the client can tell, `output_tokens` the most of its answer."""
+    """One turn; `tokens` is how many it has as far as the client knows, `output_tokens` the most of its response."""
 
     content: str | list[int]
     tokens: int
@@ -55,9 +55,9 @@ def _as_many(source: Iterator[Conversation] | list[Conversation], turns: int) ->
             return
 
 
-def _generator(options: Options, *place: object) -> Random:
+def _generator(options: Options, *path: object) -> Random:
     """Of one thing that is drawn, whatever else is."""
-    return Random("/".join(map(str, (options.seed, *place))))
+    return Random("/".join(map(str, (options.seed, *path))))
 
 
 def _drawn(draw: Random, length: int, share: float) -> int:
@@ -138,16 +138,16 @@ async def _recorded_turn(options: Options, writer: Writer, asked: str, answered:
 
 async def _custom(options: Options, writer: Writer) -> list[Conversation]:
     entries = _shuffled(options, list(_lines(_path(options))))[: options.num_prompts]
-    return [[await _custom_turn(options, writer, place, entry)] for place, entry in entries]
+    return [[await _custom_turn(options, writer, source, entry)] for source, entry in entries]
 
 
-async def _custom_turn(options: Options, writer: Writer, place: str, entry: Any) -> Prompt:
+async def _custom_turn(options: Options, writer: Writer, source: str, entry: Any) -> Prompt:
     content = entry.get("prompt") if isinstance(entry, dict) else None
     if not content or not (isinstance(content, str) or _is_token_ids(content)):
-        raise ConfigError(f"{place}: should be an object with a `prompt`: a text, or a list of token ids")
+        raise ConfigError(f"{source}: should be an object with a `prompt`: a text, or a list of token ids")
     length = entry.get("output_tokens") if options.custom_output_len is None else options.custom_output_len
     if not isinstance(length, int) or length < 1:
-        raise ConfigError(f"{place}: with --custom-output-len -1, `output_tokens` should be a whole number above 0")
+        raise ConfigError(f"{source}: with --custom-output-len -1, `output_tokens` should be a whole number above 0")
     return Prompt(content, await writer.count(content) if isinstance(content, str) else len(content), length)
 
 
@@ -175,31 +175,31 @@ def _content(path: Path) -> str:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each line's place, and what it holds."""
+    """Each line's location, and what it holds."""
     for number, line in enumerate(_content(path).split("\n"), 1):
         if line.strip():
-            place = f"--dataset-path {path}, line {number}"
-            entry = _json(place, line)
-            _check_entry(place, entry)
-            yield place, entry
+            source = f"--dataset-path {path}, line {number}"
+            entry = _json(source, line)
+            _check_entry(source, entry)
+            yield source, entry
 
 
-def _json(place: str, text: str) -> Any:
+def _json(source: str, text: str) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{place}: is no JSON: {error}") from None
+        raise ConfigError(f"{source}: is no JSON: {error}") from None
 
 
-def _check_entry(place: str, entry: Any) -> None:
+def _check_entry(source: str, entry: Any) -> None:
     try:
         check_sendable(entry)
     except ValueError as error:
-        raise ConfigError(f"{place}: {error}") from None
+        raise ConfigError(f"{source}: {error}") from None
 
 
 def _recorded(options: Options) -> list[list[str]]:
-    """What was said in each conversation of a ShareGPT file, by turns; those without an answer are passed over."""
+    """What was said in each conversation of a ShareGPT file, by turns; those without a response are passed over."""
     path = _path(options)
     entries = _json(f"--dataset-path {path}", _content(path))
     if not isinstance(entries, list):
@@ -218,7 +218,7 @@ def _recorded(options: Options) -> list[list[str]]:
 
 def _exchanged(said: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """From the user's first turn on, as long as user and model take turns; what a system says is passed over. Where
-    nothing tells who speaks, the user begins."""
+    nothing says who speaks, the user begins."""
     if not any("from" in turn for turn in said):
         return said
     spoken = dropwhile(lambda turn: not _asks(turn), (turn for turn in said if turn.get("from") != "system"))

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 def percentile(values: Sequence[float], percent: float) -> float:
     """Of sorted values, at least one, with straight lines between them, as numpy's default is."""
-    place = (len(values) - 1) * percent / 100
-    below = math.floor(place)
+    position = (len(values) - 1) * percent / 100
+    below = math.floor(position)
     above = min(below + 1, len(values) - 1)
-    return values[below] + (values[above] - values[below]) * (place - below)
+    return values[below] + (values[above] - values[below]) * (position - below)
 
 
 @dataclass(frozen=True)
@@ -32,5 +32,5 @@ class Figures:
             return None
         mean = math.fsum(ordered) / len(ordered)
         std = math.sqrt(math.fsum((value - mean) ** 2 for value in ordered) / len(ordered))
-        told = tuple((percent, percentile(ordered, percent)) for percent in percents)
-        return cls(mean, percentile(ordered, 50), std, told)
+        reported = tuple((percent, percentile(ordered, percent)) for percent in percents)
+        return cls(mean, percentile(ordered, 50), std, reported)

@@ -37,7 +37,7 @@ class Measured:
         return self.ended - self.began
 
     @property
-    def answered(self) -> list[Outcome]:
+    def completed(self) -> list[Outcome]:
         return [outcome for outcome in self.outcomes if outcome.complete]
 
     @property
@@ -47,11 +47,11 @@ class Measured:
     @property
     def unfinished(self) -> int:
         """Requests that were not sent, or under way, when the run was interrupted."""
-        return self.wanted - len(self.answered) - len(self.failed)
+        return self.wanted - len(self.completed) - len(self.failed)
 
 
 def offsets(options: Options, said: Sequence[Conversation]) -> list[float]:
-    """When each conversation begins, in seconds from the beginning: the rate is of requests, so those of several turns
+    """When each conversation begins, in seconds from the start: the rate is of requests, so those of several turns
     begin less often. Raises ConfigError where the rate cannot be."""
     per_request = len(said) / sum(map(len, said))
     if options.ramp_up_strategy is None:
@@ -88,10 +88,8 @@ class Load:
 
     def __init__(self, options: Options, client: Client, said: Sequence[Conversation], tally: Tally) -> None:
         self._options, self._client, self._said, self._tally = options, client, said, tally
-        places = options.max_concurrency
-        self._place: AbstractAsyncContextManager[object] = (
-            nullcontext() if places is None else asyncio.Semaphore(places)
-        )
+        most = options.max_concurrency
+        self._limit: AbstractAsyncContextManager[object] = nullcontext() if most is None else asyncio.Semaphore(most)
         self.outcomes: list[Outcome] = []
 
     async def run(self, began: float, begins: Sequence[float]) -> None:
@@ -106,7 +104,7 @@ class Load:
     async def _converse(self, first: int, conversation: Conversation, due: float) -> None:
         history: list[Exchange] = []
         earlier: Outcome | None = None
-        async with self._place:
+        async with self._limit:
             if not self._options.open_loop:
                 due = time.perf_counter()
             for number, prompt in enumerate(conversation, first):
@@ -120,7 +118,7 @@ class Load:
                 if outcome.failure is not None:
                     self._give_up(number, first + len(conversation), due)
                     return
-                self._tally.answered += 1
+                self._tally.completed += 1
                 history.append((str(prompt.content), outcome.text))
                 earlier = outcome
                 due = time.perf_counter() + self._options.multi_turn_think_time_sec
@@ -131,9 +129,9 @@ class Load:
         """What would have followed a turn that failed has failed with it: nothing of it can be said."""
         self._tally.failed += end - failed
         for number in range(failed + 1, end):
-            follower = Outcome(number, due, 0)
-            follower.failure = Failed("earlier_turn_failed", "an earlier turn of the conversation failed")
-            self.outcomes.append(follower)
+            skipped = Outcome(number, due, 0)
+            skipped.failure = Failed("earlier_turn_failed", "an earlier turn of the conversation failed")
+            self.outcomes.append(skipped)
 
 
 async def until(due: float) -> None:

@@ -44,8 +44,8 @@ def _client_queue_time(outcome: Outcome) -> Iterator[float]:
     yield outcome.begun - outcome.due
 
 
-# By what --percentile-metrics calls them: what is told of each, as (key, name, header, seconds of an outcome).
-TOLD: Mapping[str, Sequence[tuple[str, str, str, Values]]] = {
+# By what --percentile-metrics calls them: what is reported of each, as (key, name, header, seconds of an outcome).
+REPORTED: Mapping[str, Sequence[tuple[str, str, str, Values]]] = {
     "ttft": (
         ("ttft", "TTFT", "Time to First Token", _ttft),
         ("ttft_from_send", "TTFT from Send", "Time to First Token, from the real send", _ttft_from_send),
@@ -75,7 +75,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Metrics:
-    """Rates are per second of the run, and only of requests that were answered."""
+    """Rates are per second of the run, and only of requests that were completed."""
 
     completed: int
     failed: int
@@ -95,41 +95,43 @@ class Metrics:
 
 
 def metrics_of(measured: Measured, options: Options, input_counter: str) -> Metrics:
-    """`input_counter` is who counted prompts of which the server told nothing."""
-    answered, duration = measured.answered, measured.duration
-    inputs = sum(outcome.prompt_tokens for outcome in answered)
-    outputs = sum(outcome.output_tokens for outcome in answered)
-    good = sum(is_good(outcome, options.limits) for outcome in answered)
-    told = [row for name, rows in TOLD.items() if name in options.percentile_metrics for row in rows]
+    """`input_counter` is who counted prompts of which the server reported nothing."""
+    completed, duration = measured.completed, measured.duration
+    inputs = sum(outcome.prompt_tokens for outcome in completed)
+    outputs = sum(outcome.output_tokens for outcome in completed)
+    good = sum(is_good(outcome, options.limits) for outcome in completed)
+    reported = [row for name, rows in REPORTED.items() if name in options.percentile_metrics for row in rows]
     return Metrics(
-        completed=len(answered),
+        completed=len(completed),
         failed=len(measured.failed),
         failures=Counter(outcome.failure.kind for outcome in measured.failed if outcome.failure is not None),
         total_input=inputs,
         total_output=outputs,
-        request_throughput=len(answered) / duration,
+        request_throughput=len(completed) / duration,
         request_goodput=good / duration if options.limits else None,
         output_throughput=outputs / duration,
         total_token_throughput=(inputs + outputs) / duration,
-        max_output_tokens_per_s=peak_rate(answered),
-        max_concurrent_requests=peak_concurrency(answered),
-        input_counted_by=Counter(input_counter if outcome.told_prompt is None else "usage" for outcome in answered),
-        output_counted_by=Counter(outcome.counted_by for outcome in answered),
-        events=sum(len(outcome.times) for outcome in answered),
+        max_output_tokens_per_s=peak_rate(completed),
+        max_concurrent_requests=peak_concurrency(completed),
+        input_counted_by=Counter(
+            input_counter if outcome.reported_prompt_tokens is None else "usage" for outcome in completed
+        ),
+        output_counted_by=Counter(outcome.counted_by for outcome in completed),
+        events=sum(len(outcome.times) for outcome in completed),
         latencies=[
             Latency(
                 key,
                 name,
                 header,
-                Figures.of((MS * value for one in answered for value in values(one)), options.metric_percentiles),
+                Figures.of((MS * value for one in completed for value in values(one)), options.metric_percentiles),
             )
-            for key, name, header, values in told
+            for key, name, header, values in reported
         ],
     )
 
 
 def is_good(outcome: Outcome, limits: Mapping[str, float]) -> bool:
-    """Whether an answer is within all limits, in milliseconds; one token alone takes no time per further one."""
+    """Whether a response is within all limits, in milliseconds; one token alone takes no time per further one."""
     found = {
         "ttft": outcome.first - outcome.due,
         "tpot": outcome.per_token or 0.0,
@@ -138,19 +140,19 @@ def is_good(outcome: Outcome, limits: Mapping[str, float]) -> bool:
     return all(MS * found[name] <= most for name, most in limits.items())
 
 
-def peak_rate(answered: Sequence[Outcome]) -> float:
-    """Tokens in the fullest second, by whole seconds from the first send on; all events of an answer bear the same."""
-    begin = min((outcome.sent for outcome in answered), default=0.0)
+def peak_rate(completed: Sequence[Outcome]) -> float:
+    """Tokens in the fullest second, by whole seconds from the first send on; all events of a response have the same."""
+    begin = min((outcome.sent for outcome in completed), default=0.0)
     seconds: dict[int, float] = defaultdict(float)
-    for outcome in answered:
+    for outcome in completed:
         for time in outcome.times:
             seconds[int(time - begin)] += outcome.output_tokens / len(outcome.times)
     return max(seconds.values(), default=0.0)
 
 
-def peak_concurrency(answered: Sequence[Outcome]) -> int:
+def peak_concurrency(completed: Sequence[Outcome]) -> int:
     """The most requests that were under way at one moment; who leaves makes room for who comes then."""
-    changes = [(outcome.sent, 1) for outcome in answered] + [(outcome.ended, -1) for outcome in answered]
+    changes = [(outcome.sent, 1) for outcome in completed] + [(outcome.ended, -1) for outcome in completed]
     running = most = 0
     for _, change in sorted(changes):
         running += change

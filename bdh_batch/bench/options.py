@@ -158,21 +158,21 @@ class Options:
     disable_shuffle: bool = flag(False, "take a file's entries in their order")
     no_oversample: bool = flag(False, "do not repeat a file's entries where they are too few")
     input_len: int | None = flag(None, "the same as --random-input-len", positive)
-    output_len: int | None = flag(None, "for every dataset: tokens of an answer", positive)
+    output_len: int | None = flag(None, "for every dataset: tokens of a completion", positive)
     random_input_len: int = flag(1024, "tokens of a prompt, or of a turn", positive)
-    random_output_len: int = flag(128, "tokens of an answer", positive)
+    random_output_len: int = flag(128, "tokens of a completion", positive)
     random_range_ratio: float = flag(0.0, "both lengths are drawn from ± this share of themselves", ratio)
     random_prefix_len: int = flag(0, "tokens that all prompts begin with, besides", count)
-    prefix_repetition_prefix_len: int = flag(256, "tokens of each shared beginning", positive)
+    prefix_repetition_prefix_len: int = flag(256, "tokens of each shared prefix", positive)
     prefix_repetition_suffix_len: int = flag(256, "tokens after it", positive)
-    prefix_repetition_num_prefixes: int = flag(10, "how many beginnings there are", positive)
-    prefix_repetition_output_len: int = flag(128, "tokens of an answer", positive)
-    sharegpt_output_len: int | None = flag(None, "tokens of an answer; else those of the one in the file", positive)
+    prefix_repetition_num_prefixes: int = flag(10, "how many prefixes there are", positive)
+    prefix_repetition_output_len: int = flag(128, "tokens of a completion", positive)
+    sharegpt_output_len: int | None = flag(None, "tokens of a completion; else those of the one in the file", positive)
     custom_output_len: int | None = flag(
-        256, "tokens of an answer; -1: each line's output_tokens", length_or_own, metavar="N"
+        256, "tokens of a completion; -1: each line's output_tokens", length_or_own, metavar="N"
     )
     multi_turn_num_turns: int = flag(4, "turns of a conversation, at most as many as a file has", positive)
-    multi_turn_think_time_sec: float = flag(0.0, "from an answer to the next turn", seconds)
+    multi_turn_think_time_sec: float = flag(0.0, "from a completion to the next turn", seconds)
 
     request_rate: float = flag(math.inf, "requests a second; inf: all at once, or as --max-concurrency lets them", rate)
     burstiness: float = flag(1.0, "1: a Poisson process; below, in bursts; above, more even (gamma); inf: even", rate)
@@ -183,13 +183,15 @@ class Options:
     ramp_up_start_rps: float | None = flag(None, "from this rate", rate)
     ramp_up_end_rps: float | None = flag(None, "to this one", rate)
     num_warmups: int = flag(0, "requests before the run, not measured", count)
-    ready_check_timeout_sec: float = flag(0.0, "wait so long for a first good answer, not measured; 0: do not", seconds)
+    ready_check_timeout_sec: float = flag(
+        0.0, "wait so long for a first good response, not measured; 0: do not", seconds
+    )
     request_timeout_sec: float = flag(21600.0, "a request that takes longer has failed", above_zero)
     request_id_prefix: str = flag("", "of the header x-request-id; else a random one", in_header)
 
     ignore_eos: bool | None = flag(
         None,
-        "answers have all their tokens; with random and prefix_repetition data unless --no-ignore-eos",
+        "completions have all their tokens; with random and prefix_repetition data unless --no-ignore-eos",
         action=argparse.BooleanOptionalAction,
     )
     logprobs: int | None = flag(None, "ask for so many per token", count)
@@ -203,7 +205,7 @@ class Options:
     extra_body: Mapping[str, Any] | None = flag(None, "more of each request's body", json_object, metavar="JSON")
 
     percentile_metrics: tuple[str, ...] = flag(
-        ("ttft", "tpot", "itl", "e2el"), f"what is told, of {','.join(METRICS)}", metrics, metavar="A,B"
+        ("ttft", "tpot", "itl", "e2el"), f"what is reported, of {','.join(METRICS)}", metrics, metavar="A,B"
     )
     metric_percentiles: tuple[float, ...] = flag((50.0, 90.0, 99.0), "as in 50,90,99", percentiles, metavar="P,Q")
     goodput: Sequence[tuple[str, float]] = flag(

@@ -16,7 +16,7 @@ class Tally:
     """What is counted while it happens."""
 
     wanted: int
-    answered: int = 0
+    completed: int = 0
     failed: int = 0
     running: int = 0
     tokens: int = 0
@@ -57,7 +57,7 @@ class Progress:
     def _line(self, now: float) -> str:
         tally, (then, tokens) = self._tally, self._last
         self._last = (now, tally.tokens)
-        ended, speed = tally.answered + tally.failed, (tally.tokens - tokens) / max(now - then, 1e-9)
+        ended, speed = tally.completed + tally.failed, (tally.tokens - tokens) / max(now - then, 1e-9)
         return (
             f"{ended}/{tally.wanted} requests, {tally.failed} failed, {tally.running} under way, "
             f"{speed:.0f} tokens/s, {now - self._began:.0f} s"

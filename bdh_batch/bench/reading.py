@@ -1,4 +1,4 @@
-"""Answers as they come: a stream of tokens, or JSON in one piece."""
+"""Responses as they come: a stream of tokens, or JSON in one piece."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from bdh_batch.bench.outcome import Failed, Outcome
 from bdh_batch.bench.sse import Events
 
 DONE = b"[DONE]"
-TOLD_BYTES = 2000  # as much of an error's body is kept
+ERROR_BYTES = 2000  # as much of an error's body is kept
 VISIBLE = ("content", "reasoning_content", "reasoning", "tool_calls", "function_call")
 
 
 class Whole:
-    """An answer in one piece."""
+    """A response in one piece."""
 
     def __init__(self) -> None:
         self.sent = 0.0
@@ -37,11 +37,11 @@ class Whole:
         try:
             return orjson.loads(self._body)
         except orjson.JSONDecodeError as error:
-            raise Failed("malformed_http", f"the answer is no JSON: {error}") from None
+            raise Failed("malformed_http", f"the response is no JSON: {error}") from None
 
 
 class Stream:
-    """Writes what a stream says into its outcome; `count` is told of tokens as they come."""
+    """Writes what a stream says into its outcome; `count` is called with tokens as they come."""
 
     def __init__(self, outcome: Outcome, count: Callable[[int], None]) -> None:
         self.failure: Failed | None = None
@@ -64,12 +64,12 @@ class Stream:
         self._status = status
         if status == 200 and not content_type.lower().startswith("text/event-stream"):
             self.failure = Failed(
-                "malformed_sse", f"the answer is {content_type or 'of no type'}, not text/event-stream"
+                "malformed_sse", f"the response is {content_type or 'of no type'}, not text/event-stream"
             )
 
     def take(self, body: bytes, now: float) -> None:
         if self._status != 200:
-            self._error = (self._error + body)[:TOLD_BYTES]
+            self._error = (self._error + body)[:ERROR_BYTES]
         elif self.failure is None:
             try:
                 for name, data in self._events.feed(body):
@@ -78,7 +78,7 @@ class Stream:
                 self.failure = failed
 
     def finish(self) -> None:
-        """To be called when the answer is whole. Raises Failed where it is not one."""
+        """To be called when the response is whole. Raises Failed where it is not one."""
         if self.failure is not None:
             raise self.failure
         if self._status != 200:
@@ -105,10 +105,10 @@ class Stream:
             self._choices(choices, now)
 
     def _usage(self, usage: dict[str, Any]) -> None:
-        if isinstance(told := usage.get("completion_tokens"), int):
-            self._outcome.told_tokens = told
-        if isinstance(told := usage.get("prompt_tokens"), int):
-            self._outcome.told_prompt = told
+        if isinstance(reported := usage.get("completion_tokens"), int):
+            self._outcome.reported_tokens = reported
+        if isinstance(reported := usage.get("prompt_tokens"), int):
+            self._outcome.reported_prompt_tokens = reported
 
     def _choices(self, choices: object, now: float) -> None:
         if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
@@ -116,9 +116,9 @@ class Stream:
         outcome = self._outcome
         tokens, whence = 0, "events"
         for choice in choices:
-            borne, source = tokens_of(choice)
-            tokens += borne
-            whence = source if borne else whence
+            contained, source = tokens_of(choice)
+            tokens += contained
+            whence = source if contained else whence
             outcome.pieces.append(text_of(choice))
         outcome.ended = now
         if tokens:
@@ -129,10 +129,10 @@ class Stream:
 
 
 def tokens_of(choice: dict[str, Any]) -> tuple[int, str]:
-    """How many tokens an event bears, and what says so.
+    """How many tokens an event has, and what says so.
 
-    Where it lists none, it bears one if it shows something, or if there is nothing else that it could be for: an event
-    that only names the role or the reason of the end bears none.
+    Where it lists none, it has one if it shows something, or if there is nothing else that it could be for: an event
+    that only names the role or the reason of the end has none.
     """
     logprobs = choice.get("logprobs")
     scored = logprobs if isinstance(logprobs, dict) else {}
@@ -158,7 +158,7 @@ def text_of(choice: dict[str, Any]) -> str:
 
 
 def refusal(status: int, body: bytes) -> Failed:
-    """An answer with another status than 200."""
+    """A response with another status than 200."""
     return Failed(f"http_{status}", _complaint(body))
 
 

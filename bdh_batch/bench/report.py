@@ -20,6 +20,8 @@ SHOWN_FAILURES = 10
 
 @dataclass(frozen=True)
 class Report:
+    """The figures of a run, as a table and as a result file."""
+
     options: Options
     model: str
     tokenizer: str
@@ -48,7 +50,7 @@ class Report:
         if measured.interrupted:
             found.append(f"the run was interrupted; {measured.unfinished} requests are missing.")
         if not metrics.completed:
-            found.append("no request was answered.")
+            found.append("no request was completed.")
         elif metrics.events != metrics.total_output:
             found.append(
                 f"{metrics.total_output} tokens came in {metrics.events} events that show some; "
@@ -56,7 +58,7 @@ class Report:
             )
         if guessed := sum(n for whence, n in metrics.input_counted_by.items() if whence.startswith("guess")):
             found.append(
-                f"the tokens of {guessed} prompts are a guess: the server told no usage, and has no /tokenize."
+                f"the tokens of {guessed} prompts are a guess: the server reported no usage, and has no /tokenize."
             )
         return found
 
@@ -93,7 +95,7 @@ class Report:
         return result | self._ours() | (self._detailed() if options.save_detailed else {})
 
     def _ours(self) -> dict[str, Any]:
-        """What vLLM's files do not tell."""
+        """What vLLM's files do not contain."""
         options, metrics, strain = self.options, self.metrics, self.measured.strain
         return {
             "bench_version": __version__,
@@ -119,7 +121,7 @@ class Report:
 
     @property
     def _from(self) -> str:
-        return "the time a request was due" if self.options.open_loop else "the time a place was free"
+        return "the time a request was due" if self.options.open_loop else "the time a slot was free"
 
     def _detailed(self) -> dict[str, Any]:
         """Of each request that was begun, in the order of the data; 0 and "" where nothing came."""
@@ -189,8 +191,8 @@ class Report:
         yield f"{'Failures by Kind':-^{WIDTH}}"
         for kind, number in sorted(self.metrics.failures.items()):
             yield _line(f"{kind}:", number)
-        told = {f"{one.failure.kind}: {one.failure}" for one in self.measured.failed if one.failure is not None}
-        yield from sorted(told)[:SHOWN_FAILURES]
+        failures = {f"{one.failure.kind}: {one.failure}" for one in self.measured.failed if one.failure is not None}
+        yield from sorted(failures)[:SHOWN_FAILURES]
 
     def _client_lines(self) -> Iterator[str]:
         strain = self.measured.strain

@@ -33,9 +33,9 @@ def _name(options: Options, model: str, date: datetime) -> str:
     rate = f"{options.request_rate}qps"
     if options.ramp_up_strategy is not None:
         rate = f"ramp-up-{options.ramp_up_strategy}-{options.ramp_up_start_rps:g}qps-{options.ramp_up_end_rps:g}qps"
-    places = "" if options.max_concurrency is None else f"-concurrency{options.max_concurrency}"
+    concurrency = "" if options.max_concurrency is None else f"-concurrency{options.max_concurrency}"
     name = model.rpartition("/")[2]
-    return f"{options.label or options.backend}-{rate}{places}-{name}-{date:%Y%m%d-%H%M%S}.json"
+    return f"{options.label or options.backend}-{rate}{concurrency}-{name}-{date:%Y%m%d-%H%M%S}.json"
 
 
 def write(path: Path, result: dict[str, Any], append: bool) -> None:

@@ -1,4 +1,4 @@
-"""`bench serve`, from its flags to its exit code: model, data, first answer, warm-up, run, report."""
+"""`bench serve`, from its flags to its exit code: model, data, first response, warm-up, run, report."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ RETRY_SECONDS = 0.5
 
 
 def serve(options: Options) -> int:
-    """0 where anything was answered, 1 where nothing was, 130 where the run was interrupted.
+    """0 where anything was completed, 1 where nothing was, 130 where the run was interrupted.
 
     Raises ConfigError where it cannot begin.
     """
     _allow_many_files()
-    with contextlib.suppress(asyncio.CancelledError):  # before the run there is nothing to tell
+    with contextlib.suppress(asyncio.CancelledError):  # before the run there is nothing to report
         report = uvloop.run(_interruptible(options))
         if report.measured.interrupted:
             return INTERRUPTED
@@ -107,7 +107,9 @@ async def _first_model(client: Client, options: Options) -> str:
     try:
         return str((await client.question("GET", "/v1/models"))["data"][0]["id"])
     except Failed as failed:
-        raise ConfigError(f"--model: not given, and {options.url} does not tell it: {failed.kind}: {failed}") from None
+        raise ConfigError(
+            f"--model: not given, and {options.url} does not report it: {failed.kind}: {failed}"
+        ) from None
     except (KeyError, IndexError, TypeError):
         raise ConfigError(f"--model: not given, and {options.url} lists none") from None
 
@@ -131,17 +133,17 @@ class Patience:
         patience = self._options.ready_check_timeout_sec
         if not patience:
             return
-        silence = Failed("timeout", "the answer was not whole in time")
+        silence = Failed("timeout", "the response was not complete in time")
         failure: Failed | None = silence
         began = time.perf_counter()
         try:
             async with asyncio.timeout(self._left):
-                while (failure := await attempt()) is not None:  # noqa: ASYNC110 - a server tells of no event
+                while (failure := await attempt()) is not None:  # noqa: ASYNC110 - a server announces no event
                     await asyncio.sleep(RETRY_SECONDS)
         except TimeoutError:
-            told = failure or silence
+            last = failure or silence
             raise ConfigError(
-                f"--ready-check-timeout-sec {patience:g}: no good answer of {self._options.url}: {told.kind}: {told}"
+                f"--ready-check-timeout-sec {patience:g}: no good response of {self._options.url}: {last.kind}: {last}"
             ) from None
         self._left -= time.perf_counter() - began
 
@@ -158,10 +160,10 @@ async def _listening(client: Client) -> Failed | None:
 
 async def _warm_up(options: Options, client: Client, prompt: Prompt) -> None:
     """Says what failed, as a run that was not warmed is another one."""
-    places = asyncio.Semaphore(options.max_concurrency or max(1, options.num_warmups))
+    limit = asyncio.Semaphore(options.max_concurrency or max(1, options.num_warmups))
 
     async def warm(number: int) -> Failed | None:
-        async with places:
+        async with limit:
             return await _try(client, prompt, number)
 
     ended = await asyncio.gather(*map(warm, range(options.num_warmups)))
@@ -177,13 +179,13 @@ async def _try(client: Client, prompt: Prompt, number: int) -> Failed | None:
 
 
 async def _count_texts(measured: Measured, tokens: Tokens) -> None:
-    """Where a server tells of no tokens, their number is that of the text's."""
+    """Where a server reports no tokens, their number is that of the text's."""
     if not tokens.exact:
         return
-    for outcome in measured.answered:
+    for outcome in measured.completed:
         if outcome.counted_by == "events":
-            with contextlib.suppress(Failed):  # the server is gone; then the events are what there is, and it is told
-                outcome.retold_tokens = await tokens.count(outcome.text)
+            with contextlib.suppress(Failed):  # the server is gone; then the events are counted, as the report says
+                outcome.retokenized_tokens = await tokens.count(outcome.text)
 
 
 def _allow_many_files() -> None:

@@ -28,7 +28,7 @@ class Strain:
     send_late_p99: float | None
 
     def signs(self) -> list[str]:
-        """Why the figures may tell of the client rather than of the server; nothing where they do not."""
+        """Why the figures may say more of the client than of the server; nothing where they do not."""
         found = []
         if self.cpu_share >= BUSY:
             found.append(f"the client was busy {self.cpu_share:.0%} of the time")

@@ -28,7 +28,7 @@ class Writer:
 
     def __init__(self, tokens: Tokens, characters_per_token: float) -> None:
         self.tokens = tokens
-        self._places = asyncio.Semaphore(AT_ONCE)
+        self._limit = asyncio.Semaphore(AT_ONCE)
         self._characters_per_token = characters_per_token
 
     @classmethod
@@ -37,14 +37,14 @@ class Writer:
         return cls(tokens, SAMPLE_CHARACTERS / max(1, await tokens.count(sample)))
 
     async def count(self, text: str) -> int:
-        async with self._places:
+        async with self._limit:
             return await self.tokens.count(text)
 
     async def text(self, draw: Random, length: int) -> tuple[str, int]:
         """A text of `length` tokens, or as near as the tokenizer lets it come, and how many it has."""
         if not length:
             return "", 0
-        async with self._places:
+        async with self._limit:
             text = words(draw, max(1, round(length * self._characters_per_token)))
             for _ in range(ROUNDS):
                 count = await self.tokens.count(text)

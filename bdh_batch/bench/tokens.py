@@ -17,6 +17,8 @@ Ask = Callable[[str, str, Any], Awaitable[Any]]
 
 
 class Tokens(Protocol):
+    """Counts the tokens of a text."""
+
     name: str
     exact: bool
 
@@ -28,6 +30,8 @@ class Tokens(Protocol):
 
 
 class ByteTokens:
+    """Counts bytes, for models whose tokens are bytes."""
+
     name, exact = "bytes", True
 
     async def count(self, text: str) -> int:
@@ -38,6 +42,8 @@ class ByteTokens:
 
 
 class GuessedTokens:
+    """Guesses tokens from characters."""
+
     name, exact = f"guess: {GUESSED_CHARACTERS} characters", False
 
     async def count(self, text: str) -> int:
@@ -48,6 +54,8 @@ class GuessedTokens:
 
 
 class FileTokens:
+    """Counts tokens by a tokenizer.json."""
+
     exact = True
 
     def __init__(self, path: Path) -> None:
@@ -74,6 +82,8 @@ class FileTokens:
 
 
 class ServerTokens:
+    """Counts tokens by the server's /tokenize."""
+
     name, exact = "the server's /tokenize", True
 
     def __init__(self, ask: Ask, model: str) -> None:

@@ -3,7 +3,6 @@
 Knows the server by its HTTP interface alone.
 """
 
-from bdh_batch.client.answers import Metrics, Score, ServerInfo, Text, TokenizerInfo, Tokens
 from bdh_batch.client.client import AsyncBDHClient, BDHClient
 from bdh_batch.client.errors import (
     ClientError,
@@ -26,14 +25,15 @@ from bdh_batch.client.errors import (
     Unreachable,
     UnsupportedParameter,
 )
-from bdh_batch.client.wishes import ChatWishes, CompletionWishes, StreamOptions, StructuredOutputs
+from bdh_batch.client.parameters import ChatParameters, CompletionParameters, StreamOptions, StructuredOutputs
+from bdh_batch.client.responses import Metrics, Score, ServerInfo, Text, TokenizerInfo, Tokens
 
 __all__ = [
     "AsyncBDHClient",
     "BDHClient",
-    "ChatWishes",
+    "ChatParameters",
     "ClientError",
-    "CompletionWishes",
+    "CompletionParameters",
     "ContextLengthExceeded",
     "DeadlineExceeded",
     "Forbidden",

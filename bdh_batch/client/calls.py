@@ -1,4 +1,4 @@
-"""Each call of the client as a value: what is sent, and how the answer is read. Knows nothing about sockets."""
+"""Each call of the client as a value: what is sent, and how the response is read. Knows nothing about sockets."""
 
 from __future__ import annotations
 
@@ -10,52 +10,56 @@ from openai import BaseModel, RequestOptions
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam
 
-from bdh_batch.client.answers import Metrics, Score, ServerInfo, Text, TokenizerInfo, Tokens
-from bdh_batch.client.wishes import ChatWishes, CompletionWishes, Prompt, StreamOptions
+from bdh_batch.client.parameters import ChatParameters, CompletionParameters, Prompt, StreamOptions
+from bdh_batch.client.responses import Metrics, Score, ServerInfo, Text, TokenizerInfo, Tokens
 
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 Messages = Iterable[ChatCompletionMessageParam]
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 
 @dataclass(frozen=True)
-class Call(Generic[Answer]):
-    """One request: a POST if it has a `body`, else a GET. `read` makes the answer of what came, which is a `kind`."""
+class Call(Generic[Result]):
+    """One request: a POST if it has a `body`, else a GET. `read` makes the result of the response, a `kind`."""
 
     path: str
     kind: type[Any]
-    read: Callable[[Any], Answer]
+    read: Callable[[Any], Result]
     body: Mapping[str, object] | None = None
     options: RequestOptions = field(default_factory=RequestOptions)
 
 
 @dataclass(frozen=True)
-class Streamed(Generic[Answer]):
+class Streamed(Generic[Result]):
     """A POST that is answered by a stream of chunks."""
 
     path: str
-    kind: type[Answer]
+    kind: type[Result]
     body: Mapping[str, object]
     options: RequestOptions
 
 
-def complete(prompt: Prompt, *, deadline: float | None = None, **wishes: Unpack[CompletionWishes]) -> Call[Completion]:
-    """Goes on from a prompt: text or token ids, or a list of either.
+def complete(
+    prompt: Prompt, *, deadline: float | None = None, **parameters: Unpack[CompletionParameters]
+) -> Call[Completion]:
+    """Completes a prompt: text or token ids, or a list of either.
 
     Args:
         deadline: seconds that the server gives the request, `x-request-timeout`.
     """
-    body = {"prompt": prompt, **wishes}
+    body = {"prompt": prompt, **parameters}
     return Call(COMPLETIONS, Completion, _itself(Completion), body, _within(deadline))
 
 
-def chat(messages: Messages, *, deadline: float | None = None, **wishes: Unpack[ChatWishes]) -> Call[ChatCompletion]:
-    """Answers a conversation.
+def chat(
+    messages: Messages, *, deadline: float | None = None, **parameters: Unpack[ChatParameters]
+) -> Call[ChatCompletion]:
+    """Continues a conversation.
 
     Args:
         deadline: as of `complete`.
     """
-    body = {"messages": [*messages], **wishes}
+    body = {"messages": [*messages], **parameters}
     return Call(CHAT, ChatCompletion, _itself(ChatCompletion), body, _within(deadline))
 
 
@@ -64,14 +68,14 @@ def stream_complete(
     *,
     options: StreamOptions | None = None,
     deadline: float | None = None,
-    **wishes: Unpack[CompletionWishes],
+    **parameters: Unpack[CompletionParameters],
 ) -> Streamed[Completion]:
     """As `complete`, in chunks as they come; to close the iterator ends the generation.
 
     Args:
         options: `stream_options`.
     """
-    body = {"prompt": prompt, **wishes, "stream": True, "stream_options": options}
+    body = {"prompt": prompt, **parameters, "stream": True, "stream_options": options}
     return Streamed(COMPLETIONS, Completion, body, _within(deadline))
 
 
@@ -80,27 +84,27 @@ def stream_chat(
     *,
     options: StreamOptions | None = None,
     deadline: float | None = None,
-    **wishes: Unpack[ChatWishes],
+    **parameters: Unpack[ChatParameters],
 ) -> Streamed[ChatCompletionChunk]:
     """As `chat`, in chunks as they come; to close the iterator ends the generation.
 
     Args:
         options: `stream_options`.
     """
-    body = {"messages": [*messages], **wishes, "stream": True, "stream_options": options}
+    body = {"messages": [*messages], **parameters, "stream": True, "stream_options": options}
     return Streamed(CHAT, ChatCompletionChunk, body, _within(deadline))
 
 
 def score(text: str | Sequence[int], *, model: str | None = None) -> Call[Score]:
     """What the model says of a text, or of token ids; nothing is generated."""
-    return Call(COMPLETIONS, Completion, lambda answer: Score.read(answer.choices[0]), _scored([text], model))
+    return Call(COMPLETIONS, Completion, lambda response: Score.read(response.choices[0]), _scored([text], model))
 
 
 def score_all(texts: Sequence[str | Sequence[int]], *, model: str | None = None) -> Call[list[Score]]:
     """As `score`, of several texts in one request; the server bounds how many there may be (`limits.max_prompts`)."""
 
-    def read(answer: Completion) -> list[Score]:
-        return [Score.read(choice) for choice in answer.choices]
+    def read(response: Completion) -> list[Score]:
+        return [Score.read(choice) for choice in response.choices]
 
     return Call(COMPLETIONS, Completion, read, _scored(texts, model))
 
@@ -130,11 +134,11 @@ def tokenize_chat(
 def detokenize(tokens: Sequence[int], *, model: str | None = None) -> Call[str]:
     """The text of token ids."""
     body = {"tokens": tokens, "model": model}
-    return Call("/detokenize", Text, lambda answer: str(answer.prompt), body)
+    return Call("/detokenize", Text, lambda response: str(response.prompt), body)
 
 
 def tokenizer_info() -> Call[TokenizerInfo]:
-    """What the server tells of its tokenizer."""
+    """What the server reports of its tokenizer."""
     return Call("/tokenizer_info", TokenizerInfo, _itself(TokenizerInfo))
 
 
@@ -144,7 +148,7 @@ def server_info() -> Call[ServerInfo]:
 
 
 def metrics() -> Call[Metrics]:
-    """What /metrics tells at this moment."""
+    """What /metrics reports at this moment."""
     return Call("/metrics", str, Metrics)
 
 
@@ -161,7 +165,7 @@ def ready(*, timeout: float | None = None) -> Call[None]:
     """Nothing, if the server takes work.
 
     Args:
-        timeout: seconds to wait for its answer; None is the client's.
+        timeout: seconds to wait for its response; None is the client's.
 
     Raises:
         Unavailable: with the reason, while it loads or drains.
@@ -174,14 +178,14 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def _itself(kind: type[Model]) -> Callable[[Any], Model]:
-    def read(answer: Any) -> Model:
-        assert isinstance(answer, kind)
-        return answer
+    def read(response: Any) -> Model:
+        assert isinstance(response, kind)
+        return response
 
     return read
 
 
-def _nothing(answer: str) -> None:
+def _nothing(response: str) -> None:
     return None
 
 

@@ -17,7 +17,7 @@ from bdh_batch.client.calls import Call, Streamed
 from bdh_batch.client.errors import Unavailable, Unreachable, meaning
 
 Arguments = ParamSpec("Arguments")
-Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 DEFAULT_URL = "http://127.0.0.1:8000"
 POLL_SECONDS = 0.1
 Streams: Any = Stream  # of a kind that is known when it runs only
@@ -32,8 +32,8 @@ def _describe(method: Any, build: Callable[..., Any]) -> None:
     method.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])
 
 
-def _now(build: Callable[Arguments, Call[Answer]]) -> Callable[Concatenate[BDHClient, Arguments], Answer]:
-    def method(self: BDHClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Answer:
+def _now(build: Callable[Arguments, Call[Result]]) -> Callable[Concatenate[BDHClient, Arguments], Result]:
+    def method(self: BDHClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         return self.send(build(*args, **kwargs))
 
     _describe(method, build)
@@ -41,9 +41,9 @@ def _now(build: Callable[Arguments, Call[Answer]]) -> Callable[Concatenate[BDHCl
 
 
 def _awaited(
-    build: Callable[Arguments, Call[Answer]],
-) -> Callable[Concatenate[AsyncBDHClient, Arguments], Awaitable[Answer]]:
-    def method(self: AsyncBDHClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Awaitable[Answer]:
+    build: Callable[Arguments, Call[Result]],
+) -> Callable[Concatenate[AsyncBDHClient, Arguments], Awaitable[Result]]:
+    def method(self: AsyncBDHClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Awaitable[Result]:
         return self.send(build(*args, **kwargs))
 
     _describe(method, build)
@@ -51,9 +51,9 @@ def _awaited(
 
 
 def _streamed(
-    build: Callable[Arguments, Streamed[Answer]],
-) -> Callable[Concatenate[BDHClient, Arguments], Iterator[Answer]]:
-    def method(self: BDHClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Iterator[Answer]:
+    build: Callable[Arguments, Streamed[Result]],
+) -> Callable[Concatenate[BDHClient, Arguments], Iterator[Result]]:
+    def method(self: BDHClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Iterator[Result]:
         return self.stream(build(*args, **kwargs))
 
     _describe(method, build)
@@ -61,9 +61,9 @@ def _streamed(
 
 
 def _streamed_later(
-    build: Callable[Arguments, Streamed[Answer]],
-) -> Callable[Concatenate[AsyncBDHClient, Arguments], AsyncIterator[Answer]]:
-    def method(self: AsyncBDHClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> AsyncIterator[Answer]:
+    build: Callable[Arguments, Streamed[Result]],
+) -> Callable[Concatenate[AsyncBDHClient, Arguments], AsyncIterator[Result]]:
+    def method(self: AsyncBDHClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> AsyncIterator[Result]:
         return self.stream(build(*args, **kwargs))
 
     _describe(method, build)
@@ -113,14 +113,14 @@ class BDHClient:
                 time.sleep(POLL_SECONDS)
         self.ready(timeout=POLL_SECONDS)
 
-    def send(self, call: Call[Answer]) -> Answer:
+    def send(self, call: Call[Result]) -> Result:
         url = self._root + call.path
         with meaning():
             if call.body is None:
                 return call.read(self.openai.get(url, cast_to=call.kind, options=call.options))
             return call.read(self.openai.post(url, cast_to=call.kind, body=call.body, options=call.options))
 
-    def stream(self, call: Streamed[Answer]) -> Iterator[Answer]:
+    def stream(self, call: Streamed[Result]) -> Iterator[Result]:
         with meaning():
             chunks = self.openai.post(
                 self._root + call.path,
@@ -179,14 +179,14 @@ class AsyncBDHClient:
                 await asyncio.sleep(POLL_SECONDS)
         await self.ready(timeout=POLL_SECONDS)
 
-    async def send(self, call: Call[Answer]) -> Answer:
+    async def send(self, call: Call[Result]) -> Result:
         url = self._root + call.path
         with meaning():
             if call.body is None:
                 return call.read(await self.openai.get(url, cast_to=call.kind, options=call.options))
             return call.read(await self.openai.post(url, cast_to=call.kind, body=call.body, options=call.options))
 
-    async def stream(self, call: Streamed[Answer]) -> AsyncIterator[Answer]:
+    async def stream(self, call: Streamed[Result]) -> AsyncIterator[Result]:
         with meaning():
             chunks = await self.openai.post(
                 self._root + call.path,

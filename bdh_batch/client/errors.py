@@ -1,4 +1,4 @@
-"""What a client is told, by meaning. Each error's `__cause__` is the `openai` client's own.
+"""Errors of the client, by meaning. Each error's `__cause__` is the `openai` client's own.
 
 ClientError
 ├── InvalidRequest         the request itself is at fault; `param` names the field
@@ -18,7 +18,7 @@ ClientError
 │   ├── QueueTimeout           while it waited
 │   └── RunTimeout             while it ran
 ├── ServerFailed           a fault of the server's; its log has the reason under `request_id`
-└── Unreachable            no answer came
+└── Unreachable            no response came
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from openai import APIConnectionError, APIError, APIStatusError
 
 
 class ClientError(Exception):
-    """The root of the tree.
+    """The base of all errors that the client raises.
 
     Attributes:
         status: of HTTP; None where none came, as with an error that ends a stream.
         code, param: as in the error's body, or None.
-        request_id: under which the server's log has the request, or None where no answer came.
+        request_id: under which the server's log has the request, or None where no response came.
         retry_after: seconds, or None where the server did not say.
     """
 
@@ -59,78 +59,78 @@ class ClientError(Exception):
 
 
 class InvalidRequest(ClientError):
-    pass
+    """400: the request itself is invalid; `param` names the field."""
 
 
 class UnknownParameter(InvalidRequest):
-    pass
+    """400: a field that the server does not know."""
 
 
 class UnsupportedParameter(InvalidRequest):
-    pass
+    """400: a field or value that the server or its model does not support."""
 
 
 class ContextLengthExceeded(InvalidRequest):
-    pass
+    """400: the prompt, with `max_tokens`, does not fit the model's context."""
 
 
 class Unauthorized(ClientError):
-    pass
+    """401: no API key, or a wrong one."""
 
 
 class Forbidden(ClientError):
-    pass
+    """403: the API key does not allow it."""
 
 
 class NotFound(ClientError):
-    pass
+    """404: the path does not exist."""
 
 
 class ModelNotFound(NotFound):
-    pass
+    """404: the model does not exist."""
 
 
 class TooLarge(ClientError):
-    pass
+    """413 or 431: the body or the headers are too large."""
 
 
 class RetryLater(ClientError):
-    pass
+    """The base of errors after which the same request can succeed in `retry_after` seconds."""
 
 
 class RateLimited(RetryLater):
-    pass
+    """429: this API key or address has used up its rate limit."""
 
 
 class QueueFull(RetryLater):
-    pass
+    """429: the queue is full."""
 
 
 class Unavailable(RetryLater):
-    pass
+    """503: the server loads or drains, or its engine is down."""
 
 
 class DeadlineExceeded(ClientError):
-    pass
+    """The base of timeouts: the request's time was up."""
 
 
 class QueueTimeout(DeadlineExceeded):
-    pass
+    """408: the request's time was up while it waited in the queue."""
 
 
 class RunTimeout(DeadlineExceeded):
-    pass
+    """504: the request's time was up while it ran."""
 
 
 class ServerFailed(ClientError):
-    pass
+    """500: an internal fault of the server; its log has the reason under `request_id`."""
 
 
 class Unreachable(ClientError):
-    pass
+    """No response came."""
 
 
-# The first that tells decides: the code, then the type of the body, then the status where a proxy answered without one.
+# The first that decides: the code, then the type of the body, then the status where a proxy answered without one.
 BY_CODE: dict[str | None, type[ClientError]] = {
     "unknown_parameter": UnknownParameter,
     "unsupported_parameter": UnsupportedParameter,
@@ -190,5 +190,5 @@ def translated(error: APIError) -> ClientError:
 
 
 def _seconds(value: str) -> float | None:
-    """None for the other form of Retry-After, a date, which this server never sends."""
+    """None for the other syntax of Retry-After, a date, which this server never sends."""
     return float(value) if value.isdecimal() else None

@@ -1,1 +1,1 @@
-"""The front door: an OpenAI-compatible HTTP API. Knows backends by their protocol only."""
+"""An OpenAI-compatible HTTP API. Knows backends by their protocol only."""

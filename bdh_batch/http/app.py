@@ -1,4 +1,4 @@
-"""Puts the front door together: routes, error answers, and the middleware in its order."""
+"""Assembles the application: routes, error responses, and the middleware in its order."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def create_app(
         },
     )
     app.router.redirect_slashes = False  # a path that is not there is a 404, with the error body
-    # Outside Starlette, so that no answer goes without an id, not even that to a fault in the middleware.
+    # Outside Starlette, so that no response goes without an id, not even that to a fault in the middleware.
     return RequestContext(app, metrics, [route.path for route in routes], spans)
 
 

@@ -38,7 +38,7 @@ from bdh_batch.settings import Auth
 MODEL = (403, 404, 503)  # of all that asks for the model
 WORK = (429, 504)  # of all that the engine works on
 TAGS = {
-    "Generation": "Answers of the model, as OpenAI's API has them.",
+    "Generation": "Completions of the model, as in OpenAI's API.",
     "Tokens": "Text to tokens and back.",
     "Models": "What is served.",
     "Operation": "For probes, load balancers and monitoring.",
@@ -55,17 +55,18 @@ class Open(Enum):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """
+    """One row of the table: a path, its handler, its access and its documentation.
+
     Args:
-        handler: the method of `Routes` that answers.
+        handler: the method of `Routes` that handles it.
         open: whether it is; None is for callers only.
         documented: whether it is in the OpenAPI document.
         bodies: of which the request has one; none takes no body.
-        answer: of status 200; a text is a media type, None an empty body.
+        response: of status 200; a text is a media type, None an empty body.
         event: the chunk of a stream, where there can be one.
         errors: statuses that are not possible everywhere.
         requests: example bodies by name.
-        replies: example answers by name.
+        replies: example responses by name.
     """
 
     id: str
@@ -73,7 +74,7 @@ class Endpoint:
     tag: str
     path: str
     summary: str
-    answer: type[BaseModel] | str | None
+    response: type[BaseModel] | str | None
     method: str = "get"
     description: str = ""
     bodies: Sequence[type[BaseModel]] = ()
@@ -93,14 +94,14 @@ HEALTH = (("", "/health"), ("2", "/healthz"), ("3", "/livez"))
 
 
 def _generation() -> list[Endpoint]:
-    stream = "With `stream`, the answer is server-sent events; the last is `data: [DONE]`, or an error."
+    stream = "With `stream`, the response is server-sent events; the last is `data: [DONE]`, or an error."
     return [
         Endpoint(
             "createCompletion",
             "completions",
             "Generation",
             "/v1/completions",
-            "Continue a text",
+            "Complete a text",
             Completion,
             "post",
             stream,
@@ -110,7 +111,7 @@ def _generation() -> list[Endpoint]:
             requests={
                 "text": {"model": NAME, "prompt": "ROMEO:\n", "max_tokens": 24, "temperature": 0},
                 "stream": {"prompt": "ROMEO:\n", "max_tokens": 24, "stream": True},
-                "answers of a given form": {
+                "structured output": {
                     "prompt": "The colour is ",
                     "structured_outputs": {"choice": ["red", "green"]},
                     "n": 2,
@@ -126,7 +127,7 @@ def _generation() -> list[Endpoint]:
             "chat_completions",
             "Generation",
             "/v1/chat/completions",
-            "Answer a conversation",
+            "Continue a conversation",
             ChatCompletion,
             "post",
             stream,
@@ -255,7 +256,7 @@ def _models() -> list[Endpoint]:
 
 def _operation() -> list[Endpoint]:
     well = {"well": {"status": "ok"}}
-    alive = "503 where the engine is dead, or has had work and made no step for `health.stall_seconds`."
+    alive = "503 where the engine is dead, or has work and made no step for `health.stall_seconds`."
     probes = [
         *(("isHealthy" + suffix, "health", path, "Alive and making progress?", alive, well) for suffix, path in HEALTH),
         *(

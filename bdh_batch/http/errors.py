@@ -1,4 +1,21 @@
-"""Errors by meaning to answers: status, OpenAI's error body, headers."""
+"""Maps errors to responses: status, OpenAI's error body, headers. Adds the errors that only HTTP knows.
+
+BDHError
+├── InvalidHTTP            400  the bytes are not a valid HTTP/1.1 request
+├── InvalidCoding          400  the body cannot be decoded by its Content-Encoding
+├── OriginRefused          400  a preflight from an origin that is not allowed
+├── Unauthorized           401  no API key, or a wrong one
+├── Forbidden              403  the API key does not allow it
+├── HostRefused            403  a Host header that is not allowed
+├── HeaderTimeout          408  the headers did not arrive in time
+├── BodyTimeout            408  the body did not arrive in time
+├── BodyTooLarge           413  the body is too large
+├── UnsupportedMedia       415  the body is not JSON, or its coding is not supported
+├── HeadersTooLarge        431  the headers are too large
+└── RetryLater
+    ├── RateLimited        429  the caller's requests or tokens per minute are used up
+    └── TooManyConnections 429  one address has too many connections open
+"""
 
 from __future__ import annotations
 
@@ -45,11 +62,14 @@ TYPES = {
 
 
 class Unauthorized(BDHError):
-    pass
+    """401: the request carries no API key, or a wrong one."""
 
 
 class Forbidden(BDHError):
-    """`param` is the field that asks for what the key may not have."""
+    """403: the API key does not allow what the request asks for.
+
+    `param` is the field that asks for it.
+    """
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
@@ -57,43 +77,43 @@ class Forbidden(BDHError):
 
 
 class InvalidHTTP(BDHError):
-    pass
+    """400: the bytes are not a valid HTTP/1.1 request."""
 
 
 class HeadersTooLarge(BDHError):
-    pass
+    """431: the request line and headers exceed `limits.max_header_bytes`."""
 
 
 class HeaderTimeout(BDHError):
-    pass
+    """408: the headers did not arrive within `limits.header_seconds`."""
 
 
 class BodyTooLarge(BDHError):
-    pass
+    """413: the body exceeds `limits.max_body_bytes`."""
 
 
 class BodyTimeout(BDHError):
-    pass
+    """408: the body did not arrive within `limits.body_seconds`."""
 
 
 class UnsupportedMedia(BDHError):
-    """415: a body that is no JSON, by what its headers say, or in a coding that is not understood here."""
+    """415: the Content-Type is not JSON, or the Content-Encoding is not supported."""
 
 
 class InvalidCoding(BDHError):
-    """400: a body that is not what its Content-Encoding says."""
+    """400: the body cannot be decoded by its Content-Encoding."""
 
 
 class OriginRefused(BDHError):
-    pass
+    """400: a CORS preflight from an origin that `server.cors_origins` does not list."""
 
 
 class HostRefused(BDHError):
-    """403: a name in the Host header that this server is not called by."""
+    """403: the Host header names a host that `server.allowed_hosts` does not list."""
 
 
 class RateLimited(RetryLater):
-    pass
+    """429: the caller has used up its requests or tokens per minute."""
 
 
 class TooManyConnections(RetryLater):
@@ -124,7 +144,7 @@ STATUS: dict[type[BDHError], tuple[int, str | None]] = {
 
 
 def describe(error: BDHError) -> tuple[int, dict[str, Any]]:
-    """The status and the body that tell a client of `error`."""
+    """The status and the body of the response that reports `error`."""
     if isinstance(error, InvalidRequest):
         return 400, _body(400, error.message, error.param, error.code)
     status, code = STATUS.get(type(error), (500, None))
@@ -133,7 +153,7 @@ def describe(error: BDHError) -> tuple[int, dict[str, Any]]:
 
 
 def error_response(error: BDHError) -> Response:
-    """What the client of a request that ended with `error` is told."""
+    """The response to a request that ended with `error`."""
     status, body = describe(error)
     response = _json(status, body)
     if isinstance(error, RetryLater):
@@ -150,7 +170,7 @@ def error_response(error: BDHError) -> Response:
 
 
 def internal_error() -> Response:
-    return _json(500, _body(500, "The server failed; its log has the reason under this request's id."))
+    return _json(500, _body(500, "Internal server error. The server's log has the reason under this request's id."))
 
 
 async def handle_fault(request: Request, error: Exception) -> Response:
@@ -169,24 +189,25 @@ async def handle_http_exception(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         message = _nothing_at(request)
     elif error.status_code == 405:
-        message = f"{request.url.path} has no {request.method}, but {headers.get('Allow', 'other methods')}."
+        allowed = headers.get("Allow", "other methods")
+        message = f"Method {request.method} is not allowed for {request.url.path}; allowed: {allowed}."
     response = _json(error.status_code, _body(error.status_code, message, None, CODES.get(error.status_code)))
     response.headers.update(headers)
     return response
 
 
 def _nothing_at(request: Request) -> str:
-    """Clients whose base URL lacks its /v1, has one too many, or slashes, are told; others, what there is."""
+    """Suggests the path that was meant (a /v1 or slashes too few or too many), else similar ones."""
     path: str = request.scope["path"]
     shown = path if len(path) <= LONGEST_PATH else f"{path[:LONGEST_PATH]}…"
     plain = REPEATED_SLASHES.sub("/", path).rstrip("/")
     for meant in (f"/v1{path}", path.removeprefix("/v1"), plain, f"/v1{plain}", plain.removeprefix("/v1")):
         scope = {**request.scope, "path": meant}
         if meant != "/" and any(route.matches(scope)[0] != Match.NONE for route in request.app.routes):
-            return f"There is nothing at {shown}. Did you mean {meant}?"
+            return f"The path {shown} does not exist. Did you mean {meant}?"
     known = [route.path.replace(":path}", "}") for route in request.app.routes if isinstance(route, Route)]
     near = get_close_matches(path[:LONGEST_PATH], known, 3, SIMILAR) or MAIN_PATHS
-    return f"There is nothing at {shown}. There is {', '.join(near)}; /openapi.json lists all."
+    return f"The path {shown} does not exist. Available: {', '.join(near)}; /openapi.json lists all."
 
 
 def _body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

@@ -32,13 +32,13 @@ class ServedModel:
     def names(self) -> tuple[str, ...]:
         return self.name, *self.aliases
 
-    def check_name(self, model: str | None, told: bool = True) -> None:
-        """Raises ModelNotFound unless `model` is this one; None always is. Who asks may be `told` its names."""
+    def check_name(self, model: str | None, show_names: bool = True) -> None:
+        """Raises ModelNotFound unless `model` is this one; None always is. The error lists names if `show_names`."""
         if model is not None and model not in self.names:
-            raise ModelNotFound(model, self.names if told else ())
+            raise ModelNotFound(model, self.names if show_names else ())
 
     def card(self, name: str) -> Mapping[str, object]:
-        """What there is to tell of the model under one of its names."""
+        """What /v1/models reports of the model under one of its names."""
         return {
             "id": name,
             "object": "model",
@@ -50,6 +50,8 @@ class ServedModel:
 
 
 class Gate:
+    """Gives handlers the model while it is ready, and refuses requests while it loads or drains."""
+
     LOADING, DRAINING = "the model is loading", "the server is shutting down"
 
     def __init__(self) -> None:
@@ -71,7 +73,7 @@ class Gate:
     def model(self) -> ServedModel:
         """The model, for new work. Raises Unavailable while the gate is closed."""
         if self._closed is not None or self._model is None:
-            raise Unavailable(f"Not now: {self._closed}.", retry_after=5)
+            raise Unavailable(f"The server is not ready: {self._closed}.", retry_after=5)
         return self._model
 
     def load(self) -> int:

@@ -38,7 +38,7 @@ WITHOUT_SPANS = frozenset(
 
 
 class RequestContext:
-    """Outermost: gives the request an id (the client's, if it sent a sane one), counts it, answers for what fails."""
+    """Outermost: gives the request an id (the client's, if it sent a sane one), counts it, handles faults."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, known_paths: Iterable[str], spans: Spans | None = None) -> None:
         self._app = app
@@ -158,7 +158,7 @@ class BodyLimit:
         return bounded
 
     def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"A request body may have {self._most} bytes here (limits.max_body_bytes).")
+        return BodyTooLarge(f"The request body exceeds the limit of {self._most} bytes (limits.max_body_bytes).")
 
 
 class _Body:
@@ -193,7 +193,7 @@ class Origins(CORSMiddleware):
             allow_credentials="*" not in origins,  # what any page may ask is nobody's in particular
             expose_headers=["x-request-id", "openai-processing-ms", "retry-after", *HEADERS],
         )
-        self._told = Occasionally()
+        self._warnings = Occasionally()
 
     def preflight_response(self, request_headers: Headers) -> Response:
         response = super().preflight_response(request_headers)
@@ -204,7 +204,7 @@ class Origins(CORSMiddleware):
             text = f"{bytes(response.body).decode()}."
         else:
             text = f"Web pages of {origin} may not call this server: server.cors_origins does not list their origin."
-            self._told.warn("a web page of %r was refused; server.cors_origins can list its origin", origin[:100])
+            self._warnings.warn("a web page of %r was refused; server.cors_origins can list its origin", origin[:100])
         refusal = error_response(OriginRefused(text))
         kept = {name: value for name, value in response.headers.items() if not name.startswith("content-")}
         refusal.headers.update(kept)

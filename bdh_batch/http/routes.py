@@ -1,4 +1,4 @@
-"""What answers at each endpoint (`endpoints.py`): it parses, asks the gate for the model, and responds."""
+"""The handler of each endpoint (`endpoints.py`): it parses, asks the gate for the model, and responds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bdh_batch.http.presence import unless_left
 from bdh_batch.http.request.body import Body, check, parse, read_object
 from bdh_batch.http.request.off_loop import Aside, OffLoop
 from bdh_batch.http.responses.embeddings import embeddings
-from bdh_batch.http.responses.frames import Answer, ChatFrames, CompletionFrames, Frames
+from bdh_batch.http.responses.frames import ChatFrames, CompletionFrames, Frames, ResponseOptions
 from bdh_batch.http.responses.generation import CHARACTERS, EventStream, whole
 from bdh_batch.http.responses.json_pieces import JsonInPieces, dump_text
 from bdh_batch.http.responses.tokens import tokenization
@@ -39,13 +39,15 @@ from bdh_batch.settings import Settings
 from bdh_batch.text.sources import Source
 
 TIMEOUT_HEADER = "x-request-timeout"
-TOLD = {"engine", "scheduler", "prefix_cache", "generation", "limits"}  # sections that any client may know
+SHOWN_SETTINGS = {"engine", "scheduler", "prefix_cache", "generation", "limits"}  # sections that any client may know
 SECRET = {"scheduler": {"weights", "trace_file"}}
 SEQUENCE_COST = 20  # microseconds, about, to make the request for one
 LONGEST_TIMEOUT = 86400.0  # seconds
 
 
 class Routes:
+    """Handles the requests of every endpoint."""
+
     def __init__(self, gate: Gate, metrics: Metrics, settings: Settings, quota: Quota) -> None:
         self._gate = gate
         self._metrics = metrics
@@ -68,23 +70,23 @@ class Routes:
         raw, aside = await request.body(), self._aside(request)
         body = await aside.run(len(raw), self._parse, raw, CompletionBody)
         model = self._model(request, body.model)
-        answer = _answer(f"cmpl-{request.state.id}", body, model)
+        options = _response_options(f"cmpl-{request.state.id}", body, model)
         size = max(len(raw), SEQUENCE_COST * len(body.prompt) * body.tries)
         requests = await aside.run(size, body.requests, request.state.id, model.defaults)
         source = await aside.run(len(raw), body.source)
-        frames = CompletionFrames(answer, model.backend.tokenizer)
+        frames = CompletionFrames(options, model.backend.tokenizer)
         return await self._respond(request, model, requests, body, source, frames)
 
     async def chat_completions(self, request: Request) -> Response:
         raw, aside = await request.body(), self._aside(request)
         body = await aside.run(len(raw), self._parse, raw, ChatBody)
         model = self._model(request, body.model)
-        answer = _answer(f"chatcmpl-{request.state.id}", body, model)
+        options = _response_options(f"chatcmpl-{request.state.id}", body, model)
         prompt = await self._rendered(request, model, body, len(raw))
         requests = body.requests(request.state.id, model.defaults, prompt)
         source = await aside.run(len(raw), body.source)
         tokenizer = model.backend.tokenizer
-        frames = ToolFrames(answer, tokenizer, body.tool_names) if body.may_call else ChatFrames(answer, tokenizer)
+        frames = ToolFrames(options, tokenizer, body.tool_names) if body.may_call else ChatFrames(options, tokenizer)
         return await self._respond(request, model, requests, body, source, frames)
 
     async def embeddings(self, request: Request) -> Response:
@@ -149,8 +151,8 @@ class Routes:
         return JSONResponse({"server_load": self._gate.load()})
 
     async def server_info(self, request: Request) -> Response:
-        told = self._settings.model_dump(mode="json", include=TOLD, exclude=SECRET)
-        return JSONResponse({"version": __version__, "model": self._model(request, None).name, "config": told})
+        config = self._settings.model_dump(mode="json", include=SHOWN_SETTINGS, exclude=SECRET)
+        return JSONResponse({"version": __version__, "model": self._model(request, None).name, "config": config})
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -191,7 +193,7 @@ class Routes:
             Unavailable
         """
         model, caller = self._gate.model, request.state.caller
-        model.check_name(name, told=caller.may_use(model.names))
+        model.check_name(name, show_names=caller.may_use(model.names))
         caller.check_model(name or model.name, model.names)
         return model
 
@@ -239,8 +241,8 @@ def _status(problem: str | None, well: str) -> Response:
     return JSONResponse({"status": well})
 
 
-def _answer(id: str, body: GenerationBody, model: ServedModel) -> Answer:
-    return Answer(
+def _response_options(id: str, body: GenerationBody, model: ServedModel) -> ResponseOptions:
+    return ResponseOptions(
         id=id,
         created=int(time.time()),
         model=body.model or model.name,

@@ -43,7 +43,7 @@ def from_tools(
     required: bool,
     otherwise: Source | None = None,
 ) -> Source:
-    """Calls of `tools`; one, or several where they may be `parallel`. Where none is required, an answer may be any
+    """Calls of `tools`; one, or several where they may be `parallel`. Where none is required, a response may be any
     text, or only JSON of the schema `otherwise`."""
     parts = [from_schema(tool.schema, tool.param, tool.strict) for tool in tools]
     if otherwise is not None:
@@ -63,7 +63,7 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class Called:
-    """A call begins: the `index`th of an answer."""
+    """A call begins: the `index`th of a response."""
 
     index: int
     name: str
@@ -81,14 +81,14 @@ Piece = Said | Called | Argued
 
 
 class CallReader:
-    """Takes an answer's text as it comes, gives what is in it. Text that turns out to be no call is given as it is.
+    """Takes a response's text as it comes, gives what is in it. Text that turns out to be no call is given as it is.
 
     What a text costs depends on its length alone: neither on how many tools there are, nor on what came before it.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = {head(name): name for name in names}
-        self._heads = sorted(self._names)  # none is a beginning of another one, as names have no quotes
+        self._heads = sorted(self._names)  # none is a prefix of another one, as names have no quotes
         self._longest = max(map(len, self._heads), default=0)
         self._read = self._read_text
         self._text = ""  # what has come and may not all be read

@@ -38,10 +38,11 @@ RESERVED = frozenset({"messages", "add_generation_prompt", "continue_final_messa
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """
+    """A conversation, and how it becomes a prompt.
+
     Args:
-        add_generation_prompt: the assistant's answer follows.
-        continue_final: the answer goes on with the last message.
+        add_generation_prompt: whether the prompt ends where the assistant's response begins.
+        continue_final: whether the response continues the last message.
         variables: for the template, such as `tools`.
         add_special: whether the tokenizer adds what it puts around a text; None leaves it to the template.
     """
@@ -76,23 +77,25 @@ class TemplateSource:
 
 
 class ChatTemplate:
-    """
+    """Renders conversations to prompts, in a sandbox.
+
     Args:
-        sandbox: one that has prepared `source`, and told `ready` of it.
+        sandbox: one that has prepared `source`.
+        ready: what the preparation reported.
     """
 
     def __init__(self, source: TemplateSource, sandbox: Runs, ready: bytes) -> None:
-        told = orjson.loads(ready)
+        setup_result = orjson.loads(ready)
         self._sandbox = sandbox
-        self._tokens = {chr(int(code, 16)): token for code, token in told["tokens"].items()}
+        self._tokens = {chr(int(code, 16)): token for code, token in setup_result["tokens"].items()}
         self._guards = bool(source.special)
         # Most know no such role, and leave its messages out or write a role that their model has never seen.
         self._knows_developers = source.source is None or DEVELOPER in source.source
         # Templates write out what belongs around a conversation; the built-in one cannot.
         self._add_special = source.source is None
-        if told["unsure"]:
+        if setup_result["unsure"]:
             text = "%s: it puts %s together from pieces; they stay text (chat.parse_special_tokens makes them tokens)"
-            log.warning(text, source.name, ", ".join(told["unsure"]))
+            log.warning(text, source.name, ", ".join(setup_result["unsure"]))
 
     async def render(self, conversation: Conversation, tenant: str = "") -> Text:
         """The prompt.
@@ -104,11 +107,11 @@ class ChatTemplate:
         try:
             job = _job(conversation if self._knows_developers else _without_developers(conversation))
         except orjson.JSONEncodeError as error:
-            raise InvalidRequest(f"messages: They cannot be written as JSON ({error}).", "messages") from error
+            raise InvalidRequest(f"messages: They cannot be encoded as JSON ({error}).", "messages") from error
         try:
             rendered = await self._sandbox.run(job, tenant, _decoded)
         except (Refused, JobFailed) as error:
-            raise InvalidRequest(f"messages: The chat template refuses these: {error}.", "messages") from error
+            raise InvalidRequest(f"messages: The chat template rejected them: {error}.", "messages") from error
         add_special = self._add_special if conversation.add_special is None else conversation.add_special
         return Text(rendered.text, add_special, self._tokens if self._guards else None, rendered.ends)
 

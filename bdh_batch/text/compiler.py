@@ -24,12 +24,12 @@ LIMITS = LLParserLimits(
 
 
 def compile_grammar(tokens: LLTokenizer, grammar: str) -> LLMatcher | str:
-    """A matcher at the beginning of `grammar`, or why there is none. Slow, without holding the interpreter's lock."""
+    """A matcher at the start of `grammar`, or why there is none. Slow, without holding the interpreter's lock."""
     matcher = LLMatcher(tokens, grammar, log_level=0, limits=LIMITS)
     if matcher.is_error():
         return reason(matcher)
-    beginnings = matcher.compute_bitmask()
-    if not any(beginnings) or (matcher.is_error() and not matcher.is_accepting()):
+    first_tokens = matcher.compute_bitmask()
+    if not any(first_tokens) or (matcher.is_error() and not matcher.is_accepting()):
         return "Nothing satisfies it."
     return matcher
 

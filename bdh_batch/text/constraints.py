@@ -1,9 +1,9 @@
-"""One answer's way through a compiled grammar, token by token.
+"""One completion's way through a compiled grammar, token by token.
 
-Where an answer may end, but could go on, a model that has an end-of-text token decides by drawing it. One that has none
-draws among all its tokens there: what the grammar cannot take says that the answer has ended before it. So an answer
-to `[0-9]+` goes on for as long as the model would write digits anyway, and is complete in any case. Where an answer may
-not end early, it goes on as long as it can.
+Where a completion may end, but could go on, a model that has an end-of-text token decides by drawing it. One that has
+none draws among all its tokens there: what the grammar cannot take says that the completion has ended before it. So a
+completion of `[0-9]+` goes on for as long as the model would write digits anyway, and is complete in any case. Where a
+completion may not end early, it goes on as long as it can.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class CompiledGrammar:
 
 
 class GrammarConstraint:
-    """One answer's way through a grammar.
+    """One completion's way through a grammar.
 
     Args:
-        early: tokens before which the answer does not end as long as it can go on.
+        early: tokens before which the response does not end as long as it can go on.
         maskers: makes the masks, each from the moment on at which the token before it is known; None makes them where
             they are asked for.
     """
@@ -93,7 +93,7 @@ class GrammarConstraint:
     def mask(self) -> bytes | None:
         try:
             bits = self._allowed()
-        except Exception:  # noqa: BLE001 - `accept` meets it again, and there it ends no more than this answer
+        except Exception:  # noqa: BLE001 - `accept` meets it again, and there it ends no more than this response
             return None
         return None if self._may_end_anywhere() else bits
 
@@ -106,13 +106,13 @@ class GrammarConstraint:
             if self._matcher.is_error():  # an allowed token, and a limit all the same
                 self._worn_out()
             why = reason(self._matcher) or "no token can follow"
-            raise InvalidRequest(f"{self._param}: The answer cannot go on in this grammar ({why}).", self._param)
+            raise InvalidRequest(f"{self._param}: The completion cannot go on in this grammar ({why}).", self._param)
         self._early -= 1
         self.complete = self._matcher.is_stopped() and not self._matcher.is_error()
         self._look_ahead()
         return True
 
-    def follow(self, tokens: Sequence[int]) -> bool:
+    def accept_all(self, tokens: Sequence[int]) -> bool:
         """Takes `tokens` if the grammar can; else this constraint is of no further use."""
         for token in tokens:
             if not self._matcher.consume_token(token):
@@ -134,7 +134,7 @@ class GrammarConstraint:
         return self._bits
 
     def _may_end_anywhere(self) -> bool:
-        """Whether the answer may end here, and no token says so: the model has none, or none may come yet."""
+        """Whether the response may end here, and no token says so: the model has none, or none may come yet."""
         if not self._matcher.is_accepting():
             return False
         return not any(self._allowed()) if self._early > 0 else not self._vocabulary.ends
@@ -147,7 +147,7 @@ class TriggeredConstraint:
         self._grammar = grammar
         self._early = early
         self._trigger = trigger.encode()
-        self._said = b""  # the end of the text, as far as the trigger may be beginning there
+        self._said = b""  # the end of the text, as far as it may be a prefix of the trigger
         self._inner: GrammarConstraint | None = None
 
     @property
@@ -166,6 +166,6 @@ class TriggeredConstraint:
         if trigger:
             inner = self._grammar.walk(self._early)
             # A token may go on past the trigger. If it does so otherwise than a call would, none is meant.
-            if inner.follow(self._grammar.tokens(rest)):
+            if inner.accept_all(self._grammar.tokens(rest)):
                 self._inner = inner
         return True

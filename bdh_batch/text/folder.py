@@ -1,6 +1,6 @@
 """What a model folder says about text: its tokenizer, its special tokens, its chat template.
 
-Read before the weights, which take long, so that what cannot work is told at once.
+Read before the weights, which take long, so that what cannot work is reported at once.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class TextSide:
-    """
+class TextComponents:
+    """What turns a model's tokens into text and back: tokenizer, chat template, end-of-text tokens.
+
     Args:
         eos: tokens that end a text.
         names: of special tokens, such as `eos_token`, to their texts.
@@ -41,7 +42,7 @@ class TextSide:
     declared: bool
 
     def info(self) -> dict[str, object]:
-        """What there is to tell of the tokenizer."""
+        """What /tokenizer_info reports."""
         return {
             "tokenizer_class": type(self.tokenizer).__name__,
             "bos_token": None,
@@ -52,7 +53,7 @@ class TextSide:
         }
 
     def _prefix(self) -> tuple[str | None, int | None]:
-        """A token that texts can be scored after, and its id: their beginning, else their end, else a newline."""
+        """A token that texts can be scored after, and its id: the start token, else the end token, else a newline."""
         known = [self.names[name] for name in ("bos_token", "eos_token") if name in self.names]
         for text in (*known, NEWLINE):
             tokens = self._alone(text)
@@ -64,7 +65,7 @@ class TextSide:
         """The tokens of `text`; none where texts have none."""
         return () if isinstance(self.tokenizer, TokenIdsOnly) else self.tokenizer.encode(text, add_special=False)
 
-    def fit(self, vocab_size: int) -> TextSide:
+    def fit(self, vocab_size: int) -> TextComponents:
         """For a model with a vocabulary of this size, which may be larger than the tokenizer's: some are padded.
 
         Raises:
@@ -77,8 +78,8 @@ class TextSide:
         return replace(self, tokenizer=tokenizer)
 
 
-def load_text(folder: Path, template: Path | None = None, parse_special: bool = False) -> TextSide:
-    """Reads what `folder` says; `TextSide.fit` then looks whether it goes with the model.
+def load_text(folder: Path, template: Path | None = None, parse_special: bool = False) -> TextComponents:
+    """Reads what `folder` says; `TextComponents.fit` then looks whether it goes with the model.
 
     Args:
         template: a chat template instead of the folder's.
@@ -95,8 +96,8 @@ def load_text(folder: Path, template: Path | None = None, parse_special: bool = 
     guarded = () if parse_special or tokenizer is None else tokenizer.special
     chat = _template(folder, config, template, guarded, names)
     size = read_json_beside(folder / MODEL_CONFIG).get("vocab_size")
-    side = TextSide(tokenizer or TokenIdsOnly(), chat, eos, names, origin, tokenizer is not None)
-    return side.fit(size) if isinstance(size, int) else side
+    components = TextComponents(tokenizer or TokenIdsOnly(), chat, eos, names, origin, tokenizer is not None)
+    return components.fit(size) if isinstance(size, int) else components
 
 
 def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:

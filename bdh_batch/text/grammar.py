@@ -1,7 +1,7 @@
-"""Grammars that answers have to follow: tried out in a sandbox, compiled here if they pass, and kept by their bytes.
+"""Grammars of structured output: tried out in a sandbox, compiled here if they pass, and cached by their bytes.
 
-What a compiler of grammars takes cannot be told from a grammar, and it cannot be stopped: a hundred bytes can cost it
-gigabytes, or its stack. In the sandbox it is killed; here it does again what it has done there with less of everything.
+What compiling a grammar costs cannot be predicted, and it cannot be stopped: a hundred bytes can cost gigabytes, or the
+stack. In the sandbox it is killed; here it does again what it has done there with less of everything.
 A constraint itself stays in this process: a mask over bytes takes 0.7 µs, a question to another process 12 to 23.
 """
 
@@ -65,7 +65,7 @@ class Grammars:
         self._vocabulary = vocabulary
         self._sandbox = sandbox
         self._most_bytes = most_bytes
-        self._kept = GrammarCache(cache_bytes)
+        self._cache = GrammarCache(cache_bytes)
         self._worn_out: set[bytes] = set()  # those of the kept that have reached a limit of the library's
         self._compiling: dict[bytes, _Compiling] = {}
         self._compilers = DaemonThreads(COMPILERS, "bdh-grammar")
@@ -79,14 +79,16 @@ class Grammars:
             QueueFull, Unavailable: not now.
         """
         if isinstance(self._vocabulary, str) or self._sandbox is None:
-            raise UnsupportedParameter(f"This model's answers can follow no form: {self._vocabulary}.", source.param)
+            raise UnsupportedParameter(
+                f"This model does not support structured output: {self._vocabulary}.", source.param
+            )
         job = source.written(self._most_bytes)
         # Completions share what a grammar learns of itself, and its limits: only one tenant's do.
         key = hashlib.sha256(b"%b\0%b" % (tenant.encode(), job)).digest()
         if key in self._worn_out:
             self._worn_out.discard(key)
-            self._kept.discard(key)
-        found = self._kept.get(key) or await self._compiled(self._vocabulary, self._sandbox, job, key, tenant)
+            self._cache.discard(key)
+        found = self._cache.get(key) or await self._compiled(self._vocabulary, self._sandbox, job, key, tenant)
         if isinstance(found, Problem):
             param = found.param or source.param
             raise InvalidRequest(f"{param}: {found.text}", param)
@@ -116,30 +118,30 @@ class Grammars:
         self, vocabulary: Vocabulary, sandbox: Runs, job: bytes, key: bytes, tenant: str
     ) -> Compiled | Problem:
         async def here(said: bytes) -> Compiled | Problem:
-            told = orjson.loads(said)
-            if "problem" in told:
-                return self._kept.add_problem(key, Problem(told["problem"], told["param"]))
-            done = asyncio.wrap_future(self._compilers.submit(compile_grammar, vocabulary.tokens, told["grammar"]))
+            result = orjson.loads(said)
+            if "problem" in result:
+                return self._cache.add_problem(key, Problem(result["problem"], result["param"]))
+            done = asyncio.wrap_future(self._compilers.submit(compile_grammar, vocabulary.tokens, result["grammar"]))
             try:
                 matcher = await asyncio.shield(done)
             except asyncio.CancelledError:  # it goes on in its thread, and this turn with it
                 await asyncio.wait([done])
                 raise
             if isinstance(matcher, str):
-                return self._kept.add_problem(key, Problem(matcher))
-            for warning in told["warnings"]:
+                return self._cache.add_problem(key, Problem(matcher))
+            for warning in result["warnings"]:
                 log.info("%(param)s: %(path)r: %(text)s", warning)
-            compiled = Compiled(matcher, told["warnings"])
-            gone = self._kept.add(key, compiled, told["bytes"])
+            compiled = Compiled(matcher, result["warnings"])
+            gone = self._cache.add(key, compiled, result["bytes"])
             self._compilers.submit(gone.clear)  # to free a large one takes a while
             return compiled
 
         try:
             return await sandbox.run(job, tenant, here)
         except Refused as refused:
-            return self._kept.add_problem(key, Problem(str(refused)))
+            return self._cache.add_problem(key, Problem(str(refused)))
         except JobFailed as failed:
-            return self._kept.add_problem(key, Problem(_told(failed)))
+            return self._cache.add_problem(key, Problem(_problem_of(failed)))
 
 
 def open_sandbox(setup: bytes, seconds: float, memory: int, queue: QueueLimits) -> Sandbox:
@@ -153,7 +155,7 @@ def open_sandbox(setup: bytes, seconds: float, memory: int, queue: QueueLimits) 
     return Sandbox(Work(MODULE, setup, limits, *options), queue)
 
 
-def _told(failed: JobFailed) -> str:
+def _problem_of(failed: JobFailed) -> str:
     if failed.outcome == "crash":
         return "The grammar's compiler fails on it: it is nested or chained too deeply, or has a number out of range."
     return f"Compiling it is too much: {failed}."

@@ -24,7 +24,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A matcher at the beginning of a grammar, and what was left out of its schemas (`lark.Written`)."""
+    """A matcher at the start of a grammar, and what was left out of its schemas (`lark.Written`)."""
 
     matcher: LLMatcher
     warnings: Sequence[Mapping[str, str]] = ()

@@ -23,7 +23,8 @@ SAMPLES = 256  # tokens of the vocabulary that are decoded both ways at the star
 
 
 class HuggingFaceTokenizer:
-    """
+    """A tokenizer of the `tokenizers` library.
+
     Args:
         file: is named in errors.
 
@@ -43,7 +44,7 @@ class HuggingFaceTokenizer:
         self.special: Sequence[str] = sorted(self._special, key=len, reverse=True)  # the longest is matched first
         self.size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1  # ids are below it
         try:
-            # What a call is written with is text: who reads the answer looks for it.
+            # The markers of a tool call are text: the parser of calls looks for them.
             hidden = frozenset(number for name, (number, _) in self._special.items() if name not in CALL)
             self._pieces = Pieces(tokenizer, hidden)
             self._check()
@@ -163,7 +164,7 @@ class HuggingFaceTokenizer:
 
 
 def _breaks(encoding: Encoding, ends: Iterable[int], length: int) -> tuple[int, ...]:
-    """The positions of tokens at which `ends` of a text of that `length` lie, where they can be told."""
+    """The positions of tokens at which `ends` of a text of that `length` lie, where they can be determined."""
     found = (encoding.char_to_token(end) for end in ends if end < length)
     return tuple(at for at in found if at)
 

@@ -1,4 +1,4 @@
-"""What a client asked for, written in llguidance's form: its Lark, or its JSON. Runs in the sandbox."""
+"""Translates structured output to llguidance's Lark or JSON. Runs in the sandbox."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _calls(
     required: bool,
     otherwise: tuple[Mapping[str, Any], bool, str] | None,
 ) -> str:
-    """Calls of `tools`; one, or several where they may be `parallel`. Where none is required, an answer may be any
+    """Calls of `tools`; one, or several where they may be `parallel`. Where none is required, a response may be any
     text, or only JSON of the schema `otherwise`. Schemas come with whether they are strict, and with their fields."""
     rules = [
         f'tool{i}: {_json(head(name))} %json {made.schema(schema, strict, param)} "}}" {GAP} "{CLOSE}"'

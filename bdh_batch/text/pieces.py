@@ -3,7 +3,7 @@
 The library decodes all tokens of a text at once. Its decoders look at no more than whether a token is the first and
 whether it is the last; so what a token adds is found once, by decoding it beside a known neighbour, and kept. Bytes are
 an exception: those of a character may be spread over tokens, and are put together by an incremental UTF-8 decoder.
-Bytes that are not UTF-8 become U+FFFD as Python replaces them, one for each longest beginning of a character.
+Bytes that are not UTF-8 become U+FFFD as Python replaces them, one for each longest prefix of a character.
 """
 
 from __future__ import annotations
@@ -25,12 +25,15 @@ Step = Mapping[str, Any]
 
 
 class Piece(NamedTuple):
+    """What one token adds to a text."""
+
     raw: bytes
     tail: bytes = b""  # what follows if another token does
 
 
 class Pieces:
-    """
+    """What each token of a vocabulary adds to a text.
+
     Args:
         skip: tokens that are not shown.
 
@@ -131,7 +134,7 @@ def _flatten(step: Step | None) -> Iterator[Step]:
 
 
 def _strip(after: Sequence[Step]) -> tuple[str, int]:
-    """The character, and how many of it, that are taken from the beginning of a whole text."""
+    """The character, and how many of it, that are taken from the start of a whole text."""
     if not after:
         return "", 0
     step, *more = after

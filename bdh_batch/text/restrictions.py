@@ -1,7 +1,7 @@
-"""Which tokens an answer may have by the lists of its request: `allowed_token_ids` and `bad_words`.
+"""Which tokens a response may have by the lists of its request: `allowed_token_ids` and `bad_words`.
 
 What they allow is a bit per token, made once for a request. A sequence of tokens that must not come is banned at its
-last token, where the answer ends with the others (as in vLLM); an automaton says in one step where that is so.
+last token, where the response ends with the others (as in vLLM); an automaton says in one step where that is so.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ UNKNOWN = -1
 
 
 def sequences_of(word: str, tokenizer: Tokenizer) -> list[Sequence[int]]:
-    """The sequences of tokens that spell `word`: at the beginning of a text, and behind a space where that is one token
+    """The sequences of tokens that spell `word`: at the start of a text, and behind a space where that is one token
     with what follows, as vLLM has them."""
     text = word.lstrip() or word
     plain = tokenizer.encode(text, add_special=False)
@@ -73,7 +73,7 @@ class BannedSequences(StopStrings):
 
 
 class Restriction:
-    """What all answers to one request may have.
+    """The restriction that all completions of one request share.
 
     Args:
         size: of the vocabulary.
@@ -95,7 +95,7 @@ class Restriction:
         return any(self._bits)
 
     def constraint(self, inner: Constraint | None) -> Constraint:
-        """For one answer, which may have to follow another one, too."""
+        """For one response, which may have to satisfy another constraint, too."""
         return RestrictedConstraint(self, inner)
 
     def bits(self, state: int) -> bytes:
@@ -105,7 +105,7 @@ class Restriction:
 
 
 class RestrictedConstraint:
-    """One answer's way through a restriction and, if there is one, through an inner constraint."""
+    """One completion's way through a restriction and, if there is one, through an inner constraint."""
 
     def __init__(self, restriction: Restriction, inner: Constraint | None) -> None:
         self._restriction = restriction
@@ -127,7 +127,7 @@ class RestrictedConstraint:
 
     def accept(self, token: int) -> bool:
         if self._stuck:
-            raise InvalidRequest("The answer cannot go on: bad_words and allowed_token_ids leave no token for it.")
+            raise InvalidRequest("The completion cannot go on: bad_words and allowed_token_ids leave no token for it.")
         if self._inner is not None and not self._inner.accept(token):
             return False
         self._state = self._restriction.banned.after(self._state, token)

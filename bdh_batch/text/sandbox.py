@@ -111,7 +111,7 @@ class Sandbox:
         self._closed = False
 
     def wait_until_ready(self) -> bytes:
-        """Blocks until the process is prepared; what it tells of that.
+        """Blocks until the process is prepared, and returns what it reports.
 
         Raises:
             Refused: it cannot be, which is the setup's fault.
@@ -200,7 +200,7 @@ class Sandbox:
         return await asyncio.shield(self._linking)
 
     async def _connect(self) -> _Link:
-        """To the process that was started at the beginning, or else to a new one."""
+        """To the process that was started first, or else to a new one."""
         process = await in_daemon_thread(self._ready_process, "bdh-sandbox")
         reader, writer = await asyncio.open_unix_connection(sock=process.take_socket())
         self._link = _Link(reader, writer, self._on_lost)
@@ -231,7 +231,7 @@ class Sandbox:
 
 
 class _Process:
-    """A warm process, and this side of the socket to it."""
+    """A warm process, and this end of the socket to it."""
 
     def __init__(self, work: Work) -> None:
         self._socket, theirs = socket.socketpair()
@@ -303,16 +303,16 @@ class _Link:
         """
         if self.lost:
             raise _Lost
-        told = self._waiting[number] = asyncio.get_running_loop().create_future()
+        completed = self._waiting[number] = asyncio.get_running_loop().create_future()
         self._send(JOB + number, job)
         try:
-            return await asyncio.shield(told)
+            return await asyncio.shield(completed)
         except asyncio.CancelledError:
-            if not told.done():
+            if not completed.done():
                 self._send(CANCEL + number)
-                await asyncio.wait([told])
-            if told.exception() is None:
-                outcome, said = told.result()
+                await asyncio.wait([completed])
+            if completed.exception() is None:
+                outcome, said = completed.result()
                 return outcome, said
             raise
 

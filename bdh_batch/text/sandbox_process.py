@@ -1,8 +1,8 @@
-"""The sandbox's side in its own process: a warm process that forks workers, which do the jobs.
+"""The part of the sandbox that runs in its own process: a warm process that forks workers, which do the jobs.
 
 The warm process prepares once what all jobs need, runs no job itself, and so can replace a worker in milliseconds. A
 worker's limits are the kernel's: memory, stack, processor time and time ends it, whatever it is doing, and how it ended
-tells which it was. What is not covered: workers run as the server's user, without the server's settings.
+shows which it was. What is not covered: workers run as the server's user, without the server's settings.
 
 Knows nothing of what jobs are: a module does, that has `prepare(setup)`.
 """
@@ -25,7 +25,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import NoReturn
 
 NICE = 5  # jobs give way to the engine
-KEPT_MEMORY = 64 * 2**20  # bytes; a worker that has grown by more is replaced
+RETAINED_MEMORY = 64 * 2**20  # bytes; a worker that has grown by more is replaced
 JOB, CANCEL = b"J", b"C"  # frames to the warm process; the number of the job follows
 NUMBER = 8  # bytes of that
 STAYING, LEAVING = b"+", b"-"  # first bytes of frames from a worker: whether it takes another job
@@ -76,7 +76,7 @@ class JobLimits:
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """What does the jobs, and what the server is told of the preparation."""
+    """The function that does the jobs, and what the preparation reports to the server."""
 
     work: Callable[[bytes], bytes]
     ready: bytes = b""
@@ -93,6 +93,8 @@ class _Worker:
 
 
 class WarmProcess:
+    """Forks workers, gives them jobs, and replaces those that end."""
+
     def __init__(self, server: Connection, work: Callable[[bytes], bytes], limits: JobLimits) -> None:
         self._server = server
         self._work = work
@@ -136,7 +138,7 @@ class WarmProcess:
         worker.number, worker.job, worker.again = number, job, again
         try:
             worker.pipe.send_bytes(job)
-        except OSError:  # it has ended; if it is new, its end tells how
+        except OSError:  # it has ended; if it is new, its end shows how
             return False
         return True
 
@@ -150,7 +152,7 @@ class WarmProcess:
         number, worker.number, worker.job = worker.number, b"", b""
         if said[:1] == LEAVING:
             self._bury(worker)
-        self._tell(said[1:2], number, said[2:])
+        self._report(said[1:2], number, said[2:])
 
     def _ended(self, worker: _Worker) -> None:
         code = self._bury(worker)
@@ -161,7 +163,7 @@ class WarmProcess:
             return
         outcome = CANCELLED if worker.cancelled else SIGNALS.get(signal.Signals(-code), CRASH) if code < 0 else CRASH
         text = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        self._tell(outcome, worker.number, text.encode())
+        self._report(outcome, worker.number, text.encode())
 
     def _bury(self, worker: _Worker) -> int:
         """Its exit code; negative is a signal."""
@@ -170,8 +172,8 @@ class WarmProcess:
         _, status = os.waitpid(worker.pid, 0)
         return os.waitstatus_to_exitcode(status)
 
-    def _tell(self, outcome: bytes, number: bytes, payload: bytes) -> None:
-        with contextlib.suppress(OSError):  # the server has gone; the next look at its end tells
+    def _report(self, outcome: bytes, number: bytes, payload: bytes) -> None:
+        with contextlib.suppress(OSError):  # the server has gone; the next look at its end shows it
             self._server.send_bytes(outcome + number + payload)
 
     def _fork(self) -> _Worker:
@@ -199,7 +201,7 @@ def end_with_parent() -> None:
     """Also in the midst of a job, and however the parent ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGKILL)
-        # An orphan from the beginning is not told; its pipe is closed, and its first read ends it.
+        # An orphan from the start gets no notice; its pipe is closed, and its first read ends it.
 
 
 def confine(limits: JobLimits) -> None:
@@ -210,7 +212,9 @@ def confine(limits: JobLimits) -> None:
     stack = limits.stack if hardest == resource.RLIM_INFINITY else min(limits.stack, hardest)
     resource.setrlimit(resource.RLIMIT_STACK, (stack, hardest))
     bound_memory(limits.memory)
-    nowhere = os.open(os.devnull, os.O_WRONLY)  # native code that ends a process says so there, as is told anyway
+    nowhere = os.open(
+        os.devnull, os.O_WRONLY
+    )  # native code that ends a process says so there, which is reported anyway
     os.dup2(nowhere, 2)
 
 
@@ -225,7 +229,7 @@ def bound_memory(more: int) -> None:
 
 
 def memory_in_use() -> tuple[int, int]:
-    """Bytes of address space, and of memory behind it; zeros where the system does not tell."""
+    """Bytes of address space, and of memory behind it; zeros where the system does not report."""
     try:
         with open("/proc/self/statm", encoding="ascii") as file:
             space, resident = file.read().split()[:2]
@@ -246,7 +250,7 @@ def work_through(pipe: Connection, work: Callable[[bytes], bytes], limits: JobLi
         signal.setitimer(signal.ITIMER_PROF, limits.seconds)
         signal.setitimer(signal.ITIMER_REAL, limits.seconds * limits.patience)
         said = attempt(work, job)
-        leaving = not left or memory_in_use()[1] - began > KEPT_MEMORY
+        leaving = not left or memory_in_use()[1] - began > RETAINED_MEMORY
         pipe.send_bytes((LEAVING if leaving else STAYING) + said)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -256,7 +260,7 @@ def work_through(pipe: Connection, work: Callable[[bytes], bytes], limits: JobLi
 
 
 def attempt(work: Callable[[bytes], bytes], job: bytes) -> bytes:
-    """The frame that tells what came of a job."""
+    """The frame that reports the result of a job."""
     try:
         return DONE + work(job)
     except Refused as refused:

@@ -19,7 +19,7 @@ Path = tuple["Path", str] | None
 
 
 def pointer(path: Path) -> str:
-    """As a JSON pointer, `#/properties/a`; the beginning of one that is long."""
+    """As a JSON pointer, `#/properties/a`; shortened where it is long."""
     parts: list[str] = []
     while path is not None:
         path, part = path

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 
 EXACT = 2**53  # from there on, not every integer is a double
 LARGEST_INTEGER = 2**63 - 1024  # the largest double that 64 bits hold
-LARGEST_BOUND = 10**18  # the library cannot write more digits where the other side is open
+LARGEST_BOUND = 10**18  # the library cannot write more digits where the other bound is open
 MOST_DECIMALS = 60  # of a bound: the library's expression nests once for each
 LARGEST_STEP = 2**32 - 1  # digits of multipleOf
 LARGEST_COUNT = 2**31  # of characters, items or properties; no completion is so long

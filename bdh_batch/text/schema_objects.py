@@ -63,7 +63,9 @@ def _required_in_place(node: Node) -> Iterator[str]:
 def _patterns(node: Node, whole: bool) -> dict[str, Any]:
     patterns = node.mapping("patternProperties")
     if patterns and not node.rewriter.compiles({"type": "object", "patternProperties": dict.fromkeys(patterns, True)}):
-        node.leave_out("patternProperties", "cannot be told apart, or are expressions that the grammar library lacks")
+        node.leave_out(
+            "patternProperties", "cannot be distinguished, or are expressions that the grammar library lacks"
+        )
         return {}
     return {pattern: node.child(each, whole, "patternProperties", pattern) for pattern, each in patterns.items()}
 
@@ -128,19 +130,19 @@ def _counts(node: Node, found: Mapping[str, Any], least: int, most: int | None) 
     required = len(found["required"])
     optional = len(found["properties"].keys() - set(found["required"]))
     closed = found.get("additionalProperties") is False and not found["patternProperties"]
-    more, room = max(0, least - required), None if most is None else most - required
-    if closed and room is not None and room >= optional:
-        room = None
-    if not more and room is None:
+    least_more, most_more = max(0, least - required), None if most is None else most - required
+    if closed and most_more is not None and most_more >= optional:
+        most_more = None
+    if not least_more and most_more is None:
         return {}
-    if room is not None and room < 0:
+    if most_more is not None and most_more < 0:
         return {"minProperties": 1, "maxProperties": 0}
     repeated = not closed and least > max(1, required)
-    counted = not optional or (closed and more <= 1 and room in (None, 1))
+    counted = not optional or (closed and least_more <= 1 and most_more in (None, 1))
     if node.alone and not node.intersected and counted and not repeated:
-        kept = {"minProperties": least if more else None, "maxProperties": None if room is None else most}
+        kept = {"minProperties": least if least_more else None, "maxProperties": None if most_more is None else most}
         return {keyword: value for keyword, value in kept.items() if value is not None}
-    for keyword, asks in (("minProperties", more > 0), ("maxProperties", room is not None)):
+    for keyword, asks in (("minProperties", least_more > 0), ("maxProperties", most_more is not None)):
         if asks:
             node.leave_out(keyword)
     return {}

@@ -118,7 +118,7 @@ class _Rewriting:
             return self._found(reference)
         if reference in self._anchors:
             return self._anchors[reference]
-        raise NoGrammar(f"{reference[:128]!r} leads out of the schema, or nowhere.")
+        raise NoGrammar(f"The reference {reference[:128]!r} cannot be resolved within the schema.")
 
     def leave_out(self, path: Path, keyword: str, text: str) -> None:
         if self._strict:
@@ -148,7 +148,7 @@ class _Rewriting:
             elif isinstance(found, list) and key.isdecimal() and int(key[:9]) < len(found):
                 found = found[int(key[:9])]
             else:
-                raise NoGrammar(f"{reference[:128]!r} leads nowhere.")
+                raise NoGrammar(f"The reference {reference[:128]!r} cannot be resolved.")
         return found
 
     def _targets(self) -> Iterator[object]:

@@ -1,5 +1,5 @@
 """Whether the schemas of a union exclude one another, as far as it is seen at once: by type, by value, or by a
-property that tells them apart."""
+property that distinguishes them."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class _Summary:
                 {name for name in required if isinstance(name, str)} if isinstance(required, list) else set()
             )
             if isinstance(named, Mapping):
-                told = {name: each for name, each in named.items() if isinstance(each, Mapping)}
-                self.properties = {name: _Summary(each, resolve, False) for name, each in told.items()}
+                objects = {name: each for name, each in named.items() if isinstance(each, Mapping)}
+                self.properties = {name: _Summary(each, resolve, False) for name, each in objects.items()}
 
     def excludes(self, other: _Summary) -> bool:
         kinds = self.kinds & other.kinds

@@ -1,4 +1,4 @@
-"""What clients can ask an answer to follow, as it came: JSON schemas, expressions, choices, grammars, calls of tools.
+"""The kinds of structured output that clients can ask for: JSON schemas, expressions, choices, grammars, tools.
 
 Nothing here looks into it: that is done in the sandbox (`probation.py`), once its size is known to be within bounds.
 """
@@ -19,11 +19,12 @@ Kind = Literal["schema", "regex", "choice", "lark", "calls"]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """
+    """One request for structured output.
+
     Args:
         value: what was asked for, as JSON.
         param: the field of the request that it comes from.
-        parts: of which it is made; what is wrong with one of them is told in that part's name.
+        parts: of which it is made; errors in one of them name that part.
         trigger: where there is one, text is free until that has been said, and then follows the grammar.
     """
 
@@ -76,5 +77,5 @@ def _bounded(value: Any, param: str, most: int) -> None:
     except orjson.JSONEncodeError as error:  # a recursion that is too deep is one, too
         raise InvalidRequest(f"{param}: It is nested too deeply ({error}).", param) from error
     if size > most:
-        text = f"A schema or grammar may have {most} bytes here (limits.max_schema_bytes), and this has {size}."
+        text = f"The schema or grammar has {size} bytes, more than the limit of {most} (limits.max_schema_bytes)."
         raise InvalidRequest(f"{param}: {text}", param)

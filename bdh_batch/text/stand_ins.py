@@ -5,7 +5,7 @@ send: a lone surrogate, which JSON has no way to say. What a template does with 
 change its case, print it in a dict) then makes no special token of it: only these characters become one.
 
 Some templates put a special token together from pieces and a message's role, as in `'<|' + message.role + '|>'`. Where
-literals and roles stand side by side, they are looked at together; a piece that comes from anywhere else makes text.
+literals and roles are adjacent, they are looked at together; a piece that comes from anywhere else makes text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CUT = "\udcbf"  # stands for no token: where a prompt ends that goes on with its
 ALPHABET = [chr(code) for code in range(0xDC80, ord(CUT))]
 SPELL = "_spell"  # the name of the filter
 LITERAL, ROLE = "L", "R"
-MOST_ROLES = 2  # side by side, that are tried out in all their combinations
+MOST_ROLES = 2  # adjacent, that are tried out in all their combinations
 
 # What looks for a text in another one has to find what a client wrote.
 SEARCHING = re.compile(
@@ -36,7 +36,8 @@ class TooMany(Exception):
 
 
 class StandIns:
-    """
+    """Characters that stand for special tokens while a template is rendered.
+
     Args:
         special: the texts of special tokens, the longest first.
     """
@@ -64,7 +65,7 @@ class StandIns:
         return [] if self._special is None else self._special.findall(text)
 
     def put_together(self, parts: Sequence[object], kinds: str) -> str:
-        """Literals and roles, joined, as `kinds` tells of each part. A role that is none is what a client wrote."""
+        """Literals and roles, joined, by the `kinds` of the parts. A role that is none is what a client wrote."""
         texts = list(map(str, parts))
         if all(kind == LITERAL or text in ROLES for kind, text in zip(kinds, texts)):
             return self.put("".join(texts))
@@ -129,7 +130,7 @@ class Literals(NodeTransformer):
         return total
 
     def _together(self, parts: Sequence[nodes.Expr]) -> list[nodes.Expr]:
-        """`parts` of one text; where literals and roles side by side make a special token, they are one part."""
+        """`parts` of one text; where adjacent literals and roles make a special token, they are one part."""
         found: list[nodes.Expr] = []
         run: list[nodes.Expr] = []
         for part in [*parts, None]:

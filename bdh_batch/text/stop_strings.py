@@ -23,9 +23,9 @@ class Found(NamedTuple):
 
 
 class StopStrings:
-    """A state is a node of the trie of all stop strings: the longest end of the text that is a beginning of one.
+    """A state is a node of the trie of all stop strings: the longest end of the text that is a prefix of one.
 
-    The nodes of one string are numbered side by side, so that only where strings part an edge needs an entry: a node
+    The nodes of one string are numbered consecutively, so that only where strings part an edge needs an entry: a node
     takes 16 bytes, and a request with many long stop strings no more than some hundred KiB.
     """
 
@@ -37,7 +37,7 @@ class StopStrings:
         for string in strings:
             self._add(string)
         self._codes.append(NO_CODE)
-        # Length of the longest end of a node's text that is a beginning of a stop string, and not all of it.
+        # Length of the longest end of a node's text that is a prefix of a stop string, and not all of it.
         self._unfinished = array("i", bytes(self._complete.itemsize * len(self._complete)))
         # Where to look on for a character that no edge of a node has: at the longest end of its text that is a node,
         # too, and has other edges. Without those other edges, a run of one character would be walked back step by step.
@@ -62,7 +62,7 @@ class StopStrings:
         return state, None
 
     def unfinished(self, state: int) -> int:
-        """How many characters at the end of the text may be the beginning of a stop string."""
+        """How many characters at the end of the text may be a prefix of a stop string."""
         return self._unfinished[state]
 
     def _after(self, state: int, code: int) -> int:

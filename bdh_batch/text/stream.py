@@ -27,9 +27,9 @@ class TextStream:
         before: str = "",
     ) -> None:
         self.stopped = False
-        self._held = ""  # the end of the text, while a stop string may be beginning there
+        self._held = ""  # the end of the text, while it may be a prefix of a stop string
         self._before = before
-        self._coming = ""  # what comes after that, while what has no stop strings in it may be beginning there
+        self._coming = ""  # what comes after that, while it may be a prefix of the text that has no stop strings
         self._stale = 0  # characters of that which came too early to complete a stop string
         self._decoder = decoder
         self._stop = stop
@@ -81,7 +81,7 @@ class TextStream:
         return shown
 
     def _release(self, text: str, stale: int) -> str:
-        """What is certain now that `text` follows what is held; no stop string is complete in its `stale` beginning."""
+        """What is certain after `text`; no stop string is complete in its first `stale` characters."""
         self._state, found = self._stop.scan(self._state, text, stale)
         if found is not None:
             shown = (self._held + text)[: len(self._held) + found.end - (0 if self._include_stop else found.length)]
@@ -94,6 +94,6 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    """Length of the longest end of `text` that is a prefix of `stop`, but not all of it."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)

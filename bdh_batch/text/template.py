@@ -47,7 +47,8 @@ class Rendered:
 
 
 class Template:
-    """
+    """A compiled chat template.
+
     Args:
         special: texts of special tokens, the longest first, that only the template can write.
         names: of special tokens, such as `bos_token`, for the template.
@@ -76,7 +77,7 @@ class Template:
         return self._stand_ins.tokens
 
     def unsure(self) -> list[str]:
-        """Special tokens that it puts together in a way that cannot be told from what a client writes."""
+        """Special tokens that it puts together in a way that cannot be distinguished from what a client writes."""
         found: set[str] = set()
         for roles in PROBES:
             try:
@@ -111,11 +112,11 @@ class Template:
         ends = []
         for count in sorted({leading, last_user} - {0, len(roles)}):
             try:
-                beginning = self._render(question.messages[:count], question.variables, False)
+                prefix = self._render(question.messages[:count], question.variables, False)
             except Refused:  # templates may insist on a user's message; then it is not known where others end
                 continue
-            if text.startswith(beginning):
-                ends.append(len(beginning))
+            if text.startswith(prefix):
+                ends.append(len(prefix))
         return sorted(set(ends) - {0})
 
     def _render(
@@ -133,7 +134,10 @@ class Template:
 
 
 class GenerationTag(Extension):
-    """`{% generation %}` marks what a model should learn in training; here it stands for what is inside."""
+    """The Jinja tag `generation`, without effect.
+
+    `{% generation %}` marks what a model should learn in training; here it stands for what is inside.
+    """
 
     tags = {"generation"}  # noqa: RUF012 - as Jinja declares it
 
@@ -186,5 +190,5 @@ def _raise(message: str) -> NoReturn:
     raise TemplateError(message)
 
 
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
+def _strftime_now(pattern: str) -> str:
+    return datetime.now().strftime(pattern)

@@ -14,7 +14,7 @@ BYTES = 256
 ASCII = 128  # tokens below it are characters by themselves
 NO_BYTE = b"\xff"  # tokens of a vocabulary padded past 256: no text led to them, and they decode as invalid bytes do
 
-CALL = ("<tool_call>", "</tool_call>")  # around a call of a tool, in an answer
+CALL = ("<tool_call>", "</tool_call>")  # around a call of a tool, in a response
 
 
 class Decoder(Protocol):
@@ -32,13 +32,15 @@ class Decoder(Protocol):
 
 
 class Tokenizer(Protocol):
+    """Turns texts into tokens and back."""
+
     special: Sequence[str]  # texts that are one token with a meaning of its own, as `<|end|>`
 
     def encode(self, text: str, add_special: bool = True) -> Sequence[int]:
         """Tokens of `text`; with `add_special` also what belongs around a text, such as one that begins it."""
 
     def encode_prompt(self, prompt: Text) -> tuple[Sequence[int], tuple[int, ...]]:
-        """Tokens of `prompt`, and those of its `ends` that can be told, as positions among them."""
+        """Tokens of `prompt`, and those of its `ends` that can be determined, as positions among them."""
 
     def decoder(self, first: bool = False, special: bool = False) -> Decoder:
         """For tokens that continue a text, or, with `first`, begin one; `special` ones are shown, too, if asked for."""
@@ -75,6 +77,8 @@ class ByteTokenizer:
 
 
 class ByteDecoder:
+    """Decodes tokens that are bytes of UTF-8."""
+
     def __init__(self) -> None:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self.unfinished = False
@@ -92,12 +96,12 @@ class ByteDecoder:
 
 
 class TokenIdsOnly:
-    """For a model whose tokenizer is not known: prompts and answers are token ids, and there is no text."""
+    """For a model whose tokenizer is not known: prompts and completions are token ids, and there is no text."""
 
     special: Sequence[str] = ()
 
     def encode(self, text: str, add_special: bool = True) -> Sequence[int]:
-        raise InvalidRequest("This model has no tokenizer: send token ids, and ask for return_token_ids.")
+        raise InvalidRequest("This model has no tokenizer: send token ids, and set return_token_ids.")
 
     def encode_prompt(self, prompt: Text) -> tuple[Sequence[int], tuple[int, ...]]:
         return self.encode(prompt.text), ()
@@ -113,6 +117,8 @@ class TokenIdsOnly:
 
 
 class NoText:
+    """The decoder of a model without a tokenizer: no token has a text."""
+
     unfinished = False
 
     def push(self, token: int) -> str:

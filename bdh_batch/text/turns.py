@@ -13,7 +13,8 @@ RETRY_SECONDS = 5
 
 @dataclass(frozen=True, slots=True)
 class QueueLimits:
-    """
+    """The limits of a queue of jobs.
+
     Args:
         at_once: jobs that run at the same time. A tenant has at most one less, so that no other waits for it alone.
         most_waiting, most_bytes: jobs that wait, and what they hold, of all tenants together.

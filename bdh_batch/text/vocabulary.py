@@ -22,7 +22,7 @@ from bdh_batch.text.tokenizer import BYTES, ByteTokenizer, Tokenizer
 log = logging.getLogger(__name__)
 
 NOT_KNOWN = "what its tokens say is not known"
-NO_BYTES = "not every byte has a token that says no more than it, so that an answer could come to where it cannot go on"
+NO_BYTES = "not every byte has a token that says no more than it, so that a completion could get stuck"
 OF_UTF8 = frozenset(bytes([byte]) for byte in range(BYTES) if byte not in (0xC0, 0xC1) and byte < 0xF5)
 NO_SPACE = {"prepend_scheme": "never", "add_prefix_space": False}
 
@@ -31,14 +31,17 @@ Cut = Callable[[str], Sequence[int]]
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """`ends` are the tokens of the model that end a text, if it has any; where it has none, one stands in for them."""
+    """The tokens of a model, as the grammar library sees them.
+
+    `ends` are the tokens of the model that end a text, if it has any; where it has none, one stands in for them.
+    """
 
     tokens: LLTokenizer
     size: int
     ends: frozenset[int] = frozenset()
 
     def text(self, token: int) -> bytes:
-        """What `token` adds to an answer."""
+        """What `token` adds to a response."""
         hidden = token >= self.tokens.vocab_size or self.tokens.is_special_token(token)
         return b"" if hidden else self.tokens.decode_bytes([token])
 
@@ -88,7 +91,7 @@ class _Known:
 
 
 def vocabulary_of(tokenizer: Tokenizer, size: int, ends: frozenset[int] = frozenset()) -> Vocabulary | str:
-    """Of a model of `size` tokens, of which `ends` end a text; or why its answers can follow no grammar."""
+    """Of a model of `size` tokens, of which `ends` end a text; or why it supports no structured output."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return hugging_face_vocabulary(tokenizer, size, sorted(ends))
     return byte_vocabulary(size, sorted(ends)) if isinstance(tokenizer, ByteTokenizer) else NOT_KNOWN
@@ -101,11 +104,11 @@ def setup_of(tokenizer: Tokenizer, size: int, ends: frozenset[int] = frozenset()
 
 
 def vocabulary_from(setup: bytes) -> Vocabulary | str:
-    told = json.loads(setup)
-    if told["tokenizer"] is None:
-        return byte_vocabulary(told["size"], told["ends"])
-    known = HuggingFaceTokenizer(Library.from_str(told["tokenizer"]), Path("tokenizer.json"))
-    return hugging_face_vocabulary(known, told["size"], told["ends"])
+    fields = json.loads(setup)
+    if fields["tokenizer"] is None:
+        return byte_vocabulary(fields["size"], fields["ends"])
+    known = HuggingFaceTokenizer(Library.from_str(fields["tokenizer"]), Path("tokenizer.json"))
+    return hugging_face_vocabulary(known, fields["size"], fields["ends"])
 
 
 def byte_vocabulary(size: int, ends: Sequence[int] = ()) -> Vocabulary:
@@ -119,7 +122,7 @@ def hugging_face_vocabulary(tokenizer: HuggingFaceTokenizer, size: int, ends: Se
     """Of a model of `size` tokens, whose texts end with one of `ends`; or why no grammar can be followed."""
     texts = [tokenizer.text(token) for token in range(tokenizer.size)]
     if None in texts or not OF_UTF8.issubset(texts):
-        log.warning("answers can follow no form: %s", NO_BYTES)
+        log.warning("structured output is not available: %s", NO_BYTES)
         return NO_BYTES
     known = list(ends) or [tokenizer.size]
     said = [text or b"" for text in texts]

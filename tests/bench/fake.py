@@ -1,4 +1,4 @@
-"""A server that does what a prompt tells it to: right answers, and every way to answer wrongly."""
+"""A server that does what a prompt tells it to: right responses, and every way to answer wrongly."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Fake:
         self.headers: list[dict[str, str]] = []
         self.heads: list[str] = []  # as they came
         self.most = self.running = 0
-        self.closes = False  # a kept connection, without a word, after each answer
+        self.closes = False  # a kept connection, without a word, after each response
         self.held = asyncio.Event()  # "held" is answered when this is set
         self.wanted = 0  # it is, as soon as so many are under way
         self._tasks: set[asyncio.Task[None] | None] = set()

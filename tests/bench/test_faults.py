@@ -1,4 +1,4 @@
-"""Servers that are down, slow, wrong or leave: each failure is counted by its kind, and is never an answer."""
+"""Servers that are down, slow, wrong or leave: each failure is counted by its kind, and is never a response."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ async def run(port: int, file: Path, *flags: object) -> Report:
 
 
 @pytest.mark.parametrize("places", [1, 7, None])
-async def test_every_failure_is_counted_by_its_kind_and_no_answer_is_lost(tmp_path: Path, places: int | None) -> None:
+async def test_every_failure_is_counted_by_its_kind_and_no_response_is_lost(tmp_path: Path, places: int | None) -> None:
     asked = [*EXPECTED, *EXPECTED]
     file = prompts(tmp_path / "p.jsonl", asked)
     flags = [] if places is None else ["--max-concurrency", places]
@@ -37,7 +37,7 @@ async def test_every_failure_is_counted_by_its_kind_and_no_answer_is_lost(tmp_pa
     kinds = Counter(kind for kind in EXPECTED.values() if kind)
     assert report.metrics.failures == {kind: 2 * number for kind, number in kinds.items()}
     assert report.metrics.completed == 4
-    assert report.metrics.total_output == 12  # as usage tells; nothing of an answer that failed
+    assert report.metrics.total_output == 12  # as usage reports; nothing of a response that failed
     assert report.metrics.total_input == 28
     assert report.metrics.output_counted_by == {"usage": 4}
     for line in ("http_429:                                2", "http_429: no luck", "error_event: out of luck"):
@@ -53,10 +53,10 @@ async def test_a_server_that_is_down_refuses_everything(tmp_path: Path, capsys: 
     saved = report.saved()
     assert saved["mean_ttft_ms"] is None
     assert saved["errors"][0].startswith("connect_refused: ")
-    assert "WARNING: no request was answered." in capsys.readouterr().out
+    assert "WARNING: no request was completed." in capsys.readouterr().out
     await run(port, file, "--num-prompts", 1, "--num-warmups", 2)
     assert capsys.readouterr().err == "WARNING: of 2 warm-up requests 2 failed: connect_refused\n"
-    with pytest.raises(ConfigError, match=r"--ready-check-timeout-sec 0.2: no good answer .* connect_refused"):
+    with pytest.raises(ConfigError, match=r"--ready-check-timeout-sec 0.2: no good response .* connect_refused"):
         await run(port, file, "--ready-check-timeout-sec", 0.2)
     with pytest.raises(ConfigError, match=r"--model: not given, .* connect_refused"):
         await bench(options("--port", port))
@@ -76,7 +76,9 @@ async def test_a_server_that_is_slow_runs_into_the_timeout(tmp_path: Path) -> No
     file = prompts(tmp_path / "p.jsonl", ["held"])
     async with Fake().listening() as port:
         report = await run(port, file, "--num-prompts", 3, "--request-timeout-sec", 0.05)
-        with pytest.raises(ConfigError, match=r"--ready-check-timeout-sec 0.2: no good answer .* not whole in time"):
+        with pytest.raises(
+            ConfigError, match=r"--ready-check-timeout-sec 0.2: no good response .* not complete in time"
+        ):
             await run(port, file, "--num-prompts", 1, "--ready-check-timeout-sec", 0.2, "--request-timeout-sec", 1)
     assert report.metrics.failures == {"timeout": 3}
 
@@ -106,14 +108,14 @@ async def test_a_request_that_the_server_may_have_read_is_not_sent_again(
 
 
 async def test_latency_counts_from_the_first_send() -> None:
-    fake, answer = Fake(), Whole()
+    fake, response = Fake(), Whole()
     async with fake.listening() as port:
         address = Address.of(f"http://127.0.0.1:{port}", insecure=False)
-        answer.sent = 5.0
+        response.sent = 5.0
         pool = Pool(address)
-        await pool.exchange(address.request("GET", "/", {}, b""), answer)
+        await pool.exchange(address.request("GET", "/", {}, b""), response)
         pool.close()
-    assert answer.sent == 5.0
+    assert response.sent == 5.0
 
 
 @pytest.mark.parametrize(
@@ -135,7 +137,7 @@ async def test_latency_counts_from_the_first_send() -> None:
         ([event(choices=[{"delta": {"reasoning_content": "hm"}}])], 0, "tokenizer", 1),
     ],
 )
-async def test_it_is_told_how_tokens_were_counted(
+async def test_it_is_reported_how_tokens_were_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stream: list[bytes], tokens: int, whence: str, events: int
 ) -> None:
     monkeypatch.setattr("tests.bench.fake.STREAMS", {"good": ("", [*stream, DONE])})
@@ -181,7 +183,7 @@ async def test_an_interrupt_while_texts_are_counted_loses_nothing(
 
 
 @pytest.mark.parametrize("key", ["secret\n", "secr\u00e9t", "a\r\nb: c"])
-async def test_a_key_that_no_header_can_hold_is_refused_and_not_told(
+async def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
@@ -215,7 +217,7 @@ async def test_what_flags_say_is_sent(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 async def test_latency_counts_from_when_a_request_was_due(tmp_path: Path) -> None:
-    """A stalled server holds up the one place: those that wait behind it are late, and it is told."""
+    """A stalled server holds up the one place: those that wait behind it are late, and it is reported."""
     fake = Fake()
     file = prompts(tmp_path / "p.jsonl", ["slow", *["good"] * 9])
     flags = ["--request-rate", 1000, "--burstiness", "inf", "--max-concurrency", 1, "--save-detailed"]
@@ -231,7 +233,7 @@ async def test_latency_counts_from_when_a_request_was_due(tmp_path: Path) -> Non
     assert fake.most == 1
 
 
-async def test_a_closed_loop_sends_when_there_is_a_place(tmp_path: Path) -> None:
+async def test_a_closed_loop_sends_when_a_slot_is_free(tmp_path: Path) -> None:
     fake = Fake()
     fake.wanted = 5
     file = prompts(tmp_path / "p.jsonl", ["held"])

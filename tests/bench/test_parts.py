@@ -100,23 +100,25 @@ def test_of_nothing_there_is_nothing_to_say() -> None:
     assert peak_rate([]) == peak_concurrency([]) == 0
 
 
-def answered(due: float, sent: float, times: list[float], tokens: int) -> Outcome:
-    return Outcome(0, due, 1, begun=sent, sent=sent, times=times, ended=times[-1], told_tokens=tokens, complete=True)
+def completed(due: float, sent: float, times: list[float], tokens: int) -> Outcome:
+    return Outcome(
+        0, due, 1, begun=sent, sent=sent, times=times, ended=times[-1], reported_tokens=tokens, complete=True
+    )
 
 
 def test_goodput_and_peaks() -> None:
-    one = answered(0.0, 0.5, [1.0, 1.1, 1.3], 4)
+    one = completed(0.0, 0.5, [1.0, 1.1, 1.3], 4)
     assert one.per_token == pytest.approx(0.1)
     assert one.gaps == pytest.approx([0.1, 0.2])
     limits = {"ttft": 1000.0, "tpot": 101.0, "e2el": 1301.0}
     assert is_good(one, limits)
     assert not any(is_good(one, limits | {name: limit - 2}) for name, limit in limits.items())
-    assert is_good(answered(0.0, 0.0, [0.5], 1), {"tpot": 0.0})
-    other = answered(1.3, 1.3, [1.6, 2.6], 10)
+    assert is_good(completed(0.0, 0.0, [0.5], 1), {"tpot": 0.0})
+    other = completed(1.3, 1.3, [1.6, 2.6], 10)
     assert peak_concurrency([one, other]) == 1
     assert peak_concurrency([one, one, other]) == 2
     assert peak_rate([one, other]) == pytest.approx(5.0)
-    assert peak_rate([other, answered(1.3, 1.3, [1.4], 1)]) == pytest.approx(6.0)
+    assert peak_rate([other, completed(1.3, 1.3, [1.4], 1)]) == pytest.approx(6.0)
 
 
 def test_a_client_that_is_the_bottleneck_says_so() -> None:
@@ -145,7 +147,7 @@ async def test_progress_is_one_line_on_a_terminal_and_lines_elsewhere() -> None:
     for out, shape in ((Terminal(), "\r{}\x1b[K\n"), (io.StringIO(), "{}\n")):
         tally = Tally(9)
         async with Progress(tally, out, silent=False):
-            tally.answered, tally.failed, tally.running = 3, 2, 1
+            tally.completed, tally.failed, tally.running = 3, 2, 1
         assert out.getvalue() == shape.format("5/9 requests, 2 failed, 1 under way, 0 tokens/s, 0 s")
 
 
@@ -260,7 +262,7 @@ async def test_who_speaks_in_a_file_is_read_and_a_given_length_may_be_short(tmp_
     assert [turn.content for (turn,) in await made("--dataset-name", "sharegpt", *flags)] == ["turn 0"]
 
 
-async def test_files_that_hold_nothing_to_send_are_refused_with_their_place(tmp_path: Path) -> None:
+async def test_files_that_hold_nothing_to_send_are_refused_with_their_location(tmp_path: Path) -> None:
     file = tmp_path / "file"
     for name, content, message in (
         ("custom", "", "holds nothing that can be sent"),
@@ -342,8 +344,8 @@ def test_what_cannot_be_is_refused_in_one_line(flags: str, message: str, capsys:
         code: object = main(["bench", "serve", *flags.split(" ")])
     except SystemExit as left:
         code = left.code
-    told = capsys.readouterr()
+    reported = capsys.readouterr()
     assert code == 2
-    assert message in told.err
-    assert told.err.count("\n") == 1
-    assert told.out == ""
+    assert message in reported.err
+    assert reported.err.count("\n") == 1
+    assert reported.out == ""

@@ -82,17 +82,17 @@ async def _sent(asked: Any) -> list[str]:
     return [str(turn.content) for (turn,) in await conversations(asked, await Writer.with_tokens(ByteTokens()))]
 
 
-async def test_a_turn_bears_what_was_said_before(tiny: Server) -> None:
+async def test_a_turn_contains_what_was_said_before(tiny: Server) -> None:
     flags = ("--dataset-name", "multi-turn", "--num-prompts", 6, "--multi-turn-num-turns", 3, "--save-detailed")
     report = await bench(
         options("--base-url", tiny.url, *flags, "--random-input-len", 9, "--random-output-len", 5, "--disable-tqdm")
     )
-    told = report.saved()
-    answers = [len(text.encode()) for text in told["generated_texts"]]
-    assert told["input_lens"][0] == told["input_lens"][3] == 9
+    reported = report.saved()
+    responses = [len(text.encode()) for text in reported["generated_texts"]]
+    assert reported["input_lens"][0] == reported["input_lens"][3] == 9
     for turn in (1, 2, 4, 5):
-        assert told["input_lens"][turn] == told["input_lens"][turn - 1] + answers[turn - 1] + 9
-        assert told["due_times"][turn] > told["due_times"][turn - 1] + told["latencies"][turn - 1] - 1e-6
+        assert reported["input_lens"][turn] == reported["input_lens"][turn - 1] + responses[turn - 1] + 9
+        assert reported["due_times"][turn] > reported["due_times"][turn - 1] + reported["latencies"][turn - 1] - 1e-6
 
 
 def test_the_command_prints_and_saves_what_vllm_does(tiny: Server, tmp_path: Path, cli: Cli) -> None:
@@ -159,7 +159,7 @@ class Wire:
     def __init__(self, port: int) -> None:
         self._to = port
         self.asked: dict[str, float] = {}  # by request id: when the request was read
-        self.told: dict[str, list[float]] = {}  # when each piece with a token of its answer was
+        self.reported: dict[str, list[float]] = {}  # when each piece with a token of its response was
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
 
@@ -200,7 +200,7 @@ class Wire:
             while data := server.recv(1 << 20):
                 now = time.perf_counter()
                 if tokens := len(re.findall(rb'"token_ids":\[\d', data)):
-                    self.told.setdefault(asked[-1], []).extend([now] * tokens)
+                    self.reported.setdefault(asked[-1], []).extend([now] * tokens)
                 client.sendall(data)
             client.shutdown(socket.SHUT_RDWR)
         server.close()
@@ -214,19 +214,19 @@ def test_it_agrees_with_timestamps_of_the_sockets_within_two_percent(server: Ser
         file = tmp_path / "r.json"
         done = cli("bench", "serve", "--port", wire.port, *flags, *more, "--save-result", "--result-filename", file)
     assert done.returncode == 0, done.stderr
-    told = json.loads(file.read_text())
-    assert told["output_lens"] == [30] * 9
-    assert sorted(wire.told) == sorted(wire.asked) == sorted(f"r{n}" for n in range(9))
-    times = {request: (wire.asked[request], *wire.told[request]) for request in wire.asked}
+    reported = json.loads(file.read_text())
+    assert reported["output_lens"] == [30] * 9
+    assert sorted(wire.reported) == sorted(wire.asked) == sorted(f"r{n}" for n in range(9))
+    times = {request: (wire.asked[request], *wire.reported[request]) for request in wire.asked}
     assert {len(of) for of in times.values()} == {31}
     first = [of[1] - of[0] for of in times.values()]
     whole = [of[-1] - of[0] for of in times.values()]
     gaps = [later - earlier for of in times.values() for earlier, later in pairwise(of[1:])]
     duration = max(of[-1] for of in times.values()) - min(of[0] for of in times.values())
-    assert told["median_ttft_from_send_ms"] == pytest.approx(1e3 * statistics.median(first), rel=0.02)
-    assert told["mean_ttft_from_send_ms"] == pytest.approx(1e3 * statistics.mean(first), rel=0.02)
-    assert told["median_e2el_from_send_ms"] == pytest.approx(1e3 * statistics.median(whole), rel=0.02)
-    assert told["mean_e2el_ms"] == pytest.approx(1e3 * statistics.mean(whole), rel=0.02)
-    assert told["mean_tpot_ms"] == pytest.approx(1e3 * statistics.mean(gaps), rel=0.02)
-    assert told["mean_itl_ms"] == pytest.approx(1e3 * statistics.mean(gaps), rel=0.02)
-    assert told["output_throughput"] == pytest.approx(270 / duration, rel=0.02)
+    assert reported["median_ttft_from_send_ms"] == pytest.approx(1e3 * statistics.median(first), rel=0.02)
+    assert reported["mean_ttft_from_send_ms"] == pytest.approx(1e3 * statistics.mean(first), rel=0.02)
+    assert reported["median_e2el_from_send_ms"] == pytest.approx(1e3 * statistics.median(whole), rel=0.02)
+    assert reported["mean_e2el_ms"] == pytest.approx(1e3 * statistics.mean(whole), rel=0.02)
+    assert reported["mean_tpot_ms"] == pytest.approx(1e3 * statistics.mean(gaps), rel=0.02)
+    assert reported["mean_itl_ms"] == pytest.approx(1e3 * statistics.mean(gaps), rel=0.02)
+    assert reported["output_throughput"] == pytest.approx(270 / duration, rel=0.02)

@@ -23,9 +23,9 @@ from bdh_batch.checkpoint.checkpoint import load_model
 from bdh_batch.client import (
     AsyncBDHClient,
     BDHClient,
-    ChatWishes,
+    ChatParameters,
     ClientError,
-    CompletionWishes,
+    CompletionParameters,
     Score,
     StreamOptions,
     errors,
@@ -59,16 +59,16 @@ def client(tiny: Server) -> Iterator[BDHClient]:
 
 
 class TestCalls:
-    def test_wishes_are_passed_on_typed(self, client: BDHClient) -> None:
-        answer = client.complete("ab", max_tokens=3, logit_bias=X, priority=2, min_p=0.1, repetition_penalty=1.1)
-        assert answer.choices[0].text == "xxx"
+    def test_parameters_are_passed_on_typed(self, client: BDHClient) -> None:
+        response = client.complete("ab", max_tokens=3, logit_bias=X, priority=2, min_p=0.1, repetition_penalty=1.1)
+        assert response.choices[0].text == "xxx"
         chosen = client.complete("ab", structured_outputs={"choice": ["yes", "no"]}, top_k=0, deadline=50.0)
         assert chosen.choices[0].text in ("yes", "no")
         chat = client.chat(MESSAGES, model="minute", max_completion_tokens=2, logprobs=True, top_logprobs=1)
         assert chat.model == "minute"
         assert chat.choices[0].logprobs is not None
 
-    def test_streams_are_the_answer_in_chunks(self, client: BDHClient, tiny: Server) -> None:
+    def test_streams_are_the_response_in_chunks(self, client: BDHClient, tiny: Server) -> None:
         whole = client.complete("ab", max_tokens=20, seed=3).choices[0].text
         *chunks, last = client.stream_complete("ab", max_tokens=20, seed=3, options={"include_usage": True})
         assert "".join(chunk.choices[0].text for chunk in chunks) == whole
@@ -82,10 +82,10 @@ class TestCalls:
         tiny.until_idle()
 
     def test_tokens_go_there_and_back(self, client: BDHClient) -> None:
-        told = client.tokenize("né", return_token_strs=True)
-        assert (told.tokens, told.count, told.max_model_len) == ([*"né".encode()], 3, 131072)
-        assert told.token_strs == ["n", "<0xC3>", "<0xA9>"]
-        assert client.detokenize(told.tokens) == "né"
+        reported = client.tokenize("né", return_token_strs=True)
+        assert (reported.tokens, reported.count, reported.max_model_len) == ([*"né".encode()], 3, 131072)
+        assert reported.token_strs == ["n", "<0xC3>", "<0xA9>"]
+        assert client.detokenize(reported.tokens) == "né"
         chat = client.tokenize_chat(MESSAGES)
         assert client.detokenize(chat.tokens) == "user: Sing, é!\nassistant:"
         assert chat.token_strs is None
@@ -93,7 +93,7 @@ class TestCalls:
         assert (info.vocab_size, info.eos_token, info.eos_token_ids) == (256, None, [])
         assert (info.prefix_token, info.prefix_token_id) == ("\n", 10)
 
-    def test_the_server_tells_of_itself(self, client: BDHClient, tiny: Server) -> None:
+    def test_the_server_reports_about_itself(self, client: BDHClient, tiny: Server) -> None:
         info = client.server_info()
         assert (info.version, info.model) == (__version__, "tiny")
         assert info.config["scheduler"]["max_running"] == 256
@@ -128,18 +128,18 @@ class TestCalls:
         assert all(getattr(BDHClient, name).__doc__ for name in public[0] - {"send", "stream", "close"})
 
     @pytest.mark.parametrize(
-        ("wishes", "body", "others"),
+        ("parameters", "body", "others"),
         [
-            (CompletionWishes, wire.CompletionBody, {"prompt"}),
-            (ChatWishes, wire.ChatBody, {"messages"}),
+            (CompletionParameters, wire.CompletionBody, {"prompt"}),
+            (ChatParameters, wire.ChatBody, {"messages"}),
             (StreamOptions, wire.StreamOptions, set()),
         ],
     )
-    def test_wishes_are_what_the_server_takes(self, wishes: Any, body: Any, others: set[str]) -> None:
-        older = {f"guided_{form}" for form in ("json", "regex", "choice", "grammar")}
+    def test_parameters_are_what_the_server_takes(self, parameters: Any, body: Any, others: set[str]) -> None:
+        older = {f"guided_{kind}" for kind in ("json", "regex", "choice", "grammar")}
         labels = {"safety_identifier", "request_id", "prompt_cache_key"}
         apart = others | older | labels | {"stream", "stream_options"}
-        assert get_type_hints(wishes).keys() == body.model_fields.keys() - apart
+        assert get_type_hints(parameters).keys() == body.model_fields.keys() - apart
 
     def test_it_needs_neither_torch_nor_the_server(self) -> None:
         code = "import sys, bdh_batch.client; print(*sys.modules)"
@@ -197,11 +197,11 @@ class TestScores:
         for choice, table in zip(tops, tables):
             assert choice.logprobs is not None
             assert choice.logprobs.top_logprobs is not None
-            for told, row in zip(choice.logprobs.top_logprobs[1:], table, strict=True):
+            for reported, row in zip(choice.logprobs.top_logprobs[1:], table, strict=True):
                 best = {chr(token): row[token] for token in np.argsort(-row)[:5]}
-                assert best == pytest.approx({name: told[name] for name in best}, abs=1e-4)
+                assert best == pytest.approx({name: reported[name] for name in best}, abs=1e-4)
 
-    def test_of_an_answer_begin_where_its_question_ends(self, client: BDHClient, tiny: Server) -> None:
+    def test_of_a_completion_begin_where_its_prompt_ends(self, client: BDHClient, tiny: Server) -> None:
         greedy = tiny.complete(prompt="né", max_tokens=4, temperature=0, return_token_ids=True)["choices"][0]
         tokens = [*"né".encode(), *greedy["token_ids"]]
         whole = client.score(tokens)
@@ -237,7 +237,7 @@ class TestErrors:
     """Each is raised for what it means, and has the official client's own as its cause."""
 
     @pytest.mark.parametrize(
-        ("key", "ask", "kind", "cause", "told"),
+        ("key", "ask", "kind", "cause", "reported"),
         [
             ("all", lambda c: c.complete("a", top_p=5), errors.InvalidRequest, openai.BadRequestError, (400, "top_p")),
             ("all", lambda c: c.complete(5), errors.InvalidRequest, openai.BadRequestError, (400, "prompt")),
@@ -264,14 +264,14 @@ class TestErrors:
         ask: Callable[[Any], object],
         kind: type[ClientError],
         cause: type[openai.APIStatusError],
-        told: tuple[int, str | None],
+        reported: tuple[int, str | None],
     ) -> None:
         before = strict.metrics()
         with BDHClient(strict.url, keys.get(key, key)) as client, pytest.raises(kind) as caught:
             ask(client)
         error = caught.value
         assert type(error) is kind
-        assert (error.status, error.param, error.retry_after) == (*told, None)
+        assert (error.status, error.param, error.retry_after) == (*reported, None)
         assert error.request_id
         assert isinstance(error.__cause__, cause)
         assert "Error code" not in str(error)
@@ -288,7 +288,7 @@ class TestErrors:
         name = f"bdh_http_requests_total{{route=/v1/completions,status={error.status}}}"
         assert strict.metrics()[name] == before.get(name, 0) + 1  # the official client would have tried again, twice
 
-    def test_tell_when_to_come_back(self, strict: Server, keys: dict[str, str]) -> None:
+    def test_report_when_to_come_back(self, strict: Server, keys: dict[str, str]) -> None:
         with BDHClient(strict.url, keys["few"], max_retries=0) as client:
             client.tokenizer_info()
             with pytest.raises(errors.RateLimited) as limited:
@@ -338,6 +338,6 @@ class TestErrors:
 
     @pytest.mark.parametrize(("status", "kind"), errors.BY_STATUS.items())
     def test_of_a_proxy_go_by_its_status(self, status: int, kind: type[ClientError]) -> None:
-        answer = httpx2.Response(status, text="<html>", headers={"retry-after": "3"}, request=REQUEST)
-        error = errors.translated(openai.APIStatusError("<html>", response=answer, body=None))
+        response = httpx2.Response(status, text="<html>", headers={"retry-after": "3"}, request=REQUEST)
+        error = errors.translated(openai.APIStatusError("<html>", response=response, body=None))
         assert (type(error), error.status, error.retry_after, str(error)) == (kind, status, 3, "<html>")

@@ -1,7 +1,7 @@
-"""Asks a server what its OpenAPI document allows (positive) and what it does not (negative), and looks at the answers.
+"""Asks a server what its OpenAPI document allows (positive) and what it does not (negative), and checks responses.
 
-Each must have a status, a content type and a shape that the document tells of; none may be a fault of the server, and
-every stream must end as streams do. The requests are schemathesis's; this only keeps answers short.
+Each must have a status, a content type and a shape that the document declares; none may be a fault of the server, and
+every stream must end as streams do. The requests are schemathesis's; this only keeps responses short.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CHECKS = [
     response_headers_conformance,
     response_schema_conformance,
 ]
-ANSWER_SECONDS = 60.0  # an answer that is not there by then is a hang
+RESPONSE_SECONDS = 60.0  # a response that is not there by then is a hang
 WITHOUT_BODY = 5  # cases of an operation that has but its headers to vary, of each mode
 MOST_TOKENS = 4
 MOST_EVENTS = 1_000_000  # streams are read to their ends
@@ -99,7 +99,7 @@ class Fuzzer:
     def _ask(self, case: AnyCase) -> None:
         began = time.perf_counter()
         try:
-            response = case.call_and_validate(self._url, self._session, checks=CHECKS, timeout=ANSWER_SECONDS)
+            response = case.call_and_validate(self._url, self._session, checks=CHECKS, timeout=RESPONSE_SECONDS)
             self._look(case, response)
         except (AssertionError, FailureGroup, jsonschema.ValidationError, requests.RequestException) as error:
             self.found.wrong.append(f"{case.operation.label}: {error!r}\n{case.headers!r}\n{case.body!r}")
@@ -120,13 +120,13 @@ def check_stream(text: str, chunk: jsonschema.Draft202012Validator) -> None:
     *events, rest = text.split("\n\n")
     assert rest == ""
     assert all(event.startswith(EVENT) for event in events)
-    told = [event.removeprefix(EVENT) for event in events]
-    if told[-1] == "[DONE]":
-        told.pop()
-        assert not any("error" in json.loads(event) for event in told)
+    reported = [event.removeprefix(EVENT) for event in events]
+    if reported[-1] == "[DONE]":
+        reported.pop()
+        assert not any("error" in json.loads(event) for event in reported)
     else:
-        assert "error" in json.loads(told[-1])
-    for event in told:
+        assert "error" in json.loads(reported[-1])
+    for event in reported:
         chunk.validate(json.loads(event))
 
 
@@ -153,7 +153,7 @@ def _whole_numbers(value: Any) -> Any:
 
 
 def _brief(case: AnyCase) -> AnyCase:
-    """Wherever its answer would be long, ask for a short one: what is no number, or negative, is left as it is."""
+    """Wherever its response would be long, ask for a short one: what is no number, or negative, is left as it is."""
     body = case.body
     if case.operation.path in ("/v1/completions", "/v1/chat/completions") and isinstance(body, dict):
         names = [name for name in ("max_tokens", "max_completion_tokens") if name in body]
@@ -169,11 +169,11 @@ def _brief(case: AnyCase) -> AnyCase:
 
 
 def _patient(case: AnyCase) -> AnyCase:
-    """Where it gives its answer a time, ask for one that a busy machine can keep to, too: else its 504 were right."""
+    """Where it gives its response a time, ask for one that a busy machine can keep to, too: else its 504 were right."""
     try:
         given = float(case.headers[TIMEOUT]) if case.headers and TIMEOUT in case.headers else 0.0
     except ValueError:
         return case
-    if 0 < given < ANSWER_SECONDS:
-        case.headers[TIMEOUT] = str(ANSWER_SECONDS)
+    if 0 < given < RESPONSE_SECONDS:
+        case.headers[TIMEOUT] = str(RESPONSE_SECONDS)
     return case

@@ -18,7 +18,7 @@ class Listener(Protocol):
 
 
 @dataclass(frozen=True)
-class Answer:
+class RawResponse:
     status: int
     headers: dict[str, str]
     body: bytes
@@ -36,7 +36,7 @@ class Raw:
         for part in parts:
             self.socket.sendall(part)
 
-    def answer(self) -> Answer:
+    def response(self) -> RawResponse:
         """The next response, as its framing says."""
         line = self.file.readline()
         assert line.startswith(b"HTTP/1.1 "), line
@@ -44,9 +44,9 @@ class Raw:
         while (field := self.file.readline()) != b"\r\n":
             name, _, value = field.decode("latin-1").rstrip().partition(": ")
             headers[name.lower()] = value
-        return Answer(int(line.split()[1]), headers, self._body(headers))
+        return RawResponse(int(line.split()[1]), headers, self._body(headers))
 
-    def answer_line(self) -> bytes:
+    def status_line(self) -> bytes:
         """The first line of an interim response, which has no more than that and a blank line."""
         line = self.file.readline()
         assert self.file.readline() == b"\r\n"
@@ -76,11 +76,11 @@ class Raw:
         return body
 
 
-def ask(server: Listener, *parts: bytes) -> Answer:
+def ask(server: Listener, *parts: bytes) -> RawResponse:
     """The first response to what is sent; nobody waits for others."""
     client = Raw(server, *parts)
     try:
-        return client.answer()
+        return client.response()
     finally:
         client.close()
 

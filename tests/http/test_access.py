@@ -98,11 +98,11 @@ class TestKeys:
 
     def test_that_are_wrong_learn_nothing(self, guarded: Server, key: str, elsewhere: httpx.Client) -> None:
         wrong = ["wrong", key[:-1], key + "0", key.upper(), "a" * 5000, "from-file-2  # a note", "# keys", "***"]
-        answers = [elsewhere.post("/v1/completions", json=BODY, headers=bearer(value)) for value in wrong]
-        assert len({answer.content for answer in answers}) == 1
-        for answer in answers:
-            assert guarded.error(answer, 401)["code"] == "invalid_api_key"
-            assert answer.headers["www-authenticate"] == "Bearer"
+        responses = [elsewhere.post("/v1/completions", json=BODY, headers=bearer(value)) for value in wrong]
+        assert len({response.content for response in responses}) == 1
+        for response in responses:
+            assert guarded.error(response, 401)["code"] == "invalid_api_key"
+            assert response.headers["www-authenticate"] == "Bearer"
 
     def test_that_are_missing_are_asked_for(self, guarded: Server, key: str, elsewhere: httpx.Client) -> None:
         right = b"Bearer " + key.encode()
@@ -116,12 +116,12 @@ class TestKeys:
             (right,) * 2,
         ):
             headers = [(b"authorization", value) for value in values]
-            answer = elsewhere.post("/v1/completions", json=BODY, headers=headers)
-            assert guarded.error(answer, 401)["code"] == "invalid_api_key"
+            response = elsewhere.post("/v1/completions", json=BODY, headers=headers)
+            assert guarded.error(response, 401)["code"] == "invalid_api_key"
 
     def test_are_asked_for_before_the_body_is_looked_at(self, guarded: Server, elsewhere: httpx.Client) -> None:
-        answer = elsewhere.post("/v1/completions", content=b"{", headers=bearer("wrong"))
-        assert guarded.error(answer, 401)["code"] == "invalid_api_key"
+        response = elsewhere.post("/v1/completions", content=b"{", headers=bearer("wrong"))
+        assert guarded.error(response, 401)["code"] == "invalid_api_key"
         assert [elsewhere.get(path).status_code for path in ("/v1/nothing", "/tokenize", "/%761/models")] == [401] * 3
 
     def test_of_any_case_of_the_scheme(self, guarded: Server, key: str) -> None:
@@ -177,9 +177,9 @@ class TestKeys:
             return guarded.http.post("/v1/completions", json=BODY | {"priority": 1} | more, headers=bearer(key))
 
         assert guarded.error(ask(priority=0), 403)["param"] == "priority"
-        answer = ask(max_tokens=20)
-        assert answer.headers["x-ratelimit-limit-tokens"] == "50"
-        assert answer.headers["x-ratelimit-remaining-tokens"] == "29"
+        response = ask(max_tokens=20)
+        assert response.headers["x-ratelimit-limit-tokens"] == "50"
+        assert response.headers["x-ratelimit-remaining-tokens"] == "29"
         refused = ask(max_tokens=40)
         assert "tokens a minute" in guarded.error(refused, 429)["message"]
         assert "requests a minute" in guarded.error(ask(), 429)["message"]
@@ -200,11 +200,11 @@ class TestRate:
     def test_beyond_the_limit_is_refused(self, guarded: Server, key: str) -> None:
         remaining = []
         for _ in range(PER_MINUTE):
-            answer = guarded.http.post("/v1/completions", json=BODY, headers=bearer(key))
-            assert answer.status_code == 200
-            assert answer.headers["x-ratelimit-limit-requests"] == str(PER_MINUTE)
-            assert 1 <= int(answer.headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
-            remaining.append(int(answer.headers["x-ratelimit-remaining-requests"]))
+            response = guarded.http.post("/v1/completions", json=BODY, headers=bearer(key))
+            assert response.status_code == 200
+            assert response.headers["x-ratelimit-limit-requests"] == str(PER_MINUTE)
+            assert 1 <= int(response.headers["x-ratelimit-reset-requests"].removesuffix("s")) <= 60
+            remaining.append(int(response.headers["x-ratelimit-remaining-requests"]))
         assert remaining == list(reversed(range(PER_MINUTE)))
         refused = guarded.http.post("/v1/completions", json=BODY, headers=bearer(key))
         assert guarded.error(refused, 429)["code"] == "rate_limit_exceeded"
@@ -221,23 +221,25 @@ class TestRate:
         assert guarded.http.get("/v1/models", headers=bearer(KEYS[-1])).status_code == 200
 
     def test_counts_refused_requests_that_were_let_in(self, guarded: Server, key: str) -> None:
-        answers = [
+        responses = [
             guarded.http.post("/v1/completions", content=b"{", headers=bearer(key)) for _ in range(PER_MINUTE + 1)
         ]
-        assert [answer.status_code for answer in answers] == [400] * PER_MINUTE + [429]
+        assert [response.status_code for response in responses] == [400] * PER_MINUTE + [429]
 
     def test_of_wrong_keys_is_that_of_their_address_and_nobody_elses(
         self, guarded: Server, key: str, elsewhere: httpx.Client
     ) -> None:
-        answers = [elsewhere.get("/v1/models", headers=bearer(f"wrong {n}")).status_code for n in range(PER_MINUTE + 2)]
-        assert answers == [401] * PER_MINUTE + [429] * 2
+        responses = [
+            elsewhere.get("/v1/models", headers=bearer(f"wrong {n}")).status_code for n in range(PER_MINUTE + 2)
+        ]
+        assert responses == [401] * PER_MINUTE + [429] * 2
         assert elsewhere.get("/v1/models", headers=bearer(key)).status_code == 200
 
     def test_of_probes_has_no_limit(self, guarded: Server) -> None:
-        answers = {guarded.http.get("/health").status_code for _ in range(3 * PER_MINUTE)}
-        assert answers == {200}
+        responses = {guarded.http.get("/health").status_code for _ in range(3 * PER_MINUTE)}
+        assert responses == {200}
 
-    def test_is_not_told_where_there_is_none(self, tiny: Server) -> None:
+    def test_is_not_reported_where_there_is_none(self, tiny: Server) -> None:
         assert not any(name.startswith("x-ratelimit") for name in tiny.http.get("/v1/models").headers)
 
 
@@ -264,7 +266,7 @@ class TestOrigins:
     def test_that_are_not_listed_do_not(self, guarded: Server) -> None:
         assert "access-control-allow-origin" not in self.preflight(guarded, "https://evil.example")
 
-    def test_that_are_listed_may_read_answers_and_refusals(self, key: str, elsewhere: httpx.Client) -> None:
+    def test_that_are_listed_may_read_responses_and_refusals(self, key: str, elsewhere: httpx.Client) -> None:
         for headers, status in ((bearer(key), 200), ({}, 401)):
             response = elsewhere.post("/v1/completions", json=BODY, headers=headers | {"origin": ORIGIN})
             assert response.status_code == status

@@ -35,8 +35,8 @@ def client(tiny: Server) -> Iterator[OpenAI]:
 class TestEndpoints:
     @pytest.mark.parametrize("root", ["", "/v1"])
     def test_tokenize_and_detokenize_are_at_both_places(self, tiny: Server, root: str) -> None:
-        told = tiny.http.post(f"{root}/tokenize", json={"prompt": "ab"}).json()
-        assert told == {"tokens": TOKENS, "count": 2, "max_model_len": 131072, "token_strs": None}
+        reported = tiny.http.post(f"{root}/tokenize", json={"prompt": "ab"}).json()
+        assert reported == {"tokens": TOKENS, "count": 2, "max_model_len": 131072, "token_strs": None}
         chat = tiny.http.post(f"{root}/tokenize", json={"messages": MESSAGES}).json()
         assert chat["count"] == RENDERED
         assert tiny.http.post(f"{root}/detokenize", json={"tokens": TOKENS}).json() == {"prompt": "ab"}
@@ -70,8 +70,8 @@ class TestEndpoints:
         assert caught.value.code == "not_found"
 
 
-def texts(answer: Completion | ChatCompletion) -> list[str | None]:
-    return [choice.message.content if hasattr(choice, "message") else choice.text for choice in answer.choices]
+def texts(response: Completion | ChatCompletion) -> list[str | None]:
+    return [choice.message.content if hasattr(choice, "message") else choice.text for choice in response.choices]
 
 
 X = {"120": 100}  # a bias that all but forces an x
@@ -114,26 +114,26 @@ CHATS: list[tuple[dict[str, Any], Callable[[Any], bool]]] = [
 class TestParameters:
     @pytest.mark.parametrize(("asked", "holds"), BOTH + COMPLETIONS, ids=lambda value: str(value)[:60])
     def test_of_completions(self, client: OpenAI, asked: dict[str, Any], holds: Callable[[Completion], bool]) -> None:
-        answer = client.completions.create(model="tiny", prompt="a", max_tokens=4, extra_body=asked)
-        self.check_envelope(answer, "text_completion")
-        assert holds(answer), answer
+        response = client.completions.create(model="tiny", prompt="a", max_tokens=4, extra_body=asked)
+        self.check_envelope(response, "text_completion")
+        assert holds(response), response
 
     @pytest.mark.parametrize(("asked", "holds"), BOTH + CHATS, ids=lambda value: str(value)[:60])
     def test_of_chats(self, client: OpenAI, asked: dict[str, Any], holds: Callable[[ChatCompletion], bool]) -> None:
-        answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=4, extra_body=asked)
-        self.check_envelope(answer, "chat.completion")
-        assert holds(answer), answer
+        response = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=4, extra_body=asked)
+        self.check_envelope(response, "chat.completion")
+        assert holds(response), response
 
     @staticmethod
-    def check_envelope(answer: Completion | ChatCompletion, kind: str) -> None:
+    def check_envelope(response: Completion | ChatCompletion, kind: str) -> None:
         """All that the client's types declare, and the table promises."""
-        type(answer).model_validate(answer.model_dump())  # the client itself checks nothing
-        assert answer.object == kind
-        assert answer.system_fingerprint
-        assert answer.usage is not None
-        assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
-        assert answer.usage.prompt_tokens_details is not None
-        assert answer.usage.prompt_tokens_details.cached_tokens is not None
+        type(response).model_validate(response.model_dump())  # the client itself checks nothing
+        assert response.object == kind
+        assert response.system_fingerprint
+        assert response.usage is not None
+        assert response.usage.total_tokens == response.usage.prompt_tokens + response.usage.completion_tokens
+        assert response.usage.prompt_tokens_details is not None
+        assert response.usage.prompt_tokens_details.cached_tokens is not None
 
     @pytest.mark.parametrize(
         ("field", "value"),
@@ -163,7 +163,7 @@ class TestParameters:
             ({"type": "function", "function": {"name": 5}}, "tool_choice.function.name"),
         ],
     )
-    def test_of_tools_are_told_by_the_form_that_is_meant(self, tiny: Server, choice: object, param: str) -> None:
+    def test_of_tools_are_reported_by_the_variant_that_is_meant(self, tiny: Server, choice: object, param: str) -> None:
         body = {"messages": MESSAGES, "tool_choice": choice}
         assert tiny.refusal(body, "/v1/chat/completions")["param"] == param
 

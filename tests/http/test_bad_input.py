@@ -288,7 +288,7 @@ class TestRanges:
         assert error["param"] == "stream_options.chunk_tokens"
 
     @PATHS
-    def test_of_the_answer_end_with_the_context(self, tiny: Server, path: str) -> None:
+    def test_of_the_response_end_with_the_context(self, tiny: Server, path: str) -> None:
         for most in (MODEL_LIMIT, 2**63 - 1, 2**64 - 1):
             assert tiny.refusal(BODIES[path] | {"max_tokens": most}, path)["code"] == "context_length_exceeded"
 
@@ -397,10 +397,10 @@ class TestUnknown:
         body = bodies.get(path, {"tokens": [97]}) | {"prmpt": None, "mirostat": None, "min_p_scale": None}
         assert tiny.http.post(path, json=body).status_code == 200
 
-    @pytest.mark.parametrize(("place", "body"), NESTED)
-    def test_nested_fields_that_are_null_are_too(self, tiny: Server, place: str, body: dict[str, Any]) -> None:
+    @pytest.mark.parametrize(("location", "body"), NESTED)
+    def test_nested_fields_that_are_null_are_too(self, tiny: Server, location: str, body: dict[str, Any]) -> None:
         content = json.dumps(BODIES[CHAT] | body).replace('"foo": 1', '"foo": null')
-        assert tiny.http.post(CHAT, content=content.encode()).status_code == 200, place
+        assert tiny.http.post(CHAT, content=content.encode()).status_code == 200, location
 
     @PATHS
     @pytest.mark.parametrize(
@@ -417,18 +417,18 @@ class TestUnknown:
             ("num_ctx", 512, "model.max_model_len"),
         ],
     )
-    def test_fields_of_other_servers_are_told_what_they_are_here(
+    def test_fields_of_other_servers_suggest_those_of_this_one(
         self, tiny: Server, path: str, field: str, value: object, meant: str
     ) -> None:
         error = tiny.refusal(BODIES[path] | {field: value}, path)
         assert (error["param"], error["type"]) == (field, "invalid_request_error")
         assert meant in error["message"]
 
-    @pytest.mark.parametrize(("place", "body"), NESTED)
-    def test_nested_fields_are_refused_by_name(self, tiny: Server, place: str, body: dict[str, Any]) -> None:
+    @pytest.mark.parametrize(("location", "body"), NESTED)
+    def test_nested_fields_are_refused_by_name(self, tiny: Server, location: str, body: dict[str, Any]) -> None:
         for path in (COMPLETIONS, CHAT) if body.keys().isdisjoint({"messages", "tools"}) else (CHAT,):
             error = tiny.refusal(BODIES[path] | body, path)
-            assert (error["param"], error["code"]) == (f"{place}.foo", "unknown_parameter")
+            assert (error["param"], error["code"]) == (f"{location}.foo", "unknown_parameter")
 
     def test_fields_of_the_other_endpoint_are_refused(self, tiny: Server) -> None:
         assert tiny.refusal(BODIES[COMPLETIONS] | {"messages": []})["param"] == "messages"
@@ -441,7 +441,7 @@ class TestUnknown:
         error = tiny.refusal(BODIES[path] | {"model": model}, path, 404)
         assert (error["param"], error["code"]) == ("model", "model_not_found")
         assert repr(model) in error["message"]
-        assert "There is 'tiny', 'minute', 'tiny-xxx" in error["message"]
+        assert "Available: 'tiny', 'minute', 'tiny-xxx" in error["message"]
         assert len(error["message"]) < 500
 
     def test_models_are_the_clients_not_found_error(self, tiny: Server) -> None:
@@ -463,7 +463,7 @@ class TestUnknown:
         error = tiny.error(tiny.http.request(method, tiny.url + path), 404)
         assert error["code"] == "not_found"
         assert "mean" not in error["message"]
-        assert f"There is nothing at {httpx.URL(tiny.url + path).path}" in error["message"]
+        assert f"The path {httpx.URL(tiny.url + path).path} does not exist" in error["message"]
         assert "/v1/completions" in error["message"]
 
     @pytest.mark.parametrize(
@@ -475,7 +475,7 @@ class TestUnknown:
             ("/" + "v1/" * 5000, CHAT),
         ],
     )
-    def test_paths_are_told_what_is_near_them(self, tiny: Server, path: str, near: str) -> None:
+    def test_paths_suggest_what_is_near_them(self, tiny: Server, path: str, near: str) -> None:
         message = tiny.error(tiny.http.post(path, json={}), 404)["message"]
         assert near in message
         assert "/openapi.json" in message
@@ -494,13 +494,13 @@ class TestUnknown:
             ("POST", "/completions/", COMPLETIONS),
         ],
     )
-    def test_paths_of_a_wrong_base_url_are_told_the_right_one(
+    def test_paths_of_a_wrong_base_url_suggest_the_right_one(
         self, tiny: Server, method: str, path: str, meant: str
     ) -> None:
         error = tiny.error(tiny.http.request(method, path), 404)
         assert (error["code"], error["message"]) == (
             "not_found",
-            f"There is nothing at {path}. Did you mean {meant}?",
+            f"The path {path} does not exist. Did you mean {meant}?",
         )
 
     @pytest.mark.parametrize(
@@ -709,8 +709,8 @@ def test_what_is_not_http_is_refused(tiny: Server) -> None:
         with socket.create_connection(("127.0.0.1", tiny.port), timeout=10) as client:
             client.sendall(nonsense)
             client.shutdown(socket.SHUT_WR)
-            answer = client.recv(4096)
-            assert answer == b"" or answer.startswith(b"HTTP/1.1 4")
+            response = client.recv(4096)
+            assert response == b"" or response.startswith(b"HTTP/1.1 4")
 
 
 def test_a_request_cut_off_in_its_body_leaves_nothing_behind(tiny: Server) -> None:

@@ -392,13 +392,13 @@ class TestServer:
         assert f"limits.{option}" in tiny.refusal(path=path, content=raw)["message"]
         assert tiny.http.get("/health").status_code == 200
 
-    def test_tells_the_tokens_of_a_large_text(self, tiny: Server) -> None:
+    def test_reports_the_tokens_of_a_large_text(self, tiny: Server) -> None:
         text = "aé\n" * 50_000
-        told = tiny.http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
-        assert told["tokens"] == list(text.encode())
-        assert told["count"] == len(told["token_strs"]) == 4 * 50_000
-        assert told["token_strs"][:4] == ["a", "<0xC3>", "<0xA9>", "<0x0A>"]
-        assert tiny.http.post("/detokenize", json={"tokens": told["tokens"]}).json() == {"prompt": text}
+        reported = tiny.http.post("/tokenize", json={"prompt": text, "return_token_strs": True}).json()
+        assert reported["tokens"] == list(text.encode())
+        assert reported["count"] == len(reported["token_strs"]) == 4 * 50_000
+        assert reported["token_strs"][:4] == ["a", "<0xC3>", "<0xA9>", "<0x0A>"]
+        assert tiny.http.post("/detokenize", json={"tokens": reported["tokens"]}).json() == {"prompt": text}
 
     def test_echoes_and_scores_alike_at_once_and_in_pieces(self, tiny: Server) -> None:
         prompt = "To be. " * 250

@@ -94,8 +94,8 @@ class TestPipelining:
             client.socket.sendall(get(f"/v1/models/{at}"))
             if at % 500 == 0:  # others have their turns between them
                 assert ask(tiny, get()).status == 200
-        found = [client.answer() for _ in range(number)]
-        assert [int(answer.error["message"].split("'")[1]) for answer in found] == list(range(number))
+        found = [client.response() for _ in range(number)]
+        assert [int(response.error["message"].split("'")[1]) for response in found] == list(range(number))
         client.close()
 
 
@@ -104,14 +104,14 @@ class TestConnections:
         tight.http.close()  # its connections would count
         tight.http = httpx.Client(base_url=tight.url, timeout=60)
         first = [connect(tight, "127.0.0.1") for _ in range(EACH)]
-        answers = [read(connect(tight, "127.0.0.1")) for _ in range(2)]
-        assert all(answer.startswith(b"HTTP/1.1 429 ") for answer in answers)
-        assert all(b"limits.max_connections_per_address" in answer for answer in answers)
-        assert all(b"retry-after: " in answer for answer in answers)
+        responses = [read(connect(tight, "127.0.0.1")) for _ in range(2)]
+        assert all(response.startswith(b"HTTP/1.1 429 ") for response in responses)
+        assert all(b"limits.max_connections_per_address" in response for response in responses)
+        assert all(b"retry-after: " in response for response in responses)
         second = [connect(tight, "127.0.0.2") for _ in range(CONNECTIONS - EACH)]
-        answer = read(connect(tight, "127.0.0.3"))
-        assert answer.startswith(b"HTTP/1.1 503 ")
-        assert b"limits.max_connections" in answer
+        response = read(connect(tight, "127.0.0.3"))
+        assert response.startswith(b"HTTP/1.1 503 ")
+        assert b"limits.max_connections" in response
         for client in (*first, *second):
             client.close()
         eventually(lambda: tight.http.get("/health").status_code == 200, 10)
@@ -146,12 +146,12 @@ class TestBodies:
         holders = [Raw(tight, part) for _ in range(8)]
         assert tight.text(prompt="a", max_tokens=1) is not None
         assert tight.metrics()["bdh_http_buffered_bytes"] <= BUFFERED
-        refused = [holder.answer() for holder in holders if peek(holder) != b""]
+        refused = [holder.response() for holder in holders if peek(holder) != b""]
         assert 4 <= len(refused) < 8
-        for answer in refused:
-            assert (answer.status, answer.error["code"]) == (503, "service_unavailable")
-            assert "limits.max_buffered_bytes" in answer.error["message"]
-            assert int(answer.headers["retry-after"]) >= 1
+        for response in refused:
+            assert (response.status, response.error["code"]) == (503, "service_unavailable")
+            assert "limits.max_buffered_bytes" in response.error["message"]
+            assert int(response.headers["retry-after"]) >= 1
         for holder in holders:
             holder.close()
         tight.until(lambda m: m["bdh_http_buffered_bytes"] < 1000, 10)
@@ -284,10 +284,10 @@ class TestDescriptors:
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
-    async def test_that_run_out_are_told_of_once_and_connections_wait(self, caplog: pytest.LogCaptureFixture) -> None:
+    async def test_that_run_out_are_reported_once_and_connections_wait(self, caplog: pytest.LogCaptureFixture) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         metrics = Metrics("m")
-        site = Site(answer, Limits(), metrics)
+        site = Site(response, Limits(), metrics)
         with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
             listener.setblocking(False)
             budget = ConnectionBudget(Limits(max_connections=10), [], metrics)
@@ -311,7 +311,7 @@ class TestDescriptors:
         assert "ulimit -n" in caplog.text
 
 
-async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+async def response(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.start", "status": 204, "headers": []})
     await send({"type": "http.response.body"})
 

@@ -25,7 +25,7 @@ MESSAGES: list[ChatCompletionMessageParam] = [
 RENDERED = "system: You are Romeo.\nuser: Speak, é!\nassistant:"
 
 
-def test_an_answer_is_a_typed_object_with_exact_usage(server: Server) -> None:
+def test_a_response_is_a_typed_object_with_exact_usage(server: Server) -> None:
     with server.openai() as client:
         completion = client.chat.completions.create(model="bdh-shakespeare", messages=MESSAGES, max_tokens=10)
     assert isinstance(completion, ChatCompletion)
@@ -68,7 +68,7 @@ def test_text_parts_are_one_text(tiny: Server) -> None:
     assert of_parts.json()["choices"][0]["message"] == of_text.json()["choices"][0]["message"]
 
 
-def test_an_answer_can_be_sent_back_as_it_came(tiny: Server) -> None:
+def test_a_response_can_be_sent_back_as_it_came(tiny: Server) -> None:
     messages: list[Any] = [{"role": "user", "content": "Hello"}]
     with tiny.openai() as client:
         first = client.chat.completions.create(model="tiny", messages=messages, max_tokens=4, seed=1)
@@ -77,7 +77,7 @@ def test_an_answer_can_be_sent_back_as_it_came(tiny: Server) -> None:
     assert second.choices[0].finish_reason == "length"
 
 
-def test_a_greedy_stream_equals_the_unstreamed_answer(server: Server) -> None:
+def test_a_greedy_stream_equals_the_unstreamed_response(server: Server) -> None:
     with server.openai() as client:
         whole = client.chat.completions.create(
             model="bdh-shakespeare", messages=MESSAGES, max_completion_tokens=30, temperature=0
@@ -134,7 +134,7 @@ def test_both_names_of_the_bound_bind(tiny: Server, field: str) -> None:
     assert response.json()["usage"]["completion_tokens"] == 3
 
 
-def test_n_answers_are_streamed_apart(tiny: Server) -> None:
+def test_n_choices_are_streamed_apart(tiny: Server) -> None:
     body = {"messages": MESSAGES, "max_tokens": 24, "n": 3, "seed": 8}
     whole = [choice["message"]["content"] for choice in tiny.http.post(PATH, json=body).json()["choices"]]
     choices = [choice for event in tiny.events(PATH, **body) for choice in event["choices"]]
@@ -145,7 +145,7 @@ def test_n_answers_are_streamed_apart(tiny: Server) -> None:
     assert sorted(c["index"] for c in choices if c["finish_reason"]) == [0, 1, 2]
 
 
-def test_a_stop_string_ends_the_answer_before_it(server: Server) -> None:
+def test_a_stop_string_ends_the_response_before_it(server: Server) -> None:
     body = {"messages": MESSAGES, "max_tokens": 30, "temperature": 0}
     text = server.http.post(PATH, json=body).json()["choices"][0]["message"]["content"]
     stop = text[12:15]
@@ -157,21 +157,21 @@ def test_a_stop_string_ends_the_answer_before_it(server: Server) -> None:
 
 def test_token_ids_come_with_each_chunk_and_the_prompt_once(tiny: Server) -> None:
     body = {"messages": MESSAGES, "max_tokens": 10, "seed": 2, "return_token_ids": True}
-    answer = tiny.http.post(PATH, json=body).json()
-    (whole,) = answer["choices"]
-    assert answer["prompt_token_ids"] == list(RENDERED.encode())
+    response = tiny.http.post(PATH, json=body).json()
+    (whole,) = response["choices"]
+    assert response["prompt_token_ids"] == list(RENDERED.encode())
     assert "prompt_token_ids" not in whole
     events = tiny.events(PATH, **body)
     choices = [event["choices"][0] for event in events]
     assert ["prompt_token_ids" in event for event in events] == [True] + [False] * (len(events) - 1)
-    assert events[0]["prompt_token_ids"] == answer["prompt_token_ids"]
+    assert events[0]["prompt_token_ids"] == response["prompt_token_ids"]
     assert [token for c in choices for token in c.get("token_ids", [])] == whole["token_ids"]
     assert bytes(whole["token_ids"]).decode(errors="replace") == whole["message"]["content"]
 
 
 def test_token_ids_do_not_come_unasked(tiny: Server) -> None:
-    answer = tiny.http.post(PATH, json={"messages": MESSAGES, "max_tokens": 2}).json()
-    assert [answer["prompt_token_ids"], answer["choices"][0]["token_ids"]] == [None, None]  # as vLLM has it
+    response = tiny.http.post(PATH, json={"messages": MESSAGES, "max_tokens": 2}).json()
+    assert [response["prompt_token_ids"], response["choices"][0]["token_ids"]] == [None, None]  # as vLLM has it
     for event in tiny.events(PATH, messages=MESSAGES, max_tokens=2, stream_options={"include_usage": True}):
         assert "prompt_token_ids" not in event
 

@@ -24,7 +24,7 @@ def greedy(server: Server) -> str:
     return server.text(prompt=PROMPT, max_tokens=TOKENS, temperature=0)
 
 
-def test_an_answer_is_a_typed_object_with_exact_usage(server: Server) -> None:
+def test_a_response_is_a_typed_object_with_exact_usage(server: Server) -> None:
     with server.openai() as client:
         completion = client.completions.create(model="bdh-shakespeare", prompt=PROMPT, max_tokens=12)
     assert isinstance(completion, Completion)
@@ -44,7 +44,7 @@ def test_an_answer_is_a_typed_object_with_exact_usage(server: Server) -> None:
     assert completion.usage.prompt_tokens_details.cached_tokens == 0
 
 
-def test_a_greedy_stream_equals_the_unstreamed_answer(server: Server, greedy: str) -> None:
+def test_a_greedy_stream_equals_the_unstreamed_response(server: Server, greedy: str) -> None:
     with server.openai() as client:
         stream = client.completions.create(
             model="bdh-shakespeare", prompt=PROMPT, max_tokens=TOKENS, temperature=0, stream=True
@@ -71,9 +71,9 @@ def test_the_model_may_be_left_out_and_null_means_the_default(server: Server, gr
         ("model", "top_p", "top_k", "seed", "n", "stop", "stream", "stream_options", "return_token_ids", "user")
     )
     body = nulls | {"prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0, "logprobs": None, "tools": None}
-    answer = server.complete(**body)
-    assert answer["model"] == "bdh-shakespeare"
-    assert answer["choices"][0]["text"] == greedy
+    response = server.complete(**body)
+    assert response["model"] == "bdh-shakespeare"
+    assert response["choices"][0]["text"] == greedy
 
 
 def test_labels_are_accepted(server: Server, greedy: str) -> None:
@@ -106,22 +106,22 @@ class TestUsage:
         for options in (None, {}, {"include_usage": False}, {"include_usage": None}):
             assert all("usage" not in e for e in tiny.events(prompt="a", max_tokens=3, stream_options=options))
 
-    def test_counts_all_prompts_and_all_answers(self, tiny: Server) -> None:
+    def test_counts_all_prompts_and_all_responses(self, tiny: Server) -> None:
         usage = tiny.complete(prompt=["abc", "d"], max_tokens=7)["usage"]
         assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (4, 14, 18)
 
-    def test_counts_a_prompt_once_however_many_answers_it_has(self, tiny: Server) -> None:
+    def test_counts_a_prompt_once_however_many_responses_it_has(self, tiny: Server) -> None:
         usage = tiny.complete(prompt="abc", max_tokens=7, n=3)["usage"]
         assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (3, 21, 24)
 
     def test_counts_the_tokens_of_a_stop_string(self, server: Server, greedy: str) -> None:
         stop = greedy[10:14]
-        answer = server.complete(prompt=PROMPT, max_tokens=TOKENS, temperature=0, stop=stop)
-        assert answer["usage"]["completion_tokens"] == greedy.index(stop) + len(stop)
+        response = server.complete(prompt=PROMPT, max_tokens=TOKENS, temperature=0, stop=stop)
+        assert response["usage"]["completion_tokens"] == greedy.index(stop) + len(stop)
 
 
 class TestPrompts:
-    def test_each_of_a_list_gets_its_own_answer_in_order(self, tiny: Server) -> None:
+    def test_each_of_a_list_gets_its_own_response_in_order(self, tiny: Server) -> None:
         prompts = ["abc", "d", "a longer one, of another length"]
         with tiny.openai() as client:
             together = client.completions.create(model="tiny", prompt=prompts, max_tokens=16, temperature=0)
@@ -142,14 +142,14 @@ class TestPrompts:
 
     def test_one_longer_than_a_prefill_chunk_is_all_read(self, tiny: Server) -> None:
         prompt = "".join(chr(97 + i * i % 26) for i in range(1500))
-        answer = tiny.complete(prompt=prompt, max_tokens=8, temperature=0)
-        assert answer["usage"]["prompt_tokens"] == 1500
+        response = tiny.complete(prompt=prompt, max_tokens=8, temperature=0)
+        assert response["usage"]["prompt_tokens"] == 1500
         other_start = tiny.text(prompt="Z" + prompt[1:], max_tokens=8, temperature=0)
-        assert tiny.text(prompt=prompt, max_tokens=8, temperature=0) == answer["choices"][0]["text"]
+        assert tiny.text(prompt=prompt, max_tokens=8, temperature=0) == response["choices"][0]["text"]
         assert isinstance(other_start, str)
 
 
-class TestAnswers:
+class TestResponses:
     def test_n_gives_different_ones_of_which_the_first_is_that_of_one(self, tiny: Server) -> None:
         with tiny.openai() as client:
             several = client.completions.create(model="tiny", prompt="a", max_tokens=16, n=4, seed=11)
@@ -158,17 +158,17 @@ class TestAnswers:
         assert len(set(texts)) == 4
         assert texts[0] == tiny.text(prompt="a", max_tokens=16, seed=11)
 
-    def test_equal_prompts_have_answers_of_their_own_unless_there_is_a_seed(self, tiny: Server) -> None:
+    def test_equal_prompts_have_responses_of_their_own_unless_there_is_a_seed(self, tiny: Server) -> None:
         body: dict[str, Any] = {"prompt": ["a"] * 4, "max_tokens": 16}
         unseeded, seeded = tiny.complete(**body)["choices"], tiny.complete(**body, seed=3)["choices"]
         assert len({choice["text"] for choice in unseeded}) == 4
         assert len({choice["text"] for choice in seeded}) == 1
 
-    def test_n_of_several_prompts_are_side_by_side(self, tiny: Server) -> None:
-        answer = tiny.complete(prompt=["a", "b"], max_tokens=12, n=2, seed=11)
-        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    def test_n_of_several_prompts_are_next_to_each_other(self, tiny: Server) -> None:
+        response = tiny.complete(prompt=["a", "b"], max_tokens=12, n=2, seed=11)
+        assert [choice["index"] for choice in response["choices"]] == [0, 1, 2, 3]
         of_a, of_b = (tiny.complete(prompt=prompt, max_tokens=12, n=2, seed=11)["choices"] for prompt in "ab")
-        assert [c["text"] for c in answer["choices"]] == [c["text"] for c in (*of_a, *of_b)]
+        assert [c["text"] for c in response["choices"]] == [c["text"] for c in (*of_a, *of_b)]
 
     def test_streams_of_n_tell_them_apart_by_index(self, tiny: Server) -> None:
         body: dict[str, Any] = {"prompt": ["a", "b"], "max_tokens": 20, "n": 2, "seed": 5}
@@ -180,8 +180,8 @@ class TestAnswers:
 
     def test_max_tokens_bounds_them_exactly(self, tiny: Server) -> None:
         for most in (1, 2, 33):
-            answer = tiny.complete(prompt="a", max_tokens=most, return_token_ids=True)
-            assert len(answer["choices"][0]["token_ids"]) == answer["usage"]["completion_tokens"] == most
+            response = tiny.complete(prompt="a", max_tokens=most, return_token_ids=True)
+            assert len(response["choices"][0]["token_ids"]) == response["usage"]["completion_tokens"] == most
 
 
 class TestSeed:
@@ -275,11 +275,11 @@ class TestStop:
         body: dict[str, Any] = {"prompt": "a", "max_tokens": 300, "seed": 1}
         text = tiny.text(**body)
         stop = next(character for character in text if ord(character) > 127 and character != "\ufffd")
-        answer = tiny.complete(**body, stop=stop)["choices"][0]
-        assert (answer["text"], answer["finish_reason"]) == (text[: text.index(stop)], "stop")
-        assert joined(tiny.events(**body, stop=stop)) == answer["text"]
+        response = tiny.complete(**body, stop=stop)["choices"][0]
+        assert (response["text"], response["finish_reason"]) == (text[: text.index(stop)], "stop")
+        assert joined(tiny.events(**body, stop=stop)) == response["text"]
 
-    def test_ends_one_of_several_answers_and_not_the_others(self, tiny: Server) -> None:
+    def test_ends_one_of_several_responses_and_not_the_others(self, tiny: Server) -> None:
         body: dict[str, Any] = {"prompt": ["a", "b"], "max_tokens": 60, "seed": 1}
         one, other = (choice["text"] for choice in tiny.complete(**body)["choices"])
         stop = next(one[at : at + 3] for at in range(3, 50) if one[at : at + 3] not in other)
@@ -316,7 +316,7 @@ class TestCharacters:
 
 
 class TestTokenIds:
-    def test_come_whole_with_an_answer(self, server: Server) -> None:
+    def test_come_whole_with_a_response(self, server: Server) -> None:
         choice = server.complete(prompt=PROMPT, max_tokens=9, return_token_ids=True)["choices"][0]
         assert choice["prompt_token_ids"] == list(PROMPT.encode())
         assert bytes(choice["token_ids"]).decode() == choice["text"]
@@ -339,16 +339,16 @@ class TestTokenIds:
 
 
 class TestModelWithoutTokenizer:
-    def test_answers_token_ids_with_token_ids(self, odd: Server) -> None:
+    def test_returns_token_ids_for_token_ids(self, odd: Server) -> None:
         body: dict[str, Any] = {"prompt": [1, 96, 0], "max_tokens": 40, "seed": 6, "return_token_ids": True}
-        answer = odd.complete(**body)
-        (choice,) = answer["choices"]
+        response = odd.complete(**body)
+        (choice,) = response["choices"]
         assert choice["prompt_token_ids"] == [1, 96, 0]
         assert choice["text"] == ""
         assert len(choice["token_ids"]) == 40
         assert all(0 <= token < 97 for token in choice["token_ids"])
         assert len(set(choice["token_ids"])) > 4
-        assert (answer["usage"]["prompt_tokens"], answer["usage"]["completion_tokens"]) == (3, 40)
+        assert (response["usage"]["prompt_tokens"], response["usage"]["completion_tokens"]) == (3, 40)
         events = odd.events(**body)
         assert [token for e in events for token in e["choices"][0]["token_ids"]] == choice["token_ids"]
 

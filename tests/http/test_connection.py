@@ -84,7 +84,7 @@ class Client:
         for part in parts:
             self.socket.sendall(part)
 
-    def answers(self) -> list[tuple[int, dict[str, Any]]]:
+    def responses(self) -> list[tuple[int, dict[str, Any]]]:
         """All that comes until the server closes, which it has to."""
         with self.socket, self.socket.makefile("rb") as file:
             found = []
@@ -98,14 +98,14 @@ class Client:
 
 
 def refused(server: Server, sent: bytes, status: int) -> dict[str, Any]:
-    (answer,) = Client(server, sent).answers()
-    assert answer[0] == status
-    error: dict[str, Any] = answer[1]["error"]
+    (response,) = Client(server, sent).responses()
+    assert response[0] == status
+    error: dict[str, Any] = response[1]["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     return error
 
 
-def test_what_is_not_http_is_told_so_in_json(hasty: Server) -> None:
+def test_what_is_not_http_gets_an_error_in_json(hasty: Server) -> None:
     for sent in MALFORMED.values():
         assert refused(hasty, sent, 400)["code"] == "invalid_http"
     assert hasty.metrics()["bdh_http_requests_total{route=unread,status=400}"] >= len(MALFORMED)
@@ -124,7 +124,7 @@ def test_who_is_slow_is_not_waited_for(hasty: Server) -> None:
     clients = {name: Client(hasty, sent) for name, (sent, _) in SLOW.items()}
     for name, client in clients.items():
         expected = SLOW[name][1]
-        assert [status for status, _ in client.answers()] == ([] if expected is None else [expected]), name
+        assert [status for status, _ in client.responses()] == ([] if expected is None else [expected]), name
 
 
 def test_a_body_that_drips_has_no_more_time_than_another(hasty: Server) -> None:
@@ -158,10 +158,10 @@ def test_odd_requests_are_answered_for_what_they_are(hasty: Server) -> None:
         ],
     }
     for sent, statuses in odd.items():
-        assert [status for status, _ in Client(hasty, sent).answers()] == statuses
+        assert [status for status, _ in Client(hasty, sent).responses()] == statuses
 
 
-def test_nonsense_behind_a_request_is_no_answer_to_it(hasty: Server) -> None:
+def test_nonsense_behind_a_request_is_no_response_to_it(hasty: Server) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 100_000, "stream": True}).encode()
     client = Client(hasty, HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
     got = client.socket.recv(65536)
@@ -175,13 +175,13 @@ def test_nonsense_behind_a_request_is_no_answer_to_it(hasty: Server) -> None:
 
 def test_headers_after_a_body_are_not_the_requests(hasty: Server) -> None:
     tail = b"2\r\n{}\r\n0\r\nx-request-id: from-the-trailer\r\n\r\n"
-    (answer,) = [Client(hasty, CHUNKED.replace(b"host: a", b"host: a\r\nconnection: close") + tail)]
-    with answer.socket:
-        assert b"from-the-trailer" not in answer.socket.recv(65536)
+    (response,) = [Client(hasty, CHUNKED.replace(b"host: a", b"host: a\r\nconnection: close") + tail)]
+    with response.socket:
+        assert b"from-the-trailer" not in response.socket.recv(65536)
 
 
 def test_addresses_without_keys_share_states(tiny: Server) -> None:
-    body = {"prompt": "a beginning that two neighbours have in common, and nobody else", "max_tokens": 1}
+    body = {"prompt": "a prefix that two neighbours have in common, and nobody else", "max_tokens": 1}
     cached = []
     for address in ("127.0.0.2", "127.0.0.3"):
         with httpx.Client(transport=httpx.HTTPTransport(local_address=address), timeout=60) as client:

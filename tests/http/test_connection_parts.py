@@ -61,7 +61,7 @@ def content_of(number: int, size: int) -> bytes:
 @st.composite
 def requests(draw: st.DrawFn) -> tuple[list[tuple[bytes, bytes]], bytes]:
     """Some requests, as path and body each, and the bytes that they are."""
-    told, sent = [], b""
+    reported, sent = [], b""
     for number in range(draw(st.integers(1, 5))):
         body = content_of(number, draw(st.sampled_from([0, 1, 7, 60, 3000]))) if draw(st.booleans()) else b""
         offer = b"connection: upgrade\r\nUpgrade: h2c\r\n" if draw(st.booleans()) else b""
@@ -74,8 +74,8 @@ def requests(draw: st.DrawFn) -> tuple[list[tuple[bytes, bytes]], bytes]:
             sent += b"0\r\n" + draw(st.sampled_from([b"", b"x-trailer: y\r\n"])) + CRLF
         else:
             sent += b"content-length: %d\r\n\r\n%b" % (len(body), body)
-        told.append((b"/%d" % number, body))
-    return told, sent
+        reported.append((b"/%d" % number, body))
+    return reported, sent
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -83,7 +83,7 @@ def requests(draw: st.DrawFn) -> tuple[list[tuple[bytes, bytes]], bytes]:
 def test_requests_are_the_same_however_their_bytes_come(
     made: tuple[list[tuple[bytes, bytes]], bytes], sizes: list[int], waits: bool
 ) -> None:
-    told, sent = made
+    reported, sent = made
     got: list[tuple[bytes, bytes]] = []
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,16 +108,16 @@ def test_requests_are_the_same_however_their_bytes_come(
             at += size
             if size % 2:
                 await asyncio.sleep(0)
-        for _ in range(20 * (len(told) + len(sent) // 1000)):
+        for _ in range(20 * (len(reported) + len(sent) // 1000)):
             await asyncio.sleep(0)
         assert connection.held == 0
         connection.connection_lost(None)
         return transport
 
     transport = asyncio.run(run())
-    assert got == told
-    assert transport.written.count(b"HTTP/1.1 204 ") == len(told)
-    assert transport.written.count(b"HTTP/1.1 ") == len(told)
+    assert got == reported
+    assert transport.written.count(b"HTTP/1.1 204 ") == len(reported)
+    assert transport.written.count(b"HTTP/1.1 ") == len(reported)
 
 
 async def test_turns_leave_room_for_others() -> None:

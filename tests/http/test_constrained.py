@@ -1,4 +1,4 @@
-"""Answers that have to follow schemas, expressions and grammars, and calls of tools, as clients see them."""
+"""Responses that have to follow schemas, expressions and grammars, and calls of tools, as clients see them."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def streamed(events: list[dict[str, Any]], index: int) -> str:
     return "".join(c["text"] if "text" in c else c["delta"].get("content") or "" for c in choices)
 
 
-def test_answers_of_any_temperature_are_what_was_asked_for_side_by_side(tiny: Server) -> None:
+def test_responses_of_any_temperature_are_what_was_asked_for_together(tiny: Server) -> None:
     def ask(each: tuple[str, dict[str, Any]]) -> str:
         case, body = each
         (choice,) = tiny.complete(**body)["choices"]
@@ -88,7 +88,7 @@ def test_answers_of_any_temperature_are_what_was_asked_for_side_by_side(tiny: Se
         ({"response_format": {"type": "json_object"}}, r"\{.*\}"),
     ],
 )
-def test_every_way_to_ask_is_kept_to_streamed_or_not_by_every_answer(
+def test_every_way_to_ask_is_kept_to_streamed_or_not_by_every_response(
     tiny: Server, path: str, asked: dict[str, Any], pattern: str
 ) -> None:
     body = BODIES[path] | asked | {"n": 3, "seed": 4, "max_tokens": 60, "temperature": 1.5}
@@ -102,7 +102,7 @@ def test_every_way_to_ask_is_kept_to_streamed_or_not_by_every_answer(
             assert asked == {"response_format": {"type": "json_object"}}
 
 
-def test_an_answer_ends_at_once_where_it_is_complete_though_it_is_cut_there(tiny: Server) -> None:
+def test_a_response_ends_at_once_where_it_is_complete_though_it_is_cut_there(tiny: Server) -> None:
     body = {"prompt": "x", "structured_outputs": {"choice": ["yes"]}}
     for most, text, reason in ((2, "ye", "length"), (3, "yes", "stop"), (9, "yes", "stop")):
         (choice,) = tiny.complete(**body, max_tokens=most)["choices"]
@@ -110,12 +110,12 @@ def test_an_answer_ends_at_once_where_it_is_complete_though_it_is_cut_there(tiny
     assert tiny.complete(**body, stop="es")["choices"][0]["text"] == "y"
 
 
-def test_an_answer_may_be_nothing_at_all(tiny: Server) -> None:
+def test_a_response_may_be_nothing_at_all(tiny: Server) -> None:
     (choice,) = tiny.complete(prompt="x", structured_outputs={"choice": [""]})["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("", "stop")
 
 
-def test_before_min_tokens_only_a_form_that_cannot_go_on_ends_an_answer(tiny: Server) -> None:
+def test_before_min_tokens_only_structured_output_that_cannot_go_on_ends_a_response(tiny: Server) -> None:
     def ask(regex: str, **body: Any) -> tuple[str, str]:
         (choice,) = tiny.complete(prompt="x", seed=1, structured_outputs={"regex": regex}, **body)["choices"]
         return choice["text"], choice["finish_reason"]
@@ -215,7 +215,7 @@ HOSTILE: list[tuple[str, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("path", "param", "asked"), HOSTILE)
-def test_a_form_that_its_compiler_cannot_bear_is_refused_and_harms_no_one(
+def test_structured_output_that_its_compiler_cannot_take_is_refused_and_harms_no_one(
     tiny: Server, path: str, param: str, asked: dict[str, Any]
 ) -> None:
     with ThreadPoolExecutor(2) as pool:
@@ -259,7 +259,7 @@ def test_a_model_without_a_tokenizer_refuses_grammars(odd: Server) -> None:
     assert (error["param"], error["code"]) == ("structured_outputs.regex", "unsupported_parameter")
 
 
-def test_the_client_parses_answers_into_its_types(tiny: Server) -> None:
+def test_the_client_parses_responses_into_its_types(tiny: Server) -> None:
     with tiny.openai() as client:
         parsed = client.chat.completions.parse(model="tiny", messages=MESSAGES, response_format=Colour, temperature=2)
         with client.chat.completions.stream(model="tiny", messages=MESSAGES, response_format=Colour) as stream:
@@ -269,8 +269,8 @@ def test_the_client_parses_answers_into_its_types(tiny: Server) -> None:
     assert final.choices[0].finish_reason == "stop"
 
 
-@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the client's own, at what it made of an answer
-def test_the_clients_typed_answers_can_be_sent_back_as_they_are(tiny: Server) -> None:
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the client's own, at what it made of a response
+def test_the_clients_typed_responses_can_be_sent_back_as_they_are(tiny: Server) -> None:
     """It sends what it made of them, too, and where in the stream they were."""
     tools = [openai.pydantic_function_tool(Weather)]
     with tiny.openai() as client:
@@ -280,11 +280,11 @@ def test_the_clients_typed_answers_can_be_sent_back_as_they_are(tiny: Server) ->
         ) as stream:
             called = stream.get_final_completion().choices[0].message
         (call,) = called.tool_calls or []
-        told: Any = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
-        messages: list[Any] = [*MESSAGES, said, *MESSAGES, called, told]
+        reported: Any = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
+        messages: list[Any] = [*MESSAGES, said, *MESSAGES, called, reported]
         ids: Any = {"return_token_ids": True}
-        answer = client.chat.completions.create(model="tiny", messages=messages, max_tokens=1, extra_body=ids)
-    prompt = bytes(answer.model_dump()["prompt_token_ids"]).decode()
+        response = client.chat.completions.create(model="tiny", messages=messages, max_tokens=1, extra_body=ids)
+    prompt = bytes(response.model_dump()["prompt_token_ids"]).decode()
     assert f"assistant: {said.content}\n" in prompt
     assert prompt.count("Weather") == 1
     assert "parsed" not in prompt
@@ -341,10 +341,10 @@ class TestTools:
                     seed=2,
                     max_tokens=2000,
                 )
-                for answer in completion.choices:
-                    assert answer.finish_reason == "tool_calls"
-                    assert answer.message.content is None
-                    for call in answer.message.tool_calls or pytest.fail("no call"):
+                for response in completion.choices:
+                    assert response.finish_reason == "tool_calls"
+                    assert response.message.content is None
+                    for call in response.message.tool_calls or pytest.fail("no call"):
                         assert isinstance(call, ChatCompletionMessageToolCall)
                         if call.function.name == "weather":
                             Weather.model_validate_json(call.function.arguments)
@@ -352,7 +352,7 @@ class TestTools:
                             assert (required, call.function.name) == ("required", "now")
                             assert json.loads(call.function.arguments) == {}
 
-    def test_streamed_calls_are_those_of_the_whole_answer(self, tiny: Server) -> None:
+    def test_streamed_calls_are_those_of_the_whole_response(self, tiny: Server) -> None:
         body = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "required", "seed": 3, "n": 2}
         whole = tiny.http.post(CHAT, json=body).json()["choices"]
         events = tiny.events(CHAT, **body)
@@ -371,16 +371,16 @@ class TestTools:
                 )
 
     @pytest.mark.parametrize("choice", ["required", "auto"])
-    def test_streamed_calls_have_the_scores_of_the_whole_answer(self, tiny: Server, choice: str) -> None:
+    def test_streamed_calls_have_the_scores_of_the_whole_response(self, tiny: Server, choice: str) -> None:
         body = {"messages": MESSAGES, "tools": [WEATHER], "tool_choice": choice, "seed": 3, "max_tokens": 200}
         body |= {"n": 2, "logprobs": True, "top_logprobs": 2, "return_token_ids": True}
         whole = tiny.http.post(CHAT, json=body).json()["choices"]
         events = tiny.events(CHAT, **body)
-        for answer in whole:
-            deltas = [c for event in events for c in event["choices"] if c["index"] == answer["index"]]
+        for response in whole:
+            deltas = [c for event in events for c in event["choices"] if c["index"] == response["index"]]
             scores = [score for c in deltas if c["logprobs"] for score in c["logprobs"]["content"]]
-            assert scores == answer["logprobs"]["content"]
-            assert [byte for score in scores for byte in score["bytes"]] == answer["token_ids"]
+            assert scores == response["logprobs"]["content"]
+            assert [byte for score in scores for byte in score["bytes"]] == response["token_ids"]
             assert all(score["logprob"] <= 0 and len(score["top_logprobs"]) in (2, 3) for score in scores)
 
     def test_the_clients_stream_helper_parses_them(self, tiny: Server) -> None:
@@ -402,26 +402,26 @@ class TestTools:
         assert [len(choice["message"]["tool_calls"]) for choice in choices] == [1] * 8
 
     @pytest.mark.parametrize("choice", ["none", "auto", None])
-    def test_an_answer_that_calls_nothing_is_text(self, tiny: Server, choice: str | None) -> None:
+    def test_a_response_that_calls_nothing_is_text(self, tiny: Server, choice: str | None) -> None:
         body = {"messages": MESSAGES, "max_tokens": 20, "seed": 1, "tools": TOOLS, "tool_choice": choice}
-        (answer,) = tiny.http.post(CHAT, json=body).json()["choices"]
-        assert answer["finish_reason"] == "length"
-        assert answer["message"].keys() == {"role", "content", "refusal"}
-        assert streamed(tiny.events(CHAT, **body), 0) == answer["message"]["content"]
+        (response,) = tiny.http.post(CHAT, json=body).json()["choices"]
+        assert response["finish_reason"] == "length"
+        assert response["message"].keys() == {"role", "content", "refusal"}
+        assert streamed(tiny.events(CHAT, **body), 0) == response["message"]["content"]
 
-    def test_with_auto_an_answer_follows_its_format_or_is_a_call(self, tiny: Server) -> None:
-        form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["x"]}}}
-        body = {"messages": MESSAGES, "tools": TOOLS[:1], "response_format": form, "n": 12, "seed": 2}
+    def test_with_auto_a_response_follows_its_format_or_is_a_call(self, tiny: Server) -> None:
+        response_format = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["x"]}}}
+        body = {"messages": MESSAGES, "tools": TOOLS[:1], "response_format": response_format, "n": 12, "seed": 2}
         choices = tiny.http.post(CHAT, json=body).json()["choices"]
         said = {c["message"]["content"] for c in choices if c["finish_reason"] == "stop"}
         assert said == {'"x"'}
         assert any(c["finish_reason"] == "tool_calls" for c in choices)
 
-    def test_a_call_that_is_cut_short_is_told_as_far_as_it_came(self, tiny: Server) -> None:
+    def test_a_call_that_is_cut_short_is_reported_as_far_as_it_came(self, tiny: Server) -> None:
         body = {"messages": MESSAGES, "tools": [WEATHER], "tool_choice": "required", "max_tokens": 58, "seed": 1}
-        answer = tiny.http.post(CHAT, json=body)
-        assert answer.status_code == 200, answer.text
-        (choice,) = answer.json()["choices"]
+        response = tiny.http.post(CHAT, json=body)
+        assert response.status_code == 200, response.text
+        (choice,) = response.json()["choices"]
         assert choice["finish_reason"] == "length"
         assert choice["message"]["tool_calls"][0]["function"]["arguments"].startswith("{")
 
@@ -436,20 +436,20 @@ class TestTools:
         sent = first.choices[0].message.model_dump(exclude_none=True)
         result = {"role": "tool", "tool_call_id": call.id, "content": "rain"}
         body = {"messages": [*MESSAGES, sent, result], "max_tokens": 1, "return_token_ids": True}
-        answer = tiny.http.post(CHAT, json=body)
-        assert answer.status_code == 200, answer.text
+        response = tiny.http.post(CHAT, json=body)
+        assert response.status_code == 200, response.text
         assert isinstance(call, ChatCompletionMessageToolCall)
         arguments = json.dumps(json.loads(call.function.arguments), ensure_ascii=False)
-        assert bytes(answer.json()["prompt_token_ids"]).decode() == (
+        assert bytes(response.json()["prompt_token_ids"]).decode() == (
             f'user: x\nassistant: <tool_call>{{"name": "weather", "arguments": {arguments}}}</tool_call>\n'
             "tool: rain\nassistant:"
         )
 
     def test_the_template_sees_the_tools(self, tiny: Server) -> None:
         body = {"messages": MESSAGES, "tools": [WEATHER], "max_tokens": 1, "return_token_ids": True}
-        answer = tiny.http.post(CHAT, json=body)
-        assert answer.status_code == 200, answer.text
-        assert '"name": "weather"' in bytes(answer.json()["prompt_token_ids"]).decode()
+        response = tiny.http.post(CHAT, json=body)
+        assert response.status_code == 200, response.text
+        assert '"name": "weather"' in bytes(response.json()["prompt_token_ids"]).decode()
 
     def test_a_stop_string_is_none_within_a_call(self, tiny: Server) -> None:
         body: dict[str, Any] = {"messages": MESSAGES, "tools": TOOLS[:1], "tool_choice": "required", "max_tokens": 80}

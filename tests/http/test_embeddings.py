@@ -39,23 +39,23 @@ def expected(runner: Runner, text: str, dimensions: int | None = None) -> torch.
 def embed(server: Server, **body: Any) -> dict[str, Any]:
     response = server.http.post(PATH, json=body)
     assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
+    content: dict[str, Any] = response.json()
+    return content
 
 
 def test_embeddings_are_what_the_specification_computes(tiny: Server, runner: Runner) -> None:
     texts = ["a", LONG, "Hello, world", LONG]
-    answer = embed(tiny, input=texts, model="tiny")
-    assert (answer["object"], answer["model"]) == ("list", "tiny")
-    assert [each["index"] for each in answer["data"]] == [0, 1, 2, 3]
+    response = embed(tiny, input=texts, model="tiny")
+    assert (response["object"], response["model"]) == ("list", "tiny")
+    assert [each["index"] for each in response["data"]] == [0, 1, 2, 3]
     tokens = sum(len(text.encode()) for text in texts)
-    assert answer["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
-    for text, each in zip(texts, answer["data"], strict=True):
+    assert response["usage"] == {"prompt_tokens": tokens, "total_tokens": tokens}
+    for text, each in zip(texts, response["data"], strict=True):
         torch.testing.assert_close(torch.tensor(each["embedding"]), expected(runner, text), atol=1e-5, rtol=1e-4)
         assert math.isclose(math.hypot(*each["embedding"]), 1)
 
 
-def test_embeddings_share_steps_with_answers_and_neither_changes(tiny: Server, runner: Runner) -> None:
+def test_embeddings_share_steps_with_responses_and_neither_changes(tiny: Server, runner: Runner) -> None:
     tiny.complete(prompt=LONG, max_tokens=2)  # its state is kept, and must not be begun with
     text = tiny.text(prompt="a", max_tokens=60, seed=1)
     stream = tiny.raw({"prompt": "a", "max_tokens": 60, "seed": 1, "stream": True})
@@ -79,12 +79,12 @@ def test_the_official_client_reads_them(tiny: Server, runner: Runner) -> None:
 
 
 def test_texts_and_tokens_may_be_in_one_list(tiny: Server, runner: Runner) -> None:
-    answer = embed(tiny, input=["Hello", list(b"Hello"), "a", [97]])
-    vectors = [torch.tensor(each["embedding"]) for each in answer["data"]]
+    response = embed(tiny, input=["Hello", list(b"Hello"), "a", [97]])
+    vectors = [torch.tensor(each["embedding"]) for each in response["data"]]
     assert torch.equal(vectors[0], vectors[1])
     assert torch.equal(vectors[2], vectors[3])
     torch.testing.assert_close(vectors[0], expected(runner, "Hello"), atol=1e-5, rtol=1e-4)
-    assert answer["usage"]["prompt_tokens"] == 12
+    assert response["usage"]["prompt_tokens"] == 12
 
 
 def test_a_conversation_has_one_vector(tiny: Server, runner: Runner) -> None:
@@ -94,10 +94,10 @@ def test_a_conversation_has_one_vector(tiny: Server, runner: Runner) -> None:
         ({"add_generation_prompt": True}, "user: Hi\nassistant: \nassistant:"),
         ({"truncate_prompt_tokens": 3, "input": None}, ": \n"),
     ):
-        answer = embed(tiny, messages=messages, **more)
-        (each,) = answer["data"]
+        response = embed(tiny, messages=messages, **more)
+        (each,) = response["data"]
         torch.testing.assert_close(torch.tensor(each["embedding"]), expected(runner, text), atol=1e-5, rtol=1e-4)
-        assert answer["usage"]["prompt_tokens"] == len(text)
+        assert response["usage"]["prompt_tokens"] == len(text)
 
 
 @pytest.mark.parametrize(("most", "text"), [(3, "llo"), (5, "Hello"), (50, "Hello"), (-1, "Hello")])

@@ -104,9 +104,9 @@ def test_texts_may_be_parts_of_several_kinds(tiny: Server, part: object) -> None
 
 def test_calls_of_the_older_kind_are_calls(tiny: Server) -> None:
     before = {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"a":1}'}}
-    told = rendered(tiny, USER, before, {"role": "function", "name": "f", "content": "rain"})
+    reported = rendered(tiny, USER, before, {"role": "function", "name": "f", "content": "rain"})
     call = '<tool_call>{"name": "f", "arguments": {"a": 1}}</tool_call>'
-    assert told == f"user: a\nassistant: {call}\ntool: rain\n"
+    assert reported == f"user: a\nassistant: {call}\ntool: rain\n"
 
 
 @pytest.mark.parametrize("role", ["ipython", "context", "Critic 7", "é"])
@@ -147,5 +147,5 @@ WIDE = {f"x{number}": 1 for number in range(1025)}
     ids=lambda value: str(value)[:60],
 )
 def test_what_is_wrong_is_named(tiny: Server, message: dict[str, Any], param: str) -> None:
-    told = tiny.refusal({"messages": [message], "max_tokens": 1}, CHAT)["param"]
-    assert told == f"messages[0].{param}".rstrip(".")
+    reported = tiny.refusal({"messages": [message], "max_tokens": 1}, CHAT)["param"]
+    assert reported == f"messages[0].{param}".rstrip(".")

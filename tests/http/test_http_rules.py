@@ -1,4 +1,4 @@
-"""HTTP as RFC 9110 and RFC 9112 have it, where a request could be taken for another, or its answer could get lost."""
+"""HTTP as RFC 9110 and RFC 9112 have it, where a request could be taken for another, or its response could get lost."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class TestHost:
         ],
     )
     def test_that_is_missing_doubled_or_none_is_refused(self, tiny: Server, lines: bytes) -> None:
-        answer = ask(tiny, lines)
-        assert (answer.status, answer.error["code"]) == (400, "invalid_http")
-        assert "Host" in answer.error["message"]
+        response = ask(tiny, lines)
+        assert (response.status, response.error["code"]) == (400, "invalid_http")
+        assert "Host" in response.error["message"]
 
     @pytest.mark.parametrize("host", [b"a", b"A-b_c.local:80", b"127.0.0.1:8000", b"[::1]:8000", b"", b"localhost:"])
     def test_may_be_a_name_or_an_address(self, tiny: Server, host: bytes) -> None:
@@ -49,7 +49,7 @@ class TestHost:
 
     def test_is_not_needed_with_http_1_0(self, tiny: Server) -> None:
         client = Raw(tiny, b"GET /health HTTP/1.0\r\n\r\n")
-        assert client.answer().status == 200
+        assert client.response().status == 200
         assert client.end() == b""
 
     def test_of_a_whole_url_counts_more_than_the_header(self, tiny: Server) -> None:
@@ -79,9 +79,9 @@ class TestFraming:
     )
     def test_that_can_be_read_in_two_ways_is_refused(self, tiny: Server, sent: bytes) -> None:
         client = Raw(tiny, sent)
-        answer = client.answer()
-        assert answer.status == 400
-        assert answer.headers["connection"] == "close"
+        response = client.response()
+        assert response.status == 400
+        assert response.headers["connection"] == "close"
         assert client.end() == b""
 
     @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
@@ -103,7 +103,7 @@ class TestFraming:
         client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for start in range(0, len(whole), size):
             client.socket.sendall(whole[start : start + size])
-        assert [client.answer().status for _ in range(4)] == [200, 200, 200, 404]
+        assert [client.response().status for _ in range(4)] == [200, 200, 200, 404]
         assert client.end() == b""
 
     def test_of_a_body_may_have_what_ends_a_head(self, tiny: Server) -> None:
@@ -116,7 +116,7 @@ class TestFraming:
             head + b"transfer-encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n" % (len(body), body),
             get("/health", CLOSE),
         )
-        assert [client.answer().status for _ in range(3)] == [200, 200, 200]
+        assert [client.response().status for _ in range(3)] == [200, 200, 200]
         assert client.end() == b""
 
 
@@ -127,9 +127,9 @@ def test_an_offer_of_another_protocol_is_not_taken_and_costs_nothing(tiny: Serve
     client = Raw(
         tiny, post(SHORT, *UPGRADES[offer]), chunked, get("/health", *UPGRADES[offer][:2]), get("/health", CLOSE)
     )
-    first = client.answer()
+    first = client.response()
     assert json.loads(first.body)["choices"][0]["text"] == tiny.text(**SHORT)
-    assert [client.answer().status for _ in range(3)] == [200, 200, 200]
+    assert [client.response().status for _ in range(3)] == [200, 200, 200]
     assert client.end() == b""
 
 
@@ -137,11 +137,11 @@ class TestHttp10:
     def test_has_no_chunks(self, tiny: Server) -> None:
         for stream in (False, True):
             client = Raw(tiny, post(SHORT | {"stream": stream}, "connection: keep-alive", version="1.0"))
-            answer = client.answer()
-            assert answer.status == 200
-            assert "transfer-encoding" not in answer.headers
-            assert answer.headers["connection"] == "close"
-            assert answer.body.endswith(b"data: [DONE]\n\n" if stream else b"}")
+            response = client.response()
+            assert response.status == 200
+            assert "transfer-encoding" not in response.headers
+            assert response.headers["connection"] == "close"
+            assert response.body.endswith(b"data: [DONE]\n\n" if stream else b"}")
             client.close()
 
     def test_knows_no_100_continue(self, tiny: Server) -> None:
@@ -152,36 +152,36 @@ class TestExpectations:
     def test_a_body_that_is_wanted_is_asked_for(self, tiny: Server) -> None:
         head, _, body = post(SHORT, "expect: 100-continue").partition(b"\r\n\r\n")
         client = Raw(tiny, head + b"\r\n\r\n")
-        assert client.answer_line() == b"HTTP/1.1 100 Continue\r\n"
+        assert client.status_line() == b"HTTP/1.1 100 Continue\r\n"
         client.socket.sendall(body + get("/health", CLOSE))
-        assert [client.answer().status, client.answer().status] == [200, 200]
+        assert [client.response().status, client.response().status] == [200, 200]
         assert client.end() == b""
 
     def test_a_body_that_is_refused_is_not_and_the_connection_ends(self, tiny: Server) -> None:
         """The client may send it or not: what comes next could be either."""
         client = Raw(tiny, b"POST /nothing HTTP/1.1\r\nhost: a\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\r\n")
-        answer = client.answer()
-        assert (answer.status, answer.headers["connection"]) == (404, "close")
+        response = client.response()
+        assert (response.status, response.headers["connection"]) == (404, "close")
         assert client.end() == b""
 
 
 class TestHalfClose:
-    """A client may end its sending when it has asked, and wait for its answer."""
+    """A client may end its sending when it has asked, and wait for its response."""
 
     @pytest.mark.parametrize("version", ["1.0", "1.1"])
     @pytest.mark.parametrize("stream", [False, True])
-    def test_the_answer_comes_whole(self, tiny: Server, version: str, stream: bool) -> None:
+    def test_the_response_comes_whole(self, tiny: Server, version: str, stream: bool) -> None:
         client = Raw(tiny, post(SHORT | {"max_tokens": 30, "stream": stream}, version=version))
         client.socket.shutdown(socket.SHUT_WR)
-        answer = client.answer()
-        assert answer.status == 200
-        assert b'"finish_reason":"length"' in answer.body
+        response = client.response()
+        assert response.status == 200
+        assert b'"finish_reason":"length"' in response.body
         assert client.end() == b""
 
     def test_all_that_was_asked_for_is_answered(self, tiny: Server) -> None:
         client = Raw(tiny, post(SHORT), post(SHORT | {"stream": True}), get(), get("/nothing"))
         client.socket.shutdown(socket.SHUT_WR)
-        assert [client.answer().status for _ in range(4)] == [200, 200, 200, 404]
+        assert [client.response().status for _ in range(4)] == [200, 200, 200, 404]
         assert client.end() == b""
 
     def test_half_a_request_ends_the_connection(self, tiny: Server) -> None:
@@ -210,11 +210,11 @@ class TestHalfClose:
 def test_an_early_refusal_reaches_a_client_that_is_still_sending(
     tiny: Server, path: str, headers: tuple[str, ...], status: int
 ) -> None:
-    """Closed while bytes are unread, the connection would be reset, and the answer with it."""
+    """Closed while bytes are unread, the connection would be reset, and the response with it."""
     head = "\r\n".join([f"POST {path} HTTP/1.1", "host: a", CLOSE, *headers, "content-length: 4000000", "", ""])
     client = Raw(tiny, head.encode())
     client.socket.sendall(b" " * 3_000_000)
-    assert client.answer().status == status
+    assert client.response().status == status
     client.socket.sendall(b" " * 500_000)
     assert client.end() == b""
 
@@ -257,7 +257,7 @@ class TestContentEncoding:
 
 
 def test_a_web_page_cannot_send_what_browsers_do_not_ask_for(tiny: Server) -> None:
-    """A body of no type needs no preflight; where it comes from is all that tells a page from a program."""
+    """A body of no type needs no preflight; where it comes from is all that distinguishes a page from a program."""
     content = json.dumps(SHORT).encode()
     for origin, status in (("http://evil.example", 415), ("null", 415), (tiny.url, 200)):
         response = tiny.http.post("/v1/completions", content=content, headers={"origin": origin})

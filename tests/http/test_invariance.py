@@ -1,4 +1,4 @@
-"""Who shares the batch does not change an answer."""
+"""Who shares the batch does not change a response."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from bdh_batch.http.auth import ledger as ledger_module
 from bdh_batch.http.auth.ledger import (
     FORGET,
-    KEPT,
+    RETAINED,
     SHARED,
     SLOTS,
     Grant,
@@ -159,7 +159,7 @@ class TestMemory:
         for _ in range(20_000):
             clock.now += 0.01
             ledger.take("a", 1, 10**9, own_log=False)
-        assert len(ledger._logs["a"]) == KEPT + 1
+        assert len(ledger._logs["a"]) == RETAINED + 1
 
     def test_newcomers_share_logs_where_too_many_are_known_and_pass_no_limit(self) -> None:
         clock = Clock()

@@ -222,9 +222,9 @@ def test_a_drain_that_runs_out_of_time_ends_streams_with_an_error(serve: ServeFa
             assert last["error"].keys() == {"message", "type", "param", "code"}
             assert "shutting down" in last["error"]["message"]
             assert all("choices" in chunk for chunk in chunks)
-        answer = unstreamed.result(QUICKLY)
-        assert answer.status_code in (500, 503)
-        assert answer.json()["error"]["message"]
+        response = unstreamed.result(QUICKLY)
+        assert response.status_code in (500, 503)
+        assert response.json()["error"]["message"]
         assert server.exit_code(QUICKLY) == 0
         assert 0.2 <= time.monotonic() - began < QUICKLY
 

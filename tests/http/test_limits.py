@@ -47,7 +47,7 @@ def test_bodies(bounded: Server) -> None:
     assert bounded.refusal({"prompt": "a", "user": "b" * 2048}, status=413)["code"] == "body_too_large"
 
 
-def test_answers_to_a_prompt(bounded: Server) -> None:
+def test_responses_to_a_prompt(bounded: Server) -> None:
     assert len(bounded.complete(prompt="a", n=2, max_tokens=1)["choices"]) == 2
     assert bounded.refusal({"prompt": "a", "n": 3, "max_tokens": 1})["param"] == "n"
 
@@ -84,9 +84,9 @@ def test_the_context(bounded: Server) -> None:
 
 
 def test_what_a_request_does_not_say_is_what_the_settings_say(bounded: Server) -> None:
-    answer = bounded.complete(prompt="a")
-    assert answer["usage"]["completion_tokens"] == 7
-    assert answer["choices"][0]["text"] == bounded.text(prompt="a", temperature=0, seed=5)
+    response = bounded.complete(prompt="a")
+    assert response["usage"]["completion_tokens"] == 7
+    assert response["choices"][0]["text"] == bounded.text(prompt="a", temperature=0, seed=5)
 
 
 def test_the_name(bounded: Server) -> None:
@@ -97,9 +97,9 @@ def test_the_name(bounded: Server) -> None:
 def test_the_rate_of_each_address_where_there_are_no_keys(bounded: Server) -> None:
     from_elsewhere = httpx.HTTPTransport(local_address="127.0.0.2")
     with httpx.Client(base_url=bounded.url, transport=from_elsewhere) as client:
-        answers = [client.get("/v1/models", headers={"authorization": f"Bearer {n}"}) for n in range(PER_MINUTE + 1)]
-    assert [answer.status_code for answer in answers] == [200] * PER_MINUTE + [429]
-    assert bounded.error(answers[-1], 429)["code"] == "rate_limit_exceeded"
+        responses = [client.get("/v1/models", headers={"authorization": f"Bearer {n}"}) for n in range(PER_MINUTE + 1)]
+    assert [response.status_code for response in responses] == [200] * PER_MINUTE + [429]
+    assert bounded.error(responses[-1], 429)["code"] == "rate_limit_exceeded"
     assert bounded.http.get("/v1/models").status_code == 200
 
 

@@ -120,8 +120,8 @@ class TestUnixSocket:
             assert f"curl -s http://localhost/v1/completions --unix-socket {path} " in server.log
             with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
                 assert client.get("/health", headers={"host": "any.example.com"}).status_code == 200
-                answer = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=60)
-                assert answer.json()["usage"]["completion_tokens"] == 2
+                response = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=60)
+                assert response.json()["usage"]["completion_tokens"] == 2
             server.terminate()
             assert server.exit_code() == 0
             assert not path.exists()
@@ -139,16 +139,16 @@ def test_sockets_of_a_service_manager_go_before_all_else(tmp_path: Path) -> None
         print(url_of(listeners, Server()), "LISTEN_FDS" in os.environ, os.get_inheritable(listeners[0].fileno()))
     """
 
-    def told(handed: socket.socket, other_process: int) -> subprocess.CompletedProcess[str]:
+    def reported(handed: socket.socket, other_process: int) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", code, str(handed.fileno()), str(other_process)]
         return subprocess.run(command, pass_fds=[handed.fileno()], capture_output=True, text=True, timeout=60)
 
     with socket.create_server(("127.0.0.1", 0)) as handed:
         url = f"http://127.0.0.1:{handed.getsockname()[1]}"
-        assert told(handed, 0).stdout.split() == [url, "False", "False"]
-        assert url not in told(handed, 1).stdout
+        assert reported(handed, 0).stdout.split() == [url, "False", "False"]
+        assert url not in reported(handed, 1).stdout
     with socket.socket() as deaf:
-        assert "LISTEN_FDS: descriptor 3" in told(deaf, 0).stderr
+        assert "LISTEN_FDS: descriptor 3" in reported(deaf, 0).stderr
 
 
 class TestNames:

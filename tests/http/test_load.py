@@ -135,17 +135,17 @@ def test_the_openai_client_can_leave_a_stream(tiny: Server) -> None:
 
 
 def test_a_client_that_does_not_read_holds_nobody_up_and_loses_nothing(tiny: Server, long_name: str) -> None:
-    """Its answers come in frames of 4 KiB, 16 MiB in all: far more than the buffers on the way hold."""
+    """Its responses come in frames of 4 KiB, 16 MiB in all: far more than the buffers on the way hold."""
     body: dict[str, Any] = {"prompt": "a", "max_tokens": 400, "n": 10, "seed": 1}
     sleeper = tiny.raw(body | {"model": long_name, "stream": True}, receive_buffer=4096)
     sleeper.read_until(b"data: ")
     whole = tiny.complete(**body)["choices"]
     tiny.until_idle()  # all is generated, although nobody has taken it
     assert tiny.metrics()["bdh_http_requests_in_flight"] == 2  # the sleeper still, and the scrape
-    answers, done = texts(sleeper.read_all())
+    responses, done = texts(sleeper.read_all())
     sleeper.close()
     assert done
-    assert answers == {choice["index"]: choice["text"] for choice in whole}
+    assert responses == {choice["index"]: choice["text"] for choice in whole}
     tiny.until(lambda m: m["bdh_http_requests_in_flight"] == 1, 5)
 
 
@@ -168,16 +168,18 @@ def narrow(serve: ServeFactory) -> Iterator[Server]:
 
 async def test_more_requests_than_slots_all_complete(narrow: Server) -> None:
     async with asyncio.timeout(60), narrow.async_openai() as client:
-        answers = await asyncio.gather(
+        responses = await asyncio.gather(
             *(
                 client.completions.create(model="tiny", prompt="ab"[: 1 + n % 2], max_tokens=20 + n, seed=1)
                 for n in range(QUEUE)
             )
         )
-    assert [answer.usage.completion_tokens for answer in answers if answer.usage] == [20 + n for n in range(QUEUE)]
-    longest = {n % 2: answers[n].choices[0].text for n in range(QUEUE)}
-    for n, answer in enumerate(answers):
-        assert longest[n % 2].startswith(answer.choices[0].text.rstrip("\ufffd"))
+    assert [response.usage.completion_tokens for response in responses if response.usage] == [
+        20 + n for n in range(QUEUE)
+    ]
+    longest = {n % 2: responses[n].choices[0].text for n in range(QUEUE)}
+    for n, response in enumerate(responses):
+        assert longest[n % 2].startswith(response.choices[0].text.rstrip("\ufffd"))
     metrics = narrow.metrics()
     assert metrics["bdh_batch_occupancy_bucket{le=2.0}"] == metrics["bdh_batch_occupancy_count"]
 
@@ -200,8 +202,8 @@ def test_beyond_the_queues_bound_is_refused_and_nothing_is_lost(narrow: Server) 
     assert metrics["bdh_admission_rejections_total{reason=queue_full}"] == 3
     for holder in holders:
         holder.close()
-    answers = [texts(stream.read_all()) for stream in waiting]
+    responses = [texts(stream.read_all()) for stream in waiting]
     for stream in waiting:
         stream.close()
-    assert answers == [({0: narrow.text(prompt="a", max_tokens=10, seed=4)}, True)] * QUEUE
+    assert responses == [({0: narrow.text(prompt="a", max_tokens=10, seed=4)}, True)] * QUEUE
     narrow.until_idle()

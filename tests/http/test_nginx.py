@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from bdh_batch.http.auth.keys import KeyFile, new_key
-from tests.conftest import ANSWER_SECONDS, CONFORMANCE, STOP_SECONDS, eventually, free_port
+from tests.conftest import CONFORMANCE, RESPONSE_SECONDS, STOP_SECONDS, eventually, free_port
 from tests.http.raw import Raw, ask, get, post
 
 if TYPE_CHECKING:
@@ -134,11 +134,11 @@ def site(request: pytest.FixtureRequest, sites: dict[str, Site]) -> Site:
 @pytest.fixture
 def client(site: Site) -> Iterator[httpx.Client]:
     bearer = {"authorization": f"Bearer {KEY}"}
-    with httpx.Client(base_url=f"http://127.0.0.1:{site.port}", headers=bearer, timeout=ANSWER_SECONDS) as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{site.port}", headers=bearer, timeout=RESPONSE_SECONDS) as client:
         yield client
 
 
-def test_events_come_while_the_answer_is_made(backend: Server, client: httpx.Client) -> None:
+def test_events_come_while_the_response_is_made(backend: Server, client: httpx.Client) -> None:
     with client.stream("POST", "/v1/completions", json=ENDLESS) as response:
         assert response.status_code == 200
         assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
@@ -152,8 +152,8 @@ def test_what_is_written_comes_at_once(backend: Server, client: httpx.Client) ->
     """While a request waits, comments are all that is written: far less than nginx holds back where it buffers."""
     with contextlib.ExitStack() as running:
         first = running.enter_context(backend.http.stream("POST", "/v1/completions", json=ENDLESS))
-        answer = first.iter_lines()  # held on to: with it, the connection would end
-        next(answer)
+        response = first.iter_lines()  # held on to: with it, the connection would end
+        next(response)
         with client.stream("POST", "/v1/completions", json=SHORT | {"stream": True}) as second:
             lines = second.iter_lines()
             assert [next(lines) for _ in range(6)] == [": keep-alive", ""] * 3
@@ -190,7 +190,7 @@ def test_a_connection_to_nginx_is_kept(backend: Server, site: Site) -> None:
     for _ in range(5):
         for request in (get("/health"), post(SHORT, bearer), post(SHORT), post(SHORT | {"stream": True}, bearer)):
             proxy.socket.sendall(request)
-        health, whole, refused, stream = (proxy.answer() for _ in range(4))
+        health, whole, refused, stream = (proxy.response() for _ in range(4))
         assert [health.status, whole.status, refused.status, stream.status] == [200, 200, 401, 200]
         assert json.loads(whole.body)["choices"][0]["text"] == expected
         assert stream.body.endswith(b"data: [DONE]\n\n")
@@ -205,5 +205,5 @@ def test_a_connection_from_nginx_is_kept_where_it_asks_for_that(backend: Server,
 
 
 def without_numbers(error: dict[str, object]) -> str:
-    """An error may tell how long to wait."""
+    """An error may say how long to wait."""
     return re.sub("[0-9]+", "N", json.dumps(error))

@@ -18,7 +18,7 @@ from starlette.routing import Route
 
 from bdh_batch.http.auth.quota import Quota
 from bdh_batch.http.auth.rates import Rates
-from bdh_batch.http.docs import response_types as answers
+from bdh_batch.http.docs import response_types as responses
 from bdh_batch.http.docs.field_help import HELP, help_of
 from bdh_batch.http.docs.openapi import openapi
 from bdh_batch.http.endpoints import ENDPOINTS, Endpoint
@@ -40,39 +40,39 @@ USER = {"role": "user", "content": "a"}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "boolean"}}}}}
 SHAPES: list[tuple[str, dict[str, Any], type[BaseModel]]] = [
-    ("/v1/completions", {"prompt": "a"}, answers.Completion),
+    ("/v1/completions", {"prompt": "a"}, responses.Completion),
     (
         "/v1/completions",
         {"prompt": ["ab", "c"], "n": 2, "best_of": 3, "echo": True, "logprobs": 3, "return_token_ids": True},
-        answers.Completion,
+        responses.Completion,
     ),
-    ("/v1/completions", {"prompt": "abc", "echo": True, "logprobs": 0, "max_tokens": 0}, answers.Completion),
-    ("/v1/chat/completions", {"messages": [USER], "stop": ["e"]}, answers.ChatCompletion),
+    ("/v1/completions", {"prompt": "abc", "echo": True, "logprobs": 0, "max_tokens": 0}, responses.Completion),
+    ("/v1/chat/completions", {"messages": [USER], "stop": ["e"]}, responses.ChatCompletion),
     (
         "/v1/chat/completions",
         {"messages": [USER], "logprobs": True, "top_logprobs": 2, "return_token_ids": True, "n": 2},
-        answers.ChatCompletion,
+        responses.ChatCompletion,
     ),
     (
         "/v1/chat/completions",
         {"messages": [USER], "tools": [TOOL], "tool_choice": "required", "max_tokens": 200},
-        answers.ChatCompletion,
+        responses.ChatCompletion,
     ),
     (
         "/v1/completions",
         {"prompt": ["abc", "d"], "echo": True, "logprobs": 1, "prompt_logprobs": 3, "return_tokens_as_token_ids": True},
-        answers.Completion,
+        responses.Completion,
     ),
-    ("/v1/chat/completions", {"messages": [USER], "prompt_logprobs": 0, "echo": True}, answers.ChatCompletion),
-    ("/v1/embeddings", {"input": ["a", "b"]}, answers.Embeddings),
-    ("/v1/embeddings", {"messages": [USER], "truncate_prompt_tokens": 2}, answers.Embeddings),
-    ("/v1/embeddings", {"input": [1, 2], "encoding_format": "base64"}, answers.Embeddings),
-    ("/tokenize", {"prompt": "aé", "return_token_strs": True}, answers.Tokenization),
-    ("/v1/tokenize", {"messages": [USER]}, answers.Tokenization),
-    ("/detokenize", {"tokens": [255, 65]}, answers.Detokenization),
-    ("/v1/completions", {"prompt": ""}, answers.Error),
-    ("/v1/chat/completions", {"messages": []}, answers.Error),
-    ("/v1/embeddings", {"input": "a", "model": "none"}, answers.Error),
+    ("/v1/chat/completions", {"messages": [USER], "prompt_logprobs": 0, "echo": True}, responses.ChatCompletion),
+    ("/v1/embeddings", {"input": ["a", "b"]}, responses.Embeddings),
+    ("/v1/embeddings", {"messages": [USER], "truncate_prompt_tokens": 2}, responses.Embeddings),
+    ("/v1/embeddings", {"input": [1, 2], "encoding_format": "base64"}, responses.Embeddings),
+    ("/tokenize", {"prompt": "aé", "return_token_strs": True}, responses.Tokenization),
+    ("/v1/tokenize", {"messages": [USER]}, responses.Tokenization),
+    ("/detokenize", {"tokens": [255, 65]}, responses.Detokenization),
+    ("/v1/completions", {"prompt": ""}, responses.Error),
+    ("/v1/chat/completions", {"messages": []}, responses.Error),
+    ("/v1/embeddings", {"input": "a", "model": "none"}, responses.Error),
 ]
 
 
@@ -81,9 +81,9 @@ def document() -> dict[str, Any]:
     return openapi(Settings())
 
 
-def validator(name: str, told: dict[str, Any]) -> Draft202012Validator:
+def validator(name: str, reported: dict[str, Any]) -> Draft202012Validator:
     """Of the type of that name."""
-    schema = {"$ref": f"#/components/schemas/{name}", "components": told["components"]}
+    schema = {"$ref": f"#/components/schemas/{name}", "components": reported["components"]}
     return Draft202012Validator(schema)
 
 
@@ -101,8 +101,8 @@ class TestDocument:
         settings, metrics = Settings(), Metrics("tiny")
         routes = Routes(Gate(), metrics, settings, Quota(Rates(settings.rate_limiting, metrics), None)).table()
         served = {(method.lower(), _template(route)) for route in routes for method in (route.methods or set())}
-        told = {(method, path) for path, methods in document()["paths"].items() for method in methods}
-        assert {each for each in served if each[0] != "head"} == told | {("get", "/openapi.json"), ("get", "/docs")}
+        reported = {(method, path) for path, methods in document()["paths"].items() for method in methods}
+        assert {each for each in served if each[0] != "head"} == reported | {("get", "/openapi.json"), ("get", "/docs")}
 
     def test_names_every_operation_once(self) -> None:
         names = [each.id for each in DOCUMENTED]
@@ -111,25 +111,25 @@ class TestDocument:
     def test_explains_every_field_of_a_request_and_knows_no_others(self) -> None:
         used = set()
         for name, kind in _subclasses(Wire).items():
-            for field, told in kind.model_fields.items():
-                assert help_of(name, told.alias or field)
-                used |= {told.alias or field, f"{name}.{told.alias or field}"}
+            for field, reported in kind.model_fields.items():
+                assert help_of(name, reported.alias or field)
+                used |= {reported.alias or field, f"{name}.{reported.alias or field}"}
         assert HELP.keys() <= used
 
     @pytest.mark.parametrize("operation", DOCUMENTED, ids=lambda operation: str(operation.id))
     def test_has_examples_that_fit_it(self, operation: Endpoint) -> None:
-        told = document()
+        reported = document()
         for body in operation.requests.values():
-            fits = [kind for kind in operation.bodies if validator(kind.__name__, told).is_valid(body)]
+            fits = [kind for kind in operation.bodies if validator(kind.__name__, reported).is_valid(body)]
             assert len(fits) == 1, body
         assert bool(operation.requests) == bool(operation.bodies)
         for reply in operation.replies.values():
-            assert isinstance(operation.answer, type)
-            validator(operation.answer.__name__, told).validate(reply)
-            operation.answer.model_validate(reply)
+            assert isinstance(operation.response, type)
+            validator(operation.response.__name__, reported).validate(reply)
+            operation.response.model_validate(reply)
 
     def test_says_the_limits_of_the_settings(self) -> None:
-        told = openapi(
+        reported = openapi(
             Settings.model_validate(
                 {
                     "limits": {"max_n": 3, "max_prompts": 2, "max_inputs": 2, "max_stop": 1, "max_stop_bytes": 4},
@@ -137,20 +137,20 @@ class TestDocument:
                 }
             )
         )
-        checks = validator("CompletionBody", told)
+        checks = validator("CompletionBody", reported)
         fitting: dict[str, Any] = {"prompt": ["a", "b"], "n": 3, "best_of": 3, "stop": ["abcd"], "max_tokens": 50}
         checks.validate(fitting)
         wrong = {"prompt": ["a"] * 3, "n": 4, "best_of": 4, "stop": ["a", "b"], "max_tokens": 51}
         for field, value in wrong.items():
             assert not checks.is_valid(fitting | {field: value}), field
         assert not checks.is_valid(fitting | {"stop": "abcde"})
-        assert not validator("EmbeddingBody", told).is_valid({"input": [[1]] * 3})
+        assert not validator("EmbeddingBody", reported).is_valid({"input": [[1]] * 3})
 
     @pytest.mark.parametrize("choice", ["refuse", "ignore"])
     def test_says_what_becomes_of_unknown_fields(self, choice: str) -> None:
-        told = openapi(Settings.model_validate({"api": {"unknown_fields": choice}}))
+        reported = openapi(Settings.model_validate({"api": {"unknown_fields": choice}}))
         body: dict[str, Any] = {"messages": [USER | {"content": [{"type": "text", "text": "a", "spare": 1}]}]}
-        assert validator("ChatBody", told).is_valid(body) == (choice == "ignore")
+        assert validator("ChatBody", reported).is_valid(body) == (choice == "ignore")
 
     def test_asks_for_a_key_where_the_server_does(self) -> None:
         def guarded(**auth: bool) -> set[str]:
@@ -235,12 +235,12 @@ class TestDocument:
         assert response.status_code == (200 if fits else 400), response.text
 
 
-class TestAnswers:
+class TestResponses:
     @pytest.mark.parametrize(("path", "body", "shape"), SHAPES)
     def test_have_their_shapes(self, tiny: Server, path: str, body: dict[str, Any], shape: type[BaseModel]) -> None:
         generates = "completions" in path
         response = tiny.http.post(path, json=({"max_tokens": 3, "seed": 1} if generates else {}) | body)
-        assert (response.status_code >= 400) == (shape is answers.Error), response.text
+        assert (response.status_code >= 400) == (shape is responses.Error), response.text
         shape.model_validate_json(response.content)
         validator(shape.__name__, document()).validate(response.json())
 
@@ -260,24 +260,24 @@ class TestAnswers:
     def test_of_what_takes_no_body_have_their_shapes(self, tiny: Server, operation: Endpoint) -> None:
         response = tiny.http.get(operation.path.replace("{id}", "tiny"))
         assert response.status_code == 200
-        if isinstance(operation.answer, type):
-            operation.answer.model_validate_json(response.content)
-            validator(operation.answer.__name__, document()).validate(response.json())
+        if isinstance(operation.response, type):
+            operation.response.model_validate_json(response.content)
+            validator(operation.response.__name__, document()).validate(response.json())
 
     @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize"])
     def test_of_the_bundled_model_are_as_in_the_examples(self, server: Server, path: str) -> None:
         (operation,) = [each for each in DOCUMENTED if each.path == path]
         for name, body in operation.requests.items():
-            told = operation.replies.get(name)
-            brief = {"max_tokens": min(8, body["max_tokens"])} if told is None and "max_tokens" in body else {}
+            reported = operation.replies.get(name)
+            brief = {"max_tokens": min(8, body["max_tokens"])} if reported is None and "max_tokens" in body else {}
             response = server.http.post(path, json=body | brief)
             assert response.status_code == 200, response.text
-            if told is not None:
+            if reported is not None:
                 given = response.json()
                 for varies in ("id", "created", "data", "usage"):
-                    given[varies] = told.get(varies)
+                    given[varies] = reported.get(varies)
                 assert {key: value for key, value in given.items() if value is not None} == {
-                    key: value for key, value in told.items() if value is not None
+                    key: value for key, value in reported.items() if value is not None
                 }
 
 
@@ -329,13 +329,13 @@ class TestPage:
         return page
 
     def test_shows_every_operation_and_type(self, page: Page) -> None:
-        told = document()
+        reported = document()
         assert {each.id for each in DOCUMENTED} <= set(page.ids)
-        assert told["components"]["schemas"].keys() <= set(page.ids)
+        assert reported["components"]["schemas"].keys() <= set(page.ids)
         assert len(page.ids) == len(set(page.ids))
-        for path in told["paths"]:
+        for path in reported["paths"]:
             assert path in page.text
-        for field in told["components"]["schemas"]["ChatBody"]["properties"].values():
+        for field in reported["components"]["schemas"]["ChatBody"]["properties"].values():
             assert field["description"].replace("`", "") in page.text
 
     def test_refers_to_nothing_outside(self, page: Page, tiny: Server) -> None:

@@ -81,13 +81,13 @@ class TestHeaders:
     PATHS = pytest.mark.parametrize("path", ["/", "/health", "/metrics", "/v1/models", "/nothing", "/v1/completions"])
 
     @PATHS
-    def test_every_answer_has_an_id_of_its_own(self, tiny: Server, path: str) -> None:
+    def test_every_response_has_an_id_of_its_own(self, tiny: Server, path: str) -> None:
         ids = {tiny.http.get(path).headers["x-request-id"] for _ in range(3)}
         assert len(ids) == 3
         assert all(re.fullmatch(r"[0-9a-f]{32}", id) for id in ids)
 
     @PATHS
-    def test_every_answer_says_how_long_it_took(self, tiny: Server, path: str) -> None:
+    def test_every_response_says_how_long_it_took(self, tiny: Server, path: str) -> None:
         assert int(tiny.http.get(path).headers["openai-processing-ms"]) >= 0
 
     @PATHS
@@ -100,7 +100,7 @@ class TestHeaders:
         response = tiny.http.get("/health", headers=[(b"x-request-id", id)])
         assert re.fullmatch(r"[0-9a-f]{32}", response.headers["x-request-id"])
 
-    def test_the_id_is_the_answers(self, tiny: Server) -> None:
+    def test_the_id_is_the_responses(self, tiny: Server) -> None:
         for path, prefix, body in (
             ("/v1/completions", "cmpl-", {"prompt": "a"}),
             ("/v1/chat/completions", "chatcmpl-", {"messages": [{"role": "user", "content": "a"}]}),
@@ -118,7 +118,7 @@ class TestHeaders:
         assert raw.headers["x-request-id"] == "mine"
         assert int(raw.headers["openai-processing-ms"]) >= 0
 
-    def test_no_answer_names_the_software_below(self, tiny: Server) -> None:
+    def test_no_response_names_the_software_below(self, tiny: Server) -> None:
         assert "server" not in tiny.http.get("/health").headers
 
 
@@ -176,10 +176,10 @@ class TestMetrics:
         assert f"# TYPE bdh_{name} histogram" in text
         assert f'bdh_{name}_count{{model_name="tiny"}}' in text
 
-    def test_tell_of_the_memory_for_states(self, tiny: Server) -> None:
-        (told,) = [name for name in tiny.metrics() if name.startswith("bdh_cache_config_info")]
+    def test_report_the_memory_for_states(self, tiny: Server) -> None:
+        (reported,) = [name for name in tiny.metrics() if name.startswith("bdh_cache_config_info")]
         facts = dict(
-            fact.split("=") for fact in told.removeprefix("bdh_cache_config_info{").removesuffix("}").split(",")
+            fact.split("=") for fact in reported.removeprefix("bdh_cache_config_info{").removesuffix("}").split(",")
         )
         assert facts == {
             "num_gpu_blocks": "512",

@@ -1,4 +1,4 @@
-"""What a request may wish of its answer, and be told of it, as clients of OpenAI and vLLM ask for it."""
+"""The sampling parameters of requests, and what responses report, as clients of OpenAI and vLLM use them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ CHAT = "/v1/chat/completions"
 TINY = Path(__file__).parents[1] / "data" / "conformance" / "tiny"
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Sing, é!"}]
 RENDERED = "user: Sing, é!\nassistant:"
-WEATHER = {"temperature": 1.2, "seed": 3, "presence_penalty": 0.5, "min_p": 0.01}  # an answer that is not the likeliest
+WEATHER = {
+    "temperature": 1.2,
+    "seed": 3,
+    "presence_penalty": 0.5,
+    "min_p": 0.01,
+}  # a response that is not the likeliest
 
 
 class Reference:
@@ -55,18 +60,18 @@ class Reference:
         banned: Sequence[int] = (),
     ) -> list[int]:
         """The likeliest tokens with penalties, by their definition."""
-        answer: list[int] = []
+        response: list[int] = []
         for _ in range(length):
-            scores = self.logits([*prompt, *answer])[-1]
+            scores = self.logits([*prompt, *response])[-1]
             for token, amount in (bias or {}).items():
                 scores[token] += amount
-            for token in {*prompt, *answer}:
+            for token in {*prompt, *response}:
                 scores[token] *= repetition if scores[token] <= 0 else 1 / repetition
-            for token, count in Counter(answer).items():
+            for token, count in Counter(response).items():
                 scores[token] -= presence + frequency * count
             scores[list(banned)] = -np.inf
-            answer.append(int(scores.argmax()))
-        return answer
+            response.append(int(scores.argmax()))
+        return response
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +90,7 @@ def joined(events: Sequence[dict[str, Any]], column: str) -> list[Any]:
 
 class TestPenalties:
     @pytest.mark.parametrize(
-        "wish",
+        "sampling",
         [
             {"frequency": 1.1},
             {"presence": -2.0},
@@ -95,20 +100,20 @@ class TestPenalties:
         ids=str,
     )
     def test_are_those_of_their_definition_alone_and_among_others(
-        self, tiny: Server, reference: Reference, wish: dict[str, Any]
+        self, tiny: Server, reference: Reference, sampling: dict[str, Any]
     ) -> None:
         names = {"frequency": "frequency_penalty", "presence": "presence_penalty", "repetition": "repetition_penalty"}
-        body: dict[str, Any] = {names[key]: value for key, value in wish.items() if key in names}
+        body: dict[str, Any] = {names[key]: value for key, value in sampling.items() if key in names}
         body |= {"temperature": 0, "max_tokens": 24, "return_token_ids": True}
-        if "bias" in wish:
-            body["logit_bias"] = {str(token): amount for token, amount in wish["bias"].items()}
+        if "bias" in sampling:
+            body["logit_bias"] = {str(token): amount for token, amount in sampling["bias"].items()}
         prompts = ["Sing, Muse", "e", "another prompt that is longer than those"]
-        answers = tiny.complete(prompt=prompts, **body)["choices"]
-        for prompt, answer in zip(prompts, answers):
-            expected = reference.greedy(prompt.encode(), 24, **wish)
-            assert answer["token_ids"] == expected
+        responses = tiny.complete(prompt=prompts, **body)["choices"]
+        for prompt, response in zip(prompts, responses):
+            expected = reference.greedy(prompt.encode(), 24, **sampling)
+            assert response["token_ids"] == expected
         chat = tiny.http.post(CHAT, json=body | {"messages": MESSAGES}).json()["choices"][0]
-        assert chat["token_ids"] == reference.greedy(RENDERED.encode(), 24, **wish)
+        assert chat["token_ids"] == reference.greedy(RENDERED.encode(), 24, **sampling)
 
     def test_of_no_weight_change_nothing(self, tiny: Server) -> None:
         nothing: dict[str, Any] = {"presence_penalty": 0, "frequency_penalty": 0.0, "repetition_penalty": 1, "min_p": 0}
@@ -140,9 +145,9 @@ class TestStopping:
                 choice = {"text": "".join(e["text"] for e in events), "finish_reason": events[-1]["finish_reason"]}
                 choice["token_ids"] = [token for e in events for token in e["token_ids"]]
             else:
-                answer = tiny.complete(**body)
-                choice = answer["choices"][0]
-                assert answer["usage"]["completion_tokens"] == end + 1
+                response = tiny.complete(**body)
+                choice = response["choices"][0]
+                assert response["usage"]["completion_tokens"] == end + 1
             assert choice["finish_reason"] == "stop"
             assert choice["token_ids"] == tokens[: end + 1]
             assert choice["text"] == bytes(tokens[: end + shown]).decode(errors="replace")
@@ -157,9 +162,9 @@ class TestStopping:
 
     def test_comes_not_before_min_tokens(self, tiny: Server, reference: Reference) -> None:
         body: dict[str, Any] = {"prompt": "a", "max_tokens": 9, "temperature": 0, "logit_bias": {"120": 100}}
-        answer = tiny.complete(**body, stop_token_ids=[120], min_tokens=5, return_token_ids=True)["choices"][0]
-        assert answer["finish_reason"] == "stop"
-        assert answer["token_ids"] == [*reference.greedy(b"a", 5, banned=[120]), 120]
+        response = tiny.complete(**body, stop_token_ids=[120], min_tokens=5, return_token_ids=True)["choices"][0]
+        assert response["finish_reason"] == "stop"
+        assert response["token_ids"] == [*reference.greedy(b"a", 5, banned=[120]), 120]
         assert tiny.text(**body, stop="xx", min_tokens=5) == "xxxx"
         assert tiny.text(**body, stop="x", min_tokens=9) == "x" * 9
 
@@ -172,20 +177,20 @@ class TestLogprobs:
     def test_of_completions_are_columns(self, tiny: Server, reference: Reference, stream: bool) -> None:
         body: dict[str, Any] = {"prompt": "Sing", "max_tokens": 40, **WEATHER, "logprobs": 3, "return_token_ids": True}
         whole = tiny.complete(**body)["choices"][0]
-        told, tokens, text = whole["logprobs"], whole["token_ids"], whole["text"]
+        reported, tokens, text = whole["logprobs"], whole["token_ids"], whole["text"]
         if stream:
             events = tiny.events(**body)
-            told = {column: joined(events, column) for column in told}
-            shown = 0  # no token is told before its text, and none after
+            reported = {column: joined(events, column) for column in reported}
+            shown = 0  # no token is reported before its text, and none after
             for event in events[1:]:
                 choice = event["choices"][0]
                 before, shown = shown, shown + len(choice["text"])
                 assert all(before <= at < shown for at in (choice["logprobs"] or {"text_offset": []})["text_offset"])
-        assert told == whole["logprobs"]
+        assert reported == whole["logprobs"]
         expected = reference.logprobs([*b"Sing", *tokens])[3:-1]
-        assert told["tokens"] == [name(token) for token in tokens]
-        np.testing.assert_allclose(told["token_logprobs"], expected[np.arange(40), tokens], atol=1e-4)
-        for row, token, top, at in zip(expected, tokens, told["top_logprobs"], told["text_offset"]):
+        assert reported["tokens"] == [name(token) for token in tokens]
+        np.testing.assert_allclose(reported["token_logprobs"], expected[np.arange(40), tokens], atol=1e-4)
+        for row, token, top, at in zip(expected, tokens, reported["top_logprobs"], reported["text_offset"]):
             likeliest = np.argsort(-row)[:3]
             assert set(top) == {name(each) for each in (*likeliest, token)}
             np.testing.assert_allclose([top[name(each)] for each in likeliest], row[likeliest], atol=1e-4)
@@ -196,13 +201,13 @@ class TestLogprobs:
         body: dict[str, Any] = {"messages": MESSAGES, "max_tokens": 30, **WEATHER, "return_token_ids": True}
         body |= {"logprobs": True, "top_logprobs": 2}
         choice = tiny.http.post(CHAT, json=body).json()["choices"][0]
-        told, tokens = choice["logprobs"]["content"], choice["token_ids"]
+        reported, tokens = choice["logprobs"]["content"], choice["token_ids"]
         if stream:
-            assert joined(tiny.events(CHAT, **body), "content") == told
+            assert joined(tiny.events(CHAT, **body), "content") == reported
         expected = reference.logprobs([*RENDERED.encode(), *tokens])[len(RENDERED.encode()) - 1 : -1]
-        assert [(each["token"], each["bytes"]) for each in told] == [(name(token), [token]) for token in tokens]
-        np.testing.assert_allclose([e["logprob"] for e in told], expected[np.arange(30), tokens], atol=1e-4)
-        for row, each in zip(expected, told):
+        assert [(each["token"], each["bytes"]) for each in reported] == [(name(token), [token]) for token in tokens]
+        np.testing.assert_allclose([e["logprob"] for e in reported], expected[np.arange(30), tokens], atol=1e-4)
+        for row, each in zip(expected, reported):
             assert [top["bytes"] for top in each["top_logprobs"]] == [[token] for token in np.argsort(-row)[:2]]
 
     def test_are_the_clients_typed_objects(self, tiny: Server) -> None:
@@ -231,16 +236,16 @@ class TestLogprobs:
         assert [each.top_logprobs for each in found] == [[], [], []]
 
     def test_of_none_besides_have_the_token_alone(self, tiny: Server) -> None:
-        told = tiny.complete(prompt="a", max_tokens=2, temperature=0, logprobs=0)["choices"][0]["logprobs"]
-        assert [[*top.items()] for top in told["top_logprobs"]] == [
-            [(token, logprob)] for token, logprob in zip(told["tokens"], told["token_logprobs"])
+        reported = tiny.complete(prompt="a", max_tokens=2, temperature=0, logprobs=0)["choices"][0]["logprobs"]
+        assert [[*top.items()] for top in reported["top_logprobs"]] == [
+            [(token, logprob)] for token, logprob in zip(reported["tokens"], reported["token_logprobs"])
         ]
 
-    def test_of_what_a_stop_string_cut_off_are_not_told(self, tiny: Server) -> None:
+    def test_of_what_a_stop_string_cut_off_are_not_returned(self, tiny: Server) -> None:
         body: dict[str, Any] = {"prompt": "a", "max_tokens": 9, "logit_bias": {"120": 100}, "logprobs": 0}
-        for stop, told in (("xxx", []), ("xy", ["x"] * 9)):
-            assert tiny.complete(**body, stop=stop)["choices"][0]["logprobs"]["tokens"] == told
-            assert joined(tiny.events(**body, stop=stop), "tokens") == told
+        for stop, reported in (("xxx", []), ("xy", ["x"] * 9)):
+            assert tiny.complete(**body, stop=stop)["choices"][0]["logprobs"]["tokens"] == reported
+            assert joined(tiny.events(**body, stop=stop), "tokens") == reported
 
     def test_without_a_tokenizer_name_ids(self, odd: Server) -> None:
         body: dict[str, Any] = {"prompt": [1, 96], "max_tokens": 3, "logprobs": 1, "echo": True, "temperature": 0}
@@ -252,20 +257,22 @@ class TestLogprobs:
 class TestEcho:
     TEXTS = tuple(f"{'The quick brown fox, née Füchsin. ' * (1 + n % 4)}{n}" for n in range(16))
 
-    def check(self, reference: Reference, text: str, told: dict[str, Any], extra: int = 0) -> None:
-        """That `told` is what the model says of `text`, and of `extra` tokens more."""
+    def check(self, reference: Reference, text: str, reported: dict[str, Any], extra: int = 0) -> None:
+        """That `reported` is what the model says of `text`, and of `extra` tokens more."""
         tokens = text.encode()
-        assert told["tokens"][: len(tokens)] == [name(token) for token in tokens]
-        assert told["token_logprobs"][0] is None
-        assert told["top_logprobs"][0] is None
-        assert len(told["token_logprobs"]) == len(told["text_offset"]) == len(tokens) + extra
+        assert reported["tokens"][: len(tokens)] == [name(token) for token in tokens]
+        assert reported["token_logprobs"][0] is None
+        assert reported["top_logprobs"][0] is None
+        assert len(reported["token_logprobs"]) == len(reported["text_offset"]) == len(tokens) + extra
         expected = reference.logprobs(tokens)
         own = expected[np.arange(len(tokens) - 1), list(tokens[1:])]
-        np.testing.assert_allclose(told["token_logprobs"][1 : len(tokens)], own, atol=1e-4)
-        assert told["text_offset"][: len(tokens)] == [
+        np.testing.assert_allclose(reported["token_logprobs"][1 : len(tokens)], own, atol=1e-4)
+        assert reported["text_offset"][: len(tokens)] == [
             len(tokens[:n].decode(errors="ignore")) for n in range(len(tokens))
         ]
-        greedy = [max(top.values()) == mine for top, mine in zip(told["top_logprobs"][1:], told["token_logprobs"][1:])]
+        greedy = [
+            max(top.values()) == mine for top, mine in zip(reported["top_logprobs"][1:], reported["token_logprobs"][1:])
+        ]
         assert greedy[: len(tokens) - 1] == [a == b for a, b in zip(expected.argmax(axis=1), tokens[1:])]
 
     def test_scores_a_prompt_alone_and_in_a_batch_as_the_model_itself_does(
@@ -287,7 +294,7 @@ class TestEcho:
             assert event == {name: value for name, value in batch[index].items() if name in event}
             assert event.keys() == {"index", "text", "logprobs", "finish_reason"}
 
-    def test_comes_before_the_answer(self, tiny: Server, reference: Reference) -> None:
+    def test_comes_before_the_response(self, tiny: Server, reference: Reference) -> None:
         body: dict[str, Any] = {"prompt": ["né", "ab"], "n": 2, "max_tokens": 8, **WEATHER, "echo": True}
         for logprobs in (None, 2):
             whole = tiny.complete(**body, logprobs=logprobs)["choices"]
@@ -305,8 +312,8 @@ class TestEcho:
 
     def test_of_a_prompt_in_many_chunks_is_whole(self, tiny: Server, reference: Reference) -> None:
         text = "".join(chr(97 + i * i % 26) for i in range(1300))
-        told = tiny.complete(prompt=text, echo=True, logprobs=1, max_tokens=1)["choices"][0]["logprobs"]
-        self.check(reference, text, told, extra=1)
+        reported = tiny.complete(prompt=text, echo=True, logprobs=1, max_tokens=1)["choices"][0]["logprobs"]
+        self.check(reference, text, reported, extra=1)
 
     def test_of_token_ids_is_their_text(self, tiny: Server) -> None:
         choice = tiny.complete(prompt=[[255, 97], [98]], echo=True, max_tokens=0)["choices"]
@@ -327,7 +334,7 @@ class TestBestOf:
         assert (usage["prompt_tokens"], usage["completion_tokens"]) == (3, 2 * 6 * 12)
         unasked = tiny.complete(**body | {"logprobs": None}, best_of=6)["choices"]
         assert [c["logprobs"] for c in unasked] == [None, None]
-        assert [c["text"] for c in unasked] == [best["choices"][place]["text"] for place in (0, 2)]
+        assert [c["text"] for c in unasked] == [best["choices"][index]["text"] for index in (0, 2)]
 
 
 class TestStreamOptions:
@@ -362,6 +369,6 @@ class TestStreamOptions:
                 assert [n for c in mine if c["logprobs"] for n in c["logprobs"]["tokens"]] == choice["logprobs"][
                     "tokens"
                 ]
-                told = [len(c["token_ids"]) for c in mine[1:]]  # the first has the prompt
-                assert told[0] == 1
-                assert events_each is None or told == [1] + [size] * (21 // size) + [21 % size]
+                reported = [len(c["token_ids"]) for c in mine[1:]]  # the first has the prompt
+                assert reported[0] == 1
+                assert events_each is None or reported == [1] + [size] * (21 // size) + [21 % size]

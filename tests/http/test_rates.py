@@ -19,7 +19,7 @@ from bdh_batch.errors import ConfigError, InvalidRequest, QueueFull
 from bdh_batch.http.auth import rates as rates_module
 from bdh_batch.http.auth.caller import Caller, by_key
 from bdh_batch.http.auth.keys import Key
-from bdh_batch.http.auth.ledger import KEPT
+from bdh_batch.http.auth.ledger import RETAINED
 from bdh_batch.http.auth.quota import Quota
 from bdh_batch.http.auth.rates import Rates
 from bdh_batch.http.errors import Forbidden, RateLimited
@@ -97,7 +97,7 @@ async def test_tokens_are_reserved_and_what_is_not_used_comes_back(storage: str,
     first = await rates.reserve(ann, 60, standing)
     assert first is not None
     assert standing["x-ratelimit-remaining-tokens"] == "40"
-    with pytest.raises(RateLimited, match="may need 41, 40 are left"):
+    with pytest.raises(RateLimited, match="up to 41, 40 are left"):
         await rates.reserve(ann, 41, standing)
     assert standing["x-ratelimit-remaining-tokens"] == "40"
     rates.settle(first, 10)
@@ -121,7 +121,7 @@ async def test_what_does_not_count_any_more_is_not_given_back(storage: str, ann:
     rates, standing = rates_of(storage, tokens_per_minute=100), dict[str, str]()
     reservation = await rates.reserve(ann, 60, standing)
     assert reservation is not None
-    late = replace(reservation.grant, slot=reservation.grant.slot - KEPT)
+    late = replace(reservation.grant, slot=reservation.grant.slot - RETAINED)
     rates.settle(replace(reservation, grant=late), 0)
     await settled(rates)
     await rates.reserve(ann, 10, standing)
@@ -179,7 +179,7 @@ def test_redis_that_does_not_answer_at_the_start_is_refused_without_its_password
 
 
 class OneToken:
-    """A backend whose answers are of one token each."""
+    """A backend whose responses are of one token each."""
 
     full = False
 
@@ -260,7 +260,7 @@ async def test_a_generation_costs_its_prompt_once_and_its_tokens_whoever_ends_it
     assert await left(BOB) == 100
 
 
-async def test_a_generation_bears_whose_it_is() -> None:
+async def test_a_generation_has_its_tenant() -> None:
     quota, backend = Quota(rates_of(), None), one_token()
     key = Key(sha256="b" * 64, weight=3.0, top_priority=0)
     await quota.start(request_of(by_key(key)), backend, ask("a", priority=0))

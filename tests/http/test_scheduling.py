@@ -68,15 +68,15 @@ def together(server: Server, bodies: list[dict[str, Any]]) -> list[dict[str, Any
         return list(pool.map(lambda body: ask(server, **body), bodies))
 
 
-def texts(answers: list[dict[str, Any]]) -> list[list[str]]:
-    return [[choice["text"] for choice in answer["choices"]] for answer in answers]
+def texts(responses: list[dict[str, Any]]) -> list[list[str]]:
+    return [[choice["text"] for choice in response["choices"]] for response in responses]
 
 
 def test_taking_turns_changes_no_text(crowded: Server, alone: Server) -> None:
     bodies = [{"prompt": f"{number}: {STEM[: 13 * number]}", "max_tokens": 60} for number in range(8)]
     before = crowded.metrics()["bdh_num_preemptions_total"]
-    answers = together(crowded, bodies)
-    assert texts(answers) == texts([ask(alone, **body) for body in bodies])
+    responses = together(crowded, bodies)
+    assert texts(responses) == texts([ask(alone, **body) for body in bodies])
     assert crowded.metrics()["bdh_num_preemptions_total"] - before >= 8
     crowded.until_idle()
     assert crowded.metrics()["bdh_num_requests_swapped"] == 0
@@ -132,8 +132,8 @@ def test_a_deadline_ends_what_waits_and_what_runs(crowded: Server) -> None:
     crowded.until_idle()
     body = {"prompt": "a", "max_tokens": 100_000}
     assert crowded.error(crowded.http.post("/v1/completions", json=body, headers=headers), 504)["code"]
-    with crowded.http.stream("POST", "/v1/completions", json=body | {"stream": True}, headers=headers) as answer:
-        last = answer.read().strip().split(b"\n\n")[-1]
+    with crowded.http.stream("POST", "/v1/completions", json=body | {"stream": True}, headers=headers) as response:
+        last = response.read().strip().split(b"\n\n")[-1]
     assert json.loads(last.removeprefix(b"data: "))["error"]["type"] == "timeout_error"
     crowded.until_idle()
 
@@ -158,42 +158,42 @@ def test_a_prompt_seen_before_begins_where_it_ended(alone: Server, tiny: Server)
     assert alone.metrics()[CACHED] == 0
 
 
-def test_the_next_turn_begins_where_the_answer_ended(alone: Server, tiny: Server) -> None:
+def test_the_next_turn_begins_where_the_response_ended(alone: Server, tiny: Server) -> None:
     prompt = list(b"a conversation: " + STEM.encode())
-    answer = ask(tiny, prompt=prompt, return_token_ids=True)["choices"][0]["token_ids"]
-    longer = prompt + answer + list(b" and so?")
+    response = ask(tiny, prompt=prompt, return_token_ids=True)["choices"][0]["token_ids"]
+    longer = prompt + response + list(b" and so?")
     second = ask(tiny, prompt=longer)
     cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
-    assert cached == len(prompt) + len(answer) - 1
+    assert cached == len(prompt) + len(response) - 1
     assert texts([second]) == texts([ask(alone, prompt=longer)])
 
 
 @pytest.mark.parametrize("enabled", ["true", "false"])
-def test_n_answers_are_prefilled_once(serve: ServeFactory, alone: Server, enabled: str) -> None:
+def test_n_choices_are_prefilled_once(serve: ServeFactory, alone: Server, enabled: str) -> None:
     prompt = "forked " + STEM
     with serve(f"prefix_cache.enabled={enabled}", model=TINY) as server:
-        answer = ask(server, prompt=prompt, n=6)
+        response = ask(server, prompt=prompt, n=6)
         assert server.metrics()[TOTAL] == len(prompt) + 5
         server.until_idle()
         assert (server.metrics()["bdh_prefix_cache_states"] == 0) == (enabled == "false")
     each = [ask(alone, prompt=prompt, seed=7 + number)["choices"][0]["text"] for number in range(6)]
-    assert texts([answer]) == [each]
-    assert answer["usage"]["prompt_tokens"] == len(prompt)
+    assert texts([response]) == [each]
+    assert response["usage"]["prompt_tokens"] == len(prompt)
 
 
-async def test_100_requests_with_one_beginning_hardly_compute_it_again(alone: Server, tiny: Server) -> None:
+async def test_100_requests_with_one_prefix_hardly_compute_it_again(alone: Server, tiny: Server) -> None:
     prompts = [f"shared by all: {STEM}{chr(27 + number)} and so?" for number in range(100)]
     stem = len(prompts[0]) - len("* and so?")
     before = tiny.metrics()
     async with tiny.async_openai() as client, asyncio.timeout(60):
-        answers = await asyncio.gather(
+        responses = await asyncio.gather(
             *(client.completions.create(model="tiny", prompt=p, max_tokens=4, temperature=0) for p in prompts)
         )
     computed = tiny.metrics()[TOTAL] - before[TOTAL]
     # Twice where the first was through its prompt before the second came and showed where they part; and what differs.
     assert stem + 100 <= computed <= 2 * stem + 100 * len("* and so?")
     for number in (0, 57, 99):
-        assert answers[number].choices[0].text == alone.text(prompt=prompts[number], max_tokens=4, temperature=0)
+        assert responses[number].choices[0].text == alone.text(prompt=prompts[number], max_tokens=4, temperature=0)
 
 
 @pytest.fixture(scope="module")
@@ -228,8 +228,8 @@ def test_nobody_goes_before_others_without_a_right_to_it(
     assert tiny.http.post(path, json=body | {"priority": 1000}).status_code == 200
     for key, priority, status in ((KEYS[0], -1, 403), (KEYS[0], 0, 200), (first_key[1], -1000, 200)):
         headers = {"authorization": f"Bearer {key}"}
-        answer = keyed.http.post(path, json=body | {"priority": priority}, headers=headers)
-        assert answer.status_code == status, answer.text
+        response = keyed.http.post(path, json=body | {"priority": priority}, headers=headers)
+        assert response.status_code == status, response.text
 
 
 def test_a_key_that_goes_first_keeps_nobody_waiting_for_ever(keyed: Server, first_key: tuple[Path, str]) -> None:
@@ -254,9 +254,9 @@ def test_a_key_that_asks_for_little_is_served_whatever_another_queues(keyed: Ser
         ]
         keyed.until(lambda m: m["bdh_num_requests_waiting"] >= 20, 10)
         before = keyed.metrics()["bdh_step_duration_seconds_count"]
-        answer = keyed.http.post("/v1/completions", json={"prompt": "b", "max_tokens": 5}, headers=drop)
+        response = keyed.http.post("/v1/completions", json={"prompt": "b", "max_tokens": 5}, headers=drop)
         after = keyed.metrics()
-        assert answer.status_code == 200
+        assert response.status_code == 200
         assert after["bdh_step_duration_seconds_count"] - before < 200  # the flood's queue takes 2,000
         assert after["bdh_num_requests_waiting"] >= 10
         assert all(future.result().status_code == 200 for future in flooding)
@@ -276,8 +276,8 @@ def test_a_full_queue_is_full_for_the_key_that_fills_it(serve: ServeFactory) -> 
         flooding += [pool.submit(ask_as_flood, 1) for _ in range(8)]
         server.until(lambda m: (m["bdh_num_requests_running"], m["bdh_num_requests_waiting"]) == (2, 8), 10)
         assert ask_as_flood(1).status_code == 429
-        answer = server.http.post("/v1/completions", json=body, headers=drop)
-        assert answer.status_code == 200, answer.text
+        response = server.http.post("/v1/completions", json=body, headers=drop)
+        assert response.status_code == 200, response.text
         statuses = sorted(future.result().status_code for future in flooding)
     assert statuses == [200] * 9 + [429]
 
@@ -292,13 +292,13 @@ def test_a_chats_instructions_are_kept_for_the_next_one(tiny: Server, alone: Ser
     assert second["choices"] == plain["choices"]
 
 
-def test_keys_do_not_see_each_others_beginnings(keyed: Server) -> None:
+def test_keys_do_not_see_each_others_prefixes(keyed: Server) -> None:
     prompt = "mine alone: " + STEM
     cached = []
     for key in (*KEYS, *KEYS):
         headers = {"authorization": f"Bearer {key}"}
-        answer = keyed.http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 2}, headers=headers).json()
-        cached.append(answer["usage"]["prompt_tokens_details"]["cached_tokens"])
+        response = keyed.http.post("/v1/completions", json={"prompt": prompt, "max_tokens": 2}, headers=headers).json()
+        cached.append(response["usage"]["prompt_tokens_details"]["cached_tokens"])
     assert cached == [0, 0, len(prompt) - 1, len(prompt) - 1]
 
 

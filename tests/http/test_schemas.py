@@ -74,9 +74,9 @@ def test_a_tool_that_is_strict_is_refused_by_keyword_and_one_that_is_not_is_coun
     tools[1]["function"]["strict"] = False
     metric = "bdh_schema_keywords_left_out_total{keyword=uniqueItems}"
     before = tiny.metrics().get(metric, 0)
-    answer = tiny.http.post(CHAT, json=body)
-    assert answer.status_code == 200, answer.text
-    (warning,) = answer.json()["warnings"]
+    response = tiny.http.post(CHAT, json=body)
+    assert response.status_code == 200, response.text
+    (warning,) = response.json()["warnings"]
     assert (warning["param"], warning["path"]) == ("tools[1].function.parameters", "#/properties/x/uniqueItems")
     assert tiny.metrics()[metric] == before + 1
 
@@ -89,10 +89,10 @@ def all_tools(server: str, choice: str) -> dict[str, Any]:
 @pytest.mark.parametrize("choice", ["auto", "any"])
 def test_all_tools_of_a_widely_used_server_are_accepted_at_once(tiny: Server, choice: str) -> None:
     body = all_tools("playwright", choice) | {"max_tokens": 80 if choice == "any" else 1}
-    answer = tiny.http.post(CHAT, json=body)
-    assert answer.status_code == 200, answer.text
-    assert "warnings" not in answer.json()
-    (made,) = answer.json()["choices"]
+    response = tiny.http.post(CHAT, json=body)
+    assert response.status_code == 200, response.text
+    assert "warnings" not in response.json()
+    (made,) = response.json()["choices"]
     if choice == "any":
         (call, *_) = made["message"]["tool_calls"]
         assert call["function"]["name"] in {each["name"] for each in tools_of("playwright")}
@@ -107,9 +107,9 @@ def test_the_largest_are_within_the_bounds_of_the_defaults() -> None:
 
 
 def test_an_object_follows_the_schema_beside_it(tiny: Server) -> None:
-    form = {"type": "json_object", "schema": {"properties": {"a": {"const": 1}}, "required": ["a"]}}
-    answer = tiny.http.post(CHAT, json={"messages": [USER], "response_format": form, "max_tokens": 30})
-    assert json.loads(answer.json()["choices"][0]["message"]["content"]) == {"a": 1}
+    response_format = {"type": "json_object", "schema": {"properties": {"a": {"const": 1}}, "required": ["a"]}}
+    response = tiny.http.post(CHAT, json={"messages": [USER], "response_format": response_format, "max_tokens": 30})
+    assert json.loads(response.json()["choices"][0]["message"]["content"]) == {"a": 1}
 
 
 def test_names_may_have_dots_and_128_characters(tiny: Server) -> None:
@@ -126,9 +126,9 @@ def test_names_may_have_dots_and_128_characters(tiny: Server) -> None:
 
 def test_a_functions_message_is_a_tools_to_the_template(tiny: Server) -> None:
     messages = [USER, {"role": "function", "name": "f", "content": "rain"}]
-    answer = tiny.http.post(CHAT, json={"messages": messages, "max_tokens": 1, "return_token_ids": True})
-    assert answer.status_code == 200, answer.text
-    assert bytes(answer.json()["prompt_token_ids"]).decode() == "user: x\ntool: rain\nassistant:"
+    response = tiny.http.post(CHAT, json={"messages": messages, "max_tokens": 1, "return_token_ids": True})
+    assert response.status_code == 200, response.text
+    assert bytes(response.json()["prompt_token_ids"]).decode() == "user: x\ntool: rain\nassistant:"
 
 
 def test_strict_is_what_the_body_says() -> None:

@@ -42,10 +42,10 @@ def test_a_signal_during_the_first_imports_ends_the_program_without_a_word(numbe
         assert b"Traceback" not in process.stderr.read()
 
 
-def test_a_default_gives_way_to_the_longest_context_and_an_explicit_wish_does_not(serve: ServeFactory) -> None:
+def test_a_default_gives_way_to_the_longest_context_and_an_explicit_value_does_not(serve: ServeFactory) -> None:
     with serve("model.max_model_len=100", "scheduler.max_running=2") as server:
-        answer = server.complete(prompt="abc")
-        assert answer["usage"]["completion_tokens"] == 97
+        response = server.complete(prompt="abc")
+        assert response["usage"]["completion_tokens"] == 97
         assert server.refusal({"prompt": "abc", "max_tokens": 98})["param"] == "max_tokens"
         assert server.complete(prompt="abc", max_tokens=97)["usage"]["completion_tokens"] == 97
         error = server.refusal({"prompt": "a" * 100})

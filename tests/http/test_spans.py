@@ -48,7 +48,7 @@ def eventually(condition: Callable[[], bool]) -> None:
         time.sleep(0.001)
 
 
-class Told:
+class Reported:
     """A span that has arrived."""
 
     def __init__(self, span: Span) -> None:
@@ -70,7 +70,7 @@ class Collector:
         self.changed = threading.Condition()
         self.bodies: list[bytes] = []
         self.headers: list[dict[str, str]] = []
-        self.spans: list[Told] = []
+        self.spans: list[Reported] = []
         self.service: dict[str, Any] = {}
         self.waiting = 0
         self.held = False
@@ -86,7 +86,7 @@ class Collector:
             self.headers.append(headers)
             for resource in ExportTraceServiceRequest.FromString(body).resource_spans:
                 self.service = {each.key: plain(each.value) for each in resource.resource.attributes}
-                self.spans += [Told(span) for scope in resource.scope_spans for span in scope.spans]
+                self.spans += [Reported(span) for scope in resource.scope_spans for span in scope.spans]
             self.changed.notify_all()
 
     def hold(self, held: bool) -> None:
@@ -98,10 +98,10 @@ class Collector:
         with self.changed:
             assert self.changed.wait_for(lambda: self.waiting > 0, WITHIN)
 
-    def of(self, request_id: str, generations: int) -> tuple[Told, list[Told]]:
+    def of(self, request_id: str, generations: int) -> tuple[Reported, list[Reported]]:
         """The spans of a request, once there are so many, and no others with it."""
 
-        def found() -> list[Told]:
+        def found() -> list[Reported]:
             return [span for span in self.spans if span["gen_ai.request.id"] == request_id]
 
         with self.changed:
@@ -157,14 +157,14 @@ def ask(server: Server, id: str, path: str = "/v1/completions", status: int = 20
     return response
 
 
-def test_a_request_is_part_of_its_clients_trace_and_tells_what_the_metrics_do(
+def test_a_request_is_part_of_its_clients_trace_and_reports_what_the_metrics_do(
     traced: tuple[Server, Collector],
 ) -> None:
     server, collector = traced
     before = server.metrics()
     headers = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=state"}
     sampling: dict[str, Any] = {"temperature": 0.5, "top_p": 0.75}
-    answer = ask(server, "whole", headers=headers, prompt="ab", max_tokens=5, ignore_eos=True, **sampling).json()
+    response = ask(server, "whole", headers=headers, prompt="ab", max_tokens=5, ignore_eos=True, **sampling).json()
     request, (generation,) = collector.of("whole", 1)
     after = server.metrics()
 
@@ -180,9 +180,9 @@ def test_a_request_is_part_of_its_clients_trace_and_tells_what_the_metrics_do(
         "gen_ai.request.max_tokens": 5,
         "gen_ai.request.temperature": 0.5,
         "gen_ai.request.top_p": 0.75,
-        "gen_ai.response.model": answer["model"],
+        "gen_ai.response.model": response["model"],
         "gen_ai.response.finish_reasons": ["length"],
-        "gen_ai.usage.prompt_tokens": answer["usage"]["prompt_tokens"],
+        "gen_ai.usage.prompt_tokens": response["usage"]["prompt_tokens"],
         "gen_ai.usage.completion_tokens": 5,
     }
     for attribute, metric in (
@@ -201,8 +201,8 @@ def test_a_request_is_part_of_its_clients_trace_and_tells_what_the_metrics_do(
 def test_every_sequence_has_a_span_and_an_embedding_is_one(traced: tuple[Server, Collector]) -> None:
     server, collector = traced
     ask(server, "several", prompt=["a", "b"], n=2, max_tokens=2, ignore_eos=True)
-    _, answers = collector.of("several", 4)
-    assert [span["gen_ai.request.n"] for span in answers] == [2] * 4
+    _, responses = collector.of("several", 4)
+    assert [span["gen_ai.request.n"] for span in responses] == [2] * 4
     ask(server, "embedding", "/v1/embeddings", input="abc")
     _, (pooled,) = collector.of("embedding", 1)
     assert pooled["gen_ai.usage.completion_tokens"] == 0
@@ -239,7 +239,7 @@ def test_a_client_that_leaves_its_stream_is_seen(traced: tuple[Server, Collector
     assert request["http.response.status_code"] == 200
 
 
-def test_an_answer_that_fails_says_by_what(traced: tuple[Server, Collector]) -> None:
+def test_a_response_that_fails_says_by_what(traced: tuple[Server, Collector]) -> None:
     server, collector = traced
     body = {"prompt": "a", "max_tokens": 100_000, "ignore_eos": True}
     for id, stream, seconds in (("late", False, "0.1"), ("late-stream", True, "0.4")):
@@ -255,7 +255,7 @@ def test_an_answer_that_fails_says_by_what(traced: tuple[Server, Collector]) -> 
         assert generation["error.type"] in ("RunTimeout", "QueueTimeout")  # the latter where others keep the cores
 
 
-def test_a_refused_request_has_a_span_and_no_span_tells_what_was_said(traced: tuple[Server, Collector]) -> None:
+def test_a_refused_request_has_a_span_and_no_span_reports_what_was_said(traced: tuple[Server, Collector]) -> None:
     server, collector = traced
     bearer = {"authorization": f"Bearer {SECRET}"}
     ask(server, "ok", headers=bearer, prompt=SECRET, user=SECRET, stop=[SECRET], max_tokens=1)
@@ -305,7 +305,7 @@ def quick_to_give_up(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick_to_give_up")
-async def test_a_collector_that_is_away_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_collector_that_is_away_is_reported_once(caplog: pytest.LogCaptureFixture) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))  # and does not listen
         spans = Spans(f"http://127.0.0.1:{closed.getsockname()[1]}", "model")
@@ -339,8 +339,8 @@ def test_warnings_are_counted_while_they_are_kept(monkeypatch: pytest.MonkeyPatc
     for number in range(5):
         logger.warning("number %d", number)
     logger.info("not of interest")
-    told = "(%d such warnings since the last one told)"
-    assert heard == [f"number 0 {told % 0}", f"number 3 {told % 2}"]
+    reported = "(%d such warnings since the last one told)"
+    assert heard == [f"number 0 {reported % 0}", f"number 3 {reported % 2}"]
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_the_path_of_traces_is_added_where_it_is_missing(endpoint: str, url: str
     assert traces_url(endpoint) == url
 
 
-def test_an_option_of_the_environment_that_cannot_be_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_option_of_the_environment_that_cannot_be_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "0")
     with pytest.raises(ConfigError, match="max_queue_size"):
         Spans("http://localhost", "model")

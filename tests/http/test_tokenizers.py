@@ -72,7 +72,7 @@ def ids(server: Server, **body: Any) -> list[int]:
     return tokens
 
 
-def test_prompts_are_tokenized_and_answers_decoded(chatty: Server, raw: Tokenizer) -> None:
+def test_prompts_are_tokenized_and_responses_decoded(chatty: Server, raw: Tokenizer) -> None:
     ended = set()
     for seed in range(12):
         body: dict[str, Any] = {"prompt": "the fox é", "seed": seed, "max_tokens": 8, "return_token_ids": True}
@@ -119,16 +119,23 @@ def test_bad_words_are_what_spells_them_in_this_vocabulary(chatty: Server, raw: 
 
 
 def test_a_developer_is_the_system_to_a_template_that_knows_none(chatty: Server) -> None:
-    told, system = (
+    reported, system = (
         [{"role": role, "content": "Be brief."}, {"role": "user", "content": "the fox"}]
         for role in ("developer", "system")
     )
-    assert ids(chatty, messages=told) == ids(chatty, messages=system)
+    assert ids(chatty, messages=reported) == ids(chatty, messages=system)
 
 
-def test_answers_follow_a_schema_whatever_of_it_is_a_token(chatty: Server) -> None:
-    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
-    body = {"messages": MESSAGES, "response_format": form, "n": 12, "seed": 1, "temperature": 1.5, "max_tokens": 60}
+def test_responses_follow_a_schema_whatever_of_it_is_a_token(chatty: Server) -> None:
+    response_format = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
+    body = {
+        "messages": MESSAGES,
+        "response_format": response_format,
+        "n": 12,
+        "seed": 1,
+        "temperature": 1.5,
+        "max_tokens": 60,
+    }
     choices = chatty.http.post(CHAT, json=body).json()["choices"]
     assert {choice["finish_reason"] for choice in choices} >= {"stop"}
     for choice in choices:
@@ -140,7 +147,7 @@ def test_answers_follow_a_schema_whatever_of_it_is_a_token(chatty: Server) -> No
         assert said == choice["message"]["content"]
 
 
-def test_an_answer_that_follows_a_grammar_may_end_with_an_end_of_text_token(chatty: Server, raw: Tokenizer) -> None:
+def test_a_response_that_follows_a_grammar_may_end_with_an_end_of_text_token(chatty: Server, raw: Tokenizer) -> None:
     body = {"prompt": "a", "structured_outputs": {"regex": "[a-z ]+"}, "n": 16, "seed": 1, "return_token_ids": True}
     choices = chatty.complete(**body, max_tokens=3)["choices"]
     stops = {*ENDS, raw.token_to_id("<|im_end|>")}
@@ -160,9 +167,9 @@ def test_calls_are_read_though_they_are_written_with_tokens_of_their_own(chatty:
     for choice in ("required", {"type": "function", "function": {"name": "g"}}, "auto"):
         body = {"messages": MESSAGES, "tools": tools, "tool_choice": choice, "max_tokens": 40, "seed": 1}
         body |= {"parallel_tool_calls": False, "logit_bias": begin if choice == "auto" else {}}
-        answer = chatty.http.post(CHAT, json=body)
-        assert answer.status_code == 200, answer.text
-        (whole,) = answer.json()["choices"]
+        response = chatty.http.post(CHAT, json=body)
+        assert response.status_code == 200, response.text
+        (whole,) = response.json()["choices"]
         assert (whole["finish_reason"], whole["message"]["content"]) == ("tool_calls", None)
         (call,) = whole["message"]["tool_calls"]
         assert call["function"] == {"name": "g", "arguments": "{}"}
@@ -214,12 +221,12 @@ def test_long_texts_are_tokenized_beside_everything_else(chatty: Server, raw: To
     assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
 
 
-def test_what_vllm_tells_of_a_tokenizer_is_told(chatty: Server, raw: Tokenizer) -> None:
+def test_what_vllm_reports_of_a_tokenizer_is_reported(chatty: Server, raw: Tokenizer) -> None:
     for root in ("", "/v1"):
-        answer = chatty.http.post(f"{root}{TOKENIZE}", json={"prompt": "the fox", "return_token_strs": True}).json()
+        response = chatty.http.post(f"{root}{TOKENIZE}", json={"prompt": "the fox", "return_token_strs": True}).json()
         encoding = raw.encode("the fox")
         expected = {"count": len(encoding.ids), "max_model_len": 131072, "tokens": encoding.ids}
-        assert answer == expected | {"token_strs": encoding.tokens}
+        assert response == expected | {"token_strs": encoding.tokens}
         plain = chatty.http.post(f"{root}/detokenize", json={"tokens": encoding.ids})
         assert plain.json() == {"prompt": "the fox"}
     info = chatty.http.get("/tokenizer_info").json()
@@ -276,7 +283,9 @@ def test_what_is_wrong_is_named(tiny: Server, path: str, body: dict[str, Any], p
     assert tiny.refusal(body, path)["param"] == param
 
 
-def test_a_tokenizer_that_cannot_be_read_is_told_before_the_weights_are(folder: Path, tmp_path: Path, cli: Cli) -> None:
+def test_a_tokenizer_that_cannot_be_read_is_reported_before_the_weights_are(
+    folder: Path, tmp_path: Path, cli: Cli
+) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "model.safetensors").write_bytes(b"nonsense")

@@ -1,4 +1,4 @@
-"""Parameters that vLLM has beside OpenAI's: what they do to answers, and what answers tell by them."""
+"""Parameters that vLLM has beside OpenAI's: what they do to responses, and what responses report by them."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ BODIES: dict[str, dict[str, Any]] = {COMPLETIONS: {"prompt": "a"}, CHAT: {"messa
 def ask(server: Server, path: str = COMPLETIONS, **body: Any) -> dict[str, Any]:
     response = server.http.post(path, json=BODIES[path] | {"max_tokens": 8, "temperature": 0} | body)
     assert response.status_code == 200, response.text
-    answer: dict[str, Any] = response.json()
-    return answer
+    content: dict[str, Any] = response.json()
+    return content
 
 
 def text(server: Server, path: str = COMPLETIONS, **body: Any) -> str:
@@ -100,10 +100,10 @@ class TestBadWords:
         assert found.startswith("xx")
         assert "x" not in text(tiny, path, logit_bias=X, bad_words=["x"])
 
-    def test_are_looked_for_in_the_answer_alone(self, tiny: Server) -> None:
+    def test_are_looked_for_in_the_response_alone(self, tiny: Server) -> None:
         assert text(tiny, prompt="x", logit_bias=X, bad_words=["xx"])[0] == "x"
 
-    def test_are_those_of_one_answer(self, tiny: Server) -> None:
+    def test_are_those_of_one_response(self, tiny: Server) -> None:
         body: dict[str, Any] = {"prompt": "a", "n": 4, "max_tokens": 60, "seed": 5, "allowed_token_ids": [*b"pqr"]}
         body["temperature"] = 2
         plain = [choice["text"] for choice in tiny.complete(**body)["choices"]]
@@ -138,11 +138,11 @@ class TestBadWords:
 
 
 class TestLogprobsOfPrompts:
-    def check(self, told: list[Any], prompt: bytes, most: int) -> None:
+    def check(self, reported: list[Any], prompt: bytes, most: int) -> None:
         expected = logprobs_of(prompt)
-        assert told[0] is None
-        assert len(told) == len(prompt)
-        for row, token, found in zip(expected, prompt[1:], told[1:], strict=False):
+        assert reported[0] is None
+        assert len(reported) == len(prompt)
+        for row, token, found in zip(expected, prompt[1:], reported[1:], strict=False):
             likeliest = [int(each) for each in np.argsort(-row)[:most]]
             assert found.keys() == {str(token), *map(str, likeliest)}
             assert next(iter(found)) == str(token)
@@ -161,9 +161,9 @@ class TestLogprobsOfPrompts:
             assert choice["logprobs"] is None
 
     def test_of_chats_are_beside_them(self, tiny: Server) -> None:
-        answer = ask(tiny, CHAT, prompt_logprobs=2, n=2, temperature=1)
-        self.check(answer["prompt_logprobs"], RENDERED.encode(), 2)
-        assert not any("prompt_logprobs" in choice for choice in answer["choices"])
+        response = ask(tiny, CHAT, prompt_logprobs=2, n=2, temperature=1)
+        self.check(response["prompt_logprobs"], RENDERED.encode(), 2)
+        assert not any("prompt_logprobs" in choice for choice in response["choices"])
         assert ask(tiny, CHAT)["prompt_logprobs"] is None
 
     @pytest.mark.parametrize(("few", "many"), [(1, 4), (4, 1)])
@@ -177,7 +177,9 @@ class TestLogprobsOfPrompts:
 
     @BOTH
     @pytest.mark.parametrize(("most", "stream"), [(1, True), (-1, False), (21, False), ("1", False)])
-    def test_are_refused_where_they_cannot_be_told(self, tiny: Server, path: str, most: object, stream: bool) -> None:
+    def test_are_refused_where_they_cannot_be_returned(
+        self, tiny: Server, path: str, most: object, stream: bool
+    ) -> None:
         body = BODIES[path] | {"prompt_logprobs": most, "stream": stream}
         assert tiny.refusal(body, path)["param"] == "prompt_logprobs"
 
@@ -193,16 +195,16 @@ class TestTruncation:
     def test_keeps_the_end(self, tiny: Server, most: int, kept: str) -> None:
         prompts = ["abcdef", [*b"abcdef"]]
         for prompt in prompts:
-            answer = ask(tiny, prompt=prompt, truncate_prompt_tokens=most, return_token_ids=True, echo=True)
-            (choice,) = answer["choices"]
+            response = ask(tiny, prompt=prompt, truncate_prompt_tokens=most, return_token_ids=True, echo=True)
+            (choice,) = response["choices"]
             assert bytes(choice["prompt_token_ids"]).decode() == kept
             assert choice["text"].startswith(kept)
-            assert answer["usage"]["prompt_tokens"] == len(kept)
+            assert response["usage"]["prompt_tokens"] == len(kept)
         assert text(tiny, prompt="abcdef", truncate_prompt_tokens=most) == text(tiny, prompt=kept)
 
     def test_of_a_chat_is_of_its_prompt(self, tiny: Server) -> None:
-        answer = ask(tiny, CHAT, truncate_prompt_tokens=5, return_token_ids=True)
-        assert bytes(answer["prompt_token_ids"]).decode() == RENDERED[-5:]
+        response = ask(tiny, CHAT, truncate_prompt_tokens=5, return_token_ids=True)
+        assert bytes(response["prompt_token_ids"]).decode() == RENDERED[-5:]
 
     @BOTH
     @pytest.mark.parametrize("most", [0, -2, 131073, "5", 1.5, True])
@@ -219,8 +221,8 @@ class TestNamesOfTokens:
         assert choice["logprobs"]["tokens"] == named
         assert all(name.startswith("token_id:") for top in choice["logprobs"]["top_logprobs"][1:] for name in top)
         assert not choice["text"].startswith("token_id")
-        told = ask(tiny, CHAT, **body, logprobs=True, top_logprobs=1)["choices"][0]
-        for token, each in zip(told["token_ids"], told["logprobs"]["content"], strict=True):
+        reported = ask(tiny, CHAT, **body, logprobs=True, top_logprobs=1)["choices"][0]
+        for token, each in zip(reported["token_ids"], reported["logprobs"]["content"], strict=True):
             assert (each["token"], each["bytes"]) == (f"token_id:{token}", [token])
             assert each["top_logprobs"][0]["token"] == f"token_id:{token}"
 

@@ -192,8 +192,8 @@ def test_answers_to_one_prompt_share_what_does_not_differ_and_nothing_else() -> 
         first.count(token)
     assert (first.prompt is other.prompt, first.sampling is other.sampling) == (True, True)
     assert list(first.prompt) == [1, 5]
-    assert [list(each) for each in (first.answer, first.times, first.repeated)] == [[5, 9], [1, 2], [1, 0]]
-    assert not other.answer
+    assert [list(each) for each in (first.generated, first.times, first.repeated)] == [[5, 9], [1, 2], [1, 0]]
+    assert not other.generated
     assert (list(first.bans), list(other.bans)) == ([], [2, 7])
 
 
@@ -209,7 +209,7 @@ def test_what_a_step_changes_is_read_where_it_lies(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(adjusting, name, lambda _, *arrays: passed.extend(arrays))
     adjust_in_main_memory(LOGITS.clone(), [(0, wish)])
     assert params.logit_bias is not None
-    counted = [wish.answer, wish.times, wish.repeated]
+    counted = [wish.generated, wish.times, wish.repeated]
     kept: list[array[Any]] = [params.logit_bias.tokens, params.logit_bias.amounts, wish.prompt, *counted, wish.bans]
     lying = [each for each in passed if isinstance(each, np.ndarray)]
     assert [each.ctypes.data for each in lying] == [each.buffer_info()[0] for each in kept]

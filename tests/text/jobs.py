@@ -1,4 +1,4 @@
-"""Jobs for a sandbox that do what they are told, bad things included."""
+"""Jobs for a sandbox that do what they are reported, bad things included."""
 
 from __future__ import annotations
 

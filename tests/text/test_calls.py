@@ -51,7 +51,7 @@ def test_calls_are_read_back_however_their_text_is_cut(
 
 
 @given(st.integers(0, 80))
-def test_of_a_call_that_is_cut_short_only_what_is_certain_is_told(end: int) -> None:
+def test_of_a_call_that_is_cut_short_only_what_is_certain_is_reported(end: int) -> None:
     whole = written("fg", {"a": [1, "}"]})
     said, made, reader = read(list(whole[:end]))
     assert said == (whole[:end] if end < len(OPEN) else "")

@@ -93,7 +93,7 @@ async def test_a_developer_is_the_system_where_a_template_knows_none(source: str
 
 
 @pytest.mark.parametrize(
-    ("source", "told"),
+    ("source", "reported"),
     [
         ("{{ raise_exception('no system role') }}", "no system role"),
         ("{{ messages.__class__.__mro__ }}", "unsafe"),
@@ -106,15 +106,15 @@ async def test_a_developer_is_the_system_where_a_template_knows_none(source: str
         ("{% for i in range(40000) %}{{ 'x' * 1000 }}{% endfor %}", "characters"),
     ],
 )
-async def test_what_a_template_refuses_or_may_not_do_is_the_requests_error(source: str, told: str) -> None:
-    with pytest.raises(InvalidRequest, match=told) as error:
+async def test_what_a_template_refuses_or_may_not_do_is_the_requests_error(source: str, reported: str) -> None:
+    with pytest.raises(InvalidRequest, match=reported) as error:
         await render(source)
     assert error.value.param == "messages"
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.text())
-async def test_an_answer_can_go_on_with_the_last_message(content: str) -> None:
+async def test_a_response_can_go_on_with_the_last_message(content: str) -> None:
     messages = [*MESSAGES, {"role": "assistant", "content": content}]
     how = {"add_generation_prompt": False, "continue_final": True}
     assert await text(None, messages, **how) == f"system: Be brief.\nuser: Hi\nthere\nassistant: {content}"
@@ -231,7 +231,7 @@ async def test_templates_as_models_have_them_write_all_their_special_tokens(
     assert not caplog.text
 
 
-async def test_a_template_whose_special_tokens_cannot_be_told_from_text_is_warned_of(
+async def test_a_template_whose_special_tokens_cannot_be_distinguished_from_text_is_warned_of(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     assert await text("{% set r = messages[0].role | trim %}{{ '<|' ~ r ~ '|>' }}") == "<|system|>"
@@ -246,7 +246,7 @@ async def test_where_clients_may_write_special_tokens_texts_are_taken_as_they_ar
     assert prompt.text == f"<|im_start|>user\n{EVIL}<|im_end|>\n<|im_start|>assistant\n"
 
 
-async def test_ends_of_messages_that_others_may_share_are_told() -> None:
+async def test_ends_of_messages_that_others_may_share_are_reported() -> None:
     prompt = await render(None, TURNS)
     assert [prompt.text[:end] for end in prompt.ends] == [
         "system: Be brief.\n",
@@ -281,7 +281,7 @@ async def test_a_template_in_its_sandbox_renders_and_survives_what_does_not_end(
         sandbox.close()
 
 
-async def test_a_template_that_spells_more_special_tokens_than_can_be_told_apart_is_refused() -> None:
+async def test_a_template_that_spells_more_special_tokens_than_can_be_distinguished_is_refused() -> None:
     special = [f"<{i}>" for i in range(100)]
     with pytest.raises(Refused, match="more than 63 special tokens"):
         inline_template(TemplateSource("".join(special), "t", special))

@@ -1,4 +1,4 @@
-"""What a model folder says about text, and what is told of a folder that cannot be served."""
+"""What a model folder says about text, and what is reported of a folder that cannot be served."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from bdh_batch.errors import CheckpointError, ConfigError, InvalidRequest
 from bdh_batch.text.chat import Conversation
-from bdh_batch.text.folder import TextSide, load_text
+from bdh_batch.text.folder import TextComponents, load_text
 from bdh_batch.text.hugging_face import HuggingFaceTokenizer
 from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly, Tokenizer
 from tests.text.inline import inline_template
@@ -45,9 +45,9 @@ def tokenizer_of(folder: Path, vocab_size: int) -> Tokenizer:
     return load_text(folder).fit(vocab_size).tokenizer
 
 
-async def shown(side: TextSide) -> str:
+async def shown(components: TextComponents) -> str:
     """What its template makes of a message."""
-    prompt = await inline_template(side.template).render(Conversation(MESSAGES))
+    prompt = await inline_template(components.template).render(Conversation(MESSAGES))
     return "".join((prompt.stand_ins or {}).get(character, character) for character in prompt.text)
 
 
@@ -125,10 +125,10 @@ def test_an_option_names_a_template_that_ends(tmp_path: Path) -> None:
 def test_ends_of_text_come_from_the_tokenizer_and_the_generation_config(folder: Path) -> None:
     write(folder, tokenizer_config={"eos_token": {"content": "<|im_end|>"}, "bos_token": "<s>"})
     write(folder, special_tokens_map={"eos_token": "<s>"}, generation_config={"eos_token_id": [5, 7]})
-    side = load_text(folder)
-    assert isinstance(side.tokenizer, HuggingFaceTokenizer)
-    assert side.eos == {side.tokenizer.token_id("<|im_end|>"), 5, 7}
-    assert side.names == {"eos_token": "<|im_end|>", "bos_token": "<s>"}
+    components = load_text(folder)
+    assert isinstance(components.tokenizer, HuggingFaceTokenizer)
+    assert components.eos == {components.tokenizer.token_id("<|im_end|>"), 5, 7}
+    assert components.names == {"eos_token": "<|im_end|>", "bos_token": "<s>"}
     write(folder, tokenizer_config={"eos_token": "</nothing>"})
     with pytest.raises(CheckpointError, match="nothing"):
         load_text(folder)

@@ -101,7 +101,7 @@ def allowed(constraint: Constraint, size: int) -> list[int]:
 
 
 def walk(constraint: Constraint, vocabulary: Vocabulary, rng: random.Random, most: int = 300) -> tuple[bytes, bool]:
-    """A random answer, and whether it ended by itself."""
+    """A random response, and whether it ended by itself."""
     text = b""
     for _ in range(most):
         choices = allowed(constraint, vocabulary.size)
@@ -156,7 +156,7 @@ async def test_where_it_may_end_a_model_without_a_token_for_it_ends_by_drawing_s
 
 
 @pytest.mark.parametrize("vocabulary", [byte_vocabulary(300), vocabulary_for(byte_level(), (), 300)])
-async def test_what_stands_in_for_that_token_is_never_part_of_an_answer(vocabulary: Vocabulary) -> None:
+async def test_what_stands_in_for_that_token_is_never_part_of_a_response(vocabulary: Vocabulary) -> None:
     constraint = (await inline_grammars(vocabulary).compile(from_regex("a+", "r"))).constraint()
     for token in vocabulary.tokens.tokenize_str("aa"):
         assert constraint.accept(token)
@@ -180,7 +180,7 @@ async def test_a_model_with_a_token_for_the_end_draws_it_or_goes_on(vocabulary: 
 
 
 @pytest.mark.parametrize("vocabulary", vocabularies())
-async def test_an_answer_does_not_end_early_as_long_as_it_can_go_on(vocabulary: Vocabulary) -> None:
+async def test_a_response_does_not_end_early_as_long_as_it_can_go_on(vocabulary: Vocabulary) -> None:
     grammars, rng = inline_grammars(vocabulary), random.Random(2)
     asked: list[tuple[Source, float, str, bool]] = [
         (from_regex("c+x?", "r"), 4, "c{4,}|c+x", True),
@@ -222,7 +222,7 @@ async def test_after_its_trigger_a_free_text_follows_the_grammar(vocabulary: Voc
 
 @pytest.mark.parametrize("vocabulary", vocabularies())
 async def test_what_is_a_token_by_itself_can_be_said(vocabulary: Vocabulary) -> None:
-    """Whether that is shown or not, or ends texts: a form that spells it is no call for that token."""
+    """Whether that is shown or not, or ends texts: a syntax that spells it is no call for that token."""
     tool = Tool("g", None, "p")
     call = f"{OPEN}{head('g')}{{}}}}{CLOSE}"
     asked: list[tuple[Source, set[str]]] = [
@@ -400,7 +400,7 @@ async def test_without_a_tokenizer_grammars_are_refused() -> None:
     "kind", [tokenizers.metaspace, tokenizers.word_piece, tokenizers.end_of_word, tokenizers.words]
 )
 async def test_where_not_every_byte_can_be_said_grammars_are_refused(kind: Callable[[], Tokenizer]) -> None:
-    """Else an answer could come to where the grammar goes on and no token does."""
+    """Else a response could come to where the grammar goes on and no token does."""
     known = HuggingFaceTokenizer(kind(), Path("tokenizer.json"))
     with pytest.raises(UnsupportedParameter, match="not every byte") as refused:
         await Grammars(vocabulary_of(known, known.size), None).compile(from_regex("a", "p"))
@@ -438,11 +438,11 @@ HOSTILE: list[tuple[Callable[[Any, str], Source], Any, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "asked", "told"), HOSTILE)
+@pytest.mark.parametrize(("kind", "asked", "reported"), HOSTILE)
 async def test_what_would_end_the_server_or_never_end_is_refused(
-    sandboxed: Grammars, kind: Any, asked: Any, told: str
+    sandboxed: Grammars, kind: Any, asked: Any, reported: str
 ) -> None:
-    with pytest.raises(InvalidRequest, match=told) as refused:
+    with pytest.raises(InvalidRequest, match=reported) as refused:
         await sandboxed.compile(kind(asked, "the.field"))
     assert refused.value.param == "the.field"
     assert (await sandboxed.compile(from_regex("[0-9]+", "p"))).constraint().mask()

@@ -60,14 +60,14 @@ def test_any_text_streamed_is_what_the_library_decodes(kind: str, data: st.DataO
 @EACH
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_an_answer_goes_on_where_its_prompt_ends(kind: str, data: st.DataObject) -> None:
+def test_a_response_goes_on_where_its_prompt_ends(kind: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[kind]
-    prompt, answer = (tokenizer.encode(data.draw(WRITING), add_special=False) for _ in range(2))
+    prompt, response = (tokenizer.encode(data.draw(WRITING), add_special=False) for _ in range(2))
     first, second = tokenizer.decoder(first=True), tokenizer.decoder()
-    both = [*map(first.push, prompt), *map(second.push, answer), second.flush()]
+    both = [*map(first.push, prompt), *map(second.push, response), second.flush()]
     shown = [token for token in prompt if tokenizer.name(token) not in tokenizer.special]
-    if shown and kind != "end_of_word":  # there the space before an answer is known only with the answer
-        assert "".join(both) == decode(tokenizer, [*prompt, *answer])[0]
+    if shown and kind != "end_of_word":  # there the space before a response is known only with the response
+        assert "".join(both) == decode(tokenizer, [*prompt, *response])[0]
 
 
 @settings(max_examples=60, deadline=None)
@@ -168,7 +168,7 @@ def test_only_stand_ins_become_special_tokens(parts: list[str]) -> None:
             assert list(tokens) == list(tokenizer.encode(spelt, add_special=False))
 
 
-def test_ends_of_messages_are_told_as_positions() -> None:
+def test_ends_of_messages_are_reported_as_positions() -> None:
     for tokenizer, text, stand_ins, ends in (
         (TOKENIZERS["byte_level"], "<|im_start|>é<|im_end|>the fox<|im_end|>", None, (23,)),
         (TOKENIZERS["byte_level"], f"{START}é{END}the fox{END}", STAND_INS, (3,)),

@@ -1,4 +1,4 @@
-"""What a request's own lists of tokens and texts leave for its answers."""
+"""What a request's own lists of tokens and texts leave for its responses."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def running(sandbox: Sandbox) -> list[psutil.Process]:
     return [process for parent in mine for process in (parent, *parent.children())]
 
 
-def test_what_the_preparation_tells_and_refuses_is_told() -> None:
+def test_what_the_preparation_reports_and_refuses_is_reported() -> None:
     ready = opened()
     assert ready.wait_until_ready() == b"ready: x"
     ready.close()
@@ -76,7 +76,7 @@ FAILING = [
 ]
 
 
-async def test_each_end_of_a_job_is_told_as_what_it_was_and_costs_the_next_one_nothing(sandbox: Sandbox) -> None:
+async def test_each_end_of_a_job_is_reported_as_what_it_was_and_costs_the_next_one_nothing(sandbox: Sandbox) -> None:
     for job, outcome, text in FAILING:
         with pytest.raises(JobFailed, match=text) as failed:
             await run(sandbox, job)

@@ -134,7 +134,7 @@ CLOSED: list[tuple[dict[str, Any], list[object], list[object]]] = [
 
 
 @pytest.mark.parametrize(("schema", "right", "wrong"), CLOSED)
-async def test_objects_that_name_properties_have_no_others_unless_told(
+async def test_objects_that_name_properties_have_no_others_by_default(
     schema: Any, right: list[object], wrong: list[object]
 ) -> None:
     grammar = await compiled(schema)
@@ -255,22 +255,22 @@ async def test_what_is_referred_to_often_is_written_once() -> None:
 
 
 def tools_of(server: str) -> list[dict[str, Any]]:
-    told = json.loads((DATA / f"{server}.json").read_text(encoding="utf-8"))
-    shared = {"$defs": told["$defs"]} if "$defs" in told else {}
-    return [{**each, "inputSchema": {**shared, **each["inputSchema"]}} for each in told["tools"]]
+    reported = json.loads((DATA / f"{server}.json").read_text(encoding="utf-8"))
+    shared = {"$defs": reported["$defs"]} if "$defs" in reported else {}
+    return [{**each, "inputSchema": {**shared, **each["inputSchema"]}} for each in reported["tools"]]
 
 
 @pytest.mark.parametrize(("server", "count"), [("notion", 24), ("playwright", 25)])
 @pytest.mark.parametrize("required", [False, True])
 async def test_all_tools_of_widely_used_servers_are_taken_at_once(server: str, count: int, required: bool) -> None:
-    told = tools_of(server)
-    tools = [Tool(each["name"], each["inputSchema"], f"tools[{i}]") for i, each in enumerate(told)]
+    reported = tools_of(server)
+    tools = [Tool(each["name"], each["inputSchema"], f"tools[{i}]") for i, each in enumerate(reported)]
     assert len(tools) == count
     grammar = await GRAMMARS.compile(from_tools(tools, "tools", parallel=True, required=required))
     assert {warning["keyword"] for warning in grammar.warnings} <= {"oneOf"}
     if required:
         chance = random.Random(1)
-        for each in told:
+        for each in reported:
             inner = f"<tool_call>{head(each['name'])}"
             constraint = grammar.constraint()
             assert all(constraint.accept(byte) for byte in inner.encode())

@@ -122,7 +122,7 @@ class Counting(dict[tuple[int, int], int]):
 
 
 @pytest.mark.parametrize(
-    ("stop", "answer"),
+    ("stop", "response"),
     [
         (["a" * length + "b" for length in range(1008, 1024)], "a" * 5000),
         (["a" * length + "b" for length in range(1008, 1024)], ("a" * 1023 + "c") * 4),
@@ -132,14 +132,14 @@ class Counting(dict[tuple[int, int], int]):
     ],
     ids=["a run", "a run that breaks off", "two that overlap", "one letter", "a period"],
 )
-def test_a_character_costs_the_same_whatever_the_stop_strings_are(stop: list[str], answer: str) -> None:
+def test_a_character_costs_the_same_whatever_the_stop_strings_are(stop: list[str], response: str) -> None:
     automaton = StopStrings(stop)
     automaton._branches = edges = Counting(automaton._branches)
     state, worst = START, 0
-    for character in answer:
+    for character in response:
         before = edges.looks
         state, found = automaton.scan(state, character)
         assert found is None
         worst = max(worst, edges.looks - before)
     assert worst <= 32
-    assert edges.looks <= 2 * len(answer)
+    assert edges.looks <= 2 * len(response)

@@ -85,7 +85,7 @@ async def test_a_full_queue_is_full_for_those_who_fill_it(limits: QueueLimits) -
         task.cancel()
 
 
-async def test_who_waits_for_too_long_is_told_and_gone() -> None:
+async def test_who_waits_for_too_long_gets_an_error_and_is_gone() -> None:
     turns = Turns(QueueLimits(1, seconds=0.01))
     await turns.take("a", 1)
     with pytest.raises(QueueFull, match=r"0\.01 s \(sandbox\.queue_seconds\)"):

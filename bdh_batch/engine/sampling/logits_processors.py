@@ -47,10 +47,10 @@ def adjust_in_main_memory(logits: Tensor, wishes: Wishes) -> None:
             _add(own, np.frombuffer(bias.tokens, np.int64), np.frombuffer(bias.amounts, np.float32))
         if wish.prompt:
             _repeat(own, np.frombuffer(wish.prompt, np.int64), sampling.repetition_penalty)
-        if wish.answer:
+        if wish.generated:
             _penalise(
                 own,
-                np.frombuffer(wish.answer, np.int64),
+                np.frombuffer(wish.generated, np.int64),
                 np.frombuffer(wish.times, np.int64),
                 np.frombuffer(wish.repeated, np.int64),
                 sampling.repetition_penalty,
@@ -114,14 +114,14 @@ def adjust_on_device(logits: Tensor, wishes: Wishes) -> None:
         factors = [[wish.sampling.repetition_penalty] for _, wish in repeating]
         (repetition,) = _for_each(logits, factors, [len(wish.prompt) for _, wish in repeating])
         logits[where] = _moved_all(logits[where], repetition, 0.0)
-    if counting := [(row, wish) for row, wish in wishes if wish.answer]:
-        where = _entries(logits, [(row, wish.answer) for row, wish in counting])
+    if counting := [(row, wish) for row, wish in wishes if wish.generated]:
+        where = _entries(logits, [(row, wish.generated) for row, wish in counting])
         times, repeated = (
             _on(logits, [getattr(wish, name) for _, wish in counting], torch.int64) for name in ("times", "repeated")
         )
         of_row = [wish.sampling for _, wish in counting]
         numbers = [[p.repetition_penalty, p.frequency_penalty, p.presence_penalty] for p in of_row]
-        repetition, frequency, presence = _for_each(logits, numbers, [len(wish.answer) for _, wish in counting])
+        repetition, frequency, presence = _for_each(logits, numbers, [len(wish.generated) for _, wish in counting])
         repetition = torch.where(repeated > 0, 1.0, repetition)
         logits[where] = _moved_all(logits[where], repetition, frequency * times + presence)
     if banned := [(row, bans) for row, wish in wishes if (bans := wish.bans)]:

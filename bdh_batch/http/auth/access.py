@@ -13,7 +13,7 @@ from bdh_batch.http.errors import Unauthorized, error_response
 
 
 class Access:
-    """Lets requests in that bear a key, if there are keys, and that do not come too often.
+    """Admits requests that carry a key, if there are keys, and that do not come too often.
 
     Requests without a right key count for their address, so that nobody can try keys without end.
     """
@@ -30,7 +30,7 @@ class Access:
             return
         state = scope.setdefault("state", {})
         state["caller"], state["standing"] = by_address(scope), {}
-        # A preflight bears no key by design; the request that follows it does.
+        # A preflight carries no key by design; the request that follows it does.
         if scope["path"] not in self._open and scope["method"] != "OPTIONS":
             send = _with_headers(send, state["standing"])
             try:
@@ -47,12 +47,16 @@ class Access:
             caller = by_key(key)
         await self._rates.count_request(caller, standing)
         if self._keys is not None and key is None:
-            raise Unauthorized("Incorrect API key." if given else "An API key is needed: Authorization: Bearer KEY.")
+            raise Unauthorized(
+                "Incorrect API key provided."
+                if given
+                else "No API key provided. Send it in a header: Authorization: Bearer KEY."
+            )
         return caller
 
 
 def _with_headers(send: Send, headers: dict[str, str]) -> Send:
-    """`headers` are read when the answer begins: what is learnt until then is told."""
+    """`headers` are read when the response begins: what is learnt until then is sent."""
 
     async def wrapped(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -19,14 +19,17 @@ NETWORK_BITS = 64  # of an IPv6 address: what is behind them is one customer's, 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """`label` is opaque, the same for all requests of one key or address, and neither of them."""
+    """Whoever sends a request: the owner of an API key, or an address.
+
+    `label` is opaque, the same for all requests of one key or address, and neither of them.
+    """
 
     label: str
     key: Key | None = None
 
     @property
     def namespace(self) -> str:
-        """Whose kept states its requests may begin with; those without keys share theirs."""
+        """The namespace of cached prefixes that its requests share; callers without keys have one in common."""
         return self.label if self.key is not None else ""
 
     @property
@@ -40,7 +43,7 @@ class Caller:
     def check_model(self, name: str, names: Collection[str]) -> None:
         """Raises Forbidden unless it may use the model that it asked for as `name`."""
         if not self.may_use(names):
-            raise Forbidden(f"This key may not use the model {name!r}.", "model")
+            raise Forbidden(f"This API key does not have access to the model {name!r}.", "model")
 
     def check_priority(self, priority: int, least: int) -> None:
         """Raises Forbidden where it may not go before others so far: by its key's right, or, without one, `least`."""
@@ -48,9 +51,9 @@ class Caller:
         if priority >= (least if own is None else own):
             return
         if own is None:
-            text = f"Without a key that may go first, a priority is {least} or more here (scheduler.top_priority)"
+            text = f"Without a top_priority of the key, a priority is at least {least} (scheduler.top_priority)"
         else:
-            text = f"This key's requests may have a priority of {own} or more (its top_priority)"
+            text = f"With this key, a priority is at least {own} (its top_priority)"
         raise Forbidden(f"{text}, not {priority}.", "priority")
 
 
@@ -65,7 +68,7 @@ def by_address(scope: Scope) -> Caller:
 
 
 def bearer(scope: Scope) -> str:
-    """The key that a request bears, or nothing; of two keys, which one counts is not for us to guess."""
+    """The key that a request carries, or an empty string where it carries none or several."""
     given = Headers(scope=scope).getlist("authorization")
     scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""

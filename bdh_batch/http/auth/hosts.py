@@ -35,7 +35,7 @@ class AllowedHosts:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         host = Headers(scope=scope).get("host")
         if scope["type"] == "http" and host is not None and not self.allows(host):
-            text = f"This server is not called {PORT.sub('', host)} (server.allowed_hosts lists its names)."
+            text = f"The host {PORT.sub('', host)} is not allowed (server.allowed_hosts lists those that are)."
             await error_response(HostRefused(text))(scope, receive, send)
             return
         await self._app(scope, receive, send)

@@ -72,7 +72,8 @@ def digest(key: str) -> str:
 
 
 class KeyFile:
-    """
+    """Reads and writes the file of API keys.
+
     Raises (everywhere):
         ConfigError: the file cannot be read or written, or a line of it is no key.
     """
@@ -90,7 +91,7 @@ class KeyFile:
         return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
 
     def add(self, make: Callable[[str], Key]) -> str:
-        """A new key, which is told here and nowhere else; `make` gets its digest."""
+        """A new key, which is returned here and nowhere else; `make` gets its digest."""
         secret = PREFIX + secrets.token_urlsafe(32)
         key = make(digest(secret))
         with self._locked():
@@ -158,7 +159,7 @@ class KeyFile:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        # The file itself cannot bear the lock: writing puts another one in its place.
+        # The file itself cannot hold the lock: writing replaces it.
         lock = self.path.with_name(f".{self.path.name}.lock")
         try:
             handle = os.open(lock, os.O_CREAT | os.O_RDWR, 0o600)
@@ -212,7 +213,7 @@ class KeyRing:
             )
 
     def find(self, secret: str) -> Key | None:
-        """The key that `secret` is. How long that takes tells nothing of any key: only digests are looked up and
+        """The key that `secret` is. How long that takes reveals nothing of any key: only digests are looked up and
         compared, and nobody can choose a digest."""
         hashed = digest(secret)
         key = self._keys.get(hashed)
@@ -220,7 +221,7 @@ class KeyRing:
         return key if known else None
 
     def refresh(self) -> None:
-        """Takes in the file if it has changed. A broken one leaves the keys as they are, and is told once."""
+        """Takes in the file if it has changed. A broken one leaves the keys as they are, and is reported once."""
         if self._file is None:
             return
         try:

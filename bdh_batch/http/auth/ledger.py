@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from redis import Redis
 
 SLOTS = 4  # in a second
-KEPT = 60 * SLOTS  # slots for which a slot counts after its end
+RETAINED = 60 * SLOTS  # slots for which a slot counts after its end
 MOST_NAMES = 100_000  # that have a log of their own in memory, some 70 MB
 SHARED = 4096  # logs of those that come when there are so many
 FORGET = 4  # names that are looked at, at most, when one takes: more than one, so that they become fewer
@@ -83,7 +83,7 @@ class MemoryLedger:
         self.forget(FORGET)
         of = name if own_log else self._log_of(name)
         log = self._logs.get(of, {})
-        for old in [known for known in log if known + KEPT < slot]:
+        for old in [known for known in log if known + RETAINED < slot]:
             del log[old]
         grant = judge(log, amount, limit, now, of)
         if grant.granted and amount:
@@ -102,7 +102,7 @@ class MemoryLedger:
         slot = int(self._clock() * SLOTS)
         for _ in range(most):
             oldest = next(iter(self._logs), None)
-            if oldest is None or next(reversed(self._logs[oldest]), 0) + KEPT >= slot:
+            if oldest is None or next(reversed(self._logs[oldest]), 0) + RETAINED >= slot:
                 return
             del self._logs[oldest]
 
@@ -124,20 +124,20 @@ class RedisLedger:
         local known, kept, total = redis.call('HGETALL', name), {{}}, 0
         for at = 1, #known, 2 do
             local when, taken = tonumber(known[at]), tonumber(known[at + 1])
-            if when + {KEPT} < slot or when > slot then
+            if when + {RETAINED} < slot or when > slot then
                 redis.call('HDEL', name, known[at])
             end
             if when > slot then
                 redis.call('HINCRBY', name, string.format('%d', slot), taken)
             end
-            if when + {KEPT} >= slot then
+            if when + {RETAINED} >= slot then
                 total = total + taken
                 kept[#kept + 1], kept[#kept + 2] = math.min(when, slot), taken
             end
         end
         if amount > 0 and total + amount <= limit then
             redis.call('HINCRBY', name, string.format('%d', slot), amount)
-            redis.call('EXPIRE', name, {KEPT // SLOTS + 2})
+            redis.call('EXPIRE', name, {RETAINED // SLOTS + 2})
         end
         return {{now[1], now[2], kept}}
     """
@@ -199,7 +199,7 @@ def judge(log: Mapping[int, int], amount: int, limit: int, now: float, name: str
         oldest, left = min(log, default=int(now)), left - amount
     else:
         oldest = _freed(sorted(log.items()), amount - left)
-    return Grant(granted, max(0, left), (oldest + 1 + KEPT - now) / SLOTS, name, int(now))
+    return Grant(granted, max(0, left), (oldest + 1 + RETAINED - now) / SLOTS, name, int(now))
 
 
 def _freed(taken: Iterable[tuple[int, int]], needed: int) -> int:
@@ -212,4 +212,4 @@ def _freed(taken: Iterable[tuple[int, int]], needed: int) -> int:
 
 
 def whole_seconds(wait: float) -> int:
-    return min(KEPT // SLOTS, max(1, math.ceil(wait)))
+    return min(RETAINED // SLOTS, max(1, math.ceil(wait)))

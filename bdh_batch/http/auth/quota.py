@@ -15,7 +15,8 @@ from bdh_batch.messages import GenerationRequest
 
 
 class Quota:
-    """
+    """Starts generations within a caller's limits.
+
     Args:
         max_prompt_tokens: of each prompt; None is no limit but the model's.
         top_priority: the lowest `priority` of requests whose key has no right of its own to one.
@@ -37,7 +38,7 @@ class Quota:
         caller: Caller = request.state.caller
         caller.check_priority(requests[0].priority, self._top_priority)
         mine = [
-            replace(each, key=caller.namespace, tenant=caller.label, weight=caller.weight)
+            replace(each, cache_namespace=caller.namespace, tenant=caller.label, weight=caller.weight)
             for each in await backend.tokenized(requests)
         ]
         self._check_lengths(mine)
@@ -59,7 +60,5 @@ class Quota:
         most = self._max_prompt_tokens
         for each in requests:
             if most is not None and len(each.tokens) > most:
-                text = (
-                    f"A prompt may have {most} tokens here (limits.max_prompt_tokens), and one has {len(each.tokens)}."
-                )
+                text = f"The prompt has {len(each.tokens)} tokens; the limit is {most} (limits.max_prompt_tokens)."
                 raise ContextLengthExceeded(text, each.prompt_param)

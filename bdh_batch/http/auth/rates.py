@@ -2,7 +2,7 @@
 
 Requests are counted in any minute, refused ones that were let in included. So are tokens, in the minute in which they
 are reserved: what a request may need at most is taken when it comes, and what it did not use is given back at its end,
-if that is within the minute. No crowd of long answers gets past the limit together, and no minute has more than it.
+if that is within the minute. No crowd of long responses gets past the limit together, and no minute has more than it.
 
 Redis is spoken to on threads of its own, so that the event loop never waits for it. While it cannot be reached, this
 process counts for itself: limits still hold, if only here.
@@ -48,7 +48,8 @@ class Reservation:
 
 
 class Rates:
-    """
+    """Counts requests and tokens against each caller's limits.
+
     Raises:
         ConfigError: Redis cannot be reached.
     """
@@ -69,9 +70,9 @@ class Rates:
         if limit is None:
             return
         _, grant = await self._ledgers.ask(partial(_take, "requests", caller, 1, limit))
-        _tell(standing, "requests", limit, grant)
+        _report(standing, "requests", limit, grant)
         if not grant.granted:
-            raise self._refusal(f"Limited to {limit} requests a minute.", grant)
+            raise self._refusal(f"Rate limit reached: {limit} requests per minute.", grant)
 
     async def reserve(
         self, caller: Caller, tokens: int, standing: dict[str, str], param: str = "max_tokens"
@@ -86,12 +87,14 @@ class Rates:
         if limit is None:
             return None
         if tokens > limit:
-            text = f"The request may need {tokens} tokens, and {limit} a minute are all there is; ask for fewer."
+            text = f"The request needs up to {tokens} tokens; the limit is {limit} per minute. Ask for fewer."
             raise InvalidRequest(text, param, "tokens_per_minute_exceeded")
         ledger, grant = await self._ledgers.ask(partial(_take, "tokens", caller, tokens, limit))
-        _tell(standing, "tokens", limit, grant)
+        _report(standing, "tokens", limit, grant)
         if not grant.granted:
-            text = f"Limited to {limit} tokens a minute: the request may need {tokens}, {grant.remaining} are left."
+            text = (
+                f"Rate limit reached: {limit} tokens per minute; it needs up to {tokens}, {grant.remaining} are left."
+            )
             raise self._refusal(text, grant)
         return Reservation(ledger, grant, tokens)
 
@@ -178,6 +181,6 @@ def _give_back(reservation: Reservation, tokens: int, ledger: Ledger) -> None:
         ledger.give_back(reservation.grant, tokens)
 
 
-def _tell(standing: dict[str, str], of: str, limit: int, grant: Grant) -> None:
+def _report(standing: dict[str, str], of: str, limit: int, grant: Grant) -> None:
     parts = {"limit": str(limit), "remaining": str(grant.remaining), "reset": f"{whole_seconds(grant.wait)}s"}
     standing.update({f"{PREFIX}{part}-{of}": value for part, value in parts.items()})

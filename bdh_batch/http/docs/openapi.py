@@ -39,7 +39,7 @@ REFUSALS = {
 ANYWHERE = (400, 408, 431, 500)
 INTRODUCTION = (
     "Continuous batching for BDH models, with an OpenAI-compatible API. Null is as good as leaving a field out. "
-    "Integers are written without a fraction. Errors that the schemas do not tell of, such as fields that exclude "
+    "Integers are written without a fraction. Errors that the schemas do not express, such as fields that exclude "
     "one another, have the status 400."
 )
 
@@ -79,8 +79,8 @@ def _text_header(text: str, **schema: Any) -> Json:
 
 
 HEADERS: Json = {
-    "x-request-id": _text_header("The client's own, if it sent one that can be told, or a new one."),
-    "openai-processing-ms": {"description": "Milliseconds until the answer began.", "schema": {"type": "integer"}},
+    "x-request-id": _text_header("The client's own, if it sent a valid one, or a new one."),
+    "openai-processing-ms": {"description": "Milliseconds until the response began.", "schema": {"type": "integer"}},
     "retry-after": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}},
     "www-authenticate": _text_header("How to say who asks.", const="Bearer"),
     **{name: _text_header("Where the caller stands, if it is limited.") for name in RATE_HEADERS},
@@ -89,14 +89,14 @@ PARAMETERS: Json = {
     "x-request-id": {
         "name": "x-request-id",
         "in": "header",
-        "description": "Names the request, in the answer and in the log; others are replaced.",
+        "description": "Names the request, in the response and in the log; others are replaced.",
         "schema": {"type": "string", "pattern": "^[\\x21-\\x7e]{1,128}$"},
         "example": "my-request-1",
     },
     "x-request-timeout": {
         "name": "x-request-timeout",
         "in": "header",
-        "description": "Seconds in which the answer has to be there.",
+        "description": "Seconds within which the response has to be complete.",
         "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 86400},
         "example": 30,
     },
@@ -124,36 +124,36 @@ def _operation(operation: Endpoint, closed: bool, keys: bool) -> Json:
     """`closed` to who has no key, where there are `keys`."""
     wanted = ["model"] if "{id}" in operation.path else []
     wanted += ["x-request-id", "x-request-timeout"] if operation.generates else ["x-request-id"]
-    told: Json = {
+    described: Json = {
         "operationId": operation.id,
         "tags": [operation.tag],
         "summary": operation.summary,
         "parameters": [{"$ref": f"#/components/parameters/{name}"} for name in wanted],
-        "responses": {"200": _answer(operation)} | _refusals(operation, closed),
+        "responses": {"200": _response(operation)} | _refusals(operation, closed),
     }
     if operation.description:
-        told["description"] = operation.description
+        described["description"] = operation.description
     if operation.bodies:
         schemas = [_ref(body) for body in operation.bodies]
         content = {
             "schema": schemas[0] if len(schemas) == 1 else {"oneOf": schemas},
             "examples": {name: {"value": value} for name, value in operation.requests.items()},
         }
-        told["requestBody"] = {"required": True, "content": {"application/json": content}}
+        described["requestBody"] = {"required": True, "content": {"application/json": content}}
     if closed and keys:
-        told["security"] = [{"bearer": []}]
-    return told
+        described["security"] = [{"bearer": []}]
+    return described
 
 
-def _answer(operation: Endpoint) -> Json:
-    answer: Json = {"description": "It went well.", "headers": _headers()}
-    if isinstance(operation.answer, str):
-        answer["content"] = {operation.answer: {"schema": {"type": "string"}}}
-    elif operation.answer is not None:
+def _response(operation: Endpoint) -> Json:
+    response: Json = {"description": "It went well.", "headers": _headers()}
+    if isinstance(operation.response, str):
+        response["content"] = {operation.response: {"schema": {"type": "string"}}}
+    elif operation.response is not None:
         examples = {name: {"value": value} for name, value in operation.replies.items()}
-        whole = {"schema": _ref(operation.answer)} | ({"examples": examples} if examples else {})
-        answer["content"] = {"application/json": whole} | _events(operation)
-    return answer
+        whole = {"schema": _ref(operation.response)} | ({"examples": examples} if examples else {})
+        response["content"] = {"application/json": whole} | _events(operation)
+    return response
 
 
 def _events(operation: Endpoint) -> Json:
@@ -203,7 +203,9 @@ def _ref(model: type[BaseModel]) -> Json:
 def _schemas(known: Iterable[Endpoint], settings: Settings) -> Json:
     types: set[type[BaseModel]] = {Error}
     for operation in known:
-        types.update(kind for kind in (operation.answer, operation.event, *operation.bodies) if isinstance(kind, type))
+        types.update(
+            kind for kind in (operation.response, operation.event, *operation.bodies) if isinstance(kind, type)
+        )
     _, made = models_json_schema(
         [(kind, "validation") for kind in sorted(types, key=lambda kind: kind.__name__)],
         ref_template="#/components/schemas/{model}",
@@ -242,11 +244,11 @@ def _referred(value: object) -> Iterator[str]:
 
 
 def _explain(name: str, schema: Json) -> None:
-    for field, told in schema.get("properties", {}).items():
-        if "description" not in told:
-            told["description"] = help_of(name, field)
-        if told.get("default", "") is None:
-            del told["default"]  # null says what leaving it out says
+    for field, described in schema.get("properties", {}).items():
+        if "description" not in described:
+            described["description"] = help_of(name, field)
+        if described.get("default", "") is None:
+            del described["default"]  # null says what leaving it out says
 
 
 def _limit(schemas: Json, limits: Limits, max_model_len: int | None) -> None:

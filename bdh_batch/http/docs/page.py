@@ -1,4 +1,4 @@
-"""The OpenAPI document as a page to read and to try requests from. It needs nothing from any other place, and its
+"""The OpenAPI document as a page to read and to try requests from. It needs nothing from any other server, and its
 policy has the browser refuse to load what might slip in.
 """
 
@@ -59,13 +59,13 @@ def page(document: Json) -> bytes:
 
 
 def _tag(tag: Json, document: Json) -> str:
-    told = "".join(
+    described = "".join(
         _operation(path, method, operation, document["components"])
         for path, methods in document["paths"].items()
         for method, operation in methods.items()
         if tag["name"] in operation["tags"]
     )
-    return f"<section><h2>{escape(tag['name'])}</h2><p>{_prose(tag['description'])}{told}</section>"
+    return f"<section><h2>{escape(tag['name'])}</h2><p>{_prose(tag['description'])}{described}</section>"
 
 
 def _operation(path: str, method: str, operation: Json, components: Json) -> str:
@@ -77,26 +77,26 @@ def _operation(path: str, method: str, operation: Json, components: Json) -> str
             f"{escape(operation['summary'])}</summary><p>{_prose(operation.get('description', ''))}",
             f"<p>Body: {_type(body['schema'])}" if body else "",
             _table((f"{each['name']} ({each['in']})", _type(each["schema"]), each) for each in parameters),
-            _answers(operation["responses"], components),
+            _responses(operation["responses"], components),
             _form(path, method, parameters, body),
             "</details>",
         ]
     )
 
 
-def _answers(responses: Json, components: Json) -> str:
+def _responses(responses: Json, components: Json) -> str:
     rows, examples = [], ""
     for status, response in responses.items():
-        told = _resolved(response, components)
-        kinds = [_type(content["schema"]) for content in told.get("content", {}).values()]
-        rows.append((status, "<br>or ".join(kinds), told))
-        for content in told.get("content", {}).values():
+        described = _resolved(response, components)
+        kinds = [_type(content["schema"]) for content in described.get("content", {}).values()]
+        rows.append((status, "<br>or ".join(kinds), described))
+        for content in described.get("content", {}).values():
             examples += "".join(_example(name, each["value"]) for name, each in content.get("examples", {}).items())
     return _table(rows) + examples
 
 
 def _example(name: str, value: object) -> str:
-    title = f"<summary>Example of an answer: {escape(name)}</summary>"
+    title = f"<summary>Example of a response: {escape(name)}</summary>"
     return f"<details>{title}<pre>{escape(_indented(value))}</pre></details>"
 
 
@@ -126,8 +126,8 @@ def _form(path: str, method: str, parameters: list[Json], body: Json | None) -> 
 def _component(name: str, schema: Json) -> str:
     required = schema.get("required", [])
     rows = (
-        (f"{field} *" if field in required else field, _type(told), told)
-        for field, told in schema.get("properties", {}).items()
+        (f"{field} *" if field in required else field, _type(described), described)
+        for field, described in schema.get("properties", {}).items()
     )
     text = _prose(schema.get("description", ""))
     return f'<details id="{name}"><summary><code>{name}</code></summary><p>{text}{_table(rows)}</details>'
@@ -136,8 +136,8 @@ def _component(name: str, schema: Json) -> str:
 def _table(rows: Any) -> str:
     """Of names, types in HTML, and what has a description."""
     cells = "".join(
-        f"<tr><td><code>{escape(name)}</code><td>{type}<td>{_prose(told.get('description', ''))}"
-        for name, type, told in rows
+        f"<tr><td><code>{escape(name)}</code><td>{type}<td>{_prose(described.get('description', ''))}"
+        for name, type, described in rows
     )
     return f"<table>{cells}</table>" if cells else ""
 

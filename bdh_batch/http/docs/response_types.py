@@ -1,5 +1,5 @@
-"""What answers look like. They are written by hand (`frames.py`, `embeddings.py`, …), for speed; these types describe
-them in the OpenAPI document, and tests hold real answers to them.
+"""The types of responses. Responses are written by hand (`frames.py`, `embeddings.py`, …), for speed; these types
+describe them in the OpenAPI document, and tests hold real responses to them.
 """
 
 from __future__ import annotations
@@ -13,24 +13,28 @@ FinishReason = Literal["stop", "length"]
 ChatFinishReason = Literal["stop", "length", "tool_calls"]
 
 
-class Answer(BaseModel):
+class ResponseModel(BaseModel):
     """A field with a default factory may be absent; none is there that is not listed."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
-class PromptTokensDetails(Answer):
+class PromptTokensDetails(ResponseModel):
+    """The part of the prompt that came from the prefix cache."""
+
     cached_tokens: Count = Field(description="Tokens whose state was kept from earlier, and not computed again.")
 
 
-class Usage(Answer):
+class Usage(ResponseModel):
+    """The tokens that a request used."""
+
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
     prompt_tokens_details: PromptTokensDetails
 
 
-class SchemaWarning(Answer):
+class SchemaWarning(ResponseModel):
     """A keyword of a schema that is not strict, and that the response may not keep to."""
 
     param: str = Field(description="The field of the request that the schema is in.")
@@ -39,7 +43,9 @@ class SchemaWarning(Answer):
     text: str
 
 
-class Envelope(Answer):
+class Envelope(ResponseModel):
+    """The fields that all completions and chat completions have."""
+
     id: str
     created: int = Field(description="Unix seconds.")
     model: str
@@ -56,7 +62,9 @@ PROMPT_TOKENS = "With `return_token_ids`: the prompt's; else null."
 TOKENS = "With `return_token_ids`; else null."
 
 
-class PromptLogprob(Answer):
+class PromptLogprob(ResponseModel):
+    """The log-probability of one prompt token."""
+
     logprob: float
     rank: int = Field(ge=1, description="How many tokens are at least as likely, itself included.")
     decoded_token: str
@@ -66,7 +74,7 @@ PromptLogprobs = list[dict[str, PromptLogprob] | None]
 PROMPT_LOGPROBS = "With `prompt_logprobs`, by token id, null for the first token; else null."
 
 
-class CompletionLogprobs(Answer):
+class CompletionLogprobs(ResponseModel):
     """Columns, one row for each token."""
 
     tokens: list[str]
@@ -75,7 +83,9 @@ class CompletionLogprobs(Answer):
     text_offset: list[Count] = Field(description="Where each token's text begins, in characters.")
 
 
-class CompletionChoice(Answer):
+class CompletionChoice(ResponseModel):
+    """One choice of a completion."""
+
     index: Count
     text: str
     logprobs: CompletionLogprobs | None
@@ -85,7 +95,9 @@ class CompletionChoice(Answer):
     token_ids: Tokens | None = Field(description=TOKENS)
 
 
-class CompletionChunkChoice(Answer):
+class CompletionChunkChoice(ResponseModel):
+    """A part of one choice, in a chunk of a stream."""
+
     index: Count
     text: str
     logprobs: CompletionLogprobs | None
@@ -95,6 +107,8 @@ class CompletionChunkChoice(Answer):
 
 
 class Completion(Envelope):
+    """The response of /v1/completions."""
+
     object: Literal["text_completion"]
     choices: list[CompletionChoice]
     usage: Usage
@@ -104,44 +118,58 @@ class CompletionChunk(Envelope):
     """One event of a stream."""
 
     object: Literal["text_completion"]
-    choices: list[CompletionChunkChoice] = Field(description="Empty in the chunk that bears the usage.")
+    choices: list[CompletionChunkChoice] = Field(description="Empty in the chunk that contains the usage.")
     usage: Usage | None = Field(default_factory=lambda: None)
 
 
-class Logprob(Answer):
+class Logprob(ResponseModel):
+    """A token and its log-probability."""
+
     token: str
     logprob: float
     bytes: list[Annotated[int, Field(ge=0, le=255)]] | None
 
 
 class TokenLogprob(Logprob):
+    """A sampled token, with the likeliest tokens at its position."""
+
     top_logprobs: list[Logprob]
 
 
-class ChatLogprobs(Answer):
+class ChatLogprobs(ResponseModel):
+    """The log-probabilities of a chat choice."""
+
     content: list[TokenLogprob]
     refusal: None
 
 
-class FunctionCall(Answer):
+class FunctionCall(ResponseModel):
+    """The function that a tool call names, and its arguments."""
+
     name: str
     arguments: str = Field(description="A JSON object, as a string.")
 
 
-class MadeCall(Answer):
+class MadeCall(ResponseModel):
+    """A tool call that the model made."""
+
     id: str
     type: Literal["function"]
     function: FunctionCall
 
 
-class AssistantMessage(Answer):
+class AssistantMessage(ResponseModel):
+    """The message of a chat choice."""
+
     role: Literal["assistant"]
     content: str | None
     refusal: None
     tool_calls: list[MadeCall] = Field(default_factory=list)
 
 
-class ChatChoice(Answer):
+class ChatChoice(ResponseModel):
+    """One choice of a chat completion."""
+
     index: Count
     message: AssistantMessage
     logprobs: ChatLogprobs | None
@@ -150,6 +178,8 @@ class ChatChoice(Answer):
 
 
 class ChatCompletion(Envelope):
+    """The response of /v1/chat/completions."""
+
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: Usage
@@ -157,25 +187,33 @@ class ChatCompletion(Envelope):
     prompt_token_ids: Tokens | None = Field(description=PROMPT_TOKENS)
 
 
-class FunctionCallDelta(Answer):
+class FunctionCallDelta(ResponseModel):
+    """A part of the function of a tool call."""
+
     name: str = Field("", description="With the first delta of a call.")
     arguments: str = Field(description="What comes next of them.")
 
 
-class CallDelta(Answer):
+class CallDelta(ResponseModel):
+    """A part of a tool call, in a chunk of a stream."""
+
     index: Count
     id: str = Field("", description="With the first delta of a call.")
     type: Literal["function"] = "function"
     function: FunctionCallDelta
 
 
-class ChatDelta(Answer):
-    role: Literal["assistant"] = Field("assistant", description="With the first delta of an answer.")
+class ChatDelta(ResponseModel):
+    """What a chunk adds to a message."""
+
+    role: Literal["assistant"] = Field("assistant", description="With the first delta of a choice.")
     content: str = ""
     tool_calls: list[CallDelta] = Field(default_factory=list)
 
 
-class ChatChunkChoice(Answer):
+class ChatChunkChoice(ResponseModel):
+    """A part of one chat choice, in a chunk of a stream."""
+
     index: Count
     delta: ChatDelta
     logprobs: ChatLogprobs | None
@@ -187,37 +225,47 @@ class ChatCompletionChunk(Envelope):
     """One event of a stream."""
 
     object: Literal["chat.completion.chunk"]
-    choices: list[ChatChunkChoice] = Field(description="Empty in the chunk that bears the usage.")
+    choices: list[ChatChunkChoice] = Field(description="Empty in the chunk that contains the usage.")
     usage: Usage | None = Field(default_factory=lambda: None)
     prompt_token_ids: Tokens = Field(default_factory=list, description="With `return_token_ids`, in the first chunk.")
 
 
-class EmbeddingUsage(Answer):
+class EmbeddingUsage(ResponseModel):
+    """The tokens of the inputs."""
+
     prompt_tokens: Count
     total_tokens: Count
 
 
-class Embedding(Answer):
+class Embedding(ResponseModel):
+    """The vector of one input."""
+
     object: Literal["embedding"]
     index: Count
     embedding: list[float] | str = Field(description="With base64: little-endian float32.")
 
 
-class Embeddings(Answer):
+class Embeddings(ResponseModel):
+    """The response of /v1/embeddings."""
+
     object: Literal["list"]
     data: list[Embedding]
     model: str
     usage: EmbeddingUsage
 
 
-class Tokenization(Answer):
+class Tokenization(ResponseModel):
+    """The response of /tokenize."""
+
     count: Count
     max_model_len: int | None
     tokens: list[Count]
     token_strs: list[str] | None = Field(description="With `return_token_strs`; else null.")
 
 
-class Detokenization(Answer):
+class Detokenization(ResponseModel):
+    """The response of /detokenize."""
+
     prompt: str
 
 
@@ -231,14 +279,16 @@ class TokenizerInfo(BaseModel):
     eos_token: str | None
     eos_token_ids: list[Count]
     prefix_token: str | None = Field(
-        description="What a text can be scored after: that of its beginning, else of its end, else a newline. "
+        description="What a text can be scored after: that of its start, else of its end, else a newline. "
         "Harnesses that score texts from their first token on (rolling log-likelihoods) take it as prefix token."
     )
     prefix_token_id: Count | None = Field(description="Its id, as for lm-eval's `custom_prefix_token_id`.")
     vocab_size: Count
 
 
-class ModelCard(Answer):
+class ModelCard(ResponseModel):
+    """A model, as /v1/models lists it."""
+
     id: str
     object: Literal["model"]
     created: int = Field(description="Unix seconds; fixed for a model.")
@@ -247,41 +297,57 @@ class ModelCard(Answer):
     max_model_len: int | None
 
 
-class ModelList(Answer):
+class ModelList(ResponseModel):
+    """The response of /v1/models."""
+
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class Status(Answer):
+class Status(ResponseModel):
+    """The response of health and readiness probes."""
+
     status: Literal["ok", "ready"]
 
 
-class Version(Answer):
+class Version(ResponseModel):
+    """The response of /version."""
+
     version: str
 
 
-class Load(Answer):
+class Load(ResponseModel):
+    """The response of /load."""
+
     server_load: Count = Field(description="Requests under way in the engine.")
 
 
-class ServerInfo(Answer):
+class ServerInfo(ResponseModel):
+    """The response of /server_info."""
+
     version: str
     model: str
     config: dict[str, dict[str, JsonValue]]
 
 
-class Root(Answer):
+class Root(ResponseModel):
+    """The response of /."""
+
     name: str
     version: str
     status: str = Field(description="ready, or why it is not.")
 
 
-class ErrorDetail(Answer):
+class ErrorDetail(ResponseModel):
+    """What was wrong, as in OpenAI's API."""
+
     message: str
     type: str
     param: str | None = Field(description="The field at fault, as in `messages[2].content`.")
     code: str | None
 
 
-class Error(Answer):
+class Error(ResponseModel):
+    """The body of every error response."""
+
     error: ErrorDetail

@@ -40,14 +40,14 @@ def check_type(headers: Headers, origins: Collection[str]) -> None:
         )
     charset = _parameter(parameters, "charset")
     if charset and charset not in CHARSETS:
-        raise UnsupportedMedia(f"The body is in {charset}; JSON is in UTF-8.")
+        raise UnsupportedMedia(f"The charset {charset} is not supported; JSON is in UTF-8.")
 
 
 def decoded(receive: Receive, headers: Headers, hold: Hold) -> Receive:
     """Receives the body as it was before it was compressed.
 
     Args:
-        hold: is told of every piece's size, and awaited before the next one is made; may raise to end it.
+        hold: called with every piece's size, and awaited before the next one is made; may raise to end it.
 
     Raises:
         UnsupportedMedia: it is in a coding that is not understood.
@@ -56,7 +56,7 @@ def decoded(receive: Receive, headers: Headers, hold: Hold) -> Receive:
     if coding in ("", "identity"):
         return receive
     if coding not in CODINGS:
-        raise UnsupportedMedia(f"The body is in the coding {coding}; gzip, deflate and identity are understood.")
+        raise UnsupportedMedia(f"The Content-Encoding {coding} is not supported; gzip, deflate and identity are.")
     return Decompressed(receive, hold)
 
 
@@ -96,15 +96,15 @@ class Decompressed:
         try:
             piece = self._zlib.decompress(self._input, PIECE)
         except zlib.error as error:
-            raise InvalidCoding("The body is not what its Content-Encoding says.") from error
+            raise InvalidCoding("The body cannot be decoded by its Content-Encoding.") from error
         if self._zlib.unused_data:
-            raise InvalidCoding("The body has more behind its compressed content.")
+            raise InvalidCoding("The body has data after its compressed content.")
         self._input, self._full = self._zlib.unconsumed_tail, len(piece) == PIECE
         return piece
 
     def _end(self) -> Message:
         if not self._zlib.eof:
-            raise InvalidCoding("The body's compressed content is cut.")
+            raise InvalidCoding("The body's compressed content is truncated.")
         self._ended = True
         return {"type": "http.request", "body": b"", "more_body": False}
 

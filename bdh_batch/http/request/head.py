@@ -43,16 +43,16 @@ def fill(scope: Scope, method: bytes, version: str, url: bytes, headers: Headers
     """Puts a request's line and what follows from it into `scope`.
 
     Raises:
-        InvalidHTTP: the request cannot be told from another one, or asks for what is no HTTP.
+        InvalidHTTP: the request cannot be distinguished from another one, or asks for what is no HTTP.
     """
     if version not in ("1.0", "1.1"):
-        raise InvalidHTTP(f"HTTP/{version} is not spoken here; HTTP/1.1 is.")
+        raise InvalidHTTP(f"HTTP/{version} is not supported; use HTTP/1.1.")
     if method == b"CONNECT":
-        raise InvalidHTTP("This is no proxy: there is no CONNECT.")
+        raise InvalidHTTP("The method CONNECT is not supported: this server is not a proxy.")
     if version == "1.0" and any(name == b"transfer-encoding" for name, _ in headers):
-        raise InvalidHTTP("HTTP/1.0 has no Transfer-Encoding.")
+        raise InvalidHTTP("HTTP/1.0 does not support Transfer-Encoding.")
     if any(name == b"transfer-encoding" and value.strip().lower() != b"chunked" for name, value in headers):
-        raise InvalidHTTP("The only Transfer-Encoding that is understood here is chunked.")
+        raise InvalidHTTP("Only the Transfer-Encoding chunked is supported.")
     target = httptools.parse_url(url)
     _check_host([value for name, value in headers if name == b"host"], version)
     if target.host is not None:  # the whole URL says more than the header (RFC 9112, 3.2.2)

@@ -45,10 +45,10 @@ class AtMost:
         return core_schema.with_info_before_validator_function(self.check, schema)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        told = handler(schema)
-        if told.get("type") != "object" or not self.option.endswith("_bytes"):  # which JSON Schema cannot say
-            told[MARK] = self.option
-        return told
+        json_schema = handler(schema)
+        if json_schema.get("type") != "object" or not self.option.endswith("_bytes"):  # which JSON Schema cannot say
+            json_schema[MARK] = self.option
+        return json_schema
 
     def check(self, value: object, info: ValidationInfo) -> object:
         most: int = getattr(limits_of(info), self.option)

@@ -42,8 +42,8 @@ def shallow(value: object) -> object:
 class Read:
     """Marks a field that comes as one of several `kinds`: `how` makes its value of what came.
 
-    Of the `kinds`, `how` is given the validator of the one that has parts of its own, whose problems are then told in
-    their places, and of that kind alone.
+    Of the `kinds`, `how` is given the validator of the one that has parts of its own, whose problems are then reported
+    by their own paths, and of that kind alone.
     """
 
     how: Callable[[Any, Callable[[Any], Any]], Any]
@@ -97,7 +97,7 @@ class Wire(BaseModel):
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         schema = handler.resolve_ref_schema(handler(core_schema))
         for name, neutral in cls.unsupported.items():
-            text = "Not supported: may only say what leaving it out would say."
+            text = "Not supported: only the default value is accepted."
             schema["properties"][name] = {"enum": [None, *neutral], "description": text}
         schema["additionalProperties"] = True if cls.open else {"type": "null"}
         return schema

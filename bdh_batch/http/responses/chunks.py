@@ -10,7 +10,7 @@ Deltas = Sequence[tuple[int, Delta]]
 
 
 class Chunks:
-    """A sequence's first token goes at once; later ones wait until they are `tokens`, or the answer ends."""
+    """A sequence's first token goes at once; later ones wait until they are `tokens`, or the response ends."""
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens

@@ -21,7 +21,7 @@ from bdh_batch.http.schema.text import EmbeddingOptions
 async def embeddings(
     generation: Generation, body: EmbeddingOptions, model: str, request: Request, aside: Aside
 ) -> Response:
-    """The answer in one piece; `aside` is where one is encoded that takes long.
+    """The response in one piece; `aside` is where one is encoded that takes long.
 
     Raises:
         BDHError: the one that a sequence ended with.
@@ -36,7 +36,7 @@ async def embeddings(
 
 
 def encoded(sums: Sequence[Sequence[float]], packed: bool, model: str, tokens: int) -> list[bytes]:
-    """The pieces of the answer for sums [N][D] of hidden vectors, as base64 if `packed`."""
+    """The pieces of the response for sums [N][D] of hidden vectors, as base64 if `packed`."""
     vectors = []
     for index, pooled in enumerate(sums):
         vector = normalised(pooled)

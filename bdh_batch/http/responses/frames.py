@@ -1,4 +1,4 @@
-"""Answers as bytes, in OpenAI's shapes: whole, or as SSE frames of which only what changes is encoded per token."""
+"""Responses as bytes, in OpenAI's shapes: whole, or as SSE frames of which only what changes is encoded per token."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ def error_frame(error: BDHError) -> bytes:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ResponseOptions:
     """What is the same in all frames of one request."""
 
     id: str
     created: int
     model: str
     fingerprint: str
-    n: int  # answers to each prompt that are shown
-    tries: int  # answers to each prompt that are computed; the likeliest are shown
+    n: int  # choices for each prompt that are returned
+    tries: int  # choices for each prompt that are computed; the likeliest are returned
     token_ids: bool  # return_token_ids
-    logprobs: int | None  # likeliest tokens that are told with each log-probability
+    logprobs: int | None  # likeliest tokens that are returned with each log-probability
     names_are_ids: bool  # return_tokens_as_token_ids
     prompt_logprobs: int | None  # likeliest tokens with each log-probability of the prompt's tokens
     special: bool  # whether texts show special tokens
     echo: bool
-    said: str  # what each answer of a chat begins with
+    said: str  # what each response of a chat begins with
     include_usage: bool
     continuous_usage: bool
 
@@ -78,16 +78,16 @@ class Frames:
     after_text: bytes
     prompt_beside_choices = False  # where its token ids are: beside the choices, of which all have the same, or in each
 
-    def __init__(self, answer: Answer, tokenizer: Tokenizer) -> None:
-        self._answer = answer
+    def __init__(self, options: ResponseOptions, tokenizer: Tokenizer) -> None:
+        self._options = options
         self._tokenizer = tokenizer
-        self._name = partial(by_id if answer.names_are_ids else known, tokenizer)
-        head = orjson.dumps(answer.envelope(self.chunk_kind))
+        self._name = partial(by_id if options.names_are_ids else known, tokenizer)
+        head = orjson.dumps(options.envelope(self.chunk_kind))
         self._head = b"data: " + head[:-1] + b',"choices":[{"index":'
-        self._tail = b'}],"usage":null}\n\n' if answer.include_usage else b"}]}\n\n"
+        self._tail = b'}],"usage":null}\n\n' if options.include_usage else b"}]}\n\n"
         self._usage_head = b"data: " + head[:-1] + b',"choices":[],"usage":'
         self._warnings = b""
-        self.only_text = not (answer.token_ids or answer.echo or answer.logprobs is not None)
+        self.only_text = not (options.token_ids or options.echo or options.logprobs is not None)
         self._after_only_text = self.after_text + b',"logprobs":null,"finish_reason":null'
 
     def warn(self, warnings: Sequence[Mapping[str, str]]) -> None:
@@ -115,45 +115,45 @@ class Frames:
             return [b"%b%d,%b%b%b%b" % parts]
         text, logprobs = self._parts(index, delta)
         shows = text or delta.finish_reason or delta.scores or delta.prompt_scores
-        if not (shows or self._answer.token_ids):
+        if not (shows or self._options.token_ids):
             return []
         reason = b'"%s"' % delta.finish_reason.encode() if delta.finish_reason else b"null"
-        ids = b',"token_ids":' + dump_list(delta.tokens) if self._answer.token_ids else b""
+        ids = b',"token_ids":' + dump_list(delta.tokens) if self._options.token_ids else b""
         begin = b'%b%d,%b,"logprobs":' % (self._head, index, self._content(text))
         return [begin, *logprobs, b',"finish_reason":%b%b%b' % (reason, ids, self._tail)]
 
     def cost(self, prompts: Sequence[Sequence[int]], deltas: Sequence[Delta]) -> int:
-        """About how many microseconds it takes to encode `deltas`, with the `prompts` that are part of the answer."""
-        each = 1 + max(self._answer.logprobs or 0, self._answer.prompt_logprobs or 0)
-        told = sum(
+        """About how many microseconds it takes to encode `deltas`, with the `prompts` that are part of the response."""
+        each = 1 + max(self._options.logprobs or 0, self._options.prompt_logprobs or 0)
+        cost = sum(
             [len(delta.tokens) + each * (len(delta.scores or ()) + len(delta.prompt_scores or ())) for delta in deltas]
         )
-        return told + (sum(map(len, prompts)) if self._answer.token_ids or self._answer.echo else 0)
+        return cost + (sum(map(len, prompts)) if self._options.token_ids or self._options.echo else 0)
 
     @property
     def continuous_usage(self) -> bool:
-        return self._answer.continuous_usage
+        return self._options.continuous_usage
 
-    def tell(self, usage: Usage) -> None:
-        """From here on, every chunk bears `usage`."""
+    def report_usage(self, usage: Usage) -> None:
+        """From here on, every chunk has `usage`."""
         self._tail = b'}],"usage":' + orjson.dumps(usage_dict(usage)) + b"}\n\n"
 
     def closing(self, usage: Usage) -> bytes:
-        if not self._answer.include_usage:
+        if not self._options.include_usage:
             return DONE
         return self._usage_head + orjson.dumps(usage_dict(usage)) + b"}\n\n" + DONE
 
     def usage(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], completion_tokens: int) -> Usage:
-        """A prompt counts once, however many answers it has, and as cached what its first answer was spared."""
-        tries = self._answer.tries
+        """A prompt counts once, however many choices it has, and as cached what its first choice was spared."""
+        tries = self._options.tries
         return Usage(sum(map(len, prompts)) // tries, completion_tokens, cached_tokens=sum(cached[::tries]))
 
     def whole(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], ends: Sequence[Delta]) -> list[bytes]:
-        """The answer, in pieces; `ends` holds all that each sequence gained."""
+        """The response, in pieces; `ends` holds all that each sequence gained."""
         self._begin(prompts)
         choices = (self._choice(index, row, prompts[row], ends[row]) for index, row in enumerate(self._best(ends)))
         usage = usage_dict(self.usage(prompts, cached, sum(len(end.tokens) for end in ends)))
-        head = orjson.dumps(self._answer.envelope(self.kind))[:-1] + self._warnings
+        head = orjson.dumps(self._options.envelope(self.kind))[:-1] + self._warnings
         beside = self._of_prompt(prompts[0], ends[0]) if self.prompt_beside_choices else []
         end = b'],"usage":%b' % orjson.dumps(usage)
         return [head, b',"choices":[', *between(b",", choices), end, *beside, b"}"]
@@ -162,13 +162,13 @@ class Frames:
         text, logprobs = self._parts(row, end)
         begin = orjson.dumps({"index": index, **self._whole_content(text)})[:-1] + b',"logprobs":'
         reason = b',"finish_reason":' + orjson.dumps(end.finish_reason)
-        ids = dump_list(end.tokens) if self._answer.token_ids else NULL
+        ids = dump_list(end.tokens) if self._options.token_ids else NULL
         inside = [] if self.prompt_beside_choices else self._of_prompt(prompt, end)
         return [begin, *logprobs, reason, *inside, b',"token_ids":', ids, b"}"]
 
     def _best(self, ends: Sequence[Delta]) -> list[int]:
-        """The rows of the answers that are shown: those of the highest log-probability per token, if not all."""
-        n, tries = self._answer.n, self._answer.tries
+        """The rows of the choices that are returned: those of the highest log-probability per token, if not all."""
+        n, tries = self._options.n, self._options.tries
         if n == tries:
             return list(range(len(ends)))
         return [
@@ -184,17 +184,17 @@ class Frames:
 
     def _of_prompt(self, prompt: Sequence[int], end: Delta) -> list[bytes]:
         """What a whole response has of a prompt, as members of an object."""
-        scores, most = [NULL], self._answer.prompt_logprobs
+        scores, most = [NULL], self._options.prompt_logprobs
         if most is not None:
             scores = of_prompt(self._tokenizer, end.prompt_scores or (), most)
-        ids = dump_list(prompt) if self._answer.token_ids else NULL
+        ids = dump_list(prompt) if self._options.token_ids else NULL
         return [b',"prompt_logprobs":', *scores, b',"prompt_token_ids":', ids]
 
     def _prompt_ids(self, prompt: Sequence[int]) -> bytes:
-        return b',"prompt_token_ids":' + dump_list(prompt) if self._answer.token_ids else b""
+        return b',"prompt_token_ids":' + dump_list(prompt) if self._options.token_ids else b""
 
     def _begin(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Is told the prompts before anything that was gained."""
+        """Receives the prompts before any delta."""
 
     def _parts(self, index: int, delta: Delta) -> tuple[str, list[bytes]]:
         """The text and the log-probabilities, as pieces of JSON, that are shown for `delta`."""
@@ -208,38 +208,40 @@ class Frames:
 
 
 class CompletionFrames(Frames):
+    """Encodes the responses of /v1/completions."""
+
     kind = chunk_kind = "text_completion"
     before_text, after_text = b'"text":', b""
 
-    def __init__(self, answer: Answer, tokenizer: Tokenizer) -> None:
-        super().__init__(answer, tokenizer)
+    def __init__(self, options: ResponseOptions, tokenizer: Tokenizer) -> None:
+        super().__init__(options, tokenizer)
         self._unsaid: dict[int, Sequence[int]] = {}  # prompts that are still to be echoed
-        self._bases: dict[int, int] = {}  # where answers begin in their texts
+        self._bases: dict[int, int] = {}  # where completions begin in their texts
 
     def _begin(self, prompts: Sequence[Sequence[int]]) -> None:
-        if self._answer.echo:
+        if self._options.echo:
             self._unsaid = dict(enumerate(prompts))
 
     def _parts(self, index: int, delta: Delta) -> tuple[str, list[bytes]]:
         if (prompt := self._unsaid.pop(index, None)) is not None:
             return self._echo(index, prompt, delta)
-        if self._answer.logprobs is None or delta.scores is None:
+        if self._options.logprobs is None or delta.scores is None:
             return delta.text, [NULL]
-        return delta.text, columns(self._name, (), delta.scores, self._answer.logprobs, self._bases.get(index, 0))
+        return delta.text, columns(self._name, (), delta.scores, self._options.logprobs, self._bases.get(index, 0))
 
     def _echo(self, index: int, prompt: Sequence[int], delta: Delta) -> tuple[str, list[bytes]]:
         """As `_parts`, with the prompt before it."""
-        text, begins = decode(self._tokenizer, prompt, self._answer.special)
+        text, begins = decode(self._tokenizer, prompt, self._options.special)
         self._bases[index] = base = len(text)
-        if self._answer.logprobs is None:
+        if self._options.logprobs is None:
             return text + delta.text, [NULL]
         before = zip(begins[1:], delta.prompt_scores or (), strict=True)
         after = ((base + begin, score) for begin, score in delta.scores or ())
-        return text + delta.text, columns(self._name, prompt[:1], chain(before, after), self._answer.logprobs)
+        return text + delta.text, columns(self._name, prompt[:1], chain(before, after), self._options.logprobs)
 
     def opening(self, prompts: Sequence[Sequence[int]]) -> bytes:
         self._begin(prompts)
-        if not self._answer.token_ids:
+        if not self._options.token_ids:
             return b""
         empty = self._content("") + b',"logprobs":null,"finish_reason":null,"token_ids":[]'
         return b"".join(self._frame(index, empty + self._prompt_ids(prompt)) for index, prompt in enumerate(prompts))
@@ -249,12 +251,14 @@ class CompletionFrames(Frames):
 
 
 class ChatFrames(Frames):
+    """Encodes the responses of /v1/chat/completions."""
+
     kind, chunk_kind = "chat.completion", "chat.completion.chunk"
     before_text, after_text = b'"delta":{"content":', b"}"
     prompt_beside_choices = True
 
     def _parts(self, index: int, delta: Delta) -> tuple[str, list[bytes]]:
-        if self._answer.logprobs is None or delta.scores is None:
+        if self._options.logprobs is None or delta.scores is None:
             return delta.text, [NULL]
         return delta.text, objects(self._name, delta.scores)
 
@@ -262,8 +266,8 @@ class ChatFrames(Frames):
         role = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
         beside = [self._prompt_ids(prompts[0]), *[b""] * (len(prompts) - 1)]
         frames = [self._frame(index, role, ids) for index, ids in enumerate(beside)]
-        if self._answer.said:
-            said = self._content(self._answer.said) + b',"logprobs":null,"finish_reason":null'
+        if self._options.said:
+            said = self._content(self._options.said) + b',"logprobs":null,"finish_reason":null'
             frames += [self._frame(index, said) for index in range(len(prompts))]
         return b"".join(frames)
 
@@ -271,4 +275,4 @@ class ChatFrames(Frames):
         return super()._content(text) if text else b'"delta":{}'
 
     def _whole_content(self, text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": self._answer.said + text, "refusal": None}}
+        return {"message": {"role": "assistant", "content": self._options.said + text, "refusal": None}}

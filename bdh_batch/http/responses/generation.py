@@ -78,7 +78,7 @@ class EventStream(Response):
             pieces = await self._aside.run(self._cost((), deltas), self._body, deltas)
         else:
             prompts = self._generation.prompts
-            pieces = await self._aside.run(self._cost(prompts, deltas), self._beginning, prompts, deltas)
+            pieces = await self._aside.run(self._cost(prompts, deltas), self._first_pieces, prompts, deltas)
         return self._frames.with_warnings(pieces)
 
     def _cost(self, prompts: Sequence[Sequence[int]], deltas: Deltas) -> int:
@@ -104,9 +104,9 @@ class EventStream(Response):
             if beating is not None:
                 beating.cancel()
 
-    def _beginning(self, prompts: Sequence[Sequence[int]], first: Deltas) -> list[bytes]:
+    def _first_pieces(self, prompts: Sequence[Sequence[int]], first: Deltas) -> list[bytes]:
         if self._frames.continuous_usage:
-            self._frames.tell(self._usage())
+            self._frames.report_usage(self._usage())
         return [self._frames.opening(prompts), *self._body(first)]
 
     def _body(self, arrived: Deltas) -> list[bytes]:
@@ -122,7 +122,7 @@ class EventStream(Response):
         frames: list[bytes] = []
         for index, delta in deltas:
             self._completion_tokens += len(delta.tokens)
-            self._frames.tell(Usage(known.prompt_tokens, self._completion_tokens, known.cached_tokens))
+            self._frames.report_usage(Usage(known.prompt_tokens, self._completion_tokens, known.cached_tokens))
             frames += self._frames.delta(index, delta)
         return frames
 
@@ -132,7 +132,7 @@ class EventStream(Response):
 
 
 async def whole(generation: Generation, frames: Frames, request: Request, aside: Aside) -> Response:
-    """The answer as one JSON object.
+    """The response as one JSON object.
 
     Args:
         aside: where one is encoded that takes long.

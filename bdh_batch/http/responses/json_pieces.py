@@ -80,7 +80,7 @@ def _grouped(pieces: Iterable[bytes]) -> Iterator[bytes]:
 
 
 class JsonInPieces(Response):
-    """A whole answer in JSON, whose pieces are sent one after the other."""
+    """A whole response in JSON, whose pieces are sent one after the other."""
 
     media_type = "application/json"
 

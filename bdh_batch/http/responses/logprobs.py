@@ -84,9 +84,9 @@ def objects(name: Name, scores: Scores) -> list[bytes]:
 
 
 def _with_top(name: Name, score: TokenScore) -> dict[str, Any]:
-    told = _object(name, score.token, score.logprob)
-    told["top_logprobs"] = [_object(name, token, logprob) for token, logprob in score.top]
-    return told
+    fields = _object(name, score.token, score.logprob)
+    fields["top_logprobs"] = [_object(name, token, logprob) for token, logprob in score.top]
+    return fields
 
 
 def _object(name: Name, token: int, logprob: float) -> dict[str, Any]:

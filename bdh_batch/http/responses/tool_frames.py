@@ -1,4 +1,4 @@
-"""Chat answers that may call tools: the calls are told as OpenAI's `tool_calls`, whole or piece by piece."""
+"""Chat responses that may call tools: the calls are reported as OpenAI's `tool_calls`, whole or piece by piece."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any
 
 import orjson
 
-from bdh_batch.http.responses.frames import Answer, ChatFrames
+from bdh_batch.http.responses.frames import ChatFrames, ResponseOptions
 from bdh_batch.messages import Delta, FinishReason
 from bdh_batch.text.calls import Argued, Called, CallReader, Piece, Said
 from bdh_batch.text.tokenizer import Tokenizer
 
 
 class ToolFrames(ChatFrames):
-    def __init__(self, answer: Answer, tokenizer: Tokenizer, names: Sequence[str]) -> None:
-        super().__init__(answer, tokenizer)
+    """Encodes chat responses that may contain tool calls."""
+
+    def __init__(self, options: ResponseOptions, tokenizer: Tokenizer, names: Sequence[str]) -> None:
+        super().__init__(options, tokenizer)
         self._names = names
         self._readers: dict[int, CallReader] = {}
 
@@ -36,16 +38,16 @@ class ToolFrames(ChatFrames):
         return frames
 
     def whole(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], ends: Sequence[Delta]) -> list[bytes]:
-        told = []
+        finished = []
         for end in ends:
             reader = self._read(end.text)[1]
             assert end.finish_reason is not None
-            told.append(replace(end, finish_reason=_reason(end.finish_reason, reader)))
-        return super().whole(prompts, cached, told)
+            finished.append(replace(end, finish_reason=_reason(end.finish_reason, reader)))
+        return super().whole(prompts, cached, finished)
 
     def _whole_content(self, text: str) -> dict[str, Any]:
         pieces, _ = self._read(text)
-        said = self._answer.said + "".join(piece.text for piece in pieces if isinstance(piece, Said))
+        said = self._options.said + "".join(piece.text for piece in pieces if isinstance(piece, Said))
         calls = [_function(piece.name) for piece in pieces if isinstance(piece, Called)]
         for piece in pieces:
             if isinstance(piece, Argued):
@@ -68,6 +70,6 @@ def _function(name: str) -> dict[str, Any]:
 
 
 def _call_delta(piece: Called | Argued) -> bytes:
-    told: dict[str, Any] = {"index": piece.index}
-    told |= _function(piece.name) if isinstance(piece, Called) else {"function": {"arguments": piece.text}}
-    return b'"delta":{"tool_calls":' + orjson.dumps([told]) + b'},"logprobs":null,"finish_reason":null'
+    call: dict[str, Any] = {"index": piece.index}
+    call |= _function(piece.name) if isinstance(piece, Called) else {"function": {"arguments": piece.text}}
+    return b'"delta":{"tool_calls":' + orjson.dumps([call]) + b'},"logprobs":null,"finish_reason":null'

@@ -22,6 +22,8 @@ NEED_CONTENT = ("system", "developer", "user", "tool")
 
 
 class TextPart(Wire):
+    """A text part of the content of a message."""
+
     model_config = ConfigDict(
         json_schema_extra={
             "if": {"properties": {"type": {"const": "refusal"}}},
@@ -117,7 +119,7 @@ class Message(Open):
     tool_call_id: Label | None = None
     tool_calls: Annotated[list[PastCall], AtMost("max_tools")] | None = None
     function_call: PastFunction | None = None
-    parsed: AnyJson = None  # a label: what an official client made of the content of an answer
+    parsed: AnyJson = None  # a label: what an official client made of the content of a response
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
@@ -128,25 +130,28 @@ class Message(Open):
         if says_nothing or (self.content is None and self.role in NEED_CONTENT):
             raise PydanticCustomError("content", "Input should be a valid string", {"field": "content"})
         if self.role == "tool" and self.tool_call_id is None:
-            raise PydanticCustomError("call", "A tool's message says which call it answers", {"field": "tool_call_id"})
+            raise PydanticCustomError(
+                "call", "A tool message should have the tool_call_id that it responds to", {"field": "tool_call_id"}
+            )
         return self
 
     def for_template(self) -> dict[str, Any]:
         role = "tool" if self.role == "function" else self.role  # what OpenAI called a tool's message before
-        told: dict[str, Any] = {"role": role, "content": self.content or self.refusal or ""}
+        rendered: dict[str, Any] = {"role": role, "content": self.content or self.refusal or ""}
         known = {"name": self.name, "tool_call_id": self.tool_call_id, "refusal": self.refusal}
-        told |= {name: value for name, value in known.items() if value is not None}
-        told |= self.others
+        rendered |= {name: value for name, value in known.items() if value is not None}
+        rendered |= self.others
         calls = [call.for_template() for call in self.tool_calls or ()]
         if not calls and self.function_call is not None:
             calls = [{"type": "function", "function": self.function_call.for_template()}]
-        return told | {"tool_calls": calls} if calls else told
+        return rendered | {"tool_calls": calls} if calls else rendered
 
 
 class ConversationBody(Tools):
     """A body with messages, of which the template makes a prompt."""
 
-    is_answered: ClassVar[bool] = True  # whether the prompt ends where the assistant's answer begins, unless told
+    # The default of `add_generation_prompt`: whether the prompt ends where the assistant's response begins.
+    ends_with_generation_prompt: ClassVar[bool] = True
 
     messages: Annotated[list[Message], Field(min_length=1), AtMost("max_messages")]
     add_generation_prompt: bool | None = None
@@ -157,13 +162,13 @@ class ConversationBody(Tools):
     @model_validator(mode="after")
     def _one_ending(self) -> Self:
         if self.continue_final_message and self.add_generation_prompt:
-            text = "Cannot go with add_generation_prompt"
+            text = "Cannot be used with add_generation_prompt"
             raise PydanticCustomError("both", text, {"field": "continue_final_message"})
         return self
 
     def conversation(self) -> Conversation:
         goes_on = bool(self.continue_final_message)
-        asked = self.is_answered if self.add_generation_prompt is None else self.add_generation_prompt
+        asked = self.ends_with_generation_prompt if self.add_generation_prompt is None else self.add_generation_prompt
         tools = {"tools": [tool.model_dump(exclude_none=True) for tool in self.tools]} if self.tools else {}
         return Conversation(
             [message.for_template() for message in self.messages],

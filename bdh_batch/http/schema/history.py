@@ -39,7 +39,7 @@ class PastFunction(Open):
 
     name: Label
     arguments: Arguments = Field(default_factory=dict)
-    parsed_arguments: AnyJson = None  # a label, as all that official clients add to an answer that they send back
+    parsed_arguments: AnyJson = None  # a label, as all that official clients add to a response that they send back
 
     def for_template(self) -> dict[str, Any]:
         return {**self.others, "name": self.name, "arguments": self.arguments}
@@ -54,5 +54,5 @@ class PastCall(Open):
     index: int | None = Field(None, ge=0)  # a label
 
     def for_template(self) -> dict[str, Any]:
-        told = {**self.others, "type": "function", "function": self.function.for_template()}
-        return told if self.id is None else {"id": self.id, **told}
+        rendered = {**self.others, "type": "function", "function": self.function.for_template()}
+        return rendered if self.id is None else {"id": self.id, **rendered}

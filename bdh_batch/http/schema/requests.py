@@ -109,12 +109,14 @@ Bias = Annotated[
     AtMost("max_logit_bias"),
 ]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**64 - 1), AfterValidator(_seed_bits)]
-Answers = Annotated[int, Field(ge=1), AtMost("max_n")]
+ChoiceCount = Annotated[int, Field(ge=1), AtMost("max_n")]
 BadWord = Annotated[str, Field(min_length=1), AtMost("max_bad_word_bytes")]
 AllowedTokens = Annotated[TokenIds, Field(min_length=1), AtMost("max_allowed_token_ids")]
 
 
 class StreamOptions(Wire):
+    """The field `stream_options`: what a stream contains besides text."""
+
     unsupported = STREAM_OPTIONS
 
     include_usage: bool | None = None
@@ -138,7 +140,7 @@ class GenerationBody(Formatted):
     repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
     logit_bias: Bias | None = None
     seed: Seed | None = None
-    n: Answers | None = None
+    n: ChoiceCount | None = None
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     stop: Stops | None = None
     stop_token_ids: Annotated[TokenIds, AtMost("max_stop_token_ids")] | None = None
@@ -169,12 +171,12 @@ class GenerationBody(Formatted):
 
     @property
     def tries(self) -> int:
-        """Answers to each prompt that are computed."""
+        """Choices for each prompt that are computed."""
         return self.n or 1
 
     @property
     def top(self) -> int | None:
-        """Likeliest tokens that are told with each log-probability; None where none of it is."""
+        """Likeliest tokens that are returned with each log-probability; None where none of it is."""
         raise NotImplementedError
 
     @property
@@ -183,12 +185,12 @@ class GenerationBody(Formatted):
 
     @property
     def said(self) -> str:
-        """What each answer begins with that is no part of what is generated."""
+        """What each response begins with that is no part of what is generated."""
         return ""
 
     @property
     def stop_before(self) -> str:
-        """A text from which on an answer has no stop strings in it; empty where there is none."""
+        """A text from which on a response has no stop strings in it; empty where there is none."""
         return ""
 
     def _requests(
@@ -200,7 +202,7 @@ class GenerationBody(Formatted):
         defaults: Defaults,
         asked_by: str = "max_tokens",
     ) -> list[GenerationRequest]:
-        """So many answers to each prompt as are tried, a prompt's side by side. They share all that does not differ."""
+        """`tries` sequences for each prompt, one after the other. They share all that does not differ."""
         max_tokens = defaults.max_tokens if asked is None else asked
         self._check(max_tokens)
         sampling = self._sampling(defaults)
@@ -236,18 +238,18 @@ class GenerationBody(Formatted):
         return max((each for each in wanted if each is not None), default=None)
 
     def _seeds(self, prompts: int) -> list[int]:
-        """One for each answer: those to one prompt differ, and each is that of a request of its own, as in vLLM."""
+        """One for each response: those to one prompt differ, and each is that of a request of its own, as in vLLM."""
         if self.seed is None:
             return [secrets.randbits(64) for _ in range(prompts * self.tries)]
-        return [self.seed + answer & 0xFFFFFFFFFFFFFFFF for answer in range(self.tries)] * prompts
+        return [self.seed + choice & 0xFFFFFFFFFFFFFFFF for choice in range(self.tries)] * prompts
 
     def _check(self, max_tokens: int) -> None:
         if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("stream_options goes with stream.", "stream_options")
+            raise InvalidRequest("stream_options can only be used with stream: true.", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
-            raise InvalidRequest("prompt_logprobs does not go with stream.", "prompt_logprobs")
+            raise InvalidRequest("prompt_logprobs cannot be used with stream.", "prompt_logprobs")
         if self.min_tokens is not None and self.min_tokens > max_tokens:
-            raise InvalidRequest(f"min_tokens is more than the {max_tokens} of max_tokens.", "min_tokens")
+            raise InvalidRequest(f"min_tokens should be at most max_tokens, which is {max_tokens}.", "min_tokens")
 
     def _sampling(self, defaults: Defaults) -> SamplingParams:
         ranked = self.tries > (self.n or 1)
@@ -265,12 +267,14 @@ class GenerationBody(Formatted):
 
 
 class CompletionBody(GenerationBody):
+    """The body of a request to /v1/completions."""
+
     unsupported = COMPLETION
 
     prompt: Annotated[list[Any], PromptList("max_prompts")]
     add_special_tokens: bool | None = None
     max_tokens: int | None = Field(None, ge=0)
-    best_of: Answers | None = None
+    best_of: ChoiceCount | None = None
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
 
@@ -291,14 +295,16 @@ class CompletionBody(GenerationBody):
         if self.tries < n:
             raise InvalidRequest(f"best_of should be at least n, which is {n}.", "best_of")
         if self.tries > n and self.stream:
-            raise InvalidRequest("best_of does not go with stream: the best are known at the end.", "best_of")
+            raise InvalidRequest("best_of cannot be used with stream: the best are known at the end.", "best_of")
         if self.max_tokens == 0 and not self.echo:
-            raise InvalidRequest("max_tokens should be at least 1; 0 goes with echo.", "max_tokens")
+            raise InvalidRequest("max_tokens should be at least 1; 0 can only be used with echo.", "max_tokens")
         prompts = to_prompts(self.prompt, self.add_special_tokens)
         return self._requests(request_id, prompts, "prompt", self.max_tokens, defaults)
 
 
 class ChatBody(ConversationBody, GenerationBody):
+    """The body of a request to /v1/chat/completions."""
+
     unsupported = CHAT
 
     max_completion_tokens: int | None = Field(None, ge=1)
@@ -312,7 +318,7 @@ class ChatBody(ConversationBody, GenerationBody):
 
     @property
     def said(self) -> str:
-        """What an answer begins with: with `echo`, what the assistant said last, if it was the last to speak."""
+        """What a response begins with: with `echo`, what the assistant said last, if it was the last to speak."""
         last = self.messages[-1]
         return (last.content or "") if self.echo and last.role == "assistant" else ""
 
@@ -322,13 +328,15 @@ class ChatBody(ConversationBody, GenerationBody):
 
     def requests(self, request_id: str, defaults: Defaults, prompt: Text) -> list[GenerationRequest]:
         if self.top_logprobs and not self.logprobs:
-            raise InvalidRequest("top_logprobs goes with logprobs: true.", "top_logprobs")
+            raise InvalidRequest("top_logprobs can only be used with logprobs: true.", "top_logprobs")
         if self.max_completion_tokens is None:
             return self._requests(request_id, [prompt], "messages", self.max_tokens, defaults)
         if self.max_tokens not in (None, self.max_completion_tokens):
-            raise InvalidRequest("max_tokens and max_completion_tokens say different things.", "max_tokens")
+            raise InvalidRequest(
+                "max_tokens and max_completion_tokens should be equal where both are set.", "max_tokens"
+            )
         asked, asked_by = self.max_completion_tokens, "max_completion_tokens"
         return self._requests(request_id, [prompt], "messages", asked, defaults, asked_by)
 
     def source(self) -> Source | None:
-        return self.calls(self.form(), super().source()) if self.may_call else super().source()
+        return self.calls(self.structured_output(), super().source()) if self.may_call else super().source()

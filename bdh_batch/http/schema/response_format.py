@@ -1,4 +1,4 @@
-"""What an answer has to look like, as it comes over the wire: `response_format`, `structured_outputs`, `guided_…`."""
+"""What a response has to look like, as it comes over the wire: `response_format`, `structured_outputs`, `guided_…`."""
 
 from __future__ import annotations
 
@@ -37,6 +37,8 @@ Choice = Annotated[list[SchemaText], Field(min_length=1), AtMost("max_choices")]
 
 
 class NamedSchema(Wire):
+    """The field `response_format.json_schema`."""
+
     name: FunctionLabel | None = None
     description: BodyText | None = None
     schema_: SchemaObject | None = Field(None, alias="schema")
@@ -57,6 +59,8 @@ GO_TOGETHER: JsonDict = {
 
 
 class ResponseFormat(Wire):
+    """The field `response_format`, as in OpenAI's API."""
+
     model_config = ConfigDict(json_schema_extra=GO_TOGETHER)
 
     type: Literal["text", "json_object", "json_schema"]
@@ -66,9 +70,13 @@ class ResponseFormat(Wire):
     @model_validator(mode="after")
     def _schema_goes_with_its_type(self) -> ResponseFormat:
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise PydanticCustomError("format", "json_schema and its type go together", {"field": "json_schema"})
+            raise PydanticCustomError(
+                "format",
+                "json_schema can only be used with the type json_schema, which requires it",
+                {"field": "json_schema"},
+            )
         if self.schema_ is not None and self.type != "json_object":
-            raise PydanticCustomError("format", "Goes with the type json_object", {"field": "schema"})
+            raise PydanticCustomError("format", "Can only be used with the type json_object", {"field": "schema"})
         return self
 
     def source(self) -> Source | None:
@@ -83,6 +91,8 @@ class ResponseFormat(Wire):
 
 
 class StructuredOutputs(Wire):
+    """The field `structured_outputs`, as in vLLM."""
+
     json_: Schema | None = Field(None, alias="json")
     regex: SchemaText | None = None
     choice: Choice | None = None
@@ -90,7 +100,7 @@ class StructuredOutputs(Wire):
 
 
 class Formatted(Wire):
-    """A body that can say what its answers have to look like, in one of several ways."""
+    """A body that can say what its responses have to look like, in one of several ways."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -99,21 +109,21 @@ class Formatted(Wire):
     guided_choice: Choice | None = None
     guided_grammar: SchemaText | None = None
 
-    def form(self) -> Source | None:
+    def structured_output(self) -> Source | None:
         """What `response_format` asks for."""
         return None if self.response_format is None else self.response_format.source()
 
     def source(self) -> Source | None:
-        """The grammar that answers have to follow.
+        """The grammar that responses have to follow.
 
         Raises:
             InvalidRequest: several are asked for, or one that cannot be written down.
         """
         sources = [*self._structured(), *self._guided()]
-        if (form := self.form()) is not None:
-            sources.append(form)
+        if (structured_output := self.structured_output()) is not None:
+            sources.append(structured_output)
         if len(sources) > 1:
-            raise InvalidRequest(f"{sources[1].param} does not go with {sources[0].param}.", sources[1].param)
+            raise InvalidRequest(f"{sources[1].param} cannot be used with {sources[0].param}.", sources[1].param)
         return sources[0] if sources else None
 
     def _structured(self) -> list[Source]:

@@ -51,6 +51,8 @@ class EmbeddingOptions(Wire):
 
 
 class EmbeddingBody(EmbeddingOptions):
+    """The body of a request to /v1/embeddings for texts."""
+
     input: Annotated[list[Any], PromptList("max_inputs", mixed=True)]
     add_special_tokens: bool | None = None
 
@@ -65,10 +67,12 @@ class EmbeddingChat(ConversationBody, EmbeddingOptions):
     """A conversation, which gets one vector."""
 
     unsupported: ClassVar[Neutral] = {**EMBEDDING, **NO_CALLS}
-    is_answered: ClassVar[bool] = False
+    ends_with_generation_prompt: ClassVar[bool] = False
 
 
 class TokenizeText(Wire):
+    """The body of a request to /tokenize for a text."""
+
     model: Label | None = None
     prompt: BodyText
     add_special_tokens: bool | None = None
@@ -79,6 +83,8 @@ class TokenizeText(Wire):
 
 
 class TokenizeChat(ConversationBody):
+    """The body of a request to /tokenize for a conversation."""
+
     unsupported: ClassVar[Neutral] = NO_CALLS
 
     model: Label | None = None
@@ -86,5 +92,7 @@ class TokenizeChat(ConversationBody):
 
 
 class DetokenizeBody(Wire):
+    """The body of a request to /detokenize."""
+
     model: Label | None = None
     tokens: BodyTokens

@@ -18,6 +18,8 @@ MODES = {None: None, "none": "none", "auto": "auto", "required": "required", "an
 
 
 class Function(Wire):
+    """A function that the model may call."""
+
     name: FunctionLabel
     description: BodyText | None = None
     parameters: FreeObject | None = None
@@ -37,15 +39,21 @@ class Function(Wire):
 
 
 class FunctionTool(Wire):
+    """An entry of `tools`."""
+
     type: Literal["function"]
     function: Function
 
 
 class FunctionName(Wire):
+    """The name of the function that has to be called."""
+
     name: Label
 
 
 class NamedChoice(Wire):
+    """A `tool_choice` that names one function."""
+
     type: Literal["function"]
     function: FunctionName
 
@@ -75,28 +83,28 @@ class Tools(Wire):
         names: set[str] = set()
         for index, tool in enumerate(tools or ()):
             if tool.function.name in names:
-                raise PydanticCustomError("tools", "There are several of that name", {"index": index})
+                raise PydanticCustomError("tools", "There are several functions of that name", {"index": index})
             names.add(tool.function.name)
         return tools
 
     @property
     def may_call(self) -> bool:
-        """Whether answers may have calls in them."""
+        """Whether responses may have calls in them."""
         return self.tool_choice != "none" and bool(self.tools or self.tool_choice not in (None, "auto"))
 
     @property
     def tool_names(self) -> list[str]:
         return [tool.function.name for tool in self.tools or ()]
 
-    def calls(self, form: Source | None, other: Source | None) -> Source:
-        """The grammar of an answer that may, or has to, call tools; one that calls none may have to follow the schema
-        `form`.
+    def calls(self, structured_output: Source | None, other: Source | None) -> Source:
+        """The grammar of a response that may, or has to, call tools; one that calls none may have to follow the schema
+        `structured_output`.
 
         Raises:
             InvalidRequest: the choice is not among the tools, or does not go with the `other` grammar.
         """
-        if other is not None and (form is None or self.tool_choice not in (None, "auto")):
-            raise InvalidRequest(f"{other.param} does not go with calls of tools.", other.param)
+        if other is not None and (structured_output is None or self.tool_choice not in (None, "auto")):
+            raise InvalidRequest(f"{other.param} cannot be used with tool calls.", other.param)
         tools = [
             Tool(each.name, each.parameters, f"tools[{index}].function.parameters", bool(each.strict))
             for index, each in enumerate(tool.function for tool in self.tools or ())
@@ -105,9 +113,11 @@ class Tools(Wire):
             named = self.tool_choice.function.name
             tools = [tool for tool in tools if tool.name == named]
             if not tools:
-                raise InvalidRequest(f"tool_choice: There is no tool {named!r}.", "tool_choice.function.name")
+                raise InvalidRequest(
+                    f"tool_choice: The function {named!r} is not in tools.", "tool_choice.function.name"
+                )
         if not tools:
-            raise InvalidRequest("tool_choice goes with tools.", "tool_choice")
+            raise InvalidRequest("tool_choice can only be used with tools.", "tool_choice")
         # One that is named is called once.
         parallel = self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedChoice)
-        return from_tools(tools, "tools", parallel, self.tool_choice not in (None, "auto"), form)
+        return from_tools(tools, "tools", parallel, self.tool_choice not in (None, "auto"), structured_output)

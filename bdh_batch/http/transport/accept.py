@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 AT_ONCE = 64  # connections that are taken before others have their turn
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 PAUSE_SECONDS = 0.5  # where there is no descriptor for one more; clients wait in the kernel's backlog meanwhile
-MOST_REFUSALS = 128  # of clients that are told why; beyond, connections are closed without a word
+MOST_REFUSALS = 128  # of clients that get an error; beyond, connections are closed without a word
 
 
 class Acceptor:
@@ -38,7 +38,7 @@ class Acceptor:
         self._again: asyncio.TimerHandle | None = None
         self._opening: set[asyncio.Task[None]] = set()
         self._refusals = 0
-        self._told = Occasionally()
+        self._warnings = Occasionally()
         self._start()
 
     def close(self) -> None:
@@ -62,7 +62,7 @@ class Acceptor:
             except OSError as error:
                 if error.errno not in EXHAUSTED:
                     raise
-                self._told.warn(
+                self._warnings.warn(
                     "no connection can be taken (%s); raise ulimit -n or lower limits.max_connections", error.strerror
                 )
                 self._loop.remove_reader(self._listener)
@@ -105,8 +105,8 @@ class Acceptor:
             taken.close()
             return
         self._refusals += 1
-        answer, ended = refusal(error, self._site.metrics), Once(self._refused)
-        self._begin(taken, lambda: Refusal(answer, ended), ended)
+        response, ended = refusal(error, self._site.metrics), Once(self._refused)
+        self._begin(taken, lambda: Refusal(response, ended), ended)
 
     def _refused(self) -> None:
         self._refusals -= 1
@@ -115,13 +115,13 @@ class Acceptor:
 class Refusal(asyncio.Protocol):
     """Says one thing, and throws away for a moment what comes: a reset would take the word from the client."""
 
-    def __init__(self, answer: bytes, ended: Callable[[], None]) -> None:
-        self._answer = answer
+    def __init__(self, response: bytes, ended: Callable[[], None]) -> None:
+        self._response = response
         self._ended = ended
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport = cast(asyncio.Transport, transport)
-        transport.write(self._answer)
+        transport.write(self._response)
         transport.write_eof()
         self._timer = asyncio.get_running_loop().call_later(LINGER_SECONDS, transport.abort)
 

@@ -50,7 +50,7 @@ class Holder(Protocol):
         """Whether it holds bytes of a request that has not come whole."""
 
     def shed(self, error: Unavailable) -> None:
-        """Gives up those bytes, and answers their request with `error`."""
+        """Gives up those bytes, and responds to their request with `error`."""
 
 
 class BufferBudget:
@@ -96,7 +96,7 @@ class BufferBudget:
             holder.shed(self._full())
 
     def _full(self) -> Unavailable:
-        text = f"Too many request bodies are held at the moment; all together may have {self._most} bytes"
+        text = f"The request bodies that are held exceed the limit of {self._most} bytes"
         return Unavailable(f"{text} (limits.max_buffered_bytes).", retry_after=RETRY_SECONDS)
 
 
@@ -141,7 +141,7 @@ class ConnectionBudget:
         self._metrics = metrics
         self._by_address: Counter[str] = Counter()
         self._open = 0
-        self._told = Occasionally()
+        self._warnings = Occasionally()
         metrics.watch_connections(lambda: self._open)
 
     def enter(self, address: str) -> Callable[[], None]:
@@ -154,13 +154,13 @@ class ConnectionBudget:
         """
         if self._open >= self._most:
             self._metrics.refused("connections")
-            self._told.warn("refusing connections: %d are open (limits.max_connections, ulimit -n)", self._open)
-            text = f"Too many connections are open; there may be {self._most} (limits.max_connections)."
+            self._warnings.warn("refusing connections: %d are open (limits.max_connections, ulimit -n)", self._open)
+            text = f"Too many open connections; the limit is {self._most} (limits.max_connections)."
             raise Unavailable(text, RETRY_SECONDS)
         label = self._label(address)
         if label and self._by_address[label] >= self._each:
             self._metrics.refused("connections_per_address")
-            text = f"Too many connections from this address are open; there may be {self._each}"
+            text = f"Too many open connections from this address; the limit is {self._each}"
             raise TooManyConnections(f"{text} (limits.max_connections_per_address).", RETRY_SECONDS)
         self._open += 1
         self._by_address[label] += 1

@@ -34,7 +34,8 @@ FIRST_BYTES = 1024  # of chunks that are parsed as soon as they come
 
 
 class Connection(asyncio.Protocol):
-    """
+    """Reads the requests of one client connection, and writes their responses.
+
     Args:
         ended: is called once the connection is closed.
     """
@@ -62,7 +63,7 @@ class Connection(asyncio.Protocol):
         self._timing_head = True  # the timer is that of a head
         self.held = 0
 
-    # What the transport tells
+    # Callbacks of the transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -105,7 +106,7 @@ class Connection(asyncio.Protocol):
         self.steer()
 
     def eof_received(self) -> bool:
-        """The client sends no more. It may still wait for what it has asked for, which deserves its answer."""
+        """The client sends no more. It may still wait for what it has asked for, which deserves its response."""
         self._eof = True
         if self._over or not self._half_closes or (self._expecting is not Expecting.LATER and not self._waits):
             return False
@@ -121,7 +122,7 @@ class Connection(asyncio.Protocol):
         self._unsent.stop()
         self.writable.set()
 
-    # What the parser tells
+    # Callbacks of the parser
 
     def on_message_begin(self) -> None:
         self._url, self._headers = b"", list[tuple[bytes, bytes]]()
@@ -144,7 +145,7 @@ class Connection(asyncio.Protocol):
         except InvalidHTTP as error:
             raise self._failure(error) from None
         if self._parser.should_upgrade():
-            raise self._failure(InvalidHTTP("Only HTTP/1.1 is spoken here."))
+            raise self._failure(InvalidHTTP("Only HTTP/1.1 is supported."))
         self._stop_timer()
         self._incoming.unseen = 0
         length = body_length(headers)
@@ -169,7 +170,7 @@ class Connection(asyncio.Protocol):
         self._expecting = Expecting.LATER
         self._exchange.end_body()
 
-    # What the exchange tells
+    # Callbacks of the exchange
 
     def write(self, data: bytes) -> None:
         if not self.transport.is_closing():
@@ -216,7 +217,7 @@ class Connection(asyncio.Protocol):
             self._reading = reading
             (self.transport.resume_reading if reading else self.transport.pause_reading)()
 
-    # What the server and its budget tell
+    # Callbacks of the server and its budget
 
     def shutdown(self) -> None:
         """The request that is being answered is the last."""
@@ -306,7 +307,7 @@ class Connection(asyncio.Protocol):
                 self._stop_timer()
                 self._next()
             elif not self._incoming.plausible:
-                self._refuse(InvalidHTTP("What came is not valid HTTP."))
+                self._refuse(InvalidHTTP("The request is not valid HTTP."))
             elif self._eof:
                 self._exchange.watch_for_leaving()
         elif self._eof:
@@ -318,7 +319,7 @@ class Connection(asyncio.Protocol):
         try:
             self._parser.feed_data(without_offer(piece) if self._expecting is Expecting.HEAD else piece)
         except (httptools.HttpParserError, httptools.HttpParserUpgrade):
-            self._refuse(self._error or InvalidHTTP("What came is not valid HTTP."))
+            self._refuse(self._error or InvalidHTTP("The request is not valid HTTP."))
 
     def _next(self) -> None:
         """The next request: at once, if it is there already, but not before others had their turn."""
@@ -359,11 +360,11 @@ class Connection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is not None and not exchange.complete:
             if exchange.started or not self._in_body:
-                self.close()  # another request is being answered, and that is not an answer to it
+                self.close()  # another request is being answered, and that is not a response to it
                 return
             exchange.leave()
         elif self._in_body:
-            self._linger()  # it has had its answer
+            self._linger()  # the client has received its response
             return
         self.write(refusal(error, self._site.metrics))
         self._linger()
@@ -383,7 +384,9 @@ class Connection(asyncio.Protocol):
     def _head_is_late(self) -> None:
         if self._incoming or self._incoming.unseen:
             seconds = self._limits.header_seconds
-            self._refuse(HeaderTimeout(f"Headers should be there within {seconds:g} seconds (limits.header_seconds)."))
+            self._refuse(
+                HeaderTimeout(f"The headers did not arrive within {seconds:g} seconds (limits.header_seconds).")
+            )
         else:
             self.close()
 

@@ -45,7 +45,7 @@ def _date_line(now: int) -> bytes:
     return b"date: " + formatdate(now, usegmt=True).encode() + b"\r\n"
 
 
-class Line(Protocol):
+class ClientConnection(Protocol):
     """What an exchange needs of its connection."""
 
     budget: BufferBudget
@@ -78,7 +78,7 @@ class Exchange:
         *(
             "_scope",
             "_timer",
-            "_whole_told",
+            "_body_delivered",
             "complete",
             "gone",
             "keep_alive",
@@ -89,7 +89,7 @@ class Exchange:
         ),
     )
 
-    def __init__(self, connection: Line, scope: Scope, size: int, keep_alive: bool) -> None:
+    def __init__(self, connection: ClientConnection, scope: Scope, size: int, keep_alive: bool) -> None:
         self._connection = connection
         self._scope = scope
         scope[HOLD] = self.hold
@@ -98,7 +98,7 @@ class Exchange:
         )
         self._changed = asyncio.Event()  # there is something for `receive`
         self._body: list[bytes] = []
-        self._whole_told = False  # the application has had the last of the body
+        self._body_delivered = False  # the application has received the last of the body
         self._error: BDHError | None = None
         self._head = b""  # of the response, until its first bytes of body come: both go in one write
         self._probed = 0  # bytes of the head that are sent already
@@ -123,7 +123,7 @@ class Exchange:
                 self._connection.write(self._head[self._probed :])
                 self._connection.close()
 
-    # What the connection tells
+    # Callbacks of the connection
 
     def feed(self, body: bytes) -> None:
         if self.complete or self._error is not None:
@@ -194,7 +194,7 @@ class Exchange:
                 return DISCONNECT
             if self._error is not None:
                 raise self._error
-            if self._body or not (self.more_body or self._whole_told):
+            if self._body or not (self.more_body or self._body_delivered):
                 return self._next_part()
             self._changed.clear()
             await self._changed.wait()
@@ -206,7 +206,7 @@ class Exchange:
 
     def _next_part(self) -> Message:
         body, self._body, self.unread = b"".join(self._body), [], 0
-        self._whole_told = not self.more_body
+        self._body_delivered = not self.more_body
         self._connection.steer()
         return {"type": "http.request", "body": body, "more_body": self.more_body}
 

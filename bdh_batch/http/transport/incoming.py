@@ -36,7 +36,7 @@ class Incoming:
 
     @property
     def plausible(self) -> bool:
-        """Whether it can be the beginning of a request."""
+        """Whether it can be the start of a request."""
         return START.match(self._buffer, self._at) is not None
 
     def add(self, data: bytes) -> None:
@@ -86,7 +86,9 @@ class Incoming:
             raise self.too_large()
 
     def too_large(self) -> HeadersTooLarge:
-        return HeadersTooLarge(f"A request's headers may have {self._most} bytes here (limits.max_header_bytes).")
+        return HeadersTooLarge(
+            f"The request's headers exceed the limit of {self._most} bytes (limits.max_header_bytes)."
+        )
 
 
 def _begun(piece: bytes) -> int:

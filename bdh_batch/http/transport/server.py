@@ -27,7 +27,7 @@ __all__ = ["Server", "bind", "listen", "local_only", "tls_context", "url_of"]
 
 log = logging.getLogger(__name__)
 
-CLOSE_SECONDS = 5.0  # for answers that are being written when the server closes
+CLOSE_SECONDS = 5.0  # for responses that are being written when the server closes
 
 
 class Server:
@@ -67,7 +67,7 @@ class Server:
                 await self._site.empty.wait()
         if self._site.connections:
             log.warning(
-                "%d connections did not take their answers in time and are cut off", len(self._site.connections)
+                "%d connections did not read their responses in time and are cut off", len(self._site.connections)
             )
         for connection in list(self._site.connections):
             connection.transport.abort()

@@ -24,7 +24,7 @@ ROUND_TURNS = 8  # each may begin a request, whose work is done in the rounds th
 
 class Turns:
     """Whose turn it is among connections that have sent more than they may have at once: a queue, first come, first
-    served. Who is called has had its turn, and may ask for another one.
+    served. A callback that has run has had its turn, and may ask for another one.
 
     What is new is looked at when it comes; what waits here shares a small part of every round of the event loop, so
     that a connection that asks for little is served at once, whatever number of others sends however much.

@@ -1,4 +1,4 @@
-"""What a request may wish, typed: OpenAI's parameters that the server honours, vLLM's, and its own.
+"""The parameters of requests, typed: OpenAI's that the server honours, vLLM's, and its own.
 
 None of them need be there; what they mean and their ranges are in `docs/api.md` and in the server's errors.
 """
@@ -12,7 +12,7 @@ from openai.types.chat import ChatCompletionToolChoiceOptionParam, ChatCompletio
 
 
 class StructuredOutputs(TypedDict, total=False):
-    """One of these; `json` is a schema, `grammar` is llguidance's Lark."""
+    """The structured output of a response: one of these; `json` is a schema, `grammar` is llguidance's Lark."""
 
     json: Mapping[str, Any] | str
     regex: str
@@ -21,13 +21,15 @@ class StructuredOutputs(TypedDict, total=False):
 
 
 class StreamOptions(TypedDict, total=False):
+    """What a stream contains besides text."""
+
     include_usage: bool
     continuous_usage_stats: bool
     chunk_tokens: int
 
 
-class Wishes(TypedDict, total=False):
-    """What completions and chats have in common."""
+class GenerationParameters(TypedDict, total=False):
+    """The parameters that completions and chats have in common."""
 
     model: str
     max_tokens: int
@@ -63,13 +65,17 @@ class Wishes(TypedDict, total=False):
     store: bool
 
 
-class CompletionWishes(Wishes, total=False):
+class CompletionParameters(GenerationParameters, total=False):
+    """The parameters of `complete`."""
+
     best_of: int
     echo: bool
     logprobs: int
 
 
-class ChatWishes(Wishes, total=False):
+class ChatParameters(GenerationParameters, total=False):
+    """The parameters of `chat`."""
+
     max_completion_tokens: int
     logprobs: bool
     top_logprobs: int

@@ -1,4 +1,4 @@
-"""Answers that the official client has no types for."""
+"""Responses that the official client has no types for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from prometheus_client.samples import Sample
 
 
 class Tokens(BaseModel):
-    """`max_model_len` is None where the model has no bound; `token_strs` is there where it was asked for."""
+    """The tokens of a text or a conversation.
+
+    `max_model_len` is None where the model has no bound; `token_strs` is there where it was asked for.
+    """
 
     tokens: list[int]
     count: int
@@ -22,12 +25,16 @@ class Tokens(BaseModel):
 
 
 class Text(BaseModel):
+    """The text of tokens."""
+
     prompt: str
 
 
 class TokenizerInfo(BaseModel):
-    """`eos_token_ids` are those that end an answer, also where the tokenizer has no name for them. The prefix token is
-    what a text can be scored after, from its first token on; a server may not tell it."""
+    """The model's tokenizer.
+
+    `eos_token_ids` are those that end a completion, also where the tokenizer has no name for them. The prefix token is
+    what a text can be scored after, from its first token on; a server may not report it."""
 
     tokenizer_class: str
     bos_token: str | None
@@ -39,7 +46,10 @@ class TokenizerInfo(BaseModel):
 
 
 class ServerInfo(BaseModel):
-    """`config` is the settings that any client may know, by section."""
+    """The server, its model and its settings.
+
+    `config` is the settings that any client may know, by section.
+    """
 
     version: str
     model: str
@@ -73,18 +83,18 @@ class Score:
         return False not in self.likeliest
 
     def after(self, characters: int) -> Score:
-        """The part of the tokens that begin after so many characters: of an answer, after its question."""
+        """The part of the tokens that begin after so many characters: of a completion, after its prompt."""
         first = sum(offset < characters for offset in self.offsets)
         columns = (self.tokens, self.logprobs, self.likeliest, self.offsets)
         return Score(*(column[first:] for column in columns))  # type: ignore[arg-type]
 
     @staticmethod
     def read(choice: CompletionChoice) -> Score:
-        """Of an answer with `echo`, `logprobs: 1` and `max_tokens: 0`."""
-        told = choice.logprobs
-        assert told is not None
-        tokens, logprobs, offsets = told.tokens or [], told.token_logprobs or [], told.text_offset or []
-        tops: list[dict[str, float] | None] = list(told.top_logprobs or [])
+        """Reads a completion with `echo`, `logprobs: 1` and `max_tokens: 0`."""
+        given = choice.logprobs
+        assert given is not None
+        tokens, logprobs, offsets = given.tokens or [], given.token_logprobs or [], given.text_offset or []
+        tops: list[dict[str, float] | None] = list(given.top_logprobs or [])
         likeliest = [None if top is None else max(top.values()) == own for top, own in zip(tops, logprobs)]
         return Score(tokens, logprobs, likeliest, offsets)
 
