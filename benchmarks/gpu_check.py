@@ -234,7 +234,7 @@ def rows_moved(kernels: Any, states: Tensor, batch: RaggedBatch) -> int:
     kernels.begin(part)
     rows = 0
     for layer in range(states.shape[1]):
-        kernels.think(layer, states, part)
+        kernels.compute_layer(layer, states, part)
         rows += 2 * int(kernels._work.counts[: len(batch.tokens)].sum())
     return rows
 

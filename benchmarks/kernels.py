@@ -41,7 +41,7 @@ from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels import cpu, cpu_passes, vector
 from bdh_batch.kernels.base import Kernels, RaggedBatch, Weights
 from bdh_batch.kernels.cpu import CpuKernels
-from bdh_batch.kernels.cpu_layout import Desk, Packed, Round, Shape, States, Work
+from bdh_batch.kernels.cpu_layout import Packed, Round, Scratch, Shape, States, Work
 from bdh_batch.kernels.torch_reference import (
     TorchKernels,
     attend_segment,
@@ -212,48 +212,50 @@ def machine_sides() -> tuple[dict[str, Callable[[], object]], Callable[[dict[str
 
 
 @vector.in_parallel
-def expand_all(part: Round, shape: Shape, weights: Packed, work: Work, desks: Desk, threads: int) -> None:
+def expand_all(part: Round, shape: Shape, weights: Packed, work: Work, scratches: Scratch, threads: int) -> None:
     for thread in numba.prange(threads):
-        expand_share(thread, threads, part, shape, weights, work, desks)
+        expand_share(thread, threads, part, shape, weights, work, scratches)
 
 
 @vector.in_parallel
-def attend_all(part: Round, shape: Shape, states: States, work: Work, desks: Desk, threads: int) -> None:
+def attend_all(part: Round, shape: Shape, states: States, work: Work, scratches: Scratch, threads: int) -> None:
     for thread in numba.prange(threads):
-        attend_share(thread, threads, part, shape, states, work, desks)
+        attend_share(thread, threads, part, shape, states, work, scratches)
 
 
 @vector.in_parallel
-def contract_all(part: Round, shape: Shape, weights: Packed, work: Work, desks: Desk, threads: int) -> None:
+def contract_all(part: Round, shape: Shape, weights: Packed, work: Work, scratches: Scratch, threads: int) -> None:
     for thread in numba.prange(threads):
-        contract_share(thread, threads, part, shape, weights, work, desks)
+        contract_share(thread, threads, part, shape, weights, work, scratches)
 
 
 @vector.compiled
 def expand_share(
-    thread: int, threads: int, part: Round, shape: Shape, weights: Packed, work: Work, desks: Desk
+    thread: int, threads: int, part: Round, shape: Shape, weights: Packed, work: Work, scratches: Scratch
 ) -> None:
-    desk = cpu.desk_of(desks, thread)
+    scratch = cpu.scratch_of(scratches, thread)
     for piece in range(thread, shape.layers * shape.heads, threads):
-        cpu_passes.expand(0, part.bounds[-1], piece // shape.heads, piece % shape.heads, shape, weights, work, desk)
+        cpu_passes.expand(0, part.bounds[-1], piece // shape.heads, piece % shape.heads, shape, weights, work, scratch)
 
 
 @vector.compiled
-def attend_share(thread: int, threads: int, part: Round, shape: Shape, states: States, work: Work, desks: Desk) -> None:
-    """Every layer's and head's state by the lists that lie on the desk."""
-    desk = cpu.desk_of(desks, thread)
+def attend_share(
+    thread: int, threads: int, part: Round, shape: Shape, states: States, work: Work, scratches: Scratch
+) -> None:
+    """Every layer's and head's state by the lists in the scratch buffers."""
+    scratch = cpu.scratch_of(scratches, thread)
     for piece in range(thread, shape.layers * shape.heads, threads):
         for segment in range(len(part.slots)):
-            cpu.attend(segment, 0, piece // shape.heads, piece % shape.heads, part, shape, states, work, desk)
+            cpu.attend(segment, 0, piece // shape.heads, piece % shape.heads, part, shape, states, work, scratch)
 
 
 @vector.compiled
 def contract_share(
-    thread: int, threads: int, part: Round, shape: Shape, weights: Packed, work: Work, desks: Desk
+    thread: int, threads: int, part: Round, shape: Shape, weights: Packed, work: Work, scratches: Scratch
 ) -> None:
-    desk = cpu.desk_of(desks, thread)
+    scratch = cpu.scratch_of(scratches, thread)
     for piece in range(thread, shape.layers * shape.heads, threads):
-        cpu_passes.contract(0, part.bounds[-1], piece % shape.heads, shape, weights, work, desk)
+        cpu_passes.contract(0, part.bounds[-1], piece % shape.heads, shape, weights, work, scratch)
 
 
 def sides_of(name: str) -> list[tuple[str, str]]:
@@ -332,16 +334,16 @@ class Bench:
             self._kernels.forward(states, batch)
 
     def _passes(self) -> dict[str, Callable[[], None]]:
-        """Each pass of a decode step by itself, for all layers; what is on the desks stays from the pass before."""
+        """Each pass of a decode step by itself; the scratch buffers are as the pass before left them."""
         kernels, states = self._kernels, {name: cpu.flatten(states) for name, states in self._states.items()}
         (part,) = cpu.rounds(ragged(self._tokens, self._batch, 64, 1), 1, 1)
-        shape, packed, work, desks = kernels._shape, kernels._packed, kernels._work, kernels._desks
+        shape, packed, work, scratches = kernels._shape, kernels._packed, kernels._work, kernels._scratch
         threads = kernels._threads
         return {
-            "expand": lambda: expand_all(part, shape, packed, work, desks, threads),
-            "attend": lambda: attend_all(part, shape, states["float32"], work, desks, threads),
-            "attend_bfloat16": lambda: attend_all(part, shape, states["bfloat16"], work, desks, threads),
-            "contract": lambda: contract_all(part, shape, packed, work, desks, threads),
+            "expand": lambda: expand_all(part, shape, packed, work, scratches, threads),
+            "attend": lambda: attend_all(part, shape, states["float32"], work, scratches, threads),
+            "attend_bfloat16": lambda: attend_all(part, shape, states["bfloat16"], work, scratches, threads),
+            "contract": lambda: contract_all(part, shape, packed, work, scratches, threads),
         }
 
     def _decode(self, times: dict[str, float], context: int) -> dict[str, float]:
@@ -365,8 +367,8 @@ class Bench:
         shape = self._kernels._shape
         threads, pieces = self._kernels._threads, shape.layers * shape.heads
         rows = 0
-        for thread in range(threads):  # each goes by the lists on its own desk for all of its pieces
-            lists = self._kernels._desks.starts[thread].reshape(-1, shape.panels + 1)[: self._batch, -1]
+        for thread in range(threads):  # each goes by the lists in its own scratch buffers for all of its pieces
+            lists = self._kernels._scratch.starts[thread].reshape(-1, shape.panels + 1)[: self._batch, -1]
             rows += 2 * int(lists.sum()) * len(range(thread, pieces, threads))
         products = 2 * self._batch * shape.layers * shape.heads * shape.neurons * shape.width
         return {
