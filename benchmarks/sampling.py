@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from bdh_batch.engine.runner import choose
-from bdh_batch.engine.sampling.logits_processors import adjust
+from bdh_batch.engine.sampling.logits_processors import process_logits
 from bdh_batch.messages import NO_TOKENS, Adjustment, LogitBias, SamplingParams, distinct
 from bdh_batch.text.stop_strings import StopStrings
 from bdh_batch.text.stream import TextStream
@@ -49,14 +49,14 @@ def side(logits: Tensor, wishing: int, params: SamplingParams, known: int) -> Ca
     rows, vocabulary = logits.shape
     chance = random.Random(0)
     each = [params if row < wishing else PLAIN for row in range(rows)]
-    wishes = []
+    processors = []
     for row in range(wishing):
-        wish = Adjustment.of(params, [chance.randrange(vocabulary) for _ in range(known)], NO_TOKENS, 0)
-        if wish is not None:
+        processor = Adjustment.of(params, [chance.randrange(vocabulary) for _ in range(known)], NO_TOKENS, 0)
+        if processor is not None:
             for _ in range(known):
-                wish.count(chance.randrange(vocabulary))
-            wishes.append((row, wish))
-    return lambda: choose(logits, each, range(rows), wishes)
+                processor.count(chance.randrange(vocabulary))
+            processors.append((row, processor))
+    return lambda: choose(logits, each, range(rows), processors)
 
 
 def before(file: Path, logits: Tensor) -> Callable[[], object]:
@@ -92,14 +92,14 @@ def worst(rows: int, vocabulary: int, repeats: int) -> dict[str, float]:
     params = replace(PENALISED, repetition_penalty=1.1, logit_bias=bias, logprobs=20)
     first = Adjustment.of(params, every, distinct(every[1:]), early=vocabulary + 1)
     assert first is not None
-    wishes = [(row, first.afresh()) for row in range(rows)]
-    for _, wish in wishes:
+    processors = [(row, first.afresh()) for row in range(rows)]
+    for _, processor in processors:
         for token in every:
-            wish.count(token)
+            processor.count(token)
     sides: dict[str, Callable[[], object]] = {
         "plain": partial(choose, logits, [PLAIN] * rows, range(rows), []),
-        "adjusting": partial(adjust, logits, wishes),
-        "all": partial(choose, logits, [params] * rows, range(rows), wishes),
+        "adjusting": partial(process_logits, logits, processors),
+        "all": partial(choose, logits, [params] * rows, range(rows), processors),
         "stop strings, us a token": partial(stream, 1000),
     }
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""What the front door asks of whoever answers."""
+"""What the HTTP layer asks of a backend, which generates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Ended = Callable[[int, Delta | None], None]
 
 
 class Generation(Protocol):
-    """The answers to one client's request, which may ask for several sequences."""
+    """The completions of one client's request, which may ask for several sequences."""
 
     @property
     def prompts(self) -> Sequence[Sequence[int]]:
@@ -35,9 +35,11 @@ class Generation(Protocol):
 
 
 class Backend(Protocol):
+    """Generates for the HTTP layer."""
+
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's, for what is told of single tokens."""
+        """The model's, for what is reported of single tokens."""
 
     async def tokenized(self, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
         """The same with checked token ids for prompts. Raises InvalidRequest: one cannot be served."""

@@ -43,6 +43,8 @@ ROUNDING = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLO
 
 
 class CpuKernels:
+    """Computes the forward pass with compiled loops on all threads."""
+
     def __init__(self, weights: Weights, window: int = 0) -> None:
         heads, width, neurons = weights.encoder.shape
         panels = _round_up(neurons, PANEL) // PANEL

@@ -39,7 +39,8 @@ class Step:
 
 
 class BatchBuilder:
-    """
+    """Builds the batch of each step from the running sequences.
+
     Args:
         size: what a step may take.
         target: seconds that a step with streams should take; 0 is no limit.
@@ -59,7 +60,7 @@ class BatchBuilder:
             is_stream = len(sequence.prompt) + len(sequence.generated) - sequence.computed == 1
             (streams if is_stream else prompts).append(sequence)
         filling = self._walk(streams, prompts)
-        segments = [stream.turn() for stream in filling.streams]
+        segments = [stream.decode_segment() for stream in filling.streams]
         segments += [prompt.segment(tokens) for prompt, tokens in filling.prompts]
         plan = Plan(segments, allocator.copies, allocator.released)
         if not (segments or plan.copies or plan.releases):

@@ -30,7 +30,7 @@ class StepCost:
         news = sum(feature * part for feature, part in zip(features, gain, strict=True))
         error = seconds - self._dot(features)
         size = abs(error)
-        # A step unlike any before tells something new, however far off the model is.
+        # A step unlike any before shows something new, however far off the model is.
         if self.known and size > (most := OUTLIER * self._error * (1.0 + news)):
             error *= most / size
         if news < 1.0:

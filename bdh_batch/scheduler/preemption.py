@@ -3,8 +3,8 @@
 One of a later priority gives way at once. At the same priority a tenant gives way to one with no more virtual time:
 
 - at once where it still holds as many slots for its weight, once one of them has gone to the other;
-- otherwise one whose time slice is over, so that states are not moved to and fro. Sequences of one tenant take turns in
-  this way, too.
+- otherwise one whose time slice is over, so that states are not moved to and fro. Sequences of one tenant take
+  time slices in this way, too.
 
 Where there is no room for one more state, a tenant gives way that holds more of them, and the sequence that does loses
 its state. So it must have got on since it began with it, by a time slice and by more than the other one has lost.
@@ -25,7 +25,7 @@ Group = tuple[int, Tenant, list[Sequence]]  # what runs of one tenant at one pri
 
 
 class Preemption:
-    """Those that may give way in one plan.
+    """Finds the sequences that are preempted in one plan.
 
     Args:
         running: what runs as the plan begins. Who begins to run in it does not give way in it.

@@ -20,7 +20,8 @@ def has_aged(sequence: Sequence, patience: float, now: float) -> bool:
 
 
 class Priorities:
-    """
+    """Keeps the effective priorities of sequences up to date.
+
     Args:
         patience: seconds.
     """

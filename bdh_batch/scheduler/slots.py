@@ -11,6 +11,8 @@ from heapq import heappop, heappush
 
 
 class Slots:
+    """Keeps the free slots, on the device and on the host."""
+
     def __init__(self, device: int, host: int = 0) -> None:
         self.device = device
         self.host = host

@@ -137,7 +137,7 @@ class Batches:
     def _turn(self, sequence: Sequence) -> Segment:
         """The rows of answers that have ended are computed until all have: a batch is a rectangle."""
         if sequence.finish_reason is None:
-            return sequence.turn()
+            return sequence.decode_segment()
         assert sequence.slot is not None
         return Segment(sequence.slot, sequence.computed, [self._drawn[sequence]], sequence.sampling)
 

@@ -49,7 +49,7 @@ def test_a_long_prompt_that_need_not_wait_is_let_in() -> None:
 
 
 def test_more_than_could_ever_run_and_wait_is_the_requests_fault() -> None:
-    with pytest.raises(InvalidRequest, match="7 answers"):
+    with pytest.raises(InvalidRequest, match="7 completions"):
         full().admit([make_sequence([1], 1) for _ in range(8)], 0.0)
 
 
@@ -238,18 +238,18 @@ def test_the_backlog_says_what_counting_all_of_it_says(
             waiting.append(make_sequence([1] * tokens, 1, key=key, priority=level))
             backlog.add(waiting[-1])
     assert (len(backlog), backlog.tokens) == (len(waiting), sum(len(s.prompt) for s in waiting))
-    counts = Counter(s.line for s in waiting)
+    counts = Counter(s.queue_key for s in waiting)
     own = counts[priority, tenant] + more
     ahead = sum(n for (p, _), n in counts.items() if p < priority)
     ahead += sum(min(n, own) for (p, t), n in counts.items() if p == priority and t != tenant)
     assert backlog.ahead((priority, tenant), more) == ahead + own
     tenants = Counter(s.tenant for s in waiting)
     own = tenants[tenant] + more
-    assert backlog.ahead_in_turn(tenant, more) == own + sum(min(n, own) for t, n in tenants.items() if t != tenant)
+    assert backlog.ahead_of_tenant(tenant, more) == own + sum(min(n, own) for t, n in tenants.items() if t != tenant)
 
     sizes, all_sizes = Counter[tuple[int, str]](), Counter[str]()
     for sequence in waiting:
-        sizes[sequence.line] += 1 + len(sequence.prompt) // 10
+        sizes[sequence.queue_key] += 1 + len(sequence.prompt) // 10
         all_sizes[sequence.tenant] += 1 + len(sequence.prompt) // 10
     halves = [t for t, size in all_sizes.items() if 2 * size > all_sizes.total() and t != tenant]
     gives_way = any(size >= more for (p, _), size in sizes.items() if p > priority)

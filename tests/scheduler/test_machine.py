@@ -34,7 +34,7 @@ policies = st.builds(
     Policy,
     host_slots=st.integers(0, 4),
     max_running=st.none() | st.integers(1, 9),
-    quantum=st.integers(1, 6),
+    time_slice=st.integers(1, 6),
     target_step=st.sampled_from([0.0, 0.01]),
     keep=st.booleans(),
     share_all=st.booleans(),
@@ -153,7 +153,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             known = sum(
                 len(s.prompt) + len(s.generated) for s in alive if s.key != key and s.times.scheduled is not None
             )
-            bound = 3 + self.scheduler.policy.quantum + 2 * known
+            bound = 3 + self.scheduler.policy.time_slice + 2 * known
             assert self.passed_over[key] <= bound, "no key is starved"
 
     def watch_classes(self, step: Step | None) -> None:
@@ -165,7 +165,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             earlier = any(other.priority < sequence.priority for other in served)
             mine = any(other.key == sequence.key for other in served)
             aged = self.now - sequence.standing.served_at > self.scheduler.policy.patience
-            passed_over = aged and earlier and not mine and sequence.stage is not Stage.FOLLOWING
+            passed_over = aged and earlier and not mine and sequence.stage is not Stage.AWAITING_PREFIX
             self.outranked[sequence] = self.outranked[sequence] + 1 if passed_over else 0
             others = [other for other in alive if other.key != sequence.key]
             # Inside a class, a tenant that has had less goes first: for as many tokens as it has had less, by weight.
@@ -176,7 +176,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
             # It shrinks while the others catch up.
             self.debts[sequence] = debt = max(debt, self.debts.get(sequence, 0.0)) if passed_over else 0.0
-            assert self.outranked[sequence] <= 3 + self.scheduler.policy.quantum + 2 * known + debt, "no class starves"
+            bound = 3 + self.scheduler.policy.time_slice + 2 * known + debt
+            assert self.outranked[sequence] <= bound, "no priority starves"
 
     @rule(
         count=st.integers(0, 3),
@@ -184,7 +185,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         line=st.tuples(st.integers(-1, 1), st.sampled_from("ab")),
     )
     def shed(self, count: int, tokens: int, line: tuple[int, str]) -> None:
-        before = self.scheduler.waiting - self.scheduler.sharing.following
+        before = self.scheduler.waiting - self.scheduler.sharing.waiting_count
         shed = self.scheduler.shed(count, tokens, line, BROKEN)
         self.take(shed)
         freed = sum(len(sequence.prompt) for sequence, _ in shed)
@@ -222,7 +223,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sequence, change in self.scheduler.take_changes().items():
             (self.waiting.add if change > 0 else self.waiting.remove)(sequence)
         assert self.waiting == {
-            s for s in self.submitted if s.stage in (Stage.QUEUED, Stage.FOLLOWING) and s.standing.arrival
+            s for s in self.submitted if s.stage in (Stage.QUEUED, Stage.AWAITING_PREFIX) and s.standing.arrival
         }
         assert self.scheduler.waiting == len(self.waiting)
 
@@ -250,7 +251,7 @@ TestScheduler = SchedulerMachine.TestCase
 def test_nobody_begins_with_a_copy_that_a_failed_step_did_not_make() -> None:
     """The one that waited for it took its place over, had none of the step's tokens, and is not believed to hold it."""
     machine = SchedulerMachine()
-    machine.begin(3, 10, Policy(quantum=1, keep=False, min_shared=1))
+    machine.begin(3, 10, Policy(time_slice=1, keep=False, min_shared=1))
     for stem, key in ((20, "b"), (40, "b"), (8, "a")):
         options = {"max_tokens": 1, "key": key, "priority": 0}
         machine.submit([[*STEM[:stem], 0, 0]], 1, options, None, (None, None))
@@ -260,12 +261,12 @@ def test_nobody_begins_with_a_copy_that_a_failed_step_did_not_make() -> None:
     machine.teardown()
 
 
-@pytest.mark.parametrize("kind", ["queued", "suspended"])
+@pytest.mark.parametrize("kind", ["queued", "swapped"])
 @settings(max_examples=int(os.environ.get("MACHINE_EXAMPLES", 25)), deadline=None)
 @given(
     slots=st.integers(1, 4),
     host_slots=st.integers(0, 4),
-    quantum=st.integers(1, 6),
+    time_slice=st.integers(1, 6),
     patience=st.integers(1, 30),
     flooding=st.integers(1, 3),
     prompt=st.integers(1, 30),
@@ -275,14 +276,14 @@ def test_no_flood_of_an_earlier_class_keeps_another_one_waiting(
     kind: str,
     slots: int,
     host_slots: int,
-    quantum: int,
+    time_slice: int,
     patience: int,
     flooding: int,
     prompt: int,
     late: list[tuple[int, int, bool]],
 ) -> None:
     """Keys with the right to go first, whose requests never end, or are followed by others. A step takes a second."""
-    policy = Policy(host_slots=host_slots, quantum=quantum, patience=patience, max_running=slots + host_slots)
+    policy = Policy(host_slots=host_slots, time_slice=time_slice, patience=patience, max_running=slots + host_slots)
     scheduler, runner, now = Scheduler(slots, 16, policy), FakeRunner(), 0.0
     flood: list[Sequence] = []
     others = [
@@ -305,7 +306,7 @@ def test_no_flood_of_an_earlier_class_keeps_another_one_waiting(
         scheduler.commit(step, runner.run(step.plan), now)
         flood[:] = [sequence for sequence in flood if sequence.finish_reason is None]
 
-    if kind == "suspended":
+    if kind == "swapped":
         scheduler.submit(others)
         while not all(other.times.scheduled is not None or other.finish_reason for other in others[:slots]):
             step = scheduler.plan(now)
@@ -313,12 +314,12 @@ def test_no_flood_of_an_earlier_class_keeps_another_one_waiting(
             scheduler.commit(step, runner.run(step.plan), now)
     for _ in range(10):
         advance()
-    if kind != "suspended":
+    if kind != "swapped":
         for other in others:
             other.arrived = now
         scheduler.submit(others)
     tokens = sum(len(other.prompt) + 3 for other in others)
-    bound = 3 * len(others) * (patience + 3 * quantum + 2 * prompt + 10 * flooding) + 10 * tokens
+    bound = 3 * len(others) * (patience + 3 * time_slice + 2 * prompt + 10 * flooding) + 10 * tokens
     for _ in range(bound):
         if all(other.finish_reason is not None for other in others):
             break
@@ -352,9 +353,9 @@ def test_a_stream_of_a_later_class_that_no_step_has_room_for_has_its_turn() -> N
 
 
 def test_keys_that_hold_no_more_than_their_share_take_turns_for_the_last_place() -> None:
-    """One place on the device, three beside it. A key's stream runs, another's two are suspended, a third key comes:
+    """One place on the device, three beside it. A key's stream runs, another's two are swapped, a third key comes:
     nobody is above its share but the one whose turn is to come."""
-    scheduler, runner = Scheduler(1, 16, Policy(host_slots=3, quantum=1, max_running=4)), FakeRunner()
+    scheduler, runner = Scheduler(1, 16, Policy(host_slots=3, time_slice=1, max_running=4)), FakeRunner()
     streams = [make_sequence([number], 10_000, key=key) for number, key in enumerate("aab")]
     scheduler.submit(streams)
     third = make_sequence([9], 3, key="c")

@@ -160,7 +160,7 @@ class Plain:
 
     def peek(self, first: int, now: float) -> Sequence | None:
         def rank(sequence: Sequence) -> tuple[int, float, int, float, int]:
-            queue = [other for other in self.waiting if other.line == sequence.line]
+            queue = [other for other in self.waiting if other.queue_key == sequence.queue_key]
             head = min(queue, key=lambda other: (other.standing.due, other.standing.arrival))
             aged = now - head.standing.served_at >= self.patience
             priority = first if aged else sequence.priority

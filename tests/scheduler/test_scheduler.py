@@ -144,7 +144,7 @@ def test_a_fault_in_one_text_ends_that_request_alone() -> None:
 
 class TestTurns:
     def test_a_key_with_one_request_is_served_within_a_turn(self) -> None:
-        scheduler, runner = Scheduler(4, 64, Policy(host_slots=4, quantum=8)), FakeRunner()
+        scheduler, runner = Scheduler(4, 64, Policy(host_slots=4, time_slice=8)), FakeRunner()
         scheduler.submit(make_sequence([1, 2], 10_000, key="flood") for _ in range(100))
         for _ in range(20):
             step(scheduler, runner)
@@ -155,7 +155,7 @@ class TestTurns:
         assert drop.finish_reason is FinishReason.LENGTH
 
     def test_places_go_by_weight(self) -> None:
-        policy = Policy(host_slots=12, quantum=4, weights={"heavy": 3.0})
+        policy = Policy(host_slots=12, time_slice=4, weights={"heavy": 3.0})
         scheduler, runner = Scheduler(8, 64, policy), FakeRunner()
         heavy, light = ([make_sequence([1], 10, key=key) for _ in range(300)] for key in ("heavy", "light"))
         scheduler.submit([*light, *heavy])
@@ -165,7 +165,7 @@ class TestTurns:
         assert 2.5 < done[0] / done[1] < 3.5
 
     def test_more_streams_than_slots_advance_alike(self) -> None:
-        scheduler, runner = Scheduler(3, 64, Policy(host_slots=8, max_running=9, quantum=4)), FakeRunner()
+        scheduler, runner = Scheduler(3, 64, Policy(host_slots=8, max_running=9, time_slice=4)), FakeRunner()
         streams = [make_sequence([number], 10_000) for number in range(9)]
         scheduler.submit(streams)
         for number in range(300):
@@ -209,7 +209,10 @@ class TestSharing:
 
     def test_another_one_does_not_wait_for_a_state_that_is_awaited(self) -> None:
         for host_slots in (0, 1, 2):
-            scheduler, runner = Scheduler(2, 1000, Policy(host_slots=host_slots, min_shared=4, quantum=8)), FakeRunner()
+            scheduler, runner = (
+                Scheduler(2, 1000, Policy(host_slots=host_slots, min_shared=4, time_slice=8)),
+                FakeRunner(),
+            )
             forks = [make_sequence([5] * 40, 1000) for _ in range(3)]
             scheduler.submit(forks)
             step(scheduler, runner)
@@ -244,13 +247,13 @@ class TestSharing:
 
     def test_who_waits_for_one_that_leaves_goes_on_alone(self) -> None:
         scheduler, runner = Scheduler(4, 10, Policy(min_shared=4)), FakeRunner()
-        leader, follower = make_sequence([5] * 50, 4), make_sequence([5] * 50, 4)
-        scheduler.submit([leader, follower])
+        producer, waiter = make_sequence([5] * 50, 4), make_sequence([5] * 50, 4)
+        scheduler.submit([producer, waiter])
         step(scheduler, runner)
         assert (scheduler.running, scheduler.waiting) == (1, 1)
-        scheduler.abort([leader])
+        scheduler.abort([producer])
         run_dry(scheduler, runner)
-        assert follower.generated == expected_tokens([5] * 50, 4)
+        assert waiter.generated == expected_tokens([5] * 50, 4)
 
     def test_running_sequences_come_before_what_is_kept(self) -> None:
         scheduler, runner = Scheduler(4, 1000, self.KEEP), FakeRunner()
@@ -364,7 +367,7 @@ def test_small_requests_on_end_get_their_share_and_no_more() -> None:
 
 def test_prompts_of_a_class_do_not_throw_one_another_out() -> None:
     """One place on the device, four beside it, and more that want one than there are."""
-    policy = Policy(host_slots=4, max_running=5, quantum=1, keep=True, share_all=True, min_shared=8)
+    policy = Policy(host_slots=4, max_running=5, time_slice=1, keep=True, share_all=True, min_shared=8)
     scheduler, runner = Scheduler(1, 3, policy), FakeRunner()
     later = [make_sequence([0] * 12, 5, priority=1) for _ in range(6)]
     scheduler.submit(later)

@@ -95,7 +95,7 @@ async def test_a_request_that_fitted_once_fits_again_when_all_has_ended() -> Non
         worker.submit([make_sequence([1], 3, outbox=outbox) for _ in range(5)])
         await until(lambda outbox=outbox: len(outbox.tokens) == 15)  # type: ignore[misc]
         await until(lambda: worker.load.running == 0)
-    with pytest.raises(InvalidRequest, match="5 answers"):
+    with pytest.raises(InvalidRequest, match="5 completions"):
         worker.submit([make_sequence([1], 3) for _ in range(6)])
     worker.close()
 
