@@ -62,7 +62,7 @@ def test_a_sum_that_is_not_finite_is_an_error() -> None:
     assert isinstance(delta.error, NotFinite)
 
 
-def test_a_token_that_ends_a_text_ends_its_answer_unseen() -> None:
+def test_a_token_that_ends_a_text_ends_its_completion_unseen() -> None:
     first, second, *_ = expected_tokens(PROMPT, 2)
     sequence = make_sequence(PROMPT, 20)
     sequence.stop_token_ids = frozenset({second})

@@ -110,14 +110,14 @@ def test_more_prompts_than_budget_all_get_through() -> None:
 
 def test_waiting_ones_get_slots_first_come_first_served() -> None:
     scheduler, runner = Scheduler(slots=2, prefill_tokens=64), FakeRunner()
-    sequences = [make_sequence([1, 2], 1, name=str(place)) for place in range(9)]
+    sequences = [make_sequence([1, 2], 1, name=str(index)) for index in range(9)]
     scheduler.submit(sequences)
     order = []
     while scheduler.has_work:
         planned = step(scheduler, runner)
         assert planned is not None
         order += sorted(sequence.id for sequence in planned.sequences)
-    assert order == [str(place) for place in range(9)]
+    assert order == [str(index) for index in range(9)]
 
 
 def test_a_failed_step_ends_only_its_own_sequences() -> None:
@@ -143,7 +143,7 @@ def test_a_fault_in_one_text_ends_that_request_alone() -> None:
 
 
 class TestTurns:
-    def test_a_key_with_one_request_is_served_within_a_turn(self) -> None:
+    def test_a_tenant_with_one_request_is_served_within_a_time_slice(self) -> None:
         scheduler, runner = Scheduler(4, 64, Policy(host_slots=4, time_slice=8)), FakeRunner()
         scheduler.submit(make_sequence([1, 2], 10_000, key="flood") for _ in range(100))
         for _ in range(20):
@@ -154,7 +154,7 @@ class TestTurns:
             step(scheduler, runner)
         assert drop.finish_reason is FinishReason.LENGTH
 
-    def test_places_go_by_weight(self) -> None:
+    def test_slots_go_by_weight(self) -> None:
         policy = Policy(host_slots=12, time_slice=4, weights={"heavy": 3.0})
         scheduler, runner = Scheduler(8, 64, policy), FakeRunner()
         heavy, light = ([make_sequence([1], 10, key=key) for _ in range(300)] for key in ("heavy", "light"))
@@ -174,7 +174,7 @@ class TestTurns:
         assert sum(counts) == 900
         assert max(counts) - min(counts) <= 3 * 4
 
-    def test_a_higher_class_takes_a_place_at_once(self) -> None:
+    def test_a_higher_priority_takes_a_slot_at_once(self) -> None:
         scheduler, runner = Scheduler(2, 64, Policy(host_slots=2)), FakeRunner()
         low = [make_sequence([1], 50, priority=3) for _ in range(2)]
         scheduler.submit(low)
@@ -192,7 +192,7 @@ class TestTurns:
 class TestSharing:
     KEEP = Policy(keep=True, min_shared=4)
 
-    def test_a_common_beginning_is_computed_once(self) -> None:
+    def test_a_common_prefix_is_computed_once(self) -> None:
         scheduler, runner = Scheduler(8, 1000, Policy(min_shared=4)), FakeRunner()
         stem = list(range(100))
         scheduler.submit(make_sequence([*stem, 200, number, 7], 1) for number in range(8))
@@ -221,7 +221,7 @@ class TestSharing:
             for _ in range(20):
                 step(scheduler, runner)
             assert other.finish_reason is FinishReason.LENGTH
-            assert sum(bool(fork.generated) for fork in forks) >= 2  # no place is idle while someone waits
+            assert sum(bool(fork.generated) for fork in forks) >= 2  # no slot is idle while someone waits
 
     def test_a_third_prompt_begins_where_two_others_parted(self) -> None:
         scheduler, runner = Scheduler(8, 1000, self.KEEP), FakeRunner()
@@ -234,7 +234,7 @@ class TestSharing:
             cached.append(sequence.prefix.cached)
         assert cached == [0, 0, 60]
 
-    def test_the_next_turn_begins_at_the_end_of_the_answer(self) -> None:
+    def test_the_next_turn_begins_at_the_end_of_the_completion(self) -> None:
         scheduler, runner = Scheduler(8, 1000, self.KEEP), FakeRunner()
         first = make_sequence([1] * 20, 10)
         scheduler.submit([first])
@@ -255,7 +255,7 @@ class TestSharing:
         run_dry(scheduler, runner)
         assert waiter.generated == expected_tokens([5] * 50, 4)
 
-    def test_running_sequences_come_before_what_is_kept(self) -> None:
+    def test_running_sequences_come_before_what_is_cached(self) -> None:
         scheduler, runner = Scheduler(4, 1000, self.KEEP), FakeRunner()
         for number in range(10):
             scheduler.submit([make_sequence([number] * 30, 3)])
@@ -366,7 +366,7 @@ def test_small_requests_on_end_get_their_share_and_no_more() -> None:
 
 
 def test_prompts_of_a_class_do_not_throw_one_another_out() -> None:
-    """One place on the device, four beside it, and more that want one than there are."""
+    """One slot on the device, four beside it, and more that want one than there are."""
     policy = Policy(host_slots=4, max_running=5, time_slice=1, keep=True, share_all=True, min_shared=8)
     scheduler, runner = Scheduler(1, 3, policy), FakeRunner()
     later = [make_sequence([0] * 12, 5, priority=1) for _ in range(6)]
@@ -399,7 +399,7 @@ def test_time_that_is_up_ends_who_waits_and_who_runs() -> None:
     assert not scheduler.has_work
 
 
-def test_who_ended_before_its_time_is_not_kept_until_then() -> None:
+def test_who_ended_before_its_time_is_not_held_until_then() -> None:
     scheduler, runner = Scheduler(1, 64), FakeRunner()
     early = make_sequence([1], 1, deadline=10.0)
     gone = weakref.ref(early.outbox)

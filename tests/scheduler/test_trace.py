@@ -1,4 +1,4 @@
-"""A trace tells what was asked and decided, not what was said; and can be played again."""
+"""A trace shows what was asked and decided, not what was said; and can be played again."""
 
 from __future__ import annotations
 

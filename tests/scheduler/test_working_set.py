@@ -137,7 +137,7 @@ class TestRule:
 
 
 class TestScheduler:
-    def test_answers_that_nobody_asks_to_go_on_stay_within_the_working_set(self) -> None:
+    def test_completions_that_nobody_asks_to_go_on_stay_within_the_working_set(self) -> None:
         engine = Engine(50, max_running=4, free_slots=8)
         for number in range(0, 120, 4):
             engine.ask(*(conversation(number + at) for at in range(4)))
