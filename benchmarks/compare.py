@@ -154,10 +154,10 @@ def compare_parts(before: Figures, after: Figures) -> list[Change]:
         rounds = tuple(len(each[name].get("rounds", ())) for each in (before, after))
         members["/".join(name.split("/")[:2]), rounds].append(name)
     several = {key: names for key, names in members.items() if len(names) > 1 and min(key[1]) > 1}
-    sides = [[costs([each[name] for name in names]) for names in several.values()] for each in (before, after)]
-    found = ratios([*zip(sides[1], sides[0])], each_share(2 * len(several) or 1))
+    both = [[costs([each[name] for name in names]) for names in several.values()] for each in (before, after)]
+    found = ratios([*zip(both[1], both[0])], each_share(2 * len(several) or 1))
     changes = []
-    for ((name, _), names), old, new, ratio in zip(several.items(), *sides, found, strict=True):
+    for ((name, _), names), old, new, ratio in zip(several.items(), *both, found, strict=True):
         one = statistics.median(old)
         was, now = (figure([each / one for each in rounds], "of its cost in A", "lower") for rounds in (old, new))
         changes.append(Change(f"{name}, {len(names)} together", was, now, ratio))

@@ -3,7 +3,7 @@
     python -m benchmarks.kernels                        # synthetic weights of a trained model's density
     python -m benchmarks.kernels --model models/bdh-shakespeare --text shakespeare.txt
 
-The sides of every comparison alternate in one run, but for recomputing, which takes so long that it follows, three
+The variants of every comparison alternate in one run, but for recomputing, which takes so long that it follows, three
 times; figures are medians. Prints no speed while a result is wrong.
 Writes `kernels-cpu.json` and, from it, `kernels-passes.svg` and `kernels-decode.svg`. Its keys:
 
@@ -169,14 +169,14 @@ def ragged(tokens: Tensor, batch: int, start: int, length: int) -> RaggedBatch:
 
 def disagreement(config: BDHConfig, weights: Weights, tokens: Tensor, dtype: torch.dtype) -> float:
     """The largest relative error over a prefill, a decode step, and the states after them."""
-    sides: list[list[Tensor]] = []
+    variants: list[list[Tensor]] = []
     for kernels in (TorchKernels(weights), CpuKernels(weights)):
         states = StatePool(config, CHECKED, CPU, dtype=dtype).states.zero_()
-        sides.append(
+        variants.append(
             [kernels.logits(kernels.forward(states, ragged(tokens, CHECKED, *at))) for at in ((0, 64), (64, 1))]
         )
-        sides[-1].append(states)
-    return relative_error(sides[1], sides[0])
+        variants[-1].append(states)
+    return relative_error(variants[1], variants[0])
 
 
 def measure_densities(weights: Weights, tokens: Tensor) -> Densities:
@@ -195,7 +195,7 @@ def measure_densities(weights: Weights, tokens: Tensor) -> Densities:
     return Densities(*(counts / weights.layers).tolist())
 
 
-def machine_sides() -> tuple[dict[str, Callable[[], object]], Callable[[dict[str, float]], Machine]]:
+def machine_variants() -> tuple[dict[str, Callable[[], object]], Callable[[dict[str, float]], Machine]]:
     """A copy, a pass in place and a product to time, all on all threads, and what their times mean."""
     source, target = torch.zeros(1 << 26), torch.ones(1 << 26)
     a, b, out = torch.randn(1536, 1536), torch.randn(1536, 1536), torch.empty(1536, 1536)
@@ -258,8 +258,8 @@ def contract_share(
         cpu_passes.contract(0, part.bounds[-1], piece % shape.heads, shape, weights, work, scratch)
 
 
-def sides_of(name: str) -> list[tuple[str, str]]:
-    """The sides that differ by the dtype of the states only, each with that dtype."""
+def variants_of(name: str) -> list[tuple[str, str]]:
+    """The variants that differ by the dtype of the states only, each with that dtype."""
     return [("float32", name), ("bfloat16", f"{name}_bfloat16")]
 
 
@@ -270,7 +270,7 @@ class Bench:
         self._config, self._weights, self._tokens = config, weights, tokens
         self._batch, self._densities, self._repeats = batch, densities, repeats
         self._kernels = CpuKernels(weights)
-        # Zeros, written here, so that no side is the first to touch its memory.
+        # Zeros, written here, so that no variant is the first to touch its memory.
         self._states = {
             name: StatePool(config, batch, CPU, dtype=dtype).states.zero_() for name, dtype in STATES.items()
         }
@@ -278,13 +278,13 @@ class Bench:
         self._position = 64
 
     def run(self, context: int, prompt: int) -> dict[str, Any]:
-        machine_tests, rates = machine_sides()
+        machine_tests, rates = machine_variants()
         dense = TorchKernels(self._weights)
         for states in self._states.values():
             self._kernels.forward(states, ragged(self._tokens, self._batch, 0, 64))
         contexts = torch.stack([self._tokens[1024 * s : 1024 * s + context] for s in range(self._batch)])
         passes = self._passes()
-        sides = {
+        variants = {
             **machine_tests,
             "dense_per_sequence": lambda: self._step(dense, self._dense_states),
             "dense_batched": self._batched_step,
@@ -294,8 +294,8 @@ class Bench:
             "step": lambda: self._step(self._kernels, self._states["float32"]),  # leaves its lists to the passes
             **passes,
         }
-        with tqdm(total=self._repeats, desc=", ".join(sides), file=sys.stderr) as bar:
-            rounds = take_turns(sides, self._repeats, tick=bar.update)
+        with tqdm(total=self._repeats, desc=", ".join(variants), file=sys.stderr) as bar:
+            rounds = take_turns(variants, self._repeats, tick=bar.update)
         times = medians(rounds)
         whole = {"recompute": lambda: recompute(self._weights, contexts, 1)}
         times["recompute"] = alternate(whole, min(3, self._repeats))["recompute"]
@@ -313,7 +313,10 @@ class Bench:
             "passes": self._pass_figures(times, machine),
             "prefill": {
                 "tokens": prompt,
-                **{name: self._prefill_figures(prompt, times[side], machine) for name, side in sides_of("prefill")},
+                **{
+                    name: self._prefill_figures(prompt, times[variant], machine)
+                    for name, variant in variants_of("prefill")
+                },
             },
         }
 
@@ -354,11 +357,11 @@ class Bench:
         }
         return {
             "batch": self._batch,
-            **{f"{side}_tokens_per_s": self._batch / times[side] for _, side in sides_of("step")},
+            **{f"{variant}_tokens_per_s": self._batch / times[variant] for _, variant in variants_of("step")},
             **{f"{name}_tokens_per_s": self._batch / seconds for name, seconds in baselines.items()},
             **{
-                f"{side}_times_{name}": seconds / times[side]
-                for _, side in sides_of("step")
+                f"{variant}_times_{name}": seconds / times[variant]
+                for _, variant in variants_of("step")
                 for name, seconds in baselines.items()
             },
         }
@@ -378,8 +381,8 @@ class Bench:
                 "percent_of_rate": 100 * products / times["expand"] / 1e9 / machine.gemm_gflop_s,
             },
             **{
-                side: self._attend_figures(2 * STATES[name].itemsize * shape.width * rows, times[side], machine)
-                for name, side in sides_of("attend")
+                variant: self._attend_figures(2 * STATES[name].itemsize * shape.width * rows, times[variant], machine)
+                for name, variant in variants_of("attend")
             },
             "contract": {
                 "ms": times["contract"] * 1e3,

@@ -1,4 +1,4 @@
-"""Loads that several sides get in turn: as lines of a file for `bench serve`, and as jobs for an engine in process."""
+"""Loads that several systems get in turn: as a file's lines for `bench serve`, and as jobs for an engine in process."""
 
 from __future__ import annotations
 

@@ -139,9 +139,9 @@ async def shared_prompt(server: Served, chosen: argparse.Namespace) -> Figures:
     }
 
 
-def measure(root: Path, options: Sequence[str], scene: Callable[..., Any], chosen: argparse.Namespace) -> Figures:
+def measure(root: Path, options: Sequence[str], scenario: Callable[..., Any], chosen: argparse.Namespace) -> Figures:
     with served(*options, root=root) as server:
-        found: Figures = uvloop.run(scene(server, chosen))
+        found: Figures = uvloop.run(scenario(server, chosen))
     return found
 
 
@@ -167,16 +167,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     chosen = parse(argv)
     idle = [f"engine.idle_release_seconds={chosen.idle / 2}"]
-    sides = {"now": (ROOT, [*chosen.set, *idle])}
+    variants = {"now": (ROOT, [*chosen.set, *idle])}
     if chosen.before is not None:
-        sides = {"before": (chosen.before.resolve(), chosen.set), **sides}
-    report: Figures = {name: {"first_minutes": [], "shared_prompt": []} for name in sides}
+        variants = {"before": (chosen.before.resolve(), chosen.set), **variants}
+    report: Figures = {name: {"first_minutes": [], "shared_prompt": []} for name in variants}
     for _ in range(chosen.rounds):
-        for name, (root, options) in sides.items():
-            for scene in (first_minutes, shared_prompt):
-                found = measure(root, options, scene, chosen)
-                report[name][scene.__name__].append(found)
-                print(f"{name}, {scene.__name__}: {json.dumps(found)}", flush=True)
+        for name, (root, options) in variants.items():
+            for scenario in (first_minutes, shared_prompt):
+                found = measure(root, options, scenario, chosen)
+                report[name][scenario.__name__].append(found)
+                print(f"{name}, {scenario.__name__}: {json.dumps(found)}", flush=True)
     head = report_head(["torch", "numba", "uvicorn", "uvloop"])
     asked = {name: getattr(chosen, name) for name in ("clients", "requests", "prompt", "tokens", "idle", "system")}
     write_json(chosen.out / "memory.json", {**head, "asked": asked, **report})

@@ -1,11 +1,11 @@
-"""What clients of a real server see: four scenes, each against its baseline in the same run, by turns.
+"""What clients of a real server see: four scenarios, each against its baseline in the same run, by turns.
 
     python -m benchmarks.serving                                       # all of them, about ten minutes
     python -m benchmarks.serving --only prompt --targets 100 24 --rounds 5
 
 Servers run in processes of their own with the bundled model; clients speak HTTP over loopback from this one, whose
-strain is part of the figures. No figure of a scene is printed when texts differ that should be the same. Writes
-`serving.json`, a key for each scene, where scenes that were not asked for stay as they are:
+strain is part of the figures. No figure of a scenario is printed when texts differ that should be the same. Writes
+`serving.json`, a key for each scenario, where scenarios that were not asked for stay as they are:
 
     prompt      streams decode, and a long prompt arrives: the 99th percentile of the gaps between their tokens while it
                 is computed, against that of the same streams just before; by scheduler.target_step_ms
@@ -100,7 +100,7 @@ async def prompt(chosen: argparse.Namespace) -> Figures:
             figures, tokens = await beside_streams(server, chosen)
         first_tokens.append(tokens)
         by_target.append({"target_step_ms": target, "used_before": used, **figures})
-        print_scene(f"target {target:g} ms, slots used before: {used}", figures)
+        print_scenario(f"target {target:g} ms, slots used before: {used}", figures)
     refuse_unless(len(set(map(tuple, first_tokens))) == 1, "The long prompts' answers differ between targets")
     return {"streams": chosen.streams, "prompt_tokens": chosen.long, "by_target": by_target}
 
@@ -170,7 +170,7 @@ async def keys(chosen: argparse.Namespace) -> Figures:
             async with Watch() as watch:
                 figures = {**await beside_a_flood(server, chosen), **await two_floods(server, chosen)}
         by_running.append({"max_running": running, **figures, "client": strained(watch)})
-        print_scene(f"max_running {running}", by_running[-1])
+        print_scenario(f"max_running {running}", by_running[-1])
     queue = load().settings.scheduler.max_queued_requests
     return {"flood": chosen.flood, "max_queued_requests": queue, "options": chosen.set, "by_max_running": by_running}
 
@@ -192,7 +192,7 @@ async def beside_a_flood(server: Served, chosen: argparse.Namespace) -> Figures:
         same = all(a.tokens == b.tokens for a, b in zip(again, found, strict=True))
         refuse_unless(same, "A text beside a flood differs from the same alone")
         refuse_unless(not any(a.cached_tokens for a in [*alone[-1], *found]), "A prompt was partly cached")
-    ones, others = ([answer.first for row in side[1:] for answer in row] for side in (alone, beside))
+    ones, others = ([answer.first for row in run[1:] for answer in row] for run in (alone, beside))
     return {
         "alone_seconds": statistics.median(ones),
         "beside_seconds": statistics.median(others),
@@ -223,24 +223,24 @@ def flooding(draw: random.Random, chosen: argparse.Namespace) -> list[dict[str, 
 async def two_floods(server: Served, chosen: argparse.Namespace) -> Figures:
     """The first key's requests come first, and ask for longer answers; what counts is tokens while both have some."""
     draw = random.Random(3)
-    sides = []
+    floods = []
     for key, scale in zip(KEYS, (2, 1)):
         bodies = [{**body, "max_tokens": scale * body["max_tokens"]} for body in flooding(draw, chosen)]
-        sides.append(asyncio.gather(*[server.ask(key=key, **body) for body in bodies]))
+        floods.append(asyncio.gather(*[server.ask(key=key, **body) for body in bodies]))
         await asyncio.sleep(0.3)
-    answers = [await side for side in sides]
-    begin = max(answer.sent for side in answers for answer in side)
-    waiting = min(max(answer.times[0] for answer in side) for side in answers)
-    unfinished = min(percentile([answer.times[-1] for answer in side], 0.8) for side in answers)
+    answers = [await flood for flood in floods]
+    begin = max(answer.sent for flood in answers for answer in flood)
+    waiting = min(max(answer.times[0] for answer in flood) for flood in answers)
+    unfinished = min(percentile([answer.times[-1] for answer in flood], 0.8) for flood in answers)
     by_window = {"waiting": (begin, waiting), "unfinished": (begin, unfinished)}
     return {f"both_{name}": shares(answers, window) for name, window in by_window.items()}
 
 
 def shares(answers: Sequence[Sequence[Answer]], window: Window) -> Figures:
-    """What each side was served in `window`: generated tokens, and the prompts whose first token came in it."""
+    """What each flood was served in `window`: generated tokens, and the prompts whose first token came in it."""
     begin, end = window
-    generated = [sum(begin < at <= end for answer in side for at in answer.times) for side in answers]
-    prompts = [sum(len(a.prompt) for a in side if begin < a.times[0] <= end) for side in answers]
+    generated = [sum(begin < at <= end for answer in flood for at in answer.times) for flood in answers]
+    prompts = [sum(len(a.prompt) for a in flood if begin < a.times[0] <= end) for flood in answers]
     tokens = [a + b for a, b in zip(generated, prompts, strict=True)]
     return {"seconds": end - begin, "jain": jain(tokens), "generated": generated, "prompts": prompts}
 
@@ -254,16 +254,16 @@ async def beginning(chosen: argparse.Namespace) -> Figures:
     off = ["prefix_cache.enabled=false"]
     kinds = {"kept": [], "not_kept": off, "not_shared": [*off, f"prefix_cache.min_tokens={2**30}"]}
     with ExitStack() as stack:
-        sides = {name: stack.enter_context(served(*few, *options)) for name, options in kinds.items()}
-        for server in sides.values():
+        servers = {name: stack.enter_context(served(*few, *options)) for name, options in kinds.items()}
+        for server in servers.values():
             await use_all_slots(server, 2 * (32 + 32))
         async with Watch() as watch:
             figures = {
-                "one_after_another": await asked(sides, chats(draw, chosen), 1),
-                f"{chosen.together}_at_a_time": await asked(sides, chats(draw, chosen), chosen.together),
+                "one_after_another": await asked(servers, chats(draw, chosen), 1),
+                f"{chosen.together}_at_a_time": await asked(servers, chats(draw, chosen), chosen.together),
             }
     for name, found in figures.items():
-        print_scene(name, found)
+        print_scenario(name, found)
     return {"requests": chosen.chats, "system_tokens": chosen.system, **figures, "client": strained(watch)}
 
 
@@ -274,17 +274,17 @@ def chats(draw: random.Random, chosen: argparse.Namespace) -> list[dict[str, Any
     return [{"messages": [system, question], "max_tokens": 8, **GREEDY} for question in questions]
 
 
-async def asked(sides: Mapping[str, Served], bodies: Sequence[dict[str, Any]], together: int) -> Figures:
+async def asked(servers: Mapping[str, Served], bodies: Sequence[dict[str, Any]], together: int) -> Figures:
     """All of `bodies` of every server, so many together; the servers take turns."""
-    computed = {name: -server.metric("bdh_prompt_tokens_total") for name, server in sides.items()}
-    answers: dict[str, list[Answer]] = {name: [] for name in sides}
+    computed = {name: -server.metric("bdh_prompt_tokens_total") for name, server in servers.items()}
+    answers: dict[str, list[Answer]] = {name: [] for name in servers}
     for start in range(0, len(bodies), together):
-        for name, server in sides.items():
+        for name, server in servers.items():
             some = bodies[start : start + together]
             answers[name] += await asyncio.gather(*[server.ask("/v1/chat/completions", **body) for body in some])
     for found in zip(*answers.values(), strict=True):
         refuse_unless(all(one.tokens == found[0].tokens for one in found), "A cached answer differs from an uncached")
-    for name, server in sides.items():
+    for name, server in servers.items():
         computed[name] += server.metric("bdh_prompt_tokens_total")
     return beginning_figures(answers, computed)
 
@@ -343,18 +343,18 @@ async def batching(chosen: argparse.Namespace) -> Figures:
         "ratio_to_padded": asdict(ratio(seconds["padded"], seconds["continuous"])),
         "ratio_to_ragged": asdict(ratio(seconds["ragged"], seconds["continuous"])),
     }
-    print_scene("batching", figures)
+    print_scenario("batching", figures)
     return figures
 
 
-SCENES = {"prompt": prompt, "keys": keys, "beginning": beginning, "batching": batching}
+SCENARIOS = {"prompt": prompt, "keys": keys, "beginning": beginning, "batching": batching}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m benchmarks.serving"
     )
-    parser.add_argument("--only", nargs="+", choices=SCENES, default=list(SCENES))
+    parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--targets", nargs="+", type=float, default=[100, 36, 24], help="scheduler.target_step_ms")
     parser.add_argument(
         "--fresh", nargs="*", type=float, default=[36], help="the same, of servers that did nothing yet"
@@ -369,7 +369,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--still", type=int, default=50, help="open requests that still are a flood")
     parser.add_argument("--rounds-of-keys", type=int, default=2, help="alone, and beside a flood")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="OPTION=VALUE", help="of servers, beside the scene's own"
+        "--set", nargs="*", default=[], metavar="OPTION=VALUE", help="of servers, beside the scenario's own"
     )
     parser.add_argument("--chats", type=int, default=100, help="with a system prompt in common")
     parser.add_argument("--system", type=int, default=2048, help="tokens of the system prompt")
@@ -383,7 +383,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def print_scene(name: str, figures: Figures) -> None:
+def print_scenario(name: str, figures: Figures) -> None:
     def short(value: object) -> object:
         if isinstance(value, dict):
             return {key: short(part) for key, part in value.items()}
@@ -392,24 +392,24 @@ def print_scene(name: str, figures: Figures) -> None:
     print(f"{name}: {short(figures)}", flush=True)
 
 
-def draw_gaps(folder: Path, scene: Figures) -> None:
-    used = (row for row in scene["by_target"] if row["used_before"])
+def draw_gaps(folder: Path, scenario: Figures) -> None:
+    used = (row for row in scenario["by_target"] if row["used_before"])
     rows = sorted(used, key=lambda row: float(row["target_step_ms"]))
     targets = [row["target_step_ms"] for row in rows]
     data = {name: (targets, [row[f"{name}_p99_gap_ms"] for row in rows]) for name in ("without", "beside")}
-    title = f"{scene['streams']} streams, and a prompt of {scene['prompt_tokens']:,} tokens"
+    title = f"{scenario['streams']} streams, and a prompt of {scenario['prompt_tokens']:,} tokens"
     lines(folder / "serving-gaps.svg", title, "scheduler.target_step_ms", "p99 gap between tokens, ms", data)
 
 
-def draw_fairness(folder: Path, scene: Figures) -> None:
-    sides = {
+def draw_fairness(folder: Path, scenario: Figures) -> None:
+    series = {
         f"{name}, max_running {row['max_running']}": row[key]
-        for row in scene["by_max_running"]
+        for row in scenario["by_max_running"]
         for name, key in (("alone", "figure_alone"), ("beside the flood", "figure"))
     }
-    title = f"One request at a time, and another key with {scene['flood']} at once"
-    values = {name: side["value"] for name, side in sides.items()}
-    notes = {name: f"{side['low']:.0f} to {side['high']:.0f}" for name, side in sides.items()}
+    title = f"One request at a time, and another key with {scenario['flood']} at once"
+    values = {name: each["value"] for name, each in series.items()}
+    notes = {name: f"{each['low']:.0f} to {each['high']:.0f}" for name, each in series.items()}
     bars(folder / "serving-fairness.svg", title, "ms to the first token, median", values, notes)
 
 
@@ -423,7 +423,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = parse(argv)
     file = chosen.out / "serving.json"
     for name in chosen.only:
-        figures = uvloop.run(SCENES[name](chosen))
+        figures = uvloop.run(SCENARIOS[name](chosen))
         head = report_head(["torch", "numba", "uvicorn", "uvloop"])
         write_json(file, {**load_json(file), name: {**head, **figures}})
     draw(chosen.out, load_json(file))

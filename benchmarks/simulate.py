@@ -332,21 +332,21 @@ def two_floods(slots: int, requests: int = 500, cost: Cost = CPU, **policy: obje
             prompt = tokens(draw, draw.randrange(32, 96))
             play.ask(Request(at, tenant, 0, prompt, scale * draw.randrange(16, 64)))
     play.run()
-    sides = [[r for r in play.responses if r.request.tenant == tenant] for tenant in ("first", "second")]
-    waiting = min(max(r.times[0] for r in side) for side in sides)
-    unfinished = min(sorted(r.times[-1] for r in side)[int(0.8 * requests)] for side in sides)
+    floods = [[r for r in play.responses if r.request.tenant == tenant] for tenant in ("first", "second")]
+    waiting = min(max(r.times[0] for r in flood) for flood in floods)
+    unfinished = min(sorted(r.times[-1] for r in flood)[int(0.8 * requests)] for flood in floods)
     return {
         "seconds": round(play.now, 2),
-        "jain_while_both_wait": jain([served(side, 0.3, waiting) for side in sides]),
-        "jain_while_both_are_unfinished": jain([served(side, 0.3, unfinished) for side in sides]),
+        "jain_while_both_wait": jain([served(flood, 0.3, waiting) for flood in floods]),
+        "jain_while_both_are_unfinished": jain([served(flood, 0.3, unfinished) for flood in floods]),
         "preemptions": play.scheduler.counts.preemptions,
     }
 
 
-def served(side: Many[Response], begin: float, end: float) -> int:
+def served(flood: Many[Response], begin: float, end: float) -> int:
     """Tokens generated in this time, and of the prompts whose first token came in it."""
-    generated = sum(begin < at <= end for r in side for at in r.times)
-    return generated + sum(len(r.request.prompt) for r in side if begin < r.times[0] <= end)
+    generated = sum(begin < at <= end for r in flood for at in r.times)
+    return generated + sum(len(r.request.prompt) for r in flood if begin < r.times[0] <= end)
 
 
 def jain(amounts: Many[float]) -> float:
@@ -500,17 +500,17 @@ def main(argv: Many[str] | None = None) -> None:
     if chosen.print_only:
         json.dump(measured, sys.stdout)
         return
-    policies, sides = measured["policies"], {"fair": measured["scenarios"]}
+    policies, schedulers = measured["policies"], {"fair": measured["scenarios"]}
     if chosen.against is not None:
         before = measure_other(chosen.against, argv)
-        policies["before"], sides["before"] = before["policies"]["fair"], before["scenarios"]
+        policies["before"], schedulers["before"] = before["policies"]["fair"], before["scenarios"]
     report = {
         "command": f"python -m benchmarks.simulate {' '.join(argv)}".strip(),
         "machine": {"system": platform.platform(), "python": platform.python_version()},
         "requests": chosen.requests if chosen.trace is None else str(chosen.trace),
         "cost": asdict(Cost()),
         "policies": policies,
-        "scenarios": {"cost": asdict(CPU), "target_step_s": TARGET, **sides},
+        "scenarios": {"cost": asdict(CPU), "target_step_s": TARGET, **schedulers},
     }
     (chosen.out / "simulate.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(policies, chosen.out / "simulate.png")

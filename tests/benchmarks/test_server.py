@@ -14,12 +14,12 @@ import pytest
 from benchmarks import document, engine, loads, server
 from benchmarks.common import figure, write_json
 from benchmarks.loads import Request
-from benchmarks.sides import TEMPERATURE, Remote
+from benchmarks.systems import TEMPERATURE, Remote
 from tests.conftest import Server
 from tests.kernels.support import CONFORMANCE
 
 TINY = str(CONFORMANCE / "tiny")
-SIDES = ("server", "one_at_a_time", "upstream", "static", "dense")
+SYSTEMS = ("server", "one_at_a_time", "upstream", "static", "dense")
 ENGINE = (
     f"--model {TINY} --kernels torch --batches 1 2 --contexts 8 16 --context-batch 2 --decoders 2 --prompts 0 1 "
     "--prefill-tokens 8 --steps 2 --repeats 3"
@@ -46,7 +46,7 @@ class Made(Remote):
 @pytest.fixture
 def bench() -> server.Bench:
     chosen = server.parse(["--quick", "--model", TINY])
-    return server.Bench(chosen, {name: Made(1000.0 / (1 + number)) for number, name in enumerate(SIDES)})
+    return server.Bench(chosen, {name: Made(1000.0 / (1 + number)) for number, name in enumerate(SYSTEMS)})
 
 
 def test_prompts_have_their_length_and_no_other_seed_has_the_same() -> None:

@@ -1,4 +1,4 @@
-"""The serving benchmark's pure parts, and its client against a real server; scenes of servers are not run here."""
+"""The serving benchmark's pure parts, and its client against a real server; scenarios of servers are not run here."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_gaps_are_those_that_lie_in_a_window() -> None:
     assert figures["beside_max_gap_ms"] == 2500.0
 
 
-def test_what_a_side_was_served_is_what_came_in_the_window() -> None:
+def test_what_a_tenant_was_served_is_what_came_in_the_window() -> None:
     found = shares([[SAME], [SAME, SAME]], (0.0, 1.2))
     assert found["generated"] == [2, 4]
     assert found["prompts"] == [3, 6]
