@@ -80,13 +80,13 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def told(figure: Report) -> str:
+def shown(figure: Report) -> str:
     return f"{number(figure['value'])} ({number(figure['low'])} to {number(figure['high'])})"
 
 
 def judged(ratio: Report) -> tuple[str, str]:
     verdict = "" if "goal" not in ratio else f"{ratio['goal']}: {'met' if ratio['met'] else 'missed'}"
-    return told(ratio), verdict
+    return shown(ratio), verdict
 
 
 def named(name: str) -> str:
@@ -123,14 +123,14 @@ def server(report: Report, link: str) -> Lines:
 
 
 def against(scenario: Report, link: str) -> Lines:
-    yield f"{scenario['streams']} streams, answers of {scenario['answer_tokens']} tokens, each the same load:"
+    yield f"{scenario['streams']} streams, completions of {scenario['answer_tokens']} tokens, each the same load:"
     yield ""
     ratios = {"engine": "to_engine", **{name: f"to_{name}" for name in scenario["sides"]}}
     rows = []
     for name, system in scenario["sides"].items():
         ratio = scenario["ratios"].get(ratios[name])
         rows.append(
-            [named(name), system["requests"], told(system["tokens_per_s"]), *(judged(ratio) if ratio else ("", ""))]
+            [named(name), system["requests"], shown(system["tokens_per_s"]), *(judged(ratio) if ratio else ("", ""))]
         )
     yield from table(["", "requests", "tokens/s", "this server is so many times it", "goal"], *rows)
     yield from strain(scenario["sides"])
@@ -138,13 +138,13 @@ def against(scenario: Report, link: str) -> Lines:
 
 def heavy_tailed(scenario: Report, link: str) -> Lines:
     lengths = scenario["answer_tokens"]
-    yield f"{scenario['streams']} streams, {scenario['requests']} answers whose lengths have a heavy tail: median"
+    yield f"{scenario['streams']} streams, {scenario['requests']} completions whose lengths have a heavy tail: median"
     static = scenario["batch_of_static"]
     yield f"{lengths['median']}, longest {lengths['max']}. Static batches of {static}; a padded one"
     by_batch = (f"{number(rows)} in batches of {batch}" for batch, rows in scenario["rows_computed_to_needed"].items())
     yield f"computes more rows than are needed, in this order of arrival {', '.join(by_batch)} times as many:"
     yield ""
-    rows = [[named(name), told(system["tokens_per_s"])] for name, system in scenario["sides"].items()]
+    rows = [[named(name), shown(system["tokens_per_s"])] for name, system in scenario["sides"].items()]
     yield from table(["", "tokens/s"], *rows, ["ratio", " ".join(judged(scenario["ratios"]["to_static"]))])
     yield from strain(scenario["sides"])
 
@@ -152,10 +152,10 @@ def heavy_tailed(scenario: Report, link: str) -> Lines:
 def curve(scenario: Report, link: str) -> Lines:
     yield f"![throughput against latency]({link}/server-curve.svg)"
     yield ""
-    head = ["", "streams", "tokens/s", "ms of an answer, mean", "ms to the first token, p99", "ms a token, median"]
+    head = ["", "streams", "tokens/s", "ms of a completion, mean", "ms to the first token, p99", "ms a token, median"]
     keys = ("tokens_per_s", "mean_answer_ms", "p99_first_token_ms", "median_token_ms")
     rows = [
-        [named(name), point["streams"], *(told(point[key]) for key in keys)]
+        [named(name), point["streams"], *(shown(point[key]) for key in keys)]
         for name, points in scenario["sides"].items()
         for point in points
     ]
@@ -168,12 +168,12 @@ def first_token(scenario: Report, link: str) -> Lines:
         f"Poisson arrivals at {scenario['share_of_saturation']:.0%} of the saturated rate": "loaded",
     }
     rows = [
-        [name, scenario["requests"][key], told(scenario[key]["p99_first_token_ms"])] for name, key in systems.items()
+        [name, scenario["requests"][key], shown(scenario[key]["p99_first_token_ms"])] for name, key in systems.items()
     ]
     ratio = " ".join(judged(scenario["ratios"]["loaded_to_unloaded"]))
     yield from table(["", "requests", "ms to the first token, p99"], *rows, ["ratio", "", ratio])
     yield ""
-    yield f"Saturated: {told(scenario['saturation_requests_per_s'])} requests/s."
+    yield f"Saturated: {shown(scenario['saturation_requests_per_s'])} requests/s."
     yield from strain({name: scenario[key] for name, key in systems.items()})
 
 
@@ -191,7 +191,7 @@ def engine(report: Report, link: str) -> Lines:
         yield ""
         yield f"![tokens/s by batch size]({link}/engine-batches.svg)"
         yield ""
-        rows = [[each["batch"], told(each["figure"]), number(each["ms_per_step"])] for each in batches]
+        rows = [[each["batch"], shown(each["figure"]), number(each["ms_per_step"])] for each in batches]
         yield from table(["sequences that decode", "tokens/s", "ms a step"], *rows)
     if contexts := report.get("contexts"):
         yield ""
@@ -199,7 +199,8 @@ def engine(report: Report, link: str) -> Lines:
         yield ""
         first = contexts["by_context"][0]["context"]
         rows = [
-            [each["context"], told(each["figure"]), told(each[f"ratio_to_{first}"])] for each in contexts["by_context"]
+            [each["context"], shown(each["figure"]), shown(each[f"ratio_to_{first}"])]
+            for each in contexts["by_context"]
         ]
         yield from table(["context", f"µs a token, batch of {contexts['batch']}", f"to that at {first}"], *rows)
     if mixes := report.get("mixes"):
@@ -208,7 +209,7 @@ def engine(report: Report, link: str) -> Lines:
             [
                 f"{each['decoders']} decode, {each['prompts']} in their prompts",
                 *(number(each[key]) for key in ("decoded_tokens_per_s", "prefilled_tokens_per_s")),
-                told(each["figure"]),
+                shown(each["figure"]),
             ]
             for each in mixes
         ]
@@ -221,7 +222,7 @@ def kernels(report: Report, link: str) -> Lines:
     batch, prompt = report["decode"]["batch"], report["prefill"]["tokens"]
     yield f"A decode step of {batch} sequences, and a prompt of {prompt} tokens:"
     yield ""
-    yield from table(["", "tokens/s"], *([named(name), told(each)] for name, each in report["figures"].items()))
+    yield from table(["", "tokens/s"], *([named(name), shown(each)] for name, each in report["figures"].items()))
     yield ""
     yield f"![pass by pass]({link}/kernels-passes.svg)"
 
@@ -232,7 +233,7 @@ def scheduler(report: Report, link: str) -> Lines:
     yield f"Planning, committing and publishing a step of {report['running']} sequences, nothing computed:"
     yield ""
     rows = [
-        [name, told(scenario["figure"]), number(scenario["all"]["p99_ms"])]
+        [name, shown(scenario["figure"]), number(scenario["all"]["p99_ms"])]
         for name, scenario in report["milliseconds_a_step"].items()
     ]
     yield from table(["", "ms a step", "p99"], *rows)
@@ -250,8 +251,8 @@ def serving(report: Report, link: str) -> Lines:
             [
                 f"{each['target_step_ms']:g}",
                 number(each["without_p99_gap_ms"]),
-                told(each["figure"]),
-                told(each["p99_gap_ratio"]),
+                shown(each["figure"]),
+                shown(each["p99_gap_ratio"]),
             ]
             for each in scenario["by_target"]
         ]
@@ -266,8 +267,8 @@ def serving(report: Report, link: str) -> Lines:
         rows = [
             [
                 each["max_running"],
-                told(each["figure_alone"]),
-                told(each["figure"]),
+                shown(each["figure_alone"]),
+                shown(each["figure"]),
                 number(each["both_unfinished"]["jain"]),
             ]
             for each in scenario["by_max_running"]
@@ -287,13 +288,13 @@ def frontend(report: Report, link: str) -> Lines:
     yield f"{report['streams']} streams of {report['tokens']} tokens, with an engine that computes nothing:"
     yield ""
     rows = [
-        [name, told(system["events_per_second"]), told(system["server_us_per_token"])]
+        [name, shown(system["events_per_second"]), shown(system["server_us_per_token"])]
         for name, system in report["figures"].items()
     ]
     yield from table(["", "events/s", "µs of the server's processor time a token"], *rows)
     yield ""
     rows = [
-        [f"{name} to {other}", told(ratio)]
+        [f"{name} to {other}", shown(ratio)]
         for other, ratios in report["events_ratio_to"].items()
         for name, ratio in ratios.items()
     ]

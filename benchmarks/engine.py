@@ -150,7 +150,7 @@ class Loop:
             self.step()
 
     def prefill(self, prompts: Sequence[list[int]]) -> None:
-        """Starts prompts anew, in the place of those before them."""
+        """Starts prompts anew, instead of those before them."""
         self._scheduler.abort(self._prompts)
         self._prompts = [generation(prompt, seed) for seed, prompt in enumerate(prompts)]
         self._scheduler.submit(self._prompts)

@@ -17,11 +17,11 @@ PROMPT = 64  # tokens
 @dataclass(frozen=True)
 class Request:
     prompt: str  # ASCII: as many tokens of bytes as characters
-    length: int  # tokens of its answer
+    length: int  # tokens of its completion
 
 
 def load(lengths: Sequence[int], seed: int) -> list[Request]:
-    """Prompts that no other seed's are like, and answers of these lengths."""
+    """Prompts that no other seed's are like, and completions of these lengths."""
     draw = random.Random(seed)
     return [Request(prompt(draw), length) for length in lengths]
 

@@ -7,10 +7,9 @@ Variants take turns. Each chooses a token for every row: `plain` ones have a tem
 on the tokens of a prompt and a completion, biased, or scored with the log-probabilities of 5. Figures are milliseconds
 a step, the median, of the one thread's own time: what else the machine does adds little to them.
 
-`worst` is what requests may ask for at most: 64 rows, each with a bias for every token, a prompt and an answer that had
-every token, a ban on all but one, 20 log-probabilities; and a stream with 16 stop strings of 1 KiB that overlap with
-an answer of one letter, in microseconds a token.
-"""
+`worst` is what requests may ask for at most: 64 rows, each with a bias for every token, a prompt and a completion that
+had every token, a ban on all but one, 20 log-probabilities; and a stream with 16 stop strings of 1 KiB that overlap
+with a completion of one letter, in microseconds a token."""
 
 from __future__ import annotations
 
@@ -112,7 +111,7 @@ STOPS = StopStrings(["a" * length + "b" for length in range(1008, 1024)])
 
 
 def stream(tokens: int) -> None:
-    """So many tokens of an answer that is about to end with each of 16 stop strings, and never does."""
+    """So many tokens of a completion that is about to end with each of 16 stop strings, and never does."""
     text = TextStream(ByteTokenizer().decoder(), STOPS)
     for _ in range(tokens):
         text.push(ord("a"))

@@ -37,7 +37,7 @@ SCENARIOS = ("decoding", "decoding, a queue behind", "taking turns", "prompts un
 WARM = 100  # steps before those that count
 CHURN = 16  # sequences that end in a step, and as many that come, where they come and go
 BLOCKS = 10  # of steps: a figure's rounds
-KEPT = 256  # states on the device beside those of running sequences
+CACHED = 256  # states on the device beside those of running sequences
 
 
 class NoRunner:
@@ -50,7 +50,7 @@ def make_scheduler(scenario: str, running: int, waiting: int) -> Scheduler:
     policy = Policy(
         host_slots=running if turns else 0, max_running=running * 3 // 2 if turns else running, keep=True, time_slice=64
     )
-    scheduler = Scheduler(running + (KEPT if scenario == "coming and going" else 0), 4 * running, policy)
+    scheduler = Scheduler(running + (CACHED if scenario == "coming and going" else 0), 4 * running, policy)
     behind = {"decoding": 0, "taking turns": running // 2, "coming and going": -running}.get(scenario, waiting)
     length = 20_000 if scenario == "prompts under way" else 24
     for number in range(running + behind):
@@ -73,7 +73,7 @@ def make_sequence(number: int, prompt: list[int], max_tokens: int) -> Sequence:
 
 
 def newcomers(draw: random.Random, number: int, running: int) -> list[Sequence]:
-    """Prompts of some hundred tokens, each with one of a few beginnings, and answers that end as many others come."""
+    """Prompts of some hundred tokens, each with one of a few prefixes, and completions that end as many others come."""
     lengths = (draw.randrange(running // CHURN // 2, running // CHURN * 3 // 2) for _ in range(CHURN))
     return [
         make_sequence(number + at, [draw.randrange(8)] * 200 + draw.choices(range(256), k=100), length)

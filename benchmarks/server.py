@@ -4,14 +4,15 @@
     python -m benchmarks.server --quick         # whether it works: figures of nothing
 
 All servers that are needed run from the beginning to the end, each in its process; `bench serve` measures them from a
-process of its own, whose strain is told (`client`). No figure is written where a request failed or an answer lacks a
-token. Writes `server.json`, a key for each measurement, and a plot:
+process of its own, whose strain is reported (`client`). No figure is written where a request failed or a completion
+lacks a token. Writes `server.json`, a key for each measurement, and a plot:
 
-    against       tokens/s at so many streams of even answers, which begin as others end; of the engine in process, in
+    against       tokens/s at so many streams of even completions, which begin as others end; of the engine in process,
+    in
                   this process, through the same scheduler and worker; and of the baselines. One at a time, more streams
                   change nothing but the wait: those get the first `requests` of the load
-    heavy_tailed  the server against static batching, where the lengths of answers have a heavy tail
-    curve         tokens/s against the time of an answer, by how many streams there are
+    heavy_tailed  the server against static batching, where the lengths of completions have a heavy tail
+    curve         tokens/s against the time of a completion, by how many streams there are
     first_token   milliseconds to the first token, 99th percentile: of one request at a time, and of a Poisson process
                   at a share of the rate at which the server is saturated
 
@@ -40,7 +41,7 @@ from benchmarks.static import heavy_tailed, ideal
 from benchmarks.systems import TEMPERATURE, Figures, InProcess, Remote, System
 
 ROOT = Path(__file__).parents[1]
-ONE_BY_ONE = 2  # requests that warm those which have a single place
+ONE_BY_ONE = 2  # requests that warm those which have a single slot
 KEPT = 32  # states of each prefix cache: no prompt comes twice, and there are several servers
 SERVER, ENGINE = "server", "engine"
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def options_of(chosen: argparse.Namespace) -> list[str]:
-    """Of all servers, and of the engine in process; the model is told apart."""
+    """Of all servers, and of the engine in process; except the model."""
     streams = max(chosen.streams, *chosen.concurrency)
     return [f"scheduler.max_running={streams}", f"prefix_cache.entries={KEPT}"]
 
@@ -79,7 +80,7 @@ def options_of(chosen: argparse.Namespace) -> list[str]:
 def modules(chosen: argparse.Namespace) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
     """What runs each server, as `python -m`, and its options."""
     every = options_of(chosen)
-    own = [*every, "prefix_cache.enabled=false"]  # these keep nothing, and have a place for each row
+    own = [*every, "prefix_cache.enabled=false"]  # these cache nothing, and have a slot for each row
     batch = ("--batch", str(chosen.batch))
     return {
         SERVER: (("bdh_batch", "serve"), every),
@@ -107,7 +108,7 @@ class Bench:
         return found
 
     def warm(self, name: str, system: System) -> None:
-        """A state's memory is taken when it is first written: here, by more requests than there are places."""
+        """A state's memory is taken when it is first written: here, by more requests than there are slots."""
         streams = max(self.chosen.streams, *self.chosen.concurrency)
         many = ONE_BY_ONE if name in ("one_at_a_time", "upstream") else 2 * (streams + KEPT)
         system(loads.load([2] * many, seed=-1), streams)

@@ -14,7 +14,8 @@ strain is part of the figures. No figure of a scenario is printed when texts dif
                 scheduler.max_running
     beginning   many chat requests share a system prompt: prompt tokens computed and seconds to the first token, against
                 a server that keeps nothing (requests at the same time still share), and one that shares nothing either
-    batching    in process: tokens/s of continuous against static batching of answers whose lengths have a heavy tail
+    batching    in process: tokens/s of continuous against static batching of completions whose lengths have a heavy
+    tail
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from bdh_batch.engine.loading import load_engine
 from bdh_batch.scheduler.prefixes import common, pack
 from bdh_batch.server import bundled_model
 from bdh_batch.settings import load
-from benchmarks.client import Answer, Served, Stream, load_json, served
+from benchmarks.client import Response, Served, Stream, load_json, served
 from benchmarks.common import figure, ratio, report_head, write_json
 from benchmarks.plots import bars, lines
 from benchmarks.static import Job, continuous, heavy_tailed, ideal, static
@@ -80,10 +81,10 @@ def refuse_unless(same: bool, what: str) -> None:
         sys.exit(f"{what}: no figure is worth printing.")
 
 
-def gaps(answers: Sequence[Answer], window: Window) -> list[float]:
+def gaps(responses: Sequence[Response], window: Window) -> list[float]:
     """Between tokens of a stream, all that lie in `window`."""
     begin, end = window
-    return [b - a for answer in answers for a, b in pairwise(answer.times) if begin <= a and b <= end]
+    return [b - a for response in responses for a, b in pairwise(response.times) if begin <= a and b <= end]
 
 
 # A long prompt beside streams
@@ -101,7 +102,7 @@ async def prompt(chosen: argparse.Namespace) -> Figures:
         first_tokens.append(tokens)
         by_target.append({"target_step_ms": target, "used_before": used, **figures})
         print_scenario(f"target {target:g} ms, slots used before: {used}", figures)
-    refuse_unless(len(set(map(tuple, first_tokens))) == 1, "The long prompts' answers differ between targets")
+    refuse_unless(len(set(map(tuple, first_tokens))) == 1, "The long prompts' completions differ between targets")
     return {"streams": chosen.streams, "prompt_tokens": chosen.long, "by_target": by_target}
 
 
@@ -122,18 +123,18 @@ async def beside_streams(server: Served, chosen: argparse.Namespace) -> tuple[Fi
     async with Watch() as watch:
         for _ in range(chosen.rounds + 1):
             await asyncio.sleep(1.1 * seconds)
-            answer = await server.ask(prompt=text(draw, chosen.long), max_tokens=1, **GREEDY)
-            refuse_unless(answer.cached_tokens == 0, "A long prompt was partly cached")
-            seconds = answer.first
-            long.append(answer)
-            windows.append(((answer.sent - seconds, answer.sent), (answer.sent, answer.times[0])))
+            response = await server.ask(prompt=text(draw, chosen.long), max_tokens=1, **GREEDY)
+            refuse_unless(response.cached_tokens == 0, "A long prompt was partly cached")
+            seconds = response.first
+            long.append(response)
+            windows.append(((response.sent - seconds, response.sent), (response.sent, response.times[0])))
             await asyncio.sleep(0.3)
     beside = [await stream.leave() for stream in streams]
     alone = await server.ask(max_tokens=len(beside[0].tokens), **bodies[0])
     refuse_unless(alone.tokens == beside[0].tokens, "A stream's text differs from its text alone")
     figures = gap_figures(beside, windows[1:])
-    figures["prompt_seconds_to_first_token"] = statistics.median(answer.first for answer in long[1:])
-    return {**figures, "client": strained(watch)}, [answer.tokens[0] for answer in long]
+    figures["prompt_seconds_to_first_token"] = statistics.median(response.first for response in long[1:])
+    return {**figures, "client": strained(watch)}, [response.tokens[0] for response in long]
 
 
 async def until_decoding(streams: Sequence[Stream], pieces: int = 20) -> None:
@@ -141,9 +142,9 @@ async def until_decoding(streams: Sequence[Stream], pieces: int = 20) -> None:
         await asyncio.sleep(0.02)
 
 
-def gap_figures(answers: Sequence[Answer], windows: Sequence[tuple[Window, Window]]) -> Figures:
-    without = [gaps(answers, before) for before, _ in windows]
-    beside = [gaps(answers, during) for _, during in windows]
+def gap_figures(responses: Sequence[Response], windows: Sequence[tuple[Window, Window]]) -> Figures:
+    without = [gaps(responses, before) for before, _ in windows]
+    beside = [gaps(responses, during) for _, during in windows]
     compared = ratio([percentile(g, 0.99) for g in beside], [percentile(g, 0.99) for g in without])
     return {
         "rounds": len(windows),
@@ -178,21 +179,23 @@ async def keys(chosen: argparse.Namespace) -> Figures:
 async def beside_a_flood(server: Served, chosen: argparse.Namespace) -> Figures:
     """One at a time alone, then beside a flood, with other prompts, as the first ones' states are kept."""
     draw = random.Random(2)
-    alone: list[list[Answer]] = []
-    beside: list[list[Answer]] = []
+    alone: list[list[Response]] = []
+    beside: list[list[Response]] = []
     for _ in range(chosen.rounds_of_keys + 1):
         alone.append([await server.ask(key=KEYS[1], **single(draw, chosen)) for _ in range(chosen.singles)])
         flood = asyncio.gather(*[server.ask(key=KEYS[0], **body) for body in flooding(draw, chosen)])
         await asyncio.sleep(0.5)
         bodies = [single(draw, chosen) for _ in range(chosen.singles)]
         found = [await server.ask(key=KEYS[1], **body) for body in bodies if not flood.done()]
-        over = sorted(answer.times[-1] for answer in await flood)[-chosen.still]
-        beside.append([answer for answer in found if answer.times[0] < over])  # later ones met what was left of it
+        over = sorted(response.times[-1] for response in await flood)[-chosen.still]
+        beside.append(
+            [response for response in found if response.times[0] < over]
+        )  # later ones met what was left of it
         again = [await server.ask(key=KEYS[1], **body) for body, _ in zip(bodies, found)]
         same = all(a.tokens == b.tokens for a, b in zip(again, found, strict=True))
         refuse_unless(same, "A text beside a flood differs from the same alone")
         refuse_unless(not any(a.cached_tokens for a in [*alone[-1], *found]), "A prompt was partly cached")
-    ones, others = ([answer.first for row in run[1:] for answer in row] for run in (alone, beside))
+    ones, others = ([response.first for row in run[1:] for response in row] for run in (alone, beside))
     return {
         "alone_seconds": statistics.median(ones),
         "beside_seconds": statistics.median(others),
@@ -204,9 +207,9 @@ async def beside_a_flood(server: Served, chosen: argparse.Namespace) -> Figures:
     }
 
 
-def median_ms(rounds: Sequence[Sequence[Answer]]) -> list[float]:
+def median_ms(rounds: Sequence[Sequence[Response]]) -> list[float]:
     """To the first token, round by round."""
-    return [1e3 * statistics.median(answer.first for answer in row) for row in rounds if row]
+    return [1e3 * statistics.median(response.first for response in row) for row in rounds if row]
 
 
 def single(draw: random.Random, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -221,26 +224,27 @@ def flooding(draw: random.Random, chosen: argparse.Namespace) -> list[dict[str, 
 
 
 async def two_floods(server: Served, chosen: argparse.Namespace) -> Figures:
-    """The first key's requests come first, and ask for longer answers; what counts is tokens while both have some."""
+    """The first key's requests come first, and ask for longer completions; what counts is tokens while both have
+    some."""
     draw = random.Random(3)
     floods = []
     for key, scale in zip(KEYS, (2, 1)):
         bodies = [{**body, "max_tokens": scale * body["max_tokens"]} for body in flooding(draw, chosen)]
         floods.append(asyncio.gather(*[server.ask(key=key, **body) for body in bodies]))
         await asyncio.sleep(0.3)
-    answers = [await flood for flood in floods]
-    begin = max(answer.sent for flood in answers for answer in flood)
-    waiting = min(max(answer.times[0] for answer in flood) for flood in answers)
-    unfinished = min(percentile([answer.times[-1] for answer in flood], 0.8) for flood in answers)
+    responses = [await flood for flood in floods]
+    begin = max(response.sent for flood in responses for response in flood)
+    waiting = min(max(response.times[0] for response in flood) for flood in responses)
+    unfinished = min(percentile([response.times[-1] for response in flood], 0.8) for flood in responses)
     by_window = {"waiting": (begin, waiting), "unfinished": (begin, unfinished)}
-    return {f"both_{name}": shares(answers, window) for name, window in by_window.items()}
+    return {f"both_{name}": shares(responses, window) for name, window in by_window.items()}
 
 
-def shares(answers: Sequence[Sequence[Answer]], window: Window) -> Figures:
+def shares(responses: Sequence[Sequence[Response]], window: Window) -> Figures:
     """What each flood was served in `window`: generated tokens, and the prompts whose first token came in it."""
     begin, end = window
-    generated = [sum(begin < at <= end for answer in flood for at in answer.times) for flood in answers]
-    prompts = [sum(len(a.prompt) for a in flood if begin < a.times[0] <= end) for flood in answers]
+    generated = [sum(begin < at <= end for response in flood for at in response.times) for flood in responses]
+    prompts = [sum(len(a.prompt) for a in flood if begin < a.times[0] <= end) for flood in responses]
     tokens = [a + b for a, b in zip(generated, prompts, strict=True)]
     return {"seconds": end - begin, "jain": jain(tokens), "generated": generated, "prompts": prompts}
 
@@ -277,28 +281,30 @@ def chats(draw: random.Random, chosen: argparse.Namespace) -> list[dict[str, Any
 async def asked(servers: Mapping[str, Served], bodies: Sequence[dict[str, Any]], together: int) -> Figures:
     """All of `bodies` of every server, so many together; the servers take turns."""
     computed = {name: -server.metric("bdh_prompt_tokens_total") for name, server in servers.items()}
-    answers: dict[str, list[Answer]] = {name: [] for name in servers}
+    responses: dict[str, list[Response]] = {name: [] for name in servers}
     for start in range(0, len(bodies), together):
         for name, server in servers.items():
             some = bodies[start : start + together]
-            answers[name] += await asyncio.gather(*[server.ask("/v1/chat/completions", **body) for body in some])
-    for found in zip(*answers.values(), strict=True):
-        refuse_unless(all(one.tokens == found[0].tokens for one in found), "A cached answer differs from an uncached")
+            responses[name] += await asyncio.gather(*[server.ask("/v1/chat/completions", **body) for body in some])
+    for found in zip(*responses.values(), strict=True):
+        refuse_unless(
+            all(one.tokens == found[0].tokens for one in found), "A cached completion differs from an uncached"
+        )
     for name, server in servers.items():
         computed[name] += server.metric("bdh_prompt_tokens_total")
-    return beginning_figures(answers, computed)
+    return beginning_figures(responses, computed)
 
 
-def beginning_figures(answers: Mapping[str, Sequence[Answer]], computed: Mapping[str, float]) -> Figures:
+def beginning_figures(responses: Mapping[str, Sequence[Response]], computed: Mapping[str, float]) -> Figures:
     """`shared_tokens` is what all prompts begin with; `least_tokens` what has to be computed if that is once.
 
     A little less than the least are computed where some of the prompts have more than that in common.
     """
-    prompts = [answer.prompt for answer in answers["kept"]]
+    prompts = [response.prompt for response in responses["kept"]]
     asked_for = sum(map(len, prompts))
     shared = min(common(pack(prompts[0]), pack(other)) for other in prompts[1:])
     least = asked_for - shared * (len(prompts) - 1)
-    first = {name: [answer.first for answer in found] for name, found in answers.items()}
+    first = {name: [response.first for response in found] for name, found in responses.items()}
     return {
         "prompt_tokens": asked_for,
         "shared_tokens": shared,
@@ -306,7 +312,7 @@ def beginning_figures(answers: Mapping[str, Sequence[Answer]], computed: Mapping
         "computed_tokens": dict(computed),
         "computed_to_least": computed["kept"] / least,
         "first_token_seconds": {name: statistics.median(seconds) for name, seconds in first.items()},
-        **{f"ratio_to_{name}": asdict(ratio(first["kept"], first[name])) for name in answers if name != "kept"},
+        **{f"ratio_to_{name}": asdict(ratio(first["kept"], first[name])) for name in responses if name != "kept"},
     }
 
 
@@ -323,15 +329,15 @@ async def batching(chosen: argparse.Namespace) -> Figures:
     jobs = [Job(list(text(draw, 64).encode()), length, seed) for seed, length in enumerate(lengths)]
     seconds: dict[str, list[float]] = {"continuous": [], "padded": [], "ragged": []}
     for number in range(chosen.rounds_of_batching):
-        answers = {}
+        responses = {}
         for name, measured in seconds.items():
             began = time.perf_counter()
             if name == "continuous":
-                answers[name] = await continuous(runner, jobs, chosen.batch, cap)
+                responses[name] = await continuous(runner, jobs, chosen.batch, cap)
             else:
-                answers[name] = static(runner, jobs, chosen.batch, cap, padded=name == "padded")
+                responses[name] = static(runner, jobs, chosen.batch, cap, padded=name == "padded")
             measured.append(time.perf_counter() - began)
-        refuse_unless(answers["continuous"] == answers["padded"] == answers["ragged"], "Texts differ")
+        refuse_unless(responses["continuous"] == responses["padded"] == responses["ragged"], "Texts differ")
         print(f"batching, round {number}: { {name: round(all_[-1], 2) for name, all_ in seconds.items()} }", flush=True)
     total = sum(lengths)
     figures = {
@@ -374,8 +380,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chats", type=int, default=100, help="with a system prompt in common")
     parser.add_argument("--system", type=int, default=2048, help="tokens of the system prompt")
     parser.add_argument("--together", type=int, default=16, help="chats sent at once")
-    parser.add_argument("--jobs", type=int, default=256, help="answers with a heavy tail")
-    parser.add_argument("--median", type=float, default=48.0, help="tokens of such an answer")
+    parser.add_argument("--jobs", type=int, default=256, help="completions with a heavy tail")
+    parser.add_argument("--median", type=float, default=48.0, help="tokens of such a completion")
     parser.add_argument("--spread", type=float, default=1.0, help="of the logarithm of its length")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds-of-batching", type=int, default=3)

@@ -62,7 +62,7 @@ class Request:
     tenant: str
     priority: int
     prompt: Many[int]
-    answer: int  # tokens
+    completion_tokens: int
 
 
 class Silent:
@@ -168,7 +168,7 @@ class Play:
         return Sequence(
             id="",
             prompt=request.prompt,
-            max_tokens=request.answer,
+            max_tokens=request.completion_tokens,
             sampling=PARAMS,
             text=silent,
             outbox=silent,
@@ -186,8 +186,8 @@ def generate(count: int, load: float, cost: Cost, slots: int, seed: int) -> list
     """A load that is `load` times what full batches without any sharing could carry."""
     draw = random.Random(seed)
     stems = [[draw.randrange(256) for _ in range(draw.choice((64, 200, 600)))] for _ in range(20)]
-    prompt, answer = 180, 40
-    each = prompt * cost.prefill + answer * (cost.decode + cost.step / slots)
+    prompt, completion = 180, 40
+    each = prompt * cost.prefill + completion * (cost.decode + cost.step / slots)
     rate, now, requests = load / each, 0.0, []
     for number in range(count):
         burst = number // 1000 % 4 == 0
@@ -195,7 +195,7 @@ def generate(count: int, load: float, cost: Cost, slots: int, seed: int) -> list
         key = "flood" if draw.random() < (0.95 if burst else 0.5) else f"key {draw.randrange(20)}"
         tail = [draw.randrange(256) for _ in range(1 + int(draw.expovariate(1 / 60)))]
         stem = draw.choice(stems) if draw.random() < 0.5 else []
-        length = 1 + int(draw.expovariate(1 / answer))
+        length = 1 + int(draw.expovariate(1 / completion))
         requests.append(Request(now, key, 0, [*stem, *tail], length))
     return requests
 
@@ -203,11 +203,11 @@ def generate(count: int, load: float, cost: Cost, slots: int, seed: int) -> list
 def replay(file: Path) -> list[Request]:
     """The requests of a trace. Their tokens are made up, such that they begin alike where those of the trace did."""
     events = [json.loads(line) for line in file.read_text().splitlines()]
-    answers = {event["place"]: event["generated"] for event in events if event["event"] == "end"}
-    submitted = [event for event in events if event["event"] == "submit" and answers.get(event["place"])]
+    lengths = {event["place"]: event["generated"] for event in events if event["event"] == "end"}
+    submitted = [event for event in events if event["event"] == "submit" and lengths.get(event["place"])]
     begin = submitted[0]["now"] if submitted else 0.0
     return [
-        Request(event["now"] - begin, event["tenant"], event["priority"], _tokens(event), answers[event["place"]])
+        Request(event["now"] - begin, event["tenant"], event["priority"], _tokens(event), lengths[event["place"]])
         for event in submitted
     ]
 

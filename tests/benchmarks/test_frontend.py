@@ -59,5 +59,5 @@ def test_all_systems_have_figures(tmp_path: Path) -> None:
         f"frontend/figures/{name}/{key}" for name in SYSTEMS for key in ("events_per_second", "server_us_per_token")
     }
     page = "\n".join(document.frontend(report, ""))
-    assert all(f"| {document.told(each['events_per_second'])} |" in page for each in report["figures"].values())
+    assert all(f"| {document.shown(each['events_per_second'])} |" in page for each in report["figures"].values())
     assert report["events_ratio_to"]["bare"]["ahead"]["value"] > 0

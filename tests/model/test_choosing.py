@@ -125,7 +125,7 @@ def test_draws_are_those_of_the_specification(given: list[Row]) -> None:
             assert above - expected[token] - 1e-5 <= target <= above + 1e-5
 
 
-def told(score: TokenScore | None) -> tuple[int, float, list[tuple[int, float]]] | None:
+def plain(score: TokenScore | None) -> tuple[int, float, list[tuple[int, float]]] | None:
     return None if score is None else (score.token, score.logprob, list(score.top))
 
 
@@ -137,7 +137,7 @@ def test_a_row_is_chosen_and_scored_alike_alone_and_in_any_company(given: list[R
     for index, row in enumerate(order):
         alone, score = chosen([row], given)
         assert [drawn[index]] == alone
-        assert told(scores.get(index)) == told(score.get(0))
+        assert plain(scores.get(index)) == plain(score.get(0))
 
 
 @settings(deadline=None)
