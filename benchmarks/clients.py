@@ -53,7 +53,7 @@ class Call:
         self._http = h11.Connection(h11.CLIENT)
         self.status = 0
         self.body = bytearray()
-        self.gives_way: asyncio.Event | None = None  # of a later class: may wait for as long as others come first
+        self.gives_way: asyncio.Event | None = None  # of a later priority: may wait for as long as others come first
         self.whole = False  # all of the response is here
         self.cut = False  # the peer has closed before
 

@@ -48,7 +48,10 @@ class NoRunner:
 def make_scheduler(scenario: str, running: int, waiting: int) -> Scheduler:
     turns = scenario == "taking turns"
     policy = Policy(
-        host_slots=running if turns else 0, max_running=running * 3 // 2 if turns else running, keep=True, time_slice=64
+        host_slots=running if turns else 0,
+        max_running=running * 3 // 2 if turns else running,
+        cache_prefixes=True,
+        time_slice=64,
     )
     scheduler = Scheduler(running + (CACHED if scenario == "coming and going" else 0), 4 * running, policy)
     behind = {"decoding": 0, "taking turns": running // 2, "coming and going": -running}.get(scenario, waiting)

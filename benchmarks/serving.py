@@ -9,7 +9,7 @@ strain is part of the figures. No figure of a scenario is printed when texts dif
 
     prompt      streams decode, and a long prompt arrives: the 99th percentile of the gaps between their tokens while it
                 is computed, against that of the same streams just before; by scheduler.target_step_ms
-    keys        the seconds to the first token of a key that sends one request at a time, while another one floods,
+    keys        the seconds to the first token of a tenant that sends one request at a time, while another one floods,
                 against the same alone; and how evenly two that flood are served (Jain's index, 1 is evenly); by
                 scheduler.max_running
     beginning   many chat requests share a system prompt: prompt tokens computed and seconds to the first token, against
@@ -91,7 +91,7 @@ def gaps(responses: Sequence[Response], window: Window) -> list[float]:
 
 
 async def prompt(chosen: argparse.Namespace) -> Figures:
-    """A state's memory is taken when it is first written, which makes that step longer: told apart by `used_before`."""
+    """A state's memory is taken when it is first written, which makes that step longer: see `used_before`."""
     by_target, first_tokens = [], []
     for target, used in [*((target, True) for target in chosen.targets), *((target, False) for target in chosen.fresh)]:
         options = ["scheduler.max_running=48", "prefix_cache.entries=16"] if used else []
@@ -160,7 +160,7 @@ def gap_percentiles(name: str, found: Sequence[float]) -> Figures:
     return {f"{name}_{label}_gap_ms": 1e3 * percentile(found, share) for label, share in shares.items()}
 
 
-# Two keys
+# Two tenants
 
 
 async def keys(chosen: argparse.Namespace) -> Figures:
@@ -177,7 +177,7 @@ async def keys(chosen: argparse.Namespace) -> Figures:
 
 
 async def beside_a_flood(server: Served, chosen: argparse.Namespace) -> Figures:
-    """One at a time alone, then beside a flood, with other prompts, as the first ones' states are kept."""
+    """One at a time alone, then beside a flood, with other prompts, as the first ones' prefixes are cached."""
     draw = random.Random(2)
     alone: list[list[Response]] = []
     beside: list[list[Response]] = []
@@ -224,7 +224,7 @@ def flooding(draw: random.Random, chosen: argparse.Namespace) -> list[dict[str, 
 
 
 async def two_floods(server: Served, chosen: argparse.Namespace) -> Figures:
-    """The first key's requests come first, and ask for longer completions; what counts is tokens while both have
+    """The first tenant's requests come first, and ask for longer completions; what counts is tokens while both have
     some."""
     draw = random.Random(3)
     floods = []
@@ -249,10 +249,10 @@ def shares(responses: Sequence[Sequence[Response]], window: Window) -> Figures:
     return {"seconds": end - begin, "jain": jain(tokens), "generated": generated, "prompts": prompts}
 
 
-# A shared beginning
+# A shared prefix
 
 
-async def beginning(chosen: argparse.Namespace) -> Figures:
+async def shared_prefix(chosen: argparse.Namespace) -> Figures:
     draw = random.Random(4)
     few = ["scheduler.max_running=32", "prefix_cache.entries=32", *chosen.set]
     off = ["prefix_cache.enabled=false"]
@@ -292,10 +292,10 @@ async def asked(servers: Mapping[str, Served], bodies: Sequence[dict[str, Any]],
         )
     for name, server in servers.items():
         computed[name] += server.metric("bdh_prompt_tokens_total")
-    return beginning_figures(responses, computed)
+    return prefix_figures(responses, computed)
 
 
-def beginning_figures(responses: Mapping[str, Sequence[Response]], computed: Mapping[str, float]) -> Figures:
+def prefix_figures(responses: Mapping[str, Sequence[Response]], computed: Mapping[str, float]) -> Figures:
     """`shared_tokens` is what all prompts begin with; `least_tokens` what has to be computed if that is once.
 
     A little less than the least are computed where some of the prompts have more than that in common.
@@ -353,7 +353,7 @@ async def batching(chosen: argparse.Namespace) -> Figures:
     return figures
 
 
-SCENARIOS = {"prompt": prompt, "keys": keys, "beginning": beginning, "batching": batching}
+SCENARIOS = {"prompt": prompt, "keys": keys, "beginning": shared_prefix, "batching": batching}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -369,7 +369,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--long", type=int, default=16384, help="tokens of the long prompt")
     parser.add_argument("--rounds", type=int, default=4, help="without and with the long prompt")
     parser.add_argument("--running", nargs="+", type=int, default=[64, 1024], help="scheduler.max_running")
-    parser.add_argument("--flood", type=int, default=500, help="requests of a key that floods")
+    parser.add_argument("--flood", type=int, default=500, help="requests of a tenant that floods")
     parser.add_argument("--singles", type=int, default=20, help="requests, one at a time, of the other")
     parser.add_argument("--single-tokens", type=int, default=256, help="of their prompts")
     parser.add_argument("--still", type=int, default=50, help="open requests that still are a flood")
@@ -413,7 +413,7 @@ def draw_fairness(folder: Path, scenario: Figures) -> None:
         for row in scenario["by_max_running"]
         for name, key in (("alone", "figure_alone"), ("beside the flood", "figure"))
     }
-    title = f"One request at a time, and another key with {scenario['flood']} at once"
+    title = f"One request at a time, and another tenant with {scenario['flood']} at once"
     values = {name: each["value"] for name, each in series.items()}
     notes = {name: f"{each['low']:.0f} to {each['high']:.0f}" for name, each in series.items()}
     bars(folder / "serving-fairness.svg", title, "ms to the first token, median", values, notes)

@@ -222,7 +222,7 @@ def _tokens(event: Mapping[str, object]) -> list[int]:
 def simulate(name: str, requests: Many[Request], cost: Cost, slots: int, prefill: int, host: int) -> dict[str, object]:
     """Runs all of `requests` under one policy."""
     fair = name == "fair"
-    policy = Policy(host, target_step=0.03, keep=True) if fair else Policy(min_shared=1 << 30)
+    policy = Policy(host, target_step=0.03, cache_prefixes=True) if fair else Policy(min_shared=1 << 30)
     play = Play(Scheduler(slots, prefill, policy), cost, fair, slots if name == "static" else None)
     began = time.perf_counter()
     for request in requests:

@@ -27,7 +27,7 @@ class Generation(Protocol):
         """What the sequences gained since the last time, by their index; ends when all have ended or were aborted."""
 
     def abort(self) -> None:
-        """Ends what still runs; nothing more is computed for it. Idempotent. Whoever reads a generation ends with it,
+        """Ends what still runs; nothing more is computed for it. Idempotent. The reader of a generation ends with it,
         also where all has ended."""
 
     def on_end(self, ended: Ended) -> None:

@@ -45,6 +45,8 @@ UPSTREAM_LAYERS = BDHConfig().n_layer
 
 @dataclass(frozen=True, slots=True)
 class Model:
+    """A loaded model: its config, and its weights in memory."""
+
     config: BDHConfig
     weights: Weights
 
@@ -136,8 +138,8 @@ def save_model(folder: Path, config: BDHConfig, state: Mapping[str, Tensor], gen
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {FREQUENCIES: rope_frequencies(config.neurons_per_head).view(1, 1, 1, -1)} | dict(state)
-    kept = {key: tensors[key].detach().contiguous() for key in (*config.shapes(), FREQUENCIES)}
-    (folder / WEIGHTS).write_bytes(save(kept))
+    saved = {key: tensors[key].detach().contiguous() for key in (*config.shapes(), FREQUENCIES)}
+    (folder / WEIGHTS).write_bytes(save(saved))
     for name, values in (
         (CONFIG, config.to_dict()),
         ("tokenizer_config.json", {"type": "byte"}),

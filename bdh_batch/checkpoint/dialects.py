@@ -3,7 +3,7 @@
 Known are upstream's own, with what `torch.compile`, DDP, FSDP and Lightning put before them; bdh-transformers'
 (`backbone.…`, `num_hidden_layers`); and a matrix for each layer, where all layers' are the same. The names of the
 paper's listing are known and refused: models of those names differ in what neither names nor sizes show. Knows nothing
-about files; the errors here are completed with one by whoever calls.
+about files; the errors here are completed with one by the caller.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from bdh_batch.scheduler.backlog import NO_UNIT, Backlog
 from bdh_batch.scheduler.sequence import QueueKey, Sequence
 
 HALF_LIFE = 10.0  # seconds after which a measured rate counts half
-FORGET = 30.0  # seconds after which a rate is no longer believed, if nobody has waited
+FORGET = 30.0  # seconds after which a rate is no longer believed, if no request has waited
 LONGEST_RETRY = 60
 
 
@@ -26,7 +26,7 @@ class Admission:
     Args:
         max_requests, max_tokens: most sequences, and tokens of their prompts, that may wait for a slot.
         slots: how many sequences can hold a state.
-        patience: seconds after which whoever waits competes in the first priority.
+        patience: seconds after which a sequence that waits competes in the first priority.
         unit: tokens of a prompt that fill the queue as another sequence does.
     """
 
@@ -79,7 +79,7 @@ class Admission:
             return sheds
 
     def arrived(self, sequences: Many[Sequence], changes: Mapping[Sequence, int]) -> None:
-        """The scheduler has taken them, and says by `changes` who waits there since then (1), and no longer (-1)."""
+        """The scheduler has taken them, and says by `changes` which wait there since then (1), and no longer (-1)."""
         with self._lock:
             for sequence in sequences:
                 self._backlog.remove(sequence)
@@ -94,7 +94,8 @@ class Admission:
         now: float,
         last_priority: int | None = None,
     ) -> None:
-        """Who waits in the scheduler now, and no longer, how many slots are free, how many were ever given, before
+        """Takes in which sequences wait in the scheduler now, and no longer, how many slots are free, how many were
+        ever given, before
         which priority one need not wait at all."""
         with self._lock:
             if self._updated is not None and len(self._backlog) > self._arriving:
@@ -105,7 +106,7 @@ class Admission:
                 self._sent_away *= fade
                 self._waited = now
             elif self._waited is not None and now - self._waited > FORGET:
-                # How it was says nothing any more, and would refuse whoever could find out.
+                # The old rate says nothing any more, and would refuse the requests that could measure a new one.
                 self._measured, self._sent_away = (0.0, 0.0), 0.0
             self._updated, self._served, self._free = now, served, free
             self._last_priority = last_priority

@@ -157,7 +157,7 @@ def scheduler_for(settings: Settings, engine: LoadedEngine) -> Scheduler:
         max_running=running,
         time_slice=chosen.quantum_steps,
         target_step=chosen.target_step_ms / 1000,
-        keep=cache.enabled,
+        cache_prefixes=cache.enabled,
         share_all=cache.shared,
         min_shared=cache.min_tokens,
         weights=chosen.weights,

@@ -42,6 +42,8 @@ def engine_down() -> Unavailable:
 
 
 class StepRunner(Protocol):
+    """Computes steps: `runner.Runner`, or a stand-in without a model."""
+
     def run(self, plan: Plan) -> Outcome: ...
 
 

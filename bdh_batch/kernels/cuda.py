@@ -30,6 +30,8 @@ Constants = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
+    """The sizes of a model."""
+
     layers: int
     heads: int
     width: int

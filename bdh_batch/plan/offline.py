@@ -33,7 +33,8 @@ Sizes = dict[str, dict[str, int]]  # by dtype, by kind
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """Of one model; sizes in bytes. `sequences` holds how many states fit each memory, the weights not counted."""
+    """What is known of one model; sizes in bytes. `sequences` holds how many states fit each memory, the weights not
+    counted."""
 
     file: str
     config: Mapping[str, Any]

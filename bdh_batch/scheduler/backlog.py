@@ -1,4 +1,4 @@
-"""How much waits, by priority and tenant, and whose requests give way where it is too much.
+"""How much waits, by priority and tenant, and whose requests are shed where it is too much.
 
 No question or change goes over all tenants: it takes time by the root of how much waits, at most.
 """
@@ -11,7 +11,7 @@ NO_UNIT = 2**62  # tokens: sequences are of one size, whatever their prompts
 
 
 class Lengths:
-    """A number for each of some tenants, and who has the largest."""
+    """A number for each of some tenants, and which tenant has the largest."""
 
     def __init__(self) -> None:
         self.total = 0

@@ -28,7 +28,7 @@ NO_LIMIT = 2**62
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A plan for the runner, whose its segments are, and what else its copies touch."""
+    """A plan for the runner, the sequences of its segments, and those that its copies touch."""
 
     plan: Plan
     sequences: list[Sequence]

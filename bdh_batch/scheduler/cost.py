@@ -14,6 +14,8 @@ SCALE = 64.0  # sequences or tokens that count as one, so that all three coeffic
 
 
 class StepCost:
+    """Estimates the seconds of a step, from the steps so far."""
+
     def __init__(self) -> None:
         self._weights = [0.0, 0.0, 0.0]
         self._variance = [[UNCERTAIN if row == column else 0.0 for column in range(3)] for row in range(3)]

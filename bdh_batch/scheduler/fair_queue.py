@@ -51,8 +51,8 @@ class FairQueue:
     """Holds the sequences that wait for a slot, and finds the first of them in rank.
 
     Args:
-        patience: seconds after which whoever waits competes in the first priority.
-        unit: tokens of a prompt that count as one more sequence, where it is asked who fills the queue.
+        patience: seconds after which a sequence that waits competes in the first priority.
+        unit: tokens of a prompt that count as one more sequence, where it is asked which tenant fills the queue.
     """
 
     def __init__(self, patience: float = inf, unit: int = NO_UNIT) -> None:
@@ -124,7 +124,7 @@ class FairQueue:
             self._enter(queue.head.priority, queue)
 
     def peek(self, first: int) -> Sequence | None:
-        """The next one; nobody, waiting or not, has a priority before `first`."""
+        """The next one; no sequence, waiting or not, has a priority before `first`."""
         aged, queue = self._aged.first(), None
         if self._priorities and (self._priorities[0] <= first or aged is None):
             queue = self._by_priority[self._priorities[0]].first()
@@ -134,7 +134,7 @@ class FairQueue:
         return None if queue is None else queue.head
 
     def last(self, queue_key: QueueKey) -> Sequence | None:
-        """Who is shed first where too much waits for newcomers of that queue to come in."""
+        """The sequence that is shed first where too much waits for newcomers of that queue to come in."""
         yielding = self._backlog.yielding(queue_key)
         return None if yielding is None else self._queues[yielding].sequences[0]
 

@@ -18,7 +18,7 @@ class Policy:
         max_running: most sequences that hold a state; above `slots` they take time slices. None is as many as slots.
         time_slice: steps that a sequence runs while others wait for a slot.
         target_step: seconds that a step with streams should take; 0 is no limit.
-        keep: whether prefixes are cached for later requests.
+        cache_prefixes: whether prefixes are cached for later requests.
         share_all: whether requests of all API keys share cached prefixes; else only those of one.
         min_shared: tokens that a prefix must have to be shared.
         weights: of tenants, in their share; one that is not named weighs 1.
@@ -32,7 +32,7 @@ class Policy:
     max_running: int | None = None
     time_slice: int = 64
     target_step: float = 0.0
-    keep: bool = False
+    cache_prefixes: bool = False
     share_all: bool = False
     min_shared: int = 32
     weights: Mapping[str, float] = field(default_factory=dict)

@@ -1,8 +1,8 @@
 """Decides which sequences run, and takes in what came of each step. Pure: no thread, no clock, no tensor.
 
 A sequence waits in the queue, runs in a slot on the device, may be preempted and run again, and is gone. Only copies
-move states: to preempt by swap, to resume, to cache a prefix, to begin with one. Who goes first is said in `rank.py`,
-who gives way in `preemption.py`, and what a step computes in `batch.py`.
+move states: to preempt by swap, to resume, to cache a prefix, to begin with one. The order is in `rank.py`, preemption
+in `preemption.py`, and what a step computes in `batch.py`.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Scheduler:
         self._size = StepSize(prefill_tokens, min(slots, self.max_running))
         self._batches = BatchBuilder(self._size, policy.target_step)
         self.allocator = SlotAllocator(slots, policy.host_slots, policy.free_slots, policy.idle_release)
-        self.sharing = Sharing(self.allocator, policy.keep, policy.share_all, policy.min_shared)
+        self.sharing = Sharing(self.allocator, policy.cache_prefixes, policy.share_all, policy.min_shared)
         self._tenants = Tenants(policy.weights)
         self._queue = FairQueue(policy.patience, policy.queue_unit)
         self._deadlines = Deadlines()
         self._running: list[Sequence] = []  # both in the order in which they entered that stage
         self._swapped: list[Sequence] = []
         self._arrivals = 0
-        self._exchanges = 0  # sequences that may still give way in this plan
+        self._exchanges = 0  # sequences that may still be preempted in this plan
         self._resumable: list[Sequence] = []  # in this plan, the swapped ones; the first in rank comes last
         self._in_prompt: list[Sequence] = []  # in this plan, those that run and have generated nothing
         self._preemption = Preemption([], 0, 0)  # in this plan
@@ -97,7 +97,7 @@ class Scheduler:
 
     @property
     def last_priority(self) -> int | None:
-        """Whoever has an earlier priority makes one that runs give way; None while nothing runs."""
+        """A sequence of an earlier priority than this preempts a running one; None while nothing runs."""
         return self._last_priority if self._running else None
 
     @property
@@ -129,7 +129,7 @@ class Scheduler:
             self._deadlines.add(sequence)
 
     def take_changes(self) -> dict[Sequence, int]:
-        """Who has come to wait since this was asked last (1), and who has ceased to (-1)."""
+        """Which sequences wait and did not when this was last asked (1), and which wait no longer (-1)."""
         changes, self._changes = self._changes, {}
         return changes
 
@@ -227,13 +227,13 @@ class Scheduler:
         held = [-1 if sequence.slot is None else sequence.slot for sequence in holding]
         every = [*slots.free, *held, *(entry.slot for entry in self.sharing.cache)]
         assert sorted(every) == list(range(slots.device + slots.host)), "each slot once"
-        assert all(slots.on_device(s.slot) for s in self._running if s.slot is not None), "who runs is there"
+        assert all(slots.on_device(s.slot) for s in self._running if s.slot is not None), "what runs is there"
         for group in (self._running, self._swapped):
             since = [sequence.standing.since for sequence in group]
             assert since == sorted(since), "groups are in order"
         assert len(self._running) <= self.width, "no more run than may"
-        assert all(s.slot is None and s.stage is Stage.QUEUED for s in self._queue), "who waits holds no slot"
-        assert all(s.finish_reason is None and s.pending >= 1 for s in holding), "who runs has work"
+        assert all(s.slot is None and s.stage is Stage.QUEUED for s in self._queue), "what waits holds no slot"
+        assert all(s.finish_reason is None and s.pending >= 1 for s in holding), "what runs has work"
         stages = [Stage.RUNNING] * len(self._running) + [Stage.SWAPPED] * len(self._swapped)
         assert [sequence.stage for sequence in holding] == stages, "stages are right"
         self.sharing.check()
@@ -258,8 +258,8 @@ class Scheduler:
                 return
 
     def _next(self) -> tuple[Sequence, Sequence | None] | None:
-        """Who is to run, and who gives way to it, if anyone. Where nobody does to the first in rank of those queued or
-        of those swapped, the other one is considered all the same."""
+        """The sequence to run next, and the one to preempt for it, if any. Candidates are the first in rank of those
+        queued and of those swapped; the second one is considered where no slot can be had for the first."""
         waiting = [self._queue.peek(self._priorities.first), *self._resumable[-1:]]
         for candidate in sorted(filter(None, waiting), key=RANK):
             crowded = candidate.stage is Stage.QUEUED and self._is_crowded(candidate)
@@ -278,7 +278,7 @@ class Scheduler:
         return self._holding - later >= self.max_running
 
     def _loses_state(self, candidate: Sequence) -> bool:
-        """Whether there is no room for another state, so that whoever gives way to it is preempted by recompute."""
+        """Whether there is no room for another state, so that its victim is preempted by recompute."""
         return candidate.stage is Stage.QUEUED and self.allocator.room <= self._scratch
 
     def _run(self, candidate: Sequence, victim: Sequence | None, now: float) -> bool:

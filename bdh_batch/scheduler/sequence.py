@@ -46,6 +46,8 @@ class Outbox(Protocol):
 
 
 class Stage(Enum):
+    """Where a sequence is on its way through the scheduler."""
+
     QUEUED = "queued"
     AWAITING_PREFIX = "awaiting_prefix"  # waits for a prefix that a running sequence computes
     RUNNING = "running"
@@ -288,7 +290,7 @@ class Sequence:
             text = self.text.flush()
         except InvalidRequest as error:
             return self.fail(error)
-        except Exception:  # as with its text: no one else's concern
+        except Exception:  # as with its text: no other request's concern
             log.exception("the constraint failed in request %s", self.id)
             return self.fail(GenerationFailed("The completion could not be held to its grammar."))
         scores = None if score is None else self._shown(score, text, hidden=True)

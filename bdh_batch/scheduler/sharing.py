@@ -27,17 +27,17 @@ class Sharing:
     """Finds, caches and awaits the prefixes that sequences have in common.
 
     Args:
-        keep: whether states stay for later requests; else only while someone waits for them.
+        cache_prefixes: whether prefixes stay for later requests; else only while a sequence waits for them.
         share_all: whether all API keys share; else each has prefixes of its own. Each salt has its own in any case.
         least: tokens from which on a prefix is worth a copy.
     """
 
-    def __init__(self, allocator: SlotAllocator, keep: bool, share_all: bool, least: int) -> None:
+    def __init__(self, allocator: SlotAllocator, cache_prefixes: bool, share_all: bool, least: int) -> None:
         self.cache = PrefixCache(allocator.slots.device)
         self.queries = self.hits = self.cached_tokens = 0
         self.waiting_tokens = 0
         self._allocator = allocator
-        self._keep = keep
+        self._cache_prefixes = cache_prefixes
         self._share_all = share_all
         self._least = least
         self._recent = RecentPrompts()
@@ -62,7 +62,8 @@ class Sharing:
         return self.cache.find(self._namespace(sequence), self._packed(sequence), len(sequence.prompt) - 1)
 
     def begun(self, sequence: Sequence, entry: Entry | None, alone: bool = True) -> None:
-        """`sequence` has been given its slot, with the state of `entry` in it; it is `alone` where nobody else runs."""
+        """`sequence` has been given its slot, with the state of `entry` in it; it is `alone` where no other one
+        runs."""
         if not self._may_share(sequence):
             return
         self.queries += len(sequence.prompt)
@@ -79,7 +80,7 @@ class Sharing:
             if cached:
                 self.cache.use(entry, self._allocator.now)
         self.expect_no_more(sequence)
-        if self._keep:
+        if self._cache_prefixes:
             wanted = self._wanted(sequence, alone)
             sequence.prefix.cuts = sorted(at for at in wanted if max(sequence.computed, self._least - 1) < at)
 
@@ -106,7 +107,7 @@ class Sharing:
         entry, sequence.prefix.expects = sequence.prefix.expects, None
         if entry is not None:
             entry.awaited -= 1
-            if not self._keep and not entry.awaited and self.cache.holds(entry):
+            if not self._cache_prefixes and not entry.awaited and self.cache.holds(entry):
                 self._allocator.discard(entry, self.cache)
 
     def stop_waiting(self, waiter: Sequence) -> None:
@@ -135,7 +136,12 @@ class Sharing:
         slot, sequence.slot = sequence.slot, None
         assert slot is not None
         complete = sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        if self._keep and complete and sequence.computed >= self._least and sequence.computed > len(sequence.prompt):
+        if (
+            self._cache_prefixes
+            and complete
+            and sequence.computed >= self._least
+            and sequence.computed > len(sequence.prompt)
+        ):
             namespace, known = self._namespace(sequence), pack(sequence.known(0, sequence.computed))
             if self.cache.get(namespace, known, sequence.computed) is None:
                 entry = self.cache.add(namespace, known, sequence.computed, slot, self._allocator.now)
@@ -163,8 +169,8 @@ class Sharing:
         assert all(s.stage is Stage.AWAITING_PREFIX and s.slot is None for s in self.waiters), "waiters hold nothing"
         assert all(entry.awaited >= 0 for entry in self.cache), "who waits is counted"
         assert self.waiting_tokens == sum(len(s.prompt) for s in self.waiters), "waiters are counted"
-        if not self._keep:
-            assert all(entry.awaited > 0 for entry in self.cache), "nothing is cached that nobody waits for"
+        if not self._cache_prefixes:
+            assert all(entry.awaited > 0 for entry in self.cache), "only what is awaited is cached"
 
     def _take(self, sequence: Sequence) -> None:
         """Copies the state of `sequence` to a slot of its own, for others to begin with."""
@@ -177,7 +183,7 @@ class Sharing:
         namespace, prompt = self._namespace(sequence), self._packed(sequence)
         waiting = [waiter for waiter, position in self._waiters.get(sequence, {}).items() if position == at]
         entry = self.cache.get(namespace, prompt, at)
-        if entry is None and (self._keep or waiting):
+        if entry is None and (self._cache_prefixes or waiting):
             slot = self._allocator.for_entry(self.cache, self.cache.worth(at, len(waiting)), bool(waiting))
             if slot is None:
                 self._allocator.working_set.evicted(Entry.of(namespace, prompt, at, -1))

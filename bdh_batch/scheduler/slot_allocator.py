@@ -91,12 +91,12 @@ class SlotAllocator:
         self.give(entry.slot)
 
     def give(self, slot: int) -> None:
-        """Nobody needs `slot` any more."""
+        """Frees `slot`."""
         self.slots.give(slot, self.now)
 
     def release_idle(self, cache: PrefixCache) -> None:
         """Plans that the memory of one idle slot goes back to the system: of a free one, or, where the working set has
-        grown, of a cached prefix that nobody has asked for. One for each plan, as it takes a moment."""
+        grown, of a cached prefix that no request has asked for. One for each plan, as it takes a moment."""
         if (due := self.release_due(cache)) is None or due > self.now:
             return
         if (since := self.slots.idle_since) is not None and since + self._idle_release <= self.now:

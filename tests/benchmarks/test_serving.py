@@ -15,11 +15,11 @@ from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.torch_reference import TorchKernels
 from benchmarks.client import Response, Served
 from benchmarks.serving import (
-    beginning_figures,
     gap_figures,
     gaps,
     jain,
     percentile,
+    prefix_figures,
     refuse_unless,
     shares,
     strained,
@@ -62,9 +62,9 @@ def test_what_a_tenant_was_served_is_what_came_in_the_window() -> None:
     assert shares([[SAME], [SAME]], (0.7, 5.0))["prompts"] == [0, 0]
 
 
-def test_a_shared_beginning_that_is_computed_once_is_the_least() -> None:
+def test_a_shared_prefix_that_is_computed_once_is_the_least() -> None:
     responses = [Response(0.0, prompt=[1, 2, 3, 4, tail], times=[seconds]) for tail, seconds in ((5, 1.0), (6, 2.0))]
-    figures = beginning_figures({"kept": responses, "not_kept": responses}, {"kept": 6, "not_kept": 10})
+    figures = prefix_figures({"kept": responses, "not_kept": responses}, {"kept": 6, "not_kept": 10})
     assert figures["shared_tokens"] == 4
     assert figures["least_tokens"] == 6
     assert figures["computed_to_least"] == 1.0

@@ -36,7 +36,7 @@ policies = st.builds(
     max_running=st.none() | st.integers(1, 9),
     time_slice=st.integers(1, 6),
     target_step=st.sampled_from([0.0, 0.01]),
-    keep=st.booleans(),
+    cache_prefixes=st.booleans(),
     share_all=st.booleans(),
     min_shared=st.integers(1, 10),
     weights=st.just({"b": 3.0}),
@@ -251,7 +251,7 @@ TestScheduler = SchedulerMachine.TestCase
 def test_nobody_begins_with_a_copy_that_a_failed_step_did_not_make() -> None:
     """The one that waited for it took its slot over, had none of the step's tokens, and is not believed to hold it."""
     machine = SchedulerMachine()
-    machine.begin(3, 10, Policy(time_slice=1, keep=False, min_shared=1))
+    machine.begin(3, 10, Policy(time_slice=1, cache_prefixes=False, min_shared=1))
     for stem, key in ((20, "b"), (40, "b"), (8, "a")):
         options = {"max_tokens": 1, "key": key, "priority": 0}
         machine.submit([[*STEM[:stem], 0, 0]], 1, options, None, (None, None))

@@ -40,7 +40,7 @@ def run(scheduler: Scheduler, sequences: list[Sequence], spoil: int | None = Non
 
 @pytest.mark.parametrize("spoil", [None, 2])
 def test_each_gets_the_sum_over_its_whole_prompt_and_disturbs_nobody(spoil: int | None) -> None:
-    scheduler = Scheduler(6, 32, Policy(keep=True, host_slots=4))
+    scheduler = Scheduler(6, 32, Policy(cache_prefixes=True, host_slots=4))
     decoding = make_sequence(PROMPT[:40], 20)
     summed = [pooling(PROMPT), pooling(PROMPT), pooling(PROMPT[:1]), pooling(PROMPT[:2])]
     run(scheduler, [decoding, *summed], spoil)

@@ -190,7 +190,7 @@ class TestTurns:
 
 
 class TestSharing:
-    KEEP = Policy(keep=True, min_shared=4)
+    CACHING = Policy(cache_prefixes=True, min_shared=4)
 
     def test_a_common_prefix_is_computed_once(self) -> None:
         scheduler, runner = Scheduler(8, 1000, Policy(min_shared=4)), FakeRunner()
@@ -224,7 +224,7 @@ class TestSharing:
             assert sum(bool(fork.generated) for fork in forks) >= 2  # no slot is idle while someone waits
 
     def test_a_third_prompt_begins_where_two_others_parted(self) -> None:
-        scheduler, runner = Scheduler(8, 1000, self.KEEP), FakeRunner()
+        scheduler, runner = Scheduler(8, 1000, self.CACHING), FakeRunner()
         prompts = [[*range(60), number, 9, 9] for number in range(100, 103)]
         cached = []
         for prompt in prompts:
@@ -235,7 +235,7 @@ class TestSharing:
         assert cached == [0, 0, 60]
 
     def test_the_next_turn_begins_at_the_end_of_the_completion(self) -> None:
-        scheduler, runner = Scheduler(8, 1000, self.KEEP), FakeRunner()
+        scheduler, runner = Scheduler(8, 1000, self.CACHING), FakeRunner()
         first = make_sequence([1] * 20, 10)
         scheduler.submit([first])
         run_dry(scheduler, runner)
@@ -256,7 +256,7 @@ class TestSharing:
         assert waiter.generated == expected_tokens([5] * 50, 4)
 
     def test_running_sequences_come_before_what_is_cached(self) -> None:
-        scheduler, runner = Scheduler(4, 1000, self.KEEP), FakeRunner()
+        scheduler, runner = Scheduler(4, 1000, self.CACHING), FakeRunner()
         for number in range(10):
             scheduler.submit([make_sequence([number] * 30, 3)])
             run_dry(scheduler, runner)
@@ -367,7 +367,7 @@ def test_small_requests_on_end_get_their_share_and_no_more() -> None:
 
 def test_prompts_of_a_class_do_not_throw_one_another_out() -> None:
     """One slot on the device, four beside it, and more that want one than there are."""
-    policy = Policy(host_slots=4, max_running=5, time_slice=1, keep=True, share_all=True, min_shared=8)
+    policy = Policy(host_slots=4, max_running=5, time_slice=1, cache_prefixes=True, share_all=True, min_shared=8)
     scheduler, runner = Scheduler(1, 3, policy), FakeRunner()
     later = [make_sequence([0] * 12, 5, priority=1) for _ in range(6)]
     scheduler.submit(later)
