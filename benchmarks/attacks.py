@@ -313,7 +313,7 @@ async def _write(writer: asyncio.StreamWriter, payload: bytes) -> None:
 
 
 async def launch(port: int, attack: Attack, payloads: Sequence[bytes]) -> Counter[str]:
-    """What the clients were told: statuses, and how many left or were cut off."""
+    """What the clients got: statuses, and how many left or were cut off."""
     ends: Counter[str] = Counter()
     seats = asyncio.Semaphore(attack.together)
 

@@ -32,7 +32,7 @@ TICK = 0.005
 
 
 @dataclass
-class Answer:
+class Response:
     """What a stream brought: the moment at which each token was read, in seconds of `time.perf_counter`."""
 
     sent: float
@@ -73,34 +73,34 @@ class Stream(asyncio.Protocol):
     def pieces(self) -> int:
         return len(self._pieces)
 
-    async def end(self) -> Answer:
-        """Waits for the server to close; what it sent must be a whole answer."""
+    async def end(self) -> Response:
+        """Waits for the server to close; what it sent must be a whole response."""
         await self._closed
-        answer = self.answer()
-        if not answer.complete or answer.status != 200:
-            raise RuntimeError(f"status {answer.status}: {b''.join(data for _, data in self._pieces)[-500:]!r}")
-        return answer
+        response = self.response()
+        if not response.complete or response.status != 200:
+            raise RuntimeError(f"status {response.status}: {b''.join(data for _, data in self._pieces)[-500:]!r}")
+        return response
 
-    async def leave(self) -> Answer:
+    async def leave(self) -> Response:
         """Closes, as a client that has had enough."""
         self._transport.abort()
         await self._closed
-        return self.answer()
+        return self.response()
 
-    def answer(self) -> Answer:
-        reader = _Reader(Answer(self.sent))
+    def response(self) -> Response:
+        reader = _Reader(Response(self.sent))
         parser = httptools.HttpResponseParser(reader)
         for reader.now, data in self._pieces:
             parser.feed_data(data)
-            reader.answer.status = parser.get_status_code()
-        return reader.answer
+            reader.response.status = parser.get_status_code()
+        return reader.response
 
 
 class _Reader:
-    """Takes an answer's body as httptools finds it, and cuts it into events."""
+    """Takes a response's body as httptools finds it, and cuts it into events."""
 
-    def __init__(self, answer: Answer) -> None:
-        self.answer = answer
+    def __init__(self, response: Response) -> None:
+        self.response = response
         self.now = 0.0
         self._rest = b""
 
@@ -111,17 +111,19 @@ class _Reader:
 
     def _take(self, frame: bytes) -> None:
         if frame == b"[DONE]":
-            self.answer.complete = True
+            self.response.complete = True
             return
         event = orjson.loads(frame)
-        self.answer.prompt += event.get("prompt_token_ids") or []  # of a chat; of completions, they are in the choices
+        self.response.prompt += (
+            event.get("prompt_token_ids") or []
+        )  # of a chat; of completions, they are in the choices
         for choice in event.get("choices", ()):
-            self.answer.prompt += choice.get("prompt_token_ids") or []
+            self.response.prompt += choice.get("prompt_token_ids") or []
             tokens = choice.get("token_ids") or []
-            self.answer.tokens += tokens
-            self.answer.times += [self.now] * len(tokens)
+            self.response.tokens += tokens
+            self.response.times += [self.now] * len(tokens)
         if usage := event.get("usage"):
-            self.answer.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
+            self.response.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
 
 
 class Served:
@@ -134,7 +136,7 @@ class Served:
         self.url = f"http://127.0.0.1:{port}"
 
     async def send(self, path: str = "/v1/completions", key: str = "", **body: Any) -> Stream:
-        """Sends a request whose answer streams, token by token."""
+        """Sends a request whose response streams, token by token."""
         whole = {**body, "stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
         content = orjson.dumps(whole)
         head = (
@@ -145,13 +147,13 @@ class Served:
         _, stream = await loop.create_connection(lambda: Stream(head.encode() + content), "127.0.0.1", self.port)
         return stream
 
-    async def ask(self, path: str = "/v1/completions", key: str = "", **body: Any) -> Answer:
+    async def ask(self, path: str = "/v1/completions", key: str = "", **body: Any) -> Response:
         return await (await self.send(path, key, **body)).end()
 
     def get(self, path: str) -> str:
         """Blocks: not for while something is measured."""
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as answer:
-            text: str = answer.read().decode()
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as response:
+            text: str = response.read().decode()
         return text
 
     def metric(self, name: str) -> float:
@@ -202,7 +204,7 @@ def _wait_until_ready(server: Served, process: subprocess.Popen[bytes], log: Any
         try:
             server.get("/readyz")
             return
-        except OSError:  # not there yet, or too busy with its start to answer
+        except OSError:  # not there yet, or too busy with its start to response
             if process.poll() is not None or time.monotonic() > deadline:
                 log.seek(0)
                 raise RuntimeError(f"the server did not start: {log.read().decode()}") from None

@@ -31,7 +31,7 @@ Body = dict[str, Any]
 class Target:
     """
     Args:
-        keys: API keys, of which each request bears one; none where the server asks for none.
+        keys: API keys, of which each request carries one; none where the server asks for none.
         wordy: a name of the model so long that few tokens fill a socket's buffers; None where it has none.
     """
 
@@ -43,7 +43,7 @@ class Target:
 
 
 class Call:
-    """One request on a connection of its own, and what has come of its answer so far."""
+    """One request on a connection of its own, and what has come of its response so far."""
 
     def __init__(self, little: bool = False) -> None:
         self._socket = socket.socket()
@@ -53,8 +53,8 @@ class Call:
         self._http = h11.Connection(h11.CLIENT)
         self.status = 0
         self.body = bytearray()
-        self.gives_way: asyncio.Event | None = None  # of a later class: may wait for as long as others come first
-        self.whole = False  # all of the answer is here
+        self.gives_way: asyncio.Event | None = None  # of a later priority: may wait for as long as others come first
+        self.whole = False  # all of the response is here
         self.cut = False  # the peer has closed before
 
     async def open(self, target: Target) -> None:
@@ -87,7 +87,7 @@ class Call:
         self._http.receive_data(got)
         try:
             self._take_in()
-        except h11.RemoteProtocolError:  # closed before the answer was whole
+        except h11.RemoteProtocolError:  # closed before the response was whole
             self.cut = True
 
     async def _receive(self, most: int) -> bytes:
@@ -122,8 +122,8 @@ class Call:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         self._socket.close()
 
-    def end(self, answers: int) -> str:
-        """What the answer has come to. DONE has all that was asked for; a refusal and an error event tell which."""
+    def end(self, responses: int) -> str:
+        """What the response has come to. DONE has all that was asked for; a refusal and an error event say which."""
         if not self.whole:
             return "cut"
         if self.status != 200:
@@ -134,7 +134,7 @@ class Call:
             return f"event {error_name(bytes(last[6:]))}"
         if streamed and last != b"data: [DONE]":
             return "no end"
-        return DONE if len(FINISHED.findall(self.body)) == answers else "incomplete"
+        return DONE if len(FINISHED.findall(self.body)) == responses else "incomplete"
 
 
 def error_name(raw: bytes) -> str:
@@ -149,7 +149,7 @@ def error_name(raw: bytes) -> str:
 Habit = Callable[[Target, random.Random, Call], Awaitable[str]]
 
 
-def wish(draw: random.Random, **more: object) -> Body:
+def make_body(draw: random.Random, **more: object) -> Body:
     """What to ask for: many prompts begin alike."""
     text = STEM[: draw.randrange(1, len(STEM))] + str(draw.randrange(100))
     body: Body = {
@@ -175,7 +175,7 @@ async def ask(call: Call, target: Target, draw: random.Random, body: Body, **hea
     await call.send(call.request("POST", "/v1/completions", content, given))
 
 
-async def answer(call: Call, body: Body) -> str:
+async def read_response(call: Call, body: Body) -> str:
     """Reads to the end."""
     while not call.over:
         await call.read()
@@ -197,33 +197,33 @@ def leave(call: Call, draw: random.Random) -> str:
 
 
 async def stays(target: Target, draw: random.Random, call: Call) -> str:
-    body = wish(draw)
+    body = make_body(draw)
     await ask(call, target, draw, body)
-    return await answer(call, body)
+    return await read_response(call, body)
 
 
 async def takes_it_whole(target: Target, draw: random.Random, call: Call) -> str:
-    body = wish(draw, stream=False)
+    body = make_body(draw, stream=False)
     await ask(call, target, draw, body)
-    return await answer(call, body)
+    return await read_response(call, body)
 
 
 async def leaves_in_the_request(target: Target, draw: random.Random, call: Call) -> str:
-    raw = call.request("POST", "/v1/completions", json.dumps(wish(draw)).encode(), headers_of(target, draw))
+    raw = call.request("POST", "/v1/completions", json.dumps(make_body(draw)).encode(), headers_of(target, draw))
     await call.open(target)
     await call.send(raw[: draw.randrange(len(raw))])
     await pause(target, draw.choice((0.0, 0.05)))
     return leave(call, draw)
 
 
-async def leaves_before_the_answer(target: Target, draw: random.Random, call: Call) -> str:
-    await ask(call, target, draw, wish(draw, stream=draw.random() < 0.5))
+async def leaves_before_the_response(target: Target, draw: random.Random, call: Call) -> str:
+    await ask(call, target, draw, make_body(draw, stream=draw.random() < 0.5))
     await pause(target, draw.uniform(0, 0.1))
     return leave(call, draw)
 
 
 async def leaves_in_the_middle(target: Target, draw: random.Random, call: Call) -> str:
-    body = wish(draw, max_tokens=1000)
+    body = make_body(draw, max_tokens=1000)
     enough = draw.randrange(1, 4000)
     await ask(call, target, draw, body)
     while not call.over:
@@ -235,40 +235,40 @@ async def leaves_in_the_middle(target: Target, draw: random.Random, call: Call) 
 
 async def reads_slowly(target: Target, draw: random.Random, call: Call) -> str:
     """A few bytes a second; after a while it wants the rest, which must all be there."""
-    body = wish(draw, max_tokens=64)
+    body = make_body(draw, max_tokens=64)
     await ask(call, target, draw, body)
     for _ in range(draw.randrange(100)):
         if call.over or target.over.is_set():
             break
         await call.read(16)
         await pause(target, 0.1)
-    return await answer(call, body)
+    return await read_response(call, body)
 
 
 async def never_reads(target: Target, draw: random.Random, call: Call, seconds: float | None = None) -> str:
-    """Its answer is longer than all buffers on the way."""
-    body = wish(draw, max_tokens=400, n=3)
+    """Its response is longer than all buffers on the way."""
+    body = make_body(draw, max_tokens=400, n=3)
     await ask(call, target, draw, body | ({"model": target.wordy} if target.wordy else {}))
     await pause(target, draw.uniform(1, 20) if seconds is None else seconds)
     return leave(call, draw)
 
 
 async def wakes_up(target: Target, draw: random.Random, call: Call) -> str:
-    """Does not read for long, and must then find all of its answer."""
-    body = wish(draw, max_tokens=400, n=3)
+    """Does not read for long, and must then find all of its response."""
+    body = make_body(draw, max_tokens=400, n=3)
     await ask(call, target, draw, body | ({"model": target.wordy} if target.wordy else {}))
     await pause(target, draw.uniform(1, 10))
-    return await answer(call, body)
+    return await read_response(call, body)
 
 
 async def has_no_time(target: Target, draw: random.Random, call: Call) -> str:
-    body = wish(draw, stream=draw.random() < 0.5, max_tokens=200)
+    body = make_body(draw, stream=draw.random() < 0.5, max_tokens=200)
     await ask(call, target, draw, body, x_request_timeout=str(draw.choice((0.001, 0.05, 0.3))))
-    return await answer(call, body)
+    return await read_response(call, body)
 
 
 async def talks_nonsense(target: Target, draw: random.Random, call: Call) -> str:
-    """And must be told so, by the right status."""
+    """And must get the right status."""
     method, path, content, length, status = draw.choice(NONSENSE)
     raw = call.request(method, path, content, headers_of(target, draw))
     await call.open(target)
@@ -278,7 +278,7 @@ async def talks_nonsense(target: Target, draw: random.Random, call: Call) -> str
     return "refused" if call.whole and call.status == status else f"{call.status}, not {status}"
 
 
-# method, path, content, the length that it claims to have if not its own, and the status of the answer
+# method, path, content, the length that it claims to have if not its own, and the status of the response
 NONSENSE: tuple[tuple[str, str, bytes, int | None, int], ...] = (
     ("POST", "/v1/completions", b'{"prompt": ""}', None, 400),
     ("POST", "/v1/completions", b'{"prompt": "a", "priority": 1000000}', None, 400),
@@ -299,11 +299,11 @@ async def converses(target: Target, draw: random.Random, call: Call) -> str:
     """Three turns; each prompt is all that was said before."""
     said: list[int] = list(STEM[: draw.randrange(1, len(STEM))].encode())
     for turn in range(3):
-        body = wish(draw, prompt=said, n=1, stream=False, return_token_ids=True)
+        body = make_body(draw, prompt=said, n=1, stream=False, return_token_ids=True)
         call = call if turn == 0 else Call()
         try:
             await ask(call, target, draw, body)
-            if (end := await answer(call, body)) != DONE:
+            if (end := await read_response(call, body)) != DONE:
                 return end
         finally:
             call.close()
@@ -314,12 +314,12 @@ async def converses(target: Target, draw: random.Random, call: Call) -> str:
 async def asks_little(target: Target, draw: random.Random, call: Call) -> str:
     body: Body = {"prompt": "a", "max_tokens": 1, "n": 1}
     await ask(call, target, draw, body)
-    return await answer(call, body)
+    return await read_response(call, body)
 
 
 async def holds_on(target: Target, draw: random.Random, call: Call) -> str:
-    """Keeps a place until the load is over, or somebody fails."""
-    await ask(call, target, draw, wish(draw, max_tokens=10**5, n=1, priority=0))
+    """Keeps a slot until the load is over, or somebody fails."""
+    await ask(call, target, draw, make_body(draw, max_tokens=10**5, n=1, priority=0))
     while not (call.over or target.over.is_set()):
         await call.read()
     return leave(call, draw)
@@ -348,7 +348,7 @@ KINDS: dict[str, Kind] = {
     "stays": Kind(stays, 20, 1),
     "takes it whole": Kind(takes_it_whole, 8),
     "leaves in the request": Kind(leaves_in_the_request, 4, 4, LEAVES),
-    "leaves before the answer": Kind(leaves_before_the_answer, 8, 12, LEAVES),
+    "leaves before the answer": Kind(leaves_before_the_response, 8, 12, LEAVES),
     "leaves in the middle": Kind(leaves_in_the_middle, 8, 8, LEAVES),
     "reads slowly": Kind(reads_slowly, 3),
     "never reads": Kind(never_reads, 1, 0, LEAVES),

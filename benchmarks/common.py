@@ -26,39 +26,39 @@ from torch import Tensor
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.torch_reference import layer_norm, project, rotate, rotation
 
-Sides = Mapping[str, Callable[[], object]]
+Variants = Mapping[str, Callable[[], object]]
 Times = dict[str, list[float]]
 INTERVAL = {"value", "low", "high"}  # the keys of what `interval` gives, and `ratio` as a dictionary
 FIGURE = INTERVAL | {"unit", "better"}
 REST = 0.03  # seconds: torch's threads and Numba's are two pools, and idle ones spin for a while
 
 
-def wall_clock(side: Callable[[], object]) -> float:
+def wall_clock(variant: Callable[[], object]) -> float:
     time.sleep(REST)
     start = time.perf_counter()
-    side()
+    variant()
     return time.perf_counter() - start
 
 
 def take_turns(
-    sides: Sides,
+    variants: Variants,
     repeats: int,
     clock: Callable[[Callable[[], object]], float] = wall_clock,
     tick: Callable[[], object] = lambda: None,
 ) -> Times:
-    """The seconds of every run of each side; they alternate, so that what else the machine does meets all of them.
+    """The seconds of every run of each variant; they alternate, so that what else the machine does meets all of them.
 
     Args:
-        clock: runs a side and says how long it took.
+        clock: runs a variant and says how long it took.
         tick: is called after each round, for a progress bar.
     """
-    for side in sides.values():
-        side()
-        side()
-    times: Times = {name: [] for name in sides}
+    for variant in variants.values():
+        variant()
+        variant()
+    times: Times = {name: [] for name in variants}
     for _ in range(repeats):
-        for name, side in sides.items():
-            times[name].append(clock(side))
+        for name, variant in variants.items():
+            times[name].append(clock(variant))
         tick()
     return times
 
@@ -68,10 +68,10 @@ def medians(times: Times) -> dict[str, float]:
 
 
 def alternate(
-    sides: Sides, repeats: int, clock: Callable[[Callable[[], object]], float] = wall_clock
+    variants: Variants, repeats: int, clock: Callable[[Callable[[], object]], float] = wall_clock
 ) -> dict[str, float]:
-    """The median seconds of each side; they take turns."""
-    return medians(take_turns(sides, repeats, clock))
+    """The median seconds of each variant; they take turns."""
+    return medians(take_turns(variants, repeats, clock))
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Ratio:
 
 
 def ratio(upper: Sequence[float], lower: Sequence[float], draws: int = 2000) -> Ratio:
-    """Of two sides that took turns. Rounds are drawn again as pairs: what slows a round slows both its sides."""
+    """Of two variants that took turns. Rounds are drawn again as pairs: what slows a round slows both its variants."""
     pairs = list(zip(upper, lower, strict=True))
     chance = random.Random(0)
 

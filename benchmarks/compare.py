@@ -6,11 +6,11 @@
 Looks at every figure (`common.figure`) of the first folder, and at each part of a file as a whole, as what is slower
 in many figures need not be beyond the noise of one. The rounds of both are compared by t intervals on the scale of
 logarithms, whose variances lean on those of all figures, or all parts (`noise.py`). They are as wide as it takes for
-all of them together to hold in 95 % of comparisons of runs that differ by noise alone, and it is told what loss they
+all of them together to hold in 95 % of comparisons of runs that differ by noise alone, and it is given what loss they
 would show. What drifts between two runs is in none of them, and is what `--least` is for. Of a figure without rounds,
 the spread follows from both intervals, as normal ones.
 
-What is worse by more than `--least` at each place of its interval is a regression, and the exit code is 1. So it is
+What is worse by more than `--least` at each point of its interval is a regression, and the exit code is 1. So it is
 where B lacks a figure that A has. 2 is for folders that cannot be compared: nothing in common, or one of them of a
 quick run.
 
@@ -83,8 +83,8 @@ def within(name: str, held: object) -> Iterator[tuple[str, Figure]]:
 
 def labels(rows: Sequence[object]) -> list[str]:
     """A row of a list goes by what its first entries say, so that lists of other lengths can be compared: by as many
-    entries as tell all rows apart, and by its place where none do."""
-    entries = [told(row) for row in rows]
+    entries as distinguish all rows, and by its index where none do."""
+    entries = [labels_of(row) for row in rows]
     for count in range(1, max(map(len, entries), default=0) + 1):
         found = [",".join(each[:count]) or str(number) for number, each in enumerate(entries)]
         if len(set(found)) == len(found):
@@ -92,7 +92,7 @@ def labels(rows: Sequence[object]) -> list[str]:
     return [",".join([*each[:1], str(number)]) for number, each in enumerate(entries)]
 
 
-def told(row: object) -> list[str]:
+def labels_of(row: object) -> list[str]:
     """The entries before the first that holds others, or that was measured, as a fraction after the first may be."""
     found: list[str] = []
     for key, value in row.items() if isinstance(row, dict) and not row.keys() >= FIGURE else ():
@@ -111,7 +111,7 @@ def why_not(before: Figure, after: Figure) -> str | None:
         if not positive(each):
             return f"not all of it is above 0 in {name}"
     if before.get("rounds") and after.get("rounds") and len(before["rounds"]) + len(after["rounds"]) < 3:
-        return "a single round does not tell its noise"
+        return "a single round does not show its noise"
     return None
 
 
@@ -121,7 +121,7 @@ def positive(figure: Figure) -> bool:
 
 
 def lost(before: Figures, after: Figures) -> list[str]:
-    """What A tells and B does not, or not as that quantity."""
+    """What A has and B has not, or not as that quantity."""
     return [
         name
         for name, each in before.items()
@@ -154,10 +154,10 @@ def compare_parts(before: Figures, after: Figures) -> list[Change]:
         rounds = tuple(len(each[name].get("rounds", ())) for each in (before, after))
         members["/".join(name.split("/")[:2]), rounds].append(name)
     several = {key: names for key, names in members.items() if len(names) > 1 and min(key[1]) > 1}
-    sides = [[costs([each[name] for name in names]) for names in several.values()] for each in (before, after)]
-    found = ratios([*zip(sides[1], sides[0])], each_share(2 * len(several) or 1))
+    both = [[costs([each[name] for name in names]) for names in several.values()] for each in (before, after)]
+    found = ratios([*zip(both[1], both[0])], each_share(2 * len(several) or 1))
     changes = []
-    for ((name, _), names), old, new, ratio in zip(several.items(), *sides, found, strict=True):
+    for ((name, _), names), old, new, ratio in zip(several.items(), *both, found, strict=True):
         one = statistics.median(old)
         was, now = (figure([each / one for each in rounds], "of its cost in A", "lower") for rounds in (old, new))
         changes.append(Change(f"{name}, {len(names)} together", was, now, ratio))
@@ -190,12 +190,12 @@ def half_width(figure: Figure) -> float:
 
 def table(changes: Sequence[Change], least: float) -> Iterator[str]:
     """What changed, the worst first, and how much is as it was."""
-    told = [change for change in changes if change.verdict(least) != "the same"]
-    for change in sorted(told, key=lambda change: -change.ratio.value):
+    changed = [change for change in changes if change.verdict(least) != "the same"]
+    for change in sorted(changed, key=lambda change: -change.ratio.value):
         by = f"{change.ratio.value:.3f} ({change.ratio.low:.3f} to {change.ratio.high:.3f}) times as slow"
         values = f"{change.before['value']:,.4g} → {change.after['value']:,.4g} {change.before['unit']}"
         yield f"{change.verdict(least)}: {change.name}: {values}, {by}"
-    yield f"{len(changes) - len(told)} of {len(changes)} are the same within the noise."
+    yield f"{len(changes) - len(changed)} of {len(changes)} are the same within the noise."
 
 
 def visible(changes: Sequence[Change], least: float) -> float:

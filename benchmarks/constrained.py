@@ -1,6 +1,7 @@
-"""Many answers that have to follow schemas and expressions, from a running server at hot temperatures: each is checked.
+"""Many completions that have to follow schemas and expressions, from a running server at hot temperatures: each is
+checked.
 
-A finished answer has to validate; one that was cut by its length has to be a beginning of what would. Neither is
+A finished completion has to validate; one that was cut by its length has to be a prefix of what would. Neither is
 checked with what made it: `jsonschema` and `regex` judge, and `jiter` reads JSON that is cut.
 
     python -m benchmarks.constrained --url http://127.0.0.1:8000 --answers 500
@@ -87,23 +88,23 @@ def check(case: str, choice: Mapping[str, Any]) -> None:
 
 
 def _loosened(schema: Any) -> Any:
-    """What is left of a schema for a beginning of what it describes: kinds, and names of properties."""
+    """What is left of a schema for a prefix of what it describes: kinds, and names of properties."""
     if isinstance(schema, dict):
         return {key: _loosened(value) for key, value in schema.items() if key not in BOUNDS}
     return [_loosened(value) for value in schema] if isinstance(schema, list) else schema
 
 
-def bodies(answers: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def bodies(completions: int, seed: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """So many requests, over all cases in turn."""
     rng = random.Random(seed)
-    for number in range(answers):
+    for number in range(completions):
         case = CASES[number % len(CASES)]
         body = {"seed": rng.getrandbits(32), "temperature": rng.choice((0, 0.7, 1, 1.5, 2)), "return_token_ids": True}
         yield case, body | asked(case) | {"prompt": "JSON:\n", "max_tokens": rng.choice((8, 40, 120))}
 
 
-async def run(url: str, answers: int, seed: int, at_once: int) -> dict[str, int]:
-    """How the answers ended, all of them right."""
+async def run(url: str, completions: int, seed: int, at_once: int) -> dict[str, int]:
+    """How the completions ended, all of them right."""
     ends: Counter[str] = Counter()
     limit = asyncio.Semaphore(at_once)
     async with httpx.AsyncClient(base_url=url, timeout=None) as client:
@@ -116,7 +117,7 @@ async def run(url: str, answers: int, seed: int, at_once: int) -> dict[str, int]
             check(case, choice)
             ends[choice["finish_reason"]] += 1
 
-        await asyncio.gather(*(ask(case, body) for case, body in bodies(answers, seed)))
+        await asyncio.gather(*(ask(case, body) for case, body in bodies(completions, seed)))
     return dict(ends)
 
 

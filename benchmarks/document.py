@@ -45,7 +45,7 @@ def document(results: Path, home: Path) -> str:
         "# Performance",
         "",
         "Made from the results of `make bench` by `python -m benchmarks.document`; nothing here is typed by hand.",
-        "A figure is the median of rounds in which all sides took turns, with the interval that holds 95 % of the",
+        "A figure is the median of rounds in which all systems took turns, with the interval that holds 95 % of the",
         "medians of resampled rounds: with 3 rounds it is no more than their range, which holds the true median three",
         "times in four.",
         "",
@@ -80,13 +80,13 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def told(figure: Report) -> str:
+def shown(figure: Report) -> str:
     return f"{number(figure['value'])} ({number(figure['low'])} to {number(figure['high'])})"
 
 
 def judged(ratio: Report) -> tuple[str, str]:
     verdict = "" if "goal" not in ratio else f"{ratio['goal']}: {'met' if ratio['met'] else 'missed'}"
-    return told(ratio), verdict
+    return shown(ratio), verdict
 
 
 def named(name: str) -> str:
@@ -122,62 +122,65 @@ def server(report: Report, link: str) -> Lines:
     yield f"Prompts have {report['prompt_tokens']} tokens, temperature is {report['temperature']}."
 
 
-def against(scene: Report, link: str) -> Lines:
-    yield f"{scene['streams']} streams, answers of {scene['answer_tokens']} tokens, each the same load:"
+def against(scenario: Report, link: str) -> Lines:
+    yield f"{scenario['streams']} streams, completions of {scenario['answer_tokens']} tokens, each the same load:"
     yield ""
-    ratios = {"engine": "to_engine", **{name: f"to_{name}" for name in scene["sides"]}}
+    ratios = {"engine": "to_engine", **{name: f"to_{name}" for name in scenario["sides"]}}
     rows = []
-    for name, side in scene["sides"].items():
-        ratio = scene["ratios"].get(ratios[name])
+    for name, system in scenario["sides"].items():
+        ratio = scenario["ratios"].get(ratios[name])
         rows.append(
-            [named(name), side["requests"], told(side["tokens_per_s"]), *(judged(ratio) if ratio else ("", ""))]
+            [named(name), system["requests"], shown(system["tokens_per_s"]), *(judged(ratio) if ratio else ("", ""))]
         )
     yield from table(["", "requests", "tokens/s", "this server is so many times it", "goal"], *rows)
-    yield from strain(scene["sides"])
+    yield from strain(scenario["sides"])
 
 
-def heavy_tailed(scene: Report, link: str) -> Lines:
-    lengths = scene["answer_tokens"]
-    yield f"{scene['streams']} streams, {scene['requests']} answers whose lengths have a heavy tail: median"
-    yield f"{lengths['median']}, longest {lengths['max']}. Static batches of {scene['batch_of_static']}; a padded one"
-    by_batch = (f"{number(rows)} in batches of {batch}" for batch, rows in scene["rows_computed_to_needed"].items())
+def heavy_tailed(scenario: Report, link: str) -> Lines:
+    lengths = scenario["answer_tokens"]
+    yield f"{scenario['streams']} streams, {scenario['requests']} completions whose lengths have a heavy tail: median"
+    static = scenario["batch_of_static"]
+    yield f"{lengths['median']}, longest {lengths['max']}. Static batches of {static}; a padded one"
+    by_batch = (f"{number(rows)} in batches of {batch}" for batch, rows in scenario["rows_computed_to_needed"].items())
     yield f"computes more rows than are needed, in this order of arrival {', '.join(by_batch)} times as many:"
     yield ""
-    rows = [[named(name), told(side["tokens_per_s"])] for name, side in scene["sides"].items()]
-    yield from table(["", "tokens/s"], *rows, ["ratio", " ".join(judged(scene["ratios"]["to_static"]))])
-    yield from strain(scene["sides"])
+    rows = [[named(name), shown(system["tokens_per_s"])] for name, system in scenario["sides"].items()]
+    yield from table(["", "tokens/s"], *rows, ["ratio", " ".join(judged(scenario["ratios"]["to_static"]))])
+    yield from strain(scenario["sides"])
 
 
-def curve(scene: Report, link: str) -> Lines:
+def curve(scenario: Report, link: str) -> Lines:
     yield f"![throughput against latency]({link}/server-curve.svg)"
     yield ""
-    head = ["", "streams", "tokens/s", "ms of an answer, mean", "ms to the first token, p99", "ms a token, median"]
+    head = ["", "streams", "tokens/s", "ms of a completion, mean", "ms to the first token, p99", "ms a token, median"]
     keys = ("tokens_per_s", "mean_answer_ms", "p99_first_token_ms", "median_token_ms")
     rows = [
-        [named(name), point["streams"], *(told(point[key]) for key in keys)]
-        for name, points in scene["sides"].items()
+        [named(name), point["streams"], *(shown(point[key]) for key in keys)]
+        for name, points in scenario["sides"].items()
         for point in points
     ]
     yield from table(head, *rows)
 
 
-def first_token(scene: Report, link: str) -> Lines:
-    sides = {
+def first_token(scenario: Report, link: str) -> Lines:
+    systems = {
         "one request at a time": "unloaded",
-        f"Poisson arrivals at {scene['share_of_saturation']:.0%} of the saturated rate": "loaded",
+        f"Poisson arrivals at {scenario['share_of_saturation']:.0%} of the saturated rate": "loaded",
     }
-    rows = [[name, scene["requests"][key], told(scene[key]["p99_first_token_ms"])] for name, key in sides.items()]
-    ratio = " ".join(judged(scene["ratios"]["loaded_to_unloaded"]))
+    rows = [
+        [name, scenario["requests"][key], shown(scenario[key]["p99_first_token_ms"])] for name, key in systems.items()
+    ]
+    ratio = " ".join(judged(scenario["ratios"]["loaded_to_unloaded"]))
     yield from table(["", "requests", "ms to the first token, p99"], *rows, ["ratio", "", ratio])
     yield ""
-    yield f"Saturated: {told(scene['saturation_requests_per_s'])} requests/s."
-    yield from strain({name: scene[key] for name, key in sides.items()})
+    yield f"Saturated: {shown(scenario['saturation_requests_per_s'])} requests/s."
+    yield from strain({name: scenario[key] for name, key in systems.items()})
 
 
-def strain(sides: Mapping[str, Report]) -> Lines:
+def strain(systems: Mapping[str, Report]) -> Lines:
     """Where the client may have been what was measured."""
-    for name, side in sides.items():
-        if signs := side.get("client", {}).get("signs_of_strain"):
+    for name, system in systems.items():
+        if signs := system.get("client", {}).get("signs_of_strain"):
             yield ""
             yield f"The client's own strain, {named(name)}: {'; '.join(signs)}."
 
@@ -188,7 +191,7 @@ def engine(report: Report, link: str) -> Lines:
         yield ""
         yield f"![tokens/s by batch size]({link}/engine-batches.svg)"
         yield ""
-        rows = [[each["batch"], told(each["figure"]), number(each["ms_per_step"])] for each in batches]
+        rows = [[each["batch"], shown(each["figure"]), number(each["ms_per_step"])] for each in batches]
         yield from table(["sequences that decode", "tokens/s", "ms a step"], *rows)
     if contexts := report.get("contexts"):
         yield ""
@@ -196,7 +199,8 @@ def engine(report: Report, link: str) -> Lines:
         yield ""
         first = contexts["by_context"][0]["context"]
         rows = [
-            [each["context"], told(each["figure"]), told(each[f"ratio_to_{first}"])] for each in contexts["by_context"]
+            [each["context"], shown(each["figure"]), shown(each[f"ratio_to_{first}"])]
+            for each in contexts["by_context"]
         ]
         yield from table(["context", f"µs a token, batch of {contexts['batch']}", f"to that at {first}"], *rows)
     if mixes := report.get("mixes"):
@@ -205,7 +209,7 @@ def engine(report: Report, link: str) -> Lines:
             [
                 f"{each['decoders']} decode, {each['prompts']} in their prompts",
                 *(number(each[key]) for key in ("decoded_tokens_per_s", "prefilled_tokens_per_s")),
-                told(each["figure"]),
+                shown(each["figure"]),
             ]
             for each in mixes
         ]
@@ -218,7 +222,7 @@ def kernels(report: Report, link: str) -> Lines:
     batch, prompt = report["decode"]["batch"], report["prefill"]["tokens"]
     yield f"A decode step of {batch} sequences, and a prompt of {prompt} tokens:"
     yield ""
-    yield from table(["", "tokens/s"], *([named(name), told(each)] for name, each in report["figures"].items()))
+    yield from table(["", "tokens/s"], *([named(name), shown(each)] for name, each in report["figures"].items()))
     yield ""
     yield f"![pass by pass]({link}/kernels-passes.svg)"
 
@@ -229,17 +233,17 @@ def scheduler(report: Report, link: str) -> Lines:
     yield f"Planning, committing and publishing a step of {report['running']} sequences, nothing computed:"
     yield ""
     rows = [
-        [name, told(scene["figure"]), number(scene["all"]["p99_ms"])]
-        for name, scene in report["milliseconds_a_step"].items()
+        [name, shown(scenario["figure"]), number(scenario["all"]["p99_ms"])]
+        for name, scenario in report["milliseconds_a_step"].items()
     ]
     yield from table(["", "ms a step", "p99"], *rows)
 
 
 def serving(report: Report, link: str) -> Lines:
     yield "## Beside other load"
-    if scene := report.get("prompt"):
+    if scenario := report.get("prompt"):
         yield ""
-        yield f"{scene['streams']} streams decode, and a prompt of {scene['prompt_tokens']:,} tokens arrives:"
+        yield f"{scenario['streams']} streams decode, and a prompt of {scenario['prompt_tokens']:,} tokens arrives:"
         yield ""
         yield f"![gaps between tokens]({link}/serving-gaps.svg)"
         yield ""
@@ -247,27 +251,27 @@ def serving(report: Report, link: str) -> Lines:
             [
                 f"{each['target_step_ms']:g}",
                 number(each["without_p99_gap_ms"]),
-                told(each["figure"]),
-                told(each["p99_gap_ratio"]),
+                shown(each["figure"]),
+                shown(each["p99_gap_ratio"]),
             ]
-            for each in scene["by_target"]
+            for each in scenario["by_target"]
         ]
         head = ["`scheduler.target_step_ms`", "ms between tokens, p99, without", "beside it", "ratio"]
         yield from table(head, *rows)
-    if scene := report.get("keys"):
+    if scenario := report.get("keys"):
         yield ""
-        yield f"One tenant sends one request at a time, another one {scene['flood']} at once; and two that flood:"
+        yield f"One tenant sends one request at a time, another one {scenario['flood']} at once; and two that flood:"
         yield ""
         yield f"![fairness]({link}/serving-fairness.svg)"
         yield ""
         rows = [
             [
                 each["max_running"],
-                told(each["figure_alone"]),
-                told(each["figure"]),
+                shown(each["figure_alone"]),
+                shown(each["figure"]),
                 number(each["both_unfinished"]["jain"]),
             ]
-            for each in scene["by_max_running"]
+            for each in scenario["by_max_running"]
         ]
         head = [
             "`scheduler.max_running`",
@@ -284,13 +288,13 @@ def frontend(report: Report, link: str) -> Lines:
     yield f"{report['streams']} streams of {report['tokens']} tokens, with an engine that computes nothing:"
     yield ""
     rows = [
-        [name, told(side["events_per_second"]), told(side["server_us_per_token"])]
-        for name, side in report["figures"].items()
+        [name, shown(system["events_per_second"]), shown(system["server_us_per_token"])]
+        for name, system in report["figures"].items()
     ]
     yield from table(["", "events/s", "µs of the server's processor time a token"], *rows)
     yield ""
     rows = [
-        [f"{name} to {other}", told(ratio)]
+        [f"{name} to {other}", shown(ratio)]
         for other, ratios in report["events_ratio_to"].items()
         for name, ratio in ratios.items()
     ]

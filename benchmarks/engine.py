@@ -4,9 +4,9 @@
     python -m benchmarks.engine --exact            # contexts are really prefilled; by default only positions are
     python -m benchmarks.engine --only contexts --repeats 101 --contexts 256 65536
 
-Three measurements, each with sides that take turns; figures are medians, and `figure` holds the rounds of one and their
-interval. Prints no speed while the engine's logits are off the specification. Writes `engine-cpu.json` (by the device's
-name) and, from it, `engine-batches.svg` and `engine-contexts.svg`. Its keys:
+Three measurements, each with variants that take turns; figures are medians, and `figure` holds the rounds of one and
+their interval. Prints no speed while the engine's logits are off the specification. Writes `engine-cpu.json` (by the
+device's name) and, from it, `engine-batches.svg` and `engine-contexts.svg`. Its keys:
 
     batches    decoding of so many sequences by the scheduler's loop: tokens/s, ms per step
     contexts   decoding at a position by the runner alone: microseconds per token of a batch of `batch`, and the ratio
@@ -150,7 +150,7 @@ class Loop:
             self.step()
 
     def prefill(self, prompts: Sequence[list[int]]) -> None:
-        """Starts prompts anew, in the place of those before them."""
+        """Starts prompts anew, instead of those before them."""
         self._scheduler.abort(self._prompts)
         self._prompts = [generation(prompt, seed) for seed, prompt in enumerate(prompts)]
         self._scheduler.submit(self._prompts)
@@ -175,7 +175,7 @@ def generation(prompt: list[int], seed: int) -> Generation:
 
 
 @dataclass(frozen=True)
-class Side:
+class Variant:
     """Something to time, and what has to be done before it each time, untimed."""
 
     prepare: Callable[[], object]
@@ -201,23 +201,23 @@ class Bench:
             [Segment(s, 20 + 9 * s, row[20 + 9 * s : 21 + 9 * s], None) for s, row in enumerate(rows)],
             [Segment(2, far, rows[0][:1], None), Segment(0, far, rows[1][:7], None)],
         ]
-        sides: list[list[Tensor]] = []
+        variants: list[list[Tensor]] = []
         for kernels in (TorchKernels(self._model.weights, window), self._kernels):
             pool = self._pool(3)
             runner = Runner(kernels, pool)
             with torch.inference_mode():
-                sides.append([*(runner.logits(step).clone() for step in steps), pool.states])
-        return relative_error(sides[1], sides[0])
+                variants.append([*(runner.logits(step).clone() for step in steps), pool.states])
+        return relative_error(variants[1], variants[0])
 
     def batches(self) -> list[dict[str, Any]]:
         sizes, steps = self._arguments.batches, self._arguments.steps
         self._refuse_too_many(sum(sizes))
-        sides = {}
+        variants = {}
         for size in sizes:
             loop = self._loop(size)
             loop.decode([self._text(PROMPT) for _ in range(size)])
-            sides[str(size)] = Side(lambda: None, partial(loop.run, steps))
-        rounds = self._measure("batches", sides)
+            variants[str(size)] = Variant(lambda: None, partial(loop.run, steps))
+        rounds = self._measure("batches", variants)
         times = medians(rounds)
         return [
             {
@@ -230,7 +230,7 @@ class Bench:
         ]
 
     def contexts(self) -> dict[str, Any]:
-        """Every run begins with the same states and tokens; sides differ in the position, and if exact in the state."""
+        """Every run begins with the same states and tokens; variants differ in position, and if exact in the state."""
         contexts, size, exact = self._arguments.contexts, self._arguments.context_batch, self._arguments.exact
         steps, after = self._arguments.steps, int(self._arguments.window > 0)  # a block's first token
         self._refuse_too_many(size + len(contexts))
@@ -238,15 +238,15 @@ class Bench:
         runner = Runner(self._kernels, pool)
         short = None if exact else self._state_after(PROMPT)
         tokens = self._text(steps)
-        sides = {}
+        variants = {}
         for context in contexts:
             begun = self._state_after(context + after) if short is None else short
             plans = [
                 Plan([Segment(s, context + after + i, [token], SamplingParams(0.8, seed=s)) for s in range(size)])
                 for i, token in enumerate(tokens)
             ]
-            sides[str(context)] = Side(partial(pool.states.copy_, begun), partial(run_all, runner, plans))
-        times = self._measure("contexts", sides)
+            variants[str(context)] = Variant(partial(pool.states.copy_, begun), partial(run_all, runner, plans))
+        times = self._measure("contexts", variants)
         first = times[str(contexts[0])]
         return {
             "batch": size,
@@ -266,13 +266,13 @@ class Bench:
         decoders, steps, budget = self._arguments.decoders, self._arguments.steps, self._arguments.prefill_tokens
         counts = self._arguments.prompts
         self._refuse_too_many(len(counts) * decoders + sum(counts))
-        loops, sides = {}, {}
+        loops, variants = {}, {}
         for count in counts:
             loop = loops[count] = self._loop(decoders + count)
             loop.decode([self._text(PROMPT) for _ in range(decoders)])
             prompts = [self._text(steps * budget + 2) for _ in range(count)]  # none of which ends in a run
-            sides[str(count)] = Side(partial(loop.prefill, prompts), partial(loop.run, steps))
-        rounds = self._measure("mixes", sides)
+            variants[str(count)] = Variant(partial(loop.prefill, prompts), partial(loop.run, steps))
+        rounds = self._measure("mixes", variants)
         times = medians(rounds)
         return [
             {
@@ -286,14 +286,14 @@ class Bench:
             for count in counts
         ]
 
-    def _measure(self, name: str, sides: dict[str, Side]) -> Times:
-        def clock(side: Callable[[], object]) -> float:
-            assert isinstance(side, Side)
-            side.prepare()
-            return wall_clock(side.run)
+    def _measure(self, name: str, variants: dict[str, Variant]) -> Times:
+        def clock(variant: Callable[[], object]) -> float:
+            assert isinstance(variant, Variant)
+            variant.prepare()
+            return wall_clock(variant.run)
 
         with tqdm(total=self._arguments.repeats, desc=name, file=sys.stderr) as bar:
-            return take_turns(sides, self._arguments.repeats, clock, bar.update)
+            return take_turns(variants, self._arguments.repeats, clock, bar.update)
 
     def _text(self, length: int) -> list[int]:
         drawn: list[int] = torch.randint(

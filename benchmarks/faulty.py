@@ -69,7 +69,7 @@ class FaultyRunner:
         if fault == "dawdle":
             time.sleep(self._dawdle)
         outcome = self._runner.run(plan)
-        if fault == "fail late":  # the states have gained what nobody will be told of
+        if fault == "fail late":  # the states have gained what nobody will hear of
             raise RuntimeError(INJECTED)
         if fault == "memory":
             raise OutOfMemory(INJECTED)
@@ -93,7 +93,7 @@ class FaultyRunner:
 
 
 def load_faulty(seed: int, often: float, made: Callable[[FaultyRunner], None]) -> Callable[..., LoadedEngine]:
-    """A way to load an engine whose runner is faulty; `made` is told of it."""
+    """A way to load an engine whose runner is faulty; `made` is called with it."""
 
     def load(chosen: settings.Settings, path: Path) -> LoadedEngine:
         engine = load_engine(chosen, path)

@@ -5,18 +5,18 @@
 
 The server is the real one, from its socket to its scheduler and its worker's thread, started as `bdh-batch serve`
 starts it; only the runner is not: it computes nothing, and draws the characters of a line (`modelless.py`). Two of them
-run: `in step`, where a step waits until the event loop has been told of the one before, so that a write has one event,
-and `ahead`, where the engine may be some steps ahead, so that several events are ready and go out in one write. Beside
-them run two apps without an engine (`ceilings.py`): a bare ASGI loop that writes the same bytes for every token, and
-one that makes and dumps a pydantic object for each.
+run: `in step`, where a step waits until the event loop has been notified of the one before, so that a write has one
+event, and `ahead`, where the engine may be some steps ahead, so that several events are ready and go out in one write.
+Beside them run two apps without an engine (`ceilings.py`): a bare ASGI loop that writes the same bytes for every token,
+and one that makes and dumps a pydantic object for each.
 
-Sides take turns; one process of clients counts events. What counts is the time in which all streams of a side are under
-way. Figures are medians of rounds: events and tokens a second, events that a client's read brings, and the microseconds
-of processor time that a token costs the server, all of its threads, and the clients; `figures` has the rounds of two of
-them and their intervals. What a wish costs is the difference of the server's time to that of plain completions, round
-by round; the stop strings are never in the answers, nor any of their beginnings, which would hold text back and join
-events. There are no figures if a stream has not exactly the events that it should have: one for each token, unless it
-asks otherwise. Writes `frontend.json`.
+Systems take turns; one process of clients counts events. What counts is the time in which all streams of a system are
+under way. Figures are medians of rounds: events and tokens a second, events that a client's read brings, and the
+microseconds of processor time that a token costs the server, all of its threads, and the clients; `figures` has the
+rounds of two of them and their intervals. What a parameter costs is the difference of the server's time to that of
+plain completions, round by round; the stop strings are never in the completions, nor any of their prefixes, which would
+hold text back and join events. There are no figures if a stream has not exactly the events that it should have: one for
+each token, unless it asks otherwise. Writes `frontend.json`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ import uvloop
 from benchmarks.client import Served, served
 from benchmarks.common import figure, ratio, report_head, write_json
 
-TIMEOUT = 60.0  # seconds, of one side's turn
-TOGETHER = 8  # tokens of a chunk, where several are wished for
+TIMEOUT = 60.0  # seconds, of one system's turn
+TOGETHER = 8  # tokens of a chunk, where several are asked for
 FRAME = b"\n\n"  # JSON has no line breaks, nor has what HTTP puts between chunks two of them
 AHEAD = 8  # steps
 WARM_TOKENS = 50
@@ -51,7 +51,7 @@ Figures = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Side:
+class System:
     """Who is asked for what; `more` events come beside those of tokens, and an event has `together` tokens."""
 
     server: str
@@ -70,12 +70,12 @@ PROMPT = {"prompt": "Count these."}
 MESSAGES = {"messages": [{"role": "user", "content": "Count these."}]}
 
 
-def asks(path: str = COMPLETIONS, more: int = 1, together: int = 1, **wishes: Any) -> Side:
-    return Side("ahead", path, {**(MESSAGES if path == CHAT else PROMPT), **wishes}, more, together)
+def asks(path: str = COMPLETIONS, more: int = 1, together: int = 1, **parameters: Any) -> System:
+    return System("ahead", path, {**(MESSAGES if path == CHAT else PROMPT), **parameters}, more, together)
 
 
 PLAIN = asks()
-WISHES = {
+PARAMETERS = {
     "chat": asks(CHAT, more=2),  # its role
     "usage at the end": asks(stream_options={"include_usage": True}, more=2),
     "usage in every event": asks(stream_options={"include_usage": True, "continuous_usage_stats": True}, more=2),
@@ -86,12 +86,12 @@ WISHES = {
     "4 stop strings": asks(stop=["\n\nUser:", "###", "</s>", "<|end|>"]),
     f"chunks of {TOGETHER} tokens": asks(stream_options={"chunk_tokens": TOGETHER}, together=TOGETHER),
 }
-SIDES = {
-    "bare": Side("ceilings", "/bare"),
-    "pydantic": Side("ceilings", "/pydantic"),
-    "in step": Side("in step", COMPLETIONS, PROMPT),
+SYSTEMS = {
+    "bare": System("ceilings", "/bare"),
+    "pydantic": System("ceilings", "/pydantic"),
+    "in step": System("in step", COMPLETIONS, PROMPT),
     "ahead": PLAIN,
-    **WISHES,
+    **PARAMETERS,
 }
 
 
@@ -176,36 +176,36 @@ class Counter(asyncio.Protocol):
         self._crowd.ended()
 
 
-def request(side: Side, tokens: int) -> bytes:
-    content = orjson.dumps({**side.body, "max_tokens": tokens, "temperature": 0.0, "stream": True})
+def request(system: System, tokens: int) -> bytes:
+    content = orjson.dumps({**system.body, "max_tokens": tokens, "temperature": 0.0, "stream": True})
     head = (
-        f"POST {side.path} HTTP/1.1\r\nhost: benchmark\r\nconnection: close\r\n"
+        f"POST {system.path} HTTP/1.1\r\nhost: benchmark\r\nconnection: close\r\n"
         f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
     )
     return head.encode() + content
 
 
-async def turn(name: str, side: Side, server: Served, streams: int, tokens: int) -> Figures:
-    """One side's figures of one round."""
-    crowd = Crowd(server, request(side, tokens), streams)
+async def turn(name: str, system: System, server: Served, streams: int, tokens: int) -> Figures:
+    """One system's figures of one round."""
+    crowd = Crowd(server, request(system, tokens), streams)
     await crowd.run()
     found = {(stream.status, stream.events) for stream in crowd.streams}
-    if found != {(b"HTTP/1.1 200", side.events(tokens))}:
-        sys.exit(f"{name}: a stream should have {side.events(tokens)} events, but there were {found}.")
+    if found != {(b"HTTP/1.1 200", system.events(tokens))}:
+        sys.exit(f"{name}: a stream should have {system.events(tokens)} events, but there were {found}.")
     begin, end = crowd.all_began, crowd.first_ended
     assert begin is not None
     assert end is not None
     if end.events <= begin.events:
         sys.exit(f"{name}: no time in which all streams were under way; ask for more tokens.")
     seconds, events = end.at - begin.at, end.events - begin.events
-    counted = events * side.together
+    counted = events * system.together
     return {
         "events_per_second": events / seconds,
         "tokens_per_second": counted / seconds,
         "events_per_read": events / (end.reads - begin.reads),
         "server_us_per_token": 1e6 * (end.server - begin.server) / counted,
         "client_us_per_token": 1e6 * (end.client - begin.client) / counted,
-        "share_counted": events / (streams * side.events(tokens)),
+        "share_counted": events / (streams * system.events(tokens)),
     }
 
 
@@ -219,11 +219,11 @@ def servers(streams: int) -> dict[str, tuple[str, ...]]:
     }
 
 
-async def measure(sides: Mapping[str, Side], streams: int, tokens: int, rounds: int) -> dict[str, list[Figures]]:
-    """The figures of every round of each side; they take turns. One round more goes before those that count."""
-    found: dict[str, list[Figures]] = {name: [] for name in sides}
+async def measure(systems: Mapping[str, System], streams: int, tokens: int, rounds: int) -> dict[str, list[Figures]]:
+    """The figures of every round of each system; they take turns. One round more goes before those that count."""
+    found: dict[str, list[Figures]] = {name: [] for name in systems}
     with ExitStack() as stack:
-        needed = {side.server for side in sides.values()}
+        needed = {system.server for system in systems.values()}
         running = {
             name: stack.enter_context(served(module=module))
             for name, module in servers(streams).items()
@@ -232,15 +232,16 @@ async def measure(sides: Mapping[str, Side], streams: int, tokens: int, rounds: 
         gc.collect()
         gc.freeze()
         for number in range(rounds + 1):
-            for name, side in sides.items():
-                figures = await turn(name, side, running[side.server], streams, tokens if number else WARM_TOKENS)
+            for name, system in systems.items():
+                figures = await turn(name, system, running[system.server], streams, tokens if number else WARM_TOKENS)
                 if number:
                     found[name].append(figures)
     return found
 
 
 def summary(found: Mapping[str, Sequence[Figures]]) -> dict[str, Any]:
-    """Medians of rounds, two of them with their rounds; beside what others do, and what each wish costs beside plain
+    """Medians of rounds, two of them with their rounds; beside what others do, and what each parameter costs beside
+    plain
     completions."""
     medians = {
         name: {measure: round(statistics.median(each[measure] for each in rounds), 3) for measure in rounds[0]}
@@ -263,7 +264,7 @@ def summary(found: Mapping[str, Sequence[Figures]]) -> dict[str, Any]:
         },
         "server_us_per_token_more_than_plain": {
             name: round(statistics.median(a - b for a, b in zip(costs[name], costs["ahead"], strict=True)), 3)
-            for name in WISHES
+            for name in PARAMETERS
         },
     }
 
@@ -275,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     chosen = parser.parse_args(arguments)
-    found = uvloop.run(measure(SIDES, chosen.streams, chosen.tokens, chosen.rounds))
+    found = uvloop.run(measure(SYSTEMS, chosen.streams, chosen.tokens, chosen.rounds))
     figures = summary(found)
     report = report_head(["uvicorn", "uvloop", "starlette", "orjson"])
     report["machine"]["cores"] = len(os.sched_getaffinity(0))

@@ -4,9 +4,8 @@
     python -m benchmarks.fuzz --cases 4711-4712        # the same requests again, by their numbers
 
 `benchmarks/fuzzed.py` makes them. The server is started for it, with a chat template in its sandbox. Ends with exit
-code 1 where it died, an answer was an internal error or did not come, /health took too long, memory went on growing, or
-the log has a traceback; the numbers of the requests that were under way are told.
-"""
+code 1 where it died, a response was an internal error or did not come, /health took too long, memory went on growing,
+or the log has a traceback; the numbers of the requests that were under way are printed."""
 
 from __future__ import annotations
 

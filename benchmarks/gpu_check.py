@@ -128,12 +128,12 @@ def errors(config: BDHConfig) -> str | None:
     for dtype, state_dtype in product(TOLERANCES, repeat=2):
         tolerance, kind = max(TOLERANCES[dtype], TOLERANCES[state_dtype]), f"{dtype} weights and {state_dtype} states"
         weights = weights_for(config, dtype)
-        sides: list[list[Tensor]] = []
+        variants: list[list[Tensor]] = []
         for kernels in (TorchKernels(weights), TritonKernels(weights)):
             states = torch.zeros_like(states_for(config, 3, state_dtype))
             steps = [ragged(3, start, length, config.vocab_size) for start, length in ((0, 100), (100, 1), (101, 1))]
-            sides.append([*(kernels.logits(kernels.forward(states, step)) for step in steps), states.float()])
-        error = max(float((mine - right).norm() / right.norm()) for right, mine in zip(*sides))
+            variants.append([*(kernels.logits(kernels.forward(states, step)) for step in steps), states.float()])
+        error = max(float((mine - right).norm() / right.norm()) for right, mine in zip(*variants))
         print(f"largest relative error with {kind}: {error:.1e}")
         if not error <= tolerance:
             return f"{error:.1e} off the specification with {kind}, where {tolerance:.0e} is allowed"
@@ -199,19 +199,19 @@ def decode_figures(
     states = states_for(config, min(max(BATCHES), most_slots(config, dtype)), dtype)
     for size in (size for size in BATCHES if size <= len(states)):
         batch = ragged(size, 900, 1, config.vocab_size)
-        sides: dict[str, Callable[[], object]] = {"triton": step(kernels, states, batch)}
+        variants: dict[str, Callable[[], object]] = {"triton": step(kernels, states, batch)}
         if dtype == torch.float32:
-            sides["dense"] = partial(dense_batched, weights, states[:size], batch)
+            variants["dense"] = partial(dense_batched, weights, states[:size], batch)
         if dtype == torch.float32 and size <= 64:
             contexts = ragged(size, 0, CONTEXT, config.vocab_size).tokens.view(size, CONTEXT)
-            sides["recompute"] = partial(recompute, weights, contexts)
-        times = alternate(sides, 15, gpu_clock)
+            variants["recompute"] = partial(recompute, weights, contexts)
+        times = alternate(variants, 15, gpu_clock)
         moved = rows_moved(kernels, states, batch) * 2 * config.n_embd * dtype.itemsize
         figures = {
             "sequences": size,
             "states": str(dtype).removeprefix("torch."),
             "ms": times["triton"] * 1e3,
-            **{f"{side}_tokens_per_s": size / seconds for side, seconds in times.items()},
+            **{f"{variant}_tokens_per_s": size / seconds for variant, seconds in times.items()},
             "state_bytes_read_and_written": moved,
             "percent_of_copy_bandwidth": 100 * moved / times["triton"] / bandwidth,
         }
@@ -234,16 +234,16 @@ def rows_moved(kernels: Any, states: Tensor, batch: RaggedBatch) -> int:
     kernels.begin(part)
     rows = 0
     for layer in range(states.shape[1]):
-        kernels.think(layer, states, part)
+        kernels.compute_layer(layer, states, part)
         rows += 2 * int(kernels._work.counts[: len(batch.tokens)].sum())
     return rows
 
 
-def gpu_clock(side: Callable[[], object]) -> float:
+def gpu_clock(variant: Callable[[], object]) -> float:
     """Seconds by the GPU's own clock."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     start.record()
-    side()
+    variant()
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / 1e3

@@ -6,12 +6,12 @@
 
 The server runs with its default limits and serves 8 quiet streams. Attackers send from an address of their own, in a
 process of their own. While they do, another client asks for /health 20 times a second, and now and then for a chat and
-for structured output. Per attack the report has what the attackers were told, the longest /health, the longest gap of
-the quiet streams beside the longest without an attack, the memory of the server and of its child processes before, at
-most and after, and what the other client waited. At the end the server gets SIGTERM in the midst of an attack.
+for structured output. Per attack the report has what the attackers got, the longest /health, the longest gap
+of the quiet streams beside the longest without an attack, the memory of the server and of its child processes before,
+at most and after, and what the other client waited. At the end the server gets SIGTERM in the midst of an attack.
 
 Ends with exit code 1, and says why, where the server died, a quiet stream or another client's request failed, an
-attacker was told of an internal error, memory did not come back, the log has a traceback, /health took longer than it
+attacker got an internal error, memory did not come back, the log has a traceback, /health took longer than it
 may, or SIGTERM did not end the server in time.
 """
 
@@ -192,10 +192,10 @@ async def ask(port: int, request: bytes, seconds: float = LOST) -> int:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             try:
                 writer.write(request)
-                answer = await reader.read()
+                response = await reader.read()
             finally:
                 writer.transport.abort()
-            return int(answer.split(b" ", 2)[1]) if answer else 0
+            return int(response.split(b" ", 2)[1]) if response else 0
     except (OSError, TimeoutError):
         return 0
 
@@ -266,7 +266,7 @@ def faults_of(name: str, found: Mapping[str, Any], longest_health: float) -> lis
     if not found["alive"]:
         faults.append("the server died")
     faults += [f"{count} times {what}" for what, count in found["failures"].items()]
-    faults += [f"{count} attackers were told {status}" for status, count in found["told"].items() if "500" in status]
+    faults += [f"{count} attackers got {status}" for status, count in found["told"].items() if "500" in status]
     if "did not end" in found["told"]:
         faults.append("the attack did not end")
     if found["health_longest_ms"] > longest_health * 1000:
@@ -345,7 +345,7 @@ def log_faults(log: Path) -> list[str]:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("names", nargs="*", help="beginnings of attacks' names; none is all of them")
+    parser.add_argument("names", nargs="*", help="prefixes of attacks' names; none is all of them")
     parser.add_argument("--rounds", type=int, default=1, help="of each attack")
     parser.add_argument("--health", type=float, default=LONGEST_HEALTH, help="seconds that /health may take")
     parser.add_argument("--last", choices=ATTACKS, default="compiler: multiples of a large number")

@@ -3,7 +3,7 @@
     python -m benchmarks.kernels                        # synthetic weights of a trained model's density
     python -m benchmarks.kernels --model models/bdh-shakespeare --text shakespeare.txt
 
-The sides of every comparison alternate in one run, but for recomputing, which takes so long that it follows, three
+The variants of every comparison alternate in one run, but for recomputing, which takes so long that it follows, three
 times; figures are medians. Prints no speed while a result is wrong.
 Writes `kernels-cpu.json` and, from it, `kernels-passes.svg` and `kernels-decode.svg`. Its keys:
 
@@ -41,7 +41,7 @@ from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels import cpu, cpu_passes, vector
 from bdh_batch.kernels.base import Kernels, RaggedBatch, Weights
 from bdh_batch.kernels.cpu import CpuKernels
-from bdh_batch.kernels.cpu_layout import Desk, Packed, Round, Shape, States, Work
+from bdh_batch.kernels.cpu_layout import Packed, Round, Scratch, Shape, States, Work
 from bdh_batch.kernels.torch_reference import (
     TorchKernels,
     attend_segment,
@@ -169,14 +169,14 @@ def ragged(tokens: Tensor, batch: int, start: int, length: int) -> RaggedBatch:
 
 def disagreement(config: BDHConfig, weights: Weights, tokens: Tensor, dtype: torch.dtype) -> float:
     """The largest relative error over a prefill, a decode step, and the states after them."""
-    sides: list[list[Tensor]] = []
+    variants: list[list[Tensor]] = []
     for kernels in (TorchKernels(weights), CpuKernels(weights)):
         states = StatePool(config, CHECKED, CPU, dtype=dtype).states.zero_()
-        sides.append(
+        variants.append(
             [kernels.logits(kernels.forward(states, ragged(tokens, CHECKED, *at))) for at in ((0, 64), (64, 1))]
         )
-        sides[-1].append(states)
-    return relative_error(sides[1], sides[0])
+        variants[-1].append(states)
+    return relative_error(variants[1], variants[0])
 
 
 def measure_densities(weights: Weights, tokens: Tensor) -> Densities:
@@ -195,7 +195,7 @@ def measure_densities(weights: Weights, tokens: Tensor) -> Densities:
     return Densities(*(counts / weights.layers).tolist())
 
 
-def machine_sides() -> tuple[dict[str, Callable[[], object]], Callable[[dict[str, float]], Machine]]:
+def machine_variants() -> tuple[dict[str, Callable[[], object]], Callable[[dict[str, float]], Machine]]:
     """A copy, a pass in place and a product to time, all on all threads, and what their times mean."""
     source, target = torch.zeros(1 << 26), torch.ones(1 << 26)
     a, b, out = torch.randn(1536, 1536), torch.randn(1536, 1536), torch.empty(1536, 1536)
@@ -212,52 +212,54 @@ def machine_sides() -> tuple[dict[str, Callable[[], object]], Callable[[dict[str
 
 
 @vector.in_parallel
-def expand_all(part: Round, shape: Shape, weights: Packed, work: Work, desks: Desk, threads: int) -> None:
+def expand_all(part: Round, shape: Shape, weights: Packed, work: Work, scratches: Scratch, threads: int) -> None:
     for thread in numba.prange(threads):
-        expand_share(thread, threads, part, shape, weights, work, desks)
+        expand_share(thread, threads, part, shape, weights, work, scratches)
 
 
 @vector.in_parallel
-def attend_all(part: Round, shape: Shape, states: States, work: Work, desks: Desk, threads: int) -> None:
+def attend_all(part: Round, shape: Shape, states: States, work: Work, scratches: Scratch, threads: int) -> None:
     for thread in numba.prange(threads):
-        attend_share(thread, threads, part, shape, states, work, desks)
+        attend_share(thread, threads, part, shape, states, work, scratches)
 
 
 @vector.in_parallel
-def contract_all(part: Round, shape: Shape, weights: Packed, work: Work, desks: Desk, threads: int) -> None:
+def contract_all(part: Round, shape: Shape, weights: Packed, work: Work, scratches: Scratch, threads: int) -> None:
     for thread in numba.prange(threads):
-        contract_share(thread, threads, part, shape, weights, work, desks)
+        contract_share(thread, threads, part, shape, weights, work, scratches)
 
 
 @vector.compiled
 def expand_share(
-    thread: int, threads: int, part: Round, shape: Shape, weights: Packed, work: Work, desks: Desk
+    thread: int, threads: int, part: Round, shape: Shape, weights: Packed, work: Work, scratches: Scratch
 ) -> None:
-    desk = cpu.desk_of(desks, thread)
+    scratch = cpu.scratch_of(scratches, thread)
     for piece in range(thread, shape.layers * shape.heads, threads):
-        cpu_passes.expand(0, part.bounds[-1], piece // shape.heads, piece % shape.heads, shape, weights, work, desk)
+        cpu_passes.expand(0, part.bounds[-1], piece // shape.heads, piece % shape.heads, shape, weights, work, scratch)
 
 
 @vector.compiled
-def attend_share(thread: int, threads: int, part: Round, shape: Shape, states: States, work: Work, desks: Desk) -> None:
-    """Every layer's and head's state by the lists that lie on the desk."""
-    desk = cpu.desk_of(desks, thread)
+def attend_share(
+    thread: int, threads: int, part: Round, shape: Shape, states: States, work: Work, scratches: Scratch
+) -> None:
+    """Every layer's and head's state by the lists in the scratch buffers."""
+    scratch = cpu.scratch_of(scratches, thread)
     for piece in range(thread, shape.layers * shape.heads, threads):
         for segment in range(len(part.slots)):
-            cpu.attend(segment, 0, piece // shape.heads, piece % shape.heads, part, shape, states, work, desk)
+            cpu.attend(segment, 0, piece // shape.heads, piece % shape.heads, part, shape, states, work, scratch)
 
 
 @vector.compiled
 def contract_share(
-    thread: int, threads: int, part: Round, shape: Shape, weights: Packed, work: Work, desks: Desk
+    thread: int, threads: int, part: Round, shape: Shape, weights: Packed, work: Work, scratches: Scratch
 ) -> None:
-    desk = cpu.desk_of(desks, thread)
+    scratch = cpu.scratch_of(scratches, thread)
     for piece in range(thread, shape.layers * shape.heads, threads):
-        cpu_passes.contract(0, part.bounds[-1], piece % shape.heads, shape, weights, work, desk)
+        cpu_passes.contract(0, part.bounds[-1], piece % shape.heads, shape, weights, work, scratch)
 
 
-def sides_of(name: str) -> list[tuple[str, str]]:
-    """The sides that differ by the dtype of the states only, each with that dtype."""
+def variants_of(name: str) -> list[tuple[str, str]]:
+    """The variants that differ by the dtype of the states only, each with that dtype."""
     return [("float32", name), ("bfloat16", f"{name}_bfloat16")]
 
 
@@ -268,7 +270,7 @@ class Bench:
         self._config, self._weights, self._tokens = config, weights, tokens
         self._batch, self._densities, self._repeats = batch, densities, repeats
         self._kernels = CpuKernels(weights)
-        # Zeros, written here, so that no side is the first to touch its memory.
+        # Zeros, written here, so that no variant is the first to touch its memory.
         self._states = {
             name: StatePool(config, batch, CPU, dtype=dtype).states.zero_() for name, dtype in STATES.items()
         }
@@ -276,13 +278,13 @@ class Bench:
         self._position = 64
 
     def run(self, context: int, prompt: int) -> dict[str, Any]:
-        machine_tests, rates = machine_sides()
+        machine_tests, rates = machine_variants()
         dense = TorchKernels(self._weights)
         for states in self._states.values():
             self._kernels.forward(states, ragged(self._tokens, self._batch, 0, 64))
         contexts = torch.stack([self._tokens[1024 * s : 1024 * s + context] for s in range(self._batch)])
         passes = self._passes()
-        sides = {
+        variants = {
             **machine_tests,
             "dense_per_sequence": lambda: self._step(dense, self._dense_states),
             "dense_batched": self._batched_step,
@@ -292,8 +294,8 @@ class Bench:
             "step": lambda: self._step(self._kernels, self._states["float32"]),  # leaves its lists to the passes
             **passes,
         }
-        with tqdm(total=self._repeats, desc=", ".join(sides), file=sys.stderr) as bar:
-            rounds = take_turns(sides, self._repeats, tick=bar.update)
+        with tqdm(total=self._repeats, desc=", ".join(variants), file=sys.stderr) as bar:
+            rounds = take_turns(variants, self._repeats, tick=bar.update)
         times = medians(rounds)
         whole = {"recompute": lambda: recompute(self._weights, contexts, 1)}
         times["recompute"] = alternate(whole, min(3, self._repeats))["recompute"]
@@ -311,7 +313,10 @@ class Bench:
             "passes": self._pass_figures(times, machine),
             "prefill": {
                 "tokens": prompt,
-                **{name: self._prefill_figures(prompt, times[side], machine) for name, side in sides_of("prefill")},
+                **{
+                    name: self._prefill_figures(prompt, times[variant], machine)
+                    for name, variant in variants_of("prefill")
+                },
             },
         }
 
@@ -332,16 +337,16 @@ class Bench:
             self._kernels.forward(states, batch)
 
     def _passes(self) -> dict[str, Callable[[], None]]:
-        """Each pass of a decode step by itself, for all layers; what is on the desks stays from the pass before."""
+        """Each pass of a decode step by itself; the scratch buffers are as the pass before left them."""
         kernels, states = self._kernels, {name: cpu.flatten(states) for name, states in self._states.items()}
         (part,) = cpu.rounds(ragged(self._tokens, self._batch, 64, 1), 1, 1)
-        shape, packed, work, desks = kernels._shape, kernels._packed, kernels._work, kernels._desks
+        shape, packed, work, scratches = kernels._shape, kernels._packed, kernels._work, kernels._scratch
         threads = kernels._threads
         return {
-            "expand": lambda: expand_all(part, shape, packed, work, desks, threads),
-            "attend": lambda: attend_all(part, shape, states["float32"], work, desks, threads),
-            "attend_bfloat16": lambda: attend_all(part, shape, states["bfloat16"], work, desks, threads),
-            "contract": lambda: contract_all(part, shape, packed, work, desks, threads),
+            "expand": lambda: expand_all(part, shape, packed, work, scratches, threads),
+            "attend": lambda: attend_all(part, shape, states["float32"], work, scratches, threads),
+            "attend_bfloat16": lambda: attend_all(part, shape, states["bfloat16"], work, scratches, threads),
+            "contract": lambda: contract_all(part, shape, packed, work, scratches, threads),
         }
 
     def _decode(self, times: dict[str, float], context: int) -> dict[str, float]:
@@ -352,11 +357,11 @@ class Bench:
         }
         return {
             "batch": self._batch,
-            **{f"{side}_tokens_per_s": self._batch / times[side] for _, side in sides_of("step")},
+            **{f"{variant}_tokens_per_s": self._batch / times[variant] for _, variant in variants_of("step")},
             **{f"{name}_tokens_per_s": self._batch / seconds for name, seconds in baselines.items()},
             **{
-                f"{side}_times_{name}": seconds / times[side]
-                for _, side in sides_of("step")
+                f"{variant}_times_{name}": seconds / times[variant]
+                for _, variant in variants_of("step")
                 for name, seconds in baselines.items()
             },
         }
@@ -365,8 +370,8 @@ class Bench:
         shape = self._kernels._shape
         threads, pieces = self._kernels._threads, shape.layers * shape.heads
         rows = 0
-        for thread in range(threads):  # each goes by the lists on its own desk for all of its pieces
-            lists = self._kernels._desks.starts[thread].reshape(-1, shape.panels + 1)[: self._batch, -1]
+        for thread in range(threads):  # each goes by the lists in its own scratch buffers for all of its pieces
+            lists = self._kernels._scratch.starts[thread].reshape(-1, shape.panels + 1)[: self._batch, -1]
             rows += 2 * int(lists.sum()) * len(range(thread, pieces, threads))
         products = 2 * self._batch * shape.layers * shape.heads * shape.neurons * shape.width
         return {
@@ -376,8 +381,8 @@ class Bench:
                 "percent_of_rate": 100 * products / times["expand"] / 1e9 / machine.gemm_gflop_s,
             },
             **{
-                side: self._attend_figures(2 * STATES[name].itemsize * shape.width * rows, times[side], machine)
-                for name, side in sides_of("attend")
+                variant: self._attend_figures(2 * STATES[name].itemsize * shape.width * rows, times[variant], machine)
+                for name, variant in variants_of("attend")
             },
             "contract": {
                 "ms": times["contract"] * 1e3,

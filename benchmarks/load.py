@@ -12,7 +12,7 @@ level with a round of each climb, failures by kind, and the verdicts
     no_failures      nothing failed; a refusal (429) is no failure
     throughput_flat  at no level past the first that comes near the best are tokens/s far below that one's, by the
                      medians over climbs, and no stage of these levels brings little beside the best; null: never
-                     saturated. The tokens of prompts count too: how many answers a stage has left for is much a
+                     saturated. The tokens of prompts count too: how many completions a stage has left for is much a
                      matter of chance, as some prompts are long
     memory_flat      medians of the memory in both halves of the time since then; null: never saturated, or memory not
                      seen
@@ -207,7 +207,7 @@ def target(chosen: argparse.Namespace) -> Iterator[tuple[str, int | None]]:
 def print_report(report: Figures) -> None:
     for stage in report["stages"]:
         memory = "" if stage["rss_median"] is None else f", {stage['rss_median'] / 2**20:,.0f} MiB"
-        rates = f"{stage['tokens_per_s']:8,.0f} tokens/s, {stage['answers_per_s']:6.1f} answers/s"
+        rates = f"{stage['tokens_per_s']:8,.0f} tokens/s, {stage['answers_per_s']:6.1f} completions/s"
         rates += f", {stage['prompt_tokens_per_s']:8,.0f} tokens of prompts/s"
         refused, busy = f"{stage['refused_per_s']:6.1f} refused/s", f"client busy {stage['client_cpu_share']:.0%}"
         print(f"{stage['users']:>5} users: {rates}, {refused}{memory}; {busy}")
@@ -228,7 +228,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--users", type=int, default=256, help="of the highest level")
     parser.add_argument("--climbs", type=int, default=4, help="of the levels, up and down in turn")
     parser.add_argument("--tags", nargs="*", default=[], help="scenarios; else all")
-    parser.add_argument("--think", type=float, default=1.0, help="seconds between an answer and the next request")
+    parser.add_argument("--think", type=float, default=1.0, help="seconds between a completion and the next request")
     parser.add_argument("--answer-tokens", type=int, default=64, help="on the average")
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="of the server that it starts")
     parser.add_argument("--url", help="a server that runs; else one is started")

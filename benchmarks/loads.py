@@ -1,4 +1,4 @@
-"""Loads that several sides get in turn: as lines of a file for `bench serve`, and as jobs for an engine in process."""
+"""Loads that several systems get in turn: as a file's lines for `bench serve`, and as jobs for an engine in process."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PROMPT = 64  # tokens
 @dataclass(frozen=True)
 class Request:
     prompt: str  # ASCII: as many tokens of bytes as characters
-    length: int  # tokens of its answer
+    length: int  # tokens of its completion
 
 
 def load(lengths: Sequence[int], seed: int) -> list[Request]:
-    """Prompts that no other seed's are like, and answers of these lengths."""
+    """Prompts that no other seed's are like, and completions of these lengths."""
     draw = random.Random(seed)
     return [Request(prompt(draw), length) for length in lengths]
 

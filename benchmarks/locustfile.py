@@ -5,13 +5,13 @@
     make load                                                                                 # see benchmarks/load.py
 
 Scenarios, by tag: `steady`, `burst` (some at once), `long` (prompts), `leaving` (before the end), `keys` (of unequal
-wishes). Rows of the statistics, by type, each for every scenario (of those that leave, only how many did):
+requests). Rows of the statistics, by type, each for every scenario (of those that leave, only how many did):
 
     answer      whole answers, in ms, and what failed, by the kinds of `bench serve`; no other is in the Aggregated row
     ttft        ms to the first token
-    gap         ms between the events that bear tokens
+    gap         ms between the events that carry tokens
     tokens/s    of an answer of some length after its first token: a rate, where the head of the column says ms
-    429         refusals, which are no failures: ms until they were told
+    429         refusals, which are no failures: ms until they came
     left        streams that their client left, as it meant to: ms until then
 
 Streams are read line by line with the client below FastHttpUser: reading by FastHttpUser itself waits until a block is
@@ -171,7 +171,7 @@ class Reader(User):
     def stream(
         self, scenario: str, path: str, body: Mapping[str, Any], key: str | None = None, leave_after: int | None = None
     ) -> None:
-        """Asks, reads and tells the statistics what came of it.
+        """Asks, reads and reports to the statistics what came of it.
 
         Args:
             key: else the first of the user's.
@@ -231,8 +231,8 @@ class Reader(User):
     def _refused(self, scenario: str, began: float, answer: HTTPSocketResponse) -> None:
         TALLY.refused += 1
         self._log("429", scenario, time.perf_counter() - began)
-        told = str(answer.get("retry-after", "1"))
-        gevent.sleep(min(PATIENCE_SECONDS, float(told) if told.isdecimal() else 1.0))
+        asked = str(answer.get("retry-after", "1"))
+        gevent.sleep(min(PATIENCE_SECONDS, float(asked) if asked.isdecimal() else 1.0))
 
     def _failed(self, scenario: str, began: float, kind: str) -> None:
         TALLY.failures[kind] += 1
@@ -329,8 +329,8 @@ class Samples:
 
     def write(self) -> None:
         self._loop.kill()
-        told = {name: getattr(TALLY, name) for name in ("answers", "refused", "left", "stopped", "failures")}
-        self._file.write_text(json.dumps({**told, "samples": self._found}))
+        tally = {name: getattr(TALLY, name) for name in ("answers", "refused", "left", "stopped", "failures")}
+        self._file.write_text(json.dumps({**tally, "samples": self._found}))
 
 
 def rss_of(process: psutil.Process) -> int | None:

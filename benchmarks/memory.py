@@ -4,10 +4,10 @@
     python -m benchmarks.memory --before ../bdh_batch-before        # the same of the server in that checkout, by turns
 
 A server with default options and the bundled model is asked by many clients at once from its first moment on, each of
-which sends its next request when it has its answer. Answers come whole, so that the clients cost little. Cold is until
-the first `--requests` are answered, warm is the time until as many more are. Beside tokens/s there are tokens for each
-second of the server's CPU time, which other work on the machine disturbs less. Then the server is left alone, and after
-`--idle` seconds (`engine.idle_release_seconds` is half of them) its memory is looked at again.
+which sends its next request when it has its response. Responses come whole, so that the clients cost little. Cold is
+until the first `--requests` are answered, warm is the time until as many more are. Beside tokens/s there are tokens for
+each second of the server's CPU time, which other work on the machine disturbs less. Then the server is left alone, and
+after `--idle` seconds (`engine.idle_release_seconds` is half of them) its memory is looked at again.
 
 On a server of its own, chats share a system prompt: the share of their prompts' tokens that were cached. On a virtual
 machine, memory that no process ever had costs more than any later; a first round takes it, which is not for quoting.
@@ -29,7 +29,7 @@ from typing import Any
 
 import uvloop
 
-from benchmarks.client import ROOT, Answer, Served, served
+from benchmarks.client import ROOT, Response, Served, served
 from benchmarks.common import report_head, write_json
 from benchmarks.serving import text
 
@@ -63,7 +63,7 @@ class Crowd:
         self.notes: list[tuple[float, float, float]] = []
 
     def note(self) -> None:
-        """Counts the tokens of unfinished answers, too: the first phase alone begins with none of those."""
+        """Counts the tokens of unfinished responses, too: the first phase alone begins with none of those."""
         generated = self._server.metric("bdh_generation_tokens_total")
         self.notes.append((time.perf_counter(), cpu_seconds(self._server.pid), generated))
 
@@ -98,9 +98,9 @@ async def post(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, body:
     writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + content)
     lines = (await reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
     length = next(int(line.partition(b":")[2]) for line in lines if line.startswith(b"content-length:"))
-    answer = await reader.readexactly(length)
+    response = await reader.readexactly(length)
     if b" 200 " not in lines[0]:
-        raise RuntimeError(f"{lines[0]!r}: {answer!r}")
+        raise RuntimeError(f"{lines[0]!r}: {response!r}")
 
 
 async def first_minutes(server: Served, chosen: argparse.Namespace) -> Figures:
@@ -124,13 +124,13 @@ async def first_minutes(server: Served, chosen: argparse.Namespace) -> Figures:
 async def shared_prompt(server: Served, chosen: argparse.Namespace) -> Figures:
     draw = random.Random(1)
     system = {"role": "system", "content": text(draw, chosen.system)}
-    answers: list[Answer] = []
+    responses: list[Response] = []
     for _ in range(0, chosen.chats, chosen.together):
         users = [{"role": "user", "content": text(draw, 40)} for _ in range(chosen.together)]
         path = "/v1/chat/completions"
         some = [server.ask(path, messages=[system, user], max_tokens=8, temperature=0.0) for user in users]
-        answers += await asyncio.gather(*some)
-    prompts, cached = sum(len(each.prompt) for each in answers), sum(each.cached_tokens for each in answers)
+        responses += await asyncio.gather(*some)
+    prompts, cached = sum(len(each.prompt) for each in responses), sum(each.cached_tokens for each in responses)
     return {
         "prompt_tokens": prompts,
         "cached_tokens": cached,
@@ -139,9 +139,9 @@ async def shared_prompt(server: Served, chosen: argparse.Namespace) -> Figures:
     }
 
 
-def measure(root: Path, options: Sequence[str], scene: Callable[..., Any], chosen: argparse.Namespace) -> Figures:
+def measure(root: Path, options: Sequence[str], scenario: Callable[..., Any], chosen: argparse.Namespace) -> Figures:
     with served(*options, root=root) as server:
-        found: Figures = uvloop.run(scene(server, chosen))
+        found: Figures = uvloop.run(scenario(server, chosen))
     return found
 
 
@@ -167,16 +167,16 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> None:
     chosen = parse(argv)
     idle = [f"engine.idle_release_seconds={chosen.idle / 2}"]
-    sides = {"now": (ROOT, [*chosen.set, *idle])}
+    variants = {"now": (ROOT, [*chosen.set, *idle])}
     if chosen.before is not None:
-        sides = {"before": (chosen.before.resolve(), chosen.set), **sides}
-    report: Figures = {name: {"first_minutes": [], "shared_prompt": []} for name in sides}
+        variants = {"before": (chosen.before.resolve(), chosen.set), **variants}
+    report: Figures = {name: {"first_minutes": [], "shared_prompt": []} for name in variants}
     for _ in range(chosen.rounds):
-        for name, (root, options) in sides.items():
-            for scene in (first_minutes, shared_prompt):
-                found = measure(root, options, scene, chosen)
-                report[name][scene.__name__].append(found)
-                print(f"{name}, {scene.__name__}: {json.dumps(found)}", flush=True)
+        for name, (root, options) in variants.items():
+            for scenario in (first_minutes, shared_prompt):
+                found = measure(root, options, scenario, chosen)
+                report[name][scenario.__name__].append(found)
+                print(f"{name}, {scenario.__name__}: {json.dumps(found)}", flush=True)
     head = report_head(["torch", "numba", "uvicorn", "uvloop"])
     asked = {name: getattr(chosen, name) for name in ("clients", "requests", "prompt", "tokens", "idle", "system")}
     write_json(chosen.out / "memory.json", {**head, "asked": asked, **report})

@@ -2,7 +2,7 @@
 
     python -m benchmarks.modelless --port 8000 --ahead 8
 
-Its answers are one line of English, over and over, whatever was asked: a token is a character of it.
+Its completions are one line of English, over and over, whatever was asked: a token is a character of it.
 """
 
 from __future__ import annotations
@@ -56,18 +56,18 @@ class ModellessRunner:
         drawn: list[int | None] = [None] * len(plan.segments)
         scores = {}
         for row, segment in drawing:
-            place = (segment.start + len(segment.tokens)) % len(TEXT)
-            drawn[row] = TEXT[place]
+            position = (segment.start + len(segment.tokens)) % len(TEXT)
+            drawn[row] = TEXT[position]
             if segment.sampling is not None and segment.sampling.logprobs is not None:
-                scores[row] = score(place, segment.sampling.logprobs)
+                scores[row] = score(position, segment.sampling.logprobs)
         return Outcome(drawn, scores)
 
 
 @cache
-def score(place: int, top: int) -> TokenScore:
-    """What is told of the token at a place: real ones have as many digits."""
+def score(position: int, top: int) -> TokenScore:
+    """The score of the token at a position: real ones have as many digits."""
     others = [(ord("a") + rank, math.log(0.5 ** (rank + 2))) for rank in range(1, top)]
-    return TokenScore(TEXT[place], math.log(0.7), [(TEXT[place], math.log(0.7)), *others][:top])
+    return TokenScore(TEXT[position], math.log(0.7), [(TEXT[position], math.log(0.7)), *others][:top])
 
 
 def load_modelless(runner: ModellessRunner) -> Callable[[settings.Settings, Path], LoadedEngine]:

@@ -28,7 +28,7 @@ Rounds = Sequence[float]
 
 @dataclass(frozen=True)
 class Spread:
-    """Of a figure's rounds: the variance of their logarithms, and the degrees of freedom that tell of it."""
+    """Of a figure's rounds: the variance of their logarithms, and the degrees of freedom behind it."""
 
     variance: float
     freedom: float

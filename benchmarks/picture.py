@@ -19,7 +19,7 @@ from benchmarks.common import machine_slug
 
 ROOT = Path(__file__).parents[1]
 SERVER = "server.json"
-SIDES = {
+SYSTEMS = {
     "server": "this server",
     "static": "static batches, same kernels",
     "one_at_a_time": "one at a time, same kernels",
@@ -42,8 +42,8 @@ def draw(report: Mapping[str, Any], file: Path) -> None:
 
 def bars(scenario: Mapping[str, Any]) -> Mapping[str, float]:
     """Tokens/s by the name of the system under test, as far as the scenario has it."""
-    sides = scenario["sides"]
-    return {name: sides[side]["tokens_per_s"]["value"] for side, name in SIDES.items() if side in sides}
+    systems = scenario["sides"]
+    return {name: systems[system]["tokens_per_s"]["value"] for system, name in SYSTEMS.items() if system in systems}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,7 +1,7 @@
-"""One report of several sittings: a measurement that was repeated at other times, each time as a report of its own.
+"""One report of several repetitions: a measurement that was repeated at other times, each time as a report of its own.
 
-A machine is faster in some minutes than in others. Rounds of one sitting share that, and tell little of it: here a
-whole sitting is a round, so that what drifts from one to the next is in the intervals.
+A machine is faster in some minutes than in others. Rounds of one repetition share that, and show little of it: here a
+whole repetition is a round, so that what drifts from one to the next is in the intervals.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from benchmarks.common import FIGURE, INTERVAL, figure, interval
 def pooled(parts: Sequence[Any]) -> Any:
     """Of reports, or of the same part of each.
 
-    A figure has a round for each sitting, which is its median there; so has the interval of a ratio. Other numbers are
-    medians over the sittings, so that what was derived from others need not fit them to the digit. What only some have
-    is pooled from those; texts that differ are those of the last.
+    A figure has a round for each repetition, which is its median there; so has the interval of a ratio. Other numbers
+    are medians over the repetitions, so that what was derived from others need not fit them to the digit. What only
+    some have is pooled from those; texts that differ are those of the last.
 
     Raises:
         ValueError: they are not of one measurement: lists of other lengths, other kinds of things, other verdicts.
@@ -33,7 +33,7 @@ def pooled(parts: Sequence[Any]) -> Any:
     if all(part == last for part in parts) or all(isinstance(part, str) for part in parts):
         return last
     if not all(isinstance(part, int | float) and not isinstance(part, bool) for part in parts):
-        raise ValueError(f"sittings differ in what is no number: {parts}")
+        raise ValueError(f"repetitions differ in what is no number: {parts}")
     return statistics.median(parts)
 
 

@@ -3,7 +3,7 @@
     python -m benchmarks.rates                      # 1,000,000 addresses in a minute
     python -m benchmarks.rates --addresses 100000 --out /tmp
 
-Sides: `ledger` is the server's, `limits` is the `limits` library's MemoryStorage with a moving window, as the server
+Variants: `ledger` is the server's, `limits` is the `limits` library's MemoryStorage with a moving window, as the server
 used it before. Each has a process of its own; each address asks once, within a minute by the clock of the ledger, and
 those that came first ask again. Writes `rates.json`.
 """
@@ -65,11 +65,11 @@ def limits(addresses: int) -> tuple[Callable[[str], object], Callable[[], int]]:
     return ask, lambda: len(storage.events)
 
 
-SIDES = {"ledger": ledger, "limits": limits}
+VARIANTS = {"ledger": ledger, "limits": limits}
 
 
-def measure(side: str, addresses: int, results: Any) -> None:
-    ask, known = SIDES[side](addresses)
+def measure(variant: str, addresses: int, results: Any) -> None:
+    ask, known = VARIANTS[variant](addresses)
     seconds = array("d", bytes(8 * addresses))
     gc.collect()
     gc.freeze()
@@ -116,15 +116,15 @@ def main() -> None:
     if chosen.addresses < AGAIN:
         parser.error(f"--addresses should be at least {AGAIN}")
     processes = multiprocessing.get_context("spawn")
-    sides = {}
-    for side in SIDES:
+    variants = {}
+    for variant in VARIANTS:
         results: Any = processes.Queue()
-        process = processes.Process(target=measure, args=(side, chosen.addresses, results))
+        process = processes.Process(target=measure, args=(variant, chosen.addresses, results))
         process.start()
-        sides[side] = results.get()
+        variants[variant] = results.get()
         process.join()
-        print(side, json.dumps(sides[side]), file=sys.stderr)
-    report = {**report_head(["limits"]), "addresses": chosen.addresses, "limit": LIMIT, "sides": sides}
+        print(variant, json.dumps(variants[variant]), file=sys.stderr)
+    report = {**report_head(["limits"]), "addresses": chosen.addresses, "limit": LIMIT, "sides": variants}
     write_json(chosen.out / "rates.json", report)
 
 

@@ -3,14 +3,13 @@
     python -m benchmarks.sampling                       # 256 rows, vocabularies of 256 and 8,192
     python -m benchmarks.sampling --before old.py       # also the `sample` of another sampling.py, by path
 
-Sides take turns. Each chooses a token for every row: `plain` ones have a temperature alone; other rows are penalised on
-the tokens of a prompt and an answer, biased, or scored with the log-probabilities of 5. Figures are milliseconds a
-step, the median, of the one thread's own time: what else the machine does adds little to them.
+Variants take turns. Each chooses a token for every row: `plain` ones have a temperature alone; other rows are penalised
+on the tokens of a prompt and a completion, biased, or scored with the log-probabilities of 5. Figures are milliseconds
+a step, the median, of the one thread's own time: what else the machine does adds little to them.
 
-`worst` is what requests may ask for at most: 64 rows, each with a bias for every token, a prompt and an answer that had
-every token, a ban on all but one, 20 log-probabilities; and a stream with 16 stop strings of 1 KiB that overlap with
-an answer of one letter, in microseconds a token.
-"""
+`worst` is what requests may ask for at most: 64 rows, each with a bias for every token, a prompt and a completion that
+had every token, a ban on all but one, 20 log-probabilities; and a stream with 16 stop strings of 1 KiB that overlap
+with a completion of one letter, in microseconds a token."""
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bdh_batch.engine.runner import choose
-from bdh_batch.engine.sampling.logits_processors import adjust
+from bdh_batch.engine.sampling.logits_processors import process_logits
 from bdh_batch.messages import NO_TOKENS, Adjustment, LogitBias, SamplingParams, distinct
 from bdh_batch.text.stop_strings import StopStrings
 from bdh_batch.text.stream import TextStream
@@ -39,24 +38,24 @@ VOCABULARIES = (256, 8192)
 PLAIN = SamplingParams(temperature=0.8, seed=1)
 PENALISED = SamplingParams(temperature=0.8, seed=1, repetition_penalty=1.1, frequency_penalty=0.2, presence_penalty=0.1)
 BIASED = SamplingParams(temperature=0.8, seed=1, logit_bias=LogitBias.of({5: 1.5, 9: -100.0}))
-TOLD = SamplingParams(temperature=0.8, seed=1, logprobs=5)
-KINDS = {"penalised": PENALISED, "biased": BIASED, "with logprobs": TOLD}
+WITH_LOGPROBS = SamplingParams(temperature=0.8, seed=1, logprobs=5)
+KINDS = {"penalised": PENALISED, "biased": BIASED, "with logprobs": WITH_LOGPROBS}
 WORST_ROWS, WORST_VOCABULARIES = 64, (256, 50_257)
 
 
-def side(logits: Tensor, wishing: int, params: SamplingParams, known: int) -> Callable[[], object]:
-    """A step in which the first `wishing` rows have `params`, the others none."""
+def variant(logits: Tensor, processed: int, params: SamplingParams, known: int) -> Callable[[], object]:
+    """A step in which the first `processed` rows have `params`, the others none."""
     rows, vocabulary = logits.shape
     chance = random.Random(0)
-    each = [params if row < wishing else PLAIN for row in range(rows)]
-    wishes = []
-    for row in range(wishing):
-        wish = Adjustment.of(params, [chance.randrange(vocabulary) for _ in range(known)], NO_TOKENS, 0)
-        if wish is not None:
+    each = [params if row < processed else PLAIN for row in range(rows)]
+    processors = []
+    for row in range(processed):
+        processor = Adjustment.of(params, [chance.randrange(vocabulary) for _ in range(known)], NO_TOKENS, 0)
+        if processor is not None:
             for _ in range(known):
-                wish.count(chance.randrange(vocabulary))
-            wishes.append((row, wish))
-    return lambda: choose(logits, each, range(rows), wishes)
+                processor.count(chance.randrange(vocabulary))
+            processors.append((row, processor))
+    return lambda: choose(logits, each, range(rows), processors)
 
 
 def before(file: Path, logits: Tensor) -> Callable[[], object]:
@@ -68,20 +67,22 @@ def before(file: Path, logits: Tensor) -> Callable[[], object]:
     return partial(module.sample, logits, [PLAIN] * len(logits), range(len(logits)))
 
 
-def thread_time(side: Callable[[], object]) -> float:
+def thread_time(variant: Callable[[], object]) -> float:
     start = time.thread_time()
-    side()
+    variant()
     return time.thread_time() - start
 
 
 def measure(rows: int, vocabulary: int, known: int, repeats: int, old: Path | None) -> dict[str, float]:
     logits = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0)) * 3
-    sides = {"plain": side(logits, 0, PLAIN, known)} | ({} if old is None else {"before": before(old, logits)})
+    variants = {"plain": variant(logits, 0, PLAIN, known)} | ({} if old is None else {"before": before(old, logits)})
     for name, params in KINDS.items():
-        for wishing in (1, rows):
-            sides[f"{wishing} {name}"] = side(logits.clone(), wishing, params, known)  # it changes what it is given
+        for processed in (1, rows):
+            variants[f"{processed} {name}"] = variant(
+                logits.clone(), processed, params, known
+            )  # it changes what it is given
     with torch.inference_mode():
-        return {name: round(1000 * seconds, 3) for name, seconds in alternate(sides, repeats, thread_time).items()}
+        return {name: round(1000 * seconds, 3) for name, seconds in alternate(variants, repeats, thread_time).items()}
 
 
 def worst(rows: int, vocabulary: int, repeats: int) -> dict[str, float]:
@@ -92,25 +93,25 @@ def worst(rows: int, vocabulary: int, repeats: int) -> dict[str, float]:
     params = replace(PENALISED, repetition_penalty=1.1, logit_bias=bias, logprobs=20)
     first = Adjustment.of(params, every, distinct(every[1:]), early=vocabulary + 1)
     assert first is not None
-    wishes = [(row, first.afresh()) for row in range(rows)]
-    for _, wish in wishes:
+    processors = [(row, first.afresh()) for row in range(rows)]
+    for _, processor in processors:
         for token in every:
-            wish.count(token)
-    sides: dict[str, Callable[[], object]] = {
+            processor.count(token)
+    variants: dict[str, Callable[[], object]] = {
         "plain": partial(choose, logits, [PLAIN] * rows, range(rows), []),
-        "adjusting": partial(adjust, logits, wishes),
-        "all": partial(choose, logits, [params] * rows, range(rows), wishes),
+        "adjusting": partial(process_logits, logits, processors),
+        "all": partial(choose, logits, [params] * rows, range(rows), processors),
         "stop strings, us a token": partial(stream, 1000),
     }
     with torch.inference_mode():
-        return {name: round(1000 * seconds, 3) for name, seconds in alternate(sides, repeats, thread_time).items()}
+        return {name: round(1000 * seconds, 3) for name, seconds in alternate(variants, repeats, thread_time).items()}
 
 
 STOPS = StopStrings(["a" * length + "b" for length in range(1008, 1024)])
 
 
 def stream(tokens: int) -> None:
-    """So many tokens of an answer that is about to end with each of 16 stop strings, and never does."""
+    """So many tokens of a completion that is about to end with each of 16 stop strings, and never does."""
     text = TextStream(ByteTokenizer().decoder(), STOPS)
     for _ in range(tokens):
         text.push(ord("a"))

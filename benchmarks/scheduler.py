@@ -33,11 +33,11 @@ from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import ByteTokenizer
 from benchmarks.common import figure, report_head, write_json
 
-SCENES = ("decoding", "decoding, a queue behind", "taking turns", "prompts under way", "coming and going")
+SCENARIOS = ("decoding", "decoding, a queue behind", "taking turns", "prompts under way", "coming and going")
 WARM = 100  # steps before those that count
 CHURN = 16  # sequences that end in a step, and as many that come, where they come and go
 BLOCKS = 10  # of steps: a figure's rounds
-KEPT = 256  # states on the device beside those of running sequences
+CACHED = 256  # states on the device beside those of running sequences
 
 
 class NoRunner:
@@ -45,14 +45,17 @@ class NoRunner:
         raise NotImplementedError("nothing is computed here")
 
 
-def make_scheduler(scene: str, running: int, waiting: int) -> Scheduler:
-    turns = scene == "taking turns"
+def make_scheduler(scenario: str, running: int, waiting: int) -> Scheduler:
+    turns = scenario == "taking turns"
     policy = Policy(
-        host_slots=running if turns else 0, max_running=running * 3 // 2 if turns else running, keep=True, quantum=64
+        host_slots=running if turns else 0,
+        max_running=running * 3 // 2 if turns else running,
+        cache_prefixes=True,
+        time_slice=64,
     )
-    scheduler = Scheduler(running + (KEPT if scene == "coming and going" else 0), 4 * running, policy)
-    behind = {"decoding": 0, "taking turns": running // 2, "coming and going": -running}.get(scene, waiting)
-    length = 20_000 if scene == "prompts under way" else 24
+    scheduler = Scheduler(running + (CACHED if scenario == "coming and going" else 0), 4 * running, policy)
+    behind = {"decoding": 0, "taking turns": running // 2, "coming and going": -running}.get(scenario, waiting)
+    length = 20_000 if scenario == "prompts under way" else 24
     for number in range(running + behind):
         prompt = [number % 251, number // 251, *([7] * length)]
         scheduler.submit([make_sequence(number, prompt if number % 8 == 0 else prompt[:3], 10**9)])
@@ -73,7 +76,7 @@ def make_sequence(number: int, prompt: list[int], max_tokens: int) -> Sequence:
 
 
 def newcomers(draw: random.Random, number: int, running: int) -> list[Sequence]:
-    """Prompts of some hundred tokens, each with one of a few beginnings, and answers that end as many others come."""
+    """Prompts of some hundred tokens, each with one of a few prefixes, and completions that end as many others come."""
     lengths = (draw.randrange(running // CHURN // 2, running // CHURN * 3 // 2) for _ in range(CHURN))
     return [
         make_sequence(number + at, [draw.randrange(8)] * 200 + draw.choices(range(256), k=100), length)
@@ -81,10 +84,10 @@ def newcomers(draw: random.Random, number: int, running: int) -> list[Sequence]:
     ]
 
 
-async def measure(scene: str, running: int, waiting: int, steps: int) -> dict[str, dict[str, Any]]:
-    scheduler = make_scheduler(scene, running, waiting)
+async def measure(scenario: str, running: int, waiting: int, steps: int) -> dict[str, dict[str, Any]]:
+    scheduler = make_scheduler(scenario, running, waiting)
     worker = Worker(Scheduler(1, 1), NoRunner(), Metrics("none"), 1)
-    draw, churn = random.Random(1), scene == "coming and going"
+    draw, churn = random.Random(1), scenario == "coming and going"
     times: dict[str, list[float]] = {"plan": [], "commit": [], "publish": [], "deliver": []}
     gc.collect()
     gc.freeze()
@@ -137,16 +140,16 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.steps < BLOCKS:
         parser.error(f"--steps should be at least {BLOCKS}")
-    scenes = {}
-    for scene in SCENES:
-        scenes[scene] = asyncio.run(measure(scene, chosen.running, chosen.waiting, chosen.steps))
-        print(scene, json.dumps(scenes[scene]), file=sys.stderr)
+    scenarios = {}
+    for scenario in SCENARIOS:
+        scenarios[scenario] = asyncio.run(measure(scenario, chosen.running, chosen.waiting, chosen.steps))
+        print(scenario, json.dumps(scenarios[scenario]), file=sys.stderr)
     report = {
         **report_head(["torch"]),
         "running": chosen.running,
         "waiting": chosen.waiting,
         "steps": chosen.steps,
-        "milliseconds_a_step": scenes,
+        "milliseconds_a_step": scenarios,
     }
     write_json(chosen.out / "scheduler.json", report)
 

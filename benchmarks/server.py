@@ -4,14 +4,15 @@
     python -m benchmarks.server --quick         # whether it works: figures of nothing
 
 All servers that are needed run from the beginning to the end, each in its process; `bench serve` measures them from a
-process of its own, whose strain is told (`client`). No figure is written where a request failed or an answer lacks a
-token. Writes `server.json`, a key for each measurement, and a plot:
+process of its own, whose strain is reported (`client`). No figure is written where a request failed or a completion
+lacks a token. Writes `server.json`, a key for each measurement, and a plot:
 
-    against       tokens/s at so many streams of even answers, which begin as others end; of the engine in process, in
+    against       tokens/s at so many streams of even completions, which begin as others end; of the engine in process,
+    in
                   this process, through the same scheduler and worker; and of the baselines. One at a time, more streams
                   change nothing but the wait: those get the first `requests` of the load
-    heavy_tailed  the server against static batching, where the lengths of answers have a heavy tail
-    curve         tokens/s against the time of an answer, by how many streams there are
+    heavy_tailed  the server against static batching, where the lengths of completions have a heavy tail
+    curve         tokens/s against the time of a completion, by how many streams there are
     first_token   milliseconds to the first token, 99th percentile: of one request at a time, and of a Poisson process
                   at a share of the rate at which the server is saturated
 
@@ -36,11 +37,11 @@ from benchmarks import loads
 from benchmarks.client import served
 from benchmarks.common import figure, ratio, report_head, write_json
 from benchmarks.plots import curves
-from benchmarks.sides import TEMPERATURE, Figures, InProcess, Remote, Side
 from benchmarks.static import heavy_tailed, ideal
+from benchmarks.systems import TEMPERATURE, Figures, InProcess, Remote, System
 
 ROOT = Path(__file__).parents[1]
-ONE_BY_ONE = 2  # requests that warm those which have a single place
+ONE_BY_ONE = 2  # requests that warm those which have a single slot
 KEPT = 32  # states of each prefix cache: no prompt comes twice, and there are several servers
 SERVER, ENGINE = "server", "engine"
 
@@ -61,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             if any(name in NEEDED[measurement] for measurement in chosen.only)
         }
         bench = Bench(chosen, servers)
-        for name, side in bench.sides.items():
-            bench.warm(name, side)
+        for name, system in bench.systems.items():
+            bench.warm(name, system)
         for name in chosen.only:
             report[name] = MEASUREMENTS[name](bench)
             print(f"{name}: {short(report[name])}", flush=True)
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def options_of(chosen: argparse.Namespace) -> list[str]:
-    """Of all servers, and of the engine in process; the model is told apart."""
+    """Of all servers, and of the engine in process; except the model."""
     streams = max(chosen.streams, *chosen.concurrency)
     return [f"scheduler.max_running={streams}", f"prefix_cache.entries={KEPT}"]
 
@@ -79,7 +80,7 @@ def options_of(chosen: argparse.Namespace) -> list[str]:
 def modules(chosen: argparse.Namespace) -> dict[str, tuple[Sequence[str], Sequence[str]]]:
     """What runs each server, as `python -m`, and its options."""
     every = options_of(chosen)
-    own = [*every, "prefix_cache.enabled=false"]  # these keep nothing, and have a place for each row
+    own = [*every, "prefix_cache.enabled=false"]  # these cache nothing, and have a slot for each row
     batch = ("--batch", str(chosen.batch))
     return {
         SERVER: (("bdh_batch", "serve"), every),
@@ -93,24 +94,24 @@ def modules(chosen: argparse.Namespace) -> dict[str, tuple[Sequence[str], Sequen
 class Bench:
     def __init__(self, chosen: argparse.Namespace, servers: Mapping[str, Remote]) -> None:
         self.chosen = chosen
-        self.sides: Mapping[str, Side] = servers
+        self.systems: Mapping[str, System] = servers
         self.server = servers[SERVER]
 
-    def turns(self, rounds: int, sides: Mapping[str, Callable[[int], Figures]]) -> dict[str, list[Figures]]:
-        """What each side brings in each round, of which it is told the number."""
-        found: dict[str, list[Figures]] = {name: [] for name in sides}
+    def turns(self, rounds: int, systems: Mapping[str, Callable[[int], Figures]]) -> dict[str, list[Figures]]:
+        """What each system brings in each round, of which it is given the number."""
+        found: dict[str, list[Figures]] = {name: [] for name in systems}
         for number in range(rounds):
-            for name, side in sides.items():
-                found[name].append(side(number))
+            for name, system in systems.items():
+                found[name].append(system(number))
                 rate = found[name][-1]["output_throughput"]
                 print(f"round {number}, {name}: {rate:,.0f} tokens/s", file=sys.stderr, flush=True)
         return found
 
-    def warm(self, name: str, side: Side) -> None:
-        """A state's memory is taken when it is first written: here, by more requests than there are places."""
+    def warm(self, name: str, system: System) -> None:
+        """A state's memory is taken when it is first written: here, by more requests than there are slots."""
         streams = max(self.chosen.streams, *self.chosen.concurrency)
         many = ONE_BY_ONE if name in ("one_at_a_time", "upstream") else 2 * (streams + KEPT)
-        side(loads.load([2] * many, seed=-1), streams)
+        system(loads.load([2] * many, seed=-1), streams)
 
 
 # Measurements
@@ -123,7 +124,7 @@ def against(bench: Bench) -> Figures:
     resolved = settings.load(None, overrides).settings
     engine = InProcess(load_engine(resolved, chosen.model), resolved)
     bench.warm(ENGINE, engine)
-    sides: dict[str, Side] = {SERVER: bench.server, ENGINE: engine, **bench.sides}
+    systems: dict[str, System] = {SERVER: bench.server, ENGINE: engine, **bench.systems}
     counts = {
         SERVER: chosen.requests,
         ENGINE: chosen.requests,
@@ -135,9 +136,9 @@ def against(bench: Bench) -> Figures:
 
     def turn(name: str, number: int) -> Figures:
         load = loads.load([chosen.length] * chosen.requests, seed=number)
-        return sides[name](load[: counts[name]], chosen.streams)
+        return systems[name](load[: counts[name]], chosen.streams)
 
-    found = bench.turns(chosen.rounds, {name: partial(turn, name) for name in sides})
+    found = bench.turns(chosen.rounds, {name: partial(turn, name) for name in systems})
     rates = {name: [each["output_throughput"] for each in rounds] for name, rounds in found.items()}
     return {
         "streams": chosen.streams,
@@ -161,7 +162,7 @@ def heavy(bench: Bench) -> Figures:
     lengths = heavy_tailed(chosen.tail_requests, chosen.tail_median, 1.0, seed=6)
 
     def turn(name: str, number: int) -> Figures:
-        return bench.sides[name](loads.load(lengths, seed=100 + number), chosen.streams)
+        return bench.systems[name](loads.load(lengths, seed=100 + number), chosen.streams)
 
     names = (SERVER, "static")
     found = bench.turns(chosen.tail_rounds, {name: partial(turn, name) for name in names})
@@ -187,16 +188,16 @@ def curve(bench: Bench) -> Figures:
 
     def turn(name: str, streams: int, number: int) -> Figures:
         lengths = [min(4 * chosen.length, length) for length in heavy_tailed(max(12, 3 * streams), 32.0, 0.7, streams)]
-        return bench.sides[name](loads.load(lengths, seed=10_000 + 1000 * number + streams), streams)
+        return bench.systems[name](loads.load(lengths, seed=10_000 + 1000 * number + streams), streams)
 
     found = bench.turns(
         chosen.curve_rounds,
         {f"{name}, {streams} streams": partial(turn, name, streams) for name, streams in points},
     )
-    sides: dict[str, list[Figures]] = {}
+    systems: dict[str, list[Figures]] = {}
     for (name, streams), rounds in zip(points, found.values()):
-        sides.setdefault(name, []).append({"streams": streams, **point(rounds)})
-    return {"sides": sides}
+        systems.setdefault(name, []).append({"streams": streams, **point(rounds)})
+    return {"sides": systems}
 
 
 def point(rounds: Sequence[Figures]) -> Figures:

@@ -1,20 +1,21 @@
-"""What clients of a real server see: four scenes, each against its baseline in the same run, by turns.
+"""What clients of a real server see: four scenarios, each against its baseline in the same run, by turns.
 
     python -m benchmarks.serving                                       # all of them, about ten minutes
     python -m benchmarks.serving --only prompt --targets 100 24 --rounds 5
 
 Servers run in processes of their own with the bundled model; clients speak HTTP over loopback from this one, whose
-strain is part of the figures. No figure of a scene is printed when texts differ that should be the same. Writes
-`serving.json`, a key for each scene, where scenes that were not asked for stay as they are:
+strain is part of the figures. No figure of a scenario is printed when texts differ that should be the same. Writes
+`serving.json`, a key for each scenario, where scenarios that were not asked for stay as they are:
 
     prompt      streams decode, and a long prompt arrives: the 99th percentile of the gaps between their tokens while it
                 is computed, against that of the same streams just before; by scheduler.target_step_ms
-    keys        the seconds to the first token of a key that sends one request at a time, while another one floods,
+    keys        the seconds to the first token of a tenant that sends one request at a time, while another one floods,
                 against the same alone; and how evenly two that flood are served (Jain's index, 1 is evenly); by
                 scheduler.max_running
     beginning   many chat requests share a system prompt: prompt tokens computed and seconds to the first token, against
                 a server that keeps nothing (requests at the same time still share), and one that shares nothing either
-    batching    in process: tokens/s of continuous against static batching of answers whose lengths have a heavy tail
+    batching    in process: tokens/s of continuous against static batching of completions whose lengths have a heavy
+    tail
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from bdh_batch.engine.loading import load_engine
 from bdh_batch.scheduler.prefixes import common, pack
 from bdh_batch.server import bundled_model
 from bdh_batch.settings import load
-from benchmarks.client import Answer, Served, Stream, load_json, served
+from benchmarks.client import Response, Served, Stream, load_json, served
 from benchmarks.common import figure, ratio, report_head, write_json
 from benchmarks.plots import bars, lines
 from benchmarks.static import Job, continuous, heavy_tailed, ideal, static
@@ -80,17 +81,17 @@ def refuse_unless(same: bool, what: str) -> None:
         sys.exit(f"{what}: no figure is worth printing.")
 
 
-def gaps(answers: Sequence[Answer], window: Window) -> list[float]:
+def gaps(responses: Sequence[Response], window: Window) -> list[float]:
     """Between tokens of a stream, all that lie in `window`."""
     begin, end = window
-    return [b - a for answer in answers for a, b in pairwise(answer.times) if begin <= a and b <= end]
+    return [b - a for response in responses for a, b in pairwise(response.times) if begin <= a and b <= end]
 
 
 # A long prompt beside streams
 
 
 async def prompt(chosen: argparse.Namespace) -> Figures:
-    """A state's memory is taken when it is first written, which makes that step longer: told apart by `used_before`."""
+    """A state's memory is taken when it is first written, which makes that step longer: see `used_before`."""
     by_target, first_tokens = [], []
     for target, used in [*((target, True) for target in chosen.targets), *((target, False) for target in chosen.fresh)]:
         options = ["scheduler.max_running=48", "prefix_cache.entries=16"] if used else []
@@ -100,8 +101,8 @@ async def prompt(chosen: argparse.Namespace) -> Figures:
             figures, tokens = await beside_streams(server, chosen)
         first_tokens.append(tokens)
         by_target.append({"target_step_ms": target, "used_before": used, **figures})
-        print_scene(f"target {target:g} ms, slots used before: {used}", figures)
-    refuse_unless(len(set(map(tuple, first_tokens))) == 1, "The long prompts' answers differ between targets")
+        print_scenario(f"target {target:g} ms, slots used before: {used}", figures)
+    refuse_unless(len(set(map(tuple, first_tokens))) == 1, "The long prompts' completions differ between targets")
     return {"streams": chosen.streams, "prompt_tokens": chosen.long, "by_target": by_target}
 
 
@@ -122,18 +123,18 @@ async def beside_streams(server: Served, chosen: argparse.Namespace) -> tuple[Fi
     async with Watch() as watch:
         for _ in range(chosen.rounds + 1):
             await asyncio.sleep(1.1 * seconds)
-            answer = await server.ask(prompt=text(draw, chosen.long), max_tokens=1, **GREEDY)
-            refuse_unless(answer.cached_tokens == 0, "A long prompt was partly cached")
-            seconds = answer.first
-            long.append(answer)
-            windows.append(((answer.sent - seconds, answer.sent), (answer.sent, answer.times[0])))
+            response = await server.ask(prompt=text(draw, chosen.long), max_tokens=1, **GREEDY)
+            refuse_unless(response.cached_tokens == 0, "A long prompt was partly cached")
+            seconds = response.first
+            long.append(response)
+            windows.append(((response.sent - seconds, response.sent), (response.sent, response.times[0])))
             await asyncio.sleep(0.3)
     beside = [await stream.leave() for stream in streams]
     alone = await server.ask(max_tokens=len(beside[0].tokens), **bodies[0])
     refuse_unless(alone.tokens == beside[0].tokens, "A stream's text differs from its text alone")
     figures = gap_figures(beside, windows[1:])
-    figures["prompt_seconds_to_first_token"] = statistics.median(answer.first for answer in long[1:])
-    return {**figures, "client": strained(watch)}, [answer.tokens[0] for answer in long]
+    figures["prompt_seconds_to_first_token"] = statistics.median(response.first for response in long[1:])
+    return {**figures, "client": strained(watch)}, [response.tokens[0] for response in long]
 
 
 async def until_decoding(streams: Sequence[Stream], pieces: int = 20) -> None:
@@ -141,9 +142,9 @@ async def until_decoding(streams: Sequence[Stream], pieces: int = 20) -> None:
         await asyncio.sleep(0.02)
 
 
-def gap_figures(answers: Sequence[Answer], windows: Sequence[tuple[Window, Window]]) -> Figures:
-    without = [gaps(answers, before) for before, _ in windows]
-    beside = [gaps(answers, during) for _, during in windows]
+def gap_figures(responses: Sequence[Response], windows: Sequence[tuple[Window, Window]]) -> Figures:
+    without = [gaps(responses, before) for before, _ in windows]
+    beside = [gaps(responses, during) for _, during in windows]
     compared = ratio([percentile(g, 0.99) for g in beside], [percentile(g, 0.99) for g in without])
     return {
         "rounds": len(windows),
@@ -159,7 +160,7 @@ def gap_percentiles(name: str, found: Sequence[float]) -> Figures:
     return {f"{name}_{label}_gap_ms": 1e3 * percentile(found, share) for label, share in shares.items()}
 
 
-# Two keys
+# Two tenants
 
 
 async def keys(chosen: argparse.Namespace) -> Figures:
@@ -170,29 +171,31 @@ async def keys(chosen: argparse.Namespace) -> Figures:
             async with Watch() as watch:
                 figures = {**await beside_a_flood(server, chosen), **await two_floods(server, chosen)}
         by_running.append({"max_running": running, **figures, "client": strained(watch)})
-        print_scene(f"max_running {running}", by_running[-1])
+        print_scenario(f"max_running {running}", by_running[-1])
     queue = load().settings.scheduler.max_queued_requests
     return {"flood": chosen.flood, "max_queued_requests": queue, "options": chosen.set, "by_max_running": by_running}
 
 
 async def beside_a_flood(server: Served, chosen: argparse.Namespace) -> Figures:
-    """One at a time alone, then beside a flood, with other prompts, as the first ones' states are kept."""
+    """One at a time alone, then beside a flood, with other prompts, as the first ones' prefixes are cached."""
     draw = random.Random(2)
-    alone: list[list[Answer]] = []
-    beside: list[list[Answer]] = []
+    alone: list[list[Response]] = []
+    beside: list[list[Response]] = []
     for _ in range(chosen.rounds_of_keys + 1):
         alone.append([await server.ask(key=KEYS[1], **single(draw, chosen)) for _ in range(chosen.singles)])
         flood = asyncio.gather(*[server.ask(key=KEYS[0], **body) for body in flooding(draw, chosen)])
         await asyncio.sleep(0.5)
         bodies = [single(draw, chosen) for _ in range(chosen.singles)]
         found = [await server.ask(key=KEYS[1], **body) for body in bodies if not flood.done()]
-        over = sorted(answer.times[-1] for answer in await flood)[-chosen.still]
-        beside.append([answer for answer in found if answer.times[0] < over])  # later ones met what was left of it
+        over = sorted(response.times[-1] for response in await flood)[-chosen.still]
+        beside.append(
+            [response for response in found if response.times[0] < over]
+        )  # later ones met what was left of it
         again = [await server.ask(key=KEYS[1], **body) for body, _ in zip(bodies, found)]
         same = all(a.tokens == b.tokens for a, b in zip(again, found, strict=True))
         refuse_unless(same, "A text beside a flood differs from the same alone")
         refuse_unless(not any(a.cached_tokens for a in [*alone[-1], *found]), "A prompt was partly cached")
-    ones, others = ([answer.first for row in side[1:] for answer in row] for side in (alone, beside))
+    ones, others = ([response.first for row in run[1:] for response in row] for run in (alone, beside))
     return {
         "alone_seconds": statistics.median(ones),
         "beside_seconds": statistics.median(others),
@@ -204,9 +207,9 @@ async def beside_a_flood(server: Served, chosen: argparse.Namespace) -> Figures:
     }
 
 
-def median_ms(rounds: Sequence[Sequence[Answer]]) -> list[float]:
+def median_ms(rounds: Sequence[Sequence[Response]]) -> list[float]:
     """To the first token, round by round."""
-    return [1e3 * statistics.median(answer.first for answer in row) for row in rounds if row]
+    return [1e3 * statistics.median(response.first for response in row) for row in rounds if row]
 
 
 def single(draw: random.Random, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -221,49 +224,50 @@ def flooding(draw: random.Random, chosen: argparse.Namespace) -> list[dict[str, 
 
 
 async def two_floods(server: Served, chosen: argparse.Namespace) -> Figures:
-    """The first key's requests come first, and ask for longer answers; what counts is tokens while both have some."""
+    """The first tenant's requests come first, and ask for longer completions; what counts is tokens while both have
+    some."""
     draw = random.Random(3)
-    sides = []
+    floods = []
     for key, scale in zip(KEYS, (2, 1)):
         bodies = [{**body, "max_tokens": scale * body["max_tokens"]} for body in flooding(draw, chosen)]
-        sides.append(asyncio.gather(*[server.ask(key=key, **body) for body in bodies]))
+        floods.append(asyncio.gather(*[server.ask(key=key, **body) for body in bodies]))
         await asyncio.sleep(0.3)
-    answers = [await side for side in sides]
-    begin = max(answer.sent for side in answers for answer in side)
-    waiting = min(max(answer.times[0] for answer in side) for side in answers)
-    unfinished = min(percentile([answer.times[-1] for answer in side], 0.8) for side in answers)
+    responses = [await flood for flood in floods]
+    begin = max(response.sent for flood in responses for response in flood)
+    waiting = min(max(response.times[0] for response in flood) for flood in responses)
+    unfinished = min(percentile([response.times[-1] for response in flood], 0.8) for flood in responses)
     by_window = {"waiting": (begin, waiting), "unfinished": (begin, unfinished)}
-    return {f"both_{name}": shares(answers, window) for name, window in by_window.items()}
+    return {f"both_{name}": shares(responses, window) for name, window in by_window.items()}
 
 
-def shares(answers: Sequence[Sequence[Answer]], window: Window) -> Figures:
-    """What each side was served in `window`: generated tokens, and the prompts whose first token came in it."""
+def shares(responses: Sequence[Sequence[Response]], window: Window) -> Figures:
+    """What each flood was served in `window`: generated tokens, and the prompts whose first token came in it."""
     begin, end = window
-    generated = [sum(begin < at <= end for answer in side for at in answer.times) for side in answers]
-    prompts = [sum(len(a.prompt) for a in side if begin < a.times[0] <= end) for side in answers]
+    generated = [sum(begin < at <= end for response in flood for at in response.times) for flood in responses]
+    prompts = [sum(len(a.prompt) for a in flood if begin < a.times[0] <= end) for flood in responses]
     tokens = [a + b for a, b in zip(generated, prompts, strict=True)]
     return {"seconds": end - begin, "jain": jain(tokens), "generated": generated, "prompts": prompts}
 
 
-# A shared beginning
+# A shared prefix
 
 
-async def beginning(chosen: argparse.Namespace) -> Figures:
+async def shared_prefix(chosen: argparse.Namespace) -> Figures:
     draw = random.Random(4)
     few = ["scheduler.max_running=32", "prefix_cache.entries=32", *chosen.set]
     off = ["prefix_cache.enabled=false"]
     kinds = {"kept": [], "not_kept": off, "not_shared": [*off, f"prefix_cache.min_tokens={2**30}"]}
     with ExitStack() as stack:
-        sides = {name: stack.enter_context(served(*few, *options)) for name, options in kinds.items()}
-        for server in sides.values():
+        servers = {name: stack.enter_context(served(*few, *options)) for name, options in kinds.items()}
+        for server in servers.values():
             await use_all_slots(server, 2 * (32 + 32))
         async with Watch() as watch:
             figures = {
-                "one_after_another": await asked(sides, chats(draw, chosen), 1),
-                f"{chosen.together}_at_a_time": await asked(sides, chats(draw, chosen), chosen.together),
+                "one_after_another": await asked(servers, chats(draw, chosen), 1),
+                f"{chosen.together}_at_a_time": await asked(servers, chats(draw, chosen), chosen.together),
             }
     for name, found in figures.items():
-        print_scene(name, found)
+        print_scenario(name, found)
     return {"requests": chosen.chats, "system_tokens": chosen.system, **figures, "client": strained(watch)}
 
 
@@ -274,31 +278,33 @@ def chats(draw: random.Random, chosen: argparse.Namespace) -> list[dict[str, Any
     return [{"messages": [system, question], "max_tokens": 8, **GREEDY} for question in questions]
 
 
-async def asked(sides: Mapping[str, Served], bodies: Sequence[dict[str, Any]], together: int) -> Figures:
+async def asked(servers: Mapping[str, Served], bodies: Sequence[dict[str, Any]], together: int) -> Figures:
     """All of `bodies` of every server, so many together; the servers take turns."""
-    computed = {name: -server.metric("bdh_prompt_tokens_total") for name, server in sides.items()}
-    answers: dict[str, list[Answer]] = {name: [] for name in sides}
+    computed = {name: -server.metric("bdh_prompt_tokens_total") for name, server in servers.items()}
+    responses: dict[str, list[Response]] = {name: [] for name in servers}
     for start in range(0, len(bodies), together):
-        for name, server in sides.items():
+        for name, server in servers.items():
             some = bodies[start : start + together]
-            answers[name] += await asyncio.gather(*[server.ask("/v1/chat/completions", **body) for body in some])
-    for found in zip(*answers.values(), strict=True):
-        refuse_unless(all(one.tokens == found[0].tokens for one in found), "A cached answer differs from an uncached")
-    for name, server in sides.items():
+            responses[name] += await asyncio.gather(*[server.ask("/v1/chat/completions", **body) for body in some])
+    for found in zip(*responses.values(), strict=True):
+        refuse_unless(
+            all(one.tokens == found[0].tokens for one in found), "A cached completion differs from an uncached"
+        )
+    for name, server in servers.items():
         computed[name] += server.metric("bdh_prompt_tokens_total")
-    return beginning_figures(answers, computed)
+    return prefix_figures(responses, computed)
 
 
-def beginning_figures(answers: Mapping[str, Sequence[Answer]], computed: Mapping[str, float]) -> Figures:
+def prefix_figures(responses: Mapping[str, Sequence[Response]], computed: Mapping[str, float]) -> Figures:
     """`shared_tokens` is what all prompts begin with; `least_tokens` what has to be computed if that is once.
 
     A little less than the least are computed where some of the prompts have more than that in common.
     """
-    prompts = [answer.prompt for answer in answers["kept"]]
+    prompts = [response.prompt for response in responses["kept"]]
     asked_for = sum(map(len, prompts))
     shared = min(common(pack(prompts[0]), pack(other)) for other in prompts[1:])
     least = asked_for - shared * (len(prompts) - 1)
-    first = {name: [answer.first for answer in found] for name, found in answers.items()}
+    first = {name: [response.first for response in found] for name, found in responses.items()}
     return {
         "prompt_tokens": asked_for,
         "shared_tokens": shared,
@@ -306,7 +312,7 @@ def beginning_figures(answers: Mapping[str, Sequence[Answer]], computed: Mapping
         "computed_tokens": dict(computed),
         "computed_to_least": computed["kept"] / least,
         "first_token_seconds": {name: statistics.median(seconds) for name, seconds in first.items()},
-        **{f"ratio_to_{name}": asdict(ratio(first["kept"], first[name])) for name in answers if name != "kept"},
+        **{f"ratio_to_{name}": asdict(ratio(first["kept"], first[name])) for name in responses if name != "kept"},
     }
 
 
@@ -323,15 +329,15 @@ async def batching(chosen: argparse.Namespace) -> Figures:
     jobs = [Job(list(text(draw, 64).encode()), length, seed) for seed, length in enumerate(lengths)]
     seconds: dict[str, list[float]] = {"continuous": [], "padded": [], "ragged": []}
     for number in range(chosen.rounds_of_batching):
-        answers = {}
+        responses = {}
         for name, measured in seconds.items():
             began = time.perf_counter()
             if name == "continuous":
-                answers[name] = await continuous(runner, jobs, chosen.batch, cap)
+                responses[name] = await continuous(runner, jobs, chosen.batch, cap)
             else:
-                answers[name] = static(runner, jobs, chosen.batch, cap, padded=name == "padded")
+                responses[name] = static(runner, jobs, chosen.batch, cap, padded=name == "padded")
             measured.append(time.perf_counter() - began)
-        refuse_unless(answers["continuous"] == answers["padded"] == answers["ragged"], "Texts differ")
+        refuse_unless(responses["continuous"] == responses["padded"] == responses["ragged"], "Texts differ")
         print(f"batching, round {number}: { {name: round(all_[-1], 2) for name, all_ in seconds.items()} }", flush=True)
     total = sum(lengths)
     figures = {
@@ -343,18 +349,18 @@ async def batching(chosen: argparse.Namespace) -> Figures:
         "ratio_to_padded": asdict(ratio(seconds["padded"], seconds["continuous"])),
         "ratio_to_ragged": asdict(ratio(seconds["ragged"], seconds["continuous"])),
     }
-    print_scene("batching", figures)
+    print_scenario("batching", figures)
     return figures
 
 
-SCENES = {"prompt": prompt, "keys": keys, "beginning": beginning, "batching": batching}
+SCENARIOS = {"prompt": prompt, "keys": keys, "beginning": shared_prefix, "batching": batching}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, prog="python -m benchmarks.serving"
     )
-    parser.add_argument("--only", nargs="+", choices=SCENES, default=list(SCENES))
+    parser.add_argument("--only", nargs="+", choices=SCENARIOS, default=list(SCENARIOS))
     parser.add_argument("--targets", nargs="+", type=float, default=[100, 36, 24], help="scheduler.target_step_ms")
     parser.add_argument(
         "--fresh", nargs="*", type=float, default=[36], help="the same, of servers that did nothing yet"
@@ -363,19 +369,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--long", type=int, default=16384, help="tokens of the long prompt")
     parser.add_argument("--rounds", type=int, default=4, help="without and with the long prompt")
     parser.add_argument("--running", nargs="+", type=int, default=[64, 1024], help="scheduler.max_running")
-    parser.add_argument("--flood", type=int, default=500, help="requests of a key that floods")
+    parser.add_argument("--flood", type=int, default=500, help="requests of a tenant that floods")
     parser.add_argument("--singles", type=int, default=20, help="requests, one at a time, of the other")
     parser.add_argument("--single-tokens", type=int, default=256, help="of their prompts")
     parser.add_argument("--still", type=int, default=50, help="open requests that still are a flood")
     parser.add_argument("--rounds-of-keys", type=int, default=2, help="alone, and beside a flood")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="OPTION=VALUE", help="of servers, beside the scene's own"
+        "--set", nargs="*", default=[], metavar="OPTION=VALUE", help="of servers, beside the scenario's own"
     )
     parser.add_argument("--chats", type=int, default=100, help="with a system prompt in common")
     parser.add_argument("--system", type=int, default=2048, help="tokens of the system prompt")
     parser.add_argument("--together", type=int, default=16, help="chats sent at once")
-    parser.add_argument("--jobs", type=int, default=256, help="answers with a heavy tail")
-    parser.add_argument("--median", type=float, default=48.0, help="tokens of such an answer")
+    parser.add_argument("--jobs", type=int, default=256, help="completions with a heavy tail")
+    parser.add_argument("--median", type=float, default=48.0, help="tokens of such a completion")
     parser.add_argument("--spread", type=float, default=1.0, help="of the logarithm of its length")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rounds-of-batching", type=int, default=3)
@@ -383,7 +389,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def print_scene(name: str, figures: Figures) -> None:
+def print_scenario(name: str, figures: Figures) -> None:
     def short(value: object) -> object:
         if isinstance(value, dict):
             return {key: short(part) for key, part in value.items()}
@@ -392,24 +398,24 @@ def print_scene(name: str, figures: Figures) -> None:
     print(f"{name}: {short(figures)}", flush=True)
 
 
-def draw_gaps(folder: Path, scene: Figures) -> None:
-    used = (row for row in scene["by_target"] if row["used_before"])
+def draw_gaps(folder: Path, scenario: Figures) -> None:
+    used = (row for row in scenario["by_target"] if row["used_before"])
     rows = sorted(used, key=lambda row: float(row["target_step_ms"]))
     targets = [row["target_step_ms"] for row in rows]
     data = {name: (targets, [row[f"{name}_p99_gap_ms"] for row in rows]) for name in ("without", "beside")}
-    title = f"{scene['streams']} streams, and a prompt of {scene['prompt_tokens']:,} tokens"
+    title = f"{scenario['streams']} streams, and a prompt of {scenario['prompt_tokens']:,} tokens"
     lines(folder / "serving-gaps.svg", title, "scheduler.target_step_ms", "p99 gap between tokens, ms", data)
 
 
-def draw_fairness(folder: Path, scene: Figures) -> None:
-    sides = {
+def draw_fairness(folder: Path, scenario: Figures) -> None:
+    series = {
         f"{name}, max_running {row['max_running']}": row[key]
-        for row in scene["by_max_running"]
+        for row in scenario["by_max_running"]
         for name, key in (("alone", "figure_alone"), ("beside the flood", "figure"))
     }
-    title = f"One request at a time, and another key with {scene['flood']} at once"
-    values = {name: side["value"] for name, side in sides.items()}
-    notes = {name: f"{side['low']:.0f} to {side['high']:.0f}" for name, side in sides.items()}
+    title = f"One request at a time, and another tenant with {scenario['flood']} at once"
+    values = {name: each["value"] for name, each in series.items()}
+    notes = {name: f"{each['low']:.0f} to {each['high']:.0f}" for name, each in series.items()}
     bars(folder / "serving-fairness.svg", title, "ms to the first token, median", values, notes)
 
 
@@ -423,7 +429,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     chosen = parse(argv)
     file = chosen.out / "serving.json"
     for name in chosen.only:
-        figures = uvloop.run(SCENES[name](chosen))
+        figures = uvloop.run(SCENARIOS[name](chosen))
         head = report_head(["torch", "numba", "uvicorn", "uvloop"])
         write_json(file, {**load_json(file), name: {**head, **figures}})
     draw(chosen.out, load_json(file))

@@ -62,7 +62,7 @@ class Request:
     tenant: str
     priority: int
     prompt: Many[int]
-    answer: int  # tokens
+    completion_tokens: int
 
 
 class Silent:
@@ -168,7 +168,7 @@ class Play:
         return Sequence(
             id="",
             prompt=request.prompt,
-            max_tokens=request.answer,
+            max_tokens=request.completion_tokens,
             sampling=PARAMS,
             text=silent,
             outbox=silent,
@@ -186,8 +186,8 @@ def generate(count: int, load: float, cost: Cost, slots: int, seed: int) -> list
     """A load that is `load` times what full batches without any sharing could carry."""
     draw = random.Random(seed)
     stems = [[draw.randrange(256) for _ in range(draw.choice((64, 200, 600)))] for _ in range(20)]
-    prompt, answer = 180, 40
-    each = prompt * cost.prefill + answer * (cost.decode + cost.step / slots)
+    prompt, completion = 180, 40
+    each = prompt * cost.prefill + completion * (cost.decode + cost.step / slots)
     rate, now, requests = load / each, 0.0, []
     for number in range(count):
         burst = number // 1000 % 4 == 0
@@ -195,7 +195,7 @@ def generate(count: int, load: float, cost: Cost, slots: int, seed: int) -> list
         key = "flood" if draw.random() < (0.95 if burst else 0.5) else f"key {draw.randrange(20)}"
         tail = [draw.randrange(256) for _ in range(1 + int(draw.expovariate(1 / 60)))]
         stem = draw.choice(stems) if draw.random() < 0.5 else []
-        length = 1 + int(draw.expovariate(1 / answer))
+        length = 1 + int(draw.expovariate(1 / completion))
         requests.append(Request(now, key, 0, [*stem, *tail], length))
     return requests
 
@@ -203,11 +203,11 @@ def generate(count: int, load: float, cost: Cost, slots: int, seed: int) -> list
 def replay(file: Path) -> list[Request]:
     """The requests of a trace. Their tokens are made up, such that they begin alike where those of the trace did."""
     events = [json.loads(line) for line in file.read_text().splitlines()]
-    answers = {event["place"]: event["generated"] for event in events if event["event"] == "end"}
-    submitted = [event for event in events if event["event"] == "submit" and answers.get(event["place"])]
+    lengths = {event["place"]: event["generated"] for event in events if event["event"] == "end"}
+    submitted = [event for event in events if event["event"] == "submit" and lengths.get(event["place"])]
     begin = submitted[0]["now"] if submitted else 0.0
     return [
-        Request(event["now"] - begin, event["tenant"], event["priority"], _tokens(event), answers[event["place"]])
+        Request(event["now"] - begin, event["tenant"], event["priority"], _tokens(event), lengths[event["place"]])
         for event in submitted
     ]
 
@@ -222,7 +222,7 @@ def _tokens(event: Mapping[str, object]) -> list[int]:
 def simulate(name: str, requests: Many[Request], cost: Cost, slots: int, prefill: int, host: int) -> dict[str, object]:
     """Runs all of `requests` under one policy."""
     fair = name == "fair"
-    policy = Policy(host, target_step=0.03, keep=True) if fair else Policy(min_shared=1 << 30)
+    policy = Policy(host, target_step=0.03, cache_prefixes=True) if fair else Policy(min_shared=1 << 30)
     play = Play(Scheduler(slots, prefill, policy), cost, fair, slots if name == "static" else None)
     began = time.perf_counter()
     for request in requests:
@@ -332,21 +332,21 @@ def two_floods(slots: int, requests: int = 500, cost: Cost = CPU, **policy: obje
             prompt = tokens(draw, draw.randrange(32, 96))
             play.ask(Request(at, tenant, 0, prompt, scale * draw.randrange(16, 64)))
     play.run()
-    sides = [[r for r in play.responses if r.request.tenant == tenant] for tenant in ("first", "second")]
-    waiting = min(max(r.times[0] for r in side) for side in sides)
-    unfinished = min(sorted(r.times[-1] for r in side)[int(0.8 * requests)] for side in sides)
+    floods = [[r for r in play.responses if r.request.tenant == tenant] for tenant in ("first", "second")]
+    waiting = min(max(r.times[0] for r in flood) for flood in floods)
+    unfinished = min(sorted(r.times[-1] for r in flood)[int(0.8 * requests)] for flood in floods)
     return {
         "seconds": round(play.now, 2),
-        "jain_while_both_wait": jain([served(side, 0.3, waiting) for side in sides]),
-        "jain_while_both_are_unfinished": jain([served(side, 0.3, unfinished) for side in sides]),
+        "jain_while_both_wait": jain([served(flood, 0.3, waiting) for flood in floods]),
+        "jain_while_both_are_unfinished": jain([served(flood, 0.3, unfinished) for flood in floods]),
         "preemptions": play.scheduler.counts.preemptions,
     }
 
 
-def served(side: Many[Response], begin: float, end: float) -> int:
+def served(flood: Many[Response], begin: float, end: float) -> int:
     """Tokens generated in this time, and of the prompts whose first token came in it."""
-    generated = sum(begin < at <= end for r in side for at in r.times)
-    return generated + sum(len(r.request.prompt) for r in side if begin < r.times[0] <= end)
+    generated = sum(begin < at <= end for r in flood for at in r.times)
+    return generated + sum(len(r.request.prompt) for r in flood if begin < r.times[0] <= end)
 
 
 def jain(amounts: Many[float]) -> float:
@@ -500,17 +500,17 @@ def main(argv: Many[str] | None = None) -> None:
     if chosen.print_only:
         json.dump(measured, sys.stdout)
         return
-    policies, sides = measured["policies"], {"fair": measured["scenarios"]}
+    policies, schedulers = measured["policies"], {"fair": measured["scenarios"]}
     if chosen.against is not None:
         before = measure_other(chosen.against, argv)
-        policies["before"], sides["before"] = before["policies"]["fair"], before["scenarios"]
+        policies["before"], schedulers["before"] = before["policies"]["fair"], before["scenarios"]
     report = {
         "command": f"python -m benchmarks.simulate {' '.join(argv)}".strip(),
         "machine": {"system": platform.platform(), "python": platform.python_version()},
         "requests": chosen.requests if chosen.trace is None else str(chosen.trace),
         "cost": asdict(Cost()),
         "policies": policies,
-        "scenarios": {"cost": asdict(CPU), "target_step_s": TARGET, **sides},
+        "scenarios": {"cost": asdict(CPU), "target_step_s": TARGET, **schedulers},
     }
     (chosen.out / "simulate.json").write_text(json.dumps(report, indent=2) + "\n")
     plot(policies, chosen.out / "simulate.png")

@@ -4,9 +4,9 @@
     python -m benchmarks.soak --disconnects 10000                     # until so many clients have left
     python -m benchmarks.soak --url http://127.0.0.1:8000 --pid 4711  # any server; without --pid its memory is not seen
 
-Unless it is given one, it starts a server of its own (`benchmarks/faulty.py`), with few places for states and a short
-queue. Ends with exit code 1 where anything was wrong, and says what: an answer that was cut or came to an end that its
-client had not asked for, a hang, a fault in the log, anything that runs or waits or lives on at rest, a place that
+Unless it is given one, it starts a server of its own (`benchmarks/faulty.py`), with few slots for states and a short
+queue. Ends with exit code 1 where anything was wrong, and says what: a response that was cut or came to an end that its
+client had not asked for, a hang, a fault in the log, anything that runs or waits or lives on at rest, a slot that
 cannot be had any more, a thread or a file too many, memory that grows.
 """
 
@@ -42,11 +42,11 @@ from bdh_batch.server import bundled_model
 from benchmarks.clients import KINDS, LEFT, REFUSED, Target, asks_little, holds_on, meet, never_reads
 from benchmarks.common import report_head, write_json
 
-DEVICE, HOST, RUNNING, QUEUED = 16, 16, 24, 48  # places for states, sequences under way, requests that wait
+DEVICE, HOST, RUNNING, QUEUED = 16, 16, 24, 48  # slots for states, sequences under way, requests that wait
 KEYS = ("soak-1", "soak-2", "soak-3")
 WORDY = "soak-" + "x" * 4000
 FOR_EVER = 1e9
-STATUES = 3  # clients that do not read from the beginning to the end
+STATUES = 3  # clients that do not read from the first byte to the last
 START_SECONDS = 600.0  # on a machine that is busy otherwise, too
 REST_SECONDS = 60.0
 STOP_SECONDS = 60.0
@@ -84,8 +84,8 @@ class Watched:
         return {sample.name: sample.value for family in families for sample in family.samples}
 
     async def health(self) -> str:
-        answer = await self._http.get("/health")
-        return "ok" if answer.status_code == 200 else answer.text
+        response = await self._http.get("/health")
+        return "ok" if response.status_code == 200 else response.text
 
     def sample(self) -> dict[str, int]:
         if self.process is None:
@@ -144,7 +144,7 @@ class Own:
         return Watched(self._output.read_text().strip(), self.process.pid, self._census)
 
     def stop(self) -> list[str]:
-        """Ends it as its user would; what was wrong with its end, and what its log has to tell."""
+        """Ends it as its user would; what was wrong with its end, and what its log says."""
         self.process.terminate()
         try:
             code = self.process.wait(STOP_SECONDS)
@@ -156,7 +156,7 @@ class Own:
 
 
 def options_for(model: Path) -> list[str]:
-    """Few places, so that all of them are used, and everything that happens when they are."""
+    """Few slots, so that all of them are used, and everything that happens when they are."""
     config = BDHConfig.from_dict(json.loads((model / "config.json").read_text()))
     each = bytes_per_sequence(config, attention_window(None, config))
     return [
@@ -265,7 +265,7 @@ async def rest(server: Watched, target: Target) -> dict[str, Any]:
 
 
 async def fill(server: Watched, target: Target) -> float:
-    """The share of the places that can be held at a time: less than 1 where one was never given back."""
+    """The share of the slots that can be held at a time: less than 1 where one was never given back."""
 
     async def hold(number: int) -> None:
         while not target.over.is_set():
@@ -324,7 +324,7 @@ def faults_of(report: Mapping[str, Any], growth: float) -> list[str]:
     if after["health"] != "ok":
         found.append(f"health: {after['health']}")
     if report["places"] is not None and report["places"] < 1:
-        found.append(f"of the places only {report['places']:.0%} can be had")
+        found.append(f"of the slots only {report['places']:.0%} can be had")
     for name in ("threads", "files", "tasks"):
         if after.get(name, 0) > before.get(name, 0):
             found.append(f"{after[name]} {name} at rest, {before[name]} before")

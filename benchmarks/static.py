@@ -1,4 +1,5 @@
-"""One load in process, by continuous and by static batching on the same kernels; each gives the tokens of its answers.
+"""One load in process, by continuous and by static batching on the same kernels; each gives the tokens of its
+completions.
 
 `continuous` is the server's Scheduler and Worker. The static ones fill a batch, run it until all of it have ended, and
 fill the next: `padded` computes every row until then, as a rectangular batch does; else rows that ended are left out.
@@ -20,7 +21,7 @@ from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.sequence import Sequence
 from benchmarks.simulate import Silent
 
-LEAST, MOST = 8, 512  # tokens of an answer
+LEAST, MOST = 8, 512  # tokens of a completion
 
 
 class Runs(Protocol):
@@ -30,7 +31,7 @@ class Runs(Protocol):
 @dataclass(frozen=True)
 class Job:
     prompt: Many[int]
-    length: int  # tokens of the answer
+    length: int  # tokens of the completion
     seed: int
 
     @property
@@ -39,7 +40,7 @@ class Job:
 
 
 def heavy_tailed(count: int, median: float, spread: float, seed: int) -> list[int]:
-    """Lengths of answers, lognormal, between LEAST and MOST."""
+    """Lengths of completions, lognormal, between LEAST and MOST."""
     draw = random.Random(seed)
     return [min(MOST, max(LEAST, round(median * draw.lognormvariate(0.0, spread)))) for _ in range(count)]
 
@@ -51,25 +52,26 @@ def ideal(lengths: Many[int], batch: int) -> float:
 
 
 def static(runner: Runs, jobs: Many[Job], batch: int, prefill_tokens: int, padded: bool) -> list[list[int]]:
-    answers = []
+    completions = []
     for start in range(0, len(jobs), batch):
-        answers += one_batch(runner, jobs[start : start + batch], prefill_tokens, padded)
-    return answers
+        completions += one_batch(runner, jobs[start : start + batch], prefill_tokens, padded)
+    return completions
 
 
 def one_batch(runner: Runs, jobs: Many[Job], prefill_tokens: int, padded: bool) -> list[list[int]]:
-    answers: list[list[int]] = [[] for _ in jobs]
+    completions: list[list[int]] = [[] for _ in jobs]
     for slots in prompts_of_a_step(jobs, prefill_tokens):
-        take(runner, answers, slots, [Segment(slot, 0, jobs[slot].prompt, jobs[slot].sampling) for slot in slots])
+        take(runner, completions, slots, [Segment(slot, 0, jobs[slot].prompt, jobs[slot].sampling) for slot in slots])
     longest = max(job.length for job in jobs)
     for done in range(1, longest):
         slots = [slot for slot, job in enumerate(jobs) if padded or done < job.length]
         at = [len(jobs[slot].prompt) + done - 1 for slot in slots]
         segments = [
-            Segment(slot, start, answers[slot][-1:], jobs[slot].sampling) for slot, start in zip(slots, at, strict=True)
+            Segment(slot, start, completions[slot][-1:], jobs[slot].sampling)
+            for slot, start in zip(slots, at, strict=True)
         ]
-        take(runner, answers, slots, segments)
-    return [answer[: job.length] for answer, job in zip(answers, jobs, strict=True)]
+        take(runner, completions, slots, segments)
+    return [completion[: job.length] for completion, job in zip(completions, jobs, strict=True)]
 
 
 def prompts_of_a_step(jobs: Many[Job], prefill_tokens: int) -> Iterator[list[int]]:
@@ -83,10 +85,10 @@ def prompts_of_a_step(jobs: Many[Job], prefill_tokens: int) -> Iterator[list[int
     yield slots
 
 
-def take(runner: Runs, answers: list[list[int]], slots: list[int], segments: list[Segment]) -> None:
+def take(runner: Runs, completions: list[list[int]], slots: list[int], segments: list[Segment]) -> None:
     for slot, token in zip(slots, runner.run(Plan(segments)).drawn, strict=True):
         assert token is not None
-        answers[slot].append(token)
+        completions[slot].append(token)
 
 
 async def continuous(runner: Runs, jobs: Many[Job], batch: int, prefill_tokens: int) -> list[list[int]]:
@@ -98,7 +100,7 @@ async def continuous(runner: Runs, jobs: Many[Job], batch: int, prefill_tokens: 
         await ended.all
     finally:
         worker.close()
-    return ended.answers
+    return ended.completions
 
 
 def sequence(job: Job, index: int, ended: Ended) -> Sequence:
@@ -106,15 +108,15 @@ def sequence(job: Job, index: int, ended: Ended) -> Sequence:
 
 
 class Ended:
-    """The mailbox of all answers; `all` is done when they are."""
+    """The mailbox of all completions; `all` is done when they are."""
 
     def __init__(self, count: int) -> None:
-        self.answers: list[list[int]] = [[] for _ in range(count)]
+        self.completions: list[list[int]] = [[] for _ in range(count)]
         self.all: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._open = count
 
     def put(self, index: int, delta: Delta) -> None:
-        self.answers[index] += delta.tokens
+        self.completions[index] += delta.tokens
         if delta.finish_reason is not None:
             self._open -= 1
             if not self._open:

@@ -1,15 +1,15 @@
-"""All benchmarks of this machine, one after the other, and the page that tells of them: `make bench`.
+"""All benchmarks of this machine, one after the other, and the page that shows them: `make bench`.
 
     python -m benchmarks.suite               # about 20 minutes on two cores
     python -m benchmarks.suite --quick       # about three, into build/: whether it works; its figures say nothing
     python -m benchmarks.suite --only server engine
 
-What is short sits again and again, between the scenes of what is long: a machine is faster in some minutes than in
-others, and its figures tell that by their intervals (`pool.py`). A scene is measured once, in rounds that take minutes.
+What is short is repeated, between the scenarios of what is long: a machine is faster in some minutes than in others,
+and its figures show that by their intervals (`pool.py`). A scenario is measured once, in rounds that take minutes.
 
 Leaves the results and plots in benchmarks/results/<machine>/, docs/performance.md and the README's picture. Let the
-machine do nothing else meanwhile. `suite.json` has the commit of each part, and how long it took. What sat before a
-failure stays in a folder of its own, which is named.
+machine do nothing else meanwhile. `suite.json` has the commit of each part, and how long it took. What was measured
+before a failure stays in a folder of its own, which is named.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Flags:
         return (self.quick if quick else self.full).split()
 
 
-SHORT = {  # each a sitting
+SHORT = {  # each a repetition
     "kernels": Flags(
         f"--model {MODEL} --context 128 --repeats 3",
         f"--model {MODEL} --context 32 --repeats 3 --batch 4 --prompt 512",
@@ -62,7 +62,7 @@ SHORT = {  # each a sitting
     "scheduler": Flags("--steps 100", "--running 64 --waiting 64 --steps 20"),
     "frontend": Flags("--rounds 1", "--rounds 1 --streams 8 --tokens 100"),
 }
-SCENES = {  # each after a sitting of all that is short
+SCENARIOS = {  # each after a repetition of all that is short
     ("server", "against"): Flags("", "--quick"),
     ("serving", "prompt"): Flags(
         "--targets 100 25 --fresh --long 8192 --rounds 5",
@@ -76,7 +76,7 @@ SCENES = {  # each after a sitting of all that is short
     ("server", "curve"): Flags("", "--quick"),
     ("server", "first_token"): Flags("", "--quick"),
 }
-PARTS = [*SHORT, *dict.fromkeys(part for part, _ in SCENES)]
+PARTS = [*SHORT, *dict.fromkeys(part for part, _ in SCENARIOS)]
 DRAWINGS: dict[str, Callable[[Path, Report], None]] = {
     "kernels-cpu.json": kernels.draw,
     "engine-cpu.json": engine.draw,
@@ -86,33 +86,35 @@ DRAWINGS: dict[str, Callable[[Path, Report], None]] = {
 
 
 @dataclass(frozen=True)
-class Sitting:
+class Repetition:
+    """One run of one benchmark."""
+
     part: str
     flags: Sequence[str]
 
 
-def sittings(only: Sequence[str], quick: bool) -> Iterator[Sitting]:
+def repetitions(only: Sequence[str], quick: bool) -> Iterator[Repetition]:
     """In the order in which they come."""
-    for number, ((part, scene), flags) in enumerate(SCENES.items()):
+    for number, ((part, scenario), flags) in enumerate(SCENARIOS.items()):
         if not (quick and number > 1):  # two show whether they can be pooled
-            yield from (Sitting(name, each.chosen(quick)) for name, each in SHORT.items() if name in only)
+            yield from (Repetition(name, each.chosen(quick)) for name, each in SHORT.items() if name in only)
         if part in only:
-            yield Sitting(part, ["--only", scene, *flags.chosen(quick)])
+            yield Repetition(part, ["--only", scenario, *flags.chosen(quick)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     chosen = parse(argv)
     chosen.results.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix="sittings-", dir=chosen.results))
+    folder = Path(tempfile.mkdtemp(prefix="repetitions-", dir=chosen.results))
     head = report_head(["torch", "numba", "uvicorn", "uvloop"])
-    of_this = {"commit": commit(), "quick": chosen.quick}  # before anything sits: files may change meanwhile
+    of_this = {"commit": commit(), "quick": chosen.quick}  # before anything runs: files may change meanwhile
     seconds: Counter[str] = Counter()
-    planned = [*sittings(chosen.only, chosen.quick)]
-    for number, sitting in enumerate(planned):
-        print(f"{number + 1} of {len(planned)}: {sitting.part}", flush=True)
+    planned = [*repetitions(chosen.only, chosen.quick)]
+    for number, repetition in enumerate(planned):
+        print(f"{number + 1} of {len(planned)}: {repetition.part}", flush=True)
         began = time.perf_counter()
-        sit(sitting, folder / f"{number:02}")
-        seconds[sitting.part] += round(time.perf_counter() - began)
+        repeat(repetition, folder / f"{number:02}")
+        seconds[repetition.part] += round(time.perf_counter() - began)
     gather(folder, chosen.results, head["command"])
     parts = load_json(chosen.results / "suite.json").get("parts", {})
     parts |= {name: {**of_this, "seconds": each} for name, each in seconds.items()}
@@ -124,11 +126,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{chosen.page} and {chosen.results} have it all.")
 
 
-def sit(sitting: Sitting, folder: Path) -> None:
+def repeat(repetition: Repetition, folder: Path) -> None:
     """Ends the program where a benchmark fails, and leaves what it said."""
     folder.mkdir(parents=True)
     out = os.path.relpath(folder, ROOT)
-    command = [sys.executable, "-m", f"benchmarks.{sitting.part}", *sitting.flags, "--out", out]
+    command = [sys.executable, "-m", f"benchmarks.{repetition.part}", *repetition.flags, "--out", out]
     log = folder / "log"
     with log.open("w") as output, subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output) as process:
         try:
@@ -140,17 +142,17 @@ def sit(sitting: Sitting, folder: Path) -> None:
         sys.exit(f"{' '.join(command)} ended with {ended}; {log} says why.")
 
 
-def gather(sittings: Path, results: Path, command: str) -> None:
-    """Makes one report of those of a name, and its plots; then the sittings may go."""
+def gather(repetitions: Path, results: Path, command: str) -> None:
+    """Makes one report of those of a name, and its plots; then the repetitions may go."""
     parts: defaultdict[str, list[Report]] = defaultdict(list)
-    for file in sorted(sittings.glob("*/*.json")):
+    for file in sorted(repetitions.glob("*/*.json")):
         parts[file.name].append(load_json(file))
     for name, each in parts.items():
         report = pooled(each)
         write_json(results / name, {**report, "command": command, "sittings": len(each)})
         if name in DRAWINGS:
             DRAWINGS[name](results, report)
-    shutil.rmtree(sittings)
+    shutil.rmtree(repetitions)
 
 
 def commit() -> str:

@@ -1,1 +1,1 @@
-"""Who answers."""
+"""What generates completions for the HTTP layer."""

@@ -1,4 +1,4 @@
-"""What the front door asks of whoever answers."""
+"""What the HTTP layer asks of a backend, which generates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Ended = Callable[[int, Delta | None], None]
 
 
 class Generation(Protocol):
-    """The answers to one client's request, which may ask for several sequences."""
+    """The completions of one client's request, which may ask for several sequences."""
 
     @property
     def prompts(self) -> Sequence[Sequence[int]]:
@@ -27,7 +27,7 @@ class Generation(Protocol):
         """What the sequences gained since the last time, by their index; ends when all have ended or were aborted."""
 
     def abort(self) -> None:
-        """Ends what still runs; nothing more is computed for it. Idempotent. Whoever reads a generation ends with it,
+        """Ends what still runs; nothing more is computed for it. Idempotent. The reader of a generation ends with it,
         also where all has ended."""
 
     def on_end(self, ended: Ended) -> None:
@@ -35,9 +35,11 @@ class Generation(Protocol):
 
 
 class Backend(Protocol):
+    """Generates for the HTTP layer."""
+
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's, for what is told of single tokens."""
+        """The model's, for what is reported of single tokens."""
 
     async def tokenized(self, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
         """The same with checked token ids for prompts. Raises InvalidRequest: one cannot be served."""

@@ -1,4 +1,4 @@
-"""Answers from a model in this process: tokenizer + engine."""
+"""Generates with a model in this process: tokenizer + engine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LAST_WORDS_SECONDS = 2.0  # for the error events of a drain that ran out of time
 
 
 class Engine(Protocol):
-    """Who computes sequences: `scheduler.worker.Worker`, which says what these mean."""
+    """What computes sequences: `engine.worker.Worker`, which says what these mean."""
 
     def submit(self, sequences: Many[Sequence], queue_timeout: float | None, timeout: float | None) -> None: ...
 
@@ -60,6 +60,8 @@ FAILED = (FinishReason.ABORT, FinishReason.ERROR)
 
 
 class LocalGeneration:
+    """The sequences of one client's request, read from their mailbox."""
+
     def __init__(self, sequences: Many[Sequence], mailbox: Mailbox, backend: LocalBackend) -> None:
         self._sequences = sequences
         self._mailbox = mailbox
@@ -103,10 +105,11 @@ class LocalGeneration:
 
 
 class LocalBackend:
-    """
+    """Generates with an engine and a tokenizer in this process.
+
     Args:
         vocab_size: token ids below it are valid in a prompt.
-        max_model_len: most tokens of a prompt and its answer together; None is no limit.
+        max_model_len: most tokens of a prompt and its completion together; None is no limit.
         stall_seconds: how long a step may take before the engine counts as hung.
         queue_timeout, timeout: seconds that a request may wait, and take in all; None is no limit.
         eos: tokens with which the model ends its text.
@@ -175,7 +178,7 @@ class LocalBackend:
         return self._tokenizer
 
     def abandon(self, generation: LocalGeneration) -> None:
-        """No one reads `generation` any more, finished or not."""
+        """Ends `generation`, which is read no more, finished or not."""
         if generation not in self._running:
             return
         self._running.remove(generation)
@@ -239,7 +242,9 @@ class LocalBackend:
                 at = next(at for at, token in enumerate(allowed) if not self._knows([token]))
                 self._check([allowed[at]], f"allowed_token_ids[{at}]")
             if request.min_tokens and stops.issuperset(allowed):
-                text = "allowed_token_ids has only tokens that end the answer: with min_tokens nothing could be said."
+                text = (
+                    "allowed_token_ids has only tokens that end the completion: with min_tokens nothing could be said."
+                )
                 raise InvalidRequest(text, "allowed_token_ids")
         try:
             banned = [each for word in request.bad_words for each in sequences_of(word, self._tokenizer)]
@@ -247,7 +252,7 @@ class LocalBackend:
             raise InvalidRequest(error.message, "bad_words") from error
         restriction = Restriction(self._vocab_size, allowed, banned)
         if not restriction.allows_any:
-            raise InvalidRequest("bad_words leaves no token that the answer could begin with.", "bad_words")
+            raise InvalidRequest("bad_words leaves no token that the completion could begin with.", "bad_words")
         return restriction
 
     def _sequence(
@@ -288,7 +293,7 @@ class LocalBackend:
         )
 
     def _tokens_of(self, requests: Many[GenerationRequest]) -> list[tuple[Many[int], tuple[int, ...]]]:
-        """Each one's prompt as tokens, and where beginnings of it end."""
+        """Each one's prompt as tokens, and where likely prefixes of it end."""
         return [self._truncated(each, *self._tokens(each.prompt, each.prompt_param, each.breaks)) for each in requests]
 
     def _truncated(
@@ -302,8 +307,8 @@ class LocalBackend:
             text = f"truncate_prompt_tokens is more than the {room} tokens that this model takes (model.max_model_len)."
             raise InvalidRequest(text, "truncate_prompt_tokens")
         if most < 0 and room is not None:
-            answer = request.max_tokens if request.max_tokens_param else min(request.max_tokens, room // 2)
-            most = max(1, room - answer)
+            completion = request.max_tokens if request.max_tokens_param else min(request.max_tokens, room // 2)
+            most = max(1, room - completion)
         begin = len(tokens) - most
         return (tokens, breaks) if begin <= 0 else (tokens[begin:], tuple(at - begin for at in breaks if at > begin))
 
@@ -340,12 +345,12 @@ class LocalBackend:
         return await asyncio.to_thread(work, *arguments) if size > LONG else work(*arguments)
 
     def _max_tokens(self, request: GenerationRequest, prompt: int) -> int:
-        """How many tokens an answer to a prompt of so many may have."""
+        """How many tokens the completion of a prompt of so many may have."""
         if self._max_model_len is None:
             return request.max_tokens
         room = self._max_model_len - prompt
         if room < min(1, request.max_tokens):
-            room_for = "leave no room for an answer within" if request.max_tokens else "exceed"
+            room_for = "leave no room for a completion within" if request.max_tokens else "exceed"
             text = f"{prompt} prompt tokens {room_for} this server's {self._max_model_len}."
             raise ContextLengthExceeded(text, request.prompt_param)
         if request.max_tokens_param is not None and request.max_tokens > room:
@@ -363,11 +368,11 @@ def _size(request: GenerationRequest) -> int:
 
 
 async def breathe(made: int) -> None:
-    """Between slices of what is made for one request, others have their turn on the event loop."""
+    """Between slices of what is made for one request, other work runs on the event loop."""
     if made and made % SLICE == 0:
         await asyncio.sleep(0)
 
 
 def _early(request: GenerationRequest) -> float:
-    """Tokens before which an answer that can go on does."""
+    """Tokens before which a completion that can go on does."""
     return math.inf if request.ignore_eos else request.min_tokens

@@ -45,6 +45,8 @@ UPSTREAM_LAYERS = BDHConfig().n_layer
 
 @dataclass(frozen=True, slots=True)
 class Model:
+    """A loaded model: its config, and its weights in memory."""
+
     config: BDHConfig
     weights: Weights
 
@@ -53,13 +55,13 @@ class Model:
 class Checkpoint:
     """What a file holds, in upstream's names: the right tensors in the right shapes, perhaps not yet read.
 
-    `layers_told` is False where neither the file nor the caller told the number of layers, and upstream's was taken.
+    `layers_known` is False where neither the file nor the caller gave the number of layers, and upstream's was taken.
     """
 
     file: Path
     config: BDHConfig
     state: State
-    layers_told: bool
+    layers_known: bool
 
     def frequencies(self) -> Tensor:
         """RoPE's [N], float32. What was saved narrower has lost the phases: then they are computed anew."""
@@ -84,15 +86,15 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, layers: int
     Args:
         path: the folder or the file; a `config.json` beside a file goes before the config inside it.
         dtype: of the weights in memory; RoPE's frequencies stay float32.
-        layers: for a file that does not tell it: BDH's layers share one set of weights.
+        layers: for a file that does not say it: BDH's layers share one set of weights.
 
     Raises:
         CheckpointError: nothing there, unreadable, or with missing, extra or misshapen keys, every one of them listed.
     """
     checkpoint = open_checkpoint(path, layers)
-    if not checkpoint.layers_told:
+    if not checkpoint.layers_known:
         name = checkpoint.file
-        log.warning("%s does not tell its number of layers: taking upstream's %d (model.layers)", name, UPSTREAM_LAYERS)
+        log.warning("%s does not say its number of layers: taking upstream's %d (model.layers)", name, UPSTREAM_LAYERS)
     _check_memory(checkpoint, dtype, device)
     # A copy always: what is only mapped would change with the file.
     state = {
@@ -122,11 +124,11 @@ def open_checkpoint(path: Path, layers: int | None = None) -> Checkpoint:
     with _blaming(source.config_file):
         config = None if fields is None else BDHConfig.from_dict(fields.values)
     with _blaming(source.file):
-        told = _layers_told(fields, tensors, layers)
+        given = _known_layers(fields, tensors, layers)
         config = _infer_config(tensors.state) if config is None else config
-        config = replace(config, n_layer=told or UPSTREAM_LAYERS)
+        config = replace(config, n_layer=given or UPSTREAM_LAYERS)
         _check(tensors, config, fields is not None and fields.rope)
-    return Checkpoint(source.file, config, tensors.state, told is not None)
+    return Checkpoint(source.file, config, tensors.state, given is not None)
 
 
 def save_model(folder: Path, config: BDHConfig, state: Mapping[str, Tensor], generation: Mapping[str, Any]) -> None:
@@ -136,8 +138,8 @@ def save_model(folder: Path, config: BDHConfig, state: Mapping[str, Tensor], gen
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {FREQUENCIES: rope_frequencies(config.neurons_per_head).view(1, 1, 1, -1)} | dict(state)
-    kept = {key: tensors[key].detach().contiguous() for key in (*config.shapes(), FREQUENCIES)}
-    (folder / WEIGHTS).write_bytes(save(kept))
+    saved = {key: tensors[key].detach().contiguous() for key in (*config.shapes(), FREQUENCIES)}
+    (folder / WEIGHTS).write_bytes(save(saved))
     for name, values in (
         (CONFIG, config.to_dict()),
         ("tokenizer_config.json", {"type": "byte"}),
@@ -162,13 +164,13 @@ def _blaming(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def _layers_told(fields: Fields | None, tensors: Tensors, asked: int | None) -> int | None:
-    told = {
+def _known_layers(fields: Fields | None, tensors: Tensors, asked: int | None) -> int | None:
+    given = {
         "its config": None if fields is None else fields.values.get("n_layer"),
         "its keys": tensors.layers,
         "model.layers": asked,
     }
-    known = {who: layers for who, layers in told.items() if layers is not None}
+    known = {who: layers for who, layers in given.items() if layers is not None}
     if len(set(known.values())) > 1:
         raise CheckpointError("how many layers? " + ", ".join(f"{who} says {layers}" for who, layers in known.items()))
     return next(iter(known.values()), None)
@@ -189,7 +191,7 @@ def _infer_config(state: State) -> BDHConfig:
     )
 
 
-def _check(tensors: Tensors, config: BDHConfig, rope_told: bool) -> None:
+def _check(tensors: Tensors, config: BDHConfig, rope_known: bool) -> None:
     state, expected = tensors.state, config.shapes()
 
     def name(key: str) -> str:
@@ -211,7 +213,7 @@ def _check(tensors: Tensors, config: BDHConfig, rope_told: bool) -> None:
     ]
     if FREQUENCIES in state:
         problems += [f"{name(FREQUENCIES)} {problem}" for problem in _frequency_problems(state[FREQUENCIES], config)]
-    elif not rope_told:
+    elif not rope_known:
         problems.append(
             f"missing {FREQUENCIES} [1, 1, 1, {config.neurons_per_head}], without which RoPE is not known; where it is "
             f'upstream\'s, say so by "{ROPE}": {ROPE_THETA:.0f} in {CONFIG}'

@@ -27,7 +27,7 @@ LARGEST_STATE = 2**50  # bytes of one sequence, in float32 with a window
 
 @dataclass(frozen=True)
 class BDHConfig:
-    """Field names are those of upstream's `BDHConfig` (pathwaycom/bdh, `bdh.py`), and two more.
+    """The shape of a model. Field names are those of upstream's `BDHConfig` (pathwaycom/bdh, `bdh.py`), and two more.
 
     `trained_context` is the longest context that the model has seen in training. `attention_window` is how far its
     author found it best to look back, if not that far; 0 is without end.

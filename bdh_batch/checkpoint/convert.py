@@ -36,7 +36,7 @@ def convert(source: Path, target: Path, layers: int | None = None, force: bool =
     the sampling defaults that lie beside the weights come along.
 
     Args:
-        layers: for a source that does not tell it.
+        layers: for a source that does not say it.
         force: may replace a model folder, which nothing else may lie in.
 
     Raises:
@@ -44,8 +44,8 @@ def convert(source: Path, target: Path, layers: int | None = None, force: bool =
     """
     target = Path(os.path.abspath(target))  # "." has no name, and no parent
     checkpoint = open_checkpoint(source, layers)
-    if not checkpoint.layers_told:
-        raise CheckpointError(f"{checkpoint.file}: does not tell its number of layers; say it with --layers")
+    if not checkpoint.layers_known:
+        raise CheckpointError(f"{checkpoint.file}: does not say its number of layers; give it with --layers")
     checkpoint.check_finite()
     folder = checkpoint.file.parent
     try:

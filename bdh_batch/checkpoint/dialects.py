@@ -2,8 +2,8 @@
 
 Known are upstream's own, with what `torch.compile`, DDP, FSDP and Lightning put before them; bdh-transformers'
 (`backbone.…`, `num_hidden_layers`); and a matrix for each layer, where all layers' are the same. The names of the
-paper's listing are known and refused: models of those names differ in what neither names nor sizes tell. Knows nothing
-about files; the errors here are completed with one by whoever calls.
+paper's listing are known and refused: models of those names differ in what neither names nor sizes show. Knows nothing
+about files; the errors here are completed with one by the caller.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """A state dict in upstream's names, and for each of them the file's. `layers` is None where keys do not tell."""
+    """A state dict in upstream's names, and for each of them the file's. `layers` is None where no key shows it."""
 
     state: State
     origins: dict[str, str]
@@ -103,7 +103,7 @@ def upstream_fields(values: Mapping[str, Any]) -> Fields:
     ties = [values[name] for name in TIES if name in values]
     if not all(isinstance(tied, bool) for tied in ties) or len(set(ties)) > 1:
         raise CheckpointError(f"config: {' and '.join(TIES)} should be true or false")
-    return Fields(found, ties[0] if ties else None, kind is not None, _tells_rope(values))
+    return Fields(found, ties[0] if ties else None, kind is not None, _rope_is_known(values))
 
 
 def _check_plain(name: str, value: object) -> None:
@@ -119,7 +119,7 @@ def _multiplier(neurons: object, width: object) -> int:
     return neurons // width
 
 
-def _tells_rope(values: Mapping[str, Any]) -> bool:
+def _rope_is_known(values: Mapping[str, Any]) -> bool:
     """Of bdh-transformers, and of what this project has written, it is known; of others it has to be said."""
     theta = values.get(ROPE)
     if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float) or theta != ROPE_THETA):
@@ -162,7 +162,7 @@ def _refuse_paper(names: set[str]) -> None:
     if found := sorted(names & (PAPER.keys() - {"encoder"})):
         renamed = ", ".join(f"{paper} is {upstream}" for paper, upstream in PAPER.items())
         raise CheckpointError(
-            f"has the paper's names ({', '.join(found)}), whose models differ in what the file does not tell: where "
+            f"has the paper's names ({', '.join(found)}), whose models differ in what the file does not say: where "
             "LayerNorm is applied, RoPE's base and how it pairs neurons. Where all of it is as in upstream's bdh.py, "
             f"save the tensors by upstream's names ({renamed}), with {FREQUENCIES}"
         )
@@ -208,7 +208,7 @@ def _refuse_unshared(groups: Mapping[str, Mapping[int | None, str]], state: Mapp
     if differ:
         raise CheckpointError(
             f"layers have weights of their own ({listed(differ, ', ')}), and the kernels compute upstream's BDH, whose "
-            "layers share them. No conversion keeps such a model's answers: to serve it here, train it with shared "
+            "layers share them. No conversion keeps such a model's output: to serve it here, train it with shared "
             "weights (started from the mean of the layers', for instance)"
         )
 

@@ -96,13 +96,13 @@ def _check_header(file: Path) -> None:
 
 
 def _read_index(file: Path) -> tuple[State, None]:
-    """The tensors of several files, which must be those that Hugging Face's index `file` tells."""
-    places = read_json(file).get("weight_map")
-    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise CheckpointError(f"{file}: its weight_map should tell the file of each tensor")
+    """The tensors of several files, which must be those that Hugging Face's index `file` lists."""
+    part_names = read_json(file).get("weight_map")
+    if not isinstance(part_names, dict) or not all(isinstance(name, str) for name in part_names.values()):
+        raise CheckpointError(f"{file}: its weight_map should name the file of each tensor")
     state: State = {}
     problems = []
-    for name in sorted(set(places.values())):
+    for name in sorted(set(part_names.values())):
         part = file.parent / name
         if not PLAIN_NAME.fullmatch(name):  # a path could lead anywhere
             problems.append(f"{name!r} is not the name of a file in its folder")
@@ -110,9 +110,10 @@ def _read_index(file: Path) -> tuple[State, None]:
             problems.append(f"{name} is missing")
         else:
             tensors, _ = _read(part)
-            told = {key for key, place in places.items() if place == name}
-            problems += [f"{name} lacks {shown(key)}" for key in sorted(told - tensors.keys())]
-            problems += [f"{name} holds {shown(key)}, not told in the index" for key in sorted(tensors.keys() - told)]
+            listed_keys = {key for key, part_name in part_names.items() if part_name == name}
+            problems += [f"{name} lacks {shown(key)}" for key in sorted(listed_keys - tensors.keys())]
+            unlisted = sorted(tensors.keys() - listed_keys)
+            problems += [f"{name} holds {shown(key)}, not listed in the index" for key in unlisted]
             state |= tensors
     if problems:
         raise CheckpointError(f"{file}: " + listed(problems))

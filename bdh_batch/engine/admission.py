@@ -1,4 +1,4 @@
-"""Who is let in to wait: counted and bounded here and nowhere else. Shared between threads.
+"""Which requests may wait in the queue: counted and bounded here and nowhere else. Shared between threads.
 
 Refused is what finds the queue full, in requests or in tokens, and what would wait past its deadline at the rate at
 which slots have been given out of late. A full queue is full for those who fill it: one of an earlier priority, or of a
@@ -13,19 +13,20 @@ from collections.abc import Mapping, Sequence as Many
 
 from bdh_batch.errors import InvalidRequest, QueueFull, TooLate
 from bdh_batch.scheduler.backlog import NO_UNIT, Backlog
-from bdh_batch.scheduler.sequence import Line, Sequence
+from bdh_batch.scheduler.sequence import QueueKey, Sequence
 
 HALF_LIFE = 10.0  # seconds after which a measured rate counts half
-FORGET = 30.0  # seconds after which a rate is no longer believed, if nobody has waited
+FORGET = 30.0  # seconds after which a rate is no longer believed, if no request has waited
 LONGEST_RETRY = 60
 
 
 class Admission:
-    """
+    """Admits requests to the queue, or refuses them.
+
     Args:
         max_requests, max_tokens: most sequences, and tokens of their prompts, that may wait for a slot.
         slots: how many sequences can hold a state.
-        patience: seconds after which whoever waits competes in the first priority.
+        patience: seconds after which a sequence that waits competes in the first priority.
         unit: tokens of a prompt that fill the queue as another sequence does.
     """
 
@@ -48,7 +49,7 @@ class Admission:
         self._served = 0
         self._last_priority: int | None = None
         self._measured = (0.0, 0.0)  # slots given and seconds gone by while someone waited, both fading
-        self._sent_away = 0.0  # seconds that those who were refused were told to stay away, fading alike
+        self._sent_away = 0.0  # seconds that those who were refused were asked to stay away, fading alike
         self._updated: float | None = None
         self._waited: float | None = None  # when someone was last seen to wait
 
@@ -65,7 +66,7 @@ class Admission:
         """
         most = self._slots + self.max_requests
         if len(sequences) > most:
-            raise InvalidRequest(f"A request may ask for {most} answers in all here, prompts times n.")
+            raise InvalidRequest(f"A request may ask for {most} completions in all here, prompts times n.")
         tokens = sum(len(sequence.prompt) for sequence in sequences)
         if len(sequences) > self._slots and tokens > self.max_tokens:
             raise InvalidRequest(f"A request may have {self.max_tokens} prompt tokens in all here, prompts times n.")
@@ -78,7 +79,7 @@ class Admission:
             return sheds
 
     def arrived(self, sequences: Many[Sequence], changes: Mapping[Sequence, int]) -> None:
-        """The scheduler has taken them, and says by `changes` who waits there since then (1), and no longer (-1)."""
+        """The scheduler has taken them, and says by `changes` which wait there since then (1), and no longer (-1)."""
         with self._lock:
             for sequence in sequences:
                 self._backlog.remove(sequence)
@@ -93,7 +94,8 @@ class Admission:
         now: float,
         last_priority: int | None = None,
     ) -> None:
-        """Who waits in the scheduler now, and no longer, how many slots are free, how many were ever given, before
+        """Takes in which sequences wait in the scheduler now, and no longer, how many slots are free, how many were
+        ever given, before
         which priority one need not wait at all."""
         with self._lock:
             if self._updated is not None and len(self._backlog) > self._arriving:
@@ -104,7 +106,7 @@ class Admission:
                 self._sent_away *= fade
                 self._waited = now
             elif self._waited is not None and now - self._waited > FORGET:
-                # How it was says nothing any more, and would refuse whoever could find out.
+                # The old rate says nothing any more, and would refuse the requests that could measure a new one.
                 self._measured, self._sent_away = (0.0, 0.0), 0.0
             self._updated, self._served, self._free = now, served, free
             self._last_priority = last_priority
@@ -114,9 +116,9 @@ class Admission:
         for sequence, change in changes.items():
             (self._backlog.add if change > 0 else self._backlog.remove)(sequence)
 
-    def expected_wait(self, more: int, line: Line) -> float:
+    def expected_wait(self, more: int, queue_key: QueueKey) -> float:
         """Seconds until `more` sequences would all have a slot; 0 while there is nothing to go by."""
-        priority, tenant = line
+        priority, tenant = queue_key
         given, passed = self._measured
         if given <= 0 or (self._last_priority is not None and priority < self._last_priority):
             return 0.0
@@ -124,10 +126,10 @@ class Admission:
         def seconds(ahead: int) -> float:
             return max(0, ahead - self._free) * passed / given
 
-        wait = seconds(self._backlog.ahead(line, more))
+        wait = seconds(self._backlog.ahead(queue_key, more))
         if wait <= self._patience:
             return wait
-        return min(wait, self._patience + seconds(self._backlog.ahead_in_turn(tenant, more)))
+        return min(wait, self._patience + seconds(self._backlog.ahead_of_tenant(tenant, more)))
 
     def excess(self, requests: int, tokens: int, free: int) -> tuple[int, int]:
         """What is too much in a queue of so many requests and tokens of prompts, while so many slots are free."""
@@ -143,7 +145,7 @@ class Admission:
             return False
         size = sum(map(self._backlog.size, sequences))
         # One that would send away most of what waits does not.
-        if tokens * 2 <= self.max_tokens and self._backlog.gives_way(sequences[0].line, size):
+        if tokens * 2 <= self.max_tokens and self._backlog.gives_way(sequences[0].queue_key, size):
             return True
         seconds = self.retry_after()
         self._sent_away += seconds
@@ -153,15 +155,15 @@ class Admission:
     def _check_deadlines(self, sequences: Many[Sequence], now: float) -> None:
         first = sequences[0]
         limits = [limit - now for limit in (first.queue_deadline, first.deadline) if limit is not None]
-        wait = self.expected_wait(len(sequences), first.line)
+        wait = self.expected_wait(len(sequences), first.queue_key)
         if limits and wait > min(limits):
             text = f"The wait would be about {wait:.0f} s, longer than the request may take."
             raise TooLate(text, _whole_seconds(wait - min(limits)))
 
     def retry_after(self) -> int:
         """Seconds until the next slot will have been given out, and all who stay away could have had one: by Little's
-        law they are as many as there were seconds told in a second. So no more ask again than there are slots for,
-        and answers have the time that refusing takes."""
+        law they are as many as there were seconds asked of clients in a second. So no more ask again than there are
+        slots for, and responses have the time that refusing takes."""
         given, passed = self._measured
         return _whole_seconds(max(passed, self._sent_away) / given) if given > 0 else 1
 

@@ -130,8 +130,8 @@ def take_states(
 
 
 def host_budget(cache: PrefixCache, device: torch.device, taken: int) -> int:
-    """Bytes of host memory for states that are suspended or kept; `taken` are for those on the device. Where that is
-    the CPU, they would be copied from memory to memory: there are none unless they are asked for."""
+    """Bytes of host memory for swapped sequences and cached prefixes; `taken` are for those on the device. Where that
+    is the CPU, they would be copied from memory to memory: there are none unless they are asked for."""
     on_cpu = device.type == "cpu"
     free = max(0, free_memory(torch.device("cpu")) - (taken if on_cpu else 0))
     if cache.host_memory is None:
@@ -155,9 +155,9 @@ def scheduler_for(settings: Settings, engine: LoadedEngine) -> Scheduler:
     policy = Policy(
         host_slots=engine.host_slots,
         max_running=running,
-        quantum=chosen.quantum_steps,
+        time_slice=chosen.quantum_steps,
         target_step=chosen.target_step_ms / 1000,
-        keep=cache.enabled,
+        cache_prefixes=cache.enabled,
         share_all=cache.shared,
         min_shared=cache.min_tokens,
         weights=chosen.weights,

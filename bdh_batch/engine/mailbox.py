@@ -10,7 +10,7 @@ BACKLOG = 64
 
 
 class Mailbox:
-    """Deltas of one request's sequences, told apart by their index.
+    """Deltas of one request's sequences, distinguished by their index.
 
     A reader that keeps up gets every delta as it was; for one that falls more than BACKLOG deltas behind, later ones
     are merged into the last of their sequence, so that an unread stream takes the memory of its text and no more.
@@ -19,7 +19,7 @@ class Mailbox:
     def __init__(self) -> None:
         self._pending: list[tuple[int, Delta]] = []
         self._last: dict[int, int] = {}  # of each sequence, where its last delta is, from BACKLOG on
-        self._merged: dict[int, Gathering] = {}  # what takes the place of those deltas
+        self._merged: dict[int, Gathering] = {}  # what replaces those deltas
         self._arrived = asyncio.Event()
 
     def put(self, index: int, delta: Delta) -> None:

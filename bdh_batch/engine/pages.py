@@ -55,7 +55,7 @@ def reserve(shape: Sequence[int], dtype: torch.dtype, huge: bool = True) -> Tens
 
 
 def in_huge_pages(block: Tensor, maps: Path = Path("/proc/self/smaps")) -> int:
-    """Bytes of the mapping that `block` begins in that lie in huge pages now; 0 where the system does not tell."""
+    """Bytes of the mapping that `block` begins in that lie in huge pages now; 0 where the system does not report it."""
     try:
         lines = maps.read_text(encoding="utf-8").splitlines()
     except OSError:  # not Linux

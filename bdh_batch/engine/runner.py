@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bdh_batch.engine.sampling.draw import sample
-from bdh_batch.engine.sampling.logits_processors import Wishes, adjust
+from bdh_batch.engine.sampling.logits_processors import RowProcessors, process_logits
 from bdh_batch.engine.sampling.logprobs import ROWS, score
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.errors import OutOfMemory
@@ -22,10 +22,12 @@ from bdh_batch.messages import Adjustment, LogitBias, Outcome, Plan, SamplingPar
 
 log = logging.getLogger(__name__)
 
-FIRST_LOOK, LOOK_EVERY = 8, 64  # steps, in which it is told how sparsely the model fires
+FIRST_LOOK, LOOK_EVERY = 8, 64  # steps, in which the share of neurons that fire is measured
 
 
 class Runner:
+    """Computes planned steps with the kernels, and draws the next tokens."""
+
     def __init__(self, kernels: Kernels, pool: StatePool) -> None:
         self._kernels = kernels
         self._pool = pool
@@ -71,14 +73,14 @@ class Runner:
     def _draw(self, segments: Sequence[Segment], hidden: Tensor) -> tuple[list[int | None], dict[int, TokenScore]]:
         """What follows each segment that asks for it, and its score where that is asked for."""
         ends = accumulate(len(segment.tokens) for segment in segments)
-        places: list[int] = []
+        indices: list[int] = []
         rows: list[int] = []
-        params, positions, wishes = [], [], []
-        for place, (segment, end) in enumerate(zip(segments, ends)):
+        params, positions, processors = [], [], []
+        for index, (segment, end) in enumerate(zip(segments, ends)):
             if segment.sampling is not None:
                 if segment.adjustment is not None:
-                    wishes.append((len(rows), segment.adjustment))
-                places.append(place)
+                    processors.append((len(rows), segment.adjustment))
+                indices.append(index)
                 rows.append(end - 1)
                 params.append(segment.sampling)
                 positions.append(segment.start + len(segment.tokens))
@@ -87,26 +89,26 @@ class Runner:
             return drawn, {}
         logits = self._kernels.logits(hidden[torch.tensor(rows, device=self._device)])
         # The device is at work on it: the time to find out what may be drawn.
-        masks = [each.constraint.mask() if each.constraint else None for each in map(segments.__getitem__, places)]
-        tokens, scores = choose(logits, params, positions, wishes, masks)
-        for place, token in zip(places, tokens):
-            drawn[place] = token
-        return drawn, {places[row]: each for row, each in scores.items()}
+        masks = [each.constraint.mask() if each.constraint else None for each in map(segments.__getitem__, indices)]
+        tokens, scores = choose(logits, params, positions, processors, masks)
+        for index, token in zip(indices, tokens):
+            drawn[index] = token
+        return drawn, {indices[row]: each for row, each in scores.items()}
 
     def _score_targets(self, segments: Sequence[Segment], hidden: Tensor) -> dict[int, list[TokenScore]]:
         """The scores of each segment's targets."""
         begins = accumulate((len(segment.tokens) for segment in segments), initial=0)
         wanted = [
-            (place, row, target, segment.top)
-            for place, (segment, begin) in enumerate(zip(segments, begins))
+            (index, row, target, segment.top)
+            for index, (segment, begin) in enumerate(zip(segments, begins))
             for row, target in enumerate(segment.targets, begin)
         ]
         found: dict[int, list[TokenScore]] = {}
         for at in range(0, len(wanted), ROWS):
-            places, rows, targets, tops = zip(*wanted[at : at + ROWS])
+            indices, rows, targets, tops = zip(*wanted[at : at + ROWS])
             logits = self._kernels.logits(hidden[torch.tensor(rows, device=self._device)])
-            for place, each in zip(places, score(logits, targets, tops, ranked=True)):
-                found.setdefault(place, []).append(each)
+            for index, each in zip(indices, score(logits, targets, tops, ranked=True)):
+                found.setdefault(index, []).append(each)
         return found
 
     @torch.inference_mode()
@@ -133,28 +135,28 @@ class Runner:
     def warm(self, chunk: int) -> None:
         """Runs a prefill chunk and a decode step in slot 0, so that no request pays for what is done once."""
         self._kernels.warm(self._pool.states)
-        adjusted = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias=LogitBias.of({0: 1.0}))
-        adjustment = Adjustment.of(adjusted, [0], distinct([0]), early=1)
+        sampling = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias=LogitBias.of({0: 1.0}))
+        adjustment = Adjustment.of(sampling, [0], distinct([0]), early=1)
         for start, length in ((0, chunk), (chunk, 1)):
-            self.run(Plan([Segment(0, start, [0] * length, adjusted, adjustment)]))
+            self.run(Plan([Segment(0, start, [0] * length, sampling, adjustment)]))
 
 
 def choose(
     logits: Tensor,
     params: Sequence[SamplingParams],
     positions: Sequence[int],
-    wishes: Wishes,
+    processors: RowProcessors,
     masks: Sequence[bytes | None] = (),
 ) -> tuple[list[int | None], dict[int, TokenScore]]:
     """A token for each row of `logits` [rows, V], which it changes, and scores by row where they are asked for."""
     scored = [row for row, each in enumerate(params) if each.logprobs is not None]
     raw = logits[torch.tensor(scored, device=logits.device)] if scored else None
-    if wishes:
-        adjust(logits, wishes)
+    if processors:
+        process_logits(logits, processors)
     tokens = draw(logits, params, positions, masks)
     if raw is None:
         return tokens, {}
-    # Of a row that could not be drawn nobody will see the score.
+    # The score of a row that could not be drawn is shown to nobody.
     scores = score(raw, [tokens[row] or 0 for row in scored], [params[row].logprobs or 0 for row in scored])
     return tokens, dict(zip(scored, scores))
 

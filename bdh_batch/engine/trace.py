@@ -1,4 +1,4 @@
-"""What the scheduler was told and what it decided, as JSON lines, so that a run can be looked at and played again.
+"""What the scheduler was asked and what it decided, as JSON lines, so that a run can be looked at and played again.
 
 A prompt is written as hashes of its blocks, each chained to those before and salted anew for every trace: which prompts
 begin alike can be seen, what they say cannot.
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 
 class Trace:
+    """Writes the scheduler's decisions to a file as JSON lines."""
+
     def __init__(self, file: Path) -> None:
         self._file = file.open("w", encoding="utf-8", buffering=1 << 16)
         self._salt = secrets.token_bytes(16)
@@ -66,8 +68,8 @@ class Trace:
         for s, delta in updates:
             if delta.finish_reason is not None:
                 reason, tokens = delta.finish_reason.value, len(s.generated)
-                place, cached = s.standing.arrival, s.prefix.cached
-                self._write("end", now, place=place, reason=reason, generated=tokens, cached=cached)
+                arrival, cached = s.standing.arrival, s.prefix.cached
+                self._write("end", now, place=arrival, reason=reason, generated=tokens, cached=cached)
 
     def close(self) -> None:
         try:

@@ -42,11 +42,13 @@ def engine_down() -> Unavailable:
 
 
 class StepRunner(Protocol):
+    """Computes steps: `runner.Runner`, or a stand-in without a model."""
+
     def run(self, plan: Plan) -> Outcome: ...
 
 
 class Observer(Protocol):
-    """Is told of what happened, in the worker's thread."""
+    """Is notified of what happened, in the worker's thread."""
 
     def stepped(self, step: Step, seconds: float) -> None: ...
 
@@ -63,7 +65,7 @@ class Load:
 
     running: int
     waiting: int
-    suspended: int
+    swapped: int
     slots: int
     cached_states: int
     preemptions: int
@@ -72,10 +74,11 @@ class Load:
 
 
 class Worker:
-    """
+    """Owns the thread in which the scheduler plans and the runner computes.
+
     Args:
         max_queued, max_queued_tokens: how many requests may wait, and tokens of their prompts; more is refused.
-        failed_steps: so many failures on end are a fault that /health tells of.
+        failed_steps: so many failures on end are a fault that /health reports.
         trace: where decisions are written to; the worker closes it.
     """
 
@@ -99,15 +102,15 @@ class Worker:
         self._failed_steps = failed_steps
         self._trace = trace
         self._inbox: list[Message] = []
-        self._open: set[Sequence] = set()  # those that were let in and have not been told their end
+        self._open: set[Sequence] = set()  # those that were admitted and whose end has not been reported
         self._inbox_changed = threading.Condition()
         self._stopping = False
         self._progress = time.monotonic()
         self._planned: Step | None = None  # the step that is being computed, or was last
         self._failures = 0  # on end
-        self._told_of_stall = False
+        self._stall_logged = False
         self._loop = asyncio.get_running_loop()
-        self._thread = start_daemon(self._main, WORKER)  # grammars are followed in it, by native recursion
+        self._thread = start_daemon(self._main, WORKER)  # grammars are walked in it, by native recursion
 
     def submit(
         self, sequences: Many[Sequence], queue_timeout: float | None = None, timeout: float | None = None
@@ -165,10 +168,10 @@ class Worker:
             return f"the last {self._failures} steps failed"
         stalled = self.stalled_for()
         if stalled <= stall_seconds:
-            self._told_of_stall = False
+            self._stall_logged = False
             return None
-        if not self._told_of_stall:
-            self._told_of_stall = True
+        if not self._stall_logged:
+            self._stall_logged = True
             log.error("no step for %.0f s although there is work; the last plan: %s", stalled, describe(self._planned))
         return f"the engine has work, but made no step for {stalled:.0f} s"
 
@@ -178,7 +181,7 @@ class Worker:
         return Load(
             running=scheduler.running,
             waiting=self._admission.queued,
-            suspended=scheduler.suspended,
+            swapped=scheduler.swapped,
             slots=scheduler.width,
             cached_states=scheduler.allocator.cached,
             preemptions=scheduler.counts.preemptions,
@@ -192,7 +195,7 @@ class Worker:
         if sheds:
             tokens = of.waiting_tokens + sum(len(sequence.prompt) for sequence in sequences)
             excess = self._admission.excess(of.waiting + len(sequences), tokens, of.free)
-            updates = of.shed(*excess, sequences[0].line, self._made_room())
+            updates = of.shed(*excess, sequences[0].queue_key, self._made_room())
         of.submit(sequences)
         self._admission.arrived(sequences, of.take_changes())
         if self._trace is not None:
@@ -223,7 +226,7 @@ class Worker:
             self._trace.close()
 
     def _step(self) -> None:
-        """Counts before it publishes: who has been told an end finds the place free."""
+        """Plans and computes a step. Counts before it publishes: a client that has seen an end finds the slot free."""
         updates = [update for message in self._take_inbox() for update in message()]
         now = time.monotonic()
         updates += self._scheduler.expire(now)
@@ -235,7 +238,7 @@ class Worker:
             self._count()
             self._publish(updates)
             self._progress = time.monotonic()
-        elif self._scheduler.has_work:  # a fault of the scheduler: /health will tell; do not burn a core meanwhile
+        elif self._scheduler.has_work:  # a fault of the scheduler: /health will report it; do not burn a core meanwhile
             with self._inbox_changed:
                 self._inbox_changed.wait(STUCK_SECONDS)
 

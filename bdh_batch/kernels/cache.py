@@ -2,7 +2,7 @@
 
 Numba's own cache ends a program at its import where no folder can be written, and at a call where an entry is damaged
 or the disk is full. A start must not depend on any of it: it only takes longer. What keeps kernels from being kept is
-told once.
+logged once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ XDG = os.environ.get("XDG_CACHE_HOME")
 SUFFIX = ".sha256"  # of the files' names: Numba's own have no digest
 
 NO_FOLDER = "no folder for them can be written"
-_told: list[str] = []
+_warned: list[str] = []
 
 
 def keep_compiled(dispatcher: Any, sources: Hashable) -> None:
@@ -33,11 +33,11 @@ def keep_compiled(dispatcher: Any, sources: Hashable) -> None:
     try:
         cache = _Cache(dispatcher.py_func, sources)
     except (OSError, RuntimeError):  # Numba's, where there is no folder at all
-        _tell(NO_FOLDER)
+        _warn_once(NO_FOLDER)
         return
     dispatcher._cache = cache
     if isinstance(cache._impl.locator, _Readable):
-        _tell(NO_FOLDER)
+        _warn_once(NO_FOLDER)
 
 
 def choose_triton_cache(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -57,10 +57,10 @@ def choose_triton_cache(environment: Mapping[str, str] = os.environ) -> str | No
     return folder
 
 
-def _tell(reason: str) -> None:
-    """Once: what is so for one kernel is so for all."""
-    if not _told:
-        _told.append(reason)
+def _warn_once(reason: str) -> None:
+    """Logs once: what is so for one kernel is so for all."""
+    if not _warned:
+        _warned.append(reason)
         log.warning(
             "compiled CPU kernels are not kept (%s): the next start compiles them again, which takes up to a minute; "
             "NUMBA_CACHE_DIR names a folder for them",
@@ -84,7 +84,7 @@ class _ReadableInTree(_Readable, caching.InTreeCacheLocator):
 
 
 class _Result(caching.CompileResultCacheImpl):
-    """Where Numba's files may lie: where it is told, beside the source, or in the user's folder if there is one.
+    """Where Numba's files may lie: in NUMBA_CACHE_DIR, beside the source, or in the user's folder if there is one.
 
     Where none of these can be written, one that can be read is better than none.
     """
@@ -138,7 +138,7 @@ def _whole(file: Path) -> Any:
 
 
 class _Cache(caching.FunctionCache):
-    """As Numba's, but what goes wrong with it is told, and the function compiled."""
+    """As Numba's, but what goes wrong with it is logged, and the function compiled."""
 
     _impl_class = _Result
 
@@ -153,5 +153,5 @@ class _Cache(caching.FunctionCache):
         try:
             super().save_overload(sig, data)  # type: ignore[no-untyped-call]
         except OSError as error:
-            _tell(f"{self._cache_path}: {error.strerror or error}")
+            _warn_once(f"{self._cache_path}: {error.strerror or error}")
             self.disable()  # type: ignore[no-untyped-call]

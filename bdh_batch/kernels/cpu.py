@@ -21,12 +21,12 @@ from bdh_batch.kernels.cpu_layout import (
     PANEL,
     PANELS,
     ROWS,
-    Desk,
     Floats,
     Integers,
     Longs,
     Packed,
     Round,
+    Scratch,
     Shape,
     States,
     Work,
@@ -43,6 +43,8 @@ ROUNDING = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLO
 
 
 class CpuKernels:
+    """Computes the forward pass with compiled loops on all threads."""
+
     def __init__(self, weights: Weights, window: int = 0) -> None:
         heads, width, neurons = weights.encoder.shape
         panels = _round_up(neurons, PANEL) // PANEL
@@ -65,23 +67,23 @@ class CpuKernels:
         self._dtype = weights.lm_head.dtype
         self._threads = min(torch.get_num_threads(), vector.most_threads())
         self._work = allocate(MAX_TOKENS, self._shape)
-        self._desks = furnish(self._threads, self._shape)
-        self._tickets = np.empty(1 + 2 * weights.layers, np.int64)
+        self._scratch = allocate_scratch(self._threads, self._shape)
+        self._counters = np.empty(1 + 2 * weights.layers, np.int64)
 
     def forward(self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
-        self._desks.active.fill(0)
+        self._scratch.active.fill(0)
         hidden = torch.empty(len(batch.tokens), self._shape.width)
         flat = flatten(states)
         start = 0
         for part in rounds(batch, self._threads, self._shape.heads):
-            run(part, self._shape, self._packed, flat, self._work, self._desks, self._tickets, self._threads)
+            run(part, self._shape, self._packed, flat, self._work, self._scratch, self._counters, self._threads)
             end = start + len(part.tokens)
             read = torch.from_numpy(self._work.x).view(-1, self._shape.pitch)
             hidden[start:end] = read[: end - start, : self._shape.width]
             start = end
         if active is not None:
             each = len(batch.tokens) * self._shape.heads * self._shape.neurons
-            active.copy_(torch.from_numpy(self._desks.active.sum(axis=0)[: len(active)] / each))
+            active.copy_(torch.from_numpy(self._scratch.active.sum(axis=0)[: len(active)] / each))
         return hidden
 
     def warm(self, states: Tensor) -> None:
@@ -94,7 +96,7 @@ class CpuKernels:
         panels = out.shape[1] // PANEL
         threads = self._threads if len(hidden) * panels >= WORTH_SHARING else 1
         numbers, scores = rows.view(-1).numpy(), out.view(-1).numpy()
-        project(numbers, len(hidden), self._shape, self._lm_head, self._desks, scores, self._tickets, threads)
+        project(numbers, len(hidden), self._shape, self._lm_head, self._scratch, scores, self._counters, threads)
         return out[:, : self._vocabulary]
 
 
@@ -189,14 +191,14 @@ def allocate(tokens: int, shape: Shape) -> Work:
     )
 
 
-def furnish(threads: int, shape: Shape) -> Desk:
-    """A desk for each thread: every array has one more axis in front."""
+def allocate_scratch(threads: int, shape: Shape) -> Scratch:
+    """Scratch buffers for all threads: every array has an axis [threads] in front."""
 
     def integers(*sizes: int) -> Integers:
         return np.empty((threads, *sizes), np.int32)
 
     lists = MAX_TOKENS * shape.list_pitch
-    return Desk(
+    return Scratch(
         fired=_floats(threads, MAX_TOKENS * shape.fired_pitch),
         starts=integers(MAX_TOKENS * (shape.panels + 1)),
         pairs=integers(lists),
@@ -233,31 +235,33 @@ def _round_up(number: int, multiple: int) -> int:
 
 @in_parallel
 def run(
-    part: Round, shape: Shape, weights: Packed, states: States, work: Work, desks: Desk, tickets: Longs, threads: int
-) -> None:
+    part: Round, shape: Shape, weights: Packed, states: States, work: Work, scratches: Scratch, counters: Longs,
+    threads: int,
+) -> None:  # fmt: skip
     """One round through all the layers. After each loop all threads meet."""
-    tickets[:] = 0
+    counters[:] = 0
     if part.apart:
         for thread in numba.prange(threads):
-            carry_some(thread, part, shape, weights, states, work, desks, tickets)
+            carry_some(thread, part, shape, weights, states, work, scratches, counters)
         return
     for _ in numba.prange(threads):
-        begin_some(part, shape, weights, work, tickets)
+        begin_some(part, shape, weights, work, counters)
     for layer in range(shape.layers):
         for thread in numba.prange(threads):
-            think_some(layer, thread, part, shape, weights, states, work, desks, tickets)
+            compute_heads(layer, thread, part, shape, weights, states, work, scratches, counters)
         for _ in numba.prange(threads):
-            finish_some(2 * layer + 2, part, shape, work, tickets)
+            finish_some(2 * layer + 2, part, shape, work, counters)
 
 
 @compiled
 def carry_some(
-    thread: int, part: Round, shape: Shape, weights: Packed, states: States, work: Work, desks: Desk, tickets: Longs
-) -> None:
+    thread: int, part: Round, shape: Shape, weights: Packed, states: States, work: Work, scratches: Scratch,
+    counters: Longs,
+) -> None:  # fmt: skip
     """Takes whole groups through all the layers: sequences need nothing of each other."""
-    desk = desk_of(desks, thread)
+    scratch = scratch_of(scratches, thread)
     while True:
-        chosen = simd.take_ticket(tickets, 0)
+        chosen = simd.take_work(counters, 0)
         if chosen >= len(part.groups):
             return
         first, last = part.bounds[part.groups[chosen, 0]], part.bounds[part.groups[chosen, 1]]
@@ -265,16 +269,16 @@ def carry_some(
             passes.begin(token, part.tokens[token], part.positions[token], shape, weights, work)
         for layer in range(shape.layers):
             for head in range(shape.heads):
-                think(chosen, layer, head, part, shape, weights, states, work, desk)
+                compute_head(chosen, layer, head, part, shape, weights, states, work, scratch)
             for token in range(first, last):
                 passes.finish(token, shape, work)
 
 
 @compiled
-def begin_some(part: Round, shape: Shape, weights: Packed, work: Work, tickets: Longs) -> None:
+def begin_some(part: Round, shape: Shape, weights: Packed, work: Work, counters: Longs) -> None:
     tokens = len(part.tokens)
     while True:
-        first = simd.take_ticket(tickets, 0) * ROWS
+        first = simd.take_work(counters, 0) * ROWS
         if first >= tokens:
             return
         for token in range(first, min(first + ROWS, tokens)):
@@ -282,47 +286,47 @@ def begin_some(part: Round, shape: Shape, weights: Packed, work: Work, tickets: 
 
 
 @inlined
-def desk_of(desks: Desk, thread: int) -> Desk:
-    return Desk(
-        desks.fired[thread], desks.starts[thread], desks.pairs[thread], desks.even[thread], desks.odd[thread],
-        desks.y[thread], desks.products[thread], desks.normed[thread], desks.neurons[thread], desks.gated[thread],
-        desks.gates[thread], desks.active[thread],
+def scratch_of(scratches: Scratch, thread: int) -> Scratch:
+    return Scratch(
+        scratches.fired[thread], scratches.starts[thread], scratches.pairs[thread], scratches.even[thread],
+        scratches.odd[thread], scratches.y[thread], scratches.products[thread], scratches.normed[thread],
+        scratches.neurons[thread], scratches.gated[thread], scratches.gates[thread], scratches.active[thread],
     )  # fmt: skip
 
 
 @compiled
-def think_some(
-    layer: int, thread: int, part: Round, shape: Shape, weights: Packed, states: States, work: Work, desks: Desk,
-    tickets: Longs,
+def compute_heads(
+    layer: int, thread: int, part: Round, shape: Shape, weights: Packed, states: States, work: Work, scratches: Scratch,
+    counters: Longs,
 ) -> None:  # fmt: skip
-    """All that a layer does within its heads, piece by piece."""
-    desk = desk_of(desks, thread)
+    """Computes groups of segments in the heads of one layer, until the work counter has run out."""
+    scratch = scratch_of(scratches, thread)
     while True:
-        piece = simd.take_ticket(tickets, 2 * layer + 1)
+        piece = simd.take_work(counters, 2 * layer + 1)
         chosen, head = piece // shape.heads, piece % shape.heads
         if chosen >= len(part.groups):
             return
-        think(chosen, layer, head, part, shape, weights, states, work, desk)
+        compute_head(chosen, layer, head, part, shape, weights, states, work, scratch)
 
 
 @compiled
-def think(
+def compute_head(
     chosen: int, layer: int, head: int, part: Round, shape: Shape, weights: Packed, states: States, work: Work,
-    desk: Desk,
+    scratch: Scratch,
 ) -> None:  # fmt: skip
-    """A group of segments in one head of a layer."""
+    """Computes a group of segments in one head of a layer."""
     begin, end = part.groups[chosen, 0], part.groups[chosen, 1]
     first, last = part.bounds[begin], part.bounds[end]
-    passes.expand(first, last, layer, head, shape, weights, work, desk)
+    passes.expand(first, last, layer, head, shape, weights, work, scratch)
     for segment in range(begin, end):
-        attend(segment, first, layer, head, part, shape, states, work, desk)
-    passes.contract(first, last, head, shape, weights, work, desk)
+        attend(segment, first, layer, head, part, shape, states, work, scratch)
+    passes.contract(first, last, head, shape, weights, work, scratch)
 
 
 @compiled
 def attend(
-    segment: int, desk_start: int, layer: int, head: int, part: Round, shape: Shape, states: States, work: Work,
-    desk: Desk,
+    segment: int, tile_start: int, layer: int, head: int, part: Round, shape: Shape, states: States, work: Work,
+    scratch: Scratch,
 ) -> None:  # fmt: skip
     """A sequence's tokens in one head, cut where a block of the window begins."""
     elements = shape.neurons * shape.width
@@ -336,19 +340,19 @@ def attend(
             end = min(last, first + shape.half_window - inside)
             if inside == 0:
                 cpu_state.start_block(states, state, shape.heads * elements, elements)
-        place, position = first - desk_start, part.positions[first]
+        row, position = first - tile_start, part.positions[first]
         if end == first + 1:
-            cpu_state.attend_token(first, place, position, state, shape, states, work, desk)
+            cpu_state.attend_token(first, row, position, state, shape, states, work, scratch)
         else:
-            cpu_state.attend_tokens(first, end, place, position, state, shape, states, work, desk)
+            cpu_state.attend_tokens(first, end, row, position, state, shape, states, work, scratch)
         first = end
 
 
 @compiled
-def finish_some(ticket: int, part: Round, shape: Shape, work: Work, tickets: Longs) -> None:
+def finish_some(counter: int, part: Round, shape: Shape, work: Work, counters: Longs) -> None:
     tokens = len(part.tokens)
     while True:
-        first = simd.take_ticket(tickets, ticket) * ROWS
+        first = simd.take_work(counters, counter) * ROWS
         if first >= tokens:
             return
         for token in range(first, min(first + ROWS, tokens)):
@@ -357,25 +361,26 @@ def finish_some(ticket: int, part: Round, shape: Shape, work: Work, tickets: Lon
 
 @in_parallel
 def project(
-    rows: Floats, tokens: int, shape: Shape, columns: Floats, desks: Desk, out: Floats, tickets: Longs, threads: int
-) -> None:
+    rows: Floats, tokens: int, shape: Shape, columns: Floats, scratches: Scratch, out: Floats, counters: Longs,
+    threads: int,
+) -> None:  # fmt: skip
     """out [tokens, columns] = rows [tokens + ROWS, pitch] · packed columns. Threads share out the panels, each of which
     is computed as it would be by one alone."""
-    tickets[0] = 0
+    counters[0] = 0
     if threads == 1:  # without the time that waking the others takes
-        project_some(rows, tokens, shape, columns, desks.products[0], out, tickets)
+        project_some(rows, tokens, shape, columns, scratches.products[0], out, counters)
         return
     for thread in numba.prange(threads):
-        project_some(rows, tokens, shape, columns, desks.products[thread], out, tickets)
+        project_some(rows, tokens, shape, columns, scratches.products[thread], out, counters)
 
 
 @compiled
 def project_some(
-    rows: Floats, tokens: int, shape: Shape, columns: Floats, products: Floats, out: Floats, tickets: Longs
+    rows: Floats, tokens: int, shape: Shape, columns: Floats, products: Floats, out: Floats, counters: Longs
 ) -> None:
     panels = len(columns) // (shape.pitch * PANEL)
     while True:
-        panel = simd.take_ticket(tickets, 0)
+        panel = simd.take_work(counters, 0)
         if panel >= panels:
             return
         start = panel * shape.pitch * PANEL

@@ -62,8 +62,8 @@ class Work(NamedTuple):
     z: Floats  # [T, heads, pitch]: each head's share of the decoder's sum
 
 
-class Desk(NamedTuple):
-    """Where one thread does a piece of work: some tokens in one head. They are counted from the piece's first."""
+class Scratch(NamedTuple):
+    """Scratch buffers of one thread, for some tokens in one head: row 0 is the first of those tokens."""
 
     fired: Floats  # [tokens, fired_pitch]
     starts: Integers  # [tokens, panels + 1]: where a panel's entries begin in the three lists after this one

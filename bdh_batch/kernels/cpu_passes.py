@@ -18,9 +18,9 @@ from bdh_batch.kernels.cpu_layout import (
     PANEL,
     PANELS,
     ROWS,
-    Desk,
     Floats,
     Packed,
+    Scratch,
     Shape,
     Work,
 )
@@ -154,10 +154,12 @@ def product(
 
 
 @compiled
-def expand(first: int, last: int, layer: int, head: int, shape: Shape, weights: Packed, work: Work, desk: Desk) -> None:
+def expand(
+    first: int, last: int, layer: int, head: int, shape: Shape, weights: Packed, work: Work, scratch: Scratch
+) -> None:
     """fired = relu(x · encoder) of tokens some tokens in one head, and lists of the pairs that fired, turned."""
     for token in range(last - first):
-        desk.starts[token * (shape.panels + 1)] = 0
+        scratch.starts[token * (shape.panels + 1)] = 0
     for tile in range(first, last, MAX_TILE):
         tile_end = min(tile + MAX_TILE, last)
         for panel in range(shape.panels):
@@ -165,121 +167,121 @@ def expand(first: int, last: int, layer: int, head: int, shape: Shape, weights: 
             for token in range(tile, tile_end, ROWS):
                 rows = min(ROWS, tile_end - token)
                 row = token * shape.pitch
-                product(work.inputs, row, rows, shape.pitch, weights.encoder, columns, shape.width, desk.products, 0)
+                product(work.inputs, row, rows, shape.pitch, weights.encoder, columns, shape.width, scratch.products, 0)
                 for i in range(rows):
-                    record(token + i, token + i - first, panel, i * PANEL, layer, shape, work, desk)
+                    record(token + i, token + i - first, panel, i * PANEL, layer, shape, work, scratch)
 
 
 @inlined
-def record(token: int, place: int, panel: int, at: int, layer: int, shape: Shape, work: Work, desk: Desk) -> None:
+def record(token: int, row: int, panel: int, at: int, layer: int, shape: Shape, work: Work, scratch: Scratch) -> None:
     """Stores and counts what fired, and appends the pairs that did, after RoPE, to the token's lists."""
-    even, odd = simd.relu(simd.load(desk.products, at)), simd.relu(simd.load(desk.products, at + LANES))
-    to = place * shape.fired_pitch + panel * PANEL
-    simd.store(desk.fired, to, even)
-    simd.store(desk.fired, to + LANES, odd)
+    even, odd = simd.relu(simd.load(scratch.products, at)), simd.relu(simd.load(scratch.products, at + LANES))
+    to = row * shape.fired_pitch + panel * PANEL
+    simd.store(scratch.fired, to, even)
+    simd.store(scratch.fired, to + LANES, odd)
     angles = token * shape.list_pitch + panel * LANES
     cos, sin = simd.load(work.cos, angles), simd.load(work.sin, angles)
     bits_even, bits_odd = simd.nonzero(even), simd.nonzero(odd)
     bits = bits_even | bits_odd
-    desk.active[layer] += simd.count_bits(bits_even) + simd.count_bits(bits_odd)
-    cursor = place * (shape.panels + 1) + panel
-    end = desk.starts[cursor]
-    entry = place * shape.list_pitch + end
-    simd.store_places(desk.pairs, entry, panel * LANES, bits)
-    simd.store_chosen(desk.even, entry, simd.subtract(simd.multiply(even, cos), simd.multiply(odd, sin)), bits)
-    simd.store_chosen(desk.odd, entry, simd.fma(odd, cos, simd.multiply(even, sin)), bits)
-    desk.starts[cursor + 1] = end + simd.count_bits(bits)
+    scratch.active[layer] += simd.count_bits(bits_even) + simd.count_bits(bits_odd)
+    cursor = row * (shape.panels + 1) + panel
+    end = scratch.starts[cursor]
+    entry = row * shape.list_pitch + end
+    simd.store_indices(scratch.pairs, entry, panel * LANES, bits)
+    simd.store_chosen(scratch.even, entry, simd.subtract(simd.multiply(even, cos), simd.multiply(odd, sin)), bits)
+    simd.store_chosen(scratch.odd, entry, simd.fma(odd, cos, simd.multiply(even, sin)), bits)
+    scratch.starts[cursor + 1] = end + simd.count_bits(bits)
 
 
 @compiled
-def contract(first: int, last: int, head: int, shape: Shape, weights: Packed, work: Work, desk: Desk) -> None:
+def contract(first: int, last: int, head: int, shape: Shape, weights: Packed, work: Work, scratch: Scratch) -> None:
     """z = (fired ∘ relu(layer_norm(y) · encoder_v)) · decoder of some tokens in one head.
 
     A gate is computed only for what fired, and only decoder rows that passed theirs are added.
     """
-    for place in range(0, last - first, MAX_TILE):
-        tokens = min(MAX_TILE, last - first - place)
-        normalise(first + place, place, tokens, head, shape, work, desk)
+    for row in range(0, last - first, MAX_TILE):
+        tokens = min(MAX_TILE, last - first - row)
+        normalise(first + row, row, tokens, head, shape, work, scratch)
         for block in range(0, shape.panels, PANELS):
             neurons = (head * shape.panels + block) * PANEL
             for i in range(tokens):
-                count = list_fired(place + i, block, shape, desk)
-                gate(i * shape.pitch, count, neurons, shape, weights, desk)
-                passed = keep_passed(count, desk)
-                z = ((first + place + i) * shape.heads + head) * shape.pitch
-                add_rows(passed, neurons, z, shape, weights, work, desk)
+                count = list_fired(row + i, block, shape, scratch)
+                gate(i * shape.pitch, count, neurons, shape, weights, scratch)
+                passed = keep_passed(count, scratch)
+                z = ((first + row + i) * shape.heads + head) * shape.pitch
+                add_rows(passed, neurons, z, shape, weights, work, scratch)
 
 
 @inlined
-def normalise(first: int, place: int, tokens: int, head: int, shape: Shape, work: Work, desk: Desk) -> None:
+def normalise(first: int, row: int, tokens: int, head: int, shape: Shape, work: Work, scratch: Scratch) -> None:
     """A tile's y as the gates take it; its z back to zero."""
     for i in range(tokens):
-        layer_norm(desk.y, (place + i) * shape.pitch, shape, desk.normed, i * shape.pitch)
+        layer_norm(scratch.y, (row + i) * shape.pitch, shape, scratch.normed, i * shape.pitch)
         for k in range(shape.pitch):
             at = i * shape.pitch + k
-            desk.normed[at] = rounded(desk.normed[at], shape.rounding)
+            scratch.normed[at] = rounded(scratch.normed[at], shape.rounding)
             work.z[((first + i) * shape.heads + head) * shape.pitch + k] = 0
 
 
 @inlined
-def list_fired(place: int, block: int, shape: Shape, desk: Desk) -> Any:
+def list_fired(row: int, block: int, shape: Shape, scratch: Scratch) -> Any:
     """Lists a token's neurons that fired in a block of panels, counted from the block's first; returns how many."""
     count = 0
-    start = place * shape.fired_pitch
+    start = row * shape.fired_pitch
     for at in range(block * PANEL, min(block + PANELS, shape.panels) * PANEL, LANES):
-        fired = simd.load(desk.fired, start + at)
+        fired = simd.load(scratch.fired, start + at)
         bits = simd.nonzero(fired)
-        simd.store_places(desk.neurons, count, at - block * PANEL, bits)
-        simd.store_chosen(desk.gated, count, fired, bits)
+        simd.store_indices(scratch.neurons, count, at - block * PANEL, bits)
+        simd.store_chosen(scratch.gated, count, fired, bits)
         count += simd.count_bits(bits)
     return count
 
 
 @inlined
-def gate(y: int, count: int, neurons: int, shape: Shape, weights: Packed, desk: Desk) -> None:
+def gate(y: int, count: int, neurons: int, shape: Shape, weights: Packed, scratch: Scratch) -> None:
     """The gates, before their relu, of the neurons listed: each a dot product, by fours."""
     for entry in range(0, count, 4):
         last = count - 1
-        a = (neurons + desk.neurons[entry]) * shape.pitch
-        b = (neurons + desk.neurons[min(entry + 1, last)]) * shape.pitch
-        c = (neurons + desk.neurons[min(entry + 2, last)]) * shape.pitch
-        d = (neurons + desk.neurons[min(entry + 3, last)]) * shape.pitch
+        a = (neurons + scratch.neurons[entry]) * shape.pitch
+        b = (neurons + scratch.neurons[min(entry + 1, last)]) * shape.pitch
+        c = (neurons + scratch.neurons[min(entry + 2, last)]) * shape.pitch
+        d = (neurons + scratch.neurons[min(entry + 3, last)]) * shape.pitch
         by_a = by_b = by_c = by_d = simd.splat(np.float32(0))
         for k in range(0, shape.pitch, LANES):
-            normed = simd.load(desk.normed, y + k)
+            normed = simd.load(scratch.normed, y + k)
             by_a = simd.fma(normed, simd.load(weights.encoder_v, a + k), by_a)
             by_b = simd.fma(normed, simd.load(weights.encoder_v, b + k), by_b)
             by_c = simd.fma(normed, simd.load(weights.encoder_v, c + k), by_c)
             by_d = simd.fma(normed, simd.load(weights.encoder_v, d + k), by_d)
-        simd.store(desk.gates, entry, simd.sums(by_a, by_b, by_c, by_d))
+        simd.store(scratch.gates, entry, simd.sums(by_a, by_b, by_c, by_d))
 
 
 @inlined
-def keep_passed(count: int, desk: Desk) -> Any:
+def keep_passed(count: int, scratch: Scratch) -> Any:
     """Multiplies what is listed with its gates, and keeps in the list what is left; returns how many."""
     passed = 0
     for entry in range(0, count, LANES):
-        gated = simd.multiply(simd.load(desk.gated, entry), simd.relu(simd.load(desk.gates, entry)))
+        gated = simd.multiply(simd.load(scratch.gated, entry), simd.relu(simd.load(scratch.gates, entry)))
         bits = simd.first_bits(simd.nonzero(gated), count - entry)
-        simd.move_chosen(desk.neurons, passed, entry, bits)
-        simd.store_chosen(desk.gated, passed, gated, bits)
+        simd.move_chosen(scratch.neurons, passed, entry, bits)
+        simd.store_chosen(scratch.gated, passed, gated, bits)
         passed += simd.count_bits(bits)
     return passed
 
 
 @inlined
-def add_rows(count: int, neurons: int, z: int, shape: Shape, weights: Packed, work: Work, desk: Desk) -> None:
+def add_rows(count: int, neurons: int, z: int, shape: Shape, weights: Packed, work: Work, scratch: Scratch) -> None:
     """z += the decoder rows of the neurons listed, scaled; in their order, whether by fours or one by one."""
     entry, end = 0, count
     while entry + 3 < end:
-        a = (neurons + desk.neurons[entry]) * shape.pitch
-        b = (neurons + desk.neurons[entry + 1]) * shape.pitch
-        c = (neurons + desk.neurons[entry + 2]) * shape.pitch
-        d = (neurons + desk.neurons[entry + 3]) * shape.pitch
-        by_a = simd.splat(rounded(desk.gated[entry], shape.rounding))
-        by_b = simd.splat(rounded(desk.gated[entry + 1], shape.rounding))
-        by_c = simd.splat(rounded(desk.gated[entry + 2], shape.rounding))
-        by_d = simd.splat(rounded(desk.gated[entry + 3], shape.rounding))
+        a = (neurons + scratch.neurons[entry]) * shape.pitch
+        b = (neurons + scratch.neurons[entry + 1]) * shape.pitch
+        c = (neurons + scratch.neurons[entry + 2]) * shape.pitch
+        d = (neurons + scratch.neurons[entry + 3]) * shape.pitch
+        by_a = simd.splat(rounded(scratch.gated[entry], shape.rounding))
+        by_b = simd.splat(rounded(scratch.gated[entry + 1], shape.rounding))
+        by_c = simd.splat(rounded(scratch.gated[entry + 2], shape.rounding))
+        by_d = simd.splat(rounded(scratch.gated[entry + 3], shape.rounding))
         for k in range(0, shape.pitch, LANES):
             share = simd.fma(by_a, simd.load(weights.decoder, a + k), simd.load(work.z, z + k))
             share = simd.fma(by_b, simd.load(weights.decoder, b + k), share)
@@ -287,8 +289,8 @@ def add_rows(count: int, neurons: int, z: int, shape: Shape, weights: Packed, wo
             simd.store(work.z, z + k, simd.fma(by_d, simd.load(weights.decoder, d + k), share))
         entry += 4
     while entry < end:
-        a = (neurons + desk.neurons[entry]) * shape.pitch
-        by_a = simd.splat(rounded(desk.gated[entry], shape.rounding))
+        a = (neurons + scratch.neurons[entry]) * shape.pitch
+        by_a = simd.splat(rounded(scratch.gated[entry], shape.rounding))
         for k in range(0, shape.pitch, LANES):
             simd.store(work.z, z + k, simd.fma(by_a, simd.load(weights.decoder, a + k), simd.load(work.z, z + k)))
         entry += 1

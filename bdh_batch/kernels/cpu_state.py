@@ -3,7 +3,7 @@
 Every sum is one chain of fused multiply-adds, in an order that depends on the token's list alone. A state in bfloat16
 is widened as it is read. What is written back is rounded up or down at random, by odds that keep its mean: a state only
 ever sums, and rounding to the nearest would in time drop every small addend. The noise follows from the position and
-the place in the state, so that a sequence has the same bits in any company.
+the position in the state, so that a sequence has the same bits in any company.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from bdh_batch.kernels import simd, simd_state, vector
-from bdh_batch.kernels.cpu_layout import PANEL, Desk, Shape, States, Work
+from bdh_batch.kernels.cpu_layout import PANEL, Scratch, Shape, States, Work
 from bdh_batch.kernels.vector import LANES, compiled, inlined
 
 LOOKAHEAD = 12  # pairs between the prefetch of state rows and their use
@@ -42,39 +42,30 @@ def fold_row_end(rows: Rows, at: int, q: Any, x: Any, y: Any, noise: Any, count:
 
 
 @inlined
-def fold_pair(rows: Rows, at: int, width: int, work: Work, desk: Desk, entry: int, x: int, y: int) -> None:
+def fold_pair(rows: Rows, at: int, width: int, work: Work, scratch: Scratch, entry: int, x: int, y: int) -> None:
     """The two state rows of one pair of neurons, at `at`: what the token reads of them, and what it writes."""
-    q0, q1 = simd.spread(desk.even, entry), simd.spread(desk.odd, entry)
+    q0, q1 = simd.spread(scratch.even, entry), simd.spread(scratch.odd, entry)
     noise0, noise1 = simd_state.vary(rows.noise, at), simd_state.vary(rows.noise, at + width)
     whole = width // LANES * LANES
     for i in range(0, whole, LANES):
-        x_now, y_now = simd.load(work.x, x + i), simd.load(desk.y, y + i)
+        x_now, y_now = simd.load(work.x, x + i), simd.load(scratch.y, y + i)
         y_now = fold_row(rows, at + i, q0, x_now, y_now, noise0)
-        simd.store(desk.y, y + i, fold_row(rows, at + width + i, q1, x_now, y_now, noise1))
+        simd.store(scratch.y, y + i, fold_row(rows, at + width + i, q1, x_now, y_now, noise1))
     rest = width - whole
     if rest:
-        x_now, y_now = simd.load(work.x, x + whole), simd.load(desk.y, y + whole)
+        x_now, y_now = simd.load(work.x, x + whole), simd.load(scratch.y, y + whole)
         y_now = fold_row_end(rows, at + whole, q0, x_now, y_now, noise0, rest)
-        simd.store(desk.y, y + whole, fold_row_end(rows, at + width + whole, q1, x_now, y_now, noise1, rest))
+        simd.store(scratch.y, y + whole, fold_row_end(rows, at + width + whole, q1, x_now, y_now, noise1, rest))
 
 
 @inlined
 def fold_two_pairs(
-    rows: Rows,
-    at: int,
-    then: int,
-    soon: int,
-    later: int,
-    width: int,
-    work: Work,
-    desk: Desk,
-    entry: int,
-    x: int,
+    rows: Rows, at: int, then: int, soon: int, later: int, width: int, work: Work, scratch: Scratch, entry: int, x: int,
     y: int,
-) -> None:
+) -> None:  # fmt: skip
     """As `fold_pair` of an entry and of the next one, but x and y move once. Prefetches `soon` and `later`, if ≥ 0."""
-    q0, q1 = simd.spread(desk.even, entry), simd.spread(desk.odd, entry)
-    q2, q3 = simd.spread(desk.even, entry + 1), simd.spread(desk.odd, entry + 1)
+    q0, q1 = simd.spread(scratch.even, entry), simd.spread(scratch.odd, entry)
+    q2, q3 = simd.spread(scratch.even, entry + 1), simd.spread(scratch.odd, entry + 1)
     noise0, noise1 = simd_state.vary(rows.noise, at), simd_state.vary(rows.noise, at + width)
     noise2, noise3 = simd_state.vary(rows.noise, then), simd_state.vary(rows.noise, then + width)
     whole = width // LANES * LANES
@@ -82,73 +73,74 @@ def fold_two_pairs(
         if soon >= 0:
             simd_state.prefetch_states(rows.states, rows.start + soon + 2 * i)
             simd_state.prefetch_states(rows.states, rows.start + later + 2 * i)
-        x_now, y_now = simd.load(work.x, x + i), simd.load(desk.y, y + i)
+        x_now, y_now = simd.load(work.x, x + i), simd.load(scratch.y, y + i)
         y_now = fold_row(rows, at + i, q0, x_now, y_now, noise0)
         y_now = fold_row(rows, at + width + i, q1, x_now, y_now, noise1)
         y_now = fold_row(rows, then + i, q2, x_now, y_now, noise2)
-        simd.store(desk.y, y + i, fold_row(rows, then + width + i, q3, x_now, y_now, noise3))
+        simd.store(scratch.y, y + i, fold_row(rows, then + width + i, q3, x_now, y_now, noise3))
     rest = width - whole
     if rest:
-        x_now, y_now = simd.load(work.x, x + whole), simd.load(desk.y, y + whole)
+        x_now, y_now = simd.load(work.x, x + whole), simd.load(scratch.y, y + whole)
         y_now = fold_row_end(rows, at + whole, q0, x_now, y_now, noise0, rest)
         y_now = fold_row_end(rows, at + width + whole, q1, x_now, y_now, noise1, rest)
         y_now = fold_row_end(rows, then + whole, q2, x_now, y_now, noise2, rest)
-        simd.store(desk.y, y + whole, fold_row_end(rows, then + width + whole, q3, x_now, y_now, noise3, rest))
+        simd.store(scratch.y, y + whole, fold_row_end(rows, then + width + whole, q3, x_now, y_now, noise3, rest))
 
 
 @compiled
 def attend_token(
-    token: int, place: int, position: int, state: int, shape: Shape, states: States, work: Work, desk: Desk
+    token: int, row: int, position: int, state: int, shape: Shape, states: States, work: Work, scratch: Scratch
 ) -> None:
     """One pass over the rows of `states` from `state` on whose pair fired: y = q · S, then S += q ⊗ x.
 
-    The token's lists and its y are those at `place` of the desk.
+    The token's lists and its y are row `row` of the scratch buffers.
     """
     rows = Rows(states, state, simd_state.noise(position))
-    x, y = token * shape.pitch, place * shape.pitch
+    x, y = token * shape.pitch, row * shape.pitch
     for i in range(y, y + shape.pitch):
-        desk.y[i] = 0
+        scratch.y[i] = 0
     size = 2 * shape.width
-    first = place * shape.list_pitch
-    last = first + desk.starts[place * (shape.panels + 1) + shape.panels]
+    first = row * shape.list_pitch
+    last = first + scratch.starts[row * (shape.panels + 1) + shape.panels]
     for entry in range(first, min(first + LOOKAHEAD, last)):
         for i in range(0, size, PANEL):
-            simd_state.prefetch_states(states, state + desk.pairs[entry] * size + i)
+            simd_state.prefetch_states(states, state + scratch.pairs[entry] * size + i)
     entry = first
     while entry + 1 < last:
-        soon = desk.pairs[min(entry + LOOKAHEAD, last - 1)] * size
-        later = desk.pairs[min(entry + LOOKAHEAD + 1, last - 1)] * size
-        at, then = desk.pairs[entry] * size, desk.pairs[entry + 1] * size
-        fold_two_pairs(rows, at, then, soon, later, shape.width, work, desk, entry, x, y)
+        soon = scratch.pairs[min(entry + LOOKAHEAD, last - 1)] * size
+        later = scratch.pairs[min(entry + LOOKAHEAD + 1, last - 1)] * size
+        at, then = scratch.pairs[entry] * size, scratch.pairs[entry + 1] * size
+        fold_two_pairs(rows, at, then, soon, later, shape.width, work, scratch, entry, x, y)
         entry += 2
     if entry < last:
-        fold_pair(rows, desk.pairs[entry] * size, shape.width, work, desk, entry, x, y)
+        fold_pair(rows, scratch.pairs[entry] * size, shape.width, work, scratch, entry, x, y)
 
 
 @compiled
 def attend_tokens(
-    first: int, last: int, place: int, position: int, state: int, shape: Shape, states: States, work: Work, desk: Desk
-) -> None:
+    first: int, last: int, first_row: int, position: int, state: int, shape: Shape, states: States, work: Work,
+    scratch: Scratch,
+) -> None:  # fmt: skip
     """As `attend_token` for each of one sequence's tokens, in their order, with the same bits.
 
     Goes panel by panel, whose state rows stay in the first cache for all the tokens.
     """
-    for i in range(place * shape.pitch, (place + last - first) * shape.pitch):
-        desk.y[i] = 0
+    for i in range(first_row * shape.pitch, (first_row + last - first) * shape.pitch):
+        scratch.y[i] = 0
     size = 2 * shape.width
     for panel in range(shape.panels):
         for token in range(first, last):
             rows = Rows(states, state, simd_state.noise(position + token - first))
-            row = place + token - first
+            row = first_row + token - first
             x, y = token * shape.pitch, row * shape.pitch
             entries, cursor = row * shape.list_pitch, row * (shape.panels + 1) + panel
-            entry, end = entries + desk.starts[cursor], entries + desk.starts[cursor + 1]
+            entry, end = entries + scratch.starts[cursor], entries + scratch.starts[cursor + 1]
             while entry + 1 < end:
-                at, then = desk.pairs[entry] * size, desk.pairs[entry + 1] * size
-                fold_two_pairs(rows, at, then, -1, -1, shape.width, work, desk, entry, x, y)
+                at, then = scratch.pairs[entry] * size, scratch.pairs[entry + 1] * size
+                fold_two_pairs(rows, at, then, -1, -1, shape.width, work, scratch, entry, x, y)
                 entry += 2
             if entry < end:
-                fold_pair(rows, desk.pairs[entry] * size, shape.width, work, desk, entry, x, y)
+                fold_pair(rows, scratch.pairs[entry] * size, shape.width, work, scratch, entry, x, y)
 
 
 @compiled

@@ -30,6 +30,8 @@ Constants = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Shape:
+    """The sizes of a model."""
+
     layers: int
     heads: int
     width: int
@@ -121,7 +123,7 @@ class TritonKernels:
         in each layer is added to `active`."""
         self.begin(part)
         for layer in range(self._shape.layers):
-            self.think(layer, states, part)
+            self.compute_layer(layer, states, part)
             if active is not None:
                 active[layer] += self._work.fired[: len(part.tokens)].count_nonzero()
 
@@ -133,8 +135,8 @@ class TritonKernels:
         angles = (cdiv(shape.neurons // 2, ANGLES), count)
         self._run(ops.rotation_kernel, angles, part.positions, weights.frequencies, work.cos, work.sin)
 
-    def think(self, layer: int, states: Tensor, part: Round) -> None:
-        """A layer."""
+    def compute_layer(self, layer: int, states: Tensor, part: Round) -> None:
+        """Computes one layer for a round's tokens."""
         shape, blocks, work, weights = self._shape, self._blocks, self._work, self._weights
         count, parts = len(part.tokens), cdiv(shape.neurons, blocks.part)
         grid = (parts, shape.heads, cdiv(count, blocks.encode_tokens))

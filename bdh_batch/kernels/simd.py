@@ -122,7 +122,7 @@ def nonzero(context: Any, vector: Any) -> Any:
 
 @intrinsic
 def lowest_bit(context: Any, bits: Any) -> Any:
-    """The place of the lowest bit set in `bits`, which must not be 0."""
+    """The index of the lowest bit set in `bits`, which must not be 0."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
@@ -148,7 +148,7 @@ def count_bits(context: Any, bits: Any) -> Any:
 
 @intrinsic
 def store_chosen(context: Any, array: Any, index: Any, vector: Any, bits: Any) -> Any:
-    """Stores the lanes whose bit is set, side by side, from array[index] on, and anything in the rest of 16 places."""
+    """Stores the lanes whose bit is set, side by side, from array[index] on, and anything in the rest of the 16."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = address(context, builder, signature.args[0], args[0], args[1], FLOATS)
@@ -159,14 +159,14 @@ def store_chosen(context: Any, array: Any, index: Any, vector: Any, bits: Any) -
 
 
 @intrinsic
-def store_places(context: Any, array: Any, index: Any, base: Any, bits: Any) -> Any:
+def store_indices(context: Any, array: Any, index: Any, base: Any, bits: Any) -> Any:
     """As `store_chosen`, but stores `base` + the lane's number, in an int32 array."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         lanes = ir.Constant(INTS, list(range(LANES)))
-        places = builder.add(lanes, broadcast(builder, builder.trunc(args[2], INT)))
+        indices = builder.add(lanes, broadcast(builder, builder.trunc(args[2], INT)))
         pointer = address(context, builder, signature.args[0], args[0], args[1], INTS)
-        builder.store(_chosen(builder, places, args[3]), pointer, align=4)
+        builder.store(_chosen(builder, indices, args[3]), pointer, align=4)
         return context.get_dummy_value()
 
     return types.none(array, types.int64, types.int64, types.int64), generate
@@ -229,14 +229,14 @@ def total(context: Any, vector: Any) -> Any:
 
 
 @intrinsic
-def take_ticket(context: Any, tickets: Any, index: Any) -> Any:
-    """tickets[index]++ for an int64 array, safe among threads: the value before."""
+def take_work(context: Any, counters: Any, index: Any) -> Any:
+    """Takes the next piece of work: counters[index]++ for an int64 array, atomically; gives the value before."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         pointer = address(context, builder, signature.args[0], args[0], args[1], ir.IntType(64))
         return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
 
-    return types.int64(tickets, types.int64), generate
+    return types.int64(counters, types.int64), generate
 
 
 @intrinsic

@@ -88,8 +88,8 @@ def noise(context: Any, seed: Any) -> Any:
 
 
 @intrinsic
-def vary(context: Any, noise: Any, place: Any) -> Any:
-    """Other noise for the row at `place`: for each lane it stays evenly spread over all seeds."""
+def vary(context: Any, noise: Any, offset: Any) -> Any:
+    """Other noise for the row at `offset`: for each lane it stays evenly spread over all seeds."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         shift = builder.mul(builder.trunc(args[1], INT), ir.Constant(INT, _GOLDEN // LANES | 1))

@@ -119,11 +119,11 @@ def encode_kernel(
     tl.store(fired + o_row[:, None] * N + o_n[None, :], b_fired, mask=m_t[:, None] & m_n[None, :])
 
     b_hit = tl.max(tl.reshape((b_fired != 0).to(tl.int32), [BLOCK_T, PART // 2, 2]), axis=2)
-    b_place = tl.cumsum(b_hit, axis=1) - b_hit
+    b_rank = tl.cumsum(b_hit, axis=1) - b_hit
     o_part = o_row * PARTS + i_p
     b_pair = tl.broadcast_to(tl.arange(0, PART // 2)[None, :], [BLOCK_T, PART // 2])
     m_pair = (b_hit > 0) & m_t[:, None]
-    tl.store(pairs + o_part[:, None] * (PART // 2) + b_place, b_pair.to(tl.int16), mask=m_pair)
+    tl.store(pairs + o_part[:, None] * (PART // 2) + b_rank, b_pair.to(tl.int16), mask=m_pair)
     tl.store(counts + o_part, tl.sum(b_hit, axis=1), mask=m_t)
 
 

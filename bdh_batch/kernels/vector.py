@@ -61,6 +61,8 @@ def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class VectorType(types.Type):
+    """Numba's type of sixteen float32 in registers."""
+
     def __init__(self) -> None:
         super().__init__(name="float32x16")
 

@@ -98,15 +98,15 @@ class Metrics:
         )
 
         labels = ("route", "status")
-        self.http_requests = Counter("bdh_http_requests", "HTTP answers", labels, registry=self.registry)
+        self.http_requests = Counter("bdh_http_requests", "HTTP responses", labels, registry=self.registry)
         self.http_in_flight = Gauge("bdh_http_requests_in_flight", "Open HTTP requests", registry=self.registry)
 
     def watch(self, load: Callable[[], Load]) -> None:
-        """From now on, scrapes tell the engine's load as it is at their moment."""
+        """From now on, scrapes report the engine's load as it is at their moment."""
         self.registry.register(_LoadCollector(load, self._model_name))
 
     def describe_cache(self, **facts: object) -> None:
-        """Tells of the memory for states, by labels: dashboards join other metrics with them."""
+        """Reports the memory for states, in labels: dashboards join other metrics with them."""
         labels = ("model_name", *facts)
         info = Gauge("bdh_cache_config_info", "The memory for states, in its labels", labels, registry=self.registry)
         info.labels(self._model_name, *facts.values()).set(1)
@@ -117,7 +117,7 @@ class Metrics:
 
     def watch_buffered(self, held: Callable[[], int]) -> None:
         """From now on, scrapes report how many bytes of requests are held at their moment."""
-        self._gauge("http_buffered_bytes", "Bytes of requests that are held until they are answered", held)
+        self._gauge("http_buffered_bytes", "Bytes of requests that are held until their responses", held)
 
     def watch_sandboxes(self, loads: Mapping[str, Callable[[], SandboxLoad]]) -> None:
         """As `watch`, of the sandboxes, by what they do."""
@@ -138,7 +138,7 @@ class Metrics:
         self._rate_storage.inc()
 
     def refused_unread(self, status: int) -> None:
-        """What came was no request that a route could answer."""
+        """Counts what was refused before any route had it."""
         self.http_requests.labels("unread", status).inc()
 
     def stepped(self, step: Step, seconds: float) -> None:
@@ -228,17 +228,17 @@ class _LoadCollector(Collector):
         usage = load.running / load.slots
         for name, text, value in (
             ("num_requests_running", "Sequences that run", load.running),
-            ("num_requests_waiting", "Sequences that wait for their first place", load.waiting),
-            ("num_requests_swapped", "Sequences that are suspended", load.suspended),
+            ("num_requests_waiting", "Sequences that wait for their first slot", load.waiting),
+            ("num_requests_swapped", "Sequences that are preempted by swap", load.swapped),
             ("state_slots_usage_perc", "Share of the slots to run in that are held, 0 to 1", usage),
             ("kv_cache_usage_perc", "The same, under the name that it has in vLLM", usage),
-            ("prefix_cache_states", "States that are kept for later requests", load.cached_states),
+            ("prefix_cache_states", "Prefixes that are cached for later requests", load.cached_states),
         ):
             family = GaugeMetricFamily(f"bdh_{name}", text, labels=["model_name"])
             family.add_metric([self._model_name], value)
             yield family
         for name, text, count in (
-            ("num_preemptions", "Times that a sequence was suspended", load.preemptions),
+            ("num_preemptions", "Times that a sequence was preempted", load.preemptions),
             ("prefix_cache_queries", "Prompt tokens that were looked up", load.cache_queries),
             ("prefix_cache_hits", "Prompt tokens that were found", load.cache_hits),
             ("prompt_tokens_cached", "Prompt tokens that did not have to be computed", load.cache_hits),

@@ -1,7 +1,7 @@
 """OpenTelemetry spans: a `request` for each HTTP request, and below it a `generation` for each of its sequences.
 
-Imported only where a collector is set: what it needs is an extra. Attributes are named as vLLM's; they bear no text, no
-keys, and no paths or messages, which may have some of either in them. The SDK's own environment variables hold
+Imported only where a collector is set: what it needs is an extra. Attributes are named as vLLM's; they contain no text,
+no keys, and no paths or messages, which may have some of either in them. The SDK's own environment variables hold
 (OTEL_EXPORTER_OTLP_HEADERS, OTEL_SERVICE_NAME, OTEL_TRACES_SAMPLER, …).
 """
 
@@ -61,7 +61,7 @@ class Spans:
         self._tracer = self._provider.get_tracer("bdh_batch", __version__)
 
     def begin(self, request_id: str, method: str, trace_headers: Mapping[str, str]) -> RequestSpan:
-        """A request has come, perhaps as part of the trace that its W3C `trace_headers` tell of."""
+        """A request has come, perhaps as part of the trace that its W3C `trace_headers` name."""
         span = self._tracer.start_span(
             "request",
             self._propagator.extract(trace_headers),
@@ -119,7 +119,7 @@ class Spans:
 
 
 class RequestSpan:
-    """One HTTP request's, while it is answered. Used on the event loop; `context` anywhere."""
+    """The span of one HTTP request, until its response has ended. Used on the event loop; `context` anywhere."""
 
     def __init__(self, span: Span) -> None:
         self._span = span
@@ -138,7 +138,7 @@ class RequestSpan:
             _fail(self._span, cause)
 
     def end(self, route: str, status: int) -> None:
-        """`status` is the answer's; 0 where there is none."""
+        """`status` is the response's; 0 where there is none."""
         self._span.set_attributes({"http.route": route, "http.response.status_code": status})
         if not 0 < status < FAILED:
             self.fail(str(status))
@@ -178,7 +178,7 @@ class Seldom(logging.Handler):
         if now < self._next:
             self._kept += 1
             return
-        log.warning("%s (%d such warnings since the last one told)", record.getMessage(), self._kept)
+        log.warning("%s (%d such warnings since the last one logged)", record.getMessage(), self._kept)
         self._next, self._kept = now + self._seconds, 0
 
 

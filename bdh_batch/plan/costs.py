@@ -1,6 +1,6 @@
 """What a token costs, in bytes and operations, from the shape of a model; `kernels/README.md` derives it.
 
-Left out, as they are small: scores within a tile of a prompt, norms, sampling, and states that are kept or suspended.
+Left out, as they are small: scores within a tile of a prompt, norms, sampling, and states that are cached or swapped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ACTIVE = 0.216  # of the neurons fire for a token: the bundled model's, measured
 class Load:
     """What is wanted, with the server's own defaults.
 
-    `rate` is tokens/s that each of the `streams` gets; each is followed by another when it ends.
+    `rate` is tokens/s that each of the `streams` gets; each is succeeded by another when it ends.
     """
 
     streams: int = 1

@@ -23,7 +23,7 @@ GB, TERA = 1e9, 1e12
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates per second, as told by who made or measured it; the shares are what the kernels reach of them."""
+    """Rates per second, as published by the maker or measured; the shares are what the kernels reach of them."""
 
     name: str
     basis: str  # of the figures

@@ -1,4 +1,4 @@
-"""What can be done with a model's files where no server runs: converting them, and telling what serving them takes."""
+"""What can be done with a model's files where no server runs: converting them, and showing what serving takes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ Sizes = dict[str, dict[str, int]]  # by dtype, by kind
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """Of one model; sizes in bytes. `sequences` holds how many states fit each memory, the weights not counted."""
+    """What is known of one model; sizes in bytes. `sequences` holds how many states fit each memory, the weights not
+    counted."""
 
     file: str
     config: Mapping[str, Any]
@@ -85,7 +86,7 @@ def inspect(path: Path, layers: int | None = None, memory: int | None = None) ->
     """Looks at a model without reading its weights.
 
     Args:
-        layers: for a file that does not tell it.
+        layers: for a file that does not say it.
         memory: bytes that states may take, to count how many fit besides what fits the free memory.
 
     Raises:
@@ -102,7 +103,7 @@ def inspect(path: Path, layers: int | None = None, memory: int | None = None) ->
     return Inspection(
         file=str(checkpoint.file),
         config=config.to_dict(),
-        layers_told=checkpoint.layers_told,
+        layers_told=checkpoint.layers_known,
         parameters=parameters,
         weights_saved=saved_sizes(checkpoint),
         weights_served={short(dtype): parameters * dtype.itemsize for dtype in WEIGHT_DTYPES},

@@ -62,7 +62,7 @@ class Sizing:
         rows = {
             "basis": self.basis,
             "asked for": f"{load['streams']:,} streams at {load['rate']:g} tokens/s each; prompts of "
-            f"{load['prompt_tokens']:,} tokens, answers of {load['answer_tokens']:,}",
+            f"{load['prompt_tokens']:,} tokens, completions of {load['answer_tokens']:,}",
             "assumed": f"{load['active_fraction']:.1%} of the neurons fire; no prompt is cached; window "
             f"{load['window'] or 'none'}; states in {load['state_dtype']}, weights in {load['dtype']}; "
             f"one process writes {FRAMES:,.0f} frames/s at best",
@@ -84,7 +84,7 @@ class Sizing:
 
 
 class Planner:
-    """One model's costs on one machine."""
+    """Sizes machines for one model and load, by its costs on one machine."""
 
     def __init__(self, config: BDHConfig, machine: Machine, load: Load) -> None:
         self._machine, self._load = machine, load
@@ -121,7 +121,7 @@ class Planner:
         return added(scaled(load.rate, self.step(streams)), scaled(prompts, self.prompt()))
 
     def limits(self) -> dict[str, int]:
-        """Streams that a machine can bear, by what limits them."""
+        """Streams that a machine can serve, by what limits them."""
         load, costs = self._load, self.costs
         slots = int((MEMORY_SHARE * self._machine.memory - costs.weight_bytes) / costs.state_bytes)
         frames = int(load.utilization * FRAMES / load.rate)
@@ -182,9 +182,9 @@ class Planner:
         return f"--rate {self._load.rate:g}: a stream alone on {name} gets at most {fastest:,.0f} tokens/s"
 
 
-def longer(*sides: tuple[str, float]) -> Seconds:
+def longer(*parts: tuple[str, float]) -> Seconds:
     """Two things that are done at the same time take as long as the longer one."""
-    name, seconds = max(sides, key=lambda side: side[1])
+    name, seconds = max(parts, key=lambda part: part[1])
     return {name: seconds}
 
 
@@ -206,7 +206,7 @@ def plan(path: Path, gpu: str, results: Path | None, flags: Mapping[str, str]) -
     """For a model's folder or file; `flags` are the texts of those that were given.
 
     Raises:
-        ConfigError: a flag that cannot be, or a load that no such machine can bear.
+        ConfigError: a flag that cannot be, or a load that no such machine can serve.
         CheckpointError: the model cannot be loaded.
     """
     machine = machine_of(gpu, results)

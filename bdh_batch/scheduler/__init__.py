@@ -1,1 +1,1 @@
-"""Who runs next. Imports neither torch nor the model; asyncio only in `mailbox` and `worker`."""
+"""Decides which sequences run next, and in which slots. Pure: imports neither torch, asyncio nor the model."""

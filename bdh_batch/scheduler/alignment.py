@@ -1,4 +1,4 @@
-"""Scores of tokens wait for the tokens' text: shown before it, they would tell what it is."""
+"""Logprobs of tokens wait for the tokens' text: shown before it, they would reveal it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Shown = list[tuple[int, TokenScore]]  # each with where its token's text begins
 
 
 class Alignment:
-    """One answer's. Tokens are given in order, each with what its coming did to the text.
+    """Aligns the logprobs of one completion with its text. Tokens come in order, each with its effect on the text.
 
     The tokens of one character are shown with it, and all begin where it does.
     """
@@ -37,7 +37,7 @@ class Alignment:
         return self._release(ready)
 
     def end(self, score: TokenScore, text: str, cut: bool, hidden: bool) -> Shown:
-        """The scores that are left to show at the answer's last token.
+        """The scores that are left to show at the completion's last token.
 
         Args:
             cut: whether the text ends before the last token's, at a stop string.

@@ -1,17 +1,17 @@
-"""How much waits, by priority and tenant, and whose requests give way where it is too much.
+"""How much waits, by priority and tenant, and whose requests are shed where it is too much.
 
 No question or change goes over all tenants: it takes time by the root of how much waits, at most.
 """
 
 from __future__ import annotations
 
-from bdh_batch.scheduler.sequence import Line, Sequence
+from bdh_batch.scheduler.sequence import QueueKey, Sequence
 
 NO_UNIT = 2**62  # tokens: sequences are of one size, whatever their prompts
 
 
 class Lengths:
-    """A number for each of some tenants, and who has the largest."""
+    """A number for each of some tenants, and which tenant has the largest."""
 
     def __init__(self) -> None:
         self.total = 0
@@ -47,7 +47,8 @@ class Lengths:
 
 
 class Backlog:
-    """
+    """Counts what waits, by priority and tenant.
+
     Args:
         unit: so many tokens of a prompt count as one more sequence, where sizes are compared: a queue is bounded in
             sequences and in tokens, and can be filled with either.
@@ -75,7 +76,7 @@ class Backlog:
         self._change(sequence, -1)
 
     def _change(self, sequence: Sequence, sign: int) -> None:
-        (priority, tenant), size = sequence.line, sign * self.size(sequence)
+        (priority, tenant), size = sequence.queue_key, sign * self.size(sequence)
         self.tokens += sign * len(sequence.prompt)
         for known, more in ((self._counts, sign), (self._sizes, size)):
             lengths = known.setdefault(priority, Lengths())
@@ -91,32 +92,32 @@ class Backlog:
             if not own:
                 del self._priorities[tenant]
 
-    def ahead(self, line: Line, more: int) -> int:
-        """How many go before the last of `more` newcomers of `line`, itself included: all of earlier priorities, and of
-        each tenant of its priority no more than it has itself, as they take turns."""
-        priority, tenant = line
+    def ahead(self, queue_key: QueueKey, more: int) -> int:
+        """How many go before the last of `more` newcomers of a queue, itself included: all of earlier priorities, and
+        of each tenant of its priority no more than it has itself, as tenants share alike."""
+        priority, tenant = queue_key
         earlier = sum(counts.total for other, counts in self._counts.items() if other < priority)
-        return earlier + _in_turn(self._counts.get(priority, Lengths()), tenant, more)
+        return earlier + _ahead_of(self._counts.get(priority, Lengths()), tenant, more)
 
-    def ahead_in_turn(self, tenant: str, more: int) -> int:
+    def ahead_of_tenant(self, tenant: str, more: int) -> int:
         """As `ahead`, where all priorities are one."""
-        return _in_turn(self._tenant_counts, tenant, more)
+        return _ahead_of(self._tenant_counts, tenant, more)
 
-    def gives_way(self, line: Line, size: int) -> bool:
-        """Whether others have to go for newcomers of `line`, of that size in all: those of a later priority; a tenant
+    def gives_way(self, queue_key: QueueKey, size: int) -> bool:
+        """Whether others have to go for newcomers of a queue, of that size in all: those of a later priority; a tenant
         of its priority with so much more that it stays the larger one; or, of any, one with more than half of all."""
-        priority, tenant = line
+        priority, tenant = queue_key
         if any(sizes.largest >= size for other, sizes in self._sizes.items() if other > priority):
             return True
         if priority in self._sizes and self._sizes[priority].largest >= self._sizes[priority][tenant] + 2 * size:
             return True
         return self._fills_half(tenant) and self._tenant_sizes.largest >= self._tenant_sizes[tenant] + 2 * size
 
-    def yielding(self, line: Line) -> Line | None:
-        """The line whose newest goes first for newcomers of `line`."""
+    def yielding(self, queue_key: QueueKey) -> QueueKey | None:
+        """The queue whose newest is shed first for newcomers of another queue."""
         if not len(self):
             return None
-        priority, tenant = line
+        priority, tenant = queue_key
         last = max(self._sizes)
         if last <= priority and self._fills_half(tenant):
             largest = self._tenant_sizes.largest_tenant()
@@ -129,6 +130,6 @@ class Backlog:
         return 2 * largest > self._tenant_sizes.total and self._tenant_sizes[tenant] < largest
 
 
-def _in_turn(counts: Lengths, tenant: str, more: int) -> int:
+def _ahead_of(counts: Lengths, tenant: str, more: int) -> int:
     own = counts[tenant] + more
     return counts.within(own) - counts[tenant] + own

@@ -28,7 +28,7 @@ NO_LIMIT = 2**62
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A plan for the runner, whose its segments are, and what else its copies touch."""
+    """A plan for the runner, the sequences of its segments, and those that its copies touch."""
 
     plan: Plan
     sequences: list[Sequence]
@@ -39,7 +39,8 @@ class Step:
 
 
 class BatchBuilder:
-    """
+    """Builds the batch of each step from the running sequences.
+
     Args:
         size: what a step may take.
         target: seconds that a step with streams should take; 0 is no limit.
@@ -59,7 +60,7 @@ class BatchBuilder:
             is_stream = len(sequence.prompt) + len(sequence.generated) - sequence.computed == 1
             (streams if is_stream else prompts).append(sequence)
         filling = self._walk(streams, prompts)
-        segments = [stream.turn() for stream in filling.streams]
+        segments = [stream.decode_segment() for stream in filling.streams]
         segments += [prompt.segment(tokens) for prompt, tokens in filling.prompts]
         plan = Plan(segments, allocator.copies, allocator.released)
         if not (segments or plan.copies or plan.releases):

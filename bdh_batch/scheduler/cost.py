@@ -14,6 +14,8 @@ SCALE = 64.0  # sequences or tokens that count as one, so that all three coeffic
 
 
 class StepCost:
+    """Estimates the seconds of a step, from the steps so far."""
+
     def __init__(self) -> None:
         self._weights = [0.0, 0.0, 0.0]
         self._variance = [[UNCERTAIN if row == column else 0.0 for column in range(3)] for row in range(3)]
@@ -30,7 +32,7 @@ class StepCost:
         news = sum(feature * part for feature, part in zip(features, gain, strict=True))
         error = seconds - self._dot(features)
         size = abs(error)
-        # A step unlike any before tells something new, however far off the model is.
+        # A step unlike any before shows something new, however far off the model is.
         if self.known and size > (most := OUTLIER * self._error * (1.0 + news)):
             error *= most / size
         if news < 1.0:

@@ -1,4 +1,4 @@
-"""Whose time is up."""
+"""Which sequences are past their deadlines."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ SMALL = 64  # so many are not worth clearing out
 
 
 class Deadlines:
+    """Finds the sequences whose deadlines have passed."""
+
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, bool, Sequence]] = []
         self._clear_at = SMALL

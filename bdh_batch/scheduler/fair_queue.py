@@ -1,4 +1,4 @@
-"""Who is next of those that wait for a slot, in the order of `rank.py`.
+"""Finds the next of the sequences that wait for a slot, in the order of `rank.py`.
 
 The sequences of one tenant and priority wait in one queue. There may be very many tenants: nothing here goes over all
 of them. A queue whose head has waited for longer than the patience competes in the first priority there is.
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from bdh_batch.scheduler.backlog import NO_UNIT, Backlog
 from bdh_batch.scheduler.priorities import has_aged
 from bdh_batch.scheduler.ranking import Ranking
-from bdh_batch.scheduler.sequence import Line
+from bdh_batch.scheduler.sequence import QueueKey
 from bdh_batch.scheduler.tenants import Tenant
 
 if TYPE_CHECKING:
@@ -48,15 +48,16 @@ RANK_OF_HEAD = attrgetter("rank")
 
 
 class FairQueue:
-    """
+    """Holds the sequences that wait for a slot, and finds the first of them in rank.
+
     Args:
-        patience: seconds after which whoever waits competes in the first priority.
-        unit: tokens of a prompt that count as one more sequence, where it is asked who fills the queue.
+        patience: seconds after which a sequence that waits competes in the first priority.
+        unit: tokens of a prompt that count as one more sequence, where it is asked which tenant fills the queue.
     """
 
     def __init__(self, patience: float = inf, unit: int = NO_UNIT) -> None:
         self._patience = patience
-        self._queues: dict[Line, TenantQueue] = {}  # none of them is empty
+        self._queues: dict[QueueKey, TenantQueue] = {}  # none of them is empty
         self._of_tenant: dict[Tenant, list[TenantQueue]] = {}  # nor is any of these
         self._by_priority: dict[int, Ranking[TenantQueue]] = {}  # those whose heads have not waited too long
         self._priorities: list[int] = []  # of these, in order
@@ -77,9 +78,9 @@ class FairQueue:
         return self._backlog.tokens
 
     def push(self, sequence: Sequence) -> None:
-        queue = self._queues.get(sequence.line)
+        queue = self._queues.get(sequence.queue_key)
         if queue is None:
-            queue = self._queues[sequence.line] = TenantQueue(sequence.standing.account)
+            queue = self._queues[sequence.queue_key] = TenantQueue(sequence.standing.account)
             queue.account.queues += 1
             self._of_tenant.setdefault(queue.account, []).append(queue)
         is_head = not queue.sequences or _latest_first(queue.head) < _latest_first(sequence)
@@ -91,13 +92,13 @@ class FairQueue:
         self._backlog.add(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        queue = self._queues[sequence.line]
+        queue = self._queues[sequence.queue_key]
         was_head = queue.head is sequence
         if was_head:
             self._leave(sequence.priority, queue)
         del queue.sequences[bisect_left(queue.sequences, _latest_first(sequence), key=_latest_first)]
         if not queue.sequences:
-            del self._queues[sequence.line]
+            del self._queues[sequence.queue_key]
             queue.account.queues -= 1
             self._of_tenant[queue.account].remove(queue)
             if not queue.account.queues:
@@ -123,7 +124,7 @@ class FairQueue:
             self._enter(queue.head.priority, queue)
 
     def peek(self, first: int) -> Sequence | None:
-        """The next one; nobody, waiting or not, has a priority before `first`."""
+        """The next one; no sequence, waiting or not, has a priority before `first`."""
         aged, queue = self._aged.first(), None
         if self._priorities and (self._priorities[0] <= first or aged is None):
             queue = self._by_priority[self._priorities[0]].first()
@@ -132,9 +133,9 @@ class FairQueue:
             aged.head.standing.aged = first < aged.head.priority  # else it comes first as it is
         return None if queue is None else queue.head
 
-    def last(self, line: Line) -> Sequence | None:
-        """Who is shed first where too much waits for newcomers of `line` to come in."""
-        yielding = self._backlog.yielding(line)
+    def last(self, queue_key: QueueKey) -> Sequence | None:
+        """The sequence that is shed first where too much waits for newcomers of that queue to come in."""
+        yielding = self._backlog.yielding(queue_key)
         return None if yielding is None else self._queues[yielding].sequences[0]
 
     def _enter(self, priority: int, queue: TenantQueue) -> None:

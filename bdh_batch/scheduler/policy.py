@@ -11,14 +11,15 @@ from bdh_batch.scheduler.backlog import NO_UNIT
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """
+    """Holds what the settings choose about scheduling.
+
     Args:
         host_slots: slots for states in the host's memory.
         max_running: most sequences that hold a state; above `slots` they take time slices. None is as many as slots.
-        quantum: steps of a time slice, where others wait for theirs.
+        time_slice: steps that a sequence runs while others wait for a slot.
         target_step: seconds that a step with streams should take; 0 is no limit.
-        keep: whether prefixes are cached for later requests.
-        share_all: whether requests of all keys share prefixes; else only those of one.
+        cache_prefixes: whether prefixes are cached for later requests.
+        share_all: whether requests of all API keys share cached prefixes; else only those of one.
         min_shared: tokens that a prefix must have to be shared.
         weights: of tenants, in their share; one that is not named weighs 1.
         free_slots: slots whose memory may be touched before anything has shown that it is of use; None is all.
@@ -29,9 +30,9 @@ class Policy:
 
     host_slots: int = 0
     max_running: int | None = None
-    quantum: int = 64
+    time_slice: int = 64
     target_step: float = 0.0
-    keep: bool = False
+    cache_prefixes: bool = False
     share_all: bool = False
     min_shared: int = 32
     weights: Mapping[str, float] = field(default_factory=dict)

@@ -1,10 +1,10 @@
-"""Which running sequence gives way to one that waits: the rank of `rank.py`, walked backwards.
+"""Which running sequence is preempted for one that waits: the rank of `rank.py`, walked backwards.
 
-One of a later priority gives way at once. At the same priority a tenant gives way to one with no more virtual time:
+One of a later priority is preempted at once. At the same priority a tenant gives way to one with no more virtual time:
 
 - at once where it still holds as many slots for its weight, once one of them has gone to the other;
-- otherwise one whose time slice is over, so that states are not moved to and fro. Sequences of one tenant take turns in
-  this way, too.
+- otherwise one whose time slice is over, so that states are not moved to and fro. Sequences of one tenant take
+  time slices in this way, too.
 
 Where there is no room for one more state, a tenant gives way that holds more of them, and the sequence that does loses
 its state. So it must have got on since it began with it, by a time slice and by more than the other one has lost.
@@ -25,10 +25,10 @@ Group = tuple[int, Tenant, list[Sequence]]  # what runs of one tenant at one pri
 
 
 class Preemption:
-    """Those that may give way in one plan.
+    """Finds the sequences that are preempted in one plan.
 
     Args:
-        running: what runs as the plan begins. Who begins to run in it does not give way in it.
+        running: what runs as the plan begins. What begins to run in it is not preempted in it.
         time_slice: steps.
         step: the number of this one.
     """
@@ -39,11 +39,11 @@ class Preemption:
         self._step = step
 
     def victim(self, candidate: Sequence, crowded: bool, by_recompute: bool) -> Sequence | None:
-        """Who gives way to `candidate`; None where nobody does.
+        """The sequence to preempt for `candidate`; None where there is none.
 
         Args:
             crowded: whether the candidate's state is one more than there may be.
-            by_recompute: whether there is no room for another state, so that whoever gives way loses its own.
+            by_recompute: whether there is no room for another state, so that the victim loses its own.
         """
         own, mine = candidate.standing.effective_priority, candidate.standing.account
         for priority, tenant, members in self._backwards:

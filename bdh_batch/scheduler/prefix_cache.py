@@ -1,4 +1,4 @@
-"""Which states are kept of what was computed before, and which of them is worth least. Moves nothing itself.
+"""Which cached prefixes there are, and which of them is worth least. Moves no states itself.
 
 All states have the same size, so what an entry saves per byte is its tokens times how often it is used; entries age
 against what had to go (GreedyDual).
@@ -20,7 +20,8 @@ Rank = tuple[float, int, Entry]
 
 
 class PrefixCache:
-    """
+    """Holds cached prefixes by their tokens, ranked by their worth.
+
     Args:
         device: slots below it are on the device.
     """
@@ -54,7 +55,7 @@ class PrefixCache:
         return self._age + length * (1 + uses)
 
     def add(self, namespace: str, prompt: bytes, length: int, slot: int, now: float = 0.0) -> Entry:
-        """Keeps the state in `slot`; `now` is in seconds."""
+        """Caches the state in `slot`; `now` is in seconds."""
         entry = Entry.of(namespace, prompt, length, slot)
         entry.worth, entry.used = self.worth(length), now
         self._index.add(entry)

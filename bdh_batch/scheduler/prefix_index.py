@@ -1,4 +1,4 @@
-"""Finds the longest of many token prefixes that a prompt begins with. Knows nothing about who keeps what, and why.
+"""Finds the longest of many token prefixes that a prompt begins with. Knows nothing about who caches what, and why.
 
 An entry is found by its namespace, its length and a hash of all its tokens.
 """

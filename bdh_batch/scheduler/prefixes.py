@@ -17,7 +17,7 @@ def pack(tokens: Iterable[int]) -> bytes:
 
 
 def common(one: bytes, other: bytes) -> int:
-    """How many tokens two packed prompts have in common at their beginning."""
+    """The length in tokens of the common prefix of two packed prompts."""
     low, high = 0, min(len(one), len(other))
     if one[:high] == other[:high]:
         return high // TOKEN_BYTES
@@ -35,7 +35,7 @@ def common(one: bytes, other: bytes) -> int:
 
 
 class RecentPrompts:
-    """A bounded record of prompts. Sorted, so that the one with the longest common beginning is a neighbour."""
+    """A bounded record of prompts. Sorted, so that the one with the longest common prefix is a neighbour."""
 
     def __init__(self) -> None:
         self._sorted: dict[str, list[bytes]] = {}
@@ -44,13 +44,13 @@ class RecentPrompts:
 
     def parting(self, namespace: str, prompt: bytes) -> int:
         """Where `prompt` parts from the one most like it, in tokens; records it."""
-        line = self._sorted.setdefault(namespace, [])
-        at = bisect_left(line, prompt)
-        longest = max((common(prompt, other) for other in line[max(0, at - 1) : at + 1]), default=0)
+        prompts = self._sorted.setdefault(namespace, [])
+        at = bisect_left(prompts, prompt)
+        longest = max((common(prompt, other) for other in prompts[max(0, at - 1) : at + 1]), default=0)
         if (namespace, prompt) in self._order:
             self._order.move_to_end((namespace, prompt))
         else:
-            line.insert(at, prompt)
+            prompts.insert(at, prompt)
             self._order[namespace, prompt] = None
             self._bytes += len(prompt)
             while len(self._order) > RECENT or self._bytes > RECENT_BYTES:
@@ -59,8 +59,8 @@ class RecentPrompts:
 
     def _forget(self) -> None:
         (namespace, prompt), _ = self._order.popitem(last=False)
-        line = self._sorted[namespace]
-        del line[bisect_left(line, prompt)]
-        if not line:
+        prompts = self._sorted[namespace]
+        del prompts[bisect_left(prompts, prompt)]
+        if not prompts:
             del self._sorted[namespace]
         self._bytes -= len(prompt)

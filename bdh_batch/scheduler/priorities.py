@@ -20,7 +20,8 @@ def has_aged(sequence: Sequence, patience: float, now: float) -> bool:
 
 
 class Priorities:
-    """
+    """Keeps the effective priorities of sequences up to date.
+
     Args:
         patience: seconds.
     """
@@ -29,7 +30,7 @@ class Priorities:
         self._patience = patience
         self._present: Counter[int] = Counter()  # the priorities of all sequences that have not ended
         self._were_mixed = False
-        self.first = 0  # nobody has an earlier one
+        self.first = 0  # no sequence has an earlier one
 
     def enter(self, sequence: Sequence) -> None:
         sequence.standing.served_at, sequence.standing.effective_priority = sequence.arrived, sequence.priority

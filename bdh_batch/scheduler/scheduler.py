@@ -1,8 +1,8 @@
-"""Decides who runs, and takes in what came of each step. Pure: no thread, no clock, no tensor.
+"""Decides which sequences run, and takes in what came of each step. Pure: no thread, no clock, no tensor.
 
 A sequence waits in the queue, runs in a slot on the device, may be preempted and run again, and is gone. Only copies
-move states: to preempt by swap, to resume, to cache a prefix, to begin with one. Who goes first is said in `rank.py`,
-who gives way in `preemption.py`, and what a step computes in `batch.py`.
+move states: to preempt by swap, to resume, to cache a prefix, to begin with one. The order is in `rank.py`, preemption
+in `preemption.py`, and what a step computes in `batch.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bdh_batch.scheduler.policy import Counts, Policy
 from bdh_batch.scheduler.preemption import Preemption
 from bdh_batch.scheduler.priorities import Priorities
 from bdh_batch.scheduler.rank import EFFECTIVE_PRIORITY, RANK
-from bdh_batch.scheduler.sequence import Line, Sequence, Stage
+from bdh_batch.scheduler.sequence import QueueKey, Sequence, Stage
 from bdh_batch.scheduler.sharing import Sharing
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import StepSize
@@ -27,13 +27,14 @@ from bdh_batch.scheduler.tenants import Tenant, Tenants
 
 Update = tuple[Sequence, Delta]
 
-FOLLOWERS = 128  # that one plan has wait for others: more would hold up the step
+PREFIX_WAITERS = 128  # that one plan has wait for others: more would hold up the step
 OVERDUE = 8  # times what a prompt takes alone, after which it is due
 PROMPT_TOKEN = 2e-4  # seconds of one, as long as that is not known
 
 
 class Scheduler:
-    """
+    """Gives slots to sequences, plans each step, and takes in its outcome.
+
     Args:
         slots: slots for states on the device; as many sequences can be in one step.
         prefill_tokens: most prompt tokens in a step, of all sequences together.
@@ -48,28 +49,28 @@ class Scheduler:
         self._size = StepSize(prefill_tokens, min(slots, self.max_running))
         self._batches = BatchBuilder(self._size, policy.target_step)
         self.allocator = SlotAllocator(slots, policy.host_slots, policy.free_slots, policy.idle_release)
-        self.sharing = Sharing(self.allocator, policy.keep, policy.share_all, policy.min_shared)
+        self.sharing = Sharing(self.allocator, policy.cache_prefixes, policy.share_all, policy.min_shared)
         self._tenants = Tenants(policy.weights)
         self._queue = FairQueue(policy.patience, policy.queue_unit)
         self._deadlines = Deadlines()
-        self._running: list[Sequence] = []  # both in the order in which they came to be so
-        self._suspended: list[Sequence] = []
+        self._running: list[Sequence] = []  # both in the order in which they entered that stage
+        self._swapped: list[Sequence] = []
         self._arrivals = 0
-        self._exchanges = 0  # sequences that may still give way in this plan
-        self._resumable: list[Sequence] = []  # in this plan, the suspended ones; the first in rank comes last
+        self._exchanges = 0  # sequences that may still be preempted in this plan
+        self._resumable: list[Sequence] = []  # in this plan, the swapped ones; the first in rank comes last
         self._in_prompt: list[Sequence] = []  # in this plan, those that run and have generated nothing
         self._preemption = Preemption([], 0, 0)  # in this plan
         self._priorities = Priorities(policy.patience)
-        self._last_priority = 0  # no one that runs has a later one
-        self._changes: dict[Sequence, int] = {}  # who waits now, and did not when that was asked last: 1, or -1
+        self._last_priority = 0  # no running sequence has a later one
+        self._changes: dict[Sequence, int] = {}  # which sequences wait now, and did not when last asked: 1, or -1
 
     @property
     def waiting(self) -> int:
-        return len(self._queue) + self.sharing.following
+        return len(self._queue) + self.sharing.waiting_count
 
     @property
     def waiting_tokens(self) -> int:
-        return self._queue.tokens + self.sharing.following_tokens
+        return self._queue.tokens + self.sharing.waiting_tokens
 
     @property
     def prefill_cap(self) -> int:
@@ -86,8 +87,8 @@ class Scheduler:
         return len(self._running)
 
     @property
-    def suspended(self) -> int:
-        return len(self._suspended)
+    def swapped(self) -> int:
+        return len(self._swapped)
 
     @property
     def free(self) -> int:
@@ -96,12 +97,12 @@ class Scheduler:
 
     @property
     def last_priority(self) -> int | None:
-        """Whoever has an earlier priority makes one that runs give way; None while nothing runs."""
+        """A sequence of an earlier priority than this preempts a running one; None while nothing runs."""
         return self._last_priority if self._running else None
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._suspended or self.waiting)
+        return bool(self._running or self._swapped or self.waiting)
 
     @property
     def release_due(self) -> float | None:
@@ -110,7 +111,7 @@ class Scheduler:
 
     @property
     def _holding(self) -> int:
-        return len(self._running) + len(self._suspended)
+        return len(self._running) + len(self._swapped)
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
@@ -128,15 +129,15 @@ class Scheduler:
             self._deadlines.add(sequence)
 
     def take_changes(self) -> dict[Sequence, int]:
-        """Who has come to wait since this was asked last (1), and who has ceased to (-1)."""
+        """Which sequences wait and did not when this was last asked (1), and which wait no longer (-1)."""
         changes, self._changes = self._changes, {}
         return changes
 
-    def shed(self, count: int, tokens: int, line: Line, error: BDHError) -> list[Update]:
-        """Ends `count` of those in the queue with `tokens` in their prompts, or more, for newcomers of `line`: the
+    def shed(self, count: int, tokens: int, queue_key: QueueKey, error: BDHError) -> list[Update]:
+        """Ends `count` of those in the queue with `tokens` in their prompts, or more, for newcomers of a queue: the
         last of those who fill it."""
         updates: list[Update] = []
-        while (len(updates) < count or tokens > 0) and (last := self._queue.last(line)) is not None:
+        while (len(updates) < count or tokens > 0) and (last := self._queue.last(queue_key)) is not None:
             updates += self._fail([last], error)
             tokens -= len(last.prompt)
         return updates
@@ -162,7 +163,7 @@ class Scheduler:
         return updates
 
     def fail_all(self, error: BDHError) -> list[Update]:
-        return self._fail([*self._queue, *self.sharing.followers, *self._running, *self._suspended], error)
+        return self._fail([*self._queue, *self.sharing.waiters, *self._running, *self._swapped], error)
 
     def fail(self, step: Step, error: BDHError) -> list[Update]:
         """The step could not be computed: ends the sequences in it, whose states are no longer known."""
@@ -178,17 +179,17 @@ class Scheduler:
             if sequence.finish_reason is None:
                 sequence.restart()
         while len(self._running) > self.width:
-            self._suspend(self._running[-1])
+            self._swap_out(self._running[-1])
         return []
 
     def plan(self, now: float) -> Step | None:
         """The next step, or None where nothing can run."""
         self.allocator.begin(now)
         self.counts.steps += 1
-        for follower in self.sharing.advance(self._running):
-            self._requeue(follower)
+        for waiter in self.sharing.advance(self._running):
+            self._requeue(waiter)
         self._queue.age(now)
-        self._priorities.update(chain(self._running, self._suspended), now)
+        self._priorities.update(chain(self._running, self._swapped), now)
         self._give_slots(now)
         self.allocator.release_idle(self.sharing.cache)
         return self._batches.build(self._running, self.allocator, now)
@@ -222,43 +223,43 @@ class Scheduler:
 
     def check(self) -> None:
         """Raises AssertionError where an invariant does not hold."""
-        holding, slots = [*self._running, *self._suspended], self.allocator.slots
+        holding, slots = [*self._running, *self._swapped], self.allocator.slots
         held = [-1 if sequence.slot is None else sequence.slot for sequence in holding]
         every = [*slots.free, *held, *(entry.slot for entry in self.sharing.cache)]
         assert sorted(every) == list(range(slots.device + slots.host)), "each slot once"
-        assert all(slots.on_device(s.slot) for s in self._running if s.slot is not None), "who runs is there"
-        for line in (self._running, self._suspended):
-            since = [sequence.standing.since for sequence in line]
-            assert since == sorted(since), "lines are in order"
+        assert all(slots.on_device(s.slot) for s in self._running if s.slot is not None), "what runs is there"
+        for group in (self._running, self._swapped):
+            since = [sequence.standing.since for sequence in group]
+            assert since == sorted(since), "groups are in order"
         assert len(self._running) <= self.width, "no more run than may"
-        assert all(s.slot is None and s.stage is Stage.QUEUED for s in self._queue), "who waits holds no slot"
-        assert all(s.finish_reason is None and s.pending >= 1 for s in holding), "who runs has work"
-        stages = [Stage.RUNNING] * len(self._running) + [Stage.SUSPENDED] * len(self._suspended)
+        assert all(s.slot is None and s.stage is Stage.QUEUED for s in self._queue), "what waits holds no slot"
+        assert all(s.finish_reason is None and s.pending >= 1 for s in holding), "what runs has work"
+        stages = [Stage.RUNNING] * len(self._running) + [Stage.SWAPPED] * len(self._swapped)
         assert [sequence.stage for sequence in holding] == stages, "stages are right"
         self.sharing.check()
 
-    # Who runs
+    # Which sequences run
 
     def _give_slots(self, now: float) -> None:
         """Gives slots to those that wait, in the order of their ranks."""
-        if not (self._suspended or len(self._queue)):
+        if not (self._swapped or len(self._queue)):
             return
-        self._exchanges = max(1, self.width // self.policy.quantum)
+        self._exchanges = max(1, self.width // self.policy.time_slice)
         self._last_priority = max(map(EFFECTIVE_PRIORITY, self._running), default=0)
-        self._resumable = sorted(self._suspended, key=RANK, reverse=True)
+        self._resumable = sorted(self._swapped, key=RANK, reverse=True)
         self._in_prompt = [sequence for sequence in self._running if not sequence.generated]
-        self._preemption = Preemption([*self._running], self.policy.quantum, self.counts.steps)
-        followers = 0
-        while followers < FOLLOWERS and (found := self._next()) is not None:
+        self._preemption = Preemption([*self._running], self.policy.time_slice, self.counts.steps)
+        waiters = 0
+        while waiters < PREFIX_WAITERS and (found := self._next()) is not None:
             candidate, victim = found
-            if candidate.stage is Stage.QUEUED and self._follow(candidate):
-                followers += 1
+            if candidate.stage is Stage.QUEUED and self._await_prefix(candidate):
+                waiters += 1
             elif not self._run(candidate, victim, now):
                 return
 
     def _next(self) -> tuple[Sequence, Sequence | None] | None:
-        """Who is to run, and who gives way to it, if anyone. Where nobody does to the first in rank of those queued or
-        of those suspended, the other one has its turn all the same."""
+        """The sequence to run next, and the one to preempt for it, if any. Candidates are the first in rank of those
+        queued and of those swapped; the second one is considered where no slot can be had for the first."""
         waiting = [self._queue.peek(self._priorities.first), *self._resumable[-1:]]
         for candidate in sorted(filter(None, waiting), key=RANK):
             crowded = candidate.stage is Stage.QUEUED and self._is_crowded(candidate)
@@ -271,13 +272,13 @@ class Scheduler:
         return None
 
     def _is_crowded(self, candidate: Sequence) -> bool:
-        """Whether as many hold a state as may. Suspended ones of a later priority do not keep it out."""
+        """Whether as many hold a state as may. Swapped ones of a later priority do not keep it out."""
         own = candidate.standing.effective_priority
-        later = sum(other.standing.effective_priority > own for other in self._suspended)
+        later = sum(other.standing.effective_priority > own for other in self._swapped)
         return self._holding - later >= self.max_running
 
     def _loses_state(self, candidate: Sequence) -> bool:
-        """Whether there is no room for another state, so that whoever gives way to it is preempted by recompute."""
+        """Whether there is no room for another state, so that its victim is preempted by recompute."""
         return candidate.stage is Stage.QUEUED and self.allocator.room <= self._scratch
 
     def _run(self, candidate: Sequence, victim: Sequence | None, now: float) -> bool:
@@ -287,14 +288,14 @@ class Scheduler:
             self._preempt_by_recompute(victim)
             victim = None
         entry = self.sharing.cached_prefix(candidate) if fresh else None
-        parked = self._suspended if victim is None else [*self._suspended, victim]
+        parked = self._swapped if victim is None else [*self._swapped, victim]
         # Of those that wait for one state, none takes its slot from the others; but not for ever.
         waited = self.counts.steps - candidate.standing.since
-        patient = candidate.prefix.expects is not None and victim is None and waited < self.policy.quantum
+        patient = candidate.prefix.expects is not None and victim is None and waited < self.policy.time_slice
         if not self.allocator.bring(candidate, parked, self.sharing.cache, entry, patient):
             return False
         if victim is not None:
-            self._suspend(victim)
+            self._swap_out(victim)
             self._count_preemption()
         if fresh:
             self._queue.remove(candidate)
@@ -327,18 +328,18 @@ class Scheduler:
         self.counts.preemptions += 1
         self._exchanges -= 1
 
-    def _suspend(self, sequence: Sequence) -> None:
+    def _swap_out(self, sequence: Sequence) -> None:
         """It is preempted by swap, and keeps its slot on the device until that is needed."""
         self._running.remove(sequence)
-        self._suspended.append(sequence)
-        sequence.stage = Stage.SUSPENDED
+        self._swapped.append(sequence)
+        sequence.stage = Stage.SWAPPED
         sequence.standing.since, sequence.standing.due = self.counts.steps, self.allocator.now
         self._priorities.reset(sequence)
 
     def _enter(self, sequence: Sequence) -> None:
         """It runs from now on."""
-        if sequence.stage is Stage.SUSPENDED:
-            self._suspended.remove(sequence)
+        if sequence.stage is Stage.SWAPPED:
+            self._swapped.remove(sequence)
             self._resumable.pop()
         self._running.append(sequence)
         if not sequence.generated:
@@ -350,12 +351,12 @@ class Scheduler:
         tenant.slots -= 1
         self._queue.reorder(tenant)
 
-    def _follow(self, candidate: Sequence) -> bool:
-        """Whether `candidate` had better wait for a prefix that another one is about to compute."""
-        if not self.sharing.follow(candidate, (s for s in self._in_prompt if s.stage is Stage.RUNNING)):
+    def _await_prefix(self, candidate: Sequence) -> bool:
+        """Whether `candidate` should wait for an in-flight prefix, which a running sequence is about to compute."""
+        if not self.sharing.await_prefix(candidate, (s for s in self._in_prompt if s.stage is Stage.RUNNING)):
             return False
         self._queue.remove(candidate)
-        candidate.stage = Stage.FOLLOWING
+        candidate.stage = Stage.AWAITING_PREFIX
         return True
 
     def _requeue(self, sequence: Sequence) -> None:
@@ -367,7 +368,7 @@ class Scheduler:
         if self._changes.pop(sequence, 0) + change:
             self._changes[sequence] = change
 
-    # Who is gone
+    # Which sequences have ended
 
     def _fail(self, sequences: Iterable[Sequence], error: BDHError) -> list[Update]:
         updates = [(s, s.fail(error)) for s in sequences if s.finish_reason is None]
@@ -387,13 +388,13 @@ class Scheduler:
             if stage is Stage.QUEUED:
                 self._queue.remove(sequence)
                 self._note(sequence, -1)
-            elif stage is Stage.FOLLOWING:
-                self.sharing.leave(sequence)
+            elif stage is Stage.AWAITING_PREFIX:
+                self.sharing.stop_waiting(sequence)
                 self._note(sequence, -1)
-            elif stage in (Stage.RUNNING, Stage.SUSPENDED):
+            elif stage in (Stage.RUNNING, Stage.SWAPPED):
                 held = True
                 self._holds_less(sequence.standing.account)
                 self.sharing.bequeath(sequence)
         if held:
             self._running = [sequence for sequence in self._running if sequence.stage is Stage.RUNNING]
-            self._suspended = [sequence for sequence in self._suspended if sequence.stage is Stage.SUSPENDED]
+            self._swapped = [sequence for sequence in self._swapped if sequence.stage is Stage.SWAPPED]

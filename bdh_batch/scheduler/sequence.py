@@ -19,7 +19,7 @@ from bdh_batch.scheduler.tenants import Tenant
 log = logging.getLogger(__name__)
 
 
-Line = tuple[int, str]  # who waits behind one another: a priority, and a tenant
+QueueKey = tuple[int, str]  # names a queue: a priority, and a tenant
 
 
 class TextSink(Protocol):
@@ -40,16 +40,18 @@ class TextSink(Protocol):
 
 
 class Outbox(Protocol):
-    """Where a sequence's deltas go; `index` tells apart the sequences that share one."""
+    """Where a sequence's deltas go; `index` distinguishes the sequences that share one."""
 
     def put(self, index: int, delta: Delta) -> None: ...
 
 
 class Stage(Enum):
+    """Where a sequence is on its way through the scheduler."""
+
     QUEUED = "queued"
-    FOLLOWING = "following"  # waits for a prefix that another one computes
+    AWAITING_PREFIX = "awaiting_prefix"  # waits for a prefix that a running sequence computes
     RUNNING = "running"
-    SUSPENDED = "suspended"  # holds a state, and waits for its next turn
+    SWAPPED = "swapped"  # preempted by swap: holds a state, and waits for its next time slice
     ENDED = "ended"
 
 
@@ -93,7 +95,7 @@ class Sequence:
     """One generation. Times are seconds on the clock that the worker passes in.
 
     It waits until `queue_deadline` at most, and ends by `deadline`; a lower `priority` goes first. It runs in the share
-    of `tenant`, which weighs `weight` if that is said, and may begin with the kept states of `key` and `salt`.
+    of `tenant`, which weighs `weight` if that is said, and may begin with the cached prefixes of `key` and `salt`.
     """
 
     id: str
@@ -104,14 +106,14 @@ class Sequence:
     outbox: Outbox
     index: int = 0
     arrived: float = 0.0
-    n: int = 1  # answers to its prompt, of which this is one
+    n: int = 1  # completions of its prompt, of which this is one
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     show_stop_token: bool = False
     score_prompt: int | None = None  # likeliest tokens with each score of its prompt's; None scores none
     pool: bool = False  # whether the hidden vectors of its prompt are summed, and that is all
     breaks: Tokens[int] = ()  # positions, ascending, at which prefixes end that others are likely to have
-    constraint: Constraint | None = None  # what its answer may become; it knows the tokens generated so far
+    constraint: Constraint | None = None  # what its completion may become; it knows the tokens generated so far
     adjustment: Adjustment | None = None  # of its scores; it counts the tokens generated so far
 
     key: str = ""
@@ -135,15 +137,15 @@ class Sequence:
     error: BDHError | None = None  # why, where that is ERROR
     _prompt_scores: list[TokenScore] = field(default_factory=list)  # of its tokens but the first, as they come
     _alignment: Alignment | None = None
-    _turn: Segment | None = None  # a decode step's, used again and again
+    _decode_segment: Segment | None = None  # a decode step's, used again and again
 
     def __post_init__(self) -> None:
         if self.sampling is not None and self.sampling.logprobs is not None:
             self._alignment = Alignment()
 
     @property
-    def line(self) -> Line:
-        """Behind whom it waits."""
+    def queue_key(self) -> QueueKey:
+        """The queue that it waits in."""
         return self.priority, self.tenant
 
     @property
@@ -160,13 +162,13 @@ class Sequence:
     def time_to_first_token(self) -> float | None:
         return None if self.times.first_token is None else self.times.first_token - self.arrived
 
-    def turn(self) -> Segment:
+    def decode_segment(self) -> Segment:
         """The one pending token as a share of a step."""
         assert self.slot is not None
         token = self.generated[-1] if self.generated else self.prompt[-1]
-        turn = self._turn
-        if turn is None:
-            self._turn = turn = Segment(
+        segment = self._decode_segment
+        if segment is None:
+            self._decode_segment = segment = Segment(
                 self.slot,
                 self.computed,
                 [token],
@@ -175,9 +177,9 @@ class Sequence:
                 self.constraint,
                 pool=self.pool,
             )
-            return turn
-        turn.slot, turn.start, turn.tokens = self.slot, self.computed, [token]
-        return turn
+            return segment
+        segment.slot, segment.start, segment.tokens = self.slot, self.computed, [token]
+        return segment
 
     def segment(self, tokens: int) -> Segment:
         """The next `tokens` of the pending ones as a share of a step; all of them lead to a new token."""
@@ -214,14 +216,14 @@ class Sequence:
         self._prompt_scores += scores
 
     def known(self, start: int, end: int) -> Tokens[int]:
-        """Its tokens from `start` to `end`, of the prompt and of the answer."""
+        """Its tokens from `start` to `end`, of the prompt and of the completion."""
         split = len(self.prompt)
         if end <= split:
             return self.prompt[start:end]
         return [*self.prompt[start:], *self.generated[max(0, start - split) : end - split]]
 
     def charge(self) -> None:
-        """Its tenant is charged for what is computed of its prompt, once."""
+        """Charges its tenant for what is computed of its prompt, once."""
         computed, standing = min(self.computed, len(self.prompt)), self.standing
         if computed > standing.charged:
             standing.account.charge(computed - standing.charged, 0)
@@ -254,7 +256,7 @@ class Sequence:
         return delta
 
     def _end_unsaid(self) -> Delta:
-        """Only the prompt was of interest: what was drawn after it is not told."""
+        """Only the prompt was of interest: what was drawn after it is not returned."""
         self.finish_reason = FinishReason.LENGTH
         return Delta(finish_reason=FinishReason.LENGTH)
 
@@ -272,7 +274,7 @@ class Sequence:
             text = self._say(token)
         except Exception:  # one request's text must not end the worker, and with it all others
             log.exception("decoding failed in request %s", self.id)
-            return self.fail(GenerationFailed("The answer could not be turned into text."))
+            return self.fail(GenerationFailed("The completion could not be turned into text."))
         delta = Delta(text, [token], self.finish_reason)
         if score is not None:
             delta.logprob = score.logprob
@@ -280,7 +282,7 @@ class Sequence:
         return delta
 
     def _constrain(self, constraint: Constraint, token: int, score: TokenScore | None) -> Delta | None:
-        """The end of the answer, if it is one that does not go on with `token`."""
+        """The end of the completion, if it does not go on with `token`."""
         try:
             if constraint.accept(token):
                 return None
@@ -288,14 +290,14 @@ class Sequence:
             text = self.text.flush()
         except InvalidRequest as error:
             return self.fail(error)
-        except Exception:  # as with its text: no one else's concern
+        except Exception:  # as with its text: no other request's concern
             log.exception("the constraint failed in request %s", self.id)
-            return self.fail(GenerationFailed("The answer could not be held to its grammar."))
+            return self.fail(GenerationFailed("The completion could not be held to its grammar."))
         scores = None if score is None else self._shown(score, text, hidden=True)
         return Delta(text, finish_reason=FinishReason.STOP, scores=scores)
 
     def _shown(self, score: TokenScore, text: str, hidden: bool) -> list[tuple[int, TokenScore]]:
-        """The scores that are told with `text`; that of the last token is not if it is `hidden`."""
+        """The logprobs that are returned with `text`; that of the last token is not if it is `hidden`."""
         assert self._alignment is not None
         if self.finish_reason is None:
             return self._alignment.push(score, text, self.text.held, self.text.unfinished)
@@ -303,7 +305,7 @@ class Sequence:
 
     @property
     def _at_stop(self) -> bool:
-        """Whether the last token is one that ends the answer. A form may leave no other before `min_tokens`."""
+        """Whether the last token ends the completion. Structured output may leave no other before `min_tokens`."""
         return len(self.generated) > self.min_tokens and self.generated[-1] in self.stop_token_ids
 
     def _say(self, token: int) -> str:

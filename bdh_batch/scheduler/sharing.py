@@ -20,39 +20,40 @@ from bdh_batch.scheduler.slot_allocator import SlotAllocator
 FIRST_POWER = 256
 LONG = 512  # tokens, from which on a prompt is worth a step more
 MEMORY = 8  # requests, after which it is believed that conversations go on in another way
-LEADERS = 64  # most sequences that one is compared with
+COMPARED = 64  # most sequences that one is compared with
 
 
 class Sharing:
-    """
+    """Finds, caches and awaits the prefixes that sequences have in common.
+
     Args:
-        keep: whether states stay for later requests; else only while someone waits for them.
-        share_all: whether all keys share; else each has prefixes of its own. Each salt has its own in any case.
+        cache_prefixes: whether prefixes stay for later requests; else only while a sequence waits for them.
+        share_all: whether all API keys share; else each has prefixes of its own. Each salt has its own in any case.
         least: tokens from which on a prefix is worth a copy.
     """
 
-    def __init__(self, allocator: SlotAllocator, keep: bool, share_all: bool, least: int) -> None:
+    def __init__(self, allocator: SlotAllocator, cache_prefixes: bool, share_all: bool, least: int) -> None:
         self.cache = PrefixCache(allocator.slots.device)
         self.queries = self.hits = self.cached_tokens = 0
-        self.following_tokens = 0
+        self.waiting_tokens = 0
         self._allocator = allocator
-        self._keep = keep
+        self._cache_prefixes = cache_prefixes
         self._share_all = share_all
         self._least = least
         self._recent = RecentPrompts()
-        self._followers: dict[Sequence, dict[Sequence, int]] = {}  # by whom they wait for; and where
-        self._leaders: dict[Sequence, Sequence] = {}  # of the followers
+        self._waiters: dict[Sequence, dict[Sequence, int]] = {}  # by their producer; and up to which position
+        self._producers: dict[Sequence, Sequence] = {}  # of the waiters
         self._completions_go_on = 0  # above 0, more of late than prompts alone did
         self._last: tuple[Tokens[int], bytes] = (), b""  # the last prompt that was packed, and as bytes
         self._fresh: list[Entry] = []  # their copies are part of the plan that is being made or computed
 
     @property
-    def following(self) -> int:
-        return len(self._leaders)
+    def waiting_count(self) -> int:
+        return len(self._producers)
 
     @property
-    def followers(self) -> Iterator[Sequence]:
-        return iter(self._leaders)
+    def waiters(self) -> Iterator[Sequence]:
+        return iter(self._producers)
 
     def cached_prefix(self, sequence: Sequence) -> Entry | None:
         """The state that `sequence` can begin with; its last token has to be computed."""
@@ -61,7 +62,8 @@ class Sharing:
         return self.cache.find(self._namespace(sequence), self._packed(sequence), len(sequence.prompt) - 1)
 
     def begun(self, sequence: Sequence, entry: Entry | None, alone: bool = True) -> None:
-        """`sequence` has been given its slot, with the state of `entry` in it; it is `alone` where nobody else runs."""
+        """`sequence` has been given its slot, with the state of `entry` in it; it is `alone` where no other one
+        runs."""
         if not self._may_share(sequence):
             return
         self.queries += len(sequence.prompt)
@@ -69,35 +71,35 @@ class Sharing:
         namespace, prompt = self._namespace(sequence), self._packed(sequence)
         evicted = self._allocator.working_set.asked(namespace, prompt, len(sequence.prompt) - 1, found)
         self._observe(evicted or entry)
-        kept = entry is not None and self.cache.holds(entry)
-        if entry is not None and (kept or entry.slot == sequence.slot):
+        cached = entry is not None and self.cache.holds(entry)
+        if entry is not None and (cached or entry.slot == sequence.slot):
             sequence.computed = entry.length
             self.hits += entry.length
             if sequence.times.scheduled is None:  # else it has lost its state, and was through this before
                 sequence.prefix.cached = entry.length
-            if kept:
+            if cached:
                 self.cache.use(entry, self._allocator.now)
         self.expect_no_more(sequence)
-        if self._keep:
+        if self._cache_prefixes:
             wanted = self._wanted(sequence, alone)
             sequence.prefix.cuts = sorted(at for at in wanted if max(sequence.computed, self._least - 1) < at)
 
-    def follow(self, sequence: Sequence, in_prompt: Iterable[Sequence]) -> bool:
-        """Whether one of those `in_prompt` is about to compute more of `sequence` than is kept; it then waits."""
+    def await_prefix(self, sequence: Sequence, in_prompt: Iterable[Sequence]) -> bool:
+        """Whether one of those `in_prompt` is about to compute more of `sequence` than is cached; it then waits."""
         if not self._may_share(sequence):
             return False
-        leader, shared = self._leader_of(sequence, in_prompt)
-        if leader is None:
+        producer, shared = self._producer_of(sequence, in_prompt)
+        if producer is None:
             return False
         entry = self.cached_prefix(sequence)
         if entry is not None and shared - entry.length < self._least:
             return False
         self.expect_no_more(sequence)
-        if shared not in leader.prefix.cuts:
-            insort(leader.prefix.cuts, shared)
-        self._followers.setdefault(leader, {})[sequence] = shared
-        self._leaders[sequence] = leader
-        self.following_tokens += len(sequence.prompt)
+        if shared not in producer.prefix.cuts:
+            insort(producer.prefix.cuts, shared)
+        self._waiters.setdefault(producer, {})[sequence] = shared
+        self._producers[sequence] = producer
+        self.waiting_tokens += len(sequence.prompt)
         return True
 
     def expect_no_more(self, sequence: Sequence) -> None:
@@ -105,16 +107,16 @@ class Sharing:
         entry, sequence.prefix.expects = sequence.prefix.expects, None
         if entry is not None:
             entry.awaited -= 1
-            if not self._keep and not entry.awaited and self.cache.holds(entry):
+            if not self._cache_prefixes and not entry.awaited and self.cache.holds(entry):
                 self._allocator.discard(entry, self.cache)
 
-    def leave(self, follower: Sequence) -> None:
-        """`follower` has ended, or need not wait any longer."""
-        leader = self._leaders.pop(follower)
-        del self._followers[leader][follower]
-        if not self._followers[leader]:
-            del self._followers[leader]
-        self.following_tokens -= len(follower.prompt)
+    def stop_waiting(self, waiter: Sequence) -> None:
+        """`waiter` has ended, or need not wait any longer."""
+        producer = self._producers.pop(waiter)
+        del self._waiters[producer][waiter]
+        if not self._waiters[producer]:
+            del self._waiters[producer]
+        self.waiting_tokens -= len(waiter.prompt)
 
     def advance(self, running: Iterable[Sequence]) -> list[Sequence]:
         """Takes the states that are wanted now; gives those that need not wait any longer."""
@@ -122,11 +124,11 @@ class Sharing:
             if sequence.prefix.cuts and sequence.prefix.cuts[0] <= sequence.computed:
                 self._take(sequence)
         released: list[Sequence] = []
-        for leader, line in self._followers.items():
-            gone = leader.stage is not Stage.RUNNING or not leader.prefix.cuts
-            released += (follower for follower, at in line.items() if gone or at <= leader.computed)
-        for follower in released:
-            self.leave(follower)
+        for producer, waiting in self._waiters.items():
+            gone = producer.stage is not Stage.RUNNING or not producer.prefix.cuts
+            released += (waiter for waiter, at in waiting.items() if gone or at <= producer.computed)
+        for waiter in released:
+            self.stop_waiting(waiter)
         return released
 
     def bequeath(self, sequence: Sequence) -> None:
@@ -134,7 +136,12 @@ class Sharing:
         slot, sequence.slot = sequence.slot, None
         assert slot is not None
         complete = sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        if self._keep and complete and sequence.computed >= self._least and sequence.computed > len(sequence.prompt):
+        if (
+            self._cache_prefixes
+            and complete
+            and sequence.computed >= self._least
+            and sequence.computed > len(sequence.prompt)
+        ):
             namespace, known = self._namespace(sequence), pack(sequence.known(0, sequence.computed))
             if self.cache.get(namespace, known, sequence.computed) is None:
                 entry = self.cache.add(namespace, known, sequence.computed, slot, self._allocator.now)
@@ -158,12 +165,12 @@ class Sharing:
         self._fresh = []
 
     def check(self) -> None:
-        assert self._allocator.cached == len(self.cache), "kept states are counted"
-        assert all(s.stage is Stage.FOLLOWING and s.slot is None for s in self.followers), "followers hold nothing"
+        assert self._allocator.cached == len(self.cache), "cached prefixes are counted"
+        assert all(s.stage is Stage.AWAITING_PREFIX and s.slot is None for s in self.waiters), "waiters hold nothing"
         assert all(entry.awaited >= 0 for entry in self.cache), "who waits is counted"
-        assert self.following_tokens == sum(len(s.prompt) for s in self.followers), "followers are counted"
-        if not self._keep:
-            assert all(entry.awaited > 0 for entry in self.cache), "nothing is kept that nobody waits for"
+        assert self.waiting_tokens == sum(len(s.prompt) for s in self.waiters), "waiters are counted"
+        if not self._cache_prefixes:
+            assert all(entry.awaited > 0 for entry in self.cache), "only what is awaited is cached"
 
     def _take(self, sequence: Sequence) -> None:
         """Copies the state of `sequence` to a slot of its own, for others to begin with."""
@@ -174,9 +181,9 @@ class Sharing:
         if not wanted or sequence.slot is None:
             return
         namespace, prompt = self._namespace(sequence), self._packed(sequence)
-        waiting = [follower for follower, position in self._followers.get(sequence, {}).items() if position == at]
+        waiting = [waiter for waiter, position in self._waiters.get(sequence, {}).items() if position == at]
         entry = self.cache.get(namespace, prompt, at)
-        if entry is None and (self._keep or waiting):
+        if entry is None and (self._cache_prefixes or waiting):
             slot = self._allocator.for_entry(self.cache, self.cache.worth(at, len(waiting)), bool(waiting))
             if slot is None:
                 self._allocator.working_set.evicted(Entry.of(namespace, prompt, at, -1))
@@ -186,13 +193,13 @@ class Sharing:
             entry.end = End.PROMPT if at == len(sequence.prompt) - 1 else None
             self._allocator.cached += 1
             self._fresh.append(entry)
-        for follower in waiting:
-            follower.prefix.expects = entry
+        for waiter in waiting:
+            waiter.prefix.expects = entry
         if entry is not None:
             entry.awaited += len(waiting)
 
     def _observe(self, wanted: Entry | None) -> None:
-        """A request begins, or would have begun, at `wanted`: tells where the turns of conversations begin."""
+        """A request begins, or would have begun, at `wanted`: that shows where the turns of conversations begin."""
         if wanted is not None and wanted.end is not None:
             vote = 1 if wanted.end is End.COMPLETION else -1
             self._completions_go_on = max(-MEMORY, min(MEMORY, self._completions_go_on + vote))
@@ -218,22 +225,22 @@ class Sharing:
             wanted.add(last)
         return wanted
 
-    def _leader_of(self, sequence: Sequence, in_prompt: Iterable[Sequence]) -> tuple[Sequence | None, int]:
+    def _producer_of(self, sequence: Sequence, in_prompt: Iterable[Sequence]) -> tuple[Sequence | None, int]:
         prompt, namespace = self._packed(sequence), self._namespace(sequence)
         best, longest, looked_at = None, self._least - 1, 0
-        for leader in in_prompt:
-            is_later = leader.standing.effective_priority > sequence.standing.effective_priority
-            if is_later or self._namespace(leader) != namespace:
+        for producer in in_prompt:
+            is_later = producer.standing.effective_priority > sequence.standing.effective_priority
+            if is_later or self._namespace(producer) != namespace:
                 continue
             # Only one that is about to compute more than was found so far is worth comparing at length.
-            more = max(longest, leader.computed) + 1
-            if not leader.prefix.packed.startswith(prompt[: TOKEN_BYTES * more]):
+            more = max(longest, producer.computed) + 1
+            if not producer.prefix.packed.startswith(prompt[: TOKEN_BYTES * more]):
                 continue
-            shared = min(common(leader.prefix.packed, prompt), len(sequence.prompt) - 1, len(leader.prompt) - 1)
-            if shared > longest and leader.computed < shared:
-                best, longest = leader, shared
+            shared = min(common(producer.prefix.packed, prompt), len(sequence.prompt) - 1, len(producer.prompt) - 1)
+            if shared > longest and producer.computed < shared:
+                best, longest = producer, shared
             looked_at += 1
-            if looked_at == LEADERS:
+            if looked_at == COMPARED:
                 break
         return best, longest
 
@@ -245,7 +252,7 @@ class Sharing:
         return f"{sequence.salt} {key}" if sequence.salt else key
 
     def _packed(self, sequence: Sequence) -> bytes:
-        """The prompt as bytes. Answers to one prompt come side by side, and share them."""
+        """The prompt as bytes. Completions of one prompt come one after the other, and share them."""
         if not sequence.prefix.packed:
             if sequence.prompt is not self._last[0]:
                 self._last = sequence.prompt, pack(sequence.prompt)

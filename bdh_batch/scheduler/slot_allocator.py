@@ -13,7 +13,7 @@ from bdh_batch.scheduler.working_set import WorkingSet
 if TYPE_CHECKING:
     from bdh_batch.scheduler.sequence import Sequence
 
-LONG = 512  # tokens; from so many on a kept state is worth a copy to the host before anyone has used it
+LONG = 512  # tokens; from so many on a cached prefix is worth a copy to the host before anyone has used it
 
 
 class SlotAllocator:
@@ -50,7 +50,7 @@ class SlotAllocator:
     def bring(
         self,
         sequence: Sequence,
-        suspended: Iterable[Sequence],
+        swapped: Iterable[Sequence],
         cache: PrefixCache,
         entry: Entry | None,
         patient: bool = False,
@@ -60,11 +60,11 @@ class SlotAllocator:
         old = sequence.slot
         if old is not None and self.slots.on_device(old):
             return True
-        slot = self._on_device(sequence, suspended, cache, entry, patient)
+        slot = self._on_device(sequence, swapped, cache, entry, patient)
         if slot is None:
             if entry is None or (patient and entry.awaited > (sequence.prefix.expects is entry)):
                 return False
-            return self._take_over(sequence, suspended, cache, entry)
+            return self._take_over(sequence, swapped, cache, entry)
         if old is not None:
             self._move(sequence, slot)
             self.give(old)
@@ -91,12 +91,12 @@ class SlotAllocator:
         self.give(entry.slot)
 
     def give(self, slot: int) -> None:
-        """Nobody needs `slot` any more."""
+        """Frees `slot`."""
         self.slots.give(slot, self.now)
 
     def release_idle(self, cache: PrefixCache) -> None:
         """Plans that the memory of one idle slot goes back to the system: of a free one, or, where the working set has
-        grown, of a cached prefix that nobody has asked for. One for each plan, as it takes a moment."""
+        grown, of a cached prefix that no request has asked for. One for each plan, as it takes a moment."""
         if (due := self.release_due(cache)) is None or due > self.now:
             return
         if (since := self.slots.idle_since) is not None and since + self._idle_release <= self.now:
@@ -136,7 +136,7 @@ class SlotAllocator:
         cache.drop(entry)
         self.cached -= 1
 
-    def _take_over(self, sequence: Sequence, suspended: Iterable[Sequence], cache: PrefixCache, entry: Entry) -> bool:
+    def _take_over(self, sequence: Sequence, swapped: Iterable[Sequence], cache: PrefixCache, entry: Entry) -> bool:
         """The last slot there is, is that of `entry`: becomes the slot of `sequence`, or makes room for it."""
         if self.slots.on_device(entry.slot):
             self._drop(entry, cache)
@@ -144,14 +144,14 @@ class SlotAllocator:
             if any(copy.target == entry.slot for copy in self.copies):
                 self.moved.append(sequence)
             return True
-        sequence.slot = slot = self._on_device(sequence, suspended, cache, None, False)
+        sequence.slot = slot = self._on_device(sequence, swapped, cache, None, False)
         if slot is not None and cache.holds(entry):
             self.copy(entry.slot, slot)
             self.moved.append(sequence)
         return slot is not None
 
     def _on_device(
-        self, sequence: Sequence, suspended: Iterable[Sequence], cache: PrefixCache, spare: Entry | None, patient: bool
+        self, sequence: Sequence, swapped: Iterable[Sequence], cache: PrefixCache, spare: Entry | None, patient: bool
     ) -> int | None:
         if (slot := self._unused()) is not None:
             return slot
@@ -162,7 +162,7 @@ class SlotAllocator:
             return slot
         if least is not None and not patient:
             return self._evict(least, cache, spare)
-        for parked in suspended:
+        for parked in swapped:
             if parked is not sequence and parked.slot is not None and self.slots.on_device(parked.slot):
                 host = self._on_host(cache, None, spare)
                 if host is None:
@@ -196,7 +196,7 @@ class SlotAllocator:
         self.working_set.evicted(entry)
 
     def _on_host(self, cache: PrefixCache, worth: float | None, spare: Entry | None) -> int | None:
-        """A slot there; what is kept makes room for a sequence (`worth` None), or for what is worth more."""
+        """A slot there; a cached prefix makes room for a sequence (`worth` None), or for what is worth more."""
         if (slot := self.slots.take_host()) is not None:
             return slot
         least = cache.least(on_device=False, spare=spare)

@@ -1,7 +1,7 @@
 """Which slots are free: those on the device, then those in the host's memory, numbered through.
 
-Who holds the others is known where they are held: in the sequences and in the prefix cache. On the device, slots whose
-memory has been touched are kept apart from those whose memory has not, or has gone back to the system.
+The sequences and the prefix cache know which of the others they hold. On the device, slots whose memory has been
+touched are listed apart from those whose memory has not, or has gone back to the system.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from heapq import heappop, heappush
 
 
 class Slots:
+    """Holds the free slots, on the device and on the host."""
+
     def __init__(self, device: int, host: int = 0) -> None:
         self.device = device
         self.host = host

@@ -8,7 +8,8 @@ LEAST_PREFILL = 16  # prompt tokens that go in a step whatever it may take, so t
 
 
 class StepSize:
-    """
+    """Bounds a step by what memory has allowed so far.
+
     Args:
         prefill: most prompt tokens in a step.
         width: most sequences that run at a time.

@@ -35,7 +35,8 @@ class Tenant:
 
 
 class Tenants:
-    """
+    """Knows every tenant with its virtual time.
+
     Args:
         weights: of tenants; one that is not named weighs 1. Twice the weight is twice the share.
     """

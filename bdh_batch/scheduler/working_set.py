@@ -15,10 +15,10 @@ from __future__ import annotations
 
 from bdh_batch.scheduler.prefix_index import Entry, PrefixIndex
 
-FILLED = 64  # sequences, which on a CPU fill the time of a step: more of them take turns
-RUNNING_SHARE = 3 / 8  # of the slots; so much is for sequences, where nobody said how many may run
+FILLED = 64  # sequences, which on a CPU fill the time of a step: more of them take time slices
+RUNNING_SHARE = 3 / 8  # of the slots; so much is for sequences, where the settings do not say how many may run
 FREE_SHARE, CACHED_SHARE = 1 / 2, 1 / 8  # of the slots; at least the second is left for cached prefixes
-STEP = 2  # slots: what a request leaves is mostly the state where its prompt ends, and that where its answer does
+STEP = 2  # slots: what a request leaves is mostly the state where its prompt ends, and that where its completion does
 
 
 def running_slots(slots: int) -> int:
@@ -33,7 +33,8 @@ def free_slots(slots: int, running: int) -> int:
 
 
 class WorkingSet:
-    """
+    """Says how many slots may be touched, from the prefixes that had to be evicted.
+
     Args:
         slots: those on the device.
         free: those that may be touched without evidence; None is all of them, where the memory is taken anyway.

@@ -1,7 +1,7 @@
 """Reads the small documents that people and models bring: JSON and plain text (`yaml_documents.py` has YAML).
 
 They come from strangers, so every read is bounded: in bytes, in depth, in the length of a number. Text is UTF-8,
-whatever the locale says. Whatever is wrong is told in one line. Knows nothing about what the documents mean.
+whatever the locale says. Whatever is wrong is reported in one line. Knows nothing about what the documents mean.
 """
 
 from __future__ import annotations

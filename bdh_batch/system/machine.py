@@ -40,7 +40,7 @@ def _system_memory(root: Path) -> int:
     fields = _fields(root / "proc/meminfo")
     if "MemAvailable" in fields:
         return fields["MemAvailable"] * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # not Linux: what POSIX tells
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # not Linux: what POSIX reports
 
 
 def _headrooms(root: Path) -> Iterator[int]:
@@ -116,7 +116,7 @@ def _mounts(root: Path, controller: str) -> Iterator[Mount]:
 
 
 def _upwards(mount: Mount, path: PurePosixPath) -> Iterator[Group]:
-    """A container may see its own group as the top, though it is told the host's path: then only the top is there."""
+    """A container may see its own group as the top, though it is given the host's path: then only the top is there."""
     inside = path.is_relative_to(mount.top) and ".." not in path.parts
     relative = path.relative_to(mount.top) if inside else PurePosixPath()
     folder = mount.at / relative
@@ -140,7 +140,7 @@ def _number(file: Path, otherwise: int = UNLIMITED) -> int:
 
 
 def _read(file: Path) -> str:
-    """Empty where there is no such file, or none that may be read: a limit that is not told cannot be kept to."""
+    """Empty where there is no such file, or none that may be read: a limit that is not reported cannot be kept to."""
     try:
         return file.read_text("utf-8", "replace").strip()
     except OSError:

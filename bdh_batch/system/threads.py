@@ -20,6 +20,8 @@ _starting = threading.Lock()  # the size of a stack is an option of the whole pr
 
 
 class Executor(Protocol):
+    """Runs functions on other threads, as `concurrent.futures` does."""
+
     def submit(self, function: Callable[..., T], /, *arguments: Any) -> Future[T]: ...
 
 

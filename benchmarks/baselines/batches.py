@@ -1,7 +1,8 @@
-"""An engine that computes batch after batch, each to the end of its longest answer; a batch of one is one at a time.
+"""An engine that computes batch after batch, each to the end of its longest completion; a batch of one is one at a
+time.
 
 Implements `backends.local.Engine`. It knows no classes, shares or deadlines: who came first goes first.
-Its steps are not told to the observer, only what sequences gained.
+Its steps are not reported to the observer, only what sequences gained.
 """
 
 from __future__ import annotations
@@ -135,9 +136,9 @@ class Batches:
         return shares
 
     def _turn(self, sequence: Sequence) -> Segment:
-        """The rows of answers that have ended are computed until all have: a batch is a rectangle."""
+        """The rows of completions that have ended are computed until all have: a batch is a rectangle."""
         if sequence.finish_reason is None:
-            return sequence.turn()
+            return sequence.decode_segment()
         assert sequence.slot is not None
         return Segment(sequence.slot, sequence.computed, [self._drawn[sequence]], sequence.sampling)
 
@@ -145,14 +146,14 @@ class Batches:
         outcome = self._runner.run(Plan([segment for _, segment in shares]))
         self._progress = now = time.monotonic()
         updates = []
-        for place, ((sequence, segment), token) in enumerate(zip(shares, outcome.drawn)):
+        for row, ((sequence, segment), token) in enumerate(zip(shares, outcome.drawn)):
             sequence.computed += len(segment.tokens)
             if segment.sampling is None:
                 continue
             if token is not None:
                 self._drawn[sequence] = token
             if sequence.finish_reason is None:
-                updates.append((sequence, sequence.accept(token, now, outcome.scores.get(place))))
+                updates.append((sequence, sequence.accept(token, now, outcome.scores.get(row))))
         self._publish(updates)
 
     def _look_for_ends(self) -> None:

@@ -1,4 +1,4 @@
-"""The baselines as servers of their own: what they answer is what ours answers."""
+"""The baselines as servers of their own: what they generate is what ours generates."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def baselines() -> Iterator[dict[str, Served]]:
 
 
 async def test_every_baseline_answers_as_the_server_does(tiny: Server, baselines: dict[str, Served]) -> None:
-    """Together, as they share batches: of greedy answers and of drawn ones, streamed."""
+    """Together, as they share batches: of greedy completions and of drawn ones, streamed."""
     bodies: list[dict[str, Any]] = [
         {"prompt": prompt, "max_tokens": length, "temperature": temperature, "seed": 7}
         for temperature in (0.0, 0.9)
@@ -44,9 +44,9 @@ async def test_every_baseline_answers_as_the_server_does(tiny: Server, baselines
     ]
     right = [tiny.complete(**body, return_token_ids=True)["choices"][0]["token_ids"] for body in bodies]
     for kind, server in baselines.items():
-        answers = await asyncio.gather(*(server.ask(**body) for body in bodies))
-        assert [answer.tokens for answer in answers] == right, kind
-        assert [bytes(answer.prompt) for answer in answers[:4]] == [prompt.encode() for prompt in PROMPTS], kind
+        responses = await asyncio.gather(*(server.ask(**body) for body in bodies))
+        assert [response.tokens for response in responses] == right, kind
+        assert [bytes(response.prompt) for response in responses[:4]] == [prompt.encode() for prompt in PROMPTS], kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -82,5 +82,5 @@ async def test_one_that_left_does_not_hold_up_the_next(baselines: dict[str, Serv
             while not left.pieces:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             await left.leave()
-            answer = await baselines[kind].ask(prompt="Next", max_tokens=2)
-        assert len(answer.tokens) == 2
+            response = await baselines[kind].ask(prompt="Next", max_tokens=2)
+        assert len(response.tokens) == 2

@@ -17,12 +17,12 @@ from benchmarks.synthetic import synthetic_weights
 from tests.kernels.support import distance, model, states_for
 
 
-def test_sides_take_turns_and_are_warm_before_they_are_timed() -> None:
+def test_variants_take_turns_and_are_warm_before_they_are_timed() -> None:
     ran: list[str] = []
     timed: list[str] = []
 
-    def clock(side: Callable[[], object]) -> float:
-        side()
+    def clock(variant: Callable[[], object]) -> float:
+        variant()
         timed.append(ran[-1])
         return float(len(timed))
 
@@ -38,7 +38,7 @@ def test_sides_take_turns_and_are_warm_before_they_are_timed() -> None:
 
 
 def test_a_ratio_of_rounds_that_are_slow_together_is_sure() -> None:
-    """The machine's mood, common to both sides of a round, does not widen the interval as it would unpaired."""
+    """The machine's mood, common to both variants of a round, does not widen the interval as it would unpaired."""
     moods = [1.0 + i % 5 for i in range(100)]
     found = ratio([1.02 * mood for mood in moods], moods)
     assert found.value == pytest.approx(1.02)

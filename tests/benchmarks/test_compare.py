@@ -63,8 +63,8 @@ def test_a_planted_regression_is_found(
 ) -> None:
     after = folder(tmp_path / "after", results(7, **planted))
     assert main([before, after]) == 1
-    told = capsys.readouterr().out.splitlines()
-    slower = [line for line in told if line.startswith("slower") and "together" not in line]
+    printed = capsys.readouterr().out.splitlines()
+    slower = [line for line in printed if line.startswith("slower") and "together" not in line]
     assert len(slower) == 1
     assert name in slower[0]
     assert main([after, before]) == 0
@@ -129,10 +129,10 @@ def test_what_vanished_is_a_fault_and_what_is_new_is_none(
     [
         ([0.0, 0.0, 1.0], [0.0, 0.0, 1.0], 0, "not all of it is above 0 in A"),
         ([1.0, 1.0, 1.0], [0.0, 0.0, 1.0], 1, "not all of it is above 0 in B"),
-        ([1.0], [9.0], 0, "a single round does not tell its noise"),
+        ([1.0], [9.0], 0, "a single round does not show its noise"),
     ],
 )
-def test_what_has_no_ratio_is_told(
+def test_what_has_no_ratio_is_reported(
     one: list[float], two: list[float], code: int, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = [
@@ -150,7 +150,7 @@ def test_a_quick_run_is_not_compared_with_a_full_one(before: str, tmp_path: Path
     assert [main([before, quick]), main([suite, before]), main([quick, suite])] == [2, 2, 0]
 
 
-def test_another_machine_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_machine_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = (folder(tmp_path / cpu, {**results(1), "machine": {"cpu": cpu}}) for cpu in ("old", "new"))
     assert main([one, one]) == 0
     assert not capsys.readouterr().err

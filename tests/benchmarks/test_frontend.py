@@ -1,4 +1,4 @@
-"""The front door's benchmark: its clients count what is there, and it runs all of its sides."""
+"""The front door's benchmark: its clients count what is there, and it runs all of its systems."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import pytest
 from benchmarks import document, frontend
 from benchmarks.client import Served
 from benchmarks.compare import figures
-from benchmarks.frontend import COMPLETIONS, SIDES, WISHES, Crowd, Side, request, turn
+from benchmarks.frontend import COMPLETIONS, PARAMETERS, SYSTEMS, Crowd, System, request, turn
 from tests.conftest import Server
 
 SENT = b'HTTP/1.1 200 OK\r\n\r\n1f\r\ndata: {"text":"\\n\\n"}\n\n\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n'
-TOLD = {"prompt": "Count these.", "return_token_ids": True}  # an event for each token, though its text may be none
+WITH_IDS = {"prompt": "Count these.", "return_token_ids": True}  # an event for each token, though its text may be none
 
 
 async def test_events_are_counted_however_their_bytes_are_cut(tiny: Server) -> None:
@@ -27,37 +27,37 @@ async def test_events_are_counted_however_their_bytes_are_cut(tiny: Server) -> N
 
 
 @pytest.mark.parametrize("together", [1, 4])
-async def test_a_stream_has_the_events_that_its_side_says(tiny: Server, together: int) -> None:
-    body = {**TOLD, "stream_options": {"chunk_tokens": together, "include_usage": True}}
-    side = Side("", COMPLETIONS, body, more=3, together=together)  # the prompt's tokens, the usage, the end
-    crowd = Crowd(Served(tiny.port, tiny.process.pid), request(side, 10), 3)
+async def test_a_stream_has_the_events_that_its_system_says(tiny: Server, together: int) -> None:
+    body = {**WITH_IDS, "stream_options": {"chunk_tokens": together, "include_usage": True}}
+    system = System("", COMPLETIONS, body, more=3, together=together)  # the prompt's tokens, the usage, the end
+    crowd = Crowd(Served(tiny.port, tiny.process.pid), request(system, 10), 3)
     await crowd.run()
     stream = tiny.raw({**body, "max_tokens": 10, "temperature": 0.0, "stream": True})
     frames = stream.read_all().count(b"data: ")
     stream.close()
-    assert {stream.events for stream in crowd.streams} == {side.events(10)} == {frames}
+    assert {stream.events for stream in crowd.streams} == {system.events(10)} == {frames}
 
 
 async def test_no_figure_where_events_are_missing(tiny: Server) -> None:
-    wrong = Side("", COMPLETIONS, TOLD, more=5)
+    wrong = System("", COMPLETIONS, WITH_IDS, more=5)
     with pytest.raises(SystemExit, match="a stream should have 15 events, but there were"):
         await turn("wrong", wrong, Served(tiny.port, tiny.process.pid), 2, 10)
 
 
-def test_all_sides_have_figures(tmp_path: Path) -> None:
+def test_all_systems_have_figures(tmp_path: Path) -> None:
     frontend.main(["--streams", "3", "--tokens", "60", "--rounds", "1", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "frontend.json").read_text())
-    assert set(report["sides"]) == set(SIDES)
-    assert set(report["server_us_per_token_more_than_plain"]) == set(WISHES)
-    assert all(side["events_per_second"] > 0 for side in report["sides"].values())
-    assert all(side["events_per_read"] > 0 for side in report["sides"].values())
+    assert set(report["sides"]) == set(SYSTEMS)
+    assert set(report["server_us_per_token_more_than_plain"]) == set(PARAMETERS)
+    assert all(system["events_per_second"] > 0 for system in report["sides"].values())
+    assert all(system["events_per_read"] > 0 for system in report["sides"].values())
     for name, rounds in report["figures"].items():
         for key, each in rounds.items():
             assert each["value"] == pytest.approx(report["sides"][name][key], abs=1e-3)
     found = set(figures({"frontend": report}))
     assert found == {
-        f"frontend/figures/{name}/{key}" for name in SIDES for key in ("events_per_second", "server_us_per_token")
+        f"frontend/figures/{name}/{key}" for name in SYSTEMS for key in ("events_per_second", "server_us_per_token")
     }
     page = "\n".join(document.frontend(report, ""))
-    assert all(f"| {document.told(each['events_per_second'])} |" in page for each in report["figures"].values())
+    assert all(f"| {document.shown(each['events_per_second'])} |" in page for each in report["figures"].values())
     assert report["events_ratio_to"]["bare"]["ahead"]["value"] > 0

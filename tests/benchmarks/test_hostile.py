@@ -59,7 +59,7 @@ def test_random_requests_find_nothing(tmp_path: Path) -> None:
     [
         ({"alive": False}, "the server died"),
         ({"failures": {"quiet stream ended": 2}}, "2 times quiet stream ended"),
-        ({"told": {"500": 1}}, "1 attackers were told 500"),
+        ({"told": {"500": 1}}, "1 attackers got 500"),
         ({"told": {"did not end": 1}}, "the attack did not end"),
         ({"health_longest_ms": 251.0}, "/health took 251.0 ms"),
         ({"mib": {"before": 10, "after": 111}}, "101 MiB did not come back"),

@@ -66,15 +66,15 @@ class Cycle(Fake):
     def __init__(self) -> None:
         super().__init__()
         self.answered: Counter[str] = Counter()
-        self._wishes = itertools.cycle(EXPECTED)
+        self._requests = itertools.cycle(EXPECTED)
 
     async def _answer(self, prompt: str, writer: asyncio.StreamWriter) -> None:
         if self.bodies[-1].get("max_tokens") == MORE_THAN_IS_READ:
             self.answered["left"] += 1
             await self._for_ever(writer)
-        wish = next(self._wishes)
-        self.answered[EXPECTED[wish]] += 1  # before: a client that has seen an error need not stay for the rest
-        await super()._answer(wish, writer)
+        request = next(self._requests)
+        self.answered[EXPECTED[request]] += 1  # before: a client that has seen an error need not stay for the rest
+        await super()._answer(request, writer)
 
     async def _for_ever(self, writer: asyncio.StreamWriter) -> None:
         writer.write(f"HTTP/1.1 200 OK\r\ncontent-type: {SSE}\r\ntransfer-encoding: chunked\r\n\r\n".encode())
@@ -100,15 +100,15 @@ async def test_whatever_is_wrong_with_an_answer_is_a_failure_of_its_kind(tmp_pat
     others = {"": found["answers"], "http_429": found["refused"], "left": found["left"]}
     assert Counter(found["failures"]) + Counter(others) == fake.answered
     assert fake.answered.keys() == {*EXPECTED.values(), "left"}
-    told: Counter[str] = Counter()
+    failures: Counter[str] = Counter()
     for row in rows(tmp_path / "load_failures.csv"):
-        told[row["Error"].removeprefix("CatchResponseError('").removesuffix("')")] += int(row["Occurrences"])
-    assert told == found["failures"]
+        failures[row["Error"].removeprefix("CatchResponseError('").removesuffix("')")] += int(row["Occurrences"])
+    assert failures == found["failures"]
     counted = by_type(tmp_path / "load_stats.csv")
     assert counted["answer"].keys() == {"completion", "chat", "burst", "long prompt", "key 1", "key 2"}
     assert counted["left"] == {"leaving": found["left"]}
     assert counted["429"].total() == found["refused"]
-    assert counted[""].total() == counted["answer"].total() == found["answers"] + told.total()
+    assert counted[""].total() == counted["answer"].total() == found["answers"] + failures.total()
     assert {headers["authorization"] for headers in fake.headers} == {"Bearer a", "Bearer b"}
     assert max(len(body.get("prompt", "")) for body in fake.bodies) == 4096
 
@@ -130,7 +130,7 @@ def seen(rates: Sequence[float], memory: Sequence[int], users: Sequence[int] = U
 
 
 @pytest.mark.parametrize(
-    ("what", "told"),
+    ("what", "expected"),
     [
         (seen([40, 96, 99, 97, 98, 97, 96, 41], [90, 95, 95, 96, 96, 96, 96, 96]), (True, True, True)),
         (seen([40, 96, 99, 85, 85, 97, 96, 41], [99] * 8), (True, False, True)),
@@ -146,11 +146,13 @@ def seen(rates: Sequence[float], memory: Sequence[int], users: Sequence[int] = U
         (seen([0] * 8, [99] * 8, failures={"connect_refused": 9}), (False, None, None)),
     ],
 )
-def test_what_becomes_of_a_server_past_its_saturation_is_judged(what: dict[str, Any], told: tuple[Any, ...]) -> None:
+def test_what_becomes_of_a_server_past_its_saturation_is_judged(
+    what: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
     report = load.judged(what, load.stages_of(128, 80, climbs=2))
     assert [stage["users"] for stage in report["stages"]] == [2, 16, 64, 128, 128, 64, 16, 2]
     found = report["verdicts"]
-    assert (found["no_failures"], found["throughput_flat"], found["memory_flat"]) == told
+    assert (found["no_failures"], found["throughput_flat"], found["memory_flat"]) == expected
     assert report["stages"][0]["client_cpu_share"] == 0.25
 
 

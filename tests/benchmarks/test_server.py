@@ -14,12 +14,12 @@ import pytest
 from benchmarks import document, engine, loads, server
 from benchmarks.common import figure, write_json
 from benchmarks.loads import Request
-from benchmarks.sides import TEMPERATURE, Remote
+from benchmarks.systems import TEMPERATURE, Remote
 from tests.conftest import Server
 from tests.kernels.support import CONFORMANCE
 
 TINY = str(CONFORMANCE / "tiny")
-SIDES = ("server", "one_at_a_time", "upstream", "static", "dense")
+SYSTEMS = ("server", "one_at_a_time", "upstream", "static", "dense")
 ENGINE = (
     f"--model {TINY} --kernels torch --batches 1 2 --contexts 8 16 --context-batch 2 --decoders 2 --prompts 0 1 "
     "--prefill-tokens 8 --steps 2 --repeats 3"
@@ -46,7 +46,7 @@ class Made(Remote):
 @pytest.fixture
 def bench() -> server.Bench:
     chosen = server.parse(["--quick", "--model", TINY])
-    return server.Bench(chosen, {name: Made(1000.0 / (1 + number)) for number, name in enumerate(SIDES)})
+    return server.Bench(chosen, {name: Made(1000.0 / (1 + number)) for number, name in enumerate(SYSTEMS)})
 
 
 def test_prompts_have_their_length_and_no_other_seed_has_the_same() -> None:
@@ -66,7 +66,7 @@ def test_a_server_is_measured_over_http(tiny: Server, tmp_path: Path) -> None:
         Remote(1)(load, 2)
 
 
-def test_what_is_measured_is_judged_and_told(bench: server.Bench, tmp_path: Path) -> None:
+def test_what_is_measured_is_judged_and_shown(bench: server.Bench, tmp_path: Path) -> None:
     report: dict[str, Any] = {
         "options": server.options_of(bench.chosen),
         "prompt_tokens": loads.PROMPT,
@@ -86,7 +86,7 @@ def test_what_is_measured_is_judged_and_told(bench: server.Bench, tmp_path: Path
     page = written(tmp_path)
     assert "at least 10: missed" in page
     assert "at least 2: met" in page
-    assert document.told(against["sides"]["dense"]["tokens_per_s"]) in page
+    assert document.shown(against["sides"]["dense"]["tokens_per_s"]) in page
     assert not re.search(r"\s\n", page.replace("\n\n", "\n"))
     assert "The client's own strain, this server: the client was late." in page
     assert "![throughput against latency](results/server-curve.svg)" in page
@@ -109,7 +109,7 @@ def test_the_page_tells_what_the_engine_benchmark_wrote(tmp_path: Path) -> None:
     report = json.loads((results / "engine-cpu.json").read_text())
     page = written(results)
     for row in [*report["batches"], *report["contexts"]["by_context"], *report["mixes"]]:
-        assert document.told(row["figure"]) in page
+        assert document.shown(row["figure"]) in page
     assert "## The server over HTTP" not in page
 
 
@@ -132,7 +132,7 @@ def test_numbers_have_the_digits_that_count() -> None:
         "0.851",
         "0",
     ]
-    assert document.told(figure([10.0, 10.0, 12.5], "ms", "lower")) == "10 (10 to 12.5)"
+    assert document.shown(figure([10.0, 10.0, 12.5], "ms", "lower")) == "10 (10 to 12.5)"
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The serving benchmark's pure parts, and its client against a real server; scenes of servers are not run here."""
+"""The serving benchmark's pure parts, and its client against a real server; scenarios of servers are not run here."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from bdh_batch.checkpoint.checkpoint import load_model
 from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.torch_reference import TorchKernels
-from benchmarks.client import Answer, Served
+from benchmarks.client import Response, Served
 from benchmarks.serving import (
-    beginning_figures,
     gap_figures,
     gaps,
     jain,
     percentile,
+    prefix_figures,
     refuse_unless,
     shares,
     strained,
@@ -29,7 +29,7 @@ from benchmarks.static import LEAST, MOST, Job, continuous, heavy_tailed, ideal,
 from tests.conftest import Server
 from tests.kernels.support import CONFORMANCE
 
-SAME = Answer(0.0, prompt=[1, 2, 3], times=[0.5, 1.0, 1.5, 4.0], tokens=[7, 7, 7, 7])
+SAME = Response(0.0, prompt=[1, 2, 3], times=[0.5, 1.0, 1.5, 4.0], tokens=[7, 7, 7, 7])
 
 
 def test_percentiles_are_values_that_were_measured() -> None:
@@ -54,7 +54,7 @@ def test_gaps_are_those_that_lie_in_a_window() -> None:
     assert figures["beside_max_gap_ms"] == 2500.0
 
 
-def test_what_a_side_was_served_is_what_came_in_the_window() -> None:
+def test_what_a_tenant_was_served_is_what_came_in_the_window() -> None:
     found = shares([[SAME], [SAME, SAME]], (0.0, 1.2))
     assert found["generated"] == [2, 4]
     assert found["prompts"] == [3, 6]
@@ -62,9 +62,9 @@ def test_what_a_side_was_served_is_what_came_in_the_window() -> None:
     assert shares([[SAME], [SAME]], (0.7, 5.0))["prompts"] == [0, 0]
 
 
-def test_a_shared_beginning_that_is_computed_once_is_the_least() -> None:
-    answers = [Answer(0.0, prompt=[1, 2, 3, 4, tail], times=[seconds]) for tail, seconds in ((5, 1.0), (6, 2.0))]
-    figures = beginning_figures({"kept": answers, "not_kept": answers}, {"kept": 6, "not_kept": 10})
+def test_a_shared_prefix_that_is_computed_once_is_the_least() -> None:
+    responses = [Response(0.0, prompt=[1, 2, 3, 4, tail], times=[seconds]) for tail, seconds in ((5, 1.0), (6, 2.0))]
+    figures = prefix_figures({"kept": responses, "not_kept": responses}, {"kept": 6, "not_kept": 10})
     assert figures["shared_tokens"] == 4
     assert figures["least_tokens"] == 6
     assert figures["computed_to_least"] == 1.0
@@ -98,7 +98,7 @@ async def test_all_ways_of_batching_give_the_same_answers() -> None:
     runner = Runner(TorchKernels(model.weights, 0), StatePool(model.config, 3, torch.device("cpu")))
     jobs = [Job(list(range(1, 4 + n)), length, seed=n) for n, length in enumerate((1, 7, 3, 4, 2, 5, 1))]
     found = await continuous(runner, jobs, 3, prefill_tokens=8)
-    assert [len(answer) for answer in found] == [job.length for job in jobs]
+    assert [len(response) for response in found] == [job.length for job in jobs]
     for padded in (True, False):
         assert static(runner, jobs, 3, 8, padded) == found
 
@@ -107,14 +107,14 @@ async def test_the_client_reads_what_the_server_says(tiny: Server) -> None:
     served = Served(tiny.port)
     body: dict[str, Any] = {"prompt": "The client reads.", "max_tokens": 12, "temperature": 0.0}
     async with Watch() as watch:
-        answer = await served.ask(**body)
+        response = await served.ask(**body)
         left = await (await served.send(**body)).leave()
-    assert answer.tokens == tiny.complete(**body, return_token_ids=True)["choices"][0]["token_ids"]
-    assert bytes(answer.prompt) == b"The client reads."
-    assert len(answer.times) == 12
-    assert 0 < answer.first <= answer.times[-1] - answer.sent
+    assert response.tokens == tiny.complete(**body, return_token_ids=True)["choices"][0]["token_ids"]
+    assert bytes(response.prompt) == b"The client reads."
+    assert len(response.times) == 12
+    assert 0 < response.first <= response.times[-1] - response.sent
     assert not left.complete
-    assert served.metric("bdh_prompt_tokens_total") >= len(answer.prompt)
+    assert served.metric("bdh_prompt_tokens_total") >= len(response.prompt)
     assert strained(watch)["cpu_share"] > 0
     with pytest.raises(RuntimeError, match=r"status 400: .*max_tokens"):
         await served.ask(prompt="a", max_tokens=0)

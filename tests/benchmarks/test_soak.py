@@ -108,11 +108,11 @@ SOUND: dict[str, Any] = {
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("path", "value", "fault"),
     [
         (("unexpected", "stays: cut"), 3, "3 times stays: cut"),
         (("disconnects",), 9, "9 clients left, not 10"),
-        (("places",), 15 / 16, "of the places only 94% can be had"),
+        (("places",), 15 / 16, "of the slots only 94% can be had"),
         (
             ("quarters", "rss"),
             [1e8, 1e8, 1.02e8, 1.03e8],
@@ -126,14 +126,14 @@ SOUND: dict[str, Any] = {
         (("after", "live", soak.OURS[0]), 2, f"2 {soak.OURS[0]} live at rest, 1 before"),
     ],
 )
-def test_every_leak_is_told(path: tuple[str, ...], value: object, told: str) -> None:
+def test_every_leak_is_reported(path: tuple[str, ...], value: object, fault: str) -> None:
     assert soak.faults_of(SOUND, growth=0.02) == []
     report = copy.deepcopy(SOUND)
     part = report
     for name in path[:-1]:
         part = part[name]
     part[path[-1]] = value
-    assert soak.faults_of(report, growth=0.02) == [told]
+    assert soak.faults_of(report, growth=0.02) == [fault]
 
 
 class Computes:

@@ -56,9 +56,9 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def compiled_ahead(pytestconfig: pytest.Config) -> str:
     """What `tests/kernels/aot.py` prints."""
     process = pytestconfig.stash[COMPILING]
-    told, problem = process.communicate()
+    output, problem = process.communicate()
     assert process.returncode == 0, problem
-    return told
+    return output
 
 
 @pytest.fixture(autouse=True)

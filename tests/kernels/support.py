@@ -79,7 +79,7 @@ def in_a_crowd(
 def poison(kernels: Kernels) -> None:
     """Leaves nothing in the buffers that a step could mistake for its own."""
     if isinstance(kernels, CpuKernels):
-        for array in (*kernels._work, *kernels._desks):
+        for array in (*kernels._work, *kernels._scratch):
             array.fill(np.nan if array.dtype == np.float32 else 7)
 
 

@@ -63,11 +63,11 @@ def test_weights_of_each_dtype(dtype: torch.dtype) -> None:
 @properties
 @given(weights=models(), lengths=st.lists(st.integers(1, 60), min_size=1, max_size=9), seed=st.integers(0, 99))
 def test_the_same_bits_in_any_company_and_any_pieces(weights: Weights, lengths: list[int], seed: int) -> None:
-    """Logits and state: alone as a whole, and among others in random ragged pieces, in other slots and places."""
+    """Logits and state: alone as a whole, and among others in random ragged pieces, in other slots and positions."""
     generator = np.random.default_rng(seed)
     kernels = CpuKernels(weights)
     slots = generator.permutation(len(lengths) + 3)[: len(lengths)].tolist()
-    rows = [text(length, len(weights.embed), seed + place) for place, length in enumerate(lengths)]
+    rows = [text(length, len(weights.embed), seed + index) for index, length in enumerate(lengths)]
     crowd = states_for(weights, len(lengths) + 3)
     logits = in_a_crowd(kernels, crowd, dict(zip(slots, rows)), generator, longest=40)
     for slot, row in zip(slots, rows):

@@ -1,6 +1,6 @@
 """The trained model on real text: every implementation gives the specification's logits.
 
-Random weights fire as often as they are told to; these fire as training left them, and what they say matters.
+Random weights fire as often as they are made to; these fire as training left them, and what they say matters.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def scale(values: Tensor) -> float:
 @properties
 @given(weights=models(layers=1), seed=st.integers(0, 99))
 def test_the_same_bits_in_any_company(weights: Weights, seed: int) -> None:
-    """Logits and state of the same pieces: alone, and among others, in another slot and place."""
+    """Logits and state of the same pieces: alone, and among others, in another slot and position."""
     generator = np.random.default_rng(seed)
     kernels = Poisoned(weights)
     rows = {slot: text(19, len(weights.embed), seed + slot) for slot in range(3)}

@@ -94,7 +94,7 @@ def lightning(folder: Path, config: BDHConfig, state: State) -> Path:
 
 
 def attention_by_layer(folder: Path, config: BDHConfig, state: State) -> Path:
-    """Tells its number of layers, and needs no config."""
+    """States its number of layers, and needs no config."""
     freqs = rope_frequencies(config.neurons_per_head)
     return save(folder, {"model": state | {f"attns.{i}.freqs": freqs.clone() for i in range(config.n_layer)}})
 
@@ -144,14 +144,14 @@ def hf_pickle(folder: Path, config: BDHConfig, state: State) -> Path:
 def hf_shards(folder: Path, config: BDHConfig, state: State, name: str = "model.safetensors") -> Path:
     values, tensors = hugging_face(config, state)
     (folder / "config.json").write_text(json.dumps(values))
-    places: dict[str, str] = {}
+    part_names: dict[str, str] = {}
     for number, part in enumerate((sorted(tensors)[:2], sorted(tensors)[2:]), 1):
         stem, _, suffix = name.rpartition(".")
         shard = f"{stem}-{number:05}-of-00002.{suffix}"
         content = {key: tensors[key] for key in part}
         (save_file if suffix == "safetensors" else torch.save)(content, folder / shard)
-        places |= dict.fromkeys(part, shard)
-    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": places}
+        part_names |= dict.fromkeys(part, shard)
+    index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": part_names}
     (folder / f"{name}.index.json").write_text(json.dumps(index))
     return folder
 

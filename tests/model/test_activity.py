@@ -1,4 +1,4 @@
-"""How sparsely a model fires is told now and then, from what the kernels compute in that step in any case."""
+"""How sparsely a model fires is measured now and then, from what the kernels compute in that step in any case."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ def test_a_look_tells_how_sparse_a_trained_model_is_and_changes_nothing(
         drawn.append(tokens)
         looks.append([list(outcome.active) for outcome in outcomes if outcome.active])
     assert drawn[0] == drawn[1]
-    assert [len(told) for told in looks] == [1, 2]  # at the eighth step, and at the eighteenth
-    for told in looks[1]:
-        assert len(told) == model.config.n_layer
-        assert all(0.0 < share < 0.45 for share in told)  # an untrained model's are a half
+    assert [len(shares) for shares in looks] == [1, 2]  # at the eighth step, and at the eighteenth
+    for shares in looks[1]:
+        assert len(shares) == model.config.n_layer
+        assert all(0.0 < share < 0.45 for share in shares)  # an untrained model's are a half
 
 
 def test_a_step_that_is_looked_at_computes_nothing_twice(monkeypatch: pytest.MonkeyPatch) -> None:

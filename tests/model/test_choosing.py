@@ -1,4 +1,4 @@
-"""Which token follows from scores and wishes, against a slow and obvious specification; and what is told of it."""
+"""Which token scores and sampling parameters give, against a slow and obvious specification; and its logprobs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from bdh_batch.engine.runner import choose
 from bdh_batch.engine.sampling import logits_processors as adjusting
 from bdh_batch.engine.sampling.draw import uniforms
-from bdh_batch.engine.sampling.logits_processors import adjust_in_main_memory, adjust_on_device
+from bdh_batch.engine.sampling.logits_processors import process_in_main_memory, process_on_device
 from bdh_batch.messages import NO_TOKENS, Adjustment, LogitBias, SamplingParams, TokenScore, distinct
 
 VOCABULARY = 23
@@ -32,11 +32,11 @@ class Row:
     early: int
 
     @property
-    def wish(self) -> Adjustment | None:
-        wish = Adjustment.of(self.params, self.prompt, distinct(self.banned), self.early)
-        for token in self.answer if wish else ():
-            wish.count(token)  # type: ignore[union-attr]
-        return wish
+    def processor(self) -> Adjustment | None:
+        processor = Adjustment.of(self.params, self.prompt, distinct(self.banned), self.early)
+        for token in self.answer if processor else ():
+            processor.count(token)  # type: ignore[union-attr]
+        return processor
 
 
 rows = st.builds(
@@ -103,8 +103,10 @@ def probabilities(logits: np.ndarray, row: Row) -> np.ndarray:
 
 def chosen(order: Sequence[int], given: Sequence[Row]) -> tuple[list[int | None], dict[int, TokenScore]]:
     """Of row `i` of LOGITS, at the position 100 + i, for each i of `order`."""
-    wishes = [(place, wish) for place, row in enumerate(order) if (wish := given[row].wish) is not None]
-    return choose(LOGITS[list(order)], [given[row].params for row in order], [100 + row for row in order], wishes)
+    processors = [
+        (index, processor) for index, row in enumerate(order) if (processor := given[row].processor) is not None
+    ]
+    return choose(LOGITS[list(order)], [given[row].params for row in order], [100 + row for row in order], processors)
 
 
 @settings(deadline=None)
@@ -123,7 +125,7 @@ def test_draws_are_those_of_the_specification(given: list[Row]) -> None:
             assert above - expected[token] - 1e-5 <= target <= above + 1e-5
 
 
-def told(score: TokenScore | None) -> tuple[int, float, list[tuple[int, float]]] | None:
+def plain(score: TokenScore | None) -> tuple[int, float, list[tuple[int, float]]] | None:
     return None if score is None else (score.token, score.logprob, list(score.top))
 
 
@@ -132,10 +134,10 @@ def told(score: TokenScore | None) -> tuple[int, float, list[tuple[int, float]]]
 def test_a_row_is_chosen_and_scored_alike_alone_and_in_any_company(given: list[Row], data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(len(given))))
     drawn, scores = chosen(order, given)
-    for place, row in enumerate(order):
+    for index, row in enumerate(order):
         alone, score = chosen([row], given)
-        assert [drawn[place]] == alone
-        assert told(scores.get(place)) == told(score.get(0))
+        assert [drawn[index]] == alone
+        assert plain(scores.get(index)) == plain(score.get(0))
 
 
 @settings(deadline=None)
@@ -162,10 +164,10 @@ def test_absurd_penalties_leave_every_score_a_number() -> None:
 def test_rows_that_wish_nothing_keep_their_scores() -> None:
     logits = LOGITS.clone()
     params = [SamplingParams(frequency_penalty=2.0, logit_bias=LogitBias.of({3: 1.0})), SamplingParams()]
-    wish = Adjustment.of(params[0], [1], NO_TOKENS, 0)
-    assert wish is not None
-    wish.count(4)
-    choose(logits, [params[0], *[params[1]] * 11], range(12), [(0, wish)])
+    processor = Adjustment.of(params[0], [1], NO_TOKENS, 0)
+    assert processor is not None
+    processor.count(4)
+    choose(logits, [params[0], *[params[1]] * 11], range(12), [(0, processor)])
     changed = (logits != LOGITS).nonzero().tolist()
     assert changed == [[0, 3], [0, 4]]
     assert Adjustment.of(params[1], [1], distinct([5]), 0) is None
@@ -177,9 +179,9 @@ def test_rows_that_wish_nothing_keep_their_scores() -> None:
 def test_scores_are_adjusted_alike_in_main_memory_and_on_a_device(given: list[Row]) -> None:
     """With what a GPU computes computed here: the same formulas in torch."""
     host, device = LOGITS[: len(given)].clone(), LOGITS[: len(given)].clone()
-    wishes = [(number, wish) for number, row in enumerate(given) if (wish := row.wish) is not None]
-    adjust_in_main_memory(host, wishes)
-    adjust_on_device(device, wishes)
+    processors = [(number, processor) for number, row in enumerate(given) if (processor := row.processor) is not None]
+    process_in_main_memory(host, processors)
+    process_on_device(device, processors)
     torch.testing.assert_close(host, device, rtol=1e-6, atol=0)
 
 
@@ -201,28 +203,34 @@ def test_what_a_step_changes_is_read_where_it_lies(monkeypatch: pytest.MonkeyPat
     """No Python object is made for an entry of a bias, of what was seen or of what is banned."""
     vocabulary = range(VOCABULARY)
     params = SamplingParams(repetition_penalty=2.0, logit_bias=LogitBias.of(dict.fromkeys(vocabulary, 1.0)))
-    wish = Adjustment.of(params, vocabulary, distinct(vocabulary), early=2)
-    assert wish is not None
-    wish.count(3)
+    processor = Adjustment.of(params, vocabulary, distinct(vocabulary), early=2)
+    assert processor is not None
+    processor.count(3)
     passed: list[object] = []
     for name in ("_add", "_repeat", "_penalise", "_ban"):
         monkeypatch.setattr(adjusting, name, lambda _, *arrays: passed.extend(arrays))
-    adjust_in_main_memory(LOGITS.clone(), [(0, wish)])
+    process_in_main_memory(LOGITS.clone(), [(0, processor)])
     assert params.logit_bias is not None
-    counted = [wish.generated, wish.times, wish.repeated]
-    kept: list[array[Any]] = [params.logit_bias.tokens, params.logit_bias.amounts, wish.prompt, *counted, wish.bans]
+    counted = [processor.generated, processor.times, processor.repeated]
+    kept: list[array[Any]] = [
+        params.logit_bias.tokens,
+        params.logit_bias.amounts,
+        processor.prompt,
+        *counted,
+        processor.bans,
+    ]
     lying = [each for each in passed if isinstance(each, np.ndarray)]
     assert [each.ctypes.data for each in lying] == [each.buffer_info()[0] for each in kept]
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
 def test_a_score_that_is_no_number_shows_whatever_is_wished(broken: float) -> None:
-    wish = Adjustment.of(
+    processor = Adjustment.of(
         SamplingParams(repetition_penalty=2.0, logit_bias=LogitBias.of({3: 1.0})), [3, 4], NO_TOKENS, early=0
     )
-    assert wish is not None
-    for adjust in (adjust_in_main_memory, adjust_on_device):
+    assert processor is not None
+    for process in (process_in_main_memory, process_on_device):
         logits = LOGITS[:1].clone()
         logits[0, 3] = broken
-        adjust(logits, [(0, wish)])
+        process(logits, [(0, processor)])
         assert not logits[0, 3].isfinite()

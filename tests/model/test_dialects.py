@@ -157,8 +157,8 @@ def test_without_frequencies_the_config_has_to_say_what_rope_is(tmp_path: Path) 
             (tmp_path / "config.json").write_text(json.dumps(values))
         with pytest.raises(CheckpointError, match=r'missing attn\.freqs \[1, 1, 1, 16\].*"rope_theta": 65536'):
             open_checkpoint(path, layers=3)
-    for told in ({"rope_theta": 65536}, {"rope_theta": 65536.0}, {"trained_context": 128}, {"model_type": "bdh"}):
-        (tmp_path / "config.json").write_text(json.dumps(sizes | told))
+    for stated in ({"rope_theta": 65536}, {"rope_theta": 65536.0}, {"trained_context": 128}, {"model_type": "bdh"}):
+        (tmp_path / "config.json").write_text(json.dumps(sizes | stated))
         assert torch.equal(open_checkpoint(path).frequencies(), rope_frequencies(16))
 
 

@@ -134,7 +134,7 @@ def test_a_config_that_cannot_be_is_refused_by_its_field(tmp_path: Path, values:
         ({"encoder": "a\0b"}, "'a\\x00b' is not the name of a file"),
         ({"encoder": ".."}, "'..' is not the name of a file"),
         ({"encoder": "model-00003-of-00003.safetensors"}, "model-00003-of-00003.safetensors is missing"),
-        ({"backbone.decoder": SHARDS[1]}, f"{SHARDS[0]} holds backbone.decoder, not told in the index"),
+        ({"backbone.decoder": SHARDS[1]}, f"{SHARDS[0]} holds backbone.decoder, not listed in the index"),
         ({"stranger": SHARDS[1]}, f"{SHARDS[1]} lacks stranger"),
         ({"encoder": 1}, "weight_map"),
         ([], "weight_map"),

@@ -15,13 +15,13 @@ from tests.scheduler.fakes import make_sequence
 
 
 def full(max_requests: int = 5, max_tokens: int = 100) -> Admission:
-    """Two places, both taken."""
+    """Two slots, both taken."""
     admission = Admission(max_requests, max_tokens, slots=2)
     admission.update({}, 0, 2, now=0.0)
     return admission
 
 
-def line(count: int, key: str = "", priority: int = 0) -> dict[Sequence, int]:
+def queue_of(count: int, key: str = "", priority: int = 0) -> dict[Sequence, int]:
     """So many that have come to wait in the scheduler."""
     return {make_sequence([1], 1, key=key, priority=priority): 1 for _ in range(count)}
 
@@ -49,7 +49,7 @@ def test_a_long_prompt_that_need_not_wait_is_let_in() -> None:
 
 
 def test_more_than_could_ever_run_and_wait_is_the_requests_fault() -> None:
-    with pytest.raises(InvalidRequest, match="7 answers"):
+    with pytest.raises(InvalidRequest, match="7 completions"):
         full().admit([make_sequence([1], 1) for _ in range(8)], 0.0)
 
 
@@ -61,9 +61,9 @@ def test_all_of_a_request_or_nothing() -> None:
 
 
 def busy(waiting: dict[Sequence, int] | None = None) -> Admission:
-    """Ten wait, and a place is given out every two seconds."""
+    """Ten wait, and a slot is given out every two seconds."""
     admission = full(max_requests=20, max_tokens=1000)
-    admission.update(line(10) if waiting is None else waiting, 0, 2, now=0.0)
+    admission.update(queue_of(10) if waiting is None else waiting, 0, 2, now=0.0)
     for second in range(1, 40):
         admission.update({}, 0, 2 + second // 2, now=float(second))
     return admission
@@ -84,20 +84,20 @@ def test_what_would_miss_its_deadline_is_refused_with_the_time_to_come_back() ->
     admission.admit([make_sequence([1], 1, deadline=39.0 + 10.0, priority=-1)], 39.0)
 
 
-def test_no_one_is_told_to_wait_for_ever() -> None:
+def test_no_one_is_asked_to_wait_for_ever() -> None:
     admission = busy()
-    admission.update(line(10), 0, 21, now=10_000.0)
+    admission.update(queue_of(10), 0, 21, now=10_000.0)
     with pytest.raises(QueueFull) as refusal:
         admission.admit([make_sequence([1], 1)], 10_000.0)
     assert 1 <= refusal.value.retry_after <= LONGEST_RETRY
 
 
-def test_a_crowd_that_is_refused_comes_back_no_faster_than_places_are_given() -> None:
+def test_a_crowd_that_is_refused_comes_back_no_faster_than_slots_are_given() -> None:
     admission = busy()
-    comes = [0.0] * 30  # so many, a place a second: each comes again when it was told to
+    comes = [0.0] * 30  # so many, a slot a second: each comes again when it was asked to
     refused = []
     for second in range(40, 400):
-        admission.update(line(10) if second == 40 else {}, 0, second, now=float(second))
+        admission.update(queue_of(10) if second == 40 else {}, 0, second, now=float(second))
         for who, due in enumerate(comes):
             if due <= second < 300:
                 with pytest.raises(QueueFull) as refusal:
@@ -110,13 +110,13 @@ def test_a_crowd_that_is_refused_comes_back_no_faster_than_places_are_given() ->
 
 
 def test_a_rate_of_long_ago_refuses_nobody() -> None:
-    waiting = line(10)
+    waiting = queue_of(10)
     admission = busy(waiting)
     request = make_sequence([1], 1)
     request.deadline = 50.0
     with pytest.raises(QueueFull, match="longer than the request may take"):
         admission.admit([request], 40.0)
-    for second in range(40, 80):  # every place is taken, but nobody waits for one
+    for second in range(40, 80):  # every slot is taken, but nobody waits for one
         admission.update(dict.fromkeys(waiting, -1), 0, second, now=float(second))
         waiting = {}
     request.deadline = 90.0
@@ -158,14 +158,14 @@ def test_a_full_queue_is_full_for_those_who_fill_it() -> None:
 def test_an_earlier_class_fills_no_more_than_half_of_the_queue_for_others() -> None:
     """Else who has the right to go first could keep all others out."""
     admission = full(max_requests=10)
-    admission.update(line(10, "first", priority=-1000), 0, 2, now=0.0)
+    admission.update(queue_of(10, "first", priority=-1000), 0, 2, now=0.0)
     for number in range(4):
         assert admission.admit([make_sequence([1], 1, key=f"other {number}", priority=1000)], 0.0)
     admission = full(max_requests=10)
-    admission.update(line(5, "first", priority=-1000) | line(5, "second"), 0, 2, now=0.0)
+    admission.update(queue_of(5, "first", priority=-1000) | queue_of(5, "second"), 0, 2, now=0.0)
     with pytest.raises(QueueFull):
         admission.admit([make_sequence([1], 1, key="late", priority=1)], 0.0)
-    assert admission.admit([make_sequence([1], 1, key="early")], 0.0), "second's line is the longer one"
+    assert admission.admit([make_sequence([1], 1, key="early")], 0.0), "second's queue is the longer one"
 
 
 def test_one_huge_prompt_that_waits_does_not_keep_others_out() -> None:
@@ -178,7 +178,7 @@ def test_one_huge_prompt_that_waits_does_not_keep_others_out() -> None:
 
 def test_a_wait_behind_an_earlier_class_is_foreseen_to_be_no_longer_than_patience_allows() -> None:
     admission = Admission(max_requests=1000, max_tokens=10**6, slots=1, patience=30.0)
-    admission.update(line(500, "first", priority=-1000), 0, 1, now=0.0)
+    admission.update(queue_of(500, "first", priority=-1000), 0, 1, now=0.0)
     for second in range(1, 40):
         admission.update({}, 0, 1 + second, now=float(second))
     assert admission.expected_wait(1, (-1000, "first")) == pytest.approx(501, rel=0.1)
@@ -238,18 +238,18 @@ def test_the_backlog_says_what_counting_all_of_it_says(
             waiting.append(make_sequence([1] * tokens, 1, key=key, priority=level))
             backlog.add(waiting[-1])
     assert (len(backlog), backlog.tokens) == (len(waiting), sum(len(s.prompt) for s in waiting))
-    counts = Counter(s.line for s in waiting)
+    counts = Counter(s.queue_key for s in waiting)
     own = counts[priority, tenant] + more
     ahead = sum(n for (p, _), n in counts.items() if p < priority)
     ahead += sum(min(n, own) for (p, t), n in counts.items() if p == priority and t != tenant)
     assert backlog.ahead((priority, tenant), more) == ahead + own
     tenants = Counter(s.tenant for s in waiting)
     own = tenants[tenant] + more
-    assert backlog.ahead_in_turn(tenant, more) == own + sum(min(n, own) for t, n in tenants.items() if t != tenant)
+    assert backlog.ahead_of_tenant(tenant, more) == own + sum(min(n, own) for t, n in tenants.items() if t != tenant)
 
     sizes, all_sizes = Counter[tuple[int, str]](), Counter[str]()
     for sequence in waiting:
-        sizes[sequence.line] += 1 + len(sequence.prompt) // 10
+        sizes[sequence.queue_key] += 1 + len(sequence.prompt) // 10
         all_sizes[sequence.tenant] += 1 + len(sequence.prompt) // 10
     halves = [t for t, size in all_sizes.items() if 2 * size > all_sizes.total() and t != tenant]
     gives_way = any(size >= more for (p, _), size in sizes.items() if p > priority)

@@ -29,8 +29,8 @@ def deltas(
         show_stop_token=show,
     )
     gained = []
-    for place, token in enumerate(tokens):
-        gained.append(sequence.accept(token, 0.0, TokenScore(token, -float(place), ())))
+    for index, token in enumerate(tokens):
+        gained.append(sequence.accept(token, 0.0, TokenScore(token, -float(index), ())))
         if sequence.finish_reason is not None:
             break
     return gained
@@ -52,14 +52,14 @@ def test_scores_come_in_order_with_the_text_and_never_before(tokens: bytes, stop
     known = tokens[: len(gained)]
     text, begins = decode(TOKENIZER, known)
     assert text.startswith(whole.text)
-    # All tokens that have a part in the text are told, and no others.
+    # All tokens that have a part in the text are returned, and no others.
     assert [begin for begin, _ in scores] == [begin for begin in begins if begin < len(whole.text)]
     assert [score.token for _, score in scores] == list(known[: len(scores)])
     assert whole.logprob == -sum(range(len(gained)))
 
 
 @given(st.text("ab", min_size=1, max_size=9), st.booleans())
-def test_a_token_that_stops_is_told_only_where_it_is_shown(text: str, show: bool) -> None:
+def test_a_token_that_stops_is_returned_only_where_it_is_shown(text: str, show: bool) -> None:
     gained = deltas(text.encode(), stop_tokens=frozenset(b"b"), show=show)
     known = text[: text.index("b") + show] if "b" in text else text
     assert "".join(delta.text for delta in gained) == known
@@ -67,7 +67,7 @@ def test_a_token_that_stops_is_told_only_where_it_is_shown(text: str, show: bool
     assert sum(len(delta.tokens) for delta in gained) == len(known) + ("b" in text and not show)
 
 
-def test_a_token_without_any_text_is_told_at_once() -> None:
+def test_a_token_without_any_text_is_returned_at_once() -> None:
     sequence = Sequence("", [1], 3, SamplingParams(logprobs=0), TextStream(TokenIdsOnly().decoder()), FakeOutbox())
     for token in (5, 6, 7):
         delta = sequence.accept(token, 0.0, TokenScore(token, -1.0, ()))

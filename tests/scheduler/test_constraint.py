@@ -37,7 +37,7 @@ def constrained(constraint: Upto) -> Sequence:
     return sequence
 
 
-def test_an_answer_ends_with_the_token_that_completes_it_or_before_one_that_is_refused() -> None:
+def test_a_completion_ends_with_the_token_that_completes_it_or_before_one_that_is_refused() -> None:
     sequence = constrained(Upto(2))
     assert sequence.accept(7, 1.0).finish_reason is None
     end = sequence.accept(8, 2.0)
@@ -58,8 +58,10 @@ def test_what_is_computed_again_is_not_taken_again() -> None:
     assert constraint.taken == [7, 8]
 
 
-@pytest.mark.parametrize(("fault", "told"), [(InvalidRequest("stuck"), InvalidRequest), (KeyError(), GenerationFailed)])
-def test_a_fault_of_a_constraint_ends_its_answer(fault: Exception, told: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    ("fault", "error"), [(InvalidRequest("stuck"), InvalidRequest), (KeyError(), GenerationFailed)]
+)
+def test_a_fault_of_a_constraint_ends_its_completion(fault: Exception, error: type[Exception]) -> None:
     end = constrained(Upto(3, fault)).accept(7, 1.0)
     assert end.finish_reason is FinishReason.ERROR
-    assert isinstance(end.error, told)
+    assert isinstance(end.error, error)

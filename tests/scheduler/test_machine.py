@@ -34,9 +34,9 @@ policies = st.builds(
     Policy,
     host_slots=st.integers(0, 4),
     max_running=st.none() | st.integers(1, 9),
-    quantum=st.integers(1, 6),
+    time_slice=st.integers(1, 6),
     target_step=st.sampled_from([0.0, 0.01]),
-    keep=st.booleans(),
+    cache_prefixes=st.booleans(),
     share_all=st.booleans(),
     min_shared=st.integers(1, 10),
     weights=st.just({"b": 3.0}),
@@ -60,7 +60,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.submitted: list[Sequence] = []
         self.shown: dict[Sequence, list[int]] = {}
         self.ends: dict[Sequence, list[FinishReason]] = {}
-        self.passed_over: Counter[str] = Counter()  # plans on end, by key
+        self.passed_over: Counter[str] = Counter()  # plans on end, by tenant
         self.outranked: Counter[Sequence] = Counter()  # plans on end
         self.debts: dict[Sequence, float] = {}  # the largest in these plans, in tokens
         self.waiting: set[Sequence] = set()  # by what the scheduler says of changes
@@ -85,8 +85,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert list(segment.tokens) == list(sequence.known(segment.start, segment.start + len(segment.tokens)))
         self.take(self.scheduler.commit(step, self.runner.run(step.plan), self.now))
         for entry in self.scheduler.sharing.cache:
-            kept = self.runner.slots[entry.slot]
-            assert (len(kept), digests_at(pack(kept), [len(kept)])) == (entry.length, [entry.digest])
+            cached = self.runner.slots[entry.slot]
+            assert (len(cached), digests_at(pack(cached), [len(cached)])) == (entry.length, [entry.digest])
 
     @rule(
         target=sequences,
@@ -141,7 +141,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.run_plan(step)
 
     def watch_waiting(self) -> None:
-        """A key of the first class that had least and holds nothing gets something soon, whatever others queue."""
+        """A tenant of the first priority that had least and holds nothing gets some soon, whatever others queue."""
         alive = [sequence for sequence in self.submitted if sequence.finish_reason is None]
         first = min((sequence.priority for sequence in alive), default=0)
         least = min((sequence.standing.account.virtual_time for sequence in alive), default=0.0)
@@ -153,22 +153,22 @@ class SchedulerMachine(RuleBasedStateMachine):
             known = sum(
                 len(s.prompt) + len(s.generated) for s in alive if s.key != key and s.times.scheduled is not None
             )
-            bound = 3 + self.scheduler.policy.quantum + 2 * known
-            assert self.passed_over[key] <= bound, "no key is starved"
+            bound = 3 + self.scheduler.policy.time_slice + 2 * known
+            assert self.passed_over[key] <= bound, "no tenant is starved"
 
     def watch_classes(self, step: Step | None) -> None:
-        """Nobody goes without for longer than its patience because of its class: from then on, its tenant has a part
-        of the steps that those of earlier classes have, however many of them there are."""
+        """Nobody goes without for longer than its patience because of its priority: from then on, its tenant has a part
+        of the steps that those of earlier priorities have, however many of them there are."""
         alive = [sequence for sequence in self.submitted if sequence.finish_reason is None]
         served = set() if step is None else set(step.sequences)
         for sequence in alive:
             earlier = any(other.priority < sequence.priority for other in served)
             mine = any(other.key == sequence.key for other in served)
             aged = self.now - sequence.standing.served_at > self.scheduler.policy.patience
-            passed_over = aged and earlier and not mine and sequence.stage is not Stage.FOLLOWING
+            passed_over = aged and earlier and not mine and sequence.stage is not Stage.AWAITING_PREFIX
             self.outranked[sequence] = self.outranked[sequence] + 1 if passed_over else 0
             others = [other for other in alive if other.key != sequence.key]
-            # Inside a class, a tenant that has had less goes first: for as many tokens as it has had less, by weight.
+            # Inside a priority, a tenant that was served less goes first: for as many tokens as it lacks, by weight.
             used, account = sequence.standing.account.virtual_time, [other.standing.account for other in others]
             debt = max((max(0.0, used - other.virtual_time) * other.weight for other in account), default=0.0)
             known = sum(
@@ -176,7 +176,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
             # It shrinks while the others catch up.
             self.debts[sequence] = debt = max(debt, self.debts.get(sequence, 0.0)) if passed_over else 0.0
-            assert self.outranked[sequence] <= 3 + self.scheduler.policy.quantum + 2 * known + debt, "no class starves"
+            bound = 3 + self.scheduler.policy.time_slice + 2 * known + debt
+            assert self.outranked[sequence] <= bound, "no priority starves"
 
     @rule(
         count=st.integers(0, 3),
@@ -184,7 +185,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         line=st.tuples(st.integers(-1, 1), st.sampled_from("ab")),
     )
     def shed(self, count: int, tokens: int, line: tuple[int, str]) -> None:
-        before = self.scheduler.waiting - self.scheduler.sharing.following
+        before = self.scheduler.waiting - self.scheduler.sharing.waiting_count
         shed = self.scheduler.shed(count, tokens, line, BROKEN)
         self.take(shed)
         freed = sum(len(sequence.prompt) for sequence, _ in shed)
@@ -222,7 +223,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sequence, change in self.scheduler.take_changes().items():
             (self.waiting.add if change > 0 else self.waiting.remove)(sequence)
         assert self.waiting == {
-            s for s in self.submitted if s.stage in (Stage.QUEUED, Stage.FOLLOWING) and s.standing.arrival
+            s for s in self.submitted if s.stage in (Stage.QUEUED, Stage.AWAITING_PREFIX) and s.standing.arrival
         }
         assert self.scheduler.waiting == len(self.waiting)
 
@@ -248,9 +249,9 @@ TestScheduler = SchedulerMachine.TestCase
 
 
 def test_nobody_begins_with_a_copy_that_a_failed_step_did_not_make() -> None:
-    """The one that waited for it took its place over, had none of the step's tokens, and is not believed to hold it."""
+    """The one that waited for it took its slot over, had none of the step's tokens, and is not believed to hold it."""
     machine = SchedulerMachine()
-    machine.begin(3, 10, Policy(quantum=1, keep=False, min_shared=1))
+    machine.begin(3, 10, Policy(time_slice=1, cache_prefixes=False, min_shared=1))
     for stem, key in ((20, "b"), (40, "b"), (8, "a")):
         options = {"max_tokens": 1, "key": key, "priority": 0}
         machine.submit([[*STEM[:stem], 0, 0]], 1, options, None, (None, None))
@@ -260,12 +261,12 @@ def test_nobody_begins_with_a_copy_that_a_failed_step_did_not_make() -> None:
     machine.teardown()
 
 
-@pytest.mark.parametrize("kind", ["queued", "suspended"])
+@pytest.mark.parametrize("kind", ["queued", "swapped"])
 @settings(max_examples=int(os.environ.get("MACHINE_EXAMPLES", 25)), deadline=None)
 @given(
     slots=st.integers(1, 4),
     host_slots=st.integers(0, 4),
-    quantum=st.integers(1, 6),
+    time_slice=st.integers(1, 6),
     patience=st.integers(1, 30),
     flooding=st.integers(1, 3),
     prompt=st.integers(1, 30),
@@ -275,14 +276,14 @@ def test_no_flood_of_an_earlier_class_keeps_another_one_waiting(
     kind: str,
     slots: int,
     host_slots: int,
-    quantum: int,
+    time_slice: int,
     patience: int,
     flooding: int,
     prompt: int,
     late: list[tuple[int, int, bool]],
 ) -> None:
-    """Keys with the right to go first, whose requests never end, or are followed by others. A step takes a second."""
-    policy = Policy(host_slots=host_slots, quantum=quantum, patience=patience, max_running=slots + host_slots)
+    """Tenants with the right to go first, whose requests never end, or others come after. A step takes a second."""
+    policy = Policy(host_slots=host_slots, time_slice=time_slice, patience=patience, max_running=slots + host_slots)
     scheduler, runner, now = Scheduler(slots, 16, policy), FakeRunner(), 0.0
     flood: list[Sequence] = []
     others = [
@@ -305,7 +306,7 @@ def test_no_flood_of_an_earlier_class_keeps_another_one_waiting(
         scheduler.commit(step, runner.run(step.plan), now)
         flood[:] = [sequence for sequence in flood if sequence.finish_reason is None]
 
-    if kind == "suspended":
+    if kind == "swapped":
         scheduler.submit(others)
         while not all(other.times.scheduled is not None or other.finish_reason for other in others[:slots]):
             step = scheduler.plan(now)
@@ -313,21 +314,21 @@ def test_no_flood_of_an_earlier_class_keeps_another_one_waiting(
             scheduler.commit(step, runner.run(step.plan), now)
     for _ in range(10):
         advance()
-    if kind != "suspended":
+    if kind != "swapped":
         for other in others:
             other.arrived = now
         scheduler.submit(others)
     tokens = sum(len(other.prompt) + 3 for other in others)
-    bound = 3 * len(others) * (patience + 3 * quantum + 2 * prompt + 10 * flooding) + 10 * tokens
+    bound = 3 * len(others) * (patience + 3 * time_slice + 2 * prompt + 10 * flooding) + 10 * tokens
     for _ in range(bound):
         if all(other.finish_reason is not None for other in others):
             break
         advance()
-    assert all(other.finish_reason is not None for other in others), "no class waits for ever"
+    assert all(other.finish_reason is not None for other in others), "no priority waits for ever"
 
 
-def test_a_stream_of_a_later_class_that_no_step_has_room_for_has_its_turn() -> None:
-    """A hundred streams of the first class fill every step's time; a prompt and a stream of a later one run beside."""
+def test_a_stream_of_a_later_priority_that_no_step_has_room_for_is_scheduled() -> None:
+    """A hundred streams of the first priority fill every step's time; a prompt and a stream of a later one run too."""
     scheduler, runner, now = Scheduler(200, 16, Policy(target_step=0.02, patience=5.0)), FakeRunner(), 0.0
     later = make_sequence([1], 10_000, key="later", priority=7)
     prompt = make_sequence([2] * 200, 1, key="later", priority=7)
@@ -351,10 +352,10 @@ def test_a_stream_of_a_later_class_that_no_step_has_room_for_has_its_turn() -> N
     assert prompt.finish_reason is FinishReason.LENGTH
 
 
-def test_keys_that_hold_no_more_than_their_share_take_turns_for_the_last_place() -> None:
-    """One place on the device, three beside it. A key's stream runs, another's two are suspended, a third key comes:
-    nobody is above its share but the one whose turn is to come."""
-    scheduler, runner = Scheduler(1, 16, Policy(host_slots=3, quantum=1, max_running=4)), FakeRunner()
+def test_tenants_that_hold_no_more_than_their_share_take_time_slices_in_the_last_slot() -> None:
+    """One slot on the device, three beside it. A tenant's stream runs, another's two are swapped, a third tenant comes:
+    nobody is above its share but the one that is next."""
+    scheduler, runner = Scheduler(1, 16, Policy(host_slots=3, time_slice=1, max_running=4)), FakeRunner()
     streams = [make_sequence([number], 10_000, key=key) for number, key in enumerate("aab")]
     scheduler.submit(streams)
     third = make_sequence([9], 3, key="c")

@@ -45,7 +45,7 @@ class Waiting:
         return self
 
     def serve(self) -> str | None:
-        """The next one has its turn, its prompt is computed, and it ends."""
+        """The next one is scheduled, its prompt is computed, and it ends."""
         sequence = self.queue.peek(min((waiting.priority for waiting in self.queue), default=0))
         if sequence is None:
             return None
@@ -160,7 +160,7 @@ class Plain:
 
     def peek(self, first: int, now: float) -> Sequence | None:
         def rank(sequence: Sequence) -> tuple[int, float, int, float, int]:
-            queue = [other for other in self.waiting if other.line == sequence.line]
+            queue = [other for other in self.waiting if other.queue_key == sequence.queue_key]
             head = min(queue, key=lambda other: (other.standing.due, other.standing.arrival))
             aged = now - head.standing.served_at >= self.patience
             priority = first if aged else sequence.priority
@@ -343,15 +343,15 @@ class TestPrefixes:
 
 class TestPrefixCache:
     @given(st.lists(TOKENS.filter(bool), max_size=12), TOKENS.filter(bool))
-    def test_the_longest_beginning_is_found(self, kept: list[list[int]], prompt: list[int]) -> None:
+    def test_the_longest_prefix_is_found(self, cached: list[list[int]], prompt: list[int]) -> None:
         cache = PrefixCache()
-        for slot, tokens in enumerate(kept):
+        for slot, tokens in enumerate(cached):
             if cache.get("", pack(tokens), len(tokens)) is None:
                 cache.add("", pack(tokens), len(tokens), slot)
-        fitting = [len(tokens) for tokens in kept if len(tokens) < len(prompt) and prompt[: len(tokens)] == tokens]
+        fitting = [len(tokens) for tokens in cached if len(tokens) < len(prompt) and prompt[: len(tokens)] == tokens]
         found = cache.find("", pack(prompt), len(prompt) - 1)
         assert (0 if found is None else found.length) == max(fitting, default=0)
-        assert cache.find("another key", pack(prompt), len(prompt)) is None
+        assert cache.find("another namespace", pack(prompt), len(prompt)) is None
         for entry in list(cache):
             cache.drop(entry)
         assert cache.find("", pack(prompt), len(prompt)) is None
@@ -368,7 +368,7 @@ class TestPrefixCache:
         assert cache.least(on_device=False) is short is not fresh
 
 
-def test_the_cost_of_a_step_is_learned_in_spite_of_outliers_and_followed() -> None:
+def test_the_cost_of_a_step_is_learned_in_spite_of_outliers_and_tracked() -> None:
     draw, cost = random.Random(1), StepCost()
     for factor in (1.0, 3.0):
         for number in range(600):
@@ -405,8 +405,8 @@ def steps_to_grow(size: StepSize) -> int:
     return steps
 
 
-def test_answers_to_one_prompt_share_its_bytes() -> None:
-    sharing = Sharing(SlotAllocator(4, 0), keep=False, share_all=True, least=2)
+def test_completions_of_one_prompt_share_its_bytes() -> None:
+    sharing = Sharing(SlotAllocator(4, 0), cache_prefixes=False, share_all=True, least=2)
     prompts = [list(range(100)), list(range(100))]
     sequences = [make_sequence(prompt, 1) for prompt in prompts for _ in range(3)]
     packed = [sharing._packed(sequence) for sequence in sequences]

@@ -40,7 +40,7 @@ def run(scheduler: Scheduler, sequences: list[Sequence], spoil: int | None = Non
 
 @pytest.mark.parametrize("spoil", [None, 2])
 def test_each_gets_the_sum_over_its_whole_prompt_and_disturbs_nobody(spoil: int | None) -> None:
-    scheduler = Scheduler(6, 32, Policy(keep=True, host_slots=4))
+    scheduler = Scheduler(6, 32, Policy(cache_prefixes=True, host_slots=4))
     decoding = make_sequence(PROMPT[:40], 20)
     summed = [pooling(PROMPT), pooling(PROMPT), pooling(PROMPT[:1]), pooling(PROMPT[:2])]
     run(scheduler, [decoding, *summed], spoil)
@@ -62,7 +62,7 @@ def test_a_sum_that_is_not_finite_is_an_error() -> None:
     assert isinstance(delta.error, NotFinite)
 
 
-def test_a_token_that_ends_a_text_ends_its_answer_unseen() -> None:
+def test_a_token_that_ends_a_text_ends_its_completion_unseen() -> None:
     first, second, *_ = expected_tokens(PROMPT, 2)
     sequence = make_sequence(PROMPT, 20)
     sequence.stop_token_ids = frozenset({second})

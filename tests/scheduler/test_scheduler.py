@@ -110,14 +110,14 @@ def test_more_prompts_than_budget_all_get_through() -> None:
 
 def test_waiting_ones_get_slots_first_come_first_served() -> None:
     scheduler, runner = Scheduler(slots=2, prefill_tokens=64), FakeRunner()
-    sequences = [make_sequence([1, 2], 1, name=str(place)) for place in range(9)]
+    sequences = [make_sequence([1, 2], 1, name=str(index)) for index in range(9)]
     scheduler.submit(sequences)
     order = []
     while scheduler.has_work:
         planned = step(scheduler, runner)
         assert planned is not None
         order += sorted(sequence.id for sequence in planned.sequences)
-    assert order == [str(place) for place in range(9)]
+    assert order == [str(index) for index in range(9)]
 
 
 def test_a_failed_step_ends_only_its_own_sequences() -> None:
@@ -143,8 +143,8 @@ def test_a_fault_in_one_text_ends_that_request_alone() -> None:
 
 
 class TestTurns:
-    def test_a_key_with_one_request_is_served_within_a_turn(self) -> None:
-        scheduler, runner = Scheduler(4, 64, Policy(host_slots=4, quantum=8)), FakeRunner()
+    def test_a_tenant_with_one_request_is_served_within_a_time_slice(self) -> None:
+        scheduler, runner = Scheduler(4, 64, Policy(host_slots=4, time_slice=8)), FakeRunner()
         scheduler.submit(make_sequence([1, 2], 10_000, key="flood") for _ in range(100))
         for _ in range(20):
             step(scheduler, runner)
@@ -154,8 +154,8 @@ class TestTurns:
             step(scheduler, runner)
         assert drop.finish_reason is FinishReason.LENGTH
 
-    def test_places_go_by_weight(self) -> None:
-        policy = Policy(host_slots=12, quantum=4, weights={"heavy": 3.0})
+    def test_slots_go_by_weight(self) -> None:
+        policy = Policy(host_slots=12, time_slice=4, weights={"heavy": 3.0})
         scheduler, runner = Scheduler(8, 64, policy), FakeRunner()
         heavy, light = ([make_sequence([1], 10, key=key) for _ in range(300)] for key in ("heavy", "light"))
         scheduler.submit([*light, *heavy])
@@ -165,7 +165,7 @@ class TestTurns:
         assert 2.5 < done[0] / done[1] < 3.5
 
     def test_more_streams_than_slots_advance_alike(self) -> None:
-        scheduler, runner = Scheduler(3, 64, Policy(host_slots=8, max_running=9, quantum=4)), FakeRunner()
+        scheduler, runner = Scheduler(3, 64, Policy(host_slots=8, max_running=9, time_slice=4)), FakeRunner()
         streams = [make_sequence([number], 10_000) for number in range(9)]
         scheduler.submit(streams)
         for number in range(300):
@@ -174,7 +174,7 @@ class TestTurns:
         assert sum(counts) == 900
         assert max(counts) - min(counts) <= 3 * 4
 
-    def test_a_higher_class_takes_a_place_at_once(self) -> None:
+    def test_a_higher_priority_takes_a_slot_at_once(self) -> None:
         scheduler, runner = Scheduler(2, 64, Policy(host_slots=2)), FakeRunner()
         low = [make_sequence([1], 50, priority=3) for _ in range(2)]
         scheduler.submit(low)
@@ -190,9 +190,9 @@ class TestTurns:
 
 
 class TestSharing:
-    KEEP = Policy(keep=True, min_shared=4)
+    CACHING = Policy(cache_prefixes=True, min_shared=4)
 
-    def test_a_common_beginning_is_computed_once(self) -> None:
+    def test_a_common_prefix_is_computed_once(self) -> None:
         scheduler, runner = Scheduler(8, 1000, Policy(min_shared=4)), FakeRunner()
         stem = list(range(100))
         scheduler.submit(make_sequence([*stem, 200, number, 7], 1) for number in range(8))
@@ -209,7 +209,10 @@ class TestSharing:
 
     def test_another_one_does_not_wait_for_a_state_that_is_awaited(self) -> None:
         for host_slots in (0, 1, 2):
-            scheduler, runner = Scheduler(2, 1000, Policy(host_slots=host_slots, min_shared=4, quantum=8)), FakeRunner()
+            scheduler, runner = (
+                Scheduler(2, 1000, Policy(host_slots=host_slots, min_shared=4, time_slice=8)),
+                FakeRunner(),
+            )
             forks = [make_sequence([5] * 40, 1000) for _ in range(3)]
             scheduler.submit(forks)
             step(scheduler, runner)
@@ -218,10 +221,10 @@ class TestSharing:
             for _ in range(20):
                 step(scheduler, runner)
             assert other.finish_reason is FinishReason.LENGTH
-            assert sum(bool(fork.generated) for fork in forks) >= 2  # no place is idle while someone waits
+            assert sum(bool(fork.generated) for fork in forks) >= 2  # no slot is idle while someone waits
 
     def test_a_third_prompt_begins_where_two_others_parted(self) -> None:
-        scheduler, runner = Scheduler(8, 1000, self.KEEP), FakeRunner()
+        scheduler, runner = Scheduler(8, 1000, self.CACHING), FakeRunner()
         prompts = [[*range(60), number, 9, 9] for number in range(100, 103)]
         cached = []
         for prompt in prompts:
@@ -231,8 +234,8 @@ class TestSharing:
             cached.append(sequence.prefix.cached)
         assert cached == [0, 0, 60]
 
-    def test_the_next_turn_begins_at_the_end_of_the_answer(self) -> None:
-        scheduler, runner = Scheduler(8, 1000, self.KEEP), FakeRunner()
+    def test_the_next_turn_begins_at_the_end_of_the_completion(self) -> None:
+        scheduler, runner = Scheduler(8, 1000, self.CACHING), FakeRunner()
         first = make_sequence([1] * 20, 10)
         scheduler.submit([first])
         run_dry(scheduler, runner)
@@ -244,16 +247,16 @@ class TestSharing:
 
     def test_who_waits_for_one_that_leaves_goes_on_alone(self) -> None:
         scheduler, runner = Scheduler(4, 10, Policy(min_shared=4)), FakeRunner()
-        leader, follower = make_sequence([5] * 50, 4), make_sequence([5] * 50, 4)
-        scheduler.submit([leader, follower])
+        producer, waiter = make_sequence([5] * 50, 4), make_sequence([5] * 50, 4)
+        scheduler.submit([producer, waiter])
         step(scheduler, runner)
         assert (scheduler.running, scheduler.waiting) == (1, 1)
-        scheduler.abort([leader])
+        scheduler.abort([producer])
         run_dry(scheduler, runner)
-        assert follower.generated == expected_tokens([5] * 50, 4)
+        assert waiter.generated == expected_tokens([5] * 50, 4)
 
-    def test_running_sequences_come_before_what_is_kept(self) -> None:
-        scheduler, runner = Scheduler(4, 1000, self.KEEP), FakeRunner()
+    def test_running_sequences_come_before_what_is_cached(self) -> None:
+        scheduler, runner = Scheduler(4, 1000, self.CACHING), FakeRunner()
         for number in range(10):
             scheduler.submit([make_sequence([number] * 30, 3)])
             run_dry(scheduler, runner)
@@ -363,8 +366,8 @@ def test_small_requests_on_end_get_their_share_and_no_more() -> None:
 
 
 def test_prompts_of_a_class_do_not_throw_one_another_out() -> None:
-    """One place on the device, four beside it, and more that want one than there are."""
-    policy = Policy(host_slots=4, max_running=5, quantum=1, keep=True, share_all=True, min_shared=8)
+    """One slot on the device, four beside it, and more that want one than there are."""
+    policy = Policy(host_slots=4, max_running=5, time_slice=1, cache_prefixes=True, share_all=True, min_shared=8)
     scheduler, runner = Scheduler(1, 3, policy), FakeRunner()
     later = [make_sequence([0] * 12, 5, priority=1) for _ in range(6)]
     scheduler.submit(later)
@@ -396,7 +399,7 @@ def test_time_that_is_up_ends_who_waits_and_who_runs() -> None:
     assert not scheduler.has_work
 
 
-def test_who_ended_before_its_time_is_not_kept_until_then() -> None:
+def test_who_ended_before_its_time_is_not_held_until_then() -> None:
     scheduler, runner = Scheduler(1, 64), FakeRunner()
     early = make_sequence([1], 1, deadline=10.0)
     gone = weakref.ref(early.outbox)

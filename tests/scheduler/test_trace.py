@@ -1,4 +1,4 @@
-"""A trace tells what was asked and decided, not what was said; and can be played again."""
+"""A trace shows what was asked and decided, not what was said; and can be played again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def record(file: Path) -> None:
 def test_a_trace_can_be_played_again(tmp_path: Path) -> None:
     record(tmp_path / "trace")
     requests = replay(tmp_path / "trace")
-    assert [(len(request.prompt), request.answer) for request in requests] == [(41, 3 + number) for number in range(6)]
+    assert [(len(request.prompt), request.completion_tokens) for request in requests] == [
+        (41, 3 + number) for number in range(6)
+    ]
     assert common(pack(requests[0].prompt), pack(requests[1].prompt)) == 40 // BLOCK * BLOCK
     for policy in POLICIES:
         result = simulate(policy, requests, Cost(), slots=2, prefill=32, host=2)

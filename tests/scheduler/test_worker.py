@@ -60,12 +60,12 @@ async def test_every_token_reaches_its_mailbox_in_order() -> None:
     observer = FakeObserver()
     worker = Worker(Scheduler(slots=3, prefill_tokens=16), FakeRunner(), observer, max_queued=100)
     outboxes = [FakeOutbox() for _ in range(10)]
-    for place, outbox in enumerate(outboxes):
-        worker.submit([make_sequence([place] * (1 + 7 * place), 20, outbox=outbox)])
+    for index, outbox in enumerate(outboxes):
+        worker.submit([make_sequence([index] * (1 + 7 * index), 20, outbox=outbox)])
     await until(lambda: all(outbox.deltas and outbox.deltas[-1].finish_reason for outbox in outboxes))
     worker.close()
-    for place, outbox in enumerate(outboxes):
-        assert outbox.tokens == expected_tokens([place] * (1 + 7 * place), 20)
+    for index, outbox in enumerate(outboxes):
+        assert outbox.tokens == expected_tokens([index] * (1 + 7 * index), 20)
     assert (observer.tokens, observer.ends) == (200, 10)
 
 
@@ -95,7 +95,7 @@ async def test_a_request_that_fitted_once_fits_again_when_all_has_ended() -> Non
         worker.submit([make_sequence([1], 3, outbox=outbox) for _ in range(5)])
         await until(lambda outbox=outbox: len(outbox.tokens) == 15)  # type: ignore[misc]
         await until(lambda: worker.load.running == 0)
-    with pytest.raises(InvalidRequest, match="5 answers"):
+    with pytest.raises(InvalidRequest, match="5 completions"):
         worker.submit([make_sequence([1], 3) for _ in range(6)])
     worker.close()
 
@@ -176,7 +176,7 @@ async def test_closing_ends_what_still_runs() -> None:
     for outbox in outboxes:
         worker.submit([make_sequence([1], 3, outbox=outbox)])
     closing = asyncio.create_task(asyncio.to_thread(worker.close))
-    await until(lambda: not worker.alive)  # it is told to stop, and in its first step
+    await until(lambda: not worker.alive)  # it is asked to stop, and in its first step
     runner.may_run.release()
     await closing
     await until(lambda: all(outbox.deltas for outbox in outboxes))
@@ -198,8 +198,8 @@ async def test_a_mailbox_keeps_deltas_apart_for_a_reader_that_keeps_up_and_merge
     mailbox.put(0, Delta("a", [1]))
     mailbox.put(1, Delta("b", [2]))
     assert await mailbox.take() == [(0, Delta("a", [1])), (1, Delta("b", [2]))]
-    for place in range(1000):
-        mailbox.put(place % 2, Delta(str(place % 10), [place]))
+    for index in range(1000):
+        mailbox.put(index % 2, Delta(str(index % 10), [index]))
     mailbox.put(0, Delta("!", [7], FinishReason.LENGTH))
     deltas = await mailbox.take()
     assert len(deltas) == BACKLOG
@@ -225,7 +225,7 @@ async def test_failures_on_end_are_unhealthy_until_a_step_succeeds(caplog: pytes
     assert caplog.text.count("Traceback") == 1
 
 
-async def test_running_out_of_memory_is_told_and_loses_nobody(caplog: pytest.LogCaptureFixture) -> None:
+async def test_running_out_of_memory_is_reported_and_loses_nobody(caplog: pytest.LogCaptureFixture) -> None:
     class Small(FakeRunner):
         def run(self, plan: Plan) -> Outcome:
             if plan.tokens > 20:

@@ -14,7 +14,7 @@ from tests.scheduler.fakes import FakeRunner, expected_tokens, make_sequence
 
 STEM = [7 * at % 251 for at in range(60)]
 PROMPTS = st.lists(st.integers(0, 2), min_size=2, max_size=6)
-POLICY = {"keep": True, "share_all": True, "min_shared": 8}
+POLICY = {"cache_prefixes": True, "share_all": True, "min_shared": 8}
 
 
 def entry_of(tokens: list[int]) -> Entry:
@@ -137,7 +137,7 @@ class TestRule:
 
 
 class TestScheduler:
-    def test_answers_that_nobody_asks_to_go_on_stay_within_the_working_set(self) -> None:
+    def test_completions_that_nobody_asks_to_go_on_stay_within_the_working_set(self) -> None:
         engine = Engine(50, max_running=4, free_slots=8)
         for number in range(0, 120, 4):
             engine.ask(*(conversation(number + at) for at in range(4)))
@@ -178,7 +178,7 @@ class TestScheduler:
 
 class TestIdle:
     def test_free_slots_go_back_one_a_plan_once_they_are_idle_for_so_long(self) -> None:
-        engine = Engine(8, keep=False, idle_release=60.0)
+        engine = Engine(8, cache_prefixes=False, idle_release=60.0)
         engine.ask(*(conversation(number) for number in range(5)))
         assert engine.scheduler.release_due == 60.0
         engine.now = 59.0
@@ -193,7 +193,7 @@ class TestIdle:
         assert engine.touched == 1
 
     def test_a_slot_in_use_keeps_its_memory_while_others_lose_theirs(self) -> None:
-        engine = Engine(8, keep=False, idle_release=60.0)
+        engine = Engine(8, cache_prefixes=False, idle_release=60.0)
         for _ in range(3):
             engine.ask(*(conversation(number) for number in range(5)))
         for _ in range(100):
@@ -212,7 +212,7 @@ class TestIdle:
         assert engine.touched == len(engine.scheduler.sharing.cache) == engine.scheduler.allocator.working_set.size == 6
 
     def test_never_where_it_is_off(self) -> None:
-        engine = Engine(4, keep=False)
+        engine = Engine(4, cache_prefixes=False)
         engine.ask(conversation(1))
         engine.now = 1e9
         assert not engine.step()

@@ -1,8 +1,8 @@
-"""Changes scores as requests wish before tokens are drawn: bias, penalties, bans.
+"""Changes scores by sampling parameters before tokens are drawn: bias, penalties, bans.
 
 Only the entries that change are touched; a row without sampling parameters of this kind costs nothing. The order and
-the formulas are vLLM's: bias; then, on the tokens that came, the repetition penalty (prompt and answer), the frequency
-and the presence penalty (answer); then bans.
+the formulas are vLLM's: bias; then, on the tokens that came, the repetition penalty (prompt and completion), the
+frequency and the presence penalty (completion); then bans.
 
 What changes comes as arrays of int64 and float32 that requests keep, and is read where it lies. In main memory, a
 compiled loop goes over each row's entries: a row of 50,000 costs about a fifth of a millisecond. For a GPU, the entries
@@ -25,39 +25,39 @@ from bdh_batch.messages import Adjustment
 BANNED = -1e30  # what a banned token scores: below all that a bias or a penalty can do, and still finite
 _FARTHEST = 1e29  # from 0, that penalties can move a score
 
-Wishes = Sequence[tuple[int, Adjustment]]  # with the rows that are theirs
+RowProcessors = Sequence[tuple[int, Adjustment]]  # each with its row of the logits
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Longs = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def adjust(logits: Tensor, wishes: Wishes) -> None:
+def process_logits(logits: Tensor, processors: RowProcessors) -> None:
     """Changes rows of `logits` [rows, V] float32, in place."""
     if logits.device.type == "cpu":
-        adjust_in_main_memory(logits, wishes)
+        process_in_main_memory(logits, processors)
     else:
-        adjust_on_device(logits, wishes)
+        process_on_device(logits, processors)
 
 
-def adjust_in_main_memory(logits: Tensor, wishes: Wishes) -> None:
+def process_in_main_memory(logits: Tensor, processors: RowProcessors) -> None:
     """Row by row."""
     scores = logits.numpy()
-    for row, wish in wishes:
-        own, sampling = scores[row], wish.sampling
+    for row, processor in processors:
+        own, sampling = scores[row], processor.sampling
         if (bias := sampling.logit_bias) is not None:
             _add(own, np.frombuffer(bias.tokens, np.int64), np.frombuffer(bias.amounts, np.float32))
-        if wish.prompt:
-            _repeat(own, np.frombuffer(wish.prompt, np.int64), sampling.repetition_penalty)
-        if wish.generated:
+        if processor.prompt:
+            _repeat(own, np.frombuffer(processor.prompt, np.int64), sampling.repetition_penalty)
+        if processor.generated:
             _penalise(
                 own,
-                np.frombuffer(wish.generated, np.int64),
-                np.frombuffer(wish.times, np.int64),
-                np.frombuffer(wish.repeated, np.int64),
+                np.frombuffer(processor.generated, np.int64),
+                np.frombuffer(processor.times, np.int64),
+                np.frombuffer(processor.repeated, np.int64),
                 sampling.repetition_penalty,
                 sampling.frequency_penalty,
                 sampling.presence_penalty,
             )
-        if bans := wish.bans:
+        if bans := processor.bans:
             _ban(own, np.frombuffer(bans, np.int64))
 
 
@@ -104,27 +104,30 @@ def _ban(scores: Floats, tokens: Longs) -> None:
         scores[token] = BANNED
 
 
-def adjust_on_device(logits: Tensor, wishes: Wishes) -> None:
+def process_on_device(logits: Tensor, processors: RowProcessors) -> None:
     """The entries of all rows together."""
-    if biased := [(row, bias) for row, wish in wishes if (bias := wish.sampling.logit_bias) is not None]:
+    if biased := [(row, bias) for row, processor in processors if (bias := processor.sampling.logit_bias) is not None]:
         where = _entries(logits, [(row, bias.tokens) for row, bias in biased])
         logits[where] += _on(logits, [bias.amounts for _, bias in biased], torch.float32)
-    if repeating := [(row, wish) for row, wish in wishes if wish.prompt]:
-        where = _entries(logits, [(row, wish.prompt) for row, wish in repeating])
-        factors = [[wish.sampling.repetition_penalty] for _, wish in repeating]
-        (repetition,) = _for_each(logits, factors, [len(wish.prompt) for _, wish in repeating])
+    if repeating := [(row, processor) for row, processor in processors if processor.prompt]:
+        where = _entries(logits, [(row, processor.prompt) for row, processor in repeating])
+        factors = [[processor.sampling.repetition_penalty] for _, processor in repeating]
+        (repetition,) = _for_each(logits, factors, [len(processor.prompt) for _, processor in repeating])
         logits[where] = _moved_all(logits[where], repetition, 0.0)
-    if counting := [(row, wish) for row, wish in wishes if wish.generated]:
-        where = _entries(logits, [(row, wish.generated) for row, wish in counting])
+    if counting := [(row, processor) for row, processor in processors if processor.generated]:
+        where = _entries(logits, [(row, processor.generated) for row, processor in counting])
         times, repeated = (
-            _on(logits, [getattr(wish, name) for _, wish in counting], torch.int64) for name in ("times", "repeated")
+            _on(logits, [getattr(processor, name) for _, processor in counting], torch.int64)
+            for name in ("times", "repeated")
         )
-        of_row = [wish.sampling for _, wish in counting]
+        of_row = [processor.sampling for _, processor in counting]
         numbers = [[p.repetition_penalty, p.frequency_penalty, p.presence_penalty] for p in of_row]
-        repetition, frequency, presence = _for_each(logits, numbers, [len(wish.generated) for _, wish in counting])
+        repetition, frequency, presence = _for_each(
+            logits, numbers, [len(processor.generated) for _, processor in counting]
+        )
         repetition = torch.where(repeated > 0, 1.0, repetition)
         logits[where] = _moved_all(logits[where], repetition, frequency * times + presence)
-    if banned := [(row, bans) for row, wish in wishes if (bans := wish.bans)]:
+    if banned := [(row, bans) for row, processor in processors if (bans := processor.bans)]:
         logits[_entries(logits, banned)] = BANNED
 
 

@@ -1,4 +1,4 @@
-"""What a request wished outlasts whatever becomes of its state: suspension, and steps that ran out of memory."""
+"""Sampling parameters outlast whatever becomes of the state: preemption, and steps that ran out of memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TINY = Path(__file__).parents[1] / "data" / "conformance" / "tiny"
 CPU = torch.device("cpu")
 PROMPT = b"a prompt that takes more than one step " * 2
 STOPS = frozenset(range(0, 256, 3))
-WISHES = [
+PARAMS = [
     SamplingParams(temperature=0.7, seed=1, frequency_penalty=1.0, logprobs=2),
     SamplingParams(temperature=0.0, repetition_penalty=1.5, presence_penalty=0.4, logprobs=0),
     SamplingParams(temperature=1.0, seed=2, logit_bias=LogitBias.of({101: 4.0, 32: -100.0}), min_p=0.02),
@@ -33,24 +33,24 @@ WISHES = [
 
 
 def run(slots: int, running: int, faults: set[int]) -> list[Sequence]:
-    """All of WISHES on so many slots, by turns where more may run; the steps of `faults` run out of memory."""
+    """All of PARAMS on so many slots, in time slices where more may run; the steps of `faults` run out of memory."""
     model = load_model(TINY, torch.float32, CPU)
     runner = Runner(TorchKernels(model.weights), StatePool(model.config, slots, CPU, host_slots=8))
-    scheduler = Scheduler(slots, 32, Policy(host_slots=8, max_running=running, quantum=3))
+    scheduler = Scheduler(slots, 32, Policy(host_slots=8, max_running=running, time_slice=3))
     sequences = [
         Sequence(
             str(number),
             PROMPT,
             max_tokens=12,
-            sampling=wish,
+            sampling=params,
             text=TextStream(ByteTokenizer().decoder()),
             outbox=FakeOutbox(),
             min_tokens=9,
             stop_token_ids=STOPS,
-            adjustment=Adjustment.of(wish, PROMPT, distinct(STOPS), 9),
+            adjustment=Adjustment.of(params, PROMPT, distinct(STOPS), 9),
             score_prompt=2 if number == 0 else None,
         )
-        for number, wish in enumerate(WISHES)
+        for number, params in enumerate(PARAMS)
     ]
     scheduler.submit(sequences)
     for number in range(1000):

@@ -1,7 +1,7 @@
-"""What can be put under a load: a server, by `bench serve` over HTTP, and the engine in process.
+"""The systems under test: a server, by `bench serve` over HTTP, and the engine in process.
 
-Each takes a load and how many streams it has at once, and tells what `bench serve` calls `output_throughput` and
-`request_throughput`; a server, all else that it saves. The program ends where an answer is missing or not whole.
+Each takes a load and how many streams it has at once, and returns what `bench serve` calls `output_throughput` and
+`request_throughput`; a server, all else that it saves. The program ends where a completion is missing or not whole.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from benchmarks.simulate import Silent
 from benchmarks.static import Job
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 600  # of one turn; what takes longer hangs
+SECONDS = 600  # of one run; what takes longer hangs
 TEMPERATURE = 0.8
 Figures = dict[str, Any]
-Side = Callable[[Sequence[Request], int], Figures]  # a load, and how many streams it has at once
+System = Callable[[Sequence[Request], int], Figures]  # a load, and how many streams it has at once
 
 
 class Remote:
@@ -52,7 +52,7 @@ class Remote:
             found = self._bench(Path(folder), len(load), flags)
         if found["completed"] != len(load) or found["total_output_tokens"] != loads.tokens(load):
             sys.exit(
-                f"{found['completed']} of {len(load)} requests were answered, by {found['total_output_tokens']} of "
+                f"{found['completed']} of {len(load)} requests were completed, with {found['total_output_tokens']} of "
                 f"{loads.tokens(load)} tokens ({found['failures']}): no figure is worth printing."
             )
         return found
@@ -95,7 +95,7 @@ class InProcess:
             worker.close()
         wanted = [job.length for job in jobs]
         if crowd.lengths != wanted:
-            sys.exit("An answer in process has not its length: no figure is worth printing.")
+            sys.exit("A completion in process has not its length: no figure is worth printing.")
         return {"output_throughput": sum(wanted) / seconds, "request_throughput": len(jobs) / seconds}
 
 
