@@ -109,7 +109,7 @@ def _add_keys_commands(keys: argparse.ArgumentParser, common: argparse.ArgumentP
     file.add_argument("--file", type=Path, metavar="FILE", help="the file of keys (auth.api_keys_file)")
     actions = keys.add_subparsers(required=True, metavar="ACTION")
     add = actions.add_parser("add", parents=[file], help="make a key, and print it this once")
-    add.add_argument("--name", required=True, help="whose it is")
+    add.add_argument("--name", required=True, help="the owner's name")
     add.add_argument("--models", metavar="A,B", help="the models it may use; else all")
     add.add_argument("--weight", metavar="NUMBER", help="its share beside other keys; else 1")
     add.add_argument("--requests-per-minute", metavar="N", help="else rate_limiting.requests_per_minute")

@@ -151,7 +151,7 @@ def open_spans(settings: Settings, model_name: str) -> Spans | None:
     if endpoint is None:
         return None
     try:
-        from bdh_batch.observability.spans import Spans  # an extra: only who asks for spans needs it
+        from bdh_batch.observability.spans import Spans  # an extra: needed only where spans are exported
     except ImportError as error:
         text = f"OpenTelemetry is not installed ({error}); pip install 'bdh-batch[otel]'"
         raise ConfigError(f"telemetry.otlp_endpoint: {text}") from error

@@ -178,8 +178,8 @@ class Server(Section):
     )
     trusted_proxies: Proxies = Field(
         [],
-        description="Addresses and networks of proxies whose x-forwarded-for is believed; unix is who comes over "
-        "server.uds.",
+        description="Addresses and networks of proxies whose x-forwarded-for is believed; unix stands "
+        "for clients of server.uds.",
     )
     tls_cert: Path | None = Field(None, description="PEM file of the certificate and its chain; with it, HTTPS only.")
     tls_key: Path | None = Field(None, description="PEM file of its private key, without a passphrase.")
@@ -236,7 +236,7 @@ class Engine(Section):
         300.0,
         ge=0,
         allow_inf_nan=False,
-        description="Seconds after which main memory for states that nobody uses goes back to the system; 0 is never.",
+        description="Seconds after which main memory for unused states goes back to the system; 0 is never.",
     )
     threads: PositiveInt | None = Field(
         None, description="CPU threads that compute; null is one per core, as far as CPU quotas go."

@@ -96,7 +96,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._now = time.perf_counter()
         reader = self._reader
-        if reader is None:  # nobody asked: whatever it is, the next response would not begin where it should
+        if reader is None:  # no request was sent: the next response could not be found
             self.close()
             return
         self.responded = True

@@ -151,7 +151,7 @@ def peak_rate(completed: Sequence[Outcome]) -> float:
 
 
 def peak_concurrency(completed: Sequence[Outcome]) -> int:
-    """The most requests that were under way at one moment; who leaves makes room for who comes then."""
+    """The most requests that were under way at one moment; one that ends at it does not count."""
     changes = [(outcome.sent, 1) for outcome in completed] + [(outcome.ended, -1) for outcome in completed]
     running = most = 0
     for _, change in sorted(changes):

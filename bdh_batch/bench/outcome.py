@@ -2,7 +2,7 @@
 
 Kinds of failure, which are counted apart:
 
-connect_refused      nobody listens there
+connect_refused      no server listens there
 connect_failed       no connection for another reason: no such host, no route, no TLS, no more files
 timeout              the response was not whole within --request-timeout-sec
 http_N               a response with status N

@@ -1,4 +1,4 @@
-"""Random texts of a wanted length in tokens, whoever counts them."""
+"""Random texts of a wanted length in tokens, counted by any counter."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ AsyncStreams: Any = AsyncStream
 
 
 def _describe(method: Any, build: Callable[..., Any]) -> None:
-    """Gives `method` the docstring of `build`, and its parameters after `self`, for who looks at it."""
+    """Gives `method` the docstring of `build`, and its parameters after `self`, for introspection."""
     update_wrapper(method, build)
     signature = inspect.signature(build)
     own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)

@@ -140,7 +140,7 @@ class Sandbox:
         try:
             return await asyncio.shield(doing)
         except asyncio.CancelledError:
-            doing.add_done_callback(lambda done: done.cancelled() or done.exception())  # nobody else asks for it
+            doing.add_done_callback(lambda done: done.cancelled() or done.exception())  # no other task reads it
             asyncio.get_running_loop().call_later(GRACE_SECONDS, doing.cancel)
             raise
 
@@ -272,7 +272,7 @@ class _Process:
         raise Refused(said[1:].decode() or reasons.get(said[:1], "its process ended at its start"))
 
     def take_socket(self) -> socket.socket:
-        """Who takes it closes it."""
+        """The caller has to close it."""
         self._taken = True
         return self._socket
 

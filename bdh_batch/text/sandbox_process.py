@@ -45,7 +45,7 @@ SIGNALS = {
     signal.SIGPROF: TIMEOUT,
     signal.SIGALRM: TIMEOUT,
     signal.SIGABRT: MEMORY,  # how native code ends that is given none
-    signal.SIGKILL: MEMORY,  # by nobody here: the kernel was short of it
+    signal.SIGKILL: MEMORY,  # sent by the kernel, which was short of it
 }
 
 

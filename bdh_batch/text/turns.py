@@ -1,4 +1,4 @@
-"""Whose job is next: a bounded queue that is fair to tenants. Of a job it knows whose it is, and its size."""
+"""A bounded queue of jobs that is fair to tenants. Of a job it knows the tenant and the size."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Waiting:
 class Turns:
     """Gives turns to tenants one after the other, each tenant's in their order.
 
-    A full queue is full for those who fill it: a tenant with far fewer waiting jobs displaces the newest job of the
+    A full queue refuses the tenants that fill it: a tenant with far fewer waiting jobs evicts the newest job of the
     tenant that has most.
     """
 
@@ -106,7 +106,7 @@ class Turns:
                 first.turn.set_result(None)
 
     def _leave(self, tenant: str, mine: _Waiting) -> None:
-        """For one who does not wait any more; the turn may have come, or been refused, at the same moment."""
+        """Removes a job that does not wait any more; its turn may have come, or been refused, at the same moment."""
         if mine.turn.done() and not mine.turn.cancelled():
             if mine.turn.exception() is None:
                 self.give_back(tenant)

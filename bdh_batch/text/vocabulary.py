@@ -119,7 +119,7 @@ def byte_vocabulary(size: int, ends: Sequence[int] = ()) -> Vocabulary:
 
 
 def hugging_face_vocabulary(tokenizer: HuggingFaceTokenizer, size: int, ends: Sequence[int] = ()) -> Vocabulary | str:
-    """Of a model of `size` tokens, whose texts end with one of `ends`; or why no grammar can be followed."""
+    """Of a model of `size` tokens, whose texts end with one of `ends`; or why structured output is not supported."""
     texts = [tokenizer.text(token) for token in range(tokenizer.size)]
     if None in texts or not OF_UTF8.issubset(texts):
         log.warning("structured output is not available: %s", NO_BYTES)

@@ -266,8 +266,8 @@ async def test_a_generation_has_its_tenant() -> None:
     await quota.start(request_of(by_key(key)), backend, ask("a", priority=0))
     await quota.start(request_of(ANN), backend, ask("a", priority=5))
     owned, free = backend.started
-    assert (owned.key, owned.tenant, owned.weight) == (key.id, key.id, 3.0)
-    assert (free.key, free.tenant, free.weight) == ("", "ann", None)
+    assert (owned.cache_namespace, owned.tenant, owned.weight) == (key.id, key.id, 3.0)
+    assert (free.cache_namespace, free.tenant, free.weight) == ("", "ann", None)
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,1 @@
-"""Who asks, and what it may do: keys, hosts, rates."""
+"""Authentication and limits: keys, hosts, rates."""

@@ -1,4 +1,4 @@
-"""Who is let in, as plain ASGI: a caller is known by its key or its address, counted, and only then looked at."""
+"""Access control as plain ASGI: a caller is known by its key or address, and counted, before its request is read."""
 
 from __future__ import annotations
 

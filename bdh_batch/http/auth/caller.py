@@ -1,4 +1,4 @@
-"""Who asks: a key, or, where none is asked for or given, an address; and what it may do."""
+"""Callers: an API key, or, where none is required or given, an address; and what they may do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from starlette.types import Scope
 from bdh_batch.http.auth.keys import Key
 from bdh_batch.http.errors import Forbidden
 
-UNIX = "unix"  # who comes over a Unix socket has no address; in lists of networks, all of them
+UNIX = "unix"  # clients of a Unix socket have no address; in lists of networks, all of them
 NETWORK_BITS = 64  # of an IPv6 address: what is behind them is one customer's, who can take any of the rest
 
 

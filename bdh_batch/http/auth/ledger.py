@@ -33,7 +33,7 @@ REDIS_PREFIX = "bdh:rate:"
 
 
 class Unreachable(Exception):
-    """The Redis does not answer: whoever counts there counts elsewhere meanwhile."""
+    """Redis does not respond; requests are counted in memory meanwhile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Ledger(Protocol):
 
 
 class MemoryLedger:
-    """Takes constant time, and bounded memory: those who have taken nothing for a minute are forgotten.
+    """Takes constant time, and bounded memory: names that have taken nothing for a minute are forgotten.
 
     Where more than `most` names are known, new ones share `SHARED` logs until there are fewer: they are then refused
     too early perhaps, but never let past a limit.
@@ -72,7 +72,7 @@ class MemoryLedger:
     def __init__(self, clock: Callable[[], float] = time.monotonic, most: int = MOST_NAMES) -> None:
         self._clock = clock
         self._most = most
-        self._logs: OrderedDict[str | int, dict[int, int]] = OrderedDict()  # amounts by slot; who took last is last
+        self._logs: OrderedDict[str | int, dict[int, int]] = OrderedDict()  # amounts by slot; the most recent is last
 
     def __len__(self) -> int:
         return len(self._logs)
@@ -98,7 +98,7 @@ class MemoryLedger:
             log[grant.slot] -= amount
 
     def forget(self, most: int) -> None:
-        """Forgets up to `most` of those who have taken nothing for a minute."""
+        """Forgets up to `most` of those that have taken nothing for a minute."""
         slot = int(self._clock() * SLOTS)
         for _ in range(most):
             oldest = next(iter(self._logs), None)

@@ -19,7 +19,7 @@ class Quota:
 
     Args:
         max_prompt_tokens: of each prompt; None is no limit but the model's.
-        top_priority: the lowest `priority` of requests whose key has no right of its own to one.
+        top_priority: the lowest `priority` of requests whose key has no `top_priority`.
     """
 
     def __init__(self, rates: Rates, max_prompt_tokens: int | None, top_priority: int = 0) -> None:
@@ -28,7 +28,7 @@ class Quota:
         self._top_priority = top_priority
 
     async def start(self, request: Request, backend: Backend, requests: Sequence[GenerationRequest]) -> Generation:
-        """Starts all of `requests` for whoever sent `request`, or none.
+        """Starts all of `requests` for the caller of `request`, or none.
 
         Raises:
             InvalidRequest: a prompt that cannot be served, or more than the caller may ever have.

@@ -160,7 +160,7 @@ class Ledgers:
         return result
 
     def _tidy_later(self) -> None:
-        """Who has not come again is forgotten even if nobody else comes."""
+        """Callers that have not come again are forgotten even if no other request comes."""
         if len(self._here) and not self._tidying:
             self._tidying = True
             asyncio.get_running_loop().call_later(TIDY_SECONDS, self._tidy)

@@ -82,7 +82,7 @@ HEADERS: Json = {
     "x-request-id": _text_header("The client's own, if it sent a valid one, or a new one."),
     "openai-processing-ms": {"description": "Milliseconds until the response began.", "schema": {"type": "integer"}},
     "retry-after": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}},
-    "www-authenticate": _text_header("How to say who asks.", const="Bearer"),
+    "www-authenticate": _text_header("The authentication scheme.", const="Bearer"),
     **{name: _text_header("Where the caller stands, if it is limited.") for name in RATE_HEADERS},
 }
 PARAMETERS: Json = {
@@ -121,7 +121,7 @@ def _paths(known: Iterable[Endpoint], settings: Settings) -> Json:
 
 
 def _operation(operation: Endpoint, closed: bool, keys: bool) -> Json:
-    """`closed` to who has no key, where there are `keys`."""
+    """`closed`: whether it requires a key, where there are `keys`."""
     wanted = ["model"] if "{id}" in operation.path else []
     wanted += ["x-request-id", "x-request-timeout"] if operation.generates else ["x-request-id"]
     described: Json = {

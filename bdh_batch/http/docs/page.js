@@ -1,4 +1,4 @@
-// Sends what a form holds to the server that this page is from, and shows the answer as it comes.
+// Sends what a form holds to the server that this page is from, and shows the response as it comes.
 "use strict";
 
 async function send(form, shown) {

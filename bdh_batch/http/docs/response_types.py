@@ -22,7 +22,7 @@ class ResponseModel(BaseModel):
 class PromptTokensDetails(ResponseModel):
     """The part of the prompt that came from the prefix cache."""
 
-    cached_tokens: Count = Field(description="Tokens whose state was kept from earlier, and not computed again.")
+    cached_tokens: Count = Field(description="Tokens of the prompt that came from the prefix cache.")
 
 
 class Usage(ResponseModel):

@@ -30,7 +30,7 @@ class OffLoop:
         return Aside(self, tenant)
 
     async def run(self, tenant: str, work: Callable[[], T]) -> T:
-        """What `work` returns or raises. Who gives up waiting leaves the queue; work that has begun is finished."""
+        """What `work` returns or raises. A task that is cancelled leaves the queue; work that has begun is finished."""
         await self._turns.take(tenant, 0)
         outcome = in_daemon_thread(work, THREAD)
         outcome.add_done_callback(lambda _: self._turns.give_back(tenant))

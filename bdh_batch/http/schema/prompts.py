@@ -1,4 +1,4 @@
-"""Prompts as they come over the wire: their kinds, what is kept of them, and who may share what is computed of them."""
+"""Prompts as they come over the wire: their kinds, what is kept of them, and which share cached prefixes."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def _are_all(values: list[Any], kind: type) -> bool:
 
 
 def to_prompts(given: Sequence[str | Sequence[int]], add_special_tokens: bool | None) -> list[Text | Sequence[int]]:
-    """Who writes a whole prompt writes special tokens, too, where it spells them."""
+    """A whole prompt may contain special tokens, spelt as text."""
     special = add_special_tokens is not False
     return [Text(prompt, special) if isinstance(prompt, str) else prompt for prompt in given]
 

@@ -93,7 +93,7 @@ class Acceptor:
         patience = None if self._tls is None else self._site.limits.header_seconds
         try:
             await self._loop.connect_accepted_socket(protocol, taken, ssl=self._tls, ssl_handshake_timeout=patience)
-        except OSError as error:  # what came was no TLS, or it did not come in time, or nobody was there any more
+        except OSError as error:  # what came was no TLS, or it did not come in time, or the client had left
             log.debug("a connection was not opened: %s", error)
             ended()
         except BaseException:

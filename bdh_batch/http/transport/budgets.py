@@ -57,7 +57,7 @@ class BufferBudget:
     """Bounds the bytes of requests that all connections hold together.
 
     A body counts from its arrival until its request has been answered. When the budget is full, the largest requests
-    that have not come whole yet are refused, whoever's they are: small requests get in beside those that hold large
+    that have not come whole yet are refused, of any client: small requests get in beside those that hold large
     bodies open.
     """
 
@@ -173,7 +173,7 @@ class ConnectionBudget:
             del self._by_address[label]
 
     def _label(self, address: str) -> str:
-        """What connections count under; those of nobody in particular under the empty string."""
+        """What connections count under; those of no particular client under the empty string."""
         try:
             known = _unmapped(ip_address(address))
         except ValueError:
@@ -189,7 +189,7 @@ def _unmapped(address: IPv4Address | IPv6Address) -> IPv4Address | IPv6Address:
 
 
 def connections_within_descriptors(wanted: int | None) -> int:
-    """How many connections the process may have: `wanted`, or MOST_CONNECTIONS where nobody said, or as many as file
+    """How many connections the process may have: `wanted`, or MOST_CONNECTIONS where it is not set, or as many as file
     descriptors allow. Raises its limit of those as far as needed, and warns where fewer fit than are wanted."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     goal = wanted or MOST_CONNECTIONS

@@ -111,7 +111,7 @@ class Exchange:
         self.more_body = True
         self.started = False
         self.complete = False
-        self.gone = False  # there is nobody to answer
+        self.gone = False  # the client has left
 
     async def run(self, app: ASGIApp) -> None:
         try:
@@ -127,7 +127,7 @@ class Exchange:
 
     def feed(self, body: bytes) -> None:
         if self.complete or self._error is not None:
-            return  # nobody will ask for it
+            return  # the application will not read it
         self._body.append(body)
         self.size += len(body)
         self.unread += len(body)

@@ -196,7 +196,7 @@ def _refusal(host: str, port: int, error: OSError) -> ConfigError:
 
 
 def _clear(path: Path) -> None:
-    """Removes a socket at `path` that nobody listens at. Raises OSError: there is something else."""
+    """Removes a socket at `path` at which no process listens. Raises OSError: there is something else."""
     try:
         kind = path.lstat().st_mode
     except FileNotFoundError:
