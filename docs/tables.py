@@ -54,6 +54,7 @@ SERVED, DRAWN = Defaults(), SamplingParams()
 DEFAULTS: dict[str, str] = {
     "add_generation_prompt": "`true`",
     "best_of": "`n`",
+    "skip_special_tokens": "`true`",
     "ChatBody.add_special_tokens": "as the template",
     "TokenizeChat.add_special_tokens": "as the template",
     "add_special_tokens": "`true`",

@@ -92,6 +92,8 @@ class LocalGeneration:
 
     def abort(self) -> None:
         self._backend.abandon(self)
+        if self._open and self._failure is None:
+            self._failure = Delta(finish_reason=FinishReason.ABORT)
         ended, self._ended = self._ended, []
         for each in ended:
             each(self._tokens, self._failure)

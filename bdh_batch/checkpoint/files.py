@@ -24,7 +24,7 @@ from bdh_batch.system.documents import listed, read_json, shown
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUGGING_FACE_NAMES = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-TORCH_SUFFIXES = (".pt", ".pth")
+TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")
 WRAPPERS = ("model", "model_state_dict", "state_dict")  # where trainers put the state dict
 CONFIG_KEYS = ("model_args", "model_config", "config")  # and what it needs; the plain one may be of the whole training
 LARGEST_HEADER = 4 * 2**20  # bytes of a safetensors file: some 50,000 tensors

@@ -104,16 +104,31 @@ class ChatTemplate:
             InvalidRequest: the template refuses these messages, or takes too long or too much memory for them.
             QueueFull, Unavailable: not now.
         """
+        if not self._knows_developers:
+            conversation = _without_developers(conversation)
         try:
-            job = _job(conversation if self._knows_developers else _without_developers(conversation))
-        except orjson.JSONEncodeError as error:
-            raise InvalidRequest(f"messages: They cannot be encoded as JSON ({error}).", "messages") from error
-        try:
-            rendered = await self._sandbox.run(job, tenant, _decoded)
+            rendered = await self._rendered(conversation, tenant)
         except (Refused, JobFailed) as error:
-            raise InvalidRequest(f"messages: The chat template rejected them: {error}.", "messages") from error
+            objects = _with_objects(conversation)
+            if isinstance(error, JobFailed) or objects is None:
+                raise _rejected(error) from error
+            try:
+                rendered = await self._rendered(objects, tenant)
+            except (Refused, JobFailed) as again:
+                raise _rejected(again) from again
         add_special = self._add_special if conversation.add_special is None else conversation.add_special
         return Text(rendered.text, add_special, self._tokens if self._guards else None, rendered.ends)
+
+    async def _rendered(self, conversation: Conversation, tenant: str) -> Rendered:
+        try:
+            job = _job(conversation)
+        except orjson.JSONEncodeError as error:
+            raise InvalidRequest(f"messages: They cannot be encoded as JSON ({error}).", "messages") from error
+        return await self._sandbox.run(job, tenant, _decoded)
+
+
+def _rejected(error: Exception) -> InvalidRequest:
+    return InvalidRequest(f"messages: The chat template rejected them: {str(error).rstrip('.')}.", "messages")
 
 
 def open_template(
@@ -138,6 +153,23 @@ def open_template(
     except BaseException:
         sandbox.close()
         raise
+
+
+def _with_objects(conversation: Conversation) -> Conversation | None:
+    """The same with an object around arguments of calls that are text, being cut or no object: some templates go over
+    the names of all arguments, and reject text. None where there are no such arguments."""
+    messages: list[Mapping[str, Any]] = []
+    for message in conversation.messages:
+        calls = [_with_object(call) for call in message.get("tool_calls") or ()]
+        messages.append({**message, "tool_calls": calls} if calls else message)
+    return replace(conversation, messages=messages) if messages != list(conversation.messages) else None
+
+
+def _with_object(call: Mapping[str, Any]) -> Mapping[str, Any]:
+    function = call["function"]
+    if not isinstance(function["arguments"], str):
+        return call
+    return {**call, "function": {**function, "arguments": {"arguments": function["arguments"]}}}
 
 
 def _without_developers(conversation: Conversation) -> Conversation:

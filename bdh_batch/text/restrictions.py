@@ -83,6 +83,7 @@ class Restriction:
 
     def __init__(self, size: int, allowed: Iterable[int] | None, banned: Sequence[Sequence[int]]) -> None:
         self.banned = BannedSequences(banned)
+        self.param = "bad_words" if banned else "allowed_token_ids"  # what leaves no token, where none is left
         bits = bytearray(-(-size // 8)) if allowed is not None else bytearray(b"\xff") * -(-size // 8)
         for token in allowed or ():
             bits[token >> 3] |= 1 << (token & 7)
@@ -127,7 +128,8 @@ class RestrictedConstraint:
 
     def accept(self, token: int) -> bool:
         if self._stuck:
-            raise InvalidRequest("The completion cannot go on: bad_words and allowed_token_ids leave no token for it.")
+            param = self._restriction.param
+            raise InvalidRequest(f"The completion cannot go on: {param} leaves no token for it.", param)
         if self._inner is not None and not self._inner.accept(token):
             return False
         self._state = self._restriction.banned.after(self._state, token)

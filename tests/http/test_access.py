@@ -181,7 +181,7 @@ class TestKeys:
         assert response.headers["x-ratelimit-limit-tokens"] == "50"
         assert response.headers["x-ratelimit-remaining-tokens"] == "29"
         refused = ask(max_tokens=40)
-        assert "tokens a minute" in guarded.error(refused, 429)["message"]
+        assert "tokens per minute" in guarded.error(refused, 429)["message"]
         assert "requests a minute" in guarded.error(ask(), 429)["message"]
 
     def test_have_states_that_others_do_not_begin_with(self, guarded: Server, key: str) -> None:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from bdh_batch.http.schema.history import PastFunction
+
 if TYPE_CHECKING:
     from tests.conftest import Server
 
@@ -149,3 +151,12 @@ WIDE = {f"x{number}": 1 for number in range(1025)}
 def test_what_is_wrong_is_named(tiny: Server, message: dict[str, Any], param: str) -> None:
     reported = tiny.refusal({"messages": [message], "max_tokens": 1}, CHAT)["param"]
     assert reported == f"messages[0].{param}".rstrip(".")
+
+
+@pytest.mark.parametrize(
+    ("number", "kept"),
+    [("12345678901234567890123", False), ("0.1234567890123456789", False), ("9.90", True), ("7", True)],
+)
+def test_numbers_of_past_calls_are_as_they_were_written(number: str, kept: bool) -> None:
+    call = PastFunction.model_validate({"name": "f", "arguments": f'{{"x": {number}}}'})
+    assert call.arguments == ({"x": float(number)} if kept else f'{{"x": {number}}}')

@@ -339,7 +339,7 @@ def test_warnings_are_counted_while_they_are_kept(monkeypatch: pytest.MonkeyPatc
     for number in range(5):
         logger.warning("number %d", number)
     logger.info("not of interest")
-    reported = "(%d such warnings since the last one told)"
+    reported = "(%d such warnings since the last one logged)"
     assert heard == [f"number 0 {reported % 0}", f"number 3 {reported % 2}"]
 
 

@@ -92,6 +92,15 @@ async def test_a_developer_is_the_system_where_a_template_knows_none(source: str
     assert messages[0]["role"] == "developer"
 
 
+async def test_arguments_that_are_text_reach_templates_that_go_over_names() -> None:
+    names = "{% for k, v in c.function.arguments | items %}{{ k }}={{ v }};{% endfor %}"
+    source = "{% for c in messages[0].tool_calls %}" + names + "{% endfor %}"
+    cut = {"type": "function", "function": {"name": "f", "arguments": '{"a":'}}
+    whole = {"type": "function", "function": {"name": "f", "arguments": {"b": 1}}}
+    messages = [{"role": "assistant", "content": "", "tool_calls": [cut, whole]}]
+    assert await text(source, messages) == 'arguments={"a":;b=1;'
+
+
 @pytest.mark.parametrize(
     ("source", "reported"),
     [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from decimal import Decimal
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -25,9 +27,24 @@ def _arguments(value: object, info: ValidationInfo) -> object:
         return value
     if values is None or values == []:  # what PHP makes of an empty object
         return {}
-    return shallow(values) if isinstance(values, dict) else value
+    return shallow(values) if isinstance(values, dict) and _is_exact(values, value) else value
 
 
+def _is_exact(values: object, text: str) -> bool:
+    """Whether all numbers are as they were written: integers of more than 64 bits, for one, are read as floats."""
+    written: set[Decimal] | None = None
+    ahead = [values]
+    while ahead:
+        each = ahead.pop()
+        if isinstance(each, float):
+            written = {Decimal(number) for number in NUMBER.findall(text)} if written is None else written
+            if Decimal(repr(each)) not in written:
+                return False
+        ahead += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
+    return True
+
+
+NUMBER = re.compile(r"-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]{1,4})?")
 MOST_MEMBERS = AtMost("max_members")
 Arguments = Annotated[
     dict[str, Any] | str, PlainValidator(_arguments, json_schema_input_type=BodyText | FreeObject | None)

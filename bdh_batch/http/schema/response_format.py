@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import orjson
 from pydantic import BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
@@ -11,7 +11,7 @@ from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.request.sizes import AtMost, BodyText, FreeObject, FunctionLabel, from_string
-from bdh_batch.http.request.strict import Wire
+from bdh_batch.http.request.strict import Neutral, Wire
 from bdh_batch.text.sources import ANY_OBJECT, Source, from_choice, from_lark, from_regex, from_schema
 
 
@@ -92,6 +92,15 @@ class ResponseFormat(Wire):
 
 class StructuredOutputs(Wire):
     """The field `structured_outputs`, as in vLLM."""
+
+    # What vLLM's own class has beside these, with its defaults.
+    unsupported: ClassVar[Neutral] = {
+        **dict.fromkeys(("structural_tag", "whitespace_pattern", "_backend"), ()),
+        "disable_fallback": (False,),
+        "disable_any_whitespace": (False,),
+        "disable_additional_properties": (False,),
+        "_backend_was_auto": (False,),
+    }
 
     json_: Schema | None = Field(None, alias="json")
     regex: SchemaText | None = None
