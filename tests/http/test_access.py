@@ -182,7 +182,7 @@ class TestKeys:
         assert response.headers["x-ratelimit-remaining-tokens"] == "29"
         refused = ask(max_tokens=40)
         assert "tokens per minute" in guarded.error(refused, 429)["message"]
-        assert "requests a minute" in guarded.error(ask(), 429)["message"]
+        assert "requests per minute" in guarded.error(ask(), 429)["message"]
 
     def test_have_states_that_others_do_not_begin_with(self, guarded: Server, key: str) -> None:
         body = {"prompt": f"a text that nobody else sends, of which {key} makes much use " * 2, "max_tokens": 1}
