@@ -94,9 +94,8 @@ class Admission:
         now: float,
         last_priority: int | None = None,
     ) -> None:
-        """Takes in which sequences wait in the scheduler now, and no longer, how many slots are free, how many were
-        ever given, before
-        which priority one need not wait at all."""
+        """Takes in which sequences wait in the scheduler now, and no longer, how many slots are free and how many were
+        ever given, and before which priority one need not wait at all."""
         with self._lock:
             if self._updated is not None and len(self._backlog) > self._arriving:
                 seconds = now - self._updated

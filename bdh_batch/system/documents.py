@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -159,3 +159,15 @@ def _check_depth(values: object) -> None:
             return
     if any(isinstance(each, dict | list) for each in level):
         raise Malformed(f"nested more than {DEEPEST} deep")
+
+
+def values_in(root: object) -> Iterator[object]:
+    """`root` and every value in it, at whatever depth and without recursion. The keys of objects are none."""
+    ahead = [root]
+    while ahead:
+        each = ahead.pop()
+        yield each
+        if isinstance(each, Mapping):
+            ahead += each.values()
+        elif isinstance(each, list):
+            ahead += each

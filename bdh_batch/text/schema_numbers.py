@@ -15,6 +15,8 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any, TypeGuard
 
+from bdh_batch.system.documents import values_in
+
 EXACT = 2**53  # from there on, not every integer is a double
 LARGEST_INTEGER = 2**63 - 1024  # the largest double that 64 bits hold
 LARGEST_BOUND = 10**18  # the library cannot write more digits where the other bound is open
@@ -79,14 +81,8 @@ def digits_of(step: int | float) -> int:
 
 def check_constant(keyword: str, value: object) -> None:
     """Raises BadNumber where a number in `value`, at whatever depth, would be generated as another one."""
-    ahead = [value]
-    while ahead:
-        each = ahead.pop()
-        if isinstance(each, list):
-            ahead += each
-        elif isinstance(each, Mapping):
-            ahead += each.values()
-        elif _is_number(each) and not _is_exact_constant(each):
+    for each in values_in(value):
+        if _is_number(each) and not _is_exact_constant(each):
             raise BadNumber(keyword, f"the number {each} cannot be kept exactly; a string can")
 
 

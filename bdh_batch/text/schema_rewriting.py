@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
+from bdh_batch.system.documents import values_in
 from bdh_batch.text.schema_node import OWN, UNSATISFIABLE, Node, Path, pointer, says_nothing
 from bdh_batch.text.schema_numbers import LARGEST_STEP, BadNumber, check_constant, count
 from bdh_batch.text.schema_objects import merged, of_objects
@@ -163,14 +164,7 @@ class _Rewriting:
 
 
 def _objects(root: object) -> Iterator[Mapping[str, Any]]:
-    ahead = [root]
-    while ahead:
-        each = ahead.pop()
-        if isinstance(each, list):
-            ahead += each
-        elif isinstance(each, Mapping):
-            yield each
-            ahead += each.values()
+    return (each for each in values_in(root) if isinstance(each, Mapping))
 
 
 def _anchors(schema: Mapping[str, Any]) -> Iterator[str]:

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 
 from bdh_batch.http.request.sizes import AnyJson, AtMost, BodyText, FreeObject, Label, from_string
 from bdh_batch.http.request.strict import Open, shallow
+from bdh_batch.system.documents import values_in
 
 
 def _arguments(value: object, info: ValidationInfo) -> object:
@@ -33,14 +34,11 @@ def _arguments(value: object, info: ValidationInfo) -> object:
 def _is_exact(values: object, text: str) -> bool:
     """Whether all numbers are as they were written: integers of more than 64 bits, for one, are read as floats."""
     written: set[Decimal] | None = None
-    ahead = [values]
-    while ahead:
-        each = ahead.pop()
+    for each in values_in(values):
         if isinstance(each, float):
             written = {Decimal(number) for number in NUMBER.findall(text)} if written is None else written
             if Decimal(repr(each)) not in written:
                 return False
-        ahead += each.values() if isinstance(each, dict) else each if isinstance(each, list) else ()
     return True
 
 
