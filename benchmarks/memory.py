@@ -9,8 +9,11 @@ until the first `--requests` are answered, warm is the time until as many more a
 each second of the server's CPU time, which other work on the machine disturbs less. Then the server is left alone, and
 after `--idle` seconds (`engine.idle_release_seconds` is half of them) its memory is looked at again.
 
-On a server of its own, chats share a system prompt: the share of their prompts' tokens that were cached. On a virtual
-machine, memory that no process ever had costs more than any later; a first round takes it, which is not for quoting.
+On a server of its own, chats share a system prompt: the share of their prompts' tokens that were cached.
+
+On a virtual machine, memory that its host has to find first costs six times as much to touch as any later, whoever
+touches it. So before each server another process takes `--machine` of memory and ends; how long its first touch took,
+and a second, is in the report.
 
 Writes `memory.json`.
 """
@@ -22,6 +25,8 @@ import asyncio
 import json
 import mmap
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -139,10 +144,29 @@ async def shared_prompt(server: Served, chosen: argparse.Namespace) -> Figures:
     }
 
 
+TOUCH = """
+import mmap, sys, time
+for _ in range(2):
+    begin = time.perf_counter()
+    memory = mmap.mmap(-1, int(sys.argv[1]), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for page in range(0, len(memory), mmap.PAGESIZE):
+        memory[page] = 1
+    print(time.perf_counter() - begin)
+    memory.close()
+"""
+
+
+def touch(size: int) -> list[float]:
+    """Seconds that a process of its own takes to touch `size` bytes that are new to it: first, and once more."""
+    done = subprocess.run([sys.executable, "-c", TOUCH, str(size)], check=True, capture_output=True, text=True)
+    return [float(line) for line in done.stdout.split()]
+
+
 def measure(root: Path, options: Sequence[str], scenario: Callable[..., Any], chosen: argparse.Namespace) -> Figures:
+    touched = touch(chosen.machine)
     with served(*options, root=root) as server:
         found: Figures = uvloop.run(scenario(server, chosen))
-    return found
+    return {**found, "machine_touch_s": touched}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -158,6 +182,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--chats", type=int, default=100)
     parser.add_argument("--system", type=int, default=1024, help="tokens of the system prompt in common")
     parser.add_argument("--together", type=int, default=10, help="chats sent at once")
+    parser.add_argument("--machine", type=int, default=4 * 10**9, help="bytes that the machine has to have ready")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--set", nargs="*", default=[], metavar="OPTION=VALUE", help="of the servers")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -178,7 +203,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 report[name][scenario.__name__].append(found)
                 print(f"{name}, {scenario.__name__}: {json.dumps(found)}", flush=True)
     head = report_head(["torch", "numba", "uvicorn", "uvloop"])
-    asked = {name: getattr(chosen, name) for name in ("clients", "requests", "prompt", "tokens", "idle", "system")}
+    asked = {
+        name: getattr(chosen, name) for name in ("clients", "requests", "prompt", "tokens", "idle", "system", "machine")
+    }
     write_json(chosen.out / "memory.json", {**head, "asked": asked, **report})
 
 
