@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from io import StringIO
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from bdh_batch.errors import BDHError
 
@@ -23,12 +23,19 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class LogitBias:
-    """What is added to the logits of some tokens, each of which is there once. Made once for a request."""
+    """What is added to the logits of some tokens, each of which is there once. Made once for a request.
 
-    tokens: array[int]  # int64
-    amounts: array[float]  # float32
+    Args:
+        tokens: int64.
+        amounts: float32.
+    """
+
+    __slots__ = ("amounts", "tokens")
+
+    def __init__(self, tokens: array[int], amounts: array[float]) -> None:
+        self.tokens = tokens
+        self.amounts = amounts
 
     @classmethod
     def of(cls, amounts: Mapping[int, float]) -> LogitBias | None:
@@ -168,25 +175,51 @@ class Constraint(Protocol):
         """
 
 
+@runtime_checkable
 class Grammar(Protocol):
     """A compiled grammar for the structured output of a request."""
+
+    warnings: Sequence[Mapping[str, str]]  # what was left out of it, which completions may not keep to
 
     def constraint(self, early: float) -> Constraint:
         """For one completion, which is still empty, and before `early` tokens ends only where nothing can follow."""
 
 
 @dataclass(frozen=True, slots=True)
-class GenerationRequest:
-    """One sequence to generate: a prompt as text or token ids, and when to stop.
+class Prompt:
+    """A prompt as tokens that are known to be the model's."""
 
-    With `pool` nothing is generated: the response is the sum of the final hidden vectors of the prompt's tokens.
-    """
+    tokens: Sequence[int]
+    param: str = "prompt"  # the field of the client's request that an error about it names
+    breaks: tuple[int, ...] = ()  # positions, ascending, of prefixes that other prompts are likely to have
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a request comes from: its id, whose it is, and what its HTTP head says of it."""
 
     id: str
-    prompt: Text | Sequence[int]
+    tenant: str = ""  # whose share of the machine it uses; without API keys, one for each address
+    weight: float | None = None  # of that share; None leaves it to the settings
+    cache_namespace: str = ""  # an opaque label; only requests with the same one share cached prefixes
+    timeout: float | None = None  # seconds from its arrival to its end; None leaves it to the settings
+    span: object | None = None  # of the client's request, where spans are made; only they look into it
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """A client's request, complete: `n` sequences for each of its prompts, one after the other, and when they stop.
+
+    Without `sampling` nothing is generated: the response is the sum of the final hidden vectors of a prompt's tokens.
+    """
+
+    origin: Origin
+    prompts: Sequence[Prompt]
     max_tokens: int
     max_tokens_param: str | None = "max_tokens"  # the field that said so; None where it is a default, which gives way
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams | None = None  # but for the seeds
+    seeds: Sequence[int] = (0,)  # one for each sequence
+    n: int = 1
     stop: tuple[str, ...] = ()
     stop_before: str = ""  # a text from which on nothing is a stop string
     stop_token_ids: tuple[int, ...] = ()
@@ -197,25 +230,19 @@ class GenerationRequest:
     allowed_token_ids: tuple[int, ...] | None = None  # the only tokens that may be generated; None is any
     show_special: bool = False  # whether the text shows special tokens
     score_prompt: int | None = None  # likeliest tokens with each score of the prompt's tokens; None scores none
-    truncate: int | None = None  # so many of the prompt's last tokens are kept; -1 is as many as there is room for
-    prompt_param: str = "prompt"  # the field of the client's request that an error about the prompt names
-    n: int = 1  # choices for its prompt, of which this is one
-    cache_namespace: str = ""  # an opaque label; only requests with the same one share cached prefixes
-    salt: str = ""  # requests of different salts share no prefixes
-    tenant: str = ""  # whose share of the machine it uses; without API keys, one for each address
-    weight: float | None = None  # of that share; None leaves it to the settings
-    priority: int = 0  # lower goes first
-    timeout: float | None = None  # seconds from its arrival to its end; None leaves it to the settings
-    breaks: tuple[int, ...] = ()  # positions, ascending, of prefixes that other prompts are likely to have
-    pool: bool = False
     grammar: Grammar | None = None  # of its structured output
-    span: object | None = None  # of the client's request, where spans are made; only they look into it
+    salt: str = ""  # requests of different salts share no prefixes
+    priority: int = 0  # lower goes first
 
     @property
-    def tokens(self) -> Sequence[int]:
-        """The prompt, once it is tokenized."""
-        assert not isinstance(self.prompt, Text)
-        return self.prompt
+    def prompt_tokens(self) -> int:
+        """Of all prompts. One counts once, however many sequences it has, as in `usage`."""
+        return sum(len(prompt.tokens) for prompt in self.prompts)
+
+    @property
+    def most_tokens(self) -> int:
+        """Those of its prompts, and all that could be generated."""
+        return self.prompt_tokens + len(self.prompts) * self.n * self.max_tokens
 
 
 @dataclass(slots=True)

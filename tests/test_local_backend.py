@@ -11,7 +11,8 @@ import pytest
 from bdh_batch.backends import local
 from bdh_batch.backends.local import LocalBackend
 from bdh_batch.errors import InvalidRequest
-from bdh_batch.messages import GenerationRequest, LogitBias, SamplingParams, Text
+from bdh_batch.http.schema.requests import CompletionBody, Defaults
+from bdh_batch.messages import GenerationRequest, LogitBias, Origin, Prompt, SamplingParams, Text
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.text.tokenizer import ByteTokenizer
 
@@ -32,10 +33,12 @@ def backend_of(engine: Any, vocabulary: int = 256, max_model_len: int | None = N
     return LocalBackend(engine, ByteTokenizer(), vocabulary, max_model_len, 60.0)
 
 
-def requests(**changes: Any) -> list[GenerationRequest]:
-    """As the front door makes them: what is the same for all is shared."""
-    prompts = [Text(f"prompt {number} " * 8) for number in range(PROMPTS)]
-    return [GenerationRequest("r", prompt, 10, n=CHOICES, **changes) for prompt in prompts for _ in range(CHOICES)]
+def request(**changes: Any) -> GenerationRequest:
+    prompts = [Prompt(f"prompt {number} ".encode() * 8) for number in range(PROMPTS)]
+    seeds = tuple(range(PROMPTS * CHOICES))
+    return GenerationRequest(
+        Origin("r"), prompts, 10, **{"sampling": SamplingParams(), "seeds": seeds, "n": CHOICES, **changes}
+    )
 
 
 class Turns:
@@ -68,9 +71,9 @@ async def test_two_thousand_sequences_share_what_does_not_differ(monkeypatch: py
     monkeypatch.setattr(LocalBackend, "_knows", counted)
     sampling = SamplingParams(repetition_penalty=1.2, logit_bias=LogitBias.of({5: 1.0}))
     stops = tuple(range(200))
-    asked = requests(sampling=sampling, stop=("END",) * 16, stop_token_ids=stops, min_tokens=2)
-    await backend.generate(await backend.tokenized(asked))
-    assert len(engine.sequences) == PROMPTS * CHOICES
+    asked = request(sampling=sampling, stop=("END",) * 16, stop_token_ids=stops, min_tokens=2)
+    await backend.generate(asked)
+    assert [each.sampling.seed for each in engine.sequences if each.sampling] == list(asked.seeds)
     assert sorted(checked) == [1, len(stops)]  # the bias and the stop tokens: once, not for each sequence
     first, *others = engine.sequences
     assert first.adjustment is not None
@@ -88,14 +91,9 @@ async def test_two_thousand_sequences_share_what_does_not_differ(monkeypatch: py
 async def test_others_have_their_turn_while_two_thousand_sequences_are_made() -> None:
     engine = Engine()
     backend = backend_of(engine)
-    asked = requests()
     turns = Turns()
-    tokenized = await backend.tokenized(asked)
-    between = turns.taken
-    await backend.generate(tokenized)
-    slices = PROMPTS * CHOICES // local.SLICE
-    assert between >= slices // 2
-    assert turns.end() - between >= slices // 2
+    await backend.generate(request())
+    assert turns.end() >= PROMPTS * CHOICES // local.SLICE // 2
 
 
 @pytest.mark.parametrize(
@@ -111,7 +109,7 @@ async def test_a_token_that_is_not_the_models_is_named_and_nothing_starts(change
     engine = Engine()
     backend = backend_of(engine)
     with pytest.raises(InvalidRequest) as refused:
-        await backend.generate(await backend.tokenized(requests(**changes)))
+        await backend.generate(request(**changes))
     assert refused.value.param == param
     assert not engine.sequences
     assert backend.load() == 0
@@ -129,53 +127,48 @@ async def test_many_short_prompts_are_tokenized_off_the_event_loop_as_one_long_o
 
     monkeypatch.setattr(asyncio, "to_thread", counted)
     backend = backend_of(Engine())
-    short = [GenerationRequest("r", Text("a" * 1000), 1)]
-    await backend.tokenized(short)
+    await backend.tokenized([("prompt", Text("a" * 1000))])
     assert not aside
-    done = await backend.tokenized([GenerationRequest("r", Text("a" * 1000), 1) for _ in range(PROMPTS)])
+    done = await backend.tokenized([("prompt", Text("a" * 1000)) for _ in range(PROMPTS)])
     assert len(aside) == 1
     assert [len(each.tokens) for each in done] == [1000] * PROMPTS
 
 
 @pytest.mark.parametrize(
-    ("max_model_len", "max_tokens", "asked", "truncate", "kept"),
+    ("max_model_len", "max_tokens", "default", "truncate", "kept"),
     [
-        (None, 5, True, -1, 40),
-        (None, 5, True, 7, 7),
-        (20, 5, True, -1, 15),
-        (20, 0, True, -1, 20),
-        (20, 256, False, -1, 10),  # a default gives way, but not to one token
-        (20, 2, False, -1, 18),
-        (20, 5, True, 3, 3),
-        (100, 5, True, -1, 40),
-        (100, 5, True, None, 40),
+        (None, 5, 256, -1, 40),
+        (None, 5, 256, 7, 7),
+        (20, 5, 256, -1, 15),
+        (20, 0, 256, -1, 20),
+        (20, None, 256, -1, 10),  # a default gives way, but not to one token
+        (20, None, 2, -1, 18),
+        (20, 5, 256, 3, 3),
+        (100, 5, 256, -1, 40),
+        (100, 5, 256, None, 40),
     ],
 )
 async def test_a_prompt_is_cut_to_what_leaves_room_for_its_response(
-    max_model_len: int | None, max_tokens: int, asked: bool, truncate: int | None, kept: int
+    max_model_len: int | None, max_tokens: int | None, default: int, truncate: int | None, kept: int
 ) -> None:
     text = "".join(map(chr, range(60, 100)))
-    request = GenerationRequest(
-        "r", Text(text, ends=(10, 35)), max_tokens, "max_tokens" if asked else None, truncate=truncate
-    )
-    (cut,) = await backend_of(Engine(), max_model_len=max_model_len).tokenized([request])
+    body = CompletionBody(prompt=[text], max_tokens=max_tokens, truncate_prompt_tokens=truncate, echo=True)
+    last = body.last_tokens(Defaults(default), max_model_len)
+    (cut,) = await backend_of(Engine()).tokenized([("prompt", Text(text, ends=(10, 35)))], last)
     assert bytes(cut.tokens).decode() == text[-kept:]
     assert cut.breaks == tuple(at - 40 + kept for at in (10, 35) if at > 40 - kept)
 
 
-async def test_no_prompt_is_cut_to_more_than_the_model_takes() -> None:
-    request = GenerationRequest("r", Text("a"), 5, truncate=21)
+def test_no_prompt_is_cut_to_more_than_the_model_takes() -> None:
     with pytest.raises(InvalidRequest) as caught:
-        await backend_of(Engine(), max_model_len=20).tokenized([request])
+        CompletionBody(prompt=["a"], truncate_prompt_tokens=21).last_tokens(Defaults(), 20)
     assert caught.value.param == "truncate_prompt_tokens"
 
 
 async def test_bad_words_are_looked_up_and_checked_once_for_all_responses() -> None:
     engine = Engine()
-    asked = requests(bad_words=("ab", "c"), allowed_token_ids=(*b"abcd",))
-    backend = backend_of(engine)
-    await backend.generate(await backend.tokenized(asked))
+    await backend_of(engine).generate(request(bad_words=("ab", "c"), allowed_token_ids=(*b"abcd",)))
     constraints = [sequence.constraint for sequence in engine.sequences]
-    assert len({id(each) for each in constraints}) == len(asked)
+    assert len({id(each) for each in constraints}) == PROMPTS * CHOICES
     masks = {each.mask() for each in constraints if each is not None}
     assert masks == {sum(1 << token for token in b"abd").to_bytes(32, "little")}

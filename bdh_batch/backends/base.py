@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol
 
-from bdh_batch.messages import Delta, GenerationRequest, Text
+from bdh_batch.messages import Delta, GenerationRequest, Prompt, Text
 from bdh_batch.text.tokenizer import Tokenizer
+
+Unread = tuple[str, Text | Sequence[int]]  # a prompt as it came, behind the field that it came in
 
 # Tokens that were generated, and the end of the first sequence that failed or was aborted, if one was.
 Ended = Callable[[int, Delta | None], None]
@@ -41,15 +43,18 @@ class Backend(Protocol):
     def tokenizer(self) -> Tokenizer:
         """The model's, for what is reported of single tokens."""
 
-    async def tokenized(self, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
-        """The same with checked token ids for prompts. Raises InvalidRequest: one cannot be served."""
-
-    async def generate(self, requests: Sequence[GenerationRequest]) -> Generation:
-        """Starts all of `requests`, whose prompts are tokens, or none. They are those of one client's request: apart
-        from prompts and seeds, what holds for the first holds for all.
+    async def tokenized(self, prompts: Sequence[Unread], last: int | None = None) -> list[Prompt]:
+        """The prompts as tokens, each the `last` of them only where that is said.
 
         Raises:
-            InvalidRequest: a prompt that cannot be served.
+            InvalidRequest: there is no tokenizer, or a prompt that is empty, or has a token that is not the model's.
+        """
+
+    async def generate(self, request: GenerationRequest) -> Generation:
+        """Starts all of its sequences, or none.
+
+        Raises:
+            InvalidRequest: one that cannot be served.
             QueueFull, Unavailable: not now.
         """
 

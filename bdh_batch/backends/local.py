@@ -9,11 +9,11 @@ from collections.abc import AsyncIterator, Callable, Sequence as Many
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
-from bdh_batch.backends.base import Ended
+from bdh_batch.backends.base import Ended, Unread
 from bdh_batch.engine.mailbox import Mailbox
 from bdh_batch.engine.worker import Load, shutting_down
 from bdh_batch.errors import BDHError, ContextLengthExceeded, InvalidRequest
-from bdh_batch.messages import NO_TOKENS, Adjustment, Delta, FinishReason, GenerationRequest, Text, distinct
+from bdh_batch.messages import NO_TOKENS, Adjustment, Delta, FinishReason, GenerationRequest, Prompt, Text, distinct
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.text.restrictions import Restriction, sequences_of
 from bdh_batch.text.stop_strings import StopStrings
@@ -140,35 +140,25 @@ class LocalBackend:
         self._idle = asyncio.Event()
         self._idle.set()
 
-    async def tokenized(self, requests: Many[GenerationRequest]) -> list[GenerationRequest]:
-        # A prompt that several share is tokenized once.
-        prompts = {id(each.prompt): each for each in requests}
-        size = sum(map(_size, prompts.values()))
-        known = await self._off_the_loop(size, self._tokens_of, list(prompts.values()))
-        found = dict(zip(prompts, known))
-        done = []
-        for made, each in enumerate(requests):
-            await breathe(made)
-            tokens, breaks = found[id(each.prompt)]
-            done.append(replace(each, prompt=tokens, breaks=breaks))
-        return done
+    async def tokenized(self, prompts: Many[Unread], last: int | None = None) -> list[Prompt]:
+        size = sum(len(prompt.text if isinstance(prompt, Text) else prompt) for _, prompt in prompts)
+        return await self._off_the_loop(size, lambda: [self._prompt(*each, last) for each in prompts])
 
-    async def generate(self, requests: Many[GenerationRequest]) -> LocalGeneration:
-        mailbox, first = Mailbox(), requests[0]
-        shared = await self._shared(first)
+    async def generate(self, request: GenerationRequest) -> LocalGeneration:
+        mailbox, shared = Mailbox(), await self._shared(request)
         sequences: list[Sequence] = []
-        adjustment, prompt = None, None
-        for made, each in enumerate(requests):
-            await breathe(made)
-            if each.tokens is not prompt:
-                prompt = each.tokens
-                adjustment = Adjustment.of(first.sampling, prompt, shared.banned, first.min_tokens)
-                if len(prompt) > LONG:
-                    await asyncio.sleep(0)
-            elif adjustment is not None:
-                adjustment = adjustment.afresh()
-            sequences.append(self._sequence(each, made, mailbox, shared, adjustment))
-        timeouts = [seconds for seconds in (self._timeout, first.timeout) if seconds is not None]
+        for prompt in request.prompts:
+            sampling, room = request.sampling, self._max_tokens(request, prompt)
+            first = (
+                None if sampling is None else Adjustment.of(sampling, prompt.tokens, shared.banned, request.min_tokens)
+            )
+            for choice in range(request.n):
+                await breathe(len(sequences))
+                adjustment = first if first is None or choice == 0 else first.afresh()
+                sequences.append(self._sequence(request, prompt, room, len(sequences), mailbox, shared, adjustment))
+            if len(prompt.tokens) > LONG:
+                await asyncio.sleep(0)
+        timeouts = [seconds for seconds in (self._timeout, request.origin.timeout) if seconds is not None]
         self._engine.submit(sequences, self._queue_timeout, min(timeouts, default=None))
         generation = LocalGeneration(sequences, mailbox, self)
         self._running.add(generation)
@@ -219,7 +209,8 @@ class LocalBackend:
 
     async def _shared(self, request: GenerationRequest) -> Shared:
         """Raises InvalidRequest where a token is not the model's, or nothing could be said."""
-        if (bias := request.sampling.logit_bias) is not None and not self._knows(bias.tokens):
+        bias = None if request.sampling is None else request.sampling.logit_bias
+        if bias is not None and not self._knows(bias.tokens):
             token = next(token for token in bias.tokens if not self._knows([token]))
             self._check([token], f"logit_bias.{token}")
         if not self._knows(request.stop_token_ids):
@@ -260,6 +251,8 @@ class LocalBackend:
     def _sequence(
         self,
         request: GenerationRequest,
+        prompt: Prompt,
+        max_tokens: int,
         index: int,
         mailbox: Mailbox,
         shared: Shared,
@@ -269,11 +262,12 @@ class LocalBackend:
         constraint = None if request.grammar is None else request.grammar.constraint(_early(request))
         if shared.restriction is not None:
             constraint = shared.restriction.constraint(constraint)
+        sampling, origin = request.sampling, request.origin
         return Sequence(
-            id=request.id,
-            prompt=request.tokens,
-            max_tokens=self._max_tokens(request, len(request.tokens)),
-            sampling=None if request.pool else request.sampling,
+            id=origin.id,
+            prompt=prompt.tokens,
+            max_tokens=max_tokens,
+            sampling=None if sampling is None else replace(sampling, seed=request.seeds[index]),
             text=TextStream(decoder, shared.stop, request.include_stop, request.min_tokens, request.stop_before),
             outbox=mailbox,
             index=index,
@@ -282,49 +276,30 @@ class LocalBackend:
             stop_token_ids=shared.stop_token_ids,
             show_stop_token=request.include_stop,
             score_prompt=request.score_prompt,
-            pool=request.pool,
-            breaks=request.breaks,
+            pool=sampling is None,
+            breaks=prompt.breaks,
             constraint=constraint,
             adjustment=adjustment,
-            key=request.cache_namespace,
+            key=origin.cache_namespace,
             salt=request.salt,
-            tenant=request.tenant,
-            weight=request.weight,
+            tenant=origin.tenant,
+            weight=origin.weight,
             priority=request.priority,
-            span=request.span,
+            span=origin.span,
         )
 
-    def _tokens_of(self, requests: Many[GenerationRequest]) -> list[tuple[Many[int], tuple[int, ...]]]:
-        """Each one's prompt as tokens, and where likely prefixes of it end."""
-        return [self._truncated(each, *self._tokens(each.prompt, each.prompt_param, each.breaks)) for each in requests]
-
-    def _truncated(
-        self, request: GenerationRequest, tokens: Many[int], breaks: tuple[int, ...]
-    ) -> tuple[Many[int], tuple[int, ...]]:
-        """As many of a prompt's last tokens as the request wants. Raises InvalidRequest: more than the model takes."""
-        most, room = request.truncate, self._max_model_len
-        if most is None or (most < 0 and room is None):
-            return tokens, breaks
-        if room is not None and most > room:
-            text = f"truncate_prompt_tokens is more than the {room} tokens that this model takes (model.max_model_len)."
-            raise InvalidRequest(text, "truncate_prompt_tokens")
-        if most < 0 and room is not None:
-            completion = request.max_tokens if request.max_tokens_param else min(request.max_tokens, room // 2)
-            most = max(1, room - completion)
-        begin = len(tokens) - most
-        return (tokens, breaks) if begin <= 0 else (tokens[begin:], tuple(at - begin for at in breaks if at > begin))
-
-    def _tokens(
-        self, prompt: Text | Many[int], param: str, breaks: tuple[int, ...]
-    ) -> tuple[Many[int], tuple[int, ...]]:
-        tokens = prompt
+    def _prompt(self, param: str, prompt: Text | Many[int], last: int | None) -> Prompt:
+        tokens: Text | Many[int] = prompt
+        breaks: tuple[int, ...] = ()
         if isinstance(tokens, Text):
             tokens, breaks = self._encode(tokens, param)
         else:
             self._check(tokens, param)
         if not tokens:
             raise InvalidRequest(f"{param}: Input should not be empty.", param)
-        return tokens, breaks
+        if last is None or (begin := len(tokens) - last) <= 0:
+            return Prompt(tokens, param, breaks)
+        return Prompt(tokens[begin:], param, tuple(at - begin for at in breaks if at > begin))
 
     def _encode(self, prompt: Text, param: str) -> tuple[Many[int], tuple[int, ...]]:
         try:
@@ -346,15 +321,16 @@ class LocalBackend:
         """In a thread, where it would hold up everyone else."""
         return await asyncio.to_thread(work, *arguments) if size > LONG else work(*arguments)
 
-    def _max_tokens(self, request: GenerationRequest, prompt: int) -> int:
-        """How many tokens the completion of a prompt of so many may have."""
+    def _max_tokens(self, request: GenerationRequest, of: Prompt) -> int:
+        """How many tokens the completion of a prompt may have."""
         if self._max_model_len is None:
             return request.max_tokens
+        prompt = len(of.tokens)
         room = self._max_model_len - prompt
         if room < min(1, request.max_tokens):
             room_for = "leave no room for a completion within" if request.max_tokens else "exceed"
             text = f"{prompt} prompt tokens {room_for} this server's {self._max_model_len}."
-            raise ContextLengthExceeded(text, request.prompt_param)
+            raise ContextLengthExceeded(text, of.param)
         if request.max_tokens_param is not None and request.max_tokens > room:
             text = f"{prompt} prompt tokens and {request.max_tokens} to generate exceed {self._max_model_len}."
             raise ContextLengthExceeded(text, request.max_tokens_param)
@@ -362,11 +338,6 @@ class LocalBackend:
             text = f"{prompt} prompt tokens and {request.min_tokens} to generate exceed {self._max_model_len}."
             raise ContextLengthExceeded(text, "min_tokens")
         return min(request.max_tokens, room)
-
-
-def _size(request: GenerationRequest) -> int:
-    """Characters or tokens of its prompt."""
-    return len(request.prompt.text if isinstance(request.prompt, Text) else request.prompt)
 
 
 async def breathe(made: int) -> None:

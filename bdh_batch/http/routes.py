@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import orjson
 from starlette.requests import Request
@@ -14,14 +11,14 @@ from starlette.routing import Route
 
 from bdh_batch import __version__
 from bdh_batch.backends.base import Generation
-from bdh_batch.errors import InvalidRequest, Unavailable
+from bdh_batch.errors import Unavailable
 from bdh_batch.http.auth.quota import Quota
 from bdh_batch.http.docs.openapi import openapi
 from bdh_batch.http.docs.page import POLICY, page
 from bdh_batch.http.endpoints import ENDPOINTS
 from bdh_batch.http.errors import error_response
 from bdh_batch.http.gate import Gate, ServedModel
-from bdh_batch.http.presence import unless_left
+from bdh_batch.http.prepare import Preparation
 from bdh_batch.http.request.body import Body, check, parse, read_object
 from bdh_batch.http.request.off_loop import Aside, OffLoop
 from bdh_batch.http.responses.embeddings import embeddings
@@ -30,19 +27,14 @@ from bdh_batch.http.responses.generation import CHARACTERS, EventStream, whole
 from bdh_batch.http.responses.json_pieces import JsonInPieces, dump_text
 from bdh_batch.http.responses.tokens import tokenization
 from bdh_batch.http.responses.tool_frames import ToolFrames
-from bdh_batch.http.schema.chat import ConversationBody
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody, GenerationBody
 from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, EmbeddingChat, TokenizeChat, TokenizeText
-from bdh_batch.messages import GenerationRequest, Grammar, Text
+from bdh_batch.messages import GenerationRequest
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Settings
-from bdh_batch.text.sources import Source
 
-TIMEOUT_HEADER = "x-request-timeout"
 SHOWN_SETTINGS = {"engine", "scheduler", "prefix_cache", "generation", "limits"}  # sections that any client may know
 SECRET = {"scheduler": {"weights", "trace_file"}}
-SEQUENCE_COST = 20  # microseconds, about, to make the request for one
-LONGEST_TIMEOUT = 86400.0  # seconds
 
 
 class Routes:
@@ -67,40 +59,28 @@ class Routes:
         ]
 
     async def completions(self, request: Request) -> Response:
-        raw, aside = await request.body(), self._aside(request)
-        body = await aside.run(len(raw), self._parse, raw, CompletionBody)
+        raw = await request.body()
+        body = await self._aside(request).run(len(raw), self._parse, raw, CompletionBody)
         model = self._model(request, body.model)
-        options = _response_options(f"cmpl-{request.state.id}", body, model)
-        size = max(len(raw), SEQUENCE_COST * len(body.prompt) * body.tries)
-        requests = await aside.run(size, body.requests, request.state.id, model.defaults)
-        source = await aside.run(len(raw), body.source)
-        frames = CompletionFrames(options, model.backend.tokenizer)
-        return await self._respond(request, model, requests, body, source, frames)
+        frames = CompletionFrames(_response_options(f"cmpl-{request.state.id}", body, model), model.backend.tokenizer)
+        prepared = await self._preparation(request, model, raw).generation(body)
+        return await self._respond(request, model, body, prepared, frames)
 
     async def chat_completions(self, request: Request) -> Response:
-        raw, aside = await request.body(), self._aside(request)
-        body = await aside.run(len(raw), self._parse, raw, ChatBody)
+        raw = await request.body()
+        body = await self._aside(request).run(len(raw), self._parse, raw, ChatBody)
         model = self._model(request, body.model)
-        options = _response_options(f"chatcmpl-{request.state.id}", body, model)
-        prompt = await self._rendered(request, model, body, len(raw))
-        requests = body.requests(request.state.id, model.defaults, prompt)
-        source = await aside.run(len(raw), body.source)
-        tokenizer = model.backend.tokenizer
+        options, tokenizer = _response_options(f"chatcmpl-{request.state.id}", body, model), model.backend.tokenizer
         frames = ToolFrames(options, tokenizer, body.tool_names) if body.may_call else ChatFrames(options, tokenizer)
-        return await self._respond(request, model, requests, body, source, frames)
+        prepared = await self._preparation(request, model, raw).generation(body)
+        return await self._respond(request, model, body, prepared, frames)
 
     async def embeddings(self, request: Request) -> Response:
         raw, aside = await request.body(), self._aside(request)
         body = await aside.run(len(raw), self._parse_embedding, raw)
         model = self._model(request, body.model)
-        prompts: Mapping[str, Text | Sequence[int]]
-        if isinstance(body, EmbeddingBody):
-            prompts = await aside.run(len(raw), body.prompts)
-        else:
-            prompts = {"messages": await self._rendered(request, model, body, len(raw))}
-        size = max(len(raw), SEQUENCE_COST * len(prompts))
-        requests = await aside.run(size, body.requests, request.state.id, model.width, prompts)
-        generation = await self._start(request, model, requests)
+        prepared = await self._preparation(request, model, raw).embedding(body)
+        generation = await self._start(request, model, prepared)
         return await embeddings(generation, body, body.model or model.name, request, aside)
 
     async def tokenize(self, request: Request) -> Response:
@@ -110,7 +90,7 @@ class Routes:
         if isinstance(body, TokenizeText):
             param, text = "prompt", body.text()
         else:
-            param, text = "messages", await self._rendered(request, model, body, len(raw))
+            param, text = "messages", await self._preparation(request, model, raw).rendered(body)
         tokens = await model.backend.tokenize(text, param)
         tokenizer = model.backend.tokenizer if body.return_token_strs else None
         return JsonInPieces(await aside.run(len(tokens), tokenization, tokens, model.max_model_len, tokenizer))
@@ -197,40 +177,30 @@ class Routes:
         caller.check_model(name or model.name, model.names)
         return model
 
-    async def _rendered(self, request: Request, model: ServedModel, body: ConversationBody, size: int) -> Text:
-        """The prompt that the template makes of a body of `size` bytes."""
-        conversation = await self._aside(request).run(size, body.conversation)
-        return await unless_left(request, model.template.render(conversation, request.state.caller.label))
+    def _preparation(self, request: Request, model: ServedModel, raw: bytes) -> Preparation:
+        return Preparation(request, model, len(raw), self._aside(request))
 
     async def _respond(
         self,
         request: Request,
         model: ServedModel,
-        requests: list[GenerationRequest],
         body: GenerationBody,
-        source: Source | None,
+        prepared: GenerationRequest,
         frames: Frames,
     ) -> Response:
-        grammar = None
-        if source is not None:
-            grammar = await unless_left(request, model.grammars.compile(source, request.state.caller.label))
-            frames.warn(grammar.warnings)
-            self._metrics.left_out(grammar.warnings)
-        generation = await self._start(request, model, requests, grammar)
+        if prepared.grammar is not None:
+            frames.warn(prepared.grammar.warnings)
+            self._metrics.left_out(prepared.grammar.warnings)
+        generation = await self._start(request, model, prepared)
         aside = self._aside(request)
         if body.stream:
             keepalive = self._settings.server.sse_keepalive_seconds
             return EventStream(generation, frames, aside, body.options.chunk_tokens or 1, keepalive)
         return await whole(generation, frames, request, aside)
 
-    async def _start(
-        self, request: Request, model: ServedModel, requests: list[GenerationRequest], grammar: Grammar | None = None
-    ) -> Generation:
-        timeout = _timeout(request)
-        span = request.state.span
-        timed = [replace(each, timeout=timeout, span=span, grammar=grammar) for each in requests]
-        generation = await self._quota.start(request, model.backend, timed)
-        if span is not None:
+    async def _start(self, request: Request, model: ServedModel, prepared: GenerationRequest) -> Generation:
+        generation = await self._quota.start(request, model.backend, prepared)
+        if (span := request.state.span) is not None:
             generation.on_end(span.generation_ended)
         return generation
 
@@ -259,18 +229,3 @@ def _response_options(id: str, body: GenerationBody, model: ServedModel) -> Resp
         include_usage=bool(body.options.include_usage),
         continuous_usage=bool(body.options.include_usage and body.options.continuous_usage_stats),
     )
-
-
-def _timeout(request: Request) -> float | None:
-    """The seconds that the client gives its request."""
-    given = request.headers.get(TIMEOUT_HEADER)
-    if given is None:
-        return None
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds <= LONGEST_TIMEOUT:
-        text = f"{TIMEOUT_HEADER} should be seconds, more than 0 and at most {LONGEST_TIMEOUT:.0f}."
-        raise InvalidRequest(text, TIMEOUT_HEADER)
-    return seconds

@@ -18,6 +18,7 @@ from bdh_batch.http.request.sizes import MARK
 from bdh_batch.http.request.strict import Wire
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody, Defaults
 from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
+from bdh_batch.messages import Origin, Prompt
 from bdh_batch.settings import Limits
 
 if TYPE_CHECKING:
@@ -365,11 +366,9 @@ def _subclasses(kind: type[Wire]) -> set[type[Wire]]:
 class TestFanOut:
     def test_shares_what_does_not_differ(self) -> None:
         body = CompletionBody(prompt=["a"] * 128, n=16, stop_token_ids=list(range(1024)), logit_bias={"1": 1.0}, seed=5)
-        requests = body.requests("id", Defaults())
-        assert len(requests) == 128 * 16
-        assert len({id(each.stop_token_ids) for each in requests}) == 1
-        assert len({id(each.sampling.logit_bias) for each in requests}) == 1
-        assert [each.sampling.seed for each in requests[:17]] == [*range(5, 21), 5]
+        request = body.request(Origin("id"), [Prompt(b"a")] * 128, Defaults(), None)
+        assert (request.n, len(request.prompts), len(request.seeds)) == (16, 128, 128 * 16)
+        assert list(request.seeds[:17]) == [*range(5, 21), 5]
 
 
 class TestServer:

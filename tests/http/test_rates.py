@@ -23,10 +23,9 @@ from bdh_batch.http.auth.ledger import RETAINED
 from bdh_batch.http.auth.quota import Quota
 from bdh_batch.http.auth.rates import Rates
 from bdh_batch.http.errors import Forbidden, RateLimited
-from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Text
+from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Origin, Prompt, SamplingParams
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import RateLimiting
-from bdh_batch.text.tokenizer import ByteTokenizer
 
 ANN = Caller("ann")
 BOB = Caller("bob")
@@ -186,15 +185,11 @@ class OneToken:
     def __init__(self) -> None:
         self.started: list[GenerationRequest] = []
 
-    async def tokenized(self, requests: list[GenerationRequest]) -> list[GenerationRequest]:
-        encode: Any = ByteTokenizer().encode_prompt
-        return [replace(each, prompt=encode(each.prompt)[0]) for each in requests]
-
-    async def generate(self, requests: Any) -> OneTokenGeneration:
+    async def generate(self, request: GenerationRequest) -> OneTokenGeneration:
         if self.full:
             raise QueueFull("full", 1)
-        self.started += requests
-        return OneTokenGeneration([each.prompt for each in requests])
+        self.started.append(request)
+        return OneTokenGeneration([prompt.tokens for prompt in request.prompts for _ in range(request.n)])
 
 
 def one_token() -> Any:
@@ -223,9 +218,9 @@ def request_of(caller: Caller) -> Request:
     return Request({"type": "http", "state": {"caller": caller, "standing": {}}})
 
 
-def ask(prompt: str, **changes: Any) -> list[GenerationRequest]:
-    n = changes.pop("n", 1)
-    return [GenerationRequest("id", Text(prompt), 10, n=n, **changes) for _ in range(n)]
+def ask(*texts: str, **changes: Any) -> GenerationRequest:
+    prompts = [Prompt(text.encode()) for text in texts]
+    return GenerationRequest(Origin("id"), prompts, 10, sampling=SamplingParams(), **changes)
 
 
 async def test_a_generation_costs_its_prompt_once_and_its_tokens_whoever_ends_it() -> None:
@@ -245,7 +240,7 @@ async def test_a_generation_costs_its_prompt_once_and_its_tokens_whoever_ends_it
     generation.abort()
     await settled(rates)
     assert await left(ANN) == 100 - 20 - 3
-    generation = await quota.start(request_of(ANN), backend, [*ask("ab"), *ask("c")])
+    generation = await quota.start(request_of(ANN), backend, ask("ab", "c"))
     generation.abort()
     await settled(rates)
     assert await left(ANN) == 77 - 3
@@ -258,16 +253,6 @@ async def test_a_generation_costs_its_prompt_once_and_its_tokens_whoever_ends_it
     with pytest.raises(InvalidRequest, match="max_prompt_tokens"):
         await quota.start(request_of(BOB), backend, ask("a" * 51))
     assert await left(BOB) == 100
-
-
-async def test_a_generation_has_its_tenant() -> None:
-    quota, backend = Quota(rates_of(), None), one_token()
-    key = Key(sha256="b" * 64, weight=3.0, top_priority=0)
-    await quota.start(request_of(by_key(key)), backend, ask("a", priority=0))
-    await quota.start(request_of(ANN), backend, ask("a", priority=5))
-    owned, free = backend.started
-    assert (owned.cache_namespace, owned.tenant, owned.weight) == (key.id, key.id, 3.0)
-    assert (free.cache_namespace, free.tenant, free.weight) == ("", "ann", None)
 
 
 @pytest.mark.parametrize(

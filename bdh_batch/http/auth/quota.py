@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
 from starlette.requests import Request
 
 from bdh_batch.backends.base import Backend, Generation
@@ -27,8 +24,8 @@ class Quota:
         self._max_prompt_tokens = max_prompt_tokens
         self._top_priority = top_priority
 
-    async def start(self, request: Request, backend: Backend, requests: Sequence[GenerationRequest]) -> Generation:
-        """Starts all of `requests` for the caller of `request`, or none.
+    async def start(self, request: Request, backend: Backend, prepared: GenerationRequest) -> Generation:
+        """Starts what the caller of `request` wants.
 
         Raises:
             InvalidRequest: a prompt that cannot be served, or more than the caller may ever have.
@@ -36,29 +33,24 @@ class Quota:
             RateLimited, QueueFull, Unavailable: not now.
         """
         caller: Caller = request.state.caller
-        caller.check_priority(requests[0].priority, self._top_priority)
-        mine = [
-            replace(each, cache_namespace=caller.namespace, tenant=caller.label, weight=caller.weight)
-            for each in await backend.tokenized(requests)
-        ]
-        self._check_lengths(mine)
-        prompts = sum(len(each.tokens) for each in mine[:: mine[0].n])  # a prompt counts once, as in `usage`
-        most = prompts + sum(each.max_tokens for each in mine)
-        param = mine[0].prompt_param if mine[0].pool else mine[0].max_tokens_param or "max_tokens"
-        reservation = await self._rates.reserve(caller, most, request.state.standing, param)
+        caller.check_priority(prepared.priority, self._top_priority)
+        self._check_lengths(prepared)
+        param = prepared.prompts[0].param if prepared.sampling is None else prepared.max_tokens_param or "max_tokens"
+        reservation = await self._rates.reserve(caller, prepared.most_tokens, request.state.standing, param)
         if reservation is None:
-            return await backend.generate(mine)
+            return await backend.generate(prepared)
         try:
-            generation = await backend.generate(mine)
+            generation = await backend.generate(prepared)
         except BaseException:
             self._rates.settle(reservation, 0)
             raise
-        generation.on_end(lambda tokens, _: self._rates.settle(reservation, prompts + tokens))
+        prompt_tokens = prepared.prompt_tokens
+        generation.on_end(lambda tokens, _: self._rates.settle(reservation, prompt_tokens + tokens))
         return generation
 
-    def _check_lengths(self, requests: Sequence[GenerationRequest]) -> None:
+    def _check_lengths(self, prepared: GenerationRequest) -> None:
         most = self._max_prompt_tokens
-        for each in requests:
-            if most is not None and len(each.tokens) > most:
-                text = f"The prompt has {len(each.tokens)} tokens; the limit is {most} (limits.max_prompt_tokens)."
-                raise ContextLengthExceeded(text, each.prompt_param)
+        for prompt in prepared.prompts:
+            if most is not None and len(prompt.tokens) > most:
+                text = f"The prompt has {len(prompt.tokens)} tokens; the limit is {most} (limits.max_prompt_tokens)."
+                raise ContextLengthExceeded(text, prompt.param)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, GetCoreSchemaHandler, ValidationInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.request.sizes import AtMost, BodyText, BodyTokens, Label
 from bdh_batch.messages import Text
 
@@ -61,6 +62,27 @@ def to_prompts(given: Sequence[str | Sequence[int]], add_special_tokens: bool | 
     """A whole prompt may contain special tokens, spelt as text."""
     special = add_special_tokens is not False
     return [Text(prompt, special) if isinstance(prompt, str) else prompt for prompt in given]
+
+
+def last_tokens(truncate: int | None, room: int | None, completion: int) -> int | None:
+    """How many of a prompt's last tokens a request wants kept; None is all of them.
+
+    Args:
+        truncate: its `truncate_prompt_tokens`; -1 is as many as there is room for.
+        room: tokens that the model takes; None is no limit.
+        completion: tokens that have to fit behind the prompt.
+
+    Raises:
+        InvalidRequest: more than the model takes.
+    """
+    if truncate is None or (truncate < 0 and room is None):
+        return None
+    if room is None or 0 <= truncate <= room:
+        return truncate
+    if truncate < 0:
+        return max(1, room - completion)
+    text = f"truncate_prompt_tokens is more than the {room} tokens that this model takes (model.max_model_len)."
+    raise InvalidRequest(text, "truncate_prompt_tokens")
 
 
 def salted(salt: str | None) -> str:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, WrapValidator
 from pydantic_core import PydanticCustomError
 
+from bdh_batch.backends.base import Unread
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.request.sizes import AtMost, FreeObject, Label
 from bdh_batch.http.request.strict import Neutral, Wire
 from bdh_batch.http.schema.chat import ConversationBody
-from bdh_batch.http.schema.prompts import PromptList, Salt, Truncation, salted, to_prompts
+from bdh_batch.http.schema.prompts import PromptList, Salt, Truncation, last_tokens, salted, to_prompts
 from bdh_batch.http.schema.response_format import Formatted
-from bdh_batch.messages import GenerationRequest, LogitBias, SamplingParams, Text
+from bdh_batch.messages import GenerationRequest, Grammar, LogitBias, Origin, Prompt, SamplingParams
 from bdh_batch.settings import MAX_PRIORITY
 from bdh_batch.text.calls import OPEN
 from bdh_batch.text.sources import Source
@@ -193,44 +194,55 @@ class GenerationBody(Formatted):
         """A text from which on a response has no stop strings in it; empty where there is none."""
         return ""
 
-    def _requests(
-        self,
-        request_id: str,
-        prompts: Sequence[Text | Sequence[int]],
-        param: str,
-        asked: int | None,
-        defaults: Defaults,
-        asked_by: str = "max_tokens",
-    ) -> list[GenerationRequest]:
-        """`tries` sequences for each prompt, one after the other. They share all that does not differ."""
+    @property
+    def asked(self) -> tuple[int | None, str]:
+        """The most tokens of a completion, if it says so, and in which field."""
+        return self.max_tokens, "max_tokens"
+
+    def check(self, defaults: Defaults) -> None:
+        """Raises InvalidRequest where its fields contradict each other."""
+        asked, _ = self.asked
         max_tokens = defaults.max_tokens if asked is None else asked
-        self._check(max_tokens)
-        sampling = self._sampling(defaults)
-        samplings = [replace(sampling, seed=seed) for seed in self._seeds(len(prompts))]
-        shared: dict[str, Any] = {
-            "id": request_id,
-            "prompt_param": param,
-            "max_tokens": max_tokens,
-            "max_tokens_param": None if asked is None else asked_by,
-            "stop": tuple(self.stop or ()),
-            "stop_before": self.stop_before,
-            "stop_token_ids": tuple(self.stop_token_ids or ()),
-            "include_stop": bool(self.include_stop_str_in_output),
-            "ignore_eos": bool(self.ignore_eos),
-            "min_tokens": self.min_tokens or 0,
-            "bad_words": tuple(self.bad_words or ()),
-            "allowed_token_ids": None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
-            "show_special": self.skip_special_tokens is False,
-            "score_prompt": self._scores_of_prompt(),
-            "truncate": self.truncate_prompt_tokens,
-            "salt": salted(self.cache_salt),
-            "n": self.tries,
-            "priority": self.priority or 0,
-        }
-        return [
-            GenerationRequest(prompt=prompts[index // self.tries], sampling=sampling, **shared)
-            for index, sampling in enumerate(samplings)
-        ]
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("stream_options can only be used with stream: true.", "stream_options")
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("prompt_logprobs cannot be used with stream.", "prompt_logprobs")
+        if self.min_tokens is not None and self.min_tokens > max_tokens:
+            raise InvalidRequest(f"min_tokens should be at most max_tokens, which is {max_tokens}.", "min_tokens")
+
+    def last_tokens(self, defaults: Defaults, room: int | None) -> int | None:
+        """How many of a prompt's last tokens are kept, where the model takes `room`; None is all of them."""
+        asked, _ = self.asked
+        # A default gives way, but not to one token.
+        completion = min(defaults.max_tokens, (room or 0) // 2) if asked is None else asked
+        return last_tokens(self.truncate_prompt_tokens, room, completion)
+
+    def request(
+        self, origin: Origin, prompts: Sequence[Prompt], defaults: Defaults, grammar: Grammar | None
+    ) -> GenerationRequest:
+        asked, param = self.asked
+        return GenerationRequest(
+            origin=origin,
+            prompts=prompts,
+            max_tokens=defaults.max_tokens if asked is None else asked,
+            max_tokens_param=None if asked is None else param,
+            sampling=self._sampling(defaults),
+            seeds=self._seeds(len(prompts)),
+            n=self.tries,
+            stop=tuple(self.stop or ()),
+            stop_before=self.stop_before,
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            include_stop=bool(self.include_stop_str_in_output),
+            ignore_eos=bool(self.ignore_eos),
+            min_tokens=self.min_tokens or 0,
+            bad_words=tuple(self.bad_words or ()),
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            show_special=self.skip_special_tokens is False,
+            score_prompt=self._scores_of_prompt(),
+            grammar=grammar,
+            salt=salted(self.cache_salt),
+            priority=self.priority or 0,
+        )
 
     def _scores_of_prompt(self) -> int | None:
         """Likeliest tokens that are needed with each score of the prompt's tokens; None where no score is."""
@@ -242,14 +254,6 @@ class GenerationBody(Formatted):
         if self.seed is None:
             return [secrets.randbits(64) for _ in range(prompts * self.tries)]
         return [self.seed + choice & 0xFFFFFFFFFFFFFFFF for choice in range(self.tries)] * prompts
-
-    def _check(self, max_tokens: int) -> None:
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("stream_options can only be used with stream: true.", "stream_options")
-        if self.prompt_logprobs is not None and self.stream:
-            raise InvalidRequest("prompt_logprobs cannot be used with stream.", "prompt_logprobs")
-        if self.min_tokens is not None and self.min_tokens > max_tokens:
-            raise InvalidRequest(f"min_tokens should be at most max_tokens, which is {max_tokens}.", "min_tokens")
 
     def _sampling(self, defaults: Defaults) -> SamplingParams:
         ranked = self.tries > (self.n or 1)
@@ -290,7 +294,7 @@ class CompletionBody(GenerationBody):
     def echoes(self) -> bool:
         return bool(self.echo)
 
-    def requests(self, request_id: str, defaults: Defaults) -> list[GenerationRequest]:
+    def check(self, defaults: Defaults) -> None:
         n = self.n or 1
         if self.tries < n:
             raise InvalidRequest(f"best_of should be at least n, which is {n}.", "best_of")
@@ -298,8 +302,10 @@ class CompletionBody(GenerationBody):
             raise InvalidRequest("best_of cannot be used with stream: the best are known at the end.", "best_of")
         if self.max_tokens == 0 and not self.echo:
             raise InvalidRequest("max_tokens should be at least 1; 0 can only be used with echo.", "max_tokens")
-        prompts = to_prompts(self.prompt, self.add_special_tokens)
-        return self._requests(request_id, prompts, "prompt", self.max_tokens, defaults)
+        super().check(defaults)
+
+    def prompts(self) -> list[Unread]:
+        return [("prompt", prompt) for prompt in to_prompts(self.prompt, self.add_special_tokens)]
 
 
 class ChatBody(ConversationBody, GenerationBody):
@@ -326,17 +332,20 @@ class ChatBody(ConversationBody, GenerationBody):
     def stop_before(self) -> str:
         return OPEN if self.may_call else ""
 
-    def requests(self, request_id: str, defaults: Defaults, prompt: Text) -> list[GenerationRequest]:
+    @property
+    def asked(self) -> tuple[int | None, str]:
+        if self.max_completion_tokens is None:
+            return self.max_tokens, "max_tokens"
+        return self.max_completion_tokens, "max_completion_tokens"
+
+    def check(self, defaults: Defaults) -> None:
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("top_logprobs can only be used with logprobs: true.", "top_logprobs")
-        if self.max_completion_tokens is None:
-            return self._requests(request_id, [prompt], "messages", self.max_tokens, defaults)
-        if self.max_tokens not in (None, self.max_completion_tokens):
+        if self.max_completion_tokens is not None and self.max_tokens not in (None, self.max_completion_tokens):
             raise InvalidRequest(
                 "max_tokens and max_completion_tokens should be equal where both are set.", "max_tokens"
             )
-        asked, asked_by = self.max_completion_tokens, "max_completion_tokens"
-        return self._requests(request_id, [prompt], "messages", asked, defaults, asked_by)
+        super().check(defaults)
 
     def source(self) -> Source | None:
         return self.calls(self.structured_output(), super().source()) if self.may_call else super().source()

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from bdh_batch.backends.base import Unread
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.request.sizes import BodyText, BodyTokens, Label
 from bdh_batch.http.request.strict import Neutral, Wire
 from bdh_batch.http.schema.chat import ConversationBody
-from bdh_batch.http.schema.prompts import PromptList, Truncation, to_prompts
-from bdh_batch.messages import GenerationRequest, Text
+from bdh_batch.http.schema.prompts import PromptList, Truncation, last_tokens, to_prompts
+from bdh_batch.messages import GenerationRequest, Origin, Prompt, Text
 from bdh_batch.settings import MAX_PRIORITY
 
 NO_CALLS: Neutral = {"chat_template": (), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
@@ -33,21 +34,17 @@ class EmbeddingOptions(Wire):
     user: Label | None = None
     request_id: Label | None = None
 
-    def requests(
-        self, request_id: str, width: int, prompts: Mapping[str, Text | Sequence[int]]
-    ) -> list[GenerationRequest]:
-        """
-        Args:
-            width: of the model's hidden vectors.
-            prompts: by the field that each is from.
-        """
+    def check_dimensions(self, width: int) -> None:
+        """Raises InvalidRequest where it asks for more than the `width` of the model's hidden vectors."""
         if self.dimensions is not None and self.dimensions > width:
             raise InvalidRequest(f"dimensions: This model's embeddings have {width}.", "dimensions")
-        shared: dict[str, Any] = {"priority": self.priority or 0, "truncate": self.truncate_prompt_tokens}
-        return [
-            GenerationRequest(request_id, prompt, max_tokens=0, prompt_param=param, pool=True, **shared)
-            for param, prompt in prompts.items()
-        ]
+
+    def last_tokens(self, room: int | None) -> int | None:
+        """How many of a prompt's last tokens are kept, where the model takes `room`; None is all of them."""
+        return last_tokens(self.truncate_prompt_tokens, room, completion=0)
+
+    def request(self, origin: Origin, prompts: Sequence[Prompt]) -> GenerationRequest:
+        return GenerationRequest(origin, prompts, max_tokens=0, priority=self.priority or 0)
 
 
 class EmbeddingBody(EmbeddingOptions):
@@ -56,11 +53,11 @@ class EmbeddingBody(EmbeddingOptions):
     input: Annotated[list[Any], PromptList("max_inputs", mixed=True)]
     add_special_tokens: bool | None = None
 
-    def prompts(self) -> dict[str, Text | Sequence[int]]:
+    def prompts(self) -> list[Unread]:
         prompts = to_prompts(self.input, self.add_special_tokens)
         if len(prompts) == 1:
-            return {"input": prompts[0]}
-        return {f"input[{index}]": prompt for index, prompt in enumerate(prompts)}
+            return [("input", prompts[0])]
+        return [(f"input[{index}]", prompt) for index, prompt in enumerate(prompts)]
 
 
 class EmbeddingChat(ConversationBody, EmbeddingOptions):
