@@ -2,6 +2,7 @@
 
     python -m benchmarks.simulate                           # 100,000 requests of a generated load, and all scenarios
     python -m benchmarks.simulate --against ../before       # the same with the scheduler of another checkout beside it
+    python -m benchmarks.simulate --without                 # and what fails without each of the scheduler's guards
     python -m benchmarks.simulate --trace trace.jsonl       # what a server with scheduler.trace_file was asked
     python -m benchmarks.simulate --requests 2000 --load 0.9 --out /tmp
 
@@ -26,8 +27,9 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence as Many
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence as Many
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from heapq import heappop, heappush
 from itertools import count, pairwise
 from pathlib import Path
@@ -290,9 +292,9 @@ def tokens(draw: random.Random, length: int) -> list[int]:
     return [draw.randrange(256) for _ in range(length)]
 
 
-def lone_tenant(flood: int, slots: int, singles: int = 200) -> dict[str, object]:
+def lone_tenant(flood: int, slots: int, singles: int = 200, **policy: object) -> dict[str, object]:
     """One request at a time of 256 tokens, alone and beside another tenant's flood that never ends."""
-    alone, beside = singles_beside(0, slots, singles), singles_beside(flood, slots, singles)
+    alone, beside = (singles_beside(many, slots, singles, policy) for many in (0, flood))
     return {
         "alone_s": quantiles(alone),
         "beside_s": quantiles(beside),
@@ -300,8 +302,8 @@ def lone_tenant(flood: int, slots: int, singles: int = 200) -> dict[str, object]
     }
 
 
-def singles_beside(flood: int, slots: int, singles: int) -> list[float]:
-    draw, play = random.Random(2), server(slots)
+def singles_beside(flood: int, slots: int, singles: int, policy: Mapping[str, object]) -> list[float]:
+    draw, play = random.Random(2), server(slots, CPU, **policy)
     waits: list[float] = []
 
     def again(at: float, tenant: str) -> None:
@@ -354,9 +356,9 @@ def jain(amounts: Many[float]) -> float:
     return round(sum(amounts) ** 2 / (len(amounts) * sum(amount**2 for amount in amounts)), 4)
 
 
-def long_prompt(streams: int, tenant: str, length: int = 8192) -> dict[str, object]:
+def long_prompt(streams: int, tenant: str, length: int = 8192, **policy: object) -> dict[str, object]:
     """Gaps between the tokens of streams that decode, without and beside a long prompt of `tenant`."""
-    draw, play = random.Random(1), server(2 * streams)
+    draw, play = random.Random(1), server(2 * streams, CPU, **policy)
     for _ in range(streams):
         play.ask(Request(0.0, "streams", 0, tokens(draw, 64), ENDLESS))
     ended: list[Response] = []
@@ -374,9 +376,9 @@ def long_prompt(streams: int, tenant: str, length: int = 8192) -> dict[str, obje
     }
 
 
-def prompts_on_end(streams: int, weight: float) -> dict[str, object]:
+def prompts_on_end(streams: int, weight: float, **policy: object) -> dict[str, object]:
     """Gaps between the tokens of streams, while a tenant of this weight asks for one prompt after another."""
-    draw, play = random.Random(4), server(2 * streams, weights={"prompts": weight})
+    draw, play = random.Random(4), server(2 * streams, CPU, weights={"prompts": weight}, **policy)
     for _ in range(streams):
         play.ask(Request(0.0, "streams", 0, tokens(draw, 64), ENDLESS))
     ended: list[Response] = []
@@ -392,9 +394,9 @@ def prompts_on_end(streams: int, weight: float) -> dict[str, object]:
     return {"gap_s": quantiles(gaps), "prompts": len(ended)}
 
 
-def many_tenants(tenants: int, length: int = 256) -> dict[str, object]:
+def many_tenants(tenants: int, length: int = 256, **policy: object) -> dict[str, object]:
     """Gaps between the tokens of streams of a tenant each, while prompts of others come, and the latter's waits."""
-    draw, play = random.Random(5), server(3 * tenants)
+    draw, play = random.Random(5), server(3 * tenants, CPU, **policy)
     for number in range(tenants):
         play.ask(Request(0.0, f"stream {number}", 0, tokens(draw, 64), ENDLESS))
     for number in range(60):
@@ -404,22 +406,40 @@ def many_tenants(tenants: int, length: int = 256) -> dict[str, object]:
     return {"gap_s": quantiles(gaps), "first_token_s": quantiles([r.wait for r in play.responses[tenants:]])}
 
 
-def scenarios() -> dict[str, dict[str, object]]:
-    return {
-        "lone tenant beside 300": lone_tenant(300, 256),
-        "lone tenant beside 300, 150 slots": lone_tenant(300, 150),
-        "two floods that fit": two_floods(1024),
-        "two floods, 64 slots": two_floods(64),
-        "two floods, 64 slots and 64 on the host": two_floods(64, host_slots=64, max_running=120),
-        "two floods, a larger model": two_floods(1024, cost=SLOW),
-        "two floods, a GPU": two_floods(1024, cost=GPU),
-        "8,192 tokens beside 32 streams": long_prompt(32, "streams"),
-        "8,192 tokens of another tenant beside 32 streams": long_prompt(32, "other"),
-        "1,024 tokens beside 256 streams": long_prompt(256, "streams", 1024),
-        "prompts on end, of weight 8, beside 32 streams": prompts_on_end(32, 8.0),
-        "prompts beside 32 tenants with a stream": many_tenants(32),
-        "prompts beside 60 tenants with a stream": many_tenants(60),
-    }
+SCENARIOS: Mapping[str, Callable[..., dict[str, object]]] = {
+    "lone tenant beside 300": partial(lone_tenant, 300, 256),
+    "lone tenant beside 300, 150 slots": partial(lone_tenant, 300, 150),
+    "two floods that fit": partial(two_floods, 1024),
+    "two floods, 64 slots": partial(two_floods, 64),
+    "two floods, 64 slots and 64 on the host": partial(two_floods, 64, host_slots=64, max_running=120),
+    "two floods, a larger model": partial(two_floods, 1024, cost=SLOW),
+    "two floods, a GPU": partial(two_floods, 1024, cost=GPU),
+    "8,192 tokens beside 32 streams": partial(long_prompt, 32, "streams"),
+    "8,192 tokens of another tenant beside 32 streams": partial(long_prompt, 32, "other"),
+    "1,024 tokens beside 256 streams": partial(long_prompt, 256, "streams", 1024),
+    "prompts on end, of weight 8, beside 32 streams": partial(prompts_on_end, 32, 8.0),
+    "prompts beside 32 tenants with a stream": partial(many_tenants, 32),
+    "prompts beside 60 tenants with a stream": partial(many_tenants, 60),
+}
+GUARDED: Mapping[str, Many[str]] = {  # the guards of `policy.Guards`, and the scenarios that are worse without
+    "alternate": ["prompts on end, of weight 8, beside 32 streams"],
+    "finished": ["lone tenant beside 300"],
+    "least_share": ["1,024 tokens beside 256 streams", "two floods, a GPU"],
+    "least_width": ["two floods, a larger model"],
+    "little": ["two floods, a GPU"],
+}
+
+
+def play_scenarios(names: Iterable[str] = tuple(SCENARIOS), **policy: object) -> dict[str, dict[str, object]]:
+    return {name: SCENARIOS[name](**policy) for name in names}
+
+
+def play_without(guard: str) -> dict[str, dict[str, object]]:
+    """The guard's scenarios, without it."""
+    from bdh_batch.scheduler.policy import UNGUARDED, Guards  # other checkouts may have none
+
+    guards = replace(Guards(), **{guard: getattr(UNGUARDED, guard)})
+    return play_scenarios(GUARDED[guard], guards=guards)
 
 
 # The command
@@ -458,6 +478,8 @@ def parse(argv: Many[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--against", type=Path, help="another checkout, whose scheduler is played beside this one's")
+    text = "guards of the scheduler, all if none is named: plays the scenarios that are worse without them"
+    parser.add_argument("--without", nargs="*", choices=GUARDED, metavar="GUARD", help=text)
     parser.add_argument("--print-only", action="store_true", help="write no files; the report goes to stdout")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON and the plot")
     return parser.parse_args(argv)
@@ -479,7 +501,7 @@ def measure(chosen: argparse.Namespace) -> dict[str, dict[str, dict[str, object]
         found[name] = simulate(name, requests, cost, chosen.slots, chosen.prefill, chosen.host)
         print(name, json.dumps(found[name]), file=sys.stderr)
     assert all(math.isfinite(float(str(result["seconds"]))) for result in found.values())
-    return {"policies": found, "scenarios": scenarios()}
+    return {"policies": found, "scenarios": play_scenarios()}
 
 
 def measure_other(checkout: Path, argv: Many[str]) -> dict[str, dict[str, dict[str, object]]]:
@@ -501,6 +523,9 @@ def main(argv: Many[str] | None = None) -> None:
         json.dump(measured, sys.stdout)
         return
     policies, schedulers = measured["policies"], {"fair": measured["scenarios"]}
+    if chosen.without is not None:
+        for guard in chosen.without or GUARDED:
+            schedulers[f"without {guard}"] = play_without(guard)
     if chosen.against is not None:
         before = measure_other(chosen.against, argv)
         policies["before"], schedulers["before"] = before["policies"]["fair"], before["scenarios"]

@@ -7,21 +7,17 @@ with more, which fill the rest of the time. Inside a tenant streams go before pr
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
+from heapq import nsmallest
 
 from bdh_batch.messages import Plan
 from bdh_batch.scheduler.cost import StepCost
-from bdh_batch.scheduler.rank import RANK, TENANT_RANK
+from bdh_batch.scheduler.policy import Guards
+from bdh_batch.scheduler.rank import DUE, FIRST, RANK, TENANT_RANK, backwards
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import LEAST_PREFILL, StepSize
-
-# Guards. docs/scheduling.md says which figure of benchmarks/results/simulate.json fails without each of them.
-LEAST_SHARE = 0.25  # of the time of a step without prompts, that prompts get after the streams before them
-LEAST_WIDTH = 64  # streams in any step, if no prompt goes before them
-FINISHED = 2.0  # times a step's time, for a prompt that goes before streams and is finished by it
-LITTLE = 0.1  # of a step's time: where a step costs more by itself, no stream is left out
 
 NO_LIMIT = 2**62
 
@@ -44,53 +40,50 @@ class BatchBuilder:
     Args:
         size: what a step may take.
         target: seconds that a step with streams should take; 0 is no limit.
+        guards: bounds on what the rank alone would do.
     """
 
-    def __init__(self, size: StepSize, target: float) -> None:
+    def __init__(self, size: StepSize, target: float, guards: Guards) -> None:
         self.cost = StepCost()
         self._size = size
         self._target = target
+        self._guards = guards
         self._passed_over = False  # by the last step, streams for a prompt
 
-    def build(self, running: list[Sequence], allocator: SlotAllocator, now: float) -> Step | None:
-        """The next step of those `running`, with the copies that are planned; None where it would be empty."""
-        streams: list[Sequence] = []
-        prompts: list[Sequence] = []
-        for sequence in running:
-            is_stream = len(sequence.prompt) + len(sequence.generated) - sequence.computed == 1
-            (streams if is_stream else prompts).append(sequence)
-        filling = self._walk(streams, prompts)
+    def build(
+        self, running: Iterable[Sequence], prompts: list[Sequence], allocator: SlotAllocator, now: float
+    ) -> Step | None:
+        """The next step of those `running`, all but `prompts` of them streams, with the copies that are planned; None
+        where it would be empty."""
+        apart = set(prompts)
+        filling = self._walk([sequence for sequence in running if sequence not in apart], prompts)
         segments = [stream.decode_segment() for stream in filling.streams]
         segments += [prompt.segment(tokens) for prompt, tokens in filling.prompts]
         plan = Plan(segments, allocator.copies, allocator.released)
         if not (segments or plan.copies or plan.releases):
             return None
-        fresh = sum(not stream.generated for stream in filling.streams)  # the last token of a prompt
         sequences = [*filling.streams, *(prompt for prompt, _ in filling.prompts)]
-        decodes = len(filling.streams) - fresh
-        return Step(plan, sequences, allocator.moved, decodes, filling.prompt_tokens + fresh, now)
+        return Step(plan, sequences, allocator.moved, len(filling.streams), filling.prompt_tokens, now)
 
     def computed(self, step: Step, seconds: float) -> None:
         """`step` took so long, and had memory enough."""
-        if not step.sequences:  # nothing was computed
-            return
-        self._size.succeeded()
-        self.cost.observe(step.decodes, step.prefill_tokens, seconds)
+        if step.sequences:  # else nothing was computed
+            self._size.succeeded()
+            self.cost.observe(step.decodes, step.prefill_tokens, seconds)
 
     def _walk(self, streams: list[Sequence], prompts: list[Sequence]) -> Filling:
         """What the step has of those, in the order of their ranks, until its time is full."""
-        filling = Filling(self.cost, self._size.prefill, self._target if streams else 0.0)
-        streams_first = self._passed_over or not filling.splits
-        if filling.splits and (prompts or filling.room_for_streams < len(streams)):
-            streams.sort(key=RANK)
-        at = 0
+        filling = Filling(self.cost, self._size.prefill, self._target if streams else 0.0, self._guards)
+        fits = not prompts and len(streams) <= filling.room_for_streams
+        groups = [(FIRST, streams)] if fits or not filling.splits else backwards(streams)
         for prompt in sorted(prompts, key=RANK):
-            behind = len(streams) if streams_first else bisect_right(streams, TENANT_RANK(prompt), at, key=TENANT_RANK)
-            filling.decode(streams[at:behind])
-            filling.prefill(prompt, passes_over=behind < len(streams))
-            at = behind
-        filling.decode(streams[at:])
-        self._passed_over = filling.passed_over
+            rank = TENANT_RANK(prompt)
+            while groups and (self._passed_over or groups[-1][0] <= rank):
+                filling.decode(groups.pop()[1])
+            filling.prefill(prompt, passes_over=bool(groups))
+        for _, group in reversed(groups):
+            filling.decode(group)
+        self._passed_over = filling.passed_over and self._guards.alternate
         return filling
 
 
@@ -102,50 +95,51 @@ class Filling:
         target: seconds; 0 is no limit.
     """
 
-    def __init__(self, cost: StepCost, budget: int, target: float) -> None:
+    def __init__(self, cost: StepCost, budget: int, target: float, guards: Guards) -> None:
         self.streams: list[Sequence] = []
         self.prompts: list[tuple[Sequence, int]] = []  # with their tokens
         self.prompt_tokens = 0
         self.passed_over = False  # whether streams wait for a prompt
         self._budget = budget
         self._target = target
-        self._stream = cost.stream or 0.0  # seconds, as far as they are known
-        self._token = cost.prompt_token or 0.0
-        self._base = cost.seconds(0, 0)
-        self.splits = bool(target) and self._base <= LITTLE * target  # whether streams may be left to the next step
+        self._guards = guards
+        self._base, self._stream, self._token = cost.seconds(0, 0), cost.stream or 0.0, cost.prompt_token or 0.0
+        self.splits = bool(target and self._stream) and self._base <= guards.little * target  # may leave streams out
 
     @property
     def room_for_streams(self) -> int:
         """How many more there is time for."""
-        least = 0 if self.prompts else LEAST_WIDTH - len(self.streams)
-        return max(least, int((self._target - self._seconds) / self._stream)) if self._stream else NO_LIMIT
+        if not self.splits:
+            return NO_LIMIT
+        least = 0 if self.prompts else self._guards.least_width - len(self.streams)
+        left = self._target - self._decoding - self._token * self.prompt_tokens
+        return max(0, least, int(left / self._stream))
 
     def decode(self, streams: list[Sequence]) -> None:
-        """Takes those that there is time for, the first ones first."""
-        room = max(0, self.room_for_streams) if self.splits else NO_LIMIT
-        self.passed_over |= len(streams) > room and bool(self.prompts)
-        self.streams += streams[:room]
+        """Takes those that there is time for, of them those whose last token is the oldest."""
+        if (room := self.room_for_streams) < len(streams):
+            self.passed_over |= bool(self.prompts)
+            streams = nsmallest(room, streams, key=DUE)
+        self.streams += streams
 
     def prefill(self, prompt: Sequence, passes_over: bool) -> None:
         """Gives `prompt` what is left; `passes_over`: whether streams come after it."""
-        tokens = min(prompt.pending, self._budget - self.prompt_tokens, self._room(prompt.pending, passes_over))
-        cut = next((at for at in prompt.prefix.cuts if at > prompt.computed), None)
-        if cut is not None:
-            tokens = min(tokens, cut - prompt.computed)
-        if tokens > 0:
+        most = min(self._budget, self._time_for(prompt.pending, passes_over)) - self.prompt_tokens
+        if (tokens := min(prompt.until_cut, most)) > 0:
             self.prompts.append((prompt, tokens))
             self.prompt_tokens += tokens
 
-    def _room(self, pending: int, passes_over: bool) -> int:
-        """Prompt tokens that there is time for."""
+    def _time_for(self, pending: int, passes_over: bool) -> int:
+        """The prompt tokens, those that were given out included, that there is time for."""
         if not (self._target and self._token):
-            return self._budget
-        left = self._target - self._seconds
-        if passes_over and pending * self._token <= left + (FINISHED - 1) * self._target:
-            return pending
-        least = LEAST_SHARE * (self._base + self._stream * len(self.streams)) - self._token * self.prompt_tokens
-        return max(int(max(left, least) / self._token), LEAST_PREFILL - self.prompt_tokens)
+            return NO_LIMIT
+        finished = self._decoding + self._token * (self.prompt_tokens + pending)
+        if passes_over and finished <= self._guards.finished * self._target:
+            return NO_LIMIT
+        seconds = max(self._target - self._decoding, self._guards.least_share * self._decoding)
+        return max(int(seconds / self._token), LEAST_PREFILL)
 
     @property
-    def _seconds(self) -> float:
-        return self._base + self._stream * len(self.streams) + self._token * self.prompt_tokens
+    def _decoding(self) -> float:
+        """Seconds of the step without prompts."""
+        return self._base + self._stream * len(self.streams)

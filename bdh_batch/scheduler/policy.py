@@ -1,4 +1,4 @@
-"""What an operator chooses about scheduling, and what is counted of it."""
+"""What an operator chooses about scheduling, what bounds the rank, and what is counted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,20 @@ from dataclasses import dataclass, field
 from math import inf
 
 from bdh_batch.scheduler.backlog import NO_UNIT
+
+
+@dataclass(frozen=True, slots=True)
+class Guards:
+    """Bounds what the rank alone would do. `docs/scheduling.md` says which figure fails without each of them."""
+
+    alternate: bool = True  # streams that a step passed over for a prompt go first in the next
+    finished: float = 2.0  # times a step's time, for a prompt that goes before streams and is finished by it
+    least_share: float = 0.25  # of the time of a step without prompts, that prompts get after the streams before them
+    least_width: int = 64  # streams in any step, if no prompt goes before them
+    little: float = 0.1  # of a step's time: where a step costs more by itself, no stream is left out
+
+
+UNGUARDED = Guards(alternate=False, finished=0.0, least_share=0.0, least_width=0, little=inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +40,7 @@ class Policy:
         idle_release: seconds after which the memory of idle slots goes back to the system; 0 is never.
         patience: seconds without a computed token after which a sequence competes in the first priority.
         queue_unit: tokens of a prompt that fill the queue as another sequence does.
+        guards: no option: it is there to be measured without them.
     """
 
     host_slots: int = 0
@@ -40,6 +55,7 @@ class Policy:
     idle_release: float = 0.0
     patience: float = inf
     queue_unit: int = NO_UNIT
+    guards: Guards = Guards()
 
 
 @dataclass(slots=True)

@@ -39,7 +39,8 @@ class Ranking(Generic[T]):
             heapify(self._heap)
 
     def drop(self, item: T) -> None:
-        del self._valid[item]
+        """Forgets `item`, if it is here."""
+        self._valid.pop(item, None)
 
     def first(self) -> T | None:
         heap = self._heap

@@ -8,22 +8,22 @@ in `preemption.py`, and what a step computes in `batch.py`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
 
 from bdh_batch.errors import BDHError, GenerationFailed, QueueTimeout, RunTimeout
 from bdh_batch.messages import Delta, FinishReason, Outcome
+from bdh_batch.scheduler.backlog import Backlog
 from bdh_batch.scheduler.batch import BatchBuilder, Step
 from bdh_batch.scheduler.deadlines import Deadlines
 from bdh_batch.scheduler.fair_queue import FairQueue
 from bdh_batch.scheduler.policy import Counts, Policy
 from bdh_batch.scheduler.preemption import Preemption
-from bdh_batch.scheduler.priorities import Priorities
-from bdh_batch.scheduler.rank import EFFECTIVE_PRIORITY, RANK
-from bdh_batch.scheduler.sequence import QueueKey, Sequence, Stage
+from bdh_batch.scheduler.priorities import Priorities, adjust
+from bdh_batch.scheduler.rank import RANK
+from bdh_batch.scheduler.sequence import HOLDING, WAITING, QueueKey, Sequence, Stage
 from bdh_batch.scheduler.sharing import Sharing
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import StepSize
-from bdh_batch.scheduler.tenants import Tenant, Tenants
+from bdh_batch.scheduler.tenants import Tenants
 
 Update = tuple[Sequence, Delta]
 
@@ -47,21 +47,19 @@ class Scheduler:
         self.max_running = min(policy.max_running or slots, slots + policy.host_slots - self._scratch)
         self.counts = Counts()
         self._size = StepSize(prefill_tokens, min(slots, self.max_running))
-        self._batches = BatchBuilder(self._size, policy.target_step)
+        self._batches = BatchBuilder(self._size, policy.target_step, policy.guards)
         self.allocator = SlotAllocator(slots, policy.host_slots, policy.free_slots, policy.idle_release)
         self.sharing = Sharing(self.allocator, policy.cache_prefixes, policy.share_all, policy.min_shared)
         self._tenants = Tenants(policy.weights)
-        self._queue = FairQueue(policy.patience, policy.queue_unit)
+        self._priorities = Priorities(policy.patience)
         self._deadlines = Deadlines()
-        self._running: list[Sequence] = []  # both in the order in which they entered that stage
-        self._swapped: list[Sequence] = []
+        self._backlog = Backlog(policy.queue_unit)  # of those in the queue
+        self._queue = FairQueue(policy.patience)
+        self._swapped = FairQueue(policy.patience)
+        self._running: dict[Sequence, None] = {}  # in the order in which they began to
+        self._prompts: list[Sequence] = []  # of these, those that have more to compute than one token a step
         self._arrivals = 0
         self._exchanges = 0  # sequences that may still be preempted in this plan
-        self._resumable: list[Sequence] = []  # in this plan, the swapped ones; the first in rank comes last
-        self._in_prompt: list[Sequence] = []  # in this plan, those that run and have generated nothing
-        self._preemption = Preemption([], 0, 0)  # in this plan
-        self._priorities = Priorities(policy.patience)
-        self._last_priority = 0  # no running sequence has a later one
         self._changes: dict[Sequence, int] = {}  # which sequences wait now, and did not when last asked: 1, or -1
 
     @property
@@ -70,7 +68,7 @@ class Scheduler:
 
     @property
     def waiting_tokens(self) -> int:
-        return self._queue.tokens + self.sharing.waiting_tokens
+        return self._backlog.tokens + self.sharing.waiting_tokens
 
     @property
     def prefill_cap(self) -> int:
@@ -93,25 +91,21 @@ class Scheduler:
     @property
     def free(self) -> int:
         """How many more sequences could be given a state without anyone making room."""
-        return max(0, min(self.max_running - self._holding, self.allocator.room))
+        return max(0, min(self.max_running - self.running - self.swapped, self.allocator.room))
 
     @property
     def last_priority(self) -> int | None:
         """A sequence of an earlier priority than this preempts a running one; None while nothing runs."""
-        return self._last_priority if self._running else None
+        return self._priorities.last if self._running else None
 
     @property
     def has_work(self) -> bool:
-        return bool(self._running or self._swapped or self.waiting)
+        return bool(self._running or self.swapped or self.waiting)
 
     @property
     def release_due(self) -> float | None:
         """When a plan will give memory back although there is no work, in seconds; None where none will."""
         return self.allocator.release_due(self.sharing.cache)
-
-    @property
-    def _holding(self) -> int:
-        return len(self._running) + len(self._swapped)
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         for sequence in sequences:
@@ -119,13 +113,12 @@ class Scheduler:
                 continue
             self._arrivals += 1
             standing = sequence.standing
-            standing.arrival, standing.since = self._arrivals, self.counts.steps
+            standing.arrival, standing.served_at, standing.since = self._arrivals, sequence.arrived, self.counts.steps
             standing.account = self._tenants.join(sequence.tenant, sequence.weight)
             alone = len(sequence.prompt) * (self._batches.cost.prompt_token or PROMPT_TOKEN)
             standing.due = sequence.arrived + min(OVERDUE * alone, self.policy.patience)
-            self._priorities.enter(sequence)
-            self._queue.push(sequence)
-            self._note(sequence, 1)
+            adjust(self._priorities.present, sequence.priority, 1)
+            self._move(sequence, Stage.QUEUED)
             self._deadlines.add(sequence)
 
     def take_changes(self) -> dict[Sequence, int]:
@@ -137,7 +130,8 @@ class Scheduler:
         """Ends `count` of those in the queue with `tokens` in their prompts, or more, for newcomers of a queue: the
         last of those who fill it."""
         updates: list[Update] = []
-        while (len(updates) < count or tokens > 0) and (last := self._queue.last(queue_key)) is not None:
+        while (len(updates) < count or tokens > 0) and (yielding := self._backlog.yielding(queue_key)) is not None:
+            last = self._queue.last(yielding)
             updates += self._fail([last], error)
             tokens -= len(last.prompt)
         return updates
@@ -158,8 +152,7 @@ class Scheduler:
                 error: BDHError = QueueTimeout("The request's time was up while it waited in the queue.")
             else:
                 error = RunTimeout("The request's time was up before its response was complete.")
-            updates.append((sequence, sequence.fail(error)))
-        self._end(sequence for sequence, _ in updates)
+            updates += self._fail([sequence], error)
         return updates
 
     def fail_all(self, error: BDHError) -> list[Update]:
@@ -178,21 +171,24 @@ class Scheduler:
         for sequence in {*step.sequences, *step.moved}:
             if sequence.finish_reason is None:
                 sequence.restart()
-        while len(self._running) > self.width:
-            self._swap_out(self._running[-1])
+        for sequence in [*self._running][self.width :]:
+            self._move(sequence, Stage.SWAPPED)
+        self._prompts = [*self._running]
         return []
 
     def plan(self, now: float) -> Step | None:
         """The next step, or None where nothing can run."""
         self.allocator.begin(now)
         self.counts.steps += 1
-        for waiter in self.sharing.advance(self._running):
-            self._requeue(waiter)
-        self._queue.age(now)
-        self._priorities.update(chain(self._running, self._swapped), now)
+        for waiter in self.sharing.advance(self._prompts):
+            self._move(waiter, Stage.QUEUED)
+        for waiting in (self._queue, self._swapped):
+            waiting.age(now)
+        self._priorities.update(self._running, now)
         self._give_slots(now)
+        self._prompts = [s for s in self._prompts if s.stage is Stage.RUNNING and not s.decodes]
         self.allocator.release_idle(self.sharing.cache)
-        return self._batches.build(self._running, self.allocator, now)
+        return self._batches.build(self._running, self._prompts, self.allocator, now)
 
     def commit(self, step: Step, outcome: Outcome, now: float) -> list[Update]:
         """Takes in what a step drew; those that ended are out of their slots."""
@@ -200,9 +196,10 @@ class Scheduler:
         ended: list[Sequence] = []
         rows = enumerate(zip(step.sequences, step.plan.segments, outcome.drawn, strict=True))
         for row, (sequence, segment, token) in rows:
+            standing = sequence.standing
             sequence.computed += len(segment.tokens)
-            sequence.standing.served_at = now
-            if sequence.standing.charged < len(sequence.prompt):
+            standing.served_at = now
+            if standing.charged < len(sequence.prompt):
                 sequence.charge()
             if segment.targets:
                 sequence.take_prompt_scores(outcome.target_scores[row])
@@ -211,8 +208,8 @@ class Scheduler:
                 ended.append(sequence)
             if segment.sampling is not None:
                 updates.append((sequence, sequence.accept(token, now, outcome.scores.get(row))))
-                sequence.standing.due = now
-                sequence.standing.account.charge(0, 1)
+                standing.due = now
+                standing.account.charge(0, 1)
                 if sequence.finish_reason is not None:
                     ended.append(sequence)
         self.counts.prompt_tokens += step.prefill_tokens
@@ -228,45 +225,50 @@ class Scheduler:
         every = [*slots.free, *held, *(entry.slot for entry in self.sharing.cache)]
         assert sorted(every) == list(range(slots.device + slots.host)), "each slot once"
         assert all(slots.on_device(s.slot) for s in self._running if s.slot is not None), "what runs is there"
-        for group in (self._running, self._swapped):
-            since = [sequence.standing.since for sequence in group]
-            assert since == sorted(since), "groups are in order"
+        parked = {s for s in self._swapped if s.slot is not None and slots.on_device(s.slot)}
+        assert set(self.allocator.parked) == parked, "what is swapped and still there is known"
+        since = [sequence.standing.since for sequence in self._running]
+        assert since == sorted(since), "what runs is in order"
+        assert all(s.decodes for s in {*self._running} - {*self._prompts}), "prompts are known"
         assert len(self._running) <= self.width, "no more run than may"
-        assert all(s.slot is None and s.stage is Stage.QUEUED for s in self._queue), "what waits holds no slot"
+        assert all(s.slot is None for s in self._queue), "what waits holds no slot"
         assert all(s.finish_reason is None and s.pending >= 1 for s in holding), "what runs has work"
-        stages = [Stage.RUNNING] * len(self._running) + [Stage.SWAPPED] * len(self._swapped)
-        assert [sequence.stage for sequence in holding] == stages, "stages are right"
+        for stage, group in (
+            (Stage.RUNNING, self._running),
+            (Stage.SWAPPED, self._swapped),
+            (Stage.QUEUED, self._queue),
+        ):
+            assert all(sequence.stage is stage for sequence in group), "stages are right"
+        assert len(self._backlog) == len(self._queue), "the queue is counted"
         self.sharing.check()
 
     # Which sequences run
 
     def _give_slots(self, now: float) -> None:
         """Gives slots to those that wait, in the order of their ranks."""
-        if not (self._swapped or len(self._queue)):
-            return
         self._exchanges = max(1, self.width // self.policy.time_slice)
-        self._last_priority = max(map(EFFECTIVE_PRIORITY, self._running), default=0)
-        self._resumable = sorted(self._swapped, key=RANK, reverse=True)
-        self._in_prompt = [sequence for sequence in self._running if not sequence.generated]
-        self._preemption = Preemption([*self._running], self.policy.time_slice, self.counts.steps)
+        preemption = Preemption(self._running, self.policy.time_slice, self.counts.steps)
         waiters = 0
-        while waiters < PREFIX_WAITERS and (found := self._next()) is not None:
+        while waiters < PREFIX_WAITERS and (found := self._next(preemption)) is not None:
             candidate, victim = found
-            if candidate.stage is Stage.QUEUED and self._await_prefix(candidate):
+            if candidate.stage is Stage.QUEUED and self.sharing.await_prefix(candidate, self._prompts):
+                self._move(candidate, Stage.AWAITING_PREFIX)
                 waiters += 1
             elif not self._run(candidate, victim, now):
                 return
 
-    def _next(self) -> tuple[Sequence, Sequence | None] | None:
+    def _next(self, preemption: Preemption) -> tuple[Sequence, Sequence | None] | None:
         """The sequence to run next, and the one to preempt for it, if any. Candidates are the first in rank of those
         queued and of those swapped; the second one is considered where no slot can be had for the first."""
-        waiting = [self._queue.peek(self._priorities.first), *self._resumable[-1:]]
-        for candidate in sorted(filter(None, waiting), key=RANK):
+        heads = (waiting.peek(self._priorities.first) for waiting in (self._queue, self._swapped))
+        for candidate in sorted((head for head in heads if head is not None), key=RANK):
+            if candidate.standing.since == self.counts.steps:  # it was preempted in this plan
+                continue
             crowded = candidate.stage is Stage.QUEUED and self._is_crowded(candidate)
-            if len(self._running) < self.width and not crowded:
+            if self.running < self.width and not crowded:
                 return candidate, None
-            if self._exchanges > 0 or self._last_priority > candidate.standing.effective_priority:
-                victim = self._preemption.victim(candidate, crowded, self._loses_state(candidate))
+            if self._exchanges > 0 or self._priorities.last > candidate.standing.effective_priority:
+                victim = preemption.victim(candidate, crowded, self._loses_state(candidate))
                 if victim is not None:
                     return candidate, victim
         return None
@@ -274,98 +276,75 @@ class Scheduler:
     def _is_crowded(self, candidate: Sequence) -> bool:
         """Whether as many hold a state as may. Swapped ones of a later priority do not keep it out."""
         own = candidate.standing.effective_priority
-        later = sum(other.standing.effective_priority > own for other in self._swapped)
-        return self._holding - later >= self.max_running
+        swapped = sum(count for priority, count in self._swapped.priorities.items() if priority <= own)
+        return self.running + swapped >= self.max_running
 
     def _loses_state(self, candidate: Sequence) -> bool:
         """Whether there is no room for another state, so that its victim is preempted by recompute."""
         return candidate.stage is Stage.QUEUED and self.allocator.room <= self._scratch
 
     def _run(self, candidate: Sequence, victim: Sequence | None, now: float) -> bool:
-        """Puts `candidate` in a slot on the device, instead of `victim`. False, and nothing done, if that cannot be."""
-        fresh = candidate.stage is Stage.QUEUED
-        if victim is not None and self._loses_state(candidate):
-            self._preempt_by_recompute(victim)
-            victim = None
-        entry = self.sharing.cached_prefix(candidate) if fresh else None
-        parked = self._swapped if victim is None else [*self._swapped, victim]
-        # Of those that wait for one state, none takes its slot from the others; but not for ever.
-        waited = self.counts.steps - candidate.standing.since
-        patient = candidate.prefix.expects is not None and victim is None and waited < self.policy.time_slice
-        if not self.allocator.bring(candidate, parked, self.sharing.cache, entry, patient):
-            return False
+        """Puts `candidate` in a slot on the device, instead of `victim`. False if there is none for it."""
         if victim is not None:
-            self._swap_out(victim)
-            self._count_preemption()
+            self._preempt(victim, by_recompute=self._loses_state(candidate))
+        standing, fresh = candidate.standing, candidate.stage is Stage.QUEUED
+        entry = self.sharing.cached_prefix(candidate) if fresh else None
+        # Of those that wait for one state, none takes its slot from the others; but not for ever.
+        waited = self.counts.steps - standing.since
+        patient = candidate.prefix.expects is not None and victim is None and waited < self.policy.time_slice
+        if not self.allocator.bring(candidate, self.sharing.cache, entry, patient):
+            return False
         if fresh:
-            self._queue.remove(candidate)
-            self._note(candidate, -1)
             self.sharing.begun(candidate, entry, alone=not self._running)
-            standing = candidate.standing
-            standing.account.slots += 1
             standing.state_began = len(candidate.generated)
             standing.charged = max(standing.charged, candidate.computed)  # what is cached costs nothing
             if candidate.times.scheduled is None:
                 candidate.times.scheduled = now
             self.counts.served += 1
-        self._enter(candidate)
+        self._move(candidate, Stage.RUNNING)
+        self._prompts.append(candidate)
         return True
 
-    def _preempt_by_recompute(self, sequence: Sequence) -> None:
-        """It waits in the queue again, without a state, and all that is known of it will be computed again."""
-        self._running.remove(sequence)
-        self._holds_less(sequence.standing.account)
-        slot, sequence.slot = sequence.slot, None
-        assert slot is not None
-        self.allocator.give(slot)
-        sequence.restart()
-        self._priorities.reset(sequence)
-        self._requeue(sequence)
-        self._note(sequence, 1)
-        self._count_preemption()
-
-    def _count_preemption(self) -> None:
+    def _preempt(self, sequence: Sequence, by_recompute: bool) -> None:
+        """It waits in the queue, and all that is known of it will be computed again; or it keeps its state, in its slot
+        on the device until that is needed."""
         self.counts.preemptions += 1
         self._exchanges -= 1
+        if by_recompute:
+            self.allocator.give(sequence.leave_slot())
+            sequence.restart()
+        self._move(sequence, Stage.QUEUED if by_recompute else Stage.SWAPPED)
 
-    def _swap_out(self, sequence: Sequence) -> None:
-        """It is preempted by swap, and keeps its slot on the device until that is needed."""
-        self._running.remove(sequence)
-        self._swapped.append(sequence)
-        sequence.stage = Stage.SWAPPED
-        sequence.standing.since, sequence.standing.due = self.counts.steps, self.allocator.now
-        self._priorities.reset(sequence)
-
-    def _enter(self, sequence: Sequence) -> None:
-        """It runs from now on."""
-        if sequence.stage is Stage.SWAPPED:
+    def _move(self, sequence: Sequence, stage: Stage) -> None:
+        """Takes it out of the stage that it is in, and puts it into another one."""
+        before, sequence.stage = sequence.stage, stage
+        standing = sequence.standing
+        if before is Stage.RUNNING:
+            del self._running[sequence]
+        elif before is Stage.SWAPPED:
             self._swapped.remove(sequence)
-            self._resumable.pop()
-        self._running.append(sequence)
-        if not sequence.generated:
-            self._in_prompt.append(sequence)
-        self._last_priority = max(self._last_priority, sequence.standing.effective_priority)
-        sequence.stage, sequence.standing.since = Stage.RUNNING, self.counts.steps
-
-    def _holds_less(self, tenant: Tenant) -> None:
-        tenant.slots -= 1
-        self._queue.reorder(tenant)
-
-    def _await_prefix(self, candidate: Sequence) -> bool:
-        """Whether `candidate` should wait for an in-flight prefix, which a running sequence is about to compute."""
-        if not self.sharing.await_prefix(candidate, (s for s in self._in_prompt if s.stage is Stage.RUNNING)):
-            return False
-        self._queue.remove(candidate)
-        candidate.stage = Stage.AWAITING_PREFIX
-        return True
-
-    def _requeue(self, sequence: Sequence) -> None:
-        sequence.stage = Stage.QUEUED
-        self._queue.push(sequence)
-
-    def _note(self, sequence: Sequence, change: int) -> None:
-        """It waits from now on (1), or no longer (-1)."""
-        if self._changes.pop(sequence, 0) + change:
+            self.allocator.parked.pop(sequence, None)
+        elif before is Stage.QUEUED:
+            self._queue.remove(sequence)
+            self._backlog.remove(sequence)
+        elif before is Stage.AWAITING_PREFIX:
+            self.sharing.stop_waiting(sequence)
+        if Stage.RUNNING in (before, stage):
+            standing.since = self.counts.steps
+        if stage is Stage.RUNNING:
+            self._running[sequence] = None
+            self._priorities.last = max(self._priorities.last, standing.effective_priority)
+        elif stage is Stage.SWAPPED:
+            standing.due = self.allocator.now
+            self._swapped.push(sequence)
+            self.allocator.parked[sequence] = None
+        elif stage is Stage.QUEUED:
+            self._queue.push(sequence)
+            self._backlog.add(sequence)
+        if held := (stage in HOLDING) - (before in HOLDING):
+            standing.account.hold(held)
+        change = (stage in WAITING) - (before in WAITING)  # it waits from now on, or no longer
+        if change and not self._changes.pop(sequence, 0):
             self._changes[sequence] = change
 
     # Which sequences have ended
@@ -377,24 +356,12 @@ class Scheduler:
 
     def _end(self, ended: Iterable[Sequence]) -> None:
         """Takes out those that have ended; the state of a complete response may stay as a prefix for others."""
-        held = False
         for sequence in ended:
-            stage, sequence.stage = sequence.stage, Stage.ENDED
-            if not sequence.standing.arrival:  # it has ended on its way here
+            if sequence.stage is Stage.NEW:  # it has ended on its way here
                 continue
-            self._priorities.leave(sequence)
+            self._move(sequence, Stage.ENDED)
+            adjust(self._priorities.present, sequence.priority, -1)
             sequence.standing.account.active -= 1
             self.sharing.expect_no_more(sequence)
-            if stage is Stage.QUEUED:
-                self._queue.remove(sequence)
-                self._note(sequence, -1)
-            elif stage is Stage.AWAITING_PREFIX:
-                self.sharing.stop_waiting(sequence)
-                self._note(sequence, -1)
-            elif stage in (Stage.RUNNING, Stage.SWAPPED):
-                held = True
-                self._holds_less(sequence.standing.account)
+            if sequence.slot is not None:
                 self.sharing.bequeath(sequence)
-        if held:
-            self._running = [sequence for sequence in self._running if sequence.stage is Stage.RUNNING]
-            self._swapped = [sequence for sequence in self._swapped if sequence.stage is Stage.SWAPPED]

@@ -48,11 +48,16 @@ class Outbox(Protocol):
 class Stage(Enum):
     """Where a sequence is on its way through the scheduler."""
 
+    NEW = "new"  # the scheduler does not know it yet
     QUEUED = "queued"
     AWAITING_PREFIX = "awaiting_prefix"  # waits for a prefix that a running sequence computes
     RUNNING = "running"
     SWAPPED = "swapped"  # preempted by swap: holds a state, and waits for its next time slice
     ENDED = "ended"
+
+
+WAITING = (Stage.QUEUED, Stage.AWAITING_PREFIX)
+HOLDING = (Stage.RUNNING, Stage.SWAPPED)  # a state
 
 
 @dataclass(slots=True)
@@ -62,10 +67,9 @@ class Standing:
     effective_priority: int = 0  # the one at which it competes
     account: Tenant = field(default_factory=Tenant)
     due: float = 0.0  # when its prompt should be computed, or when it had its last token, or was preempted
-    since: int = 0  # the step from which on it has been in its stage
+    since: int = 0  # the step from which on it has run, or has not
     arrival: int = 0  # its number in the order of arrival
     served_at: float = 0.0  # when a step last computed something of it; before, when it arrived
-    aged: bool = False  # whether it waited too long for that, and has the first priority while it holds its slot
     state_began: int = 0  # tokens generated before it was given its present state
     charged: int = 0  # tokens of the prompt that its tenant was charged for, or that were cached
 
@@ -125,7 +129,7 @@ class Sequence:
     deadline: float | None = None
     span: object | None = None  # of the client's request, for those who watch
 
-    stage: Stage = Stage.QUEUED
+    stage: Stage = Stage.NEW
     standing: Standing = field(default_factory=Standing)
     prefix: Prefix = field(default_factory=Prefix)
     times: Times = field(default_factory=Times)
@@ -154,6 +158,16 @@ class Sequence:
         return len(self.prompt) + len(self.generated) - self.computed
 
     @property
+    def decodes(self) -> bool:
+        """Whether the last token that was drawn for it is all that is pending."""
+        return bool(self.generated) and self.pending == 1
+
+    @property
+    def until_cut(self) -> int:
+        """Tokens that are pending up to where its state is wanted next."""
+        return next((at - self.computed for at in self.prefix.cuts if at > self.computed), self.pending)
+
+    @property
     def time_in_queue(self) -> float | None:
         """Seconds until it was first given a slot; None where it has not been."""
         return None if self.times.scheduled is None else self.times.scheduled - self.arrived
@@ -163,23 +177,20 @@ class Sequence:
         return None if self.times.first_token is None else self.times.first_token - self.arrived
 
     def decode_segment(self) -> Segment:
-        """The one pending token as a share of a step."""
+        """The one token that was drawn last as a share of a step."""
         assert self.slot is not None
-        token = self.generated[-1] if self.generated else self.prompt[-1]
         segment = self._decode_segment
         if segment is None:
-            self._decode_segment = segment = Segment(
-                self.slot,
-                self.computed,
-                [token],
-                self.sampling,
-                self.adjustment,
-                self.constraint,
-                pool=self.pool,
-            )
-            return segment
-        segment.slot, segment.start, segment.tokens = self.slot, self.computed, [token]
+            segment = Segment(self.slot, 0, (), self.sampling, self.adjustment, self.constraint)
+            self._decode_segment = segment
+        segment.slot, segment.start, segment.tokens = self.slot, self.computed, self.generated[-1:]
         return segment
+
+    def leave_slot(self) -> int:
+        """Its slot, which is another's from now on."""
+        slot, self.slot = self.slot, None
+        assert slot is not None
+        return slot
 
     def segment(self, tokens: int) -> Segment:
         """The next `tokens` of the pending ones as a share of a step; all of them lead to a new token."""

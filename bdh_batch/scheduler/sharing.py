@@ -118,23 +118,20 @@ class Sharing:
             del self._waiters[producer]
         self.waiting_tokens -= len(waiter.prompt)
 
-    def advance(self, running: Iterable[Sequence]) -> list[Sequence]:
-        """Takes the states that are wanted now; gives those that need not wait any longer."""
-        for sequence in running:
+    def advance(self, prompts: Iterable[Sequence]) -> list[Sequence]:
+        """Takes the states of `prompts` that are wanted now; gives those that need not wait any longer."""
+        for sequence in prompts:
             if sequence.prefix.cuts and sequence.prefix.cuts[0] <= sequence.computed:
                 self._take(sequence)
         released: list[Sequence] = []
         for producer, waiting in self._waiters.items():
             gone = producer.stage is not Stage.RUNNING or not producer.prefix.cuts
             released += (waiter for waiter, at in waiting.items() if gone or at <= producer.computed)
-        for waiter in released:
-            self.stop_waiting(waiter)
         return released
 
     def bequeath(self, sequence: Sequence) -> None:
         """`sequence` has ended: its state stays as a prefix of what may be asked next, or its slot is free."""
-        slot, sequence.slot = sequence.slot, None
-        assert slot is not None
+        slot = sequence.leave_slot()
         complete = sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
         if (
             self._cache_prefixes
@@ -230,7 +227,7 @@ class Sharing:
         best, longest, looked_at = None, self._least - 1, 0
         for producer in in_prompt:
             is_later = producer.standing.effective_priority > sequence.standing.effective_priority
-            if is_later or self._namespace(producer) != namespace:
+            if producer.stage is not Stage.RUNNING or is_later or self._namespace(producer) != namespace:
                 continue
             # Only one that is about to compute more than was found so far is worth comparing at length.
             more = max(longest, producer.computed) + 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from bdh_batch.messages import Copy
@@ -29,6 +28,7 @@ class SlotAllocator:
         self.slots = Slots(device, host)
         self.working_set = WorkingSet(device, free)
         self.cached = 0  # slots that the prefix cache holds
+        self.parked: dict[Sequence, None] = {}  # swapped sequences whose states are still on the device
         self._idle_release = idle_release
         self.begin(0.0)
 
@@ -50,7 +50,6 @@ class SlotAllocator:
     def bring(
         self,
         sequence: Sequence,
-        swapped: Iterable[Sequence],
         cache: PrefixCache,
         entry: Entry | None,
         patient: bool = False,
@@ -60,11 +59,11 @@ class SlotAllocator:
         old = sequence.slot
         if old is not None and self.slots.on_device(old):
             return True
-        slot = self._on_device(sequence, swapped, cache, entry, patient)
+        slot = self._on_device(cache, entry, patient)
         if slot is None:
             if entry is None or (patient and entry.awaited > (sequence.prefix.expects is entry)):
                 return False
-            return self._take_over(sequence, swapped, cache, entry)
+            return self._take_over(sequence, cache, entry)
         if old is not None:
             self._move(sequence, slot)
             self.give(old)
@@ -136,7 +135,7 @@ class SlotAllocator:
         cache.drop(entry)
         self.cached -= 1
 
-    def _take_over(self, sequence: Sequence, swapped: Iterable[Sequence], cache: PrefixCache, entry: Entry) -> bool:
+    def _take_over(self, sequence: Sequence, cache: PrefixCache, entry: Entry) -> bool:
         """The last slot there is, is that of `entry`: becomes the slot of `sequence`, or makes room for it."""
         if self.slots.on_device(entry.slot):
             self._drop(entry, cache)
@@ -144,15 +143,13 @@ class SlotAllocator:
             if any(copy.target == entry.slot for copy in self.copies):
                 self.moved.append(sequence)
             return True
-        sequence.slot = slot = self._on_device(sequence, swapped, cache, None, False)
+        sequence.slot = slot = self._on_device(cache, None, False)
         if slot is not None and cache.holds(entry):
             self.copy(entry.slot, slot)
             self.moved.append(sequence)
         return slot is not None
 
-    def _on_device(
-        self, sequence: Sequence, swapped: Iterable[Sequence], cache: PrefixCache, spare: Entry | None, patient: bool
-    ) -> int | None:
+    def _on_device(self, cache: PrefixCache, spare: Entry | None, patient: bool) -> int | None:
         if (slot := self._unused()) is not None:
             return slot
         least = cache.least(on_device=True, spare=spare)
@@ -162,15 +159,13 @@ class SlotAllocator:
             return slot
         if least is not None and not patient:
             return self._evict(least, cache, spare)
-        for parked in swapped:
-            if parked is not sequence and parked.slot is not None and self.slots.on_device(parked.slot):
-                host = self._on_host(cache, None, spare)
-                if host is None:
-                    return None
-                slot = parked.slot
-                self._move(parked, host)
-                return slot
-        return None
+        parked = next(iter(self.parked), None)
+        if parked is None or parked.slot is None or (host := self._on_host(cache, None, spare)) is None:
+            return None
+        slot = parked.slot
+        self._move(parked, host)
+        del self.parked[parked]
+        return slot
 
     def _move(self, sequence: Sequence, slot: int) -> None:
         if sequence.computed and sequence.slot is not None:  # else there is no state yet

@@ -20,7 +20,7 @@ FORGET = 64  # tenants at a time: a step does not wait for a crowd to be forgott
 class Tenant:
     """What one tenant has been served, and how much of it is under way."""
 
-    __slots__ = ("active", "name", "queues", "slots", "virtual_time", "weight")
+    __slots__ = ("active", "held", "name", "queues", "slots", "virtual_time", "weight")
 
     def __init__(self, name: str = "", weight: float = 1.0) -> None:
         self.name = name
@@ -28,10 +28,21 @@ class Tenant:
         self.virtual_time = 0.0
         self.active = 0  # sequences that have not ended
         self.slots = 0  # of them, those that hold a state
+        self.held = 0  # the same, and those that ceased to since its virtual time changed: ranks never become less
         self.queues = 0  # in which some of them wait for a slot, one for each priority
 
     def charge(self, prompt_tokens: int, generated: int) -> None:
         self.virtual_time += (prompt_tokens + GENERATED * generated) / self.weight
+        self.held = self.slots
+
+    def lift(self, level: float) -> None:
+        if self.virtual_time < level:
+            self.virtual_time, self.held = level, self.slots
+
+    def hold(self, change: int) -> None:
+        """So many more of its sequences hold a state."""
+        self.slots += change
+        self.held += max(0, change)
 
 
 class Tenants:
@@ -49,13 +60,10 @@ class Tenants:
 
     def join(self, name: str, weight: float | None = None) -> Tenant:
         """The tenant `name` asks for one more sequence."""
-        tenant = self._known.get(name)
-        if tenant is not None and not tenant.queues:
+        tenant = self._known.get(name) or Tenant(name, self._weights.get(name, 1.0))
+        if not tenant.queues:
             self._by_time.drop(tenant)
-        if tenant is None or not tenant.queues:
-            least = self._least_active()
-            tenant = tenant or Tenant(name, self._weights.get(name, 1.0))
-            tenant.virtual_time = max(tenant.virtual_time, least)
+            tenant.lift(self._least_active())
             self._known[name] = tenant
             self._by_time.put(tenant)
         if weight is not None:
