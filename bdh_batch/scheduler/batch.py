@@ -77,6 +77,8 @@ class BatchBuilder:
         fits = not prompts and len(streams) <= filling.room_for_streams
         groups = [(FIRST, streams)] if fits or not filling.splits else backwards(streams)
         for prompt in sorted(prompts, key=RANK):
+            if filling.prompt_tokens == self._size.prefill:
+                break
             rank = TENANT_RANK(prompt)
             while groups and (self._passed_over or groups[-1][0] <= rank):
                 filling.decode(groups.pop()[1])

@@ -54,13 +54,15 @@ class PrefixCache:
         """What an entry would be worth now."""
         return self._age + length * (1 + uses)
 
-    def add(self, namespace: str, prompt: bytes, length: int, slot: int, now: float = 0.0) -> Entry:
-        """Caches the state in `slot`; `now` is in seconds."""
-        entry = Entry.of(namespace, prompt, length, slot)
-        entry.worth, entry.used = self.worth(length), now
+    def twin(self, entry: Entry) -> Entry | None:
+        """The entry of the same prefix, if there is one."""
+        return self._index.twin(entry)
+
+    def add(self, entry: Entry, now: float = 0.0) -> None:
+        """Caches the state in the slot of `entry`; `now` is in seconds."""
+        entry.worth, entry.used = self.worth(entry.length), now
         self._index.add(entry)
         self._rank(entry)
-        return entry
 
     def use(self, entry: Entry, now: float = 0.0) -> None:
         entry.uses += 1

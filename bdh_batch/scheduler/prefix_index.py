@@ -42,9 +42,9 @@ class Entry:
     end: End | None = None
 
     @classmethod
-    def of(cls, namespace: str, prompt: bytes, length: int, slot: int) -> Entry:
+    def of(cls, namespace: str, prompt: bytes, length: int, slot: int, end: End | None = None) -> Entry:
         (digest,) = digests_at(prompt, [length])
-        return cls(namespace, length, tail_of(prompt, length), digest, slot)
+        return cls(namespace, length, tail_of(prompt, length), digest, slot, end=end)
 
     @property
     def key(self) -> Key:
@@ -69,7 +69,8 @@ class PrefixIndex:
         """The entry with the longest prefix of `prompt`, of more than `above` and at most `most` tokens."""
         ascending, tails = self._ascending.get(namespace, []), self._tails.get(namespace, {})
         lengths = ascending[bisect_right(ascending, above) : bisect_right(ascending, most)]
-        lengths = [length for length in lengths if tail_of(prompt, length) in tails[length]]
+        # As tail_of, which is dear to call for each of hundreds of lengths.
+        lengths = [at for at in lengths if prompt[max(0, at * TOKEN_BYTES - TAIL) : at * TOKEN_BYTES] in tails[at]]
         digests = digests_at(prompt, lengths)
         for length, digest in zip(reversed(lengths), reversed(digests)):
             if (entry := self._entries.get((namespace, length, digest))) is not None:

@@ -79,6 +79,7 @@ class Prefix:
     """What a sequence shares with others: where its state is wanted, and what it began with."""
 
     packed: bytes = b""  # the prompt, where it may be shared
+    namespace: str = ""  # inside which it may be
     cuts: list[int] = field(default_factory=list)  # ascending positions at which its state is wanted
     expects: Entry | None = None  # the state that it waited for
     cached: int = 0  # tokens that another sequence had computed
@@ -183,7 +184,8 @@ class Sequence:
         if segment is None:
             segment = Segment(self.slot, 0, (), self.sampling, self.adjustment, self.constraint)
             self._decode_segment = segment
-        segment.slot, segment.start, segment.tokens = self.slot, self.computed, self.generated[-1:]
+        segment.slot, segment.start = self.slot, self.computed
+        segment.tokens = self.generated[-1:]
         return segment
 
     def leave_slot(self) -> int:

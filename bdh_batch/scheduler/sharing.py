@@ -46,6 +46,9 @@ class Sharing:
         self._completions_go_on = 0  # above 0, more of late than prompts alone did
         self._last: tuple[Tokens[int], bytes] = (), b""  # the last prompt that was packed, and as bytes
         self._fresh: list[Entry] = []  # their copies are part of the plan that is being made or computed
+        # In this plan, those in their prompts, by namespace and the first tokens; and how many of them are there.
+        self._by_head: dict[tuple[str, bytes], list[Sequence]] = {}
+        self._indexed = 0
 
     @property
     def waiting_count(self) -> int:
@@ -59,7 +62,8 @@ class Sharing:
         """The state that `sequence` can begin with; its last token has to be computed."""
         if not self._may_share(sequence):
             return None
-        return self.cache.find(self._namespace(sequence), self._packed(sequence), len(sequence.prompt) - 1)
+        prompt = self._packed(sequence)
+        return self.cache.find(sequence.prefix.namespace, prompt, len(sequence.prompt) - 1)
 
     def begun(self, sequence: Sequence, entry: Entry | None, alone: bool = True) -> None:
         """`sequence` has been given its slot, with the state of `entry` in it; it is `alone` where no other one
@@ -68,7 +72,7 @@ class Sharing:
             return
         self.queries += len(sequence.prompt)
         found = 0 if entry is None else entry.length
-        namespace, prompt = self._namespace(sequence), self._packed(sequence)
+        prompt, namespace = self._packed(sequence), sequence.prefix.namespace
         evicted = self._allocator.working_set.asked(namespace, prompt, len(sequence.prompt) - 1, found)
         self._observe(evicted or entry)
         cached = entry is not None and self.cache.holds(entry)
@@ -84,8 +88,9 @@ class Sharing:
             wanted = self._wanted(sequence, alone)
             sequence.prefix.cuts = sorted(at for at in wanted if max(sequence.computed, self._least - 1) < at)
 
-    def await_prefix(self, sequence: Sequence, in_prompt: Iterable[Sequence]) -> bool:
-        """Whether one of those `in_prompt` is about to compute more of `sequence` than is cached; it then waits."""
+    def await_prefix(self, sequence: Sequence, in_prompt: Tokens[Sequence]) -> bool:
+        """Whether one of those `in_prompt` is about to compute more of `sequence` than is cached; it then waits. In one
+        plan, more of them come at the end only."""
         if not self._may_share(sequence):
             return False
         producer, shared = self._producer_of(sequence, in_prompt)
@@ -120,6 +125,7 @@ class Sharing:
 
     def advance(self, prompts: Iterable[Sequence]) -> list[Sequence]:
         """Takes the states of `prompts` that are wanted now; gives those that need not wait any longer."""
+        self._by_head, self._indexed = {}, 0
         for sequence in prompts:
             if sequence.prefix.cuts and sequence.prefix.cuts[0] <= sequence.computed:
                 self._take(sequence)
@@ -140,9 +146,9 @@ class Sharing:
             and sequence.computed > len(sequence.prompt)
         ):
             namespace, known = self._namespace(sequence), pack(sequence.known(0, sequence.computed))
-            if self.cache.get(namespace, known, sequence.computed) is None:
-                entry = self.cache.add(namespace, known, sequence.computed, slot, self._allocator.now)
-                entry.end = End.COMPLETION
+            entry = Entry.of(namespace, known, sequence.computed, slot, End.COMPLETION)
+            if self.cache.twin(entry) is None:
+                self.cache.add(entry, self._allocator.now)
                 self._supersede(sequence, namespace, known)
                 self._allocator.cached += 1
                 return
@@ -177,17 +183,18 @@ class Sharing:
             sequence.prefix.cuts.pop(0)
         if not wanted or sequence.slot is None:
             return
-        namespace, prompt = self._namespace(sequence), self._packed(sequence)
+        prompt, namespace = self._packed(sequence), sequence.prefix.namespace
         waiting = [waiter for waiter, position in self._waiters.get(sequence, {}).items() if position == at]
-        entry = self.cache.get(namespace, prompt, at)
+        new = Entry.of(namespace, prompt, at, -1, End.PROMPT if at == len(sequence.prompt) - 1 else None)
+        entry = self.cache.twin(new)
         if entry is None and (self._cache_prefixes or waiting):
             slot = self._allocator.for_entry(self.cache, self.cache.worth(at, len(waiting)), bool(waiting))
             if slot is None:
-                self._allocator.working_set.evicted(Entry.of(namespace, prompt, at, -1))
+                self._allocator.working_set.evicted(new)
                 return
             self._allocator.copy(sequence.slot, slot)
-            entry = self.cache.add(namespace, prompt, at, slot, self._allocator.now)
-            entry.end = End.PROMPT if at == len(sequence.prompt) - 1 else None
+            entry, new.slot = new, slot
+            self.cache.add(entry, self._allocator.now)
             self._allocator.cached += 1
             self._fresh.append(entry)
         for waiter in waiting:
@@ -216,18 +223,21 @@ class Sharing:
     def _wanted(self, sequence: Sequence, alone: bool) -> set[int]:
         last = len(sequence.prompt) - 1
         powers = (1 << bit for bit in range(FIRST_POWER.bit_length() - 1, last.bit_length()))
-        wanted = {min(last, self._recent.parting(self._namespace(sequence), self._packed(sequence)))}
+        wanted = {min(last, self._recent.parting(sequence.prefix.namespace, sequence.prefix.packed))}
         wanted.update(at for at in (*powers, *sequence.breaks) if at < last)
         if alone or len(sequence.prompt) >= LONG:  # a step more for the last token: dear beside others' steps
             wanted.add(last)
         return wanted
 
-    def _producer_of(self, sequence: Sequence, in_prompt: Iterable[Sequence]) -> tuple[Sequence | None, int]:
-        prompt, namespace = self._packed(sequence), self._namespace(sequence)
+    def _producer_of(self, sequence: Sequence, in_prompt: Tokens[Sequence]) -> tuple[Sequence | None, int]:
+        for producer in in_prompt[self._indexed :]:
+            self._by_head.setdefault(self._head(producer), []).append(producer)
+        self._indexed = len(in_prompt)
+        prompt = self._packed(sequence)
         best, longest, looked_at = None, self._least - 1, 0
-        for producer in in_prompt:
+        for producer in self._by_head.get(self._head(sequence), ()):
             is_later = producer.standing.effective_priority > sequence.standing.effective_priority
-            if producer.stage is not Stage.RUNNING or is_later or self._namespace(producer) != namespace:
+            if producer.stage is not Stage.RUNNING or is_later:
                 continue
             # Only one that is about to compute more than was found so far is worth comparing at length.
             more = max(longest, producer.computed) + 1
@@ -241,6 +251,9 @@ class Sharing:
                 break
         return best, longest
 
+    def _head(self, sequence: Sequence) -> tuple[str, bytes]:
+        return sequence.prefix.namespace, sequence.prefix.packed[: TOKEN_BYTES * self._least]
+
     def _may_share(self, sequence: Sequence) -> bool:
         return len(sequence.prompt) > self._least and not sequence.needs_all
 
@@ -253,5 +266,5 @@ class Sharing:
         if not sequence.prefix.packed:
             if sequence.prompt is not self._last[0]:
                 self._last = sequence.prompt, pack(sequence.prompt)
-            sequence.prefix.packed = self._last[1]
+            sequence.prefix.packed, sequence.prefix.namespace = self._last[1], self._namespace(sequence)
         return sequence.prefix.packed

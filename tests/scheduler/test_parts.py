@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from bdh_batch.scheduler.cost import StepCost
 from bdh_batch.scheduler.fair_queue import AGE, FairQueue
-from bdh_batch.scheduler.prefix_cache import PrefixCache
+from bdh_batch.scheduler.prefix_cache import Entry, PrefixCache
 from bdh_batch.scheduler.prefixes import RECENT, RecentPrompts, common, pack
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.sharing import Sharing
@@ -346,7 +346,7 @@ class TestPrefixCache:
         cache = PrefixCache()
         for slot, tokens in enumerate(cached):
             if cache.get("", pack(tokens), len(tokens)) is None:
-                cache.add("", pack(tokens), len(tokens), slot)
+                cache.add(Entry.of("", pack(tokens), len(tokens), slot))
         fitting = [len(tokens) for tokens in cached if len(tokens) < len(prompt) and prompt[: len(tokens)] == tokens]
         found = cache.find("", pack(prompt), len(prompt) - 1)
         assert (0 if found is None else found.length) == max(fitting, default=0)
@@ -357,13 +357,18 @@ class TestPrefixCache:
 
     def test_what_saves_least_goes_first_and_age_counts(self) -> None:
         cache = PrefixCache()
-        long, short = (cache.add("", pack([1] * length), length, length) for length in (90, 30))
+        long, short, fresh = (
+            Entry.of("", pack([token] * length), length, slot)
+            for slot, (token, length) in enumerate(((1, 90), (1, 30), (2, 95)))
+        )
+        for entry in (long, short):
+            cache.add(entry)
         assert cache.least(on_device=False) is short
         for _ in range(5):
             cache.use(short)
         assert cache.least(on_device=False) is long
         cache.drop(long)
-        fresh = cache.add("", pack([2] * 95), 95, 3)
+        cache.add(fresh)
         assert cache.least(on_device=False) is short is not fresh
 
 
