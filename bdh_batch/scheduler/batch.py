@@ -7,14 +7,14 @@ with more, which fill the rest of the time. Inside a tenant streams go before pr
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from heapq import nsmallest
 
 from bdh_batch.messages import Plan
 from bdh_batch.scheduler.cost import StepCost
 from bdh_batch.scheduler.policy import Guards
-from bdh_batch.scheduler.rank import DUE, FIRST, RANK, TENANT_RANK, backwards
+from bdh_batch.scheduler.rank import DUE, FIRST, RANK, TENANT_RANK
+from bdh_batch.scheduler.running import Running
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import LEAST_PREFILL, StepSize
@@ -50,13 +50,10 @@ class BatchBuilder:
         self._guards = guards
         self._passed_over = False  # by the last step, streams for a prompt
 
-    def build(
-        self, running: Iterable[Sequence], prompts: list[Sequence], allocator: SlotAllocator, now: float
-    ) -> Step | None:
+    def build(self, running: Running, prompts: list[Sequence], allocator: SlotAllocator, now: float) -> Step | None:
         """The next step of those `running`, all but `prompts` of them streams, with the copies that are planned; None
         where it would be empty."""
-        apart = set(prompts)
-        filling = self._walk([sequence for sequence in running if sequence not in apart], prompts)
+        filling = self._walk(running, prompts)
         segments = [stream.decode_segment() for stream in filling.streams]
         segments += [prompt.segment(tokens) for prompt, tokens in filling.prompts]
         plan = Plan(segments, allocator.copies, allocator.released)
@@ -71,11 +68,17 @@ class BatchBuilder:
             self._size.succeeded()
             self.cost.observe(step.decodes, step.prefill_tokens, seconds)
 
-    def _walk(self, streams: list[Sequence], prompts: list[Sequence]) -> Filling:
+    def _walk(self, running: Running, prompts: list[Sequence]) -> Filling:
         """What the step has of those, in the order of their ranks, until its time is full."""
+        apart = set(prompts)
+        streams = [sequence for sequence in running if sequence not in apart]
         filling = Filling(self.cost, self._size.prefill, self._target if streams else 0.0, self._guards)
         fits = not prompts and len(streams) <= filling.room_for_streams
-        groups = [(FIRST, streams)] if fits or not filling.splits else backwards(streams)
+        if fits or not filling.splits:
+            groups = [(FIRST, streams)]
+        else:
+            walked = ((rank, [s for s in members if s not in apart]) for rank, members in running.backwards())
+            groups = [group for group in walked if group[1]]
         for prompt in sorted(prompts, key=RANK):
             if filling.prompt_tokens == self._size.prefill:
                 break

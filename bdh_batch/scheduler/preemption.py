@@ -12,11 +12,10 @@ its state. So it must have got on since it began with it, by a time slice and by
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from bdh_batch.scheduler.rank import Group, backwards
+from bdh_batch.scheduler.running import Group, Running
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.tenants import Tenant
 
@@ -31,7 +30,7 @@ class Preemption:
         step: the number of this one. What began to run in it is not preempted in it.
     """
 
-    running: Iterable[Sequence]
+    running: Running
     time_slice: int
     step: int
 
@@ -46,7 +45,9 @@ class Preemption:
         for (priority, time, _), members in self._groups:
             if (priority, time) < (own, mine.virtual_time):
                 return None
-            tenant = members[0].standing.account
+            if not members:  # they were preempted in this plan
+                continue
+            tenant = next(iter(members)).standing.account
             at_once = priority > own or _holds_more(tenant, mine, given=1)
             if not at_once and crowded and not _holds_more(tenant, mine, given=0):
                 continue
@@ -58,7 +59,7 @@ class Preemption:
 
     @cached_property
     def _groups(self) -> list[Group]:
-        return backwards(self.running)
+        return self.running.backwards()
 
     def _is_over(self, sequence: Sequence, candidate: Sequence | None) -> bool:
         """Whether its time slice is; where it loses its state for `candidate`, whether it has got on enough."""

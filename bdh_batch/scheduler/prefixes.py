@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 TOKEN_BYTES = array("I").itemsize
+SHORT = 1024  # bytes, which are quicker compared as one number
 RECENT = 512  # prompts that are remembered, of all namespaces together
 RECENT_BYTES = 32 * 2**20
 
@@ -25,13 +26,15 @@ def common(one: bytes, other: bytes) -> int:
     while size < high and one[low:size] == other[low:size]:
         low, size = size, size * 2
     high = min(high, size)
-    while low + 1 < high:  # they agree up to low, and differ before high
+    while high - low > SHORT:  # they agree up to low, and differ before high
         middle = (low + high) // 2
         if one[low:middle] == other[low:middle]:
             low = middle
         else:
             high = middle
-    return low // TOKEN_BYTES
+    differing = int.from_bytes(one[low:high], "little") ^ int.from_bytes(other[low:high], "little")
+    first = (differing & -differing).bit_length() - 1
+    return (low + first // 8) // TOKEN_BYTES
 
 
 class RecentPrompts:

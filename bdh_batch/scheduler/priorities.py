@@ -8,8 +8,8 @@ however many requests of it come, can keep another one waiting for ever; inside 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 
+from bdh_batch.scheduler.running import Running
 from bdh_batch.scheduler.sequence import Sequence
 
 
@@ -36,14 +36,17 @@ class Priorities:
         self._were_mixed = False
         self.first = self.last = 0  # no sequence has an earlier one, and no running one a later one
 
-    def update(self, running: Iterable[Sequence], now: float) -> None:
+    def update(self, running: Running, now: float) -> None:
         """Ages those that run; the queues do so for their own."""
         self.first = self.last = min(self.present, default=0)
         mixed = len(self.present) > 1
         if mixed or self._were_mixed:
-            for sequence in running:
-                standing, own = sequence.standing, sequence.priority
-                aged = standing.effective_priority < own or has_aged(sequence, self._patience, now)
-                standing.effective_priority = self.first if aged else own
-                self.last = max(self.last, standing.effective_priority)
+            for sequence in [*running]:
+                own, before = sequence.priority, sequence.standing.effective_priority
+                aged = before < own or has_aged(sequence, self._patience, now)
+                if (priority := self.first if aged else own) != before:
+                    running.remove(sequence)
+                    sequence.standing.effective_priority = priority
+                    running.push(sequence)
+                self.last = max(self.last, priority)
         self._were_mixed = mixed

@@ -11,27 +11,11 @@ Walked forwards, the rank fills slots and then the time of a step; walked backwa
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
 from math import inf
-from operator import attrgetter, itemgetter
-
-from bdh_batch.scheduler.sequence import Sequence
-from bdh_batch.scheduler.tenants import Tenant
-
-Group = tuple[tuple[float, ...], list[Sequence]]  # with the rank of its tenant
+from operator import attrgetter
 
 TENANT = ("standing.effective_priority", "standing.account.virtual_time", "standing.account.held")
 TENANT_RANK = attrgetter(*TENANT)
 RANK = attrgetter(*TENANT, "standing.due", "standing.arrival")
 DUE = attrgetter("standing.due")
 FIRST = (-inf,)  # before any rank
-
-
-def backwards(sequences: Iterable[Sequence]) -> list[Group]:
-    """The sequences of each tenant at each priority, the last in rank first; each group in the order given."""
-    groups: defaultdict[tuple[int, Tenant], list[Sequence]] = defaultdict(list)
-    for sequence in sequences:
-        standing = sequence.standing
-        groups[standing.effective_priority, standing.account].append(sequence)
-    return sorted(((TENANT_RANK(of[0]), of) for of in groups.values()), key=itemgetter(0), reverse=True)

@@ -19,6 +19,7 @@ from bdh_batch.scheduler.policy import Counts, Policy
 from bdh_batch.scheduler.preemption import Preemption
 from bdh_batch.scheduler.priorities import Priorities, adjust
 from bdh_batch.scheduler.rank import RANK
+from bdh_batch.scheduler.running import Running
 from bdh_batch.scheduler.sequence import HOLDING, WAITING, QueueKey, Sequence, Stage
 from bdh_batch.scheduler.sharing import Sharing
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
@@ -56,7 +57,7 @@ class Scheduler:
         self._backlog = Backlog(policy.queue_unit)  # of those in the queue
         self._queue = FairQueue(policy.patience)
         self._swapped = FairQueue(policy.patience)
-        self._running: dict[Sequence, None] = {}  # in the order in which they began to
+        self._running = Running()
         self._prompts: list[Sequence] = []  # of these, those that have more to compute than one token a step
         self._arrivals = 0
         self._exchanges = 0  # sequences that may still be preempted in this plan
@@ -171,7 +172,8 @@ class Scheduler:
         for sequence in {*step.sequences, *step.moved}:
             if sequence.finish_reason is None:
                 sequence.restart()
-        for sequence in [*self._running][self.width :]:
+        backwards = [s for _, members in self._running.backwards() for s in reversed(members)]
+        for sequence in backwards[: max(0, self.running - self.width)]:
             self._move(sequence, Stage.SWAPPED)
         self._prompts = [*self._running]
         return []
@@ -227,8 +229,6 @@ class Scheduler:
         assert all(slots.on_device(s.slot) for s in self._running if s.slot is not None), "what runs is there"
         parked = {s for s in self._swapped if s.slot is not None and slots.on_device(s.slot)}
         assert set(self.allocator.parked) == parked, "what is swapped and still there is known"
-        since = [sequence.standing.since for sequence in self._running]
-        assert since == sorted(since), "what runs is in order"
         assert all(s.decodes for s in {*self._running} - {*self._prompts}), "prompts are known"
         assert len(self._running) <= self.width, "no more run than may"
         assert all(s.slot is None for s in self._queue), "what waits holds no slot"
@@ -320,7 +320,7 @@ class Scheduler:
         before, sequence.stage = sequence.stage, stage
         standing = sequence.standing
         if before is Stage.RUNNING:
-            del self._running[sequence]
+            self._running.remove(sequence)
         elif before is Stage.SWAPPED:
             self._swapped.remove(sequence)
             self.allocator.parked.pop(sequence, None)
@@ -332,7 +332,7 @@ class Scheduler:
         if Stage.RUNNING in (before, stage):
             standing.since = self.counts.steps
         if stage is Stage.RUNNING:
-            self._running[sequence] = None
+            self._running.push(sequence)
             self._priorities.last = max(self._priorities.last, standing.effective_priority)
         elif stage is Stage.SWAPPED:
             standing.due = self.allocator.now
