@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 from bdh_batch.checkpoint.checkpoint import Model, load_model
 from bdh_batch.checkpoint.config import bytes_per_sequence
+from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.base import Kernels
@@ -40,7 +41,7 @@ from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Delta, Plan, SamplingParams, Segment
 from bdh_batch.scheduler.scheduler import Scheduler
-from bdh_batch.scheduler.sequence import Sequence as Generation
+from bdh_batch.scheduler.sequence import Client, Sequence as Generation
 from bdh_batch.system.device_memory import free_memory
 from benchmarks.common import (
     Times,
@@ -171,7 +172,7 @@ class Loop:
 
 def generation(prompt: list[int], seed: int) -> Generation:
     sampling = SamplingParams(temperature=0.8, seed=seed)
-    return Generation("", prompt, ENDLESS, sampling, NoText(), Nowhere())
+    return Generation("", Completion(prompt, ENDLESS, sampling, NoText()), Client(Nowhere()))
 
 
 @dataclass(frozen=True)

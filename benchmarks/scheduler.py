@@ -22,13 +22,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.mailbox import Mailbox
 from bdh_batch.engine.worker import Worker
 from bdh_batch.messages import Outcome, SamplingParams
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
-from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.sequence import Client, Prefix, Sequence
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import ByteTokenizer
 from benchmarks.common import figure, report_head, write_json
@@ -65,12 +66,9 @@ def make_scheduler(scenario: str, running: int, waiting: int) -> Scheduler:
 def make_sequence(number: int, prompt: list[int], max_tokens: int) -> Sequence:
     return Sequence(
         id=str(number),
-        prompt=prompt,
-        max_tokens=max_tokens,
-        sampling=SamplingParams(),
-        text=TextStream(ByteTokenizer().decoder()),
-        outbox=Mailbox(),
-        key=f"key {number % 16}",
+        completion=Completion(prompt, max_tokens, SamplingParams(), TextStream(ByteTokenizer().decoder())),
+        client=Client(Mailbox()),
+        prefix=Prefix(f"key {number % 16}"),
         tenant=f"key {number % 16}",
     )
 
@@ -107,8 +105,8 @@ async def measure(scenario: str, running: int, waiting: int, steps: int) -> dict
         await asyncio.sleep(0)  # the event loop puts the deltas into their mailboxes
         marks.append(time.perf_counter())
         for sequence, _ in updates:
-            assert isinstance(sequence.outbox, Mailbox)
-            await sequence.outbox.take()  # as its client would
+            assert isinstance(sequence.client.outbox, Mailbox)
+            await sequence.client.outbox.take()  # as its client would
         if number >= WARM:
             for name, seconds in zip(
                 times, (marks[1] - marks[0], marks[2] - began, marks[3] - marks[2], marks[4] - marks[3])

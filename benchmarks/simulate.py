@@ -34,11 +34,12 @@ from heapq import heappop, heappush
 from itertools import count, pairwise
 from pathlib import Path
 
+from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.trace import BLOCK
 from bdh_batch.messages import Delta, Outcome, SamplingParams
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
-from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.sequence import Client, Prefix, Sequence, Times
 
 POLICIES = ("fair", "fcfs", "static")
 GOOD = 5.0  # seconds to the first token within which a response counts for goodput
@@ -169,13 +170,10 @@ class Play:
         silent = Silent()
         return Sequence(
             id="",
-            prompt=request.prompt,
-            max_tokens=request.completion_tokens,
-            sampling=PARAMS,
-            text=silent,
-            outbox=silent,
-            arrived=request.at,
-            key=request.tenant if self._shares else "",
+            completion=Completion(request.prompt, request.completion_tokens, PARAMS, silent),
+            client=Client(silent),
+            prefix=Prefix(request.tenant if self._shares else ""),
+            times=Times(arrived=request.at),
             tenant=request.tenant if self._shares else "",
             priority=request.priority if self._shares else 0,
         )

@@ -13,12 +13,13 @@ from collections.abc import Iterator, Sequence as Many
 from dataclasses import dataclass
 from typing import Protocol
 
+from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.worker import Worker
 from bdh_batch.messages import Delta, Outcome, Plan, SamplingParams, Segment
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
-from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.sequence import Client, Sequence
 from benchmarks.simulate import Silent
 
 LEAST, MOST = 8, 512  # tokens of a completion
@@ -104,7 +105,7 @@ async def continuous(runner: Runs, jobs: Many[Job], batch: int, prefill_tokens: 
 
 
 def sequence(job: Job, index: int, ended: Ended) -> Sequence:
-    return Sequence("", job.prompt, job.length, job.sampling, Silent(), ended, index=index)
+    return Sequence("", Completion(job.prompt, job.length, job.sampling, Silent()), Client(ended, index))
 
 
 class Ended:

@@ -20,11 +20,12 @@ from typing import Any
 import uvloop
 
 from bdh_batch import settings
+from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.loading import LoadedEngine, start_worker
 from bdh_batch.engine.worker import Worker
 from bdh_batch.messages import Delta
 from bdh_batch.observability.metrics import Metrics
-from bdh_batch.scheduler.sequence import Sequence as Generation
+from bdh_batch.scheduler.sequence import Client, Sequence as Generation
 from benchmarks import loads
 from benchmarks.loads import Request
 from benchmarks.simulate import Silent
@@ -111,7 +112,7 @@ class Crowd:
 
     def begin(self, many: int) -> None:
         sequences = [
-            Generation("", job.prompt, job.length, job.sampling, Silent(), self, index=index)
+            Generation("", Completion(job.prompt, job.length, job.sampling, Silent()), Client(self, index))
             for index, job in enumerate(self._jobs[self._begun : self._begun + many], self._begun)
         ]
         self._begun += len(sequences)

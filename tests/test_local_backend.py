@@ -10,6 +10,7 @@ import pytest
 
 from bdh_batch.backends import local
 from bdh_batch.backends.local import LocalBackend
+from bdh_batch.engine.completion import Completion
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.schema.requests import CompletionBody, Defaults
 from bdh_batch.messages import GenerationRequest, LogitBias, Origin, Prompt, SamplingParams, Text
@@ -27,6 +28,10 @@ class Engine:
 
     def submit(self, sequences: Many[Sequence], queue_timeout: float | None, timeout: float | None) -> None:
         self.sequences += sequences
+
+    @property
+    def completions(self) -> list[Completion]:
+        return [each.completion for each in self.sequences if isinstance(each.completion, Completion)]
 
 
 def backend_of(engine: Any, vocabulary: int = 256, max_model_len: int | None = None) -> LocalBackend:
@@ -73,17 +78,17 @@ async def test_two_thousand_sequences_share_what_does_not_differ(monkeypatch: py
     stops = tuple(range(200))
     asked = request(sampling=sampling, stop=("END",) * 16, stop_token_ids=stops, min_tokens=2)
     await backend.generate(asked)
-    assert [each.sampling.seed for each in engine.sequences if each.sampling] == list(asked.seeds)
+    assert [each.sampling.seed for each in engine.completions if each.sampling] == list(asked.seeds)
     assert sorted(checked) == [1, len(stops)]  # the bias and the stop tokens: once, not for each sequence
-    first, *others = engine.sequences
+    first, *others = engine.completions
     assert first.adjustment is not None
-    for sequence in others:
-        assert sequence.stop_token_ids is first.stop_token_ids
-        assert sequence.adjustment is not None
-        assert sequence.adjustment.bans is first.adjustment.bans
+    for completion in others:
+        assert completion.stop_token_ids is first.stop_token_ids
+        assert completion.adjustment is not None
+        assert completion.adjustment.bans is first.adjustment.bans
     # A response's own state is no one else's; the tokens of its prompt are those of its neighbours.
-    for at in range(0, len(engine.sequences), CHOICES):
-        same = [s.adjustment for s in engine.sequences[at : at + CHOICES] if s.adjustment is not None]
+    for at in range(0, len(engine.completions), CHOICES):
+        same = [s.adjustment for s in engine.completions[at : at + CHOICES] if s.adjustment is not None]
         assert len({id(each) for each in same}) == CHOICES
         assert len({id(each.prompt) for each in same}) == 1
 
@@ -168,7 +173,7 @@ def test_no_prompt_is_cut_to_more_than_the_model_takes() -> None:
 async def test_bad_words_are_looked_up_and_checked_once_for_all_responses() -> None:
     engine = Engine()
     await backend_of(engine).generate(request(bad_words=("ab", "c"), allowed_token_ids=(*b"abcd",)))
-    constraints = [sequence.constraint for sequence in engine.sequences]
+    constraints = [completion.constraint for completion in engine.completions]
     assert len({id(each) for each in constraints}) == PROMPTS * CHOICES
     masks = {each.mask() for each in constraints if each is not None}
     assert masks == {sum(1 << token for token in b"abd").to_bytes(32, "little")}

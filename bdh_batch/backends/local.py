@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from bdh_batch.backends.base import Ended, Unread
+from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.mailbox import Mailbox
 from bdh_batch.engine.worker import Load, shutting_down
 from bdh_batch.errors import BDHError, ContextLengthExceeded, InvalidRequest
 from bdh_batch.messages import NO_TOKENS, Adjustment, Delta, FinishReason, GenerationRequest, Prompt, Text, distinct
-from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.sequence import Client, Prefix, Sequence
 from bdh_batch.text.restrictions import Restriction, sequences_of
 from bdh_batch.text.stop_strings import StopStrings
 from bdh_batch.text.stream import TextStream
@@ -263,29 +264,28 @@ class LocalBackend:
         if shared.restriction is not None:
             constraint = shared.restriction.constraint(constraint)
         sampling, origin = request.sampling, request.origin
-        return Sequence(
-            id=origin.id,
+        completion = Completion(
             prompt=prompt.tokens,
             max_tokens=max_tokens,
             sampling=None if sampling is None else replace(sampling, seed=request.seeds[index]),
             text=TextStream(decoder, shared.stop, request.include_stop, request.min_tokens, request.stop_before),
-            outbox=mailbox,
-            index=index,
-            n=request.n,
             min_tokens=request.min_tokens,
             stop_token_ids=shared.stop_token_ids,
             show_stop_token=request.include_stop,
             score_prompt=request.score_prompt,
             pool=sampling is None,
-            breaks=prompt.breaks,
             constraint=constraint,
             adjustment=adjustment,
-            key=origin.cache_namespace,
-            salt=request.salt,
+            id=origin.id,
+        )
+        return Sequence(
+            id=origin.id,
+            completion=completion,
+            client=Client(mailbox, index, request.n, origin.span),
+            prefix=Prefix(origin.cache_namespace, request.salt, prompt.breaks),
             tenant=origin.tenant,
             weight=origin.weight,
             priority=request.priority,
-            span=origin.span,
         )
 
     def _prompt(self, param: str, prompt: Text | Many[int], last: int | None) -> Prompt:

@@ -126,7 +126,7 @@ class Worker:
                 raise engine_down()
             now = time.monotonic()
             for sequence in sequences:
-                sequence.arrived = now
+                sequence.times.arrived = now
                 sequence.queue_deadline = None if queue_timeout is None else now + queue_timeout
                 sequence.deadline = None if timeout is None else now + timeout
             sheds = self._admission.admit(sequences, now)
@@ -329,4 +329,4 @@ def describe(step: Step | None) -> str:
 
 def _deliver(updates: list[Update]) -> None:
     for sequence, delta in updates:
-        sequence.outbox.put(sequence.index, delta)
+        sequence.client.outbox.put(sequence.client.index, delta)

@@ -158,7 +158,7 @@ class Metrics:
         for sequence in sequences:
             if len(sequence.generated) > 1:
                 gaps[sequence.times.gap] += 1
-            elif (seconds := sequence.time_to_first_token) is not None:
+            elif (seconds := sequence.times.to_first_token) is not None:
                 self._first.observe(seconds)
         for gap, count in gaps.items():
             self._between.observe(gap, count)
@@ -168,12 +168,12 @@ class Metrics:
         self._ended.labels(self._model_name, sequence.finish_reason.value).inc()
         if isinstance(sequence.error, NotFinite):
             self._not_finite.inc()
-        self._whole.observe(now - sequence.arrived)
+        self._whole.observe(now - sequence.times.arrived)
         self._request_prompt.observe(len(sequence.prompt))
         self._request_generated.observe(len(sequence.generated))
-        self._max_tokens.observe(sequence.max_tokens)
-        self._n.observe(sequence.n)
-        if (seconds := sequence.time_in_queue) is not None:
+        self._max_tokens.observe(sequence.completion.max_tokens)
+        self._n.observe(sequence.client.n)
+        if (seconds := sequence.times.in_queue) is not None:
             self._queue.observe(seconds)
         times = sequence.times
         if times.scheduled is not None and times.first_token is not None and times.last_token is not None:

@@ -76,14 +76,14 @@ class Spans:
 
     def finished(self, sequence: Sequence, now: float) -> None:
         """A sequence has ended, whichever way."""
-        if not isinstance(sequence.span, RequestSpan):
+        if not isinstance(sequence.client.span, RequestSpan):
             return
         to_unix = time.time_ns() - time.monotonic_ns()
         span = self._tracer.start_span(
             "generation",
-            sequence.span.context,
+            sequence.client.span.context,
             attributes=self._attributes(sequence, now),
-            start_time=to_unix + int(sequence.arrived * 1e9),
+            start_time=to_unix + int(sequence.times.arrived * 1e9),
         )
         if sequence.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
             _fail(span, _cause(sequence))
@@ -91,20 +91,20 @@ class Spans:
 
     def _attributes(self, sequence: Sequence, now: float) -> dict[str, AttributeValue]:
         assert sequence.finish_reason is not None
-        sampling = sequence.sampling
+        sampling = sequence.completion.sampling
         attributes: dict[str, AttributeValue | None] = {
             "gen_ai.request.id": sequence.id,
-            "gen_ai.request.n": sequence.n,
-            "gen_ai.request.max_tokens": sequence.max_tokens,
+            "gen_ai.request.n": sequence.client.n,
+            "gen_ai.request.max_tokens": sequence.completion.max_tokens,
             "gen_ai.request.temperature": None if sampling is None else sampling.temperature,
             "gen_ai.request.top_p": None if sampling is None else sampling.top_p,
             "gen_ai.response.model": self._model_name,
             "gen_ai.response.finish_reasons": [sequence.finish_reason.value],
             "gen_ai.usage.prompt_tokens": len(sequence.prompt),
             "gen_ai.usage.completion_tokens": len(sequence.generated),
-            "gen_ai.latency.time_in_queue": sequence.time_in_queue,
-            "gen_ai.latency.time_to_first_token": sequence.time_to_first_token,
-            "gen_ai.latency.e2e": now - sequence.arrived,
+            "gen_ai.latency.time_in_queue": sequence.times.in_queue,
+            "gen_ai.latency.time_to_first_token": sequence.times.to_first_token,
+            "gen_ai.latency.e2e": now - sequence.times.arrived,
         }
         return {name: value for name, value in attributes.items() if value is not None}
 

@@ -18,4 +18,4 @@ TENANT = ("standing.effective_priority", "standing.account.virtual_time", "stand
 TENANT_RANK = attrgetter(*TENANT)
 RANK = attrgetter(*TENANT, "standing.due", "standing.arrival")
 DUE = attrgetter("standing.due")
-FIRST = (-inf,)  # before any rank
+FIRST: tuple[float, ...] = (-inf,)  # before any rank

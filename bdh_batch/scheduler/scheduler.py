@@ -113,11 +113,11 @@ class Scheduler:
             if sequence.finish_reason is not None:  # it was aborted on its way here
                 continue
             self._arrivals += 1
-            standing = sequence.standing
-            standing.arrival, standing.served_at, standing.since = self._arrivals, sequence.arrived, self.counts.steps
+            standing, arrived = sequence.standing, sequence.times.arrived
+            standing.arrival, standing.served_at, standing.since = self._arrivals, arrived, self.counts.steps
             standing.account = self._tenants.join(sequence.tenant, sequence.weight)
             alone = len(sequence.prompt) * (self._batches.cost.prompt_token or PROMPT_TOKEN)
-            standing.due = sequence.arrived + min(OVERDUE * alone, self.policy.patience)
+            standing.due = arrived + min(OVERDUE * alone, self.policy.patience)
             adjust(self._priorities.present, sequence.priority, 1)
             self._move(sequence, Stage.QUEUED)
             self._deadlines.add(sequence)
@@ -196,23 +196,17 @@ class Scheduler:
         """Takes in what a step drew; those that ended are out of their slots."""
         updates: list[Update] = []
         ended: list[Sequence] = []
-        rows = enumerate(zip(step.sequences, step.plan.segments, outcome.drawn, strict=True))
-        for row, (sequence, segment, token) in rows:
-            standing = sequence.standing
-            sequence.computed += len(segment.tokens)
+        for row, (sequence, segment) in enumerate(zip(step.sequences, step.plan.segments, strict=True)):
+            delta, standing = sequence.take(segment, outcome, row, now), sequence.standing
             standing.served_at = now
             if standing.charged < len(sequence.prompt):
-                sequence.charge()
-            if segment.targets:
-                sequence.take_prompt_scores(outcome.target_scores[row])
-            if segment.pool and (delta := sequence.add(outcome.pooled[row])) is not None:
-                updates.append((sequence, delta))
-                ended.append(sequence)
+                standing.charge(min(sequence.computed, len(sequence.prompt)))
             if segment.sampling is not None:
-                updates.append((sequence, sequence.accept(token, now, outcome.scores.get(row))))
                 standing.due = now
                 standing.account.charge(0, 1)
-                if sequence.finish_reason is not None:
+            if delta is not None:
+                updates.append((sequence, delta))
+                if delta.finish_reason is not None:
                     ended.append(sequence)
         self.counts.prompt_tokens += step.prefill_tokens
         self._batches.computed(step, now - step.planned)

@@ -1,48 +1,59 @@
-"""A request on its way: what is known of its tokens, how far they have entered its state, when what happened."""
+"""A request on its way through the scheduler: how far its tokens have entered its state, and what decides about it.
+
+Each concern is an object of its own: `Standing` (scheduling and what was charged), `Prefix` (sharing), `Times` (what
+metrics ask for), `Completion` (text and sampling, which are the engine's), `Client` (where deltas go).
+"""
 
 from __future__ import annotations
 
-import logging
-import operator
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from enum import Enum
-from math import isfinite
 from typing import Protocol
 
-from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, NotFinite
-from bdh_batch.messages import Adjustment, Constraint, Delta, FinishReason, SamplingParams, Segment, TokenScore
-from bdh_batch.scheduler.alignment import Alignment
-from bdh_batch.scheduler.prefix_cache import Entry
+from bdh_batch.errors import BDHError
+from bdh_batch.messages import Delta, FinishReason, Outcome, SamplingParams, Segment
+from bdh_batch.scheduler.prefix_index import Entry
 from bdh_batch.scheduler.tenants import Tenant
-
-log = logging.getLogger(__name__)
-
 
 QueueKey = tuple[int, str]  # names a queue: a priority, and a tenant
 
 
-class TextSink(Protocol):
-    """Turns a sequence's tokens into text, and says when a stop string has ended it."""
+class Completion(Protocol):
+    """What becomes of a sequence's tokens. The scheduler passes on what steps computed, and looks at the prompt."""
 
-    stopped: bool
-
-    @property
-    def held(self) -> str:
-        """Text that is known but not certain."""
+    prompt: Tokens[int]
+    max_tokens: int
+    sampling: SamplingParams | None
 
     @property
-    def unfinished(self) -> bool: ...
+    def needs_all(self) -> bool:
+        """Whether all of the prompt has to be computed for it, whoever else has computed some of it."""
 
-    def push(self, token: int) -> str: ...
+    def segment(self, slot: int, start: int, tokens: Tokens[int], draws: bool) -> Segment:
+        """`tokens`, from position `start` on, as a share of a step; with `draws`, the next token is drawn."""
 
-    def flush(self) -> str: ...
+    def take(self, segment: Segment, outcome: Outcome, row: int) -> Delta | None:
+        """Takes what a step computed for `segment`, its row; None where there is nothing to show of it yet."""
+
+    def restart(self) -> None:
+        """All that is known is computed again."""
 
 
 class Outbox(Protocol):
     """Where a sequence's deltas go; `index` distinguishes the sequences that share one."""
 
     def put(self, index: int, delta: Delta) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Whom a sequence is computed for. Nothing here decides anything."""
+
+    outbox: Outbox
+    index: int = 0
+    n: int = 1  # completions of its prompt, of which this is one
+    span: object | None = None  # of the client's request, for those who watch
 
 
 class Stage(Enum):
@@ -73,11 +84,20 @@ class Standing:
     state_began: int = 0  # tokens generated before it was given its present state
     charged: int = 0  # tokens of the prompt that its tenant was charged for, or that were cached
 
+    def charge(self, prompt_tokens: int) -> None:
+        """Charges its tenant for so many tokens at the beginning of its prompt, each once."""
+        if prompt_tokens > self.charged:
+            self.account.charge(prompt_tokens - self.charged, 0)
+            self.charged = prompt_tokens
+
 
 @dataclass(slots=True)
 class Prefix:
-    """What a sequence shares with others: where its state is wanted, and what it began with."""
+    """What a sequence shares with others of its `key` and `salt`: where its state is wanted, what it began with."""
 
+    key: str = ""
+    salt: str = ""
+    breaks: Tokens[int] = ()  # positions, ascending, at which prefixes end that others are likely to have
     packed: bytes = b""  # the prompt, where it may be shared
     namespace: str = ""  # inside which it may be
     cuts: list[int] = field(default_factory=list)  # ascending positions at which its state is wanted
@@ -89,10 +109,26 @@ class Prefix:
 class Times:
     """When something of a sequence happened for the first or last time, in seconds; None before."""
 
+    arrived: float = 0.0
     scheduled: float | None = None
     first_token: float | None = None
     last_token: float | None = None
     gap: float = 0.0  # before the last token, since the one before it or since arrival
+
+    def gained(self, now: float) -> None:
+        """It has one more token."""
+        self.gap = now - (self.arrived if self.last_token is None else self.last_token)
+        self.first_token = now if self.first_token is None else self.first_token
+        self.last_token = now
+
+    @property
+    def in_queue(self) -> float | None:
+        """Seconds until it was first given a slot; None where it has not been."""
+        return None if self.scheduled is None else self.scheduled - self.arrived
+
+    @property
+    def to_first_token(self) -> float | None:
+        return None if self.first_token is None else self.first_token - self.arrived
 
 
 @dataclass(slots=True, eq=False)
@@ -100,53 +136,33 @@ class Sequence:
     """One generation. Times are seconds on the clock that the worker passes in.
 
     It waits until `queue_deadline` at most, and ends by `deadline`; a lower `priority` goes first. It runs in the share
-    of `tenant`, which weighs `weight` if that is said, and may begin with the cached prefixes of `key` and `salt`.
+    of `tenant`, which weighs `weight` if that is said.
     """
 
     id: str
-    prompt: Tokens[int]
-    max_tokens: int
-    sampling: SamplingParams | None  # None where nothing is generated
-    text: TextSink
-    outbox: Outbox
-    index: int = 0
-    arrived: float = 0.0
-    n: int = 1  # completions of its prompt, of which this is one
-    min_tokens: int = 0
-    stop_token_ids: frozenset[int] = frozenset()
-    show_stop_token: bool = False
-    score_prompt: int | None = None  # likeliest tokens with each score of its prompt's; None scores none
-    pool: bool = False  # whether the hidden vectors of its prompt are summed, and that is all
-    breaks: Tokens[int] = ()  # positions, ascending, at which prefixes end that others are likely to have
-    constraint: Constraint | None = None  # what its completion may become; it knows the tokens generated so far
-    adjustment: Adjustment | None = None  # of its scores; it counts the tokens generated so far
+    completion: Completion
+    client: Client
+    prefix: Prefix = field(default_factory=Prefix)
+    times: Times = field(default_factory=Times)
 
-    key: str = ""
-    salt: str = ""
     tenant: str = ""
     weight: float | None = None
     priority: int = 0
     queue_deadline: float | None = None
     deadline: float | None = None
-    span: object | None = None  # of the client's request, for those who watch
 
-    stage: Stage = Stage.NEW
-    standing: Standing = field(default_factory=Standing)
-    prefix: Prefix = field(default_factory=Prefix)
-    times: Times = field(default_factory=Times)
-    slot: int | None = None
-    computed: int = 0  # tokens that have entered the state
-    generated: list[int] = field(default_factory=list)
-    pooled: list[float] | None = None  # the sum [D] over what is computed
-    finish_reason: FinishReason | None = None
-    error: BDHError | None = None  # why, where that is ERROR
-    _prompt_scores: list[TokenScore] = field(default_factory=list)  # of its tokens but the first, as they come
-    _alignment: Alignment | None = None
-    _decode_segment: Segment | None = None  # a decode step's, used again and again
+    prompt: Tokens[int] = field(init=False)
+    stage: Stage = field(default=Stage.NEW, init=False)
+    standing: Standing = field(default_factory=Standing, init=False)
+    slot: int | None = field(default=None, init=False)
+    computed: int = field(default=0, init=False)  # tokens that have entered the state
+    generated: list[int] = field(default_factory=list, init=False)
+    finish_reason: FinishReason | None = field(default=None, init=False)
+    error: BDHError | None = field(default=None, init=False)  # why, where that is ERROR
+    _decode_segment: Segment | None = field(default=None, init=False)  # a decode step's, used again and again
 
     def __post_init__(self) -> None:
-        if self.sampling is not None and self.sampling.logprobs is not None:
-            self._alignment = Alignment()
+        self.prompt = self.completion.prompt
 
     @property
     def queue_key(self) -> QueueKey:
@@ -168,65 +184,20 @@ class Sequence:
         """Tokens that are pending up to where its state is wanted next."""
         return next((at - self.computed for at in self.prefix.cuts if at > self.computed), self.pending)
 
-    @property
-    def time_in_queue(self) -> float | None:
-        """Seconds until it was first given a slot; None where it has not been."""
-        return None if self.times.scheduled is None else self.times.scheduled - self.arrived
-
-    @property
-    def time_to_first_token(self) -> float | None:
-        return None if self.times.first_token is None else self.times.first_token - self.arrived
-
     def decode_segment(self) -> Segment:
         """The one token that was drawn last as a share of a step."""
         assert self.slot is not None
         segment = self._decode_segment
         if segment is None:
-            segment = Segment(self.slot, 0, (), self.sampling, self.adjustment, self.constraint)
-            self._decode_segment = segment
-        segment.slot, segment.start = self.slot, self.computed
-        segment.tokens = self.generated[-1:]
+            self._decode_segment = segment = self.completion.segment(self.slot, self.computed, (), draws=True)
+        segment.slot, segment.start, segment.tokens = self.slot, self.computed, self.generated[-1:]
         return segment
-
-    def leave_slot(self) -> int:
-        """Its slot, which is another's from now on."""
-        slot, self.slot = self.slot, None
-        assert slot is not None
-        return slot
 
     def segment(self, tokens: int) -> Segment:
         """The next `tokens` of the pending ones as a share of a step; all of them lead to a new token."""
         assert self.slot is not None
-        end = self.computed + tokens
-        return Segment(
-            slot=self.slot,
-            start=self.computed,
-            tokens=self.known(self.computed, end),
-            sampling=self.sampling if tokens == self.pending else None,
-            adjustment=self.adjustment,
-            constraint=self.constraint,
-            targets=self._targets(end),
-            top=self.score_prompt or 0,
-            pool=self.pool,
-        )
-
-    def _targets(self, end: int) -> Tokens[int]:
-        """The tokens of the prompt that tokens up to `end` lead to, where they are to be scored."""
-        if self.score_prompt is None or self._prompt_is_scored:
-            return ()
-        return self.prompt[self.computed + 1 : end + 1]
-
-    @property
-    def _prompt_is_scored(self) -> bool:
-        return len(self._prompt_scores) == len(self.prompt) - 1
-
-    @property
-    def needs_all(self) -> bool:
-        """Whether all of its prompt has to be computed for it, whoever else has computed some of it."""
-        return self.pool or self.score_prompt is not None
-
-    def take_prompt_scores(self, scores: Tokens[TokenScore]) -> None:
-        self._prompt_scores += scores
+        known = self.known(self.computed, self.computed + tokens)
+        return self.completion.segment(self.slot, self.computed, known, draws=tokens == self.pending)
 
     def known(self, start: int, end: int) -> Tokens[int]:
         """Its tokens from `start` to `end`, of the prompt and of the completion."""
@@ -235,103 +206,27 @@ class Sequence:
             return self.prompt[start:end]
         return [*self.prompt[start:], *self.generated[max(0, start - split) : end - split]]
 
-    def charge(self) -> None:
-        """Charges its tenant for what is computed of its prompt, once."""
-        computed, standing = min(self.computed, len(self.prompt)), self.standing
-        if computed > standing.charged:
-            standing.account.charge(computed - standing.charged, 0)
-            standing.charged = computed
+    def take(self, segment: Segment, outcome: Outcome, row: int, now: float) -> Delta | None:
+        """Takes what a step computed for `segment`, its row, and gives what it gained by that."""
+        self.computed += len(segment.tokens)
+        delta = self.completion.take(segment, outcome, row)
+        if delta is not None:
+            if delta.tokens:
+                self.generated += delta.tokens
+                self.times.gained(now)
+            self.finish_reason, self.error = delta.finish_reason, delta.error
+        return delta
 
     def restart(self) -> None:
         """Its state is lost: all that is known is computed again, and leads to the same token."""
-        self.computed, self.prefix.cuts, self.pooled = 0, [], None
-        if not self._prompt_is_scored:
-            self._prompt_scores.clear()
+        self.computed, self.prefix.cuts = 0, []
+        self.completion.restart()
 
-    def add(self, vector: Tokens[float]) -> Delta | None:
-        """Takes the sum [D] of the hidden vectors that a step computed; gives the whole sum once all are in it."""
-        self.pooled = list(map(operator.add, self.pooled, vector)) if self.pooled else list(vector)
-        if self.pending:
-            return None
-        if not all(map(isfinite, self.pooled)):
-            return self.fail(NotFinite())
-        self.finish_reason = FinishReason.STOP
-        return Delta(finish_reason=FinishReason.STOP, pooled=self.pooled)
-
-    def accept(self, token: int | None, now: float, score: TokenScore | None = None) -> Delta:
-        """Takes the token that a step drew, and its score; None says that its logits were not finite."""
-        first = not self.generated
-        if token is None or (first and not all(isfinite(each.logprob) for each in self._prompt_scores)):
-            return self.fail(NotFinite())
-        delta = self._grow(token, now, score) if self.max_tokens else self._end_unsaid()
-        if first and self.score_prompt is not None:
-            delta.prompt_scores = self._prompt_scores
-        return delta
-
-    def _end_unsaid(self) -> Delta:
-        """Only the prompt was of interest: what was drawn after it is not returned."""
-        self.finish_reason = FinishReason.LENGTH
-        return Delta(finish_reason=FinishReason.LENGTH)
-
-    def _grow(self, token: int, now: float, score: TokenScore | None) -> Delta:
-        if self.constraint is not None and (end := self._constrain(self.constraint, token, score)) is not None:
-            return end
-        self.generated.append(token)
-        if self.adjustment is not None:
-            self.adjustment.count(token)
-        times = self.times
-        times.gap = now - (self.arrived if times.last_token is None else times.last_token)
-        times.first_token = now if times.first_token is None else times.first_token
-        times.last_token = now
-        try:
-            text = self._say(token)
-        except Exception:  # one request's text must not end the worker, and with it all others
-            log.exception("decoding failed in request %s", self.id)
-            return self.fail(GenerationFailed("The completion could not be turned into text."))
-        delta = Delta(text, [token], self.finish_reason)
-        if score is not None:
-            delta.logprob = score.logprob
-            delta.scores = self._shown(score, text, hidden=self._at_stop and not self.show_stop_token)
-        return delta
-
-    def _constrain(self, constraint: Constraint, token: int, score: TokenScore | None) -> Delta | None:
-        """The end of the completion, if it does not go on with `token`."""
-        try:
-            if constraint.accept(token):
-                return None
-            self.finish_reason = FinishReason.STOP
-            text = self.text.flush()
-        except InvalidRequest as error:
-            return self.fail(error)
-        except Exception:  # as with its text: no other request's concern
-            log.exception("the constraint failed in request %s", self.id)
-            return self.fail(GenerationFailed("The completion could not be held to its grammar."))
-        scores = None if score is None else self._shown(score, text, hidden=True)
-        return Delta(text, finish_reason=FinishReason.STOP, scores=scores)
-
-    def _shown(self, score: TokenScore, text: str, hidden: bool) -> list[tuple[int, TokenScore]]:
-        """The logprobs that are returned with `text`; that of the last token is not if it is `hidden`."""
-        assert self._alignment is not None
-        if self.finish_reason is None:
-            return self._alignment.push(score, text, self.text.held, self.text.unfinished)
-        return self._alignment.end(score, text, cut=self.text.stopped, hidden=hidden)
-
-    @property
-    def _at_stop(self) -> bool:
-        """Whether the last token ends the completion. Structured output may leave no other before `min_tokens`."""
-        return len(self.generated) > self.min_tokens and self.generated[-1] in self.stop_token_ids
-
-    def _say(self, token: int) -> str:
-        """The text that `token` makes certain; says in `finish_reason` whether it is the last."""
-        at_stop = self._at_stop
-        complete = at_stop or (self.constraint is not None and self.constraint.complete)
-        text = "" if at_stop and not self.show_stop_token else self.text.push(token)
-        if complete or len(self.generated) >= self.max_tokens:
-            self.finish_reason = FinishReason.STOP if complete else FinishReason.LENGTH
-            text += self.text.flush()
-        if self.text.stopped:
-            self.finish_reason = FinishReason.STOP
-        return text
+    def leave_slot(self) -> int:
+        """Its slot, which is another's from now on."""
+        slot, self.slot = self.slot, None
+        assert slot is not None
+        return slot
 
     def fail(self, error: BDHError) -> Delta:
         self.finish_reason, self.error = FinishReason.ERROR, error

@@ -224,7 +224,7 @@ class Sharing:
         last = len(sequence.prompt) - 1
         powers = (1 << bit for bit in range(FIRST_POWER.bit_length() - 1, last.bit_length()))
         wanted = {min(last, self._recent.parting(sequence.prefix.namespace, sequence.prefix.packed))}
-        wanted.update(at for at in (*powers, *sequence.breaks) if at < last)
+        wanted.update(at for at in (*powers, *sequence.prefix.breaks) if at < last)
         if alone or len(sequence.prompt) >= LONG:  # a step more for the last token: dear beside others' steps
             wanted.add(last)
         return wanted
@@ -255,11 +255,11 @@ class Sharing:
         return sequence.prefix.namespace, sequence.prefix.packed[: TOKEN_BYTES * self._least]
 
     def _may_share(self, sequence: Sequence) -> bool:
-        return len(sequence.prompt) > self._least and not sequence.needs_all
+        return len(sequence.prompt) > self._least and not sequence.completion.needs_all
 
     def _namespace(self, sequence: Sequence) -> str:
-        key = "" if self._share_all else sequence.key
-        return f"{sequence.salt} {key}" if sequence.salt else key
+        key, salt = "" if self._share_all else sequence.prefix.key, sequence.prefix.salt
+        return f"{salt} {key}" if salt else key
 
     def _packed(self, sequence: Sequence) -> bytes:
         """The prompt as bytes. Completions of one prompt come one after the other, and share them."""

@@ -61,7 +61,7 @@ class Batches:
         if self._queue.qsize() + len(sequences) > self._max_queued:
             raise QueueFull("The queue is full.", RETRY_AFTER)
         for sequence in sequences:
-            sequence.arrived = time.monotonic()
+            sequence.times.arrived = time.monotonic()
             self._queue.put(sequence)
 
     def abort(self, sequences: Many[Sequence]) -> None:
@@ -140,20 +140,19 @@ class Batches:
         if sequence.finish_reason is None:
             return sequence.decode_segment()
         assert sequence.slot is not None
-        return Segment(sequence.slot, sequence.computed, [self._drawn[sequence]], sequence.sampling)
+        return Segment(sequence.slot, sequence.computed, [self._drawn[sequence]], sequence.completion.sampling)
 
     def _step(self, shares: Many[tuple[Sequence, Segment]]) -> None:
         outcome = self._runner.run(Plan([segment for _, segment in shares]))
         self._progress = now = time.monotonic()
         updates = []
         for row, ((sequence, segment), token) in enumerate(zip(shares, outcome.drawn)):
-            sequence.computed += len(segment.tokens)
-            if segment.sampling is None:
-                continue
-            if token is not None:
+            if segment.sampling is not None and token is not None:
                 self._drawn[sequence] = token
-            if sequence.finish_reason is None:
-                updates.append((sequence, sequence.accept(token, now, outcome.scores.get(row))))
+            if sequence.finish_reason is not None:
+                sequence.computed += len(segment.tokens)
+            elif (delta := sequence.take(segment, outcome, row, now)) is not None:
+                updates.append((sequence, delta))
         self._publish(updates)
 
     def _look_for_ends(self) -> None:
@@ -191,14 +190,12 @@ class Batches:
 
 def refuse(sequence: Sequence) -> None:
     """What this engine cannot do."""
-    if sequence.pool:
-        raise UnsupportedParameter("This baseline makes no embeddings.")
-    if sequence.score_prompt is not None:
-        raise UnsupportedParameter("This baseline scores no prompts.", "echo")
+    if sequence.completion.needs_all:
+        raise UnsupportedParameter("This baseline makes no embeddings, and scores no prompts.")
     if sequence.priority:
         raise UnsupportedParameter("This baseline knows no classes.", "priority")
 
 
 def deliver(updates: Many[Update]) -> None:
     for sequence, delta in updates:
-        sequence.outbox.put(sequence.index, delta)
+        sequence.client.outbox.put(sequence.client.index, delta)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from bdh_batch.engine.completion import Completion
 from bdh_batch.messages import Delta, Outcome, Plan, SamplingParams
 from bdh_batch.scheduler.batch import Step
-from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.sequence import Client, Prefix, Sequence
 
 
 def next_token(slot_tokens: list[int]) -> int:
@@ -113,15 +114,13 @@ def make_sequence(
     priority: int = 0,
     queue_deadline: float | None = None,
     deadline: float | None = None,
+    completion: Completion | None = None,
 ) -> Sequence:
     return Sequence(
         id=name,
-        prompt=prompt,
-        max_tokens=max_tokens,
-        sampling=SamplingParams(),
-        text=text or FakeText(),
-        outbox=outbox or FakeOutbox(),
-        key=key,
+        completion=completion or Completion(prompt, max_tokens, SamplingParams(), text or FakeText()),
+        client=Client(outbox or FakeOutbox()),
+        prefix=Prefix(key),
         tenant=key,
         priority=priority,
         queue_deadline=queue_deadline,

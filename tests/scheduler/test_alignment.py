@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
+from bdh_batch.engine.completion import Completion
 from bdh_batch.messages import Delta, Gathering, SamplingParams, TokenScore
-from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.text.stop_strings import StopStrings
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly, decode
-from tests.scheduler.fakes import FakeOutbox
 
 TOKENIZER = ByteTokenizer()
 
@@ -17,21 +16,19 @@ TOKENIZER = ByteTokenizer()
 def deltas(
     tokens: bytes, stop: tuple[str, ...] = (), stop_tokens: frozenset[int] = frozenset(), show: bool = False
 ) -> list[Delta]:
-    """What a sequence gains from these tokens, one by one, until it ends."""
-    sequence = Sequence(
-        id="",
+    """What a completion gains from these tokens, one by one, until it ends."""
+    completion = Completion(
         prompt=[1],
         max_tokens=len(tokens),
         sampling=SamplingParams(logprobs=0),
         text=TextStream(TOKENIZER.decoder(), StopStrings(stop), show),
-        outbox=FakeOutbox(),
         stop_token_ids=stop_tokens,
         show_stop_token=show,
     )
     gained = []
     for index, token in enumerate(tokens):
-        gained.append(sequence.accept(token, 0.0, TokenScore(token, -float(index), ())))
-        if sequence.finish_reason is not None:
+        gained.append(completion.accept(token, TokenScore(token, -float(index), ())))
+        if gained[-1].finish_reason is not None:
             break
     return gained
 
@@ -68,7 +65,7 @@ def test_a_token_that_stops_is_returned_only_where_it_is_shown(text: str, show: 
 
 
 def test_a_token_without_any_text_is_returned_at_once() -> None:
-    sequence = Sequence("", [1], 3, SamplingParams(logprobs=0), TextStream(TokenIdsOnly().decoder()), FakeOutbox())
+    completion = Completion([1], 3, SamplingParams(logprobs=0), TextStream(TokenIdsOnly().decoder()))
     for token in (5, 6, 7):
-        delta = sequence.accept(token, 0.0, TokenScore(token, -1.0, ()))
+        delta = completion.accept(token, TokenScore(token, -1.0, ()))
         assert [score.token for _, score in delta.scores or ()] == [token]

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Adjustment, FinishReason, LogitBias, SamplingParams, distinct
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
-from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.sequence import Client, Sequence
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import ByteTokenizer
 from tests.scheduler.fakes import FakeOutbox
@@ -40,15 +41,17 @@ def run(slots: int, running: int, faults: set[int]) -> list[Sequence]:
     sequences = [
         Sequence(
             str(number),
-            PROMPT,
-            max_tokens=12,
-            sampling=params,
-            text=TextStream(ByteTokenizer().decoder()),
-            outbox=FakeOutbox(),
-            min_tokens=9,
-            stop_token_ids=STOPS,
-            adjustment=Adjustment.of(params, PROMPT, distinct(STOPS), 9),
-            score_prompt=2 if number == 0 else None,
+            Completion(
+                PROMPT,
+                max_tokens=12,
+                sampling=params,
+                text=TextStream(ByteTokenizer().decoder()),
+                min_tokens=9,
+                stop_token_ids=STOPS,
+                adjustment=Adjustment.of(params, PROMPT, distinct(STOPS), 9),
+                score_prompt=2 if number == 0 else None,
+            ),
+            Client(FakeOutbox()),
         )
         for number, params in enumerate(PARAMS)
     ]
@@ -61,7 +64,7 @@ def run(slots: int, running: int, faults: set[int]) -> list[Sequence]:
             scheduler.out_of_memory(step)
             continue
         for sequence, delta in scheduler.commit(step, runner.run(step.plan), float(number)):
-            sequence.outbox.put(0, delta)
+            sequence.client.outbox.put(0, delta)
     assert not scheduler.has_work
     return sequences
 
@@ -76,11 +79,11 @@ def test_disturbances_change_no_token_and_no_score(
     undisturbed: list[Sequence], slots: int, running: int, faults: set[int]
 ) -> None:
     for calm, disturbed in zip(undisturbed, run(slots, running, faults)):
-        assert isinstance(calm.outbox, FakeOutbox)
-        assert isinstance(disturbed.outbox, FakeOutbox)
+        assert isinstance(calm.client.outbox, FakeOutbox)
+        assert isinstance(disturbed.client.outbox, FakeOutbox)
         assert disturbed.generated == calm.generated
         assert disturbed.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
-        for deltas in zip(disturbed.outbox.deltas, calm.outbox.deltas, strict=True):
+        for deltas in zip(disturbed.client.outbox.deltas, calm.client.outbox.deltas, strict=True):
             mine, theirs = ([score.logprob for _, score in delta.scores or ()] for delta in deltas)
             assert mine == pytest.approx(theirs, abs=1e-4)
 
@@ -93,8 +96,8 @@ def test_nothing_that_stops_comes_before_min_tokens(undisturbed: list[Sequence])
 
 def test_a_prompt_is_scored_once_and_whole(undisturbed: list[Sequence]) -> None:
     for sequences in (undisturbed, run(slots=5, running=5, faults={1, 12})):
-        assert isinstance(sequences[0].outbox, FakeOutbox)
-        first, *later = sequences[0].outbox.deltas
+        assert isinstance(sequences[0].client.outbox, FakeOutbox)
+        first, *later = sequences[0].client.outbox.deltas
         assert first.prompt_scores is not None
         assert [score.token for score in first.prompt_scores] == list(sequences[0].prompt[1:])
         assert [len(score.top) for score in first.prompt_scores] == [2] * (len(sequences[0].prompt) - 1)

@@ -119,7 +119,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.submitted += sequences
         for sequence in sequences:
             self.shown[sequence], self.ends[sequence] = [], []
-            sequence.arrived = self.now
+            sequence.times.arrived = self.now
         self.scheduler.submit(sequences)
         return multiple(*sequences)
 
@@ -146,12 +146,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         first = min((sequence.priority for sequence in alive), default=0)
         least = min((sequence.standing.account.virtual_time for sequence in alive), default=0.0)
         for key in "ab":
-            mine = [sequence for sequence in alive if sequence.key == key]
+            mine = [sequence for sequence in alive if sequence.tenant == key]
             queued = any(s.priority == first and s.standing.account.virtual_time <= least for s in mine)
             served = any(s.stage is not Stage.QUEUED or s.times.scheduled is not None for s in mine)
             self.passed_over[key] = self.passed_over[key] + 1 if queued and not served else 0
             known = sum(
-                len(s.prompt) + len(s.generated) for s in alive if s.key != key and s.times.scheduled is not None
+                len(s.prompt) + len(s.generated) for s in alive if s.tenant != key and s.times.scheduled is not None
             )
             bound = 3 + self.scheduler.policy.time_slice + 2 * known
             assert self.passed_over[key] <= bound, "no tenant is starved"
@@ -163,11 +163,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         served = set() if step is None else set(step.sequences)
         for sequence in alive:
             earlier = any(other.priority < sequence.priority for other in served)
-            mine = any(other.key == sequence.key for other in served)
+            mine = any(other.tenant == sequence.tenant for other in served)
             aged = self.now - sequence.standing.served_at > self.scheduler.policy.patience
             passed_over = aged and earlier and not mine and sequence.stage is not Stage.AWAITING_PREFIX
             self.outranked[sequence] = self.outranked[sequence] + 1 if passed_over else 0
-            others = [other for other in alive if other.key != sequence.key]
+            others = [other for other in alive if other.tenant != sequence.tenant]
             # Inside a priority, a tenant that was served less goes first: for as many tokens as it lacks, by weight.
             used, account = sequence.standing.account.virtual_time, [other.standing.account for other in others]
             debt = max((max(0.0, used - other.virtual_time) * other.weight for other in account), default=0.0)
@@ -230,7 +230,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        bound = 20 + 3 * sum(len(sequence.prompt) + sequence.max_tokens for sequence in self.submitted)
+        bound = 20 + 3 * sum(len(sequence.prompt) + sequence.completion.max_tokens for sequence in self.submitted)
         for _ in range(bound):
             if not self.scheduler.has_work:
                 break
@@ -295,11 +295,11 @@ def test_no_flood_of_an_earlier_class_keeps_another_one_waiting(
         nonlocal now
         now += 1.0
         for number in range(flooding):
-            waiting = [s for s in flood if s.stage is Stage.QUEUED and s.key == f"first {number}"]
+            waiting = [s for s in flood if s.stage is Stage.QUEUED and s.tenant == f"first {number}"]
             for _ in range(len(waiting), slots + host_slots + 2):
                 endless = 10_000 if number % 2 else 5
                 flood.append(make_sequence([7] * prompt, endless, key=f"first {number}", priority=-1000))
-                flood[-1].arrived = now
+                flood[-1].times.arrived = now
                 scheduler.submit(flood[-1:])
         step = scheduler.plan(now)
         assert step is not None
@@ -316,7 +316,7 @@ def test_no_flood_of_an_earlier_class_keeps_another_one_waiting(
         advance()
     if kind != "swapped":
         for other in others:
-            other.arrived = now
+            other.times.arrived = now
         scheduler.submit(others)
     tokens = sum(len(other.prompt) + 3 for other in others)
     bound = 3 * len(others) * (patience + 3 * time_slice + 2 * prompt + 10 * flooding) + 10 * tokens
@@ -337,7 +337,7 @@ def test_a_stream_of_a_later_priority_that_no_step_has_room_for_is_scheduled() -
     last, waits = now, []
     for number in range(1500):
         if number == 300:
-            prompt.arrived = now
+            prompt.times.arrived = now
             scheduler.submit([prompt])
         scheduler.submit([make_sequence([number % 251] * 16, 1, key="first")])
         step = scheduler.plan(now)

@@ -15,7 +15,7 @@ from bdh_batch.scheduler.cost import StepCost
 from bdh_batch.scheduler.fair_queue import AGE, FairQueue
 from bdh_batch.scheduler.prefix_cache import Entry, PrefixCache
 from bdh_batch.scheduler.prefixes import RECENT, RecentPrompts, common, pack
-from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.sequence import Sequence, Standing
 from bdh_batch.scheduler.sharing import Sharing
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import PATIENCE, StepSize
@@ -48,8 +48,7 @@ class Waiting:
         if sequence is None:
             return None
         self.queue.remove(sequence)
-        sequence.computed = len(sequence.prompt)
-        sequence.charge()
+        sequence.standing.charge(len(sequence.prompt))
         sequence.standing.account.active -= 1
         return sequence.id
 
@@ -115,16 +114,10 @@ class TestFairQueue:
         assert 4 <= waiting.served()[:10].count("b") <= 6
 
     def test_a_tenant_is_charged_once_and_for_what_is_computed(self) -> None:
-        sequence = make_sequence([1] * 50, 1)
-        sequence.standing.account, sequence.standing.charged = Tenant(weight=2.0), 10  # the first ones were cached
-        for computed, charged in ((20, 10), (50, 40), (51, 40)):
-            sequence.computed = computed
-            sequence.charge()
-            assert sequence.standing.account.virtual_time == charged / 2
-        sequence.restart()
-        sequence.computed = 30
-        sequence.charge()
-        assert sequence.standing.account.virtual_time == 20
+        standing = Standing(account=Tenant(weight=2.0), charged=10)  # the first ones were cached
+        for computed, charged in ((20, 10), (50, 40), (30, 40), (50, 40)):  # in between, its state was lost
+            standing.charge(computed)
+            assert standing.account.virtual_time == charged / 2
 
     def test_who_worked_alone_is_in_nobodys_debt(self) -> None:
         waiting = Waiting().submit(make_sequence([1], 1, name="a", key="a"))
@@ -229,7 +222,7 @@ class FairQueueMachine(RuleBasedStateMachine):
         sequence.standing.served_at = self.now
         before = sequence.standing.charged
         sequence.computed = min(len(sequence.prompt), sequence.computed + tokens)
-        sequence.charge()
+        sequence.standing.charge(sequence.computed)
         sequence.standing.account.charge(0, 1)
         self.plain.times[sequence.tenant] += sequence.standing.charged - before + 2
         if not (ends or comes_back):

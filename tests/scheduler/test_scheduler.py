@@ -91,7 +91,7 @@ def test_long_prompts_are_not_overtaken_by_short_ones_for_ever() -> None:
     scheduler.submit(long)
     for number in range(300):
         short = make_sequence([number % 100, *[number] * 127], 1)
-        short.arrived = now
+        short.times.arrived = now
         scheduler.submit([short])
         planned = scheduler.plan(now)
         assert planned is not None
@@ -402,7 +402,7 @@ def test_time_that_is_up_ends_who_waits_and_who_runs() -> None:
 def test_who_ended_before_its_time_is_not_held_until_then() -> None:
     scheduler, runner = Scheduler(1, 64), FakeRunner()
     early = make_sequence([1], 1, deadline=10.0)
-    gone = weakref.ref(early.outbox)
+    gone = weakref.ref(early.client.outbox)
     scheduler.submit([early])
     step(scheduler, runner)
     assert early.finish_reason == "length"

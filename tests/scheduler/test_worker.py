@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.mailbox import BACKLOG, Mailbox
 from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_pool import StatePool
@@ -19,7 +20,7 @@ from bdh_batch.messages import Delta, FinishReason, Outcome, Plan, SamplingParam
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.sequence import Sequence
-from tests.scheduler.fakes import FakeObserver, FakeOutbox, FakeRunner, expected_tokens, make_sequence
+from tests.scheduler.fakes import FakeObserver, FakeOutbox, FakeRunner, FakeText, expected_tokens, make_sequence
 from tests.support import resident
 
 TINY = Path(__file__).parents[1] / "data" / "conformance" / "tiny"
@@ -264,8 +265,8 @@ async def test_memory_that_is_idle_goes_back_though_nothing_is_asked_for() -> No
     async def ask(count: int) -> list[list[int]]:
         outboxes = [FakeOutbox() for _ in range(count)]
         for outbox in outboxes:
-            sequence = make_sequence([1, 2, 3], 4, outbox=outbox)
-            sequence.sampling = SamplingParams(temperature=0.0)
+            completion = Completion([1, 2, 3], 4, SamplingParams(temperature=0.0), FakeText())
+            sequence = make_sequence([1, 2, 3], 4, outbox=outbox, completion=completion)
             worker.submit([sequence])
         await until(lambda: all(len(outbox.tokens) == 4 for outbox in outboxes))
         return [outbox.tokens for outbox in outboxes]

@@ -1,0 +1,183 @@
+"""What becomes of the tokens that steps draw for one sequence: text, logprobs, and an end. Knows nothing of slots."""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Sequence as Tokens
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Protocol
+
+from bdh_batch.engine.alignment import Alignment, Shown
+from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, NotFinite
+from bdh_batch.messages import Adjustment, Constraint, Delta, FinishReason, Outcome, SamplingParams, Segment, TokenScore
+
+log = logging.getLogger(__name__)
+
+
+class TextSink(Protocol):
+    """Turns a sequence's tokens into text, and says when a stop string has ended it."""
+
+    stopped: bool
+
+    @property
+    def held(self) -> str:
+        """Text that is known but not certain."""
+
+    @property
+    def unfinished(self) -> bool: ...
+
+    def push(self, token: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+@dataclass(slots=True, eq=False)
+class Completion:
+    """Makes the segments of one sequence, and deltas of what steps computed for them.
+
+    Args:
+        sampling: None where nothing is generated.
+        score_prompt: likeliest tokens with each score of the prompt's; None scores none.
+        pool: whether the hidden vectors of the prompt are summed, and that is all.
+        constraint: what it may become; it knows the tokens generated so far.
+        adjustment: of its scores; it counts the tokens generated so far.
+        id: the request's, for the log.
+    """
+
+    prompt: Tokens[int]
+    max_tokens: int
+    sampling: SamplingParams | None
+    text: TextSink
+    min_tokens: int = 0
+    stop_token_ids: frozenset[int] = frozenset()
+    show_stop_token: bool = False
+    score_prompt: int | None = None
+    pool: bool = False
+    constraint: Constraint | None = None
+    adjustment: Adjustment | None = None
+    id: str = ""
+
+    _length: int = field(default=0, init=False)  # tokens generated
+    _pooled: list[float] | None = field(default=None, init=False)  # the sum [D] over what is computed
+    _prompt_scores: list[TokenScore] = field(default_factory=list, init=False)  # of all but the first, as they come
+    _alignment: Alignment | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.sampling is not None and self.sampling.logprobs is not None:
+            self._alignment = Alignment()
+
+    @property
+    def needs_all(self) -> bool:
+        """Whether all of its prompt has to be computed for it, whoever else has computed some of it."""
+        return self.pool or self.score_prompt is not None
+
+    def segment(self, slot: int, start: int, tokens: Tokens[int], draws: bool) -> Segment:
+        """`tokens`, from position `start` on, as a share of a step; with `draws`, the next token is drawn."""
+        scores = self.score_prompt is not None and not self._prompt_is_scored
+        return Segment(
+            slot=slot,
+            start=start,
+            tokens=tokens,
+            sampling=self.sampling if draws else None,
+            adjustment=self.adjustment,
+            constraint=self.constraint,
+            targets=self.prompt[start + 1 : start + len(tokens) + 1] if scores else (),
+            top=self.score_prompt or 0,
+            pool=self.pool,
+        )
+
+    def take(self, segment: Segment, outcome: Outcome, row: int) -> Delta | None:
+        """Takes what a step computed for `segment`, its row; None where there is nothing to show of it yet."""
+        if segment.targets:
+            self._prompt_scores += outcome.target_scores[row]
+        if segment.pool:
+            return self.add(outcome.pooled[row], complete=segment.start + len(segment.tokens) == len(self.prompt))
+        if segment.sampling is None:
+            return None
+        return self.accept(outcome.drawn[row], outcome.scores.get(row))
+
+    def restart(self) -> None:
+        """The state is lost: all that is known is computed again, and leads to the same token."""
+        self._pooled = None
+        if not self._prompt_is_scored:
+            self._prompt_scores.clear()
+
+    def add(self, vector: Tokens[float], complete: bool) -> Delta | None:
+        """Takes the sum [D] of the hidden vectors that a step computed; gives the whole sum once it is `complete`."""
+        self._pooled = list(map(operator.add, self._pooled, vector)) if self._pooled else list(vector)
+        if not complete:
+            return None
+        if not all(map(isfinite, self._pooled)):
+            return _failed(NotFinite())
+        return Delta(finish_reason=FinishReason.STOP, pooled=self._pooled)
+
+    def accept(self, token: int | None, score: TokenScore | None = None) -> Delta:
+        """Takes the token that a step drew, and its score; None says that its logits were not finite."""
+        first = not self._length
+        if token is None or (first and not all(isfinite(each.logprob) for each in self._prompt_scores)):
+            return _failed(NotFinite())
+        # Where only the prompt was of interest, what was drawn after it is not returned.
+        delta = self._grow(token, score) if self.max_tokens else Delta(finish_reason=FinishReason.LENGTH)
+        if first and self.score_prompt is not None:
+            delta.prompt_scores = self._prompt_scores
+        return delta
+
+    @property
+    def _prompt_is_scored(self) -> bool:
+        return len(self._prompt_scores) == len(self.prompt) - 1
+
+    def _grow(self, token: int, score: TokenScore | None) -> Delta:
+        if self.constraint is not None and (end := self._constrain(self.constraint, token, score)) is not None:
+            return end
+        self._length += 1
+        if self.adjustment is not None:
+            self.adjustment.count(token)
+        # Structured output may leave no other token that ends it before `min_tokens`.
+        at_stop = self._length > self.min_tokens and token in self.stop_token_ids
+        try:
+            text, reason = self._say(token, at_stop)
+        except Exception:  # one request's text must not end the worker, and with it all others
+            log.exception("decoding failed in request %s", self.id)
+            return _failed(GenerationFailed("The completion could not be turned into text."))
+        delta = Delta(text, [token], reason)
+        if score is not None:
+            delta.logprob = score.logprob
+            delta.scores = self._shown(score, text, reason, hidden=at_stop and not self.show_stop_token)
+        return delta
+
+    def _constrain(self, constraint: Constraint, token: int, score: TokenScore | None) -> Delta | None:
+        """The end of the completion, if it does not go on with `token`."""
+        try:
+            if constraint.accept(token):
+                return None
+            text = self.text.flush()
+        except InvalidRequest as error:
+            return _failed(error)
+        except Exception:  # as with its text: no other request's concern
+            log.exception("the constraint failed in request %s", self.id)
+            return _failed(GenerationFailed("The completion could not be held to its grammar."))
+        scores = None if score is None else self._shown(score, text, FinishReason.STOP, hidden=True)
+        return Delta(text, finish_reason=FinishReason.STOP, scores=scores)
+
+    def _shown(self, score: TokenScore, text: str, reason: FinishReason | None, hidden: bool) -> Shown:
+        """The logprobs that are returned with `text`; that of the last token is not if it is `hidden`."""
+        assert self._alignment is not None
+        if reason is None:
+            return self._alignment.push(score, text, self.text.held, self.text.unfinished)
+        return self._alignment.end(score, text, cut=self.text.stopped, hidden=hidden)
+
+    def _say(self, token: int, at_stop: bool) -> tuple[str, FinishReason | None]:
+        """The text that `token` makes certain, and why it is the last, if it is."""
+        complete = at_stop or (self.constraint is not None and self.constraint.complete)
+        text = "" if at_stop and not self.show_stop_token else self.text.push(token)
+        reason = None
+        if complete or self._length >= self.max_tokens:
+            reason = FinishReason.STOP if complete else FinishReason.LENGTH
+            text += self.text.flush()
+        return text, FinishReason.STOP if self.text.stopped else reason
+
+
+def _failed(error: BDHError) -> Delta:
+    return Delta(finish_reason=FinishReason.ERROR, error=error)
