@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Sequence as Many
 
+from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.worker import STEP_SECONDS, Load, Observer, StepRunner, engine_down, shutting_down
 from bdh_batch.errors import BDHError, GenerationFailed, QueueFull, UnsupportedParameter
 from bdh_batch.messages import Delta, FinishReason, Plan, Segment
@@ -190,8 +191,12 @@ class Batches:
 
 def refuse(sequence: Sequence) -> None:
     """What this engine cannot do."""
-    if sequence.completion.needs_all:
-        raise UnsupportedParameter("This baseline makes no embeddings, and scores no prompts.")
+    completion = sequence.completion
+    assert isinstance(completion, Completion)
+    if completion.pool:
+        raise UnsupportedParameter("This baseline makes no embeddings.")
+    if completion.score_prompt is not None:
+        raise UnsupportedParameter("This baseline scores no prompts.", "echo")
     if sequence.priority:
         raise UnsupportedParameter("This baseline knows no classes.", "priority")
 
