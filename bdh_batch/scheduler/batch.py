@@ -54,7 +54,7 @@ class BatchBuilder:
         """The next step of those `running`, all but `prompts` of them streams, with the copies that are planned; None
         where it would be empty."""
         filling = self._walk(running, prompts)
-        segments = [stream.decode_segment() for stream in filling.streams]
+        segments = [stream.decoding or stream.decode_segment() for stream in filling.streams]
         segments += [prompt.segment(tokens) for prompt, tokens in filling.prompts]
         plan = Plan(segments, allocator.copies, allocator.released)
         if not (segments or plan.copies or plan.releases):

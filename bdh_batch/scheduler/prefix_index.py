@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from hashlib import blake2b
 
@@ -40,15 +40,15 @@ class Entry:
     awaited: int = 0  # sequences that wait to begin here
     worth: float = 0.0
     end: End | None = None
+    key: Key = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.key = self.namespace, self.length, self.digest
 
     @classmethod
     def of(cls, namespace: str, prompt: bytes, length: int, slot: int, end: End | None = None) -> Entry:
         (digest,) = digests_at(prompt, [length])
         return cls(namespace, length, tail_of(prompt, length), digest, slot, end=end)
-
-    @property
-    def key(self) -> Key:
-        return self.namespace, self.length, self.digest
 
 
 class PrefixIndex:
@@ -86,7 +86,7 @@ class PrefixIndex:
         return self._entries.get(entry.key)
 
     def holds(self, entry: Entry) -> bool:
-        return self.twin(entry) is entry
+        return self._entries.get(entry.key) is entry
 
     def add(self, entry: Entry) -> None:
         assert entry.key not in self._entries

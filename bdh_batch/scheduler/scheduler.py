@@ -295,6 +295,7 @@ class Scheduler:
             if candidate.times.scheduled is None:
                 candidate.times.scheduled = now
             self.counts.served += 1
+        candidate.decoding = None  # its slot may be another one
         self._move(candidate, Stage.RUNNING)
         self._prompts.append(candidate)
         return True

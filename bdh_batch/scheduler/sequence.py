@@ -159,7 +159,7 @@ class Sequence:
     generated: list[int] = field(default_factory=list, init=False)
     finish_reason: FinishReason | None = field(default=None, init=False)
     error: BDHError | None = field(default=None, init=False)  # why, where that is ERROR
-    _decode_segment: Segment | None = field(default=None, init=False)  # a decode step's, used again and again
+    decoding: Segment | None = field(default=None, init=False)  # its share of the next step while it decodes, kept up
 
     def __post_init__(self) -> None:
         self.prompt = self.completion.prompt
@@ -185,13 +185,10 @@ class Sequence:
         return next((at - self.computed for at in self.prefix.cuts if at > self.computed), self.pending)
 
     def decode_segment(self) -> Segment:
-        """The one token that was drawn last as a share of a step."""
-        assert self.slot is not None
-        segment = self._decode_segment
-        if segment is None:
-            self._decode_segment = segment = self.completion.segment(self.slot, self.computed, (), draws=True)
-        segment.slot, segment.start, segment.tokens = self.slot, self.computed, self.generated[-1:]
-        return segment
+        """The one token that was drawn last as a share of a step. It is used again for as long as the slot stays."""
+        if self.decoding is None:
+            self.decoding = self.segment(1)
+        return self.decoding
 
     def segment(self, tokens: int) -> Segment:
         """The next `tokens` of the pending ones as a share of a step; all of them lead to a new token."""
@@ -214,12 +211,14 @@ class Sequence:
             if delta.tokens:
                 self.generated += delta.tokens
                 self.times.gained(now)
+                if segment is self.decoding:
+                    segment.start, segment.tokens = self.computed, tuple(delta.tokens)
             self.finish_reason, self.error = delta.finish_reason, delta.error
         return delta
 
     def restart(self) -> None:
         """Its state is lost: all that is known is computed again, and leads to the same token."""
-        self.computed, self.prefix.cuts = 0, []
+        self.computed, self.prefix.cuts, self.decoding = 0, [], None
         self.completion.restart()
 
     def leave_slot(self) -> int:
