@@ -73,6 +73,7 @@ class Densities:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
+    head = report_head(["torch", "numba"])
     torch.manual_seed(0)
     if arguments.model:
         model = load_model(arguments.model, torch.float32, CPU)
@@ -89,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         bench = Bench(config, weights, tokens, arguments.batch, densities, arguments.repeats)
         results = bench.run(arguments.context, arguments.prompt)
     report = {
-        **report_head(["torch", "numba"]),
+        **head,
         "model": config.to_dict(),
         "largest_relative_error": errors,
         "densities": asdict(densities),

@@ -127,13 +127,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=results_folder())
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    head = report_head(["torch"])
     found: dict[str, Any] = {}
     for vocabulary in VOCABULARIES:
         found[str(vocabulary)] = measure(chosen.rows, vocabulary, chosen.known, chosen.repeats, chosen.before)
         print(vocabulary, found[str(vocabulary)])
     at_worst = {str(size): worst(WORST_ROWS, size, max(3, chosen.repeats // 8)) for size in WORST_VOCABULARIES}
     print("worst", at_worst)
-    report = report_head(["torch"]) | {
+    report = head | {
         "rows": chosen.rows,
         "known_tokens": 2 * chosen.known,
         "milliseconds_by_vocabulary": found,

@@ -141,12 +141,13 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.steps < BLOCKS:
         parser.error(f"--steps should be at least {BLOCKS}")
+    head = report_head(["torch"])
     scenarios = {}
     for scenario in SCENARIOS:
         scenarios[scenario] = asyncio.run(measure(scenario, chosen.running, chosen.waiting, chosen.steps))
         print(scenario, json.dumps(scenarios[scenario]), file=sys.stderr)
     report = {
-        **report_head(["torch"]),
+        **head,
         "running": chosen.running,
         "waiting": chosen.waiting,
         "steps": chosen.steps,

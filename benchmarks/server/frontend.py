@@ -268,11 +268,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, default=results_folder())
     chosen = parser.parse_args(arguments)
+    head = report_head(["uvicorn", "uvloop", "starlette", "orjson"], cores=len(os.sched_getaffinity(0)))
     found = uvloop.run(measure(SYSTEMS, chosen.streams, chosen.tokens, chosen.rounds))
     figures = summary(found)
-    report = report_head(["uvicorn", "uvloop", "starlette", "orjson"], cores=len(os.sched_getaffinity(0)))
     sizes = {"streams": chosen.streams, "tokens": chosen.tokens, "rounds": chosen.rounds, "ahead": AHEAD}
-    write_report(chosen.out / "frontend.json", report | sizes | figures)
+    write_report(chosen.out / "frontend.json", head | sizes | figures)
     for name, each in figures["sides"].items():
         print(f"{name:22} " + "  ".join(f"{measure} {value:,.2f}" for measure, value in each.items()))
 

@@ -180,6 +180,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> None:
     chosen = parse(argv)
+    head = report_head(["torch", "numba", "uvicorn", "uvloop"])
     idle = [f"engine.idle_release_seconds={chosen.idle / 2}"]
     variants = {"now": (ROOT, [*chosen.set, *idle])}
     if chosen.before is not None:
@@ -191,7 +192,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 found = measure(root, options, scenario, chosen)
                 report[name][scenario.__name__].append(found)
                 print(f"{name}, {scenario.__name__}: {json.dumps(found)}", flush=True)
-    head = report_head(["torch", "numba", "uvicorn", "uvloop"])
     asked = {
         name: getattr(chosen, name) for name in ("clients", "requests", "prompt", "tokens", "idle", "system", "machine")
     }

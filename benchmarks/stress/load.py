@@ -250,11 +250,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     chosen = parse(argv)
     chosen.out.mkdir(parents=True, exist_ok=True)
+    head = report_head(["locust", "gevent", "torch", "numba"])
     stages = stages_of(chosen.users, chosen.seconds, chosen.climbs)
     with target(chosen) as (url, pid):
         seen = locust(url, pid, stages, chosen)
     options = {"server": None if chosen.url else [*SERVER, *chosen.set], "think": chosen.think, "tags": chosen.tags}
-    report = {**report_head(["locust", "gevent", "torch", "numba"]), **options, **judged(seen, stages)}
+    report = {**head, **options, **judged(seen, stages)}
     write_report(chosen.out / FILE, report)
     (chosen.out / SAMPLES).unlink()
     print_report(report)

@@ -115,6 +115,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen.addresses < AGAIN:
         parser.error(f"--addresses should be at least {AGAIN}")
+    head = report_head(["limits"])
     processes = multiprocessing.get_context("spawn")
     variants = {}
     for variant in VARIANTS:
@@ -124,7 +125,7 @@ def main() -> None:
         variants[variant] = results.get()
         process.join()
         print(variant, json.dumps(variants[variant]), file=sys.stderr)
-    report = {**report_head(["limits"]), "addresses": chosen.addresses, "limit": LIMIT, "sides": variants}
+    report = {**head, "addresses": chosen.addresses, "limit": LIMIT, "sides": variants}
     write_report(chosen.out / "rates.json", report)
 
 
