@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from bdh_batch.checkpoint.checkpoint import open_checkpoint
-from bdh_batch.checkpoint.convert import BESIDE
+from bdh_batch.checkpoint.convert import BESIDE, TOKENIZER
 from bdh_batch.checkpoint.files import CONFIG, WEIGHTS, weight_map
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.registry.download import Downloads
-from bdh_batch.registry.files import Allowance, Staged, copy, explained
+from bdh_batch.registry.files import CHUNK, Allowance, Staged, copy, explained
 from bdh_batch.registry.manifest import FileRecord, Manifest, check_id, is_file_name
 from bdh_batch.registry.origins import Origin, open_origin
 from bdh_batch.registry.store import Store, already_there
-from bdh_batch.system.documents import brief, listed, shown
+from bdh_batch.system.documents import brief, listed, read_json, shown
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
+MOST_PARTS = 1000  # files that an index may list
 WEIGHTS_ALONE = ""  # the name that a checksum without one is kept by
 
 
@@ -118,6 +119,10 @@ class Gathering:
             names = sorted(set(weight_map(self.files[index].path).values()))
         except CheckpointError as error:
             raise CheckpointError(f"{self._origin.source}: {index} is not an index of weights") from error
+        if len(names) > MOST_PARTS:
+            raise CheckpointError(
+                f"{self._origin.source}: {index} lists {len(names):,} files, more than {MOST_PARTS:,}"
+            )
         for name in names:
             self._check_name(name)
         pickled = [name for name in names if _is_pickle(name)]
@@ -181,11 +186,23 @@ def _config(files: Mapping[str, Staged], origin: Origin, model: Path) -> dict[st
     for name, file in files.items():
         (model / name).symlink_to(file.path)
     try:
+        _check_documents(model)
         checkpoint = open_checkpoint(model / origin.entry if origin.entry else model)
     except CheckpointError as error:
         raise CheckpointError(f"{origin.source}: {str(error).replace(f'{model}/', '')}") from error
     config = checkpoint.config.to_dict()
     return config if checkpoint.layers_known else {name: value for name, value in config.items() if name != "n_layer"}
+
+
+def _check_documents(model: Path) -> None:
+    """Some web servers send a page of apology for a file that they do not have, and call it a success."""
+    for file in sorted(model.glob("*.json")):
+        if file.name != TOKENIZER:
+            read_json(file)
+            continue
+        with file.open("rb") as stream:  # too large to be read for this alone
+            if not stream.read(CHUNK).lstrip().startswith(b"{"):
+                raise CheckpointError(f"{file}: not JSON")
 
 
 def _is_pickle(name: str) -> bool:

@@ -72,8 +72,6 @@ def _add(options: argparse.Namespace) -> int:
 
 def _size(text: str) -> int:
     size = parse_bytes(text)
-    if isinstance(size, str) and size.isdecimal() and len(size) < 20:
-        size = int(size)
     if not isinstance(size, int) or size < 1:
         raise ConfigError(f"--max-size: should be a number of bytes, as in '8 GiB', not {brief(text)}")
     return size

@@ -52,15 +52,14 @@ def open_repository(source: str) -> Repository:
     match = REPOSITORY.fullmatch(source)
     if match is None or ".." in source:
         raise ConfigError(f"{brief(source)}: hf:ORG/NAME or hf:ORG/NAME@REVISION is expected")
-    from huggingface_hub import HfApi  # slow to import
-    from huggingface_hub.utils import build_hf_headers
+    from huggingface_hub import HfApi, constants, get_token  # slow to import
 
     endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/") or None
     try:
         api = HfApi(endpoint=endpoint, library_name="bdh-batch")
         info = api.model_info(match["name"], revision=match["revision"], timeout=SECONDS, files_metadata=True)
         files = {each.rfilename: each.lfs.sha256 if each.lfs else None for each in info.siblings or ()}
-        headers = build_hf_headers(library_name="bdh-batch")
+        token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
     except Exception as error:  # the library's, its HTTP client's, and those of a Hub that speaks another protocol
         raise CheckpointError(f"{source}: {_reason(error)}") from error
     return Repository(
@@ -68,7 +67,7 @@ def open_repository(source: str) -> Repository:
         info.sha or match["revision"] or DEFAULT_REVISION,
         {name: sha256 for name, sha256 in files.items() if is_file_name(name)},
         endpoint,
-        headers,
+        {"authorization": f"Bearer {token}"} if token else {},
     )
 
 

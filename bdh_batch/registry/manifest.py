@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationErr
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.system.documents import LARGEST_JSON, Malformed, brief, listed, parse_json, read_text, unreadable
 
-VERSION = 1
+VERSION: Literal[1] = 1
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 FILE_NAME = r"^\w[\w.-]*$"  # no path can be made of it
 LONGEST_FILE_NAME = 200  # characters

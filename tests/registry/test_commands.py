@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import resource
-import selectors
 import shutil
+import signal
 import subprocess
+import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,9 +24,10 @@ from bdh_batch.checkpoint.checkpoint import load_model
 from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.errors import CheckpointError
 from bdh_batch.registry import download
+from bdh_batch.registry.add import MOST_PARTS, Terms, add
 from bdh_batch.registry.locate import locate
 from bdh_batch.registry.store import Store
-from tests.conftest import command
+from tests.conftest import command, eventually
 from tests.model import formats
 from tests.registry.conftest import CPU, FILES, TINY, Run, left_in, loads, sha256
 from tests.registry.web import Web
@@ -132,31 +135,31 @@ class TestAdd:
         run("add", url, "--id", "again", "--sha256", sha256(model / "model.safetensors"))
         assert "as it was added" in run("verify")
 
-    def test_two_processes_at_once(self, run: Run, store: Store, web: Web, model: Path) -> None:
-        """One has half of the weights, and waits for the rest; the other then says that it waits for the first."""
-        url = web.serve_folder(model)
-        rest = web.held["/model/model.safetensors"] = threading.Event()
-        arguments = command("model", "add", url, "--id", "mine")
-        environment = os.environ | {"BDH_CACHE": str(store.root)}
-        pipe = subprocess.PIPE
-        both = [
-            subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=pipe, stderr=pipe, text=True)
-            for _ in range(2)
-        ]
-        try:
-            with selectors.DefaultSelector() as selector:
-                for process in both:
-                    assert process.stderr is not None
-                    selector.register(process.stderr, selectors.EVENT_READ)
-                assert selector.select(60), "neither waits for the other"
-        finally:
-            rest.set()
-            ended = [process.communicate(timeout=60) for process in both]
-        assert [process.returncode for process in both] == [0, 0], ended
-        assert sum("waiting for another process" in error for _, error in ended) == 1
+    @pytest.mark.parametrize("killed", [False, True])
+    def test_two_processes_at_once(
+        self, store: Store, web: Web, model: Path, caplog: pytest.LogCaptureFixture, killed: bool
+    ) -> None:
+        """Another process has half of the weights when this one wants them, and goes on or is killed."""
+        url, path = web.serve_folder(model), "/model/model.safetensors"
+        web.held[path] = threading.Event()
+        other = subprocess.Popen(
+            command("model", "add", url, "--id", "mine"), cwd=ROOT, env=os.environ | {"BDH_CACHE": str(store.root)}
+        )
+        with ThreadPoolExecutor(1) as pool:
+            try:
+                eventually(lambda: bool(web.of(path)), 60)
+                ours = pool.submit(add, store, url, "mine", Terms(most_bytes=10**9))
+                eventually(lambda: "waiting for another process" in caplog.text, 60)
+            finally:
+                if killed:
+                    other.kill()
+                    other.wait(60)
+                web.held[path].set()
+            assert ours.result(60).id == "mine"
+            assert other.wait(60) == (-signal.SIGKILL if killed else 0)
         assert loads("mine")
-        assert not any(store.downloads.iterdir())
         assert len(blobs(store)) == 2
+        assert not any(store.downloads.iterdir())
 
     def test_a_name_is_taken_once(self, run: Run, refused: Run, tmp_path: Path, model: Path) -> None:
         run("add", model, "--id", "mine")
@@ -255,6 +258,28 @@ class TestAdd:
         for source in (web.serve_folder(folder), folder):
             assert "cannot be the name of a model's file" in refused("add", source, "--id", "mine")
             assert left_in(store) == []
+
+    def test_an_index_lists_a_bounded_number_of_files(self, refused: Run, web: Web, model: Path) -> None:
+        index = {"weight_map": {str(number): f"{number}.safetensors" for number in range(MOST_PARTS + 1)}}
+        (model / "model.safetensors").unlink()
+        (model / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert "lists 1,001 files, more than 1,000" in refused("add", web.serve_folder(model), "--id", "mine")
+
+    @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "generation_config.json"])
+    def test_a_page_of_apology_is_not_taken_for_a_file(
+        self, refused: Run, store: Store, web: Web, model: Path, name: str
+    ) -> None:
+        (model / name).write_text("<!doctype html><p>We could not find that.")
+        assert f"{name}: not JSON" in refused("add", web.serve_folder(model), "--id", "mine")
+        assert left_in(store) == []
+
+    def test_progress_is_shown_on_a_terminal(
+        self, web: Web, store: Store, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        url = web.serve_folder(model)
+        monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+        assert command_line.main(["model", "add", url, "--id", "mine"]) == 0
+        assert "model.safetensors: 100%" in capsys.readouterr().err
 
     def test_a_link_out_of_the_folder_is_not_followed(self, refused: Run, store: Store, model: Path) -> None:
         (model / "tokenizer_config.json").symlink_to("/etc/hostname")

@@ -99,7 +99,7 @@ def test_a_known_checksum_makes_up_for_an_etag(web: Web, tmp_path: Path) -> None
     assert web.sent == len(CONTENT)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     cuts=st.lists(st.integers(0, len(CONTENT)), max_size=FAILURES - 1),
     statuses=st.lists(st.sampled_from([408, 429, 500, 503]), max_size=1),

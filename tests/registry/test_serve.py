@@ -11,11 +11,13 @@ from bdh_batch import cli as command_line
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.registry.locate import locate
 from bdh_batch.registry.store import Store
+from bdh_batch.server import Service
+from bdh_batch.settings import load
 from bdh_batch.system.cache_folder import cache_folder
 from tests.registry.conftest import Run, left_in
 
 if TYPE_CHECKING:
-    from tests.conftest import Cli, ServeFactory
+    from tests.conftest import ServeFactory
 
 
 def test_a_server_by_name_keeps_its_files_until_it_ends(
@@ -60,13 +62,10 @@ def test_the_other_commands_know_names_too(run: Run, model: Path, tmp_path: Path
     assert command_line.main(["plan", "--model", "mine", "--gpu", "h100"]) == 0
 
 
-def test_serve_refuses_an_unknown_name_in_one_line(cli: Cli, run: Run, store: Store, model: Path) -> None:
+def test_a_server_of_an_unknown_name_does_not_start(run: Run, model: Path) -> None:
     run("add", model, "--id", "mine")
-    ended = cli("serve", "--port", 0, "--model", "none", env={"BDH_CACHE": str(store.root)})
-    assert ended.returncode == 2
-    assert ended.stderr.endswith(
-        "model.path: there is no model at none, and none of that name in the registry, which has: mine\n"
-    )
+    with pytest.raises(CheckpointError, match=r"no model at none, .* which has: mine$"):
+        Service(load(overrides=[("model.path", "none")]).settings)
 
 
 def test_the_cache_is_where_the_platform_has_it_or_the_environment_says(
