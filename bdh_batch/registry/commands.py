@@ -23,10 +23,10 @@ LABEL = 12  # characters
 def add_commands(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """The commands of the registry, beside those that look at files."""
     add = actions.add_parser("add", help="fetch or copy a model, and keep it by a name")
-    add.add_argument("source", metavar="PATH|URL|hf:ORG/NAME[@REV]", help="a folder, a file, or a repository's commit")
+    add.add_argument("source", metavar="SOURCE", help="a folder, a file, a URL, or hf:ORG/NAME[@REVISION]")
     add.add_argument("--id", required=True, metavar="NAME", help="the name: bdh-batch serve --model NAME")
     add.add_argument(
-        "--sha256", action="append", default=[], metavar="[NAME=]HEX", help="of the weights, or of the file NAME"
+        "--sha256", action="append", default=[], metavar="HEX", help="of the weights; NAME=HEX is of the file NAME"
     )
     add.add_argument("--max-size", default=LARGEST, metavar="SIZE", help=f"of all files together (default {LARGEST})")
     add.add_argument("--allow-pickle", action="store_true", help="take torch files from a URL or the Hub, too")
@@ -167,12 +167,17 @@ def _prune(options: argparse.Namespace) -> int:
     store = _store()
     with explained(store.root):
         pruned = store.prune()
-    print(f"{pruned.files:,} files are deleted, {size_text(pruned.size)}")
+    print(f"deleted {_files(pruned.files)}, {size_text(pruned.size)}")
     if pruned.in_use:
-        print(f"{pruned.in_use} removed models stay while servers use them", file=sys.stderr)
+        print(
+            f"removed models that servers still use: {pruned.in_use}; prune again when they have ended", file=sys.stderr
+        )
     return 0
 
 
 def _summary(manifest: Manifest) -> str:
-    count = len(manifest.files)
-    return f"{manifest.id} ({count} {'file' if count == 1 else 'files'}, {size_text(manifest.size)})"
+    return f"{manifest.id} ({_files(len(manifest.files))}, {size_text(manifest.size)})"
+
+
+def _files(count: int) -> str:
+    return f"{count:,} {'file' if count == 1 else 'files'}"

@@ -201,8 +201,8 @@ class Store:
         if not folder.exists():
             folder.mkdir(parents=True)
             undo.callback(shutil.rmtree, folder, ignore_errors=True)
-        for file in manifest.files:
-            link = folder / f".{file.name}.new"  # replaced, not made: there may be a wrong one
+        link = self._snapshots / ".new"
+        for file in manifest.files:  # replaced, not made: there may be a wrong one
             link.unlink(missing_ok=True)
             link.symlink_to(_target(file))
             os.replace(link, folder / file.name)
