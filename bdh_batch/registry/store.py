@@ -209,6 +209,7 @@ class Store:
         for extra in {*os.listdir(folder)} - {file.name for file in manifest.files}:
             (folder / extra).unlink()
         sync_folder(folder)
+        sync_folder(self._snapshots)
 
     def _drop_snapshots(self, needed: set[Path]) -> Sequence[Path]:
         """Deletes those that are not needed; returned are those of them that servers still use."""

@@ -135,11 +135,11 @@ class TestAdd:
         run("add", url, "--id", "again", "--sha256", sha256(model / "model.safetensors"))
         assert "as it was added" in run("verify")
 
-    @pytest.mark.parametrize(("ended_by", "code"), [(None, 0), (signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+    @pytest.mark.parametrize("killed", [False, True])
     def test_two_processes_at_once(
-        self, store: Store, web: Web, model: Path, caplog: pytest.LogCaptureFixture, ended_by: int | None, code: int
+        self, store: Store, web: Web, model: Path, caplog: pytest.LogCaptureFixture, killed: bool
     ) -> None:
-        """Another process has half of the weights when this one wants them, and goes on or ends there."""
+        """Another process has half of the weights when this one wants them, and goes on or is killed."""
         url, path = web.serve_folder(model), "/model/model.safetensors"
         web.held[path] = threading.Event()
         other = subprocess.Popen(
@@ -151,15 +151,35 @@ class TestAdd:
                 ours = pool.submit(add, store, url, "mine", Terms(most_bytes=10**9))
                 eventually(lambda: "waiting for another process" in caplog.text, 60)
             finally:
-                if ended_by is not None:
-                    other.send_signal(ended_by)
+                if killed:
+                    other.kill()
                     other.wait(60)
                 web.held[path].set()
             assert ours.result(60).id == "mine"
-            assert other.wait(60) == code
+            assert other.wait(60) == (-signal.SIGKILL if killed else 0)
         assert loads("mine")
         assert len(blobs(store)) == 2
         assert not any(store.downloads.iterdir())
+
+    def test_an_interrupted_command_says_so_and_the_next_goes_on(
+        self, run: Run, store: Store, web: Web, model: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        url, path = web.serve_folder(model), "/model/model.safetensors"
+        web.held[path] = threading.Event()
+
+        def interrupt() -> None:
+            eventually(lambda: any(file.stat().st_size for file in store.downloads.glob("*/data")), 60)
+            os.kill(os.getpid(), signal.SIGINT)  # the main thread's, which waits for the other half
+
+        with ThreadPoolExecutor(1) as pool:
+            interrupting = pool.submit(interrupt)
+            assert command_line.main(["model", "add", url, "--id", "mine"]) == 130
+            interrupting.result(60)
+        assert capsys.readouterr().err.count("\n") == 1
+        web.held.pop(path).set()
+        run("add", url, "--id", "mine")
+        assert "range" in web.of(path)[-1]
+        assert loads("mine")
 
     def test_a_name_is_taken_once(self, run: Run, refused: Run, tmp_path: Path, model: Path) -> None:
         run("add", model, "--id", "mine")
