@@ -76,7 +76,7 @@ def check_id(text: str) -> str:
     Raises:
         ConfigError: it cannot be the name of a model here: names are names of files, too.
     """
-    if not MODEL_ID.fullmatch(text) or ".." in text:
+    if not is_id(text):
         rule = "letters, digits, '.', '_' and '-', 128 at most, that begin with a letter or a digit, without '..'"
         raise ConfigError(f"--id: {brief(text)} cannot be a model's name; it should be {rule}")
     return text
