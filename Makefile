@@ -65,7 +65,7 @@ fuzz: $(INSTALLED)  ## 20,000 requests made from /openapi.json, right and wrong 
 	FUZZ_CASES=$(or $(CASES),20000) FUZZ_SEED=$(or $(SEED),0) $(BIN)/pytest tests/http/test_openapi.py -k breaks $(ARGS)
 
 load: $(INSTALLED)  ## locust's users on a server, up to saturation and beyond; SECONDS=600 USERS=256 for others
-	$(BIN)/python -m benchmarks.load --seconds $(or $(SECONDS),600) --users $(or $(USERS),256) $(ARGS)
+	$(BIN)/python -m benchmarks.stress.load --seconds $(or $(SECONDS),600) --users $(or $(USERS),256) $(ARGS)
 
 format: $(INSTALLED)  ## format the code and sort the imports
 	$(BIN)/ruff check --fix .
@@ -76,11 +76,11 @@ train: $(INSTALLED)  ## train a model: TEXT=file OUT=folder, ARGS for more optio
 	@exec env $(KEEP_MEMORY) $(BIN)/python examples/train_bdh.py --text "$(TEXT)" --out "$(OUT)" $(ARGS)
 
 bench: $(INSTALLED)  ## measure everything here, about 20 minutes; ARGS="--quick" tries it out in three
-	@exec $(BIN)/python -m benchmarks.suite $(ARGS)
+	@exec $(BIN)/python -m benchmarks.reports.suite $(ARGS)
 
 # With the Python of the machine: it needs no more than torch, triton, numpy, numba, pytest and safetensors.
 gpu-check:  ## on a machine with a GPU: test the Triton kernels on it, tune, measure
-	@exec $(PYTHON) -m benchmarks.gpu_check $(ARGS)
+	@exec $(PYTHON) -m benchmarks.engine.gpu_check $(ARGS)
 
 clean:  ## remove the environment and everything else that can be made again
 	rm -rf $(VENV) $(CLIENTS) build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis

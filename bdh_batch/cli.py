@@ -1,4 +1,4 @@
-"""The command line: `serve`, `config show`, `keys add`, `model inspect`, `model convert`, `bench serve`,
+"""The command line: `serve`, `config show`, `keys add`, `model add`, `model inspect`, `model convert`, `bench serve`,
 `plan`.
 
 What cannot work ends in one line and exit code 2.
@@ -20,6 +20,8 @@ from bdh_batch import __version__, settings
 from bdh_batch.bench import options as bench_options
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.http.auth.keys import KeyFile, new_key
+from bdh_batch.registry import commands as registry_commands
+from bdh_batch.registry.locate import locate
 from bdh_batch.system.documents import shown
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,7 @@ SHORTCUTS = {
     "dtype": "model.dtype",
 }
 
+MODEL_PATHS = "model folder, .pt, .bin or .safetensors file, or a name that `model list` shows"
 RIGHTS = ("models", "weight", "requests_per_minute", "tokens_per_minute", "top_priority")
 PLANNED = {  # flags of `plan`, with their defaults
     "streams": ("1", "completions under way at once; each is followed by another when it ends"),
@@ -126,10 +129,11 @@ def _add_keys_commands(keys: argparse.ArgumentParser, common: argparse.ArgumentP
 
 
 def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    model = commands.add_parser("model", help="look at a model's files, or convert them")
+    model = commands.add_parser("model", help="keep models by name, look at their files, or convert them")
     actions = model.add_subparsers(required=True, metavar="ACTION")
+    registry_commands.add_commands(actions)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("source", type=Path, metavar="SRC", help="model folder, .pt, .bin or .safetensors file")
+    common.add_argument("source", type=Path, metavar="SRC", help=MODEL_PATHS)
     common.add_argument("--layers", type=_positive, help="where the file does not say how many")
     inspect = actions.add_parser("inspect", parents=[common], help="config, sizes, and how many sequences fit")
     inspect.add_argument("--memory", metavar="SIZE", help='also count what fits so much, as in "8 GiB"')
@@ -150,7 +154,7 @@ def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
 
 def _add_plan_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     plan = commands.add_parser("plan", help="how many machines a load takes, on paper")
-    plan.add_argument("--model", type=Path, required=True, help="model folder, .pt, .bin or .safetensors file")
+    plan.add_argument("--model", type=Path, required=True, help=MODEL_PATHS)
     plan.add_argument("--gpu", required=True, help="h200, h100, a100, l4, or cpu, which is this machine")
     plan.add_argument("--results", type=Path, help="for cpu: the folder of its kernels-cpu.json and engine-cpu.json")
     for name, (default, text) in PLANNED.items():
@@ -262,7 +266,7 @@ def _inspect(options: argparse.Namespace) -> int:
     memory = None if options.memory is None else settings.bytes_of(options.memory, "--memory")
     from bdh_batch.plan.offline import inspect
 
-    found = inspect(options.source, options.layers, memory)
+    found = inspect(locate(options.source).path, options.layers, memory)
     print(found.as_json() if options.json else found.as_text())
     return 0
 
@@ -270,7 +274,7 @@ def _inspect(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from bdh_batch.plan.offline import convert
 
-    checkpoint = convert(options.source, options.target, options.layers, options.force)
+    checkpoint = convert(locate(options.source).path, options.target, options.layers, options.force)
     print(f"{checkpoint.file} is written to {options.target}; serve it: bdh-batch serve --model {options.target}")
     return 0
 
@@ -287,6 +291,6 @@ def _plan(options: argparse.Namespace) -> int:
 
     flags = {name.replace("-", "_"): getattr(options, f"planned_{name}") for name in PLANNED}
     given = {name: text for name, text in flags.items() if text is not None}
-    found = plan(options.model, options.gpu, options.results, given)
+    found = plan(locate(options.model).path, options.gpu, options.results, given)
     print(found.as_json() if options.json else found.as_text())
     return 0

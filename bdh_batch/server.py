@@ -30,6 +30,7 @@ from bdh_batch.http.gate import Gate, ServedModel
 from bdh_batch.http.schema.requests import Defaults
 from bdh_batch.http.transport.server import Server, listen, local_only, url_of
 from bdh_batch.observability.metrics import Metrics
+from bdh_batch.registry.locate import locate
 from bdh_batch.settings import Auth, Generation, Sandbox as SandboxSettings, Settings
 from bdh_batch.system.documents import read_json_beside
 from bdh_batch.system.threads import calls_under_way, in_daemon_thread
@@ -178,8 +179,9 @@ class Service:
         self._on_ready = on_ready
         self._load = load
         self._start = start
-        self._path = settings.model.path or bundled_model()
-        self._name = settings.model.name or self._path.resolve().name
+        self._model = locate(settings.model.path or bundled_model())
+        self._path = self._model.path
+        self._name = settings.model.name or self._model.name
         self._gate = Gate()
         self._metrics = Metrics(self._name)
         self._spans: Spans | None = None
@@ -214,6 +216,7 @@ class Service:
             await server.close()
             if self._spans is not None:
                 await self._spans.close()
+            self._model.close()
 
     async def _serve(self, url: str) -> None:
         loading = in_daemon_thread(partial(load_all, self._settings, self._path, self._load), LOADER)

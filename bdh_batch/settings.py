@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
-import math
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,27 +29,15 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import ConfigError
+from bdh_batch.system import cache_folder
 from bdh_batch.system.documents import Malformed, brief, listed, parse_json, read_text, shown
+from bdh_batch.system.sizes import parse_bytes
 from bdh_batch.system.yaml_documents import parse_yaml
 
 LONGEST_SHOWN = 100  # characters of an option that does not exist
 ENV_PREFIX, ENV_DELIMITER = "BDH_", "__"
 SECRET = ("auth.api_keys", "rate_limiting.storage", "telemetry.otlp_endpoint")  # what is given there is not repeated
 MAX_PRIORITY = 1000  # of a request, above 0 and below
-UNITS = {
-    "": 1,
-    "b": 1,
-    **{f"{u}{i}": s for k, u in enumerate("kmgt", 1) for i, s in (("ib", 2 ** (10 * k)), ("b", 1000**k))},
-}
-
-
-def _parse_bytes(value: object) -> object:
-    """'4 GiB' to a number of bytes."""
-    match = re.fullmatch(r"([\d.]+)\s*([a-zA-Z]*)", value.strip()) if isinstance(value, str) else None
-    if match and match[2].lower() in UNITS:
-        size = float(match[1]) * UNITS[match[2].lower()]
-        return int(size) if math.isfinite(size) else value
-    return value
 
 
 def _parse_list(value: object) -> object:
@@ -113,7 +99,7 @@ def without_password(url: str) -> str:
     return f"{scheme}{separator}***@{rest.rpartition('@')[2]}" if "@" in rest else f"{scheme}{separator}{rest}"
 
 
-Bytes = Annotated[PositiveInt, BeforeValidator(_parse_bytes)]
+Bytes = Annotated[PositiveInt, BeforeValidator(parse_bytes)]
 Strings = Annotated[list[str], BeforeValidator(_parse_list)]
 Proxies = Annotated[list[Annotated[str, AfterValidator(_proxy)]], BeforeValidator(_parse_list)]
 Storage = Annotated[str, AfterValidator(_storage), PlainSerializer(without_password, str)]
@@ -189,8 +175,14 @@ class Server(Section):
 class Model(Section):
     """What is served."""
 
-    path: Path | None = Field(None, description="Model folder, .pt or .safetensors file; null is the bundled model.")
-    name: str | None = Field(None, description="Name in the API; null is the name of the folder or file.")
+    path: Path | None = Field(
+        None,
+        description="Model folder, .pt or .safetensors file, or a name that `bdh-batch model list` shows, where no "
+        "file has it; null is the bundled model.",
+    )
+    name: str | None = Field(
+        None, description="Name in the API; null is the registry's name, or that of the folder or file."
+    )
     aliases: Strings = Field([], description="Other names that requests may use.")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto takes CUDA where there is a GPU.")
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="The dtype of the weights.")
@@ -647,7 +639,7 @@ def _environment_options() -> tuple[list[tuple[str, Any]], list[str]]:
     of_options: list[tuple[str, Any]] = []
     others = []
     for name, value in sorted(os.environ.items()):
-        if not name.upper().startswith(ENV_PREFIX):
+        if not name.upper().startswith(ENV_PREFIX) or name == cache_folder.VARIABLE:
             continue
         words = name[len(ENV_PREFIX) :].lower()
         if ENV_DELIMITER in words:

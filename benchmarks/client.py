@@ -1,34 +1,28 @@
-"""A real server in a process of its own, and clients that cost little: raw HTTP/1.1 on asyncio's transports.
+"""The HTTP client of all benchmarks: on the connections of `bdh_batch.bench`, which note the moment of each read.
 
-A client notes the moment at which bytes are read and keeps them; what they say is parsed after the measurement.
+What is streamed is kept as it came and parsed after the measurement, so that a client costs little. Two do not use it:
+locust's users have locust's (`stress/locustfile.py`), and what is not a request as libraries send it goes over
+`raw.py`.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import httptools
 import orjson
 from prometheus_client.parser import text_string_to_metric_families
 
-ROOT = Path(__file__).parents[1]
-START_SECONDS = 180.0  # where no cache holds the kernels yet, they are compiled first
-STOP_SECONDS = 30.0
-TICK = 0.005
+from bdh_batch.bench.connection import Address, Connection, Pool
+from bdh_batch.bench.outcome import Failed
+from bdh_batch.bench.sse import Events
+
+COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
+CLOSE = {"connection": "close"}
+GET_SECONDS = 10.0
 
 
 @dataclass
@@ -48,170 +42,154 @@ class Response:
         """Seconds to the first token."""
         return self.times[0] - self.sent
 
+    def take(self, data: bytes, now: float) -> None:
+        """Adds what an event says."""
+        if data == b"[DONE]":
+            self.complete = True
+            return
+        event = orjson.loads(data)
+        self.prompt += event.get("prompt_token_ids") or []  # of a chat; of completions, they are in the choices
+        for choice in event.get("choices", ()):
+            self.prompt += choice.get("prompt_token_ids") or []
+            tokens = choice.get("token_ids") or []
+            self.tokens += tokens
+            self.times += [now] * len(tokens)
+        if usage := event.get("usage"):
+            self.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
 
-class Stream(asyncio.Protocol):
-    """One request on a connection of its own."""
 
-    def __init__(self, request: bytes) -> None:
-        self._request = request
-        self._pieces: list[tuple[float, bytes]] = []
-        self._closed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+class Recording:
+    """Keeps a response as it comes; implements `bench.connection.ResponseReader`."""
+
+    def __init__(self) -> None:
         self.sent = 0.0
+        self.failure: Failed | None = None
+        self.status = 0
+        self.pieces: list[tuple[float, bytes]] = []
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)
-        self.sent = time.perf_counter()
-        self._transport.write(self._request)
+    def begin(self, status: int, content_type: str) -> None:
+        self.status = status
 
-    def data_received(self, data: bytes) -> None:
-        self._pieces.append((time.perf_counter(), data))
+    def take(self, body: bytes, now: float) -> None:
+        self.pieces.append((now, body))
 
-    def connection_lost(self, error: Exception | None) -> None:
-        self._closed.set_result(None)
+    @property
+    def body(self) -> bytes:
+        return b"".join(body for _, body in self.pieces)
+
+
+class Stream:
+    """One request whose response streams, on a connection of its own."""
+
+    def __init__(self, connection: Connection, request: bytes) -> None:
+        self._connection = connection
+        self._recording = Recording()
+        self._end = connection.send(request, self._recording)
 
     @property
     def pieces(self) -> int:
-        return len(self._pieces)
+        return len(self._recording.pieces)
 
     async def end(self) -> Response:
-        """Waits for the server to close; what it sent must be a whole response."""
-        await self._closed
-        response = self.response()
-        if not response.complete or response.status != 200:
-            raise RuntimeError(f"status {response.status}: {b''.join(data for _, data in self._pieces)[-500:]!r}")
+        """Waits for the response, which must be whole.
+
+        Raises:
+            RuntimeError: it is not, or it is a refusal.
+        """
+        recording = self._recording
+        try:
+            await self._end
+        except Failed as failed:
+            raise RuntimeError(f"status {recording.status}: {failed}: {recording.body[-500:]!r}") from failed
+        finally:
+            self._connection.close()
+        response = self.response() if recording.status == 200 else Response(recording.sent)
+        if not response.complete:
+            raise RuntimeError(f"status {recording.status}: {recording.body[-500:]!r}")
         return response
 
     async def leave(self) -> Response:
         """Closes, as a client that has had enough."""
-        self._transport.abort()
-        await self._closed
+        self._connection.close()
+        await asyncio.sleep(0)  # in which it is closed
         return self.response()
 
     def response(self) -> Response:
-        reader = _Reader(Response(self.sent))
-        parser = httptools.HttpResponseParser(reader)
-        for reader.now, data in self._pieces:
-            parser.feed_data(data)
-            reader.response.status = parser.get_status_code()
-        return reader.response
+        """What has come so far."""
+        found, events = Response(self._recording.sent, self._recording.status), Events()
+        for now, body in self._recording.pieces:
+            for _, data in events.feed(body):
+                found.take(data, now)
+        return found
 
 
-class _Reader:
-    """Takes a response's body as httptools finds it, and cuts it into events."""
+class Client:
+    """Speaks to one server, from one event loop at a time.
 
-    def __init__(self, response: Response) -> None:
-        self.response = response
-        self.now = 0.0
-        self._rest = b""
+    Args:
+        keep: whether connections of whole responses are kept and used again.
+    """
 
-    def on_body(self, body: bytes) -> None:
-        *frames, self._rest = (self._rest + body).split(b"\n\n")
-        for frame in frames:
-            self._take(frame.removeprefix(b"data: "))
+    def __init__(self, url: str, keep: bool = True) -> None:
+        self.url = url
+        self.address = Address.of(url, insecure=False)
+        self._headers = {} if keep else CLOSE
+        self._pool = Pool(self.address)
 
-    def _take(self, frame: bytes) -> None:
-        if frame == b"[DONE]":
-            self.response.complete = True
-            return
-        event = orjson.loads(frame)
-        self.response.prompt += (
-            event.get("prompt_token_ids") or []
-        )  # of a chat; of completions, they are in the choices
-        for choice in event.get("choices", ()):
-            self.response.prompt += choice.get("prompt_token_ids") or []
-            tokens = choice.get("token_ids") or []
-            self.response.tokens += tokens
-            self.response.times += [self.now] * len(tokens)
-        if usage := event.get("usage"):
-            self.response.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
-
-
-class Served:
-    """A server that runs, and the ways to speak to it."""
-
-    def __init__(self, port: int, pid: int = 0, process: subprocess.Popen[bytes] | None = None) -> None:
-        self.port = port
-        self.pid = pid
-        self.process = process  # where it was started here
-        self.url = f"http://127.0.0.1:{port}"
-
-    async def send(self, path: str = "/v1/completions", key: str = "", **body: Any) -> Stream:
+    async def send(self, path: str = COMPLETIONS, key: str = "", **body: Any) -> Stream:
         """Sends a request whose response streams, token by token."""
         whole = {**body, "stream": True, "stream_options": {"include_usage": True}, "return_token_ids": True}
-        content = orjson.dumps(whole)
-        head = (
-            f"POST {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\nauthorization: Bearer {key}\r\n"
-            f"content-type: application/json\r\ncontent-length: {len(content)}\r\n\r\n"
-        )
+        request = self._request("POST", path, {**CLOSE, "authorization": f"Bearer {key}"}, whole)
         loop = asyncio.get_running_loop()
-        _, stream = await loop.create_connection(lambda: Stream(head.encode() + content), "127.0.0.1", self.port)
-        return stream
+        _, connection = await loop.create_connection(Connection, self.address.host, self.address.port)
+        return Stream(connection, request)
 
-    async def ask(self, path: str = "/v1/completions", key: str = "", **body: Any) -> Response:
+    async def ask(self, path: str = COMPLETIONS, key: str = "", **body: Any) -> Response:
         return await (await self.send(path, key, **body)).end()
+
+    async def whole(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, bytes]:
+        """The status and the body of a response in one piece.
+
+        Raises:
+            Failed: there was none.
+        """
+        recording = Recording()
+        await self._pool.exchange(self._request(method, path, self._headers, body), recording)
+        return recording.status, recording.body
+
+    async def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON of a response.
+
+        Raises:
+            Failed: there was none.
+            RuntimeError: it is a refusal.
+        """
+        status, content = await self.whole("POST", path, body)
+        if status != 200:
+            raise RuntimeError(f"status {status}: {content[-500:]!r}")
+        return orjson.loads(content)
+
+    async def metrics(self) -> dict[str, float]:
+        """The value of each metric; of one with labels, that of its last ones."""
+        _, content = await self.whole("GET", "/metrics")
+        families = text_string_to_metric_families(content.decode())
+        return {sample.name: sample.value for family in families for sample in family.samples}
 
     def get(self, path: str) -> str:
         """Blocks: not for while something is measured."""
-        with urllib.request.urlopen(f"{self.url}{path}", timeout=10) as response:
+        with urllib.request.urlopen(f"{self.url}{path}", timeout=GET_SECONDS) as response:
             text: str = response.read().decode()
         return text
 
     def metric(self, name: str) -> float:
+        """The sum over a metric's labels. Blocks."""
         families = text_string_to_metric_families(self.get("/metrics"))
         return sum(sample.value for family in families for sample in family.samples if sample.name == name)
 
+    def close(self) -> None:
+        """Closes the connections that were kept."""
+        self._pool.close()
 
-@contextmanager
-def served(
-    *options: str, module: Sequence[str] = ("bdh_batch", "serve"), log: Path | None = None, root: Path = ROOT
-) -> Iterator[Served]:
-    """`bdh-batch serve` with `options`, as in "scheduler.max_running=64", until the block's end.
-
-    Args:
-        module: what is run instead, and its arguments; it takes the same `--port` and `--set`.
-        log: the file that its output goes to; None keeps it only until it has started.
-        root: the checkout whose server it is.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    command = [sys.executable, "-m", *module, "--port", str(port)]
-    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("BDH_")}
-    with tempfile.TemporaryFile() if log is None else log.open("w+b") as output:
-        process = subprocess.Popen(
-            [*command, *(part for option in options for part in ("--set", option))],
-            cwd=root,
-            env={**environment, "PYTHONPATH": str(root)},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            server = Served(port, process.pid, process)
-            _wait_until_ready(server, process, output)
-            yield server
-        finally:
-            process.terminate()
-            try:
-                process.wait(STOP_SECONDS)
-            finally:
-                process.kill()
-
-
-def _wait_until_ready(server: Served, process: subprocess.Popen[bytes], log: Any) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while True:
-        try:
-            server.get("/readyz")
-            return
-        except OSError:  # not there yet, or too busy with its start to response
-            if process.poll() is not None or time.monotonic() > deadline:
-                log.seek(0)
-                raise RuntimeError(f"the server did not start: {log.read().decode()}") from None
-        time.sleep(0.05)
-
-
-def load_json(file: Path) -> dict[str, Any]:
-    """What a file holds, nothing where there is none."""
-    held: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return held
+    def _request(self, method: str, path: str, headers: dict[str, str], body: Mapping[str, Any] | None) -> bytes:
+        content = b"" if body is None else orjson.dumps(body)
+        return self.address.request(method, path, {"content-type": "application/json", **headers}, content)

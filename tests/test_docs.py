@@ -24,7 +24,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from bdh_batch import cli, client, settings
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.errors import CODES, STATUS
-from benchmarks import picture
+from benchmarks.reports import picture
 from docs.tables import rewritten
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def test_the_picture_has_the_figures_of_the_results_that_the_readme_names() -> N
     for scenario in (report["against"], report["heavy_tailed"]):
         for name, value in picture.bars(scenario).items():
             assert f"<!-- {name} -->" in drawn
-            assert f"<!-- {value:,.0f} -->" in drawn, "run: python -m benchmarks.picture --results …"
+            assert f"<!-- {value:,.0f} -->" in drawn, "run: python -m benchmarks.reports.picture --results …"
     assert report["date"] in drawn
 
 

@@ -22,11 +22,15 @@ TABLES = {"settings.py"}  # long, but read by looking something up
 LAW: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "messages": ({"errors"}, set()),
-    "system": ({"errors"}, {"torch", "yaml"}),
+    "system": ({"errors"}, {"platformdirs", "torch", "yaml"}),
     "settings": ({"errors", "system"}, {"pydantic", "pydantic_core", "yaml"}),
     "text": (SHARED, {"jinja2", "llguidance", "orjson", "tokenizers"}),
     "kernels": ({"errors"}, {"torch", "numpy", "numba", "llvmlite", "triton"}),
     "checkpoint": ({"errors", "system", "kernels"}, {"torch", "numpy", "safetensors"}),
+    "registry": (
+        {"errors", "system", "checkpoint", "__init__"},
+        {"httpx", "huggingface_hub", "pydantic", "tqdm"},
+    ),
     "scheduler": ({"errors", "messages"}, set()),
     "engine": (SHARED | {"scheduler", "kernels", "checkpoint", "settings"}, {"torch", "numpy"}),
     "backends": (SHARED | {"engine", "scheduler", "text"}, set()),
@@ -40,10 +44,10 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "bench": ({"errors", "__init__"}, {"httptools", "orjson", "tokenizers", "uvloop"}),
     "plan": ({"errors", "system", "checkpoint", "text"}, {"torch"}),
     "server": (
-        SHARED | {"http", "backends", "engine", "text", "settings", "observability", "__init__"},
+        SHARED | {"http", "backends", "engine", "text", "settings", "observability", "registry", "__init__"},
         {"pydantic"},
     ),
-    "cli": ({"errors", "system", "settings", "http", "server", "bench", "plan", "__init__"}, {"uvloop"}),
+    "cli": ({"errors", "system", "settings", "http", "server", "bench", "plan", "registry", "__init__"}, {"uvloop"}),
     "__main__": ({"cli"}, set()),
     "__init__": (set(), set()),
 }

@@ -12,7 +12,7 @@ import torch
 
 from bdh_batch import cli as command_line
 from bdh_batch.checkpoint.config import BDHConfig
-from bdh_batch.plan.offline import size_text
+from bdh_batch.system.sizes import size_text
 from tests.model import formats
 
 if TYPE_CHECKING:

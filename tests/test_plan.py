@@ -21,7 +21,7 @@ from bdh_batch.settings import Settings
 
 ROOT = Path(__file__).parent.parent
 BUNDLED = ROOT / "models" / "bdh-shakespeare"
-RESULTS = ROOT / "benchmarks" / "results"
+RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-threads"
 UPSTREAM = BDHConfig()
 SMALL = BDHConfig(n_layer=2, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, vocab_size=16)  # L · n · D = 512
 MACHINE = Machine(

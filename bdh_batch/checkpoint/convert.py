@@ -50,7 +50,7 @@ def convert(source: Path, target: Path, layers: int | None = None, force: bool =
     folder = checkpoint.file.parent
     try:
         _check_target(checkpoint.file, target, force)
-        beside = {name: _inside(folder, name) for name in BESIDE if os.path.lexists(folder / name)}
+        beside = {name: inside(folder, name) for name in BESIDE if os.path.lexists(folder / name)}
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
             new = Path(scratch) / "new"
@@ -94,7 +94,7 @@ def _write(folder: Path, checkpoint: Checkpoint, beside: Mapping[str, Path]) -> 
         (folder / TOKENIZER_CONFIG).write_text(json.dumps({"type": "byte"}, indent=2) + "\n", "utf-8")
 
 
-def _inside(source: Path, name: str) -> Path:
+def inside(source: Path, name: str) -> Path:
     """The file that `name` is: a link could lead to one that its author cannot read, and we can.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,13 +65,25 @@ def _locate(path: Path) -> Path:
         return path
     if not path.is_dir():
         raise CheckpointError(f"model.path: there is no model at {path}")
-    found = [path / name for name in HUGGING_FACE_NAMES if (path / name).is_file()][:1]
-    found = found or sorted(file for file in path.iterdir() if file.suffix in TORCH_SUFFIXES)
+    return path / weights_among({file.name for file in path.iterdir() if file.is_file()}, f"model.path: {path}")
+
+
+def weights_among(names: Collection[str], folder: str) -> str:
+    """The file that a model's weights are in, or that lists where they are, of those in a folder.
+
+    Args:
+        folder: what errors call it.
+
+    Raises:
+        CheckpointError: there is none, or it is not clear which.
+    """
+    found = [name for name in HUGGING_FACE_NAMES if name in names][:1]
+    found = found or sorted(name for name in names if Path(name).suffix in TORCH_SUFFIXES)
     if len(found) != 1:
-        names = ", ".join(shown(file.name) for file in found) or "neither"
-        raise CheckpointError(f"model.path: {path} should hold {WEIGHTS} or one .pt file; found {names}")
-    if found[0].name.startswith(WEIGHTS) and not (path / CONFIG).is_file():
-        raise CheckpointError(f"model.path: {path} has no {CONFIG}")
+        there = ", ".join(map(shown, found)) or "neither"
+        raise CheckpointError(f"{folder} should hold {WEIGHTS} or one .pt file; found {there}")
+    if found[0].startswith(WEIGHTS) and CONFIG not in names:
+        raise CheckpointError(f"{folder} has no {CONFIG}")
     return found[0]
 
 
@@ -97,9 +109,7 @@ def _check_header(file: Path) -> None:
 
 def _read_index(file: Path) -> tuple[State, None]:
     """The tensors of several files, which must be those that Hugging Face's index `file` lists."""
-    part_names = read_json(file).get("weight_map")
-    if not isinstance(part_names, dict) or not all(isinstance(name, str) for name in part_names.values()):
-        raise CheckpointError(f"{file}: its weight_map should name the file of each tensor")
+    part_names = weight_map(file)
     state: State = {}
     problems = []
     for name in sorted(set(part_names.values())):
@@ -118,6 +128,14 @@ def _read_index(file: Path) -> tuple[State, None]:
     if problems:
         raise CheckpointError(f"{file}: " + listed(problems))
     return state, None
+
+
+def weight_map(index: Path) -> dict[str, str]:
+    """The name of the file of each tensor, as Hugging Face's index has them: they may be anything at all."""
+    part_names = read_json(index).get("weight_map")
+    if not isinstance(part_names, dict) or not all(isinstance(name, str) for name in part_names.values()):
+        raise CheckpointError(f"{index}: its weight_map should name the file of each tensor")
+    return part_names
 
 
 def _load_pickle(file: Path) -> object:

@@ -18,7 +18,9 @@ WEIGHTS = {**STATES, "float16": torch.float16}
 MOST = 10**12
 SLOWEST = 0.001  # tokens/s
 CHUNK = 256  # tokens of a prompt for which a state is read and written once
-ACTIVE = 0.216  # of the neurons fire for a token: the bundled model's, measured (benchmarks/results/kernels-cpu.json)
+# Of the neurons, those that fire for a token, with the bundled model
+# (benchmarks/results/amd-epyc-2-threads/kernels-cpu.json).
+ACTIVE = 0.216
 
 
 @dataclass(frozen=True)

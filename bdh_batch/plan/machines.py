@@ -89,7 +89,7 @@ def machine_of(name: str, results: Path | None) -> Machine:
 
 
 def measured(results: Path, memory: float) -> Machine:
-    """By `python -m benchmarks.kernels` and `python -m benchmarks.engine`, whose files are in `results`.
+    """By the JSON that `benchmarks.engine.kernels` and `benchmarks.engine.throughput` wrote into `results`.
 
     A step of the measured model takes as long by the costs as it was measured to, and others accordingly.
 

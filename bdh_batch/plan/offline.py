@@ -16,6 +16,7 @@ from bdh_batch.checkpoint.config import bytes_per_sequence
 from bdh_batch.checkpoint.convert import convert
 from bdh_batch.errors import CheckpointError
 from bdh_batch.system.device_memory import free_memory
+from bdh_batch.system.sizes import size_text
 from bdh_batch.text.folder import load_tokenizer
 from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly
 
@@ -140,16 +141,6 @@ def tokenizer_kind(folder: Path, vocab_size: int) -> str:
     except CheckpointError as error:
         return f"cannot be served: {error}"
     return TOKENIZERS.get(type(tokenizer), "tokenizer.json")
-
-
-def size_text(size: int) -> str:
-    """A number of bytes, as people say it."""
-    value, unit = float(size), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if value < 1024:
-            break
-        value, unit = value / 1024, larger
-    return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"
 
 
 def short(dtype: torch.dtype) -> str:

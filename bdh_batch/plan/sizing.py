@@ -17,10 +17,10 @@ from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.errors import ConfigError
 from bdh_batch.plan.costs import Costs, Load, costs_of
 from bdh_batch.plan.machines import Machine, machine_of
-from bdh_batch.plan.offline import size_text
+from bdh_batch.system.sizes import size_text
 
 MEMORY_SHARE = 0.9  # that weights and states may take; buffers and the runtime have the rest
-# By benchmarks/results/amd-epyc-2-threads: scheduler.json, where 1,024 decode; frontend.json, `ahead`.
+# By benchmarks/results/amd-epyc-2-threads/suite: scheduler.json, where 1,024 decode; frontend.json, `ahead`.
 PLANNING = 2.1e-6  # seconds a sequence and step
 FRAMES = 123_000.0  # SSE frames a second that one process writes
 LABEL = 28  # characters

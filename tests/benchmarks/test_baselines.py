@@ -12,8 +12,8 @@ import httpx
 import orjson
 import pytest
 
-from benchmarks.baselines.__main__ import KINDS
-from benchmarks.client import Served, served
+from benchmarks.served import Served, served
+from benchmarks.server.baselines.__main__ import KINDS
 from tests.conftest import Server
 from tests.kernels.support import CONFORMANCE
 
@@ -30,7 +30,7 @@ def baselines() -> Iterator[dict[str, Served]]:
 
         def start(kind: str) -> Served:
             more = ("--batch", "3", "--wait-ms", "50") if kind == "static" else ()
-            return stack.enter_context(served(*options, module=("benchmarks.baselines", kind, *more)))
+            return stack.enter_context(served(*options, module=("benchmarks.server.baselines", kind, *more)))
 
         yield dict(zip(KINDS, threads.map(start, KINDS)))
 

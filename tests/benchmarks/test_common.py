@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +10,10 @@ import torch
 
 from bdh_batch.kernels.base import RaggedBatch
 from bdh_batch.kernels.torch_reference import TorchKernels
-from benchmarks.common import dense_batched, medians, ratio, recompute, relative_error, take_turns, write_json
+from benchmarks.common import medians, ratio, take_turns
+from benchmarks.engine.dense import dense_batched, recompute, relative_error
+from benchmarks.engine.synthetic import synthetic_weights
 from benchmarks.plots import bars, lines
-from benchmarks.synthetic import synthetic_weights
 from tests.kernels.support import distance, model, states_for
 
 
@@ -71,11 +71,6 @@ def test_the_baselines_compute_the_same() -> None:
         assert torch.equal(before, states) or distance(before, states) <= 1e-6
     for together in (1, 2, 4):
         assert distance(recompute(weights, tokens, together), logits) <= 1e-5
-
-
-def test_a_report_is_written_where_there_was_no_folder(tmp_path: Path) -> None:
-    write_json(tmp_path / "new" / "report.json", {"a": [1]})
-    assert json.loads((tmp_path / "new" / "report.json").read_text()) == {"a": [1]}
 
 
 def test_the_same_numbers_give_the_same_picture(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks.common import figure, write_json
-from benchmarks.compare import compare, figures, main, of_intervals, reports
-from benchmarks.noise import each_share, ratios, student
+from benchmarks.common import figure
+from benchmarks.reports.compare import compare, figures, main, of_intervals, reports
+from benchmarks.reports.noise import each_share, ratios, student
+from tests.benchmarks.support import write_json
 
 ROUNDS = 9
 
@@ -144,7 +145,7 @@ def test_what_has_no_ratio_is_reported(
 
 
 def test_a_quick_run_is_not_compared_with_a_full_one(before: str, tmp_path: Path) -> None:
-    quick = folder(tmp_path / "quick", {**results(1), "command": "python -m benchmarks.server --quick"})
+    quick = folder(tmp_path / "quick", {**results(1), "command": "python -m benchmarks.server.throughput --quick"})
     suite = folder(tmp_path / "suite", results(1))
     write_json(Path(suite) / "suite.json", {"quick": True})
     assert [main([before, quick]), main([suite, before]), main([quick, suite])] == [2, 2, 0]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.torch_reference import TorchKernels
-from benchmarks import engine
+from benchmarks.engine import throughput as engine
 from tests.kernels.support import CONFORMANCE
 
 ARGUMENTS = (

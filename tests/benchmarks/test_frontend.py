@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import document, frontend
-from benchmarks.client import Served
-from benchmarks.compare import figures
-from benchmarks.frontend import COMPLETIONS, PARAMETERS, SYSTEMS, Crowd, System, request, turn
+from benchmarks.client import COMPLETIONS
+from benchmarks.reports import document
+from benchmarks.reports.compare import figures
+from benchmarks.served import Served
+from benchmarks.server import frontend
+from benchmarks.server.frontend import PARAMETERS, SYSTEMS, Crowd, System, request, turn
 from tests.conftest import Server
 
 SENT = b'HTTP/1.1 200 OK\r\n\r\n1f\r\ndata: {"text":"\\n\\n"}\n\n\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n'

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import fuzz, hostile
-from benchmarks.attacks import ATTACKS
+from benchmarks.stress import fuzz, hostile
+from benchmarks.stress.attacks import ATTACKS
 
 TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
 PATIENT = "120"  # seconds that /health may take here: how fast a busy machine is proves nothing
@@ -30,7 +30,7 @@ SMALLEST = (
 
 
 def test_attacks_harm_nobody_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--set", f"model.path={TINY}", "--health", PATIENT, "--out", str(tmp_path / "hostile.json")]
+    arguments = ["--set", f"model.path={TINY}", "--health", PATIENT, "--out", str(tmp_path)]
     code = hostile.main([*arguments, *SMALLEST])
     report = json.loads((tmp_path / "hostile.json").read_text())
     assert report["faults"] == []
@@ -45,7 +45,7 @@ def test_attacks_harm_nobody_else(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_random_requests_find_nothing(tmp_path: Path) -> None:
     arguments = ["--set", f"model.path={TINY}", "--health", PATIENT, "--cases", "0-149"]
-    code = fuzz.main([*arguments, "--out", str(tmp_path / "fuzz.json")])
+    code = fuzz.main([*arguments, "--out", str(tmp_path)])
     report = json.loads((tmp_path / "fuzz.json").read_text())
     assert report["faults"] == []
     assert code == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bdh_batch.kernels.cpu import CpuKernels
-from benchmarks import kernels
+from benchmarks.engine import kernels
 
 ARGUMENTS = ["--batch", "2", "--context", "16", "--prompt", "32", "--repeats", "2"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from benchmarks import load
+from benchmarks.stress import load
 from tests.bench.fake import EXPECTED, SSE, Fake, text
 
 if TYPE_CHECKING:
@@ -40,7 +40,17 @@ def by_type(file: Path) -> dict[str, Counter[str]]:
 
 
 def test_a_load_leaves_its_report_and_its_verdicts(tiny: Server, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "benchmarks.load", "--url", tiny.url, "--pid", tiny.process.pid, "--out", tmp_path]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.stress.load",
+        "--url",
+        tiny.url,
+        "--pid",
+        tiny.process.pid,
+        "--out",
+        tmp_path,
+    ]
     command += ["--seconds", 6, "--climbs", 1, "--users", 2, "--think", 0.02, "--answer-tokens", 8, "--tags", "steady"]
     ended = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=120)
     report = json.loads((tmp_path / "load.json").read_text())
@@ -89,7 +99,15 @@ async def test_whatever_is_wrong_with_an_answer_is_a_failure_of_its_kind(tmp_pat
     """In all scenarios, each of which is met."""
     fake, seen = Cycle(), tmp_path / "seen.json"
     async with fake.listening() as port:
-        command = ["-m", "locust", "-f", "benchmarks/locustfile.py", "--headless", "-H", f"http://127.0.0.1:{port}"]
+        command = [
+            "-m",
+            "locust",
+            "-f",
+            "benchmarks/stress/locustfile.py",
+            "--headless",
+            "-H",
+            f"http://127.0.0.1:{port}",
+        ]
         command += ["-u", "30", "-r", "100", "-t", "3s", "--stop-timeout", "60", "--think", "0.01"]
         command += ["--api-keys", "a,b", "--csv", str(tmp_path / "load"), "--samples", str(seen), "-L", "WARNING"]
         process = await asyncio.create_subprocess_exec(

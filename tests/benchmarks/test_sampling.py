@@ -3,7 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from bdh_batch.engine.sampling import draw as sampling
-from benchmarks.sampling import KINDS, measure, worst
+from benchmarks.engine.sampling import KINDS, measure, worst
 
 
 def test_every_kind_of_parameter_is_measured_for_one_row_and_for_all() -> None:

@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
-from benchmarks import document, engine, loads, server
-from benchmarks.common import figure, write_json
-from benchmarks.loads import Request
-from benchmarks.systems import TEMPERATURE, Remote
+from benchmarks.common import figure
+from benchmarks.engine import throughput as engine
+from benchmarks.reports import document
+from benchmarks.server import loads, throughput as server
+from benchmarks.server.loads import Request
+from benchmarks.server.systems import TEMPERATURE, Remote
+from tests.benchmarks.support import write_json
 from tests.conftest import Server
 from tests.kernels.support import CONFORMANCE
 

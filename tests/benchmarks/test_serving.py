@@ -13,19 +13,13 @@ from bdh_batch.checkpoint.checkpoint import load_model
 from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.torch_reference import TorchKernels
-from benchmarks.client import Response, Served
-from benchmarks.serving import (
-    gap_figures,
-    gaps,
-    jain,
-    percentile,
-    prefix_figures,
-    refuse_unless,
-    shares,
-    strained,
-    text,
-)
-from benchmarks.static import LEAST, MOST, Job, continuous, heavy_tailed, ideal, static
+from benchmarks.client import Response
+from benchmarks.engine.static import LEAST, MOST, Job, continuous, heavy_tailed, ideal, static
+from benchmarks.served import Served
+from benchmarks.server.serving.common import percentile, refuse_unless, strained, text
+from benchmarks.server.serving.long_prompt import gap_figures, gaps
+from benchmarks.server.serving.shared_prefix import prefix_figures
+from benchmarks.server.serving.tenants import jain, shares
 from tests.conftest import Server
 from tests.kernels.support import CONFORMANCE
 

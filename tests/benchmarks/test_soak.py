@@ -15,9 +15,10 @@ import pytest
 
 from bdh_batch.errors import OutOfMemory
 from bdh_batch.messages import Outcome, Plan, SamplingParams, Segment
-from benchmarks import soak
-from benchmarks.clients import KINDS, Target, asks_little, meet
-from benchmarks.faulty import ODDS, FaultyRunner
+from benchmarks.stress import soak
+from benchmarks.stress.clients import KINDS, Target, asks_little, meet
+from benchmarks.stress.crowd import MOST_FAULTS, Soak
+from benchmarks.stress.faulty import ODDS, FaultyRunner
 
 TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
 HEAD = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -85,11 +86,11 @@ async def test_every_end_is_told_from_the_others(raw: bytes, end: str) -> None:
 
 async def test_a_server_that_cuts_its_streams_fails() -> None:
     async with answering(chunked(DELTA, end=False)) as target:
-        crowd = soak.Soak(target, 8, 1, injected=True, disconnects=None)
+        crowd = Soak(target, 8, 1, injected=True, disconnects=None)
         await crowd.run(60)
     assert crowd.faults["stays: cut"] > 10
     assert crowd.faults["talks nonsense: 200, not 400"] > 1
-    assert crowd.faults.total() >= soak.MOST_FAULTS
+    assert crowd.faults.total() >= MOST_FAULTS
     assert crowd.ends["leaves before the answer"].keys() == {"left"}
 
 

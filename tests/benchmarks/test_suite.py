@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from benchmarks import suite
-from benchmarks.common import figure, interval, write_json
-from benchmarks.compare import figures
-from benchmarks.pool import pooled
+from benchmarks.common import figure, interval
+from benchmarks.reports import suite
+from benchmarks.reports.compare import figures
+from benchmarks.reports.pool import pooled
+from tests.benchmarks.support import HEAD, write_json
 
 VALUES = st.lists(st.floats(0.1, 1e6), min_size=2, max_size=8)
 
@@ -85,7 +86,7 @@ def test_a_run_leaves_one_report_of_its_repetitions_and_the_page(tmp_path: Path)
 def test_plots_are_of_all_repetitions(tmp_path: Path) -> None:
     for number, value in enumerate((1000.0, 3000.0)):
         row = {"batch": 8, "tokens_per_s": value, "figure": figure([value], "tokens/s", "higher")}
-        write_json(tmp_path / f"repetitions/{number:02}/engine-cpu.json", {"batches": [row]})
+        write_json(tmp_path / f"repetitions/{number:02}/engine-cpu.json", {**HEAD, "batches": [row]})
     suite.gather(tmp_path / "repetitions", tmp_path, "make bench")
     (row,) = json.loads((tmp_path / "engine-cpu.json").read_text())["batches"]
     assert row["tokens_per_s"] == row["figure"]["value"] == 2000.0

@@ -15,7 +15,7 @@ from openai import OpenAI
 from openai.types.chat import ChatCompletion, ChatCompletionMessageToolCall
 from pydantic import BaseModel
 
-from benchmarks import constrained
+from benchmarks.stress import constrained
 
 if TYPE_CHECKING:
     from tests.conftest import ServeFactory, Server

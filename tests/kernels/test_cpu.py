@@ -14,7 +14,7 @@ from bdh_batch.kernels import cpu, cpu_layout, cpu_state, vector
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.torch_reference import TorchKernels, rotation
-from benchmarks.synthetic import synthetic_weights
+from benchmarks.engine.synthetic import synthetic_weights
 from tests.kernels.support import alone, distance, feed, in_a_crowd, model, poison, states_for
 
 TOLERANCE = 1e-5

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu_check
+from benchmarks import ROOT
+from benchmarks.engine import gpu_check
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -21,19 +22,23 @@ def test_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str], monkeypat
 
 def test_needs_little() -> None:
     """A bare GPU machine has no plots and no progress bars: neither itself nor what it imports may ask for them."""
-    folder = Path(gpu_check.__file__).parent
     seen: set[str] = set()
     found: set[str] = set()
-    waiting = ["gpu_check"]
+    waiting = [gpu_check.__name__]
     while waiting:
         seen.add(module := waiting.pop())
-        for name in imported(folder / f"{module}.py"):
-            if name.startswith("benchmarks."):
-                waiting += {name.removeprefix("benchmarks.")} - seen
+        for name in imported(file_of(module)):
+            if name.split(".")[0] == "benchmarks":
+                waiting += {name} - seen
             else:
                 found.add(name.split(".")[0])
-    assert "common" in seen
+    assert {"benchmarks.common", "benchmarks.report"} <= seen
     assert found - sys.stdlib_module_names <= {"bdh_batch", "torch", "triton", "numpy", "numba", "safetensors"}
+
+
+def file_of(module: str) -> Path:
+    path = ROOT.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
 def imported(file: Path) -> set[str]:

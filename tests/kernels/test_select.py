@@ -17,7 +17,7 @@ from bdh_batch.kernels.base import Weights
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.torch_reference import TorchKernels
-from benchmarks.synthetic import synthetic_weights
+from benchmarks.engine.synthetic import synthetic_weights
 from tests.kernels.support import CPU, model
 
 CONFIG = model(1, 2, 16, 32, 20)

@@ -16,7 +16,7 @@ from bdh_batch.kernels import simd, simd_state, vector
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.cpu_layout import Floats, Longs, States
 from bdh_batch.kernels.torch_reference import TorchKernels
-from benchmarks.synthetic import synthetic_weights
+from benchmarks.engine.synthetic import synthetic_weights
 from tests.kernels.support import CPU, NOT_NUMBERS, alone, distance, floats_of, in_a_crowd, model, states_for
 from tests.kernels.test_cpu import text
 

@@ -23,7 +23,7 @@ from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cuda import TritonKernels, bucket, rounds
 from bdh_batch.kernels.torch_reference import TorchKernels, rotation
 from bdh_batch.kernels.tuning import Blocks
-from benchmarks.synthetic import synthetic_weights
+from benchmarks.engine.synthetic import synthetic_weights
 from tests.kernels.support import NOT_NUMBERS, Piece, alone, distance, feed, floats_of, model, states_for
 from tests.kernels.test_conformance import read
 

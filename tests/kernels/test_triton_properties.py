@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from bdh_batch.kernels.base import Weights
 from bdh_batch.kernels.torch_reference import TorchKernels
-from benchmarks.synthetic import synthetic_weights
+from benchmarks.engine.synthetic import synthetic_weights
 from tests.kernels.support import alone, feed, model, states_for
 from tests.kernels.test_triton import TOLERANCE, Poisoned, states_on_device, text
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from bdh_batch.kernels.base import Kernels, Weights
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.torch_reference import TorchKernels, layer_norm, project, rotate, rotation
-from benchmarks.synthetic import synthetic_weights
+from benchmarks.engine.synthetic import synthetic_weights
 from tests.kernels.support import alone, distance, feed, in_a_crowd, model, states_for
 
 Make = Callable[[Weights, int], Kernels]

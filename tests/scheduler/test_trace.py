@@ -10,7 +10,8 @@ import pytest
 from bdh_batch.engine.trace import BLOCK, Trace
 from bdh_batch.scheduler.prefixes import common, pack
 from bdh_batch.scheduler.scheduler import Scheduler
-from benchmarks.simulate import POLICIES, Cost, generate, replay, simulate
+from benchmarks.engine.play import Cost
+from benchmarks.engine.simulate import POLICIES, generate, replay, simulate
 from tests.scheduler.fakes import FakeRunner, make_sequence
 
 

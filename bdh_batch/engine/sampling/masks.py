@@ -6,22 +6,23 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 
 def masked(logits: Tensor, masks: Sequence[bytes | None]) -> Tensor:
     """`logits` [rows, V] with −∞ for each token whose bit is 0 in its row's mask.
 
-    Masks are of one length, the lowest bit first; tokens beyond them are refused. None leaves its row as it is, and no
-    masks leave all.
+    In a mask the lowest bit comes first; tokens beyond its end are refused. Those of grammars are longer than those of
+    banned words. None leaves its row as it is, and no masks leave all.
     """
     rows = [row for row, mask in enumerate(masks) if mask is not None]
     if not rows:
         return logits
-    packed = torch.frombuffer(bytearray().join(masks[row] or b"" for row in rows), dtype=torch.uint8)
+    size = -(-logits.shape[-1] // 8)
+    packed = torch.frombuffer(
+        bytearray().join((masks[row] or b"")[:size].ljust(size, b"\0") for row in rows), dtype=torch.uint8
+    )
     packed = packed.view(len(rows), -1, 1).to(logits.device)
     bits = packed >> torch.arange(8, dtype=torch.uint8, device=logits.device) & 1
     refused = bits.view(len(rows), -1)[:, : logits.shape[-1]] == 0
-    refused = pad(refused, (0, logits.shape[-1] - refused.shape[-1]), value=True)
     index = torch.tensor(rows, device=logits.device)
     return logits.index_copy(0, index, logits[index].masked_fill(refused, -torch.inf))

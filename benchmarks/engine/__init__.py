@@ -1,0 +1,1 @@
+"""Kernels, the engine in process, planning and simulated loads: nothing here speaks HTTP."""

@@ -1,0 +1,281 @@
+"""What the front door costs: one process streams to many clients, with an engine that computes nothing.
+
+    python -m benchmarks.server.frontend             # 256 streams of 250 tokens, about two minutes
+    python -m benchmarks.server.frontend --rounds 3  # about one
+
+The server is the real one, from its socket to its scheduler and its worker's thread, started as `bdh-batch serve`
+starts it; only the runner is not: it computes nothing, and draws the characters of a line (`modelless.py`). Two of them
+run: `in step`, where a step waits until the event loop has been notified of the one before, so that a write has one
+event, and `ahead`, where the engine may be some steps ahead, so that several events are ready and go out in one write.
+Beside them run two apps without an engine (`ceilings.py`): a bare ASGI loop that writes the same bytes for every token,
+and one that makes and dumps a pydantic object for each.
+
+Systems take turns; one process of clients counts events. What counts is the time in which all streams of a system are
+under way. Figures are medians of rounds: events and tokens a second, events that a client's read brings, and the
+microseconds of processor time that a token costs the server, all of its threads, and the clients; `figures` has the
+rounds of two of them and their intervals. What a parameter costs is the difference of the server's time to that of
+plain completions, round by round; the stop strings are never in the completions, nor any of their prefixes, which would
+hold text back and join events. There are no figures if a stream has not exactly the events that it should have: one for
+each token, unless it asks otherwise. Writes `frontend.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psutil
+import uvloop
+
+from benchmarks.client import CHAT, COMPLETIONS
+from benchmarks.common import figure, ratio
+from benchmarks.raw import Raw, request as raw_request
+from benchmarks.report import report_head, results_folder, write_report
+from benchmarks.served import Served, served
+
+TIMEOUT = 60.0  # seconds, of one system's turn
+TOGETHER = 8  # tokens of a chunk, where several are asked for
+FRAME = b"\n\n"  # JSON has no line breaks, nor has what HTTP puts between chunks two of them
+AHEAD = 8  # steps
+WARM_TOKENS = 50
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class System:
+    """Who is asked for what; `more` events come beside those of tokens, and an event has `together` tokens."""
+
+    server: str
+    path: str
+    body: Mapping[str, Any] = field(default_factory=dict)
+    more: int = 1  # [DONE]
+    together: int = 1
+
+    def events(self, tokens: int) -> int:
+        """Of a whole stream. A first token never waits for others."""
+        return 1 + math.ceil((tokens - 1) / self.together) + self.more
+
+
+PROMPT = {"prompt": "Count these."}
+MESSAGES = {"messages": [{"role": "user", "content": "Count these."}]}
+
+
+def asks(path: str = COMPLETIONS, more: int = 1, together: int = 1, **parameters: Any) -> System:
+    return System("ahead", path, {**(MESSAGES if path == CHAT else PROMPT), **parameters}, more, together)
+
+
+PLAIN = asks()
+PARAMETERS = {
+    "chat": asks(CHAT, more=2),  # its role
+    "usage at the end": asks(stream_options={"include_usage": True}, more=2),
+    "usage in every event": asks(stream_options={"include_usage": True, "continuous_usage_stats": True}, more=2),
+    "logprobs of the token": asks(logprobs=0),
+    "logprobs of 5": asks(logprobs=5),
+    "chat, logprobs of 5": asks(CHAT, more=2, logprobs=True, top_logprobs=5),
+    "a stop string": asks(stop=["\n\nUser:"]),
+    "4 stop strings": asks(stop=["\n\nUser:", "###", "</s>", "<|end|>"]),
+    f"chunks of {TOGETHER} tokens": asks(stream_options={"chunk_tokens": TOGETHER}, together=TOGETHER),
+}
+SYSTEMS = {
+    "bare": System("ceilings", "/bare"),
+    "pydantic": System("ceilings", "/pydantic"),
+    "in step": System("in step", COMPLETIONS, PROMPT),
+    "ahead": PLAIN,
+    **PARAMETERS,
+}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How far everything has come at a moment; times are seconds."""
+
+    at: float
+    events: int
+    reads: int
+    server: float
+    client: float
+
+
+class Crowd:
+    """Clients that send the same request at the same time, each on a connection of its own."""
+
+    def __init__(self, server: Served, request: bytes, size: int) -> None:
+        self.streams = [Counter(self, request) for _ in range(size)]
+        self._port = server.port
+        self._process = psutil.Process(server.pid)
+        self._unbegun = self._unended = size
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.all_began: Mark | None = None
+        self.first_ended: Mark | None = None
+
+    async def run(self) -> None:
+        async with asyncio.timeout(TIMEOUT):
+            for stream in self.streams:
+                await stream.connect(self._port)
+            for stream in self.streams:
+                stream.ask()
+            await self._ended
+
+    def began(self) -> None:
+        self._unbegun -= 1
+        if not self._unbegun:
+            self.all_began = self._mark()
+
+    def ended(self) -> None:
+        if self.first_ended is None:
+            self.first_ended = self._mark()
+        self._unended -= 1
+        if not self._unended:
+            self._ended.set_result(None)
+
+    def _mark(self) -> Mark:
+        times = self._process.cpu_times()
+        events = sum(stream.events for stream in self.streams)
+        reads = sum(stream.reads for stream in self.streams)
+        return Mark(time.perf_counter(), events, reads, times.user + times.system, time.process_time())
+
+
+class Counter(Raw):
+    """Counts the events that one client is sent."""
+
+    def __init__(self, crowd: Crowd, request: bytes) -> None:
+        self.events = self.reads = 0
+        self.status = b""
+        self._crowd = crowd
+        self._request = request
+        self._last = b""
+
+    def ask(self) -> None:
+        self.write(self._request)
+
+    def data_received(self, data: bytes) -> None:
+        if not self.status:
+            self.status = data[:12]
+            self._crowd.began()
+        self.reads += 1
+        self.events += data.count(FRAME) + (self._last == b"\n" == data[:1])
+        self._last = data[-1:]
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._crowd.ended()
+
+
+def request(system: System, tokens: int) -> bytes:
+    content = orjson.dumps({**system.body, "max_tokens": tokens, "temperature": 0.0, "stream": True})
+    return raw_request("POST", system.path, content)
+
+
+async def turn(name: str, system: System, server: Served, streams: int, tokens: int) -> Figures:
+    """One system's figures of one round."""
+    crowd = Crowd(server, request(system, tokens), streams)
+    await crowd.run()
+    found = {(stream.status, stream.events) for stream in crowd.streams}
+    if found != {(b"HTTP/1.1 200", system.events(tokens))}:
+        sys.exit(f"{name}: a stream should have {system.events(tokens)} events, but there were {found}.")
+    begin, end = crowd.all_began, crowd.first_ended
+    assert begin is not None
+    assert end is not None
+    if end.events <= begin.events:
+        sys.exit(f"{name}: no time in which all streams were under way; ask for more tokens.")
+    seconds, events = end.at - begin.at, end.events - begin.events
+    counted = events * system.together
+    return {
+        "events_per_second": events / seconds,
+        "tokens_per_second": counted / seconds,
+        "events_per_read": events / (end.reads - begin.reads),
+        "server_us_per_token": 1e6 * (end.server - begin.server) / counted,
+        "client_us_per_token": 1e6 * (end.client - begin.client) / counted,
+        "share_counted": events / (streams * system.events(tokens)),
+    }
+
+
+def servers(streams: int) -> dict[str, tuple[str, ...]]:
+    """What runs each, as `python -m`."""
+    crowd = ("--crowd", str(streams))
+    return {
+        "ceilings": ("benchmarks.server.ceilings", *crowd),
+        "in step": ("benchmarks.server.modelless", *crowd, "--ahead", "1"),
+        "ahead": ("benchmarks.server.modelless", *crowd, "--ahead", str(AHEAD)),
+    }
+
+
+async def measure(systems: Mapping[str, System], streams: int, tokens: int, rounds: int) -> dict[str, list[Figures]]:
+    """The figures of every round of each system; they take turns. One round more goes before those that count."""
+    found: dict[str, list[Figures]] = {name: [] for name in systems}
+    with ExitStack() as stack:
+        needed = {system.server for system in systems.values()}
+        running = {
+            name: stack.enter_context(served(module=module))
+            for name, module in servers(streams).items()
+            if name in needed
+        }
+        gc.collect()
+        gc.freeze()
+        for number in range(rounds + 1):
+            for name, system in systems.items():
+                figures = await turn(name, system, running[system.server], streams, tokens if number else WARM_TOKENS)
+                if number:
+                    found[name].append(figures)
+    return found
+
+
+def summary(found: Mapping[str, Sequence[Figures]]) -> dict[str, Any]:
+    """Medians of rounds, two of them with their rounds; beside what others do, and what each parameter costs beside
+    plain
+    completions."""
+    medians = {
+        name: {measure: round(statistics.median(each[measure] for each in rounds), 3) for measure in rounds[0]}
+        for name, rounds in found.items()
+    }
+    rates = {name: [each["events_per_second"] for each in rounds] for name, rounds in found.items()}
+    costs = {name: [each["server_us_per_token"] for each in rounds] for name, rounds in found.items()}
+    return {
+        "sides": medians,
+        "figures": {
+            name: {
+                "events_per_second": figure(rates[name], "events/s", "higher"),
+                "server_us_per_token": figure(costs[name], "µs", "lower"),
+            }
+            for name in found
+        },
+        "events_ratio_to": {
+            other: {name: asdict(ratio(rates[name], rates[other])) for name in ("in step", "ahead")}
+            for other in ("bare", "pydantic")
+        },
+        "server_us_per_token_more_than_plain": {
+            name: round(statistics.median(a - b for a, b in zip(costs[name], costs["ahead"], strict=True)), 3)
+            for name in PARAMETERS
+        },
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--streams", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=250, help="of each stream")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=results_folder())
+    chosen = parser.parse_args(arguments)
+    head = report_head(["uvicorn", "uvloop", "starlette", "orjson"], cores=len(os.sched_getaffinity(0)))
+    found = uvloop.run(measure(SYSTEMS, chosen.streams, chosen.tokens, chosen.rounds))
+    figures = summary(found)
+    sizes = {"streams": chosen.streams, "tokens": chosen.tokens, "rounds": chosen.rounds, "ahead": AHEAD}
+    write_report(chosen.out / "frontend.json", head | sizes | figures)
+    for name, each in figures["sides"].items():
+        print(f"{name:22} " + "  ".join(f"{measure} {value:,.2f}" for measure, value in each.items()))
+
+
+if __name__ == "__main__":
+    main()

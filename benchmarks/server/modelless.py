@@ -1,0 +1,102 @@
+"""The real server without a model's work: all there is from socket to scheduler, on a runner that computes nothing.
+
+    python -m benchmarks.server.modelless --port 8000 --ahead 8
+
+Its completions are one line of English, over and over, whatever was asked: a token is a character of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+import uvloop
+
+from bdh_batch import settings
+from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.engine.loading import LoadedEngine
+from bdh_batch.messages import Outcome, Plan, TokenScore
+from bdh_batch.server import bundled_model, serve
+
+TEXT = b'He said: "The quick brown fox jumps over the lazy dog." And it did, too. '
+SLOW_SECONDS = 0.02
+PREFILL_TOKENS = 2**16  # of a step: all prompts begin at once
+
+
+class ModellessRunner:
+    """Draws the next character of TEXT for every sequence, as fast as the event loop takes them.
+
+    Args:
+        crowd: sequences in a step that is fast; before so many have come, steps are slow, so that all begin together.
+        ahead: steps that may be made before the event loop has come to those before them.
+    """
+
+    def __init__(self, crowd: int, ahead: int) -> None:
+        self._crowd = crowd
+        self._room = threading.Semaphore(ahead)
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def follow(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+
+    def run(self, plan: Plan) -> Outcome:
+        if self._loop is not None:
+            self._room.acquire()
+            self._loop.call_soon_threadsafe(self._room.release)  # comes behind all that was published before
+        if len(plan.segments) < self._crowd:
+            time.sleep(SLOW_SECONDS)
+        drawing = [(row, each) for row, each in enumerate(plan.segments) if each.sampling is not None]
+        drawn: list[int | None] = [None] * len(plan.segments)
+        scores = {}
+        for row, segment in drawing:
+            position = (segment.start + len(segment.tokens)) % len(TEXT)
+            drawn[row] = TEXT[position]
+            if segment.sampling is not None and segment.sampling.logprobs is not None:
+                scores[row] = score(position, segment.sampling.logprobs)
+        return Outcome(drawn, scores)
+
+
+@cache
+def score(position: int, top: int) -> TokenScore:
+    """The score of the token at a position: real ones have as many digits."""
+    others = [(ord("a") + rank, math.log(0.5 ** (rank + 2))) for rank in range(1, top)]
+    return TokenScore(TEXT[position], math.log(0.7), [(TEXT[position], math.log(0.7)), *others][:top])
+
+
+def load_modelless(runner: ModellessRunner) -> Callable[[settings.Settings, Path], LoadedEngine]:
+    """A way to load an engine that computes nothing; the bundled model lends its sizes."""
+
+    def load(chosen: settings.Settings, path: Path) -> LoadedEngine:
+        model = load_model(path, torch.float32, torch.device("cpu"))
+        return LoadedEngine(model, runner, slots=chosen.scheduler.max_running, host_slots=0)
+
+    return load
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--crowd", type=int, default=256, help="streams at the same time")
+    parser.add_argument("--ahead", type=int, default=8, help="steps made before the event loop took those before them")
+    chosen = parser.parse_args(arguments)
+    overrides = [
+        ("server.port", str(chosen.port)),
+        ("model.path", str(bundled_model())),
+        ("scheduler.max_running", str(chosen.crowd)),
+        ("scheduler.prefill_tokens", str(PREFILL_TOKENS)),
+        ("scheduler.target_step_ms", "0"),  # time between steps is the event loop's, not the device's
+    ]
+    runner = ModellessRunner(chosen.crowd, chosen.ahead)
+    resolved = settings.load(None, overrides)
+    uvloop.run(serve(resolved.settings, lambda *_: runner.follow(asyncio.get_running_loop()), load_modelless(runner)))
+
+
+if __name__ == "__main__":
+    main()
