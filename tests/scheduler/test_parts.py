@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -15,12 +16,14 @@ from bdh_batch.scheduler.cost import StepCost
 from bdh_batch.scheduler.fair_queue import AGE, FairQueue
 from bdh_batch.scheduler.prefix_cache import Entry, PrefixCache
 from bdh_batch.scheduler.prefixes import RECENT, RecentPrompts, common, pack
+from bdh_batch.scheduler.ranking import Ranking
+from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.sequence import Sequence, Standing
 from bdh_batch.scheduler.sharing import Sharing
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import PATIENCE, StepSize
 from bdh_batch.scheduler.tenants import FORGET, Tenant, Tenants
-from tests.scheduler.fakes import make_sequence
+from tests.scheduler.fakes import FakeRunner, make_sequence
 
 TOKENS = st.lists(st.integers(0, 2), max_size=40)
 
@@ -285,6 +288,26 @@ class TestManyTenants:
             sequence.standing.account.active -= 1
         assert looks < 200 * (FORGET + 10 * AGE)
         assert looks < 100 * 20_000 / 4
+
+    def test_a_slot_given_back_moves_no_queue_however_many_priorities_a_tenant_waits_at(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scheduler, runner = Scheduler(8, 64), FakeRunner()
+        scheduler.submit(make_sequence([1], 1, key="a", priority=-1) for _ in range(8))
+        scheduler.submit(make_sequence([1], 1, key="a", priority=number) for number in range(2000))
+        step = scheduler.plan(0.0)
+        assert step is not None
+        put = Counter[str]()
+        known = Ranking.put
+
+        def counted(ranking: Ranking[Any], item: Any) -> None:
+            put["queues"] += 1
+            known(ranking, item)
+
+        monkeypatch.setattr(Ranking, "put", counted)
+        assert len(scheduler.commit(step, runner.run(step.plan), 1.0)) == 8
+        assert scheduler.plan(1.0) is not None
+        assert put["queues"] < 10 * 8
 
     def test_idle_ones_are_forgotten(self) -> None:
         waiting = Waiting()
