@@ -24,16 +24,15 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """Begins to compile the Triton kernels, for `test_aot.py`, beside the first tests, which leave a core idle.
 
     What has not changed since the last run is taken from Triton's cache, which knows a kernel by its source, the
-    functions it calls, its constants and options, and the compiler. A fresh checkout compiles all of them.
+    functions it calls, its constants and options, and the compiler.
     """
     config = session.config
     if config.option.collectonly or not any(item.path.name == "test_aot.py" for item in session.items):
         return
-    cache = config.cache
-    folder = {"TRITON_CACHE_DIR": str(cache.mkdir("triton"))} if cache else {}
+    folder = {"TRITON_CACHE_DIR": str(config.cache.mkdir("triton"))} if config.cache else {}
     config.stash[COMPILING] = subprocess.Popen(
         [sys.executable, "-m", "tests.kernels.aot"],
-        env=os.environ | folder | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"},
+        env=folder | os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"},
         cwd=config.rootpath,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
