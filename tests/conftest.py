@@ -299,7 +299,8 @@ def wait_until_ready(server: Server) -> None:
 def both(serve: ServeFactory) -> Iterator[tuple[Server, Server]]:
     """The two servers that most tests use, started next to each other."""
     of_bytes = serve(f"model.aliases=minute,{LONG_NAME}", model=CONFORMANCE / "tiny", wait=False)
-    with serve("scheduler.max_running=96", wait=False, afresh=True) as server, of_bytes as tiny:
+    sizes = ("scheduler.max_running=96", "engine.state_memory=2 GiB")
+    with serve(*sizes, wait=False, afresh=True) as server, of_bytes as tiny:
         wait_until_ready(server)
         wait_until_ready(tiny)
         yield server, tiny

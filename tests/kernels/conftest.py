@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,32 @@ def compiled_ahead(pytestconfig: pytest.Config) -> str:
     output, problem = process.communicate()
     assert process.returncode == 0, problem
     return output
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _language_is_patched_once() -> Iterator[None]:
+    """The interpreter replaces Triton's language at each call of a function, inner ones too, and puts it back after it,
+    which took a quarter of its time. Nothing else in this process uses the language, so it may stay replaced."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch_language = interpreter._patch_lang
+    patched: set[frozenset[str]] = set()
+
+    def patch_once(function: Any) -> Any:
+        visible = [language, language.core]
+        names = frozenset(name for name, value in function.__globals__.items() if any(value is each for each in visible))
+        if names not in patched:
+            patched.add(names)
+            patch_language(function)
+        return interpreter._LangPatchScope()  # of nothing: there is nothing to put back
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        yield
 
 
 @pytest.fixture(autouse=True)

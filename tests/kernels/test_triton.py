@@ -74,7 +74,7 @@ def text(length: int, vocabulary: int, seed: int = 0) -> Tensor:
 
 
 class TestConformance:
-    @pytest.mark.parametrize(("length", "cuts"), [(65, []), (12, range(1, 12))], ids=["whole", "by token"])
+    @pytest.mark.parametrize(("length", "cuts"), [(65, []), (5, range(1, 5))], ids=["whole", "by token"])
     def test_alone(self, length: int, cuts: Sequence[int]) -> None:
         weights, tokens, expected = read("tiny")
         kernels = Poisoned(weights, blocks=Blocks(), max_tokens=128)
@@ -100,8 +100,8 @@ class TestConformance:
     def test_odd_sizes(self) -> None:
         weights, tokens, expected = read("odd-sizes")
         kernels = Poisoned(weights, blocks=Blocks())
-        logits = alone(kernels, states_on_device(weights, 1), tokens[0, :40], 0, [36, 37, 38])
-        assert distance(logits, expected[0, :40]) <= TOLERANCE
+        logits = alone(kernels, states_on_device(weights, 1), tokens[0, :16], 0, [12, 13, 14])
+        assert distance(logits, expected[0, :16]) <= TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE_OF))
