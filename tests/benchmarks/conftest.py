@@ -8,7 +8,7 @@ from typing import IO
 
 import pytest
 
-from benchmarks import client
+from benchmarks import served
 from tests.conftest import ROOT, clean_environment
 from tests.launcher import Launcher, Process
 
@@ -23,5 +23,5 @@ def forked_servers(launcher: Launcher) -> Iterator[None]:
         return launcher.start(arguments, clean_environment(), output, module=module)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(client, "start", start)
+        patch.setattr(served, "start", start)
         yield

@@ -87,7 +87,7 @@ def test_the_same_bits_in_any_company_and_any_pieces(width: int, window: int, se
 @pytest.mark.parametrize(("window", "most"), [(512, 0.002), (1024, 0.01)])
 def test_the_loss_of_the_trained_model_stays(window: int, most: float) -> None:
     """Over a context of 4,096 real bytes, with the window that the model's folder asks for, and with one in which the
-    model is so sensitive that rounding to the nearest loses 0.03. `python -m benchmarks.loss` reads more."""
+    model is so sensitive that rounding to the nearest loses 0.03. `python -m benchmarks.engine.loss` reads more."""
     bundled = load_model(BUNDLED, torch.float32, CPU)
     kernels = CpuKernels(bundled.weights, window)
     read = torch.tensor(list(VALIDATION.read_bytes()[:4097]))
