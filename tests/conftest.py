@@ -49,7 +49,7 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
 def eventually(
-    condition: Callable[[], bool], what: Callable[[], object] = lambda: "", within: float = HANG_SECONDS
+    condition: Callable[[], bool], within: float = HANG_SECONDS, what: Callable[[], object] = lambda: ""
 ) -> None:
     """Polls until `condition` holds; fails with `what` when it does not `within` that many seconds."""
     deadline = time.monotonic() + within
@@ -189,19 +189,19 @@ class Server:
                 found[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
         return found
 
-    def until(self, condition: Callable[[dict[str, float]], bool]) -> None:
+    def until(self, condition: Callable[[dict[str, float]], bool], within: float = HANG_SECONDS) -> None:
         """Polls /metrics until `condition` holds of them."""
-        eventually(lambda: condition(self.metrics()), self.metrics)
+        eventually(lambda: condition(self.metrics()), within, self.metrics)
 
-    def until_idle(self) -> None:
+    def until_idle(self, within: float = HANG_SECONDS) -> None:
         """Until nothing runs or waits in the engine."""
-        self.until(lambda m: m["bdh_num_requests_running"] == m["bdh_num_requests_waiting"] == 0)
+        self.until(lambda m: m["bdh_num_requests_running"] == m["bdh_num_requests_waiting"] == 0, within)
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
-    def exit_code(self) -> int:
-        return self.process.wait(HANG_SECONDS)
+    def exit_code(self, within: float = HANG_SECONDS) -> int:
+        return self.process.wait(within)
 
     def stop(self, cutting: bool = False) -> None:
         """Ends the server as its user would, and looks whether it fared well. Idempotent."""
@@ -292,7 +292,7 @@ def wait_until_ready(server: Server) -> None:
         except httpx.TransportError:
             return False
 
-    eventually(ready, lambda: server.log, START_SECONDS)
+    eventually(ready, START_SECONDS, lambda: server.log)
 
 
 @pytest.fixture(scope="session")

@@ -200,7 +200,7 @@ def proxied(serve: ServeFactory) -> Iterator[tuple[Server, ssl.SSLContext]]:
     )
     context = ssl.create_default_context(cafile=CERT)
     with serve(*options, model=TINY, wait=False) as server:
-        eventually(lambda: "is ready at" in server.log, lambda: server.log)
+        eventually(lambda: "is ready at" in server.log, what=lambda: server.log)
         yield server, context
 
 

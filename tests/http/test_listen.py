@@ -115,7 +115,7 @@ class TestUnixSocket:
     def test_serves(self, serve: ServeFactory, tmp_path: Path) -> None:
         path = tmp_path / "bdh.sock"
         with serve(f"server.uds={path}", "server.trusted_proxies=unix", model=TINY, wait=False) as server:
-            eventually(lambda: "is ready at" in server.log, lambda: server.log)
+            eventually(lambda: "is ready at" in server.log, what=lambda: server.log)
             assert f"is ready at unix:{path}." in server.log
             assert f"curl -s http://localhost/v1/completions --unix-socket {path} " in server.log
             with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:

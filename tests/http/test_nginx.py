@@ -118,7 +118,7 @@ def sites(backend: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen([NGINX, "-p", folder, "-c", config], stdout=output, stderr=output)
     try:
-        eventually((folder / "pid").exists, (folder / "output").read_text)
+        eventually((folder / "pid").exists, what=(folder / "output").read_text)
         yield found
         assert process.poll() is None, (folder / "log").read_text()
     finally:
