@@ -13,6 +13,11 @@ DOCS_INSTALLED := $(VENV)/.docs-installed
 # Keeping them makes training on a CPU markedly faster.
 KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_PAD_=500000000
 
+# What was compiled is kept by its sources, for all checkouts of this user: a fresh one need not compile it again.
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bdh-batch
+export NUMBA_CACHE_DIR ?= $(CACHE)/numba
+export TRITON_CACHE_DIR ?= $(CACHE)/triton
+
 .DEFAULT_GOAL := help
 .PHONY: help venv serve test docs clients fuzz load format train bench gpu-check clean
 

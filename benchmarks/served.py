@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from benchmarks import ROOT
 from benchmarks.client import Client
@@ -44,17 +44,9 @@ def served(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
-    command = [sys.executable, "-m", *module, "--port", str(port)]
-    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("BDH_")}
+    program = [*module, "--port", str(port), *(part for option in options for part in ("--set", option))]
     with tempfile.TemporaryFile() if log is None else log.open("w+b") as output:
-        process = subprocess.Popen(
-            [*command, *(part for option in options for part in ("--set", option))],
-            cwd=root,
-            env={**environment, "PYTHONPATH": str(root)},
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
+        process = start(program, root, output)
         try:
             server = Served(port, process.pid, process)
             _wait_until_ready(server, process, output)
@@ -65,6 +57,19 @@ def served(
                 process.wait(STOP_SECONDS)
             finally:
                 process.kill()
+
+
+def start(program: Sequence[str], root: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:
+    """`python -m` with `program`, a module and its arguments."""
+    environment = {name: value for name, value in os.environ.items() if not name.upper().startswith("BDH_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", *program],
+        cwd=root,
+        env={**environment, "PYTHONPATH": str(root)},
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+    )
 
 
 def _wait_until_ready(server: Served, process: subprocess.Popen[bytes], log: Any) -> None:

@@ -1,5 +1,8 @@
 """Real servers for the tests: each is `bdh-batch serve` in a process of its own, spoken to over TCP alone.
 
+Most processes are forked from one that has the package imported (`launcher.py`); those that a test asks to start afresh
+are `python -m bdh_batch`, as a user starts it.
+
 Test modules take from here only fixtures at run time, and types for the type checker.
 """
 
@@ -13,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -24,11 +28,17 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.launcher import Launcher, Process
+
+# Threads of OpenMP that have nothing to do sleep at once, here and in all programs that tests start: otherwise they
+# would spin for a while after each step, and take the cores from those that work. Read by the libraries when they load.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 ROOT = Path(__file__).parent.parent
 CONFORMANCE = ROOT / "tests" / "data" / "conformance"
-START_SECONDS = 180.0  # where no cache holds the kernels yet, they are compiled first
-STOP_SECONDS = 20.0
-RESPONSE_SECONDS = 60.0  # no test waits longer for a response: a hang is a failure
+# Nothing here takes nearly as long: what does is a failure, and a machine that is busy with other work is none.
+HANG_SECONDS = 300.0
+START_SECONDS = 900.0  # where no cache holds the kernels yet, they are compiled first
 POLL_SECONDS = 0.01
 LONG_NAME = (
     "tiny-" + "x" * 4000
@@ -38,7 +48,9 @@ ServeFactory = Callable[..., AbstractContextManager["Server"]]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def eventually(condition: Callable[[], bool], within: float, what: Callable[[], object] = lambda: "") -> None:
+def eventually(
+    condition: Callable[[], bool], within: float = HANG_SECONDS, what: Callable[[], object] = lambda: ""
+) -> None:
     """Polls until `condition` holds; fails with `what` when it does not `within` that many seconds."""
     deadline = time.monotonic() + within
     while not condition():
@@ -53,7 +65,7 @@ class RawStream:
         self.socket = socket.socket()
         if receive_buffer is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
-        self.socket.settimeout(RESPONSE_SECONDS)
+        self.socket.settimeout(HANG_SECONDS)
         self.socket.connect(("127.0.0.1", port))
         content = json.dumps(body).encode()
         head = f"POST {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\ncontent-length: {len(content)}\r\n\r\n"
@@ -88,11 +100,11 @@ class RawStream:
 class Server:
     """A server that runs, and the ways to speak to it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    def __init__(self, process: Process, port: int, log: Path) -> None:
         self.process = process
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx.Client(base_url=self.url, timeout=RESPONSE_SECONDS)
+        self.http = httpx.Client(base_url=self.url, timeout=HANG_SECONDS)
         self._log = log
 
     @property
@@ -100,10 +112,10 @@ class Server:
         return self._log.read_text()
 
     def openai(self, api_key: str = "none") -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=RESPONSE_SECONDS)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=HANG_SECONDS)
 
     def async_openai(self, api_key: str = "none") -> AsyncOpenAI:
-        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=RESPONSE_SECONDS)
+        return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=HANG_SECONDS)
 
     def raw(
         self, body: Mapping[str, Any], path: str = "/v1/completions", receive_buffer: int | None = None
@@ -177,18 +189,18 @@ class Server:
                 found[sample.name + (f"{{{labels}}}" if labels else "")] = sample.value
         return found
 
-    def until(self, condition: Callable[[dict[str, float]], bool], within: float) -> None:
+    def until(self, condition: Callable[[dict[str, float]], bool], within: float = HANG_SECONDS) -> None:
         """Polls /metrics until `condition` holds of them."""
         eventually(lambda: condition(self.metrics()), within, self.metrics)
 
-    def until_idle(self, within: float = 60.0) -> None:
+    def until_idle(self, within: float = HANG_SECONDS) -> None:
         """Until nothing runs or waits in the engine."""
         self.until(lambda m: m["bdh_num_requests_running"] == m["bdh_num_requests_waiting"] == 0, within)
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
-    def exit_code(self, within: float = STOP_SECONDS) -> int:
+    def exit_code(self, within: float = HANG_SECONDS) -> int:
         return self.process.wait(within)
 
     def stop(self, cutting: bool = False) -> None:
@@ -222,7 +234,15 @@ def command(*arguments: object) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def serve(tmp_path_factory: pytest.TempPathFactory) -> ServeFactory:
+def launcher() -> Iterator[Launcher]:
+    """Where forked programs come from."""
+    launcher = Launcher()
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="session")
+def serve(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> ServeFactory:
     """Starts servers: `with serve("auth.enabled=true", model=folder) as server`; each is stopped and looked at."""
 
     @contextlib.contextmanager
@@ -232,21 +252,27 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> ServeFactory:
         wait: bool = True,
         env: Mapping[str, str] | None = None,
         cutting: bool = False,  # the server must cut a client off at its end, and may say so in its log
+        afresh: bool = False,
         inside: Sequence[object] = (),  # a command that becomes the server, in the environment that it makes
     ) -> Iterator[Server]:
         port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-        arguments = [argument for option in options for argument in ("--set", option)]
+        arguments = ["serve", "--port", str(port), *(part for option in options for part in ("--set", option))]
         if model is not None:
             arguments += ["--model", str(model)]
+        environment = clean_environment() | dict(env or {})
         with log.open("wb") as output:
-            process = subprocess.Popen(
-                [*map(str, inside), *command("serve", "--port", port, *arguments)],
-                cwd=ROOT,
-                env=clean_environment() | dict(env or {}),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-            )
+            process: Process
+            if afresh or inside:
+                process = subprocess.Popen(
+                    [*map(str, inside), *command(*arguments)],
+                    cwd=ROOT,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                )
+            else:
+                process = launcher.start(arguments, environment, output)
         server = Server(process, port, log)
         try:
             if wait:
@@ -273,7 +299,8 @@ def wait_until_ready(server: Server) -> None:
 def both(serve: ServeFactory) -> Iterator[tuple[Server, Server]]:
     """The two servers that most tests use, started next to each other."""
     of_bytes = serve(f"model.aliases=minute,{LONG_NAME}", model=CONFORMANCE / "tiny", wait=False)
-    with serve("scheduler.max_running=96", wait=False) as server, of_bytes as tiny:
+    sizes = ("scheduler.max_running=96", "engine.state_memory=2 GiB")
+    with serve(*sizes, wait=False, afresh=True) as server, of_bytes as tiny:
         wait_until_ready(server)
         wait_until_ready(tiny)
         yield server, tiny
@@ -305,18 +332,27 @@ def odd(serve: ServeFactory) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def cli() -> Cli:
-    """Runs the command line to its end."""
+def cli(launcher: Launcher) -> Cli:
+    """Runs the command line to its end; `afresh` where the environment is for Python's own start."""
 
-    def run(*arguments: object, env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            command(*arguments),
-            cwd=ROOT,
-            env=clean_environment() | dict(env or {}),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=START_SECONDS,
-        )
+    def run(
+        *arguments: object, env: Mapping[str, str] | None = None, afresh: bool = False
+    ) -> subprocess.CompletedProcess[str]:
+        environment = clean_environment() | dict(env or {})
+        if afresh:
+            return subprocess.run(
+                command(*arguments),
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=START_SECONDS,
+            )
+        with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as problems:
+            code = launcher.start(arguments, environment, output, problems).wait(START_SECONDS)
+            for each in (output, problems):
+                each.seek(0)
+            return subprocess.CompletedProcess(command(*arguments), code, output.read(), problems.read())
 
     return run

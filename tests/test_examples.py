@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 NOBODY = "http://127.0.0.1:9"
-RUN_SECONDS = 120
+RUN_SECONDS = 300
 
 
 def run(server: str, *command: str | Path, cwd: Path | None = None) -> str:

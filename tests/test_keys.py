@@ -268,7 +268,7 @@ class TestRing:
 
         def hang() -> None:
             looking.set()
-            may_end.wait(60)
+            may_end.wait(300)
 
         monkeypatch.setattr(keys, "LOOK_SECONDS", 0.0)
         monkeypatch.setattr(ring, "refresh", hang)

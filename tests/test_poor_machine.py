@@ -57,7 +57,7 @@ def limited(folder: Path, controller: str, group: Group) -> None:
 def can_make_mounts(folder: Path) -> bool:
     command = ["unshare", "-m", "sh", "-c", f"mount --make-rprivate / && mount --rbind / {folder}"]
     try:
-        return subprocess.run(command, capture_output=True, timeout=20).returncode == 0
+        return subprocess.run(command, capture_output=True, timeout=300).returncode == 0
     except FileNotFoundError:
         return False
 

@@ -7,6 +7,7 @@ logged once.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 import os
@@ -24,6 +25,7 @@ DIGEST = hashlib.sha256().digest_size
 XDG = os.environ.get("XDG_CACHE_HOME")
 SUFFIX = ".sha256"  # of the files' names: Numba's own have no digest
 
+MODULES = sorted(Path(__file__).parent.glob("*.py"))  # of the kernels, which are compiled into one another
 NO_FOLDER = "no folder for them can be written"
 _warned: list[str] = []
 
@@ -38,6 +40,15 @@ def keep_compiled(dispatcher: Any, sources: Hashable) -> None:
     dispatcher._cache = cache
     if isinstance(cache._impl.locator, _Readable):
         _warn_once(NO_FOLDER)
+
+
+@functools.cache
+def digest_of(*files: Path) -> str:
+    """Of names and contents; neither folders nor times of changes count, as a copy compiles to the same."""
+    found = hashlib.sha256()
+    for file in files:
+        found.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return found.hexdigest()
 
 
 def choose_triton_cache(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -75,7 +86,16 @@ class _Readable:
         os.listdir(self.get_cache_path())  # type: ignore[attr-defined]
 
 
-class _ReadableProvided(_Readable, caching.UserProvidedCacheLocator):
+class _Provided(caching.UserProvidedCacheLocator):
+    """NUMBA_CACHE_DIR, which installations and checkouts with the same sources share."""
+
+    @classmethod
+    def get_suitable_cache_subpath(cls, py_file: str) -> str:
+        file = Path(py_file)
+        return f"{file.parent.name}-{digest_of(file, *MODULES)[:16]}"
+
+
+class _ReadableProvided(_Readable, _Provided):
     pass
 
 
@@ -90,7 +110,7 @@ class _Result(caching.CompileResultCacheImpl):
     """
 
     _locator_classes: list[Any] = [  # noqa: RUF012 - Numba's own declaration
-        caching.UserProvidedCacheLocator,
+        _Provided,
         caching.InTreeCacheLocator,
         # For a user without a home, Numba would make a folder called ~.
         *([caching.UserWideCacheLocator] if os.path.isabs(XDG or os.path.expanduser("~")) else []),
@@ -144,7 +164,7 @@ class _Cache(caching.FunctionCache):
 
     def __init__(self, function: Any, sources: Hashable) -> None:
         super().__init__(function)  # type: ignore[no-untyped-call]
-        stamp = (self._impl.locator.get_source_stamp(), sources)
+        stamp = (digest_of(Path(function.__code__.co_filename)), sources)
         self._cache_file = _Files(  # type: ignore[no-untyped-call]
             self._cache_path, self._impl.filename_base + SUFFIX, stamp
         )

@@ -6,7 +6,6 @@ A `Vector` is a value that lives in registers; LLVM splits it where the machine'
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -14,7 +13,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic as _intrinsic, models, register_model
 
-from bdh_batch.kernels.cache import keep_compiled
+from bdh_batch.kernels.cache import MODULES, digest_of, keep_compiled
 
 LANES = 16
 
@@ -30,9 +29,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Numba keeps what it compiled until the file of that very function changes. These functions are compiled into one
 # another across files, so a change in any of them must count.
-SOURCES = tuple(
-    (file.name, file.stat().st_mtime_ns, file.stat().st_size) for file in sorted(Path(__file__).parent.glob("*.py"))
-)
+SOURCES = digest_of(*MODULES)
 
 
 def _compiler(**options: Any) -> Callable[[Function], Function]:

@@ -18,6 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import orjson
@@ -25,6 +26,7 @@ import orjson
 from benchmarks.raw import CLOSED, MIB, exchange, request
 
 FROM = "127.0.0.66"  # the attackers' own address: fairness between callers is part of what is attacked
+NONSENSE = 2_000  # lists and objects in a field of nonsense: more of them than fill a body
 BODY = 4 * MIB - 4096  # just under the default of limits.max_body_bytes
 
 Body = dict[str, Any]
@@ -265,20 +267,20 @@ def nonsense(seed: int) -> bytes:
     chance = random.Random(seed)
     fields = ("messages", "stop", "logit_bias", "tools", "response_format", "metadata", "prompt", "stream_options")
 
-    def value(depth: int) -> object:
+    def value(depth: int, values: Iterator[int]) -> object:
         width = chance.choice((0, 1, 3, 200))
         kind = chance.random()
-        if depth == 0 or kind < 0.3:
+        if depth == 0 or kind < 0.3 or next(values) > NONSENSE:
             return chance.choice((0, 1e308, "", "a" * 1000, None, True, -(2**63)))
         if kind < 0.65:
-            return [value(depth - 1) for _ in range(width)]
+            return [value(depth - 1, values) for _ in range(width)]
         return {
-            chance.choice(("a", "b", "type", "role", "content", "x" * 50)) + str(i): value(depth - 1)
+            chance.choice(("a", "b", "type", "role", "content", "x" * 50)) + str(i): value(depth - 1, values)
             for i in range(width)
         }
 
     path = chance.choice(("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize"))
-    return post(path, orjson.dumps({field: value(3) for field in chance.sample(fields, 4)})[:BODY])
+    return post(path, orjson.dumps({field: value(3, count()) for field in chance.sample(fields, 4)})[:BODY])
 
 
 async def one(port: int, payload: bytes, patience: float, ends: Counter[str]) -> None:

@@ -44,7 +44,7 @@ from benchmarks.stress.attacks import ATTACKS, chat, completion
 
 QUIET = 8  # streams that are served all the while
 HEALTH_EVERY, OTHERS_EVERY = 0.05, 0.5  # seconds
-FIRST_SECONDS = 5.0  # of streams alone, before the first attack
+PEACE = 1.0  # seconds of streams alone before an attack, and five times as many before the first
 LONGEST_HEALTH = 0.25  # seconds
 MEMORY_BACK = 100 * 2**20  # bytes above what was there before that are no leak
 SETTLE_SECONDS = 20.0  # in which memory has to come back
@@ -196,11 +196,11 @@ def attacker(port: int, name: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-async def attack(observer: Observer, port: int, name: str) -> dict[str, Any]:
+async def attack(observer: Observer, port: int, name: str, peace: float) -> dict[str, Any]:
     """Runs one attack, and reports what it did."""
     with attacker(port, name) as process:
         before = observer.memory()
-        await asyncio.sleep(1.0)
+        await asyncio.sleep(peace)
         observer.begin()
         began = time.perf_counter()
         try:
@@ -276,26 +276,24 @@ def end(server: Served, name: str) -> dict[str, Any]:
     return {"seconds": round(time.perf_counter() - began, 2), "code": code}
 
 
-async def rounds(
-    names: Sequence[str], server: Served, count: int, report: dict[str, Any], longest_health: float
-) -> list[str]:
+async def rounds(names: Sequence[str], server: Served, chosen: argparse.Namespace, report: dict[str, Any]) -> list[str]:
     """Runs the attacks, until the server is dead; gives those that are left."""
-    left = list(names)
+    left, count = list(names), chosen.rounds
     await status_of(server.port, FILL)
     async with Observer(server) as observer:
         observer.begin()
-        await asyncio.sleep(FIRST_SECONDS)
+        await asyncio.sleep(5 * chosen.peace)
         alone = observer.end()
         report.setdefault("alone", []).append(
-            {"health_longest_ms": ms(max(alone.health)), "gap_longest_ms": ms(alone.longest_gap)}
+            {"health_longest_ms": ms(max(alone.health, default=0.0)), "gap_longest_ms": ms(alone.longest_gap)}
         )
         while left:
             name = left.pop(0)
-            found = [await attack(observer, server.port, name)]
+            found = [await attack(observer, server.port, name, chosen.peace)]
             while len(found) < count and observer.alive:
-                found.append(await attack(observer, server.port, name))
+                found.append(await attack(observer, server.port, name, chosen.peace))
             report["attacks"][name] = found if count > 1 else found[0]
-            report["faults"] += [fault for each in found for fault in faults_of(name, each, longest_health)]
+            report["faults"] += [fault for each in found for fault in faults_of(name, each, chosen.health)]
             tqdm.write(f"{name}: {json.dumps(found[-1])}", file=sys.stderr)
             if not observer.alive:
                 return left
@@ -311,7 +309,7 @@ def run(chosen: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
         options = [*STATES, f"chat.template={template}", f"server.drain_seconds={DRAIN_SECONDS}", *chosen.set]
         while left:
             with served(*options, log=log) as server:
-                left = asyncio.run(rounds(left, server, chosen.rounds, report, chosen.health))
+                left = asyncio.run(rounds(left, server, chosen, report))
                 if not left and server.process is not None and server.process.poll() is None:
                     report["end"] = end(server, chosen.last)
             report["faults"] += log_faults(log)
@@ -330,6 +328,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("names", nargs="*", help="prefixes of attacks' names; none is all of them")
     parser.add_argument("--rounds", type=int, default=1, help="of each attack")
     parser.add_argument("--health", type=float, default=LONGEST_HEALTH, help="seconds that /health may take")
+    parser.add_argument("--peace", type=float, default=PEACE, help="seconds of streams alone before each attack")
     parser.add_argument("--last", choices=ATTACKS, default="compiler: multiples of a large number")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE", help="of the server")
     parser.add_argument("--out", type=Path, default=results_folder())

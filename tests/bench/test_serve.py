@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ async def test_every_kind_of_data_over_both_apis_agrees_with_the_server(tiny: Se
             assert metrics.completed == 12, report.table()
             assert metrics.failed == 0
             total = before + metrics.total_output
-            tiny.until(lambda m, total=total: m["bdh_generation_tokens_total"] == total, 10)  # type: ignore[misc]
+            tiny.until(lambda m, total=total: m["bdh_generation_tokens_total"] == total)  # type: ignore[misc]
             assert metrics.input_counted_by == metrics.output_counted_by == {"usage": 12}
             if backend == "openai" and "multi-turn" not in flags:  # no template, no history: the data's own count
                 assert [one.prompt_tokens for one in report.measured.outcomes] == [
@@ -140,9 +141,9 @@ def test_ctrl_c_ends_with_what_there_is(tiny: Server, tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
     )
-    tiny.until(lambda m: m["bdh_generation_tokens_total"] > before + 3 and m["bdh_num_requests_running"] == 1, 60)
+    tiny.until(lambda m: m["bdh_generation_tokens_total"] > before + 3 and m["bdh_num_requests_running"] == 1)
     running.send_signal(signal.SIGINT)
-    out, err = running.communicate(timeout=60)
+    out, err = running.communicate(timeout=300)
     assert running.returncode == 130, err
     assert "Traceback" not in err
     assert "the run was interrupted; 4 requests are missing." in out
@@ -207,8 +208,50 @@ class Wire:
         client.close()
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a wire saw, in milliseconds."""
+
+    first: list[float]
+    whole: list[float]
+    gaps: list[float]
+    duration: float
+
+    @classmethod
+    def on(cls, wire: Wire) -> Seen:
+        times = [(wire.asked[request], *wire.reported[request]) for request in sorted(wire.asked)]
+        assert {len(of) for of in times} == {31}
+        return cls(
+            first=[1e3 * (of[1] - of[0]) for of in times],
+            whole=[1e3 * (of[-1] - of[0]) for of in times],
+            gaps=[1e3 * (later - earlier) for of in times for earlier, later in pairwise(of[1:])],
+            duration=1e3 * (max(of[-1] for of in times) - min(of[0] for of in times)),
+        )
+
+    def figures(self) -> dict[str, float]:
+        """By their names in a result file."""
+        return {
+            "median_ttft_from_send_ms": statistics.median(self.first),
+            "mean_ttft_from_send_ms": statistics.mean(self.first),
+            "median_e2el_from_send_ms": statistics.median(self.whole),
+            "mean_e2el_ms": statistics.mean(self.whole),
+            "mean_tpot_ms": statistics.mean(self.gaps),
+            "mean_itl_ms": statistics.mean(self.gaps),
+            "output_throughput": 1e3 * 270 / self.duration,
+        }
+
+    def noise(self, other: Seen) -> float:
+        """What passing on a piece may take on this machine now: the largest difference to another wire in the row."""
+        return max(
+            abs(one - two)
+            for mine, others in ((self.first, other.first), (self.whole, other.whole), (self.gaps, other.gaps))
+            for one, two in zip(mine, others, strict=True)
+        )
+
+
 def test_it_agrees_with_timestamps_of_the_sockets_within_two_percent(server: Server, tmp_path: Path, cli: Cli) -> None:
-    with Wire(server.port).open() as wire:
+    """Beside the noise of the machine, which a second wire behind the first one shows."""
+    with Wire(server.port).open() as far, Wire(far.port).open() as wire:
         flags = ["--num-prompts", 9, "--input-len", 300, "--output-len", 30, "--max-concurrency", 3]
         more = ["--extra-body", '{"return_token_ids": true}', "--request-id-prefix", "r", "--save-detailed"]
         file = tmp_path / "r.json"
@@ -217,16 +260,11 @@ def test_it_agrees_with_timestamps_of_the_sockets_within_two_percent(server: Ser
     reported = json.loads(file.read_text())
     assert reported["output_lens"] == [30] * 9
     assert sorted(wire.reported) == sorted(wire.asked) == sorted(f"r{n}" for n in range(9))
-    times = {request: (wire.asked[request], *wire.reported[request]) for request in wire.asked}
-    assert {len(of) for of in times.values()} == {31}
-    first = [of[1] - of[0] for of in times.values()]
-    whole = [of[-1] - of[0] for of in times.values()]
-    gaps = [later - earlier for of in times.values() for earlier, later in pairwise(of[1:])]
-    duration = max(of[-1] for of in times.values()) - min(of[0] for of in times.values())
-    assert reported["median_ttft_from_send_ms"] == pytest.approx(1e3 * statistics.median(first), rel=0.02)
-    assert reported["mean_ttft_from_send_ms"] == pytest.approx(1e3 * statistics.mean(first), rel=0.02)
-    assert reported["median_e2el_from_send_ms"] == pytest.approx(1e3 * statistics.median(whole), rel=0.02)
-    assert reported["mean_e2el_ms"] == pytest.approx(1e3 * statistics.mean(whole), rel=0.02)
-    assert reported["mean_tpot_ms"] == pytest.approx(1e3 * statistics.mean(gaps), rel=0.02)
-    assert reported["mean_itl_ms"] == pytest.approx(1e3 * statistics.mean(gaps), rel=0.02)
-    assert reported["output_throughput"] == pytest.approx(270 / duration, rel=0.02)
+    seen = Seen.on(wire)
+    noise = seen.noise(Seen.on(far))
+    assert {name: reported[name] for name in seen.figures()} == {
+        name: pytest.approx(value, rel=0.02 + 3 * noise / seen.duration)
+        if name == "output_throughput"
+        else pytest.approx(value, rel=0.02, abs=3 * noise)
+        for name, value in seen.figures().items()
+    }

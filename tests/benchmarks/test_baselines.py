@@ -23,7 +23,7 @@ REFUSED = {"priority": {"priority": 1}, "echo": {"echo": True, "logprobs": 1}}
 
 
 @pytest.fixture(scope="module")
-def baselines() -> Iterator[dict[str, Served]]:
+def baselines(forked_servers: None) -> Iterator[dict[str, Served]]:
     """All of them, started side by side, with steps so short that prompts are cut and batches filled."""
     options = (f"model.path={CONFORMANCE / 'tiny'}", "scheduler.prefill_tokens=32")
     with ExitStack() as stack, ThreadPoolExecutor(len(KINDS)) as threads:
@@ -51,7 +51,7 @@ async def test_every_baseline_answers_as_the_server_does(tiny: Server, baselines
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_baseline_speaks_the_same_api(kind: str, tiny: Server, baselines: dict[str, Served]) -> None:
-    with httpx.Client(base_url=f"http://127.0.0.1:{baselines[kind].port}", timeout=60) as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{baselines[kind].port}", timeout=300) as client:
         assert client.get("/health").status_code == 200
         assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
         said = {"messages": [{"role": "user", "content": "Speak."}], "max_tokens": 6, "temperature": 0}
@@ -78,7 +78,7 @@ def test_what_a_baseline_cannot_do_is_refused_by_name(kind: str, baselines: dict
 async def test_one_that_left_does_not_hold_up_the_next(baselines: dict[str, Served]) -> None:
     for kind in ("one-at-a-time", "static"):
         left = await baselines[kind].send(prompt="Forever", max_tokens=1_000_000, ignore_eos=True)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             while not left.pieces:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
             await left.leave()

@@ -46,6 +46,7 @@ async def test_no_figure_where_events_are_missing(tiny: Server) -> None:
         await turn("wrong", wrong, Served(tiny.port, tiny.process.pid), 2, 10)
 
 
+@pytest.mark.usefixtures("forked_servers")
 def test_all_systems_have_figures(tmp_path: Path) -> None:
     frontend.main(["--streams", "3", "--tokens", "60", "--rounds", "1", "--out", str(tmp_path)])
     report = json.loads((tmp_path / "frontend.json").read_text())

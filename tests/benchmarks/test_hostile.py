@@ -11,6 +11,7 @@ from benchmarks.stress import fuzz, hostile
 from benchmarks.stress.attacks import ATTACKS
 
 TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
+SERVER = ["--set", f"model.path={TINY}", "--set", "structured_output.compile_seconds=0.5"]
 PATIENT = "120"  # seconds that /health may take here: how fast a busy machine is proves nothing
 SMALLEST = (
     "grammar: chain of rules",
@@ -30,7 +31,7 @@ SMALLEST = (
 
 
 def test_attacks_harm_nobody_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--set", f"model.path={TINY}", "--health", PATIENT, "--out", str(tmp_path)]
+    arguments = [*SERVER, "--health", PATIENT, "--peace", "0.1", "--out", str(tmp_path)]
     code = hostile.main([*arguments, *SMALLEST])
     report = json.loads((tmp_path / "hostile.json").read_text())
     assert report["faults"] == []
@@ -43,8 +44,9 @@ def test_attacks_harm_nobody_else(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert '"faults": []' in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("forked_servers")
 def test_random_requests_find_nothing(tmp_path: Path) -> None:
-    arguments = ["--set", f"model.path={TINY}", "--health", PATIENT, "--cases", "0-149"]
+    arguments = [*SERVER, "--health", PATIENT, "--cases", "0-149"]
     code = fuzz.main([*arguments, "--out", str(tmp_path)])
     report = json.loads((tmp_path / "fuzz.json").read_text())
     assert report["faults"] == []

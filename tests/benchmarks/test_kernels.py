@@ -9,8 +9,10 @@ import pytest
 
 from bdh_batch.kernels.cpu import CpuKernels
 from benchmarks.engine import kernels
+from tests.kernels.support import CONFORMANCE
 
-ARGUMENTS = ["--batch", "2", "--context", "16", "--prompt", "32", "--repeats", "2"]
+MODEL = str(CONFORMANCE / "tiny")
+ARGUMENTS = ["--model", MODEL, "--batch", "2", "--context", "16", "--prompt", "32", "--repeats", "2"]
 
 
 def test_measures_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,7 @@ def test_a_load_leaves_its_report_and_its_verdicts(tiny: Server, tmp_path: Path)
         tmp_path,
     ]
     command += ["--seconds", 6, "--climbs", 1, "--users", 2, "--think", 0.02, "--answer-tokens", 8, "--tags", "steady"]
-    ended = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run([str(part) for part in command], cwd=ROOT, capture_output=True, text=True, timeout=300)
     report = json.loads((tmp_path / "load.json").read_text())
     assert ended.returncode == int(False in report["verdicts"].values()), ended.stderr
     assert report["failures"] == {}

@@ -7,7 +7,7 @@ import socket
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-SECONDS = 60
+SECONDS = 300  # what takes longer hangs
 
 
 class Listener(Protocol):

@@ -604,12 +604,12 @@ class TestTooLarge:
         assert tiny.refusal(content=chunks, status=413)["code"] == "body_too_large"
 
     def test_bodies_are_refused_before_they_are_read(self, tiny: Server) -> None:
-        with socket.create_connection(("127.0.0.1", tiny.port), timeout=10) as client:
+        with socket.create_connection(("127.0.0.1", tiny.port), timeout=300) as client:
             client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 10000000000\r\n\r\n{")
             assert client.recv(4096).startswith(b"HTTP/1.1 413 ")
 
     def test_chunked_bodies_without_an_end_are_refused_at_the_limit(self, tiny: Server) -> None:
-        with socket.create_connection(("127.0.0.1", tiny.port), timeout=10) as client:
+        with socket.create_connection(("127.0.0.1", tiny.port), timeout=300) as client:
             client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
             for _ in range(65):
                 client.sendall(b"10000\r\n" + b"a" * 2**16 + b"\r\n")
@@ -706,7 +706,7 @@ def test_what_is_not_http_is_refused(tiny: Server) -> None:
         b"NONSENSE\r\n\r\n",
         b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n",
     ):
-        with socket.create_connection(("127.0.0.1", tiny.port), timeout=10) as client:
+        with socket.create_connection(("127.0.0.1", tiny.port), timeout=300) as client:
             client.sendall(nonsense)
             client.shutdown(socket.SHUT_WR)
             response = client.recv(4096)
@@ -715,6 +715,6 @@ def test_what_is_not_http_is_refused(tiny: Server) -> None:
 
 def test_a_request_cut_off_in_its_body_leaves_nothing_behind(tiny: Server) -> None:
     for _ in range(20):
-        with socket.create_connection(("127.0.0.1", tiny.port), timeout=10) as client:
+        with socket.create_connection(("127.0.0.1", tiny.port), timeout=300) as client:
             client.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 1000\r\n\r\n{")
-    tiny.until(lambda m: m["bdh_http_requests_in_flight"] <= 1, 5)  # the scrape itself
+    tiny.until(lambda m: m["bdh_http_requests_in_flight"] <= 1)  # the scrape itself

@@ -80,7 +80,7 @@ def hasty(serve: ServeFactory) -> Iterator[Server]:
 
 class Client:
     def __init__(self, server: Server, *parts: bytes) -> None:
-        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=60)
+        self.socket = socket.create_connection(("127.0.0.1", server.port), timeout=300)
         for part in parts:
             self.socket.sendall(part)
 
@@ -141,7 +141,7 @@ def test_a_body_that_drips_has_no_more_time_than_another(hasty: Server) -> None:
         except BlockingIOError:
             return False
 
-    eventually(dripped, 60)
+    eventually(dripped)
     client.socket.close()
 
 
@@ -184,7 +184,7 @@ def test_addresses_without_keys_share_states(tiny: Server) -> None:
     body = {"prompt": "a prefix that two neighbours have in common, and nobody else", "max_tokens": 1}
     cached = []
     for address in ("127.0.0.2", "127.0.0.3"):
-        with httpx.Client(transport=httpx.HTTPTransport(local_address=address), timeout=60) as client:
+        with httpx.Client(transport=httpx.HTTPTransport(local_address=address), timeout=300) as client:
             usage = client.post(f"{tiny.url}/v1/completions", json=body).json()["usage"]
             cached.append(usage["prompt_tokens_details"]["cached_tokens"])
     assert cached[0] == 0 < cached[1]
@@ -200,7 +200,7 @@ def proxied(serve: ServeFactory) -> Iterator[tuple[Server, ssl.SSLContext]]:
     )
     context = ssl.create_default_context(cafile=CERT)
     with serve(*options, model=TINY, wait=False) as server:
-        eventually(lambda: "is ready at" in server.log, 180, lambda: server.log)
+        eventually(lambda: "is ready at" in server.log, what=lambda: server.log)
         yield server, context
 
 

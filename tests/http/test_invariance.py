@@ -10,8 +10,8 @@ from tests.conftest import CONFORMANCE, ServeFactory, Server
 
 TEXT = (Path(__file__).parents[1] / "data" / "shakespeare-validation.txt").read_text()
 PROMPTS = [TEXT[53 * i : 53 * i + 1 + 7 * i % 90] for i in range(200)]
-GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
-SEEDED: dict[str, Any] = {"temperature": 0.9, "seed": 11, "max_tokens": 8}
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 4}
+SEEDED: dict[str, Any] = {"temperature": 0.9, "seed": 11, "max_tokens": 4}
 
 
 def texts(server: Server, prompts: list[str], sampling: dict[str, Any]) -> list[str]:

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from tests.conftest import eventually
+
 if TYPE_CHECKING:
     from tests.conftest import Cli, RawStream, ServeFactory, Server
 
 ROOT = Path(__file__).parent.parent.parent
 TINY = ROOT / "tests" / "data" / "conformance" / "tiny"
 ENDLESS = {"prompt": "a", "max_tokens": 100_000, "stream": True}
-QUICKLY = 5.0
+NEVER = "server.drain_seconds=3600"  # longer than any test waits: who ends does not wait for all of it
 
 
 class TestStart:
@@ -115,9 +117,9 @@ def forsaken(serve: ServeFactory, long_name: str) -> Iterator[Future[int]]:
     options = ("server.drain_seconds=0.1", f"model.name={long_name}")
     with serve(*options, model=TINY, cutting=True) as server, ThreadPoolExecutor(1) as pool:
         sleeper = server.raw(ENDLESS | {"n": 10}, receive_buffer=4096)
-        server.until(lambda m: m["bdh_generation_tokens_total"] > 2500, 30)
+        server.until(lambda m: m["bdh_generation_tokens_total"] > 2500)
         server.terminate()
-        yield pool.submit(server.exit_code, 3 * QUICKLY)
+        yield pool.submit(server.exit_code)
         sleeper.close()
 
 
@@ -125,16 +127,8 @@ def forsaken(serve: ServeFactory, long_name: str) -> Iterator[Future[int]]:
 def test_nothing_is_served_before_the_model_is_warm(serve: ServeFactory) -> None:
     """Warming computes a prefill chunk: a large one takes long enough to be seen."""
     with serve("scheduler.prefill_tokens=512", "scheduler.max_running=8", wait=False) as server:
-        statuses: list[int] = []
-        deadline = time.monotonic() + 60
-        while not statuses:
-            assert time.monotonic() < deadline
-            try:
-                response = server.http.get("/readyz")
-            except httpx.TransportError:
-                time.sleep(0.01)
-                continue
-            statuses.append(response.status_code)
+        eventually(lambda: listens(server.port))
+        response = server.http.get("/readyz")
         assert server.error(response, 503)["message"] == "the model is loading"
         assert server.http.get("/health").status_code == 200
         assert server.http.get("/").json()["status"] == "the model is loading"
@@ -143,26 +137,27 @@ def test_nothing_is_served_before_the_model_is_warm(serve: ServeFactory) -> None
         assert "loading" in server.error(server.http.get("/v1/models"), 503)["message"]
         assert server.refusal({"prompt": 5}, status=400)["param"] == "prompt"
         server.terminate()  # must be heard while the model loads
-        assert server.exit_code(60) == 0
+        assert server.exit_code() == 0
         assert "is ready" not in server.log
 
 
+def listens(port: int) -> bool:
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
 def test_an_idle_server_ends_at_once(serve: ServeFactory) -> None:
-    with serve(model=TINY) as server:
+    with serve(NEVER, model=TINY) as server:
         assert server.complete(prompt="a", max_tokens=1)["usage"]["completion_tokens"] == 1
-        began = time.monotonic()
         server.terminate()
-        assert server.exit_code(QUICKLY) == 0
-        assert time.monotonic() - began < QUICKLY
+        assert server.exit_code() == 0
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{server.url}/health")
 
 
 def begin_drain(server: Server) -> None:
     server.terminate()
-    deadline = time.monotonic() + QUICKLY
-    while server.http.get("/readyz").status_code == 200:
-        assert time.monotonic() < deadline
+    eventually(lambda: server.http.get("/readyz").status_code != 200)
 
 
 def frames(stream: RawStream) -> list[Any]:
@@ -175,13 +170,13 @@ def frames(stream: RawStream) -> list[Any]:
 
 def test_a_drain_lets_streams_finish_and_takes_nothing_new(serve: ServeFactory) -> None:
     body: dict[str, Any] = {"prompt": "a", "max_tokens": 300, "seed": 3}
-    with serve("scheduler.max_running=4", model=TINY) as server, ThreadPoolExecutor(1) as pool:
+    with serve(NEVER, "scheduler.max_running=4", model=TINY) as server, ThreadPoolExecutor(1) as pool:
         gate = server.raw(ENDLESS)  # keeps the drain open until it is closed here
         streams = [server.raw(body | {"stream": True}) for _ in range(5)]
         for stream in (gate, *streams[:2]):
             stream.read_until(b"data: ")
         unstreamed = pool.submit(server.text, **body)
-        server.until(lambda m: m["bdh_num_requests_running"] + m["bdh_num_requests_waiting"] == 7, QUICKLY)
+        server.until(lambda m: m["bdh_num_requests_running"] + m["bdh_num_requests_waiting"] == 7)
         begin_drain(server)
 
         assert server.metrics()["bdh_num_requests_running"] == 4
@@ -194,13 +189,13 @@ def test_a_drain_lets_streams_finish_and_takes_nothing_new(serve: ServeFactory) 
         assert server.http.get("/health").status_code == 200
 
         gate.close()
-        text = unstreamed.result(60)
+        text = unstreamed.result()
         for stream in streams:
             *chunks, done = frames(stream)
             assert done == "[DONE]"
             assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text
             assert chunks[-1]["choices"][0]["finish_reason"] == "length"
-        assert server.exit_code(QUICKLY) == 0
+        assert server.exit_code() == 0
 
 
 def test_a_drain_that_runs_out_of_time_ends_streams_with_an_error(serve: ServeFactory) -> None:
@@ -213,7 +208,7 @@ def test_a_drain_that_runs_out_of_time_ends_streams_with_an_error(serve: ServeFa
         for stream in streams:
             stream.read_until(b"data: ")
         unstreamed = pool.submit(server.http.post, "/v1/completions", json=ENDLESS | {"stream": False})
-        server.until(lambda m: m["bdh_num_requests_running"] == 8, QUICKLY)
+        server.until(lambda m: m["bdh_num_requests_running"] == 8)
         began = time.monotonic()
         server.terminate()
         for stream in streams:
@@ -222,20 +217,20 @@ def test_a_drain_that_runs_out_of_time_ends_streams_with_an_error(serve: ServeFa
             assert last["error"].keys() == {"message", "type", "param", "code"}
             assert "shutting down" in last["error"]["message"]
             assert all("choices" in chunk for chunk in chunks)
-        response = unstreamed.result(QUICKLY)
+        response = unstreamed.result()
         assert response.status_code in (500, 503)
         assert response.json()["error"]["message"]
-        assert server.exit_code(QUICKLY) == 0
-        assert 0.2 <= time.monotonic() - began < QUICKLY
+        assert server.exit_code() == 0
+        assert time.monotonic() - began >= 0.2
 
 
 def test_a_second_signal_does_not_wait_for_the_drain(serve: ServeFactory) -> None:
-    with serve("server.drain_seconds=60", model=TINY) as server:
+    with serve(NEVER, model=TINY) as server:
         stream = server.raw(ENDLESS)
         stream.read_until(b"data: ")
         begin_drain(server)
         server.process.send_signal(signal.SIGINT)
-        assert server.exit_code(2 * QUICKLY) == 0
+        assert server.exit_code() == 0
         stream.close()
 
 

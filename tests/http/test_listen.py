@@ -53,7 +53,7 @@ def test_a_server_listens_at_all_addresses_of_its_host(host: str, monkeypatch: p
         assert local_only(listeners) == (host not in ("0.0.0.0", "::"))
         for listener in listeners:
             address = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(listener.getsockname()[0], listener.getsockname()[0])
-            socket.create_connection((address, port), timeout=10).close()
+            socket.create_connection((address, port), timeout=300).close()
     finally:
         for listener in listeners:
             listener.close()
@@ -115,12 +115,12 @@ class TestUnixSocket:
     def test_serves(self, serve: ServeFactory, tmp_path: Path) -> None:
         path = tmp_path / "bdh.sock"
         with serve(f"server.uds={path}", "server.trusted_proxies=unix", model=TINY, wait=False) as server:
-            eventually(lambda: "is ready at" in server.log, 180, lambda: server.log)
+            eventually(lambda: "is ready at" in server.log, what=lambda: server.log)
             assert f"is ready at unix:{path}." in server.log
             assert f"curl -s http://localhost/v1/completions --unix-socket {path} " in server.log
             with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
                 assert client.get("/health", headers={"host": "any.example.com"}).status_code == 200
-                response = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=60)
+                response = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=300)
                 assert response.json()["usage"]["completion_tokens"] == 2
             server.terminate()
             assert server.exit_code() == 0
@@ -141,7 +141,7 @@ def test_sockets_of_a_service_manager_go_before_all_else(tmp_path: Path) -> None
 
     def reported(handed: socket.socket, other_process: int) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-c", code, str(handed.fileno()), str(other_process)]
-        return subprocess.run(command, pass_fds=[handed.fileno()], capture_output=True, text=True, timeout=60)
+        return subprocess.run(command, pass_fds=[handed.fileno()], capture_output=True, text=True, timeout=300)
 
     with socket.create_server(("127.0.0.1", 0)) as handed:
         url = f"http://127.0.0.1:{handed.getsockname()[1]}"

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from bdh_batch.http.auth.keys import KeyFile, new_key
-from tests.conftest import CONFORMANCE, RESPONSE_SECONDS, STOP_SECONDS, eventually, free_port
+from tests.conftest import CONFORMANCE, HANG_SECONDS, eventually, free_port
 from tests.http.raw import Raw, ask, get, post
 
 if TYPE_CHECKING:
@@ -118,12 +118,12 @@ def sites(backend: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     with (folder / "output").open("wb") as output:
         process = subprocess.Popen([NGINX, "-p", folder, "-c", config], stdout=output, stderr=output)
     try:
-        eventually((folder / "pid").exists, 20, (folder / "output").read_text)
+        eventually((folder / "pid").exists, what=(folder / "output").read_text)
         yield found
         assert process.poll() is None, (folder / "log").read_text()
     finally:
         process.terminate()
-        process.wait(STOP_SECONDS)
+        process.wait(HANG_SECONDS)
 
 
 @pytest.fixture(params=SITES)
@@ -134,7 +134,7 @@ def site(request: pytest.FixtureRequest, sites: dict[str, Site]) -> Site:
 @pytest.fixture
 def client(site: Site) -> Iterator[httpx.Client]:
     bearer = {"authorization": f"Bearer {KEY}"}
-    with httpx.Client(base_url=f"http://127.0.0.1:{site.port}", headers=bearer, timeout=RESPONSE_SECONDS) as client:
+    with httpx.Client(base_url=f"http://127.0.0.1:{site.port}", headers=bearer, timeout=HANG_SECONDS) as client:
         yield client
 
 
@@ -201,7 +201,7 @@ def test_a_connection_from_nginx_is_kept_where_it_asks_for_that(backend: Server,
     for status, headers in ((200, [f"authorization: Bearer {KEY}"]), (401, [])) * 5:
         assert ask(sites["kept"], post(SHORT, *headers)).status == status
     of_the_test = 1
-    backend.until(lambda m: m["bdh_http_connections"] == of_the_test + 1, 20)
+    backend.until(lambda m: m["bdh_http_connections"] == of_the_test + 1)
 
 
 def without_numbers(error: dict[str, object]) -> str:

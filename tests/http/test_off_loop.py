@@ -49,7 +49,7 @@ class TestOffTheLoop:
 
     async def test_who_gives_up_is_not_waited_for(self) -> None:
         off_loop, go_on = OffLoop(), threading.Event()
-        first = asyncio.create_task(off_loop.run("a", lambda: go_on.wait(60)))
+        first = asyncio.create_task(off_loop.run("a", lambda: go_on.wait(300)))
         given_up = asyncio.create_task(off_loop.run("a", lambda: pytest.fail("it was given up")))
         next_one = asyncio.create_task(off_loop.run("b", lambda: 5))
         await asyncio.sleep(0)
@@ -63,7 +63,7 @@ class TestOffTheLoop:
 
     async def test_who_gives_up_at_its_turn_gives_it_away(self, monkeypatch: pytest.MonkeyPatch) -> None:
         off_loop, go_on = OffLoop(), threading.Event()
-        first = asyncio.create_task(off_loop.run("a", lambda: go_on.wait(60)))
+        first = asyncio.create_task(off_loop.run("a", lambda: go_on.wait(300)))
         second = asyncio.create_task(off_loop.run("a", lambda: pytest.fail("it was given up")))
         third = asyncio.create_task(off_loop.run("a", lambda: 3))
         await asyncio.sleep(0)

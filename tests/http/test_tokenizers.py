@@ -61,7 +61,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, raw: Tokenizer) -> Path:
 
 @pytest.fixture(scope="module")
 def chatty(serve: ServeFactory, folder: Path) -> Iterator[Server]:
-    with serve(model=folder) as server:
+    with serve("sandbox.template_seconds=1", model=folder) as server:
         yield server
 
 

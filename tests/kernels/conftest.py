@@ -6,9 +6,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+from bdh_batch.kernels.cache import MODULES, digest_of
 
 # Triton reads this when it is imported, for the whole process, and nothing has imported it yet. Compiled kernels are
 # looked at in a process of their own (`aot.py`). Where there is a GPU, the same tests run on it.
@@ -18,22 +23,25 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton from 3.9 on war
 
 
 COMPILING = pytest.StashKey[subprocess.Popen[str]]()
+COMPILED = "triton/compiled"  # in the cache of pytest: what the last run found, and of which sources
+SOURCES = [*MODULES, Path(__file__).with_name("aot.py")]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Begins to compile the Triton kernels, for `test_aot.py`, beside the first tests, which leave a core idle.
 
-    What has not changed since the last run is taken from Triton's cache, which knows a kernel by its source, the
-    functions it calls, its constants and options, and the compiler. A fresh checkout compiles all of them.
+    Where nothing has changed since the last run, its results stand. Else Triton's cache has what is as it was; it knows
+    a kernel by its source, the functions it calls, its constants and options, and the compiler.
     """
     config = session.config
     if config.option.collectonly or not any(item.path.name == "test_aot.py" for item in session.items):
         return
-    cache = config.cache
-    folder = {"TRITON_CACHE_DIR": str(cache.mkdir("triton"))} if cache else {}
+    if last_results(config) is not None:
+        return
+    folder = {"TRITON_CACHE_DIR": str(config.cache.mkdir("triton"))} if config.cache else {}
     config.stash[COMPILING] = subprocess.Popen(
         [sys.executable, "-m", "tests.kernels.aot"],
-        env=os.environ | folder | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"},
+        env=folder | os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"},
         cwd=config.rootpath,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -52,13 +60,56 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         process.communicate()
 
 
+def last_results(config: pytest.Config) -> str | None:
+    """What was printed of the same sources by the same compiler, if that is known."""
+    found = config.cache.get(COMPILED, None) if config.cache else None
+    return str(found["output"]) if found and found["sources"] == sources() else None
+
+
+def sources() -> list[str]:
+    return [version("triton"), version("torch"), digest_of(*SOURCES)]
+
+
 @pytest.fixture(scope="session")
 def compiled_ahead(pytestconfig: pytest.Config) -> str:
     """What `tests/kernels/aot.py` prints."""
+    known = last_results(pytestconfig)
+    if known is not None:
+        return known
     process = pytestconfig.stash[COMPILING]
     output, problem = process.communicate()
     assert process.returncode == 0, problem
+    if pytestconfig.cache:
+        pytestconfig.cache.set(COMPILED, {"sources": sources(), "output": output})
     return output
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _language_is_patched_once() -> Iterator[None]:
+    """The interpreter replaces Triton's language at each call of a function, inner ones too, and puts it back after it,
+    which took a quarter of its time. Nothing else in this process uses the language, so it may stay replaced."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch_language = interpreter._patch_lang
+    patched: set[frozenset[str]] = set()
+
+    def patch_once(function: Any) -> Any:
+        visible = [language, language.core]
+        names = frozenset(
+            name for name, value in function.__globals__.items() if any(value is each for each in visible)
+        )
+        if names not in patched:
+            patched.add(names)
+            patch_language(function)
+        return interpreter._LangPatchScope()  # of nothing: there is nothing to put back
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -67,6 +67,15 @@ def test_a_function_is_compiled_once_until_its_sources_change(folder: Path) -> N
     assert [hits(), hits(), hits(("changed",)), hits(("changed",))] == [0, 1, 0, 1]
 
 
+def test_copies_of_the_same_sources_share_what_was_compiled(tmp_path: Path) -> None:
+    locate = cache._Provided.get_suitable_cache_subpath
+    for name, text in (("one/kernels", "a = 1"), ("two/kernels", "a = 1"), ("three/kernels", "a = 2")):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "module.py").write_text(text)
+    one, two, three = (locate(str(tmp_path / name / "kernels" / "module.py")) for name in ("one", "two", "three"))
+    assert one == two != three
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("suffix", [".nbi", ".nbc"])
 def test_what_is_damaged_is_compiled_again_and_kept_again(folder: Path, suffix: str, damage: str) -> None:

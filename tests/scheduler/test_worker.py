@@ -36,11 +36,11 @@ class GatedRunner(FakeRunner):
 
     def run(self, plan: Plan) -> Outcome:
         self.entered.release()
-        assert self.may_run.acquire(timeout=10)
+        assert self.may_run.acquire(timeout=300)
         return super().run(plan)
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 300.0) -> None:
     async with asyncio.timeout(seconds):
         while not condition():  # noqa: ASYNC110 - what is waited for happens in a thread
             await asyncio.sleep(0.001)

@@ -549,7 +549,7 @@ async def test_requests_for_one_grammar_share_its_compilation_until_none_of_them
     source = from_regex("a+", "p")
     first, second = (asyncio.ensure_future(grammars.compile(source, "a")) for _ in range(2))
     other = asyncio.ensure_future(grammars.compile(source, "b"))
-    await asyncio.wait_for(held.come(2), 10)
+    await asyncio.wait_for(held.come(2), 300)
     assert held.tenants == ["a", "b"]
     first.cancel()
     await asyncio.wait([first])

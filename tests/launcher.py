@@ -1,0 +1,214 @@
+"""Programs of this project in processes of their own, without the seconds that their imports take.
+
+One process imports the package and forks for each program that a test starts. A program begins with the modules in
+memory, and nothing else differs from `python -m bdh_batch`: arguments, environment, streams, signals and the way it
+ends are its own. The launcher computes nothing and starts no thread, so there is nothing that a fork could break.
+
+Linux and macOS only; `python -m tests.launcher DESCRIPTOR` is the launcher's own program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import json
+import os
+import runpy
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+ROOT = Path(__file__).parent.parent
+# What `bdh-batch serve` and the other commands import sooner or later; nothing that only some settings ask for.
+MODULES = ("uvloop", "bdh_batch.cli", "bdh_batch.server", "bdh_batch.bench.serve")
+
+
+class Process(Protocol):
+    """What tests use of a program that runs: a part of `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, number: int, /) -> None: ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+class Launcher:
+    """Starts programs. It ends at `close`, and whatever still runs with it."""
+
+    def __init__(self) -> None:
+        self._control, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.launcher", str(theirs.fileno())],
+                cwd=ROOT,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+            )
+
+    def start(
+        self,
+        arguments: Sequence[object],
+        env: Mapping[str, str],
+        stdout: IO[Any],
+        stderr: IO[Any] | None = None,
+        module: str = "bdh_batch",
+    ) -> Process:
+        """`python -m module` with `arguments`, in the root of the checkout, without an input."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            descriptors = [theirs.fileno(), stdout.fileno(), (stderr or stdout).fileno()]
+            socket.send_fds(self._control, [b"+"], descriptors)
+        program = {"module": module, "arguments": [str(each) for each in arguments], "env": dict(env)}
+        ours.sendall(json.dumps(program).encode() + b"\n")
+        return Launched(number_from(ours), ours)
+
+    def close(self) -> None:
+        self._control.close()
+        self._process.wait()
+
+
+def number_from(channel: socket.socket) -> int:
+    """The next line, and not a byte more."""
+    with channel.makefile("rb", buffering=0) as lines:
+        line = lines.readline()
+    assert line, "the launcher has ended"
+    return int(line)
+
+
+class Launched:
+    """A program that runs, or has ended."""
+
+    def __init__(self, pid: int, channel: socket.socket) -> None:
+        self.pid = pid
+        self._channel = channel  # says the exit code, once there is one
+        self._code: int | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def returncode(self) -> int | None:
+        """As it was when last looked at."""
+        return self._code
+
+    def poll(self) -> int | None:
+        with self._lock:
+            if self._code is None and select.select([self._channel], [], [], 0)[0]:
+                self._code = number_from(self._channel)
+                self._channel.close()
+            return self._code
+
+    def wait(self, timeout: float | None = None) -> int:
+        """
+        Raises:
+            subprocess.TimeoutExpired
+        """
+        with self._lock:
+            channel = [] if self._code is not None else [self._channel.dup()]
+        for each in channel:  # outside of the lock: others may look meanwhile
+            with each:
+                select.select([each], [], [], timeout)
+        code = self.poll()
+        if code is None:
+            raise subprocess.TimeoutExpired(f"process {self.pid}", timeout or 0.0)
+        return code
+
+    def send_signal(self, number: int, /) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def launch(control: socket.socket) -> str | None:
+    """Forks programs until nobody is at the other end of `control`. Gives a program its module, the launcher None."""
+    woken, wakes = socket.socketpair()
+    for each in (woken, wakes):
+        each.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: it ends with the tests
+    signal.set_wakeup_fd(wakes.fileno(), warn_on_full_buffer=False)
+    running: dict[int, socket.socket] = {}
+    while True:
+        ready = select.select([control, woken], [], [])[0]
+        if woken in ready:
+            woken.recv(4096)
+            report_ends(running)
+        if control not in ready:
+            continue
+        asked, descriptors, _, _ = socket.recv_fds(control, 1, 3)
+        if not asked:
+            break
+        channel = socket.socket(fileno=descriptors[0])
+        with channel.makefile("rb") as lines:
+            program = json.loads(lines.readline())
+        pid = os.fork()
+        if not pid:
+            signal.set_wakeup_fd(-1)
+            for each in (control, woken, wakes, channel, *running.values()):
+                each.close()
+            return become(descriptors[1:], **program)
+        for descriptor in descriptors[1:]:
+            os.close(descriptor)
+        channel.sendall(b"%d\n" % pid)
+        running[pid] = channel
+    for pid in running:
+        os.kill(pid, signal.SIGKILL)
+    return None
+
+
+def report_ends(running: dict[int, socket.socket]) -> None:
+    for pid, channel in list(running.items()):
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            del running[pid]
+            with channel, contextlib.suppress(OSError):  # nobody need wait for it
+                channel.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
+
+
+def become(streams: Sequence[int], module: str, arguments: list[str], env: Mapping[str, str]) -> str:
+    """Makes this process what a fresh one would be, and returns the module that it has to run."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, descriptor in enumerate(streams, 1):
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.environ.clear()
+    os.environ.update(env)
+    sys.argv = [module, *arguments]
+    return module
+
+
+def main() -> None:
+    control = socket.socket(fileno=int(sys.argv[1]))
+    for name in MODULES:
+        importlib.import_module(name)
+    assert threading.active_count() == 1
+    gc.collect()
+    gc.freeze()  # pages that a collection need not touch stay shared
+    if (module := launch(control)) is not None:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()
