@@ -20,6 +20,7 @@ from bdh_batch import __version__, settings
 from bdh_batch.bench import options as bench_options
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.http.auth.keys import KeyFile, new_key
+from bdh_batch.processes.control import ask
 from bdh_batch.registry import commands as registry_commands
 from bdh_batch.registry.locate import locate
 from bdh_batch.system.documents import shown
@@ -52,6 +53,7 @@ PLANNED = {  # flags of `plan`, with their defaults
 def main(arguments: Sequence[str] | None = None) -> int:
     _stand_on_firm_ground()
     options = _parser().parse_args(arguments)
+    options.arguments = [*(sys.argv[1:] if arguments is None else arguments)]
     try:
         return int(options.run(options))
     except (ConfigError, CheckpointError) as error:
@@ -93,7 +95,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     serve = commands.add_parser("serve", parents=[common], help="start the server")
+    serve.add_argument("--process", help=argparse.SUPPRESS)  # of a child of the supervisor: which one it is
     serve.set_defaults(run=_serve)
+    reload = commands.add_parser("reload", parents=[common], help="replace the engines of a server, one by one")
+    reload.add_argument("--pid-file", type=Path, metavar="FILE", help="that the server has written (server.pid_file)")
+    reload.set_defaults(run=_reload)
     config = commands.add_parser("config", help="look at the options")
     actions = config.add_subparsers(required=True, metavar="ACTION")
     show = actions.add_parser("show", parents=[common], help="the resolved options, each with where it came from")
@@ -199,13 +205,29 @@ def _serve(options: argparse.Namespace) -> int:
     # Only this command pays for importing torch.
     import uvloop
 
-    from bdh_batch.server import serve, threads_left
+    from bdh_batch import server
+    from bdh_batch.system.threads import left_behind
 
-    uvloop.run(serve(resolved.settings, partial(_announce, resolved.settings.auth.enabled)))
-    if threads_left():
+    with_key = resolved.settings.auth.enabled
+    announce = partial(_announce, with_key) if options.process is None else _say_nothing
+    uvloop.run(server.run(resolved.settings, options.arguments, options.process, announce))
+    if left_behind():
         # One still loads, compiles or hangs in a step; the interpreter cannot be taken down under its feet.
         logging.shutdown()
         os._exit(0)
+    return 0
+
+
+def _say_nothing(url: str, model: str) -> None:
+    """For a child: its supervisor announces the server."""
+
+
+def _reload(options: argparse.Namespace) -> int:
+    path = options.pid_file or _resolve(options).settings.server.pid_file
+    if path is None:
+        raise ConfigError("server.pid_file: not set; say by --pid-file which server is meant")
+    ask(path, "reload")
+    print("the engines have been replaced")
     return 0
 
 

@@ -67,14 +67,6 @@ def _octal(value: object) -> object:
     return str(value).removeprefix("0o") if isinstance(value, str | int) else value
 
 
-def _one_worker(value: int) -> int:
-    if value > 1:
-        raise PydanticCustomError(
-            "one_worker", "more than one worker is not supported; one batches all requests together"
-        )
-    return value
-
-
 def _proxy(value: str) -> str:
     return value if value == "unix" else _network(value)
 
@@ -145,8 +137,16 @@ class Server(Section):
         "localhost, local, internal and home.arpa, so that no web page on another name passes for this machine's own "
         "(DNS rebinding).",
     )
-    workers: Annotated[PositiveInt, AfterValidator(_one_worker)] = Field(
-        1, description="Processes; only 1 is supported."
+    workers: PositiveInt = Field(
+        1,
+        le=64,
+        description="Processes that answer HTTP at one port. With more than one, engines have processes of their own "
+        "(engine.replicas, else 1).",
+    )
+    pid_file: Path | None = Field(
+        None,
+        description="Where a server of several processes writes its process id, for `bdh-batch reload`; null is "
+        "nowhere.",
     )
     drain_seconds: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="How long running streams may go on after SIGTERM."
@@ -229,6 +229,23 @@ class Engine(Section):
         ge=0,
         allow_inf_nan=False,
         description="Seconds after which main memory for unused states goes back to the system; 0 is never.",
+    )
+    replicas: PositiveInt | None = Field(
+        None,
+        le=64,
+        description="Engine processes. null: the engine runs in the server's own process. With engine processes, "
+        "streams go on elsewhere when one of them is lost.",
+    )
+    devices: Strings = Field(
+        [],
+        description="Devices of the engine processes, one for each, as in [cuda:0, cuda:1]; empty: all use "
+        "model.device.",
+    )
+    heartbeat_seconds: float = Field(
+        5.0, ge=0.2, le=600, description="An engine process without a sign of life for so long is given up."
+    )
+    max_failovers: PositiveInt = Field(
+        2, description="So many engines that one request loses, without a token in between, end it with an error."
     )
     threads: PositiveInt | None = Field(
         None, description="CPU threads that compute; null is one per core, as far as CPU quotas go."

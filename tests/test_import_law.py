@@ -33,7 +33,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     ),
     "scheduler": ({"errors", "messages"}, set()),
     "engine": (SHARED | {"scheduler", "kernels", "checkpoint", "settings"}, {"torch", "numpy"}),
-    "backends": (SHARED | {"engine", "scheduler", "text"}, set()),
+    "backends": (SHARED | {"engine", "scheduler", "text"}, {"msgspec"}),
     "observability": (SHARED | {"engine", "scheduler", "backends", "__init__"}, {"opentelemetry", "prometheus_client"}),
     "http": (
         SHARED | {"backends", "text", "settings", "observability", "__init__"},
@@ -43,11 +43,16 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     # A server is measured over HTTP, whoever wrote it: nothing of this one's is at hand.
     "bench": ({"errors", "__init__"}, {"httptools", "orjson", "tokenizers", "uvloop"}),
     "plan": ({"errors", "system", "checkpoint", "text"}, {"torch"}),
-    "server": (
-        SHARED | {"http", "backends", "engine", "text", "settings", "observability", "registry", "__init__"},
-        {"pydantic"},
+    # What is wired together, and nowhere else.
+    "processes": (
+        SHARED | {"http", "backends", "engine", "kernels", "text", "settings", "observability", "registry", "__init__"},
+        {"pydantic", "torch"},
     ),
-    "cli": ({"errors", "system", "settings", "http", "server", "bench", "plan", "registry", "__init__"}, {"uvloop"}),
+    "server": ({"processes", "engine", "settings"}, set()),
+    "cli": (
+        {"errors", "system", "settings", "http", "processes", "server", "bench", "plan", "registry", "__init__"},
+        {"uvloop"},
+    ),
     "__main__": ({"cli"}, set()),
     "__init__": (set(), set()),
 }

@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from bdh_batch.system.threads import STACK, DaemonThreads, calls_under_way
+from bdh_batch.system.threads import STACK, DaemonThreads, left_behind
 
 WITHIN = 300.0  # seconds; a hang is a failure
 
@@ -24,7 +24,7 @@ def test_calls_have_results_and_errors_and_can_be_seen_under_way() -> None:
 
     holding = threads.submit(hold)
     assert begun.wait(WITHIN)
-    assert calls_under_way()
+    assert left_behind()
     waiting = threads.submit(str, 5)
     cancelled = threads.submit(str, 6)
     assert cancelled.cancel()

@@ -57,13 +57,18 @@ class Admission:
     def queued(self) -> int:
         return len(self._backlog)
 
-    def admit(self, sequences: Many[Sequence], now: float) -> bool:
-        """Counts all of `sequences`, or none. Gives whether others have to go for them.
+    def admit(self, sequences: Many[Sequence], now: float, resumed: bool = False) -> bool:
+        """Counts all of `sequences`, or none. Gives whether others have to go for them; for those that are `resumed`
+        nobody has, and they are always let in.
 
         Raises:
             InvalidRequest: they are more than could ever wait and run.
             QueueFull, TooLate: not now.
         """
+        if resumed:
+            with self._lock:
+                self._count(sequences)
+            return False
         most = self._slots + self.max_requests
         if len(sequences) > most:
             raise InvalidRequest(f"A request may ask for {most} completions in all here, prompts times n.")
@@ -73,10 +78,13 @@ class Admission:
         with self._lock:
             self._check_deadlines(sequences, now)
             sheds = self._sheds_others(sequences, tokens)
-            for sequence in sequences:
-                self._backlog.add(sequence)
-            self._arriving += len(sequences)
+            self._count(sequences)
             return sheds
+
+    def _count(self, sequences: Many[Sequence]) -> None:
+        for sequence in sequences:
+            self._backlog.add(sequence)
+        self._arriving += len(sequences)
 
     def arrived(self, sequences: Many[Sequence], changes: Mapping[Sequence, int]) -> None:
         """The scheduler has taken them, and says by `changes` which wait there since then (1), and no longer (-1)."""

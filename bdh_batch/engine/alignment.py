@@ -11,11 +11,14 @@ class Alignment:
     """Aligns the logprobs of one completion with its text. Tokens come in order, each with its effect on the text.
 
     The tokens of one character are shown with it, and all begin where it does.
+
+    Args:
+        shown: characters of the completion that are shown already; none is held back.
     """
 
-    def __init__(self) -> None:
-        self._shown = 0  # characters
-        self._known = 0  # with those that are held back
+    def __init__(self, shown: int = 0) -> None:
+        self._shown = shown
+        self._known = shown  # with those that are held back
         self._waiting: list[tuple[int, int, TokenScore]] = []  # begin, end
 
     def push(self, score: TokenScore, text: str, held: str, unfinished: bool) -> Shown:

@@ -104,6 +104,24 @@ class Completion:
         if not self._prompt_is_scored:
             self._prompt_scores.clear()
 
+    def resume(self, tokens: Tokens[int]) -> None:
+        """Begins behind `tokens`, which were generated elsewhere, and are not returned once more.
+
+        Raises:
+            InvalidRequest: the constraint does not take them.
+        """
+        shown = 0
+        for token in tokens:
+            if self.constraint is not None:
+                self.constraint.accept(token)
+            if self.adjustment is not None:
+                self.adjustment.count(token)
+            shown += len(self.text.push(token))
+        self._length = len(tokens)
+        self.score_prompt = None  # those scores came with the first token
+        if self._alignment is not None:
+            self._alignment = Alignment(shown)
+
     def add(self, vector: Tokens[float], complete: bool) -> Delta | None:
         """Takes the sum [D] of the hidden vectors that a step computed; gives the whole sum once it is `complete`."""
         self._pooled = list(map(operator.add, self._pooled, vector)) if self._pooled else list(vector)

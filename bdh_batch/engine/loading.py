@@ -6,6 +6,7 @@ Knows nothing of HTTP, or of text.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from bdh_batch.errors import ConfigError
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.vector import most_threads
 from bdh_batch.scheduler import working_set
+from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.settings import Engine, PrefixCache, Settings
@@ -169,7 +171,9 @@ def scheduler_for(settings: Settings, engine: LoadedEngine) -> Scheduler:
     return Scheduler(engine.slots, chosen.prefill_tokens, policy)
 
 
-def start_worker(settings: Settings, engine: LoadedEngine, observer: Observer) -> Worker:
+def start_worker(
+    settings: Settings, engine: LoadedEngine, observer: Observer, before: Callable[[Step], None] = lambda step: None
+) -> Worker:
     chosen = settings.scheduler
     return Worker(
         scheduler_for(settings, engine),
@@ -179,6 +183,7 @@ def start_worker(settings: Settings, engine: LoadedEngine, observer: Observer) -
         chosen.max_queued_tokens,
         settings.health.failed_steps,
         open_trace(chosen.trace_file),
+        before,
     )
 
 

@@ -80,6 +80,7 @@ class Worker:
         max_queued, max_queued_tokens: how many requests may wait, and tokens of their prompts; more is refused.
         failed_steps: so many failures on end are a fault that /health reports.
         trace: where decisions are written to; the worker closes it.
+        before: is called with every step before it is computed.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Worker:
         max_queued_tokens: int = 2**62,
         failed_steps: int = 3,
         trace: Trace | None = None,
+        before: Callable[[Step], None] = lambda step: None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -101,6 +103,7 @@ class Worker:
         )
         self._failed_steps = failed_steps
         self._trace = trace
+        self._before = before
         self._inbox: list[Message] = []
         self._open: set[Sequence] = set()  # those that were admitted and whose end has not been reported
         self._inbox_changed = threading.Condition()
@@ -113,9 +116,14 @@ class Worker:
         self._thread = start_daemon(self._main, WORKER)  # grammars are walked in it, by native recursion
 
     def submit(
-        self, sequences: Many[Sequence], queue_timeout: float | None = None, timeout: float | None = None
+        self,
+        sequences: Many[Sequence],
+        queue_timeout: float | None = None,
+        timeout: float | None = None,
+        resumed: bool = False,
     ) -> None:
-        """Queues all of `sequences`, or none; each may wait for, and take in all, so many seconds.
+        """Queues all of `sequences`, or none; each may wait for, and take in all, so many seconds. Those that are
+        `resumed` were admitted elsewhere, and are not refused.
 
         Raises:
             InvalidRequest: they are more than could ever wait and run.
@@ -129,7 +137,7 @@ class Worker:
                 sequence.times.arrived = now
                 sequence.queue_deadline = None if queue_timeout is None else now + queue_timeout
                 sequence.deadline = None if timeout is None else now + timeout
-            sheds = self._admission.admit(sequences, now)
+            sheds = self._admission.admit(sequences, now, resumed)
             self._open.update(sequences)
             self._post(partial(self._take_in, sequences, sheds))
 
@@ -262,6 +270,7 @@ class Worker:
 
     def _compute(self, step: Step) -> list[Update]:
         self._planned = step
+        self._before(step)
         began = time.monotonic()
         try:
             outcome = self._runner.run(step.plan)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from bdh_batch.backends.base import Backend
@@ -27,6 +27,7 @@ class ServedModel:
     width: int  # of the hidden vectors
     tokenizer_info: Mapping[str, object]
     grammars: Grammars
+    engines: Callable[[], Sequence[Mapping[str, object]]] = tuple  # engine processes, where there are some
 
     @property
     def names(self) -> tuple[str, ...]:

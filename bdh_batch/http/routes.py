@@ -132,10 +132,12 @@ class Routes:
 
     async def server_info(self, request: Request) -> Response:
         config = self._settings.model_dump(mode="json", include=SHOWN_SETTINGS, exclude=SECRET)
-        return JSONResponse({"version": __version__, "model": self._model(request, None).name, "config": config})
+        model = self._model(request, None)
+        info = {"version": __version__, "model": model.name, "config": config}
+        return JSONResponse(info | ({"engines": engines} if (engines := model.engines()) else {}))
 
     async def metrics(self, request: Request) -> Response:
-        return Response(self._metrics.exposition(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(await self._metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def openapi(self, request: Request) -> Response:
         return Response(self._openapi, media_type="application/json")

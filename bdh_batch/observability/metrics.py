@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter as Counting
-from collections.abc import Callable, Iterable, Mapping, Sequence as Sequences
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence as Sequences
 from itertools import accumulate
 from typing import Protocol
 
@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 
 from bdh_batch.engine.worker import Load
 from bdh_batch.errors import NotFinite
+from bdh_batch.observability.merging import merge
 from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.sequence import Sequence
 
@@ -56,6 +57,8 @@ class Metrics:
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry()
+        self._name = ""
+        self._others: Callable[[], Awaitable[Mapping[str, bytes]]] | None = None
         self._model_name = model_name
         ProcessCollector(registry=self.registry)
 
@@ -123,7 +126,22 @@ class Metrics:
         """As `watch`, of the sandboxes, by what they do."""
         self.registry.register(_SandboxCollector(loads, self._model_name))
 
+    def join(self, name: str, others: Callable[[], Awaitable[Mapping[str, bytes]]]) -> None:
+        """From now on a page has what `others` counts, too.
+
+        Args:
+            name: of this process, among the names of the others.
+        """
+        self._name, self._others = name, others
+
+    async def page(self) -> bytes:
+        """What Prometheus scrapes."""
+        if self._others is None:
+            return self.exposition()
+        return merge({self._name: self.exposition(), **await self._others()})
+
     def exposition(self) -> bytes:
+        """What is counted in this process."""
         return generate_latest(self.registry)
 
     def refused(self, reason: str) -> None:

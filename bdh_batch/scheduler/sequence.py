@@ -39,6 +39,9 @@ class Completion(Protocol):
     def restart(self) -> None:
         """All that is known is computed again."""
 
+    def resume(self, tokens: Tokens[int]) -> None:
+        """Begins behind `tokens`, which are not returned once more. Raises InvalidRequest: it cannot have them."""
+
 
 class Outbox(Protocol):
     """Where a sequence's deltas go; `index` distinguishes the sequences that share one."""
@@ -215,6 +218,15 @@ class Sequence:
                     segment.start, segment.tokens = self.computed, tuple(delta.tokens)
             self.finish_reason, self.error = delta.finish_reason, delta.error
         return delta
+
+    def resume(self, tokens: Tokens[int]) -> None:
+        """Begins behind `tokens`, which were generated elsewhere: they are known, and not returned once more.
+
+        Raises:
+            InvalidRequest: its constraint does not take them.
+        """
+        self.completion.resume(tokens)
+        self.generated += tokens
 
     def restart(self) -> None:
         """Its state is lost: all that is known is computed again, and leads to the same token."""

@@ -16,6 +16,7 @@ STACK = 64 * 2**20  # bytes; address space alone, as long as it is not used
 USUAL_STACK = 0  # is what the system gives
 
 _under_way: set[int] = set()  # calls, by their identity
+_named: set[str] = set()  # threads that should end
 _starting = threading.Lock()  # the size of a stack is an option of the whole program
 
 
@@ -25,9 +26,15 @@ class Executor(Protocol):
     def submit(self, function: Callable[..., T], /, *arguments: Any) -> Future[T]: ...
 
 
-def start_daemon(target: Callable[[], object], name: str, stack: int = STACK) -> threading.Thread:
-    """Starts a daemon thread with a stack of so many bytes."""
+def start_daemon(target: Callable[[], object], name: str, stack: int = STACK, ends: bool = True) -> threading.Thread:
+    """Starts a daemon thread with a stack of so many bytes.
+
+    Args:
+        ends: whether it should have ended when the program does; else it waits for calls for as long as there is one.
+    """
     thread = threading.Thread(target=target, name=name, daemon=True)
+    if ends:
+        _named.add(name)
     with _starting:
         usual = threading.stack_size(stack)
         try:
@@ -85,7 +92,7 @@ class DaemonThreads:
 
         self._calls.put(call)
         if len(self._threads) < self._count:
-            self._threads.append(start_daemon(self._run, self._name))
+            self._threads.append(start_daemon(self._run, self._name, ends=False))
         return future
 
     def _run(self) -> None:
@@ -97,6 +104,6 @@ class DaemonThreads:
             del call  # what it held is not kept until the next one comes
 
 
-def calls_under_way() -> bool:
-    """Whether such a thread is in a call now: the interpreter must not be taken down under its native code."""
-    return bool(_under_way)
+def left_behind() -> bool:
+    """Whether a daemon thread is still at work: the interpreter must not be taken down under its native code."""
+    return bool(_under_way) or any(thread.name in _named for thread in threading.enumerate())

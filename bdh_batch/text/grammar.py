@@ -10,12 +10,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import orjson
+from llguidance import LLMatcher
 
 from bdh_batch.errors import InvalidRequest, UnsupportedParameter
+from bdh_batch.messages import Grammar, GrammarText
 from bdh_batch.system.threads import DaemonThreads
 from bdh_batch.text.compiler import compile_grammar
 from bdh_batch.text.constraints import CompiledGrammar
@@ -52,6 +55,7 @@ class Grammars:
         most_bytes: of a schema or grammar as it comes.
         cache_bytes: that all compiled grammars may take.
         small: vocabularies larger than that have their masks made in other threads.
+        elsewhere: whether grammars are compiled in the engine's process, and here only tried out.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class Grammars:
         most_bytes: int = 2**19,
         cache_bytes: int = 2**28,
         small: int = SMALL,
+        elsewhere: bool = False,
     ) -> None:
         self._vocabulary = vocabulary
         self._sandbox = sandbox
@@ -68,11 +73,12 @@ class Grammars:
         self._cache = GrammarCache(cache_bytes)
         self._worn_out: set[bytes] = set()  # those of the kept that have reached a limit of the library's
         self._compiling: dict[bytes, _Compiling] = {}
+        self._elsewhere = elsewhere
         self._compilers = DaemonThreads(COMPILERS, "bdh-grammar")
         large = isinstance(vocabulary, Vocabulary) and vocabulary.size > small
         self._maskers = DaemonThreads(MASKERS, "bdh-mask") if large else None
 
-    async def compile(self, source: Source, tenant: str = "") -> CompiledGrammar:
+    async def compile(self, source: Source, tenant: str = "") -> Grammar:
         """
         Raises:
             InvalidRequest: it is none, is too large, or nothing satisfies it; the field is named.
@@ -85,25 +91,43 @@ class Grammars:
         job = source.written(self._most_bytes)
         # Completions share what a grammar learns of itself, and its limits: only one tenant's do.
         key = hashlib.sha256(b"%b\0%b" % (tenant.encode(), job)).digest()
-        if key in self._worn_out:
-            self._worn_out.discard(key)
-            self._cache.discard(key)
-        found = self._cache.get(key) or await self._compiled(self._vocabulary, self._sandbox, job, key, tenant)
+        self._forget_worn_out(key)
+        found = self._cache.get(key) or await self._compiled(self._sandbox, job, key, tenant)
         if isinstance(found, Problem):
             param = found.param or source.param
             raise InvalidRequest(f"{param}: {found.text}", param)
+        text = GrammarText(found.text, found.size, source.param, source.trigger, found.warnings, tenant)
+        return text if found.matcher is None else self._grammar(found.matcher, text, key)
+
+    async def compiled(self, text: GrammarText) -> Grammar:
+        """What has been tried out in another process. Raises InvalidRequest: it is none for this vocabulary."""
+        assert isinstance(self._vocabulary, Vocabulary)
+        key = hashlib.sha256(f"{text.tenant}\0{text.text}".encode()).digest()
+        self._forget_worn_out(key)
+        found = self._cache.get(key)
+        if not isinstance(found, Compiled) or found.matcher is None:
+            found = await asyncio.shield(asyncio.ensure_future(self._matcher(key, text.text, text.size, text.warnings)))
+        if isinstance(found, Problem) or found.matcher is None:
+            raise InvalidRequest(f"{text.param}: {getattr(found, 'text', '')}", text.param)
+        return self._grammar(found.matcher, text, key)
+
+    def _grammar(self, matcher: LLMatcher, text: GrammarText, key: bytes) -> CompiledGrammar:
+        assert isinstance(self._vocabulary, Vocabulary)
         worn_out = partial(self._worn_out.add, key)
         return CompiledGrammar(
-            found.matcher, self._vocabulary, source.param, source.trigger, self._maskers, worn_out, found.warnings
+            matcher, self._vocabulary, text.param, text.trigger, self._maskers, worn_out, text.warnings
         )
 
-    async def _compiled(
-        self, vocabulary: Vocabulary, sandbox: Runs, job: bytes, key: bytes, tenant: str
-    ) -> Compiled | Problem:
+    def _forget_worn_out(self, key: bytes) -> None:
+        if key in self._worn_out:
+            self._worn_out.discard(key)
+            self._cache.discard(key)
+
+    async def _compiled(self, sandbox: Runs, job: bytes, key: bytes, tenant: str) -> Compiled | Problem:
         """Requests of one tenant for one grammar wait for the same work, which ends when none of them waits for it."""
         on_its_way = self._compiling.get(key)
         if on_its_way is None:
-            work = asyncio.ensure_future(self._compile(vocabulary, sandbox, job, key, tenant))
+            work = asyncio.ensure_future(self._compile(sandbox, job, key, tenant))
             on_its_way = self._compiling[key] = _Compiling(work)
         on_its_way.waiting += 1
         try:
@@ -114,26 +138,18 @@ class Grammars:
                 on_its_way.work.cancel()
                 del self._compiling[key]
 
-    async def _compile(
-        self, vocabulary: Vocabulary, sandbox: Runs, job: bytes, key: bytes, tenant: str
-    ) -> Compiled | Problem:
+    async def _compile(self, sandbox: Runs, job: bytes, key: bytes, tenant: str) -> Compiled | Problem:
         async def here(said: bytes) -> Compiled | Problem:
             result = orjson.loads(said)
             if "problem" in result:
                 return self._cache.add_problem(key, Problem(result["problem"], result["param"]))
-            done = asyncio.wrap_future(self._compilers.submit(compile_grammar, vocabulary.tokens, result["grammar"]))
-            try:
-                matcher = await asyncio.shield(done)
-            except asyncio.CancelledError:  # it goes on in its thread, and this turn with it
-                await asyncio.wait([done])
-                raise
-            if isinstance(matcher, str):
-                return self._cache.add_problem(key, Problem(matcher))
             for warning in result["warnings"]:
                 log.info("%(param)s: %(path)r: %(text)s", warning)
-            compiled = Compiled(matcher, result["warnings"])
-            gone = self._cache.add(key, compiled, result["bytes"])
-            self._compilers.submit(gone.clear)  # to free a large one takes a while
+            text, size, warnings = result["grammar"], result["bytes"], result["warnings"]
+            if not self._elsewhere:
+                return await self._matcher(key, text, size, warnings)
+            compiled = Compiled(None, text, size, warnings)
+            self._cache.add(key, compiled)
             return compiled
 
         try:
@@ -142,6 +158,24 @@ class Grammars:
             return self._cache.add_problem(key, Problem(str(refused)))
         except JobFailed as failed:
             return self._cache.add_problem(key, Problem(_problem_of(failed)))
+
+    async def _matcher(
+        self, key: bytes, text: str, size: int, warnings: Sequence[Mapping[str, str]]
+    ) -> Compiled | Problem:
+        """Compiles what has been tried out, and caches it."""
+        assert isinstance(self._vocabulary, Vocabulary)
+        done = asyncio.wrap_future(self._compilers.submit(compile_grammar, self._vocabulary.tokens, text))
+        try:
+            matcher = await asyncio.shield(done)
+        except asyncio.CancelledError:  # it goes on in its thread, and this turn with it
+            await asyncio.wait([done])
+            raise
+        if isinstance(matcher, str):
+            return self._cache.add_problem(key, Problem(matcher))
+        compiled = Compiled(matcher, text, size, warnings)
+        gone = self._cache.add(key, compiled)
+        self._compilers.submit(gone.clear)  # to free a large one takes a while
+        return compiled
 
 
 def open_sandbox(setup: bytes, seconds: float, memory: int, queue: QueueLimits) -> Sandbox:

@@ -24,9 +24,16 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Compiled:
-    """A matcher at the start of a grammar, and what was left out of its schemas (`lark.Written`)."""
+    """A grammar, and what was left out of its schemas (`lark.Written`).
 
-    matcher: LLMatcher
+    Args:
+        matcher: at its start; None where it is compiled elsewhere.
+        size: bytes that it takes.
+    """
+
+    matcher: LLMatcher | None
+    text: str
+    size: int
     warnings: Sequence[Mapping[str, str]] = ()
 
 
@@ -53,10 +60,10 @@ class GrammarCache:
         problem, until = self._problems.get(key, (None, 0.0))
         return problem if time.monotonic() < until else None
 
-    def add(self, key: bytes, compiled: Compiled, size: int) -> list[LLMatcher]:
+    def add(self, key: bytes, compiled: Compiled) -> list[LLMatcher]:
         """Keeps `compiled`, and returns the matchers that gave way."""
         gone = self._without(key)
-        weight = max(size, LEAST_WEIGHT)
+        weight = max(compiled.size, LEAST_WEIGHT)
         self._compiled[key] = compiled, weight
         self.bytes += weight
         while self.bytes > self._most_bytes:
@@ -76,4 +83,4 @@ class GrammarCache:
     def _without(self, key: bytes) -> list[LLMatcher]:
         compiled, weight = self._compiled.pop(key, (None, 0))
         self.bytes -= weight
-        return [] if compiled is None else [compiled.matcher]
+        return [] if compiled is None or compiled.matcher is None else [compiled.matcher]

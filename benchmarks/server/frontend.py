@@ -114,7 +114,8 @@ class Crowd:
     def __init__(self, server: Served, request: bytes, size: int) -> None:
         self.streams = [Counter(self, request) for _ in range(size)]
         self._port = server.port
-        self._process = psutil.Process(server.pid)
+        process = psutil.Process(server.pid)
+        self._processes = [process, *process.children(recursive=True)]
         self._unbegun = self._unended = size
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.all_began: Mark | None = None
@@ -141,10 +142,12 @@ class Crowd:
             self._ended.set_result(None)
 
     def _mark(self) -> Mark:
-        times = self._process.cpu_times()
+        times = [process.cpu_times() for process in self._processes]
         events = sum(stream.events for stream in self.streams)
         reads = sum(stream.reads for stream in self.streams)
-        return Mark(time.perf_counter(), events, reads, times.user + times.system, time.process_time())
+        return Mark(
+            time.perf_counter(), events, reads, sum(each.user + each.system for each in times), time.process_time()
+        )
 
 
 class Counter(Raw):

@@ -10,10 +10,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import math
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,8 @@ from bdh_batch import settings
 from bdh_batch.checkpoint.checkpoint import load_model
 from bdh_batch.engine.loading import LoadedEngine
 from bdh_batch.messages import Outcome, Plan, TokenScore
-from bdh_batch.server import bundled_model, serve
+from bdh_batch.processes.chosen_model import bundled_model
+from bdh_batch.server import run
 
 TEXT = b'He said: "The quick brown fox jumps over the lazy dog." And it did, too. '
 SLOW_SECONDS = 0.02
@@ -85,7 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--crowd", type=int, default=256, help="streams at the same time")
     parser.add_argument("--ahead", type=int, default=8, help="steps made before the event loop took those before them")
-    chosen = parser.parse_args(arguments)
+    parser.add_argument("--workers", type=int, default=1, help="front ends")
+    parser.add_argument("--replicas", type=int, help="engine processes; else it is in the server's process")
+    parser.add_argument("--process", help=argparse.SUPPRESS)
+    given = [*(sys.argv[1:] if arguments is None else arguments)]
+    chosen = parser.parse_args(given)
     overrides = [
         ("server.port", str(chosen.port)),
         ("model.path", str(bundled_model())),
@@ -93,9 +99,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("scheduler.prefill_tokens", str(PREFILL_TOKENS)),
         ("scheduler.target_step_ms", "0"),  # time between steps is the event loop's, not the device's
     ]
+    if chosen.replicas is not None:
+        overrides += [("server.workers", str(chosen.workers)), ("engine.replicas", str(chosen.replicas))]
     runner = ModellessRunner(chosen.crowd, chosen.ahead)
     resolved = settings.load(None, overrides)
-    uvloop.run(serve(resolved.settings, lambda *_: runner.follow(asyncio.get_running_loop()), load_modelless(runner)))
+    program = ("benchmarks.server.modelless",)
+    ready = partial(follow, runner)
+    uvloop.run(run(resolved.settings, given, chosen.process, ready, load_modelless(runner), program))
+
+
+def follow(runner: ModellessRunner, *_: str) -> None:
+    runner.follow(asyncio.get_running_loop())
 
 
 if __name__ == "__main__":

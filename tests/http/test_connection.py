@@ -15,7 +15,7 @@ import pytest
 from bdh_batch.errors import ConfigError
 from bdh_batch.http.auth.caller import by_address
 from bdh_batch.http.transport.server import tls_context
-from bdh_batch.server import key_ring
+from bdh_batch.processes.service import key_ring
 from bdh_batch.settings import Auth, Server as ServerSettings, load
 from tests.conftest import eventually
 

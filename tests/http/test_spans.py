@@ -24,7 +24,7 @@ from bdh_batch import settings
 from bdh_batch.errors import ConfigError
 from bdh_batch.observability import spans as module
 from bdh_batch.observability.spans import Spans, traces_url
-from bdh_batch.server import open_spans
+from bdh_batch.processes.service import open_spans
 
 if TYPE_CHECKING:
     from tests.conftest import ServeFactory, Server

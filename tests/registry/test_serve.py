@@ -9,9 +9,9 @@ import pytest
 
 from bdh_batch import cli as command_line
 from bdh_batch.errors import CheckpointError, ConfigError
+from bdh_batch.processes.chosen_model import chosen_model
 from bdh_batch.registry.locate import locate
 from bdh_batch.registry.store import Store
-from bdh_batch.server import Service
 from bdh_batch.settings import load
 from bdh_batch.system.cache_folder import cache_folder
 from tests.registry.conftest import Run, left_in
@@ -65,7 +65,7 @@ def test_the_other_commands_know_names_too(run: Run, model: Path, tmp_path: Path
 def test_a_server_of_an_unknown_name_does_not_start(run: Run, model: Path) -> None:
     run("add", model, "--id", "mine")
     with pytest.raises(CheckpointError, match=r"no model at none, .* which has: mine$"):
-        Service(load(overrides=[("model.path", "none")]).settings)
+        chosen_model(load(overrides=[("model.path", "none")]).settings)
 
 
 def test_the_cache_is_where_the_platform_has_it_or_the_environment_says(

@@ -538,8 +538,8 @@ async def test_the_bytes_of_grammars_that_are_kept_are_bounded() -> None:
     cache = GrammarCache(100 * LEAST_WEIGHT)
     matcher = compile_grammar(byte_vocabulary(256).tokens, "start: /a/")
     assert isinstance(matcher, LLMatcher)
-    assert not cache.add(b"small", Compiled(matcher), 0)
-    assert cache.add(b"huge", Compiled(matcher), 100 * LEAST_WEIGHT) == [matcher]
+    assert not cache.add(b"small", Compiled(matcher, "", 0))
+    assert cache.add(b"huge", Compiled(matcher, "", 100 * LEAST_WEIGHT)) == [matcher]
     assert (len(cache), cache.get(b"small")) == (1, None)
 
 

@@ -18,7 +18,7 @@ from jsonschema import Draft202012Validator, ValidationError
 from jsonschema.validators import extend
 
 from bdh_batch.errors import InvalidRequest
-from bdh_batch.text.constraints import CompiledGrammar
+from bdh_batch.messages import Grammar
 from bdh_batch.text.schema_numbers import LARGEST_INTEGER
 from bdh_batch.text.sources import from_schema
 from bdh_batch.text.vocabulary import byte_vocabulary
@@ -41,7 +41,7 @@ def exactly(text: str | bytes) -> Any:
     return json.loads(text, parse_float=Decimal)
 
 
-async def compiled(schema: str) -> CompiledGrammar:
+async def compiled(schema: str) -> Grammar:
     """As a server has it from a body."""
     return await GRAMMARS.compile(from_schema(orjson.loads(schema), "the.field"))
 
@@ -96,7 +96,7 @@ SCHEMAS = (
 @given(SCHEMAS, st.randoms(use_true_random=False))
 async def test_what_is_generated_satisfies_the_schema_as_it_was_written(schema: str, chance: random.Random) -> None:
     (grammar,) = await asyncio.gather(compiled(schema), return_exceptions=True)
-    if not isinstance(grammar, CompiledGrammar):
+    if not isinstance(grammar, Grammar):
         assert isinstance(grammar, InvalidRequest)
         assert grammar.param == "the.field"
         return

@@ -14,8 +14,8 @@ from hypothesis import given, settings, strategies as st
 from jsonschema import Draft202012Validator
 
 from bdh_batch.errors import InvalidRequest
+from bdh_batch.messages import Grammar
 from bdh_batch.text.calls import Tool, from_tools, head
-from bdh_batch.text.constraints import CompiledGrammar
 from bdh_batch.text.schema_rewriting import MOST_OMISSIONS
 from bdh_batch.text.sources import from_lark, from_schema
 from bdh_batch.text.vocabulary import byte_vocabulary
@@ -27,11 +27,11 @@ GRAMMARS = inline_grammars(VOCABULARY, 2**19)
 DATA = Path(__file__).parent.parent / "data" / "tools"
 
 
-async def compiled(schema: Any, strict: bool = False) -> CompiledGrammar:
+async def compiled(schema: Any, strict: bool = False) -> Grammar:
     return await GRAMMARS.compile(from_schema(schema, "the.field", strict))
 
 
-def takes(grammar: CompiledGrammar, value: object) -> bool:
+def takes(grammar: Grammar, value: object) -> bool:
     """Whether a completion can be `value`, written without spaces."""
     constraint = grammar.constraint()
     text = json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
@@ -380,7 +380,7 @@ async def test_completions_satisfy_every_schema_of_which_nothing_was_left_out(
 ) -> None:
     whole = {**schema, "$defs": {"d": definition}} if isinstance(schema, dict) else {"$defs": {"d": definition}}
     (made,) = await asyncio.gather(compiled(whole, strict), return_exceptions=True)
-    if not isinstance(made, CompiledGrammar):
+    if not isinstance(made, Grammar):
         assert isinstance(made, InvalidRequest)
         return
     assert not (strict and made.warnings)

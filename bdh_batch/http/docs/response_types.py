@@ -322,12 +322,24 @@ class Load(ResponseModel):
     server_load: Count = Field(description="Requests under way in the engine.")
 
 
+class EngineProcess(ResponseModel):
+    """An engine process, as the front end that responds knows it."""
+
+    name: str
+    pid: int | None = None
+    model: str | None = None
+    device: str | None = None
+    state: str = Field(description="connecting, ready, leaving or unhealthy.")
+    streams: int = Field(description="Requests of this front end that it computes.")
+
+
 class ServerInfo(ResponseModel):
     """The response of /server_info."""
 
     version: str
     model: str
     config: dict[str, dict[str, JsonValue]]
+    engines: list[EngineProcess] | None = Field(None, description="Engine processes, where the model has some.")
 
 
 class Root(ResponseModel):

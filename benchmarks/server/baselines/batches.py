@@ -52,7 +52,9 @@ class Batches:
         self._thread = threading.Thread(target=self._main, name="baseline", daemon=True)
         self._thread.start()
 
-    def submit(self, sequences: Many[Sequence], queue_timeout: float | None, timeout: float | None) -> None:
+    def submit(
+        self, sequences: Many[Sequence], queue_timeout: float | None, timeout: float | None, resumed: bool
+    ) -> None:
         if not self._thread.is_alive() or self._stopping:
             raise engine_down()
         if queue_timeout is not None or timeout is not None:

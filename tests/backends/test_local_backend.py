@@ -10,6 +10,7 @@ import pytest
 
 from bdh_batch.backends import local
 from bdh_batch.backends.local import LocalBackend
+from bdh_batch.backends.tokenization import Tokenization
 from bdh_batch.engine.completion import Completion
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.schema.requests import CompletionBody, Defaults
@@ -26,7 +27,9 @@ class Engine:
     def __init__(self) -> None:
         self.sequences: list[Sequence] = []
 
-    def submit(self, sequences: Many[Sequence], queue_timeout: float | None, timeout: float | None) -> None:
+    def submit(
+        self, sequences: Many[Sequence], queue_timeout: float | None, timeout: float | None, resumed: bool
+    ) -> None:
         self.sequences += sequences
 
     @property
@@ -67,13 +70,13 @@ async def test_two_thousand_sequences_share_what_does_not_differ(monkeypatch: py
     engine = Engine()
     backend = backend_of(engine)
     checked: list[int] = []
-    knows = LocalBackend._knows
+    knows = Tokenization.knows
 
-    def counted(self: LocalBackend, tokens: Many[int]) -> bool:
+    def counted(self: Tokenization, tokens: Many[int]) -> bool:
         checked.append(len(tokens))
         return knows(self, tokens)
 
-    monkeypatch.setattr(LocalBackend, "_knows", counted)
+    monkeypatch.setattr(Tokenization, "knows", counted)
     sampling = SamplingParams(repetition_penalty=1.2, logit_bias=LogitBias.of({5: 1.0}))
     stops = tuple(range(200))
     asked = request(sampling=sampling, stop=("END",) * 16, stop_token_ids=stops, min_tokens=2)

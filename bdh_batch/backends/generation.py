@@ -1,0 +1,104 @@
+"""A generation under way, as its reader has it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from typing import Protocol
+
+from bdh_batch.backends.base import Ended
+from bdh_batch.engine.mailbox import Mailbox
+from bdh_batch.messages import Delta, FinishReason, GenerationRequest
+
+FAILED = (FinishReason.ABORT, FinishReason.ERROR)
+
+
+class Source(Protocol):
+    """Where the deltas of a generation come from."""
+
+    @property
+    def cached_tokens(self) -> Sequence[int]:
+        """Tokens of each sequence's prompt that did not have to be computed."""
+
+    def abandon(self) -> None:
+        """Nothing more is read. Idempotent."""
+
+
+class MailboxGeneration:
+    """The sequences of one client's request, read from their mailbox.
+
+    Args:
+        source: what fills that.
+    """
+
+    def __init__(self, request: GenerationRequest, mailbox: Mailbox, source: Source, running: Running) -> None:
+        self._request = request
+        self._mailbox = mailbox
+        self._source = source
+        self._open = len(request.prompts) * request.n
+        self._tokens = 0
+        self._failure: Delta | None = None
+        self._ended: list[Ended] = []
+        self._running = running
+        running.add(self)
+
+    @property
+    def prompts(self) -> Sequence[Sequence[int]]:
+        return [prompt.tokens for prompt in self._request.prompts for _ in range(self._request.n)]
+
+    @property
+    def cached_tokens(self) -> Sequence[int]:
+        return self._source.cached_tokens
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
+        while self._open:
+            deltas = await self._mailbox.take()
+            for _, delta in deltas:
+                self._tokens += len(delta.tokens)
+                if delta.finish_reason is not None:
+                    self._open -= 1
+                    if delta.finish_reason in FAILED and self._failure is None:
+                        self._failure = delta
+            yield deltas
+
+    def abort(self) -> None:
+        self._source.abandon()
+        self._running.discard(self)
+        if self._open and self._failure is None:
+            self._failure = Delta(finish_reason=FinishReason.ABORT)
+        ended, self._ended = self._ended, []
+        for each in ended:
+            each(self._tokens, self._failure)
+
+    def on_end(self, ended: Ended) -> None:
+        self._ended.append(ended)
+
+
+class Running:
+    """What has been started and is still read; says when there is nothing left."""
+
+    def __init__(self) -> None:
+        self._under_way: set[object] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def __len__(self) -> int:
+        return len(self._under_way)
+
+    def add(self, generation: object) -> None:
+        self._under_way.add(generation)
+        self._idle.clear()
+
+    def discard(self, generation: object) -> None:
+        self._under_way.discard(generation)
+        if not self._under_way:
+            self._idle.set()
+
+    async def wait_until_idle(self, seconds: float) -> bool:
+        """Whether all has ended within `seconds`."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True

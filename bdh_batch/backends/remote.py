@@ -1,0 +1,119 @@
+"""Generates with engines in other processes, and goes on elsewhere when one of them is lost.
+
+A token follows from the weights, the prompt, the tokens before it and the seed. So whoever has those can have any
+engine of the same weights and kernels go on, and the reader sees a pause and the same bytes. An engine that goes on is
+given the tokens so far, and computes what they make of the state as it does for a prompt.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from bdh_batch.backends.base import Unread
+from bdh_batch.backends.failover import Failover
+from bdh_batch.backends.generation import MailboxGeneration, Running
+from bdh_batch.backends.replica import Reader, Replica, State
+from bdh_batch.backends.routing import Routing
+from bdh_batch.backends.stream import RemoteStream
+from bdh_batch.backends.tokenization import Tokenization
+from bdh_batch.engine.mailbox import Mailbox
+from bdh_batch.errors import Unavailable
+from bdh_batch.messages import GenerationRequest, Prompt, Text
+from bdh_batch.text.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+LAST_WORDS_SECONDS = 2.0  # for the error events of a drain that ran out of time to reach their clients
+NO_ENGINE = "no engine is ready"
+
+
+class RemoteBackend:
+    """Generates with engines in other processes.
+
+    Args:
+        max_failovers: engines that one request may lose; then it fails, as it may be what they die of.
+        timeout: seconds that a request may take in all; None is no limit.
+        closed: is called when it is closed.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        vocab_size: int,
+        max_failovers: int,
+        timeout: float | None,
+        closed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.replicas: Mapping[str, Replica] = {}
+        self._closed = closed
+        self._tokenization = Tokenization(tokenizer, vocab_size)
+        self._timeout = timeout
+        self._running = Running()
+        self._routing = Routing()
+        self._failover = Failover(max_failovers, self._ready, self._choose)
+
+    async def generate(self, request: GenerationRequest) -> MailboxGeneration:
+        if not self._ready():
+            raise Unavailable(f"The model cannot be reached: {NO_ENGINE}.", retry_after=1)
+        timeouts = [seconds for seconds in (self._timeout, request.origin.timeout) if seconds is not None]
+        deadline = time.monotonic() + min(timeouts) if timeouts else None
+        mailbox = Mailbox()
+        stream = RemoteStream(request, mailbox, self._failover, deadline)
+        self._failover.enter(stream)
+        try:
+            await asyncio.shield(stream.admitted)
+        except BaseException:
+            stream.abandon()
+            raise
+        return MailboxGeneration(request, mailbox, stream, self._running)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenization.tokenizer
+
+    async def tokenized(self, prompts: Sequence[Unread], last: int | None = None) -> list[Prompt]:
+        return await self._tokenization.prompts(prompts, last)
+
+    async def tokenize(self, prompt: Text, param: str) -> Sequence[int]:
+        return await self._tokenization.tokenize(prompt, param)
+
+    async def detokenize(self, tokens: Sequence[int]) -> str:
+        return await self._tokenization.detokenize(tokens)
+
+    def load(self) -> int:
+        return len(self._running)
+
+    def health(self) -> str | None:
+        return None if self._ready() else NO_ENGINE
+
+    async def drain(self, seconds: float) -> None:
+        if await self._running.wait_until_idle(seconds):
+            return
+        for stream in self._streams():
+            stream.fail(Unavailable("The server is shutting down.", retry_after=5))
+        await self._running.wait_until_idle(LAST_WORDS_SECONDS)
+
+    def close(self) -> None:
+        self._closed()
+
+    def changed(self, replica: Replica) -> None:
+        """The state of a replica has changed."""
+        self._failover.dispatch()
+
+    def lost(self, replica: Replica, readers: Sequence[Reader]) -> None:
+        """A replica will not go on with what `readers` read."""
+        self._failover.lost(replica, [each for each in readers if isinstance(each, RemoteStream)])
+
+    def _choose(self, request: GenerationRequest) -> Replica | None:
+        return self._routing.choose(self._ready(), request)
+
+    def _ready(self) -> list[Replica]:
+        return [replica for replica in self.replicas.values() if replica.state is State.READY]
+
+    def _streams(self) -> list[RemoteStream]:
+        found = {id(reader): reader for replica in self.replicas.values() for reader in replica.readers.values()}
+        computed = [each for each in found.values() if isinstance(each, RemoteStream)]
+        return [*computed, *self._failover.waiting]

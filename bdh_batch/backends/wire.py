@@ -1,0 +1,273 @@
+"""What crosses between a front end and an engine process: typed messages, packed by msgspec, and how they are framed.
+
+A frame is four bytes of length, and so many of MessagePack. A connection begins with `Hello`, and `Welcome` or
+`Refusal`. Then the front end sends `Start`, `Abort` and `Ask`; the engine sends `Started`, one `Gains` for each step
+that its sequences gained something in, `Pulse` at intervals, and `Told`.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import msgspec
+
+from bdh_batch import errors
+from bdh_batch.errors import BDHError, InvalidRequest, RetryLater
+from bdh_batch.messages import (
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    Grammar,
+    GrammarText,
+    LogitBias,
+    Progress,
+    TokenScore,
+)
+
+PROTOCOL = 1  # grows whenever a message changes
+LENGTH = struct.Struct("<I")
+MOST_BYTES = 2**28  # of a frame; a request may have a prompt of many tokens, a delta the scores of one
+MOST_GREETING = 2**14  # of the first frame, before it is known who sends it
+
+
+class Malformed(BDHError):
+    """A peer sent what is no message, or one of another protocol. Ends the connection; it has no HTTP status."""
+
+
+class Hello(msgspec.Struct, tag=True):
+    """The first message of a front end. `secret` is the one that the engine was started with."""
+
+    protocol: int
+    version: str
+    secret: str
+
+
+class Welcome(msgspec.Struct, tag=True):
+    """The first message of an engine: which one it is, and the facts of its model.
+
+    `fingerprint` is the same for engines whose tokens are the same: weights, dtypes and kernels.
+    """
+
+    version: str
+    pid: int
+    model: str
+    device: str
+    fingerprint: str
+    vocab_size: int
+    width: int
+    slots: int
+    host_slots: int
+    window: int
+
+
+class Refusal(msgspec.Struct, tag=True):
+    """An engine does not speak to this peer."""
+
+    reason: str
+
+
+class Start(msgspec.Struct, tag=True):
+    """Starts a request, or goes on with it where `progress` has one for each of its sequences.
+
+    The prompts of `request` come without their tokens, which are in `tokens`, as int32.
+    """
+
+    stream: int
+    request: GenerationRequest
+    tokens: list[bytes]
+    progress: list[Progress] = []
+
+    @classmethod
+    def of(cls, stream: int, request: GenerationRequest, progress: list[Progress]) -> Start:
+        tokens = [array("i", iter(prompt.tokens)).tobytes() for prompt in request.prompts]
+        prompts = [replace(prompt, tokens=()) for prompt in request.prompts]
+        origin = replace(request.origin, span=None)
+        return cls(stream, replace(request, origin=origin, prompts=prompts), tokens, progress)
+
+    @property
+    def whole(self) -> GenerationRequest:
+        """The request. Raises Malformed where it is none."""
+        prompts = []
+        for prompt, packed in zip(self.request.prompts, self.tokens, strict=True):
+            tokens = array("i")
+            tokens.frombytes(packed)
+            prompts.append(replace(prompt, tokens=tokens))
+        return replace(self.request, prompts=prompts)
+
+
+class Started(msgspec.Struct, tag=True):
+    """How a `Start` went: `error` is why it did not."""
+
+    stream: int
+    error: list[Any] | None = None
+
+
+class Abort(msgspec.Struct, tag=True):
+    """Ends a stream that is read no more."""
+
+    stream: int
+
+
+class Gain(msgspec.Struct, array_like=True):
+    """A delta of a stream's sequence."""
+
+    stream: int
+    index: int
+    text: str
+    tokens: list[int]
+    finish_reason: str | None = None
+    cached_tokens: int = 0
+    logprob: float = 0.0
+    scores: list[tuple[int, TokenScore]] | None = None
+    prompt_scores: list[TokenScore] | None = None
+    pooled: list[float] | None = None
+    error: list[Any] | None = None
+
+    @classmethod
+    def of(cls, stream: int, index: int, delta: Delta, cached_tokens: int) -> Gain:
+        reason, error = delta.finish_reason, delta.error
+        return cls(
+            stream,
+            index,
+            delta.text,
+            delta.tokens,
+            None if reason is None else reason.value,
+            cached_tokens,
+            delta.logprob,
+            delta.scores,
+            None if delta.prompt_scores is None else list(delta.prompt_scores),
+            None if delta.pooled is None else list(delta.pooled),
+            None if error is None else packed_error(error),
+        )
+
+    @property
+    def delta(self) -> Delta:
+        return Delta(
+            self.text,
+            self.tokens,
+            None if self.finish_reason is None else FinishReason(self.finish_reason),
+            None if self.error is None else unpacked_error(self.error),
+            self.scores,
+            self.logprob,
+            self.prompt_scores,
+            self.pooled,
+        )
+
+
+class Gains(msgspec.Struct, tag=True):
+    """What the sequences of one front end gained in a step."""
+
+    gains: list[Gain]
+
+
+class Pulse(msgspec.Struct, tag=True):
+    """An engine lives: its load, and what is wrong with it. `leaving` asks front ends to go on elsewhere."""
+
+    running: int
+    waiting: int
+    problem: str | None = None
+    leaving: bool = False
+
+
+class Ask(msgspec.Struct, tag=True):
+    """Asks for the engine's metrics."""
+
+    number: int
+
+
+class Told(msgspec.Struct, tag=True):
+    """The engine's metrics, as Prometheus reads them."""
+
+    number: int
+    metrics: bytes
+
+
+FromFront = Hello | Start | Abort | Ask
+FromEngine = Welcome | Refusal | Started | Gains | Pulse | Told
+
+
+def packed_error(error: BDHError) -> list[Any]:
+    """Its class and what it was made of."""
+    facts: dict[str, Any] = {}
+    if isinstance(error, InvalidRequest):
+        facts = {"param": error.param, "code": error.code}
+    elif isinstance(error, RetryLater):
+        facts = {"retry_after": error.retry_after}
+    return [type(error).__name__, error.message, facts]
+
+
+def unpacked_error(packed: Sequence[Any]) -> BDHError:
+    """Raises Malformed where it is none."""
+    match packed:
+        case [str(name), str(message), dict(facts)]:
+            kind = getattr(errors, name, None)
+            if isinstance(kind, type) and issubclass(kind, BDHError):
+                try:
+                    return kind() if kind is errors.NotFinite else kind(message, **facts)
+                except TypeError:
+                    pass
+    raise Malformed("an error that is not known")
+
+
+def _encoded(value: Any) -> Any:
+    if isinstance(value, LogitBias):
+        return [value.tokens.tobytes(), value.amounts.tobytes()]
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"{type(value).__name__} does not cross between processes")
+
+
+def _decoded(kind: type, value: Any) -> Any:
+    if kind is LogitBias and isinstance(value, list) and len(value) == 2:
+        bias = LogitBias(array("q"), array("f"))
+        bias.tokens.frombytes(value[0])
+        bias.amounts.frombytes(value[1])
+        return bias
+    if kind is Grammar:
+        return msgspec.convert(value, GrammarText)
+    raise TypeError(f"{kind.__name__} does not cross between processes")
+
+
+_encoder = msgspec.msgpack.Encoder(enc_hook=_encoded)
+
+
+def frame(message: object) -> bytes:
+    """`message` as it goes over a connection."""
+    packed = _encoder.encode(message)
+    return LENGTH.pack(len(packed)) + packed
+
+
+class Unpacker:
+    """Bytes as they come to messages of `kinds`.
+
+    Feeding it raises:
+        Malformed
+    """
+
+    def __init__(self, kinds: Any) -> None:
+        self._decoder = msgspec.msgpack.Decoder(kinds, dec_hook=_decoded)
+        self._buffer = bytearray()
+        self.most = MOST_GREETING
+
+    def feed(self, data: bytes) -> list[Any]:
+        """All messages that are whole now."""
+        self._buffer += data
+        messages, at = [], 0
+        while len(self._buffer) - at >= LENGTH.size:
+            (length,) = LENGTH.unpack_from(self._buffer, at)
+            if length > self.most:
+                raise Malformed(f"a message of {length:,} bytes")
+            begin = at + LENGTH.size
+            if len(self._buffer) < begin + length:
+                break
+            at = begin + length
+            try:
+                messages.append(self._decoder.decode(memoryview(self._buffer)[begin:at].tobytes()))
+            except (msgspec.MsgspecError, ValueError, TypeError) as error:
+                raise Malformed(str(error)) from error
+        del self._buffer[:at]
+        return messages

@@ -1,0 +1,99 @@
+"""What a client gets: deltas, logprobs, usage, and why a sequence ended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from io import StringIO
+from typing import NamedTuple
+
+from bdh_batch.errors import BDHError
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    TOOL_CALLS = "tool_calls"  # only in the chat API: there a response that stopped after a call says so
+    ABORT = "abort"
+    ERROR = "error"
+
+
+class TokenScore(NamedTuple):
+    """A token's log-probability, and the likeliest tokens at its position with theirs, likeliest first.
+
+    They are the log-softmax of the model's own logits, before temperature, penalties and all else.
+    """
+
+    token: int
+    logprob: float
+    top: Sequence[tuple[int, float]]
+    rank: int = 0  # how many tokens are at least as likely, itself included; of a prompt's tokens only
+
+
+@dataclass(slots=True)
+class Delta:
+    """What a sequence gained: text that is safe to show, and the tokens behind it.
+
+    The last one of a sequence has `finish_reason`; when that is ERROR, `error` is why. `scores` are of tokens whose
+    text is shown by now, each with where its text begins in the completion; `logprob` is the sum of all tokens'. Where
+    the request asked to `pool`, the last one has the sum [D] of the hidden vectors.
+    """
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    error: BDHError | None = None
+    scores: list[tuple[int, TokenScore]] | None = None
+    logprob: float = 0.0
+    prompt_scores: Sequence[TokenScore] | None = None  # of all its tokens but the first; they come at once
+    pooled: Sequence[float] | None = None
+
+
+class Gathering:
+    """Merges several deltas of a sequence into one, in time that depends on what they bring and not on how many came
+    before: a text that grows by `+=` would be copied for every token."""
+
+    __slots__ = ("_delta", "_text")
+
+    def __init__(self) -> None:
+        self._delta = Delta()
+        self._text = StringIO(newline="")
+
+    def add(self, later: Delta) -> None:
+        of = self._delta
+        self._text.write(later.text)
+        of.tokens += later.tokens
+        of.finish_reason = later.finish_reason
+        of.error = later.error
+        of.logprob += later.logprob
+        if later.scores is not None:
+            of.scores = of.scores or []
+            of.scores += later.scores
+        if later.prompt_scores is not None:
+            of.prompt_scores = later.prompt_scores
+        of.pooled = later.pooled
+
+    @property
+    def tokens(self) -> int:
+        """How many have come."""
+        return len(self._delta.tokens)
+
+    def whole(self) -> Delta:
+        self._delta.text = self._text.getvalue()
+        return self._delta
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """The tokens that a request used."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0  # of the prompt's, those that did not have to be computed
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens

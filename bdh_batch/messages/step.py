@@ -1,0 +1,72 @@
+"""What the scheduler has computed in one step, and what comes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from bdh_batch.messages.request import Constraint
+from bdh_batch.messages.response import TokenScore
+from bdh_batch.messages.sampling import Adjustment, SamplingParams
+
+
+@dataclass(slots=True)
+class Segment:
+    """A sequence's share of a step: `tokens` enter its state, in `slot`, at positions `start`, `start` + 1, …
+
+    A segment that starts at 0 begins with an empty state. With `sampling`, the token after its last one is drawn, among
+    those that `constraint` allows; with `pool`, its tokens' final hidden vectors are summed.
+    The scheduler may use it again for a later step; it does not change while its step is computed.
+    `targets` are to be scored: token i of them as what follows token i of `tokens`.
+    """
+
+    slot: int
+    start: int
+    tokens: Sequence[int]
+    sampling: SamplingParams | None
+    adjustment: Adjustment | None = None
+    constraint: Constraint | None = None
+    targets: Sequence[int] = ()
+    top: int = 0  # likeliest tokens that come with each target's score
+    pool: bool = False
+
+
+class Copy(NamedTuple):
+    """The state in slot `source` is copied over that in slot `target`; either may lie on the device or on the host."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A step: copies, in their order, then one ragged batch of segments, each of a different slot on the device.
+
+    Slots are numbered through: those on the device first, then those in the host's memory. The memory of the slots in
+    `releases` goes back to the system; they hold no state that anyone needs.
+    """
+
+    segments: Sequence[Segment]
+    copies: Sequence[Copy] = ()
+    releases: Sequence[int] = ()
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(segment.tokens) for segment in self.segments)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a step drew: per segment the next token, None where none was asked for or none could be drawn.
+
+    By the index of their segment, `scores` has those of the drawn tokens, `target_scores` those of targets, and
+    `pooled` the sum [D] of the hidden vectors where that was asked for. `active` is, by layer, the share of neurons
+    that fired for its tokens; empty where that was not measured.
+    """
+
+    drawn: Sequence[int | None]
+    scores: Mapping[int, TokenScore] = field(default_factory=dict)
+    target_scores: Mapping[int, Sequence[TokenScore]] = field(default_factory=dict)
+    pooled: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    active: Sequence[float] = ()

@@ -1,0 +1,107 @@
+"""What the front door needs of a model beside its engine: text, templates, grammars, defaults."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from bdh_batch.errors import CheckpointError
+from bdh_batch.http.schema.requests import Defaults
+from bdh_batch.settings import Generation, Sandbox as SandboxSettings, Settings
+from bdh_batch.system.documents import read_json_beside
+from bdh_batch.text.chat import ChatTemplate, open_template
+from bdh_batch.text.folder import TextComponents, load_text
+from bdh_batch.text.grammar import open_sandbox
+from bdh_batch.text.sandbox import Sandbox
+from bdh_batch.text.turns import QueueLimits
+from bdh_batch.text.vocabulary import Vocabulary, setup_of, vocabulary_of
+
+GENERATION_CONFIG = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class Components:
+    """All that the front door needs, ready.
+
+    `grammars` is where those are tried out, None where there is no vocabulary.
+    """
+
+    text: TextComponents
+    template: ChatTemplate
+    templates: Sandbox
+    vocabulary: Vocabulary | str  # or why there is none
+    grammars: Sandbox | None
+    defaults: Defaults
+
+    def close(self) -> None:
+        """Ends the sandboxes. Idempotent."""
+        self.templates.close()
+        if self.grammars is not None:
+            self.grammars.close()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What can be read without knowing the size of the vocabulary: what is wrong with it is reported at once."""
+
+    settings: Settings
+    text: TextComponents
+    template: ChatTemplate
+    templates: Sandbox
+    defaults: Defaults
+
+    @classmethod
+    def of(cls, settings: Settings, path: Path) -> Opened:
+        """Reads a model's folder. Raises ConfigError, CheckpointError."""
+        folder = path if path.is_dir() else path.parent
+        defaults = defaults_for(settings, folder)
+        text = load_text(folder, settings.chat.template, settings.chat.parse_special_tokens)
+        chosen, queue = settings.sandbox, queue_limits(settings.sandbox)
+        templates, template = open_template(text.template, chosen.template_seconds, chosen.template_memory, queue)
+        return cls(settings, text, template, templates, defaults)
+
+    def fit(self, vocab_size: int) -> Components:
+        """For a model with a vocabulary of that size. Raises CheckpointError: the tokenizer is not its own."""
+        text = self.text.fit(vocab_size)
+        vocabulary = vocabulary_of(text.tokenizer, vocab_size, text.eos)
+        grammars = open_grammars(self.settings, text, vocabulary, vocab_size)
+        return Components(text, self.template, self.templates, vocabulary, grammars, self.defaults)
+
+    def close(self) -> None:
+        """Idempotent."""
+        self.templates.close()
+
+
+def queue_limits(chosen: SandboxSettings) -> QueueLimits:
+    return QueueLimits(chosen.processes, chosen.max_queued, chosen.max_queued_bytes, chosen.queue_seconds)
+
+
+def open_grammars(settings: Settings, text: TextComponents, vocabulary: Vocabulary | str, size: int) -> Sandbox | None:
+    """A sandbox for grammars, which gets ready beside all else; None where no grammar can be followed."""
+    if isinstance(vocabulary, str):
+        return None
+    chosen, setup = settings.structured_output, setup_of(text.tokenizer, size, text.eos)
+    return open_sandbox(setup, chosen.compile_seconds, chosen.grammar_memory, queue_limits(settings.sandbox))
+
+
+def defaults_for(settings: Settings, folder: Path) -> Defaults:
+    """The settings' generation defaults; where they are silent the model folder's, else OpenAI's."""
+    chosen = suggested_generation(folder / GENERATION_CONFIG) | settings.generation.model_dump(exclude_none=True)
+    return Defaults(**chosen)
+
+
+def suggested_generation(file: Path) -> dict[str, Any]:
+    """What a model folder's `generation_config.json` says, in the settings' names."""
+    values = read_json_beside(file)
+    try:
+        suggested = {name: values.get(name) for name in ("temperature", "top_p", "top_k")}
+        suggested["max_tokens"] = values.get("max_new_tokens")
+        if values.get("do_sample") is False:
+            suggested["temperature"] = 0.0
+        return Generation(**suggested).model_dump(exclude_none=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        raise CheckpointError(f"{file}: {problem['loc'][0]}: {problem['msg']}") from error

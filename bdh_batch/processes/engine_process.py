@@ -1,0 +1,133 @@
+"""An engine process: loads the model, serves front ends at a socket, and leaves when it is asked to.
+
+It has no front door of its own: no HTTP, no templates, nothing that a client could reach.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import fields
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bdh_batch import __version__
+from bdh_batch.backends.engine_port import EnginePort
+from bdh_batch.backends.recorder import StepRecorder
+from bdh_batch.backends.wire import Welcome
+from bdh_batch.engine.loading import LoadedEngine, load_engine, start_worker
+from bdh_batch.kernels.base import Weights
+from bdh_batch.observability.metrics import Metrics
+from bdh_batch.processes.chosen_model import chosen_model, model_name
+from bdh_batch.processes.engines import LOADER, LoadEngine, facts_of, local_backend
+from bdh_batch.processes.folder import RuntimeFolder
+from bdh_batch.settings import Settings
+from bdh_batch.system.threads import in_daemon_thread
+from bdh_batch.text.folder import TextComponents, load_text
+from bdh_batch.text.grammar import Grammars
+from bdh_batch.text.vocabulary import Vocabulary, vocabulary_of
+
+log = logging.getLogger(__name__)
+
+PULSES = 4  # signs of life within the time after which an engine is given up
+LONGEST_PULSE = 1.0  # seconds
+
+
+async def run_engine(
+    settings: Settings,
+    folder: RuntimeFolder,
+    name: str,
+    on_ready: Callable[[], None],
+    load: LoadEngine = load_engine,
+) -> None:
+    """Serves front ends until SIGTERM, then until its streams have gone on elsewhere, or ended.
+
+    Args:
+        name: of its socket in `folder`.
+        on_ready: is called once front ends can come.
+        load: makes the engine, off the event loop.
+
+    Raises:
+        ConfigError, CheckpointError: it cannot start.
+    """
+    leaving, located = _signalled(), chosen_model(settings)
+    path, model = located.path, model_name(settings, located)
+    engine, text, vocabulary = await in_daemon_thread(partial(_load, settings, path, load), LOADER)
+    facts = facts_of(engine, settings)
+    metrics = Metrics(model)
+    worker = start_worker(settings, engine, metrics, StepRecorder(folder.step(name)))
+    metrics.watch(lambda: worker.load)
+    backend = local_backend(worker, engine, text, settings)
+    grammars = Grammars(vocabulary, None, cache_bytes=settings.structured_output.cache_memory)
+    welcome = Welcome(
+        version=__version__,
+        pid=os.getpid(),
+        model=model,
+        device=str(engine.model.weights.embed.device),
+        fingerprint=fingerprint(engine, settings),
+        vocab_size=facts.vocab_size,
+        width=facts.width,
+        slots=facts.slots,
+        host_slots=facts.host_slots,
+        window=facts.window,
+    )
+    pulse = min(LONGEST_PULSE, settings.engine.heartbeat_seconds / PULSES)
+    port = EnginePort(backend, grammars, welcome, folder.secret, pulse, lambda: worker.load, metrics.exposition)
+    server = await asyncio.get_running_loop().create_unix_server(port.link, sock=folder.listen(name))
+    try:
+        on_ready()
+        await leaving.wait()
+        await _leave(port, settings.server.drain_seconds)
+    finally:
+        server.close()
+        port.close()
+        await asyncio.to_thread(backend.close)
+        located.close()
+
+
+def _load(settings: Settings, path: Path, load: LoadEngine) -> tuple[LoadedEngine, TextComponents, Vocabulary | str]:
+    folder = path if path.is_dir() else path.parent
+    text = load_text(folder, settings.chat.template, settings.chat.parse_special_tokens)
+    engine = load(settings, path)
+    size = engine.model.config.vocab_size
+    text = text.fit(size)
+    return engine, text, vocabulary_of(text.tokenizer, size, text.eos)
+
+
+async def _leave(port: EnginePort, seconds: float) -> None:
+    """Has its streams go on elsewhere; those that cannot may end here."""
+    port.leave()
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(port.idle.wait(), seconds)
+
+
+def _signalled() -> asyncio.Event:
+    """Set by SIGTERM; SIGINT is for the process that started this one."""
+    event, loop = asyncio.Event(), asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, event.set)
+    loop.add_signal_handler(signal.SIGINT, lambda: None)
+    return event
+
+
+def fingerprint(engine: LoadedEngine, settings: Settings) -> str:
+    """The same for engines that compute the same: weights, dtypes, kernels, window."""
+    digest = hashlib.blake2b(digest_size=16)
+    chosen = settings.engine
+    for part in (__version__, settings.model.attention_window, chosen.kernels, chosen.state_dtype):
+        digest.update(f"{part}\0".encode())
+    for field in fields(Weights):
+        value = getattr(engine.model.weights, field.name)
+        if isinstance(value, Tensor):
+            digest.update(f"{field.name} {value.dtype} {value.device.type} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        else:
+            digest.update(f"{field.name} {value}".encode())
+    return digest.hexdigest()

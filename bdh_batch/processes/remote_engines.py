@@ -1,0 +1,115 @@
+"""Engines in other processes of this machine, as a front end finds them: by their sockets in one folder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from bdh_batch import __version__
+from bdh_batch.backends.remote import RemoteBackend
+from bdh_batch.backends.replica import Reader, Replica
+from bdh_batch.backends.wire import Welcome
+from bdh_batch.engine.worker import Load
+from bdh_batch.processes.components import Components
+from bdh_batch.processes.engines import Facts
+from bdh_batch.processes.folder import RuntimeFolder
+from bdh_batch.settings import Settings
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 0.1  # between two looks for sockets that have come or gone
+
+
+class RemoteEngines:
+    """The engine processes of one model.
+
+    Args:
+        folder: where their sockets are.
+    """
+
+    compiles_grammars = True
+    load_now: Callable[[], Load] | None = None
+
+    def __init__(self, settings: Settings, folder: RuntimeFolder) -> None:
+        self._settings = settings
+        self._folder = folder
+        self._replicas: dict[str, Replica] = {}
+        self._welcome: Welcome | None = None  # of the first one: all others have to compute the same
+        self._known = asyncio.Event()
+        self._backend: RemoteBackend | None = None
+        self._looking: asyncio.Task[None] | None = None
+
+    async def load(self) -> Facts:
+        self._looking = asyncio.create_task(self._look())
+        await self._known.wait()
+        assert self._welcome is not None
+        found = self._welcome
+        return Facts(found.vocab_size, found.width, found.slots, found.host_slots, found.window)
+
+    def open(self, components: Components) -> RemoteBackend:
+        assert self._welcome is not None
+        backend = RemoteBackend(
+            components.text.tokenizer,
+            self._welcome.vocab_size,
+            self._settings.engine.max_failovers,
+            self._settings.scheduler.request_timeout,
+            self.close,
+        )
+        backend.replicas = self._replicas
+        self._backend = backend
+        return backend
+
+    async def expositions(self) -> Mapping[str, bytes]:
+        names = [*self._replicas]
+        found = await asyncio.gather(*(self._replicas[name].metrics() for name in names))
+        return {name: exposition for name, exposition in zip(names, found, strict=True) if exposition}
+
+    def states(self) -> Sequence[Mapping[str, object]]:
+        found = []
+        for name, replica in self._replicas.items():
+            welcome = replica.welcome
+            known = {} if welcome is None else {"pid": welcome.pid, "model": welcome.model, "device": welcome.device}
+            found.append({"name": name, **known, "state": replica.state.value, "streams": len(replica.readers)})
+        return found
+
+    def close(self) -> None:
+        """Idempotent."""
+        if self._looking is not None:
+            self._looking.cancel()
+        for replica in self._replicas.values():
+            replica.close()
+
+    async def _look(self) -> None:
+        """Connects to the engines that come, and forgets those that are gone for good."""
+        while True:
+            sockets = self._folder.engines()
+            for name, socket in sockets.items():
+                if name not in self._replicas:
+                    self._replicas[name] = self._connect(socket)
+            for name in self._replicas.keys() - sockets.keys():
+                with contextlib.suppress(KeyError):
+                    self._replicas.pop(name).leave()
+            await asyncio.sleep(LOOK_SECONDS)
+
+    def _connect(self, socket: Path) -> Replica:
+        heartbeat = self._settings.engine.heartbeat_seconds
+        return Replica(socket, __version__, self._folder.secret, heartbeat, self._changed, self._let_go, self._fits)
+
+    def _fits(self, welcome: Welcome) -> str | None:
+        if self._welcome is None:
+            self._welcome = welcome
+            self._known.set()
+        if welcome.fingerprint != self._welcome.fingerprint:
+            return "it computes with other weights, types or kernels"
+        return None
+
+    def _let_go(self, replica: Replica, readers: Sequence[Reader]) -> None:
+        if self._backend is not None:
+            self._backend.lost(replica, readers)
+
+    def _changed(self, replica: Replica) -> None:
+        if self._backend is not None:
+            self._backend.changed(replica)

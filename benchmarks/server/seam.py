@@ -1,0 +1,122 @@
+"""What it costs that engines have processes of their own, and what several front ends bring.
+
+    python -m benchmarks.server.seam             # some minutes
+    python -m benchmarks.server.seam --rounds 1
+
+First with an engine that computes nothing, as in `frontend.py`: the server in one process, with its engine in another,
+and with two front ends before that. Figures are events a second, and microseconds of processor time that a token costs
+all processes of the server; what the seam costs is the difference. Then the bundled model, over HTTP, with the engine
+in the server's process and in its own: tokens a second of so many streams. Systems take turns. Writes `seam.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from benchmarks.client import COMPLETIONS
+from benchmarks.common import figure, ratio
+from benchmarks.report import report_head, results_folder, write_report
+from benchmarks.served import Served, served
+from benchmarks.server.frontend import AHEAD, PROMPT, WARM_TOKENS, System, turn
+
+SYSTEMS = {
+    "one process": (),
+    "an engine process": ("--replicas", "1"),
+    "two front ends": ("--replicas", "1", "--workers", "2"),
+}
+MODEL = {"one process": (), "an engine process": ("engine.replicas=1",)}
+Figures = dict[str, float]
+
+
+async def computing_nothing(streams: int, tokens: int, rounds: int) -> dict[str, list[Figures]]:
+    """One round more goes before those that count."""
+    found: dict[str, list[Figures]] = {name: [] for name in SYSTEMS}
+    crowd = ("--crowd", str(streams), "--ahead", str(AHEAD))
+    with ExitStack() as stack:
+        running = {
+            name: stack.enter_context(served(module=("benchmarks.server.modelless", *crowd, *options)))
+            for name, options in SYSTEMS.items()
+        }
+        for number in range(rounds + 1):
+            for name, server in running.items():
+                system = System(name, COMPLETIONS, PROMPT)
+                figures = await turn(name, system, server, streams, tokens if number else WARM_TOKENS)
+                if number:
+                    found[name].append(figures)
+    return found
+
+
+async def rate(server: Served, streams: int, tokens: int) -> float:
+    """Tokens/s of `streams` completions at once."""
+    begin = time.perf_counter()
+    asked = [server.ask(prompt=f"Scene {number}.\n", max_tokens=tokens, seed=number) for number in range(streams)]
+    responses = await asyncio.gather(*asked)
+    return sum(len(each.tokens) for each in responses) / (time.perf_counter() - begin)
+
+
+async def bundled_model(streams: int, tokens: int, rounds: int) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {name: [] for name in MODEL}
+    with ExitStack() as stack:
+        running = {name: stack.enter_context(served(*options)) for name, options in MODEL.items()}
+        for number in range(rounds + 1):
+            for name, server in running.items():
+                tokens_per_s = await rate(server, streams, tokens if number else tokens // 4)
+                if number:
+                    found[name].append(tokens_per_s)
+    return found
+
+
+def summary(nothing: Mapping[str, Sequence[Figures]], model: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    events = {name: [each["events_per_second"] for each in rounds] for name, rounds in nothing.items()}
+    costs = {name: [each["server_us_per_token"] for each in rounds] for name, rounds in nothing.items()}
+    one, remote, two = SYSTEMS
+    return {
+        "figures": {
+            **{f"{name}: events/s": figure(rounds, "events/s", "higher") for name, rounds in events.items()},
+            **{f"{name}: cost of a token": figure(rounds, "µs", "lower") for name, rounds in costs.items()},
+            **{f"{name}: bundled model": figure(rounds, "tokens/s", "higher") for name, rounds in model.items()},
+        },
+        "seam_us_per_token": round(
+            statistics.median(there - here for here, there in zip(costs[one], costs[remote], strict=True)), 2
+        ),
+        "events_ratio_to_one_process": {name: asdict(ratio(events[name], events[one])) for name in (remote, two)},
+        "bundled_model_ratio_to_one_process": asdict(ratio(model[remote], model[one])),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m benchmarks.server.seam",
+    )
+    parser.add_argument("--crowd", type=int, default=256, help="streams, where nothing is computed")
+    parser.add_argument("--tokens", type=int, default=250, help="of each")
+    parser.add_argument("--streams", type=int, default=64, help="of the bundled model")
+    parser.add_argument("--model-tokens", type=int, default=128, help="of each")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path, default=results_folder())
+    chosen = parser.parse_args(argv)
+    head = report_head(["torch", "numba", "uvicorn", "uvloop", "msgspec"])
+    nothing = uvloop.run(computing_nothing(chosen.crowd, chosen.tokens, chosen.rounds))
+    model = uvloop.run(bundled_model(chosen.streams, chosen.model_tokens, chosen.rounds))
+    report = {**head, **summary(nothing, model)}
+    write_report(chosen.out / "seam.json", report)
+    for name, value in report["figures"].items():
+        print(f"{name}: {value['median']:.6g} {value['unit']}")
+    for name in ("seam_us_per_token", "events_ratio_to_one_process", "bundled_model_ratio_to_one_process"):
+        print(f"{name}: {report[name]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Engines as their processes have them, without the processes: fake models behind real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from bdh_batch import __version__
+from bdh_batch.backends.base import Generation
+from bdh_batch.backends.engine_port import EnginePort
+from bdh_batch.backends.local import LocalBackend
+from bdh_batch.backends.recorder import StepRecorder, step_file
+from bdh_batch.backends.remote import RemoteBackend
+from bdh_batch.backends.replica import Replica, State
+from bdh_batch.backends.wire import Welcome
+from bdh_batch.engine.worker import Worker
+from bdh_batch.messages import (
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    Grammar,
+    GrammarText,
+    Outcome,
+    Plan,
+    Segment,
+    TokenScore,
+)
+from bdh_batch.scheduler.policy import Policy
+from bdh_batch.scheduler.scheduler import Scheduler
+from bdh_batch.text.tokenizer import ByteTokenizer
+from tests.scheduler.fakes import FakeObserver, FakeRunner
+
+SECRET = "only for friends"
+HEARTBEAT = 30.0
+POISON = 255  # a token at which an engine dies; the fake model never says it
+STEP_SECONDS = 0.002  # so that a test can come between two steps
+
+
+class ScoringRunner(FakeRunner):
+    """Gives scores, too, and is not too fast to be disturbed. Draws follow from the tokens before and the seed."""
+
+    def __init__(self, die: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        super().__init__()
+        self.die = die
+        self.loop = asyncio.get_running_loop()
+
+    def run(self, plan: Plan) -> Outcome:
+        if any(POISON in segment.tokens for segment in plan.segments):
+            asyncio.run_coroutine_threadsafe(self.die(), self.loop).result()
+            raise RuntimeError("nobody is there to be told")
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(STEP_SECONDS), self.loop).result()
+        outcome = super().run(plan)
+        scores, targets = {}, {}
+        for row, (segment, token) in enumerate(zip(plan.segments, outcome.drawn, strict=True)):
+            end = segment.start + len(segment.tokens)
+            if token is not None and segment.sampling is not None and segment.sampling.logprobs is not None:
+                scores[row] = score(token, end, segment.sampling.logprobs)
+            if segment.targets:
+                targets[row] = [score(each, segment.start + at, segment.top) for at, each in enumerate(segment.targets)]
+        return Outcome(outcome.drawn, scores, targets, outcome.pooled)
+
+    def _segment(self, segment: Segment) -> int | None:
+        token = super()._segment(segment)
+        if token is None or segment.sampling is None:
+            return None
+        return (token * 5 + segment.sampling.seed) % POISON
+
+
+def score(token: int, position: int, top: int) -> TokenScore:
+    likeliest = [(token, math.log(0.5)), *((token + rank, math.log(0.5 ** (rank + 2))) for rank in range(1, top))]
+    return TokenScore(token, -1 / (1 + position), likeliest[:top], rank=0)
+
+
+class NoGrammars:
+    async def compiled(self, text: GrammarText) -> Grammar:
+        raise AssertionError
+
+
+class FakeEngine:
+    """An engine at a socket, which can be killed and started again."""
+
+    def __init__(self, socket: Path, slots: int = 8, most_queued: int = 64) -> None:
+        self.socket = socket
+        self._slots = slots
+        self._most_queued = most_queued
+        self.deaths = 0
+        self.replica: Replica | None = None
+        self._revival: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        self.runner = ScoringRunner(self._die)
+        scheduler = Scheduler(self._slots, 16, Policy(max_running=self._slots))
+        self.worker = worker = Worker(
+            scheduler,
+            self.runner,
+            FakeObserver(),
+            self._most_queued,
+            before=StepRecorder(step_file(self.socket)),
+        )
+        self.backend = LocalBackend(worker, ByteTokenizer(), 256, None, 60.0)
+        welcome = Welcome(__version__, 1, "fake", "cpu", "same", 256, 1, self._slots, 0, 0)
+        self.port = EnginePort(self.backend, NoGrammars(), welcome, SECRET, 0.05, lambda: worker.load, lambda: b"")
+        self.socket.unlink(missing_ok=True)
+        self._server = await asyncio.get_running_loop().create_unix_server(self.port.link, str(self.socket))
+
+    async def kill(self) -> None:
+        """As a signal would: nothing more is sent."""
+        if self._revival is not None:
+            await self._revival
+        self._cut()
+        await asyncio.to_thread(self.worker.close)
+
+    def _cut(self) -> None:
+        self._server.close()
+        for link in [*self.port.links]:
+            link.cut()
+
+    async def _die(self) -> None:
+        """In the midst of a step. It is started again."""
+        self._cut()
+        self.deaths += 1
+        self._revival = asyncio.create_task(self._revive(self.worker))
+
+    async def _revive(self, dead: Worker) -> None:
+        await asyncio.to_thread(dead.close)
+        await until(lambda: self.replica is None or self.replica.state is not State.READY)  # a process takes seconds
+        await self.start()
+
+
+@asynccontextmanager
+async def engines(*some: FakeEngine, max_failovers: int = 2) -> AsyncIterator[RemoteBackend]:
+    """A backend that is connected to `some`."""
+    backend = RemoteBackend(ByteTokenizer(), 256, max_failovers, None)
+    for each in some:
+        await each.start()
+    for each in some:
+        each.replica = connect(each.socket, backend)
+    backend.replicas = {each.socket.stem: each.replica for each in some if each.replica is not None}
+    try:
+        await until(lambda: all(replica.state is State.READY for replica in backend.replicas.values()))
+        yield backend
+    finally:
+        for replica in backend.replicas.values():
+            replica.close()
+        for each in some:
+            await each.kill()
+
+
+def connect(socket: Path, backend: RemoteBackend, secret: str = SECRET, version: str = __version__) -> Replica:
+    return Replica(socket, version, secret, HEARTBEAT, backend.changed, backend.lost, lambda _: None)
+
+
+async def until(condition: object, within: float = 30.0) -> None:
+    assert callable(condition)
+    async with asyncio.timeout(within):
+        while not condition():  # noqa: ASYNC110 - it waits for what other tasks and threads do
+            await asyncio.sleep(0.001)
+
+
+class Whole:
+    """All that a reader gets of one sequence."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.tokens: list[int] = []
+        self.scores: list[tuple[int, TokenScore]] = []
+        self.prompt_scores: list[Sequence[TokenScore]] = []
+        self.logprob = 0.0
+        self.finish_reason: FinishReason | None = None
+        self.error = ""
+
+    def add(self, delta: Delta) -> None:
+        assert self.finish_reason is None
+        self.text += delta.text
+        self.tokens += delta.tokens
+        self.scores += delta.scores or ()
+        self.logprob += delta.logprob
+        if delta.prompt_scores is not None:
+            self.prompt_scores.append([*delta.prompt_scores])
+        self.finish_reason = delta.finish_reason
+        self.error = str(delta.error or "")
+
+    def facts(self) -> tuple[object, ...]:
+        scores = [(at, each.token, each.logprob, [*each.top]) for at, each in self.scores]
+        prompt = [[(each.token, each.logprob) for each in some] for some in self.prompt_scores]
+        return self.text, self.tokens, scores, prompt, round(self.logprob, 9), self.finish_reason, self.error
+
+
+async def read(generation: Generation, wholes: list[Whole]) -> list[Whole]:
+    """Reads to the end into `wholes`, which are there to be looked at meanwhile."""
+    try:
+        async for deltas in generation:
+            for index, delta in deltas:
+                wholes[index].add(delta)
+    finally:
+        generation.abort()
+    return wholes
+
+
+def empty(request: GenerationRequest) -> list[Whole]:
+    return [Whole() for _ in range(len(request.prompts) * request.n)]

@@ -1,0 +1,164 @@
+"""Streams outlive their engine: what a client gets is what an undisturbed engine would have said."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bdh_batch.backends.remote import RemoteBackend
+from bdh_batch.backends.replica import State
+from bdh_batch.errors import InvalidRequest, QueueFull, Unavailable
+from bdh_batch.messages import FinishReason, GenerationRequest, LogitBias, Origin, Prompt, SamplingParams
+from tests.backends.engines import POISON, FakeEngine, Whole, connect, empty, engines, read, until
+
+REQUESTS: dict[str, dict[str, Any]] = {
+    "plain": {"seeds": (3, 4), "n": 2},
+    "logprobs": {"sampling": SamplingParams(logprobs=3), "seeds": (1,)},
+    "logprobs of the prompt": {"sampling": SamplingParams(logprobs=2), "score_prompt": 2},
+    "penalties": {"sampling": SamplingParams(presence_penalty=1.0, logit_bias=LogitBias.of({5: 1.0}))},
+    "stop strings": {"stop": ("no such text", "\x00\x01\x02"), "sampling": SamplingParams(logprobs=0)},
+    "min_tokens": {"min_tokens": 30, "stop_token_ids": tuple(range(0, 256, 3)), "include_stop": True},
+}
+
+
+def request(tokens: int = 60, prompts: int = 2, **changes: Any) -> GenerationRequest:
+    fields = {"sampling": SamplingParams(), **changes}
+    n = fields.pop("n", 1)
+    seeds = tuple(fields.pop("seeds", (7,))) * prompts * n
+    some = [Prompt(f"a prompt {number} of some length".encode()) for number in range(prompts)]
+    return GenerationRequest(Origin("r-1", tenant="ann"), some, tokens, n=n, seeds=seeds[: n * prompts], **fields)
+
+
+async def said(backend: RemoteBackend, wanted: GenerationRequest) -> list[tuple[object, ...]]:
+    return [whole.facts() for whole in await read(await backend.generate(wanted), empty(wanted))]
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+async def test_a_stream_whose_engine_is_killed_goes_on_with_the_same_bytes(name: str, tmp_path: Path) -> None:
+    one, other = FakeEngine(tmp_path / "one.sock"), FakeEngine(tmp_path / "other.sock")
+    wanted = request(**REQUESTS[name])
+    async with engines(one, other, max_failovers=1000) as backend:
+        undisturbed = await said(backend, wanted)
+        for kill_at in (0, 1, 2, 7, 8, 9, 23, 24, 41):
+            wholes = empty(wanted)
+            reading = asyncio.create_task(read(await backend.generate(wanted), wholes))
+            computes = one if backend.replicas["one"].readers else other
+            await until(lambda: len(wholes[0].tokens) >= kill_at or reading.done())  # noqa: B023
+            await computes.kill()
+            await computes.start()
+            assert [whole.facts() for whole in await reading] == undisturbed
+        assert not any(replica.readers for replica in backend.replicas.values())
+        assert backend.load() == 0
+        await until(lambda: not any(each.worker.load.running for each in (one, other)))
+
+
+async def test_an_engine_that_leaves_is_left(tmp_path: Path) -> None:
+    one, other = FakeEngine(tmp_path / "one.sock"), FakeEngine(tmp_path / "other.sock")
+    wanted = request(200, prompts=1)
+    async with engines(one, other, max_failovers=1) as backend:
+        undisturbed = await said(backend, wanted)
+        wholes = empty(wanted)
+        reading = asyncio.create_task(read(await backend.generate(wanted), wholes))
+        leaving = one if backend.replicas["one"].readers else other
+        await until(lambda: len(wholes[0].tokens) > 3)
+        leaving.port.leave()
+        await asyncio.wait_for(leaving.port.idle.wait(), 30)
+        assert not reading.done()
+        assert [whole.facts() for whole in await reading] == undisturbed
+        assert backend.replicas[leaving.socket.stem].state is State.LEAVING
+        await said(backend, wanted)  # nothing new goes there
+        assert leaving.port.idle.is_set()
+
+
+async def test_streams_wait_for_an_engine_where_there_is_none(tmp_path: Path) -> None:
+    only = FakeEngine(tmp_path / "only.sock")
+    wanted = request(40)
+    async with engines(only) as backend:
+        undisturbed = await said(backend, wanted)
+        wholes = empty(wanted)
+        reading = asyncio.create_task(read(await backend.generate(wanted), wholes))
+        await until(lambda: len(wholes[0].tokens) > 3)
+        await only.kill()
+        await until(lambda: backend.health() is not None)
+        with pytest.raises(Unavailable):
+            await backend.generate(wanted)
+        await only.start()
+        assert [whole.facts() for whole in await reading] == undisturbed
+
+
+async def test_a_request_that_kills_engines_fails_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    some = [FakeEngine(tmp_path / f"{number}.sock") for number in range(3)]
+    poison, harmless = (
+        replace(request(40, prompts=1), origin=Origin("poison"), prompts=[Prompt([POISON] * 4)]),
+        request(400, prompts=1),
+    )
+    async with engines(*some, max_failovers=2) as backend:
+        undisturbed = await said(backend, harmless)
+        for _ in range(3):
+            wholes = [empty(harmless) for _ in some]
+            reading = [asyncio.create_task(read(await backend.generate(harmless), whole)) for whole in wholes]
+            deaths = sum(each.deaths for each in some)
+            (whole,) = await read(await backend.generate(poison), empty(poison))
+            assert (whole.finish_reason, whole.tokens) == (FinishReason.ERROR, [])
+            assert sum(each.deaths for each in some) == deaths + 2
+            for each in reading:
+                assert [whole.facts() for whole in await each] == undisturbed
+            await until(lambda: all(replica.state is State.READY for replica in backend.replicas.values()))
+    assert [record.getMessage() for record in caplog.records if "given up" in record.getMessage()] == [
+        "request poison has lost 2 engines, and is given up"
+    ] * 3
+
+
+async def test_refusals_come_back_as_they_are(tmp_path: Path) -> None:
+    small = FakeEngine(tmp_path / "small.sock", slots=1, most_queued=1)
+    async with engines(small) as backend:
+        with pytest.raises(InvalidRequest) as refused:
+            await backend.generate(request(5, prompts=1, stop_token_ids=(999,)))
+        assert refused.value.param == "stop_token_ids[0]"
+        running = [await backend.generate(request(500, prompts=1)) for _ in range(2)]
+        with pytest.raises(QueueFull) as full:
+            await backend.generate(request(5, prompts=1))
+        assert full.value.retry_after >= 1
+        for each in running:
+            each.abort()
+        await until(lambda: not small.worker.load.running and not small.worker.load.waiting)
+
+
+async def test_who_is_no_front_end_of_ours_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+    only = FakeEngine(tmp_path / "only.sock")
+    async with engines(only) as backend:
+        for bad in (b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 64, b"\x05\x00\x00\x00hello", b"\x01\x00\x00\x00\xc0"):
+            reader, writer = await asyncio.open_unix_connection(str(only.socket))
+            writer.write(bad)
+            assert b"Refusal" in await asyncio.wait_for(reader.read(), 30)
+            writer.close()
+        stranger = connect(only.socket, backend, secret="a guess")
+        other_version = connect(only.socket, backend, version="0.0.0")
+        await asyncio.sleep(0)
+        assert await said(backend, request(5))
+        assert stranger.state is other_version.state is State.CONNECTING
+        stranger.close()
+        other_version.close()
+
+
+async def test_a_reader_that_is_slow_is_caught_up_with(tmp_path: Path) -> None:
+    only = FakeEngine(tmp_path / "only.sock")
+    wanted = request(300, prompts=1)
+    async with engines(only) as backend:
+        undisturbed = await said(backend, wanted)
+        generation = await backend.generate(wanted)
+        (link,) = only.port.links
+        link.pause_writing()
+        await until(lambda: only.port.idle.is_set())  # all is computed, and nothing sent
+        link.resume_writing()
+        whole = Whole()
+        async for deltas in generation:
+            for _, delta in deltas:
+                whole.add(delta)
+        generation.abort()
+        assert [whole.facts()] == undisturbed
+        assert whole.finish_reason is FinishReason.LENGTH

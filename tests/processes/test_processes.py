@@ -1,0 +1,298 @@
+"""A server of several processes: front ends that share a port, engines that can be lost."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import AsyncOpenAI
+
+from tests.conftest import HANG_SECONDS, Cli, ServeFactory, Server, command, eventually
+
+TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
+HEARTBEAT = 3.0
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 60}}, "required": ["name"]}
+BODIES: list[dict[str, Any]] = [
+    {"seed": 1, "temperature": 1.2, "top_p": 0.9},
+    {"seed": 2, "n": 2, "logprobs": 3, "presence_penalty": 0.5, "logit_bias": {"65": 2.0}},
+    {"seed": 3, "echo": True, "logprobs": 1, "prompt": "What is said of it, the whole of it"},
+    {"seed": 4, "stop": ["no such text", "\u00e9\u00e8"], "frequency_penalty": 0.3, "min_p": 0.01},
+    {"seed": 5, "guided_json": SCHEMA, "logprobs": 0},
+    {"seed": 6, "min_tokens": 30, "stop_token_ids": [65, 66, 67], "repetition_penalty": 1.1},
+    {"seed": 7, "bad_words": ["a", "the"], "top_k": 40, "return_token_ids": True},
+    {"temperature": 0, "prompt": ["one prompt", "another one"]},
+]
+
+
+@pytest.fixture(scope="module")
+def pid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("run") / "server.pid"
+
+
+@pytest.fixture(scope="module")
+def several(serve: ServeFactory, pid_file: Path) -> Iterator[Server]:
+    options = [f"engine.heartbeat_seconds={HEARTBEAT}", "server.workers=2", "engine.replicas=2", "engine.threads=1"]
+    with serve(*options, f"server.pid_file={pid_file}", model=TINY, cutting=True) as server:
+        until_ready(server)
+        yield server
+
+
+def engines(server: Server) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = server.http.get("/server_info").json()["engines"]
+    return found
+
+
+def until_ready(server: Server) -> None:
+    """Until whichever front end is asked knows two engines that compute."""
+
+    def ready() -> bool:
+        for _ in range(8):  # each on a connection of its own
+            info = httpx.get(f"{server.url}/server_info", timeout=HANG_SECONDS)
+            if info.status_code != 200 or [each["state"] for each in info.json()["engines"]] != ["ready", "ready"]:
+                return False
+        return True
+
+    eventually(ready, 120, lambda: server.log)
+
+
+def children(supervisor: int, kind: str) -> list[int]:
+    """Its processes of that kind."""
+    found = []
+    for pid in map(int, Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()):
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        if any(word.startswith(f"{kind}-".encode()) for word in words):
+            found.append(pid)
+    return found
+
+
+def completion(number: int, tokens: int) -> dict[str, Any]:
+    body = BODIES[number % len(BODIES)]
+    return {"prompt": f"prompt {number}", "max_tokens": tokens, **body}
+
+
+def facts(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What does not differ from one request to the next. Logprobs of a prompt may be computed in other pieces."""
+    usage = {name: content["usage"][name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
+    return {"choices": content["choices"], "usage": usage}
+
+
+async def whole(client: httpx.AsyncClient, body: Mapping[str, Any]) -> dict[str, Any]:
+    response = await client.post("/v1/completions", json=body)
+    assert response.status_code == 200, response.text
+    return facts(response.json())
+
+
+async def streamed(client: httpx.AsyncClient, body: Mapping[str, Any]) -> dict[int, dict[str, Any]]:
+    """Text, finish reason and logprobs of each choice."""
+    choices: dict[int, dict[str, Any]] = {}
+    async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+        assert response.status_code == 200, await response.aread()
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line.removeprefix("data: "))
+            assert "error" not in chunk, chunk
+            for choice in chunk["choices"]:
+                of = choices.setdefault(choice["index"], {"text": "", "tokens": [], "finish_reason": None})
+                of["text"] += choice["text"]
+                of["tokens"] += (choice.get("logprobs") or {}).get("tokens", [])
+                of["finish_reason"] = choice["finish_reason"] or of["finish_reason"]
+    return choices
+
+
+def together(server: Server, some: Callable[[httpx.AsyncClient], Awaitable[Any]]) -> Any:
+    async def run() -> Any:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        async with httpx.AsyncClient(base_url=server.url, timeout=HANG_SECONDS, limits=limits) as client:
+            return await some(client)
+
+    return asyncio.run(run())
+
+
+async def until_computing(server: Server) -> None:
+    """Until some engine computes something, whichever front end has it from whomever."""
+    while not any(  # noqa: ASYNC110 - of other processes there is no event
+        value for name, value in server.metrics().items() if name.startswith("bdh_num_requests_running")
+    ):
+        await asyncio.sleep(0.01)
+
+
+class TestResponses:
+    def test_are_those_of_a_server_of_one_process(self, several: Server, tiny: Server) -> None:
+        async def all_of(client: httpx.AsyncClient) -> list[dict[str, Any]]:
+            return await asyncio.gather(*(whole(client, completion(number, 40)) for number in range(16)))
+
+        assert together(several, all_of) == together(tiny, all_of)
+
+    def test_are_those_of_every_endpoint(self, several: Server, tiny: Server) -> None:
+        for path, body in {
+            "/tokenize": {"prompt": "some text"},
+            "/detokenize": {"tokens": [65, 66]},
+            "/v1/embeddings": {"input": ["a text", "another"]},
+        }.items():
+            assert several.http.post(path, json=body).json() == tiny.http.post(path, json=body).json() | (
+                {"model": several.http.get("/v1/models").json()["data"][0]["id"]} if "embeddings" in path else {}
+            )
+        assert several.refusal({"prompt": "a", "stop_token_ids": [999]})["param"] == "stop_token_ids[0]"
+        assert several.refusal({"prompt": "a", "max_tokens": 5, "guided_regex": "("})["param"] == "guided_regex"
+
+    async def test_reach_the_official_client(self, several: Server) -> None:
+        async with AsyncOpenAI(base_url=f"{several.url}/v1", api_key="none", timeout=HANG_SECONDS) as client:
+            stream = await client.chat.completions.create(
+                model="tiny", messages=[{"role": "user", "content": "hello"}], max_tokens=12, seed=1, stream=True
+            )
+            said = [chunk.choices[0].delta.content or "" async for chunk in stream]
+        assert any(said)
+
+    def test_metrics_are_of_all_processes(self, several: Server) -> None:
+        several.complete(prompt="a", max_tokens=5)
+        metrics = several.metrics()
+        generated = {name: value for name, value in metrics.items() if name.startswith("bdh_generation_tokens_total")}
+        assert {"front-0", "front-1"} <= {name.partition("process=")[2].rstrip("}") for name in generated}
+        assert sum("engine" in name for name in generated) == 2
+        assert sum(generated.values()) >= 5
+
+
+class TestLosses:
+    def undisturbed(self, server: Server, count: int, tokens: int) -> Any:
+        async def all_of(client: httpx.AsyncClient) -> Any:
+            return await asyncio.gather(*(streamed(client, completion(number, tokens)) for number in range(count)))
+
+        return together(server, all_of)
+
+    def disturbed(self, server: Server, count: int, tokens: int, disturb: Callable[[], None]) -> Any:
+        async def all_of(client: httpx.AsyncClient) -> Any:
+            streams = [asyncio.create_task(streamed(client, completion(number, tokens))) for number in range(count)]
+            await until_computing(server)
+            await asyncio.to_thread(disturb)
+            return await asyncio.gather(*streams)
+
+        return together(server, all_of)
+
+    def test_of_engines_change_no_byte(self, several: Server) -> None:
+        expected = self.undisturbed(several, 16, 300)
+        for number in range(3):
+
+            def kill(number: int = number) -> None:
+                os.kill(engines(several)[number % 2]["pid"], signal.SIGKILL)
+
+            assert self.disturbed(several, 16, 300, kill) == expected
+            until_ready(several)
+        assert "goes on elsewhere" in several.log
+
+    def test_of_an_engine_that_hangs_change_no_byte(self, several: Server) -> None:
+        until_ready(several)
+        expected = self.undisturbed(several, 8, 300)
+        hung = engines(several)[0]["pid"]
+        try:
+            assert self.disturbed(several, 8, 300, lambda: os.kill(hung, signal.SIGSTOP)) == expected
+        finally:
+            os.kill(hung, signal.SIGCONT)
+        until_ready(several)
+        assert hung in [each["pid"] for each in engines(several)]  # it is back, and does no harm
+        assert self.undisturbed(several, 8, 300) == expected
+
+    def test_of_a_front_end_are_noticed_by_its_own_clients_alone(self, several: Server) -> None:
+        until_ready(several)
+        victims = children(several.process.pid, "front")
+
+        async def one(client: httpx.AsyncClient) -> Any:
+            try:
+                return await streamed(client, completion(0, 400))
+            except httpx.TransportError:
+                return None
+
+        async def all_of(client: httpx.AsyncClient) -> Any:
+            streams = [asyncio.create_task(one(client)) for _ in range(12)]
+            await until_computing(several)
+            os.kill(victims[0], signal.SIGKILL)
+            return await asyncio.gather(*streams)
+
+        found = together(several, all_of)
+        survivors = [each for each in found if each is not None]
+        assert all(each == survivors[0] for each in survivors)
+        eventually(lambda: len(children(several.process.pid, "front")) == 2, 60)
+        until_ready(several)
+        several.until(lambda m: not any(v for k, v in m.items() if k.startswith("bdh_num_requests_running")), 60)
+
+    def test_reload_fails_no_request(self, several: Server, cli: Cli, pid_file: Path) -> None:
+        until_ready(several)
+        expected = self.undisturbed(several, 12, 400)
+        before = {each["pid"] for each in engines(several)}
+
+        def reload() -> None:
+            done = cli("reload", "--pid-file", pid_file)
+            assert done.returncode == 0, done.stderr
+
+        assert self.disturbed(several, 12, 400, reload) == expected
+        until_ready(several)
+        assert before.isdisjoint({each["pid"] for each in engines(several)})
+
+
+class TestLife:
+    def test_ends_with_its_drain_and_leaves_nothing(self, serve: ServeFactory) -> None:
+        with serve("engine.replicas=1", "engine.threads=1", model=TINY) as server:
+            pids = [*children(server.process.pid, "engine"), *children(server.process.pid, "front")]
+            assert len(pids) == 2
+            folder = _folder(pids[0])
+            stream = server.raw({"prompt": "a", "max_tokens": 200, "stream": True})
+            stream.read_until(b"data: ")
+            server.terminate()
+            assert stream.read_all().rstrip().endswith(b"[DONE]\n\n\r\n0") or b"[DONE]" in stream.received
+            assert server.exit_code() == 0
+            stream.close()
+            assert not any(_lives(pid) for pid in pids)
+            assert not folder.exists()
+
+    def test_children_do_not_outlive_their_supervisor(self, tmp_path: Path) -> None:
+        options = ["engine.replicas=1", "engine.threads=1", f"server.pid_file={tmp_path / 'pid'}"]
+        arguments = [part for option in options for part in ("--set", option)]
+        with (tmp_path / "log").open("wb") as log:
+            process = subprocess.Popen(
+                command("serve", "--port", 0, "--model", TINY, *arguments), stdout=log, stderr=log
+            )
+        try:
+            eventually(lambda: "is ready at" in (tmp_path / "log").read_text(), what=(tmp_path / "log").read_text)
+            pids = [*children(process.pid, "engine"), *children(process.pid, "front")]
+        finally:
+            process.kill()
+            process.wait(HANG_SECONDS)
+        assert len(pids) == 2
+        eventually(lambda: not any(_lives(pid) for pid in pids))
+
+    def test_a_model_that_cannot_be_loaded_ends_the_start(self, cli: Cli, tmp_path: Path) -> None:
+        done = cli("serve", "--port", 0, "--set", "engine.replicas=2", "--model", tmp_path)
+        assert done.returncode == 2
+        assert str(tmp_path) in done.stderr
+
+    def test_one_pid_file_is_of_one_server(self, several: Server, cli: Cli, pid_file: Path) -> None:
+        assert int(pid_file.read_text().splitlines()[0]) == several.process.pid
+        options = ["--set", "engine.replicas=1", "--set", f"server.pid_file={pid_file}", "--model", TINY]
+        done = cli("serve", "--port", 0, *options)
+        assert done.returncode == 2
+        assert "another server" in done.stderr
+
+    def test_nobody_can_be_asked_to_reload_who_does_not_run(self, cli: Cli, tmp_path: Path) -> None:
+        assert "server.pid_file" in cli("reload").stderr
+        done = cli("reload", "--pid-file", tmp_path / "none")
+        assert (done.returncode, str(tmp_path) in done.stderr) == (2, True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _folder(pid: int) -> Path:
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    return Path(words[words.index("--process") + 1].split(":")[1])
