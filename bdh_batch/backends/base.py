@@ -68,7 +68,10 @@ class Backend(Protocol):
         """Generations under way."""
 
     def health(self) -> str | None:
-        """What is wrong, or None."""
+        """What is wrong with this process, or None."""
+
+    def ready(self) -> str | None:
+        """Why nothing can be generated now, or None."""
 
     async def drain(self, seconds: float) -> None:
         """Waits for what runs to finish; what has not after `seconds` ends with an error."""

@@ -154,7 +154,7 @@ class Supervisor:
         passed = [self._life_of_children.fileno(), tells]
         sockets = [listener.fileno() for listener in self._listeners] if child.role.kind == "front" else []
         spec = ":".join(map(str, [child.name, self._folder.path, *passed, *sockets]))
-        command = [sys.executable, "-m", *self._command, *self._options(child.role), "--process", spec]
+        command = [sys.executable, "-m", *self._command, *self._options(child), "--process", spec]
         try:
             child.process = process = await asyncio.create_subprocess_exec(
                 *command, pass_fds=[*passed, *sockets], env=environment(child.role), start_new_session=True
@@ -189,12 +189,14 @@ class Supervisor:
             self._announced = True
             self._on_ready(url_of(self._listeners, self._settings.server), self._model_name)
 
-    def _options(self, role: Role) -> list[str]:
-        options = {}
+    def _options(self, child: Child) -> list[str]:
+        role, options = child.role, {}
         if role.threads is not None:
             options["engine.threads"] = str(role.threads)
         if role.device:
             options["model.device"] = role.device.partition(":")[0]
+        if role.kind == "engine" and (trace := self._settings.scheduler.trace_file) is not None:
+            options["scheduler.trace_file"] = f"{trace}.{child.name}"
         return [part for option, value in options.items() for part in ("--set", f"{option}={value}")]
 
     async def _do(self, command: str) -> None:
