@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from bdh_batch.errors import ConfigError
 from bdh_batch.http.transport.listen import listen, url_of
 from bdh_batch.processes.chosen_model import chosen_model, model_name
-from bdh_batch.processes.control import PidFile, listen_for_commands
+from bdh_batch.processes.control import PidFile, default_pid_file, listen_for_commands
 from bdh_batch.processes.folder import RuntimeFolder
 from bdh_batch.settings import Settings
 from bdh_batch.system.machine import usable_cores
@@ -100,8 +100,7 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
         pid_file = None
         try:
-            if (path := self._settings.server.pid_file) is not None:
-                pid_file = PidFile(path, self._folder.path)
+            pid_file = self._pid_file()
             self._control = await listen_for_commands(self._folder.path / "control", self._do)
             for role in [*engine_roles(self._settings), *front_roles(self._settings)]:
                 self._add(role)
@@ -116,6 +115,18 @@ class Supervisor:
             self._folder.remove()
         if self._failed is not None:
             raise self._failed
+
+    def _pid_file(self) -> PidFile | None:
+        """Raises ConfigError where the one of the settings cannot be had; the usual one is only missed."""
+        chosen = self._settings.server
+        if chosen.pid_file is not None:
+            return PidFile(chosen.pid_file, self._folder.path)
+        port = 0 if chosen.uds is not None else int(self._listeners[0].getsockname()[1])
+        try:
+            return PidFile(default_pid_file(port, chosen.uds), self._folder.path)
+        except ConfigError as error:
+            log.warning("`bdh-batch reload` will not find this server: %s", error)
+            return None
 
     def _signalled(self) -> None:
         if self._stop.is_set():
