@@ -3,7 +3,8 @@
 What an engine dies of is in the step that it computes, and has had no token of it: any other has proven to be harmless.
 Those are suspects. All other streams of that engine go on at once; then the suspects are on trial, one at a time on
 each engine, until they have a token there, and nobody new begins meanwhile: if that engine dies, too, it is known of
-which.
+which. Where engines have also died with no suspect in their step, somebody kills them, and a suspect may only have been
+there: then it takes more engines to tell.
 Streams of an engine that is replaced are not suspected of anything.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,6 +24,8 @@ from bdh_batch.messages import GenerationRequest
 
 log = logging.getLogger(__name__)
 
+MORE = 2  # engines that a suspect may lose where some die of something else
+REMEMBERED_SECONDS = 300.0  # that such a death is remembered
 REFUSED_SECONDS = 0.05  # until an engine that refuses for going down may have said so
 
 
@@ -45,6 +49,7 @@ class Failover:
         self._ready = ready
         self._choose = choose
         self._on_trial: dict[Replica, RemoteStream] = {}
+        self._unexplained = -math.inf  # when an engine last died with nobody in its step that had no token yet
 
     def enter(self, stream: RemoteStream) -> None:
         """A new one."""
@@ -55,12 +60,16 @@ class Failover:
         """`replica` is gone, hangs, or is being replaced."""
         self._on_trial.pop(replica, None)
         suspects = () if replica.state is State.LEAVING else replica.in_step
+        now = time.monotonic()
+        if replica.state is not State.LEAVING and not suspects:
+            self._unexplained = now
+        most = self._most + (MORE if now - self._unexplained < REMEMBERED_SECONDS else 0)
         for stream in streams:
             stream.lost()
             stream.failovers += stream.request.origin.id in suspects
             if stream.ended:
                 continue
-            if stream.failovers < self._most:
+            if stream.failovers < most:
                 log.warning("request %s goes on elsewhere", stream.request.origin.id)
                 self._wait(stream)
                 continue
