@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import socket
+import warnings
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def ask(pid_file: Path, command: str) -> None:
 def default_pid_file(port: int, uds: Path | None) -> Path:
     """Where a server that listens there writes its pid file if the settings do not say it."""
     name = str(port) if uds is None else hashlib.sha256(bytes(uds.absolute())).hexdigest()[:16]
-    return user_runtime_path("bdh-batch", appauthor=False) / f"{name}.pid"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns where the system has no such folder, and then has another one
+        return user_runtime_path("bdh-batch", appauthor=False) / f"{name}.pid"
 
 
 class PidFile:

@@ -89,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ahead", type=int, default=8, help="steps made before the event loop took those before them")
     parser.add_argument("--workers", type=int, default=1, help="front ends")
     parser.add_argument("--replicas", type=int, help="engine processes; else it is in the server's process")
+    parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
     parser.add_argument("--process", help=argparse.SUPPRESS)
     given = [*(sys.argv[1:] if arguments is None else arguments)]
     chosen = parser.parse_args(given)
@@ -99,6 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ("scheduler.prefill_tokens", str(PREFILL_TOKENS)),
         ("scheduler.target_step_ms", "0"),  # time between steps is the event loop's, not the device's
     ]
+    overrides += [(option, value) for option, _, value in (text.partition("=") for text in chosen.set)]
     if chosen.replicas is not None:
         overrides += [("server.workers", str(chosen.workers)), ("engine.replicas", str(chosen.replicas))]
     runner = ModellessRunner(chosen.crowd, chosen.ahead)

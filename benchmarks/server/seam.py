@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = {**head, **summary(nothing, model)}
     write_report(chosen.out / "seam.json", report)
     for name, value in report["figures"].items():
-        print(f"{name}: {value['median']:.6g} {value['unit']}")
+        print(f"{name}: {value['value']:.6g} {value['unit']}")
     for name in ("seam_us_per_token", "events_ratio_to_one_process", "bundled_model_ratio_to_one_process"):
         print(f"{name}: {report[name]}")
 
