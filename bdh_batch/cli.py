@@ -20,7 +20,7 @@ from bdh_batch import __version__, settings
 from bdh_batch.bench import options as bench_options
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.http.auth.keys import KeyFile, new_key
-from bdh_batch.processes.control import ask
+from bdh_batch.processes.control import send_command
 from bdh_batch.registry import commands as registry_commands
 from bdh_batch.registry.locate import locate
 from bdh_batch.system.documents import shown
@@ -226,7 +226,7 @@ def _reload(options: argparse.Namespace) -> int:
     path = options.pid_file or _resolve(options).settings.server.pid_file
     if path is None:
         raise ConfigError("server.pid_file: not set; say by --pid-file which server is meant")
-    ask(path, "reload")
+    send_command(path, "reload")
     print("the engines have been replaced")
     return 0
 

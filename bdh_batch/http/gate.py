@@ -1,4 +1,4 @@
-"""Whether the door is open: closed while the model loads, and again while the server drains."""
+"""The gate is closed while the model loads, and again while the server drains; requests then get a 503."""
 
 from __future__ import annotations
 

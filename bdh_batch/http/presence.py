@@ -1,4 +1,4 @@
-"""What is done for a client only as long as it is there."""
+"""Runs work for a client and cancels it when the client disconnects."""
 
 from __future__ import annotations
 

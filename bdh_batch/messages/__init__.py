@@ -10,13 +10,13 @@ from bdh_batch.messages.request import (
     Prompt,
     Text,
 )
-from bdh_batch.messages.response import Delta, FinishReason, Gathering, TokenScore, Usage
-from bdh_batch.messages.sampling import NO_TOKENS, Adjustment, LogitBias, SamplingParams, distinct
+from bdh_batch.messages.response import Delta, FinishReason, Gathering, TokenLogprob, Usage
+from bdh_batch.messages.sampling import NO_TOKENS, LogitsProcessors, LogitBias, SamplingParams, distinct
 from bdh_batch.messages.step import Copy, Outcome, Plan, Segment
 
 __all__ = [
     "NO_TOKENS",
-    "Adjustment",
+    "LogitsProcessors",
     "Constraint",
     "Copy",
     "Delta",
@@ -34,7 +34,7 @@ __all__ = [
     "SamplingParams",
     "Segment",
     "Text",
-    "TokenScore",
+    "TokenLogprob",
     "Usage",
     "distinct",
 ]

@@ -60,7 +60,7 @@ class Policy:
 
 @dataclass(slots=True)
 class Counts:
-    """What has happened since the start."""
+    """Counts of the scheduler's decisions since the start."""
 
     steps: int = 0
     preemptions: int = 0

@@ -150,9 +150,9 @@ class Scheduler:
         updates = []
         for sequence in self._deadlines.due(now):
             if sequence.times.scheduled is None:
-                error: BDHError = QueueTimeout("The request's time was up while it waited in the queue.")
+                error: BDHError = QueueTimeout("The request timed out while it waited in the queue.")
             else:
-                error = RunTimeout("The request's time was up before its response was complete.")
+                error = RunTimeout("The request timed out before its response was complete.")
             updates += self._fail([sequence], error)
         return updates
 
@@ -253,7 +253,7 @@ class Scheduler:
 
     def _next(self, preemption: Preemption) -> tuple[Sequence, Sequence | None] | None:
         """The sequence to run next, and the one to preempt for it, if any. Candidates are the first in rank of those
-        queued and of those swapped; the second one is considered where no slot can be had for the first."""
+        queued and of those swapped; the second one is considered where there is no slot for the first."""
         heads = (waiting.peek(self._priorities.first) for waiting in (self._queue, self._swapped))
         for candidate in sorted((head for head in heads if head is not None), key=RANK):
             if candidate.standing.since == self.counts.steps:  # it was preempted in this plan

@@ -20,7 +20,7 @@ QueueKey = tuple[int, str]  # names a queue: a priority, and a tenant
 
 
 class Completion(Protocol):
-    """What becomes of a sequence's tokens. The scheduler passes on what steps computed, and looks at the prompt."""
+    """Turns a sequence's tokens into deltas. The scheduler passes on what steps computed, and looks at the prompt."""
 
     prompt: Tokens[int]
     max_tokens: int
@@ -44,7 +44,7 @@ class Completion(Protocol):
 
 
 class Outbox(Protocol):
-    """Where a sequence's deltas go; `index` distinguishes the sequences that share one."""
+    """The receiver of a sequence's deltas; `index` distinguishes the sequences of one request."""
 
     def put(self, index: int, delta: Delta) -> None: ...
 
@@ -60,7 +60,7 @@ class Client:
 
 
 class Stage(Enum):
-    """Where a sequence is on its way through the scheduler."""
+    """The stage of a sequence in the scheduler."""
 
     NEW = "new"  # the scheduler does not know it yet
     QUEUED = "queued"
@@ -76,7 +76,7 @@ HOLDING = (Stage.RUNNING, Stage.SWAPPED)  # a state
 
 @dataclass(slots=True)
 class Standing:
-    """What decides when a sequence is scheduled, and what its tenant was charged for it. The scheduler's alone."""
+    """The fields that decide when a sequence is scheduled, and its tenant's charges. The scheduler's alone."""
 
     effective_priority: int = 0  # the one at which it competes
     account: Tenant = field(default_factory=Tenant)
@@ -96,9 +96,9 @@ class Standing:
 
 @dataclass(slots=True)
 class Prefix:
-    """What a sequence shares with others of its `key` and `salt`: where its state is wanted, what it began with."""
+    """What a sequence shares with others of its `cache_namespace` and `salt`: the prefixes of its prompt."""
 
-    key: str = ""
+    cache_namespace: str = ""
     salt: str = ""
     breaks: Tokens[int] = ()  # positions, ascending, at which prefixes end that others are likely to have
     packed: bytes = b""  # the prompt, where it may be shared

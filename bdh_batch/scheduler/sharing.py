@@ -258,8 +258,9 @@ class Sharing:
         return len(sequence.prompt) > self._least and not sequence.completion.needs_all
 
     def _namespace(self, sequence: Sequence) -> str:
-        key, salt = "" if self._share_all else sequence.prefix.key, sequence.prefix.salt
-        return f"{salt} {key}" if salt else key
+        prefix = sequence.prefix
+        shared, salt = "" if self._share_all else prefix.cache_namespace, prefix.salt
+        return f"{salt} {shared}" if salt else shared
 
     def _packed(self, sequence: Sequence) -> bytes:
         """The prompt as bytes. Completions of one prompt come one after the other, and share them."""

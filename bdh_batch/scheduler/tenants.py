@@ -18,7 +18,7 @@ FORGET = 64  # tenants at a time: a step does not wait for a crowd to be forgott
 
 
 class Tenant:
-    """What one tenant has been served, and how much of it is under way."""
+    """One tenant's account: what it has been charged, and how many of its sequences are active."""
 
     __slots__ = ("active", "held", "name", "queues", "slots", "virtual_time", "weight")
 

@@ -17,7 +17,7 @@ from bdh_batch.messages import Text
 from bdh_batch.text.sandbox import JobFailed, Runs, Sandbox, Work
 from bdh_batch.text.sandbox_process import JobLimits, Refused
 from bdh_batch.text.template import Rendered, decoded
-from bdh_batch.text.turns import QueueLimits
+from bdh_batch.text.job_queue import QueueLimits
 
 log = logging.getLogger(__name__)
 

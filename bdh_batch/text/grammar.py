@@ -26,7 +26,7 @@ from bdh_batch.text.grammar_cache import Compiled, GrammarCache, Problem
 from bdh_batch.text.sandbox import JobFailed, Runs, Sandbox, Work
 from bdh_batch.text.sandbox_process import JobLimits, Refused
 from bdh_batch.text.sources import Source
-from bdh_batch.text.turns import QueueLimits
+from bdh_batch.text.job_queue import QueueLimits
 from bdh_batch.text.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)

@@ -80,7 +80,7 @@ class Rates:
         """Takes `tokens`, which `param` has asked for, from what `caller` has left; None where it has no limit.
 
         Raises:
-            InvalidRequest: so many are not to be had in any minute.
+            InvalidRequest: the limit is lower than that.
             RateLimited: not now.
         """
         limit = self._limit(caller, "tokens_per_minute")

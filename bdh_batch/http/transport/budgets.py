@@ -50,7 +50,7 @@ class Holder(Protocol):
         """Whether it holds bytes of a request that has not come whole."""
 
     def shed(self, error: Unavailable) -> None:
-        """Gives up those bytes, and responds to their request with `error`."""
+        """Frees those bytes, and responds to their request with `error`."""
 
 
 class BufferBudget:
