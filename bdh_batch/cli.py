@@ -20,7 +20,7 @@ from bdh_batch import __version__, settings
 from bdh_batch.bench import options as bench_options
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.http.auth.keys import KeyFile, new_key
-from bdh_batch.processes.control import send_command
+from bdh_batch.processes.control import default_pid_file, send_command
 from bdh_batch.registry import commands as registry_commands
 from bdh_batch.registry.locate import locate
 from bdh_batch.system.documents import shown
@@ -97,8 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", parents=[common], help="start the server")
     serve.add_argument("--process", help=argparse.SUPPRESS)  # of a child of the supervisor: which one it is
     serve.set_defaults(run=_serve)
-    reload = commands.add_parser("reload", parents=[common], help="replace the engines of a server, one by one")
-    reload.add_argument("--pid-file", type=Path, metavar="FILE", help="that the server has written (server.pid_file)")
+    reload = commands.add_parser(
+        "reload", parents=[common], help="replace the engines of the server at a port, one by one"
+    )
+    reload.add_argument(
+        "--pid-file", type=Path, metavar="FILE", help="of the server (server.pid_file); else it is found by its port"
+    )
     reload.set_defaults(run=_reload)
     config = commands.add_parser("config", help="look at the options")
     actions = config.add_subparsers(required=True, metavar="ACTION")
@@ -223,10 +227,8 @@ def _say_nothing(url: str, model: str) -> None:
 
 
 def _reload(options: argparse.Namespace) -> int:
-    path = options.pid_file or _resolve(options).settings.server.pid_file
-    if path is None:
-        raise ConfigError("server.pid_file: not set; say by --pid-file which server is meant")
-    send_command(path, "reload")
+    chosen = _resolve(options).settings.server
+    send_command(options.pid_file or chosen.pid_file or default_pid_file(chosen.port, chosen.uds), "reload")
     print("the engines have been replaced")
     return 0
 

@@ -145,8 +145,8 @@ class Server(Section):
     )
     pid_file: Path | None = Field(
         None,
-        description="Where a server of several processes writes its process id, for `bdh-batch reload`; null is "
-        "nowhere.",
+        description="Where a server of several processes writes its process id, for `bdh-batch reload`; null is a file "
+        "of the user's that is named by the port.",
     )
     drain_seconds: float = Field(
         30.0, ge=0, allow_inf_nan=False, description="How long running streams may go on after SIGTERM."

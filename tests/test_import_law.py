@@ -46,7 +46,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     # What is wired together, and nowhere else.
     "processes": (
         SHARED | {"http", "backends", "engine", "kernels", "text", "settings", "observability", "registry", "__init__"},
-        {"pydantic", "torch"},
+        {"platformdirs", "pydantic", "torch"},
     ),
     "server": ({"processes", "engine", "settings"}, set()),
     "cli": (

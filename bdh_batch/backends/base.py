@@ -72,6 +72,9 @@ class Backend(Protocol):
         """The number of requests that are being computed."""
 
     def health(self) -> str | None:
+        """Returns what is wrong with this process, or None."""
+
+    def ready(self) -> str | None:
         """Returns why the backend cannot generate at present, or None if it can."""
 
     async def drain(self, seconds: float) -> None:

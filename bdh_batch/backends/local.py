@@ -166,6 +166,9 @@ class LocalBackend:
     def health(self) -> str | None:
         return self._engine.health(self._stall_seconds)
 
+    def ready(self) -> str | None:
+        return self.health()
+
     async def drain(self, seconds: float) -> None:
         if not await self._running.wait_until_idle(seconds):
             self._engine.fail_all(shutting_down())

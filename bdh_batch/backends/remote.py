@@ -87,6 +87,9 @@ class RemoteBackend:
         return len(self._running)
 
     def health(self) -> str | None:
+        return None  # an engine that is lost is no fault of this process
+
+    def ready(self) -> str | None:
         return None if self._ready() else NO_ENGINE
 
     async def drain(self, seconds: float) -> None:

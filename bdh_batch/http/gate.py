@@ -81,6 +81,10 @@ class Gate:
         """Requests under way in the engine."""
         return self._model.backend.load() if self._model else 0
 
+    def ready(self) -> str | None:
+        """Returns why no request can be served at present, or None."""
+        return self._closed or (self._model.backend.ready() if self._model else None)
+
     def health(self) -> str | None:
         """What is wrong with the engine, or None; loading and draining are not wrong."""
         return self._model.backend.health() if self._model else None

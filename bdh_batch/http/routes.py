@@ -119,7 +119,7 @@ class Routes:
         return _status(self._gate.health(), "ok")
 
     async def ready(self, request: Request) -> Response:
-        return _status(self._gate.closed or self._gate.health(), "ready")
+        return _status(self._gate.ready(), "ready")
 
     async def ping(self, request: Request) -> Response:
         return Response(status_code=200) if self._gate.health() is None else await self.health(request)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import json
 import os
 import socket
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+
+from platformdirs import user_runtime_path
 
 from bdh_batch.errors import BDHError, ConfigError
 
@@ -57,6 +60,12 @@ def send_command(pid_file: Path, command: str) -> None:
         raise ConfigError(problem)
 
 
+def default_pid_file(port: int, uds: Path | None) -> Path:
+    """Returns the pid file of a server that listens there, where the settings name none."""
+    name = str(port) if uds is None else hashlib.sha256(bytes(uds.absolute())).hexdigest()[:16]
+    return user_runtime_path("bdh-batch", appauthor=False) / f"{name}.pid"
+
+
 class PidFile:
     """A file that names a supervisor's process and its runtime folder.
 
@@ -69,6 +78,7 @@ class PidFile:
         if (other := _running(path)) is not None:
             raise ConfigError(f"server.pid_file: {path} is that of another server, which runs (process {other})")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(f"{os.getpid()}\n{folder}\n", encoding="utf-8")
         except OSError as error:
             raise ConfigError(f"server.pid_file: {path} cannot be written ({error.strerror})") from error

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from bdh_batch.errors import ConfigError
 from bdh_batch.http.transport.listen import listen, url_of
 from bdh_batch.processes.chosen_model import chosen_model, model_name
-from bdh_batch.processes.control import PidFile, listen_for_commands
+from bdh_batch.processes.control import PidFile, default_pid_file, listen_for_commands
 from bdh_batch.processes.folder import RuntimeFolder
 from bdh_batch.settings import Settings
 from bdh_batch.system.machine import usable_cores
@@ -100,8 +100,7 @@ class Supervisor:
         loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
         pid_file = None
         try:
-            if (path := self._settings.server.pid_file) is not None:
-                pid_file = PidFile(path, self._folder.path)
+            pid_file = self._pid_file()
             self._control = await listen_for_commands(self._folder.path / "control", self._run_command)
             for role in [*engine_roles(self._settings), *front_roles(self._settings)]:
                 self._add(role)
@@ -116,6 +115,22 @@ class Supervisor:
             self._folder.remove()
         if self._failed is not None:
             raise self._failed
+
+    def _pid_file(self) -> PidFile | None:
+        """Writes the pid file: that of the settings, or the default one, without which the server runs as well.
+
+        Raises:
+            ConfigError: the one of the settings cannot be written.
+        """
+        chosen = self._settings.server
+        if chosen.pid_file is not None:
+            return PidFile(chosen.pid_file, self._folder.path)
+        port = 0 if chosen.uds is not None else int(self._listeners[0].getsockname()[1])
+        try:
+            return PidFile(default_pid_file(port, chosen.uds), self._folder.path)
+        except ConfigError as error:
+            log.warning("`bdh-batch reload` will not find this server: %s", error)
+            return None
 
     def _on_signal(self) -> None:
         if self._stop.is_set():
@@ -154,7 +169,7 @@ class Supervisor:
         passed = [self._liveness_of_children.fileno(), ready_write]
         sockets = [listener.fileno() for listener in self._listeners] if child.role.kind == "front" else []
         spec = ":".join(map(str, [child.name, self._folder.path, *passed, *sockets]))
-        command = [sys.executable, "-m", *self._command, *self._options(child.role), "--process", spec]
+        command = [sys.executable, "-m", *self._command, *self._options(child), "--process", spec]
         try:
             child.process = process = await asyncio.create_subprocess_exec(
                 *command, pass_fds=[*passed, *sockets], env=environment(child.role), start_new_session=True
@@ -189,12 +204,14 @@ class Supervisor:
             self._announced = True
             self._on_ready(url_of(self._listeners, self._settings.server), self._model_name)
 
-    def _options(self, role: Role) -> list[str]:
-        options = {}
+    def _options(self, child: Child) -> list[str]:
+        role, options = child.role, {}
         if role.threads is not None:
             options["engine.threads"] = str(role.threads)
         if role.device:
             options["model.device"] = role.device.partition(":")[0]
+        if role.kind == "engine" and (trace := self._settings.scheduler.trace_file) is not None:
+            options["scheduler.trace_file"] = f"{trace}.{child.name}"
         return [part for option, value in options.items() for part in ("--set", f"{option}={value}")]
 
     async def _run_command(self, command: str) -> None:

@@ -83,7 +83,8 @@ async def test_streams_wait_for_an_engine_where_there_is_none(tmp_path: Path) ->
         reading = asyncio.create_task(read(await backend.generate(wanted), wholes))
         await until(lambda: len(wholes[0].tokens) > 3)
         await only.kill()
-        await until(lambda: backend.health() is not None)
+        await until(lambda: backend.ready() is not None)
+        assert backend.health() is None
         with pytest.raises(Unavailable):
             await backend.generate(wanted)
         await only.start()
