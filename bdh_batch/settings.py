@@ -273,7 +273,9 @@ class Scheduler(Section):
         allow_inf_nan=False,
         description="Milliseconds of a step beside running streams; prompts get less. 0: throughput first.",
     )
-    quantum_steps: PositiveInt = Field(64, description="Steps of a time slice, where more sequences run than fit memory.")
+    quantum_steps: PositiveInt = Field(
+        64, description="Steps of a time slice, where not all running sequences fit memory."
+    )
     queue_timeout: PositiveFloat | None = Field(
         None, allow_inf_nan=False, description="Seconds that a request may wait; null is no limit."
     )

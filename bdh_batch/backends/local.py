@@ -16,7 +16,7 @@ from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.mailbox import Mailbox
 from bdh_batch.engine.worker import Load, shutting_down
 from bdh_batch.errors import BDHError, ContextLengthExceeded, InvalidRequest
-from bdh_batch.messages import NO_TOKENS, LogitsProcessors, GenerationRequest, Progress, Prompt, Text, distinct
+from bdh_batch.messages import NO_TOKENS, GenerationRequest, LogitsProcessors, Progress, Prompt, Text, distinct
 from bdh_batch.scheduler.sequence import Client, Outbox, Prefix, Sequence
 from bdh_batch.text.restrictions import Restriction, sequences_of
 from bdh_batch.text.stop_strings import StopStrings

@@ -11,7 +11,16 @@ from typing import Protocol
 
 from bdh_batch.engine.alignment import Alignment, Shown
 from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, NotFinite
-from bdh_batch.messages import LogitsProcessors, Constraint, Delta, FinishReason, Outcome, SamplingParams, Segment, TokenLogprob
+from bdh_batch.messages import (
+    Constraint,
+    Delta,
+    FinishReason,
+    LogitsProcessors,
+    Outcome,
+    SamplingParams,
+    Segment,
+    TokenLogprob,
+)
 
 log = logging.getLogger(__name__)
 

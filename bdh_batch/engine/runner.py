@@ -18,7 +18,16 @@ from bdh_batch.engine.sampling.logprobs import ROWS, token_logprobs
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.errors import OutOfMemory
 from bdh_batch.kernels.base import Kernels, RaggedBatch
-from bdh_batch.messages import LogitsProcessors, LogitBias, Outcome, Plan, SamplingParams, Segment, TokenLogprob, distinct
+from bdh_batch.messages import (
+    LogitBias,
+    LogitsProcessors,
+    Outcome,
+    Plan,
+    SamplingParams,
+    Segment,
+    TokenLogprob,
+    distinct,
+)
 
 log = logging.getLogger(__name__)
 

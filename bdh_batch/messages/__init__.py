@@ -11,12 +11,11 @@ from bdh_batch.messages.request import (
     Text,
 )
 from bdh_batch.messages.response import Delta, FinishReason, Gathering, TokenLogprob, Usage
-from bdh_batch.messages.sampling import NO_TOKENS, LogitsProcessors, LogitBias, SamplingParams, distinct
+from bdh_batch.messages.sampling import NO_TOKENS, LogitBias, LogitsProcessors, SamplingParams, distinct
 from bdh_batch.messages.step import Copy, Outcome, Plan, Segment
 
 __all__ = [
     "NO_TOKENS",
-    "LogitsProcessors",
     "Constraint",
     "Copy",
     "Delta",
@@ -26,6 +25,7 @@ __all__ = [
     "Grammar",
     "GrammarText",
     "LogitBias",
+    "LogitsProcessors",
     "Origin",
     "Outcome",
     "Plan",

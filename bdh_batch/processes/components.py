@@ -15,8 +15,8 @@ from bdh_batch.system.documents import read_json_beside
 from bdh_batch.text.chat import ChatTemplate, open_template
 from bdh_batch.text.folder import TextComponents, load_text
 from bdh_batch.text.grammar import open_sandbox
-from bdh_batch.text.sandbox import Sandbox
 from bdh_batch.text.job_queue import QueueLimits
+from bdh_batch.text.sandbox import Sandbox
 from bdh_batch.text.vocabulary import Vocabulary, setup_of, vocabulary_of
 
 GENERATION_CONFIG = "generation_config.json"

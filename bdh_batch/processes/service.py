@@ -27,7 +27,7 @@ from bdh_batch.http.transport.server import Server, listen, local_only, url_of
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.processes.chosen_model import chosen_model, model_name
 from bdh_batch.processes.components import Components, ModelFolder
-from bdh_batch.processes.engines import LOADER, Engines, EngineInfo
+from bdh_batch.processes.engines import LOADER, EngineInfo, Engines
 from bdh_batch.settings import Auth, Settings
 from bdh_batch.system.threads import in_daemon_thread
 from bdh_batch.text.grammar import Grammars

@@ -17,7 +17,7 @@ import httpx
 from bdh_batch.checkpoint.convert import inside
 from bdh_batch.checkpoint.files import HUGGING_FACE_NAMES, TORCH_SUFFIXES, weights_among
 from bdh_batch.errors import CheckpointError, ConfigError
-from bdh_batch.registry.download import SCHEMES, Downloads, Download, plain
+from bdh_batch.registry.download import SCHEMES, Download, Downloads, plain
 from bdh_batch.registry.files import Allowance, Staged, copy
 from bdh_batch.registry.hub import open_repository
 from bdh_batch.system.documents import brief, shown

@@ -25,6 +25,7 @@ from typing import Protocol, TypeVar
 
 from bdh_batch.errors import Unavailable
 from bdh_batch.system.threads import in_daemon_thread
+from bdh_batch.text.job_queue import JobQueue, QueueLimits
 from bdh_batch.text.sandbox_process import (
     CANCEL,
     CANCELLED,
@@ -40,7 +41,6 @@ from bdh_batch.text.sandbox_process import (
     JobLimits,
     Refused,
 )
-from bdh_batch.text.job_queue import QueueLimits, JobQueue
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bdh_batch.engine.runner import choose
 from bdh_batch.engine.sampling.logits_processors import process_logits
-from bdh_batch.messages import NO_TOKENS, LogitsProcessors, LogitBias, SamplingParams, distinct
+from bdh_batch.messages import NO_TOKENS, LogitBias, LogitsProcessors, SamplingParams, distinct
 from bdh_batch.text.stop_strings import StopStrings
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import ByteTokenizer

@@ -275,9 +275,7 @@ class TestEcho:
         ]
         assert greedy[: len(tokens) - 1] == [a == b for a, b in zip(expected.argmax(axis=1), tokens[1:])]
 
-    def test_prompt_logprobs_are_the_models_alone_and_in_a_batch(
-        self, tiny: Server, reference: Reference
-    ) -> None:
+    def test_prompt_logprobs_are_the_models_alone_and_in_a_batch(self, tiny: Server, reference: Reference) -> None:
         logprobs: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": 0, "temperature": 0}
         for repeat in range(2):  # a prompt that was seen before is computed again
             alone = tiny.complete(prompt=self.TEXTS[3], **logprobs)

@@ -16,7 +16,7 @@ from bdh_batch.engine.runner import choose
 from bdh_batch.engine.sampling import logits_processors
 from bdh_batch.engine.sampling.draw import uniforms
 from bdh_batch.engine.sampling.logits_processors import process_in_main_memory, process_on_device
-from bdh_batch.messages import NO_TOKENS, LogitsProcessors, LogitBias, SamplingParams, TokenLogprob, distinct
+from bdh_batch.messages import NO_TOKENS, LogitBias, LogitsProcessors, SamplingParams, TokenLogprob, distinct
 
 VOCABULARY = 23
 LOGITS = torch.randn(12, VOCABULARY, generator=torch.Generator().manual_seed(5)) * 3

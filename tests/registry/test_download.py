@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from bdh_batch.errors import CheckpointError
 from bdh_batch.registry import download
-from bdh_batch.registry.download import Downloads, Unfinished, Download, plain
+from bdh_batch.registry.download import Download, Downloads, Unfinished, plain
 from bdh_batch.registry.files import Allowance
 from tests.registry.web import Web, running
 

@@ -12,7 +12,7 @@ from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.torch_reference import TorchKernels
-from bdh_batch.messages import LogitsProcessors, FinishReason, LogitBias, SamplingParams, distinct
+from bdh_batch.messages import FinishReason, LogitBias, LogitsProcessors, SamplingParams, distinct
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.sequence import Client, Sequence

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from bdh_batch.errors import QueueFull
-from bdh_batch.text.job_queue import QueueLimits, JobQueue
+from bdh_batch.text.job_queue import JobQueue, QueueLimits
 
 
 async def settle() -> None:

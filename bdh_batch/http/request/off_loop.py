@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from bdh_batch.system.threads import in_daemon_thread
-from bdh_batch.text.job_queue import QueueLimits, JobQueue
+from bdh_batch.text.job_queue import JobQueue, QueueLimits
 
 T = TypeVar("T")
 
