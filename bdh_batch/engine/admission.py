@@ -1,4 +1,4 @@
-"""Which requests may wait in the queue: counted and bounded here and nowhere else. Shared between threads.
+"""Decides which requests may wait in the queue: they are counted and bounded here. Shared between threads.
 
 Refused is what finds the queue full, in requests or in tokens, and what would wait past its deadline at the rate at
 which slots have been given out of late. A full queue is full for those who fill it: one of an earlier priority, or of a

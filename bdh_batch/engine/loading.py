@@ -1,4 +1,4 @@
-"""From settings and a model's files to an engine that is ready: weights, kernels, memory for states, a scheduler.
+"""Makes an engine of settings and a model's files: weights, kernels, memory for states, a scheduler.
 
 Knows nothing of HTTP, or of text.
 """

@@ -1,4 +1,4 @@
-"""Prefixes that sequences have in common are computed once: cached for later ones, waited for by present ones.
+"""In-flight prefix sharing and prefix caching: a prefix that sequences have in common is computed once.
 
 A state is wanted where a prompt ends (but for its last token, which every sequence computes itself), where a chat's
 instructions and its earlier turns do, at powers of two, where prompts were seen to part, and where a sequence waits for

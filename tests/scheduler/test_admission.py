@@ -114,7 +114,7 @@ def test_a_rate_of_long_ago_refuses_nobody() -> None:
     admission = busy(waiting)
     request = make_sequence([1], 1)
     request.deadline = 50.0
-    with pytest.raises(QueueFull, match="longer than the request.s timeout"):
+    with pytest.raises(QueueFull, match="longer than the request's timeout"):
         admission.admit([request], 40.0)
     for second in range(40, 80):  # every slot is taken, but nobody waits for one
         admission.update(dict.fromkeys(waiting, -1), 0, second, now=float(second))
