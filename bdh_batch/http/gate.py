@@ -14,7 +14,7 @@ from bdh_batch.text.grammar import Grammars
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that is ready, and how the API speaks of it. `created` is in Unix seconds, and fixed for a model."""
+    """A model that is ready, with what the API reports of it. `created` is in Unix seconds, and fixed for a model."""
 
     backend: Backend
     name: str

@@ -1,4 +1,4 @@
-"""What a model folder says about text: its tokenizer, its special tokens, its chat template.
+"""Reads from a model folder what concerns text: its tokenizer, its special tokens, its chat template.
 
 Read before the weights, which take long, so that what cannot work is reported at once.
 """

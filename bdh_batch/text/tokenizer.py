@@ -1,4 +1,4 @@
-"""What a tokenizer is; the two that need no files; and the decoder that never splits a character."""
+"""The interface of tokenizers, the two that need no files, and the decoder that never splits a character."""
 
 from __future__ import annotations
 

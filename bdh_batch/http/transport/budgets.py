@@ -1,4 +1,4 @@
-"""What clients may take of the server's memory and file descriptors before they have been given anything for it."""
+"""Bounds the memory and file descriptors that clients may take before their requests are admitted."""
 
 from __future__ import annotations
 
