@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 HUGE = 2**21  # bytes of a huge page
 MADV_POPULATE_WRITE = 23  # Linux 5.14: backs pages, and leaves what they hold as it is
 AHEAD = 2**26  # bytes
-LEAST_AHEAD = 2  # blocks
+LEAST_AHEAD, MOST_AHEAD = 2, 16  # blocks
 
 
 def reserve(shape: Sequence[int], dtype: torch.dtype, huge: bool = True) -> Tensor:
@@ -81,7 +81,7 @@ class PagesAhead:
     def __init__(self, blocks: Tensor) -> None:
         self._blocks = blocks
         each = blocks[0].nbytes if len(blocks) else 1
-        self._ahead = max(LEAST_AHEAD, AHEAD // each)
+        self._ahead = max(LEAST_AHEAD, min(MOST_AHEAD, AHEAD // each))
         self._wanted = 0  # blocks before it should be backed
         self._backed = 0
         self._lock = threading.Lock()
