@@ -5,13 +5,15 @@ suspects. All other streams of that engine are resumed at once. Then the suspect
 of them at a time until it has a token, and no new request starts meanwhile. So if that engine crashes, too, the
 request that did it is known.
 
-Streams of an engine that is replaced are no suspects.
+Where engines have also crashed with no suspect in their step, something else kills them, and a suspect may only have
+been present: then it takes more engines to tell. Streams of an engine that is replaced are no suspects.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,6 +25,8 @@ from bdh_batch.messages import GenerationRequest
 
 log = logging.getLogger(__name__)
 
+MORE = 2  # engines that a suspect may lose in addition where some crash for another reason
+REMEMBERED_SECONDS = 300.0  # for which such a crash is remembered
 REFUSED_SECONDS = 0.05  # until the heartbeat of an engine that refuses as it is shutting down may have come
 
 
@@ -48,6 +52,7 @@ class Failover:
         self._ready = ready
         self._choose = choose
         self._probes: dict[Replica, RemoteStream] = {}
+        self._unexplained = -math.inf  # when an engine last crashed without a suspect in its step
 
     def add(self, stream: RemoteStream) -> None:
         """Dispatches a new stream."""
@@ -58,12 +63,16 @@ class Failover:
         """Moves `streams` to other engines, as `replica` has crashed, hangs, or is being replaced."""
         self._probes.pop(replica, None)
         suspects = () if replica.state is State.LEAVING else replica.in_step
+        now = time.monotonic()
+        if replica.state is not State.LEAVING and not suspects:
+            self._unexplained = now
+        most = self._max_failovers + (MORE if now - self._unexplained < REMEMBERED_SECONDS else 0)
         for stream in streams:
             stream.lost()
             stream.failovers += stream.request.origin.id in suspects
             if stream.ended:
                 continue
-            if stream.failovers < self._max_failovers:
+            if stream.failovers < most:
                 log.warning("request %s is resumed on another engine", stream.request.origin.id)
                 self._wait(stream)
                 continue

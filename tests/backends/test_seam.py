@@ -163,3 +163,22 @@ async def test_a_reader_that_is_slow_is_caught_up_with(tmp_path: Path) -> None:
         generation.abort()
         assert [whole.facts()] == undisturbed
         assert whole.finish_reason is FinishReason.LENGTH
+
+
+async def test_who_was_only_there_when_engines_were_killed_is_no_suspect_so_soon(tmp_path: Path) -> None:
+    some = [FakeEngine(tmp_path / f"{number}.sock") for number in range(2)]
+    poison = replace(request(40, prompts=1), origin=Origin("poison"), prompts=[Prompt([POISON] * 4)])
+    async with engines(*some, max_failovers=2) as backend:
+        await some[0].kill()  # with nothing in its step
+        await some[0].start()
+        await until(lambda: all(replica.state is State.READY for replica in backend.replicas.values()))
+        wholes = empty(request(200, prompts=1))
+        reading = asyncio.create_task(read(await backend.generate(request(200, prompts=1)), wholes))
+        await until(lambda: len(wholes[0].tokens) > 3)
+        computes = next(each for each in some if each.replica is not None and each.replica.readers)
+        await computes.kill()  # with one in its step that has tokens
+        await computes.start()
+        await reading
+        (whole,) = await read(await backend.generate(poison), empty(poison))
+        assert whole.finish_reason is FinishReason.ERROR
+        assert sum(each.deaths for each in some) == 4
