@@ -20,7 +20,7 @@ from bdh_batch import __version__, settings
 from bdh_batch.bench import options as bench_options
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.http.auth.keys import KeyFile, new_key
-from bdh_batch.processes.control import ask, default_pid_file
+from bdh_batch.processes.control import default_pid_file, send_command
 from bdh_batch.registry import commands as registry_commands
 from bdh_batch.registry.locate import locate
 from bdh_batch.system.documents import shown
@@ -228,7 +228,7 @@ def _say_nothing(url: str, model: str) -> None:
 
 def _reload(options: argparse.Namespace) -> int:
     chosen = _resolve(options).settings.server
-    ask(options.pid_file or chosen.pid_file or default_pid_file(chosen.port, chosen.uds), "reload")
+    send_command(options.pid_file or chosen.pid_file or default_pid_file(chosen.port, chosen.uds), "reload")
     print("the engines have been replaced")
     return 0
 

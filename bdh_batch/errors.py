@@ -15,8 +15,8 @@ BDHError
 │   │   └── TooLate             429  the estimated wait is longer than the request's timeout
 │   └── Unavailable             503  the server is loading or draining, or the engine is down
 ├── DeadlineExceeded              -  the base of timeouts
-│   ├── QueueTimeout            408  the request's time was up while it waited in the queue
-│   └── RunTimeout              504  the request's time was up while it ran
+│   ├── QueueTimeout            408  the request timed out while it waited in the queue
+│   └── RunTimeout              504  the request timed out while it ran
 ├── OutOfMemory                 500  a step needed more memory than there is; a smaller one may fit
 └── GenerationFailed            500  an internal fault ended this one request
     └── NotFinite               500  the model's logits were NaN or infinite
@@ -113,11 +113,11 @@ class DeadlineExceeded(BDHError):
 
 
 class QueueTimeout(DeadlineExceeded):
-    """408: ends a request whose time is up while it waits in the queue."""
+    """408: raised for a request that times out while it waits in the queue."""
 
 
 class RunTimeout(DeadlineExceeded):
-    """504: ends a request whose time is up while it runs."""
+    """504: raised for a request that times out while it runs."""
 
 
 class OutOfMemory(BDHError):
@@ -132,4 +132,4 @@ class NotFinite(GenerationFailed):
     """500: ends a request for which the model's logits are NaN or infinite."""
 
     def __init__(self) -> None:
-        super().__init__("The model gave a result that is not a finite number.")
+        super().__init__("The model's output contains NaN or infinite values.")

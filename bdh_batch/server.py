@@ -1,6 +1,6 @@
-"""What `bdh-batch serve` runs in this process: the whole server, its supervisor, or a child of that.
+"""Runs `bdh-batch serve` in this process: the whole server, its supervisor, or a child of the supervisor.
 
-Only what computes or answers imports torch and the rest of the server: a supervisor stays small.
+Only a process that computes or serves HTTP imports torch and the rest of the server: a supervisor stays small.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ async def run(
 
     Args:
         arguments: of the command line.
-        child: which process of a supervisor this one is, in its words; None is none.
-        announce: is given the base URL and the model's name; in a process of an engine, when that is ready.
+        child: the `ChildSpec` of this process as text, where a supervisor has started it.
+        announce: is called with the base URL and the model's name when requests are accepted; in an engine process,
+            with its name when front ends can connect.
         load: makes an engine; None is `engine.loading.load_engine`.
         program: the module that children are started as, and what goes before the arguments.
 
@@ -44,7 +45,7 @@ async def run(
         ConfigError, CheckpointError: it cannot start.
     """
     if child is not None:
-        await _run_child(settings, Place.of(child), announce, load)
+        await _run_child(settings, ChildSpec.of(child), announce, load)
     elif supervisor.is_wanted(settings):
         await supervisor.Supervisor(settings, [*program, *arguments], announce).run()
     else:
@@ -52,48 +53,50 @@ async def run(
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """What a supervisor has told a child: its name, and what it has handed over."""
+class ChildSpec:
+    """What a supervisor passes to a child process: its name, the runtime folder, and file descriptors."""
 
     name: str
     folder: RuntimeFolder
-    life: int  # file descriptor, which ends when the supervisor does
-    tells: int  # file descriptor, to say at that it is ready
-    sockets: Sequence[int]
+    liveness: int  # a socket that closes when the supervisor ends
+    ready_pipe: int  # a pipe to which the child writes when it is ready
+    sockets: Sequence[int]  # at which a front end serves HTTP
 
     @classmethod
-    def of(cls, spec: str) -> Place:
-        name, folder, life, tells, *sockets = spec.split(":")
-        return cls(name, RuntimeFolder(Path(folder)), int(life), int(tells), [*map(int, sockets)])
+    def of(cls, spec: str) -> ChildSpec:
+        """Parses the text that the supervisor makes of it."""
+        name, folder, liveness, ready_pipe, *sockets = spec.split(":")
+        return cls(name, RuntimeFolder(Path(folder)), int(liveness), int(ready_pipe), [*map(int, sockets)])
 
     def ready(self) -> None:
-        os.write(self.tells, b"1")
-        os.close(self.tells)
+        """Notifies the supervisor that this process is ready. To be called once."""
+        os.write(self.ready_pipe, b"1")
+        os.close(self.ready_pipe)
 
 
 async def _run_child(
-    settings: Settings, place: Place, announce: Callable[[str, str], None], load: LoadEngine | None
+    settings: Settings, spec: ChildSpec, announce: Callable[[str, str], None], load: LoadEngine | None
 ) -> None:
     def ready() -> None:
-        announce(place.name, "")
-        place.ready()
+        announce(spec.name, "")
+        spec.ready()
 
     loop = asyncio.get_running_loop()
-    loop.add_reader(place.life, _orphaned)
-    if place.name.startswith("engine"):
+    loop.add_reader(spec.liveness, _orphaned)
+    if spec.name.startswith("engine"):
         from bdh_batch.engine.loading import load_engine
         from bdh_batch.processes.engine_process import run_engine
 
-        await run_engine(settings, place.folder, place.name, ready, load or load_engine)
+        await run_engine(settings, spec.folder, spec.name, ready, load or load_engine)
     else:
         from bdh_batch.processes.front_end import run_front_end
 
-        listeners = [socket.socket(fileno=number) for number in place.sockets]
-        await run_front_end(settings, place.folder, place.name, listeners, lambda *_: place.ready())
+        listeners = [socket.socket(fileno=number) for number in spec.sockets]
+        await run_front_end(settings, spec.folder, spec.name, listeners, lambda *_: spec.ready())
 
 
 def _orphaned() -> None:
-    """The supervisor has gone: nobody would end this process, or start it again."""
+    """Kills this process, as its supervisor has ended: nobody else would end or restart it."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 

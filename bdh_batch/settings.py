@@ -140,7 +140,7 @@ class Server(Section):
     workers: PositiveInt = Field(
         1,
         le=64,
-        description="Processes that answer HTTP at one port. With more than one, engines have processes of their own "
+        description="Processes that serve HTTP at one port. With more than one, engines have processes of their own "
         "(engine.replicas, else 1).",
     )
     pid_file: Path | None = Field(
@@ -234,7 +234,7 @@ class Engine(Section):
         None,
         le=64,
         description="Engine processes. null: the engine runs in the server's own process. With engine processes, "
-        "streams go on elsewhere when one of them is lost.",
+        "streams are resumed on another engine when one is lost.",
     )
     devices: Strings = Field(
         [],
@@ -242,10 +242,10 @@ class Engine(Section):
         "model.device.",
     )
     heartbeat_seconds: float = Field(
-        5.0, ge=0.2, le=600, description="An engine process without a sign of life for so long is given up."
+        5.0, ge=0.2, le=600, description="Seconds without a heartbeat after which an engine process counts as lost."
     )
     max_failovers: PositiveInt = Field(
-        2, description="So many engines that one request loses, without a token in between, end it with an error."
+        2, description="Engines in a row that a request may lose without a token; then it ends with an error."
     )
     threads: PositiveInt | None = Field(
         None, description="CPU threads that compute; null is one per core, as far as CPU quotas go."
@@ -273,7 +273,9 @@ class Scheduler(Section):
         allow_inf_nan=False,
         description="Milliseconds of a step beside running streams; prompts get less. 0: throughput first.",
     )
-    quantum_steps: PositiveInt = Field(64, description="Steps of a time slice, where sequences take turns in memory.")
+    quantum_steps: PositiveInt = Field(
+        64, description="Steps of a time slice, where not all running sequences fit memory."
+    )
     queue_timeout: PositiveFloat | None = Field(
         None, allow_inf_nan=False, description="Seconds that a request may wait; null is no limit."
     )

@@ -30,7 +30,7 @@ def test_fewer_states_are_taken_with_a_warning(
 
     monkeypatch.setattr(loading, "StatePool", scarce)
     assert len(loading.take_states(CONFIG, 64, CPU, 0, torch.float32, 0).states) == slots
-    assert ("cannot be had" in caplog.text) == (slots < 64)
+    assert ("cannot be allocated" in caplog.text) == (slots < 64)
 
 
 def test_a_host_without_so_much_memory_does_not_cost_the_device_its_states(
@@ -44,7 +44,7 @@ def test_a_host_without_so_much_memory_does_not_cost_the_device_its_states(
     monkeypatch.setattr(loading, "StatePool", scarce)
     pool = loading.take_states(CONFIG, 64, CPU, 0, torch.float32, 32)
     assert (len(pool.states), pool.host_slots) == (64, 8)
-    assert "cannot be had" in caplog.text
+    assert "cannot be allocated" in caplog.text
 
 
 def test_no_memory_at_all_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ def test_inspect_reports_the_same_as_text(run: Any) -> None:
 
 def test_inspect_says_what_it_was_not_told_and_what_cannot_be_served(run: Any, tmp_path: Path) -> None:
     path = formats.save(tmp_path, formats.with_freqs(CONFIG, formats.random_state(CONFIG)))
-    assert re.search(r"^n_layer +6 \(not told", run("inspect", path), re.MULTILINE)
+    assert re.search(r"^n_layer +6 \(not in the file", run("inspect", path), re.MULTILINE)
     assert re.search(r"^n_layer +4$", run("inspect", path, "--layers", 4), re.MULTILINE)
     (tmp_path / "tokenizer_config.json").write_text('{"type": "runes"}')
     assert re.search(r"^tokenizer +cannot be served: .*runes", run("inspect", path), re.MULTILINE)

@@ -1,1 +1,1 @@
-"""What generates completions for the HTTP layer."""
+"""Backends generate completions for the HTTP layer: in this process, or with engines in others."""

@@ -1,4 +1,4 @@
-"""What the HTTP layer asks of a backend, which generates."""
+"""The interface that the HTTP layer has to a backend: prompts and requests in, deltas out."""
 
 from __future__ import annotations
 
@@ -8,73 +8,77 @@ from typing import Protocol
 from bdh_batch.messages import Delta, GenerationRequest, Prompt, Text
 from bdh_batch.text.tokenizer import Tokenizer
 
-Unread = tuple[str, Text | Sequence[int]]  # a prompt as it came, behind the field that it came in
+RawPrompt = tuple[str, Text | Sequence[int]]  # the request's field, and the prompt in it, which is not checked yet
 
-# Tokens that were generated, and the end of the first sequence that failed or was aborted, if one was.
+# Is called with the tokens that were generated, and the last delta of the first sequence that failed or was aborted.
 Ended = Callable[[int, Delta | None], None]
 
 
 class Generation(Protocol):
-    """The completions of one client's request, which may ask for several sequences."""
+    """A request that is being computed: the deltas of its sequences, and what is known of them."""
 
     @property
     def prompts(self) -> Sequence[Sequence[int]]:
-        """The prompt's tokens of each sequence."""
+        """The tokens of each sequence's prompt."""
 
     @property
     def cached_tokens(self) -> Sequence[int]:
-        """Tokens of each sequence's prompt that did not have to be computed."""
+        """How many tokens of each sequence's prompt were taken from a cached prefix."""
 
     def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
-        """What the sequences gained since the last time, by their index; ends when all have ended or were aborted."""
+        """Yields the sequences' new deltas, each with its sequence's index, until all have ended or were aborted."""
 
     def abort(self) -> None:
-        """Ends what still runs; nothing more is computed for it. Idempotent. The reader of a generation ends with it,
-        also where all has ended."""
+        """Ends the sequences that still run. Idempotent. The reader of a generation has to call it in any case, also
+        after the last delta."""
 
     def on_end(self, ended: Ended) -> None:
-        """Has `ended` called once, at the first `abort`."""
+        """Registers `ended`, which is called once, at the first `abort`."""
 
 
 class Backend(Protocol):
-    """Generates for the HTTP layer."""
+    """Generates completions and tokenizes prompts for the HTTP layer."""
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """The model's, for what is reported of single tokens."""
+        """The model's tokenizer, with which responses name single tokens."""
 
-    async def tokenized(self, prompts: Sequence[Unread], last: int | None = None) -> list[Prompt]:
-        """The prompts as tokens, each the `last` of them only where that is said.
+    async def tokenized(self, prompts: Sequence[RawPrompt], last: int | None = None) -> list[Prompt]:
+        """Returns the prompts as tokens; with `last`, only so many of each prompt's last tokens.
 
         Raises:
-            InvalidRequest: there is no tokenizer, or a prompt that is empty, or has a token that is not the model's.
+            InvalidRequest: there is no tokenizer, or a prompt is empty, or contains a token that is not the model's.
         """
 
     async def generate(self, request: GenerationRequest) -> Generation:
-        """Starts all of its sequences, or none.
+        """Starts all sequences of a request, or none.
 
         Raises:
-            InvalidRequest: one that cannot be served.
-            QueueFull, Unavailable: not now.
+            InvalidRequest: the request cannot be served.
+            QueueFull, Unavailable: the request cannot be served now.
         """
 
     async def tokenize(self, prompt: Text, param: str) -> Sequence[int]:
-        """Raises InvalidRequest, naming `param`, where there is no tokenizer."""
+        """Returns the tokens of a text. Raises InvalidRequest, naming `param`, where there is no tokenizer."""
 
     async def detokenize(self, tokens: Sequence[int]) -> str:
-        """Raises InvalidRequest where there is no tokenizer, or one of `tokens` is not the model's."""
+        """Returns the text of tokens.
+
+        Raises:
+            InvalidRequest: there is no tokenizer, or a token is not the model's.
+        """
 
     def load(self) -> int:
-        """Generations under way."""
+        """The number of requests that are being computed."""
 
     def health(self) -> str | None:
-        """What is wrong with this process, or None."""
+        """Returns what is wrong with this process, or None."""
 
     def ready(self) -> str | None:
-        """Why nothing can be generated now, or None."""
+        """Returns why the backend cannot generate at present, or None if it can."""
 
     async def drain(self, seconds: float) -> None:
-        """Waits for what runs to finish; what has not after `seconds` ends with an error."""
+        """Waits until running requests have finished; after `seconds`, ends the others with an error."""
 
     def close(self) -> None:
-        """Frees everything. Idempotent."""
+        """Releases the engine. Idempotent."""

@@ -1,7 +1,7 @@
-"""An engine process's side of its connections: front ends come, start streams, and get what those gain.
+"""The server that an engine process runs for front ends: they connect, start streams, and receive deltas.
 
-What a step's sequences gained goes to each front end in one message, however many they are. Where a front end reads
-slower than that, what its sequences gain is merged until it has caught up.
+All deltas of a step go to a front end in one message. Where a front end reads slower than the engine computes, the
+deltas of its sequences are merged until it has caught up.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from bdh_batch.backends.wire import (
     MOST_BYTES,
     PROTOCOL,
     Abort,
-    Ask,
     FromFront,
     Gain,
     Gains,
+    Heartbeat,
     Hello,
     Malformed,
-    Pulse,
+    MetricsReport,
+    MetricsRequest,
     Refusal,
     Start,
     Started,
-    Told,
     Unpacker,
     Welcome,
     frame,
@@ -41,23 +41,23 @@ from bdh_batch.messages import Delta, Gathering, Grammar, GrammarText
 log = logging.getLogger(__name__)
 
 GREETING_SECONDS = 5.0
-BUFFER = 2**22  # bytes on their way to a front end, from which on what its sequences gain is merged
+BUFFER = 2**22  # bytes that are buffered for a front end before deltas are merged
 
 
 class Compiles(Protocol):
-    """Compiles grammars that a front end has tried out: `text.grammar.Grammars`."""
+    """Compiles grammars that a front end has compiled in its sandbox before: `text.grammar.Grammars`."""
 
     def compiled(self, text: GrammarText) -> Awaitable[Grammar]: ...
 
 
 class EnginePort:
-    """Serves a backend to front ends.
+    """Serves a backend to the front ends that connect.
 
     Args:
-        welcome: what it says of itself.
-        secret: that front ends have to know.
-        pulse: seconds between two signs of life.
-        metrics: as Prometheus reads them.
+        welcome: the message that each front end gets first.
+        secret: what front ends have to send to be let in.
+        heartbeat_seconds: seconds between two heartbeats.
+        metrics: returns the engine's metrics in Prometheus' text format.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class EnginePort:
         grammars: Compiles,
         welcome: Welcome,
         secret: str,
-        pulse: float,
+        heartbeat_seconds: float,
         load: Callable[[], Load],
         metrics: Callable[[], bytes],
     ) -> None:
@@ -74,50 +74,50 @@ class EnginePort:
         self.grammars = grammars
         self.welcome = welcome
         self.secret = secret
-        self.pulse = pulse
+        self.heartbeat_seconds = heartbeat_seconds
         self.metrics = metrics
         self._load = load
-        self.links: set[Link] = set()
-        self.idle = asyncio.Event()  # no stream is left
+        self.connections: set[Connection] = set()
+        self.idle = asyncio.Event()  # set while there is no stream
         self.idle.set()
         self._leaving = False
 
-    def link(self) -> asyncio.Protocol:
-        """For a new connection."""
-        return Link(self)
+    def new_connection(self) -> asyncio.Protocol:
+        """Makes the protocol of a new connection."""
+        return Connection(self)
 
     def leave(self) -> None:
-        """From now on front ends are asked to go on elsewhere."""
+        """Asks all front ends to move their streams to other engines."""
         self._leaving = True
-        for link in [*self.links]:
-            link.send(self.state())
+        for connection in [*self.connections]:
+            connection.send(self.state())
 
     def streams_changed(self) -> None:
-        """One has begun or ended."""
-        (self.idle.clear if any(link.streams for link in self.links) else self.idle.set)()
+        """Updates `idle`; is called when a stream has begun or ended."""
+        (self.idle.clear if any(connection.streams for connection in self.connections) else self.idle.set)()
 
-    def state(self) -> Pulse:
+    def state(self) -> Heartbeat:
         load = self._load()
-        return Pulse(load.running, load.waiting, self.backend.health(), self._leaving)
+        return Heartbeat(load.running, load.waiting, self.backend.health(), self._leaving)
 
     def close(self) -> None:
-        for link in [*self.links]:
-            link.close()
+        for connection in [*self.connections]:
+            connection.close()
 
 
 class Stream:
-    """A front end's request while it runs: the outbox of its sequences.
+    """A front end's request while it is computed: the outbox of its sequences.
 
-    What its reader has had of them elsewhere, it is not sent again.
+    Deltas that the front end has already received from another engine are not sent again.
     """
 
-    def __init__(self, link: Link, start: Start) -> None:
-        self._link = link
+    def __init__(self, connection: Connection, start: Start) -> None:
+        self._connection = connection
         self._number = start.stream
         self._ahead = {
-            index: [each.ahead, each.characters, each.scores]
+            index: [each.ahead, each.characters, each.logprobs]
             for index, each in enumerate(start.progress)
-            if each.ahead or each.characters or each.scores
+            if each.ahead or each.characters or each.logprobs
         }
         self._open = 0
         self._submission: Submission | None = None
@@ -129,39 +129,39 @@ class Stream:
     def put(self, index: int, delta: Delta) -> None:
         assert self._submission is not None
         if index in self._ahead:
-            self._leave_out(self._ahead[index], delta)
-        self._link.gained(self._number, index, delta, self._submission.cached_of(index))
+            self._drop_received(self._ahead[index], delta)
+        self._connection.gained(self._number, index, delta, self._submission.cached_of(index))
         if delta.finish_reason is not None:
             self._open -= 1
             if not self._open:
-                self._link.drop(self._number)
+                self._connection.drop(self._number)
 
     def abandon(self) -> None:
         if self._submission is not None:
             self._submission.abandon()
 
     @staticmethod
-    def _leave_out(ahead: list[int], delta: Delta) -> None:
-        """Takes out of `delta`, which has one token at most, what its reader has had."""
-        tokens, characters, scores = ahead
+    def _drop_received(ahead: list[int], delta: Delta) -> None:
+        """Removes from `delta`, which has at most one token, what the front end has received before."""
+        tokens, characters, logprobs = ahead
         if delta.tokens and tokens:
             delta.tokens, delta.logprob, ahead[0] = [], 0.0, tokens - 1
         cut = min(characters, len(delta.text))
         delta.text, ahead[1] = delta.text[cut:], characters - cut
-        if delta.scores and scores:
-            cut = min(scores, len(delta.scores))
-            delta.scores, ahead[2] = delta.scores[cut:], scores - cut
+        if delta.logprobs and logprobs:
+            cut = min(logprobs, len(delta.logprobs))
+            delta.logprobs, ahead[2] = delta.logprobs[cut:], logprobs - cut
 
 
-class Link(asyncio.Protocol):
-    """A connection of a front end."""
+class Connection(asyncio.Protocol):
+    """The connection of one front end."""
 
     def __init__(self, port: EnginePort) -> None:
         self._port = port
         self._unpacker = Unpacker(FromFront)
         self._loop = asyncio.get_running_loop()
         self.streams: dict[int, Stream] = {}
-        self._known = False  # whether it has said the secret
+        self._authenticated = False
         self._gains: list[Gain] = []
         self._merged: dict[tuple[int, int], tuple[Gathering, int]] = {}
         self._slow = False
@@ -171,11 +171,12 @@ class Link(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._transport.set_write_buffer_limits(high=BUFFER)
-        self._timer = self._loop.call_later(GREETING_SECONDS, self._refuse, "it has not said who it is")
-        self._port.links.add(self)
+        reason = f"it sent no Hello within {GREETING_SECONDS:g} s"
+        self._timer = self._loop.call_later(GREETING_SECONDS, self._refuse, reason)
+        self._port.connections.add(self)
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._port.links.discard(self)
+        self._port.connections.discard(self)
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:
@@ -202,7 +203,7 @@ class Link(asyncio.Protocol):
             self._refuse(str(error))
 
     def drop(self, number: int) -> Stream | None:
-        """The stream of that number ends here; None where it has ended."""
+        """Forgets the stream of that number and returns it; None where it has ended already."""
         stream = self.streams.pop(number, None)
         self._port.streams_changed()
         return stream
@@ -213,14 +214,15 @@ class Link(asyncio.Protocol):
     def close(self) -> None:
         self._transport.close()
 
-    def cut(self) -> None:
-        """Ends the connection at once; what is on its way is lost."""
+    def disconnect(self) -> None:
+        """Closes the connection at once, without sending what is buffered."""
         self._transport.abort()
 
     def gained(self, stream: int, index: int, delta: Delta, cached: int) -> None:
-        """
+        """Sends a delta together with the others of its step, or merges it where the front end is slow.
+
         Args:
-            cached: tokens of its prompt that did not have to be computed.
+            cached: tokens of the prompt that were taken from a cached prefix.
         """
         if self._slow:
             gathering, _ = self._merged.setdefault((stream, index), (Gathering(), cached))
@@ -236,7 +238,7 @@ class Link(asyncio.Protocol):
             self.send(Gains(gains))
 
     def _take(self, message: FromFront) -> None:
-        if not self._known:
+        if not self._authenticated:
             self._greet(message)
         elif isinstance(message, Start):
             task = self._loop.create_task(self._start(message))
@@ -245,29 +247,29 @@ class Link(asyncio.Protocol):
         elif isinstance(message, Abort):
             if (stream := self.drop(message.stream)) is not None:
                 stream.abandon()
-        elif isinstance(message, Ask):
-            self.send(Told(message.number, self._port.metrics()))
+        elif isinstance(message, MetricsRequest):
+            self.send(MetricsReport(message.number, self._port.metrics()))
         else:
-            raise Malformed("it has greeted twice")
+            raise Malformed("it sent a second Hello")
 
     def _greet(self, message: FromFront) -> None:
         if not isinstance(message, Hello):
-            raise Malformed("it has not said who it is")
+            raise Malformed("its first message is no Hello")
         version = self._port.welcome.version
         if (message.protocol, message.version) != (PROTOCOL, version):
-            raise Malformed(f"it is of version {message.version}, this one of {version}")
+            raise Malformed(f"its version is {message.version}, and the engine's is {version}")
         if not hmac.compare_digest(message.secret.encode(), self._port.secret.encode()):
-            raise Malformed("it does not know the secret")
-        self._known, self._unpacker.most = True, MOST_BYTES
+            raise Malformed("its secret is wrong")
+        self._authenticated, self._unpacker.most = True, MOST_BYTES
         if self._timer is not None:
             self._timer.cancel()
         self.send(self._port.welcome)
         self._beat()
 
     def _beat(self) -> None:
-        if not self._slow:  # else it has enough to read
+        if not self._slow:  # else it has not even read the last messages
             self.send(self._port.state())
-        self._timer = self._loop.call_later(self._port.pulse, self._beat)
+        self._timer = self._loop.call_later(self._port.heartbeat_seconds, self._beat)
 
     def _refuse(self, reason: str) -> None:
         log.warning("a connection to the engine is refused: %s", reason)

@@ -1,4 +1,4 @@
-"""A generation under way, as its reader has it."""
+"""Generations that read the deltas of one request from its mailbox."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ FAILED = (FinishReason.ABORT, FinishReason.ERROR)
 
 
 class Source(Protocol):
-    """Where the deltas of a generation come from."""
+    """What computes the sequences of a generation and fills its mailbox."""
 
     @property
     def cached_tokens(self) -> Sequence[int]:
-        """Tokens of each sequence's prompt that did not have to be computed."""
+        """How many tokens of each sequence's prompt were taken from a cached prefix."""
 
     def abandon(self) -> None:
-        """Nothing more is read. Idempotent."""
+        """Ends the sequences that still run, as nobody reads their deltas any more. Idempotent."""
 
 
 class MailboxGeneration:
-    """The sequences of one client's request, read from their mailbox.
+    """Reads the deltas of one request's sequences from their mailbox.
 
     Args:
-        source: what fills that.
+        source: what fills the mailbox.
+        running: where the generation is registered until it is aborted.
     """
 
     def __init__(self, request: GenerationRequest, mailbox: Mailbox, source: Source, running: Running) -> None:
@@ -75,7 +76,7 @@ class MailboxGeneration:
 
 
 class Running:
-    """What has been started and is still read; says when there is nothing left."""
+    """The generations that were started and are still read; a drain waits until none is left."""
 
     def __init__(self) -> None:
         self._under_way: set[object] = set()
@@ -95,7 +96,7 @@ class Running:
             self._idle.set()
 
     async def wait_until_idle(self, seconds: float) -> bool:
-        """Whether all has ended within `seconds`."""
+        """Returns whether all generations have ended within `seconds`."""
         try:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()

@@ -1,4 +1,4 @@
-"""Generates with a model in this process: tokenizer + engine."""
+"""A backend that generates with an engine and a tokenizer in this process."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from bdh_batch.backends.base import Unread
+from bdh_batch.backends.base import RawPrompt
 from bdh_batch.backends.generation import MailboxGeneration, Running
 from bdh_batch.backends.tokenization import LONG, Tokenization, off_the_loop
 from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.mailbox import Mailbox
 from bdh_batch.engine.worker import Load, shutting_down
 from bdh_batch.errors import BDHError, ContextLengthExceeded, InvalidRequest
-from bdh_batch.messages import NO_TOKENS, Adjustment, GenerationRequest, Progress, Prompt, Text, distinct
+from bdh_batch.messages import NO_TOKENS, GenerationRequest, LogitsProcessors, Progress, Prompt, Text, distinct
 from bdh_batch.scheduler.sequence import Client, Outbox, Prefix, Sequence
 from bdh_batch.text.restrictions import Restriction, sequences_of
 from bdh_batch.text.stop_strings import StopStrings
@@ -29,7 +29,7 @@ LAST_WORDS_SECONDS = 2.0  # for the error events of a drain that ran out of time
 
 
 class Engine(Protocol):
-    """What computes sequences: `engine.worker.Worker`, which says what these mean."""
+    """The part of `engine.worker.Worker` that a backend uses to have sequences computed."""
 
     def submit(
         self, sequences: Many[Sequence], queue_timeout: float | None, timeout: float | None, resumed: bool
@@ -49,7 +49,7 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What the sequences of one client's request have in common: checked and made once."""
+    """What all sequences of one request share; it is checked and made once."""
 
     stop: StopStrings
     stop_token_ids: frozenset[int]
@@ -58,7 +58,7 @@ class Shared:
 
 
 class Submission:
-    """Sequences that an engine has been given: the source of a generation."""
+    """The sequences of one request that were submitted to an engine: the source of a generation."""
 
     def __init__(self, sequences: Many[Sequence], engine: Engine) -> None:
         self._sequences = sequences
@@ -70,7 +70,7 @@ class Submission:
         return self._sequences
 
     def cached_of(self, index: int) -> int:
-        """Tokens of the prompt of the sequence of that index that did not have to be computed."""
+        """How many tokens of that sequence's prompt were taken from a cached prefix."""
         return self._by_index[index].prefix.cached
 
     @property
@@ -119,10 +119,10 @@ class LocalBackend:
         return MailboxGeneration(request, mailbox, submission, self._running)
 
     async def submit(self, request: GenerationRequest, outbox: Outbox, progress: Many[Progress] = ()) -> Submission:
-        """Starts all of its sequences, or none, whose deltas `outbox` gets.
+        """Starts all sequences of a request, or none. Their deltas go to `outbox`.
 
         Args:
-            progress: how far each of them has come elsewhere; those that have ended there are left out.
+            progress: how far another engine has computed each sequence; those that have ended are left out.
 
         Raises:
             InvalidRequest, QueueFull, Unavailable: as `generate`.
@@ -130,13 +130,13 @@ class LocalBackend:
         shared = await self._shared(request)
         sequences: list[Sequence] = []
         for number, prompt in enumerate(request.prompts):
-            first, room = self._adjustment(request, prompt, shared), self._max_tokens(request, prompt)
+            first, room = self._processors(request, prompt, shared), self._max_tokens(request, prompt)
             for index in range(number * request.n, (number + 1) * request.n):
                 await breathe(index)
                 if progress and progress[index].ended:
                     continue
-                adjustment = None if first is None else first.afresh()
-                sequence = self._sequence(request, prompt, room, index, outbox, shared, adjustment)
+                processors = None if first is None else first.afresh()
+                sequence = self._sequence(request, prompt, room, index, outbox, shared, processors)
                 if progress and progress[index].tokens:
                     await off_the_loop(len(progress[index].tokens), sequence.resume, progress[index].tokens)
                 sequences.append(sequence)
@@ -151,7 +151,7 @@ class LocalBackend:
     def tokenizer(self) -> Tokenizer:
         return self._tokenization.tokenizer
 
-    async def tokenized(self, prompts: Many[Unread], last: int | None = None) -> list[Prompt]:
+    async def tokenized(self, prompts: Many[RawPrompt], last: int | None = None) -> list[Prompt]:
         return await self._tokenization.prompts(prompts, last)
 
     async def tokenize(self, prompt: Text, param: str) -> Many[int]:
@@ -178,7 +178,7 @@ class LocalBackend:
         self._engine.close()
 
     async def _shared(self, request: GenerationRequest) -> Shared:
-        """Raises InvalidRequest where a token is not the model's, or nothing could be said."""
+        """Raises InvalidRequest where a token is not the model's, or no token could be generated."""
         known = self._tokenization
         bias = None if request.sampling is None else request.sampling.logit_bias
         if bias is not None and not known.knows(bias.tokens):
@@ -187,7 +187,7 @@ class LocalBackend:
         known.check_each(request.stop_token_ids, "stop_token_ids")
         stops = frozenset(request.stop_token_ids) | (frozenset() if request.ignore_eos else self._eos)
         if request.min_tokens and len(stops) >= known.vocab_size:
-            text = "stop_token_ids has every token there is: with min_tokens nothing could be said."
+            text = "stop_token_ids contains every token of the model: with min_tokens no token could be generated."
             raise InvalidRequest(text, "stop_token_ids")
         size = NODE_COST * sum(map(len, request.bad_words)) + len(request.allowed_token_ids or ()) // 4
         restriction = await off_the_loop(size, self._restriction, request, stops)
@@ -195,7 +195,7 @@ class LocalBackend:
         return Shared(StopStrings(request.stop), stops, banned, restriction)
 
     def _restriction(self, request: GenerationRequest, stops: frozenset[int]) -> Restriction | None:
-        """Raises InvalidRequest where a token is not the model's, or nothing could be said."""
+        """Raises InvalidRequest where a token is not the model's, or no token could be generated."""
         allowed = request.allowed_token_ids
         if allowed is None and not request.bad_words:
             return None
@@ -203,7 +203,8 @@ class LocalBackend:
             self._tokenization.check_each(allowed, "allowed_token_ids")
             if request.min_tokens and stops.issuperset(allowed):
                 text = (
-                    "allowed_token_ids has only tokens that end the completion: with min_tokens nothing could be said."
+                    "allowed_token_ids contains only tokens that end the completion: "
+                    "with min_tokens no token could be generated."
                 )
                 raise InvalidRequest(text, "allowed_token_ids")
         try:
@@ -216,11 +217,11 @@ class LocalBackend:
         return restriction
 
     @staticmethod
-    def _adjustment(request: GenerationRequest, prompt: Prompt, shared: Shared) -> Adjustment | None:
-        """What the choices for a prompt have in common."""
+    def _processors(request: GenerationRequest, prompt: Prompt, shared: Shared) -> LogitsProcessors | None:
+        """Returns the logits processors that the choices for one prompt begin with; None where they change nothing."""
         if request.sampling is None:
             return None
-        return Adjustment.of(request.sampling, prompt.tokens, shared.banned, request.min_tokens)
+        return LogitsProcessors.of(request.sampling, prompt.tokens, shared.banned, request.min_tokens)
 
     def _sequence(
         self,
@@ -230,7 +231,7 @@ class LocalBackend:
         index: int,
         outbox: Outbox,
         shared: Shared,
-        adjustment: Adjustment | None,
+        processors: LogitsProcessors | None,
     ) -> Sequence:
         decoder = self.tokenizer.decoder(special=request.show_special)
         constraint = None if request.grammar is None else request.grammar.constraint(_early(request))
@@ -245,10 +246,10 @@ class LocalBackend:
             min_tokens=request.min_tokens,
             stop_token_ids=shared.stop_token_ids,
             show_stop_token=request.include_stop,
-            score_prompt=request.score_prompt,
+            prompt_logprobs=request.prompt_logprobs,
             pool=sampling is None,
             constraint=constraint,
-            adjustment=adjustment,
+            processors=processors,
             id=origin.id,
         )
         return Sequence(
@@ -262,7 +263,7 @@ class LocalBackend:
         )
 
     def _max_tokens(self, request: GenerationRequest, of: Prompt) -> int:
-        """How many tokens the completion of a prompt may have."""
+        """Returns how many tokens the completion of a prompt may have."""
         if self._max_model_len is None:
             return request.max_tokens
         prompt = len(of.tokens)

@@ -1,6 +1,7 @@
-"""Which requests an engine computes at this moment, for whoever wants to know it once the engine is dead.
+"""Records which requests an engine's current step contains, so that front ends can read it after a crash.
 
-Written to memory that is mapped to a file, before each step: it costs no call to the system, and outlives the process.
+The record is written to memory that is mapped to a file, before each step. That costs no system call, and the file
+outlives the process.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ LENGTH = struct.Struct("<I")
 
 
 class StepRecorder:
-    """Records which of a step's requests have had nothing of this engine yet: one that has, does not kill it by what it
-    is. Called in the engine's thread.
+    """Records those requests of a step that have no token of this engine yet: only they may be what crashes it.
+
+    It is called in the engine's thread.
 
     Args:
-        file: is made anew.
+        file: is overwritten.
     """
 
     def __init__(self, file: Path) -> None:
@@ -43,12 +45,12 @@ class StepRecorder:
 
 
 def step_file(socket: Path) -> Path:
-    """Where the engine of that socket records what it computes."""
+    """Returns the file in which the engine of that socket records its current step."""
     return socket.with_suffix(".step")
 
 
 def recorded(file: Path) -> Collection[str]:
-    """The requests that are in the file of an engine; none where there is no such file."""
+    """Returns the ids of the requests in an engine's record; none where there is no such file."""
     try:
         content = file.read_bytes()
     except OSError:

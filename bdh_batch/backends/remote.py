@@ -1,8 +1,8 @@
-"""Generates with engines in other processes, and goes on elsewhere when one of them is lost.
+"""A backend that generates with engines in other processes, and resumes streams on another one when one is lost.
 
-A token follows from the weights, the prompt, the tokens before it and the seed. So whoever has those can have any
-engine of the same weights and kernels go on, and the reader sees a pause and the same bytes. An engine that goes on is
-given the tokens so far, and computes what they make of the state as it does for a prompt.
+A token is determined by the weights, the prompt, the tokens before it and the seed. So any engine with the same
+weights and kernels can resume a stream: its reader sees a pause, and the same bytes. The engine that resumes it gets
+the tokens so far, and computes their state as it does that of a prompt.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from bdh_batch.backends.base import Unread
+from bdh_batch.backends.base import RawPrompt
 from bdh_batch.backends.failover import Failover
 from bdh_batch.backends.generation import MailboxGeneration, Running
 from bdh_batch.backends.replica import Reader, Replica, State
@@ -34,9 +34,9 @@ class RemoteBackend:
     """Generates with engines in other processes.
 
     Args:
-        max_failovers: engines that one request may lose; then it fails, as it may be what they die of.
+        max_failovers: engines that one request may lose; then it fails, as it may be what crashes them.
         timeout: seconds that a request may take in all; None is no limit.
-        closed: is called when it is closed.
+        closed: is called when the backend is closed.
     """
 
     def __init__(
@@ -57,12 +57,12 @@ class RemoteBackend:
 
     async def generate(self, request: GenerationRequest) -> MailboxGeneration:
         if not self._ready():
-            raise Unavailable(f"The model cannot be reached: {NO_ENGINE}.", retry_after=1)
+            raise Unavailable(f"The model is not available: {NO_ENGINE}.", retry_after=1)
         timeouts = [seconds for seconds in (self._timeout, request.origin.timeout) if seconds is not None]
         deadline = time.monotonic() + min(timeouts) if timeouts else None
         mailbox = Mailbox()
         stream = RemoteStream(request, mailbox, self._failover, deadline)
-        self._failover.enter(stream)
+        self._failover.add(stream)
         try:
             await asyncio.shield(stream.admitted)
         except BaseException:
@@ -74,7 +74,7 @@ class RemoteBackend:
     def tokenizer(self) -> Tokenizer:
         return self._tokenization.tokenizer
 
-    async def tokenized(self, prompts: Sequence[Unread], last: int | None = None) -> list[Prompt]:
+    async def tokenized(self, prompts: Sequence[RawPrompt], last: int | None = None) -> list[Prompt]:
         return await self._tokenization.prompts(prompts, last)
 
     async def tokenize(self, prompt: Text, param: str) -> Sequence[int]:
@@ -103,11 +103,11 @@ class RemoteBackend:
         self._closed()
 
     def changed(self, replica: Replica) -> None:
-        """The state of a replica has changed."""
+        """Dispatches waiting streams, as the state of a replica has changed."""
         self._failover.dispatch()
 
     def lost(self, replica: Replica, readers: Sequence[Reader]) -> None:
-        """A replica will not go on with what `readers` read."""
+        """Moves the streams of `readers` to other replicas, as this one will not finish them."""
         self._failover.lost(replica, [each for each in readers if isinstance(each, RemoteStream)])
 
     def _choose(self, request: GenerationRequest) -> Replica | None:

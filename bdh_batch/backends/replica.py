@@ -1,4 +1,4 @@
-"""A front end's connection to one engine process, made again whenever it is lost."""
+"""A front end's connection to one engine process, which is made anew whenever it is lost."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from bdh_batch.backends.wire import (
     MOST_BYTES,
     PROTOCOL,
     Abort,
-    Ask,
     FromEngine,
     Gain,
     Gains,
+    Heartbeat,
     Hello,
     Malformed,
-    Pulse,
+    MetricsReport,
+    MetricsRequest,
     Refusal,
     Start,
     Started,
-    Told,
     Unpacker,
     Welcome,
     frame,
@@ -40,21 +40,21 @@ METRICS_SECONDS = 2.0
 
 
 class State(StrEnum):
-    """What a front end knows of an engine."""
+    """The state of an engine, as a front end knows it."""
 
     CONNECTING = "connecting"
     READY = "ready"
-    LEAVING = "leaving"  # it takes nothing new, and what it has should go on elsewhere
-    UNHEALTHY = "unhealthy"  # it lives, and computes nothing
+    LEAVING = "leaving"  # it gets no new requests, and its streams move to other engines
+    UNHEALTHY = "unhealthy"  # its process lives, and cannot compute
 
 
 class Reader(Protocol):
-    """Takes what a stream's sequences gain.
+    """Receives the deltas of one stream.
 
-    `proven` says whether it has had anything yet of the engine that computes it.
+    `has_token` says whether the engine that computes it now has sent any.
     """
 
-    proven: bool
+    has_token: bool
 
     def started(self, replica: Replica, error: BDHError | None) -> None: ...
 
@@ -66,10 +66,10 @@ class Replica:
 
     Args:
         socket: the path of its socket.
-        heartbeat: seconds without a sign of life after which it is given up; it may come back.
-        changed: is called when its state has changed.
-        let_go: is called with those whose streams it will not go on with.
-        fits: says why an engine that greets is none of ours, or None.
+        heartbeat_timeout: seconds without a message after which the engine counts as lost; it may come back.
+        changed: is called when the state has changed.
+        on_lost: is called with the readers of streams that this engine will not finish.
+        fits: returns why an engine that sent `Welcome` cannot be used, or None if it can.
     """
 
     def __init__(
@@ -77,89 +77,89 @@ class Replica:
         socket: Path,
         version: str,
         secret: str,
-        heartbeat: float,
+        heartbeat_timeout: float,
         changed: Callable[[Replica], None],
-        let_go: Callable[[Replica, Sequence[Reader]], None],
+        on_lost: Callable[[Replica, Sequence[Reader]], None],
         fits: Callable[[Welcome], str | None],
     ) -> None:
         self.socket = socket
-        self.heartbeat = heartbeat
+        self.heartbeat_timeout = heartbeat_timeout
         self.state = State.CONNECTING
         self.welcome: Welcome | None = None
-        self.pulse: Pulse | None = None
+        self.last_heartbeat: Heartbeat | None = None
         self.readers: dict[int, Reader] = {}
         self._hello = Hello(PROTOCOL, version, secret)
         self._changed = changed
-        self._gives_up = let_go
+        self._on_lost = on_lost
         self._fits = fits
-        self._link: _Link | None = None
-        self._asked: dict[int, asyncio.Future[bytes]] = {}
+        self._connection: _Connection | None = None
+        self._metrics_requests: dict[int, asyncio.Future[bytes]] = {}
         self._numbers = 0
         self._retry = FIRST_RETRY
         self._connecting = asyncio.create_task(self._connect())
 
     @property
     def outstanding(self) -> int:
-        """Streams that it computes for this front end, and what it says that it computes for all, if that is more."""
-        others = 0 if self.pulse is None else self.pulse.running + self.pulse.waiting
+        """The engine's load: this front end's streams, or all sequences of its last heartbeat, if these are more."""
+        others = 0 if self.last_heartbeat is None else self.last_heartbeat.running + self.last_heartbeat.waiting
         return max(len(self.readers), others)
 
     def start(self, reader: Reader, make: Callable[[int], Start]) -> int:
-        """Has it compute what `make` makes of the number of a new stream, which is returned."""
-        assert self._link is not None
+        """Sends the message that `make` returns for the number of a new stream, and returns that number."""
+        assert self._connection is not None
         self._numbers += 1
         self.readers[self._numbers] = reader
-        self._link.send(make(self._numbers))
+        self._connection.send(make(self._numbers))
         return self._numbers
 
     def abort(self, stream: int) -> None:
-        """Nothing more of that stream is read. Idempotent."""
-        if self.readers.pop(stream, None) is not None and self._link is not None:
-            self._link.send(Abort(stream))
+        """Ends a stream and drops its deltas that are still to come. Idempotent."""
+        if self.readers.pop(stream, None) is not None and self._connection is not None:
+            self._connection.send(Abort(stream))
 
     async def metrics(self) -> bytes:
-        """As Prometheus reads them; empty where it does not answer."""
-        if self._link is None:
+        """Returns the engine's metrics in Prometheus' text format; empty where the engine does not respond."""
+        if self._connection is None:
             return b""
         self._numbers += 1
         number, asked = self._numbers, asyncio.get_running_loop().create_future()
-        self._asked[number] = asked
-        self._link.send(Ask(number))
+        self._metrics_requests[number] = asked
+        self._connection.send(MetricsRequest(number))
         try:
             async with asyncio.timeout(METRICS_SECONDS):
                 return bytes(await asked)
         except TimeoutError:
             return b""
         finally:
-            del self._asked[number]
+            del self._metrics_requests[number]
 
     @property
     def in_step(self) -> Collection[str]:
-        """The requests that it computed when it was last heard of, and that had had nothing of it yet."""
+        """Ids of the requests in the engine's last step that had no token of it yet."""
         return recorded(step_file(self.socket))
 
     def leave(self) -> None:
-        """It is gone for good: what it has goes on elsewhere."""
+        """Closes the connection for good and moves the engine's streams to others."""
         self.close()
         self.state = State.LEAVING
-        self._let_go()
+        self._hand_over()
 
     def close(self) -> None:
-        """Idempotent."""
+        """Closes the connection and does not make it anew. Idempotent."""
         self._connecting.cancel()
-        link, self._link = self._link, None
-        if link is not None:
-            link.close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
 
     def greeted(self, welcome: Welcome) -> None:
-        """It has said what it is."""
+        """Handles the first message of an engine. Raises Malformed where the engine cannot be used."""
         if (why := self._fits(welcome)) is not None:
             raise Malformed(why)
         self.welcome, self._retry = welcome, FIRST_RETRY
         self._enter(State.READY)
 
     def take(self, message: FromEngine) -> None:
-        """Raises Malformed where no engine says that."""
+        """Handles any later message of an engine. Raises Malformed where no engine should send it."""
         match message:
             case Gains(gains):
                 for gain in gains:
@@ -172,46 +172,48 @@ class Replica:
                     self.readers.pop(stream, None)
                 if reader is not None:
                     reader.started(self, None if error is None else unpacked_error(error))
-            case Pulse():
-                self._felt(message)
-            case Told(number, metrics):
-                asked = self._asked.get(number)
+            case Heartbeat():
+                self._on_heartbeat(message)
+            case MetricsReport(number, metrics):
+                asked = self._metrics_requests.get(number)
                 if asked is not None and not asked.done():
                     asked.set_result(metrics)
             case Refusal(reason):
-                raise Malformed(f"it refuses: {reason}")
+                raise Malformed(f"it refused: {reason}")
             case _:
-                raise Malformed("it has greeted twice")
+                raise Malformed("it sent a second Welcome")
 
-    def lost(self, link: _Link, why: str) -> None:
-        if link is not self._link:
+    def lost(self, connection: _Connection, reason: str) -> None:
+        """Moves the engine's streams to others, as its connection was closed, and connects again."""
+        if connection is not self._connection:
             return
-        self._link = None
+        self._connection = None
         if self.welcome is not None:
-            log.warning("the engine at %s is lost: %s", self.socket, why)
-        self.welcome, self.pulse = None, None
+            log.warning("the engine at %s is lost: %s", self.socket, reason)
+        self.welcome, self.last_heartbeat = None, None
         self._enter(State.CONNECTING)
-        self._let_go()
+        self._hand_over()
         self._connecting = asyncio.create_task(self._connect())
 
-    def _felt(self, pulse: Pulse) -> None:
-        self.pulse = pulse
-        well = State.READY if pulse.problem is None else State.UNHEALTHY
-        state = State.LEAVING if pulse.leaving else well
+    def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
+        self.last_heartbeat = heartbeat
+        well = State.READY if heartbeat.problem is None else State.UNHEALTHY
+        state = State.LEAVING if heartbeat.leaving else well
         if state is not self.state:
             if state is not State.READY:
-                log.warning("the engine at %s is %s: %s", self.socket, state, pulse.problem or "it is being replaced")
+                reason = heartbeat.problem or "it is being replaced"
+                log.warning("the engine at %s is %s: %s", self.socket, state, reason)
             self._enter(state)
         if state is not State.READY:
-            self._let_go()
+            self._hand_over()
 
-    def _let_go(self) -> None:
-        """Its streams go on elsewhere."""
+    def _hand_over(self) -> None:
+        """Gives its streams back, to be computed by other engines."""
         readers = [*self.readers.values()]
         for stream in [*self.readers]:
             self.abort(stream)
         if readers:
-            self._gives_up(self, readers)
+            self._on_lost(self, readers)
 
     def _enter(self, state: State) -> None:
         self.state = state
@@ -222,32 +224,32 @@ class Replica:
             await asyncio.sleep(self._retry)
             self._retry = min(2 * self._retry, LONGEST_RETRY)
             try:
-                make = partial(_Link, self)
-                _, self._link = await asyncio.get_running_loop().create_unix_connection(make, str(self.socket))
+                make = partial(_Connection, self)
+                _, self._connection = await asyncio.get_running_loop().create_unix_connection(make, str(self.socket))
             except OSError:
                 continue
-            self._link.send(self._hello)
+            self._connection.send(self._hello)
             return
 
 
-class _Link(asyncio.Protocol):
-    """One connection."""
+class _Connection(asyncio.Protocol):
+    """One connection to the engine of a replica."""
 
     def __init__(self, replica: Replica) -> None:
         self._replica = replica
         self._unpacker = Unpacker(FromEngine)
         self._greeted = False
-        self._why = "it has closed the connection"
+        self._reason = "it closed the connection"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self._loop = asyncio.get_running_loop()
         self._heard = self._loop.time()
-        self._watching = self._loop.call_later(self._replica.heartbeat, self._watch)
+        self._watching = self._loop.call_later(self._replica.heartbeat_timeout, self._watch)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._watching.cancel()
-        self._replica.lost(self, self._why)
+        self._replica.lost(self, self._reason)
 
     def data_received(self, data: bytes) -> None:
         self._heard = self._loop.time()
@@ -257,14 +259,14 @@ class _Link(asyncio.Protocol):
                     self._replica.take(message)
                     continue
                 if isinstance(message, Refusal):
-                    raise Malformed(f"it refuses: {message.reason}")
+                    raise Malformed(f"it refused: {message.reason}")
                 if not isinstance(message, Welcome):
-                    raise Malformed("it has not said what it is")
+                    raise Malformed("its first message is no Welcome")
                 self._greeted, self._unpacker.most = True, MOST_BYTES
                 self._replica.greeted(message)
         except Malformed as error:
             log.error("the engine at %s: %s", self._replica.socket, error)
-            self._give_up(str(error))
+            self._disconnect(str(error))
 
     def send(self, message: object) -> None:
         if not self._transport.is_closing():
@@ -275,11 +277,11 @@ class _Link(asyncio.Protocol):
 
     def _watch(self) -> None:
         silent = self._loop.time() - self._heard
-        if silent >= self._replica.heartbeat:
-            self._give_up(f"no sign of life for {silent:.1f} s")
+        if silent >= self._replica.heartbeat_timeout:
+            self._disconnect(f"no heartbeat for {silent:.1f} s")
         else:
-            self._watching = self._loop.call_later(self._replica.heartbeat - silent, self._watch)
+            self._watching = self._loop.call_later(self._replica.heartbeat_timeout - silent, self._watch)
 
-    def _give_up(self, why: str) -> None:
-        self._why = why
+    def _disconnect(self, reason: str) -> None:
+        self._reason = reason
         self._transport.abort()

@@ -1,4 +1,4 @@
-"""Which replica computes a request: the one with least to do, or the one that knows the beginning of its prompt."""
+"""Chooses the replica that computes a request: the one with its prompt's prefix in the cache, else the least loaded."""
 
 from __future__ import annotations
 
@@ -9,25 +9,26 @@ from collections.abc import Iterator, Sequence
 from bdh_batch.backends.replica import Replica
 from bdh_batch.messages import GenerationRequest
 
-BLOCK = 64  # tokens: prefixes are known by multiples of them
+BLOCK = 64  # tokens: prefixes are compared in multiples of it
 MOST_BLOCKS = 256  # of a prompt; a longer prefix counts as one of so many
 MOST_KNOWN = 2**16  # prefixes
-IMBALANCE = 4  # streams, or half as many more than the least, that a replica with the prefix may have
+# A replica with the prefix may have so many streams more than the least loaded one, or half as many again.
+IMBALANCE = 4
 
 
 class Routing:
-    """Remembers which replica has computed which prefixes, for the last of them."""
+    """Remembers which replica has computed which of the latest prefixes, and routes requests by that."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[bytes, str] = OrderedDict()
 
     def choose(self, ready: Sequence[Replica], request: GenerationRequest) -> Replica | None:
-        """One of `ready` for `request`, which then knows its prompt; None where there is none."""
+        """Returns one of `ready` for `request`, and remembers its prefixes; None where no replica is ready."""
         if not ready:
             return None
         least = min(ready, key=lambda replica: replica.outstanding)
         prefixes = [*self._prefixes(request)]
-        chosen = self._knowing(ready, prefixes) or least
+        chosen = self._with_longest(ready, prefixes) or least
         if chosen.outstanding > max(least.outstanding + IMBALANCE, 1.5 * least.outstanding):
             chosen = least
         for prefix in prefixes:
@@ -37,8 +38,8 @@ class Routing:
             self._known.popitem(last=False)
         return chosen
 
-    def _knowing(self, ready: Sequence[Replica], prefixes: Sequence[bytes]) -> Replica | None:
-        """The replica that has the longest of `prefixes`."""
+    def _with_longest(self, ready: Sequence[Replica], prefixes: Sequence[bytes]) -> Replica | None:
+        """Returns the replica that has computed the longest of `prefixes`; None where none has computed any."""
         by_name = {str(replica.socket): replica for replica in ready}
         for prefix in reversed(prefixes):
             if (replica := by_name.get(self._known.get(prefix, ""))) is not None:
@@ -47,7 +48,7 @@ class Routing:
 
     @staticmethod
     def _prefixes(request: GenerationRequest) -> Iterator[bytes]:
-        """Those of its first prompt, short ones first; each with whose it is."""
+        """Yields a hash of each prefix of the first prompt, its cache namespace and its salt, short prefixes first."""
         origin, tokens = request.origin, request.prompts[0].tokens
         digest = hashlib.blake2b(f"{origin.cache_namespace}\0{request.salt}".encode(), digest_size=16)
         for begin in range(0, min(len(tokens), MOST_BLOCKS * BLOCK) - BLOCK + 1, BLOCK):

@@ -1,4 +1,4 @@
-"""A request on its way through engine processes: what has come of it, and where it is computed."""
+"""The stream of a request that engine processes compute: its progress, and the engine that computes it now."""
 
 from __future__ import annotations
 
@@ -15,126 +15,129 @@ from bdh_batch.errors import BDHError, Unavailable
 from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Progress
 
 
-class Keeper(Protocol):
-    """Whoever finds an engine for streams: `failover.Failover`."""
+class Dispatcher(Protocol):
+    """Finds engines for streams: `failover.Failover`."""
 
-    def proved(self, stream: RemoteStream) -> None:
-        """It has had a token, or its end, of the engine that computes it now."""
+    def on_first_token(self, stream: RemoteStream) -> None:
+        """Is called when the engine that computes the stream now has sent its first delta of it."""
 
     def refused(self, stream: RemoteStream, replica: Replica) -> None:
-        """That engine goes down."""
+        """Is called when an engine refuses the stream as it is shutting down."""
 
     def forget(self, stream: RemoteStream) -> None:
-        """It has ended, or is read no more. Idempotent."""
+        """Is called when the stream has ended, or nobody reads it any more. Idempotent."""
 
 
-class Track:
-    """What is known of one sequence, by whoever would have another engine go on with it.
+class SequenceRecord:
+    """What has been received of one sequence, from which another engine can resume it.
 
-    With logprobs, some may wait for the text of their tokens, and are known to the engine alone. So what another one is
-    given ends where none waits: where as many have come as tokens. What came after that comes again.
+    Logprobs may wait in the engine for the text of their tokens. So a sequence with logprobs is resumed at a token
+    where none waits: where as many logprobs have been received as tokens. What came after that is computed again.
     """
 
-    __slots__ = ("cached", "certain", "ended", "scored", "since", "tokens")
+    __slots__ = ("cached", "ended", "has_logprobs", "resumable", "since", "tokens")
 
-    def __init__(self, scored: bool) -> None:
+    def __init__(self, has_logprobs: bool) -> None:
         self.tokens: list[int] = []
         self.ended = False
         self.cached = 0
-        self.scored = scored
-        self.certain = 0  # tokens that another engine is given
-        self.since = [0, 0]  # characters and logprobs that came after those
+        self.has_logprobs = has_logprobs
+        self.resumable = 0  # tokens that another engine gets
+        self.since = [0, 0]  # characters and logprobs that were received after those
 
     def take(self, gain: Gain) -> None:
-        """What came from an engine."""
+        """Adds a delta from an engine."""
         self.tokens += gain.tokens
         self.cached = max(self.cached, gain.cached_tokens)
         self.ended = gain.finish_reason is not None
         self.since[0] += len(gain.text)
-        self.since[1] += len(gain.scores or ())
-        if not self.scored or self.certain + self.since[1] == len(self.tokens):
-            self.certain, self.since = len(self.tokens), [0, 0]
+        self.since[1] += len(gain.logprobs or ())
+        if not self.has_logprobs or self.resumable + self.since[1] == len(self.tokens):
+            self.resumable, self.since = len(self.tokens), [0, 0]
 
     @property
     def progress(self) -> Progress:
-        ahead = len(self.tokens) - self.certain
-        return Progress(self.tokens[: self.certain], self.ended, ahead, *self.since)
+        """The part of a `Start` message that says where to resume the sequence."""
+        ahead = len(self.tokens) - self.resumable
+        return Progress(self.tokens[: self.resumable], self.ended, ahead, *self.since)
 
 
 class RemoteStream:
-    """A request on its way through engines: the source of a generation.
+    """A request that is computed by one engine after the other: the source of a generation.
 
     Args:
-        deadline: on the monotonic clock, when its time is up.
+        deadline: when it times out, on the monotonic clock; None is never.
 
-    `failovers` counts the engines that it has lost since it last had a token; `proven` says whether it has had one of
-    the engine that computes it now.
+    `failovers` counts the engines that it has lost since it last received a delta. `has_token` says whether the engine
+    that computes it now has sent one. `admitted` is done once an engine has started it, or it has failed.
     """
 
-    def __init__(self, request: GenerationRequest, mailbox: Mailbox, keeper: Keeper, deadline: float | None) -> None:
-        scored = request.sampling is not None and request.sampling.logprobs is not None
+    def __init__(
+        self, request: GenerationRequest, mailbox: Mailbox, dispatcher: Dispatcher, deadline: float | None
+    ) -> None:
+        has_logprobs = request.sampling is not None and request.sampling.logprobs is not None
         self.request = request
-        self.tracks = [Track(scored) for _ in range(len(request.prompts) * request.n)]
+        self.records = [SequenceRecord(has_logprobs) for _ in range(len(request.prompts) * request.n)]
         self.deadline = deadline
         self.failovers = 0
-        self.proven = False
+        self.has_token = False
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._mailbox = mailbox
-        self._keeper = keeper
+        self._dispatcher = dispatcher
         self._at: tuple[Replica, int] | None = None
 
     @property
     def cached_tokens(self) -> Sequence[int]:
-        return [track.cached for track in self.tracks]
+        return [record.cached for record in self.records]
 
     @property
     def tokens(self) -> int:
-        return sum(len(track.tokens) for track in self.tracks)
+        return sum(len(record.tokens) for record in self.records)
 
     @property
     def ended(self) -> bool:
-        return all(track.ended for track in self.tracks)
+        return all(record.ended for record in self.records)
 
     def send_to(self, replica: Replica) -> None:
-        self.proven = False
+        self.has_token = False
         self._at = replica, replica.start(self, self._start)
 
     def started(self, replica: Replica, error: BDHError | None) -> None:
         if error is None:
             if not self.admitted.done():
                 self.admitted.set_result(None)
-        elif isinstance(error, Unavailable):  # it has gone down: as if it were lost
+        elif isinstance(error, Unavailable):  # the engine is shutting down: as if it were lost
             self._at = None
-            self._keeper.refused(self, replica)
+            self._dispatcher.refused(self, replica)
         else:
             self.fail(error)
 
     def gained(self, gain: Gain) -> None:
-        track = self.tracks[gain.index]
-        if track.ended:
+        record = self.records[gain.index]
+        if record.ended:
             return
-        if track.tokens:
-            gain.prompt_scores = None  # they came with the first
-        if gain.tokens or gain.text or gain.finish_reason or gain.scores or gain.prompt_scores:
-            track.take(gain)
+        if record.tokens:
+            gain.prompt_logprobs = None  # they came with the first token
+        if gain.tokens or gain.text or gain.finish_reason or gain.logprobs or gain.prompt_logprobs:
+            record.take(gain)
             self._mailbox.put(gain.index, gain.delta)
-        if not self.proven:
-            self.proven, self.failovers = True, 0
-            self._keeper.proved(self)
-        if track.ended and self.ended:
+        if not self.has_token:
+            self.has_token, self.failovers = True, 0
+            self._dispatcher.on_first_token(self)
+        if record.ended and self.ended:
             self.abandon()
 
     def lost(self) -> None:
-        """Nothing more comes from where it was."""
+        """Forgets the engine, from which nothing more will come."""
         self._at = None
 
     def fail(self, error: BDHError) -> None:
-        """Ends what has not ended."""
+        """Ends all sequences that have not ended with `error`."""
         if not self.admitted.done():
             self.admitted.set_exception(error)
-        for index, track in enumerate(self.tracks):
-            if not track.ended:
-                track.ended = True
+        for index, record in enumerate(self.records):
+            if not record.ended:
+                record.ended = True
                 self._mailbox.put(index, Delta(finish_reason=FinishReason.ERROR, error=error))
         self.abandon()
 
@@ -143,12 +146,12 @@ class RemoteStream:
         if at is not None:
             replica, stream = at
             replica.abort(stream)
-        self._keeper.forget(self)
+        self._dispatcher.forget(self)
 
     def _start(self, number: int) -> Start:
         request = self.request
         if self.deadline is not None:
             timeout = max(0.001, self.deadline - time.monotonic())
             request = replace(request, origin=replace(request.origin, timeout=timeout))
-        progress = [track.progress for track in self.tracks] if self.admitted.done() else []
+        progress = [record.progress for record in self.records] if self.admitted.done() else []
         return Start.of(number, request, progress)

@@ -1,4 +1,4 @@
-"""From text to a model's tokens and back, checked, and off the event loop where that takes long."""
+"""Turns text into a model's tokens and back, with checks, and off the event loop where that takes long."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from bdh_batch.backends.base import Unread
+from bdh_batch.backends.base import RawPrompt
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.messages import Prompt, Text
 from bdh_batch.text.tokenizer import TokenIdsOnly, Tokenizer, decode
@@ -18,7 +18,7 @@ PART = 65536  # tokens that are checked at a time
 
 
 class Tokenization:
-    """Knows a model's tokens.
+    """Encodes and decodes with a model's tokenizer, and checks that token ids are the model's.
 
     Args:
         vocab_size: token ids below it are the model's.
@@ -28,7 +28,7 @@ class Tokenization:
         self.tokenizer = tokenizer
         self.vocab_size = vocab_size
 
-    async def prompts(self, prompts: Sequence[Unread], last: int | None = None) -> list[Prompt]:
+    async def prompts(self, prompts: Sequence[RawPrompt], last: int | None = None) -> list[Prompt]:
         """As `Backend.tokenized`."""
         size = sum(len(prompt.text if isinstance(prompt, Text) else prompt) for _, prompt in prompts)
         return await off_the_loop(size, lambda: [self._prompt(*each, last) for each in prompts])
@@ -52,13 +52,13 @@ class Tokenization:
             raise InvalidRequest(f"{param}: Token ids run from 0 to {self.vocab_size - 1}.", param)
 
     def check_each(self, tokens: Sequence[int], param: str) -> None:
-        """As `check`, naming the one by its index."""
+        """As `check`, but the error names the token by its index, as in `stop_token_ids[3]`."""
         if not self.knows(tokens):
             at = next(at for at, token in enumerate(tokens) if not self.knows([token]))
             self.check([tokens[at]], f"{param}[{at}]")
 
     def knows(self, tokens: Sequence[int]) -> bool:
-        """Whether all are tokens of the model. In parts, as `min` does not let go of the interpreter."""
+        """Returns whether all are tokens of the model. In parts, as `min` does not release the interpreter's lock."""
         parts = (tokens[at : at + PART] for at in range(0, len(tokens), PART))
         return all(0 <= min(part) <= max(part) < self.vocab_size for part in parts)
 
@@ -83,5 +83,5 @@ class Tokenization:
 
 
 async def off_the_loop(size: int, work: Callable[..., T], *arguments: Any) -> T:
-    """In a thread, where it would hold up everyone else."""
+    """Runs `work`, in a thread where its input is so long that it would block the event loop."""
     return await asyncio.to_thread(work, *arguments) if size > LONG else work(*arguments)

@@ -1,8 +1,8 @@
-"""What crosses between a front end and an engine process: typed messages, packed by msgspec, and how they are framed.
+"""The messages between a front end and an engine process, and their frames: MessagePack behind four bytes of length.
 
-A frame is four bytes of length, and so many of MessagePack. A connection begins with `Hello`, and `Welcome` or
-`Refusal`. Then the front end sends `Start`, `Abort` and `Ask`; the engine sends `Started`, one `Gains` for each step
-that its sequences gained something in, `Pulse` at intervals, and `Told`.
+A connection begins with `Hello`, and `Welcome` or `Refusal`. Then the front end sends `Start`, `Abort` and
+`MetricsRequest`; the engine sends `Started`, one `Gains` for each step with tokens of the front end's sequences,
+`Heartbeat` at intervals, and `MetricsReport`.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from bdh_batch.messages import (
     GrammarText,
     LogitBias,
     Progress,
-    TokenScore,
+    TokenLogprob,
 )
 
 PROTOCOL = 1  # grows whenever a message changes
 LENGTH = struct.Struct("<I")
-MOST_BYTES = 2**28  # of a frame; a request may have a prompt of many tokens, a delta the scores of one
-MOST_GREETING = 2**14  # of the first frame, before it is known who sends it
+MOST_BYTES = 2**28  # of a frame; a request may have a prompt of many tokens, a delta the logprobs of one
+MOST_GREETING = 2**14  # bytes of the first frame, before the sender is authenticated
 
 
 class Malformed(BDHError):
-    """A peer sent what is no message, or one of another protocol. Ends the connection; it has no HTTP status."""
+    """Raised where a peer sends bytes that are no message here. It ends the connection and has no HTTP status."""
 
 
 class Hello(msgspec.Struct, tag=True):
-    """The first message of a front end. `secret` is the one that the engine was started with."""
+    """The first message of a front end: it authenticates by the `secret` that the engine was started with."""
 
     protocol: int
     version: str
@@ -47,9 +47,9 @@ class Hello(msgspec.Struct, tag=True):
 
 
 class Welcome(msgspec.Struct, tag=True):
-    """The first message of an engine: which one it is, and the facts of its model.
+    """The first message of an engine: its process, and the sizes of its model.
 
-    `fingerprint` is the same for engines whose tokens are the same: weights, dtypes and kernels.
+    Engines with the same `fingerprint` (weights, dtypes, kernels) generate the same tokens.
     """
 
     version: str
@@ -65,15 +65,15 @@ class Welcome(msgspec.Struct, tag=True):
 
 
 class Refusal(msgspec.Struct, tag=True):
-    """An engine does not speak to this peer."""
+    """The reason for which an engine closes the connection."""
 
     reason: str
 
 
 class Start(msgspec.Struct, tag=True):
-    """Starts a request, or goes on with it where `progress` has one for each of its sequences.
+    """Starts a request, or resumes it where `progress` has an entry for each of its sequences.
 
-    The prompts of `request` come without their tokens, which are in `tokens`, as int32.
+    The prompts of `request` are sent without their tokens. `tokens` contains these, as int32.
     """
 
     stream: int
@@ -90,7 +90,7 @@ class Start(msgspec.Struct, tag=True):
 
     @property
     def whole(self) -> GenerationRequest:
-        """The request. Raises Malformed where it is none."""
+        """The request with its prompts' tokens. Raises Malformed where it is not valid."""
         prompts = []
         for prompt, packed in zip(self.request.prompts, self.tokens, strict=True):
             tokens = array("i")
@@ -100,20 +100,20 @@ class Start(msgspec.Struct, tag=True):
 
 
 class Started(msgspec.Struct, tag=True):
-    """How a `Start` went: `error` is why it did not."""
+    """Says that a request was started, or, with `error`, why it was not."""
 
     stream: int
     error: list[Any] | None = None
 
 
 class Abort(msgspec.Struct, tag=True):
-    """Ends a stream that is read no more."""
+    """Ends a stream whose client has left."""
 
     stream: int
 
 
 class Gain(msgspec.Struct, array_like=True):
-    """A delta of a stream's sequence."""
+    """A delta of one sequence of a stream."""
 
     stream: int
     index: int
@@ -122,8 +122,8 @@ class Gain(msgspec.Struct, array_like=True):
     finish_reason: str | None = None
     cached_tokens: int = 0
     logprob: float = 0.0
-    scores: list[tuple[int, TokenScore]] | None = None
-    prompt_scores: list[TokenScore] | None = None
+    logprobs: list[tuple[int, TokenLogprob]] | None = None
+    prompt_logprobs: list[TokenLogprob] | None = None
     pooled: list[float] | None = None
     error: list[Any] | None = None
 
@@ -138,8 +138,8 @@ class Gain(msgspec.Struct, array_like=True):
             None if reason is None else reason.value,
             cached_tokens,
             delta.logprob,
-            delta.scores,
-            None if delta.prompt_scores is None else list(delta.prompt_scores),
+            delta.logprobs,
+            None if delta.prompt_logprobs is None else list(delta.prompt_logprobs),
             None if delta.pooled is None else list(delta.pooled),
             None if error is None else packed_error(error),
         )
@@ -151,21 +151,24 @@ class Gain(msgspec.Struct, array_like=True):
             self.tokens,
             None if self.finish_reason is None else FinishReason(self.finish_reason),
             None if self.error is None else unpacked_error(self.error),
-            self.scores,
+            self.logprobs,
             self.logprob,
-            self.prompt_scores,
+            self.prompt_logprobs,
             self.pooled,
         )
 
 
 class Gains(msgspec.Struct, tag=True):
-    """What the sequences of one front end gained in a step."""
+    """The deltas that one step brought to the sequences of one front end."""
 
     gains: list[Gain]
 
 
-class Pulse(msgspec.Struct, tag=True):
-    """An engine lives: its load, and what is wrong with it. `leaving` asks front ends to go on elsewhere."""
+class Heartbeat(msgspec.Struct, tag=True):
+    """Says that an engine lives, its load, and its `problem`, if it has one.
+
+    `leaving` asks front ends to move their streams to other engines.
+    """
 
     running: int
     waiting: int
@@ -173,25 +176,25 @@ class Pulse(msgspec.Struct, tag=True):
     leaving: bool = False
 
 
-class Ask(msgspec.Struct, tag=True):
+class MetricsRequest(msgspec.Struct, tag=True):
     """Asks for the engine's metrics."""
 
     number: int
 
 
-class Told(msgspec.Struct, tag=True):
-    """The engine's metrics, as Prometheus reads them."""
+class MetricsReport(msgspec.Struct, tag=True):
+    """Contains the engine's metrics in Prometheus' text format."""
 
     number: int
     metrics: bytes
 
 
-FromFront = Hello | Start | Abort | Ask
-FromEngine = Welcome | Refusal | Started | Gains | Pulse | Told
+FromFront = Hello | Start | Abort | MetricsRequest
+FromEngine = Welcome | Refusal | Started | Gains | Heartbeat | MetricsReport
 
 
 def packed_error(error: BDHError) -> list[Any]:
-    """Its class and what it was made of."""
+    """Returns an error's class, message and other arguments, as `unpacked_error` takes them."""
     facts: dict[str, Any] = {}
     if isinstance(error, InvalidRequest):
         facts = {"param": error.param, "code": error.code}
@@ -201,7 +204,7 @@ def packed_error(error: BDHError) -> list[Any]:
 
 
 def unpacked_error(packed: Sequence[Any]) -> BDHError:
-    """Raises Malformed where it is none."""
+    """Returns the error that `packed_error` packed. Raises Malformed where it is none."""
     match packed:
         case [str(name), str(message), dict(facts)]:
             kind = getattr(errors, name, None)
@@ -210,7 +213,7 @@ def unpacked_error(packed: Sequence[Any]) -> BDHError:
                     return kind() if kind is errors.NotFinite else kind(message, **facts)
                 except TypeError:
                     pass
-    raise Malformed("an error that is not known")
+    raise Malformed("an error of an unknown class")
 
 
 def _encoded(value: Any) -> Any:
@@ -236,17 +239,13 @@ _encoder = msgspec.msgpack.Encoder(enc_hook=_encoded)
 
 
 def frame(message: object) -> bytes:
-    """`message` as it goes over a connection."""
+    """Returns the bytes of a message, with its length before it."""
     packed = _encoder.encode(message)
     return LENGTH.pack(len(packed)) + packed
 
 
 class Unpacker:
-    """Bytes as they come to messages of `kinds`.
-
-    Feeding it raises:
-        Malformed
-    """
+    """Turns received bytes into messages of the classes `kinds`."""
 
     def __init__(self, kinds: Any) -> None:
         self._decoder = msgspec.msgpack.Decoder(kinds, dec_hook=_decoded)
@@ -254,7 +253,7 @@ class Unpacker:
         self.most = MOST_GREETING
 
     def feed(self, data: bytes) -> list[Any]:
-        """All messages that are whole now."""
+        """Returns the messages that are complete with `data`. Raises Malformed where there is something else."""
         self._buffer += data
         messages, at = [], 0
         while len(self._buffer) - at >= LENGTH.size:

@@ -135,11 +135,11 @@ def tokens_of(choice: dict[str, Any]) -> tuple[int, str]:
     that only names the role or the reason of the end has none.
     """
     logprobs = choice.get("logprobs")
-    scored = logprobs if isinstance(logprobs, dict) else {}
+    given = logprobs if isinstance(logprobs, dict) else {}
     for listed, whence in (
         (choice.get("token_ids"), "token_ids"),
-        (scored.get("tokens"), "logprobs"),
-        (scored.get("content"), "logprobs"),
+        (given.get("tokens"), "logprobs"),
+        (given.get("content"), "logprobs"),
     ):
         if isinstance(listed, list):
             return len(listed), whence

@@ -14,7 +14,7 @@ ClientError
 │   ├── RateLimited            this key or address has asked too often
 │   ├── QueueFull              too much waits already
 │   └── Unavailable            loading, draining, or the engine is down
-├── DeadlineExceeded       the request's time was up
+├── DeadlineExceeded       the request timed out
 │   ├── QueueTimeout           while it waited
 │   └── RunTimeout             while it ran
 ├── ServerFailed           a fault of the server's; its log has the reason under `request_id`
@@ -111,15 +111,15 @@ class Unavailable(RetryLater):
 
 
 class DeadlineExceeded(ClientError):
-    """The base of timeouts: the request's time was up."""
+    """The base of timeouts: the request timed out."""
 
 
 class QueueTimeout(DeadlineExceeded):
-    """408: the request's time was up while it waited in the queue."""
+    """408: the request timed out while it waited in the queue."""
 
 
 class RunTimeout(DeadlineExceeded):
-    """504: the request's time was up while it ran."""
+    """504: the request timed out while it ran."""
 
 
 class ServerFailed(ClientError):

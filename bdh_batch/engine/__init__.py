@@ -1,1 +1,1 @@
-"""What owns a thread and tensors: the worker, the runner, the pool of states."""
+"""The engine owns a thread and tensors: the worker, the runner, the pool of states."""

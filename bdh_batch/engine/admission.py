@@ -1,4 +1,4 @@
-"""Which requests may wait in the queue: counted and bounded here and nowhere else. Shared between threads.
+"""Decides which requests may wait in the queue: they are counted and bounded here. Shared between threads.
 
 Refused is what finds the queue full, in requests or in tokens, and what would wait past its deadline at the rate at
 which slots have been given out of late. A full queue is full for those who fill it: one of an earlier priority, or of a
@@ -71,10 +71,12 @@ class Admission:
             return False
         most = self._slots + self.max_requests
         if len(sequences) > most:
-            raise InvalidRequest(f"A request may ask for {most} completions in all here, prompts times n.")
+            options = "scheduler.max_running + scheduler.max_queued_requests"
+            raise InvalidRequest(f"A request may have at most {most} completions, prompts times n ({options}).")
         tokens = sum(len(sequence.prompt) for sequence in sequences)
         if len(sequences) > self._slots and tokens > self.max_tokens:
-            raise InvalidRequest(f"A request may have {self.max_tokens} prompt tokens in all here, prompts times n.")
+            text = f"A request may have at most {self.max_tokens} prompt tokens, times n (scheduler.max_queued_tokens)."
+            raise InvalidRequest(text)
         with self._lock:
             self._check_deadlines(sequences, now)
             sheds = self._sheds_others(sequences, tokens)
@@ -151,20 +153,20 @@ class Admission:
         if not (requests or surplus):
             return False
         size = sum(map(self._backlog.size, sequences))
-        # One that would send away most of what waits does not.
+        # A request that would shed most of the queue does not.
         if tokens * 2 <= self.max_tokens and self._backlog.gives_way(sequences[0].queue_key, size):
             return True
         seconds = self.retry_after()
         self._sent_away += seconds
         many = f"{queued} requests" if requests else f"{waiting} prompt tokens"
-        raise QueueFull(f"{many} are waiting already.", seconds)
+        raise QueueFull(f"The queue is full: {many} are waiting.", seconds)
 
     def _check_deadlines(self, sequences: Many[Sequence], now: float) -> None:
         first = sequences[0]
         limits = [limit - now for limit in (first.queue_deadline, first.deadline) if limit is not None]
         wait = self.expected_wait(len(sequences), first.queue_key)
         if limits and wait > min(limits):
-            text = f"The wait would be about {wait:.0f} s, longer than the request may take."
+            text = f"The estimated wait of {wait:.0f} s is longer than the request's timeout."
             raise TooLate(text, _whole_seconds(wait - min(limits)))
 
     def retry_after(self) -> int:

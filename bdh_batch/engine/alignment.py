@@ -1,10 +1,10 @@
-"""Logprobs of tokens wait for the tokens' text: shown before it, they would reveal it."""
+"""Holds logprobs of tokens back until the tokens' text is returned, as they would reveal it before."""
 
 from __future__ import annotations
 
-from bdh_batch.messages import TokenScore
+from bdh_batch.messages import TokenLogprob
 
-Shown = list[tuple[int, TokenScore]]  # each with where its token's text begins
+Shown = list[tuple[int, TokenLogprob]]  # each with where its token's text begins
 
 
 class Alignment:
@@ -19,10 +19,10 @@ class Alignment:
     def __init__(self, shown: int = 0) -> None:
         self._shown = shown
         self._known = shown  # with those that are held back
-        self._waiting: list[tuple[int, int, TokenScore]] = []  # begin, end
+        self._waiting: list[tuple[int, int, TokenLogprob]] = []  # begin, end
 
-    def push(self, score: TokenScore, text: str, held: str, unfinished: bool) -> Shown:
-        """The scores that may be shown now that `text` is.
+    def push(self, logprob: TokenLogprob, text: str, held: str, unfinished: bool) -> Shown:
+        """Adds a token's logprobs, and returns those that may be shown now that `text` is.
 
         Args:
             held: text that is known and not shown.
@@ -31,7 +31,7 @@ class Alignment:
         begin = self._known
         self._shown += len(text)
         self._known = self._shown + len(held)
-        self._waiting.append((begin, self._known, score))
+        self._waiting.append((begin, self._known, logprob))
         ready = 0
         for begin, end, _ in self._waiting:
             if end > self._shown or (begin == self._shown and (held or unfinished)):
@@ -39,14 +39,14 @@ class Alignment:
             ready += 1
         return self._release(ready)
 
-    def end(self, score: TokenScore, text: str, cut: bool, hidden: bool) -> Shown:
-        """The scores that are left to show at the completion's last token.
+    def end(self, logprob: TokenLogprob, text: str, cut: bool, hidden: bool) -> Shown:
+        """Adds the last token's logprobs, and returns all that are left to show.
 
         Args:
             cut: whether the text ends before the last token's, at a stop string.
             hidden: whether the last token's text is not shown at all.
         """
-        self._waiting.append((self._known, self._known, score))
+        self._waiting.append((self._known, self._known, logprob))
         self._shown += len(text)
         ready = len(self._waiting) - hidden
         if cut:
@@ -54,6 +54,6 @@ class Alignment:
         return self._release(ready)
 
     def _release(self, ready: int) -> Shown:
-        shown = [(begin, score) for begin, _, score in self._waiting[:ready]]
+        shown = [(begin, logprob) for begin, _, logprob in self._waiting[:ready]]
         del self._waiting[:ready]
         return shown

@@ -1,4 +1,4 @@
-"""What becomes of the tokens that steps draw for one sequence: text, logprobs, and an end. Knows nothing of slots."""
+"""Turns the tokens that steps draw for one sequence into deltas: text, logprobs, and an end. Knows nothing of slots."""
 
 from __future__ import annotations
 
@@ -11,7 +11,16 @@ from typing import Protocol
 
 from bdh_batch.engine.alignment import Alignment, Shown
 from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, NotFinite
-from bdh_batch.messages import Adjustment, Constraint, Delta, FinishReason, Outcome, SamplingParams, Segment, TokenScore
+from bdh_batch.messages import (
+    Constraint,
+    Delta,
+    FinishReason,
+    LogitsProcessors,
+    Outcome,
+    SamplingParams,
+    Segment,
+    TokenLogprob,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +48,10 @@ class Completion:
 
     Args:
         sampling: None where nothing is generated.
-        score_prompt: likeliest tokens with each score of the prompt's; None scores none.
+        prompt_logprobs: how many likeliest tokens the logprobs of the prompt's tokens contain; None is no logprobs.
         pool: whether the hidden vectors of the prompt are summed, and that is all.
-        constraint: what it may become; it knows the tokens generated so far.
-        adjustment: of its scores; it counts the tokens generated so far.
+        constraint: of its structured output; it has accepted the tokens generated so far.
+        processors: its logits processors; they count the tokens generated so far.
         id: the request's, for the log.
     """
 
@@ -53,15 +62,15 @@ class Completion:
     min_tokens: int = 0
     stop_token_ids: frozenset[int] = frozenset()
     show_stop_token: bool = False
-    score_prompt: int | None = None
+    prompt_logprobs: int | None = None
     pool: bool = False
     constraint: Constraint | None = None
-    adjustment: Adjustment | None = None
+    processors: LogitsProcessors | None = None
     id: str = ""
 
     _length: int = field(default=0, init=False)  # tokens generated
     _pooled: list[float] | None = field(default=None, init=False)  # the sum [D] over what is computed
-    _prompt_scores: list[TokenScore] = field(default_factory=list, init=False)  # of all but the first, as they come
+    _prompt_logprobs: list[TokenLogprob] = field(default_factory=list, init=False)  # of all but the first, as they come
     _alignment: Alignment | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -70,42 +79,42 @@ class Completion:
 
     @property
     def needs_all(self) -> bool:
-        """Whether all of its prompt has to be computed for it, whoever else has computed some of it."""
-        return self.pool or self.score_prompt is not None
+        """Whether all of its prompt has to be computed, without a cached prefix."""
+        return self.pool or self.prompt_logprobs is not None
 
     def segment(self, slot: int, start: int, tokens: Tokens[int], draws: bool) -> Segment:
-        """`tokens`, from position `start` on, as a share of a step; with `draws`, the next token is drawn."""
-        scores = self.score_prompt is not None and not self._prompt_is_scored
+        """Makes the segment that computes `tokens` from position `start` on and, with `draws`, draws the next token."""
+        wanted = self.prompt_logprobs is not None and not self._has_prompt_logprobs
         return Segment(
             slot=slot,
             start=start,
             tokens=tokens,
             sampling=self.sampling if draws else None,
-            adjustment=self.adjustment,
+            processors=self.processors,
             constraint=self.constraint,
-            targets=self.prompt[start + 1 : start + len(tokens) + 1] if scores else (),
-            top=self.score_prompt or 0,
+            targets=self.prompt[start + 1 : start + len(tokens) + 1] if wanted else (),
+            top=self.prompt_logprobs or 0,
             pool=self.pool,
         )
 
     def take(self, segment: Segment, outcome: Outcome, row: int) -> Delta | None:
-        """Takes what a step computed for `segment`, its row; None where there is nothing to show of it yet."""
+        """Takes what a step computed for `segment`, its row of `outcome`; returns a delta if there is one."""
         if segment.targets:
-            self._prompt_scores += outcome.target_scores[row]
+            self._prompt_logprobs += outcome.target_logprobs[row]
         if segment.pool:
             return self.add(outcome.pooled[row], complete=segment.start + len(segment.tokens) == len(self.prompt))
         if segment.sampling is None:
             return None
-        return self.accept(outcome.drawn[row], outcome.scores.get(row))
+        return self.accept(outcome.drawn[row], outcome.logprobs.get(row))
 
     def restart(self) -> None:
-        """The state is lost: all that is known is computed again, and leads to the same token."""
+        """Prepares for a lost state: prompt and generated tokens are computed again, with the same results."""
         self._pooled = None
-        if not self._prompt_is_scored:
-            self._prompt_scores.clear()
+        if not self._has_prompt_logprobs:
+            self._prompt_logprobs.clear()
 
     def resume(self, tokens: Tokens[int]) -> None:
-        """Begins behind `tokens`, which were generated elsewhere, and are not returned once more.
+        """Begins after `tokens`, which another engine has generated and returned.
 
         Raises:
             InvalidRequest: the constraint does not take them.
@@ -114,11 +123,11 @@ class Completion:
         for token in tokens:
             if self.constraint is not None:
                 self.constraint.accept(token)
-            if self.adjustment is not None:
-                self.adjustment.count(token)
+            if self.processors is not None:
+                self.processors.count(token)
             shown += len(self.text.push(token))
         self._length = len(tokens)
-        self.score_prompt = None  # those scores came with the first token
+        self.prompt_logprobs = None  # those came with the first token
         if self._alignment is not None:
             self._alignment = Alignment(shown)
 
@@ -131,41 +140,41 @@ class Completion:
             return _failed(NotFinite())
         return Delta(finish_reason=FinishReason.STOP, pooled=self._pooled)
 
-    def accept(self, token: int | None, score: TokenScore | None = None) -> Delta:
-        """Takes the token that a step drew, and its score; None says that its logits were not finite."""
+    def accept(self, token: int | None, logprob: TokenLogprob | None = None) -> Delta:
+        """Takes the token that a step drew, and its logprobs; None says that its logits were not finite."""
         first = not self._length
-        if token is None or (first and not all(isfinite(each.logprob) for each in self._prompt_scores)):
+        if token is None or (first and not all(isfinite(each.logprob) for each in self._prompt_logprobs)):
             return _failed(NotFinite())
         # Where only the prompt was of interest, what was drawn after it is not returned.
-        delta = self._grow(token, score) if self.max_tokens else Delta(finish_reason=FinishReason.LENGTH)
-        if first and self.score_prompt is not None:
-            delta.prompt_scores = self._prompt_scores
+        delta = self._grow(token, logprob) if self.max_tokens else Delta(finish_reason=FinishReason.LENGTH)
+        if first and self.prompt_logprobs is not None:
+            delta.prompt_logprobs = self._prompt_logprobs
         return delta
 
     @property
-    def _prompt_is_scored(self) -> bool:
-        return len(self._prompt_scores) == len(self.prompt) - 1
+    def _has_prompt_logprobs(self) -> bool:
+        return len(self._prompt_logprobs) == len(self.prompt) - 1
 
-    def _grow(self, token: int, score: TokenScore | None) -> Delta:
-        if self.constraint is not None and (end := self._constrain(self.constraint, token, score)) is not None:
+    def _grow(self, token: int, logprob: TokenLogprob | None) -> Delta:
+        if self.constraint is not None and (end := self._constrain(self.constraint, token, logprob)) is not None:
             return end
         self._length += 1
-        if self.adjustment is not None:
-            self.adjustment.count(token)
+        if self.processors is not None:
+            self.processors.count(token)
         # Structured output may leave no other token that ends it before `min_tokens`.
         at_stop = self._length > self.min_tokens and token in self.stop_token_ids
         try:
             text, reason = self._say(token, at_stop)
         except Exception:  # one request's text must not end the worker, and with it all others
             log.exception("decoding failed in request %s", self.id)
-            return _failed(GenerationFailed("The completion could not be turned into text."))
+            return _failed(GenerationFailed("The completion's tokens could not be decoded."))
         delta = Delta(text, [token], reason)
-        if score is not None:
-            delta.logprob = score.logprob
-            delta.scores = self._shown(score, text, reason, hidden=at_stop and not self.show_stop_token)
+        if logprob is not None:
+            delta.logprob = logprob.logprob
+            delta.logprobs = self._shown(logprob, text, reason, hidden=at_stop and not self.show_stop_token)
         return delta
 
-    def _constrain(self, constraint: Constraint, token: int, score: TokenScore | None) -> Delta | None:
+    def _constrain(self, constraint: Constraint, token: int, logprob: TokenLogprob | None) -> Delta | None:
         """The end of the completion, if it does not go on with `token`."""
         try:
             if constraint.accept(token):
@@ -175,16 +184,16 @@ class Completion:
             return _failed(error)
         except Exception:  # as with its text: no other request's concern
             log.exception("the constraint failed in request %s", self.id)
-            return _failed(GenerationFailed("The completion could not be held to its grammar."))
-        scores = None if score is None else self._shown(score, text, FinishReason.STOP, hidden=True)
-        return Delta(text, finish_reason=FinishReason.STOP, scores=scores)
+            return _failed(GenerationFailed("The grammar of the structured output failed."))
+        logprobs = None if logprob is None else self._shown(logprob, text, FinishReason.STOP, hidden=True)
+        return Delta(text, finish_reason=FinishReason.STOP, logprobs=logprobs)
 
-    def _shown(self, score: TokenScore, text: str, reason: FinishReason | None, hidden: bool) -> Shown:
+    def _shown(self, logprob: TokenLogprob, text: str, reason: FinishReason | None, hidden: bool) -> Shown:
         """The logprobs that are returned with `text`; that of the last token is not if it is `hidden`."""
         assert self._alignment is not None
         if reason is None:
-            return self._alignment.push(score, text, self.text.held, self.text.unfinished)
-        return self._alignment.end(score, text, cut=self.text.stopped, hidden=hidden)
+            return self._alignment.push(logprob, text, self.text.held, self.text.unfinished)
+        return self._alignment.end(logprob, text, cut=self.text.stopped, hidden=hidden)
 
     def _say(self, token: int, at_stop: bool) -> tuple[str, FinishReason | None]:
         """The text that `token` makes certain, and why it is the last, if it is."""

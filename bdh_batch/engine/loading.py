@@ -1,4 +1,4 @@
-"""From settings and a model's files to an engine that is ready: weights, kernels, memory for states, a scheduler.
+"""Makes an engine of settings and a model's files: weights, kernels, memory for states, a scheduler.
 
 Knows nothing of HTTP, or of text.
 """
@@ -39,7 +39,7 @@ HOST_MEMORY = 2**30  # bytes for states there, where the settings are silent
 
 @dataclass(frozen=True)
 class LoadedEngine:
-    """What loading leaves for the event loop to start."""
+    """A loaded engine, whose worker the event loop has to start."""
 
     model: Model
     runner: StepRunner
@@ -88,8 +88,8 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     log.info("warming up: kernels that are not in the cache are compiled now")
     runner.warm(settings.scheduler.prefill_tokens)
     if device.type == "cpu" and pool.states.nbytes >= HUGE:
-        had = "are in huge pages" if pool.huge_bytes else "are not in huge pages, as the system gives none: slower"
-        log.info("states %s", had)
+        where = "are in huge pages" if pool.huge_bytes else "are not in huge pages, as the system gives none: slower"
+        log.info("states %s", where)
     return LoadedEngine(model, runner, slots, host_slots, grows=device.type == "cpu")
 
 
@@ -112,7 +112,7 @@ def set_threads(asked: int | None) -> None:
 def take_states(
     config: BDHConfig, slots: int, device: torch.device, window: int, dtype: torch.dtype, host_slots: int
 ) -> StatePool:
-    """Memory for so many states, or for fewer, with a warning, where so much cannot be had after all: first fewer on
+    """Memory for so many states, or for fewer, with a warning, where so much cannot be allocated: first fewer on
     the host, but where it is the device that has no more.
 
     Raises:
@@ -123,7 +123,8 @@ def take_states(
             return StatePool(config, slots, device, window, dtype, host_slots)
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:  # CPU allocations fail as RuntimeError
             reason = str(error).partition("\n")[0]
-            log.warning("the memory for %d states, and %d on the host, cannot be had (%s)", slots, host_slots, reason)
+            text = "the memory for %d states, and %d on the host, cannot be allocated (%s)"
+            log.warning(text, slots, host_slots, reason)
             if host_slots and not isinstance(error, torch.OutOfMemoryError):
                 host_slots //= 2
             else:

@@ -1,4 +1,4 @@
-"""Where a request's deltas wait for its reader. Lives on the event loop; the worker never waits for a client."""
+"""Mailboxes hold a request's deltas for its reader, on the event loop; the worker never waits for a client."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BACKLOG = 64
 
 
 class Mailbox:
-    """Deltas of one request's sequences, distinguished by their index.
+    """Holds deltas of one request's sequences, distinguished by their index, until they are read.
 
     A reader that keeps up gets every delta as it was; for one that falls more than BACKLOG deltas behind, later ones
     are merged into the last of their sequence, so that an unread stream takes the memory of its text and no more.
@@ -30,7 +30,7 @@ class Mailbox:
             self._merge(index, delta)
 
     async def take(self) -> list[tuple[int, Delta]]:
-        """Waits for the next deltas; gives all that are there, oldest first."""
+        """Waits for the next deltas and returns all that there are, oldest first."""
         await self._arrived.wait()
         self._arrived.clear()
         pending, self._pending = self._pending, []

@@ -43,12 +43,12 @@ def reserve(shape: Sequence[int], dtype: torch.dtype, huge: bool = True) -> Tens
         # So much more that it can begin where a huge page does. Private: only then can it be given back.
         memory = mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
-        raise MemoryError(f"{size:,} bytes cannot be had: {error}") from error
+        raise MemoryError(f"{size:,} bytes cannot be allocated: {error}") from error
     if huge and hasattr(mmap, "MADV_HUGEPAGE"):
         try:
             memory.madvise(mmap.MADV_HUGEPAGE)
         except OSError as error:  # a kernel without them
-            log.debug("huge pages are not had: %s", error)
+            log.debug("huge pages are not used: %s", error)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE
     return whole[start : start + size].view(dtype).view(*shape)

@@ -1,6 +1,6 @@
 """Computes a plan: packs its segments into one ragged batch, runs the forward pass, draws the next tokens.
 
-Owns every tensor; knows nothing about requests, only slots.
+The runner owns every tensor. It knows slots, and nothing about requests.
 """
 
 from __future__ import annotations
@@ -14,11 +14,20 @@ from torch import Tensor
 
 from bdh_batch.engine.sampling.draw import sample
 from bdh_batch.engine.sampling.logits_processors import RowProcessors, process_logits
-from bdh_batch.engine.sampling.logprobs import ROWS, score
+from bdh_batch.engine.sampling.logprobs import ROWS, token_logprobs
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.errors import OutOfMemory
 from bdh_batch.kernels.base import Kernels, RaggedBatch
-from bdh_batch.messages import Adjustment, LogitBias, Outcome, Plan, SamplingParams, Segment, TokenScore, distinct
+from bdh_batch.messages import (
+    LogitBias,
+    LogitsProcessors,
+    Outcome,
+    Plan,
+    SamplingParams,
+    Segment,
+    TokenLogprob,
+    distinct,
+)
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +35,12 @@ FIRST_LOOK, LOOK_EVERY = 8, 64  # steps, in which the share of neurons that fire
 
 
 class Runner:
-    """Computes planned steps with the kernels, and draws the next tokens."""
+    """Computes planned steps with the kernels, and draws the next tokens.
+
+    Args:
+        kernels: compute with `pool.states`.
+        pool: the states [slots, layers, h, N, D], or [slots, layers, 2, h, N, D] with a window.
+    """
 
     def __init__(self, kernels: Kernels, pool: StatePool) -> None:
         self._kernels = kernels
@@ -37,10 +51,10 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Outcome:
-        """One step. Every segment's tokens enter its slot's state; those with `sampling` get a next token.
+        """Computes one step: adds each segment's tokens to its slot's state, and draws a token where it has `sampling`.
 
         Raises:
-            OutOfMemory: the states of the segments are then spoilt.
+            OutOfMemory: the states of the segments are invalid then.
         """
         try:
             return self._run(plan)
@@ -60,26 +74,33 @@ class Runner:
             return Outcome([])
         active = self._wanted_activity()
         hidden = self.forward(plan.segments, active)
-        target_scores = self._score_targets(plan.segments, hidden)
-        drawn, scores = self._draw(plan.segments, hidden)
+        target_logprobs = self._target_logprobs(plan.segments, hidden)
+        drawn, logprobs = self._draw(plan.segments, hidden)
         shares = [] if active is None else active.tolist()
-        return Outcome(drawn, scores, target_scores, sums(hidden, plan.segments), shares)
+        return Outcome(drawn, logprobs, target_logprobs, sums(hidden, plan.segments), shares)
 
     def _wanted_activity(self) -> Tensor | None:
         """Where the kernels put the share of neurons that fire in each layer, in one step of many."""
         self._steps += 1
         return torch.empty(self._layers, device=self._device) if self._steps % LOOK_EVERY == FIRST_LOOK else None
 
-    def _draw(self, segments: Sequence[Segment], hidden: Tensor) -> tuple[list[int | None], dict[int, TokenScore]]:
-        """What follows each segment that asks for it, and its score where that is asked for."""
+    def _draw(self, segments: Sequence[Segment], hidden: Tensor) -> tuple[list[int | None], dict[int, TokenLogprob]]:
+        """Draws the next token of each segment that has `sampling`.
+
+        Args:
+            hidden: [T, D], of all tokens of the segments.
+
+        Returns:
+            A token or None for each segment; and logprobs by the segment's index, where they are asked for.
+        """
         ends = accumulate(len(segment.tokens) for segment in segments)
         indices: list[int] = []
         rows: list[int] = []
         params, positions, processors = [], [], []
         for index, (segment, end) in enumerate(zip(segments, ends)):
             if segment.sampling is not None:
-                if segment.adjustment is not None:
-                    processors.append((len(rows), segment.adjustment))
+                if segment.processors is not None:
+                    processors.append((len(rows), segment.processors))
                 indices.append(index)
                 rows.append(end - 1)
                 params.append(segment.sampling)
@@ -90,30 +111,37 @@ class Runner:
         logits = self._kernels.logits(hidden[torch.tensor(rows, device=self._device)])
         # The device is at work on it: the time to find out what may be drawn.
         masks = [each.constraint.mask() if each.constraint else None for each in map(segments.__getitem__, indices)]
-        tokens, scores = choose(logits, params, positions, processors, masks)
+        tokens, logprobs = choose(logits, params, positions, processors, masks)
         for index, token in zip(indices, tokens):
             drawn[index] = token
-        return drawn, {indices[row]: each for row, each in scores.items()}
+        return drawn, {indices[row]: each for row, each in logprobs.items()}
 
-    def _score_targets(self, segments: Sequence[Segment], hidden: Tensor) -> dict[int, list[TokenScore]]:
-        """The scores of each segment's targets."""
+    def _target_logprobs(self, segments: Sequence[Segment], hidden: Tensor) -> dict[int, list[TokenLogprob]]:
+        """Returns the logprobs of each segment's targets, by the segment's index; `hidden` is [T, D]."""
         begins = accumulate((len(segment.tokens) for segment in segments), initial=0)
         wanted = [
             (index, row, target, segment.top)
             for index, (segment, begin) in enumerate(zip(segments, begins))
             for row, target in enumerate(segment.targets, begin)
         ]
-        found: dict[int, list[TokenScore]] = {}
+        found: dict[int, list[TokenLogprob]] = {}
         for at in range(0, len(wanted), ROWS):
             indices, rows, targets, tops = zip(*wanted[at : at + ROWS])
             logits = self._kernels.logits(hidden[torch.tensor(rows, device=self._device)])
-            for index, each in zip(indices, score(logits, targets, tops, ranked=True)):
+            for index, each in zip(indices, token_logprobs(logits, targets, tops, ranked=True)):
                 found.setdefault(index, []).append(each)
         return found
 
     @torch.inference_mode()
     def forward(self, segments: Sequence[Segment], active: Tensor | None = None) -> Tensor:
-        """The final hidden vectors [T, D] of all tokens of the segments, in their order; `active` as in `Kernels`."""
+        """Adds the segments' tokens to their states, and returns the final hidden vectors of all tokens.
+
+        Args:
+            active: [layers] float32, or None; gets the share of neurons that fired in each layer.
+
+        Returns:
+            [T, D], in the order of the segments' tokens.
+        """
         for segment in segments:
             if segment.start == 0:
                 self._pool.clear(segment.slot)
@@ -129,16 +157,16 @@ class Runner:
         return self._kernels.forward(self._pool.states, batch, active)
 
     def logits(self, segments: Sequence[Segment]) -> Tensor:
-        """Scores [T, V] of what follows each token of the segments, in their order."""
+        """Returns the logits [T, V] float32 of the token after each token of the segments, in their order."""
         return self._kernels.logits(self.forward(segments))
 
     def warm(self, chunk: int) -> None:
-        """Runs a prefill chunk and a decode step in slot 0, so that no request pays for what is done once."""
+        """Runs a prefill chunk and a decode step in slot 0, so that no request waits for what is done once."""
         self._kernels.warm(self._pool.states)
         sampling = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias=LogitBias.of({0: 1.0}))
-        adjustment = Adjustment.of(sampling, [0], distinct([0]), early=1)
+        processors = LogitsProcessors.of(sampling, [0], distinct([0]), early=1)
         for start, length in ((0, chunk), (chunk, 1)):
-            self.run(Plan([Segment(0, start, [0] * length, sampling, adjustment)]))
+            self.run(Plan([Segment(0, start, [0] * length, sampling, processors)]))
 
 
 def choose(
@@ -147,22 +175,34 @@ def choose(
     positions: Sequence[int],
     processors: RowProcessors,
     masks: Sequence[bytes | None] = (),
-) -> tuple[list[int | None], dict[int, TokenScore]]:
-    """A token for each row of `logits` [rows, V], which it changes, and scores by row where they are asked for."""
-    scored = [row for row, each in enumerate(params) if each.logprobs is not None]
-    raw = logits[torch.tensor(scored, device=logits.device)] if scored else None
+) -> tuple[list[int | None], dict[int, TokenLogprob]]:
+    """Draws a token for each row of `logits`, after logits processors and masks.
+
+    Args:
+        logits: [rows, V] float32; it is changed.
+        params: the sampling parameters of each row.
+        positions: of the tokens to be drawn, in their sequences.
+        processors: the rows that have logits processors, with them.
+        masks: which tokens each row may draw, in the packed bits of `messages.Constraint`, or empty.
+
+    Returns:
+        A token for each row, None where none can be drawn; and logprobs by row, where they are asked for.
+    """
+    wanted = [row for row, each in enumerate(params) if each.logprobs is not None]
+    raw = logits[torch.tensor(wanted, device=logits.device)] if wanted else None
     if processors:
         process_logits(logits, processors)
     tokens = draw(logits, params, positions, masks)
     if raw is None:
         return tokens, {}
-    # The score of a row that could not be drawn is shown to nobody.
-    scores = score(raw, [tokens[row] or 0 for row in scored], [params[row].logprobs or 0 for row in scored])
-    return tokens, dict(zip(scored, scores))
+    # The logprobs of a row without a token are not returned to anybody.
+    tops = [params[row].logprobs or 0 for row in wanted]
+    logprobs = token_logprobs(raw, [tokens[row] or 0 for row in wanted], tops)
+    return tokens, dict(zip(wanted, logprobs))
 
 
 def sums(hidden: Tensor, segments: Sequence[Segment]) -> dict[int, list[float]]:
-    """The hidden vectors [D] summed over each segment that asks for it, by its index."""
+    """Returns the sum [D] of `hidden` [T, D] over each segment that has `pool`, by the segment's index."""
     bounds = pairwise([0, *accumulate(len(segment.tokens) for segment in segments)])
     return {
         at: hidden[begin:end].sum(dim=0, dtype=torch.float64).tolist()
@@ -177,7 +217,7 @@ def draw(
     positions: Sequence[int],
     masks: Sequence[bytes | None] = (),
 ) -> list[int | None]:
-    """A token for each row. A row that cannot be drawn gets None, and does not keep the others from theirs."""
+    """Draws a token for each row of `logits` [rows, V] float32; a row that fails gets None, and the others a token."""
     try:
         return list(sample(logits, params, positions, masks))
     except (MemoryError, torch.OutOfMemoryError):

@@ -39,7 +39,7 @@ class Trace:
                 now,
                 place=s.standing.arrival,
                 request=s.id,
-                key=s.prefix.key,
+                key=s.prefix.cache_namespace,
                 tenant=s.tenant,
                 priority=s.priority,
                 prompt_tokens=len(s.prompt),

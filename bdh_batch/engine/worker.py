@@ -61,7 +61,7 @@ class Observer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How busy the engine is at this moment, and what it has done so far."""
+    """The engine's load at one moment, and counts of what it has done since its start."""
 
     running: int
     waiting: int
@@ -211,7 +211,7 @@ class Worker:
         return updates
 
     def _made_room(self) -> QueueFull:
-        text = "The queue is full, and others have fewer requests in it, or earlier ones."
+        text = "The queue is full, and other tenants have fewer or earlier requests in it."
         return QueueFull(text, self._admission.retry_after())
 
     def _post(self, message: Message) -> None:

@@ -118,7 +118,7 @@ def _generation() -> list[Endpoint]:
                     "seed": 1,
                 },
                 "token ids": {"prompt": [82, 79, 77, 69, 79, 58], "max_tokens": 2, "return_token_ids": True},
-                "scores of a text": {"prompt": "To be", "echo": True, "logprobs": 0, "max_tokens": 0},
+                "log-probabilities of a text": {"prompt": "To be", "echo": True, "logprobs": 0, "max_tokens": 0},
             },
             replies={"text": COMPLETION},
         ),

@@ -1,4 +1,4 @@
-"""Whether the door is open: closed while the model loads, and again while the server drains."""
+"""The gate is closed while the model loads, and again while the server drains; requests then get a 503."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bdh_batch.text.grammar import Grammars
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that is ready, and how the API speaks of it. `created` is in Unix seconds, and fixed for a model."""
+    """A model that is ready, with what the API reports of it. `created` is in Unix seconds, and fixed for a model."""
 
     backend: Backend
     name: str
@@ -82,7 +82,7 @@ class Gate:
         return self._model.backend.load() if self._model else 0
 
     def ready(self) -> str | None:
-        """Why no request can be served now, or None."""
+        """Returns why no request can be served at present, or None."""
         return self._closed or (self._model.backend.ready() if self._model else None)
 
     def health(self) -> str | None:

@@ -1,4 +1,4 @@
-"""What holds for every request, as plain ASGI: its id and its metrics, its body's size, its origin."""
+"""The middleware of every request, as plain ASGI: its id and its metrics, its body's size, its origin."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a checked body to the request that a backend gets: template, grammar, tokens. In this place, and once."""
+"""Turns a checked body into the request that a backend gets: template, grammar, tokens. It does so here, and once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from starlette.requests import Request
 
-from bdh_batch.backends.base import Unread
+from bdh_batch.backends.base import RawPrompt
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.presence import unless_left
@@ -63,7 +63,7 @@ class Preparation:
         conversation = await self.aside.run(self.size, body.conversation)
         return await unless_left(self.request, self.model.template.render(conversation, self.aside.tenant))
 
-    async def _prompts(self, body: ConversationBody | CompletionBody | EmbeddingBody) -> Sequence[Unread]:
+    async def _prompts(self, body: ConversationBody | CompletionBody | EmbeddingBody) -> Sequence[RawPrompt]:
         if isinstance(body, ConversationBody):
             return [("messages", await self.rendered(body))]
         return await self.aside.run(self.size, body.prompts)

@@ -1,4 +1,4 @@
-"""What is done for a client only as long as it is there."""
+"""Runs work for a client and cancels it when the client disconnects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 async def unless_left(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled as soon as the client has gone. The body must have been read.
+    """Returns the result of `work`, which is cancelled when the client disconnects. The body must have been read.
 
     Raises:
         ClientDisconnect

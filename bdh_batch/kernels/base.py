@@ -1,4 +1,4 @@
-"""What every implementation of the forward pass is given: weights, and a ragged batch."""
+"""The interface of the kernels, and their arguments: weights, states, and a ragged batch."""
 
 from __future__ import annotations
 
@@ -48,14 +48,20 @@ class Kernels(Protocol):
     """
 
     def forward(self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
-        """The final hidden vectors [T, D] of a batch's tokens; adds the tokens to `states`.
+        """Adds a batch's tokens to `states`, and returns their final hidden vectors.
 
-        `active` [layers] float32, where it is given, gets the share of neurons that fired in each layer, over all the
-        tokens. Whether it is changes no result.
+        Args:
+            states: float32 or bfloat16, of the shape above; changed in the slots of `batch`.
+            batch: T tokens of S sequences.
+            active: [layers] float32, or None; gets the share of neurons that fired in each layer, over all the tokens.
+                Whether it is given changes no result.
+
+        Returns:
+            [T, D] float32, in the order of the tokens.
         """
 
     def warm(self, states: Tensor) -> None:
         """Prepares what depends on where `states` lie, before any request; may overwrite them."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores [T, V] float32 of the next token for hidden vectors [T, D]."""
+        """Returns the logits [T, V] float32 of the next token for hidden vectors [T, D] float32."""

@@ -95,8 +95,8 @@ class CpuKernels:
         out = _aligned(len(hidden), _round_up(self._vocabulary, PANEL))
         panels = out.shape[1] // PANEL
         threads = self._threads if len(hidden) * panels >= WORTH_SHARING else 1
-        numbers, scores = rows.view(-1).numpy(), out.view(-1).numpy()
-        project(numbers, len(hidden), self._shape, self._lm_head, self._scratch, scores, self._counters, threads)
+        numbers, logits = rows.view(-1).numpy(), out.view(-1).numpy()
+        project(numbers, len(hidden), self._shape, self._lm_head, self._scratch, logits, self._counters, threads)
         return out[:, : self._vocabulary]
 
 

@@ -10,13 +10,12 @@ from bdh_batch.messages.request import (
     Prompt,
     Text,
 )
-from bdh_batch.messages.response import Delta, FinishReason, Gathering, TokenScore, Usage
-from bdh_batch.messages.sampling import NO_TOKENS, Adjustment, LogitBias, SamplingParams, distinct
+from bdh_batch.messages.response import Delta, FinishReason, Gathering, TokenLogprob, Usage
+from bdh_batch.messages.sampling import NO_TOKENS, LogitBias, LogitsProcessors, SamplingParams, distinct
 from bdh_batch.messages.step import Copy, Outcome, Plan, Segment
 
 __all__ = [
     "NO_TOKENS",
-    "Adjustment",
     "Constraint",
     "Copy",
     "Delta",
@@ -26,6 +25,7 @@ __all__ = [
     "Grammar",
     "GrammarText",
     "LogitBias",
+    "LogitsProcessors",
     "Origin",
     "Outcome",
     "Plan",
@@ -34,7 +34,7 @@ __all__ = [
     "SamplingParams",
     "Segment",
     "Text",
-    "TokenScore",
+    "TokenLogprob",
     "Usage",
     "distinct",
 ]

@@ -1,4 +1,4 @@
-"""What a client asks for, complete, and how far it has come."""
+"""A client's request, complete, and the progress of its sequences."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ class GenerationRequest:
     bad_words: tuple[str, ...] = ()  # texts whose token sequences are never generated
     allowed_token_ids: tuple[int, ...] | None = None  # the only tokens that may be generated; None is any
     show_special: bool = False  # whether the text shows special tokens
-    score_prompt: int | None = None  # likeliest tokens with each score of the prompt's tokens; None scores none
+    prompt_logprobs: int | None = None  # likeliest tokens that logprobs of prompt tokens contain; None is no logprobs
     grammar: Grammar | None = None  # of its structured output
     salt: str = ""  # requests of different salts share no prefixes
     priority: int = 0  # lower goes first
@@ -137,14 +137,14 @@ class GenerationRequest:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a sequence has come elsewhere.
+    """How far another engine has computed a sequence.
 
-    Its `tokens` have been generated. Whoever reads it has had `ahead` more, and so many characters and logprobs beyond
-    those that `tokens` make certain; as each follows from what is known, they come again, and are left out then.
+    It has generated `tokens`. Its client has received `ahead` more, and `characters` and `logprobs` beyond those of
+    `tokens`. These are generated again, the same, and are not returned a second time.
     """
 
     tokens: Sequence[int] = ()
     ended: bool = False
     ahead: int = 0
     characters: int = 0
-    scores: int = 0
+    logprobs: int = 0

@@ -1,4 +1,4 @@
-"""What a client gets: deltas, logprobs, usage, and why a sequence ended."""
+"""The parts of a response: deltas, logprobs, usage, and why a sequence ended."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class FinishReason(StrEnum):
     ERROR = "error"
 
 
-class TokenScore(NamedTuple):
+class TokenLogprob(NamedTuple):
     """A token's log-probability, and the likeliest tokens at its position with theirs, likeliest first.
 
     They are the log-softmax of the model's own logits, before temperature, penalties and all else.
@@ -35,9 +35,9 @@ class TokenScore(NamedTuple):
 
 @dataclass(slots=True)
 class Delta:
-    """What a sequence gained: text that is safe to show, and the tokens behind it.
+    """What a step adds to a sequence's completion: text that is safe to show, and the tokens behind it.
 
-    The last one of a sequence has `finish_reason`; when that is ERROR, `error` is why. `scores` are of tokens whose
+    The last one of a sequence has `finish_reason`; when that is ERROR, `error` is why. `logprobs` are of tokens whose
     text is shown by now, each with where its text begins in the completion; `logprob` is the sum of all tokens'. Where
     the request asked to `pool`, the last one has the sum [D] of the hidden vectors.
     """
@@ -46,9 +46,9 @@ class Delta:
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: BDHError | None = None
-    scores: list[tuple[int, TokenScore]] | None = None
+    logprobs: list[tuple[int, TokenLogprob]] | None = None
     logprob: float = 0.0
-    prompt_scores: Sequence[TokenScore] | None = None  # of all its tokens but the first; they come at once
+    prompt_logprobs: Sequence[TokenLogprob] | None = None  # of all its tokens but the first; they come at once
     pooled: Sequence[float] | None = None
 
 
@@ -69,16 +69,16 @@ class Gathering:
         of.finish_reason = later.finish_reason
         of.error = later.error
         of.logprob += later.logprob
-        if later.scores is not None:
-            of.scores = of.scores or []
-            of.scores += later.scores
-        if later.prompt_scores is not None:
-            of.prompt_scores = later.prompt_scores
+        if later.logprobs is not None:
+            of.logprobs = of.logprobs or []
+            of.logprobs += later.logprobs
+        if later.prompt_logprobs is not None:
+            of.prompt_logprobs = later.prompt_logprobs
         of.pooled = later.pooled
 
     @property
     def tokens(self) -> int:
-        """How many have come."""
+        """How many tokens were added."""
         return len(self._delta.tokens)
 
     def whole(self) -> Delta:

@@ -1,4 +1,4 @@
-"""How tokens are drawn: sampling parameters, and what changes logits before a draw."""
+"""Sampling parameters, and the logits processors that change logits before a token is drawn."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 
 class LogitBias:
-    """What is added to the logits of some tokens, each of which is there once. Made once for a request.
+    """The amounts that a request adds to the logits of some tokens, each of them once.
 
     Args:
         tokens: int64.
@@ -30,7 +30,7 @@ class LogitBias:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Sampling parameters: how the next token is chosen.
+    """The sampling parameters of a sequence: how the next token is chosen.
 
     `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and a `repetition_penalty` of 1 are off. The random
     number for the token at a position follows from `seed` (64 bits) and that position alone.
@@ -56,11 +56,11 @@ NO_TOKENS = array("q")
 
 
 def distinct(tokens: Iterable[int]) -> array[int]:
-    """Each of `tokens` once, ascending, as int64."""
+    """Returns each of `tokens` once, ascending, as int64."""
     return array("q", sorted(set(tokens)))
 
 
-class Adjustment:
+class LogitsProcessors:
     """The logits processors of one sequence: bias, penalties, and tokens that are banned for now.
 
     The choices for one prompt share whatever is as large as the request makes it; each has only what it counts. The
@@ -85,24 +85,26 @@ class Adjustment:
         self._early = early
 
     @classmethod
-    def of(cls, sampling: SamplingParams, prompt: Iterable[int], banned: array[int], early: int) -> Adjustment | None:
-        """None where nothing changes."""
+    def of(
+        cls, sampling: SamplingParams, prompt: Iterable[int], banned: array[int], early: int
+    ) -> LogitsProcessors | None:
+        """Makes those of a sequence; None where no logit would change."""
         bans = banned if early else NO_TOKENS
         if not (sampling.penalises or sampling.logit_bias or bans):
             return None
         # The other penalties do not look at the prompt.
         return cls(sampling, distinct(prompt) if sampling.repetition_penalty != 1 else NO_TOKENS, bans, early)
 
-    def afresh(self) -> Adjustment:
-        """That of another choice for the same prompt."""
-        return Adjustment(self.sampling, self.prompt, self._banned, self._early)
+    def afresh(self) -> LogitsProcessors:
+        """Makes those of another choice for the same prompt."""
+        return LogitsProcessors(self.sampling, self.prompt, self._banned, self._early)
 
     @property
     def bans(self) -> array[int]:
         return self._banned if self._length < self._early else NO_TOKENS
 
     def count(self, token: int) -> None:
-        """The completion has grown by `token`."""
+        """Counts a token that was added to the completion."""
         self._length += 1
         if not self.sampling.penalises:
             return

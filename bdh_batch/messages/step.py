@@ -1,4 +1,4 @@
-"""What the scheduler has computed in one step, and what comes of it."""
+"""A step: the plan that the scheduler makes, and the outcome that the runner returns."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from bdh_batch.messages.request import Constraint
-from bdh_batch.messages.response import TokenScore
-from bdh_batch.messages.sampling import Adjustment, SamplingParams
+from bdh_batch.messages.response import TokenLogprob
+from bdh_batch.messages.sampling import LogitsProcessors, SamplingParams
 
 
 @dataclass(slots=True)
@@ -18,17 +18,17 @@ class Segment:
     A segment that starts at 0 begins with an empty state. With `sampling`, the token after its last one is drawn, among
     those that `constraint` allows; with `pool`, its tokens' final hidden vectors are summed.
     The scheduler may use it again for a later step; it does not change while its step is computed.
-    `targets` are to be scored: token i of them as what follows token i of `tokens`.
+    Logprobs are computed for `targets`: token i of them is the one after token i of `tokens`.
     """
 
     slot: int
     start: int
     tokens: Sequence[int]
     sampling: SamplingParams | None
-    adjustment: Adjustment | None = None
+    processors: LogitsProcessors | None = None
     constraint: Constraint | None = None
     targets: Sequence[int] = ()
-    top: int = 0  # likeliest tokens that come with each target's score
+    top: int = 0  # how many likeliest tokens each target's logprobs contain
     pool: bool = False
 
 
@@ -58,15 +58,15 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a step drew: per segment the next token, None where none was asked for or none could be drawn.
+    """The outcome of a step: for each segment the next token, None where none was asked for or none could be drawn.
 
-    By the index of their segment, `scores` has those of the drawn tokens, `target_scores` those of targets, and
+    By the index of their segment, `logprobs` has those of the drawn tokens, `target_logprobs` those of targets, and
     `pooled` the sum [D] of the hidden vectors where that was asked for. `active` is, by layer, the share of neurons
     that fired for its tokens; empty where that was not measured.
     """
 
     drawn: Sequence[int | None]
-    scores: Mapping[int, TokenScore] = field(default_factory=dict)
-    target_scores: Mapping[int, Sequence[TokenScore]] = field(default_factory=dict)
+    logprobs: Mapping[int, TokenLogprob] = field(default_factory=dict)
+    target_logprobs: Mapping[int, Sequence[TokenLogprob]] = field(default_factory=dict)
     pooled: Mapping[int, Sequence[float]] = field(default_factory=dict)
     active: Sequence[float] = ()

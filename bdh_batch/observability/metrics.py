@@ -89,7 +89,7 @@ class Metrics:
         self._n = self._histogram("request_params_n", "n of a request", TOKENS[:6])
         labels = ("model_name", "finished_reason")
         self._ended = Counter("bdh_request_success", "Requests that ended, by reason", labels, registry=self.registry)
-        self._not_finite = self._counter("non_finite_logits", "Requests ended by NaN or infinite scores")
+        self._not_finite = self._counter("non_finite_logits", "Requests ended by NaN or infinite logits")
         labels = ("model_name", "reason")
         self._refused = Counter("bdh_admission_rejections", "Requests refused", labels, registry=self.registry)
 
@@ -156,7 +156,7 @@ class Metrics:
         self._rate_storage.inc()
 
     def refused_unread(self, status: int) -> None:
-        """Counts what was refused before any route had it."""
+        """Counts requests that were refused before any route was called."""
         self.http_requests.labels("unread", status).inc()
 
     def stepped(self, step: Step, seconds: float) -> None:

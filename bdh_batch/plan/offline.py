@@ -59,7 +59,7 @@ class Inspection:
         )
         facts = {"file": self.file} | {name: f"{value}" for name, value in self.config.items()}
         if not self.layers_told:
-            facts["n_layer"] += " (not told: upstream's; --layers sets it)"
+            facts["n_layer"] += " (not in the file: upstream's; --layers sets it)"
         facts |= {
             "window when served": f"{self.attention_window} tokens" if self.attention_window else "none",
             "tokenizer": self.tokenizer,

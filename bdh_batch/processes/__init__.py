@@ -1,1 +1,1 @@
-"""The processes that a server is made of: what each of them loads, and who starts and watches them."""
+"""The processes of a server: engines and front ends, and the supervisor that starts and watches them."""

@@ -1,4 +1,4 @@
-"""Which model the settings name: where it lies, and what the API calls it."""
+"""Finds the model that the settings name, and the name by which the API reports it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from bdh_batch.settings import Settings
 
 
 def bundled_model() -> Path:
-    """The model that comes with the package: inside an installed wheel, beside the package in a checkout."""
+    """Returns the path of the bundled model: inside an installed wheel, or beside the package in a checkout."""
     package = Path(__file__).parent.parent
     installed = package / "models" / "bdh-shakespeare"
     return installed if installed.is_dir() else package.parent / "models" / "bdh-shakespeare"
 
 
 def chosen_model(settings: Settings) -> Located:
-    """It is held until it is closed: nothing of it is removed meanwhile. Raises ConfigError: there is none."""
+    """Returns the model of the settings, whose files are not removed until it is closed.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
     return locate(settings.model.path or bundled_model())
 
 
 def model_name(settings: Settings, located: Located) -> str:
+    """Returns the name by which the API reports the model."""
     return settings.model.name or located.name

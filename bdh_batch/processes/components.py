@@ -1,4 +1,4 @@
-"""What the front door needs of a model beside its engine: text, templates, grammars, defaults."""
+"""Loads what a front end needs of a model beside its engine: tokenizer, chat template, grammars, defaults."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from bdh_batch.system.documents import read_json_beside
 from bdh_batch.text.chat import ChatTemplate, open_template
 from bdh_batch.text.folder import TextComponents, load_text
 from bdh_batch.text.grammar import open_sandbox
+from bdh_batch.text.job_queue import QueueLimits
 from bdh_batch.text.sandbox import Sandbox
-from bdh_batch.text.turns import QueueLimits
 from bdh_batch.text.vocabulary import Vocabulary, setup_of, vocabulary_of
 
 GENERATION_CONFIG = "generation_config.json"
@@ -24,15 +24,15 @@ GENERATION_CONFIG = "generation_config.json"
 
 @dataclass(frozen=True)
 class Components:
-    """All that the front door needs, ready.
+    """What a front end needs of a model, ready for use.
 
-    `grammars` is where those are tried out, None where there is no vocabulary.
+    `vocabulary` is a text where there is none: why. Then `grammars`, the sandbox that compiles grammars, is None.
     """
 
     text: TextComponents
     template: ChatTemplate
     templates: Sandbox
-    vocabulary: Vocabulary | str  # or why there is none
+    vocabulary: Vocabulary | str
     grammars: Sandbox | None
     defaults: Defaults
 
@@ -44,8 +44,11 @@ class Components:
 
 
 @dataclass(frozen=True)
-class Opened:
-    """What can be read without knowing the size of the vocabulary: what is wrong with it is reported at once."""
+class ModelFolder:
+    """What is read of a model's folder before its weights, so that errors in it are reported at once.
+
+    `fit` completes it once the size of the vocabulary is known.
+    """
 
     settings: Settings
     text: TextComponents
@@ -54,7 +57,7 @@ class Opened:
     defaults: Defaults
 
     @classmethod
-    def of(cls, settings: Settings, path: Path) -> Opened:
+    def of(cls, settings: Settings, path: Path) -> ModelFolder:
         """Reads a model's folder. Raises ConfigError, CheckpointError."""
         folder = path if path.is_dir() else path.parent
         defaults = defaults_for(settings, folder)
@@ -64,23 +67,28 @@ class Opened:
         return cls(settings, text, template, templates, defaults)
 
     def fit(self, vocab_size: int) -> Components:
-        """For a model with a vocabulary of that size. Raises CheckpointError: the tokenizer is not its own."""
+        """Returns the components for a vocabulary of that size.
+
+        Raises:
+            CheckpointError: the tokenizer has tokens that the model has not.
+        """
         text = self.text.fit(vocab_size)
         vocabulary = vocabulary_of(text.tokenizer, vocab_size, text.eos)
         grammars = open_grammars(self.settings, text, vocabulary, vocab_size)
         return Components(text, self.template, self.templates, vocabulary, grammars, self.defaults)
 
     def close(self) -> None:
-        """Idempotent."""
+        """Ends the sandbox. Idempotent."""
         self.templates.close()
 
 
 def queue_limits(chosen: SandboxSettings) -> QueueLimits:
+    """Returns the limits of a sandbox's queue of jobs."""
     return QueueLimits(chosen.processes, chosen.max_queued, chosen.max_queued_bytes, chosen.queue_seconds)
 
 
 def open_grammars(settings: Settings, text: TextComponents, vocabulary: Vocabulary | str, size: int) -> Sandbox | None:
-    """A sandbox for grammars, which gets ready beside all else; None where no grammar can be followed."""
+    """Opens the sandbox that compiles grammars; None where there is no vocabulary to compile them for."""
     if isinstance(vocabulary, str):
         return None
     chosen, setup = settings.structured_output, setup_of(text.tokenizer, size, text.eos)
@@ -88,13 +96,13 @@ def open_grammars(settings: Settings, text: TextComponents, vocabulary: Vocabula
 
 
 def defaults_for(settings: Settings, folder: Path) -> Defaults:
-    """The settings' generation defaults; where they are silent the model folder's, else OpenAI's."""
+    """Returns the defaults of sampling parameters: the settings', else the model folder's, else OpenAI's."""
     chosen = suggested_generation(folder / GENERATION_CONFIG) | settings.generation.model_dump(exclude_none=True)
     return Defaults(**chosen)
 
 
 def suggested_generation(file: Path) -> dict[str, Any]:
-    """What a model folder's `generation_config.json` says, in the settings' names."""
+    """Returns the defaults of a model folder's `generation_config.json`, by the settings' names."""
     values = read_json_beside(file)
     try:
         suggested = {name: values.get(name) for name in ("temperature", "top_p", "top_k")}

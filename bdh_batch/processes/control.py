@@ -1,4 +1,4 @@
-"""How a supervisor is asked to do something: at a socket in its folder, which its pid file names."""
+"""Sends commands to a supervisor, at a socket in the runtime folder that its pid file names."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from platformdirs import user_runtime_path
 
 from bdh_batch.errors import BDHError, ConfigError
 
-Do = Callable[[str], Awaitable[None]]  # raises BDHError where it cannot be done
+RunCommand = Callable[[str], Awaitable[None]]  # raises BDHError where it cannot be done
 LONGEST = 4096  # bytes of a command
 
 
-async def listen_for_commands(path: Path, do: Do) -> asyncio.AbstractServer:
-    """Listens at `path` for commands, each a line; the response is a line of JSON, once it is done."""
+async def listen_for_commands(path: Path, run: RunCommand) -> asyncio.AbstractServer:
+    """Listens at `path` for commands, one a line; responds with a line of JSON when a command is done."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         error = None
         try:
-            await do((await reader.readline()).decode().strip())
+            await run((await reader.readline()).decode().strip())
         except (BDHError, ValueError) as problem:
             error = str(problem)
         with contextlib.suppress(OSError):
@@ -37,11 +37,11 @@ async def listen_for_commands(path: Path, do: Do) -> asyncio.AbstractServer:
     return await asyncio.start_unix_server(serve, str(path), limit=LONGEST)
 
 
-def ask(pid_file: Path, command: str) -> None:
-    """Has the supervisor that wrote `pid_file` do `command`; returns when it is done.
+def send_command(pid_file: Path, command: str) -> None:
+    """Has the supervisor that wrote `pid_file` run `command`, and returns when it is done.
 
     Raises:
-        ConfigError: it does not run, or cannot do it.
+        ConfigError: no such supervisor runs, or it cannot run the command.
     """
     try:
         pid, folder = pid_file.read_text(encoding="utf-8").splitlines()[:2]
@@ -62,7 +62,7 @@ def ask(pid_file: Path, command: str) -> None:
 
 
 def default_pid_file(port: int, uds: Path | None) -> Path:
-    """Where a server that listens there writes its pid file if the settings do not say it."""
+    """Returns the pid file of a server that listens there, where the settings name none."""
     name = str(port) if uds is None else hashlib.sha256(bytes(uds.absolute())).hexdigest()[:16]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns where the system has no such folder, and then has another one
@@ -70,10 +70,10 @@ def default_pid_file(port: int, uds: Path | None) -> Path:
 
 
 class PidFile:
-    """Says which supervisor runs, and where it can be asked.
+    """A file that names a supervisor's process and its runtime folder.
 
     Raises:
-        ConfigError: another one that runs has written it, or it cannot be written.
+        ConfigError: the file is that of another supervisor that still runs, or cannot be written.
     """
 
     def __init__(self, path: Path, folder: Path) -> None:
@@ -91,7 +91,7 @@ class PidFile:
 
 
 def _running(path: Path) -> int | None:
-    """The process that wrote the pid file at `path`, if it still runs."""
+    """Returns the process that wrote the pid file at `path`, if it still runs."""
     try:
         pid = int(path.read_text(encoding="utf-8").splitlines()[0])
         os.kill(pid, 0)

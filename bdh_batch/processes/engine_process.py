@@ -1,6 +1,6 @@
-"""An engine process: loads the model, serves front ends at a socket, and leaves when it is asked to.
+"""An engine process: loads the model, and serves front ends at a Unix socket until SIGTERM.
 
-It has no front door of its own: no HTTP, no templates, nothing that a client could reach.
+It serves no HTTP and runs no templates; no client can reach it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bdh_batch.engine.loading import LoadedEngine, load_engine, start_worker
 from bdh_batch.kernels.base import Weights
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.processes.chosen_model import chosen_model, model_name
-from bdh_batch.processes.engines import LOADER, LoadEngine, facts_of, local_backend
+from bdh_batch.processes.engines import LOADER, LoadEngine, engine_info, local_backend
 from bdh_batch.processes.folder import RuntimeFolder
 from bdh_batch.settings import Settings
 from bdh_batch.system.threads import in_daemon_thread
@@ -37,8 +37,8 @@ from bdh_batch.text.vocabulary import Vocabulary, vocabulary_of
 
 log = logging.getLogger(__name__)
 
-PULSES = 4  # signs of life within the time after which an engine is given up
-LONGEST_PULSE = 1.0  # seconds
+HEARTBEATS = 4  # within the time after which a front end takes an engine for lost
+LONGEST_INTERVAL = 1.0  # seconds between two of them
 
 
 async def run_engine(
@@ -48,11 +48,11 @@ async def run_engine(
     on_ready: Callable[[], None],
     load: LoadEngine = load_engine,
 ) -> None:
-    """Serves front ends until SIGTERM, then until its streams have gone on elsewhere, or ended.
+    """Serves front ends until SIGTERM, then until its streams have moved to other engines, or ended.
 
     Args:
         name: of its socket in `folder`.
-        on_ready: is called once front ends can come.
+        on_ready: is called once front ends can connect.
         load: makes the engine, off the event loop.
 
     Raises:
@@ -61,7 +61,7 @@ async def run_engine(
     leaving, located = _signalled(), chosen_model(settings)
     path, model = located.path, model_name(settings, located)
     engine, text, vocabulary = await in_daemon_thread(partial(_load, settings, path, load), LOADER)
-    facts = facts_of(engine, settings)
+    facts = engine_info(engine, settings)
     metrics = Metrics(model)
     worker = start_worker(settings, engine, metrics, StepRecorder(folder.step(name)))
     metrics.watch(lambda: worker.load)
@@ -79,9 +79,9 @@ async def run_engine(
         host_slots=facts.host_slots,
         window=facts.window,
     )
-    pulse = min(LONGEST_PULSE, settings.engine.heartbeat_seconds / PULSES)
-    port = EnginePort(backend, grammars, welcome, folder.secret, pulse, lambda: worker.load, metrics.exposition)
-    server = await asyncio.get_running_loop().create_unix_server(port.link, sock=folder.listen(name))
+    interval = min(LONGEST_INTERVAL, settings.engine.heartbeat_seconds / HEARTBEATS)
+    port = EnginePort(backend, grammars, welcome, folder.secret, interval, lambda: worker.load, metrics.exposition)
+    server = await asyncio.get_running_loop().create_unix_server(port.new_connection, sock=folder.listen(name))
     try:
         on_ready()
         await leaving.wait()
@@ -103,14 +103,14 @@ def _load(settings: Settings, path: Path, load: LoadEngine) -> tuple[LoadedEngin
 
 
 async def _leave(port: EnginePort, seconds: float) -> None:
-    """Has its streams go on elsewhere; those that cannot may end here."""
+    """Has front ends move their streams to other engines, and waits for that, or for their end."""
     port.leave()
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(port.idle.wait(), seconds)
 
 
 def _signalled() -> asyncio.Event:
-    """Set by SIGTERM; SIGINT is for the process that started this one."""
+    """Returns an event that SIGTERM sets. SIGINT is ignored: the supervisor handles it."""
     event, loop = asyncio.Event(), asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGTERM, event.set)
     loop.add_signal_handler(signal.SIGINT, lambda: None)
@@ -118,7 +118,7 @@ def _signalled() -> asyncio.Event:
 
 
 def fingerprint(engine: LoadedEngine, settings: Settings) -> str:
-    """The same for engines that compute the same: weights, dtypes, kernels, window."""
+    """Returns a hash of all that decides which tokens an engine generates: weights, dtypes, kernels, window."""
     digest = hashlib.blake2b(digest_size=16)
     chosen = settings.engine
     for part in (__version__, settings.model.attention_window, chosen.kernels, chosen.state_dtype):

@@ -1,4 +1,4 @@
-"""What computes a model: an engine in this process, or engines in others."""
+"""The engines that compute a model for a front end: one in this process, or several in others."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ StartEngine = Callable[[Settings, LoadedEngine, Observer], Engine]
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
-    """What the front door has to know of a model's engine.
+class EngineInfo:
+    """The sizes of a model's engine that a front end has to know.
 
     Args:
         width: of the hidden vectors.
-        slots, host_slots: states that the device, and the host's memory, hold.
-        window: tokens that a token can look back on; 0 is all.
+        slots, host_slots: how many states fit the device, and the host's memory.
+        window: how many tokens before it a token attends to; 0 is all.
     """
 
     vocab_size: int
@@ -41,34 +41,34 @@ class Facts:
 
 
 class Engines(Protocol):
-    """What computes one model."""
+    """The engines that compute one model."""
 
-    compiles_grammars: bool  # whether it does so itself, from what the front door has tried out
+    compiles_grammars: bool  # whether grammars are compiled there again, after the front end's sandbox
 
-    async def load(self) -> Facts:
-        """Waits until it can compute. Raises ConfigError, CheckpointError: it never will."""
+    async def load(self) -> EngineInfo:
+        """Waits until an engine can compute. Raises ConfigError, CheckpointError where the model cannot be loaded."""
 
     def open(self, components: Components) -> Backend:
-        """What the front door asks. On the event loop, once it is loaded."""
+        """Returns the backend of the engines. To be called on the event loop, after `load`."""
 
     @property
-    def load_now(self) -> Callable[[], Load] | None:
-        """Says how busy it is; None where its own metrics do."""
+    def current_load(self) -> Callable[[], Load] | None:
+        """Returns how many sequences run and wait; None where other processes report that in their own metrics."""
 
     async def expositions(self) -> Mapping[str, bytes]:
-        """Metrics that are counted in other processes, by their names, as Prometheus reads them."""
+        """Returns the metrics of engine processes in Prometheus' text format, by the processes' names."""
 
     def states(self) -> Sequence[Mapping[str, object]]:
-        """Each engine process: pid, model, device, state."""
+        """Returns pid, model, device and state of each engine process."""
 
 
 class LocalEngine:
     """The engine in this process.
 
     Args:
-        load: makes it, off the event loop.
-        start: has it compute, on the event loop.
-        observer: is told of what it does.
+        observer: is notified of what the engine does.
+        load: loads the model and makes the engine, off the event loop.
+        start: starts the engine's worker, on the event loop.
     """
 
     compiles_grammars = False
@@ -87,16 +87,16 @@ class LocalEngine:
         self._make = load
         self._start = start
 
-    async def load(self) -> Facts:
+    async def load(self) -> EngineInfo:
         self.engine = engine = await in_daemon_thread(partial(self._make, self._settings, self._path), LOADER)
-        return facts_of(engine, self._settings)
+        return engine_info(engine, self._settings)
 
     def open(self, components: Components) -> LocalBackend:
         self._worker = self._start(self._settings, self.engine, self._observer)
         return local_backend(self._worker, self.engine, components.text, self._settings)
 
     @property
-    def load_now(self) -> Callable[[], Load]:
+    def current_load(self) -> Callable[[], Load]:
         return lambda: self._worker.load
 
     async def expositions(self) -> Mapping[str, bytes]:
@@ -106,13 +106,15 @@ class LocalEngine:
         return ()
 
 
-def facts_of(engine: LoadedEngine, settings: Settings) -> Facts:
+def engine_info(engine: LoadedEngine, settings: Settings) -> EngineInfo:
+    """Returns the sizes of a loaded engine."""
     config = engine.model.config
     window = attention_window(settings.model.attention_window, config)
-    return Facts(config.vocab_size, config.n_embd, engine.slots, engine.host_slots, window)
+    return EngineInfo(config.vocab_size, config.n_embd, engine.slots, engine.host_slots, window)
 
 
 def local_backend(worker: Engine, engine: LoadedEngine, text: TextComponents, settings: Settings) -> LocalBackend:
+    """Returns the backend of an engine in this process."""
     return LocalBackend(
         worker,
         text.tokenizer,

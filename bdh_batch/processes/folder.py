@@ -1,4 +1,4 @@
-"""The folder that the processes of one server share: their sockets, and the secret that they know each other by."""
+"""The folder that the processes of one server share: their sockets, and the secret by which they authenticate."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ LONGEST = 100  # bytes of a socket's path, with its name: the system takes some 
 
 @dataclass(frozen=True, slots=True)
 class RuntimeFolder:
-    """A folder of sockets, which only its owner can enter."""
+    """A folder with the sockets of a server's processes, which only its owner can enter."""
 
     path: Path
 
     @classmethod
     def make(cls) -> RuntimeFolder:
-        """Raises ConfigError where none can be made."""
+        """Makes a new folder and its secret. Raises ConfigError where that is not possible."""
         try:
             path = Path(tempfile.mkdtemp(prefix="bdh-batch-"))
             (path / "secret").write_text(secrets.token_hex(16), encoding="ascii")
@@ -38,34 +38,36 @@ class RuntimeFolder:
 
     @property
     def secret(self) -> str:
+        """What front ends have to send to engines."""
         return (self.path / "secret").read_text(encoding="ascii")
 
     def engine(self, name: str) -> Path:
+        """The socket of an engine."""
         return self.path / f"{name}.sock"
 
     def listen(self, name: str) -> socket.socket:
-        """Listens at the socket of an engine, in the place of one of that name that was killed.
+        """Listens at the socket of an engine; replaces the socket of one of that name that was killed.
 
         Raises:
-            ConfigError: it cannot.
+            ConfigError: the socket cannot be made.
         """
         path = self.engine(name)
         listener = socket.socket(socket.AF_UNIX)
         try:
             listener.bind(str(path.with_suffix(".new")))
             listener.listen()
-            path.with_suffix(".new").replace(path)  # never away, as one is that is gone for good
+            path.with_suffix(".new").replace(path)  # without a gap: a missing socket means an engine that has left
         except OSError as error:
             listener.close()
             raise ConfigError(f"{path}: the engine cannot listen there ({error})") from error
         return listener
 
     def step(self, name: str) -> Path:
-        """Where an engine records what it computes."""
+        """The file in which an engine records its current step."""
         return step_file(self.engine(name))
 
     def front_end(self, name: str) -> Path:
-        """Where a front end tells its metrics."""
+        """The socket at which a front end reports its metrics."""
         return self.path / f"{name}.metrics"
 
     def engines(self) -> Mapping[str, Path]:
@@ -73,14 +75,15 @@ class RuntimeFolder:
         return {path.stem: path for path in sorted(self.path.glob("*.sock"))}
 
     def front_ends(self) -> Mapping[str, Path]:
+        """The metrics sockets of front ends, by the front ends' names."""
         return {path.stem: path for path in sorted(self.path.glob("*.metrics"))}
 
     def forget(self, name: str) -> None:
-        """The sockets of a process of that name, which was killed or has ended."""
+        """Removes the files of a process of that name, which was killed or has ended."""
         self.engine(name).unlink(missing_ok=True)
         self.step(name).unlink(missing_ok=True)
         self.front_end(name).unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Idempotent."""
+        """Deletes the folder. Idempotent."""
         shutil.rmtree(self.path, ignore_errors=True)

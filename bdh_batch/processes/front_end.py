@@ -1,4 +1,4 @@
-"""A front-end process: answers HTTP at sockets that the supervisor listens at, with engines in other processes."""
+"""A front-end process: serves HTTP at the supervisor's sockets, with engines in other processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bdh_batch.processes.remote_engines import RemoteEngines
 from bdh_batch.processes.service import Service, run_until_signal
 from bdh_batch.settings import Settings
 
-SCRAPE_SECONDS = 2.0  # for another front end to report its metrics
+SCRAPE_SECONDS = 2.0  # within which another front end has to report its metrics
 
 
 async def run_front_end(
@@ -27,7 +27,7 @@ async def run_front_end(
     """Serves until SIGTERM or SIGINT.
 
     Args:
-        name: by which the other processes know it.
+        name: of this process; the others find its metrics by it.
 
     Raises:
         ConfigError, CheckpointError: it cannot start.
@@ -37,7 +37,7 @@ async def run_front_end(
     service = Service(settings, lambda *_: engines, on_ready, listeners)
 
     async def others() -> Mapping[str, bytes]:
-        """What the engines count, and the other front ends."""
+        """Returns the metrics of the engines and of the other front ends."""
         sockets = {other: path for other, path in folder.front_ends().items() if other != name}
         pages = await asyncio.gather(*(_read(path) for path in sockets.values()))
         found = {other: page for other, page in zip(sockets, pages, strict=True) if page}
@@ -53,7 +53,7 @@ async def run_front_end(
 
 
 async def _report(metrics: Metrics, socket: Path) -> asyncio.AbstractServer:
-    """Reports what this process counts to the other front ends."""
+    """Serves this process's metrics to the other front ends, at a socket."""
 
     async def write(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(metrics.exposition())
@@ -65,7 +65,7 @@ async def _report(metrics: Metrics, socket: Path) -> asyncio.AbstractServer:
 
 
 async def _read(socket: Path) -> bytes:
-    """What another front end counts; nothing where it does not answer."""
+    """Returns another front end's metrics; nothing where it does not respond in time."""
     try:
         async with asyncio.timeout(SCRAPE_SECONDS):
             reader, writer = await asyncio.open_unix_connection(str(socket))

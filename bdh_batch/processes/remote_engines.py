@@ -1,4 +1,4 @@
-"""Engines in other processes of this machine, as a front end finds them: by their sockets in one folder."""
+"""The engines in other processes of this machine, which a front end finds by their sockets in the runtime folder."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from bdh_batch.backends.replica import Reader, Replica
 from bdh_batch.backends.wire import Welcome
 from bdh_batch.engine.worker import Load
 from bdh_batch.processes.components import Components
-from bdh_batch.processes.engines import Facts
+from bdh_batch.processes.engines import EngineInfo
 from bdh_batch.processes.folder import RuntimeFolder
 from bdh_batch.settings import Settings
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 0.1  # between two looks for sockets that have come or gone
+LOOK_SECONDS = 0.1  # between two scans of the folder for new and removed sockets
 
 
 class RemoteEngines:
-    """The engine processes of one model.
+    """Connects to the engine processes of one model.
 
     Args:
-        folder: where their sockets are.
+        folder: contains their sockets.
     """
 
     compiles_grammars = True
-    load_now: Callable[[], Load] | None = None
+    current_load: Callable[[], Load] | None = None
 
     def __init__(self, settings: Settings, folder: RuntimeFolder) -> None:
         self._settings = settings
@@ -42,12 +42,12 @@ class RemoteEngines:
         self._backend: RemoteBackend | None = None
         self._looking: asyncio.Task[None] | None = None
 
-    async def load(self) -> Facts:
+    async def load(self) -> EngineInfo:
         self._looking = asyncio.create_task(self._look())
         await self._known.wait()
         assert self._welcome is not None
         found = self._welcome
-        return Facts(found.vocab_size, found.width, found.slots, found.host_slots, found.window)
+        return EngineInfo(found.vocab_size, found.width, found.slots, found.host_slots, found.window)
 
     def open(self, components: Components) -> RemoteBackend:
         assert self._welcome is not None
@@ -76,14 +76,14 @@ class RemoteEngines:
         return found
 
     def close(self) -> None:
-        """Idempotent."""
+        """Closes all connections. Idempotent."""
         if self._looking is not None:
             self._looking.cancel()
         for replica in self._replicas.values():
             replica.close()
 
     async def _look(self) -> None:
-        """Connects to the engines that come, and forgets those that are gone for good."""
+        """Connects to new engines, and forgets those whose sockets were removed."""
         while True:
             sockets = self._folder.engines()
             for name, socket in sockets.items():
@@ -96,17 +96,18 @@ class RemoteEngines:
 
     def _connect(self, socket: Path) -> Replica:
         heartbeat = self._settings.engine.heartbeat_seconds
-        return Replica(socket, __version__, self._folder.secret, heartbeat, self._changed, self._let_go, self._fits)
+        return Replica(socket, __version__, self._folder.secret, heartbeat, self._changed, self._on_lost, self._fits)
 
     def _fits(self, welcome: Welcome) -> str | None:
+        """Returns why an engine cannot be used beside the first one, or None if it can."""
         if self._welcome is None:
             self._welcome = welcome
             self._known.set()
         if welcome.fingerprint != self._welcome.fingerprint:
-            return "it computes with other weights, types or kernels"
+            return "its weights, dtypes or kernels differ from those of the first engine"
         return None
 
-    def _let_go(self, replica: Replica, readers: Sequence[Reader]) -> None:
+    def _on_lost(self, replica: Replica, readers: Sequence[Reader]) -> None:
         if self._backend is not None:
             self._backend.lost(replica, readers)
 

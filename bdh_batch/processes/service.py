@@ -1,4 +1,4 @@
-"""The life of one front door, from its socket to its exit.
+"""The life of one server that clients reach, from its socket to its exit.
 
 bind → listen (not ready) → load and warm the model → ready → SIGTERM → drain → close
 """
@@ -26,8 +26,8 @@ from bdh_batch.http.gate import Gate, ServedModel
 from bdh_batch.http.transport.server import Server, listen, local_only, url_of
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.processes.chosen_model import chosen_model, model_name
-from bdh_batch.processes.components import Components, Opened
-from bdh_batch.processes.engines import LOADER, Engines, Facts
+from bdh_batch.processes.components import Components, ModelFolder
+from bdh_batch.processes.engines import LOADER, EngineInfo, Engines
 from bdh_batch.settings import Auth, Settings
 from bdh_batch.system.threads import in_daemon_thread
 from bdh_batch.text.grammar import Grammars
@@ -39,7 +39,11 @@ log = logging.getLogger(__name__)
 
 
 def key_ring(auth: Auth) -> KeyRing | None:
-    """The keys that are asked for, if any are. Raises ConfigError: there are none, or some are needed and not asked."""
+    """Returns the API keys, or None where access needs none.
+
+    Raises:
+        ConfigError: there are no keys, or metrics or docs are protected and access needs none.
+    """
     if auth.enabled:
         return KeyRing([key.get_secret_value() for key in auth.api_keys], auth.api_keys_file)
     for option in ("protect_metrics", "protect_docs"):
@@ -49,7 +53,11 @@ def key_ring(auth: Auth) -> KeyRing | None:
 
 
 def open_spans(settings: Settings, model_name: str) -> Spans | None:
-    """None where no collector is set. Raises ConfigError: what speaks to it is not installed, or cannot be set up."""
+    """Returns what exports spans, or None where no collector is set.
+
+    Raises:
+        ConfigError: OpenTelemetry is not installed, or cannot be set up.
+    """
     endpoint = settings.telemetry.otlp_endpoint
     if endpoint is None:
         return None
@@ -65,9 +73,9 @@ class Service:
     """One server, from its socket to its exit.
 
     Args:
-        engines: makes what computes the model; is given what to tell of it.
-        on_ready: is called with the base URL and the model's name once requests are welcome.
-        listeners: sockets to serve, where another process listens; else those of the settings.
+        engines: makes the engines, from the settings, the model's path, and the observer of what they do.
+        on_ready: is called with the base URL and the model's name once requests are accepted.
+        listeners: sockets of the supervisor to serve at; without any, the settings say where to listen.
     """
 
     def __init__(
@@ -126,7 +134,7 @@ class Service:
         await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
         if not loading.done():
             loading.cancel()
-            return  # nothing has been promised to anyone yet
+            return  # no request was accepted yet
         components, facts = loading.result()
         backend = self._engines.open(components)
         try:
@@ -140,8 +148,8 @@ class Service:
             components.close()
             await asyncio.to_thread(backend.close)
 
-    async def _load(self) -> tuple[Components, Facts]:
-        opened = await in_daemon_thread(partial(Opened.of, self._settings, self._path), LOADER)
+    async def _load(self) -> tuple[Components, EngineInfo]:
+        opened = await in_daemon_thread(partial(ModelFolder.of, self._settings, self._path), LOADER)
         try:
             facts = await self._engines.load()
             return await in_daemon_thread(partial(opened.fit, facts.vocab_size), LOADER), facts
@@ -149,7 +157,7 @@ class Service:
             opened.close()
             raise
 
-    def _open(self, backend: Backend, components: Components, facts: Facts) -> None:
+    def _open(self, backend: Backend, components: Components, facts: EngineInfo) -> None:
         settings, text = self._settings, components.text
         self._watch(components, facts)
         if components.grammars is not None:
@@ -179,10 +187,10 @@ class Service:
             )
         )
 
-    def _watch(self, components: Components, facts: Facts) -> None:
-        """Has the metrics report what can be looked at at the moment of a scrape."""
+    def _watch(self, components: Components, facts: EngineInfo) -> None:
+        """Has the metrics report what is read at the moment of a scrape: load, sizes, sandboxes."""
         settings, metrics = self._settings, self.metrics
-        if (load := self._engines.load_now) is not None:
+        if (load := self._engines.current_load) is not None:
             metrics.watch(load)
         metrics.describe_cache(
             num_gpu_blocks=facts.slots,  # states on the device, which without a GPU is main memory

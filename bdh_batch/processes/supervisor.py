@@ -1,8 +1,8 @@
-"""The process that starts the others: front ends that share one port, and engines. It serves nothing itself.
+"""The supervisor starts the other processes of a server: front ends that share one port, and engines.
 
-What ends is started again; where it did not even get ready, after a wait that doubles. SIGTERM and SIGINT end the
-front ends first, which drain, then the engines. SIGHUP replaces the engines one after the other, under load: a new one
-is started and ready before the old one is asked to leave, and streams go on with those that stay.
+A process that ends is started again; one that was not ready yet, after a wait that doubles. SIGTERM and SIGINT end
+the front ends first, which drain, then the engines. SIGHUP replaces the engines one after the other, under load: a new
+one is ready before the old one gets SIGTERM, and the old one's streams move to the engines that stay.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from bdh_batch.system.machine import usable_cores
 
 log = logging.getLogger(__name__)
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds, before what has ended without being ready is started again
-START_SECONDS = 600.0  # what is not ready by then is ended
-GRACE_SECONDS = 10.0  # beyond the drain, until what does not end is killed
-CANNOT_START = 2  # exit status of what says why
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds until a process that ended before it was ready is started again
+START_SECONDS = 600.0  # within which a process has to be ready; then it is killed
+GRACE_SECONDS = 10.0  # after the drain, until a process that does not end is killed
+CANNOT_START = 2  # exit status of a process that logs why
 
 
 @dataclass(frozen=True, slots=True)
 class Role:
-    """What a child process is for.
+    """What a child process does: which kind it is, and with which part of the machine.
 
     Args:
         kind: "engine" or "front".
@@ -52,7 +52,7 @@ class Role:
 
 @dataclass(eq=False)
 class Child:
-    """A process, and what becomes of it."""
+    """A child process and its state. `wanted` is whether it is started again when it ends."""
 
     role: Role
     name: str
@@ -64,7 +64,7 @@ class Child:
 
 
 class Supervisor:
-    """Keeps the processes of one server running.
+    """Starts the processes of one server, and restarts those that end.
 
     Args:
         command: the module that children are started as, and its arguments.
@@ -86,22 +86,22 @@ class Supervisor:
         self._announced = False
 
     async def run(self) -> None:
-        """Until SIGTERM or SIGINT.
+        """Runs the processes until SIGTERM or SIGINT.
 
         Raises:
-            ConfigError: the sockets cannot be had, or a process cannot start, and none of its kind ever has.
+            ConfigError: the sockets cannot be opened, or a process cannot start before any was ready.
         """
         self._listeners = listen(self._settings.server)
         self._folder = RuntimeFolder.make()
-        self._life, self._life_of_children = socket.socketpair()  # whose end tells children that this process has gone
+        self._liveness, self._liveness_of_children = socket.socketpair()  # closes when this process ends
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._signalled)
+            loop.add_signal_handler(number, self._on_signal)
         loop.add_signal_handler(signal.SIGHUP, self._reload_soon)
         pid_file = None
         try:
             pid_file = self._pid_file()
-            self._control = await listen_for_commands(self._folder.path / "control", self._do)
+            self._control = await listen_for_commands(self._folder.path / "control", self._run_command)
             for role in [*engine_roles(self._settings), *front_roles(self._settings)]:
                 self._add(role)
             await self._stop.wait()
@@ -117,7 +117,11 @@ class Supervisor:
             raise self._failed
 
     def _pid_file(self) -> PidFile | None:
-        """Raises ConfigError where the one of the settings cannot be had; the usual one is only missed."""
+        """Writes the pid file: that of the settings, or the default one, without which the server runs as well.
+
+        Raises:
+            ConfigError: the one of the settings cannot be written.
+        """
         chosen = self._settings.server
         if chosen.pid_file is not None:
             return PidFile(chosen.pid_file, self._folder.path)
@@ -128,7 +132,7 @@ class Supervisor:
             log.warning("`bdh-batch reload` will not find this server: %s", error)
             return None
 
-    def _signalled(self) -> None:
+    def _on_signal(self) -> None:
         if self._stop.is_set():
             self._kill()  # a second signal does not wait for the drain
         self._stop.set()
@@ -137,21 +141,21 @@ class Supervisor:
         name = f"{role.kind}-{role.number}" + (f"-{self._generation}" if role.kind == "engine" else "")
         child = Child(role, name)
         self._children.append(child)
-        child.watching = asyncio.create_task(self._keep(child))
+        child.watching = asyncio.create_task(self._supervise(child))
         return child
 
-    async def _keep(self, child: Child) -> None:
-        """Starts `child`, and starts it again whenever it ends, as long as it is wanted."""
+    async def _supervise(self, child: Child) -> None:
+        """Starts `child`, and restarts it whenever it ends, as long as it is wanted."""
         while child.wanted and not self._stop.is_set():
             status = await self._run(child)
             if not child.wanted or self._stop.is_set():
                 return
             if status == CANNOT_START and not any(each.ready.is_set() for each in self._children):
-                self._failed = ConfigError(f"the process {child.name} cannot start: it says above why")
+                self._failed = ConfigError(f"the process {child.name} cannot start; its log above has the reason")
                 self._stop.set()
                 return
             how = f"status {status}" if status >= 0 else f"signal {-status}"
-            log.error("the process %s has ended (%s); it is started again", child.name, how)
+            log.error("the process %s ended (%s) and is restarted", child.name, how)
             if child.ready.is_set():
                 child.waiting = FIRST_WAIT
             else:
@@ -160,9 +164,9 @@ class Supervisor:
             child.ready.clear()
 
     async def _run(self, child: Child) -> int:
-        """The exit status of a process of `child`; a signal's number is negative."""
-        told, tells = os.pipe()
-        passed = [self._life_of_children.fileno(), tells]
+        """Runs the process of `child` and returns its exit status; that of a signal is its number, negative."""
+        ready_read, ready_write = os.pipe()
+        passed = [self._liveness_of_children.fileno(), ready_write]
         sockets = [listener.fileno() for listener in self._listeners] if child.role.kind == "front" else []
         spec = ":".join(map(str, [child.name, self._folder.path, *passed, *sockets]))
         command = [sys.executable, "-m", *self._command, *self._options(child), "--process", spec]
@@ -171,25 +175,25 @@ class Supervisor:
                 *command, pass_fds=[*passed, *sockets], env=environment(child.role), start_new_session=True
             )
         finally:
-            os.close(tells)
-        reading = asyncio.create_task(self._wait_until_ready(child, told))
+            os.close(ready_write)
+        reading = asyncio.create_task(self._wait_until_ready(child, ready_read))
         try:
             return await process.wait()
         finally:
             reading.cancel()
             child.process = None
 
-    async def _wait_until_ready(self, child: Child, told: int) -> None:
+    async def _wait_until_ready(self, child: Child, ready_read: int) -> None:
         reader = asyncio.StreamReader()
-        pipe = os.fdopen(told, "rb")
+        pipe = os.fdopen(ready_read, "rb")
         loop = asyncio.get_running_loop()
         transport, _ = await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), pipe)
         try:
             async with asyncio.timeout(START_SECONDS):
                 if not await reader.read(1):
-                    return  # it ends
+                    return  # the process has ended
         except TimeoutError:
-            log.error("the process %s is not ready after %.0f s, and is ended", child.name, START_SECONDS)
+            log.error("the process %s is not ready after %.0f s and is killed", child.name, START_SECONDS)
             self._signal(child, signal.SIGKILL)
             return
         finally:
@@ -210,10 +214,10 @@ class Supervisor:
             options["scheduler.trace_file"] = f"{trace}.{child.name}"
         return [part for option, value in options.items() for part in ("--set", f"{option}={value}")]
 
-    async def _do(self, command: str) -> None:
-        """What somebody asks for. Raises ConfigError where it cannot be done."""
+    async def _run_command(self, command: str) -> None:
+        """Runs a command of the control socket. Raises ConfigError where it is unknown or fails."""
         if command != "reload":
-            raise ConfigError(f"{command!r} is not known here")
+            raise ConfigError(f"unknown command {command!r}")
         await self._reloaded()
 
     def _reload_soon(self) -> None:
@@ -226,14 +230,14 @@ class Supervisor:
         self._hangup = asyncio.create_task(reload())
 
     async def _reloaded(self) -> None:
-        """Returns when the engines have been replaced. Raises ConfigError where they cannot be, or are already."""
+        """Replaces the engines. Raises ConfigError where one does not start, or they are being replaced already."""
         if self._reloading is not None and not self._reloading.done():
             raise ConfigError("the engines are being replaced already")
         self._reloading = asyncio.create_task(self._reload())
         await asyncio.shield(self._reloading)
 
     async def _reload(self) -> None:
-        """Replaces the engines one after the other; stops where a new one does not get ready."""
+        """Replaces the engines one after the other, until a new one does not get ready."""
         self._generation += 1
         for old in [child for child in self._children if child.role.kind == "engine"]:
             new = self._add(old.role)
@@ -242,13 +246,13 @@ class Supervisor:
             await asyncio.wait((ready, new.watching), timeout=START_SECONDS, return_when=asyncio.FIRST_COMPLETED)
             if not new.ready.is_set():
                 ready.cancel()
-                await self._dismiss(new)
+                await self._stop_for_good(new)
                 raise ConfigError(f"the new engine {new.name} does not get ready: {old.name} stays")
-            await self._dismiss(old)
+            await self._stop_for_good(old)
         log.info("all engines have been replaced")
 
-    async def _dismiss(self, child: Child) -> None:
-        """Ends a child for good, after its drain."""
+    async def _stop_for_good(self, child: Child) -> None:
+        """Ends a child after its drain, and does not restart it."""
         child.wanted = False
         self._signal(child, signal.SIGTERM)
         await self._wait_for([child])
@@ -265,14 +269,14 @@ class Supervisor:
             await self._wait_for(children)
 
     async def _wait_for(self, children: Sequence[Child]) -> None:
-        """Until they have ended, by themselves or killed."""
+        """Waits until the children have ended; kills those that do not end in time."""
         tasks = [child.watching for child in children if child.watching is not None]
         if not tasks:
             return
         _, left = await asyncio.wait(tasks, timeout=self._settings.server.drain_seconds + GRACE_SECONDS)
         for child in children:
             if child.watching in left:
-                log.error("the process %s does not end, and is killed", child.name)
+                log.error("the process %s does not end and is killed", child.name)
                 self._signal(child, signal.SIGKILL)
         if left:
             await asyncio.wait(left)
@@ -293,13 +297,13 @@ class Supervisor:
 
 
 def is_wanted(settings: Settings) -> bool:
-    """Whether the settings ask for more than one process."""
+    """Returns whether the settings need more than one process."""
     engine = settings.engine
     return settings.server.workers > 1 or engine.replicas is not None or bool(engine.devices)
 
 
 def check(settings: Settings) -> None:
-    """Raises ConfigError where options do not go together with several processes."""
+    """Checks that options fit several processes. Raises ConfigError where they do not."""
     engine, rates = settings.engine, settings.rate_limiting
     if engine.replicas is not None and engine.devices and engine.replicas != len(engine.devices):
         text = f"{engine.replicas}, but engine.devices has {len(engine.devices)}: leave one of them out"
@@ -310,7 +314,7 @@ def check(settings: Settings) -> None:
 
 
 def engine_roles(settings: Settings) -> list[Role]:
-    """The engine processes that the settings ask for. Threads are shared out, where their number is not set."""
+    """Returns the roles of the engine processes. Where `engine.threads` is not set, they share the cores equally."""
     chosen = settings.engine
     devices = chosen.devices or [""] * (chosen.replicas or 1)
     threads = None if chosen.threads is not None else max(1, usable_cores() // len(devices))
@@ -318,11 +322,12 @@ def engine_roles(settings: Settings) -> list[Role]:
 
 
 def front_roles(settings: Settings) -> list[Role]:
+    """Returns the roles of the front-end processes."""
     return [Role("front", number) for number in range(settings.server.workers)]
 
 
 def environment(role: Role) -> Mapping[str, str]:
-    """Of a child. A GPU that is named by its number is the only one that its engine sees."""
+    """Returns the environment of a child. A GPU that is named by its number is the only one that its engine sees."""
     kind, _, number = role.device.partition(":")
     only = {"CUDA_VISIBLE_DEVICES": number} if kind == "cuda" and number else {}
     return {**os.environ, **only}

@@ -1,4 +1,4 @@
-"""Models by name: added from folders, URLs and the Hugging Face Hub, checked, and found again by `serve --model NAME`.
+"""The registry keeps models by name: from folders, URLs and the Hugging Face Hub, for `serve --model NAME`.
 
-Knows nothing about servers, nor about how a model is computed.
+It checks what it adds, and knows nothing about servers, nor about how a model is computed.
 """

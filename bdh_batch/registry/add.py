@@ -1,4 +1,4 @@
-"""Adds a model: has its files brought, checks that they are one that can be served, and publishes them."""
+"""Adds a model to the registry: fetches its files, checks that they can be served, and publishes them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from bdh_batch.system.documents import brief, listed, read_json, shown
 
 SHA256 = re.compile(r"[0-9a-f]{64}")
 MOST_PARTS = 1000  # files that an index may list
-WEIGHTS_ALONE = ""  # the name that a checksum without one is kept by
+WEIGHTS_ALONE = ""  # the key of a checksum without a file name
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
-    """On which terms a model is added.
+class AddOptions:
+    """The options of adding a model: what it has to be, and what is allowed.
 
     Args:
-        most_bytes: of all files together.
-        sha256: of files, by name; that of the weights, where they are one file, by `WEIGHTS_ALONE`.
-        allow_pickle: whether torch files are taken from a URL or the Hub.
-        replace: whether another model of the same name is.
+        most_bytes: the largest size of all files together.
+        sha256: expected checksums by file name; that of weights in one file may be at `WEIGHTS_ALONE`.
+        allow_pickle: whether torch files are accepted from a URL or the Hub.
+        replace: whether another model of the same name is replaced.
     """
 
     most_bytes: int
@@ -43,10 +43,10 @@ class Terms:
 
 
 def checksum(text: str) -> tuple[str, str]:
-    """'HEX' or 'NAME=HEX' to what `Terms.sha256` has.
+    """Parses 'HEX' or 'NAME=HEX' into an item of `AddOptions.sha256`.
 
     Raises:
-        ConfigError
+        ConfigError: the text is neither.
     """
     name, _, digest = text.rpartition("=")
     if not SHA256.fullmatch(digest.lower()) or (name and not is_file_name(name)):
@@ -54,37 +54,38 @@ def checksum(text: str) -> tuple[str, str]:
     return name or WEIGHTS_ALONE, digest.lower()
 
 
-def add(store: Store, source: str, model_id: str, terms: Terms) -> Manifest:
+def add(store: Store, source: str, model_id: str, options: AddOptions) -> Manifest:
     """Adds the model at a path, a URL or `hf:ORG/NAME[@REV]`, whole or not at all.
 
     Raises:
-        ConfigError: the name, the source or a checksum is not one.
-        CheckpointError: the source cannot be had, is not a model that can be served, is not what the terms say, or
+        ConfigError: the name, the source or a checksum is not valid.
+        CheckpointError: the source cannot be fetched, is not a model that can be served, does not fit the options, or
             the name is taken. Only downloads that can be resumed are left behind.
     """
     check_id(model_id)
     with explained(store.root):
-        if model_id in store and not terms.replace:
+        if model_id in store and not options.replace:
             raise already_there(store.read(model_id))
         with store.staging() as folder, Downloads(store.downloads) as downloads:
             origin = open_origin(source, downloads)
-            gathering = Gathering(origin, store, folder / "files", terms)
-            gathering.gather()
-            config = _config(gathering.files, origin, folder / "model")
-            return store.publish(_manifest(model_id, origin, gathering.files, config), gathering.files, terms.replace)
+            collector = FileCollector(origin, store, folder / "files", options)
+            collector.collect()
+            config = _config(collector.files, origin, folder / "model")
+            return store.publish(_manifest(model_id, origin, collector.files, config), collector.files, options.replace)
 
 
-class Gathering:
-    """Brings the files of one model: its weights, its config, and what the loader looks for beside them."""
+class FileCollector:
+    """Fetches the files of one model: its weights, its config, and what the loader looks for beside them."""
 
-    def __init__(self, origin: Origin, store: Store, folder: Path, terms: Terms) -> None:
-        self._origin, self._store, self._folder, self._terms = origin, store, folder, terms
-        self._allowance = Allowance(terms.most_bytes)
+    def __init__(self, origin: Origin, store: Store, folder: Path, options: AddOptions) -> None:
+        self._origin, self._store, self._folder, self._options = origin, store, folder, options
+        self._allowance = Allowance(options.most_bytes)
         self.files: dict[str, Staged] = {}
         folder.mkdir()
 
-    def gather(self) -> None:
-        """
+    def collect(self) -> None:
+        """Fetches all files into `files`.
+
         Raises:
             ConfigError, CheckpointError, OSError
         """
@@ -92,18 +93,18 @@ class Gathering:
         if weights.endswith(".json"):
             self._parts(weights)
         for name in (CONFIG, *BESIDE):
-            self._bring(name)
+            self._fetch(name)
         if weights.startswith(WEIGHTS) and self._origin.entry is None and CONFIG not in self.files:
             raise CheckpointError(f"{self._origin.source} has no {CONFIG}")
-        if unknown := sorted(self._terms.sha256.keys() - self.files.keys() - {WEIGHTS_ALONE}):
+        if unknown := sorted(self._options.sha256.keys() - self.files.keys() - {WEIGHTS_ALONE}):
             raise ConfigError(f"--sha256: the model has no {listed(map(shown, unknown), ', ')}")
 
     def _weights(self) -> str:
         tried, pickled = [], []
         for name in self._origin.candidates():
-            if _is_pickle(name) and self._origin.remote and not self._terms.allow_pickle:
+            if _is_pickle(name) and self._origin.remote and not self._options.allow_pickle:
                 pickled.append(name)
-            elif self._bring(name, WEIGHTS_ALONE):
+            elif self._fetch(name, WEIGHTS_ALONE):
                 return name
             else:
                 tried.append(name)
@@ -113,7 +114,7 @@ class Gathering:
         raise CheckpointError(f"{self._origin.source} has no {' or '.join(tried)}{more}")
 
     def _parts(self, index: str) -> None:
-        if WEIGHTS_ALONE in self._terms.sha256:
+        if WEIGHTS_ALONE in self._options.sha256:
             raise ConfigError("--sha256: the weights are in several files; give NAME=HEX for each")
         try:
             names = sorted(set(weight_map(self.files[index].path).values()))
@@ -126,25 +127,25 @@ class Gathering:
         for name in names:
             self._check_name(name)
         pickled = [name for name in names if _is_pickle(name)]
-        if pickled and self._origin.remote and not self._terms.allow_pickle:
+        if pickled and self._origin.remote and not self._options.allow_pickle:
             raise self._pickled(pickled)
         for name in names:
-            if not self._bring(name):
+            if not self._fetch(name):
                 raise CheckpointError(f"{self._origin.source} has no {name}, which {index} lists")
 
     def _pickled(self, names: list[str]) -> CheckpointError:
         text = f"its weights are a pickle ({listed(names, ', ')}), which is not taken from elsewhere"
         return CheckpointError(f"{self._origin.source}: {text}; --allow-pickle takes it if you trust the source")
 
-    def _bring(self, name: str, also_known_as: str | None = None) -> bool:
-        """Has the file, if the origin does; whether it has."""
+    def _fetch(self, name: str, also_known_as: str | None = None) -> bool:
+        """Fetches a file and returns whether the origin has it."""
         if name in self.files:
             return True
         self._check_name(name)
-        expected = self._terms.sha256.get(name)
+        expected = self._options.sha256.get(name)
         if expected is None and also_known_as is not None and not name.endswith(".json"):
-            expected = self._terms.sha256.get(also_known_as)
-        found = self._stored(name, expected) or self._origin.bring(name, expected, self._folder, self._allowance)
+            expected = self._options.sha256.get(also_known_as)
+        found = self._stored(name, expected) or self._origin.fetch(name, expected, self._folder, self._allowance)
         if found is None:
             return False
         self._allowance.take(found.size)
@@ -152,7 +153,7 @@ class Gathering:
         return True
 
     def _stored(self, name: str, sha256: str | None) -> Staged | None:
-        """A copy of what the registry has already, if that is still right."""
+        """Returns a copy of the registry's file with that checksum; None where there is none, or it is damaged."""
         if sha256 is None or not (blob := self._store.blob(sha256)).is_file():
             return None
         found = copy(blob, self._folder / name, self._allowance)
@@ -177,10 +178,13 @@ def _manifest(model_id: str, origin: Origin, files: Mapping[str, Staged], config
 
 
 def _config(files: Mapping[str, Staged], origin: Origin, model: Path) -> dict[str, Any]:
-    """The model's config, in upstream's names; `model` is a folder to make, where the loader finds the files.
+    """Returns the model's config, by upstream's names, after the loader has checked the files.
+
+    Args:
+        model: a folder to make, in which the loader finds the files.
 
     Raises:
-        CheckpointError: the loader refuses it.
+        CheckpointError: the loader refuses the files.
     """
     model.mkdir()
     for name, file in files.items():
@@ -195,7 +199,7 @@ def _config(files: Mapping[str, Staged], origin: Origin, model: Path) -> dict[st
 
 
 def _check_documents(model: Path) -> None:
-    """Some web servers send a page of apology for a file that they do not have, and call it a success."""
+    """Checks that JSON files are JSON: some web servers send an error page with status 200."""
     for file in sorted(model.glob("*.json")):
         if file.name != TOKENIZER:
             read_json(file)
@@ -206,5 +210,5 @@ def _check_documents(model: Path) -> None:
 
 
 def _is_pickle(name: str) -> bool:
-    """Whether the loader unpickles a file of this name."""
+    """Returns whether the loader unpickles a file of this name."""
     return not name.endswith((".safetensors", ".json", ".jinja"))

@@ -1,4 +1,4 @@
-"""`bdh-batch model add`, `list`, `show`, `verify`, `remove` and `prune`: their flags, and what they print."""
+"""The commands `bdh-batch model add`, `list`, `show`, `verify`, `remove` and `prune`: their flags and output."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LABEL = 12  # characters
 
 
 def add_commands(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """The commands of the registry, beside those that look at files."""
+    """Adds the registry's commands to the parser of `bdh-batch model`."""
     add = actions.add_parser("add", help="fetch or copy a model, and keep it by a name")
     add.add_argument("source", metavar="SOURCE", help="a folder, a file, a URL, or hf:ORG/NAME[@REVISION]")
     add.add_argument("--id", required=True, metavar="NAME", help="the name: bdh-batch serve --model NAME")
@@ -54,13 +54,13 @@ def _store() -> Store:
 
 
 def _add(options: argparse.Namespace) -> int:
-    from bdh_batch.registry.add import Terms, add, checksum  # imports torch
+    from bdh_batch.registry.add import AddOptions, add, checksum  # imports torch
 
     checksums: dict[str, str] = {}
     for name, digest in map(checksum, options.sha256):
         if checksums.setdefault(name, digest) != digest:
             raise ConfigError(f"--sha256: two different ones for {shown(name) or 'the weights'}")
-    terms = Terms(_size(options.max_size), checksums, options.allow_pickle, options.force)
+    terms = AddOptions(_size(options.max_size), checksums, options.allow_pickle, options.force)
     try:
         manifest = add(_store(), options.source, options.id, terms)
     except KeyboardInterrupt:

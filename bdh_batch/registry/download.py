@@ -1,7 +1,7 @@
-"""Files over HTTP: resumed where they were cut off, within bounds, whole or not at all.
+"""Downloads files over HTTP: resumed where they were cut off, within bounds, whole or not at all.
 
-A download lies in a folder of its own, named by its URL, with what the server said of the file (its ETag): a later
-attempt, of this process or another, goes on from there if the file is still the same. Knows nothing about models.
+A download has a folder of its own, named by its URL, with the file's ETag. A later attempt, of this process or another,
+resumes it if the file is still the same. This module knows nothing about models.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from bdh_batch.system.documents import Malformed, brief, parse_json, read_text, 
 SCHEMES = ("http", "https")
 MOST_REDIRECTS = 10
 MOST_ATTEMPTS = 100  # for one file
-MOST_STALLED = 5  # of them in a row that brought nothing
+MOST_STALLED = 5  # attempts in a row that received nothing
 FIRST_PAUSE = 0.2  # seconds, after the first of those; then doubled
 CONNECT_SECONDS, SILENT_SECONDS = 10.0, 60.0
 ABSENT = frozenset({404, 410})
@@ -41,24 +41,24 @@ RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(?:\d{1,18}|\*)")
 
 
 class Interrupted(Exception):
-    """An attempt that ended before the file was whole; another may succeed."""
+    """Raised where an attempt ended before the file was complete; another attempt may succeed."""
 
 
 class Unfinished(CheckpointError):
-    """A file cannot be had now. A later call goes on with what has come, as far as the server lets it."""
+    """Raised where a file cannot be fetched at present. A later call resumes it, if the server allows that."""
 
 
 def plain(url: httpx.URL) -> str:
-    """For people and manifests: without the user, the password and the query, which may be secrets."""
+    """Returns a URL as messages and manifests show it: without user, password and query, which may be secrets."""
     return shown(url.copy_with(userinfo=b"", query=None, fragment=None))
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """A file to fetch.
+class Download:
+    """A file to download.
 
     Args:
-        sha256: of its content, where it is known.
+        sha256: of its content, where that is known.
     """
 
     url: httpx.URL
@@ -68,8 +68,11 @@ class Wanted:
 
 
 class Partial:
-    """What has come of a file, and what the server said of it: `etag` is None where that cannot tell two versions
-    apart, `sha256` is None until all has come."""
+    """The part of a file that was downloaded so far.
+
+    `etag` is None where the server sent none that tells two versions of the file apart; `sha256` is None until the
+    file is complete.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -82,12 +85,12 @@ class Partial:
         return self.data.stat().st_size if self.data.is_file() else 0
 
     def begin(self, etag: str | None) -> None:
-        """Starts anew."""
+        """Starts the file anew."""
         self.data.unlink(missing_ok=True)
         self._write(etag, None)
 
     def end(self) -> Staged:
-        """Has it on the disk, and hashed."""
+        """Writes the complete file through to the disk, and hashes it."""
         with self.data.open("ab") as stream:
             os.fsync(stream.fileno())
         sha256 = hash_of(self.data)
@@ -102,7 +105,7 @@ class Partial:
         write_whole(self._state, json.dumps({"etag": etag, "sha256": sha256}).encode())
 
     def _read(self) -> tuple[str | None, str | None]:
-        """What cannot be read is as good as nothing: then the file is fetched anew."""
+        """Reads what an earlier attempt has noted; where that cannot be read, the file is fetched anew."""
         try:
             state = parse_json(read_text(self._state))
         except (FileNotFoundError, Malformed):
@@ -113,9 +116,9 @@ class Partial:
 
 
 class Downloads:
-    """Fetches files to `folder`, where they stay until it is closed, and nobody else touches them.
+    """Downloads files to `folder`, and locks them there until the context ends.
 
-    It is a context: at its end what has come is deleted, unless that may be resumed.
+    At the end of the context they are deleted, unless they may be resumed.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -139,11 +142,11 @@ class Downloads:
         client = httpx.Client(timeout=timeout, headers={"user-agent": f"bdh-batch/{__version__}"})
         return self._held.enter_context(client)
 
-    def fetch(self, wanted: Wanted, allowance: Allowance) -> Staged | None:
-        """The whole file, None where the server has none.
+    def fetch(self, wanted: Download, allowance: Allowance) -> Staged | None:
+        """Downloads a file; returns None where the server has none.
 
         Raises:
-            Unfinished: it cannot be had now.
+            Unfinished: the file cannot be fetched at present.
             CheckpointError: it is too large, not what was expected, or refused.
             OSError
         """
@@ -156,7 +159,7 @@ class Downloads:
             found = self._repeat(wanted, partial, allowance)
         except Interrupted as error:
             kept = bool(partial.size and (partial.etag or wanted.sha256))
-            rest = f"; the same command goes on after the {partial.size:,} bytes that have come" if kept else ""
+            rest = f"; the same command resumes after the {partial.size:,} bytes that were received" if kept else ""
             if not kept:
                 partial.drop()
             raise Unfinished(f"{plain(wanted.url)}: cannot be fetched ({error}){rest}") from error
@@ -164,7 +167,7 @@ class Downloads:
             partial.drop()
         return found
 
-    def _repeat(self, wanted: Wanted, partial: Partial, allowance: Allowance) -> Staged | None:
+    def _repeat(self, wanted: Download, partial: Partial, allowance: Allowance) -> Staged | None:
         stalled = 0
         for attempt in range(1, MOST_ATTEMPTS + 1):
             before = partial.size
@@ -178,7 +181,7 @@ class Downloads:
                 time.sleep(FIRST_PAUSE * 2 ** (stalled - 1))
         raise AssertionError("the last attempt returns or raises")
 
-    def _attempt(self, wanted: Wanted, partial: Partial, allowance: Allowance) -> Staged | None:
+    def _attempt(self, wanted: Download, partial: Partial, allowance: Allowance) -> Staged | None:
         known = partial.sha256
         if known is None or known != wanted.sha256:  # else nobody needs to be asked
             try:
@@ -190,14 +193,14 @@ class Downloads:
         found = partial.end()
         if known is not None and found.sha256 != known:
             partial.begin(None)
-            raise Interrupted("what had come was damaged since")
+            raise Interrupted("the part that was received before is damaged")
         if wanted.sha256 is not None and found.sha256 != wanted.sha256:
             text = f"its SHA-256 is {found.sha256}, and {wanted.sha256} was expected"
             raise CheckpointError(f"{plain(wanted.url)}: {text}")
         return found
 
-    def _ask(self, wanted: Wanted, partial: Partial, allowance: Allowance) -> bool:
-        """Has all of the file in `partial`; whether the server has it."""
+    def _ask(self, wanted: Download, partial: Partial, allowance: Allowance) -> bool:
+        """Downloads all of the file into `partial`, and returns whether the server has the file."""
         start, conditions = 0, {}
         if partial.sha256 is not None:
             conditions = {"if-none-match": partial.etag} if partial.etag else {}
@@ -212,21 +215,21 @@ class Downloads:
                 return True
             if status == 416 and start:
                 partial.begin(None)
-                raise Interrupted("the server has fewer bytes than have come")
+                raise Interrupted("the server has fewer bytes than were received before")
             if status in BUSY:
-                raise Interrupted(f"the server answers {status}")
+                raise Interrupted(f"the server responds with {status}")
             if status == 206 and start:
                 _check_continued(response, partial, start)
             elif status == 200:
                 start = 0
                 partial.begin(_strong(response.headers.get("etag")))
             else:
-                raise CheckpointError(f"{plain(wanted.url)}: cannot be fetched (the server answers {status})")
+                raise CheckpointError(f"{plain(wanted.url)}: cannot be fetched (the server responds with {status})")
             self._receive(response, wanted, partial, start, allowance)
         return True
 
     def _receive(
-        self, response: httpx.Response, wanted: Wanted, partial: Partial, start: int, allowance: Allowance
+        self, response: httpx.Response, wanted: Download, partial: Partial, start: int, allowance: Allowance
     ) -> None:
         if response.headers.get("content-encoding", "identity") != "identity":
             raise CheckpointError(f"{plain(wanted.url)}: the server sends it compressed, though it was asked not to")
@@ -244,11 +247,11 @@ class Downloads:
                 bar.update(len(chunk))
 
     @contextlib.contextmanager
-    def _response(self, wanted: Wanted, conditions: Mapping[str, str]) -> Iterator[httpx.Response]:
-        """What the server answers in the end. httpx takes credentials out of requests to another host.
+    def _response(self, wanted: Download, conditions: Mapping[str, str]) -> Iterator[httpx.Response]:
+        """Returns the response at the end of all redirects. httpx drops credentials where these lead to another host.
 
         Raises:
-            CheckpointError: it leads to another scheme: to a file of this machine, or out of TLS.
+            CheckpointError: a redirect leads to another scheme: to a file of this machine, or out of TLS.
         """
         headers = {"accept-encoding": "identity", **wanted.headers, **conditions}
         request = self._client.build_request("GET", wanted.url, headers=headers)
@@ -272,7 +275,7 @@ class Downloads:
 
 
 def _check_continued(response: httpx.Response, partial: Partial, start: int) -> None:
-    """Raises Interrupted: the server sends another part than was asked for, or of another version of the file."""
+    """Checks that a response continues the file. Raises Interrupted where it is of another part or version."""
     found = RANGE.fullmatch(response.headers.get("content-range", ""))
     etag = _strong(response.headers.get("etag"))
     if found is None or int(found[1]) != start or (partial.etag and etag and etag != partial.etag):
@@ -281,12 +284,12 @@ def _check_continued(response: httpx.Response, partial: Partial, start: int) -> 
 
 
 def _strong(etag: str | None) -> str | None:
-    """The ETag, if it tells any two versions of a file apart, and can be sent back."""
+    """Returns the ETag if it is a strong one that can be sent back."""
     return etag if etag and re.fullmatch(r'"[!#-~]{1,512}"', etag) else None
 
 
 def _progress(name: str, start: int, total: int | None) -> tqdm[NoReturn]:
-    """A bar on stderr, and none where that is not a terminal."""
+    """Shows a progress bar on stderr, if that is a terminal."""
     quiet = not sys.stderr.isatty()
     return tqdm(
         desc=shown(name), initial=start, total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=quiet

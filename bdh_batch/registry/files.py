@@ -1,4 +1,4 @@
-"""Files on their way into the registry: copied, hashed, written through to the disk."""
+"""Copies and hashes files for the registry, and writes them through to the disk."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 @dataclass(frozen=True, slots=True)
 class Staged:
-    """A whole file that is not yet part of the registry; it is moved there, or deleted with its folder."""
+    """A complete file that is not yet part of the registry; it is moved there, or deleted with its folder."""
 
     path: Path
     sha256: str
@@ -29,28 +29,30 @@ class Staged:
 
 
 class Allowance:
-    """How many bytes a model may still bring."""
+    """Counts how many bytes a model may still add to the registry."""
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.left = most
 
     def check(self, size: int, name: str) -> None:
-        """
+        """Checks that a file of `size` bytes is within the limit.
+
         Raises:
-            CheckpointError: a file of so many bytes is too much.
+            CheckpointError: it is not.
         """
         if size > self.left:
             text = f"with it the model has more than {size_text(self.most)} (--max-size)"
             raise CheckpointError(f"{shown(name)} is too large: {text}")
 
     def take(self, size: int) -> None:
+        """Counts a file of `size` bytes."""
         self.left -= size
 
 
 @contextlib.contextmanager
 def explained(folder: Path) -> Iterator[None]:
-    """Makes an error of the system one line for people."""
+    """Turns an `OSError` into a `CheckpointError` of one line that says what is wrong."""
     try:
         yield
     except OSError as error:
@@ -61,9 +63,10 @@ def explained(folder: Path) -> Iterator[None]:
 
 
 def check_room(folder: Path, size: int) -> None:
-    """
+    """Checks that a file of `size` bytes fits the disk.
+
     Raises:
-        CheckpointError: the disk of `folder` has fewer than `size` bytes left.
+        CheckpointError: the disk of `folder` has fewer bytes left.
     """
     free = shutil.disk_usage(folder).free
     if size > free:
@@ -72,7 +75,7 @@ def check_room(folder: Path, size: int) -> None:
 
 
 def copy(source: Path, target: Path, allowance: Allowance) -> Staged:
-    """Copies a file, however it may change meanwhile: what is hashed is what was written."""
+    """Copies a file and hashes what was written, even if the source changes meanwhile."""
     size, digest = source.stat().st_size, hashlib.sha256()
     allowance.check(size, source.name)
     check_room(target.parent, size)
@@ -89,6 +92,7 @@ def copy(source: Path, target: Path, allowance: Allowance) -> Staged:
 
 
 def hash_of(file: Path) -> str:
+    """Returns the SHA-256 of a file in hexadecimal."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -108,7 +112,7 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes sure that the names in `folder` survive a crash."""
+    """Writes the names in `folder` through to the disk, so that they survive a crash."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)

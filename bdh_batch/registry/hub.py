@@ -1,7 +1,7 @@
-"""Repositories of the Hugging Face Hub: which files a commit of one has, and where they are.
+"""Looks up repositories of the Hugging Face Hub: which files a commit has, and their URLs.
 
-The Hub is spoken to by its own library, which takes its address, token and offline mode from the environment. The files
-themselves are fetched as any other URL's are: within bounds, and resumed.
+That is done with the Hub's own library, which takes its address, token and offline mode from the environment. The files
+themselves are downloaded as from any other URL: within bounds, and resumed.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from dataclasses import dataclass
 import httpx
 
 from bdh_batch.errors import CheckpointError, ConfigError
-from bdh_batch.registry.download import Wanted
+from bdh_batch.registry.download import Download
 from bdh_batch.registry.manifest import is_file_name
 from bdh_batch.system.documents import brief
 
-SECONDS = 30.0  # for the Hub to answer
+SECONDS = 30.0  # within which the Hub has to respond
 REPOSITORY = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
 DEFAULT_REVISION = "main"
 
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """The files of one commit: top-level ones only, as the loader looks at no others. The values are their SHA-256
-    where the Hub says it: of large files."""
+    """The top-level files of one commit of a repository.
+
+    The values of `files` are their SHA-256 where the Hub reports it, as it does for large files.
+    """
 
     name: str
     commit: str
@@ -34,20 +36,20 @@ class Repository:
     endpoint: str | None
     headers: Mapping[str, str]
 
-    def wanted(self, file: str, sha256: str | None) -> Wanted:
-        """What to fetch for a file; its content is known where the caller or the Hub knows it."""
+    def wanted(self, file: str, sha256: str | None) -> Download:
+        """Returns the download of a file, with its checksum where the caller or the Hub knows it."""
         from huggingface_hub import hf_hub_url
 
         url = hf_hub_url(self.name, file, revision=self.commit, endpoint=self.endpoint)
-        return Wanted(httpx.URL(url), file, self.headers, sha256 or self.files[file])
+        return Download(httpx.URL(url), file, self.headers, sha256 or self.files[file])
 
 
 def open_repository(source: str) -> Repository:
-    """Asks the Hub what `hf:ORG/NAME[@REV]` is at present.
+    """Looks up the commit and files of `hf:ORG/NAME[@REV]`.
 
     Raises:
-        ConfigError: that is not what `source` looks like.
-        CheckpointError: there is no such repository or revision, or the Hub cannot be asked.
+        ConfigError: `source` is not of that form.
+        CheckpointError: there is no such repository or revision, or the Hub cannot be reached.
     """
     match = REPOSITORY.fullmatch(source)
     if match is None or ".." in source:

@@ -1,4 +1,4 @@
-"""From what `model.path` says to the files: an existing path, else a name of the registry."""
+"""Finds the files that `model.path` names: an existing path, else a model of the registry."""
 
 from __future__ import annotations
 
@@ -20,26 +20,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """A model's files, and its name. While it is not closed, `model prune` leaves the files of the registry alone."""
+    """A model's files and its name. Until it is closed, `model prune` does not delete the files."""
 
     path: Path
     name: str
     _lock: int | None = None  # a descriptor
 
     def close(self) -> None:
-        """Lets go of the files. To be called once."""
+        """Unlocks the files. To be called once."""
         if self._lock is not None:
             os.close(self._lock)
 
 
 def locate(path: Path, option: str = "model.path") -> Located:
-    """The model that `path` means; a path that does not exist and cannot be a name is left to the loader to refuse.
+    """Returns the model at `path`, or that of this name; a path that is neither is left to the loader to refuse.
 
     Args:
-        option: what the caller was given it by, for errors.
+        option: the option that `path` comes from, for errors.
 
     Raises:
-        CheckpointError: there is no such model, or its files are not there as they were added.
+        CheckpointError: there is no such model, or its files are missing or damaged.
     """
     if os.path.lexists(path) or not is_id(str(path)):
         return Located(path, path.resolve().name)

@@ -1,6 +1,6 @@
-"""Locks between processes: a folder is held, shared or alone, until its holder lets go or ends.
+"""Locks folders between processes, shared or exclusively, until the owner unlocks them or ends.
 
-A lock is the kernel's (`flock`) on the folder itself: none is left behind by a crash, and no file lies about for it.
+A lock is the kernel's (`flock`) on the folder itself: none is left behind by a crash, and it needs no lock file.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-MOST_TRIES = 100  # at a folder that others keep deleting
+MOST_TRIES = 100  # of locking a folder that other processes keep deleting
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds `folder` alone, after waiting for others; it is made where it is missing.
+    """Locks `folder` exclusively, after waiting for other processes; makes it where it is missing.
 
     Raises:
         OSError
@@ -33,7 +33,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked_if_free(folder: Path) -> Iterator[bool]:
-    """Whether nobody else holds `folder`; then it is held alone."""
+    """Locks `folder` exclusively if no other process has it locked, and returns whether that worked."""
     try:
         handle = _open(folder)
     except OSError:
@@ -46,10 +46,10 @@ def locked_if_free(folder: Path) -> Iterator[bool]:
 
 
 def share(folder: Path) -> int:
-    """Keeps others from holding `folder` alone until the descriptor that is returned is closed.
+    """Locks `folder`, shared with other processes, until the descriptor that is returned is closed.
 
     Raises:
-        FileNotFoundError: it is gone, or somebody is about to delete it.
+        FileNotFoundError: the folder is missing, or another process is about to delete it.
     """
     handle = _open(folder)
     if _try(handle, fcntl.LOCK_SH) and _is_there(handle, folder):
@@ -75,7 +75,7 @@ def _lock(folder: Path) -> int:
             os.close(handle)
             raise
         os.close(handle)
-    raise OSError(f"{folder}: others keep deleting it")
+    raise OSError(f"{folder}: other processes keep deleting it")
 
 
 def _open(folder: Path) -> int:
@@ -91,7 +91,7 @@ def _try(handle: int, kind: int) -> bool:
 
 
 def _is_there(handle: int, folder: Path) -> bool:
-    """Whether the folder that was locked is still the one of this name: its last holder may have deleted it."""
+    """Returns whether the locked folder is still the one of this name: its last owner may have deleted it."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(folder))
     except FileNotFoundError:

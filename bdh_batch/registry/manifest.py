@@ -1,4 +1,4 @@
-"""What the registry knows of a model: a JSON document for each. Knows nothing about where the files are."""
+"""The manifest of a model: the JSON document in which the registry keeps its source, config and files' checksums."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Format = Literal["safetensors", "torch"]
 
 
 class FileRecord(BaseModel):
-    """One file of a model, by its content."""
+    """One file of a model: its name, checksum and size."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,8 +32,10 @@ class FileRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """A model of the registry. `entry` is the file to load, None where the folder as a whole is the model; `revision`
-    is the commit of a repository."""
+    """Describes a model of the registry.
+
+    `entry` is the file to load, None where the folder as a whole is the model. `revision` is a repository's commit.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -63,18 +65,20 @@ class Manifest(BaseModel):
 
     @property
     def digest(self) -> str:
-        """The same for the same files by the same names, and for no others."""
+        """A hash of the files' names and contents, which names the snapshot's folder."""
         listing = sorted((file.name, file.sha256) for file in self.files)
         return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
     def same_model(self, other: Manifest) -> bool:
+        """Returns whether both have the same files and load the same way."""
         return self.digest == other.digest and self.entry == other.entry
 
 
 def check_id(text: str) -> str:
-    """
+    """Returns `text` if it can be a model's name. Names are names of files, too.
+
     Raises:
-        ConfigError: it cannot be the name of a model here: names are names of files, too.
+        ConfigError: it cannot.
     """
     if not is_id(text):
         rule = "letters, digits, '.', '_' and '-', 128 at most, that begin with a letter or a digit, without '..'"
@@ -83,15 +87,18 @@ def check_id(text: str) -> str:
 
 
 def is_id(text: str) -> bool:
+    """Returns whether `text` can be a model's name."""
     return MODEL_ID.fullmatch(text) is not None and ".." not in text
 
 
 def is_file_name(text: str) -> bool:
+    """Returns whether `text` can be the name of a model's file, without any path."""
     return re.fullmatch(FILE_NAME, text) is not None and len(text) <= LONGEST_FILE_NAME and "\n" not in text
 
 
 def read_manifest(file: Path, model_id: str) -> Manifest:
-    """
+    """Reads and checks a model's manifest.
+
     Raises:
         CheckpointError: it is damaged, of another version, or another model's; the message names the file.
         FileNotFoundError

@@ -1,6 +1,6 @@
-"""Where a model may come from: a folder or file here, a URL, a repository of the Hugging Face Hub.
+"""The origins that models are fetched from: a local folder or file, a URL, a repository of the Hugging Face Hub.
 
-An origin brings one file after the other; which files a model has is decided elsewhere (`add.py`).
+An origin fetches one file at a time; `add.py` decides which files a model has.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import httpx
 from bdh_batch.checkpoint.convert import inside
 from bdh_batch.checkpoint.files import HUGGING_FACE_NAMES, TORCH_SUFFIXES, weights_among
 from bdh_batch.errors import CheckpointError, ConfigError
-from bdh_batch.registry.download import SCHEMES, Downloads, Wanted, plain
+from bdh_batch.registry.download import SCHEMES, Download, Downloads, plain
 from bdh_batch.registry.files import Allowance, Staged, copy
 from bdh_batch.registry.hub import open_repository
 from bdh_batch.system.documents import brief, shown
@@ -29,25 +29,25 @@ ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".gguf"
 
 
 class Origin(Protocol):
-    """One source.
+    """A folder, URL or repository from which the files of a model are fetched.
 
-    `remote` is whether strangers may decide what comes; `entry` is the file that was named, None where a folder was.
+    `remote` says that its files are not trusted; `entry` is the file that was named, None where a folder was.
     """
 
-    source: str  # for people and the manifest: without secrets
+    source: str  # for messages and the manifest: without secrets
     remote: bool
     entry: str | None
     revision: str | None
 
     def candidates(self) -> Collection[str]:
-        """Names of files that the weights may be found by; the first that is there has them.
+        """Returns the file names that weights may have here; the first file that exists contains them.
 
         Raises:
             CheckpointError: there is nothing to load.
         """
 
-    def bring(self, name: str, sha256: str | None, folder: Path, allowance: Allowance) -> Staged | None:
-        """The file, None where there is none of this name.
+    def fetch(self, name: str, sha256: str | None, folder: Path, allowance: Allowance) -> Staged | None:
+        """Fetches a file, into `folder` or the downloads; returns None where there is none of this name.
 
         Raises:
             CheckpointError, OSError
@@ -55,10 +55,11 @@ class Origin(Protocol):
 
 
 def open_origin(text: str, downloads: Downloads) -> Origin:
-    """
+    """Returns the origin of a model's source as the command line has it.
+
     Raises:
-        ConfigError: it is none of those that are known.
-        CheckpointError: there is nothing.
+        ConfigError: the source is no path, and no URL of a known scheme.
+        CheckpointError: nothing exists there.
     """
     if not text or not text.isprintable():
         raise ConfigError(f"{brief(text)}: a path, a URL or hf:ORG/NAME is expected")
@@ -76,7 +77,7 @@ def open_origin(text: str, downloads: Downloads) -> Origin:
 
 
 def _path_of(url: str) -> Path:
-    """A `file:` URL's."""
+    """Returns the path of a `file:` URL."""
     rest = url.partition(":")[2]
     host, path = (
         ("", rest) if not rest.startswith("//") else (rest[2:].partition("/")[0], "/" + rest[2:].partition("/")[2])
@@ -88,7 +89,7 @@ def _path_of(url: str) -> Path:
 
 
 class LocalOrigin:
-    """A model folder, or a file and what lies beside it."""
+    """A local model folder, or a file and the files beside it."""
 
     revision: str | None = None
 
@@ -106,7 +107,7 @@ class LocalOrigin:
         names = {file.name for file in self._folder.iterdir() if file.is_file()}
         return (weights_among(names, shown(self._folder)),)
 
-    def bring(self, name: str, sha256: str | None, folder: Path, allowance: Allowance) -> Staged | None:
+    def fetch(self, name: str, sha256: str | None, folder: Path, allowance: Allowance) -> Staged | None:
         if not os.path.lexists(self._folder / name):
             return None
         found = copy(inside(self._folder, name), folder / name, allowance)
@@ -140,17 +141,17 @@ class UrlOrigin:
     def candidates(self) -> Collection[str]:
         return HUGGING_FACE_NAMES if self.entry is None else (self.entry,)
 
-    def bring(self, name: str, sha256: str | None, folder: Path, allowance: Allowance) -> Staged | None:
+    def fetch(self, name: str, sha256: str | None, folder: Path, allowance: Allowance) -> Staged | None:
         url = self._url
         if self.entry is None:
             url = url.copy_with(path=f"{url.path.rstrip('/')}/{name}")
         elif name != self.entry:
             return None
-        return self._downloads.fetch(Wanted(url, name, {}, sha256), allowance)
+        return self._downloads.fetch(Download(url, name, {}, sha256), allowance)
 
 
 class HubOrigin:
-    """A commit of a repository."""
+    """A commit of a repository of the Hugging Face Hub."""
 
     remote: bool = True
     entry: str | None = None
@@ -164,7 +165,7 @@ class HubOrigin:
     def candidates(self) -> Collection[str]:
         return (weights_among(self._repository.files.keys(), self.source),)
 
-    def bring(self, name: str, sha256: str | None, folder: Path, allowance: Allowance) -> Staged | None:
+    def fetch(self, name: str, sha256: str | None, folder: Path, allowance: Allowance) -> Staged | None:
         if name not in self._repository.files:
             return None
         return self._downloads.fetch(self._repository.wanted(name, sha256), allowance)

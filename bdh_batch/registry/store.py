@@ -1,11 +1,11 @@
-"""The folder of the registry: what lies where, how it changes whole or not at all, and whether it is still right.
+"""The registry's folder: its layout, changes that happen whole or not at all, and the check of its files.
 
     manifests/NAME.json       what is known of a model
     blobs/SHA256              the files, by their content: models may share them
     snapshots/DIGEST/FILE     what is loaded: links to the blobs, by the names that the loader looks for
     downloads/, staging/      what is not yet part of a model
 
-Whoever changes manifests, blobs or snapshots holds the folder itself; a snapshot is held, shared, by servers of it.
+A process that changes manifests, blobs or snapshots locks the folder itself. Servers lock their snapshot, shared.
 """
 
 from __future__ import annotations
@@ -29,8 +29,7 @@ READ_ONLY = 0o444
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """What `Store.prune` did: how many bytes of how many files are gone, and how many models stay as servers use
-    them."""
+    """The result of `Store.prune`: files and bytes that were deleted, and models that stay as servers use them."""
 
     files: int
     size: int
@@ -38,7 +37,7 @@ class Pruned:
 
 
 class Store:
-    """The registry in a folder, which is made when something is first added."""
+    """The registry in a folder, which is made when the first model is added."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -48,9 +47,10 @@ class Store:
         self._snapshots = root / "snapshots"
         self._staging = root / "staging"
 
-    # What there is
+    # Reading
 
     def names(self) -> list[str]:
+        """Returns the names of all models, sorted."""
         files = self._manifests.glob("*.json")
         return sorted(name for file in files if is_id(name := file.name.removesuffix(".json")))
 
@@ -58,10 +58,10 @@ class Store:
         return is_id(name) and self._manifest(name).is_file()
 
     def read(self, name: str) -> Manifest:
-        """
+        """Returns the manifest of a model.
+
         Raises:
-            CheckpointError: there is no such model (the message lists those that there are), or its manifest is
-                damaged.
+            CheckpointError: there is no such model (the message lists the others), or its manifest is damaged.
         """
         manifest = self._read_if_there(name)
         if manifest is None:
@@ -74,14 +74,15 @@ class Store:
         return CheckpointError(f"the registry has no model {brief(name)}: {rest}")
 
     def snapshot(self, manifest: Manifest) -> Path:
-        """The folder of the model's files."""
+        """Returns the folder that contains the model's files."""
         return self._snapshots / manifest.digest
 
     def blob(self, sha256: str) -> Path:
+        """Returns the path of the file with that checksum, whether it exists or not."""
         return self._blobs / sha256
 
     def in_use(self, manifest: Manifest) -> bool:
-        """Whether a server has the model."""
+        """Returns whether a server uses the model."""
         folder = self.snapshot(manifest)
         with locked_if_free(folder) as free:
             return folder.is_dir() and not free
@@ -90,7 +91,7 @@ class Store:
 
     @contextlib.contextmanager
     def staging(self) -> Iterator[Path]:
-        """A folder for files that are to be published; it is deleted in the end."""
+        """Makes a folder for files that are to be published, and deletes it at the end."""
         folder = self._staging / secrets.token_hex(8)
         with locked(folder):
             try:
@@ -99,11 +100,11 @@ class Store:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def publish(self, manifest: Manifest, staged: Mapping[str, Staged], replace: bool) -> Manifest:
-        """Makes a model of staged files, whole or not at all; the manifest that is there then.
+        """Makes a model of staged files, whole or not at all, and returns its manifest.
 
         Raises:
-            CheckpointError: another model of this name is there.
-            OSError: nothing of it is left behind.
+            CheckpointError: there is another model of this name.
+            OSError: nothing of the model is left behind.
         """
         with locked(self.root):
             there = self._read_if_there(manifest.id) if not replace else None
@@ -112,7 +113,7 @@ class Store:
                     return there
                 raise already_there(there)
             with contextlib.ExitStack() as undo:
-                self._place(staged, undo)
+                self._move_blobs(staged, undo)
                 self._link(manifest, undo)
                 self._manifests.mkdir(exist_ok=True)
                 write_whole(self._manifest(manifest.id), (manifest.model_dump_json(indent=2) + "\n").encode())
@@ -120,7 +121,7 @@ class Store:
         return manifest
 
     def remove(self, name: str) -> None:
-        """Forgets a model, also one whose manifest is damaged. Its files stay until `prune`.
+        """Removes a model, also one whose manifest is damaged. Its files stay until `prune`.
 
         Raises:
             CheckpointError: there is no such model.
@@ -132,10 +133,10 @@ class Store:
             sync_folder(self._manifests)
 
     def prune(self) -> Pruned:
-        """Deletes what no model needs: files, links to them, downloads and additions that nobody goes on with.
+        """Deletes what no model needs: files, links to them, and downloads and staged files that no process uses.
 
         Raises:
-            CheckpointError: a manifest is damaged, so that nobody knows what it needs.
+            CheckpointError: a manifest is damaged, so that it is unknown which files it needs.
         """
         if not self.root.is_dir():
             return Pruned(0, 0, 0)
@@ -151,10 +152,10 @@ class Store:
                 sizes += _delete_if_free(folder)
         return Pruned(len(sizes), sum(sizes), len(in_use))
 
-    # Whether it is right
+    # Checking
 
     def problems(self, manifest: Manifest, hashing: bool = True) -> list[str]:
-        """What is wrong with a model's files, a text for each; without `hashing`, only what costs no reading."""
+        """Returns a text for each problem of a model's files; without `hashing`, their contents are not read."""
         folder = self.snapshot(manifest)
         found = [problem for file in manifest.files for problem in self._file_problems(folder, file, hashing)]
         known = {file.name for file in manifest.files}
@@ -185,8 +186,8 @@ class Store:
         except FileNotFoundError:
             return None
 
-    def _place(self, staged: Mapping[str, Staged], undo: contextlib.ExitStack) -> None:
-        """Moves the files to their content's names. One that is there is replaced: it may have been damaged."""
+    def _move_blobs(self, staged: Mapping[str, Staged], undo: contextlib.ExitStack) -> None:
+        """Moves the files to the names of their checksums. An existing file is replaced, as it may be damaged."""
         self._blobs.mkdir(exist_ok=True)
         for file in staged.values():
             blob = self.blob(file.sha256)
@@ -212,7 +213,7 @@ class Store:
         sync_folder(self._snapshots)
 
     def _drop_snapshots(self, needed: set[Path]) -> Sequence[Path]:
-        """Deletes those that are not needed; returned are those of them that servers still use."""
+        """Deletes snapshots that are not needed, and returns those of them that servers still use."""
         in_use = []
         for folder in _children(self._snapshots):
             if folder in needed or not folder.is_dir():
@@ -226,12 +227,13 @@ class Store:
 
 
 def already_there(manifest: Manifest) -> CheckpointError:
+    """Returns the error for a name that another model has."""
     text = f"there is a model {manifest.id} already, from {manifest.source}"
     return CheckpointError(f"--id: {text}; choose another name, or replace it by --force")
 
 
 def _target(file: FileRecord) -> Path:
-    """Where a link of a snapshot leads, from there: the registry may be moved as a whole."""
+    """Returns the target of a snapshot's link, relative to it, so that the registry may be moved as a whole."""
     return Path("..", "..", "blobs", file.sha256)
 
 
@@ -249,7 +251,7 @@ def _delete_file(file: Path) -> int:
 
 
 def _delete_if_free(folder: Path) -> list[int]:
-    """The sizes of the files that were deleted."""
+    """Deletes a folder that no process has locked, and returns the sizes of its files."""
     with locked_if_free(folder) as free:
         if not free:
             return []

@@ -1,4 +1,4 @@
-"""How much waits, by priority and tenant, and whose requests are shed where it is too much.
+"""Counts what waits, by priority and tenant, and finds whose requests are shed where that is too much.
 
 No question or change goes over all tenants: it takes time by the root of how much waits, at most.
 """
@@ -100,7 +100,7 @@ class Backlog:
         return earlier + _ahead_of(self._counts.get(priority, Lengths()), tenant, more)
 
     def ahead_of_tenant(self, tenant: str, more: int) -> int:
-        """As `ahead`, where all priorities are one."""
+        """Returns the same as `ahead`, as if all requests had one priority."""
         return _ahead_of(self._tenant_counts, tenant, more)
 
     def gives_way(self, queue_key: QueueKey, size: int) -> bool:
@@ -114,7 +114,7 @@ class Backlog:
         return self._fills_half(tenant) and self._tenant_sizes.largest >= self._tenant_sizes[tenant] + 2 * size
 
     def yielding(self, queue_key: QueueKey) -> QueueKey | None:
-        """The queue whose newest is shed first for newcomers of another queue."""
+        """Returns the queue whose newest request is shed first for newcomers of another queue."""
         if not len(self):
             return None
         priority, tenant = queue_key

@@ -63,7 +63,7 @@ class BatchBuilder:
         return Step(plan, sequences, allocator.moved, len(filling.streams), filling.prompt_tokens, now)
 
     def computed(self, step: Step, seconds: float) -> None:
-        """`step` took so long, and had memory enough."""
+        """Learns from a step that took so many seconds, and did not run out of memory."""
         if step.sequences:  # else nothing was computed
             self._size.succeeded()
             self.cost.observe(step.decodes, step.prefill_tokens, seconds)

@@ -1,4 +1,4 @@
-"""How long a step will take: seconds = base + decode · (sequences that decode) + prefill · (prompt tokens).
+"""Estimates how long a step will take: seconds = base + decode · (sequences that decode) + prefill · (prompt tokens).
 
 Fitted while running, by recursive least squares that forgets, so that it follows the machine; a step that took far
 longer than the model says (another program, a page fault) moves it no more than a usual error would.

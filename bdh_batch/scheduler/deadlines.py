@@ -1,4 +1,4 @@
-"""Which sequences are past their deadlines."""
+"""Finds the sequences that are past their deadlines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator chooses about scheduling, what bounds the rank, and what is counted."""
+"""The operator's settings of the scheduler, the guards of the rank, and the counts of decisions."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Policy:
 
 @dataclass(slots=True)
 class Counts:
-    """What has happened since the start."""
+    """Counts of the scheduler's decisions since the start."""
 
     steps: int = 0
     preemptions: int = 0

@@ -1,4 +1,4 @@
-"""Which running sequence is preempted for one that waits: the rank of `rank.py`, walked backwards.
+"""Finds the running sequence that is preempted for one that waits: the rank of `rank.py`, walked backwards.
 
 One of a later priority is preempted at once. At the same priority a tenant gives way to one with no more virtual time:
 
@@ -35,7 +35,7 @@ class Preemption:
     step: int
 
     def victim(self, candidate: Sequence, crowded: bool, by_recompute: bool) -> Sequence | None:
-        """The sequence to preempt for `candidate`; None where there is none.
+        """Returns the sequence to preempt for `candidate`; None where there is none.
 
         Args:
             crowded: whether the candidate's state is one more than there may be.

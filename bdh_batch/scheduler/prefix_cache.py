@@ -1,4 +1,4 @@
-"""Which cached prefixes there are, and which of them is worth least. Moves no states itself.
+"""Holds the cached prefixes, and finds the one that is worth least. It moves no states itself.
 
 All states have the same size, so what an entry saves per byte is its tokens times how often it is used; entries age
 against what had to go (GreedyDual).
@@ -41,7 +41,7 @@ class PrefixCache:
         return iter(self._index)
 
     def find(self, namespace: str, prompt: bytes, most: int) -> Entry | None:
-        """The entry with the longest prefix of `prompt`, of at most `most` tokens."""
+        """Returns the entry with the longest prefix of `prompt`, of at most `most` tokens."""
         return self._index.find(namespace, prompt, most)
 
     def get(self, namespace: str, prompt: bytes, length: int) -> Entry | None:
@@ -51,11 +51,11 @@ class PrefixCache:
         return self._index.holds(entry)
 
     def worth(self, length: int, uses: int = 0) -> float:
-        """What an entry would be worth now."""
+        """Returns what an entry would be worth now."""
         return self._age + length * (1 + uses)
 
     def twin(self, entry: Entry) -> Entry | None:
-        """The entry of the same prefix, if there is one."""
+        """Returns the entry of the same prefix, if there is one."""
         return self._index.twin(entry)
 
     def add(self, entry: Entry, now: float = 0.0) -> None:
@@ -70,12 +70,12 @@ class PrefixCache:
         self._rank(entry)
 
     def demote(self, entry: Entry) -> None:
-        """It is of no more use than what has just gone, until someone uses it."""
+        """Lowers the worth of an entry to that of the last one evicted, until the entry is used."""
         entry.worth = self._age
         self._rank(entry)
 
     def move(self, entry: Entry, slot: int) -> None:
-        """Its state lies in `slot` from now on."""
+        """Records that the state of an entry was moved to `slot`."""
         entry.slot = slot
         self._rank(entry)
 
@@ -94,7 +94,7 @@ class PrefixCache:
         return found or next((entry for _, _, entry in aside if entry is not spare), None)
 
     def drop(self, entry: Entry) -> None:
-        """Forgets `entry`; its slot is the caller's again."""
+        """Removes `entry`; its slot belongs to the caller."""
         self._age = max(self._age, entry.worth)
         self._index.remove(entry)
 

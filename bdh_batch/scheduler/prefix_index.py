@@ -28,7 +28,7 @@ class End(Enum):
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A cached prefix, and what is known of its use."""
+    """A cached prefix, with the counts and times of its use."""
 
     namespace: str
     length: int  # tokens
@@ -52,7 +52,7 @@ class Entry:
 
 
 class PrefixIndex:
-    """Entries in the order in which they were added, each prefix once."""
+    """An index of entries by their tokens, in the order in which they were added, each prefix once."""
 
     def __init__(self) -> None:
         self._entries: dict[Key, Entry] = {}
@@ -66,7 +66,7 @@ class PrefixIndex:
         return iter(self._entries.values())
 
     def find(self, namespace: str, prompt: bytes, most: int, above: int = 0) -> Entry | None:
-        """The entry with the longest prefix of `prompt`, of more than `above` and at most `most` tokens."""
+        """Returns the entry with the longest prefix of `prompt`, of more than `above` and at most `most` tokens."""
         ascending, tails = self._ascending.get(namespace, []), self._tails.get(namespace, {})
         lengths = ascending[bisect_right(ascending, above) : bisect_right(ascending, most)]
         # As tail_of, which is dear to call for each of hundreds of lengths.
@@ -82,7 +82,7 @@ class PrefixIndex:
         return self._entries.get((namespace, length, digest))
 
     def twin(self, entry: Entry) -> Entry | None:
-        """The entry of the same prefix, if there is one."""
+        """Returns the entry of the same prefix, if there is one."""
         return self._entries.get(entry.key)
 
     def holds(self, entry: Entry) -> bool:
@@ -117,7 +117,7 @@ def tail_of(prompt: bytes, length: int) -> bytes:
 
 
 def digests_at(prompt: bytes, lengths: Iterable[int]) -> list[bytes]:
-    """Hashes of the first tokens of `prompt`, at ascending lengths, each byte read once."""
+    """Yields hashes of the first tokens of `prompt`, at ascending lengths, reading each byte once."""
     running, done, digests = blake2b(digest_size=16), 0, []
     for length in lengths:
         running.update(prompt[done * TOKEN_BYTES : length * TOKEN_BYTES])

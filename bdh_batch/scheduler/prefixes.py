@@ -1,4 +1,4 @@
-"""Prompts as bytes, and where they part. Knows nothing about states."""
+"""Packs prompts as bytes, and finds where they differ. Knows nothing about states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pack(tokens: Iterable[int]) -> bytes:
 
 
 def common(one: bytes, other: bytes) -> int:
-    """The length in tokens of the common prefix of two packed prompts."""
+    """Returns the length in tokens of the common prefix of two packed prompts."""
     low, high = 0, min(len(one), len(other))
     if one[:high] == other[:high]:
         return high // TOKEN_BYTES
@@ -38,7 +38,7 @@ def common(one: bytes, other: bytes) -> int:
 
 
 class RecentPrompts:
-    """A bounded record of prompts. Sorted, so that the one with the longest common prefix is a neighbour."""
+    """A bounded, sorted record of prompts, in which the one with the longest common prefix is a neighbour."""
 
     def __init__(self) -> None:
         self._sorted: dict[str, list[bytes]] = {}
@@ -46,7 +46,7 @@ class RecentPrompts:
         self._bytes = 0
 
     def parting(self, namespace: str, prompt: bytes) -> int:
-        """Where `prompt` parts from the one most like it, in tokens; records it."""
+        """Records `prompt`, and returns how many tokens it has in common with the recorded prompt most like it."""
         prompts = self._sorted.setdefault(namespace, [])
         at = bisect_left(prompts, prompt)
         longest = max((common(prompt, other) for other in prompts[max(0, at - 1) : at + 1]), default=0)

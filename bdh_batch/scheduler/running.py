@@ -15,7 +15,7 @@ Group = tuple[tuple[float, ...], Members]  # with the rank of its tenant
 
 
 class Running:
-    """Holds the sequences that run."""
+    """Holds the running sequences, by priority and tenant."""
 
     def __init__(self) -> None:
         self._groups: dict[tuple[int, Tenant], Members] = {}  # none of them is empty

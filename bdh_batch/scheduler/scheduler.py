@@ -1,4 +1,4 @@
-"""Decides which sequences run, and takes in what came of each step. Pure: no thread, no clock, no tensor.
+"""Decides which sequences run, plans each step, and commits its outcome. Pure: no thread, no clock, no tensor.
 
 A sequence waits in the queue, runs in a slot on the device, may be preempted and run again, and is gone. Only copies
 move states: to preempt by swap, to resume, to cache a prefix, to begin with one. The order is in `rank.py`, preemption
@@ -34,7 +34,7 @@ PROMPT_TOKEN = 2e-4  # seconds of one, as long as that is not known
 
 
 class Scheduler:
-    """Gives slots to sequences, plans each step, and takes in its outcome.
+    """Gives slots to sequences, plans each step, and commits its outcome.
 
     Args:
         slots: slots for states on the device; as many sequences can be in one step.
@@ -73,12 +73,12 @@ class Scheduler:
 
     @property
     def prefill_cap(self) -> int:
-        """Most prompt tokens in a step."""
+        """The largest number of prompt tokens in a step."""
         return self._size.prefill
 
     @property
     def width(self) -> int:
-        """Most sequences that run at a time."""
+        """The largest number of sequences that run at a time."""
         return self._size.width
 
     @property
@@ -91,7 +91,7 @@ class Scheduler:
 
     @property
     def free(self) -> int:
-        """How many more sequences could be given a state without anyone making room."""
+        """How many more sequences could get a state without a preemption."""
         return max(0, min(self.max_running - self.running - self.swapped, self.allocator.room))
 
     @property
@@ -105,7 +105,7 @@ class Scheduler:
 
     @property
     def release_due(self) -> float | None:
-        """When a plan will give memory back although there is no work, in seconds; None where none will."""
+        """The time in seconds at which a plan will release memory although there is no work; None where none will."""
         return self.allocator.release_due(self.sharing.cache)
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
@@ -123,7 +123,7 @@ class Scheduler:
             self._deadlines.add(sequence)
 
     def take_changes(self) -> dict[Sequence, int]:
-        """Which sequences wait and did not when this was last asked (1), and which wait no longer (-1)."""
+        """Returns the sequences that wait since the last call (1), and those that no longer wait (-1)."""
         changes, self._changes = self._changes, {}
         return changes
 
@@ -138,7 +138,7 @@ class Scheduler:
         return updates
 
     def abort(self, sequences: Iterable[Sequence]) -> list[Update]:
-        """Ends those of `sequences` that have not ended; nothing more is computed for them."""
+        """Ends those of `sequences` that have not ended, as their client has left."""
         ending = [sequence for sequence in sequences if sequence.finish_reason is None]
         for sequence in ending:
             sequence.finish_reason = FinishReason.ABORT
@@ -146,13 +146,13 @@ class Scheduler:
         return [(sequence, Delta(finish_reason=FinishReason.ABORT)) for sequence in ending]
 
     def expire(self, now: float) -> list[Update]:
-        """Ends those whose time is up."""
+        """Ends the sequences that have timed out."""
         updates = []
         for sequence in self._deadlines.due(now):
             if sequence.times.scheduled is None:
-                error: BDHError = QueueTimeout("The request's time was up while it waited in the queue.")
+                error: BDHError = QueueTimeout("The request timed out while it waited in the queue.")
             else:
-                error = RunTimeout("The request's time was up before its response was complete.")
+                error = RunTimeout("The request timed out before its response was complete.")
             updates += self._fail([sequence], error)
         return updates
 
@@ -160,12 +160,12 @@ class Scheduler:
         return self._fail([*self._queue, *self.sharing.waiters, *self._running, *self._swapped], error)
 
     def fail(self, step: Step, error: BDHError) -> list[Update]:
-        """The step could not be computed: ends the sequences in it, whose states are no longer known."""
+        """Ends the sequences of a step that could not be computed, as their states are no longer known."""
         self.sharing.forget_fresh()
         return self._fail({*step.sequences, *step.moved}, error)
 
     def out_of_memory(self, step: Step) -> list[Update]:
-        """The step needed too much memory: later ones are smaller, and compute again what it has spoilt."""
+        """Makes later steps smaller, as this one ran out of memory; they compute its sequences' states again."""
         if not self._size.shrink(step.prefill_tokens, len(step.sequences)):
             return self.fail(step, GenerationFailed("There is not enough memory for the request."))
         self.sharing.forget_fresh()
@@ -179,7 +179,7 @@ class Scheduler:
         return []
 
     def plan(self, now: float) -> Step | None:
-        """The next step, or None where nothing can run."""
+        """Plans the next step, or returns None where nothing can run."""
         self.allocator.begin(now)
         self.counts.steps += 1
         for waiter in self.sharing.advance(self._prompts):
@@ -193,7 +193,7 @@ class Scheduler:
         return self._batches.build(self._running, self._prompts, self.allocator, now)
 
     def commit(self, step: Step, outcome: Outcome, now: float) -> list[Update]:
-        """Takes in what a step drew; those that ended are out of their slots."""
+        """Commits the outcome of a step: returns its sequences' deltas, and frees the slots of those that ended."""
         updates: list[Update] = []
         ended: list[Sequence] = []
         for row, (sequence, segment) in enumerate(zip(step.sequences, step.plan.segments, strict=True)):
@@ -239,7 +239,7 @@ class Scheduler:
     # Which sequences run
 
     def _give_slots(self, now: float) -> None:
-        """Gives slots to those that wait, in the order of their ranks."""
+        """Gives slots to waiting sequences, in the order of their ranks."""
         self._exchanges = max(1, self.width // self.policy.time_slice)
         preemption = Preemption(self._running, self.policy.time_slice, self.counts.steps)
         waiters = 0
@@ -253,7 +253,7 @@ class Scheduler:
 
     def _next(self, preemption: Preemption) -> tuple[Sequence, Sequence | None] | None:
         """The sequence to run next, and the one to preempt for it, if any. Candidates are the first in rank of those
-        queued and of those swapped; the second one is considered where no slot can be had for the first."""
+        queued and of those swapped; the second one is considered where there is no slot for the first."""
         heads = (waiting.peek(self._priorities.first) for waiting in (self._queue, self._swapped))
         for candidate in sorted((head for head in heads if head is not None), key=RANK):
             if candidate.standing.since == self.counts.steps:  # it was preempted in this plan

@@ -1,4 +1,4 @@
-"""A request on its way through the scheduler: how far its tokens have entered its state, and what decides about it.
+"""The sequence, as the scheduler sees it: how many of its tokens were computed, and what decides when it runs.
 
 Each concern is an object of its own: `Standing` (scheduling and what was charged), `Prefix` (sharing), `Times` (what
 metrics ask for), `Completion` (text and sampling, which are the engine's), `Client` (where deltas go).
@@ -20,7 +20,7 @@ QueueKey = tuple[int, str]  # names a queue: a priority, and a tenant
 
 
 class Completion(Protocol):
-    """What becomes of a sequence's tokens. The scheduler passes on what steps computed, and looks at the prompt."""
+    """Turns a sequence's tokens into deltas. The scheduler passes on what steps computed, and looks at the prompt."""
 
     prompt: Tokens[int]
     max_tokens: int
@@ -28,30 +28,30 @@ class Completion(Protocol):
 
     @property
     def needs_all(self) -> bool:
-        """Whether all of the prompt has to be computed for it, whoever else has computed some of it."""
+        """Whether all of the prompt has to be computed, without a cached prefix."""
 
     def segment(self, slot: int, start: int, tokens: Tokens[int], draws: bool) -> Segment:
-        """`tokens`, from position `start` on, as a share of a step; with `draws`, the next token is drawn."""
+        """Makes the segment that computes `tokens` from position `start` on and, with `draws`, draws the next token."""
 
     def take(self, segment: Segment, outcome: Outcome, row: int) -> Delta | None:
-        """Takes what a step computed for `segment`, its row; None where there is nothing to show of it yet."""
+        """Takes what a step computed for `segment`, its row of `outcome`; returns a delta if there is one."""
 
     def restart(self) -> None:
-        """All that is known is computed again."""
+        """Prepares for a lost state: prompt and generated tokens are computed again, with the same results."""
 
     def resume(self, tokens: Tokens[int]) -> None:
-        """Begins behind `tokens`, which are not returned once more. Raises InvalidRequest: it cannot have them."""
+        """Begins after `tokens`, which another engine has returned. Raises InvalidRequest: they are not allowed."""
 
 
 class Outbox(Protocol):
-    """Where a sequence's deltas go; `index` distinguishes the sequences that share one."""
+    """The receiver of a sequence's deltas; `index` distinguishes the sequences of one request."""
 
     def put(self, index: int, delta: Delta) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """Whom a sequence is computed for. Nothing here decides anything."""
+    """The client that a sequence is computed for. Nothing here decides when it runs."""
 
     outbox: Outbox
     index: int = 0
@@ -60,7 +60,7 @@ class Client:
 
 
 class Stage(Enum):
-    """Where a sequence is on its way through the scheduler."""
+    """The stage of a sequence in the scheduler."""
 
     NEW = "new"  # the scheduler does not know it yet
     QUEUED = "queued"
@@ -76,7 +76,7 @@ HOLDING = (Stage.RUNNING, Stage.SWAPPED)  # a state
 
 @dataclass(slots=True)
 class Standing:
-    """What decides when a sequence is scheduled, and what its tenant was charged for it. The scheduler's alone."""
+    """The fields that decide when a sequence is scheduled, and its tenant's charges. The scheduler's alone."""
 
     effective_priority: int = 0  # the one at which it competes
     account: Tenant = field(default_factory=Tenant)
@@ -96,9 +96,9 @@ class Standing:
 
 @dataclass(slots=True)
 class Prefix:
-    """What a sequence shares with others of its `key` and `salt`: where its state is wanted, what it began with."""
+    """What a sequence shares with others of its `cache_namespace` and `salt`: the prefixes of its prompt."""
 
-    key: str = ""
+    cache_namespace: str = ""
     salt: str = ""
     breaks: Tokens[int] = ()  # positions, ascending, at which prefixes end that others are likely to have
     packed: bytes = b""  # the prompt, where it may be shared
@@ -119,14 +119,14 @@ class Times:
     gap: float = 0.0  # before the last token, since the one before it or since arrival
 
     def gained(self, now: float) -> None:
-        """It has one more token."""
+        """Records the time of one more token."""
         self.gap = now - (self.arrived if self.last_token is None else self.last_token)
         self.first_token = now if self.first_token is None else self.first_token
         self.last_token = now
 
     @property
     def in_queue(self) -> float | None:
-        """Seconds until it was first given a slot; None where it has not been."""
+        """Seconds until the sequence first got a slot; None where it has had none."""
         return None if self.scheduled is None else self.scheduled - self.arrived
 
     @property
@@ -194,7 +194,7 @@ class Sequence:
         return self.decoding
 
     def segment(self, tokens: int) -> Segment:
-        """The next `tokens` of the pending ones as a share of a step; all of them lead to a new token."""
+        """Makes the segment of the next `tokens` pending ones; with all of them, a new token is drawn."""
         assert self.slot is not None
         known = self.known(self.computed, self.computed + tokens)
         return self.completion.segment(self.slot, self.computed, known, draws=tokens == self.pending)
@@ -207,7 +207,7 @@ class Sequence:
         return [*self.prompt[start:], *self.generated[max(0, start - split) : end - split]]
 
     def take(self, segment: Segment, outcome: Outcome, row: int, now: float) -> Delta | None:
-        """Takes what a step computed for `segment`, its row, and gives what it gained by that."""
+        """Takes what a step computed for `segment`, its row of `outcome`; returns a delta if there is one."""
         self.computed += len(segment.tokens)
         delta = self.completion.take(segment, outcome, row)
         if delta is not None:
@@ -220,7 +220,7 @@ class Sequence:
         return delta
 
     def resume(self, tokens: Tokens[int]) -> None:
-        """Begins behind `tokens`, which were generated elsewhere: they are known, and not returned once more.
+        """Begins after `tokens`, which another engine has generated and returned.
 
         Raises:
             InvalidRequest: its constraint does not take them.
@@ -229,12 +229,12 @@ class Sequence:
         self.generated += tokens
 
     def restart(self) -> None:
-        """Its state is lost: all that is known is computed again, and leads to the same token."""
+        """Prepares for a lost state: prompt and generated tokens are computed again, with the same results."""
         self.computed, self.prefix.cuts, self.decoding = 0, [], None
         self.completion.restart()
 
     def leave_slot(self) -> int:
-        """Its slot, which is another's from now on."""
+        """Takes the slot from the sequence and returns it."""
         slot, self.slot = self.slot, None
         assert slot is not None
         return slot

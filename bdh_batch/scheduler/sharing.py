@@ -1,4 +1,4 @@
-"""Prefixes that sequences have in common are computed once: cached for later ones, waited for by present ones.
+"""In-flight prefix sharing and prefix caching: a prefix that sequences have in common is computed once.
 
 A state is wanted where a prompt ends (but for its last token, which every sequence computes itself), where a chat's
 instructions and its earlier turns do, at powers of two, where prompts were seen to part, and where a sequence waits for
@@ -258,8 +258,9 @@ class Sharing:
         return len(sequence.prompt) > self._least and not sequence.completion.needs_all
 
     def _namespace(self, sequence: Sequence) -> str:
-        key, salt = "" if self._share_all else sequence.prefix.key, sequence.prefix.salt
-        return f"{salt} {key}" if salt else key
+        prefix = sequence.prefix
+        shared, salt = "" if self._share_all else prefix.cache_namespace, prefix.salt
+        return f"{salt} {shared}" if salt else shared
 
     def _packed(self, sequence: Sequence) -> bytes:
         """The prompt as bytes. Completions of one prompt come one after the other, and share them."""

@@ -1,4 +1,4 @@
-"""Where states lie, and the copies that move them. Sequences come before cached prefixes."""
+"""Allocates the slots in which states lie, and plans the copies that move them. Sequences precede cached prefixes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class SlotAllocator:
         self.begin(0.0)
 
     def begin(self, now: float) -> None:
-        """A new plan, at `now` in seconds."""
+        """Begins a new plan, at `now` in seconds."""
         self.now = now
         self.copies: list[Copy] = []
         self.moved: list[Sequence] = []  # whose states are what these copies make them
@@ -41,7 +41,7 @@ class SlotAllocator:
 
     @property
     def room(self) -> int:
-        """Slots that a sequence could have."""
+        """The number of slots that sequences could get."""
         return self.slots.free_count + self.cached
 
     def copy(self, source: int, target: int) -> None:
@@ -85,7 +85,7 @@ class SlotAllocator:
         return self._on_host(cache, worth, None)
 
     def discard(self, entry: Entry, cache: PrefixCache) -> None:
-        """Forgets `entry`; its slot is free."""
+        """Removes `entry` from the cache and frees its slot."""
         self._drop(entry, cache)
         self.give(entry.slot)
 
@@ -110,7 +110,7 @@ class SlotAllocator:
         self.working_set.shrink()
 
     def release_due(self, cache: PrefixCache) -> float | None:
-        """From when on there is memory to release, in seconds; None where there is none."""
+        """The time in seconds from which on there is memory to release; None where there is none."""
         if not self._idle_release:
             return None
         entry = self._beyond_need(cache)

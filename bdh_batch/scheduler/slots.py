@@ -1,4 +1,4 @@
-"""Which slots are free: those on the device, then those in the host's memory, numbered through.
+"""Holds the free slots: those on the device, then those in the host's memory, numbered through.
 
 The sequences and the prefix cache know which of the others they hold. On the device, slots whose memory has been
 touched are listed apart from those whose memory has not, or has gone back to the system.
@@ -11,7 +11,7 @@ from heapq import heappop, heappush
 
 
 class Slots:
-    """Holds the free slots, on the device and on the host."""
+    """The free slots on the device and on the host."""
 
     def __init__(self, device: int, host: int = 0) -> None:
         self.device = device
@@ -30,7 +30,7 @@ class Slots:
 
     @property
     def touched(self) -> int:
-        """Slots on the device, free or not, whose memory has been touched."""
+        """The number of slots on the device, free or not, whose memory has been touched."""
         return self.device - len(self._untouched)
 
     @property
@@ -51,14 +51,14 @@ class Slots:
         return self._free_host.pop() if self._free_host else None
 
     def give(self, slot: int, now: float = 0.0) -> None:
-        """`slot` is free from `now` on, in seconds that never go back."""
+        """Frees `slot` at `now`, in seconds that never go back."""
         if self.on_device(slot):
             self._touched.append((now, slot))
         else:
             self._free_host.append(slot)
 
     def give_untouched(self, slot: int) -> None:
-        """`slot`, on the device, is free, and its memory goes back to the system."""
+        """Frees `slot`, on the device, whose memory goes back to the system."""
         heappush(self._untouched, slot)
 
     def release_idle(self) -> int:

@@ -1,4 +1,4 @@
-"""How much a step may take: less after one that ran out of memory, and more again after many that did not."""
+"""Bounds the size of a step: smaller after one that ran out of memory, and larger again after many that did not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StepSize:
         return self.prefill < self._most_prefill or self.width < self._most_width
 
     def shrink(self, prefill: int, sequences: int) -> bool:
-        """After a step of `prefill` prompt tokens and so many sequences. False where it cannot be smaller."""
+        """Lowers the bound after a step of `prefill` prompt tokens and so many sequences; False where it is least."""
         least = min(LEAST_PREFILL, self._most_prefill)
         if prefill and self.prefill > least:
             self.prefill = max(least, self.prefill // 2)
@@ -41,7 +41,7 @@ class StepSize:
         return True
 
     def succeeded(self) -> None:
-        """After a step that had enough."""
+        """Raises the bound after many steps that had enough memory."""
         if not self.is_reduced:
             return
         self._succeeded += 1

@@ -18,7 +18,7 @@ FORGET = 64  # tenants at a time: a step does not wait for a crowd to be forgott
 
 
 class Tenant:
-    """What one tenant has been served, and how much of it is under way."""
+    """One tenant's account: what it has been charged, and how many of its sequences are active."""
 
     __slots__ = ("active", "held", "name", "queues", "slots", "virtual_time", "weight")
 
@@ -40,13 +40,13 @@ class Tenant:
             self.virtual_time, self.held = level, self.slots
 
     def hold(self, change: int) -> None:
-        """So many more of its sequences hold a state."""
+        """Counts `change` more of the tenant's sequences that hold a state."""
         self.slots += change
         self.held += max(0, change)
 
 
 class Tenants:
-    """Knows every tenant with its virtual time.
+    """The accounts of all tenants, with their virtual times.
 
     Args:
         weights: of tenants; one that is not named weighs 1. Twice the weight is twice the share.
@@ -59,7 +59,7 @@ class Tenants:
         self._forgotten = 0.0  # the latest virtual time of those that were forgotten
 
     def join(self, name: str, weight: float | None = None) -> Tenant:
-        """The tenant `name` asks for one more sequence."""
+        """Returns the account of tenant `name`, for one more of its sequences."""
         tenant = self._known.get(name) or Tenant(name, self._weights.get(name, 1.0))
         if not tenant.queues:
             self._by_time.drop(tenant)

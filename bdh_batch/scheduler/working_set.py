@@ -1,4 +1,4 @@
-"""How much of the memory for states may be used: the rule by which new memory is touched. Pure.
+"""Decides how much of the memory for states may be used: the rule by which new memory is touched. Pure.
 
 A page of memory costs more to touch for the first time than what most requests compute, and stays with the process
 afterwards. So a slot whose memory holds nothing yet is used
@@ -51,7 +51,7 @@ class WorkingSet:
         return touched < self.size
 
     def evicted(self, entry: Entry) -> None:
-        """The state of `entry` had to go."""
+        """Records that the state of `entry` was evicted for want of memory."""
         if (twin := self._evicted.twin(entry)) is not None:
             self._evicted.remove(twin)
         self._evicted.add(entry)
@@ -68,5 +68,5 @@ class WorkingSet:
         return entry
 
     def shrink(self) -> None:
-        """A slot has been idle."""
+        """Shrinks the working set, as a slot has been idle."""
         self.size = max(self.free, self.size - 1)

@@ -91,7 +91,7 @@ class CallReader:
         self._heads = sorted(self._names)  # none is a prefix of another one, as names have no quotes
         self._longest = max(map(len, self._heads), default=0)
         self._read = self._read_text
-        self._text = ""  # what has come and may not all be read
+        self._text = ""  # what was received and is not all read yet
         self._at = 0  # where what is not read begins
         self._gap = 0  # newlines after OPEN
         self._began = 0

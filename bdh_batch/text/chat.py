@@ -14,10 +14,10 @@ import orjson
 
 from bdh_batch.errors import CheckpointError, InvalidRequest
 from bdh_batch.messages import Text
+from bdh_batch.text.job_queue import QueueLimits
 from bdh_batch.text.sandbox import JobFailed, Runs, Sandbox, Work
 from bdh_batch.text.sandbox_process import JobLimits, Refused
 from bdh_batch.text.template import Rendered, decoded
-from bdh_batch.text.turns import QueueLimits
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""What a model folder says about text: its tokenizer, its special tokens, its chat template.
+"""Reads from a model folder what concerns text: its tokenizer, its special tokens, its chat template.
 
 Read before the weights, which take long, so that what cannot work is reported at once.
 """
@@ -53,7 +53,7 @@ class TextComponents:
         }
 
     def _prefix(self) -> tuple[str | None, int | None]:
-        """A token that texts can be scored after, and its id: the start token, else the end token, else a newline."""
+        """Returns a token to put before a text whose logprobs are wanted, and its id: start, end or newline."""
         known = [self.names[name] for name in ("bos_token", "eos_token") if name in self.names]
         for text in (*known, NEWLINE):
             tokens = self._alone(text)

@@ -23,10 +23,10 @@ from bdh_batch.system.threads import DaemonThreads
 from bdh_batch.text.compiler import compile_grammar
 from bdh_batch.text.constraints import CompiledGrammar
 from bdh_batch.text.grammar_cache import Compiled, GrammarCache, Problem
+from bdh_batch.text.job_queue import QueueLimits
 from bdh_batch.text.sandbox import JobFailed, Runs, Sandbox, Work
 from bdh_batch.text.sandbox_process import JobLimits, Refused
 from bdh_batch.text.sources import Source
-from bdh_batch.text.turns import QueueLimits
 from bdh_batch.text.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)

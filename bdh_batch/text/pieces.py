@@ -1,4 +1,4 @@
-"""What each token of a Hugging Face tokenizer adds to a text, so that a stream costs the same for every token.
+"""Finds what each token of a Hugging Face tokenizer adds to a text, so that a stream costs the same for every token.
 
 The library decodes all tokens of a text at once. Its decoders look at no more than whether a token is the first and
 whether it is the last; so what a token adds is found once, by decoding it beside a known neighbour, and kept. Bytes are

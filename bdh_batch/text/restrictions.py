@@ -1,4 +1,4 @@
-"""Which tokens a response may have by the lists of its request: `allowed_token_ids` and `bad_words`.
+"""Restricts the tokens of a completion by the lists of its request: `allowed_token_ids` and `bad_words`.
 
 What they allow is a bit per token, made once for a request. A sequence of tokens that must not come is banned at its
 last token, where the response ends with the others (as in vLLM); an automaton says in one step where that is so.

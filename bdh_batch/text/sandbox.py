@@ -25,6 +25,7 @@ from typing import Protocol, TypeVar
 
 from bdh_batch.errors import Unavailable
 from bdh_batch.system.threads import in_daemon_thread
+from bdh_batch.text.job_queue import JobQueue, QueueLimits
 from bdh_batch.text.sandbox_process import (
     CANCEL,
     CANCELLED,
@@ -40,7 +41,6 @@ from bdh_batch.text.sandbox_process import (
     JobLimits,
     Refused,
 )
-from bdh_batch.text.turns import QueueLimits, Turns
 
 log = logging.getLogger(__name__)
 
@@ -83,14 +83,14 @@ class Work:
 
 
 class Runs(Protocol):
-    """What runs jobs: a `Sandbox`, which says what this means."""
+    """The part of a `Sandbox` that runs jobs."""
 
     async def run(self, job: bytes, tenant: str, then: Callable[[bytes], Awaitable[T]]) -> T: ...
 
 
 @dataclass(frozen=True, slots=True)
 class SandboxLoad:
-    """How busy a sandbox is, and how its jobs have ended so far."""
+    """The load of a sandbox, and counts of how its jobs ended."""
 
     waiting: int
     running: int
@@ -102,7 +102,7 @@ class Sandbox:
 
     def __init__(self, work: Work, queue: QueueLimits | None = None) -> None:
         self._work = work
-        self._turns = Turns(queue or QueueLimits())
+        self._queue = JobQueue(queue or QueueLimits())
         self._counts: Counter[str] = Counter(dict.fromkeys(OUTCOMES.values(), 0))
         self._numbers = count(1)
         self._process: _Process | None = _Process(work)
@@ -134,9 +134,9 @@ class Sandbox:
             JobFailed: it exceeded its bounds.
             QueueFull, Unavailable: not now.
         """
-        await self._turns.take(tenant, len(job))
+        await self._queue.take(tenant, len(job))
         doing = asyncio.ensure_future(self._do(job, then))
-        doing.add_done_callback(lambda _: self._turns.give_back(tenant))
+        doing.add_done_callback(lambda _: self._queue.give_back(tenant))
         try:
             return await asyncio.shield(doing)
         except asyncio.CancelledError:
@@ -146,7 +146,7 @@ class Sandbox:
 
     @property
     def load(self) -> SandboxLoad:
-        return SandboxLoad(self._turns.waiting, self._turns.running, dict(self._counts))
+        return SandboxLoad(self._queue.waiting, self._queue.running, dict(self._counts))
 
     def close(self) -> None:
         """Kills what runs. Idempotent."""

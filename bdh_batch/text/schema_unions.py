@@ -1,4 +1,4 @@
-"""Whether the schemas of a union exclude one another, as far as it is seen at once: by type, by value, or by a
+"""Finds whether the schemas of a union exclude one another, as far as it is seen at once: by type, by value, or by a
 property that distinguishes them."""
 
 from __future__ import annotations

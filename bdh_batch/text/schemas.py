@@ -1,4 +1,4 @@
-"""What can be seen of a JSON schema before it is compiled: whether anything satisfies it.
+"""Checks a JSON schema before it is compiled: whether anything satisfies it.
 
 All of it without recursion, and in steps that grow as the schema does.
 """

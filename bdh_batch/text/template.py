@@ -29,7 +29,7 @@ PROBES = (("user", "assistant", "user"), ("system", "user"))
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a template is asked to render. With `continue_final` the prompt ends where the last message does."""
+    """A job for a template: the messages to render. With `continue_final` the prompt ends with the last message."""
 
     messages: Sequence[Mapping[str, Any]]
     variables: Mapping[str, Any]

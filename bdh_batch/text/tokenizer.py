@@ -1,4 +1,4 @@
-"""What a tokenizer is; the two that need no files; and the decoder that never splits a character."""
+"""The interface of tokenizers, the two that need no files, and the decoder that never splits a character."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Decoder(Protocol):
 
 
 class Tokenizer(Protocol):
-    """Turns texts into tokens and back."""
+    """JobQueue texts into tokens and back."""
 
     special: Sequence[str]  # texts that are one token with a meaning of its own, as `<|end|>`
 
@@ -96,7 +96,7 @@ class ByteDecoder:
 
 
 class TokenIdsOnly:
-    """For a model whose tokenizer is not known: prompts and completions are token ids, and there is no text."""
+    """The tokenizer of a model that has none: prompts and completions are token ids, and there is no text."""
 
     special: Sequence[str] = ()
 

@@ -91,14 +91,14 @@ class _Known:
 
 
 def vocabulary_of(tokenizer: Tokenizer, size: int, ends: frozenset[int] = frozenset()) -> Vocabulary | str:
-    """Of a model of `size` tokens, of which `ends` end a text; or why it supports no structured output."""
+    """Returns the vocabulary of a model of `size` tokens, of which `ends` end a text; or why there is none."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return hugging_face_vocabulary(tokenizer, size, sorted(ends))
     return byte_vocabulary(size, sorted(ends)) if isinstance(tokenizer, ByteTokenizer) else NOT_KNOWN
 
 
 def setup_of(tokenizer: Tokenizer, size: int, ends: frozenset[int] = frozenset()) -> bytes:
-    """From which `vocabulary_from` makes the same in another process."""
+    """Returns the data from which `vocabulary_from` makes the same vocabulary in another process."""
     text = tokenizer.json if isinstance(tokenizer, HuggingFaceTokenizer) else None
     return json.dumps({"tokenizer": text, "size": size, "ends": sorted(ends)}).encode()
 
@@ -112,14 +112,14 @@ def vocabulary_from(setup: bytes) -> Vocabulary | str:
 
 
 def byte_vocabulary(size: int, ends: Sequence[int] = ()) -> Vocabulary:
-    """Of a model of bytes, padded to `size` tokens, whose texts end with one of `ends`."""
+    """Returns the vocabulary of a model of bytes, padded to `size` tokens, whose texts end with one of `ends`."""
     known = list(ends) or [BYTES]
     tokens = _Known([bytes([byte]) for byte in range(BYTES)], known, lambda text: list(text.encode()))
     return Vocabulary(LLTokenizer(TokenizerWrapper(tokens), eos_token=known, slices=[]), size, frozenset(ends))
 
 
 def hugging_face_vocabulary(tokenizer: HuggingFaceTokenizer, size: int, ends: Sequence[int] = ()) -> Vocabulary | str:
-    """Of a model of `size` tokens, whose texts end with one of `ends`; or why structured output is not supported."""
+    """Returns the vocabulary of a model of `size` tokens, whose texts end with one of `ends`; or why there is none."""
     texts = [tokenizer.text(token) for token in range(tokenizer.size)]
     if None in texts or not OF_UTF8.issubset(texts):
         log.warning("structured output is not available: %s", NO_BYTES)

@@ -4,7 +4,7 @@
     python -m benchmarks.engine.sampling --before old.py  # also the `sample` of another sampling.py, by path
 
 Variants take turns. Each chooses a token for every row: `plain` ones have a temperature alone; other rows are penalised
-on the tokens of a prompt and a completion, biased, or scored with the log-probabilities of 5. Figures are milliseconds
+on the tokens of a prompt and a completion, biased, or with the log-probabilities of 5. Figures are milliseconds
 a step, the median, of the one thread's own time: what else the machine does adds little to them.
 
 `worst` is what requests may ask for at most: 64 rows, each with a bias for every token, a prompt and a completion that
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from bdh_batch.engine.runner import choose
 from bdh_batch.engine.sampling.logits_processors import process_logits
-from bdh_batch.messages import NO_TOKENS, Adjustment, LogitBias, SamplingParams, distinct
+from bdh_batch.messages import NO_TOKENS, LogitBias, LogitsProcessors, SamplingParams, distinct
 from bdh_batch.text.stop_strings import StopStrings
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import ByteTokenizer
@@ -51,7 +51,7 @@ def variant(logits: Tensor, processed: int, params: SamplingParams, known: int) 
     each = [params if row < processed else PLAIN for row in range(rows)]
     processors = []
     for row in range(processed):
-        processor = Adjustment.of(params, [chance.randrange(vocabulary) for _ in range(known)], NO_TOKENS, 0)
+        processor = LogitsProcessors.of(params, [chance.randrange(vocabulary) for _ in range(known)], NO_TOKENS, 0)
         if processor is not None:
             for _ in range(known):
                 processor.count(chance.randrange(vocabulary))
@@ -87,12 +87,12 @@ def measure(rows: int, vocabulary: int, known: int, repeats: int, old: Path | No
 
 
 def worst(rows: int, vocabulary: int, repeats: int) -> dict[str, float]:
-    """Milliseconds a step, of which `adjusting` is what changes scores, and microseconds a token of a stream."""
+    """Milliseconds a step, of which `adjusting` is the logits processors, and microseconds a token of a stream."""
     logits = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(0)) * 3
     every = range(vocabulary)
     bias = LogitBias.of({token: token % 7 - 3.0 for token in every})
     params = replace(PENALISED, repetition_penalty=1.1, logit_bias=bias, logprobs=20)
-    first = Adjustment.of(params, every, distinct(every[1:]), early=vocabulary + 1)
+    first = LogitsProcessors.of(params, every, distinct(every[1:]), early=vocabulary + 1)
     assert first is not None
     processors = [(row, first.afresh()) for row in range(rows)]
     for _, processor in processors:
@@ -121,7 +121,7 @@ def stream(tokens: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--known", type=int, default=500, help="tokens of a prompt, and as many of an answer")
+    parser.add_argument("--known", type=int, default=500, help="tokens of a prompt, and as many of a completion")
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--before", type=Path, help="another sampling.py, whose `sample` is measured beside")
     parser.add_argument("--out", type=Path, default=results_folder())

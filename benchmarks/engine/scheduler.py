@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--running", type=int, default=1024, help="sequences in a step")
     parser.add_argument("--waiting", type=int, default=2048, help="sequences in the queue, where there is one")
-    parser.add_argument("--steps", type=int, default=300, help="steps of each scene")
+    parser.add_argument("--steps", type=int, default=300, help="steps of each scenario")
     parser.add_argument("--out", type=Path, default=results_folder())
     chosen = parser.parse_args()
     if chosen.steps < BLOCKS:

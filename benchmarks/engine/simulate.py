@@ -108,7 +108,7 @@ def figures(responses: Many[Response], seconds: float) -> dict[str, object]:
     waits = [response.wait for response in responses]
     good = sum(len(response.times) for response in responses if response.wait <= GOOD)
     greedy = max(by_tenant, key=lambda tenant: len(by_tenant[tenant]))
-    small = [wait for tenant, line in by_tenant.items() if tenant != greedy for wait in line]
+    small = [wait for tenant, waits in by_tenant.items() if tenant != greedy for wait in waits]
     return {
         "seconds": round(seconds, 1),
         "tokens_per_s": round(sum(len(response.times) for response in responses) / seconds, 1),

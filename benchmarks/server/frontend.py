@@ -1,4 +1,4 @@
-"""What the front door costs: one process streams to many clients, with an engine that computes nothing.
+"""Measures what the HTTP layer costs: one process streams to many clients, with an engine that computes nothing.
 
     python -m benchmarks.server.frontend             # 256 streams of 250 tokens, about two minutes
     python -m benchmarks.server.frontend --rounds 3  # about one

@@ -166,7 +166,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--clients", type=int, default=500)
     parser.add_argument("--requests", type=int, default=600, help="that are cold, and as many that are warm")
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a prompt")
-    parser.add_argument("--tokens", type=int, default=64, help="of an answer")
+    parser.add_argument("--tokens", type=int, default=64, help="of a completion")
     parser.add_argument("--idle", type=float, default=20.0, help="seconds")
     parser.add_argument("--chats", type=int, default=100)
     parser.add_argument("--system", type=int, default=1024, help="tokens of the system prompt in common")

@@ -23,7 +23,7 @@ import uvloop
 from bdh_batch import settings
 from bdh_batch.checkpoint.checkpoint import load_model
 from bdh_batch.engine.loading import LoadedEngine
-from bdh_batch.messages import Outcome, Plan, TokenScore
+from bdh_batch.messages import Outcome, Plan, TokenLogprob
 from bdh_batch.processes.chosen_model import bundled_model
 from bdh_batch.server import run
 
@@ -56,20 +56,20 @@ class ModellessRunner:
             time.sleep(SLOW_SECONDS)
         drawing = [(row, each) for row, each in enumerate(plan.segments) if each.sampling is not None]
         drawn: list[int | None] = [None] * len(plan.segments)
-        scores = {}
+        logprobs = {}
         for row, segment in drawing:
             position = (segment.start + len(segment.tokens)) % len(TEXT)
             drawn[row] = TEXT[position]
             if segment.sampling is not None and segment.sampling.logprobs is not None:
-                scores[row] = score(position, segment.sampling.logprobs)
-        return Outcome(drawn, scores)
+                logprobs[row] = token_logprob(position, segment.sampling.logprobs)
+        return Outcome(drawn, logprobs)
 
 
 @cache
-def score(position: int, top: int) -> TokenScore:
-    """The score of the token at a position: real ones have as many digits."""
+def token_logprob(position: int, top: int) -> TokenLogprob:
+    """The logprob of the token at a position: real ones have as many digits."""
     others = [(ord("a") + rank, math.log(0.5 ** (rank + 2))) for rank in range(1, top)]
-    return TokenScore(TEXT[position], math.log(0.7), [(TEXT[position], math.log(0.7)), *others][:top])
+    return TokenLogprob(TEXT[position], math.log(0.7), [(TEXT[position], math.log(0.7)), *others][:top])
 
 
 def load_modelless(runner: ModellessRunner) -> Callable[[settings.Settings, Path], LoadedEngine]:

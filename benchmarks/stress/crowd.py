@@ -20,7 +20,7 @@ MOST_FAULTS = 200  # more need no further proof
 SAMPLES = 240
 INJECTED = (
     "The step that computed this request failed.",
-    "The model gave a result that is not a finite number.",
+    "The model's output contains NaN or infinite values.",
     "There is not enough memory for the request.",
 )
 

@@ -84,7 +84,7 @@ class FaultyRunner:
         return None
 
     def _spoil(self, outcome: Outcome) -> Outcome:
-        """One row's scores were not finite."""
+        """One row's logits were not finite."""
         drawn = list(outcome.drawn)
         rows = [row for row, token in enumerate(drawn) if token is not None]
         if rows:

@@ -76,7 +76,7 @@ class Fuzz:
         self.slowest = max(self.slowest, (time.monotonic() - began, case))
         self.statuses[status] += 1
         if status in (0, 500):
-            self.faults.append(f"case {case}: {status or 'no answer'}; under way: {sorted(self._under_way)}")
+            self.faults.append(f"case {case}: {status or 'no response'}; under way: {sorted(self._under_way)}")
         self._under_way.discard(case)
 
     async def _watch(self, bar: tqdm[Any]) -> None:

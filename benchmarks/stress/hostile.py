@@ -178,7 +178,7 @@ class Observer:
             status = await status_of(self._server.port, request)
             getattr(self._watched, what).append(time.perf_counter() - began)
             if status != 200:
-                self._watched.failures[f"{what}: {status or 'no answer'}"] += 1
+                self._watched.failures[f"{what}: {status or 'no response'}"] += 1
             await asyncio.sleep(every)
 
 

@@ -1,4 +1,4 @@
-"""Locust's users for a server of the OpenAI API: they stream completions and chats, and think in between.
+"""Locust's users for a server of the OpenAI API: they stream completions and chats, and pause in between.
 
     python -m locust -f benchmarks/stress/locustfile.py -H http://127.0.0.1:8000 --tags steady  # see its web page
     LOAD_STAGES=16x60,64x60 python -m locust -f benchmarks/stress/locustfile.py --headless …    # users x seconds
@@ -7,10 +7,10 @@
 Scenarios, by tag: `steady`, `burst` (some at once), `long` (prompts), `leaving` (before the end), `keys` (of unequal
 requests). Rows of the statistics, by type, each for every scenario (of those that leave, only how many did):
 
-    answer      whole answers, in ms, and what failed, by the kinds of `bench serve`; no other is in the Aggregated row
+    answer      whole completions, in ms, and failures by the kinds of `bench serve`; no other is in the Aggregated row
     ttft        ms to the first token
     gap         ms between the events that carry tokens
-    tokens/s    of an answer of some length after its first token: a rate, where the head of the column says ms
+    tokens/s    of a completion of some length after its first token: a rate, where the head of the column says ms
     429         refusals, which are no failures: ms until they came
     left        streams that their client left, as it meant to: ms until then
 
@@ -50,9 +50,9 @@ TEXT = Path(__file__).parents[2] / "tests" / "data" / "shakespeare-validation.tx
 STAGES = "LOAD_STAGES"
 BURST = 8  # streams at once
 SPAWN_RATE = 100.0  # users a second, at each stage of a ramp
-LONGEST_ANSWER = 4  # times the mean
+LONGEST_COMPLETION = 4  # times the mean
 PATIENCE_SECONDS = 60.0  # after a refusal, whatever it says
-RATED_TOKENS = 8  # that an answer has at least which has a rate: of two that come together it would be anything
+RATED_TOKENS = 8  # that a completion needs for a rate: of two that come together it would be anything
 TIMEOUT_SECONDS = 120.0  # without a byte
 SAMPLE_SECONDS = 0.25
 CSV_SECONDS = 0.5  # between the writings of locust's CSV; there is none at the end
@@ -68,7 +68,7 @@ def add_options(parser: ArgumentParser) -> None:
     options = parser.add_argument_group("streams")
     options.add_argument("--text", default=str(TEXT), help="the file that prompts are cut from")
     options.add_argument("--api-keys", default="", help="of the users, as in a,b; scenario `keys` uses all of them")
-    options.add_argument("--think", type=float, default=1.0, help="seconds between an answer and the next request")
+    options.add_argument("--think", type=float, default=1.0, help="seconds between a completion and the next request")
     options.add_argument("--answer-tokens", type=int, default=64, help="on the average: lengths have a tail")
     options.add_argument("--long-prompt", type=int, default=4096, help="characters of a long one")
     options.add_argument(
@@ -93,7 +93,7 @@ TALLY = Tally()  # Locust makes users itself, and gives them nothing but their e
 
 
 class Reader(User):
-    """One person at a time asks, reads and thinks; a refusal makes it wait as long as it says."""
+    """One person at a time asks, reads and pauses; a refusal makes it wait as long as it says."""
 
     numbers = itertools.count()
 
@@ -166,7 +166,7 @@ class Reader(User):
 
     def length(self) -> int:
         mean: int = self.options.answer_tokens
-        return max(1, min(LONGEST_ANSWER * mean, round(self.draw.expovariate(1 / mean))))
+        return max(1, min(LONGEST_COMPLETION * mean, round(self.draw.expovariate(1 / mean))))
 
     def stream(
         self, scenario: str, path: str, body: Mapping[str, Any], key: str | None = None, leave_after: int | None = None
@@ -180,9 +180,9 @@ class Reader(User):
         outcome = Outcome(0, 0.0, 0)
         began = outcome.sent = time.perf_counter()
         try:
-            answer = self._ask(path, body, key if key is not None else "".join(self.keys[:1]))
-            refused = answer.status_code == 429
-            whole = bool(answer.read()) if refused else self._read(answer, outcome, leave_after)
+            response = self._ask(path, body, key if key is not None else "".join(self.keys[:1]))
+            refused = response.status_code == 429
+            whole = bool(response.read()) if refused else self._read(response, outcome, leave_after)
         except (Failed, OSError, HTTPParseError) as error:
             self._failed(scenario, began, kind_of(error))
             return
@@ -190,7 +190,7 @@ class Reader(User):
             TALLY.stopped += 1
             raise
         if refused:
-            self._refused(scenario, began, answer)
+            self._refused(scenario, began, response)
         elif whole:
             self._answered(scenario, outcome)
         else:
@@ -202,21 +202,21 @@ class Reader(User):
         headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
         return self.http.request("POST", path, content, headers)
 
-    def _read(self, answer: HTTPSocketResponse, outcome: Outcome, leave_after: int | None) -> bool:
+    def _read(self, response: HTTPSocketResponse, outcome: Outcome, leave_after: int | None) -> bool:
         """Whether it was read to its end. Raises Failed, or what the connection does, where there is no good one."""
         stream = Stream(outcome, TALLY.count)
-        stream.begin(answer.status_code, str(answer.get("content-type", "")))
+        stream.begin(response.status_code, str(response.get("content-type", "")))
         try:
-            if answer.status_code != 200:
-                stream.take(answer.read(), time.perf_counter())
-            while stream.failure is None and (line := answer.readline(b"\n")):
+            if response.status_code != 200:
+                stream.take(response.read(), time.perf_counter())
+            while stream.failure is None and (line := response.readline(b"\n")):
                 stream.take(line, time.perf_counter())
                 if leave_after is not None and len(outcome.times) >= leave_after:
                     return False
             stream.finish()
             return True
         finally:
-            answer.release()  # which closes the connection where there is more to read
+            response.release()  # which closes the connection where there is more to read
 
     def _answered(self, scenario: str, outcome: Outcome) -> None:
         TALLY.answers += 1
@@ -228,10 +228,10 @@ class Reader(User):
         if outcome.per_token and outcome.output_tokens >= RATED_TOKENS:
             self._log("tokens/s", scenario, 1e-3 / outcome.per_token)
 
-    def _refused(self, scenario: str, began: float, answer: HTTPSocketResponse) -> None:
+    def _refused(self, scenario: str, began: float, response: HTTPSocketResponse) -> None:
         TALLY.refused += 1
         self._log("429", scenario, time.perf_counter() - began)
-        asked = str(answer.get("retry-after", "1"))
+        asked = str(response.get("retry-after", "1"))
         gevent.sleep(min(PATIENCE_SECONDS, float(asked) if asked.isdecimal() else 1.0))
 
     def _failed(self, scenario: str, began: float, kind: str) -> None:

@@ -6,7 +6,7 @@
 
 Unless it is given one, it starts a server of its own (`faulty.py`), with few slots for states and a short queue. Ends
 with exit code 1 where anything was wrong, and says what: a response that was cut or came to an end that its client had
-not asked for, a hang, a fault in the log, anything that runs or waits or lives on at rest, a slot that cannot be had
+not asked for, a hang, a fault in the log, anything that runs or waits or lives on at rest, a slot that cannot be used
 any more, a thread or a file too many, memory that grows.
 """
 
@@ -118,7 +118,7 @@ def faults_of(report: Mapping[str, Any], growth: float) -> list[str]:
     if after["health"] != "ok":
         found.append(f"health: {after['health']}")
     if report["places"] is not None and report["places"] < 1:
-        found.append(f"of the slots only {report['places']:.0%} can be had")
+        found.append(f"of the slots only {report['places']:.0%} can be used")
     for name in ("threads", "files", "tasks"):
         if after.get(name, 0) > before.get(name, 0):
             found.append(f"{after[name]} {name} at rest, {before[name]} before")

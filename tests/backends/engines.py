@@ -27,7 +27,7 @@ from bdh_batch.messages import (
     Outcome,
     Plan,
     Segment,
-    TokenScore,
+    TokenLogprob,
 )
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
@@ -40,8 +40,8 @@ POISON = 255  # a token at which an engine dies; the fake model never says it
 STEP_SECONDS = 0.002  # so that a test can come between two steps
 
 
-class ScoringRunner(FakeRunner):
-    """Gives scores, too, and is not too fast to be disturbed. Draws follow from the tokens before and the seed."""
+class LogprobsRunner(FakeRunner):
+    """Gives logprobs, too, and is not too fast to be disturbed. Draws follow from the tokens before and the seed."""
 
     def __init__(self, die: Callable[[], Coroutine[Any, Any, None]]) -> None:
         super().__init__()
@@ -54,14 +54,16 @@ class ScoringRunner(FakeRunner):
             raise RuntimeError("nobody is there to be told")
         asyncio.run_coroutine_threadsafe(asyncio.sleep(STEP_SECONDS), self.loop).result()
         outcome = super().run(plan)
-        scores, targets = {}, {}
+        logprobs, targets = {}, {}
         for row, (segment, token) in enumerate(zip(plan.segments, outcome.drawn, strict=True)):
             end = segment.start + len(segment.tokens)
             if token is not None and segment.sampling is not None and segment.sampling.logprobs is not None:
-                scores[row] = score(token, end, segment.sampling.logprobs)
+                logprobs[row] = token_logprob(token, end, segment.sampling.logprobs)
             if segment.targets:
-                targets[row] = [score(each, segment.start + at, segment.top) for at, each in enumerate(segment.targets)]
-        return Outcome(outcome.drawn, scores, targets, outcome.pooled)
+                targets[row] = [
+                    token_logprob(each, segment.start + at, segment.top) for at, each in enumerate(segment.targets)
+                ]
+        return Outcome(outcome.drawn, logprobs, targets, outcome.pooled)
 
     def _segment(self, segment: Segment) -> int | None:
         token = super()._segment(segment)
@@ -70,9 +72,9 @@ class ScoringRunner(FakeRunner):
         return (token * 5 + segment.sampling.seed) % POISON
 
 
-def score(token: int, position: int, top: int) -> TokenScore:
+def token_logprob(token: int, position: int, top: int) -> TokenLogprob:
     likeliest = [(token, math.log(0.5)), *((token + rank, math.log(0.5 ** (rank + 2))) for rank in range(1, top))]
-    return TokenScore(token, -1 / (1 + position), likeliest[:top], rank=0)
+    return TokenLogprob(token, -1 / (1 + position), likeliest[:top], rank=0)
 
 
 class NoGrammars:
@@ -92,7 +94,7 @@ class FakeEngine:
         self._revival: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        self.runner = ScoringRunner(self._die)
+        self.runner = LogprobsRunner(self._die)
         scheduler = Scheduler(self._slots, 16, Policy(max_running=self._slots))
         self.worker = worker = Worker(
             scheduler,
@@ -105,23 +107,23 @@ class FakeEngine:
         welcome = Welcome(__version__, 1, "fake", "cpu", "same", 256, 1, self._slots, 0, 0)
         self.port = EnginePort(self.backend, NoGrammars(), welcome, SECRET, 0.05, lambda: worker.load, lambda: b"")
         self.socket.unlink(missing_ok=True)
-        self._server = await asyncio.get_running_loop().create_unix_server(self.port.link, str(self.socket))
+        self._server = await asyncio.get_running_loop().create_unix_server(self.port.new_connection, str(self.socket))
 
     async def kill(self) -> None:
         """As a signal would: nothing more is sent."""
         if self._revival is not None:
             await self._revival
-        self._cut()
+        self._disconnect()
         await asyncio.to_thread(self.worker.close)
 
-    def _cut(self) -> None:
+    def _disconnect(self) -> None:
         self._server.close()
-        for link in [*self.port.links]:
-            link.cut()
+        for connection in [*self.port.connections]:
+            connection.disconnect()
 
     async def _die(self) -> None:
         """In the midst of a step. It is started again."""
-        self._cut()
+        self._disconnect()
         self.deaths += 1
         self._revival = asyncio.create_task(self._revive(self.worker))
 
@@ -167,8 +169,8 @@ class Whole:
     def __init__(self) -> None:
         self.text = ""
         self.tokens: list[int] = []
-        self.scores: list[tuple[int, TokenScore]] = []
-        self.prompt_scores: list[Sequence[TokenScore]] = []
+        self.logprobs: list[tuple[int, TokenLogprob]] = []
+        self.prompt_logprobs: list[Sequence[TokenLogprob]] = []
         self.logprob = 0.0
         self.finish_reason: FinishReason | None = None
         self.error = ""
@@ -177,17 +179,17 @@ class Whole:
         assert self.finish_reason is None
         self.text += delta.text
         self.tokens += delta.tokens
-        self.scores += delta.scores or ()
+        self.logprobs += delta.logprobs or ()
         self.logprob += delta.logprob
-        if delta.prompt_scores is not None:
-            self.prompt_scores.append([*delta.prompt_scores])
+        if delta.prompt_logprobs is not None:
+            self.prompt_logprobs.append([*delta.prompt_logprobs])
         self.finish_reason = delta.finish_reason
         self.error = str(delta.error or "")
 
     def facts(self) -> tuple[object, ...]:
-        scores = [(at, each.token, each.logprob, [*each.top]) for at, each in self.scores]
-        prompt = [[(each.token, each.logprob) for each in some] for some in self.prompt_scores]
-        return self.text, self.tokens, scores, prompt, round(self.logprob, 9), self.finish_reason, self.error
+        logprobs = [(at, each.token, each.logprob, [*each.top]) for at, each in self.logprobs]
+        prompt = [[(each.token, each.logprob) for each in some] for some in self.prompt_logprobs]
+        return self.text, self.tokens, logprobs, prompt, round(self.logprob, 9), self.finish_reason, self.error
 
 
 async def read(generation: Generation, wholes: list[Whole]) -> list[Whole]:

@@ -84,14 +84,14 @@ async def test_two_thousand_sequences_share_what_does_not_differ(monkeypatch: py
     assert [each.sampling.seed for each in engine.completions if each.sampling] == list(asked.seeds)
     assert sorted(checked) == [1, len(stops)]  # the bias and the stop tokens: once, not for each sequence
     first, *others = engine.completions
-    assert first.adjustment is not None
+    assert first.processors is not None
     for completion in others:
         assert completion.stop_token_ids is first.stop_token_ids
-        assert completion.adjustment is not None
-        assert completion.adjustment.bans is first.adjustment.bans
+        assert completion.processors is not None
+        assert completion.processors.bans is first.processors.bans
     # A response's own state is no one else's; the tokens of its prompt are those of its neighbours.
     for at in range(0, len(engine.completions), CHOICES):
-        same = [s.adjustment for s in engine.completions[at : at + CHOICES] if s.adjustment is not None]
+        same = [s.processors for s in engine.completions[at : at + CHOICES] if s.processors is not None]
         assert len({id(each) for each in same}) == CHOICES
         assert len({id(each.prompt) for each in same}) == 1
 

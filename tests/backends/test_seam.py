@@ -18,7 +18,7 @@ from tests.backends.engines import POISON, FakeEngine, Whole, connect, empty, en
 REQUESTS: dict[str, dict[str, Any]] = {
     "plain": {"seeds": (3, 4), "n": 2},
     "logprobs": {"sampling": SamplingParams(logprobs=3), "seeds": (1,)},
-    "logprobs of the prompt": {"sampling": SamplingParams(logprobs=2), "score_prompt": 2},
+    "logprobs of the prompt": {"sampling": SamplingParams(logprobs=2), "prompt_logprobs": 2},
     "penalties": {"sampling": SamplingParams(presence_penalty=1.0, logit_bias=LogitBias.of({5: 1.0}))},
     "stop strings": {"stop": ("no such text", "\x00\x01\x02"), "sampling": SamplingParams(logprobs=0)},
     "min_tokens": {"min_tokens": 30, "stop_token_ids": tuple(range(0, 256, 3)), "include_stop": True},
@@ -109,8 +109,8 @@ async def test_a_request_that_kills_engines_fails_alone(tmp_path: Path, caplog: 
             for each in reading:
                 assert [whole.facts() for whole in await each] == undisturbed
             await until(lambda: all(replica.state is State.READY for replica in backend.replicas.values()))
-    assert [record.getMessage() for record in caplog.records if "given up" in record.getMessage()] == [
-        "request poison has lost 2 engines, and is given up"
+    assert [record.getMessage() for record in caplog.records if "has lost" in record.getMessage()] == [
+        "request poison failed: it has lost 2 engines"
     ] * 3
 
 
@@ -152,10 +152,10 @@ async def test_a_reader_that_is_slow_is_caught_up_with(tmp_path: Path) -> None:
     async with engines(only) as backend:
         undisturbed = await said(backend, wanted)
         generation = await backend.generate(wanted)
-        (link,) = only.port.links
-        link.pause_writing()
+        (connection,) = only.port.connections
+        connection.pause_writing()
         await until(lambda: only.port.idle.is_set())  # all is computed, and nothing sent
-        link.resume_writing()
+        connection.resume_writing()
         whole = Whole()
         async for deltas in generation:
             for _, delta in deltas:

@@ -25,11 +25,11 @@ async def run(port: int, file: Path, *flags: object) -> Report:
     return await bench(options(*fixed, "--dataset-name", "custom", "--dataset-path", file, *flags))
 
 
-@pytest.mark.parametrize("places", [1, 7, None])
-async def test_every_failure_is_counted_by_its_kind_and_no_response_is_lost(tmp_path: Path, places: int | None) -> None:
+@pytest.mark.parametrize("concurrency", [1, 7, None])
+async def test_every_failure_is_counted_and_no_response_is_lost(tmp_path: Path, concurrency: int | None) -> None:
     asked = [*EXPECTED, *EXPECTED]
     file = prompts(tmp_path / "p.jsonl", asked)
-    flags = [] if places is None else ["--max-concurrency", places]
+    flags = [] if concurrency is None else ["--max-concurrency", concurrency]
     async with Fake().listening() as port:
         report = await run(port, file, "--num-prompts", len(asked), *flags)
     found = {asked[one.index]: "" if one.failure is None else one.failure.kind for one in report.measured.outcomes}
@@ -217,7 +217,7 @@ async def test_what_flags_say_is_sent(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 async def test_latency_counts_from_when_a_request_was_due(tmp_path: Path) -> None:
-    """A stalled server holds up the one place: those that wait behind it are late, and it is reported."""
+    """A stalled server holds up the one request at a time: those that wait behind it are late, and it is reported."""
     fake = Fake()
     file = prompts(tmp_path / "p.jsonl", ["slow", *["good"] * 9])
     flags = ["--request-rate", 1000, "--burstiness", "inf", "--max-concurrency", 1, "--save-detailed"]

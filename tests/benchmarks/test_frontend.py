@@ -1,4 +1,4 @@
-"""The front door's benchmark: its clients count what is there, and it runs all of its systems."""
+"""The HTTP layer's benchmark: its clients count what is there, and it runs all of its systems."""
 
 from __future__ import annotations
 

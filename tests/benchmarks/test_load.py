@@ -60,12 +60,12 @@ def test_a_load_leaves_its_report_and_its_verdicts(tiny: Server, tmp_path: Path)
     assert [stage["users"] for stage in report["stages"]] == [1, 2]
     assert all(stage["rss_median"] > 50 * MIB for stage in report["stages"])
     found = by_type(tmp_path / "load_stats.csv")
-    answers = found["answer"]
-    assert report["answers"] == answers.total() > 0
-    assert found[""] == {"Aggregated": answers.total()}  # first tokens and gaps are no requests
-    assert answers.keys() <= {"completion", "chat"}
-    assert found["ttft"] == answers
-    assert found["gap"].total() > answers.total()
+    completions = found["answer"]
+    assert report["answers"] == completions.total() > 0
+    assert found[""] == {"Aggregated": completions.total()}  # first tokens and gaps are no requests
+    assert completions.keys() <= {"completion", "chat"}
+    assert found["ttft"] == completions
+    assert found["gap"].total() > completions.total()
     page = (tmp_path / "load.html").read_text()
     assert all(name in page for name in ("ttft", "gap", "tokens/s"))
 
@@ -95,7 +95,7 @@ class Cycle(Fake):
             await asyncio.sleep(0.001)
 
 
-async def test_whatever_is_wrong_with_an_answer_is_a_failure_of_its_kind(tmp_path: Path) -> None:
+async def test_whatever_is_wrong_with_a_response_is_a_failure_of_its_kind(tmp_path: Path) -> None:
     """In all scenarios, each of which is met."""
     fake, seen = Cycle(), tmp_path / "seen.json"
     async with fake.listening() as port:

@@ -87,7 +87,7 @@ def test_lengths_have_a_heavy_tail_and_bounds() -> None:
     assert ideal([1, 3, 2, 2, 5], 2) == 2 * (3 + 2 + 5) / 13
 
 
-async def test_all_ways_of_batching_give_the_same_answers() -> None:
+async def test_all_ways_of_batching_give_the_same_completions() -> None:
     model = load_model(CONFORMANCE / "tiny", torch.float32, torch.device("cpu"))
     runner = Runner(TorchKernels(model.weights, 0), StatePool(model.config, 3, torch.device("cpu")))
     jobs = [Job(list(range(1, 4 + n)), length, seed=n) for n, length in enumerate((1, 7, 3, 4, 2, 5, 1))]

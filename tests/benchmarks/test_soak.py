@@ -113,7 +113,7 @@ SOUND: dict[str, Any] = {
     [
         (("unexpected", "stays: cut"), 3, "3 times stays: cut"),
         (("disconnects",), 9, "9 clients left, not 10"),
-        (("places",), 15 / 16, "of the slots only 94% can be had"),
+        (("places",), 15 / 16, "of the slots only 94% can be used"),
         (
             ("quarters", "rss"),
             [1e8, 1e8, 1.02e8, 1.03e8],

@@ -221,7 +221,7 @@ def keys() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def strict(serve: ServeFactory, keys: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server that refuses for every reason there is: one place to run, one to wait, keys, small bodies."""
+    """A server that refuses for every reason there is: one slot to run in, one request to wait, keys, small bodies."""
     file = KeyFile(tmp_path_factory.mktemp("keys") / "keys")
     rights: dict[str, dict[str, object]] = {"all": {}, "other": {"models": ["gpt"]}, "few": {"requests_per_minute": 1}}
     keys.update((name, file.add(partial(new_key, name=name, rights=right))) for name, right in rights.items())

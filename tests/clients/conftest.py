@@ -69,7 +69,7 @@ class Endpoint:
 
 @pytest.fixture(scope="session")
 def endpoint() -> Iterator[Endpoint]:
-    """The bundled model, for those who bear the key; or a server that runs already, at BDH_ORIGIN."""
+    """The bundled model, for those who have the key; or a server that runs already, at BDH_ORIGIN."""
     running = os.environ.get("BDH_ORIGIN")
     with serve() if running is None else contextlib.nullcontext(Endpoint(running)) as endpoint:
         yield endpoint
@@ -92,21 +92,21 @@ def busy(narrow: Endpoint) -> Iterator[Endpoint]:
         request = {"method": "POST", "url": f"{narrow.url}/completions", "json": ENDLESS, "headers": narrow.bearer}
         # The second one's response begins only when it runs: nobody waits for that.
         client = stack.enter_context(httpx.Client(timeout=60))
-        answer = stack.enter_context(client.stream(**request)).iter_raw()
-        next(answer)
+        chunks = stack.enter_context(client.stream(**request)).iter_raw()
+        next(chunks)
         waiting = stack.enter_context(socket.create_connection(("127.0.0.1", httpx.URL(narrow.url).port)))
         built = client.build_request(**request)
         head = "".join(f"{name}: {value}\r\n" for name, value in built.headers.items())
         waiting.sendall(f"POST {built.url.path} HTTP/1.1\r\n{head}\r\n".encode() + built.read())
         until(lambda: narrow.metric("bdh_num_requests_waiting") == 1)
-        return answer  # held on to: with it, the connection would end
+        return chunks  # held on to: with it, the connection would end
 
     def free(stack: contextlib.ExitStack) -> None:
         with stack:
             until(lambda: stop.is_set() or narrow.metric("bdh_admission_rejections_total") > refused)
 
     stack = contextlib.ExitStack()
-    answer = occupy(stack)
+    chunks = occupy(stack)
     thread = threading.Thread(target=free, args=(stack,))
     thread.start()
     try:
@@ -115,7 +115,7 @@ def busy(narrow: Endpoint) -> Iterator[Endpoint]:
     finally:
         stop.set()
         thread.join()
-        del answer
+        del chunks
         until(lambda: narrow.metric("bdh_num_requests_running") == 0)
 
 

@@ -399,7 +399,7 @@ class TestServer:
         assert reported["token_strs"][:4] == ["a", "<0xC3>", "<0xA9>", "<0x0A>"]
         assert tiny.http.post("/detokenize", json={"tokens": reported["tokens"]}).json() == {"prompt": text}
 
-    def test_echoes_and_scores_alike_at_once_and_in_pieces(self, tiny: Server) -> None:
+    def test_echoes_and_logprobs_are_alike_at_once_and_in_pieces(self, tiny: Server) -> None:
         prompt = "To be. " * 250
         asked: dict[str, Any] = {"echo": True, "logprobs": 20, "max_tokens": 2, "temperature": 0}
         (whole,) = tiny.complete(prompt=prompt, **asked)["choices"]

@@ -371,17 +371,17 @@ class TestTools:
                 )
 
     @pytest.mark.parametrize("choice", ["required", "auto"])
-    def test_streamed_calls_have_the_scores_of_the_whole_response(self, tiny: Server, choice: str) -> None:
+    def test_streamed_calls_have_the_logprobs_of_the_whole_response(self, tiny: Server, choice: str) -> None:
         body = {"messages": MESSAGES, "tools": [WEATHER], "tool_choice": choice, "seed": 3, "max_tokens": 200}
         body |= {"n": 2, "logprobs": True, "top_logprobs": 2, "return_token_ids": True}
         whole = tiny.http.post(CHAT, json=body).json()["choices"]
         events = tiny.events(CHAT, **body)
         for response in whole:
             deltas = [c for event in events for c in event["choices"] if c["index"] == response["index"]]
-            scores = [score for c in deltas if c["logprobs"] for score in c["logprobs"]["content"]]
-            assert scores == response["logprobs"]["content"]
-            assert [byte for score in scores for byte in score["bytes"]] == response["token_ids"]
-            assert all(score["logprob"] <= 0 and len(score["top_logprobs"]) in (2, 3) for score in scores)
+            entries = [entry for c in deltas if c["logprobs"] for entry in c["logprobs"]["content"]]
+            assert entries == response["logprobs"]["content"]
+            assert [byte for entry in entries for byte in entry["bytes"]] == response["token_ids"]
+            assert all(entry["logprob"] <= 0 and len(entry["top_logprobs"]) in (2, 3) for entry in entries)
 
     def test_the_clients_stream_helper_parses_them(self, tiny: Server) -> None:
         with (

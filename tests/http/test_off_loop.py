@@ -1,4 +1,4 @@
-"""Long work is done off the event loop: one piece at a time, tenants by turns, and whoever gives up holds up nobody."""
+"""Long work is done off the event loop: one piece at a time, tenants in turn, and no client that leaves holds it up."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ USER = {"role": "user", "content": "a"}
 
 
 class TestOffTheLoop:
-    async def test_one_at_a_time_and_tenants_by_turns(self) -> None:
+    async def test_one_at_a_time_and_tenants_in_turn(self) -> None:
         off_loop, order, running = OffLoop(), [], []
 
         def work(name: str) -> str:
@@ -61,21 +61,21 @@ class TestOffTheLoop:
         assert await next_one == 5
         assert await off_loop.run("a", lambda: 6) == 6
 
-    async def test_who_gives_up_at_its_turn_gives_it_away(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test_a_client_that_leaves_at_its_start_lets_the_next_start(self, monkeypatch: pytest.MonkeyPatch) -> None:
         off_loop, go_on = OffLoop(), threading.Event()
         first = asyncio.create_task(off_loop.run("a", lambda: go_on.wait(300)))
         second = asyncio.create_task(off_loop.run("a", lambda: pytest.fail("it was given up")))
         third = asyncio.create_task(off_loop.run("a", lambda: 3))
         await asyncio.sleep(0)
-        turns = off_loop._turns
-        give_turn = turns._start_next
+        queue = off_loop._queue
+        start_job = queue._start_next
 
-        def give_turn_too_late() -> None:
-            monkeypatch.setattr(turns, "_start_next", give_turn)
-            give_turn()
+        def start_job_too_late() -> None:
+            monkeypatch.setattr(queue, "_start_next", start_job)
+            start_job()
             second.cancel()
 
-        monkeypatch.setattr(turns, "_start_next", give_turn_too_late)
+        monkeypatch.setattr(queue, "_start_next", start_job_too_late)
         go_on.set()
         assert await first
         assert await third == 3

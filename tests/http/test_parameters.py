@@ -62,15 +62,15 @@ class Reference:
         """The likeliest tokens with penalties, by their definition."""
         response: list[int] = []
         for _ in range(length):
-            scores = self.logits([*prompt, *response])[-1]
+            values = self.logits([*prompt, *response])[-1]
             for token, amount in (bias or {}).items():
-                scores[token] += amount
+                values[token] += amount
             for token in {*prompt, *response}:
-                scores[token] *= repetition if scores[token] <= 0 else 1 / repetition
+                values[token] *= repetition if values[token] <= 0 else 1 / repetition
             for token, count in Counter(response).items():
-                scores[token] -= presence + frequency * count
-            scores[list(banned)] = -np.inf
-            response.append(int(scores.argmax()))
+                values[token] -= presence + frequency * count
+            values[list(banned)] = -np.inf
+            response.append(int(values.argmax()))
         return response
 
 
@@ -275,19 +275,17 @@ class TestEcho:
         ]
         assert greedy[: len(tokens) - 1] == [a == b for a, b in zip(expected.argmax(axis=1), tokens[1:])]
 
-    def test_scores_a_prompt_alone_and_in_a_batch_as_the_model_itself_does(
-        self, tiny: Server, reference: Reference
-    ) -> None:
-        score: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": 0, "temperature": 0}
+    def test_prompt_logprobs_are_the_models_alone_and_in_a_batch(self, tiny: Server, reference: Reference) -> None:
+        logprobs: dict[str, Any] = {"echo": True, "logprobs": 1, "max_tokens": 0, "temperature": 0}
         for repeat in range(2):  # a prompt that was seen before is computed again
-            alone = tiny.complete(prompt=self.TEXTS[3], **score)
+            alone = tiny.complete(prompt=self.TEXTS[3], **logprobs)
             (choice,) = alone["choices"]
             assert (choice["text"], choice["finish_reason"]) == (self.TEXTS[3], "length")
             assert alone["usage"]["completion_tokens"] == 0, repeat
             assert alone["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
             self.check(reference, self.TEXTS[3], choice["logprobs"])
-        batch = tiny.complete(prompt=list(self.TEXTS), **score)["choices"]
-        streamed = tiny.events(prompt=list(self.TEXTS), **score)
+        batch = tiny.complete(prompt=list(self.TEXTS), **logprobs)["choices"]
+        streamed = tiny.events(prompt=list(self.TEXTS), **logprobs)
         for index, text in enumerate(self.TEXTS):
             self.check(reference, text, batch[index]["logprobs"])
             (event,) = (c for e in streamed for c in e["choices"] if c["index"] == index)

@@ -146,8 +146,8 @@ class TestLogprobsOfPrompts:
             likeliest = [int(each) for each in np.argsort(-row)[:most]]
             assert found.keys() == {str(token), *map(str, likeliest)}
             assert next(iter(found)) == str(token)
-            for name, score in found.items():
-                assert score["logprob"] == pytest.approx(row[int(name)], abs=1e-4)
+            for name, entry in found.items():
+                assert entry["logprob"] == pytest.approx(row[int(name)], abs=1e-4)
             assert [found[str(each)]["rank"] for each in likeliest] == [*range(1, most + 1)]
             assert found[str(token)]["rank"] == (row >= row[token]).sum()
             assert found[str(token)]["decoded_token"] == chr(token)

@@ -104,7 +104,7 @@ def test_the_same_bits_on_any_number_of_threads(threads: int) -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 3, 64])
-def test_scores_of_a_large_vocabulary_have_the_same_bits_on_any_number_of_threads(
+def test_logits_of_a_large_vocabulary_have_the_same_bits_on_any_number_of_threads(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = synthetic_weights(model(1, 1, 32, 64, 40_013), 0.3)

@@ -1,4 +1,4 @@
-"""Which token scores and sampling parameters give, against a slow and obvious specification; and its logprobs."""
+"""Which token logits and sampling parameters give, against a slow and obvious specification; and its logprobs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from bdh_batch.engine.runner import choose
-from bdh_batch.engine.sampling import logits_processors as adjusting
+from bdh_batch.engine.sampling import logits_processors
 from bdh_batch.engine.sampling.draw import uniforms
 from bdh_batch.engine.sampling.logits_processors import process_in_main_memory, process_on_device
-from bdh_batch.messages import NO_TOKENS, Adjustment, LogitBias, SamplingParams, TokenScore, distinct
+from bdh_batch.messages import NO_TOKENS, LogitBias, LogitsProcessors, SamplingParams, TokenLogprob, distinct
 
 VOCABULARY = 23
 LOGITS = torch.randn(12, VOCABULARY, generator=torch.Generator().manual_seed(5)) * 3
@@ -27,14 +27,14 @@ tokens = st.integers(0, VOCABULARY - 1)
 class Row:
     params: SamplingParams
     prompt: list[int]
-    answer: list[int]
+    completion: list[int]
     banned: list[int]
     early: int
 
     @property
-    def processor(self) -> Adjustment | None:
-        processor = Adjustment.of(self.params, self.prompt, distinct(self.banned), self.early)
-        for token in self.answer if processor else ():
+    def processor(self) -> LogitsProcessors | None:
+        processor = LogitsProcessors.of(self.params, self.prompt, distinct(self.banned), self.early)
+        for token in self.completion if processor else ():
             processor.count(token)  # type: ignore[union-attr]
         return processor
 
@@ -55,40 +55,40 @@ rows = st.builds(
         seed=st.integers(0, 2**64 - 1),
     ),
     prompt=st.lists(tokens, min_size=1, max_size=12),
-    answer=st.lists(tokens, max_size=12),
+    completion=st.lists(tokens, max_size=12),
     banned=st.lists(tokens, max_size=4, unique=True),
     early=st.integers(0, 12),
 )
 
 
-def adjusted(logits: np.ndarray, row: Row) -> np.ndarray:
-    """The scores after everything that comes before temperature."""
-    scores, params = logits.astype(np.float64), row.params
+def processed(logits: np.ndarray, row: Row) -> np.ndarray:
+    """The logits after everything that comes before temperature."""
+    values, params = logits.astype(np.float64), row.params
     if params.logit_bias is not None:
         for token, amount in zip(params.logit_bias.tokens, params.logit_bias.amounts, strict=True):
-            scores[token] += amount
+            values[token] += amount
     for token in range(VOCABULARY):
-        if token in row.prompt or token in row.answer:
+        if token in row.prompt or token in row.completion:
             factor = params.repetition_penalty
-            scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
-        scores[token] -= params.frequency_penalty * row.answer.count(token)
-        scores[token] -= params.presence_penalty * (token in row.answer)
-    if len(row.answer) < row.early:
-        scores[row.banned] = -np.inf
-    return scores
+            values[token] = values[token] / factor if values[token] > 0 else values[token] * factor
+        values[token] -= params.frequency_penalty * row.completion.count(token)
+        values[token] -= params.presence_penalty * (token in row.completion)
+    if len(row.completion) < row.early:
+        values[row.banned] = -np.inf
+    return values
 
 
-def softmax(scores: np.ndarray) -> np.ndarray:
-    odds = np.exp(scores - scores.max())
+def softmax(values: np.ndarray) -> np.ndarray:
+    odds = np.exp(values - values.max())
     return np.asarray(odds / odds.sum())
 
 
 def probabilities(logits: np.ndarray, row: Row) -> np.ndarray:
     """Of each token to be drawn."""
-    scores, params = adjusted(logits, row), row.params
+    values, params = processed(logits, row), row.params
     if params.temperature == 0:
-        return np.asarray(np.eye(VOCABULARY)[scores.argmax()])
-    found = softmax(scores / params.temperature)
+        return np.asarray(np.eye(VOCABULARY)[values.argmax()])
+    found = softmax(values / params.temperature)
     found[found < params.min_p * found.max()] = 0
     order = np.argsort(-found, kind="stable")
     if params.top_k:
@@ -101,7 +101,7 @@ def probabilities(logits: np.ndarray, row: Row) -> np.ndarray:
     return np.asarray(found / found.sum())
 
 
-def chosen(order: Sequence[int], given: Sequence[Row]) -> tuple[list[int | None], dict[int, TokenScore]]:
+def chosen(order: Sequence[int], given: Sequence[Row]) -> tuple[list[int | None], dict[int, TokenLogprob]]:
     """Of row `i` of LOGITS, at the position 100 + i, for each i of `order`."""
     processors = [
         (index, processor) for index, row in enumerate(order) if (processor := given[row].processor) is not None
@@ -125,58 +125,58 @@ def test_draws_are_those_of_the_specification(given: list[Row]) -> None:
             assert above - expected[token] - 1e-5 <= target <= above + 1e-5
 
 
-def plain(score: TokenScore | None) -> tuple[int, float, list[tuple[int, float]]] | None:
-    return None if score is None else (score.token, score.logprob, list(score.top))
+def plain(entry: TokenLogprob | None) -> tuple[int, float, list[tuple[int, float]]] | None:
+    return None if entry is None else (entry.token, entry.logprob, list(entry.top))
 
 
 @settings(deadline=None)
 @given(st.lists(rows, min_size=1, max_size=12), st.data())
-def test_a_row_is_chosen_and_scored_alike_alone_and_in_any_company(given: list[Row], data: st.DataObject) -> None:
+def test_a_row_has_the_same_token_and_logprobs_alone_and_in_any_company(given: list[Row], data: st.DataObject) -> None:
     order = data.draw(st.permutations(range(len(given))))
-    drawn, scores = chosen(order, given)
+    drawn, logprobs = chosen(order, given)
     for index, row in enumerate(order):
-        alone, score = chosen([row], given)
+        alone, entry = chosen([row], given)
         assert [drawn[index]] == alone
-        assert plain(scores.get(index)) == plain(score.get(0))
+        assert plain(logprobs.get(index)) == plain(entry.get(0))
 
 
 @settings(deadline=None)
 @given(st.lists(rows, min_size=1, max_size=12))
-def test_scores_are_of_what_the_model_said_whatever_was_wished(given: list[Row]) -> None:
-    drawn, scores = chosen(range(len(given)), given)
-    assert set(scores) == {number for number, row in enumerate(given) if row.params.logprobs is not None}
-    for number, score in scores.items():
+def test_logprobs_are_of_the_models_logits_whatever_the_sampling_parameters(given: list[Row]) -> None:
+    drawn, logprobs = chosen(range(len(given)), given)
+    assert set(logprobs) == {number for number, row in enumerate(given) if row.params.logprobs is not None}
+    for number, entry in logprobs.items():
         expected = np.log(softmax(LOGITS[number].double().numpy()))
-        assert score.token == drawn[number]
-        np.testing.assert_allclose(score.logprob, expected[score.token], atol=1e-5)
+        assert entry.token == drawn[number]
+        np.testing.assert_allclose(entry.logprob, expected[entry.token], atol=1e-5)
         best = np.argsort(-expected, kind="stable")[: given[number].params.logprobs]
-        assert [token for token, _ in score.top] == best.tolist()
-        np.testing.assert_allclose([logprob for _, logprob in score.top], expected[best], atol=1e-5)
+        assert [token for token, _ in entry.top] == best.tolist()
+        np.testing.assert_allclose([logprob for _, logprob in entry.top], expected[best], atol=1e-5)
 
 
-def test_absurd_penalties_leave_every_score_a_number() -> None:
+def test_absurd_penalties_leave_every_logit_a_number() -> None:
     for repetition in (5e-324, 1e-300, 1e300, 1.7e308):
         row = Row(SamplingParams(repetition_penalty=repetition, seed=1), list(range(20)), [1, 2], [], 0)
         drawn, _ = chosen([0], [row])
         assert drawn[0] is not None
 
 
-def test_rows_that_wish_nothing_keep_their_scores() -> None:
+def test_rows_without_logits_processors_keep_their_logits() -> None:
     logits = LOGITS.clone()
     params = [SamplingParams(frequency_penalty=2.0, logit_bias=LogitBias.of({3: 1.0})), SamplingParams()]
-    processor = Adjustment.of(params[0], [1], NO_TOKENS, 0)
+    processor = LogitsProcessors.of(params[0], [1], NO_TOKENS, 0)
     assert processor is not None
     processor.count(4)
     choose(logits, [params[0], *[params[1]] * 11], range(12), [(0, processor)])
     changed = (logits != LOGITS).nonzero().tolist()
     assert changed == [[0, 3], [0, 4]]
-    assert Adjustment.of(params[1], [1], distinct([5]), 0) is None
-    assert Adjustment.of(params[1], [1], NO_TOKENS, 9) is None
+    assert LogitsProcessors.of(params[1], [1], distinct([5]), 0) is None
+    assert LogitsProcessors.of(params[1], [1], NO_TOKENS, 9) is None
 
 
 @settings(deadline=None)
 @given(st.lists(rows, min_size=1, max_size=12))
-def test_scores_are_adjusted_alike_in_main_memory_and_on_a_device(given: list[Row]) -> None:
+def test_logits_are_processed_alike_in_main_memory_and_on_a_device(given: list[Row]) -> None:
     """With what a GPU computes computed here: the same formulas in torch."""
     host, device = LOGITS[: len(given)].clone(), LOGITS[: len(given)].clone()
     processors = [(number, processor) for number, row in enumerate(given) if (processor := row.processor) is not None]
@@ -185,9 +185,9 @@ def test_scores_are_adjusted_alike_in_main_memory_and_on_a_device(given: list[Ro
     torch.testing.assert_close(host, device, rtol=1e-6, atol=0)
 
 
-def test_answers_to_one_prompt_share_what_does_not_differ_and_nothing_else() -> None:
+def test_choices_for_one_prompt_share_what_does_not_differ_and_nothing_else() -> None:
     params = SamplingParams(repetition_penalty=2.0, logit_bias=LogitBias.of({3: 1.0}))
-    first = Adjustment.of(params, [5, 1, 5], distinct([7, 7, 2]), early=2)
+    first = LogitsProcessors.of(params, [5, 1, 5], distinct([7, 7, 2]), early=2)
     assert first is not None
     other = first.afresh()
     for token in (5, 9, 9):
@@ -203,12 +203,12 @@ def test_what_a_step_changes_is_read_where_it_lies(monkeypatch: pytest.MonkeyPat
     """No Python object is made for an entry of a bias, of what was seen or of what is banned."""
     vocabulary = range(VOCABULARY)
     params = SamplingParams(repetition_penalty=2.0, logit_bias=LogitBias.of(dict.fromkeys(vocabulary, 1.0)))
-    processor = Adjustment.of(params, vocabulary, distinct(vocabulary), early=2)
+    processor = LogitsProcessors.of(params, vocabulary, distinct(vocabulary), early=2)
     assert processor is not None
     processor.count(3)
     passed: list[object] = []
     for name in ("_add", "_repeat", "_penalise", "_ban"):
-        monkeypatch.setattr(adjusting, name, lambda _, *arrays: passed.extend(arrays))
+        monkeypatch.setattr(logits_processors, name, lambda _, *arrays: passed.extend(arrays))
     process_in_main_memory(LOGITS.clone(), [(0, processor)])
     assert params.logit_bias is not None
     counted = [processor.generated, processor.times, processor.repeated]
@@ -224,8 +224,8 @@ def test_what_a_step_changes_is_read_where_it_lies(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("broken", [np.nan, np.inf, -np.inf])
-def test_a_score_that_is_no_number_shows_whatever_is_wished(broken: float) -> None:
-    processor = Adjustment.of(
+def test_a_logit_that_is_no_number_shows_whatever_the_sampling_parameters(broken: float) -> None:
+    processor = LogitsProcessors.of(
         SamplingParams(repetition_penalty=2.0, logit_bias=LogitBias.of({3: 1.0})), [3, 4], NO_TOKENS, early=0
     )
     assert processor is not None

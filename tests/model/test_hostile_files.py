@@ -1,4 +1,4 @@
-"""Whatever is in a file, the answer is a model or one clear line."""
+"""Whatever is in a file, the result is a model or one clear line."""
 
 from __future__ import annotations
 

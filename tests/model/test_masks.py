@@ -41,7 +41,7 @@ def test_what_is_refused_is_never_drawn_and_masks_do_not_touch_other_rows(
         assert token == unmasked if mask is None else _allows(mask, token)
 
 
-def test_without_masks_the_scores_are_not_even_copied() -> None:
+def test_without_masks_the_logits_are_not_even_copied() -> None:
     logits = torch.randn(3, V)
     assert masked(logits, []) is logits
     assert masked(logits, [None] * 3) is logits

@@ -19,14 +19,14 @@ params = st.builds(
 )
 
 
-def test_philox_gives_the_published_answers() -> None:
+def test_philox_gives_the_published_numbers() -> None:
     """The known-answer vectors of Random123, philox4x32 with 10 rounds."""
 
     def single(*values: int) -> list[Words]:
         return [np.array([value], np.uint64) for value in values]
 
     ones = 0xFFFFFFFF
-    for counter, key, answer in (
+    for counter, key, expected in (
         ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
         ((ones, ones, ones, ones), (ones, ones), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
         (
@@ -35,7 +35,7 @@ def test_philox_gives_the_published_answers() -> None:
             (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
         ),
     ):
-        assert tuple(word.item() for word in philox(single(*counter), single(*key))) == answer
+        assert tuple(word.item() for word in philox(single(*counter), single(*key))) == expected
 
 
 def test_uniforms_have_all_their_bits() -> None:

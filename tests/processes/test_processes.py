@@ -186,7 +186,7 @@ class TestLosses:
 
             assert self.disturbed(several, 16, 300, kill) == expected
             until_ready(several)
-        assert "goes on elsewhere" in several.log
+        assert "is resumed on another engine" in several.log
 
     def test_of_an_engine_that_hangs_change_no_byte(self, several: Server) -> None:
         until_ready(several)

@@ -24,7 +24,7 @@ from bdh_batch.checkpoint.checkpoint import load_model
 from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.errors import CheckpointError
 from bdh_batch.registry import download
-from bdh_batch.registry.add import MOST_PARTS, Terms, add
+from bdh_batch.registry.add import MOST_PARTS, AddOptions, add
 from bdh_batch.registry.locate import locate
 from bdh_batch.registry.store import Store
 from tests.conftest import command, eventually
@@ -119,7 +119,7 @@ class TestAdd:
     ) -> None:
         url = web.serve_folder(model)
         web.cuts["/model/model.safetensors"] = [100_000] + [0] * download.MOST_STALLED
-        assert "the same command goes on after the 100,000 bytes" in refused("add", url, "--id", "mine")
+        assert "the same command resumes after the 100,000 bytes" in refused("add", url, "--id", "mine")
         assert store.names() == []
         run("add", url, "--id", "mine")
         assert web.of("/model/model.safetensors")[-1]["range"] == "bytes=100000-"
@@ -148,7 +148,7 @@ class TestAdd:
         with ThreadPoolExecutor(1) as pool:
             try:
                 eventually(lambda: bool(web.of(path)), 60)
-                ours = pool.submit(add, store, url, "mine", Terms(most_bytes=10**9))
+                ours = pool.submit(add, store, url, "mine", AddOptions(most_bytes=10**9))
                 eventually(lambda: "waiting for another process" in caplog.text, 60)
             finally:
                 if killed:

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from bdh_batch.errors import CheckpointError
 from bdh_batch.registry import download
-from bdh_batch.registry.download import Downloads, Unfinished, Wanted, plain
+from bdh_batch.registry.download import Download, Downloads, Unfinished, plain
 from bdh_batch.registry.files import Allowance
 from tests.registry.web import Web, running
 
@@ -38,7 +38,7 @@ def web() -> Iterator[Web]:
 
 def fetch(folder: Path, url: str, sha256: str | None = None, most: int = 10**9) -> bytes | None:
     with Downloads(folder) as downloads:
-        found = downloads.fetch(Wanted(httpx.URL(url), "big", {}, sha256), Allowance(most))
+        found = downloads.fetch(Download(httpx.URL(url), "big", {}, sha256), Allowance(most))
         if found is None:
             return None
         content = found.path.read_bytes()
@@ -49,7 +49,7 @@ def fetch(folder: Path, url: str, sha256: str | None = None, most: int = 10**9) 
 def interrupted(folder: Path, url: str) -> Path:
     """Fetches the whole file, and is interrupted before that is used; where it lies."""
     downloads = Downloads(folder)
-    found = downloads.fetch(Wanted(httpx.URL(url), "big", {}), Allowance(10**9))
+    found = downloads.fetch(Download(httpx.URL(url), "big", {}), Allowance(10**9))
     downloads.__exit__(KeyboardInterrupt)
     assert found is not None
     return found.path
@@ -70,7 +70,7 @@ def test_a_download_that_is_cut_off_at_three_places_goes_on_from_each(web: Web, 
 
 def test_a_later_attempt_goes_on_where_an_earlier_one_gave_up(web: Web, tmp_path: Path) -> None:
     web.cuts[PATH] = [200_000] + [0] * FAILURES
-    with pytest.raises(Unfinished, match=r"the same command goes on after the 200,000 bytes"):
+    with pytest.raises(Unfinished, match=r"the same command resumes after the 200,000 bytes"):
         fetch(tmp_path, web.url + PATH)
     assert left(tmp_path)
     assert fetch(tmp_path, web.url + PATH) == CONTENT
@@ -169,7 +169,7 @@ def test_a_file_that_is_not_there_is_none(web: Web, tmp_path: Path, status: int)
 @pytest.mark.parametrize("status", [401, 403, 418, 204])
 def test_another_status_is_refused_at_once(web: Web, tmp_path: Path, status: int) -> None:
     web.statuses[PATH] = [status]
-    with pytest.raises(CheckpointError, match=f"answers {status}"):
+    with pytest.raises(CheckpointError, match=f"responds with {status}"):
         fetch(tmp_path, web.url + PATH)
     assert len(web.asked) == 1
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from bdh_batch.errors import CheckpointError
-from bdh_batch.registry.add import Terms, add
+from bdh_batch.registry.add import AddOptions, add
 from bdh_batch.registry.locate import locate
 from bdh_batch.registry.locks import locked, locked_if_free, share
 from bdh_batch.registry.store import Store
@@ -104,7 +104,7 @@ def test_whatever_happens_at_once_the_models_stay_right(store: Store, model: Pat
         chosen = random.Random(seed)
         for _ in range(ROUNDS):
             name = chosen.choice("abc")
-            add(store, str(sources[name]), name, Terms(most_bytes=10**9, replace=True))
+            add(store, str(sources[name]), name, AddOptions(most_bytes=10**9, replace=True))
             if chosen.random() < 0.5:
                 ignoring_unknown(lambda: store.remove(chosen.choice("abc")))
 
@@ -126,7 +126,7 @@ def test_whatever_happens_at_once_the_models_stay_right(store: Store, model: Pat
             done.set()
         for each in others:
             each.result(60)
-    add(store, str(model), "a", Terms(most_bytes=10**9, replace=True))
+    add(store, str(model), "a", AddOptions(most_bytes=10**9, replace=True))
     store.prune()
     assert not [problem for name in store.names() for problem in store.problems(store.read(name))]
     names = {file.sha256 for name in store.names() for file in store.read(name).files}

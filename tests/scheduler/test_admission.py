@@ -21,9 +21,9 @@ def full(max_requests: int = 5, max_tokens: int = 100) -> Admission:
     return admission
 
 
-def queue_of(count: int, key: str = "", priority: int = 0) -> dict[Sequence, int]:
+def queue_of(count: int, tenant: str = "", priority: int = 0) -> dict[Sequence, int]:
     """So many that have come to wait in the scheduler."""
-    return {make_sequence([1], 1, key=key, priority=priority): 1 for _ in range(count)}
+    return {make_sequence([1], 1, tenant=tenant, priority=priority): 1 for _ in range(count)}
 
 
 def test_requests_that_wait_are_bounded() -> None:
@@ -114,7 +114,7 @@ def test_a_rate_of_long_ago_refuses_nobody() -> None:
     admission = busy(waiting)
     request = make_sequence([1], 1)
     request.deadline = 50.0
-    with pytest.raises(QueueFull, match="longer than the request may take"):
+    with pytest.raises(QueueFull, match="longer than the request's timeout"):
         admission.admit([request], 40.0)
     for second in range(40, 80):  # every slot is taken, but nobody waits for one
         admission.update(dict.fromkeys(waiting, -1), 0, second, now=float(second))
@@ -128,10 +128,10 @@ def test_tokens_that_could_never_wait_are_the_requests_fault() -> None:
         full().admit([make_sequence([1] * 40, 1) for _ in range(3)], 0.0)
 
 
-def test_another_key_does_not_wait_behind_a_whole_line() -> None:
+def test_another_tenant_does_not_wait_behind_a_whole_queue() -> None:
     admission = busy()
-    assert admission.expected_wait(1, (0, "other")) == pytest.approx(4.0, rel=0.1)  # one of the line, and itself
-    admission.admit([make_sequence([1], 1, key="other", deadline=39.0 + 10.0)], 39.0)
+    assert admission.expected_wait(1, (0, "other")) == pytest.approx(4.0, rel=0.1)  # one of the queue, and itself
+    admission.admit([make_sequence([1], 1, tenant="other", deadline=39.0 + 10.0)], 39.0)
 
 
 def test_one_that_makes_another_give_way_need_not_wait() -> None:
@@ -148,7 +148,7 @@ def test_a_full_queue_is_full_for_those_who_fill_it() -> None:
     admission.arrived(waiting, dict.fromkeys(waiting, 1))
     with pytest.raises(QueueFull):
         admission.admit([make_sequence([1], 1)], 0.0)
-    assert admission.admit([make_sequence([1], 1, key="other")], 0.0)
+    assert admission.admit([make_sequence([1], 1, tenant="other")], 0.0)
     assert admission.admit([make_sequence([1] * 50, 1, priority=-1)], 0.0)
     assert admission.excess(7, 57, free=0) == (2, 0)
     with pytest.raises(QueueFull, match="7 requests"):
@@ -160,20 +160,20 @@ def test_an_earlier_class_fills_no_more_than_half_of_the_queue_for_others() -> N
     admission = full(max_requests=10)
     admission.update(queue_of(10, "first", priority=-1000), 0, 2, now=0.0)
     for number in range(4):
-        assert admission.admit([make_sequence([1], 1, key=f"other {number}", priority=1000)], 0.0)
+        assert admission.admit([make_sequence([1], 1, tenant=f"other {number}", priority=1000)], 0.0)
     admission = full(max_requests=10)
     admission.update(queue_of(5, "first", priority=-1000) | queue_of(5, "second"), 0, 2, now=0.0)
     with pytest.raises(QueueFull):
-        admission.admit([make_sequence([1], 1, key="late", priority=1)], 0.0)
-    assert admission.admit([make_sequence([1], 1, key="early")], 0.0), "second's queue is the longer one"
+        admission.admit([make_sequence([1], 1, tenant="late", priority=1)], 0.0)
+    assert admission.admit([make_sequence([1], 1, tenant="early")], 0.0), "second's queue is the longer one"
 
 
 def test_one_huge_prompt_that_waits_does_not_keep_others_out() -> None:
     admission = Admission(max_requests=10, max_tokens=1000, slots=1, unit=100)
-    admission.update({make_sequence([1] * 1000, 1, key="huge"): 1}, 0, 1, now=0.0)
-    assert admission.admit([make_sequence([1] * 50, 1, key="small")], 0.0)
+    admission.update({make_sequence([1] * 1000, 1, tenant="huge"): 1}, 0, 1, now=0.0)
+    assert admission.admit([make_sequence([1] * 50, 1, tenant="small")], 0.0)
     with pytest.raises(QueueFull, match="1050 prompt tokens"):
-        admission.admit([make_sequence([1] * 50, 1, key="huge")], 0.0)
+        admission.admit([make_sequence([1] * 50, 1, tenant="huge")], 0.0)
 
 
 def test_a_wait_behind_an_earlier_class_is_foreseen_to_be_no_longer_than_patience_allows() -> None:
@@ -184,7 +184,7 @@ def test_a_wait_behind_an_earlier_class_is_foreseen_to_be_no_longer_than_patienc
     assert admission.expected_wait(1, (-1000, "first")) == pytest.approx(501, rel=0.1)
     assert admission.expected_wait(1, (0, "other")) == pytest.approx(32, rel=0.1)
     assert admission.expected_wait(1, (-1000, "other")) == pytest.approx(2, rel=0.1)
-    admission.admit([make_sequence([1], 1, key="other", deadline=39.0 + 40.0)], 39.0)
+    admission.admit([make_sequence([1], 1, tenant="other", deadline=39.0 + 40.0)], 39.0)
 
 
 class Counted(dict[int, dict[str, None]]):
@@ -205,14 +205,14 @@ class Counted(dict[int, dict[str, None]]):
 
 def test_no_request_is_compared_with_all_tenants_that_wait() -> None:
     admission = Admission(max_requests=100_000, max_tokens=10**9, slots=1, patience=30.0)
-    waiting = {make_sequence([1], 1, key=f"@{number}", priority=number % 3): 1 for number in range(50_000)}
+    waiting = {make_sequence([1], 1, tenant=f"@{number}", priority=number % 3): 1 for number in range(50_000)}
     admission.update(waiting, 0, 1, now=0.0)
     admission.update({}, 0, 2, now=1.0)
     backlog = admission._backlog
     for lengths in (backlog._tenant_counts, backlog._tenant_sizes, *backlog._counts.values(), *backlog._sizes.values()):
         lengths._with = Counted(lengths._with)
     for number in range(100):
-        admission.admit([make_sequence([1], 1, key=f"late {number}", deadline=10.0**9)], 1.0)
+        admission.admit([make_sequence([1], 1, tenant=f"late {number}", deadline=10.0**9)], 1.0)
         admission._backlog.gives_way((2, f"@{number}"), 1)
         assert admission._backlog.yielding((0, f"@{number}")) is not None
     assert 0 < Counted.looks < 100 * 50
@@ -231,11 +231,11 @@ def test_the_backlog_says_what_counting_all_of_it_says(
     changes: list[tuple[int, str, int, bool]], priority: int, tenant: str, more: int
 ) -> None:
     backlog, waiting = Backlog(unit=10), list[Sequence]()
-    for level, key, tokens, leaves in changes:
+    for level, other, tokens, leaves in changes:
         if leaves and waiting:
             backlog.remove(waiting.pop(tokens % len(waiting)))
         else:
-            waiting.append(make_sequence([1] * tokens, 1, key=key, priority=level))
+            waiting.append(make_sequence([1] * tokens, 1, tenant=other, priority=level))
             backlog.add(waiting[-1])
     assert (len(backlog), backlog.tokens) == (len(waiting), sum(len(s.prompt) for s in waiting))
     counts = Counter(s.queue_key for s in waiting)

@@ -1,4 +1,4 @@
-"""The guards of the rank: each is told, and has a figure that is worse without it."""
+"""The guards of the rank: each is documented, and has a figure that is worse without it."""
 
 from __future__ import annotations
 

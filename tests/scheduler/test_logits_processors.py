@@ -12,7 +12,7 @@ from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.torch_reference import TorchKernels
-from bdh_batch.messages import Adjustment, FinishReason, LogitBias, SamplingParams, distinct
+from bdh_batch.messages import FinishReason, LogitBias, LogitsProcessors, SamplingParams, distinct
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.sequence import Client, Sequence
@@ -48,8 +48,8 @@ def run(slots: int, running: int, faults: set[int]) -> list[Sequence]:
                 text=TextStream(ByteTokenizer().decoder()),
                 min_tokens=9,
                 stop_token_ids=STOPS,
-                adjustment=Adjustment.of(params, PROMPT, distinct(STOPS), 9),
-                score_prompt=2 if number == 0 else None,
+                processors=LogitsProcessors.of(params, PROMPT, distinct(STOPS), 9),
+                prompt_logprobs=2 if number == 0 else None,
             ),
             Client(FakeOutbox()),
         )
@@ -75,7 +75,7 @@ def undisturbed() -> list[Sequence]:
 
 
 @pytest.mark.parametrize(("slots", "running", "faults"), [(1, 1, set()), (2, 5, set()), (5, 5, {1, 12})])
-def test_disturbances_change_no_token_and_no_score(
+def test_disturbances_change_no_token_and_no_logprob(
     undisturbed: list[Sequence], slots: int, running: int, faults: set[int]
 ) -> None:
     for calm, disturbed in zip(undisturbed, run(slots, running, faults)):
@@ -84,7 +84,7 @@ def test_disturbances_change_no_token_and_no_score(
         assert disturbed.generated == calm.generated
         assert disturbed.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
         for deltas in zip(disturbed.client.outbox.deltas, calm.client.outbox.deltas, strict=True):
-            mine, theirs = ([score.logprob for _, score in delta.scores or ()] for delta in deltas)
+            mine, theirs = ([entry.logprob for _, entry in delta.logprobs or ()] for delta in deltas)
             assert mine == pytest.approx(theirs, abs=1e-4)
 
 
@@ -94,11 +94,11 @@ def test_nothing_that_stops_comes_before_min_tokens(undisturbed: list[Sequence])
         assert len(sequence.generated) >= 10
 
 
-def test_a_prompt_is_scored_once_and_whole(undisturbed: list[Sequence]) -> None:
+def test_logprobs_of_a_prompt_come_once_and_whole(undisturbed: list[Sequence]) -> None:
     for sequences in (undisturbed, run(slots=5, running=5, faults={1, 12})):
         assert isinstance(sequences[0].client.outbox, FakeOutbox)
         first, *later = sequences[0].client.outbox.deltas
-        assert first.prompt_scores is not None
-        assert [score.token for score in first.prompt_scores] == list(sequences[0].prompt[1:])
-        assert [len(score.top) for score in first.prompt_scores] == [2] * (len(sequences[0].prompt) - 1)
-        assert all(delta.prompt_scores is None for delta in later)
+        assert first.prompt_logprobs is not None
+        assert [entry.token for entry in first.prompt_logprobs] == list(sequences[0].prompt[1:])
+        assert [len(entry.top) for entry in first.prompt_logprobs] == [2] * (len(sequences[0].prompt) - 1)
+        assert all(delta.prompt_logprobs is None for delta in later)

@@ -95,7 +95,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         options=st.fixed_dictionaries(
             {
                 "max_tokens": st.integers(1, 12),
-                "key": st.sampled_from("ab"),
+                "tenant": st.sampled_from("ab"),
                 "priority": st.sampled_from([0, 0, 0, 1, -1]),
             }
         ),
@@ -136,7 +136,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         computes = step is not None and bool(step.plan.segments or step.plan.copies)
         assert computes == self.scheduler.has_work, "work is never stuck"
         self.watch_waiting()
-        self.watch_classes(step)
+        self.watch_priorities(step)
         if step is not None:
             self.run_plan(step)
 
@@ -145,18 +145,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         alive = [sequence for sequence in self.submitted if sequence.finish_reason is None]
         first = min((sequence.priority for sequence in alive), default=0)
         least = min((sequence.standing.account.virtual_time for sequence in alive), default=0.0)
-        for key in "ab":
-            mine = [sequence for sequence in alive if sequence.tenant == key]
+        for tenant in "ab":
+            mine = [sequence for sequence in alive if sequence.tenant == tenant]
             queued = any(s.priority == first and s.standing.account.virtual_time <= least for s in mine)
             served = any(s.stage is not Stage.QUEUED or s.times.scheduled is not None for s in mine)
-            self.passed_over[key] = self.passed_over[key] + 1 if queued and not served else 0
+            self.passed_over[tenant] = self.passed_over[tenant] + 1 if queued and not served else 0
             known = sum(
-                len(s.prompt) + len(s.generated) for s in alive if s.tenant != key and s.times.scheduled is not None
+                len(s.prompt) + len(s.generated) for s in alive if s.tenant != tenant and s.times.scheduled is not None
             )
             bound = 3 + self.scheduler.policy.time_slice + 2 * known
-            assert self.passed_over[key] <= bound, "no tenant is starved"
+            assert self.passed_over[tenant] <= bound, "no tenant is starved"
 
-    def watch_classes(self, step: Step | None) -> None:
+    def watch_priorities(self, step: Step | None) -> None:
         """Nobody goes without for longer than its patience because of its priority: from then on, its tenant has a part
         of the steps that those of earlier priorities have, however many of them there are."""
         alive = [sequence for sequence in self.submitted if sequence.finish_reason is None]
@@ -182,11 +182,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         count=st.integers(0, 3),
         tokens=st.integers(0, 20),
-        line=st.tuples(st.integers(-1, 1), st.sampled_from("ab")),
+        queue=st.tuples(st.integers(-1, 1), st.sampled_from("ab")),
     )
-    def shed(self, count: int, tokens: int, line: tuple[int, str]) -> None:
+    def shed(self, count: int, tokens: int, queue: tuple[int, str]) -> None:
         before = self.scheduler.waiting - self.scheduler.sharing.waiting_count
-        shed = self.scheduler.shed(count, tokens, line, BROKEN)
+        shed = self.scheduler.shed(count, tokens, queue, BROKEN)
         self.take(shed)
         freed = sum(len(sequence.prompt) for sequence, _ in shed)
         assert len(shed) == before or (len(shed) >= count and freed >= tokens)
@@ -252,10 +252,10 @@ def test_nobody_begins_with_a_copy_that_a_failed_step_did_not_make() -> None:
     """The one that waited for it took its slot over, had none of the step's tokens, and is not believed to hold it."""
     machine = SchedulerMachine()
     machine.begin(3, 10, Policy(time_slice=1, cache_prefixes=False, min_shared=1))
-    for stem, key in ((20, "b"), (40, "b"), (8, "a")):
-        options = {"max_tokens": 1, "key": key, "priority": 0}
+    for stem, tenant in ((20, "b"), (40, "b"), (8, "a")):
+        options = {"max_tokens": 1, "tenant": tenant, "priority": 0}
         machine.submit([[*STEM[:stem], 0, 0]], 1, options, None, (None, None))
-        if key == "b":
+        if tenant == "b":
             machine.advance()
     machine.fail_step()
     machine.teardown()
@@ -287,7 +287,7 @@ def test_no_flood_of_an_earlier_class_keeps_another_one_waiting(
     scheduler, runner, now = Scheduler(slots, 16, policy), FakeRunner(), 0.0
     flood: list[Sequence] = []
     others = [
-        make_sequence([number + 1] * size, 3, key=f"late {number}", priority=priority)
+        make_sequence([number + 1] * size, 3, tenant=f"late {number}", priority=priority)
         for number, (priority, size, _) in enumerate(late)
     ]
 
@@ -298,7 +298,7 @@ def test_no_flood_of_an_earlier_class_keeps_another_one_waiting(
             waiting = [s for s in flood if s.stage is Stage.QUEUED and s.tenant == f"first {number}"]
             for _ in range(len(waiting), slots + host_slots + 2):
                 endless = 10_000 if number % 2 else 5
-                flood.append(make_sequence([7] * prompt, endless, key=f"first {number}", priority=-1000))
+                flood.append(make_sequence([7] * prompt, endless, tenant=f"first {number}", priority=-1000))
                 flood[-1].times.arrived = now
                 scheduler.submit(flood[-1:])
         step = scheduler.plan(now)
@@ -330,16 +330,16 @@ def test_no_flood_of_an_earlier_class_keeps_another_one_waiting(
 def test_a_stream_of_a_later_priority_that_no_step_has_room_for_is_scheduled() -> None:
     """A hundred streams of the first priority fill every step's time; a prompt and a stream of a later one run too."""
     scheduler, runner, now = Scheduler(200, 16, Policy(target_step=0.02, patience=5.0)), FakeRunner(), 0.0
-    later = make_sequence([1], 10_000, key="later", priority=7)
-    prompt = make_sequence([2] * 200, 1, key="later", priority=7)
-    first = [make_sequence([3, number], 10_000, key="first") for number in range(100)]
+    later = make_sequence([1], 10_000, tenant="later", priority=7)
+    prompt = make_sequence([2] * 200, 1, tenant="later", priority=7)
+    first = [make_sequence([3, number], 10_000, tenant="first") for number in range(100)]
     scheduler.submit([later, *first])
     last, waits = now, []
     for number in range(1500):
         if number == 300:
             prompt.times.arrived = now
             scheduler.submit([prompt])
-        scheduler.submit([make_sequence([number % 251] * 16, 1, key="first")])
+        scheduler.submit([make_sequence([number % 251] * 16, 1, tenant="first")])
         step = scheduler.plan(now)
         assert step is not None
         now += 0.001 + 0.0003 * step.decodes + 0.0001 * step.prefill_tokens
@@ -356,9 +356,9 @@ def test_tenants_that_hold_no_more_than_their_share_take_time_slices_in_the_last
     """One slot on the device, three beside it. A tenant's stream runs, another's two are swapped, a third tenant comes:
     nobody is above its share but the one that is next."""
     scheduler, runner = Scheduler(1, 16, Policy(host_slots=3, time_slice=1, max_running=4)), FakeRunner()
-    streams = [make_sequence([number], 10_000, key=key) for number, key in enumerate("aab")]
+    streams = [make_sequence([number], 10_000, tenant=tenant) for number, tenant in enumerate("aab")]
     scheduler.submit(streams)
-    third = make_sequence([9], 3, key="c")
+    third = make_sequence([9], 3, tenant="c")
     for number in range(200):
         if number == 20:
             scheduler.submit([third])

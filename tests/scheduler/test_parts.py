@@ -72,12 +72,12 @@ class TestFairQueue:
         assert Waiting().submit(*sequences).served() == ["c", "b", "d", "a"]
 
     def test_tenants_take_turns_whatever_they_queue(self) -> None:
-        flood = [make_sequence([1], 1, name="f", key="f") for _ in range(6)]
-        drop = [make_sequence([1], 1, name="d", key="d") for _ in range(2)]
+        flood = [make_sequence([1], 1, name="f", tenant="f") for _ in range(6)]
+        drop = [make_sequence([1], 1, name="d", tenant="d") for _ in range(2)]
         assert Waiting().submit(*flood, *drop).served() == ["f", "d", "f", "d", "f", "f", "f", "f"]
 
     def test_of_equals_the_tenant_goes_first_that_holds_fewer_slots(self) -> None:
-        sequences = [make_sequence([1], 1, name=key, key=key) for key in "aaabb"]
+        sequences = [make_sequence([1], 1, name=tenant, tenant=tenant) for tenant in "aaabb"]
         waiting, order = Waiting().submit(*sequences), ""
         while (head := waiting.queue.peek(0)) is not None:
             waiting.queue.remove(head)
@@ -86,11 +86,11 @@ class TestFairQueue:
         assert order == "ababa"
 
     def test_weights_are_shares(self) -> None:
-        sequences = [make_sequence([1], 1, name=key, key=key) for key in "ab" for _ in range(40)]
+        sequences = [make_sequence([1], 1, name=tenant, tenant=tenant) for tenant in "ab" for _ in range(40)]
         order = Waiting({"a": 3.0}).submit(*sequences).served()
         assert 28 <= order[:40].count("a") <= 32
 
-    def test_a_sequence_can_bring_its_weight_and_be_in_another_share_than_its_keys(self) -> None:
+    def test_a_sequence_can_bring_its_weight_and_have_another_share_than_its_tenant(self) -> None:
         sequences = [make_sequence([1], 1, name=name) for name in "ab" for _ in range(40)]
         for sequence in sequences:
             sequence.tenant, sequence.weight = sequence.id, 3.0 if sequence.id == "a" else None
@@ -98,22 +98,22 @@ class TestFairQueue:
         assert 28 <= order[:40].count("a") <= 32
 
     def test_a_pause_saves_nothing_up(self) -> None:
-        waiting = Waiting().submit(*(make_sequence([1], 1, name="a", key="a") for _ in range(50)))
+        waiting = Waiting().submit(*(make_sequence([1], 1, name="a", tenant="a") for _ in range(50)))
         for _ in range(40):
             waiting.serve()
-        waiting.submit(*(make_sequence([1], 1, name="b", key="b") for _ in range(10)))
+        waiting.submit(*(make_sequence([1], 1, name="b", tenant="b") for _ in range(10)))
         assert 4 <= waiting.served()[:10].count("b") <= 6
 
     def test_one_that_asks_for_less_than_its_share_saves_nothing_up_either(self) -> None:
         """It always has a sequence under way, but nothing that waits."""
-        waiting = Waiting().submit(make_sequence([1], 1, name="b", key="b"))
+        waiting = Waiting().submit(make_sequence([1], 1, name="b", tenant="b"))
         under_way = waiting.queue.peek(0)
         assert under_way is not None
         waiting.queue.remove(under_way)
-        waiting.submit(*(make_sequence([1], 1, name="a", key="a") for _ in range(50)))
+        waiting.submit(*(make_sequence([1], 1, name="a", tenant="a") for _ in range(50)))
         for _ in range(40):
             waiting.serve()
-        waiting.submit(*(make_sequence([1], 1, name="b", key="b") for _ in range(10)))
+        waiting.submit(*(make_sequence([1], 1, name="b", tenant="b") for _ in range(10)))
         assert 4 <= waiting.served()[:10].count("b") <= 6
 
     def test_a_tenant_is_charged_once_and_for_what_is_computed(self) -> None:
@@ -123,11 +123,11 @@ class TestFairQueue:
             assert standing.account.virtual_time == charged / 2
 
     def test_who_worked_alone_is_in_nobodys_debt(self) -> None:
-        waiting = Waiting().submit(make_sequence([1], 1, name="a", key="a"))
+        waiting = Waiting().submit(make_sequence([1], 1, name="a", tenant="a"))
         waiting.serve()
         waiting.tenants.join("a").charge(0, 5_000)  # what it has generated meanwhile
-        waiting.submit(*(make_sequence([1], 1, name="b", key="b") for _ in range(20)))
-        waiting.submit(make_sequence([1], 1, name="a", key="a"))
+        waiting.submit(*(make_sequence([1], 1, name="b", tenant="b") for _ in range(20)))
+        waiting.submit(make_sequence([1], 1, name="a", tenant="a"))
         assert "a" in waiting.served()[:2]
 
     def test_one_that_comes_back_has_its_old_rank(self) -> None:
@@ -185,7 +185,7 @@ class FairQueueMachine(RuleBasedStateMachine):
         alone=st.sampled_from([0.0, 3.0]),
     )
     def push(self, tenant: int, tokens: int, priority: int, alone: float) -> None:
-        sequence = make_sequence([1] * tokens, 1, key=str(tenant), priority=priority)
+        sequence = make_sequence([1] * tokens, 1, tenant=str(tenant), priority=priority)
         self.arrivals += 1
         sequence.standing.arrival, sequence.standing.served_at, sequence.standing.due = (
             self.arrivals,
@@ -277,7 +277,7 @@ class TestManyTenants:
         for ranking in (waiting.tenants._by_time, queue._ranked, queue._aged, queue._ageing):
             ranking._key = counted(ranking._key)
         for number in range(20_000):
-            waiting.submit(make_sequence([1] * (1 + number % 7), 1, key=f"@{number}", priority=number % 2))
+            waiting.submit(make_sequence([1] * (1 + number % 7), 1, tenant=f"@{number}", priority=number % 2))
         pushed, looks = looks, 0
         assert pushed < 8 * 20_000
         for plan in range(200):
@@ -293,8 +293,8 @@ class TestManyTenants:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         scheduler, runner = Scheduler(8, 64), FakeRunner()
-        scheduler.submit(make_sequence([1], 1, key="a", priority=-1) for _ in range(8))
-        scheduler.submit(make_sequence([1], 1, key="a", priority=number) for number in range(2000))
+        scheduler.submit(make_sequence([1], 1, tenant="a", priority=-1) for _ in range(8))
+        scheduler.submit(make_sequence([1], 1, tenant="a", priority=number) for number in range(2000))
         step = scheduler.plan(0.0)
         assert step is not None
         put = Counter[str]()
@@ -312,7 +312,7 @@ class TestManyTenants:
     def test_idle_ones_are_forgotten(self) -> None:
         waiting = Waiting()
         for number in range(5000):
-            waiting.submit(make_sequence([1] * 3, 1, key=f"@{number}"))
+            waiting.submit(make_sequence([1] * 3, 1, tenant=f"@{number}"))
             waiting.serve()
         assert len(waiting.tenants._known) == len(waiting.tenants._by_time) <= 2
         assert len(waiting.tenants._by_time._heap) < 200
@@ -321,8 +321,8 @@ class TestManyTenants:
         assert not len(waiting.queue._ranked)
 
     def test_a_priority_that_waits_too_long_takes_turns_with_the_first(self) -> None:
-        first = [make_sequence([1], 1, name="f", key="f", priority=-1000) for _ in range(6)]
-        later = [make_sequence([1], 1, name="l", key="l", priority=1000) for _ in range(3)]
+        first = [make_sequence([1], 1, name="f", tenant="f", priority=-1000) for _ in range(6)]
+        later = [make_sequence([1], 1, name="l", tenant="l", priority=1000) for _ in range(3)]
         waiting = Waiting(patience=30.0).submit(*first, *later)
         waiting.queue.age(29.0)
         assert [waiting.serve() for _ in range(2)] == ["f", "f"]

@@ -145,10 +145,10 @@ def test_a_fault_in_one_text_ends_that_request_alone() -> None:
 class TestTurns:
     def test_a_tenant_with_one_request_is_served_within_a_time_slice(self) -> None:
         scheduler, runner = Scheduler(4, 64, Policy(host_slots=4, time_slice=8)), FakeRunner()
-        scheduler.submit(make_sequence([1, 2], 10_000, key="flood") for _ in range(100))
+        scheduler.submit(make_sequence([1, 2], 10_000, tenant="flood") for _ in range(100))
         for _ in range(20):
             step(scheduler, runner)
-        drop = make_sequence([3], 5, key="drop")
+        drop = make_sequence([3], 5, tenant="drop")
         scheduler.submit([drop])
         for _ in range(8):
             step(scheduler, runner)
@@ -157,7 +157,7 @@ class TestTurns:
     def test_slots_go_by_weight(self) -> None:
         policy = Policy(host_slots=12, time_slice=4, weights={"heavy": 3.0})
         scheduler, runner = Scheduler(8, 64, policy), FakeRunner()
-        heavy, light = ([make_sequence([1], 10, key=key) for _ in range(300)] for key in ("heavy", "light"))
+        heavy, light = ([make_sequence([1], 10, tenant=tenant) for _ in range(300)] for tenant in ("heavy", "light"))
         scheduler.submit([*light, *heavy])
         for _ in range(200):
             step(scheduler, runner)
@@ -295,12 +295,12 @@ def test_the_first_token_of_another_tenant_does_not_wait_for_a_flood_to_decode()
         scheduler.commit(planned, runner.run(planned.plan), now)
         return planned
 
-    flood = [make_sequence([number] * (1 + number % 7 * 9), 10_000, key="flood") for number in range(60)]
+    flood = [make_sequence([number] * (1 + number % 7 * 9), 10_000, tenant="flood") for number in range(60)]
     for stream in flood:
         scheduler.submit([stream])
         advance()
     for _ in range(3):
-        drop = make_sequence([1] * 200, 2, key="drop")
+        drop = make_sequence([1] * 200, 2, tenant="drop")
         scheduler.submit([drop])
         planned = advance()
         assert planned.sequences == [drop]
@@ -350,12 +350,12 @@ def test_running_out_of_memory_makes_steps_smaller_and_loses_nobody() -> None:
 def test_small_requests_on_end_get_their_share_and_no_more() -> None:
     """A step costs 1 ms, a sequence 0.2 ms, a prompt token 0.1 ms."""
     scheduler, runner, now = Scheduler(80, 256, Policy(target_step=0.025)), FakeRunner(), 0.0
-    flood = [make_sequence([number], 10_000, key="flood") for number in range(64)]
+    flood = [make_sequence([number], 10_000, tenant="flood") for number in range(64)]
     scheduler.submit(flood)
-    small = make_sequence([1] * 256, 1, key="small")
+    small = make_sequence([1] * 256, 1, tenant="small")
     for _ in range(1000):
         if small.finish_reason is not None:
-            small = make_sequence([1] * 256, 1, key="small")
+            small = make_sequence([1] * 256, 1, tenant="small")
         if not small.standing.arrival:
             scheduler.submit([small])
         planned = scheduler.plan(now)

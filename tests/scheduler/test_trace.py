@@ -18,7 +18,7 @@ from tests.scheduler.fakes import FakeRunner, make_sequence
 def record(file: Path) -> None:
     scheduler, runner, trace, now = Scheduler(2, 32), FakeRunner(), Trace(file), 0.0
     for number in range(6):
-        sequences = [make_sequence([*range(40), 100 + number], 3 + number, key=f"k{number % 2}")]
+        sequences = [make_sequence([*range(40), 100 + number], 3 + number, tenant=f"k{number % 2}")]
         scheduler.submit(sequences)
         trace.submitted(sequences, now)
     while (step := scheduler.plan(now)) is not None:

@@ -14,8 +14,8 @@ from hypothesis import given, settings, strategies as st
 from bdh_batch.errors import CheckpointError, InvalidRequest
 from bdh_batch.messages import Text
 from bdh_batch.text.chat import Conversation, TemplateSource, open_template
+from bdh_batch.text.job_queue import QueueLimits
 from bdh_batch.text.sandbox_process import Refused
-from bdh_batch.text.turns import QueueLimits
 from tests.text.inline import inline_template
 
 SYSTEM = {"role": "system", "content": "Be brief."}

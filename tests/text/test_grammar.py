@@ -26,11 +26,11 @@ from bdh_batch.text.constraints import CompiledGrammar
 from bdh_batch.text.grammar import Grammars, open_sandbox
 from bdh_batch.text.grammar_cache import LEAST_WEIGHT, Compiled, GrammarCache
 from bdh_batch.text.hugging_face import HuggingFaceTokenizer
+from bdh_batch.text.job_queue import QueueLimits
 from bdh_batch.text.sandbox_process import Prepared, Refused
 from bdh_batch.text.schemas import problem_of
 from bdh_batch.text.sources import Source, from_choice, from_lark, from_regex, from_schema
 from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly
-from bdh_batch.text.turns import QueueLimits
 from bdh_batch.text.vocabulary import Vocabulary, byte_vocabulary, setup_of, vocabulary_of
 from tests.text import tokenizers
 from tests.text.inline import Inline, inline_grammars

@@ -13,9 +13,9 @@ import psutil
 import pytest
 
 from bdh_batch.errors import Unavailable
+from bdh_batch.text.job_queue import QueueLimits
 from bdh_batch.text.sandbox import JobFailed, Sandbox, Work
 from bdh_batch.text.sandbox_process import JobLimits, Refused
-from bdh_batch.text.turns import QueueLimits
 
 WITHIN = 300.0  # seconds; nothing here takes long, but the machine may be busy
 LIMITS = JobLimits(seconds=0.3, memory=64 * 2**20, stack=2**20, jobs=3)

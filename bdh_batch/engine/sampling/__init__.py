@@ -1,1 +1,1 @@
-"""From scores to tokens: logits processors, masks, the draw, log-probabilities."""
+"""From logits to tokens: logits processors, masks, the draw, log-probabilities."""

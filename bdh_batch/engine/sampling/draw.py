@@ -29,10 +29,12 @@ def sample(
     positions: Sequence[int],
     masks: Sequence[bytes | None] = (),
 ) -> list[int | None]:
-    """One token per row of `logits` [rows, V] float32; None for a row that is not finite.
+    """Draws one token for each row of `logits` [rows, V] float32; None for a row that is not finite.
 
-    `positions` are those of the tokens to be drawn, in their sequences; `masks` has what each row may draw, as
-    `messages.Constraint` says it, or is empty.
+    Args:
+        params: the sampling parameters of each row.
+        positions: of the tokens to be drawn, in their sequences.
+        masks: which tokens each row may draw, in the packed bits of `messages.Constraint`, or empty.
     """
     finite = torch.isfinite(logits).all(dim=-1)
     logits = masked(logits, masks)
@@ -64,7 +66,7 @@ def _draw(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[
 
 
 def _keep_near(logits: Tensor, min_p: Sequence[float]) -> Tensor:
-    """Sets tokens less than `min_p` times as likely as the likeliest, whose score is 0, to −∞."""
+    """Sets tokens less than `min_p` times as likely as the likeliest, whose logit is 0, to −∞."""
     least = torch.tensor(min_p, device=logits.device)[:, None].log()
     return logits.masked_fill(logits < least, -torch.inf)
 

@@ -1,4 +1,4 @@
-"""Changes scores by sampling parameters before tokens are drawn: bias, penalties, bans.
+"""Changes logits by sampling parameters before tokens are drawn: bias, penalties, bans.
 
 Only the entries that change are touched; a row without sampling parameters of this kind costs nothing. The order and
 the formulas are vLLM's: bias; then, on the tokens that came, the repetition penalty (prompt and completion), the
@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 
 from bdh_batch.kernels.vector import compiled, inlined
-from bdh_batch.messages import Adjustment
+from bdh_batch.messages import LogitsProcessors
 
-BANNED = -1e30  # what a banned token scores: below all that a bias or a penalty can do, and still finite
-_FARTHEST = 1e29  # from 0, that penalties can move a score
+BANNED = -1e30  # the logit of a banned token: below all that a bias or a penalty can do, and still finite
+_FARTHEST = 1e29  # from 0, that penalties can move a logit
 
-RowProcessors = Sequence[tuple[int, Adjustment]]  # each with its row of the logits
+RowProcessors = Sequence[tuple[int, LogitsProcessors]]  # each with its row of the logits
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Longs = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def process_logits(logits: Tensor, processors: RowProcessors) -> None:
-    """Changes rows of `logits` [rows, V] float32, in place."""
+    """Changes rows of `logits` [rows, V] float32 in place, each by the logits processors of its sequence."""
     if logits.device.type == "cpu":
         process_in_main_memory(logits, processors)
     else:
@@ -39,10 +39,10 @@ def process_logits(logits: Tensor, processors: RowProcessors) -> None:
 
 
 def process_in_main_memory(logits: Tensor, processors: RowProcessors) -> None:
-    """Row by row."""
-    scores = logits.numpy()
+    """Changes rows of `logits` [rows, V] float32 on the CPU, one after the other."""
+    values = logits.numpy()
     for row, processor in processors:
-        own, sampling = scores[row], processor.sampling
+        own, sampling = values[row], processor.sampling
         if (bias := sampling.logit_bias) is not None:
             _add(own, np.frombuffer(bias.tokens, np.int64), np.frombuffer(bias.amounts, np.float32))
         if processor.prompt:
@@ -62,20 +62,20 @@ def process_in_main_memory(logits: Tensor, processors: RowProcessors) -> None:
 
 
 @compiled
-def _add(scores: Floats, tokens: Longs, amounts: Floats) -> None:
+def _add(logits: Floats, tokens: Longs, amounts: Floats) -> None:
     for at in range(len(tokens)):
-        scores[tokens[at]] += amounts[at]
+        logits[tokens[at]] += amounts[at]
 
 
 @compiled
-def _repeat(scores: Floats, tokens: Longs, repetition: float) -> None:
+def _repeat(logits: Floats, tokens: Longs, repetition: float) -> None:
     for token in tokens:
-        scores[token] = _moved(scores[token], repetition, 0.0)
+        logits[token] = _moved(logits[token], repetition, 0.0)
 
 
 @compiled
 def _penalise(
-    scores: Floats,
+    logits: Floats,
     tokens: Longs,
     times: Longs,
     repeated: Longs,
@@ -85,13 +85,13 @@ def _penalise(
 ) -> None:
     for at in range(len(tokens)):
         less = frequency * times[at] + presence
-        scores[tokens[at]] = _moved(scores[tokens[at]], 1.0 if repeated[at] else repetition, less)
+        logits[tokens[at]] = _moved(logits[tokens[at]], 1.0 if repeated[at] else repetition, less)
 
 
 @inlined
-def _moved(score: float, repetition: float, less: float) -> float:
+def _moved(logit: float, repetition: float, less: float) -> float:
     """In float64, as a repetition penalty may be any number above 0. What is not finite stays, so that it shows."""
-    exact = np.float64(score)
+    exact = np.float64(logit)
     if not np.isfinite(exact):
         return exact
     exact = (exact / repetition if exact > 0 else exact * repetition) - less
@@ -99,13 +99,13 @@ def _moved(score: float, repetition: float, less: float) -> float:
 
 
 @compiled
-def _ban(scores: Floats, tokens: Longs) -> None:
+def _ban(logits: Floats, tokens: Longs) -> None:
     for token in tokens:
-        scores[token] = BANNED
+        logits[token] = BANNED
 
 
 def process_on_device(logits: Tensor, processors: RowProcessors) -> None:
-    """The entries of all rows together."""
+    """Changes rows of `logits` [rows, V] float32 on a device, the entries of all rows together."""
     if biased := [(row, bias) for row, processor in processors if (bias := processor.sampling.logit_bias) is not None]:
         where = _entries(logits, [(row, bias.tokens) for row, bias in biased])
         logits[where] += _on(logits, [bias.amounts for _, bias in biased], torch.float32)
@@ -131,9 +131,9 @@ def process_on_device(logits: Tensor, processors: RowProcessors) -> None:
         logits[_entries(logits, banned)] = BANNED
 
 
-def _moved_all(scores: Tensor, repetition: Tensor, less: Tensor | float) -> Tensor:
+def _moved_all(logits: Tensor, repetition: Tensor, less: Tensor | float) -> Tensor:
     """As `_moved`."""
-    exact = scores.double()
+    exact = logits.double()
     moved = torch.where(exact > 0, exact / repetition, exact * repetition) - less
     return torch.where(exact.isfinite(), moved.clamp(-_FARTHEST, _FARTHEST), exact).float()
 

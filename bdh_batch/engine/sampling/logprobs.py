@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens, and the likeliest ones beside them: the log-softmax of the model's own scores."""
+"""Log-probabilities of tokens, and the likeliest ones beside them: the log-softmax of the model's own logits."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bdh_batch.messages import TokenScore
+from bdh_batch.messages import TokenLogprob
 
-ROWS = 128  # of prompts, that are scored at a time: their logits take memory
+ROWS = 128  # of prompts whose logprobs are taken at a time: their logits take memory
 
 
 class Likeliest(Sequence[tuple[int, float]]):
@@ -45,9 +45,16 @@ class Likeliest(Sequence[tuple[int, float]]):
         return list(self)[index]
 
 
-def score(logits: Tensor, tokens: Sequence[int], tops: Sequence[int], ranked: bool = False) -> list[TokenScore]:
-    """A score for the token of each row of `logits` [rows, V] float32, with its row's `tops` likeliest tokens, and
-    `ranked` among all."""
+def token_logprobs(
+    logits: Tensor, tokens: Sequence[int], tops: Sequence[int], ranked: bool = False
+) -> list[TokenLogprob]:
+    """Returns the log-probabilities of one token for each row of `logits` [rows, V] float32.
+
+    Args:
+        tokens: one for each row.
+        tops: how many of the likeliest tokens each row's entry contains.
+        ranked: whether an entry contains its token's rank among all tokens.
+    """
     logprobs = logits.log_softmax(dim=-1)
     chosen = logprobs.gather(1, torch.tensor(tokens, device=logits.device)[:, None])
     own = chosen.squeeze(1).tolist()
@@ -55,6 +62,6 @@ def score(logits: Tensor, tokens: Sequence[int], tops: Sequence[int], ranked: bo
     found = logprobs.topk(min(max(tops), logits.shape[-1]), dim=-1)
     likeliest, values = found.indices.to(torch.int32).numpy(force=True), found.values.numpy(force=True)
     return [
-        TokenScore(token, mine, Likeliest(likeliest, values, row, top), rank)
+        TokenLogprob(token, mine, Likeliest(likeliest, values, row, top), rank)
         for row, (token, mine, top, rank) in enumerate(zip(tokens, own, tops, ranks, strict=True))
     ]

@@ -1,4 +1,4 @@
-"""Which tokens a row may draw: packed bits, as grammars give them, applied to scores."""
+"""Which tokens a row may draw: packed bits, as grammars give them, applied to logits."""
 
 from __future__ import annotations
 

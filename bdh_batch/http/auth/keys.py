@@ -48,7 +48,7 @@ WATCHER = "bdh-keys"  # the name of the thread that looks
 
 
 class Key(BaseModel):
-    """What a key may do; None is no restriction of its own."""
+    """The rights of an API key; None is no restriction of its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
 

@@ -39,7 +39,7 @@ class Unreachable(Exception):
 @dataclass(frozen=True, slots=True)
 class Grant:
     """What came of asking. `name` and `slot` are where it is counted, and `wait` is how many seconds pass until so much
-    is to be had, or, where it is granted, until some of what was taken is free again."""
+    is available, or, where it is granted, until some of what was taken is free again."""
 
     granted: bool
     remaining: int

@@ -1,4 +1,4 @@
-"""How often, and how much, each caller may ask in a minute; counted in this process, or in a Redis that several share.
+"""Limits each caller's requests and tokens per minute; counted in this process, or in a Redis that several share.
 
 Requests are counted in any minute, refused ones that were let in included. So are tokens, in the minute in which they
 are reserved: what a request may need at most is taken when it comes, and what it did not use is given back at its end,
@@ -80,7 +80,7 @@ class Rates:
         """Takes `tokens`, which `param` has asked for, from what `caller` has left; None where it has no limit.
 
         Raises:
-            InvalidRequest: so many are not to be had in any minute.
+            InvalidRequest: the limit is lower than that.
             RateLimited: not now.
         """
         limit = self._limit(caller, "tokens_per_minute")

@@ -1,4 +1,4 @@
-"""What the fields of request bodies mean, for the OpenAPI document. A test holds that each of them is here.
+"""Descriptions of the fields of request bodies, for the OpenAPI document. A test holds that each of them is here.
 
 A name means the same in every body that has it, but for those that are given with their body's.
 """

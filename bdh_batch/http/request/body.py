@@ -1,4 +1,4 @@
-"""From the bytes of a body to its type: strict types, bounded parts, and one error that names the field."""
+"""Parses the bytes of a body into its type: strict types, bounded parts, and one error that names the field."""
 
 from __future__ import annotations
 

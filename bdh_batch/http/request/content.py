@@ -1,4 +1,4 @@
-"""What a request's body may be by its headers: JSON, and as it is or compressed."""
+"""Checks by a request's headers that its body is JSON, and decompresses it where it is compressed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the head of a request says, as RFC 9110 and RFC 9112 have it, and where what a client sends may be cut."""
+"""Reads the head of a request by RFC 9110 and RFC 9112, and finds where bytes of a client may be cut."""
 
 from __future__ import annotations
 

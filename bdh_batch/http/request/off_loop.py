@@ -1,4 +1,4 @@
-"""Work that would hold up the event loop goes to a thread: one piece of it at a time, tenants by turns.
+"""Work that would hold up the event loop goes to a thread: one piece of it at a time, tenants in turn.
 
 A thread shares the interpreter's lock with the loop and the engine: several at once would leave less to those.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from bdh_batch.system.threads import in_daemon_thread
-from bdh_batch.text.turns import QueueLimits, Turns
+from bdh_batch.text.job_queue import JobQueue, QueueLimits
 
 T = TypeVar("T")
 
@@ -24,16 +24,16 @@ class OffLoop:
     """Runs the long work of all requests, in a thread that does not keep the program from ending."""
 
     def __init__(self) -> None:
-        self._turns = Turns(QueueLimits(at_once=1, most_waiting=sys.maxsize, most_bytes=sys.maxsize, seconds=None))
+        self._queue = JobQueue(QueueLimits(at_once=1, most_waiting=sys.maxsize, most_bytes=sys.maxsize, seconds=None))
 
     def of(self, tenant: str) -> Aside:
         return Aside(self, tenant)
 
     async def run(self, tenant: str, work: Callable[[], T]) -> T:
         """What `work` returns or raises. A task that is cancelled leaves the queue; work that has begun is finished."""
-        await self._turns.take(tenant, 0)
+        await self._queue.take(tenant, 0)
         outcome = in_daemon_thread(work, THREAD)
-        outcome.add_done_callback(lambda _: self._turns.give_back(tenant))
+        outcome.add_done_callback(lambda _: self._queue.give_back(tenant))
         return await asyncio.shield(outcome)
 
 

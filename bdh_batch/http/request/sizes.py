@@ -1,4 +1,4 @@
-"""How large the parts of a body may be. Each bound is an option of `limits`, which is named where it is exceeded.
+"""Bounds the parts of a body. Each bound is an option of `limits`, which the error names where it is exceeded.
 
 Each list, string and free object of a body's types has a bound (`AtMost`), or says that only the body's own size is one
 (`BodyText`, `AnyJson`). The OpenAPI document shows the bounds of the settings.

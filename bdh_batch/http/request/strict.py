@@ -1,4 +1,4 @@
-"""What all objects of a body have in common: strict types, no unknown fields, and unsupported ones refused by name.
+"""The base of all objects of a body: strict types, no unknown fields, and unsupported ones refused by name.
 
 Null is as good as leaving a field out, whether the field is known or not.
 """

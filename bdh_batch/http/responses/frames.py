@@ -28,7 +28,7 @@ def error_frame(error: BDHError) -> bytes:
 
 @dataclass(frozen=True)
 class ResponseOptions:
-    """What is the same in all frames of one request."""
+    """The options of a response that are the same in all frames of one request."""
 
     id: str
     created: int
@@ -114,7 +114,7 @@ class Frames:
             parts = (self._head, index, self.before_text, orjson.dumps(delta.text), self._after_only_text, self._tail)
             return [b"%b%d,%b%b%b%b" % parts]
         text, logprobs = self._parts(index, delta)
-        shows = text or delta.finish_reason or delta.scores or delta.prompt_scores
+        shows = text or delta.finish_reason or delta.logprobs or delta.prompt_logprobs
         if not (shows or self._options.token_ids):
             return []
         reason = b'"%s"' % delta.finish_reason.encode() if delta.finish_reason else b"null"
@@ -125,9 +125,8 @@ class Frames:
     def cost(self, prompts: Sequence[Sequence[int]], deltas: Sequence[Delta]) -> int:
         """About how many microseconds it takes to encode `deltas`, with the `prompts` that are part of the response."""
         each = 1 + max(self._options.logprobs or 0, self._options.prompt_logprobs or 0)
-        cost = sum(
-            [len(delta.tokens) + each * (len(delta.scores or ()) + len(delta.prompt_scores or ())) for delta in deltas]
-        )
+        cost = sum(len(delta.tokens) for delta in deltas)
+        cost += each * sum(len(delta.logprobs or ()) + len(delta.prompt_logprobs or ()) for delta in deltas)
         return cost + (sum(map(len, prompts)) if self._options.token_ids or self._options.echo else 0)
 
     @property
@@ -184,11 +183,11 @@ class Frames:
 
     def _of_prompt(self, prompt: Sequence[int], end: Delta) -> list[bytes]:
         """What a whole response has of a prompt, as members of an object."""
-        scores, most = [NULL], self._options.prompt_logprobs
+        logprobs, most = [NULL], self._options.prompt_logprobs
         if most is not None:
-            scores = of_prompt(self._tokenizer, end.prompt_scores or (), most)
+            logprobs = of_prompt(self._tokenizer, end.prompt_logprobs or (), most)
         ids = dump_list(prompt) if self._options.token_ids else NULL
-        return [b',"prompt_logprobs":', *scores, b',"prompt_token_ids":', ids]
+        return [b',"prompt_logprobs":', *logprobs, b',"prompt_token_ids":', ids]
 
     def _prompt_ids(self, prompt: Sequence[int]) -> bytes:
         return b',"prompt_token_ids":' + dump_list(prompt) if self._options.token_ids else b""
@@ -225,9 +224,9 @@ class CompletionFrames(Frames):
     def _parts(self, index: int, delta: Delta) -> tuple[str, list[bytes]]:
         if (prompt := self._unsaid.pop(index, None)) is not None:
             return self._echo(index, prompt, delta)
-        if self._options.logprobs is None or delta.scores is None:
+        if self._options.logprobs is None or delta.logprobs is None:
             return delta.text, [NULL]
-        return delta.text, columns(self._name, (), delta.scores, self._options.logprobs, self._bases.get(index, 0))
+        return delta.text, columns(self._name, (), delta.logprobs, self._options.logprobs, self._bases.get(index, 0))
 
     def _echo(self, index: int, prompt: Sequence[int], delta: Delta) -> tuple[str, list[bytes]]:
         """As `_parts`, with the prompt before it."""
@@ -235,8 +234,8 @@ class CompletionFrames(Frames):
         self._bases[index] = base = len(text)
         if self._options.logprobs is None:
             return text + delta.text, [NULL]
-        before = zip(begins[1:], delta.prompt_scores or (), strict=True)
-        after = ((base + begin, score) for begin, score in delta.scores or ())
+        before = zip(begins[1:], delta.prompt_logprobs or (), strict=True)
+        after = ((base + begin, entry) for begin, entry in delta.logprobs or ())
         return text + delta.text, columns(self._name, prompt[:1], chain(before, after), self._options.logprobs)
 
     def opening(self, prompts: Sequence[Sequence[int]]) -> bytes:
@@ -258,9 +257,9 @@ class ChatFrames(Frames):
     prompt_beside_choices = True
 
     def _parts(self, index: int, delta: Delta) -> tuple[str, list[bytes]]:
-        if self._options.logprobs is None or delta.scores is None:
+        if self._options.logprobs is None or delta.logprobs is None:
             return delta.text, [NULL]
-        return delta.text, objects(self._name, delta.scores)
+        return delta.text, objects(self._name, delta.logprobs)
 
     def opening(self, prompts: Sequence[Sequence[int]]) -> bytes:
         role = b'"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'

@@ -1,4 +1,4 @@
-"""From a generation to its client: as server-sent events, or whole. A client that leaves ends its generation."""
+"""Sends a generation to its client, as server-sent events or whole. A client that disconnects ends its generation."""
 
 from __future__ import annotations
 

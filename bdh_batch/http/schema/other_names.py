@@ -1,4 +1,4 @@
-"""What other servers call the parameters of a request: an error says what they are called here."""
+"""The names that other servers have for parameters of a request: an error says what they are called here."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, WrapValidator
 from pydantic_core import PydanticCustomError
 
-from bdh_batch.backends.base import Unread
+from bdh_batch.backends.base import RawPrompt
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.request.sizes import AtMost, FreeObject, Label
 from bdh_batch.http.request.strict import Neutral, Wire
@@ -70,7 +70,7 @@ MAX_CHUNK = 1024
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What a request that does not say gets."""
+    """The defaults of sampling parameters that a request leaves out."""
 
     max_tokens: int = 256
     temperature: float = 1.0
@@ -126,7 +126,7 @@ class StreamOptions(Wire):
 
 
 class GenerationBody(Formatted):
-    """What completions and chat have in common."""
+    """The fields that completions and chat share."""
 
     unsupported = GENERATION
 
@@ -238,14 +238,14 @@ class GenerationBody(Formatted):
             bad_words=tuple(self.bad_words or ()),
             allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
             show_special=self.skip_special_tokens is False,
-            score_prompt=self._scores_of_prompt(),
+            prompt_logprobs=self._prompt_logprobs(),
             grammar=grammar,
             salt=salted(self.cache_salt),
             priority=self.priority or 0,
         )
 
-    def _scores_of_prompt(self) -> int | None:
-        """Likeliest tokens that are needed with each score of the prompt's tokens; None where no score is."""
+    def _prompt_logprobs(self) -> int | None:
+        """Returns how many likeliest tokens the prompt's logprobs have to contain; None where none are needed."""
         wanted = [self.prompt_logprobs, self.top if self.echoes else None]
         return max((each for each in wanted if each is not None), default=None)
 
@@ -304,7 +304,7 @@ class CompletionBody(GenerationBody):
             raise InvalidRequest("max_tokens should be at least 1; 0 can only be used with echo.", "max_tokens")
         super().check(defaults)
 
-    def prompts(self) -> list[Unread]:
+    def prompts(self) -> list[RawPrompt]:
         return [("prompt", prompt) for prompt in to_prompts(self.prompt, self.add_special_tokens)]
 
 

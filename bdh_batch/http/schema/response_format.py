@@ -1,4 +1,4 @@
-"""What a response has to look like, as it comes over the wire: `response_format`, `structured_outputs`, `guided_…`."""
+"""The fields of a body that ask for structured output: `response_format`, `structured_outputs`, `guided_…`."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from bdh_batch.backends.base import Unread
+from bdh_batch.backends.base import RawPrompt
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.request.sizes import BodyText, BodyTokens, Label
 from bdh_batch.http.request.strict import Neutral, Wire
@@ -21,7 +21,7 @@ EMBEDDING: Neutral = {"embed_dtype": ("float32",), "endianness": ("little", "nat
 
 
 class EmbeddingOptions(Wire):
-    """What all requests for embeddings have in common."""
+    """The fields that all requests for embeddings share."""
 
     unsupported: ClassVar[Neutral] = EMBEDDING
 
@@ -53,7 +53,7 @@ class EmbeddingBody(EmbeddingOptions):
     input: Annotated[list[Any], PromptList("max_inputs", mixed=True)]
     add_special_tokens: bool | None = None
 
-    def prompts(self) -> list[Unread]:
+    def prompts(self) -> list[RawPrompt]:
         prompts = to_prompts(self.input, self.add_special_tokens)
         if len(prompts) == 1:
             return [("input", prompts[0])]

@@ -1,4 +1,4 @@
-"""What clients may take of the server's memory and file descriptors before they have been given anything for it."""
+"""Bounds the memory and file descriptors that clients may take before their requests are admitted."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Holder(Protocol):
         """Whether it holds bytes of a request that has not come whole."""
 
     def shed(self, error: Unavailable) -> None:
-        """Gives up those bytes, and responds to their request with `error`."""
+        """Frees those bytes, and responds to their request with `error`."""
 
 
 class BufferBudget:

@@ -46,7 +46,7 @@ def _date_line(now: int) -> bytes:
 
 
 class ClientConnection(Protocol):
-    """What an exchange needs of its connection."""
+    """The part of a connection that an exchange uses."""
 
     budget: BufferBudget
     writable: asyncio.Event

@@ -29,7 +29,7 @@ def listen(settings: ServerSettings) -> list[socket.socket]:
     """Sockets whose addresses are taken before the slow part of the start.
 
     Raises:
-        ConfigError: they cannot be had.
+        ConfigError: they cannot be opened.
     """
     if handed := handed_over():
         return handed
@@ -46,7 +46,7 @@ def listen(settings: ServerSettings) -> list[socket.socket]:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens at the first address of `host`. Raises ConfigError: it cannot be had."""
+    """A socket that listens at the first address of `host`. Raises ConfigError: it cannot be opened."""
     try:
         return _bind(*_addresses(host, port)[0], alone=True)
     except OSError as error:
@@ -82,7 +82,7 @@ def bind_path(path: Path, mode: int) -> socket.socket:
     """A Unix socket that listens at `path`. One that a dead server has left there is replaced.
 
     Raises:
-        ConfigError: it cannot be had, or another server listens there.
+        ConfigError: it cannot be opened, or another server listens there.
     """
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:

@@ -1,4 +1,4 @@
-"""What all connections of a server have in common: the application, the budget, and turns."""
+"""The objects that all connections of a server share: the application, the budget, and the queue of turns."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Member(Holder, Protocol):
 
 @dataclass
 class Site:
-    """What all connections of a server have in common."""
+    """The objects that all connections of a server share."""
 
     app: ASGIApp
     limits: Limits

@@ -1,4 +1,4 @@
-"""Servers as they are commonly written, to measure ours against; each is one behind our own front door.
+"""Servers as they are commonly written, to measure ours against; each is one behind our own HTTP layer.
 
     python -m benchmarks.server.baselines upstream --port 8001 --model models/bdh-shakespeare
 

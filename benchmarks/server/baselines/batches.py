@@ -1,7 +1,7 @@
 """An engine that computes batch after batch, each to the end of its longest completion; a batch of one is one at a
 time.
 
-Implements `backends.local.Engine`. It knows no classes, shares or deadlines: who came first goes first.
+Implements `backends.local.Engine`. It knows no priorities, shares or deadlines: who came first goes first.
 Its steps are not reported to the observer, only what sequences gained.
 """
 
@@ -197,10 +197,10 @@ def refuse(sequence: Sequence) -> None:
     assert isinstance(completion, Completion)
     if completion.pool:
         raise UnsupportedParameter("This baseline makes no embeddings.")
-    if completion.score_prompt is not None:
-        raise UnsupportedParameter("This baseline scores no prompts.", "echo")
+    if completion.prompt_logprobs is not None:
+        raise UnsupportedParameter("This baseline gives no logprobs of prompts.", "echo")
     if sequence.priority:
-        raise UnsupportedParameter("This baseline knows no classes.", "priority")
+        raise UnsupportedParameter("This baseline knows no priorities.", "priority")
 
 
 def deliver(updates: Many[Update]) -> None:

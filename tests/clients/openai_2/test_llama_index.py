@@ -50,12 +50,12 @@ def test_async(llm: OpenAILike) -> None:
 
 def test_tools_and_the_way_back(llm: OpenAILike) -> None:
     tool = FunctionTool.from_defaults(fn=play)
-    answer = llm.chat_with_tools([tool], user_msg="Speak.", tool_required=True)
-    (call,) = llm.get_tool_calls_from_response(answer)
+    reply = llm.chat_with_tools([tool], user_msg="Speak.", tool_required=True)
+    (call,) = llm.get_tool_calls_from_response(reply)
     assert call.tool_name == "play"
     assert fits(call.tool_kwargs)
     result = ChatMessage(role="tool", content="done", additional_kwargs={"tool_call_id": call.tool_id})
-    assert llm.chat([*MESSAGES, answer.message, result]).raw.choices
+    assert llm.chat([*MESSAGES, reply.message, result]).raw.choices
 
 
 def test_structured(llm: OpenAILike) -> None:

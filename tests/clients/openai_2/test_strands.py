@@ -17,7 +17,7 @@ def agent(endpoint: Endpoint, params: dict[str, object], **options: object) -> A
 
 
 def test_text(endpoint: Endpoint) -> None:
-    """An answer that was cut off is an error of this client's."""
+    """A response that was cut off is an error of this client's."""
     with pytest.raises(MaxTokensReachedException):
         agent(endpoint, {"max_tokens": 30})("Speak.")
     result = agent(endpoint, BRIEF)("Speak.")

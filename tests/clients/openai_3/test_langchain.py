@@ -17,9 +17,9 @@ def chat(endpoint: Endpoint) -> ChatOpenAI:
 
 
 def test_whole(chat: ChatOpenAI) -> None:
-    answer = chat.invoke([SystemMessage("You are Romeo."), HumanMessage("Speak.")], max_tokens=20)
-    assert answer.usage_metadata["output_tokens"] == 20
-    assert answer.response_metadata["finish_reason"] == "length"
+    reply = chat.invoke([SystemMessage("You are Romeo."), HumanMessage("Speak.")], max_tokens=20)
+    assert reply.usage_metadata["output_tokens"] == 20
+    assert reply.response_metadata["finish_reason"] == "length"
 
 
 def test_stream(chat: ChatOpenAI) -> None:
@@ -41,11 +41,11 @@ def test_batch_and_async(chat: ChatOpenAI) -> None:
 def test_tools_and_the_way_back(chat: ChatOpenAI, choice: str | bool) -> None:
     bound = chat.bind_tools([play], tool_choice=choice, parallel_tool_calls=False)
     question = HumanMessage("Speak.")
-    answer = bound.invoke([question])
-    (call,) = answer.tool_calls
+    reply = bound.invoke([question])
+    (call,) = reply.tool_calls
     assert call["name"] == "play"
     assert fits(call["args"])
-    back = chat.invoke([question, answer, ToolMessage("done", tool_call_id=call["id"])], max_tokens=5)
+    back = chat.invoke([question, reply, ToolMessage("done", tool_call_id=call["id"])], max_tokens=5)
     assert isinstance(back, AIMessage)
 
 
@@ -68,8 +68,8 @@ def test_an_agent_that_calls_no_tool(chat: ChatOpenAI) -> None:
 
 
 def test_logprobs(chat: ChatOpenAI) -> None:
-    answer = chat.invoke("Speak.", logprobs=True, top_logprobs=2, max_tokens=3)
-    assert len(answer.response_metadata["logprobs"]["content"]) == 3
+    reply = chat.invoke("Speak.", logprobs=True, top_logprobs=2, max_tokens=3)
+    assert len(reply.response_metadata["logprobs"]["content"]) == 3
 
 
 def test_completions(endpoint: Endpoint) -> None:

@@ -26,19 +26,19 @@ def test_whole_and_streamed(endpoint: Endpoint, provider: str) -> None:
 @pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])
 def test_tools_and_the_way_back(endpoint: Endpoint, provider: str) -> None:
     tool = {"type": "function", "function": {"name": "play", "parameters": Scene.model_json_schema()}}
-    answer = litellm.completion(**asked(endpoint, provider, tools=[tool], tool_choice="required")).choices[0].message
-    calls = answer.tool_calls
+    reply = litellm.completion(**asked(endpoint, provider, tools=[tool], tool_choice="required")).choices[0].message
+    calls = reply.tool_calls
     assert calls
     Scene.model_validate_json(calls[0].function.arguments)
     told = [{"role": "tool", "tool_call_id": call.id, "content": "done"} for call in calls]
-    back = asked(endpoint, provider) | {"messages": [*MESSAGES, answer, *told]}
+    back = asked(endpoint, provider) | {"messages": [*MESSAGES, reply, *told]}
     assert litellm.completion(**back).choices
 
 
 @pytest.mark.parametrize("provider", ["openai", "hosted_vllm"])
 def test_an_object(endpoint: Endpoint, provider: str) -> None:
-    answer = litellm.completion(**asked(endpoint, provider, response_format=Scene))
-    Scene.model_validate_json(answer.choices[0].message.content)
+    reply = litellm.completion(**asked(endpoint, provider, response_format=Scene))
+    Scene.model_validate_json(reply.choices[0].message.content)
 
 
 def test_text_completion_and_embedding(endpoint: Endpoint) -> None:

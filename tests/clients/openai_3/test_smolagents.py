@@ -27,9 +27,9 @@ def model(endpoint: Endpoint) -> OpenAIModel:
 
 
 def test_whole_and_streamed(model: OpenAIModel) -> None:
-    answer = model.generate(MESSAGES)
-    assert answer.content
-    assert answer.token_usage.output_tokens == 100
+    reply = model.generate(MESSAGES)
+    assert reply.content
+    assert reply.token_usage.output_tokens == 100
     assert len(list(model.generate_stream(MESSAGES))) > 10
 
 
@@ -47,7 +47,7 @@ def test_a_tool(model: OpenAIModel) -> None:
 
 
 def test_an_agent(model: OpenAIModel) -> None:
-    """Whether it ends by its own answer or at its last step, every request that it sends is answered."""
+    """Whether it ends by its own response or at its last step, every request that it sends is answered."""
     agent = ToolCallingAgent(tools=[play], model=model, max_steps=3, verbosity_level=0)
     agent.run("Speak.")
     assert not [step for step in agent.memory.steps if "Error code" in str(getattr(step, "error", ""))]

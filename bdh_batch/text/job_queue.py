@@ -29,12 +29,12 @@ class QueueLimits:
 
 @dataclass(eq=False, slots=True)
 class _Waiting:
-    turn: asyncio.Future[None]
+    started: asyncio.Future[None]
     size: int
 
 
-class Turns:
-    """Gives turns to tenants one after the other, each tenant's in their order.
+class JobQueue:
+    """A queue of jobs that starts one of each tenant in turn, each tenant's in their order.
 
     A full queue refuses the tenants that fill it: a tenant with far fewer waiting jobs evicts the newest job of the
     tenant that has most.
@@ -53,7 +53,7 @@ class Turns:
         return self._running.total()
 
     async def take(self, tenant: str, size: int) -> None:
-        """Waits for a turn of `tenant`; `give_back` ends it.
+        """Waits until a job of `tenant` may start; `give_back` ends it.
 
         Raises:
             QueueFull: too many wait, or this one has waited for too long.
@@ -66,10 +66,10 @@ class Turns:
         self._start_next()
         try:
             async with asyncio.timeout(self._limits.seconds):
-                await mine.turn
+                await mine.started
         except TimeoutError:
             self._leave(tenant, mine)
-            text = f"It waited for {self._limits.seconds or 0:g} s (sandbox.queue_seconds), and others still go first."
+            text = f"It waited for {self._limits.seconds or 0:g} s (sandbox.queue_seconds), and other jobs go first."
             raise QueueFull(text, RETRY_SECONDS) from None
         except BaseException:
             self._leave(tenant, mine)
@@ -90,8 +90,8 @@ class Turns:
                 raise _full()
             newest = self._queues[longest][-1]
             self._remove(longest, newest)
-            if not newest.turn.done():
-                newest.turn.set_exception(_full())
+            if not newest.started.done():
+                newest.started.set_exception(_full())
 
     def _start_next(self) -> None:
         while self.running < self._limits.at_once:
@@ -101,14 +101,14 @@ class Turns:
             first = self._queues[tenant][0]
             self._queues.move_to_end(tenant)
             self._remove(tenant, first)
-            if not first.turn.done():  # else its owner was cancelled, and is about to leave
+            if not first.started.done():  # else its owner was cancelled, and is about to leave
                 self._running[tenant] += 1
-                first.turn.set_result(None)
+                first.started.set_result(None)
 
     def _leave(self, tenant: str, mine: _Waiting) -> None:
-        """Removes a job that does not wait any more; its turn may have come, or been refused, at the same moment."""
-        if mine.turn.done() and not mine.turn.cancelled():
-            if mine.turn.exception() is None:
+        """Removes a job that does not wait any more; it may have been started or refused at the same moment."""
+        if mine.started.done() and not mine.started.cancelled():
+            if mine.started.exception() is None:
                 self.give_back(tenant)
         elif mine in self._queues.get(tenant, ()):
             self._remove(tenant, mine)
