@@ -192,7 +192,7 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._slow = False
         merged, self._merged = self._merged, {}
-        self._gains = [Gain.of(*key, gathering.whole(), cached) for key, (gathering, cached) in merged.items()]
+        self._gains += [Gain.of(*key, gathering.whole(), cached) for key, (gathering, cached) in merged.items()]
         self._flush()
 
     def data_received(self, data: bytes) -> None:
@@ -241,12 +241,14 @@ class Connection(asyncio.Protocol):
         if not self._authenticated:
             self._greet(message)
         elif isinstance(message, Start):
-            task = self._loop.create_task(self._start(message))
+            stream = self.streams[message.stream] = Stream(self, message)
+            self._port.streams_changed()
+            task = self._loop.create_task(self._start(message, stream))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         elif isinstance(message, Abort):
-            if (stream := self.drop(message.stream)) is not None:
-                stream.abandon()
+            if (ended := self.drop(message.stream)) is not None:
+                ended.abandon()
         elif isinstance(message, MetricsRequest):
             self.send(MetricsReport(message.number, self._port.metrics()))
         else:
@@ -276,9 +278,7 @@ class Connection(asyncio.Protocol):
         self.send(Refusal(reason[:200]))
         self._transport.close()
 
-    async def _start(self, message: Start) -> None:
-        stream = self.streams[message.stream] = Stream(self, message)
-        self._port.streams_changed()
+    async def _start(self, message: Start, stream: Stream) -> None:
         try:
             request = message.whole
             if isinstance(request.grammar, GrammarText):

@@ -62,14 +62,15 @@ class Failover:
     def lost(self, replica: Replica, streams: Sequence[RemoteStream]) -> None:
         """Moves `streams` to other engines, as `replica` has crashed, hangs, or is being replaced."""
         self._probes.pop(replica, None)
-        suspects = () if replica.state is State.LEAVING else replica.in_step
-        now = time.monotonic()
-        if replica.state is not State.LEAVING and not suspects:
+        leaving, now = replica.state is State.LEAVING, time.monotonic()
+        suspects = () if leaving else replica.in_step
+        if not (leaving or suspects or any(not stream.confirmed for stream in streams)):
             self._unexplained = now
         most = self._max_failovers + (MORE if now - self._unexplained < REMEMBERED_SECONDS else 0)
         for stream in streams:
             stream.lost()
-            stream.failovers += stream.request.origin.id in suspects
+            # One that was not even started may have crashed the engine before its first step.
+            stream.failovers += stream.request.origin.id in suspects or not (leaving or stream.confirmed)
             if stream.ended:
                 continue
             if stream.failovers < most:
@@ -80,8 +81,8 @@ class Failover:
             stream.fail(GenerationFailed("The engines that computed this request crashed."))
         self.dispatch()
 
-    def refused(self, stream: RemoteStream, replica: Replica) -> None:
-        """Has `stream` wait for another engine, as `replica` is shutting down and did not start it."""
+    def refused(self, stream: RemoteStream) -> None:
+        """Has `stream` wait for another engine, as the one that had it is shutting down."""
         self._end_probe(stream)
         self._wait(stream)
         asyncio.get_running_loop().call_later(REFUSED_SECONDS, self.dispatch)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from bdh_batch.backends.base import RawPrompt
 from bdh_batch.backends.failover import Failover
@@ -36,7 +36,6 @@ class RemoteBackend:
     Args:
         max_failovers: engines that one request may lose; then it fails, as it may be what crashes them.
         timeout: seconds that a request may take in all; None is no limit.
-        closed: is called when the backend is closed.
     """
 
     def __init__(
@@ -45,10 +44,8 @@ class RemoteBackend:
         vocab_size: int,
         max_failovers: int,
         timeout: float | None,
-        closed: Callable[[], None] = lambda: None,
     ) -> None:
         self.replicas: Mapping[str, Replica] = {}
-        self._closed = closed
         self._tokenization = Tokenization(tokenizer, vocab_size)
         self._timeout = timeout
         self._running = Running()
@@ -62,12 +59,15 @@ class RemoteBackend:
         deadline = time.monotonic() + min(timeouts) if timeouts else None
         mailbox = Mailbox()
         stream = RemoteStream(request, mailbox, self._failover, deadline)
-        self._failover.add(stream)
+        self._running.add(stream)
         try:
+            self._failover.add(stream)
             await asyncio.shield(stream.admitted)
         except BaseException:
             stream.abandon()
             raise
+        finally:
+            self._running.discard(stream)
         return MailboxGeneration(request, mailbox, stream, self._running)
 
     @property
@@ -100,7 +100,7 @@ class RemoteBackend:
         await self._running.wait_until_idle(LAST_WORDS_SECONDS)
 
     def close(self) -> None:
-        self._closed()
+        """Whoever has connected the replicas closes them."""
 
     def changed(self, replica: Replica) -> None:
         """Dispatches waiting streams, as the state of a replica has changed."""

@@ -36,6 +36,7 @@ from bdh_batch.errors import BDHError
 log = logging.getLogger(__name__)
 
 FIRST_RETRY, LONGEST_RETRY = 0.02, 1.0  # seconds
+LATE_SECONDS = 0.1  # in which what has been received is read, before an engine counts as lost
 METRICS_SECONDS = 2.0
 
 
@@ -239,6 +240,7 @@ class _Connection(asyncio.Protocol):
         self._replica = replica
         self._unpacker = Unpacker(FromEngine)
         self._greeted = False
+        self._late = False  # whether a heartbeat is overdue
         self._reason = "it closed the connection"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -252,7 +254,7 @@ class _Connection(asyncio.Protocol):
         self._replica.lost(self, self._reason)
 
     def data_received(self, data: bytes) -> None:
-        self._heard = self._loop.time()
+        self._heard, self._late = self._loop.time(), False
         try:
             for message in self._unpacker.feed(data):
                 if self._greeted:
@@ -277,7 +279,10 @@ class _Connection(asyncio.Protocol):
 
     def _watch(self) -> None:
         silent = self._loop.time() - self._heard
-        if silent >= self._replica.heartbeat_timeout:
+        if silent >= self._replica.heartbeat_timeout and not self._late:
+            self._late = True  # this process may have been late itself: what waits is read first
+            self._watching = self._loop.call_later(LATE_SECONDS, self._watch)
+        elif silent >= self._replica.heartbeat_timeout:
             self._disconnect(f"no heartbeat for {silent:.1f} s")
         else:
             self._watching = self._loop.call_later(self._replica.heartbeat_timeout - silent, self._watch)

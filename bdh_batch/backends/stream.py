@@ -21,7 +21,7 @@ class Dispatcher(Protocol):
     def on_first_token(self, stream: RemoteStream) -> None:
         """Is called when the engine that computes the stream now has sent its first delta of it."""
 
-    def refused(self, stream: RemoteStream, replica: Replica) -> None:
+    def refused(self, stream: RemoteStream) -> None:
         """Is called when an engine refuses the stream as it is shutting down."""
 
     def forget(self, stream: RemoteStream) -> None:
@@ -68,8 +68,9 @@ class RemoteStream:
     Args:
         deadline: when it times out, on the monotonic clock; None is never.
 
-    `failovers` counts the engines that it has lost since it last received a delta. `has_token` says whether the engine
-    that computes it now has sent one. `admitted` is done once an engine has started it, or it has failed.
+    `failovers` counts the engines that it has lost without having received something new of each of its sequences.
+    `has_token` says whether the engine that computes it now has sent that, `confirmed` whether it has started it.
+    `admitted` is done once an engine has started it, or it has failed.
     """
 
     def __init__(
@@ -81,6 +82,8 @@ class RemoteStream:
         self.deadline = deadline
         self.failovers = 0
         self.has_token = False
+        self.confirmed = False
+        self._silent: set[int] = set()  # sequences of which the engine has sent nothing new yet
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._mailbox = mailbox
         self._dispatcher = dispatcher
@@ -99,16 +102,18 @@ class RemoteStream:
         return all(record.ended for record in self.records)
 
     def send_to(self, replica: Replica) -> None:
-        self.has_token = False
+        self.has_token = self.confirmed = False
+        self._silent = {index for index, record in enumerate(self.records) if not record.ended}
         self._at = replica, replica.start(self, self._start)
 
     def started(self, replica: Replica, error: BDHError | None) -> None:
         if error is None:
+            self.confirmed = True
             if not self.admitted.done():
                 self.admitted.set_result(None)
         elif isinstance(error, Unavailable):  # the engine is shutting down: as if it were lost
             self._at = None
-            self._dispatcher.refused(self, replica)
+            self._dispatcher.refused(self)
         else:
             self.fail(error)
 
@@ -116,12 +121,19 @@ class RemoteStream:
         record = self.records[gain.index]
         if record.ended:
             return
+        delta = gain.delta
+        if isinstance(delta.error, Unavailable):  # the engine has gone down, though its process has not
+            self._leave()
+            self._dispatcher.refused(self)
+            return
         if record.tokens:
             gain.prompt_logprobs = None  # they came with the first token
         if gain.tokens or gain.text or gain.finish_reason or gain.logprobs or gain.prompt_logprobs:
             record.take(gain)
-            self._mailbox.put(gain.index, gain.delta)
-        if not self.has_token:
+            delta.prompt_logprobs = gain.prompt_logprobs
+            self._mailbox.put(gain.index, delta)
+            self._silent.discard(gain.index)
+        if not (self.has_token or self._silent):
             self.has_token, self.failovers = True, 0
             self._dispatcher.on_first_token(self)
         if record.ended and self.ended:
@@ -142,11 +154,14 @@ class RemoteStream:
         self.abandon()
 
     def abandon(self) -> None:
+        self._leave()
+        self._dispatcher.forget(self)
+
+    def _leave(self) -> None:
         at, self._at = self._at, None
         if at is not None:
             replica, stream = at
             replica.abort(stream)
-        self._dispatcher.forget(self)
 
     def _start(self, number: int) -> Start:
         request = self.request

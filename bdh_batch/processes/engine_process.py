@@ -38,6 +38,7 @@ from bdh_batch.text.vocabulary import Vocabulary, vocabulary_of
 log = logging.getLogger(__name__)
 
 HEARTBEATS = 4  # within the time after which a front end takes an engine for lost
+UNHEALTHY_SECONDS = 2.0  # in which front ends move the streams
 LONGEST_INTERVAL = 1.0  # seconds between two of them
 
 
@@ -79,18 +80,35 @@ async def run_engine(
         host_slots=facts.host_slots,
         window=facts.window,
     )
+    folder.agree(welcome.fingerprint)
     interval = min(LONGEST_INTERVAL, settings.engine.heartbeat_seconds / HEARTBEATS)
     port = EnginePort(backend, grammars, welcome, folder.secret, interval, lambda: worker.load, metrics.exposition)
     server = await asyncio.get_running_loop().create_unix_server(port.new_connection, sock=folder.listen(name))
+    watching = asyncio.create_task(_end_when_unhealthy(backend.health))
     try:
         on_ready()
         await leaving.wait()
+        watching.cancel()
         await _leave(port, settings.server.drain_seconds)
     finally:
         server.close()
         port.close()
         await asyncio.to_thread(backend.close)
         located.close()
+
+
+async def _end_when_unhealthy(health: Callable[[], str | None]) -> None:
+    """Ends the process, to be restarted, once it has been unhealthy for a while: front ends send it nothing any more,
+    so it would not recover."""
+    since = None
+    while True:
+        await asyncio.sleep(UNHEALTHY_SECONDS / 4)
+        problem, now = health(), asyncio.get_running_loop().time()
+        since = None if problem is None else since or now
+        if since is not None and now - since >= UNHEALTHY_SECONDS:
+            log.critical("the engine ends, to be restarted: %s", problem)
+            logging.shutdown()
+            os._exit(1)
 
 
 def _load(settings: Settings, path: Path, load: LoadEngine) -> tuple[LoadedEngine, TextComponents, Vocabulary | str]:

@@ -54,6 +54,7 @@ class RuntimeFolder:
         path = self.engine(name)
         listener = socket.socket(socket.AF_UNIX)
         try:
+            path.with_suffix(".new").unlink(missing_ok=True)
             listener.bind(str(path.with_suffix(".new")))
             listener.listen()
             path.with_suffix(".new").replace(path)  # without a gap: a missing socket means an engine that has left
@@ -61,6 +62,22 @@ class RuntimeFolder:
             listener.close()
             raise ConfigError(f"{path}: the engine cannot listen there ({error})") from error
         return listener
+
+    def agree(self, fingerprint: str) -> None:
+        """Has the first engine say what all engines of the server compute.
+
+        Raises:
+            ConfigError: this one computes something else.
+        """
+        path = self.path / "fingerprint"
+        try:
+            with path.open("x", encoding="ascii") as file:
+                file.write(fingerprint)
+        except FileExistsError:
+            first = path.read_text(encoding="ascii")
+            if first and first != fingerprint:
+                text = "the weights, dtypes or kernels are not those that the server's first engine had"
+                raise ConfigError(f"model.path: {text}: restart the server to change them") from None
 
     def step(self, name: str) -> Path:
         """The file in which an engine records its current step."""

@@ -34,7 +34,9 @@ async def run_front_end(
     """
     folder.forget(name)
     engines = RemoteEngines(settings, folder)
-    service = Service(settings, lambda *_: engines, on_ready, listeners)
+    # The path of a Unix socket is the supervisor's to remove.
+    server = settings.server.model_copy(update={"uds": None})
+    service = Service(settings.model_copy(update={"server": server}), lambda *_: engines, on_ready, listeners)
 
     async def others() -> Mapping[str, bytes]:
         """Returns the metrics of the engines and of the other front ends."""

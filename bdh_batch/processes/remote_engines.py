@@ -36,6 +36,7 @@ class RemoteEngines:
     def __init__(self, settings: Settings, folder: RuntimeFolder) -> None:
         self._settings = settings
         self._folder = folder
+        self._secret = folder.secret
         self._replicas: dict[str, Replica] = {}
         self._welcome: Welcome | None = None  # of the first one: all others have to compute the same
         self._known = asyncio.Event()
@@ -56,7 +57,6 @@ class RemoteEngines:
             self._welcome.vocab_size,
             self._settings.engine.max_failovers,
             self._settings.scheduler.request_timeout,
-            self.close,
         )
         backend.replicas = self._replicas
         self._backend = backend
@@ -85,7 +85,11 @@ class RemoteEngines:
     async def _look(self) -> None:
         """Connects to new engines, and forgets those whose sockets were removed."""
         while True:
-            sockets = self._folder.engines()
+            try:
+                sockets = self._folder.engines()
+            except OSError as error:  # no descriptor is left: looked for once more
+                log.warning("the engines cannot be listed: %s", error)
+                sockets = {name: replica.socket for name, replica in self._replicas.items()}
             for name, socket in sockets.items():
                 if name not in self._replicas:
                     self._replicas[name] = self._connect(socket)
@@ -96,7 +100,7 @@ class RemoteEngines:
 
     def _connect(self, socket: Path) -> Replica:
         heartbeat = self._settings.engine.heartbeat_seconds
-        return Replica(socket, __version__, self._folder.secret, heartbeat, self._changed, self._on_lost, self._fits)
+        return Replica(socket, __version__, self._secret, heartbeat, self._changed, self._on_lost, self._fits)
 
     def _fits(self, welcome: Welcome) -> str | None:
         """Returns why an engine cannot be used beside the first one, or None if it can."""

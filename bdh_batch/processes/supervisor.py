@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bdh_batch.errors import ConfigError
-from bdh_batch.http.transport.listen import listen, url_of
+from bdh_batch.http.transport.listen import listen, release, url_of
 from bdh_batch.processes.chosen_model import chosen_model, model_name
 from bdh_batch.processes.control import PidFile, default_pid_file, listen_for_commands
 from bdh_batch.processes.folder import RuntimeFolder
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds until a process that ended before it was ready is started again
 START_SECONDS = 600.0  # within which a process has to be ready; then it is killed
 GRACE_SECONDS = 10.0  # after the drain, until a process that does not end is killed
+SETTLE_SECONDS = 1.0  # in which front ends connect to a new engine, before an old one is stopped
+NOT_STARTED = 127
 CANNOT_START = 2  # exit status of a process that logs why
 
 
@@ -109,7 +111,7 @@ class Supervisor:
         finally:
             self._kill()
             for listener in self._listeners:
-                listener.close()
+                release(listener, self._settings.server)
             if pid_file is not None:
                 pid_file.remove()
             self._folder.remove()
@@ -147,7 +149,11 @@ class Supervisor:
     async def _supervise(self, child: Child) -> None:
         """Starts `child`, and restarts it whenever it ends, as long as it is wanted."""
         while child.wanted and not self._stop.is_set():
-            status = await self._run(child)
+            try:
+                status = await self._run(child)
+            except OSError as error:  # the system has no process, memory or descriptor left
+                log.error("the process %s cannot be started: %s", child.name, error)
+                status = NOT_STARTED
             if not child.wanted or self._stop.is_set():
                 return
             if status == CANNOT_START and not any(each.ready.is_set() for each in self._children):
@@ -174,6 +180,9 @@ class Supervisor:
             child.process = process = await asyncio.create_subprocess_exec(
                 *command, pass_fds=[*passed, *sockets], env=environment(child.role), start_new_session=True
             )
+        except OSError:
+            os.close(ready_read)
+            raise
         finally:
             os.close(ready_write)
         reading = asyncio.create_task(self._wait_until_ready(child, ready_read))
@@ -248,6 +257,7 @@ class Supervisor:
                 ready.cancel()
                 await self._stop_for_good(new)
                 raise ConfigError(f"the new engine {new.name} does not get ready: {old.name} stays")
+            await asyncio.sleep(SETTLE_SECONDS)
             await self._stop_for_good(old)
         log.info("all engines have been replaced")
 

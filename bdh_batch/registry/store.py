@@ -256,5 +256,6 @@ def _delete_if_free(folder: Path) -> list[int]:
         if not free:
             return []
         sizes = [file.lstat().st_size for file in folder.rglob("*") if not file.is_dir()]
-        shutil.rmtree(folder)
+        with contextlib.suppress(FileNotFoundError):  # its process deleted it before it gave the lock back
+            shutil.rmtree(folder)
         return sizes

@@ -11,6 +11,7 @@ import pytest
 
 from bdh_batch.backends.remote import RemoteBackend
 from bdh_batch.backends.replica import State
+from bdh_batch.backends.wire import Abort, Start, frame
 from bdh_batch.errors import InvalidRequest, QueueFull, Unavailable
 from bdh_batch.messages import FinishReason, GenerationRequest, LogitBias, Origin, Prompt, SamplingParams
 from tests.backends.engines import POISON, FakeEngine, Whole, connect, empty, engines, read, until
@@ -182,3 +183,25 @@ async def test_who_was_only_there_when_engines_were_killed_is_no_suspect_so_soon
         (whole,) = await read(await backend.generate(poison), empty(poison))
         assert whole.finish_reason is FinishReason.ERROR
         assert sum(each.deaths for each in some) == 4
+
+
+async def test_a_prompt_that_kills_engines_is_found_beside_one_that_does_not(tmp_path: Path) -> None:
+    some = [FakeEngine(tmp_path / f"{number}.sock") for number in range(2)]
+    prompts = [Prompt(b"harmless"), Prompt([*b"a prompt that needs some more steps", POISON])]
+    poison = replace(request(40), origin=Origin("poison"), prompts=prompts)
+    async with engines(*some, max_failovers=2) as backend:
+        wholes = await asyncio.wait_for(read(await backend.generate(poison), empty(poison)), 60)
+        assert wholes[1].finish_reason is FinishReason.ERROR
+        assert sum(each.deaths for each in some) == 2
+
+
+async def test_a_stream_that_is_aborted_at_once_is_not_computed(tmp_path: Path) -> None:
+    only = FakeEngine(tmp_path / "only.sock")
+    async with engines(only) as backend:
+        (connection,) = only.port.connections
+        start = Start.of(7, request(10_000, prompts=1), [])
+        connection.data_received(frame(start) + frame(Abort(7)))
+        assert only.port.idle.is_set()
+        await until(lambda: not connection._tasks)
+        await until(lambda: not only.worker.load.running and not only.worker.load.waiting)
+        assert await said(backend, request(5))
