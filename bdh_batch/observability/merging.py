@@ -14,7 +14,7 @@ def merge(expositions: Mapping[str, bytes]) -> bytes:
     samples: dict[str, list[str]] = {}
     for process, exposition in expositions.items():
         name = ""
-        for line in exposition.decode().splitlines():
+        for line in exposition.decode().split("\n")[:-1]:
             if not line.startswith("# "):
                 samples.setdefault(name, []).append(_labelled(line, process))
                 continue

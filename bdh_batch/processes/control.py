@@ -27,7 +27,7 @@ async def listen_for_commands(path: Path, run: RunCommand) -> asyncio.AbstractSe
         error = None
         try:
             await run((await reader.readline()).decode().strip())
-        except (BDHError, ValueError) as problem:
+        except (BDHError, ValueError, OSError) as problem:
             error = str(problem)
         with contextlib.suppress(OSError):
             writer.write(json.dumps({"error": error}).encode() + b"\n")
@@ -44,17 +44,11 @@ def send_command(pid_file: Path, command: str) -> None:
         ConfigError: no such supervisor runs, or it cannot run the command.
     """
     try:
-        pid, folder = pid_file.read_text(encoding="utf-8").splitlines()[:2]
-        os.kill(int(pid), 0)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{pid_file}: no server of several processes runs that wrote it ({error})") from error
-    with socket.socket(socket.AF_UNIX) as connection:
-        try:
-            connection.connect(str(Path(folder) / "control"))
+        with _connected(pid_file) as connection:
             connection.sendall(command.encode() + b"\n")
             response = connection.makefile("rb").readline()
-        except OSError as error:
-            raise ConfigError(f"{pid_file}: its server cannot be asked ({error})") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{pid_file}: no server of several processes runs that wrote it ({error})") from error
     if not response:
         raise ConfigError(f"{pid_file}: its server has ended meanwhile")
     if (problem := json.loads(response)["error"]) is not None:
@@ -90,11 +84,26 @@ class PidFile:
         self._path.unlink(missing_ok=True)
 
 
-def _running(path: Path) -> int | None:
-    """Returns the process that wrote the pid file at `path`, if it still runs."""
+def _running(path: Path) -> str | None:
+    """Returns the process id in the pid file at `path`, if the server that wrote it still runs."""
     try:
-        pid = int(path.read_text(encoding="utf-8").splitlines()[0])
-        os.kill(pid, 0)
-    except (OSError, ValueError, IndexError):
+        _connected(path).close()
+        return path.read_text(encoding="utf-8").splitlines()[0]
+    except (OSError, ValueError):
         return None
-    return pid
+
+
+def _connected(pid_file: Path) -> socket.socket:
+    """Connects to the supervisor that wrote `pid_file`: process ids alone are used again, and in a container all are 1.
+
+    Raises:
+        OSError, ValueError: there is none.
+    """
+    _, folder = pid_file.read_text(encoding="utf-8").splitlines()[:2]
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(str(Path(folder) / "control"))
+    except OSError:
+        connection.close()
+        raise
+    return connection

@@ -339,5 +339,9 @@ def front_roles(settings: Settings) -> list[Role]:
 def environment(role: Role) -> Mapping[str, str]:
     """Returns the environment of a child. A GPU that is named by its number is the only one that its engine sees."""
     kind, _, number = role.device.partition(":")
-    only = {"CUDA_VISIBLE_DEVICES": number} if kind == "cuda" and number else {}
-    return {**os.environ, **only}
+    if kind != "cuda" or not number.isdecimal():
+        return {**os.environ}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    known = [each.strip() for each in visible.split(",")] if visible else []
+    at = int(number)
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": known[at] if at < len(known) else number}
