@@ -39,13 +39,14 @@ from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.base import Kernels
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.torch_reference import TorchKernels
-from bdh_batch.messages import Delta, Plan, SamplingParams, Segment
+from bdh_batch.messages import Plan, SamplingParams, Segment
 from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.sequence import Client, Sequence as Generation
 from bdh_batch.system.device_memory import free_memory
 from benchmarks import ROOT
 from benchmarks.common import Times, figure, medians, ratio, take_turns, wall_clock
 from benchmarks.engine.dense import relative_error
+from benchmarks.engine.play import Silent
 from benchmarks.plots import lines
 from benchmarks.report import report_head, results_folder, write_report
 
@@ -108,25 +109,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-class NoText:
-    """A token's text is not what is measured."""
-
-    stopped = False
-    held = ""
-    unfinished = False
-
-    def push(self, token: int) -> str:
-        return ""
-
-    def flush(self) -> str:
-        return ""
-
-
-class Nowhere:
-    def put(self, index: int, delta: Delta) -> None:
-        pass
-
-
 class Loop:
     """The worker's loop without its thread: plan, run, commit."""
 
@@ -166,7 +148,8 @@ class Loop:
 
 def generation(prompt: list[int], seed: int) -> Generation:
     sampling = SamplingParams(temperature=0.8, seed=seed)
-    return Generation("", Completion(prompt, ENDLESS, sampling, NoText()), Client(Nowhere()))
+    silent = Silent()
+    return Generation("", Completion(prompt, ENDLESS, sampling, silent), Client(silent))
 
 
 @dataclass(frozen=True)
