@@ -142,9 +142,8 @@ class LocalBackend:
                 sequences.append(sequence)
             if len(prompt.tokens) > LONG:
                 await asyncio.sleep(0)
-        timeouts = [seconds for seconds in (self._timeout, request.origin.timeout) if seconds is not None]
         queue_timeout = None if progress else self._queue_timeout
-        self._engine.submit(sequences, queue_timeout, min(timeouts, default=None), bool(progress))
+        self._engine.submit(sequences, queue_timeout, request.origin.timeout_within(self._timeout), bool(progress))
         return Submission(sequences, self._engine)
 
     @property

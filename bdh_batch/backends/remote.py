@@ -55,20 +55,20 @@ class RemoteBackend:
     async def generate(self, request: GenerationRequest) -> MailboxGeneration:
         if not self._ready():
             raise Unavailable(f"The model is not available: {NO_ENGINE}.", retry_after=1)
-        timeouts = [seconds for seconds in (self._timeout, request.origin.timeout) if seconds is not None]
-        deadline = time.monotonic() + min(timeouts) if timeouts else None
+        timeout = request.origin.timeout_within(self._timeout)
+        deadline = None if timeout is None else time.monotonic() + timeout
         mailbox = Mailbox()
         stream = RemoteStream(request, mailbox, self._failover, deadline)
         self._running.add(stream)
         try:
             self._failover.add(stream)
             await asyncio.shield(stream.admitted)
+            return MailboxGeneration(request, mailbox, stream, self._running)
         except BaseException:
             stream.abandon()
             raise
         finally:
-            self._running.discard(stream)
-        return MailboxGeneration(request, mailbox, stream, self._running)
+            self._running.discard(stream)  # when the generation counts already: a drain must not see a gap
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -95,6 +95,10 @@ class Origin:
     timeout: float | None = None  # seconds from its arrival to its end; None leaves it to the settings
     span: object | None = None  # of the client's request, where spans are made; only they look into it
 
+    def timeout_within(self, limit: float | None) -> float | None:
+        """Returns the shorter of its timeout and the `limit` of the settings, in seconds; None where neither is set."""
+        return min((each for each in (self.timeout, limit) if each is not None), default=None)
+
 
 @dataclass(frozen=True, slots=True)
 class GenerationRequest:

@@ -205,3 +205,18 @@ async def test_a_stream_that_is_aborted_at_once_is_not_computed(tmp_path: Path) 
         await until(lambda: not connection._tasks)
         await until(lambda: not only.worker.load.running and not only.worker.load.waiting)
         assert await said(backend, request(5))
+
+
+async def test_a_drain_waits_for_what_is_being_started(tmp_path: Path) -> None:
+    only = FakeEngine(tmp_path / "only.sock")
+    wanted = request(20, prompts=1)
+    async with engines(only) as backend:
+        starting = asyncio.create_task(backend.generate(wanted))
+        await asyncio.sleep(0)  # it has been sent, and not confirmed
+        draining = asyncio.create_task(backend.drain(60))
+        generation = await starting
+        await said(backend, request(2, prompts=1))
+        assert not draining.done()
+        (whole,) = await read(generation, empty(wanted))
+        assert whole.finish_reason is FinishReason.LENGTH
+        await draining
