@@ -17,6 +17,8 @@ BDHError
 ├── DeadlineExceeded              -  the base of timeouts
 │   ├── QueueTimeout            408  the request timed out while it waited in the queue
 │   └── RunTimeout              504  the request timed out while it ran
+├── UpstreamFailed              502  an upstream server failed, and no other could take over
+│   └── UpstreamTimeout         504  an upstream server was too slow
 ├── OutOfMemory                 500  a step needed more memory than there is; a smaller one may fit
 └── GenerationFailed            500  an internal fault ended this one request
     └── NotFinite               500  the model's logits were NaN or infinite
@@ -118,6 +120,21 @@ class QueueTimeout(DeadlineExceeded):
 
 class RunTimeout(DeadlineExceeded):
     """504: raised for a request that times out while it runs."""
+
+
+class UpstreamFailed(BDHError):
+    """502: ends a request whose upstream server failed, where no other could take over.
+
+    `code` says how it failed, as in `upstream_closed`.
+    """
+
+    def __init__(self, message: str, code: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class UpstreamTimeout(UpstreamFailed):
+    """504: ends a request whose upstream server did not connect, begin or go on in time."""
 
 
 class OutOfMemory(BDHError):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-from bdh_batch.messages import Delta, GenerationRequest, Prompt, Text
+from bdh_batch.messages import Delta, GenerationRequest, Prompt, Text, Usage, Written
 from bdh_batch.text.tokenizer import Tokenizer
 
 RawPrompt = tuple[str, Text | Sequence[int]]  # the request's field, and the prompt in it, which is not checked yet
@@ -27,6 +27,9 @@ class Generation(Protocol):
 
     def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         """Yields the sequences' new deltas, each with its sequence's index, until all have ended or were aborted."""
+
+    def usage(self, completion_tokens: int) -> Usage:
+        """Returns the tokens of its prompts, and of its completions, of which `completion_tokens` have been read."""
 
     def abort(self) -> None:
         """Ends the sequences that still run. Idempotent. The reader of a generation has to call it in any case, also
@@ -82,3 +85,26 @@ class Backend(Protocol):
 
     def close(self) -> None:
         """Releases the engine. Idempotent."""
+
+
+@runtime_checkable
+class TextBackend(Protocol):
+    """What a backend has besides that takes what clients write instead of tokens: an upstream."""
+
+    @property
+    def takes_messages(self) -> bool:
+        """Whether it takes a conversation as it came; else a template makes a text of it."""
+
+    @property
+    def pass_headers(self) -> Sequence[str]:
+        """The names of the client's headers that it passes on, in lower case."""
+
+    async def accept(self, written: Written, param: str) -> tuple[Written, list[Prompt]]:
+        """Returns what is passed on of a request, and its prompts, of which only the number of tokens counts.
+
+        Args:
+            param: the field of the prompts.
+
+        Raises:
+            UnsupportedParameter: it asks for something that the upstream has no way to express.
+        """

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Protocol
 
 from bdh_batch.backends.base import Ended
 from bdh_batch.engine.mailbox import Mailbox
-from bdh_batch.messages import Delta, FinishReason, GenerationRequest
+from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Usage
 
 FAILED = (FinishReason.ABORT, FinishReason.ERROR)
 
@@ -51,6 +51,11 @@ class MailboxGeneration:
     def cached_tokens(self) -> Sequence[int]:
         return self._source.cached_tokens
 
+    def usage(self, completion_tokens: int) -> Usage:
+        """A prompt counts once, however many choices it has, and as cached what its first choice was spared."""
+        cached = sum(self.cached_tokens[:: self._request.n])
+        return Usage(self._request.prompt_tokens, completion_tokens, cached)
+
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         while self._open:
             deltas = await self._mailbox.take()
@@ -85,6 +90,9 @@ class Running:
 
     def __len__(self) -> int:
         return len(self._under_way)
+
+    def __iter__(self) -> Iterator[object]:
+        return iter([*self._under_way])
 
     def add(self, generation: object) -> None:
         self._under_way.add(generation)

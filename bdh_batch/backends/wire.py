@@ -28,7 +28,7 @@ from bdh_batch.messages import (
     TokenLogprob,
 )
 
-PROTOCOL = 1  # grows whenever a message changes
+PROTOCOL = 2  # grows whenever a message changes
 LENGTH = struct.Struct("<I")
 MOST_BYTES = 2**28  # of a frame; a request may have a prompt of many tokens, a delta the logprobs of one
 MOST_GREETING = 2**14  # bytes of the first frame, before the sender is authenticated

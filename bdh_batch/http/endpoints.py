@@ -37,6 +37,7 @@ from bdh_batch.settings import Auth
 
 MODEL = (403, 404, 503)  # of all that asks for the model
 WORK = (429, 504)  # of all that the engine works on
+UPSTREAM = (502,)  # of all that an upstream may work on instead
 TAGS = {
     "Generation": "Completions of the model, as in OpenAI's API.",
     "Tokens": "Text to tokens and back.",
@@ -107,7 +108,7 @@ def _generation() -> list[Endpoint]:
             stream,
             bodies=[CompletionBody],
             event=CompletionChunk,
-            errors=MODEL + WORK,
+            errors=MODEL + WORK + UPSTREAM,
             requests={
                 "text": {"model": NAME, "prompt": "ROMEO:\n", "max_tokens": 24, "temperature": 0},
                 "stream": {"prompt": "ROMEO:\n", "max_tokens": 24, "stream": True},
@@ -133,7 +134,7 @@ def _generation() -> list[Endpoint]:
             stream,
             bodies=[ChatBody],
             event=ChatCompletionChunk,
-            errors=MODEL + WORK,
+            errors=MODEL + WORK + UPSTREAM,
             requests={
                 "conversation": {"messages": [QUESTION], "max_tokens": 24, "temperature": 0},
                 "stream": {"messages": [QUESTION], "max_tokens": 24, "stream": True},

@@ -40,6 +40,8 @@ from bdh_batch.errors import (
     RunTimeout,
     TooLate,
     Unavailable,
+    UpstreamFailed,
+    UpstreamTimeout,
 )
 
 REPEATED_SLASHES = re.compile("//+")
@@ -56,6 +58,7 @@ TYPES = {
     408: "timeout_error",
     429: "rate_limit_error",
     500: "internal_error",
+    502: "upstream_error",
     503: "service_unavailable",
     504: "timeout_error",
 }
@@ -140,6 +143,8 @@ STATUS: dict[type[BDHError], tuple[int, str | None]] = {
     RateLimited: (429, "rate_limit_exceeded"),
     TooManyConnections: (429, "too_many_connections"),
     Unavailable: (503, "service_unavailable"),
+    UpstreamFailed: (502, "upstream_failed"),
+    UpstreamTimeout: (504, "upstream_timeout"),
 }
 
 
@@ -149,7 +154,7 @@ def describe(error: BDHError) -> tuple[int, dict[str, Any]]:
         return 400, _body(400, error.message, error.param, error.code)
     status, code = STATUS.get(type(error), (500, None))
     param = "model" if isinstance(error, ModelNotFound) else getattr(error, "param", None)
-    return status, _body(status, error.message, param, code)
+    return status, _body(status, error.message, param, getattr(error, "code", code))
 
 
 def error_response(error: BDHError) -> Response:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.requests import Request
 
-from bdh_batch.backends.base import RawPrompt
+from bdh_batch.backends.base import RawPrompt, TextBackend
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.presence import unless_left
@@ -16,7 +16,7 @@ from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.schema.chat import ConversationBody
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody
 from bdh_batch.http.schema.text import EmbeddingBody, EmbeddingChat
-from bdh_batch.messages import GenerationRequest, Grammar, Origin, Text
+from bdh_batch.messages import GenerationRequest, Grammar, Origin, Text, Written
 from bdh_batch.text.sources import Source
 
 TIMEOUT_HEADER = "x-request-timeout"
@@ -45,11 +45,28 @@ class Preparation:
     async def generation(self, body: CompletionBody | ChatBody) -> GenerationRequest:
         model, origin = self.model, self._origin()
         await self.aside.run(self.size, body.check, model.defaults)
+        if isinstance(model.backend, TextBackend):
+            return await self._passed_on(model.backend, origin, body)
         prompts = await self._prompts(body)
         grammar = await self._grammar(await self.aside.run(self.size, body.source))
         last = body.last_tokens(model.defaults, model.max_model_len)
         tokenized = await model.backend.tokenized(prompts, last)
         return await self.aside.run(self.size, body.request, origin, tokenized, model.defaults, grammar)
+
+    async def _passed_on(
+        self, backend: TextBackend, origin: Origin, body: CompletionBody | ChatBody
+    ) -> GenerationRequest:
+        """As `generation`, of a request for an upstream: what is passed on is what the client wrote."""
+        fields = dict(await self.aside.run(self.size, getattr, body, "written"))
+        messages, given = fields.pop("messages", None), fields.pop("prompt", None)
+        if isinstance(body, ChatBody) and not backend.takes_messages:
+            messages, given = None, (await self.rendered(body)).text
+        prompts = [] if given is None else body.prompt if isinstance(body, CompletionBody) else [given]
+        headers = {name: self.request.headers[name] for name in backend.pass_headers if name in self.request.headers}
+        written = Written(prompts, messages, fields, headers)
+        written, counted = await backend.accept(written, "messages" if isinstance(body, ChatBody) else "prompt")
+        request = await self.aside.run(self.size, body.request, origin, counted, self.model.defaults, None)
+        return replace(request, written=written)
 
     async def embedding(self, body: EmbeddingBody | EmbeddingChat) -> GenerationRequest:
         model, origin = self.model, self._origin()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from typing import Any
 
 import orjson
 from starlette.requests import Request
@@ -10,7 +12,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bdh_batch import __version__
-from bdh_batch.backends.base import Generation
+from bdh_batch.backends.base import Generation, TextBackend
 from bdh_batch.errors import Unavailable
 from bdh_batch.http.auth.quota import Quota
 from bdh_batch.http.docs.openapi import openapi
@@ -71,7 +73,8 @@ class Routes:
         body = await self._aside(request).run(len(raw), self._parse, raw, ChatBody)
         model = self._model(request, body.model)
         options, tokenizer = _response_options(f"chatcmpl-{request.state.id}", body, model), model.backend.tokenizer
-        frames = ToolFrames(options, tokenizer, body.tool_names) if body.may_call else ChatFrames(options, tokenizer)
+        finds_calls = body.may_call and not isinstance(model.backend, TextBackend)  # an upstream finds them itself
+        frames = ToolFrames(options, tokenizer, body.tool_names) if finds_calls else ChatFrames(options, tokenizer)
         prepared = await self._preparation(request, model, raw).generation(body)
         return await self._respond(request, model, body, prepared, frames)
 
@@ -214,7 +217,7 @@ def _status(problem: str | None, well: str) -> Response:
 
 
 def _response_options(id: str, body: GenerationBody, model: ServedModel) -> ResponseOptions:
-    return ResponseOptions(
+    options = ResponseOptions(
         id=id,
         created=int(time.time()),
         model=body.model or model.name,
@@ -231,3 +234,6 @@ def _response_options(id: str, body: GenerationBody, model: ServedModel) -> Resp
         include_usage=bool(body.options.include_usage),
         continuous_usage=bool(body.options.include_usage and body.options.continuous_usage_stats),
     )
+    # What an upstream adds of these is in its own response.
+    added: dict[str, Any] = {"token_ids": False, "logprobs": None, "prompt_logprobs": None, "echo": False, "said": ""}
+    return replace(options, **added) if isinstance(model.backend, TextBackend) else options

@@ -1,5 +1,6 @@
 """The types that packages share: requests, sampling parameters, steps and their outcomes, deltas."""
 
+from bdh_batch.messages.extras import merged
 from bdh_batch.messages.request import (
     Constraint,
     GenerationRequest,
@@ -9,6 +10,7 @@ from bdh_batch.messages.request import (
     Progress,
     Prompt,
     Text,
+    Written,
 )
 from bdh_batch.messages.response import Delta, FinishReason, Gathering, TokenLogprob, Usage
 from bdh_batch.messages.sampling import NO_TOKENS, LogitBias, LogitsProcessors, SamplingParams, distinct
@@ -36,5 +38,7 @@ __all__ = [
     "Text",
     "TokenLogprob",
     "Usage",
+    "Written",
     "distinct",
+    "merged",
 ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 from bdh_batch.messages.sampling import SamplingParams
 
@@ -101,6 +101,23 @@ class Origin:
 
 
 @dataclass(frozen=True, slots=True)
+class Written:
+    """A request as its client wrote it, for a backend that takes text: an upstream.
+
+    Args:
+        prompts: a text or token ids for each; with `messages`, one that a template made of them, or none.
+        messages: a conversation, as it came.
+        fields: the other fields of the body, by their names in the API, but those that ask for nothing.
+        headers: those of the client's that the backend is configured to pass on.
+    """
+
+    prompts: Sequence[str | Sequence[int]]
+    messages: Sequence[Mapping[str, Any]] | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """A client's request, complete: `n` sequences for each of its prompts, one after the other, and when they stop.
 
@@ -127,6 +144,7 @@ class GenerationRequest:
     grammar: Grammar | None = None  # of its structured output
     salt: str = ""  # requests of different salts share no prefixes
     priority: int = 0  # lower goes first
+    written: Written | None = None  # where the backend takes text; `prompts` then are as many tokens as it may have
 
     @property
     def prompt_tokens(self) -> int:

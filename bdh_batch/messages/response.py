@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from io import StringIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bdh_batch.errors import BDHError
 
@@ -17,6 +17,7 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     TOOL_CALLS = "tool_calls"  # only in the chat API: there a response that stopped after a call says so
+    CONTENT_FILTER = "content_filter"  # only of an upstream that left something out
     ABORT = "abort"
     ERROR = "error"
 
@@ -39,7 +40,8 @@ class Delta:
 
     The last one of a sequence has `finish_reason`; when that is ERROR, `error` is why. `logprobs` are of tokens whose
     text is shown by now, each with where its text begins in the completion; `logprob` is the sum of all tokens'. Where
-    the request asked to `pool`, the last one has the sum [D] of the hidden vectors.
+    the request asked to `pool`, the last one has the sum [D] of the hidden vectors. `extras` are members that an
+    upstream sent beside the text, as `tool_calls`; the client gets them as they are.
     """
 
     text: str = ""
@@ -50,6 +52,7 @@ class Delta:
     logprob: float = 0.0
     prompt_logprobs: Sequence[TokenLogprob] | None = None  # of all its tokens but the first; they come at once
     pooled: Sequence[float] | None = None
+    extras: list[Mapping[str, Any]] | None = None
 
 
 class Gathering:
@@ -75,6 +78,8 @@ class Gathering:
         if later.prompt_logprobs is not None:
             of.prompt_logprobs = later.prompt_logprobs
         of.pooled = later.pooled
+        if later.extras:
+            of.extras = [*(of.extras or ()), *later.extras]
 
     @property
     def tokens(self) -> int:
@@ -93,6 +98,7 @@ class Usage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int = 0  # of the prompt's, those that did not have to be computed
+    estimated: bool = False  # whether an upstream did not say, and no tokenizer of its model is at hand
 
     @property
     def total_tokens(self) -> int:

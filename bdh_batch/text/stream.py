@@ -39,7 +39,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that `token` makes certain."""
-        text = self._take(self._decoder.push(token))
+        text = self.add(self._decoder.push(token))
         self._early -= 1
         return text
 
@@ -57,13 +57,14 @@ class TextStream:
         """What is left when no more tokens come."""
         if self.stopped:
             return ""
-        text = self._take(self._decoder.flush())
+        text = self.add(self._decoder.flush())
         coming, self._coming = self._coming, ""
         text += self._release(coming, self._stale)
         held, self._held = self._held, ""
         return text + held
 
-    def _take(self, text: str) -> str:
+    def add(self, text: str) -> str:
+        """The text that more of it makes certain, where it comes without tokens."""
         if not self._stop:
             return text
         text = self._coming + text

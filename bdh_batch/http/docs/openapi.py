@@ -33,8 +33,9 @@ REFUSALS = {
     429: "Too many requests or tokens of this key (`rate_limit_exceeded`), or too many requests wait (`queue_full`).",
     431: "The headers are larger than `limits.max_header_bytes`.",
     500: "A fault of the server, whose log has the reason under the request's id.",
+    502: "The upstream server of this model failed, and no other could take over.",
     503: "The model is loading, the server is draining, the engine is down, or `limits.max_buffered_bytes` are held.",
-    504: "The request ran past its deadline.",
+    504: "The request ran past its deadline, or the upstream server of this model was too slow.",
 }
 ANYWHERE = (400, 408, 431, 500)
 INTRODUCTION = (

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 Count = Annotated[int, Field(ge=0)]
-FinishReason = Literal["stop", "length"]
-ChatFinishReason = Literal["stop", "length", "tool_calls"]
+FinishReason = Literal["stop", "length", "content_filter"]
+ChatFinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 
 class ResponseModel(BaseModel):
@@ -32,6 +32,11 @@ class Usage(ResponseModel):
     completion_tokens: Count
     total_tokens: Count
     prompt_tokens_details: PromptTokensDetails
+    estimated: bool = Field(
+        default_factory=bool,
+        description="Whether the numbers are estimates: an upstream did not say, and has no tokenizer here. Absent "
+        "where they are exact.",
+    )
 
 
 class SchemaWarning(ResponseModel):
@@ -163,8 +168,9 @@ class AssistantMessage(ResponseModel):
 
     role: Literal["assistant"]
     content: str | None
-    refusal: None
+    refusal: str | None
     tool_calls: list[MadeCall] = Field(default_factory=list)
+    reasoning_content: str = Field(default_factory=str, description="The thoughts of an upstream's model.")
 
 
 class ChatChoice(ResponseModel):
@@ -209,6 +215,8 @@ class ChatDelta(ResponseModel):
     role: Literal["assistant"] = Field("assistant", description="With the first delta of a choice.")
     content: str = ""
     tool_calls: list[CallDelta] = Field(default_factory=list)
+    reasoning_content: str = Field("", description="What comes next of the thoughts of an upstream's model.")
+    refusal: str | None = None
 
 
 class ChatChunkChoice(ResponseModel):

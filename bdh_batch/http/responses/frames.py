@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -14,7 +14,7 @@ from bdh_batch.errors import BDHError
 from bdh_batch.http.errors import describe
 from bdh_batch.http.responses.json_pieces import between, dump_list
 from bdh_batch.http.responses.logprobs import by_id, columns, known, objects, of_prompt
-from bdh_batch.messages import Delta, Usage
+from bdh_batch.messages import Delta, Usage, merged
 from bdh_batch.text.tokenizer import Tokenizer, decode
 
 DONE = b"data: [DONE]\n\n"
@@ -62,7 +62,7 @@ def usage_dict(usage: Usage) -> dict[str, Any]:
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    }
+    } | ({"estimated": True} if usage.estimated else {})
 
 
 def _likelihood(end: Delta) -> float:
@@ -110,6 +110,8 @@ class Frames:
 
     def delta(self, index: int, delta: Delta) -> list[bytes]:
         """The pieces of a frame for what sequence `index` gained; none where nothing of it can be shown yet."""
+        if delta.extras:
+            return self._beside_text(index, delta, delta.extras)
         if self.only_text and delta.text and delta.finish_reason is None:  # most are, and it costs less
             parts = (self._head, index, self.before_text, orjson.dumps(delta.text), self._after_only_text, self._tail)
             return [b"%b%d,%b%b%b%b" % parts]
@@ -121,6 +123,16 @@ class Frames:
         ids = b',"token_ids":' + dump_list(delta.tokens) if self._options.token_ids else b""
         begin = b'%b%d,%b,"logprobs":' % (self._head, index, self._content(text))
         return [begin, *logprobs, b',"finish_reason":%b%b%b' % (reason, ids, self._tail)]
+
+    def _beside_text(self, index: int, delta: Delta, extras: Sequence[Mapping[str, Any]]) -> list[bytes]:
+        """The frames of a delta with members that an upstream sent: one for each, the first with the text."""
+        frames, text = [], delta.text
+        for extra in extras:
+            content = self._content_with(text, extra.get("delta", {}))
+            logprobs = orjson.dumps(extra.get("logprobs"))
+            frames.append(self._frame(index, content + b',"logprobs":' + logprobs + b',"finish_reason":null'))
+            text = ""
+        return frames + self.delta(index, replace(delta, text="", extras=None)) if delta.finish_reason else frames
 
     def cost(self, prompts: Sequence[Sequence[int]], deltas: Sequence[Delta]) -> int:
         """About how many microseconds it takes to encode `deltas`, with the `prompts` that are part of the response."""
@@ -142,24 +154,23 @@ class Frames:
             return DONE
         return self._usage_head + orjson.dumps(usage_dict(usage)) + b"}\n\n" + DONE
 
-    def usage(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], completion_tokens: int) -> Usage:
-        """A prompt counts once, however many choices it has, and as cached what its first choice was spared."""
-        tries = self._options.tries
-        return Usage(sum(map(len, prompts)) // tries, completion_tokens, cached_tokens=sum(cached[::tries]))
-
-    def whole(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], ends: Sequence[Delta]) -> list[bytes]:
+    def whole(self, prompts: Sequence[Sequence[int]], usage: Usage, ends: Sequence[Delta]) -> list[bytes]:
         """The response, in pieces; `ends` holds all that each sequence gained."""
         self._begin(prompts)
         choices = (self._choice(index, row, prompts[row], ends[row]) for index, row in enumerate(self._best(ends)))
-        usage = usage_dict(self.usage(prompts, cached, sum(len(end.tokens) for end in ends)))
         head = orjson.dumps(self._options.envelope(self.kind))[:-1] + self._warnings
         beside = self._of_prompt(prompts[0], ends[0]) if self.prompt_beside_choices else []
-        end = b'],"usage":%b' % orjson.dumps(usage)
+        end = b'],"usage":%b' % orjson.dumps(usage_dict(usage))
         return [head, b',"choices":[', *between(b",", choices), end, *beside, b"}"]
 
     def _choice(self, index: int, row: int, prompt: Sequence[int], end: Delta) -> list[bytes]:
         text, logprobs = self._parts(row, end)
-        begin = orjson.dumps({"index": index, **self._whole_content(text)})[:-1] + b',"logprobs":'
+        content = self._whole_content(text)
+        if end.extras:
+            extra = merged(end.extras)
+            content = self._with_members(content, extra.get("delta", {}))
+            logprobs = [orjson.dumps(extra.get("logprobs"))]
+        begin = orjson.dumps({"index": index, **content})[:-1] + b',"logprobs":'
         reason = b',"finish_reason":' + orjson.dumps(end.finish_reason)
         ids = dump_list(end.tokens) if self._options.token_ids else NULL
         inside = [] if self.prompt_beside_choices else self._of_prompt(prompt, end)
@@ -202,8 +213,16 @@ class Frames:
     def _content(self, text: str) -> bytes:
         return self.before_text + orjson.dumps(text) + self.after_text
 
+    def _content_with(self, text: str, members: Mapping[str, Any]) -> bytes:
+        """As `_content`, with members of a chat's delta that an upstream sent."""
+        return self._content(text)
+
     def _whole_content(self, text: str) -> dict[str, Any]:
         raise NotImplementedError
+
+    def _with_members(self, content: dict[str, Any], members: Mapping[str, Any]) -> dict[str, Any]:
+        """`content` of a whole response, with members of a chat's message that an upstream sent."""
+        return content
 
 
 class CompletionFrames(Frames):
@@ -273,5 +292,14 @@ class ChatFrames(Frames):
     def _content(self, text: str) -> bytes:
         return super()._content(text) if text else b'"delta":{}'
 
+    def _content_with(self, text: str, members: Mapping[str, Any]) -> bytes:
+        return b'"delta":' + orjson.dumps({"content": text, **members} if text else members)
+
     def _whole_content(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": self._options.said + text, "refusal": None}}
+
+    def _with_members(self, content: dict[str, Any], members: Mapping[str, Any]) -> dict[str, Any]:
+        message = {**content["message"], **members}
+        if "tool_calls" in members or message["refusal"]:
+            message["content"] = message["content"] or None
+        return {"message": message}

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -122,13 +123,12 @@ class EventStream(Response):
         frames: list[bytes] = []
         for index, delta in deltas:
             self._completion_tokens += len(delta.tokens)
-            self._frames.report_usage(Usage(known.prompt_tokens, self._completion_tokens, known.cached_tokens))
+            self._frames.report_usage(replace(known, completion_tokens=self._completion_tokens))
             frames += self._frames.delta(index, delta)
         return frames
 
     def _usage(self) -> Usage:
-        generation = self._generation
-        return self._frames.usage(generation.prompts, generation.cached_tokens, self._completion_tokens)
+        return self._generation.usage(self._completion_tokens)
 
 
 async def whole(generation: Generation, frames: Frames, request: Request, aside: Aside) -> Response:
@@ -144,7 +144,8 @@ async def whole(generation: Generation, frames: Frames, request: Request, aside:
     ends = await collect(generation, request)
     prompts = generation.prompts
     cost = frames.cost(prompts, ends) + sum([CHOICE_COST + len(end.text) // CHARACTERS for end in ends])
-    return JsonInPieces(await aside.run(cost, frames.whole, prompts, generation.cached_tokens, ends))
+    usage = generation.usage(sum(len(end.tokens) for end in ends))
+    return JsonInPieces(await aside.run(cost, frames.whole, prompts, usage, ends))
 
 
 async def collect(generation: Generation, request: Request) -> list[Delta]:

@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from bdh_batch.http.responses.frames import ChatFrames, ResponseOptions
-from bdh_batch.messages import Delta, FinishReason
+from bdh_batch.messages import Delta, FinishReason, Usage
 from bdh_batch.text.calls import Argued, Called, CallReader, Piece, Said
 from bdh_batch.text.tokenizer import Tokenizer
 
@@ -37,13 +37,13 @@ class ToolFrames(ChatFrames):
             frames += super().delta(index, Delta(finish_reason=_reason(delta.finish_reason, reader)))
         return frames
 
-    def whole(self, prompts: Sequence[Sequence[int]], cached: Sequence[int], ends: Sequence[Delta]) -> list[bytes]:
+    def whole(self, prompts: Sequence[Sequence[int]], usage: Usage, ends: Sequence[Delta]) -> list[bytes]:
         finished = []
         for end in ends:
             reader = self._read(end.text)[1]
             assert end.finish_reason is not None
             finished.append(replace(end, finish_reason=_reason(end.finish_reason, reader)))
-        return super().whole(prompts, cached, finished)
+        return super().whole(prompts, usage, finished)
 
     def _whole_content(self, text: str) -> dict[str, Any]:
         pieces, _ = self._read(text)

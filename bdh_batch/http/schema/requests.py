@@ -7,11 +7,19 @@ unless it says what leaving it out would say.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, WrapValidator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    WrapValidator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.backends.base import RawPrompt
@@ -165,6 +173,24 @@ class GenerationBody(Formatted):
     prompt_cache_key: Label | None = None
     metadata: FreeObject | None = None
     store: bool | None = None
+    labels: ClassVar[frozenset[str]] = frozenset(
+        ("user", "safety_identifier", "request_id", "prompt_cache_key", "metadata", "store")
+    )
+    _written: Mapping[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _as_it_came(cls, values: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        made = handler(values)
+        if isinstance(values, dict):
+            made._written = values
+        return made
+
+    @property
+    def written(self) -> Mapping[str, Any]:
+        """The fields that say something, as they came, without labels: for those who pass a request on."""
+        names = self.names - self.labels
+        return {name: value for name, value in self._written.items() if value is not None and name in names}
 
     @property
     def options(self) -> StreamOptions:

@@ -1,0 +1,260 @@
+"""One choice of a request, from its first endpoint to its end: time-outs, other endpoints, stop strings."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, replace
+
+from bdh_batch.backends.tokenization import off_the_loop
+from bdh_batch.errors import BDHError
+from bdh_batch.messages import Delta, FinishReason
+from bdh_batch.text.stream import TextStream
+from bdh_batch.text.tokenizer import Tokenizer
+from bdh_batch.upstreams.config import Upstream
+from bdh_batch.upstreams.continuation import Continuation
+from bdh_batch.upstreams.counting import TokenCount, encoded_length
+from bdh_batch.upstreams.endpoints import Endpoint, Endpoints, Observer
+from bdh_batch.upstreams.errors import error_of, none_able
+from bdh_batch.upstreams.protocol import FINAL, Connector, Fault, FaultKind, Piece, TextRequest
+
+log = logging.getLogger(__name__)
+
+BACKLOG = 64  # deltas that wait for a slow reader; then the upstream waits
+LAST_WORDS_SECONDS = 5.0  # from the finish reason to the end of the upstream's response, which has the usage
+UNKNOWN = -1  # stands for a token whose id the upstream does not say
+
+
+class Outbox:
+    """The deltas of one request's choices, until they are read. A writer waits while too many do."""
+
+    def __init__(self) -> None:
+        self._deltas: deque[tuple[int, Delta]] = deque()
+        self._arrived = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+
+    async def put(self, index: int, delta: Delta) -> None:
+        await self._room.wait()
+        self.add(index, delta)
+
+    def add(self, index: int, delta: Delta) -> None:
+        """Adds one without waiting: the last of a choice."""
+        self._deltas.append((index, delta))
+        self._arrived.set()
+        if len(self._deltas) >= BACKLOG:
+            self._room.clear()
+
+    async def take(self) -> list[tuple[int, Delta]]:
+        """Waits for deltas, and returns all that there are."""
+        await self._arrived.wait()
+        taken = [*self._deltas]
+        self._deltas.clear()
+        self._arrived.clear()
+        self._room.set()
+        return taken
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Where the requests to one upstream go."""
+
+    upstream: Upstream
+    connector: Connector
+    endpoints: Endpoints
+    observer: Observer
+
+
+class Choice:
+    """One choice: what its endpoint sends goes into the outbox as deltas.
+
+    Args:
+        text: cuts the text at stop strings.
+        seed: that a server like this one gets where the request has none, so that another one could go on.
+        tokenizer: to count tokens with that the upstream does not count; None estimates them.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        request: TextRequest,
+        route: Route,
+        outbox: Outbox,
+        text: TextStream,
+        seed: int,
+        tokenizer: Tokenizer | None,
+    ) -> None:
+        self.count = TokenCount()
+        self.prompt_tokens: int | None = None  # as the upstream reports them
+        self.cached_tokens = 0
+        self.outcome = ""  # its finish reason, or how it failed; empty while it runs
+        self._said: list[str] = []  # the text, in pieces, where it is to be counted
+        self._index = index
+        self._request = request
+        self._route = route
+        self._outbox = outbox
+        self._text = text
+        self._seed = seed
+        self._tokenizer = tokenizer
+        self._record: Continuation | None = None  # where another endpoint could go on
+        self._begun = False  # whether the client may have had something
+        self._length = 0  # of all that it was sent, in characters
+        self._reason: FinishReason | None = None
+        self._started = time.monotonic()
+
+    async def run(self) -> None:
+        """Reads the upstream to the end of the choice; an error is its last delta."""
+        try:
+            await self._read()
+        except Fault as fault:
+            route = self._route
+            self.fail(error_of(route.upstream.id, fault, route.endpoints.retry_after))
+        except BDHError as error:
+            self.fail(error)
+
+    @property
+    def ended(self) -> bool:
+        return bool(self.outcome)
+
+    def fail(self, error: BDHError) -> None:
+        """Ends it with an error, unless it has ended."""
+        if not self.ended:
+            self.outcome = FinishReason.ERROR
+            self._outbox.add(self._index, Delta(finish_reason=FinishReason.ERROR, error=error))
+
+    async def _read(self) -> None:
+        """Asks one endpoint after the other. Raises the Fault of the last one."""
+        endpoints = self._route.endpoints
+        failed: list[Endpoint] = []
+        last: Fault | None = None
+        while True:
+            endpoint = endpoints.choose(failed)
+            if endpoint is None or (self._begun and not endpoint.facts.ours):
+                raise last or none_able(self._route.upstream.id, endpoints.retry_after)
+            if last is not None:
+                self._route.observer.went_elsewhere(self._route.upstream.id, self._begun)
+            try:
+                with endpoints.asking(endpoint):
+                    await self._read_from(endpoint, failed)
+                return
+            except Fault as fault:
+                self._log(endpoint, fault)
+                if not self._may_go_elsewhere(fault, len(failed)):
+                    raise
+                last = fault
+                failed.append(endpoint)
+
+    def _may_go_elsewhere(self, fault: Fault, lost: int) -> bool:
+        if fault.kind in FINAL or lost >= self._route.upstream.max_failovers:
+            return False
+        return not self._begun or (self._record is not None and self._record.possible)
+
+    async def _request_for(self, endpoint: Endpoint) -> TextRequest:
+        """Returns what an endpoint is asked: to go on, where another one like it has begun. Raises Fault."""
+        if not endpoint.facts.ours:
+            return self._request
+        if self._record is None:
+            fields = {"seed": self._seed, **self._request.fields}
+            self._record = Continuation(replace(self._request, fields=fields, ours=True))
+            return self._record.request
+        if self._record.lacks_prompt:
+            asked = self._record.request
+            self._record.know_prompt(await self._route.connector.prompt_ids(endpoint.address, asked))
+        return self._record.next_request()
+
+    async def _read_from(self, endpoint: Endpoint, failed: list[Endpoint]) -> None:
+        request = await self._request_for(endpoint)
+        record = self._record if endpoint.facts.ours else None
+        stream = self._route.connector.stream(endpoint.address, request)
+        async with aclosing(stream) as source, aclosing(self._in_time(source)) as pieces:
+            async for piece in pieces:
+                if record is not None:
+                    piece = record.take(piece)
+                if piece.text or piece.extras or piece.finish_reason:
+                    if not self._begun:
+                        self._route.observer.answered(self._route.upstream.id, time.monotonic() - self._started)
+                    self._route.endpoints.succeeded(endpoint)
+                    failed.clear()
+                if await self._take(piece):
+                    break
+        if self._reason is None:
+            raise Fault(FaultKind.CLOSED)
+        await self._finish()
+
+    async def _in_time(self, source: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
+        """Yields the pieces of `source`. Raises Fault where one takes too long."""
+        chosen = self._route.upstream
+        seconds, kind = chosen.connect_seconds + chosen.first_token_seconds, FaultKind.FIRST_TOKEN_TIMEOUT
+        while True:
+            try:
+                async with asyncio.timeout(seconds):
+                    piece = await anext(source, None)
+            except TimeoutError:
+                if self._reason is not None:
+                    return
+                raise Fault(kind) from None
+            except Fault:
+                if self._reason is not None:  # the text is complete; what is missing is the usage
+                    return
+                raise
+            if piece is None:
+                return
+            yield piece
+            if piece.text or piece.tokens or piece.count or piece.extras:
+                seconds, kind = chosen.gap_seconds, FaultKind.GAP_TIMEOUT
+            if self._reason is not None:
+                seconds = min(chosen.gap_seconds, LAST_WORDS_SECONDS)
+
+    async def _take(self, piece: Piece) -> bool:
+        """Sends a piece on. Returns whether nothing more is wanted."""
+        if self._reason is not None:  # after the end, only usage is of interest
+            self._report(piece)
+            return False
+        self._length += len(piece.text) + (0 if piece.extras is None else len(repr(piece.extras)))
+        if self._length > self._route.upstream.max_response_bytes:
+            raise Fault(FaultKind.TOO_LARGE)
+        text = self._text.add(piece.text) if piece.text else ""
+        new = self.count.add(piece.text, piece.count)
+        self._report(piece)
+        if text or new or piece.extras:
+            self._begun = True
+            if self._tokenizer is not None:
+                self._said.append(text)
+            tokens = [*piece.tokens] if len(piece.tokens) == new else [UNKNOWN] * new
+            extras = None if piece.extras is None else [piece.extras]
+            await self._outbox.put(self._index, Delta(text, tokens, extras=extras))
+        self._reason = FinishReason.STOP if self._text.stopped else piece.finish_reason
+        return self._text.stopped
+
+    def _report(self, piece: Piece) -> None:
+        if piece.prompt_tokens is not None and self.prompt_tokens is None:
+            self.prompt_tokens, self.cached_tokens = piece.prompt_tokens, piece.cached_tokens
+        if piece.completion_tokens is not None and self._record is None:
+            self.count.report(piece.completion_tokens)
+
+    async def _finish(self) -> None:
+        rest = self._text.flush()
+        if self._tokenizer is not None and self.count.estimated:
+            text = "".join([*self._said, rest])
+            self.count.report(await off_the_loop(len(text), encoded_length, self._tokenizer, text, False))
+        assert self._reason is not None
+        self.outcome = self._reason
+        self._outbox.add(self._index, Delta(rest, finish_reason=self._reason))
+
+    def _log(self, endpoint: Endpoint, fault: Fault) -> None:
+        upstream = self._route.upstream.id
+        self._route.observer.failed(upstream, fault.kind)
+        cause = f" ({fault.__cause__!r})" if fault.__cause__ is not None else ""
+        log.warning(
+            "upstream %s: %s: %s %s%s; request %s",
+            upstream,
+            endpoint.address,
+            fault.kind,
+            fault.message,
+            cause,
+            self._request.id,
+        )

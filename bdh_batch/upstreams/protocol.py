@@ -1,0 +1,145 @@
+"""The interface of the kinds of upstreams: a request for one choice in, pieces of its text out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from bdh_batch.messages import FinishReason
+
+
+class FaultKind(StrEnum):
+    """How an upstream failed: the label of a metric, and, after `upstream_`, the code of an error."""
+
+    CONNECT = "connect"  # no connection
+    CONNECT_TIMEOUT = "connect_timeout"
+    FIRST_TOKEN_TIMEOUT = "first_token_timeout"
+    GAP_TIMEOUT = "gap_timeout"
+    CLOSED = "closed"  # the connection, or the stream, ended before the response did
+    MALFORMED = "malformed"  # bytes that are no message of its protocol
+    TOO_LARGE = "too_large"
+    WRONG_REQUEST = "wrong_request"  # a response to another request
+    REWRITTEN = "rewritten"  # it took back what the client has
+    DIFFERS = "differs"  # another endpoint did not go on as the one before would have
+    BUSY = "busy"  # it refuses work at present
+    REFUSED = "refused"  # it refuses this request
+    ERROR = "error"  # it reports an error of its own
+
+
+TIMEOUTS = frozenset((FaultKind.CONNECT_TIMEOUT, FaultKind.FIRST_TOKEN_TIMEOUT, FaultKind.GAP_TIMEOUT))
+# Of these the endpoint is not to blame, or another one would do no better.
+FINAL = frozenset((FaultKind.REFUSED, FaultKind.REWRITTEN, FaultKind.DIFFERS))
+
+
+class Fault(Exception):
+    """Raised where an endpoint fails. Clients get it as an `UpstreamFailed` or its like, by the upstream's name.
+
+    Args:
+        message: what the upstream said, if the client may know it; it is cut to some length.
+        param: the field that it refuses.
+        status: of the HTTP response that refuses the request.
+    """
+
+    def __init__(self, kind: FaultKind, message: str = "", param: str | None = None, status: int | None = None) -> None:
+        super().__init__(kind, message, param)
+        self.status = status
+        self.kind = kind
+        self.message = message
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True)
+class TextRequest:
+    """A request for one choice.
+
+    Args:
+        prompt: a text or token ids; None with `messages`.
+        fields: the other fields of the body, by their names in the API.
+        headers: those that are passed on, beside those of the settings.
+        ours: whether the endpoint is a server like this one: tokens' ids are wanted, as the stream may go on elsewhere.
+    """
+
+    id: str
+    prompt: str | Sequence[int] | None
+    messages: Sequence[Mapping[str, Any]] | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict)
+    ours: bool = False
+
+
+@dataclass(slots=True)
+class Piece:
+    """What an upstream adds to a choice.
+
+    Args:
+        tokens: its token ids, where the upstream says them.
+        count: how many tokens it is, where that is known; None is to be estimated.
+        extras: members of a chat's delta, and log-probabilities, that go to the client as they are.
+        prompt_tokens, completion_tokens, cached_tokens: of the choice, where the upstream reports its usage.
+        prompt_ids: the token ids of the prompt, where the upstream says them.
+    """
+
+    text: str = ""
+    tokens: Sequence[int] = ()
+    count: int | None = None
+    finish_reason: FinishReason | None = None
+    extras: Mapping[str, Any] | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    cached_tokens: int = 0
+    prompt_ids: Sequence[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointFacts:
+    """What a health check has found out. `ours`: whether it is a server like this one."""
+
+    ours: bool = False
+
+
+class Connector(Protocol):
+    """Speaks the protocol of one upstream with its endpoints."""
+
+    takes_messages: bool
+    stops: bool  # whether the upstream is given `stop`; else texts are cut here
+
+    def expresses(self, chat: bool, ours: bool) -> Collection[str] | None:
+        """The fields of a request that the upstream can be given; None is all. `ours`: it is a server like this one."""
+
+    def stream(self, address: str, request: TextRequest) -> AsyncGenerator[Piece, None]:
+        """Yields what comes; closing it cancels the request at the upstream. Ends without a `finish_reason` where the
+        upstream did. Raises Fault."""
+
+    async def probe(self, address: str) -> EndpointFacts:
+        """Looks whether the endpoint can be asked. Raises Fault."""
+
+    async def prompt_ids(self, address: str, request: TextRequest) -> Sequence[int] | None:
+        """Returns the token ids of a prompt, as a server like this one says them; None where it has no way to. Raises
+        Fault."""
+
+    async def close(self) -> None:
+        """Closes all connections. Idempotent."""
+
+
+REASONS = {
+    "stop": FinishReason.STOP,
+    "eos": FinishReason.STOP,
+    "eos_token": FinishReason.STOP,
+    "stop_sequence": FinishReason.STOP,
+    "end_turn": FinishReason.STOP,
+    "length": FinishReason.LENGTH,
+    "max_tokens": FinishReason.LENGTH,
+    "tool_calls": FinishReason.TOOL_CALLS,
+    "function_call": FinishReason.TOOL_CALLS,
+    "content_filter": FinishReason.CONTENT_FILTER,
+}
+FAILED = frozenset(("error", "abort", "aborted", "cancelled"))
+
+
+def reason_of(said: str) -> FinishReason:
+    """Returns what an upstream's finish reason means. Raises Fault where it is that it failed."""
+    if said in FAILED:
+        raise Fault(FaultKind.ERROR, f"it ended with {said!r}")
+    return REASONS.get(said, FinishReason.STOP)

@@ -1,0 +1,52 @@
+"""Server-sent events of an upstream, within bounds: what is longer, or no UTF-8, ends the stream with a Fault."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+
+import httpx
+from httpx_sse import EventSource, ServerSentEvent, SSEError
+
+from bdh_batch.upstreams.protocol import Fault, FaultKind
+
+ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")  # of an event
+LONGEST_END = max(map(len, ENDS))
+
+
+class Bounded(httpx.AsyncByteStream):
+    """The bytes of a stream of events, none of which may have more than `most`."""
+
+    def __init__(self, stream: AsyncIterator[bytes], most: int) -> None:
+        self._stream = stream
+        self._most = most
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        utf8 = codecs.getincrementaldecoder("utf-8")("strict")
+        since, tail = 0, b""  # bytes since the last end of an event, and the last of them
+        async for chunk in self._stream:
+            try:
+                utf8.decode(chunk)
+            except UnicodeDecodeError as error:
+                raise Fault(FaultKind.MALFORMED, "not UTF-8") from error
+            together = tail + chunk
+            end = max(together.rfind(end) + len(end) if end in together else 0 for end in ENDS)
+            since = len(together) - end if end else since + len(chunk)
+            tail = together[-LONGEST_END + 1 :]
+            if since > self._most:
+                raise Fault(FaultKind.TOO_LARGE)
+            yield chunk
+
+
+async def events(response: httpx.Response, most: int) -> AsyncGenerator[ServerSentEvent, None]:
+    """Yields the events of a response, of at most `most` bytes each. Raises Fault."""
+    assert isinstance(response.stream, httpx.AsyncByteStream)
+    response.stream = Bounded(aiter(response.stream), most)
+    response.encoding = "utf-8"  # whatever it says
+    try:
+        async with aclosing(EventSource(response).aiter_sse()) as source:
+            async for event in source:
+                yield event
+    except SSEError as error:
+        raise Fault(FaultKind.MALFORMED, "no event stream") from error

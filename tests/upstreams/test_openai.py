@@ -1,0 +1,312 @@
+"""Upstreams of OpenAI's API: what they are asked, and what clients get of their responses, good and bad."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import orjson
+import pytest
+
+from bdh_batch.errors import InvalidRequest, Unavailable, UnsupportedParameter, UpstreamFailed, UpstreamTimeout
+from bdh_batch.messages import FinishReason, Usage, merged
+from tests.upstreams.fakes import HEAD, Connection, Script, chunk, web
+from tests.upstreams.support import Response, upstream
+
+USER = {"role": "user", "content": [{"type": "text", "text": "hi"}], "name": "ann"}
+
+
+async def asked(script: Script, *arguments: Any, options: dict[str, Any] | None = None, **fields: Any) -> Response:
+    async with web(script) as fake, upstream(kind="openai", url=f"{fake.url}/v1", **(options or {})) as gateway:
+        return await gateway.ask(*arguments, **fields)
+
+
+async def test_a_completion_is_passed_on_as_it_came_and_streamed_back() -> None:
+    async def script(connection: Connection) -> None:
+        usage = {"prompt_tokens": 3, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 1}}
+        await connection.events(chunk("He"), chunk("llo"), chunk("", "length"), {"choices": [], "usage": usage})
+
+    async with web(script) as fake:
+        options: dict[str, Any] = {"model": "theirs", "headers": {"X-Team": "a"}, "pass_headers": ["x-trace"]}
+        async with upstream(kind="openai", url=f"{fake.url}/v1", **options) as gateway:
+            got = await gateway.ask("hi", headers={"x-trace": "7"}, temperature=0.25, top_k=3, n=1, stop=["x"])
+    assert (got.text, got.reasons, got.error) == ("Hello", [FinishReason.LENGTH], None)
+    assert got.usage == Usage(3, 2, 1)
+    (request,) = fake.asked
+    assert (request.method, request.path) == ("POST", "/v1/completions")
+    wanted = {"prompt": "hi", "temperature": 0.25, "top_k": 3, "stop": ["x"]}
+    assert request.body == wanted | {"model": "theirs", "stream": True, "stream_options": {"include_usage": True}}
+    assert (request.headers["x-team"], request.headers["x-trace"]) == ("a", "7")
+    assert "authorization" not in request.headers
+
+
+async def test_a_chat_with_thoughts_and_calls_of_tools_comes_back_whole() -> None:
+    call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a"'}}
+    rest = {"index": 0, "function": {"arguments": ": 1}"}}
+
+    async def script(connection: Connection) -> None:
+        deltas: list[dict[str, Any]] = [
+            {"role": "assistant", "content": None},
+            {"reasoning_content": "Let "},
+            {"reasoning": "me see."},
+            {"content": "So:"},
+            {"tool_calls": [call]},
+            {"tool_calls": [rest]},
+        ]
+        await connection.events(
+            *({"choices": [{"index": 0, "delta": delta}]} for delta in deltas), chunk(None, "tool_calls", chat=True)
+        )
+
+    got = await asked(script, messages=[USER], tools=[{"type": "function", "function": {"name": "f"}}])
+    assert (got.text, got.reasons) == ("So:", [FinishReason.TOOL_CALLS])
+    assert merged(got.extras) == {
+        "delta": {
+            "reasoning_content": "Let me see.",
+            "tool_calls": [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}],
+        }
+    }
+
+
+async def test_messages_stay_as_they_were_written() -> None:
+    async def script(connection: Connection) -> None:
+        assert connection.asked.path == "/v1/chat/completions"
+        assert connection.asked.body["messages"] == [USER]
+        await connection.events(chunk("ok", "stop", chat=True))
+
+    assert (await asked(script, messages=[USER])).text == "ok"
+
+
+async def test_a_server_that_does_not_stream_is_read_whole() -> None:
+    async def script(connection: Connection) -> None:
+        message = {"index": 0, "message": {"role": "assistant", "content": "all"}, "finish_reason": "stop"}
+        await connection.json({"choices": [message], "usage": {"prompt_tokens": 1, "completion_tokens": 1}})
+
+    got = await asked(script, messages=[USER])
+    assert (got.text, got.usage) == ("all", Usage(1, 1))
+
+
+async def test_several_choices_are_several_requests_with_seeds_of_their_own() -> None:
+    async def script(connection: Connection) -> None:
+        await connection.events(chunk(str(connection.asked.body["seed"]), "stop"))
+
+    assert (await asked(script, n=3, seed=5)).texts == ["5", "6", "7"]
+
+
+async def test_without_a_usage_it_is_estimated_and_says_so() -> None:
+    async def script(connection: Connection) -> None:
+        await connection.events(chunk("eight ch"), chunk("ars", "stop"))
+
+    assert (await asked(script, "12345")).usage == Usage(2, 3, estimated=True)
+
+
+async def script_down(connection: Connection) -> None:
+    connection.writer.transport.abort()
+
+
+async def script_closes(connection: Connection) -> None:
+    await connection.events(chunk("be"), chunk("gun"), done=False)
+
+
+async def script_no_reason(connection: Connection) -> None:
+    await connection.events(chunk("be"), chunk("gun"))
+
+
+async def script_not_http(connection: Connection) -> None:
+    await connection.send(b"220 smtp.example ESMTP\r\n\r\n")
+
+
+async def script_not_json(connection: Connection) -> None:
+    await connection.send(HEAD, b"data: {nonsense\n\n")
+
+
+async def script_no_object(connection: Connection) -> None:
+    await connection.events([1, 2])
+
+
+async def script_wrong_types(connection: Connection) -> None:
+    await connection.events({"choices": [{"index": 0, "text": 7}]})
+
+
+async def script_not_utf8(connection: Connection) -> None:
+    await connection.send(HEAD, b'data: {"choices": [{"text": "\xff\xfe"}]}\n\n')
+
+
+async def script_no_event_stream(connection: Connection) -> None:
+    await connection.send(b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\nconnection: close\r\n\r\n<html>")
+
+
+async def script_bomb(connection: Connection) -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ncontent-encoding: gzip\r\nconnection: close\r\n\r\n"
+    await connection.send(head, b"\x1f\x8b" + b"\0" * 64)
+
+
+async def script_endless_line(connection: Connection) -> None:
+    await connection.send(HEAD, b"data: ", *[b"x" * 65536] * 1600)
+
+
+async def script_endless_event(connection: Connection) -> None:
+    await connection.send(HEAD, *[b"data: x\n" * 8192] * 1600)
+
+
+async def script_endless_json(connection: Connection) -> None:
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\nconnection: close\r\n\r\n"
+    await connection.send(head, *[b" " * 65536] * 1600)
+
+
+async def script_error_event(connection: Connection) -> None:
+    await connection.events(*[chunk("x")] * 50, {"error": {"message": "out of luck", "type": "e"}})
+
+
+async def script_deep(connection: Connection) -> None:
+    await connection.send(
+        HEAD, b'data: {"choices": [{"text": "", "logprobs": {"x":' + b"[" * 500 + b"]" * 500 + b"}}]}\n\n"
+    )
+
+
+async def script_fails(connection: Connection) -> None:
+    await connection.json({"error": {"message": "Incorrect API key sk-secret"}}, 401)
+
+
+async def script_moved(connection: Connection) -> None:
+    await connection.send(b"HTTP/1.1 302 Found\r\nlocation: http://127.0.0.1:1/\r\nconnection: close\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("script", "kind"),
+    [
+        (script_down, "closed"),
+        (script_closes, "closed"),
+        (script_no_reason, "closed"),
+        (script_not_http, "malformed"),
+        (script_not_json, "malformed"),
+        (script_no_object, "malformed"),
+        (script_wrong_types, "malformed"),
+        (script_not_utf8, "malformed"),
+        (script_no_event_stream, "malformed"),
+        (script_bomb, "malformed"),
+        (script_deep, "malformed"),
+        (script_endless_line, "too_large"),
+        (script_endless_event, "too_large"),
+        (script_endless_json, "too_large"),
+        (script_error_event, "error"),
+        (script_fails, "error"),
+        (script_moved, "error"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+async def test_an_upstream_that_fails_is_named_and_counted_by_how(script: Script, kind: str) -> None:
+    async with web(script) as fake, upstream(kind="openai", url=fake.url) as gateway:
+        got = await gateway.ask()
+    assert isinstance(got.error, UpstreamFailed)
+    assert got.error.code == f"upstream_{kind}"
+    assert "'up'" in got.error.message
+    assert "secret" not in got.error.message
+    assert "127.0.0.1" not in got.error.message
+    assert gateway.seen.failures == {kind: 1}
+    assert gateway.seen.outcomes == {"error": 1}
+
+
+async def test_what_came_before_an_error_has_been_passed_on() -> None:
+    got = await asked(script_error_event)
+    assert got.text == "x" * 50
+    assert got.error is not None
+    assert "out of luck" in got.error.message
+
+
+async def test_a_refusal_is_the_clients_and_names_its_field() -> None:
+    async def script(connection: Connection) -> None:
+        await connection.json({"error": {"message": "top_k is unknown", "param": "top_k"}}, 400)
+
+    got = await asked(script, top_k=3)
+    assert isinstance(got.error, InvalidRequest)
+    assert (got.error.param, got.error.code) == ("top_k", "upstream_refused")
+    assert "top_k is unknown" in got.error.message
+
+
+async def test_a_busy_upstream_is_to_be_asked_later() -> None:
+    async def script(connection: Connection) -> None:
+        await connection.json({"error": {"message": "slow down"}}, 429)
+
+    got = await asked(script)
+    assert isinstance(got.error, Unavailable)
+    assert got.error.retry_after >= 1
+
+
+async def test_slow_upstreams_are_given_up(unused_tcp_port: int) -> None:
+    async def silent(connection: Connection) -> None:
+        await connection.until_left()
+
+    async def stalls(connection: Connection) -> None:
+        await connection.events(chunk("be"), done=False)
+        await connection.until_left()
+
+    quick = {"first_token_seconds": 0.2, "gap_seconds": 0.2, "connect_seconds": 0.2}
+    for script, code in ((silent, "upstream_first_token_timeout"), (stalls, "upstream_gap_timeout")):
+        got = await asked(script, options=quick)
+        assert isinstance(got.error, UpstreamTimeout)
+        assert got.error.code == code
+    async with upstream(kind="openai", url=f"http://127.0.0.1:{unused_tcp_port}") as gateway:
+        got = await gateway.ask()
+    assert isinstance(got.error, UpstreamFailed)
+    assert got.error.code == "upstream_connect"
+
+
+async def test_a_client_that_leaves_ends_the_request_at_the_upstream() -> None:
+    gone = asyncio.Event()
+
+    async def script(connection: Connection) -> None:
+        await connection.events(chunk("be"), done=False)
+        await connection.until_left()
+        gone.set()
+
+    async with web(script) as fake, upstream(kind="openai", url=fake.url) as gateway:
+        generation = await gateway.start()
+        async for _ in generation:
+            break
+        generation.abort()
+        await asyncio.wait_for(gone.wait(), 60)
+        assert gateway.backend.load() == 0
+        await gateway.backend.drain(1)
+    assert gateway.seen.outcomes == {"abort": 1}
+
+
+async def test_a_slow_reader_has_the_upstream_wait() -> None:
+    sent = 0
+
+    async def script(connection: Connection) -> None:
+        nonlocal sent
+        await connection.send(HEAD)
+        for _ in range(20_000):
+            await connection.send(b"data: " + orjson.dumps(chunk("x" * 4000)) + b"\n\n")
+            sent += 1
+
+    async with web(script) as fake, upstream(kind="openai", url=fake.url) as gateway:
+        generation = await gateway.start()
+        before = -1
+        while sent != before:  # until nothing moves any more
+            before = sent
+            await asyncio.sleep(0.3)
+        assert sent < 10_000
+        generation.abort()
+
+
+async def test_keys_come_from_the_environment_or_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("UP_KEY", "sk-1")
+    file = tmp_path / "key"
+    file.write_text("sk-2\n")
+    seen = []
+
+    async def script(connection: Connection) -> None:
+        seen.append(connection.asked.headers["authorization"])
+        await connection.events(chunk("ok", "stop"))
+
+    for option in ({"key_env": "UP_KEY"}, {"key_file": str(file)}):
+        await asked(script, options=option)
+    assert seen == ["Bearer sk-1", "Bearer sk-2"]
+
+
+@pytest.mark.parametrize("field", ["return_token_ids", "prompt_logprobs"])
+async def test_what_is_not_passed_back_is_refused_by_name(field: str) -> None:
+    with pytest.raises(UnsupportedParameter) as refused:
+        await asked(script_down, **{field: True})
+    assert refused.value.param == field
