@@ -32,14 +32,14 @@ class Continuation:
 
     def __init__(self, request: TextRequest) -> None:
         self._request = request
-        self._text = StringIO()
-        self._length = 0  # characters of that
+        self._sent = StringIO()  # what the client has, or is to have
+        self._length = 0  # characters that the present endpoint has come to
         self._tokens: list[int] = []
         self._marks: deque[tuple[int, int]] = deque(maxlen=OVERLAP + 1)  # tokens and characters, where both go together
         self._whole = True  # whether all text came with its tokens
         self._extras = False
         self._most = 0  # tokens that were counted
-        self._expected = ""  # text that was sent and has to come again
+        self._expected = ""  # the part of it that has to come again
         prompt = request.prompt
         self._prompt: Sequence[int] | None = None if prompt is None or isinstance(prompt, str) else prompt
 
@@ -70,7 +70,6 @@ class Continuation:
         if piece.prompt_ids is not None and self._prompt is None:
             self._prompt = piece.prompt_ids
         self._extras = self._extras or piece.extras is not None
-        self._text.write(piece.text)
         self._length += len(piece.text)
         self._tokens += piece.tokens
         self._whole = self._whole and bool(piece.tokens or not piece.text)
@@ -80,13 +79,10 @@ class Continuation:
 
     def next_request(self) -> TextRequest:
         """Returns the request for another endpoint, from which this record goes on."""
-        text = self._text.getvalue()
         tokens, characters = self._marks[0] if self._marks and self._can_continue() else (0, 0)
         del self._tokens[tokens:]
-        self._text = StringIO()
-        self._text.write(text[:characters])
         self._length = characters
-        self._expected = text[characters:]
+        self._expected = self._sent.getvalue()[characters:]
         self._marks.clear()
         self._whole = True
         if not tokens:
@@ -107,7 +103,9 @@ class Continuation:
         if piece.tokens:
             count = max(0, len(self._tokens) - self._most)
             self._most = max(self._most, len(self._tokens))
-        return replace(piece, text=piece.text[begin:], count=count)
+        text = piece.text[begin:]
+        self._sent.write(text)
+        return replace(piece, text=text, count=count)
 
     def _can_continue(self) -> bool:
         fields = self._request.fields

@@ -27,7 +27,7 @@ BLOCK = frozenset(BLOCKS.split())
 KNOWN = BLOCK | frozenset(INLINE.split())
 NEVER_SHOWN = frozenset(("script", "style", "template", "title", "head"))
 TAG = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9-]*)?")
-UNFINISHED = re.compile(r"(?:&#?[A-Za-z0-9]*|<[/!]?)\Z")  # what may become an entity or a tag
+UNFINISHED = re.compile(r"(?:&#?[A-Za-z0-9]*|<(?:/|!-?)?)\Z")  # what may become an entity or a tag
 TEXT = "-text"
 LONGEST = 2**20  # characters: a parser takes 20 ms for so many
 

@@ -18,7 +18,7 @@ LONGEST_END = max(map(len, ENDS))
 class Bounded(httpx.AsyncByteStream):
     """The bytes of a stream of events, none of which may have more than `most`."""
 
-    def __init__(self, stream: AsyncIterator[bytes], most: int) -> None:
+    def __init__(self, stream: httpx.AsyncByteStream, most: int) -> None:
         self._stream = stream
         self._most = most
 
@@ -38,11 +38,14 @@ class Bounded(httpx.AsyncByteStream):
                 raise Fault(FaultKind.TOO_LARGE)
             yield chunk
 
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
 
 async def events(response: httpx.Response, most: int) -> AsyncGenerator[ServerSentEvent, None]:
     """Yields the events of a response, of at most `most` bytes each. Raises Fault."""
     assert isinstance(response.stream, httpx.AsyncByteStream)
-    response.stream = Bounded(aiter(response.stream), most)
+    response.stream = Bounded(response.stream, most)
     response.encoding = "utf-8"  # whatever it says
     try:
         async with aclosing(EventSource(response).aiter_sse()) as source:

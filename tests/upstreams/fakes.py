@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -146,7 +145,6 @@ class Worker(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
         self.name = name
         self.asked: list[Any] = []
         self.metadata: list[dict[str, str]] = []
-        self.outcomes: Counter[str] = Counter()
         self.address = ""
         self.server: Any = None
 
@@ -166,13 +164,8 @@ class Worker(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
     async def ModelStreamInfer(self, requests: Any, context: Any) -> Any:  # noqa: N802
         async for request in requests:
             self._note(request, context)
-            try:
-                async for response in self.script(request, context):
-                    yield response
-                self.outcomes["ended"] += 1
-            except asyncio.CancelledError:
-                self.outcomes["cancelled"] += 1
-                raise
+            async for response in self.script(request, context):
+                yield response
 
     def _note(self, request: Any, context: Any) -> None:
         self.asked.append(request)

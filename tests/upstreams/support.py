@@ -118,7 +118,7 @@ def _add(found: Response, index: int, delta: Delta) -> None:
 
 
 @contextlib.asynccontextmanager
-async def upstream(checked: bool = False, timeout: float | None = None, **options: Any) -> AsyncIterator[Gateway]:
+async def upstream(checked: bool = False, deadline: float | None = None, **options: Any) -> AsyncIterator[Gateway]:
     """An upstream with these options. `checked`: its endpoints have been looked at before it is asked."""
     seen = Seen()
     backend = open_upstream(KIND.validate_python({"id": "up", **options}), None, seen)
@@ -126,6 +126,6 @@ async def upstream(checked: bool = False, timeout: float | None = None, **option
         for endpoint in backend.endpoints.all:
             await backend.endpoints.check(endpoint)
     try:
-        yield Gateway(backend, seen, timeout)
+        yield Gateway(backend, seen, deadline)
     finally:
         await backend.drain(0)

@@ -120,17 +120,22 @@ async def test_characters_may_be_cut_between_responses() -> None:
 
 
 async def test_texts_are_cut_at_stop_strings_here() -> None:
-    async def endless(request: Any, context: Any) -> AsyncIterator[Any]:
-        yield token(request, "one END")
-        while True:
-            yield token(request, " two")
-            await asyncio.sleep(0)
+    cancelled = asyncio.Event()
 
-    got, fake = await asked(endless, stop=["END two"])
-    assert (got.text, got.reasons) == ("one ", [FinishReason.STOP])
-    async with asyncio.timeout(HANG_SECONDS):
-        while not fake.outcomes["cancelled"]:
-            await asyncio.sleep(0.01)
+    async def endless(request: Any, context: Any) -> AsyncIterator[Any]:
+        try:
+            yield token(request, "one END")
+            while True:
+                yield token(request, " two")
+                await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    async with worker(endless) as fake, upstream(kind="kserve", endpoints=[fake.address]) as gateway:
+        got = await gateway.ask(stop=["END two"])
+        assert (got.text, got.reasons) == ("one ", [FinishReason.STOP])
+        await asyncio.wait_for(cancelled.wait(), HANG_SECONDS)
     got, _ = await asked(streamed("one END", " t"), stop=["END two"])
     assert got.text == "one END t"
 
@@ -336,7 +341,7 @@ async def test_a_worker_that_is_down_or_slow_is_given_up(unused_tcp_port: int) -
         yield token(request, "x")
         await asyncio.sleep(HANG_SECONDS)
 
-    got, fake = await asked(stalls, options={"gap_seconds": 0.2})
+    got, _ = await asked(stalls, options={"gap_seconds": 0.2})
     assert isinstance(got.error, UpstreamTimeout)
     assert got.error.code == "upstream_gap_timeout"
 
