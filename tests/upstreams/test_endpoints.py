@@ -21,7 +21,7 @@ from bdh_batch.upstreams.continuation import Continuation
 from bdh_batch.upstreams.endpoints import Endpoint, Endpoints
 from bdh_batch.upstreams.protocol import EndpointFacts, Fault, FaultKind, Piece, TextRequest
 from tests.upstreams.fakes import Connection, Script, Web, chunk, tensor, token, web, worker
-from tests.upstreams.support import upstream
+from tests.upstreams.support import Gateway, upstream
 
 WORDS = [f"w{number} " for number in range(24)]
 
