@@ -23,6 +23,7 @@ from bdh_batch.errors import ConfigError
 from bdh_batch.http.app import create_app
 from bdh_batch.http.auth.keys import KeyRing
 from bdh_batch.http.gate import Gate, ServedModel
+from bdh_batch.http.serving import Serving
 from bdh_batch.http.transport.server import Server, listen, local_only, url_of
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.processes.chosen_model import chosen_model, model_name
@@ -114,8 +115,8 @@ class Service:
         """
         keys = key_ring(self._settings.auth)
         listeners = [*self._listeners] or listen(self._settings.server)
-        app = create_app(self._settings, self._gate, self.metrics, keys, self._spans, local_only(listeners))
-        server = Server(app, self._settings, self.metrics)
+        serving = Serving.of(self._settings, self._gate, self.metrics, keys, self._spans)
+        server = Server(create_app(serving, local_only(listeners)), self._settings, self.metrics)
         server.start(listeners)
         watching = None if keys is None else asyncio.create_task(keys.watch())
         try:

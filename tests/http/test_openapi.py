@@ -16,15 +16,15 @@ from openapi_spec_validator import validate
 from pydantic import BaseModel
 from starlette.routing import Route
 
-from bdh_batch.http.auth.quota import Quota
-from bdh_batch.http.auth.rates import Rates
 from bdh_batch.http.docs import response_types as responses
+from bdh_batch.http.docs.endpoint import Endpoint
 from bdh_batch.http.docs.field_help import HELP, help_of
 from bdh_batch.http.docs.openapi import openapi
-from bdh_batch.http.endpoints import ENDPOINTS, Endpoint
+from bdh_batch.http.endpoints import ENDPOINTS
 from bdh_batch.http.gate import Gate
 from bdh_batch.http.request.strict import Wire
 from bdh_batch.http.routes import Routes
+from bdh_batch.http.serving import Serving
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Settings
 from tests.http.fuzzing import Fuzzer, check_stream, event_validators
@@ -98,8 +98,7 @@ class TestDocument:
         assert tiny.http.get("/openapi.json").json() == document()
 
     def test_has_every_route_and_no_other(self) -> None:
-        settings, metrics = Settings(), Metrics("tiny")
-        routes = Routes(Gate(), metrics, settings, Quota(Rates(settings.rate_limiting, metrics), None)).table()
+        routes = Routes(Serving.of(Settings(), Gate(), Metrics("tiny"))).table()
         served = {(method.lower(), _template(route)) for route in routes for method in (route.methods or set())}
         reported = {(method, path) for path, methods in document()["paths"].items() for method in methods}
         assert {each for each in served if each[0] != "head"} == reported | {("get", "/openapi.json"), ("get", "/docs")}
