@@ -38,6 +38,11 @@ WITHOUT_SPANS = frozenset(
 )  # asked for again and again, and never of the model
 
 
+def sane_id(*given: str) -> str:
+    """The first id of a request that is sane, of those that its client gives it, or else a new one."""
+    return next((each for each in given if REQUEST_ID.fullmatch(each)), None) or uuid4().hex
+
+
 class RequestContext:
     """Outermost: gives the request an id (the client's, if it sent a sane one), counts it, handles faults."""
 
@@ -53,8 +58,7 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
+        request_id = sane_id(Headers(scope=scope).get("x-request-id", ""))
         span = None if self._spans is None else self._begin(self._spans, scope, request_id)
         scope.setdefault("state", {}).update(id=request_id, span=span)
         status = 0
