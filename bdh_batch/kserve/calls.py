@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from ipaddress import ip_address, ip_network
@@ -192,15 +192,19 @@ class Calls:
         try:
             yield trailers
             context.set_trailing_metadata(tuple(trailers))
-        except asyncio.CancelledError:
-            raise
-        except aio.AbortError:
-            raise
         except Exception as error:  # noqa: BLE001 - whoever serves it has logged what is no refusal
             if isinstance(error, BDHError):
                 self._serving.count_refusal(error)
             refusal = self.refusal(error)
-            await context.abort(refusal.code, refusal.message, (*trailers, *refusal.trailers))
+            await abort(context, refusal, trailers)
+
+
+async def abort(context: Context, refusal: Refusal, trailers: Sequence[tuple[str, str]] = ()) -> None:
+    """Ends a call with an error. Raises CancelledError: the call was over already, by its deadline or its client."""
+    try:
+        await context.abort(refusal.code, refusal.message, (*trailers, *refusal.trailers))
+    except aio.InternalError:
+        raise asyncio.CancelledError from None
 
 
 def client_address(peer: str, forwarded: str, proxies: list[str]) -> str:
