@@ -475,6 +475,35 @@ class Api(Section):
     unknown_fields: Literal["refuse", "ignore"] = Field("refuse", description="What to do with unknown body fields.")
 
 
+class KServe(Section):
+    """KServe v2 (Open Inference Protocol): gRPC, and REST below /v2."""
+
+    grpc_port: int | None = Field(
+        None, ge=1, le=65535, description="Port for gRPC; null is off. REST is at server.port, below /v2, in any case."
+    )
+    grpc_host: str | None = Field(
+        None, description="Address or name to listen on for gRPC; null is server.host. server.tls_cert holds here, too."
+    )
+    model_version: Annotated[str, Field(pattern="^[A-Za-z0-9._-]{1,64}$")] = Field(
+        "1", description="The version that models have; requests for another one are refused."
+    )
+    max_calls: PositiveInt = Field(
+        1024,
+        description="Most gRPC calls under way, streams included; one more is refused with RESOURCE_EXHAUSTED. Each "
+        "may hold a message of limits.max_body_bytes.",
+    )
+    max_calls_per_caller: PositiveInt | None = Field(
+        None, description="Most of one key, or without keys of one address; null is half of all."
+    )
+    max_connections: PositiveInt = Field(
+        4096, description="Most gRPC connections that are open; one more is closed at once."
+    )
+    max_stream_requests: PositiveInt = Field(
+        64,
+        description="Most requests of one ModelStreamInfer call at a time; others are read when one has ended.",
+    )
+
+
 class Health(Section):
     """When the server reports that it is unhealthy."""
 
@@ -516,6 +545,7 @@ class Settings(BaseModel):
     sandbox: Sandbox = Sandbox()
     structured_output: StructuredOutput = StructuredOutput()
     api: Api = Api()
+    kserve: KServe = KServe()
     health: Health = Health()
     telemetry: Telemetry = Telemetry()
 

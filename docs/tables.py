@@ -149,7 +149,8 @@ def endpoints() -> Rows:
 def statuses() -> Rows:
     yield "status", "when"
     for status, response in openapi(settings.Settings())["components"]["responses"].items():
-        yield status, response["description"]
+        if status.isdecimal():
+            yield status, response["description"]
 
 
 KINDS: dict[str, Callable[..., Rows]] = {

@@ -37,15 +37,18 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "observability": (SHARED | {"engine", "scheduler", "backends", "__init__"}, {"opentelemetry", "prometheus_client"}),
     "http": (
         SHARED | {"backends", "text", "settings", "observability", "__init__"},
-        {"starlette", "uvicorn", "httptools", "orjson", "pydantic", "pydantic_core", "redis"},
+        {"starlette", "uvicorn", "httptools", "numpy", "orjson", "pydantic", "pydantic_core", "redis"},
     ),
+    "kserve": (SHARED | {"http", "settings"}, {"google", "grpc", "grpc_health", "grpc_reflection", "tritonclient"}),
     "client": (set(), {"openai", "prometheus_client"}),
     # A server is measured over HTTP, whoever wrote it: nothing of this one's is at hand.
     "bench": ({"errors", "__init__"}, {"httptools", "orjson", "tokenizers", "uvloop"}),
     "plan": ({"errors", "system", "checkpoint", "text"}, {"torch"}),
     # What is wired together, and nowhere else.
     "processes": (
-        SHARED | {"http", "backends", "engine", "kernels", "text", "settings", "observability", "registry", "__init__"},
+        SHARED
+        | {"http", "kserve", "backends", "engine", "kernels", "text", "settings"}
+        | {"observability", "registry", "__init__"},
         {"platformdirs", "pydantic", "torch"},
     ),
     "server": ({"processes", "engine", "settings"}, set()),

@@ -5,14 +5,12 @@ The examples are of the bundled model; a test holds them to a server.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any
 
 from pydantic import BaseModel
 
 from bdh_batch import __version__
+from bdh_batch.http.docs.endpoint import Endpoint, Open
 from bdh_batch.http.docs.examples import CARD, CHAT, COMPLETION, EMBEDDINGS, ENTER, NAME, QUESTION, READY, TOKENS
 from bdh_batch.http.docs.response_types import (
     ChatCompletion,
@@ -31,8 +29,21 @@ from bdh_batch.http.docs.response_types import (
     TokenizerInfo,
     Version,
 )
+from bdh_batch.http.kserve.bodies import GenerateBody, InferBody
+from bdh_batch.http.kserve.responses import (
+    GenerateEvent,
+    GenerateResponse,
+    InferResponse,
+    KServeError,
+    Live,
+    ModelMetadata,
+    ModelReady,
+    Ready,
+    ServerMetadata,
+)
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody
 from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, EmbeddingChat, TokenizeChat, TokenizeText
+from bdh_batch.http.tensors.metadata import server_metadata
 from bdh_batch.settings import Auth
 
 MODEL = (403, 404, 503)  # of all that asks for the model
@@ -42,53 +53,9 @@ TAGS = {
     "Generation": "Completions of the model, as in OpenAI's API.",
     "Tokens": "Text to tokens and back.",
     "Models": "What is served.",
+    "KServe": "KServe v2, the Open Inference Protocol: any parameter of completions is a tensor or a parameter.",
     "Operation": "For probes, load balancers and monitoring.",
 }
-
-
-class Open(Enum):
-    """What anyone may ask for as often as they like."""
-
-    ALWAYS = "probes and the like"
-    METRICS = "unless auth.protect_metrics is set"
-    DOCS = "unless auth.protect_docs is set"
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """One row of the table: a path, its handler, its access and its documentation.
-
-    Args:
-        handler: the method of `Routes` that handles it.
-        open: whether it is; None is for callers only.
-        documented: whether it is in the OpenAPI document.
-        bodies: of which the request has one; none takes no body.
-        response: of status 200; a text is a media type, None an empty body.
-        event: the chunk of a stream, where there can be one.
-        errors: statuses that are not possible everywhere.
-        requests: example bodies by name.
-        replies: example responses by name.
-    """
-
-    id: str
-    handler: str
-    tag: str
-    path: str
-    summary: str
-    response: type[BaseModel] | str | None
-    method: str = "get"
-    description: str = ""
-    bodies: Sequence[type[BaseModel]] = ()
-    event: type[BaseModel] | None = None
-    errors: Sequence[int] = ()
-    requests: Mapping[str, dict[str, Any]] = field(default_factory=dict)
-    replies: Mapping[str, Any] = field(default_factory=dict)
-    open: Open | None = None
-    documented: bool = True
-
-    @property
-    def generates(self) -> bool:
-        return 504 in self.errors
 
 
 HEALTH = (("", "/health"), ("2", "/healthz"), ("3", "/livez"))
@@ -333,7 +300,71 @@ def _operation() -> list[Endpoint]:
     ]
 
 
-ENDPOINTS = (*_generation(), *_tokens(), *_models(), *_operation())
+def _kserve() -> list[Endpoint]:
+    """A model's paths come twice, without a version and with one; longer paths first, as names may have slashes."""
+    server: list[tuple[str, str, str, str, type[BaseModel]]] = [
+        ("getKServe", "server", "/v2", "Name, version and extensions of the server", ServerMetadata),
+        ("isKServeLive", "live", "/v2/health/live", "Alive and making progress?", Live),
+        ("isKServeReady", "ready", "/v2/health/ready", "Ready for requests?", Ready),
+    ]
+    metadata = server_metadata()
+    replies = {"getKServe": {"server": metadata}, "isKServeLive": {"live": {"live": True}}}
+    rows = [
+        Endpoint(
+            *(id, f"kserve.{handler}", "KServe", path, summary, response),
+            errors=(503,),
+            error=KServeError,
+            replies=replies.get(id, {}),
+            open=Open.ALWAYS,
+        )
+        for id, handler, path, summary, response in server
+    ]
+    for suffix, root in (("OfVersion", "/v2/models/{id}/versions/{version}"), ("", "/v2/models/{id}")):
+        rows += [_kserve_work(suffix, root, *work) for work in _KSERVE_WORK]
+        rows += [
+            Endpoint(
+                *(f"{id}{suffix}", f"kserve.{handler}", "KServe", f"{root}{path}", summary, response),
+                errors=MODEL,
+                error=KServeError,
+            )
+            for id, handler, path, summary, response in (
+                ("isKServeModelReady", "model_ready", "/ready", "Is the model ready?", ModelReady),
+                ("getKServeModel", "model", "", "A model's inputs and outputs", ModelMetadata),
+            )
+        ]
+    return rows
+
+
+def _kserve_work(
+    suffix: str,
+    root: str,
+    path: str,
+    summary: str,
+    body: type[BaseModel],
+    response: type[BaseModel] | None,
+    event: type[BaseModel] | None,
+    request: dict[str, Any],
+) -> Endpoint:
+    words = "".join(word.capitalize() for word in path.split("_"))
+    return Endpoint(
+        *(f"kserve{words}{suffix}", f"kserve.{path}", "KServe", f"{root}/{path}", summary, response, "post"),
+        bodies=[body],
+        event=event,
+        errors=MODEL + WORK,
+        error=KServeError,
+        requests={"text": request},
+    )
+
+
+_PROMPT = {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["ROMEO:\n"]}
+_INFER = {"inputs": [_PROMPT], "parameters": {"max_tokens": 8, "seed": 1}}
+_GENERATE = {"text_input": "ROMEO:\n", "parameters": {"max_tokens": 8, "temperature": 0}}
+_KSERVE_WORK = (
+    ("infer", "Complete prompts, as tensors", InferBody, InferResponse, None, _INFER),
+    ("generate", "Complete a prompt", GenerateBody, GenerateResponse, None, _GENERATE),
+    ("generate_stream", "Complete a prompt, as a stream", GenerateBody, None, GenerateEvent, _GENERATE),
+)
+ENDPOINTS = (*_generation(), *_tokens(), *_models(), *_operation(), *_kserve())
 
 
 def open_paths(auth: Auth) -> frozenset[str]:

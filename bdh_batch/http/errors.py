@@ -20,6 +20,7 @@ BDHError
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
@@ -28,6 +29,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Match, Route
+from starlette.types import Receive, Scope, Send
 
 from bdh_batch.errors import (
     BDHError,
@@ -47,6 +49,7 @@ from bdh_batch.errors import (
 REPEATED_SLASHES = re.compile("//+")
 LONGEST_PATH = 128  # characters of one that an error repeats, and that are compared with those there are
 SIMILAR = 0.7
+KSERVE = "/v2"  # and all paths below it
 MAIN_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models")
 LONGEST_MESSAGE = 8192  # characters: an error may repeat what a client sent, but not all of it
 ACCEPTED_CODINGS = "gzip, deflate, identity"
@@ -160,7 +163,7 @@ def describe(error: BDHError) -> tuple[int, dict[str, Any]]:
 def error_response(error: BDHError) -> Response:
     """The response to a request that ended with `error`."""
     status, body = describe(error)
-    response = _json(status, body)
+    response = ErrorResponse(status, body)
     if isinstance(error, RetryLater):
         response.headers["retry-after"] = str(error.retry_after)
     if isinstance(error, DeadlineExceeded):
@@ -175,7 +178,9 @@ def error_response(error: BDHError) -> Response:
 
 
 def internal_error() -> Response:
-    return _json(500, _body(500, "Internal server error. The server's log has the reason under this request's id."))
+    return ErrorResponse(
+        500, _body(500, "Internal server error. The server's log has the reason under this request's id.")
+    )
 
 
 async def handle_fault(request: Request, error: Exception) -> Response:
@@ -196,7 +201,7 @@ async def handle_http_exception(request: Request, error: Exception) -> Response:
     elif error.status_code == 405:
         allowed = headers.get("Allow", "other methods")
         message = f"Method {request.method} is not allowed for {request.url.path}; allowed: {allowed}."
-    response = _json(error.status_code, _body(error.status_code, message, None, CODES.get(error.status_code)))
+    response = ErrorResponse(error.status_code, _body(error.status_code, message, None, CODES.get(error.status_code)))
     response.headers.update(headers)
     return response
 
@@ -221,5 +226,22 @@ def _body(status: int, message: str, param: str | None = None, code: str | None 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _json(status: int, body: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(body), status, media_type="application/json")
+class ErrorResponse(Response):
+    """An error, in the shape of the API that was asked: KServe's has the message where OpenAI's has an object."""
+
+    media_type = "application/json"
+
+    def __init__(self, status: int, body: dict[str, Any]) -> None:
+        super().__init__(orjson.dumps(body), status)
+        self._error = body["error"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] == KSERVE or scope["path"].startswith(f"{KSERVE}/"):
+            self.body = orjson.dumps(kserve_error(self._error))
+            self.headers["content-length"] = str(len(self.body))
+        await super().__call__(scope, receive, send)
+
+
+def kserve_error(error: Mapping[str, Any]) -> dict[str, Any]:
+    """The body of an error in KServe's API, from the object of OpenAI's."""
+    return {"error": error["message"], **{name: error[name] for name in ("type", "param", "code")}}

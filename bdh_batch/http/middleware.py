@@ -7,7 +7,7 @@ import logging
 import math
 import re
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
@@ -15,6 +15,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bdh_batch.http.auth.rates import HEADERS
@@ -37,13 +38,19 @@ WITHOUT_SPANS = frozenset(
 )  # asked for again and again, and never of the model
 
 
+def sane_id(*given: str) -> str:
+    """The first id of a request that is sane, of those that its client gives it, or else a new one."""
+    return next((each for each in given if REQUEST_ID.fullmatch(each)), None) or uuid4().hex
+
+
 class RequestContext:
     """Outermost: gives the request an id (the client's, if it sent a sane one), counts it, handles faults."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, known_paths: Iterable[str], spans: Spans | None = None) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[Route], spans: Spans | None = None) -> None:
         self._app = app
         self._metrics = metrics
-        self._known_paths = frozenset(known_paths)
+        self._templates = [(route.path_regex, route.path.replace(":path}", "}")) for route in routes]
+        self._known_paths = frozenset(path for _, path in self._templates)
         self._spans = spans
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -51,8 +58,7 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        given = Headers(scope=scope).get("x-request-id", "")
-        request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
+        request_id = sane_id(Headers(scope=scope).get("x-request-id", ""))
         span = None if self._spans is None else self._begin(self._spans, scope, request_id)
         scope.setdefault("state", {}).update(id=request_id, span=span)
         status = 0
@@ -94,7 +100,7 @@ class RequestContext:
         path = scope["path"]
         if path in self._known_paths:
             return str(path)
-        return "/v1/models/{id}" if path.startswith("/v1/models/") else "other"
+        return next((template for known, template in self._templates if known.match(path)), "other")
 
 
 class BodyLimit:

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from starlette.requests import Request
-
 from bdh_batch.backends.base import RawPrompt, TextBackend
-from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.gate import ServedModel
-from bdh_batch.http.presence import unless_left
+from bdh_batch.http.request.client import Client, unless_left
 from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.schema.chat import ConversationBody
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody
 from bdh_batch.http.schema.text import EmbeddingBody, EmbeddingChat
 from bdh_batch.messages import GenerationRequest, Grammar, Origin, Text, Written
 from bdh_batch.text.sources import Source
-
-TIMEOUT_HEADER = "x-request-timeout"
-LONGEST_TIMEOUT = 86400.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +30,13 @@ class Preparation:
         ClientDisconnect: the client has gone.
     """
 
-    request: Request
+    client: Client
     model: ServedModel
     size: int
     aside: Aside
 
     async def generation(self, body: CompletionBody | ChatBody) -> GenerationRequest:
-        model, origin = self.model, self._origin()
+        model, origin = self.model, self.client.origin()
         await self.aside.run(self.size, body.check, model.defaults)
         if isinstance(model.backend, TextBackend):
             return await self._passed_on(model.backend, origin, body)
@@ -62,14 +55,15 @@ class Preparation:
         if isinstance(body, ChatBody) and not backend.takes_messages:
             messages, given = None, (await self.rendered(body)).text
         prompts = [] if given is None else body.prompt if isinstance(body, CompletionBody) else [given]
-        headers = {name: self.request.headers[name] for name in backend.pass_headers if name in self.request.headers}
+        came = self.client.headers
+        headers = {name: came[name] for name in backend.pass_headers if name in came}
         written = Written(prompts, messages, fields, headers)
         written, counted = await backend.accept(written, "messages" if isinstance(body, ChatBody) else "prompt")
         request = await self.aside.run(self.size, body.request, origin, counted, self.model.defaults, None)
         return replace(request, written=written)
 
     async def embedding(self, body: EmbeddingBody | EmbeddingChat) -> GenerationRequest:
-        model, origin = self.model, self._origin()
+        model, origin = self.model, self.client.origin()
         body.check_dimensions(model.width)
         prompts = await self._prompts(body)
         last = body.last_tokens(model.max_model_len)
@@ -78,7 +72,7 @@ class Preparation:
     async def rendered(self, body: ConversationBody) -> Text:
         """The prompt that the template makes of a conversation."""
         conversation = await self.aside.run(self.size, body.conversation)
-        return await unless_left(self.request, self.model.template.render(conversation, self.aside.tenant))
+        return await unless_left(self.client, self.model.template.render(conversation, self.aside.tenant))
 
     async def _prompts(self, body: ConversationBody | CompletionBody | EmbeddingBody) -> Sequence[RawPrompt]:
         if isinstance(body, ConversationBody):
@@ -88,24 +82,4 @@ class Preparation:
     async def _grammar(self, source: Source | None) -> Grammar | None:
         if source is None:
             return None
-        return await unless_left(self.request, self.model.grammars.compile(source, self.aside.tenant))
-
-    def _origin(self) -> Origin:
-        state = self.request.state
-        caller = state.caller
-        timeout = _timeout(self.request.headers.get(TIMEOUT_HEADER))
-        return Origin(state.id, caller.label, caller.weight, caller.namespace, timeout, state.span)
-
-
-def _timeout(given: str | None) -> float | None:
-    """The seconds that a client gives its request."""
-    if given is None:
-        return None
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds <= LONGEST_TIMEOUT:
-        text = f"{TIMEOUT_HEADER} should be seconds, more than 0 and at most {LONGEST_TIMEOUT:.0f}."
-        raise InvalidRequest(text, TIMEOUT_HEADER)
-    return seconds
+        return await unless_left(self.client, self.model.grammars.compile(source, self.aside.tenant))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import replace
-from typing import Any
+from operator import attrgetter
 
 import orjson
 from starlette.requests import Request
@@ -14,26 +12,26 @@ from starlette.routing import Route
 from bdh_batch import __version__
 from bdh_batch.backends.base import Generation, TextBackend
 from bdh_batch.errors import Unavailable
-from bdh_batch.http.auth.quota import Quota
 from bdh_batch.http.docs.openapi import openapi
 from bdh_batch.http.docs.page import POLICY, page
 from bdh_batch.http.endpoints import ENDPOINTS
 from bdh_batch.http.errors import error_response
-from bdh_batch.http.gate import Gate, ServedModel
+from bdh_batch.http.gate import ServedModel
+from bdh_batch.http.kserve.rest import KServe
 from bdh_batch.http.prepare import Preparation
-from bdh_batch.http.request.body import Body, check, parse, read_object
-from bdh_batch.http.request.off_loop import Aside, OffLoop
+from bdh_batch.http.request.body import Body, read_object
+from bdh_batch.http.request.client import Client
+from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses.embeddings import embeddings
-from bdh_batch.http.responses.frames import ChatFrames, CompletionFrames, Frames, ResponseOptions
+from bdh_batch.http.responses.frames import ChatFrames, CompletionFrames, Frames
 from bdh_batch.http.responses.generation import CHARACTERS, EventStream, whole
 from bdh_batch.http.responses.json_pieces import JsonInPieces, dump_text
 from bdh_batch.http.responses.tokens import tokenization
 from bdh_batch.http.responses.tool_frames import ToolFrames
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody, GenerationBody
 from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, EmbeddingChat, TokenizeChat, TokenizeText
+from bdh_batch.http.serving import Serving, response_options
 from bdh_batch.messages import GenerationRequest
-from bdh_batch.observability.metrics import Metrics
-from bdh_batch.settings import Settings
 
 SHOWN_SETTINGS = {"engine", "scheduler", "prefix_cache", "generation", "limits"}  # sections that any client may know
 SECRET = {"scheduler": {"weights", "trace_file"}}
@@ -42,13 +40,11 @@ SECRET = {"scheduler": {"weights", "trace_file"}}
 class Routes:
     """Handles the requests of every endpoint."""
 
-    def __init__(self, gate: Gate, metrics: Metrics, settings: Settings, quota: Quota) -> None:
-        self._gate = gate
-        self._metrics = metrics
-        self._settings = settings
-        self._quota = quota
-        self._off_loop = OffLoop()
-        document = openapi(settings)
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._gate, self._metrics, self._settings = serving.gate, serving.metrics, serving.settings
+        self.kserve = KServe(serving)
+        document = openapi(serving.settings)
         self._openapi, self._docs = orjson.dumps(document), page(document)
 
     def table(self) -> list[Route]:
@@ -56,7 +52,7 @@ class Routes:
         for each in ENDPOINTS:
             methods.setdefault((each.path, each.handler), []).append(each.method.upper())
         return [
-            Route(path.replace("{id}", "{id:path}"), getattr(self, handler), methods=some)
+            Route(path.replace("{id}", "{id:path}"), attrgetter(handler)(self), methods=some)
             for (path, handler), some in methods.items()
         ]
 
@@ -64,7 +60,7 @@ class Routes:
         raw = await request.body()
         body = await self._aside(request).run(len(raw), self._parse, raw, CompletionBody)
         model = self._model(request, body.model)
-        frames = CompletionFrames(_response_options(f"cmpl-{request.state.id}", body, model), model.backend.tokenizer)
+        frames = CompletionFrames(response_options(f"cmpl-{request.state.id}", body, model), model.backend.tokenizer)
         prepared = await self._preparation(request, model, raw).generation(body)
         return await self._respond(request, model, body, prepared, frames)
 
@@ -72,7 +68,7 @@ class Routes:
         raw = await request.body()
         body = await self._aside(request).run(len(raw), self._parse, raw, ChatBody)
         model = self._model(request, body.model)
-        options, tokenizer = _response_options(f"chatcmpl-{request.state.id}", body, model), model.backend.tokenizer
+        options, tokenizer = response_options(f"chatcmpl-{request.state.id}", body, model), model.backend.tokenizer
         finds_calls = body.may_call and not isinstance(model.backend, TextBackend)  # an upstream finds them itself
         frames = ToolFrames(options, tokenizer, body.tool_names) if finds_calls else ChatFrames(options, tokenizer)
         prepared = await self._preparation(request, model, raw).generation(body)
@@ -84,7 +80,7 @@ class Routes:
         model = self._model(request, body.model)
         prepared = await self._preparation(request, model, raw).embedding(body)
         generation = await self._start(request, model, prepared)
-        return await embeddings(generation, body, body.model or model.name, request, aside)
+        return await embeddings(generation, body, body.model or model.name, Client.of(request), aside)
 
     async def tokenize(self, request: Request) -> Response:
         raw, aside = await request.body(), self._aside(request)
@@ -152,38 +148,28 @@ class Routes:
         return JSONResponse({"name": "bdh_batch", "version": __version__, "status": self._gate.closed or "ready"})
 
     def _aside(self, request: Request) -> Aside:
-        return self._off_loop.of(request.state.caller.label)
+        return self._serving.aside(request.state.caller)
 
     def _parse(self, raw: bytes, kind: type[Body]) -> Body:
-        return parse(raw, kind, self._settings.limits, self._settings.api.unknown_fields)
+        return self._serving.parse(raw, kind)
 
     def _parse_tokenize(self, raw: bytes) -> TokenizeChat | TokenizeText:
         values = read_object(raw, self._settings.limits)
         is_text = values.get("messages") is None
         kind: type[TokenizeChat | TokenizeText] = TokenizeText if is_text else TokenizeChat
-        return check(values, kind, self._settings.limits, self._settings.api.unknown_fields)
+        return self._serving.check(values, kind)
 
     def _parse_embedding(self, raw: bytes) -> EmbeddingChat | EmbeddingBody:
         values = read_object(raw, self._settings.limits)
         is_chat = values.get("messages") is not None and values.get("input") is None
         kind: type[EmbeddingChat | EmbeddingBody] = EmbeddingChat if is_chat else EmbeddingBody
-        return check(values, kind, self._settings.limits, self._settings.api.unknown_fields)
+        return self._serving.check(values, kind)
 
     def _model(self, request: Request, name: str | None) -> ServedModel:
-        """The model of that name; None is the one there is.
-
-        Raises:
-            ModelNotFound
-            Forbidden: the caller's key is not for it.
-            Unavailable
-        """
-        model, caller = self._gate.model, request.state.caller
-        model.check_name(name, show_names=caller.may_use(model.names))
-        caller.check_model(name or model.name, model.names)
-        return model
+        return self._serving.model(request.state.caller, name)
 
     def _preparation(self, request: Request, model: ServedModel, raw: bytes) -> Preparation:
-        return Preparation(request, model, len(raw), self._aside(request))
+        return self._serving.preparation(Client.of(request), model, len(raw))
 
     async def _respond(
         self,
@@ -195,45 +181,18 @@ class Routes:
     ) -> Response:
         if prepared.grammar is not None:
             frames.warn(prepared.grammar.warnings)
-            self._metrics.left_out(prepared.grammar.warnings)
         generation = await self._start(request, model, prepared)
         aside = self._aside(request)
         if body.stream:
             keepalive = self._settings.server.sse_keepalive_seconds
             return EventStream(generation, frames, aside, body.options.chunk_tokens or 1, keepalive)
-        return await whole(generation, frames, request, aside)
+        return await whole(generation, frames, Client.of(request), aside)
 
     async def _start(self, request: Request, model: ServedModel, prepared: GenerationRequest) -> Generation:
-        generation = await self._quota.start(request, model.backend, prepared)
-        if (span := request.state.span) is not None:
-            generation.on_end(span.generation_ended)
-        return generation
+        return await self._serving.start(Client.of(request), model, prepared)
 
 
 def _status(problem: str | None, well: str) -> Response:
     if problem:
         return error_response(Unavailable(problem, retry_after=5))
     return JSONResponse({"status": well})
-
-
-def _response_options(id: str, body: GenerationBody, model: ServedModel) -> ResponseOptions:
-    options = ResponseOptions(
-        id=id,
-        created=int(time.time()),
-        model=body.model or model.name,
-        fingerprint=model.fingerprint,
-        n=body.n or 1,
-        tries=body.tries,
-        token_ids=bool(body.return_token_ids),
-        logprobs=body.top,
-        names_are_ids=bool(body.return_tokens_as_token_ids),
-        prompt_logprobs=body.prompt_logprobs,
-        special=body.skip_special_tokens is False,
-        echo=body.echoes,
-        said=body.said,
-        include_usage=bool(body.options.include_usage),
-        continuous_usage=bool(body.options.include_usage and body.options.continuous_usage_stats),
-    )
-    # What an upstream adds of these is in its own response.
-    added: dict[str, Any] = {"token_ids": False, "logprobs": None, "prompt_logprobs": None, "echo": False, "said": ""}
-    return replace(options, **added) if isinstance(model.backend, TextBackend) else options

@@ -12,12 +12,13 @@ from bdh_batch.messages.request import (
     Text,
     Written,
 )
-from bdh_batch.messages.response import Delta, FinishReason, Gathering, TokenLogprob, Usage
+from bdh_batch.messages.response import UNKNOWN_TOKEN, Delta, FinishReason, Gathering, TokenLogprob, Usage
 from bdh_batch.messages.sampling import NO_TOKENS, LogitBias, LogitsProcessors, SamplingParams, distinct
 from bdh_batch.messages.step import Copy, Outcome, Plan, Segment
 
 __all__ = [
     "NO_TOKENS",
+    "UNKNOWN_TOKEN",
     "Constraint",
     "Copy",
     "Delta",

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 from bdh_batch.errors import BDHError
 
+UNKNOWN_TOKEN = -1  # stands for a token whose id an upstream does not say
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended."""

@@ -23,6 +23,7 @@ from bdh_batch.errors import ConfigError
 from bdh_batch.http.app import create_app
 from bdh_batch.http.auth.keys import KeyRing
 from bdh_batch.http.gate import Gate, ServedModel
+from bdh_batch.http.serving import Serving
 from bdh_batch.http.transport.server import Server, listen, local_only, url_of
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.processes.chosen_model import chosen_model, model_name
@@ -33,6 +34,7 @@ from bdh_batch.system.threads import in_daemon_thread
 from bdh_batch.text.grammar import Grammars
 
 if TYPE_CHECKING:
+    from bdh_batch.kserve.server import KServeServer
     from bdh_batch.observability.spans import Spans
 
 log = logging.getLogger(__name__)
@@ -67,6 +69,22 @@ def open_spans(settings: Settings, model_name: str) -> Spans | None:
         text = f"OpenTelemetry is not installed ({error}); pip install 'bdh-batch[otel]'"
         raise ConfigError(f"telemetry.otlp_endpoint: {text}") from error
     return Spans(str(endpoint), model_name)
+
+
+def open_grpc(serving: Serving) -> KServeServer | None:
+    """Returns the gRPC server, or None where no port is set for one.
+
+    Raises:
+        ConfigError: gRPC is not installed.
+    """
+    if serving.settings.kserve.grpc_port is None:
+        return None
+    try:
+        from bdh_batch.kserve.server import KServeServer  # an extra: needed only where there is gRPC
+    except ImportError as error:
+        text = f"gRPC is not installed ({error}); pip install 'bdh-batch[kserve]'"
+        raise ConfigError(f"kserve.grpc_port: {text}") from error
+    return KServeServer(serving)
 
 
 class Service:
@@ -114,16 +132,19 @@ class Service:
         """
         keys = key_ring(self._settings.auth)
         listeners = [*self._listeners] or listen(self._settings.server)
-        app = create_app(self._settings, self._gate, self.metrics, keys, self._spans, local_only(listeners))
-        server = Server(app, self._settings, self.metrics)
+        serving = Serving.of(self._settings, self._gate, self.metrics, keys, self._spans)
+        server = Server(create_app(serving, local_only(listeners)), self._settings, self.metrics)
+        self._grpc = open_grpc(serving)
         server.start(listeners)
         watching = None if keys is None else asyncio.create_task(keys.watch())
         try:
+            if self._grpc is not None:
+                await self._grpc.start()
             await self._serve(url_of(listeners, self._settings.server))
         finally:
             if watching is not None:
                 watching.cancel()
-            await server.close()
+            await asyncio.gather(server.close(), *([] if self._grpc is None else [self._grpc.close()]))
             if self._spans is not None:
                 await self._spans.close()
             self._model.close()
@@ -142,6 +163,8 @@ class Service:
             self._on_ready(url, self._name)
             await stopped
             self._gate.drain()
+            if self._grpc is not None:
+                self._grpc.drain()
             log.info("draining for up to %.0f s", self._settings.server.drain_seconds)
             await backend.drain(self._settings.server.drain_seconds)
         finally:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from bdh_batch.backends.tokenization import off_the_loop
 from bdh_batch.errors import BDHError
-from bdh_batch.messages import Delta, FinishReason
+from bdh_batch.messages import UNKNOWN_TOKEN, Delta, FinishReason
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import Tokenizer
 from bdh_batch.upstreams.config import Upstream
@@ -26,7 +26,6 @@ log = logging.getLogger(__name__)
 
 BACKLOG = 64  # deltas that wait for a slow reader; then the upstream waits
 LAST_WORDS_SECONDS = 5.0  # from the finish reason to the end of the upstream's response, which has the usage
-UNKNOWN = -1  # stands for a token whose id the upstream does not say
 
 
 class Outbox:
@@ -224,7 +223,7 @@ class Choice:
             self._begun = True
             if self._tokenizer is not None:
                 self._said.append(text)
-            tokens = [*piece.tokens] if len(piece.tokens) == new else [UNKNOWN] * new
+            tokens = [*piece.tokens] if len(piece.tokens) == new else [UNKNOWN_TOKEN] * new
             extras = None if piece.extras is None else [piece.extras]
             await self._outbox.put(self._index, Delta(text, tokens, extras=extras))
         self._reason = FinishReason.STOP if self._text.stopped else piece.finish_reason

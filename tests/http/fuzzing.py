@@ -124,6 +124,8 @@ def check_stream(text: str, chunk: jsonschema.Draft202012Validator) -> None:
     if reported[-1] == "[DONE]":
         reported.pop()
         assert not any("error" in json.loads(event) for event in reported)
+    elif json.loads(reported[-1]).get("done"):
+        assert not any("error" in json.loads(event) for event in reported)
     else:
         assert "error" in json.loads(reported[-1])
     for event in reported:
@@ -136,7 +138,7 @@ def event_validators(document: dict[str, Any]) -> dict[str, jsonschema.Draft2020
     for path, methods in document["paths"].items():
         content = methods.get("post", {}).get("responses", {}).get("200", {}).get("content", {})
         if (stream := content.get("text/event-stream")) is not None:
-            data, _ = stream["schema"]["properties"]["data"]["anyOf"]
+            data, *_ = stream["schema"]["properties"]["data"]["anyOf"]
             found[path] = jsonschema.Draft202012Validator(
                 data["contentSchema"] | {"components": document["components"]}
             )
@@ -165,6 +167,10 @@ def _brief(case: AnyCase) -> AnyCase:
             body["max_tokens"] = MOST_TOKENS
         elif len(names) == 2 and None not in (body[names[0]], body[names[1]]):
             body[names[0]] = body[names[1]]  # they must agree
+    if case.operation.path.startswith("/v2/") and isinstance(body, dict):
+        given = body.get("parameters")
+        if given is None or isinstance(given, dict):
+            body["parameters"] = {**(given or {}), "max_tokens": MOST_TOKENS}
     return case
 
 

@@ -13,9 +13,7 @@ import pytest
 from starlette.requests import Request
 
 from bdh_batch.errors import InvalidRequest, Unavailable
-from bdh_batch.http import routes as endpoints
-from bdh_batch.http.auth.quota import Quota
-from bdh_batch.http.auth.rates import Rates
+from bdh_batch.http import serving
 from bdh_batch.http.gate import Gate
 from bdh_batch.http.request import body as bodies
 from bdh_batch.http.request.body import parse
@@ -23,6 +21,7 @@ from bdh_batch.http.request.off_loop import LARGE, THREAD, OffLoop
 from bdh_batch.http.request.strict import Wire
 from bdh_batch.http.routes import Routes
 from bdh_batch.http.schema.requests import CompletionBody
+from bdh_batch.http.serving import Serving
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Limits, Settings
 
@@ -110,10 +109,9 @@ class TestOffTheLoop:
         def watched_parse(raw: bytes, kind: type[Wire], *rest: Any) -> Wire:
             return watched(bodies.read_object(raw, rest[0]), kind, *rest)
 
-        monkeypatch.setattr(endpoints, "check", watched)
-        monkeypatch.setattr(endpoints, "parse", watched_parse)
-        chosen, metrics = Settings(), Metrics("tiny")
-        table = Routes(Gate(), metrics, chosen, Quota(Rates(chosen.rate_limiting, metrics), None)).table()
+        monkeypatch.setattr(serving, "check", watched)
+        monkeypatch.setattr(serving, "parse", watched_parse)
+        table = Routes(Serving.of(Settings(), Gate(), Metrics("tiny"))).table()
         endpoint = next(route.endpoint for route in table if route.path == path)
         for size, expected in ((LARGE, threading.main_thread().name), (LARGE + 1, THREAD)):
             raw = orjson.dumps(body).ljust(size)
@@ -126,5 +124,9 @@ def _request(raw: bytes) -> Request:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": raw}
 
-    scope = {"type": "http", "headers": [], "state": {"id": "x", "caller": SimpleNamespace(label="a")}}
+    scope = {
+        "type": "http",
+        "headers": [],
+        "state": {"id": "x", "caller": SimpleNamespace(label="a"), "standing": {}, "span": None},
+    }
     return Request(scope, receive)

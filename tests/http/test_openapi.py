@@ -16,15 +16,16 @@ from openapi_spec_validator import validate
 from pydantic import BaseModel
 from starlette.routing import Route
 
-from bdh_batch.http.auth.quota import Quota
-from bdh_batch.http.auth.rates import Rates
 from bdh_batch.http.docs import response_types as responses
+from bdh_batch.http.docs.endpoint import Endpoint
 from bdh_batch.http.docs.field_help import HELP, help_of
 from bdh_batch.http.docs.openapi import openapi
-from bdh_batch.http.endpoints import ENDPOINTS, Endpoint
+from bdh_batch.http.endpoints import ENDPOINTS
 from bdh_batch.http.gate import Gate
+from bdh_batch.http.kserve import responses as kserve
 from bdh_batch.http.request.strict import Wire
 from bdh_batch.http.routes import Routes
+from bdh_batch.http.serving import Serving
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Settings
 from tests.http.fuzzing import Fuzzer, check_stream, event_validators
@@ -38,6 +39,8 @@ DOCUMENTED = [each for each in ENDPOINTS if each.documented]
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 USER = {"role": "user", "content": "a"}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+PROMPT = {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a"]}
+MAX = {"max_tokens": 3}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "boolean"}}}}}
 SHAPES: list[tuple[str, dict[str, Any], type[BaseModel]]] = [
     ("/v1/completions", {"prompt": "a"}, responses.Completion),
@@ -73,7 +76,13 @@ SHAPES: list[tuple[str, dict[str, Any], type[BaseModel]]] = [
     ("/v1/completions", {"prompt": ""}, responses.Error),
     ("/v1/chat/completions", {"messages": []}, responses.Error),
     ("/v1/embeddings", {"input": "a", "model": "none"}, responses.Error),
+    ("/v2/models/tiny/infer", {"inputs": [PROMPT], "parameters": MAX}, kserve.InferResponse),
+    ("/v2/models/tiny/versions/1/infer", {"id": "a", "inputs": [PROMPT | {"shape": [2]}]}, kserve.KServeError),
+    ("/v2/models/tiny/generate", {"text_input": "a", "parameters": {"top_k": 5}}, kserve.GenerateResponse),
+    ("/v2/models/tiny/generate", {"prompt": "a", "logprobs": 1, "return_token_ids": True}, kserve.GenerateResponse),
+    ("/v2/models/none/generate", {"text_input": "a"}, kserve.KServeError),
 ]
+ERRORS = (responses.Error, kserve.KServeError)
 
 
 @cache
@@ -98,8 +107,7 @@ class TestDocument:
         assert tiny.http.get("/openapi.json").json() == document()
 
     def test_has_every_route_and_no_other(self) -> None:
-        settings, metrics = Settings(), Metrics("tiny")
-        routes = Routes(Gate(), metrics, settings, Quota(Rates(settings.rate_limiting, metrics), None)).table()
+        routes = Routes(Serving.of(Settings(), Gate(), Metrics("tiny"))).table()
         served = {(method.lower(), _template(route)) for route in routes for method in (route.methods or set())}
         reported = {(method, path) for path, methods in document()["paths"].items() for method in methods}
         assert {each for each in served if each[0] != "head"} == reported | {("get", "/openapi.json"), ("get", "/docs")}
@@ -238,9 +246,9 @@ class TestDocument:
 class TestResponses:
     @pytest.mark.parametrize(("path", "body", "shape"), SHAPES)
     def test_have_their_shapes(self, tiny: Server, path: str, body: dict[str, Any], shape: type[BaseModel]) -> None:
-        generates = "completions" in path
+        generates = "completions" in path or path.endswith("/generate")
         response = tiny.http.post(path, json=({"max_tokens": 3, "seed": 1} if generates else {}) | body)
-        assert (response.status_code >= 400) == (shape is responses.Error), response.text
+        assert (response.status_code >= 400) == (shape in ERRORS), response.text
         shape.model_validate_json(response.content)
         validator(shape.__name__, document()).validate(response.json())
 
@@ -258,7 +266,7 @@ class TestResponses:
         "operation", [each for each in DOCUMENTED if each.method == "get"], ids=lambda operation: str(operation.id)
     )
     def test_of_what_takes_no_body_have_their_shapes(self, tiny: Server, operation: Endpoint) -> None:
-        response = tiny.http.get(operation.path.replace("{id}", "tiny"))
+        response = tiny.http.get(operation.path.replace("{id}", "tiny").replace("{version}", "1"))
         assert response.status_code == 200
         if isinstance(operation.response, type):
             operation.response.model_validate_json(response.content)

@@ -14,6 +14,7 @@ from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.auth.caller import Caller, by_key
 from bdh_batch.http.auth.keys import Key
 from bdh_batch.http.prepare import Preparation
+from bdh_batch.http.request.client import Client
 from bdh_batch.http.request.off_loop import OffLoop
 from bdh_batch.http.schema.requests import CompletionBody, Defaults
 from bdh_batch.messages import GenerationRequest
@@ -24,11 +25,11 @@ KEY = Key(sha256="b" * 64, weight=3.0)
 
 def prepared(caller: Caller, timeout: str | None = None, **fields: Any) -> GenerationRequest:
     headers = [] if timeout is None else [(b"x-request-timeout", timeout.encode())]
-    state = {"caller": caller, "id": "r-1", "span": None}
+    state = {"caller": caller, "id": "r-1", "span": None, "standing": {}}
     request = Request({"type": "http", "headers": headers, "state": state})
     backend = LocalBackend(SimpleNamespace(), ByteTokenizer(), 256, None, 60.0)
     model: Any = SimpleNamespace(backend=backend, defaults=Defaults(), max_model_len=None)
-    preparation = Preparation(request, model, 100, OffLoop().of(caller.label))
+    preparation = Preparation(Client.of(request), model, 100, OffLoop().of(caller.label))
     return asyncio.run(preparation.generation(CompletionBody(prompt=["ab", "c"], **fields)))
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from fakeredis import TcpFakeServer
-from starlette.requests import Request
 
 from bdh_batch.backends.base import Ended
 from bdh_batch.errors import ConfigError, InvalidRequest, QueueFull
@@ -23,6 +22,7 @@ from bdh_batch.http.auth.ledger import RETAINED
 from bdh_batch.http.auth.quota import Quota
 from bdh_batch.http.auth.rates import Rates
 from bdh_batch.http.errors import Forbidden, RateLimited
+from bdh_batch.http.request.client import Client
 from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Origin, Prompt, SamplingParams
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import RateLimiting
@@ -214,8 +214,8 @@ class OneTokenGeneration:
         self._ended.append(ended)
 
 
-def request_of(caller: Caller) -> Request:
-    return Request({"type": "http", "state": {"caller": caller, "standing": {}}})
+def client_of(caller: Caller) -> Client:
+    return Client("id", caller, {})
 
 
 def ask(*texts: str, **changes: Any) -> GenerationRequest:
@@ -232,7 +232,7 @@ async def test_a_generation_costs_its_prompt_once_and_its_tokens_whoever_ends_it
         await rates.reserve(caller, 0, standing)
         return int(standing["x-ratelimit-remaining-tokens"])
 
-    generation = await quota.start(request_of(ANN), backend, ask("é" * 10, n=3))
+    generation = await quota.start(client_of(ANN), backend, ask("é" * 10, n=3))
     assert await left(ANN) == 100 - 20 - 30
     async for _ in generation:
         pass
@@ -240,18 +240,18 @@ async def test_a_generation_costs_its_prompt_once_and_its_tokens_whoever_ends_it
     generation.abort()
     await settled(rates)
     assert await left(ANN) == 100 - 20 - 3
-    generation = await quota.start(request_of(ANN), backend, ask("ab", "c"))
+    generation = await quota.start(client_of(ANN), backend, ask("ab", "c"))
     generation.abort()
     await settled(rates)
     assert await left(ANN) == 77 - 3
 
     backend.full = True
     with pytest.raises(QueueFull):
-        await quota.start(request_of(ANN), backend, ask("a"))
+        await quota.start(client_of(ANN), backend, ask("a"))
     await settled(rates)
     assert await left(ANN) == 74
     with pytest.raises(InvalidRequest, match="max_prompt_tokens"):
-        await quota.start(request_of(BOB), backend, ask("a" * 51))
+        await quota.start(client_of(BOB), backend, ask("a" * 51))
     assert await left(BOB) == 100
 
 
@@ -267,8 +267,8 @@ async def test_a_generation_costs_its_prompt_once_and_its_tokens_whoever_ends_it
 )
 async def test_nobody_goes_before_others_without_a_right_to_it(caller: Caller, option: int, least: int) -> None:
     quota, backend = Quota(rates_of(), None, option), one_token()
-    await quota.start(request_of(caller), backend, ask("a", priority=least))
+    await quota.start(client_of(caller), backend, ask("a", priority=least))
     with pytest.raises(Forbidden, match="top_priority") as refused:
-        await quota.start(request_of(caller), backend, ask("a", priority=least - 1))
+        await quota.start(client_of(caller), backend, ask("a", priority=least - 1))
     assert refused.value.param == "priority"
     assert len(backend.started) == 1

@@ -12,16 +12,52 @@ from bdh_batch.http.auth.rates import Rates
 from bdh_batch.http.errors import Unauthorized, error_response
 
 
-class Access:
+class Admission:
     """Admits requests that carry a key, if there are keys, and that do not come too often.
 
     Requests without a right key count for their address, so that nobody can try keys without end.
     """
 
-    def __init__(self, app: ASGIApp, keys: KeyRing | None, rates: Rates, open_paths: frozenset[str]) -> None:
-        self._app = app
+    def __init__(self, keys: KeyRing | None, rates: Rates) -> None:
         self._keys = keys
         self._rates = rates
+
+    def caller(self, given: str, address: Caller) -> Caller | None:
+        """The caller by the key that is given, or by its address; None where a key is needed and that is none."""
+        if self._keys is None:
+            return address
+        key = self._keys.find(given)
+        return None if key is None else by_key(key)
+
+    async def admit(self, given: str, address: Caller, standing: dict[str, str]) -> Caller:
+        """Counts one request, and returns whose it is.
+
+        Args:
+            given: the key that it carries, or an empty string.
+            address: the caller by its address.
+            standing: is told where the caller stands, as headers.
+
+        Raises:
+            Unauthorized
+            RateLimited
+        """
+        caller = self.caller(given, address)
+        await self._rates.count_request(caller or address, standing)
+        if caller is None:
+            raise Unauthorized(
+                "Incorrect API key provided."
+                if given
+                else "No API key provided. Send it in a header: Authorization: Bearer KEY."
+            )
+        return caller
+
+
+class Access:
+    """Middleware that admits requests to all but open paths."""
+
+    def __init__(self, app: ASGIApp, admission: Admission, open_paths: frozenset[str]) -> None:
+        self._app = app
+        self._admission = admission
         self._open = open_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -34,25 +70,11 @@ class Access:
         if scope["path"] not in self._open and scope["method"] != "OPTIONS":
             send = _with_headers(send, state["standing"])
             try:
-                state["caller"] = await self._let_in(scope, state["caller"], state["standing"])
+                state["caller"] = await self._admission.admit(bearer(scope), state["caller"], state["standing"])
             except BDHError as refusal:
                 await error_response(refusal)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
-
-    async def _let_in(self, scope: Scope, caller: Caller, standing: dict[str, str]) -> Caller:
-        given = bearer(scope)
-        key = None if self._keys is None else self._keys.find(given)
-        if key is not None:
-            caller = by_key(key)
-        await self._rates.count_request(caller, standing)
-        if self._keys is not None and key is None:
-            raise Unauthorized(
-                "Incorrect API key provided."
-                if given
-                else "No API key provided. Send it in a header: Authorization: Bearer KEY."
-            )
-        return caller
 
 
 def _with_headers(send: Send, headers: dict[str, str]) -> Send:

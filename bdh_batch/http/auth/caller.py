@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
@@ -63,13 +63,20 @@ def by_key(key: Key) -> Caller:
 
 def by_address(scope: Scope) -> Caller:
     client = scope.get("client")
-    address = network_of(client[0]) if client else ""
-    return Caller("@" + hashlib.sha256(address.encode()).hexdigest()[:16])
+    return at_address(client[0] if client else "")
+
+
+def at_address(address: str) -> Caller:
+    return Caller("@" + hashlib.sha256(network_of(address).encode()).hexdigest()[:16])
 
 
 def bearer(scope: Scope) -> str:
     """The key that a request carries, or an empty string where it carries none or several."""
-    given = Headers(scope=scope).getlist("authorization")
+    return key_in(Headers(scope=scope).getlist("authorization"))
+
+
+def key_in(given: Sequence[str]) -> str:
+    """The key in the values of `authorization`, or an empty string where there is none, or several."""
     scheme, _, key = (given[0] if len(given) == 1 else "").partition(" ")
     return key.strip() if scheme.lower() == "bearer" else ""
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from starlette.requests import Request
-
 from bdh_batch.backends.base import Backend, Generation
 from bdh_batch.errors import ContextLengthExceeded
-from bdh_batch.http.auth.caller import Caller
 from bdh_batch.http.auth.rates import Rates
+from bdh_batch.http.request.client import Client
 from bdh_batch.messages import GenerationRequest
 
 
@@ -24,19 +22,18 @@ class Quota:
         self._max_prompt_tokens = max_prompt_tokens
         self._top_priority = top_priority
 
-    async def start(self, request: Request, backend: Backend, prepared: GenerationRequest) -> Generation:
-        """Starts what the caller of `request` wants.
+    async def start(self, client: Client, backend: Backend, prepared: GenerationRequest) -> Generation:
+        """Starts what `client` asks for.
 
         Raises:
             InvalidRequest: a prompt that cannot be served, or more than the caller may ever have.
             Forbidden: a priority that is not the caller's to give.
             RateLimited, QueueFull, Unavailable: not now.
         """
-        caller: Caller = request.state.caller
-        caller.check_priority(prepared.priority, self._top_priority)
+        client.caller.check_priority(prepared.priority, self._top_priority)
         self._check_lengths(prepared)
         param = prepared.prompts[0].param if prepared.sampling is None else prepared.max_tokens_param or "max_tokens"
-        reservation = await self._rates.reserve(caller, prepared.most_tokens, request.state.standing, param)
+        reservation = await self._rates.reserve(client.caller, prepared.most_tokens, client.standing, param)
         if reservation is None:
             return await backend.generate(prepared)
         try:

@@ -13,9 +13,10 @@ from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 
 from bdh_batch import __version__
 from bdh_batch.http.auth.rates import HEADERS as RATE_HEADERS
+from bdh_batch.http.docs.endpoint import Endpoint
 from bdh_batch.http.docs.field_help import help_of
 from bdh_batch.http.docs.response_types import Error
-from bdh_batch.http.endpoints import ENDPOINTS, TAGS, Endpoint, open_paths
+from bdh_batch.http.endpoints import ENDPOINTS, TAGS, open_paths
 from bdh_batch.http.request.sizes import show_limits
 from bdh_batch.http.request.strict import Wire
 from bdh_batch.settings import Limits, Settings
@@ -67,7 +68,11 @@ def openapi(settings: Settings) -> Json:
         "paths": _paths(known, settings),
         "components": {
             "schemas": _schemas(known, settings),
-            "responses": {str(status): _refusal(status) for status in REFUSALS},
+            "responses": {
+                _refusal_name(status, error): _refusal(status, error)
+                for error in dict.fromkeys(each.error for each in known)
+                for status in REFUSALS
+            },
             "headers": HEADERS,
             "parameters": PARAMETERS,
             "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "description": "An API key."}},
@@ -109,6 +114,14 @@ PARAMETERS: Json = {
         "schema": {"type": "string", "minLength": 1},
         "example": "bdh-shakespeare",
     },
+    "version": {
+        "name": "version",
+        "in": "path",
+        "required": True,
+        "description": "The version of the model (kserve.model_version).",
+        "schema": {"type": "string", "minLength": 1},
+        "example": "1",
+    },
 }
 
 
@@ -123,7 +136,7 @@ def _paths(known: Iterable[Endpoint], settings: Settings) -> Json:
 
 def _operation(operation: Endpoint, closed: bool, keys: bool) -> Json:
     """`closed`: whether it requires a key, where there are `keys`."""
-    wanted = ["model"] if "{id}" in operation.path else []
+    wanted = [name for name in ("model", "version") if f"{{{PARAMETERS[name]['name']}}}" in operation.path]
     wanted += ["x-request-id", "x-request-timeout"] if operation.generates else ["x-request-id"]
     described: Json = {
         "operationId": operation.id,
@@ -154,6 +167,8 @@ def _response(operation: Endpoint) -> Json:
         examples = {name: {"value": value} for name, value in operation.replies.items()}
         whole = {"schema": _ref(operation.response)} | ({"examples": examples} if examples else {})
         response["content"] = {"application/json": whole} | _events(operation)
+    elif operation.event is not None:
+        response["content"] = _events(operation)
     return response
 
 
@@ -161,12 +176,17 @@ def _events(operation: Endpoint) -> Json:
     """What `stream` makes of it. OpenAPI 3.1 does not say what a schema of events is of; most tools take it for one."""
     if operation.event is None:
         return {}
-    chunk = {"oneOf": [_ref(operation.event), _ref(Error)]}
-    data = [{"type": "string", "contentMediaType": "application/json", "contentSchema": chunk}, {"const": "[DONE]"}]
+    name, error = operation.event.__name__, operation.error.__name__
+    chunk = {"oneOf": [_ref(operation.event), _ref(operation.error)]}
+    data: list[Json] = [{"type": "string", "contentMediaType": "application/json", "contentSchema": chunk}]
+    last = "the last is `done`"
+    if "done" not in operation.event.model_fields:
+        data.append({"const": "[DONE]"})
+        last = "the last is [DONE]"
     schema = {
         "type": "object",
-        "description": f"One server-sent event: a {operation.event.__name__}; the last is [DONE]. What fails after the "
-        "first has an Error instead, and ends without [DONE].",
+        "description": f"One server-sent event: a {name}; {last}. What fails after the first has a last event that is "
+        f"of the type {error}.",
         "properties": {"data": {"anyOf": data}},
         "required": ["data"],
     }
@@ -180,15 +200,20 @@ def _refusals(operation: Endpoint, closed: bool) -> Json:
         *((401, 429) if closed else ()),
         *((413, 415) if operation.bodies else ()),
     }
-    return {str(status): {"$ref": f"#/components/responses/{status}"} for status in sorted(statuses)}
+    names = {status: _refusal_name(status, operation.error) for status in sorted(statuses)}
+    return {str(status): {"$ref": f"#/components/responses/{name}"} for status, name in names.items()}
 
 
-def _refusal(status: int) -> Json:
+def _refusal_name(status: int, error: type[BaseModel]) -> str:
+    return str(status) if error is Error else f"{error.__name__}-{status}"
+
+
+def _refusal(status: int, error: type[BaseModel]) -> Json:
     more = {401: ["www-authenticate"], 429: ["retry-after"], 503: ["retry-after"]}.get(status, [])
     return {
         "description": REFUSALS[status],
         "headers": _headers(*more),
-        "content": {"application/json": {"schema": _ref(Error)}},
+        "content": {"application/json": {"schema": _ref(error)}},
     }
 
 
@@ -202,11 +227,9 @@ def _ref(model: type[BaseModel]) -> Json:
 
 
 def _schemas(known: Iterable[Endpoint], settings: Settings) -> Json:
-    types: set[type[BaseModel]] = {Error}
-    for operation in known:
-        types.update(
-            kind for kind in (operation.response, operation.event, *operation.bodies) if isinstance(kind, type)
-        )
+    types: set[type[BaseModel]] = set()
+    for each in known:
+        types.update(kind for kind in (each.response, each.event, each.error, *each.bodies) if isinstance(kind, type))
     _, made = models_json_schema(
         [(kind, "validation") for kind in sorted(types, key=lambda kind: kind.__name__)],
         ref_template="#/components/schemas/{model}",

@@ -8,10 +8,10 @@ import struct
 from collections.abc import Sequence
 
 import orjson
-from starlette.requests import Request
 from starlette.responses import Response
 
 from bdh_batch.backends.base import Generation
+from bdh_batch.http.request.client import Client
 from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses.generation import collect
 from bdh_batch.http.responses.json_pieces import JsonInPieces, between
@@ -19,7 +19,7 @@ from bdh_batch.http.schema.text import EmbeddingOptions
 
 
 async def embeddings(
-    generation: Generation, body: EmbeddingOptions, model: str, request: Request, aside: Aside
+    generation: Generation, body: EmbeddingOptions, model: str, client: Client, aside: Aside
 ) -> Response:
     """The response in one piece; `aside` is where one is encoded that takes long.
 
@@ -27,7 +27,7 @@ async def embeddings(
         BDHError: the one that a sequence ended with.
         ClientDisconnect
     """
-    ends = await collect(generation, request)
+    ends = await collect(generation, client)
     sums = [end.pooled[: body.dimensions] for end in ends if end.pooled is not None]
     assert len(sums) == len(ends)
     tokens = sum(map(len, generation.prompts))

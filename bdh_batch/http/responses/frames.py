@@ -21,11 +21,6 @@ DONE = b"data: [DONE]\n\n"
 NULL = b"null"
 
 
-def error_frame(error: BDHError) -> bytes:
-    _, body = describe(error)
-    return b"data: " + orjson.dumps(body) + b"\n\n"
-
-
 @dataclass(frozen=True)
 class ResponseOptions:
     """The options of a response that are the same in all frames of one request."""
@@ -153,6 +148,11 @@ class Frames:
         if not self._options.include_usage:
             return DONE
         return self._usage_head + orjson.dumps(usage_dict(usage)) + b"}\n\n" + DONE
+
+    def failed(self, error: BDHError) -> bytes:
+        """The frame that ends a stream which fails."""
+        _, body = describe(error)
+        return b"data: " + orjson.dumps(body) + b"\n\n"
 
     def whole(self, prompts: Sequence[Sequence[int]], usage: Usage, ends: Sequence[Delta]) -> list[bytes]:
         """The response, in pieces; `ends` holds all that each sequence gained."""

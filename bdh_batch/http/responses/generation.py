@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from bdh_batch.backends.base import Generation
 from bdh_batch.errors import BDHError
-from bdh_batch.http.presence import left
+from bdh_batch.http.request.client import Client, left
 from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses.chunks import Chunks, Deltas
-from bdh_batch.http.responses.frames import Frames, error_frame
+from bdh_batch.http.responses.frames import Frames
 from bdh_batch.http.responses.json_pieces import JsonInPieces, send_pieces
 from bdh_batch.messages import Delta, FinishReason, Gathering, Usage
 
@@ -54,17 +54,17 @@ class EventStream(Response):
         self._completion_tokens = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with abort_when_left(self._generation, receive), self._kept_alive(send):
+        async with abort_when_left(self._generation, lambda: left(receive)), self._kept_alive(send):
             opening, failed = True, None
             async for deltas in self._generation:
-                failed = _failure(deltas)
+                failed = failure_of(deltas)
                 if failed is not None and not self._started:
                     raise failed
                 await self._write(send, await self._encoded(deltas, opening))
                 opening = False
                 if failed is not None:
                     break
-            last = self._frames.closing(self._usage()) if failed is None else error_frame(failed)
+            last = self._frames.closing(self._usage()) if failed is None else self._frames.failed(failed)
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
     async def _write(self, send: Send, pieces: Iterable[bytes]) -> None:
@@ -131,7 +131,7 @@ class EventStream(Response):
         return self._generation.usage(self._completion_tokens)
 
 
-async def whole(generation: Generation, frames: Frames, request: Request, aside: Aside) -> Response:
+async def whole(generation: Generation, frames: Frames, client: Client, aside: Aside) -> Response:
     """The response as one JSON object.
 
     Args:
@@ -141,19 +141,19 @@ async def whole(generation: Generation, frames: Frames, request: Request, aside:
         BDHError: the one that a sequence ended with.
         ClientDisconnect
     """
-    ends = await collect(generation, request)
+    ends = await collect(generation, client)
     prompts = generation.prompts
     cost = frames.cost(prompts, ends) + sum([CHOICE_COST + len(end.text) // CHARACTERS for end in ends])
     usage = generation.usage(sum(len(end.tokens) for end in ends))
     return JsonInPieces(await aside.run(cost, frames.whole, prompts, usage, ends))
 
 
-async def collect(generation: Generation, request: Request) -> list[Delta]:
+async def collect(generation: Generation, client: Client) -> list[Delta]:
     """All that each sequence gained. Raises as `whole` does."""
     ends = [Gathering() for _ in generation.prompts]
-    async with abort_when_left(generation, request.receive):
+    async with abort_when_left(generation, client.leaves):
         async for deltas in generation:
-            if (failed := _failure(deltas)) is not None:
+            if (failed := failure_of(deltas)) is not None:
                 raise failed
             for index, delta in deltas:
                 ends[index].add(delta)
@@ -164,22 +164,25 @@ async def collect(generation: Generation, request: Request) -> list[Delta]:
 
 
 @asynccontextmanager
-async def abort_when_left(generation: Generation, receive: Receive) -> AsyncIterator[None]:
-    """Aborts `generation` as soon as its client has gone, and in any case on the way out."""
+async def abort_when_left(generation: Generation, leaves: Callable[[], Awaitable[None]] | None) -> AsyncIterator[None]:
+    """Aborts `generation` as soon as its client `leaves`, and in any case on the way out."""
 
     async def watch() -> None:
-        await left(receive)
+        assert leaves is not None
+        await leaves()
         generation.abort()
 
-    watcher = asyncio.create_task(watch())
+    watcher = None if leaves is None else asyncio.create_task(watch())
     try:
         yield
     finally:
-        watcher.cancel()
+        if watcher is not None:
+            watcher.cancel()
         generation.abort()
 
 
-def _failure(deltas: Deltas) -> BDHError | None:
+def failure_of(deltas: Deltas) -> BDHError | None:
+    """The error of the first sequence in `deltas` that failed, or None."""
     for _, delta in deltas:
         if delta.error is not None:
             return delta.error

@@ -1,0 +1,1 @@
+"""The REST endpoints of KServe v2, the Open Inference Protocol."""

@@ -1,0 +1,120 @@
+"""What requests are served with, over whatever protocol they come: one path from a checked body to its generation."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from bdh_batch.backends.base import Generation, TextBackend
+from bdh_batch.errors import BDHError, QueueFull, TooLate
+from bdh_batch.http.auth.access import Admission
+from bdh_batch.http.auth.caller import Caller
+from bdh_batch.http.auth.keys import KeyRing
+from bdh_batch.http.auth.quota import Quota
+from bdh_batch.http.auth.rates import Rates
+from bdh_batch.http.gate import Gate, ServedModel
+from bdh_batch.http.prepare import Preparation
+from bdh_batch.http.request.body import Body, check, parse
+from bdh_batch.http.request.client import Client
+from bdh_batch.http.request.off_loop import Aside, OffLoop
+from bdh_batch.http.responses.frames import ResponseOptions
+from bdh_batch.http.schema.requests import GenerationBody
+from bdh_batch.messages import GenerationRequest
+from bdh_batch.observability.metrics import Metrics
+from bdh_batch.settings import Settings
+
+if TYPE_CHECKING:
+    from bdh_batch.observability.spans import Spans
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What all protocols of one server share.
+
+    Args:
+        spans: where they are exported.
+    """
+
+    settings: Settings
+    gate: Gate
+    metrics: Metrics
+    admission: Admission
+    quota: Quota
+    spans: Spans | None = None
+    off_loop: OffLoop = field(default_factory=OffLoop)
+
+    @classmethod
+    def of(
+        cls, settings: Settings, gate: Gate, metrics: Metrics, keys: KeyRing | None = None, spans: Spans | None = None
+    ) -> Serving:
+        """Without `keys`, none is asked for. Raises ConfigError: what the rates are counted in cannot be reached."""
+        rates = Rates(settings.rate_limiting, metrics)
+        quota = Quota(rates, settings.limits.max_prompt_tokens, settings.scheduler.top_priority)
+        return cls(settings, gate, metrics, Admission(keys, rates), quota, spans)
+
+    def aside(self, caller: Caller) -> Aside:
+        return self.off_loop.of(caller.label)
+
+    def parse(self, raw: bytes, kind: type[Body]) -> Body:
+        """The bytes of a body in its type. Raises InvalidRequest."""
+        return parse(raw, kind, self.settings.limits, self.settings.api.unknown_fields)
+
+    def check(self, values: dict[str, Any], kind: type[Body]) -> Body:
+        """The values of a body in its type. Raises InvalidRequest."""
+        return check(values, kind, self.settings.limits, self.settings.api.unknown_fields)
+
+    def model(self, caller: Caller, name: str | None) -> ServedModel:
+        """The model of that name; None is the one there is.
+
+        Raises:
+            ModelNotFound
+            Forbidden: the caller's key is not for it.
+            Unavailable
+        """
+        model = self.gate.model
+        model.check_name(name, show_names=caller.may_use(model.names))
+        caller.check_model(name or model.name, model.names)
+        return model
+
+    def preparation(self, client: Client, model: ServedModel, size: int) -> Preparation:
+        """What makes the request of a body of `size` bytes complete."""
+        return Preparation(client, model, size, self.aside(client.caller))
+
+    async def start(self, client: Client, model: ServedModel, prepared: GenerationRequest) -> Generation:
+        """Starts what was prepared, within the client's limits. Raises as `Quota.start` does."""
+        if prepared.grammar is not None:
+            self.metrics.left_out(prepared.grammar.warnings)
+        generation = await self.quota.start(client, model.backend, prepared)
+        if client.span is not None:
+            generation.on_end(client.span.generation_ended)
+        return generation
+
+    def count_refusal(self, error: BDHError) -> None:
+        """Has the metrics count what was refused for want of room in a queue."""
+        if isinstance(error, QueueFull):
+            self.metrics.refused("deadline" if isinstance(error, TooLate) else "queue_full")
+
+
+def response_options(id: str, body: GenerationBody, model: ServedModel) -> ResponseOptions:
+    """What a body asks of its response."""
+    options = ResponseOptions(
+        id=id,
+        created=int(time.time()),
+        model=body.model or model.name,
+        fingerprint=model.fingerprint,
+        n=body.n or 1,
+        tries=body.tries,
+        token_ids=bool(body.return_token_ids),
+        logprobs=body.top,
+        names_are_ids=bool(body.return_tokens_as_token_ids),
+        prompt_logprobs=body.prompt_logprobs,
+        special=body.skip_special_tokens is False,
+        echo=body.echoes,
+        said=body.said,
+        include_usage=bool(body.options.include_usage),
+        continuous_usage=bool(body.options.include_usage and body.options.continuous_usage_stats),
+    )
+    # What an upstream adds of these is in its own response.
+    added: dict[str, Any] = {"token_ids": False, "logprobs": None, "prompt_logprobs": None, "echo": False, "said": ""}
+    return replace(options, **added) if isinstance(model.backend, TextBackend) else options

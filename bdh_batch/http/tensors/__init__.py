@@ -1,0 +1,1 @@
+"""Inference requests and responses as tensors, over REST and gRPC alike."""

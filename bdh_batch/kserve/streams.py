@@ -1,0 +1,193 @@
+"""ModelStreamInfer: many requests on one call, each with a stream of responses that have its id.
+
+A caller that sends one request and ends its sending is served as one that sends many and keeps on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+from tritonclient.grpc import service_pb2
+
+from bdh_batch.errors import BDHError, InvalidRequest, Unavailable
+from bdh_batch.http.errors import Unauthorized
+from bdh_batch.http.gate import Gate
+from bdh_batch.http.responses.chunks import Chunks, Deltas
+from bdh_batch.http.responses.generation import abort_when_left, failure_of
+from bdh_batch.http.serving import Serving
+from bdh_batch.http.tensors.inference import Started, ask, start
+from bdh_batch.http.tensors.tensor import Tensor
+from bdh_batch.kserve.calls import Call, Calls
+from bdh_batch.kserve.messages import infer_request, infer_response, is_raw, parse, stream_error, stream_response
+from bdh_batch.messages import Usage
+
+ROUTE = "/inference.GRPCInferenceService/ModelStreamInfer"
+
+
+class Stalled(BDHError):
+    """Raised where a client takes nothing of its stream for `limits.write_seconds`."""
+
+
+class Streams:
+    """Serves the calls of ModelStreamInfer, until they are drained."""
+
+    def __init__(self, serving: Serving, calls: Calls) -> None:
+        self._serving = serving
+        self._calls = calls
+        self._draining = asyncio.Event()
+
+    def drain(self) -> None:
+        """Reads no more requests; a call ends when those that were read have been responded to."""
+        self._draining.set()
+
+    async def serve(self, call: Call, messages: AsyncIterator[bytes], trailers: list[tuple[str, str]]) -> None:
+        """Serves one call. Raises BDHError: it is not let in, it stalls, or it is drained."""
+        caller = self._serving.admission.caller(call.key, call.address)
+        if caller is None:  # to be counted, and refused
+            with self._calls.request(call, ROUTE, call.header("x-request-id") or "") as request:
+                trailers.append(("x-request-id", request.id))
+                await self._calls.admit(request)
+                raise Unauthorized("Incorrect API key provided.")
+        with self._calls.one_of(caller):
+            await _Stream(self._serving, self._calls, call).run(messages, self._draining)
+        if self._draining.is_set():
+            raise Unavailable(f"The server is not ready: {Gate.DRAINING}.", retry_after=5)
+
+
+class _Stream:
+    """One call."""
+
+    def __init__(self, serving: Serving, calls: Calls, call: Call) -> None:
+        self._serving = serving
+        self._settings, self._limits = serving.settings.kserve, serving.settings.limits
+        self._calls = calls
+        self._call = call
+        self._slots = asyncio.Semaphore(self._settings.max_stream_requests)
+        self._writing = asyncio.Lock()
+
+    async def run(self, messages: AsyncIterator[bytes], draining: asyncio.Event) -> None:
+        """Reads requests, as many at a time as it may have, until the client ends its sending or it is drained."""
+        try:
+            async with asyncio.TaskGroup() as group:
+                async for raw in _until(draining, messages):
+                    await self._slots.acquire()
+                    group.create_task(self._serve(raw))
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+
+    async def _serve(self, raw: bytes) -> None:
+        """Serves one request; what it fails with is a response of its own."""
+        id = ""
+        try:
+            message, problem = await self._parsed(raw)
+            id = "" if message is None else message.id[: self._limits.max_label_length]
+            with self._calls.request(self._call, ROUTE, id) as request, self._calls.holding(len(raw)):
+                client = await self._calls.admit(request)
+                if message is None:
+                    raise problem or AssertionError
+                aside, size = self._serving.aside(client.caller), len(raw)
+                read = await aside.run(size, infer_request, message, self._limits)
+                asked = await aside.run(size, ask, self._serving, read, True)
+                started = await start(self._serving, client, asked, size)
+                await self._respond(started, is_raw(message))
+        except Stalled:
+            raise
+        except Exception as error:  # noqa: BLE001 - it is reported to the client, and was logged
+            if isinstance(error, BDHError):
+                self._serving.count_refusal(error)
+            await self._write(stream_error(self._calls.refusal(error).message, id))
+        finally:
+            self._slots.release()
+
+    async def _parsed(self, raw: bytes) -> tuple[Any, InvalidRequest | None]:
+        """The request, or what is wrong with it: it is counted in either case."""
+        aside = self._serving.aside(self._call.address)
+        try:
+            return await aside.run(len(raw), parse, raw, service_pb2.ModelInferRequest, self._limits), None
+        except InvalidRequest as problem:
+            return None, problem
+
+    async def _respond(self, started: Started, raw: bool) -> None:
+        if not started.asked.streamed:
+            tensors = await started.whole()
+            size = sum(len(each.values) for each in tensors)
+            await self._write(await started.aside.run(size, self._encoded, started, tensors, raw, True))
+            return
+        generation, outputs = started.generation, started.outputs
+        together = Chunks(started.asked.body.options.chunk_tokens or 1)
+        steps = _Steps(started)
+        async with abort_when_left(generation, None):
+            outputs.begin(generation.prompts)
+            async for arrived in generation:
+                if (failed := failure_of(arrived)) is not None:
+                    raise failed
+                deltas = together.take(arrived)
+                cost = 0 if outputs.only_text else outputs.cost(generation.prompts, [delta for _, delta in deltas])
+                for tensors, last in await started.aside.run(cost, steps.take, deltas):
+                    await self._write(self._encoded(started, tensors, raw, last))
+
+    def _encoded(self, started: Started, tensors: Sequence[Tensor], raw: bool, last: bool) -> bytes:
+        version = self._settings.model_version
+        response = infer_response(started.model_name, version, started.asked.request.id, tensors, raw)
+        return stream_response(response, last)
+
+    async def _write(self, response: bytes) -> None:
+        """Raises Stalled."""
+        try:
+            async with self._writing, asyncio.timeout(self._limits.write_seconds):
+                await self._call.context.write(response)
+        except TimeoutError:
+            text = f"The client took nothing of its stream for {self._limits.write_seconds:g} s (limits.write_seconds)."
+            raise Stalled(text) from None
+
+
+class _Steps:
+    """What the deltas of one request become: responses, of which the last one is known as such."""
+
+    def __init__(self, started: Started) -> None:
+        self._started = started
+        self._open = len(started.generation.prompts)
+        self._tokens = 0
+        self._continuous = started.outputs.continuous_usage
+
+    def take(self, deltas: Deltas) -> list[tuple[Sequence[Tensor], bool]]:
+        """The responses, each with whether it is the last."""
+        return [response for index, delta in deltas for response in self._of(index, delta)]
+
+    def _of(self, index: int, delta: Any) -> Iterator[tuple[Sequence[Tensor], bool]]:
+        self._tokens += len(delta.tokens)
+        self._open -= delta.finish_reason is not None
+        last = not self._open
+        responses = self._started.outputs.step(index, delta, self._usage() if last or self._continuous else None)
+        for at, tensors in enumerate(responses, 1):
+            yield tensors, last and at == len(responses)
+
+    def _usage(self) -> Usage:
+        return self._started.generation.usage(self._tokens)
+
+
+async def _until(end: asyncio.Event, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The messages that come before the `end`."""
+    ending = asyncio.ensure_future(end.wait())
+    try:
+        while True:
+            reading = asyncio.ensure_future(_next(messages))
+            await asyncio.wait((reading, ending), return_when=asyncio.FIRST_COMPLETED)
+            if not reading.done():
+                reading.cancel()
+                with suppress(asyncio.CancelledError):
+                    await reading
+                return
+            message = reading.result()
+            if message is None:
+                return
+            yield message
+    finally:
+        ending.cancel()
+
+
+async def _next(messages: AsyncIterator[bytes]) -> bytes | None:
+    return await anext(messages, None)
