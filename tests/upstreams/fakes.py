@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -114,7 +114,7 @@ async def web(script: Script) -> AsyncIterator[Web]:
         server.close()
 
 
-StreamScript = Callable[[Any, Any], AsyncIterator[Any]]
+StreamScript = Callable[[Any, Any], AsyncGenerator[Any, None]]
 
 
 def tensor(name: str, value: Any, datatype: str = "BYTES", shape: Sequence[int] = (1,)) -> Any:
@@ -164,8 +164,9 @@ class Worker(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
     async def ModelStreamInfer(self, requests: Any, context: Any) -> Any:  # noqa: N802
         async for request in requests:
             self._note(request, context)
-            async for response in self.script(request, context):
-                yield response
+            async with contextlib.aclosing(self.script(request, context)) as script:
+                async for response in script:
+                    yield response
 
     def _note(self, request: Any, context: Any) -> None:
         self.asked.append(request)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
@@ -226,7 +226,7 @@ def model(request: Any) -> list[tuple[str, int]]:
 def ours(cut: int | None = None, words: Sequence[tuple[str, str]] = ()) -> Any:
     """A worker like ours; `cut`: tokens after which its streams break off. `words`: what it says instead of others."""
 
-    async def script(request: Any, context: Any) -> AsyncIterator[Any]:
+    async def script(request: Any, context: Any) -> AsyncGenerator[Any, None]:
         for number, (text, id) in enumerate(model(request)):
             if number == cut:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "killed")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -17,7 +17,7 @@ from tests.upstreams.support import HANG_SECONDS, Response, upstream
 
 
 def streamed(*texts: str | bytes, reason: str = "stop") -> StreamScript:
-    async def script(request: Any, context: Any) -> AsyncIterator[Any]:
+    async def script(request: Any, context: Any) -> AsyncGenerator[Any, None]:
         for text in texts:
             yield token(request, text)
         yield token(request, "", reason)
@@ -26,7 +26,7 @@ def streamed(*texts: str | bytes, reason: str = "stop") -> StreamScript:
 
 
 def sent(*responses: Callable[[Any], Any]) -> StreamScript:
-    async def script(request: Any, context: Any) -> AsyncIterator[Any]:
+    async def script(request: Any, context: Any) -> AsyncGenerator[Any, None]:
         for make in responses:
             yield make(request)
 
@@ -64,7 +64,7 @@ async def test_a_worker_without_streams_is_asked_for_all_at_once() -> None:
         outputs = [tensor("text", "all of it"), tensor("model", "m")]
         return service_pb2.ModelInferResponse(model_name=request.model_name, id=request.id, outputs=outputs)
 
-    async def none(request: Any, context: Any) -> AsyncIterator[Any]:
+    async def none(request: Any, context: Any) -> AsyncGenerator[Any, None]:
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
         yield
 
@@ -122,15 +122,14 @@ async def test_characters_may_be_cut_between_responses() -> None:
 async def test_texts_are_cut_at_stop_strings_here() -> None:
     cancelled = asyncio.Event()
 
-    async def endless(request: Any, context: Any) -> AsyncIterator[Any]:
+    async def endless(request: Any, context: Any) -> AsyncGenerator[Any, None]:
         try:
             yield token(request, "one END")
             while True:
                 yield token(request, " two")
                 await asyncio.sleep(0)
-        except asyncio.CancelledError:
+        finally:
             cancelled.set()
-            raise
 
     async with worker(endless) as fake, upstream(kind="kserve", endpoints=[fake.address]) as gateway:
         got = await gateway.ask(stop=["END two"])
@@ -322,7 +321,7 @@ async def test_bytes_that_are_no_message_are_malformed() -> None:
     ],
 )
 async def test_a_status_is_what_it_means(code: grpc.StatusCode, error: type[Exception]) -> None:
-    async def script(request: Any, context: Any) -> AsyncIterator[Any]:
+    async def script(request: Any, context: Any) -> AsyncGenerator[Any, None]:
         await context.abort(code, "why it is so")
         yield
 
@@ -337,7 +336,7 @@ async def test_a_worker_that_is_down_or_slow_is_given_up(unused_tcp_port: int) -
     assert isinstance(got.error, UpstreamFailed)
     assert got.error.code == "upstream_connect"
 
-    async def stalls(request: Any, context: Any) -> AsyncIterator[Any]:
+    async def stalls(request: Any, context: Any) -> AsyncGenerator[Any, None]:
         yield token(request, "x")
         await asyncio.sleep(HANG_SECONDS)
 
@@ -349,14 +348,13 @@ async def test_a_worker_that_is_down_or_slow_is_given_up(unused_tcp_port: int) -
 async def test_a_client_that_leaves_cancels_the_call() -> None:
     cancelled = asyncio.Event()
 
-    async def endless(request: Any, context: Any) -> AsyncIterator[Any]:
+    async def endless(request: Any, context: Any) -> AsyncGenerator[Any, None]:
         try:
             while True:
                 yield token(request, "x")
                 await asyncio.sleep(0.01)
-        except asyncio.CancelledError:
+        finally:
             cancelled.set()
-            raise
 
     async with worker(endless) as fake, upstream(kind="kserve", endpoints=[fake.address]) as gateway:
         generation = await gateway.start()
