@@ -1,5 +1,5 @@
-"""The command line: `serve`, `config show`, `keys add`, `model add`, `model inspect`, `model convert`, `bench serve`,
-`plan`.
+"""The command line: `serve`, `gateway`, `config show`, `keys add`, `model add`, `model inspect`, `model convert`,
+`bench serve`, `plan`.
 
 What cannot work ends in one line and exit code 2.
 """
@@ -12,7 +12,7 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -97,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", parents=[common], help="start the server")
     serve.add_argument("--process", help=argparse.SUPPRESS)  # of a child of the supervisor: which one it is
     serve.set_defaults(run=_serve)
+    gateway = commands.add_parser(
+        "gateway",
+        parents=[common],
+        help="start the server with upstreams alone, without a model of its own",
+    )
+    gateway.set_defaults(run=_gateway)
     reload = commands.add_parser(
         "reload", parents=[common], help="replace the engines of the server at a port, one by one"
     )
@@ -201,20 +207,37 @@ def _resolve(options: argparse.Namespace) -> settings.Resolved:
 
 def _serve(options: argparse.Namespace) -> int:
     resolved = _resolve(options)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(0))  # until the server has handlers of its own: nothing runs yet
-    logging.basicConfig(
-        level=resolved.settings.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
-    # Only this command pays for importing torch.
-    import uvloop
-
-    from bdh_batch import server
-    from bdh_batch.system.threads import left_behind
-
     with_key = resolved.settings.auth.enabled
     announce = partial(_announce, with_key) if options.process is None else _say_nothing
-    uvloop.run(server.run(resolved.settings, options.arguments, options.process, announce))
+
+    async def serve() -> None:
+        from bdh_batch import server  # only this command pays for importing torch
+
+        await server.run(resolved.settings, options.arguments, options.process, announce)
+
+    return _run_server(resolved.settings, serve)
+
+
+def _gateway(options: argparse.Namespace) -> int:
+    resolved = _resolve(options)
+
+    async def serve() -> None:
+        from bdh_batch import server
+
+        await server.run_gateway(resolved.settings, partial(_announce, resolved.settings.auth.enabled))
+
+    return _run_server(resolved.settings, serve)
+
+
+def _run_server(chosen: settings.Settings, serve: Callable[[], Coroutine[None, None, None]]) -> int:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: os._exit(0))  # until the server has handlers of its own: nothing runs yet
+    logging.basicConfig(level=chosen.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    import uvloop
+
+    from bdh_batch.system.threads import left_behind
+
+    uvloop.run(serve())
     if left_behind():
         # One still loads, compiles or hangs in a step; the interpreter cannot be taken down under its feet.
         logging.shutdown()

@@ -95,6 +95,18 @@ async def _run_child(
         await run_front_end(settings, spec.folder, spec.name, listeners, lambda *_: spec.ready())
 
 
+async def run_gateway(settings: Settings, announce: Callable[[str, str], None]) -> None:
+    """Serves upstreams, without an engine, until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigError: it cannot start.
+    """
+    from bdh_batch.processes.gateway import Gateway
+    from bdh_batch.processes.service import run_until_signal
+
+    await run_until_signal(Gateway(settings, announce))
+
+
 def _orphaned() -> None:
     """Kills this process, as its supervisor has ended: nobody else would end or restart it."""
     os.kill(os.getpid(), signal.SIGKILL)

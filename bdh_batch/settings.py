@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from bdh_batch.system import cache_folder
 from bdh_batch.system.documents import Malformed, brief, listed, parse_json, read_text, shown
 from bdh_batch.system.sizes import parse_bytes
 from bdh_batch.system.yaml_documents import parse_yaml
+from bdh_batch.upstreams.config import AnyUpstream, check_names
 
 LONGEST_SHOWN = 100  # characters of an option that does not exist
 ENV_PREFIX, ENV_DELIMITER = "BDH_", "__"
@@ -548,6 +550,14 @@ class Settings(BaseModel):
     kserve: KServe = KServe()
     health: Health = Health()
     telemetry: Telemetry = Telemetry()
+    upstreams: list[AnyUpstream] = Field(
+        [],
+        description="Servers of others that are served by their own names, each with the options of its kind "
+        "(docs/gateway.md).",
+    )
+
+
+LISTS = frozenset(("upstreams",))  # sections that are lists of entries
 
 
 @dataclass(frozen=True)
@@ -562,12 +572,21 @@ class Resolved:
         """All options as YAML, secrets masked, each with its origin."""
         lines, section = [], ""
         for option, value in flatten(self.settings.model_dump(mode="json")):
+            if option in LISTS:
+                lines += self._entries(option)
+                continue
             name, key = option.split(".")
             if name != section:
                 lines.append(f"{name}:")
                 section = name
             lines.append(f"  {key}: {_scalar(value)}  # {self.origins.get(option, 'default')}")
         return "\n".join(lines)
+
+    def _entries(self, name: str) -> list[str]:
+        """A list, of whose entries only what differs from the defaults is shown."""
+        entries = self.settings.model_dump(mode="json", include={name}, exclude_defaults=True).get(name, [])
+        head = f"{name}:{'' if entries else ' []'}  # {self.origins.get(name, 'default')}"
+        return [head, *(f"  - {_scalar(entry)}" for entry in entries)]
 
 
 def load(config: Path | None = None, overrides: Iterable[tuple[str, object]] = ()) -> Resolved:
@@ -580,7 +599,7 @@ def load(config: Path | None = None, overrides: Iterable[tuple[str, object]] = (
     Raises:
         ConfigError: an unreadable file, an unknown option (with the nearest known one), a value that does not fit.
     """
-    merged: dict[str, dict[str, Any]] = {}
+    merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     environment, warnings = _environment_options()
     for origin, options in (
@@ -592,13 +611,18 @@ def load(config: Path | None = None, overrides: Iterable[tuple[str, object]] = (
             _known(option, origin)
             if isinstance(value, str) and "\0" in value:  # no path may have one, and nothing else needs it
                 raise ConfigError(f"{option} ({origin}): holds a NUL character")
+            origins[option] = origin
+            if option in LISTS:
+                merged[option] = _parse_list(value)
+                continue
             section, key = option.split(".")
             merged.setdefault(section, {})[key] = value
-            origins[option] = origin
     try:
-        return Resolved(Settings.model_validate(merged), origins, warnings)
+        settings = Settings.model_validate(merged)
     except ValidationError as error:
         raise ConfigError(_explain(error, origins)) from error
+    check_names(settings.upstreams)
+    return Resolved(settings, origins, warnings)
 
 
 def bytes_of(text: str, option: str) -> int:
@@ -613,6 +637,8 @@ def options() -> dict[str, tuple[Any, str]]:
     """Every dotted option with its default and its help."""
     found = {}
     for name, section in Settings.model_fields.items():
+        if name in LISTS:
+            continue
         for key, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
             found[f"{name}.{key}"] = (field.default, field.description or "")
     return found
@@ -631,11 +657,17 @@ def default_yaml() -> str:
             lines += ["", f"{name}:"]
             section = name
         lines += [f"  # {text}{_choices(option)}", f"  {key}: {_scalar(default)}"]
+    for name in sorted(LISTS):
+        field = Settings.model_fields[name]
+        lines += ["", f"# {field.description}", f"{name}: {_scalar(field.default)}"]
     return "\n".join(lines) + "\n"
 
 
 def flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for section, keys in values.items():
+        if section in LISTS:
+            yield section, keys
+            continue
         for key, value in keys.items():
             yield f"{section}.{key}", value
 
@@ -648,7 +680,7 @@ def _choices(option: str) -> str:
 
 
 def _scalar(value: object) -> str:
-    text = yaml.safe_dump(value, default_flow_style=True, width=1000)
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
@@ -672,6 +704,9 @@ def _section_options(values: Mapping[str, Any], origin: str) -> Iterator[tuple[s
             name = str(section)[:LONGEST_SHOWN]
             near = difflib.get_close_matches(name, Settings.model_fields, 1, 0)
             raise ConfigError(f"unknown section {shown(name)} ({origin}); did you mean {near[0]}?")
+        if section in LISTS:
+            yield section, keys or []
+            continue
         if not isinstance(keys, dict | None):
             raise ConfigError(f"{section} ({origin}): should hold options, as in `{section}: {{key: value}}`")
         for key, value in (keys or {}).items():
@@ -695,6 +730,8 @@ def _environment_options() -> tuple[list[tuple[str, Any]], list[str]]:
             option = words.replace(ENV_DELIMITER, ".")
             _known(option, f"environment variable {name}")
             of_options.append((option, None if value == "null" else value))
+        elif words in LISTS:
+            of_sections.append((words, value))
         elif words in Settings.model_fields and (section := _json_object(value)) is not None:
             of_sections += _section_options({words: section}, f"environment variable {name}")
         else:
@@ -720,7 +757,7 @@ def _ignored(names: Sequence[str]) -> str:
 def _known(option: str, origin: str) -> None:
     """Refuses an option that does not exist, with the nearest that does."""
     known = options()
-    if option in known:
+    if option in known or option in LISTS:
         return
     option = option[:LONGEST_SHOWN]
     section = option.partition(".")[0]
@@ -733,7 +770,16 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     """One line that names every option at fault."""
     parts = []
     for problem in error.errors():
-        option = ".".join(map(str, problem["loc"][:2]))
-        given = "" if option in SECRET else f", not {brief(problem['input'])}"
-        parts.append(f"{option} ({origins.get(option, 'default')}): {problem['msg']}{given}")
+        option = _path_in_list(problem["loc"]) if problem["loc"][0] in LISTS else ".".join(map(str, problem["loc"][:2]))
+        name = option.partition("[")[0]
+        given = "" if option in SECRET or name in LISTS else f", not {brief(problem['input'])}"
+        text = "kind is needed, one of kserve, gradio, openai" if "union_tag" in problem["type"] else problem["msg"]
+        parts.append(f"{option} ({origins.get(name, 'default')}): {text}{given}")
     return listed(parts)
+
+
+def _path_in_list(location: tuple[int | str, ...]) -> str:
+    """('upstreams', 0, 'kserve', 'endpoints', 1) to 'upstreams[0].endpoints[1]': the kind is not part of the path."""
+    name, *rest = location
+    inside = [*rest[:1], *rest[2:]] if len(rest) > 1 else rest
+    return f"{name}" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)

@@ -23,7 +23,8 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "messages": ({"errors"}, set()),
     "system": ({"errors"}, {"platformdirs", "torch", "yaml"}),
-    "settings": ({"errors", "system"}, {"pydantic", "pydantic_core", "yaml"}),
+    # Of upstreams no more than what the settings say of them.
+    "settings": ({"errors", "system", "upstreams"}, {"pydantic", "pydantic_core", "yaml"}),
     "text": (SHARED, {"jinja2", "llguidance", "orjson", "tokenizers"}),
     "kernels": ({"errors"}, {"torch", "numpy", "numba", "llvmlite", "triton"}),
     "checkpoint": ({"errors", "system", "kernels"}, {"torch", "numpy", "safetensors"}),
@@ -34,6 +35,10 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "scheduler": ({"errors", "messages"}, set()),
     "engine": (SHARED | {"scheduler", "kernels", "checkpoint", "settings"}, {"torch", "numpy"}),
     "backends": (SHARED | {"engine", "scheduler", "text"}, {"msgspec"}),
+    "upstreams": (
+        SHARED | {"backends", "text"},
+        {"google", "grpc", "httpx", "httpx_sse", "orjson", "pydantic", "pydantic_core", "selectolax", "tritonclient"},
+    ),
     "observability": (SHARED | {"engine", "scheduler", "backends", "__init__"}, {"opentelemetry", "prometheus_client"}),
     "http": (
         SHARED | {"backends", "text", "settings", "observability", "__init__"},
@@ -48,7 +53,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "processes": (
         SHARED
         | {"http", "kserve", "backends", "engine", "kernels", "text", "settings"}
-        | {"observability", "registry", "__init__"},
+        | {"observability", "registry", "upstreams", "__init__"},
         {"platformdirs", "pydantic", "torch"},
     ),
     "server": ({"processes", "engine", "settings"}, set()),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from bdh_batch.backends.base import RawPrompt, TextBackend
+from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.client import Client, unless_left
 from bdh_batch.http.request.off_loop import Aside
@@ -64,6 +65,8 @@ class Preparation:
 
     async def embedding(self, body: EmbeddingBody | EmbeddingChat) -> GenerationRequest:
         model, origin = self.model, self.client.origin()
+        if isinstance(model.backend, TextBackend):
+            raise InvalidRequest("This model is an upstream's, which only generates texts.", "model")
         body.check_dimensions(model.width)
         prompts = await self._prompts(body)
         last = body.last_tokens(model.max_model_len)

@@ -106,9 +106,9 @@ class Routes:
         return JSONResponse(self._model(request, None).tokenizer_info)
 
     async def models(self, request: Request) -> Response:
-        model = self._gate.model
-        mine = model.names if request.state.caller.may_use(model.names) else ()
-        return JSONResponse({"object": "list", "data": [model.card(name) for name in mine]})
+        mine = [model for model in self._gate.models if request.state.caller.may_use(model.names)]
+        cards = [model.card(name) for model in mine for name in model.names]
+        return JSONResponse({"object": "list", "data": cards})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["id"]

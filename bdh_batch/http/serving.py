@@ -72,8 +72,7 @@ class Serving:
             Forbidden: the caller's key is not for it.
             Unavailable
         """
-        model = self.gate.model
-        model.check_name(name, show_names=caller.may_use(model.names))
+        model = self.gate.find(name, lambda each: caller.may_use(each.names))
         caller.check_model(name or model.name, model.names)
         return model
 

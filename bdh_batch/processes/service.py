@@ -14,7 +14,7 @@ import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from bdh_batch import __version__
 from bdh_batch.backends.base import Backend
@@ -29,6 +29,7 @@ from bdh_batch.observability.metrics import Metrics
 from bdh_batch.processes.chosen_model import chosen_model, model_name
 from bdh_batch.processes.components import Components, ModelFolder
 from bdh_batch.processes.engines import LOADER, EngineInfo, Engines
+from bdh_batch.processes.upstreams import Upstreams
 from bdh_batch.settings import Auth, Settings
 from bdh_batch.system.threads import in_daemon_thread
 from bdh_batch.text.grammar import Grammars
@@ -158,17 +159,21 @@ class Service:
             return  # no request was accepted yet
         components, facts = loading.result()
         backend = self._engines.open(components)
+        upstreams = await in_daemon_thread(partial(Upstreams.open, self._settings, self.metrics), LOADER)
         try:
-            self._open(backend, components, facts)
+            upstreams.start()
+            self._open(backend, components, facts, upstreams)
             self._on_ready(url, self._name)
             await stopped
             self._gate.drain()
             if self._grpc is not None:
                 self._grpc.drain()
             log.info("draining for up to %.0f s", self._settings.server.drain_seconds)
-            await backend.drain(self._settings.server.drain_seconds)
+            seconds = self._settings.server.drain_seconds
+            await asyncio.gather(backend.drain(seconds), upstreams.drain(seconds))
         finally:
             components.close()
+            upstreams.close()
             await asyncio.to_thread(backend.close)
 
     async def _load(self) -> tuple[Components, EngineInfo]:
@@ -180,7 +185,7 @@ class Service:
             opened.close()
             raise
 
-    def _open(self, backend: Backend, components: Components, facts: EngineInfo) -> None:
+    def _open(self, backend: Backend, components: Components, facts: EngineInfo, upstreams: Upstreams) -> None:
         settings, text = self._settings, components.text
         self._watch(components, facts)
         if components.grammars is not None:
@@ -207,7 +212,8 @@ class Service:
                     elsewhere=self._engines.compiles_grammars,
                 ),
                 engines=self._engines.states,
-            )
+            ),
+            *upstreams.models,
         )
 
     def _watch(self, components: Components, facts: EngineInfo) -> None:
@@ -229,7 +235,21 @@ class Service:
         )
 
 
-async def run_until_signal(service: Service) -> None:
+class Runs(Protocol):
+    """A server that runs until it is told to stop."""
+
+    @property
+    def stopping(self) -> bool:
+        """Whether it drains."""
+
+    def stop(self) -> None:
+        """Begins the drain."""
+
+    async def run(self) -> None:
+        """Serves until `stop`."""
+
+
+async def run_until_signal(service: Runs) -> None:
     """Runs `service` until SIGTERM or SIGINT; a second signal does not wait for the drain."""
     loop = asyncio.get_running_loop()
     running = asyncio.ensure_future(service.run())

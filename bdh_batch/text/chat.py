@@ -127,6 +127,13 @@ class ChatTemplate:
         return await self._sandbox.run(job, tenant, _decoded)
 
 
+class NoTemplate:
+    """Stands for the template of a model that gets conversations as they are: an upstream's."""
+
+    async def render(self, conversation: Conversation, tenant: str = "") -> Text:
+        raise InvalidRequest("messages: This model's upstream renders conversations itself.", "messages")
+
+
 def _rejected(error: Exception) -> InvalidRequest:
     return InvalidRequest(f"messages: The chat template rejected them: {str(error).rstrip('.')}.", "messages")
 

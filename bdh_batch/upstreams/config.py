@@ -15,6 +15,7 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    PlainSerializer,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -61,6 +62,8 @@ def _header(value: str) -> str:
 Url = Annotated[str, AfterValidator(_url)]
 Address = Annotated[str, AfterValidator(_address)]
 Header = Annotated[str, AfterValidator(_header)]
+HeaderValue = Annotated[str, Field(pattern=r"^[\x20-\x7e]*$")]
+Hidden = PlainSerializer(lambda values: dict.fromkeys(values, "***"), dict[str, str])  # they may hold secrets
 
 
 class Entry(BaseModel):
@@ -91,7 +94,9 @@ class Upstream(Entry):
     )
     key_env: str | None = Field(None, description="Environment variable with the API key that the upstream gets.")
     key_file: Path | None = Field(None, description="File with that key.")
-    headers: dict[Header, str] = Field({}, description="Headers (gRPC: metadata) that every request gets.")
+    headers: Annotated[dict[Header, HeaderValue], Hidden] = Field(
+        {}, description="Headers, or gRPC metadata, of every request."
+    )
     pass_headers: list[Header] = Field([], description="Headers of the client's that are passed on; no other is.")
     max_message_bytes: Bytes = Field(
         4 * 2**20, description="Largest message, event or line of the upstream; a larger one ends the request."
