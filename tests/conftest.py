@@ -254,9 +254,10 @@ def serve(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Serve
         cutting: bool = False,  # the server must cut a client off at its end, and may say so in its log
         afresh: bool = False,
         inside: Sequence[object] = (),  # a command that becomes the server, in the environment that it makes
+        verb: str = "serve",
     ) -> Iterator[Server]:
         port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
-        arguments = ["serve", "--port", str(port), *(part for option in options for part in ("--set", option))]
+        arguments = [verb, "--port", str(port), *(part for option in options for part in ("--set", option))]
         if model is not None:
             arguments += ["--model", str(model)]
         environment = clean_environment() | dict(env or {})

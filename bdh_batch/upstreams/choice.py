@@ -141,6 +141,8 @@ class Choice:
                     await self._read_from(endpoint, failed)
                 return
             except Fault as fault:
+                if fault.kind is FaultKind.DIFFERS and self._record is not None and self._record.start_over():
+                    continue
                 self._log(endpoint, fault)
                 if not self._may_go_elsewhere(fault, len(failed)):
                     raise

@@ -2,7 +2,8 @@
 
 A token is determined by the weights, the prompt, the tokens before it and the seed. So another server with the same
 model goes on behind the prompt and the tokens so far. It is given a few tokens less than there are, and has to generate
-these again: that shows whether it goes on as the first would have, and no character is cut in two.
+these again: that shows whether it goes on as the first would have. It would not where a token has a part of a
+character, and the next one the rest. Then it generates all again, and that is compared, too.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Continuation:
         self._whole = True  # whether all text came with its tokens
         self._extras = False
         self._most = 0  # tokens that were counted
+        self._continues = True  # whether another endpoint is given tokens
         self._expected = ""  # the part of it that has to come again
         prompt = request.prompt
         self._prompt: Sequence[int] | None = None if prompt is None or isinstance(prompt, str) else prompt
@@ -73,9 +75,14 @@ class Continuation:
         self._length += len(piece.text)
         self._tokens += piece.tokens
         self._whole = self._whole and bool(piece.tokens or not piece.text)
-        if piece.text and self._whole:
+        if piece.text[-1:].isascii() and piece.text and self._whole:  # mostly, no part of a character is held back
             self._marks.append((len(self._tokens), self._length))
         return self._new(piece)
+
+    def start_over(self) -> bool:
+        """Has the next request generate all again. Returns whether that is something new: the last one did not."""
+        before, self._continues = self._continues, False
+        return before
 
     def next_request(self) -> TextRequest:
         """Returns the request for another endpoint, from which this record goes on."""
@@ -109,5 +116,7 @@ class Continuation:
 
     def _can_continue(self) -> bool:
         fields = self._request.fields
-        within = isinstance(fields.get("max_tokens"), int) and self._marks[0][0] < fields["max_tokens"]
+        within = (
+            self._continues and isinstance(fields.get("max_tokens"), int) and self._marks[0][0] < fields["max_tokens"]
+        )
         return within and self._prompt is not None and self._whole and CONTINUABLE.issuperset(fields)

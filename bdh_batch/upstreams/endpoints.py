@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bdh_batch.upstreams.config import Upstream
-from bdh_batch.upstreams.protocol import FINAL, Connector, EndpointFacts, Fault
+from bdh_batch.upstreams.protocol import Connector, EndpointFacts, Fault
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class Endpoints:
         try:
             yield
         except Fault as fault:
-            if fault.kind not in FINAL:
+            if fault.blames_endpoint:
                 self._failed(endpoint)
             raise
         finally:

@@ -171,11 +171,9 @@ class KServeConnector:
             async for message in call:
                 piece = reader.read(_parsed(service_pb2.ModelStreamInferResponse, message))
                 yield piece
-                if piece.finish_reason is not None:
-                    return
             reader.end()
             if not reader.has_reasons and reader.begun:
-                yield Piece(finish_reason=FinishReason.STOP)
+                yield Piece(finish_reason=FinishReason.STOP)  # it never says why
         except grpc.RpcError as error:
             raise _fault(error, reader.begun) from error
         except asyncio.InvalidStateError as error:  # the call ended while the request was being written

@@ -29,8 +29,10 @@ class FaultKind(StrEnum):
 
 
 TIMEOUTS = frozenset((FaultKind.CONNECT_TIMEOUT, FaultKind.FIRST_TOKEN_TIMEOUT, FaultKind.GAP_TIMEOUT))
-# Of these the endpoint is not to blame, or another one would do no better.
+# Of these another endpoint would do no better.
 FINAL = frozenset((FaultKind.REFUSED, FaultKind.REWRITTEN, FaultKind.DIFFERS))
+# These may be the request's doing: one client's requests must not have an endpoint left alone by all.
+INNOCENT = FINAL | {FaultKind.TOO_LARGE, FaultKind.ERROR}
 
 
 class Fault(Exception):
@@ -48,6 +50,11 @@ class Fault(Exception):
         self.kind = kind
         self.message = message
         self.param = param
+
+    @property
+    def blames_endpoint(self) -> bool:
+        """Whether it says that the endpoint is not well, whatever it was asked."""
+        return self.kind not in INNOCENT or (self.status or 0) >= 500
 
 
 @dataclass(frozen=True, slots=True)

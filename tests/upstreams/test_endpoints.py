@@ -93,7 +93,7 @@ def test_failures_in_a_row_leave_an_endpoint_alone_for_longer_and_longer() -> No
     assert of.choose() is endpoint
 
 
-@pytest.mark.parametrize("kind", [FaultKind.REFUSED, FaultKind.REWRITTEN, FaultKind.DIFFERS])
+@pytest.mark.parametrize("kind", [FaultKind.REFUSED, FaultKind.REWRITTEN, FaultKind.ERROR, FaultKind.TOO_LARGE])
 def test_what_is_not_its_fault_does_not_count(kind: FaultKind) -> None:
     of, _, _ = endpoints(1, failures=1)
     fail(of, of.all[0], kind)
@@ -258,9 +258,31 @@ async def test_a_lost_stream_goes_on_behind_its_tokens_as_if_nothing_had_been(cu
     assert first.parameters["seed"].int64_param == again.parameters["seed"].int64_param == 7
     kept = list(again.inputs[0].contents.int_contents)[2:]
     # A penalty counts what was generated, and not a prompt: then all of it is generated again.
-    assert len(kept) == (max(0, cut - 4) if not penalty and cut > 4 else len(kept))
+    assert len(kept) == (0 if penalty or not cut else max(1, cut - 4))
     assert again.parameters["max_tokens"].int64_param == 20 - len(kept)
-    assert not (penalty and kept)
+
+
+async def test_where_a_character_lies_across_tokens_all_is_generated_again() -> None:
+    """A token has the end of a text and the first byte of a character: behind it, that byte would be missing."""
+
+    def say(number: int, continued: bool) -> str:
+        return "?" if continued and number == 6 else WORDS[number]
+
+    async def script(request: Any, context: Any) -> AsyncGenerator[Any, None]:
+        continued = len(request.inputs[0].contents.int_contents) > 2
+        for number, (_, id) in enumerate(model(request), len(request.inputs[0].contents.int_contents[2:])):
+            yield token(request, say(number, continued), "null", tensor("token_ids", [id], "INT32"))
+        yield token(request, "", "length", tensor("token_ids", [], "INT32", [0]))
+
+    async with (
+        worker(ours(10), prompt_ids, "bdh_batch") as one,
+        worker(script, prompt_ids, "bdh_batch") as other,
+        upstream(checked=True, kind="kserve", endpoints=[one.address, other.address]) as gateway,
+    ):
+        got = await gateway.ask("hi", max_tokens=20)
+    assert (got.text, got.error) == ("".join(WORDS[:20]), None)
+    assert got.usage.completion_tokens == 20
+    assert len(other.asked) == 3  # for the prompt's tokens, behind them, and from the start
 
 
 async def test_an_endpoint_that_would_go_on_differently_is_not_believed() -> None:

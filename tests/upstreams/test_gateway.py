@@ -1,0 +1,417 @@
+"""A gateway as its clients see it: the front door, and behind it fakes, and servers like this one."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from openai import APIStatusError, AsyncOpenAI
+
+from tests.conftest import CONFORMANCE, HANG_SECONDS, ServeFactory, Server, clean_environment, eventually, free_port
+from tests.launcher import Launcher
+from tests.upstreams.fakes import Connection, chunk, token, web, worker
+from tests.upstreams.test_gradio import DEBUG, LATENCY, THOUGHT, value
+
+STREAMS = 64
+PROMPTS = [f"prompt {number}: é" for number in range(STREAMS)]
+BHARATGEN = {
+    "api": "chat_fn_1",
+    "inputs": ["{message}", "{history}", "{system}", "{temperature}", "{max_tokens}", "{top_p}", 50],
+    "history": "pairs",
+    "system": "You are a helpful AI assistant.",
+    "defaults": {"temperature": 0.7, "max_tokens": 2048, "top_p": 1.0},
+}
+
+
+def options(*upstreams: dict[str, Any]) -> str:
+    return f"upstreams={json.dumps(upstreams)}"
+
+
+@contextlib.asynccontextmanager
+async def gateway(serve: ServeFactory, *upstreams: dict[str, Any], cutting: bool = False) -> AsyncIterator[Server]:
+    context = serve(options(*upstreams), verb="gateway", cutting=cutting)
+    server = await asyncio.to_thread(context.__enter__)
+    try:
+        yield server
+    finally:
+        await asyncio.to_thread(context.__exit__, None, None, None)
+
+
+class Behind:
+    """What is behind the gateway of these tests; each fake does what a test tells it to."""
+
+    def __init__(self) -> None:
+        self.web: Callable[[Connection], Any] = self._unset
+        self.stream: Callable[[Any, Any], Any] = self._unset
+        self.whole: Callable[[Any], Any] = self._unset
+
+    def _unset(self, *_: Any) -> Any:
+        raise AssertionError("no test has said what to do")
+
+
+@pytest.fixture(scope="module")
+async def behind(serve: ServeFactory) -> AsyncIterator[tuple[Server, Behind]]:
+    do = Behind()
+    async with (
+        web(lambda connection: do.web(connection)) as fake,
+        worker(lambda request, context: do.stream(request, context), lambda request: do.whole(request)) as kserve,
+        gateway(
+            serve,
+            {"id": "gpt", "kind": "openai", "url": f"{fake.url}/v1", "aliases": ["gpt-4"], "failures": 1000},
+            {"id": "bharatgen-param-17b", "kind": "gradio", "url": fake.url, "reasoning": True, **BHARATGEN},
+            {
+                **{"id": "llamacpp", "kind": "kserve", "endpoints": [kserve.address], "version": "llamacpp"},
+                **{"model": "generate", "stream_model": "generate_stream", "drop": ["stop"]},
+            },
+        ) as server,
+    ):
+        yield server, do
+
+
+@pytest.fixture(scope="module")
+async def client(behind: tuple[Server, Behind]) -> AsyncIterator[AsyncOpenAI]:
+    async with behind[0].async_openai() as client:
+        yield client
+
+
+async def test_the_models_of_all_upstreams_are_listed_by_their_names(client: AsyncOpenAI) -> None:
+    models = (await client.models.list()).data
+    assert [model.id for model in models] == ["gpt", "gpt-4", "bharatgen-param-17b", "llamacpp"]
+    assert {model.owned_by for model in models} == {"upstream"}
+    assert (await client.models.retrieve("gpt-4")).id == "gpt-4"
+    with pytest.raises(APIStatusError) as missing:
+        await client.models.retrieve("other")
+    assert missing.value.status_code == 404
+
+
+async def test_a_whole_response_has_what_the_upstream_said(behind: tuple[Server, Behind], client: AsyncOpenAI) -> None:
+    logprobs = {"content": [{"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": []}]}
+
+    async def script(connection: Connection) -> None:
+        head = {"choices": [{"index": 0, "delta": {"reasoning_content": "Hm."}}]}
+        first = {"choices": [{"index": 0, "delta": {"content": "a"}, "logprobs": logprobs}]}
+        usage = {"prompt_tokens": 9, "completion_tokens": 3}
+        await connection.events(head, first, chunk("b", "stop", chat=True), {"choices": [], "usage": usage})
+
+    behind[1].web = script
+    got = await client.chat.completions.create(
+        model="gpt-4", messages=[{"role": "user", "content": "q"}], logprobs=True, presence_penalty=0.5
+    )
+    assert got.model == "gpt-4"
+    (choice,) = got.choices
+    assert (choice.message.content, choice.finish_reason) == ("ab", "stop")
+    assert getattr(choice.message, "reasoning_content") == "Hm."  # noqa: B009
+    assert choice.logprobs is not None
+    assert choice.logprobs.content is not None
+    assert choice.logprobs.content[0].logprob == -0.5
+    assert got.usage is not None
+    assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (9, 3)
+    assert "estimated" not in got.usage.model_dump()
+
+
+async def test_calls_of_tools_are_streamed_through(behind: tuple[Server, Behind], client: AsyncOpenAI) -> None:
+    parts = [
+        {"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": ""}},
+        {"index": 0, "function": {"arguments": "{}"}},
+    ]
+
+    async def script(connection: Connection) -> None:
+        assert connection.asked.body["tools"]
+        deltas = ({"choices": [{"index": 0, "delta": {"tool_calls": [part]}}]} for part in parts)
+        await connection.events(*deltas, chunk(None, "tool_calls", chat=True))
+
+    behind[1].web = script
+    tool: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    stream = await client.chat.completions.create(
+        model="gpt", messages=[{"role": "user", "content": "q"}], tools=[tool], stream=True
+    )
+    choices = [event.choices[0] async for event in stream]
+    calls = [call.function for choice in choices for call in choice.delta.tool_calls or () if call.function]
+    assert [(call.name, call.arguments) for call in calls] == [("f", ""), (None, "{}")]
+    assert choices[-1].finish_reason == "tool_calls"
+
+
+async def test_an_error_before_the_first_token_has_its_status(
+    behind: tuple[Server, Behind], client: AsyncOpenAI
+) -> None:
+    async def script(connection: Connection) -> None:
+        connection.writer.transport.abort()
+
+    behind[1].web = script
+    for stream in (False, True):
+        with pytest.raises(APIStatusError) as failed:
+            await client.completions.create(model="gpt", prompt="x", stream=stream)
+        assert failed.value.status_code == 502
+        assert failed.value.body == {
+            "message": "The upstream 'gpt' ended the response before it was complete.",
+            "type": "upstream_error",
+            "param": None,
+            "code": "upstream_closed",
+        }
+
+
+async def test_an_error_within_a_stream_is_its_last_event_and_no_other_stream_notices(
+    behind: tuple[Server, Behind], client: AsyncOpenAI
+) -> None:
+    async def script(connection: Connection) -> None:
+        fails = connection.asked.body["prompt"] == "bad"
+        await connection.events(*[chunk("x")] * 50, chunk("", "stop"), done=False) if not fails else None
+        if fails:
+            await connection.events(*[chunk("x")] * 50, {"error": {"message": "out of luck"}})
+
+    behind[1].web = script
+
+    async def ask(prompt: str) -> tuple[str, str | None]:
+        text, error = "", None
+        body = {"model": "gpt", "prompt": prompt, "stream": True}
+        async with (
+            httpx.AsyncClient(timeout=HANG_SECONDS) as http,
+            http.stream("POST", f"{behind[0].url}/v1/completions", json=body) as response,
+        ):
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line[6:])
+                    error = event.get("error", {}).get("message", error)
+                    text += "".join(choice["text"] for choice in event.get("choices", ()))
+        return text, error
+
+    found = await asyncio.gather(*(ask("bad" if number % 4 == 0 else "good") for number in range(16)))
+    for number, (text, error) in enumerate(found):
+        assert text == "x" * 50
+        assert (error is None) == bool(number % 4)
+        assert error is None or "'gpt'" in error
+
+
+async def test_the_gateway_lives_beside_a_hostile_upstream(behind: tuple[Server, Behind], client: AsyncOpenAI) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.send(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\ndata: ", *[b"x" * 65536] * 1600
+        )
+
+    behind[1].web = script
+    asking = [asyncio.create_task(client.completions.create(model="gpt", prompt="x")) for _ in range(4)]
+    async with httpx.AsyncClient(timeout=HANG_SECONDS) as http:
+        while not all(task.done() for task in asking):
+            assert (await http.get(f"{behind[0].url}/health")).status_code == 200
+    for task in asking:
+        error = task.exception()
+        assert isinstance(error, APIStatusError)
+        assert error.status_code == 502
+    failures = await metric(behind[0], "bdh_upstream_failures_total", upstream="gpt", kind="too_large")
+    assert failures >= 4
+
+
+async def metric(server: Server, name: str, **labels: str) -> float:
+    found = await asyncio.to_thread(server.metrics)
+    return found[name + "{" + ",".join(f"{key}={labels[key]}" for key in sorted(labels)) + "}"]
+
+
+async def test_what_an_upstream_cannot_express_is_refused_by_name(client: AsyncOpenAI) -> None:
+    with pytest.raises(APIStatusError) as refused:
+        await client.completions.create(model="llamacpp", prompt="x", presence_penalty=0.5)
+    body: Any = refused.value.body
+    assert (refused.value.status_code, body["param"], body["code"]) == (
+        400,
+        "presence_penalty",
+        "unsupported_parameter",
+    )
+    with pytest.raises(APIStatusError) as refused:
+        await client.embeddings.create(model="gpt", input="x")
+    assert refused.value.status_code == 400
+
+
+# The seeds' example calls, as they are written there.
+
+
+def llamacpp(prompt: str) -> Sequence[str]:
+    return [word if at == 0 else f" {word}" for at, word in enumerate(f"You said: {prompt}".split(" "))]
+
+
+async def test_anyserves_client(behind: tuple[Server, Behind]) -> None:
+    """examples/llamacpp/client.py: completions, whole and streamed, and the list of models."""
+    seen: list[tuple[str, str]] = []
+
+    def inputs(request: Any) -> dict[str, Any]:
+        return {each.name: each.contents for each in request.inputs}
+
+    async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
+        seen.append((request.model_name, request.model_version))
+        for text in llamacpp(inputs(request)["prompt"].bytes_contents[0].decode()):
+            yield token(request, text)
+        yield token(request, "", "stop")
+
+    behind[1].stream = stream
+    url = f"{behind[0].url}/v1"
+    async with httpx.AsyncClient(timeout=HANG_SECONDS) as requests:
+        payload = {"model": "llamacpp", "prompt": "Hello, world!", "max_tokens": 100, "stream": False}
+        result = (await requests.post(f"{url}/completions", json=payload)).json()
+        assert result["choices"][0]["text"] == "You said: Hello, world!"
+        assert result["model"] == "llamacpp"
+        assert result["usage"] | {"estimated": True} == result["usage"]
+        said = ""
+        async with requests.stream("POST", f"{url}/completions", json=payload | {"stream": True}) as response:
+            assert response.status_code == 200
+            async for line in response.aiter_lines():
+                if line.startswith("data: "):
+                    data = line[6:]
+                    if data == "[DONE]":
+                        break
+                    said += json.loads(data).get("choices", [{}])[0].get("text", "")
+        assert said == "You said: Hello, world!"
+        chat = {"model": "llamacpp", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0.7}
+        result = (await requests.post(f"{url}/chat/completions", json=chat)).json()
+        assert result["choices"][0]["message"]["content"] == "You said: user: Hi\nassistant:"
+        assert "llamacpp" in [model["id"] for model in (await requests.get(f"{url}/models")).json()["data"]]
+    assert seen == [("generate_stream", "llamacpp")] * 3
+
+
+async def test_bharatgens_examples(behind: tuple[Server, Behind], client: AsyncOpenAI) -> None:
+    """examples/basic_chat.py and test_openai_sdk.py: whole, streamed, several turns, parameters."""
+    asked: list[Any] = []
+
+    async def script(connection: Connection) -> None:
+        if connection.asked.method == "POST":
+            asked.append(connection.asked.body["data"])
+            await connection.json({"event_id": "e1"})
+            return
+        texts = [THOUGHT.format("Let me"), THOUGHT.format("Let me count.") + "\n\nOne,"]
+        texts += [texts[-1] + " two,", texts[-1] + " two, three." + DEBUG + LATENCY]
+        await connection.gradio(*(("generating", value(text)) for text in texts), ("complete", value(texts[-1])))
+
+    behind[1].web = script
+    model = "bharatgen-param-17b"
+    question: Any = [{"role": "user", "content": "Count from 1 to 3 and explain each number."}]
+    whole = await client.chat.completions.create(model=model, messages=question, temperature=0.5, max_tokens=2048)
+    assert whole.choices[0].message.content == "One, two, three."
+    assert getattr(whole.choices[0].message, "reasoning_content") == "Let me count."  # noqa: B009
+    assert whole.usage is not None
+    assert whole.usage.model_dump()["estimated"] is True
+    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens > 0
+    stream = await client.chat.completions.create(model=model, messages=question, temperature=0.5, stream=True)
+    assert "".join([event.choices[0].delta.content or "" async for event in stream]) == "One, two, three."
+    turns: Any = [
+        {"role": "system", "content": "You are a helpful math tutor."},
+        {"role": "user", "content": "What is 15 + 27?"},
+        {"role": "assistant", "content": "42"},
+        {"role": "user", "content": "Now multiply that result by 2."},
+    ]
+    await client.chat.completions.create(model=model, messages=turns, top_p=0.95)
+    head = "Count from 1 to 3 and explain each number.", [], "You are a helpful AI assistant."
+    assert asked == [
+        [*head, 0.5, 2048, 1.0, 50],
+        [*head, 0.5, 2048, 1.0, 50],
+        [turns[3]["content"], [["What is 15 + 27?", "42"]], turns[0]["content"], 0.7, 2048, 0.95, 50],
+    ]
+
+
+# Servers like this one behind the gateway.
+
+
+@contextlib.contextmanager
+def servers(serve: ServeFactory, count: int) -> Iterator[list[tuple[Server, int]]]:
+    with contextlib.ExitStack() as stack:
+        found = []
+        for _ in range(count):
+            port = free_port()
+            found.append(
+                (stack.enter_context(serve(f"kserve.grpc_port={port}", model=CONFORMANCE / "tiny", wait=False)), port)
+            )
+        for server, _ in found:
+            eventually(lambda server=server: is_ready(server), what=lambda server=server: server.log)  # type: ignore[misc]
+        yield found
+
+
+def is_ready(server: Server) -> bool:
+    try:
+        return server.http.get("/readyz").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+async def texts(server: Server, model: str, begun: asyncio.Event | None = None, **fields: Any) -> list[str]:
+    """The texts of 64 streams at once; `begun` is set when each has had its third event."""
+    left = STREAMS
+
+    async def one(http: httpx.AsyncClient, number: int) -> str:
+        nonlocal left
+        body = {"model": model, "prompt": PROMPTS[number], "seed": number, "stream": True, **fields}
+        said: list[str] = []
+        async with http.stream("POST", f"{server.url}/v1/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    event = json.loads(line[6:])
+                    assert "error" not in event, event
+                    said += [choice["text"] for choice in event["choices"]]
+                    if len(said) == 3 and begun is not None and not (left := left - 1):
+                        begun.set()
+        return "".join(said)
+
+    async with httpx.AsyncClient(timeout=HANG_SECONDS, limits=httpx.Limits()) as http:
+        return await asyncio.gather(*(one(http, number) for number in range(STREAMS)))
+
+
+async def through_openai(server: Server, model: str, **fields: Any) -> list[str]:
+    """As `texts`, by OpenAI's client."""
+
+    async def one(client: AsyncOpenAI, number: int) -> str:
+        stream = await client.completions.create(
+            model=model, prompt=PROMPTS[number], seed=number, stream=True, extra_body=fields
+        )
+        return "".join([event.choices[0].text async for event in stream])
+
+    async with server.async_openai() as client:
+        return await asyncio.gather(*(one(client, number) for number in range(STREAMS)))
+
+
+async def test_texts_through_both_protocols_are_those_of_the_direct_way(serve: ServeFactory) -> None:
+    with servers(serve, 1) as [(direct, port)]:
+        kserve = {"id": "by-kserve", "kind": "kserve", "endpoints": [f"127.0.0.1:{port}"], "model": "tiny"}
+        openai = {"id": "by-openai", "kind": "openai", "url": f"{direct.url}/v1", "model": "tiny"}
+        async with gateway(serve, kserve, openai) as server:
+            # Both are found out to be servers like this one; then all parameters of theirs can be expressed.
+            fields: dict[str, Any] = {"max_tokens": 24, "temperature": 0.9, "min_p": 0.01, "presence_penalty": 0.5}
+            wanted = await texts(direct, "tiny", **fields)
+            assert await through_openai(server, "by-kserve", **fields) == wanted
+            assert await texts(server, "by-openai", **fields) == wanted
+            async with server.async_openai() as client:
+                for model in ("by-kserve", "by-openai"):
+                    got = await client.completions.create(model=model, prompt="ROMEO", max_tokens=7, stop=["\0nowhere"])
+                    assert got.usage is not None
+                    assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (5, 7)
+                    assert "estimated" not in got.usage.model_dump()
+
+
+@pytest.mark.parametrize("kind", ["kserve", "openai"])
+async def test_after_kill_9_of_one_of_two_all_64_streams_go_on(
+    kind: str, serve: ServeFactory, launcher: Launcher, tmp_path: Path
+) -> None:
+    with servers(serve, 1) as [(survivor, survivors_port)], (tmp_path / "log").open("wb") as log:
+        port, grpc_port = free_port(), free_port()
+        arguments = ["serve", "--port", str(port), "--model", str(CONFORMANCE / "tiny")]
+        arguments += ["--set", f"kserve.grpc_port={grpc_port}"]
+        victim = launcher.start(arguments, clean_environment(), log)
+        doomed = Server(victim, port, tmp_path / "log")
+        await asyncio.to_thread(eventually, lambda: is_ready(doomed))
+        addresses = {
+            "kserve": [f"127.0.0.1:{grpc_port}", f"127.0.0.1:{survivors_port}"],
+            "openai": [f"http://127.0.0.1:{port}/v1", f"{survivor.url}/v1"],
+        }
+        up = {"id": "up", "kind": kind, "endpoints": addresses[kind], "model": "tiny", "health_seconds": 600}
+        fields: dict[str, Any] = {"max_tokens": 300, "temperature": 0.9}
+        wanted = await texts(survivor, "tiny", **fields)
+        async with gateway(serve, up, cutting=True) as server:
+            begun = asyncio.Event()
+            asking = asyncio.create_task(texts(server, "up", begun, **fields))
+            await asyncio.wait_for(begun.wait(), HANG_SECONDS)
+            victim.send_signal(signal.SIGKILL)
+            assert await asking == wanted
+            assert await metric(server, "bdh_upstream_failovers_total", upstream="up", begun="true") > 0
+        doomed.http.close()
+        victim.wait(HANG_SECONDS)
