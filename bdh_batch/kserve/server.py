@@ -29,8 +29,6 @@ KEEPALIVE_MS = 60_000  # of silence, after which a client has to say that it is 
 KEEPALIVE_TIMEOUT_MS = 20_000
 LEAST_PING_MS = 5_000  # between two pings of a client
 
-Handler = grpc.RpcMethodHandler
-
 
 class KServeServer:
     """Serves gRPC at `kserve.grpc_port`."""
@@ -106,7 +104,7 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
     return grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
 
 
-class _Reflection(aio.ServerInterceptor):
+class _Reflection(aio.ServerInterceptor):  # type: ignore[misc]
     """Asks for a key where the API is described, as `auth.protect_docs` says."""
 
     def __init__(self, admission: Admission) -> None:
@@ -114,9 +112,9 @@ class _Reflection(aio.ServerInterceptor):
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
+    ) -> Any:
         if handler_call_details.method.startswith("/grpc.reflection."):
             metadata = handler_call_details.invocation_metadata
             given = [str(value) for name, value in metadata if name == "authorization"]
