@@ -98,6 +98,7 @@ class Calls:
         chosen = serving.settings.kserve
         self._most = chosen.max_calls
         self._each = chosen.max_calls_per_caller or max(1, chosen.max_calls // 2)
+        self._under_way = 0
         self._by_caller: Counter[str] = Counter()
         self._held = 0
 
@@ -110,23 +111,31 @@ class Calls:
         return request.client(await self._serving.admission.admit(call.key, call.address, request.standing))
 
     @contextmanager
-    def one_of(self, caller: Caller) -> Iterator[None]:
-        """Counts a call of a caller. Raises Unavailable, TooManyConnections: there are too many."""
-        if self._by_caller.total() >= self._most:
+    def one_of(self, caller: Caller, probe: bool = False) -> Iterator[None]:
+        """Counts a call of a caller. A `probe` is counted apart: it is let in where no other call is.
+
+        Raises:
+            Unavailable: there are too many in all.
+            TooManyConnections: there are too many of this caller.
+        """
+        label = f"probes of {caller.label}" if probe else caller.label
+        if self._under_way >= self._most and not probe:
             self._serving.metrics.refused("connections")
             text = f"Too many calls are under way; the limit is {self._most} (kserve.max_calls)."
             raise Unavailable(text, RETRY_SECONDS)
-        if self._by_caller[caller.label] >= self._each:
+        if self._by_caller[label] >= self._each:
             self._serving.metrics.refused("connections_per_address")
             text = f"Too many of your calls are under way; the limit is {self._each} (kserve.max_calls_per_caller)."
             raise TooManyConnections(text, RETRY_SECONDS)
-        self._by_caller[caller.label] += 1
+        self._under_way += not probe
+        self._by_caller[label] += 1
         try:
             yield
         finally:
-            self._by_caller[caller.label] -= 1
-            if not self._by_caller[caller.label]:
-                del self._by_caller[caller.label]
+            self._under_way -= not probe
+            self._by_caller[label] -= 1
+            if not self._by_caller[label]:
+                del self._by_caller[label]
 
     @contextmanager
     def holding(self, size: int) -> Iterator[None]:

@@ -61,9 +61,10 @@ class Service:
 
         async def handle(messages: Messages, context: Context) -> bytes:
             async with self._calls.ends(context):
-                raw = await self._calls.only_message(messages)
-                response = respond(parse(raw, kind, self._limits))
-                return bytes(response.SerializeToString())
+                with self._calls.one_of(self._calls.call(context).address, probe=True):
+                    raw = await self._calls.only_message(messages)
+                    response = respond(parse(raw, kind, self._limits))
+                    return bytes(response.SerializeToString())
             raise AssertionError
 
         return grpc.stream_unary_rpc_method_handler(handle)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ssl
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
+import httpx
 import pytest
 import tritonclient.grpc as triton
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
@@ -84,7 +86,7 @@ class TestKeys:
 def test_calls_are_bounded_and_probes_are_not(serve: ServeFactory) -> None:
     """Two of one caller, three in all; over TLS, as the certificate of HTTPS holds here, too."""
     tls = (f"server.tls_cert={TLS / 'cert.pem'}", f"server.tls_key={TLS / 'key.pem'}")
-    bounds = ("kserve.max_calls=3", "kserve.max_calls_per_caller=2")
+    bounds = ("kserve.max_calls=3", "kserve.max_calls_per_caller=2", "limits.write_seconds=0.5")
     port = free_port()
     with serve(f"kserve.grpc_port={port}", *tls, *bounds, model=TINY, wait=False) as server:
         certificate = (TLS / "cert.pem").read_bytes()
@@ -111,6 +113,14 @@ def test_calls_are_bounded_and_probes_are_not(serve: ServeFactory) -> None:
             assert is_ready()
             for call in calls:
                 call.cancel()
+            stream = channel.unary_stream(f"{SERVICE}ModelStreamInfer")
+            eventually(lambda: not refused())
+            stalled = stream(request("tiny", **LONG).SerializeToString(), timeout=300)
+            next(stalled)  # and nothing more: its requests end as soon as nothing fits the buffers between
+            url = f"https://localhost:{server.port}/load"
+            with httpx.Client(verify=ssl.create_default_context(cadata=certificate.decode())) as https:
+                eventually(lambda: https.get(url).json()["server_load"] == 0)
+            del stalled
         with grpc.insecure_channel(f"127.0.0.1:{port}") as plain, pytest.raises(grpc.RpcError) as broken:
             plain.unary_unary(f"{SERVICE}ServerReady")(b"", timeout=300)
         assert broken.value.code() == grpc.StatusCode.UNAVAILABLE

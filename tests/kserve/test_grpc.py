@@ -174,14 +174,8 @@ class TestMetadata:
 
 class TestRefusals:
     def test_have_the_message_that_a_completion_has(self, worker: Worker) -> None:
-        wrong: list[tuple[str, Any]] = [
-            ("temperature", 3),
-            ("max_tokens", -1),
-            ("top_p", 2),
-            ("spare", 1),
-            ("suffix", "a"),
-        ]
-        for field, value in wrong:
+        wrong: dict[str, Any] = {"temperature": 3, "max_tokens": -1, "top_p": 2, "spare": 1, "suffix": "a"}
+        for field, value in wrong.items():
             error = worker.server.refusal({"prompt": "a", field: value})
             asked = request("tiny", ["a"], "", **{field: value})
             code, text, trailers = worker.refused("ModelInfer", asked)
