@@ -27,6 +27,7 @@ from bdh_batch.http.request.sizes import MARK
 from bdh_batch.http.request.strict import Wire
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody, Defaults, StreamOptions
 from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
+from bdh_batch.http.tensors.outputs import OUTPUTS
 from bdh_batch.messages import SamplingParams
 
 FOLDER = Path(__file__).parent
@@ -146,6 +147,16 @@ def endpoints() -> Rows:
     yield "`GET /openapi.json`, `GET /docs`", "This API, for programs and for people"
 
 
+def outputs() -> Rows:
+    """The output tensors of KServe's protocol."""
+    yield "output", "datatype", "shape", "of", "meaning"
+    for name, output in OUTPUTS.items():
+        of = "both" if output.whole and output.streamed else "streams" if output.streamed else "whole responses"
+        needs = f" Needs the parameter `{output.parameter}`." if output.parameter else ""
+        last = " In a stream, in the last response." if output.last else ""
+        yield f"`{name}`", output.datatype, f"`{list(output.shape)}`", of, f"{output.help}{needs}{last}"
+
+
 def statuses() -> Rows:
     yield "status", "when"
     for status, response in openapi(settings.Settings())["components"]["responses"].items():
@@ -158,6 +169,7 @@ KINDS: dict[str, Callable[..., Rows]] = {
     "request": parameters,
     "refused": refused,
     "endpoints": endpoints,
+    "outputs": outputs,
     "statuses": statuses,
 }
 

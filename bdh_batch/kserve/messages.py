@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from google.protobuf.message import DecodeError, Message
 from tritonclient.grpc import service_pb2
 
@@ -14,7 +13,6 @@ from bdh_batch.http.request.off_loop import LARGE
 from bdh_batch.http.tensors.inference import InferRequest
 from bdh_batch.http.tensors.tensor import (
     BYTES,
-    DTYPES,
     MAX_RANK,
     Tensor,
     check_count,
@@ -114,7 +112,7 @@ def _typed(name: str, given: Any, shape: Sequence[int]) -> list[Any]:
     if given.datatype == BYTES:
         return [text_of(name, each) for each in values]
     if given.datatype.startswith("FP"):
-        return numbers(name, given.datatype, np.array(values, DTYPES[given.datatype]))
+        return numbers(name, given.datatype, values)
     check_range(name, given.datatype, values)
     return values
 

@@ -91,7 +91,7 @@ def test_calls_are_bounded_and_probes_are_not(serve: ServeFactory) -> None:
     with serve(f"kserve.grpc_port={port}", *tls, *bounds, model=TINY, wait=False) as server:
         certificate = (TLS / "cert.pem").read_bytes()
         credentials = grpc.ssl_channel_credentials(certificate)
-        with grpc.secure_channel(f"localhost:{port}", credentials) as channel:
+        with grpc.secure_channel(f"localhost:{port}", credentials, [("grpc.http2.bdp_probe", 0)]) as channel:
             ready = channel.unary_unary(f"{SERVICE}ServerReady")
 
             def is_ready() -> bool:
@@ -115,7 +115,7 @@ def test_calls_are_bounded_and_probes_are_not(serve: ServeFactory) -> None:
                 call.cancel()
             stream = channel.unary_stream(f"{SERVICE}ModelStreamInfer")
             eventually(lambda: not refused())
-            stalled = stream(request("tiny", **LONG).SerializeToString(), timeout=300)
+            stalled = stream(request("tiny", n=8, logprobs=20, **LONG).SerializeToString(), timeout=300)
             next(stalled)  # and nothing more: its requests end as soon as nothing fits the buffers between
             url = f"https://localhost:{server.port}/load"
             with httpx.Client(verify=ssl.create_default_context(cadata=certificate.decode())) as https:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -200,6 +202,16 @@ class TestRefusals:
         worker.server.until(lambda metrics: metrics["bdh_num_requests_running"] == 1)
         under_way.cancel()
         worker.server.until_idle()
+
+
+def test_the_examples_of_the_page_run(worker: Worker, capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parent.parent.parent / "docs" / "kserve.md").read_text("utf-8")
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        source = block.replace("127.0.0.1:8001", worker.address).replace("bdh-shakespeare", "tiny")
+        exec(compile(source, "kserve.md", "exec", dont_inherit=True), {"__name__": "example"})
+        assert capsys.readouterr().out.strip()
 
 
 def test_contents_that_are_asked_raw_are_returned_raw(worker: Worker) -> None:
