@@ -52,10 +52,7 @@ def parse(raw: bytes, kind: type[Message], limits: Limits) -> Any:
 
 def infer_request(message: Any, limits: Limits) -> InferRequest:
     """What a ModelInferRequest asks for. Raises InvalidRequest."""
-    for name in ("id", "model_name", "model_version"):
-        if len(getattr(message, name)) > limits.max_label_length:
-            text = f"{name} should have at most {limits.max_label_length} characters (limits.max_label_length)."
-            raise InvalidRequest(text, name)
+    check_labels(message, limits, "id", "model_name", "model_version")
     for name in ("inputs", "outputs", "parameters"):
         if len(getattr(message, name)) > limits.max_members:
             raise InvalidRequest(f"{name} should have at most {limits.max_members} (limits.max_members).", name)
@@ -71,6 +68,14 @@ def infer_request(message: Any, limits: Limits) -> InferRequest:
         parameters={name: _parameter(name, value) for name, value in message.parameters.items()},
         outputs=names,
     )
+
+
+def check_labels(message: Any, limits: Limits, *names: str) -> None:
+    """Raises InvalidRequest: one of these fields is too long."""
+    for name in names:
+        if len(getattr(message, name)) > limits.max_label_length:
+            text = f"{name} should have at most {limits.max_label_length} characters (limits.max_label_length)."
+            raise InvalidRequest(text, name)
 
 
 def _inputs(message: Any, limits: Limits) -> list[Tensor]:
