@@ -48,7 +48,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         SHARED | {"http", "backends", "engine", "kernels", "text", "settings", "observability", "registry", "__init__"},
         {"platformdirs", "pydantic", "torch"},
     ),
-    "server": ({"processes", "engine", "settings"}, set()),
+    "server": ({"errors", "processes", "engine", "settings", "observability"}, set()),
     "cli": (
         {"errors", "system", "settings", "http", "processes", "server", "bench", "plan", "registry", "__init__"},
         {"uvloop"},

@@ -49,7 +49,8 @@ def create_app(
     rates = Rates(settings.rate_limiting, metrics)
 
     async def queue_full(request: Request, error: Exception) -> Response:
-        metrics.refused("deadline" if isinstance(error, TooLate) else "queue_full")
+        reason = "deadline" if isinstance(error, TooLate) else "queue_full"
+        metrics.refused(reason, getattr(request.state, "model", None))
         return await handle_error(request, error)
 
     quota = Quota(rates, settings.limits.max_prompt_tokens, settings.scheduler.top_priority)

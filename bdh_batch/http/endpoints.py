@@ -27,12 +27,20 @@ from bdh_batch.http.docs.response_types import (
     Root,
     ServerInfo,
     Status,
+    Success,
     Tokenization,
     TokenizerInfo,
     Version,
 )
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody
-from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, EmbeddingChat, TokenizeChat, TokenizeText
+from bdh_batch.http.schema.text import (
+    DetokenizeBody,
+    EmbeddingBody,
+    EmbeddingChat,
+    ModelBody,
+    TokenizeChat,
+    TokenizeText,
+)
 from bdh_batch.settings import Auth
 
 MODEL = (403, 404, 503)  # of all that asks for the model
@@ -241,6 +249,25 @@ def _models() -> list[Endpoint]:
             ModelCard,
             errors=MODEL,
             replies={"model": CARD},
+        ),
+        *(
+            Endpoint(
+                f"{verb}Model",
+                f"{verb}_model",
+                "Models",
+                f"/models/{verb}",
+                f"{verb.capitalize()} a model of several; for operators' keys",
+                Success,
+                "post",
+                text,
+                bodies=[ModelBody],
+                errors=(*MODEL, *errors),
+                requests={"model": {"model": NAME}},
+            )
+            for verb, text, errors in (
+                ("load", "Responds when the model is loaded.", ()),
+                ("unload", "Responds when its requests have ended and it is unloaded.", (409,)),
+            )
         ),
         Endpoint(
             "getServerInfo",
