@@ -166,7 +166,8 @@ class Replica:
             return
         self._connection = None
         if self.welcome is not None:
-            log.warning("the engine at %s is lost: %s", self.socket, reason)
+            level = logging.INFO if self.state is State.LEAVING else logging.WARNING
+            log.log(level, "the engine at %s is lost: %s", self.socket, reason)
         self.welcome, self.last_heartbeat = None, None
         self._enter(State.CONNECTING)
         self._hand_over()
@@ -177,9 +178,8 @@ class Replica:
         well = State.READY if heartbeat.problem is None else State.UNHEALTHY
         state = State.LEAVING if heartbeat.leaving else well
         if state is not self.state:
-            if state is not State.READY:
-                reason = heartbeat.problem or "it is being replaced"
-                log.warning("the engine at %s is %s: %s", self.socket, state, reason)
+            if state is State.UNHEALTHY:
+                log.warning("the engine at %s is unhealthy: %s", self.socket, heartbeat.problem)
             self._enter(state)
         if state is not State.READY:
             self._hand_over()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -34,6 +35,12 @@ class RuntimeFolder:
             shutil.rmtree(path, ignore_errors=True)
             raise ConfigError(f"TMPDIR: {path.parent} is too long for the paths of sockets")
         return cls(path)
+
+    def lock(self) -> int:
+        """Locks the folder, so that systemd-tmpfiles does not remove it as old; returns the descriptor of the lock."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        return descriptor
 
     def of_model(self, number: int) -> RuntimeFolder:
         """The folder in it that is for the engines of one model."""

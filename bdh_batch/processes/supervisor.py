@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -59,6 +60,7 @@ class Supervisor:
         server = self._settings.server
         self._listeners = listen(server)
         self._folder = RuntimeFolder.make()
+        lock = self._folder.lock()
         self._children = Children(
             self._command, self._options, self._listeners, server.drain_seconds, self._child_changed
         )
@@ -97,6 +99,7 @@ class Supervisor:
             if pid_file is not None:
                 pid_file.remove()
             self._folder.remove()
+            os.close(lock)
         if self._failed is not None:
             raise self._failed
 
