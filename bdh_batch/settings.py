@@ -26,6 +26,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import ConfigError
@@ -37,6 +38,7 @@ from bdh_batch.system.yaml_documents import parse_yaml
 LONGEST_SHOWN = 100  # characters of an option that does not exist
 ENV_PREFIX, ENV_DELIMITER = "BDH_", "__"
 SECRET = ("auth.api_keys", "rate_limiting.storage", "telemetry.otlp_endpoint")  # what is given there is not repeated
+LISTS = {"models"}  # options that are lists of entries, beside the sections
 MAX_PRIORITY = 1000  # of a request, above 0 and below
 
 
@@ -100,6 +102,7 @@ Weights = Annotated[
     dict[Annotated[str, Field(pattern="^[0-9a-f]{16}$")], Annotated[float, Field(ge=0.001, le=1000)]],
     BeforeValidator(_parse_mapping),
 ]
+ModelId = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,128}$")]
 Secrets = Annotated[
     list[SecretStr],
     BeforeValidator(_parse_list),
@@ -142,6 +145,11 @@ class Server(Section):
         le=64,
         description="Processes that serve HTTP at one port. With more than one, engines have processes of their own "
         "(engine.replicas, else 1).",
+    )
+    max_loaded_models: PositiveInt | None = Field(
+        None,
+        description="Most of the `models` that are loaded at once; for one more, the one on demand that has been used "
+        "least recently is unloaded. null is all of them.",
     )
     pid_file: Path | None = Field(
         None,
@@ -200,6 +208,54 @@ class Model(Section):
         131072,
         description="Most tokens of a prompt and its completion together; null is no limit (the state never grows).",
     )
+
+
+class ModelEntry(Section):
+    """One of several models. What an entry does not give is as in the sections `model`, `engine` and `chat`."""
+
+    id: ModelId = Field(description="Its name in the API.")
+    path: Path | None = Field(None, description="As model.path.")
+    aliases: Strings = Field([], description="Other names that requests may use.")
+    load: Literal["warm", "on_demand"] = Field(
+        "warm", description="warm: loaded when the server starts. on_demand: loaded at its first request."
+    )
+    keep_alive: float = Field(
+        300.0,
+        ge=0,
+        description="Seconds without a request after which a model on demand is unloaded; .inf is never.",
+    )
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="As model.device.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="As model.dtype.")
+    attention_window: NonNegativeInt | None = Field(None, description="As model.attention_window.")
+    layers: PositiveInt | None = Field(None, description="As model.layers.")
+    max_model_len: PositiveInt | None = Field(None, description="As model.max_model_len.")
+    state_dtype: Literal["float32", "bfloat16"] = Field("float32", description="As engine.state_dtype.")
+    state_memory: Bytes | None = Field(None, description="As engine.state_memory.")
+    state_memory_share: float | None = Field(None, gt=0, le=0.95, description="As engine.state_memory_share.")
+    replicas: PositiveInt | None = Field(None, le=64, description="As engine.replicas; null is 1.")
+    devices: Strings = Field([], description="As engine.devices.")
+    threads: PositiveInt | None = Field(None, description="As engine.threads.")
+    template: Path | None = Field(None, description="As chat.template.")
+
+
+def _different_names(entries: list[ModelEntry]) -> list[ModelEntry]:
+    names = [name for entry in entries for name in (entry.id, *entry.aliases)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise PydanticCustomError("names", "{name} is the name of more than one model", {"name": brief(twice[0])})
+    return entries
+
+
+def _as_given(entries: list[ModelEntry]) -> list[dict[str, Any]]:
+    return [entry.model_dump(mode="json", exclude_unset=True) for entry in entries]
+
+
+ModelEntries = Annotated[
+    list[ModelEntry],
+    Field(max_length=64),
+    BeforeValidator(_parse_list),
+    AfterValidator(_different_names),
+    PlainSerializer(_as_given),
+]
 
 
 class Engine(Section):
@@ -534,6 +590,11 @@ class Settings(BaseModel):
 
     server: Server = Server()
     model: Model = Model()
+    models: ModelEntries = Field(
+        [],
+        description="Several models instead of the one in the section `model`, as in [{id: small, path: small}, "
+        "{id: large, path: models/large, load: on_demand}].",
+    )
     engine: Engine = Engine()
     scheduler: Scheduler = Scheduler()
     prefix_cache: PrefixCache = PrefixCache()
@@ -562,11 +623,11 @@ class Resolved:
         """All options as YAML, secrets masked, each with its origin."""
         lines, section = [], ""
         for option, value in flatten(self.settings.model_dump(mode="json")):
-            name, key = option.split(".")
-            if name != section:
+            name, _, key = option.rpartition(".")
+            if name != section and name:
                 lines.append(f"{name}:")
-                section = name
-            lines.append(f"  {key}: {_scalar(value)}  # {self.origins.get(option, 'default')}")
+            section = name
+            lines.append(f"{'  ' if name else ''}{key}: {_scalar(value)}  # {self.origins.get(option, 'default')}")
         return "\n".join(lines)
 
 
@@ -580,7 +641,7 @@ def load(config: Path | None = None, overrides: Iterable[tuple[str, object]] = (
     Raises:
         ConfigError: an unreadable file, an unknown option (with the nearest known one), a value that does not fit.
     """
-    merged: dict[str, dict[str, Any]] = {}
+    merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     environment, warnings = _environment_options()
     for origin, options in (
@@ -592,8 +653,8 @@ def load(config: Path | None = None, overrides: Iterable[tuple[str, object]] = (
             _known(option, origin)
             if isinstance(value, str) and "\0" in value:  # no path may have one, and nothing else needs it
                 raise ConfigError(f"{option} ({origin}): holds a NUL character")
-            section, key = option.split(".")
-            merged.setdefault(section, {})[key] = value
+            section, _, key = option.rpartition(".")
+            (merged.setdefault(section, {}) if section else merged)[key] = value
             origins[option] = origin
     try:
         return Resolved(Settings.model_validate(merged), origins, warnings)
@@ -610,12 +671,21 @@ def bytes_of(text: str, option: str) -> int:
 
 
 def options() -> dict[str, tuple[Any, str]]:
-    """Every dotted option with its default and its help."""
+    """Every option with its default and its help: those of sections are dotted, a list has its own name."""
     found = {}
     for name, section in Settings.model_fields.items():
-        for key, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
-            found[f"{name}.{key}"] = (field.default, field.description or "")
+        for option, field in _fields(name, section):
+            found[option] = (field.default, field.description or "")
     return found
+
+
+def _fields(name: str, section: FieldInfo) -> Iterator[tuple[str, FieldInfo]]:
+    """The options of a section of that name; the list itself, where it is a list."""
+    if name in LISTS:
+        yield name, section
+    else:
+        for key, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
+            yield f"{name}.{key}", field
 
 
 def default_yaml() -> str:
@@ -626,22 +696,28 @@ def default_yaml() -> str:
     ]
     section = ""
     for option, (default, text) in options().items():
-        name, key = option.split(".")
+        name, _, key = option.rpartition(".")
+        indent = "  " if name else ""
         if name != section:
-            lines += ["", f"{name}:"]
+            lines += ["", f"{name}:"] if name else [""]
             section = name
-        lines += [f"  # {text}{_choices(option)}", f"  {key}: {_scalar(default)}"]
+        lines += [f"{indent}# {text}{_choices(option)}", f"{indent}{key}: {_scalar(default)}"]
     return "\n".join(lines) + "\n"
 
 
 def flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for section, keys in values.items():
+        if section in LISTS:
+            yield section, keys
+            continue
         for key, value in keys.items():
             yield f"{section}.{key}", value
 
 
 def _choices(option: str) -> str:
-    section, key = option.split(".")
+    section, _, key = option.rpartition(".")
+    if not section:
+        return ""
     annotation = Settings.model_fields[section].annotation.model_fields[key].annotation  # type: ignore[union-attr]
     choices = get_args(annotation) if getattr(annotation, "__origin__", None) is Literal else ()
     return f" One of: {', '.join(map(str, choices))}." if len(choices) > 1 else ""
@@ -672,6 +748,9 @@ def _section_options(values: Mapping[str, Any], origin: str) -> Iterator[tuple[s
             name = str(section)[:LONGEST_SHOWN]
             near = difflib.get_close_matches(name, Settings.model_fields, 1, 0)
             raise ConfigError(f"unknown section {shown(name)} ({origin}); did you mean {near[0]}?")
+        if section in LISTS:
+            yield section, keys or []
+            continue
         if not isinstance(keys, dict | None):
             raise ConfigError(f"{section} ({origin}): should hold options, as in `{section}: {{key: value}}`")
         for key, value in (keys or {}).items():
@@ -695,6 +774,8 @@ def _environment_options() -> tuple[list[tuple[str, Any]], list[str]]:
             option = words.replace(ENV_DELIMITER, ".")
             _known(option, f"environment variable {name}")
             of_options.append((option, None if value == "null" else value))
+        elif words in LISTS:
+            of_options.append((words, value))
         elif words in Settings.model_fields and (section := _json_object(value)) is not None:
             of_sections += _section_options({words: section}, f"environment variable {name}")
         else:
@@ -733,7 +814,16 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     """One line that names every option at fault."""
     parts = []
     for problem in error.errors():
-        option = ".".join(map(str, problem["loc"][:2]))
+        option = _place(problem["loc"])
         given = "" if option in SECRET else f", not {brief(problem['input'])}"
-        parts.append(f"{option} ({origins.get(option, 'default')}): {problem['msg']}{given}")
+        origin = origins.get(option.partition("[")[0], "default")
+        parts.append(f"{option} ({origin}): {problem['msg']}{given}")
     return listed(parts)
+
+
+def _place(location: Sequence[str | int]) -> str:
+    """('server', 'port') to server.port, and ('models', 0, 'path') to models[0].path."""
+    if location[0] not in LISTS:
+        return ".".join(map(str, location[:2]))
+    first, *rest = location[:3]
+    return str(first) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)

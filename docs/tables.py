@@ -34,6 +34,8 @@ FOLDER = Path(__file__).parent
 TABLE = re.compile(r"(<!-- table: ([^\n]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 Schema = Mapping[str, Any]
 Rows = Iterator[Sequence[str]]
+ENTRIES: Mapping[str, type[settings.Section]] = {"models": settings.ModelEntry}
+OPTION = re.compile(r"\b([a-z]+\.[a-z_]+)\b")  # as in an entry's help
 
 BODIES: dict[str, type[Wire]] = {
     body.__name__: body
@@ -103,12 +105,30 @@ def options(section: str) -> Rows:
     properties = _resolved(schema["properties"][section], schema)["properties"]
     yield "option", "type", "range", "default", "meaning"
     for option, (default, meaning) in settings.options().items():
-        name, _, key = option.partition(".")
+        name, _, key = option.rpartition(".")
         if name == section:
-            known = properties[key]
-            kind = "size" if key.endswith(SIZES) else _kind(known, schema)
-            bounds = "" if kind == "size" else _range(known, schema)
+            kind, bounds = _kind_and_range(key, properties[key], schema)
             yield f"`{key}`", kind, bounds, f"`{_default(key, default)}`", _escaped(meaning)
+
+
+def entry(name: str) -> Rows:
+    """Every option of an entry of a list of that name."""
+    fields = ENTRIES[name].model_fields
+    schema = ENTRIES[name].model_json_schema()
+    yield "option", "type", "range", "default", "meaning"
+    for key, field in fields.items():
+        kind, bounds = _kind_and_range(key, schema["properties"][key], schema)
+        meaning = field.description or ""
+        elsewhere = meaning.startswith("As ")  # then the default is that of the option there
+        default = (
+            "required" if field.is_required() else "as there" if elsewhere else f"`{_default(key, field.default)}`"
+        )
+        yield f"`{key}`", kind, bounds, default, OPTION.sub(r"`\1`", meaning)
+
+
+def _kind_and_range(key: str, known: Schema, schema: Schema) -> tuple[str, str]:
+    kind = "size" if key.endswith(SIZES) else _kind(known, schema)
+    return kind, "" if kind == "size" else _range(known, schema)
 
 
 def parameters(body: str) -> Rows:
@@ -166,6 +186,7 @@ def statuses() -> Rows:
 
 KINDS: dict[str, Callable[..., Rows]] = {
     "options": options,
+    "entry": entry,
     "request": parameters,
     "refused": refused,
     "endpoints": endpoints,

@@ -54,7 +54,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         | {"observability", "registry", "__init__"},
         {"platformdirs", "pydantic", "torch"},
     ),
-    "server": ({"processes", "engine", "settings"}, set()),
+    "server": ({"errors", "processes", "engine", "settings", "observability"}, set()),
     "cli": (
         {"errors", "system", "settings", "http", "processes", "server", "bench", "plan", "registry", "__init__"},
         {"uvloop"},

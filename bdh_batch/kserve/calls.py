@@ -83,10 +83,7 @@ class Request:
     span: Any
     standing: dict[str, str] = field(default_factory=dict)
     status: int = FINE
-
-    def client(self, caller: Caller) -> Client:
-        """Its client; where that leaves, the task that serves it is cancelled. Raises InvalidRequest."""
-        return Client(self.id, caller, self.standing, self.span, self.call.timeout())
+    client: Client | None = None
 
 
 class Calls:
@@ -106,9 +103,16 @@ class Calls:
         return Call.of(context, self._serving.settings.server.trusted_proxies)
 
     async def admit(self, request: Request) -> Client:
-        """Counts a request, and returns its client. Raises Unauthorized, RateLimited, InvalidRequest."""
+        """Counts a request, and returns its client; where that leaves, the task that serves it is cancelled.
+
+        Raises:
+            Unauthorized, RateLimited
+            InvalidRequest: its timeout is none.
+        """
         call = request.call
-        return request.client(await self._serving.admission.admit(call.key, call.address, request.standing))
+        caller = await self._serving.admission.admit(call.key, call.address, request.standing)
+        request.client = Client(request.id, caller, request.standing, request.span, call.timeout())
+        return request.client
 
     @contextmanager
     def one_of(self, caller: Caller, probe: bool = False) -> Iterator[None]:
@@ -178,8 +182,12 @@ class Calls:
                 yield request
             except BaseException as error:
                 request.status = self.refusal(error, request.id, route).status
+                if isinstance(error, BDHError):
+                    self._serving.count_refusal(error, request.client)
                 raise
             finally:
+                if request.client is not None:
+                    request.client.cleanup.close()
                 metrics.http_requests.labels(route, request.status).inc()
                 if request.span is not None:
                     request.span.end(route, request.status)
@@ -202,8 +210,6 @@ class Calls:
             yield trailers
             context.set_trailing_metadata(tuple(trailers))
         except Exception as error:  # noqa: BLE001 - whoever serves it has logged what is no refusal
-            if isinstance(error, BDHError):
-                self._serving.count_refusal(error)
             refusal = self.refusal(error)
             await abort(context, refusal, trailers)
 

@@ -114,15 +114,14 @@ class Service:
     def _is_ready(self, caller: Caller, message: Any) -> bool:
         check_labels(message, self._limits, "name", "version")
         try:
-            find_model(self._serving, caller, message.name, message.version)
+            return find_model(self._serving, caller, message.name, message.version).ready() is None
         except Unavailable:
             return False
-        return self._serving.gate.ready() is None
 
     async def _model_metadata(self, client: Client, message: Any) -> Message:
         check_labels(message, self._limits, "name", "version")
         model = find_model(self._serving, client.caller, message.name, message.version)
-        return service_pb2.ModelMetadataResponse(**model_metadata(message.name or model.name, self._settings))
+        return service_pb2.ModelMetadataResponse(**model_metadata(message.name or model.info.name, self._settings))
 
     async def _infer(self, client: Client, message: Any) -> Message:
         aside, size = self._serving.aside(client.caller), message.ByteSize()
