@@ -36,7 +36,7 @@ SHORTCUTS = {
 }
 
 MODEL_PATHS = "model folder, .pt, .bin or .safetensors file, or a name that `model list` shows"
-RIGHTS = ("models", "weight", "requests_per_minute", "tokens_per_minute", "top_priority")
+RIGHTS = ("models", "operator", "weight", "requests_per_minute", "tokens_per_minute", "top_priority")
 PLANNED = {  # flags of `plan`, with their defaults
     "streams": ("1", "completions under way at once; each is followed by another when it ends"),
     "rate": ("1", "tokens/s that the reader of each of them gets"),
@@ -130,6 +130,9 @@ def _add_keys_commands(keys: argparse.ArgumentParser, common: argparse.ArgumentP
     add = actions.add_parser("add", parents=[file], help="make a key, and print it this once")
     add.add_argument("--name", required=True, help="the owner's name")
     add.add_argument("--models", metavar="A,B", help="the models it may use; else all")
+    add.add_argument(
+        "--operator", action="store_true", default=None, help="it may load and unload models, and see engine processes"
+    )
     add.add_argument("--weight", metavar="NUMBER", help="its share beside other keys; else 1")
     add.add_argument("--requests-per-minute", metavar="N", help="else rate_limiting.requests_per_minute")
     add.add_argument("--tokens-per-minute", metavar="N", help="else rate_limiting.tokens_per_minute")

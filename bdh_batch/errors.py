@@ -4,12 +4,14 @@
 
 BDHError
 ├── ConfigError                   -  a setting cannot be used: the program does not start
+│   └── NotEnoughMemory           -  a model, or one state, does not fit the memory that is free
 ├── CheckpointError               -  a model cannot be loaded: the program does not start
 ├── InvalidRequest              400  the request itself is invalid; `param` names the field
 │   ├── UnknownParameter        400  a field that no API has
 │   ├── UnsupportedParameter    400  a field or value that this server or model does not support
 │   └── ContextLengthExceeded   400  the prompt, with `max_tokens`, does not fit the model's context
 ├── ModelNotFound               404  `model` is not served here
+├── ModelInUse                  409  a model that is to be unloaded is still in use
 ├── RetryLater                    -  the base of those that can succeed after `retry_after` seconds
 │   ├── QueueFull               429  the queue is at its limit
 │   │   └── TooLate             429  the estimated wait is longer than the request's timeout
@@ -41,6 +43,11 @@ class BDHError(Exception):
 
 class ConfigError(BDHError):
     """A setting cannot be used. Raised while the program starts, which then ends; it has no HTTP status."""
+
+
+class NotEnoughMemory(ConfigError):
+    """The model, or the memory for one state, does not fit what is free. Where models are loaded on demand, another one
+    that is not in use is unloaded then."""
 
 
 class CheckpointError(BDHError):
@@ -88,6 +95,10 @@ class ModelNotFound(BDHError):
     def __init__(self, model: str, known: Sequence[str] = ()) -> None:
         names = ", ".join(repr(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…") for name in known)
         super().__init__(f"The model {model!r} does not exist." + (f" Available: {names}." if names else ""))
+
+
+class ModelInUse(BDHError):
+    """409: raised where a model that is to be unloaded still has requests when the time for its drain is over."""
 
 
 class RetryLater(BDHError):

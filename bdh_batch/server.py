@@ -15,11 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from bdh_batch.errors import CheckpointError, ConfigError, NotEnoughMemory
 from bdh_batch.processes import supervisor
+from bdh_batch.processes.children import Report
 from bdh_batch.processes.folder import RuntimeFolder
 from bdh_batch.settings import Settings
 
 if TYPE_CHECKING:
+    from bdh_batch.observability.spans import Spans
     from bdh_batch.processes.engines import LoadEngine, StartEngine
 
 
@@ -57,42 +60,61 @@ class ChildSpec:
     """What a supervisor passes to a child process: its name, the runtime folder, and file descriptors."""
 
     name: str
-    folder: RuntimeFolder
+    model: int  # the number of the one that an engine computes
+    folder: RuntimeFolder  # an engine's is that of its model
+    cores: Sequence[int]  # that an engine computes on; none is all
     liveness: int  # a socket that closes when the supervisor ends
-    ready_pipe: int  # a pipe to which the child writes when it is ready
+    report_pipe: int  # a pipe to which the child writes a `Report`
     sockets: Sequence[int]  # at which a front end serves HTTP
 
     @classmethod
     def of(cls, spec: str) -> ChildSpec:
         """Parses the text that the supervisor makes of it."""
-        name, folder, liveness, ready_pipe, *sockets = spec.split(":")
-        return cls(name, RuntimeFolder(Path(folder)), int(liveness), int(ready_pipe), [*map(int, sockets)])
+        name, model, folder, cores, liveness, pipe, *sockets = spec.split(":")
+        own = [int(core) for core in cores.split(",") if core]
+        return cls(name, int(model), RuntimeFolder(Path(folder)), own, int(liveness), int(pipe), [*map(int, sockets)])
 
-    def ready(self) -> None:
-        """Notifies the supervisor that this process is ready. To be called once."""
-        os.write(self.ready_pipe, b"1")
-        os.close(self.ready_pipe)
+    def report(self, report: Report) -> None:
+        """Notifies the supervisor. To be called once."""
+        os.write(self.report_pipe, report.dump())
+        os.close(self.report_pipe)
 
 
 async def _run_child(
     settings: Settings, spec: ChildSpec, announce: Callable[[str, str], None], load: LoadEngine | None
 ) -> None:
-    def ready() -> None:
+    is_ready = False
+
+    def ready(*_: str) -> None:
+        nonlocal is_ready
+        is_ready = True
         announce(spec.name, "")
-        spec.ready()
+        spec.report(Report(None))
 
-    loop = asyncio.get_running_loop()
-    loop.add_reader(spec.liveness, _orphaned)
-    if spec.name.startswith("engine"):
-        from bdh_batch.engine.loading import load_engine
-        from bdh_batch.processes.engine_process import run_engine
+    asyncio.get_running_loop().add_reader(spec.liveness, _orphaned)
+    try:
+        if spec.name.startswith("engine"):
+            await _run_engine(settings, spec, ready, load)
+        else:
+            from bdh_batch.processes.front_end import run_front_end
 
-        await run_engine(settings, spec.folder, spec.name, ready, load or load_engine)
-    else:
-        from bdh_batch.processes.front_end import run_front_end
+            listeners = [socket.socket(fileno=number) for number in spec.sockets]
+            await run_front_end(settings, spec.folder, spec.name, listeners, ready)
+    except (ConfigError, CheckpointError) as error:
+        if not is_ready:
+            spec.report(Report(str(error), isinstance(error, NotEnoughMemory)))
+        raise
 
-        listeners = [socket.socket(fileno=number) for number in spec.sockets]
-        await run_front_end(settings, spec.folder, spec.name, listeners, lambda *_: spec.ready())
+
+async def _run_engine(settings: Settings, spec: ChildSpec, ready: Callable[[], None], load: LoadEngine | None) -> None:
+    from bdh_batch.engine.loading import load_engine
+    from bdh_batch.processes.engine_process import run_engine
+    from bdh_batch.processes.model_settings import models_of
+
+    if spec.cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, spec.cores)
+    model = models_of(settings)[spec.model]
+    await run_engine(model, spec.folder, spec.name, ready, load or load_engine)
 
 
 async def run_gateway(settings: Settings, announce: Callable[[str, str], None]) -> None:
@@ -101,10 +123,16 @@ async def run_gateway(settings: Settings, announce: Callable[[str, str], None]) 
     Raises:
         ConfigError: it cannot start.
     """
-    from bdh_batch.processes.gateway import Gateway
-    from bdh_batch.processes.service import run_until_signal
+    from bdh_batch.processes.service import Service, run_until_signal
+    from bdh_batch.processes.upstreams import NoModels
 
-    await run_until_signal(Gateway(settings, announce))
+    if not settings.upstreams:
+        raise ConfigError("upstreams: a gateway needs some")
+    if settings.models or settings.model.path is not None:
+        raise ConfigError("models, model.path: a gateway has no model of its own; `bdh-batch serve` has upstreams, too")
+    if settings.server.workers > 1:
+        raise ConfigError("server.workers: a gateway is one process")
+    await run_until_signal(Service(settings, lambda *_: NoModels(), settings.upstreams[0].id, announce))
 
 
 def _orphaned() -> None:
@@ -125,8 +153,19 @@ async def serve(
         start: has it compute, on the event loop; None is `engine.loading.start_worker`.
     """
     from bdh_batch.engine.loading import load_engine, start_worker
+    from bdh_batch.observability.engine_metrics import EngineMetrics
+    from bdh_batch.observability.metrics import Metrics
     from bdh_batch.processes.engines import LocalEngine
+    from bdh_batch.processes.hosted_models import OneModel
+    from bdh_batch.processes.model_settings import models_of
     from bdh_batch.processes.service import Service, run_until_signal
 
-    engine = partial(LocalEngine, load=load or load_engine, start=start or start_worker)
-    await run_until_signal(Service(settings, engine, on_ready))
+    [model] = models_of(settings)
+
+    def hosted(metrics: Metrics, spans: Spans | None) -> OneModel:
+        of_engine = EngineMetrics(metrics.registry, model.name)
+        observer = of_engine if spans is None else spans.beside(of_engine)
+        engine = partial(LocalEngine, metrics=of_engine, observer=observer, load=load or load_engine)
+        return OneModel(model, partial(engine, start=start or start_worker), metrics)
+
+    await run_until_signal(Service(settings, hosted, model.name, on_ready))

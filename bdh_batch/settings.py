@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -27,6 +27,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 from bdh_batch.errors import ConfigError
@@ -34,11 +35,13 @@ from bdh_batch.system import cache_folder
 from bdh_batch.system.documents import Malformed, brief, listed, parse_json, read_text, shown
 from bdh_batch.system.sizes import parse_bytes
 from bdh_batch.system.yaml_documents import parse_yaml
-from bdh_batch.upstreams.config import AnyUpstream, check_names
+from bdh_batch.upstreams.config import AnyUpstream
 
 LONGEST_SHOWN = 100  # characters of an option that does not exist
 ENV_PREFIX, ENV_DELIMITER = "BDH_", "__"
-SECRET = ("auth.api_keys", "rate_limiting.storage", "telemetry.otlp_endpoint")  # what is given there is not repeated
+# What is given there is not repeated.
+SECRET = ("auth.api_keys", "rate_limiting.storage", "telemetry.otlp_endpoint", "upstreams")
+LISTS = {"models", "upstreams"}  # options that are lists of entries, beside the sections
 MAX_PRIORITY = 1000  # of a request, above 0 and below
 
 
@@ -102,6 +105,7 @@ Weights = Annotated[
     dict[Annotated[str, Field(pattern="^[0-9a-f]{16}$")], Annotated[float, Field(ge=0.001, le=1000)]],
     BeforeValidator(_parse_mapping),
 ]
+ModelId = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,128}$")]
 Secrets = Annotated[
     list[SecretStr],
     BeforeValidator(_parse_list),
@@ -144,6 +148,11 @@ class Server(Section):
         le=64,
         description="Processes that serve HTTP at one port. With more than one, engines have processes of their own "
         "(engine.replicas, else 1).",
+    )
+    max_loaded_models: PositiveInt | None = Field(
+        None,
+        description="Most of the `models` that are loaded at once; for one more, the one on demand that has been used "
+        "least recently is unloaded. null is all of them.",
     )
     pid_file: Path | None = Field(
         None,
@@ -202,6 +211,66 @@ class Model(Section):
         131072,
         description="Most tokens of a prompt and its completion together; null is no limit (the state never grows).",
     )
+
+
+class ModelEntry(Section):
+    """One of several models. What an entry does not give is as in the sections `model`, `engine` and `chat`."""
+
+    id: ModelId = Field(description="Its name in the API.")
+    path: Path | None = Field(None, description="As model.path.")
+    aliases: Strings = Field([], description="Other names that requests may use.")
+    load: Literal["warm", "on_demand"] = Field(
+        "warm", description="warm: loaded when the server starts. on_demand: loaded at its first request."
+    )
+    keep_alive: float = Field(
+        300.0,
+        ge=0,
+        description="Seconds without a request after which a model on demand is unloaded; .inf is never.",
+    )
+    device: Literal["auto", "cuda", "cpu"] = Field("auto", description="As model.device.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="As model.dtype.")
+    attention_window: NonNegativeInt | None = Field(None, description="As model.attention_window.")
+    layers: PositiveInt | None = Field(None, description="As model.layers.")
+    max_model_len: PositiveInt | None = Field(None, description="As model.max_model_len.")
+    state_dtype: Literal["float32", "bfloat16"] = Field("float32", description="As engine.state_dtype.")
+    state_memory: Bytes | None = Field(None, description="As engine.state_memory.")
+    state_memory_share: float | None = Field(None, gt=0, le=0.95, description="As engine.state_memory_share.")
+    replicas: PositiveInt | None = Field(None, le=64, description="As engine.replicas; null is 1.")
+    devices: Strings = Field([], description="As engine.devices.")
+    threads: PositiveInt | None = Field(None, description="As engine.threads.")
+    template: Path | None = Field(None, description="As chat.template.")
+
+
+Entries = TypeVar("Entries", bound=Sequence[ModelEntry | AnyUpstream])
+
+
+def _different_names(entries: Entries) -> Entries:
+    names = [name for entry in entries for name in (entry.id, *entry.aliases)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise PydanticCustomError("names", "{name} is the name of more than one model", {"name": brief(twice[0])})
+    return entries
+
+
+def _as_given(entries: Sequence[ModelEntry | AnyUpstream]) -> list[dict[str, Any]]:
+    return [entry.model_dump(mode="json", exclude_unset=True) for entry in entries]
+
+
+ModelEntries = Annotated[
+    list[ModelEntry],
+    Field(max_length=64),
+    BeforeValidator(_parse_list),
+    AfterValidator(_different_names),
+    PlainSerializer(_as_given),
+]
+
+
+Upstreams = Annotated[
+    list[AnyUpstream],
+    Field(max_length=256),
+    BeforeValidator(_parse_list),
+    AfterValidator(_different_names),
+    PlainSerializer(_as_given),
+]
 
 
 class Engine(Section):
@@ -536,6 +605,16 @@ class Settings(BaseModel):
 
     server: Server = Server()
     model: Model = Model()
+    models: ModelEntries = Field(
+        [],
+        description="Several models instead of the one in the section `model`, as in [{id: small, path: small}, "
+        "{id: large, path: models/large, load: on_demand}].",
+    )
+    upstreams: Upstreams = Field(
+        [],
+        description="Servers of others whose models are served here, too, as in [{id: gpt, kind: openai, "
+        'url: "https://api.openai.com/v1", key_env: OPENAI_API_KEY}]; docs/gateway.md has the options of each kind.',
+    )
     engine: Engine = Engine()
     scheduler: Scheduler = Scheduler()
     prefix_cache: PrefixCache = PrefixCache()
@@ -550,14 +629,6 @@ class Settings(BaseModel):
     kserve: KServe = KServe()
     health: Health = Health()
     telemetry: Telemetry = Telemetry()
-    upstreams: list[AnyUpstream] = Field(
-        [],
-        description="Servers of others that are served by their own names, each with the options of its kind "
-        "(docs/gateway.md).",
-    )
-
-
-LISTS = frozenset(("upstreams",))  # sections that are lists of entries
 
 
 @dataclass(frozen=True)
@@ -572,21 +643,12 @@ class Resolved:
         """All options as YAML, secrets masked, each with its origin."""
         lines, section = [], ""
         for option, value in flatten(self.settings.model_dump(mode="json")):
-            if option in LISTS:
-                lines += self._entries(option)
-                continue
-            name, key = option.split(".")
-            if name != section:
+            name, _, key = option.rpartition(".")
+            if name != section and name:
                 lines.append(f"{name}:")
-                section = name
-            lines.append(f"  {key}: {_scalar(value)}  # {self.origins.get(option, 'default')}")
+            section = name
+            lines.append(f"{'  ' if name else ''}{key}: {_scalar(value)}  # {self.origins.get(option, 'default')}")
         return "\n".join(lines)
-
-    def _entries(self, name: str) -> list[str]:
-        """A list, of whose entries only what differs from the defaults is shown."""
-        entries = self.settings.model_dump(mode="json", include={name}, exclude_defaults=True).get(name, [])
-        head = f"{name}:{'' if entries else ' []'}  # {self.origins.get(name, 'default')}"
-        return [head, *(f"  - {_scalar(entry)}" for entry in entries)]
 
 
 def load(config: Path | None = None, overrides: Iterable[tuple[str, object]] = ()) -> Resolved:
@@ -611,18 +673,13 @@ def load(config: Path | None = None, overrides: Iterable[tuple[str, object]] = (
             _known(option, origin)
             if isinstance(value, str) and "\0" in value:  # no path may have one, and nothing else needs it
                 raise ConfigError(f"{option} ({origin}): holds a NUL character")
+            section, _, key = option.rpartition(".")
+            (merged.setdefault(section, {}) if section else merged)[key] = value
             origins[option] = origin
-            if option in LISTS:
-                merged[option] = _parse_list(value)
-                continue
-            section, key = option.split(".")
-            merged.setdefault(section, {})[key] = value
     try:
-        settings = Settings.model_validate(merged)
+        return Resolved(Settings.model_validate(merged), origins, warnings)
     except ValidationError as error:
         raise ConfigError(_explain(error, origins)) from error
-    check_names(settings.upstreams)
-    return Resolved(settings, origins, warnings)
 
 
 def bytes_of(text: str, option: str) -> int:
@@ -634,14 +691,21 @@ def bytes_of(text: str, option: str) -> int:
 
 
 def options() -> dict[str, tuple[Any, str]]:
-    """Every dotted option with its default and its help."""
+    """Every option with its default and its help: those of sections are dotted, a list has its own name."""
     found = {}
     for name, section in Settings.model_fields.items():
-        if name in LISTS:
-            continue
-        for key, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
-            found[f"{name}.{key}"] = (field.default, field.description or "")
+        for option, field in _fields(name, section):
+            found[option] = (field.default, field.description or "")
     return found
+
+
+def _fields(name: str, section: FieldInfo) -> Iterator[tuple[str, FieldInfo]]:
+    """The options of a section of that name; the list itself, where it is a list."""
+    if name in LISTS:
+        yield name, section
+    else:
+        for key, field in section.annotation.model_fields.items():  # type: ignore[union-attr]
+            yield f"{name}.{key}", field
 
 
 def default_yaml() -> str:
@@ -652,14 +716,12 @@ def default_yaml() -> str:
     ]
     section = ""
     for option, (default, text) in options().items():
-        name, key = option.split(".")
+        name, _, key = option.rpartition(".")
+        indent = "  " if name else ""
         if name != section:
-            lines += ["", f"{name}:"]
+            lines += ["", f"{name}:"] if name else [""]
             section = name
-        lines += [f"  # {text}{_choices(option)}", f"  {key}: {_scalar(default)}"]
-    for name in sorted(LISTS):
-        field = Settings.model_fields[name]
-        lines += ["", f"# {field.description}", f"{name}: {_scalar(field.default)}"]
+        lines += [f"{indent}# {text}{_choices(option)}", f"{indent}{key}: {_scalar(default)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -673,7 +735,9 @@ def flatten(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _choices(option: str) -> str:
-    section, key = option.split(".")
+    section, _, key = option.rpartition(".")
+    if not section:
+        return ""
     annotation = Settings.model_fields[section].annotation.model_fields[key].annotation  # type: ignore[union-attr]
     choices = get_args(annotation) if getattr(annotation, "__origin__", None) is Literal else ()
     return f" One of: {', '.join(map(str, choices))}." if len(choices) > 1 else ""
@@ -731,7 +795,7 @@ def _environment_options() -> tuple[list[tuple[str, Any]], list[str]]:
             _known(option, f"environment variable {name}")
             of_options.append((option, None if value == "null" else value))
         elif words in LISTS:
-            of_sections.append((words, value))
+            of_options.append((words, value))
         elif words in Settings.model_fields and (section := _json_object(value)) is not None:
             of_sections += _section_options({words: section}, f"environment variable {name}")
         else:
@@ -757,7 +821,7 @@ def _ignored(names: Sequence[str]) -> str:
 def _known(option: str, origin: str) -> None:
     """Refuses an option that does not exist, with the nearest that does."""
     known = options()
-    if option in known or option in LISTS:
+    if option in known:
         return
     option = option[:LONGEST_SHOWN]
     section = option.partition(".")[0]
@@ -770,16 +834,18 @@ def _explain(error: ValidationError, origins: Mapping[str, str]) -> str:
     """One line that names every option at fault."""
     parts = []
     for problem in error.errors():
-        option = _path_in_list(problem["loc"]) if problem["loc"][0] in LISTS else ".".join(map(str, problem["loc"][:2]))
+        option = _place(problem["loc"])
         name = option.partition("[")[0]
-        given = "" if option in SECRET or name in LISTS else f", not {brief(problem['input'])}"
+        given = "" if option in SECRET or name in SECRET else f", not {brief(problem['input'])}"
         text = "kind is needed, one of kserve, gradio, openai" if "union_tag" in problem["type"] else problem["msg"]
         parts.append(f"{option} ({origins.get(name, 'default')}): {text}{given}")
     return listed(parts)
 
 
-def _path_in_list(location: tuple[int | str, ...]) -> str:
-    """('upstreams', 0, 'kserve', 'endpoints', 1) to 'upstreams[0].endpoints[1]': the kind is not part of the path."""
-    name, *rest = location
-    inside = [*rest[:1], *rest[2:]] if len(rest) > 1 else rest
-    return f"{name}" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in inside)
+def _place(location: Sequence[str | int]) -> str:
+    """('server', 'port') to server.port, ('models', 0, 'path') to models[0].path, ('upstreams', 0, 'openai', 'url') to
+    upstreams[0].url."""
+    if location[0] not in LISTS:
+        return ".".join(map(str, location[:2]))
+    first, *rest = [*location[:2], *location[3:]] if location[0] == "upstreams" else location[:3]
+    return str(first) + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in rest)

@@ -27,12 +27,15 @@ from bdh_batch.http.request.sizes import MARK
 from bdh_batch.http.request.strict import Wire
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody, Defaults, StreamOptions
 from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
+from bdh_batch.http.tensors.outputs import OUTPUTS
 from bdh_batch.messages import SamplingParams
 
 FOLDER = Path(__file__).parent
 TABLE = re.compile(r"(<!-- table: ([^\n]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 Schema = Mapping[str, Any]
 Rows = Iterator[Sequence[str]]
+ENTRIES: Mapping[str, type[settings.Section]] = {"models": settings.ModelEntry}
+OPTION = re.compile(r"\b([a-z]+\.[a-z_]+)\b")  # as in an entry's help
 
 BODIES: dict[str, type[Wire]] = {
     body.__name__: body
@@ -102,12 +105,30 @@ def options(section: str) -> Rows:
     properties = _resolved(schema["properties"][section], schema)["properties"]
     yield "option", "type", "range", "default", "meaning"
     for option, (default, meaning) in settings.options().items():
-        name, _, key = option.partition(".")
+        name, _, key = option.rpartition(".")
         if name == section:
-            known = properties[key]
-            kind = "size" if key.endswith(SIZES) else _kind(known, schema)
-            bounds = "" if kind == "size" else _range(known, schema)
+            kind, bounds = _kind_and_range(key, properties[key], schema)
             yield f"`{key}`", kind, bounds, f"`{_default(key, default)}`", _escaped(meaning)
+
+
+def entry(name: str) -> Rows:
+    """Every option of an entry of a list of that name."""
+    fields = ENTRIES[name].model_fields
+    schema = ENTRIES[name].model_json_schema()
+    yield "option", "type", "range", "default", "meaning"
+    for key, field in fields.items():
+        kind, bounds = _kind_and_range(key, schema["properties"][key], schema)
+        meaning = field.description or ""
+        elsewhere = meaning.startswith("As ")  # then the default is that of the option there
+        default = (
+            "required" if field.is_required() else "as there" if elsewhere else f"`{_default(key, field.default)}`"
+        )
+        yield f"`{key}`", kind, bounds, default, OPTION.sub(r"`\1`", meaning)
+
+
+def _kind_and_range(key: str, known: Schema, schema: Schema) -> tuple[str, str]:
+    kind = "size" if key.endswith(SIZES) else _kind(known, schema)
+    return kind, "" if kind == "size" else _range(known, schema)
 
 
 def parameters(body: str) -> Rows:
@@ -146,6 +167,16 @@ def endpoints() -> Rows:
     yield "`GET /openapi.json`, `GET /docs`", "This API, for programs and for people"
 
 
+def outputs() -> Rows:
+    """The output tensors of KServe's protocol."""
+    yield "output", "datatype", "shape", "of", "meaning"
+    for name, output in OUTPUTS.items():
+        of = "both" if output.whole and output.streamed else "streams" if output.streamed else "whole responses"
+        needs = f" Needs the parameter `{output.parameter}`." if output.parameter else ""
+        last = " In a stream, in the last response." if output.last else ""
+        yield f"`{name}`", output.datatype, f"`{list(output.shape)}`", of, f"{output.help}{needs}{last}"
+
+
 def statuses() -> Rows:
     yield "status", "when"
     for status, response in openapi(settings.Settings())["components"]["responses"].items():
@@ -155,9 +186,11 @@ def statuses() -> Rows:
 
 KINDS: dict[str, Callable[..., Rows]] = {
     "options": options,
+    "entry": entry,
     "request": parameters,
     "refused": refused,
     "endpoints": endpoints,
+    "outputs": outputs,
     "statuses": statuses,
 }
 

@@ -208,7 +208,7 @@ def health(environment: dict[str, str], folder: Path) -> int:
 
 def test_the_package_comes_from_the_wheel(image: Image, tmp_path: Path) -> None:
     code = (
-        "import bdh_batch; from bdh_batch.processes.chosen_model import bundled_model; "
+        "import bdh_batch; from bdh_batch.processes.model_settings import bundled_model; "
         "print(bdh_batch.__file__, bundled_model(), sep='\\n')"
     )
     output = subprocess.check_output(["python", "-c", code], cwd=tmp_path, env=image.environment, text=True)

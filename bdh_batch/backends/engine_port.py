@@ -24,8 +24,6 @@ from bdh_batch.backends.wire import (
     Heartbeat,
     Hello,
     Malformed,
-    MetricsReport,
-    MetricsRequest,
     Refusal,
     Start,
     Started,
@@ -57,7 +55,6 @@ class EnginePort:
         welcome: the message that each front end gets first.
         secret: what front ends have to send to be let in.
         heartbeat_seconds: seconds between two heartbeats.
-        metrics: returns the engine's metrics in Prometheus' text format.
     """
 
     def __init__(
@@ -68,14 +65,12 @@ class EnginePort:
         secret: str,
         heartbeat_seconds: float,
         load: Callable[[], Load],
-        metrics: Callable[[], bytes],
     ) -> None:
         self.backend = backend
         self.grammars = grammars
         self.welcome = welcome
         self.secret = secret
         self.heartbeat_seconds = heartbeat_seconds
-        self.metrics = metrics
         self._load = load
         self.connections: set[Connection] = set()
         self.idle = asyncio.Event()  # set while there is no stream
@@ -249,8 +244,6 @@ class Connection(asyncio.Protocol):
         elif isinstance(message, Abort):
             if (ended := self.drop(message.stream)) is not None:
                 ended.abandon()
-        elif isinstance(message, MetricsRequest):
-            self.send(MetricsReport(message.number, self._port.metrics()))
         else:
             raise Malformed("it sent a second Hello")
 

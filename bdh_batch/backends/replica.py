@@ -21,8 +21,6 @@ from bdh_batch.backends.wire import (
     Heartbeat,
     Hello,
     Malformed,
-    MetricsReport,
-    MetricsRequest,
     Refusal,
     Start,
     Started,
@@ -37,7 +35,6 @@ log = logging.getLogger(__name__)
 
 FIRST_RETRY, LONGEST_RETRY = 0.02, 1.0  # seconds
 LATE_SECONDS = 0.1  # in which what has been received is read, before an engine counts as lost
-METRICS_SECONDS = 2.0
 
 
 class State(StrEnum):
@@ -94,7 +91,6 @@ class Replica:
         self._on_lost = on_lost
         self._fits = fits
         self._connection: _Connection | None = None
-        self._metrics_requests: dict[int, asyncio.Future[bytes]] = {}
         self._numbers = 0
         self._retry = FIRST_RETRY
         self._connecting = asyncio.create_task(self._connect())
@@ -117,22 +113,6 @@ class Replica:
         """Ends a stream and drops its deltas that are still to come. Idempotent."""
         if self.readers.pop(stream, None) is not None and self._connection is not None:
             self._connection.send(Abort(stream))
-
-    async def metrics(self) -> bytes:
-        """Returns the engine's metrics in Prometheus' text format; empty where the engine does not respond."""
-        if self._connection is None:
-            return b""
-        self._numbers += 1
-        number, asked = self._numbers, asyncio.get_running_loop().create_future()
-        self._metrics_requests[number] = asked
-        self._connection.send(MetricsRequest(number))
-        try:
-            async with asyncio.timeout(METRICS_SECONDS):
-                return bytes(await asked)
-        except TimeoutError:
-            return b""
-        finally:
-            del self._metrics_requests[number]
 
     @property
     def in_step(self) -> Collection[str]:
@@ -175,10 +155,6 @@ class Replica:
                     reader.started(self, None if error is None else unpacked_error(error))
             case Heartbeat():
                 self._on_heartbeat(message)
-            case MetricsReport(number, metrics):
-                asked = self._metrics_requests.get(number)
-                if asked is not None and not asked.done():
-                    asked.set_result(metrics)
             case Refusal(reason):
                 raise Malformed(f"it refused: {reason}")
             case _:
@@ -190,7 +166,8 @@ class Replica:
             return
         self._connection = None
         if self.welcome is not None:
-            log.warning("the engine at %s is lost: %s", self.socket, reason)
+            level = logging.INFO if self.state is State.LEAVING else logging.WARNING
+            log.log(level, "the engine at %s is lost: %s", self.socket, reason)
         self.welcome, self.last_heartbeat = None, None
         self._enter(State.CONNECTING)
         self._hand_over()
@@ -201,9 +178,8 @@ class Replica:
         well = State.READY if heartbeat.problem is None else State.UNHEALTHY
         state = State.LEAVING if heartbeat.leaving else well
         if state is not self.state:
-            if state is not State.READY:
-                reason = heartbeat.problem or "it is being replaced"
-                log.warning("the engine at %s is %s: %s", self.socket, state, reason)
+            if state is State.UNHEALTHY:
+                log.warning("the engine at %s is unhealthy: %s", self.socket, heartbeat.problem)
             self._enter(state)
         if state is not State.READY:
             self._hand_over()

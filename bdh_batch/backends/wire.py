@@ -1,8 +1,8 @@
 """The messages between a front end and an engine process, and their frames: MessagePack behind four bytes of length.
 
-A connection begins with `Hello`, and `Welcome` or `Refusal`. Then the front end sends `Start`, `Abort` and
-`MetricsRequest`; the engine sends `Started`, one `Gains` for each step with tokens of the front end's sequences,
-`Heartbeat` at intervals, and `MetricsReport`.
+A connection begins with `Hello`, and `Welcome` or `Refusal`. Then the front end sends `Start` and
+`Abort`; the engine sends `Started`, one `Gains` for each step with tokens of the front end's sequences, and `Heartbeat`
+at intervals.
 """
 
 from __future__ import annotations
@@ -176,21 +176,8 @@ class Heartbeat(msgspec.Struct, tag=True):
     leaving: bool = False
 
 
-class MetricsRequest(msgspec.Struct, tag=True):
-    """Asks for the engine's metrics."""
-
-    number: int
-
-
-class MetricsReport(msgspec.Struct, tag=True):
-    """Contains the engine's metrics in Prometheus' text format."""
-
-    number: int
-    metrics: bytes
-
-
-FromFront = Hello | Start | Abort | MetricsRequest
-FromEngine = Welcome | Refusal | Started | Gains | Heartbeat | MetricsReport
+FromFront = Hello | Start | Abort
+FromEngine = Welcome | Refusal | Started | Gains | Heartbeat
 
 
 def packed_error(error: BDHError) -> list[Any]:

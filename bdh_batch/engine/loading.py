@@ -19,7 +19,7 @@ from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_pool import StatePool, slots_within
 from bdh_batch.engine.trace import Trace
 from bdh_batch.engine.worker import Observer, StepRunner, Worker
-from bdh_batch.errors import ConfigError
+from bdh_batch.errors import ConfigError, NotEnoughMemory
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.vector import most_threads
 from bdh_batch.scheduler import working_set
@@ -129,7 +129,7 @@ def take_states(
                 host_slots //= 2
             else:
                 slots //= 2
-    raise ConfigError("engine.state_memory: there is not enough memory for one sequence's state")
+    raise NotEnoughMemory("engine.state_memory: there is not enough memory for one sequence's state")
 
 
 def host_budget(cache: PrefixCache, device: torch.device, taken: int) -> int:
@@ -212,7 +212,7 @@ def state_budget(engine: Engine, device: torch.device, each: int) -> int:
     free = free_memory(device)
     if engine.state_memory is not None:
         if engine.state_memory > free:
-            raise ConfigError(f"engine.state_memory: {engine.state_memory:,} bytes asked for, {free:,} are free")
+            raise NotEnoughMemory(f"engine.state_memory: {engine.state_memory:,} bytes asked for, {free:,} are free")
         return engine.state_memory
     if engine.state_memory_share is not None:
         budget, how = int(free * engine.state_memory_share), f"{engine.state_memory_share:.0%} of what is free"

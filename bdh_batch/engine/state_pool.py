@@ -8,17 +8,17 @@ from torch import Tensor
 from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.engine import pages
 from bdh_batch.engine.pages import PagesAhead
-from bdh_batch.errors import ConfigError
+from bdh_batch.errors import NotEnoughMemory
 
 
 def slots_within(budget: int, each: int, most: int) -> int:
     """How many sequences' states of `each` bytes fit `budget` bytes, at most `most`.
 
     Raises:
-        ConfigError: not even one fits.
+        NotEnoughMemory: not even one fits.
     """
     if budget < each:
-        raise ConfigError(
+        raise NotEnoughMemory(
             f"engine.state_memory: {budget:,} bytes cannot hold one sequence's state of {each:,} bytes; "
             "raise it, set engine.state_dtype to bfloat16, or serve a smaller model"
         )

@@ -25,7 +25,7 @@ def create_app(serving: Serving, local_only: bool = False) -> ASGIApp:
 
     async def queue_full(request: Request, error: Exception) -> Response:
         assert isinstance(error, BDHError)
-        serving.count_refusal(error)
+        serving.count_refusal(error, getattr(request.state, "client", None))
         return await handle_error(request, error)
 
     routes = Routes(serving).table()

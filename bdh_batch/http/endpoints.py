@@ -7,10 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel
-
 from bdh_batch import __version__
-from bdh_batch.http.docs.endpoint import Endpoint, Open
+from bdh_batch.http.docs.endpoint import MODEL, UPSTREAM, WORK, Endpoint, Open
 from bdh_batch.http.docs.examples import CARD, CHAT, COMPLETION, EMBEDDINGS, ENTER, NAME, QUESTION, READY, TOKENS
 from bdh_batch.http.docs.response_types import (
     ChatCompletion,
@@ -25,30 +23,23 @@ from bdh_batch.http.docs.response_types import (
     Root,
     ServerInfo,
     Status,
+    Success,
     Tokenization,
     TokenizerInfo,
     Version,
 )
-from bdh_batch.http.kserve.bodies import GenerateBody, InferBody
-from bdh_batch.http.kserve.responses import (
-    GenerateEvent,
-    GenerateResponse,
-    InferResponse,
-    KServeError,
-    Live,
-    ModelMetadata,
-    ModelReady,
-    Ready,
-    ServerMetadata,
-)
+from bdh_batch.http.kserve.endpoints import kserve
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody
-from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, EmbeddingChat, TokenizeChat, TokenizeText
-from bdh_batch.http.tensors.metadata import server_metadata
+from bdh_batch.http.schema.text import (
+    DetokenizeBody,
+    EmbeddingBody,
+    EmbeddingChat,
+    ModelBody,
+    TokenizeChat,
+    TokenizeText,
+)
 from bdh_batch.settings import Auth
 
-MODEL = (403, 404, 503)  # of all that asks for the model
-WORK = (429, 504)  # of all that the engine works on
-UPSTREAM = (502,)  # of all that an upstream may work on instead
 TAGS = {
     "Generation": "Completions of the model, as in OpenAI's API.",
     "Tokens": "Text to tokens and back.",
@@ -210,6 +201,25 @@ def _models() -> list[Endpoint]:
             errors=MODEL,
             replies={"model": CARD},
         ),
+        *(
+            Endpoint(
+                f"{verb}Model",
+                f"{verb}_model",
+                "Models",
+                f"/models/{verb}",
+                f"{verb.capitalize()} a model of several; for operators' keys",
+                Success,
+                "post",
+                text,
+                bodies=[ModelBody],
+                errors=(*MODEL, *errors),
+                requests={"model": {"model": NAME}},
+            )
+            for verb, text, errors in (
+                ("load", "Responds when the model is loaded.", ()),
+                ("unload", "Responds when its requests have ended and it is unloaded.", (409,)),
+            )
+        ),
         Endpoint(
             "getServerInfo",
             "server_info",
@@ -300,71 +310,7 @@ def _operation() -> list[Endpoint]:
     ]
 
 
-def _kserve() -> list[Endpoint]:
-    """A model's paths come twice, without a version and with one; longer paths first, as names may have slashes."""
-    server: list[tuple[str, str, str, str, type[BaseModel]]] = [
-        ("getKServe", "server", "/v2", "Name, version and extensions of the server", ServerMetadata),
-        ("isKServeLive", "live", "/v2/health/live", "Alive and making progress?", Live),
-        ("isKServeReady", "ready", "/v2/health/ready", "Ready for requests?", Ready),
-    ]
-    metadata = server_metadata()
-    replies = {"getKServe": {"server": metadata}, "isKServeLive": {"live": {"live": True}}}
-    rows = [
-        Endpoint(
-            *(id, f"kserve.{handler}", "KServe", path, summary, response),
-            errors=(503,),
-            error=KServeError,
-            replies=replies.get(id, {}),
-            open=Open.ALWAYS,
-        )
-        for id, handler, path, summary, response in server
-    ]
-    for suffix, root in (("OfVersion", "/v2/models/{id}/versions/{version}"), ("", "/v2/models/{id}")):
-        rows += [_kserve_work(suffix, root, *work) for work in _KSERVE_WORK]
-        rows += [
-            Endpoint(
-                *(f"{id}{suffix}", f"kserve.{handler}", "KServe", f"{root}{path}", summary, response),
-                errors=MODEL,
-                error=KServeError,
-            )
-            for id, handler, path, summary, response in (
-                ("isKServeModelReady", "model_ready", "/ready", "Is the model ready?", ModelReady),
-                ("getKServeModel", "model", "", "A model's inputs and outputs", ModelMetadata),
-            )
-        ]
-    return rows
-
-
-def _kserve_work(
-    suffix: str,
-    root: str,
-    path: str,
-    summary: str,
-    body: type[BaseModel],
-    response: type[BaseModel] | None,
-    event: type[BaseModel] | None,
-    request: dict[str, Any],
-) -> Endpoint:
-    words = "".join(word.capitalize() for word in path.split("_"))
-    return Endpoint(
-        *(f"kserve{words}{suffix}", f"kserve.{path}", "KServe", f"{root}/{path}", summary, response, "post"),
-        bodies=[body],
-        event=event,
-        errors=MODEL + WORK,
-        error=KServeError,
-        requests={"text": request},
-    )
-
-
-_PROMPT = {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["ROMEO:\n"]}
-_INFER = {"inputs": [_PROMPT], "parameters": {"max_tokens": 8, "seed": 1}}
-_GENERATE = {"text_input": "ROMEO:\n", "parameters": {"max_tokens": 8, "temperature": 0}}
-_KSERVE_WORK = (
-    ("infer", "Complete prompts, as tensors", InferBody, InferResponse, None, _INFER),
-    ("generate", "Complete a prompt", GenerateBody, GenerateResponse, None, _GENERATE),
-    ("generate_stream", "Complete a prompt, as a stream", GenerateBody, None, GenerateEvent, _GENERATE),
-)
-ENDPOINTS = (*_generation(), *_tokens(), *_models(), *_operation(), *_kserve())
+ENDPOINTS = (*_generation(), *_tokens(), *_models(), *_operation(), *kserve())
 
 
 def open_paths(auth: Auth) -> frozenset[str]:

@@ -1,66 +1,110 @@
-"""The gate is closed while the model loads, and again while the server drains; requests then get a 503."""
+"""The gate gives handlers the models. It is closed while they load and while the server drains: requests get a 503."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from bdh_batch.backends.base import Backend
 from bdh_batch.errors import ModelNotFound, Unavailable
+from bdh_batch.http.auth.caller import Caller
 from bdh_batch.http.schema.requests import Defaults
 from bdh_batch.text.chat import ChatTemplate, NoTemplate
 from bdh_batch.text.grammar import Grammars
 
 
 @dataclass(frozen=True)
-class ServedModel:
-    """A model that is ready, with what the API reports of it. `created` is in Unix seconds, and fixed for a model.
+class ModelInfo:
+    """What is known of a model whether it is loaded or not.
 
-    `owner` is who computes it: an upstream, or this server.
+    `created` is in Unix seconds, and fixed for a model. `owner` is who computes it: an upstream, or this server.
     """
 
-    backend: Backend
     name: str
     aliases: tuple[str, ...]
     created: int
-    fingerprint: str
     max_model_len: int | None
-    defaults: Defaults
-    template: ChatTemplate | NoTemplate
-    width: int  # of the hidden vectors
-    tokenizer_info: Mapping[str, object]
-    grammars: Grammars
-    engines: Callable[[], Sequence[Mapping[str, object]]] = tuple  # engine processes, where there are some
     owner: str = "bdh_batch"
 
     @property
     def names(self) -> tuple[str, ...]:
         return self.name, *self.aliases
 
-    def card(self, name: str) -> Mapping[str, object]:
-        """What /v1/models reports of the model under one of its names."""
-        return {
-            "id": name,
-            "object": "model",
-            "created": self.created,
-            "owned_by": self.owner,
-            "root": self.name,
-            "max_model_len": self.max_model_len,
-        }
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model that is loaded."""
+
+    info: ModelInfo
+    backend: Backend
+    fingerprint: str
+    defaults: Defaults
+    template: ChatTemplate | NoTemplate
+    width: int  # of the hidden vectors
+    tokenizer_info: Mapping[str, object]
+    grammars: Grammars
+
+    @property
+    def name(self) -> str:
+        return self.info.name
+
+    @property
+    def max_model_len(self) -> int | None:
+        return self.info.max_model_len
+
+
+class HostedModel(Protocol):
+    """One of the models that the server has, loaded or not."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def state(self) -> str:
+        """ "loaded", "loading", "unloaded", "unloading" or "failed"."""
+
+    def acquire(self) -> ServedModel | None:
+        """Returns the model, which stays loaded until it is released; None if it is not loaded."""
+
+    def release(self) -> None:
+        """Ends one use of the model."""
+
+    async def load(self) -> None:
+        """Waits until the model is loaded. Raises QueueFull, QueueTimeout, Unavailable."""
+
+    async def load_for_good(self) -> None:
+        """Loads the model, as an operator asks for it. Raises InvalidRequest, Unavailable."""
+
+    async def unload(self) -> None:
+        """Unloads the model. Raises InvalidRequest, ModelInUse, Unavailable."""
+
+    def requests(self) -> int:
+        """The number of requests that are being computed."""
+
+    def ready(self) -> str | None:
+        """Returns why a model that should be loaded cannot generate at present, or None."""
+
+    def health(self) -> str | None:
+        """Returns what is wrong in this process, or None; loading and draining are not wrong."""
+
+    def engines(self) -> Sequence[Mapping[str, object]]:
+        """Returns pid, model, device and state of each engine process."""
 
 
 class Gate:
-    """Gives handlers the models while they are ready, and refuses requests while the server loads or drains."""
+    """Gives handlers the models while the server is ready, and refuses requests while it loads or drains."""
 
     LOADING, DRAINING = "the model is loading", "the server is shutting down"
 
     def __init__(self) -> None:
-        self._models: tuple[ServedModel, ...] = ()
+        self._models: Sequence[HostedModel] = ()
+        self._by_name: Mapping[str, HostedModel] = {}
         self._closed: str | None = self.LOADING
 
-    def open(self, *models: ServedModel) -> None:
-        """Serves these models; the first is the one of requests that name none."""
+    def open(self, models: Sequence[HostedModel]) -> None:
         self._models, self._closed = models, None
+        self._by_name = {name: model for model in models for name in model.info.names}
 
     def drain(self) -> None:
         self._closed = self.DRAINING
@@ -70,37 +114,60 @@ class Gate:
         """Why no new work is taken, or None."""
         return self._closed
 
-    @property
-    def models(self) -> Sequence[ServedModel]:
-        """The models, for new work. Raises Unavailable while the gate is closed."""
+    def models(self, caller: Caller) -> Sequence[HostedModel]:
+        """The models that the caller may use. Raises Unavailable while the gate is closed."""
         if self._closed is not None:
             raise Unavailable(f"The server is not ready: {self._closed}.", retry_after=5)
-        return self._models
+        return [model for model in self._models if caller.may_use(model.info.names)]
 
-    def find(self, name: str | None, shown: Callable[[ServedModel], bool]) -> ServedModel:
-        """The model of that name, for new work; None is the first.
+    def find(self, caller: Caller, name: str | None) -> HostedModel:
+        """Returns the model of that name; None is the first one that the caller may use.
 
         Raises:
-            ModelNotFound: there is none; the error lists the names of those that are `shown`.
+            ModelNotFound
+            Forbidden: the caller's key is not for it.
             Unavailable: the gate is closed.
         """
-        models = self.models
+        usable = self.models(caller)
         if name is None:
-            return models[0]
-        found = next((model for model in models if name in model.names), None)
-        if found is None:
-            raise ModelNotFound(name, [each for model in models if shown(model) for each in model.names])
-        return found
+            model = usable[0] if usable else self._models[0]
+        elif name in self._by_name:
+            model = self._by_name[name]
+        else:
+            raise ModelNotFound(name, [known for each in usable for known in each.info.names])
+        caller.check_model(name or model.info.name, model.info.names)
+        return model
 
-    def load(self) -> int:
-        """Requests under way."""
-        return sum(model.backend.load() for model in self._models)
+    def requests(self) -> int:
+        """Requests under way in the engines."""
+        return sum(model.requests() for model in self._models)
 
     def ready(self) -> str | None:
-        """Returns why no request can be served at present, or None."""
-        problems = [model.backend.ready() for model in self._models]
-        return self._closed or (None if None in problems else next(iter(problems), None))
+        """Returns why a model cannot generate at present, or None."""
+        return self._closed or self._first(model.ready for model in self._models)
 
     def health(self) -> str | None:
-        """What is wrong with an engine, or None; loading and draining are not wrong."""
-        return next((problem for model in self._models if (problem := model.backend.health()) is not None), None)
+        """What is wrong with this process, or None; loading and draining are not wrong."""
+        return self._first(model.health for model in self._models)
+
+    def engines(self) -> Sequence[Mapping[str, object]]:
+        """Returns what is known of each engine process."""
+        return [engine for model in self._models for engine in model.engines()]
+
+    @staticmethod
+    def _first(checks: Iterable[Callable[[], str | None]]) -> str | None:
+        return next((problem for check in checks if (problem := check()) is not None), None)
+
+
+def card(model: HostedModel, name: str) -> Mapping[str, object]:
+    """What /v1/models reports of a model under one of its names."""
+    info = model.info
+    return {
+        "id": name,
+        "object": "model",
+        "created": info.created,
+        "owned_by": info.owner,
+        "root": info.name,
+        "max_model_len": info.max_model_len,
+        "status": {"value": model.state},
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import re
@@ -60,7 +61,8 @@ class RequestContext:
         began = time.perf_counter()
         request_id = sane_id(Headers(scope=scope).get("x-request-id", ""))
         span = None if self._spans is None else self._begin(self._spans, scope, request_id)
-        scope.setdefault("state", {}).update(id=request_id, span=span)
+        cleanup = contextlib.ExitStack()
+        scope.setdefault("state", {}).update(id=request_id, span=span, cleanup=cleanup)
         status = 0
 
         async def send_with_id(message: Message) -> None:
@@ -82,6 +84,7 @@ class RequestContext:
                 if status == 0:
                     await internal_error()(scope, receive, send_with_id)
             finally:
+                cleanup.close()
                 self._metrics.http_requests.labels(self._route(scope), status).inc()
                 if span is not None:
                     span.end(self._route(scope), status)

@@ -16,11 +16,11 @@ from bdh_batch.http.docs.openapi import openapi
 from bdh_batch.http.docs.page import POLICY, page
 from bdh_batch.http.endpoints import ENDPOINTS
 from bdh_batch.http.errors import error_response
-from bdh_batch.http.gate import ServedModel
+from bdh_batch.http.gate import HostedModel, ServedModel, card
 from bdh_batch.http.kserve.rest import KServe
 from bdh_batch.http.prepare import Preparation
 from bdh_batch.http.request.body import Body, read_object
-from bdh_batch.http.request.client import Client
+from bdh_batch.http.request.client import Client, unless_left
 from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses.embeddings import embeddings
 from bdh_batch.http.responses.frames import ChatFrames, CompletionFrames, Frames
@@ -29,7 +29,14 @@ from bdh_batch.http.responses.json_pieces import JsonInPieces, dump_text
 from bdh_batch.http.responses.tokens import tokenization
 from bdh_batch.http.responses.tool_frames import ToolFrames
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody, GenerationBody
-from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, EmbeddingChat, TokenizeChat, TokenizeText
+from bdh_batch.http.schema.text import (
+    DetokenizeBody,
+    EmbeddingBody,
+    EmbeddingChat,
+    ModelBody,
+    TokenizeChat,
+    TokenizeText,
+)
 from bdh_batch.http.serving import Serving, response_options
 from bdh_batch.messages import GenerationRequest
 
@@ -59,7 +66,7 @@ class Routes:
     async def completions(self, request: Request) -> Response:
         raw = await request.body()
         body = await self._aside(request).run(len(raw), self._parse, raw, CompletionBody)
-        model = self._model(request, body.model)
+        model = await self._model(request, body.model)
         frames = CompletionFrames(response_options(f"cmpl-{request.state.id}", body, model), model.backend.tokenizer)
         prepared = await self._preparation(request, model, raw).generation(body)
         return await self._respond(request, model, body, prepared, frames)
@@ -67,7 +74,7 @@ class Routes:
     async def chat_completions(self, request: Request) -> Response:
         raw = await request.body()
         body = await self._aside(request).run(len(raw), self._parse, raw, ChatBody)
-        model = self._model(request, body.model)
+        model = await self._model(request, body.model)
         options, tokenizer = response_options(f"chatcmpl-{request.state.id}", body, model), model.backend.tokenizer
         finds_calls = body.may_call and not isinstance(model.backend, TextBackend)  # an upstream finds them itself
         frames = ToolFrames(options, tokenizer, body.tool_names) if finds_calls else ChatFrames(options, tokenizer)
@@ -77,7 +84,7 @@ class Routes:
     async def embeddings(self, request: Request) -> Response:
         raw, aside = await request.body(), self._aside(request)
         body = await aside.run(len(raw), self._parse_embedding, raw)
-        model = self._model(request, body.model)
+        model = await self._model(request, body.model)
         prepared = await self._preparation(request, model, raw).embedding(body)
         generation = await self._start(request, model, prepared)
         return await embeddings(generation, body, body.model or model.name, Client.of(request), aside)
@@ -85,7 +92,7 @@ class Routes:
     async def tokenize(self, request: Request) -> Response:
         raw, aside = await request.body(), self._aside(request)
         body = await aside.run(len(raw), self._parse_tokenize, raw)
-        model = self._model(request, body.model)
+        model = await self._model(request, body.model)
         if isinstance(body, TokenizeText):
             param, text = "prompt", body.text()
         else:
@@ -97,22 +104,32 @@ class Routes:
     async def detokenize(self, request: Request) -> Response:
         raw, aside = await request.body(), self._aside(request)
         body = await aside.run(len(raw), self._parse, raw, DetokenizeBody)
-        model = self._model(request, body.model)
+        model = await self._model(request, body.model)
         text = await model.backend.detokenize(body.tokens)
         pieces = await aside.run(len(text) // CHARACTERS, dump_text, text)
         return JsonInPieces([b'{"prompt":', *pieces, b"}"])
 
     async def tokenizer_info(self, request: Request) -> Response:
-        return JSONResponse(self._model(request, None).tokenizer_info)
+        model = await self._model(request, request.query_params.get("model"))
+        return JSONResponse(model.tokenizer_info)
 
     async def models(self, request: Request) -> Response:
-        mine = [model for model in self._gate.models if request.state.caller.may_use(model.names)]
-        cards = [model.card(name) for model in mine for name in model.names]
-        return JSONResponse({"object": "list", "data": cards})
+        mine = self._gate.models(request.state.caller)
+        return JSONResponse(
+            {"object": "list", "data": [card(model, name) for model in mine for name in model.info.names]}
+        )
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["id"]
-        return JSONResponse(self._model(request, name).card(name))
+        return JSONResponse(card(self._gate.find(request.state.caller, name), name))
+
+    async def load_model(self, request: Request) -> Response:
+        await unless_left(Client.of(request), (await self._named(request)).load_for_good())
+        return JSONResponse({"success": True})
+
+    async def unload_model(self, request: Request) -> Response:
+        await unless_left(Client.of(request), (await self._named(request)).unload())
+        return JSONResponse({"success": True})
 
     async def health(self, request: Request) -> Response:
         return _status(self._gate.health(), "ok")
@@ -127,13 +144,14 @@ class Routes:
         return JSONResponse({"version": __version__})
 
     async def load(self, request: Request) -> Response:
-        return JSONResponse({"server_load": self._gate.load()})
+        return JSONResponse({"server_load": self._gate.requests()})
 
     async def server_info(self, request: Request) -> Response:
         config = self._settings.model_dump(mode="json", include=SHOWN_SETTINGS, exclude=SECRET)
-        model = self._model(request, None)
-        info = {"version": __version__, "model": model.name, "config": config}
-        return JSONResponse(info | ({"engines": engines} if (engines := model.engines()) else {}))
+        caller = request.state.caller
+        info = {"version": __version__, "model": self._gate.find(caller, None).info.name, "config": config}
+        engines = self._gate.engines() if caller.is_operator else ()
+        return JSONResponse(info | ({"engines": engines} if engines else {}))
 
     async def metrics(self, request: Request) -> Response:
         return Response(await self._metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -165,8 +183,14 @@ class Routes:
         kind: type[EmbeddingChat | EmbeddingBody] = EmbeddingChat if is_chat else EmbeddingBody
         return self._serving.check(values, kind)
 
-    def _model(self, request: Request, name: str | None) -> ServedModel:
-        return self._serving.model(request.state.caller, name)
+    async def _model(self, request: Request, name: str | None) -> ServedModel:
+        return await self._serving.model(Client.of(request), name)
+
+    async def _named(self, request: Request) -> HostedModel:
+        """The model that an operator's request names. Raises Forbidden: the caller is none."""
+        body = self._parse(await request.body(), ModelBody)
+        request.state.caller.check_operator()
+        return self._gate.find(request.state.caller, body.model)
 
     def _preparation(self, request: Request, model: ServedModel, raw: bytes) -> Preparation:
         return self._serving.preparation(Client.of(request), model, len(raw))

@@ -16,7 +16,7 @@ from bdh_batch.http.auth.rates import Rates
 from bdh_batch.http.gate import Gate, ServedModel
 from bdh_batch.http.prepare import Preparation
 from bdh_batch.http.request.body import Body, check, parse
-from bdh_batch.http.request.client import Client
+from bdh_batch.http.request.client import Client, unless_left
 from bdh_batch.http.request.off_loop import Aside, OffLoop
 from bdh_batch.http.responses.frames import ResponseOptions
 from bdh_batch.http.schema.requests import GenerationBody
@@ -64,16 +64,20 @@ class Serving:
         """The values of a body in its type. Raises InvalidRequest."""
         return check(values, kind, self.settings.limits, self.settings.api.unknown_fields)
 
-    def model(self, caller: Caller, name: str | None) -> ServedModel:
-        """The model of that name; None is the one there is.
+    async def model(self, client: Client, name: str | None) -> ServedModel:
+        """The model of that name, which is loaded if it is not, and stays so until the request has ended.
 
         Raises:
             ModelNotFound
             Forbidden: the caller's key is not for it.
-            Unavailable
+            QueueFull, QueueTimeout, Unavailable: it is not loaded.
+            ClientDisconnect
         """
-        model = self.gate.find(name, lambda each: caller.may_use(each.names))
-        caller.check_model(name or model.name, model.names)
+        hosted = self.gate.find(client.caller, name)
+        client.model = hosted.info.name
+        while (model := hosted.acquire()) is None:
+            await unless_left(client, hosted.load())
+        client.cleanup.callback(hosted.release)
         return model
 
     def preparation(self, client: Client, model: ServedModel, size: int) -> Preparation:
@@ -83,16 +87,17 @@ class Serving:
     async def start(self, client: Client, model: ServedModel, prepared: GenerationRequest) -> Generation:
         """Starts what was prepared, within the client's limits. Raises as `Quota.start` does."""
         if prepared.grammar is not None:
-            self.metrics.left_out(prepared.grammar.warnings)
+            self.metrics.left_out(model.name, prepared.grammar.warnings)
         generation = await self.quota.start(client, model.backend, prepared)
         if client.span is not None:
             generation.on_end(client.span.generation_ended)
         return generation
 
-    def count_refusal(self, error: BDHError) -> None:
+    def count_refusal(self, error: BDHError, client: Client | None) -> None:
         """Has the metrics count what was refused for want of room in a queue."""
         if isinstance(error, QueueFull):
-            self.metrics.refused("deadline" if isinstance(error, TooLate) else "queue_full")
+            reason = "deadline" if isinstance(error, TooLate) else "queue_full"
+            self.metrics.refused(reason, None if client is None else client.model)
 
 
 def response_options(id: str, body: GenerationBody, model: ServedModel) -> ResponseOptions:

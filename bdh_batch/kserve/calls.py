@@ -83,11 +83,7 @@ class Request:
     span: Any
     standing: dict[str, str] = field(default_factory=dict)
     status: int = FINE
-
-    def client(self, caller: Caller) -> Client:
-        """Its client; where that leaves, the task that serves it is cancelled. Raises InvalidRequest."""
-        headers = {name: values[0] for name, values in self.call.metadata.items()}
-        return Client(self.id, caller, self.standing, self.span, self.call.timeout(), headers=headers)
+    client: Client | None = None
 
 
 class Calls:
@@ -99,6 +95,7 @@ class Calls:
         chosen = serving.settings.kserve
         self._most = chosen.max_calls
         self._each = chosen.max_calls_per_caller or max(1, chosen.max_calls // 2)
+        self._under_way = 0
         self._by_caller: Counter[str] = Counter()
         self._held = 0
 
@@ -106,28 +103,45 @@ class Calls:
         return Call.of(context, self._serving.settings.server.trusted_proxies)
 
     async def admit(self, request: Request) -> Client:
-        """Counts a request, and returns its client. Raises Unauthorized, RateLimited, InvalidRequest."""
+        """Counts a request, and returns its client; where that leaves, the task that serves it is cancelled.
+
+        Raises:
+            Unauthorized, RateLimited
+            InvalidRequest: its timeout is none.
+        """
         call = request.call
-        return request.client(await self._serving.admission.admit(call.key, call.address, request.standing))
+        caller = await self._serving.admission.admit(call.key, call.address, request.standing)
+        headers = {name: values[0] for name, values in call.metadata.items()}
+        known = (request.id, caller, request.standing, request.span)
+        request.client = Client(*known, call.timeout(), headers=headers)
+        return request.client
 
     @contextmanager
-    def one_of(self, caller: Caller) -> Iterator[None]:
-        """Counts a call of a caller. Raises Unavailable, TooManyConnections: there are too many."""
-        if self._by_caller.total() >= self._most:
+    def one_of(self, caller: Caller, probe: bool = False) -> Iterator[None]:
+        """Counts a call of a caller. A `probe` is counted apart: it is let in where no other call is.
+
+        Raises:
+            Unavailable: there are too many in all.
+            TooManyConnections: there are too many of this caller.
+        """
+        label = f"probes of {caller.label}" if probe else caller.label
+        if self._under_way >= self._most and not probe:
             self._serving.metrics.refused("connections")
             text = f"Too many calls are under way; the limit is {self._most} (kserve.max_calls)."
             raise Unavailable(text, RETRY_SECONDS)
-        if self._by_caller[caller.label] >= self._each:
+        if self._by_caller[label] >= self._each:
             self._serving.metrics.refused("connections_per_address")
             text = f"Too many of your calls are under way; the limit is {self._each} (kserve.max_calls_per_caller)."
             raise TooManyConnections(text, RETRY_SECONDS)
-        self._by_caller[caller.label] += 1
+        self._under_way += not probe
+        self._by_caller[label] += 1
         try:
             yield
         finally:
-            self._by_caller[caller.label] -= 1
-            if not self._by_caller[caller.label]:
-                del self._by_caller[caller.label]
+            self._under_way -= not probe
+            self._by_caller[label] -= 1
+            if not self._by_caller[label]:
+                del self._by_caller[label]
 
     @contextmanager
     def holding(self, size: int) -> Iterator[None]:
@@ -170,8 +184,12 @@ class Calls:
                 yield request
             except BaseException as error:
                 request.status = self.refusal(error, request.id, route).status
+                if isinstance(error, BDHError):
+                    self._serving.count_refusal(error, request.client)
                 raise
             finally:
+                if request.client is not None:
+                    request.client.cleanup.close()
                 metrics.http_requests.labels(route, request.status).inc()
                 if request.span is not None:
                     request.span.end(route, request.status)
@@ -194,8 +212,6 @@ class Calls:
             yield trailers
             context.set_trailing_metadata(tuple(trailers))
         except Exception as error:  # noqa: BLE001 - whoever serves it has logged what is no refusal
-            if isinstance(error, BDHError):
-                self._serving.count_refusal(error)
             refusal = self.refusal(error)
             await abort(context, refusal, trailers)
 

@@ -13,7 +13,7 @@ LOOK_SECONDS = 1.0  # between looks for a change, for those who watch
 Status = health_pb2.HealthCheckResponse
 
 
-class Health(health_pb2_grpc.HealthServicer):
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]
     """Says whether the server is ready, to probes and load balancers.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from google.protobuf.message import DecodeError, Message
 from tritonclient.grpc import service_pb2
 
@@ -14,7 +13,6 @@ from bdh_batch.http.request.off_loop import LARGE
 from bdh_batch.http.tensors.inference import InferRequest
 from bdh_batch.http.tensors.tensor import (
     BYTES,
-    DTYPES,
     MAX_RANK,
     Tensor,
     check_count,
@@ -54,10 +52,7 @@ def parse(raw: bytes, kind: type[Message], limits: Limits) -> Any:
 
 def infer_request(message: Any, limits: Limits) -> InferRequest:
     """What a ModelInferRequest asks for. Raises InvalidRequest."""
-    for name in ("id", "model_name", "model_version"):
-        if len(getattr(message, name)) > limits.max_label_length:
-            text = f"{name} should have at most {limits.max_label_length} characters (limits.max_label_length)."
-            raise InvalidRequest(text, name)
+    check_labels(message, limits, "id", "model_name", "model_version")
     for name in ("inputs", "outputs", "parameters"):
         if len(getattr(message, name)) > limits.max_members:
             raise InvalidRequest(f"{name} should have at most {limits.max_members} (limits.max_members).", name)
@@ -73,6 +68,14 @@ def infer_request(message: Any, limits: Limits) -> InferRequest:
         parameters={name: _parameter(name, value) for name, value in message.parameters.items()},
         outputs=names,
     )
+
+
+def check_labels(message: Any, limits: Limits, *names: str) -> None:
+    """Raises InvalidRequest: one of these fields is too long."""
+    for name in names:
+        if len(getattr(message, name)) > limits.max_label_length:
+            text = f"{name} should have at most {limits.max_label_length} characters (limits.max_label_length)."
+            raise InvalidRequest(text, name)
 
 
 def _inputs(message: Any, limits: Limits) -> list[Tensor]:
@@ -114,7 +117,7 @@ def _typed(name: str, given: Any, shape: Sequence[int]) -> list[Any]:
     if given.datatype == BYTES:
         return [text_of(name, each) for each in values]
     if given.datatype.startswith("FP"):
-        return numbers(name, given.datatype, np.array(values, DTYPES[given.datatype]))
+        return numbers(name, given.datatype, values)
     check_range(name, given.datatype, values)
     return values
 

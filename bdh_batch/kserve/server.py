@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -13,7 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from bdh_batch.errors import ConfigError
 from bdh_batch.http.auth.access import Admission
-from bdh_batch.http.auth.caller import at_address, key_in
+from bdh_batch.http.errors import Unauthorized
 from bdh_batch.http.serving import Serving
 from bdh_batch.kserve.calls import Calls
 from bdh_batch.kserve.health import Health
@@ -29,8 +29,6 @@ KEEPALIVE_MS = 60_000  # of silence, after which a client has to say that it is 
 KEEPALIVE_TIMEOUT_MS = 20_000
 LEAST_PING_MS = 5_000  # between two pings of a client
 
-Handler = grpc.RpcMethodHandler
-
 
 class KServeServer:
     """Serves gRPC at `kserve.grpc_port`."""
@@ -40,9 +38,9 @@ class KServeServer:
         calls = Calls(serving)
         self._streams = Streams(serving, calls)
         self._health = Health({"", SERVICE}, serving.gate.ready)
-        protect = serving.settings.auth.protect_docs
+        protects = serving.settings.auth.protect_docs
         self._server = aio.server(
-            interceptors=[_Reflection(serving.admission)] if protect else [],
+            interceptors=[_Others(calls, serving.admission if protects else None)],
             options=options(serving.settings),
             maximum_concurrent_rpcs=serving.settings.kserve.max_calls + PROBES,
         )
@@ -106,24 +104,47 @@ def _credentials(settings: Settings) -> grpc.ServerCredentials | None:
     return grpc.ssl_server_credentials([(key.read_bytes(), cert.read_bytes())])
 
 
-class _Reflection(aio.ServerInterceptor):
-    """Asks for a key where the API is described, as `auth.protect_docs` says."""
+class _Others(aio.ServerInterceptor):  # type: ignore[misc]
+    """Counts the streams of the other services, which clients may hold open, for their address.
 
-    def __init__(self, admission: Admission) -> None:
+    Args:
+        admission: asks for a key where the API is described; None asks for none.
+    """
+
+    def __init__(self, calls: Calls, admission: Admission | None) -> None:
+        self._calls = calls
         self._admission = admission
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        if handler_call_details.method.startswith("/grpc.reflection."):
-            metadata = handler_call_details.invocation_metadata
-            given = [str(value) for name, value in metadata if name == "authorization"]
-            if self._admission.caller(key_in(given), at_address("")) is None:
-                return grpc.stream_stream_rpc_method_handler(_refuse)
-        return await continuation(handler_call_details)
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler_call_details.method.startswith(f"/{SERVICE}/") or not handler.response_streaming:
+            return handler
+        closed = self._admission is not None and handler_call_details.method.startswith("/grpc.reflection.")
+        return _Streaming(handler, self._calls, self._admission if closed else None)
 
 
-async def _refuse(messages: Any, context: Any) -> None:
-    await context.abort(grpc.StatusCode.UNAUTHENTICATED, "Reflection asks for an API key (auth.protect_docs).")
+class _Streaming(grpc.RpcMethodHandler):  # type: ignore[misc]
+    """A handler whose responses are a stream, which is counted while it is open."""
+
+    def __init__(self, handler: Any, calls: Calls, admission: Admission | None) -> None:
+        self.request_streaming, self.response_streaming = handler.request_streaming, True
+        self.request_deserializer = handler.request_deserializer
+        self.response_serializer = handler.response_serializer
+        self.unary_unary = self.stream_unary = None
+        self.unary_stream = None if handler.unary_stream is None else self._counted
+        self.stream_stream = None if handler.stream_stream is None else self._counted
+        self._inner = handler.unary_stream or handler.stream_stream
+        self._calls, self._admission = calls, admission
+
+    async def _counted(self, requests: Any, context: Any) -> AsyncIterator[Any]:
+        async with self._calls.ends(context):
+            call = self._calls.call(context)
+            with self._calls.one_of(call.address, probe=True):
+                if self._admission is not None and self._admission.caller(call.key, call.address) is None:
+                    raise Unauthorized("Reflection asks for an API key (auth.protect_docs).")
+                async for response in self._inner(requests, context):
+                    yield response

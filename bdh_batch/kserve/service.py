@@ -16,7 +16,7 @@ from bdh_batch.http.serving import Serving
 from bdh_batch.http.tensors.inference import InferRequest, ask, find_model, start
 from bdh_batch.http.tensors.metadata import model_metadata, server_metadata
 from bdh_batch.kserve.calls import Calls, Context
-from bdh_batch.kserve.messages import infer_request, infer_response, is_raw, parse
+from bdh_batch.kserve.messages import check_labels, infer_request, infer_response, is_raw, parse
 from bdh_batch.kserve.streams import Streams
 
 SERVICE = "inference.GRPCInferenceService"
@@ -61,9 +61,10 @@ class Service:
 
         async def handle(messages: Messages, context: Context) -> bytes:
             async with self._calls.ends(context):
-                raw = await self._calls.only_message(messages)
-                response = respond(parse(raw, kind, self._limits))
-                return bytes(response.SerializeToString())
+                with self._calls.one_of(self._calls.call(context).address, probe=True):
+                    raw = await self._calls.only_message(messages)
+                    response = respond(parse(raw, kind, self._limits))
+                    return bytes(response.SerializeToString())
             raise AssertionError
 
         return grpc.stream_unary_rpc_method_handler(handle)
@@ -111,15 +112,16 @@ class Service:
         return service_pb2.ModelReadyResponse(ready=self._is_ready(client.caller, message))
 
     def _is_ready(self, caller: Caller, message: Any) -> bool:
+        check_labels(message, self._limits, "name", "version")
         try:
-            find_model(self._serving, caller, message.name, message.version)
+            return find_model(self._serving, caller, message.name, message.version).ready() is None
         except Unavailable:
             return False
-        return self._serving.gate.ready() is None
 
     async def _model_metadata(self, client: Client, message: Any) -> Message:
+        check_labels(message, self._limits, "name", "version")
         model = find_model(self._serving, client.caller, message.name, message.version)
-        return service_pb2.ModelMetadataResponse(**model_metadata(message.name or model.name, self._settings))
+        return service_pb2.ModelMetadataResponse(**model_metadata(message.name or model.info.name, self._settings))
 
     async def _infer(self, client: Client, message: Any) -> Message:
         aside, size = self._serving.aside(client.caller), message.ByteSize()

@@ -96,8 +96,6 @@ class _Stream:
         except Stalled:
             raise
         except Exception as error:  # noqa: BLE001 - it is reported to the client, and was logged
-            if isinstance(error, BDHError):
-                self._serving.count_refusal(error)
             await self._write(stream_error(self._calls.refusal(error).message, id))
         finally:
             self._slots.release()

@@ -1,42 +1,37 @@
-"""Prometheus metrics. Names and buckets follow vLLM's, with the prefix `bdh_`, so that dashboards carry over."""
+"""Prometheus metrics of a process that serves HTTP; those of engines are in `engine_metrics.py`."""
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left
 from collections import Counter as Counting
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence as Sequences
-from itertools import accumulate
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Protocol
 
 from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
-    Histogram,
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from bdh_batch.engine.worker import Load
-from bdh_batch.errors import NotFinite
 from bdh_batch.observability.merging import merge
-from bdh_batch.scheduler.batch import Step
-from bdh_batch.scheduler.sequence import Sequence
-
-FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
-BETWEEN_TOKENS = (
-    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2),
-    *(0.3, 0.4, 0.5, 0.75, 1, 2.5, 5, 7.5, 10),
-)
-WHOLE_REQUEST = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
-TOKENS = tuple(digit * 10**power for power in range(6) for digit in (1, 2, 5))
-SEQUENCES = tuple(2**power for power in range(13))
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
+
+
+def process_registry() -> CollectorRegistry:
+    """Makes a registry that reports the memory, the processor time and the descriptors of this process."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def exposition(registry: CollectorRegistry) -> bytes:
+    """Returns what a registry has, in Prometheus' text format."""
+    return generate_latest(registry)
 
 
 class SandboxLoad(Protocol):
@@ -52,44 +47,34 @@ class SandboxLoad(Protocol):
     def outcomes(self) -> Mapping[str, int]: ...
 
 
+class ModelStatus(Protocol):
+    """What is known of a model in this process."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def is_loaded(self) -> bool: ...
+
+    def engines(self) -> Iterable[Mapping[str, object]]:
+        """Returns what is known of each engine process: its `state`, among other things."""
+
+
 class Metrics:
-    """All metrics of one server. Implements the worker's `Observer`."""
+    """What a process that serves HTTP counts.
+
+    Args:
+        model_name: the label of what is counted before a request has named its model.
+    """
 
     def __init__(self, model_name: str) -> None:
-        self.registry = CollectorRegistry()
+        self.registry = process_registry()
         self._name = ""
         self._others: Callable[[], Awaitable[Mapping[str, bytes]]] | None = None
         self._model_name = model_name
-        ProcessCollector(registry=self.registry)
+        self._sandboxes = _SandboxCollector()
+        self.registry.register(self._sandboxes)
 
-        self._steps = self._histogram("step_duration_seconds", "Duration of a step", BETWEEN_TOKENS)
-        labels = ("model_name", "layer")
-        text = "Share of neurons that fired, for a token looked at now and then"
-        self._active = Gauge("bdh_active_neuron_fraction", text, labels, registry=self.registry)
-        self._occupancy = self._histogram("batch_occupancy", "Sequences in a step", SEQUENCES)
-        self._step_tokens = self._histogram("iteration_tokens_total", "Tokens in a step", TOKENS)
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed")
-        self._generated = self._counter("generation_tokens", "Tokens generated")
-        self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token", FIRST_TOKEN)
-        # vLLM called it the second way before: dashboards ask for either.
-        names = ("bdh_inter_token_latency_seconds", "bdh_time_per_output_token_seconds")
-        self._between = ManyHistogram(names, "Between tokens of a sequence", model_name, BETWEEN_TOKENS)
-        self.registry.register(self._between)
-        self._per_token = self._histogram(
-            "request_time_per_output_token_seconds", "Mean time between a request's tokens", BETWEEN_TOKENS
-        )
-        self._whole = self._histogram("e2e_request_latency_seconds", "From arrival to the end", WHOLE_REQUEST)
-        self._queue = self._histogram("request_queue_time_seconds", "Waiting for a slot", WHOLE_REQUEST)
-        self._prefill = self._histogram("request_prefill_time_seconds", "From slot to first token", WHOLE_REQUEST)
-        self._decode = self._histogram("request_decode_time_seconds", "From first to last token", WHOLE_REQUEST)
-        self._inference = self._histogram("request_inference_time_seconds", "From slot to last token", WHOLE_REQUEST)
-        self._request_prompt = self._histogram("request_prompt_tokens", "Prompt tokens of a request", TOKENS)
-        self._request_generated = self._histogram("request_generation_tokens", "Tokens a request generated", TOKENS)
-        self._max_tokens = self._histogram("request_params_max_tokens", "max_tokens of a request", TOKENS)
-        self._n = self._histogram("request_params_n", "n of a request", TOKENS[:6])
-        labels = ("model_name", "finished_reason")
-        self._ended = Counter("bdh_request_success", "Requests that ended, by reason", labels, registry=self.registry)
-        self._not_finite = self._counter("non_finite_logits", "Requests ended by NaN or infinite logits")
         labels = ("model_name", "reason")
         self._refused = Counter("bdh_admission_rejections", "Requests refused", labels, registry=self.registry)
 
@@ -104,16 +89,6 @@ class Metrics:
         self.http_requests = Counter("bdh_http_requests", "HTTP responses", labels, registry=self.registry)
         self.http_in_flight = Gauge("bdh_http_requests_in_flight", "Open HTTP requests", registry=self.registry)
 
-    def watch(self, load: Callable[[], Load]) -> None:
-        """From now on, scrapes report the engine's load as it is at their moment."""
-        self.registry.register(_LoadCollector(load, self._model_name))
-
-    def describe_cache(self, **facts: object) -> None:
-        """Reports the memory for states, in labels: dashboards join other metrics with them."""
-        labels = ("model_name", *facts)
-        info = Gauge("bdh_cache_config_info", "The memory for states, in its labels", labels, registry=self.registry)
-        info.labels(self._model_name, *facts.values()).set(1)
-
     def watch_connections(self, open: Callable[[], int]) -> None:
         """From now on, scrapes report how many connections are open at their moment."""
         self._gauge("http_connections", "Open connections", open)
@@ -122,9 +97,13 @@ class Metrics:
         """From now on, scrapes report how many bytes of requests are held at their moment."""
         self._gauge("http_buffered_bytes", "Bytes of requests that are held until their responses", held)
 
-    def watch_sandboxes(self, loads: Mapping[str, Callable[[], SandboxLoad]]) -> None:
-        """As `watch`, of the sandboxes, by what they do."""
-        self.registry.register(_SandboxCollector(loads, self._model_name))
+    def watch_sandboxes(self, model: str, loads: Mapping[str, Callable[[], SandboxLoad]]) -> None:
+        """From now on, scrapes report a model's sandboxes, by what they do; without `loads`, no longer."""
+        self._sandboxes.loads[model] = loads
+
+    def watch_models(self, models: Callable[[], Iterable[ModelStatus]]) -> None:
+        """From now on, scrapes report which models are loaded, and their engine processes."""
+        self.registry.register(_ModelCollector(models))
 
     def join(self, name: str, others: Callable[[], Awaitable[Mapping[str, bytes]]]) -> None:
         """From now on a page has what `others` counts, too.
@@ -142,15 +121,15 @@ class Metrics:
 
     def exposition(self) -> bytes:
         """What is counted in this process."""
-        return generate_latest(self.registry)
+        return exposition(self.registry)
 
-    def refused(self, reason: str) -> None:
-        self._refused.labels(self._model_name, reason).inc()
+    def refused(self, reason: str, model: str | None = None) -> None:
+        self._refused.labels(self._model_name if model is None else model, reason).inc()
 
-    def left_out(self, warnings: Iterable[Mapping[str, str]]) -> None:
+    def left_out(self, model: str, warnings: Iterable[Mapping[str, str]]) -> None:
         """`warnings` are of one request."""
         for warning in warnings:
-            self._left_out.labels(self._model_name, warning["keyword"]).inc()
+            self._left_out.labels(model, warning["keyword"]).inc()
 
     def rate_storage_failed(self) -> None:
         self._rate_storage.inc()
@@ -159,53 +138,6 @@ class Metrics:
         """Counts requests that were refused before any route was called."""
         self.http_requests.labels("unread", status).inc()
 
-    def stepped(self, step: Step, seconds: float) -> None:
-        self._steps.observe(seconds)
-        self._occupancy.observe(len(step.sequences))
-        self._step_tokens.observe(step.decodes + step.prefill_tokens)
-        self._prompt_tokens.inc(step.prefill_tokens)
-
-    def looked(self, active: Sequences[float]) -> None:
-        """`active` is the share of neurons that fired, by layer."""
-        for layer, share in enumerate(active):
-            self._active.labels(self._model_name, layer).set(share)
-
-    def gained(self, sequences: Sequences[Sequence]) -> None:
-        self._generated.inc(len(sequences))
-        gaps: Counting[float] = Counting()  # those of one step are mostly the same
-        for sequence in sequences:
-            if len(sequence.generated) > 1:
-                gaps[sequence.times.gap] += 1
-            elif (seconds := sequence.times.to_first_token) is not None:
-                self._first.observe(seconds)
-        for gap, count in gaps.items():
-            self._between.observe(gap, count)
-
-    def finished(self, sequence: Sequence, now: float) -> None:
-        assert sequence.finish_reason is not None
-        self._ended.labels(self._model_name, sequence.finish_reason.value).inc()
-        if isinstance(sequence.error, NotFinite):
-            self._not_finite.inc()
-        self._whole.observe(now - sequence.times.arrived)
-        self._request_prompt.observe(len(sequence.prompt))
-        self._request_generated.observe(len(sequence.generated))
-        self._max_tokens.observe(sequence.completion.max_tokens)
-        self._n.observe(sequence.client.n)
-        if (seconds := sequence.times.in_queue) is not None:
-            self._queue.observe(seconds)
-        times = sequence.times
-        if times.scheduled is not None and times.first_token is not None and times.last_token is not None:
-            decode = times.last_token - times.first_token
-            self._prefill.observe(times.first_token - times.scheduled)
-            self._decode.observe(decode)
-            self._inference.observe(times.last_token - times.scheduled)
-            if len(sequence.generated) > 1:
-                self._per_token.observe(decode / (len(sequence.generated) - 1))
-
-    def _histogram(self, name: str, text: str, buckets: Iterable[float]) -> Histogram:
-        family = Histogram(f"bdh_{name}", text, ("model_name",), buckets=tuple(buckets), registry=self.registry)
-        return family.labels(self._model_name)
-
     def _gauge(self, name: str, text: str, value: Callable[[], int]) -> None:
         Gauge(f"bdh_{name}", text, registry=self.registry).set_function(value)
 
@@ -213,73 +145,36 @@ class Metrics:
         return Counter(f"bdh_{name}", text, ("model_name",), registry=self.registry).labels(self._model_name)
 
 
-class ManyHistogram(Collector):
-    """A histogram, under one name or several, that takes many observations of one value at once. Written by one
-    thread."""
+class _ModelCollector(Collector):
+    def __init__(self, models: Callable[[], Iterable[ModelStatus]]) -> None:
+        self._models = models
 
-    def __init__(self, names: Sequences[str], text: str, model_name: str, buckets: Iterable[float]) -> None:
-        self._names, self._text, self._model_name = names, text, model_name
-        self._bounds = [*buckets, math.inf]
-        self._counts = [0] * len(self._bounds)
-        self._sum = 0.0
-
-    def observe(self, value: float, count: int) -> None:
-        self._counts[bisect_left(self._bounds, value)] += count
-        self._sum += value * count
-
-    def collect(self) -> Iterable[HistogramMetricFamily]:
-        bounds = ["+Inf" if bound == math.inf else str(float(bound)) for bound in self._bounds]
-        buckets = list(zip(bounds, accumulate(self._counts)))
-        for name in self._names:
-            family = HistogramMetricFamily(name, self._text, labels=["model_name"])
-            family.add_metric([self._model_name], buckets, self._sum)
-            yield family
-
-
-class _LoadCollector(Collector):
-    def __init__(self, load: Callable[[], Load], model_name: str) -> None:
-        self._load = load
-        self._model_name = model_name
-
-    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
-        load = self._load()
-        usage = load.running / load.slots
-        for name, text, value in (
-            ("num_requests_running", "Sequences that run", load.running),
-            ("num_requests_waiting", "Sequences that wait for their first slot", load.waiting),
-            ("num_requests_swapped", "Sequences that are preempted by swap", load.swapped),
-            ("state_slots_usage_perc", "Share of the slots to run in that are held, 0 to 1", usage),
-            ("kv_cache_usage_perc", "The same, under the name that it has in vLLM", usage),
-            ("prefix_cache_states", "Prefixes that are cached for later requests", load.cached_states),
-        ):
-            family = GaugeMetricFamily(f"bdh_{name}", text, labels=["model_name"])
-            family.add_metric([self._model_name], value)
-            yield family
-        for name, text, count in (
-            ("num_preemptions", "Times that a sequence was preempted", load.preemptions),
-            ("prefix_cache_queries", "Prompt tokens that were looked up", load.cache_queries),
-            ("prefix_cache_hits", "Prompt tokens that were found", load.cache_hits),
-            ("prompt_tokens_cached", "Prompt tokens that did not have to be computed", load.cache_hits),
-        ):
-            counter = CounterMetricFamily(f"bdh_{name}", text, labels=["model_name"])
-            counter.add_metric([self._model_name], count)
-            yield counter
+    def collect(self) -> Iterable[GaugeMetricFamily]:
+        loaded = GaugeMetricFamily("bdh_model_loaded", "Whether a model is loaded: 1 or 0", labels=["model_name"])
+        engines = GaugeMetricFamily("bdh_engines", "Engine processes by their state", labels=["model_name", "state"])
+        for model in self._models():
+            loaded.add_metric([model.name], model.is_loaded)
+            for state, count in Counting(str(engine["state"]) for engine in model.engines()).items():
+                engines.add_metric([model.name, state], count)
+        yield from (loaded, engines)
 
 
 class _SandboxCollector(Collector):
-    def __init__(self, loads: Mapping[str, Callable[[], SandboxLoad]], model_name: str) -> None:
-        self._loads = loads
-        self._model_name = model_name
+    """Reports what each model's sandboxes do: `loads` has them by model, then by their work."""
+
+    def __init__(self) -> None:
+        self.loads: dict[str, Mapping[str, Callable[[], SandboxLoad]]] = {}
 
     def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
         labels = ["model_name", "work"]
         waiting = GaugeMetricFamily("bdh_sandbox_jobs_waiting", "Jobs that wait for a process", labels=labels)
         running = GaugeMetricFamily("bdh_sandbox_jobs_running", "Jobs that run", labels=labels)
         ended = CounterMetricFamily("bdh_sandbox_jobs", "Jobs that ended, by outcome", labels=[*labels, "outcome"])
-        for work, look in self._loads.items():
-            load, values = look(), [self._model_name, work]
-            waiting.add_metric(values, load.waiting)
-            running.add_metric(values, load.running)
-            for outcome, count in load.outcomes.items():
-                ended.add_metric([*values, outcome], count)
+        for model, loads in [*self.loads.items()]:
+            for work, look in loads.items():
+                load, values = look(), [model, work]
+                waiting.add_metric(values, load.waiting)
+                running.add_metric(values, load.running)
+                for outcome, count in load.outcomes.items():
+                    ended.add_metric([*values, outcome], count)
         yield from (waiting, running, ended)

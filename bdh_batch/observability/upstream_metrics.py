@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
-from bdh_batch.observability.metrics import FIRST_TOKEN
+from bdh_batch.observability.engine_metrics import FIRST_TOKEN
 
 
 class EndpointState(Protocol):

@@ -24,11 +24,14 @@ from bdh_batch.backends.engine_port import EnginePort
 from bdh_batch.backends.recorder import StepRecorder
 from bdh_batch.backends.wire import Welcome
 from bdh_batch.engine.loading import LoadedEngine, load_engine, start_worker
+from bdh_batch.errors import NotEnoughMemory
 from bdh_batch.kernels.base import Weights
-from bdh_batch.observability.metrics import Metrics
-from bdh_batch.processes.chosen_model import chosen_model, model_name
-from bdh_batch.processes.engines import LOADER, LoadEngine, engine_info, local_backend
+from bdh_batch.observability.engine_metrics import EngineMetrics
+from bdh_batch.observability.metrics import exposition, process_registry
+from bdh_batch.processes.engines import LOADER, LoadEngine, engine_info, local_backend, watch_engine
 from bdh_batch.processes.folder import RuntimeFolder
+from bdh_batch.processes.metrics_socket import report
+from bdh_batch.processes.model_settings import ModelSettings, chosen_model
 from bdh_batch.settings import Settings
 from bdh_batch.system.threads import in_daemon_thread
 from bdh_batch.text.folder import TextComponents, load_text
@@ -43,7 +46,7 @@ LONGEST_INTERVAL = 1.0  # seconds between two of them
 
 
 async def run_engine(
-    settings: Settings,
+    model: ModelSettings,
     folder: RuntimeFolder,
     name: str,
     on_ready: Callable[[], None],
@@ -52,26 +55,27 @@ async def run_engine(
     """Serves front ends until SIGTERM, then until its streams have moved to other engines, or ended.
 
     Args:
-        name: of its socket in `folder`.
+        folder: of the model's engines.
+        name: of its socket there.
         on_ready: is called once front ends can connect.
         load: makes the engine, off the event loop.
 
     Raises:
         ConfigError, CheckpointError: it cannot start.
     """
+    settings = model.settings
     leaving, located = _signalled(), chosen_model(settings)
-    path, model = located.path, model_name(settings, located)
-    engine, text, vocabulary = await in_daemon_thread(partial(_load, settings, path, load), LOADER)
-    facts = engine_info(engine, settings)
-    metrics = Metrics(model)
+    engine, text, vocabulary = await in_daemon_thread(partial(_load, settings, located.path, load), LOADER)
+    facts, registry = engine_info(engine, settings), process_registry()
+    metrics = EngineMetrics(registry, model.name)
     worker = start_worker(settings, engine, metrics, StepRecorder(folder.step(name)))
-    metrics.watch(lambda: worker.load)
+    watch_engine(metrics, worker, facts, settings)
     backend = local_backend(worker, engine, text, settings)
     grammars = Grammars(vocabulary, None, cache_bytes=settings.structured_output.cache_memory)
     welcome = Welcome(
         version=__version__,
         pid=os.getpid(),
-        model=model,
+        model=model.name,
         device=str(engine.model.weights.embed.device),
         fingerprint=fingerprint(engine, settings),
         vocab_size=facts.vocab_size,
@@ -82,8 +86,10 @@ async def run_engine(
     )
     folder.agree(welcome.fingerprint)
     interval = min(LONGEST_INTERVAL, settings.engine.heartbeat_seconds / HEARTBEATS)
-    port = EnginePort(backend, grammars, welcome, folder.secret, interval, lambda: worker.load, metrics.exposition)
+    port = EnginePort(backend, grammars, welcome, folder.secret, interval, lambda: worker.load)
     server = await asyncio.get_running_loop().create_unix_server(port.new_connection, sock=folder.listen(name))
+    folder.metrics(name).unlink(missing_ok=True)
+    reporting = await report(partial(exposition, registry), folder.metrics(name))
     watching = asyncio.create_task(_end_when_unhealthy(backend.health))
     try:
         on_ready()
@@ -92,6 +98,7 @@ async def run_engine(
         await _leave(port, settings.server.drain_seconds)
     finally:
         server.close()
+        reporting.close()
         port.close()
         await asyncio.to_thread(backend.close)
         located.close()
@@ -114,7 +121,10 @@ async def _end_when_unhealthy(health: Callable[[], str | None]) -> None:
 def _load(settings: Settings, path: Path, load: LoadEngine) -> tuple[LoadedEngine, TextComponents, Vocabulary | str]:
     folder = path if path.is_dir() else path.parent
     text = load_text(folder, settings.chat.template, settings.chat.parse_special_tokens)
-    engine = load(settings, path)
+    try:
+        engine = load(settings, path)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise NotEnoughMemory(f"there is not enough memory for the model at {path}") from error
     size = engine.model.config.vocab_size
     text = text.fit(size)
     return engine, text, vocabulary_of(text.tokenizer, size, text.eos)

@@ -11,7 +11,8 @@ from typing import Protocol
 from bdh_batch.backends.base import Backend
 from bdh_batch.backends.local import Engine, LocalBackend
 from bdh_batch.engine.loading import LoadedEngine, attention_window, load_engine, start_worker
-from bdh_batch.engine.worker import Load, Observer
+from bdh_batch.engine.worker import Observer
+from bdh_batch.observability.engine_metrics import EngineMetrics
 from bdh_batch.processes.components import Components
 from bdh_batch.settings import Settings
 from bdh_batch.system.threads import in_daemon_thread
@@ -51,21 +52,18 @@ class Engines(Protocol):
     def open(self, components: Components) -> Backend:
         """Returns the backend of the engines. To be called on the event loop, after `load`."""
 
-    @property
-    def current_load(self) -> Callable[[], Load] | None:
-        """Returns how many sequences run and wait; None where other processes report that in their own metrics."""
-
-    async def expositions(self) -> Mapping[str, bytes]:
-        """Returns the metrics of engine processes in Prometheus' text format, by the processes' names."""
-
     def states(self) -> Sequence[Mapping[str, object]]:
         """Returns pid, model, device and state of each engine process."""
+
+    def close(self) -> None:
+        """Disconnects from engine processes. Idempotent."""
 
 
 class LocalEngine:
     """The engine in this process.
 
     Args:
+        metrics: of the engine.
         observer: is notified of what the engine does.
         load: loads the model and makes the engine, off the event loop.
         start: starts the engine's worker, on the event loop.
@@ -77,12 +75,14 @@ class LocalEngine:
         self,
         settings: Settings,
         path: Path,
+        metrics: EngineMetrics,
         observer: Observer,
         load: LoadEngine = load_engine,
         start: StartEngine = start_worker,
     ) -> None:
         self._settings = settings
         self._path = path
+        self._metrics = metrics
         self._observer = observer
         self._make = load
         self._start = start
@@ -92,18 +92,28 @@ class LocalEngine:
         return engine_info(engine, self._settings)
 
     def open(self, components: Components) -> LocalBackend:
-        self._worker = self._start(self._settings, self.engine, self._observer)
-        return local_backend(self._worker, self.engine, components.text, self._settings)
-
-    @property
-    def current_load(self) -> Callable[[], Load]:
-        return lambda: self._worker.load
-
-    async def expositions(self) -> Mapping[str, bytes]:
-        return {}
+        worker = self._start(self._settings, self.engine, self._observer)
+        watch_engine(self._metrics, worker, engine_info(self.engine, self._settings), self._settings)
+        return local_backend(worker, self.engine, components.text, self._settings)
 
     def states(self) -> Sequence[Mapping[str, object]]:
         return ()
+
+    def close(self) -> None:
+        """There is no process to disconnect from."""
+
+
+def watch_engine(metrics: EngineMetrics, worker: Engine, info: EngineInfo, settings: Settings) -> None:
+    """Has the metrics report an engine's sizes, and its load at the moment of a scrape."""
+    metrics.watch(lambda: worker.load)
+    metrics.describe_cache(
+        num_gpu_blocks=info.slots,  # states on the device, which without a GPU is main memory
+        num_cpu_blocks=info.host_slots,
+        block_size=settings.model.max_model_len,  # tokens that a state can stand for
+        cache_dtype=settings.engine.state_dtype,
+        enable_prefix_caching=settings.prefix_cache.enabled,
+        sliding_window=info.window or None,
+    )
 
 
 def engine_info(engine: LoadedEngine, settings: Settings) -> EngineInfo:

@@ -1,7 +1,9 @@
-"""The folder that the processes of one server share: their sockets, and the secret by which they authenticate."""
+"""The folder that the processes of one server share: their sockets, and the secrets by which they authenticate."""
 
 from __future__ import annotations
 
+import fcntl
+import os
 import secrets
 import shutil
 import socket
@@ -24,21 +26,42 @@ class RuntimeFolder:
 
     @classmethod
     def make(cls) -> RuntimeFolder:
-        """Makes a new folder and its secret. Raises ConfigError where that is not possible."""
+        """Makes a new folder. Raises ConfigError where that is not possible."""
         try:
             path = Path(tempfile.mkdtemp(prefix="bdh-batch-"))
-            (path / "secret").write_text(secrets.token_hex(16), encoding="ascii")
-            (path / "secret").chmod(0o600)
         except OSError as error:
             raise ConfigError(f"TMPDIR: no folder for sockets can be made there ({error})") from error
-        if len(bytes(path)) + len("/engine-000-000.sock") > LONGEST:
+        if len(bytes(path)) + len("/00/engine-000-000.sock") > LONGEST:
             shutil.rmtree(path, ignore_errors=True)
             raise ConfigError(f"TMPDIR: {path.parent} is too long for the paths of sockets")
         return cls(path)
 
+    def lock(self) -> int:
+        """Locks the folder, so that systemd-tmpfiles does not remove it as old; returns the descriptor of the lock."""
+        descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        return descriptor
+
+    def of_model(self, number: int) -> RuntimeFolder:
+        """The folder in it that is for the engines of one model."""
+        return RuntimeFolder(self.path / str(number))
+
+    def make_anew(self) -> None:
+        """Makes the folder of a model, with a new secret, and removes what was there. Raises OSError."""
+        self.remove()
+        self.path.mkdir(mode=0o700)
+        file = os.open(self.path / "secret", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(file, "w", encoding="ascii") as secret:
+            secret.write(secrets.token_hex(16))
+
+    @property
+    def control(self) -> Path:
+        """The socket at which the supervisor takes commands."""
+        return self.path / "control"
+
     @property
     def secret(self) -> str:
-        """What front ends have to send to engines."""
+        """What front ends have to send to the engines of a model."""
         return (self.path / "secret").read_text(encoding="ascii")
 
     def engine(self, name: str) -> Path:
@@ -83,23 +106,23 @@ class RuntimeFolder:
         """The file in which an engine records its current step."""
         return step_file(self.engine(name))
 
-    def front_end(self, name: str) -> Path:
-        """The socket at which a front end reports its metrics."""
+    def metrics(self, name: str) -> Path:
+        """The socket at which a process reports its metrics."""
         return self.path / f"{name}.metrics"
 
     def engines(self) -> Mapping[str, Path]:
         """The sockets of engines, by the engines' names."""
         return {path.stem: path for path in sorted(self.path.glob("*.sock"))}
 
-    def front_ends(self) -> Mapping[str, Path]:
-        """The metrics sockets of front ends, by the front ends' names."""
-        return {path.stem: path for path in sorted(self.path.glob("*.metrics"))}
+    def reporting(self) -> Mapping[str, Path]:
+        """The sockets at which processes report their metrics, those of engines included, by the processes' names."""
+        return {path.stem: path for pattern in ("*.metrics", "*/*.metrics") for path in sorted(self.path.glob(pattern))}
 
     def forget(self, name: str) -> None:
         """Removes the files of a process of that name, which was killed or has ended."""
         self.engine(name).unlink(missing_ok=True)
         self.step(name).unlink(missing_ok=True)
-        self.front_end(name).unlink(missing_ok=True)
+        self.metrics(name).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Deletes the folder. Idempotent."""

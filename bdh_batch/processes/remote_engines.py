@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from bdh_batch import __version__
 from bdh_batch.backends.remote import RemoteBackend
 from bdh_batch.backends.replica import Reader, Replica
 from bdh_batch.backends.wire import Welcome
-from bdh_batch.engine.worker import Load
 from bdh_batch.processes.components import Components
 from bdh_batch.processes.engines import EngineInfo
 from bdh_batch.processes.folder import RuntimeFolder
@@ -31,7 +30,6 @@ class RemoteEngines:
     """
 
     compiles_grammars = True
-    current_load: Callable[[], Load] | None = None
 
     def __init__(self, settings: Settings, folder: RuntimeFolder) -> None:
         self._settings = settings
@@ -61,11 +59,6 @@ class RemoteEngines:
         backend.replicas = self._replicas
         self._backend = backend
         return backend
-
-    async def expositions(self) -> Mapping[str, bytes]:
-        names = [*self._replicas]
-        found = await asyncio.gather(*(self._replicas[name].metrics() for name in names))
-        return {name: exposition for name, exposition in zip(names, found, strict=True) if exposition}
 
     def states(self) -> Sequence[Mapping[str, object]]:
         found = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -29,11 +29,12 @@ def available_memory(root: Path = ROOT) -> int:
 def usable_cores(root: Path = ROOT) -> int:
     """Cores that threads can keep busy: those that this process may run on, or fewer where a quota gives less time."""
     quotas = [math.ceil(quota) for quota in _quotas(root)]
-    return max(1, min([_cores(), *quotas]))
+    return max(1, min([len(cores()), *quotas]))
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def cores() -> Sequence[int]:
+    """The numbers of the cores that this process may run on."""
+    return sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
 
 
 def _system_memory(root: Path) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
@@ -264,13 +264,3 @@ class KServeUpstream(Upstream):
 
 
 AnyUpstream = Annotated[KServeUpstream | GradioUpstream | OpenAIUpstream, Field(discriminator="kind")]
-
-
-def check_names(upstreams: list[Any]) -> None:
-    """Raises ConfigError where two upstreams have a name in common."""
-    seen: set[str] = set()
-    for upstream in upstreams:
-        for name in (upstream.id, *upstream.aliases):
-            if name in seen:
-                raise ConfigError(f"upstreams: {name!r} is the name of two")
-            seen.add(name)

@@ -22,11 +22,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from prometheus_client import CollectorRegistry
+
 from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.mailbox import Mailbox
 from bdh_batch.engine.worker import Worker
 from bdh_batch.messages import Outcome, SamplingParams
-from bdh_batch.observability.metrics import Metrics
+from bdh_batch.observability.engine_metrics import EngineMetrics
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.sequence import Client, Prefix, Sequence
@@ -85,7 +87,7 @@ def newcomers(draw: random.Random, number: int, running: int) -> list[Sequence]:
 
 async def measure(scenario: str, running: int, waiting: int, steps: int) -> dict[str, dict[str, Any]]:
     scheduler = make_scheduler(scenario, running, waiting)
-    worker = Worker(Scheduler(1, 1), NoRunner(), Metrics("none"), 1)
+    worker = Worker(Scheduler(1, 1), NoRunner(), EngineMetrics(CollectorRegistry(), "none"), 1)
     draw, churn = random.Random(1), scenario == "coming and going"
     times: dict[str, list[float]] = {"plan": [], "commit": [], "publish": [], "deliver": []}
     gc.collect()

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Sequence as Many
 from dataclasses import dataclass
 from typing import Protocol
 
+from prometheus_client import CollectorRegistry
+
 from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.worker import Worker
 from bdh_batch.messages import Delta, Outcome, Plan, SamplingParams, Segment
-from bdh_batch.observability.metrics import Metrics
+from bdh_batch.observability.engine_metrics import EngineMetrics
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.scheduler.sequence import Client, Sequence
@@ -95,7 +97,9 @@ def take(runner: Runs, completions: list[list[int]], slots: list[int], segments:
 async def continuous(runner: Runs, jobs: Many[Job], batch: int, prefill_tokens: int) -> list[list[int]]:
     ended = Ended(len(jobs))
     policy = Policy(target_step=0.1)
-    worker = Worker(Scheduler(batch, prefill_tokens, policy), runner, Metrics("benchmark"), len(jobs))
+    worker = Worker(
+        Scheduler(batch, prefill_tokens, policy), runner, EngineMetrics(CollectorRegistry(), "benchmark"), len(jobs)
+    )
     try:
         worker.submit([sequence(job, index, ended) for index, job in enumerate(jobs)])
         await ended.all

@@ -24,7 +24,7 @@ from bdh_batch import settings
 from bdh_batch.checkpoint.checkpoint import load_model
 from bdh_batch.engine.loading import LoadedEngine
 from bdh_batch.messages import Outcome, Plan, TokenLogprob
-from bdh_batch.processes.chosen_model import bundled_model
+from bdh_batch.processes.model_settings import bundled_model
 from bdh_batch.server import run
 
 TEXT = b'He said: "The quick brown fox jumps over the lazy dog." And it did, too. '

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import uvloop
+from prometheus_client import CollectorRegistry
 
 from bdh_batch import settings
 from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.loading import LoadedEngine, start_worker
 from bdh_batch.engine.worker import Worker
 from bdh_batch.messages import Delta
-from bdh_batch.observability.metrics import Metrics
+from bdh_batch.observability.engine_metrics import EngineMetrics
 from bdh_batch.scheduler.sequence import Client, Sequence as Generation
 from benchmarks import ROOT
 from benchmarks.engine.play import Silent
@@ -85,7 +86,7 @@ class InProcess:
         return uvloop.run(self._run(loads.jobs(load), streams))
 
     async def _run(self, jobs: Sequence[Job], streams: int) -> Figures:
-        worker = start_worker(self._settings, self._engine, Metrics("benchmark"))
+        worker = start_worker(self._settings, self._engine, EngineMetrics(CollectorRegistry(), "benchmark"))
         try:
             crowd = Crowd(worker, jobs)
             began = time.perf_counter()

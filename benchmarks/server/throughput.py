@@ -32,7 +32,7 @@ from pathlib import Path
 
 from bdh_batch import settings
 from bdh_batch.engine.loading import load_engine
-from bdh_batch.processes.chosen_model import bundled_model
+from bdh_batch.processes.model_settings import bundled_model
 from benchmarks import ROOT
 from benchmarks.common import figure, ratio
 from benchmarks.engine.static import heavy_tailed, ideal

@@ -30,7 +30,7 @@ from typing import Any
 import psutil
 
 from bdh_batch.bench.outcome import Failed
-from bdh_batch.processes.chosen_model import bundled_model
+from bdh_batch.processes.model_settings import bundled_model
 from benchmarks.report import report_head, results_folder, write_report
 from benchmarks.stress.clients import Target, asks_little, holds_on, meet
 from benchmarks.stress.crowd import Soak, Watch

@@ -105,7 +105,7 @@ class FakeEngine:
         )
         self.backend = LocalBackend(worker, ByteTokenizer(), 256, None, 60.0)
         welcome = Welcome(__version__, 1, "fake", "cpu", "same", 256, 1, self._slots, 0, 0)
-        self.port = EnginePort(self.backend, NoGrammars(), welcome, SECRET, 0.05, lambda: worker.load, lambda: b"")
+        self.port = EnginePort(self.backend, NoGrammars(), welcome, SECRET, 0.05, lambda: worker.load)
         self.socket.unlink(missing_ok=True)
         self._server = await asyncio.get_running_loop().create_unix_server(self.port.new_connection, str(self.socket))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from contextlib import ExitStack
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -124,9 +125,5 @@ def _request(raw: bytes) -> Request:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": raw}
 
-    scope = {
-        "type": "http",
-        "headers": [],
-        "state": {"id": "x", "caller": SimpleNamespace(label="a"), "standing": {}, "span": None},
-    }
-    return Request(scope, receive)
+    state = {"id": "x", "caller": SimpleNamespace(label="a"), "standing": {}, "span": None, "cleanup": ExitStack()}
+    return Request({"type": "http", "headers": [], "state": state}, receive)

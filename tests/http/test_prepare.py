@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import ExitStack
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +26,7 @@ KEY = Key(sha256="b" * 64, weight=3.0)
 
 def prepared(caller: Caller, timeout: str | None = None, **fields: Any) -> GenerationRequest:
     headers = [] if timeout is None else [(b"x-request-timeout", timeout.encode())]
-    state = {"caller": caller, "id": "r-1", "span": None, "standing": {}}
+    state = {"caller": caller, "id": "r-1", "span": None, "standing": {}, "cleanup": ExitStack()}
     request = Request({"type": "http", "headers": headers, "state": state})
     backend = LocalBackend(SimpleNamespace(), ByteTokenizer(), 256, None, 60.0)
     model: Any = SimpleNamespace(backend=backend, defaults=Defaults(), max_model_len=None)

@@ -14,17 +14,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grpc
 import httpx
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
 from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
+from tritonclient.grpc.service_pb2 import ModelInferRequest
 
 from bdh_batch import settings
 from bdh_batch.errors import ConfigError
 from bdh_batch.observability import spans as module
 from bdh_batch.observability.spans import Spans, traces_url
 from bdh_batch.processes.service import open_spans
+from tests.conftest import free_port
 
 if TYPE_CHECKING:
     from tests.conftest import ServeFactory, Server
@@ -33,6 +36,7 @@ TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SECRET = "the-secret-word"
 ERROR = Status.STATUS_CODE_ERROR
+GRPC_PORT = free_port()
 WITHIN = 300.0  # seconds, or it is a failure
 
 
@@ -146,8 +150,24 @@ def traced(serve: ServeFactory) -> Iterator[tuple[Server, Collector]]:
     environment = {"OTEL_BSP_SCHEDULE_DELAY": "50", "OTEL_EXPORTER_OTLP_HEADERS": "x-tenant=team-a"}
     with listening(collector) as url:
         option = f"telemetry.otlp_endpoint={url}"
-        with serve(option, "limits.max_n=4", model=TINY, env=environment) as server:
+        options = (option, "limits.max_n=4", f"kserve.grpc_port={GRPC_PORT}")
+        with serve(*options, model=TINY, env=environment) as server:
             yield server, collector
+
+
+def test_a_call_of_grpc_is_part_of_its_clients_trace(traced: tuple[Server, Collector]) -> None:
+    _, collector = traced
+    asked = ModelInferRequest(model_name="tiny")
+    asked.inputs.add(name="prompt", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"a")
+    asked.parameters["max_tokens"].int64_param = 3
+    metadata = [("x-request-id", "called"), ("traceparent", f"00-{TRACE}-{PARENT}-01")]
+    with grpc.insecure_channel(f"127.0.0.1:{GRPC_PORT}") as channel:
+        route = "/inference.GRPCInferenceService/ModelInfer"
+        channel.unary_unary(route)(asked.SerializeToString(), metadata=metadata, timeout=WITHIN)
+    request, (generation,) = collector.of("called", 1)
+    assert (request.trace, request.parent, request.failed) == (TRACE, PARENT, False)
+    assert (request["http.route"], request["http.response.status_code"]) == (route, 200)
+    assert generation["gen_ai.usage.completion_tokens"] == 3
 
 
 def ask(server: Server, id: str, path: str = "/v1/completions", status: int = 200, **body: Any) -> httpx.Response:

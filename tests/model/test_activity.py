@@ -17,7 +17,7 @@ from bdh_batch.kernels.base import Kernels, RaggedBatch
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Outcome, Plan, SamplingParams, Segment
-from bdh_batch.processes.chosen_model import bundled_model
+from bdh_batch.processes.model_settings import bundled_model
 from benchmarks.engine.synthetic import synthetic_weights
 from tests.kernels.support import model as config_of, states_for
 

@@ -38,6 +38,18 @@ def test_an_engine_takes_the_place_of_one_that_was_killed(folder: RuntimeFolder)
 
 
 def test_only_its_owner_can_enter_it(folder: RuntimeFolder) -> None:
-    assert folder.path.stat().st_mode & 0o077 == 0
-    assert (folder.path / "secret").stat().st_mode & 0o077 == 0
-    assert len(folder.secret) == 32
+    of_model = folder.of_model(3)
+    of_model.make_anew()
+    for path in (folder.path, of_model.path, of_model.path / "secret"):
+        assert path.stat().st_mode & 0o077 == 0
+    assert len(of_model.secret) == 32
+
+
+def test_a_model_that_is_loaded_again_begins_anew(folder: RuntimeFolder) -> None:
+    of_model = folder.of_model(0)
+    of_model.make_anew()
+    before = of_model.secret
+    of_model.agree("these weights")
+    of_model.make_anew()
+    of_model.agree("others")
+    assert of_model.secret != before

@@ -156,9 +156,10 @@ class TestResponses:
         several.complete(prompt="a", max_tokens=5)
         metrics = several.metrics()
         generated = {name: value for name, value in metrics.items() if name.startswith("bdh_generation_tokens_total")}
-        assert {"front-0", "front-1"} <= {name.partition("process=")[2].rstrip("}") for name in generated}
-        assert sum("engine" in name for name in generated) == 2
+        assert len(generated) == sum("engine" in name for name in generated) == 2
         assert sum(generated.values()) >= 5
+        answered = {name for name in metrics if name.startswith("bdh_http_requests_in_flight")}
+        assert answered == {f"bdh_http_requests_in_flight{{process=front-{number}}}" for number in range(2)}
 
 
 class TestLosses:
@@ -294,4 +295,4 @@ def _lives(pid: int) -> bool:
 
 def _folder(pid: int) -> Path:
     words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-    return Path(words[words.index("--process") + 1].split(":")[1])
+    return Path(words[words.index("--process") + 1].split(":")[2])

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from bdh_batch.processes.supervisor import Role, engine_roles, environment
+from bdh_batch.errors import ConfigError
+from bdh_batch.processes import placement
+from bdh_batch.processes.children import Role, environment
+from bdh_batch.processes.model_settings import models_of
+from bdh_batch.processes.placement import engine_roles
+from bdh_batch.processes.supervisor import check
 from bdh_batch.settings import load
 
 
@@ -23,15 +28,86 @@ def test_an_engine_sees_its_own_gpu_of_those_that_the_server_sees(
     monkeypatch: pytest.MonkeyPatch, visible: str, device: str, expected: str
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert environment(Role("engine", 0, device))["CUDA_VISIBLE_DEVICES"] == expected
+    assert environment(Role("engine", 0, device=device))["CUDA_VISIBLE_DEVICES"] == expected
+
+
+def roles(*overrides: tuple[str, object]) -> list[list[Role]]:
+    chosen = load(overrides=[("model.device", "cpu"), *overrides]).settings
+    return engine_roles(models_of(chosen), chosen.server.max_loaded_models)
 
 
 def test_there_is_an_engine_for_each_device_or_replica() -> None:
-    def devices(*overrides: tuple[str, object]) -> list[str]:
-        return [role.device for role in engine_roles(load(overrides=overrides).settings)]
+    def devices(*overrides: tuple[str, object]) -> list[list[str]]:
+        return [[role.device for role in each] for each in roles(*overrides)]
 
-    assert devices(("engine.replicas", "3")) == ["", "", ""]
-    assert devices(("engine.devices", "cuda:0,cuda:1")) == ["cuda:0", "cuda:1"]
-    assert devices(("server.workers", "2")) == [""]
-    [only] = engine_roles(load(overrides=[("engine.replicas", "1"), ("engine.threads", "1")]).settings)
-    assert only.threads is None  # as the settings say
+    assert devices(("engine.replicas", "3")) == [["", "", ""]]
+    assert devices(("engine.devices", "cuda:0,cuda:1")) == [["cuda:0", "cuda:1"]]
+    assert devices(("server.workers", "2")) == [[""]]
+    assert devices(("models", "[{id: a, replicas: 2}, {id: b}]")) == [["", ""], [""]]
+    assert [role.number for each in roles(("models", "[{id: a, replicas: 2}, {id: b}]")) for role in each] == [0, 1, 2]
+
+
+class TestCores:
+    @pytest.fixture(autouse=True)
+    def eight(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(placement, "usable_cores", lambda: 8)
+        monkeypatch.setattr(placement, "cores", lambda: range(8))
+
+    def test_one_engine_has_all_and_several_share_them(self) -> None:
+        assert [role.cores for role in roles(("engine.replicas", "1"))[0]] == [()]
+        assert [role.cores for role in roles(("engine.replicas", "2"))[0]] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+        assert {role.cores for role in roles(("engine.devices", "cuda:0,cuda:1"))[0]} == {()}
+
+    def test_models_share_them_as_many_as_are_loaded_at_once(self) -> None:
+        entries = "[{id: a}, {id: b, load: on_demand}, {id: c, load: on_demand, replicas: 2}]"
+        every = [role.cores for each in roles(("models", entries)) for role in each]
+        assert every == [(0, 1), (2, 3), (4, 5), (6, 7)]
+        two = [role.cores for each in roles(("models", entries), ("server.max_loaded_models", "2")) for role in each]
+        assert two == [(0, 1), (2, 3), (4, 5), (6, 7)]
+        entries = "[{id: a, load: on_demand}, {id: b, load: on_demand}]"
+        assert {role.cores for [role] in roles(("models", entries), ("server.max_loaded_models", "1"))} == {()}
+
+    def test_threads_that_are_asked_for_must_be_there(self) -> None:
+        threads = ("engine.threads", "4")
+        assert [role.cores for role in roles(("engine.replicas", "2"), threads)[0]] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+        with pytest.raises(ConfigError, match="4 for each of 3 engines are more than the 8 cores"):
+            roles(("engine.replicas", "3"), threads)
+        assert len(roles(("engine.replicas", "12"), ("engine.threads", "1"))[0]) == 12
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([("engine.replicas", "2"), ("engine.devices", "cuda:0")], "engine.replicas: 2, but engine.devices has 1"),
+        (
+            [("models", "[{id: a, replicas: 2, devices: [cpu]}]")],
+            "models (a): replicas: 2, but models (a): devices has 1",
+        ),
+        ([("models", "[{id: a}]"), ("model.path", "x")], "model.path: leave it out"),
+        ([("models", "[{id: a}]"), ("model.aliases", "x")], "model.aliases: leave it out"),
+        ([("server.max_loaded_models", "1")], "server.max_loaded_models: there is one model only"),
+        (
+            [("models", "[{id: a}, {id: b, load: on_demand}]"), ("server.max_loaded_models", "1")],
+            "server.max_loaded_models: 1, but 1 are loaded when the server starts",
+        ),
+        (
+            [("server.workers", "2"), ("rate_limiting.enabled", "true")],
+            "rate_limiting.storage: each of several processes",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(overrides: list[tuple[str, object]], message: str) -> None:
+    chosen = load(overrides=overrides).settings
+    with pytest.raises(ConfigError) as caught:
+        check(chosen, models_of(chosen))
+    assert message in str(caught.value)
+
+
+def test_a_model_of_several_has_what_its_entry_gives_and_else_what_all_have() -> None:
+    entries = "[{id: a, path: x, dtype: bfloat16, state_memory: 1 MiB}, {id: b, load: on_demand, keep_alive: 3}]"
+    overrides = [("models", entries), ("model.max_model_len", "7"), ("engine.state_memory", "2 MiB")]
+    first, second = models_of(load(overrides=overrides).settings)
+    assert (first.name, first.settings.model.dtype, first.settings.engine.state_memory) == ("a", "bfloat16", 2**20)
+    assert (second.settings.model.dtype, second.settings.engine.state_memory) == ("float32", 2**21)
+    assert first.settings.model.max_model_len == second.settings.model.max_model_len == 7
+    assert (first.on_demand, second.on_demand, second.keep_alive) == (False, True, 3.0)

@@ -9,7 +9,7 @@ import pytest
 
 from bdh_batch import cli as command_line
 from bdh_batch.errors import CheckpointError, ConfigError
-from bdh_batch.processes.chosen_model import chosen_model
+from bdh_batch.processes.model_settings import chosen_model
 from bdh_batch.registry.locate import locate
 from bdh_batch.registry.store import Store
 from bdh_batch.settings import load

@@ -36,6 +36,16 @@ class Caller:
     def weight(self) -> float | None:
         return None if self.key is None else self.key.weight
 
+    @property
+    def is_operator(self) -> bool:
+        """Whether it may load and unload models, and see engine processes; anyone may where no keys are asked for."""
+        return self.key is None or bool(self.key.operator)
+
+    def check_operator(self) -> None:
+        """Raises Forbidden unless it is an operator."""
+        if not self.is_operator:
+            raise Forbidden("This API key is not an operator's.", "model")
+
     def may_use(self, names: Collection[str]) -> bool:
         """Whether a model of these names is among its own."""
         return self.key is None or self.key.models is None or not set(names).isdisjoint(self.key.models)

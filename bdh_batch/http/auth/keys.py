@@ -59,6 +59,7 @@ class Key(BaseModel):
     weight: Annotated[float, Field(ge=0.001, le=1000)] | None = None  # its share beside other keys
     requests_per_minute: PositiveInt | None = None
     tokens_per_minute: PositiveInt | None = None
+    operator: bool | None = None  # whether it may load and unload models, and see the engine processes
     top_priority: int | None = None  # the lowest `priority`, which goes first, of its requests; None is no such right
 
     @property

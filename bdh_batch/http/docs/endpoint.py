@@ -11,6 +11,10 @@ from pydantic import BaseModel
 
 from bdh_batch.http.docs.response_types import Error
 
+MODEL = (403, 404, 503)  # of all that asks for the model
+WORK = (429, 504)  # of all that the engine works on
+UPSTREAM = (502,)  # of all that an upstream may work on instead
+
 
 class Open(Enum):
     """What anyone may ask for as often as they like."""

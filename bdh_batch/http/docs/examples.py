@@ -15,6 +15,7 @@ CARD: dict[str, Any] = {
     "owned_by": "bdh_batch",
     "root": NAME,
     "max_model_len": 131072,
+    "status": {"value": "loaded"},
 }
 QUESTION = {"role": "user", "content": "Who is there?"}
 ENTER = {

@@ -28,6 +28,7 @@ REFUSALS = {
     401: "The key is missing or wrong (`invalid_api_key`).",
     403: "A key that may not do this.",
     404: "No such model.",
+    409: "The model is still in use.",
     408: "The request came too slowly, or waited past its deadline.",
     413: "The body is larger than `limits.max_body_bytes`, perhaps once it is decompressed.",
     415: "The body is not JSON by its `content-type`, or in another coding than gzip and deflate.",

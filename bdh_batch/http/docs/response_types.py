@@ -294,6 +294,18 @@ class TokenizerInfo(BaseModel):
     vocab_size: Count
 
 
+class ModelStatus(ResponseModel):
+    """What a model is doing."""
+
+    value: Literal["loaded", "loading", "unloaded", "unloading", "failed"]
+
+
+class Success(ResponseModel):
+    """The response of /models/load and /models/unload."""
+
+    success: Literal[True]
+
+
 class ModelCard(ResponseModel):
     """A model, as /v1/models lists it."""
 
@@ -303,6 +315,7 @@ class ModelCard(ResponseModel):
     owned_by: str
     root: str = Field(description="The model's name; another id is an alias of it.")
     max_model_len: int | None
+    status: ModelStatus
 
 
 class ModelList(ResponseModel):
@@ -347,7 +360,9 @@ class ServerInfo(ResponseModel):
     version: str
     model: str
     config: dict[str, dict[str, JsonValue]]
-    engines: list[EngineProcess] | None = Field(None, description="Engine processes, where the model has some.")
+    engines: list[EngineProcess] | None = Field(
+        None, description="Engine processes, where there are some; for operators' keys."
+    )
 
 
 class Root(ResponseModel):

@@ -15,7 +15,7 @@ from bdh_batch.http.request.body import read_object
 from bdh_batch.http.request.client import Client
 from bdh_batch.http.responses.generation import EventStream, whole
 from bdh_batch.http.serving import Serving, response_options
-from bdh_batch.http.tensors.inference import Asked, InferRequest, ask, find_model, start, within
+from bdh_batch.http.tensors.inference import Asked, InferRequest, ask, find_model, start, use_model, within
 from bdh_batch.http.tensors.metadata import model_metadata, server_metadata
 
 BINARY_OUTPUT = "binary_data_output"  # a parameter of a request: whether outputs are binary that do not say
@@ -44,8 +44,8 @@ class KServe:
 
     async def model_ready(self, request: Request) -> Response:
         name, version = _named(request)
-        find_model(self._serving, request.state.caller, name, version)
-        return _yes(self._serving.gate.ready(), name=name, ready=True)
+        model = find_model(self._serving, request.state.caller, name, version)
+        return _yes(model.ready(), name=name, ready=True)
 
     async def infer(self, request: Request) -> Response:
         raw, client = await request.body(), Client.of(request)
@@ -84,8 +84,8 @@ class KServe:
         aside = serving.aside(client.caller)
         asked, prompt_name = await aside.run(len(raw), self._read_generate, request, raw, streams)
         body, named = asked.body, asked.request
-        client = within(client, asked.timeout)
-        model = find_model(serving, client.caller, named.model, named.version)
+        within(client, asked.timeout)
+        model = await use_model(serving, client, named.model, named.version)
         envelope = self._envelope(request, named.id)
         options, tokenizer = response_options(named.id, body, model), model.backend.tokenizer
         frames = GenerateFrames(options, tokenizer, envelope, prompt_name)

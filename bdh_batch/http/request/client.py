@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,41 +26,55 @@ TIMEOUT_HEADER = "x-request-timeout"
 LONGEST_TIMEOUT = 86400.0  # seconds
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Client:
     """Whoever waits for the response to one request, over HTTP or gRPC.
 
     Args:
         id: of the request.
         standing: where the caller stands in its rate limits, as headers; filled in as that becomes known.
-        timeout: seconds from the request's arrival to its end, where the client gives it some.
-        headers: by their names in lower case; over gRPC, the metadata.
+        given_timeout: seconds from the request's arrival to its end, or what the client wrote for them.
         leaves: returns once the client has gone; None where the task that serves it is cancelled instead. The body
             must have been read.
+        headers: by their names in lower case; over gRPC, the metadata.
+        cleanup: is closed when the request has ended.
+        model: the name of the model that it uses, once that is known.
     """
 
     id: str
     caller: Caller
     standing: dict[str, str]
     span: RequestSpan | None = None
-    timeout: float | None = None
+    given_timeout: str | float | None = None
     leaves: Callable[[], Awaitable[None]] | None = None
+    cleanup: ExitStack = field(default_factory=ExitStack)
+    model: str | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, request: Request) -> Client:
-        """The client of an HTTP request. Raises InvalidRequest: its timeout is none."""
+        """The client of an HTTP request; the same one each time."""
         state = request.state
-        timeout = parse_timeout(request.headers.get(TIMEOUT_HEADER))
-        leaves = partial(left, request.receive)
-        return cls(state.id, state.caller, state.standing, state.span, timeout, leaves, request.headers)
+        if not hasattr(state, "client"):
+            headers, leaves = request.headers, partial(left, request.receive)
+            known = (state.id, state.caller, state.standing, state.span)
+            timeout = headers.get(TIMEOUT_HEADER)
+            state.client = cls(*known, timeout, leaves, state.cleanup, headers=headers)
+        client: Client = state.client
+        return client
+
+    @property
+    def timeout(self) -> float | None:
+        """Seconds. Raises InvalidRequest."""
+        return parse_timeout(self.given_timeout)
 
     def origin(self) -> Origin:
+        """What the scheduler is told of it. Raises InvalidRequest: its timeout is none."""
         caller = self.caller
         return Origin(self.id, caller.label, caller.weight, caller.namespace, self.timeout, self.span)
 
 
-def parse_timeout(given: str | None) -> float | None:
+def parse_timeout(given: str | float | None) -> float | None:
     """The seconds that a client gives its request. Raises InvalidRequest."""
     if given is None:
         return None

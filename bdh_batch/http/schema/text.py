@@ -1,4 +1,4 @@
-"""Bodies of the endpoints that generate nothing: embeddings, and text to tokens and back."""
+"""Bodies of the endpoints that generate nothing: embeddings, text to tokens and back, models by name."""
 
 from __future__ import annotations
 
@@ -93,3 +93,9 @@ class DetokenizeBody(Wire):
 
     model: Label | None = None
     tokens: BodyTokens
+
+
+class ModelBody(Wire):
+    """The body of /models/load and /models/unload."""
+
+    model: Label

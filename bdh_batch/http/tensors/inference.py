@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from bdh_batch.backends.base import Generation
 from bdh_batch.errors import InvalidRequest, ModelNotFound
 from bdh_batch.http.auth.caller import Caller
-from bdh_batch.http.gate import ServedModel
+from bdh_batch.http.gate import HostedModel, ServedModel
 from bdh_batch.http.request.client import Client
 from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses.generation import CHARACTERS, CHOICE_COST, collect
@@ -108,8 +108,8 @@ def ask(serving: Serving, request: InferRequest, streams: bool) -> Asked:
 async def start(serving: Serving, client: Client, asked: Asked, size: int) -> Started:
     """Starts what was asked for, whose request has `size` bytes. Raises as a request to /v1/completions does."""
     body, request = asked.body, asked.request
-    client = within(client, asked.timeout)
-    model = find_model(serving, client.caller, request.model, request.version)
+    within(client, asked.timeout)
+    model = await use_model(serving, client, request.model, request.version)
     options = response_options(request.id, body, model)
     outputs = Outputs(options, model.backend.tokenizer, asked.selected)
     prepared = await serving.preparation(client, model, size).generation(body)
@@ -119,21 +119,26 @@ async def start(serving: Serving, client: Client, asked: Asked, size: int) -> St
     return Started(generation, outputs, client, serving.aside(client.caller), model, asked)
 
 
-def within(client: Client, timeout: float | None) -> Client:
-    """The client with the shorter of its timeout and this one, in seconds."""
-    if timeout is None or (client.timeout is not None and client.timeout <= timeout):
-        return client
-    return replace(client, timeout=timeout)
+def within(client: Client, timeout: float | None) -> None:
+    """Gives the client's request the shorter of its timeout and this one, in seconds. Raises InvalidRequest."""
+    given = [each for each in (client.timeout, timeout) if each is not None]
+    client.given_timeout = min(given, default=None)
 
 
-def find_model(serving: Serving, caller: Caller, name: str, version: str) -> ServedModel:
+def find_model(serving: Serving, caller: Caller, name: str, version: str) -> HostedModel:
     """The model of that name and version, for a caller. Raises ModelNotFound, Forbidden, Unavailable."""
-    model = serving.model(caller, name or None)
+    model = serving.gate.find(caller, name or None)
     known = serving.settings.kserve.model_version
     if version not in ("", known):
-        name = name or model.name
+        name = name or model.info.name
         raise ModelNotFound(f"{name}/versions/{version[:128]}", (f"{name}/versions/{known}",))
     return model
+
+
+async def use_model(serving: Serving, client: Client, name: str, version: str) -> ServedModel:
+    """The same, loaded for as long as the client's request is served. Raises as `Serving.model` does."""
+    find_model(serving, client.caller, name, version)
+    return await serving.model(client, name or None)
 
 
 def _seconds(microseconds: Any) -> float | None:

@@ -93,8 +93,9 @@ def _split(name: str, shape: Sequence[int], raw: bytes) -> Iterator[bytes]:
     check_count(name, shape, given)
 
 
-def numbers(name: str, datatype: str, array: np.ndarray[Any, Any]) -> list[Any]:
-    """The elements of an array as numbers of Python. Raises InvalidRequest: NaN or infinite ones."""
+def numbers(name: str, datatype: str, given: Sequence[Any] | np.ndarray[Any, Any]) -> list[Any]:
+    """The elements as numbers of Python. Raises InvalidRequest: NaN or infinite ones."""
+    array: np.ndarray[Any, Any] = np.asarray(given, DTYPES[datatype])
     if array.dtype.kind != "f":
         values: list[Any] = array.tolist()
         return values

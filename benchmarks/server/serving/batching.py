@@ -9,7 +9,7 @@ import time
 from dataclasses import asdict
 
 from bdh_batch.engine.loading import load_engine
-from bdh_batch.processes.chosen_model import bundled_model
+from bdh_batch.processes.model_settings import bundled_model
 from bdh_batch.settings import load
 from benchmarks.common import ratio
 from benchmarks.engine.static import Job, continuous, heavy_tailed, ideal, static

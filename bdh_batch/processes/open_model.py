@@ -1,0 +1,110 @@
+"""A model that this process serves: what its text needs, beside the engines that compute it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+from bdh_batch import __version__
+from bdh_batch.backends.base import Backend
+from bdh_batch.http.gate import ModelInfo, ServedModel
+from bdh_batch.observability.metrics import Metrics
+from bdh_batch.processes.components import Components, ModelFolder
+from bdh_batch.processes.engines import LOADER, EngineInfo, Engines
+from bdh_batch.processes.model_settings import ModelSettings
+from bdh_batch.registry.locate import Located
+from bdh_batch.system.threads import in_daemon_thread
+from bdh_batch.text.grammar import Grammars
+
+
+class OpenModel:
+    """A model that is loaded, until it is closed."""
+
+    def __init__(
+        self,
+        served: ServedModel,
+        located: Located,
+        components: Components,
+        engines: Engines,
+        metrics: Metrics,
+    ) -> None:
+        self.served = served
+        self.backend = served.backend
+        self._located = located
+        self._components = components
+        self._engines = engines
+        self._metrics = metrics
+        sandboxes = {"templates": components.templates, "grammars": components.grammars}
+        loads = {work: partial(getattr, sandbox, "load") for work, sandbox in sandboxes.items() if sandbox is not None}
+        metrics.watch_sandboxes(served.name, loads)
+
+    @classmethod
+    async def load(
+        cls, model: ModelSettings, info: ModelInfo, located: Located, engines: Engines, metrics: Metrics
+    ) -> OpenModel:
+        """Reads what the model's text needs, and waits for its engines.
+
+        Args:
+            located: its files; closed when the model is, or cannot be loaded.
+
+        Raises:
+            ConfigError, CheckpointError: it cannot be loaded.
+        """
+        try:
+            folder = await in_daemon_thread(partial(ModelFolder.of, model.settings, located.path), LOADER)
+        except BaseException:
+            located.close()
+            raise
+        try:
+            facts = await engines.load()
+            components = await in_daemon_thread(partial(folder.fit, facts.vocab_size), LOADER)
+        except BaseException:
+            engines.close()
+            located.close()
+            await asyncio.to_thread(folder.close)
+            raise
+        backend = engines.open(components)
+        served = _served(model, info, backend, components, facts, engines.compiles_grammars)
+        if components.grammars is not None:
+            components.grammars.warm_up()
+        return cls(served, located, components, engines, metrics)
+
+    def engines(self) -> Sequence[Mapping[str, object]]:
+        """Returns what is known of each engine process."""
+        return self._engines.states()
+
+    async def close(self) -> None:
+        """Ends what was started for it. To be called once."""
+        self._metrics.watch_sandboxes(self.served.name, {})
+        self._engines.close()
+        await asyncio.to_thread(self._components.close)
+        await asyncio.to_thread(self.backend.close)
+        self._located.close()
+
+
+def _served(
+    model: ModelSettings,
+    info: ModelInfo,
+    backend: Backend,
+    components: Components,
+    facts: EngineInfo,
+    compiled_elsewhere: bool,
+) -> ServedModel:
+    settings = model.settings
+    return ServedModel(
+        info=info,
+        backend=backend,
+        fingerprint=f"{info.name}-bdh_batch-{__version__}",
+        defaults=components.defaults,
+        template=components.template,
+        width=facts.width,
+        tokenizer_info=components.text.info() | {"vocab_size": facts.vocab_size},
+        grammars=Grammars(
+            components.vocabulary,
+            components.grammars,
+            settings.limits.max_schema_bytes,
+            settings.structured_output.cache_memory,
+            elsewhere=compiled_elsewhere,
+        ),
+    )
