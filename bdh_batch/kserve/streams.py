@@ -110,8 +110,8 @@ class _Stream:
     async def _respond(self, started: Started, raw: bool) -> None:
         if not started.asked.streamed:
             tensors = await started.whole()
-            size = sum(len(each.values) for each in tensors)
-            await self._write(await started.aside.run(size, self._encoded, started, tensors, raw, True))
+            cost = sum(each.cost for each in tensors)
+            await self._write(await started.aside.run(cost, self._encoded, started, tensors, raw, True))
             return
         generation, outputs = started.generation, started.outputs
         together = Chunks(started.asked.body.options.chunk_tokens or 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,13 @@ import tritonclient.grpc as triton
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2 as pb
 
+from bdh_batch.errors import ConfigError
 from bdh_batch.http.auth.keys import KeyFile, new_key
+from bdh_batch.http.gate import Gate
+from bdh_batch.http.serving import Serving
+from bdh_batch.observability.metrics import Metrics
+from bdh_batch.processes.service import open_grpc
+from bdh_batch.settings import Settings
 from tests.conftest import CONFORMANCE, eventually, free_port
 from tests.kserve.support import SERVICE, Worker, request, worker_of
 
@@ -166,3 +174,19 @@ def test_a_port_in_use_is_an_error(worker: Worker, cli: Cli) -> None:
     assert ended.returncode == 2
     assert f"kserve.grpc_port: cannot listen on 127.0.0.1:{port}" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_without_the_extra_there_is_no_grpc_and_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.model_validate({"kserve": {"grpc_port": 5000}})
+    serving = Serving.of(settings, Gate(), Metrics("tiny"))
+    monkeypatch.delitem(sys.modules, "bdh_batch.kserve.server", raising=False)
+    monkeypatch.setitem(sys.modules, "grpc_reflection.v1alpha", None)  # as where it is not installed
+    with pytest.raises(ConfigError, match=r"kserve\.grpc_port.*pip install 'bdh-batch\[kserve\]'"):
+        open_grpc(serving)
+
+
+def test_grpc_is_not_imported_where_no_port_is_set() -> None:
+    code = "import sys, bdh_batch.processes.service; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "bdh_batch.processes.service" in modules
+    assert {"grpc", "tritonclient", "google.protobuf", "bdh_batch.kserve"}.isdisjoint(modules)
