@@ -25,7 +25,7 @@ from bdh_batch.observability.metrics import Metrics
 from bdh_batch.processes.service import open_grpc
 from bdh_batch.settings import Settings
 from tests.conftest import CONFORMANCE, eventually, free_port
-from tests.kserve.support import SERVICE, Worker, request, worker_of
+from tests.kserve.support import SERVICE, Worker, add, request, worker_of
 
 if TYPE_CHECKING:
     from tests.conftest import Cli, ServeFactory
@@ -158,14 +158,24 @@ def test_a_drain_finishes_what_runs_and_refuses_what_is_new(serve: ServeFactory)
         assert worker.server.exit_code() == 0
 
 
-def test_several_front_ends_share_the_port(serve: ServeFactory) -> None:
-    options = ("server.workers=2", "engine.threads=1")
-    with worker_of(serve, free_port(), "tiny", *options, model=TINY) as worker:
-        expected = worker.server.text(prompt="ROMEO:", max_tokens=6, seed=1)
+def test_several_front_ends_share_the_port_and_load_models_on_demand(serve: ServeFactory) -> None:
+    odd = CONFORMANCE / "odd-sizes"
+    models = f"[{{id: tiny, path: {TINY}}}, {{id: odd, path: {odd}, load: on_demand, keep_alive: 60}}]"
+    options = (f"models={models}", "server.workers=2", "engine.threads=1")
+    with worker_of(serve, free_port(), "tiny", *options) as worker:
+        expected = worker.server.text(model="tiny", prompt="ROMEO:", max_tokens=6, seed=1)
         for _ in range(4):
             with triton.InferenceServerClient(worker.address) as client:
                 eventually(client.is_server_ready)
+                assert client.is_model_ready("odd")
+                assert client.get_model_metadata("odd").name == "odd"
             assert worker.infer(request("tiny", max_tokens=6, seed=1))["text"] == [expected]
+        asked = pb.ModelInferRequest(model_name="odd")
+        add(asked, "prompt", "INT32", [4], [3, 96, 14, 15])
+        for name, value in (("max_tokens", 5), ("seed", 1)):
+            asked.parameters[name].int64_param = value
+        body = {"model": "odd", "prompt": [3, 96, 14, 15], "max_tokens": 5, "seed": 1, "return_token_ids": True}
+        assert worker.infer(asked)["token_ids"] == worker.server.complete(**body)["choices"][0]["token_ids"]
 
 
 def test_a_port_in_use_is_an_error(worker: Worker, cli: Cli) -> None:
