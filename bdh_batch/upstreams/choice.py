@@ -92,7 +92,7 @@ class Choice:
         self.cached_tokens = 0
         self.outcome = ""  # its finish reason, or how it failed; empty while it runs
         self._said: list[str] = []  # the text, in pieces, where it is to be counted
-        self._index = index
+        self.index = index
         self._request = request
         self._route = route
         self._outbox = outbox
@@ -123,7 +123,7 @@ class Choice:
         """Ends it with an error, unless it has ended."""
         if not self.ended:
             self.outcome = FinishReason.ERROR
-            self._outbox.add(self._index, Delta(finish_reason=FinishReason.ERROR, error=error))
+            self._outbox.add(self.index, Delta(finish_reason=FinishReason.ERROR, error=error))
 
     async def _read(self) -> None:
         """Asks one endpoint after the other. Raises the Fault of the last one."""
@@ -227,7 +227,7 @@ class Choice:
                 self._said.append(text)
             tokens = [*piece.tokens] if len(piece.tokens) == new else [UNKNOWN_TOKEN] * new
             extras = None if piece.extras is None else [piece.extras]
-            await self._outbox.put(self._index, Delta(text, tokens, extras=extras))
+            await self._outbox.put(self.index, Delta(text, tokens, extras=extras))
         self._reason = FinishReason.STOP if self._text.stopped else piece.finish_reason
         return self._text.stopped
 
@@ -244,7 +244,7 @@ class Choice:
             self.count.report(await off_the_loop(len(text), encoded_length, self._tokenizer, text, False))
         assert self._reason is not None
         self.outcome = self._reason
-        self._outbox.add(self._index, Delta(rest, finish_reason=self._reason))
+        self._outbox.add(self.index, Delta(rest, finish_reason=self._reason))
 
     def _log(self, endpoint: Endpoint, fault: Fault) -> None:
         upstream = self._route.upstream.id

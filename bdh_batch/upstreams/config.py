@@ -99,7 +99,7 @@ class Upstream(Entry):
     )
     pass_headers: list[Header] = Field([], description="Headers of the client's that are passed on; no other is.")
     max_message_bytes: Bytes = Field(
-        4 * 2**20, description="Largest message, event or line of the upstream; a larger one ends the request."
+        2**20, description="Largest message, event or line of the upstream; a larger one ends the request."
     )
     max_response_bytes: Bytes = Field(
         64 * 2**20, description="Longest text of one choice; a longer one ends the request."

@@ -212,6 +212,34 @@ async def test_a_request_that_waits_too_long_for_its_turn_is_refused() -> None:
     assert "max_requests" in got.error.message
 
 
+async def test_a_drain_that_runs_out_of_time_ends_requests_with_an_error() -> None:
+    async def silent(connection: Connection) -> None:
+        await connection.until_left()
+
+    async with web(silent) as fake, upstream(kind="openai", url=fake.url) as gateway:
+        asking = asyncio.create_task(gateway.ask())
+        async with asyncio.timeout(60):
+            while not fake.asked:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await gateway.backend.drain(0.01)
+        got = await asking
+    assert isinstance(got.error, Unavailable)
+    assert "shutting down" in got.error.message
+
+
+async def test_many_choices_are_as_many_requests_and_one_that_fails_ends_itself() -> None:
+    async def script(connection: Connection) -> None:
+        if connection.asked.body["seed"] == 7:
+            await connection.events(chunk("x"), done=False)
+        else:
+            await connection.events(chunk(str(connection.asked.body["seed"]), "stop"))
+
+    async with web(script) as fake, upstream(kind="openai", url=fake.url, max_requests=16) as gateway:
+        got = await gateway.ask(n=300, seed=0)
+    assert isinstance(got.error, UpstreamFailed)
+    assert [text for number, text in enumerate(got.texts) if number != 7] == [str(n) for n in range(300) if n != 7]
+
+
 # Servers like this one: a stream whose endpoint is lost goes on at another one.
 
 
