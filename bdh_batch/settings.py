@@ -40,7 +40,7 @@ from bdh_batch.upstreams.config import AnyUpstream
 LONGEST_SHOWN = 100  # characters of an option that does not exist
 ENV_PREFIX, ENV_DELIMITER = "BDH_", "__"
 # What is given there is not repeated.
-SECRET = ("auth.api_keys", "rate_limiting.storage", "telemetry.otlp_endpoint", "upstreams")
+SECRET = ("auth.api_keys", "rate_limiting.storage", "response_cache.storage", "telemetry.otlp_endpoint", "upstreams")
 LISTS = {"models", "upstreams"}  # options that are lists of entries, beside the sections
 MAX_PRIORITY = 1000  # of a request, above 0 and below
 
@@ -442,6 +442,22 @@ class RateLimiting(Section):
     )
 
 
+class ResponseCache(Section):
+    """Responses to requests that determine them (temperature 0, or a seed), kept for the same request of one caller."""
+
+    enabled: bool = Field(False, description="Whether responses are kept; a replayed one has the header x-cache: hit.")
+    storage: Storage = Field(
+        "memory",
+        description="Where they are kept: memory, of each process, or the redis:// or rediss:// URL of a Redis that "
+        "servers share.",
+    )
+    ttl_seconds: PositiveFloat = Field(
+        600.0, le=30 * 86400, allow_inf_nan=False, description="Seconds that a response is kept."
+    )
+    max_bytes: Bytes = Field(64 * 2**20, description="Most memory for them; a Redis has a limit of its own.")
+    max_entry_bytes: Bytes = Field(2**20, description="Largest response that is kept.")
+
+
 class Limits(Section):
     """Bounds of requests and connections."""
 
@@ -622,6 +638,7 @@ class Settings(BaseModel):
     chat: Chat = Chat()
     auth: Auth = Auth()
     rate_limiting: RateLimiting = RateLimiting()
+    response_cache: ResponseCache = ResponseCache()
     limits: Limits = Limits()
     sandbox: Sandbox = Sandbox()
     structured_output: StructuredOutput = StructuredOutput()

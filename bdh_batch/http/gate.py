@@ -34,9 +34,13 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that is loaded."""
+    """A model that is loaded.
+
+    `revision` is another one where its files or settings are others.
+    """
 
     info: ModelInfo
+    revision: str
     backend: Backend
     fingerprint: str
     defaults: Defaults

@@ -94,6 +94,7 @@ def _served(
     settings = model.settings
     return ServedModel(
         info=info,
+        revision=revision,
         backend=backend,
         fingerprint=f"{info.name}-bdh_batch-{__version__}",
         defaults=components.defaults,

@@ -173,6 +173,7 @@ def _served(
 ) -> ServedModel:
     return ServedModel(
         info=ModelInfo(upstream.id, tuple(upstream.aliases), int(time.time()), max_model_len=None, owner=OWNER),
+        revision=f"{upstream.id} {upstream.model_dump_json(exclude=SECRETS)}",
         backend=backend,
         fingerprint=f"{upstream.id}-bdh_batch-{__version__}",
         defaults=Defaults(),
