@@ -32,7 +32,8 @@ class Connection:
 
     def send(self, **message: object) -> None:
         """Sends a message; it is lost where the client has gone."""
-        self._writer.write(json.dumps(message).encode() + b"\n")
+        if not self._writer.is_closing():
+            self._writer.write(json.dumps(message).encode() + b"\n")
 
     def give_back(self, model: int) -> None:
         self.send(give_back=model)

@@ -36,7 +36,10 @@ class HostedModels(Protocol):
 
 def model_info(model: ModelSettings, path: Path | None) -> ModelInfo:
     """Returns what the API reports of a model; `path` is None where it is not there."""
-    created = time.time() if path is None or not path.exists() else path.stat().st_mtime
+    try:
+        created = time.time() if path is None else path.stat().st_mtime
+    except OSError:  # whoever loads it is told
+        created = time.time()
     return ModelInfo(model.name, tuple(model.settings.model.aliases), int(created), model.settings.model.max_model_len)
 
 

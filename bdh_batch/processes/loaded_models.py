@@ -177,16 +177,19 @@ class LoadedModels:
             InvalidRequest: it is not loaded.
         """
         model = self.models[number]
-        if model.transition is not None:
+        while model.transition is not None:
             await asyncio.wait([model.transition])
         if model.state is State.FAILED and not model.on_demand:
             model.off = True
             return self._set(model, State.UNLOADED)
         if model.state is not State.LOADED:
             raise InvalidRequest(f"The model {model.name} is not loaded.", "model")
+        await asyncio.shield(self._begin(model, self._unload_for_good(model)))
+
+    async def _unload_for_good(self, model: LoadedModel) -> None:
         model.off = not model.on_demand
         try:
-            await asyncio.shield(self._begin(model, self._unload(model, self._drain_seconds)))
+            await self._unload(model, self._drain_seconds)
         except ModelInUse:
             model.off = False
             raise

@@ -65,9 +65,15 @@ def models_of(settings: Settings) -> list[ModelSettings]:
 
 
 def _of_entry(settings: Settings, entry: ModelEntry) -> ModelSettings:
+    if entry.load == "warm" and "keep_alive" in entry.model_fields_set:
+        raise ConfigError(f"models ({entry.id}): keep_alive: a warm model stays loaded; it is for load: on_demand")
+    if entry.devices and "device" in entry.model_fields_set:
+        raise ConfigError(f"models ({entry.id}): device: devices says where its engines compute; leave one of them out")
     given = {name: getattr(entry, name) for name in entry.model_fields_set}
     model = {name: given[name] for name in OF_MODEL & given.keys()}
     engine = {name: given[name] for name in OF_ENGINE & given.keys()}
+    if "state_memory_share" in engine:
+        engine.setdefault("state_memory", None)  # which would go before it
     chat = {"template": entry.template} if "template" in given else {}
     own = settings.model_copy(
         update={

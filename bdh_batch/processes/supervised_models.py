@@ -34,6 +34,7 @@ class SupervisedModel:
         self.failure: ConfigError | CheckpointError | None = None  # of what this process needs of the model
         self.changed = asyncio.Event()  # of the two; a new one after each change
         self._state = State.UNLOADED  # as the supervisor says
+        self.is_known = False  # whether it has said so
         self._number = number
         self._model = model
         self._folder = folder
@@ -41,6 +42,7 @@ class SupervisedModel:
         self._metrics = metrics
         self._open: OpenModel | None = None
         self._held = False
+        self._opening = False  # it is not given back meanwhile
         self._wanted_back = False  # the supervisor waits until its requests have ended
         self._users = 0  # requests
         self._waiting = 0  # requests, until it is loaded
@@ -117,7 +119,7 @@ class SupervisedModel:
 
     def on_state(self, state: State) -> None:
         """The supervisor says that the model is now in `state`."""
-        self._state = state
+        self._state, self.is_known = state, True
         if state is State.LOADED:
             self._wanted_back = False  # where it was to be unloaded, it stays
             if not self._model.on_demand:
@@ -128,8 +130,8 @@ class SupervisedModel:
 
     def on_give_back(self) -> None:
         """The supervisor waits until the model's requests have ended."""
-        self._wanted_back = True
-        if not self._users:
+        self._wanted_back = True  # until it says that the model is loaded: it lets nobody hold it before
+        if not self._opening:
             self._give_back()
 
     async def drain(self, seconds: float) -> None:
@@ -152,23 +154,29 @@ class SupervisedModel:
     async def _load(self) -> None:
         if self._closing is not None:
             await asyncio.wait([self._closing])
-        await self._link.run("acquire", self._number)
-        self._held, self._wanted_back = True, False
+        self._opening = True  # from when the supervisor may think that it is held
+        try:
+            await self._link.run("acquire", self._number)
+            self._held = True
+            await self._ensure_open()
+        finally:
+            self._opening = False
+            self._notify()
+            self._linger()
+
+    async def _ensure_open(self) -> None:
         if self._open is None:
             try:
                 located = chosen_model(self._model.settings)
                 engines = RemoteEngines(self._model.settings, self._folder.of_model(self._number))
                 self._open = await OpenModel.load(self._model, self.info, located, engines, self._metrics)
-            except (ConfigError, CheckpointError) as error:
+            except (ConfigError, CheckpointError, OSError) as error:
                 log.error("the model %s cannot be loaded: %s", self.info.name, error)
-                self.failure = error
+                self.failure = ConfigError(str(error)) if isinstance(error, OSError) else error
                 self._give_back()
-                self._notify()
                 text = f"The model {self.info.name} could not be loaded. The server's log has the reason."
                 raise Unavailable(text, retry_after=30) from error
         self.failure = None
-        self._notify()
-        self._linger()
 
     def _linger(self) -> None:
         """Holds the model some time longer, where no request uses it."""
@@ -223,6 +231,8 @@ class SupervisedModels:
         """Whether the others are not to wait for a model. Raises ConfigError, CheckpointError: there are no others."""
         if model.alone and model.failure is not None:
             raise model.failure
+        if model.is_known and model.state is State.UNLOADED:  # an operator has unloaded it
+            return True
         return not model.alone and model.state is State.FAILED
 
     async def drain(self, seconds: float) -> None:

@@ -109,7 +109,10 @@ class Supervisor:
         folder.make_anew()
         children = [self._add_engine(role) for role in self._roles[model]]
         try:
-            await _first(event for child in children for event in (child.ready, child.failed))
+            waiting = list(children)
+            while waiting and not any(child.ready.is_set() for child in children):
+                await _first(event for child in waiting for event in (child.ready, child.failed))
+                waiting = [child for child in waiting if not child.failed.is_set()]
             if not any(child.ready.is_set() for child in children):
                 report = next(child.report for child in children if child.report is not None)
                 raise CannotLoad(str(report.problem), report.for_memory)

@@ -26,6 +26,8 @@ class SupervisorLink:
         self._on_give_back = on_give_back
         self._numbers = itertools.count()
         self._responses: dict[int, asyncio.Future[None]] = {}
+        self._reading: asyncio.Task[None] | None = None
+        self._writer: asyncio.StreamWriter | None = None
 
     async def connect(self, path: Path) -> None:
         """Connects to the supervisor's socket. Raises OSError."""
@@ -53,11 +55,13 @@ class SupervisorLink:
 
     def close(self) -> None:
         """Closes the connection. Idempotent."""
-        self._reading.cancel()
-        self._writer.close()
+        if self._reading is not None:
+            self._reading.cancel()
+        if self._writer is not None:
+            self._writer.close()
 
     def _send(self, *command: object) -> None:
-        if self._writer.is_closing():
+        if self._writer is None or self._writer.is_closing():
             raise Unavailable("The server is shutting down.", retry_after=5)
         self._writer.write(json.dumps(command).encode() + b"\n")
 

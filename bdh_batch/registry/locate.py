@@ -42,7 +42,10 @@ def locate(path: Path, option: str = "model.path") -> Located:
         CheckpointError: there is no such model, or its files are missing or damaged.
     """
     if os.path.lexists(path) or not is_id(str(path)):
-        return Located(path, path.resolve().name)
+        try:
+            return Located(path, path.resolve().name)
+        except (OSError, ValueError, RuntimeError) as error:  # too long, a NUL character, links in a circle
+            raise CheckpointError(f"{option}: {shown(str(path))} cannot be a path ({error})") from error
     root = cache_folder()
     with explained(root):
         store, name = Store(root), str(path)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import statistics
 import sys
@@ -34,7 +35,7 @@ MODELS = (
     f"models=[{{id: tiny, path: {CONFORMANCE / 'tiny'}}}, "
     f"{{id: odd, path: {CONFORMANCE / 'odd-sizes'}, load: on_demand, keep_alive: 600}}]"
 )
-ODD = {"model": "odd", "prompt": [1, 2, 3], "max_tokens": 32, "seed": 1}
+ODD: dict[str, Any] = {"model": "odd", "prompt": [1, 2, 3], "max_tokens": 32, "seed": 1}
 TOKENS = 200
 WARM_UP = 10  # times until allocators and caches have what they need
 
@@ -47,12 +48,14 @@ def processes(server: Served) -> list[psutil.Process]:
 
 
 def sample(server: Served) -> dict[str, int]:
-    found = processes(server)
-    return {
-        "pss": sum(each.memory_full_info().pss for each in found),
-        "files": sum(each.num_fds() for each in found),
-        "processes": len(found),
-    }
+    while True:
+        with contextlib.suppress(psutil.NoSuchProcess):  # one has ended meanwhile
+            found = processes(server)
+            return {
+                "pss": sum(each.memory_full_info().pss for each in found),
+                "files": sum(each.num_fds() for each in found),
+                "processes": len(found),
+            }
 
 
 async def load_again_and_again(server: Served, times: int) -> tuple[list[dict[str, int]], list[float], int]:
