@@ -19,6 +19,7 @@ from openai.types.chat import (
     chat_completion_stream_options_param,
     completion_create_params as chat_create_params,
 )
+from pydantic import BaseModel
 
 from bdh_batch import settings
 from bdh_batch.http.docs.field_help import help_of
@@ -29,12 +30,21 @@ from bdh_batch.http.schema.requests import ChatBody, CompletionBody, Defaults, S
 from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
 from bdh_batch.http.tensors.outputs import OUTPUTS
 from bdh_batch.messages import SamplingParams
+from bdh_batch.upstreams.config import GradioUpstream, HtmlSections, KServeUpstream, OpenAIUpstream, Upstream
 
 FOLDER = Path(__file__).parent
 TABLE = re.compile(r"(<!-- table: ([^\n]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 Schema = Mapping[str, Any]
 Rows = Iterator[Sequence[str]]
-ENTRIES: Mapping[str, type[settings.Section]] = {"models": settings.ModelEntry}
+# What the entries of a list may have; those of one kind of upstream have what all have, too.
+ENTRIES: Mapping[str, type[BaseModel]] = {
+    "models": settings.ModelEntry,
+    "upstreams": Upstream,
+    "kserve": KServeUpstream,
+    "openai": OpenAIUpstream,
+    "gradio": GradioUpstream,
+    "gradio.html": HtmlSections,
+}
 OPTION = re.compile(r"\b([a-z]+\.[a-z_]+)\b")  # as in an entry's help
 
 BODIES: dict[str, type[Wire]] = {
@@ -113,16 +123,16 @@ def options(section: str) -> Rows:
 
 def entry(name: str) -> Rows:
     """Every option of an entry of a list of that name."""
-    fields = ENTRIES[name].model_fields
+    common = Upstream.model_fields if issubclass(ENTRIES[name], Upstream) and name != "upstreams" else {}
+    fields = {key: field for key, field in ENTRIES[name].model_fields.items() if key not in common}
     schema = ENTRIES[name].model_json_schema()
     yield "option", "type", "range", "default", "meaning"
     for key, field in fields.items():
         kind, bounds = _kind_and_range(key, schema["properties"][key], schema)
         meaning = field.description or ""
         elsewhere = meaning.startswith("As ")  # then the default is that of the option there
-        default = (
-            "required" if field.is_required() else "as there" if elsewhere else f"`{_default(key, field.default)}`"
-        )
+        given = f"`{_default(key, field.get_default(call_default_factory=True))}`"
+        default = "required" if field.is_required() else "as there" if elsewhere else given
         yield f"`{key}`", kind, bounds, default, OPTION.sub(r"`\1`", meaning)
 
 
@@ -216,6 +226,10 @@ def _default(key: str, value: object) -> str:
 
 
 def _plain(value: object) -> object:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json", exclude_defaults=True)
+    if isinstance(value, dict):
+        return {key: _plain(each) for key, each in value.items()}
     return value if value is None or isinstance(value, bool | int | float | str | list | dict) else str(value)
 
 

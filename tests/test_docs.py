@@ -110,7 +110,8 @@ def test_every_table_of_the_program_is_as_it_says(page: Path) -> None:
 
 
 def test_every_option_has_a_table() -> None:
-    page, of_lists = (DOCS / "settings.md").read_text("utf-8"), (DOCS / "processes.md").read_text("utf-8")
+    page = (DOCS / "settings.md").read_text("utf-8")
+    of_lists = "".join((DOCS / each).read_text("utf-8") for each in ("processes.md", "gateway.md"))
     assert all(f"| `{option.partition('.')[2]}` |" in page for option in settings.options().keys() - settings.LISTS)
     assert all(f"<!-- table: entry {name} -->" in of_lists for name in settings.LISTS)
 

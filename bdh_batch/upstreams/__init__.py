@@ -1,1 +1,1 @@
-"""Other people's servers behind this front door: KServe v2, Gradio apps, and anything that speaks OpenAI's API."""
+"""Upstreams: KServe v2 workers, Gradio apps and servers of OpenAI's API, as backends of this server."""

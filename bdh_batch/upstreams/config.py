@@ -183,7 +183,10 @@ class HtmlSections(Entry):
         ["details.thought"], description="CSS selectors of sections that are thoughts: reasoning_content, if wanted."
     )
     remove: list[str] = Field(
-        ["details[style*='opacity:0.6']", "div[style*='color:#666']"],
+        [
+            *("details[style*='opacity:0.6']", "details[style*='opacity: 0.6']"),
+            *("div[style*='color:#666']", "div[style*='color: #666']"),
+        ],
         description="CSS selectors of what is taken out, as debug output and latencies.",
     )
     placeholders: list[str] = Field([], description="Texts that stand where there is none yet, as `Thinking...`.")
@@ -250,7 +253,11 @@ class KServeUpstream(Upstream):
     prompt: Tensor = Field(Tensor(name="prompt", datatype="BYTES"), description="The tensor with the prompt.")
     inputs: dict[str, Tensor] = Field(default_factory=_tensors, description="Fields of requests that become tensors.")
     parameters: list[str] = Field([], description="Fields of requests that become parameters of the request.")
-    outputs: Outputs = Field(Outputs(), description="Names of the tensors in responses.")
+    outputs: Outputs = Field(
+        Outputs(),
+        description="Names of the tensors text (by default text, token or text_output), "
+        "finish_reason and token_ids in responses; each a list of those that there may be.",
+    )
     template: Path | None = Field(
         None,
         description="A file with a Jinja template that makes a prompt of a conversation; null is the built-in one.",

@@ -1,4 +1,4 @@
-"""A gateway as its clients see it: the front door, and behind it fakes, and servers like this one."""
+"""A gateway as its clients see it; behind it are fakes, and servers like this one."""
 
 from __future__ import annotations
 
