@@ -106,6 +106,8 @@ Weights = Annotated[
     BeforeValidator(_parse_mapping),
 ]
 ModelId = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,128}$")]
+Names = Annotated[list[ModelId], BeforeValidator(_parse_list)]
+Devices = Annotated[list[Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]], BeforeValidator(_parse_list)]
 Secrets = Annotated[
     list[SecretStr],
     BeforeValidator(_parse_list),
@@ -218,7 +220,7 @@ class ModelEntry(Section):
 
     id: ModelId = Field(description="Its name in the API.")
     path: Path | None = Field(None, description="As model.path.")
-    aliases: Strings = Field([], description="Other names that requests may use.")
+    aliases: Names = Field([], description="Other names that requests may use.")
     load: Literal["warm", "on_demand"] = Field(
         "warm", description="warm: loaded when the server starts. on_demand: loaded at its first request."
     )
@@ -236,7 +238,7 @@ class ModelEntry(Section):
     state_memory: Bytes | None = Field(None, description="As engine.state_memory.")
     state_memory_share: float | None = Field(None, gt=0, le=0.95, description="As engine.state_memory_share.")
     replicas: PositiveInt | None = Field(None, le=64, description="As engine.replicas; null is 1.")
-    devices: Strings = Field([], description="As engine.devices.")
+    devices: Devices = Field([], description="As engine.devices.")
     threads: PositiveInt | None = Field(None, description="As engine.threads.")
     template: Path | None = Field(None, description="As chat.template.")
 
@@ -307,7 +309,7 @@ class Engine(Section):
         description="Engine processes. null: the engine runs in the server's own process. With engine processes, "
         "streams are resumed on another engine when one is lost.",
     )
-    devices: Strings = Field(
+    devices: Devices = Field(
         [],
         description="Devices of the engine processes, one for each, as in [cuda:0, cuda:1]; empty: all use "
         "model.device.",
@@ -786,7 +788,7 @@ def _section_options(values: Mapping[str, Any], origin: str) -> Iterator[tuple[s
             near = difflib.get_close_matches(name, Settings.model_fields, 1, 0)
             raise ConfigError(f"unknown section {shown(name)} ({origin}); did you mean {near[0]}?")
         if section in LISTS:
-            yield section, keys or []
+            yield section, [] if keys is None else keys
             continue
         if not isinstance(keys, dict | None):
             raise ConfigError(f"{section} ({origin}): should hold options, as in `{section}: {{key: value}}`")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from bdh_batch.observability.spans import Spans
 
 CACHE_HEADER = "x-cache"
+SOONEST = 0.001  # seconds that a request has at least, once its model is loaded
 UNDECISIVE = {"model", "stream", "stream_options", "priority"}  # fields that a response's tokens do not depend on
 
 
@@ -92,7 +93,10 @@ class Serving:
         hosted = self.gate.find(client.caller, name)
         client.model = hosted.info.name
         while (model := hosted.acquire()) is None:
-            await unless_left(client, hosted.load())
+            began, given = time.monotonic(), client.timeout
+            await unless_left(client, hosted.load(given))
+            if given is not None:
+                client.given_timeout = max(SOONEST, given - (time.monotonic() - began))
         client.cleanup.callback(hosted.release)
         return model
 
@@ -134,6 +138,11 @@ class Serving:
         if found is not None:
             return found
         return responses.recorded(key, await self.quota.start(client, model.backend, prepared), counted)
+
+    async def close(self) -> None:
+        """Closes connections to storage. Idempotent."""
+        if self.responses is not None:
+            await self.responses.close()
 
     def count_refusal(self, error: BDHError, client: Client | None) -> None:
         """Has the metrics count what was refused for want of room in a queue."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 from cachetools import TTLCache
@@ -38,8 +40,8 @@ class ByteCache(Protocol):
 class MemoryCache:
     """A cache in memory, without what was used least recently where it would take more than `most` bytes."""
 
-    def __init__(self, most: int, seconds: float) -> None:
-        self._values: TTLCache[str, bytes] = TTLCache(most, seconds, getsizeof=lambda value: len(value) + KEY_BYTES)
+    def __init__(self, most: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._values: TTLCache[str, bytes] = TTLCache(most, seconds, clock, lambda value: len(value) + KEY_BYTES)
 
     async def get(self, key: str) -> bytes | None:
         return self._values.get(key)

@@ -109,7 +109,7 @@ class ResponseCache:
         await self._cache.close()
 
     async def _keep(self, key: str, entry: Entry, counted: Counted) -> None:
-        value = msgspec.msgpack.encode(entry)
+        value = msgspec.msgpack.encode(entry, enc_hook=list)  # the likeliest tokens are a sequence of their own kind
         if len(value) > self._most_bytes:
             return
         try:
@@ -162,7 +162,8 @@ class Recorded:
         if self._steps is None:
             return
         for _, delta in deltas:
-            self._left -= len(delta.text) + TOKEN_BYTES * len(delta.tokens)
+            likeliest = sum([1 + len(each.top) for _, each in delta.logprobs or ()])
+            self._left -= len(delta.text) + TOKEN_BYTES * (len(delta.tokens) + likeliest)
         if self._left < 0 or any(delta.finish_reason in CUT_OFF for _, delta in deltas):
             self._steps = None
         else:
