@@ -19,10 +19,10 @@ export NUMBA_CACHE_DIR ?= $(CACHE)/numba
 export TRITON_CACHE_DIR ?= $(CACHE)/triton
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test docs clients fuzz load format train bench gpu-check clean
+.PHONY: help venv serve test docs clients upstream-servers fuzz load format train bench gpu-check clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 venv: $(INSTALLED)  ## the environment alone, in .venv
 
@@ -66,6 +66,17 @@ clients: $(INSTALLED) $(CLIENT_GROUPS:%=$(CLIENTS)/%/.installed)  ## other peopl
 	        tests/clients/$$group $(ARGS) || exit; \
 	done
 
+# A Gradio app and a KServe model server, which need other versions of what this project has.
+UPSTREAMS := .venv-upstreams
+
+$(UPSTREAMS)/.installed: tests/upstreams/servers/requirements.txt
+	$(PYTHON) -m venv $(UPSTREAMS)
+	$(UPSTREAMS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+upstream-servers: $(INSTALLED) $(UPSTREAMS)/.installed  ## a gateway before real Gradio and KServe servers: docs/gateway.md
+	$(BIN)/pytest tests/upstreams/servers/test_servers.py $(ARGS)
+
 fuzz: $(INSTALLED)  ## 20,000 requests made from /openapi.json, right and wrong ones; CASES=n SEED=n for others
 	FUZZ_CASES=$(or $(CASES),20000) FUZZ_SEED=$(or $(SEED),0) $(BIN)/pytest tests/http/test_openapi.py -k breaks $(ARGS)
 
@@ -88,6 +99,6 @@ gpu-check:  ## on a machine with a GPU: test the Triton kernels on it, tune, mea
 	@exec $(PYTHON) -m benchmarks.engine.gpu_check $(ARGS)
 
 clean:  ## remove the environment and everything else that can be made again
-	rm -rf $(VENV) $(CLIENTS) build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(UPSTREAMS) build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -rf examples/node/node_modules tests/clients/node/node_modules *.egg-info
 	find bdh_batch examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

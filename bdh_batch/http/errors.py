@@ -9,6 +9,7 @@ BDHError
 ├── HostRefused            403  a Host header that is not allowed
 ├── HeaderTimeout          408  the headers did not arrive in time
 ├── BodyTimeout            408  the body did not arrive in time
+├── WriteTimeout           408  the client does not take its response
 ├── BodyTooLarge           413  the body is too large
 ├── UnsupportedMedia       415  the body is not JSON, or its coding is not supported
 ├── HeadersTooLarge        431  the headers are too large
@@ -103,6 +104,10 @@ class BodyTimeout(BDHError):
     """408: the body did not arrive within `limits.body_seconds`."""
 
 
+class WriteTimeout(BDHError):
+    """408: the client of a gRPC stream takes nothing of it for `limits.write_seconds`."""
+
+
 class UnsupportedMedia(BDHError):
     """415: the Content-Type is not JSON, or the Content-Encoding is not supported."""
 
@@ -135,6 +140,7 @@ STATUS: dict[type[BDHError], tuple[int, str | None]] = {
     HeadersTooLarge: (431, "headers_too_large"),
     HeaderTimeout: (408, "header_timeout"),
     BodyTimeout: (408, "body_timeout"),
+    WriteTimeout: (408, "write_timeout"),
     UnsupportedMedia: (415, "unsupported_media_type"),
     InvalidCoding: (400, "invalid_content_encoding"),
     HostRefused: (403, "host_not_allowed"),

@@ -130,7 +130,7 @@ class Service:
         started = await start(self._serving, client, asked, size)
         tensors = await started.whole()
         of = (started.model_name, self._settings.model_version, read.id, tensors, is_raw(message))
-        response: Message = await aside.run(sum(len(each.values) for each in tensors), infer_response, *of)
+        response: Message = await aside.run(sum(each.cost for each in tensors), infer_response, *of)
         return response
 
     async def _stream(self, messages: Messages, context: Context) -> None:

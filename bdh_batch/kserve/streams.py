@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import suppress
 from typing import Any
 
 from tritonclient.grpc import service_pb2
 
-from bdh_batch.errors import BDHError, InvalidRequest, Unavailable
-from bdh_batch.http.errors import Unauthorized
+from bdh_batch.errors import InvalidRequest, Unavailable
+from bdh_batch.http.errors import Unauthorized, WriteTimeout
 from bdh_batch.http.gate import Gate
+from bdh_batch.http.request.client import Client
 from bdh_batch.http.responses.chunks import Chunks, Deltas
 from bdh_batch.http.responses.generation import abort_when_left, failure_of
 from bdh_batch.http.serving import Serving
@@ -25,10 +25,6 @@ from bdh_batch.kserve.messages import infer_request, infer_response, is_raw, par
 from bdh_batch.messages import Usage
 
 ROUTE = "/inference.GRPCInferenceService/ModelStreamInfer"
-
-
-class Stalled(BDHError):
-    """Raised where a client takes nothing of its stream for `limits.write_seconds`."""
 
 
 class Streams:
@@ -82,37 +78,40 @@ class _Stream:
         """Serves one request; what it fails with is a response of its own."""
         id = ""
         try:
-            message, problem = await self._parsed(raw)
-            id = "" if message is None else message.id[: self._limits.max_label_length]
-            with self._calls.request(self._call, ROUTE, id) as request, self._calls.holding(len(raw)):
-                client = await self._calls.admit(request)
-                if message is None:
-                    raise problem or AssertionError
-                aside, size = self._serving.aside(client.caller), len(raw)
-                read = await aside.run(size, infer_request, message, self._limits)
-                asked = await aside.run(size, ask, self._serving, read, True)
-                started = await start(self._serving, client, asked, size)
-                await self._respond(started, is_raw(message))
-        except Stalled:
+            with self._calls.holding(len(raw)):
+                message = await self._parsed(raw)
+                id = getattr(message, "id", "")[: self._limits.max_label_length]
+                with self._calls.request(self._call, ROUTE, id) as request:
+                    await self._infer(message, len(raw), await self._calls.admit(request))
+        except WriteTimeout:
             raise
         except Exception as error:  # noqa: BLE001 - it is reported to the client, and was logged
             await self._write(stream_error(self._calls.refusal(error).message, id))
         finally:
             self._slots.release()
 
-    async def _parsed(self, raw: bytes) -> tuple[Any, InvalidRequest | None]:
-        """The request, or what is wrong with it: it is counted in either case."""
+    async def _infer(self, message: Any, size: int, client: Client) -> None:
+        if isinstance(message, InvalidRequest):
+            raise message
+        aside = self._serving.aside(client.caller)
+        read = await aside.run(size, infer_request, message, self._limits)
+        asked = await aside.run(size, ask, self._serving, read, True)
+        started = await start(self._serving, client, asked, size)
+        await self._respond(started, is_raw(message))
+
+    async def _parsed(self, raw: bytes) -> Any:
+        """The ModelInferRequest, or the InvalidRequest that says what is wrong with it: both count as a request."""
         aside = self._serving.aside(self._call.address)
         try:
-            return await aside.run(len(raw), parse, raw, service_pb2.ModelInferRequest, self._limits), None
+            return await aside.run(len(raw), parse, raw, service_pb2.ModelInferRequest, self._limits)
         except InvalidRequest as problem:
-            return None, problem
+            return problem
 
     async def _respond(self, started: Started, raw: bool) -> None:
         if not started.asked.streamed:
             tensors = await started.whole()
-            size = sum(len(each.values) for each in tensors)
-            await self._write(await started.aside.run(size, self._encoded, started, tensors, raw, True))
+            cost = sum(each.cost for each in tensors)
+            await self._write(await started.aside.run(cost, self._encoded, started, tensors, raw, True))
             return
         generation, outputs = started.generation, started.outputs
         together = Chunks(started.asked.body.options.chunk_tokens or 1)
@@ -133,13 +132,13 @@ class _Stream:
         return stream_response(response, last)
 
     async def _write(self, response: bytes) -> None:
-        """Raises Stalled."""
+        """Raises WriteTimeout."""
         try:
             async with self._writing, asyncio.timeout(self._limits.write_seconds):
                 await self._call.context.write(response)
         except TimeoutError:
             text = f"The client took nothing of its stream for {self._limits.write_seconds:g} s (limits.write_seconds)."
-            raise Stalled(text) from None
+            raise WriteTimeout(text) from None
 
 
 class _Steps:
@@ -170,21 +169,19 @@ class _Steps:
 async def _until(end: asyncio.Event, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
     """The messages that come before the `end`."""
     ending = asyncio.ensure_future(end.wait())
+    reading = None
     try:
         while True:
             reading = asyncio.ensure_future(_next(messages))
             await asyncio.wait((reading, ending), return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
-                reading.cancel()
-                with suppress(asyncio.CancelledError):
-                    await reading
-                return
-            message = reading.result()
+            message = reading.result() if reading.done() else None
             if message is None:
                 return
             yield message
     finally:
         ending.cancel()
+        if reading is not None:
+            reading.cancel()
 
 
 async def _next(messages: AsyncIterator[bytes]) -> bytes | None:

@@ -125,5 +125,11 @@ def _request(raw: bytes) -> Request:
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": raw}
 
-    state = {"id": "x", "caller": SimpleNamespace(label="a"), "standing": {}, "span": None, "cleanup": ExitStack()}
+    state: dict[str, Any] = {
+        "id": "x",
+        "caller": SimpleNamespace(label="a"),
+        "standing": {},
+        "span": None,
+        "cleanup": ExitStack(),
+    }
     return Request({"type": "http", "headers": [], "state": state}, receive)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ssl
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,9 +17,15 @@ import tritonclient.grpc as triton
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from tritonclient.grpc import service_pb2 as pb
 
+from bdh_batch.errors import ConfigError
 from bdh_batch.http.auth.keys import KeyFile, new_key
+from bdh_batch.http.gate import Gate
+from bdh_batch.http.serving import Serving
+from bdh_batch.observability.metrics import Metrics
+from bdh_batch.processes.service import open_grpc
+from bdh_batch.settings import Settings
 from tests.conftest import CONFORMANCE, eventually, free_port
-from tests.kserve.support import SERVICE, Worker, request, worker_of
+from tests.kserve.support import SERVICE, Worker, add, request, worker_of
 
 if TYPE_CHECKING:
     from tests.conftest import Cli, ServeFactory
@@ -150,14 +158,24 @@ def test_a_drain_finishes_what_runs_and_refuses_what_is_new(serve: ServeFactory)
         assert worker.server.exit_code() == 0
 
 
-def test_several_front_ends_share_the_port(serve: ServeFactory) -> None:
-    options = ("server.workers=2", "engine.threads=1")
-    with worker_of(serve, free_port(), "tiny", *options, model=TINY) as worker:
-        expected = worker.server.text(prompt="ROMEO:", max_tokens=6, seed=1)
+def test_several_front_ends_share_the_port_and_load_models_on_demand(serve: ServeFactory) -> None:
+    odd = CONFORMANCE / "odd-sizes"
+    models = f"[{{id: tiny, path: {TINY}}}, {{id: odd, path: {odd}, load: on_demand, keep_alive: 60}}]"
+    options = (f"models={models}", "server.workers=2", "engine.threads=1")
+    with worker_of(serve, free_port(), "tiny", *options) as worker:
+        expected = worker.server.text(model="tiny", prompt="ROMEO:", max_tokens=6, seed=1)
         for _ in range(4):
             with triton.InferenceServerClient(worker.address) as client:
                 eventually(client.is_server_ready)
+                assert client.is_model_ready("odd")
+                assert client.get_model_metadata("odd").name == "odd"
             assert worker.infer(request("tiny", max_tokens=6, seed=1))["text"] == [expected]
+        asked = pb.ModelInferRequest(model_name="odd")
+        add(asked, "prompt", "INT32", [4], [3, 96, 14, 15])
+        for name, value in (("max_tokens", 5), ("seed", 1)):
+            asked.parameters[name].int64_param = value
+        body = {"model": "odd", "prompt": [3, 96, 14, 15], "max_tokens": 5, "seed": 1, "return_token_ids": True}
+        assert worker.infer(asked)["token_ids"] == worker.server.complete(**body)["choices"][0]["token_ids"]
 
 
 def test_a_port_in_use_is_an_error(worker: Worker, cli: Cli) -> None:
@@ -166,3 +184,19 @@ def test_a_port_in_use_is_an_error(worker: Worker, cli: Cli) -> None:
     assert ended.returncode == 2
     assert f"kserve.grpc_port: cannot listen on 127.0.0.1:{port}" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_without_the_extra_there_is_no_grpc_and_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings.model_validate({"kserve": {"grpc_port": 5000}})
+    serving = Serving.of(settings, Gate(), Metrics("tiny"))
+    monkeypatch.delitem(sys.modules, "bdh_batch.kserve.server", raising=False)
+    monkeypatch.setitem(sys.modules, "grpc_reflection.v1alpha", None)  # as where it is not installed
+    with pytest.raises(ConfigError, match=r"kserve\.grpc_port.*pip install 'bdh-batch\[kserve\]'"):
+        open_grpc(serving)
+
+
+def test_grpc_is_not_imported_where_no_port_is_set() -> None:
+    code = "import sys, bdh_batch.processes.service; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "bdh_batch.processes.service" in modules
+    assert {"grpc", "tritonclient", "google.protobuf", "bdh_batch.kserve"}.isdisjoint(modules)

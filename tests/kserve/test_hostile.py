@@ -134,6 +134,13 @@ def test_a_message_that_is_too_large_is_refused(worker: Worker) -> None:
     assert worker.infer(request("tiny", max_tokens=1), compression=grpc.Compression.Gzip)["completion_tokens"] == [1]
 
 
+def test_a_message_of_a_stream_that_is_too_large_ends_its_call(worker: Worker) -> None:
+    with pytest.raises(grpc.RpcError) as refused:
+        list(worker.stream([request("tiny", id="1", max_tokens=1), b"\0" * (BODY * 2)]))
+    assert refused.value.code() == EXHAUSTED
+    worker.server.until_idle()
+
+
 def test_metadata_that_are_too_large_are_refused(worker: Worker) -> None:
     code, _, _ = worker.refused("ModelInfer", request("tiny"), metadata=[("x-spare", "a" * 100_000)])
     assert code == EXHAUSTED

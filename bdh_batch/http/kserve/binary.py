@@ -12,8 +12,8 @@ from starlette.responses import Response
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.kserve.bodies import InferBody, InferInput
 from bdh_batch.http.request.content import JSON_LENGTH
-from bdh_batch.http.responses.json_pieces import JsonInPieces, between, dump_list
-from bdh_batch.http.tensors.tensor import Tensor, elements, from_json, from_raw, to_raw
+from bdh_batch.http.responses.json_pieces import JsonInPieces, between, dump_list, dump_text
+from bdh_batch.http.tensors.tensor import BYTES, Tensor, elements, from_json, from_raw, to_raw
 from bdh_batch.settings import Limits
 
 
@@ -55,6 +55,13 @@ def _binary_size(number: int, given: InferInput) -> int | None:
     return size
 
 
+def _data(tensor: Tensor) -> list[bytes]:
+    """The elements as pieces of JSON."""
+    if tensor.datatype != BYTES:
+        return [dump_list(tensor.values)]
+    return [b"[", *between(b",", map(dump_text, tensor.values)), b"]"]
+
+
 def infer_response(envelope: dict[str, Any], tensors: Iterable[Tensor], binary: Iterable[bool]) -> Response:
     """The response with `tensors`; those that are `binary` stand behind the JSON."""
     outputs: list[Sequence[bytes]] = []
@@ -65,7 +72,7 @@ def infer_response(envelope: dict[str, Any], tensors: Iterable[Tensor], binary: 
             behind.append(to_raw(tensor))
             outputs.append([orjson.dumps(head | {"parameters": {"binary_data_size": len(behind[-1])}})])
         else:
-            outputs.append([orjson.dumps(head)[:-1], b',"data":', dump_list(tensor.values), b"}"])
+            outputs.append([orjson.dumps(head)[:-1], b',"data":', *_data(tensor), b"}"])
     pieces = [orjson.dumps(envelope)[:-1], b',"outputs":[', *between(b",", outputs), b"]}"]
     response = JsonInPieces([*pieces, *behind])
     if behind:

@@ -55,8 +55,8 @@ class KServe:
         tensors = await started.whole()
         envelope = self._envelope(request, asked.request.id)
         chosen = [binary.get(tensor.name, binary[""]) for tensor in tensors]
-        size = sum(len(tensor.values) for tensor in tensors)
-        return await aside.run(size, infer_response, envelope, tensors, chosen)
+        cost = sum(tensor.cost for tensor in tensors)
+        return await aside.run(cost, infer_response, envelope, tensors, chosen)
 
     async def generate(self, request: Request) -> Response:
         return await self._generate(request, streams=False)

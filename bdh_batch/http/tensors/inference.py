@@ -10,7 +10,7 @@ from bdh_batch.backends.base import Generation
 from bdh_batch.errors import InvalidRequest, ModelNotFound
 from bdh_batch.http.auth.caller import Caller
 from bdh_batch.http.gate import HostedModel, ServedModel
-from bdh_batch.http.request.client import Client
+from bdh_batch.http.request.client import LONGEST_TIMEOUT, Client
 from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses.generation import CHARACTERS, CHOICE_COST, collect
 from bdh_batch.http.schema.requests import CompletionBody
@@ -146,4 +146,4 @@ def _seconds(microseconds: Any) -> float | None:
         return None
     if type(microseconds) is not int or microseconds < 0:
         raise InvalidRequest("timeout: Input should be a number of microseconds, 0 or more", TIMEOUT)
-    return microseconds / 1e6
+    return float(min(microseconds / 1e6, LONGEST_TIMEOUT))

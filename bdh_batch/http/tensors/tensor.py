@@ -25,6 +25,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
     **{f"FP{8 * size}": np.dtype(f"<f{size}") for size in (2, 4, 8)},
 }
 BYTES = "BYTES"
+CHARACTERS = 16  # that are encoded in a microsecond
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,11 @@ class Tensor:
     def of(cls, name: str, datatype: str, values: Sequence[Any]) -> Tensor:
         """One of rank 1."""
         return cls(name, datatype, (len(values),), values)
+
+    @property
+    def cost(self) -> int:
+        """About how many microseconds it takes to encode it."""
+        return len(self.values) + (sum(map(len, self.values)) // CHARACTERS if self.datatype == BYTES else 0)
 
 
 def elements(name: str, datatype: str, shape: Sequence[int], limits: Limits) -> int:

@@ -54,6 +54,7 @@ with gr.Blocks() as app:
     every = [message, history, system, temperature, max_tokens]
     button = gr.Button()
     button.click(bharatgen, every, [chat, done], api_name="chat_fn_1")
+    button.click(plain, [message, history], out, api_name="turns")
     button.click(fails, [message, history], out, api_name="fails")
     button.click(slow, [message, history], out, api_name="slow", concurrency_limit=1)
     gr.ChatInterface(plain, api_name="chat")
