@@ -23,11 +23,13 @@ DUE = attrgetter("standing.due", "standing.arrival")  # the order inside a tenan
 BEGAN = attrgetter("standing.since", "standing.arrival")  # that in which they were given their slots
 
 
-def tenant_rank(sequence: Sequence, first: float = -inf) -> Rank:
-    """The part of its rank that a sequence has in common with others of its tenant; `first` is the first priority."""
-    standing, account = sequence.standing, sequence.standing.account
-    return first if standing.aged else sequence.priority, account.virtual_time, account.held
-
-
 def rank(sequence: Sequence, first: float = -inf) -> Rank:
-    return *tenant_rank(sequence, first), *DUE(sequence)
+    """The rank of a sequence, where `first` is the first priority."""
+    standing, account = sequence.standing, sequence.standing.account
+    priority = first if standing.aged else sequence.priority
+    return priority, account.virtual_time, account.held, standing.due, standing.arrival
+
+
+def tenant_rank(sequence: Sequence, first: float) -> Rank:
+    """The part of its rank that a sequence has in common with others of its tenant."""
+    return rank(sequence, first)[:3]

@@ -290,8 +290,8 @@ class Scheduler:
             self._ageing.put(sequence)
         if stage in self._groups:
             self._groups[stage].push(sequence)
-        waits, holds = ((stage in stages) - (before in stages) for stages in (WAITING, HOLDING))
-        standing.account.count(waits, holds)
+        waits = (stage in WAITING) - (before in WAITING)
+        standing.account.count(waits, (stage in HOLDING) - (before in HOLDING))
         if waits:
             (self.backlog.add if waits > 0 else self.backlog.remove)(sequence)
             if not self._changes.pop(sequence, 0):

@@ -69,6 +69,8 @@ class Stage(Enum):
     SWAPPED = "swapped"  # preempted by swap: holds a state, and waits for its next time slice
     ENDED = "ended"
 
+    __hash__ = object.__hash__  # members are compared by identity; an Enum's own hash is dear in every look-up
+
 
 WAITING = (Stage.QUEUED, Stage.AWAITING_PREFIX)
 HOLDING = (Stage.RUNNING, Stage.SWAPPED)  # a state

@@ -76,8 +76,8 @@ class Sharing:
                 self.cache.use(entry, self._allocator.now)
         self.expect_no_more(sequence)
         if self._cache_prefixes:
-            wanted = self._wanted(sequence, alone)
-            sequence.prefix.cuts = sorted(at for at in wanted if max(sequence.computed, self._least - 1) < at)
+            wanted, least = self._wanted(sequence, alone), max(sequence.computed, self._least - 1)
+            sequence.prefix.cuts = sorted(at for at in wanted if at > least)
 
     def await_prefix(self, sequence: Sequence, in_prompt: Tokens[Sequence]) -> bool:
         """Whether one of those `in_prompt` is about to compute more of `sequence` than is cached; it then waits. In one
