@@ -303,7 +303,7 @@ async def test_bharatgens_examples(behind: tuple[Server, Behind], client: AsyncO
         {"role": "user", "content": "Now multiply that result by 2."},
     ]
     await client.chat.completions.create(model=model, messages=turns, top_p=0.95)
-    head = "Count from 1 to 3 and explain each number.", [], "You are a helpful AI assistant."
+    head: Any = "Count from 1 to 3 and explain each number.", [], "You are a helpful AI assistant."
     assert asked == [
         [*head, 0.5, 2048, 1.0, 50],
         [*head, 0.5, 2048, 1.0, 50],

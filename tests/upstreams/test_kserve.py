@@ -165,7 +165,14 @@ async def test_what_it_cannot_express_is_refused_by_name_or_dropped(fields: dict
 
 
 async def test_what_asks_for_nothing_is_left_out() -> None:
-    nothing = {"presence_penalty": 0, "n": 1, "logprobs": False, "echo": False, "tools": [], "tool_choice": "auto"}
+    nothing: dict[str, Any] = {
+        "presence_penalty": 0,
+        "n": 1,
+        "logprobs": False,
+        "echo": False,
+        "tools": [],
+        "tool_choice": "auto",
+    }
     got, fake = await asked(streamed("ok"), max_completion_tokens=3, **nothing)
     assert got.text == "ok"
     assert sorted(each.name for each in fake.asked[0].inputs) == ["max_tokens", "prompt"]
@@ -173,7 +180,8 @@ async def test_what_asks_for_nothing_is_left_out() -> None:
 
 @pytest.mark.parametrize(("field", "value"), [("max_tokens", 2**40), ("top_k", 2**31)])
 async def test_a_value_that_the_tensor_cannot_hold_is_refused(field: str, value: int) -> None:
-    got, fake = await asked(streamed("ok"), **{field: value})
+    fields: dict[str, Any] = {field: value}
+    got, fake = await asked(streamed("ok"), **fields)
     assert isinstance(got.error, InvalidRequest)
     assert got.error.param == field
     assert not fake.asked

@@ -307,6 +307,7 @@ async def test_keys_come_from_the_environment_or_a_file(monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("field", ["return_token_ids", "prompt_logprobs"])
 async def test_what_is_not_passed_back_is_refused_by_name(field: str) -> None:
+    fields: dict[str, Any] = {field: True}
     with pytest.raises(UnsupportedParameter) as refused:
-        await asked(script_down, **{field: True})
+        await asked(script_down, **fields)
     assert refused.value.param == field
