@@ -35,11 +35,15 @@ from tests.launcher import Launcher, Process
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).parent.parent
+# No test speaks to a server of the world. Clients read the certificates that they trust when they are made, those of
+# all the world's authorities in 30 ms, again and again; here and in all programs that tests start, it is one.
+os.environ.setdefault("SSL_CERT_FILE", str(ROOT / "tests" / "data" / "tls" / "cert.pem"))
 CONFORMANCE = ROOT / "tests" / "data" / "conformance"
 # Nothing here takes nearly as long: what does is a failure, and a machine that is busy with other work is none.
 HANG_SECONDS = 300.0
 START_SECONDS = 900.0  # where no cache holds the kernels yet, they are compiled first
 POLL_SECONDS = 0.01
+POLL_SHARE = 0.05  # of the time waited so far, until the next look
 LONG_NAME = (
     "tiny-" + "x" * 4000
 )  # asked for under it, a response has frames of 4 KiB: few tokens fill a socket's buffers
@@ -51,11 +55,15 @@ Cli = Callable[..., subprocess.CompletedProcess[str]]
 def eventually(
     condition: Callable[[], bool], within: float = HANG_SECONDS, what: Callable[[], object] = lambda: ""
 ) -> None:
-    """Polls until `condition` holds; fails with `what` when it does not `within` that many seconds."""
-    deadline = time.monotonic() + within
+    """Polls until `condition` holds; fails with `what` when it does not `within` that many seconds.
+
+    The longer it has taken, the less often: who waits for seconds does not take them from what it waits for.
+    """
+    begun = time.monotonic()
     while not condition():
-        assert time.monotonic() < deadline, f"not within {within} s: {what()}"
-        time.sleep(POLL_SECONDS)
+        elapsed = time.monotonic() - begun
+        assert elapsed < within, f"not within {within} s: {what()}"
+        time.sleep(max(POLL_SECONDS, POLL_SHARE * elapsed))
 
 
 class RawStream:
