@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -85,41 +84,14 @@ def compiled_ahead(pytestconfig: pytest.Config) -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _language_is_patched_once() -> Iterator[None]:
-    """The interpreter replaces Triton's language at each call of a function, inner ones too, and puts it back after it,
-    and makes a table of all dtypes at each operation, which took a third of its time. Nothing else in this process uses
-    the language, so it may stay replaced, and dtypes stay what they are."""
+def _interpreter_works_out_once_what_stays() -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
-    from triton import language
-    from triton.runtime import interpreter
-
-    patch_language, dtype_of = interpreter._patch_lang, interpreter._get_np_dtype
-    dtypes: dict[str, Any] = {}
-    known: set[int] = set()
-    patched: set[frozenset[str]] = set()
-
-    def patch_once(function: Any) -> Any:
-        if id(function.__globals__) not in known:
-            known.add(id(function.__globals__))
-            visible = [language, language.core]
-            names = frozenset(
-                name for name, value in function.__globals__.items() if any(value is each for each in visible)
-            )
-            if names not in patched:
-                patched.add(names)
-                patch_language(function)
-        return interpreter._LangPatchScope()  # of nothing: there is nothing to put back
-
-    def known_dtype_of(kind: Any) -> Any:
-        if (name := str(kind)) not in dtypes:
-            dtypes[name] = dtype_of(kind)
-        return dtypes[name]
+    from tests.kernels.interpreter import remember
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", patch_once)
-        patch.setattr(interpreter, "_get_np_dtype", known_dtype_of)
+        remember(patch)
         yield
 
 
