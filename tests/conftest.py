@@ -9,6 +9,7 @@ Test modules take from here only fixtures at run time, and types for the type ch
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import re
@@ -50,6 +51,11 @@ LONG_NAME = (
 
 ServeFactory = Callable[..., AbstractContextManager["Server"]]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: the collector need not walk it again at each of its rounds."""
+    gc.freeze()
 
 
 def eventually(

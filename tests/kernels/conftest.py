@@ -27,7 +27,8 @@ SOURCES = [*MODULES, Path(__file__).with_name("aot.py")]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begins to compile the Triton kernels, for `test_aot.py`, beside the first tests, which leave a core idle.
+    """Begins to compile the Triton kernels, for `test_aot.py`, beside the first tests, which leave a core idle; but not
+    where tests run beside tests.
 
     Where nothing has changed since the last run, its results stand. Else Triton's cache has what is as it was; it knows
     a kernel by its source, the functions it calls, its constants and options, and the compiler.
@@ -35,8 +36,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
     if config.option.collectonly or not any(item.path.name == "test_aot.py" for item in session.items):
         return
-    if last_results(config) is not None:
-        return
+    if not hasattr(config, "workerinput") and last_results(config) is None:
+        begin_to_compile(config)
+
+
+def begin_to_compile(config: pytest.Config) -> None:
     folder = {"TRITON_CACHE_DIR": str(config.cache.mkdir("triton"))} if config.cache else {}
     config.stash[COMPILING] = subprocess.Popen(
         [sys.executable, "-m", "tests.kernels.aot"],
@@ -75,6 +79,8 @@ def compiled_ahead(pytestconfig: pytest.Config) -> str:
     known = last_results(pytestconfig)
     if known is not None:
         return known
+    if COMPILING not in pytestconfig.stash:
+        begin_to_compile(pytestconfig)
     process = pytestconfig.stash[COMPILING]
     output, problem = process.communicate()
     assert process.returncode == 0, problem
