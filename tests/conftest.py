@@ -9,6 +9,7 @@ Test modules take from here only fixtures at run time, and types for the type ch
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import json
 import os
@@ -310,14 +311,25 @@ def wait_until_ready(server: Server) -> None:
 
 
 @pytest.fixture(scope="session")
-def both(serve: ServeFactory) -> Iterator[tuple[Server, Server]]:
-    """The two servers that most tests use, started next to each other."""
+def both(serve: ServeFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
+    """The two servers that most tests use. Where no cache holds the kernels yet, the first compiles them for both, and
+    for those of other processes that run tests."""
     of_bytes = serve(f"model.aliases=minute,{LONG_NAME}", model=CONFORMANCE / "tiny", wait=False)
     sizes = ("scheduler.max_running=96", "engine.state_memory=2 GiB")
-    with serve(*sizes, wait=False, afresh=True) as server, of_bytes as tiny:
-        wait_until_ready(server)
-        wait_until_ready(tiny)
-        yield server, tiny
+    with contextlib.ExitStack() as servers:
+        with one_at_a_time(tmp_path_factory):
+            tiny = servers.enter_context(of_bytes)
+            wait_until_ready(tiny)
+        yield servers.enter_context(serve(*sizes, afresh=True)), tiny
+
+
+@contextlib.contextmanager
+def one_at_a_time(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Waits for the other processes of this run that are in here."""
+    base = tmp_path_factory.getbasetemp()
+    with (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base).joinpath("lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")
