@@ -27,10 +27,15 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, settings
 from openai import AsyncOpenAI, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.launcher import Launcher, Process
+
+# How long an example takes, or making it, says more about what else the machine does than about what is tested.
+settings.register_profile("gate", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("gate")
 
 # Threads of OpenMP that have nothing to do sleep at once, here and in all programs that tests start: otherwise they
 # would spin for a while after each step, and take the cores from those that work. Read by the libraries when they load.
