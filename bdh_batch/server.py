@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,7 +62,8 @@ class ChildSpec:
     name: str
     model: int  # the number of the one that an engine computes
     folder: RuntimeFolder  # an engine's is that of its model
-    cores: Sequence[int]  # that an engine computes on; none is all
+    threads: int | None  # that an engine computes with; None is as the settings say
+    cores: Sequence[int]  # that it computes on; none is all
     liveness: int  # a socket that closes when the supervisor ends
     report_pipe: int  # a pipe to which the child writes a `Report`
     sockets: Sequence[int]  # at which a front end serves HTTP
@@ -70,9 +71,12 @@ class ChildSpec:
     @classmethod
     def of(cls, spec: str) -> ChildSpec:
         """Parses the text that the supervisor makes of it."""
-        name, model, folder, cores, liveness, pipe, *sockets = spec.split(":")
-        own = [int(core) for core in cores.split(",") if core]
-        return cls(name, int(model), RuntimeFolder(Path(folder)), own, int(liveness), int(pipe), [*map(int, sockets)])
+        name, model, folder, threads, cores, liveness, pipe, *sockets = spec.split(":")
+        return cls(
+            *(name, int(model), RuntimeFolder(Path(folder)), int(threads) if threads else None),
+            [int(core) for core in cores.split(",") if core],
+            *(int(liveness), int(pipe), [*map(int, sockets)]),
+        )
 
     def report(self, report: Report) -> None:
         """Notifies the supervisor. To be called once."""
@@ -114,6 +118,9 @@ async def _run_engine(settings: Settings, spec: ChildSpec, ready: Callable[[], N
     if spec.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, spec.cores)
     model = models_of(settings)[spec.model]
+    if spec.threads is not None:
+        engine = model.settings.engine.model_copy(update={"threads": spec.threads})
+        model = replace(model, settings=model.settings.model_copy(update={"engine": engine}))
     await run_engine(model, spec.folder, spec.name, ready, load or load_engine)
 
 

@@ -40,7 +40,7 @@ from bdh_batch.upstreams.config import AnyUpstream
 LONGEST_SHOWN = 100  # characters of an option that does not exist
 ENV_PREFIX, ENV_DELIMITER = "BDH_", "__"
 # What is given there is not repeated.
-SECRET = ("auth.api_keys", "rate_limiting.storage", "telemetry.otlp_endpoint", "upstreams")
+SECRET = ("auth.api_keys", "rate_limiting.storage", "response_cache.storage", "telemetry.otlp_endpoint", "upstreams")
 LISTS = {"models", "upstreams"}  # options that are lists of entries, beside the sections
 MAX_PRIORITY = 1000  # of a request, above 0 and below
 
@@ -106,6 +106,8 @@ Weights = Annotated[
     BeforeValidator(_parse_mapping),
 ]
 ModelId = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f]{1,128}$")]
+Names = Annotated[list[ModelId], BeforeValidator(_parse_list)]
+Devices = Annotated[list[Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$")]], BeforeValidator(_parse_list)]
 Secrets = Annotated[
     list[SecretStr],
     BeforeValidator(_parse_list),
@@ -218,7 +220,7 @@ class ModelEntry(Section):
 
     id: ModelId = Field(description="Its name in the API.")
     path: Path | None = Field(None, description="As model.path.")
-    aliases: Strings = Field([], description="Other names that requests may use.")
+    aliases: Names = Field([], description="Other names that requests may use.")
     load: Literal["warm", "on_demand"] = Field(
         "warm", description="warm: loaded when the server starts. on_demand: loaded at its first request."
     )
@@ -236,7 +238,7 @@ class ModelEntry(Section):
     state_memory: Bytes | None = Field(None, description="As engine.state_memory.")
     state_memory_share: float | None = Field(None, gt=0, le=0.95, description="As engine.state_memory_share.")
     replicas: PositiveInt | None = Field(None, le=64, description="As engine.replicas; null is 1.")
-    devices: Strings = Field([], description="As engine.devices.")
+    devices: Devices = Field([], description="As engine.devices.")
     threads: PositiveInt | None = Field(None, description="As engine.threads.")
     template: Path | None = Field(None, description="As chat.template.")
 
@@ -307,7 +309,7 @@ class Engine(Section):
         description="Engine processes. null: the engine runs in the server's own process. With engine processes, "
         "streams are resumed on another engine when one is lost.",
     )
-    devices: Strings = Field(
+    devices: Devices = Field(
         [],
         description="Devices of the engine processes, one for each, as in [cuda:0, cuda:1]; empty: all use "
         "model.device.",
@@ -440,6 +442,22 @@ class RateLimiting(Section):
         "memory",
         description="What counts them: memory, or the redis:// or rediss:// URL of a Redis that servers share.",
     )
+
+
+class ResponseCache(Section):
+    """Responses to requests that determine them (temperature 0, or a seed), kept for the same request of one caller."""
+
+    enabled: bool = Field(False, description="Whether responses are kept; a replayed one has the header x-cache: hit.")
+    storage: Storage = Field(
+        "memory",
+        description="Where they are kept: memory, of each process, or the redis:// or rediss:// URL of a Redis that "
+        "servers share.",
+    )
+    ttl_seconds: PositiveFloat = Field(
+        600.0, le=30 * 86400, allow_inf_nan=False, description="Seconds that a response is kept."
+    )
+    max_bytes: Bytes = Field(64 * 2**20, description="Most memory for them; a Redis has a limit of its own.")
+    max_entry_bytes: Bytes = Field(2**20, description="Largest response that is kept.")
 
 
 class Limits(Section):
@@ -622,6 +640,7 @@ class Settings(BaseModel):
     chat: Chat = Chat()
     auth: Auth = Auth()
     rate_limiting: RateLimiting = RateLimiting()
+    response_cache: ResponseCache = ResponseCache()
     limits: Limits = Limits()
     sandbox: Sandbox = Sandbox()
     structured_output: StructuredOutput = StructuredOutput()
@@ -769,7 +788,7 @@ def _section_options(values: Mapping[str, Any], origin: str) -> Iterator[tuple[s
             near = difflib.get_close_matches(name, Settings.model_fields, 1, 0)
             raise ConfigError(f"unknown section {shown(name)} ({origin}); did you mean {near[0]}?")
         if section in LISTS:
-            yield section, keys or []
+            yield section, [] if keys is None else keys
             continue
         if not isinstance(keys, dict | None):
             raise ConfigError(f"{section} ({origin}): should hold options, as in `{section}: {{key: value}}`")

@@ -9,6 +9,8 @@ Test modules take from here only fixtures at run time, and types for the type ch
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import gc
 import json
 import os
 import re
@@ -25,21 +27,30 @@ from typing import Any
 
 import httpx
 import pytest
+from hypothesis import HealthCheck, settings
 from openai import AsyncOpenAI, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.launcher import Launcher, Process
+
+# How long an example takes, or making it, says more about what else the machine does than about what is tested.
+settings.register_profile("gate", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("gate")
 
 # Threads of OpenMP that have nothing to do sleep at once, here and in all programs that tests start: otherwise they
 # would spin for a while after each step, and take the cores from those that work. Read by the libraries when they load.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROOT = Path(__file__).parent.parent
+# No test speaks to a server of the world. Clients read the certificates that they trust when they are made, those of
+# all the world's authorities in 30 ms, again and again; here and in all programs that tests start, it is one.
+os.environ.setdefault("SSL_CERT_FILE", str(ROOT / "tests" / "data" / "tls" / "cert.pem"))
 CONFORMANCE = ROOT / "tests" / "data" / "conformance"
 # Nothing here takes nearly as long: what does is a failure, and a machine that is busy with other work is none.
 HANG_SECONDS = 300.0
 START_SECONDS = 900.0  # where no cache holds the kernels yet, they are compiled first
 POLL_SECONDS = 0.01
+POLL_SHARE = 0.05  # of the time waited so far, until the next look
 LONG_NAME = (
     "tiny-" + "x" * 4000
 )  # asked for under it, a response has frames of 4 KiB: few tokens fill a socket's buffers
@@ -48,14 +59,23 @@ ServeFactory = Callable[..., AbstractContextManager["Server"]]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: the collector need not walk it again at each of its rounds."""
+    gc.freeze()
+
+
 def eventually(
     condition: Callable[[], bool], within: float = HANG_SECONDS, what: Callable[[], object] = lambda: ""
 ) -> None:
-    """Polls until `condition` holds; fails with `what` when it does not `within` that many seconds."""
-    deadline = time.monotonic() + within
+    """Polls until `condition` holds; fails with `what` when it does not `within` that many seconds.
+
+    The longer it has taken, the less often: who waits for seconds does not take them from what it waits for.
+    """
+    begun = time.monotonic()
     while not condition():
-        assert time.monotonic() < deadline, f"not within {within} s: {what()}"
-        time.sleep(POLL_SECONDS)
+        elapsed = time.monotonic() - begun
+        assert elapsed < within, f"not within {within} s: {what()}"
+        time.sleep(max(POLL_SECONDS, POLL_SHARE * elapsed))
 
 
 class RawStream:
@@ -297,14 +317,25 @@ def wait_until_ready(server: Server) -> None:
 
 
 @pytest.fixture(scope="session")
-def both(serve: ServeFactory) -> Iterator[tuple[Server, Server]]:
-    """The two servers that most tests use, started next to each other."""
+def both(serve: ServeFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
+    """The two servers that most tests use. Where no cache holds the kernels yet, the first compiles them for both, and
+    for those of other processes that run tests."""
     of_bytes = serve(f"model.aliases=minute,{LONG_NAME}", model=CONFORMANCE / "tiny", wait=False)
     sizes = ("scheduler.max_running=96", "engine.state_memory=2 GiB")
-    with serve(*sizes, wait=False, afresh=True) as server, of_bytes as tiny:
-        wait_until_ready(server)
-        wait_until_ready(tiny)
-        yield server, tiny
+    with contextlib.ExitStack() as servers:
+        with one_at_a_time(tmp_path_factory):
+            tiny = servers.enter_context(of_bytes)
+            wait_until_ready(tiny)
+        yield servers.enter_context(serve(*sizes, afresh=True)), tiny
+
+
+@contextlib.contextmanager
+def one_at_a_time(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Waits for the other processes of this run that are in here."""
+    base = tmp_path_factory.getbasetemp()
+    with (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base).joinpath("lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture(scope="session")

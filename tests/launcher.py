@@ -1,7 +1,7 @@
 """Programs of this project in processes of their own, without the seconds that their imports take.
 
-One process imports the package and forks for each program that a test starts. A program begins with the modules in
-memory, and nothing else differs from `python -m bdh_batch`: arguments, environment, streams, signals and the way it
+One process imports the whole package and forks for each program that a test starts. A program begins with the modules
+in memory, and nothing else differs from `python -m bdh_batch`: arguments, environment, streams, signals and the way it
 ends are its own. The launcher computes nothing and starts no thread, so there is nothing that a fork could break.
 
 Linux and macOS only; `python -m tests.launcher DESCRIPTOR` is the launcher's own program.
@@ -26,8 +26,14 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 ROOT = Path(__file__).parent.parent
-# What `bdh-batch serve` and the other commands import sooner or later; nothing that only some settings ask for.
-MODULES = ("uvloop", "bdh_batch.cli", "bdh_batch.server", "bdh_batch.bench.serve")
+# What only some settings ask for, and imports an optional dependency.
+OPTIONAL = (
+    "bdh_batch.__main__",
+    "bdh_batch.client",
+    "bdh_batch.kernels.cuda",
+    "bdh_batch.kernels.triton_ops",
+    "bdh_batch.observability.spans",
+)
 
 
 class Process(Protocol):
@@ -199,10 +205,18 @@ def become(streams: Sequence[int], module: str, arguments: list[str], env: Mappi
     return module
 
 
+def import_all() -> None:
+    """Imports what the commands import sooner or later: most of it only in the function that needs it."""
+    importlib.import_module("uvloop")
+    for file in sorted((ROOT / "bdh_batch").rglob("*.py")):
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        if not name.startswith(OPTIONAL):
+            importlib.import_module(name.removesuffix(".__init__"))
+
+
 def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
-    for name in MODULES:
-        importlib.import_module(name)
+    import_all()
     assert threading.active_count() == 1
     gc.collect()
     gc.freeze()  # pages that a collection need not touch stay shared

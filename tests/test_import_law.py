@@ -41,9 +41,10 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     ),
     "observability": (SHARED | {"engine", "scheduler", "backends", "__init__"}, {"opentelemetry", "prometheus_client"}),
     "http": (
-        SHARED | {"backends", "text", "settings", "observability", "__init__"},
+        SHARED | {"backends", "store", "text", "settings", "observability", "__init__"},
         {"starlette", "uvicorn", "httptools", "numpy", "orjson", "pydantic", "pydantic_core", "redis"},
     ),
+    "store": ({"errors", "messages", "backends", "settings"}, {"cachetools", "msgspec", "redis"}),
     "kserve": (
         SHARED | {"http", "settings"},
         {"google", "grpc", "grpc_health", "grpc_reflection", "starlette", "tritonclient"},

@@ -187,11 +187,11 @@ class Worker:
     def load(self) -> Load:
         scheduler = self._scheduler
         return Load(
-            running=scheduler.running,
+            running=len(scheduler.running),
             waiting=self._admission.queued,
-            swapped=scheduler.swapped,
-            slots=scheduler.width,
-            cached_states=scheduler.allocator.cached,
+            swapped=len(scheduler.swapped),
+            slots=scheduler.size.width,
+            cached_states=len(scheduler.sharing.cache),
             preemptions=scheduler.counts.preemptions,
             cache_queries=scheduler.sharing.queries,
             cache_hits=scheduler.sharing.hits,
@@ -201,8 +201,8 @@ class Worker:
         """Where it `sheds` others for them, as many go as are too many now."""
         of, updates = self._scheduler, []
         if sheds:
-            tokens = of.waiting_tokens + sum(len(sequence.prompt) for sequence in sequences)
-            excess = self._admission.excess(of.waiting + len(sequences), tokens, of.free)
+            tokens = of.backlog.tokens + sum(len(sequence.prompt) for sequence in sequences)
+            excess = self._admission.excess(len(of.backlog) + len(sequences), tokens, of.free)
             updates = of.shed(*excess, sequences[0].queue_key, self._made_room())
         of.submit(sequences)
         self._admission.arrived(sequences, of.take_changes())
@@ -256,7 +256,7 @@ class Worker:
         with self._inbox_changed:
             while not (self._inbox or self._stopping or self._scheduler.has_work):
                 self._scheduler.check()
-                due = self._scheduler.release_due
+                due = self._scheduler.allocator.release_due
                 if not self._inbox_changed.wait(None if due is None else max(0.0, due - time.monotonic())):
                     break
                 self._progress = time.monotonic()
@@ -278,7 +278,7 @@ class Worker:
             updates = self._scheduler.out_of_memory(step)
             log.warning(
                 "a step of %s ran out of memory (%s); from now on at most %d prompt tokens and %d sequences a step",
-                *(describe(step), error, self._scheduler.prefill_cap, self._scheduler.width),
+                *(describe(step), error, self._scheduler.size.prefill, self._scheduler.size.width),
             )
             self._failed(step, error)
             return updates

@@ -34,9 +34,13 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model that is loaded."""
+    """A model that is loaded.
+
+    `revision` is another one where its files or settings are others.
+    """
 
     info: ModelInfo
+    revision: str
     backend: Backend
     fingerprint: str
     defaults: Defaults
@@ -70,8 +74,12 @@ class HostedModel(Protocol):
     def release(self) -> None:
         """Ends one use of the model."""
 
-    async def load(self) -> None:
-        """Waits until the model is loaded. Raises QueueFull, QueueTimeout, Unavailable."""
+    async def load(self, seconds: float | None = None) -> None:
+        """Waits until the model is loaded, so long at most.
+
+        Raises:
+            QueueFull, QueueTimeout, Unavailable
+        """
 
     async def load_for_good(self) -> None:
         """Loads the model, as an operator asks for it. Raises InvalidRequest, Unavailable."""
@@ -150,9 +158,9 @@ class Gate:
         """What is wrong with this process, or None; loading and draining are not wrong."""
         return self._first(model.health for model in self._models)
 
-    def engines(self) -> Sequence[Mapping[str, object]]:
-        """Returns what is known of each engine process."""
-        return [engine for model in self._models for engine in model.engines()]
+    def engines(self, caller: Caller) -> Sequence[Mapping[str, object]]:
+        """Returns what is known of the engine processes of each model that the caller may use."""
+        return [engine for model in self.models(caller) for engine in model.engines()]
 
     @staticmethod
     def _first(checks: Iterable[Callable[[], str | None]]) -> str | None:

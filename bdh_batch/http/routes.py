@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from bdh_batch import __version__
-from bdh_batch.backends.base import Generation, TextBackend
+from bdh_batch.backends.base import TextBackend
 from bdh_batch.errors import Unavailable
 from bdh_batch.http.docs.openapi import openapi
 from bdh_batch.http.docs.page import POLICY, page
@@ -69,7 +69,7 @@ class Routes:
         model = await self._model(request, body.model)
         frames = CompletionFrames(response_options(f"cmpl-{request.state.id}", body, model), model.backend.tokenizer)
         prepared = await self._preparation(request, model, raw).generation(body)
-        return await self._respond(request, model, body, prepared, frames)
+        return await self._respond(request, model, body, len(raw), prepared, frames)
 
     async def chat_completions(self, request: Request) -> Response:
         raw = await request.body()
@@ -79,14 +79,14 @@ class Routes:
         finds_calls = body.may_call and not isinstance(model.backend, TextBackend)  # an upstream finds them itself
         frames = ToolFrames(options, tokenizer, body.tool_names) if finds_calls else ChatFrames(options, tokenizer)
         prepared = await self._preparation(request, model, raw).generation(body)
-        return await self._respond(request, model, body, prepared, frames)
+        return await self._respond(request, model, body, len(raw), prepared, frames)
 
     async def embeddings(self, request: Request) -> Response:
         raw, aside = await request.body(), self._aside(request)
         body = await aside.run(len(raw), self._parse_embedding, raw)
         model = await self._model(request, body.model)
         prepared = await self._preparation(request, model, raw).embedding(body)
-        generation = await self._start(request, model, prepared)
+        generation = await self._serving.start(Client.of(request), model, prepared)
         return await embeddings(generation, body, body.model or model.name, Client.of(request), aside)
 
     async def tokenize(self, request: Request) -> Response:
@@ -150,7 +150,7 @@ class Routes:
         config = self._settings.model_dump(mode="json", include=SHOWN_SETTINGS, exclude=SECRET)
         caller = request.state.caller
         info = {"version": __version__, "model": self._gate.find(caller, None).info.name, "config": config}
-        engines = self._gate.engines() if caller.is_operator else ()
+        engines = self._gate.engines(caller) if caller.is_operator else ()
         return JSONResponse(info | ({"engines": engines} if engines else {}))
 
     async def metrics(self, request: Request) -> Response:
@@ -200,20 +200,19 @@ class Routes:
         request: Request,
         model: ServedModel,
         body: GenerationBody,
+        size: int,
         prepared: GenerationRequest,
         frames: Frames,
     ) -> Response:
+        """The response to a body of `size` bytes."""
         if prepared.grammar is not None:
             frames.warn(prepared.grammar.warnings)
-        generation = await self._start(request, model, prepared)
+        generation = await self._serving.start(Client.of(request), model, prepared, body, size)
         aside = self._aside(request)
         if body.stream:
             keepalive = self._settings.server.sse_keepalive_seconds
             return EventStream(generation, frames, aside, body.options.chunk_tokens or 1, keepalive)
         return await whole(generation, frames, Client.of(request), aside)
-
-    async def _start(self, request: Request, model: ServedModel, prepared: GenerationRequest) -> Generation:
-        return await self._serving.start(Client.of(request), model, prepared)
 
 
 def _status(problem: str | None, well: str) -> Response:

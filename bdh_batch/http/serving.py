@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from bdh_batch.backends.base import Generation, TextBackend
@@ -23,9 +24,15 @@ from bdh_batch.http.schema.requests import GenerationBody
 from bdh_batch.messages import GenerationRequest
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Settings
+from bdh_batch.store.byte_cache import open_byte_cache
+from bdh_batch.store.response_cache import ResponseCache, key_of
 
 if TYPE_CHECKING:
     from bdh_batch.observability.spans import Spans
+
+CACHE_HEADER = "x-cache"
+SOONEST = 0.001  # seconds that a request has at least, once its model is loaded
+UNDECISIVE = {"model", "stream", "stream_options", "priority"}  # fields that a response's tokens do not depend on
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class Serving:
 
     Args:
         spans: where they are exported.
+        responses: those that are kept.
     """
 
     settings: Settings
@@ -42,16 +50,25 @@ class Serving:
     admission: Admission
     quota: Quota
     spans: Spans | None = None
+    responses: ResponseCache | None = None
     off_loop: OffLoop = field(default_factory=OffLoop)
 
     @classmethod
     def of(
         cls, settings: Settings, gate: Gate, metrics: Metrics, keys: KeyRing | None = None, spans: Spans | None = None
     ) -> Serving:
-        """Without `keys`, none is asked for. Raises ConfigError: what the rates are counted in cannot be reached."""
+        """Without `keys`, none is asked for.
+
+        Raises:
+            ConfigError: what the rates are counted in, or responses are kept in, cannot be reached.
+        """
         rates = Rates(settings.rate_limiting, metrics)
         quota = Quota(rates, settings.limits.max_prompt_tokens, settings.scheduler.top_priority)
-        return cls(settings, gate, metrics, Admission(keys, rates), quota, spans)
+        chosen, responses = settings.response_cache, None
+        if chosen.enabled:
+            responses = ResponseCache(open_byte_cache(chosen), chosen.max_entry_bytes)
+            metrics.watch_response_cache(lambda: responses.held)
+        return cls(settings, gate, metrics, Admission(keys, rates), quota, spans, responses)
 
     def aside(self, caller: Caller) -> Aside:
         return self.off_loop.of(caller.label)
@@ -76,7 +93,10 @@ class Serving:
         hosted = self.gate.find(client.caller, name)
         client.model = hosted.info.name
         while (model := hosted.acquire()) is None:
-            await unless_left(client, hosted.load())
+            began, given = time.monotonic(), client.timeout
+            await unless_left(client, hosted.load(given))
+            if given is not None:
+                client.given_timeout = max(SOONEST, given - (time.monotonic() - began))
         client.cleanup.callback(hosted.release)
         return model
 
@@ -84,20 +104,64 @@ class Serving:
         """What makes the request of a body of `size` bytes complete."""
         return Preparation(client, model, size, self.aside(client.caller))
 
-    async def start(self, client: Client, model: ServedModel, prepared: GenerationRequest) -> Generation:
-        """Starts what was prepared, within the client's limits. Raises as `Quota.start` does."""
+    async def start(
+        self,
+        client: Client,
+        model: ServedModel,
+        prepared: GenerationRequest,
+        body: GenerationBody | None = None,
+        size: int = 0,
+    ) -> Generation:
+        """Starts what was prepared, within the client's limits. Raises as `Quota.check` and `Quota.start` do.
+
+        Args:
+            body: that it was prepared of, of `size` bytes; None is one whose response is never kept.
+        """
         if prepared.grammar is not None:
             self.metrics.left_out(model.name, prepared.grammar.warnings)
-        generation = await self.quota.start(client, model.backend, prepared)
+        self.quota.check(client, prepared)
+        if self.responses is None or body is None or not is_determined(body, prepared):
+            generation = await self.quota.start(client, model.backend, prepared)
+        else:
+            key = await self.aside(client.caller).run(size, response_key, client, model, prepared, body)
+            generation = await self._replayed_or_kept(self.responses, key, client, model, prepared)
         if client.span is not None:
             generation.on_end(client.span.generation_ended)
         return generation
+
+    async def _replayed_or_kept(
+        self, responses: ResponseCache, key: str, client: Client, model: ServedModel, prepared: GenerationRequest
+    ) -> Generation:
+        counted = partial(self.metrics.response_cache, model.name)
+        found = await responses.find(key, prepared, counted)
+        client.standing[CACHE_HEADER] = "miss" if found is None else "hit"
+        if found is not None:
+            return found
+        return responses.recorded(key, await self.quota.start(client, model.backend, prepared), counted)
+
+    async def close(self) -> None:
+        """Closes connections to storage. Idempotent."""
+        if self.responses is not None:
+            await self.responses.close()
 
     def count_refusal(self, error: BDHError, client: Client | None) -> None:
         """Has the metrics count what was refused for want of room in a queue."""
         if isinstance(error, QueueFull):
             reason = "deadline" if isinstance(error, TooLate) else "queue_full"
             self.metrics.refused(reason, None if client is None else client.model)
+
+
+def is_determined(body: GenerationBody, prepared: GenerationRequest) -> bool:
+    """Whether the same request gets the same response: by its seed, or because the likeliest token is always taken."""
+    drawn = body.temperature if prepared.written is not None else prepared.sampling and prepared.sampling.temperature
+    return body.seed is not None or drawn == 0
+
+
+def response_key(client: Client, model: ServedModel, prepared: GenerationRequest, body: GenerationBody) -> str:
+    """The key under which the response to a body is kept."""
+    fields = {name: value for name, value in body.written.items() if name not in UNDECISIVE}
+    headers = {} if prepared.written is None else prepared.written.headers
+    return key_of(client.caller.label, model.revision, type(body).__name__, fields, headers)
 
 
 def response_options(id: str, body: GenerationBody, model: ServedModel) -> ResponseOptions:

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 SOONEST = 0.001  # seconds: of a deadline that is over already
 RETRY_SECONDS = 2
+OVER = (aio.InternalError, aio.UsageError)  # what gRPC raises where a call has ended meanwhile
 FINE = 200  # the status of what went well, in metrics and spans
 METHOD = "POST"  # of HTTP/2, which every call of gRPC is
 
@@ -64,6 +65,13 @@ class Call:
 
     def header(self, name: str) -> str | None:
         return self.metadata[name][0] if name in self.metadata else None
+
+    async def write(self, response: bytes) -> None:
+        """Sends a message of a stream. Raises CancelledError: the call was over already."""
+        try:
+            await self.context.write(response)
+        except OVER:
+            raise asyncio.CancelledError from None
 
     def timeout(self) -> float | None:
         """Seconds until its deadline, or as its metadata say. Raises InvalidRequest."""
@@ -220,7 +228,7 @@ async def abort(context: Context, refusal: Refusal, trailers: Sequence[tuple[str
     """Ends a call with an error. Raises CancelledError: the call was over already, by its deadline or its client."""
     try:
         await context.abort(refusal.code, refusal.message, (*trailers, *refusal.trailers))
-    except aio.InternalError:
+    except OVER:
         raise asyncio.CancelledError from None
 
 

@@ -132,10 +132,10 @@ class _Stream:
         return stream_response(response, last)
 
     async def _write(self, response: bytes) -> None:
-        """Raises WriteTimeout."""
+        """Raises WriteTimeout; CancelledError where the call is over."""
         try:
             async with self._writing, asyncio.timeout(self._limits.write_seconds):
-                await self._call.context.write(response)
+                await self._call.write(response)
         except TimeoutError:
             text = f"The client took nothing of its stream for {self._limits.write_seconds:g} s (limits.write_seconds)."
             raise WriteTimeout(text) from None

@@ -81,6 +81,9 @@ class Metrics:
         labels, text = ("model_name", "keyword"), "Keywords left out of schemas that requests asked to follow"
         self._left_out = Counter("bdh_schema_keywords_left_out", text, labels, registry=self.registry)
 
+        labels, text = ("model_name", "outcome"), "Requests whose responses may be kept, and responses that were"
+        self._response_cache = Counter("bdh_response_cache", text, labels, registry=self.registry)
+
         self._rate_storage = self._counter(
             "rate_limit_storage_failures", "Requests whose rate was counted here instead"
         )
@@ -92,6 +95,10 @@ class Metrics:
     def watch_connections(self, open: Callable[[], int]) -> None:
         """From now on, scrapes report how many connections are open at their moment."""
         self._gauge("http_connections", "Open connections", open)
+
+    def watch_response_cache(self, held: Callable[[], int]) -> None:
+        """From now on, scrapes report how many bytes of responses are kept at their moment."""
+        self._gauge("response_cache_bytes", "Bytes of responses that are kept in memory", held)
 
     def watch_buffered(self, held: Callable[[], int]) -> None:
         """From now on, scrapes report how many bytes of requests are held at their moment."""
@@ -130,6 +137,10 @@ class Metrics:
         """`warnings` are of one request."""
         for warning in warnings:
             self._left_out.labels(model, warning["keyword"]).inc()
+
+    def response_cache(self, model: str, outcome: str) -> None:
+        """Counts a request whose response was found or not, or a response that is kept, or a fault of the cache."""
+        self._response_cache.labels(model, outcome).inc()
 
     def rate_storage_failed(self) -> None:
         self._rate_storage.inc()

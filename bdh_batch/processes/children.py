@@ -23,6 +23,7 @@ GRACE_SECONDS = 10.0  # after the drain, until a process that does not end is ki
 SETTLED_SECONDS = 5.0  # a process that ends earlier after it was ready is started again after a wait, too
 REPORT_SECONDS = 1.0  # in which what a process that has ended said of it is read
 NOT_STARTED = 127
+CANNOT_START = 2  # exit status of a process that logs why
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +35,14 @@ class Role:
         number: among those of its kind.
         model: the number of the model that an engine computes.
         device: that an engine computes on; empty is that of the settings.
-        cores: that an engine computes on; empty is all of them.
+        threads: that an engine computes with; None is as the settings say.
     """
 
     kind: str
     number: int
     model: int = 0
     device: str = ""
-    cores: tuple[int, ...] = ()
+    threads: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class Child:
     role: Role
     name: str
     folder: RuntimeFolder
+    cores: tuple[int, ...] = ()  # that it computes on; none is all of them
     process: asyncio.subprocess.Process | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     failed: asyncio.Event = field(default_factory=asyncio.Event)  # whether it has ended before it was ready
@@ -115,9 +117,9 @@ class Children:
         """Returns the children of that kind; with `model`, those of one model."""
         return [each for each in self._all if each.role.kind == kind and model in (None, each.role.model)]
 
-    def add(self, role: Role, name: str, folder: RuntimeFolder) -> Child:
+    def add(self, role: Role, name: str, folder: RuntimeFolder, cores: tuple[int, ...] = ()) -> Child:
         """Starts a child, which is restarted whenever it ends, until it is stopped."""
-        child = Child(role, name, folder)
+        child = Child(role, name, folder, cores)
         self._all.append(child)
         child.watching = asyncio.create_task(self._supervise(child))
         return child
@@ -158,7 +160,9 @@ class Children:
             how = f"status {status}" if status >= 0 else f"signal {-status}"
             log.error("the process %s ended (%s)", child.name, how)
             if not child.ready.is_set():
-                child.report = child.report or Report(f"its process ended ({how})", unsaid=True)
+                text = f"its process ended ({how}); the log above may say why"
+                killed = status == -signal.SIGKILL  # by the system, where it has no memory left
+                child.report = child.report or Report(text, for_memory=killed, unsaid=status != CANNOT_START)
                 child.failed.set()
                 self._on_change(child)
             elif loop.time() - child.since >= SETTLED_SECONDS:
@@ -174,8 +178,9 @@ class Children:
         report_read, report_write = os.pipe()
         passed = [self._liveness_of_children.fileno(), report_write]
         sockets = [listener.fileno() for listener in self._listeners] if child.role.kind == "front" else []
-        cores = ",".join(map(str, child.role.cores))
-        spec = ":".join(map(str, [child.name, child.role.model, child.folder.path, cores, *passed, *sockets]))
+        cores = ",".join(map(str, child.cores))
+        own = [child.name, child.role.model, child.folder.path, child.role.threads or "", cores]
+        spec = ":".join(map(str, [*own, *passed, *sockets]))
         options = [part for name, value in self._options(child).items() for part in ("--set", f"{name}={value}")]
         command = [sys.executable, "-m", *self._command, *options, "--process", spec]
         try:

@@ -90,7 +90,7 @@ class AlwaysLoaded:
     def release(self) -> None:
         """It stays loaded."""
 
-    async def load(self) -> None:
+    async def load(self, seconds: float | None = None) -> None:
         """It is loaded."""
 
     async def load_for_good(self) -> None:

@@ -185,8 +185,11 @@ class LoadedModels:
         if model.state is not State.LOADED:
             raise InvalidRequest(f"The model {model.name} is not loaded.", "model")
         await asyncio.shield(self._begin(model, self._unload_for_good(model)))
+        if model.problem:
+            raise Unavailable(f"The model {model.name} could not be unloaded: {model.problem}.", retry_after=5)
 
     async def _unload_for_good(self, model: LoadedModel) -> None:
+        model.problem = ""
         model.off = not model.on_demand
         try:
             await self._unload(model, self._drain_seconds)
@@ -253,9 +256,11 @@ class LoadedModels:
     async def _make_room(self, wanted: LoadedModel) -> None:
         """Unloads the model on demand that has been used least recently, where as many as may be are loaded.
 
-        Where all are in use, that of them which has had its turn is asked for: its requests end, and new ones wait.
+        Where all are in use, one that has had its turn is asked for: its requests end, and new ones wait, for as long
+        as a drain may take. Then it has another turn, and one is asked for again.
         """
         asked: LoadedModel | None = None
+        since = 0.0
         try:
             while sum(each.state not in (State.UNLOADED, State.FAILED) for each in self.models) >= self._most:
                 others = self._on_demand(wanted)
@@ -267,11 +272,20 @@ class LoadedModels:
                 asked = asked or next((each for each in others if now - each.since >= TURN_SECONDS), None)
                 if asked is not None and not asked.yielding:
                     self._ask_for(asked)
+                    since = now
+                elif asked is not None and now - since >= self._drain_seconds:
+                    asked.since = now
+                    self._keep_loaded(asked)
+                    asked = None
                 await self._change(TURN_SECONDS / 10)
         finally:
             if asked is not None and asked.yielding:
-                asked.yielding = False
-                self._set(asked, asked.state)
+                self._keep_loaded(asked)
+
+    def _keep_loaded(self, model: LoadedModel) -> None:
+        """Has the requests go on that wait for a model whose holders were asked for it."""
+        model.yielding = False
+        self._set(model, model.state)
 
     @staticmethod
     def _ask_for(model: LoadedModel) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 from bdh_batch import __version__
 from bdh_batch.backends.base import Backend
@@ -65,7 +67,8 @@ class OpenModel:
             await asyncio.to_thread(folder.close)
             raise
         backend = engines.open(components)
-        served = _served(model, info, backend, components, facts, engines.compiles_grammars)
+        revision = await in_daemon_thread(partial(revision_of, model, located.path), LOADER)
+        served = _served(model, info, revision, backend, components, facts, engines.compiles_grammars)
         if components.grammars is not None:
             components.grammars.warm_up()
         return cls(served, located, components, engines, metrics)
@@ -83,9 +86,21 @@ class OpenModel:
         self._located.close()
 
 
+def revision_of(model: ModelSettings, path: Path) -> str:
+    """Returns a hash of a model's settings, and of the names, sizes and times of its files."""
+    digest = hashlib.blake2b(__version__.encode(), digest_size=16)
+    for section in ("model", "engine", "generation", "chat"):
+        digest.update(getattr(model.settings, section).model_dump_json().encode())
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        status = file.stat()
+        digest.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
+
+
 def _served(
     model: ModelSettings,
     info: ModelInfo,
+    revision: str,
     backend: Backend,
     components: Components,
     facts: EngineInfo,
@@ -94,6 +109,7 @@ def _served(
     settings = model.settings
     return ServedModel(
         info=info,
+        revision=revision,
         backend=backend,
         fingerprint=f"{info.name}-bdh_batch-{__version__}",
         defaults=components.defaults,

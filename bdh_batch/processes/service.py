@@ -134,6 +134,7 @@ class Service:
             if watching is not None:
                 watching.cancel()
             await asyncio.gather(server.close(), *([] if self._grpc is None else [self._grpc.close()]))
+            await serving.close()
             if self._spans is not None:
                 await self._spans.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from bdh_batch.processes.supervisor_link import SupervisorLink
 
 log = logging.getLogger(__name__)
 
+RETRY_SECONDS = 5.0  # after which what could not be read is read again
 LINGER_SECONDS = 1.0  # that a model on demand is held after its last request: the next one need not ask for it
 
 
@@ -44,6 +46,7 @@ class SupervisedModel:
         self._held = False
         self._opening = False  # it is not given back meanwhile
         self._wanted_back = False  # the supervisor waits until its requests have ended
+        self._retry = 0.0  # before which it is not read again, after that has failed
         self._users = 0  # requests
         self._waiting = 0  # requests, until it is loaded
         self._loading: asyncio.Task[None] | None = None
@@ -64,6 +67,10 @@ class SupervisedModel:
         return self.state is State.LOADED
 
     @property
+    def _problem(self) -> str:
+        return f"The model {self.info.name} could not be loaded. The server's log has the reason."
+
+    @property
     def is_open(self) -> bool:
         """Whether this process has what it needs of the model."""
         return self._open is not None
@@ -81,13 +88,14 @@ class SupervisedModel:
         self._users -= 1
         self._linger()
 
-    async def load(self) -> None:
+    async def load(self, seconds: float | None = None) -> None:
         chosen = self._model.settings.scheduler
         if self._waiting >= chosen.max_queued_requests:
             raise QueueFull(f"Too many requests wait for the model {self.info.name}.", retry_after=5)
         self._waiting += 1
         try:
-            async with asyncio.timeout(chosen.queue_timeout):
+            limits = (seconds, chosen.queue_timeout, chosen.request_timeout)
+            async with asyncio.timeout(min((limit for limit in limits if limit is not None), default=None)):
                 await asyncio.shield(self._begin_load())
         except TimeoutError:
             raise QueueTimeout(f"The model {self.info.name} was not loaded in time.") from None
@@ -124,7 +132,7 @@ class SupervisedModel:
             self._wanted_back = False  # where it was to be unloaded, it stays
             if not self._model.on_demand:
                 self._begin_load()
-        elif state is State.UNLOADED and self._open is not None:
+        elif state in (State.UNLOADED, State.FAILED) and self._open is not None:
             self._closing = asyncio.create_task(self.close())
         self._notify()
 
@@ -165,6 +173,11 @@ class SupervisedModel:
             self._linger()
 
     async def _ensure_open(self) -> None:
+        """Reads what this process needs of the model. Raises Unavailable: it cannot, or could not a moment ago."""
+        now = asyncio.get_running_loop().time()
+        if self._open is None and now < self._retry:
+            self._give_back()
+            raise Unavailable(self._problem, retry_after=math.ceil(self._retry - now))
         if self._open is None:
             try:
                 located = chosen_model(self._model.settings)
@@ -173,9 +186,9 @@ class SupervisedModel:
             except (ConfigError, CheckpointError, OSError) as error:
                 log.error("the model %s cannot be loaded: %s", self.info.name, error)
                 self.failure = ConfigError(str(error)) if isinstance(error, OSError) else error
+                self._retry = asyncio.get_running_loop().time() + RETRY_SECONDS
                 self._give_back()
-                text = f"The model {self.info.name} could not be loaded. The server's log has the reason."
-                raise Unavailable(text, retry_after=30) from error
+                raise Unavailable(self._problem, retry_after=math.ceil(RETRY_SECONDS)) from error
         self.failure = None
 
     def _linger(self) -> None:

@@ -14,14 +14,14 @@ import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from bdh_batch.errors import ConfigError
+from bdh_batch.errors import BDHError, ConfigError
 from bdh_batch.http.transport.listen import listen, release, url_of
 from bdh_batch.processes.children import Child, Children, Role
 from bdh_batch.processes.control import Connection, PidFile, default_pid_file, listen_for_commands
 from bdh_batch.processes.folder import RuntimeFolder
 from bdh_batch.processes.loaded_models import CannotLoad, LoadedModel, LoadedModels, State
 from bdh_batch.processes.model_settings import ModelSettings, models_of
-from bdh_batch.processes.placement import engine_roles
+from bdh_batch.processes.placement import FreeCores, engine_roles
 from bdh_batch.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -44,6 +44,7 @@ class Supervisor:
         self._command = command
         self._on_ready = on_ready
         self._roles = engine_roles(self._models, settings.server.max_loaded_models)
+        self._cores = FreeCores()
         self._connections: set[Connection] = set()
         self._stop = asyncio.Event()
         self._failed: ConfigError | None = None
@@ -107,7 +108,7 @@ class Supervisor:
         """Starts the engines of a model, and returns when one is ready. Raises CannotLoad."""
         folder = self._folder.of_model(model)
         folder.make_anew()
-        children = [self._add_engine(role) for role in self._roles[model]]
+        children = [self._add_engine(role, self._cores.take(role.threads)) for role in self._roles[model]]
         try:
             waiting = list(children)
             while waiting and not any(child.ready.is_set() for child in children):
@@ -117,21 +118,23 @@ class Supervisor:
                 report = next(child.report for child in children if child.report is not None)
                 raise CannotLoad(str(report.problem), report.for_memory)
         except BaseException:
-            await self._children.stop(children)
-            folder.remove()
+            await self.stop(model)
             raise
 
     async def stop(self, model: int) -> None:
         """Ends the engines of a model."""
-        await self._children.stop(self._children.of("engine", model))
+        children = self._children.of("engine", model)
+        await self._children.stop(children)
+        for child in children:
+            self._cores.give_back(child.cores)
         self._folder.of_model(model).remove()
 
     def give_back(self, model: int) -> None:
         """For a model that is held while its engines are replaced: it is released when they are."""
 
-    def _add_engine(self, role: Role) -> Child:
+    def _add_engine(self, role: Role, cores: tuple[int, ...]) -> Child:
         name = f"engine-{role.number}-{self._generation}"
-        return self._children.add(role, name, self._folder.of_model(role.model))
+        return self._children.add(role, name, self._folder.of_model(role.model), cores)
 
     def _pid_file(self) -> PidFile | None:
         """Writes the pid file: that of the settings, or the default one, without which the server runs as well.
@@ -211,7 +214,7 @@ class Supervisor:
         async def reload() -> None:
             try:
                 await self._reloaded()
-            except ConfigError as error:
+            except BDHError as error:
                 log.error("%s", error)
 
         self._hangup = asyncio.create_task(reload())
@@ -237,7 +240,7 @@ class Supervisor:
 
     async def _replace_engines(self, model: int) -> None:
         for old in self._children.of("engine", model):
-            new = self._add_engine(old.role)
+            new = self._add_engine(old.role, old.cores)
             await _first([new.ready, new.failed])
             if not new.ready.is_set():
                 reason = new.report.problem if new.report is not None else ""

@@ -66,6 +66,14 @@ class SupervisorLink:
         self._writer.write(json.dumps(command).encode() + b"\n")
 
     async def _read(self, reader: asyncio.StreamReader) -> None:
+        try:
+            await self._read_messages(reader)
+        finally:
+            for response in self._responses.values():
+                if not response.done():
+                    response.set_exception(Unavailable("The server is shutting down.", retry_after=5))
+
+    async def _read_messages(self, reader: asyncio.StreamReader) -> None:
         while line := await reader.readline():
             message = json.loads(line)
             if "state" in message:

@@ -102,7 +102,7 @@ class HostedUpstream:
     def release(self) -> None:
         """It stays."""
 
-    async def load(self) -> None:
+    async def load(self, seconds: float | None = None) -> None:
         """It is loaded."""
 
     async def load_for_good(self) -> None:
@@ -173,6 +173,7 @@ def _served(
 ) -> ServedModel:
     return ServedModel(
         info=ModelInfo(upstream.id, tuple(upstream.aliases), int(time.time()), max_model_len=None, owner=OWNER),
+        revision=f"{upstream.id} {upstream.model_dump_json()}",
         backend=backend,
         fingerprint=f"{upstream.id}-bdh_batch-{__version__}",
         defaults=Defaults(),

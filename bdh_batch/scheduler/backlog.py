@@ -5,6 +5,8 @@ No question or change goes over all tenants: it takes time by the root of how mu
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 from bdh_batch.scheduler.sequence import QueueKey, Sequence
 
 NO_UNIT = 2**62  # tokens: sequences are of one size, whatever their prompts
@@ -57,8 +59,8 @@ class Backlog:
     def __init__(self, unit: int = NO_UNIT) -> None:
         self._unit = unit
         self.tokens = 0  # of the prompts
-        self._counts: dict[int, Lengths] = {}  # of sequences, by priority
-        self._sizes: dict[int, Lengths] = {}
+        self._counts: defaultdict[int, Lengths] = defaultdict(Lengths)  # of sequences, by priority
+        self._sizes: defaultdict[int, Lengths] = defaultdict(Lengths)
         self._tenant_counts = Lengths()
         self._tenant_sizes = Lengths()
         self._priorities: dict[str, dict[int, int]] = {}  # at which each tenant waits, and with how many sequences
@@ -79,9 +81,8 @@ class Backlog:
         (priority, tenant), size = sequence.queue_key, sign * self.size(sequence)
         self.tokens += sign * len(sequence.prompt)
         for known, more in ((self._counts, sign), (self._sizes, size)):
-            lengths = known.setdefault(priority, Lengths())
-            lengths.add(tenant, more)
-            if not lengths.total:
+            known[priority].add(tenant, more)
+            if not known[priority].total:
                 del known[priority]
         self._tenant_counts.add(tenant, sign)
         self._tenant_sizes.add(tenant, size)

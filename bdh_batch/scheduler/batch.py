@@ -12,14 +12,15 @@ from heapq import nsmallest
 
 from bdh_batch.messages import Plan
 from bdh_batch.scheduler.cost import StepCost
+from bdh_batch.scheduler.groups import Groups
 from bdh_batch.scheduler.policy import Guards
-from bdh_batch.scheduler.rank import DUE, FIRST, RANK, TENANT_RANK
-from bdh_batch.scheduler.running import Running
+from bdh_batch.scheduler.rank import DUE
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import LEAST_PREFILL, StepSize
 
-NO_LIMIT = 2**62
+NO_LIMIT = 2**62  # seconds, or sequences
+FREE = 1e-9  # seconds of a prompt token, as long as it is not known what it takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,21 +47,21 @@ class BatchBuilder:
     def __init__(self, size: StepSize, target: float, guards: Guards) -> None:
         self.cost = StepCost()
         self._size = size
-        self._target = target
+        self._target = target or NO_LIMIT
         self._guards = guards
-        self._passed_over = False  # by the last step, streams for a prompt
+        self._passed_over = False  # whether the last step had prompts, and left streams out
 
-    def build(self, running: Running, prompts: list[Sequence], allocator: SlotAllocator, now: float) -> Step | None:
+    def build(self, running: Groups, prompts: set[Sequence], first: float, allocator: SlotAllocator) -> Step | None:
         """The next step of those `running`, all but `prompts` of them streams, with the copies that are planned; None
-        where it would be empty."""
-        filling = self._walk(running, prompts)
+        where it would be empty. `first` is the first priority."""
+        filling = self._fill(running, prompts, first)
         segments = [stream.decoding or stream.decode_segment() for stream in filling.streams]
         segments += [prompt.segment(tokens) for prompt, tokens in filling.prompts]
         plan = Plan(segments, allocator.copies, allocator.released)
         if not (segments or plan.copies or plan.releases):
             return None
         sequences = [*filling.streams, *(prompt for prompt, _ in filling.prompts)]
-        return Step(plan, sequences, allocator.moved, len(filling.streams), filling.prompt_tokens, now)
+        return Step(plan, sequences, allocator.moved, len(filling.streams), filling.prompt_tokens, allocator.now)
 
     def computed(self, step: Step, seconds: float) -> None:
         """Learns from a step that took so many seconds, and did not run out of memory."""
@@ -68,28 +69,29 @@ class BatchBuilder:
             self._size.succeeded()
             self.cost.observe(step.decodes, step.prefill_tokens, seconds)
 
-    def _walk(self, running: Running, prompts: list[Sequence]) -> Filling:
+    def _fill(self, running: Groups, prompts: set[Sequence], first: float) -> Filling:
         """What the step has of those, in the order of their ranks, until its time is full."""
-        apart = set(prompts)
-        streams = [sequence for sequence in running if sequence not in apart]
-        filling = Filling(self.cost, self._size.prefill, self._target if streams else 0.0, self._guards)
-        fits = not prompts and len(streams) <= filling.room_for_streams
-        if fits or not filling.splits:
-            groups = [(FIRST, streams)]
+        decoding = len(running) - len(prompts)
+        target = self._target if decoding else NO_LIMIT
+        filling = Filling(self.cost, self._size.prefill, target, self._guards, decoding)
+        if not prompts and decoding <= filling.room:
+            filling.decode([*running])  # as mostly: in which order they go makes no difference
         else:
-            walked = ((rank, [s for s in members if s not in apart]) for rank, members in running.backwards())
-            groups = [group for group in walked if group[1]]
-        for prompt in sorted(prompts, key=RANK):
-            if filling.prompt_tokens == self._size.prefill:
-                break
-            rank = TENANT_RANK(prompt)
-            while groups and (self._passed_over or groups[-1][0] <= rank):
-                filling.decode(groups.pop()[1])
-            filling.prefill(prompt, passes_over=bool(groups))
-        for _, group in reversed(groups):
-            filling.decode(group)
-        self._passed_over = filling.passed_over and self._guards.alternate
+            walk = [_parted(members, prompts) for _, members in running.forwards(first)]
+            if self._passed_over or not filling.splits:  # all streams go before all prompts
+                walk = [*((streams, []) for streams, _ in walk), *(([], own) for _, own in walk)]
+            for streams, own in walk:
+                filling.decode(streams)
+                for prompt in own:
+                    filling.prefill(prompt)
+        self._passed_over = self._guards.alternate and bool(filling.prompts) and len(filling.streams) < decoding
         return filling
+
+
+def _parted(members: list[Sequence], prompts: set[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
+    """Those of one tenant that decode, and its prompts, the first to be due first."""
+    own = prompts.intersection(members)
+    return [sequence for sequence in members if sequence not in own] if own else members, sorted(own, key=DUE)
 
 
 class Filling:
@@ -97,23 +99,24 @@ class Filling:
 
     Args:
         budget: most prompt tokens.
-        target: seconds; 0 is no limit.
+        target: seconds.
+        streams: how many there are.
     """
 
-    def __init__(self, cost: StepCost, budget: int, target: float, guards: Guards) -> None:
+    def __init__(self, cost: StepCost, budget: int, target: float, guards: Guards, streams: int) -> None:
         self.streams: list[Sequence] = []
         self.prompts: list[tuple[Sequence, int]] = []  # with their tokens
         self.prompt_tokens = 0
-        self.passed_over = False  # whether streams wait for a prompt
+        self._to_come = streams  # those that have not been offered their token yet
         self._budget = budget
         self._target = target
         self._guards = guards
-        self._base, self._stream, self._token = cost.seconds(0, 0), cost.stream or 0.0, cost.prompt_token or 0.0
-        self.splits = bool(target and self._stream) and self._base <= guards.little * target  # may leave streams out
+        self._base, self._stream, self._token = cost.seconds(0, 0), cost.stream or 0.0, cost.prompt_token or FREE
+        self.splits = self._stream > 0 and self._base <= guards.little * target  # may leave streams out
 
     @property
-    def room_for_streams(self) -> int:
-        """How many more there is time for."""
+    def room(self) -> int:
+        """How many more streams there is time for."""
         if not self.splits:
             return NO_LIMIT
         least = 0 if self.prompts else self._guards.least_width - len(self.streams)
@@ -122,27 +125,23 @@ class Filling:
 
     def decode(self, streams: list[Sequence]) -> None:
         """Takes those that there is time for, of them those whose last token is the oldest."""
-        if (room := self.room_for_streams) < len(streams):
-            self.passed_over |= bool(self.prompts)
+        self._to_come -= len(streams)
+        if (room := self.room) < len(streams):
             streams = nsmallest(room, streams, key=DUE)
         self.streams += streams
 
-    def prefill(self, prompt: Sequence, passes_over: bool) -> None:
-        """Gives `prompt` what is left; `passes_over`: whether streams come after it."""
-        most = min(self._budget, self._time_for(prompt.pending, passes_over)) - self.prompt_tokens
-        if (tokens := min(prompt.until_cut, most)) > 0:
+    def prefill(self, prompt: Sequence) -> None:
+        """Gives `prompt` what is left."""
+        if self.prompt_tokens == self._budget:
+            return
+        most, decoding = self._budget, self._decoding
+        finished = decoding + self._token * (self.prompt_tokens + prompt.pending)
+        if not (self._to_come and finished <= self._guards.finished * self._target):
+            seconds = max(self._target - decoding, self._guards.least_share * decoding)
+            most = min(most, max(int(seconds / self._token), LEAST_PREFILL))
+        if (tokens := min(prompt.until_cut, most - self.prompt_tokens)) > 0:
             self.prompts.append((prompt, tokens))
             self.prompt_tokens += tokens
-
-    def _time_for(self, pending: int, passes_over: bool) -> int:
-        """The prompt tokens, those that were given out included, that there is time for."""
-        if not (self._target and self._token):
-            return NO_LIMIT
-        finished = self._decoding + self._token * (self.prompt_tokens + pending)
-        if passes_over and finished <= self._guards.finished * self._target:
-            return NO_LIMIT
-        seconds = max(self._target - self._decoding, self._guards.least_share * self._decoding)
-        return max(int(seconds / self._token), LEAST_PREFILL)
 
     @property
     def _decoding(self) -> float:

@@ -13,14 +13,11 @@ from bdh_batch.scheduler.backlog import NO_UNIT
 class Guards:
     """Bounds what the rank alone would do. `docs/scheduling.md` says which figure fails without each of them."""
 
-    alternate: bool = True  # streams that a step passed over for a prompt go first in the next
+    alternate: bool = True  # streams that a step with prompts left out go first in the next
     finished: float = 2.0  # times a step's time, for a prompt that goes before streams and is finished by it
     least_share: float = 0.25  # of the time of a step without prompts, that prompts get after the streams before them
     least_width: int = 64  # streams in any step, if no prompt goes before them
     little: float = 0.1  # of a step's time: where a step costs more by itself, no stream is left out
-
-
-UNGUARDED = Guards(alternate=False, finished=0.0, least_share=0.0, least_width=0, little=inf)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,5 +61,4 @@ class Counts:
 
     steps: int = 0
     preemptions: int = 0
-    prompt_tokens: int = 0
     served: int = 0  # times that a queued sequence was given a slot

@@ -8,31 +8,39 @@ One of a later priority is preempted at once. At the same priority a tenant give
 
 Where there is no room for one more state, a tenant gives way that holds more of them, and the sequence that does loses
 its state. So it must have got on since it began with it, by a time slice and by more than the other one has lost.
+
+In one plan, as many are preempted as keeps every time slice whole; of later priorities more may be.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import cached_property
 
-from bdh_batch.scheduler.running import Group, Running
+from bdh_batch.scheduler.groups import Group, Groups
+from bdh_batch.scheduler.rank import BEGAN, tenant_rank
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.tenants import Tenant
 
 
-@dataclass(frozen=True)
+@dataclass
 class Preemption:
     """Finds the sequences that are preempted in one plan.
 
     Args:
         running: what runs.
+        first: the first priority.
         time_slice: steps.
         step: the number of this one. What began to run in it is not preempted in it.
+        exchanges: most that are preempted; of later priorities more may be.
     """
 
-    running: Running
+    running: Groups
+    first: float
     time_slice: int
     step: int
+    exchanges: int
 
     def victim(self, candidate: Sequence, crowded: bool, by_recompute: bool) -> Sequence | None:
         """Returns the sequence to preempt for `candidate`; None where there is none.
@@ -41,25 +49,24 @@ class Preemption:
             crowded: whether the candidate's state is one more than there may be.
             by_recompute: whether there is no room for another state, so that the victim loses its own.
         """
-        own, mine = candidate.standing.effective_priority, candidate.standing.account
-        for (priority, time, _), members in self._groups:
-            if (priority, time) < (own, mine.virtual_time):
+        (own, time, _), mine = tenant_rank(candidate, self.first), candidate.standing.account
+        for (priority, served, _), members in self._groups:
+            if (priority, served) < (own, time) or (priority == own and self.exchanges <= 0):
                 return None
-            if not members:  # they were preempted in this plan
+            began = members[: bisect_left(members, (self.step, 0), key=BEGAN)]
+            if not began:
                 continue
-            tenant = next(iter(members)).standing.account
-            at_once = priority > own or _holds_more(tenant, mine, given=1)
-            if not at_once and crowded and not _holds_more(tenant, mine, given=0):
-                continue
-            order = reversed(members) if at_once else members  # of a tenant, the last to begin; or the first
-            found = next((sequence for sequence in order if sequence.standing.since < self.step), None)
-            if found is not None and (at_once or self._is_over(found, candidate if by_recompute else None)):
-                return found
+            theirs = began[0].standing.account
+            at_once = priority > own or _holds_more(theirs, mine, given=1)
+            later = not crowded or _holds_more(theirs, mine, given=0)
+            if at_once or (later and self._is_over(began[0], candidate if by_recompute else None)):
+                self.exchanges -= 1
+                return began[-1] if at_once else began[0]
         return None
 
     @cached_property
     def _groups(self) -> list[Group]:
-        return self.running.backwards()
+        return self.running.forwards(self.first)[::-1]
 
     def _is_over(self, sequence: Sequence, candidate: Sequence | None) -> bool:
         """Whether its time slice is; where it loses its state for `candidate`, whether it has got on enough."""

@@ -6,7 +6,6 @@ An entry is found by its namespace, its length and a hash of all its tokens.
 from __future__ import annotations
 
 from bisect import bisect_right, insort
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -47,8 +46,7 @@ class Entry:
 
     @classmethod
     def of(cls, namespace: str, prompt: bytes, length: int, slot: int, end: End | None = None) -> Entry:
-        (digest,) = digests_at(prompt, [length])
-        return cls(namespace, length, tail_of(prompt, length), digest, slot, end=end)
+        return cls(namespace, length, tail_of(prompt, length), digest_of(prompt, length), slot, end=end)
 
 
 class PrefixIndex:
@@ -56,7 +54,7 @@ class PrefixIndex:
 
     def __init__(self) -> None:
         self._entries: dict[Key, Entry] = {}
-        self._tails: dict[str, dict[int, Counter[bytes]]] = {}  # of the entries of each length
+        self._tails: dict[str, dict[int, dict[bytes, int]]] = {}  # of the entries of each length, and how many have it
         self._ascending: dict[str, list[int]] = {}  # these lengths
 
     def __len__(self) -> int:
@@ -71,15 +69,14 @@ class PrefixIndex:
         lengths = ascending[bisect_right(ascending, above) : bisect_right(ascending, most)]
         # As tail_of, which is dear to call for each of hundreds of lengths.
         lengths = [at for at in lengths if prompt[max(0, at * TOKEN_BYTES - TAIL) : at * TOKEN_BYTES] in tails[at]]
-        digests = digests_at(prompt, lengths)
+        digests = digests_at(prompt, lengths) if lengths else []
         for length, digest in zip(reversed(lengths), reversed(digests)):
             if (entry := self._entries.get((namespace, length, digest))) is not None:
                 return entry
         return None
 
     def get(self, namespace: str, prompt: bytes, length: int) -> Entry | None:
-        (digest,) = digests_at(prompt, [length])
-        return self._entries.get((namespace, length, digest))
+        return self._entries.get((namespace, length, digest_of(prompt, length)))
 
     def twin(self, entry: Entry) -> Entry | None:
         """Returns the entry of the same prefix, if there is one."""
@@ -93,9 +90,10 @@ class PrefixIndex:
         self._entries[entry.key] = entry
         tails = self._tails.setdefault(entry.namespace, {})
         if entry.length not in tails:
-            tails[entry.length] = Counter()
+            tails[entry.length] = {}
             insort(self._ascending.setdefault(entry.namespace, []), entry.length)
-        tails[entry.length][entry.tail] += 1
+        alike = tails[entry.length]
+        alike[entry.tail] = alike.get(entry.tail, 0) + 1
 
     def remove(self, entry: Entry) -> None:
         del self._entries[entry.key]
@@ -114,6 +112,11 @@ class PrefixIndex:
 def tail_of(prompt: bytes, length: int) -> bytes:
     end = length * TOKEN_BYTES
     return prompt[max(0, end - TAIL) : end]
+
+
+def digest_of(prompt: bytes, length: int) -> bytes:
+    """Returns the hash of the first `length` tokens of `prompt`."""
+    return blake2b(prompt[: length * TOKEN_BYTES], digest_size=16).digest()
 
 
 def digests_at(prompt: bytes, lengths: Iterable[int]) -> list[bytes]:

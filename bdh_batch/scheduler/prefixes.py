@@ -14,7 +14,8 @@ RECENT_BYTES = 32 * 2**20
 
 
 def pack(tokens: Iterable[int]) -> bytes:
-    return array("I", list(tokens)).tobytes()  # a list: bytes would be taken for an array's memory
+    # A list: bytes would be taken for an array's memory.
+    return array("I", tokens if isinstance(tokens, list) else list(tokens)).tobytes()
 
 
 def common(one: bytes, other: bytes) -> int:

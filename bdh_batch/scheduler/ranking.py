@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush, heapreplace
-from typing import Any, Generic, TypeVar
+from itertools import count
+from typing import Any, Generic, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -20,36 +21,42 @@ class Ranking(Generic[T]):
 
     def __init__(self, key: Callable[[T], Any]) -> None:
         self._key = key
-        self._heap: list[tuple[Any, int, T]] = []
-        self._valid: dict[T, int] = {}  # the number of each item's entry; others are out of date
-        self._entries = 0
+        self._heap: list[list[Any]] = []  # of keys, numbers, and items; None for one that is no longer here
+        self._entries: dict[T, list[Any]] = {}  # in the heap
+        self._numbers = count()  # of equal keys, the first to come goes first
 
     def __len__(self) -> int:
-        return len(self._valid)
+        return len(self._entries)
 
     def __contains__(self, item: T) -> bool:
-        return item in self._valid
+        return item in self._entries
 
     def put(self, item: T) -> None:
-        self._entries += 1
-        self._valid[item] = self._entries
-        heappush(self._heap, (self._key(item), self._entries, item))
-        if len(self._heap) > 2 * len(self._valid) + SMALL:
-            self._heap = [entry for entry in self._heap if self._valid.get(entry[2]) == entry[1]]
+        self.drop(item)
+        self._entries[item] = entry = [self._key(item), next(self._numbers), item]
+        heappush(self._heap, entry)
+        if len(self._heap) > 2 * len(self._entries) + SMALL:
+            self._heap = [*self._entries.values()]
             heapify(self._heap)
 
     def drop(self, item: T) -> None:
         """Forgets `item`, if it is here."""
-        self._valid.pop(item, None)
+        if (entry := self._entries.pop(item, None)) is not None:
+            entry[2] = None
 
-    def first(self) -> T | None:
+    def first(self, most: Any = None) -> T | None:
+        """The item with the least key; None where that is more than `most`."""
         heap = self._heap
         while heap:
-            key, number, item = heap[0]
-            if self._valid.get(item) != number:
+            entry = heap[0]
+            key, _, item = entry
+            if item is None:
                 heappop(heap)
+            elif most is not None and key > most:
+                return None
             elif (present := self._key(item)) > key:
-                heapreplace(heap, (present, number, item))
+                entry[0] = present
+                heapreplace(heap, entry)
             else:
-                return item
+                return cast(T, item)
         return None

@@ -69,6 +69,8 @@ class Stage(Enum):
     SWAPPED = "swapped"  # preempted by swap: holds a state, and waits for its next time slice
     ENDED = "ended"
 
+    __hash__ = object.__hash__  # members are compared by identity; an Enum's own hash is dear in every look-up
+
 
 WAITING = (Stage.QUEUED, Stage.AWAITING_PREFIX)
 HOLDING = (Stage.RUNNING, Stage.SWAPPED)  # a state
@@ -78,7 +80,7 @@ HOLDING = (Stage.RUNNING, Stage.SWAPPED)  # a state
 class Standing:
     """The fields that decide when a sequence is scheduled, and its tenant's charges. The scheduler's alone."""
 
-    effective_priority: int = 0  # the one at which it competes
+    aged: bool = False  # whether it competes in the first priority there is, not in its own
     account: Tenant = field(default_factory=Tenant)
     due: float = 0.0  # when its prompt should be computed, or when it had its last token, or was preempted
     since: int = 0  # the step from which on it has run, or has not
@@ -239,6 +241,7 @@ class Sequence:
         assert slot is not None
         return slot
 
-    def fail(self, error: BDHError) -> Delta:
-        self.finish_reason, self.error = FinishReason.ERROR, error
-        return Delta(finish_reason=FinishReason.ERROR, error=error)
+    def fail(self, error: BDHError | None) -> Delta:
+        """Ends it with an error, or without one where its client has left."""
+        self.finish_reason, self.error = FinishReason.ABORT if error is None else FinishReason.ERROR, error
+        return Delta(finish_reason=self.finish_reason, error=error)

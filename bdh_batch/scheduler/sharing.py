@@ -9,10 +9,10 @@ than sequences that wait for the first of them.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Iterator, Sequence as Tokens
+from collections.abc import Iterable, Sequence as Tokens
 
 from bdh_batch.messages import FinishReason
-from bdh_batch.scheduler.prefix_cache import End, Entry, PrefixCache
+from bdh_batch.scheduler.prefix_cache import End, Entry
 from bdh_batch.scheduler.prefixes import TOKEN_BYTES, RecentPrompts, common, pack
 from bdh_batch.scheduler.sequence import Sequence, Stage
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
@@ -33,9 +33,8 @@ class Sharing:
     """
 
     def __init__(self, allocator: SlotAllocator, cache_prefixes: bool, share_all: bool, least: int) -> None:
-        self.cache = PrefixCache(allocator.slots.device)
+        self.cache = allocator.cache
         self.queries = self.hits = self.cached_tokens = 0
-        self.waiting_tokens = 0
         self._allocator = allocator
         self._cache_prefixes = cache_prefixes
         self._share_all = share_all
@@ -49,14 +48,6 @@ class Sharing:
         # In this plan, those in their prompts, by namespace and the first tokens; and how many of them are there.
         self._by_head: dict[tuple[str, bytes], list[Sequence]] = {}
         self._indexed = 0
-
-    @property
-    def waiting_count(self) -> int:
-        return len(self._producers)
-
-    @property
-    def waiters(self) -> Iterator[Sequence]:
-        return iter(self._producers)
 
     def cached_prefix(self, sequence: Sequence) -> Entry | None:
         """The state that `sequence` can begin with; its last token has to be computed."""
@@ -85,8 +76,8 @@ class Sharing:
                 self.cache.use(entry, self._allocator.now)
         self.expect_no_more(sequence)
         if self._cache_prefixes:
-            wanted = self._wanted(sequence, alone)
-            sequence.prefix.cuts = sorted(at for at in wanted if max(sequence.computed, self._least - 1) < at)
+            wanted, least = self._wanted(sequence, alone), max(sequence.computed, self._least - 1)
+            sequence.prefix.cuts = sorted(at for at in wanted if at > least)
 
     def await_prefix(self, sequence: Sequence, in_prompt: Tokens[Sequence]) -> bool:
         """Whether one of those `in_prompt` is about to compute more of `sequence` than is cached; it then waits. In one
@@ -104,7 +95,6 @@ class Sharing:
             insort(producer.prefix.cuts, shared)
         self._waiters.setdefault(producer, {})[sequence] = shared
         self._producers[sequence] = producer
-        self.waiting_tokens += len(sequence.prompt)
         return True
 
     def expect_no_more(self, sequence: Sequence) -> None:
@@ -113,7 +103,7 @@ class Sharing:
         if entry is not None:
             entry.awaited -= 1
             if not self._cache_prefixes and not entry.awaited and self.cache.holds(entry):
-                self._allocator.discard(entry, self.cache)
+                self._allocator.discard(entry)
 
     def stop_waiting(self, waiter: Sequence) -> None:
         """`waiter` has ended, or need not wait any longer."""
@@ -121,7 +111,6 @@ class Sharing:
         del self._waiters[producer][waiter]
         if not self._waiters[producer]:
             del self._waiters[producer]
-        self.waiting_tokens -= len(waiter.prompt)
 
     def advance(self, prompts: Iterable[Sequence]) -> list[Sequence]:
         """Takes the states of `prompts` that are wanted now; gives those that need not wait any longer."""
@@ -150,7 +139,6 @@ class Sharing:
             if self.cache.twin(entry) is None:
                 self.cache.add(entry, self._allocator.now)
                 self._supersede(sequence, namespace, known)
-                self._allocator.cached += 1
                 return
         self._allocator.give(slot)
 
@@ -164,14 +152,12 @@ class Sharing:
         touched = {copy.target for copy in self._allocator.copies}
         for entry in known:
             if entry in self._fresh or entry.slot in touched:
-                self._allocator.discard(entry, self.cache)
+                self._allocator.discard(entry)
         self._fresh = []
 
     def check(self) -> None:
-        assert self._allocator.cached == len(self.cache), "cached prefixes are counted"
-        assert all(s.stage is Stage.AWAITING_PREFIX and s.slot is None for s in self.waiters), "waiters hold nothing"
+        assert all(s.stage is Stage.AWAITING_PREFIX for s in self._producers), "waiters are known"
         assert all(entry.awaited >= 0 for entry in self.cache), "who waits is counted"
-        assert self.waiting_tokens == sum(len(s.prompt) for s in self.waiters), "waiters are counted"
         if not self._cache_prefixes:
             assert all(entry.awaited > 0 for entry in self.cache), "only what is awaited is cached"
 
@@ -188,14 +174,13 @@ class Sharing:
         new = Entry.of(namespace, prompt, at, -1, End.PROMPT if at == len(sequence.prompt) - 1 else None)
         entry = self.cache.twin(new)
         if entry is None and (self._cache_prefixes or waiting):
-            slot = self._allocator.for_entry(self.cache, self.cache.worth(at, len(waiting)), bool(waiting))
+            slot = self._allocator.for_entry(self.cache.worth(at, len(waiting)), bool(waiting))
             if slot is None:
                 self._allocator.working_set.evicted(new)
                 return
             self._allocator.copy(sequence.slot, slot)
             entry, new.slot = new, slot
             self.cache.add(entry, self._allocator.now)
-            self._allocator.cached += 1
             self._fresh.append(entry)
         for waiter in waiting:
             waiter.prefix.expects = entry
@@ -236,8 +221,7 @@ class Sharing:
         prompt = self._packed(sequence)
         best, longest, looked_at = None, self._least - 1, 0
         for producer in self._by_head.get(self._head(sequence), ()):
-            is_later = producer.standing.effective_priority > sequence.standing.effective_priority
-            if producer.stage is not Stage.RUNNING or is_later:
+            if producer.stage is not Stage.RUNNING or producer.priority > sequence.priority:
                 continue
             # Only one that is about to compute more than was found so far is worth comparing at length.
             more = max(longest, producer.computed) + 1

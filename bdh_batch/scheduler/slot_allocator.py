@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from bdh_batch.messages import Copy
@@ -27,7 +28,7 @@ class SlotAllocator:
     def __init__(self, device: int, host: int, free: int | None = None, idle_release: float = 0.0) -> None:
         self.slots = Slots(device, host)
         self.working_set = WorkingSet(device, free)
-        self.cached = 0  # slots that the prefix cache holds
+        self.cache = PrefixCache(device)
         self.parked: dict[Sequence, None] = {}  # swapped sequences whose states are still on the device
         self._idle_release = idle_release
         self.begin(0.0)
@@ -42,28 +43,22 @@ class SlotAllocator:
     @property
     def room(self) -> int:
         """The number of slots that sequences could get."""
-        return self.slots.free_count + self.cached
+        return self.slots.free_count + len(self.cache)
 
     def copy(self, source: int, target: int) -> None:
         self.copies.append(Copy(source, target))
 
-    def bring(
-        self,
-        sequence: Sequence,
-        cache: PrefixCache,
-        entry: Entry | None,
-        patient: bool = False,
-    ) -> bool:
+    def bring(self, sequence: Sequence, entry: Entry | None, patient: bool = False) -> bool:
         """Gives `sequence` a slot on the device, with its own state or that of `entry`. False if there is none; one
         that is `patient` does not take the slot of a state that others wait for."""
         old = sequence.slot
         if old is not None and self.slots.on_device(old):
             return True
-        slot = self._on_device(cache, entry, patient)
+        slot = self._on_device(entry, patient)
         if slot is None:
             if entry is None or (patient and entry.awaited > (sequence.prefix.expects is entry)):
                 return False
-            return self._take_over(sequence, cache, entry)
+            return self._take_over(sequence, entry)
         if old is not None:
             self._move(sequence, slot)
             self.give(old)
@@ -73,55 +68,65 @@ class SlotAllocator:
         sequence.slot = slot
         return True
 
-    def for_entry(self, cache: PrefixCache, worth: float, awaited: bool) -> int | None:
+    def for_entry(self, worth: float, awaited: bool) -> int | None:
         """A slot for a state that is to be cached, if there is one or something worth less; `awaited` by sequences."""
         if (slot := self._unused()) is not None:
             return slot
-        least = cache.least(on_device=True)
+        least = self.cache.least(on_device=True)
         if least is not None and not least.awaited and least.worth < worth:
-            return self._evict(least, cache, None)
+            return self._evict(least, None)
         if awaited and (slot := self.slots.take_untouched()) is not None:
             return slot
-        return self._on_host(cache, worth, None)
+        return self._on_host(worth, None)
 
-    def discard(self, entry: Entry, cache: PrefixCache) -> None:
+    def discard(self, entry: Entry) -> None:
         """Removes `entry` from the cache and frees its slot."""
-        self._drop(entry, cache)
+        self.cache.drop(entry)
         self.give(entry.slot)
 
     def give(self, slot: int) -> None:
         """Frees `slot`."""
         self.slots.give(slot, self.now)
 
-    def release_idle(self, cache: PrefixCache) -> None:
+    def release_idle(self) -> None:
         """Plans that the memory of one idle slot goes back to the system: of a free one, or, where the working set has
         grown, of a cached prefix that no request has asked for. One for each plan, as it takes a moment."""
-        if (due := self.release_due(cache)) is None or due > self.now:
+        if (due := self.release_due) is None or due > self.now:
             return
         if (since := self.slots.idle_since) is not None and since + self._idle_release <= self.now:
             slot = self.slots.release_idle()
         else:
-            entry = self._beyond_need(cache)
+            entry = self._beyond_need()
             assert entry is not None
             slot = entry.slot
-            self._drop(entry, cache)
+            self.cache.drop(entry)
             self.slots.give_untouched(slot)
         self.released.append(slot)
         self.working_set.shrink()
 
-    def release_due(self, cache: PrefixCache) -> float | None:
+    @property
+    def release_due(self) -> float | None:
         """The time in seconds from which on there is memory to release; None where there is none."""
         if not self._idle_release:
             return None
-        entry = self._beyond_need(cache)
+        entry = self._beyond_need()
         since = [at for at in (self.slots.idle_since, None if entry is None else entry.used) if at is not None]
         return min(since) + self._idle_release if since else None
 
-    def _beyond_need(self, cache: PrefixCache) -> Entry | None:
+    def check(self, running: Collection[Sequence], swapped: Collection[Sequence]) -> None:
+        """Raises AssertionError where an invariant does not hold."""
+        held = [-1 if sequence.slot is None else sequence.slot for sequence in (*running, *swapped)]
+        every = [*self.slots.free, *held, *(entry.slot for entry in self.cache)]
+        assert sorted(every) == list(range(self.slots.device + self.slots.host)), "each slot once"
+        assert all(s.slot is not None and self.slots.on_device(s.slot) for s in running), "what runs is there"
+        parked = {s for s in swapped if s.slot is not None and self.slots.on_device(s.slot)}
+        assert set(self.parked) == parked, "what is swapped and still there is known"
+
+    def _beyond_need(self) -> Entry | None:
         """The least useful cached prefix, where more memory is touched than may be without evidence."""
         if self.slots.touched <= self.working_set.free:
             return None
-        entry = cache.least(on_device=True)
+        entry = self.cache.least(on_device=True)
         return None if entry is None or entry.awaited else entry
 
     def _unused(self) -> int | None:
@@ -130,37 +135,32 @@ class SlotAllocator:
             return slot
         return self.slots.take_untouched() if self.working_set.may_grow(self.slots.touched) else None
 
-    def _drop(self, entry: Entry, cache: PrefixCache) -> None:
-        """Forgets `entry`; its slot is the caller's."""
-        cache.drop(entry)
-        self.cached -= 1
-
-    def _take_over(self, sequence: Sequence, cache: PrefixCache, entry: Entry) -> bool:
+    def _take_over(self, sequence: Sequence, entry: Entry) -> bool:
         """The last slot there is, is that of `entry`: becomes the slot of `sequence`, or makes room for it."""
         if self.slots.on_device(entry.slot):
-            self._drop(entry, cache)
+            self.cache.drop(entry)
             sequence.slot = entry.slot
             if any(copy.target == entry.slot for copy in self.copies):
                 self.moved.append(sequence)
             return True
-        sequence.slot = slot = self._on_device(cache, None, False)
-        if slot is not None and cache.holds(entry):
+        sequence.slot = slot = self._on_device(None, False)
+        if slot is not None and self.cache.holds(entry):
             self.copy(entry.slot, slot)
             self.moved.append(sequence)
         return slot is not None
 
-    def _on_device(self, cache: PrefixCache, spare: Entry | None, patient: bool) -> int | None:
+    def _on_device(self, spare: Entry | None, patient: bool) -> int | None:
         if (slot := self._unused()) is not None:
             return slot
-        least = cache.least(on_device=True, spare=spare)
+        least = self.cache.least(on_device=True, spare=spare)
         if least is not None and not least.awaited:
-            return self._evict(least, cache, spare)
+            return self._evict(least, spare)
         if (slot := self.slots.take_untouched()) is not None:
             return slot
         if least is not None and not patient:
-            return self._evict(least, cache, spare)
+            return self._evict(least, spare)
         parked = next(iter(self.parked), None)
-        if parked is None or parked.slot is None or (host := self._on_host(cache, None, spare)) is None:
+        if parked is None or parked.slot is None or (host := self._on_host(None, spare)) is None:
             return None
         slot = parked.slot
         self._move(parked, host)
@@ -173,30 +173,30 @@ class SlotAllocator:
         sequence.slot = slot
         self.moved.append(sequence)
 
-    def _evict(self, entry: Entry, cache: PrefixCache, spare: Entry | None) -> int:
+    def _evict(self, entry: Entry, spare: Entry | None) -> int:
         """Frees the device slot of `entry`, which goes to the host if that is worth it."""
         slot = entry.slot
         if entry.uses or entry.awaited or entry.length >= LONG:
-            host = self._on_host(cache, entry.worth, spare)
+            host = self._on_host(entry.worth, spare)
             if host is not None:
                 self.copy(slot, host)
-                cache.move(entry, host)
+                self.cache.move(entry, host)
                 return slot
-        self._evict_for_good(entry, cache)
+        self._evict_for_good(entry)
         return slot
 
-    def _evict_for_good(self, entry: Entry, cache: PrefixCache) -> None:
+    def _evict_for_good(self, entry: Entry) -> None:
         """`entry` has to go, though its slot was wanted by others, not for want of use."""
-        self._drop(entry, cache)
+        self.cache.drop(entry)
         self.working_set.evicted(entry)
 
-    def _on_host(self, cache: PrefixCache, worth: float | None, spare: Entry | None) -> int | None:
+    def _on_host(self, worth: float | None, spare: Entry | None) -> int | None:
         """A slot there; a cached prefix makes room for a sequence (`worth` None), or for what is worth more."""
         if (slot := self.slots.take_host()) is not None:
             return slot
-        least = cache.least(on_device=False, spare=spare)
+        least = self.cache.least(on_device=False, spare=spare)
         if least is None or (worth is not None and (least.awaited or least.worth >= worth)):
             return None
         slot = least.slot
-        self._evict_for_good(least, cache)
+        self._evict_for_good(least)
         return slot

@@ -9,6 +9,7 @@ which there may be very many: nothing here goes over all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from operator import attrgetter
 
 from bdh_batch.scheduler.ranking import Ranking
@@ -17,32 +18,26 @@ GENERATED = 2.0  # what a generated token counts, where one of a prompt counts 1
 FORGET = 64  # tenants at a time: a step does not wait for a crowd to be forgotten
 
 
+@dataclass(slots=True, eq=False)
 class Tenant:
-    """One tenant's account: what it has been charged, and how many of its sequences are active."""
+    """One tenant's account: what it has been charged, and how many of its sequences wait and hold a state."""
 
-    __slots__ = ("active", "held", "name", "queues", "slots", "virtual_time", "weight")
-
-    def __init__(self, name: str = "", weight: float = 1.0) -> None:
-        self.name = name
-        self.weight = weight
-        self.virtual_time = 0.0
-        self.active = 0  # sequences that have not ended
-        self.slots = 0  # of them, those that hold a state
-        self.held = 0  # the same, and those that ceased to since its virtual time changed: ranks never become less
-        self.queues = 0  # in which some of them wait for a slot, one for each priority
+    name: str = ""
+    weight: float = 1.0
+    virtual_time: float = 0.0
+    waiting: int = 0  # sequences that wait in the queue
+    slots: int = 0  # sequences that hold a state
+    held: int = 0  # the same, and those that ceased to since its virtual time changed: ranks never become less
 
     def charge(self, prompt_tokens: int, generated: int) -> None:
         self.virtual_time += (prompt_tokens + GENERATED * generated) / self.weight
         self.held = self.slots
 
-    def lift(self, level: float) -> None:
-        if self.virtual_time < level:
-            self.virtual_time, self.held = level, self.slots
-
-    def hold(self, change: int) -> None:
-        """Counts `change` more of the tenant's sequences that hold a state."""
-        self.slots += change
-        self.held += max(0, change)
+    def count(self, waiting: int, holding: int) -> None:
+        """Counts so many more of its sequences that wait, and that hold a state."""
+        self.waiting += waiting
+        self.slots += holding
+        self.held += max(0, holding)
 
 
 class Tenants:
@@ -56,19 +51,19 @@ class Tenants:
         self._weights = dict(weights or {})
         self._known: dict[str, Tenant] = {}
         self._by_time: Ranking[Tenant] = Ranking(attrgetter("virtual_time"))
-        self._forgotten = 0.0  # the latest virtual time of those that were forgotten
+        self._level = 0.0  # the least virtual time of the active ones, when last looked at
 
     def join(self, name: str, weight: float | None = None) -> Tenant:
         """Returns the account of tenant `name`, for one more of its sequences."""
         tenant = self._known.get(name) or Tenant(name, self._weights.get(name, 1.0))
-        if not tenant.queues:
+        if not tenant.waiting:
             self._by_time.drop(tenant)
-            tenant.lift(self._least_active())
+            if tenant.virtual_time < (level := self._least_active()):
+                tenant.virtual_time, tenant.held = level, tenant.slots
             self._known[name] = tenant
             self._by_time.put(tenant)
         if weight is not None:
             tenant.weight = weight
-        tenant.active += 1
         return tenant
 
     def _least_active(self) -> float:
@@ -78,9 +73,9 @@ class Tenants:
             tenant = self._by_time.first()
             if tenant is None:
                 break
-            if tenant.active:
-                return tenant.virtual_time
+            self._level = max(self._level, tenant.virtual_time)
+            if tenant.waiting or tenant.slots:
+                break
             self._by_time.drop(tenant)
             del self._known[tenant.name]
-            self._forgotten = max(self._forgotten, tenant.virtual_time)
-        return self._forgotten
+        return self._level

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence as Many
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
+from math import inf
+from typing import Any
 
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
@@ -172,6 +174,13 @@ GUARDED: Mapping[str, Many[str]] = {  # the guards of `policy.Guards`, and the s
     "least_width": ["two floods, a larger model"],
     "little": ["two floods, a GPU"],
 }
+UNGUARDED: Mapping[str, Any] = {
+    "alternate": False,
+    "finished": 0.0,
+    "least_share": 0.0,
+    "least_width": 0,
+    "little": inf,
+}
 
 
 def play_scenarios(names: Iterable[str] = tuple(SCENARIOS), **policy: object) -> dict[str, dict[str, object]]:
@@ -180,7 +189,6 @@ def play_scenarios(names: Iterable[str] = tuple(SCENARIOS), **policy: object) ->
 
 def play_without(guard: str) -> dict[str, dict[str, object]]:
     """The guard's scenarios, without it."""
-    from bdh_batch.scheduler.policy import UNGUARDED, Guards  # other checkouts may have none
+    from bdh_batch.scheduler.policy import Guards  # other checkouts may have none
 
-    guards = replace(Guards(), **{guard: getattr(UNGUARDED, guard)})
-    return play_scenarios(GUARDED[guard], guards=guards)
+    return play_scenarios(GUARDED[guard], guards=replace(Guards(), **{guard: UNGUARDED[guard]}))

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -121,13 +122,14 @@ def test_modules_are_short() -> None:
     assert not [name for name in MODULES if len((PACKAGE / f"{name}.py").read_text().splitlines()) > MOST_LINES]
 
 
-def test_a_report_is_written_where_there_was_no_folder(tmp_path: Path) -> None:
+def test_a_report_is_written_where_there_was_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3.11", "-m", "benchmarks.made_up", "--quick"])
     report = {**report_head(["torch"], gpu="none"), "a": [1]}
     write_report(tmp_path / "new" / "report.json", report)
     assert json.loads((tmp_path / "new" / "report.json").read_text()) == report
     assert report["machine"]["gpu"] == "none"
     assert report["versions"].keys() == {"python", "torch"}
-    assert "pytest" in report["command"]
+    assert report["command"] == "python -m benchmarks.made_up --quick"
     assert HASH.fullmatch(report["commit"]) or report["commit"] == UNKNOWN
 
 

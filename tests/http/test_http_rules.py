@@ -243,6 +243,7 @@ class TestContentEncoding:
             gzip.compress(b"{}") * 2,
             b"",
         ],
+        ids=["not compressed", "cut", "followed by more", "two", "empty"],
     )
     def test_that_the_body_does_not_have_is_refused(self, tiny: Server, content: bytes) -> None:
         response = tiny.http.post("/v1/completions", content=content, headers={"content-encoding": "gzip"})

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from bdh_batch.http.auth.keys import KeyFile, new_key
-from tests.conftest import CONFORMANCE, HANG_SECONDS, eventually, free_port
+from tests.conftest import CONFORMANCE, HANG_SECONDS, LONG_NAME, eventually, free_port
 from tests.http.raw import Raw, ask, get, post
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ pytestmark = pytest.mark.skipif(not Path(NGINX).exists(), reason="nginx is not i
 
 KEY = "key-of-the-tests"
 SHORT = {"prompt": "a", "max_tokens": 3, "seed": 1}
-ENDLESS = {"prompt": "a", "max_tokens": 100_000, "stream": True, "stream_options": {"chunk_tokens": 1024}}
+# Each of its frames fills a buffer of nginx: it passes on every one, and soon sees that its client has gone.
+ENDLESS = {"prompt": "a", "max_tokens": 100_000, "stream": True, "model": LONG_NAME}
 LARGE = json.dumps(SHORT | {"prompt": "a" * 3_000_000}).encode()  # more than the buffers of all sockets on its way
 TOO_LARGE = json.dumps(SHORT | {"prompt": "a" * 5_000_000}).encode()
 # What is asked for, and with which headers and body; and the status of the refusal, most before the body is read.
@@ -95,7 +96,7 @@ def backend(serve: ServeFactory, keys: KeyFile, limited_key: str) -> Iterator[Se
     """Answers one sequence at a time, and sends a comment to those who wait."""
     options = ("auth.enabled=true", f"auth.api_keys={KEY}", f"auth.api_keys_file={keys.path}")
     one_by_one = ("scheduler.max_running=1", "server.sse_keepalive_seconds=0.1")
-    with serve(*options, *one_by_one, model=CONFORMANCE / "tiny") as server:
+    with serve(*options, *one_by_one, f"model.aliases={LONG_NAME}", model=CONFORMANCE / "tiny") as server:
         server.http.headers["authorization"] = f"Bearer {KEY}"
         bearer = {"authorization": f"Bearer {limited_key}"}
         assert server.http.post("/v1/completions", json=SHORT, headers=bearer).status_code == 200

@@ -170,14 +170,14 @@ def test_the_next_turn_begins_where_the_response_ended(alone: Server, tiny: Serv
     assert texts([second]) == texts([ask(alone, prompt=longer)])
 
 
-@pytest.mark.parametrize("enabled", ["true", "false"])
-def test_n_choices_are_prefilled_once(serve: ServeFactory, alone: Server, enabled: str) -> None:
-    prompt = "forked " + STEM
-    with serve(f"prefix_cache.enabled={enabled}", model=TINY) as server:
-        response = ask(server, prompt=prompt, n=6)
-        assert server.metrics()[TOTAL] == len(prompt) + 5
-        server.until_idle()
-        assert (server.metrics()["bdh_prefix_cache_states"] == 0) == (enabled == "false")
+@pytest.mark.parametrize("caching", [True, False])
+def test_n_choices_are_prefilled_once(tiny: Server, alone: Server, caching: bool) -> None:
+    prompt, server = "forked " + STEM, tiny if caching else alone
+    before = server.metrics()[TOTAL]
+    response = ask(server, prompt=prompt, n=6)
+    assert server.metrics()[TOTAL] == before + len(prompt) + 5
+    server.until_idle()
+    assert (server.metrics()["bdh_prefix_cache_states"] > 0) == caching
     each = [ask(alone, prompt=prompt, seed=7 + number)["choices"][0]["text"] for number in range(6)]
     assert texts([response]) == [each]
     assert response["usage"]["prompt_tokens"] == len(prompt)

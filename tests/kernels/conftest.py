@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -28,7 +27,8 @@ SOURCES = [*MODULES, Path(__file__).with_name("aot.py")]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Begins to compile the Triton kernels, for `test_aot.py`, beside the first tests, which leave a core idle.
+    """Begins to compile the Triton kernels, for `test_aot.py`, beside the first tests, which leave a core idle; but not
+    where tests run beside tests.
 
     Where nothing has changed since the last run, its results stand. Else Triton's cache has what is as it was; it knows
     a kernel by its source, the functions it calls, its constants and options, and the compiler.
@@ -36,8 +36,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     config = session.config
     if config.option.collectonly or not any(item.path.name == "test_aot.py" for item in session.items):
         return
-    if last_results(config) is not None:
-        return
+    if not hasattr(config, "workerinput") and last_results(config) is None:
+        begin_to_compile(config)
+
+
+def begin_to_compile(config: pytest.Config) -> None:
     folder = {"TRITON_CACHE_DIR": str(config.cache.mkdir("triton"))} if config.cache else {}
     config.stash[COMPILING] = subprocess.Popen(
         [sys.executable, "-m", "tests.kernels.aot"],
@@ -76,6 +79,8 @@ def compiled_ahead(pytestconfig: pytest.Config) -> str:
     known = last_results(pytestconfig)
     if known is not None:
         return known
+    if COMPILING not in pytestconfig.stash:
+        begin_to_compile(pytestconfig)
     process = pytestconfig.stash[COMPILING]
     output, problem = process.communicate()
     assert process.returncode == 0, problem
@@ -85,30 +90,14 @@ def compiled_ahead(pytestconfig: pytest.Config) -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _language_is_patched_once() -> Iterator[None]:
-    """The interpreter replaces Triton's language at each call of a function, inner ones too, and puts it back after it,
-    which took a quarter of its time. Nothing else in this process uses the language, so it may stay replaced."""
+def _interpreter_works_out_once_what_stays() -> Iterator[None]:
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
-    from triton import language
-    from triton.runtime import interpreter
-
-    patch_language = interpreter._patch_lang
-    patched: set[frozenset[str]] = set()
-
-    def patch_once(function: Any) -> Any:
-        visible = [language, language.core]
-        names = frozenset(
-            name for name, value in function.__globals__.items() if any(value is each for each in visible)
-        )
-        if names not in patched:
-            patched.add(names)
-            patch_language(function)
-        return interpreter._LangPatchScope()  # of nothing: there is nothing to put back
+    from tests.kernels.interpreter import remember
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", patch_once)
+        remember(patch)
         yield
 
 

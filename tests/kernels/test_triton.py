@@ -86,8 +86,8 @@ class TestConformance:
         sequences = {3: tokens[0], 0: tokens[1], 2: text(65, 256)}
         steps: list[list[Piece]] = [
             [(2, 0, 1), (3, 0, 20), (0, 0, 33)],
-            [(0, 33, 34), (2, 1, 40), (3, 20, 21)],
-            [(3, 21, 65), (0, 34, 65)],
+            [(0, 33, 34), (2, 1, 20), (3, 20, 21)],
+            [(3, 21, 65), (0, 34, 41)],
         ]
         kernels, states = Poisoned(weights, blocks=Blocks()), states_on_device(weights, 4)
         logits: dict[int, list[Tensor]] = {0: [], 2: [], 3: []}
@@ -95,7 +95,7 @@ class TestConformance:
             for (slot, _, _), part in zip(pieces, feed(kernels, states, sequences, pieces)):
                 logits[slot].append(part)
         assert distance(torch.cat(logits[3]), expected[0]) <= TOLERANCE
-        assert distance(torch.cat(logits[0]), expected[1]) <= TOLERANCE
+        assert distance(torch.cat(logits[0]), expected[1, :41]) <= TOLERANCE
 
     def test_odd_sizes(self) -> None:
         weights, tokens, expected = read("odd-sizes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import queue
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -149,6 +150,23 @@ def test_a_cancelled_call_ends_all_that_it_started(worker: Worker, held: threadi
         seen.add(next(call).infer_response.id)
     call.cancel()
     worker.server.until_idle()
+
+
+async def test_calls_that_are_cancelled_while_they_are_written_to_are_no_faults(worker: Worker) -> None:
+    raw = request("tiny", **LONG).SerializeToString()
+    async with grpc.aio.insecure_channel(worker.address) as channel:
+        stream = channel.unary_stream(f"{SERVICE}ModelStreamInfer")
+
+        async def leave(turn: asyncio.Semaphore) -> None:
+            async with turn:
+                call = stream(raw)
+                assert await call.read()
+                call.cancel()
+
+        turn = asyncio.Semaphore(32)
+        await asyncio.gather(*(leave(turn) for _ in range(300)))
+    worker.server.until_idle()
+    assert " ERROR " not in worker.server.log
 
 
 def test_the_deadline_of_a_call_is_that_of_its_requests(worker: Worker) -> None:

@@ -135,7 +135,7 @@ def test_the_least_recently_used_makes_room_and_what_runs_ends_first() -> None:
         for model in (0, 1, 0, 2):
             await front.request(model, 1)
         assert states(models) == ["loaded", "unloaded", "loaded"]
-        long = asyncio.create_task(front.request(0, 100))
+        long = asyncio.create_task(front.request(0, 20))
         await asyncio.sleep(1)
         other = asyncio.create_task(front.request(2, 300))
         await asyncio.sleep(1)
@@ -192,6 +192,44 @@ def test_where_memory_lacks_idle_models_make_room() -> None:
 
         await asyncio.gather(front.request(2, 1), unloaded())
         assert states(models) == ["unloaded", "loaded", "loaded"]
+        models.close()
+
+    run(scenario())
+
+
+def test_one_long_request_does_not_hold_up_others_of_its_model() -> None:
+    async def scenario() -> None:
+        models, engines = models_of(math.inf, math.inf, most=1)
+        front = FrontEnd(models, engines)
+        models.start()
+        long = asyncio.create_task(front.request(0, 7200))
+        await asyncio.sleep(20)
+        other = asyncio.create_task(front.request(1, 1))
+        await asyncio.sleep(5)
+        began = asyncio.get_running_loop().time()
+        await front.request(0, 1)
+        assert asyncio.get_running_loop().time() - began <= 40  # a drain takes 30 at most
+        assert not long.done()
+        await long
+        await other
+        assert states(models) == ["unloaded", "loaded"]
+        models.close()
+
+    run(scenario())
+
+
+def test_two_operators_unload_once() -> None:
+    async def scenario() -> None:
+        models, engines = models_of(None)
+        models.start()
+        await asyncio.sleep(2)
+        front = FrontEnd(models, engines)
+        running = asyncio.create_task(front.request(0, 5))
+        await asyncio.sleep(1)
+        found = await asyncio.gather(*(models.unload(0) for _ in range(3)), return_exceptions=True)
+        assert [type(each) for each in found] == [type(None), InvalidRequest, InvalidRequest]
+        await running
+        assert states(models) == ["unloaded"]
         models.close()
 
     run(scenario())

@@ -8,7 +8,7 @@ from bdh_batch.errors import ConfigError
 from bdh_batch.processes import placement
 from bdh_batch.processes.children import Role, environment
 from bdh_batch.processes.model_settings import models_of
-from bdh_batch.processes.placement import engine_roles
+from bdh_batch.processes.placement import FreeCores, engine_roles
 from bdh_batch.processes.supervisor import check
 from bdh_batch.settings import load
 
@@ -53,24 +53,39 @@ class TestCores:
         monkeypatch.setattr(placement, "usable_cores", lambda: 8)
         monkeypatch.setattr(placement, "cores", lambda: range(8))
 
+    def test_an_engine_has_some_that_fewest_others_have(self) -> None:
+        free = FreeCores()
+        first, second, third = free.take(3), free.take(3), free.take(3)
+        assert (first, second, third) == ((0, 1, 2), (3, 4, 5), (0, 6, 7))
+        free.give_back(second)
+        assert free.take(2) == (3, 4)
+        assert (free.take(None), free.take(8)) == ((), ())
+
+    def test_a_quota_of_time_is_no_choice_of_cores(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(placement, "usable_cores", lambda: 2)
+        assert FreeCores().take(1) == ()
+        assert [role.threads for role in roles(("engine.replicas", "2"))[0]] == [1, 1]
+
     def test_one_engine_has_all_and_several_share_them(self) -> None:
-        assert [role.cores for role in roles(("engine.replicas", "1"))[0]] == [()]
-        assert [role.cores for role in roles(("engine.replicas", "2"))[0]] == [(0, 1, 2, 3), (4, 5, 6, 7)]
-        assert {role.cores for role in roles(("engine.devices", "cuda:0,cuda:1"))[0]} == {()}
+        assert [role.threads for role in roles(("engine.replicas", "1"))[0]] == [None]
+        assert [role.threads for role in roles(("engine.replicas", "2"))[0]] == [4, 4]
+        assert {role.threads for role in roles(("engine.devices", "cuda:0,cuda:1"))[0]} == {None}
 
     def test_models_share_them_as_many_as_are_loaded_at_once(self) -> None:
+        def threads(entries: str, *overrides: tuple[str, object]) -> list[int | None]:
+            return [role.threads for each in roles(("models", entries), *overrides) for role in each]
+
         entries = "[{id: a}, {id: b, load: on_demand}, {id: c, load: on_demand, replicas: 2}]"
-        every = [role.cores for each in roles(("models", entries)) for role in each]
-        assert every == [(0, 1), (2, 3), (4, 5), (6, 7)]
-        two = [role.cores for each in roles(("models", entries), ("server.max_loaded_models", "2")) for role in each]
-        assert two == [(0, 1), (2, 3), (4, 5), (6, 7)]
-        entries = "[{id: a, load: on_demand}, {id: b, load: on_demand}]"
-        assert {role.cores for [role] in roles(("models", entries), ("server.max_loaded_models", "1"))} == {()}
+        assert threads(entries) == [2, 2, 2, 2]
+        assert threads(entries, ("server.max_loaded_models", "2")) == [2, 2, 2, 2]
+        assert threads("[{id: a, threads: 5}, {id: b}]") == [5, 3]
+        one = "[{id: a, load: on_demand}, {id: b, load: on_demand}]"
+        assert threads(one, ("server.max_loaded_models", "1")) == [None, None]
 
     def test_threads_that_are_asked_for_must_be_there(self) -> None:
         threads = ("engine.threads", "4")
-        assert [role.cores for role in roles(("engine.replicas", "2"), threads)[0]] == [(0, 1, 2, 3), (4, 5, 6, 7)]
-        with pytest.raises(ConfigError, match="4 for each of 3 engines are more than the 8 cores"):
+        assert [role.threads for role in roles(("engine.replicas", "2"), threads)[0]] == [4, 4]
+        with pytest.raises(ConfigError, match="have 12 in all, more than the 8 cores"):
             roles(("engine.replicas", "3"), threads)
         assert len(roles(("engine.replicas", "12"), ("engine.threads", "1"))[0]) == 12
 
@@ -90,6 +105,8 @@ class TestCores:
             [("models", "[{id: a}, {id: b, load: on_demand}]"), ("server.max_loaded_models", "1")],
             "server.max_loaded_models: 1, but 1 are loaded when the server starts",
         ),
+        ([("models", "[{id: a, keep_alive: 3}]")], "models (a): keep_alive: a warm model stays loaded"),
+        ([("models", "[{id: a, device: cpu, devices: [cpu]}]")], "models (a): device: devices says where"),
         (
             [("server.workers", "2"), ("rate_limiting.enabled", "true")],
             "rate_limiting.storage: each of several processes",

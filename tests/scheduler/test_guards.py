@@ -1,7 +1,10 @@
-"""The guards of the rank: each is documented, and has a figure that is worse without it."""
+"""The page of the policy: how long that is, and its guards: each is told, and has a figure that is worse without it."""
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,19 @@ from bdh_batch.scheduler.policy import Guards
 from benchmarks.engine.scenarios import GUARDED, SCENARIOS, play_scenarios, play_without
 
 PAGE = Path(__file__).parents[2] / "docs" / "scheduling.md"
+
+
+def test_the_policy_is_no_longer_than_the_page_says() -> None:
+    """Runs the script of the page: it names the files that are counted."""
+    page = PAGE.read_text()
+    counted = re.search(r"^python - (\S+)/\{(\S+)\}\.py <<'END'\n(.+?)^END$", page, re.DOTALL | re.MULTILINE)
+    most = re.search(r"are at most (\d+)\.", page)
+    assert counted is not None
+    assert most is not None
+    folder, names, script = counted.groups()
+    files = [str(PAGE.parents[1] / folder / f"{name}.py") for name in names.split(",")]
+    done = subprocess.run([sys.executable, "-", *files], input=script, capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) <= int(most[1])
 
 
 def test_every_guard_is_told_with_its_scenario() -> None:

@@ -185,7 +185,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         queue=st.tuples(st.integers(-1, 1), st.sampled_from("ab")),
     )
     def shed(self, count: int, tokens: int, queue: tuple[int, str]) -> None:
-        before = self.scheduler.waiting - self.scheduler.sharing.waiting_count
+        before = len(self.scheduler.backlog)
         shed = self.scheduler.shed(count, tokens, queue, BROKEN)
         self.take(shed)
         freed = sum(len(sequence.prompt) for sequence, _ in shed)
@@ -225,7 +225,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.waiting == {
             s for s in self.submitted if s.stage in (Stage.QUEUED, Stage.AWAITING_PREFIX) and s.standing.arrival
         }
-        assert self.scheduler.waiting == len(self.waiting)
+        assert len(self.scheduler.backlog) == len(self.waiting)
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -13,11 +12,13 @@ from hypothesis import given, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from bdh_batch.scheduler.cost import StepCost
-from bdh_batch.scheduler.fair_queue import AGE, FairQueue
+from bdh_batch.scheduler.groups import Groups
+from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.prefix_cache import Entry, PrefixCache
 from bdh_batch.scheduler.prefixes import RECENT, RecentPrompts, common, pack
+from bdh_batch.scheduler.rank import rank
 from bdh_batch.scheduler.ranking import Ranking
-from bdh_batch.scheduler.scheduler import Scheduler
+from bdh_batch.scheduler.scheduler import AGE, Scheduler
 from bdh_batch.scheduler.sequence import Sequence, Standing
 from bdh_batch.scheduler.sharing import Sharing
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
@@ -31,28 +32,34 @@ TOKENS = st.lists(st.integers(0, 2), max_size=40)
 class Waiting:
     """A queue, and the tenants of those that wait in it, as the scheduler has them."""
 
-    def __init__(self, weights: dict[str, float] | None = None, patience: float = math.inf) -> None:
+    def __init__(self, weights: dict[str, float] | None = None) -> None:
         self.tenants = Tenants(weights)
-        self.queue = FairQueue(patience)
+        self.queue = Groups()
         self.arrivals = 0
 
     def submit(self, *sequences: Sequence) -> Waiting:
         for sequence in sequences:
             self.arrivals += 1
             sequence.standing.arrival = self.arrivals
-            sequence.standing.effective_priority = sequence.priority
             sequence.standing.account = self.tenants.join(sequence.tenant, sequence.weight)
+            sequence.standing.account.count(waiting=1, holding=0)
             self.queue.push(sequence)
         return self
 
+    def take(self) -> Sequence | None:
+        """The next one is given a slot."""
+        sequence = head(self.queue, min((waiting.priority for waiting in self.queue), default=0))
+        if sequence is not None:
+            self.queue.remove(sequence)
+            sequence.standing.account.count(waiting=-1, holding=1)
+        return sequence
+
     def serve(self) -> str | None:
         """The next one is scheduled, its prompt is computed, and it ends."""
-        sequence = self.queue.peek(min((waiting.priority for waiting in self.queue), default=0))
-        if sequence is None:
+        if (sequence := self.take()) is None:
             return None
-        self.queue.remove(sequence)
         sequence.standing.charge(len(sequence.prompt))
-        sequence.standing.account.active -= 1
+        sequence.standing.account.count(waiting=0, holding=-1)
         return sequence.id
 
     def served(self) -> list[str]:
@@ -63,7 +70,12 @@ class Waiting:
         return order
 
 
-class TestFairQueue:
+def head(queue: Groups, first: int) -> Sequence | None:
+    """The first in rank, where `first` is the first priority."""
+    return min(queue.heads(), key=lambda sequence: rank(sequence, first), default=None)
+
+
+class TestQueue:
     def test_lower_priorities_go_first_and_inside_a_tenant_who_is_due_first(self) -> None:
         options: list[tuple[str, int, float]] = [("a", 1, 0.0), ("b", 0, 2.0), ("c", 0, 1.0), ("d", 0, 2.0)]
         sequences = [make_sequence([1], 1, name=name, priority=priority) for name, priority, _ in options]
@@ -79,10 +91,8 @@ class TestFairQueue:
     def test_of_equals_the_tenant_goes_first_that_holds_fewer_slots(self) -> None:
         sequences = [make_sequence([1], 1, name=tenant, tenant=tenant) for tenant in "aaabb"]
         waiting, order = Waiting().submit(*sequences), ""
-        while (head := waiting.queue.peek(0)) is not None:
-            waiting.queue.remove(head)
-            head.standing.account.hold(1)
-            order += head.id
+        while (sequence := waiting.take()) is not None:
+            order += sequence.id
         assert order == "ababa"
 
     def test_weights_are_shares(self) -> None:
@@ -107,9 +117,7 @@ class TestFairQueue:
     def test_one_that_asks_for_less_than_its_share_saves_nothing_up_either(self) -> None:
         """It always has a sequence under way, but nothing that waits."""
         waiting = Waiting().submit(make_sequence([1], 1, name="b", tenant="b"))
-        under_way = waiting.queue.peek(0)
-        assert under_way is not None
-        waiting.queue.remove(under_way)
+        assert waiting.take() is not None
         waiting.submit(*(make_sequence([1], 1, name="a", tenant="a") for _ in range(50)))
         for _ in range(40):
             waiting.serve()
@@ -139,10 +147,9 @@ class TestFairQueue:
 
 
 class Plain:
-    """Who is next, by looking at all tenants and all that wait: what `FairQueue` and `Tenants` say without."""
+    """Who is next, by looking at all tenants and all that wait: what `Groups` and `Tenants` say without."""
 
-    def __init__(self, patience: float) -> None:
-        self.patience = patience
+    def __init__(self) -> None:
         self.waiting: list[Sequence] = []
         self.times: dict[str, float] = {}
         self.active: Counter[str] = Counter()
@@ -154,14 +161,10 @@ class Plain:
             self.times[tenant] = max(self.times.get(tenant, 0.0), level)
         self.active[tenant] += 1
 
-    def peek(self, first: int, now: float) -> Sequence | None:
+    def head(self, first: int) -> Sequence | None:
         def rank(sequence: Sequence) -> tuple[int, float, int, float, int]:
-            queue = [other for other in self.waiting if other.queue_key == sequence.queue_key]
-            head = min(queue, key=lambda other: (other.standing.due, other.standing.arrival))
-            aged = now - head.standing.served_at >= self.patience
-            priority = first if aged else sequence.priority
             return (
-                priority,
+                first if sequence.standing.aged else sequence.priority,
                 self.times[sequence.tenant],
                 sequence.standing.account.held,
                 sequence.standing.due,
@@ -171,12 +174,12 @@ class Plain:
         return min(self.waiting, key=rank, default=None)
 
 
-class FairQueueMachine(RuleBasedStateMachine):
-    @initialize(patience=st.sampled_from([math.inf, 5.0]))
-    def begin(self, patience: float) -> None:
-        self.tenants, self.queue, self.plain = Tenants(), FairQueue(patience), Plain(patience)
+class QueueMachine(RuleBasedStateMachine):
+    @initialize()
+    def begin(self) -> None:
+        self.tenants, self.queue, self.plain = Tenants(), Groups(), Plain()
         self.under_way: list[Sequence] = []
-        self.arrivals, self.now = 0, 0.0
+        self.arrivals = 0
 
     @rule(
         tenant=st.integers(0, 2),
@@ -187,20 +190,20 @@ class FairQueueMachine(RuleBasedStateMachine):
     def push(self, tenant: int, tokens: int, priority: int, alone: float) -> None:
         sequence = make_sequence([1] * tokens, 1, tenant=str(tenant), priority=priority)
         self.arrivals += 1
-        sequence.standing.arrival, sequence.standing.served_at, sequence.standing.due = (
-            self.arrivals,
-            self.now,
-            self.now + alone,
-        )
+        sequence.standing.arrival, sequence.standing.due = self.arrivals, self.arrivals + alone
         self.plain.join(sequence.tenant)
         self.plain.waiting.append(sequence)
         sequence.standing.account = self.tenants.join(sequence.tenant)
+        sequence.standing.account.count(waiting=1, holding=0)
         self.queue.push(sequence)
 
-    @rule(seconds=st.sampled_from([0.0, 1.0, 4.0]))
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
-        self.queue.age(self.now)
+    @rule(which=st.integers(0, 99))
+    def age(self, which: int) -> None:
+        if self.plain.waiting:
+            sequence = self.plain.waiting[which % len(self.plain.waiting)]
+            self.queue.remove(sequence)
+            sequence.standing.aged = True
+            self.queue.push(sequence)
 
     @rule(times=st.integers(1, 4))
     def serve_some(self, times: int) -> None:
@@ -209,20 +212,19 @@ class FairQueueMachine(RuleBasedStateMachine):
 
     @rule(first=st.integers(-2, -1))
     def serve(self, first: int) -> None:
-        sequence = self.queue.peek(min([first, *(s.priority for s in self.queue)]))
-        assert sequence is self.plain.peek(min([first, *(s.priority for s in self.plain.waiting)]), self.now)
+        sequence = head(self.queue, min([first, *(s.priority for s in self.queue)]))
+        assert sequence is self.plain.head(min([first, *(s.priority for s in self.plain.waiting)]))
         if sequence is None:
             return
         self.queue.remove(sequence)
         self.plain.waiting.remove(sequence)
-        sequence.standing.account.hold(1)
+        sequence.standing.account.count(waiting=-1, holding=1)
         self.under_way.append(sequence)
 
     @precondition(lambda self: self.under_way)
     @rule(which=st.integers(0, 99), tokens=st.integers(0, 30), ends=st.booleans(), comes_back=st.booleans())
     def compute(self, which: int, tokens: int, ends: bool, comes_back: bool) -> None:
         sequence = self.under_way[which % len(self.under_way)]
-        sequence.standing.served_at = self.now
         before = sequence.standing.charged
         sequence.computed = min(len(sequence.prompt), sequence.computed + tokens)
         sequence.standing.charge(sequence.computed)
@@ -231,10 +233,11 @@ class FairQueueMachine(RuleBasedStateMachine):
         if not (ends or comes_back):
             return
         self.under_way.remove(sequence)
-        sequence.standing.account.hold(-1)
+        sequence.standing.account.count(waiting=not ends, holding=-1)
         if ends:
-            self.end(sequence)
+            self.plain.active[sequence.tenant] -= 1
         else:
+            sequence.standing.aged = False
             self.plain.waiting.append(sequence)
             self.queue.push(sequence)
 
@@ -243,21 +246,34 @@ class FairQueueMachine(RuleBasedStateMachine):
         if self.plain.waiting:
             sequence = self.plain.waiting.pop(which % len(self.plain.waiting))
             self.queue.remove(sequence)
-            self.end(sequence)
+            sequence.standing.account.count(waiting=-1, holding=0)
+            self.plain.active[sequence.tenant] -= 1
 
-    def end(self, sequence: Sequence) -> None:
-        sequence.standing.account.active -= 1
-        self.plain.active[sequence.tenant] -= 1
+    @rule(tenant=st.integers(0, 2), priority=st.integers(-1, 1))
+    def last(self, tenant: int, priority: int) -> None:
+        queue = [s for s in self.plain.waiting if s.queue_key == (priority, str(tenant))]
+        order = sorted(queue, key=lambda s: (not s.standing.aged, s.standing.due, s.standing.arrival))
+        assert self.queue.last((priority, str(tenant))) is (order[-1] if order else None)
 
     @invariant()
     def counts(self) -> None:
         if hasattr(self, "queue"):
             assert set(self.queue) == set(self.plain.waiting)
             assert len(self.queue) == len(self.plain.waiting)
+            assert self.queue.priorities == Counter((s.priority, s.standing.aged) for s in self.plain.waiting)
+
+    @invariant()
+    def walks_in_order(self) -> None:
+        if hasattr(self, "queue"):
+            forwards = self.queue.forwards(-2)
+            assert [rank for rank, _ in forwards] == sorted(rank for rank, _ in forwards)
+            for group_rank, members in forwards:
+                assert {rank(member, -2)[:3] for member in members} == {group_rank}
+            assert Counter(s for _, members in forwards for s in members) == Counter(self.plain.waiting)
 
 
-FairQueueMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
-TestFairQueueIsAsPlain = FairQueueMachine.TestCase
+QueueMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestQueueIsAsPlain = QueueMachine.TestCase
 
 
 class TestManyTenants:
@@ -272,20 +288,20 @@ class TestManyTenants:
 
             return look
 
-        waiting = Waiting(patience=30.0)
-        queue = waiting.queue
-        for ranking in (waiting.tenants._by_time, queue._ranked, queue._aged, queue._ageing):
+        scheduler, runner = Scheduler(1, 64, Policy(patience=30.0)), FakeRunner()
+        rankings: list[Any] = [scheduler._tenants._by_time, scheduler._ageing, *scheduler._queue._ranked]
+        for ranking in rankings:
             ranking._key = counted(ranking._key)
         for number in range(20_000):
-            waiting.submit(make_sequence([1] * (1 + number % 7), 1, tenant=f"@{number}", priority=number % 2))
+            sequence = make_sequence([1] * (1 + number % 7), 1, tenant=f"@{number}", priority=number % 2)
+            scheduler.submit([sequence])
         pushed, looks = looks, 0
         assert pushed < 8 * 20_000
         for plan in range(200):
-            queue.age(40.0 if plan > 100 else 1.0)
-            sequence = queue.peek(0)
-            assert sequence is not None
-            queue.remove(sequence)
-            sequence.standing.account.active -= 1
+            now = 40.0 if plan > 100 else 1.0
+            step = scheduler.plan(now)
+            assert step is not None
+            assert len(scheduler.commit(step, runner.run(step.plan), now)) == 1
         assert looks < 200 * (FORGET + 10 * AGE)
         assert looks < 100 * 20_000 / 4
 
@@ -316,18 +332,36 @@ class TestManyTenants:
             waiting.serve()
         assert len(waiting.tenants._known) == len(waiting.tenants._by_time) <= 2
         assert len(waiting.tenants._by_time._heap) < 200
-        assert not waiting.queue._queues
+        assert not waiting.queue._members
         assert not waiting.queue.priorities
-        assert not len(waiting.queue._ranked)
+        assert not any(len(ranking) for ranking in waiting.queue._ranked)
 
     def test_a_priority_that_waits_too_long_takes_turns_with_the_first(self) -> None:
-        first = [make_sequence([1], 1, name="f", tenant="f", priority=-1000) for _ in range(6)]
-        later = [make_sequence([1], 1, name="l", tenant="l", priority=1000) for _ in range(3)]
-        waiting = Waiting(patience=30.0).submit(*first, *later)
-        waiting.queue.age(29.0)
-        assert [waiting.serve() for _ in range(2)] == ["f", "f"]
-        waiting.queue.age(30.0)
-        assert waiting.served() == ["l", "l", "f", "l", "f", "f", "f"]
+        scheduler, runner = Scheduler(1, 64, Policy(patience=30.0)), FakeRunner()
+        scheduler.submit(make_sequence([1], 1, name="f", tenant="f", priority=-1000) for _ in range(6))
+        scheduler.submit(make_sequence([1], 1, name="l", tenant="l", priority=1000) for _ in range(3))
+        order = ""
+        for plan in range(9):
+            step = scheduler.plan(30.0 if plan >= 2 else 29.0)
+            assert step is not None
+            scheduler.commit(step, runner.run(step.plan), 30.0)
+            order += step.sequences[0].id
+        assert order == "ffllflfff"
+
+    def test_one_that_has_aged_competes_in_the_first_priority_that_comes_later(self) -> None:
+        """Those that come while it waits have an earlier one each time; its tenant has had less than theirs."""
+        scheduler, runner = Scheduler(1, 64, Policy(patience=30.0)), FakeRunner()
+        late = make_sequence([1], 1, tenant="late", priority=5)
+        scheduler.submit([make_sequence([1], 3, tenant="first"), late])
+        served = []
+        for plan in range(20):
+            scheduler.submit([make_sequence([1], 3, tenant="first", priority=-plan)])
+            step = scheduler.plan(31.0 if plan >= 10 else 1.0)
+            assert step is not None
+            scheduler.commit(step, runner.run(step.plan), 31.0)
+            served.append(late in step.sequences)
+        assert not any(served[:10])
+        assert served[10]
 
 
 class TestPrefixes:

@@ -250,7 +250,7 @@ class TestSharing:
         producer, waiter = make_sequence([5] * 50, 4), make_sequence([5] * 50, 4)
         scheduler.submit([producer, waiter])
         step(scheduler, runner)
-        assert (scheduler.running, scheduler.waiting) == (1, 1)
+        assert (len(scheduler.running), len(scheduler.backlog)) == (1, 1)
         scheduler.abort([producer])
         run_dry(scheduler, runner)
         assert waiter.generated == expected_tokens([5] * 50, 4)
@@ -342,7 +342,7 @@ def test_running_out_of_memory_makes_steps_smaller_and_loses_nobody() -> None:
         assert scheduler.out_of_memory(planned) == []
         scheduler.check()
     assert sizes == [48, 32, 16]
-    assert (scheduler.prefill_cap, scheduler.width) == (16, 1)
+    assert (scheduler.size.prefill, scheduler.size.width) == (16, 1)
     run_dry(scheduler, runner)
     assert all(sequence.generated == expected_tokens(list(sequence.prompt), 5) for sequence in sequences)
 

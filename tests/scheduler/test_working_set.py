@@ -146,7 +146,7 @@ class TestScheduler:
     def test_more_run_at_once_than_the_working_set_has(self) -> None:
         engine = Engine(12, free_slots=3)
         engine.scheduler.submit(make_sequence(conversation(number), 30) for number in range(12))
-        while engine.scheduler.running < 12:
+        while len(engine.scheduler.running) < 12:
             assert engine.step()
         assert engine.touched == 12
 
@@ -180,13 +180,13 @@ class TestIdle:
     def test_free_slots_go_back_one_a_plan_once_they_are_idle_for_so_long(self) -> None:
         engine = Engine(8, cache_prefixes=False, idle_release=60.0)
         engine.ask(*(conversation(number) for number in range(5)))
-        assert engine.scheduler.release_due == 60.0
+        assert engine.scheduler.allocator.release_due == 60.0
         engine.now = 59.0
         assert not engine.step()
         engine.now = 61.0
         while engine.step():
             assert not engine.scheduler.has_work
-        assert engine.scheduler.release_due is None
+        assert engine.scheduler.allocator.release_due is None
         assert engine.touched == 0
         assert sorted(engine.released) == [0, 1, 2, 3, 4]
         engine.ask(conversation(7))
@@ -216,5 +216,5 @@ class TestIdle:
         engine.ask(conversation(1))
         engine.now = 1e9
         assert not engine.step()
-        assert engine.scheduler.release_due is None
+        assert engine.scheduler.allocator.release_due is None
         assert engine.touched == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, reject, settings, strategies as st
 from jsonschema import Draft202012Validator
 
 from bdh_batch.errors import InvalidRequest
@@ -387,4 +387,7 @@ async def test_completions_satisfy_every_schema_of_which_nothing_was_left_out(
     for _ in range(4):
         text = drawn(made.constraint(), chance, 80, likely=b'"":{}[],,abcx13')
         if text and not made.warnings:
-            Draft202012Validator(whole).validate(json.loads(text))
+            try:
+                Draft202012Validator(whole).validate(json.loads(text))
+            except RecursionError:  # a reference back to itself at the same value: the library never ends
+                reject()

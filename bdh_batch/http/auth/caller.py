@@ -26,6 +26,7 @@ class Caller:
 
     label: str
     key: Key | None = None
+    is_local: bool = False  # whether it is a program of this machine
 
     @property
     def namespace(self) -> str:
@@ -38,13 +39,17 @@ class Caller:
 
     @property
     def is_operator(self) -> bool:
-        """Whether it may load and unload models, and see engine processes; anyone may where no keys are asked for."""
-        return self.key is None or bool(self.key.operator)
+        """Whether it may load and unload models, and see engine processes: by its key, or, where no keys are asked for,
+        as a program of this machine."""
+        return self.is_local if self.key is None else bool(self.key.operator)
 
     def check_operator(self) -> None:
         """Raises Forbidden unless it is an operator."""
         if not self.is_operator:
-            raise Forbidden("This API key is not an operator's.", "model")
+            text = (
+                "This API key is not an operator's." if self.key else "Without API keys, only the server's machine may."
+            )
+            raise Forbidden(text, "model")
 
     def may_use(self, names: Collection[str]) -> bool:
         """Whether a model of these names is among its own."""
@@ -77,7 +82,17 @@ def by_address(scope: Scope) -> Caller:
 
 
 def at_address(address: str) -> Caller:
-    return Caller("@" + hashlib.sha256(network_of(address).encode()).hexdigest()[:16])
+    return Caller("@" + hashlib.sha256(network_of(address).encode()).hexdigest()[:16], is_local=_is_loopback(address))
+
+
+def _is_loopback(address: str) -> bool:
+    if address in ("", UNIX):
+        return True
+    try:
+        known = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    return (getattr(known, "ipv4_mapped", None) or known).is_loopback
 
 
 def bearer(scope: Scope) -> str:

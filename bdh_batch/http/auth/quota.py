@@ -22,16 +22,23 @@ class Quota:
         self._max_prompt_tokens = max_prompt_tokens
         self._top_priority = top_priority
 
-    async def start(self, client: Client, backend: Backend, prepared: GenerationRequest) -> Generation:
-        """Starts what `client` asks for.
+    def check(self, client: Client, prepared: GenerationRequest) -> None:
+        """Checks what `client` may ask for at any time.
 
         Raises:
-            InvalidRequest: a prompt that cannot be served, or more than the caller may ever have.
+            InvalidRequest: a prompt is too long.
             Forbidden: a priority that is not the caller's to give.
-            RateLimited, QueueFull, Unavailable: not now.
         """
         client.caller.check_priority(prepared.priority, self._top_priority)
         self._check_lengths(prepared)
+
+    async def start(self, client: Client, backend: Backend, prepared: GenerationRequest) -> Generation:
+        """Starts what `client` asks for, and `check` has allowed.
+
+        Raises:
+            InvalidRequest: a prompt that cannot be served, or more than the caller may ever have.
+            RateLimited, QueueFull, Unavailable: not now.
+        """
         param = prepared.prompts[0].param if prepared.sampling is None else prepared.max_tokens_param or "max_tokens"
         reservation = await self._rates.reserve(client.caller, prepared.most_tokens, client.standing, param)
         if reservation is None:

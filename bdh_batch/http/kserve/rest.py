@@ -92,7 +92,7 @@ class KServe:
         prepared = await serving.preparation(client, model, len(raw)).generation(body)
         if prepared.grammar is not None:
             frames.warn(prepared.grammar.warnings)
-        generation = await serving.start(client, model, prepared)
+        generation = await serving.start(client, model, prepared, body, len(raw))
         if not asked.streamed:
             return await whole(generation, frames, client, aside)
         keepalive = serving.settings.server.sse_keepalive_seconds

@@ -115,7 +115,7 @@ async def start(serving: Serving, client: Client, asked: Asked, size: int) -> St
     prepared = await serving.preparation(client, model, size).generation(body)
     if prepared.grammar is not None:
         outputs.warn(prepared.grammar.warnings)
-    generation = await serving.start(client, model, prepared)
+    generation = await serving.start(client, model, prepared, body, size)
     return Started(generation, outputs, client, serving.aside(client.caller), model, asked)
 
 
