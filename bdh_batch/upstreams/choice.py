@@ -233,7 +233,9 @@ class Choice:
 
     def _report(self, piece: Piece) -> None:
         if piece.prompt_tokens is not None and self.prompt_tokens is None:
-            self.prompt_tokens, self.cached_tokens = piece.prompt_tokens, piece.cached_tokens
+            known = None if self._record is None else self._record.prompt_tokens
+            self.prompt_tokens = piece.prompt_tokens if known is None else known
+            self.cached_tokens = min(piece.cached_tokens, self.prompt_tokens)
         if piece.completion_tokens is not None and self._record is None:
             self.count.report(piece.completion_tokens)
 

@@ -54,6 +54,11 @@ class Continuation:
         self._prompt = ids
 
     @property
+    def prompt_tokens(self) -> int | None:
+        """The length of the prompt, if its token ids are known: an endpoint that goes on has had a longer one."""
+        return None if self._prompt is None else len(self._prompt)
+
+    @property
     def request(self) -> TextRequest:
         """The request as the first endpoint got it."""
         return self._request

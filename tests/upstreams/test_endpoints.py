@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from tritonclient.grpc import service_pb2
 
 from bdh_batch.errors import QueueFull, RunTimeout, Unavailable, UpstreamFailed
-from bdh_batch.messages import FinishReason
+from bdh_batch.messages import FinishReason, Usage
 from bdh_batch.upstreams.config import OpenAIUpstream
 from bdh_batch.upstreams.continuation import Continuation
 from bdh_batch.upstreams.endpoints import Endpoint, Endpoints
@@ -259,7 +259,9 @@ def ours(cut: int | None = None, words: Sequence[tuple[str, str]] = ()) -> Any:
             if number == cut:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
             yield token(request, dict(words).get(text, text), "null", tensor("token_ids", [id], "INT32"))
-        yield token(request, "", "length", tensor("token_ids", [], "INT32", [0]))
+        known = len(request.inputs[0].contents.int_contents) or 2  # of its text, too
+        usage = tensor("prompt_tokens", known, "INT32")
+        yield token(request, "", "length", tensor("token_ids", [], "INT32", [0]), usage)
 
     return script
 
@@ -280,7 +282,7 @@ async def test_a_lost_stream_goes_on_behind_its_tokens_as_if_nothing_had_been(cu
         got = await gateway.ask("hi", max_tokens=20, **({"presence_penalty": penalty} if penalty else {}))
     assert got.error is None
     assert (got.text, got.reasons) == ("".join(WORDS[:20]), [FinishReason.LENGTH])
-    assert got.usage.completion_tokens == 20
+    assert got.usage == Usage(2, 20)
     assert gateway.seen.moved == {cut > 0: 1}
     first, again = one.asked[0], other.asked[-1]
     assert first.parameters["seed"].int64_param == again.parameters["seed"].int64_param == 7
