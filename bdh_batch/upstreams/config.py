@@ -138,7 +138,7 @@ class Upstream(Entry):
                 raise ConfigError(f"{where}.key_env: the environment has no {self.key_env}")
         elif self.key_file is not None:
             try:
-                key = self.key_file.read_text().strip()
+                key = self.key_file.read_text("utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{where}.key_file: {self.key_file} cannot be read: {error}") from error
             if not key:
