@@ -83,7 +83,10 @@ class UpstreamBackend:
             raise UnsupportedParameter("best_of is not supported by the upstream of this model.", "best_of")
         defaults = {name: value for name, value in upstream.defaults.items() if not _says(written.fields, name)}
         expressed, drop = connector.expresses(chat, self._route.endpoints.ours), upstream.drop
-        fields = passed_on(upstream.id, {**defaults, **written.fields}, expressed, drop, not connector.stops)
+        asked = {**defaults, **written.fields}
+        if chat and written.messages is None and expressed is not None and "add_special_tokens" not in expressed:
+            asked.pop("add_special_tokens", None)  # it is about the template's prompt, which is all that can be given
+        fields = passed_on(upstream.id, asked, expressed, drop, not connector.stops)
         for name, value in written.headers.items():
             if not (value.isascii() and value.isprintable()):
                 raise InvalidRequest(f"The header {name} should be printable ASCII: it is passed on.", name)

@@ -19,7 +19,7 @@ from bdh_batch.upstreams.config import Upstream
 from bdh_batch.upstreams.continuation import Continuation
 from bdh_batch.upstreams.counting import TokenCount, encoded_length
 from bdh_batch.upstreams.endpoints import Endpoint, Endpoints, Observer
-from bdh_batch.upstreams.errors import error_of, none_able
+from bdh_batch.upstreams.errors import brief, error_of, none_able
 from bdh_batch.upstreams.protocol import FINAL, Connector, Fault, FaultKind, Piece, TextRequest
 
 log = logging.getLogger(__name__)
@@ -187,12 +187,12 @@ class Choice:
         await self._finish()
 
     async def _in_time(self, source: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
-        """Yields the pieces of `source`. Raises Fault where one takes too long."""
-        chosen = self._route.upstream
-        seconds, kind = chosen.connect_seconds + chosen.first_token_seconds, FaultKind.FIRST_TOKEN_TIMEOUT
+        """Yields the pieces of `source`. Raises Fault where the next that has something takes too long."""
+        chosen, now = self._route.upstream, asyncio.get_running_loop().time
+        deadline, kind = now() + chosen.connect_seconds + chosen.first_token_seconds, FaultKind.FIRST_TOKEN_TIMEOUT
         while True:
             try:
-                async with asyncio.timeout(seconds):
+                async with asyncio.timeout_at(deadline):
                     piece = await anext(source, None)
             except TimeoutError:
                 if self._reason is not None:
@@ -204,11 +204,12 @@ class Choice:
                 raise
             if piece is None:
                 return
+            had_ended = self._reason is not None
             yield piece
-            if piece.text or piece.tokens or piece.count or piece.extras:
-                seconds, kind = chosen.gap_seconds, FaultKind.GAP_TIMEOUT
             if self._reason is not None:
-                seconds = min(chosen.gap_seconds, LAST_WORDS_SECONDS)
+                deadline = deadline if had_ended else now() + min(chosen.gap_seconds, LAST_WORDS_SECONDS)
+            elif piece.text or piece.tokens or piece.count or piece.extras:
+                deadline, kind = now() + chosen.gap_seconds, FaultKind.GAP_TIMEOUT
 
     async def _take(self, piece: Piece) -> bool:
         """Sends a piece on. Returns whether nothing more is wanted."""
@@ -251,13 +252,13 @@ class Choice:
     def _log(self, endpoint: Endpoint, fault: Fault) -> None:
         upstream = self._route.upstream.id
         self._route.observer.failed(upstream, fault.kind)
-        cause = f" ({fault.__cause__!r})" if fault.__cause__ is not None else ""
+        cause = f" ({brief(repr(fault.__cause__))})" if fault.__cause__ is not None else ""
         log.warning(
             "upstream %s: %s: %s %s%s; request %s",
             upstream,
             endpoint.address,
             fault.kind,
-            fault.message,
+            "" if fault.kind is FaultKind.REFUSED else brief(fault.message),  # a refusal may quote the request
             cause,
             self._request.id,
         )

@@ -21,6 +21,7 @@ CONTINUABLE = frozenset(
     (
         *("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "logit_bias"),
         *("ignore_eos", "stop_token_ids", "allowed_token_ids", "skip_special_tokens", "priority", "cache_salt"),
+        "add_special_tokens",  # nothing that is done to token ids
     )
 )
 

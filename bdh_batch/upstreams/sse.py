@@ -30,8 +30,8 @@ class Bounded(httpx.AsyncByteStream):
         async for chunk in self._stream:
             try:
                 utf8.decode(chunk)
-            except UnicodeDecodeError as error:
-                raise Fault(FaultKind.MALFORMED, "not UTF-8") from error
+            except UnicodeDecodeError:
+                raise Fault(FaultKind.MALFORMED, "not UTF-8") from None  # the error has the text, which is not logged
             together = tail + chunk
             end = max(together.rfind(end) + len(end) if end in together else 0 for end in ENDS)
             since = len(together) - end if end else since + len(chunk)
