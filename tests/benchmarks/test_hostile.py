@@ -25,8 +25,8 @@ SMALLEST = (
     "bodies: empty lists",
     "bodies: template variables",
     "priority",
-    "template: crowd",
     "connections: pipelined behind",
+    "template: crowd",
 )
 
 
