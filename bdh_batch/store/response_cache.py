@@ -20,7 +20,7 @@ from bdh_batch.store.byte_cache import ByteCache, Unreachable
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # of entries: another one is another key
+FORMAT = 2  # of entries: another one is another key
 CUT_OFF = (FinishReason.ABORT, FinishReason.ERROR)
 TOKEN_BYTES = 9  # of one in an entry, at most
 
@@ -38,6 +38,7 @@ class Piece(msgspec.Struct, array_like=True):
     logprobs: list[tuple[int, TokenLogprob]] | None
     prompt_logprobs: list[TokenLogprob] | None
     extras: list[dict[str, Any]] | None
+    stop: str | None
 
     @classmethod
     def of(cls, index: int, delta: Delta) -> Piece:
@@ -47,6 +48,7 @@ class Piece(msgspec.Struct, array_like=True):
             None if delta.logprobs is None else [*delta.logprobs],
             None if prompt is None else [*prompt],
             None if extras is None else [dict(extra) for extra in extras],
+            delta.stop,
         )
 
     @property
@@ -60,6 +62,7 @@ class Piece(msgspec.Struct, array_like=True):
             logprob=self.logprob,
             prompt_logprobs=self.prompt_logprobs,
             extras=None if self.extras is None else [*self.extras],
+            stop=self.stop,
         )
 
 
