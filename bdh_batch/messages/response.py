@@ -43,8 +43,8 @@ class Delta:
     The last one of a sequence has `finish_reason`; when that is ERROR, `error` is why. `logprobs` are of tokens whose
     text is shown by now, each with where its text begins in the completion; `logprob` is the sum of all tokens'. Where
     the request asked to `pool`, the last one has the sum [D] of the hidden vectors. `extras` are members that an
-    upstream sent beside the text, as `tool_calls`; the client gets them as they are. `stop` is the stop string that ended
-    it, if one did, and it is known which.
+    upstream sent beside the text, as `tool_calls`; the client gets them as they are. `stop` is the stop string that
+    ended it, if one did, and it is known which.
     """
 
     text: str = ""

@@ -9,8 +9,8 @@ NO_STOPS = StopStrings(())
 
 
 class TextStream:
-    """Takes tokens, gives text. After a stop string has been met, `stopped` is true, `found` is that string, and no more text
-    comes.
+    """Takes tokens, gives text. After a stop string has been met, `stopped` is true, `found` is that string, and no
+    more text comes.
 
     Args:
         stop: the stop strings, which the streams of one request share.

@@ -1,0 +1,3 @@
+"""/v1/messages as Anthropic's official client sees it."""
+
+from __future__ import annotations
