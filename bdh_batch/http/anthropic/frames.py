@@ -126,7 +126,7 @@ class MessageFrames(Frames):
         self._left_out: list[Mapping[str, str]] = []
 
     def warn(self, warnings: Sequence[Mapping[str, str]]) -> None:
-        self._left_out = [*warnings]
+        self._left_out = [{**each, "param": self._names.field(each["param"])} for each in warnings]
 
     def with_warnings(self, pieces: list[bytes]) -> list[bytes]:
         return pieces  # they are in the first event

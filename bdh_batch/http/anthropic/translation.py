@@ -43,13 +43,14 @@ class Names:
         """Returns the error about a field of the chat body as one about the client's."""
         if not isinstance(error, InvalidRequest) or error.param is None:
             return error
-        name = self._name(error.param)
+        name = self.field(error.param)
         text = error.message
         if text.startswith(error.param):
             text = name + text.removeprefix(error.param)
         return type(error)(text, name, error.code)
 
-    def _name(self, param: str) -> str:
+    def field(self, param: str) -> str:
+        """What the client calls a field of the chat body."""
         if (found := MESSAGE.match(param)) and int(found[1]) < len(self.origins):
             return self.origins[int(found[1])]
         for pattern, name in NAMES:
