@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import orjson
+
 from bdh_batch.errors import BDHError, InvalidRequest
 from bdh_batch.http.anthropic.bodies import ContentBlock, CountTokensBody, InputMessage, MessagesBody
 
@@ -122,7 +124,7 @@ def _parts(body: CountTokensBody) -> Iterator[Part]:
 def _of_assistant(blocks: Sequence[ContentBlock]) -> dict[str, Any]:
     text = _text(blocks)
     calls = [
-        {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": block.input}}
+        {"id": block.id, "type": "function", "function": {"name": block.name, "arguments": _json(block.input)}}
         for block in blocks
         if block.type == "tool_use"
     ]
@@ -142,6 +144,10 @@ def _of_user(param: str, blocks: Sequence[ContentBlock]) -> Iterator[Part]:
                 content = (ERROR if block.is_error else "") + (block.content or "")
                 message = {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
                 yield f"{param}[{at}]", message
+
+
+def _json(value: object) -> str:
+    return orjson.dumps(value).decode()
 
 
 def _text(blocks: Sequence[ContentBlock]) -> str:
