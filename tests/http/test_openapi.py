@@ -42,8 +42,9 @@ USER = {"role": "user", "content": "a"}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 PROMPT = {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a"]}
 MAX = {"max_tokens": 3}
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "boolean"}}}}}
-USABLE = {"name": "f", "input_schema": TOOL["function"]["parameters"]}
+PARAMETERS = {"properties": {"a": {"type": "boolean"}}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": PARAMETERS}}
+USABLE = {"name": "f", "input_schema": PARAMETERS}
 SHAPES: list[tuple[str, dict[str, Any], type[BaseModel]]] = [
     ("/v1/completions", {"prompt": "a"}, responses.Completion),
     (

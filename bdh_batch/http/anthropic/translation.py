@@ -12,9 +12,11 @@ import orjson
 
 from bdh_batch.errors import BDHError, InvalidRequest
 from bdh_batch.http.anthropic.bodies import ContentBlock, CountTokensBody, InputMessage, MessagesBody
+from bdh_batch.text.schema_rewriting import STRICT
 
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 SAME = ("max_tokens", "temperature", "top_p", "top_k", "stream")
+SCHEMA = "output_config.format.schema"  # which is strict in any case
 ERROR = "Error: "  # what the result of a tool that failed begins with
 # Of the fields of a chat body: what they come from.
 NAMES = (
@@ -23,7 +25,7 @@ NAMES = (
     (re.compile(r"^(tools\[\d+\])\.function"), r"\1"),
     (re.compile(r"^tool_choice\.function"), "tool_choice"),
     (re.compile(r"^parallel_tool_calls\b"), "tool_choice.disable_parallel_tool_use"),
-    (re.compile(r"^response_format\.json_schema\.schema"), "output_config.format.schema"),
+    (re.compile(r"^response_format\.json_schema\.schema"), SCHEMA),
     (re.compile(r"^response_format\b"), "output_config.format"),
     (re.compile(r"^continue_final_message\b"), "messages"),
 )
@@ -49,6 +51,8 @@ class Names:
         text = error.message
         if text.startswith(error.param):
             text = name + text.removeprefix(error.param)
+        if name == SCHEMA:
+            text = text.replace(STRICT, "")
         return type(error)(text, name, error.code)
 
     def field(self, param: str) -> str:
