@@ -63,6 +63,17 @@ def test_a_stream_that_fails_ends_with_an_error_about_the_clients_field() -> Non
         assert reported.request_id == "1"
 
 
+@pytest.mark.parametrize(("prompt", "cached", "computed"), [(5, 2, 3), (5, 9, 0)])
+def test_cached_tokens_are_no_input_tokens(prompt: int, cached: int, computed: int) -> None:
+    whole = json.loads(b"".join(frames().whole([], Usage(prompt, 1, cached), [Delta("a", [1], FinishReason.STOP)])))
+    assert whole["usage"] == {
+        "input_tokens": computed,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": cached,
+        "output_tokens": 1,
+    }
+
+
 def test_a_silence_is_a_ping_once_the_message_has_begun() -> None:
     stream = frames()
     assert stream.keepalive == COMMENT

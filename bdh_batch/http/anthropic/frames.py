@@ -39,7 +39,7 @@ def event(kind: str, **members: Any) -> bytes:
 def message_usage(usage: Usage) -> dict[str, Any]:
     """As the API has it, tokens of the prompt that came from the prefix cache are not among the input tokens."""
     return {
-        "input_tokens": usage.prompt_tokens - usage.cached_tokens,
+        "input_tokens": max(0, usage.prompt_tokens - usage.cached_tokens),  # an upstream may say anything
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": usage.cached_tokens,
         "output_tokens": usage.completion_tokens,
