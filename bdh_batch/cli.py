@@ -236,6 +236,7 @@ def _run_server(chosen: settings.Settings, serve: Callable[[], Coroutine[None, N
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))  # until the server has handlers of its own: nothing runs yet
     logging.basicConfig(level=chosen.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.root.level))  # it logs every request
     import uvloop
 
     from bdh_batch.system.threads import left_behind

@@ -23,7 +23,7 @@ from bdh_batch.settings import Settings
 
 if TYPE_CHECKING:
     from bdh_batch.observability.spans import Spans
-    from bdh_batch.processes.engines import LoadEngine, StartEngine
+    from bdh_batch.processes.local_engine import LoadEngine, StartEngine
 
 
 async def run(
@@ -162,8 +162,8 @@ async def serve(
     from bdh_batch.engine.loading import load_engine, start_worker
     from bdh_batch.observability.engine_metrics import EngineMetrics
     from bdh_batch.observability.metrics import Metrics
-    from bdh_batch.processes.engines import LocalEngine
     from bdh_batch.processes.hosted_models import OneModel
+    from bdh_batch.processes.local_engine import LocalEngine
     from bdh_batch.processes.model_settings import models_of
     from bdh_batch.processes.service import Service, run_until_signal
 

@@ -11,6 +11,13 @@ from bdh_batch.engine.mailbox import Mailbox
 from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Usage
 
 FAILED = (FinishReason.ABORT, FinishReason.ERROR)
+SLICE = 128  # sequences that are made at a time
+
+
+async def breathe(made: int) -> None:
+    """Between slices of what is made for one request, other work runs on the event loop."""
+    if made and made % SLICE == 0:
+        await asyncio.sleep(0)
 
 
 class Source(Protocol):

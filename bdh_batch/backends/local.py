@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from bdh_batch.backends.base import RawPrompt
-from bdh_batch.backends.generation import MailboxGeneration, Running
+from bdh_batch.backends.generation import MailboxGeneration, Running, breathe
 from bdh_batch.backends.tokenization import LONG, Tokenization, off_the_loop
 from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.mailbox import Mailbox
@@ -24,7 +24,6 @@ from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import Tokenizer
 
 NODE_COST = 4  # of a character of a bad word, beside one that is tokenized
-SLICE = 128  # sequences that are made at a time
 LAST_WORDS_SECONDS = 2.0  # for the error events of a drain that ran out of time to reach their clients
 
 
@@ -278,12 +277,6 @@ class LocalBackend:
             text = f"{prompt} prompt tokens and {request.min_tokens} to generate exceed {self._max_model_len}."
             raise ContextLengthExceeded(text, "min_tokens")
         return min(request.max_tokens, room)
-
-
-async def breathe(made: int) -> None:
-    """Between slices of what is made for one request, other work runs on the event loop."""
-    if made and made % SLICE == 0:
-        await asyncio.sleep(0)
 
 
 def _early(request: GenerationRequest) -> float:

@@ -95,6 +95,7 @@ class RequestContext:
                     await internal_error()(scope, receive, send_with_id)
             finally:
                 cleanup.close()
+                scope["state"].clear()  # what is in it knows the connection, which knows the scope: a circle
                 self._metrics.http_requests.labels(self._route(scope), status).inc()
                 if span is not None:
                     span.end(self._route(scope), status)

@@ -16,6 +16,9 @@ from bdh_batch.http.schema.text import EmbeddingBody, EmbeddingChat
 from bdh_batch.messages import GenerationRequest, Grammar, Origin, Text, Written
 from bdh_batch.text.sources import Source
 
+# Fields of a chat that are done with once its template has made a prompt.
+OF_TEMPLATES = frozenset(("add_generation_prompt", "continue_final_message", "chat_template_kwargs"))
+
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
@@ -54,7 +57,11 @@ class Preparation:
         fields = dict(await self.aside.run(self.size, getattr, body, "written"))
         messages, given = fields.pop("messages", None), fields.pop("prompt", None)
         if isinstance(body, ChatBody) and not backend.takes_messages:
-            messages, given = None, (await self.rendered(body)).text
+            rendered = await self.rendered(body)
+            messages, given = None, rendered.text
+            fields = {name: value for name, value in fields.items() if name not in OF_TEMPLATES}
+            if not rendered.add_special:
+                fields["add_special_tokens"] = False
         prompts = [] if given is None else body.prompt if isinstance(body, CompletionBody) else [given]
         came = self.client.headers
         headers = {name: came[name] for name in backend.pass_headers if name in came}

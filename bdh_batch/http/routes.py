@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from functools import partial
 from operator import attrgetter
 
 import orjson
@@ -39,6 +41,8 @@ from bdh_batch.http.schema.text import (
     TokenizeText,
 )
 from bdh_batch.http.serving import Serving, response_options
+from bdh_batch.settings import Settings
+from bdh_batch.system.threads import in_daemon_thread
 
 SHOWN_SETTINGS = {"engine", "scheduler", "prefix_cache", "generation", "limits"}  # sections that any client may know
 SECRET = {"scheduler": {"weights", "trace_file"}}
@@ -51,8 +55,7 @@ class Routes:
         self._serving = serving
         self._gate, self._metrics, self._settings = serving.gate, serving.metrics, serving.settings
         self.kserve, self.messages = KServe(serving), Messages(serving)
-        document = openapi(serving.settings)
-        self._openapi, self._docs = orjson.dumps(document), page(document)
+        self._documents: asyncio.Future[tuple[bytes, bytes]] | None = None  # the OpenAPI document, and its page
 
     def table(self) -> list[Route]:
         methods: dict[tuple[str, str], list[str]] = {}
@@ -157,10 +160,18 @@ class Routes:
         return Response(await self._metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def openapi(self, request: Request) -> Response:
-        return Response(self._openapi, media_type="application/json")
+        document, _ = await self._described()
+        return Response(document, media_type="application/json")
 
     async def docs(self, request: Request) -> Response:
-        return Response(self._docs, headers={"content-security-policy": POLICY}, media_type="text/html")
+        _, shown = await self._described()
+        return Response(shown, headers={"content-security-policy": POLICY}, media_type="text/html")
+
+    async def _described(self) -> tuple[bytes, bytes]:
+        """The OpenAPI document and its page. They take a fraction of a second: the first request has them made."""
+        if self._documents is None:
+            self._documents = in_daemon_thread(partial(_describe, self._settings), "bdh-docs")
+        return await asyncio.shield(self._documents)
 
     async def root(self, request: Request) -> Response:
         return JSONResponse({"name": "bdh_batch", "version": __version__, "status": self._gate.closed or "ready"})
@@ -194,6 +205,11 @@ class Routes:
 
     def _preparation(self, request: Request, model: ServedModel, raw: bytes) -> Preparation:
         return self._serving.preparation(Client.of(request), model, len(raw))
+
+
+def _describe(settings: Settings) -> tuple[bytes, bytes]:
+    document = openapi(settings)
+    return orjson.dumps(document), page(document)
 
 
 def _status(problem: str | None, well: str) -> Response:

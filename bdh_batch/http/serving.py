@@ -175,8 +175,9 @@ class Serving:
 
 def is_determined(body: GenerationBody, prepared: GenerationRequest) -> bool:
     """Whether the same request gets the same response: by its seed, or because the likeliest token is always taken."""
-    drawn = body.temperature if prepared.written is not None else prepared.sampling and prepared.sampling.temperature
-    return body.seed is not None or drawn == 0
+    if (written := prepared.written) is not None:  # by what the upstream gets of it
+        return "seed" in written.fields or written.fields.get("temperature") == 0
+    return body.seed is not None or (prepared.sampling is not None and prepared.sampling.temperature == 0)
 
 
 def response_key(client: Client, model: ServedModel, prepared: GenerationRequest, body: GenerationBody) -> str:

@@ -23,6 +23,7 @@ from bdh_batch.http.tensors.tensor import (
     text_of,
     to_raw,
 )
+from bdh_batch.kserve.status import Refusal
 from bdh_batch.kserve.wire import Counter
 from bdh_batch.settings import Limits
 
@@ -37,6 +38,7 @@ CONTENTS: Mapping[str, str] = {
     "FP32": "fp32_contents",
     "FP64": "fp64_contents",
 }
+ERROR_STATUS = "error_status"  # a parameter of a response with an error: the status that it has over HTTP
 FINAL = "triton_final_response"  # a parameter of a stream's responses: whether no other one follows
 
 
@@ -161,9 +163,12 @@ def stream_response(response: Any, final: bool) -> bytes:
     return bytes(service_pb2.ModelStreamInferResponse(infer_response=response).SerializeToString())
 
 
-def stream_error(message: str, id: str) -> bytes:
-    """A ModelStreamInferResponse that ends a request with an error."""
+def stream_error(refusal: Refusal, id: str) -> bytes:
+    """A ModelStreamInferResponse that ends a request with an error; programs read what kind it is in its parameters."""
     response = service_pb2.ModelInferResponse(id=id)
+    response.parameters[ERROR_STATUS].int64_param = refusal.status
+    for name, value in refusal.trailers:
+        response.parameters[name.replace("-", "_")].string_param = value
     response.parameters[FINAL].bool_param = True
-    failed = service_pb2.ModelStreamInferResponse(error_message=message, infer_response=response)
+    failed = service_pb2.ModelStreamInferResponse(error_message=refusal.message, infer_response=response)
     return bytes(failed.SerializeToString())

@@ -86,7 +86,7 @@ class _Stream:
         except WriteTimeout:
             raise
         except Exception as error:  # noqa: BLE001 - it is reported to the client, and was logged
-            await self._write(stream_error(self._calls.refusal(error).message, id))
+            await self._write(stream_error(self._calls.refusal(error), id))
         finally:
             self._slots.release()
 

@@ -28,8 +28,9 @@ from bdh_batch.errors import NotEnoughMemory
 from bdh_batch.kernels.base import Weights
 from bdh_batch.observability.engine_metrics import EngineMetrics
 from bdh_batch.observability.metrics import exposition, process_registry
-from bdh_batch.processes.engines import LOADER, LoadEngine, engine_info, local_backend, watch_engine
+from bdh_batch.processes.engines import LOADER
 from bdh_batch.processes.folder import RuntimeFolder
+from bdh_batch.processes.local_engine import LoadEngine, engine_info, local_backend, watch_engine
 from bdh_batch.processes.metrics_socket import report
 from bdh_batch.processes.model_settings import ModelSettings, chosen_model
 from bdh_batch.settings import Settings

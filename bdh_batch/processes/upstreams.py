@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -173,7 +174,7 @@ def _served(
 ) -> ServedModel:
     return ServedModel(
         info=ModelInfo(upstream.id, tuple(upstream.aliases), int(time.time()), max_model_len=None, owner=OWNER),
-        revision=f"{upstream.id} {upstream.model_dump_json()}",
+        revision=revision_of(upstream),
         backend=backend,
         fingerprint=f"{upstream.id}-bdh_batch-{__version__}",
         defaults=Defaults(),
@@ -184,6 +185,15 @@ def _served(
             NO_VOCABULARY, None, settings.limits.max_schema_bytes, settings.structured_output.cache_memory
         ),
     )
+
+
+def revision_of(upstream: AnyUpstream) -> str:
+    """Returns a hash of an upstream's settings, with the headers that are hidden elsewhere, and of its template."""
+    digest = hashlib.blake2b(f"{__version__} {upstream.model_dump_json()}".encode(), digest_size=16)
+    digest.update(repr(sorted(upstream.headers.items())).encode())
+    if isinstance(upstream, KServeUpstream) and upstream.template is not None:
+        digest.update(upstream.template.read_bytes())
+    return digest.hexdigest()
 
 
 def _template(settings: Settings, upstream: KServeUpstream) -> tuple[Sandbox, ChatTemplate]:

@@ -6,6 +6,7 @@ one that has ended well is kept: none with an error, none that was cut off, and 
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -20,9 +21,10 @@ from bdh_batch.store.byte_cache import ByteCache, Unreachable
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of entries: another one is another key
+FORMAT = 3  # of entries: another one is another key
 CUT_OFF = (FinishReason.ABORT, FinishReason.ERROR)
 TOKEN_BYTES = 9  # of one in an entry, at most
+SLICE = 32  # steps that are replayed at a time
 
 Counted = Callable[[str], None]  # "hit", "miss", "kept" or "failed"
 
@@ -66,10 +68,17 @@ class Piece(msgspec.Struct, array_like=True):
         )
 
 
-class Entry(msgspec.Struct, array_like=True):
-    """A generation that has ended: what each of its steps brought."""
+DECODER = msgspec.msgpack.Decoder(list[Piece])
 
-    steps: list[list[Piece]]
+
+class Entry(msgspec.Struct, array_like=True):
+    """A generation that has ended: what each of its steps brought, encoded one by one, and how many tokens in all.
+
+    So no more than a step is encoded or decoded at a time, and what an entry takes is known while it grows.
+    """
+
+    steps: list[bytes]
+    tokens: int
     cached_tokens: list[int]
     usage: Usage
 
@@ -112,7 +121,7 @@ class ResponseCache:
         await self._cache.close()
 
     async def _keep(self, key: str, entry: Entry, counted: Counted) -> None:
-        value = msgspec.msgpack.encode(entry, enc_hook=list)  # the likeliest tokens are a sequence of their own kind
+        value = msgspec.msgpack.encode(entry)
         if len(value) > self._most_bytes:
             return
         try:
@@ -131,7 +140,7 @@ class Recorded:
         self._generation = generation
         self._keep = keep
         self._left = most_bytes
-        self._steps: list[list[Piece]] | None = []
+        self._steps: list[bytes] | None = []
 
     @property
     def prompts(self) -> Sequence[Sequence[int]]:
@@ -152,7 +161,7 @@ class Recorded:
             yield deltas
         if self._steps:
             steps, self._steps = self._steps, None
-            await self._keep(Entry(steps, [*self.cached_tokens], self.usage(tokens)))
+            await self._keep(Entry(steps, tokens, [*self.cached_tokens], self.usage(tokens)))
 
     def abort(self) -> None:
         self._steps = None
@@ -164,13 +173,23 @@ class Recorded:
     def _record(self, deltas: Sequence[tuple[int, Delta]]) -> None:
         if self._steps is None:
             return
-        for _, delta in deltas:
-            likeliest = sum([1 + len(each.top) for _, each in delta.logprobs or ()])
-            self._left -= len(delta.text) + TOKEN_BYTES * (len(delta.tokens) + likeliest)
-        if self._left < 0 or any(delta.finish_reason in CUT_OFF for _, delta in deltas):
+        if any(delta.finish_reason in CUT_OFF or _least_bytes(delta) > self._left for _, delta in deltas):
+            self._steps = None
+            return
+        pieces = [Piece.of(index, delta) for index, delta in deltas]
+        step = msgspec.msgpack.encode(pieces, enc_hook=list)  # the likeliest tokens are a sequence of their own kind
+        self._left -= len(step)
+        if self._left < 0:
             self._steps = None
         else:
-            self._steps.append([Piece.of(index, delta) for index, delta in deltas])
+            self._steps.append(step)
+
+
+def _least_bytes(delta: Delta) -> int:
+    """Returns about how many bytes a delta takes in an entry, without encoding it."""
+    given = [each for _, each in delta.logprobs or ()] + [*(delta.prompt_logprobs or ())]
+    likeliest = sum([1 + len(each.top) for each in given])
+    return len(delta.text) + TOKEN_BYTES * likeliest
 
 
 class Replayed:
@@ -192,14 +211,16 @@ class Replayed:
 
     def usage(self, completion_tokens: int) -> Usage:
         of = self._entry.usage
-        whole = completion_tokens >= sum(len(piece.tokens) for step in self._entry.steps for piece in step)
-        used = of.completion_tokens if whole else completion_tokens
+        used = of.completion_tokens if completion_tokens >= self._entry.tokens else completion_tokens
         return Usage(of.prompt_tokens, used, of.cached_tokens, of.estimated)
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
-        for step in self._entry.steps:
-            self._tokens += sum(len(piece.tokens) for piece in step)
-            yield [(piece.index, piece.delta) for piece in step]
+        for number, step in enumerate(self._entry.steps, 1):
+            if number % SLICE == 0:  # all are there, and nothing else would make others wait
+                await asyncio.sleep(0)
+            pieces = DECODER.decode(step)
+            self._tokens += sum(len(piece.tokens) for piece in pieces)
+            yield [(piece.index, piece.delta) for piece in pieces]
 
     def abort(self) -> None:
         ended, self._ended = self._ended, []
@@ -217,8 +238,10 @@ def key_of(tenant: str, revision: str, kind: str, fields: Mapping[str, Any], hea
         tenant: whose it is: nobody gets what others have asked.
         revision: of the model: its files and its settings.
         kind: of the request's body.
-        fields: of the body that decide on the response.
+        fields: of the body that decide on the response. Only their own order makes no difference: the properties of a
+            schema, and of a tool, come in theirs.
         headers: that are passed on to an upstream.
     """
-    text = json.dumps([FORMAT, tenant, revision, kind, fields, headers], sort_keys=True)
+    parts = [FORMAT, tenant, revision, kind, sorted(fields.items()), sorted(headers.items())]
+    text = json.dumps(parts)
     return hashlib.blake2b(text.encode(), digest_size=24).hexdigest()

@@ -275,7 +275,12 @@ def main(file: int) -> None:
     """Serves the server at the other end of the socket `file`."""
     for number in (signal.SIGTERM, signal.SIGINT):  # a service manager may send them to all processes of the server
         signal.signal(number, signal.SIG_IGN)
-    server = Connection(file)
+    with contextlib.suppress(EOFError, ConnectionError):  # the server has ended, which it may at any time
+        serve(Connection(file))
+
+
+def serve(server: Connection) -> None:
+    """Prepares, says so, and runs jobs until the server ends."""
     order = json.loads(server.recv_bytes())
     limits, setup = JobLimits(**order["limits"]), server.recv_bytes()
     if not limits.trusted_setup:

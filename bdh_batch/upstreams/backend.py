@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from bdh_batch.backends.base import Ended, RawPrompt
-from bdh_batch.backends.generation import FAILED, Running
+from bdh_batch.backends.generation import FAILED, Running, breathe
 from bdh_batch.backends.tokenization import Tokenization, off_the_loop
 from bdh_batch.errors import (
     GenerationFailed,
@@ -83,7 +83,10 @@ class UpstreamBackend:
             raise UnsupportedParameter("best_of is not supported by the upstream of this model.", "best_of")
         defaults = {name: value for name, value in upstream.defaults.items() if not _says(written.fields, name)}
         expressed, drop = connector.expresses(chat, self._route.endpoints.ours), upstream.drop
-        fields = passed_on(upstream.id, {**defaults, **written.fields}, expressed, drop, not connector.stops)
+        asked = {**defaults, **written.fields}
+        if chat and written.messages is None and expressed is not None and "add_special_tokens" not in expressed:
+            asked.pop("add_special_tokens", None)  # it is about the template's prompt, which is all that can be given
+        fields = passed_on(upstream.id, asked, expressed, drop, not connector.stops)
         for name, value in written.headers.items():
             if not (value.isascii() and value.isprintable()):
                 raise InvalidRequest(f"The header {name} should be printable ASCII: it is passed on.", name)
@@ -94,7 +97,13 @@ class UpstreamBackend:
             raise InvalidRequest("This model is an upstream's, which only generates texts.", "model")
         if (problem := self.ready()) is not None:
             raise Unavailable(f"Not now: {problem}.", self._route.endpoints.retry_after)
-        return UpstreamGeneration(self._route, request, self._counts, self._timeout, self._turns, self._running)
+        generation = UpstreamGeneration(self._route, request, self._counts, self._timeout, self._turns, self._running)
+        try:
+            await generation.start()
+        except BaseException:
+            generation.abort()
+            raise
+        return generation
 
     async def tokenized(self, prompts: Sequence[RawPrompt], last: int | None = None) -> list[Prompt]:
         raise InvalidRequest("This model is an upstream's, which only generates texts.", "model")
@@ -169,17 +178,23 @@ class UpstreamGeneration:
         self._ended: list[Ended] = []
         self._failure: Delta | None = None
         self._tokens = 0
-        stops = StopStrings(() if route.connector.stops else request.stop)
-        self._choices = [
-            Choice(
-                *(index, each, route, self._outbox, TextStream(NoText(), stops, request.include_stop)),
-                seed=request.seeds[index] & LARGEST_SEED,
-                tokenizer=counts,
-            )
-            for index, each in enumerate(_requests(request, request.written))
-        ]
+        self._tokenizer = counts
+        self._choices: list[Choice] = []
+        self._tasks: list[asyncio.Task[None]] = []
         running.add(self)
-        self._tasks = [self._start(choice) for choice in self._choices]
+
+    async def start(self) -> None:
+        """Starts the choices; between slices of them, other work runs on the event loop."""
+        request, route = self._request, self._route
+        assert request.written is not None
+        stops = StopStrings(() if route.connector.stops else request.stop)
+        for index, each in enumerate(_requests(request, request.written)):
+            await breathe(index)
+            text = TextStream(NoText(), stops, request.include_stop)
+            seed = request.seeds[index] & LARGEST_SEED
+            choice = Choice(index, each, route, self._outbox, text, seed, self._tokenizer)
+            self._choices.append(choice)
+            self._tasks.append(self._start(choice))
 
     @property
     def prompts(self) -> Sequence[Sequence[int]]:
@@ -237,7 +252,7 @@ class UpstreamGeneration:
 
     async def _run(self, choice: Choice) -> None:
         """Runs a choice when its turn has come, within the request's time."""
-        tenant, upstream, index = self._request.origin.tenant, self._route.upstream.id, self._choices.index(choice)
+        tenant, upstream, index = self._request.origin.tenant, self._route.upstream.id, choice.index
         try:
             async with asyncio.timeout(self._timeout):
                 try:

@@ -19,7 +19,7 @@ from bdh_batch.upstreams.config import Upstream
 from bdh_batch.upstreams.continuation import Continuation
 from bdh_batch.upstreams.counting import TokenCount, encoded_length
 from bdh_batch.upstreams.endpoints import Endpoint, Endpoints, Observer
-from bdh_batch.upstreams.errors import error_of, none_able
+from bdh_batch.upstreams.errors import brief, error_of, none_able
 from bdh_batch.upstreams.protocol import FINAL, Connector, Fault, FaultKind, Piece, TextRequest
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Choice:
         self.cached_tokens = 0
         self.outcome = ""  # its finish reason, or how it failed; empty while it runs
         self._said: list[str] = []  # the text, in pieces, where it is to be counted
-        self._index = index
+        self.index = index
         self._request = request
         self._route = route
         self._outbox = outbox
@@ -124,7 +124,7 @@ class Choice:
         """Ends it with an error, unless it has ended."""
         if not self.ended:
             self.outcome = FinishReason.ERROR
-            self._outbox.add(self._index, Delta(finish_reason=FinishReason.ERROR, error=error))
+            self._outbox.add(self.index, Delta(finish_reason=FinishReason.ERROR, error=error))
 
     async def _read(self) -> None:
         """Asks one endpoint after the other. Raises the Fault of the last one."""
@@ -188,12 +188,12 @@ class Choice:
         await self._finish()
 
     async def _in_time(self, source: AsyncGenerator[Piece, None]) -> AsyncGenerator[Piece, None]:
-        """Yields the pieces of `source`. Raises Fault where one takes too long."""
-        chosen = self._route.upstream
-        seconds, kind = chosen.connect_seconds + chosen.first_token_seconds, FaultKind.FIRST_TOKEN_TIMEOUT
+        """Yields the pieces of `source`. Raises Fault where the next that has something takes too long."""
+        chosen, now = self._route.upstream, asyncio.get_running_loop().time
+        deadline, kind = now() + chosen.connect_seconds + chosen.first_token_seconds, FaultKind.FIRST_TOKEN_TIMEOUT
         while True:
             try:
-                async with asyncio.timeout(seconds):
+                async with asyncio.timeout_at(deadline):
                     piece = await anext(source, None)
             except TimeoutError:
                 if self._reason is not None:
@@ -205,11 +205,12 @@ class Choice:
                 raise
             if piece is None:
                 return
+            had_ended = self._reason is not None
             yield piece
-            if piece.text or piece.tokens or piece.count or piece.extras:
-                seconds, kind = chosen.gap_seconds, FaultKind.GAP_TIMEOUT
             if self._reason is not None:
-                seconds = min(chosen.gap_seconds, LAST_WORDS_SECONDS)
+                deadline = deadline if had_ended else now() + min(chosen.gap_seconds, LAST_WORDS_SECONDS)
+            elif piece.text or piece.tokens or piece.count or piece.extras:
+                deadline, kind = now() + chosen.gap_seconds, FaultKind.GAP_TIMEOUT
 
     async def _take(self, piece: Piece) -> bool:
         """Sends a piece on. Returns whether nothing more is wanted."""
@@ -228,14 +229,16 @@ class Choice:
                 self._said.append(text)
             tokens = [*piece.tokens] if len(piece.tokens) == new else [UNKNOWN_TOKEN] * new
             extras = None if piece.extras is None else [piece.extras]
-            await self._outbox.put(self._index, Delta(text, tokens, extras=extras))
+            await self._outbox.put(self.index, Delta(text, tokens, extras=extras))
         self._reason = FinishReason.STOP if self._text.stopped else piece.finish_reason
         self._stop = piece.stop
         return self._text.stopped
 
     def _report(self, piece: Piece) -> None:
         if piece.prompt_tokens is not None and self.prompt_tokens is None:
-            self.prompt_tokens, self.cached_tokens = piece.prompt_tokens, piece.cached_tokens
+            known = None if self._record is None else self._record.prompt_tokens
+            self.prompt_tokens = piece.prompt_tokens if known is None else known
+            self.cached_tokens = min(piece.cached_tokens, self.prompt_tokens)
         if piece.completion_tokens is not None and self._record is None:
             self.count.report(piece.completion_tokens)
 
@@ -247,18 +250,18 @@ class Choice:
         assert self._reason is not None
         self.outcome = self._reason
         stop = self._text.found or self._stop
-        self._outbox.add(self._index, Delta(rest, finish_reason=self._reason, stop=stop))
+        self._outbox.add(self.index, Delta(rest, finish_reason=self._reason, stop=stop))
 
     def _log(self, endpoint: Endpoint, fault: Fault) -> None:
         upstream = self._route.upstream.id
         self._route.observer.failed(upstream, fault.kind)
-        cause = f" ({fault.__cause__!r})" if fault.__cause__ is not None else ""
+        cause = f" ({brief(repr(fault.__cause__))})" if fault.__cause__ is not None else ""
         log.warning(
             "upstream %s: %s: %s %s%s; request %s",
             upstream,
             endpoint.address,
             fault.kind,
-            fault.message,
+            "" if fault.kind is FaultKind.REFUSED else brief(fault.message),  # a refusal may quote the request
             cause,
             self._request.id,
         )

@@ -29,6 +29,7 @@ HOP_BY_HOP = frozenset(
     ("connection", "content-length", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade")
 )
 HEADER_NAME = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+")
+METADATA_NAME = re.compile(r"[a-z0-9._-]+")
 PORT = re.compile(r"[0-9]{1,5}")
 
 Seconds = Annotated[PositiveFloat, Field(allow_inf_nan=False)]
@@ -37,8 +38,19 @@ DATATYPES = ("BYTES", "BOOL", "INT32", "INT64", "UINT32", "UINT64", "FP32", "FP6
 
 
 def _url(value: str) -> str:
-    parts = urlsplit(value)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError as error:
+        raise PydanticCustomError("url", "a URL as in http://host:8000/v1 is expected") from error
+    if (
+        port == 0
+        or parts.scheme not in ("http", "https")
+        or not parts.hostname
+        or " " in value
+        or parts.query
+        or parts.fragment
+    ):
         raise PydanticCustomError("url", "a URL as in http://host:8000/v1 is expected")
     if "@" in parts.netloc:
         raise PydanticCustomError("url", "a key does not belong into the URL: use key_env or key_file")
@@ -47,7 +59,7 @@ def _url(value: str) -> str:
 
 def _address(value: str) -> str:
     host, colon, port = value.rpartition(":")
-    if not (colon and host and PORT.fullmatch(port)) or "/" in value:
+    if not (colon and host and PORT.fullmatch(port) and 0 < int(port) < 65536) or set("/ ") & set(value):
         raise PydanticCustomError("address", "host:port is expected, as in 127.0.0.1:8001")
     return value
 
@@ -99,7 +111,7 @@ class Upstream(Entry):
     )
     pass_headers: list[Header] = Field([], description="Headers of the client's that are passed on; no other is.")
     max_message_bytes: Bytes = Field(
-        4 * 2**20, description="Largest message, event or line of the upstream; a larger one ends the request."
+        2**20, description="Largest message, event or line of the upstream; a larger one ends the request."
     )
     max_response_bytes: Bytes = Field(
         64 * 2**20, description="Longest text of one choice; a longer one ends the request."
@@ -123,6 +135,9 @@ class Upstream(Entry):
     def _one_key(self) -> Self:
         if self.key_env is not None and self.key_file is not None:
             raise PydanticCustomError("key", "key_env cannot be used with key_file")
+        own = {*self.headers, *(["authorization"] if self.key_env or self.key_file else [])}
+        for name in own.intersection(self.pass_headers):
+            raise PydanticCustomError("headers", "{name} is set here, and so cannot be passed on", {"name": name})
         return self
 
     @property
@@ -138,7 +153,7 @@ class Upstream(Entry):
                 raise ConfigError(f"{where}.key_env: the environment has no {self.key_env}")
         elif self.key_file is not None:
             try:
-                key = self.key_file.read_text().strip()
+                key = self.key_file.read_text("utf-8").strip()
             except (OSError, UnicodeDecodeError) as error:
                 raise ConfigError(f"{where}.key_file: {self.key_file} cannot be read: {error}") from error
             if not key:
@@ -264,6 +279,14 @@ class KServeUpstream(Upstream):
     )
     tls: bool = Field(False, description="Whether connections are encrypted.")
     ca_file: Path | None = Field(None, description="PEM file of the authorities to trust; null: the usual ones.")
+
+    @model_validator(mode="after")
+    def _metadata(self) -> Self:
+        for name in (*self.headers, *self.pass_headers):
+            if not METADATA_NAME.fullmatch(name) or name.startswith("grpc-") or name.endswith("-bin"):
+                text = "gRPC has no metadata of text with the name {name}"
+                raise PydanticCustomError("metadata", text, {"name": name})
+        return self
 
     @property
     def addresses(self) -> list[str]:

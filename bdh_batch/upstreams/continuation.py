@@ -21,6 +21,7 @@ CONTINUABLE = frozenset(
     (
         *("max_tokens", "temperature", "top_p", "top_k", "min_p", "seed", "repetition_penalty", "logit_bias"),
         *("ignore_eos", "stop_token_ids", "allowed_token_ids", "skip_special_tokens", "priority", "cache_salt"),
+        "add_special_tokens",  # nothing that is done to token ids
     )
 )
 
@@ -52,6 +53,11 @@ class Continuation:
 
     def know_prompt(self, ids: Sequence[int] | None) -> None:
         self._prompt = ids
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """The length of the prompt, if its token ids are known: an endpoint that goes on has had a longer one."""
+        return None if self._prompt is None else len(self._prompt)
 
     @property
     def request(self) -> TextRequest:

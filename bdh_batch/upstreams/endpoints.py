@@ -147,7 +147,11 @@ class Endpoints:
 
     async def _watch(self, endpoint: Endpoint) -> None:
         while True:
-            await self.check(endpoint)
+            try:
+                await self.check(endpoint)
+            except Exception:
+                log.exception("upstream %s: the check of %s failed", self._upstream.id, endpoint.address)
+                endpoint.up = False
             await asyncio.sleep(self._upstream.health_seconds)
 
     def _able(self, endpoint: Endpoint) -> bool:

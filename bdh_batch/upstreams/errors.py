@@ -27,7 +27,7 @@ TEXTS = {
 def error_of(upstream: str, fault: Fault, retry_after: int) -> BDHError:
     """Returns the error that a client gets for the fault that its request ended with."""
     text = f"The upstream {upstream!r} {TEXTS[fault.kind]}"
-    text += f": {_brief(fault.message)}" if fault.message else "."
+    text += f": {brief(fault.message)}" if fault.message else "."
     if fault.kind is FaultKind.REFUSED:
         return InvalidRequest(text, fault.param, "upstream_refused")
     if fault.kind is FaultKind.BUSY:
@@ -41,6 +41,7 @@ def none_able(upstream: str, retry_after: int) -> Unavailable:
     return Unavailable(f"The upstream {upstream!r} is down: no endpoint of it can be asked.", retry_after)
 
 
-def _brief(message: str) -> str:
+def brief(message: str) -> str:
+    """Returns an upstream's own words in one line, and not too many of them."""
     text = " ".join(message[: 2 * LONGEST_MESSAGE].split())
     return text if len(text) <= LONGEST_MESSAGE else f"{text[:LONGEST_MESSAGE]}…"

@@ -14,13 +14,24 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from bdh_batch.errors import ConfigError
 from bdh_batch.messages import FinishReason
 from bdh_batch.upstreams.config import KServeUpstream, Tensor
-from bdh_batch.upstreams.protocol import EndpointFacts, Fault, FaultKind, Piece, TextRequest, reason_of
+from bdh_batch.upstreams.protocol import (
+    BUSY,
+    MOST_TOKENS,
+    REFUSALS,
+    EndpointFacts,
+    Fault,
+    FaultKind,
+    Piece,
+    TextRequest,
+    reason_of,
+)
 from bdh_batch.upstreams.tensors import ResponseTensors, add_input, add_parameter, new_request
 
 SERVICE = "/inference.GRPCInferenceService"
 OURS = "bdh_batch"  # what a server like this one calls itself
 UNFINISHED = ("", "null")  # finish reasons of responses before the last
 FINAL = "triton_final_response"  # Triton's parameter of a stream's last response
+ERROR_STATUS, ERROR_PARAM = "error_status", "error_param"  # parameters of a response with an error
 USAGE = ("prompt_tokens", "completion_tokens", "cached_tokens")
 LARGEST_REQUEST = 2**28  # bytes: the body's own limit is narrower
 # The fields of /v1/completions that a server like this one takes as parameters, but for those that are done on this
@@ -92,7 +103,9 @@ class KServeConnector:
         return EndpointFacts(ours=about.name == OURS)
 
     async def prompt_ids(self, address: str, request: TextRequest) -> Sequence[int] | None:
-        wanted = TextRequest(request.id, request.prompt, fields={"max_tokens": 1, "return_token_ids": True}, ours=True)
+        special = {name: value for name, value in request.fields.items() if name == "add_special_tokens"}
+        fields = {"max_tokens": 1, "return_token_ids": True, **special}
+        wanted = TextRequest(request.id, request.prompt, fields=fields, ours=True)
         asked = self._request(wanted, streams=False)
         asked.outputs.add(name="prompt_token_ids")
         response = await self._infer(address, asked, request)
@@ -195,7 +208,10 @@ class KServeConnector:
         try:
             message = await method(asked, metadata=self._call_metadata(request))
         except grpc.RpcError as error:
-            raise _fault(error, begun=False) from error
+            fault = _fault(error, begun=False)
+            if isinstance(fault, Unimplemented):
+                fault = Fault(FaultKind.ERROR, "it has no ModelInfer for this model")
+            raise fault from error
         return _parsed(service_pb2.ModelInferResponse, message)
 
 
@@ -216,7 +232,7 @@ class _Reader:
     def read(self, response: Any) -> Piece:
         """Returns what a response of a stream says. Raises Fault."""
         if response.error_message:
-            raise Fault(FaultKind.ERROR, response.error_message)
+            raise _reported(response)
         self.begun = True
         return self.read_tensors(response.infer_response)
 
@@ -241,7 +257,7 @@ class _Reader:
             raise Fault(FaultKind.MALFORMED, "a response without tensors")
         for name in USAGE:
             if tensors.find([name]) is not None:
-                setattr(piece, name, max(0, sum(tensors.integers(name))))
+                setattr(piece, name, _tokens(name, sum(tensors.integers(name))))
         return piece
 
     def end(self) -> None:
@@ -251,8 +267,14 @@ class _Reader:
     def _decoded(self, said: bytes, final: bool = False) -> str:
         try:
             return self._utf8.decode(said, final)
-        except UnicodeDecodeError as error:
-            raise Fault(FaultKind.MALFORMED, "not UTF-8") from error
+        except UnicodeDecodeError:
+            raise Fault(FaultKind.MALFORMED, "not UTF-8") from None  # the error has the text, which is not logged
+
+
+def _tokens(name: str, number: int) -> int:
+    if not 0 <= number < MOST_TOKENS:
+        raise Fault(FaultKind.MALFORMED, f"{name} is no number of tokens")
+    return number
 
 
 def _parsed(kind: Any, message: bytes) -> Any:
@@ -261,6 +283,15 @@ def _parsed(kind: Any, message: bytes) -> Any:
         return kind.FromString(message)
     except DecodeError as error:
         raise Fault(FaultKind.MALFORMED, "no message") from error
+
+
+def _reported(response: Any) -> Fault:
+    """Returns what a response with an error means: a server like this one says which status it has over HTTP."""
+    said = response.infer_response.parameters
+    status = said[ERROR_STATUS].int64_param if ERROR_STATUS in said else 0
+    kind = FaultKind.REFUSED if status in REFUSALS else FaultKind.BUSY if status in BUSY else FaultKind.ERROR
+    param = said[ERROR_PARAM].string_param if ERROR_PARAM in said else None
+    return Fault(kind, response.error_message, param)
 
 
 def _fault(error: grpc.RpcError, begun: bool) -> Fault | Unimplemented:

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from bdh_batch.upstreams.config import OpenAIUpstream
-from bdh_batch.upstreams.protocol import EndpointFacts, Fault, FaultKind, Piece, TextRequest, reason_of
+from bdh_batch.upstreams.protocol import MOST_TOKENS, EndpointFacts, Fault, FaultKind, Piece, TextRequest, reason_of
 from bdh_batch.upstreams.sse import events
 from bdh_batch.upstreams.web import asked, described, is_alive, open_client, parsed, read_json
 
@@ -17,7 +17,6 @@ DONE = "[DONE]"
 JSON = "application/json"
 OURS = "bdh_batch"  # who owns the models of a server like this one
 LARGEST_LIST = 2**20  # bytes of a list of models
-MOST_TOKENS = 2**53  # that a usage may report
 THOUGHTS = ("reasoning_content", "reasoning")  # names of the same
 
 
@@ -59,7 +58,8 @@ class OpenAIConnector:
                 return EndpointFacts()
             raise
         models = value.get("data") if isinstance(value, dict) else None
-        mine = [each for each in models or () if isinstance(each, dict) and each.get("id") == self._model]
+        listed = models if isinstance(models, list) else []
+        mine = [each for each in listed if isinstance(each, dict) and each.get("id") == self._model]
         return EndpointFacts(ours=any(each.get("owned_by") == OURS for each in mine))
 
     async def prompt_ids(self, address: str, request: TextRequest) -> Sequence[int] | None:

@@ -28,6 +28,9 @@ class FaultKind(StrEnum):
     ERROR = "error"  # it reports an error of its own
 
 
+REFUSALS = frozenset((400, 413, 422))  # statuses of HTTP
+BUSY = frozenset((429, 503))
+MOST_TOKENS = 2**53  # that a usage may report
 TIMEOUTS = frozenset((FaultKind.CONNECT_TIMEOUT, FaultKind.FIRST_TOKEN_TIMEOUT, FaultKind.GAP_TIMEOUT))
 # Of these another endpoint would do no better.
 FINAL = frozenset((FaultKind.REFUSED, FaultKind.REWRITTEN, FaultKind.DIFFERS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import codecs
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -13,6 +14,7 @@ from bdh_batch.upstreams.protocol import Fault, FaultKind
 
 ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")  # of an event
 LONGEST_END = max(map(len, ENDS))
+SLICE = 64  # events that are read at a time
 
 
 class Bounded(httpx.AsyncByteStream):
@@ -28,8 +30,8 @@ class Bounded(httpx.AsyncByteStream):
         async for chunk in self._stream:
             try:
                 utf8.decode(chunk)
-            except UnicodeDecodeError as error:
-                raise Fault(FaultKind.MALFORMED, "not UTF-8") from error
+            except UnicodeDecodeError:
+                raise Fault(FaultKind.MALFORMED, "not UTF-8") from None  # the error has the text, which is not logged
             together = tail + chunk
             end = max(together.rfind(end) + len(end) if end in together else 0 for end in ENDS)
             since = len(together) - end if end else since + len(chunk)
@@ -49,7 +51,11 @@ async def events(response: httpx.Response, most: int) -> AsyncGenerator[ServerSe
     response.encoding = "utf-8"  # whatever it says
     try:
         async with aclosing(EventSource(response).aiter_sse()) as source:
+            number = 0
             async for event in source:
+                number += 1
+                if number % SLICE == 0:  # one chunk may have thousands, and nothing else may want to wait
+                    await asyncio.sleep(0)
                 yield event
     except SSEError as error:
         raise Fault(FaultKind.MALFORMED, "no event stream") from error

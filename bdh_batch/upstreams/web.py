@@ -12,12 +12,10 @@ import orjson
 
 from bdh_batch.errors import ConfigError
 from bdh_batch.upstreams.config import HttpUpstream
-from bdh_batch.upstreams.protocol import Fault, FaultKind
+from bdh_batch.upstreams.protocol import BUSY, REFUSALS, Fault, FaultKind
 
 KEEPALIVE_SECONDS = 4.0  # less than most servers keep an idle connection for
 LONGEST_ERROR = 65536  # bytes of the body of an error that are read
-REFUSALS = frozenset((400, 413, 422))
-BUSY = frozenset((429, 503))
 
 
 def open_client(upstream: HttpUpstream) -> httpx.AsyncClient:

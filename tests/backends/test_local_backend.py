@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bdh_batch.backends import local
+from bdh_batch.backends import generation
 from bdh_batch.backends.local import LocalBackend
 from bdh_batch.backends.tokenization import Tokenization
 from bdh_batch.engine.completion import Completion
@@ -101,7 +101,7 @@ async def test_others_have_their_turn_while_two_thousand_sequences_are_made() ->
     backend = backend_of(engine)
     turns = Turns()
     await backend.generate(request())
-    assert turns.end() >= PROMPTS * CHOICES // local.SLICE // 2
+    assert turns.end() >= PROMPTS * CHOICES // generation.SLICE // 2
 
 
 @pytest.mark.parametrize(

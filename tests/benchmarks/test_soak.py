@@ -7,7 +7,7 @@ import copy
 import json
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,8 @@ async def answering(raw: bytes) -> AsyncIterator[Target]:
         writer.write(raw)
         await writer.drain()
         writer.write_eof()
-        await reader.read()
+        with suppress(ConnectionResetError):
+            await reader.read()
         writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:

@@ -457,7 +457,7 @@ class TestUnknown:
             client.completions.create(model="tiny", prompt="a", extra_body={"prmpt": "b"})
         assert (caught.value.code, caught.value.param) == ("unknown_parameter", "prmpt")
 
-    @pytest.mark.parametrize("path", ["/v1", "/v1/", "/nothing", "/v2/completions", "/%00", "/é", "//"])
+    @pytest.mark.parametrize("path", ["/v1", "/v1/", "/nothing", "/v3/completions", "/%00", "/é", "//"])
     @pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
     def test_paths_are_not_found(self, tiny: Server, path: str, method: str) -> None:
         error = tiny.error(tiny.http.request(method, tiny.url + path), 404)
@@ -470,7 +470,7 @@ class TestUnknown:
         ("path", "near"),
         [
             *((path, CHAT) for path in ("/v1/responses", "/v1/messages", "/api/chat", "/v1/chat/completion")),
-            ("/v2/completions", COMPLETIONS),
+            ("/v3/completions", COMPLETIONS),
             ("/v1/embedding", "/v1/embeddings"),
             ("/" + "v1/" * 5000, CHAT),
         ],

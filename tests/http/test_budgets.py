@@ -260,6 +260,9 @@ class Silent:
     def with_warnings(self, pieces: list[bytes]) -> list[bytes]:
         return pieces
 
+    def failed(self, error: BDHError) -> bytes:
+        return b'data: {"error":' + repr(error.message).encode() + b"}\n\n"
+
 
 async def forever() -> Message:
     await asyncio.Event().wait()

@@ -8,12 +8,12 @@ import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from fakeredis import TcpFakeServer
 
-from bdh_batch.backends.base import Ended
+from bdh_batch.backends.base import Backend, Ended, Generation
 from bdh_batch.errors import ConfigError, InvalidRequest, QueueFull
 from bdh_batch.http.auth import rates as rates_module
 from bdh_batch.http.auth.caller import Caller, by_key
@@ -223,6 +223,12 @@ def ask(*texts: str, **changes: Any) -> GenerationRequest:
     return GenerationRequest(Origin("id"), prompts, 10, sampling=SamplingParams(), **changes)
 
 
+async def start(quota: Quota, client: Client, backend: OneToken, request: GenerationRequest) -> Generation:
+    """Checks and starts a request, as a server does."""
+    quota.check(client, request)
+    return await quota.start(client, cast("Backend", backend), request)
+
+
 async def test_a_generation_costs_its_prompt_once_and_its_tokens_whoever_ends_it() -> None:
     rates, backend = rates_of(tokens_per_minute=100), one_token()
     quota = Quota(rates, max_prompt_tokens=50)
@@ -232,7 +238,7 @@ async def test_a_generation_costs_its_prompt_once_and_its_tokens_whoever_ends_it
         await rates.reserve(caller, 0, standing)
         return int(standing["x-ratelimit-remaining-tokens"])
 
-    generation = await quota.start(client_of(ANN), backend, ask("é" * 10, n=3))
+    generation = await start(quota, client_of(ANN), backend, ask("é" * 10, n=3))
     assert await left(ANN) == 100 - 20 - 30
     async for _ in generation:
         pass
@@ -240,18 +246,18 @@ async def test_a_generation_costs_its_prompt_once_and_its_tokens_whoever_ends_it
     generation.abort()
     await settled(rates)
     assert await left(ANN) == 100 - 20 - 3
-    generation = await quota.start(client_of(ANN), backend, ask("ab", "c"))
+    generation = await start(quota, client_of(ANN), backend, ask("ab", "c"))
     generation.abort()
     await settled(rates)
     assert await left(ANN) == 77 - 3
 
     backend.full = True
     with pytest.raises(QueueFull):
-        await quota.start(client_of(ANN), backend, ask("a"))
+        await start(quota, client_of(ANN), backend, ask("a"))
     await settled(rates)
     assert await left(ANN) == 74
     with pytest.raises(InvalidRequest, match="max_prompt_tokens"):
-        await quota.start(client_of(BOB), backend, ask("a" * 51))
+        await start(quota, client_of(BOB), backend, ask("a" * 51))
     assert await left(BOB) == 100
 
 
@@ -267,8 +273,8 @@ async def test_a_generation_costs_its_prompt_once_and_its_tokens_whoever_ends_it
 )
 async def test_nobody_goes_before_others_without_a_right_to_it(caller: Caller, option: int, least: int) -> None:
     quota, backend = Quota(rates_of(), None, option), one_token()
-    await quota.start(client_of(caller), backend, ask("a", priority=least))
+    await start(quota, client_of(caller), backend, ask("a", priority=least))
     with pytest.raises(Forbidden, match="top_priority") as refused:
-        await quota.start(client_of(caller), backend, ask("a", priority=least - 1))
+        await start(quota, client_of(caller), backend, ask("a", priority=least - 1))
     assert refused.value.param == "priority"
     assert len(backend.started) == 1

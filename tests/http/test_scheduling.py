@@ -251,7 +251,7 @@ def test_a_key_that_asks_for_little_is_served_whatever_another_queues(keyed: Ser
     flood, drop = ({"authorization": f"Bearer {key}"} for key in KEYS)
     with ThreadPoolExecutor(30) as pool:
         flooding = [
-            pool.submit(keyed.http.post, "/v1/completions", json={"prompt": f"{n}", "max_tokens": 300}, headers=flood)
+            pool.submit(keyed.http.post, "/v1/completions", json={"prompt": f"{n}", "max_tokens": 200}, headers=flood)
             for n in range(30)
         ]
         keyed.until(lambda m: m["bdh_num_requests_waiting"] >= 20)
@@ -259,7 +259,7 @@ def test_a_key_that_asks_for_little_is_served_whatever_another_queues(keyed: Ser
         response = keyed.http.post("/v1/completions", json={"prompt": "b", "max_tokens": 5}, headers=drop)
         after = keyed.metrics()
         assert response.status_code == 200
-        assert after["bdh_step_duration_seconds_count"] - before < 1000  # the flood's queue takes 2,000
+        assert after["bdh_step_duration_seconds_count"] - before < 700  # the flood's queue takes 1,400
         assert after["bdh_num_requests_waiting"] >= 10
         assert all(future.result().status_code == 200 for future in flooding)
 

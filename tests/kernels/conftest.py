@@ -22,7 +22,6 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton from 3.9 on war
 
 
 COMPILING = pytest.StashKey[subprocess.Popen[str]]()
-COMPILED = "triton/compiled"  # in the cache of pytest: what the last run found, and of which sources
 SOURCES = [*MODULES, Path(__file__).with_name("aot.py")]
 
 
@@ -41,10 +40,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def begin_to_compile(config: pytest.Config) -> None:
-    folder = {"TRITON_CACHE_DIR": str(config.cache.mkdir("triton"))} if config.cache else {}
+    folder = kept_in(config)
     config.stash[COMPILING] = subprocess.Popen(
         [sys.executable, "-m", "tests.kernels.aot"],
-        env=folder | os.environ | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"},
+        env=os.environ
+        | ({"TRITON_CACHE_DIR": str(folder)} if folder else {})
+        | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"},
         cwd=config.rootpath,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
@@ -63,14 +64,23 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         process.communicate()
 
 
+def kept_in(config: pytest.Config) -> Path | None:
+    """The folder of what is compiled: Triton's, which checkouts may share, else one of this checkout."""
+    if folder := os.environ.get("TRITON_CACHE_DIR"):
+        return Path(folder)
+    return config.cache.mkdir("triton") if config.cache else None
+
+
+def results_file(config: pytest.Config) -> Path | None:
+    """Where the results are kept, by the sources that they are of."""
+    sources = "-".join([version("triton"), version("torch"), digest_of(*SOURCES)])
+    return folder / f"ahead-of-time-{sources}.json" if (folder := kept_in(config)) else None
+
+
 def last_results(config: pytest.Config) -> str | None:
     """What was printed of the same sources by the same compiler, if that is known."""
-    found = config.cache.get(COMPILED, None) if config.cache else None
-    return str(found["output"]) if found and found["sources"] == sources() else None
-
-
-def sources() -> list[str]:
-    return [version("triton"), version("torch"), digest_of(*SOURCES)]
+    file = results_file(config)
+    return file.read_text() if file and file.exists() else None
 
 
 @pytest.fixture(scope="session")
@@ -84,8 +94,11 @@ def compiled_ahead(pytestconfig: pytest.Config) -> str:
     process = pytestconfig.stash[COMPILING]
     output, problem = process.communicate()
     assert process.returncode == 0, problem
-    if pytestconfig.cache:
-        pytestconfig.cache.set(COMPILED, {"sources": sources(), "output": output})
+    if file := results_file(pytestconfig):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(f".{os.getpid()}")
+        partial.write_text(output)
+        partial.replace(file)  # whole, whoever reads it
     return output
 
 

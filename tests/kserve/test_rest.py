@@ -201,3 +201,8 @@ class TestGenerate:
     )
     def test_refuses_by_name(self, tiny: Server, body: dict[str, Any], param: str) -> None:
         assert refusal(tiny, f"{MODEL}/generate", 400, json=body)["param"] == param
+
+
+def test_whether_outputs_are_binary_is_a_boolean(tiny: Server) -> None:
+    body = {"inputs": [PROMPT], "parameters": {"binary_data_output": "yes"}}
+    assert refusal(tiny, f"{MODEL}/infer", 400, json=body)["param"] == "binary_data_output"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from bdh_batch.errors import ConfigError
@@ -128,3 +131,9 @@ def test_a_model_of_several_has_what_its_entry_gives_and_else_what_all_have() ->
     assert (second.settings.model.dtype, second.settings.engine.state_memory) == ("float32", 2**21)
     assert first.settings.model.max_model_len == second.settings.model.max_model_len == 7
     assert (first.on_demand, second.on_demand, second.keep_alive) == (False, True, 3.0)
+
+
+def test_only_a_process_that_computes_imports_torch() -> None:
+    program = "import sys, bdh_batch.processes.front_end, bdh_batch.processes.supervisor; print(*sys.modules)"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert {"torch", "numba", "triton"}.isdisjoint(found.stdout.split())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import fakeredis
@@ -12,11 +14,14 @@ import pytest
 import redis.asyncio
 
 from bdh_batch.backends.base import Ended
-from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Origin, Prompt, TokenLogprob, Usage
-from bdh_batch.settings import ResponseCache as Chosen
+from bdh_batch.http.request.body import check
+from bdh_batch.http.schema.requests import CompletionBody
+from bdh_batch.http.serving import is_determined
+from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Origin, Prompt, TokenLogprob, Usage, Written
+from bdh_batch.settings import Limits, ResponseCache as Chosen
 from bdh_batch.store import byte_cache
 from bdh_batch.store.byte_cache import ByteCache, MemoryCache, RedisCache, Unreachable, open_byte_cache
-from bdh_batch.store.response_cache import ResponseCache, key_of
+from bdh_batch.store.response_cache import SLICE, ResponseCache, key_of
 from tests.conftest import ServeFactory, Server
 from tests.processes.test_processes import TINY
 
@@ -170,6 +175,45 @@ def test_a_key_is_of_all_that_decides() -> None:
     assert len({key_of(*each) for each in (base, *others)}) == 6
     assert key_of("ann", "r1", "CompletionBody", {"seed": 1, "prompt": "a"}, {}) == key_of(*base)
     assert key_of("ann", "r1", "CompletionBody", {"prompt": "\ud800", "seed": 10**30}, {})
+    schemas = [{"properties": {key: {"type": "integer"} for key in names}} for names in ("ab", "ba")]
+    assert (
+        len({key_of("ann", "r1", "CompletionBody", {"guided_json": each}, {}) for each in schemas}) == 2
+    )  # the order of the output, too
+
+
+@pytest.mark.parametrize(
+    ("given", "determined"),
+    [({"seed": 1}, True), ({"temperature": 0}, True), ({}, False), ({"temperature": 0.5}, False)],
+)
+def test_a_request_to_an_upstream_is_determined_by_what_the_upstream_gets(
+    given: dict[str, Any], determined: bool
+) -> None:
+    body = check({"prompt": "a", "seed": 1, "temperature": 0}, CompletionBody, Limits())
+    assert is_determined(body, replace(REQUEST, written=Written(["a"], None, given, {}))) == determined
+
+
+async def test_what_an_upstream_sends_beside_text_counts_too() -> None:
+    cache = ResponseCache(MemoryCache(2**16, 60.0), 2048)
+    extras = [[(0, Delta(extras=[{"delta": {"reasoning_content": "x" * 100}}]))] for _ in range(30)]
+    assert await read(cache, [*extras, *STEPS[2:]]) == {}
+    assert await replay(cache) is None
+
+
+async def test_others_have_their_turn_while_a_long_response_is_replayed() -> None:
+    cache = ResponseCache(MemoryCache(2**20, 60.0), 2**20)
+    await read(cache, [*([(0, Delta("a", [1]))] for _ in range(1000)), *STEPS[2:]], 9999)
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    counting = asyncio.create_task(count())
+    assert len(await replay(cache) or ()) == 1001
+    counting.cancel()
+    assert turns >= 1000 // SLICE
 
 
 def _fields(delta: Delta) -> dict[str, Any]:

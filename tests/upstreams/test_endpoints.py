@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from tritonclient.grpc import service_pb2
 
 from bdh_batch.errors import QueueFull, RunTimeout, Unavailable, UpstreamFailed
-from bdh_batch.messages import FinishReason
+from bdh_batch.messages import FinishReason, Usage
 from bdh_batch.upstreams.config import OpenAIUpstream
 from bdh_batch.upstreams.continuation import Continuation
 from bdh_batch.upstreams.endpoints import Endpoint, Endpoints
@@ -212,6 +212,34 @@ async def test_a_request_that_waits_too_long_for_its_turn_is_refused() -> None:
     assert "max_requests" in got.error.message
 
 
+async def test_a_drain_that_runs_out_of_time_ends_requests_with_an_error() -> None:
+    async def silent(connection: Connection) -> None:
+        await connection.until_left()
+
+    async with web(silent) as fake, upstream(kind="openai", url=fake.url) as gateway:
+        asking = asyncio.create_task(gateway.ask())
+        async with asyncio.timeout(60):
+            while not fake.asked:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        await gateway.backend.drain(0.01)
+        got = await asking
+    assert isinstance(got.error, Unavailable)
+    assert "shutting down" in got.error.message
+
+
+async def test_many_choices_are_as_many_requests_and_one_that_fails_ends_itself() -> None:
+    async def script(connection: Connection) -> None:
+        if connection.asked.body["seed"] == 7:
+            await connection.events(chunk("x"), done=False)
+        else:
+            await connection.events(chunk(str(connection.asked.body["seed"]), "stop"))
+
+    async with web(script) as fake, upstream(kind="openai", url=fake.url, max_requests=16) as gateway:
+        got = await gateway.ask(n=300, seed=0)
+    assert isinstance(got.error, UpstreamFailed)
+    assert [text for number, text in enumerate(got.texts) if number != 7] == [str(n) for n in range(300) if n != 7]
+
+
 # Servers like this one: a stream whose endpoint is lost goes on at another one.
 
 
@@ -231,7 +259,9 @@ def ours(cut: int | None = None, words: Sequence[tuple[str, str]] = ()) -> Any:
             if number == cut:
                 await context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
             yield token(request, dict(words).get(text, text), "null", tensor("token_ids", [id], "INT32"))
-        yield token(request, "", "length", tensor("token_ids", [], "INT32", [0]))
+        known = len(request.inputs[0].contents.int_contents) or 2  # of its text, too
+        usage = tensor("prompt_tokens", known, "INT32")
+        yield token(request, "", "length", tensor("token_ids", [], "INT32", [0]), usage)
 
     return script
 
@@ -252,7 +282,7 @@ async def test_a_lost_stream_goes_on_behind_its_tokens_as_if_nothing_had_been(cu
         got = await gateway.ask("hi", max_tokens=20, **({"presence_penalty": penalty} if penalty else {}))
     assert got.error is None
     assert (got.text, got.reasons) == ("".join(WORDS[:20]), [FinishReason.LENGTH])
-    assert got.usage.completion_tokens == 20
+    assert got.usage == Usage(2, 20)
     assert gateway.seen.moved == {cut > 0: 1}
     first, again = one.asked[0], other.asked[-1]
     assert first.parameters["seed"].int64_param == again.parameters["seed"].int64_param == 7

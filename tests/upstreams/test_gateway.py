@@ -13,7 +13,7 @@ from typing import Any
 import anthropic
 import httpx
 import pytest
-from openai import APIStatusError, AsyncOpenAI
+from openai import APIStatusError, AsyncOpenAI, BadRequestError
 
 from tests.conftest import CONFORMANCE, HANG_SECONDS, ServeFactory, Server, clean_environment, eventually, free_port
 from tests.launcher import Launcher
@@ -441,6 +441,16 @@ async def test_texts_through_both_protocols_are_those_of_the_direct_way(
                 assert got.usage is not None
                 assert (got.usage.prompt_tokens, got.usage.completion_tokens) == (5, 7)
                 assert "estimated" not in got.usage.model_dump()
+                with pytest.raises(BadRequestError, match="guided_regex"):
+                    await client.completions.create(model=model, prompt="a", extra_body={"guided_regex": "((("})
+        conversation = {
+            "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "I am"}],
+            "continue_final_message": True,  # which template makes the prompt is no matter
+            **{"seed": 3, "max_tokens": 9},
+        }
+        asked = [(server, "tiny"), (front, "by-kserve"), (front, "by-openai")]
+        said = [each.http.post("/v1/chat/completions", json=conversation | {"model": name}) for each, name in asked]
+        assert len({each.json()["choices"][0]["message"]["content"] for each in said}) == 1
 
 
 async def test_an_upstream_stands_beside_the_servers_own_model(serve: ServeFactory, direct: tuple[Server, int]) -> None:

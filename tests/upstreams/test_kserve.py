@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from pydantic import ValidationError
 from tritonclient.grpc import service_pb2
 
-from bdh_batch.errors import InvalidRequest, Unavailable, UnsupportedParameter, UpstreamFailed, UpstreamTimeout
+from bdh_batch.errors import (
+    BDHError,
+    InvalidRequest,
+    Unavailable,
+    UnsupportedParameter,
+    UpstreamFailed,
+    UpstreamTimeout,
+)
 from bdh_batch.messages import FinishReason, Usage
+from bdh_batch.processes.upstreams import revision_of
+from bdh_batch.upstreams.config import KServeUpstream
 from tests.upstreams.fakes import StreamScript, Worker, tensor, token, worker
 from tests.upstreams.support import HANG_SECONDS, Response, upstream
 
@@ -286,6 +297,43 @@ async def test_a_worker_that_misbehaves_is_named_and_counted_by_how(
     assert gateway.seen.failures == {kind: 1}
 
 
+async def test_a_worker_without_any_method_is_named() -> None:
+    async with worker(sent()) as fake, upstream(kind="kserve", endpoints=[fake.address], streaming=False) as gateway:
+        got = await gateway.ask()
+    assert isinstance(got.error, UpstreamFailed)
+    assert "ModelInfer" in got.error.message
+
+
+@pytest.mark.parametrize(
+    ("status", "error"), [(400, InvalidRequest), (429, Unavailable), (503, Unavailable), (500, UpstreamFailed)]
+)
+async def test_an_error_with_a_status_is_what_it_is_over_http(status: int, error: type[BDHError]) -> None:
+    def refuses(request: Any) -> Any:
+        made = service_pb2.ModelStreamInferResponse(error_message="no room")
+        made.infer_response.parameters["error_status"].int64_param = status
+        made.infer_response.parameters["error_param"].string_param = "prompt"
+        return made
+
+    got, _ = await asked(sent(refuses))
+    assert type(got.error) is error
+    assert isinstance(got.error, InvalidRequest) <= (getattr(got.error, "param", None) == "prompt")
+
+
+async def test_usage_that_is_no_number_of_tokens_is_malformed() -> None:
+    usage = tensor("completion_tokens", [2**63 - 1] * 3, "INT64", (3,))
+    got, _ = await asked(sent(lambda request: token(request, "x", "stop", usage)))
+    assert isinstance(got.error, UpstreamFailed)
+    assert got.error.code == "upstream_malformed"
+
+
+@pytest.mark.parametrize("name", ["x-secret-bin", "grpc-timeout", "x!y"])
+@pytest.mark.parametrize("option", ["headers", "pass_headers"])
+def test_names_that_metadata_cannot_have_are_refused(name: str, option: str) -> None:
+    given: Any = {name: "1"} if option == "headers" else [name]
+    with pytest.raises(ValidationError, match="gRPC has no metadata"):
+        KServeUpstream(id="up", kind="kserve", endpoints=["h:1"], **{option: given})
+
+
 async def test_a_stream_that_just_ends_is_cut_off_where_reasons_were_said() -> None:
     got, _ = await asked(sent(lambda request: token(request, "x")))
     assert isinstance(got.error, UpstreamFailed)
@@ -378,3 +426,16 @@ async def test_metadata_is_the_settings_and_what_they_pass_on(monkeypatch: pytes
     _, fake = await asked(streamed("ok"), "hi", None, {"x-trace": "7"}, options=options)
     (metadata,) = fake.metadata
     assert (metadata["authorization"], metadata["x-team"], metadata["x-trace"]) == ("Bearer sk-1", "a", "7")
+
+
+def test_other_headers_or_another_template_make_it_another_upstream(tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+
+    def revision(header: str) -> str:
+        options: Any = {"headers": {"x-team": header}, "template": template}
+        return revision_of(KServeUpstream(id="up", kind="kserve", endpoints=["h:1"], **options))
+
+    template.write_text("a")
+    found = {revision("one"), revision("two"), revision("one")}
+    template.write_text("b")
+    assert len(found | {revision("one")}) == 3

@@ -7,9 +7,11 @@ from typing import Any
 
 import orjson
 import pytest
+from pydantic import ValidationError
 
 from bdh_batch.errors import InvalidRequest, Unavailable, UnsupportedParameter, UpstreamFailed, UpstreamTimeout
 from bdh_batch.messages import FinishReason, Usage, merged
+from bdh_batch.upstreams.config import OpenAIUpstream
 from tests.upstreams.fakes import HEAD, Connection, Script, chunk, web
 from tests.upstreams.support import Response, upstream
 
@@ -311,3 +313,63 @@ async def test_what_is_not_passed_back_is_refused_by_name(field: str) -> None:
     with pytest.raises(UnsupportedParameter) as refused:
         await asked(script_down, **fields)
     assert refused.value.param == field
+
+
+@pytest.mark.parametrize(("before", "code"), [((), "first_token_timeout"), (("a",), "gap_timeout")])
+async def test_events_with_nothing_in_them_are_no_tokens(before: tuple[str, ...], code: str) -> None:
+    async def script(connection: Connection) -> None:
+        await connection.events(*map(chunk, before), done=False)
+        while True:
+            await connection.send(b'data: {"choices":[{"text":""}]}\n\n')
+            await asyncio.sleep(0.01)
+
+    seconds: dict[str, Any] = {"connect_seconds": 0.2, "first_token_seconds": 0.2, "gap_seconds": 0.2}
+    async with web(script) as fake, upstream(kind="openai", url=fake.url, **seconds) as gateway:
+        got = await gateway.ask()
+    assert isinstance(got.error, UpstreamTimeout)
+    assert got.error.code == f"upstream_{code}"
+
+
+async def test_what_an_upstream_says_is_not_logged_where_it_may_be_the_clients(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def malformed(connection: Connection) -> None:
+        await connection.send(HEAD, b"data: secret \xff\n\n")
+
+    async def refuses(connection: Connection) -> None:
+        await connection.json({"error": {"message": "bad: secret"}}, 400)
+
+    async def fails(connection: Connection) -> None:
+        await connection.events({"error": {"message": "one\ntwo" + "x" * 9999}})
+
+    for script in (malformed, refuses, fails):
+        async with web(script) as fake, upstream(kind="openai", url=fake.url) as gateway:
+            assert (await gateway.ask()).error is not None
+    warnings = [each.getMessage() for each in caplog.records if each.name.startswith("bdh_batch")]
+    assert len(warnings) == 3
+    assert not any("secret" in each or "\n" in each or len(each) > 2000 for each in warnings)
+
+
+async def test_a_list_of_models_that_is_none_ends_no_checks() -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b'HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\n{"data":5}')
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(handle, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    async with server, upstream(checked=True, kind="openai", url=url) as gateway:
+        assert [each.up for each in gateway.backend.endpoints.all] == [True]
+
+
+@pytest.mark.parametrize("url", ["http://h:99999", "http://h:0", "http://h:x", "http://a b", "http://[::1"])
+def test_urls_that_nobody_can_be_asked_at_are_refused(url: str) -> None:
+    with pytest.raises(ValidationError, match="a URL as in"):
+        OpenAIUpstream(id="up", kind="openai", url=url)
+
+
+def test_what_the_settings_send_is_not_the_clients_to_say() -> None:
+    for own in ({"headers": {"authorization": "a"}}, {"key_env": "KEY"}):
+        with pytest.raises(ValidationError, match="cannot be passed on"):
+            OpenAIUpstream(id="up", kind="openai", url="http://h", pass_headers=["Authorization"], **own)

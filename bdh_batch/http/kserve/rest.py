@@ -68,7 +68,10 @@ class KServe:
         text, behind = split(raw, request.headers)
         body = self._serving.parse(text, InferBody)
         parameters = dict(body.parameters or {})
-        binary = {"": parameters.pop(BINARY_OUTPUT, False) is True}
+        all_binary = parameters.pop(BINARY_OUTPUT, None) or False
+        if not isinstance(all_binary, bool):
+            raise InvalidRequest(f"{BINARY_OUTPUT}: Input should be a valid boolean", BINARY_OUTPUT)
+        binary = {"": all_binary}
         for output in body.outputs or ():
             own = None if output.parameters is None else output.parameters.binary_data
             binary[output.name] = binary[""] if own is None else own
