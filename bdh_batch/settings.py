@@ -417,7 +417,9 @@ class Auth(Section):
     """API keys, and what is open without one."""
 
     enabled: bool = Field(
-        False, description="Whether every path but probes, metrics and docs asks for a key: Authorization: Bearer KEY."
+        False,
+        description="Whether every path but probes, metrics and docs asks for a key: Authorization: Bearer KEY, or "
+        "x-api-key: KEY.",
     )
     api_keys: Secrets = Field([], description="The keys, in plain.")
     api_keys_file: Path | None = Field(

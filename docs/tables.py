@@ -22,6 +22,7 @@ from openai.types.chat import (
 from pydantic import BaseModel
 
 from bdh_batch import settings
+from bdh_batch.http.anthropic.bodies import CountTokensBody, MessagesBody
 from bdh_batch.http.docs.field_help import help_of
 from bdh_batch.http.docs.openapi import openapi
 from bdh_batch.http.request.sizes import MARK
@@ -49,7 +50,10 @@ OPTION = re.compile(r"\b([a-z]+\.[a-z_]+)\b")  # as in an entry's help
 
 BODIES: dict[str, type[Wire]] = {
     body.__name__: body
-    for body in (CompletionBody, ChatBody, StreamOptions, EmbeddingBody, TokenizeText, TokenizeChat, DetokenizeBody)
+    for body in (
+        *(CompletionBody, ChatBody, StreamOptions, EmbeddingBody, TokenizeText, TokenizeChat, DetokenizeBody),
+        *(MessagesBody, CountTokensBody),
+    )
 }
 # The parameters that the API itself has, by body; of the others, all but OURS are vLLM's.
 OPENAI: dict[str, set[str]] = {
@@ -61,7 +65,12 @@ OPENAI: dict[str, set[str]] = {
     "EmbeddingBody": set(embedding_create_params.EmbeddingCreateParams.__annotations__),
 }
 OURS = {"chunk_tokens"}
-ENDPOINTS = {"CompletionBody": "completions", "ChatBody": "chat completions"}
+ENDPOINTS = {
+    "CompletionBody": "completions",
+    "ChatBody": "chat completions",
+    "MessagesBody": "messages",
+    "CountTokensBody": "token counts",
+}
 
 SERVED, DRAWN = Defaults(), SamplingParams()
 DEFAULTS: dict[str, str] = {
@@ -206,6 +215,8 @@ KINDS: dict[str, Callable[..., Rows]] = {
 
 
 def _origin(body: str, name: str) -> str:
+    if issubclass(BODIES[body], CountTokensBody):
+        return "Anthropic"
     if name in OPENAI.get(body, ()):
         return "OpenAI"
     if body == "CompletionBody" and name in OPENAI["ChatBody"]:

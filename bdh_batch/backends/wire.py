@@ -28,7 +28,7 @@ from bdh_batch.messages import (
     TokenLogprob,
 )
 
-PROTOCOL = 2  # grows whenever a message changes
+PROTOCOL = 3  # grows whenever a message changes
 LENGTH = struct.Struct("<I")
 MOST_BYTES = 2**28  # of a frame; a request may have a prompt of many tokens, a delta the logprobs of one
 MOST_GREETING = 2**14  # bytes of the first frame, before the sender is authenticated
@@ -126,6 +126,7 @@ class Gain(msgspec.Struct, array_like=True):
     prompt_logprobs: list[TokenLogprob] | None = None
     pooled: list[float] | None = None
     error: list[Any] | None = None
+    stop: str | None = None
 
     @classmethod
     def of(cls, stream: int, index: int, delta: Delta, cached_tokens: int) -> Gain:
@@ -142,6 +143,7 @@ class Gain(msgspec.Struct, array_like=True):
             None if delta.prompt_logprobs is None else list(delta.prompt_logprobs),
             None if delta.pooled is None else list(delta.pooled),
             None if error is None else packed_error(error),
+            delta.stop,
         )
 
     @property
@@ -155,6 +157,7 @@ class Gain(msgspec.Struct, array_like=True):
             self.logprob,
             self.prompt_logprobs,
             self.pooled,
+            stop=self.stop,
         )
 
 

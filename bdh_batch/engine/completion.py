@@ -29,6 +29,7 @@ class TextSink(Protocol):
     """Turns a sequence's tokens into text, and says when a stop string has ended it."""
 
     stopped: bool
+    found: str | None  # that stop string
 
     @property
     def held(self) -> str:
@@ -168,7 +169,7 @@ class Completion:
         except Exception:  # one request's text must not end the worker, and with it all others
             log.exception("decoding failed in request %s", self.id)
             return _failed(GenerationFailed("The completion's tokens could not be decoded."))
-        delta = Delta(text, [token], reason)
+        delta = Delta(text, [token], reason, stop=self.text.found)
         if logprob is not None:
             delta.logprob = logprob.logprob
             delta.logprobs = self._shown(logprob, text, reason, hidden=at_stop and not self.show_stop_token)
@@ -186,7 +187,7 @@ class Completion:
             log.exception("the constraint failed in request %s", self.id)
             return _failed(GenerationFailed("The grammar of the structured output failed."))
         logprobs = None if logprob is None else self._shown(logprob, text, FinishReason.STOP, hidden=True)
-        return Delta(text, finish_reason=FinishReason.STOP, logprobs=logprobs)
+        return Delta(text, finish_reason=FinishReason.STOP, logprobs=logprobs, stop=self.text.found)
 
     def _shown(self, logprob: TokenLogprob, text: str, reason: FinishReason | None, hidden: bool) -> Shown:
         """The logprobs that are returned with `text`; that of the last token is not if it is `hidden`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from bdh_batch import __version__
+from bdh_batch.http.anthropic.endpoints import messages
 from bdh_batch.http.docs.endpoint import MODEL, UPSTREAM, WORK, Endpoint, Open
 from bdh_batch.http.docs.examples import CARD, CHAT, COMPLETION, EMBEDDINGS, ENTER, NAME, QUESTION, READY, TOKENS
 from bdh_batch.http.docs.response_types import (
@@ -42,6 +43,7 @@ from bdh_batch.settings import Auth
 
 TAGS = {
     "Generation": "Completions of the model, as in OpenAI's API.",
+    "Messages": "Conversations, as in Anthropic's API.",
     "Tokens": "Text to tokens and back.",
     "Models": "What is served.",
     "KServe": "KServe v2, the Open Inference Protocol: any parameter of completions is a tensor or a parameter.",
@@ -310,7 +312,7 @@ def _operation() -> list[Endpoint]:
     ]
 
 
-ENDPOINTS = (*_generation(), *_tokens(), *_models(), *_operation(), *kserve())
+ENDPOINTS = (*_generation(), *messages(), *_tokens(), *_models(), *_operation(), *kserve())
 
 
 def open_paths(auth: Auth) -> frozenset[str]:

@@ -51,7 +51,7 @@ from bdh_batch.errors import (
 REPEATED_SLASHES = re.compile("//+")
 LONGEST_PATH = 128  # characters of one that an error repeats, and that are compared with those there are
 SIMILAR = 0.7
-KSERVE = "/v2"  # and all paths below it
+KSERVE, MESSAGES = "/v2", "/v1/messages"  # and all paths below them
 MAIN_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models")
 LONGEST_MESSAGE = 8192  # characters: an error may repeat what a client sent, but not all of it
 ACCEPTED_CODINGS = "gzip, deflate, identity"
@@ -65,6 +65,19 @@ TYPES = {
     500: "internal_error",
     502: "upstream_error",
     503: "service_unavailable",
+    504: "timeout_error",
+}
+# Of Anthropic's API; of other statuses below 500 it is a request that is not valid.
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    502: "api_error",
+    503: "overloaded_error",
     504: "timeout_error",
 }
 
@@ -235,7 +248,7 @@ def _body(status: int, message: str, param: str | None = None, code: str | None 
 
 
 class ErrorResponse(Response):
-    """An error, in the shape of the API that was asked: KServe's has the message where OpenAI's has an object."""
+    """An error, in the shape of the API that was asked: OpenAI's, KServe's or Anthropic's."""
 
     media_type = "application/json"
 
@@ -244,12 +257,28 @@ class ErrorResponse(Response):
         self._error = body["error"]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] == KSERVE or scope["path"].startswith(f"{KSERVE}/"):
-            self.body = orjson.dumps(kserve_error(self._error))
-            self.headers["content-length"] = str(len(self.body))
+        if is_below(KSERVE, scope["path"]):
+            self._say(kserve_error(self._error))
+        elif is_below(MESSAGES, scope["path"]):
+            self._say(anthropic_error(self.status_code, self._error, scope["state"]["id"]))
         await super().__call__(scope, receive, send)
+
+    def _say(self, body: dict[str, Any]) -> None:
+        self.body = orjson.dumps(body)
+        self.headers["content-length"] = str(len(self.body))
+
+
+def is_below(root: str, path: str) -> bool:
+    """Whether a path is `root`, or one below it."""
+    return path == root or path.startswith(f"{root}/")
 
 
 def kserve_error(error: Mapping[str, Any]) -> dict[str, Any]:
     """The body of an error in KServe's API, from the object of OpenAI's."""
     return {"error": error["message"], **{name: error[name] for name in ("type", "param", "code")}}
+
+
+def anthropic_error(status: int, error: Mapping[str, Any], request_id: str) -> dict[str, Any]:
+    """The body of an error in Anthropic's API, from the object of OpenAI's; `param` and `code` are there, too."""
+    kind = ANTHROPIC_TYPES.get(status, "invalid_request_error")
+    return {"type": "error", "error": {**error, "type": kind}, "request_id": request_id}

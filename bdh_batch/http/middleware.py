@@ -21,7 +21,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bdh_batch.http.auth.rates import HEADERS
 from bdh_batch.http.endpoints import ENDPOINTS
-from bdh_batch.http.errors import BodyTimeout, BodyTooLarge, OriginRefused, error_response, internal_error
+from bdh_batch.http.errors import (
+    MESSAGES,
+    BodyTimeout,
+    BodyTooLarge,
+    OriginRefused,
+    error_response,
+    internal_error,
+    is_below,
+)
 from bdh_batch.http.request.content import check_type, decoded
 from bdh_batch.http.transport.budgets import Occasionally
 from bdh_batch.http.transport.exchange import HOLD
@@ -71,6 +79,8 @@ class RequestContext:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                if is_below(MESSAGES, scope["path"]):
+                    headers["request-id"] = request_id
                 headers["openai-processing-ms"] = str(math.ceil((time.perf_counter() - began) * 1000))
             await send(message)
 
@@ -201,7 +211,7 @@ class Origins(CORSMiddleware):
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
             allow_credentials="*" not in origins,  # what any page may ask is nobody's in particular
-            expose_headers=["x-request-id", "openai-processing-ms", "retry-after", *HEADERS],
+            expose_headers=["x-request-id", "request-id", "openai-processing-ms", "retry-after", *HEADERS],
         )
         self._warnings = Occasionally()
 

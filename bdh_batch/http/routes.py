@@ -14,6 +14,7 @@ from starlette.routing import Route
 from bdh_batch import __version__
 from bdh_batch.backends.base import TextBackend
 from bdh_batch.errors import Unavailable
+from bdh_batch.http.anthropic.rest import Messages
 from bdh_batch.http.docs.openapi import openapi
 from bdh_batch.http.docs.page import POLICY, page
 from bdh_batch.http.endpoints import ENDPOINTS
@@ -25,12 +26,12 @@ from bdh_batch.http.request.body import Body, read_object
 from bdh_batch.http.request.client import Client, unless_left
 from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses.embeddings import embeddings
-from bdh_batch.http.responses.frames import ChatFrames, CompletionFrames, Frames
-from bdh_batch.http.responses.generation import CHARACTERS, EventStream, whole
+from bdh_batch.http.responses.frames import ChatFrames, CompletionFrames
+from bdh_batch.http.responses.generation import CHARACTERS
 from bdh_batch.http.responses.json_pieces import JsonInPieces, dump_text
 from bdh_batch.http.responses.tokens import tokenization
 from bdh_batch.http.responses.tool_frames import ToolFrames
-from bdh_batch.http.schema.requests import ChatBody, CompletionBody, GenerationBody
+from bdh_batch.http.schema.requests import ChatBody, CompletionBody
 from bdh_batch.http.schema.text import (
     DetokenizeBody,
     EmbeddingBody,
@@ -40,7 +41,6 @@ from bdh_batch.http.schema.text import (
     TokenizeText,
 )
 from bdh_batch.http.serving import Serving, response_options
-from bdh_batch.messages import GenerationRequest
 from bdh_batch.settings import Settings
 from bdh_batch.system.threads import in_daemon_thread
 
@@ -54,7 +54,7 @@ class Routes:
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
         self._gate, self._metrics, self._settings = serving.gate, serving.metrics, serving.settings
-        self.kserve = KServe(serving)
+        self.kserve, self.messages = KServe(serving), Messages(serving)
         self._documents: asyncio.Future[tuple[bytes, bytes]] | None = None  # the OpenAPI document, and its page
 
     def table(self) -> list[Route]:
@@ -72,7 +72,7 @@ class Routes:
         model = await self._model(request, body.model)
         frames = CompletionFrames(response_options(f"cmpl-{request.state.id}", body, model), model.backend.tokenizer)
         prepared = await self._preparation(request, model, raw).generation(body)
-        return await self._respond(request, model, body, len(raw), prepared, frames)
+        return await self._serving.respond(Client.of(request), model, body, len(raw), prepared, frames)
 
     async def chat_completions(self, request: Request) -> Response:
         raw = await request.body()
@@ -82,7 +82,7 @@ class Routes:
         finds_calls = body.may_call and not isinstance(model.backend, TextBackend)  # an upstream finds them itself
         frames = ToolFrames(options, tokenizer, body.tool_names) if finds_calls else ChatFrames(options, tokenizer)
         prepared = await self._preparation(request, model, raw).generation(body)
-        return await self._respond(request, model, body, len(raw), prepared, frames)
+        return await self._serving.respond(Client.of(request), model, body, len(raw), prepared, frames)
 
     async def embeddings(self, request: Request) -> Response:
         raw, aside = await request.body(), self._aside(request)
@@ -205,25 +205,6 @@ class Routes:
 
     def _preparation(self, request: Request, model: ServedModel, raw: bytes) -> Preparation:
         return self._serving.preparation(Client.of(request), model, len(raw))
-
-    async def _respond(
-        self,
-        request: Request,
-        model: ServedModel,
-        body: GenerationBody,
-        size: int,
-        prepared: GenerationRequest,
-        frames: Frames,
-    ) -> Response:
-        """The response to a body of `size` bytes."""
-        if prepared.grammar is not None:
-            frames.warn(prepared.grammar.warnings)
-        generation = await self._serving.start(Client.of(request), model, prepared, body, size)
-        aside = self._aside(request)
-        if body.stream:
-            keepalive = self._settings.server.sse_keepalive_seconds
-            return EventStream(generation, frames, aside, body.options.chunk_tokens or 1, keepalive)
-        return await whole(generation, frames, Client.of(request), aside)
 
 
 def _describe(settings: Settings) -> tuple[bytes, bytes]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from starlette.responses import Response
+
 from bdh_batch.backends.base import Generation, TextBackend
 from bdh_batch.errors import BDHError, QueueFull, TooLate
 from bdh_batch.http.auth.access import Admission
@@ -19,7 +21,8 @@ from bdh_batch.http.prepare import Preparation
 from bdh_batch.http.request.body import Body, check, parse
 from bdh_batch.http.request.client import Client, unless_left
 from bdh_batch.http.request.off_loop import Aside, OffLoop
-from bdh_batch.http.responses.frames import ResponseOptions
+from bdh_batch.http.responses.frames import Frames, ResponseOptions
+from bdh_batch.http.responses.generation import EventStream, whole
 from bdh_batch.http.schema.requests import GenerationBody
 from bdh_batch.messages import GenerationRequest
 from bdh_batch.observability.metrics import Metrics
@@ -128,6 +131,25 @@ class Serving:
         if client.span is not None:
             generation.on_end(client.span.generation_ended)
         return generation
+
+    async def respond(
+        self,
+        client: Client,
+        model: ServedModel,
+        body: GenerationBody,
+        size: int,
+        prepared: GenerationRequest,
+        frames: Frames,
+    ) -> Response:
+        """The response to a body of `size` bytes, whole or as a stream. Raises as `start` and `whole` do."""
+        if prepared.grammar is not None:
+            frames.warn(prepared.grammar.warnings)
+        generation = await self.start(client, model, prepared, body, size)
+        aside = self.aside(client.caller)
+        if body.stream:
+            keepalive = self.settings.server.sse_keepalive_seconds
+            return EventStream(generation, frames, aside, body.options.chunk_tokens or 1, keepalive)
+        return await whole(generation, frames, client, aside)
 
     async def _replayed_or_kept(
         self, responses: ResponseCache, key: str, client: Client, model: ServedModel, prepared: GenerationRequest

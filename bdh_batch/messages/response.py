@@ -43,7 +43,8 @@ class Delta:
     The last one of a sequence has `finish_reason`; when that is ERROR, `error` is why. `logprobs` are of tokens whose
     text is shown by now, each with where its text begins in the completion; `logprob` is the sum of all tokens'. Where
     the request asked to `pool`, the last one has the sum [D] of the hidden vectors. `extras` are members that an
-    upstream sent beside the text, as `tool_calls`; the client gets them as they are.
+    upstream sent beside the text, as `tool_calls`; the client gets them as they are. `stop` is the stop string that
+    ended it, if one did, and it is known which.
     """
 
     text: str = ""
@@ -55,6 +56,7 @@ class Delta:
     prompt_logprobs: Sequence[TokenLogprob] | None = None  # of all its tokens but the first; they come at once
     pooled: Sequence[float] | None = None
     extras: list[Mapping[str, Any]] | None = None
+    stop: str | None = None
 
 
 class Gathering:
@@ -73,6 +75,7 @@ class Gathering:
         of.tokens += later.tokens
         of.finish_reason = later.finish_reason
         of.error = later.error
+        of.stop = later.stop
         of.logprob += later.logprob
         if later.logprobs is not None:
             of.logprobs = of.logprobs or []

@@ -21,7 +21,7 @@ from bdh_batch.store.byte_cache import ByteCache, Unreachable
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of entries: another one is another key
+FORMAT = 3  # of entries: another one is another key
 CUT_OFF = (FinishReason.ABORT, FinishReason.ERROR)
 TOKEN_BYTES = 9  # of one in an entry, at most
 SLICE = 32  # steps that are replayed at a time
@@ -40,6 +40,7 @@ class Piece(msgspec.Struct, array_like=True):
     logprobs: list[tuple[int, TokenLogprob]] | None
     prompt_logprobs: list[TokenLogprob] | None
     extras: list[dict[str, Any]] | None
+    stop: str | None
 
     @classmethod
     def of(cls, index: int, delta: Delta) -> Piece:
@@ -49,6 +50,7 @@ class Piece(msgspec.Struct, array_like=True):
             None if delta.logprobs is None else [*delta.logprobs],
             None if prompt is None else [*prompt],
             None if extras is None else [dict(extra) for extra in extras],
+            delta.stop,
         )
 
     @property
@@ -62,6 +64,7 @@ class Piece(msgspec.Struct, array_like=True):
             logprob=self.logprob,
             prompt_logprobs=self.prompt_logprobs,
             extras=None if self.extras is None else [*self.extras],
+            stop=self.stop,
         )
 
 

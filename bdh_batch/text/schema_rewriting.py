@@ -24,6 +24,7 @@ from bdh_batch.text.schema_values import of_arrays, of_numbers, of_strings
 from bdh_batch.text.schemas import NoGrammar
 
 MOST_OMISSIONS = 32  # that are reported one by one
+STRICT = "; without strict, it is left out"  # of an error, what helps a client
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ class _Rewriting:
 
     def leave_out(self, path: Path, keyword: str, text: str) -> None:
         if self._strict:
-            raise NoGrammar(f"{pointer(path)}: {keyword} {text}; without strict, it is left out.")
+            raise NoGrammar(f"{pointer(path)}: {keyword} {text}{STRICT}.")
         self._left_out += 1
         if self._left_out <= MOST_OMISSIONS:
             self.omissions.append(Omission(pointer(path), keyword, f"{keyword} {text}."))

@@ -9,7 +9,8 @@ NO_STOPS = StopStrings(())
 
 
 class TextStream:
-    """Takes tokens, gives text. After a stop string has been met, `stopped` is true and no more text comes.
+    """Takes tokens, gives text. After a stop string has been met, `stopped` is true, `found` is that string, and no
+    more text comes.
 
     Args:
         stop: the stop strings, which the streams of one request share.
@@ -27,6 +28,7 @@ class TextStream:
         before: str = "",
     ) -> None:
         self.stopped = False
+        self.found: str | None = None
         self._held = ""  # the end of the text, while it may be a prefix of a stop string
         self._before = before
         self._coming = ""  # what comes after that, while it may be a prefix of the text that has no stop strings
@@ -85,7 +87,10 @@ class TextStream:
         """What is certain after `text`; no stop string is complete in its first `stale` characters."""
         self._state, found = self._stop.scan(self._state, text, stale)
         if found is not None:
-            shown = (self._held + text)[: len(self._held) + found.end - (0 if self._include_stop else found.length)]
+            whole = (self._held + text)[: len(self._held) + found.end]
+            begin = len(whole) - found.length
+            self.found = whole[begin:]
+            shown = whole if self._include_stop else whole[:begin]
             self.stopped, self._held, self._coming = True, "", ""
             return shown
         text = self._held + text

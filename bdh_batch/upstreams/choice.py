@@ -103,6 +103,7 @@ class Choice:
         self._begun = False  # whether the client may have had something
         self._length = 0  # of all that it was sent, in characters
         self._reason: FinishReason | None = None
+        self._stop: str | None = None  # the stop string that the upstream says has ended it
         self._started = time.monotonic()
 
     async def run(self) -> None:
@@ -230,6 +231,7 @@ class Choice:
             extras = None if piece.extras is None else [piece.extras]
             await self._outbox.put(self.index, Delta(text, tokens, extras=extras))
         self._reason = FinishReason.STOP if self._text.stopped else piece.finish_reason
+        self._stop = piece.stop
         return self._text.stopped
 
     def _report(self, piece: Piece) -> None:
@@ -247,7 +249,8 @@ class Choice:
             self.count.report(await off_the_loop(len(text), encoded_length, self._tokenizer, text, False))
         assert self._reason is not None
         self.outcome = self._reason
-        self._outbox.add(self.index, Delta(rest, finish_reason=self._reason))
+        stop = self._text.found or self._stop
+        self._outbox.add(self.index, Delta(rest, finish_reason=self._reason, stop=stop))
 
     def _log(self, endpoint: Endpoint, fault: Fault) -> None:
         upstream = self._route.upstream.id

@@ -107,7 +107,7 @@ def _choice(choice: Mapping[str, Any], chat: bool) -> Piece:
     text, reason = members.get("content" if chat else "text"), choice.get("finish_reason")
     if not isinstance(text, str | None) or not isinstance(reason, str | None):
         raise Fault(FaultKind.MALFORMED, "no text in a choice")
-    tokens = _tokens(choice.get("token_ids"))
+    tokens, stop = _tokens(choice.get("token_ids")), choice.get("stop_reason")  # vLLM's, of other kinds, too
     return Piece(
         text or "",
         tokens,
@@ -115,6 +115,7 @@ def _choice(choice: Mapping[str, Any], chat: bool) -> Piece:
         reason_of(reason) if reason else None,
         _extras(members if chat else {}, choice.get("logprobs")),
         prompt_ids=_tokens(choice.get("prompt_token_ids")) or None,
+        stop=stop if isinstance(stop, str) else None,
     )
 
 

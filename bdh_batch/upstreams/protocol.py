@@ -89,6 +89,7 @@ class Piece:
         extras: members of a chat's delta, and log-probabilities, that go to the client as they are.
         prompt_tokens, completion_tokens, cached_tokens: of the choice, where the upstream reports its usage.
         prompt_ids: the token ids of the prompt, where the upstream says them.
+        stop: the stop string that ended the choice, where the upstream says it.
     """
 
     text: str = ""
@@ -100,6 +101,7 @@ class Piece:
     completion_tokens: int | None = None
     cached_tokens: int = 0
     prompt_ids: Sequence[int] | None = None
+    stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

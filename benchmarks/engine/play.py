@@ -44,6 +44,7 @@ class Silent:
     """No text, and no client."""
 
     stopped = False
+    found: str | None = None
     held = ""
     unfinished = False
 

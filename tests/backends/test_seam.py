@@ -11,9 +11,9 @@ import pytest
 
 from bdh_batch.backends.remote import RemoteBackend
 from bdh_batch.backends.replica import State
-from bdh_batch.backends.wire import Abort, Start, frame
+from bdh_batch.backends.wire import Abort, Gain, Gains, Start, Unpacker, frame
 from bdh_batch.errors import InvalidRequest, QueueFull, Unavailable
-from bdh_batch.messages import FinishReason, GenerationRequest, LogitBias, Origin, Prompt, SamplingParams
+from bdh_batch.messages import Delta, FinishReason, GenerationRequest, LogitBias, Origin, Prompt, SamplingParams
 from tests.backends.engines import POISON, FakeEngine, Whole, connect, empty, engines, read, until
 
 REQUESTS: dict[str, dict[str, Any]] = {
@@ -55,6 +55,13 @@ async def test_a_stream_whose_engine_is_killed_goes_on_with_the_same_bytes(name:
         assert not any(replica.readers for replica in backend.replicas.values())
         assert backend.load() == 0
         await until(lambda: not any(each.worker.load.running for each in (one, other)))
+
+
+def test_a_delta_crosses_with_all_that_it_has() -> None:
+    delta = Delta("a", [1], FinishReason.STOP, logprob=-0.5, stop="b")
+    crossed = Unpacker(Gains)
+    (gains,) = crossed.feed(frame(Gains([Gain.of(7, 0, delta, cached_tokens=3)])))
+    assert [each.delta for each in gains.gains] == [delta]
 
 
 async def test_an_engine_that_leaves_is_left(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ WITHOUT_BODY = 5  # cases of an operation that has but its headers to vary, of e
 MOST_TOKENS = 4
 MOST_EVENTS = 1_000_000  # streams are read to their ends
 EVENT = "data: "
+NAMED = "event: "  # before it, where the events of an API have names
 TIMEOUT = "x-request-timeout"
 
 
@@ -119,12 +120,13 @@ def check_stream(text: str, chunk: jsonschema.Draft202012Validator) -> None:
     """Each event of a whole stream is of its kind, and the last ends it."""
     *events, rest = text.split("\n\n")
     assert rest == ""
+    events = [event.partition("\n")[2] if event.startswith(NAMED) else event for event in events]
     assert all(event.startswith(EVENT) for event in events)
     reported = [event.removeprefix(EVENT) for event in events]
     if reported[-1] == "[DONE]":
         reported.pop()
         assert not any("error" in json.loads(event) for event in reported)
-    elif json.loads(reported[-1]).get("done"):
+    elif (last := json.loads(reported[-1])).get("done") or last.get("type") == "message_stop":
         assert not any("error" in json.loads(event) for event in reported)
     else:
         assert "error" in json.loads(reported[-1])
@@ -167,6 +169,10 @@ def _brief(case: AnyCase) -> AnyCase:
             body["max_tokens"] = MOST_TOKENS
         elif len(names) == 2 and None not in (body[names[0]], body[names[1]]):
             body[names[0]] = body[names[1]]  # they must agree
+    if case.operation.path == "/v1/messages" and isinstance(body, dict):
+        value = body.get("max_tokens")
+        if isinstance(value, int) and not isinstance(value, bool) and value > MOST_TOKENS:
+            body["max_tokens"] = MOST_TOKENS
     if case.operation.path.startswith("/v2/") and isinstance(body, dict):
         given = body.get("parameters")
         if given is None or isinstance(given, dict):

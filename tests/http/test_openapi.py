@@ -16,6 +16,7 @@ from openapi_spec_validator import validate
 from pydantic import BaseModel
 from starlette.routing import Route
 
+from bdh_batch.http.anthropic import responses as messages
 from bdh_batch.http.docs import response_types as responses
 from bdh_batch.http.docs.endpoint import Endpoint
 from bdh_batch.http.docs.field_help import HELP, help_of
@@ -41,7 +42,9 @@ USER = {"role": "user", "content": "a"}
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 PROMPT = {"name": "prompt", "datatype": "BYTES", "shape": [1], "data": ["a"]}
 MAX = {"max_tokens": 3}
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "boolean"}}}}}
+PARAMETERS = {"properties": {"a": {"type": "boolean"}}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": PARAMETERS}}
+USABLE = {"name": "f", "input_schema": PARAMETERS}
 SHAPES: list[tuple[str, dict[str, Any], type[BaseModel]]] = [
     ("/v1/completions", {"prompt": "a"}, responses.Completion),
     (
@@ -81,8 +84,16 @@ SHAPES: list[tuple[str, dict[str, Any], type[BaseModel]]] = [
     ("/v2/models/tiny/generate", {"text_input": "a", "parameters": {"top_k": 5}}, kserve.GenerateResponse),
     ("/v2/models/tiny/generate", {"prompt": "a", "logprobs": 1, "return_token_ids": True}, kserve.GenerateResponse),
     ("/v2/models/none/generate", {"text_input": "a"}, kserve.KServeError),
+    ("/v1/messages", {"messages": [USER], "stop_sequences": ["e"], "max_tokens": 3}, messages.MessageResponse),
+    (
+        "/v1/messages",
+        {"messages": [USER], "tools": [USABLE], "tool_choice": {"type": "any"}, "max_tokens": 200},
+        messages.MessageResponse,
+    ),
+    ("/v1/messages", {"messages": [USER]}, messages.AnthropicError),
+    ("/v1/messages/count_tokens", {"messages": [USER]}, messages.InputTokens),
 ]
-ERRORS = (responses.Error, kserve.KServeError)
+ERRORS = (responses.Error, kserve.KServeError, messages.AnthropicError)
 
 
 @cache
@@ -272,7 +283,9 @@ class TestResponses:
             operation.response.model_validate_json(response.content)
             validator(operation.response.__name__, document()).validate(response.json())
 
-    @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize"])
+    @pytest.mark.parametrize(
+        "path", ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/embeddings", "/tokenize"]
+    )
     def test_of_the_bundled_model_are_as_in_the_examples(self, server: Server, path: str) -> None:
         (operation,) = [each for each in DOCUMENTED if each.path == path]
         for name, body in operation.requests.items():

@@ -60,6 +60,7 @@ class FakeText:
 
     def __init__(self, stop_after: int | None = None, fail_after: int | None = None) -> None:
         self.stopped = False
+        self.found: str | None = None
         self._stop_after = stop_after
         self._fail_after = fail_after
         self._tokens = 0

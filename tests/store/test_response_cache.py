@@ -29,7 +29,7 @@ REQUEST = GenerationRequest(Origin("r"), [Prompt([1, 2])], max_tokens=4, seeds=(
 STEPS = [
     [(0, Delta("a", [3], logprobs=[(0, TokenLogprob(3, -0.5, [(3, -0.5), (9, -1.5)]))], logprob=-0.5))],
     [(1, Delta("b\ud800", [4, 5])), (0, Delta(extras=[{"delta": {"reasoning_content": "x"}}]))],
-    [(0, Delta(tokens=[6], finish_reason=FinishReason.STOP)), (1, Delta("c", [], FinishReason.LENGTH))],
+    [(0, Delta(tokens=[6], finish_reason=FinishReason.STOP, stop="b")), (1, Delta("c", [], FinishReason.LENGTH))],
 ]
 
 

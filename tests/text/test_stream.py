@@ -67,6 +67,19 @@ def test_stop_strings_are_looked_for_up_to_a_text_and_not_from_there_on(
     )
 
 
+@given(st.text("abc", max_size=30), st.lists(st.text("abc", min_size=1, max_size=4), min_size=1, max_size=4))
+def test_the_stop_string_that_ended_a_text_is_known(text: str, stop: list[str]) -> None:
+    stream = TextStream(TOKENIZER.decoder(), StopStrings(stop), include_stop=True)
+    shown = ""
+    for token in text.encode():
+        if not stream.stopped:
+            shown += stream.push(token)
+    assert (stream.found is not None) == stream.stopped == any(each in text for each in stop)
+    if stream.found is not None:
+        assert stream.found in stop
+        assert shown.endswith(stream.found)
+
+
 def test_text_that_only_begins_like_a_stop_string_is_shown_at_the_end() -> None:
     assert pieces(b"one END", ("ENDING",)) == ["o", "n", "e", " ", "", "", "", "END"]
 

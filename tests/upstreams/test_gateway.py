@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
 import pytest
 from openai import APIStatusError, AsyncOpenAI, BadRequestError
@@ -136,6 +137,54 @@ async def test_calls_of_tools_are_streamed_through(behind: tuple[Server, Behind]
     calls = [call.function for choice in choices for call in choice.delta.tool_calls or () if call.function]
     assert [(call.name, call.arguments) for call in calls] == [("f", ""), (None, "{}")]
     assert choices[-1].finish_reason == "tool_calls"
+
+
+async def test_messages_are_passed_on_as_a_chat_and_come_back_as_messages(
+    behind: tuple[Server, Behind], client: AsyncOpenAI
+) -> None:
+    call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+    asked: list[Any] = []
+
+    async def script(connection: Connection) -> None:
+        asked.append(connection.asked.body)
+        deltas: list[dict[str, Any]] = [{"reasoning_content": "Hm."}, {"content": "So:"}, {"tool_calls": [call]}]
+        events = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
+        if len(asked) == 1:
+            await connection.events(*events, chunk(None, "tool_calls", chat=True))
+        else:
+            last = chunk("a", "stop", chat=True)
+            last["choices"][0]["stop_reason"] = "b"
+            await connection.events(last)
+
+    behind[1].web = script
+    tool: Any = {"name": "f", "input_schema": {"type": "object"}}
+    async with anthropic.AsyncAnthropic(base_url=behind[0].url, api_key="none", max_retries=0) as messages:
+        user: Any = {"role": "user", "content": "q"}
+        first = await messages.messages.create(model="gpt", max_tokens=9, system="s", messages=[user], tools=[tool])
+        assert [block.to_dict() for block in first.content] == [
+            {"type": "text", "text": "So:"},
+            {"type": "tool_use", "id": "c1", "name": "f", "input": {"a": 1}},
+        ]
+        assert first.stop_reason == "tool_use"
+        result: Any = {"type": "tool_result", "tool_use_id": "c1", "content": "r"}
+        turns: Any = [user, {"role": "assistant", "content": first.content}, {"role": "user", "content": [result]}]
+        async with messages.messages.stream(
+            model="gpt", max_tokens=9, messages=turns, stop_sequences=["b"], metadata={"user_id": "u"}
+        ) as stream:
+            second = await stream.get_final_message()
+        assert (second.stop_reason, second.stop_sequence) == ("stop_sequence", "b")
+        counted = await messages.messages.count_tokens(model="gpt", messages=turns)
+        assert counted.input_tokens > 0
+    function = {"name": "f", "parameters": {"type": "object"}}
+    assert asked[0].items() >= {"max_tokens": 9, "tools": [{"type": "function", "function": function}]}.items()
+    assert asked[0]["messages"] == [{"role": "system", "content": "s"}, user]
+    made = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+    assert asked[1]["messages"][1:] == [
+        {"role": "assistant", "content": "So:", "tool_calls": [made]},
+        {"role": "tool", "tool_call_id": "c1", "content": "r"},
+    ]
+    assert asked[1]["stop"] == ["b"]
+    assert "user" not in asked[1]
 
 
 async def test_an_error_before_the_first_token_has_its_status(

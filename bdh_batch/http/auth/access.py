@@ -47,7 +47,7 @@ class Admission:
             raise Unauthorized(
                 "Incorrect API key provided."
                 if given
-                else "No API key provided. Send it in a header: Authorization: Bearer KEY."
+                else "No API key provided. Send it in a header: Authorization: Bearer KEY, or x-api-key: KEY."
             )
         return caller
 

@@ -14,6 +14,7 @@ from bdh_batch.http.auth.keys import Key
 from bdh_batch.http.errors import Forbidden
 
 UNIX = "unix"  # clients of a Unix socket have no address; in lists of networks, all of them
+KEY_HEADER = "x-api-key"
 NETWORK_BITS = 64  # of an IPv6 address: what is behind them is one customer's, who can take any of the rest
 
 
@@ -96,8 +97,14 @@ def _is_loopback(address: str) -> bool:
 
 
 def bearer(scope: Scope) -> str:
-    """The key that a request carries, or an empty string where it carries none or several."""
-    return key_in(Headers(scope=scope).getlist("authorization"))
+    """The key that a request carries, in the header of OpenAI's clients or of Anthropic's, or an empty string where it
+    carries none or several."""
+    headers = Headers(scope=scope)
+    authorization, keys = headers.getlist("authorization"), headers.getlist(KEY_HEADER)
+    if len(authorization) > 1 or len(keys) > 1:
+        return ""
+    given = {key_in(authorization), *(key.strip() for key in keys)} - {""}
+    return given.pop() if len(given) == 1 else ""
 
 
 def key_in(given: Sequence[str]) -> str:

@@ -35,6 +35,7 @@ class Endpoint:
         bodies: of which the request has one; none takes no body.
         response: of status 200; a text is a media type, None an empty body.
         event: the chunk of a stream, where there can be one.
+        last_event: what it ends with.
         errors: statuses that are not possible everywhere.
         error: the body of every error.
         requests: example bodies by name.
@@ -51,6 +52,7 @@ class Endpoint:
     description: str = ""
     bodies: Sequence[type[BaseModel]] = ()
     event: type[BaseModel] | None = None
+    last_event: str = "[DONE]"
     errors: Sequence[int] = ()
     error: type[BaseModel] = Error
     requests: Mapping[str, dict[str, Any]] = field(default_factory=dict)

@@ -39,6 +39,7 @@ REFUSALS = {
     503: "The model is loading, the server is draining, the engine is down, or `limits.max_buffered_bytes` are held.",
     504: "The request ran past its deadline, or the upstream server of this model was too slow.",
 }
+DONE = "[DONE]"
 ANYWHERE = (400, 408, 431, 500)
 INTRODUCTION = (
     "Continuous batching for BDH models, with an OpenAI-compatible API. Null is as good as leaving a field out. "
@@ -76,7 +77,10 @@ def openapi(settings: Settings) -> Json:
             },
             "headers": HEADERS,
             "parameters": PARAMETERS,
-            "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer", "description": "An API key."}},
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer", "description": "An API key."},
+                "x-api-key": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "The same."},
+            },
         },
     }
 
@@ -156,7 +160,7 @@ def _operation(operation: Endpoint, closed: bool, keys: bool) -> Json:
         }
         described["requestBody"] = {"required": True, "content": {"application/json": content}}
     if closed and keys:
-        described["security"] = [{"bearer": []}]
+        described["security"] = [{"bearer": []}, {"x-api-key": []}]
     return described
 
 
@@ -180,14 +184,12 @@ def _events(operation: Endpoint) -> Json:
     name, error = operation.event.__name__, operation.error.__name__
     chunk = {"oneOf": [_ref(operation.event), _ref(operation.error)]}
     data: list[Json] = [{"type": "string", "contentMediaType": "application/json", "contentSchema": chunk}]
-    last = "the last is `done`"
-    if "done" not in operation.event.model_fields:
-        data.append({"const": "[DONE]"})
-        last = "the last is [DONE]"
+    if operation.last_event == DONE:
+        data.append({"const": DONE})
     schema = {
         "type": "object",
-        "description": f"One server-sent event: a {name}; {last}. What fails after the first has a last event that is "
-        f"of the type {error}.",
+        "description": f"One server-sent event: a {name}; the last is {operation.last_event}. What fails after the "
+        f"first has a last event that is of the type {error}.",
         "properties": {"data": {"anyOf": data}},
         "required": ["data"],
     }
@@ -280,7 +282,7 @@ def _limit(schemas: Json, limits: Limits, max_model_len: int | None) -> None:
     """What the settings, not the types, say."""
     show_limits(schemas, limits)
     if max_model_len is not None:
-        for fields in (schemas[name]["properties"] for name in ("CompletionBody", "ChatBody")):
+        for fields in (schemas[name]["properties"] for name in ("CompletionBody", "ChatBody", "MessagesBody")):
             for field in {"max_tokens", "max_completion_tokens"} & fields.keys():
                 _bound(fields[field], "integer", maximum=max_model_len)
 

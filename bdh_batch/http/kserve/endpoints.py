@@ -72,6 +72,7 @@ def _work(
         *(f"kserve{words}{suffix}", f"kserve.{path}", "KServe", f"{root}/{path}", summary, response, "post"),
         bodies=[body],
         event=event,
+        last_event="done",
         errors=MODEL + WORK + UPSTREAM,
         error=KServeError,
         requests={"text": request},

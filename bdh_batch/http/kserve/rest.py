@@ -13,7 +13,6 @@ from bdh_batch.http.kserve.bodies import GenerateBody, InferBody
 from bdh_batch.http.kserve.generate import GenerateFrames
 from bdh_batch.http.request.body import read_object
 from bdh_batch.http.request.client import Client
-from bdh_batch.http.responses.generation import EventStream, whole
 from bdh_batch.http.serving import Serving, response_options
 from bdh_batch.http.tensors.inference import Asked, InferRequest, ask, find_model, start, use_model, within
 from bdh_batch.http.tensors.metadata import model_metadata, server_metadata
@@ -84,8 +83,9 @@ class KServe:
 
     async def _generate(self, request: Request, streams: bool) -> Response:
         raw, client, serving = await request.body(), Client.of(request), self._serving
-        aside = serving.aside(client.caller)
-        asked, prompt_name = await aside.run(len(raw), self._read_generate, request, raw, streams)
+        asked, prompt_name = await serving.aside(client.caller).run(
+            len(raw), self._read_generate, request, raw, streams
+        )
         body, named = asked.body, asked.request
         within(client, asked.timeout)
         model = await use_model(serving, client, named.model, named.version)
@@ -93,13 +93,7 @@ class KServe:
         options, tokenizer = response_options(named.id, body, model), model.backend.tokenizer
         frames = GenerateFrames(options, tokenizer, envelope, prompt_name)
         prepared = await serving.preparation(client, model, len(raw)).generation(body)
-        if prepared.grammar is not None:
-            frames.warn(prepared.grammar.warnings)
-        generation = await serving.start(client, model, prepared, body, len(raw))
-        if not asked.streamed:
-            return await whole(generation, frames, client, aside)
-        keepalive = serving.settings.server.sse_keepalive_seconds
-        return EventStream(generation, frames, aside, body.options.chunk_tokens or 1, keepalive)
+        return await serving.respond(client, model, body, len(raw), prepared, frames)
 
     def _read_generate(self, request: Request, raw: bytes, streams: bool) -> tuple[Asked, str]:
         """A request, and what it calls its prompt."""

@@ -35,7 +35,7 @@ def check(
     try:
         return kind.model_validate(values, extra=extra, context=limits)
     except ValidationError as error:
-        raise _invalid(error) from error
+        raise _invalid(error, kind.hints) from error
 
 
 def read_object(raw: bytes, limits: Limits) -> dict[str, Any]:
@@ -53,12 +53,12 @@ def read_object(raw: bytes, limits: Limits) -> dict[str, Any]:
     return values
 
 
-def _invalid(error: ValidationError) -> InvalidRequest:
+def _invalid(error: ValidationError, hints: bool) -> InvalidRequest:
     problem = error.errors(include_url=False, include_input=False)[0]
     context = problem.get("ctx", {})
     # Validators of a whole object or list say in their context which part of it they mean.
     param = _path((*problem["loc"], *(context[key] for key in ("field", "index") if key in context)))
-    instead = f" {text}" if (text := hint(param)) else ""
+    instead = f" {text}" if hints and (text := hint(param)) else ""
     if problem["type"] == "extra_forbidden":
         text = (
             f"Unknown parameter: {param}.{instead} Where the server's option api.unknown_fields is ignore, it passes."

@@ -66,6 +66,7 @@ class Wire(BaseModel):
     unsupported: ClassVar[Neutral] = {}
     names: ClassVar[frozenset[str]] = frozenset()  # of the fields, as they are written in JSON
     open: ClassVar[bool] = False  # whether unknown fields are left to a subclass
+    hints: ClassVar[bool] = True  # whether errors say what OpenAI's API calls a field of another one
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:

@@ -19,6 +19,7 @@ from bdh_batch.text.tokenizer import Tokenizer, decode
 
 DONE = b"data: [DONE]\n\n"
 NULL = b"null"
+COMMENT = b": keep-alive\n\n"  # which is no event
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Frames:
     chunk_kind: str
     before_text: bytes  # in the choice of a frame
     after_text: bytes
+    keepalive = COMMENT  # what a stream sends where it has nothing else to send
     prompt_beside_choices = False  # where its token ids are: beside the choices, of which all have the same, or in each
 
     def __init__(self, options: ResponseOptions, tokenizer: Tokenizer) -> None:
@@ -148,6 +150,10 @@ class Frames:
         if not self._options.include_usage:
             return DONE
         return self._usage_head + orjson.dumps(usage_dict(usage)) + b"}\n\n" + DONE
+
+    def named(self, error: BDHError) -> BDHError:
+        """The same error, with the client's name of the field that it is about."""
+        return error
 
     def failed(self, error: BDHError) -> bytes:
         """The frame that ends a stream which fails."""

@@ -28,14 +28,13 @@ HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx would hold events back until it has a page of them
 ]
-KEEPALIVE = b": keep-alive\n\n"  # a comment, which is no event
 
 
 class EventStream(Response):
     """An ASGI response that writes a generation's frames as its tokens come, all that are ready in one write.
 
     It starts with the first token, or after `keepalive` seconds of silence (0 is never): what ends before that has the
-    status of its error. After every further silence of that length it sends a comment.
+    status of its error. After every further silence of that length it sends the frames' `keepalive`.
 
     Args:
         aside: where frames are encoded that take long, as those of an echoed prompt.
@@ -58,8 +57,10 @@ class EventStream(Response):
             opening, failed = True, None
             async for deltas in self._generation:
                 failed = failure_of(deltas)
-                if failed is not None and not self._started:
-                    raise failed
+                if failed is not None:
+                    failed = self._frames.named(failed)
+                    if not self._started:
+                        raise failed
                 await self._write(send, await self._encoded(deltas, opening))
                 opening = False
                 if failed is not None:
@@ -89,14 +90,14 @@ class EventStream(Response):
 
     @asynccontextmanager
     async def _kept_alive(self, send: Send) -> AsyncIterator[None]:
-        """Sends a comment after every `keepalive` seconds in which nothing else was sent."""
+        """Sends the frames' `keepalive` after every `keepalive` seconds in which nothing else was sent."""
         self._last = time.monotonic()
 
         async def beat() -> None:
             while True:
                 await asyncio.sleep(max(0.0, self._last + self._keepalive - time.monotonic()))
                 if time.monotonic() - self._last >= self._keepalive:
-                    await self._write(send, [KEEPALIVE])
+                    await self._write(send, [self._frames.keepalive])
 
         beating = asyncio.create_task(beat()) if self._keepalive else None
         try:

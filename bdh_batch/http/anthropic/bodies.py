@@ -1,0 +1,251 @@
+"""The request bodies of the Messages API: their shapes. What else there is to check, the chat body that is made of them
+checks (`translation.py`)."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import ConfigDict, Field, model_validator
+from pydantic.config import JsonDict
+from pydantic_core import PydanticCustomError
+
+from bdh_batch.http.request.sizes import AtMost, BodyText, FreeObject, FunctionLabel, Label
+from bdh_batch.http.request.strict import Neutral, Read, Wire
+from bdh_batch.http.schema.requests import StopStrings
+
+# Fields of the API that are not built, and the values besides null that ask for nothing.
+CONVERSATION: Neutral = {
+    **dict.fromkeys(("cache_control", "context_management", "user_profile_id", "workspace_id"), ()),
+    "mcp_servers": ([],),
+    "speed": ("standard",),
+    "thinking": ({"type": "disabled"},),
+}
+MESSAGES: Neutral = {
+    **CONVERSATION,
+    **dict.fromkeys(("container", "diagnostics", "inference_geo"), ()),
+    "service_tier": ("auto", "standard_only"),
+}
+BLOCK: Neutral = {"cache_control": (), "citations": ([],)}
+# By the type of a block: the fields that it needs, and those that it may have.
+FIELDS: Mapping[str, tuple[Collection[str], Collection[str]]] = {
+    "text": (("text",), ()),
+    "tool_use": (("id", "name", "input"), ()),
+    "tool_result": (("tool_use_id",), ("content", "is_error")),
+}
+TYPES: Mapping[str, Any] = {name: {"not": {"type": "null"}} for needed, _ in FIELDS.values() for name in needed}
+BY_TYPE: JsonDict = {
+    "allOf": [
+        {
+            "if": {"properties": {"type": {"const": kind}}},
+            "then": {
+                "required": [*needed],
+                "properties": {
+                    **{name: TYPES[name] for name in needed},
+                    **{
+                        name: {"type": "null"}
+                        for others, more in FIELDS.values()
+                        for name in (*others, *more)
+                        if name not in (*needed, *possible)
+                    },
+                },
+            },
+        }
+        for kind, (needed, possible) in FIELDS.items()
+    ]
+}
+
+
+def _known(value: object, what: str, known: Collection[str]) -> object:
+    """Refuses an object by its type, where this is none of those that are `known`."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind not in known:
+        raise PydanticCustomError("unsupported", f"{what} of type {reprlib.repr(kind)} are not supported")
+    return value
+
+
+class TextBlock(Wire):
+    """A block of `system`, or of the content of a tool's result."""
+
+    unsupported = BLOCK
+
+    type: Literal["text"]
+    text: BodyText
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, block: object) -> object:
+        return _known(block, "Content blocks", ("text",))
+
+
+def _texts(value: object, blocks: Callable[[list[object]], list[TextBlock]]) -> object:
+    """A text, which may come as blocks: these are joined."""
+    if isinstance(value, list):
+        return "".join(block.text for block in blocks(value))
+    if value is None or isinstance(value, str):
+        return value
+    raise PydanticCustomError("content", "Input should be a string or a list of text blocks")
+
+
+TextBlocks = Annotated[list[TextBlock], AtMost("max_parts")]
+Texts = Annotated[str | None, Read(_texts, TextBlocks, BodyText | TextBlocks | None)]
+
+
+class ContentBlock(Wire):
+    """A block of the content of a message."""
+
+    model_config = ConfigDict(json_schema_extra=BY_TYPE)
+    unsupported: ClassVar[Neutral] = {**BLOCK, "caller": ({"type": "direct"},), "toolset_name": ()}
+
+    type: Literal["text", "tool_use", "tool_result"]
+    text: BodyText | None = None
+    id: Label | None = None
+    name: Label | None = None
+    input: FreeObject | None = None
+    tool_use_id: Label | None = None
+    content: Texts = None
+    is_error: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_known(cls, block: object) -> object:
+        return _known(block, "Content blocks", FIELDS)
+
+    @model_validator(mode="after")
+    def _has_the_fields_of_its_type(self) -> Self:
+        needed, possible = FIELDS[self.type]
+        for name in type(self).names - {"type"}:
+            if getattr(self, name) is not None and name not in (*needed, *possible):
+                text = f"Cannot be used in a block of type {self.type}"
+                raise PydanticCustomError("block", text, {"field": name})
+        for name in needed:
+            if getattr(self, name) is None:
+                raise PydanticCustomError("missing", "Field required", {"field": name})
+        return self
+
+
+def _content(value: object, blocks: Callable[[list[object]], list[ContentBlock]]) -> object:
+    if isinstance(value, list):
+        return blocks(value)
+    if isinstance(value, str):
+        return value
+    raise PydanticCustomError("content", "Input should be a string or a list of content blocks")
+
+
+Blocks = Annotated[list[ContentBlock], AtMost("max_parts")]
+SPEAKERS = {"tool_use": "assistant", "tool_result": "user"}
+
+
+class InputMessage(Wire):
+    """A message of the conversation."""
+
+    role: Literal["user", "assistant"]
+    content: Annotated[str | list[ContentBlock], Read(_content, Blocks, BodyText | Blocks)]
+
+    @model_validator(mode="after")
+    def _says_what_its_role_may(self) -> Self:
+        for index, block in enumerate(self.blocks):
+            if self.role != SPEAKERS.get(block.type, self.role):
+                text = f"A {block.type} block should be in a message of the {SPEAKERS[block.type]}"
+                raise PydanticCustomError("role", text, {"field": "content", "index": index})
+        return self
+
+    @property
+    def blocks(self) -> list[ContentBlock]:
+        return [] if isinstance(self.content, str) else self.content
+
+
+class CustomTool(Wire):
+    """A tool that the model may use."""
+
+    unsupported: ClassVar[Neutral] = {
+        "allowed_callers": (["direct"],),
+        "cache_control": (),
+        "defer_loading": (False,),
+        "eager_input_streaming": (True, False),  # inputs come piece by piece in any case
+        "input_examples": ([],),
+    }
+
+    type: Literal["custom"] | None = None
+    name: FunctionLabel
+    description: BodyText | None = None
+    input_schema: FreeObject
+    strict: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_the_clients(cls, tool: object) -> object:
+        return _known(tool, "Tools", ("custom",))
+
+
+class ToolUseChoice(Wire):
+    """The field `tool_choice`."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "if": {"properties": {"type": {"const": "tool"}}},
+            "then": {"required": ["name"], "properties": {"name": {"type": "string"}}},
+            "else": {"properties": {"name": {"type": "null"}}},
+        }
+    )
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: Label | None = None
+    disable_parallel_tool_use: bool | None = None
+
+    @model_validator(mode="after")
+    def _names_a_tool_where_it_has_to(self) -> Self:
+        if (self.type == "tool") != (self.name is not None):
+            text = "Field required" if self.type == "tool" else "Can only be used with the type tool"
+            raise PydanticCustomError("name", text, {"field": "name"})
+        return self
+
+
+class JsonFormat(Wire):
+    """The field `output_config.format`."""
+
+    type: Literal["json_schema"]
+    schema_: FreeObject = Field(alias="schema")
+
+
+class OutputConfig(Wire):
+    """The field `output_config`: what the response has to look like."""
+
+    unsupported: ClassVar[Neutral] = {"effort": ("high",)}
+
+    format: JsonFormat | None = None
+
+
+class RequestMetadata(Wire):
+    """The field `metadata`."""
+
+    user_id: Label | None = None
+
+
+class CountTokensBody(Wire):
+    """The body of a request to /v1/messages/count_tokens."""
+
+    unsupported: ClassVar[Neutral] = CONVERSATION
+    hints: ClassVar[bool] = False
+
+    model: Label | None = None
+    messages: Annotated[list[InputMessage], Field(min_length=1), AtMost("max_messages")]
+    system: Texts = None
+    tools: Annotated[list[CustomTool], AtMost("max_tools")] | None = None
+    tool_choice: ToolUseChoice | None = None
+    output_config: OutputConfig | None = None
+
+
+class MessagesBody(CountTokensBody):
+    """The body of a request to /v1/messages."""
+
+    unsupported: ClassVar[Neutral] = MESSAGES
+
+    max_tokens: int = Field(ge=1)
+    stop_sequences: StopStrings | None = None
+    temperature: float | None = Field(None, ge=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1)
+    top_k: int | None = Field(None, ge=0)
+    metadata: RequestMetadata | None = None
+    stream: bool | None = None

@@ -1,0 +1,62 @@
+"""The handlers of the Messages API (`http/endpoints.py`): each request is served as one to /v1/chat/completions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from bdh_batch.backends.base import TextBackend
+from bdh_batch.errors import InvalidRequest
+from bdh_batch.http.anthropic.bodies import CountTokensBody, MessagesBody
+from bdh_batch.http.anthropic.frames import MessageFrames
+from bdh_batch.http.anthropic.translation import Names, chat_fields
+from bdh_batch.http.request.client import Client
+from bdh_batch.http.schema.requests import ChatBody
+from bdh_batch.http.serving import Serving, response_options
+
+
+class Messages:
+    """Handles the requests of the Messages API."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    async def create(self, request: Request) -> Response:
+        serving, client = self._serving, Client.of(request)
+        raw = await request.body()
+        body, names = await serving.aside(client.caller).run(len(raw), self._read, raw, MessagesBody)
+        model = await serving.model(client, body.model)
+        options = response_options(f"msg_{client.id}", body, model)
+        finds_calls = body.may_call and not isinstance(model.backend, TextBackend)  # an upstream finds them itself
+        frames = MessageFrames(options, model.backend.tokenizer, names, body.tool_names if finds_calls else None)
+        with _as_written(names):
+            prepared = await serving.preparation(client, model, len(raw)).generation(body)
+            return await serving.respond(client, model, body, len(raw), prepared, frames)
+
+    async def count_tokens(self, request: Request) -> Response:
+        """Counts as a request to /v1/messages does, whose prompt it would be."""
+        serving, client = self._serving, Client.of(request)
+        raw = await request.body()
+        body, names = await serving.aside(client.caller).run(len(raw), self._read, raw, CountTokensBody)
+        model = await serving.model(client, body.model)
+        with _as_written(names):
+            prepared = await serving.preparation(client, model, len(raw)).generation(body)
+        return JSONResponse({"input_tokens": prepared.prompt_tokens})
+
+    def _read(self, raw: bytes, kind: type[CountTokensBody]) -> tuple[ChatBody, Names]:
+        """The chat body that a request's body stands for. Raises InvalidRequest."""
+        values, names = chat_fields(self._serving.parse(raw, kind))
+        with _as_written(names):
+            return self._serving.check(values, ChatBody), names
+
+
+@contextmanager
+def _as_written(names: Names) -> Iterator[None]:
+    """Errors about fields of the chat body are about the client's."""
+    try:
+        yield
+    except InvalidRequest as error:
+        raise names.of(error) from error
