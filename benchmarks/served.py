@@ -41,9 +41,7 @@ def served(
         log: the file that its output goes to; None keeps it only until it has started.
         root: the checkout whose server it is.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    port = free_port()
     program = [*module, "--port", str(port), *(part for option in options for part in ("--set", option))]
     with tempfile.TemporaryFile() if log is None else log.open("w+b") as output:
         process = start(program, root, output)
@@ -57,6 +55,13 @@ def served(
                 process.wait(STOP_SECONDS)
             finally:
                 process.kill()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def start(program: Sequence[str], root: Path, output: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from benchmarks import ROOT
 from benchmarks.client import Client
 from benchmarks.common import figure
 from benchmarks.report import report_head, results_folder, write_report
-from benchmarks.served import Served, served
+from benchmarks.served import Served, free_port, served
 
 MODEL = ROOT / "tests" / "data" / "conformance" / "tiny"
 NAME = "tiny"
@@ -64,9 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder of the result; else that of this machine")
     options = parser.parse_args(arguments)
     report: dict[str, Any] = report_head(["grpcio", "httpx", "psutil", "tritonclient"])
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with served(f"model.path={MODEL}", f"kserve.grpc_port={port}") as server:
         common = {"model": NAME, "first_token_seconds": 600, "drop": ["return_token_ids"]}  # which the client asks for
         upstreams = [
