@@ -237,7 +237,7 @@ def _nothing_at(request: Request) -> str:
         if meant != "/" and any(route.matches(scope)[0] != Match.NONE for route in request.app.routes):
             return f"The path {shown} does not exist. Did you mean {meant}?"
     known = [route.path.replace(":path}", "}") for route in request.app.routes if isinstance(route, Route)]
-    near = get_close_matches(path[:LONGEST_PATH], known, 3, SIMILAR) or MAIN_PATHS
+    near = dict.fromkeys((*get_close_matches(path[:LONGEST_PATH], known, 3, SIMILAR), *MAIN_PATHS))
     return f"The path {shown} does not exist. Available: {', '.join(near)}; /openapi.json lists all."
 
 

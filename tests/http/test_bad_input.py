@@ -469,7 +469,7 @@ class TestUnknown:
     @pytest.mark.parametrize(
         ("path", "near"),
         [
-            *((path, CHAT) for path in ("/v1/responses", "/v1/messages", "/api/chat", "/v1/chat/completion")),
+            *((path, CHAT) for path in ("/v1/responses", "/api/chat", "/v1/chat/completion")),
             ("/v3/completions", COMPLETIONS),
             ("/v1/embedding", "/v1/embeddings"),
             ("/" + "v1/" * 5000, CHAT),

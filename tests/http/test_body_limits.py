@@ -304,7 +304,17 @@ class TestTypes:
     """Nothing of unbounded size is in a type of the API."""
 
     # Texts, which may fill a body; a new one is a decision.
-    TEXTS: ClassVar = {"prompt", "input", "content", "text", "description", "arguments", "refusal", "text_input"}
+    TEXTS: ClassVar = {
+        "prompt",
+        "input",
+        "content",
+        "text",
+        "description",
+        "arguments",
+        "refusal",
+        "text_input",
+        "system",
+    }
 
     def test_have_a_bound_for_each_list_object_and_string(self) -> None:
         kinds = _subclasses(Wire)

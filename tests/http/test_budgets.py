@@ -260,6 +260,11 @@ class Silent:
     def with_warnings(self, pieces: list[bytes]) -> list[bytes]:
         return pieces
 
+    keepalive = b": keep-alive\n\n"
+
+    def named(self, error: BDHError) -> BDHError:
+        return error
+
     def failed(self, error: BDHError) -> bytes:
         return b'data: {"error":' + repr(error.message).encode() + b"}\n\n"
 
