@@ -203,16 +203,12 @@ class LoadedModels:
             raise Unavailable("The server is shutting down.", retry_after=5)
         if model.transition is None:
             if (left := model.retry - self._now()) > 0:
-                raise Unavailable(self._failure(model), retry_after=math.ceil(left))
+                raise Unavailable(could_not_load(model.name), retry_after=math.ceil(left))
             self._begin(model, self._start(model))
         assert model.transition is not None
         await asyncio.wait([model.transition])
         if model.state is State.FAILED:
-            raise Unavailable(self._failure(model), retry_after=math.ceil(model.wait))
-
-    @staticmethod
-    def _failure(model: LoadedModel) -> str:
-        return f"The model {model.name} could not be loaded. The server's log has the reason."
+            raise Unavailable(could_not_load(model.name), retry_after=math.ceil(model.wait))
 
     def _begin(self, model: LoadedModel, transition: Awaitable[None]) -> asyncio.Task[None]:
         async def run() -> None:
@@ -250,8 +246,7 @@ class LoadedModels:
                 idle = [each for each in self._on_demand(model) if each.idle]
                 if not error.for_memory or not idle:
                     raise
-                log.info("the model %s is unloaded to make room for %s", idle[0].name, model.name)
-                await self._begin(idle[0], self._unload(idle[0], math.inf))
+                await self._unload_for(model, idle[0])
 
     async def _make_room(self, wanted: LoadedModel) -> None:
         """Unloads the model on demand that has been used least recently, where as many as may be are loaded.
@@ -265,8 +260,7 @@ class LoadedModels:
             while sum(each.state not in (State.UNLOADED, State.FAILED) for each in self.models) >= self._most:
                 others = self._on_demand(wanted)
                 if (idle := next((each for each in others if each.idle), None)) is not None:
-                    log.info("the model %s is unloaded to make room for %s", idle.name, wanted.name)
-                    await self._begin(idle, self._unload(idle, math.inf))
+                    await self._unload_for(wanted, idle)
                     continue
                 now = self._now()
                 asked = asked or next((each for each in others if now - each.since >= TURN_SECONDS), None)
@@ -281,6 +275,10 @@ class LoadedModels:
         finally:
             if asked is not None and asked.yielding:
                 self._keep_loaded(asked)
+
+    async def _unload_for(self, wanted: LoadedModel, idle: LoadedModel) -> None:
+        log.info("the model %s is unloaded to make room for %s", idle.name, wanted.name)
+        await self._begin(idle, self._unload(idle, math.inf))
 
     def _keep_loaded(self, model: LoadedModel) -> None:
         """Has the requests go on that wait for a model whose holders were asked for it."""
@@ -374,6 +372,11 @@ class LoadedModels:
     @staticmethod
     def _now() -> float:
         return asyncio.get_running_loop().time()
+
+
+def could_not_load(name: str) -> str:
+    """Returns what clients are told of a model that cannot be loaded, whichever process finds that."""
+    return f"The model {name} could not be loaded. The server's log has the reason."
 
 
 def _notify(model: LoadedModel) -> None:

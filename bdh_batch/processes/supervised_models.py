@@ -14,7 +14,7 @@ from bdh_batch.http.gate import HostedModel, ServedModel
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.processes.folder import RuntimeFolder
 from bdh_batch.processes.hosted_models import model_info
-from bdh_batch.processes.loaded_models import State
+from bdh_batch.processes.loaded_models import State, could_not_load
 from bdh_batch.processes.model_settings import ModelSettings, chosen_model
 from bdh_batch.processes.open_model import OpenModel
 from bdh_batch.processes.remote_engines import RemoteEngines
@@ -65,10 +65,6 @@ class SupervisedModel:
     @property
     def is_loaded(self) -> bool:
         return self.state is State.LOADED
-
-    @property
-    def _problem(self) -> str:
-        return f"The model {self.info.name} could not be loaded. The server's log has the reason."
 
     @property
     def is_open(self) -> bool:
@@ -177,7 +173,7 @@ class SupervisedModel:
         now = asyncio.get_running_loop().time()
         if self._open is None and now < self._retry:
             self._give_back()
-            raise Unavailable(self._problem, retry_after=math.ceil(self._retry - now))
+            raise Unavailable(could_not_load(self.name), retry_after=math.ceil(self._retry - now))
         if self._open is None:
             try:
                 located = chosen_model(self._model.settings)
@@ -188,7 +184,7 @@ class SupervisedModel:
                 self.failure = ConfigError(str(error)) if isinstance(error, OSError) else error
                 self._retry = asyncio.get_running_loop().time() + RETRY_SECONDS
                 self._give_back()
-                raise Unavailable(self._problem, retry_after=math.ceil(RETRY_SECONDS)) from error
+                raise Unavailable(could_not_load(self.name), retry_after=math.ceil(RETRY_SECONDS)) from error
         self.failure = None
 
     def _linger(self) -> None:

@@ -39,7 +39,7 @@ INNOCENT = FINAL | {FaultKind.TOO_LARGE, FaultKind.ERROR}
 
 
 class Fault(Exception):
-    """Raised where an endpoint fails. Clients get it as an `UpstreamFailed` or its like, by the upstream's name.
+    """Raised where an endpoint fails. Clients get an `UpstreamFailed`, or another error, with the upstream's name.
 
     Args:
         message: what the upstream said, if the client may know it; it is cut to some length.
