@@ -84,6 +84,25 @@ class TestOffTheLoop:
         assert second.cancelled()
         assert await off_loop.run("a", lambda: 4) == 4
 
+    async def test_a_client_that_has_left_takes_its_work_along(self) -> None:
+        off_loop, go_on, gone = OffLoop(), threading.Event(), asyncio.Event()
+
+        async def leaves() -> None:
+            await gone.wait()
+
+        client = Client("1", Caller("a"), {}, leaves=leaves)
+        first = asyncio.create_task(off_loop.run("a", lambda: go_on.wait(300)))
+        second = asyncio.create_task(
+            off_loop.of("a", client).run(LARGE + 1, lambda: pytest.fail("its client has left"))
+        )
+        await asyncio.sleep(0)
+        gone.set()
+        with pytest.raises(ClientDisconnect):
+            await second
+        go_on.set()
+        assert await first
+        assert await off_loop.run("a", lambda: 4) == 4
+
     async def test_what_fails_fails_for_who_asked(self) -> None:
         off_loop = OffLoop()
         with pytest.raises(InvalidRequest):
@@ -137,21 +156,3 @@ def _request(raw: bytes) -> Request:
         "cleanup": ExitStack(),
     }
     return Request({"type": "http", "headers": [], "state": state}, receive)
-
-
-async def test_work_of_a_client_that_has_left_is_dropped() -> None:
-    off_loop, go_on, gone = OffLoop(), threading.Event(), asyncio.Event()
-
-    async def leaves() -> None:
-        await gone.wait()
-
-    client = Client("1", Caller("a"), {}, leaves=leaves)
-    first = asyncio.create_task(off_loop.run("a", lambda: go_on.wait(300)))
-    second = asyncio.create_task(off_loop.of("a", client).run(LARGE + 1, lambda: pytest.fail("its client has left")))
-    await asyncio.sleep(0)
-    gone.set()
-    with pytest.raises(ClientDisconnect):
-        await second
-    go_on.set()
-    assert await first
-    assert await off_loop.run("a", lambda: 4) == 4
