@@ -63,7 +63,8 @@ class PrefixCache:
 
     def use(self, entry: Entry, now: float = 0.0) -> None:
         entry.uses += 1
-        entry.worth, entry.used = self.worth(entry.length, entry.uses), now  # never less than before
+        entry.worth, entry.used = self.worth(entry.length, entry.uses), now
+        self._ranking_of(entry).put(entry)  # behind those that are worth the same
 
     def demote(self, entry: Entry) -> None:
         """Lowers the worth of an entry to that of the last one evicted, until the entry is used."""
