@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from bdh_batch.backends.base import Ended, RawPrompt
-from bdh_batch.backends.generation import FAILED, Running, breathe
+from bdh_batch.backends.generation import Running, Tally, breathe
 from bdh_batch.backends.tokenization import Tokenization, off_the_loop
 from bdh_batch.errors import (
     GenerationFailed,
@@ -175,9 +175,7 @@ class UpstreamGeneration:
         self._timeout = request.origin.timeout_within(timeout)
         self._running = running
         self._outbox = Outbox()
-        self._ended: list[Ended] = []
-        self._failure: Delta | None = None
-        self._tokens = 0
+        self._tally = Tally(len(request.prompts) * request.n)
         self._tokenizer = counts
         self._choices: list[Choice] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -220,29 +218,19 @@ class UpstreamGeneration:
         return Usage(prompt_tokens, completion_tokens, cached, estimated)
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
-        left = len(self._choices)
-        while left:
+        while self._tally.open:
             deltas = await self._outbox.take()
-            for _, delta in deltas:
-                self._tokens += len(delta.tokens)
-                if delta.finish_reason is not None:
-                    left -= 1
-                    if delta.finish_reason in FAILED and self._failure is None:
-                        self._failure = delta
+            self._tally.add(deltas)
             yield deltas
 
     def abort(self) -> None:
         for task in self._tasks:
             task.cancel()
         self._running.discard(self)
-        if self._failure is None and not all(choice.ended for choice in self._choices):
-            self._failure = Delta(finish_reason=FinishReason.ABORT)
-        ended, self._ended = self._ended, []
-        for each in ended:
-            each(self._tokens, self._failure)
+        self._tally.end()
 
     def on_end(self, ended: Ended) -> None:
-        self._ended.append(ended)
+        self._tally.on_end(ended)
 
     def fail(self, error: Unavailable) -> None:
         """Ends all choices with an error, as the server is shutting down."""
