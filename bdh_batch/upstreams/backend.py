@@ -206,8 +206,9 @@ class UpstreamGeneration:
         prompt_tokens, estimated = 0, False
         for number, prompt in enumerate(self._request.prompts):
             first = self._choices[number * self._request.n]
-            if first.prompt_tokens is not None:
+            if first.prompt_tokens is not None and not (first.prompt_estimated and self._is_exact):
                 prompt_tokens += first.prompt_tokens
+                estimated = estimated or first.prompt_estimated
             else:
                 prompt_tokens += len(prompt.tokens)
                 estimated = estimated or not (self._is_exact or not isinstance(prompt.tokens, range))

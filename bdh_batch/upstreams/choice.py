@@ -89,6 +89,7 @@ class Choice:
     ) -> None:
         self.count = TokenCount()
         self.prompt_tokens: int | None = None  # as the upstream reports them
+        self.prompt_estimated = False  # whether it says that it has estimated them
         self.cached_tokens = 0
         self.outcome = ""  # its finish reason, or how it failed; empty while it runs
         self._said: list[str] = []  # the text, in pieces, where it is to be counted
@@ -238,9 +239,10 @@ class Choice:
         if piece.prompt_tokens is not None and self.prompt_tokens is None:
             known = None if self._record is None else self._record.prompt_tokens
             self.prompt_tokens = piece.prompt_tokens if known is None else known
+            self.prompt_estimated = piece.estimated and known is None
             self.cached_tokens = min(piece.cached_tokens, self.prompt_tokens)
         if piece.completion_tokens is not None and self._record is None:
-            self.count.report(piece.completion_tokens)
+            self.count.report(piece.completion_tokens, piece.estimated)
 
     async def _finish(self) -> None:
         rest = self._text.flush()

@@ -33,6 +33,7 @@ UNFINISHED = ("", "null")  # finish reasons of responses before the last
 FINAL = "triton_final_response"  # Triton's parameter of a stream's last response
 ERROR_STATUS, ERROR_PARAM = "error_status", "error_param"  # parameters of a response with an error
 USAGE = ("prompt_tokens", "completion_tokens", "cached_tokens")
+ESTIMATED = "usage_estimated"  # says of these, in a server like this one, that they are no more than estimates
 LARGEST_REQUEST = 2**28  # bytes: the body's own limit is narrower
 # The fields of /v1/completions that a server like this one takes as parameters, but for those that are done on this
 # side, and those whose outcome is not passed back.
@@ -258,6 +259,7 @@ class _Reader:
         for name in USAGE:
             if tensors.find([name]) is not None:
                 setattr(piece, name, _tokens(name, sum(tensors.integers(name))))
+        piece.estimated = tensors.find([ESTIMATED]) is not None and tensors.flag(ESTIMATED)
         return piece
 
     def end(self) -> None:

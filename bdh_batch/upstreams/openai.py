@@ -162,6 +162,7 @@ def _tokens(value: object) -> list[int]:
 def _read_usage(usage: object, piece: Piece) -> None:
     if not isinstance(usage, dict):
         return
+    piece.estimated = usage.get("estimated") is True
     piece.prompt_tokens, piece.completion_tokens = _number(usage, "prompt_tokens"), _number(usage, "completion_tokens")
     details = usage.get("prompt_tokens_details")
     piece.cached_tokens = (_number(details, "cached_tokens") if isinstance(details, dict) else None) or 0

@@ -88,6 +88,7 @@ class Piece:
         count: how many tokens it is, where that is known; None is to be estimated.
         extras: members of a chat's delta, and log-probabilities, that go to the client as they are.
         prompt_tokens, completion_tokens, cached_tokens: of the choice, where the upstream reports its usage.
+        estimated: whether it reports that these are estimates.
         prompt_ids: the token ids of the prompt, where the upstream says them.
         stop: the stop string that ended the choice, where the upstream says it.
     """
@@ -100,6 +101,7 @@ class Piece:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int = 0
+    estimated: bool = False
     prompt_ids: Sequence[int] | None = None
     stop: str | None = None
 

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import grpc
 import httpx
 import pytest
 from openai import APIStatusError, AsyncOpenAI, BadRequestError
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests.conftest import CONFORMANCE, HANG_SECONDS, ServeFactory, Server, clean_environment, eventually, free_port
 from tests.launcher import Launcher
@@ -36,8 +38,9 @@ def options(*upstreams: dict[str, Any]) -> str:
 
 
 @contextlib.asynccontextmanager
-async def gateway(serve: ServeFactory, *upstreams: dict[str, Any]) -> AsyncIterator[Server]:
-    context = serve(options(*upstreams), verb="gateway")
+async def gateway(serve: ServeFactory, *upstreams: dict[str, Any], grpc_port: int = 0) -> AsyncIterator[Server]:
+    more = [f"kserve.grpc_port={grpc_port}"] if grpc_port else []
+    context = serve(options(*upstreams), *more, verb="gateway")
     server = await asyncio.to_thread(context.__enter__)
     try:
         yield server
@@ -49,6 +52,7 @@ class Behind:
     """What is behind the gateway of these tests; each fake does what a test tells it to."""
 
     def __init__(self) -> None:
+        self.grpc_port = free_port()  # of the gateway itself
         self.web: Callable[[Connection], Any] = self._unset
         self.stream: Callable[[Any, Any], Any] = self._unset
         self.whole: Callable[[Any], Any] = self._unset
@@ -71,6 +75,7 @@ async def behind(serve: ServeFactory) -> AsyncIterator[tuple[Server, Behind]]:
                 **{"id": "llamacpp", "kind": "kserve", "endpoints": [kserve.address], "version": "llamacpp"},
                 **{"model": "generate", "stream_model": "generate_stream", "drop": ["stop"]},
             },
+            grpc_port=do.grpc_port,
         ) as server,
     ):
         yield server, do
@@ -319,6 +324,54 @@ async def test_anyserves_client(behind: tuple[Server, Behind]) -> None:
         assert result["choices"][0]["message"]["content"] == "You said: user: Hi\nassistant:"
         assert "llamacpp" in [model["id"] for model in (await requests.get(f"{url}/models")).json()["data"]]
     assert seen == [("generate_stream", "llamacpp")] * 3
+
+
+async def test_estimated_usage_is_marked_over_kserve_too(behind: tuple[Server, Behind]) -> None:
+    server, do = behind
+
+    async def silent(request: Any, context: Any) -> AsyncIterator[Any]:
+        yield token(request, "twelve bytes", "stop")
+
+    async def reported(connection: Connection) -> None:
+        usage = {"prompt_tokens": 3, "completion_tokens": 2, "estimated": connection.asked.body["prompt"] == "guess"}
+        await connection.events(chunk("x", "stop"), {"choices": [], "usage": usage})
+
+    do.stream, do.web = silent, reported
+    wanted = [("llamacpp", "a", (1, 3, True)), ("gpt", "a", (3, 2, False)), ("gpt", "guess", (3, 2, True))]
+    async with (
+        httpx.AsyncClient(base_url=server.url, timeout=HANG_SECONDS) as http,
+        grpc.aio.insecure_channel(f"127.0.0.1:{do.grpc_port}") as channel,
+    ):
+        grpc_stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for model, prompt, usage in wanted:
+            infer = {"inputs": [{"name": "prompt", "datatype": "BYTES", "shape": [1], "data": [prompt]}]}
+            response = await http.post(f"/v2/models/{model}/infer", json=infer)
+            found = {each["name"]: each["data"] for each in response.json()["outputs"]}
+            assert tuple(found[name][0] for name in USAGE) == usage
+            response = await http.post(f"/v2/models/{model}/generate", json={"text_input": prompt})
+            assert generated(response.json()) == usage
+            response = await http.post(f"/v2/models/{model}/generate_stream", json={"text_input": prompt})
+            assert generated(json.loads(response.text.split("data: ")[-1])) == usage
+            request = service_pb2.ModelInferRequest(model_name=model)
+            request.inputs.add(name="prompt", datatype="BYTES", shape=[1]).contents.bytes_contents.append(
+                prompt.encode()
+            )
+            assert tensors(await grpc_stub.ModelInfer(request)) == usage
+            *_, last = [each async for each in grpc_stub.ModelStreamInfer(iter([request]))]
+            assert tensors(last.infer_response) == usage
+
+
+USAGE = ("prompt_tokens", "completion_tokens", "usage_estimated")
+
+
+def generated(response: Any) -> tuple[int, int, bool]:
+    usage = response["usage"]
+    return usage["prompt_tokens"], usage["completion_tokens"], usage.get("estimated", False)
+
+
+def tensors(response: Any) -> tuple[Any, ...]:
+    found = {each.name: [*each.contents.int_contents, *each.contents.bool_contents] for each in response.outputs}
+    return tuple(found[name][0] for name in USAGE)
 
 
 async def test_bharatgens_examples(behind: tuple[Server, Behind], client: AsyncOpenAI) -> None:
