@@ -258,12 +258,14 @@ class Choice:
         upstream = self._route.upstream.id
         self._route.observer.failed(upstream, fault.kind)
         cause = f" ({brief(repr(fault.__cause__))})" if fault.__cause__ is not None else ""
-        log.warning(
+        refused = fault.kind is FaultKind.REFUSED  # by the client's doing, as often as it likes
+        log.log(
+            logging.INFO if refused else logging.WARNING,
             "upstream %s: %s: %s %s%s; request %s",
             upstream,
             endpoint.address,
             fault.kind,
-            "" if fault.kind is FaultKind.REFUSED else brief(fault.message),  # a refusal may quote the request
+            "" if refused else brief(fault.message),  # a refusal may quote the request
             cause,
             self._request.id,
         )

@@ -273,6 +273,11 @@ class KServeUpstream(Upstream):
         description="Names of the tensors text (by default text, token or text_output), "
         "finish_reason and token_ids in responses; each a list of those that there may be.",
     )
+    pass_request_id: bool = Field(
+        False,
+        description="Whether requests have the same ids there as here, which clients may choose by x-request-id; else "
+        "each has a random one.",
+    )
     template: Path | None = Field(
         None,
         description="A file with a Jinja template that makes a prompt of a conversation; null is the built-in one.",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import codecs
+import time
 from collections.abc import AsyncGenerator, Collection, Sequence
+from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -34,6 +37,7 @@ FINAL = "triton_final_response"  # Triton's parameter of a stream's last respons
 ERROR_STATUS, ERROR_PARAM = "error_status", "error_param"  # parameters of a response with an error
 USAGE = ("prompt_tokens", "completion_tokens", "cached_tokens")
 ESTIMATED = "usage_estimated"  # says of these, in a server like this one, that they are no more than estimates
+BELIEVED_SECONDS = 60.0  # that an endpoint has no ModelStreamInfer: then it is tried again
 LARGEST_REQUEST = 2**28  # bytes: the body's own limit is narrower
 # The fields of /v1/completions that a server like this one takes as parameters, but for those that are done on this
 # side, and those whose outcome is not passed back.
@@ -70,14 +74,14 @@ class KServeConnector:
         self._metadata = {**upstream.headers, **authorization}
         self._credentials = _credentials(upstream)
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._without_stream: set[str] = set()  # endpoints that have no ModelStreamInfer
+        self._without_stream: dict[str, float] = {}  # endpoints without ModelStreamInfer, until when that is believed
 
     def expresses(self, chat: bool, ours: bool) -> Collection[str]:
         return OURS_TAKES if ours else frozenset((*self._upstream.inputs, *self._upstream.parameters))
 
     async def stream(self, address: str, request: TextRequest) -> AsyncGenerator[Piece, None]:
-        streams = self._upstream.streaming
-        if streams or (streams is None and address not in self._without_stream):
+        streams, request = self._upstream.streaming, self._identified(request)
+        if streams or (streams is None and time.monotonic() >= self._without_stream.get(address, 0)):
             try:
                 async for piece in self._streamed(address, request):
                     yield piece
@@ -85,7 +89,7 @@ class KServeConnector:
             except Unimplemented as error:
                 if streams:
                     raise Fault(FaultKind.ERROR, "it has no ModelStreamInfer") from error
-                self._without_stream.add(address)
+                self._without_stream[address] = time.monotonic() + BELIEVED_SECONDS
         yield await self._whole(address, self._request(request, streams=False), request)
 
     async def probe(self, address: str) -> EndpointFacts:
@@ -106,10 +110,10 @@ class KServeConnector:
     async def prompt_ids(self, address: str, request: TextRequest) -> Sequence[int] | None:
         special = {name: value for name, value in request.fields.items() if name == "add_special_tokens"}
         fields = {"max_tokens": 1, "return_token_ids": True, **special}
-        wanted = TextRequest(request.id, request.prompt, fields=fields, ours=True)
+        wanted = self._identified(replace(request, messages=None, fields=fields, ours=True))
         asked = self._request(wanted, streams=False)
         asked.outputs.add(name="prompt_token_ids")
-        response = await self._infer(address, asked, request)
+        response = await self._infer(address, asked, wanted)
         tensors = ResponseTensors(response)
         name = tensors.find(["prompt_token_ids"])
         return None if name is None else tensors.integers(name)
@@ -151,6 +155,10 @@ class KServeConnector:
         if self._credentials is None:
             return grpc.aio.insecure_channel(address, options)
         return grpc.aio.secure_channel(address, self._credentials, options)
+
+    def _identified(self, request: TextRequest) -> TextRequest:
+        """Returns a request with the id that the upstream gets: clients may choose theirs, and two the same one."""
+        return request if self._upstream.pass_request_id else replace(request, id=uuid4().hex)
 
     def _request(self, request: TextRequest, streams: bool) -> Any:
         """Returns the message for a request. Raises Fault where it cannot be expressed."""

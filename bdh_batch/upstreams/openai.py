@@ -17,6 +17,7 @@ DONE = "[DONE]"
 JSON = "application/json"
 OURS = "bdh_batch"  # who owns the models of a server like this one
 LARGEST_LIST = 2**20  # bytes of a list of models
+MOST_CALLS = 1024  # of tools, in one event
 THOUGHTS = ("reasoning_content", "reasoning")  # names of the same
 
 
@@ -91,7 +92,7 @@ def _piece(value: object, chat: bool) -> Piece:
     if value.get("error") is not None:
         raise Fault(FaultKind.ERROR, described(value)[0])
     choices = value.get("choices")
-    if not isinstance(choices, list) or not all(isinstance(each, dict) for each in choices):
+    if not isinstance(choices, list) or not isinstance(choices[0] if choices else {}, dict):
         raise Fault(FaultKind.MALFORMED, "no list of choices")
     piece = _choice(choices[0], chat) if choices else Piece()
     _read_usage(value.get("usage"), piece)
@@ -141,8 +142,8 @@ def _extras(members: Mapping[str, Any], logprobs: object) -> Mapping[str, Any] |
 
 
 def _calls(calls: object) -> list[dict[str, Any]]:
-    if not isinstance(calls, list):
-        raise Fault(FaultKind.MALFORMED, "tool_calls are no list")
+    if not isinstance(calls, list) or len(calls) > MOST_CALLS:
+        raise Fault(FaultKind.MALFORMED, f"tool_calls are no list of at most {MOST_CALLS}")
     return [_call(index, call) for index, call in enumerate(calls)]
 
 

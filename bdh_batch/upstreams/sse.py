@@ -15,6 +15,7 @@ from bdh_batch.upstreams.protocol import Fault, FaultKind
 ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")  # of an event
 LONGEST_END = max(map(len, ENDS))
 SLICE = 64  # events that are read at a time
+SLICE_BYTES = 4096  # that are: each may be a line of its own
 
 
 class Bounded(httpx.AsyncByteStream):
@@ -38,7 +39,10 @@ class Bounded(httpx.AsyncByteStream):
             tail = together[-LONGEST_END + 1 :]
             if since > self._most:
                 raise Fault(FaultKind.TOO_LARGE)
-            yield chunk
+            yield chunk[:SLICE_BYTES]
+            for begin in range(SLICE_BYTES, len(chunk), SLICE_BYTES):
+                await asyncio.sleep(0)  # nothing else may want to wait until all lines of a chunk are read
+                yield chunk[begin : begin + SLICE_BYTES]
 
     async def aclose(self) -> None:
         await self._stream.aclose()

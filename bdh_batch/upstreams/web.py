@@ -16,6 +16,7 @@ from bdh_batch.upstreams.protocol import BUSY, REFUSALS, Fault, FaultKind
 
 KEEPALIVE_SECONDS = 4.0  # less than most servers keep an idle connection for
 LONGEST_ERROR = 65536  # bytes of the body of an error that are read
+MOST_CONTAINERS = 32768  # lists and objects of one message: the parser holds up all streams until it has made them
 
 
 def open_client(upstream: HttpUpstream) -> httpx.AsyncClient:
@@ -96,11 +97,21 @@ async def read_json(response: httpx.Response, most: int) -> Any:
 
 
 def parsed(text: bytes | str) -> Any:
-    """Returns the value of JSON. Raises Fault where it is none."""
+    """Returns the value of JSON. Raises Fault where it is none, or too much."""
+    if _containers(text) > MOST_CONTAINERS:
+        raise Fault(FaultKind.TOO_LARGE, f"more than {MOST_CONTAINERS} lists and objects")
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise Fault(FaultKind.MALFORMED, "not JSON") from error
+
+
+def _containers(text: bytes | str) -> int:
+    """Returns how many lists and objects JSON has. Brackets in strings count as well where there are few in all."""
+    raw = text.encode() if isinstance(text, str) else text
+    if raw.count(b"[") + raw.count(b"{") > MOST_CONTAINERS:
+        raw = b"".join(raw.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    return raw.count(b"[") + raw.count(b"{")
 
 
 def is_alive(fault: Fault) -> bool:

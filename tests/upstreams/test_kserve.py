@@ -86,6 +86,34 @@ async def test_a_worker_without_streams_is_asked_for_all_at_once() -> None:
         assert len(fake.asked) == 3  # once the stream was tried
 
 
+async def test_after_a_while_a_worker_without_streams_may_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bdh_batch.upstreams.kserve.BELIEVED_SECONDS", 0.0)
+    upgraded = False
+
+    def whole(request: Any) -> Any:
+        return service_pb2.ModelInferResponse(id=request.id, outputs=[tensor("text", "whole")])
+
+    async def script(request: Any, context: Any) -> AsyncGenerator[Any, None]:
+        if not upgraded:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        yield token(request, "streamed", "stop")
+
+    async with worker(script, whole) as fake, upstream(kind="kserve", endpoints=[fake.address]) as gateway:
+        assert (await gateway.ask()).text == "whole"
+        upgraded = True
+        assert (await gateway.ask()).text == "streamed"
+
+
+@pytest.mark.parametrize("passed", [False, True])
+async def test_the_workers_ids_are_not_the_clients(passed: bool) -> None:
+    options = {"pass_request_id": passed}
+    async with worker(streamed("a")) as fake, upstream(kind="kserve", endpoints=[fake.address], **options) as gateway:
+        for _ in range(2):
+            assert (await gateway.ask()).text == "a"
+    ids = [each.id for each in fake.asked]
+    assert ids == ["r-1", "r-1"] if passed else len({"r-1", *ids}) == 3
+
+
 async def test_names_of_tensors_and_parameters_can_be_chosen() -> None:
     options = {
         "prompt": {"name": "text_input", "datatype": "BYTES", "shape": [1, 1]},

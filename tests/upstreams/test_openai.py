@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import orjson
 import pytest
 from pydantic import ValidationError
@@ -12,6 +14,7 @@ from pydantic import ValidationError
 from bdh_batch.errors import InvalidRequest, Unavailable, UnsupportedParameter, UpstreamFailed, UpstreamTimeout
 from bdh_batch.messages import FinishReason, Usage, merged
 from bdh_batch.upstreams.config import OpenAIUpstream
+from bdh_batch.upstreams.sse import events
 from tests.upstreams.fakes import HEAD, Connection, Script, chunk, web
 from tests.upstreams.support import Response, upstream
 
@@ -165,6 +168,14 @@ async def script_deep(connection: Connection) -> None:
     )
 
 
+async def script_many_choices(connection: Connection) -> None:
+    await connection.send(HEAD, b'data: {"choices": [' + b"[]," * 300_000 + b"[]]}\n\n")
+
+
+async def script_many_calls(connection: Connection) -> None:
+    await connection.send(HEAD, b'data: {"choices": [{"delta": {"tool_calls": [' + b"{}," * 20_000 + b"{}]}}]}\n\n")
+
+
 async def script_fails(connection: Connection) -> None:
     await connection.json({"error": {"message": "Incorrect API key sk-secret"}}, 401)
 
@@ -190,6 +201,7 @@ async def script_moved(connection: Connection) -> None:
         (script_endless_line, "too_large"),
         (script_endless_event, "too_large"),
         (script_endless_json, "too_large"),
+        (script_many_choices, "too_large"),
         (script_error_event, "error"),
         (script_fails, "error"),
         (script_moved, "error"),
@@ -206,6 +218,44 @@ async def test_an_upstream_that_fails_is_named_and_counted_by_how(script: Script
     assert "127.0.0.1" not in got.error.message
     assert gateway.seen.failures == {kind: 1}
     assert gateway.seen.outcomes == {"error": 1}
+
+
+async def test_an_event_has_so_many_calls_of_tools_and_no_more() -> None:
+    got = await asked(script_many_calls, messages=[{"role": "user", "content": "x"}])
+    assert got.error is not None
+    assert got.error.code == "upstream_malformed"
+
+
+async def test_brackets_in_a_text_are_text() -> None:
+    text = '[{"\\' * 20_000
+    assert (await asked(lambda connection: connection.events(chunk(text, "stop")))).text == text
+
+
+class OneChunk(httpx.AsyncByteStream):
+    """A body that arrives at once."""
+
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield self._content
+
+
+async def test_others_have_their_turns_while_blank_lines_are_read() -> None:
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    beside = asyncio.create_task(other())
+    head = {"content-type": "text/event-stream"}
+    response = httpx.Response(200, headers=head, stream=OneChunk(b"\n" * 65536 + b"data: x\n\n"))
+    assert [event.data async for event in events(response, 2**20)] == ["x"]
+    assert turns >= 16
+    beside.cancel()
 
 
 async def test_what_came_before_an_error_has_been_passed_on() -> None:
@@ -342,12 +392,15 @@ async def test_what_an_upstream_says_is_not_logged_where_it_may_be_the_clients(
     async def fails(connection: Connection) -> None:
         await connection.events({"error": {"message": "one\ntwo" + "x" * 9999}})
 
+    caplog.set_level("INFO", "bdh_batch")
+
     for script in (malformed, refuses, fails):
         async with web(script) as fake, upstream(kind="openai", url=fake.url) as gateway:
             assert (await gateway.ask()).error is not None
-    warnings = [each.getMessage() for each in caplog.records if each.name.startswith("bdh_batch")]
-    assert len(warnings) == 3
-    assert not any("secret" in each or "\n" in each or len(each) > 2000 for each in warnings)
+    logged = [each for each in caplog.records if each.name.startswith("bdh_batch")]
+    assert [each.levelname for each in logged] == ["WARNING", "INFO", "WARNING"]  # clients may be refused at will
+    texts = [each.getMessage() for each in logged]
+    assert not any("secret" in each or "\n" in each or len(each) > 2000 for each in texts)
 
 
 async def test_a_list_of_models_that_is_none_ends_no_checks() -> None:
