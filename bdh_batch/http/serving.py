@@ -24,7 +24,7 @@ from bdh_batch.http.request.off_loop import Aside, OffLoop
 from bdh_batch.http.responses.frames import Frames, ResponseOptions
 from bdh_batch.http.responses.generation import EventStream, whole
 from bdh_batch.http.schema.requests import GenerationBody
-from bdh_batch.messages import GenerationRequest
+from bdh_batch.messages import Delta, GenerationRequest
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Settings
 from bdh_batch.store.byte_cache import open_byte_cache
@@ -155,11 +155,19 @@ class Serving:
         self, responses: ResponseCache, key: str, client: Client, model: ServedModel, prepared: GenerationRequest
     ) -> Generation:
         counted = partial(self.metrics.response_cache, model.name)
-        found = await responses.find(key, prepared, counted)
-        client.standing[CACHE_HEADER] = "miss" if found is None else "hit"
-        if found is not None:
-            return found
-        return responses.recorded(key, await self.quota.start(client, model.backend, prepared), counted)
+        generation = await responses.find(key, prepared, counted)
+        found = "miss" if generation is None else "hit"
+        if generation is None:
+            started = await self.quota.start(client, model.backend, prepared)
+            generation = responses.recorded(key, started, counted)
+        client.standing[CACHE_HEADER] = found
+
+        def ended(tokens: int, failure: Delta | None) -> None:
+            if failure is not None:  # an error is neither, where nothing has been sent yet
+                client.standing.pop(CACHE_HEADER, None)
+
+        generation.on_end(ended)
+        return generation
 
     async def close(self) -> None:
         """Closes connections to storage. Idempotent."""
