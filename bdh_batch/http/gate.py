@@ -36,13 +36,17 @@ class ModelInfo:
 class ServedModel:
     """A model that is loaded.
 
-    `revision` is another one where its files or settings are others.
+    Args:
+        revision: another one where its files or settings are others.
+        system_fingerprint: names the model and the build in responses.
+        fingerprint: servers with the same one generate the same text for the same request; None is unknown.
     """
 
     info: ModelInfo
     revision: str
     backend: Backend
-    fingerprint: str
+    system_fingerprint: str
+    fingerprint: str | None
     defaults: Defaults
     template: ChatTemplate | NoTemplate
     width: int  # of the hidden vectors
@@ -63,6 +67,10 @@ class HostedModel(Protocol):
 
     @property
     def info(self) -> ModelInfo: ...
+
+    @property
+    def fingerprint(self) -> str | None:
+        """That of the model while it is loaded."""
 
     @property
     def state(self) -> str:
@@ -177,5 +185,6 @@ def card(model: HostedModel, name: str) -> Mapping[str, object]:
         "owned_by": info.owner,
         "root": info.name,
         "max_model_len": info.max_model_len,
+        "fingerprint": model.fingerprint,
         "status": {"value": model.state},
     }

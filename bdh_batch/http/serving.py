@@ -201,7 +201,7 @@ def response_options(id: str, body: GenerationBody, model: ServedModel) -> Respo
         id=id,
         created=int(time.time()),
         model=body.model or model.name,
-        fingerprint=model.fingerprint,
+        fingerprint=model.system_fingerprint,
         n=body.n or 1,
         tries=body.tries,
         token_ids=bool(body.return_token_ids),

@@ -87,6 +87,7 @@ class HostedUpstream:
     """
 
     state = State.LOADED
+    fingerprint = None
 
     def __init__(self, served: ServedModel, backend: UpstreamBackend, problem: Callable[[], str | None]) -> None:
         self._served = served
@@ -176,7 +177,8 @@ def _served(
         info=ModelInfo(upstream.id, tuple(upstream.aliases), int(time.time()), max_model_len=None, owner=OWNER),
         revision=revision_of(upstream),
         backend=backend,
-        fingerprint=f"{upstream.id}-bdh_batch-{__version__}",
+        system_fingerprint=f"{upstream.id}-bdh_batch-{__version__}",
+        fingerprint=None,
         defaults=Defaults(),
         template=template,
         width=0,

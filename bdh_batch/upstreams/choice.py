@@ -101,6 +101,7 @@ class Choice:
         self._seed = seed
         self._tokenizer = tokenizer
         self._record: Continuation | None = None  # where another endpoint could go on
+        self._fingerprint: str | None = None  # which that has to have
         self._begun = False  # whether the client may have had something
         self._length = 0  # of all that it was sent, in characters
         self._reason: FinishReason | None = None
@@ -133,8 +134,8 @@ class Choice:
         failed: list[Endpoint] = []
         last: Fault | None = None
         while True:
-            endpoint = endpoints.choose(failed)
-            if endpoint is None or (self._begun and not endpoint.facts.ours):
+            endpoint = endpoints.choose(failed, self._fingerprint if self._begun else None)
+            if endpoint is None:
                 raise last or none_able(self._route.upstream.id, endpoints.retry_after)
             if last is not None:
                 self._route.observer.went_elsewhere(self._route.upstream.id, self._begun)
@@ -158,11 +159,14 @@ class Choice:
 
     async def _request_for(self, endpoint: Endpoint) -> TextRequest:
         """Returns what an endpoint is asked: to go on, where another one like it has begun. Raises Fault."""
-        if not endpoint.facts.ours:
-            return self._request
+        facts = endpoint.facts
+        if not self._begun:
+            self._record, self._fingerprint = None, facts.fingerprint
+        if facts.fingerprint is None:
+            return replace(self._request, ours=facts.ours)
         if self._record is None:
             fields = {"seed": self._seed, **self._request.fields}
-            self._record = Continuation(replace(self._request, fields=fields, ours=True))
+            self._record = Continuation(replace(self._request, fields=fields, ours=True, continuable=True))
             return self._record.request
         if self._record.lacks_prompt:
             asked = self._record.request
@@ -171,7 +175,7 @@ class Choice:
 
     async def _read_from(self, endpoint: Endpoint, failed: list[Endpoint]) -> None:
         request = await self._request_for(endpoint)
-        record = self._record if endpoint.facts.ours else None
+        record = self._record
         stream = self._route.connector.stream(endpoint.address, request)
         async with aclosing(stream) as source, aclosing(self._in_time(source)) as pieces:
             async for piece in pieces:
@@ -224,8 +228,8 @@ class Choice:
         text = self._text.add(piece.text) if piece.text else ""
         new = self.count.add(piece.text, piece.count)
         self._report(piece)
+        self._begun = self._begun or bool(piece.text or new or piece.extras)
         if text or new or piece.extras:
-            self._begun = True
             if self._tokenizer is not None:
                 self._said.append(text)
             tokens = [*piece.tokens] if len(piece.tokens) == new else [UNKNOWN_TOKEN] * new

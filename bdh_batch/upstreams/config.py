@@ -127,8 +127,8 @@ class Upstream(Entry):
     max_failovers: PositiveInt = Field(2, description="Endpoints that one request may lose; then it fails.")
     ours: bool | None = Field(
         None,
-        description="Whether the endpoints are servers like this one, with the same model: a stream whose endpoint is "
-        "lost then goes on at another one. null finds out.",
+        description="Whether the endpoints are servers like this one, that generate the same: a stream whose endpoint "
+        "is lost then goes on at another one. null finds out.",
     )
 
     @model_validator(mode="after")

@@ -32,6 +32,7 @@ from bdh_batch.upstreams.tensors import ResponseTensors, add_input, add_paramete
 
 SERVICE = "/inference.GRPCInferenceService"
 OURS = "bdh_batch"  # what a server like this one calls itself
+FINGERPRINT = "x-model-fingerprint"  # in the metadata of its ModelMetadata
 UNFINISHED = ("", "null")  # finish reasons of responses before the last
 FINAL = "triton_final_response"  # Triton's parameter of a stream's last response
 ERROR_STATUS, ERROR_PARAM = "error_status", "error_param"  # parameters of a response with an error
@@ -105,7 +106,22 @@ class KServeConnector:
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 raise Fault(FaultKind.CONNECT) from error
             return EndpointFacts()  # it responds, and need not have these methods
-        return EndpointFacts(ours=about.name == OURS)
+        if about.name != OURS:
+            return EndpointFacts()
+        return EndpointFacts(True, await self._fingerprint(stub, metadata))
+
+    async def _fingerprint(self, stub: Any, metadata: tuple[tuple[str, str], ...]) -> str | None:
+        """Returns the fingerprint of the model at a server like this one; None where it does not generate itself."""
+        upstream = self._upstream
+        name = upstream.stream_model or upstream.model or upstream.id
+        asked = service_pb2.ModelMetadataRequest(name=name, version=upstream.version)
+        call = stub.ModelMetadata(asked, metadata=metadata, timeout=upstream.connect_seconds)
+        try:
+            await call
+            said = dict(await call.trailing_metadata()).get(FINGERPRINT)
+        except grpc.RpcError:
+            return None  # not for this key, or not now: then a request is told so
+        return said if isinstance(said, str) else None
 
     async def prompt_ids(self, address: str, request: TextRequest) -> Sequence[int] | None:
         special = {name: value for name, value in request.fields.items() if name == "add_special_tokens"}

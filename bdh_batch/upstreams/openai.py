@@ -61,7 +61,9 @@ class OpenAIConnector:
         models = value.get("data") if isinstance(value, dict) else None
         listed = models if isinstance(models, list) else []
         mine = [each for each in listed if isinstance(each, dict) and each.get("id") == self._model]
-        return EndpointFacts(ours=any(each.get("owned_by") == OURS for each in mine))
+        ours = next((each for each in mine if each.get("owned_by") == OURS), None)
+        fingerprint = None if ours is None else ours.get("fingerprint")
+        return EndpointFacts(ours is not None, fingerprint if isinstance(fingerprint, str) else None)
 
     async def prompt_ids(self, address: str, request: TextRequest) -> Sequence[int] | None:
         return None  # they come with the first event
@@ -77,7 +79,7 @@ class OpenAIConnector:
         body = {**request.fields, "model": self._model, "stream": True}
         if self._upstream.include_usage:
             body["stream_options"] = {"include_usage": True}
-        if request.ours:
+        if request.continuable:
             body["return_token_ids"] = True
         if request.messages is not None:
             return body | {"messages": request.messages}

@@ -68,7 +68,8 @@ class TextRequest:
         prompt: a text or token ids; None with `messages`.
         fields: the other fields of the body, by their names in the API.
         headers: those that are passed on, beside those of the settings.
-        ours: whether the endpoint is a server like this one: tokens' ids are wanted, as the stream may go on elsewhere.
+        ours: whether the endpoint is a server like this one.
+        continuable: whether tokens' ids are wanted, as the stream may go on elsewhere.
     """
 
     id: str
@@ -77,6 +78,7 @@ class TextRequest:
     fields: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     ours: bool = False
+    continuable: bool = False
 
 
 @dataclass(slots=True)
@@ -108,9 +110,15 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class EndpointFacts:
-    """What a health check has found out. `ours`: whether it is a server like this one."""
+    """What a health check has found out.
+
+    Args:
+        ours: whether it is a server like this one, which takes all fields.
+        fingerprint: of its model, where it generates itself; endpoints with the same one generate the same.
+    """
 
     ours: bool = False
+    fingerprint: str | None = None
 
 
 class Connector(Protocol):

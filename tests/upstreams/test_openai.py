@@ -222,7 +222,7 @@ async def test_an_upstream_that_fails_is_named_and_counted_by_how(script: Script
 
 async def test_an_event_has_so_many_calls_of_tools_and_no_more() -> None:
     got = await asked(script_many_calls, messages=[{"role": "user", "content": "x"}])
-    assert got.error is not None
+    assert isinstance(got.error, UpstreamFailed)
     assert got.error.code == "upstream_malformed"
 
 
