@@ -9,6 +9,7 @@ from typing import Protocol
 from bdh_batch.backends.base import Backend
 from bdh_batch.errors import ModelNotFound, Unavailable
 from bdh_batch.http.auth.caller import Caller
+from bdh_batch.http.errors import Forbidden
 from bdh_batch.http.schema.requests import Defaults
 from bdh_batch.text.chat import ChatTemplate, NoTemplate
 from bdh_batch.text.grammar import Grammars
@@ -26,6 +27,7 @@ class ModelInfo:
     created: int
     max_model_len: int | None
     owner: str = "bdh_batch"
+    passed_on: frozenset[str] | None = None  # what it is given of requests although this server does not know it
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -153,6 +155,13 @@ class Gate:
             raise ModelNotFound(name, [known for each in usable for known in each.info.names])
         caller.check_model(name or model.info.name, model.info.names)
         return model
+
+    def passed_on(self, caller: Caller, name: str | None) -> frozenset[str] | None:
+        """What of a request goes on to the model of that name; None also where there is none for the caller."""
+        try:
+            return self.find(caller, name).info.passed_on
+        except (ModelNotFound, Forbidden, Unavailable):
+            return None  # the request is told so once its body has been read
 
     def requests(self) -> int:
         """Requests under way in the engines."""

@@ -12,12 +12,13 @@ from starlette.responses import Response
 from bdh_batch.backends.base import Generation, TextBackend
 from bdh_batch.errors import BDHError, QueueFull, TooLate
 from bdh_batch.http.auth.access import Admission
+from bdh_batch.http.auth.caller import Caller
 from bdh_batch.http.auth.keys import KeyRing
 from bdh_batch.http.auth.quota import Quota
 from bdh_batch.http.auth.rates import Rates
 from bdh_batch.http.gate import Gate, ServedModel
 from bdh_batch.http.prepare import Preparation
-from bdh_batch.http.request.body import Body, check, parse
+from bdh_batch.http.request.body import Body, check, parse, read_object
 from bdh_batch.http.request.client import Client, unless_left
 from bdh_batch.http.request.off_loop import Aside, OffLoop
 from bdh_batch.http.responses.frames import Frames, ResponseOptions
@@ -79,6 +80,13 @@ class Serving:
     def parse(self, raw: bytes, kind: type[Body]) -> Body:
         """The bytes of a body in its type. Raises InvalidRequest."""
         return parse(raw, kind, self.settings.limits, self.settings.api.unknown_fields)
+
+    def parse_for_model(self, raw: bytes, kind: type[Body], caller: Caller) -> Body:
+        """As `parse`, of a body that an upstream of the same API may be given as it came."""
+        values = read_object(raw, self.settings.limits)
+        name = values.get("model")
+        passed_on = self.gate.passed_on(caller, name if isinstance(name, str) else None)
+        return check(values, kind, self.settings.limits, self.settings.api.unknown_fields, passed_on)
 
     def check(self, values: dict[str, Any], kind: type[Body]) -> Body:
         """The values of a body in its type. Raises InvalidRequest."""

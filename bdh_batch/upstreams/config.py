@@ -189,6 +189,10 @@ class OpenAIUpstream(HttpUpstream):
     kind: Literal["openai"]
     model: str | None = Field(None, description="Name of the model there; null is the id.")
     include_usage: bool = Field(True, description="Whether streams are asked for their usage.")
+    pass_fields: list[str] = Field(
+        [],
+        description="Fields of requests that go on although this server does not know them, or keeps them as labels.",
+    )
 
 
 class HtmlSections(Entry):

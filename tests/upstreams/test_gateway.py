@@ -69,7 +69,10 @@ async def behind(serve: ServeFactory) -> AsyncIterator[tuple[Server, Behind]]:
         worker(lambda request, context: do.stream(request, context), lambda request: do.whole(request)) as kserve,
         gateway(
             serve,
-            {"id": "gpt", "kind": "openai", "url": f"{fake.url}/v1", "aliases": ["gpt-4"], "failures": 1000},
+            {
+                **{"id": "gpt", "kind": "openai", "url": f"{fake.url}/v1", "aliases": ["gpt-4"], "failures": 1000},
+                **{"pass_fields": ["thinking", "user"], "drop": ["verbosity"]},
+            },
             {"id": "bharatgen-param-17b", "kind": "gradio", "url": fake.url, "reasoning": True, **BHARATGEN},
             {
                 **{"id": "llamacpp", "kind": "kserve", "endpoints": [kserve.address], "version": "llamacpp"},
@@ -280,6 +283,63 @@ async def test_what_an_upstream_cannot_express_is_refused_by_name(client: AsyncO
     with pytest.raises(APIStatusError) as refused:
         await client.embeddings.create(model="gpt", input="x")
     assert refused.value.status_code == 400
+
+
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo=", "detail": "low"}}
+
+
+async def test_what_only_the_upstream_knows_is_passed_on_to_it(behind: tuple[Server, Behind]) -> None:
+    server, do = behind
+    bodies: list[Any] = []
+
+    async def script(connection: Connection) -> None:
+        bodies.append(connection.asked.body)
+        await connection.events(chunk("ok", "stop", chat="messages" in connection.asked.body))
+
+    do.web = script
+    parts = [{"type": "text", "text": "what is this?", "prompt_cache_breakpoint": {}}, PICTURE]
+    messages = [{"role": "user", "content": parts}, {"role": "user", "content": [PICTURE]}]
+    passed = {
+        **{"reasoning_effort": "low", "verbosity": "low", "documents": [{"text": "d"}], "service_tier": "priority"},
+        **{"thinking": {"type": "enabled"}, "user": "u-1", "chat_template_kwargs": {"enable_thinking": True}},
+    }
+    labels = {"metadata": {"a": "b"}, "store": True}
+    chat = {"model": "gpt-4", "messages": messages, **passed, **labels}
+    assert (await asyncio.to_thread(server.http.post, "/v1/chat/completions", json=chat)).status_code == 200
+    del passed["verbosity"]
+    wanted = {"model": "gpt", "messages": messages, **passed, "stream": True, "stream_options": {"include_usage": True}}
+    assert bodies == [wanted]
+    text = {"model": "gpt", "prompt": "a", "suffix": "b", "num_beams": 2}
+    assert (await asyncio.to_thread(server.http.post, "/v1/completions", json=text)).status_code == 200
+    assert (bodies[1]["suffix"], bodies[1]["num_beams"]) == ("b", 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "param"),
+    [
+        ("gpt", {"web_search_options": {}}, "web_search_options"),  # it would not be passed back
+        ("gpt", {"modalities": ["text", "audio"]}, "modalities"),
+        ("gpt", {"thinkng": {}}, "thinkng"),
+        ("gpt", {"stream_options": {"thinking": 1}, "stream": True}, "stream_options.thinking"),
+        (
+            "gpt",
+            {"stream_options": {"include_obfuscation": True}, "stream": True},
+            "stream_options.include_obfuscation",
+        ),
+        ("gpt", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ("llamacpp", {"reasoning_effort": "low"}, "reasoning_effort"),
+        ("llamacpp", {"thinking": {}}, "thinking"),
+        ("llamacpp", {"messages": [{"role": "user", "content": [PICTURE]}]}, "messages[0].content[0]"),
+        ("bharatgen-param-17b", {"messages": [{"role": "user", "content": [PICTURE]}]}, "messages[0].content[0]"),
+        ("missing", {"reasoning_effort": "low"}, "reasoning_effort"),
+    ],
+)
+async def test_what_nobody_knows_is_refused_by_name(
+    behind: tuple[Server, Behind], model: str, change: dict[str, Any], param: str
+) -> None:
+    chat = {"model": model, "messages": [{"role": "user", "content": "a"}], **change}
+    refused = behind[0].http.post("/v1/chat/completions", json=chat)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
 
 # The seeds' example calls, as they are written there.
