@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,80 +18,16 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests.conftest import CONFORMANCE, HANG_SECONDS, ServeFactory, Server, clean_environment, eventually, free_port
 from tests.launcher import Launcher
-from tests.upstreams.fakes import Connection, chunk, token, web, worker
-from tests.upstreams.test_gradio import DEBUG, LATENCY, THOUGHT, value
+from tests.upstreams.fakes import Connection, chunk, token
+from tests.upstreams.gateway import Behind, gateway, options
 
 STREAMS = 64
 PROMPTS = [f"prompt {number}: é" for number in range(STREAMS)]
-BHARATGEN = {
-    "api": "chat_fn_1",
-    "inputs": ["{message}", "{history}", "{system}", "{temperature}", "{max_tokens}", "{top_p}", 50],
-    "history": "pairs",
-    "system": "You are a helpful AI assistant.",
-    "defaults": {"temperature": 0.7, "max_tokens": 2048, "top_p": 1.0},
-}
-
-
-def options(*upstreams: dict[str, Any]) -> str:
-    return f"upstreams={json.dumps(upstreams)}"
-
-
-@contextlib.asynccontextmanager
-async def gateway(serve: ServeFactory, *upstreams: dict[str, Any], grpc_port: int = 0) -> AsyncIterator[Server]:
-    more = [f"kserve.grpc_port={grpc_port}"] if grpc_port else []
-    context = serve(options(*upstreams), *more, verb="gateway")
-    server = await asyncio.to_thread(context.__enter__)
-    try:
-        yield server
-    finally:
-        await asyncio.to_thread(context.__exit__, None, None, None)
-
-
-class Behind:
-    """What is behind the gateway of these tests; each fake does what a test tells it to."""
-
-    def __init__(self) -> None:
-        self.grpc_port = free_port()  # of the gateway itself
-        self.web: Callable[[Connection], Any] = self._unset
-        self.stream: Callable[[Any, Any], Any] = self._unset
-        self.whole: Callable[[Any], Any] = self._unset
-
-    def _unset(self, *_: Any) -> Any:
-        raise AssertionError("no test has said what to do")
-
-
-@pytest.fixture(scope="module")
-async def behind(serve: ServeFactory) -> AsyncIterator[tuple[Server, Behind]]:
-    do = Behind()
-    async with (
-        web(lambda connection: do.web(connection)) as fake,
-        worker(lambda request, context: do.stream(request, context), lambda request: do.whole(request)) as kserve,
-        gateway(
-            serve,
-            {
-                **{"id": "gpt", "kind": "openai", "url": f"{fake.url}/v1", "aliases": ["gpt-4"], "failures": 1000},
-                **{"pass_fields": ["thinking", "user"], "drop": ["verbosity"]},
-            },
-            {"id": "bharatgen-param-17b", "kind": "gradio", "url": fake.url, "reasoning": True, **BHARATGEN},
-            {
-                **{"id": "llamacpp", "kind": "kserve", "endpoints": [kserve.address], "version": "llamacpp"},
-                **{"model": "generate", "stream_model": "generate_stream", "drop": ["stop"]},
-            },
-            grpc_port=do.grpc_port,
-        ) as server,
-    ):
-        yield server, do
-
-
-@pytest.fixture(scope="module")
-async def client(behind: tuple[Server, Behind]) -> AsyncIterator[AsyncOpenAI]:
-    async with behind[0].async_openai() as client:
-        yield client
 
 
 async def test_the_models_of_all_upstreams_are_listed_by_their_names(client: AsyncOpenAI) -> None:
     models = (await client.models.list()).data
-    assert [model.id for model in models] == ["gpt", "gpt-4", "bharatgen-param-17b", "llamacpp"]
+    assert [model.id for model in models] == ["llamacpp", "tinyllama", "gpt", "gpt-4", "bharatgen-param-17b"]
     assert {model.owned_by for model in models} == {"upstream"}
     assert {model.model_dump()["fingerprint"] for model in models} == {None}  # who knows what is behind them
     assert (await client.models.retrieve("gpt-4")).id == "gpt-4"
@@ -342,51 +277,6 @@ async def test_what_nobody_knows_is_refused_by_name(
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
 
-# The seeds' example calls, as they are written there.
-
-
-def llamacpp(prompt: str) -> Sequence[str]:
-    return [word if at == 0 else f" {word}" for at, word in enumerate(f"You said: {prompt}".split(" "))]
-
-
-async def test_anyserves_client(behind: tuple[Server, Behind]) -> None:
-    """examples/llamacpp/client.py: completions, whole and streamed, and the list of models."""
-    seen: list[tuple[str, str]] = []
-
-    def inputs(request: Any) -> dict[str, Any]:
-        return {each.name: each.contents for each in request.inputs}
-
-    async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-        seen.append((request.model_name, request.model_version))
-        for text in llamacpp(inputs(request)["prompt"].bytes_contents[0].decode()):
-            yield token(request, text)
-        yield token(request, "", "stop")
-
-    behind[1].stream = stream
-    url = f"{behind[0].url}/v1"
-    async with httpx.AsyncClient(timeout=HANG_SECONDS) as requests:
-        payload = {"model": "llamacpp", "prompt": "Hello, world!", "max_tokens": 100, "stream": False}
-        result = (await requests.post(f"{url}/completions", json=payload)).json()
-        assert result["choices"][0]["text"] == "You said: Hello, world!"
-        assert result["model"] == "llamacpp"
-        assert result["usage"] | {"estimated": True} == result["usage"]
-        said = ""
-        async with requests.stream("POST", f"{url}/completions", json=payload | {"stream": True}) as response:
-            assert response.status_code == 200
-            async for line in response.aiter_lines():
-                if line.startswith("data: "):
-                    data = line[6:]
-                    if data == "[DONE]":
-                        break
-                    said += json.loads(data).get("choices", [{}])[0].get("text", "")
-        assert said == "You said: Hello, world!"
-        chat = {"model": "llamacpp", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0.7}
-        result = (await requests.post(f"{url}/chat/completions", json=chat)).json()
-        assert result["choices"][0]["message"]["content"] == "You said: user: Hi\nassistant:"
-        assert "llamacpp" in [model["id"] for model in (await requests.get(f"{url}/models")).json()["data"]]
-    assert seen == [("generate_stream", "llamacpp")] * 3
-
-
 async def test_estimated_usage_is_marked_over_kserve_too(behind: tuple[Server, Behind]) -> None:
     server, do = behind
 
@@ -433,45 +323,6 @@ def generated(response: Any) -> tuple[int, int, bool]:
 def tensors(response: Any) -> tuple[Any, ...]:
     found = {each.name: [*each.contents.int_contents, *each.contents.bool_contents] for each in response.outputs}
     return tuple(found[name][0] for name in USAGE)
-
-
-async def test_bharatgens_examples(behind: tuple[Server, Behind], client: AsyncOpenAI) -> None:
-    """examples/basic_chat.py and test_openai_sdk.py: whole, streamed, several turns, parameters."""
-    asked: list[Any] = []
-
-    async def script(connection: Connection) -> None:
-        if connection.asked.method == "POST":
-            asked.append(connection.asked.body["data"])
-            await connection.json({"event_id": "e1"})
-            return
-        texts = [THOUGHT.format("Let me"), THOUGHT.format("Let me count.") + "\n\nOne,"]
-        texts += [texts[-1] + " two,", texts[-1] + " two, three." + DEBUG + LATENCY]
-        await connection.gradio(*(("generating", value(text)) for text in texts), ("complete", value(texts[-1])))
-
-    behind[1].web = script
-    model = "bharatgen-param-17b"
-    question: Any = [{"role": "user", "content": "Count from 1 to 3 and explain each number."}]
-    whole = await client.chat.completions.create(model=model, messages=question, temperature=0.5, max_tokens=2048)
-    assert whole.choices[0].message.content == "One, two, three."
-    assert getattr(whole.choices[0].message, "reasoning_content") == "Let me count."  # noqa: B009
-    assert whole.usage is not None
-    assert whole.usage.model_dump()["estimated"] is True
-    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens > 0
-    stream = await client.chat.completions.create(model=model, messages=question, temperature=0.5, stream=True)
-    assert "".join([event.choices[0].delta.content or "" async for event in stream]) == "One, two, three."
-    turns: Any = [
-        {"role": "system", "content": "You are a helpful math tutor."},
-        {"role": "user", "content": "What is 15 + 27?"},
-        {"role": "assistant", "content": "42"},
-        {"role": "user", "content": "Now multiply that result by 2."},
-    ]
-    await client.chat.completions.create(model=model, messages=turns, top_p=0.95)
-    head: Any = "Count from 1 to 3 and explain each number.", [], "You are a helpful AI assistant."
-    assert asked == [
-        [*head, 0.5, 2048, 1.0, 50],
-        [*head, 0.5, 2048, 1.0, 50],
-        [turns[3]["content"], [["What is 15 + 27?", "42"]], turns[0]["content"], 0.7, 2048, 0.95, 50],
-    ]
 
 
 # Servers like this one behind the gateway.
