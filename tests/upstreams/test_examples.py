@@ -6,7 +6,6 @@ import asyncio
 import json
 import shutil
 from collections.abc import AsyncIterator, Sequence
-from functools import partial
 from typing import Any
 
 import httpx
@@ -177,10 +176,13 @@ async def test_bharatgens_client_is_ours(behind: tuple[Server, Behind]) -> None:
 
     def example() -> list[str]:
         with BDHClient(server.url) as client:
-            create = partial(client.openai.chat.completions.create, model="bharatgen-param-17b", temperature=0.7)
-            response = create(messages=[{"role": "user", "content": "What is the capital of India?"}])
-            stream = create(messages=[{"role": "user", "content": "Count from 1 to 5"}], stream=True)
-            return [response.choices[0].message.content, "".join(c.choices[0].delta.content or "" for c in stream)]
+            chat = client.openai.chat.completions
+            question: Any = [{"role": "user", "content": "What is the capital of India?"}]
+            response = chat.create(model="bharatgen-param-17b", messages=question, temperature=0.7)
+            count: Any = [{"role": "user", "content": "Count from 1 to 5"}]
+            stream = chat.create(model="bharatgen-param-17b", messages=count, stream=True)
+            streamed = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+            return [response.choices[0].message.content or "", streamed]
 
     assert await asyncio.to_thread(example) == ["One, two, three."] * 2
     assert [data[0] for data in asked] == ["What is the capital of India?", "Count from 1 to 5"]
