@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from bdh_batch.errors import ConfigError
 from bdh_batch.messages import FinishReason
+from bdh_batch.system.protobuf import Counter, TooMany
 from bdh_batch.upstreams.config import KServeUpstream, Tensor
 from bdh_batch.upstreams.protocol import (
     BUSY,
@@ -39,6 +40,8 @@ ERROR_STATUS, ERROR_PARAM = "error_status", "error_param"  # parameters of a res
 USAGE = ("prompt_tokens", "completion_tokens", "cached_tokens")
 ESTIMATED = "usage_estimated"  # says of these, in a server like this one, that they are no more than estimates
 BELIEVED_SECONDS = 60.0  # that an endpoint has no ModelStreamInfer: then it is tried again
+UNCOUNTED = 16384  # bytes of a message of which the parser has soon made all that is in it
+MOST_FIELDS, MOST_NUMBERS = 8192, 2**19  # of a larger one: the parser holds up all streams until it has made them
 LARGEST_REQUEST = 2**28  # bytes: the body's own limit is narrower
 # The fields of /v1/completions that a server like this one takes as parameters, but for those that are done on this
 # side, and those whose outcome is not passed back.
@@ -305,6 +308,11 @@ def _tokens(name: str, number: int) -> int:
 
 def _parsed(kind: Any, message: bytes) -> Any:
     """Returns a message that the stubs' own parser would log as a fault of this program where it is none."""
+    if len(message) > UNCOUNTED:
+        try:
+            Counter(MOST_FIELDS, MOST_NUMBERS).run(message, kind.DESCRIPTOR)
+        except TooMany as error:
+            raise Fault(FaultKind.TOO_LARGE, str(error)) from None
     try:
         return kind.FromString(message)
     except DecodeError as error:

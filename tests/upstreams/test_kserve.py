@@ -290,6 +290,25 @@ def large(request: Any) -> Any:
     return token(request, b"x" * (5 * 2**20))
 
 
+def many_outputs(request: Any) -> Any:
+    made = service_pb2.ModelStreamInferResponse()
+    made.infer_response.outputs.extend([service_pb2.ModelInferResponse.InferOutputTensor()] * 400_000)
+    return made
+
+
+def many_parameters(request: Any) -> Any:
+    made = token(request, "x")
+    for number in range(80_000):
+        made.infer_response.parameters[str(number)].bool_param = True
+    return made
+
+
+def many_elements(request: Any) -> Any:
+    made = token(request, "x")
+    made.infer_response.outputs.append(tensor("spare", [b""] * 400_000))
+    return made
+
+
 def not_utf8(request: Any) -> Any:
     return token(request, b"\xff\xfe")
 
@@ -309,6 +328,9 @@ def not_utf8(request: Any) -> Any:
         (says_error, "error"),
         (ends_with_error, "error"),
         (large, "too_large"),
+        (many_outputs, "too_large"),
+        (many_parameters, "too_large"),
+        (many_elements, "too_large"),
     ],
 )
 @pytest.mark.parametrize("before", [0, 50])
