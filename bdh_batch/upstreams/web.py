@@ -7,12 +7,18 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+import httpcore
 import httpx
 import orjson
 
 from bdh_batch.errors import ConfigError
 from bdh_batch.upstreams.config import HttpUpstream
 from bdh_batch.upstreams.protocol import BUSY, REFUSALS, Fault, FaultKind
+from bdh_batch.upstreams.sse import in_turns
+
+# Bytes that are read at a time, for all async clients of this process. Interim responses within them are parsed at once,
+# and an upstream may send any number of these: 64 KB of `100 Continue` held up all streams for 0.3 s.
+httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = 4096
 
 KEEPALIVE_SECONDS = 4.0  # less than most servers keep an idle connection for
 LONGEST_ERROR = 65536  # bytes of the body of an error that are read
@@ -84,7 +90,7 @@ async def asked(
 async def read(response: httpx.Response, most: int) -> bytes:
     """Returns the body. Raises Fault where it has more than `most` bytes."""
     content = bytearray()
-    async for chunk in response.aiter_raw():
+    async for chunk in in_turns(response.aiter_raw()):
         content += chunk
         if len(content) > most:
             raise Fault(FaultKind.TOO_LARGE)

@@ -231,17 +231,35 @@ async def test_brackets_in_a_text_are_text() -> None:
     assert (await asked(lambda connection: connection.events(chunk(text, "stop")))).text == text
 
 
-class OneChunk(httpx.AsyncByteStream):
-    """A body that arrives at once."""
+async def test_interim_responses_are_passed_over_however_many() -> None:
+    async def script(connection: Connection) -> None:
+        await connection.send(b"HTTP/1.1 100 Continue\r\n\r\n" * 8192)
+        await connection.events(chunk("ok", "stop"))
 
-    def __init__(self, content: bytes) -> None:
-        self._content = content
+    assert (await asked(script)).text == "ok"
+
+
+class AtOnce(httpx.AsyncByteStream):
+    """A body all of whose chunks have arrived."""
+
+    def __init__(self, *chunks: bytes) -> None:
+        self._chunks = chunks
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        yield self._content
+        for each in self._chunks:
+            yield each
 
 
-async def test_others_have_their_turns_while_blank_lines_are_read() -> None:
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [b"\n" * 65536, b"data: x\n\n"],
+        [*[b"\n"] * 2048, b"data: x\n\n"],
+        [b": ", *[b"a"] * 2048, b"\n\n", b"data: x\n\n"],
+    ],
+    ids=["blank lines", "chunks of blank lines", "chunks of a comment"],
+)
+async def test_others_have_their_turns_while_nothing_is_said(chunks: list[bytes]) -> None:
     turns = 0
 
     async def other() -> None:
@@ -252,9 +270,9 @@ async def test_others_have_their_turns_while_blank_lines_are_read() -> None:
 
     beside = asyncio.create_task(other())
     head = {"content-type": "text/event-stream"}
-    response = httpx.Response(200, headers=head, stream=OneChunk(b"\n" * 65536 + b"data: x\n\n"))
+    response = httpx.Response(200, headers=head, stream=AtOnce(*chunks))
     assert [event.data async for event in events(response, 2**20)] == ["x"]
-    assert turns >= 16
+    assert turns >= 15
     beside.cancel()
 
 
