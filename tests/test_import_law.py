@@ -37,18 +37,8 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "backends": (SHARED | {"engine", "scheduler", "text"}, {"msgspec"}),
     "upstreams": (
         SHARED | {"backends", "text"},
-        {
-            "google",
-            "grpc",
-            "httpcore",
-            "httpx",
-            "httpx_sse",
-            "orjson",
-            "pydantic",
-            "pydantic_core",
-            "selectolax",
-            "tritonclient",
-        },
+        {"google", "grpc", "httpcore", "httpx", "httpx_sse", "orjson", "pydantic", "pydantic_core", "selectolax"}
+        | {"tritonclient"},
     ),
     "observability": (SHARED | {"engine", "scheduler", "backends", "__init__"}, {"opentelemetry", "prometheus_client"}),
     "http": (

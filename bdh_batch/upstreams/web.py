@@ -16,7 +16,7 @@ from bdh_batch.upstreams.config import HttpUpstream
 from bdh_batch.upstreams.protocol import BUSY, REFUSALS, Fault, FaultKind
 from bdh_batch.upstreams.sse import in_turns
 
-# Bytes that are read at a time, for all async clients of this process. Interim responses within them are parsed at once,
+# Bytes that are read at a time, for all async clients here. Interim responses within them are parsed at once,
 # and an upstream may send any number of these: 64 KB of `100 Continue` held up all streams for 0.3 s.
 httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = 4096
 
