@@ -209,7 +209,9 @@ class HtmlSections(Entry):
         description="CSS selectors of what is taken out, as debug output and latencies.",
     )
     placeholders: list[str] = Field([], description="Texts that stand where there is none yet, as `Thinking...`.")
-    max_tags: PositiveInt = Field(2048, le=8192, description="Most tags of a text; more end the request.")
+    max_tags: PositiveInt = Field(
+        2048, le=8192, description="Most tags of a text, and most attributes in them; more end the request."
+    )
 
 
 class GradioUpstream(HttpUpstream):
