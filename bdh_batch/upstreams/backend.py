@@ -28,12 +28,11 @@ from bdh_batch.upstreams.choice import Choice, Outbox, Route
 from bdh_batch.upstreams.counting import conversation_size, encoded_length, estimate
 from bdh_batch.upstreams.endpoints import Endpoints
 from bdh_batch.upstreams.fields import passed_on
-from bdh_batch.upstreams.protocol import TextRequest
+from bdh_batch.upstreams.protocol import MOST, TextRequest
 
 log = logging.getLogger(__name__)
 
 LAST_WORDS_SECONDS = 2.0  # for the error events of a drain that ran out of time to reach their clients
-MOST_TOKEN_ID = 2**31 - 1
 LARGEST_SEED = 2**63 - 1  # that all protocols can express
 MOST_WAITING = 8192  # requests that wait for their turn at one upstream
 
@@ -49,7 +48,7 @@ class UpstreamBackend:
     def __init__(self, route: Route, tokenizer: Tokenizer | None, timeout: float | None) -> None:
         self._route = route
         self._counts = tokenizer
-        self._tokenization = Tokenization(tokenizer or TokenIdsOnly(), MOST_TOKEN_ID)
+        self._tokenization = Tokenization(tokenizer or TokenIdsOnly(), MOST)
         self._timeout = timeout
         self._running = Running()
         upstream = route.upstream
@@ -216,7 +215,7 @@ class UpstreamGeneration:
         estimated = estimated or any(choice.count.estimated for choice in self._choices)
         if all(choice.ended for choice in self._choices):
             completion_tokens = sum(choice.count.tokens for choice in self._choices)
-        return Usage(prompt_tokens, completion_tokens, cached, estimated)
+        return Usage(min(prompt_tokens, MOST), min(completion_tokens, MOST), min(cached, MOST), estimated)
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         while self._tally.open:

@@ -20,7 +20,7 @@ from bdh_batch.system.protobuf import Counter, TooMany
 from bdh_batch.upstreams.config import KServeUpstream, Tensor
 from bdh_batch.upstreams.protocol import (
     BUSY,
-    MOST_TOKENS,
+    MOST,
     REFUSALS,
     EndpointFacts,
     Fault,
@@ -28,6 +28,7 @@ from bdh_batch.upstreams.protocol import (
     Piece,
     TextRequest,
     reason_of,
+    token_ids,
 )
 from bdh_batch.upstreams.tensors import ResponseTensors, add_input, add_parameter, new_request
 
@@ -135,7 +136,7 @@ class KServeConnector:
         response = await self._infer(address, asked, wanted)
         tensors = ResponseTensors(response)
         name = tensors.find(["prompt_token_ids"])
-        return None if name is None else tensors.integers(name)
+        return None if name is None else token_ids(tensors.integers(name))
 
     async def close(self) -> None:
         channels, self._channels = self._channels, {}
@@ -273,7 +274,7 @@ class _Reader:
         if (name := tensors.find(outputs.text)) is not None:
             piece.text = self._decoded(tensors.text(name))
         if (name := tensors.find(outputs.token_ids)) is not None:
-            piece.tokens = tensors.integers(name)
+            piece.tokens = token_ids(tensors.integers(name))
             piece.count = len(piece.tokens)
         if (name := tensors.find(outputs.finish_reason)) is not None:
             self.has_reasons = True
@@ -301,7 +302,7 @@ class _Reader:
 
 
 def _tokens(name: str, number: int) -> int:
-    if not 0 <= number < MOST_TOKENS:
+    if not 0 <= number <= MOST:
         raise Fault(FaultKind.MALFORMED, f"{name} is no number of tokens")
     return number
 

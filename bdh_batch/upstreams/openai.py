@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from bdh_batch.upstreams.config import OpenAIUpstream
-from bdh_batch.upstreams.protocol import MOST_TOKENS, EndpointFacts, Fault, FaultKind, Piece, TextRequest, reason_of
+from bdh_batch.upstreams.protocol import MOST, EndpointFacts, Fault, FaultKind, Piece, TextRequest, reason_of, token_ids
 from bdh_batch.upstreams.sse import events
 from bdh_batch.upstreams.web import asked, described, is_alive, open_client, parsed, read_json
 
@@ -159,7 +159,7 @@ def _call(at: int, call: object) -> dict[str, Any]:
 
 
 def _tokens(value: object) -> list[int]:
-    return value if isinstance(value, list) and set(map(type, value)) <= {int} else []
+    return [*token_ids(value)] if isinstance(value, list) and set(map(type, value)) <= {int} else []
 
 
 def _read_usage(usage: object, piece: Piece) -> None:
@@ -173,4 +173,4 @@ def _read_usage(usage: object, piece: Piece) -> None:
 
 def _number(usage: Mapping[str, Any], name: str) -> int | None:
     value = usage.get(name)
-    return value if type(value) is int and 0 <= value < MOST_TOKENS else None
+    return value if type(value) is int and 0 <= value <= MOST else None

@@ -30,7 +30,7 @@ class FaultKind(StrEnum):
 
 REFUSALS = frozenset((400, 413, 422))  # statuses of HTTP
 BUSY = frozenset((429, 503))
-MOST_TOKENS = 2**53  # that a usage may report
+MOST = 2**31 - 1  # of what KServe passes on as INT32: numbers of tokens, and their ids
 TIMEOUTS = frozenset((FaultKind.CONNECT_TIMEOUT, FaultKind.FIRST_TOKEN_TIMEOUT, FaultKind.GAP_TIMEOUT))
 # Of these another endpoint would do no better.
 FINAL = frozenset((FaultKind.REFUSED, FaultKind.REWRITTEN, FaultKind.DIFFERS))
@@ -143,6 +143,13 @@ class Connector(Protocol):
 
     async def close(self) -> None:
         """Closes all connections. Idempotent."""
+
+
+def token_ids(said: Sequence[int]) -> Sequence[int]:
+    """Returns the same. Raises Fault: one of them is no token id."""
+    if said and not (min(said) >= 0 and max(said) <= MOST):
+        raise Fault(FaultKind.MALFORMED, "a token id is none")
+    return said
 
 
 REASONS = {

@@ -309,6 +309,14 @@ def many_elements(request: Any) -> Any:
     return made
 
 
+def token_of_int64(request: Any) -> Any:
+    return token(request, "x", "null", tensor("token_ids", [2**40], "INT64"))
+
+
+def negative_token(request: Any) -> Any:
+    return token(request, "x", "null", tensor("token_ids", [-5], "INT32"))
+
+
 def not_utf8(request: Any) -> Any:
     return token(request, b"\xff\xfe")
 
@@ -325,6 +333,8 @@ def not_utf8(request: Any) -> Any:
         (raw_cut, "malformed"),
         (empty, "malformed"),
         (not_utf8, "malformed"),
+        (token_of_int64, "malformed"),
+        (negative_token, "malformed"),
         (says_error, "error"),
         (ends_with_error, "error"),
         (large, "too_large"),

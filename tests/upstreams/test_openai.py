@@ -104,6 +104,16 @@ async def test_without_a_usage_it_is_estimated_and_says_so() -> None:
     assert (await asked(script, "12345")).usage == Usage(2, 3, estimated=True)
 
 
+async def test_a_sum_of_tokens_is_no_more_than_all_protocols_can_say() -> None:
+    most = 2**31 - 1
+    usage = {"prompt_tokens": 5, "completion_tokens": most, "prompt_tokens_details": {"cached_tokens": most}}
+
+    async def reports(connection: Connection) -> None:
+        await connection.events(chunk("x", "stop"), {"choices": [], "usage": usage})
+
+    assert (await asked(reports, n=3)).usage == Usage(5, most, 5)
+
+
 async def script_down(connection: Connection) -> None:
     connection.writer.transport.abort()
 
@@ -130,6 +140,10 @@ async def script_no_object(connection: Connection) -> None:
 
 async def script_wrong_types(connection: Connection) -> None:
     await connection.events({"choices": [{"index": 0, "text": 7}]})
+
+
+async def script_token_of_int64(connection: Connection) -> None:
+    await connection.events({"choices": [{"index": 0, "text": "x", "token_ids": [2**40]}]})
 
 
 async def script_not_utf8(connection: Connection) -> None:
@@ -195,6 +209,7 @@ async def script_moved(connection: Connection) -> None:
         (script_no_object, "malformed"),
         (script_wrong_types, "malformed"),
         (script_not_utf8, "malformed"),
+        (script_token_of_int64, "malformed"),
         (script_no_event_stream, "malformed"),
         (script_bomb, "malformed"),
         (script_deep, "malformed"),
