@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
 import httpcore
@@ -26,7 +27,8 @@ MOST_CONTAINERS = 32768  # lists and objects of one message: the parser holds up
 
 
 def open_client(upstream: HttpUpstream) -> httpx.AsyncClient:
-    """Opens the pool of connections to an upstream. The environment's proxies and netrc are not for it.
+    """Opens the pool of connections to an upstream. The environment's proxies and netrc are not for it, and it keeps no
+    cookies: one client's session would be that of all.
 
     Raises:
         ConfigError: its key, or its authorities, cannot be read.
@@ -43,6 +45,7 @@ def open_client(upstream: HttpUpstream) -> httpx.AsyncClient:
         headers=headers,
         verify=context,
         trust_env=False,
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
         timeout=httpx.Timeout(None, connect=seconds, pool=seconds),
         limits=httpx.Limits(
             max_connections=2 * upstream.max_requests,  # those of health checks, too
