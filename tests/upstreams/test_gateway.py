@@ -325,6 +325,27 @@ def tensors(response: Any) -> tuple[Any, ...]:
     return tuple(found[name][0] for name in USAGE)
 
 
+async def test_a_gateway_behind_a_gateway_is_no_engine(serve: ServeFactory, behind: tuple[Server, Behind]) -> None:
+    """It takes token ids and all parameters, and says so; but what it is asked goes on as the client wrote it."""
+    _, do = behind
+    asked: list[Any] = []
+
+    async def script(request: Any, context: Any) -> AsyncIterator[Any]:
+        asked.append({each.name for each in request.inputs} | set(request.parameters))
+        yield token(request, "twelve bytes", "stop")
+
+    do.stream = script
+    up = {"id": "far", "kind": "kserve", "endpoints": [f"127.0.0.1:{do.grpc_port}"], "model": "llamacpp"}
+    async with gateway(serve, up) as front, front.async_openai() as client:
+        got = await client.completions.create(model="far", prompt="a", max_tokens=5)
+        assert got.choices[0].text == "twelve bytes"
+        assert got.usage is not None
+        assert got.usage.model_dump()["estimated"] is True
+        with pytest.raises(BadRequestError, match="presence_penalty"):
+            await client.completions.create(model="far", prompt="a", presence_penalty=0.5)
+    assert asked == [{"prompt", "max_tokens"}]
+
+
 # Servers like this one behind the gateway.
 
 
