@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import codecs
 import time
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
 import grpc
 from google.protobuf.message import DecodeError
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2 as pb
 
 from bdh_batch.errors import ConfigError
 from bdh_batch.messages import FinishReason
@@ -98,34 +98,41 @@ class KServeConnector:
         yield await self._whole(address, self._request(request, streams=False), request)
 
     async def probe(self, address: str) -> EndpointFacts:
-        seconds = self._upstream.connect_seconds
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(await self._channel(address))
-        metadata = tuple(self._metadata.items())
+        channel = await self._channel(address)
         try:
-            ready = await stub.ServerReady(service_pb2.ServerReadyRequest(), metadata=metadata, timeout=seconds)
+            ready, _ = await self._told(channel, "ServerReady", pb.ServerReadyRequest(), pb.ServerReadyResponse)
             if not ready.ready:
                 raise Fault(FaultKind.BUSY, "not ready")
-            about = await stub.ServerMetadata(service_pb2.ServerMetadataRequest(), metadata=metadata, timeout=seconds)
+            about, _ = await self._told(
+                channel, "ServerMetadata", pb.ServerMetadataRequest(), pb.ServerMetadataResponse
+            )
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 raise Fault(FaultKind.CONNECT) from error
             return EndpointFacts()  # it responds, and need not have these methods
         if about.name != OURS:
             return EndpointFacts()
-        return EndpointFacts(True, await self._fingerprint(stub, metadata))
+        return EndpointFacts(True, await self._fingerprint(channel))
 
-    async def _fingerprint(self, stub: Any, metadata: tuple[tuple[str, str], ...]) -> str | None:
+    async def _fingerprint(self, channel: grpc.aio.Channel) -> str | None:
         """Returns the fingerprint of the model at a server like this one; None where it does not generate itself."""
         upstream = self._upstream
         name = upstream.stream_model or upstream.model or upstream.id
-        asked = service_pb2.ModelMetadataRequest(name=name, version=upstream.version)
-        call = stub.ModelMetadata(asked, metadata=metadata, timeout=upstream.connect_seconds)
+        asked = pb.ModelMetadataRequest(name=name, version=upstream.version)
         try:
-            await call
-            said = dict(await call.trailing_metadata()).get(FINGERPRINT)
+            _, metadata = await self._told(channel, "ModelMetadata", asked, pb.ModelMetadataResponse)
         except grpc.RpcError:
             return None  # not for this key, or not now: then a request is told so
+        said = metadata.get(FINGERPRINT)
         return said if isinstance(said, str) else None
+
+    async def _told(
+        self, channel: grpc.aio.Channel, method: str, asked: Any, kind: Any
+    ) -> tuple[Any, Mapping[str, str | bytes]]:
+        """Returns what a method says of the endpoint, and the metadata behind it. Raises Fault, grpc.RpcError."""
+        ask = channel.unary_unary(f"{SERVICE}/{method}", asked.__class__.SerializeToString, None)
+        call = ask(asked, metadata=tuple(self._metadata.items()), timeout=self._upstream.connect_seconds)
+        return _parsed(kind, await call), dict(await call.trailing_metadata())
 
     async def prompt_ids(self, address: str, request: TextRequest) -> Sequence[int] | None:
         special = {name: value for name, value in request.fields.items() if name == "add_special_tokens"}
@@ -211,7 +218,7 @@ class KServeConnector:
             await call.write(asked)
             await call.done_writing()
             async for message in call:
-                piece = reader.read(_parsed(service_pb2.ModelStreamInferResponse, message))
+                piece = reader.read(_parsed(pb.ModelStreamInferResponse, message))
                 yield piece
             reader.end()
             if not reader.has_reasons and reader.begun:
@@ -241,7 +248,7 @@ class KServeConnector:
             if isinstance(fault, Unimplemented):
                 fault = Fault(FaultKind.ERROR, "it has no ModelInfer for this model")
             raise fault from error
-        return _parsed(service_pb2.ModelInferResponse, message)
+        return _parsed(pb.ModelInferResponse, message)
 
 
 class Unimplemented(Exception):

@@ -379,6 +379,24 @@ async def test_an_error_with_a_status_is_what_it_is_over_http(status: int, error
     assert isinstance(got.error, InvalidRequest) <= (getattr(got.error, "param", None) == "prompt")
 
 
+@pytest.mark.parametrize("message", [b"\xff", b"\x1a\0" * 100_000], ids=["no message", "many parts"])
+async def test_an_endpoint_whose_own_words_are_hostile_is_down(message: bytes) -> None:
+    async def say(raw: bytes, context: Any) -> bytes:
+        return message
+
+    server = grpc.aio.server()
+    method = grpc.unary_unary_rpc_method_handler(say)  # bytes as they are
+    handlers = dict.fromkeys(("ServerReady", "ServerMetadata", "ModelMetadata"), method)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        async with upstream(checked=True, kind="kserve", endpoints=[address]) as gateway:
+            assert [endpoint.up for endpoint in gateway.backend.endpoints.all] == [False]
+    finally:
+        await server.stop(0)
+
+
 async def test_usage_that_is_no_number_of_tokens_is_malformed() -> None:
     usage = tensor("completion_tokens", [2**63 - 1] * 3, "INT64", (3,))
     got, _ = await asked(sent(lambda request: token(request, "x", "stop", usage)))
