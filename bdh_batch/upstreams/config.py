@@ -28,6 +28,7 @@ from bdh_batch.system.sizes import parse_bytes
 HOP_BY_HOP = frozenset(
     ("connection", "content-length", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade")
 )
+NEVER_PASSED = frozenset(("messages", "model", "prompt", "stream", "stream_options"))  # each API has its own
 HEADER_NAME = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+")
 METADATA_NAME = re.compile(r"[a-z0-9._-]+")
 PORT = re.compile(r"[0-9]{1,5}")
@@ -165,6 +166,14 @@ class Upstream(Entry):
         return key
 
 
+def _more(value: str) -> str:
+    if value in NEVER_PASSED:
+        raise PydanticCustomError(
+            "field", "a field besides {names} is expected", {"names": ", ".join(sorted(NEVER_PASSED))}
+        )
+    return value
+
+
 class HttpUpstream(Upstream):
     """The base of upstreams that are asked by HTTP, at one URL or at several alike."""
 
@@ -189,7 +198,7 @@ class OpenAIUpstream(HttpUpstream):
     kind: Literal["openai"]
     model: str | None = Field(None, description="Name of the model there; null is the id.")
     include_usage: bool = Field(True, description="Whether streams are asked for their usage.")
-    pass_fields: list[str] = Field(
+    pass_fields: list[Annotated[str, AfterValidator(_more)]] = Field(
         [],
         description="Fields of requests that go on although this server does not know them, or keeps them as labels.",
     )

@@ -455,6 +455,12 @@ def test_urls_that_nobody_can_be_asked_at_are_refused(url: str) -> None:
         OpenAIUpstream(id="up", kind="openai", url=url)
 
 
+@pytest.mark.parametrize("field", ["messages", "prompt", "model", "stream"])
+def test_what_a_request_consists_of_is_no_field_to_pass_on(field: str) -> None:
+    with pytest.raises(ValidationError, match="pass_fields"):
+        OpenAIUpstream(id="up", kind="openai", url="http://h/v1", pass_fields=[field])
+
+
 def test_what_the_settings_send_is_not_the_clients_to_say() -> None:
     for own in ({"headers": {"authorization": "a"}}, {"key_env": "KEY"}):
         with pytest.raises(ValidationError, match="cannot be passed on"):
