@@ -96,6 +96,8 @@ def _piece(value: object, chat: bool) -> Piece:
     choices = value.get("choices")
     if not isinstance(choices, list) or not isinstance(choices[0] if choices else {}, dict):
         raise Fault(FaultKind.MALFORMED, "no list of choices")
+    if len(choices) > 1 or (choices and choices[0].get("index") not in (None, 0)):
+        raise Fault(FaultKind.WRONG_REQUEST, "a choice that was not asked for")
     piece = _choice(choices[0], chat) if choices else Piece()
     _read_usage(value.get("usage"), piece)
     if piece.prompt_ids is None:

@@ -146,6 +146,14 @@ async def script_token_of_int64(connection: Connection) -> None:
     await connection.events({"choices": [{"index": 0, "text": "x", "token_ids": [2**40]}]})
 
 
+async def script_another_choice(connection: Connection) -> None:
+    await connection.events({"choices": [{"index": 1, "text": "x"}]})
+
+
+async def script_two_choices(connection: Connection) -> None:
+    await connection.events({"choices": [{"index": 0, "text": "x"}, {"index": 1, "text": "y"}]})
+
+
 async def script_not_utf8(connection: Connection) -> None:
     await connection.send(HEAD, b'data: {"choices": [{"text": "\xff\xfe"}]}\n\n')
 
@@ -209,6 +217,8 @@ async def script_moved(connection: Connection) -> None:
         (script_no_object, "malformed"),
         (script_wrong_types, "malformed"),
         (script_not_utf8, "malformed"),
+        (script_another_choice, "wrong_request"),
+        (script_two_choices, "wrong_request"),
         (script_token_of_int64, "malformed"),
         (script_no_event_stream, "malformed"),
         (script_bomb, "malformed"),
