@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from bdh_batch import __version__
 from bdh_batch.backends.engine_port import EnginePort
@@ -25,7 +22,6 @@ from bdh_batch.backends.recorder import StepRecorder
 from bdh_batch.backends.wire import Welcome
 from bdh_batch.engine.loading import LoadedEngine, load_engine, start_worker
 from bdh_batch.errors import NotEnoughMemory
-from bdh_batch.kernels.base import Weights
 from bdh_batch.observability.engine_metrics import EngineMetrics
 from bdh_batch.observability.metrics import exposition, process_registry
 from bdh_batch.processes.engines import LOADER
@@ -67,7 +63,7 @@ async def run_engine(
     settings = model.settings
     leaving, located = _signalled(), chosen_model(settings)
     engine, text, vocabulary = await in_daemon_thread(partial(_load, settings, located.path, load), LOADER)
-    facts, registry = engine_info(engine, settings), process_registry()
+    facts, registry = await in_daemon_thread(partial(engine_info, engine, settings), LOADER), process_registry()
     metrics = EngineMetrics(registry, model.name)
     worker = start_worker(settings, engine, metrics, StepRecorder(folder.step(name)))
     watch_engine(metrics, worker, facts, settings)
@@ -78,7 +74,7 @@ async def run_engine(
         pid=os.getpid(),
         model=model.name,
         device=str(engine.model.weights.embed.device),
-        fingerprint=fingerprint(engine, settings),
+        fingerprint=facts.fingerprint,
         vocab_size=facts.vocab_size,
         width=facts.width,
         slots=facts.slots,
@@ -144,19 +140,3 @@ def _signalled() -> asyncio.Event:
     loop.add_signal_handler(signal.SIGTERM, event.set)
     loop.add_signal_handler(signal.SIGINT, lambda: None)
     return event
-
-
-def fingerprint(engine: LoadedEngine, settings: Settings) -> str:
-    """Returns a hash of all that decides which tokens an engine generates: weights, dtypes, kernels, window."""
-    digest = hashlib.blake2b(digest_size=16)
-    chosen = settings.engine
-    for part in (__version__, settings.model.attention_window, chosen.kernels, chosen.state_dtype):
-        digest.update(f"{part}\0".encode())
-    for field in fields(Weights):
-        value = getattr(engine.model.weights, field.name)
-        if isinstance(value, Tensor):
-            digest.update(f"{field.name} {value.dtype} {value.device.type} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        else:
-            digest.update(f"{field.name} {value}".encode())
-    return digest.hexdigest()

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from bdh_batch import __version__
 from bdh_batch.backends.local import Engine, LocalBackend
 from bdh_batch.engine.loading import LoadedEngine, attention_window, load_engine, start_worker
 from bdh_batch.engine.worker import Observer
+from bdh_batch.kernels.base import Weights
 from bdh_batch.observability.engine_metrics import EngineMetrics
 from bdh_batch.processes.components import Components
 from bdh_batch.processes.engines import LOADER, EngineInfo
@@ -50,11 +57,12 @@ class LocalEngine:
 
     async def load(self) -> EngineInfo:
         self.engine = engine = await in_daemon_thread(partial(self._make, self._settings, self._path), LOADER)
-        return engine_info(engine, self._settings)
+        self._info = await in_daemon_thread(partial(engine_info, engine, self._settings), LOADER)
+        return self._info
 
     def open(self, components: Components) -> LocalBackend:
         worker = self._start(self._settings, self.engine, self._observer)
-        watch_engine(self._metrics, worker, engine_info(self.engine, self._settings), self._settings)
+        watch_engine(self._metrics, worker, self._info, self._settings)
         return local_backend(worker, self.engine, components.text, self._settings)
 
     def states(self) -> Sequence[Mapping[str, object]]:
@@ -78,10 +86,27 @@ def watch_engine(metrics: EngineMetrics, worker: Engine, info: EngineInfo, setti
 
 
 def engine_info(engine: LoadedEngine, settings: Settings) -> EngineInfo:
-    """Returns the sizes of a loaded engine."""
+    """Returns the sizes of a loaded engine. To be called off the event loop: it reads all weights."""
     config = engine.model.config
     window = attention_window(settings.model.attention_window, config)
-    return EngineInfo(config.vocab_size, config.n_embd, engine.slots, engine.host_slots, window)
+    sizes = (config.vocab_size, config.n_embd, engine.slots, engine.host_slots, window)
+    return EngineInfo(*sizes, fingerprint(engine, settings))
+
+
+def fingerprint(engine: LoadedEngine, settings: Settings) -> str:
+    """Returns a hash of all that decides which tokens an engine generates: weights, dtypes, kernels, window."""
+    digest = hashlib.blake2b(digest_size=16)
+    chosen = settings.engine
+    for part in (__version__, settings.model.attention_window, chosen.kernels, chosen.state_dtype):
+        digest.update(f"{part}\0".encode())
+    for field in fields(Weights):
+        value = getattr(engine.model.weights, field.name)
+        if isinstance(value, Tensor):
+            digest.update(f"{field.name} {value.dtype} {value.device.type} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        else:
+            digest.update(f"{field.name} {value}".encode())
+    return digest.hexdigest()
 
 
 def local_backend(worker: Engine, engine: LoadedEngine, text: TextComponents, settings: Settings) -> LocalBackend:

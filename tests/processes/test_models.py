@@ -95,7 +95,9 @@ def test_both_answer_at_once_as_each_does_alone(models: Server, odd: Server, tin
 def test_what_is_said_of_each_is_its_own(models: Server) -> None:
     card = models.http.get("/v1/models/small").json()
     assert (card["root"], card["max_model_len"], card["status"]) == ("tiny", 131072, {"value": "loaded"})
-    assert models.http.get("/v1/models/odd").json()["max_model_len"] == 50_000
+    odd = models.http.get("/v1/models/odd").json()
+    assert odd["max_model_len"] == 50_000
+    assert card["fingerprint"] != odd["fingerprint"]
     assert models.http.get("/tokenizer_info?model=odd").json()["vocab_size"] == 97
     assert models.http.get("/tokenizer_info").json()["vocab_size"] == 256
     assert models.refusal({"model": "odd", "prompt": "no tokenizer"})["param"] == "prompt"
