@@ -40,7 +40,10 @@ from bdh_batch.upstreams.config import AnyUpstream
 LONGEST_SHOWN = 100  # characters of an option that does not exist
 ENV_PREFIX, ENV_DELIMITER = "BDH_", "__"
 # What is given there is not repeated.
-SECRET = ("auth.api_keys", "rate_limiting.storage", "response_cache.storage", "telemetry.otlp_endpoint", "upstreams")
+SECRET = (
+    *("auth.api_keys", "rate_limiting.storage", "response_cache.storage", "store.encryption_key"),
+    *("telemetry.otlp_endpoint", "upstreams"),
+)
 LISTS = {"models", "upstreams"}  # options that are lists of entries, beside the sections
 MAX_PRIORITY = 1000  # of a request, above 0 and below
 
@@ -462,6 +465,34 @@ class ResponseCache(Section):
     max_entry_bytes: Bytes = Field(2**20, description="Largest response that is kept.")
 
 
+class Store(Section):
+    """Stored responses, and states that other requests begin from."""
+
+    path: Path | None = Field(
+        None,
+        description="Folder where they are stored, which several servers may share; null is a temporary one, in memory "
+        "where /dev/shm has room for max_bytes, which is removed when the server ends.",
+    )
+    max_records: PositiveInt = Field(10_000, description="Most responses and states; the least recently used go.")
+    max_bytes: Bytes = Field(
+        2**30,
+        description="Most bytes of all; the least recently used go, files of states before responses.",
+    )
+    max_bytes_per_key: Bytes | None = Field(
+        None, description="Most bytes of one key, or without keys of one address; null is max_bytes."
+    )
+    ttl_seconds: PositiveFloat = Field(
+        30 * 86400.0, allow_inf_nan=False, description="Seconds that they are stored, unless a request says less."
+    )
+    max_state_bytes: Bytes = Field(2**29, description="Largest state that can be uploaded.")
+    encryption_key: SecretStr | None = Field(
+        None,
+        description="Key that they are encrypted with at rest: 32 bytes in base64, as `openssl rand -base64 32` "
+        "prints. null is no encryption.",
+    )
+    encryption_key_file: Path | None = Field(None, description="File with that key instead.")
+
+
 class Limits(Section):
     """Bounds of requests and connections."""
 
@@ -643,6 +674,7 @@ class Settings(BaseModel):
     auth: Auth = Auth()
     rate_limiting: RateLimiting = RateLimiting()
     response_cache: ResponseCache = ResponseCache()
+    store: Store = Store()
     limits: Limits = Limits()
     sandbox: Sandbox = Sandbox()
     structured_output: StructuredOutput = StructuredOutput()

@@ -42,6 +42,8 @@ from bdh_batch.errors import (
     QueueTimeout,
     RetryLater,
     RunTimeout,
+    StoreFailed,
+    StoreFull,
     TooLate,
     Unavailable,
     UpstreamFailed,
@@ -66,6 +68,7 @@ TYPES = {
     502: "upstream_error",
     503: "service_unavailable",
     504: "timeout_error",
+    507: "insufficient_storage",
 }
 # Of Anthropic's API; of other statuses below 500 it is a request that is not valid.
 ANTHROPIC_TYPES = {
@@ -167,6 +170,8 @@ STATUS: dict[type[BDHError], tuple[int, str | None]] = {
     RateLimited: (429, "rate_limit_exceeded"),
     TooManyConnections: (429, "too_many_connections"),
     Unavailable: (503, "service_unavailable"),
+    StoreFailed: (500, "store_failed"),
+    StoreFull: (507, "store_full"),
     UpstreamFailed: (502, "upstream_failed"),
     UpstreamTimeout: (504, "upstream_timeout"),
 }
