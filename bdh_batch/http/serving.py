@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ from bdh_batch.messages import GenerationRequest
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Settings
 from bdh_batch.store.byte_cache import open_byte_cache
+from bdh_batch.store.memory import MemoryRecords
+from bdh_batch.store.record import Records
 from bdh_batch.store.response_cache import ResponseCache, key_of
 
 if TYPE_CHECKING:
@@ -45,6 +48,8 @@ class Serving:
     Args:
         spans: where they are exported.
         responses: those that are kept.
+        records: what clients have stored.
+        closing: what ends with the server.
     """
 
     settings: Settings
@@ -55,6 +60,8 @@ class Serving:
     spans: Spans | None = None
     responses: ResponseCache | None = None
     off_loop: OffLoop = field(default_factory=OffLoop)
+    records: Records = field(default_factory=MemoryRecords)
+    closing: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -161,8 +168,14 @@ class Serving:
             return found
         return responses.recorded(key, await self.quota.start(client, model.backend, prepared), counted)
 
+    def on_close(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Registers what ends with the server, before its storage does."""
+        self.closing.append(close)
+
     async def close(self) -> None:
-        """Closes connections to storage. Idempotent."""
+        """Ends what goes on beside requests, and closes connections to storage. Idempotent."""
+        for close in self.closing:
+            await close()
         if self.responses is not None:
             await self.responses.close()
 
