@@ -63,7 +63,11 @@ class Routes:
         for each in ENDPOINTS:
             methods.setdefault((each.path, each.handler), []).append(each.method.upper())
         return [
-            Route(path.replace("{id}", "{id:path}"), attrgetter(handler)(self), methods=some)
+            Route(
+                path.replace("{id}", "{id:path}" if "/models/" in path else "{id}"),
+                attrgetter(handler)(self),
+                methods=some,
+            )
             for (path, handler), some in methods.items()
         ]
 
