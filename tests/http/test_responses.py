@@ -125,9 +125,10 @@ class TestTurns:
             same = server.http.post(CHAT, json=body).json()
             assert text_of(response) == same["choices"][0]["message"]["content"]
             assert response["usage"]["input_tokens"] == same["usage"]["prompt_tokens"]
-            if before is not None:
+            if turn > 1:  # the first prompt is shorter than those that are cached
+                assert before is not None
                 cached = response["usage"]["input_tokens_details"]["cached_tokens"]
-                assert cached >= before["usage"]["total_tokens"] - 1
+                assert cached >= before["usage"]["input_tokens"] - 1
             said.append({"role": "assistant", "content": text_of(response)})
             before = response
 
@@ -231,7 +232,7 @@ BAD: list[tuple[str | None, dict[str, Any]]] = [
     ("background", {"input": "a", "background": True, "store": False}),
     ("tools[0]", {"input": "a", "tools": [{"type": "web_search"}]}),
     ("text.format.schema", {"input": "a", "text": {"format": {"type": "json_schema", "name": "a"}}}),
-    ("tool_choice", {"input": "a", "tools": [ENTER], "tool_choice": {"type": "function", "name": "leave"}}),
+    ("tool_choice.name", {"input": "a", "tools": [ENTER], "tool_choice": {"type": "function", "name": "leave"}}),
     ("stream_options", {"input": "a", "stream_options": {}}),
     ("messages", {"input": "a", "messages": []}),
     ("top_logprobs", {"input": "a", "top_logprobs": 21}),
