@@ -526,6 +526,9 @@ class Limits(Section):
         4096, description="Longest name, id or label, in characters; texts may fill the body."
     )
     max_messages: PositiveInt = Field(4096, description="Most messages of a conversation.")
+    max_background: PositiveInt = Field(
+        64, description="Most responses in the background at a time; half of them for one caller."
+    )
     max_parts: PositiveInt = Field(1024, description="Most parts of a message's content.")
     max_tools: PositiveInt = Field(128, description="Most tools, and most calls of tools in one message.")
     max_connections: PositiveInt | None = Field(

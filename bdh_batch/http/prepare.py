@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from bdh_batch.backends.base import RawPrompt, TextBackend
+from bdh_batch.backends.base import Backend, RawPrompt, TextBackend
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.client import Client, unless_left
@@ -13,11 +14,18 @@ from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.schema.chat import ConversationBody
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody
 from bdh_batch.http.schema.text import EmbeddingBody, EmbeddingChat
-from bdh_batch.messages import GenerationRequest, Grammar, Origin, Text, Written
+from bdh_batch.messages import GenerationRequest, Grammar, Origin, Prompt, Text, Written
 from bdh_batch.text.sources import Source
 
 # Fields of a chat that are done with once its template has made a prompt.
 OF_TEMPLATES = frozenset(("add_generation_prompt", "continue_final_message", "chat_template_kwargs"))
+
+
+class Tokens(Protocol):
+    """Tokenizes the text of a conversation, of which it may know a part."""
+
+    async def tokenized(self, backend: Backend, text: Text, last: int | None) -> list[Prompt]:
+        """As `Backend.tokenized`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +47,11 @@ class Preparation:
     size: int
     aside: Aside
 
-    async def generation(self, body: CompletionBody | ChatBody) -> GenerationRequest:
+    async def generation(self, body: CompletionBody | ChatBody, tokens: Tokens | None = None) -> GenerationRequest:
+        """
+        Args:
+            tokens: knows those of the conversation's text, perhaps in part.
+        """
         model, origin = self.model, self.client.origin()
         await self.aside.run(self.size, body.check, model.defaults)
         if isinstance(model.backend, TextBackend):
@@ -47,7 +59,11 @@ class Preparation:
         prompts = await self._prompts(body)
         grammar = await self._grammar(await self.aside.run(self.size, body.source))
         last = body.last_tokens(model.defaults, model.max_model_len)
-        tokenized = await model.backend.tokenized(prompts, last)
+        text = prompts[0][1]
+        if tokens is not None and isinstance(text, Text):
+            tokenized = await tokens.tokenized(model.backend, text, last)
+        else:
+            tokenized = await model.backend.tokenized(prompts, last)
         return await self.aside.run(self.size, body.request, origin, tokenized, model.defaults, grammar)
 
     async def _passed_on(

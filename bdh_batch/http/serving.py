@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ from bdh_batch.messages import GenerationRequest
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Settings
 from bdh_batch.store.byte_cache import open_byte_cache
+from bdh_batch.store.opening import open_store
+from bdh_batch.store.records import Store
 from bdh_batch.store.response_cache import ResponseCache, key_of
 
 if TYPE_CHECKING:
@@ -43,8 +46,10 @@ class Serving:
     """What all protocols of one server share.
 
     Args:
+        records: what clients have stored.
         spans: where they are exported.
         responses: those that are kept.
+        closing: what ends with the server.
     """
 
     settings: Settings
@@ -52,9 +57,11 @@ class Serving:
     metrics: Metrics
     admission: Admission
     quota: Quota
+    records: Store
     spans: Spans | None = None
     responses: ResponseCache | None = None
     off_loop: OffLoop = field(default_factory=OffLoop)
+    closing: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -63,7 +70,7 @@ class Serving:
         """Without `keys`, none is asked for.
 
         Raises:
-            ConfigError: what the rates are counted in, or responses are kept in, cannot be reached.
+            ConfigError: what the rates are counted in, or responses are kept or stored in, cannot be used.
         """
         rates = Rates(settings.rate_limiting, metrics)
         quota = Quota(rates, settings.limits.max_prompt_tokens, settings.scheduler.top_priority)
@@ -71,7 +78,9 @@ class Serving:
         if chosen.enabled:
             responses = ResponseCache(open_byte_cache(chosen), chosen.max_entry_bytes)
             metrics.watch_response_cache(lambda: responses.held)
-        return cls(settings, gate, metrics, Admission(keys, rates), quota, spans, responses)
+        records = open_store(settings.store)
+        metrics.watch_store(records)
+        return cls(settings, gate, metrics, Admission(keys, rates), quota, records, spans, responses)
 
     def aside(self, caller: Caller) -> Aside:
         return self.off_loop.of(caller.label)
@@ -161,10 +170,17 @@ class Serving:
             return found
         return responses.recorded(key, await self.quota.start(client, model.backend, prepared), counted)
 
+    def on_close(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Registers what ends with the server, before its storage does."""
+        self.closing.append(close)
+
     async def close(self) -> None:
-        """Closes connections to storage. Idempotent."""
+        """Ends what goes on beside requests, and closes connections to storage. Idempotent."""
+        for close in self.closing:
+            await close()
         if self.responses is not None:
             await self.responses.close()
+        await self.records.close()
 
     def count_refusal(self, error: BDHError, client: Client | None) -> None:
         """Has the metrics count what was refused for want of room in a queue."""

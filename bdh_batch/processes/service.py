@@ -127,12 +127,14 @@ class Service:
         server = Server(create_app(serving, local_only(listeners)), self._settings, self.metrics)
         self._grpc = open_grpc(serving)
         server.start(listeners)
-        watching = None if keys is None else asyncio.create_task(keys.watch())
+        watching = [asyncio.create_task(serving.records.watch())]
+        if keys is not None:
+            watching.append(asyncio.create_task(keys.watch()))
         try:
             await self._serve(url_of(listeners, self._settings.server))
         finally:
-            if watching is not None:
-                watching.cancel()
+            for task in watching:
+                task.cancel()
             await asyncio.gather(server.close(), *([] if self._grpc is None else [self._grpc.close()]))
             await serving.close()
             if self._spans is not None:

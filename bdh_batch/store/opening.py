@@ -62,7 +62,7 @@ def open_store(chosen: Chosen, clock: Callable[[], float] = time.time) -> Store:
         if temporary is not None:
             temporary.remove()
 
-    return Store(database, files, close, clock)
+    return Store(database, files, chosen.ttl_seconds, close, clock)
 
 
 def _open_files(path: Path, sealer: Sealer | None, room: int) -> StateFiles:

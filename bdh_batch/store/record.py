@@ -1,8 +1,10 @@
-"""What is stored, and how much of it may be."""
+"""What is stored, how much of it may be, and what those who store see of the store."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +14,7 @@ class Record:
     Args:
         kind: "response" or "state".
         owner: whose it is (`Caller.owner`); nobody else finds it.
-        created, expires: Unix seconds; None is never.
+        created, expires: Unix seconds; None is as late as the store allows.
         parent: the id of the response that it goes on from.
         body: JSON.
         tokens: all that its state has read, or would have: int32.
@@ -45,3 +47,19 @@ class StoreLimits:
     records: int
     bytes: int
     bytes_per_owner: int | None = None
+
+
+class Records(Protocol):
+    """Where records are. All methods raise BDHError where they cannot read or write."""
+
+    async def put(self, record: Record) -> None:
+        """Stores a record, in place of an earlier one of its kind and id."""
+
+    async def get(self, kind: str, id: str, owner: str) -> Record | None:
+        """Returns a record; None where there is none, it is somebody else's, or it has expired."""
+
+    async def delete(self, kind: str, id: str, owner: str) -> bool:
+        """Deletes a record. Returns whether there was one."""
+
+    async def list(self, kind: str, owner: str, limit: int, after: str | None = None) -> Sequence[Record]:
+        """Returns the newest records of an owner, without their tokens: those older than the one of the id `after`."""

@@ -7,13 +7,14 @@ processes may use one store at a time.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+TIDY_SECONDS = 60.0
 MOST_WAITING = 1024  # calls: beyond, the store is behind, and says so at once
 
 
@@ -51,15 +53,22 @@ class Store:
     Its methods raise StoreFailed where they cannot read or write, and are to be called on the event loop.
 
     Args:
+        ttl: seconds that a record is kept that does not say.
         close: is called when the store is closed.
         clock: Unix seconds.
     """
 
     def __init__(
-        self, database: Database, files: StateFiles, close: Callable[[], None], clock: Callable[[], float] = time.time
+        self,
+        database: Database,
+        files: StateFiles,
+        ttl: float,
+        close: Callable[[], None],
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._database = database
         self._files = files
+        self._ttl = ttl
         self._close = close
         self._clock = clock
         self._thread = DaemonThreads(1, "bdh-store")
@@ -76,6 +85,8 @@ class Store:
             StoreFull: it is larger than the store, or its owner's part of it, may be.
             StoreFailed
         """
+        if record.expires is None:
+            record = replace(record, expires=record.created + self._ttl)
         await self._call("put", self._database.put, record, self._clock())
 
     async def get(self, kind: str, id: str, owner: str) -> Record | None:
@@ -128,6 +139,13 @@ class Store:
         if path is None:
             return None
         return StateFile(path, partial(self._file_thread.submit, partial(path.unlink, missing_ok=True)))
+
+    async def watch(self) -> None:
+        """Deletes what has expired, until it is cancelled."""
+        while True:
+            with contextlib.suppress(StoreFailed):  # which was counted; there is a next time
+                await self.tidy()
+            await asyncio.sleep(TIDY_SECONDS)
 
     async def tidy(self) -> None:
         """Deletes what has expired."""

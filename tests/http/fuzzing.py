@@ -28,6 +28,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from tests.http.response_events import in_order
+
 Operation = APIOperation[Any, Any, Any, Any]
 AnyCase = Case[Any]
 
@@ -123,7 +125,9 @@ def check_stream(text: str, chunk: jsonschema.Draft202012Validator) -> None:
     events = [event.partition("\n")[2] if event.startswith(NAMED) else event for event in events]
     assert all(event.startswith(EVENT) for event in events)
     reported = [event.removeprefix(EVENT) for event in events]
-    if reported[-1] == "[DONE]":
+    if "sequence_number" in json.loads(reported[0]):
+        in_order([json.loads(event) for event in reported])
+    elif reported[-1] == "[DONE]":
         reported.pop()
         assert not any("error" in json.loads(event) for event in reported)
     elif (last := json.loads(reported[-1])).get("done") or last.get("type") == "message_stop":
@@ -173,6 +177,10 @@ def _brief(case: AnyCase) -> AnyCase:
         value = body.get("max_tokens")
         if isinstance(value, int) and not isinstance(value, bool) and value > MOST_TOKENS:
             body["max_tokens"] = MOST_TOKENS
+    if case.operation.path == "/v1/responses" and isinstance(body, dict):
+        value = body.get("max_output_tokens")
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > MOST_TOKENS):
+            body["max_output_tokens"] = MOST_TOKENS
     if case.operation.path.startswith("/v2/") and isinstance(body, dict):
         given = body.get("parameters")
         if given is None or isinstance(given, dict):

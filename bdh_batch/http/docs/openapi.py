@@ -27,7 +27,7 @@ REFUSALS = {
     400: "Malformed HTTP or JSON, a wrong type, or a value out of range; `param` names the field.",
     401: "The key is missing or wrong (`invalid_api_key`).",
     403: "A key that may not do this.",
-    404: "No such model.",
+    404: "No such model, or no such response (any more).",
     409: "The model is still in use.",
     408: "The request came too slowly, or waited past its deadline.",
     413: "The body is larger than `limits.max_body_bytes`, perhaps once it is decompressed.",
@@ -119,6 +119,14 @@ PARAMETERS: Json = {
         "schema": {"type": "string", "minLength": 1},
         "example": "bdh-shakespeare",
     },
+    "response": {
+        "name": "id",
+        "in": "path",
+        "required": True,
+        "description": "The id of a response.",
+        "schema": {"type": "string", "minLength": 1},
+        "example": "resp_0a2be8cf1f4b4c52a44dd7c9f0f5d1e4",
+    },
     "version": {
         "name": "version",
         "in": "path",
@@ -141,7 +149,8 @@ def _paths(known: Iterable[Endpoint], settings: Settings) -> Json:
 
 def _operation(operation: Endpoint, closed: bool, keys: bool) -> Json:
     """`closed`: whether it requires a key, where there are `keys`."""
-    wanted = [name for name in ("model", "version") if f"{{{PARAMETERS[name]['name']}}}" in operation.path]
+    kind = "response" if operation.tag == "Responses" else "model"
+    wanted = [name for name in (kind, "version") if f"{{{PARAMETERS[name]['name']}}}" in operation.path]
     wanted += ["x-request-id", "x-request-timeout"] if operation.generates else ["x-request-id"]
     described: Json = {
         "operationId": operation.id,
@@ -282,8 +291,10 @@ def _limit(schemas: Json, limits: Limits, max_model_len: int | None) -> None:
     """What the settings, not the types, say."""
     show_limits(schemas, limits)
     if max_model_len is not None:
-        for fields in (schemas[name]["properties"] for name in ("CompletionBody", "ChatBody", "MessagesBody")):
-            for field in {"max_tokens", "max_completion_tokens"} & fields.keys():
+        for fields in (
+            schemas[name]["properties"] for name in ("CompletionBody", "ChatBody", "MessagesBody", "ResponseBody")
+        ):
+            for field in {"max_tokens", "max_completion_tokens", "max_output_tokens"} & fields.keys():
                 _bound(fields[field], "integer", maximum=max_model_len)
 
 

@@ -146,6 +146,9 @@ class Frames:
         """From here on, every chunk has `usage`."""
         self._tail = b'}],"usage":' + orjson.dumps(usage_dict(usage)) + b"}\n\n"
 
+    async def before_end(self, usage: Usage, ends: Sequence[Delta] = ()) -> None:
+        """Is awaited once all is generated, before `closing`, or before `whole` with its `ends`."""
+
     def closing(self, usage: Usage) -> bytes:
         if not self._options.include_usage:
             return DONE

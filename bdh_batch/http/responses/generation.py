@@ -65,6 +65,8 @@ class EventStream(Response):
                 opening = False
                 if failed is not None:
                     break
+            if failed is None:
+                await self._frames.before_end(self._usage())
             last = self._frames.closing(self._usage()) if failed is None else self._frames.failed(failed)
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
@@ -146,6 +148,7 @@ async def whole(generation: Generation, frames: Frames, client: Client, aside: A
     prompts = generation.prompts
     cost = frames.cost(prompts, ends) + sum([CHOICE_COST + len(end.text) // CHARACTERS for end in ends])
     usage = generation.usage(sum(len(end.tokens) for end in ends))
+    await frames.before_end(usage, ends)
     return JsonInPieces(await aside.run(cost, frames.whole, prompts, usage, ends))
 
 
