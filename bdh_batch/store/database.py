@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -249,6 +249,7 @@ class Database:
             StoreFull: they cannot hold.
         """
         limits = self._limits
+        owners: Iterable[str]
         while True:
             records, size = self._connection.execute("SELECT total(records), total(size) FROM totals").fetchone()
             (own,) = self._connection.execute("SELECT size FROM totals WHERE owner = ?", (owner,)).fetchone()
@@ -268,7 +269,7 @@ class Database:
             ):
                 raise StoreFull(f"The store has room for {what}: this is larger.")
 
-    def _largest(self, column: str) -> Sequence[str]:
+    def _largest(self, column: str) -> Iterable[str]:
         """The owners who have most. The second one has something to remove where the first has only what is put."""
         rows = self._connection.execute(f"SELECT owner FROM totals ORDER BY {column} DESC LIMIT 2")
         return [owner for (owner,) in rows]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ class StateFile:
     """
 
     path: Path
-    close: Callable[[], None]
+    close: Callable[[], object]
 
 
 class StateFiles:
@@ -77,7 +77,7 @@ class StateFiles:
         with contextlib.suppress(OSError):
             self._kept(id).unlink()
 
-    def kept(self) -> Collection[str]:
+    def kept(self) -> set[str]:
         """The ids of all files that are kept."""
         return {path.name.partition(".")[0] for path in self._folder.iterdir()}
 

@@ -353,17 +353,17 @@ from bdh_batch.store.records import Record
 
 async def main():
     store = open_store(Chosen(path=Path(sys.argv[1])))
-    await store.put(Record("before", "response", "me", 1.0))
+    await store.put(Record("before", "response", "me", time.time()))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**18, hard))
     try:
-        await store.put(Record("large", "response", "me", 1.0, body=bytes(2**20)))
+        await store.put(Record("large", "response", "me", time.time(), body=bytes(2**20)))
     except StoreFailed as error:
         print("failed", flush=True)
     assert await store.get("response", "before", "me") is not None
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    await store.put(Record("after", "response", "me", 1.0))
+    await store.put(Record("after", "response", "me", time.time()))
     print(dict(store.failures), [each.id for each in await store.list("response", "me", 9)])
     await store.close()
 

@@ -41,7 +41,7 @@ class Responses:
 
     async def create(self, request: Request) -> Response:
         serving, client, raw = self._serving, Client.of(request), await request.body()
-        aside, owner = serving.aside(client.caller), client.caller.owner
+        aside, owner = serving.aside(client), client.caller.owner
         body = await aside.run(len(raw), serving.parse, raw, ResponseBody)
         if body.background:
             self._background.check(owner)
@@ -88,7 +88,7 @@ class Responses:
     async def count(self, request: Request) -> Response:
         """Counts as a request to /v1/responses does, whose prompt it would be."""
         serving, client, raw = self._serving, Client.of(request), await request.body()
-        body = await serving.aside(client.caller).run(len(raw), serving.parse, raw, InputTokensBody)
+        body = await serving.aside(client).run(len(raw), serving.parse, raw, InputTokensBody)
         before, _, turn, names = await self._turn(body, "0", client.caller.owner, client, len(raw))
         model = await serving.model(client, body.model)
         with names.as_written():
@@ -162,7 +162,7 @@ class Responses:
                 text = f"The previous response is {status}: only one that has ended well can be gone on from."
                 raise InvalidRequest(text, "previous_response_id")
         items = await resolved(self._records, input_items(body, unique), owner)
-        turn, names = await self._serving.aside(client.caller).run(size, self._chat, body, items, before)
+        turn, names = await self._serving.aside(client).run(size, self._chat, body, items, before)
         return before, items, turn, names
 
     def _chat(self, body: InputTokensBody, items: Items, before: Stored | None) -> tuple[TurnBody, Names]:
