@@ -114,7 +114,7 @@ class Serving:
 
     def preparation(self, client: Client, model: ServedModel, size: int) -> Preparation:
         """What makes the request of a body of `size` bytes complete."""
-        return Preparation(client, model, size, self.aside(client))
+        return Preparation(*(client, model, size, self.aside(client)), self.records, self.settings.limits.max_values)
 
     async def start(
         self,
