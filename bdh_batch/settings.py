@@ -485,6 +485,12 @@ class Store(Section):
         30 * 86400.0, allow_inf_nan=False, description="Seconds that they are stored, unless a request says less."
     )
     max_state_bytes: Bytes = Field(2**29, description="Largest state that can be uploaded.")
+    recent_requests: int = Field(
+        256,
+        ge=0,
+        description="Completions of which a process remembers the tokens for a while, in memory: a state can be saved "
+        "by their x-request-id.",
+    )
     encryption_key: SecretStr | None = Field(
         None,
         description="Key that they are encrypted with at rest: 32 bytes in base64, as `openssl rand -base64 32` "

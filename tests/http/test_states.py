@@ -131,6 +131,26 @@ class TestObjects:
         assert begun["text"] == tiny.text(prompt=[*read, *MORE.encode()], **GREEDY)
 
     @pytest.mark.parametrize(
+        ("path", "body"),
+        [
+            (COMPLETIONS, {"prompt": TEXT}),
+            (COMPLETIONS, {"prompt": TEXT, "stream": True}),
+            (COMPLETIONS, {"prompt": [TEXT, "b"], "n": 2, "best_of": 3, "seed": 1, "temperature": 1}),
+            (CHAT, {"messages": [{"role": "user", "content": "a"}]}),
+        ],
+    )
+    def test_one_of_a_completion_has_read_its_first_choice(self, tiny: Server, path: str, body: dict[str, Any]) -> None:
+        asked = GREEDY | body
+        response = tiny.http.post(path, json=asked)
+        state = made(tiny, request=response.headers["x-request-id"])
+        whole = tiny.http.post(path, json=asked | {"stream": None, "return_token_ids": True}).json()
+        choice = whole["choices"][0]
+        read = [*(whole.get("prompt_token_ids") or choice["prompt_token_ids"]), *choice["token_ids"]]
+        assert state["tokens"] == len(read)
+        asked = {"prompt": [98], "return_token_ids": True, **GREEDY}
+        assert tiny.complete(state=state["id"], **asked)["choices"][0]["prompt_token_ids"] == [*read, 98]
+
+    @pytest.mark.parametrize(
         ("body", "param", "status"),
         [
             ({}, "prompt", 400),

@@ -142,7 +142,14 @@ class States:
         return await saving.stored(Source(tokens, RESPONSE, SavedState(str(file.path), known.read)), about, ttl)
 
     async def _of_request(self, client: Client, id: str, metadata: Mapping[str, str], ttl: float | None) -> Record:
-        raise NotFound(f"Request with id {id[:128]!r} not found.", "request", "not_found")
+        completion = await self._serving.recent.find(client.caller.owner, id)
+        if completion is None:
+            text = f"Request with id {id[:128]!r} not found: no completion of that x-request-id ended well a while ago."
+            raise NotFound(text, "request", "not_found")
+        saving = await self._saving(client, completion.model)
+        tokens = completion.tokens()
+        about = About(saving.model.name, len(tokens), metadata=metadata, salt=completion.salt)
+        return await saving.stored(Source(tokens, "request", salt=completion.salt), about, ttl)
 
     async def _fork(self, client: Client, id: str, metadata: Mapping[str, str], ttl: float | None) -> Record:
         record = await found(self._records, id, client.caller.owner, KIND)
