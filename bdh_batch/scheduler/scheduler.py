@@ -13,13 +13,14 @@ from itertools import chain, count
 from operator import attrgetter
 
 from bdh_batch.errors import BDHError, GenerationFailed, QueueTimeout, RunTimeout
-from bdh_batch.messages import Delta, Outcome
+from bdh_batch.messages import Delta, FinishReason, Outcome
 from bdh_batch.scheduler.backlog import Backlog
 from bdh_batch.scheduler.batch import BatchBuilder, Step
 from bdh_batch.scheduler.deadlines import Deadlines
 from bdh_batch.scheduler.groups import Groups
 from bdh_batch.scheduler.policy import Counts, Policy
 from bdh_batch.scheduler.preemption import Preemption
+from bdh_batch.scheduler.prefixes import pack
 from bdh_batch.scheduler.rank import BEGAN, DUE, rank, tenant_rank
 from bdh_batch.scheduler.ranking import Ranking
 from bdh_batch.scheduler.sequence import HOLDING, WAITING, QueueKey, Sequence, Stage
@@ -27,11 +28,13 @@ from bdh_batch.scheduler.sharing import Sharing
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import StepSize
 from bdh_batch.scheduler.tenants import Tenants
+from bdh_batch.scheduler.transfers import Save
 
 Update = tuple[Sequence, Delta]
 
 AGE = 256  # sequences that age in one plan: a crowd that does would hold up the step
 PREFIX_WAITERS = 128  # that one plan has wait for others: more would hold up the step
+COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 OVERDUE = 8  # times what a prompt takes alone, after which it is due
 PROMPT_TOKEN = 2e-4  # seconds of one, as long as that is not known
 
@@ -52,7 +55,10 @@ class Scheduler:
         self.counts = Counts()
         self.size = StepSize(prefill_tokens, min(slots, self.max_running))
         self._batches = BatchBuilder(self.size, policy.target_step, policy.guards)
-        self.allocator = SlotAllocator(slots, policy.host_slots, policy.free_slots, policy.idle_release)
+        self.allocator = SlotAllocator(
+            slots, policy.host_slots, policy.free_slots, policy.idle_release, policy.transfer_slots
+        )
+        self.transfers = self.allocator.transfers
         self.sharing = Sharing(self.allocator, policy.cache_prefixes, policy.share_all, policy.min_shared)
         self._tenants = Tenants(policy.weights)
         self._deadlines = Deadlines()
@@ -76,7 +82,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return any(self._groups.values())
+        return any(self._groups.values()) or self.transfers.pending
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         for sequence in (s for s in sequences if s.finish_reason is None):  # others were aborted on their way here
@@ -127,7 +133,7 @@ class Scheduler:
     def fail(self, step: Step, error: BDHError) -> list[Update]:
         """Ends the sequences of a step that could not be computed, as their states are no longer known."""
         self.sharing.forget_fresh()
-        return self.abort({*step.sequences, *step.moved}, error)
+        return self.abort({*step.sequences, *step.moved}, error) + self._not_saved(step)
 
     def out_of_memory(self, step: Step) -> list[Update]:
         """Makes later steps smaller, as this one ran out of memory; they compute its sequences' states again."""
@@ -139,7 +145,7 @@ class Scheduler:
         forwards = [sequence for _, members in self.running.forwards(self._first) for sequence in members]
         for sequence in forwards[self.size.width :]:
             self._move(sequence, Stage.SWAPPED)
-        return []
+        return self._not_saved(step)
 
     def plan(self, now: float) -> Step | None:
         """Plans the next step, or returns None where nothing can run."""
@@ -169,8 +175,16 @@ class Scheduler:
                 updates.append((sequence, delta))
         self._batches.computed(step, now - step.planned)
         self.sharing.settle()
+        for sequence, delta in updates:
+            if sequence.save_to is not None and delta.finish_reason in COMPLETE:
+                self._save(sequence, sequence.save_to, delta)
         self._end([sequence for sequence, delta in updates if delta.finish_reason is not None])
         return updates
+
+    def saved(self, save: Save, error: str | None) -> list[Update]:
+        """The state of an ended sequence is in its file, or that has failed with `error`."""
+        self.transfers.give([save.slot])
+        return [(save.sequence, Delta(saved=None if error else save.state, save_error=error))]
 
     def check(self) -> None:
         """Raises AssertionError where an invariant does not hold."""
@@ -307,5 +321,17 @@ class Scheduler:
             self._move(sequence, Stage.ENDED)
             self._ageing.drop(sequence)
             self.sharing.expect_no_more(sequence)
+            self.sharing.forget_loaded(sequence)
             if sequence.slot is not None:
                 self.sharing.bequeath(sequence)
+
+    # States that go to files
+
+    def _save(self, sequence: Sequence, path: str, delta: Delta) -> None:
+        """Plans that the state of a sequence that has just ended is written; `delta` says where it will not be."""
+        if not self.transfers.save(sequence, path, pack(sequence.known(0, sequence.computed))):
+            delta.save_error = "Too many states are being written."
+
+    def _not_saved(self, step: Step) -> list[Update]:
+        """The copies of a step may not have been made."""
+        return [update for save in step.saves for update in self.saved(save, "The copy of the state failed.")]
