@@ -19,6 +19,9 @@ KEEP_MEMORY := MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=20000000000 MALLOC_TOP_
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/bdh-batch
 export NUMBA_CACHE_DIR ?= $(CACHE)/numba
 export TRITON_CACHE_DIR ?= $(CACHE)/triton
+# Bytecode is kept, also where the environment says otherwise: without it, each process that runs tests rewrites the
+# assertions of all tests and plugins anew, and each program parses the package.
+export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
 .PHONY: help venv serve test docs clients upstream-servers fuzz load format train bench gpu-check clean
@@ -103,4 +106,4 @@ gpu-check:  ## on a machine with a GPU: test the Triton kernels on it, tune, mea
 clean:  ## remove the environment and everything else that can be made again
 	rm -rf $(VENV) $(CLIENTS) $(UPSTREAMS) build dist htmlcov .coverage .coverage.* .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	rm -rf examples/node/node_modules tests/clients/node/node_modules *.egg-info
-	find bdh_batch examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find bdh_batch benchmarks docs examples tests -name __pycache__ -type d -prune -exec rm -rf {} +

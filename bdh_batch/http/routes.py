@@ -177,7 +177,7 @@ class Routes:
         return JSONResponse({"name": "bdh_batch", "version": __version__, "status": self._gate.closed or "ready"})
 
     def _aside(self, request: Request) -> Aside:
-        return self._serving.aside(request.state.caller)
+        return self._serving.aside(Client.of(request))
 
     def _parse(self, raw: bytes, kind: type[Body]) -> Body:
         return self._serving.parse(raw, kind)

@@ -12,7 +12,6 @@ from starlette.responses import Response
 from bdh_batch.backends.base import Generation, TextBackend
 from bdh_batch.errors import BDHError, QueueFull, TooLate
 from bdh_batch.http.auth.access import Admission
-from bdh_batch.http.auth.caller import Caller
 from bdh_batch.http.auth.keys import KeyRing
 from bdh_batch.http.auth.quota import Quota
 from bdh_batch.http.auth.rates import Rates
@@ -73,8 +72,9 @@ class Serving:
             metrics.watch_response_cache(lambda: responses.held)
         return cls(settings, gate, metrics, Admission(keys, rates), quota, spans, responses)
 
-    def aside(self, caller: Caller) -> Aside:
-        return self.off_loop.of(caller.label)
+    def aside(self, client: Client) -> Aside:
+        """Where what takes long is done for a client, whose body has been read."""
+        return self.off_loop.of(client.caller.label, client)
 
     def parse(self, raw: bytes, kind: type[Body]) -> Body:
         """The bytes of a body in its type. Raises InvalidRequest."""
@@ -105,7 +105,7 @@ class Serving:
 
     def preparation(self, client: Client, model: ServedModel, size: int) -> Preparation:
         """What makes the request of a body of `size` bytes complete."""
-        return Preparation(client, model, size, self.aside(client.caller))
+        return Preparation(client, model, size, self.aside(client))
 
     async def start(
         self,
@@ -126,7 +126,7 @@ class Serving:
         if self.responses is None or body is None or not is_determined(body, prepared):
             generation = await self.quota.start(client, model.backend, prepared)
         else:
-            key = await self.aside(client.caller).run(size, response_key, client, model, prepared, body)
+            key = await self.aside(client).run(size, response_key, client, model, prepared, body)
             generation = await self._replayed_or_kept(self.responses, key, client, model, prepared)
         if client.span is not None:
             generation.on_end(client.span.generation_ended)
@@ -145,7 +145,7 @@ class Serving:
         if prepared.grammar is not None:
             frames.warn(prepared.grammar.warnings)
         generation = await self.start(client, model, prepared, body, size)
-        aside = self.aside(client.caller)
+        aside = self.aside(client)
         if body.stream:
             keepalive = self.settings.server.sse_keepalive_seconds
             return EventStream(generation, frames, aside, body.options.chunk_tokens or 1, keepalive)

@@ -90,7 +90,7 @@ class Service:
 
     async def _respond(self, client: Client, messages: Messages, kind: type[Message], respond: Method) -> bytes:
         raw = await self._calls.only_message(messages)
-        aside = self._serving.aside(client.caller)
+        aside = self._serving.aside(client)
         with self._calls.holding(len(raw)):
             message = await aside.run(len(raw), parse, raw, kind, self._limits)
             response = await respond(client, message)
@@ -124,7 +124,7 @@ class Service:
         return service_pb2.ModelMetadataResponse(**model_metadata(message.name or model.info.name, self._settings))
 
     async def _infer(self, client: Client, message: Any) -> Message:
-        aside, size = self._serving.aside(client.caller), message.ByteSize()
+        aside, size = self._serving.aside(client), message.ByteSize()
         read: InferRequest = await aside.run(size, infer_request, message, self._limits)
         asked = await aside.run(size, ask, self._serving, read, False)
         started = await start(self._serving, client, asked, size)

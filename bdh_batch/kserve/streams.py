@@ -93,7 +93,7 @@ class _Stream:
     async def _infer(self, message: Any, size: int, client: Client) -> None:
         if isinstance(message, InvalidRequest):
             raise message
-        aside = self._serving.aside(client.caller)
+        aside = self._serving.aside(client)
         read = await aside.run(size, infer_request, message, self._limits)
         asked = await aside.run(size, ask, self._serving, read, True)
         started = await start(self._serving, client, asked, size)
@@ -101,7 +101,7 @@ class _Stream:
 
     async def _parsed(self, raw: bytes) -> Any:
         """The ModelInferRequest, or the InvalidRequest that says what is wrong with it: both count as a request."""
-        aside = self._serving.aside(self._call.address)
+        aside = self._serving.off_loop.of(self._call.address.label)
         try:
             return await aside.run(len(raw), parse, raw, service_pb2.ModelInferRequest, self._limits)
         except InvalidRequest as problem:

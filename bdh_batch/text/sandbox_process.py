@@ -178,30 +178,32 @@ class WarmProcess:
 
     def _fork(self) -> _Worker:
         ours, theirs = Pipe()
+        parent = os.getpid()
         pid = os.fork()
         if not pid:
-            self._be_worker(ours, theirs)
+            self._be_worker(parent, ours, theirs)
         theirs.close()
         worker = _Worker(pid, ours)
         self._workers.append(worker)
         return worker
 
-    def _be_worker(self, ours: Connection, theirs: Connection) -> NoReturn:
+    def _be_worker(self, parent: int, ours: Connection, theirs: Connection) -> NoReturn:
         try:
             for connection in (ours, self._server, *(worker.pipe for worker in self._workers)):
                 connection.close()
-            end_with_parent()
+            end_with_parent(parent)
             confine(self._limits)
             work_through(theirs, self._work, self._limits)
         finally:
             os._exit(1)
 
 
-def end_with_parent() -> None:
-    """Also in the midst of a job, and however the parent ends."""
+def end_with_parent(parent: int) -> None:
+    """Also in the midst of a job, and however the process `parent` ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PDEATHSIG, signal.SIGKILL)
-        # An orphan from the start gets no notice; its pipe is closed, and its first read ends it.
+        if os.getppid() != parent:  # it has ended before, of which there is no notice; a job may wait in the pipe
+            os._exit(1)
 
 
 def confine(limits: JobLimits) -> None:

@@ -58,7 +58,7 @@ async def test_64_streams_share_the_batch_and_all_complete(server: Server) -> No
         chunks = await client.completions.create(
             model="bdh-shakespeare",
             prompt=f"Citizen {number}:\n",
-            max_tokens=24,
+            max_tokens=96,
             seed=number,
             stream=True,
             stream_options={"include_usage": True},
@@ -69,11 +69,11 @@ async def test_64_streams_share_the_batch_and_all_complete(server: Server) -> No
             tokens += chunk.usage.completion_tokens if chunk.usage else 0
         return str(reasons[-1]), tokens
 
-    before = server.metrics()
+    before = server.metrics()  # the completions are long beside the time in which a busy machine takes them in
     async with asyncio.timeout(300), server.async_openai() as client:
         ends = await asyncio.gather(*(stream(client, number) for number in range(64)))
     after = server.metrics()
-    assert ends == [("length", 24)] * 64
+    assert ends == [("length", 96)] * 64
     steps = after["bdh_batch_occupancy_count"] - before["bdh_batch_occupancy_count"]
     assert (after["bdh_batch_occupancy_sum"] - before["bdh_batch_occupancy_sum"]) / steps > 24
     name = "bdh_request_success_total{finished_reason=length}"

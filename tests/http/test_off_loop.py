@@ -11,13 +11,15 @@ from typing import Any
 
 import orjson
 import pytest
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from bdh_batch.errors import InvalidRequest, Unavailable
 from bdh_batch.http import serving
+from bdh_batch.http.auth.caller import Caller
 from bdh_batch.http.gate import Gate
 from bdh_batch.http.request import body as bodies
 from bdh_batch.http.request.body import parse
+from bdh_batch.http.request.client import Client
 from bdh_batch.http.request.off_loop import LARGE, THREAD, OffLoop
 from bdh_batch.http.request.strict import Wire
 from bdh_batch.http.routes import Routes
@@ -82,6 +84,25 @@ class TestOffTheLoop:
         assert second.cancelled()
         assert await off_loop.run("a", lambda: 4) == 4
 
+    async def test_a_client_that_has_left_takes_its_work_along(self) -> None:
+        off_loop, go_on, gone = OffLoop(), threading.Event(), asyncio.Event()
+
+        async def leaves() -> None:
+            await gone.wait()
+
+        client = Client("1", Caller("a"), {}, leaves=leaves)
+        first = asyncio.create_task(off_loop.run("a", lambda: go_on.wait(300)))
+        second = asyncio.create_task(
+            off_loop.of("a", client).run(LARGE + 1, lambda: pytest.fail("its client has left"))
+        )
+        await asyncio.sleep(0)
+        gone.set()
+        with pytest.raises(ClientDisconnect):
+            await second
+        go_on.set()
+        assert await first
+        assert await off_loop.run("a", lambda: 4) == 4
+
     async def test_what_fails_fails_for_who_asked(self) -> None:
         off_loop = OffLoop()
         with pytest.raises(InvalidRequest):
@@ -122,8 +143,10 @@ class TestOffTheLoop:
 
 
 def _request(raw: bytes) -> Request:
+    parts = [{"type": "http.request", "body": raw}]
+
     async def receive() -> dict[str, Any]:
-        return {"type": "http.request", "body": raw}
+        return parts.pop() if parts else await asyncio.Future()  # the client stays
 
     state: dict[str, Any] = {
         "id": "x",

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from triton import language
-from triton.language import core
+from triton.language import core, semantic
 from triton.runtime import interpreter
 
 
@@ -19,6 +19,7 @@ def remember(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(interpreter, "_get_np_dtype", dtypes_by_name())
     patch.setattr(core.block_type, "__init__", block_types_by_shape())
     patch.setattr(core.tensor, "__init__", shapes_of_tensors())
+    patch.setattr(semantic.TritonSemantic, "broadcast_impl_value", broadcast_of_others())
 
 
 def patched_once() -> Any:
@@ -87,3 +88,17 @@ def shapes_of_tensors() -> Any:
             self.shape, self.numel = known[key]
 
     return init
+
+
+def broadcast_of_others() -> Any:
+    """Operands of one shape are broadcast too: their shapes are compared, dimension by dimension, as objects."""
+    broadcast = semantic.TritonSemantic.broadcast_impl_value
+
+    def broadcast_where_they_differ(self: Any, lhs: Any, rhs: Any) -> Any:
+        one, other = lhs.type, rhs.type
+        blocks = one.is_block()
+        if blocks == other.is_block() and (not blocks or one.shape.values == other.shape.values):
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    return broadcast_where_they_differ

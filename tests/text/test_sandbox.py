@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -211,3 +212,9 @@ async def test_its_modules_are_found_where_the_servers_are(monkeypatch: pytest.M
     sandbox.close()
     assert "secret" not in str(environment)
     assert os.environ["BDH_AUTH__API_KEYS"] == "secret"
+
+
+@pytest.mark.parametrize(("parent", "code"), [(os.getpid, 0), (os.getppid, 1)], ids=["alive", "ended"])
+def test_a_worker_whose_parent_ended_before_it_could_be_notified_ends(parent: Callable[[], int], code: int) -> None:
+    boot = "import sys; from bdh_batch.text.sandbox_process import end_with_parent; end_with_parent(int(sys.argv[1]))"
+    assert subprocess.run([sys.executable, "-c", boot, str(parent())], timeout=WITHIN).returncode == code

@@ -27,7 +27,7 @@ class Messages:
     async def create(self, request: Request) -> Response:
         serving, client = self._serving, Client.of(request)
         raw = await request.body()
-        body, names = await serving.aside(client.caller).run(len(raw), self._read, raw, MessagesBody)
+        body, names = await serving.aside(client).run(len(raw), self._read, raw, MessagesBody)
         model = await serving.model(client, body.model)
         options = response_options(f"msg_{client.id}", body, model)
         finds_calls = body.may_call and not isinstance(model.backend, TextBackend)  # an upstream finds them itself
@@ -40,7 +40,7 @@ class Messages:
         """Counts as a request to /v1/messages does, whose prompt it would be."""
         serving, client = self._serving, Client.of(request)
         raw = await request.body()
-        body, names = await serving.aside(client.caller).run(len(raw), self._read, raw, CountTokensBody)
+        body, names = await serving.aside(client).run(len(raw), self._read, raw, CountTokensBody)
         model = await serving.model(client, body.model)
         with _as_written(names):
             prepared = await serving.preparation(client, model, len(raw)).generation(body)

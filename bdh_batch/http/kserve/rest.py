@@ -48,7 +48,7 @@ class KServe:
 
     async def infer(self, request: Request) -> Response:
         raw, client = await request.body(), Client.of(request)
-        aside = self._serving.aside(client.caller)
+        aside = self._serving.aside(client)
         asked, binary = await aside.run(len(raw), self._read_infer, request, raw)
         started = await start(self._serving, client, asked, len(raw))
         tensors = await started.whole()
@@ -83,9 +83,7 @@ class KServe:
 
     async def _generate(self, request: Request, streams: bool) -> Response:
         raw, client, serving = await request.body(), Client.of(request), self._serving
-        asked, prompt_name = await serving.aside(client.caller).run(
-            len(raw), self._read_generate, request, raw, streams
-        )
+        asked, prompt_name = await serving.aside(client).run(len(raw), self._read_generate, request, raw, streams)
         body, named = asked.body, asked.request
         within(client, asked.timeout)
         model = await use_model(serving, client, named.model, named.version)

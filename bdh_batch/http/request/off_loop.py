@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from bdh_batch.http.request.client import Client, unless_left
 from bdh_batch.system.threads import in_daemon_thread
 from bdh_batch.text.job_queue import JobQueue, QueueLimits
 
@@ -26,8 +27,8 @@ class OffLoop:
     def __init__(self) -> None:
         self._queue = JobQueue(QueueLimits(at_once=1, most_waiting=sys.maxsize, most_bytes=sys.maxsize, seconds=None))
 
-    def of(self, tenant: str) -> Aside:
-        return Aside(self, tenant)
+    def of(self, tenant: str, client: Client | None = None) -> Aside:
+        return Aside(self, tenant, client)
 
     async def run(self, tenant: str, work: Callable[[], T]) -> T:
         """What `work` returns or raises. A task that is cancelled leaves the queue; work that has begun is finished."""
@@ -39,13 +40,19 @@ class OffLoop:
 
 @dataclass(frozen=True, slots=True)
 class Aside:
-    """Where a tenant's long work is done."""
+    """Where a tenant's long work is done, for as long as its `client` waits; None is one that always does."""
 
     off_loop: OffLoop
     tenant: str
+    client: Client | None = None
 
     async def run(self, size: int, work: Callable[..., T], *arguments: Any) -> T:
-        """What `work` makes of `arguments`: at once where its `size` is small, else off the event loop."""
+        """What `work` makes of `arguments`: at once where its `size` is small, else off the event loop.
+
+        Raises:
+            ClientDisconnect: the client has gone. Work that has not begun is dropped.
+        """
         if size <= LARGE:
             return work(*arguments)
-        return await self.off_loop.run(self.tenant, lambda: work(*arguments))
+        working = self.off_loop.run(self.tenant, lambda: work(*arguments))
+        return await (working if self.client is None else unless_left(self.client, working))

@@ -116,7 +116,7 @@ async def start(serving: Serving, client: Client, asked: Asked, size: int) -> St
     if prepared.grammar is not None:
         outputs.warn(prepared.grammar.warnings)
     generation = await serving.start(client, model, prepared, body, size)
-    return Started(generation, outputs, client, serving.aside(client.caller), model, asked)
+    return Started(generation, outputs, client, serving.aside(client), model, asked)
 
 
 def within(client: Client, timeout: float | None) -> None:
