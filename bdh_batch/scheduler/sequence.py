@@ -65,6 +65,7 @@ class Stage(Enum):
     NEW = "new"  # the scheduler does not know it yet
     QUEUED = "queued"
     AWAITING_PREFIX = "awaiting_prefix"  # waits for a prefix that a running sequence computes
+    AWAITING_STATE = "awaiting_state"  # waits for a state that is read from a file
     RUNNING = "running"
     SWAPPED = "swapped"  # preempted by swap: holds a state, and waits for its next time slice
     ENDED = "ended"
@@ -72,7 +73,7 @@ class Stage(Enum):
     __hash__ = object.__hash__  # members are compared by identity; an Enum's own hash is dear in every look-up
 
 
-WAITING = (Stage.QUEUED, Stage.AWAITING_PREFIX)
+WAITING = (Stage.QUEUED, Stage.AWAITING_PREFIX, Stage.AWAITING_STATE)
 HOLDING = (Stage.RUNNING, Stage.SWAPPED)  # a state
 
 
@@ -172,6 +173,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt = self.completion.prompt
+
+    @property
+    def may_recompute(self) -> bool:
+        """Whether its state is computed from its tokens where it cannot be read; it always is once it has begun."""
+        return self.state_optional or bool(self.generated) or self.times.scheduled is not None
 
     @property
     def queue_key(self) -> QueueKey:

@@ -16,6 +16,7 @@ from bdh_batch.scheduler.prefix_cache import End, Entry
 from bdh_batch.scheduler.prefixes import TOKEN_BYTES, RecentPrompts, common, pack
 from bdh_batch.scheduler.sequence import Sequence, Stage
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
+from bdh_batch.scheduler.transfers import Load
 
 FIRST_POWER = 256
 LONG = 512  # tokens, from which on a prompt is worth a step more
@@ -90,10 +91,17 @@ class Sharing:
         entry = self.cached_prefix(sequence)
         return entry is not None and entry.length >= tokens
 
-    def entry_of(self, sequence: Sequence, length: int, slot: int) -> Entry:
-        """The first tokens of the prompt of `sequence`, whose state is read to `slot`; it is not cached yet."""
+    def prefix_of(self, sequence: Sequence, tokens: int) -> tuple[str, bytes]:
+        """Returns the namespace of `sequence`, and the first tokens of its prompt."""
         prompt = self._packed(sequence)
-        return Entry.of(sequence.prefix.namespace, prompt, length, slot)
+        return sequence.prefix.namespace, prompt[: TOKEN_BYTES * tokens]
+
+    def loaded(self, sequences: Iterable[Sequence], load: Load) -> None:
+        """`sequences` can begin in a state that was read; it is not cached yet."""
+        entry = Entry.of(load.namespace, load.tokens, len(load.tokens) // TOKEN_BYTES, load.slot)
+        for sequence in sequences:
+            sequence.prefix.loaded = entry
+            entry.awaited += 1
 
     def forget_loaded(self, sequence: Sequence) -> None:
         """`sequence` has begun, or has ended before it could. Idempotent."""

@@ -98,6 +98,9 @@ class SlotAllocator:
         grown, of a cached prefix that no request has asked for. One for each plan, as it takes a moment."""
         if (due := self.release_due) is None or due > self.now:
             return
+        if (since := self.transfers.idle_since) is not None and since + self._idle_release <= self.now:
+            self.released.append(self.transfers.release_idle())
+            return
         if (since := self.slots.idle_since) is not None and since + self._idle_release <= self.now:
             slot = self.slots.release_idle()
         else:
@@ -115,8 +118,8 @@ class SlotAllocator:
         if not self._idle_release:
             return None
         entry = self._beyond_need()
-        since = [at for at in (self.slots.idle_since, None if entry is None else entry.used) if at is not None]
-        return min(since) + self._idle_release if since else None
+        since = (self.slots.idle_since, self.transfers.idle_since, None if entry is None else entry.used)
+        return min((at + self._idle_release for at in since if at is not None), default=None)
 
     def check(self, running: Collection[Sequence], swapped: Collection[Sequence]) -> None:
         """Raises AssertionError where an invariant does not hold."""

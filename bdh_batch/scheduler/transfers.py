@@ -7,13 +7,16 @@ state that is to be written is copied there, in the step after its sequence has 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from bdh_batch.messages import Copy, SavedState
+from bdh_batch.scheduler.slots import Slots
 
 if TYPE_CHECKING:
     from bdh_batch.scheduler.sequence import Sequence
+
+NO_SLOT = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,8 +29,23 @@ class Save:
     tokens: bytes  # packed: those that have entered it
 
 
+@dataclass(slots=True, eq=False)
+class Load:
+    """A state that is to be read from a file to `slot`, for all sequences of one namespace that wait for it."""
+
+    state: SavedState
+    tokens: bytes  # packed: those that should have entered it
+    namespace: str
+    slot: int = NO_SLOT  # until there is one for it
+    waiting: dict[Sequence, None] = field(default_factory=dict)
+
+    @property
+    def key(self) -> tuple[str, str, bytes]:
+        return self.state.path, self.namespace, self.tokens
+
+
 class Transfers:
-    """Holds the slots for states on their way from and to files.
+    """Holds the slots for states on their way from and to files, and knows which sequences wait for which state.
 
     Args:
         first: the number of the first one.
@@ -38,8 +56,11 @@ class Transfers:
         self.first = first
         self.count = count
         self.saves: list[Save] = []  # whose copies are part of the plan that is being made or computed
-        self._free: list[int] = [*range(first, first + count)]
+        self.to_come = 0  # sequences under way whose states are to be saved
+        self._slots = Slots(count)
         self._loading: set[int] = set()
+        self._loads: dict[tuple[str, str, bytes], Load] = {}
+        self._load_of: dict[Sequence, Load] = {}
         self._planned: list[tuple[Save, Copy]] = []  # for the next plan
         self._left: list[int] = []  # from which nobody begins any more; copies of this plan may still read them
 
@@ -47,6 +68,11 @@ class Transfers:
     def pending(self) -> bool:
         """Whether there are copies for the next plan."""
         return bool(self._planned)
+
+    @property
+    def idle_since(self) -> float | None:
+        """When the slot that has been free for longest, and has memory, became so; None where there is none."""
+        return None if self.to_come else self._slots.idle_since
 
     def holds(self, slot: int) -> bool:
         return slot >= self.first
@@ -57,23 +83,40 @@ class Transfers:
         self.saves = [save for save, _ in planned]
         return [copy for _, copy in planned]
 
-    def take_for_load(self) -> int | None:
-        """A slot for a state that is to be read; None where there is none. Some are left for those that are written."""
-        if not self._free or len(self._loading) >= max(1, self.count // 2):
-            return None
-        slot = self._free.pop()
-        self._loading.add(slot)
-        return slot
+    # States that are read
 
-    def save(self, sequence: Sequence, path: str, tokens: bytes) -> bool:
-        """Plans that the state of `sequence`, which has ended and still has its slot, is copied before that is used
-        again. False where no slot is free for it."""
-        if not self._free or sequence.slot is None:
-            return False
-        slot = self._free.pop()
-        save = Save(sequence, slot, SavedState(path, sequence.computed), tokens)
-        self._planned.append((save, Copy(sequence.slot, slot)))
-        return True
+    def await_load(self, sequence: Sequence, state: SavedState, namespace: str, tokens: bytes) -> None:
+        """`sequence` waits until its state is read; those that wait for the same one share it."""
+        load = Load(state, tokens, namespace)
+        load = self._loads.setdefault(load.key, load)
+        load.waiting[sequence] = None
+        self._load_of[sequence] = load
+
+    def stop_waiting(self, sequence: Sequence) -> None:
+        """`sequence` has ended, or need not wait any longer."""
+        load = self._load_of.pop(sequence)
+        del load.waiting[sequence]
+        if not load.waiting and load.slot == NO_SLOT:
+            del self._loads[load.key]
+
+    def take_loads(self) -> list[Load]:
+        """Returns those that there is a slot for now, to be read. Some slots are left for those that are written."""
+        taken: list[Load] = []
+        for load in self._loads.values():
+            if len(self._loading) >= max(1, self.count // 2):
+                break
+            if load.slot == NO_SLOT:
+                slot = self._take()
+                if slot is None:
+                    break
+                load.slot = slot
+                self._loading.add(slot)
+                taken.append(load)
+        return taken
+
+    def end_load(self, load: Load) -> None:
+        """The state is in its slot, or could not be read; who asks for it from now on has it read again."""
+        del self._loads[load.key]
 
     def leave(self, slot: int) -> None:
         """Nobody else begins in the state in `slot`."""
@@ -84,13 +127,47 @@ class Transfers:
         left, self._left = self._left, []
         return left
 
-    def give(self, slots: Iterable[int]) -> None:
-        """Frees slots, which hold nothing that anyone needs."""
+    # States that are written
+
+    def save(self, sequence: Sequence, path: str, tokens: bytes) -> bool:
+        """Plans that the state of `sequence`, which has ended and still has its slot, is copied before that is used
+        again. False where no slot is free for it."""
+        slot = None if sequence.slot is None else self._take()
+        if slot is None or sequence.slot is None:
+            return False
+        save = Save(sequence, slot, SavedState(path, sequence.computed), tokens)
+        self._planned.append((save, Copy(sequence.slot, slot)))
+        return True
+
+    def back(self, now: float) -> list[int]:
+        """Returns slots that should be given memory, as states will soon be copied there."""
+        ready = self._slots.touched + self._slots.free_count - self.count
+        wanted = min(self.to_come, self.count // 2) - ready
+        slots = [slot for _ in range(wanted) if (slot := self._slots.take_untouched()) is not None]
+        for slot in slots:
+            self._slots.give(slot, now)
+        return [self.first + slot for slot in slots]
+
+    # Their slots
+
+    def give(self, slots: Iterable[int], now: float = 0.0) -> None:
+        """Frees slots, which hold nothing that anyone needs, at `now`, in seconds that never go back."""
         for slot in slots:
             self._loading.discard(slot)
-            self._free.append(slot)
+            self._slots.give(slot - self.first, now)
+
+    def release_idle(self) -> int:
+        """The slot that has been free for longest: its memory goes back to the system."""
+        return self.first + self._slots.release_idle()
 
     def check(self) -> None:
         """Raises AssertionError where an invariant does not hold."""
-        assert len({*self._free, *self._left}) == len(self._free) + len(self._left), "each is free once"
-        assert self._loading.isdisjoint(self._free), "what is loaded is not free"
+        free = {self.first + slot for slot in self._slots.free}
+        assert len({*free, *self._left}) == self._slots.free_count + len(self._left), "each is free once"
+        assert self._loading.isdisjoint(free), "what is loaded is not free"
+        assert all(load.waiting or load.slot != NO_SLOT for load in self._loads.values()), "what is read is awaited"
+
+    def _take(self) -> int | None:
+        slot = self._slots.take_touched()
+        slot = self._slots.take_untouched() if slot is None else slot
+        return None if slot is None else self.first + slot
