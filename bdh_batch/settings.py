@@ -306,6 +306,11 @@ class Engine(Section):
         allow_inf_nan=False,
         description="Seconds after which main memory for unused states goes back to the system; 0 is never.",
     )
+    file_memory: Bytes | None = Field(
+        None,
+        description="Host memory for states on their way from and to files, one each way at least; null is 512 MiB, or "
+        "an eighth of what is free. A state that finds none when it should be saved is not.",
+    )
     replicas: PositiveInt | None = Field(
         None,
         le=64,
