@@ -529,6 +529,9 @@ class Limits(Section):
     max_background: PositiveInt = Field(
         64, description="Most responses in the background at a time; half of them for one caller."
     )
+    max_background_bytes: Bytes = Field(
+        2 * 2**20, description="Most bytes of the events of one in the background that can be read; the newest stay."
+    )
     max_parts: PositiveInt = Field(1024, description="Most parts of a message's content.")
     max_tools: PositiveInt = Field(128, description="Most tools, and most calls of tools in one message.")
     max_connections: PositiveInt | None = Field(

@@ -11,13 +11,17 @@ from typing import Any
 import orjson
 
 from bdh_batch.backends.base import Backend
-from bdh_batch.errors import BDHError
+from bdh_batch.errors import BDHError, InvalidRequest
 from bdh_batch.http.errors import NotFound
+from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.messages import Prompt, Text
-from bdh_batch.store.record import Record, Records
+from bdh_batch.store.record import Record
+from bdh_batch.store.records import Store
 from bdh_batch.text.tokenizer import decode
 
 KIND = "response"
+MOST_REFERRED = 1024  # responses whose items one request may refer to
+Item = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,64 +32,139 @@ class Stored:
         response: as it is returned.
         input: all items that it was made of, those of the turns before it included.
         length, digest: of the text that its tokens stand for, with what was generated; None where they do not.
+        process: the one that it is under way in (`Store.process`); None where it has ended.
+        size: bytes of its record.
     """
 
     response: dict[str, Any]
-    input: Sequence[Mapping[str, Any]]
+    input: Sequence[Item]
     length: int | None = None
     digest: str = ""
+    process: str | None = None
     tokens: Sequence[int] = ()
+    size: int = 0
 
     @property
-    def items(self) -> list[Mapping[str, Any]]:
+    def items(self) -> list[Item]:
         """What the next turn goes on from."""
-        return [*self.input, *self.response["output"]]
+        return [*self.input, *map(_without_logprobs, self.response["output"])]
 
     def record(self, owner: str) -> Record:
-        body = {"response": self.response, "input": self.input, "length": self.length, "digest": self.digest}
+        names = ("response", "input", "length", "digest", "process")
         return Record(
             id=self.response["id"],
             kind=KIND,
             owner=owner,
             created=self.response["created_at"],
             parent=self.response["previous_response_id"],
-            body=orjson.dumps(body),
+            body=orjson.dumps({name: getattr(self, name) for name in names}),
             tokens=array("i", self.tokens).tobytes(),
         )
 
     @classmethod
     def of(cls, record: Record) -> Stored:
-        return cls(**orjson.loads(record.body), tokens=array("i", record.tokens))
+        return cls(**orjson.loads(record.body), tokens=array("i", record.tokens), size=_bytes(record))
 
 
-async def stored(records: Records, id: str, owner: str, param: str | None = None) -> Stored:
-    """The response of that id. Raises NotFound: there is none, none any more, or it is somebody else's."""
-    record = await records.get(KIND, id, owner) if id.startswith("resp_") else None
-    if record is None:
-        previous = param == "previous_response_id"
-        what, code = ("Previous response", "previous_response_not_found") if previous else ("Response", "not_found")
-        raise NotFound(f"{what} with id {id[:128]!r} not found.", param, code)
-    return Stored.of(record)
+def _without_logprobs(item: Item) -> Item:
+    if item["type"] != "message":
+        return item
+    return {**item, "content": [{**part, "logprobs": []} for part in item["content"]]}
 
 
-async def resolved(records: Records, items: Sequence[dict[str, Any]], owner: str) -> list[Mapping[str, Any]]:
-    """The items, with those that are referred to by their ids. Raises NotFound."""
-    known: dict[str, Mapping[str, Mapping[str, Any]]] = {}
-    found: list[Mapping[str, Any]] = []
-    for index, item in enumerate(items):
-        if item["type"] != "item_reference":
-            found.append(item)
-            continue
-        id = str(item["id"])
-        response = f"resp_{id.partition('_')[2].partition('_')[0]}"
-        if response not in known:
-            record = await records.get(KIND, response, owner)
-            listed = () if record is None else Stored.of(record).items
-            known[response] = {each["id"]: each for each in listed}
-        if id not in known[response]:
-            raise NotFound(f"Item with id {id[:128]!r} not found.", f"input[{index}].id", "not_found")
-        found.append(known[response][id])
-    return found
+class Conversations:
+    """The stored responses of all callers. What takes long is done aside.
+
+    Args:
+        most: bytes of a conversation, in JSON. A response that has twice as many, with all before it, is not stored.
+    """
+
+    def __init__(self, store: Store, most: int) -> None:
+        self.store = store
+        self.most = most
+
+    async def find(self, id: str, owner: str, aside: Aside, param: str | None = None) -> Stored:
+        """The response of that id. Raises NotFound: there is none, none any more, or it is somebody else's."""
+        record = await self.store.get(KIND, id, owner) if id.startswith("resp_") else None
+        if record is None:
+            previous = param == "previous_response_id"
+            what, code = ("Previous response", "previous_response_not_found") if previous else ("Response", "not_found")
+            raise NotFound(f"{what} with id {id[:128]!r} not found.", param, code)
+        return await aside.run(_bytes(record), Stored.of, record)
+
+    async def resolved(self, items: Sequence[dict[str, Any]], owner: str, aside: Aside) -> tuple[list[Item], int]:
+        """The items, with those that are referred to by their ids, and about how many bytes these have.
+
+        Raises:
+            NotFound
+            InvalidRequest: there is too much of them.
+        """
+        wanted: dict[str, set[str]] = {}  # by the id of the response that has them
+        for item in items:
+            if item["type"] == "item_reference":
+                wanted.setdefault(_response_of(item["id"]), set()).add(item["id"])
+        if len(wanted) > MOST_REFERRED:
+            text = f"input: Items of {len(wanted)} responses are referred to, of at most {MOST_REFERRED}."
+            raise InvalidRequest(text, "input")
+        known: dict[str, Item] = {}
+        for id, ids in wanted.items():
+            if (record := await self.store.get(KIND, id, owner)) is not None:
+                known |= await aside.run(_bytes(record), _items_of, record, ids)
+        weights = {id: weight([item]) for id, item in known.items()}
+        found: list[Item] = []
+        total = 0
+        for index, item in enumerate(items):
+            if item["type"] != "item_reference":
+                found.append(item)
+            elif (id := item["id"]) not in known:
+                raise NotFound(f"Item with id {id[:128]!r} not found.", f"input[{index}].id", "not_found")
+            else:
+                found.append(known[id])
+                total += weights[id]
+                self.check(total, f"input[{index}].id")
+        return found, total
+
+    def check(self, size: int, param: str) -> None:
+        """Raises InvalidRequest: a conversation of so many bytes is too long."""
+        if size > self.most:
+            text = f"With what is stored of it, the conversation has more than {self.most} bytes"
+            raise InvalidRequest(f"{text} (limits.max_body_bytes).", param)
+
+    async def put(self, value: Stored, owner: str, aside: Aside, size: int, new: bool) -> bool:
+        """Stores a response; returns whether that went well. The store counts and logs its failures.
+
+        Args:
+            size: about how many bytes it has.
+            new: else it is stored only where it has not been deleted.
+        """
+        record = await aside.run(size, value.record, owner)
+        if len(record.body) > 2 * self.most:
+            return False
+        try:
+            if not new:
+                return await self.store.update(record)
+            await self.store.put(record)
+        except BDHError:
+            return False
+        return True
+
+
+def _bytes(record: Record) -> int:
+    return len(record.body) + len(record.tokens)
+
+
+def _response_of(item: str) -> str:
+    """The id of the response that an item belongs to."""
+    return f"resp_{item.partition('_')[2].partition('_')[0]}"
+
+
+def _items_of(record: Record, ids: set[str]) -> dict[str, Item]:
+    return {item["id"]: item for item in Stored.of(record).items if item["id"] in ids}
+
+
+def weight(items: Sequence[Item]) -> int:
+    """The bytes of items, in JSON."""
+    return len(orjson.dumps(items))
 
 
 @dataclass(slots=True)
@@ -96,6 +175,7 @@ class Transcript:
         before: the response that it goes on from.
     """
 
+    aside: Aside
     before: Stored | None = None
     text: str = ""
     tokens: Sequence[int] = field(default=())
@@ -104,10 +184,11 @@ class Transcript:
         """The prompt of a text. Where it begins with the text of the response before, its tokens are that one's, as
         they were drawn, and those of the rest."""
         self.text = text.text
-        before, length = self.before, None if self.before is None else self.before.length
-        if before is None or length is None or not self._begins_as(before, length):
+        before, size = self.before, len(self.text)
+        length = None if before is None else before.length
+        if before is None or length is None or not await self.aside.run(size, self._begins_as, before, length):
             prompts = await backend.tokenized([("input", text)], last)
-        elif length == len(text.text):
+        elif length == size:
             prompts = [Prompt(before.tokens, "input")]
         else:
             ends = tuple(end - length for end in text.ends if end > length)
@@ -126,7 +207,7 @@ class Transcript:
     def stored(
         self,
         response: dict[str, Any],
-        input: Sequence[Mapping[str, Any]],
+        input: Sequence[Item],
         generated: str,
         tokens: Sequence[int],
         backend: Backend,
@@ -143,17 +224,8 @@ class Transcript:
             if decode(backend.tokenizer, drawn, True)[0] == generated:
                 whole, known = whole + generated, [*known, *drawn]
                 break
-        return Stored(response, input, len(whole), _digest(whole), known)
+        return Stored(response, input, len(whole), _digest(whole), tokens=known)
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
-
-
-async def is_put(records: Records, value: Stored, owner: str) -> bool:
-    """Stores a response; returns whether that went well. The store counts and logs its failures."""
-    try:
-        await records.put(value.record(owner))
-    except BDHError:
-        return False
-    return True
