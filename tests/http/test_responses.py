@@ -245,8 +245,37 @@ def test_what_is_wrong_is_refused_by_name(server: Server, param: str | None, bod
     assert server.refusal(body, PATH)["param"] == param
 
 
-@pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=a", "order=up", "after=none"])
+@pytest.mark.parametrize(
+    "query",
+    [
+        "limit=0",
+        "limit=101",
+        "limit=a",
+        "order=up",
+        "after=none",
+        "before=none",
+        "include=message.output_text.logprobs",
+    ],
+)
 def test_what_is_wrong_in_a_query_is_refused_by_name(server: Server, query: str) -> None:
     response = ask(server, input="Speak!")
     error = server.error(server.http.get(f"{PATH}/{response['id']}/input_items?{query}"), 400)
     assert error["param"] == query.partition("=")[0]
+
+
+def test_what_is_wrong_in_the_query_of_a_retrieval_is_refused_by_name(server: Server) -> None:
+    response = ask(server, input="Speak!")
+    for query in ("stream=1", "stream=true", "starting_after=3", "include[]=all", "include_obfuscation=true", "a=b"):
+        error = server.error(server.http.get(f"{PATH}/{response['id']}?{query}"), 400)
+        assert error["param"] == query.partition("=")[0].removesuffix("[]")
+
+
+def test_log_probabilities_are_retrieved_where_there_are_some(client: openai.OpenAI) -> None:
+    included: Any = ["message.output_text.logprobs"]
+    for asked in ([], included):
+        made = client.responses.create(**GREEDY, input="Speak!", include=asked)
+        if asked:
+            assert client.responses.retrieve(made.id, include=included).to_dict() == made.to_dict()
+        else:
+            with pytest.raises(openai.BadRequestError, match="include"):
+                client.responses.retrieve(made.id, include=included)

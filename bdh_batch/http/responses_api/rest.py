@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import orjson
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from bdh_batch.backends.base import TextBackend
 from bdh_batch.errors import InvalidRequest, StoreFailed, UnknownParameter
@@ -19,6 +20,7 @@ from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.client import Client
 from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses.generation import EventStream, whole
+from bdh_batch.http.responses.json_pieces import JsonInPieces
 from bdh_batch.http.responses_api.background import Background, EventLog, Run, stream_of
 from bdh_batch.http.responses_api.bodies import INCLUDED, LOGPROBS, InputTokensBody, ResponseBody, ToolSelection
 from bdh_batch.http.responses_api.frames import ResponseFrames
@@ -121,7 +123,7 @@ class Responses:
             under_way = partial(put, ended=False, new=False)
             run = Run(owner, generation, frames, under_way, log, chunk_tokens, client.cleanup.pop_all())
             self._background.start(run)
-            return stream_of(run, keepalive) if body.stream else JSONResponse(frames.response)
+            return stream_of(run, keepalive) if body.stream else _json(frames.response)
         if body.stream:
             return EventStream(generation, frames, aside, chunk_tokens, keepalive)
         with turn.names.as_written():
@@ -137,7 +139,7 @@ class Responses:
         with turn.names.as_written():
             transcript = Transcript(aside, turn.before)
             prepared = await serving.preparation(client, model, turn.size).generation(turn.body, transcript)
-        return JSONResponse({"object": "response.input_tokens", "input_tokens": prepared.prompt_tokens})
+        return _json({"object": "response.input_tokens", "input_tokens": prepared.prompt_tokens})
 
     async def retrieve(self, request: Request) -> Response:
         self._check_query(request, "include", "include_obfuscation", "starting_after", "stream")
@@ -165,7 +167,7 @@ class Responses:
         id = found.response["id"]
         self._background.forget(id)
         await self._store.delete(KIND, id, request.state.caller.owner)
-        return JSONResponse({"id": id, "object": "response", "deleted": True})
+        return _json({"id": id, "object": "response", "deleted": True})
 
     async def cancel(self, request: Request) -> Response:
         self._check_query(request)
@@ -193,7 +195,7 @@ class Responses:
         page = items[:limit]
         ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
         shown = {"object": "list", "data": page, **ends, "has_more": len(items) > limit}
-        return await aside.run(found.size, JSONResponse, shown)
+        return await aside.run(found.size, _json, shown)
 
     async def _turn(self, body: InputTokensBody, unique: str, owner: str, aside: Aside, size: int) -> Turn:
         """
@@ -263,7 +265,7 @@ class Responses:
                 response |= {"status": "failed", "error": error}
             elif run.log.ended:  # its end could not be stored
                 response = run.response
-        return await aside.run(found.size, JSONResponse, response)
+        return await aside.run(found.size, _json, response)
 
     def _check_query(self, request: Request, *known: str) -> None:
         """Raises UnknownParameter."""
@@ -315,6 +317,10 @@ def _new(body: ResponseBody, id: str, model: ServedModel) -> dict[str, Any]:
         "usage": None,
         "user": body.user,
     }
+
+
+def _json(value: Any) -> Response:
+    return JsonInPieces([orjson.dumps(value)])
 
 
 def _included(request: Request) -> Sequence[str]:
