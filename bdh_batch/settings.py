@@ -306,6 +306,11 @@ class Engine(Section):
         allow_inf_nan=False,
         description="Seconds after which main memory for unused states goes back to the system; 0 is never.",
     )
+    file_memory: Bytes | None = Field(
+        None,
+        description="Host memory for states on their way from and to files, one each way at least; null is 512 MiB, or "
+        "an eighth of what is free. A state that finds none when it should be saved is not.",
+    )
     replicas: PositiveInt | None = Field(
         None,
         le=64,
@@ -485,6 +490,12 @@ class Store(Section):
         30 * 86400.0, allow_inf_nan=False, description="Seconds that they are stored, unless a request says less."
     )
     max_state_bytes: Bytes = Field(2**29, description="Largest state that can be uploaded.")
+    recent_requests: int = Field(
+        256,
+        ge=0,
+        description="Completions of which a process remembers the tokens for a while, in memory: a state can be saved "
+        "by their x-request-id.",
+    )
     encryption_key: SecretStr | None = Field(
         None,
         description="Key that they are encrypted with at rest: 32 bytes in base64, as `openssl rand -base64 32` "

@@ -65,7 +65,7 @@ OPENAI: dict[str, set[str]] = {
     "StreamOptions": set(chat_completion_stream_options_param.ChatCompletionStreamOptionsParam.__annotations__),
     "EmbeddingBody": set(embedding_create_params.EmbeddingCreateParams.__annotations__),
 }
-OURS = {"chunk_tokens"}
+OURS = {"chunk_tokens", "state"}
 ENDPOINTS = {
     "CompletionBody": "completions",
     "ChatBody": "chat completions",

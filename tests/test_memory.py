@@ -37,7 +37,7 @@ def test_a_host_without_so_much_memory_does_not_cost_the_device_its_states(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def scarce(*arguments: Any) -> StatePool:
-        if arguments[-1] > 10:
+        if arguments[5] > 10:
             raise RuntimeError("CUDA error: out of memory for pinned pages")
         return StatePool(*arguments)
 

@@ -43,7 +43,7 @@ class MailboxGeneration:
         self._request = request
         self._mailbox = mailbox
         self._source = source
-        self._open = len(request.prompts) * request.n
+        self._open = len(request.prompts) * request.n + (request.save_to is not None)
         self._tokens = 0
         self._failure: Delta | None = None
         self._ended: list[Ended] = []
@@ -68,10 +68,9 @@ class MailboxGeneration:
             deltas = await self._mailbox.take()
             for _, delta in deltas:
                 self._tokens += len(delta.tokens)
-                if delta.finish_reason is not None:
-                    self._open -= 1
-                    if delta.finish_reason in FAILED and self._failure is None:
-                        self._failure = delta
+                self._open -= delta.ends
+                if delta.finish_reason in FAILED and self._failure is None:
+                    self._failure = delta
             yield deltas
 
     def abort(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -29,7 +31,8 @@ class StatePool:
     """`states` [slots, layers, h, N, D], or [slots, layers, 2, h, N, D] with a window.
 
     Slot s is one contiguous block, so copying it copies a whole context. Slots from `slots` on are `host_slots` more of
-    the same shape in the host's memory, to which and from which states can only be copied.
+    the same shape in the host's memory, to which and from which states can only be copied. So are `transfer_slots`
+    after those, whose memory other threads read and write: it is on its way from or to a file.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class StatePool:
         window: int = 0,
         dtype: torch.dtype = torch.float32,
         host_slots: int = 0,
+        transfer_slots: int = 0,
         huge_pages: bool = True,
     ) -> None:
         blocks = (2,) if window else ()
@@ -49,11 +53,13 @@ class StatePool:
         if device.type == "cpu":
             self.states: Tensor = pages.reserve(shape, dtype, huge_pages)
             self._host = pages.reserve((host_slots, *shape[1:]), dtype, huge_pages)
+            self._transfer = pages.reserve((transfer_slots, *shape[1:]), dtype, huge_pages)
             self._pages = PagesAhead(self.states)
         else:
             self.states = torch.empty(shape, dtype=dtype, device=device)
             # Pinned, so that a copy from or to a GPU runs at the speed of the bus, and does not hold up the host.
             self._host = torch.empty((host_slots, *shape[1:]), dtype=dtype, pin_memory=True)
+            self._transfer = torch.empty((transfer_slots, *shape[1:]), dtype=dtype, pin_memory=True)
 
     @property
     def huge_bytes(self) -> int:
@@ -63,6 +69,10 @@ class StatePool:
     @property
     def host_slots(self) -> int:
         return len(self._host)
+
+    @property
+    def transfer_slots(self) -> int:
+        return len(self._transfer)
 
     def clear(self, slot: int) -> None:
         """Back to the state before any token."""
@@ -75,14 +85,34 @@ class StatePool:
         self._slot(target).copy_(self._slot(source), non_blocking=True)
 
     def release(self, slot: int) -> None:
-        """Gives the memory of a slot on the device back to the system, which holds no state that anyone needs."""
+        """Gives the memory of a slot back to the system, which holds no state that anyone needs."""
         if self._pages is not None:
-            pages.release(self.states[slot])
+            pages.release(self._slot(slot))
+
+    def memory(self, slot: int) -> memoryview:
+        """The bytes of a transfer slot. They can be read and written once `copies_made` has returned."""
+        return self._slot(slot).view(torch.uint8).numpy().data.cast("B")
+
+    def back(self, slot: int) -> None:
+        """Has the system give a transfer slot its memory now. Any thread may do it, whatever the slot holds."""
+        if self._pages is not None:
+            pages.populate(self._slot(slot))
+
+    def copies_made(self) -> Callable[[], object]:
+        """Returns a function that waits, in any thread, until the copies that were begun are made."""
+        if self._pages is not None:
+            return lambda: None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event.synchronize
 
     def _about_to_write(self, slot: int) -> None:
         if self._pages is not None and slot < len(self.states):
             self._pages.used(slot)
 
     def _slot(self, slot: int) -> Tensor:
-        slots = len(self.states)
-        return self.states[slot] if slot < slots else self._host[slot - slots]
+        for block in (self.states, self._host):
+            if slot < len(block):
+                return block[slot]
+            slot -= len(block)
+        return self._transfer[slot]

@@ -42,6 +42,7 @@ from bdh_batch.http.schema.text import (
     TokenizeText,
 )
 from bdh_batch.http.serving import Serving, response_options
+from bdh_batch.http.states.rest import States
 from bdh_batch.settings import Settings
 from bdh_batch.system.threads import in_daemon_thread
 
@@ -55,7 +56,8 @@ class Routes:
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
         self._gate, self._metrics, self._settings = serving.gate, serving.metrics, serving.settings
-        self.kserve, self.messages, self.responses = KServe(serving), Messages(serving), Responses(serving)
+        self.kserve, self.messages = KServe(serving), Messages(serving)
+        self.responses, self.states = Responses(serving), States(serving)
         self._documents: asyncio.Future[tuple[bytes, bytes]] | None = None  # the OpenAPI document, and its page
 
     def table(self) -> list[Route]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -29,6 +29,7 @@ from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Settings
 from bdh_batch.store.byte_cache import open_byte_cache
 from bdh_batch.store.opening import open_store
+from bdh_batch.store.recent import Completion, Recent
 from bdh_batch.store.records import Store
 from bdh_batch.store.response_cache import ResponseCache, key_of
 
@@ -46,6 +47,7 @@ class Serving:
 
     Args:
         records: what clients have stored.
+        recent: completions whose states can be saved.
         spans: where they are exported.
         responses: those that are kept.
         closing: what ends with the server.
@@ -57,6 +59,7 @@ class Serving:
     admission: Admission
     quota: Quota
     records: Store
+    recent: Recent
     spans: Spans | None = None
     responses: ResponseCache | None = None
     off_loop: OffLoop = field(default_factory=OffLoop)
@@ -64,9 +67,15 @@ class Serving:
 
     @classmethod
     def of(
-        cls, settings: Settings, gate: Gate, metrics: Metrics, keys: KeyRing | None = None, spans: Spans | None = None
+        cls,
+        settings: Settings,
+        gate: Gate,
+        metrics: Metrics,
+        keys: KeyRing | None = None,
+        spans: Spans | None = None,
+        recent: Recent | None = None,
     ) -> Serving:
-        """Without `keys`, none is asked for.
+        """Without `keys`, none is asked for; without `recent`, nothing is shared with other processes.
 
         Raises:
             ConfigError: what the rates are counted in, or responses are kept or stored in, cannot be used.
@@ -79,7 +88,8 @@ class Serving:
             metrics.watch_response_cache(lambda: responses.held)
         records = open_store(settings.store)
         metrics.watch_store(records)
-        return cls(settings, gate, metrics, Admission(keys, rates), quota, records, spans, responses)
+        recent = recent or Recent(settings.store.recent_requests)
+        return cls(settings, gate, metrics, Admission(keys, rates), quota, records, recent, spans, responses)
 
     def aside(self, client: Client) -> Aside:
         """Where what takes long is done for a client, whose body has been read."""
@@ -114,7 +124,7 @@ class Serving:
 
     def preparation(self, client: Client, model: ServedModel, size: int) -> Preparation:
         """What makes the request of a body of `size` bytes complete."""
-        return Preparation(client, model, size, self.aside(client))
+        return Preparation(*(client, model, size, self.aside(client)), self.records, self.settings.limits.max_values)
 
     async def start(
         self,
@@ -154,11 +164,16 @@ class Serving:
         if prepared.grammar is not None:
             frames.warn(prepared.grammar.warnings)
         generation = await self.start(client, model, prepared, body, size)
-        aside = self.aside(client)
+        aside, drawn = self.aside(client), partial(self._remember, client, model, prepared)
         if body.stream:
             keepalive = self.settings.server.sse_keepalive_seconds
-            return EventStream(generation, frames, aside, body.options.chunk_tokens or 1, keepalive)
-        return await whole(generation, frames, client, aside)
+            return EventStream(generation, frames, aside, body.options.chunk_tokens or 1, keepalive, drawn)
+        return await whole(generation, frames, client, aside, drawn)
+
+    def _remember(self, client: Client, model: ServedModel, prepared: GenerationRequest, drawn: Sequence[int]) -> None:
+        if not isinstance(model.backend, TextBackend):
+            known = Completion(model.name, prepared.salt, prepared.prompts[0].tokens, drawn)
+            self.recent.add(client.caller.owner, client.id, known)
 
     async def _replayed_or_kept(
         self, responses: ResponseCache, key: str, client: Client, model: ServedModel, prepared: GenerationRequest

@@ -12,12 +12,10 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from bdh_batch import __version__
 from bdh_batch.backends.engine_port import EnginePort
@@ -25,7 +23,6 @@ from bdh_batch.backends.recorder import StepRecorder
 from bdh_batch.backends.wire import Welcome
 from bdh_batch.engine.loading import LoadedEngine, load_engine, start_worker
 from bdh_batch.errors import NotEnoughMemory
-from bdh_batch.kernels.base import Weights
 from bdh_batch.observability.engine_metrics import EngineMetrics
 from bdh_batch.observability.metrics import exposition, process_registry
 from bdh_batch.processes.engines import LOADER
@@ -150,13 +147,7 @@ def fingerprint(engine: LoadedEngine, settings: Settings) -> str:
     """Returns a hash of all that decides which tokens an engine generates: weights, dtypes, kernels, window."""
     digest = hashlib.blake2b(digest_size=16)
     chosen = settings.engine
-    for part in (__version__, settings.model.attention_window, chosen.kernels, chosen.state_dtype):
+    device, own = engine.model.weights.embed.device.type, (chosen.kernels, chosen.state_dtype)
+    for part in (__version__, settings.model.attention_window, *own, device, engine.fingerprint):
         digest.update(f"{part}\0".encode())
-    for field in fields(Weights):
-        value = getattr(engine.model.weights, field.name)
-        if isinstance(value, Tensor):
-            digest.update(f"{field.name} {value.dtype} {value.device.type} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        else:
-            digest.update(f"{field.name} {value}".encode())
     return digest.hexdigest()

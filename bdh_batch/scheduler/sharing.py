@@ -16,6 +16,7 @@ from bdh_batch.scheduler.prefix_cache import End, Entry
 from bdh_batch.scheduler.prefixes import TOKEN_BYTES, RecentPrompts, common, pack
 from bdh_batch.scheduler.sequence import Sequence, Stage
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
+from bdh_batch.scheduler.transfers import Load
 
 FIRST_POWER = 256
 LONG = 512  # tokens, from which on a prompt is worth a step more
@@ -51,14 +52,20 @@ class Sharing:
 
     def cached_prefix(self, sequence: Sequence) -> Entry | None:
         """The state that `sequence` can begin with; its last token has to be computed."""
+        loaded = sequence.prefix.loaded
         if not self._may_share(sequence):
-            return None
+            return loaded
         prompt = self._packed(sequence)
-        return self.cache.find(sequence.prefix.namespace, prompt, len(sequence.prompt) - 1)
+        found = self.cache.find(sequence.prefix.namespace, prompt, len(sequence.prompt) - 1)
+        return loaded if loaded is not None and (found is None or found.length < loaded.length) else found
 
     def begun(self, sequence: Sequence, entry: Entry | None, alone: bool = True) -> None:
         """`sequence` has been given its slot, with the state of `entry` in it; it is `alone` where no other one
         runs."""
+        loaded = entry is not None and entry is sequence.prefix.loaded
+        if loaded and entry is not None:
+            self._begun_in(sequence, entry)
+        self.forget_loaded(sequence)
         if not self._may_share(sequence):
             return
         self.queries += len(sequence.prompt)
@@ -66,7 +73,7 @@ class Sharing:
         prompt, namespace = self._packed(sequence), sequence.prefix.namespace
         evicted = self._allocator.working_set.asked(namespace, prompt, len(sequence.prompt) - 1, found)
         self._observe(evicted or entry)
-        cached = entry is not None and self.cache.holds(entry)
+        cached = entry is not None and self.cache.holds(entry) and not loaded
         if entry is not None and (cached or entry.slot == sequence.slot):
             sequence.computed = entry.length
             self.hits += entry.length
@@ -78,6 +85,31 @@ class Sharing:
         if self._cache_prefixes:
             wanted, least = self._wanted(sequence, alone), max(sequence.computed, self._least - 1)
             sequence.prefix.cuts = sorted(at for at in wanted if at > least)
+
+    def holds_state(self, sequence: Sequence, tokens: int) -> bool:
+        """Whether the state after so many tokens of the prompt, or more of them, need not be read from a file."""
+        entry = self.cached_prefix(sequence)
+        return entry is not None and entry.length >= tokens
+
+    def prefix_of(self, sequence: Sequence, tokens: int) -> tuple[str, bytes]:
+        """Returns the namespace of `sequence`, and the first tokens of its prompt."""
+        prompt = self._packed(sequence)
+        return sequence.prefix.namespace, prompt[: TOKEN_BYTES * tokens]
+
+    def loaded(self, sequences: Iterable[Sequence], load: Load) -> None:
+        """`sequences` can begin in a state that was read; it is not cached yet."""
+        entry = Entry.of(load.namespace, load.tokens, len(load.tokens) // TOKEN_BYTES, load.slot)
+        for sequence in sequences:
+            sequence.prefix.loaded = entry
+            entry.awaited += 1
+
+    def forget_loaded(self, sequence: Sequence) -> None:
+        """`sequence` has begun, or has ended before it could. Idempotent."""
+        entry, sequence.prefix.loaded = sequence.prefix.loaded, None
+        if entry is not None:
+            entry.awaited -= 1
+            if not entry.awaited:
+                self._allocator.transfers.leave(entry.slot)
 
     def await_prefix(self, sequence: Sequence, in_prompt: Tokens[Sequence]) -> bool:
         """Whether one of those `in_prompt` is about to compute more of `sequence` than is cached; it then waits. In one
@@ -160,6 +192,20 @@ class Sharing:
         assert all(entry.awaited >= 0 for entry in self.cache), "who waits is counted"
         if not self._cache_prefixes:
             assert all(entry.awaited > 0 for entry in self.cache), "only what is awaited is cached"
+
+    def _begun_in(self, sequence: Sequence, loaded: Entry) -> None:
+        """It begins in a state that was read from a file; that stays, for those who begin there later."""
+        sequence.computed = loaded.length
+        if sequence.times.scheduled is None:
+            sequence.prefix.cached = loaded.length
+        if not self._cache_prefixes or loaded.length < self._least or self.cache.twin(loaded) is not None:
+            return
+        slot = self._allocator.for_entry(self.cache.worth(loaded.length), awaited=False)
+        if slot is not None:
+            self._allocator.copy(loaded.slot, slot)
+            entry = Entry(loaded.namespace, loaded.length, loaded.tail, loaded.digest, slot, end=End.COMPLETION)
+            self.cache.add(entry, self._allocator.now)
+            self._fresh.append(entry)
 
     def _take(self, sequence: Sequence) -> None:
         """Copies the state of `sequence` to a slot of its own, for others to begin with."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from bdh_batch.messages import Copy
 from bdh_batch.scheduler.prefix_cache import Entry, PrefixCache
 from bdh_batch.scheduler.slots import Slots
+from bdh_batch.scheduler.transfers import Transfers
 from bdh_batch.scheduler.working_set import WorkingSet
 
 if TYPE_CHECKING:
@@ -23,11 +24,15 @@ class SlotAllocator:
         device, host: how many slots there are.
         free: slots on the device whose memory may be touched without evidence that it is of use; None is all.
         idle_release: seconds after which the memory of idle slots goes back to the system; 0 is never.
+        transfers: slots for states on their way from and to files.
     """
 
-    def __init__(self, device: int, host: int, free: int | None = None, idle_release: float = 0.0) -> None:
+    def __init__(
+        self, device: int, host: int, free: int | None = None, idle_release: float = 0.0, transfers: int = 0
+    ) -> None:
         self.slots = Slots(device, host)
         self.working_set = WorkingSet(device, free)
+        self.transfers = Transfers(device + host, transfers)
         self.cache = PrefixCache(device)
         self.parked: dict[Sequence, None] = {}  # swapped sequences whose states are still on the device
         self._idle_release = idle_release
@@ -36,7 +41,7 @@ class SlotAllocator:
     def begin(self, now: float) -> None:
         """Begins a new plan, at `now` in seconds."""
         self.now = now
-        self.copies: list[Copy] = []
+        self.copies: list[Copy] = self.transfers.begin()
         self.moved: list[Sequence] = []  # whose states are what these copies make them
         self.released: list[int] = []  # slots whose memory goes back to the system
 
@@ -93,6 +98,9 @@ class SlotAllocator:
         grown, of a cached prefix that no request has asked for. One for each plan, as it takes a moment."""
         if (due := self.release_due) is None or due > self.now:
             return
+        if (since := self.transfers.idle_since) is not None and since + self._idle_release <= self.now:
+            self.released.append(self.transfers.release_idle())
+            return
         if (since := self.slots.idle_since) is not None and since + self._idle_release <= self.now:
             slot = self.slots.release_idle()
         else:
@@ -110,8 +118,8 @@ class SlotAllocator:
         if not self._idle_release:
             return None
         entry = self._beyond_need()
-        since = [at for at in (self.slots.idle_since, None if entry is None else entry.used) if at is not None]
-        return min(since) + self._idle_release if since else None
+        since = (self.slots.idle_since, self.transfers.idle_since, None if entry is None else entry.used)
+        return min((at + self._idle_release for at in since if at is not None), default=None)
 
     def check(self, running: Collection[Sequence], swapped: Collection[Sequence]) -> None:
         """Raises AssertionError where an invariant does not hold."""
@@ -121,6 +129,7 @@ class SlotAllocator:
         assert all(s.slot is not None and self.slots.on_device(s.slot) for s in running), "what runs is there"
         parked = {s for s in swapped if s.slot is not None and self.slots.on_device(s.slot)}
         assert set(self.parked) == parked, "what is swapped and still there is known"
+        self.transfers.check()
 
     def _beyond_need(self) -> Entry | None:
         """The least useful cached prefix, where more memory is touched than may be without evidence."""
@@ -144,7 +153,7 @@ class SlotAllocator:
                 self.moved.append(sequence)
             return True
         sequence.slot = slot = self._on_device(None, False)
-        if slot is not None and self.cache.holds(entry):
+        if slot is not None and (self.cache.holds(entry) or self.transfers.holds(entry.slot)):
             self.copy(entry.slot, slot)
             self.moved.append(sequence)
         return slot is not None

@@ -13,7 +13,7 @@ import sqlite3
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from bdh_batch.errors import StoreFailed
 from bdh_batch.store.database import Database
 from bdh_batch.store.record import Record
-from bdh_batch.store.state_files import StateFile, StateFiles
+from bdh_batch.store.state_files import StateFile, StateFiles, finish
 from bdh_batch.system.threads import DaemonThreads
 
 __all__ = ["NewState", "Record", "StateFile", "Store"]
@@ -118,6 +118,19 @@ class Store:
         """Returns an id for a state, and where its file is to be written."""
         id = uuid.uuid4().hex
         return NewState(id, self._files.to_write(id))
+
+    async def write(self, new: NewState, pieces: AsyncIterator[bytes]) -> None:
+        """Writes the file of a new state from pieces of it, as they come; what they raise leaves it to be discarded.
+
+        Raises StoreFailed.
+        """
+        file = await self._call("write", self._files.begin, new.id, thread=self._file_thread)
+        try:
+            async for piece in pieces:
+                await self._call("write", file.write, piece, thread=self._file_thread)
+            await self._call("write", finish, file, thread=self._file_thread)
+        finally:
+            self._file_thread.submit(file.close)
 
     async def adopt(self, state: str, record: Record) -> bool:
         """Takes in the file that was written for `state` (`new_state`) as the one of a record that has been put.

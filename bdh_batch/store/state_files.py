@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from bdh_batch.store.folders import LockedFolder, is_alive
 from bdh_batch.store.sealing import CHECK, Sealer, SealingFailed
@@ -60,6 +61,10 @@ class StateFiles:
     def to_write(self, id: str) -> Path:
         """Where a new state is to be written."""
         return self._plain.path / f"{id}{PLAIN}"
+
+    def begin(self, id: str) -> BinaryIO:
+        """A file for a new state, to be written in pieces."""
+        return self.to_write(id).open("xb")
 
     def prepare(self, id: str) -> int:
         """Makes a file that was written ready to be kept. Returns its bytes."""
@@ -132,6 +137,13 @@ class StateFiles:
 
     def _kept(self, id: str) -> Path:
         return self._folder / f"{id}{self._suffix}"
+
+
+def finish(file: BinaryIO) -> None:
+    """Makes the content of a file durable, and closes it."""
+    with file:
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def sync(folder: Path) -> None:

@@ -75,10 +75,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def run_plan(self, step: Step) -> None:
         """Computes `step`, after a look at the states that it builds on."""
         states = dict(self.runner.slots)
-        for slot in step.plan.releases:
-            states.pop(slot, None)
         for copy in step.plan.copies:
             states[copy.target] = states[copy.source]
+        for slot in step.plan.releases:
+            states.pop(slot, None)
         for sequence, segment in zip(step.sequences, step.plan.segments, strict=True):
             held = states[segment.slot] if segment.start else []
             assert held == list(sequence.known(0, segment.start)), "a state is that of the tokens before"

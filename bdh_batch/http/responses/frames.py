@@ -185,6 +185,10 @@ class Frames:
         inside = [] if self.prompt_beside_choices else self._of_prompt(prompt, end)
         return [begin, *logprobs, reason, *inside, b',"token_ids":', ids, b"}"]
 
+    def first(self, ends: Sequence[Delta]) -> Delta:
+        """What the choice gained that is returned first."""
+        return ends[self._best(ends)[0]]
+
     def _best(self, ends: Sequence[Delta]) -> list[int]:
         """The rows of the choices that are returned: those of the highest log-probability per token, if not all."""
         n, tries = self._options.n, self._options.tries

@@ -166,6 +166,7 @@ class GenerationBody(Formatted, SamplingFields):
     max_tokens: int | None = Field(None, ge=1)
     n: ChoiceCount | None = None
     truncate_prompt_tokens: Truncation | None = None
+    state: Label | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
@@ -238,6 +239,10 @@ class GenerationBody(Formatted, SamplingFields):
             raise InvalidRequest("stream_options can only be used with stream: true.", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
             raise InvalidRequest("prompt_logprobs cannot be used with stream.", "prompt_logprobs")
+        if self.state is not None:
+            for name, given in (("prompt_logprobs", self.prompt_logprobs is not None), ("echo", self.echoes)):
+                if given:
+                    raise InvalidRequest(f"{name} cannot be used with state: its tokens are not computed again.", name)
         if self.min_tokens is not None and self.min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens should be at most max_tokens, which is {max_tokens}.", "min_tokens")
 
