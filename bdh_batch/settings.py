@@ -489,6 +489,11 @@ class Store(Section):
     ttl_seconds: PositiveFloat = Field(
         30 * 86400.0, allow_inf_nan=False, description="Seconds that they are stored, unless a request says less."
     )
+    response_states: bool = Field(
+        True,
+        description="Whether the states of responses are stored, too: then the next turn computes what is new in it, "
+        "also after a restart; else all that no prefix cache has.",
+    )
     max_state_bytes: Bytes = Field(2**29, description="Largest state that can be uploaded.")
     recent_requests: int = Field(
         256,

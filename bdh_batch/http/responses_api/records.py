@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
+import logging
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,10 +16,13 @@ from bdh_batch.backends.base import Backend
 from bdh_batch.errors import BDHError, InvalidRequest
 from bdh_batch.http.errors import NotFound
 from bdh_batch.http.request.off_loop import Aside
-from bdh_batch.messages import Prompt, Text
+from bdh_batch.http.responses_api.saving import Saving
+from bdh_batch.messages import Prompt, SavedState, Text
 from bdh_batch.store.record import Record
 from bdh_batch.store.records import Store
 from bdh_batch.text.tokenizer import decode
+
+log = logging.getLogger(__name__)
 
 KIND = "response"
 MOST_REFERRED = 1024  # responses whose items one request may refer to
@@ -32,7 +37,10 @@ class Stored:
         response: as it is returned.
         input: all items that it was made of, those of the turns before it included.
         length, digest: of the text that its tokens stand for, with what was generated; None where they do not.
+        model: the revision of the model whose tokens they are.
+        read: how many of the tokens have entered its state, if it has one.
         process: the one that it is under way in (`Store.process`); None where it has ended.
+        kept: the id of its state's file; None where it has none.
         size: bytes of its record.
     """
 
@@ -40,8 +48,11 @@ class Stored:
     input: Sequence[Item]
     length: int | None = None
     digest: str = ""
+    model: str | None = None
+    read: int = 0
     process: str | None = None
     tokens: Sequence[int] = ()
+    kept: str | None = None
     size: int = 0
 
     @property
@@ -49,8 +60,12 @@ class Stored:
         """What the next turn goes on from."""
         return [*self.input, *map(_without_logprobs, self.response["output"])]
 
+    def bare(self, owner: str) -> Record:
+        """What the store needs to find its record, or its state."""
+        return Record(self.response["id"], KIND, owner, self.response["created_at"], state=self.kept)
+
     def record(self, owner: str) -> Record:
-        names = ("response", "input", "length", "digest", "process")
+        names = ("response", "input", "length", "digest", "model", "read", "process")
         return Record(
             id=self.response["id"],
             kind=KIND,
@@ -63,7 +78,8 @@ class Stored:
 
     @classmethod
     def of(cls, record: Record) -> Stored:
-        return cls(**orjson.loads(record.body), tokens=array("i", record.tokens), size=_bytes(record))
+        tokens = array("i", record.tokens)
+        return cls(**orjson.loads(record.body), tokens=tokens, kept=record.state, size=_bytes(record))
 
 
 def _without_logprobs(item: Item) -> Item:
@@ -82,6 +98,11 @@ class Conversations:
     def __init__(self, store: Store, most: int) -> None:
         self.store = store
         self.most = most
+        self._adopting: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Returns once all states are stored. Idempotent."""
+        await asyncio.gather(*self._adopting, return_exceptions=True)
 
     async def find(self, id: str, owner: str, aside: Aside, param: str | None = None) -> Stored:
         """The response of that id. Raises NotFound: there is none, none any more, or it is somebody else's."""
@@ -123,6 +144,38 @@ class Conversations:
                 total += weights[id]
                 self.check(total, f"input[{index}].id")
         return found, total
+
+    async def state(self, before: Stored, owner: str) -> tuple[SavedState, Callable[[], object]] | None:
+        """The state of a stored response, and what is to be called when it is not read any more; None where there is
+        none (any more)."""
+        try:
+            file = await self.store.state_file(before.bare(owner))
+        except BDHError:  # which was counted; the tokens are there
+            return None
+        return None if file is None else (SavedState(str(file.path), before.read), file.close)
+
+    def adopt(self, saving: Saving, value: Stored, owner: str, aside: Aside) -> None:
+        """Stores the state of a response that has been put, as soon as it is written."""
+        saving.keep()
+        task = asyncio.create_task(self._adopt(saving, value, owner, aside))
+        self._adopting.add(task)
+        task.add_done_callback(self._adopted)
+
+    async def _adopt(self, saving: Saving, value: Stored, owner: str, aside: Aside) -> None:
+        saved = await saving.saved()
+        if saved is None or not 0 < saved.tokens <= len(value.tokens):
+            saving.discard()
+        elif saved.tokens == value.read or await self.put(
+            replace(value, read=saved.tokens), owner, aside, value.size, new=False
+        ):
+            await saving.adopt(value.bare(owner))
+        else:
+            saving.discard()
+
+    def _adopted(self, task: asyncio.Task[None]) -> None:
+        self._adopting.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the state of a response was not stored", exc_info=error)
 
     def check(self, size: int, param: str) -> None:
         """Raises InvalidRequest: a conversation of so many bytes is too long."""
@@ -172,11 +225,15 @@ class Transcript:
     """The text of a conversation and its tokens, as far as they are known: those of a turn are kept for the next one.
 
     Args:
+        model: the revision of the model.
         before: the response that it goes on from.
+        goes_on: whether the prompt begins with all of that one's tokens.
     """
 
     aside: Aside
+    model: str
     before: Stored | None = None
+    goes_on: bool = False
     text: str = ""
     tokens: Sequence[int] = field(default=())
 
@@ -188,7 +245,10 @@ class Transcript:
         length = None if before is None else before.length
         if before is None or length is None or not await self.aside.run(size, self._begins_as, before, length):
             prompts = await backend.tokenized([("input", text)], last)
-        elif length == size:
+            self.tokens = prompts[0].tokens
+            return prompts
+        self.goes_on = True
+        if length == size:
             prompts = [Prompt(before.tokens, "input")]
         else:
             ends = tuple(end - length for end in text.ends if end > length)
@@ -202,7 +262,9 @@ class Transcript:
         return prompts
 
     def _begins_as(self, before: Stored, length: int) -> bool:
-        return length <= len(self.text) and _digest(self.text[:length]) == before.digest
+        if before.model != self.model or length > len(self.text):
+            return False
+        return _digest(self.text[:length]) == before.digest
 
     def stored(
         self,
@@ -224,7 +286,8 @@ class Transcript:
             if decode(backend.tokenizer, drawn, True)[0] == generated:
                 whole, known = whole + generated, [*known, *drawn]
                 break
-        return Stored(response, input, len(whole), _digest(whole), tokens=known)
+        read = len(self.tokens) + len(tokens) - 1  # the last one drawn has been read by nobody
+        return Stored(response, input, len(whole), _digest(whole), self.model, min(read, len(known)), tokens=known)
 
 
 def _digest(text: str) -> str:

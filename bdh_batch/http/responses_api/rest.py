@@ -6,7 +6,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,9 +25,12 @@ from bdh_batch.http.responses_api.background import Background, EventLog, Run, s
 from bdh_batch.http.responses_api.bodies import INCLUDED, LOGPROBS, InputTokensBody, ResponseBody, ToolSelection
 from bdh_batch.http.responses_api.frames import ResponseFrames
 from bdh_batch.http.responses_api.records import KIND, Conversations, Item, Stored, Transcript, weight
+from bdh_batch.http.responses_api.saving import Saving
 from bdh_batch.http.responses_api.translation import TurnBody, chat_fields, input_items, messages_of
 from bdh_batch.http.schema.other_names import Names
 from bdh_batch.http.serving import Serving, response_options
+from bdh_batch.messages import GenerationRequest
+from bdh_batch.store.records import NewState
 
 MOST_LISTED, LISTED = 100, 20
 UNFINISHED = ("queued", "in_progress")
@@ -62,6 +65,7 @@ class Responses:
         self._conversations = Conversations(serving.records, self._limits.max_body_bytes)
         self._background = Background(self._limits.max_background, serving.records)
         serving.on_close(self._background.close)
+        serving.on_close(self._conversations.close)
 
     async def create(self, request: Request) -> Response:
         serving, client, raw = self._serving, Client.of(request), await request.body()
@@ -73,12 +77,15 @@ class Responses:
         turn = await self._turn(body, unique, owner, aside, len(raw))
         model = await serving.model(client, body.model)
         options = response_options(f"resp_{unique}", turn.body, model)
-        transcript = Transcript(aside, turn.before)
+        transcript = Transcript(aside, model.revision, turn.before)
         with turn.names.as_written():
             prepared = await serving.preparation(client, model, turn.size).generation(turn.body, transcript)
+            prepared, new = await self._with_states(client, model, body, prepared, transcript)
             # What goes on from drawn tokens is not determined by its fields alone.
             kept = None if turn.before is not None else turn.body
             generation = await serving.start(client, model, prepared, kept, len(raw))
+        saving = None if new is None else Saving(generation, new, self._store)
+        generation = saving or generation
         if body.background:
             aside = serving.off_loop.of(client.caller.label)  # its client may leave
         known = [*([] if turn.before is None else turn.before.items), *turn.items]
@@ -94,7 +101,10 @@ class Responses:
             else:
                 process = self._store.process if response["status"] in UNFINISHED else None
                 value = Stored(response, known, process=process)
-            return await self._conversations.put(value, owner, aside, size, new)
+            done = await self._conversations.put(value, owner, aside, size, new)
+            if done and ended and saving is not None:
+                self._conversations.adopt(saving, value, owner, serving.off_loop.of(client.caller.label))
+            return done
 
         finds_calls = turn.body.may_call and not isinstance(model.backend, TextBackend)  # an upstream finds them itself
         frames = ResponseFrames(
@@ -137,7 +147,7 @@ class Responses:
         turn = await self._turn(body, "0", client.caller.owner, aside, len(raw))
         model = await serving.model(client, body.model)
         with turn.names.as_written():
-            transcript = Transcript(aside, turn.before)
+            transcript = Transcript(aside, model.revision, turn.before)
             prepared = await serving.preparation(client, model, turn.size).generation(turn.body, transcript)
         return _json({"object": "response.input_tokens", "input_tokens": prepared.prompt_tokens})
 
@@ -230,6 +240,29 @@ class Responses:
                 turn.instructed()
             turn.goes_on_from([message for _, message in messages_of(known)])
         return turn, names
+
+    async def _with_states(
+        self,
+        client: Client,
+        model: ServedModel,
+        body: ResponseBody,
+        prepared: GenerationRequest,
+        transcript: Transcript,
+    ) -> tuple[GenerationRequest, NewState | None]:
+        """The request, which begins in the state of the response before, if there is one, and where its own is written
+        if it is to be stored."""
+        if isinstance(model.backend, TextBackend):
+            return prepared, None
+        if transcript.goes_on and transcript.before is not None:
+            found = await self._conversations.state(transcript.before, client.caller.owner)
+            if found is not None:
+                state, close = found
+                client.cleanup.callback(close)
+                prepared = replace(prepared, state=state, state_optional=True)
+        if body.store is False or not self._serving.settings.store.response_states:
+            return prepared, None
+        new = self._store.new_state()
+        return replace(prepared, save_to=str(new.path)), new
 
     async def _found(self, request: Request) -> tuple[Run | None, Stored, Aside]:
         """The response of a request's path, and its run in this process. Raises NotFound."""
