@@ -21,9 +21,9 @@ import pytest
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.errors import NotFound
 from bdh_batch.http.request.off_loop import LARGE, THREAD, Aside, OffLoop
-from bdh_batch.http.responses_api import records
 from bdh_batch.http.responses_api.background import SENT, EventLog
-from bdh_batch.http.responses_api.records import Conversations, Stored
+from bdh_batch.http.responses_api.stored import records
+from bdh_batch.http.responses_api.stored.records import Conversations, Stored
 from bdh_batch.settings import Store as Chosen
 from bdh_batch.store.opening import open_store
 from bdh_batch.store.records import Store

@@ -24,8 +24,9 @@ from bdh_batch.http.responses.json_pieces import JsonInPieces
 from bdh_batch.http.responses_api.background import Background, EventLog, Run, stream_of
 from bdh_batch.http.responses_api.bodies import INCLUDED, LOGPROBS, InputTokensBody, ResponseBody, ToolSelection
 from bdh_batch.http.responses_api.frames import ResponseFrames
-from bdh_batch.http.responses_api.records import KIND, Conversations, Item, Stored, Transcript, weight
-from bdh_batch.http.responses_api.saving import Saving
+from bdh_batch.http.responses_api.stored.records import KIND, Conversations, Item, Stored, weight
+from bdh_batch.http.responses_api.stored.saving import Saving
+from bdh_batch.http.responses_api.stored.transcript import Transcript
 from bdh_batch.http.responses_api.translation import TurnBody, chat_fields, input_items, messages_of
 from bdh_batch.http.schema.other_names import Names
 from bdh_batch.http.serving import Serving, response_options
