@@ -60,7 +60,7 @@ class Header:
 
     def encoded(self, metadata: Mapping[str, str]) -> bytes:
         """What a file with this tensor begins with, where it has other metadata."""
-        text = orjson.dumps({METADATA: metadata, TENSOR: self.tensor})
+        text = orjson.dumps({METADATA: dict(sorted(metadata.items())), TENSOR: self.tensor})
         text += b" " * (-(LENGTH + len(text)) % ALIGNED)
         return len(text).to_bytes(LENGTH, "little") + text
 

@@ -24,7 +24,7 @@ from bdh_batch.http.transport.exchange import RELEASE
 from bdh_batch.store.record import Record
 from bdh_batch.system.threads import in_daemon_thread
 
-PIECE = 2**20  # bytes that are read or written at a time
+PIECE = 2**18  # bytes that are read or written at a time
 MOST_UPLOADS = 8  # at a time, of which one caller may have half
 RETRY_SECONDS = 2
 THREAD = "bdh-state-files"
@@ -67,9 +67,11 @@ class Upload:
         self._size = 0
 
     async def header(self) -> bytes:
-        """The text of its header. Raises InvalidRequest: there is none, or none of a state."""
+        """The text of its header. Raises InvalidRequest, BodyTooLarge: there is none, or none of a state."""
         await self._fill(header.LENGTH)
         length = header.length_in(self._waiting)
+        if header.LENGTH + length > self._most:
+            raise too_large(self._most)
         await self._fill(header.LENGTH + length)
         text = bytes(self._waiting[header.LENGTH : header.LENGTH + length])
         self._take(header.LENGTH + length)
@@ -93,8 +95,7 @@ class Upload:
             self._take(len(piece))
             left -= len(piece)
             yield piece
-        await self._more()
-        if self._waiting:
+        if self._waiting or await self._more():
             raise _cut(f"there is more behind its {self._size} bytes")
 
     async def _fill(self, size: int) -> None:
