@@ -489,6 +489,11 @@ class Store(Section):
     ttl_seconds: PositiveFloat = Field(
         30 * 86400.0, allow_inf_nan=False, description="Seconds that they are stored, unless a request says less."
     )
+    response_states: bool = Field(
+        True,
+        description="Whether the states of responses are stored, too: then the next turn computes what is new in it, "
+        "also after a restart; else all that no prefix cache has.",
+    )
     max_state_bytes: Bytes = Field(2**29, description="Largest state that can be uploaded.")
     recent_requests: int = Field(
         256,
@@ -539,6 +544,9 @@ class Limits(Section):
     max_messages: PositiveInt = Field(4096, description="Most messages of a conversation.")
     max_background: PositiveInt = Field(
         64, description="Most responses in the background at a time; half of them for one caller."
+    )
+    max_background_bytes: Bytes = Field(
+        2 * 2**20, description="Most bytes of the events of one in the background that can be read; the newest stay."
     )
     max_parts: PositiveInt = Field(1024, description="Most parts of a message's content.")
     max_tools: PositiveInt = Field(128, description="Most tools, and most calls of tools in one message.")

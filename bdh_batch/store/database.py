@@ -131,6 +131,20 @@ class Database:
                 raise sqlite3.IntegrityError(f"another owner has a {record.kind} of that id")
             self._make_room(record.owner, (record.kind, record.id), record.state or "")
 
+    def update(self, record: Record, now: float) -> bool:
+        """Raises StoreFull."""
+        with self._writing():
+            self._remove_expired(now)
+            body, tokens = self._sealed(record, record.body, "body"), self._sealed(record, record.tokens, "tokens")
+            found = self._connection.execute(
+                "UPDATE records SET used = ?, size = ?, body = ?, tokens = ? "
+                "WHERE kind = ? AND id = ? AND owner = ? RETURNING state",
+                (now, record.size, body, tokens, record.kind, record.id, record.owner),
+            ).fetchone()
+            if found is not None:
+                self._make_room(record.owner, (record.kind, record.id), found[0] or "")
+            return found is not None
+
     def get(self, kind: str, id: str, owner: str, now: float) -> Record | None:
         found = self._connection.execute(
             f"SELECT {COLUMNS} FROM records WHERE kind = ? AND id = ? AND owner = ? "

@@ -50,6 +50,14 @@ def locked(path: Path, how: int) -> int | None:
     return None
 
 
+def is_alive(path: Path) -> bool:
+    """Whether the process lives that has made this folder."""
+    if (lock := locked(path, fcntl.LOCK_EX)) is None:
+        return path.is_dir()
+    os.close(lock)
+    return False
+
+
 def remove_abandoned(parent: Path, prefix: str) -> None:
     """Removes the folders of processes that were killed: those of this user that nobody has locked."""
     for path in parent.glob(f"{prefix}*"):

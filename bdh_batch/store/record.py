@@ -55,6 +55,9 @@ class Records(Protocol):
     async def put(self, record: Record) -> None:
         """Stores a record, in place of an earlier one of its kind and id."""
 
+    async def update(self, record: Record) -> bool:
+        """Gives a record that is there a new body and tokens; returns False where it is not there any more."""
+
     async def get(self, kind: str, id: str, owner: str) -> Record | None:
         """Returns a record; None where there is none, it is somebody else's, or it has expired."""
 

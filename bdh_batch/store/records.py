@@ -89,6 +89,15 @@ class Store:
             record = replace(record, expires=record.created + self._ttl)
         await self._call("put", self._database.put, record, self._clock())
 
+    async def update(self, record: Record) -> bool:
+        """Gives a record that is there a new body and tokens; returns False where it is not there any more.
+
+        Raises:
+            StoreFull: it is larger than the store, or its owner's part of it, may be.
+            StoreFailed
+        """
+        return await self._call("put", self._database.update, record, self._clock())
+
     async def get(self, kind: str, id: str, owner: str) -> Record | None:
         """Returns a record; None where there is none, it is somebody else's, or it has expired."""
         return await self._call("get", self._database.get, kind, id, owner, self._clock())
@@ -152,6 +161,15 @@ class Store:
         if path is None:
             return None
         return StateFile(path, partial(self._file_thread.submit, partial(path.unlink, missing_ok=True)))
+
+    @property
+    def process(self) -> str:
+        """The name of this process among those that use the store, now or ever."""
+        return self._files.process
+
+    async def lives(self, process: str) -> bool:
+        """Whether the process of that name uses the store still."""
+        return await self._call("read", self._files.lives, process, thread=self._file_thread)
 
     async def watch(self) -> None:
         """Deletes what has expired, until it is cancelled."""

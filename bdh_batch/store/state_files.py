@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from bdh_batch.store.folders import LockedFolder
+from bdh_batch.store.folders import LockedFolder, is_alive
 from bdh_batch.store.sealing import CHECK, Sealer, SealingFailed
 
 PLAIN = ".safetensors"
@@ -48,6 +48,15 @@ class StateFiles:
         self._plain = plain
         self._sealer = sealer
         self._suffix = PLAIN if sealer is None else SEALED
+
+    @property
+    def process(self) -> str:
+        """The name of this process among those that use the folder, now or ever."""
+        return self._work.path.name
+
+    def lives(self, process: str) -> bool:
+        """Whether the process of that name uses the folder still."""
+        return is_alive(self._work.path.parent / process)
 
     def to_write(self, id: str) -> Path:
         """Where a new state is to be written."""

@@ -262,6 +262,28 @@ async def test_two_servers_share_a_store(tmp_path: Path) -> None:
         assert len(await one.list("response", "me", 100)) == 41
 
 
+async def test_what_was_deleted_is_not_updated(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        await with_state(store, record("a"), b"state")
+        assert await store.update(record("a", body=b"{1}", tokens=b"1234"))
+        found = await store.get("response", "a", "me")
+        assert found is not None
+        assert (found.body, found.tokens, await content(store, found)) == (b"{1}", b"1234", b"state")
+        assert not await store.update(record("a", owner="somebody"))
+        await store.delete("response", "a", "me")
+        assert not await store.update(record("a"))
+        assert await store.get("response", "a", "me") is None
+
+
+async def test_whether_a_process_lives_is_known_to_others(tmp_path: Path) -> None:
+    async with opened(tmp_path) as one:
+        async with opened(tmp_path) as other:
+            name = other.process
+            assert await one.lives(name)
+            assert await one.lives(one.process)
+        assert not await one.lives(name)
+
+
 async def test_nothing_encrypted_lies_in_plain(tmp_path: Path) -> None:
     async with opened(tmp_path, encryption_key=KEY) as store:
         await with_state(store, record("a", body=SECRET, tokens=SECRET), SECRET * (FRAME // 8))

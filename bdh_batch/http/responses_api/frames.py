@@ -16,6 +16,7 @@ import orjson
 
 from bdh_batch.errors import BDHError
 from bdh_batch.http.errors import describe
+from bdh_batch.http.request.off_loop import LARGE, Aside
 from bdh_batch.http.responses.frames import Frames, ResponseOptions
 from bdh_batch.http.responses.logprobs import listed
 from bdh_batch.http.schema.other_names import Names
@@ -23,6 +24,7 @@ from bdh_batch.messages import Delta, FinishReason, Usage
 from bdh_batch.text.parts import Parts, Says, Uses
 from bdh_batch.text.tokenizer import Tokenizer
 
+READ, ENCODED = 16, 64  # characters in a microsecond: read for calls, and encoded several times
 INCOMPLETE = {FinishReason.LENGTH: "max_output_tokens", FinishReason.CONTENT_FILTER: "content_filter"}
 Response = dict[str, Any]
 Keep = Callable[["ResponseFrames"], Awaitable[bool]]
@@ -68,6 +70,8 @@ class ResponseFrames(Frames):
         response: what is known of it when it begins.
         names: of the fields that errors are about.
         tools: as in `Parts`.
+        aside: where what takes long is encoded.
+        size: bytes of the request.
         keep: stores it once it is complete; returns whether it is stored.
     """
 
@@ -81,22 +85,32 @@ class ResponseFrames(Frames):
         response: Response,
         names: Names,
         tools: Sequence[str] | None,
+        aside: Aside,
+        size: int = 0,
         keep: Keep | None = None,
     ) -> None:
         super().__init__(options, tokenizer)
-        self.only_text = tools is None and options.logprobs is None
+        self.only_text = tools is None and options.logprobs is None and size <= LARGE
         self.response = response
         self.text = StringIO(newline="")  # as it was generated, calls included
         self.tokens: list[int] = []
         self.end = Delta()
         self._names = names
         self._read = Parts(tools, "call")
+        self._aside = aside
+        self._size = size
         self._keep = keep
         self._items: list[_Item] = []
         self._open: _Item | None = None
         self._calls: dict[int, _Item] = {}
-        self._number = 0
+        self.number = 0  # of the next event
+        self._logprob_bytes = 0
         self._held: list[bytes] = []  # log-probabilities whose text has not come yet
+
+    @property
+    def size(self) -> int:
+        """About how many bytes the response has so far."""
+        return self.text.tell() + 4 * len(self.tokens) + self._logprob_bytes
 
     def warn(self, warnings: Sequence[Mapping[str, str]]) -> None:
         if warnings:
@@ -126,6 +140,7 @@ class ResponseFrames(Frames):
             self.end = delta
         if delta.logprobs and self._options.logprobs is not None:
             self._held.append(listed(self._name, delta.logprobs))
+            self._logprob_bytes += len(self._held[-1])
         frames: list[bytes] = []
         for part in self._read.of(delta):
             if isinstance(part, Says):
@@ -141,13 +156,25 @@ class ResponseFrames(Frames):
         return frames
 
     async def before_end(self, usage: Usage, ends: Sequence[Delta] = ()) -> None:
-        for index, end in enumerate(ends):
-            self.delta(index, end)
-        self._finish(usage)
+        cost = self.cost((), ends) + sum(len(end.text) // READ for end in ends)
+        await self._aside.run(cost + self._ending_cost, self._finish, usage, ends)
         if self._keep is not None:
             self.response["store"] = await self._keep(self)
+        if not ends:  # it is a stream
+            self._ending = await self._aside.run(self._ending_cost, self._encode_ending)
 
     def closing(self, usage: Usage) -> bytes:
+        return self._ending
+
+    def cost(self, prompts: Sequence[Sequence[int]], deltas: Sequence[Delta]) -> int:
+        return super().cost(prompts, deltas) + (self._size if prompts else 0)
+
+    @property
+    def _ending_cost(self) -> int:
+        """About how many microseconds it takes to encode what ends the response, which has all of it."""
+        return (self.text.tell() + self._logprob_bytes) // ENCODED
+
+    def _encode_ending(self) -> bytes:
         return b"".join([*self._last, self._event(f"response.{self.response['status']}", response=self.response)])
 
     def whole(self, prompts: Sequence[Sequence[int]], usage: Usage, ends: Sequence[Delta]) -> list[bytes]:
@@ -158,10 +185,8 @@ class ResponseFrames(Frames):
 
     def failed(self, error: BDHError) -> bytes:
         self.fail(error)
-        problem = describe(error)[1]["error"]
-        flat = {name: problem[name] for name in ("code", "message", "param")}
-        # OpenAI has the members of the error beside its type, Open Responses inside it: here they are in both places.
-        first = self._event("error", **flat, error=problem)
+        self.number += 1
+        first = problem_event(self.number - 1, error)
         return first + self._event("response.failed", response=self.response)
 
     def fail(self, error: BDHError) -> None:
@@ -178,7 +203,9 @@ class ResponseFrames(Frames):
         """The response has been cancelled."""
         self.response |= {"status": "cancelled", "output": [item.json("incomplete") for item in self._items]}
 
-    def _finish(self, usage: Usage) -> None:
+    def _finish(self, usage: Usage, ends: Sequence[Delta]) -> None:
+        for index, end in enumerate(ends):
+            self.delta(index, end)
         reason = INCOMPLETE.get(self.end.finish_reason or FinishReason.STOP)
         status = "completed" if reason is None else "incomplete"
         self._last = [] if self._items else self._begin_item(None)
@@ -238,6 +265,18 @@ class ResponseFrames(Frames):
 
     def _event(self, kind: str, **members: Any) -> bytes:
         """The next server-sent event."""
-        data = orjson.dumps({"type": kind, "sequence_number": self._number, **members})
-        self._number += 1
-        return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
+        self.number += 1
+        return _encoded(kind, self.number - 1, **members)
+
+
+def _encoded(kind: str, number: int, **members: Any) -> bytes:
+    data = orjson.dumps({"type": kind, "sequence_number": number, **members})
+    return b"event: %b\ndata: %b\n\n" % (kind.encode(), data)
+
+
+def problem_event(number: int, error: BDHError) -> bytes:
+    """The event that says what was wrong."""
+    problem = describe(error)[1]["error"]
+    flat = {name: problem[name] for name in ("code", "message", "param")}
+    # OpenAI has the members of the error beside its type, Open Responses inside it: here they are in both places.
+    return _encoded("error", number, **flat, error=problem)

@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import orjson
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from bdh_batch.backends.base import TextBackend
-from bdh_batch.errors import InvalidRequest
+from bdh_batch.errors import InvalidRequest, StoreFailed, UnknownParameter
 from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.client import Client
+from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses.generation import EventStream, whole
-from bdh_batch.http.responses_api.background import Background, Run, stream_of
-from bdh_batch.http.responses_api.bodies import InputTokensBody, ResponseBody, ToolSelection
+from bdh_batch.http.responses.json_pieces import JsonInPieces
+from bdh_batch.http.responses_api.background import Background, EventLog, Run, stream_of
+from bdh_batch.http.responses_api.bodies import INCLUDED, LOGPROBS, InputTokensBody, ResponseBody, ToolSelection
 from bdh_batch.http.responses_api.frames import ResponseFrames
-from bdh_batch.http.responses_api.records import KIND, Stored, Transcript, is_put, resolved, stored
+from bdh_batch.http.responses_api.stored.records import KIND, Conversations, Item, Stored, weight
+from bdh_batch.http.responses_api.stored.saving import Saving
+from bdh_batch.http.responses_api.stored.transcript import Transcript
 from bdh_batch.http.responses_api.translation import TurnBody, chat_fields, input_items, messages_of
 from bdh_batch.http.schema.other_names import Names
 from bdh_batch.http.serving import Serving, response_options
+from bdh_batch.messages import GenerationRequest
+from bdh_batch.store.records import NewState
 
 MOST_LISTED, LISTED = 100, 20
 UNFINISHED = ("queued", "in_progress")
-Items = Sequence[Mapping[str, Any]]
+STOP_SECONDS, LOOK_SECONDS = 5.0, 0.1  # in which another process ends a response, and between two looks whether it has
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a body asks for.
+
+    Args:
+        before: what it goes on from.
+        items: those of its input.
+        body: the chat body that it stands for, and `names` of its fields.
+        size: bytes, those of what is stored of the conversation included.
+    """
+
+    before: Stored | None
+    items: Sequence[Item]
+    body: TurnBody
+    names: Names
+    size: int
 
 
 class Responses:
@@ -35,108 +61,142 @@ class Responses:
 
     def __init__(self, serving: Serving) -> None:
         self._serving = serving
-        self._records = serving.records
-        self._background = Background(serving.settings.limits.max_background)
+        self._limits = serving.settings.limits
+        self._store = serving.records
+        self._conversations = Conversations(serving.records, self._limits.max_body_bytes)
+        self._background = Background(self._limits.max_background, serving.records)
         serving.on_close(self._background.close)
+        serving.on_close(self._conversations.close)
 
     async def create(self, request: Request) -> Response:
         serving, client, raw = self._serving, Client.of(request), await request.body()
         aside, owner = serving.aside(client), client.caller.owner
         body = await aside.run(len(raw), serving.parse, raw, ResponseBody)
         if body.background:
-            self._background.check(owner)
+            self._background.reserve(owner, client.cleanup)
         unique = secrets.token_hex(16)
-        before, items, turn, names = await self._turn(body, unique, owner, client, len(raw))
+        turn = await self._turn(body, unique, owner, aside, len(raw))
         model = await serving.model(client, body.model)
-        options = response_options(f"resp_{unique}", turn, model)
-        transcript = Transcript(before)
-        with names.as_written():
-            prepared = await serving.preparation(client, model, len(raw)).generation(turn, transcript)
+        options = response_options(f"resp_{unique}", turn.body, model)
+        transcript = Transcript(aside, model.revision, turn.before)
+        with turn.names.as_written():
+            prepared = await serving.preparation(client, model, turn.size).generation(turn.body, transcript)
+            prepared, new = await self._with_states(client, model, body, prepared, transcript)
             # What goes on from drawn tokens is not determined by its fields alone.
-            kept = None if before is not None else turn
+            kept = None if turn.before is not None else turn.body
             generation = await serving.start(client, model, prepared, kept, len(raw))
-        finds_calls = turn.may_call and not isinstance(model.backend, TextBackend)  # an upstream finds them itself
-        tools = turn.tool_names if finds_calls else None
-        known = [*([] if before is None else before.items), *items]
+        saving = None if new is None else Saving(generation, new, self._store)
+        generation = saving or generation
+        if body.background:
+            aside = serving.off_loop.of(client.caller.label)  # its client may leave
+        known = [*([] if turn.before is None else turn.before.items), *turn.items]
 
-        async def put(frames: ResponseFrames, ended: bool) -> bool:
+        async def put(frames: ResponseFrames, ended: bool, new: bool) -> bool:
             if body.store is False:
                 return False
-            response = orjson.loads(orjson.dumps(frames.response | {"store": True}))
+            response = frames.response | {"store": True}
+            size = turn.size + frames.size
             if ended:
                 text, tokens = frames.text.getvalue(), frames.tokens
-                value = transcript.stored(response, known, text, tokens, model.backend)
+                value = await aside.run(size, transcript.stored, response, known, text, tokens, model.backend)
             else:
-                value = Stored(response, known)
-            return await is_put(self._records, value, owner)
+                process = self._store.process if response["status"] in UNFINISHED else None
+                value = Stored(response, known, process=process)
+            done = await self._conversations.put(value, owner, aside, size, new)
+            if done and ended and saving is not None:
+                self._conversations.adopt(saving, value, owner, serving.off_loop.of(client.caller.label))
+            return done
 
-        response = _new(body, f"resp_{unique}", model)
-        frames = ResponseFrames(options, model.backend.tokenizer, response, names, tools, partial(put, ended=True))
+        finds_calls = turn.body.may_call and not isinstance(model.backend, TextBackend)  # an upstream finds them itself
+        frames = ResponseFrames(
+            options,
+            model.backend.tokenizer,
+            _new(body, f"resp_{unique}", model),
+            turn.names,
+            turn.body.tool_names if finds_calls else None,
+            aside,
+            len(raw),
+            partial(put, ended=True, new=not body.background),
+        )
         if prepared.grammar is not None:
             frames.warn(prepared.grammar.warnings)
+        keepalive = serving.settings.server.sse_keepalive_seconds
+        chunk_tokens = turn.body.options.chunk_tokens or 1
         if body.background:
-            run = Run(owner, generation, frames, partial(put, ended=False), client.cleanup.pop_all())
-            await put(frames, False)
+            log = EventLog(self._limits.max_background_bytes)
+            log.add(frames.queued(), frames.number)
+            try:
+                if not await put(frames, ended=False, new=True):
+                    raise StoreFailed("The response could not be stored, as one in the background has to be.")
+            except BaseException:
+                generation.abort()
+                raise
+            under_way = partial(put, ended=False, new=False)
+            run = Run(owner, generation, frames, under_way, log, chunk_tokens, client.cleanup.pop_all())
             self._background.start(run)
-            return stream_of(run) if body.stream else JSONResponse(frames.response)
+            return stream_of(run, keepalive) if body.stream else _json(frames.response)
         if body.stream:
-            keepalive = serving.settings.server.sse_keepalive_seconds
-            return EventStream(generation, frames, aside, turn.options.chunk_tokens or 1, keepalive)
-        with names.as_written():
+            return EventStream(generation, frames, aside, chunk_tokens, keepalive)
+        with turn.names.as_written():
             return await whole(generation, frames, client, aside)
 
     async def count(self, request: Request) -> Response:
         """Counts as a request to /v1/responses does, whose prompt it would be."""
         serving, client, raw = self._serving, Client.of(request), await request.body()
-        body = await serving.aside(client).run(len(raw), serving.parse, raw, InputTokensBody)
-        before, _, turn, names = await self._turn(body, "0", client.caller.owner, client, len(raw))
+        aside = serving.aside(client)
+        body = await aside.run(len(raw), serving.parse, raw, InputTokensBody)
+        turn = await self._turn(body, "0", client.caller.owner, aside, len(raw))
         model = await serving.model(client, body.model)
-        with names.as_written():
-            prepared = await serving.preparation(client, model, len(raw)).generation(turn, Transcript(before))
-        return JSONResponse({"object": "response.input_tokens", "input_tokens": prepared.prompt_tokens})
+        with turn.names.as_written():
+            transcript = Transcript(aside, model.revision, turn.before)
+            prepared = await serving.preparation(client, model, turn.size).generation(turn.body, transcript)
+        return _json({"object": "response.input_tokens", "input_tokens": prepared.prompt_tokens})
 
     async def retrieve(self, request: Request) -> Response:
-        id, owner = request.path_params["id"], request.state.caller.owner
+        self._check_query(request, "include", "include_obfuscation", "starting_after", "stream")
+        included = _included(request)
         after = _number(request, "starting_after", -1, 0, 2**53)
-        wants_stream = request.query_params.get("stream", "false")
-        if wants_stream not in ("true", "false"):
-            raise InvalidRequest("stream should be true or false.", "stream")
-        found = await stored(self._records, id, owner)
-        if wants_stream == "true":
-            if (run := self._background.find(id, owner)) is None:
-                text = "Only the events of a response in the background can be read again, for some time after its end."
-                raise InvalidRequest(text, "stream")
-            return stream_of(run, after)
-        if after >= 0:
+        streams = _flag(request, "stream")
+        if _flag(request, "include_obfuscation"):
+            raise InvalidRequest("include_obfuscation is not supported: it can only be false.", "include_obfuscation")
+        if after >= 0 and not streams:
             raise InvalidRequest("starting_after can only be used with stream=true.", "starting_after")
-        return JSONResponse(await self._current(found, owner))
+        run, found, aside = await self._found(request)
+        if LOGPROBS in included and not _has_logprobs(found.response):
+            raise InvalidRequest("include: The response was made without log-probabilities.", "include")
+        if streams:
+            if run is None:
+                text = "Only the process that has a response in the background has its events, for some time after its"
+                raise InvalidRequest(f"stream: {text} end: retrieve the response without them.", "stream")
+            return stream_of(run, self._serving.settings.server.sse_keepalive_seconds, after)
+        return await self._shown(run, found, aside)
 
     async def delete(self, request: Request) -> Response:
-        id, owner = request.path_params["id"], request.state.caller.owner
-        await stored(self._records, id, owner)
-        if (run := self._background.find(id, owner)) is not None:
-            run.cancel()
-            await run.wait()
-            self._background.forget(id)
-        await self._records.delete(KIND, id, owner)
-        return JSONResponse({"id": id, "object": "response", "deleted": True})
+        self._check_query(request)
+        run, found, _ = await self._found(request)
+        await self._stop(run, found, request)
+        id = found.response["id"]
+        self._background.forget(id)
+        await self._store.delete(KIND, id, request.state.caller.owner)
+        return _json({"id": id, "object": "response", "deleted": True})
 
     async def cancel(self, request: Request) -> Response:
-        id, owner = request.path_params["id"], request.state.caller.owner
-        found = await stored(self._records, id, owner)
+        self._check_query(request)
+        run, found, _ = await self._found(request)
         if not found.response["background"]:
             raise InvalidRequest("Cannot cancel a synchronous response.")
-        if (run := self._background.find(id, owner)) is not None and not run.ended:
-            run.cancel()
-            await run.wait()
-        return JSONResponse(await self._current(await stored(self._records, id, owner), owner))
+        await self._stop(run, found, request)
+        return await self._shown(*await self._found(request))
 
     async def input_items(self, request: Request) -> Response:
-        found = await stored(self._records, request.path_params["id"], request.state.caller.owner)
+        self._check_query(request, "after", "include", "limit", "order")
+        if LOGPROBS in _included(request):
+            raise InvalidRequest("include: The items of an input have no log-probabilities.", "include")
         limit = _number(request, "limit", LISTED, 1, MOST_LISTED)
         order = request.query_params.get("order", "desc")
         if order not in ("asc", "desc"):
             raise InvalidRequest("order should be asc or desc.", "order")
+        _, found, aside = await self._found(request)
         items = list(found.input) if order == "asc" else list(reversed(found.input))
         if (after := request.query_params.get("after")) is not None:
             at = next((at for at, item in enumerate(items) if item["id"] == after), None)
@@ -145,47 +205,108 @@ class Responses:
             items = items[at + 1 :]
         page = items[:limit]
         ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
-        return JSONResponse({"object": "list", "data": page, **ends, "has_more": len(items) > limit})
+        shown = {"object": "list", "data": page, **ends, "has_more": len(items) > limit}
+        return await aside.run(found.size, _json, shown)
 
-    async def _turn(
-        self, body: InputTokensBody, unique: str, owner: str, client: Client, size: int
-    ) -> tuple[Stored | None, Items, TurnBody, Names]:
-        """What a body goes on from, the items of its input, and the chat body that it stands for.
-
+    async def _turn(self, body: InputTokensBody, unique: str, owner: str, aside: Aside, size: int) -> Turn:
+        """
         Raises:
             InvalidRequest, NotFound
         """
         before, id = None, body.previous_response_id
         if id is not None:
-            before = await stored(self._records, id, owner, "previous_response_id")
+            before = await self._conversations.find(id, owner, aside, "previous_response_id")
             if (status := before.response["status"]) not in ("completed", "incomplete"):
                 text = f"The previous response is {status}: only one that has ended well can be gone on from."
                 raise InvalidRequest(text, "previous_response_id")
-        items = await resolved(self._records, input_items(body, unique), owner)
-        turn, names = await self._serving.aside(client).run(size, self._chat, body, items, before)
-        return before, items, turn, names
+        listed = await aside.run(size, input_items, body, unique)
+        items, referred = await self._conversations.resolved(listed, owner, aside)
+        size += referred + (0 if before is None else before.size)
+        turn, names = await aside.run(size, self._chat, body, items, before)
+        return Turn(before, items, turn, names, size)
 
-    def _chat(self, body: InputTokensBody, items: Items, before: Stored | None) -> tuple[TurnBody, Names]:
+    def _chat(self, body: InputTokensBody, items: Sequence[Item], before: Stored | None) -> tuple[TurnBody, Names]:
         values, names = chat_fields(body, items)
-        if not items and before is None:
-            raise InvalidRequest("input: Input should have at least 1 item.", "input")
-        if not values["messages"]:
+        if not values["messages"] or not (items or before):
             raise InvalidRequest("input: Input should have at least 1 item.", "input")
         with names.as_written():
             turn = self._serving.check(values, TurnBody)
         if before is not None:
+            known = before.items
+            self._conversations.check(weight(known), "previous_response_id")
+            if len(known) + len(items) > (most := self._limits.max_messages):
+                text = f"With the turns before it, the conversation has more than {most} items (limits.max_messages)."
+                raise InvalidRequest(text, "previous_response_id")
             if body.instructions is not None:
                 turn.instructed()
-            turn.goes_on_from([message for _, message in messages_of(before.items)])
+            turn.goes_on_from([message for _, message in messages_of(known)])
         return turn, names
 
-    async def _current(self, found: Stored, owner: str) -> dict[str, Any]:
+    async def _with_states(
+        self,
+        client: Client,
+        model: ServedModel,
+        body: ResponseBody,
+        prepared: GenerationRequest,
+        transcript: Transcript,
+    ) -> tuple[GenerationRequest, NewState | None]:
+        """The request, which begins in the state of the response before, if there is one, and where its own is written
+        if it is to be stored."""
+        if isinstance(model.backend, TextBackend):
+            return prepared, None
+        if transcript.goes_on and transcript.before is not None:
+            found = await self._conversations.state(transcript.before, client.caller.owner)
+            if found is not None:
+                state, close = found
+                client.cleanup.callback(close)
+                prepared = replace(prepared, state=state, state_optional=True)
+        if body.store is False or not self._serving.settings.store.response_states:
+            return prepared, None
+        new = self._store.new_state()
+        return replace(prepared, save_to=str(new.path)), new
+
+    async def _found(self, request: Request) -> tuple[Run | None, Stored, Aside]:
+        """The response of a request's path, and its run in this process. Raises NotFound."""
+        client = Client.of(request)
+        id, owner, aside = request.path_params["id"], client.caller.owner, self._serving.aside(client)
+        run = self._background.find(id, owner)  # before its record is read: that of one that has ended says so
+        return run, await self._conversations.find(id, owner, aside), aside
+
+    async def _stop(self, run: Run | None, found: Stored, request: Request) -> None:
+        """Ends a response in the background, if it is not over. One in another process has some time to end."""
+        if run is not None:
+            run.cancel()
+            await run.log.wait()
+        elif await self._runs_elsewhere(found):
+            await self._background.stop_elsewhere(found.response["id"], request.state.caller.owner)
+            until = time.monotonic() + STOP_SECONDS
+            while await self._runs_elsewhere(found) and time.monotonic() < until:
+                await asyncio.sleep(LOOK_SECONDS)
+                _, found, _ = await self._found(request)
+
+    async def _runs_elsewhere(self, found: Stored) -> bool:
+        if found.response["status"] not in UNFINISHED or found.process in (None, self._store.process):
+            return False
+        assert found.process is not None
+        return await self._store.lives(found.process)
+
+    async def _shown(self, run: Run | None, found: Stored, aside: Aside) -> Response:
         """The response as it is. One that was under way in a process that has ended has failed."""
         response = found.response
-        if response["status"] in UNFINISHED and self._background.find(response["id"], owner) is None:
-            error = {"code": "server_error", "message": "The server ended before the response did."}
-            response |= {"status": "failed", "error": error}
-        return response
+        if response["status"] in UNFINISHED and not await self._runs_elsewhere(found):
+            if run is None:
+                error = {"code": "server_error", "message": "The server ended before the response did."}
+                response |= {"status": "failed", "error": error}
+            elif run.log.ended:  # its end could not be stored
+                response = run.response
+        return await aside.run(found.size, _json, response)
+
+    def _check_query(self, request: Request, *known: str) -> None:
+        """Raises UnknownParameter."""
+        if self._serving.settings.api.unknown_fields == "refuse":
+            for name in request.query_params:
+                if name.removesuffix("[]") not in known:
+                    raise UnknownParameter(f"Unknown parameter: {name[:128]!r}.", name[:128])
 
 
 def _new(body: ResponseBody, id: str, model: ServedModel) -> dict[str, Any]:
@@ -230,6 +351,32 @@ def _new(body: ResponseBody, id: str, model: ServedModel) -> dict[str, Any]:
         "usage": None,
         "user": body.user,
     }
+
+
+def _json(value: Any) -> Response:
+    return JsonInPieces([orjson.dumps(value)])
+
+
+def _included(request: Request) -> Sequence[str]:
+    """Raises InvalidRequest."""
+    included = [*request.query_params.getlist("include"), *request.query_params.getlist("include[]")]
+    if unknown := next((each for each in included if each not in INCLUDED), None):
+        raise InvalidRequest(f"include: {unknown[:128]!r} is none of {', '.join(INCLUDED)}.", "include")
+    return included
+
+
+def _has_logprobs(response: dict[str, Any]) -> bool:
+    """Whether all texts of a response have their log-probabilities; true where there is none."""
+    parts = [part for item in response["output"] for part in item.get("content", ())]
+    return all(part["logprobs"] or not part["text"] for part in parts)
+
+
+def _flag(request: Request, name: str) -> bool:
+    """Raises InvalidRequest."""
+    given = request.query_params.get(name, "false")
+    if given not in ("true", "false"):
+        raise InvalidRequest(f"{name} should be true or false.", name)
+    return given == "true"
 
 
 def _number(request: Request, name: str, default: int, least: int, most: int) -> int:
