@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tests.conftest import ServeFactory, Server
 
 TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
-PATH, COMPLETIONS, CHAT = "/v1/states", "/v1/completions", "/v1/chat/completions"
+PATH, COMPLETIONS, CHAT, RESPONSES = "/v1/states", "/v1/completions", "/v1/chat/completions", "/v1/responses"
 TEXT, MORE = "ROMEO:\nBut soft! what light", " through yonder window"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
 
@@ -117,6 +117,33 @@ class TestBeginning:
         error = tiny.refusal({"state": long["id"], "prompt": "a" * 200})
         assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
         assert "limits.max_values" in tiny.refusal({"state": long["id"], "prompt": ["a"] * 5})["message"]
+
+
+class TestResponses:
+    """Conversations of /v1/responses that begin in a state."""
+
+    def test_every_turn_comes_after_the_state(self, tiny: Server, state: dict[str, Any]) -> None:
+        asked = {"max_output_tokens": 8, "temperature": 0}
+        first = tiny.http.post(RESPONSES, json={"input": "a", "state": state["id"], **asked}).json()
+        begun = len(TEXT) + len("user: a\nassistant:")
+        assert first["usage"]["input_tokens"] == begun
+        counted = tiny.http.post(f"{RESPONSES}/input_tokens", json={"input": "a", "state": state["id"]}).json()
+        assert counted["input_tokens"] == begun
+        second = tiny.http.post(RESPONSES, json={"input": "b", "previous_response_id": first["id"], **asked}).json()
+        assert second["usage"]["input_tokens"] >= begun + 8 + len("\nuser: b\nassistant:")
+        after = made(tiny, response=second["id"])
+        read = tiny.complete(state=after["id"], prompt="c", return_token_ids=True, **GREEDY)["choices"][0]
+        assert bytes(read["prompt_token_ids"]).startswith(f"{TEXT}user: a\nassistant:".encode())
+        assert bytes(read["prompt_token_ids"]).count(TEXT.encode()) == 1
+
+    @pytest.mark.parametrize(
+        ("more", "param", "status"),
+        [({"previous_response_id": "resp_1"}, "state", 400), ({"state": "st_1"}, "state", 404)],
+    )
+    def test_bad_input_is_refused_by_name(
+        self, tiny: Server, state: dict[str, Any], more: dict[str, Any], param: str, status: int
+    ) -> None:
+        assert tiny.refusal({"input": "a", "state": state["id"]} | more, RESPONSES, status)["param"] == param
 
 
 class TestFiles:
