@@ -94,7 +94,6 @@ class Transcript:
         """
         if not self.text:
             return Stored(response, input)
-        begun = {"begun": self.begun, "salt": self.salt, "name": self.name}
         whole, known = self.text, list(self.tokens)
         for drawn in (tokens, tokens[:-1]):  # the last one may be an end of text, which a template writes itself
             if decode(backend.tokenizer, drawn, True)[0] == generated:
@@ -102,7 +101,11 @@ class Transcript:
                 break
         read = len(self.tokens) + len(tokens) - 1  # the last one drawn has been read by nobody
         return Stored(
-            response, input, len(whole), _digest(whole), self.model, min(read, len(known)), tokens=known, **begun
+            *(response, input, len(whole), _digest(whole), self.model, min(read, len(known))),
+            tokens=known,
+            name=self.name,
+            begun=self.begun,
+            salt=self.salt,
         )
 
 
