@@ -119,7 +119,7 @@ class Fuzzer:
 
     def _remember(self, text: str) -> None:
         """Notes the response in the body of one, or in the last event of a stream."""
-        *_, last = (line.removeprefix(EVENT) for line in text.splitlines() if line.startswith((EVENT, "{")))
+        *_, last = (line.removeprefix(EVENT) for line in text.split("\n") if line.startswith((EVENT, "{")))
         response = json.loads(last)
         response = response.get("response", response)
         if response.get("store") and response["output"]:
