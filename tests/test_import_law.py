@@ -65,7 +65,8 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     ),
     "server": ({"errors", "processes", "engine", "settings", "observability"}, set()),
     "cli": (
-        {"errors", "system", "settings", "http", "processes", "server", "bench", "plan", "registry", "__init__"},
+        {"errors", "system", "settings", "http", "processes", "server", "bench", "plan", "registry", "__init__"}
+        | {"client"},
         {"uvloop"},
     ),
     "__main__": ({"cli"}, set()),

@@ -30,6 +30,9 @@ class Tokens(Protocol):
     async def tokenized(self, backend: Backend, text: Text, last: int | None) -> list[Prompt]:
         """As `Backend.tokenized`."""
 
+    def begin(self, begun: Beginning, tokens: Sequence[int]) -> None:
+        """Is told that they come after those of a state, and so of all `tokens` of the prompt."""
+
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
@@ -65,18 +68,14 @@ class Preparation:
         if isinstance(model.backend, TextBackend):
             return await self._passed_on(model.backend, origin, body)
         if body.state is not None:
-            return await self._going_on(body, body.state)
+            return await self._going_on(body, body.state, tokens)
         prompts = await self._prompts(body)
         grammar = await self._grammar(await self.aside.run(self.size, body.source))
         last = body.last_tokens(model.defaults, model.max_model_len)
-        text = prompts[0][1]
-        if tokens is not None and isinstance(text, Text):
-            tokenized = await tokens.tokenized(model.backend, text, last)
-        else:
-            tokenized = await model.backend.tokenized(prompts, last)
+        tokenized = await self._tokenized(prompts, last, tokens)
         return await self.aside.run(self.size, body.request, origin, tokenized, model.defaults, grammar)
 
-    async def _going_on(self, body: CompletionBody | ChatBody, state: str) -> GenerationRequest:
+    async def _going_on(self, body: CompletionBody | ChatBody, state: str, tokens: Tokens | None) -> GenerationRequest:
         """As `generation`, of a request that begins in a state: its prompts come after what that has read."""
         model = self.model
         begun = await Beginning.of(self.records, self.client, model, state)
@@ -88,9 +87,11 @@ class Preparation:
         grammar = await self._grammar(await self.aside.run(self.size, body.source))
         known, room = len(begun.tokens), model.max_model_len
         last = body.last_tokens(model.defaults, None if room is None else max(1, room - known))
-        tokenized = await model.backend.tokenized(prompts, last)
+        tokenized = await self._tokenized(prompts, last, tokens)
         cost = max(self.size, known * len(tokenized) // TOKENS_IN_A_MICROSECOND)
         whole = await self.aside.run(cost, begun.before, tokenized, self.most_values)
+        if tokens is not None:
+            tokens.begin(begun, whole[0].tokens)
         request = await self.aside.run(self.size, body.request, self.client.origin(), whole, model.defaults, grammar)
         return replace(request, state=begun.state, salt=begun.salt + request.salt)
 
@@ -129,6 +130,12 @@ class Preparation:
         """The prompt that the template makes of a conversation."""
         conversation = await self.aside.run(self.size, body.conversation)
         return await unless_left(self.client, self.model.template.render(conversation, self.aside.tenant))
+
+    async def _tokenized(self, prompts: Sequence[RawPrompt], last: int | None, tokens: Tokens | None) -> list[Prompt]:
+        text = prompts[0][1]
+        if tokens is not None and isinstance(text, Text):
+            return await tokens.tokenized(self.model.backend, text, last)
+        return await self.model.backend.tokenized(prompts, last)
 
     async def _prompts(self, body: ConversationBody | CompletionBody | EmbeddingBody) -> Sequence[RawPrompt]:
         if isinstance(body, ConversationBody):

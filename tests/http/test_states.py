@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from bdh_batch.http.states.objects import StateList, StateObject
+from tests.conftest import HANG_SECONDS, eventually
 
 if TYPE_CHECKING:
-    from tests.conftest import Server
+    from tests.conftest import ServeFactory, Server
 
-PATH, COMPLETIONS, CHAT = "/v1/states", "/v1/completions", "/v1/chat/completions"
+TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
+PATH, COMPLETIONS, CHAT, RESPONSES = "/v1/states", "/v1/completions", "/v1/chat/completions", "/v1/responses"
 TEXT, MORE = "ROMEO:\nBut soft! what light", " through yonder window"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
 
@@ -36,6 +42,13 @@ def listed(server: Server, **query: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def state(tiny: Server) -> dict[str, Any]:
     return made(tiny, prompt=TEXT)
+
+
+@pytest.fixture(scope="module")
+def narrow(serve: ServeFactory) -> Iterator[Server]:
+    """There is room for two files, and there are two front ends."""
+    with serve("store.max_bytes=160000", "server.workers=2", model=TINY) as server:
+        yield server
 
 
 class TestBeginning:
@@ -63,6 +76,16 @@ class TestBeginning:
         events = tiny.events(state=state["id"], prompt=MORE, **GREEDY)
         text = "".join(choice["text"] for event in events for choice in event["choices"])
         assert text == tiny.text(prompt=TEXT + MORE, **GREEDY)
+
+    async def test_a_hundred_at_once_say_what_each_says_alone(self, tiny: Server, state: dict[str, Any]) -> None:
+        async with httpx.AsyncClient(base_url=tiny.url, timeout=HANG_SECONDS) as client:
+            asked = [{"state": state["id"], "prompt": f"{n}", **GREEDY} for n in range(100)]
+            forks = await asyncio.gather(*(client.post(COMPLETIONS, json=body) for body in asked))
+        for number in (0, 50, 99):
+            text = forks[number].json()["choices"][0]["text"]
+            assert text == tiny.text(prompt=f"{TEXT}{number}", **GREEDY)
+        assert {fork.status_code for fork in forks} == {200}
+        tiny.until_idle()
 
     def test_only_the_new_part_of_the_prompt_is_cut(self, tiny: Server, state: dict[str, Any]) -> None:
         begun = tiny.complete(
@@ -94,6 +117,91 @@ class TestBeginning:
         error = tiny.refusal({"state": long["id"], "prompt": "a" * 200})
         assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
         assert "limits.max_values" in tiny.refusal({"state": long["id"], "prompt": ["a"] * 5})["message"]
+
+
+class TestResponses:
+    """Conversations of /v1/responses that begin in a state."""
+
+    def test_every_turn_comes_after_the_state(self, tiny: Server, state: dict[str, Any]) -> None:
+        asked = {"max_output_tokens": 8, "temperature": 0}
+        first = tiny.http.post(RESPONSES, json={"input": "a", "state": state["id"], **asked}).json()
+        begun = len(TEXT) + len("user: a\nassistant:")
+        assert first["usage"]["input_tokens"] == begun
+        counted = tiny.http.post(f"{RESPONSES}/input_tokens", json={"input": "a", "state": state["id"]}).json()
+        assert counted["input_tokens"] == begun
+        second = tiny.http.post(RESPONSES, json={"input": "b", "previous_response_id": first["id"], **asked}).json()
+        assert second["usage"]["input_tokens"] >= begun + 8 + len("\nuser: b\nassistant:")
+        after = made(tiny, response=second["id"])
+        read = tiny.complete(state=after["id"], prompt="c", return_token_ids=True, **GREEDY)["choices"][0]
+        assert bytes(read["prompt_token_ids"]).startswith(f"{TEXT}user: a\nassistant:".encode())
+        assert bytes(read["prompt_token_ids"]).count(TEXT.encode()) == 1
+
+    @pytest.mark.parametrize(
+        ("more", "param", "status"),
+        [({"previous_response_id": "resp_1"}, "state", 400), ({"state": "st_1"}, "state", 404)],
+    )
+    def test_bad_input_is_refused_by_name(
+        self, tiny: Server, state: dict[str, Any], more: dict[str, Any], param: str, status: int
+    ) -> None:
+        assert tiny.refusal({"input": "a", "state": state["id"]} | more, RESPONSES, status)["param"] == param
+
+
+class TestFiles:
+    def test_a_state_whose_file_made_room_for_others_is_computed_again(self, narrow: Server) -> None:
+        first, *_ = [made(narrow, prompt=TEXT + "x" * n) for n in range(4)]
+        assert narrow.http.get(f"{PATH}/{first['id']}").json()["bytes"] == 0
+        assert narrow.text(state=first["id"], prompt=MORE, **GREEDY) == narrow.text(prompt=TEXT + MORE, **GREEDY)
+        content = narrow.http.get(f"{PATH}/{first['id']}/content")
+        assert content.status_code == 200, content.text
+        assert narrow.http.get(f"{PATH}/{first['id']}").json()["bytes"] == first["bytes"] > 0
+        assert len(content.content) > first["bytes"]
+
+    def test_another_process_remembers_a_completion(self, narrow: Server) -> None:
+        ids = []
+        for number in range(8):  # each on a connection of its own
+            response = httpx.post(f"{narrow.url}{COMPLETIONS}", json={"prompt": f"{number}", **GREEDY}, timeout=60)
+            ids.append(response.headers["x-request-id"])
+        assert [made(narrow, request=id)["tokens"] for id in ids] == [13] * 8
+
+    def test_what_does_not_fit_the_store_is_refused(self, serve: ServeFactory) -> None:
+        with serve("store.max_bytes=30000", model=TINY) as server:
+            error = server.http.post(PATH, json={"prompt": "a"})
+            assert (error.status_code, error.json()["error"]["code"]) == (507, "store_full")
+            assert listed(server)["data"] == []
+            assert server.text(prompt="a", **GREEDY)
+
+    def test_states_outlive_their_server(self, serve: ServeFactory, tmp_path: Path) -> None:
+        option = f"store.path={tmp_path}"
+        with serve(option, model=TINY) as server:
+            state = made(server, prompt=TEXT)
+            said = server.text(state=state["id"], prompt=MORE, **GREEDY)
+        with serve(option, model=TINY) as server:
+            assert listed(server)["data"] == [state]
+            begun = server.complete(state=state["id"], prompt=MORE, **GREEDY)
+            assert begun["choices"][0]["text"] == said
+            assert begun["usage"]["prompt_tokens_details"]["cached_tokens"] == len(TEXT)
+
+    def test_a_state_of_another_model_is_refused_by_name(self, serve: ServeFactory, tmp_path: Path) -> None:
+        option = f"store.path={tmp_path}"
+        with serve(option, model=TINY) as server:
+            state = made(server, prompt=TEXT)
+        with serve(option, "model.name=other", model=TINY) as server:
+            error = server.refusal({"state": state["id"], "prompt": "a"})
+            assert (error["param"], "'tiny'" in error["message"]) == ("state", True)
+
+    def test_one_is_used_while_it_is_deleted(self, tiny: Server) -> None:
+        state = made(tiny, prompt=TEXT)
+        stream = tiny.raw({"state": state["id"], "prompt": MORE, "max_tokens": 200, "stream": True, "seed": 1})
+        stream.read_until(b"data: ")
+        assert tiny.http.delete(f"{PATH}/{state['id']}").status_code == 200
+        assert b"data: [DONE]" in stream.read_all()
+        stream.close()
+        assert tiny.refusal({"state": state["id"], "prompt": "a"}, status=404)["param"] == "state"
+
+    def test_one_that_has_expired_is_not_there(self, tiny: Server) -> None:
+        state = made(tiny, prompt="a", ttl=0.01)
+        eventually(lambda: tiny.http.get(f"{PATH}/{state['id']}").status_code == 404)
+        assert tiny.refusal({"state": state["id"], "prompt": "a"}, status=404)["param"] == "state"
 
 
 class TestObjects:

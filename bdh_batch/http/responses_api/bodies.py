@@ -234,11 +234,18 @@ class InputTokensBody(Wire):
     input: Annotated[str | list[InputItem], Read(_input, InputItems, BodyText | InputItems)]
     instructions: BodyText | None = None
     previous_response_id: Label | None = None
+    state: Label | None = None
     tools: Annotated[list[ResponseFunction], AtMost("max_tools")] | None = None
     tool_choice: Annotated[Any, Read(_choice, ToolSelection, AnySelection)] = None
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
+
+    @model_validator(mode="after")
+    def _begins_once(self) -> Self:
+        if self.state is not None and self.previous_response_id is not None:
+            raise PydanticCustomError("state", "Cannot be used with previous_response_id", {"field": "state"})
+        return self
 
 
 # Parts of items that no response here has: who includes them asks for nothing.

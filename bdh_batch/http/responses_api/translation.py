@@ -85,7 +85,7 @@ def chat_fields(body: InputTokensBody, items: Sequence[Item]) -> tuple[dict[str,
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
         origins.insert(0, "instructions")
-    values: dict[str, Any] = {"model": body.model, "messages": messages, **_tool_fields(body)}
+    values: dict[str, Any] = {"model": body.model, "messages": messages, "state": body.state, **_tool_fields(body)}
     values["response_format"] = _format(body)
     if isinstance(body, ResponseBody):
         values |= {name: body.written[name] for name in SAME if name in body.written}

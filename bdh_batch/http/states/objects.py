@@ -17,8 +17,8 @@ class StateObject(ResponseModel):
     created_at: int = Field(description="Unix seconds.")
     expires_at: int = Field(description="Unix seconds.")
     model: str
-    fingerprint: str | None = Field(description="Of the model's weights: with others, it cannot be used.")
-    dtype: Literal["float32", "bfloat16"] | None
+    fingerprint: str = Field(description="Of the model's weights: with others, it cannot be used.")
+    dtype: Literal["float32", "bfloat16"]
     tokens: Count = Field(description="That it has read.")
     bytes: Count = Field(
         description="Of its file; 0 where that made room for others: it is computed again when needed."

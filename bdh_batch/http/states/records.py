@@ -37,8 +37,8 @@ class About:
 
     model: str
     tokens: int
-    fingerprint: str | None = None
-    dtype: str | None = None
+    fingerprint: str = ""
+    dtype: str = ""
     size: int = 0
     metadata: Mapping[str, str] = field(default_factory=dict)
     salt: str = ""

@@ -128,18 +128,20 @@ class States:
             raise InvalidRequest(
                 "The response's tokens are not known: it has not ended well, or is an upstream's.", RESPONSE
             )
-        saving = await self._saving(client, orjson.loads(record.body)["response"]["model"])
+        body = await self._serving.aside(client).run(len(record.body), orjson.loads, record.body)
+        saving, salt = await self._saving(client, body["response"]["model"]), body["salt"]
         tokens = array("i", record.tokens)
-        about = About(saving.model.name, len(tokens), metadata=metadata)
+        about = About(saving.model.name, len(tokens), metadata=metadata, salt=salt)
         file = await self._records.state_file(record)
         if file is None:
-            return await saving.stored(Source(tokens, RESPONSE), about, ttl)
+            return await saving.stored(Source(tokens, RESPONSE, salt=salt), about, ttl)
         client.cleanup.callback(file.close)
         known = await in_daemon_thread(lambda: header.read(file.path), "bdh-state-files")
         if known.read == len(tokens):  # the file is that of both
             about = about.with_file(known)
             return await self._put(new_record(about, tokens, owner, ttl, record.state))
-        return await saving.stored(Source(tokens, RESPONSE, SavedState(str(file.path), known.read)), about, ttl)
+        begin = SavedState(str(file.path), known.read)
+        return await saving.stored(Source(tokens, RESPONSE, begin, salt), about, ttl)
 
     async def _of_request(self, client: Client, id: str, metadata: Mapping[str, str], ttl: float | None) -> Record:
         completion = await self._serving.recent.find(client.caller.owner, id)

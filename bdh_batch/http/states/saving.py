@@ -50,7 +50,7 @@ class Saving:
     model: ServedModel
 
     async def stored(self, source: Source, about: About, ttl: float | None) -> Record:
-        """Computes a state, and stores it under a new id. Where the engine writes none, its tokens are stored alone.
+        """Computes a state, and stores it under a new id.
 
         Raises:
             InvalidRequest: the model does not take so many tokens, or has no states.
@@ -58,21 +58,13 @@ class Saving:
             Unavailable: the engine could not write it now.
             and as `Serving.start` and `collect` do.
         """
-        records, written = self.serving.records, await self._written(source)
-        if written is None:
-            record = self._record(about, source, ttl)
-            await records.put(record)
-            return await records.get(record.kind, record.id, record.owner) or record
-        new, found = written
+        new, found = await self._written(source)
         return await self._adopted(new, self._record(about.with_file(found), source, ttl))
 
     async def restored(self, record: Record) -> Record:
         """Computes the state of a record whose file is gone. Raises as `stored` does."""
         about = About.of(record)
-        written = await self._written(Source(array("i", record.tokens), "state", salt=about.salt))
-        if written is None:
-            raise Unavailable("The state has no file, and its engine writes none.", RETRY_SECONDS)
-        new, found = written
+        new, found = await self._written(Source(array("i", record.tokens), "state", salt=about.salt))
         return await self._adopted(new, replace(record, body=about.with_file(found).body()), is_new=False)
 
     async def uploaded(
@@ -119,17 +111,16 @@ class Saving:
     def _record(self, about: About, source: Source, ttl: float | None) -> Record:
         return new_record(about, array("i", iter(source.tokens)), self.client.caller.owner, ttl)
 
-    async def _written(self, source: Source) -> tuple[NewState, Header] | None:
-        """A file with the state after the tokens. None where the engine writes none."""
+    async def _written(self, source: Source) -> tuple[NewState, Header]:
+        """A file with the state after the tokens."""
         records = self.serving.records
         new = records.new_state()
         try:
             request = replace(self._request(source, source.tokens), save_to=str(new.path))
             [end] = await collect(await self.serving.start(self.client, self.model, request), self.client)
-            if end.save_error is not None:
-                raise Unavailable(f"The state could not be saved: {end.save_error.rstrip('.')}.", RETRY_SECONDS)
             if end.saved is None:
-                return None
+                reason = (end.save_error or "its engine says nothing of it").rstrip(".")
+                raise Unavailable(f"The state could not be saved: {reason}.", RETRY_SECONDS)
             return new, await self.serving.aside(self.client).run(sys.maxsize, header.read, new.path)
         except BaseException:
             records.discard(new.id)

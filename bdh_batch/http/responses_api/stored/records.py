@@ -36,6 +36,8 @@ class Stored:
         input: all items that it was made of, those of the turns before it included.
         length, digest: of the text that its tokens stand for, with what was generated; None where they do not.
         model: the revision of the model whose tokens they are.
+        name: what that model is called.
+        begun: how many of the tokens are those of a state that the conversation began in, and `salt` what that has.
         read: how many of the tokens have entered its state, if it has one.
         process: the one that it is under way in (`Store.process`); None where it has ended.
         kept: the id of its state's file; None where it has none.
@@ -52,6 +54,9 @@ class Stored:
     tokens: Sequence[int] = ()
     kept: str | None = None
     size: int = 0
+    name: str = ""
+    begun: int = 0
+    salt: str = ""
 
     @property
     def items(self) -> list[Item]:
@@ -63,7 +68,7 @@ class Stored:
         return Record(self.response["id"], KIND, owner, self.response["created_at"], state=self.kept)
 
     def record(self, owner: str) -> Record:
-        names = ("response", "input", "length", "digest", "model", "read", "process")
+        names = ("response", "input", "length", "digest", "model", "read", "process", "name", "begun", "salt")
         return Record(
             id=self.response["id"],
             kind=KIND,

@@ -10,6 +10,7 @@ from typing import Any
 from bdh_batch.backends.base import Backend
 from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses_api.stored.records import Item, Stored
+from bdh_batch.http.states.records import Beginning
 from bdh_batch.messages import Prompt, Text
 from bdh_batch.text.tokenizer import decode
 
@@ -19,17 +20,25 @@ class Transcript:
     """The text of a conversation and its tokens, as far as they are known: those of a turn are kept for the next one.
 
     Args:
-        model: the revision of the model.
+        model, name: the revision of the model, and what it is called.
         before: the response that it goes on from.
         goes_on: whether the prompt begins with all of that one's tokens.
+        begun: how many tokens, of a state, come before those of the text.
+        salt: of that state.
     """
 
     aside: Aside
     model: str
+    name: str
     before: Stored | None = None
     goes_on: bool = False
     text: str = ""
     tokens: Sequence[int] = field(default=())
+    begun: int = 0
+    salt: str = ""
+
+    def begin(self, begun: Beginning, tokens: Sequence[int]) -> None:
+        self.begun, self.salt, self.tokens = len(begun.tokens), begun.salt, tokens
 
     async def tokenized(self, backend: Backend, text: Text, last: int | None) -> list[Prompt]:
         """The prompt of a text. Where it begins with the text of the response before, its tokens are that one's, as
@@ -37,8 +46,10 @@ class Transcript:
         self.text = text.text
         before, size = self.before, len(self.text)
         length = None if before is None else before.length
+        if before is not None:
+            self.begun, self.salt = before.begun, before.salt
         if before is None or length is None or not await self.aside.run(size, self._begins_as, before, length):
-            prompts = await backend.tokenized([("input", text)], last)
+            prompts = await self._anew(backend, text, last)
             self.tokens = prompts[0].tokens
             return prompts
         self.goes_on = True
@@ -54,6 +65,14 @@ class Transcript:
             prompts = [Prompt([*before.tokens, *rest.tokens], "input", breaks)]
         self.tokens = prompts[0].tokens
         return prompts
+
+    async def _anew(self, backend: Backend, text: Text, last: int | None) -> list[Prompt]:
+        """The prompt of a text of which nothing is known, after the state that the conversation began in."""
+        if self.before is None or not self.begun:
+            return await backend.tokenized([("input", text)], last)
+        (new,) = await backend.tokenized([("input", replace(text, add_special=False))])
+        breaks = (self.begun, *(self.begun + at for at in new.breaks))
+        return [Prompt([*self.before.tokens[: self.begun], *new.tokens], "input", breaks)]
 
     def _begins_as(self, before: Stored, length: int) -> bool:
         if before.model != self.model or length > len(self.text):
@@ -81,7 +100,13 @@ class Transcript:
                 whole, known = whole + generated, [*known, *drawn]
                 break
         read = len(self.tokens) + len(tokens) - 1  # the last one drawn has been read by nobody
-        return Stored(response, input, len(whole), _digest(whole), self.model, min(read, len(known)), tokens=known)
+        return Stored(
+            *(response, input, len(whole), _digest(whole), self.model, min(read, len(known))),
+            tokens=known,
+            name=self.name,
+            begun=self.begun,
+            salt=self.salt,
+        )
 
 
 def _digest(text: str) -> str:
