@@ -14,6 +14,7 @@ from bdh_batch.scheduler.working_set import WorkingSet
 if TYPE_CHECKING:
     from bdh_batch.scheduler.sequence import Sequence
 
+NO_LIMIT = 2**62  # copies
 LONG = 512  # tokens; from so many on a cached prefix is worth a copy to the host before anyone has used it
 
 
@@ -25,10 +26,17 @@ class SlotAllocator:
         free: slots on the device whose memory may be touched without evidence that it is of use; None is all.
         idle_release: seconds after which the memory of idle slots goes back to the system; 0 is never.
         transfers: slots for states on their way from and to files.
+        copies: most of them in one plan, before what needs more waits for the next; None is no limit.
     """
 
     def __init__(
-        self, device: int, host: int, free: int | None = None, idle_release: float = 0.0, transfers: int = 0
+        self,
+        device: int,
+        host: int,
+        free: int | None = None,
+        idle_release: float = 0.0,
+        transfers: int = 0,
+        copies: int | None = None,
     ) -> None:
         self.slots = Slots(device, host)
         self.working_set = WorkingSet(device, free)
@@ -36,14 +44,20 @@ class SlotAllocator:
         self.cache = PrefixCache(device)
         self.parked: dict[Sequence, None] = {}  # swapped sequences whose states are still on the device
         self._idle_release = idle_release
+        self.most_copies = copies or NO_LIMIT
         self.begin(0.0)
 
     def begin(self, now: float) -> None:
         """Begins a new plan, at `now` in seconds."""
         self.now = now
-        self.copies: list[Copy] = self.transfers.begin()
+        self.copies: list[Copy] = []
         self.moved: list[Sequence] = []  # whose states are what these copies make them
         self.released: list[int] = []  # slots whose memory goes back to the system
+
+    @property
+    def full(self) -> bool:
+        """Whether the plan has as many copies as there is time for."""
+        return len(self.copies) >= self.most_copies
 
     @property
     def room(self) -> int:
@@ -124,7 +138,7 @@ class SlotAllocator:
     def check(self, running: Collection[Sequence], swapped: Collection[Sequence]) -> None:
         """Raises AssertionError where an invariant does not hold."""
         held = [-1 if sequence.slot is None else sequence.slot for sequence in (*running, *swapped)]
-        every = [*self.slots.free, *held, *(entry.slot for entry in self.cache)]
+        every = [*self.slots.free, *held, *self.transfers.held, *(entry.slot for entry in self.cache)]
         assert sorted(every) == list(range(self.slots.device + self.slots.host)), "each slot once"
         assert all(s.slot is not None and self.slots.on_device(s.slot) for s in running), "what runs is there"
         parked = {s for s in swapped if s.slot is not None and self.slots.on_device(s.slot)}
