@@ -50,13 +50,20 @@ class Scheduler:
     def __init__(self, slots: int, prefill_tokens: int, policy: Policy | None = None) -> None:
         policy = policy or Policy()
         self.policy = policy
-        self._scratch = min(1, policy.host_slots)  # without a slot to spare, no two states could change theirs
-        self.max_running = min(policy.max_running or slots, slots + policy.host_slots - self._scratch)
+        swapped = policy.host_slots if policy.swaps else 0  # as many sequences at most
+        self._scratch = min(1, swapped)  # without a slot to spare, no two states could change theirs
+        self.max_running = min(policy.max_running or slots, slots + swapped - self._scratch)
         self.counts = Counts()
         self.size = StepSize(prefill_tokens, min(slots, self.max_running))
         self._batches = BatchBuilder(self.size, policy.target_step, policy.guards)
         self.allocator = SlotAllocator(
-            slots, policy.host_slots, policy.free_slots, policy.idle_release, policy.transfer_slots, policy.copies
+            slots,
+            policy.host_slots,
+            policy.free_slots,
+            policy.idle_release,
+            policy.transfer_slots,
+            policy.copies,
+            policy.swaps,
         )
         self.transfers = self.allocator.transfers
         self.sharing = Sharing(self.allocator, policy.cache_prefixes, policy.share_all, policy.min_shared)

@@ -27,6 +27,7 @@ class SlotAllocator:
         idle_release: seconds after which the memory of idle slots goes back to the system; 0 is never.
         transfers: slots for states on their way from and to files.
         copies: most of them in one plan, before what needs more waits for the next; None is no limit.
+        swaps: whether sequences may lie on the host; else only cached prefixes do.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class SlotAllocator:
         idle_release: float = 0.0,
         transfers: int = 0,
         copies: int | None = None,
+        swaps: bool = True,
     ) -> None:
         self.slots = Slots(device, host)
         self.working_set = WorkingSet(device, free)
@@ -44,6 +46,7 @@ class SlotAllocator:
         self.cache = PrefixCache(device)
         self.parked: dict[Sequence, None] = {}  # swapped sequences whose states are still on the device
         self._idle_release = idle_release
+        self._swaps = swaps
         self.most_copies = copies or NO_LIMIT
         self.begin(0.0)
 
@@ -62,7 +65,9 @@ class SlotAllocator:
     @property
     def room(self) -> int:
         """The number of slots that sequences could get."""
-        return self.slots.free_count + len(self.cache)
+        if self._swaps:
+            return self.slots.free_count + len(self.cache)
+        return self.slots.free_on_device + self.cache.on_device
 
     def copy(self, source: int, target: int) -> None:
         self.copies.append(Copy(source, target))
@@ -215,6 +220,8 @@ class SlotAllocator:
 
     def _on_host(self, worth: float | None, spare: Entry | None) -> int | None:
         """A slot there; a cached prefix makes room for a sequence (`worth` None), or for what is worth more."""
+        if worth is None and not self._swaps:
+            return None
         if (slot := self.slots.take_host()) is not None:
             return slot
         least = self.cache.least(on_device=False, spare=spare)

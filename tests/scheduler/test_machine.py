@@ -43,6 +43,7 @@ prompts = st.builds(
 policies = st.builds(
     Policy,
     host_slots=st.integers(0, 4),
+    swaps=st.booleans(),
     transfer_slots=st.integers(1, 4),
     copies=st.none() | st.integers(1, 2),
     max_running=st.none() | st.integers(1, 9),
