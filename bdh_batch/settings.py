@@ -398,7 +398,13 @@ class PrefixCache(Section):
     host_memory: Bytes | None = Field(
         None,
         description="Host memory for states, cached or preempted by swap; null is 1 GiB, or a quarter of what is free, "
-        "beside a GPU, and none without one, where it would be copied from memory to memory.",
+        "beside a GPU, and none without one, where it would be copied from memory to memory, unless dtype is set.",
+    )
+    dtype: Literal["bfloat16", "int8"] | None = Field(
+        None,
+        description="The dtype of cached prefixes in host memory, which then holds nothing else: sequences are "
+        "preempted by recompute, not by swap. int8 has a float32 scale for each row. What begins in such a prefix is "
+        "slightly different from what was computed. null is engine.state_dtype, exact.",
     )
     min_tokens: PositiveInt = Field(32, description="Fewest tokens of a prefix that is cached or shared.")
 

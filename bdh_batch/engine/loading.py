@@ -15,6 +15,7 @@ import torch
 
 from bdh_batch.checkpoint.checkpoint import Model, fingerprint, load_model
 from bdh_batch.checkpoint.config import BDHConfig, bytes_per_sequence
+from bdh_batch.engine.narrow_states import narrow_bytes
 from bdh_batch.engine.pages import HUGE
 from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_files import StateLayout
@@ -79,9 +80,11 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
         *(settings.model.dtype, device),
     )
     log.info("kernels: %s; attention window: %s", reason, f"{window} tokens" if window else "none")
-    host_slots = min(host_budget(settings.prefix_cache, device, slots * each) // each, most)
+    host_dtype = narrow_dtype(settings.prefix_cache, state_dtype)
+    host_each = each if host_dtype is None else narrow_bytes(StatePool.shape_of(model.config, window), host_dtype)
+    host_slots = min(host_budget(settings.prefix_cache, device, slots * each) // host_each, most)
     transfer_slots = transfer_budget(settings.engine.file_memory, each)
-    pool = take_states(model.config, slots, device, window, state_dtype, host_slots, transfer_slots)
+    pool = take_states(model.config, slots, device, window, state_dtype, host_slots, transfer_slots, host_dtype)
     slots, host_slots = len(pool.states), pool.host_slots
     log.info(
         "state: %d sequences of %.1f MiB in %s, %.2f GiB of a budget of %.2f GiB; %d more in the host's memory",
@@ -121,6 +124,12 @@ def set_threads(asked: int | None) -> None:
     torch.set_num_threads(threads)
 
 
+def narrow_dtype(cache: PrefixCache, state_dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype of states on the host, where it is narrower than that in which they are computed."""
+    asked: torch.dtype = state_dtype if cache.dtype is None else getattr(torch, cache.dtype)
+    return asked if asked.itemsize < state_dtype.itemsize else None
+
+
 def transfer_budget(asked: int | None, each: int) -> int:
     """How many states of `each` bytes may be on their way from and to files at a time: two at least, one each way."""
     budget = min(FILE_MEMORY, free_memory(torch.device("cpu")) // 8) if asked is None else asked
@@ -141,6 +150,7 @@ def take_states(
     dtype: torch.dtype,
     host_slots: int,
     transfer_slots: int = 0,
+    host_dtype: torch.dtype | None = None,
 ) -> StatePool:
     """Memory for so many states, or for fewer, with a warning, where so much cannot be allocated: first fewer on
     the host, but where it is the device that has no more.
@@ -150,7 +160,7 @@ def take_states(
     """
     while slots:
         try:
-            return StatePool(config, slots, device, window, dtype, host_slots, transfer_slots)
+            return StatePool(config, slots, device, window, dtype, host_slots, transfer_slots, host_dtype=host_dtype)
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:  # CPU allocations fail as RuntimeError
             reason = str(error).partition("\n")[0]
             text = "the memory for %d states, and %d on the host, cannot be allocated (%s)"
@@ -168,7 +178,7 @@ def host_budget(cache: PrefixCache, device: torch.device, taken: int) -> int:
     on_cpu = device.type == "cpu"
     free = max(0, free_memory(torch.device("cpu")) - (taken if on_cpu else 0))
     if cache.host_memory is None:
-        return 0 if on_cpu else min(HOST_MEMORY, free // 4)
+        return 0 if on_cpu and cache.dtype is None else min(HOST_MEMORY, free // 4)
     if cache.host_memory > free:
         raise ConfigError(f"prefix_cache.host_memory: {cache.host_memory:,} bytes asked for, {free:,} are free")
     return cache.host_memory
@@ -187,6 +197,7 @@ def scheduler_for(settings: Settings, engine: LoadedEngine) -> Scheduler:
         )
     policy = Policy(
         host_slots=engine.host_slots,
+        swaps=narrow_dtype(cache, getattr(torch, settings.engine.state_dtype)) is None,
         transfer_slots=0 if engine.states is None else engine.states.slots,
         copies=engine.copies,
         max_running=running,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.engine import pages
+from bdh_batch.engine.narrow_states import NarrowStates, Reserve
 from bdh_batch.engine.pages import PagesAhead
 from bdh_batch.errors import NotEnoughMemory
 
@@ -32,7 +34,8 @@ class StatePool:
 
     Slot s is one contiguous block, so copying it copies a whole context. Slots from `slots` on are `host_slots` more of
     the same shape in the host's memory, to which and from which states can only be copied. So are `transfer_slots`
-    after those, whose memory other threads read and write: it is on its way from or to a file.
+    after those, whose memory other threads read and write: it is on its way from or to a file. With a `host_dtype` the
+    states in the host's memory are narrower than the others, and rounded when they are copied there.
     """
 
     def __init__(
@@ -45,21 +48,28 @@ class StatePool:
         host_slots: int = 0,
         transfer_slots: int = 0,
         huge_pages: bool = True,
+        host_dtype: torch.dtype | None = None,
     ) -> None:
-        blocks = (2,) if window else ()
-        shape = (slots, config.n_layer, *blocks, config.n_head, config.neurons_per_head, config.n_embd)
+        shape = (slots, *self.shape_of(config, window))
         # Not filled, as slots are cleared when a sequence begins: on the CPU, those never used then take no memory.
         self._pages: PagesAhead | None = None
         if device.type == "cpu":
-            self.states: Tensor = pages.reserve(shape, dtype, huge_pages)
-            self._host = pages.reserve((host_slots, *shape[1:]), dtype, huge_pages)
-            self._transfer = pages.reserve((transfer_slots, *shape[1:]), dtype, huge_pages)
+            reserve: Reserve = partial(pages.reserve, huge=huge_pages)
+            self.states = reserve(shape, dtype)
             self._pages = PagesAhead(self.states)
         else:
             self.states = torch.empty(shape, dtype=dtype, device=device)
             # Pinned, so that a copy from or to a GPU runs at the speed of the bus, and does not hold up the host.
-            self._host = torch.empty((host_slots, *shape[1:]), dtype=dtype, pin_memory=True)
-            self._transfer = torch.empty((transfer_slots, *shape[1:]), dtype=dtype, pin_memory=True)
+            reserve = partial(torch.empty, pin_memory=True)
+        narrow = host_dtype is not None and host_dtype.itemsize < dtype.itemsize
+        self._host = reserve((0 if narrow else host_slots, *shape[1:]), dtype)
+        self._narrow = NarrowStates((host_slots if narrow else 0, *shape[1:]), host_dtype or dtype, reserve)
+        self._transfer = reserve((transfer_slots, *shape[1:]), dtype)
+
+    @staticmethod
+    def shape_of(config: BDHConfig, window: int) -> tuple[int, ...]:
+        """The shape of one state."""
+        return (config.n_layer, *((2,) if window else ()), config.n_head, config.neurons_per_head, config.n_embd)
 
     @property
     def huge_bytes(self) -> int:
@@ -68,7 +78,7 @@ class StatePool:
 
     @property
     def host_slots(self) -> int:
-        return len(self._host)
+        return len(self._host) + len(self._narrow)
 
     @property
     def transfer_slots(self) -> int:
@@ -82,7 +92,13 @@ class StatePool:
     def copy(self, source: int, target: int) -> None:
         """The state in slot `target` becomes that in slot `source`; ordered with whatever the device computes."""
         self._about_to_write(target)
-        self._slot(target).copy_(self._slot(source), non_blocking=True)
+        into, come = target - len(self.states), source - len(self.states)
+        if 0 <= into < len(self._narrow):
+            self._narrow.store(into, self._slot(source))
+        elif 0 <= come < len(self._narrow):
+            self._narrow.restore(come, self._slot(target))
+        else:
+            self._slot(target).copy_(self._slot(source), non_blocking=True)
 
     def release(self, slot: int) -> None:
         """Gives the memory of a slot back to the system, which holds no state that anyone needs."""
@@ -115,4 +131,4 @@ class StatePool:
             if slot < len(block):
                 return block[slot]
             slot -= len(block)
-        return self._transfer[slot]
+        return self._transfer[slot - len(self._narrow)]

@@ -21,7 +21,7 @@ from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import LEAST_PREFILL, StepSize
 from bdh_batch.scheduler.transfers import Save
 
-NO_LIMIT = 2**62  # seconds, sequences, or copies
+NO_LIMIT = 2**62  # seconds, or sequences
 FREE = 1e-9  # seconds of a prompt token, as long as it is not known what it takes
 
 

@@ -26,6 +26,7 @@ class Policy:
 
     Args:
         host_slots: slots for states in the host's memory.
+        swaps: whether sequences may lie there; else only cached prefixes do.
         transfer_slots: slots for states on their way from and to files.
         copies: most copies of states in a step before sequences that would need more have to wait; None is no limit.
         max_running: most sequences that hold a state; above `slots` they take time slices. None is as many as slots.
@@ -43,6 +44,7 @@ class Policy:
     """
 
     host_slots: int = 0
+    swaps: bool = True
     transfer_slots: int = 0
     copies: int | None = None
     max_running: int | None = None

@@ -28,6 +28,7 @@ class PrefixCache:
 
     def __init__(self, device: int = 0) -> None:
         self._device = device
+        self.on_device = 0  # entries whose states are there
         self._index = PrefixIndex()
         # By worth, on the host and on the device; what has changed since it was put there is passed over.
         self._ranked: tuple[list[Rank], list[Rank]] = ([], [])
@@ -62,6 +63,7 @@ class PrefixCache:
         """Caches the state in the slot of `entry`; `now` is in seconds."""
         entry.worth, entry.used = self.worth(entry.length), now
         self._index.add(entry)
+        self.on_device += entry.slot < self._device
         self._rank(entry)
 
     def use(self, entry: Entry, now: float = 0.0) -> None:
@@ -76,6 +78,7 @@ class PrefixCache:
 
     def move(self, entry: Entry, slot: int) -> None:
         """Records that the state of an entry was moved to `slot`."""
+        self.on_device += (slot < self._device) - (entry.slot < self._device)
         entry.slot = slot
         self._rank(entry)
 
@@ -97,6 +100,7 @@ class PrefixCache:
         """Removes `entry`; its slot belongs to the caller."""
         self._age = max(self._age, entry.worth)
         self._index.remove(entry)
+        self.on_device -= entry.slot < self._device
 
     def _rank(self, entry: Entry) -> None:
         ranked = self._ranked[entry.slot < self._device]

@@ -15,7 +15,7 @@ from operator import attrgetter
 from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, QueueTimeout, RunTimeout
 from bdh_batch.messages import Delta, FinishReason, Outcome
 from bdh_batch.scheduler.backlog import Backlog
-from bdh_batch.scheduler.batch import NO_LIMIT, BatchBuilder, Step
+from bdh_batch.scheduler.batch import BatchBuilder, Step
 from bdh_batch.scheduler.deadlines import Deadlines
 from bdh_batch.scheduler.groups import Groups
 from bdh_batch.scheduler.policy import Counts, Policy
@@ -50,13 +50,20 @@ class Scheduler:
     def __init__(self, slots: int, prefill_tokens: int, policy: Policy | None = None) -> None:
         policy = policy or Policy()
         self.policy = policy
-        self._scratch = min(1, policy.host_slots)  # without a slot to spare, no two states could change theirs
-        self.max_running = min(policy.max_running or slots, slots + policy.host_slots - self._scratch)
+        swapped = policy.host_slots if policy.swaps else 0  # as many sequences at most
+        self._scratch = min(1, swapped)  # without a slot to spare, no two states could change theirs
+        self.max_running = min(policy.max_running or slots, slots + swapped - self._scratch)
         self.counts = Counts()
         self.size = StepSize(prefill_tokens, min(slots, self.max_running))
         self._batches = BatchBuilder(self.size, policy.target_step, policy.guards)
         self.allocator = SlotAllocator(
-            slots, policy.host_slots, policy.free_slots, policy.idle_release, policy.transfer_slots
+            slots,
+            policy.host_slots,
+            policy.free_slots,
+            policy.idle_release,
+            policy.transfer_slots,
+            policy.copies,
+            policy.swaps,
         )
         self.transfers = self.allocator.transfers
         self.sharing = Sharing(self.allocator, policy.cache_prefixes, policy.share_all, policy.min_shared)
@@ -82,7 +89,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return any(self._groups.values()) or self.transfers.pending
+        return any(self._groups.values()) or self.transfers.pending or self.sharing.pending
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         for sequence in (s for s in sequences if s.finish_reason is None):  # others were aborted on their way here
@@ -152,6 +159,10 @@ class Scheduler:
         """Plans the next step, or returns None where nothing can run."""
         self.allocator.begin(now)
         self.counts.steps += 1
+        for save in self.transfers.begin(self.allocator.most_copies):
+            assert save.sequence.slot is not None
+            self.allocator.copy(save.sequence.slot, save.slot)
+            self.sharing.bequeath(save.sequence)
         prompts = [sequence for sequence in self.running if not (sequence.decoding or sequence.decodes)]
         for waiter in self.sharing.advance(prompts):
             self._move(waiter, Stage.QUEUED)
@@ -241,13 +252,12 @@ class Scheduler:
         exchanges = max(1, self.size.width // self.policy.time_slice)
         preemption = Preemption(self.running, self._first, self.policy.time_slice, self.counts.steps, exchanges)
         waiters = 0
-        most = self.policy.copies or NO_LIMIT
-        while waiters < PREFIX_WAITERS and len(self.allocator.copies) < most:
-            if (found := self._next(preemption)) is None:
-                return
+        while waiters < PREFIX_WAITERS and (found := self._next(preemption)) is not None:
             candidate, victim = found
             if candidate.stage is Stage.QUEUED and self._await_state(candidate):
                 waiters += 1
+            elif self.allocator.full and (candidate.stage is not Stage.QUEUED or self.sharing.cached_prefix(candidate)):
+                return  # it would have to be copied
             elif candidate.stage is Stage.QUEUED and self.sharing.await_prefix(candidate, prompts):
                 self._move(candidate, Stage.AWAITING_PREFIX)
                 waiters += 1
@@ -359,7 +369,7 @@ class Scheduler:
             self.sharing.expect_no_more(sequence)
             self.sharing.forget_loaded(sequence)
             self.transfers.to_come -= sequence.save_to is not None
-            if sequence.slot is not None:
+            if sequence.slot is not None and not self.transfers.keeps(sequence):
                 self.sharing.bequeath(sequence)
 
     # States that go to files

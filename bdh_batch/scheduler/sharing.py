@@ -45,10 +45,16 @@ class Sharing:
         self._producers: dict[Sequence, Sequence] = {}  # of the waiters
         self._completions_go_on = 0  # above 0, more of late than prompts alone did
         self._last: tuple[Tokens[int], bytes] = (), b""  # the last prompt that was packed, and as bytes
+        self._uncached: list[Entry] = []  # states that were read, of which the next plans make copies for others
         self._fresh: list[Entry] = []  # their copies are part of the plan that is being made or computed
         # In this plan, those in their prompts, by namespace and the first tokens; and how many of them are there.
         self._by_head: dict[tuple[str, bytes], list[Sequence]] = {}
         self._indexed = 0
+
+    @property
+    def pending(self) -> bool:
+        """Whether there are copies for the next plan."""
+        return bool(self._uncached)
 
     def cached_prefix(self, sequence: Sequence) -> Entry | None:
         """The state that `sequence` can begin with; its last token has to be computed."""
@@ -107,9 +113,7 @@ class Sharing:
         """`sequence` has begun, or has ended before it could. Idempotent."""
         entry, sequence.prefix.loaded = sequence.prefix.loaded, None
         if entry is not None:
-            entry.awaited -= 1
-            if not entry.awaited:
-                self._allocator.transfers.leave(entry.slot)
+            self._leave(entry)
 
     def await_prefix(self, sequence: Sequence, in_prompt: Tokens[Sequence]) -> bool:
         """Whether one of those `in_prompt` is about to compute more of `sequence` than is cached; it then waits. In one
@@ -147,6 +151,7 @@ class Sharing:
     def advance(self, prompts: Iterable[Sequence]) -> list[Sequence]:
         """Takes the states of `prompts` that are wanted now; gives those that need not wait any longer."""
         self._by_head, self._indexed = {}, 0
+        self._cache_loaded()
         for sequence in prompts:
             if sequence.prefix.cuts and sequence.prefix.cuts[0] <= sequence.computed:
                 self._take(sequence)
@@ -198,7 +203,20 @@ class Sharing:
         sequence.computed = loaded.length
         if sequence.times.scheduled is None:
             sequence.prefix.cached = loaded.length
-        if not self._cache_prefixes or loaded.length < self._least or self.cache.twin(loaded) is not None:
+        if self._cache_prefixes and loaded.length >= self._least and loaded not in self._uncached:
+            loaded.awaited += 1
+            self._uncached.append(loaded)
+            self._cache_loaded()
+
+    def _cache_loaded(self) -> None:
+        """Makes cached prefixes of states that were read, as far as the plan has time for copies."""
+        while self._uncached and not self._allocator.full:
+            loaded = self._uncached.pop(0)
+            self._copy_loaded(loaded)
+            self._leave(loaded)
+
+    def _copy_loaded(self, loaded: Entry) -> None:
+        if self.cache.twin(loaded) is not None:
             return
         slot = self._allocator.for_entry(self.cache.worth(loaded.length), awaited=False)
         if slot is not None:
@@ -206,6 +224,12 @@ class Sharing:
             entry = Entry(loaded.namespace, loaded.length, loaded.tail, loaded.digest, slot, end=End.COMPLETION)
             self.cache.add(entry, self._allocator.now)
             self._fresh.append(entry)
+
+    def _leave(self, loaded: Entry) -> None:
+        """One fewer needs a state that was read, where it is now."""
+        loaded.awaited -= 1
+        if not loaded.awaited:
+            self._allocator.transfers.leave(loaded.slot)
 
     def _take(self, sequence: Sequence) -> None:
         """Copies the state of `sequence` to a slot of its own, for others to begin with."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from bdh_batch.messages import Copy, SavedState
+from bdh_batch.messages import SavedState
 from bdh_batch.scheduler.slots import Slots
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class Transfers:
         self._loading: set[int] = set()
         self._loads: dict[tuple[str, str, bytes], Load] = {}
         self._load_of: dict[Sequence, Load] = {}
-        self._planned: list[tuple[Save, Copy]] = []  # for the next plan
+        self._planned: dict[Sequence, Save] = {}  # for the next plans; they still hold the slots that they ran in
         self._left: list[int] = []  # from which nobody begins any more; copies of this plan may still read them
 
     @property
@@ -77,11 +77,17 @@ class Transfers:
     def holds(self, slot: int) -> bool:
         return slot >= self.first
 
-    def begin(self) -> list[Copy]:
-        """Begins a new plan: returns the copies that it begins with."""
-        planned, self._planned = self._planned, []
-        self.saves = [save for save, _ in planned]
-        return [copy for _, copy in planned]
+    @property
+    def held(self) -> list[int]:
+        """The slots of ended sequences whose states have not been copied."""
+        return [sequence.slot for sequence in self._planned if sequence.slot is not None]
+
+    def begin(self, most: int) -> list[Save]:
+        """Begins a new plan: returns the saves that it makes the copies of, `most` of them."""
+        self.saves = [*self._planned.values()][:most]
+        for save in self.saves:
+            del self._planned[save.sequence]
+        return self.saves
 
     # States that are read
 
@@ -130,14 +136,17 @@ class Transfers:
     # States that are written
 
     def save(self, sequence: Sequence, path: str, tokens: bytes) -> bool:
-        """Plans that the state of `sequence`, which has ended and still has its slot, is copied before that is used
-        again. False where no slot is free for it."""
-        slot = None if sequence.slot is None else self._take()
-        if slot is None or sequence.slot is None:
+        """Plans that the state of `sequence`, which has ended, is copied. It keeps its slot until then. False where no
+        slot is free for the copy."""
+        slot = self._take()
+        if slot is None:
             return False
-        save = Save(sequence, slot, SavedState(path, sequence.computed), tokens)
-        self._planned.append((save, Copy(sequence.slot, slot)))
+        self._planned[sequence] = Save(sequence, slot, SavedState(path, sequence.computed), tokens)
         return True
+
+    def keeps(self, sequence: Sequence) -> bool:
+        """Whether `sequence`, which has ended, keeps its slot."""
+        return sequence in self._planned
 
     def back(self, now: float) -> list[int]:
         """Returns slots that should be given memory, as states will soon be copied there."""

@@ -45,6 +45,7 @@ WITHOUT_BODY = 5  # cases of an operation that has but its headers to vary, of e
 MOST_TOKENS = 4
 MOST_EVENTS = 1_000_000  # streams are read to their ends
 EVENT = "data: "
+RESPONSES = "/v1/responses"
 NAMED = "event: "  # before it, where the events of an API have names
 TIMEOUT = "x-request-timeout"
 
@@ -69,6 +70,7 @@ class Fuzzer:
         self._schema = schemathesis.openapi.from_url(f"{url}/openapi.json", config=config)
         self._events = event_validators(self._schema.raw_schema)
         self.found = Found()
+        self._stored: list[str] = []  # the ids of responses, and of items of theirs
 
     def run(self, cases: int) -> Found:
         """At least so many over all operations; those with bodies have the most."""
@@ -95,9 +97,33 @@ class Fuzzer:
         def ask(case: AnyCase) -> None:
             self.found.cases[f"{operation.label} {mode.value}"] += 1
             case.body = _whole_numbers(case.body)
-            self._ask(_patient(_brief(case)))
+            self._ask(self._going_on(_patient(_brief(case))))
 
         ask()
+
+    def _going_on(self, case: AnyCase) -> AnyCase:
+        """Where it names a response or an item: every other time one that is there, or was."""
+        if not self._stored or not case.operation.path.startswith(RESPONSES) or sum(self.found.cases.values()) % 2:
+            return case
+        response, item = self._stored
+        if "id" in (case.path_parameters or {}):
+            case.path_parameters["id"] = response
+        if isinstance(body := case.body, dict):
+            if isinstance(body.get("previous_response_id"), str):
+                body["previous_response_id"] = response
+            items = body.get("input")
+            for each in items if isinstance(items, list) else ():
+                if isinstance(each, dict) and each.get("type") == "item_reference" and isinstance(each.get("id"), str):
+                    each["id"] = item
+        return case
+
+    def _remember(self, text: str) -> None:
+        """Notes the response in the body of one, or in the last event of a stream."""
+        *_, last = (line.removeprefix(EVENT) for line in text.split("\n") if line.startswith((EVENT, "{")))
+        response = json.loads(last)
+        response = response.get("response", response)
+        if response.get("store") and response["output"]:
+            self._stored = [response["id"], response["output"][0]["id"]]
 
     def _ask(self, case: AnyCase) -> None:
         began = time.perf_counter()
@@ -113,6 +139,8 @@ class Fuzzer:
         assert not response.stream_cut_short
         text = response.content.decode()
         assert response.status_code == 200 or "Traceback (most recent call last)" not in text
+        if response.status_code == 200 and case.operation.path == RESPONSES:
+            self._remember(text)
         if response.headers.get("content-type", [""])[0].startswith("text/event-stream"):
             self.found.streams += 1
             check_stream(text, self._events[case.operation.path])

@@ -22,15 +22,19 @@ from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.errors import NotFound
 from bdh_batch.http.request.off_loop import LARGE, THREAD, Aside, OffLoop
 from bdh_batch.http.responses_api.background import SENT, EventLog
-from bdh_batch.http.responses_api.stored import records
+from bdh_batch.http.responses_api.stored import records, saving as saving_module
 from bdh_batch.http.responses_api.stored.records import Conversations, Stored
+from bdh_batch.http.responses_api.stored.saving import Saving
+from bdh_batch.messages import Delta, FinishReason, SavedState, Usage
 from bdh_batch.settings import Store as Chosen
 from bdh_batch.store.opening import open_store
 from bdh_batch.store.records import Store
+from tests.conftest import eventually
 from tests.http.response_events import in_order
 from tests.http.test_responses import events_in
 
 if TYPE_CHECKING:
+    from bdh_batch.backends.base import Ended
     from tests.conftest import ServeFactory
 
 TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
@@ -186,6 +190,83 @@ def _count_gets(store: Store) -> list[str]:
 
     store._database.get = watched  # type: ignore[method-assign, assignment]
     return found
+
+
+class Written:
+    """A generation whose state is written when it has ended, or, where `late`, after its reader has gone."""
+
+    prompts, cached_tokens = [[1, 2]], [0]
+
+    def __init__(self, path: Path, late: bool = False) -> None:
+        self.path = path
+        self.aborted = 0
+        self.written = asyncio.Event()
+        self._late = late
+
+    async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
+        yield [(0, Delta("a", [3]))]
+        yield [(0, Delta("b", [4], FinishReason.LENGTH))]
+        self.write()
+        yield [(0, Delta(saved=SavedState(str(self.path), 3)))]
+
+    def usage(self, completion_tokens: int) -> Usage:
+        return Usage(2, completion_tokens)
+
+    def abort(self) -> None:
+        self.aborted += 1
+        if self._late:
+            asyncio.get_running_loop().call_soon(self.write)
+
+    def on_end(self, ended: Ended) -> None:
+        raise NotImplementedError
+
+    def write(self) -> None:
+        self.path.write_bytes(b"state")
+        self.written.set()
+
+
+class TestSaving:
+    async def test_its_reader_does_not_wait_for_the_file(self, store: Store, aside: Aside) -> None:
+        new = store.new_state()
+        generation = Written(new.path)
+        saving = Saving(generation, new, store)
+        assert [delta.text for deltas in [each async for each in saving] for _, delta in deltas] == ["a", "b"]
+        assert not new.path.exists()
+        conversations, value = Conversations(store, 2**22), stored(1)
+        await conversations.put(value, "me", aside, 0, True)
+        conversations.adopt(saving, value, "me", aside)
+        saving.abort()  # as its reader does in any case
+        await conversations.close()
+        assert generation.aborted == 1
+        found = await conversations.find(value.response["id"], "me", aside)
+        assert (found.kept, found.read) == (new.id, 3)
+        state = await conversations.state(found, "me")
+        assert state is not None
+        assert await asyncio.to_thread(Path(state[0].path).read_bytes) == b"state"
+
+    async def test_a_file_that_nobody_waits_for_goes_also_where_it_comes_late(
+        self, store: Store, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(saving_module, "SAVE_SECONDS", 0.05)
+        new = store.new_state()
+        generation = Written(new.path, late=True)
+        saving = Saving(generation, new, store)
+        await anext(aiter(saving))
+        saving.abort()
+        await generation.written.wait()
+        await asyncio.to_thread(eventually, lambda: not new.path.exists())
+
+    async def test_a_state_that_has_read_more_than_is_known_of_it_is_not_kept(self, store: Store, aside: Aside) -> None:
+        new = store.new_state()
+        saving = Saving(Written(new.path), new, store)
+        assert [each async for each in saving]
+        conversations, value = Conversations(store, 2**22), replace(stored(1), tokens=[1, 2])
+        await conversations.put(value, "me", aside, 0, True)
+        conversations.adopt(saving, value, "me", aside)
+        await conversations.close()
+        found = await conversations.find(value.response["id"], "me", aside)
+        assert found.kept is None
+        assert await conversations.state(found, "me") is None
 
 
 def test_what_the_server_ends_has_failed_and_its_readers_hear_of_it(serve: ServeFactory, tmp_path: Path) -> None:

@@ -5,12 +5,35 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import openai
 import pytest
+from openai.types.responses import (
+    easy_input_message_param,
+    function_tool_param,
+    input_token_count_params,
+    response_create_params,
+    response_function_tool_call_param,
+    response_input_item_param,
+    response_output_message_param,
+    response_text_config_param,
+    tool_choice_allowed_param,
+)
+from openai.types.shared_params import reasoning
 from pydantic import BaseModel
 
+from bdh_batch.http.request.strict import Wire
+from bdh_batch.http.responses_api.bodies import (
+    InputItem,
+    InputTokensBody,
+    ReasoningOptions,
+    ResponseBody,
+    ResponseFunction,
+    ResponseStreamOptions,
+    TextOptions,
+    ToolSelection,
+)
 from bdh_batch.http.responses_api.responses import ResponseObject
 from tests.conftest import eventually
 from tests.http.response_events import in_order
@@ -232,6 +255,18 @@ BAD: list[tuple[str | None, dict[str, Any]]] = [
     ("tools[0]", {"input": "a", "tools": [{"type": "web_search"}]}),
     ("text.format.schema", {"input": "a", "text": {"format": {"type": "json_schema", "name": "a"}}}),
     ("tool_choice.name", {"input": "a", "tools": [ENTER], "tool_choice": {"type": "function", "name": "leave"}}),
+    (
+        "tool_choice.tools[1].name",
+        {
+            "input": "a",
+            "tools": [ENTER],
+            "tool_choice": {
+                "type": "allowed_tools",
+                "mode": "auto",
+                "tools": [{"type": "function", "name": name} for name in ("enter", "leave")],
+            },
+        },
+    ),
     ("stream_options", {"input": "a", "stream_options": {}}),
     ("messages", {"input": "a", "messages": []}),
     ("top_logprobs", {"input": "a", "top_logprobs": 21}),
@@ -242,6 +277,29 @@ BAD: list[tuple[str | None, dict[str, Any]]] = [
 @pytest.mark.parametrize(("param", "body"), BAD)
 def test_what_is_wrong_is_refused_by_name(server: Server, param: str | None, body: dict[str, Any]) -> None:
     assert server.refusal(body, PATH)["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("body", "fields"),
+    [
+        (ResponseBody, response_create_params.ResponseCreateParamsBase),
+        (InputTokensBody, input_token_count_params.InputTokenCountParams),
+        (InputItem, easy_input_message_param.EasyInputMessageParam),
+        (InputItem, response_input_item_param.Message),
+        (InputItem, response_input_item_param.FunctionCallOutput),
+        (InputItem, response_input_item_param.ItemReference),
+        (InputItem, response_function_tool_call_param.ResponseFunctionToolCallParam),
+        (InputItem, response_output_message_param.ResponseOutputMessageParam),
+        (ResponseFunction, function_tool_param.FunctionToolParam),
+        (ToolSelection, tool_choice_allowed_param.ToolChoiceAllowedParam),
+        (TextOptions, response_text_config_param.ResponseTextConfigParam),
+        (ReasoningOptions, reasoning.Reasoning),
+        (ResponseStreamOptions, response_create_params.StreamOptions),
+    ],
+)
+def test_all_fields_of_the_client_are_known(body: type[Wire], fields: type) -> None:
+    """Each has its effect, or is refused by its own name."""
+    assert {*get_type_hints(fields)} <= {*body.names, *body.unsupported}
 
 
 @pytest.mark.parametrize(

@@ -60,16 +60,18 @@ def start(
     dtype: torch.dtype = torch.float32,
     host_slots: int = 0,
     time_slice: int = 64,
+    host_dtype: torch.dtype | None = None,
 ) -> Engine:
     model = load_model(TINY, torch.float32, CPU)
     made: Kernels = kernels(model.weights, window)
-    pool = StatePool(model.config, slots, CPU, window, dtype, host_slots, transfer_slots=transfers)
+    pool = StatePool(model.config, slots, CPU, window, dtype, host_slots, transfers, host_dtype=host_dtype)
     states = StateIO(pool, state_layout(pool, fingerprint(model.weights), window))
     policy = Policy(
         host_slots=host_slots,
         transfer_slots=transfers,
         cache_prefixes=cached,
         max_running=slots + max(0, host_slots - 1),
+        swaps=host_dtype is None,
         time_slice=time_slice,
         copies=2,
     )

@@ -224,3 +224,30 @@ def test_memory_is_made_ready_for_states_that_will_be_saved_and_goes_when_it_is_
         scheduler.commit(step, runner.run(step.plan), 20.0)
     assert save.slot in released
     assert scheduler.allocator.release_due is None
+
+
+@pytest.mark.parametrize("copies", [1, 2, None])
+def test_a_step_has_no_more_copies_than_there_is_time_for(copies: int | None) -> None:
+    runner, files = FakeRunner(), Files()
+    policy = Policy(min_shared=4, transfer_slots=8, copies=copies)
+    scheduler = Scheduler(6, 512, policy)
+    saving = [make_sequence([number] * 40, 3) for number in range(4)]
+    for sequence in saving:
+        sequence.save_to = "file"
+    scheduler.submit([*saving, *forks_of(30, count=12)])
+    most, saves = 0, 0
+    while scheduler.has_work:
+        if (step := scheduler.plan(0.0)) is not None:
+            most = max(most, len(step.plan.copies))
+            saves += len(step.saves)
+            scheduler.commit(step, runner.run(step.plan), 0.0)
+            for save in step.saves:
+                assert runner.slots[save.slot] == save.sequence.known(0, save.state.tokens)
+                scheduler.saved(save, None)
+        for load in scheduler.transfers.take_loads():
+            runner.slots[load.slot] = files(load)
+            scheduler.loaded(load, None)
+        scheduler.transfers.give(scheduler.transfers.take_left())
+        scheduler.check()
+    assert saves == 4
+    assert most <= (copies or 99) + 1  # a plan that has time for one begins a sequence, and takes the state it leaves

@@ -179,12 +179,12 @@ class Run:
                 self.log.end()
 
     def cancel(self) -> None:
-        """Ends it, as its client wishes. Idempotent."""
+        """Ends it for its client. Idempotent."""
         self._cancelled = True
         self._generation.abort()
 
     def shut_down(self) -> None:
-        """Ends it, as the server does. Idempotent."""
+        """Ends it with the server. Idempotent."""
         self._shut_down = True
         self._generation.abort()
 

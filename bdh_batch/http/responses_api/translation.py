@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import PrivateAttr
 
+from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.responses_api.bodies import InputItem, InputTokensBody, ResponseBody, ToolSelection
 from bdh_batch.http.schema.history import PastCall
 from bdh_batch.http.schema.other_names import Names, Patterns
@@ -105,7 +106,11 @@ def _tool_fields(body: InputTokensBody) -> dict[str, Any]:
             choice = {"type": "function", "function": {"name": choice.name}}
         else:
             # Those that may not be called are not shown to the model, either.
-            allowed = {each.name for each in choice.tools or ()}
+            allowed, known = {each.name for each in choice.tools or ()}, {tool.name for tool in offered}
+            for index, each in enumerate(choice.tools or ()):
+                if each.name not in known:
+                    text = f"tool_choice.tools[{index}].name: {each.name[:128]!r} is none of the tools."
+                    raise InvalidRequest(text, f"tool_choice.tools[{index}].name")
             offered, choice = [tool for tool in offered if tool.name in allowed], choice.mode or "auto"
     functions = [
         _said(name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict)

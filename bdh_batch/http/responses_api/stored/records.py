@@ -22,6 +22,7 @@ from bdh_batch.store.records import Store
 log = logging.getLogger(__name__)
 
 KIND = "response"
+CLOSE_SECONDS = 2.0  # that the end of the server waits for states
 MOST_REFERRED = 1024  # responses whose items one request may refer to
 Item = Mapping[str, Any]
 
@@ -103,8 +104,12 @@ class Conversations:
         self._adopting: set[asyncio.Task[None]] = set()
 
     async def close(self) -> None:
-        """Returns once all states are stored. Idempotent."""
-        await asyncio.gather(*self._adopting, return_exceptions=True)
+        """Returns once all states are stored that are on their way, or soon. Idempotent."""
+        if self._adopting:
+            _, late = await asyncio.wait(self._adopting, timeout=CLOSE_SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
 
     async def find(self, id: str, owner: str, aside: Aside, param: str | None = None) -> Stored:
         """The response of that id. Raises NotFound: there is none, none any more, or it is somebody else's."""

@@ -29,8 +29,7 @@ class Saving:
         self._new = new
         self._store = store
         self._saved: SavedState | None = None
-        self._known = False  # what became of the file
-        self._kept = False
+        self._kept = False  # its reader is not the last to say what becomes of it
 
     @property
     def prompts(self) -> Sequence[Sequence[int]]:
@@ -54,10 +53,12 @@ class Saving:
         self._generation.on_end(ended)
 
     def abort(self) -> None:
-        """The file is of no use, unless somebody waits for it."""
+        """The file is of no use, unless somebody waits for it. It may be on its way, and come yet."""
         if not self._kept:
+            self._kept = True
             self._generation.abort()
             self.discard()
+            asyncio.get_running_loop().call_later(SAVE_SECONDS, self.discard)
 
     def keep(self) -> None:
         """From now on the end of its reader ends nothing: `saved` is awaited."""
@@ -67,10 +68,10 @@ class Saving:
         """What was written, once it is; None where it could not be, which the engine counts. Ends the generation."""
         try:
             async with asyncio.timeout(SAVE_SECONDS):
-                while not self._known:
-                    self._look(await anext(self._deltas))
-        except (StopAsyncIteration, TimeoutError):
-            pass
+                async for deltas in self._deltas:
+                    self._look(deltas)
+        except TimeoutError:  # it may come yet
+            asyncio.get_running_loop().call_later(SAVE_SECONDS, self.discard)
         finally:
             self._generation.abort()
         return self._saved
@@ -87,5 +88,4 @@ class Saving:
 
     def _look(self, deltas: Sequence[tuple[int, Delta]]) -> None:
         for _, delta in deltas:
-            if delta.saved is not None or delta.save_error is not None:
-                self._saved, self._known = delta.saved, True
+            self._saved = delta.saved or self._saved
