@@ -18,6 +18,7 @@ import pytest
 
 from bdh_batch.errors import ConfigError, StoreFailed, StoreFull
 from bdh_batch.settings import Store as Chosen
+from bdh_batch.store.database import LARGEST_LOG
 from bdh_batch.store.opening import TEMPORARY, open_store, temporary_folder
 from bdh_batch.store.records import Record, Store
 from bdh_batch.store.sealing import FRAME, SealingFailed, sealer_of
@@ -357,6 +358,37 @@ async def test_a_damaged_database_ends_the_start(tmp_path: Path) -> None:
     database.write_bytes(b"no database at all" * 1000)
     with pytest.raises(ConfigError, match=r"store\.path"):
         open_store(Chosen(path=tmp_path))
+
+
+async def test_only_its_user_can_read_it(tmp_path: Path) -> None:
+    before = os.umask(0o000)
+    try:
+        async with opened(tmp_path / "store") as store:
+            await with_state(store, record("a"), b"state")
+            for path in [tmp_path / "store", *(tmp_path / "store").iterdir()]:
+                assert path.stat().st_mode & 0o077 == 0, path
+    finally:
+        os.umask(before)
+
+
+def test_a_folder_that_anybody_may_write_to_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(ConfigError, match=r"store\.path.*any user"):
+        open_store(Chosen(path=tmp_path))
+
+
+async def test_the_disk_gets_back_what_is_not_used(tmp_path: Path) -> None:
+    async with opened(tmp_path, max_bytes=2**30) as store:
+        for number in range(50):
+            await store.put(record(str(number), body=bytes(2**20)))
+        log = tmp_path / "records.sqlite3-wal"
+        assert log.stat().st_size <= LARGEST_LOG + 2**22
+        for number in range(50):
+            assert await store.delete("response", str(number), "me")
+        for _ in range(4):
+            await store.tidy()
+        await store.put(record("a"))
+    assert (tmp_path / "records.sqlite3").stat().st_size < 2**20
 
 
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
