@@ -162,6 +162,7 @@ class Run:
         self._cleanup = cleanup
         self._cancelled = False
         self._shut_down = False
+        self._reading: asyncio.Future[int] | None = None
 
     async def run(self) -> None:
         frames, self._frames = self._frames, None  # what has been generated is held no longer than it runs
@@ -181,25 +182,25 @@ class Run:
     def cancel(self) -> None:
         """Ends it for its client. Idempotent."""
         self._cancelled = True
-        self._generation.abort()
+        self._stop()
 
     def shut_down(self) -> None:
         """Ends it with the server. Idempotent."""
         self._shut_down = True
+        self._stop()
+
+    def _stop(self) -> None:
         self._generation.abort()
+        if self._reading is not None:  # of what was aborted nothing need come any more
+            self._reading.cancel()
 
     async def _generate(self, frames: ResponseFrames) -> None:
-        begun, tokens = False, 0
-        async for deltas in self._generation:
-            if (error := failure_of(deltas)) is not None and not self._cancelled:
-                raise frames.named(error)
-            if not begun:
-                begun = True
-                self._add(frames, frames.begun())
-                await self._put(frames)
-            tokens += sum(len(delta.tokens) for _, delta in deltas)
-            ready = self._chunks.take(deltas)
-            self._add(frames, b"".join(piece for index, delta in ready for piece in frames.delta(index, delta)))
+        tokens = 0
+        if not (self._cancelled or self._shut_down):
+            self._reading = asyncio.ensure_future(self._read(frames))
+            await asyncio.wait((self._reading,))
+            if not self._reading.cancelled():
+                tokens = self._reading.result()
         if self._cancelled:
             frames.cancel()
             await self._put(frames)
@@ -212,6 +213,21 @@ class Run:
         if not self.response["store"]:  # who asks for it later has to know that it is over
             frames.fail(StoreFailed("The response could not be stored."))
             await self._put(frames)
+
+    async def _read(self, frames: ResponseFrames) -> int:
+        """Adds events until its sequence has ended. Returns the number of tokens."""
+        begun, tokens = False, 0
+        async for deltas in self._generation:
+            if (error := failure_of(deltas)) is not None and not self._cancelled:
+                raise frames.named(error)
+            if not begun:
+                begun = True
+                self._add(frames, frames.begun())
+                await self._put(frames)
+            tokens += sum(len(delta.tokens) for _, delta in deltas)
+            ready = self._chunks.take(deltas)
+            self._add(frames, b"".join(piece for index, delta in ready for piece in frames.delta(index, delta)))
+        return tokens
 
     async def _fail(self, frames: ResponseFrames, error: BDHError) -> None:
         self._add(frames, frames.failed(error))

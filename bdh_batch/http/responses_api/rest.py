@@ -103,8 +103,11 @@ class Responses:
                 process = self._store.process if response["status"] in UNFINISHED else None
                 value = Stored(response, known, process=process)
             done = await self._conversations.put(value, owner, aside, size, new)
-            if done and ended and saving is not None:
-                self._conversations.adopt(saving, value, owner, serving.off_loop.of(client.caller.label))
+            if ended and saving is not None:
+                if done:
+                    self._conversations.adopt(saving, value, owner, serving.off_loop.of(client.caller.label))
+                else:
+                    saving.drop()
             return done
 
         finds_calls = turn.body.may_call and not isinstance(model.backend, TextBackend)  # an upstream finds them itself

@@ -163,7 +163,8 @@ class Conversations:
 
     def adopt(self, saving: Saving, value: Stored, owner: str, aside: Aside) -> None:
         """Stores the state of a response that has been put, as soon as it is written."""
-        saving.keep()
+        if not saving.keep():
+            return
         task = asyncio.create_task(self._adopt(saving, value, owner, aside))
         self._adopting.add(task)
         task.add_done_callback(self._adopted)

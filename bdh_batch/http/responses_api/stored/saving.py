@@ -8,11 +8,13 @@ from collections.abc import AsyncIterator, Sequence
 
 from bdh_batch.backends.base import Ended, Generation
 from bdh_batch.errors import BDHError
-from bdh_batch.messages import Delta, SavedState, Usage
+from bdh_batch.messages import Delta, FinishReason, SavedState, Usage
 from bdh_batch.store.record import Record
 from bdh_batch.store.records import NewState, Store
 
 SAVE_SECONDS = 60.0  # in which a state is written
+KEEP_SECONDS = 5.0  # from the end of a response until it is stored
+COMPLETE = (FinishReason.STOP, FinishReason.LENGTH, FinishReason.TOOL_CALLS)
 
 
 class Saving:
@@ -29,7 +31,9 @@ class Saving:
         self._new = new
         self._store = store
         self._saved: SavedState | None = None
-        self._kept = False  # its reader is not the last to say what becomes of it
+        self._ended = False  # well
+        self._kept = self._dropped = False
+        self._decision: asyncio.TimerHandle | None = None
 
     @property
     def prompts(self) -> Sequence[Sequence[int]]:
@@ -53,16 +57,26 @@ class Saving:
         self._generation.on_end(ended)
 
     def abort(self) -> None:
-        """The file is of no use, unless somebody waits for it. It may be on its way, and come yet."""
-        if not self._kept:
-            self._kept = True
+        """Where its sequence has ended well, somebody may still `keep` it; else the file is of no use."""
+        if not self._ended:
+            self.drop()
+        elif self._decision is None:
+            self._decision = asyncio.get_running_loop().call_later(KEEP_SECONDS, self.drop)
+
+    def keep(self) -> bool:
+        """From now on `saved` is awaited, and nothing else ends it. False where it has been dropped."""
+        if self._decision is not None:
+            self._decision.cancel()
+        self._kept = not self._dropped
+        return self._kept
+
+    def drop(self) -> None:
+        """The file is of no use. It may be on its way, and come yet. Idempotent."""
+        if not (self._kept or self._dropped):
+            self._dropped = True
             self._generation.abort()
             self.discard()
             asyncio.get_running_loop().call_later(SAVE_SECONDS, self.discard)
-
-    def keep(self) -> None:
-        """From now on the end of its reader ends nothing: `saved` is awaited."""
-        self._kept = True
 
     async def saved(self) -> SavedState | None:
         """What was written, once it is; None where it could not be, which the engine counts. Ends the generation."""
@@ -88,4 +102,5 @@ class Saving:
 
     def _look(self, deltas: Sequence[tuple[int, Delta]]) -> None:
         for _, delta in deltas:
+            self._ended = self._ended or delta.finish_reason in COMPLETE
             self._saved = delta.saved or self._saved
