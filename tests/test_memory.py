@@ -23,10 +23,10 @@ MIB, GIB = 2**20, 2**30
 def test_fewer_states_are_taken_with_a_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fitting: int, slots: int
 ) -> None:
-    def scarce(config: BDHConfig, slots: int, *arguments: Any) -> StatePool:
+    def scarce(config: BDHConfig, slots: int, *arguments: Any, **options: Any) -> StatePool:
         if slots > fitting:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return StatePool(config, slots, *arguments)
+        return StatePool(config, slots, *arguments, **options)
 
     monkeypatch.setattr(loading, "StatePool", scarce)
     assert len(loading.take_states(CONFIG, 64, CPU, 0, torch.float32, 0).states) == slots
@@ -36,10 +36,10 @@ def test_fewer_states_are_taken_with_a_warning(
 def test_a_host_without_so_much_memory_does_not_cost_the_device_its_states(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def scarce(*arguments: Any) -> StatePool:
-        if arguments[-1] > 10:
+    def scarce(*arguments: Any, **options: Any) -> StatePool:
+        if arguments[5] > 10:
             raise RuntimeError("CUDA error: out of memory for pinned pages")
-        return StatePool(*arguments)
+        return StatePool(*arguments, **options)
 
     monkeypatch.setattr(loading, "StatePool", scarce)
     pool = loading.take_states(CONFIG, 64, CPU, 0, torch.float32, 32)
@@ -48,7 +48,7 @@ def test_a_host_without_so_much_memory_does_not_cost_the_device_its_states(
 
 
 def test_no_memory_at_all_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(*arguments: object) -> StatePool:
+    def none(*arguments: object, **options: object) -> StatePool:
         raise MemoryError
 
     monkeypatch.setattr(loading, "StatePool", none)

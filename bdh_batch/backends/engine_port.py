@@ -119,17 +119,16 @@ class Stream:
 
     def began(self, submission: Submission) -> None:
         self._submission = submission
-        self._open = len(submission.sequences)
+        self._open = len(submission.sequences) + sum(each.save_to is not None for each in submission.sequences)
 
     def put(self, index: int, delta: Delta) -> None:
         assert self._submission is not None
         if index in self._ahead:
             self._drop_received(self._ahead[index], delta)
         self._connection.gained(self._number, index, delta, self._submission.cached_of(index))
-        if delta.finish_reason is not None:
-            self._open -= 1
-            if not self._open:
-                self._connection.drop(self._number)
+        self._open -= delta.ends
+        if not self._open:
+            self._connection.drop(self._number)
 
     def abandon(self) -> None:
         if self._submission is not None:

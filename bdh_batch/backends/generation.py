@@ -35,11 +35,11 @@ class Tally:
     """What a generation has yielded so far, and who is told when it ends.
 
     Args:
-        sequences: how many it has.
+        ends: how many it has: of its sequences, and of what becomes of a state that is saved.
     """
 
-    def __init__(self, sequences: int) -> None:
-        self.open = sequences  # sequences that have not ended
+    def __init__(self, ends: int) -> None:
+        self.open = ends  # those that are still to come
         self._tokens = 0
         self._failure: Delta | None = None
         self._ended: list[Ended] = []
@@ -48,10 +48,9 @@ class Tally:
         """Counts what is yielded."""
         for _, delta in deltas:
             self._tokens += len(delta.tokens)
-            if delta.finish_reason is not None:
-                self.open -= 1
-                if delta.finish_reason in FAILED and self._failure is None:
-                    self._failure = delta
+            self.open -= delta.ends
+            if delta.finish_reason in FAILED and self._failure is None:
+                self._failure = delta
 
     def on_end(self, ended: Ended) -> None:
         self._ended.append(ended)
@@ -77,7 +76,7 @@ class MailboxGeneration:
         self._request = request
         self._mailbox = mailbox
         self._source = source
-        self._tally = Tally(len(request.prompts) * request.n)
+        self._tally = Tally(len(request.prompts) * request.n + (request.save_to is not None))
         self._running = running
         running.add(self)
 

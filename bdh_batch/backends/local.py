@@ -126,6 +126,7 @@ class LocalBackend:
         Raises:
             InvalidRequest, QueueFull, Unavailable: as `generate`.
         """
+        request = _checked_state(request)
         shared = await self._shared(request)
         sequences: list[Sequence] = []
         for number, prompt in enumerate(request.prompts):
@@ -258,6 +259,9 @@ class LocalBackend:
             tenant=origin.tenant,
             weight=origin.weight,
             priority=request.priority,
+            state=request.state,
+            state_optional=request.state_optional,
+            save_to=request.save_to if index == 0 else None,
         )
 
     def _max_tokens(self, request: GenerationRequest, of: Prompt) -> int:
@@ -277,6 +281,28 @@ class LocalBackend:
             text = f"{prompt} prompt tokens and {request.min_tokens} to generate exceed {self._max_model_len}."
             raise ContextLengthExceeded(text, "min_tokens")
         return min(request.max_tokens, room)
+
+
+def _checked_state(request: GenerationRequest) -> GenerationRequest:
+    """Returns the request, without its state where that is optional and of no use.
+
+    Raises:
+        InvalidRequest: its prompts cannot begin in its state.
+    """
+    if (state := request.state) is None:
+        return request
+    shortest = min(len(prompt.tokens) for prompt in request.prompts)
+    if request.sampling is None or request.prompt_logprobs is not None:
+        problem = "A response about the tokens of the prompt cannot begin in a state that has read them."
+    elif not 0 < state.tokens < shortest:
+        problem = (
+            f"The state has read {state.tokens} tokens: the prompt, of {shortest}, has to begin with them and go on."
+        )
+    else:
+        return request
+    if request.state_optional:
+        return replace(request, state=None)
+    raise InvalidRequest(problem, "state")
 
 
 def _early(request: GenerationRequest) -> float:

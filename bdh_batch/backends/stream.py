@@ -83,6 +83,7 @@ class RemoteStream:
         self.failovers = 0
         self.has_token = False
         self.confirmed = False
+        self._saving = request.save_to is not None  # and what became of it is not known yet
         self._silent: set[int] = set()  # sequences of which the engine has sent nothing new yet
         self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._mailbox = mailbox
@@ -99,7 +100,7 @@ class RemoteStream:
 
     @property
     def ended(self) -> bool:
-        return all(record.ended for record in self.records)
+        return not self._saving and all(record.ended for record in self.records)
 
     def send_to(self, replica: Replica) -> None:
         self.has_token = self.confirmed = False
@@ -120,6 +121,7 @@ class RemoteStream:
     def gained(self, gain: Gain) -> None:
         record = self.records[gain.index]
         if record.ended:
+            self._take_saved(gain)
             return
         delta = gain.delta
         if isinstance(delta.error, Unavailable):  # the engine has gone down, though its process has not
@@ -136,12 +138,14 @@ class RemoteStream:
         if not (self.has_token or self._silent):
             self.has_token, self.failovers = True, 0
             self._dispatcher.on_first_token(self)
+        self._saving = self._saving and delta.ends < 2
         if record.ended and self.ended:
             self.abandon()
 
     def lost(self) -> None:
         """Forgets the engine, from which nothing more will come."""
         self._at = None
+        self._give_up_saving("The engine that wrote the state was lost.")
 
     def fail(self, error: BDHError) -> None:
         """Ends all sequences that have not ended with `error`."""
@@ -160,8 +164,24 @@ class RemoteStream:
             if not record.ended:
                 record.ended = True
                 self._mailbox.put(index, replace(last))
+        self._give_up_saving("The response is not complete.")
+
+    def _take_saved(self, gain: Gain) -> None:
+        """What became of the state of the first sequence, which has ended."""
+        if self._saving and (gain.saved or gain.save_error):
+            self._saving = False
+            self._mailbox.put(gain.index, Delta(saved=gain.saved, save_error=gain.save_error))
+            if self.ended:
+                self.abandon()
+
+    def _give_up_saving(self, why: str) -> None:
+        """Nothing will be known of the state any more, where the first sequence has ended."""
+        if self._saving and self.records[0].ended:
+            self._saving = False
+            self._mailbox.put(0, Delta(save_error=why))
 
     def _leave(self) -> None:
+        self._give_up_saving("The engine that wrote the state was left.")
         at, self._at = self._at, None
         if at is not None:
             replica, stream = at
@@ -172,5 +192,9 @@ class RemoteStream:
         if self.deadline is not None:
             timeout = max(0.001, self.deadline - time.monotonic())
             request = replace(request, origin=replace(request.origin, timeout=timeout))
-        progress = [record.progress for record in self.records] if self.admitted.done() else []
+        if not self.admitted.done():
+            return Start.of(number, request, [])
+        if self.tokens:  # it has begun, and is not refused any more if the file of its state has gone
+            request = replace(request, state_optional=True)
+        progress = [record.progress for record in self.records]
         return Start.of(number, request, progress)

@@ -25,10 +25,11 @@ from bdh_batch.messages import (
     GrammarText,
     LogitBias,
     Progress,
+    SavedState,
     TokenLogprob,
 )
 
-PROTOCOL = 3  # grows whenever a message changes
+PROTOCOL = 4  # grows whenever a message changes
 LENGTH = struct.Struct("<I")
 MOST_BYTES = 2**28  # of a frame; a request may have a prompt of many tokens, a delta the logprobs of one
 MOST_GREETING = 2**14  # bytes of the first frame, before the sender is authenticated
@@ -127,6 +128,8 @@ class Gain(msgspec.Struct, array_like=True):
     pooled: list[float] | None = None
     error: list[Any] | None = None
     stop: str | None = None
+    saved: SavedState | None = None
+    save_error: str | None = None
 
     @classmethod
     def of(cls, stream: int, index: int, delta: Delta, cached_tokens: int) -> Gain:
@@ -144,6 +147,8 @@ class Gain(msgspec.Struct, array_like=True):
             None if delta.pooled is None else list(delta.pooled),
             None if error is None else packed_error(error),
             delta.stop,
+            delta.saved,
+            delta.save_error,
         )
 
     @property
@@ -158,6 +163,8 @@ class Gain(msgspec.Struct, array_like=True):
             self.prompt_logprobs,
             self.pooled,
             stop=self.stop,
+            saved=self.saved,
+            save_error=self.save_error,
         )
 
 

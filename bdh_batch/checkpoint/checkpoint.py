@@ -10,7 +10,8 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,19 @@ class Checkpoint:
             CheckpointError: some are NaN or infinite; the message counts them.
         """
         _check_finite({key: self.state[key] for key in self.config.shapes()}, self.file)
+
+
+def fingerprint(weights: Weights) -> str:
+    """Returns a hash of all that is in `weights`, as they are in memory."""
+    digest = blake2b(digest_size=16)
+    for field in fields(Weights):
+        value = getattr(weights, field.name)
+        if isinstance(value, Tensor):
+            digest.update(f"{field.name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        else:
+            digest.update(f"{field.name} {value}".encode())
+    return digest.hexdigest()
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device, layers: int | None = None) -> Model:

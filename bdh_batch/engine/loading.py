@@ -9,13 +9,17 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
-from bdh_batch.checkpoint.checkpoint import Model, load_model
+from bdh_batch.checkpoint.checkpoint import Model, fingerprint, load_model
 from bdh_batch.checkpoint.config import BDHConfig, bytes_per_sequence
+from bdh_batch.engine.narrow_states import narrow_bytes
 from bdh_batch.engine.pages import HUGE
 from bdh_batch.engine.runner import Runner
+from bdh_batch.engine.state_files import StateLayout
+from bdh_batch.engine.state_io import StateIO
 from bdh_batch.engine.state_pool import StatePool, slots_within
 from bdh_batch.engine.trace import Trace
 from bdh_batch.engine.worker import Observer, StepRunner, Worker
@@ -35,6 +39,8 @@ log = logging.getLogger(__name__)
 MODEST = 4 * 2**30  # bytes for states in main memory, where the settings are silent
 FEW = 4  # states; where fewer fit, the memory for them is too small
 HOST_MEMORY = 2**30  # bytes for states there, where the settings are silent
+FILE_MEMORY, MOST_TRANSFERS = 2**29, 64  # bytes for states from and to files, likewise; and so many states at most
+COPIED = 2**28  # bytes of states that are copied in one step of a CPU: more would take too long
 
 
 @dataclass(frozen=True)
@@ -46,6 +52,9 @@ class LoadedEngine:
     slots: int
     host_slots: int
     grows: bool = False  # whether a slot takes memory only when it is first used
+    fingerprint: str = ""  # of the weights
+    states: StateIO | None = None  # reads and writes states
+    copies: int | None = None  # of states, as many as a step has time for; None is no limit
 
 
 def load_engine(settings: Settings, path: Path) -> LoadedEngine:
@@ -71,8 +80,11 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
         *(settings.model.dtype, device),
     )
     log.info("kernels: %s; attention window: %s", reason, f"{window} tokens" if window else "none")
-    host_slots = min(host_budget(settings.prefix_cache, device, slots * each) // each, most)
-    pool = take_states(model.config, slots, device, window, state_dtype, host_slots)
+    host_dtype = narrow_dtype(settings.prefix_cache, state_dtype)
+    host_each = each if host_dtype is None else narrow_bytes(StatePool.shape_of(model.config, window), host_dtype)
+    host_slots = min(host_budget(settings.prefix_cache, device, slots * each) // host_each, most)
+    transfer_slots = transfer_budget(settings.engine.file_memory, each)
+    pool = take_states(model.config, slots, device, window, state_dtype, host_slots, transfer_slots, host_dtype)
     slots, host_slots = len(pool.states), pool.host_slots
     log.info(
         "state: %d sequences of %.1f MiB in %s, %.2f GiB of a budget of %.2f GiB; %d more in the host's memory",
@@ -90,7 +102,10 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     if device.type == "cpu" and pool.states.nbytes >= HUGE:
         where = "are in huge pages" if pool.huge_bytes else "are not in huge pages, as the system gives none: slower"
         log.info("states %s", where)
-    return LoadedEngine(model, runner, slots, host_slots, grows=device.type == "cpu")
+    weights, grows = fingerprint(model.weights), device.type == "cpu"
+    states = StateIO(pool, state_layout(pool, weights, window))
+    copies = max(1, COPIED // each) if grows else None
+    return LoadedEngine(model, runner, slots, host_slots, grows, weights, states, copies)
 
 
 def set_threads(asked: int | None) -> None:
@@ -109,8 +124,33 @@ def set_threads(asked: int | None) -> None:
     torch.set_num_threads(threads)
 
 
+def narrow_dtype(cache: PrefixCache, state_dtype: torch.dtype) -> torch.dtype | None:
+    """The dtype of states on the host, where it is narrower than that in which they are computed."""
+    asked: torch.dtype = state_dtype if cache.dtype is None else getattr(torch, cache.dtype)
+    return asked if asked.itemsize < state_dtype.itemsize else None
+
+
+def transfer_budget(asked: int | None, each: int) -> int:
+    """How many states of `each` bytes may be on their way from and to files at a time: two at least, one each way."""
+    budget = min(FILE_MEMORY, free_memory(torch.device("cpu")) // 8) if asked is None else asked
+    return max(2, min(MOST_TRANSFERS, budget // each))
+
+
+def state_layout(pool: StatePool, weights: str, window: int) -> StateLayout:
+    """The layout of the states in `pool`, for a model of that fingerprint."""
+    dtype: Literal["F32", "BF16"] = "F32" if pool.states.dtype == torch.float32 else "BF16"
+    return StateLayout(weights, dtype, tuple(pool.states.shape[1:]), window)
+
+
 def take_states(
-    config: BDHConfig, slots: int, device: torch.device, window: int, dtype: torch.dtype, host_slots: int
+    config: BDHConfig,
+    slots: int,
+    device: torch.device,
+    window: int,
+    dtype: torch.dtype,
+    host_slots: int,
+    transfer_slots: int = 0,
+    host_dtype: torch.dtype | None = None,
 ) -> StatePool:
     """Memory for so many states, or for fewer, with a warning, where so much cannot be allocated: first fewer on
     the host, but where it is the device that has no more.
@@ -120,7 +160,7 @@ def take_states(
     """
     while slots:
         try:
-            return StatePool(config, slots, device, window, dtype, host_slots)
+            return StatePool(config, slots, device, window, dtype, host_slots, transfer_slots, host_dtype=host_dtype)
         except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:  # CPU allocations fail as RuntimeError
             reason = str(error).partition("\n")[0]
             text = "the memory for %d states, and %d on the host, cannot be allocated (%s)"
@@ -138,7 +178,7 @@ def host_budget(cache: PrefixCache, device: torch.device, taken: int) -> int:
     on_cpu = device.type == "cpu"
     free = max(0, free_memory(torch.device("cpu")) - (taken if on_cpu else 0))
     if cache.host_memory is None:
-        return 0 if on_cpu else min(HOST_MEMORY, free // 4)
+        return 0 if on_cpu and cache.dtype is None else min(HOST_MEMORY, free // 4)
     if cache.host_memory > free:
         raise ConfigError(f"prefix_cache.host_memory: {cache.host_memory:,} bytes asked for, {free:,} are free")
     return cache.host_memory
@@ -157,6 +197,9 @@ def scheduler_for(settings: Settings, engine: LoadedEngine) -> Scheduler:
         )
     policy = Policy(
         host_slots=engine.host_slots,
+        swaps=narrow_dtype(cache, getattr(torch, settings.engine.state_dtype)) is None,
+        transfer_slots=0 if engine.states is None else engine.states.slots,
+        copies=engine.copies,
         max_running=running,
         time_slice=chosen.quantum_steps,
         target_step=chosen.target_step_ms / 1000,
@@ -185,6 +228,7 @@ def start_worker(
         settings.health.failed_steps,
         open_trace(chosen.trace_file),
         before,
+        engine.states,
     )
 
 

@@ -66,10 +66,10 @@ class Runner:
             raise
 
     def _run(self, plan: Plan) -> Outcome:
-        for slot in plan.releases:
-            self._pool.release(slot)
         for copy in plan.copies:
             self._pool.copy(copy.source, copy.target)
+        for slot in plan.releases:  # a state that is to be saved may have been copied from there
+            self._pool.release(slot)
         if not plan.segments:
             return Outcome([])
         active = self._wanted_activity()

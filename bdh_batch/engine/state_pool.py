@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.engine import pages
+from bdh_batch.engine.narrow_states import NarrowStates, Reserve
 from bdh_batch.engine.pages import PagesAhead
 from bdh_batch.errors import NotEnoughMemory
 
@@ -29,7 +33,9 @@ class StatePool:
     """`states` [slots, layers, h, N, D], or [slots, layers, 2, h, N, D] with a window.
 
     Slot s is one contiguous block, so copying it copies a whole context. Slots from `slots` on are `host_slots` more of
-    the same shape in the host's memory, to which and from which states can only be copied.
+    the same shape in the host's memory, to which and from which states can only be copied. So are `transfer_slots`
+    after those, whose memory other threads read and write: it is on its way from or to a file. With a `host_dtype` the
+    states in the host's memory are narrower than the others, and rounded when they are copied there.
     """
 
     def __init__(
@@ -40,20 +46,30 @@ class StatePool:
         window: int = 0,
         dtype: torch.dtype = torch.float32,
         host_slots: int = 0,
+        transfer_slots: int = 0,
         huge_pages: bool = True,
+        host_dtype: torch.dtype | None = None,
     ) -> None:
-        blocks = (2,) if window else ()
-        shape = (slots, config.n_layer, *blocks, config.n_head, config.neurons_per_head, config.n_embd)
+        shape = (slots, *self.shape_of(config, window))
         # Not filled, as slots are cleared when a sequence begins: on the CPU, those never used then take no memory.
         self._pages: PagesAhead | None = None
         if device.type == "cpu":
-            self.states: Tensor = pages.reserve(shape, dtype, huge_pages)
-            self._host = pages.reserve((host_slots, *shape[1:]), dtype, huge_pages)
+            reserve: Reserve = partial(pages.reserve, huge=huge_pages)
+            self.states = reserve(shape, dtype)
             self._pages = PagesAhead(self.states)
         else:
             self.states = torch.empty(shape, dtype=dtype, device=device)
             # Pinned, so that a copy from or to a GPU runs at the speed of the bus, and does not hold up the host.
-            self._host = torch.empty((host_slots, *shape[1:]), dtype=dtype, pin_memory=True)
+            reserve = partial(torch.empty, pin_memory=True)
+        narrow = host_dtype is not None and host_dtype.itemsize < dtype.itemsize
+        self._host = reserve((0 if narrow else host_slots, *shape[1:]), dtype)
+        self._narrow = NarrowStates((host_slots if narrow else 0, *shape[1:]), host_dtype or dtype, reserve)
+        self._transfer = reserve((transfer_slots, *shape[1:]), dtype)
+
+    @staticmethod
+    def shape_of(config: BDHConfig, window: int) -> tuple[int, ...]:
+        """The shape of one state."""
+        return (config.n_layer, *((2,) if window else ()), config.n_head, config.neurons_per_head, config.n_embd)
 
     @property
     def huge_bytes(self) -> int:
@@ -62,7 +78,11 @@ class StatePool:
 
     @property
     def host_slots(self) -> int:
-        return len(self._host)
+        return len(self._host) + len(self._narrow)
+
+    @property
+    def transfer_slots(self) -> int:
+        return len(self._transfer)
 
     def clear(self, slot: int) -> None:
         """Back to the state before any token."""
@@ -72,17 +92,43 @@ class StatePool:
     def copy(self, source: int, target: int) -> None:
         """The state in slot `target` becomes that in slot `source`; ordered with whatever the device computes."""
         self._about_to_write(target)
-        self._slot(target).copy_(self._slot(source), non_blocking=True)
+        into, come = target - len(self.states), source - len(self.states)
+        if 0 <= into < len(self._narrow):
+            self._narrow.store(into, self._slot(source))
+        elif 0 <= come < len(self._narrow):
+            self._narrow.restore(come, self._slot(target))
+        else:
+            self._slot(target).copy_(self._slot(source), non_blocking=True)
 
     def release(self, slot: int) -> None:
-        """Gives the memory of a slot on the device back to the system, which holds no state that anyone needs."""
+        """Gives the memory of a slot back to the system, which holds no state that anyone needs."""
         if self._pages is not None:
-            pages.release(self.states[slot])
+            pages.release(self._slot(slot))
+
+    def memory(self, slot: int) -> memoryview:
+        """The bytes of a transfer slot. They can be read and written once `copies_made` has returned."""
+        return self._slot(slot).view(torch.uint8).numpy().data.cast("B")
+
+    def back(self, slot: int) -> None:
+        """Has the system give a transfer slot its memory now. Any thread may do it, whatever the slot holds."""
+        if self._pages is not None:
+            pages.populate(self._slot(slot))
+
+    def copies_made(self) -> Callable[[], object]:
+        """Returns a function that waits, in any thread, until the copies that were begun are made."""
+        if self._pages is not None:
+            return lambda: None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event.synchronize
 
     def _about_to_write(self, slot: int) -> None:
         if self._pages is not None and slot < len(self.states):
             self._pages.used(slot)
 
     def _slot(self, slot: int) -> Tensor:
-        slots = len(self.states)
-        return self.states[slot] if slot < slots else self._host[slot - slots]
+        for block in (self.states, self._host):
+            if slot < len(block):
+                return block[slot]
+            slot -= len(block)
+        return self._transfer[slot - len(self._narrow)]

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Protocol
 
 from bdh_batch.engine.admission import Admission
+from bdh_batch.engine.state_traffic import StateIO, StateTraffic
 from bdh_batch.engine.trace import Trace
 from bdh_batch.errors import BDHError, GenerationFailed, OutOfMemory, QueueFull, Unavailable
 from bdh_batch.messages import Outcome, Plan
@@ -81,6 +82,7 @@ class Worker:
         failed_steps: so many failures on end are a fault that /health reports.
         trace: where decisions are written to; the worker closes it.
         before: is called with every step before it is computed.
+        states: reads and writes states; None where there are no transfer slots.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Worker:
         failed_steps: int = 3,
         trace: Trace | None = None,
         before: Callable[[Step], None] = lambda step: None,
+        states: StateIO | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -104,6 +107,7 @@ class Worker:
         self._failed_steps = failed_steps
         self._trace = trace
         self._before = before
+        self._traffic = StateTraffic(scheduler, states, self._post_from_thread)
         self._inbox: list[Message] = []
         self._open: set[Sequence] = set()  # those that were admitted and whose end has not been reported
         self._inbox_changed = threading.Condition()
@@ -129,6 +133,7 @@ class Worker:
             InvalidRequest: they are more than could ever wait and run.
             QueueFull, Unavailable: not now.
         """
+        self._traffic.check(sequences)
         with self._inbox_changed:
             if not self.alive:
                 raise engine_down()
@@ -218,6 +223,10 @@ class Worker:
         self._inbox.append(message)
         self._inbox_changed.notify()
 
+    def _post_from_thread(self, message: Message) -> None:
+        with self._inbox_changed:
+            self._post(message)
+
     def _main(self) -> None:
         last_words = shutting_down()
         try:
@@ -230,6 +239,7 @@ class Worker:
             self._stopping = True  # from here on nothing is submitted: all that ever was gets an end
             ending = [*self._open]
         self._hand_over([(sequence, sequence.fail(last_words)) for sequence in ending])
+        self._hand_over(self._traffic.last_words(last_words))
         if self._trace is not None:
             self._trace.close()
 
@@ -239,6 +249,9 @@ class Worker:
         now = time.monotonic()
         updates += self._scheduler.expire(now)
         step = self._scheduler.plan(now)
+        if step is None:
+            self._traffic.settle()
+        self._traffic.begin(now)
         self._count()
         self._publish(updates)
         if step is not None:
@@ -246,6 +259,7 @@ class Worker:
             self._count()
             self._publish(updates)
             self._progress = time.monotonic()
+            self._traffic.settle()
         elif self._scheduler.has_work:  # a fault of the scheduler: /health will report it; do not burn a core meanwhile
             with self._inbox_changed:
                 self._inbox_changed.wait(STUCK_SECONDS)
@@ -295,6 +309,7 @@ class Worker:
             self._observer.stepped(step, now - began)
         if outcome.active:
             self._observer.looked(outcome.active)
+        self._traffic.computed(step)
         updates = self._scheduler.commit(step, outcome, now)
         if self._trace is not None:
             self._trace.stepped(step, now)
@@ -313,6 +328,7 @@ class Worker:
         self._hand_over(updates)
         ended = [sequence for sequence, delta in updates if delta.finish_reason is not None]
         self._open.difference_update(ended)
+        self._traffic.published(updates)
         now = time.monotonic()
         self._observer.gained([sequence for sequence, delta in updates if delta.tokens])
         for sequence in ended:

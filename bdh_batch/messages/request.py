@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from bdh_batch.messages.sampling import SamplingParams
+from bdh_batch.messages.state import SavedState
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,11 @@ class GenerationRequest:
     grammar: Grammar | None = None  # of its structured output
     salt: str = ""  # requests of different salts share no prefixes
     priority: int = 0  # lower goes first
+    state: SavedState | None = None  # in which all sequences begin: it has read the first tokens of each prompt
+    state_optional: bool = (
+        False  # whether the tokens are computed where the state cannot be read; else that is an error
+    )
+    save_to: str | None = None  # a path, to which the state of the first sequence is written once it is complete
     written: Written | None = None  # where the backend takes text; `prompts` then are as many tokens as it may have
 
     @property

@@ -9,6 +9,7 @@ from io import StringIO
 from typing import Any, NamedTuple
 
 from bdh_batch.errors import BDHError
+from bdh_batch.messages.state import SavedState
 
 UNKNOWN_TOKEN = -1  # stands for a token whose id an upstream does not say
 
@@ -45,6 +46,9 @@ class Delta:
     the request asked to `pool`, the last one has the sum [D] of the hidden vectors. `extras` are members that an
     upstream sent beside the text, as `tool_calls`; the client gets them as they are. `stop` is the stop string that
     ended it, if one did, and it is known which.
+
+    Where the request has `save_to`, its first sequence has one delta with `saved` or, where there is no such file,
+    with `save_error`. That is its last one, or one more after it.
     """
 
     text: str = ""
@@ -57,6 +61,13 @@ class Delta:
     pooled: Sequence[float] | None = None
     extras: list[Mapping[str, Any]] | None = None
     stop: str | None = None
+    saved: SavedState | None = None
+    save_error: str | None = None
+
+    @property
+    def ends(self) -> int:
+        """How many things have come to their end with it: a sequence, and the writing of its state."""
+        return (self.finish_reason is not None) + (self.saved is not None or self.save_error is not None)
 
 
 class Gathering:
@@ -73,16 +84,17 @@ class Gathering:
         of = self._delta
         self._text.write(later.text)
         of.tokens += later.tokens
-        of.finish_reason = later.finish_reason
-        of.error = later.error
-        of.stop = later.stop
+        if later.finish_reason is not None:  # nothing but what became of its state comes behind the last delta
+            of.finish_reason, of.error, of.stop = later.finish_reason, later.error, later.stop
         of.logprob += later.logprob
         if later.logprobs is not None:
             of.logprobs = of.logprobs or []
             of.logprobs += later.logprobs
         if later.prompt_logprobs is not None:
             of.prompt_logprobs = later.prompt_logprobs
-        of.pooled = later.pooled
+        if later.pooled is not None:
+            of.pooled = later.pooled
+        of.saved, of.save_error = later.saved or of.saved, later.save_error or of.save_error
         if later.extras:
             of.extras = [*(of.extras or ()), *later.extras]
 

@@ -41,9 +41,11 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A step: copies, in their order, then one ragged batch of segments, each of a different slot on the device.
+    """A step: copies, in their order, then releases, then one ragged batch of segments, each of a different slot on the
+    device.
 
-    Slots are numbered through: those on the device first, then those in the host's memory. The memory of the slots in
+    Slots are numbered through: those on the device first, then those in the host's memory, then those for states on
+    their way from and to files. The memory of the slots in
     `releases` goes back to the system; they hold no state that anyone needs.
     """
 

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from bdh_batch import __version__
 from bdh_batch.backends.local import Engine, LocalBackend
 from bdh_batch.engine.loading import LoadedEngine, attention_window, load_engine, start_worker
 from bdh_batch.engine.worker import Observer
-from bdh_batch.kernels.base import Weights
 from bdh_batch.observability.engine_metrics import EngineMetrics
 from bdh_batch.processes.components import Components
 from bdh_batch.processes.engines import LOADER, EngineInfo
@@ -86,7 +81,7 @@ def watch_engine(metrics: EngineMetrics, worker: Engine, info: EngineInfo, setti
 
 
 def engine_info(engine: LoadedEngine, settings: Settings) -> EngineInfo:
-    """Returns the sizes of a loaded engine. To be called off the event loop: it reads all weights."""
+    """Returns the sizes of a loaded engine."""
     config = engine.model.config
     window = attention_window(settings.model.attention_window, config)
     sizes = (config.vocab_size, config.n_embd, engine.slots, engine.host_slots, window)
@@ -97,15 +92,9 @@ def fingerprint(engine: LoadedEngine, settings: Settings) -> str:
     """Returns a hash of all that decides which tokens an engine generates: weights, dtypes, kernels, window."""
     digest = hashlib.blake2b(digest_size=16)
     chosen = settings.engine
-    for part in (__version__, settings.model.attention_window, chosen.kernels, chosen.state_dtype):
+    device, own = engine.model.weights.embed.device.type, (chosen.kernels, chosen.state_dtype)
+    for part in (__version__, settings.model.attention_window, *own, device, engine.fingerprint):
         digest.update(f"{part}\0".encode())
-    for field in fields(Weights):
-        value = getattr(engine.model.weights, field.name)
-        if isinstance(value, Tensor):
-            digest.update(f"{field.name} {value.dtype} {value.device.type} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        else:
-            digest.update(f"{field.name} {value}".encode())
     return digest.hexdigest()
 
 

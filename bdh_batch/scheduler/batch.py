@@ -7,6 +7,7 @@ with more, which fill the rest of the time. Inside a tenant streams go before pr
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Sequences
 from dataclasses import dataclass
 from heapq import nsmallest
 
@@ -18,6 +19,7 @@ from bdh_batch.scheduler.rank import DUE
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import LEAST_PREFILL, StepSize
+from bdh_batch.scheduler.transfers import Save
 
 NO_LIMIT = 2**62  # seconds, or sequences
 FREE = 1e-9  # seconds of a prompt token, as long as it is not known what it takes
@@ -33,6 +35,7 @@ class Step:
     decodes: int
     prefill_tokens: int
     planned: float  # seconds on the worker's clock
+    saves: Sequences[Save] = ()  # of states that its copies bring on their way to files
 
 
 class BatchBuilder:
@@ -61,7 +64,8 @@ class BatchBuilder:
         if not (segments or plan.copies or plan.releases):
             return None
         sequences = [*filling.streams, *(prompt for prompt, _ in filling.prompts)]
-        return Step(plan, sequences, allocator.moved, len(filling.streams), filling.prompt_tokens, allocator.now)
+        decodes, saves = len(filling.streams), allocator.transfers.saves
+        return Step(plan, sequences, allocator.moved, decodes, filling.prompt_tokens, allocator.now, saves)
 
     def computed(self, step: Step, seconds: float) -> None:
         """Learns from a step that took so many seconds, and did not run out of memory."""

@@ -26,6 +26,9 @@ class Policy:
 
     Args:
         host_slots: slots for states in the host's memory.
+        swaps: whether sequences may lie there; else only cached prefixes do.
+        transfer_slots: slots for states on their way from and to files.
+        copies: most copies of states in a step before sequences that would need more have to wait; None is no limit.
         max_running: most sequences that hold a state; above `slots` they take time slices. None is as many as slots.
         time_slice: steps that a sequence runs while others wait for a slot.
         target_step: seconds that a step with streams should take; 0 is no limit.
@@ -41,6 +44,9 @@ class Policy:
     """
 
     host_slots: int = 0
+    swaps: bool = True
+    transfer_slots: int = 0
+    copies: int | None = None
     max_running: int | None = None
     time_slice: int = 64
     target_step: float = 0.0

@@ -12,14 +12,15 @@ from functools import partial
 from itertools import chain, count
 from operator import attrgetter
 
-from bdh_batch.errors import BDHError, GenerationFailed, QueueTimeout, RunTimeout
-from bdh_batch.messages import Delta, Outcome
+from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, QueueTimeout, RunTimeout
+from bdh_batch.messages import Delta, FinishReason, Outcome
 from bdh_batch.scheduler.backlog import Backlog
 from bdh_batch.scheduler.batch import BatchBuilder, Step
 from bdh_batch.scheduler.deadlines import Deadlines
 from bdh_batch.scheduler.groups import Groups
 from bdh_batch.scheduler.policy import Counts, Policy
 from bdh_batch.scheduler.preemption import Preemption
+from bdh_batch.scheduler.prefixes import pack
 from bdh_batch.scheduler.rank import BEGAN, DUE, rank
 from bdh_batch.scheduler.ranking import Ranking
 from bdh_batch.scheduler.sequence import HOLDING, WAITING, QueueKey, Sequence, Stage
@@ -27,11 +28,13 @@ from bdh_batch.scheduler.sharing import Sharing
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import StepSize
 from bdh_batch.scheduler.tenants import Tenants
+from bdh_batch.scheduler.transfers import Load, Save
 
 Update = tuple[Sequence, Delta]
 
 AGE = 256  # sequences that age in one plan: a crowd that does would hold up the step
 PREFIX_WAITERS = 128  # that one plan has wait for others: more would hold up the step
+COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 OVERDUE = 8  # times what a prompt takes alone, after which it is due
 PROMPT_TOKEN = 2e-4  # seconds of one, as long as that is not known
 
@@ -47,18 +50,28 @@ class Scheduler:
     def __init__(self, slots: int, prefill_tokens: int, policy: Policy | None = None) -> None:
         policy = policy or Policy()
         self.policy = policy
-        self._scratch = min(1, policy.host_slots)  # without a slot to spare, no two states could change theirs
-        self.max_running = min(policy.max_running or slots, slots + policy.host_slots - self._scratch)
+        swapped = policy.host_slots if policy.swaps else 0  # as many sequences at most
+        self._scratch = min(1, swapped)  # without a slot to spare, no two states could change theirs
+        self.max_running = min(policy.max_running or slots, slots + swapped - self._scratch)
         self.counts = Counts()
         self.size = StepSize(prefill_tokens, min(slots, self.max_running))
         self._batches = BatchBuilder(self.size, policy.target_step, policy.guards)
-        self.allocator = SlotAllocator(slots, policy.host_slots, policy.free_slots, policy.idle_release)
+        self.allocator = SlotAllocator(
+            slots,
+            policy.host_slots,
+            policy.free_slots,
+            policy.idle_release,
+            policy.transfer_slots,
+            policy.copies,
+            policy.swaps,
+        )
+        self.transfers = self.allocator.transfers
         self.sharing = Sharing(self.allocator, policy.cache_prefixes, policy.share_all, policy.min_shared)
         self._tenants = Tenants(policy.weights)
         self._deadlines = Deadlines()
         self.backlog = Backlog(policy.queue_unit)  # of those that wait for their first slot, or another one
         self._groups = {stage: Groups(BEGAN if stage is Stage.RUNNING else DUE) for stage in WAITING + HOLDING}
-        self._queue, self._awaiting, self.running, self.swapped = self._groups.values()
+        self._queue, self._awaiting, self._loading, self.running, self.swapped = self._groups.values()
         self._ageing: Ranking[Sequence] = Ranking(attrgetter("standing.served_at"))  # those that have not aged
         self._first = 0  # the first priority of all sequences
         self._arrivals = count(1)
@@ -76,7 +89,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return any(self._groups.values())
+        return any(self._groups.values()) or self.transfers.pending or self.sharing.pending
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         for sequence in (s for s in sequences if s.finish_reason is None):  # others were aborted on their way here
@@ -87,6 +100,7 @@ class Scheduler:
             standing.due = arrived + min(OVERDUE * alone, self.policy.patience)
             self._move(sequence, Stage.QUEUED)
             self._deadlines.add(sequence)
+            self.transfers.to_come += sequence.save_to is not None
 
     def take_changes(self) -> dict[Sequence, int]:
         """Returns the sequences that wait since the last call (1), and those that no longer wait (-1)."""
@@ -98,7 +112,7 @@ class Scheduler:
         last of those who fill it."""
         updates: list[Update] = []
         while (len(updates) < count or tokens > 0) and (yielding := self.backlog.yielding(queue_key)) is not None:
-            last = self._queue.last(yielding) or self._awaiting.last(yielding)
+            last = self._queue.last(yielding) or self._awaiting.last(yielding) or self._loading.last(yielding)
             assert last is not None, "what waits is counted"
             updates += self.abort([last], error)
             tokens -= len(last.prompt)
@@ -127,7 +141,7 @@ class Scheduler:
     def fail(self, step: Step, error: BDHError) -> list[Update]:
         """Ends the sequences of a step that could not be computed, as their states are no longer known."""
         self.sharing.forget_fresh()
-        return self.abort({*step.sequences, *step.moved}, error)
+        return self.abort({*step.sequences, *step.moved}, error) + self._not_saved(step)
 
     def out_of_memory(self, step: Step) -> list[Update]:
         """Makes later steps smaller, as this one ran out of memory; they compute its sequences' states again."""
@@ -139,12 +153,16 @@ class Scheduler:
         forwards = [sequence for _, members in self.running.forwards(self._first) for sequence in members]
         for sequence in forwards[self.size.width :]:
             self._move(sequence, Stage.SWAPPED)
-        return []
+        return self._not_saved(step)
 
     def plan(self, now: float) -> Step | None:
         """Plans the next step, or returns None where nothing can run."""
         self.allocator.begin(now)
         self.counts.steps += 1
+        for save in self.transfers.begin(self.allocator.most_copies):
+            assert save.sequence.slot is not None
+            self.allocator.copy(save.sequence.slot, save.slot)
+            self.sharing.bequeath(save.sequence)
         prompts = [sequence for sequence in self.running if not (sequence.decoding or sequence.decodes)]
         for waiter in self.sharing.advance(prompts):
             self._move(waiter, Stage.QUEUED)
@@ -169,20 +187,47 @@ class Scheduler:
                 updates.append((sequence, delta))
         self._batches.computed(step, now - step.planned)
         self.sharing.settle()
+        for sequence, delta in updates:
+            if sequence.save_to is not None and delta.finish_reason in COMPLETE:
+                self._save(sequence, sequence.save_to, delta)
         self._end([sequence for sequence, delta in updates if delta.finish_reason is not None])
         return updates
+
+    def saved(self, save: Save, error: str | None) -> list[Update]:
+        """The state of an ended sequence is in its file, or that has failed with `error`."""
+        self.transfers.give([save.slot], self.allocator.now)
+        return [(save.sequence, Delta(saved=None if error else save.state, save_error=error))]
+
+    def loaded(self, load: Load, error: str | None) -> list[Update]:
+        """A state is in its slot, or could not be read because of `error`: who waited for it is queued again. No more
+        of them keep the slot than can begin now; others find the state cached, or ask for it again."""
+        waiting, room = [*load.waiting], max(1, self.size.width - len(self.running))
+        for sequence in waiting:
+            self._move(sequence, Stage.QUEUED)
+        self.transfers.end_load(load)
+        if error is not None or not waiting:
+            self.transfers.give([load.slot], self.allocator.now)
+        else:
+            self.sharing.loaded(waiting[:room], load)
+        if error is None:
+            return []
+        refused = [sequence for sequence in waiting if not sequence.may_recompute]
+        for sequence in waiting:
+            sequence.state = None
+        return self.abort(refused, InvalidRequest(f"The state cannot be used: {error}", "state"))
 
     def check(self) -> None:
         """Raises AssertionError where an invariant does not hold."""
         assert all(s.decodes for s in self.running if s.decoding), "what is known to decode does"
         assert len(self.running) <= self.size.width, "no more run than may"
-        assert all(s.slot is None for s in (*self._queue, *self._awaiting)), "what waits holds no slot"
+        waiting = (*self._queue, *self._awaiting, *self._loading)
+        assert all(s.slot is None for s in waiting), "what waits holds no slot"
         assert all(s.finish_reason is None and s.pending >= 1 for s in (*self.running, *self.swapped)), (
             "what runs has work"
         )
         for stage, group in self._groups.items():
             assert all(sequence.stage is stage for sequence in group), "stages are right"
-        assert len(self.backlog) == len(self._queue) + len(self._awaiting), "what waits is counted"
+        assert len(self.backlog) == len(waiting), "what waits is counted"
         self.allocator.check([*self.running], [*self.swapped])
         self.sharing.check()
 
@@ -209,7 +254,11 @@ class Scheduler:
         waiters = 0
         while waiters < PREFIX_WAITERS and (found := self._next(preemption)) is not None:
             candidate, victim = found
-            if candidate.stage is Stage.QUEUED and self.sharing.await_prefix(candidate, prompts):
+            if candidate.stage is Stage.QUEUED and self._await_state(candidate):
+                waiters += 1
+            elif self.allocator.full and (candidate.stage is not Stage.QUEUED or self.sharing.cached_prefix(candidate)):
+                return  # it would have to be copied
+            elif candidate.stage is Stage.QUEUED and self.sharing.await_prefix(candidate, prompts):
                 self._move(candidate, Stage.AWAITING_PREFIX)
                 waiters += 1
             elif self._run(candidate, victim, now):
@@ -261,6 +310,15 @@ class Scheduler:
         self._move(candidate, Stage.RUNNING)
         return True
 
+    def _await_state(self, candidate: Sequence) -> bool:
+        """Whether it waits until the state that it begins in is read: that is neither there nor cached."""
+        state = candidate.state
+        if state is None or candidate.prefix.loaded is not None or self.sharing.holds_state(candidate, state.tokens):
+            return False
+        self._move(candidate, Stage.AWAITING_STATE)
+        self.transfers.await_load(candidate, state, *self.sharing.prefix_of(candidate, state.tokens))
+        return True
+
     def _preempt(self, sequence: Sequence, by_recompute: bool) -> None:
         """It waits in the queue, and all that is known of it will be computed again; or it keeps its state, in its slot
         on the device until that is needed."""
@@ -280,6 +338,8 @@ class Scheduler:
             self.allocator.parked.pop(sequence, None)
         elif before is Stage.AWAITING_PREFIX:
             self.sharing.stop_waiting(sequence)
+        elif before is Stage.AWAITING_STATE:
+            self.transfers.stop_waiting(sequence)
         if stage is Stage.SWAPPED:
             standing.due = self.allocator.now
             self.allocator.parked[sequence] = None
@@ -307,5 +367,18 @@ class Scheduler:
             self._move(sequence, Stage.ENDED)
             self._ageing.drop(sequence)
             self.sharing.expect_no_more(sequence)
-            if sequence.slot is not None:
+            self.sharing.forget_loaded(sequence)
+            self.transfers.to_come -= sequence.save_to is not None
+            if sequence.slot is not None and not self.transfers.keeps(sequence):
                 self.sharing.bequeath(sequence)
+
+    # States that go to files
+
+    def _save(self, sequence: Sequence, path: str, delta: Delta) -> None:
+        """Plans that the state of a sequence that has just ended is written; `delta` says where it will not be."""
+        if not self.transfers.save(sequence, path, pack(sequence.known(0, sequence.computed))):
+            delta.save_error = "Too many states are being written."
+
+    def _not_saved(self, step: Step) -> list[Update]:
+        """The copies of a step may not have been made."""
+        return [update for save in step.saves for update in self.saved(save, "The copy of the state failed.")]

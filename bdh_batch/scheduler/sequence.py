@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Protocol
 
 from bdh_batch.errors import BDHError
-from bdh_batch.messages import Delta, FinishReason, Outcome, SamplingParams, Segment
+from bdh_batch.messages import Delta, FinishReason, Outcome, SamplingParams, SavedState, Segment
 from bdh_batch.scheduler.prefix_index import Entry
 from bdh_batch.scheduler.tenants import Tenant
 
@@ -65,6 +65,7 @@ class Stage(Enum):
     NEW = "new"  # the scheduler does not know it yet
     QUEUED = "queued"
     AWAITING_PREFIX = "awaiting_prefix"  # waits for a prefix that a running sequence computes
+    AWAITING_STATE = "awaiting_state"  # waits for a state that is read from a file
     RUNNING = "running"
     SWAPPED = "swapped"  # preempted by swap: holds a state, and waits for its next time slice
     ENDED = "ended"
@@ -72,7 +73,7 @@ class Stage(Enum):
     __hash__ = object.__hash__  # members are compared by identity; an Enum's own hash is dear in every look-up
 
 
-WAITING = (Stage.QUEUED, Stage.AWAITING_PREFIX)
+WAITING = (Stage.QUEUED, Stage.AWAITING_PREFIX, Stage.AWAITING_STATE)
 HOLDING = (Stage.RUNNING, Stage.SWAPPED)  # a state
 
 
@@ -107,6 +108,7 @@ class Prefix:
     namespace: str = ""  # inside which it may be
     cuts: list[int] = field(default_factory=list)  # ascending positions at which its state is wanted
     expects: Entry | None = None  # the state that it waited for
+    loaded: Entry | None = None  # the state that was read for it from a file; it is not among the cached ones
     cached: int = 0  # tokens that another sequence had computed
 
 
@@ -141,7 +143,7 @@ class Sequence:
     """One generation. Times are seconds on the clock that the worker passes in.
 
     It waits until `queue_deadline` at most, and ends by `deadline`; a lower `priority` goes first. It runs in the share
-    of `tenant`, which weighs `weight` if that is said.
+    of `tenant`, which weighs `weight` if that is said. It begins in `state`, and its own is written to `save_to`.
     """
 
     id: str
@@ -155,6 +157,9 @@ class Sequence:
     priority: int = 0
     queue_deadline: float | None = None
     deadline: float | None = None
+    state: SavedState | None = None
+    state_optional: bool = False  # whether it is computed from its tokens where the state cannot be read
+    save_to: str | None = None
 
     prompt: Tokens[int] = field(init=False)
     stage: Stage = field(default=Stage.NEW, init=False)
@@ -168,6 +173,11 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.prompt = self.completion.prompt
+
+    @property
+    def may_recompute(self) -> bool:
+        """Whether its state is computed from its tokens where it cannot be read; it always is once it has begun."""
+        return self.state_optional or bool(self.generated) or self.times.scheduled is not None
 
     @property
     def queue_key(self) -> QueueKey:
@@ -219,6 +229,8 @@ class Sequence:
                 if segment is self.decoding:
                     segment.start, segment.tokens = self.computed, tuple(delta.tokens)
             self.finish_reason, self.error = delta.finish_reason, delta.error
+            if self.finish_reason is FinishReason.ERROR:
+                delta.save_error = self._not_saved
         return delta
 
     def resume(self, tokens: Tokens[int]) -> None:
@@ -244,4 +256,9 @@ class Sequence:
     def fail(self, error: BDHError | None) -> Delta:
         """Ends it with an error, or without one where its client has left."""
         self.finish_reason, self.error = FinishReason.ABORT if error is None else FinishReason.ERROR, error
-        return Delta(finish_reason=self.finish_reason, error=error)
+        return Delta(finish_reason=self.finish_reason, error=error, save_error=self._not_saved)
+
+    @property
+    def _not_saved(self) -> str | None:
+        """What is said of its state, where it was to be saved and has not become complete."""
+        return None if self.save_to is None else "The response is not complete."

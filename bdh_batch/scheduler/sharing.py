@@ -16,6 +16,7 @@ from bdh_batch.scheduler.prefix_cache import End, Entry
 from bdh_batch.scheduler.prefixes import TOKEN_BYTES, RecentPrompts, common, pack
 from bdh_batch.scheduler.sequence import Sequence, Stage
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
+from bdh_batch.scheduler.transfers import Load
 
 FIRST_POWER = 256
 LONG = 512  # tokens, from which on a prompt is worth a step more
@@ -44,21 +45,33 @@ class Sharing:
         self._producers: dict[Sequence, Sequence] = {}  # of the waiters
         self._completions_go_on = 0  # above 0, more of late than prompts alone did
         self._last: tuple[Tokens[int], bytes] = (), b""  # the last prompt that was packed, and as bytes
+        self._uncached: list[Entry] = []  # states that were read, of which the next plans make copies for others
         self._fresh: list[Entry] = []  # their copies are part of the plan that is being made or computed
         # In this plan, those in their prompts, by namespace and the first tokens; and how many of them are there.
         self._by_head: dict[tuple[str, bytes], list[Sequence]] = {}
         self._indexed = 0
 
+    @property
+    def pending(self) -> bool:
+        """Whether there are copies for the next plan."""
+        return bool(self._uncached)
+
     def cached_prefix(self, sequence: Sequence) -> Entry | None:
         """The state that `sequence` can begin with; its last token has to be computed."""
+        loaded = sequence.prefix.loaded
         if not self._may_share(sequence):
-            return None
+            return loaded
         prompt = self._packed(sequence)
-        return self.cache.find(sequence.prefix.namespace, prompt, len(sequence.prompt) - 1)
+        found = self.cache.find(sequence.prefix.namespace, prompt, len(sequence.prompt) - 1)
+        return loaded if loaded is not None and (found is None or found.length < loaded.length) else found
 
     def begun(self, sequence: Sequence, entry: Entry | None, alone: bool = True) -> None:
         """`sequence` has been given its slot, with the state of `entry` in it; it is `alone` where no other one
         runs."""
+        loaded = entry is not None and entry is sequence.prefix.loaded
+        if loaded and entry is not None:
+            self._begun_in(sequence, entry)
+        self.forget_loaded(sequence)
         if not self._may_share(sequence):
             return
         self.queries += len(sequence.prompt)
@@ -66,7 +79,7 @@ class Sharing:
         prompt, namespace = self._packed(sequence), sequence.prefix.namespace
         evicted = self._allocator.working_set.asked(namespace, prompt, len(sequence.prompt) - 1, found)
         self._observe(evicted or entry)
-        cached = entry is not None and self.cache.holds(entry)
+        cached = entry is not None and self.cache.holds(entry) and not loaded
         if entry is not None and (cached or entry.slot == sequence.slot):
             sequence.computed = entry.length
             self.hits += entry.length
@@ -78,6 +91,29 @@ class Sharing:
         if self._cache_prefixes:
             wanted, least = self._wanted(sequence, alone), max(sequence.computed, self._least - 1)
             sequence.prefix.cuts = sorted(at for at in wanted if at > least)
+
+    def holds_state(self, sequence: Sequence, tokens: int) -> bool:
+        """Whether the state after so many tokens of the prompt, or more of them, need not be read from a file."""
+        entry = self.cached_prefix(sequence)
+        return entry is not None and entry.length >= tokens
+
+    def prefix_of(self, sequence: Sequence, tokens: int) -> tuple[str, bytes]:
+        """Returns the namespace of `sequence`, and the first tokens of its prompt."""
+        prompt = self._packed(sequence)
+        return sequence.prefix.namespace, prompt[: TOKEN_BYTES * tokens]
+
+    def loaded(self, sequences: Iterable[Sequence], load: Load) -> None:
+        """`sequences` can begin in a state that was read; it is not cached yet."""
+        entry = Entry.of(load.namespace, load.tokens, len(load.tokens) // TOKEN_BYTES, load.slot)
+        for sequence in sequences:
+            sequence.prefix.loaded = entry
+            entry.awaited += 1
+
+    def forget_loaded(self, sequence: Sequence) -> None:
+        """`sequence` has begun, or has ended before it could. Idempotent."""
+        entry, sequence.prefix.loaded = sequence.prefix.loaded, None
+        if entry is not None:
+            self._leave(entry)
 
     def await_prefix(self, sequence: Sequence, in_prompt: Tokens[Sequence]) -> bool:
         """Whether one of those `in_prompt` is about to compute more of `sequence` than is cached; it then waits. In one
@@ -115,6 +151,7 @@ class Sharing:
     def advance(self, prompts: Iterable[Sequence]) -> list[Sequence]:
         """Takes the states of `prompts` that are wanted now; gives those that need not wait any longer."""
         self._by_head, self._indexed = {}, 0
+        self._cache_loaded()
         for sequence in prompts:
             if sequence.prefix.cuts and sequence.prefix.cuts[0] <= sequence.computed:
                 self._take(sequence)
@@ -160,6 +197,39 @@ class Sharing:
         assert all(entry.awaited >= 0 for entry in self.cache), "who waits is counted"
         if not self._cache_prefixes:
             assert all(entry.awaited > 0 for entry in self.cache), "only what is awaited is cached"
+
+    def _begun_in(self, sequence: Sequence, loaded: Entry) -> None:
+        """It begins in a state that was read from a file; that stays, for those who begin there later."""
+        sequence.computed = loaded.length
+        if sequence.times.scheduled is None:
+            sequence.prefix.cached = loaded.length
+        if self._cache_prefixes and loaded.length >= self._least and loaded not in self._uncached:
+            loaded.awaited += 1
+            self._uncached.append(loaded)
+            self._cache_loaded()
+
+    def _cache_loaded(self) -> None:
+        """Makes cached prefixes of states that were read, as far as the plan has time for copies."""
+        while self._uncached and not self._allocator.full:
+            loaded = self._uncached.pop(0)
+            self._copy_loaded(loaded)
+            self._leave(loaded)
+
+    def _copy_loaded(self, loaded: Entry) -> None:
+        if self.cache.twin(loaded) is not None:
+            return
+        slot = self._allocator.for_entry(self.cache.worth(loaded.length), awaited=False)
+        if slot is not None:
+            self._allocator.copy(loaded.slot, slot)
+            entry = Entry(loaded.namespace, loaded.length, loaded.tail, loaded.digest, slot, end=End.COMPLETION)
+            self.cache.add(entry, self._allocator.now)
+            self._fresh.append(entry)
+
+    def _leave(self, loaded: Entry) -> None:
+        """One fewer needs a state that was read, where it is now."""
+        loaded.awaited -= 1
+        if not loaded.awaited:
+            self._allocator.transfers.leave(loaded.slot)
 
     def _take(self, sequence: Sequence) -> None:
         """Copies the state of `sequence` to a slot of its own, for others to begin with."""

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 from bdh_batch.messages import Copy
 from bdh_batch.scheduler.prefix_cache import Entry, PrefixCache
 from bdh_batch.scheduler.slots import Slots
+from bdh_batch.scheduler.transfers import Transfers
 from bdh_batch.scheduler.working_set import WorkingSet
 
 if TYPE_CHECKING:
     from bdh_batch.scheduler.sequence import Sequence
 
+NO_LIMIT = 2**62  # copies
 LONG = 512  # tokens; from so many on a cached prefix is worth a copy to the host before anyone has used it
 
 
@@ -23,14 +25,29 @@ class SlotAllocator:
         device, host: how many slots there are.
         free: slots on the device whose memory may be touched without evidence that it is of use; None is all.
         idle_release: seconds after which the memory of idle slots goes back to the system; 0 is never.
+        transfers: slots for states on their way from and to files.
+        copies: most of them in one plan, before what needs more waits for the next; None is no limit.
+        swaps: whether sequences may lie on the host; else only cached prefixes do.
     """
 
-    def __init__(self, device: int, host: int, free: int | None = None, idle_release: float = 0.0) -> None:
+    def __init__(
+        self,
+        device: int,
+        host: int,
+        free: int | None = None,
+        idle_release: float = 0.0,
+        transfers: int = 0,
+        copies: int | None = None,
+        swaps: bool = True,
+    ) -> None:
         self.slots = Slots(device, host)
         self.working_set = WorkingSet(device, free)
+        self.transfers = Transfers(device + host, transfers)
         self.cache = PrefixCache(device)
         self.parked: dict[Sequence, None] = {}  # swapped sequences whose states are still on the device
         self._idle_release = idle_release
+        self._swaps = swaps
+        self.most_copies = copies or NO_LIMIT
         self.begin(0.0)
 
     def begin(self, now: float) -> None:
@@ -41,9 +58,16 @@ class SlotAllocator:
         self.released: list[int] = []  # slots whose memory goes back to the system
 
     @property
+    def full(self) -> bool:
+        """Whether the plan has as many copies as there is time for."""
+        return len(self.copies) >= self.most_copies
+
+    @property
     def room(self) -> int:
         """The number of slots that sequences could get."""
-        return self.slots.free_count + len(self.cache)
+        if self._swaps:
+            return self.slots.free_count + len(self.cache)
+        return self.slots.free_on_device + self.cache.on_device
 
     def copy(self, source: int, target: int) -> None:
         self.copies.append(Copy(source, target))
@@ -93,6 +117,9 @@ class SlotAllocator:
         grown, of a cached prefix that no request has asked for. One for each plan, as it takes a moment."""
         if (due := self.release_due) is None or due > self.now:
             return
+        if (since := self.transfers.idle_since) is not None and since + self._idle_release <= self.now:
+            self.released.append(self.transfers.release_idle())
+            return
         if (since := self.slots.idle_since) is not None and since + self._idle_release <= self.now:
             slot = self.slots.release_idle()
         else:
@@ -110,17 +137,18 @@ class SlotAllocator:
         if not self._idle_release:
             return None
         entry = self._beyond_need()
-        since = [at for at in (self.slots.idle_since, None if entry is None else entry.used) if at is not None]
-        return min(since) + self._idle_release if since else None
+        since = (self.slots.idle_since, self.transfers.idle_since, None if entry is None else entry.used)
+        return min((at + self._idle_release for at in since if at is not None), default=None)
 
     def check(self, running: Collection[Sequence], swapped: Collection[Sequence]) -> None:
         """Raises AssertionError where an invariant does not hold."""
         held = [-1 if sequence.slot is None else sequence.slot for sequence in (*running, *swapped)]
-        every = [*self.slots.free, *held, *(entry.slot for entry in self.cache)]
+        every = [*self.slots.free, *held, *self.transfers.held, *(entry.slot for entry in self.cache)]
         assert sorted(every) == list(range(self.slots.device + self.slots.host)), "each slot once"
         assert all(s.slot is not None and self.slots.on_device(s.slot) for s in running), "what runs is there"
         parked = {s for s in swapped if s.slot is not None and self.slots.on_device(s.slot)}
         assert set(self.parked) == parked, "what is swapped and still there is known"
+        self.transfers.check()
 
     def _beyond_need(self) -> Entry | None:
         """The least useful cached prefix, where more memory is touched than may be without evidence."""
@@ -144,7 +172,7 @@ class SlotAllocator:
                 self.moved.append(sequence)
             return True
         sequence.slot = slot = self._on_device(None, False)
-        if slot is not None and self.cache.holds(entry):
+        if slot is not None and (self.cache.holds(entry) or self.transfers.holds(entry.slot)):
             self.copy(entry.slot, slot)
             self.moved.append(sequence)
         return slot is not None
@@ -192,6 +220,8 @@ class SlotAllocator:
 
     def _on_host(self, worth: float | None, spare: Entry | None) -> int | None:
         """A slot there; a cached prefix makes room for a sequence (`worth` None), or for what is worth more."""
+        if worth is None and not self._swaps:
+            return None
         if (slot := self.slots.take_host()) is not None:
             return slot
         least = self.cache.least(on_device=False, spare=spare)

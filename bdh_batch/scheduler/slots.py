@@ -26,7 +26,11 @@ class Slots:
 
     @property
     def free_count(self) -> int:
-        return len(self._touched) + len(self._untouched) + len(self._free_host)
+        return self.free_on_device + len(self._free_host)
+
+    @property
+    def free_on_device(self) -> int:
+        return len(self._touched) + len(self._untouched)
 
     @property
     def touched(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -17,6 +18,7 @@ from bdh_batch.backends.recorder import StepRecorder, step_file
 from bdh_batch.backends.remote import RemoteBackend
 from bdh_batch.backends.replica import Replica, State
 from bdh_batch.backends.wire import Welcome
+from bdh_batch.engine.state_traffic import Done
 from bdh_batch.engine.worker import Worker
 from bdh_batch.messages import (
     Delta,
@@ -26,11 +28,13 @@ from bdh_batch.messages import (
     GrammarText,
     Outcome,
     Plan,
+    SavedState,
     Segment,
     TokenLogprob,
 )
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
+from bdh_batch.scheduler.transfers import Load, Save
 from bdh_batch.text.tokenizer import ByteTokenizer
 from tests.scheduler.fakes import FakeObserver, FakeRunner
 
@@ -77,6 +81,32 @@ def token_logprob(token: int, position: int, top: int) -> TokenLogprob:
     return TokenLogprob(token, -1 / (1 + position), likeliest[:top], rank=0)
 
 
+class FakeStates:
+    """Keeps states in files, as tokens; `stuck`, it never comes to write one."""
+
+    def __init__(self, runner: FakeRunner) -> None:
+        self._runner = runner
+        self.stuck = False
+
+    def back(self, slot: int) -> None:
+        """A fake state takes no memory."""
+
+    def read(self, load: Load, done: Done) -> None:
+        try:
+            known = json.loads(Path(load.state.path).read_text())
+        except OSError:
+            done("there is no file.")
+        else:
+            self._runner.slots[load.slot] = known
+            done(None)
+
+    def write(self, save: Save, done: Done) -> None:
+        if self.stuck:
+            return
+        Path(save.state.path).write_text(json.dumps(self._runner.slots[save.slot]))
+        done(None)
+
+
 class NoGrammars:
     async def compiled(self, text: GrammarText) -> Grammar:
         raise AssertionError
@@ -95,13 +125,15 @@ class FakeEngine:
 
     async def start(self) -> None:
         self.runner = LogprobsRunner(self._die)
-        scheduler = Scheduler(self._slots, 16, Policy(max_running=self._slots))
+        self.states = FakeStates(self.runner)
+        scheduler = Scheduler(self._slots, 16, Policy(max_running=self._slots, transfer_slots=2))
         self.worker = worker = Worker(
             scheduler,
             self.runner,
             FakeObserver(),
             self._most_queued,
             before=StepRecorder(step_file(self.socket)),
+            states=self.states,
         )
         self.backend = LocalBackend(worker, ByteTokenizer(), 256, None, 60.0)
         welcome = Welcome(__version__, 1, "fake", "cpu", "same", 256, 1, self._slots, 0, 0)
@@ -174,8 +206,15 @@ class Whole:
         self.logprob = 0.0
         self.finish_reason: FinishReason | None = None
         self.error = ""
+        self.saved: SavedState | str | None = None  # or why it was not
 
     def add(self, delta: Delta) -> None:
+        if delta.saved is not None or delta.save_error is not None:
+            assert self.saved is None
+            self.saved = delta.saved or delta.save_error
+            if delta.finish_reason is None:
+                assert self.finish_reason is not None
+                return
         assert self.finish_reason is None
         self.text += delta.text
         self.tokens += delta.tokens

@@ -13,7 +13,16 @@ from bdh_batch.backends.remote import RemoteBackend
 from bdh_batch.backends.replica import State
 from bdh_batch.backends.wire import Abort, Gain, Gains, Start, Unpacker, frame
 from bdh_batch.errors import InvalidRequest, QueueFull, Unavailable
-from bdh_batch.messages import Delta, FinishReason, GenerationRequest, LogitBias, Origin, Prompt, SamplingParams
+from bdh_batch.messages import (
+    Delta,
+    FinishReason,
+    GenerationRequest,
+    LogitBias,
+    Origin,
+    Prompt,
+    SamplingParams,
+    SavedState,
+)
 from tests.backends.engines import POISON, FakeEngine, Whole, connect, empty, engines, read, until
 
 REQUESTS: dict[str, dict[str, Any]] = {
@@ -58,7 +67,8 @@ async def test_a_stream_whose_engine_is_killed_goes_on_with_the_same_bytes(name:
 
 
 def test_a_delta_crosses_with_all_that_it_has() -> None:
-    delta = Delta("a", [1], FinishReason.STOP, logprob=-0.5, stop="b")
+    saved = SavedState("a path", 7)
+    delta = Delta("a", [1], FinishReason.STOP, logprob=-0.5, stop="b", saved=saved, save_error="c")
     crossed = Unpacker(Gains)
     (gains,) = crossed.feed(frame(Gains([Gain.of(7, 0, delta, cached_tokens=3)])))
     assert [each.delta for each in gains.gains] == [delta]

@@ -28,11 +28,11 @@ class FakeRunner:
         if self.fail_next:
             self.fail_next = False
             raise RuntimeError("the device is on fire")
-        for slot in plan.releases:
-            self.slots.pop(slot, None)
         for copy in plan.copies:
             self.slots[copy.target] = list(self.slots[copy.source])
             self.copies += 1
+        for slot in plan.releases:
+            self.slots.pop(slot, None)
         self.computed += plan.tokens
         assert len({segment.slot for segment in plan.segments}) == len(plan.segments)
         pooled = {

@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections import Counter
 from math import inf
 from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, multiple, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
 
 from bdh_batch.errors import GenerationFailed
-from bdh_batch.messages import FinishReason
+from bdh_batch.messages import FinishReason, SavedState
 from bdh_batch.scheduler.backlog import NO_UNIT
 from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.prefix_cache import digests_at
 from bdh_batch.scheduler.prefixes import pack
 from bdh_batch.scheduler.scheduler import Scheduler, Update
-from bdh_batch.scheduler.sequence import Sequence, Stage
+from bdh_batch.scheduler.sequence import WAITING, Sequence, Stage
+from bdh_batch.scheduler.transfers import Load, Save
 from tests.scheduler.fakes import FakeRunner, FakeText, expected_tokens, make_sequence
 
 BROKEN = GenerationFailed("broken")
@@ -33,6 +43,9 @@ prompts = st.builds(
 policies = st.builds(
     Policy,
     host_slots=st.integers(0, 4),
+    swaps=st.booleans(),
+    transfer_slots=st.integers(1, 4),
+    copies=st.none() | st.integers(1, 2),
     max_running=st.none() | st.integers(1, 9),
     time_slice=st.integers(1, 6),
     target_step=st.sampled_from([0.0, 0.01]),
@@ -64,9 +77,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.outranked: Counter[Sequence] = Counter()  # plans on end
         self.debts: dict[Sequence, float] = {}  # the largest in these plans, in tokens
         self.waiting: set[Sequence] = set()  # by what the scheduler says of changes
+        self.loads: list[Load] = []  # that are read
+        self.saves: list[Save] = []  # that are written
+        self.saved: Counter[Sequence] = Counter()
 
     def take(self, updates: list[Update]) -> None:
         for sequence, delta in updates:
+            if delta.saved is not None or delta.save_error is not None:
+                assert sequence.save_to is not None
+                self.saved[sequence] += 1
+                if delta.finish_reason is None:
+                    assert self.ends[sequence], "what has not ended is not saved"
+                    continue
             assert not self.ends[sequence], "nothing comes after the end"
             self.shown[sequence] += delta.tokens
             if delta.finish_reason is not None:
@@ -75,15 +97,18 @@ class SchedulerMachine(RuleBasedStateMachine):
     def run_plan(self, step: Step) -> None:
         """Computes `step`, after a look at the states that it builds on."""
         states = dict(self.runner.slots)
-        for slot in step.plan.releases:
-            states.pop(slot, None)
         for copy in step.plan.copies:
             states[copy.target] = states[copy.source]
+        for slot in step.plan.releases:
+            states.pop(slot, None)
         for sequence, segment in zip(step.sequences, step.plan.segments, strict=True):
             held = states[segment.slot] if segment.start else []
             assert held == list(sequence.known(0, segment.start)), "a state is that of the tokens before"
             assert list(segment.tokens) == list(sequence.known(segment.start, segment.start + len(segment.tokens)))
         self.take(self.scheduler.commit(step, self.runner.run(step.plan), self.now))
+        for save in step.saves:
+            assert self.runner.slots[save.slot] == save.sequence.known(0, save.state.tokens)
+        self.saves += step.saves
         for entry in self.scheduler.sharing.cache:
             cached = self.runner.slots[entry.slot]
             assert (len(cached), digests_at(pack(cached), [len(cached)])) == (entry.length, [entry.digest])
@@ -99,6 +124,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 "priority": st.sampled_from([0, 0, 0, 1, -1]),
             }
         ),
+        files=st.tuples(st.none() | st.integers(1, 30), st.booleans(), st.booleans()),
         stop_after=st.none() | st.integers(1, 6),
         patience=st.tuples(st.none() | st.integers(1, 40), st.none() | st.integers(1, 80)),
     )
@@ -109,6 +135,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         options: dict[str, Any],
         stop_after: int | None,
         patience: tuple[int | None, int | None],
+        files: tuple[int | None, bool, bool] = (None, False, False),
     ) -> Any:
         queue, total = (None if seconds is None else self.now + seconds for seconds in patience)
         sequences = [
@@ -119,6 +146,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.submitted += sequences
         for sequence in sequences:
             self.shown[sequence], self.ends[sequence] = [], []
+            tokens, sequence.state_optional, saves = files
+            sequence.state = SavedState("", tokens) if tokens is not None and tokens < len(sequence.prompt) else None
+            sequence.save_to = "" if saves else None
             sequence.times.arrived = self.now
         self.scheduler.submit(sequences)
         return multiple(*sequences)
@@ -132,13 +162,47 @@ class SchedulerMachine(RuleBasedStateMachine):
     def advance(self) -> None:
         self.now += 1.0
         self.take(self.scheduler.expire(self.now))
+        had_work = self.scheduler.has_work
         step = self.scheduler.plan(self.now)
         computes = step is not None and bool(step.plan.segments or step.plan.copies)
-        assert computes == self.scheduler.has_work, "work is never stuck"
+        if not any(sequence.stage is Stage.AWAITING_STATE for sequence in self.submitted):
+            assert computes or not self.scheduler.has_work, "work is never stuck"
+        assert had_work or not computes
         self.watch_waiting()
         self.watch_priorities(step)
+        self.loads += self.scheduler.transfers.take_loads()
         if step is not None:
             self.run_plan(step)
+        self.settle()
+
+    @precondition(lambda self: self.loads)
+    @rule(fails=st.booleans(), at=st.integers(0, 3))
+    def read(self, fails: bool, at: int) -> None:
+        """A state has been read, or could not be."""
+        load = self.loads.pop(at % len(self.loads))
+        if fails:
+            self.take(self.scheduler.loaded(load, "broken"))
+        else:
+            self.runner.slots[load.slot] = array("I", load.tokens).tolist()
+            self.take(self.scheduler.loaded(load, None))
+
+    @precondition(lambda self: self.saves)
+    @rule(fails=st.booleans(), at=st.integers(0, 3))
+    def write(self, fails: bool, at: int) -> None:
+        """A state has been written, or could not be."""
+        save = self.saves.pop(at % len(self.saves))
+        self.take(self.scheduler.saved(save, "broken" if fails else None))
+
+    def transfer_all(self) -> None:
+        while self.loads:
+            self.read(False, 0)
+        while self.saves:
+            self.write(False, 0)
+        self.settle()
+
+    def settle(self) -> None:
+        transfers = self.scheduler.transfers
+        transfers.give(transfers.take_left(), self.now)
 
     def watch_waiting(self) -> None:
         """A tenant of the first priority that had least and holds nothing gets some soon, whatever others queue."""
@@ -213,7 +277,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def fail_all(self) -> None:
         self.take(self.scheduler.fail_all(BROKEN))
-        assert not self.scheduler.has_work
+        assert self.scheduler.has_work == (self.scheduler.transfers.pending or self.scheduler.sharing.pending)
 
     @invariant()
     def is_sound(self) -> None:
@@ -222,9 +286,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.check()
         for sequence, change in self.scheduler.take_changes().items():
             (self.waiting.add if change > 0 else self.waiting.remove)(sequence)
-        assert self.waiting == {
-            s for s in self.submitted if s.stage in (Stage.QUEUED, Stage.AWAITING_PREFIX) and s.standing.arrival
-        }
+        assert self.waiting == {s for s in self.submitted if s.stage in WAITING and s.standing.arrival}
         assert len(self.scheduler.backlog) == len(self.waiting)
 
     def teardown(self) -> None:
@@ -235,11 +297,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not self.scheduler.has_work:
                 break
             self.advance()
+            self.transfer_all()
+        self.transfer_all()
         assert not self.scheduler.has_work, "every request ends within a bounded number of steps"
         for sequence in self.submitted:
             assert len(self.ends[sequence]) == 1, "every request ends exactly once"
+            assert self.saved[sequence] == (sequence.save_to is not None), "what became of each state is said once"
             assert self.shown[sequence] == sequence.generated
             assert sequence.generated == expected_tokens(list(sequence.prompt), len(sequence.generated))
+        transfers = self.scheduler.transfers
+        assert transfers._slots.free_count == transfers.count, "all memory for files is free"
+        assert (transfers.to_come, transfers._loads, transfers._load_of) == (0, {}, {})
 
 
 SchedulerMachine.TestCase.settings = settings(

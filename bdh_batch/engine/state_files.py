@@ -1,0 +1,209 @@
+"""The files that states are kept in: safetensors, written whole or not at all, and checked when they are read.
+
+A file holds one tensor, `state`, and says in its metadata which model's it is, and after which tokens. It is read to
+and written from memory that the caller has; pieces pass through the caches once, for all that is done with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+
+TENSOR = "state"
+METADATA = "__metadata__"
+FORMAT = "1"
+LARGEST_HEADER = 2**20  # bytes; who keeps a file may add to its metadata
+PIECE = 2**20  # bytes that are read or written at a time, a whole number of numbers
+LENGTH = 8  # bytes of the header's length, before it
+UNKNOWN_HASH = "0" * 64  # stands where the tensor's will, once it is known
+# Where all bits of the exponent are set, a number is infinite or NaN.
+EXPONENT: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = {
+    "F32": (np.uint32, 0x7F800000),
+    "BF16": (np.uint16, 0x7F80),
+}
+SIZES = {"F32": 4, "BF16": 2}
+
+Header = Mapping[str, Any]
+
+
+class BadState(Exception):
+    """A file holds no state that can be used here. Raised while it is read; `str` is the reason, for the client."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayout:
+    """What the states of an engine are: only a state of an equal layout can go on there.
+
+    Args:
+        fingerprint: of the weights, as they are in memory.
+        shape: of one state, [layers, heads, N, D], or [layers, 2, heads, N, D] with a window.
+        window: tokens that a token can look back on; 0 is all.
+    """
+
+    fingerprint: str
+    dtype: Literal["F32", "BF16"]
+    shape: tuple[int, ...]
+    window: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of one state."""
+        size = SIZES[self.dtype]
+        for length in self.shape:
+            size *= length
+        return size
+
+
+def read_state(path: Path, layout: StateLayout, tokens: bytes, into: memoryview) -> None:
+    """Reads the state after some tokens.
+
+    Args:
+        tokens: all that have entered it, as 32-bit integers.
+        into: as many bytes as a state of the layout; what it holds after an error is no state.
+
+    Raises:
+        BadState: it is damaged, is not of this layout, or is the state after other tokens.
+        OSError: there is no such file, or it cannot be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        header, begin = _read_header(file)
+        metadata = _check(header, layout, os.fstat(file.fileno()).st_size - begin)
+        _check_tokens(metadata, tokens)
+        digest = sha256()
+        kind, exponent = EXPONENT[layout.dtype]
+        for at in range(0, layout.size, PIECE):
+            piece = into[at : at + PIECE]
+            _fill(file, piece)
+            digest.update(piece)
+            if not _finite(piece, kind, exponent):
+                raise BadState("it has numbers that are not finite.")
+        if digest.hexdigest() != metadata.get("sha256"):
+            raise BadState("it is damaged: its checksum differs.")
+
+
+def write_state(path: Path, layout: StateLayout, tokens: bytes, state: memoryview) -> None:
+    """Writes the state after some tokens. Under its final name there is the whole of it or, after an error, nothing.
+
+    Args:
+        tokens: all that have entered it, as 32-bit integers.
+
+    Raises:
+        OSError: it cannot be written.
+        BadState: it has numbers that are not finite.
+    """
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("xb", buffering=0) as file:
+            _write(file, _header(layout, tokens, UNKNOWN_HASH))
+            digest = sha256()
+            kind, exponent = EXPONENT[layout.dtype]
+            for at in range(0, layout.size, PIECE):
+                piece = state[at : at + PIECE]
+                if not _finite(piece, kind, exponent):
+                    raise BadState("it has numbers that are not finite.")
+                digest.update(piece)
+                _write(file, piece)
+            file.seek(0)
+            _write(file, _header(layout, tokens, digest.hexdigest()))
+            os.fsync(file.fileno())
+        partial.rename(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # who keeps the folder clears it out, too
+            partial.unlink(missing_ok=True)
+        raise
+    _sync(path.parent)
+
+
+def _header(layout: StateLayout, tokens: bytes, digest: str) -> bytes:
+    metadata = {
+        "format": FORMAT,
+        "fingerprint": layout.fingerprint,
+        "window": str(layout.window),
+        "tokens": str(len(tokens) // 4),
+        "tokens_sha256": sha256(tokens).hexdigest(),
+        "sha256": digest,
+    }
+    tensor = {"dtype": layout.dtype, "shape": list(layout.shape), "data_offsets": [0, layout.size]}
+    text = json.dumps({METADATA: metadata, TENSOR: tensor}, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + LENGTH) % 64)  # so that the tensor is aligned in the file
+    return len(text).to_bytes(LENGTH, "little") + text
+
+
+def _read_header(file: BinaryIO) -> tuple[Header, int]:
+    """Returns the header, and where the tensor begins."""
+    length = bytearray(LENGTH)
+    _fill(file, memoryview(length))
+    size = int.from_bytes(length, "little")
+    if size > LARGEST_HEADER:
+        raise BadState(f"its header would have {size:,} bytes, and may have {LARGEST_HEADER:,}.")
+    text = bytearray(size)
+    _fill(file, memoryview(text))
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError):
+        header = None
+    if not isinstance(header, dict) or not isinstance(header.get(METADATA), dict):
+        raise BadState("its header is not that of a safetensors file with a state.")
+    return header, LENGTH + size
+
+
+def _check(header: Header, layout: StateLayout, size: int) -> Mapping[str, Any]:
+    """Checks all but the tokens and the tensor itself; `size` is what follows the header. Returns the metadata."""
+    metadata: Mapping[str, Any] = header[METADATA]
+    tensor = header.get(TENSOR)
+    if header.keys() != {METADATA, TENSOR} or not isinstance(tensor, dict) or metadata.get("format") != FORMAT:
+        raise BadState("its header is not that of a safetensors file with a state.")
+    if metadata.get("fingerprint") != layout.fingerprint:
+        raise BadState("it is a state of another model.")
+    if metadata.get("window") != str(layout.window):
+        raise BadState(f"its attention window is another one than this engine's, {layout.window or 'none'}.")
+    if tensor.get("dtype") != layout.dtype:
+        raise BadState(f"its dtype is not this engine's, {layout.dtype} (engine.state_dtype).")
+    if tensor.get("shape") != list(layout.shape):
+        raise BadState(f"its shape is not this engine's, {list(layout.shape)}.")
+    if tensor.get("data_offsets") != [0, layout.size] or size != layout.size:
+        raise BadState(f"it is cut off or has too much: its tensor should have {layout.size:,} bytes.")
+    return metadata
+
+
+def _check_tokens(metadata: Mapping[str, Any], tokens: bytes) -> None:
+    if metadata.get("tokens") != str(len(tokens) // 4) or metadata.get("tokens_sha256") != sha256(tokens).hexdigest():
+        raise BadState("the prompt does not begin with the tokens that it is the state after.")
+
+
+def _finite(piece: memoryview, kind: type[np.unsignedinteger[Any]], exponent: int) -> bool:
+    bits = np.frombuffer(piece, dtype=kind)
+    return not np.any((bits & kind(exponent)) == exponent)
+
+
+def _fill(file: BinaryIO, piece: memoryview) -> None:
+    at = 0
+    while at < len(piece):
+        count = file.readinto(piece[at:])  # type: ignore[attr-defined]
+        if not count:
+            raise BadState("it is cut off.")
+        at += count
+
+
+def _write(file: BinaryIO, piece: bytes | memoryview) -> None:
+    left = memoryview(piece)
+    while left:
+        left = left[file.write(left) :]
+
+
+def _sync(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
