@@ -38,15 +38,14 @@ from bdh_batch.text.sources import Source
 # Known to OpenAI's API or to other servers', and not built: the values besides null that ask for nothing.
 GENERATION: Neutral = {
     **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options", "prompt_cache_options"), ()),
+    **dict.fromkeys(("chat_template", "guided_whitespace_pattern"), ()),
     "cache_prompt": (True,),
-    "chat_template": (),
     "detokenize": (True,),
     "documents": ([],),
     "early_stopping": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "guided_decoding_backend": ("auto", "guidance", "lm-format-enforcer", "outlines", "xgrammar"),
-    "guided_whitespace_pattern": (),
     "include_reasoning": (True, False),
     "kv_transfer_params": ({},),
     "length_penalty": (1,),
@@ -70,12 +69,10 @@ GENERATION: Neutral = {
     "vllm_xargs": ({},),
 }
 # Of these an upstream is given none: what they ask for would not be passed back.
-UNRELAYED = frozenset(
-    (
-        *("audio", "detokenize", "function_call", "functions", "kv_transfer_params", "logits_processors", "modalities"),
-        *("moderation", "web_search_options"),
-    )
-)
+UNRELAYED = {
+    *("audio", "detokenize", "function_call", "functions", "kv_transfer_params", "logits_processors", "modalities"),
+    *("moderation", "web_search_options"),
+}
 TOOLS: Neutral = {"tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
 COMPLETION: Neutral = {**GENERATION, **TOOLS, "top_logprobs": (0,)}
 CHAT: Neutral = {**GENERATION, "best_of": (1,)}
