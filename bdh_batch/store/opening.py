@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +50,7 @@ def open_store(chosen: Chosen, clock: Callable[[], float] = time.time) -> Store:
         files = _open_files(path, sealer, chosen.max_state_bytes)
         try:
             limits = StoreLimits(chosen.max_records, chosen.max_bytes, chosen.max_bytes_per_key)
-            database = Database(path / "records.sqlite3", files, limits, sealer)
+            database = Database(_own(path / "records.sqlite3"), files, limits, sealer)
         except BaseException:
             files.close()
             raise
@@ -67,6 +69,8 @@ def open_store(chosen: Chosen, clock: Callable[[], float] = time.time) -> Store:
 
 def _open_files(path: Path, sealer: Sealer | None, room: int) -> StateFiles:
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if path.stat().st_mode & stat.S_IWOTH:
+        raise PermissionError(f"any user may write to {path}: chmod o-w")
     states, parent = path / "states", path / "work"
     for folder in (states, parent):
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -77,6 +81,12 @@ def _open_files(path: Path, sealer: Sealer | None, room: int) -> StateFiles:
     elsewhere = roomy_folder(room)
     remove_abandoned(elsewhere, PLAIN)
     return StateFiles(states, work, LockedFolder.make(elsewhere, PLAIN), sealer)
+
+
+def _own(path: Path) -> Path:
+    """A file that only its user can read, as those that SQLite puts beside it then are."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    return path
 
 
 def _sealer(chosen: Chosen) -> Sealer | None:

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 TIDY_SECONDS = 60.0
+FILE_THREADS = 4
 MOST_WAITING = 1024  # calls: beyond, the store is behind, and says so at once
 
 
@@ -72,7 +73,7 @@ class Store:
         self._close = close
         self._clock = clock
         self._thread = DaemonThreads(1, "bdh-store")
-        self._file_thread = DaemonThreads(1, "bdh-store-files")
+        self._file_thread = DaemonThreads(FILE_THREADS, "bdh-store-files")
         self._waiting = 0
         self.failures: Counter[str] = Counter()  # by what was tried: "put", "get", "adopt" …
 

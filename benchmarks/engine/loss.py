@@ -4,7 +4,8 @@
     python -m benchmarks.engine.loss --text my.txt --model models/my-bdh --windows 0 256 512
 
 The last tenth of the text is cut in contexts that do not overlap. Writes `loss.json`: for each
-window and state dtype the mean loss in nats per token, whole and by position.
+window and state dtype the mean loss in nats per token, whole and by position; and for each dtype of cached prefixes
+(`prefix_cache.dtype`) the loss of what follows a prefix that was kept in it, and how many states fit a GiB.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bdh_batch.checkpoint.checkpoint import Model, load_model
+from bdh_batch.engine.narrow_states import narrow_bytes
 from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.kernels.select import select_kernels
@@ -32,6 +34,9 @@ from benchmarks.report import report_head, results_folder, write_report
 BUNDLED = ROOT / "models" / "bdh-shakespeare"
 CHUNK = 512
 DTYPES = (torch.float32, torch.bfloat16)
+PREFIXES = (256, 1024, 4096)  # tokens after which a state is cached and restored
+FOLLOWING = 256  # tokens whose loss is measured then
+NARROW = (None, torch.bfloat16, torch.int8)  # dtypes of cached prefixes
 
 
 def main() -> None:
@@ -46,13 +51,19 @@ def main() -> None:
             for dtype in DTYPES:
                 bar.set_description(f"window {window}, {dtype}")
                 losses = loss_by_position(model, window, dtype, tokens, bar)
-                rows.append({"window": window, "state_dtype": str(dtype).removeprefix("torch."), **summary(losses)})
+                rows.append({"window": window, "state_dtype": name_of(dtype), **summary(losses)})
+    restored = [
+        row
+        for window in dict.fromkeys((0, model.config.suggested_window))
+        for row in after_restoring(model, window, arguments.text)
+    ]
     report = {
         **head,
         "model": arguments.model.name,
         "contexts": len(tokens),
         "tokens_of_a_context": arguments.context,
         "losses": rows,
+        "restored": restored,
     }
     write_report(arguments.out / "loss.json", report)
     print(json.dumps(report, indent=2))
@@ -92,6 +103,44 @@ def loss_by_position(model: Model, window: int, dtype: torch.dtype, tokens: Tens
                 total[start : start + CHUNK] += F.cross_entropy(logits, targets, reduction="none")
             bar.update()
     return total / len(tokens)
+
+
+def after_restoring(model: Model, window: int, text: Path) -> list[dict[str, object]]:
+    """For each length of a prefix and each dtype that its float32 state is cached in: the loss of what follows it."""
+    device = model.weights.embed.device
+    kernels, _ = select_kernels("auto", model.weights, window)
+    rows: list[dict[str, object]] = []
+    for length in PREFIXES:
+        contexts = validation(text, length + FOLLOWING)
+        for dtype in tqdm(NARROW, desc=f"window {window}, restored after {length}"):
+            pool = StatePool(model.config, 1, device, window, host_slots=1, host_dtype=dtype)
+            runner, total = Runner(kernels, pool), torch.zeros(FOLLOWING)
+            with torch.inference_mode():
+                for context in contexts:
+                    for start in range(0, length, CHUNK):
+                        tokens = context[start : min(start + CHUNK, length)].tolist()
+                        runner.forward([Segment(0, start, tokens, None)])
+                    pool.copy(0, 1)
+                    pool.clear(0)
+                    pool.copy(1, 0)
+                    logits = runner.logits([Segment(0, length, context[length:-1].tolist(), None)]).cpu()
+                    total += F.cross_entropy(logits, context[length + 1 :], reduction="none")
+            size = pool.states[0].nbytes if dtype is None else narrow_bytes(pool.states.shape[1:], dtype)
+            rows.append(
+                {
+                    "window": window,
+                    "prefix": length,
+                    "prefix_dtype": name_of(dtype or torch.float32),
+                    "contexts": len(contexts),
+                    "loss": float(total.mean() / len(contexts)),
+                    "states_per_gib": 2**30 // size,
+                }
+            )
+    return rows
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def summary(losses: Tensor) -> dict[str, object]:

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import contextlib
 import os
-import signal
+import random
 import sqlite3
 import subprocess
 import sys
@@ -18,9 +18,11 @@ import pytest
 
 from bdh_batch.errors import ConfigError, StoreFailed, StoreFull
 from bdh_batch.settings import Store as Chosen
+from bdh_batch.store.database import LARGEST_LOG
 from bdh_batch.store.opening import TEMPORARY, open_store, temporary_folder
 from bdh_batch.store.records import Record, Store
 from bdh_batch.store.sealing import FRAME, SealingFailed, sealer_of
+from benchmarks.stress.store_kills import Kills
 
 Settings = dict[str, Any]
 KEY = base64.b64encode(bytes(range(32))).decode()
@@ -358,6 +360,37 @@ async def test_a_damaged_database_ends_the_start(tmp_path: Path) -> None:
         open_store(Chosen(path=tmp_path))
 
 
+async def test_only_its_user_can_read_it(tmp_path: Path) -> None:
+    before = os.umask(0o000)
+    try:
+        async with opened(tmp_path / "store") as store:
+            await with_state(store, record("a"), b"state")
+            for path in [tmp_path / "store", *(tmp_path / "store").iterdir()]:
+                assert path.stat().st_mode & 0o077 == 0, path
+    finally:
+        os.umask(before)
+
+
+def test_a_folder_that_anybody_may_write_to_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(ConfigError, match=r"store\.path.*any user"):
+        open_store(Chosen(path=tmp_path))
+
+
+async def test_the_disk_gets_back_what_is_not_used(tmp_path: Path) -> None:
+    async with opened(tmp_path, max_bytes=2**30) as store:
+        for number in range(50):
+            await store.put(record(str(number), body=bytes(2**20)))
+        log = tmp_path / "records.sqlite3-wal"
+        assert log.stat().st_size <= LARGEST_LOG + 2**22
+        for number in range(50):
+            assert await store.delete("response", str(number), "me")
+        for _ in range(4):
+            await store.tidy()
+        await store.put(record("a"))
+    assert (tmp_path / "records.sqlite3").stat().st_size < 2**20
+
+
 def test_a_newer_schema_is_refused(tmp_path: Path) -> None:
     with contextlib.closing(sqlite3.connect(tmp_path / "records.sqlite3")) as connection:
         connection.execute("PRAGMA user_version = 99")
@@ -402,59 +435,13 @@ def test_a_full_disk_fails_one_write_and_no_more(tmp_path: Path) -> None:
     assert said.splitlines() == ["failed", "{'put': 1} ['after', 'before']"]
 
 
-WRITER = """
-import asyncio, sys, time
-from pathlib import Path
-from bdh_batch.settings import Store as Chosen
-from bdh_batch.store.opening import open_store
-from bdh_batch.store.records import Record
-
-async def main(path, first):
-    store = open_store(Chosen(path=Path(path), max_records=10**6))
-    print("open", flush=True)
-    async def converse(number):
-        while True:
-            record = Record(f"r{number}", "response", "me", time.time(), body=b"{}", tokens=bytes(1000))
-            await store.put(record)
-            print("put", record.id, flush=True)
-            new = store.new_state()
-            new.path.write_bytes(record.id.encode() * 10_000)
-            await store.adopt(new.id, record)
-            print("state", record.id, flush=True)
-            number += 8
-    await asyncio.gather(*(converse(first + each) for each in range(8)))
-
-asyncio.run(main(sys.argv[1], int(sys.argv[2])))
-"""
-
-
-async def test_a_store_opens_with_all_that_was_acknowledged_after_every_kill(tmp_path: Path) -> None:
-    acknowledged: dict[str, set[str]] = {"put": set(), "state": set()}
-    for kill in range(10):
-        process = run(WRITER, str(tmp_path), str(kill * 1_000_000))
-        assert process.stdout is not None
-        lines = iter(process.stdout)
-        said = [next(lines) for _ in range(1 + 7 * kill)]
-        process.send_signal(signal.SIGKILL)
-        for line in [*said[1:], *lines]:  # with what it had said before it was killed
-            if line.endswith("\n"):
-                what, _, id = line.strip().partition(" ")
-                acknowledged[what].add(id)
-        process.wait(timeout=60)
-        process.stdout.close()
-        async with opened(tmp_path, max_records=10**6) as store:
-            for id in acknowledged["put"]:
-                assert await store.get("response", id, "me") is not None, id
-            for id in acknowledged["state"]:
-                found = await store.get("response", id, "me")
-                assert found is not None
-                assert await content(store, found) == id.encode() * 10_000
-            rows = [each.state for each in await store.list("response", "me", 10**6) if each.state]
-            assert sorted(f"{id}.safetensors" for id in rows) == sorted(
-                path.name for path in (tmp_path / "states").iterdir()
-            )
-    assert len(acknowledged["state"]) > 10
-    assert not files(tmp_path / "work")
+@pytest.mark.parametrize("encrypted", [False, True])
+async def test_a_store_opens_with_all_that_was_acknowledged_after_every_kill(tmp_path: Path, encrypted: bool) -> None:
+    kills = Kills(tmp_path, encrypted, random.Random(encrypted))
+    for number in range(5):
+        await kills.once(number)
+    assert kills.wrong == []
+    assert len(kills.said["state"]) > 10
 
 
 def test_the_temporary_folder_of_a_killed_server_is_removed_by_the_next() -> None:
