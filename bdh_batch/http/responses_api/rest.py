@@ -78,7 +78,7 @@ class Responses:
         turn = await self._turn(body, unique, owner, aside, len(raw))
         model = await serving.model(client, body.model)
         options = response_options(f"resp_{unique}", turn.body, model)
-        transcript = _transcript(aside, model, turn.before)
+        transcript = Transcript.of(aside, model, turn.before)
         with turn.names.as_written():
             prepared = await serving.preparation(client, model, turn.size).generation(turn.body, transcript)
             prepared, new = await self._with_states(client, model, body, prepared, transcript)
@@ -151,7 +151,7 @@ class Responses:
         turn = await self._turn(body, "0", client.caller.owner, aside, len(raw))
         model = await serving.model(client, body.model)
         with turn.names.as_written():
-            transcript = _transcript(aside, model, turn.before)
+            transcript = Transcript.of(aside, model, turn.before)
             prepared = await serving.preparation(client, model, turn.size).generation(turn.body, transcript)
         return _json({"object": "response.input_tokens", "input_tokens": prepared.prompt_tokens})
 
@@ -312,14 +312,6 @@ class Responses:
             for name in request.query_params:
                 if name.removesuffix("[]") not in known:
                     raise UnknownParameter(f"Unknown parameter: {name[:128]!r}.", name[:128])
-
-
-def _transcript(aside: Aside, model: ServedModel, before: Stored | None) -> Transcript:
-    """Raises InvalidRequest: the conversation began in a state of another model."""
-    if before is not None and before.begun and before.name != model.name:
-        text = f"The conversation began in a state of the model {before.name!r}, and cannot go on with {model.name!r}."
-        raise InvalidRequest(text, "previous_response_id")
-    return Transcript(aside, model.revision, model.name, before)
 
 
 def _new(body: ResponseBody, id: str, model: ServedModel) -> dict[str, Any]:
