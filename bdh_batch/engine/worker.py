@@ -260,9 +260,11 @@ class Worker:
             self._publish(updates)
             self._progress = time.monotonic()
             self._traffic.settle()
-        elif self._scheduler.has_work:  # a fault of the scheduler: /health will report it; do not burn a core meanwhile
+        elif self._scheduler.has_work:
+            # A state is read that all wait for, or it is a fault of the scheduler, which /health will report.
             with self._inbox_changed:
-                self._inbox_changed.wait(STUCK_SECONDS)
+                if not (self._inbox or self._stopping):
+                    self._inbox_changed.wait(STUCK_SECONDS)
 
     def _take_inbox(self) -> list[Message]:
         """The messages that have come; waits for one when there is nothing else to do, or until memory has been idle

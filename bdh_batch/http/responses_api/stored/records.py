@@ -22,6 +22,7 @@ from bdh_batch.store.records import Store
 log = logging.getLogger(__name__)
 
 KIND = "response"
+UNFINISHED = ("queued", "in_progress")
 CLOSE_SECONDS = 2.0  # that the end of the server waits for states
 MOST_REFERRED = 1024  # responses whose items one request may refer to
 Item = Mapping[str, Any]
