@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import resource
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -265,3 +266,31 @@ class TestSize:
         for connection in waiting:
             connection.close()
         eventually(lambda: upload(small, file).status_code == 200)
+
+
+def test_a_full_disk_harms_no_response(serve: ServeFactory, tmp_path: Path) -> None:
+    """Files of the server cannot grow beyond a size, as on a disk that is full."""
+    with serve(f"store.path={tmp_path}", model=TINY, cutting=True) as server:
+        file = content(server, server.http.post(PATH, json={"prompt": TEXT}).json()["id"])
+        said = server.text(prompt=TEXT, **GREEDY)
+
+        def full(size: int) -> None:
+            resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+        full(len(file) // 2)
+        error = server.error(server.http.post(PATH, json={"prompt": MORE}), 503)
+        assert "could not be saved" in error["message"]
+        assert refused(server, file) == (500, "store_failed")
+        full(1)
+        response = server.http.post("/v1/responses", json={"input": "a", "max_output_tokens": 3}).json()
+        assert (response["status"], response["store"]) == ("incomplete", False)
+        assert server.text(prompt=TEXT, **GREEDY) == said
+        assert sum(value for name, value in server.metrics().items() if name.startswith("bdh_store_failures")) >= 2
+        full(resource.RLIM_INFINITY)
+        assert upload(server, file).status_code == 200
+        assert len(list((tmp_path / "states").iterdir())) == 2
+
+
+def refused(server: Server, file: bytes) -> tuple[int, str]:
+    response = upload(server, file)
+    return response.status_code, response.json()["error"]["code"]

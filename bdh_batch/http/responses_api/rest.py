@@ -74,7 +74,7 @@ class Responses:
         model = await serving.model(client, body.model)
         options = response_options(f"resp_{unique}", turn.body, model)
         response = await aside.run(len(raw), _new, body, options.id, model)
-        transcript = _transcript(aside, model, turn.before)
+        transcript = Transcript.of(aside, model, turn.before)
         with turn.names.as_written():
             prepared = await serving.preparation(client, model, turn.size).generation(turn.body, transcript)
             prepared, new = await self._with_states(client, model, body, prepared, transcript)
@@ -129,7 +129,7 @@ class Responses:
         turn = await self._turn(body, "0", client.caller.owner, aside, len(raw))
         model = await serving.model(client, body.model)
         with turn.names.as_written():
-            transcript = _transcript(aside, model, turn.before)
+            transcript = Transcript.of(aside, model, turn.before)
             prepared = await serving.preparation(client, model, turn.size).generation(turn.body, transcript)
         return json_response({"object": "response.input_tokens", "input_tokens": prepared.prompt_tokens})
 
@@ -209,14 +209,6 @@ class Responses:
             return prepared, None
         new = self._store.new_state()
         return replace(prepared, save_to=str(new.path)), new
-
-
-def _transcript(aside: Aside, model: ServedModel, before: Stored | None) -> Transcript:
-    """Raises InvalidRequest: the conversation began in a state of another model."""
-    if before is not None and before.begun and before.name != model.name:
-        text = f"The conversation began in a state of the model {before.name!r}, and cannot go on with {model.name!r}."
-        raise InvalidRequest(text, "previous_response_id")
-    return Transcript(aside, model.revision, model.name, before)
 
 
 def _new(body: ResponseBody, id: str, model: ServedModel) -> dict[str, Any]:

@@ -14,14 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 
 from bdh_batch.errors import InvalidRequest
+from bdh_batch.http.responses.json_pieces import dump_list
 
 TENSOR, METADATA = "state", "__metadata__"
 LENGTH = 8  # bytes of the header's length, before it
 MOST = 8 * 2**20  # bytes of a header: that of a client's copy has the tokens
 ALIGNED = 64
+PIECE = 2**14  # characters of a list of tokens that are read at once
 SIZES = {"F32": 4, "BF16": 2}  # bytes of a number
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 MOST_DIMENSIONS, LONGEST = 8, 2**31
@@ -71,14 +74,14 @@ class Header:
 
     def tokens(self) -> array[int]:
         """The tokens in a client's copy. Raises InvalidRequest: there are none, or they are not those of the state."""
+        text = self.metadata.get(TOKEN_IDS)
+        if text is None:
+            raise _bad(f"its metadata have no {TOKEN_IDS}")
         try:
-            found = orjson.loads(self.metadata[TOKEN_IDS])
-            tokens = array("i", found if isinstance(found, list) else ())
-        except KeyError:
-            raise _bad(f"its metadata have no {TOKEN_IDS}") from None
+            tokens = _listed(text)
         except (ValueError, TypeError, OverflowError):
             tokens = array("i")
-        if not tokens or min(tokens) < 0:
+        if not tokens or np.frombuffer(tokens, np.int32).min() < 0:
             raise _bad(f"its {TOKEN_IDS} are no list of token ids")
         if self.metadata.get(COUNT) != str(len(tokens)):
             raise _bad(f"it has {len(tokens)} {TOKEN_IDS}, and says that it has read {self.metadata.get(COUNT)!r:.40}")
@@ -129,7 +132,23 @@ def digest(tokens: array[int]) -> str:
 
 def written(tokens: Sequence[int]) -> str:
     """The tokens as metadata have them."""
-    return orjson.dumps(list(tokens)).decode()
+    return dump_list(tokens).decode()
+
+
+def _listed(text: str) -> array[int]:
+    """The tokens that were written so, read in pieces: each keeps the interpreter's lock for a short while only.
+
+    Raises ValueError, TypeError, OverflowError: there are others than 32-bit integers in it, or it is no list.
+    """
+    tokens, at, last = array("i"), 1, len(text) - 1
+    if text[:1] != "[" or text[last:] != "]":
+        raise ValueError
+    while at < last:
+        end = text.find(",", at + PIECE)
+        end = last if end < 0 else end
+        tokens.extend(orjson.loads(f"[{text[at:end]}]"))
+        at = end + 1
+    return tokens
 
 
 def _size_of(dtype: object, shape: object) -> int:

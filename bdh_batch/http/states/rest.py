@@ -20,7 +20,7 @@ from bdh_batch.http.states import header
 from bdh_batch.http.states.bodies import Metadata, StateBody
 from bdh_batch.http.states.records import KIND, About, found, new_record, shown
 from bdh_batch.http.states.saving import Saving, Source
-from bdh_batch.http.states.transfer import Upload, Uploads, download
+from bdh_batch.http.states.transfer import Upload, Uploads, download, head_of
 from bdh_batch.messages.state import SavedState
 from bdh_batch.store.record import Record
 from bdh_batch.system.threads import in_daemon_thread
@@ -80,7 +80,8 @@ class States:
             raise NotFound(f"State with id {record.id!r} not found.", None, "not_found")
         client.cleanup.callback(file.close)
         known = await in_daemon_thread(lambda: header.read(file.path), "bdh-state-files")
-        return download(file.path, record, known)
+        head = await self._serving.aside(client).run(len(record.tokens), head_of, record, known)
+        return download(file.path, record.id, head, known.size)
 
     async def upload(self, request: Request) -> Response:
         client, given = Client.of(request), request.query_params
@@ -116,8 +117,9 @@ class States:
     ) -> Record:
         saving = await self._saving(client, body.model)
         [prompt] = await saving.model.backend.tokenized(body.prompts())
-        source = Source(prompt.tokens, "prompt")
-        return await saving.stored(source, About(saving.model.name, len(prompt.tokens), metadata=metadata), ttl)
+        tokens = await self._serving.aside(client).run(len(prompt.tokens), array, "i", iter(prompt.tokens))
+        about = About(saving.model.name, len(tokens), metadata=metadata)
+        return await saving.stored(Source(tokens, "prompt"), about, ttl)
 
     async def _of_response(self, client: Client, id: str, metadata: Mapping[str, str], ttl: float | None) -> Record:
         owner = client.caller.owner
@@ -149,7 +151,7 @@ class States:
             text = f"Request with id {id[:128]!r} not found: no completion of that x-request-id ended well a while ago."
             raise NotFound(text, "request", "not_found")
         saving = await self._saving(client, completion.model)
-        tokens = completion.tokens()
+        tokens = await self._serving.aside(client).run(completion.size, completion.tokens)
         about = About(saving.model.name, len(tokens), metadata=metadata, salt=completion.salt)
         return await saving.stored(Source(tokens, "request", salt=completion.salt), about, ttl)
 

@@ -35,7 +35,7 @@ class Source:
         begin: a state that has read the first of them.
     """
 
-    tokens: Sequence[int]
+    tokens: array[int]
     param: str
     begin: SavedState | None = None
     salt: str = ""
@@ -109,7 +109,7 @@ class Saving:
         return await records.get(record.kind, record.id, record.owner) or record
 
     def _record(self, about: About, source: Source, ttl: float | None) -> Record:
-        return new_record(about, array("i", iter(source.tokens)), self.client.caller.owner, ttl)
+        return new_record(about, source.tokens, self.client.caller.owner, ttl)
 
     async def _written(self, source: Source) -> tuple[NewState, Header]:
         """A file with the state after the tokens."""

@@ -116,8 +116,8 @@ class Upload:
         self._release(size)
 
 
-def download(path: Path, record: Record, found: Header) -> StreamingResponse:
-    """A file of a state as a client gets it: with its tokens."""
+def head_of(record: Record, found: Header) -> bytes:
+    """What a client's copy of a file begins with: it has the tokens."""
     tokens, about = array("i", record.tokens), About.of(record)
     metadata = {
         **found.metadata,
@@ -125,12 +125,16 @@ def download(path: Path, record: Record, found: Header) -> StreamingResponse:
         "model": about.model,
         "metadata": orjson.dumps(about.metadata).decode(),
     }
-    head = found.encoded(metadata)
+    return found.encoded(metadata)
+
+
+def download(path: Path, id: str, head: bytes, size: int) -> StreamingResponse:
+    """A file as a client gets it: with another head, before its last `size` bytes."""
     headers = {
-        "content-length": str(len(head) + found.size),
-        "content-disposition": f'attachment; filename="{record.id}.safetensors"',
+        "content-length": str(len(head) + size),
+        "content-disposition": f'attachment; filename="{id}.safetensors"',
     }
-    pieces = _pieces(path, head, found.size)
+    pieces = _pieces(path, head, size)
     return StreamingResponse(pieces, headers=headers, media_type="application/octet-stream")
 
 

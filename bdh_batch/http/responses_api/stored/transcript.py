@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bdh_batch.backends.base import Backend
+from bdh_batch.errors import InvalidRequest
+from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses_api.stored.records import Item, Stored
 from bdh_batch.http.states.records import Beginning
@@ -36,6 +38,16 @@ class Transcript:
     tokens: Sequence[int] = field(default=())
     begun: int = 0
     salt: str = ""
+
+    @classmethod
+    def of(cls, aside: Aside, model: ServedModel, before: Stored | None) -> Transcript:
+        """Raises InvalidRequest: the conversation began in a state of another model."""
+        if before is not None and before.begun and before.name != model.name:
+            text = (
+                f"The conversation began in a state of the model {before.name!r}: it cannot go on with {model.name!r}."
+            )
+            raise InvalidRequest(text, "previous_response_id")
+        return cls(aside, model.revision, model.name, before)
 
     def begin(self, begun: Beginning, tokens: Sequence[int]) -> None:
         self.begun, self.salt, self.tokens = len(begun.tokens), begun.salt, tokens
