@@ -118,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     default.set_defaults(run=_default)
     _add_keys_commands(commands.add_parser("keys", help="make, list and revoke API keys"), common)
     _add_model_commands(commands)
+    _add_state_commands(commands.add_parser("state", help="the saved states of a server that runs"))
     _add_bench_commands(commands.add_parser("bench", help="measure a server, this one or another"))
     _add_plan_command(commands)
     return parser
@@ -162,6 +163,24 @@ def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     convert.add_argument("target", type=Path, metavar="DST", help="the folder to write, whole or not at all")
     convert.add_argument("--force", action="store_true", help="replace a model that is there")
     convert.set_defaults(run=_convert)
+
+
+def _add_state_commands(state: argparse.ArgumentParser) -> None:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--base-url", metavar="URL", default="http://127.0.0.1:8000", help="the server")
+    key = os.environ.get("OPENAI_API_KEY") or "none"
+    common.add_argument("--api-key", metavar="KEY", default=key, help="whose states; else OPENAI_API_KEY")
+    common.set_defaults(run=_state)
+    actions = state.add_subparsers(required=True, metavar="ACTION", dest="action")
+    listing = actions.add_parser("list", parents=[common], help="the key's states, the newest first")
+    listing.add_argument("--json", action="store_true", help="each as a line of JSON")
+    export = actions.add_parser("export", parents=[common], help="write a state to a file")
+    export.add_argument("id", metavar="ID")
+    export.add_argument("file", type=Path, metavar="FILE", help="a safetensors file, whole or not at all")
+    load = actions.add_parser("import", parents=[common], help="store the state in a file, and print its id")
+    load.add_argument("file", type=Path, metavar="FILE")
+    load.add_argument("--model", metavar="NAME", help="its model, if not the one that the file names")
+    load.add_argument("--ttl", type=float, metavar="SECONDS", help="that it is kept; else store.ttl_seconds")
 
 
 def _add_bench_commands(bench: argparse.ArgumentParser) -> None:
@@ -328,6 +347,14 @@ def _convert(options: argparse.Namespace) -> int:
     checkpoint = convert(locate(options.source).path, options.target, options.layers, options.force)
     print(f"{checkpoint.file} is written to {options.target}; serve it: bdh-batch serve --model {options.target}")
     return 0
+
+
+def _state(options: argparse.Namespace) -> int:
+    try:
+        from bdh_batch.client import commands
+    except ImportError as error:
+        raise ConfigError(f"the client is not installed ({error}): pip install 'bdh-batch[client]'") from error
+    return commands.run(options)
 
 
 def _bench_serve(options: argparse.Namespace) -> int:

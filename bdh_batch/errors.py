@@ -21,6 +21,8 @@ BDHError
 │   └── RunTimeout              504  the request timed out while it ran
 ├── UpstreamFailed              502  an upstream server failed, and no other could take over
 │   └── UpstreamTimeout         504  an upstream server was too slow
+├── StoreFailed                 500  the store of responses and states cannot be read or written
+│   └── StoreFull               507  what is to be stored does not fit the store's limits
 ├── OutOfMemory                 500  a step needed more memory than there is; a smaller one may fit
 └── GenerationFailed            500  an internal fault ended this one request
     └── NotFinite               500  the model's logits were NaN or infinite
@@ -146,6 +148,14 @@ class UpstreamFailed(BDHError):
 
 class UpstreamTimeout(UpstreamFailed):
     """504: ends a request whose upstream server did not connect, begin or go on in time."""
+
+
+class StoreFailed(BDHError):
+    """500: raised where the store cannot read or write. A request that could do without it says `store: false`."""
+
+
+class StoreFull(StoreFailed):
+    """507: raised where one record or state is larger than the store, or the caller's part of it, may be."""
 
 
 class OutOfMemory(BDHError):

@@ -40,7 +40,10 @@ from bdh_batch.upstreams.config import AnyUpstream
 LONGEST_SHOWN = 100  # characters of an option that does not exist
 ENV_PREFIX, ENV_DELIMITER = "BDH_", "__"
 # What is given there is not repeated.
-SECRET = ("auth.api_keys", "rate_limiting.storage", "response_cache.storage", "telemetry.otlp_endpoint", "upstreams")
+SECRET = (
+    *("auth.api_keys", "rate_limiting.storage", "response_cache.storage", "store.encryption_key"),
+    *("telemetry.otlp_endpoint", "upstreams"),
+)
 LISTS = {"models", "upstreams"}  # options that are lists of entries, beside the sections
 MAX_PRIORITY = 1000  # of a request, above 0 and below
 
@@ -473,6 +476,45 @@ class ResponseCache(Section):
     max_entry_bytes: Bytes = Field(2**20, description="Largest response that is kept.")
 
 
+class Store(Section):
+    """Stored responses, and states that other requests begin from."""
+
+    path: Path | None = Field(
+        None,
+        description="Folder where they are stored, which several servers may share; null is a temporary one, in memory "
+        "where /dev/shm has room for max_bytes, which is removed when the server ends.",
+    )
+    max_records: PositiveInt = Field(10_000, description="Most responses and states; the least recently used go.")
+    max_bytes: Bytes = Field(
+        2**30,
+        description="Most bytes of all; the least recently used go, files of states before responses.",
+    )
+    max_bytes_per_key: Bytes | None = Field(
+        None, description="Most bytes of one key, or without keys of one address; null is max_bytes."
+    )
+    ttl_seconds: PositiveFloat = Field(
+        30 * 86400.0, allow_inf_nan=False, description="Seconds that they are stored, unless a request says less."
+    )
+    response_states: bool = Field(
+        True,
+        description="Whether the states of responses are stored, too: then the next turn computes what is new in it, "
+        "also after a restart; else all that no prefix cache has.",
+    )
+    max_state_bytes: Bytes = Field(2**29, description="Largest state that can be uploaded.")
+    recent_requests: int = Field(
+        256,
+        ge=0,
+        description="Completions of which a process remembers the tokens for a while, in memory: a state can be saved "
+        "by their x-request-id.",
+    )
+    encryption_key: SecretStr | None = Field(
+        None,
+        description="Key that they are encrypted with at rest: 32 bytes in base64, as `openssl rand -base64 32` "
+        "prints. null is no encryption.",
+    )
+    encryption_key_file: Path | None = Field(None, description="File with that key instead.")
+
+
 class Limits(Section):
     """Bounds of requests and connections."""
 
@@ -506,6 +548,12 @@ class Limits(Section):
         4096, description="Longest name, id or label, in characters; texts may fill the body."
     )
     max_messages: PositiveInt = Field(4096, description="Most messages of a conversation.")
+    max_background: PositiveInt = Field(
+        64, description="Most responses in the background at a time; half of them for one caller."
+    )
+    max_background_bytes: Bytes = Field(
+        2 * 2**20, description="Most bytes of the events of one in the background that can be read; the newest stay."
+    )
     max_parts: PositiveInt = Field(1024, description="Most parts of a message's content.")
     max_tools: PositiveInt = Field(128, description="Most tools, and most calls of tools in one message.")
     max_connections: PositiveInt | None = Field(
@@ -659,6 +707,7 @@ class Settings(BaseModel):
     auth: Auth = Auth()
     rate_limiting: RateLimiting = RateLimiting()
     response_cache: ResponseCache = ResponseCache()
+    store: Store = Store()
     limits: Limits = Limits()
     sandbox: Sandbox = Sandbox()
     structured_output: StructuredOutput = StructuredOutput()

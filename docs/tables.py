@@ -27,6 +27,7 @@ from bdh_batch.http.docs.field_help import help_of
 from bdh_batch.http.docs.openapi import openapi
 from bdh_batch.http.request.sizes import MARK
 from bdh_batch.http.request.strict import Wire
+from bdh_batch.http.responses_api.bodies import InputTokensBody, ResponseBody
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody, Defaults, StreamOptions
 from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
 from bdh_batch.http.tensors.outputs import OUTPUTS
@@ -52,7 +53,7 @@ BODIES: dict[str, type[Wire]] = {
     body.__name__: body
     for body in (
         *(CompletionBody, ChatBody, StreamOptions, EmbeddingBody, TokenizeText, TokenizeChat, DetokenizeBody),
-        *(MessagesBody, CountTokensBody),
+        *(MessagesBody, CountTokensBody, ResponseBody, InputTokensBody),
     )
 }
 # The parameters that the API itself has, by body; of the others, all but OURS are vLLM's.
@@ -64,12 +65,14 @@ OPENAI: dict[str, set[str]] = {
     "StreamOptions": set(chat_completion_stream_options_param.ChatCompletionStreamOptionsParam.__annotations__),
     "EmbeddingBody": set(embedding_create_params.EmbeddingCreateParams.__annotations__),
 }
-OURS = {"chunk_tokens"}
+OURS = {"chunk_tokens", "state"}
 ENDPOINTS = {
     "CompletionBody": "completions",
     "ChatBody": "chat completions",
     "MessagesBody": "messages",
     "CountTokensBody": "token counts",
+    "ResponseBody": "responses",
+    "InputTokensBody": "input token counts",
 }
 
 SERVED, DRAWN = Defaults(), SamplingParams()

@@ -144,8 +144,17 @@ def test_every_example_in_python_is_python(page: Path) -> None:
         ast.parse(block)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/getting-started.md", "docs/structured-output.md"])
-def test_the_examples_in_python_run(page: str, server: Server, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "page", ["README.md", "docs/getting-started.md", "docs/structured-output.md", "docs/states.md"]
+)
+def test_the_examples_in_python_run(
+    page: str,
+    server: Server,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for block in code(ROOT / page, "python"):
         source = re.sub(r"max_tokens=\d+", f"max_tokens={FEW}", block.replace("http://127.0.0.1:8000", server.url))
         exec(compile(source, page, "exec", dont_inherit=True), {"__name__": "example"})

@@ -45,7 +45,10 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         SHARED | {"backends", "store", "text", "settings", "observability", "__init__"},
         {"starlette", "uvicorn", "httptools", "numpy", "orjson", "pydantic", "pydantic_core", "redis"},
     ),
-    "store": ({"errors", "messages", "backends", "settings"}, {"cachetools", "msgspec", "redis"}),
+    "store": (
+        {"errors", "messages", "backends", "settings", "system"},
+        {"cachetools", "cryptography", "msgspec", "redis"},
+    ),
     "kserve": (
         SHARED | {"http", "settings"},
         {"google", "grpc", "grpc_health", "grpc_reflection", "starlette", "tritonclient"},
@@ -58,12 +61,13 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "processes": (
         SHARED
         | {"http", "kserve", "backends", "engine", "kernels", "text", "settings"}
-        | {"observability", "registry", "upstreams", "__init__"},
+        | {"observability", "registry", "store", "upstreams", "__init__"},
         {"platformdirs", "pydantic", "torch"},
     ),
     "server": ({"errors", "processes", "engine", "settings", "observability"}, set()),
     "cli": (
-        {"errors", "system", "settings", "http", "processes", "server", "bench", "plan", "registry", "__init__"},
+        {"errors", "system", "settings", "http", "processes", "server", "bench", "plan", "registry", "__init__"}
+        | {"client"},
         {"uvloop"},
     ),
     "__main__": ({"cli"}, set()),

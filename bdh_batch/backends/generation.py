@@ -35,11 +35,11 @@ class Tally:
     """What a generation has yielded so far, and who is told when it ends.
 
     Args:
-        ends: how many things it yields the end of: sequences, and the writing of a state (`Delta.ends`).
+        ends: how many it has: of its sequences, and of what becomes of a state that is saved.
     """
 
     def __init__(self, ends: int) -> None:
-        self.open = ends  # of these, those that have not come
+        self.open = ends  # those that are still to come
         self._tokens = 0
         self._failure: Delta | None = None
         self._ended: list[Ended] = []

@@ -27,9 +27,11 @@ from bdh_batch.client.errors import (
 )
 from bdh_batch.client.parameters import ChatParameters, CompletionParameters, StreamOptions, StructuredOutputs
 from bdh_batch.client.responses import Metrics, Score, ServerInfo, Text, TokenizerInfo, Tokens
+from bdh_batch.client.states import AsyncStates, State, States
 
 __all__ = [
     "AsyncBDHClient",
+    "AsyncStates",
     "BDHClient",
     "ChatParameters",
     "ClientError",
@@ -49,6 +51,8 @@ __all__ = [
     "Score",
     "ServerFailed",
     "ServerInfo",
+    "State",
+    "States",
     "StreamOptions",
     "StructuredOutputs",
     "Text",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar, Unpack
+from typing import Any, Generic, Literal, TypeVar, Unpack
 
 from openai import BaseModel, RequestOptions
 from openai.types import Completion
@@ -20,13 +20,15 @@ COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
 @dataclass(frozen=True)
 class Call(Generic[Result]):
-    """One request: a POST if it has a `body`, else a GET. `read` makes the result of the response, a `kind`."""
+    """One request: a POST if it has a `body`, else a GET, unless it has a `method`. `read` makes the result of the
+    response, a `kind`."""
 
     path: str
     kind: type[Any]
     read: Callable[[Any], Result]
     body: Mapping[str, object] | None = None
     options: RequestOptions = field(default_factory=RequestOptions)
+    method: Literal["delete"] | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def complete(
         deadline: seconds that the server gives the request, `x-request-timeout`.
     """
     body = {"prompt": prompt, **parameters}
-    return Call(COMPLETIONS, Completion, _itself(Completion), body, _within(deadline))
+    return Call(COMPLETIONS, Completion, itself(Completion), body, _within(deadline))
 
 
 def chat(
@@ -60,7 +62,7 @@ def chat(
         deadline: as of `complete`.
     """
     body = {"messages": [*messages], **parameters}
-    return Call(CHAT, ChatCompletion, _itself(ChatCompletion), body, _within(deadline))
+    return Call(CHAT, ChatCompletion, itself(ChatCompletion), body, _within(deadline))
 
 
 def stream_complete(
@@ -114,7 +116,7 @@ def tokenize(
 ) -> Call[Tokens]:
     """The token ids of a text; with `return_token_strs` also each token's text."""
     body = {"prompt": text, "add_special_tokens": add_special_tokens, "return_token_strs": return_token_strs}
-    return Call("/tokenize", Tokens, _itself(Tokens), body | {"model": model})
+    return Call("/tokenize", Tokens, itself(Tokens), body | {"model": model})
 
 
 def tokenize_chat(
@@ -128,7 +130,7 @@ def tokenize_chat(
     """The token ids of the prompt that the chat template makes of a conversation."""
     body: dict[str, object] = {"messages": [*messages], "model": model, "tools": tools and [*tools]}
     body |= {"add_generation_prompt": add_generation_prompt, "return_token_strs": return_token_strs}
-    return Call("/tokenize", Tokens, _itself(Tokens), body)
+    return Call("/tokenize", Tokens, itself(Tokens), body)
 
 
 def detokenize(tokens: Sequence[int], *, model: str | None = None) -> Call[str]:
@@ -139,12 +141,12 @@ def detokenize(tokens: Sequence[int], *, model: str | None = None) -> Call[str]:
 
 def tokenizer_info() -> Call[TokenizerInfo]:
     """What the server reports of its tokenizer."""
-    return Call("/tokenizer_info", TokenizerInfo, _itself(TokenizerInfo))
+    return Call("/tokenizer_info", TokenizerInfo, itself(TokenizerInfo))
 
 
 def server_info() -> Call[ServerInfo]:
     """The server's version, its model, and its settings."""
-    return Call("/server_info", ServerInfo, _itself(ServerInfo))
+    return Call("/server_info", ServerInfo, itself(ServerInfo))
 
 
 def metrics() -> Call[Metrics]:
@@ -158,7 +160,7 @@ def health() -> Call[None]:
     Raises:
         Unavailable: with the reason, where it does not.
     """
-    return Call("/health", str, _nothing, options={"max_retries": 0})
+    return Call("/health", str, nothing, options={"max_retries": 0})
 
 
 def ready(*, timeout: float | None = None) -> Call[None]:
@@ -171,13 +173,13 @@ def ready(*, timeout: float | None = None) -> Call[None]:
         Unavailable: with the reason, while it loads or drains.
     """
     options: RequestOptions = {"max_retries": 0}
-    return Call("/readyz", str, _nothing, options=options if timeout is None else {**options, "timeout": timeout})
+    return Call("/readyz", str, nothing, options=options if timeout is None else {**options, "timeout": timeout})
 
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def _itself(kind: type[Model]) -> Callable[[Any], Model]:
+def itself(kind: type[Model]) -> Callable[[Any], Model]:
     def read(response: Any) -> Model:
         assert isinstance(response, kind)
         return response
@@ -185,7 +187,7 @@ def _itself(kind: type[Model]) -> Callable[[Any], Model]:
     return read
 
 
-def _nothing(response: str) -> None:
+def nothing(response: object) -> None:
     return None
 
 

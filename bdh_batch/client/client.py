@@ -3,51 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import inspect
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
-from functools import update_wrapper
-from typing import Any, Concatenate, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, Self
 
 from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
 
 from bdh_batch.client import calls
 from bdh_batch.client.calls import Call, Streamed
 from bdh_batch.client.errors import Unavailable, Unreachable, meaning
+from bdh_batch.client.methods import Arguments, Result, awaited, describe, now
+from bdh_batch.client.states import AsyncStates, States
 
-Arguments = ParamSpec("Arguments")
-Result = TypeVar("Result")
 DEFAULT_URL = "http://127.0.0.1:8000"
 POLL_SECONDS = 0.1
 Streams: Any = Stream  # of a kind that is known when it runs only
 AsyncStreams: Any = AsyncStream
-
-
-def _describe(method: Any, build: Callable[..., Any]) -> None:
-    """Gives `method` the docstring of `build`, and its parameters after `self`, for introspection."""
-    update_wrapper(method, build)
-    signature = inspect.signature(build)
-    own = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    method.__signature__ = signature.replace(parameters=[own, *signature.parameters.values()])
-
-
-def _now(build: Callable[Arguments, Call[Result]]) -> Callable[Concatenate[BDHClient, Arguments], Result]:
-    def method(self: BDHClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        return self.send(build(*args, **kwargs))
-
-    _describe(method, build)
-    return method
-
-
-def _awaited(
-    build: Callable[Arguments, Call[Result]],
-) -> Callable[Concatenate[AsyncBDHClient, Arguments], Awaitable[Result]]:
-    def method(self: AsyncBDHClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Awaitable[Result]:
-        return self.send(build(*args, **kwargs))
-
-    _describe(method, build)
-    return method
 
 
 def _streamed(
@@ -56,7 +28,7 @@ def _streamed(
     def method(self: BDHClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> Iterator[Result]:
         return self.stream(build(*args, **kwargs))
 
-    _describe(method, build)
+    describe(method, build)
     return method
 
 
@@ -66,12 +38,13 @@ def _streamed_later(
     def method(self: AsyncBDHClient, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> AsyncIterator[Result]:
         return self.stream(build(*args, **kwargs))
 
-    _describe(method, build)
+    describe(method, build)
     return method
 
 
 class BDHClient:
-    """Speaks to one server. `openai` is the official client, for all that it can do by itself.
+    """Speaks to one server. `openai` is the official client, for all that it can do by itself; `states` are what is
+    saved there of what a model remembers.
 
     Every method raises the errors of `bdh_batch.client.errors`.
 
@@ -83,21 +56,22 @@ class BDHClient:
     def __init__(self, base_url: str = DEFAULT_URL, api_key: str = "none", **options: Any) -> None:
         self._root = _root(base_url)
         self.openai = OpenAI(base_url=f"{self._root}/v1", api_key=api_key, **options)
+        self.states = States(self, self.openai, self._root)
 
-    complete = _now(calls.complete)
-    chat = _now(calls.chat)
+    complete = now(calls.complete)
+    chat = now(calls.chat)
     stream_complete = _streamed(calls.stream_complete)
     stream_chat = _streamed(calls.stream_chat)
-    score = _now(calls.score)
-    score_all = _now(calls.score_all)
-    tokenize = _now(calls.tokenize)
-    tokenize_chat = _now(calls.tokenize_chat)
-    detokenize = _now(calls.detokenize)
-    tokenizer_info = _now(calls.tokenizer_info)
-    server_info = _now(calls.server_info)
-    metrics = _now(calls.metrics)
-    health = _now(calls.health)
-    ready = _now(calls.ready)
+    score = now(calls.score)
+    score_all = now(calls.score_all)
+    tokenize = now(calls.tokenize)
+    tokenize_chat = now(calls.tokenize_chat)
+    detokenize = now(calls.detokenize)
+    tokenizer_info = now(calls.tokenizer_info)
+    server_info = now(calls.server_info)
+    metrics = now(calls.metrics)
+    health = now(calls.health)
+    ready = now(calls.ready)
 
     def wait_until_ready(self, within: float = 60.0) -> None:
         """Waits until the server takes work.
@@ -116,6 +90,8 @@ class BDHClient:
     def send(self, call: Call[Result]) -> Result:
         url = self._root + call.path
         with meaning():
+            if call.method == "delete":
+                return call.read(self.openai.delete(url, cast_to=call.kind, options=call.options))
             if call.body is None:
                 return call.read(self.openai.get(url, cast_to=call.kind, options=call.options))
             return call.read(self.openai.post(url, cast_to=call.kind, body=call.body, options=call.options))
@@ -149,21 +125,22 @@ class AsyncBDHClient:
     def __init__(self, base_url: str = DEFAULT_URL, api_key: str = "none", **options: Any) -> None:
         self._root = _root(base_url)
         self.openai = AsyncOpenAI(base_url=f"{self._root}/v1", api_key=api_key, **options)
+        self.states = AsyncStates(self, self.openai, self._root)
 
-    complete = _awaited(calls.complete)
-    chat = _awaited(calls.chat)
+    complete = awaited(calls.complete)
+    chat = awaited(calls.chat)
     stream_complete = _streamed_later(calls.stream_complete)
     stream_chat = _streamed_later(calls.stream_chat)
-    score = _awaited(calls.score)
-    score_all = _awaited(calls.score_all)
-    tokenize = _awaited(calls.tokenize)
-    tokenize_chat = _awaited(calls.tokenize_chat)
-    detokenize = _awaited(calls.detokenize)
-    tokenizer_info = _awaited(calls.tokenizer_info)
-    server_info = _awaited(calls.server_info)
-    metrics = _awaited(calls.metrics)
-    health = _awaited(calls.health)
-    ready = _awaited(calls.ready)
+    score = awaited(calls.score)
+    score_all = awaited(calls.score_all)
+    tokenize = awaited(calls.tokenize)
+    tokenize_chat = awaited(calls.tokenize_chat)
+    detokenize = awaited(calls.detokenize)
+    tokenizer_info = awaited(calls.tokenizer_info)
+    server_info = awaited(calls.server_info)
+    metrics = awaited(calls.metrics)
+    health = awaited(calls.health)
+    ready = awaited(calls.ready)
 
     async def wait_until_ready(self, within: float = 60.0) -> None:
         """Waits until the server takes work.
@@ -182,6 +159,8 @@ class AsyncBDHClient:
     async def send(self, call: Call[Result]) -> Result:
         url = self._root + call.path
         with meaning():
+            if call.method == "delete":
+                return call.read(await self.openai.delete(url, cast_to=call.kind, options=call.options))
             if call.body is None:
                 return call.read(await self.openai.get(url, cast_to=call.kind, options=call.options))
             return call.read(await self.openai.post(url, cast_to=call.kind, body=call.body, options=call.options))

@@ -56,6 +56,7 @@ class GenerationParameters(TypedDict, total=False):
     prompt_logprobs: int
     return_tokens_as_token_ids: bool
     cache_salt: str
+    state: str
     return_token_ids: bool
     add_special_tokens: bool
     response_format: Mapping[str, Any]

@@ -53,7 +53,11 @@ def _middleware(serving: Serving, local_only: bool) -> list[Middleware]:
         Middleware(Origins, origins=server.cors_origins),
         Middleware(Access, admission=serving.admission, open_paths=open_paths(settings.auth)),
         Middleware(
-            BodyLimit, most=limits.max_body_bytes, seconds=limits.body_seconds, origins=tuple(server.cors_origins)
+            BodyLimit,
+            most=limits.max_body_bytes,
+            seconds=limits.body_seconds,
+            origins=tuple(server.cors_origins),
+            most_of_file=settings.store.max_state_bytes,
         ),
     ]
 

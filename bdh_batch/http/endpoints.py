@@ -30,6 +30,7 @@ from bdh_batch.http.docs.response_types import (
     Version,
 )
 from bdh_batch.http.kserve.endpoints import kserve
+from bdh_batch.http.responses_api.endpoints import responses
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody
 from bdh_batch.http.schema.text import (
     DetokenizeBody,
@@ -39,10 +40,13 @@ from bdh_batch.http.schema.text import (
     TokenizeChat,
     TokenizeText,
 )
+from bdh_batch.http.states.endpoints import states
 from bdh_batch.settings import Auth
 
 TAGS = {
     "Generation": "Completions of the model, as in OpenAI's API.",
+    "Responses": "Conversations that are stored, as in OpenAI's Responses API and Open Responses.",
+    "States": "What a model remembers of tokens, saved: requests begin in it, any number of times.",
     "Messages": "Conversations, as in Anthropic's API.",
     "Tokens": "Text to tokens and back.",
     "Models": "What is served.",
@@ -312,7 +316,7 @@ def _operation() -> list[Endpoint]:
     ]
 
 
-ENDPOINTS = (*_generation(), *messages(), *_tokens(), *_models(), *_operation(), *kserve())
+ENDPOINTS = (*_generation(), *responses(), *states(), *messages(), *_tokens(), *_models(), *_operation(), *kserve())
 
 
 def open_paths(auth: Auth) -> frozenset[str]:

@@ -6,6 +6,7 @@ BDHError
 ├── OriginRefused          400  a preflight from an origin that is not allowed
 ├── Unauthorized           401  no API key, or a wrong one
 ├── Forbidden              403  the API key does not allow it
+├── NotFound               404  a response or an item that is not there
 ├── HostRefused            403  a Host header that is not allowed
 ├── HeaderTimeout          408  the headers did not arrive in time
 ├── BodyTimeout            408  the body did not arrive in time
@@ -42,6 +43,8 @@ from bdh_batch.errors import (
     QueueTimeout,
     RetryLater,
     RunTimeout,
+    StoreFailed,
+    StoreFull,
     TooLate,
     Unavailable,
     UpstreamFailed,
@@ -66,6 +69,7 @@ TYPES = {
     502: "upstream_error",
     503: "service_unavailable",
     504: "timeout_error",
+    507: "insufficient_storage",
 }
 # Of Anthropic's API; of other statuses below 500 it is a request that is not valid.
 ANTHROPIC_TYPES = {
@@ -95,6 +99,18 @@ class Forbidden(BDHError):
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
         self.param = param
+
+
+class NotFound(BDHError):
+    """404: a response, or an item of one, that is not there, not any more, or somebody else's.
+
+    `param` is the field that names it, if one does.
+    """
+
+    def __init__(self, message: str, param: str | None, code: str) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
 
 
 class InvalidHTTP(BDHError):
@@ -158,6 +174,7 @@ STATUS: dict[type[BDHError], tuple[int, str | None]] = {
     InvalidCoding: (400, "invalid_content_encoding"),
     HostRefused: (403, "host_not_allowed"),
     ModelNotFound: (404, "model_not_found"),
+    NotFound: (404, "not_found"),
     ModelInUse: (409, "model_in_use"),
     BodyTooLarge: (413, CODES[413]),
     QueueTimeout: (408, "queue_timeout"),
@@ -167,6 +184,8 @@ STATUS: dict[type[BDHError], tuple[int, str | None]] = {
     RateLimited: (429, "rate_limit_exceeded"),
     TooManyConnections: (429, "too_many_connections"),
     Unavailable: (503, "service_unavailable"),
+    StoreFailed: (500, "store_failed"),
+    StoreFull: (507, "store_full"),
     UpstreamFailed: (502, "upstream_failed"),
     UpstreamTimeout: (504, "upstream_timeout"),
 }

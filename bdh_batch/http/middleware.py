@@ -30,7 +30,9 @@ from bdh_batch.http.errors import (
     internal_error,
     is_below,
 )
-from bdh_batch.http.request.content import check_type, decoded
+from bdh_batch.http.request.content import check_file, check_type, decoded
+from bdh_batch.http.states.endpoints import CONTENT
+from bdh_batch.http.states.transfer import too_large
 from bdh_batch.http.transport.budgets import Occasionally
 from bdh_batch.http.transport.exchange import HOLD
 from bdh_batch.observability.metrics import Metrics
@@ -117,67 +119,83 @@ class RequestContext:
         return next((template for known, template in self._templates if known.match(path)), "other")
 
 
+def is_file(scope: Scope) -> bool:
+    """Whether the body is a file, and no JSON."""
+    return str(scope["path"]) == CONTENT
+
+
 class BodyLimit:
     """Bounds the body of a request, and looks at what it is, once it is read.
 
     Args:
         most: bytes, also once decompressed.
-        seconds: in which it has to be there.
+        seconds: in which so many have to be there.
         origins: web pages that may call.
+        most_of_file: bytes, where the body is a file.
     """
 
-    def __init__(self, app: ASGIApp, most: int, seconds: float, origins: Collection[str]) -> None:
+    def __init__(self, app: ASGIApp, most: int, seconds: float, origins: Collection[str], most_of_file: int) -> None:
         self._app = app
         self._most = most
         self._seconds = seconds
         self._origins = origins
+        self._most_of_file = most_of_file
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         length = Headers(scope=scope).get("content-length", "")
-        if length.isdecimal() and int(length) > self._most:
-            await error_response(self._too_large())(scope, receive, send)
+        most = self._most_of_file if is_file(scope) else self._most
+        if length.isdecimal() and int(length) > most:
+            await error_response(self._too_large(scope))(scope, receive, send)
             return
         await self._app(scope, _Body(self, scope, receive), send)
 
     def open(self, scope: Scope, receive: Receive) -> Receive:
         """What a body is received by, from now on. Raises UnsupportedMedia."""
         headers = Headers(scope=scope)
+        timed = self._bounded(scope, self._timed(receive))
+        if is_file(scope):
+            check_file(headers, self._origins)
+            return timed
         check_type(headers, self._origins)
-        timed = self._bounded(self._timed(receive))
         inner = decoded(timed, headers, scope[HOLD])
-        return timed if inner is timed else self._bounded(inner)
+        return timed if inner is timed else self._bounded(scope, inner)
 
     def _timed(self, receive: Receive) -> Receive:
-        deadline = asyncio.get_running_loop().time() + self._seconds
+        began, received = asyncio.get_running_loop().time(), 0
 
         async def timed() -> Message:
+            nonlocal received
             try:
-                async with asyncio.timeout_at(deadline):
-                    return await receive()
+                async with asyncio.timeout_at(began + self._seconds * (1 + received // self._most)):
+                    message = await receive()
             except TimeoutError:
                 raise BodyTimeout(
                     f"A request body should be there within {self._seconds:g} seconds (limits.body_seconds)."
                 ) from None
+            received += len(message.get("body", b""))
+            return message
 
         return timed
 
-    def _bounded(self, receive: Receive) -> Receive:
-        received = 0
+    def _bounded(self, scope: Scope, receive: Receive) -> Receive:
+        received, most = 0, self._most_of_file if is_file(scope) else self._most
 
         async def bounded() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._most:
-                raise self._too_large()
+            if received > most:
+                raise self._too_large(scope)
             return message
 
         return bounded
 
-    def _too_large(self) -> BodyTooLarge:
+    def _too_large(self, scope: Scope) -> BodyTooLarge:
+        if is_file(scope):
+            return too_large(self._most_of_file)
         return BodyTooLarge(f"The request body exceeds the limit of {self._most} bytes (limits.max_body_bytes).")
 
 

@@ -4,20 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
-from bdh_batch.backends.base import RawPrompt, TextBackend
-from bdh_batch.errors import InvalidRequest
+from bdh_batch.backends.base import Backend, RawPrompt, TextBackend
+from bdh_batch.errors import InvalidRequest, UnsupportedParameter
 from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.client import Client, unless_left
 from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.schema.chat import ConversationBody
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody
 from bdh_batch.http.schema.text import EmbeddingBody, EmbeddingChat
-from bdh_batch.messages import GenerationRequest, Grammar, Origin, Text, Written
+from bdh_batch.http.states.records import Beginning
+from bdh_batch.messages import GenerationRequest, Grammar, Origin, Prompt, Text, Written
+from bdh_batch.store.records import Store
 from bdh_batch.text.sources import Source
 
 # Fields of a chat that are done with once its template has made a prompt.
 OF_TEMPLATES = frozenset(("add_generation_prompt", "continue_final_message", "chat_template_kwargs"))
+TOKENS_IN_A_MICROSECOND = 50  # that are copied, about
+
+
+class Tokens(Protocol):
+    """Tokenizes the text of a conversation, of which it may know a part."""
+
+    async def tokenized(self, backend: Backend, text: Text, last: int | None) -> list[Prompt]:
+        """As `Backend.tokenized`."""
+
+    def begin(self, begun: Beginning, tokens: Sequence[int]) -> None:
+        """Is told that they come after those of a state, and so of all `tokens` of the prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +41,12 @@ class Preparation:
     Args:
         size: bytes of its body.
         aside: where that is worked on if it is large.
+        records: where states are that requests begin in.
+        most_values: token ids that a request may have; see `limits.max_values`.
 
     Its methods raise:
         InvalidRequest: it cannot be served.
+        NotFound, StoreFailed: the state that it begins in is not there, or cannot be read.
         QueueFull, Unavailable: too many templates or grammars are worked on.
         ClientDisconnect: the client has gone.
     """
@@ -38,22 +55,52 @@ class Preparation:
     model: ServedModel
     size: int
     aside: Aside
+    records: Store
+    most_values: int
 
-    async def generation(self, body: CompletionBody | ChatBody) -> GenerationRequest:
+    async def generation(self, body: CompletionBody | ChatBody, tokens: Tokens | None = None) -> GenerationRequest:
+        """
+        Args:
+            tokens: knows those of the conversation's text, perhaps in part.
+        """
         model, origin = self.model, self.client.origin()
         await self.aside.run(self.size, body.check, model.defaults)
         if isinstance(model.backend, TextBackend):
             return await self._passed_on(model.backend, origin, body)
+        if body.state is not None:
+            return await self._going_on(body, body.state, tokens)
         prompts = await self._prompts(body)
         grammar = await self._grammar(await self.aside.run(self.size, body.source))
         last = body.last_tokens(model.defaults, model.max_model_len)
-        tokenized = await model.backend.tokenized(prompts, last)
+        tokenized = await self._tokenized(prompts, last, tokens)
         return await self.aside.run(self.size, body.request, origin, tokenized, model.defaults, grammar)
+
+    async def _going_on(self, body: CompletionBody | ChatBody, state: str, tokens: Tokens | None) -> GenerationRequest:
+        """As `generation`, of a request that begins in a state: its prompts come after what that has read."""
+        model = self.model
+        begun = await Beginning.of(self.records, self.client, model, state)
+        prompts = await self._prompts(body)
+        if not body.add_special_tokens:  # what belongs at the beginning of a text is there already
+            prompts = [
+                (param, replace(each, add_special=False) if isinstance(each, Text) else each) for param, each in prompts
+            ]
+        grammar = await self._grammar(await self.aside.run(self.size, body.source))
+        known, room = len(begun.tokens), model.max_model_len
+        last = body.last_tokens(model.defaults, None if room is None else max(1, room - known))
+        tokenized = await self._tokenized(prompts, last, tokens)
+        cost = max(self.size, known * len(tokenized) // TOKENS_IN_A_MICROSECOND)
+        whole = await self.aside.run(cost, begun.before, tokenized, self.most_values)
+        if tokens is not None:
+            tokens.begin(begun, whole[0].tokens)
+        request = await self.aside.run(self.size, body.request, self.client.origin(), whole, model.defaults, grammar)
+        return replace(request, state=begun.state, salt=begun.salt + request.salt)
 
     async def _passed_on(
         self, backend: TextBackend, origin: Origin, body: CompletionBody | ChatBody
     ) -> GenerationRequest:
         """As `generation`, of a request for an upstream: what is passed on is what the client wrote."""
+        if body.state is not None:
+            raise UnsupportedParameter("state: This model is an upstream's, which has no states here.", "state")
         fields = dict(await self.aside.run(self.size, getattr, body, "written"))
         messages, given = fields.pop("messages", None), fields.pop("prompt", None)
         if isinstance(body, ChatBody) and not backend.takes_messages:
@@ -83,6 +130,12 @@ class Preparation:
         """The prompt that the template makes of a conversation."""
         conversation = await self.aside.run(self.size, body.conversation)
         return await unless_left(self.client, self.model.template.render(conversation, self.aside.tenant))
+
+    async def _tokenized(self, prompts: Sequence[RawPrompt], last: int | None, tokens: Tokens | None) -> list[Prompt]:
+        text = prompts[0][1]
+        if tokens is not None and isinstance(text, Text):
+            return await tokens.tokenized(self.model.backend, text, last)
+        return await self.model.backend.tokenized(prompts, last)
 
     async def _prompts(self, body: ConversationBody | CompletionBody | EmbeddingBody) -> Sequence[RawPrompt]:
         if isinstance(body, ConversationBody):

@@ -31,6 +31,7 @@ from bdh_batch.http.responses.generation import CHARACTERS
 from bdh_batch.http.responses.json_pieces import JsonInPieces, dump_text
 from bdh_batch.http.responses.tokens import tokenization
 from bdh_batch.http.responses.tool_frames import ToolFrames
+from bdh_batch.http.responses_api.rest import Responses
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody
 from bdh_batch.http.schema.text import (
     DetokenizeBody,
@@ -41,6 +42,7 @@ from bdh_batch.http.schema.text import (
     TokenizeText,
 )
 from bdh_batch.http.serving import Serving, response_options
+from bdh_batch.http.states.rest import States
 from bdh_batch.settings import Settings
 from bdh_batch.system.threads import in_daemon_thread
 
@@ -55,6 +57,7 @@ class Routes:
         self._serving = serving
         self._gate, self._metrics, self._settings = serving.gate, serving.metrics, serving.settings
         self.kserve, self.messages = KServe(serving), Messages(serving)
+        self.responses, self.states = Responses(serving), States(serving)
         self._documents: asyncio.Future[tuple[bytes, bytes]] | None = None  # the OpenAPI document, and its page
 
     def table(self) -> list[Route]:
@@ -62,7 +65,11 @@ class Routes:
         for each in ENDPOINTS:
             methods.setdefault((each.path, each.handler), []).append(each.method.upper())
         return [
-            Route(path.replace("{id}", "{id:path}"), attrgetter(handler)(self), methods=some)
+            Route(
+                path.replace("{id}", "{id:path}" if "/models/" in path else "{id}"),
+                attrgetter(handler)(self),
+                methods=some,
+            )
             for (path, handler), some in methods.items()
         ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ from bdh_batch.messages import Delta, GenerationRequest
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Settings
 from bdh_batch.store.byte_cache import open_byte_cache
+from bdh_batch.store.opening import open_store
+from bdh_batch.store.recent import Completion, Recent
+from bdh_batch.store.records import Store
 from bdh_batch.store.response_cache import ResponseCache, key_of
 
 if TYPE_CHECKING:
@@ -43,8 +47,11 @@ class Serving:
     """What all protocols of one server share.
 
     Args:
+        records: what clients have stored.
+        recent: completions whose states can be saved.
         spans: where they are exported.
         responses: those that are kept.
+        closing: what ends with the server.
     """
 
     settings: Settings
@@ -52,18 +59,27 @@ class Serving:
     metrics: Metrics
     admission: Admission
     quota: Quota
+    records: Store
+    recent: Recent
     spans: Spans | None = None
     responses: ResponseCache | None = None
     off_loop: OffLoop = field(default_factory=OffLoop)
+    closing: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
 
     @classmethod
     def of(
-        cls, settings: Settings, gate: Gate, metrics: Metrics, keys: KeyRing | None = None, spans: Spans | None = None
+        cls,
+        settings: Settings,
+        gate: Gate,
+        metrics: Metrics,
+        keys: KeyRing | None = None,
+        spans: Spans | None = None,
+        recent: Recent | None = None,
     ) -> Serving:
-        """Without `keys`, none is asked for.
+        """Without `keys`, none is asked for; without `recent`, nothing is shared with other processes.
 
         Raises:
-            ConfigError: what the rates are counted in, or responses are kept in, cannot be reached.
+            ConfigError: what the rates are counted in, or responses are kept or stored in, cannot be used.
         """
         rates = Rates(settings.rate_limiting, metrics)
         quota = Quota(rates, settings.limits.max_prompt_tokens, settings.scheduler.top_priority)
@@ -71,7 +87,10 @@ class Serving:
         if chosen.enabled:
             responses = ResponseCache(open_byte_cache(chosen), chosen.max_entry_bytes)
             metrics.watch_response_cache(lambda: responses.held)
-        return cls(settings, gate, metrics, Admission(keys, rates), quota, spans, responses)
+        records = open_store(settings.store)
+        metrics.watch_store(records)
+        recent = recent or Recent(settings.store.recent_requests)
+        return cls(settings, gate, metrics, Admission(keys, rates), quota, records, recent, spans, responses)
 
     def aside(self, client: Client) -> Aside:
         """Where what takes long is done for a client, whose body has been read."""
@@ -113,7 +132,8 @@ class Serving:
 
     def preparation(self, client: Client, model: ServedModel, size: int) -> Preparation:
         """What makes the request of a body of `size` bytes complete."""
-        return Preparation(client, model, size, self.aside(client))
+        most = self.settings.limits.max_values
+        return Preparation(client, model, size, self.aside(client), self.records, most)
 
     async def start(
         self,
@@ -153,11 +173,16 @@ class Serving:
         if prepared.grammar is not None:
             frames.warn(prepared.grammar.warnings)
         generation = await self.start(client, model, prepared, body, size)
-        aside = self.aside(client)
+        aside, drawn = self.aside(client), partial(self._remember, client, model, prepared)
         if body.stream:
             keepalive = self.settings.server.sse_keepalive_seconds
-            return EventStream(generation, frames, aside, body.options.chunk_tokens or 1, keepalive)
-        return await whole(generation, frames, client, aside)
+            return EventStream(generation, frames, aside, body.options.chunk_tokens or 1, keepalive, drawn)
+        return await whole(generation, frames, client, aside, drawn)
+
+    def _remember(self, client: Client, model: ServedModel, prepared: GenerationRequest, drawn: Sequence[int]) -> None:
+        if not isinstance(model.backend, TextBackend):
+            known = Completion(model.name, prepared.salt, prepared.prompts[0].tokens, drawn)
+            self.recent.add(client.caller.owner, client.id, known)
 
     async def _replayed_or_kept(
         self, responses: ResponseCache, key: str, client: Client, model: ServedModel, prepared: GenerationRequest
@@ -177,10 +202,17 @@ class Serving:
         generation.on_end(ended)
         return generation
 
+    def on_close(self, close: Callable[[], Awaitable[None]]) -> None:
+        """Registers what ends with the server, before its storage does."""
+        self.closing.append(close)
+
     async def close(self) -> None:
-        """Closes connections to storage. Idempotent."""
+        """Ends what goes on beside requests, and closes connections to storage. Idempotent."""
+        for close in self.closing:
+            await close()
         if self.responses is not None:
             await self.responses.close()
+        await self.records.close()
 
     def count_refusal(self, error: BDHError, client: Client | None) -> None:
         """Has the metrics count what was refused for want of room in a queue."""

@@ -47,6 +47,18 @@ class SandboxLoad(Protocol):
     def outcomes(self) -> Mapping[str, int]: ...
 
 
+class StoreFigures(Protocol):
+    """What a store holds, and what has happened in it: each by its kind."""
+
+    def held(self) -> Mapping[str, int]: ...
+
+    @property
+    def evictions(self) -> Mapping[str, int]: ...
+
+    @property
+    def failures(self) -> Mapping[str, int]: ...
+
+
 class ModelStatus(Protocol):
     """What is known of a model in this process."""
 
@@ -99,6 +111,10 @@ class Metrics:
     def watch_response_cache(self, held: Callable[[], int]) -> None:
         """From now on, scrapes report how many bytes of responses are kept at their moment."""
         self._gauge("response_cache_bytes", "Bytes of responses that are kept in memory", held)
+
+    def watch_store(self, store: StoreFigures) -> None:
+        """From now on, scrapes report what the store holds, and how often it had to make room, or failed."""
+        self.registry.register(_StoreCollector(store))
 
     def watch_buffered(self, held: Callable[[], int]) -> None:
         """From now on, scrapes report how many bytes of requests are held at their moment."""
@@ -168,6 +184,23 @@ class _ModelCollector(Collector):
             for state, count in Counting(str(engine["state"]) for engine in model.engines()).items():
                 engines.add_metric([model.name, state], count)
         yield from (loaded, engines)
+
+
+class _StoreCollector(Collector):
+    def __init__(self, store: StoreFigures) -> None:
+        self._store = store
+
+    def collect(self) -> Iterable[GaugeMetricFamily | CounterMetricFamily]:
+        store, texts = self._store, {"records": "Stored records", "states": "Files of states", "bytes": "Their bytes"}
+        held = store.held()
+        for name, text in texts.items():
+            yield GaugeMetricFamily(f"bdh_store_{name}", f"{text}, as of this process's last write", held.get(name, 0))
+        evictions = CounterMetricFamily("bdh_store_evictions", "What was removed from the store", labels=["kind"])
+        failures = CounterMetricFamily("bdh_store_failures", "Calls of the store that failed", labels=["call"])
+        for family, counts in ((evictions, store.evictions), (failures, store.failures)):
+            for kind, count in [*counts.items()]:
+                family.add_metric([kind], count)
+            yield family
 
 
 class _SandboxCollector(Collector):

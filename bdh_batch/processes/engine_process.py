@@ -63,7 +63,7 @@ async def run_engine(
     settings = model.settings
     leaving, located = _signalled(), chosen_model(settings)
     engine, text, vocabulary = await in_daemon_thread(partial(_load, settings, located.path, load), LOADER)
-    facts, registry = engine_info(engine, settings), process_registry()
+    facts, registry = await in_daemon_thread(partial(engine_info, engine, settings), LOADER), process_registry()
     metrics = EngineMetrics(registry, model.name)
     worker = start_worker(settings, engine, metrics, StepRecorder(folder.step(name)))
     watch_engine(metrics, worker, facts, settings)

@@ -110,6 +110,10 @@ class RuntimeFolder:
         """The socket at which a process reports its metrics."""
         return self.path / f"{name}.metrics"
 
+    def recent(self, name: str) -> Path:
+        """The socket at which a front end is asked for recent completions."""
+        return self.path / f"{name}.recent"
+
     def engines(self) -> Mapping[str, Path]:
         """The sockets of engines, by the engines' names."""
         return {path.stem: path for path in sorted(self.path.glob("*.sock"))}
@@ -123,6 +127,7 @@ class RuntimeFolder:
         self.engine(name).unlink(missing_ok=True)
         self.step(name).unlink(missing_ok=True)
         self.metrics(name).unlink(missing_ok=True)
+        self.recent(name).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Deletes the folder. Idempotent."""

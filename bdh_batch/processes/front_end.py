@@ -8,9 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from bdh_batch.processes.folder import RuntimeFolder
 from bdh_batch.processes.metrics_socket import read_all, report
 from bdh_batch.processes.model_settings import models_of
+from bdh_batch.processes.recent_socket import answer, ask
 from bdh_batch.processes.service import Service, run_until_signal
 from bdh_batch.processes.supervised_models import SupervisedModels
 from bdh_batch.settings import Settings
+from bdh_batch.store.recent import Completion
 
 
 async def run_front_end(
@@ -45,9 +47,16 @@ async def run_front_end(
         """Returns the metrics of the engines and of the other front ends."""
         return await read_all({other: path for other, path in folder.reporting().items() if other != name})
 
+    async def asked(owner: str, id: str) -> Completion | None:
+        """Returns what another front end remembers."""
+        return await ask([path for path in folder.path.glob("*.recent") if path != folder.recent(name)], owner, id)
+
     service.metrics.join(name, others)
+    service.recent.join(asked)
     reporting = await report(service.metrics.exposition, folder.metrics(name))
+    answering = await answer(service.recent, folder.recent(name))
     try:
         await run_until_signal(service)
     finally:
         reporting.close()
+        answering.close()

@@ -52,7 +52,7 @@ class LocalEngine:
 
     async def load(self) -> EngineInfo:
         self.engine = engine = await in_daemon_thread(partial(self._make, self._settings, self._path), LOADER)
-        self._info = engine_info(engine, self._settings)
+        self._info = await in_daemon_thread(partial(engine_info, engine, self._settings), LOADER)
         return self._info
 
     def open(self, components: Components) -> LocalBackend:
@@ -92,8 +92,8 @@ def fingerprint(engine: LoadedEngine, settings: Settings) -> str:
     """Returns a hash of all that decides which tokens an engine generates: weights, dtypes, kernels, window."""
     digest = hashlib.blake2b(digest_size=16)
     chosen = settings.engine
-    own = (chosen.kernels, chosen.state_dtype, engine.model.weights.embed.device.type, engine.fingerprint)
-    for part in (__version__, settings.model.attention_window, *own):
+    device, own = engine.model.weights.embed.device.type, (chosen.kernels, chosen.state_dtype)
+    for part in (__version__, settings.model.attention_window, *own, device, engine.fingerprint):
         digest.update(f"{part}\0".encode())
     return digest.hexdigest()
 

@@ -24,6 +24,7 @@ from bdh_batch.observability.metrics import Metrics
 from bdh_batch.processes.hosted_models import HostedModels
 from bdh_batch.processes.upstreams import with_upstreams
 from bdh_batch.settings import Auth, Settings
+from bdh_batch.store.recent import Recent
 
 if TYPE_CHECKING:
     from bdh_batch.kserve.server import KServeServer
@@ -103,6 +104,7 @@ class Service:
         self._listeners = listeners
         self._gate = Gate()
         self.metrics = Metrics(name)
+        self.recent = Recent(settings.store.recent_requests)
         self._spans = open_spans(settings, name)
         self._models = with_upstreams(settings, models(self.metrics, self._spans), self.metrics)
         self._stop = asyncio.Event()
@@ -123,16 +125,18 @@ class Service:
         """
         keys = key_ring(self._settings.auth)
         listeners = [*self._listeners] or listen(self._settings.server)
-        serving = Serving.of(self._settings, self._gate, self.metrics, keys, self._spans)
+        serving = Serving.of(self._settings, self._gate, self.metrics, keys, self._spans, self.recent)
         server = Server(create_app(serving, local_only(listeners)), self._settings, self.metrics)
         self._grpc = open_grpc(serving)
         server.start(listeners)
-        watching = None if keys is None else asyncio.create_task(keys.watch())
+        watching = [asyncio.create_task(serving.records.watch())]
+        if keys is not None:
+            watching.append(asyncio.create_task(keys.watch()))
         try:
             await self._serve(url_of(listeners, self._settings.server))
         finally:
-            if watching is not None:
-                watching.cancel()
+            for task in watching:
+                task.cancel()
             await asyncio.gather(server.close(), *([] if self._grpc is None else [self._grpc.close()]))
             await serving.close()
             if self._spans is not None:

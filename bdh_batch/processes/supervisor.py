@@ -23,6 +23,7 @@ from bdh_batch.processes.loaded_models import CannotLoad, LoadedModel, LoadedMod
 from bdh_batch.processes.model_settings import ModelSettings, models_of
 from bdh_batch.processes.placement import FreeCores, engine_roles
 from bdh_batch.settings import Settings
+from bdh_batch.store.opening import temporary_folder
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +63,7 @@ class Supervisor:
         self._listeners = listen(server)
         self._folder = RuntimeFolder.make()
         lock = self._folder.lock()
+        self._stored = temporary_folder(self._settings.store) if self._settings.store.path is None else None
         self._children = Children(
             self._command, self._options, self._listeners, server.drain_seconds, self._child_changed
         )
@@ -101,6 +103,8 @@ class Supervisor:
                 pid_file.remove()
             self._folder.remove()
             os.close(lock)
+            if self._stored is not None:
+                self._stored.remove()
         if self._failed is not None:
             raise self._failed
 
@@ -175,6 +179,8 @@ class Supervisor:
     def _options(self, child: Child) -> Mapping[str, str]:
         """What a child is told beside the supervisor's own command line."""
         options = {}
+        if child.role.kind == "front" and self._stored is not None:
+            options["store.path"] = str(self._stored.path)  # they share it, and it outlives each of them
         if child.role.device:
             options["model.device"] = child.role.device.partition(":")[0]
         if child.role.kind == "engine" and (trace := self._settings.scheduler.trace_file) is not None:

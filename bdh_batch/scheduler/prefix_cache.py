@@ -34,13 +34,13 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._index)
 
-    @property
-    def on_device(self) -> int:
-        """How many of the states lie there."""
-        return len(self._ranked[True])
-
     def __iter__(self) -> Iterator[Entry]:
         return iter(self._index)
+
+    @property
+    def on_device(self) -> int:
+        """How many entries have their states there."""
+        return len(self._ranked[True])
 
     def find(self, namespace: str, prompt: bytes, most: int) -> Entry | None:
         """Returns the entry with the longest prefix of `prompt`, of at most `most` tokens."""

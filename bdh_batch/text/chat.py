@@ -21,9 +21,13 @@ from bdh_batch.text.template import Rendered, decoded
 
 log = logging.getLogger(__name__)
 
+# A response begins with white space, which no prompt ends with: in a later turn it gets no other, so that the prompt
+# begins with the very text that was generated.
 DEFAULT_TEMPLATE = """\
 {%- if tools %}system: You may call these functions: {{ tools | tojson }}
-{% endif %}{% for message in messages %}{{ message.role }}: {{ message.content }}{% for call in message.tool_calls %}\
+{% endif %}{% for message in messages %}{{ message.role }}:\
+{% if message.role != 'assistant' or message.content is not string or not message.content[:1].isspace() %} {% endif %}\
+{{ message.content }}{% for call in message.tool_calls %}\
 <tool_call>{"name": {{ call.function.name | tojson }}, "arguments": {% if call.function.arguments is string %}\
 {{ call.function.arguments }}{% else %}{{ call.function.arguments | tojson }}{% endif %}}</tool_call>\
 {% endfor %}

@@ -61,6 +61,10 @@ def chat(**body: Any) -> bytes:
     )
 
 
+def turn(**body: Any) -> bytes:
+    return post("/v1/responses", orjson.dumps({"input": "a", "max_output_tokens": 8} | body))
+
+
 def grammar(text: str) -> bytes:
     return completion(structured_outputs={"grammar": text})
 
@@ -107,6 +111,15 @@ def intersection() -> str:
 
 
 OVERLAPPING = ["a" * (1023 - i) + "b" for i in range(16)]
+NO_INPUT = '{"input":@}'
+ITEMS = (
+    '{"role":"user","content":"a"}',
+    '{"type":"function_call","call_id":"1","name":"f","arguments":"{}"}',
+    '{"type":"function_call_output","call_id":"1","output":"a"}',
+    '{"type":"item_reference","id":"msg_1_0"}',
+    '{"type":"reasoning","id":"a","summary":[]}',
+    "{}",
+)
 NOTHING_SAID = '{"messages":@}'
 FORCED = {"regex": "a{60000}"}
 ATTACKS: dict[str, Attack] = {
@@ -200,6 +213,39 @@ ATTACKS: dict[str, Attack] = {
     "bodies: scores of a long prompt": Attack(
         lambda: iter([completion(prompt="a" * 131_000, echo=True, logprobs=20, max_tokens=0)]), patience=120.0
     ),
+    "responses: items": Attack(
+        lambda: iter([with_array("/v1/responses", NO_INPUT, item) for item in ITEMS for _ in range(2)])
+    ),
+    "responses: parts": Attack(
+        lambda: iter(
+            [
+                with_array(
+                    "/v1/responses",
+                    '{"input":[{"role":"user","content":@}]}',
+                    '{"type":"input_text","text":"a"}',
+                )
+            ]
+            * 2
+        )
+    ),
+    "responses: one long text": Attack(lambda: iter([turn(input="a" * (BODY - 1024), max_output_tokens=1)] * 2), 5.0),
+    "responses: others' ids": Attack(
+        lambda: iter([turn(previous_response_id=f"resp_{number:032x}") for number in range(2000)]), together=32
+    ),
+    "responses: others' items": Attack(
+        lambda: iter(
+            [
+                turn(input=[{"type": "item_reference", "id": f"msg_{number:032x}_0"} for number in range(4000)])
+                for _ in range(8)
+            ]
+        )
+    ),
+    "responses: long ones to store": Attack(
+        lambda: iter([turn(instructions="a" * 110_000, max_output_tokens=1)] * 16), patience=8.0
+    ),
+    "responses: a crowd in the background": Attack(
+        lambda: iter([turn(background=True, max_output_tokens=2000)] * 200), together=50
+    ),
     "bodies: nonsense": Attack(lambda: iter([nonsense(seed) for seed in range(20)])),
     # Costs per token that a request sets.
     "tokens: overlapping stop strings": Attack(
@@ -265,7 +311,20 @@ ATTACKS: dict[str, Attack] = {
 def nonsense(seed: int) -> bytes:
     """A valid body of random JSON where fields of the API are, some of it deep, some of it wide."""
     chance = random.Random(seed)
-    fields = ("messages", "stop", "logit_bias", "tools", "response_format", "metadata", "prompt", "stream_options")
+    fields = (
+        "messages",
+        "input",
+        "text",
+        "previous_response_id",
+        "include",
+        "stop",
+        "logit_bias",
+        "tools",
+        "response_format",
+        "metadata",
+        "prompt",
+        "stream_options",
+    )
 
     def value(depth: int, values: Iterator[int]) -> object:
         width = chance.choice((0, 1, 3, 200))
@@ -279,7 +338,8 @@ def nonsense(seed: int) -> bytes:
             for i in range(width)
         }
 
-    path = chance.choice(("/v1/completions", "/v1/chat/completions", "/v1/embeddings", "/tokenize", "/detokenize"))
+    paths = ("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/embeddings", "/tokenize", "/detokenize")
+    path = chance.choice(paths)
     return post(path, orjson.dumps({field: value(3, count()) for field in chance.sample(fields, 4)})[:BODY])
 
 

@@ -210,10 +210,42 @@ def completion(chance: random.Random) -> Body:
     return found
 
 
+def turn(chance: random.Random) -> Body:
+    """A turn of the Responses API: items of all types, what asks for structured output, ids that are nobody's."""
+    items: list[Body] = []
+    for message in conversation(chance)["messages"]:
+        if message["role"] == "tool":
+            output = {"type": "function_call_output", "call_id": message["tool_call_id"], "output": message["content"]}
+            items.append(output)
+            continue
+        content = message["content"]
+        if isinstance(content, list):
+            kind = "output_text" if message["role"] == "assistant" else "input_text"
+            content = [{"type": kind, "text": part["text"]} for part in content]
+        items.append({"role": message["role"], "content": content})
+        calls = message.get("tool_calls", ())
+        items += ({"type": "function_call", "call_id": call["id"], **call["function"]} for call in calls)
+    found: Body = {"input": chance.choice((items, "a")), "max_output_tokens": 8}
+    choices: Body = {
+        "background": True,
+        "stream": True,
+        "store": chance.choice((True, False)),
+        "instructions": chance.choice(TEXTS),
+        "previous_response_id": chance.choice(("resp_0", "", "é", f"resp_{chance.randrange(2**64):032x}")),
+        "text": {"format": {"type": "json_schema", "name": "x", "schema": schema(chance)}},
+        "tools": [{"type": "function", "name": f"f{i}", "parameters": schema(chance)} for i in range(2)],
+        "top_logprobs": chance.choice((0, 20, 21)),
+        "metadata": value(chance, 2),
+    }
+    for name in chance.sample(sorted(choices), 3):
+        found[name] = value(chance, 2) if often(chance, 0.1) else choices[name]
+    return found
+
+
 def request(seed: int) -> tuple[str, Body]:
     """A path and a body."""
     chance = random.Random(seed)
-    kind = chance.randrange(7)
+    kind = chance.randrange(8)
     short: Body = {"prompt": "a", "max_tokens": 8}
     # What is computed is no part of this: most of a conversation's tokens are left out once they are known.
     few: Body = {"max_tokens": 8, "truncate_prompt_tokens": 64}
@@ -229,4 +261,6 @@ def request(seed: int) -> tuple[str, Body]:
         return "/v1/chat/completions", conversation(chance) | few | {"tools": tools}
     if kind == 5:
         return "/v1/chat/completions", conversation(chance) | few
+    if kind == 6:
+        return "/v1/responses", turn(chance)
     return "/v1/completions", few | completion(chance)

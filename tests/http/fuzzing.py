@@ -28,6 +28,8 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
+from tests.http.response_events import in_order
+
 Operation = APIOperation[Any, Any, Any, Any]
 AnyCase = Case[Any]
 
@@ -43,6 +45,7 @@ WITHOUT_BODY = 5  # cases of an operation that has but its headers to vary, of e
 MOST_TOKENS = 4
 MOST_EVENTS = 1_000_000  # streams are read to their ends
 EVENT = "data: "
+RESPONSES = "/v1/responses"
 NAMED = "event: "  # before it, where the events of an API have names
 TIMEOUT = "x-request-timeout"
 
@@ -67,6 +70,7 @@ class Fuzzer:
         self._schema = schemathesis.openapi.from_url(f"{url}/openapi.json", config=config)
         self._events = event_validators(self._schema.raw_schema)
         self.found = Found()
+        self._stored: list[str] = []  # the ids of responses, and of items of theirs
 
     def run(self, cases: int) -> Found:
         """At least so many over all operations; those with bodies have the most."""
@@ -93,9 +97,33 @@ class Fuzzer:
         def ask(case: AnyCase) -> None:
             self.found.cases[f"{operation.label} {mode.value}"] += 1
             case.body = _whole_numbers(case.body)
-            self._ask(_patient(_brief(case)))
+            self._ask(self._going_on(_patient(_brief(case))))
 
         ask()
+
+    def _going_on(self, case: AnyCase) -> AnyCase:
+        """Where it names a response or an item: every other time one that is there, or was."""
+        if not self._stored or not case.operation.path.startswith(RESPONSES) or sum(self.found.cases.values()) % 2:
+            return case
+        response, item = self._stored
+        if "id" in (case.path_parameters or {}):
+            case.path_parameters["id"] = response
+        if isinstance(body := case.body, dict):
+            if isinstance(body.get("previous_response_id"), str):
+                body["previous_response_id"] = response
+            items = body.get("input")
+            for each in items if isinstance(items, list) else ():
+                if isinstance(each, dict) and each.get("type") == "item_reference" and isinstance(each.get("id"), str):
+                    each["id"] = item
+        return case
+
+    def _remember(self, text: str) -> None:
+        """Notes the response in the body of one, or in the last event of a stream."""
+        *_, last = (line.removeprefix(EVENT) for line in text.split("\n") if line.startswith((EVENT, "{")))
+        response = json.loads(last)
+        response = response.get("response", response)
+        if response.get("store") and response["output"]:
+            self._stored = [response["id"], response["output"][0]["id"]]
 
     def _ask(self, case: AnyCase) -> None:
         began = time.perf_counter()
@@ -111,6 +139,8 @@ class Fuzzer:
         assert not response.stream_cut_short
         text = response.content.decode()
         assert response.status_code == 200 or "Traceback (most recent call last)" not in text
+        if response.status_code == 200 and case.operation.path == RESPONSES:
+            self._remember(text)
         if response.headers.get("content-type", [""])[0].startswith("text/event-stream"):
             self.found.streams += 1
             check_stream(text, self._events[case.operation.path])
@@ -123,7 +153,9 @@ def check_stream(text: str, chunk: jsonschema.Draft202012Validator) -> None:
     events = [event.partition("\n")[2] if event.startswith(NAMED) else event for event in events]
     assert all(event.startswith(EVENT) for event in events)
     reported = [event.removeprefix(EVENT) for event in events]
-    if reported[-1] == "[DONE]":
+    if "sequence_number" in json.loads(reported[0]):
+        in_order([json.loads(event) for event in reported])
+    elif reported[-1] == "[DONE]":
         reported.pop()
         assert not any("error" in json.loads(event) for event in reported)
     elif (last := json.loads(reported[-1])).get("done") or last.get("type") == "message_stop":
@@ -173,6 +205,10 @@ def _brief(case: AnyCase) -> AnyCase:
         value = body.get("max_tokens")
         if isinstance(value, int) and not isinstance(value, bool) and value > MOST_TOKENS:
             body["max_tokens"] = MOST_TOKENS
+    if case.operation.path == "/v1/responses" and isinstance(body, dict):
+        value = body.get("max_output_tokens")
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > MOST_TOKENS):
+            body["max_output_tokens"] = MOST_TOKENS
     if case.operation.path.startswith("/v2/") and isinstance(body, dict):
         given = body.get("parameters")
         if given is None or isinstance(given, dict):

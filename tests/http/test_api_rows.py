@@ -55,10 +55,6 @@ class TestEndpoints:
     @pytest.mark.parametrize(
         ("path", "ask"),
         [
-            ("/v1/responses", lambda c: c.responses.create(model="tiny", input="a")),
-            ("/v1/responses/resp_1", lambda c: c.responses.retrieve("resp_1")),
-            ("/v1/responses/resp_1", lambda c: c.responses.delete("resp_1")),
-            ("/v1/responses/resp_1/cancel", lambda c: c.responses.cancel("resp_1")),
             ("/v1/moderations", lambda c: c.moderations.create(input="a")),
             ("/v1/images/generations", lambda c: c.images.generate(prompt="a")),
             ("/v1/files", lambda c: c.files.list()),

@@ -469,9 +469,10 @@ class TestUnknown:
     @pytest.mark.parametrize(
         ("path", "near"),
         [
-            *((path, CHAT) for path in ("/v1/responses", "/api/chat", "/v1/chat/completion")),
+            *((path, CHAT) for path in ("/v1/chats", "/api/chat", "/v1/chat/completion")),
             ("/v3/completions", COMPLETIONS),
             ("/v1/embedding", "/v1/embeddings"),
+            ("/v1/response", "/v1/responses"),
             ("/" + "v1/" * 5000, CHAT),
         ],
     )

@@ -10,7 +10,7 @@ from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.anthropic.content import input_object
 from bdh_batch.http.anthropic.frames import PING, MessageFrames
 from bdh_batch.http.anthropic.responses import AnthropicError
-from bdh_batch.http.anthropic.translation import Names
+from bdh_batch.http.anthropic.translation import NAMES, MessageNames
 from bdh_batch.http.responses.frames import COMMENT, ResponseOptions
 from bdh_batch.messages import Delta, FinishReason, Usage
 from bdh_batch.text.tokenizer import ByteTokenizer
@@ -22,7 +22,7 @@ OPTIONS = ResponseOptions(
 
 
 def frames(tools: list[str] | None = None) -> MessageFrames:
-    return MessageFrames(OPTIONS, ByteTokenizer(), Names(["system", "messages[0].content"]), tools)
+    return MessageFrames(OPTIONS, ByteTokenizer(), MessageNames(["system", "messages[0].content"], NAMES), tools)
 
 
 def test_calls_that_an_upstream_sent_are_uses_of_tools() -> None:

@@ -30,7 +30,8 @@ def prepared(caller: Caller, timeout: str | None = None, **fields: Any) -> Gener
     request = Request({"type": "http", "headers": headers, "state": state})
     backend = LocalBackend(SimpleNamespace(), ByteTokenizer(), 256, None, 60.0)
     model: Any = SimpleNamespace(backend=backend, defaults=Defaults(), max_model_len=None)
-    preparation = Preparation(Client.of(request), model, 100, OffLoop().of(caller.label))
+    records: Any = None  # which nothing here is in
+    preparation = Preparation(Client.of(request), model, 100, OffLoop().of(caller.label), records, 2**19)
     return asyncio.run(preparation.generation(CompletionBody(prompt=["ab", "c"], **fields)))
 
 

@@ -128,6 +128,37 @@ async def until_begun(begun: asyncio.Event, streams: Sequence[asyncio.Task[Any]]
     waiting.cancel()
 
 
+def all_of(metrics: Mapping[str, float], name: str) -> list[float]:
+    """The values of a metric, one of each process that has it."""
+    return [value for each, value in metrics.items() if each.startswith(name)]
+
+
+def test_any_front_end_has_all_responses(several: Server) -> None:
+    """Each request comes on a connection of its own, so to either of them."""
+
+    def ask(method: str, path: str = "", **body: Any) -> dict[str, Any]:
+        response = httpx.request(method, f"{several.url}/v1/responses{path}", json=body or None, timeout=HANG_SECONDS)
+        assert response.status_code == 200, response.text
+        found: dict[str, Any] = response.json()
+        return found
+
+    first = ask("POST", input="Who is there?", max_output_tokens=8)
+    path = f"/{first['id']}"
+    several.until(lambda metrics: max(all_of(metrics, "bdh_store_states")) >= 1)
+    for _ in range(8):
+        assert ask("GET", path) == first
+        ask("POST", input="Speak!", previous_response_id=first["id"], max_output_tokens=2)
+    for end in ("cancelled", "deleted"):
+        endless = ask("POST", input="a", background=True, max_output_tokens=100_000, ignore_eos=True)
+        path = f"/{endless['id']}"
+        assert {ask("GET", path)["status"] for _ in range(8)} <= {"queued", "in_progress"}
+        if end == "cancelled":
+            assert [ask("POST", f"{path}/cancel")["status"] for _ in range(8)] == ["cancelled"] * 8
+        else:
+            assert ask("DELETE", path)["deleted"]
+        several.until(lambda metrics: not any(all_of(metrics, "bdh_num_requests_running")))
+
+
 class TestResponses:
     def test_are_those_of_a_server_of_one_process(self, several: Server, tiny: Server) -> None:
         async def all_of(client: httpx.AsyncClient) -> list[dict[str, Any]]:

@@ -126,7 +126,8 @@ async def test_what_a_template_refuses_or_may_not_do_is_the_requests_error(sourc
 async def test_a_response_can_go_on_with_the_last_message(content: str) -> None:
     messages = [*MESSAGES, {"role": "assistant", "content": content}]
     how = {"add_generation_prompt": False, "continue_final": True}
-    assert await text(None, messages, **how) == f"system: Be brief.\nuser: Hi\nthere\nassistant: {content}"
+    said = content if content[:1].isspace() else f" {content}"
+    assert await text(None, messages, **how) == f"system: Be brief.\nuser: Hi\nthere\nassistant:{said}"
     whole = await text(CHATML, messages, **how)
     assert whole.endswith(f"<|im_start|>assistant\n{content}")
     with pytest.raises(InvalidRequest, match="last message"):

@@ -11,33 +11,7 @@ import orjson
 from pydantic_core import from_json
 
 from bdh_batch.http.responses.json_pieces import dump_text
-
-
-@dataclass(frozen=True, slots=True)
-class Says:
-    """More text."""
-
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Uses:
-    """The `index`th use of a tool begins; its input follows."""
-
-    index: int
-    id: str
-    name: str
-
-
-@dataclass(frozen=True, slots=True)
-class WritesInput:
-    """More of the input of the `index`th use of a tool, which is JSON."""
-
-    index: int
-    text: str
-
-
-Part = Says | Uses | WritesInput
+from bdh_batch.text.parts import Part, Uses, WritesInput
 
 
 @dataclass(slots=True)

@@ -6,20 +6,19 @@ content_block_stop), message_delta and message_stop. An error event ends one tha
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
 
 from bdh_batch.errors import BDHError
-from bdh_batch.http.anthropic.content import Content, Part, Says, Uses, WritesInput
-from bdh_batch.http.anthropic.translation import Names
+from bdh_batch.http.anthropic.content import Content
 from bdh_batch.http.errors import anthropic_error, describe
 from bdh_batch.http.responses.frames import Frames, ResponseOptions
 from bdh_batch.http.responses.json_pieces import between
+from bdh_batch.http.schema.other_names import Names
 from bdh_batch.messages import Delta, FinishReason, Usage
-from bdh_batch.text.calls import Argued, Called, CallReader, Piece, Said
+from bdh_batch.text.parts import Part, Parts, Says, Uses
 from bdh_batch.text.tokenizer import Tokenizer
 
 STOP_REASONS = {
@@ -46,59 +45,6 @@ def message_usage(usage: Usage) -> dict[str, Any]:
     } | ({"estimated": True} if usage.estimated else {})
 
 
-class Parts:
-    """Turns deltas into the parts of a response's content.
-
-    Args:
-        tools: the names of those whose calls are looked for in the text; None where there are none in it.
-    """
-
-    def __init__(self, tools: Sequence[str] | None) -> None:
-        self._reader = None if tools is None else CallReader(tools)
-        self._uses: dict[int, Uses] = {}
-
-    def of(self, delta: Delta) -> list[Part]:
-        parts = [self._part(piece) for piece in self._pieces(delta)]
-        for extra in delta.extras or ():
-            parts += self._of_upstream(extra.get("delta", {}))
-        return parts
-
-    @property
-    def ends_with_a_call(self) -> bool:
-        if self._reader is None:
-            return bool(self._uses)
-        return self._reader.calls > 0 and not self._reader.inside
-
-    def _pieces(self, delta: Delta) -> Sequence[Piece]:
-        if self._reader is None:
-            return [Said(delta.text)] if delta.text else ()
-        pieces = self._reader.push(delta.text)
-        return pieces if delta.finish_reason is None else pieces + self._reader.flush()
-
-    def _part(self, piece: Piece) -> Part:
-        if isinstance(piece, Said):
-            return Says(piece.text)
-        if isinstance(piece, Called):
-            return self._use(piece.index, piece.name, None)
-        assert isinstance(piece, Argued)
-        return WritesInput(piece.index, piece.text)
-
-    def _use(self, index: int, name: str, id: str | None) -> Uses:
-        self._uses[index] = use = Uses(index, id or f"toolu_{secrets.token_hex(12)}", name)
-        return use
-
-    def _of_upstream(self, members: Mapping[str, Any]) -> Iterable[Part]:
-        """The parts of what an upstream sent beside text. Its thoughts are none: nobody can ask for them here."""
-        if refusal := members.get("refusal"):
-            yield Says(refusal)
-        for call in members.get("tool_calls", ()):
-            function = call["function"]
-            if call["index"] not in self._uses:
-                yield self._use(call["index"], function.get("name", ""), call.get("id"))
-            if arguments := function.get("arguments"):
-                yield WritesInput(call["index"], arguments)
-
-
 class MessageFrames(Frames):
     """Encodes one response.
 
@@ -117,7 +63,7 @@ class MessageFrames(Frames):
         super().__init__(options, tokenizer)
         self.only_text = tools is None
         self._names = names
-        self._parts_of = Parts(tools)
+        self._parts_of = Parts(tools, "toolu")
         self._blocks: dict[int, int] = {}  # indices of the blocks of the uses of tools
         self._next = 0  # the index of the next block
         self._open: Part | None = None  # what the block that has not ended began with

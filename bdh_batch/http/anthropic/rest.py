@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from bdh_batch.backends.base import TextBackend
-from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.anthropic.bodies import CountTokensBody, MessagesBody
 from bdh_batch.http.anthropic.frames import MessageFrames
-from bdh_batch.http.anthropic.translation import Names, chat_fields
+from bdh_batch.http.anthropic.translation import chat_fields
 from bdh_batch.http.request.client import Client
+from bdh_batch.http.schema.other_names import Names
 from bdh_batch.http.schema.requests import ChatBody
 from bdh_batch.http.serving import Serving, response_options
 
@@ -32,7 +29,7 @@ class Messages:
         options = response_options(f"msg_{client.id}", body, model)
         finds_calls = body.may_call and not isinstance(model.backend, TextBackend)  # an upstream finds them itself
         frames = MessageFrames(options, model.backend.tokenizer, names, body.tool_names if finds_calls else None)
-        with _as_written(names):
+        with names.as_written():
             prepared = await serving.preparation(client, model, len(raw)).generation(body)
             return await serving.respond(client, model, body, len(raw), prepared, frames)
 
@@ -42,21 +39,12 @@ class Messages:
         raw = await request.body()
         body, names = await serving.aside(client).run(len(raw), self._read, raw, CountTokensBody)
         model = await serving.model(client, body.model)
-        with _as_written(names):
+        with names.as_written():
             prepared = await serving.preparation(client, model, len(raw)).generation(body)
         return JSONResponse({"input_tokens": prepared.prompt_tokens})
 
     def _read(self, raw: bytes, kind: type[CountTokensBody]) -> tuple[ChatBody, Names]:
         """The chat body that a request's body stands for. Raises InvalidRequest."""
         values, names = chat_fields(self._serving.parse(raw, kind))
-        with _as_written(names):
+        with names.as_written():
             return self._serving.check(values, ChatBody), names
-
-
-@contextmanager
-def _as_written(names: Names) -> Iterator[None]:
-    """Errors about fields of the chat body are about the client's."""
-    try:
-        yield
-    except InvalidRequest as error:
-        raise names.of(error) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -12,6 +11,7 @@ import orjson
 
 from bdh_batch.errors import BDHError, InvalidRequest
 from bdh_batch.http.anthropic.bodies import ContentBlock, CountTokensBody, InputMessage, MessagesBody
+from bdh_batch.http.schema.other_names import Names, Patterns
 from bdh_batch.text.schema_rewriting import STRICT
 
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -19,7 +19,7 @@ SAME = ("max_tokens", "temperature", "top_p", "top_k", "stream")
 SCHEMA = "output_config.format.schema"  # which is strict in any case
 ERROR = "Error: "  # what the result of a tool that failed begins with
 # Of the fields of a chat body: what they come from.
-NAMES = (
+NAMES: Patterns = (
     (re.compile(r"^stop\b"), "stop_sequences"),
     (re.compile(r"^(tools\[\d+\])\.function\.parameters"), r"\1.input_schema"),
     (re.compile(r"^(tools\[\d+\])\.function"), r"\1"),
@@ -29,40 +29,17 @@ NAMES = (
     (re.compile(r"^response_format\b"), "output_config.format"),
     (re.compile(r"^continue_final_message\b"), "messages"),
 )
-MESSAGE = re.compile(r"^messages\[(\d+)\]")
 Part = tuple[str, dict[str, Any]]  # a field of the client's, and the chat message that is made of it
 
 
-@dataclass(frozen=True, slots=True)
-class Names:
-    """The client's names of what a chat body has.
-
-    Args:
-        origins: the field that each message of the chat comes from.
-    """
-
-    origins: Sequence[str]
+class MessageNames(Names):
+    """The names of fields in the Messages API, where schemas are strict in any case."""
 
     def of(self, error: BDHError) -> BDHError:
-        """Returns the error about a field of the chat body as one about the client's."""
-        if not isinstance(error, InvalidRequest) or error.param is None:
-            return error
-        name = self.field(error.param)
-        text = error.message
-        if text.startswith(error.param):
-            text = name + text.removeprefix(error.param)
-        if name == SCHEMA:
-            text = text.replace(STRICT, "")
-        return type(error)(text, name, error.code)
-
-    def field(self, param: str) -> str:
-        """What the client calls a field of the chat body."""
-        if (found := MESSAGE.match(param)) and int(found[1]) < len(self.origins):
-            return self.origins[int(found[1])]
-        for pattern, name in NAMES:
-            if pattern.match(param):
-                return pattern.sub(name, param)
-        return param
+        renamed = super().of(error)
+        if isinstance(renamed, InvalidRequest) and renamed.param == SCHEMA:
+            return type(renamed)(renamed.message.replace(STRICT, ""), SCHEMA, renamed.code)
+        return renamed
 
 
 def chat_fields(body: CountTokensBody) -> tuple[dict[str, Any], Names]:
@@ -98,7 +75,7 @@ def chat_fields(body: CountTokensBody) -> tuple[dict[str, Any], Names]:
         values |= {name: getattr(body, name) for name in SAME}
         values["stop"] = body.stop_sequences
         values["user"] = None if body.metadata is None else body.metadata.user_id
-    return _said(**values), Names([origin for origin, _ in parts])
+    return _said(**values), MessageNames([origin for origin, _ in parts], NAMES)
 
 
 def _said(**values: Any) -> dict[str, Any]:

@@ -35,6 +35,11 @@ class Caller:
         return self.label if self.key is not None else ""
 
     @property
+    def owner(self) -> str:
+        """Whose what it stores is: its key's, or without one its address's. The programs of this machine are one."""
+        return "@local" if self.key is None and self.is_local else self.label
+
+    @property
     def weight(self) -> float | None:
         return None if self.key is None else self.key.weight
 

@@ -33,6 +33,7 @@ class Endpoint:
         open: whether it is; None is for callers only.
         documented: whether it is in the OpenAPI document.
         bodies: of which the request has one; none takes no body.
+        upload: the media type of a file that is the request's body.
         response: of status 200; a text is a media type, None an empty body.
         event: the chunk of a stream, where there can be one.
         last_event: what it ends with.
@@ -51,6 +52,7 @@ class Endpoint:
     method: str = "get"
     description: str = ""
     bodies: Sequence[type[BaseModel]] = ()
+    upload: str | None = None
     event: type[BaseModel] | None = None
     last_event: str = "[DONE]"
     errors: Sequence[int] = ()

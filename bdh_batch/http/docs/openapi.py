@@ -27,10 +27,11 @@ REFUSALS = {
     400: "Malformed HTTP or JSON, a wrong type, or a value out of range; `param` names the field.",
     401: "The key is missing or wrong (`invalid_api_key`).",
     403: "A key that may not do this.",
-    404: "No such model.",
+    404: "No such model, or no such response or state (any more).",
     409: "The model is still in use.",
     408: "The request came too slowly, or waited past its deadline.",
-    413: "The body is larger than `limits.max_body_bytes`, perhaps once it is decompressed.",
+    413: "The body is larger than `limits.max_body_bytes`, perhaps once it is decompressed; a file: than "
+    "`store.max_state_bytes`.",
     415: "The body is not JSON by its `content-type`, or in another coding than gzip and deflate.",
     429: "Too many requests or tokens of this key (`rate_limit_exceeded`), or too many requests wait (`queue_full`).",
     431: "The headers are larger than `limits.max_header_bytes`.",
@@ -38,6 +39,7 @@ REFUSALS = {
     502: "The upstream server of this model failed, and no other could take over.",
     503: "The model is loading, the server is draining, the engine is down, or `limits.max_buffered_bytes` are held.",
     504: "The request ran past its deadline, or the upstream server of this model was too slow.",
+    507: "What is to be stored is larger than the store, or the caller's part of it, may be.",
 }
 DONE = "[DONE]"
 ANYWHERE = (400, 408, 431, 500)
@@ -119,6 +121,22 @@ PARAMETERS: Json = {
         "schema": {"type": "string", "minLength": 1},
         "example": "bdh-shakespeare",
     },
+    "response": {
+        "name": "id",
+        "in": "path",
+        "required": True,
+        "description": "The id of a response.",
+        "schema": {"type": "string", "minLength": 1},
+        "example": "resp_0a2be8cf1f4b4c52a44dd7c9f0f5d1e4",
+    },
+    "state": {
+        "name": "id",
+        "in": "path",
+        "required": True,
+        "description": "The id of a state.",
+        "schema": {"type": "string", "minLength": 1},
+        "example": "st_0a2be8cf1f4b4c52a44dd7c9f0f5d1e4",
+    },
     "version": {
         "name": "version",
         "in": "path",
@@ -141,7 +159,8 @@ def _paths(known: Iterable[Endpoint], settings: Settings) -> Json:
 
 def _operation(operation: Endpoint, closed: bool, keys: bool) -> Json:
     """`closed`: whether it requires a key, where there are `keys`."""
-    wanted = [name for name in ("model", "version") if f"{{{PARAMETERS[name]['name']}}}" in operation.path]
+    kind = {"Responses": "response", "States": "state"}.get(operation.tag, "model")
+    wanted = [name for name in (kind, "version") if f"{{{PARAMETERS[name]['name']}}}" in operation.path]
     wanted += ["x-request-id", "x-request-timeout"] if operation.generates else ["x-request-id"]
     described: Json = {
         "operationId": operation.id,
@@ -159,6 +178,9 @@ def _operation(operation: Endpoint, closed: bool, keys: bool) -> Json:
             "examples": {name: {"value": value} for name, value in operation.requests.items()},
         }
         described["requestBody"] = {"required": True, "content": {"application/json": content}}
+    if operation.upload is not None:
+        file = {operation.upload: {"schema": {"type": "string", "format": "binary"}}}
+        described["requestBody"] = {"required": True, "content": file}
     if closed and keys:
         described["security"] = [{"bearer": []}, {"x-api-key": []}]
     return described
@@ -201,7 +223,7 @@ def _refusals(operation: Endpoint, closed: bool) -> Json:
         *ANYWHERE,
         *operation.errors,
         *((401, 429) if closed else ()),
-        *((413, 415) if operation.bodies else ()),
+        *((413, 415) if operation.bodies or operation.upload else ()),
     }
     names = {status: _refusal_name(status, operation.error) for status in sorted(statuses)}
     return {str(status): {"$ref": f"#/components/responses/{name}"} for status, name in names.items()}
@@ -282,8 +304,10 @@ def _limit(schemas: Json, limits: Limits, max_model_len: int | None) -> None:
     """What the settings, not the types, say."""
     show_limits(schemas, limits)
     if max_model_len is not None:
-        for fields in (schemas[name]["properties"] for name in ("CompletionBody", "ChatBody", "MessagesBody")):
-            for field in {"max_tokens", "max_completion_tokens"} & fields.keys():
+        for fields in (
+            schemas[name]["properties"] for name in ("CompletionBody", "ChatBody", "MessagesBody", "ResponseBody")
+        ):
+            for field in {"max_tokens", "max_completion_tokens", "max_output_tokens"} & fields.keys():
                 _bound(fields[field], "integer", maximum=max_model_len)
 
 

@@ -1,4 +1,4 @@
-"""Checks by a request's headers that its body is JSON, and decompresses it where it is compressed."""
+"""Checks by a request's headers that its body is JSON, or a file, and decompresses JSON that is compressed."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ CODINGS = ("gzip", "x-gzip", "deflate")
 CHARSETS = ("utf-8", "utf8", "us-ascii", "ascii")
 Hold = Callable[[int], Awaitable[None]]
 JSON_LENGTH = "inference-header-content-length"  # bytes of JSON that a body begins with, before those of tensors
+FILE = "application/octet-stream"  # which no page may send to another's server without asking that first
 PIECE = 256 * 1024  # bytes that are decompressed before others have their turn
 
 
@@ -35,7 +36,7 @@ def check_type(headers: Headers, origins: Collection[str]) -> None:
     kind = kind.strip().lower()
     if not kind and not _is_foreign(headers, origins):
         return
-    if kind == "application/octet-stream" and JSON_LENGTH in headers:  # which no page may send without asking first
+    if kind == FILE and JSON_LENGTH in headers:
         return
     if not (kind in ("application/json", "text/json") or kind.endswith("+json")):
         raise UnsupportedMedia(
@@ -44,6 +45,16 @@ def check_type(headers: Headers, origins: Collection[str]) -> None:
     charset = _parameter(parameters, "charset")
     if charset and charset not in CHARSETS:
         raise UnsupportedMedia(f"The charset {charset} is not supported; JSON is in UTF-8.")
+
+
+def check_file(headers: Headers, origins: Collection[str]) -> None:
+    """Lets a file pass, as it is, and a body of no type as `check_type` does. Raises UnsupportedMedia."""
+    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != FILE and (kind or _is_foreign(headers, origins)):
+        raise UnsupportedMedia(f"The body is {kind or 'of no type'}; a file is expected: send content-type: {FILE}.")
+    coding = ",".join(headers.getlist("content-encoding")).strip().lower()
+    if coding not in ("", "identity"):
+        raise UnsupportedMedia(f"The Content-Encoding {coding} is not supported for files; identity is.")
 
 
 def decoded(receive: Receive, headers: Headers, hold: Hold) -> Receive:

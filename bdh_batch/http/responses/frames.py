@@ -146,6 +146,9 @@ class Frames:
         """From here on, every chunk has `usage`."""
         self._tail = b'}],"usage":' + orjson.dumps(usage_dict(usage)) + b"}\n\n"
 
+    async def before_end(self, usage: Usage, ends: Sequence[Delta] = ()) -> None:
+        """Is awaited once all is generated, before `closing`, or before `whole` with its `ends`."""
+
     def closing(self, usage: Usage) -> bytes:
         if not self._options.include_usage:
             return DONE
@@ -181,6 +184,10 @@ class Frames:
         ids = dump_list(end.tokens) if self._options.token_ids else NULL
         inside = [] if self.prompt_beside_choices else self._of_prompt(prompt, end)
         return [begin, *logprobs, reason, *inside, b',"token_ids":', ids, b"}"]
+
+    def first(self, ends: Sequence[Delta]) -> Delta:
+        """What the choice gained that is returned first."""
+        return ends[self._best(ends)[0]]
 
     def _best(self, ends: Sequence[Delta]) -> list[int]:
         """The rows of the choices that are returned: those of the highest log-probability per token, if not all."""

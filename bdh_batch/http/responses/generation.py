@@ -23,6 +23,7 @@ from bdh_batch.messages import Delta, FinishReason, Gathering, Usage
 
 CHOICE_COST = 10  # microseconds, about, to encode one
 CHARACTERS = 16  # that are encoded, or read for calls, in a microsecond
+Drawn = Callable[[Sequence[int]], None]
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -38,10 +39,17 @@ class EventStream(Response):
 
     Args:
         aside: where frames are encoded that take long, as those of an echoed prompt.
+        drawn: is called with the tokens of the first choice, once all have ended well.
     """
 
     def __init__(
-        self, generation: Generation, frames: Frames, aside: Aside, chunk_tokens: int = 1, keepalive: float = 0
+        self,
+        generation: Generation,
+        frames: Frames,
+        aside: Aside,
+        chunk_tokens: int = 1,
+        keepalive: float = 0,
+        drawn: Drawn | None = None,
     ) -> None:
         super().__init__()
         self._aside = aside
@@ -49,12 +57,14 @@ class EventStream(Response):
         self._frames = frames
         self._together = Chunks(chunk_tokens)
         self._keepalive = keepalive
+        self._drawn = drawn
         self._started = False
         self._completion_tokens = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with abort_when_left(self._generation, lambda: left(receive)), self._kept_alive(send):
             opening, failed = True, None
+            first: list[int] = []
             async for deltas in self._generation:
                 failed = failure_of(deltas)
                 if failed is not None:
@@ -65,6 +75,13 @@ class EventStream(Response):
                 opening = False
                 if failed is not None:
                     break
+                for index, delta in deltas:
+                    if index == 0:
+                        first += delta.tokens
+            if failed is None:
+                if self._drawn is not None:
+                    self._drawn(first)
+                await self._frames.before_end(self._usage())
             last = self._frames.closing(self._usage()) if failed is None else self._frames.failed(failed)
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
@@ -132,20 +149,26 @@ class EventStream(Response):
         return self._generation.usage(self._completion_tokens)
 
 
-async def whole(generation: Generation, frames: Frames, client: Client, aside: Aside) -> Response:
+async def whole(
+    generation: Generation, frames: Frames, client: Client, aside: Aside, drawn: Drawn | None = None
+) -> Response:
     """The response as one JSON object.
 
     Args:
         aside: where one is encoded that takes long.
+        drawn: is called with the tokens of the first choice.
 
     Raises:
         BDHError: the one that a sequence ended with.
         ClientDisconnect
     """
     ends = await collect(generation, client)
+    if drawn is not None:
+        drawn(frames.first(ends).tokens)
     prompts = generation.prompts
     cost = frames.cost(prompts, ends) + sum([CHOICE_COST + len(end.text) // CHARACTERS for end in ends])
     usage = generation.usage(sum(len(end.tokens) for end in ends))
+    await frames.before_end(usage, ends)
     return JsonInPieces(await aside.run(cost, frames.whole, prompts, usage, ends))
 
 

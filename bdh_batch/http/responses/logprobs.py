@@ -85,6 +85,12 @@ def objects(name: Name, entries: Logprobs) -> list[bytes]:
     return [b'{"content":', *one_list(map(orjson.dumps, pieces)), b',"refusal":null}']
 
 
+def listed(name: Name, entries: Logprobs) -> bytes:
+    """Encodes logprobs of responses: the items of a JSON list, without its brackets."""
+    pieces = ([_with_top(name, entry) for _, entry in piece] for piece in in_pieces(entries, PIECE))
+    return b",".join(orjson.dumps(piece)[1:-1] for piece in pieces)
+
+
 def _with_top(name: Name, entry: TokenLogprob) -> dict[str, Any]:
     fields = _object(name, entry.token, entry.logprob)
     fields["top_logprobs"] = [_object(name, token, logprob) for token, logprob in entry.top]

@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from bdh_batch.errors import BDHError, InvalidRequest
+
+Patterns = Sequence[tuple[re.Pattern[str], str]]
+MESSAGE = re.compile(r"^messages\[(\d+)\]")
+
 _NAMES = {
     "bad_words_ids": "bad_words, with texts",
     "beam_width": "best_of",
@@ -61,3 +71,43 @@ _HINTS = {
 def hint(name: str) -> str:
     """What to use instead of a parameter of that name; empty where nothing is known of it."""
     return _HINTS.get(name, "")
+
+
+@dataclass(frozen=True)
+class Names:
+    """The client's names of what a chat body has.
+
+    Args:
+        origins: the field that each message of the chat comes from.
+        patterns: of other fields, with what they come from.
+    """
+
+    origins: Sequence[str]
+    patterns: Patterns = ()
+
+    def of(self, error: BDHError) -> BDHError:
+        """Returns the error about a field of the chat body as one about the client's."""
+        if not isinstance(error, InvalidRequest) or error.param is None:
+            return error
+        name = self.field(error.param)
+        text = error.message
+        if text.startswith(error.param):
+            text = name + text.removeprefix(error.param)
+        return type(error)(text, name, error.code)
+
+    def field(self, param: str) -> str:
+        """What the client calls a field of the chat body."""
+        if (found := MESSAGE.match(param)) and int(found[1]) < len(self.origins):
+            return self.origins[int(found[1])]
+        for pattern, name in self.patterns:
+            if pattern.match(param):
+                return pattern.sub(name, param)
+        return param
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """Errors about fields of the chat body are about the client's."""
+        try:
+            yield
+        except InvalidRequest as error:
+            raise self.of(error) from error

@@ -38,15 +38,14 @@ from bdh_batch.text.sources import Source
 # Known to OpenAI's API or to other servers', and not built: the values besides null that ask for nothing.
 GENERATION: Neutral = {
     **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options", "prompt_cache_options"), ()),
+    **dict.fromkeys(("chat_template", "guided_whitespace_pattern"), ()),
     "cache_prompt": (True,),
-    "chat_template": (),
     "detokenize": (True,),
     "documents": ([],),
     "early_stopping": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "guided_decoding_backend": ("auto", "guidance", "lm-format-enforcer", "outlines", "xgrammar"),
-    "guided_whitespace_pattern": (),
     "include_reasoning": (True, False),
     "kv_transfer_params": ({},),
     "length_penalty": (1,),
@@ -70,12 +69,10 @@ GENERATION: Neutral = {
     "vllm_xargs": ({},),
 }
 # Of these an upstream is given none: what they ask for would not be passed back.
-UNRELAYED = frozenset(
-    (
-        *("audio", "detokenize", "function_call", "functions", "kv_transfer_params", "logits_processors", "modalities"),
-        *("moderation", "web_search_options"),
-    )
-)
+UNRELAYED = {
+    *("audio", "detokenize", "function_call", "functions", "kv_transfer_params", "logits_processors", "modalities"),
+    *("moderation", "web_search_options"),
+}
 TOOLS: Neutral = {"tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
 COMPLETION: Neutral = {**GENERATION, **TOOLS, "top_logprobs": (0,)}
 CHAT: Neutral = {**GENERATION, "best_of": (1,)}
@@ -141,14 +138,9 @@ class StreamOptions(Wire):
     chunk_tokens: int | None = Field(None, ge=1, le=MAX_CHUNK)
 
 
-class GenerationBody(Formatted):
-    """The fields that completions and chat share."""
+class SamplingFields(Wire):
+    """The fields that say how tokens are chosen, and when a completion ends: the same in all APIs that have them."""
 
-    unsupported = GENERATION
-    relayed = frozenset(GENERATION) - UNRELAYED
-
-    model: Label | None = None
-    max_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1)
@@ -158,7 +150,6 @@ class GenerationBody(Formatted):
     repetition_penalty: float | None = Field(None, gt=0, allow_inf_nan=False)
     logit_bias: Bias | None = None
     seed: Seed | None = None
-    n: ChoiceCount | None = None
     priority: int | None = Field(None, ge=-MAX_PRIORITY, le=MAX_PRIORITY)
     stop: Stops | None = None
     stop_token_ids: Annotated[TokenIds, AtMost("max_stop_token_ids")] | None = None
@@ -168,10 +159,22 @@ class GenerationBody(Formatted):
     bad_words: Annotated[list[BadWord], AtMost("max_bad_words")] | None = None
     allowed_token_ids: AllowedTokens | None = None
     skip_special_tokens: bool | None = None
+    cache_salt: Salt | None = None
+
+
+class GenerationBody(Formatted, SamplingFields):
+    """The fields that completions and chat share."""
+
+    unsupported = GENERATION
+    relayed = frozenset(GENERATION) - UNRELAYED
+
+    model: Label | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    n: ChoiceCount | None = None
     truncate_prompt_tokens: Truncation | None = None
+    state: Label | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     return_tokens_as_token_ids: bool | None = None
-    cache_salt: Salt | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_token_ids: bool | None = None
@@ -248,6 +251,10 @@ class GenerationBody(Formatted):
             raise InvalidRequest("stream_options can only be used with stream: true.", "stream_options")
         if self.prompt_logprobs is not None and self.stream:
             raise InvalidRequest("prompt_logprobs cannot be used with stream.", "prompt_logprobs")
+        if self.state is not None:
+            for name, given in (("prompt_logprobs", self.prompt_logprobs is not None), ("echo", self.echoes)):
+                if given:
+                    raise InvalidRequest(f"{name} cannot be used with state: its tokens are not computed again.", name)
         if self.min_tokens is not None and self.min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens should be at most max_tokens, which is {max_tokens}.", "min_tokens")
 

@@ -27,6 +27,7 @@ UNSAFE = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")  # in a header: it could begin
 STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
 PREFIX = b"HTTP/1.1 "  # what every response begins with, whatever becomes of its request
 HOLD = "bdh_batch.hold"  # in a scope: `Exchange.hold`
+RELEASE = "bdh_batch.release"  # in a scope: `Exchange.release`
 # After a client has ended its sending: when to find out whether it has gone. Each takes a byte (`Exchange._probe`).
 PROBE_SECONDS = (0.0, 0.05, 0.2, 1.0, 5.0, 20.0, 60.0, 180.0, 600.0)
 DISCONNECT = {"type": "http.disconnect"}
@@ -92,7 +93,7 @@ class Exchange:
     def __init__(self, connection: ClientConnection, scope: Scope, size: int, keep_alive: bool) -> None:
         self._connection = connection
         self._scope = scope
-        scope[HOLD] = self.hold
+        scope[HOLD], scope[RELEASE] = self.hold, self.release
         self._expects_continue = scope["http_version"] == "1.1" and (b"expect", b"100-continue") in (
             (name, value.lower()) for name, value in scope["headers"]
         )
@@ -184,6 +185,12 @@ class Exchange:
         self._connection.account()
         self._connection.budget.check()
         await self._connection.turn()
+
+    def release(self, size: int) -> None:
+        """Stops counting bytes of the body that the application no longer has."""
+        if not self.complete and self._error is None:
+            self.size -= size
+            self._connection.account()
 
     async def receive(self) -> Message:
         if self._awaits_continue and not self.started and not self.gone:

@@ -1,12 +1,13 @@
 import assert from "node:assert/strict";
 import { test } from "node:test";
-import { Agent, OpenAIChatCompletionsModel, run, setTracingDisabled, tool } from "@openai/agents";
+import { Agent, OpenAIChatCompletionsModel, OpenAIResponsesModel, run, setTracingDisabled, tool } from "@openai/agents";
 import OpenAI from "openai";
 import { Scene, count, fits, key, model, url } from "./endpoint.mjs";
 
 setTracingDisabled(true);
-const chat = new OpenAIChatCompletionsModel(new OpenAI({ baseURL: url, apiKey: key }), model);
-const asked = { name: "Romeo", instructions: "You are Romeo.", model: chat, modelSettings: { maxTokens: 100 } };
+const client = new OpenAI({ baseURL: url, apiKey: key });
+// The model ends no text of its own accord, and to the framework a response that ends by `maxTokens` is an error.
+const providerData = { stop: ["e"], include_stop_str_in_output: true };
 const played = [];
 const play = tool({
   name: "play",
@@ -18,24 +19,40 @@ const play = tool({
   },
 });
 
-test("text", async () => {
-  const result = await run(new Agent(asked), "Speak.");
-  assert.ok(result.finalOutput);
-});
+for (const [name, Model] of Object.entries({ OpenAIResponsesModel, OpenAIChatCompletionsModel })) {
+  const asked = {
+    name: "Romeo",
+    instructions: "You are Romeo.",
+    model: new Model(client, model),
+    modelSettings: { maxTokens: 200, providerData },
+  };
 
-test("a stream", async () => {
-  const result = await run(new Agent(asked), "Speak.", { stream: true });
-  assert.ok((await count(result)) > 10);
-});
+  test(`${name}: text`, async () => {
+    const result = await run(new Agent(asked), "Speak.");
+    assert.ok(result.finalOutput);
+  });
 
-test("a tool, and the way back", async () => {
-  const modelSettings = { maxTokens: 100, toolChoice: "required", parallelToolCalls: false };
-  await run(new Agent({ ...asked, tools: [play], modelSettings }), "Speak.");
-  assert.ok(played.length >= 1);
-  played.forEach(fits);
-});
+  test(`${name}: a stream`, async () => {
+    const result = await run(new Agent(asked), "Speak.", { stream: true });
+    assert.ok((await count(result)) > 10);
+  });
 
-test("an object", async () => {
-  const result = await run(new Agent({ ...asked, outputType: Scene }), "Speak.");
-  fits(result.finalOutput);
+  test(`${name}: a tool, and the way back`, async () => {
+    const modelSettings = { maxTokens: 200, providerData, toolChoice: "required", parallelToolCalls: false };
+    await run(new Agent({ ...asked, tools: [play], modelSettings }), "Speak.");
+    assert.ok(played.length >= 1);
+    played.forEach(fits);
+  });
+
+  test(`${name}: an object`, async () => {
+    const result = await run(new Agent({ ...asked, outputType: Scene, modelSettings: { maxTokens: 200 } }), "Speak.");
+    fits(result.finalOutput);
+  });
+}
+
+test("turns by the id of the response before", async () => {
+  const agent = new Agent({ name: "Romeo", model: new OpenAIResponsesModel(client, model), modelSettings: { maxTokens: 200, providerData } });
+  const first = await run(agent, "Speak.");
+  const second = await run(agent, "Go on.", { previousResponseId: first.lastResponseId });
+  assert.ok(second.finalOutput);
 });

@@ -1,0 +1,254 @@
+"""The handlers of the Responses API (`http/endpoints.py`): each request is served as one to /v1/chat/completions."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from bdh_batch.backends.base import TextBackend
+from bdh_batch.errors import InvalidRequest, StoreFailed
+from bdh_batch.http.gate import ServedModel
+from bdh_batch.http.request.client import Client
+from bdh_batch.http.request.off_loop import Aside
+from bdh_batch.http.responses.generation import EventStream, whole
+from bdh_batch.http.responses_api.background import Background, EventLog, Run, stream_of
+from bdh_batch.http.responses_api.bodies import InputTokensBody, ResponseBody, ToolSelection
+from bdh_batch.http.responses_api.frames import ResponseFrames
+from bdh_batch.http.responses_api.stored.records import UNFINISHED, Conversations, Item, Stored, weight
+from bdh_batch.http.responses_api.stored.rest import StoredResponses, json_response
+from bdh_batch.http.responses_api.stored.saving import Saving
+from bdh_batch.http.responses_api.stored.transcript import Transcript
+from bdh_batch.http.responses_api.translation import TurnBody, chat_fields, input_items, messages_of
+from bdh_batch.http.schema.other_names import Names
+from bdh_batch.http.serving import Serving, response_options
+from bdh_batch.messages import GenerationRequest
+from bdh_batch.store.records import NewState
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What a body asks for.
+
+    Args:
+        before: what it goes on from.
+        items: those of its input.
+        body: the chat body that it stands for, and `names` of its fields.
+        size: bytes, those of what is stored of the conversation included.
+    """
+
+    before: Stored | None
+    items: Sequence[Item]
+    body: TurnBody
+    names: Names
+    size: int
+
+
+class Responses:
+    """Handles the requests of the Responses API that make a response; `stored` handles the others."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+        self._limits = serving.settings.limits
+        self._store = serving.records
+        self._conversations = Conversations(serving.records, self._limits.max_body_bytes)
+        self._background = Background(self._limits.max_background, serving.records)
+        self.stored = StoredResponses(serving, self._conversations, self._background)
+        serving.on_close(self._background.close)
+        serving.on_close(self._conversations.close)
+
+    async def create(self, request: Request) -> Response:
+        serving, client, raw = self._serving, Client.of(request), await request.body()
+        aside, owner = serving.aside(client), client.caller.owner
+        body = await aside.run(len(raw), serving.parse, raw, ResponseBody)
+        if body.background:
+            self._background.reserve(owner, client.cleanup)
+        unique = secrets.token_hex(16)
+        turn = await self._turn(body, unique, owner, aside, len(raw))
+        model = await serving.model(client, body.model)
+        options = response_options(f"resp_{unique}", turn.body, model)
+        transcript = Transcript.of(aside, model, turn.before)
+        with turn.names.as_written():
+            prepared = await serving.preparation(client, model, turn.size).generation(turn.body, transcript)
+            prepared, new = await self._with_states(client, model, body, prepared, transcript)
+            # What goes on from drawn tokens is not determined by its fields alone.
+            kept = None if turn.before is not None else turn.body
+            generation = await serving.start(client, model, prepared, kept, len(raw))
+        saving = None if new is None else Saving(generation, new, self._store)
+        generation = saving or generation
+        if body.background:
+            aside = serving.off_loop.of(client.caller.label)  # its client may leave
+        known = [*([] if turn.before is None else turn.before.items), *turn.items]
+
+        async def put(frames: ResponseFrames, ended: bool, new: bool) -> bool:
+            if body.store is False:
+                return False
+            response = frames.response | {"store": True}
+            size = turn.size + frames.size
+            if ended:
+                text, tokens = frames.text.getvalue(), frames.tokens
+                value = await aside.run(size, transcript.stored, response, known, text, tokens, model.backend)
+            else:
+                process = self._store.process if response["status"] in UNFINISHED else None
+                value = Stored(response, known, process=process)
+            done = await self._conversations.put(value, owner, aside, size, new)
+            if ended and saving is not None:
+                if done:
+                    self._conversations.adopt(saving, value, owner, serving.off_loop.of(client.caller.label))
+                else:
+                    saving.drop()
+            return done
+
+        finds_calls = turn.body.may_call and not isinstance(model.backend, TextBackend)  # an upstream finds them itself
+        frames = ResponseFrames(
+            options,
+            model.backend.tokenizer,
+            _new(body, f"resp_{unique}", model),
+            turn.names,
+            turn.body.tool_names if finds_calls else None,
+            aside,
+            len(raw),
+            partial(put, ended=True, new=not body.background),
+        )
+        if prepared.grammar is not None:
+            frames.warn(prepared.grammar.warnings)
+        keepalive = serving.settings.server.sse_keepalive_seconds
+        chunk_tokens = turn.body.options.chunk_tokens or 1
+        if body.background:
+            log = EventLog(self._limits.max_background_bytes)
+            log.add(frames.queued(), frames.number)
+            try:
+                if not await put(frames, ended=False, new=True):
+                    raise StoreFailed("The response could not be stored, as one in the background has to be.")
+            except BaseException:
+                generation.abort()
+                raise
+            under_way = partial(put, ended=False, new=False)
+            run = Run(owner, generation, frames, under_way, log, chunk_tokens, client.cleanup.pop_all())
+            self._background.start(run)
+            return stream_of(run, keepalive) if body.stream else json_response(frames.response)
+        if body.stream:
+            return EventStream(generation, frames, aside, chunk_tokens, keepalive)
+        with turn.names.as_written():
+            return await whole(generation, frames, client, aside)
+
+    async def count(self, request: Request) -> Response:
+        """Counts as a request to /v1/responses does, whose prompt it would be."""
+        serving, client, raw = self._serving, Client.of(request), await request.body()
+        aside = serving.aside(client)
+        body = await aside.run(len(raw), serving.parse, raw, InputTokensBody)
+        turn = await self._turn(body, "0", client.caller.owner, aside, len(raw))
+        model = await serving.model(client, body.model)
+        with turn.names.as_written():
+            transcript = Transcript.of(aside, model, turn.before)
+            prepared = await serving.preparation(client, model, turn.size).generation(turn.body, transcript)
+        return json_response({"object": "response.input_tokens", "input_tokens": prepared.prompt_tokens})
+
+    async def _turn(self, body: InputTokensBody, unique: str, owner: str, aside: Aside, size: int) -> Turn:
+        """
+        Raises:
+            InvalidRequest, NotFound
+        """
+        before, id = None, body.previous_response_id
+        if id is not None:
+            before = await self._conversations.find(id, owner, aside, "previous_response_id")
+            if (status := before.response["status"]) not in ("completed", "incomplete"):
+                text = f"The previous response is {status}: only one that has ended well can be gone on from."
+                raise InvalidRequest(text, "previous_response_id")
+        listed = await aside.run(size, input_items, body, unique)
+        items, referred = await self._conversations.resolved(listed, owner, aside)
+        size += referred + (0 if before is None else before.size)
+        turn, names = await aside.run(size, self._chat, body, items, before)
+        return Turn(before, items, turn, names, size)
+
+    def _chat(self, body: InputTokensBody, items: Sequence[Item], before: Stored | None) -> tuple[TurnBody, Names]:
+        values, names = chat_fields(body, items)
+        if not values["messages"] or not (items or before):
+            raise InvalidRequest("input: Input should have at least 1 item.", "input")
+        with names.as_written():
+            turn = self._serving.check(values, TurnBody)
+        if before is not None:
+            known = before.items
+            self._conversations.check(weight(known), "previous_response_id")
+            if len(known) + len(items) > (most := self._limits.max_messages):
+                text = f"With the turns before it, the conversation has more than {most} items (limits.max_messages)."
+                raise InvalidRequest(text, "previous_response_id")
+            if body.instructions is not None:
+                turn.instructed()
+            turn.goes_on_from([message for _, message in messages_of(known)])
+        return turn, names
+
+    async def _with_states(
+        self,
+        client: Client,
+        model: ServedModel,
+        body: ResponseBody,
+        prepared: GenerationRequest,
+        transcript: Transcript,
+    ) -> tuple[GenerationRequest, NewState | None]:
+        """The request, which begins in the state of the response before, if there is one, and where its own is written
+        if it is to be stored."""
+        if isinstance(model.backend, TextBackend):
+            return prepared, None
+        if transcript.before is not None and transcript.salt:
+            prepared = replace(prepared, salt=transcript.salt + prepared.salt)
+        if transcript.goes_on and transcript.before is not None:
+            found = await self._conversations.state(transcript.before, client.caller.owner)
+            if found is not None:
+                state, close = found
+                client.cleanup.callback(close)
+                prepared = replace(prepared, state=state, state_optional=True)
+        if body.store is False or not self._serving.settings.store.response_states:
+            return prepared, None
+        new = self._store.new_state()
+        return replace(prepared, save_to=str(new.path)), new
+
+
+def _new(body: ResponseBody, id: str, model: ServedModel) -> dict[str, Any]:
+    """A response that has just begun, with all fields that the specification requires."""
+    defaults, choice = model.defaults, body.tool_choice
+    if isinstance(choice, ToolSelection):
+        choice = choice.model_dump(exclude_none=True)
+    form = None if body.text is None or body.text.format is None else body.text.format
+    shown = {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)
+    tools = [tool.model_dump() for tool in body.tools or ()]
+    return {
+        "id": id,
+        "object": "response",
+        "created_at": int(time.time()),
+        "completed_at": None,
+        "status": "in_progress",
+        "background": bool(body.background),
+        "error": None,
+        "frequency_penalty": body.frequency_penalty or 0.0,
+        "incomplete_details": None,
+        "instructions": body.instructions,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": body.max_tool_calls,
+        "metadata": body.metadata or {},
+        "model": body.model or model.name,
+        "output": [],
+        "parallel_tool_calls": body.parallel_tool_calls is not False and body.max_tool_calls is None,
+        "presence_penalty": body.presence_penalty or 0.0,
+        "previous_response_id": body.previous_response_id,
+        "prompt_cache_key": body.prompt_cache_key,
+        "reasoning": {"effort": None, "summary": None},
+        "safety_identifier": body.safety_identifier,
+        "service_tier": "default",
+        "store": body.store is not False,
+        "temperature": defaults.temperature if body.temperature is None else body.temperature,
+        "text": {"format": shown},
+        "tool_choice": choice or "auto",
+        "tools": tools,
+        "top_logprobs": body.top_logprobs or 0,
+        "top_p": defaults.top_p if body.top_p is None else body.top_p,
+        "truncation": "disabled",
+        "usage": None,
+        "user": body.user,
+    }

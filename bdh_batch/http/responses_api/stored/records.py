@@ -1,0 +1,229 @@
+"""Responses as they are stored, and where they are found again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import orjson
+
+from bdh_batch.errors import BDHError, InvalidRequest
+from bdh_batch.http.errors import NotFound
+from bdh_batch.http.request.off_loop import Aside
+from bdh_batch.http.responses_api.stored.saving import Saving
+from bdh_batch.messages import SavedState
+from bdh_batch.store.record import Record
+from bdh_batch.store.records import Store
+
+log = logging.getLogger(__name__)
+
+KIND = "response"
+UNFINISHED = ("queued", "in_progress")
+CLOSE_SECONDS = 2.0  # that the end of the server waits for states
+MOST_REFERRED = 1024  # responses whose items one request may refer to
+Item = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A response that is stored.
+
+    Args:
+        response: as it is returned.
+        input: all items that it was made of, those of the turns before it included.
+        length, digest: of the text that its tokens stand for, with what was generated; None where they do not.
+        model: the revision of the model whose tokens they are.
+        name: what that model is called.
+        begun: how many of the tokens are those of a state that the conversation began in, and `salt` what that has.
+        read: how many of the tokens have entered its state, if it has one.
+        process: the one that it is under way in (`Store.process`); None where it has ended.
+        kept: the id of its state's file; None where it has none.
+        size: bytes of its record.
+    """
+
+    response: dict[str, Any]
+    input: Sequence[Item]
+    length: int | None = None
+    digest: str = ""
+    model: str | None = None
+    read: int = 0
+    process: str | None = None
+    tokens: Sequence[int] = ()
+    kept: str | None = None
+    size: int = 0
+    name: str = ""
+    begun: int = 0
+    salt: str = ""
+
+    @property
+    def items(self) -> list[Item]:
+        """What the next turn goes on from."""
+        return [*self.input, *map(_without_logprobs, self.response["output"])]
+
+    def bare(self, owner: str) -> Record:
+        """What the store needs to find its record, or its state."""
+        return Record(self.response["id"], KIND, owner, self.response["created_at"], state=self.kept)
+
+    def record(self, owner: str) -> Record:
+        names = ("response", "input", "length", "digest", "model", "read", "process", "name", "begun", "salt")
+        return Record(
+            id=self.response["id"],
+            kind=KIND,
+            owner=owner,
+            created=self.response["created_at"],
+            parent=self.response["previous_response_id"],
+            body=orjson.dumps({name: getattr(self, name) for name in names}),
+            tokens=array("i", self.tokens).tobytes(),
+        )
+
+    @classmethod
+    def of(cls, record: Record) -> Stored:
+        tokens = array("i", record.tokens)
+        return cls(**orjson.loads(record.body), tokens=tokens, kept=record.state, size=_bytes(record))
+
+
+def _without_logprobs(item: Item) -> Item:
+    if item["type"] != "message":
+        return item
+    return {**item, "content": [{**part, "logprobs": []} for part in item["content"]]}
+
+
+class Conversations:
+    """The stored responses of all callers. What takes long is done aside.
+
+    Args:
+        most: bytes of a conversation, in JSON. A response that has twice as many, with all before it, is not stored.
+    """
+
+    def __init__(self, store: Store, most: int) -> None:
+        self.store = store
+        self.most = most
+        self._adopting: set[asyncio.Task[None]] = set()
+
+    async def close(self) -> None:
+        """Returns once all states are stored that are on their way, or soon. Idempotent."""
+        if self._adopting:
+            _, late = await asyncio.wait(self._adopting, timeout=CLOSE_SECONDS)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    async def find(self, id: str, owner: str, aside: Aside, param: str | None = None) -> Stored:
+        """The response of that id. Raises NotFound: there is none, none any more, or it is somebody else's."""
+        record = await self.store.get(KIND, id, owner) if id.startswith("resp_") else None
+        if record is None:
+            previous = param == "previous_response_id"
+            what, code = ("Previous response", "previous_response_not_found") if previous else ("Response", "not_found")
+            raise NotFound(f"{what} with id {id[:128]!r} not found.", param, code)
+        return await aside.run(_bytes(record), Stored.of, record)
+
+    async def resolved(self, items: Sequence[dict[str, Any]], owner: str, aside: Aside) -> tuple[list[Item], int]:
+        """The items, with those that are referred to by their ids, and about how many bytes these have.
+
+        Raises:
+            NotFound
+            InvalidRequest: there is too much of them.
+        """
+        wanted: dict[str, set[str]] = {}  # by the id of the response that has them
+        for item in items:
+            if item["type"] == "item_reference":
+                wanted.setdefault(_response_of(item["id"]), set()).add(item["id"])
+        if len(wanted) > MOST_REFERRED:
+            text = f"input: Items of {len(wanted)} responses are referred to, of at most {MOST_REFERRED}."
+            raise InvalidRequest(text, "input")
+        known: dict[str, Item] = {}
+        for id, ids in wanted.items():
+            if (record := await self.store.get(KIND, id, owner)) is not None:
+                known |= await aside.run(_bytes(record), _items_of, record, ids)
+        weights = {id: weight([item]) for id, item in known.items()}
+        found: list[Item] = []
+        total = 0
+        for index, item in enumerate(items):
+            if item["type"] != "item_reference":
+                found.append(item)
+            elif (id := item["id"]) not in known:
+                raise NotFound(f"Item with id {id[:128]!r} not found.", f"input[{index}].id", "not_found")
+            else:
+                found.append(known[id])
+                total += weights[id]
+                self.check(total, f"input[{index}].id")
+        return found, total
+
+    async def state(self, before: Stored, owner: str) -> tuple[SavedState, Callable[[], object]] | None:
+        """The state of a stored response, and what is to be called when it is not read any more; None where there is
+        none (any more)."""
+        try:
+            file = await self.store.state_file(before.bare(owner))
+        except BDHError:  # which was counted; the tokens are there
+            return None
+        return None if file is None else (SavedState(str(file.path), before.read), file.close)
+
+    def adopt(self, saving: Saving, value: Stored, owner: str, aside: Aside) -> None:
+        """Stores the state of a response that has been put, as soon as it is written."""
+        if not saving.keep():
+            return
+        task = asyncio.create_task(self._adopt(saving, value, owner, aside))
+        self._adopting.add(task)
+        task.add_done_callback(self._adopted)
+
+    async def _adopt(self, saving: Saving, value: Stored, owner: str, aside: Aside) -> None:
+        saved = await saving.saved()
+        if saved is None or not 0 < saved.tokens <= len(value.tokens):
+            saving.discard()
+        elif saved.tokens == value.read or await self.put(
+            replace(value, read=saved.tokens), owner, aside, value.size, new=False
+        ):
+            await saving.adopt(value.bare(owner))
+        else:
+            saving.discard()
+
+    def _adopted(self, task: asyncio.Task[None]) -> None:
+        self._adopting.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("the state of a response was not stored", exc_info=error)
+
+    def check(self, size: int, param: str) -> None:
+        """Raises InvalidRequest: a conversation of so many bytes is too long."""
+        if size > self.most:
+            text = f"With what is stored of it, the conversation has more than {self.most} bytes"
+            raise InvalidRequest(f"{text} (limits.max_body_bytes).", param)
+
+    async def put(self, value: Stored, owner: str, aside: Aside, size: int, new: bool) -> bool:
+        """Stores a response; returns whether that went well. The store counts and logs its failures.
+
+        Args:
+            size: about how many bytes it has.
+            new: else it is stored only where it has not been deleted.
+        """
+        record = await aside.run(size, value.record, owner)
+        if len(record.body) > 2 * self.most:
+            return False
+        try:
+            if not new:
+                return await self.store.update(record)
+            await self.store.put(record)
+        except BDHError:
+            return False
+        return True
+
+
+def _bytes(record: Record) -> int:
+    return len(record.body) + len(record.tokens)
+
+
+def _response_of(item: str) -> str:
+    """The id of the response that an item belongs to."""
+    return f"resp_{item.partition('_')[2].partition('_')[0]}"
+
+
+def _items_of(record: Record, ids: set[str]) -> dict[str, Item]:
+    return {item["id"]: item for item in Stored.of(record).items if item["id"] in ids}
+
+
+def weight(items: Sequence[Item]) -> int:
+    """The bytes of items, in JSON."""
+    return len(orjson.dumps(items))

@@ -1,0 +1,125 @@
+"""Turns that go on from stored responses with the same tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from bdh_batch.backends.base import Backend
+from bdh_batch.errors import InvalidRequest
+from bdh_batch.http.gate import ServedModel
+from bdh_batch.http.request.off_loop import Aside
+from bdh_batch.http.responses_api.stored.records import Item, Stored
+from bdh_batch.http.states.records import Beginning
+from bdh_batch.messages import Prompt, Text
+from bdh_batch.text.tokenizer import decode
+
+
+@dataclass(slots=True)
+class Transcript:
+    """The text of a conversation and its tokens, as far as they are known: those of a turn are kept for the next one.
+
+    Args:
+        model, name: the revision of the model, and what it is called.
+        before: the response that it goes on from.
+        goes_on: whether the prompt begins with all of that one's tokens.
+        begun: how many tokens, of a state, come before those of the text.
+        salt: of that state.
+    """
+
+    aside: Aside
+    model: str
+    name: str
+    before: Stored | None = None
+    goes_on: bool = False
+    text: str = ""
+    tokens: Sequence[int] = field(default=())
+    begun: int = 0
+    salt: str = ""
+
+    @classmethod
+    def of(cls, aside: Aside, model: ServedModel, before: Stored | None) -> Transcript:
+        """Raises InvalidRequest: the conversation began in a state of another model."""
+        if before is not None and before.begun and before.name != model.name:
+            text = (
+                f"The conversation began in a state of the model {before.name!r}: it cannot go on with {model.name!r}."
+            )
+            raise InvalidRequest(text, "previous_response_id")
+        return cls(aside, model.revision, model.name, before)
+
+    def begin(self, begun: Beginning, tokens: Sequence[int]) -> None:
+        self.begun, self.salt, self.tokens = len(begun.tokens), begun.salt, tokens
+
+    async def tokenized(self, backend: Backend, text: Text, last: int | None) -> list[Prompt]:
+        """The prompt of a text. Where it begins with the text of the response before, its tokens are that one's, as
+        they were drawn, and those of the rest."""
+        self.text = text.text
+        before, size = self.before, len(self.text)
+        length = None if before is None else before.length
+        if before is not None:
+            self.begun, self.salt = before.begun, before.salt
+        if before is None or length is None or not await self.aside.run(size, self._begins_as, before, length):
+            prompts = await self._anew(backend, text, last)
+            self.tokens = prompts[0].tokens
+            return prompts
+        self.goes_on = True
+        if length == size:
+            prompts = [Prompt(before.tokens, "input")]
+        else:
+            ends = tuple(end - length for end in text.ends if end > length)
+            (rest,) = await backend.tokenized(
+                [("input", replace(text, text=text.text[length:], add_special=False, ends=ends))]
+            )
+            known = len(before.tokens)
+            breaks = (known, *(known + at for at in rest.breaks))
+            prompts = [Prompt([*before.tokens, *rest.tokens], "input", breaks)]
+        self.tokens = prompts[0].tokens
+        return prompts
+
+    async def _anew(self, backend: Backend, text: Text, last: int | None) -> list[Prompt]:
+        """The prompt of a text of which nothing is known, after the state that the conversation began in."""
+        if self.before is None or not self.begun:
+            return await backend.tokenized([("input", text)], last)
+        (new,) = await backend.tokenized([("input", replace(text, add_special=False))])
+        breaks = (self.begun, *(self.begun + at for at in new.breaks))
+        return [Prompt([*self.before.tokens[: self.begun], *new.tokens], "input", breaks)]
+
+    def _begins_as(self, before: Stored, length: int) -> bool:
+        if before.model != self.model or length > len(self.text):
+            return False
+        return _digest(self.text[:length]) == before.digest
+
+    def stored(
+        self,
+        response: dict[str, Any],
+        input: Sequence[Item],
+        generated: str,
+        tokens: Sequence[int],
+        backend: Backend,
+    ) -> Stored:
+        """The response with what the next turn needs.
+
+        Tokens that were generated are those of the text only where they decode to it: not where a stop string or an
+        end of text was left out. Then the next turn has those of the prompt.
+        """
+        if not self.text:
+            return Stored(response, input)
+        whole, known = self.text, list(self.tokens)
+        for drawn in (tokens, tokens[:-1]):  # the last one may be an end of text, which a template writes itself
+            if decode(backend.tokenizer, drawn, True)[0] == generated:
+                whole, known = whole + generated, [*known, *drawn]
+                break
+        read = len(self.tokens) + len(tokens) - 1  # the last one drawn has been read by nobody
+        return Stored(
+            *(response, input, len(whole), _digest(whole), self.model, min(read, len(known))),
+            tokens=known,
+            name=self.name,
+            begun=self.begun,
+            salt=self.salt,
+        )
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()

@@ -1,0 +1,168 @@
+"""The headers of state files, which are safetensors: as an engine writes them, and as clients get and send them.
+
+A file has one tensor, `state`. Its metadata say which model's it is and after how many tokens; a client's copy has the
+tokens themselves, too. Knows nothing of the numbers in the tensor: the engine looks at those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from bdh_batch.errors import InvalidRequest
+from bdh_batch.http.responses.json_pieces import dump_list
+
+TENSOR, METADATA = "state", "__metadata__"
+LENGTH = 8  # bytes of the header's length, before it
+MOST = 8 * 2**20  # bytes of a header: that of a client's copy has the tokens
+ALIGNED = 64
+PIECE = 2**14  # characters of a list of tokens that are read at once
+SIZES = {"F32": 4, "BF16": 2}  # bytes of a number
+DTYPES = {"F32": "float32", "BF16": "bfloat16"}
+MOST_DIMENSIONS, LONGEST = 8, 2**31
+DIGEST = re.compile("[0-9a-f]{64}")
+FILE = "file"  # what errors call a file that was uploaded
+# What engines write; all else is the server's own, or the client's.
+OF_ENGINES = ("format", "fingerprint", "window", "sha256")
+TOKEN_IDS, COUNT, TOKENS_DIGEST = "token_ids", "tokens", "tokens_sha256"
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A header that has been read, and fits together.
+
+    Args:
+        tensor: `dtype`, `shape` and `data_offsets`.
+        size: bytes of the tensor.
+    """
+
+    metadata: Mapping[str, str]
+    tensor: Mapping[str, Any]
+    size: int
+
+    @property
+    def dtype(self) -> str:
+        return DTYPES[self.tensor["dtype"]]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.metadata["fingerprint"]
+
+    @property
+    def read(self) -> int:
+        """How many tokens have entered the state."""
+        return int(self.metadata[COUNT])
+
+    def encoded(self, metadata: Mapping[str, str]) -> bytes:
+        """What a file with this tensor begins with, where it has other metadata."""
+        text = orjson.dumps({METADATA: dict(sorted(metadata.items())), TENSOR: self.tensor})
+        text += b" " * (-(LENGTH + len(text)) % ALIGNED)
+        return len(text).to_bytes(LENGTH, "little") + text
+
+    def of_engine(self, tokens: array[int]) -> bytes:
+        """What an engine's file begins with."""
+        known = {name: self.metadata[name] for name in OF_ENGINES if name in self.metadata}
+        return self.encoded(known | {COUNT: str(len(tokens)), TOKENS_DIGEST: digest(tokens)})
+
+    def tokens(self) -> array[int]:
+        """The tokens in a client's copy. Raises InvalidRequest: there are none, or they are not those of the state."""
+        text = self.metadata.get(TOKEN_IDS)
+        if text is None:
+            raise _bad(f"its metadata have no {TOKEN_IDS}")
+        try:
+            tokens = _listed(text)
+        except (ValueError, TypeError, OverflowError):
+            tokens = array("i")
+        if not tokens or np.frombuffer(tokens, np.int32).min() < 0:
+            raise _bad(f"its {TOKEN_IDS} are no list of token ids")
+        if self.metadata.get(COUNT) != str(len(tokens)):
+            raise _bad(f"it has {len(tokens)} {TOKEN_IDS}, and says that it has read {self.metadata.get(COUNT)!r:.40}")
+        if self.metadata.get(TOKENS_DIGEST, known := digest(tokens)) != known:
+            raise _bad(f"its {TOKEN_IDS} are not those that its {TOKENS_DIGEST} is of")
+        return tokens
+
+
+def length_in(begin: bytes | bytearray) -> int:
+    """The bytes of a header, by the first ones of its file. Raises InvalidRequest: no header is so long."""
+    length = int.from_bytes(begin[:LENGTH], "little")
+    if not 2 <= length <= MOST:
+        raise _bad(f"its header would have {length} bytes, and may have {MOST}")
+    return length
+
+
+def parsed(text: bytes) -> Header:
+    """The header that the bytes are. Raises InvalidRequest."""
+    try:
+        found = orjson.loads(text)
+    except orjson.JSONDecodeError:
+        found = None
+    metadata = found.get(METADATA) if isinstance(found, dict) else None
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _bad("it is no safetensors file with metadata")
+    if found.keys() != {METADATA, TENSOR} or not isinstance(found[TENSOR], dict):
+        raise _bad(f"it should have one tensor, {TENSOR!r}")
+    tensor = found[TENSOR]
+    size = _size_of(tensor.get("dtype"), tensor.get("shape"))
+    if tensor.get("data_offsets") != [0, size] or tensor.keys() != {"dtype", "shape", "data_offsets"}:
+        raise _bad(f"its tensor of that dtype and shape has {size} bytes, which its data_offsets do not say")
+    if not metadata.get("fingerprint"):
+        raise _bad("its metadata have no fingerprint of its model")
+    if DIGEST.fullmatch(metadata.get("sha256", "")) is None:
+        raise _bad("its metadata have no sha256 of its tensor")
+    return Header(metadata, tensor, size)
+
+
+def read(path: Path) -> Header:
+    """The header of a file that an engine has written. Raises OSError, InvalidRequest."""
+    with path.open("rb") as file:
+        return parsed(file.read(length_in(file.read(LENGTH))))
+
+
+def digest(tokens: array[int]) -> str:
+    return hashlib.sha256(tokens.tobytes()).hexdigest()
+
+
+def written(tokens: Sequence[int]) -> str:
+    """The tokens as metadata have them."""
+    return dump_list(tokens).decode()
+
+
+def _listed(text: str) -> array[int]:
+    """The tokens that were written so, read in pieces: each keeps the interpreter's lock for a short while only.
+
+    Raises ValueError, TypeError, OverflowError: there are others than 32-bit integers in it, or it is no list.
+    """
+    tokens, at, last = array("i"), 1, len(text) - 1
+    if text[:1] != "[" or text[last:] != "]":
+        raise ValueError
+    while at < last:
+        end = text.find(",", at + PIECE)
+        end = last if end < 0 else end
+        tokens.extend(orjson.loads(f"[{text[at:end]}]"))
+        at = end + 1
+    return tokens
+
+
+def _size_of(dtype: object, shape: object) -> int:
+    if not isinstance(dtype, str) or dtype not in SIZES:
+        raise _bad(f"the dtype of its tensor should be {' or '.join(SIZES)}")
+    if not isinstance(shape, list) or not 0 < len(shape) <= MOST_DIMENSIONS:
+        raise _bad("its tensor has no shape of a state")
+    size = SIZES[dtype]
+    for length in shape:
+        if type(length) is not int or not 0 < length < LONGEST:
+            raise _bad("its tensor has no shape of a state")
+        size *= length
+    return size
+
+
+def _bad(problem: str) -> InvalidRequest:
+    return InvalidRequest(f"The file is no state: {problem}.", FILE, "invalid_state")

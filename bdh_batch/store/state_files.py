@@ -1,0 +1,155 @@
+"""The files of a store's states: written whole or not at all, encrypted where there is a key, readable while in use.
+
+What is being written, and what is in use, lies in folders of the process that does it (`folders.py`). In plain, an
+encrypted state lies there only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from bdh_batch.store.folders import LockedFolder, is_alive
+from bdh_batch.store.sealing import CHECK, Sealer, SealingFailed
+
+PLAIN = ".safetensors"
+SEALED = ".sealed"
+
+
+@dataclass(frozen=True, slots=True)
+class StateFile:
+    """A state's file, which can be read until it is closed.
+
+    Args:
+        close: ends its use. Idempotent, and does not wait.
+    """
+
+    path: Path
+    close: Callable[[], object]
+
+
+class StateFiles:
+    """Keeps files by the ids of their states. Its methods raise OSError; `open` and `check_key` SealingFailed, too.
+
+    Args:
+        folder: where they are kept.
+        work: a folder in the same file system.
+        plain: for files in plain; `work`, where they are not encrypted.
+    """
+
+    def __init__(self, folder: Path, work: LockedFolder, plain: LockedFolder, sealer: Sealer | None) -> None:
+        self._folder = folder
+        self._work = work
+        self._plain = plain
+        self._sealer = sealer
+        self._suffix = PLAIN if sealer is None else SEALED
+
+    @property
+    def process(self) -> str:
+        """The name of this process among those that use the folder, now or ever."""
+        return self._work.path.name
+
+    def lives(self, process: str) -> bool:
+        """Whether the process of that name uses the folder still."""
+        return is_alive(self._work.path.parent / process)
+
+    def to_write(self, id: str) -> Path:
+        """Where a new state is to be written."""
+        return self._plain.path / f"{id}{PLAIN}"
+
+    def begin(self, id: str) -> BinaryIO:
+        """A file for a new state, to be written in pieces."""
+        return self.to_write(id).open("xb")
+
+    def prepare(self, id: str) -> int:
+        """Makes a file that was written ready to be kept. Returns its bytes."""
+        ready = self._ready(id)
+        if self._sealer is not None:
+            with self.to_write(id).open("rb") as plain, ready.open("wb") as sealed:
+                self._sealer.seal_file(plain, sealed, id.encode())
+                sealed.flush()
+                os.fsync(sealed.fileno())
+        return ready.stat().st_size
+
+    def keep(self, id: str) -> None:
+        """Moves a file that is ready to those that are kept."""
+        self._ready(id).rename(self._kept(id))
+        sync(self._folder)
+
+    def discard(self, id: str) -> None:
+        """Removes a file that was written and is not kept. Idempotent."""
+        for path in {self.to_write(id), self._ready(id)}:
+            path.unlink(missing_ok=True)
+
+    def remove(self, id: str) -> None:
+        """Removes a file that is kept. Idempotent, and never raises: what stays is an orphan, removed at a start."""
+        with contextlib.suppress(OSError):
+            self._kept(id).unlink()
+
+    def kept(self) -> set[str]:
+        """The ids of all files that are kept."""
+        return {path.name.partition(".")[0] for path in self._folder.iterdir()}
+
+    def open(self, id: str) -> Path | None:
+        """A file of this process's with a state; None where it is not kept (any more)."""
+        used = self._plain.path / f"{id}-{uuid.uuid4().hex}{PLAIN}"
+        try:
+            if self._sealer is None:
+                os.link(self._kept(id), used)
+                return used
+            with self._kept(id).open("rb") as sealed, used.open("xb") as plain:
+                for frame in self._sealer.open_file(sealed, id.encode()):
+                    plain.write(frame)
+        except FileNotFoundError:
+            return None
+        except BaseException:
+            used.unlink(missing_ok=True)
+            raise
+        return used
+
+    def key_check(self) -> bytes:
+        """What tells, at the next start, whether the key is the same."""
+        return b"" if self._sealer is None else self._sealer.seal(CHECK, CHECK)
+
+    def check_key(self, check: bytes) -> None:
+        """Raises SealingFailed unless the store was written with the key, or the lack of one, that there is now."""
+        if self._sealer is None:
+            if check:
+                raise SealingFailed("The store is encrypted: its key is needed.")
+        elif not check:
+            raise SealingFailed("The store is not encrypted: it cannot be opened with a key.")
+        else:
+            self._sealer.open(check, CHECK)
+
+    def close(self) -> None:
+        """Removes what lies in the process's folders. Idempotent."""
+        self._work.remove()
+        if self._plain is not self._work:
+            self._plain.remove()
+
+    def _ready(self, id: str) -> Path:
+        return self._work.path / f"{id}{self._suffix}"
+
+    def _kept(self, id: str) -> Path:
+        return self._folder / f"{id}{self._suffix}"
+
+
+def finish(file: BinaryIO) -> None:
+    """Makes the content of a file durable, and closes it."""
+    with file:
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

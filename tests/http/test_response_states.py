@@ -1,0 +1,135 @@
+"""Conversations go on from the saved states of their responses: nothing is computed again, and nothing else is said."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.http.test_responses import text_of
+
+if TYPE_CHECKING:
+    from tests.conftest import ServeFactory, Server
+
+TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
+PATH, CHAT = "/v1/responses", "/v1/chat/completions"
+TURNS, TOKENS = 20, 8
+LETTERS = [*range(ord("a"), ord("z") + 1)]  # so that the text of a turn has the tokens that were drawn
+ASKED: dict[str, Any] = {"temperature": 0, "allowed_token_ids": LETTERS}
+TEMPLATE = """\
+{% for m in messages %}{{ m.role }}:{{ m.content }}
+{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""
+Start = Callable[..., AbstractContextManager["Server"]]
+
+
+@pytest.fixture
+def start(serve: ServeFactory, tmp_path: Path) -> Start:
+    """Starts a server on one store. Its states are in no cache: what is not computed has come from a file."""
+    template = tmp_path / "template.jinja"
+    template.write_text(TEMPLATE)
+    options = (f"store.path={tmp_path / 'store'}", f"chat.template={template}", "prefix_cache.enabled=false")
+    return lambda *more: serve(*options, *more, model=TINY)
+
+
+def ask(server: Server, text: str, before: str | None = None, **more: Any) -> dict[str, Any]:
+    """The response, once its state is stored."""
+    states = server.metrics()["bdh_store_states"]
+    body = {"input": text, "previous_response_id": before, "max_output_tokens": TOKENS, **ASKED, **more}
+    response = server.http.post(PATH, json=body)
+    assert response.status_code == 200, response.text
+    server.until(lambda metrics: metrics["bdh_store_states"] > states)
+    found: dict[str, Any] = response.json()
+    return found
+
+
+def uninterrupted(server: Server, said: list[str]) -> str:
+    """What is said after all that was said by turns, computed at once."""
+    messages = [{"role": ("user", "assistant")[at % 2], "content": text} for at, text in enumerate(said)]
+    body = {"messages": messages, "max_tokens": TOKENS, **ASKED}
+    return str(server.http.post(CHAT, json=body).json()["choices"][0]["message"]["content"])
+
+
+def computed(response: dict[str, Any]) -> int:
+    """Tokens of the prompt."""
+    usage = response["usage"]
+    return int(usage["input_tokens"] - usage["input_tokens_details"]["cached_tokens"])
+
+
+def test_a_long_conversation_goes_on_also_after_a_restart_and_from_its_middle(start: Start) -> None:
+    said: list[str] = []
+    ids: list[str] = []
+
+    def turns(server: Server, number: int) -> None:
+        for _ in range(number):
+            said.append(f"Speak {len(ids):2}!")
+            response = ask(server, said[-1], ids[-1] if ids else None)
+            # The last token of the turn before was drawn, and has not been read yet.
+            new = len(f"user:{said[-1]}\nassistant:")
+            assert computed(response) == (new if not ids else 1 + len("\n") + new)
+            text = text_of(response)
+            assert text == uninterrupted(server, said)
+            said.append(text)
+            ids.append(response["id"])
+
+    with start() as server:
+        turns(server, TURNS // 2)
+    with start() as server:
+        turns(server, TURNS - TURNS // 2)
+        middle = [*said[:10], "And then?"]
+        forks = [ask(server, middle[-1], ids[4]) for _ in range(2)]
+        assert {text_of(fork) for fork in forks} == {uninterrupted(server, middle)}
+        assert {computed(fork) for fork in forks} == {1 + len("\nuser:And then?\nassistant:")}
+
+
+def test_many_forks_at_once_say_what_each_says_alone(start: Start) -> None:
+    with start() as server, ThreadPoolExecutor(16) as threads:
+        first = ask(server, "Who is there?")
+
+        def fork(number: int) -> tuple[int, str, str]:
+            body = {"input": f"{number:3}", "previous_response_id": first["id"], "max_output_tokens": TOKENS, **ASKED}
+            found = server.http.post(PATH, json=body).json()
+            return (
+                computed(found),
+                text_of(found),
+                uninterrupted(server, ["Who is there?", text_of(first), f"{number:3}"]),
+            )
+
+        for read, text, alone in threads.map(fork, range(100)):
+            assert text == alone
+            assert read <= 1 + len("\nuser:100\nassistant:")  # less where forks share their beginnings in flight
+        server.until_idle()
+
+
+@pytest.mark.parametrize("fate", ["deleted", "damaged", "not saved"])
+def test_without_its_state_a_conversation_goes_on_from_its_tokens(start: Start, tmp_path: Path, fate: str) -> None:
+    options = ["store.response_states=false"] if fate == "not saved" else []
+    with start(*options) as server:
+        if options:
+            first = server.http.post(PATH, json={"input": "Who?", "max_output_tokens": TOKENS, **ASKED}).json()
+            assert server.metrics()["bdh_store_states"] == 0
+        else:
+            first = ask(server, "Who?")
+        for file in (tmp_path / "store" / "states").iterdir():
+            if fate == "deleted":
+                file.unlink()
+            else:
+                file.write_bytes(file.read_bytes()[:-8] + bytes(8))
+        body = {"input": "I.", "previous_response_id": first["id"], "max_output_tokens": TOKENS, **ASKED}
+        after = server.http.post(PATH, json=body).json()
+        assert computed(after) == after["usage"]["input_tokens"]
+        assert text_of(after) == uninterrupted(server, ["Who?", text_of(first), "I."])
+
+
+def test_what_is_not_to_be_stored_has_no_state(start: Start, tmp_path: Path) -> None:
+    with start() as server:
+        for more in ({"store": False}, {"max_output_tokens": 1, "stream": True}):
+            body = {"input": "Who?", "max_output_tokens": TOKENS, **ASKED, **more}
+            assert server.http.post(PATH, json=body).status_code == 200
+        server.until(lambda metrics: metrics["bdh_store_states"] == 1)
+        with contextlib.suppress(FileNotFoundError):
+            assert not [*(tmp_path / "store" / "work").glob("*/*")]

@@ -1,0 +1,59 @@
+"""The headers of state files, which are read and written in pieces."""
+
+from __future__ import annotations
+
+from array import array
+
+import orjson
+import pytest
+from hypothesis import given, strategies as st
+
+from bdh_batch.errors import InvalidRequest
+from bdh_batch.http.states import header
+from bdh_batch.http.states.header import LENGTH, MOST, Header
+
+TENSOR = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
+KNOWN = {"format": "1", "fingerprint": "f", "window": "0", "sha256": "0" * 64}
+TOKEN = st.integers(0, 2**31 - 1)
+
+
+def with_tokens(text: str, count: int) -> Header:
+    return Header({**KNOWN, "token_ids": text, "tokens": str(count)}, TENSOR, 24)
+
+
+@given(st.lists(TOKEN, min_size=1) | st.integers(1, 30_000).map(lambda n: [7 * at for at in range(n)]))
+def test_tokens_come_back_as_they_were(tokens: list[int]) -> None:
+    assert with_tokens(header.written(tokens), len(tokens)).tokens() == array("i", tokens)
+    assert (
+        with_tokens(orjson.dumps(tokens, option=orjson.OPT_INDENT_2).decode(), len(tokens)).tokens()[-1] == tokens[-1]
+    )
+
+
+@given(st.lists(TOKEN, min_size=1))
+def test_a_header_is_read_as_it_was_written(tokens: list[int]) -> None:
+    read = array("i", tokens)
+    encoded = with_tokens(header.written(tokens), len(tokens)).of_engine(read)
+    length = header.length_in(encoded)
+    assert (LENGTH + length) % 64 == 0
+    assert len(encoded) == LENGTH + length
+    found = header.parsed(encoded[LENGTH:])
+    assert (found.read, found.fingerprint, found.size) == (len(tokens), "f", 24)
+    assert found.metadata["tokens_sha256"] == header.digest(read)
+
+
+@given(st.binary(max_size=300) | st.recursive(st.none() | st.booleans() | st.text(), st.lists).map(orjson.dumps))
+def test_what_is_no_header_is_refused(text: bytes) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        header.parsed(text)
+    assert refused.value.param == "file"
+
+
+@pytest.mark.parametrize("text", ["", "[", "]", "[]", "1", "[1,]", "[,1]", "[1 2]", "[[1]]", "[1.5]", "[null]", "{}"])
+def test_what_is_no_list_of_tokens_is_refused(text: str) -> None:
+    with pytest.raises(InvalidRequest):
+        with_tokens(text, 1).tokens()
+
+
+def test_the_longest_list_of_tokens_is_read() -> None:
+    text = "[" + "1," * (MOST // 4) + "1]"
+    assert len(with_tokens(text, MOST // 4 + 1).tokens()) == MOST // 4 + 1
