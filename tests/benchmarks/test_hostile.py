@@ -24,6 +24,7 @@ SMALLEST = (
     "errors: messages",
     "bodies: empty lists",
     "bodies: template variables",
+    "states: headers without end",
     "priority",
     "connections: pipelined behind",
     "template: crowd",
@@ -40,6 +41,7 @@ def test_attacks_harm_nobody_else(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert report["end"]["code"] == 0
     assert report["attacks"]["schema: least integer"]["told"].keys() <= {"200", "400"}
     assert report["attacks"]["priority: before all others"]["told"] == {"403": 4}
+    assert report["attacks"]["states: headers without end"]["told"].keys() <= {"400", "429", "503"}
     assert report["attacks"]["errors: messages"]["told"] == {"400": 2}
     assert '"faults": []' in capsys.readouterr().out
 

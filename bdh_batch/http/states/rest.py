@@ -86,6 +86,8 @@ class States:
     async def upload(self, request: Request) -> Response:
         client, given = Client.of(request), request.query_params
         ttl = self._ttl(_seconds(given.get("ttl")))
+        # Whoever looked for its leaving before its body is read would take parts of that.
+        leaves, client.leaves = client.leaves, None
         with self._uploads.one(client.caller.owner):
             coming = Upload(request, self._serving.settings.store.max_state_bytes)
             text = await coming.header()
@@ -106,6 +108,7 @@ class States:
 
             try:
                 await self._records.write(new, pieces())
+                client.leaves = leaves
             except BaseException:
                 self._records.discard(new.id)
                 raise
