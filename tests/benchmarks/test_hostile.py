@@ -54,7 +54,7 @@ def test_random_requests_find_nothing(tmp_path: Path) -> None:
     assert report["faults"] == []
     assert code == 0
     assert report["requests"] == 150
-    assert report["statuses"].keys() <= {"200", "400", "403", "429"}
+    assert report["statuses"].keys() <= {"200", "400", "403", "404", "429"}
     assert report["statuses"]["200"] > 10
 
 
