@@ -652,6 +652,11 @@ class KServe(Section):
         64,
         description="Most requests of one ModelStreamInfer call at a time; others are read when one has ended.",
     )
+    idle_seconds: PositiveFloat = Field(
+        600.0,
+        allow_inf_nan=False,
+        description="Seconds that a call of ModelStreamInfer, or of reflection, stays open without a request.",
+    )
 
 
 class Health(Section):

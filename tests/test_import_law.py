@@ -22,7 +22,7 @@ TABLES = {"settings.py"}  # long, but read by looking something up
 LAW: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "messages": ({"errors"}, set()),
-    "system": ({"errors"}, {"platformdirs", "torch", "yaml"}),
+    "system": ({"errors"}, {"google", "platformdirs", "torch", "yaml"}),
     # Of upstreams no more than what the settings say of them.
     "settings": ({"errors", "system", "upstreams"}, {"pydantic", "pydantic_core", "yaml"}),
     "text": (SHARED, {"jinja2", "llguidance", "orjson", "tokenizers"}),
@@ -37,7 +37,8 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "backends": (SHARED | {"engine", "scheduler", "text"}, {"msgspec"}),
     "upstreams": (
         SHARED | {"backends", "text"},
-        {"google", "grpc", "httpx", "httpx_sse", "orjson", "pydantic", "pydantic_core", "selectolax", "tritonclient"},
+        {"google", "grpc", "httpcore", "httpx", "httpx_sse", "orjson", "pydantic", "pydantic_core", "selectolax"}
+        | {"tritonclient"},
     ),
     "observability": (SHARED | {"engine", "scheduler", "backends", "__init__"}, {"opentelemetry", "prometheus_client"}),
     "http": (

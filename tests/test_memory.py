@@ -47,6 +47,28 @@ def test_a_host_without_so_much_memory_does_not_cost_the_device_its_states(
     assert "cannot be allocated" in caplog.text
 
 
+def test_slots_for_files_give_way_before_those_on_the_device_down_to_one_each_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def scarce(*arguments: Any, **options: Any) -> StatePool:
+        if arguments[5] + arguments[6] > 2:
+            raise RuntimeError("CUDA error: out of memory for pinned pages")
+        return StatePool(*arguments, **options)
+
+    monkeypatch.setattr(loading, "StatePool", scarce)
+    pool = loading.take_states(CONFIG, 64, CPU, 0, torch.float32, 4, 9)
+    assert (len(pool.states), pool.host_slots, pool.transfer_slots) == (64, 0, 2)
+
+
+def test_states_from_and_to_files_have_a_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "free_memory", lambda device: 100 * GIB)
+    assert loading.transfer_budget(None, 24 * MIB) == 21
+    assert loading.transfer_budget(None, 200 * MIB) == loading.transfer_budget(0, MIB) == 2
+    assert loading.transfer_budget(None, 1024) == loading.transfer_budget(50 * GIB, MIB) == 64
+    monkeypatch.setattr(loading, "free_memory", lambda device: GIB)
+    assert loading.transfer_budget(None, 32 * MIB) == 4
+
+
 def test_no_memory_at_all_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(*arguments: object, **options: object) -> StatePool:
         raise MemoryError

@@ -31,6 +31,39 @@ class Source(Protocol):
         """Ends the sequences that still run, as nobody reads their deltas any more. Idempotent."""
 
 
+class Tally:
+    """What a generation has yielded so far, and who is told when it ends.
+
+    Args:
+        ends: how many it has: of its sequences, and of what becomes of a state that is saved.
+    """
+
+    def __init__(self, ends: int) -> None:
+        self.open = ends  # those that are still to come
+        self._tokens = 0
+        self._failure: Delta | None = None
+        self._ended: list[Ended] = []
+
+    def add(self, deltas: Sequence[tuple[int, Delta]]) -> None:
+        """Counts what is yielded."""
+        for _, delta in deltas:
+            self._tokens += len(delta.tokens)
+            self.open -= delta.ends
+            if delta.finish_reason in FAILED and self._failure is None:
+                self._failure = delta
+
+    def on_end(self, ended: Ended) -> None:
+        self._ended.append(ended)
+
+    def end(self) -> None:
+        """Tells everyone, once; sequences that are open were aborted."""
+        if self.open and self._failure is None:
+            self._failure = Delta(finish_reason=FinishReason.ABORT)
+        ended, self._ended = self._ended, []
+        for each in ended:
+            each(self._tokens, self._failure)
+
+
 class MailboxGeneration:
     """Reads the deltas of one request's sequences from their mailbox.
 
@@ -43,10 +76,7 @@ class MailboxGeneration:
         self._request = request
         self._mailbox = mailbox
         self._source = source
-        self._open = len(request.prompts) * request.n + (request.save_to is not None)
-        self._tokens = 0
-        self._failure: Delta | None = None
-        self._ended: list[Ended] = []
+        self._tally = Tally(len(request.prompts) * request.n + (request.save_to is not None))
         self._running = running
         running.add(self)
 
@@ -64,26 +94,18 @@ class MailboxGeneration:
         return Usage(self._request.prompt_tokens, completion_tokens, cached)
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
-        while self._open:
+        while self._tally.open:
             deltas = await self._mailbox.take()
-            for _, delta in deltas:
-                self._tokens += len(delta.tokens)
-                self._open -= delta.ends
-                if delta.finish_reason in FAILED and self._failure is None:
-                    self._failure = delta
+            self._tally.add(deltas)
             yield deltas
 
     def abort(self) -> None:
         self._source.abandon()
         self._running.discard(self)
-        if self._open and self._failure is None:
-            self._failure = Delta(finish_reason=FinishReason.ABORT)
-        ended, self._ended = self._ended, []
-        for each in ended:
-            each(self._tokens, self._failure)
+        self._tally.end()
 
     def on_end(self, ended: Ended) -> None:
-        self._ended.append(ended)
+        self._tally.on_end(ended)
 
 
 class Running:

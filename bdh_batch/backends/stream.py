@@ -151,16 +151,20 @@ class RemoteStream:
         """Ends all sequences that have not ended with `error`."""
         if not self.admitted.done():
             self.admitted.set_exception(error)
+        self._end(Delta(finish_reason=FinishReason.ERROR, error=error))
+
+    def abandon(self) -> None:
+        self._end(Delta(finish_reason=FinishReason.ABORT))  # its reader may wait for the next one
+
+    def _end(self, last: Delta) -> None:
+        """Ends all sequences that have not ended with `last`."""
+        self._leave()
+        self._dispatcher.forget(self)
         for index, record in enumerate(self.records):
             if not record.ended:
                 record.ended = True
-                self._mailbox.put(index, Delta(finish_reason=FinishReason.ERROR, error=error))
+                self._mailbox.put(index, replace(last))
         self._give_up_saving("The response is not complete.")
-        self.abandon()
-
-    def abandon(self) -> None:
-        self._leave()
-        self._dispatcher.forget(self)
 
     def _take_saved(self, gain: Gain) -> None:
         """What became of the state of the first sequence, which has ended."""

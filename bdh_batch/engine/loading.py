@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 MODEST = 4 * 2**30  # bytes for states in main memory, where the settings are silent
 FEW = 4  # states; where fewer fit, the memory for them is too small
 HOST_MEMORY = 2**30  # bytes for states there, where the settings are silent
-FILE_MEMORY, MOST_TRANSFERS = 2**29, 64  # bytes for states from and to files, likewise; and so many states at most
+FILE_MEMORY = 2**29  # bytes for states from and to files, likewise
+LEAST_TRANSFERS, MOST_TRANSFERS = 2, 64  # of them at a time, whatever their memory: one each way, at least
 COPIED = 2**28  # bytes of states that are copied in one step of a CPU: more would take too long
 
 
@@ -131,9 +132,9 @@ def narrow_dtype(cache: PrefixCache, state_dtype: torch.dtype) -> torch.dtype | 
 
 
 def transfer_budget(asked: int | None, each: int) -> int:
-    """How many states of `each` bytes may be on their way from and to files at a time: two at least, one each way."""
+    """How many states of `each` bytes may be on their way from and to files at a time."""
     budget = min(FILE_MEMORY, free_memory(torch.device("cpu")) // 8) if asked is None else asked
-    return max(2, min(MOST_TRANSFERS, budget // each))
+    return max(LEAST_TRANSFERS, min(MOST_TRANSFERS, budget // each))
 
 
 def state_layout(pool: StatePool, weights: str, window: int) -> StateLayout:
@@ -165,10 +166,12 @@ def take_states(
             reason = str(error).partition("\n")[0]
             text = "the memory for %d states, and %d on the host, cannot be allocated (%s)"
             log.warning(text, slots, host_slots, reason)
-            if host_slots and not isinstance(error, torch.OutOfMemoryError):
+            if isinstance(error, torch.OutOfMemoryError) or not (host_slots or transfer_slots > LEAST_TRANSFERS):
+                slots //= 2
+            elif host_slots:
                 host_slots //= 2
             else:
-                slots //= 2
+                transfer_slots = max(LEAST_TRANSFERS, transfer_slots // 2)
     raise NotEnoughMemory("engine.state_memory: there is not enough memory for one sequence's state")
 
 

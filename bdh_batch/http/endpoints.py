@@ -192,7 +192,7 @@ def _models() -> list[Endpoint]:
             "models",
             "Models",
             "/v1/models",
-            "The models that the caller may use, under each of their names",
+            "The models that the caller may use, under each of their names; same `fingerprint`, same texts",
             ModelList,
             errors=(503,),
             replies={"models": {"object": "list", "data": [CARD]}},

@@ -9,6 +9,7 @@ from typing import Protocol
 from bdh_batch.backends.base import Backend
 from bdh_batch.errors import ModelNotFound, Unavailable
 from bdh_batch.http.auth.caller import Caller
+from bdh_batch.http.errors import Forbidden
 from bdh_batch.http.schema.requests import Defaults
 from bdh_batch.text.chat import ChatTemplate, NoTemplate
 from bdh_batch.text.grammar import Grammars
@@ -26,6 +27,7 @@ class ModelInfo:
     created: int
     max_model_len: int | None
     owner: str = "bdh_batch"
+    passed_on: frozenset[str] | None = None  # what it is given of requests although this server does not know it
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -36,13 +38,17 @@ class ModelInfo:
 class ServedModel:
     """A model that is loaded.
 
-    `revision` is another one where its files or settings are others.
+    Args:
+        revision: another one where its files or settings are others.
+        system_fingerprint: names the model and the build in responses.
+        fingerprint: servers with the same one generate the same text for the same request; None is unknown.
     """
 
     info: ModelInfo
     revision: str
     backend: Backend
-    fingerprint: str
+    system_fingerprint: str
+    fingerprint: str | None
     defaults: Defaults
     template: ChatTemplate | NoTemplate
     width: int  # of the hidden vectors
@@ -63,6 +69,10 @@ class HostedModel(Protocol):
 
     @property
     def info(self) -> ModelInfo: ...
+
+    @property
+    def fingerprint(self) -> str | None:
+        """That of the model while it is loaded."""
 
     @property
     def state(self) -> str:
@@ -146,6 +156,13 @@ class Gate:
         caller.check_model(name or model.info.name, model.info.names)
         return model
 
+    def passed_on(self, caller: Caller, name: str | None) -> frozenset[str] | None:
+        """What of a request goes on to the model of that name; None also where there is none for the caller."""
+        try:
+            return self.find(caller, name).info.passed_on
+        except (ModelNotFound, Forbidden, Unavailable):
+            return None  # the request is told so once its body has been read
+
     def requests(self) -> int:
         """Requests under way in the engines."""
         return sum(model.requests() for model in self._models)
@@ -177,5 +194,6 @@ def card(model: HostedModel, name: str) -> Mapping[str, object]:
         "owned_by": info.owner,
         "root": info.name,
         "max_model_len": info.max_model_len,
+        "fingerprint": model.fingerprint,
         "status": {"value": model.state},
     }

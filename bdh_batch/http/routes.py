@@ -75,7 +75,8 @@ class Routes:
 
     async def completions(self, request: Request) -> Response:
         raw = await request.body()
-        body = await self._aside(request).run(len(raw), self._parse, raw, CompletionBody)
+        parse, caller = self._serving.parse_for_model, request.state.caller
+        body = await self._aside(request).run(len(raw), parse, raw, CompletionBody, caller)
         model = await self._model(request, body.model)
         frames = CompletionFrames(response_options(f"cmpl-{request.state.id}", body, model), model.backend.tokenizer)
         prepared = await self._preparation(request, model, raw).generation(body)
@@ -83,7 +84,8 @@ class Routes:
 
     async def chat_completions(self, request: Request) -> Response:
         raw = await request.body()
-        body = await self._aside(request).run(len(raw), self._parse, raw, ChatBody)
+        parse, caller = self._serving.parse_for_model, request.state.caller
+        body = await self._aside(request).run(len(raw), parse, raw, ChatBody, caller)
         model = await self._model(request, body.model)
         options, tokenizer = response_options(f"chatcmpl-{request.state.id}", body, model), model.backend.tokenizer
         finds_calls = body.may_call and not isinstance(model.backend, TextBackend)  # an upstream finds them itself

@@ -13,18 +13,19 @@ from starlette.responses import Response
 from bdh_batch.backends.base import Generation, TextBackend
 from bdh_batch.errors import BDHError, QueueFull, TooLate
 from bdh_batch.http.auth.access import Admission
+from bdh_batch.http.auth.caller import Caller
 from bdh_batch.http.auth.keys import KeyRing
 from bdh_batch.http.auth.quota import Quota
 from bdh_batch.http.auth.rates import Rates
 from bdh_batch.http.gate import Gate, ServedModel
 from bdh_batch.http.prepare import Preparation
-from bdh_batch.http.request.body import Body, check, parse
+from bdh_batch.http.request.body import Body, check, parse, read_object
 from bdh_batch.http.request.client import Client, unless_left
 from bdh_batch.http.request.off_loop import Aside, OffLoop
 from bdh_batch.http.responses.frames import Frames, ResponseOptions
 from bdh_batch.http.responses.generation import EventStream, whole
 from bdh_batch.http.schema.requests import GenerationBody
-from bdh_batch.messages import GenerationRequest
+from bdh_batch.messages import Delta, GenerationRequest
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Settings
 from bdh_batch.store.byte_cache import open_byte_cache
@@ -99,6 +100,13 @@ class Serving:
         """The bytes of a body in its type. Raises InvalidRequest."""
         return parse(raw, kind, self.settings.limits, self.settings.api.unknown_fields)
 
+    def parse_for_model(self, raw: bytes, kind: type[Body], caller: Caller) -> Body:
+        """As `parse`, of a body that an upstream of the same API may be given as it came."""
+        values = read_object(raw, self.settings.limits)
+        name = values.get("model")
+        passed_on = self.gate.passed_on(caller, name if isinstance(name, str) else None)
+        return check(values, kind, self.settings.limits, self.settings.api.unknown_fields, passed_on)
+
     def check(self, values: dict[str, Any], kind: type[Body]) -> Body:
         """The values of a body in its type. Raises InvalidRequest."""
         return check(values, kind, self.settings.limits, self.settings.api.unknown_fields)
@@ -124,7 +132,8 @@ class Serving:
 
     def preparation(self, client: Client, model: ServedModel, size: int) -> Preparation:
         """What makes the request of a body of `size` bytes complete."""
-        return Preparation(*(client, model, size, self.aside(client)), self.records, self.settings.limits.max_values)
+        most = self.settings.limits.max_values
+        return Preparation(client, model, size, self.aside(client), self.records, most)
 
     async def start(
         self,
@@ -179,11 +188,19 @@ class Serving:
         self, responses: ResponseCache, key: str, client: Client, model: ServedModel, prepared: GenerationRequest
     ) -> Generation:
         counted = partial(self.metrics.response_cache, model.name)
-        found = await responses.find(key, prepared, counted)
-        client.standing[CACHE_HEADER] = "miss" if found is None else "hit"
-        if found is not None:
-            return found
-        return responses.recorded(key, await self.quota.start(client, model.backend, prepared), counted)
+        generation = await responses.find(key, prepared, counted)
+        found = "miss" if generation is None else "hit"
+        if generation is None:
+            started = await self.quota.start(client, model.backend, prepared)
+            generation = responses.recorded(key, started, counted)
+        client.standing[CACHE_HEADER] = found
+
+        def ended(tokens: int, failure: Delta | None) -> None:
+            if failure is not None:  # an error is neither, where nothing has been sent yet
+                client.standing.pop(CACHE_HEADER, None)
+
+        generation.on_end(ended)
+        return generation
 
     def on_close(self, close: Callable[[], Awaitable[None]]) -> None:
         """Registers what ends with the server, before its storage does."""
@@ -224,7 +241,7 @@ def response_options(id: str, body: GenerationBody, model: ServedModel) -> Respo
         id=id,
         created=int(time.time()),
         model=body.model or model.name,
-        fingerprint=model.fingerprint,
+        fingerprint=model.system_fingerprint,
         n=body.n or 1,
         tries=body.tries,
         token_ids=bool(body.return_token_ids),

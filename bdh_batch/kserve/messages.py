@@ -24,8 +24,8 @@ from bdh_batch.http.tensors.tensor import (
     to_raw,
 )
 from bdh_batch.kserve.status import Refusal
-from bdh_batch.kserve.wire import Counter
 from bdh_batch.settings import Limits
+from bdh_batch.system.protobuf import Counter, TooMany
 
 # Where typed contents are. FP16 has none, and is always raw.
 CONTENTS: Mapping[str, str] = {
@@ -39,13 +39,17 @@ CONTENTS: Mapping[str, str] = {
     "FP64": "fp64_contents",
 }
 ERROR_STATUS = "error_status"  # a parameter of a response with an error: the status that it has over HTTP
+OPTIONS = {"fields": "limits.max_strings", "numbers": "limits.max_values"}  # that bound what a message has
 FINAL = "triton_final_response"  # a parameter of a stream's responses: whether no other one follows
 
 
 def parse(raw: bytes, kind: type[Message], limits: Limits) -> Any:
     """The message in `raw`. Raises InvalidRequest: it is none, or has too much in it."""
     if len(raw) > LARGE:
-        Counter(limits).run(raw, kind.DESCRIPTOR)
+        try:
+            Counter(limits.max_strings, limits.max_values).run(raw, kind.DESCRIPTOR)
+        except TooMany as error:
+            raise InvalidRequest(f"{error} ({OPTIONS[error.things]}).") from None
     try:
         return kind.FromString(raw)
     except DecodeError as error:

@@ -18,7 +18,7 @@ from bdh_batch.http.serving import Serving
 from bdh_batch.kserve.calls import Calls
 from bdh_batch.kserve.health import Health
 from bdh_batch.kserve.service import SERVICE, Service
-from bdh_batch.kserve.streams import Streams
+from bdh_batch.kserve.streams import Streams, in_time
 from bdh_batch.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,9 @@ class KServeServer:
         self._health = Health({"", SERVICE}, serving.gate.ready)
         protects = serving.settings.auth.protect_docs
         self._server = aio.server(
-            interceptors=[_Others(calls, serving.admission if protects else None)],
+            interceptors=[
+                _Others(calls, serving.admission if protects else None, serving.settings.kserve.idle_seconds)
+            ],
             options=options(serving.settings),
             maximum_concurrent_rpcs=serving.settings.kserve.max_calls + PROBES,
         )
@@ -109,11 +111,13 @@ class _Others(aio.ServerInterceptor):  # type: ignore[misc]
 
     Args:
         admission: asks for a key where the API is described; None asks for none.
+        idle_seconds: that a client may take for its next request.
     """
 
-    def __init__(self, calls: Calls, admission: Admission | None) -> None:
+    def __init__(self, calls: Calls, admission: Admission | None, idle_seconds: float) -> None:
         self._calls = calls
         self._admission = admission
+        self._idle_seconds = idle_seconds
 
     async def intercept_service(
         self,
@@ -124,13 +128,13 @@ class _Others(aio.ServerInterceptor):  # type: ignore[misc]
         if handler is None or handler_call_details.method.startswith(f"/{SERVICE}/") or not handler.response_streaming:
             return handler
         closed = self._admission is not None and handler_call_details.method.startswith("/grpc.reflection.")
-        return _Streaming(handler, self._calls, self._admission if closed else None)
+        return _Streaming(handler, self._calls, self._admission if closed else None, self._idle_seconds)
 
 
 class _Streaming(grpc.RpcMethodHandler):  # type: ignore[misc]
     """A handler whose responses are a stream, which is counted while it is open."""
 
-    def __init__(self, handler: Any, calls: Calls, admission: Admission | None) -> None:
+    def __init__(self, handler: Any, calls: Calls, admission: Admission | None, idle_seconds: float) -> None:
         self.request_streaming, self.response_streaming = handler.request_streaming, True
         self.request_deserializer = handler.request_deserializer
         self.response_serializer = handler.response_serializer
@@ -138,7 +142,7 @@ class _Streaming(grpc.RpcMethodHandler):  # type: ignore[misc]
         self.unary_stream = None if handler.unary_stream is None else self._counted
         self.stream_stream = None if handler.stream_stream is None else self._counted
         self._inner = handler.unary_stream or handler.stream_stream
-        self._calls, self._admission = calls, admission
+        self._calls, self._admission, self._idle_seconds = calls, admission, idle_seconds
 
     async def _counted(self, requests: Any, context: Any) -> AsyncIterator[Any]:
         async with self._calls.ends(context):
@@ -146,5 +150,6 @@ class _Streaming(grpc.RpcMethodHandler):  # type: ignore[misc]
             with self._calls.one_of(call.address, probe=True):
                 if self._admission is not None and self._admission.caller(call.key, call.address) is None:
                     raise Unauthorized("Reflection asks for an API key (auth.protect_docs).")
-                async for response in self._inner(requests, context):
+                given = in_time(requests, self._idle_seconds) if self.request_streaming else requests
+                async for response in self._inner(given, context):
                     yield response

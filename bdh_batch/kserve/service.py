@@ -21,6 +21,7 @@ from bdh_batch.kserve.streams import Streams
 
 SERVICE = "inference.GRPCInferenceService"
 REQUEST_ID = "x-request-id"
+FINGERPRINT = "x-model-fingerprint"  # metadata of ModelMetadata: the protocol has no field for it
 
 Messages = AsyncIterator[bytes]
 Method = Callable[[Client, Any], Awaitable[Message]]  # gets the client and the request, and returns the response
@@ -121,6 +122,8 @@ class Service:
     async def _model_metadata(self, client: Client, message: Any) -> Message:
         check_labels(message, self._limits, "name", "version")
         model = find_model(self._serving, client.caller, message.name, message.version)
+        if (fingerprint := model.fingerprint) is not None:
+            client.standing[FINGERPRINT] = fingerprint
         return service_pb2.ModelMetadataResponse(**model_metadata(message.name or model.info.name, self._settings))
 
     async def _infer(self, client: Client, message: Any) -> Message:

@@ -6,13 +6,14 @@ A caller that sends one request and ends its sending is served as one that sends
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from tritonclient.grpc import service_pb2
 
 from bdh_batch.errors import InvalidRequest, Unavailable
-from bdh_batch.http.errors import Unauthorized, WriteTimeout
+from bdh_batch.http.errors import BodyTimeout, Unauthorized, WriteTimeout
 from bdh_batch.http.gate import Gate
 from bdh_batch.http.request.client import Client
 from bdh_batch.http.responses.chunks import Chunks, Deltas
@@ -62,13 +63,18 @@ class _Stream:
         self._calls = calls
         self._call = call
         self._slots = asyncio.Semaphore(self._settings.max_stream_requests)
+        self._idle = Idle(self._settings.idle_seconds)
         self._writing = asyncio.Lock()
 
     async def run(self, messages: AsyncIterator[bytes], draining: asyncio.Event) -> None:
-        """Reads requests, as many at a time as it may have, until the client ends its sending or it is drained."""
+        """Reads requests, as many at a time as it may have, until the client ends its sending or it is drained.
+
+        Raises BodyTimeout: it has none for too long. Raises WriteTimeout.
+        """
         try:
             async with asyncio.TaskGroup() as group:
-                async for raw in _until(draining, messages):
+                async for raw in _until(draining, messages, self._idle):
+                    self._idle.begin()
                     await self._slots.acquire()
                     group.create_task(self._serve(raw))
         except ExceptionGroup as failed:
@@ -89,6 +95,7 @@ class _Stream:
             await self._write(stream_error(self._calls.refusal(error), id))
         finally:
             self._slots.release()
+            self._idle.end()
 
     async def _infer(self, message: Any, size: int, client: Client) -> None:
         if isinstance(message, InvalidRequest):
@@ -166,14 +173,53 @@ class _Steps:
         return self._started.generation.usage(self._tokens)
 
 
-async def _until(end: asyncio.Event, messages: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The messages that come before the `end`."""
+async def in_time(messages: AsyncIterator[Any], seconds: float) -> AsyncIterator[Any]:
+    """The messages, each of which comes within so many seconds. Raises BodyTimeout: one does not."""
+    idle = Idle(seconds)
+    async for message in _until(asyncio.Event(), messages, idle):
+        idle.begin()
+        yield message
+        idle.end()
+
+
+class Idle:
+    """Watches how long a call has had no request.
+
+    Args:
+        seconds: that it may.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._requests = 0
+        self._since = time.monotonic()
+
+    def begin(self) -> None:
+        self._requests += 1
+
+    def end(self) -> None:
+        self._requests -= 1
+        self._since = time.monotonic()
+
+    def left(self) -> float:
+        """Seconds after which to look again. Raises BodyTimeout: it has had none for too long."""
+        if self._requests:
+            return self._seconds
+        left = self._since + self._seconds - time.monotonic()
+        if left <= 0:
+            raise BodyTimeout(f"The call had no request for {self._seconds:g} s (kserve.idle_seconds).")
+        return left
+
+
+async def _until(end: asyncio.Event, messages: AsyncIterator[Any], idle: Idle) -> AsyncIterator[Any]:
+    """The messages that come before the `end`. Raises BodyTimeout."""
     ending = asyncio.ensure_future(end.wait())
     reading = None
     try:
         while True:
             reading = asyncio.ensure_future(_next(messages))
-            await asyncio.wait((reading, ending), return_when=asyncio.FIRST_COMPLETED)
+            while not (reading.done() or ending.done()):
+                await asyncio.wait((reading, ending), timeout=idle.left(), return_when=asyncio.FIRST_COMPLETED)
             message = reading.result() if reading.done() else None
             if message is None:
                 return
@@ -184,5 +230,5 @@ async def _until(end: asyncio.Event, messages: AsyncIterator[bytes]) -> AsyncIte
             reading.cancel()
 
 
-async def _next(messages: AsyncIterator[bytes]) -> bytes | None:
+async def _next(messages: AsyncIterator[Any]) -> Any:
     return await anext(messages, None)

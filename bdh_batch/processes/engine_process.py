@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
 import signal
@@ -64,7 +63,7 @@ async def run_engine(
     settings = model.settings
     leaving, located = _signalled(), chosen_model(settings)
     engine, text, vocabulary = await in_daemon_thread(partial(_load, settings, located.path, load), LOADER)
-    facts, registry = engine_info(engine, settings), process_registry()
+    facts, registry = await in_daemon_thread(partial(engine_info, engine, settings), LOADER), process_registry()
     metrics = EngineMetrics(registry, model.name)
     worker = start_worker(settings, engine, metrics, StepRecorder(folder.step(name)))
     watch_engine(metrics, worker, facts, settings)
@@ -75,7 +74,7 @@ async def run_engine(
         pid=os.getpid(),
         model=model.name,
         device=str(engine.model.weights.embed.device),
-        fingerprint=fingerprint(engine, settings),
+        fingerprint=facts.fingerprint,
         vocab_size=facts.vocab_size,
         width=facts.width,
         slots=facts.slots,
@@ -141,13 +140,3 @@ def _signalled() -> asyncio.Event:
     loop.add_signal_handler(signal.SIGTERM, event.set)
     loop.add_signal_handler(signal.SIGINT, lambda: None)
     return event
-
-
-def fingerprint(engine: LoadedEngine, settings: Settings) -> str:
-    """Returns a hash of all that decides which tokens an engine generates: weights, dtypes, kernels, window."""
-    digest = hashlib.blake2b(digest_size=16)
-    chosen = settings.engine
-    device, own = engine.model.weights.embed.device.type, (chosen.kernels, chosen.state_dtype)
-    for part in (__version__, settings.model.attention_window, *own, device, engine.fingerprint):
-        digest.update(f"{part}\0".encode())
-    return digest.hexdigest()

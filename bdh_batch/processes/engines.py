@@ -20,6 +20,7 @@ class EngineInfo:
         width: of the hidden vectors.
         slots, host_slots: how many states fit the device, and the host's memory.
         window: how many tokens before it a token attends to; 0 is all.
+        fingerprint: engines with the same one generate the same tokens.
     """
 
     vocab_size: int
@@ -27,6 +28,7 @@ class EngineInfo:
     slots: int
     host_slots: int
     window: int
+    fingerprint: str
 
 
 class Engines(Protocol):

@@ -84,6 +84,10 @@ class AlwaysLoaded:
     def info(self) -> ModelInfo:
         return self._open.served.info
 
+    @property
+    def fingerprint(self) -> str | None:
+        return self._open.served.fingerprint
+
     def acquire(self) -> ServedModel | None:
         return self._open.served
 

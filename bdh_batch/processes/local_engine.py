@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from bdh_batch import __version__
 from bdh_batch.backends.local import Engine, LocalBackend
 from bdh_batch.engine.loading import LoadedEngine, attention_window, load_engine, start_worker
 from bdh_batch.engine.worker import Observer
@@ -50,11 +52,12 @@ class LocalEngine:
 
     async def load(self) -> EngineInfo:
         self.engine = engine = await in_daemon_thread(partial(self._make, self._settings, self._path), LOADER)
-        return engine_info(engine, self._settings)
+        self._info = await in_daemon_thread(partial(engine_info, engine, self._settings), LOADER)
+        return self._info
 
     def open(self, components: Components) -> LocalBackend:
         worker = self._start(self._settings, self.engine, self._observer)
-        watch_engine(self._metrics, worker, engine_info(self.engine, self._settings), self._settings)
+        watch_engine(self._metrics, worker, self._info, self._settings)
         return local_backend(worker, self.engine, components.text, self._settings)
 
     def states(self) -> Sequence[Mapping[str, object]]:
@@ -81,7 +84,18 @@ def engine_info(engine: LoadedEngine, settings: Settings) -> EngineInfo:
     """Returns the sizes of a loaded engine."""
     config = engine.model.config
     window = attention_window(settings.model.attention_window, config)
-    return EngineInfo(config.vocab_size, config.n_embd, engine.slots, engine.host_slots, window)
+    sizes = (config.vocab_size, config.n_embd, engine.slots, engine.host_slots, window)
+    return EngineInfo(*sizes, fingerprint(engine, settings))
+
+
+def fingerprint(engine: LoadedEngine, settings: Settings) -> str:
+    """Returns a hash of all that decides which tokens an engine generates: weights, dtypes, kernels, window."""
+    digest = hashlib.blake2b(digest_size=16)
+    chosen = settings.engine
+    device, own = engine.model.weights.embed.device.type, (chosen.kernels, chosen.state_dtype)
+    for part in (__version__, settings.model.attention_window, *own, device, engine.fingerprint):
+        digest.update(f"{part}\0".encode())
+    return digest.hexdigest()
 
 
 def local_backend(worker: Engine, engine: LoadedEngine, text: TextComponents, settings: Settings) -> LocalBackend:

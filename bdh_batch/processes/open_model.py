@@ -111,7 +111,8 @@ def _served(
         info=info,
         revision=revision,
         backend=backend,
-        fingerprint=f"{info.name}-bdh_batch-{__version__}",
+        system_fingerprint=f"{info.name}-bdh_batch-{__version__}",
+        fingerprint=fingerprint_of(facts, components),
         defaults=components.defaults,
         template=components.template,
         width=facts.width,
@@ -124,3 +125,9 @@ def _served(
             elsewhere=compiled_elsewhere,
         ),
     )
+
+
+def fingerprint_of(facts: EngineInfo, components: Components) -> str:
+    """Returns a hash of all that decides what a request generates: the engine, the tokenizer, the defaults."""
+    parts = (facts.fingerprint, components.text.info(), components.defaults)
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()

@@ -46,7 +46,8 @@ class RemoteEngines:
         await self._known.wait()
         assert self._welcome is not None
         found = self._welcome
-        return EngineInfo(found.vocab_size, found.width, found.slots, found.host_slots, found.window)
+        sizes = (found.vocab_size, found.width, found.slots, found.host_slots, found.window)
+        return EngineInfo(*sizes, found.fingerprint)
 
     def open(self, components: Components) -> RemoteBackend:
         assert self._welcome is not None

@@ -63,6 +63,10 @@ class SupervisedModel:
         return self.info.name
 
     @property
+    def fingerprint(self) -> str | None:
+        return None if self._open is None else self._open.served.fingerprint
+
+    @property
     def is_loaded(self) -> bool:
         return self.state is State.LOADED
 

@@ -25,7 +25,7 @@ from bdh_batch.text.chat import ChatTemplate, NoTemplate, TemplateSource, open_t
 from bdh_batch.text.grammar import Grammars
 from bdh_batch.text.sandbox import Sandbox
 from bdh_batch.upstreams.backend import UpstreamBackend
-from bdh_batch.upstreams.config import AnyUpstream, KServeUpstream
+from bdh_batch.upstreams.config import AnyUpstream, KServeUpstream, OpenAIUpstream
 from bdh_batch.upstreams.open import open_upstream
 
 OWNER = "upstream"  # of the models, as /v1/models says
@@ -87,6 +87,7 @@ class HostedUpstream:
     """
 
     state = State.LOADED
+    fingerprint = None
 
     def __init__(self, served: ServedModel, backend: UpstreamBackend, problem: Callable[[], str | None]) -> None:
         self._served = served
@@ -172,11 +173,14 @@ def with_upstreams(settings: Settings, models: HostedModels, metrics: Metrics) -
 def _served(
     settings: Settings, upstream: AnyUpstream, backend: UpstreamBackend, template: ChatTemplate | NoTemplate
 ) -> ServedModel:
+    passed_on = frozenset(upstream.pass_fields) if isinstance(upstream, OpenAIUpstream) else None
+    info = ModelInfo(upstream.id, tuple(upstream.aliases), int(time.time()), None, OWNER, passed_on)
     return ServedModel(
-        info=ModelInfo(upstream.id, tuple(upstream.aliases), int(time.time()), max_model_len=None, owner=OWNER),
+        info=info,
         revision=revision_of(upstream),
         backend=backend,
-        fingerprint=f"{upstream.id}-bdh_batch-{__version__}",
+        system_fingerprint=f"{upstream.id}-bdh_batch-{__version__}",
+        fingerprint=None,
         defaults=Defaults(),
         template=template,
         width=0,

@@ -35,7 +35,7 @@ class Groups:
         self._ranked: tuple[Ranking[Key], ...] = (Ranking(self._rank), Ranking(self._rank))
 
     def __len__(self) -> int:
-        return self.priorities.total()
+        return sum(self.priorities.values())
 
     def __iter__(self) -> Iterator[Sequence]:
         return chain.from_iterable(self._members.values())
@@ -62,7 +62,7 @@ class Groups:
 
     def heads(self) -> list[Sequence]:
         """The first in rank: of those that compete in their own priorities, and of those that have aged."""
-        keys = (ranking.first() for ranking in self._ranked)
+        keys = [ranking.first() for ranking in self._ranked]
         return [self._members[key][0] for key in keys if key is not None]
 
     def last(self, queue_key: QueueKey) -> Sequence | None:
@@ -80,4 +80,4 @@ class Groups:
 
 
 def _key(sequence: Sequence) -> Key:
-    return *sequence.queue_key, sequence.standing.aged
+    return sequence.priority, sequence.tenant, sequence.standing.aged

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 
 TOKEN_BYTES = array("I").itemsize
-SHORT = 1024  # bytes, which are quicker compared as one number
+SHORT = 128  # bytes, which are quicker compared as one number
 RECENT = 512  # prompts that are remembered, of all namespaces together
 RECENT_BYTES = 32 * 2**20
 
@@ -50,7 +50,10 @@ class RecentPrompts:
         """Records `prompt`, and returns how many tokens it has in common with the recorded prompt most like it."""
         prompts = self._sorted.setdefault(namespace, [])
         at = bisect_left(prompts, prompt)
-        longest = max((common(prompt, other) for other in prompts[max(0, at - 1) : at + 1]), default=0)
+        longest = 0
+        for other in prompts[max(0, at - 1) : at + 1]:
+            if other.startswith(prompt[: TOKEN_BYTES * (longest + 1)]):  # else it has no more of it in common
+                longest = common(prompt, other)
         if (namespace, prompt) in self._order:
             self._order.move_to_end((namespace, prompt))
         else:

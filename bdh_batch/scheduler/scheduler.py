@@ -21,7 +21,7 @@ from bdh_batch.scheduler.groups import Groups
 from bdh_batch.scheduler.policy import Counts, Policy
 from bdh_batch.scheduler.preemption import Preemption
 from bdh_batch.scheduler.prefixes import pack
-from bdh_batch.scheduler.rank import BEGAN, DUE, rank, tenant_rank
+from bdh_batch.scheduler.rank import BEGAN, DUE, rank
 from bdh_batch.scheduler.ranking import Ranking
 from bdh_batch.scheduler.sequence import HOLDING, WAITING, QueueKey, Sequence, Stage
 from bdh_batch.scheduler.sharing import Sharing
@@ -280,7 +280,7 @@ class Scheduler:
 
     def _is_crowded(self, candidate: Sequence) -> bool:
         """Whether as many hold a state as may. Swapped ones of a later priority do not keep it out."""
-        own = tenant_rank(candidate, self._first)[0]
+        own = rank(candidate, self._first)[0]
         swapped = sum(n for (priority, aged), n in self.swapped.priorities.items() if aged or priority <= own)
         return len(self.running) + swapped >= self.max_running
 

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from bdh_batch.backends.base import Ended, Generation
+from bdh_batch.backends.generation import Tally
 from bdh_batch.messages import Delta, FinishReason, GenerationRequest, TokenLogprob, Usage
 from bdh_batch.store.byte_cache import ByteCache, Unreachable
 
@@ -198,8 +199,7 @@ class Replayed:
     def __init__(self, request: GenerationRequest, entry: Entry) -> None:
         self._request = request
         self._entry = entry
-        self._tokens = 0
-        self._ended: list[Ended] = []
+        self._tally = Tally(len(request.prompts) * request.n)
 
     @property
     def prompts(self) -> Sequence[Sequence[int]]:
@@ -218,17 +218,15 @@ class Replayed:
         for number, step in enumerate(self._entry.steps, 1):
             if number % SLICE == 0:  # all are there, and nothing else would make others wait
                 await asyncio.sleep(0)
-            pieces = DECODER.decode(step)
-            self._tokens += sum(len(piece.tokens) for piece in pieces)
-            yield [(piece.index, piece.delta) for piece in pieces]
+            deltas = [(piece.index, piece.delta) for piece in DECODER.decode(step)]
+            self._tally.add(deltas)
+            yield deltas
 
     def abort(self) -> None:
-        ended, self._ended = self._ended, []
-        for each in ended:
-            each(self._tokens, None)
+        self._tally.end()
 
     def on_end(self, ended: Ended) -> None:
-        self._ended.append(ended)
+        self._tally.on_end(ended)
 
 
 def key_of(tenant: str, revision: str, kind: str, fields: Mapping[str, Any], headers: Mapping[str, str]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from bdh_batch.backends.base import Ended, RawPrompt
-from bdh_batch.backends.generation import FAILED, Running, breathe
+from bdh_batch.backends.generation import Running, Tally, breathe
 from bdh_batch.backends.tokenization import Tokenization, off_the_loop
 from bdh_batch.errors import (
     GenerationFailed,
@@ -28,12 +28,11 @@ from bdh_batch.upstreams.choice import Choice, Outbox, Route
 from bdh_batch.upstreams.counting import conversation_size, encoded_length, estimate
 from bdh_batch.upstreams.endpoints import Endpoints
 from bdh_batch.upstreams.fields import passed_on
-from bdh_batch.upstreams.protocol import TextRequest
+from bdh_batch.upstreams.protocol import MOST, TextRequest
 
 log = logging.getLogger(__name__)
 
 LAST_WORDS_SECONDS = 2.0  # for the error events of a drain that ran out of time to reach their clients
-MOST_TOKEN_ID = 2**31 - 1
 LARGEST_SEED = 2**63 - 1  # that all protocols can express
 MOST_WAITING = 8192  # requests that wait for their turn at one upstream
 
@@ -49,7 +48,7 @@ class UpstreamBackend:
     def __init__(self, route: Route, tokenizer: Tokenizer | None, timeout: float | None) -> None:
         self._route = route
         self._counts = tokenizer
-        self._tokenization = Tokenization(tokenizer or TokenIdsOnly(), MOST_TOKEN_ID)
+        self._tokenization = Tokenization(tokenizer or TokenIdsOnly(), MOST)
         self._timeout = timeout
         self._running = Running()
         upstream = route.upstream
@@ -175,9 +174,7 @@ class UpstreamGeneration:
         self._timeout = request.origin.timeout_within(timeout)
         self._running = running
         self._outbox = Outbox()
-        self._ended: list[Ended] = []
-        self._failure: Delta | None = None
-        self._tokens = 0
+        self._tally = Tally(len(request.prompts) * request.n)
         self._tokenizer = counts
         self._choices: list[Choice] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -208,8 +205,9 @@ class UpstreamGeneration:
         prompt_tokens, estimated = 0, False
         for number, prompt in enumerate(self._request.prompts):
             first = self._choices[number * self._request.n]
-            if first.prompt_tokens is not None:
+            if first.prompt_tokens is not None and not (first.prompt_estimated and self._is_exact):
                 prompt_tokens += first.prompt_tokens
+                estimated = estimated or first.prompt_estimated
             else:
                 prompt_tokens += len(prompt.tokens)
                 estimated = estimated or not (self._is_exact or not isinstance(prompt.tokens, range))
@@ -217,32 +215,23 @@ class UpstreamGeneration:
         estimated = estimated or any(choice.count.estimated for choice in self._choices)
         if all(choice.ended for choice in self._choices):
             completion_tokens = sum(choice.count.tokens for choice in self._choices)
-        return Usage(prompt_tokens, completion_tokens, cached, estimated)
+        return Usage(min(prompt_tokens, MOST), min(completion_tokens, MOST), min(cached, MOST), estimated)
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
-        left = len(self._choices)
-        while left:
+        while self._tally.open:
             deltas = await self._outbox.take()
-            for _, delta in deltas:
-                self._tokens += len(delta.tokens)
-                if delta.finish_reason is not None:
-                    left -= 1
-                    if delta.finish_reason in FAILED and self._failure is None:
-                        self._failure = delta
+            self._tally.add(deltas)
             yield deltas
 
     def abort(self) -> None:
-        for task in self._tasks:
+        for task, choice in zip(self._tasks, self._choices):
             task.cancel()
+            choice.abort()  # its reader may wait for the next delta
         self._running.discard(self)
-        if self._failure is None and not all(choice.ended for choice in self._choices):
-            self._failure = Delta(finish_reason=FinishReason.ABORT)
-        ended, self._ended = self._ended, []
-        for each in ended:
-            each(self._tokens, self._failure)
+        self._tally.end()
 
     def on_end(self, ended: Ended) -> None:
-        self._ended.append(ended)
+        self._tally.on_end(ended)
 
     def fail(self, error: Unavailable) -> None:
         """Ends all choices with an error, as the server is shutting down."""

@@ -89,6 +89,7 @@ class Choice:
     ) -> None:
         self.count = TokenCount()
         self.prompt_tokens: int | None = None  # as the upstream reports them
+        self.prompt_estimated = False  # whether it says that it has estimated them
         self.cached_tokens = 0
         self.outcome = ""  # its finish reason, or how it failed; empty while it runs
         self._said: list[str] = []  # the text, in pieces, where it is to be counted
@@ -100,6 +101,7 @@ class Choice:
         self._seed = seed
         self._tokenizer = tokenizer
         self._record: Continuation | None = None  # where another endpoint could go on
+        self._fingerprint: str | None = None  # which that has to have
         self._begun = False  # whether the client may have had something
         self._length = 0  # of all that it was sent, in characters
         self._reason: FinishReason | None = None
@@ -123,8 +125,17 @@ class Choice:
     def fail(self, error: BDHError) -> None:
         """Ends it with an error, unless it has ended."""
         if not self.ended:
-            self.outcome = FinishReason.ERROR
-            self._outbox.add(self.index, Delta(finish_reason=FinishReason.ERROR, error=error))
+            self._end(Delta(finish_reason=FinishReason.ERROR, error=error))
+
+    def abort(self) -> None:
+        """Ends it, unless it has ended, as nobody needs it any more."""
+        if not self.ended:
+            self._end(Delta(finish_reason=FinishReason.ABORT))
+
+    def _end(self, last: Delta) -> None:
+        assert last.finish_reason is not None
+        self.outcome = last.finish_reason
+        self._outbox.add(self.index, last)
 
     async def _read(self) -> None:
         """Asks one endpoint after the other. Raises the Fault of the last one."""
@@ -132,8 +143,8 @@ class Choice:
         failed: list[Endpoint] = []
         last: Fault | None = None
         while True:
-            endpoint = endpoints.choose(failed)
-            if endpoint is None or (self._begun and not endpoint.facts.ours):
+            endpoint = endpoints.choose(failed, self._fingerprint if self._begun else None)
+            if endpoint is None:
                 raise last or none_able(self._route.upstream.id, endpoints.retry_after)
             if last is not None:
                 self._route.observer.went_elsewhere(self._route.upstream.id, self._begun)
@@ -157,11 +168,14 @@ class Choice:
 
     async def _request_for(self, endpoint: Endpoint) -> TextRequest:
         """Returns what an endpoint is asked: to go on, where another one like it has begun. Raises Fault."""
-        if not endpoint.facts.ours:
-            return self._request
+        facts = endpoint.facts
+        if not self._begun:
+            self._record, self._fingerprint = None, facts.fingerprint
+        if facts.fingerprint is None:
+            return replace(self._request, ours=facts.ours)
         if self._record is None:
             fields = {"seed": self._seed, **self._request.fields}
-            self._record = Continuation(replace(self._request, fields=fields, ours=True))
+            self._record = Continuation(replace(self._request, fields=fields, ours=True, continuable=True))
             return self._record.request
         if self._record.lacks_prompt:
             asked = self._record.request
@@ -170,7 +184,7 @@ class Choice:
 
     async def _read_from(self, endpoint: Endpoint, failed: list[Endpoint]) -> None:
         request = await self._request_for(endpoint)
-        record = self._record if endpoint.facts.ours else None
+        record = self._record
         stream = self._route.connector.stream(endpoint.address, request)
         async with aclosing(stream) as source, aclosing(self._in_time(source)) as pieces:
             async for piece in pieces:
@@ -223,8 +237,8 @@ class Choice:
         text = self._text.add(piece.text) if piece.text else ""
         new = self.count.add(piece.text, piece.count)
         self._report(piece)
+        self._begun = self._begun or bool(piece.text or new or piece.extras)
         if text or new or piece.extras:
-            self._begun = True
             if self._tokenizer is not None:
                 self._said.append(text)
             tokens = [*piece.tokens] if len(piece.tokens) == new else [UNKNOWN_TOKEN] * new
@@ -238,9 +252,10 @@ class Choice:
         if piece.prompt_tokens is not None and self.prompt_tokens is None:
             known = None if self._record is None else self._record.prompt_tokens
             self.prompt_tokens = piece.prompt_tokens if known is None else known
+            self.prompt_estimated = piece.estimated and known is None
             self.cached_tokens = min(piece.cached_tokens, self.prompt_tokens)
         if piece.completion_tokens is not None and self._record is None:
-            self.count.report(piece.completion_tokens)
+            self.count.report(piece.completion_tokens, piece.estimated)
 
     async def _finish(self) -> None:
         rest = self._text.flush()
@@ -256,12 +271,14 @@ class Choice:
         upstream = self._route.upstream.id
         self._route.observer.failed(upstream, fault.kind)
         cause = f" ({brief(repr(fault.__cause__))})" if fault.__cause__ is not None else ""
-        log.warning(
+        refused = fault.kind is FaultKind.REFUSED  # by the client's doing, as often as it likes
+        log.log(
+            logging.INFO if refused else logging.WARNING,
             "upstream %s: %s: %s %s%s; request %s",
             upstream,
             endpoint.address,
             fault.kind,
-            "" if fault.kind is FaultKind.REFUSED else brief(fault.message),  # a refusal may quote the request
+            "" if refused else brief(fault.message),  # a refusal may quote the request
             cause,
             self._request.id,
         )

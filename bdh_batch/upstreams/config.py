@@ -28,6 +28,7 @@ from bdh_batch.system.sizes import parse_bytes
 HOP_BY_HOP = frozenset(
     ("connection", "content-length", "host", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade")
 )
+NEVER_PASSED = frozenset(("messages", "model", "prompt", "stream", "stream_options"))  # each API has its own
 HEADER_NAME = re.compile(r"[a-z0-9!#$%&'*+.^_`|~-]+")
 METADATA_NAME = re.compile(r"[a-z0-9._-]+")
 PORT = re.compile(r"[0-9]{1,5}")
@@ -127,8 +128,8 @@ class Upstream(Entry):
     max_failovers: PositiveInt = Field(2, description="Endpoints that one request may lose; then it fails.")
     ours: bool | None = Field(
         None,
-        description="Whether the endpoints are servers like this one, with the same model: a stream whose endpoint is "
-        "lost then goes on at another one. null finds out.",
+        description="Whether the endpoints are servers like this one, that generate the same: a stream whose endpoint "
+        "is lost then goes on at another one. null finds out.",
     )
 
     @model_validator(mode="after")
@@ -165,6 +166,14 @@ class Upstream(Entry):
         return key
 
 
+def _more(value: str) -> str:
+    if value in NEVER_PASSED:
+        raise PydanticCustomError(
+            "field", "a field besides {names} is expected", {"names": ", ".join(sorted(NEVER_PASSED))}
+        )
+    return value
+
+
 class HttpUpstream(Upstream):
     """The base of upstreams that are asked by HTTP, at one URL or at several alike."""
 
@@ -189,6 +198,10 @@ class OpenAIUpstream(HttpUpstream):
     kind: Literal["openai"]
     model: str | None = Field(None, description="Name of the model there; null is the id.")
     include_usage: bool = Field(True, description="Whether streams are asked for their usage.")
+    pass_fields: list[Annotated[str, AfterValidator(_more)]] = Field(
+        [],
+        description="Fields of requests that go on although this server does not know them, or keeps them as labels.",
+    )
 
 
 class HtmlSections(Entry):
@@ -205,7 +218,9 @@ class HtmlSections(Entry):
         description="CSS selectors of what is taken out, as debug output and latencies.",
     )
     placeholders: list[str] = Field([], description="Texts that stand where there is none yet, as `Thinking...`.")
-    max_tags: PositiveInt = Field(2048, le=8192, description="Most tags of a text; more end the request.")
+    max_tags: PositiveInt = Field(
+        2048, le=8192, description="Most tags of a text, and most attributes in them; more end the request."
+    )
 
 
 class GradioUpstream(HttpUpstream):
@@ -272,6 +287,11 @@ class KServeUpstream(Upstream):
         Outputs(),
         description="Names of the tensors text (by default text, token or text_output), "
         "finish_reason and token_ids in responses; each a list of those that there may be.",
+    )
+    pass_request_id: bool = Field(
+        False,
+        description="Whether requests have the same ids there as here, which clients may choose by x-request-id; else "
+        "each has a random one.",
     )
     template: Path | None = Field(
         None,

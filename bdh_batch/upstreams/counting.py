@@ -34,9 +34,9 @@ class TokenCount:
         self.estimated = self.estimated or bool(text)
         return new
 
-    def report(self, tokens: int) -> None:
+    def report(self, tokens: int, estimated: bool = False) -> None:
         """Takes the upstream's own number, or that of a tokenizer."""
-        self.tokens, self.estimated = tokens, False
+        self.tokens, self.estimated = tokens, estimated
 
 
 def estimate(size: int) -> int:

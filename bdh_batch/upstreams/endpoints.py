@@ -18,6 +18,7 @@ from bdh_batch.upstreams.protocol import Connector, EndpointFacts, Fault
 log = logging.getLogger(__name__)
 
 UNKNOWN = EndpointFacts()
+DECLARED = "declared"  # the fingerprint of endpoints that the settings say are alike
 
 
 class Observer(Protocol):
@@ -64,12 +65,17 @@ class Endpoints:
         self._clock = clock
         self._requests = 0
         self._checks: list[asyncio.Task[None]] = []
-        self.all: Sequence[Endpoint] = [Endpoint(address) for address in upstream.addresses]
+        self.all: Sequence[Endpoint] = [Endpoint(each, facts=self._facts(UNKNOWN)) for each in upstream.addresses]
 
-    def choose(self, without: Collection[Endpoint] = ()) -> Endpoint | None:
+    def choose(self, without: Collection[Endpoint] = (), like: str | None = None) -> Endpoint | None:
         """Returns the endpoint with the fewest requests under way, and of several the one that has waited longest;
-        None where none can be asked."""
-        able = [each for each in self.all if each not in without and self._able(each)]
+        None where none can be asked.
+
+        Args:
+            like: the fingerprint that it has to have; None is any.
+        """
+        alike = [each for each in self.all if like is None or each.facts.fingerprint == like]
+        able = [each for each in alike if each not in without and self._able(each)]
         return min(able, key=lambda each: (each.outstanding, each.chosen), default=None)
 
     @contextmanager
@@ -143,7 +149,7 @@ class Endpoints:
         if not endpoint.up:
             log.info("upstream %s: %s is up", self._upstream.id, endpoint.address)
         endpoint.up = True
-        endpoint.facts = facts if self._upstream.ours is None else EndpointFacts(self._upstream.ours)
+        endpoint.facts = self._facts(facts)
 
     async def _watch(self, endpoint: Endpoint) -> None:
         while True:
@@ -153,6 +159,12 @@ class Endpoints:
                 log.exception("upstream %s: the check of %s failed", self._upstream.id, endpoint.address)
                 endpoint.up = False
             await asyncio.sleep(self._upstream.health_seconds)
+
+    def _facts(self, found: EndpointFacts) -> EndpointFacts:
+        """Returns what is to be believed of an endpoint: what the settings say, else what was found out."""
+        if (said := self._upstream.ours) is None:
+            return found
+        return EndpointFacts(said, DECLARED if said else None)
 
     def _able(self, endpoint: Endpoint) -> bool:
         if not endpoint.up:

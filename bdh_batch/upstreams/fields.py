@@ -68,6 +68,8 @@ def passed_on(
         name = given if expressed is None or given in expressed else OTHER_NAMES.get(given, given)
         if name in done_here or _asks_for_nothing(given, value, name, expressed):
             continue
+        if expressed is None and given in drop:
+            continue  # the upstream takes fields in general, and not this one
         if name not in UNRELAYED and (expressed is None or name in expressed):
             passed[name] = value
         elif given not in drop:

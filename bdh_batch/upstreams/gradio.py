@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
+
+import httpx
 
 from bdh_batch.backends.tokenization import off_the_loop
 from bdh_batch.messages import FinishReason
@@ -44,12 +46,13 @@ class GradioConnector:
         body = {"data": inputs_of(upstream, request)}
         async with asked(self._client, "POST", url, request.headers, body) as response:
             begun = await read_json(response, LARGEST_EVENT_ID)
+            headers = {**request.headers, **_cookies(response)}
         event_id = begun.get("event_id") if isinstance(begun, dict) else None
         if not isinstance(event_id, str) or not EVENT_ID.fullmatch(event_id):
             raise Fault(FaultKind.MALFORMED, "no event id")
         reader = Reader(upstream, self._cleaner)
         async with (
-            asked(self._client, "GET", f"{url}/{event_id}", request.headers) as response,
+            asked(self._client, "GET", f"{url}/{event_id}", headers) as response,
             aclosing(events(response, upstream.max_message_bytes)) as source,
         ):
             async for event in source:
@@ -72,6 +75,14 @@ class GradioConnector:
 
     async def close(self) -> None:
         await self._client.aclose()
+
+
+def _cookies(response: httpx.Response) -> Mapping[str, str]:
+    """Returns the header with the response's cookies, for the next request of the same client's: by them, what balances
+    the load of several servers knows which one has the event."""
+    pairs = [f"{cookie.name}={cookie.value}" for cookie in response.cookies.jar if cookie.value is not None]
+    plain = [pair for pair in pairs if pair.isascii() and pair.isprintable()]
+    return {"cookie": "; ".join(plain)} if plain else {}
 
 
 class Reader:

@@ -27,6 +27,10 @@ BLOCK = frozenset(BLOCKS.split())
 KNOWN = BLOCK | frozenset(INLINE.split())
 NEVER_SHOWN = frozenset(("script", "style", "template", "title", "head"))
 TAG = re.compile(r"<(/?)([A-Za-z][A-Za-z0-9-]*)?")
+TAG_NAME = re.compile(r"</?[A-Za-z][^\t\n\f\r />]*+")
+SPACE = r"[\t\n\f\r ]*+"
+VALUE = r"""(?>"[^"]*+"?|'[^']*+'?|[^\t\n\f\r >]*+)"""
+ATTRIBUTE = re.compile(rf"[\t\n\f\r /]*+[^\t\n\f\r />][^\t\n\f\r />=]*+(?>{SPACE}={SPACE}{VALUE})?+")
 UNFINISHED = re.compile(r"(?:&#?[A-Za-z0-9]*|<(?:/|!-?)?)\Z")  # what may become an entity or a tag
 TEXT = "-text"
 LONGEST = 2**20  # characters: a parser takes 20 ms for so many
@@ -61,7 +65,7 @@ class Cleaner:
         """Returns what is certain of a text that may go on, or, if it is `final`, all of it.
 
         Raises:
-            Fault: it has too many tags: what a parser does with them may take long.
+            Fault: it has too many tags or attributes: what a parser does with them may take the square of their number.
         """
         if html.strip() in self._placeholders:
             return Sections("", "")
@@ -71,7 +75,10 @@ class Cleaner:
             html = UNFINISHED.sub("", html)
         if "<" not in html and "&" not in html:
             return Sections(html.strip(), "")
-        tree = LexborHTMLParser(f"<body>{_with_known_tags(html, final)}")
+        html = _with_known_tags(html, final)
+        if _attributes(html, self._most) > self._most:
+            raise Fault(FaultKind.TOO_LARGE, "too many attributes")
+        tree = LexborHTMLParser(f"<body>{html}")
         thoughts, removed = _matching(tree, self._thoughts), _matching(tree, self._removed)
         text: list[str] = []
         thought: list[str] = []
@@ -98,6 +105,17 @@ def _with_known_tags(html: str, final: bool) -> str:
         return f"&lt;{found[0][1:]}"
 
     return TAG.sub(shown, html)
+
+
+def _attributes(html: str, most: int) -> int:
+    """Returns how many attributes all tags have, or a number above `most`. What only looks like a tag counts, too."""
+    number = 0
+    for tag in TAG_NAME.finditer(html):
+        at = tag.end()
+        while number <= most and (found := ATTRIBUTE.match(html, at)) is not None:
+            number += 1
+            at = found.end()
+    return number
 
 
 def _matching(tree: LexborHTMLParser, selectors: str) -> Collection[int]:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-from collections.abc import AsyncGenerator, Collection, Sequence
+import time
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 import grpc
 from google.protobuf.message import DecodeError
-from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.grpc import service_pb2 as pb
 
 from bdh_batch.errors import ConfigError
 from bdh_batch.messages import FinishReason
+from bdh_batch.system.protobuf import Counter, TooMany
 from bdh_batch.upstreams.config import KServeUpstream, Tensor
 from bdh_batch.upstreams.protocol import (
     BUSY,
-    MOST_TOKENS,
+    MOST,
     REFUSALS,
     EndpointFacts,
     Fault,
@@ -24,15 +28,21 @@ from bdh_batch.upstreams.protocol import (
     Piece,
     TextRequest,
     reason_of,
+    token_ids,
 )
 from bdh_batch.upstreams.tensors import ResponseTensors, add_input, add_parameter, new_request
 
 SERVICE = "/inference.GRPCInferenceService"
 OURS = "bdh_batch"  # what a server like this one calls itself
+FINGERPRINT = "x-model-fingerprint"  # in the metadata of its ModelMetadata
 UNFINISHED = ("", "null")  # finish reasons of responses before the last
 FINAL = "triton_final_response"  # Triton's parameter of a stream's last response
 ERROR_STATUS, ERROR_PARAM = "error_status", "error_param"  # parameters of a response with an error
 USAGE = ("prompt_tokens", "completion_tokens", "cached_tokens")
+ESTIMATED = "usage_estimated"  # says of these, in a server like this one, that they are no more than estimates
+BELIEVED_SECONDS = 60.0  # that an endpoint has no ModelStreamInfer: then it is tried again
+UNCOUNTED = 16384  # bytes of a message of which the parser has soon made all that is in it
+MOST_FIELDS, MOST_NUMBERS = 8192, 2**19  # of a larger one: the parser holds up all streams until it has made them
 LARGEST_REQUEST = 2**28  # bytes: the body's own limit is narrower
 # The fields of /v1/completions that a server like this one takes as parameters, but for those that are done on this
 # side, and those whose outcome is not passed back.
@@ -69,14 +79,14 @@ class KServeConnector:
         self._metadata = {**upstream.headers, **authorization}
         self._credentials = _credentials(upstream)
         self._channels: dict[str, grpc.aio.Channel] = {}
-        self._without_stream: set[str] = set()  # endpoints that have no ModelStreamInfer
+        self._without_stream: dict[str, float] = {}  # endpoints without ModelStreamInfer, until when that is believed
 
     def expresses(self, chat: bool, ours: bool) -> Collection[str]:
         return OURS_TAKES if ours else frozenset((*self._upstream.inputs, *self._upstream.parameters))
 
     async def stream(self, address: str, request: TextRequest) -> AsyncGenerator[Piece, None]:
-        streams = self._upstream.streaming
-        if streams or (streams is None and address not in self._without_stream):
+        streams, request = self._upstream.streaming, self._identified(request)
+        if streams or (streams is None and time.monotonic() >= self._without_stream.get(address, 0)):
             try:
                 async for piece in self._streamed(address, request):
                     yield piece
@@ -84,34 +94,56 @@ class KServeConnector:
             except Unimplemented as error:
                 if streams:
                     raise Fault(FaultKind.ERROR, "it has no ModelStreamInfer") from error
-                self._without_stream.add(address)
+                self._without_stream[address] = time.monotonic() + BELIEVED_SECONDS
         yield await self._whole(address, self._request(request, streams=False), request)
 
     async def probe(self, address: str) -> EndpointFacts:
-        seconds = self._upstream.connect_seconds
-        stub = service_pb2_grpc.GRPCInferenceServiceStub(await self._channel(address))
-        metadata = tuple(self._metadata.items())
+        channel = await self._channel(address)
         try:
-            ready = await stub.ServerReady(service_pb2.ServerReadyRequest(), metadata=metadata, timeout=seconds)
+            ready, _ = await self._told(channel, "ServerReady", pb.ServerReadyRequest(), pb.ServerReadyResponse)
             if not ready.ready:
                 raise Fault(FaultKind.BUSY, "not ready")
-            about = await stub.ServerMetadata(service_pb2.ServerMetadataRequest(), metadata=metadata, timeout=seconds)
+            about, _ = await self._told(
+                channel, "ServerMetadata", pb.ServerMetadataRequest(), pb.ServerMetadataResponse
+            )
         except grpc.RpcError as error:
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                 raise Fault(FaultKind.CONNECT) from error
             return EndpointFacts()  # it responds, and need not have these methods
-        return EndpointFacts(ours=about.name == OURS)
+        if about.name != OURS:
+            return EndpointFacts()
+        return EndpointFacts(True, await self._fingerprint(channel))
+
+    async def _fingerprint(self, channel: grpc.aio.Channel) -> str | None:
+        """Returns the fingerprint of the model at a server like this one; None where it does not generate itself."""
+        upstream = self._upstream
+        name = upstream.stream_model or upstream.model or upstream.id
+        asked = pb.ModelMetadataRequest(name=name, version=upstream.version)
+        try:
+            _, metadata = await self._told(channel, "ModelMetadata", asked, pb.ModelMetadataResponse)
+        except grpc.RpcError:
+            return None  # not for this key, or not now: then a request is told so
+        said = metadata.get(FINGERPRINT)
+        return said if isinstance(said, str) else None
+
+    async def _told(
+        self, channel: grpc.aio.Channel, method: str, asked: Any, kind: Any
+    ) -> tuple[Any, Mapping[str, str | bytes]]:
+        """Returns what a method says of the endpoint, and the metadata behind it. Raises Fault, grpc.RpcError."""
+        ask = channel.unary_unary(f"{SERVICE}/{method}", asked.__class__.SerializeToString, None)
+        call = ask(asked, metadata=tuple(self._metadata.items()), timeout=self._upstream.connect_seconds)
+        return _parsed(kind, await call), dict(await call.trailing_metadata())
 
     async def prompt_ids(self, address: str, request: TextRequest) -> Sequence[int] | None:
         special = {name: value for name, value in request.fields.items() if name == "add_special_tokens"}
         fields = {"max_tokens": 1, "return_token_ids": True, **special}
-        wanted = TextRequest(request.id, request.prompt, fields=fields, ours=True)
+        wanted = self._identified(replace(request, messages=None, fields=fields, ours=True))
         asked = self._request(wanted, streams=False)
         asked.outputs.add(name="prompt_token_ids")
-        response = await self._infer(address, asked, request)
+        response = await self._infer(address, asked, wanted)
         tensors = ResponseTensors(response)
         name = tensors.find(["prompt_token_ids"])
-        return None if name is None else tensors.integers(name)
+        return None if name is None else token_ids(tensors.integers(name))
 
     async def close(self) -> None:
         channels, self._channels = self._channels, {}
@@ -151,6 +183,10 @@ class KServeConnector:
             return grpc.aio.insecure_channel(address, options)
         return grpc.aio.secure_channel(address, self._credentials, options)
 
+    def _identified(self, request: TextRequest) -> TextRequest:
+        """Returns a request with the id that the upstream gets: clients may choose theirs, and two the same one."""
+        return request if self._upstream.pass_request_id else replace(request, id=uuid4().hex)
+
     def _request(self, request: TextRequest, streams: bool) -> Any:
         """Returns the message for a request. Raises Fault where it cannot be expressed."""
         upstream = self._upstream
@@ -182,7 +218,7 @@ class KServeConnector:
             await call.write(asked)
             await call.done_writing()
             async for message in call:
-                piece = reader.read(_parsed(service_pb2.ModelStreamInferResponse, message))
+                piece = reader.read(_parsed(pb.ModelStreamInferResponse, message))
                 yield piece
             reader.end()
             if not reader.has_reasons and reader.begun:
@@ -212,7 +248,7 @@ class KServeConnector:
             if isinstance(fault, Unimplemented):
                 fault = Fault(FaultKind.ERROR, "it has no ModelInfer for this model")
             raise fault from error
-        return _parsed(service_pb2.ModelInferResponse, message)
+        return _parsed(pb.ModelInferResponse, message)
 
 
 class Unimplemented(Exception):
@@ -245,7 +281,7 @@ class _Reader:
         if (name := tensors.find(outputs.text)) is not None:
             piece.text = self._decoded(tensors.text(name))
         if (name := tensors.find(outputs.token_ids)) is not None:
-            piece.tokens = tensors.integers(name)
+            piece.tokens = token_ids(tensors.integers(name))
             piece.count = len(piece.tokens)
         if (name := tensors.find(outputs.finish_reason)) is not None:
             self.has_reasons = True
@@ -258,6 +294,7 @@ class _Reader:
         for name in USAGE:
             if tensors.find([name]) is not None:
                 setattr(piece, name, _tokens(name, sum(tensors.integers(name))))
+        piece.estimated = tensors.find([ESTIMATED]) is not None and tensors.flag(ESTIMATED)
         return piece
 
     def end(self) -> None:
@@ -272,13 +309,18 @@ class _Reader:
 
 
 def _tokens(name: str, number: int) -> int:
-    if not 0 <= number < MOST_TOKENS:
+    if not 0 <= number <= MOST:
         raise Fault(FaultKind.MALFORMED, f"{name} is no number of tokens")
     return number
 
 
 def _parsed(kind: Any, message: bytes) -> Any:
     """Returns a message that the stubs' own parser would log as a fault of this program where it is none."""
+    if len(message) > UNCOUNTED:
+        try:
+            Counter(MOST_FIELDS, MOST_NUMBERS).run(message, kind.DESCRIPTOR)
+        except TooMany as error:
+            raise Fault(FaultKind.TOO_LARGE, str(error)) from None
     try:
         return kind.FromString(message)
     except DecodeError as error:

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from bdh_batch.upstreams.config import OpenAIUpstream
-from bdh_batch.upstreams.protocol import MOST_TOKENS, EndpointFacts, Fault, FaultKind, Piece, TextRequest, reason_of
+from bdh_batch.upstreams.protocol import MOST, EndpointFacts, Fault, FaultKind, Piece, TextRequest, reason_of, token_ids
 from bdh_batch.upstreams.sse import events
 from bdh_batch.upstreams.web import asked, described, is_alive, open_client, parsed, read_json
 
@@ -17,6 +17,7 @@ DONE = "[DONE]"
 JSON = "application/json"
 OURS = "bdh_batch"  # who owns the models of a server like this one
 LARGEST_LIST = 2**20  # bytes of a list of models
+MOST_CALLS = 1024  # of tools, in one event
 THOUGHTS = ("reasoning_content", "reasoning")  # names of the same
 
 
@@ -60,7 +61,9 @@ class OpenAIConnector:
         models = value.get("data") if isinstance(value, dict) else None
         listed = models if isinstance(models, list) else []
         mine = [each for each in listed if isinstance(each, dict) and each.get("id") == self._model]
-        return EndpointFacts(ours=any(each.get("owned_by") == OURS for each in mine))
+        ours = next((each for each in mine if each.get("owned_by") == OURS), None)
+        fingerprint = None if ours is None else ours.get("fingerprint")
+        return EndpointFacts(ours is not None, fingerprint if isinstance(fingerprint, str) else None)
 
     async def prompt_ids(self, address: str, request: TextRequest) -> Sequence[int] | None:
         return None  # they come with the first event
@@ -76,7 +79,7 @@ class OpenAIConnector:
         body = {**request.fields, "model": self._model, "stream": True}
         if self._upstream.include_usage:
             body["stream_options"] = {"include_usage": True}
-        if request.ours:
+        if request.continuable:
             body["return_token_ids"] = True
         if request.messages is not None:
             return body | {"messages": request.messages}
@@ -91,8 +94,10 @@ def _piece(value: object, chat: bool) -> Piece:
     if value.get("error") is not None:
         raise Fault(FaultKind.ERROR, described(value)[0])
     choices = value.get("choices")
-    if not isinstance(choices, list) or not all(isinstance(each, dict) for each in choices):
+    if not isinstance(choices, list) or not isinstance(choices[0] if choices else {}, dict):
         raise Fault(FaultKind.MALFORMED, "no list of choices")
+    if len(choices) > 1 or (choices and choices[0].get("index") not in (None, 0)):
+        raise Fault(FaultKind.WRONG_REQUEST, "a choice that was not asked for")
     piece = _choice(choices[0], chat) if choices else Piece()
     _read_usage(value.get("usage"), piece)
     if piece.prompt_ids is None:
@@ -141,8 +146,8 @@ def _extras(members: Mapping[str, Any], logprobs: object) -> Mapping[str, Any] |
 
 
 def _calls(calls: object) -> list[dict[str, Any]]:
-    if not isinstance(calls, list):
-        raise Fault(FaultKind.MALFORMED, "tool_calls are no list")
+    if not isinstance(calls, list) or len(calls) > MOST_CALLS:
+        raise Fault(FaultKind.MALFORMED, f"tool_calls are no list of at most {MOST_CALLS}")
     return [_call(index, call) for index, call in enumerate(calls)]
 
 
@@ -156,12 +161,13 @@ def _call(at: int, call: object) -> dict[str, Any]:
 
 
 def _tokens(value: object) -> list[int]:
-    return value if isinstance(value, list) and set(map(type, value)) <= {int} else []
+    return [*token_ids(value)] if isinstance(value, list) and set(map(type, value)) <= {int} else []
 
 
 def _read_usage(usage: object, piece: Piece) -> None:
     if not isinstance(usage, dict):
         return
+    piece.estimated = usage.get("estimated") is True
     piece.prompt_tokens, piece.completion_tokens = _number(usage, "prompt_tokens"), _number(usage, "completion_tokens")
     details = usage.get("prompt_tokens_details")
     piece.cached_tokens = (_number(details, "cached_tokens") if isinstance(details, dict) else None) or 0
@@ -169,4 +175,4 @@ def _read_usage(usage: object, piece: Piece) -> None:
 
 def _number(usage: Mapping[str, Any], name: str) -> int | None:
     value = usage.get(name)
-    return value if type(value) is int and 0 <= value < MOST_TOKENS else None
+    return value if type(value) is int and 0 <= value <= MOST else None

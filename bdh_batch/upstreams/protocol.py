@@ -30,7 +30,7 @@ class FaultKind(StrEnum):
 
 REFUSALS = frozenset((400, 413, 422))  # statuses of HTTP
 BUSY = frozenset((429, 503))
-MOST_TOKENS = 2**53  # that a usage may report
+MOST = 2**31 - 1  # of what KServe passes on as INT32: numbers of tokens, and their ids
 TIMEOUTS = frozenset((FaultKind.CONNECT_TIMEOUT, FaultKind.FIRST_TOKEN_TIMEOUT, FaultKind.GAP_TIMEOUT))
 # Of these another endpoint would do no better.
 FINAL = frozenset((FaultKind.REFUSED, FaultKind.REWRITTEN, FaultKind.DIFFERS))
@@ -68,7 +68,8 @@ class TextRequest:
         prompt: a text or token ids; None with `messages`.
         fields: the other fields of the body, by their names in the API.
         headers: those that are passed on, beside those of the settings.
-        ours: whether the endpoint is a server like this one: tokens' ids are wanted, as the stream may go on elsewhere.
+        ours: whether the endpoint is a server like this one.
+        continuable: whether tokens' ids are wanted, as the stream may go on elsewhere.
     """
 
     id: str
@@ -77,6 +78,7 @@ class TextRequest:
     fields: Mapping[str, Any] = field(default_factory=dict)
     headers: Mapping[str, str] = field(default_factory=dict)
     ours: bool = False
+    continuable: bool = False
 
 
 @dataclass(slots=True)
@@ -88,6 +90,7 @@ class Piece:
         count: how many tokens it is, where that is known; None is to be estimated.
         extras: members of a chat's delta, and log-probabilities, that go to the client as they are.
         prompt_tokens, completion_tokens, cached_tokens: of the choice, where the upstream reports its usage.
+        estimated: whether it reports that these are estimates.
         prompt_ids: the token ids of the prompt, where the upstream says them.
         stop: the stop string that ended the choice, where the upstream says it.
     """
@@ -100,15 +103,22 @@ class Piece:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int = 0
+    estimated: bool = False
     prompt_ids: Sequence[int] | None = None
     stop: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointFacts:
-    """What a health check has found out. `ours`: whether it is a server like this one."""
+    """What a health check has found out.
+
+    Args:
+        ours: whether it is a server like this one, which takes all fields.
+        fingerprint: of its model, where it generates itself; endpoints with the same one generate the same.
+    """
 
     ours: bool = False
+    fingerprint: str | None = None
 
 
 class Connector(Protocol):
@@ -133,6 +143,13 @@ class Connector(Protocol):
 
     async def close(self) -> None:
         """Closes all connections. Idempotent."""
+
+
+def token_ids(said: Sequence[int]) -> Sequence[int]:
+    """Returns the same. Raises Fault: one of them is no token id."""
+    if said and not (min(said) >= 0 and max(said) <= MOST):
+        raise Fault(FaultKind.MALFORMED, "a token id is none")
+    return said
 
 
 REASONS = {

@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import asyncio
 import codecs
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator
 from contextlib import aclosing
+from typing import TypeVar
 
 import httpx
 from httpx_sse import EventSource, ServerSentEvent, SSEError
 
 from bdh_batch.upstreams.protocol import Fault, FaultKind
 
+Item = TypeVar("Item")
+
 ENDS = (b"\n\n", b"\r\n\r\n", b"\r\r")  # of an event
 LONGEST_END = max(map(len, ENDS))
-SLICE = 64  # events that are read at a time
+SLICE = 64  # events, or chunks of a body, that are read at a time
+SLICE_BYTES = 4096  # that are: each may be a line of its own
+
+
+async def in_turns(source: AsyncIterable[Item]) -> AsyncIterator[Item]:
+    """Yields what `source` does, and lets other work run in between: a thousand items may have come in one packet, and
+    nothing else may want to wait until all have been read."""
+    number = 0
+    async for item in source:
+        number += 1
+        if number % SLICE == 0:
+            await asyncio.sleep(0)
+        yield item
 
 
 class Bounded(httpx.AsyncByteStream):
@@ -27,7 +42,7 @@ class Bounded(httpx.AsyncByteStream):
     async def __aiter__(self) -> AsyncIterator[bytes]:
         utf8 = codecs.getincrementaldecoder("utf-8")("strict")
         since, tail = 0, b""  # bytes since the last end of an event, and the last of them
-        async for chunk in self._stream:
+        async for chunk in in_turns(self._stream):
             try:
                 utf8.decode(chunk)
             except UnicodeDecodeError:
@@ -38,7 +53,10 @@ class Bounded(httpx.AsyncByteStream):
             tail = together[-LONGEST_END + 1 :]
             if since > self._most:
                 raise Fault(FaultKind.TOO_LARGE)
-            yield chunk
+            yield chunk[:SLICE_BYTES]
+            for begin in range(SLICE_BYTES, len(chunk), SLICE_BYTES):
+                await asyncio.sleep(0)  # as above, of lines
+                yield chunk[begin : begin + SLICE_BYTES]
 
     async def aclose(self) -> None:
         await self._stream.aclose()
@@ -51,11 +69,7 @@ async def events(response: httpx.Response, most: int) -> AsyncGenerator[ServerSe
     response.encoding = "utf-8"  # whatever it says
     try:
         async with aclosing(EventSource(response).aiter_sse()) as source:
-            number = 0
-            async for event in source:
-                number += 1
-                if number % SLICE == 0:  # one chunk may have thousands, and nothing else may want to wait
-                    await asyncio.sleep(0)
+            async for event in in_turns(source):
                 yield event
     except SSEError as error:
         raise Fault(FaultKind.MALFORMED, "no event stream") from error

@@ -97,6 +97,11 @@ class ResponseTensors:
         """Returns the elements of a tensor of integers. Raises Fault."""
         return self._values(name, INTEGERS, None)
 
+    def flag(self, name: str) -> bool:
+        """Returns the one element of a tensor of BOOL. Raises Fault."""
+        (value,) = self._values(name, frozenset(("BOOL",)), 1)
+        return bool(value)
+
     def _values(self, name: str, datatypes: frozenset[str], expected: int | None) -> list[Any]:
         number, output = self._outputs[name]
         if output.datatype not in datatypes:

@@ -5,21 +5,30 @@ from __future__ import annotations
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any
 
+import httpcore
 import httpx
 import orjson
 
 from bdh_batch.errors import ConfigError
 from bdh_batch.upstreams.config import HttpUpstream
 from bdh_batch.upstreams.protocol import BUSY, REFUSALS, Fault, FaultKind
+from bdh_batch.upstreams.sse import in_turns
+
+# Bytes that are read at a time, for all async clients here. Interim responses within them are parsed at once,
+# and an upstream may send any number of these: 64 KB of `100 Continue` held up all streams for 0.3 s.
+httpcore.AsyncHTTP11Connection.READ_NUM_BYTES = 4096
 
 KEEPALIVE_SECONDS = 4.0  # less than most servers keep an idle connection for
 LONGEST_ERROR = 65536  # bytes of the body of an error that are read
+MOST_CONTAINERS = 32768  # lists and objects of one message: the parser holds up all streams until it has made them
 
 
 def open_client(upstream: HttpUpstream) -> httpx.AsyncClient:
-    """Opens the pool of connections to an upstream. The environment's proxies and netrc are not for it.
+    """Opens the pool of connections to an upstream. The environment's proxies and netrc are not for it, and it keeps no
+    cookies: one client's session would be that of all.
 
     Raises:
         ConfigError: its key, or its authorities, cannot be read.
@@ -36,6 +45,7 @@ def open_client(upstream: HttpUpstream) -> httpx.AsyncClient:
         headers=headers,
         verify=context,
         trust_env=False,
+        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),
         timeout=httpx.Timeout(None, connect=seconds, pool=seconds),
         limits=httpx.Limits(
             max_connections=2 * upstream.max_requests,  # those of health checks, too
@@ -83,7 +93,7 @@ async def asked(
 async def read(response: httpx.Response, most: int) -> bytes:
     """Returns the body. Raises Fault where it has more than `most` bytes."""
     content = bytearray()
-    async for chunk in response.aiter_raw():
+    async for chunk in in_turns(response.aiter_raw()):
         content += chunk
         if len(content) > most:
             raise Fault(FaultKind.TOO_LARGE)
@@ -96,11 +106,21 @@ async def read_json(response: httpx.Response, most: int) -> Any:
 
 
 def parsed(text: bytes | str) -> Any:
-    """Returns the value of JSON. Raises Fault where it is none."""
+    """Returns the value of JSON. Raises Fault where it is none, or too much."""
+    if _containers(text) > MOST_CONTAINERS:
+        raise Fault(FaultKind.TOO_LARGE, f"more than {MOST_CONTAINERS} lists and objects")
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise Fault(FaultKind.MALFORMED, "not JSON") from error
+
+
+def _containers(text: bytes | str) -> int:
+    """Returns how many lists and objects JSON has. Brackets in strings count as well where there are few in all."""
+    raw = text.encode() if isinstance(text, str) else text
+    if raw.count(b"[") + raw.count(b"{") > MOST_CONTAINERS:
+        raw = b"".join(raw.replace(b"\\\\", b"").replace(b'\\"', b"").split(b'"')[::2])
+    return raw.count(b"[") + raw.count(b"{")
 
 
 def is_alive(fault: Fault) -> bool:

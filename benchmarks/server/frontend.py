@@ -29,6 +29,7 @@ import os
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -50,6 +51,7 @@ TOGETHER = 8  # tokens of a chunk, where several are asked for
 FRAME = b"\n\n"  # JSON has no line breaks, nor has what HTTP puts between chunks two of them
 AHEAD = 8  # steps
 WARM_TOKENS = 50
+ROLE = "--process"  # the option before the role of a process of several
 Figures = dict[str, float]
 
 
@@ -99,12 +101,12 @@ SYSTEMS = {
 
 @dataclass(frozen=True)
 class Mark:
-    """How far everything has come at a moment; times are seconds."""
+    """How far everything has come at a moment; times are seconds, those of the server's processes by their role."""
 
     at: float
     events: int
     reads: int
-    server: float
+    server: Mapping[str, float]
     client: float
 
 
@@ -112,10 +114,10 @@ class Crowd:
     """Clients that send the same request at the same time, each on a connection of its own."""
 
     def __init__(self, server: Served, request: bytes, size: int) -> None:
-        self.streams = [Counter(self, request) for _ in range(size)]
+        self.streams = [EventCounter(self, request) for _ in range(size)]
         self._port = server.port
         process = psutil.Process(server.pid)
-        self._processes = [process, *process.children(recursive=True)]
+        self._processes = [(role_of(each), each) for each in (process, *process.children(recursive=True))]
         self._unbegun = self._unended = size
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.all_began: Mark | None = None
@@ -142,15 +144,23 @@ class Crowd:
             self._ended.set_result(None)
 
     def _mark(self) -> Mark:
-        times = [process.cpu_times() for process in self._processes]
+        times: defaultdict[str, float] = defaultdict(float)
+        for role, process in self._processes:
+            used = process.cpu_times()
+            times[role] += used.user + used.system
         events = sum(stream.events for stream in self.streams)
         reads = sum(stream.reads for stream in self.streams)
-        return Mark(
-            time.perf_counter(), events, reads, sum(each.user + each.system for each in times), time.process_time()
-        )
+        return Mark(time.perf_counter(), events, reads, times, time.process_time())
 
 
-class Counter(Raw):
+def role_of(process: psutil.Process) -> str:
+    """ "front" or "engine" for a process of that kind; "server" for all others."""
+    command = process.cmdline()
+    role = command[command.index(ROLE) + 1] if ROLE in command else ""
+    return role.partition("-")[0] or "server"
+
+
+class EventCounter(Raw):
     """Counts the events that one client is sent."""
 
     def __init__(self, crowd: Crowd, request: bytes) -> None:
@@ -194,11 +204,13 @@ async def turn(name: str, system: System, server: Served, streams: int, tokens: 
         sys.exit(f"{name}: no time in which all streams were under way; ask for more tokens.")
     seconds, events = end.at - begin.at, end.events - begin.events
     counted = events * system.together
+    used = {role: 1e6 * (end.server[role] - begin.server[role]) / counted for role in end.server}
     return {
         "events_per_second": events / seconds,
         "tokens_per_second": counted / seconds,
         "events_per_read": events / (end.reads - begin.reads),
-        "server_us_per_token": 1e6 * (end.server - begin.server) / counted,
+        "server_us_per_token": sum(used.values()),
+        **{f"{role}_us_per_token": each for role, each in used.items() if role != "server"},
         "client_us_per_token": 1e6 * (end.client - begin.client) / counted,
         "share_counted": events / (streams * system.events(tokens)),
     }

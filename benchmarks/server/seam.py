@@ -5,8 +5,12 @@
 
 First with an engine that computes nothing, as in `frontend.py`: the server in one process, with its engine in another,
 and with two front ends before that. Figures are events a second, and microseconds of processor time that a token costs
-all processes of the server; what the seam costs is the difference. Then the bundled model, over HTTP, with the engine
-in the server's process and in its own: tokens a second of so many streams. Systems take turns. Writes `seam.json`.
+all processes of the server; what the seam costs is the difference. The clients need processor time, too, so events a
+second are those of all processes on the cores there are. What two front ends would bring with a core of its own for
+each process follows from processor time: the busiest process limits the rate, and that is one process against the
+larger of the engine and each of the front ends, which have half of the tokens each. Then the bundled model, over HTTP,
+with the engine in the server's process and in its own: tokens a second of so many streams. Systems take turns. Writes
+`seam.json`.
 """
 
 from __future__ import annotations
@@ -35,6 +39,11 @@ SYSTEMS = {
     "two front ends": ("--replicas", "1", "--workers", "2"),
 }
 MODEL = {"one process": (), "an engine process": ("engine.replicas=1",)}
+RATIOS = (
+    "events_ratio_to_one_process",
+    "two_front_ends_ratio_with_a_core_each",
+    "bundled_model_ratio_to_one_process",
+)
 Figures = dict[str, float]
 
 
@@ -80,16 +89,19 @@ def summary(nothing: Mapping[str, Sequence[Figures]], model: Mapping[str, Sequen
     events = {name: [each["events_per_second"] for each in rounds] for name, rounds in nothing.items()}
     costs = {name: [each["server_us_per_token"] for each in rounds] for name, rounds in nothing.items()}
     one, remote, two = SYSTEMS
+    busiest = [max(each["engine_us_per_token"], each["front_us_per_token"] / 2) for each in nothing[two]]
     return {
         "figures": {
             **{f"{name}: events/s": figure(rounds, "events/s", "higher") for name, rounds in events.items()},
             **{f"{name}: cost of a token": figure(rounds, "µs", "lower") for name, rounds in costs.items()},
+            f"{two}: busiest process": figure(busiest, "µs", "lower"),
             **{f"{name}: bundled model": figure(rounds, "tokens/s", "higher") for name, rounds in model.items()},
         },
         "seam_us_per_token": round(
             statistics.median(there - here for here, there in zip(costs[one], costs[remote], strict=True)), 2
         ),
         "events_ratio_to_one_process": {name: asdict(ratio(events[name], events[one])) for name in (remote, two)},
+        "two_front_ends_ratio_with_a_core_each": asdict(ratio(costs[one], busiest)),
         "bundled_model_ratio_to_one_process": asdict(ratio(model[remote], model[one])),
     }
 
@@ -114,7 +126,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     write_report(chosen.out / "seam.json", report)
     for name, value in report["figures"].items():
         print(f"{name}: {value['value']:.6g} {value['unit']}")
-    for name in ("seam_us_per_token", "events_ratio_to_one_process", "bundled_model_ratio_to_one_process"):
+    for name in ("seam_us_per_token", *RATIOS):
         print(f"{name}: {report[name]}")
 
 

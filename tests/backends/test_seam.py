@@ -224,6 +224,19 @@ async def test_a_stream_that_is_aborted_at_once_is_not_computed(tmp_path: Path) 
         assert await said(backend, request(5))
 
 
+async def test_the_reader_of_a_stream_that_is_aborted_is_told(tmp_path: Path) -> None:
+    only = FakeEngine(tmp_path / "only.sock")
+    async with engines(only) as backend:
+        generation = await backend.generate(request(10_000, prompts=1, n=3))
+        async for deltas in generation:
+            if any(delta.finish_reason is not None for _, delta in deltas):
+                break
+            generation.abort()  # once and again: as the client leaves, and on the way out
+        ended = {index: delta.finish_reason for index, delta in deltas if delta.finish_reason is not None}
+        assert ended == dict.fromkeys(range(3), FinishReason.ABORT)
+        assert [deltas async for deltas in generation] == []
+
+
 async def test_a_drain_waits_for_what_is_being_started(tmp_path: Path) -> None:
     only = FakeEngine(tmp_path / "only.sock")
     wanted = request(20, prompts=1)

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.request.body import parse
 from bdh_batch.http.request.json_text import ExceedsLimit, deeper, read_json
-from bdh_batch.http.request.sizes import MARK
+from bdh_batch.http.request.sizes import MARK, Context
 from bdh_batch.http.request.strict import Wire
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody, Defaults
 from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
@@ -196,7 +196,7 @@ class TestErrors:
         @given(st.dictionaries(names, values, max_size=12))
         def few(body: dict[str, Any]) -> None:
             try:
-                kind.model_validate(body, context=Limits())
+                kind.model_validate(body, context=Context(Limits()))
                 errors = 0
             except ValidationError as error:
                 errors = error.error_count()

@@ -146,6 +146,12 @@ class TestConversations:
         assert await conversations.put(stored(0, "a" * 500), "me", aside, 500, True)
         assert not await conversations.put(stored(1, "a" * 1500), "me", aside, 1500, True)
 
+    async def test_where_the_store_fails_a_response_is_not_stored(self, store: Store, aside: Aside) -> None:
+        conversations = Conversations(store, 1000)
+        store._database._connection.close()
+        assert not await conversations.put(stored(1), "me", aside, 0, True)
+        assert store.failures == {"put": 1}
+
     async def test_items_are_referred_to_within_bounds(self, store: Store, aside: Aside) -> None:
         conversations = Conversations(store, 1000)
         await conversations.put(stored(1, "a" * 100), "me", aside, 100, True)

@@ -103,7 +103,8 @@ def outputs(response: Any) -> dict[str, list[Any]]:
     for output in response.outputs:
         contents = output.contents
         texts = [each.decode() for each in contents.bytes_contents]
-        found[output.name] = texts if output.datatype == "BYTES" else list(contents.int_contents)
+        numbers = contents.bool_contents if output.datatype == "BOOL" else contents.int_contents
+        found[output.name] = texts if output.datatype == "BYTES" else list(numbers)
         assert list(output.shape) == [len(found[output.name])]
     return found
 

@@ -6,6 +6,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -156,6 +157,29 @@ def test_a_drain_finishes_what_runs_and_refuses_what_is_new(serve: ServeFactory)
         assert (text + b"".join(rest)).decode() == expected
         assert ended.value.code() == grpc.StatusCode.UNAVAILABLE
         assert worker.server.exit_code() == 0
+
+
+def test_a_call_without_a_request_ends_after_a_while(serve: ServeFactory) -> None:
+    held = threading.Event()
+
+    def requests(*first: Any) -> Iterator[Any]:
+        yield from first
+        held.wait()
+
+    with worker_of(serve, free_port(), "tiny", "kserve.idle_seconds=0.5", model=TINY) as worker:
+        reflection = reflection_pb2_grpc.ServerReflectionStub(worker.channel).ServerReflectionInfo
+        listed = reflection_pb2.ServerReflectionRequest(list_services="")
+        short = request("tiny", max_tokens=1)
+        for call in (worker.stream(requests()), worker.stream(requests(short)), reflection(requests(listed))):
+            with pytest.raises(grpc.RpcError) as ended:
+                list(call)
+            assert ended.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+            assert "kserve.idle_seconds" in (ended.value.details() or "")
+        began, call = time.monotonic(), worker.stream(requests(request("tiny", **LONG)))
+        while time.monotonic() < began + 1.5:  # a request is under way
+            assert not next(call).error_message
+        call.cancel()
+        held.set()
 
 
 def test_several_front_ends_share_the_port_and_load_models_on_demand(serve: ServeFactory) -> None:

@@ -128,6 +128,12 @@ class TestMetadata:
         }
         assert {"text", "token", "finish_reason", "token_ids"} <= {each.name for each in model.outputs}
 
+    def test_of_a_model_have_its_fingerprint(self, worker: Worker) -> None:
+        call = worker.channel.unary_unary("/inference.GRPCInferenceService/ModelMetadata")
+        _, done = call.with_call(pb.ModelMetadataRequest(name="tiny").SerializeToString())
+        card = worker.server.http.get("/v1/models/tiny").json()
+        assert dict(done.trailing_metadata())["x-model-fingerprint"] == card["fingerprint"]
+
     def test_of_what_is_not_there(self, worker: Worker) -> None:
         for ask in (worker.triton.get_model_metadata, worker.triton.is_model_ready):
             for model in (("none",), ("tiny", "2")):

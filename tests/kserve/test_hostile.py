@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -169,3 +170,20 @@ def test_a_call_without_a_message_is_refused(worker: Worker) -> None:
     with pytest.raises(grpc.RpcError) as refused:
         worker.channel.stream_unary(f"{SERVICE}ModelInfer")(iter(()), timeout=300)
     assert refused.value.code() == INVALID
+
+
+def test_health_is_said_and_others_are_served_beside_hostile_calls(worker: Worker) -> None:
+    """Several clients send all of it at once, again and again, while others ask how the server is."""
+    large = (b"\xa0\x06\x01" * (BODY // 3 - 8), b"\x0b" * (BODY - 8), b"\0" * (BODY * 2))
+    messages: list[Any] = [*large, *(asked for _, asked, _ in REQUESTS)]
+    with ThreadPoolExecutor(4) as pool:
+        attackers = [
+            pool.submit(lambda: [worker.refused("ModelInfer", each)[0] for each in messages]) for _ in range(4)
+        ]
+        while not all(attacker.done() for attacker in attackers):
+            assert worker.server.http.get("/health").status_code == 200
+            assert worker.triton.is_server_live()
+            assert worker.infer(request("tiny", max_tokens=1))["completion_tokens"] == [1]
+    for attacker in attackers:
+        assert set(attacker.result()) == {INVALID, EXHAUSTED}
+    worker.server.until_idle()

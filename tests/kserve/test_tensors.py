@@ -16,8 +16,8 @@ from bdh_batch.http.tensors.parameters import body_values
 from bdh_batch.http.tensors.tensor import DTYPES, Tensor, elements, from_json, from_raw, to_raw
 from bdh_batch.kserve.calls import client_address
 from bdh_batch.kserve.messages import parse
-from bdh_batch.kserve.wire import Counter
 from bdh_batch.settings import Limits
+from bdh_batch.system.protobuf import Counter, TooMany
 
 TEXTS = st.lists(st.text(max_size=9), min_size=1, max_size=9)
 
@@ -117,18 +117,18 @@ def test_what_is_counted_is_what_there_is(texts: list[str], numbers: list[int], 
     made = message(texts, numbers, parameters)
     raw, kind = made.SerializeToString(), pb.ModelInferRequest
     packed = 2 + 2 * len(numbers)
-    exact = Counter(Limits(max_strings=10_000, max_values=packed))
+    exact = Counter(10_000, packed)
     exact.run(raw, kind.DESCRIPTOR)
     assert exact._numbers == packed
-    with pytest.raises(InvalidRequest, match="max_values"):
-        Counter(Limits(max_strings=10_000, max_values=packed - 1)).run(raw, kind.DESCRIPTOR)
-    with pytest.raises(InvalidRequest, match="max_strings"):
-        Counter(Limits(max_strings=len(texts), max_values=10_000)).run(raw, kind.DESCRIPTOR)
+    with pytest.raises(TooMany, match="numbers"):
+        Counter(10_000, packed - 1).run(raw, kind.DESCRIPTOR)
+    with pytest.raises(TooMany, match="fields"):
+        Counter(len(texts), 10_000).run(raw, kind.DESCRIPTOR)
 
 
 @given(st.binary(max_size=200))
 def test_any_bytes_are_counted_and_parsed_or_refused(raw: bytes) -> None:
-    Counter(Limits()).run(raw, pb.ModelInferRequest.DESCRIPTOR)
+    Counter(1000, 1000).run(raw, pb.ModelInferRequest.DESCRIPTOR)
     read_or_refused(parse, raw, pb.ModelInferRequest, Limits())
 
 

@@ -15,7 +15,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import HANG_SECONDS, Cli, ServeFactory, Server, eventually
-from tests.processes.test_processes import children, streamed, together, whole
+from tests.processes.test_processes import children, streamed, together, until_begun, whole
 
 MODELS = Path(__file__).parent.parent / "data" / "conformance"
 TINY, ODD = MODELS / "tiny", MODELS / "odd-sizes"
@@ -37,7 +37,7 @@ def keys(cli: Cli, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def models(serve: ServeFactory, keys: dict[str, str]) -> Iterator[Server]:
     entries = (
         f"[{{id: tiny, path: {TINY}, aliases: [small]}}, "
-        f"{{id: odd, path: {ODD}, load: on_demand, keep_alive: {KEEP_ALIVE}, max_model_len: 500}}, "
+        f"{{id: odd, path: {ODD}, load: on_demand, keep_alive: {KEEP_ALIVE}, max_model_len: 50000}}, "
         "{id: broken, path: /nowhere, load: on_demand}, {id: damaged, path: /dev/null}]"
     )
     options = [f"models={entries}", "auth.enabled=true", f"auth.api_keys_file={keys['file']}", "server.workers=2"]
@@ -95,12 +95,14 @@ def test_both_answer_at_once_as_each_does_alone(models: Server, odd: Server, tin
 def test_what_is_said_of_each_is_its_own(models: Server) -> None:
     card = models.http.get("/v1/models/small").json()
     assert (card["root"], card["max_model_len"], card["status"]) == ("tiny", 131072, {"value": "loaded"})
-    assert models.http.get("/v1/models/odd").json()["max_model_len"] == 500
+    odd = models.http.get("/v1/models/odd").json()
+    assert odd["max_model_len"] == 50_000
+    assert card["fingerprint"] != odd["fingerprint"]
     assert models.http.get("/tokenizer_info?model=odd").json()["vocab_size"] == 97
     assert models.http.get("/tokenizer_info").json()["vocab_size"] == 256
     assert models.refusal({"model": "odd", "prompt": "no tokenizer"})["param"] == "prompt"
     assert models.refusal({"model": "odd", "prompt": [97]})["param"] == "prompt"
-    assert models.refusal({"model": "odd", "prompt": [1], "max_tokens": 501})["code"] == "context_length_exceeded"
+    assert models.refusal({"model": "odd", "prompt": [1], "max_tokens": 50_001})["code"] == "context_length_exceeded"
     assert models.complete(prompt="none is named: the first", max_tokens=1)["model"] == "tiny"
     assert "'small'" in models.refusal({"model": "other", "prompt": "a"}, status=404)["message"]
 
@@ -129,14 +131,13 @@ def test_one_on_demand_is_loaded_for_a_request_and_unloaded_when_idle(models: Se
 
 def test_one_is_not_unloaded_under_a_stream(models: Server, keys: dict[str, str]) -> None:
     until(models, "odd", "unloaded")
-    body = {"model": "odd", "prompt": [1], "max_tokens": 400, "stream": True, "return_token_ids": True}
+    body = {"model": "odd", "prompt": [1], "max_tokens": 40_000, "stream": True, "return_token_ids": True}
     with models.http.stream("POST", "/v1/completions", json=body) as stream:
         lines = stream.iter_lines()
         for _ in range(20):
             next(lines)
             assert engines_of(models, keys["operator"], "tiny")
             assert states(models)["odd"] == "loaded"
-        assert [*lines][-2] == "data: [DONE]"
     until(models, "odd", "unloaded")
 
 
@@ -180,13 +181,15 @@ def test_keys_have_rights_by_model(models: Server, keys: dict[str, str]) -> None
 def test_an_engine_that_is_killed_is_that_of_one_model(models: Server, keys: dict[str, str]) -> None:
     async def disturbed(client: httpx.AsyncClient) -> Any:
         client.headers = models.http.headers
-        body = {"prompt": "a", "max_tokens": 300, "seed": 1}
-        streams = [asyncio.create_task(streamed(client, body)) for _ in range(4)]
+        body = {"prompt": "a", "max_tokens": 1000, "seed": 1}
+        [engine] = engines_of(models, keys["operator"], "tiny")
+        begun = [asyncio.Event() for _ in range(4)]
+        streams = [asyncio.create_task(streamed(client, body, each)) for each in begun]
         others = [
             asyncio.create_task(streamed(client, {"model": "odd", "prompt": [1], "max_tokens": 300})) for _ in range(4)
         ]
-        await asyncio.sleep(0)
-        [engine] = [each for each in models.http.get("/server_info").json()["engines"] if each["model"] == "tiny"]
+        for each, stream in zip(begun, streams, strict=True):  # before, they would be refused: no engine is left
+            await until_begun(each, [stream])
         os.kill(engine["pid"], signal.SIGKILL)
         return await asyncio.gather(*streams), await asyncio.gather(*others)
 

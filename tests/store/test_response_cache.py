@@ -272,6 +272,11 @@ class TestServer:
         keeping.until_idle()
         assert self.post(keeping, **body).headers["x-cache"] == "miss"
         assert keeping.http.post("/v1/completions", json=body | {"priority": -5}).status_code == 403
+        late = keeping.http.post("/v1/completions", json=body | {"seed": 2}, headers={"x-request-timeout": "0.05"})
+        assert late.status_code == 504
+        refused = keeping.http.post("/v1/completions", json=body | {"prompt": [70_000]})
+        assert refused.status_code == 400
+        assert not {"x-cache"} & {*late.headers, *refused.headers}
         counted = keeping.metrics()
         assert counted["bdh_response_cache_total{outcome=hit}"] >= 1
         assert counted["bdh_response_cache_total{outcome=kept}"] >= 1

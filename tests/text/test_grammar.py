@@ -519,6 +519,14 @@ async def test_a_grammar_whose_tokens_cost_too_much_is_refused(monkeypatch: pyte
         await grammars.compile(from_lark('start: start start | "a" | ', "p"))
 
 
+async def test_a_grammar_that_seemed_slow_once_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processor time is not the grammar's alone where the machine is a virtual one."""
+    seconds = iter([1.0, *([0.0] * probation.WALKS)])
+    monkeypatch.setattr(probation, "follow", lambda matcher, choose: next(seconds))
+    await inline_grammars(byte_vocabulary(256)).compile(from_lark('start: "a" | "b"', "p"))
+    assert next(seconds, None) is None, "the first walk was taken twice, the others once"
+
+
 async def test_what_was_compiled_and_what_was_refused_is_known_the_next_time() -> None:
     counting = Counting(byte_vocabulary(256))
     grammars = Grammars(byte_vocabulary(256), counting)

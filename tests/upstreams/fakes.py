@@ -139,10 +139,11 @@ def token(request: Any, text: str | bytes, reason: str = "null", *outputs: Any, 
 class Worker(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     """A fake worker of KServe v2, which streams what its script yields for a request."""
 
-    def __init__(self, script: StreamScript, whole: Callable[[Any], Any] | None = None, name: str = "fake") -> None:
+    def __init__(self, script: StreamScript, whole: Callable[[Any], Any] | None, name: str, fingerprint: str) -> None:
         self.script = script
         self.whole = whole
         self.name = name
+        self.fingerprint = fingerprint
         self.asked: list[Any] = []
         self.metadata: list[dict[str, str]] = []
         self.address = ""
@@ -153,6 +154,11 @@ class Worker(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
 
     async def ServerMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
         return service_pb2.ServerMetadataResponse(name=self.name)
+
+    async def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802
+        if self.fingerprint:
+            context.set_trailing_metadata((("x-model-fingerprint", self.fingerprint),))
+        return service_pb2.ModelMetadataResponse(name=request.name)
 
     async def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802
         self._note(request, context)
@@ -175,9 +181,9 @@ class Worker(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[mis
 
 @contextlib.asynccontextmanager
 async def worker(
-    script: StreamScript, whole: Callable[[Any], Any] | None = None, name: str = "fake"
+    script: StreamScript, whole: Callable[[Any], Any] | None = None, name: str = "fake", fingerprint: str = ""
 ) -> AsyncIterator[Worker]:
-    fake = Worker(script, whole, name)
+    fake = Worker(script, whole, name, fingerprint)
     fake.server = grpc.aio.server(options=[("grpc.max_send_message_length", 2**30)])
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(fake, fake.server)
     fake.address = f"127.0.0.1:{fake.server.add_insecure_port('127.0.0.1:0')}"

@@ -251,6 +251,9 @@ def model(request: Any) -> list[tuple[str, int]]:
     return [(WORDS[number], 100 + number) for number in range(done, done + most)]
 
 
+OURS = ("bdh_batch", "f1")  # what a server like ours calls itself, and its model
+
+
 def ours(cut: int | None = None, words: Sequence[tuple[str, str]] = ()) -> Any:
     """A worker like ours; `cut`: tokens after which its streams break off. `words`: what it says instead of others."""
 
@@ -275,8 +278,8 @@ def prompt_ids(request: Any) -> Any:
 @pytest.mark.parametrize("penalty", [0.0, 0.5])
 async def test_a_lost_stream_goes_on_behind_its_tokens_as_if_nothing_had_been(cut: int, penalty: float) -> None:
     async with (
-        worker(ours(cut), prompt_ids, "bdh_batch") as one,
-        worker(ours(), prompt_ids, "bdh_batch") as other,
+        worker(ours(cut), prompt_ids, *OURS) as one,
+        worker(ours(), prompt_ids, *OURS) as other,
         upstream(checked=True, kind="kserve", endpoints=[one.address, other.address]) as gateway,
     ):
         got = await gateway.ask("hi", max_tokens=20, **({"presence_penalty": penalty} if penalty else {}))
@@ -305,8 +308,8 @@ async def test_where_a_character_lies_across_tokens_all_is_generated_again() -> 
         yield token(request, "", "length", tensor("token_ids", [], "INT32", [0]))
 
     async with (
-        worker(ours(10), prompt_ids, "bdh_batch") as one,
-        worker(script, prompt_ids, "bdh_batch") as other,
+        worker(ours(10), prompt_ids, *OURS) as one,
+        worker(script, prompt_ids, *OURS) as other,
         upstream(checked=True, kind="kserve", endpoints=[one.address, other.address]) as gateway,
     ):
         got = await gateway.ask("hi", max_tokens=20)
@@ -317,14 +320,75 @@ async def test_where_a_character_lies_across_tokens_all_is_generated_again() -> 
 
 async def test_an_endpoint_that_would_go_on_differently_is_not_believed() -> None:
     async with (
-        worker(ours(10), prompt_ids, "bdh_batch") as one,
-        worker(ours(None, [(WORDS[8], "other ")]), prompt_ids, "bdh_batch") as other,
+        worker(ours(10), prompt_ids, *OURS) as one,
+        worker(ours(None, [(WORDS[8], "other ")]), prompt_ids, *OURS) as other,
         upstream(checked=True, kind="kserve", endpoints=[one.address, other.address]) as gateway,
     ):
         got = await gateway.ask("hi", max_tokens=20)
     assert got.text == "".join(WORDS[:10])
     assert isinstance(got.error, UpstreamFailed)
     assert got.error.code == "upstream_differs"
+
+
+@pytest.mark.parametrize(
+    ("fingerprints", "goes_on"),
+    [
+        (("f1", "f2"), False),  # of another model
+        (("", ""), False),  # of a gateway, whose upstreams may be anything
+        (("f1", "f2", "f1"), True),  # the one that is alike is asked, and not the next one
+    ],
+)
+async def test_a_stream_goes_on_only_where_the_same_is_generated(fingerprints: Sequence[str], goes_on: bool) -> None:
+    async with contextlib.AsyncExitStack() as stack:
+        scripts = [ours(3), *[ours()] * (len(fingerprints) - 1)]
+        workers = [
+            await stack.enter_async_context(worker(script, prompt_ids, "bdh_batch", fingerprint))
+            for script, fingerprint in zip(scripts, fingerprints)
+        ]
+        addresses = [each.address for each in workers]
+        gateway = await stack.enter_async_context(upstream(checked=True, kind="kserve", endpoints=addresses))
+        got = await gateway.ask("hi", max_tokens=20)
+    assert ("seed" in workers[0].asked[0].parameters) == bool(fingerprints[0])
+    assert not workers[1].asked
+    assert got.text == "".join(WORDS[:20] if goes_on else WORDS[:3])
+    assert getattr(got.error, "code", None) == (None if goes_on else "upstream_closed")
+
+
+async def test_before_the_first_token_an_endpoint_with_another_model_is_asked_from_the_start() -> None:
+    async with (
+        worker(ours(0), prompt_ids, "bdh_batch", "f1") as one,
+        worker(ours(), prompt_ids, "bdh_batch", "f2") as other,
+        upstream(checked=True, kind="kserve", endpoints=[one.address, other.address]) as gateway,
+    ):
+        got = await gateway.ask("hi", max_tokens=20)
+    assert (got.text, got.error) == ("".join(WORDS[:20]), None)
+    assert [len(each.asked) for each in (one, other)] == [1, 1]
+
+
+async def test_text_that_is_held_back_for_a_stop_string_is_of_one_endpoint() -> None:
+    """One endpoint is lost when the client has nothing of its text yet: another one does not begin behind it."""
+
+    async def begins(request: Any, context: Any) -> AsyncGenerator[Any, None]:
+        yield token(request, "EN", "null", tensor("token_ids", [], "INT32", [0]))
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "killed")
+
+    async def ends(request: Any, context: Any) -> AsyncGenerator[Any, None]:
+        yield token(request, "Dover", "stop")
+
+    async with (
+        worker(begins) as one,
+        worker(ends) as other,
+        upstream(checked=True, kind="kserve", endpoints=[one.address, other.address]) as gateway,
+    ):
+        got = await gateway.ask("hi", stop=["END"])
+    assert isinstance(got.error, UpstreamFailed)
+
+
+def test_endpoints_that_the_settings_call_ours_are_alike_from_the_start() -> None:
+    for said, ours_and_alike in ((True, (True, True)), (False, (False, False)), (None, (False, False))):
+        of, _, _ = endpoints(ours=said)
+        facts = {each.facts for each in of.all}
+        assert [(each.ours, each.fingerprint is not None) for each in facts] == [ours_and_alike]
 
 
 @settings(max_examples=200, deadline=None)

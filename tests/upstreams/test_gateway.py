@@ -3,89 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import signal
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import anthropic
+import grpc
 import httpx
 import pytest
 from openai import APIStatusError, AsyncOpenAI, BadRequestError
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests.conftest import CONFORMANCE, HANG_SECONDS, ServeFactory, Server, clean_environment, eventually, free_port
 from tests.launcher import Launcher
-from tests.upstreams.fakes import Connection, chunk, token, web, worker
-from tests.upstreams.test_gradio import DEBUG, LATENCY, THOUGHT, value
+from tests.upstreams.fakes import Connection, chunk, token
+from tests.upstreams.gateway import Behind, gateway, options
 
 STREAMS = 64
 PROMPTS = [f"prompt {number}: é" for number in range(STREAMS)]
-BHARATGEN = {
-    "api": "chat_fn_1",
-    "inputs": ["{message}", "{history}", "{system}", "{temperature}", "{max_tokens}", "{top_p}", 50],
-    "history": "pairs",
-    "system": "You are a helpful AI assistant.",
-    "defaults": {"temperature": 0.7, "max_tokens": 2048, "top_p": 1.0},
-}
-
-
-def options(*upstreams: dict[str, Any]) -> str:
-    return f"upstreams={json.dumps(upstreams)}"
-
-
-@contextlib.asynccontextmanager
-async def gateway(serve: ServeFactory, *upstreams: dict[str, Any]) -> AsyncIterator[Server]:
-    context = serve(options(*upstreams), verb="gateway")
-    server = await asyncio.to_thread(context.__enter__)
-    try:
-        yield server
-    finally:
-        await asyncio.to_thread(context.__exit__, None, None, None)
-
-
-class Behind:
-    """What is behind the gateway of these tests; each fake does what a test tells it to."""
-
-    def __init__(self) -> None:
-        self.web: Callable[[Connection], Any] = self._unset
-        self.stream: Callable[[Any, Any], Any] = self._unset
-        self.whole: Callable[[Any], Any] = self._unset
-
-    def _unset(self, *_: Any) -> Any:
-        raise AssertionError("no test has said what to do")
-
-
-@pytest.fixture(scope="module")
-async def behind(serve: ServeFactory) -> AsyncIterator[tuple[Server, Behind]]:
-    do = Behind()
-    async with (
-        web(lambda connection: do.web(connection)) as fake,
-        worker(lambda request, context: do.stream(request, context), lambda request: do.whole(request)) as kserve,
-        gateway(
-            serve,
-            {"id": "gpt", "kind": "openai", "url": f"{fake.url}/v1", "aliases": ["gpt-4"], "failures": 1000},
-            {"id": "bharatgen-param-17b", "kind": "gradio", "url": fake.url, "reasoning": True, **BHARATGEN},
-            {
-                **{"id": "llamacpp", "kind": "kserve", "endpoints": [kserve.address], "version": "llamacpp"},
-                **{"model": "generate", "stream_model": "generate_stream", "drop": ["stop"]},
-            },
-        ) as server,
-    ):
-        yield server, do
-
-
-@pytest.fixture(scope="module")
-async def client(behind: tuple[Server, Behind]) -> AsyncIterator[AsyncOpenAI]:
-    async with behind[0].async_openai() as client:
-        yield client
 
 
 async def test_the_models_of_all_upstreams_are_listed_by_their_names(client: AsyncOpenAI) -> None:
     models = (await client.models.list()).data
-    assert [model.id for model in models] == ["gpt", "gpt-4", "bharatgen-param-17b", "llamacpp"]
+    assert [model.id for model in models] == ["llamacpp", "tinyllama", "gpt", "gpt-4", "bharatgen-param-17b"]
     assert {model.owned_by for model in models} == {"upstream"}
+    assert {model.model_dump()["fingerprint"] for model in models} == {None}  # who knows what is behind them
     assert (await client.models.retrieve("gpt-4")).id == "gpt-4"
     with pytest.raises(APIStatusError) as missing:
         await client.models.retrieve("other")
@@ -276,88 +220,130 @@ async def test_what_an_upstream_cannot_express_is_refused_by_name(client: AsyncO
     assert refused.value.status_code == 400
 
 
-# The seeds' example calls, as they are written there.
+PICTURE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo=", "detail": "low"}}
 
 
-def llamacpp(prompt: str) -> Sequence[str]:
-    return [word if at == 0 else f" {word}" for at, word in enumerate(f"You said: {prompt}".split(" "))]
-
-
-async def test_anyserves_client(behind: tuple[Server, Behind]) -> None:
-    """examples/llamacpp/client.py: completions, whole and streamed, and the list of models."""
-    seen: list[tuple[str, str]] = []
-
-    def inputs(request: Any) -> dict[str, Any]:
-        return {each.name: each.contents for each in request.inputs}
-
-    async def stream(request: Any, context: Any) -> AsyncIterator[Any]:
-        seen.append((request.model_name, request.model_version))
-        for text in llamacpp(inputs(request)["prompt"].bytes_contents[0].decode()):
-            yield token(request, text)
-        yield token(request, "", "stop")
-
-    behind[1].stream = stream
-    url = f"{behind[0].url}/v1"
-    async with httpx.AsyncClient(timeout=HANG_SECONDS) as requests:
-        payload = {"model": "llamacpp", "prompt": "Hello, world!", "max_tokens": 100, "stream": False}
-        result = (await requests.post(f"{url}/completions", json=payload)).json()
-        assert result["choices"][0]["text"] == "You said: Hello, world!"
-        assert result["model"] == "llamacpp"
-        assert result["usage"] | {"estimated": True} == result["usage"]
-        said = ""
-        async with requests.stream("POST", f"{url}/completions", json=payload | {"stream": True}) as response:
-            assert response.status_code == 200
-            async for line in response.aiter_lines():
-                if line.startswith("data: "):
-                    data = line[6:]
-                    if data == "[DONE]":
-                        break
-                    said += json.loads(data).get("choices", [{}])[0].get("text", "")
-        assert said == "You said: Hello, world!"
-        chat = {"model": "llamacpp", "messages": [{"role": "user", "content": "Hi"}], "temperature": 0.7}
-        result = (await requests.post(f"{url}/chat/completions", json=chat)).json()
-        assert result["choices"][0]["message"]["content"] == "You said: user: Hi\nassistant:"
-        assert "llamacpp" in [model["id"] for model in (await requests.get(f"{url}/models")).json()["data"]]
-    assert seen == [("generate_stream", "llamacpp")] * 3
-
-
-async def test_bharatgens_examples(behind: tuple[Server, Behind], client: AsyncOpenAI) -> None:
-    """examples/basic_chat.py and test_openai_sdk.py: whole, streamed, several turns, parameters."""
-    asked: list[Any] = []
+async def test_what_only_the_upstream_knows_is_passed_on_to_it(behind: tuple[Server, Behind]) -> None:
+    server, do = behind
+    bodies: list[Any] = []
 
     async def script(connection: Connection) -> None:
-        if connection.asked.method == "POST":
-            asked.append(connection.asked.body["data"])
-            await connection.json({"event_id": "e1"})
-            return
-        texts = [THOUGHT.format("Let me"), THOUGHT.format("Let me count.") + "\n\nOne,"]
-        texts += [texts[-1] + " two,", texts[-1] + " two, three." + DEBUG + LATENCY]
-        await connection.gradio(*(("generating", value(text)) for text in texts), ("complete", value(texts[-1])))
+        bodies.append(connection.asked.body)
+        await connection.events(chunk("ok", "stop", chat="messages" in connection.asked.body))
 
-    behind[1].web = script
-    model = "bharatgen-param-17b"
-    question: Any = [{"role": "user", "content": "Count from 1 to 3 and explain each number."}]
-    whole = await client.chat.completions.create(model=model, messages=question, temperature=0.5, max_tokens=2048)
-    assert whole.choices[0].message.content == "One, two, three."
-    assert getattr(whole.choices[0].message, "reasoning_content") == "Let me count."  # noqa: B009
-    assert whole.usage is not None
-    assert whole.usage.model_dump()["estimated"] is True
-    assert whole.usage.total_tokens == whole.usage.prompt_tokens + whole.usage.completion_tokens > 0
-    stream = await client.chat.completions.create(model=model, messages=question, temperature=0.5, stream=True)
-    assert "".join([event.choices[0].delta.content or "" async for event in stream]) == "One, two, three."
-    turns: Any = [
-        {"role": "system", "content": "You are a helpful math tutor."},
-        {"role": "user", "content": "What is 15 + 27?"},
-        {"role": "assistant", "content": "42"},
-        {"role": "user", "content": "Now multiply that result by 2."},
-    ]
-    await client.chat.completions.create(model=model, messages=turns, top_p=0.95)
-    head: Any = "Count from 1 to 3 and explain each number.", [], "You are a helpful AI assistant."
-    assert asked == [
-        [*head, 0.5, 2048, 1.0, 50],
-        [*head, 0.5, 2048, 1.0, 50],
-        [turns[3]["content"], [["What is 15 + 27?", "42"]], turns[0]["content"], 0.7, 2048, 0.95, 50],
-    ]
+    do.web = script
+    parts = [{"type": "text", "text": "what is this?", "prompt_cache_breakpoint": {}}, PICTURE]
+    messages = [{"role": "user", "content": parts}, {"role": "user", "content": [PICTURE]}]
+    passed = {
+        **{"reasoning_effort": "low", "verbosity": "low", "documents": [{"text": "d"}], "service_tier": "priority"},
+        **{"thinking": {"type": "enabled"}, "user": "u-1", "chat_template_kwargs": {"enable_thinking": True}},
+    }
+    labels = {"metadata": {"a": "b"}, "store": True}
+    chat = {"model": "gpt-4", "messages": messages, **passed, **labels}
+    assert (await asyncio.to_thread(server.http.post, "/v1/chat/completions", json=chat)).status_code == 200
+    del passed["verbosity"]
+    wanted = {"model": "gpt", "messages": messages, **passed, "stream": True, "stream_options": {"include_usage": True}}
+    assert bodies == [wanted]
+    text = {"model": "gpt", "prompt": "a", "suffix": "b", "num_beams": 2}
+    assert (await asyncio.to_thread(server.http.post, "/v1/completions", json=text)).status_code == 200
+    assert (bodies[1]["suffix"], bodies[1]["num_beams"]) == ("b", 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "param"),
+    [
+        ("gpt", {"web_search_options": {}}, "web_search_options"),  # it would not be passed back
+        ("gpt", {"modalities": ["text", "audio"]}, "modalities"),
+        ("gpt", {"thinkng": {}}, "thinkng"),
+        ("gpt", {"stream_options": {"thinking": 1}, "stream": True}, "stream_options.thinking"),
+        (
+            "gpt",
+            {"stream_options": {"include_obfuscation": True}, "stream": True},
+            "stream_options.include_obfuscation",
+        ),
+        ("gpt", {"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
+        ("llamacpp", {"reasoning_effort": "low"}, "reasoning_effort"),
+        ("llamacpp", {"thinking": {}}, "thinking"),
+        ("llamacpp", {"messages": [{"role": "user", "content": [PICTURE]}]}, "messages[0].content[0]"),
+        ("bharatgen-param-17b", {"messages": [{"role": "user", "content": [PICTURE]}]}, "messages[0].content[0]"),
+        ("missing", {"reasoning_effort": "low"}, "reasoning_effort"),
+    ],
+)
+async def test_what_nobody_knows_is_refused_by_name(
+    behind: tuple[Server, Behind], model: str, change: dict[str, Any], param: str
+) -> None:
+    chat = {"model": model, "messages": [{"role": "user", "content": "a"}], **change}
+    refused = behind[0].http.post("/v1/chat/completions", json=chat)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+async def test_estimated_usage_is_marked_over_kserve_too(behind: tuple[Server, Behind]) -> None:
+    server, do = behind
+
+    async def silent(request: Any, context: Any) -> AsyncIterator[Any]:
+        yield token(request, "twelve bytes", "stop")
+
+    async def reported(connection: Connection) -> None:
+        usage = {"prompt_tokens": 3, "completion_tokens": 2, "estimated": connection.asked.body["prompt"] == "guess"}
+        await connection.events(chunk("x", "stop"), {"choices": [], "usage": usage})
+
+    do.stream, do.web = silent, reported
+    wanted = [("llamacpp", "a", (1, 3, True)), ("gpt", "a", (3, 2, False)), ("gpt", "guess", (3, 2, True))]
+    async with (
+        httpx.AsyncClient(base_url=server.url, timeout=HANG_SECONDS) as http,
+        grpc.aio.insecure_channel(f"127.0.0.1:{do.grpc_port}") as channel,
+    ):
+        grpc_stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+        for model, prompt, usage in wanted:
+            infer = {"inputs": [{"name": "prompt", "datatype": "BYTES", "shape": [1], "data": [prompt]}]}
+            response = await http.post(f"/v2/models/{model}/infer", json=infer)
+            found = {each["name"]: each["data"] for each in response.json()["outputs"]}
+            assert tuple(found[name][0] for name in USAGE) == usage
+            response = await http.post(f"/v2/models/{model}/generate", json={"text_input": prompt})
+            assert generated(response.json()) == usage
+            response = await http.post(f"/v2/models/{model}/generate_stream", json={"text_input": prompt})
+            assert generated(json.loads(response.text.split("data: ")[-1])) == usage
+            request = service_pb2.ModelInferRequest(model_name=model)
+            request.inputs.add(name="prompt", datatype="BYTES", shape=[1]).contents.bytes_contents.append(
+                prompt.encode()
+            )
+            assert tensors(await grpc_stub.ModelInfer(request)) == usage
+            *_, last = [each async for each in grpc_stub.ModelStreamInfer(iter([request]))]
+            assert tensors(last.infer_response) == usage
+
+
+USAGE = ("prompt_tokens", "completion_tokens", "usage_estimated")
+
+
+def generated(response: Any) -> tuple[int, int, bool]:
+    usage = response["usage"]
+    return usage["prompt_tokens"], usage["completion_tokens"], usage.get("estimated", False)
+
+
+def tensors(response: Any) -> tuple[Any, ...]:
+    found = {each.name: [*each.contents.int_contents, *each.contents.bool_contents] for each in response.outputs}
+    return tuple(found[name][0] for name in USAGE)
+
+
+async def test_a_gateway_behind_a_gateway_is_no_engine(serve: ServeFactory, behind: tuple[Server, Behind]) -> None:
+    """It takes token ids and all parameters, and says so; but what it is asked goes on as the client wrote it."""
+    _, do = behind
+    asked: list[Any] = []
+
+    async def script(request: Any, context: Any) -> AsyncIterator[Any]:
+        asked.append({each.name for each in request.inputs} | set(request.parameters))
+        yield token(request, "twelve bytes", "stop")
+
+    do.stream = script
+    up = {"id": "far", "kind": "kserve", "endpoints": [f"127.0.0.1:{do.grpc_port}"], "model": "llamacpp"}
+    async with gateway(serve, up) as front, front.async_openai() as client:
+        got = await client.completions.create(model="far", prompt="a", max_tokens=5)
+        assert got.choices[0].text == "twelve bytes"
+        assert got.usage is not None
+        assert got.usage.model_dump()["estimated"] is True
+        with pytest.raises(BadRequestError, match="presence_penalty"):
+            await client.completions.create(model="far", prompt="a", presence_penalty=0.5)
+    assert asked == [{"prompt", "max_tokens"}]
 
 
 # Servers like this one behind the gateway.
@@ -421,6 +407,19 @@ async def through_openai(server: Server, model: str, **fields: Any) -> list[str]
 
     async with server.async_openai() as client:
         return await asyncio.gather(*(one(client, number) for number in range(STREAMS)))
+
+
+async def test_clients_that_leave_end_their_requests(serve: ServeFactory, direct: tuple[Server, int]) -> None:
+    server, port = direct
+    kserve = {"id": "by-kserve", "kind": "kserve", "endpoints": [f"127.0.0.1:{port}"], "model": "tiny"}
+    openai = {"id": "by-openai", "kind": "openai", "url": f"{server.url}/v1", "model": "tiny"}
+    async with gateway(serve, kserve, openai) as front, httpx.AsyncClient(timeout=HANG_SECONDS) as http:
+        for model in ("by-kserve", "by-openai"):
+            body = {"model": model, "prompt": "a", "n": 2, "max_tokens": 10_000, "stream": True}
+            async with http.stream("POST", f"{front.url}/v1/completions", json=body) as response:
+                assert response.status_code == 200
+        for each in (front, server):
+            each.until(lambda m: m["bdh_http_requests_in_flight"] == 1)  # the scrape
 
 
 async def test_texts_through_both_protocols_are_those_of_the_direct_way(

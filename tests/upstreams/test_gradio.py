@@ -208,6 +208,24 @@ async def test_fields_without_an_input_are_refused_by_name() -> None:
     assert got.text == "ok"
 
 
+async def test_cookies_are_those_of_one_request() -> None:
+    """A session that one client gets is not the next one's; but both parts of one request have it."""
+    seen: list[str | None] = []
+
+    async def script(connection: Connection) -> None:
+        seen.append(connection.asked.headers.get("cookie"))
+        if connection.asked.method == "POST":
+            head = b"HTTP/1.1 200 OK\r\nset-cookie: who=%d; path=/\r\nconnection: close\r\n\r\n" % len(seen)
+            await connection.send(head, b'{"event_id": "e-1"}')
+        else:
+            await connection.gradio(("complete", ["ok"]))
+
+    async with web(script) as fake, upstream(kind="gradio", url=fake.url) as gateway:
+        for _ in range(2):
+            assert (await gateway.ask(None, [QUESTION])).text == "ok"
+    assert seen == [None, "who=1", None, "who=3"]
+
+
 async def test_a_client_that_leaves_closes_the_events() -> None:
     gone = asyncio.Event()
 

@@ -7,10 +7,11 @@ import time
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from selectolax.lexbor import LexborHTMLParser
 
 from bdh_batch.errors import ConfigError
 from bdh_batch.upstreams.config import HtmlSections
-from bdh_batch.upstreams.html import Cleaner
+from bdh_batch.upstreams.html import Cleaner, _attributes
 from bdh_batch.upstreams.protocol import Fault, FaultKind
 
 CLEANER = Cleaner("up", HtmlSections())
@@ -116,6 +117,33 @@ def test_bombs_are_refused_or_cheap(tag: str) -> None:
     with pytest.raises(Fault) as refused:
         CLEANER.clean(tag * (most + 1), final=False)
     assert refused.value.kind is FaultKind.TOO_LARGE
+
+
+ATTRIBUTES = ["a{}", "a{}=1", 'a{}="1 2"', "a{}='1 2'", "a{} = 1", "a{}/", '"a{}']
+
+
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+def test_bombs_of_attributes_are_refused(attribute: str) -> None:
+    """A parser compares each one with all before it: 90,000 took it 87 s."""
+    most = HtmlSections().max_tags
+    for number in (most, most + 1, 40 * most):
+        html = f"<b {' '.join(attribute.format(each) for each in range(number))}>x</b>"
+        if number == most:
+            assert clean(html) == "x"
+        else:
+            with pytest.raises(Fault) as refused:
+                CLEANER.clean(html, final=True)
+            assert refused.value.kind is FaultKind.TOO_LARGE
+
+
+ANY_ATTRIBUTES = st.text(alphabet=[*"ab=/ \"'\n", "="], max_size=40)
+
+
+@given(st.lists(ANY_ATTRIBUTES, max_size=5))
+def test_no_attribute_goes_uncounted(attributes: list[str]) -> None:
+    html = "".join(f"<b {each}>x" for each in attributes)
+    found = LexborHTMLParser(f"<body>{html}").css("b")
+    assert _attributes(html, 2**20) >= sum(len(node.attributes) for node in found)
 
 
 def test_a_selector_that_is_none_is_a_matter_of_the_settings() -> None:

@@ -86,6 +86,34 @@ async def test_a_worker_without_streams_is_asked_for_all_at_once() -> None:
         assert len(fake.asked) == 3  # once the stream was tried
 
 
+async def test_after_a_while_a_worker_without_streams_may_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bdh_batch.upstreams.kserve.BELIEVED_SECONDS", 0.0)
+    upgraded = False
+
+    def whole(request: Any) -> Any:
+        return service_pb2.ModelInferResponse(id=request.id, outputs=[tensor("text", "whole")])
+
+    async def script(request: Any, context: Any) -> AsyncGenerator[Any, None]:
+        if not upgraded:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+        yield token(request, "streamed", "stop")
+
+    async with worker(script, whole) as fake, upstream(kind="kserve", endpoints=[fake.address]) as gateway:
+        assert (await gateway.ask()).text == "whole"
+        upgraded = True
+        assert (await gateway.ask()).text == "streamed"
+
+
+@pytest.mark.parametrize("passed", [False, True])
+async def test_the_workers_ids_are_not_the_clients(passed: bool) -> None:
+    options = {"pass_request_id": passed}
+    async with worker(streamed("a")) as fake, upstream(kind="kserve", endpoints=[fake.address], **options) as gateway:
+        for _ in range(2):
+            assert (await gateway.ask()).text == "a"
+    ids = [each.id for each in fake.asked]
+    assert ids == ["r-1", "r-1"] if passed else len({"r-1", *ids}) == 3
+
+
 async def test_names_of_tensors_and_parameters_can_be_chosen() -> None:
     options = {
         "prompt": {"name": "text_input", "datatype": "BYTES", "shape": [1, 1]},
@@ -262,6 +290,33 @@ def large(request: Any) -> Any:
     return token(request, b"x" * (5 * 2**20))
 
 
+def many_outputs(request: Any) -> Any:
+    made = service_pb2.ModelStreamInferResponse()
+    made.infer_response.outputs.extend([service_pb2.ModelInferResponse.InferOutputTensor()] * 400_000)
+    return made
+
+
+def many_parameters(request: Any) -> Any:
+    made = token(request, "x")
+    for number in range(80_000):
+        made.infer_response.parameters[str(number)].bool_param = True
+    return made
+
+
+def many_elements(request: Any) -> Any:
+    made = token(request, "x")
+    made.infer_response.outputs.append(tensor("spare", [b""] * 400_000))
+    return made
+
+
+def token_of_int64(request: Any) -> Any:
+    return token(request, "x", "null", tensor("token_ids", [2**40], "INT64"))
+
+
+def negative_token(request: Any) -> Any:
+    return token(request, "x", "null", tensor("token_ids", [-5], "INT32"))
+
+
 def not_utf8(request: Any) -> Any:
     return token(request, b"\xff\xfe")
 
@@ -278,9 +333,14 @@ def not_utf8(request: Any) -> Any:
         (raw_cut, "malformed"),
         (empty, "malformed"),
         (not_utf8, "malformed"),
+        (token_of_int64, "malformed"),
+        (negative_token, "malformed"),
         (says_error, "error"),
         (ends_with_error, "error"),
         (large, "too_large"),
+        (many_outputs, "too_large"),
+        (many_parameters, "too_large"),
+        (many_elements, "too_large"),
     ],
 )
 @pytest.mark.parametrize("before", [0, 50])
@@ -317,6 +377,24 @@ async def test_an_error_with_a_status_is_what_it_is_over_http(status: int, error
     got, _ = await asked(sent(refuses))
     assert type(got.error) is error
     assert isinstance(got.error, InvalidRequest) <= (getattr(got.error, "param", None) == "prompt")
+
+
+@pytest.mark.parametrize("message", [b"\xff", b"\x1a\0" * 100_000], ids=["no message", "many parts"])
+async def test_an_endpoint_whose_own_words_are_hostile_is_down(message: bytes) -> None:
+    async def say(raw: bytes, context: Any) -> bytes:
+        return message
+
+    server = grpc.aio.server()
+    method = grpc.unary_unary_rpc_method_handler(say)  # bytes as they are
+    handlers = dict.fromkeys(("ServerReady", "ServerMetadata", "ModelMetadata"), method)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("inference.GRPCInferenceService", handlers),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    try:
+        async with upstream(checked=True, kind="kserve", endpoints=[address]) as gateway:
+            assert [endpoint.up for endpoint in gateway.backend.endpoints.all] == [False]
+    finally:
+        await server.stop(0)
 
 
 async def test_usage_that_is_no_number_of_tokens_is_malformed() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import orjson
 import pytest
 from pydantic import ValidationError
@@ -12,6 +14,7 @@ from pydantic import ValidationError
 from bdh_batch.errors import InvalidRequest, Unavailable, UnsupportedParameter, UpstreamFailed, UpstreamTimeout
 from bdh_batch.messages import FinishReason, Usage, merged
 from bdh_batch.upstreams.config import OpenAIUpstream
+from bdh_batch.upstreams.sse import events
 from tests.upstreams.fakes import HEAD, Connection, Script, chunk, web
 from tests.upstreams.support import Response, upstream
 
@@ -101,6 +104,16 @@ async def test_without_a_usage_it_is_estimated_and_says_so() -> None:
     assert (await asked(script, "12345")).usage == Usage(2, 3, estimated=True)
 
 
+async def test_a_sum_of_tokens_is_no_more_than_all_protocols_can_say() -> None:
+    most = 2**31 - 1
+    usage = {"prompt_tokens": 5, "completion_tokens": most, "prompt_tokens_details": {"cached_tokens": most}}
+
+    async def reports(connection: Connection) -> None:
+        await connection.events(chunk("x", "stop"), {"choices": [], "usage": usage})
+
+    assert (await asked(reports, n=3)).usage == Usage(5, most, 5)
+
+
 async def script_down(connection: Connection) -> None:
     connection.writer.transport.abort()
 
@@ -127,6 +140,18 @@ async def script_no_object(connection: Connection) -> None:
 
 async def script_wrong_types(connection: Connection) -> None:
     await connection.events({"choices": [{"index": 0, "text": 7}]})
+
+
+async def script_token_of_int64(connection: Connection) -> None:
+    await connection.events({"choices": [{"index": 0, "text": "x", "token_ids": [2**40]}]})
+
+
+async def script_another_choice(connection: Connection) -> None:
+    await connection.events({"choices": [{"index": 1, "text": "x"}]})
+
+
+async def script_two_choices(connection: Connection) -> None:
+    await connection.events({"choices": [{"index": 0, "text": "x"}, {"index": 1, "text": "y"}]})
 
 
 async def script_not_utf8(connection: Connection) -> None:
@@ -165,6 +190,14 @@ async def script_deep(connection: Connection) -> None:
     )
 
 
+async def script_many_choices(connection: Connection) -> None:
+    await connection.send(HEAD, b'data: {"choices": [' + b"[]," * 300_000 + b"[]]}\n\n")
+
+
+async def script_many_calls(connection: Connection) -> None:
+    await connection.send(HEAD, b'data: {"choices": [{"delta": {"tool_calls": [' + b"{}," * 20_000 + b"{}]}}]}\n\n")
+
+
 async def script_fails(connection: Connection) -> None:
     await connection.json({"error": {"message": "Incorrect API key sk-secret"}}, 401)
 
@@ -184,12 +217,16 @@ async def script_moved(connection: Connection) -> None:
         (script_no_object, "malformed"),
         (script_wrong_types, "malformed"),
         (script_not_utf8, "malformed"),
+        (script_another_choice, "wrong_request"),
+        (script_two_choices, "wrong_request"),
+        (script_token_of_int64, "malformed"),
         (script_no_event_stream, "malformed"),
         (script_bomb, "malformed"),
         (script_deep, "malformed"),
         (script_endless_line, "too_large"),
         (script_endless_event, "too_large"),
         (script_endless_json, "too_large"),
+        (script_many_choices, "too_large"),
         (script_error_event, "error"),
         (script_fails, "error"),
         (script_moved, "error"),
@@ -206,6 +243,62 @@ async def test_an_upstream_that_fails_is_named_and_counted_by_how(script: Script
     assert "127.0.0.1" not in got.error.message
     assert gateway.seen.failures == {kind: 1}
     assert gateway.seen.outcomes == {"error": 1}
+
+
+async def test_an_event_has_so_many_calls_of_tools_and_no_more() -> None:
+    got = await asked(script_many_calls, messages=[{"role": "user", "content": "x"}])
+    assert isinstance(got.error, UpstreamFailed)
+    assert got.error.code == "upstream_malformed"
+
+
+async def test_brackets_in_a_text_are_text() -> None:
+    text = '[{"\\' * 20_000
+    assert (await asked(lambda connection: connection.events(chunk(text, "stop")))).text == text
+
+
+async def test_interim_responses_are_passed_over_however_many() -> None:
+    async def script(connection: Connection) -> None:
+        await connection.send(b"HTTP/1.1 100 Continue\r\n\r\n" * 8192)
+        await connection.events(chunk("ok", "stop"))
+
+    assert (await asked(script)).text == "ok"
+
+
+class AtOnce(httpx.AsyncByteStream):
+    """A body all of whose chunks have arrived."""
+
+    def __init__(self, *chunks: bytes) -> None:
+        self._chunks = chunks
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for each in self._chunks:
+            yield each
+
+
+@pytest.mark.parametrize(
+    "chunks",
+    [
+        [b"\n" * 65536, b"data: x\n\n"],
+        [*[b"\n"] * 2048, b"data: x\n\n"],
+        [b": ", *[b"a"] * 2048, b"\n\n", b"data: x\n\n"],
+    ],
+    ids=["blank lines", "chunks of blank lines", "chunks of a comment"],
+)
+async def test_others_have_their_turns_while_nothing_is_said(chunks: list[bytes]) -> None:
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    beside = asyncio.create_task(other())
+    head = {"content-type": "text/event-stream"}
+    response = httpx.Response(200, headers=head, stream=AtOnce(*chunks))
+    assert [event.data async for event in events(response, 2**20)] == ["x"]
+    assert turns >= 15
+    beside.cancel()
 
 
 async def test_what_came_before_an_error_has_been_passed_on() -> None:
@@ -342,12 +435,15 @@ async def test_what_an_upstream_says_is_not_logged_where_it_may_be_the_clients(
     async def fails(connection: Connection) -> None:
         await connection.events({"error": {"message": "one\ntwo" + "x" * 9999}})
 
+    caplog.set_level("INFO", "bdh_batch")
+
     for script in (malformed, refuses, fails):
         async with web(script) as fake, upstream(kind="openai", url=fake.url) as gateway:
             assert (await gateway.ask()).error is not None
-    warnings = [each.getMessage() for each in caplog.records if each.name.startswith("bdh_batch")]
-    assert len(warnings) == 3
-    assert not any("secret" in each or "\n" in each or len(each) > 2000 for each in warnings)
+    logged = [each for each in caplog.records if each.name.startswith("bdh_batch")]
+    assert [each.levelname for each in logged] == ["WARNING", "INFO", "WARNING"]  # clients may be refused at will
+    texts = [each.getMessage() for each in logged]
+    assert not any("secret" in each or "\n" in each or len(each) > 2000 for each in texts)
 
 
 async def test_a_list_of_models_that_is_none_ends_no_checks() -> None:
@@ -367,6 +463,12 @@ async def test_a_list_of_models_that_is_none_ends_no_checks() -> None:
 def test_urls_that_nobody_can_be_asked_at_are_refused(url: str) -> None:
     with pytest.raises(ValidationError, match="a URL as in"):
         OpenAIUpstream(id="up", kind="openai", url=url)
+
+
+@pytest.mark.parametrize("field", ["messages", "prompt", "model", "stream"])
+def test_what_a_request_consists_of_is_no_field_to_pass_on(field: str) -> None:
+    with pytest.raises(ValidationError, match="pass_fields"):
+        OpenAIUpstream(id="up", kind="openai", url="http://h/v1", pass_fields=[field])
 
 
 def test_what_the_settings_send_is_not_the_clients_to_say() -> None:

@@ -15,6 +15,7 @@ CARD: dict[str, Any] = {
     "owned_by": "bdh_batch",
     "root": NAME,
     "max_model_len": 131072,
+    "fingerprint": "5f1d0bc2a7e94c0f8d36e1b2947a50c3",
     "status": {"value": "loaded"},
 }
 QUESTION = {"role": "user", "content": "Who is there?"}

@@ -315,6 +315,10 @@ class ModelCard(ResponseModel):
     owned_by: str
     root: str = Field(description="The model's name; another id is an alias of it.")
     max_model_len: int | None
+    fingerprint: str | None = Field(
+        description="Servers with the same one generate the same text for the same request and seed; null while the "
+        "model is not loaded, and of upstreams."
+    )
     status: ModelStatus
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, Literal, TypeVar
 
 import orjson
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 
 from bdh_batch.errors import InvalidRequest, UnknownParameter, UnsupportedParameter
 from bdh_batch.http.request.json_text import ExceedsLimit, deeper, read_json
+from bdh_batch.http.request.sizes import Context
 from bdh_batch.http.request.strict import Wire
 from bdh_batch.http.schema.other_names import hint
 from bdh_batch.settings import Limits
@@ -28,12 +30,23 @@ def parse(raw: bytes, kind: type[Body], limits: Limits, unknown_fields: Literal[
 
 
 def check(
-    values: dict[str, Any], kind: type[Body], limits: Limits, unknown_fields: Literal["refuse", "ignore"] = "refuse"
+    values: dict[str, Any],
+    kind: type[Body],
+    limits: Limits,
+    unknown_fields: Literal["refuse", "ignore"] = "refuse",
+    passed_on: Collection[str] | None = None,
 ) -> Body:
-    """The values of a body in its type. Raises InvalidRequest: a field does not fit; it is named."""
+    """The values of a body in its type.
+
+    Args:
+        passed_on: see `Context`.
+
+    Raises:
+        InvalidRequest: a field does not fit; it is named.
+    """
     extra: Literal["ignore", "forbid"] = "ignore" if unknown_fields == "ignore" else "forbid"
     try:
-        return kind.model_validate(values, extra=extra, context=limits)
+        return kind.model_validate(values, extra=extra, context=Context(limits, passed_on))
     except ValidationError as error:
         raise _invalid(error, kind.hints) from error
 

@@ -46,6 +46,10 @@ class Aside:
     tenant: str
     client: Client | None = None
 
+    def of_nobody(self) -> Aside:
+        """For work that goes on when the client has left."""
+        return Aside(self.off_loop, self.tenant)
+
     async def run(self, size: int, work: Callable[..., T], *arguments: Any) -> T:
         """What `work` makes of `arguments`: at once where its `size` is small, else off the event loop.
 

@@ -6,7 +6,7 @@ Each list, string and free object of a body's types has a bound (`AtMost`), or s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -23,9 +23,27 @@ UTF8 = 4  # bytes of a character, at most
 KEYWORDS = {"array": "maxItems", "object": "maxProperties", "string": "maxLength", "integer": "maximum"}
 
 
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What holds for a body that is being validated.
+
+    Args:
+        passed_on: fields that its model takes although this server does not know them. None: the body is for a model of
+            this server's own, or for one that is not given what clients wrote.
+    """
+
+    limits: Limits
+    passed_on: Collection[str] | None = None
+
+
 def limits_of(info: ValidationInfo) -> Limits:
-    """The limits that hold for a body that is being validated: its validation context, or else the defaults."""
-    return info.context if isinstance(info.context, Limits) else Limits()
+    """The limits that hold for a body that is being validated: those of its context, or else the defaults."""
+    return info.context.limits if isinstance(info.context, Context) else Limits()
+
+
+def passed_on(info: ValidationInfo) -> Collection[str] | None:
+    """See `Context`."""
+    return info.context.passed_on if isinstance(info.context, Context) else None
 
 
 @dataclass(frozen=True, slots=True)

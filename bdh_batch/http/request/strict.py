@@ -23,7 +23,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 from bdh_batch.http.request.json_text import deeper
-from bdh_batch.http.request.sizes import AtMost
+from bdh_batch.http.request.sizes import AtMost, passed_on
 
 Neutral = Mapping[str, tuple[Any, ...]]  # unsupported fields, and the values besides null that ask for nothing
 
@@ -64,6 +64,7 @@ class Wire(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
     unsupported: ClassVar[Neutral] = {}
+    relayed: ClassVar[frozenset[str]] = frozenset()  # those of them that a model has which is given what clients wrote
     names: ClassVar[frozenset[str]] = frozenset()  # of the fields, as they are written in JSON
     open: ClassVar[bool] = False  # whether unknown fields are left to a subclass
     hints: ClassVar[bool] = True  # whether errors say what OpenAI's API calls a field of another one
@@ -75,11 +76,12 @@ class Wire(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_known_fields(cls, values: object) -> object:
+    def _with_known_fields(cls, values: object, info: ValidationInfo) -> object:
         """Without the unsupported fields, and with one unknown one if there are any: one is enough for an error."""
         if not isinstance(values, dict):
             return values
-        for name in cls.unsupported.keys() & values.keys():
+        passed = frozenset() if passed_on(info) is None else cls.relayed
+        for name in (cls.unsupported.keys() & values.keys()) - passed:
             if values[name] is not None and not _asks_for_nothing(values[name], cls.unsupported[name]):
                 text = "{field} is not supported by this server"
                 raise PydanticCustomError("unsupported", text, {"field": name})

@@ -222,7 +222,7 @@ class Run:
                 raise frames.named(error)
             if not begun:
                 begun = True
-                self._add(frames, frames.begun())
+                self._add(frames, await frames.begin())
                 await self._put(frames)
             tokens += sum(len(delta.tokens) for _, delta in deltas)
             ready = self._chunks.take(deltas)

@@ -127,6 +127,10 @@ class ResponseFrames(Frames):
         self.response["status"] = "in_progress"
         return self._event("response.in_progress", response=self.response)
 
+    async def begin(self) -> bytes:
+        """As `begun`, encoded aside where that takes long."""
+        return await self._aside.run(self._size, self.begun)
+
     def queued(self) -> bytes:
         """The first events of a response in the background."""
         self.response["status"] = "queued"

@@ -6,13 +6,12 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from bdh_batch.backends.base import TextBackend
+from bdh_batch.backends.base import Generation, TextBackend
 from bdh_batch.errors import InvalidRequest, StoreFailed
 from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.client import Client
@@ -21,7 +20,8 @@ from bdh_batch.http.responses.generation import EventStream, whole
 from bdh_batch.http.responses_api.background import Background, EventLog, Run, stream_of
 from bdh_batch.http.responses_api.bodies import InputTokensBody, ResponseBody, ToolSelection
 from bdh_batch.http.responses_api.frames import ResponseFrames
-from bdh_batch.http.responses_api.stored.records import UNFINISHED, Conversations, Item, Stored, weight
+from bdh_batch.http.responses_api.stored.keeping import Keeping
+from bdh_batch.http.responses_api.stored.records import Conversations, Item, Stored, weight
 from bdh_batch.http.responses_api.stored.rest import StoredResponses, json_response
 from bdh_batch.http.responses_api.stored.saving import Saving
 from bdh_batch.http.responses_api.stored.transcript import Transcript
@@ -38,13 +38,13 @@ class Turn:
 
     Args:
         before: what it goes on from.
-        items: those of its input.
+        known: the items of that, and those of its input.
         body: the chat body that it stands for, and `names` of its fields.
         size: bytes, those of what is stored of the conversation included.
     """
 
     before: Stored | None
-    items: Sequence[Item]
+    known: Sequence[Item]
     body: TurnBody
     names: Names
     size: int
@@ -73,6 +73,7 @@ class Responses:
         turn = await self._turn(body, unique, owner, aside, len(raw))
         model = await serving.model(client, body.model)
         options = response_options(f"resp_{unique}", turn.body, model)
+        response = await aside.run(len(raw), _new, body, options.id, model)
         transcript = Transcript.of(aside, model, turn.before)
         with turn.names.as_written():
             prepared = await serving.preparation(client, model, turn.size).generation(turn.body, transcript)
@@ -81,58 +82,40 @@ class Responses:
             kept = None if turn.before is not None else turn.body
             generation = await serving.start(client, model, prepared, kept, len(raw))
         saving = None if new is None else Saving(generation, new, self._store)
-        generation = saving or generation
+        generation = generation if saving is None else saving
         if body.background:
-            aside = serving.off_loop.of(client.caller.label)  # its client may leave
-        known = [*([] if turn.before is None else turn.before.items), *turn.items]
-
-        async def put(frames: ResponseFrames, ended: bool, new: bool) -> bool:
-            if body.store is False:
-                return False
-            response = frames.response | {"store": True}
-            size = turn.size + frames.size
-            if ended:
-                text, tokens = frames.text.getvalue(), frames.tokens
-                value = await aside.run(size, transcript.stored, response, known, text, tokens, model.backend)
-            else:
-                process = self._store.process if response["status"] in UNFINISHED else None
-                value = Stored(response, known, process=process)
-            done = await self._conversations.put(value, owner, aside, size, new)
-            if ended and saving is not None:
-                if done:
-                    self._conversations.adopt(saving, value, owner, serving.off_loop.of(client.caller.label))
-                else:
-                    saving.drop()
-            return done
-
+            aside = aside.of_nobody()
+        keeping = Keeping(
+            self._conversations,
+            transcript,
+            model.backend,
+            owner,
+            turn.known,
+            turn.size,
+            saving,
+            aside,
+            bool(body.background),
+        )
         finds_calls = turn.body.may_call and not isinstance(model.backend, TextBackend)  # an upstream finds them itself
         frames = ResponseFrames(
             options,
             model.backend.tokenizer,
-            _new(body, f"resp_{unique}", model),
+            response,
             turn.names,
             turn.body.tool_names if finds_calls else None,
             aside,
             len(raw),
-            partial(put, ended=True, new=not body.background),
+            None if body.store is False else keeping.end,
         )
         if prepared.grammar is not None:
             frames.warn(prepared.grammar.warnings)
         keepalive = serving.settings.server.sse_keepalive_seconds
         chunk_tokens = turn.body.options.chunk_tokens or 1
         if body.background:
-            log = EventLog(self._limits.max_background_bytes)
-            log.add(frames.queued(), frames.number)
-            try:
-                if not await put(frames, ended=False, new=True):
-                    raise StoreFailed("The response could not be stored, as one in the background has to be.")
-            except BaseException:
-                generation.abort()
-                raise
-            under_way = partial(put, ended=False, new=False)
-            run = Run(owner, generation, frames, under_way, log, chunk_tokens, client.cleanup.pop_all())
-            self._background.start(run)
-            return stream_of(run, keepalive) if body.stream else json_response(frames.response)
+            run = await self._begun(generation, frames, keeping, chunk_tokens, client)
+            if body.stream:
+                return stream_of(run, keepalive)
+            return await aside.run(len(raw), json_response, frames.response)
         if body.stream:
             return EventStream(generation, frames, aside, chunk_tokens, keepalive)
         with turn.names.as_written():
@@ -150,6 +133,22 @@ class Responses:
             prepared = await serving.preparation(client, model, turn.size).generation(turn.body, transcript)
         return json_response({"object": "response.input_tokens", "input_tokens": prepared.prompt_tokens})
 
+    async def _begun(
+        self, generation: Generation, frames: ResponseFrames, keeping: Keeping, chunk_tokens: int, client: Client
+    ) -> Run:
+        """Starts one in the background, which has to be stored for that. Raises StoreFailed."""
+        log = EventLog(self._limits.max_background_bytes)
+        try:
+            log.add(await keeping.aside.run(keeping.size, frames.queued), frames.number)
+            if not await keeping.begin(frames):
+                raise StoreFailed("The response could not be stored, as one in the background has to be.")
+        except BaseException:
+            generation.abort()
+            raise
+        run = Run(keeping.owner, generation, frames, keeping.go_on, log, chunk_tokens, client.cleanup.pop_all())
+        self._background.start(run)
+        return run
+
     async def _turn(self, body: InputTokensBody, unique: str, owner: str, aside: Aside, size: int) -> Turn:
         """
         Raises:
@@ -164,17 +163,19 @@ class Responses:
         listed = await aside.run(size, input_items, body, unique)
         items, referred = await self._conversations.resolved(listed, owner, aside)
         size += referred + (0 if before is None else before.size)
-        turn, names = await aside.run(size, self._chat, body, items, before)
-        return Turn(before, items, turn, names, size)
+        turn, names, known = await aside.run(size, self._chat, body, items, before)
+        return Turn(before, known, turn, names, size)
 
-    def _chat(self, body: InputTokensBody, items: Sequence[Item], before: Stored | None) -> tuple[TurnBody, Names]:
+    def _chat(
+        self, body: InputTokensBody, items: Sequence[Item], before: Stored | None
+    ) -> tuple[TurnBody, Names, Sequence[Item]]:
         values, names = chat_fields(body, items)
         if not values["messages"] or not (items or before):
             raise InvalidRequest("input: Input should have at least 1 item.", "input")
         with names.as_written():
             turn = self._serving.check(values, TurnBody)
+        known = [] if before is None else before.items
         if before is not None:
-            known = before.items
             self._conversations.check(weight(known), "previous_response_id")
             if len(known) + len(items) > (most := self._limits.max_messages):
                 text = f"With the turns before it, the conversation has more than {most} items (limits.max_messages)."
@@ -182,7 +183,7 @@ class Responses:
             if body.instructions is not None:
                 turn.instructed()
             turn.goes_on_from([message for _, message in messages_of(known)])
-        return turn, names
+        return turn, names, [*known, *items]
 
     async def _with_states(
         self,

@@ -6,11 +6,11 @@ import reprlib
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
-from bdh_batch.http.request.sizes import AnyJson, AtMost, BodyText, FreeObject, Label
+from bdh_batch.http.request.sizes import AnyJson, AtMost, BodyText, FreeObject, Label, passed_on
 from bdh_batch.http.request.strict import Neutral, Open, Read, Wire, shallow
 from bdh_batch.http.schema.history import PastCall, PastFunction
 from bdh_batch.http.schema.tools import Tools
@@ -32,6 +32,7 @@ class TextPart(Wire):
         }
     )
     unsupported: ClassVar[Neutral] = {"prompt_cache_breakpoint": ()}
+    relayed: ClassVar[frozenset[str]] = frozenset(unsupported)
 
     type: Literal["text", "input_text", "output_text", "refusal"]
     text: BodyText | None = None
@@ -43,9 +44,11 @@ class TextPart(Wire):
 
     @model_validator(mode="before")
     @classmethod
-    def _is_text(cls, part: object) -> object:
+    def _is_text(cls, part: object, info: ValidationInfo) -> object:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
         if isinstance(kind, str) and kind not in TEXTS:
+            if passed_on(info) is not None:
+                return {"type": "text", "text": ""}  # what the message says here; the part goes on as it came
             raise PydanticCustomError("unsupported", f"Content parts of type {reprlib.repr(kind)} are not supported")
         return part
 

@@ -17,6 +17,7 @@ from pydantic import (
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
+    ValidationInfo,
     WrapValidator,
     model_validator,
 )
@@ -24,7 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from bdh_batch.backends.base import RawPrompt
 from bdh_batch.errors import InvalidRequest
-from bdh_batch.http.request.sizes import AtMost, FreeObject, Label
+from bdh_batch.http.request.sizes import AtMost, FreeObject, Label, passed_on
 from bdh_batch.http.request.strict import Neutral, Wire
 from bdh_batch.http.schema.chat import ConversationBody
 from bdh_batch.http.schema.prompts import PromptList, Salt, Truncation, last_tokens, salted, to_prompts
@@ -37,15 +38,14 @@ from bdh_batch.text.sources import Source
 # Known to OpenAI's API or to other servers', and not built: the values besides null that ask for nothing.
 GENERATION: Neutral = {
     **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options", "prompt_cache_options"), ()),
+    **dict.fromkeys(("chat_template", "guided_whitespace_pattern"), ()),
     "cache_prompt": (True,),
-    "chat_template": (),
     "detokenize": (True,),
     "documents": ([],),
     "early_stopping": (False,),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "guided_decoding_backend": ("auto", "guidance", "lm-format-enforcer", "outlines", "xgrammar"),
-    "guided_whitespace_pattern": (),
     "include_reasoning": (True, False),
     "kv_transfer_params": ({},),
     "length_penalty": (1,),
@@ -67,6 +67,11 @@ GENERATION: Neutral = {
     "use_beam_search": (False,),
     "verbosity": ("medium",),
     "vllm_xargs": ({},),
+}
+# Of these an upstream is given none: what they ask for would not be passed back.
+UNRELAYED = {
+    *("audio", "detokenize", "function_call", "functions", "kv_transfer_params", "logits_processors", "modalities"),
+    *("moderation", "web_search_options"),
 }
 TOOLS: Neutral = {"tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
 COMPLETION: Neutral = {**GENERATION, **TOOLS, "top_logprobs": (0,)}
@@ -161,6 +166,7 @@ class GenerationBody(Formatted, SamplingFields):
     """The fields that completions and chat share."""
 
     unsupported = GENERATION
+    relayed = frozenset(GENERATION) - UNRELAYED
 
     model: Label | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -183,19 +189,25 @@ class GenerationBody(Formatted, SamplingFields):
         ("user", "safety_identifier", "request_id", "prompt_cache_key", "metadata", "store")
     )
     _written: Mapping[str, Any] = PrivateAttr(default_factory=dict)
+    _passed_on: frozenset[str] = PrivateAttr(frozenset())
 
     @model_validator(mode="wrap")
     @classmethod
-    def _as_it_came(cls, values: object, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        made = handler(values)
-        if isinstance(values, dict):
-            made._written = values
+    def _as_it_came(cls, values: object, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo) -> Self:
+        if not isinstance(values, dict):
+            return handler(values)
+        more = passed_on(info)
+        unknown = frozenset(more or ()) - cls.names
+        made = handler({name: value for name, value in values.items() if name not in unknown})
+        made._written = values
+        if more is not None:
+            made._passed_on = cls.relayed.union(more)
         return made
 
     @property
     def written(self) -> Mapping[str, Any]:
         """The fields that say something, as they came, without labels: for those who pass a request on."""
-        names = self.names - self.labels
+        names = (self.names - self.labels) | self._passed_on
         return {name: value for name, value in self._written.items() if value is not None and name in names}
 
     @property

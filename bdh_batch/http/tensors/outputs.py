@@ -58,6 +58,7 @@ OUTPUTS: Mapping[str, Output] = {
     "prompt_tokens": Output("INT32", (1,), "Tokens of all prompts.", last=True),
     "completion_tokens": Output("INT32", (1,), "Tokens of all completions.", last=True),
     "cached_tokens": Output("INT32", (1,), "Tokens of prompts that came from the prefix cache.", last=True),
+    "usage_estimated": Output("BOOL", (1,), "Whether these are estimates, as an upstream did not say.", last=True),
     "warnings": Output(
         BYTES, (1,), "JSON: what was left out of a schema that is not strict; where something was.", last=True
     ),
@@ -153,6 +154,7 @@ class Outputs(CompletionFrames):
             "prompt_tokens": [usage.prompt_tokens],
             "completion_tokens": [usage.completion_tokens],
             "cached_tokens": [usage.cached_tokens],
+            "usage_estimated": [usage.estimated],
         }
         return found | ({"warnings": [self._left_out]} if self._left_out else {})
 

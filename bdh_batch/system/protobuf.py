@@ -8,9 +8,6 @@ from __future__ import annotations
 
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from bdh_batch.errors import InvalidRequest
-from bdh_batch.settings import Limits
-
 VARINT, FIXED64, LENGTH, START_GROUP, END_GROUP, FIXED32 = range(6)
 WIDTHS = {FIXED64: 8, FIXED32: 4}
 CONTINUES = bytes(range(128, 256))  # bytes of a varint that are not its last
@@ -29,15 +26,24 @@ class _Malformed(Exception):
     """The bytes are no message from here on: the parser will say so as soon as it comes to them."""
 
 
+class TooMany(Exception):
+    """Raised where a message has more `things`, fields or numbers, than it may."""
+
+    def __init__(self, things: str, most: int) -> None:
+        super().__init__(f"The message has more than {most} {things}")
+        self.things = things
+
+
 class Counter:
     """Counts the fields and the packed numbers of one message, those of inner messages included.
 
     Raises, when it is run:
-        InvalidRequest: they are too many.
+        TooMany
     """
 
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+    def __init__(self, most_fields: int, most_numbers: int) -> None:
+        self._most_fields = most_fields
+        self._most_numbers = most_numbers
         self._fields = self._numbers = 0
 
     def run(self, raw: bytes, kind: Descriptor) -> None:
@@ -50,10 +56,8 @@ class Counter:
         known = kind.fields_by_number
         while at < end:
             self._fields += 1
-            if self._fields > self._limits.max_strings:
-                raise InvalidRequest(
-                    f"The message has more than {self._limits.max_strings} fields (limits.max_strings)."
-                )
+            if self._fields > self._most_fields:
+                raise TooMany("fields", self._most_fields)
             tag, at = _varint(raw, at, end)
             wire_type = tag & 7
             if wire_type == VARINT:
@@ -77,8 +81,8 @@ class Counter:
             return
         width = FIXED.get(field.type)
         self._numbers += (end - at) // width if width else len(raw[at:end].translate(None, CONTINUES))
-        if self._numbers > self._limits.max_values:
-            raise InvalidRequest(f"The message has more than {self._limits.max_values} numbers (limits.max_values).")
+        if self._numbers > self._most_numbers:
+            raise TooMany("numbers", self._most_numbers)
 
 
 def _varint(raw: bytes, at: int, end: int) -> tuple[int, int]:
