@@ -79,6 +79,11 @@ class TestBeginning:
         text = "".join(choice["text"] for event in events for choice in event["choices"])
         assert text == tiny.text(prompt=TEXT + MORE, **GREEDY)
 
+    def test_kserve_begins_in_it_too(self, tiny: Server, state: dict[str, Any]) -> None:
+        asked = {"text_input": MORE, "parameters": {"state": state["id"], **GREEDY}}
+        begun = tiny.http.post("/v2/models/tiny/generate", json=asked)
+        assert begun.json()["text_output"].endswith(tiny.text(prompt=TEXT + MORE, **GREEDY))
+
     async def test_a_hundred_at_once_say_what_each_says_alone(self, tiny: Server, state: dict[str, Any]) -> None:
         async with httpx.AsyncClient(base_url=tiny.url, timeout=HANG_SECONDS) as client:
             asked = [{"state": state["id"], "prompt": f"{n}", **GREEDY} for n in range(100)]

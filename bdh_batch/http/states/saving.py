@@ -8,8 +8,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from bdh_batch.backends.base import TextBackend
-from bdh_batch.errors import InvalidRequest, Unavailable, UnsupportedParameter
+from bdh_batch.errors import InvalidRequest, Unavailable
 from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.client import Client
 from bdh_batch.http.responses.generation import collect
@@ -43,7 +42,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """Saves states of one model for one client."""
+    """Saves states of one model, which is no upstream's, for one client."""
 
     serving: Serving
     client: Client
@@ -53,7 +52,7 @@ class Saving:
         """Computes a state, and stores it under a new id.
 
         Raises:
-            InvalidRequest: the model does not take so many tokens, or has no states.
+            InvalidRequest: the model does not take so many tokens.
             StoreFull, StoreFailed
             Unavailable: the engine could not write it now.
             and as `Serving.start` and `collect` do.
@@ -87,8 +86,6 @@ class Saving:
 
     async def check(self, tokens: array[int]) -> None:
         """Raises InvalidRequest: the model has no such tokens."""
-        if isinstance(self.model.backend, TextBackend):
-            raise no_states()
         with _named_file():
             await self.model.backend.tokenized([(header.FILE, tokens)])
 
@@ -128,8 +125,6 @@ class Saving:
 
     def _request(self, source: Source, tokens: Sequence[int], optional: bool = True) -> GenerationRequest:
         """Has the model read the tokens; the one that it then draws is nobody's."""
-        if isinstance(self.model.backend, TextBackend):
-            raise no_states()
         return GenerationRequest(
             origin=self.client.origin(),
             prompts=[Prompt(tokens, source.param)],
@@ -141,10 +136,6 @@ class Saving:
             state=source.begin,
             state_optional=optional,
         )
-
-
-def no_states() -> UnsupportedParameter:
-    return UnsupportedParameter("This model is an upstream's, which has no states here.", "model")
 
 
 @contextlib.contextmanager
