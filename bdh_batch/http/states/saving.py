@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sys
 from array import array
@@ -22,6 +23,7 @@ from bdh_batch.store.record import Record
 from bdh_batch.store.records import NewState
 
 RETRY_SECONDS = 1
+LATE_SECONDS = 60.0  # after which a file that nobody waits for has come, if it does
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +123,7 @@ class Saving:
             return new, await self.serving.aside(self.client).run(sys.maxsize, header.read, new.path)
         except BaseException:
             records.discard(new.id)
+            asyncio.get_running_loop().call_later(LATE_SECONDS, records.discard, new.id)
             raise
 
     def _request(self, source: Source, tokens: Sequence[int], optional: bool = True) -> GenerationRequest:
