@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import random
 import sys
 from collections import Counter
@@ -27,6 +28,7 @@ from benchmarks.raw import CLOSED, MIB, exchange, request
 
 FROM = "127.0.0.66"  # the attackers' own address: fairness between callers is part of what is attacked
 NONSENSE = 2_000  # lists and objects in a field of nonsense: more of them than fill a body
+LONGEST_HEADER = 4 * MIB  # of a file of a state
 BODY = 4 * MIB - 4096  # just under the default of limits.max_body_bytes
 
 Body = dict[str, Any]
@@ -63,6 +65,21 @@ def chat(**body: Any) -> bytes:
 
 def turn(**body: Any) -> bytes:
     return post("/v1/responses", orjson.dumps({"input": "a", "max_output_tokens": 8} | body))
+
+
+def file(header: bytes, tensor: bytes = b"", length: int | None = None) -> bytes:
+    """An upload of a state, with the header of a safetensors file."""
+    content = len(header).to_bytes(8, "little") + header + tensor
+    lines = ["POST /v1/states/content HTTP/1.1", "host: localhost", "connection: close"]
+    lines += ["content-type: application/octet-stream", f"content-length: {len(content) if length is None else length}"]
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+def state_header(tokens: str = "[1]", count: int = 1, dimensions: Sequence[int] = (2, 4, 128, 32)) -> bytes:
+    size = 4 * math.prod(dimensions)
+    known = {"fingerprint": "x", "sha256": "0" * 64, "token_ids": tokens, "tokens": str(count)}
+    tensor = {"dtype": "F32", "shape": [*dimensions], "data_offsets": [0, size]}
+    return orjson.dumps({"__metadata__": known, "state": tensor})
 
 
 def grammar(text: str) -> bytes:
@@ -110,6 +127,7 @@ def intersection() -> str:
     return "start: T\nT: " + " & ".join(f"/((a|b){{{length}}})*/" for length in (7, 11, 13, 17, 19, 23, 29, 31, 37, 41))
 
 
+HUGE = state_header(dimensions=[2**26])
 OVERLAPPING = ["a" * (1023 - i) + "b" for i in range(16)]
 NO_INPUT = '{"input":@}'
 ITEMS = (
@@ -245,6 +263,31 @@ ATTACKS: dict[str, Attack] = {
     ),
     "responses: a crowd in the background": Attack(
         lambda: iter([turn(background=True, max_output_tokens=2000)] * 200), together=50
+    ),
+    "states: headers without end": Attack(
+        lambda: iter(
+            [
+                *[file(b"[" * (LONGEST_HEADER - 8)), file(b'{"a":' * (LONGEST_HEADER // 5))],
+                *[file(array("1", LONGEST_HEADER).encode()), file(b"{" + b" " * (LONGEST_HEADER - 8))],
+                *[file(state_header("[" + "1," * 2_000_000 + "1]", 2_000_001), bytes(2**17))] * 4,
+                *[file(state_header("[" * 4_000_000), bytes(2**17))] * 2,
+            ]
+        )
+    ),
+    "states: files that do not come": Attack(
+        lambda: iter([file(HUGE, bytes(65536), 8 + len(HUGE) + 2**28)] * 300), patience=5.0, together=300
+    ),
+    "states: large files": Attack(
+        lambda: iter([file(state_header(dimensions=[2**24]), bytes(2**26))] * 16), patience=8.0, together=16
+    ),
+    "states: of long prompts": Attack(
+        lambda: iter([post("/v1/states", orjson.dumps({"prompt": "a" * 110_000}))] * 16), patience=8.0
+    ),
+    "states: very many": Attack(
+        lambda: iter([post("/v1/states", orjson.dumps({"prompt": f"{n}"})) for n in range(500)]), together=32
+    ),
+    "states: others' ids": Attack(
+        lambda: iter([completion(state=f"st_{number:032x}") for number in range(2000)]), together=32
     ),
     "bodies: nonsense": Attack(lambda: iter([nonsense(seed) for seed in range(20)])),
     # Costs per token that a request sets.

@@ -24,6 +24,7 @@ SMALLEST = (
     "errors: messages",
     "bodies: empty lists",
     "bodies: template variables",
+    "states: headers without end",
     "priority",
     "connections: pipelined behind",
     "template: crowd",
@@ -40,6 +41,7 @@ def test_attacks_harm_nobody_else(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert report["end"]["code"] == 0
     assert report["attacks"]["schema: least integer"]["told"].keys() <= {"200", "400"}
     assert report["attacks"]["priority: before all others"]["told"] == {"403": 4}
+    assert report["attacks"]["states: headers without end"]["told"].keys() <= {"400", "429", "503"}
     assert report["attacks"]["errors: messages"]["told"] == {"400": 2}
     assert '"faults": []' in capsys.readouterr().out
 
@@ -52,7 +54,7 @@ def test_random_requests_find_nothing(tmp_path: Path) -> None:
     assert report["faults"] == []
     assert code == 0
     assert report["requests"] == 150
-    assert report["statuses"].keys() <= {"200", "400", "403", "429"}
+    assert report["statuses"].keys() <= {"200", "400", "403", "404", "429"}
     assert report["statuses"]["200"] > 10
 
 

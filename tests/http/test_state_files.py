@@ -106,6 +106,14 @@ class TestRoundTrip:
         state = upload(small, (file[at : at + 1000] for at in range(0, len(file), 1000))).json()
         assert content(small, state["id"]) == file
 
+    def test_a_file_whose_header_takes_long_to_read_comes_whole(self, tiny: Server) -> None:
+        state = tiny.http.post(PATH, json={"prompt": [97] * 30_000}).json()
+        file = content(tiny, state["id"])
+        for _ in range(3):
+            copy = upload(tiny, file).json()
+            assert (copy["tokens"], copy["model"]) == (30_000, "tiny")
+        assert content(tiny, copy["id"]) == file
+
     def test_a_state_is_its_owners_alone(self, small: Server, file: bytes) -> None:
         id = upload(small, file).json()["id"]
         other = {"authorization": f"Bearer {KEYS[1]}"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
 PATH, COMPLETIONS, CHAT, RESPONSES = "/v1/states", "/v1/completions", "/v1/chat/completions", "/v1/responses"
+OCTETS = "application/octet-stream"
 TEXT, MORE = "ROMEO:\nBut soft! what light", " through yonder window"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
 
@@ -76,6 +78,11 @@ class TestBeginning:
         events = tiny.events(state=state["id"], prompt=MORE, **GREEDY)
         text = "".join(choice["text"] for event in events for choice in event["choices"])
         assert text == tiny.text(prompt=TEXT + MORE, **GREEDY)
+
+    def test_kserve_begins_in_it_too(self, tiny: Server, state: dict[str, Any]) -> None:
+        asked = {"text_input": MORE, "parameters": {"state": state["id"], **GREEDY}}
+        begun = tiny.http.post("/v2/models/tiny/generate", json=asked)
+        assert begun.json()["text_output"].endswith(tiny.text(prompt=TEXT + MORE, **GREEDY))
 
     async def test_a_hundred_at_once_say_what_each_says_alone(self, tiny: Server, state: dict[str, Any]) -> None:
         async with httpx.AsyncClient(base_url=tiny.url, timeout=HANG_SECONDS) as client:
@@ -170,16 +177,23 @@ class TestFiles:
             assert listed(server)["data"] == []
             assert server.text(prompt="a", **GREEDY)
 
-    def test_states_outlive_their_server(self, serve: ServeFactory, tmp_path: Path) -> None:
-        option = f"store.path={tmp_path}"
-        with serve(option, model=TINY) as server:
-            state = made(server, prompt=TEXT)
+    def test_states_outlive_their_server_and_lie_encrypted(self, serve: ServeFactory, tmp_path: Path) -> None:
+        options = [f"store.path={tmp_path}", f"store.encryption_key={base64.b64encode(bytes(32)).decode()}"]
+        with serve(*options, model=TINY) as server:
+            state = made(server, prompt=TEXT, metadata={"scene": "balcony"})
             said = server.text(state=state["id"], prompt=MORE, **GREEDY)
-        with serve(option, model=TINY) as server:
+            file = server.http.get(f"{PATH}/{state['id']}/content").content
+        stored = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+        assert len(stored) > state["bytes"]
+        assert not any(part in stored for part in (b"balcony", state["fingerprint"].encode(), file[-64:]))
+        with serve(*options, model=TINY) as server:
             assert listed(server)["data"] == [state]
             begun = server.complete(state=state["id"], prompt=MORE, **GREEDY)
             assert begun["choices"][0]["text"] == said
             assert begun["usage"]["prompt_tokens_details"]["cached_tokens"] == len(TEXT)
+            assert server.http.get(f"{PATH}/{state['id']}/content").content == file
+            copy = server.http.post(f"{PATH}/content", content=file, headers={"content-type": OCTETS}).json()
+            assert server.text(state=copy["id"], prompt=MORE, **GREEDY) == said
 
     def test_a_state_of_another_model_is_refused_by_name(self, serve: ServeFactory, tmp_path: Path) -> None:
         option = f"store.path={tmp_path}"

@@ -277,6 +277,22 @@ async def test_what_nobody_knows_is_refused_by_name(
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/completions", {"prompt": "a", "state": "st_1"}, "state"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "state": "st_1"}, "state"),
+        ("/v1/responses", {"input": "a", "state": "st_1"}, "state"),
+        ("/v1/states", {"prompt": "a"}, "model"),
+    ],
+)
+async def test_upstreams_have_no_states(
+    behind: tuple[Server, Behind], path: str, body: dict[str, Any], param: str
+) -> None:
+    error = await asyncio.to_thread(behind[0].refusal, {"model": "gpt", **body}, path)
+    assert (error["param"], error["code"]) == (param, "unsupported_parameter")
+
+
 async def test_estimated_usage_is_marked_over_kserve_too(behind: tuple[Server, Behind]) -> None:
     server, do = behind
 

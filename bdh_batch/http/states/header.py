@@ -22,7 +22,7 @@ from bdh_batch.http.responses.json_pieces import dump_list
 
 TENSOR, METADATA = "state", "__metadata__"
 LENGTH = 8  # bytes of the header's length, before it
-MOST = 8 * 2**20  # bytes of a header: that of a client's copy has the tokens
+MOST = 4 * 2**20  # bytes of a header: that of a client's copy has the tokens
 ALIGNED = 64
 PIECE = 2**14  # characters of a list of tokens that are read at once
 SIZES = {"F32": 4, "BF16": 2}  # bytes of a number

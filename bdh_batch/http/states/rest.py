@@ -12,7 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from bdh_batch.errors import InvalidRequest
+from bdh_batch.backends.base import TextBackend
+from bdh_batch.errors import InvalidRequest, UnsupportedParameter
 from bdh_batch.http.errors import NotFound
 from bdh_batch.http.request.client import Client
 from bdh_batch.http.serving import Serving
@@ -86,6 +87,8 @@ class States:
     async def upload(self, request: Request) -> Response:
         client, given = Client.of(request), request.query_params
         ttl = self._ttl(_seconds(given.get("ttl")))
+        # Whoever looked for its leaving before its body is read would take parts of that.
+        leaves, client.leaves = client.leaves, None
         with self._uploads.one(client.caller.owner):
             coming = Upload(request, self._serving.settings.store.max_state_bytes)
             text = await coming.header()
@@ -106,6 +109,7 @@ class States:
 
             try:
                 await self._records.write(new, pieces())
+                client.leaves = leaves
             except BaseException:
                 self._records.discard(new.id)
                 raise
@@ -165,7 +169,10 @@ class States:
         return await self._records.get(record.kind, record.id, record.owner) or record
 
     async def _saving(self, client: Client, model: str | None) -> Saving:
-        return Saving(self._serving, client, await self._serving.model(client, model))
+        served = await self._serving.model(client, model)
+        if isinstance(served.backend, TextBackend):
+            raise UnsupportedParameter("This model is an upstream's, which has no states here.", "model")
+        return Saving(self._serving, client, served)
 
     async def _named(self, request: Request) -> Record:
         return await found(self._records, request.path_params["id"], request.state.caller.owner)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sys
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from bdh_batch.backends.base import TextBackend
-from bdh_batch.errors import InvalidRequest, Unavailable, UnsupportedParameter
+from bdh_batch.errors import InvalidRequest, Unavailable
 from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.client import Client
 from bdh_batch.http.responses.generation import collect
@@ -23,6 +23,7 @@ from bdh_batch.store.record import Record
 from bdh_batch.store.records import NewState
 
 RETRY_SECONDS = 1
+LATE_SECONDS = 60.0  # after which a file that nobody waits for has come, if it does
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """Saves states of one model for one client."""
+    """Saves states of one model, which is no upstream's, for one client."""
 
     serving: Serving
     client: Client
@@ -53,7 +54,7 @@ class Saving:
         """Computes a state, and stores it under a new id.
 
         Raises:
-            InvalidRequest: the model does not take so many tokens, or has no states.
+            InvalidRequest: the model does not take so many tokens.
             StoreFull, StoreFailed
             Unavailable: the engine could not write it now.
             and as `Serving.start` and `collect` do.
@@ -87,8 +88,6 @@ class Saving:
 
     async def check(self, tokens: array[int]) -> None:
         """Raises InvalidRequest: the model has no such tokens."""
-        if isinstance(self.model.backend, TextBackend):
-            raise no_states()
         with _named_file():
             await self.model.backend.tokenized([(header.FILE, tokens)])
 
@@ -124,12 +123,11 @@ class Saving:
             return new, await self.serving.aside(self.client).run(sys.maxsize, header.read, new.path)
         except BaseException:
             records.discard(new.id)
+            asyncio.get_running_loop().call_later(LATE_SECONDS, records.discard, new.id)
             raise
 
     def _request(self, source: Source, tokens: Sequence[int], optional: bool = True) -> GenerationRequest:
         """Has the model read the tokens; the one that it then draws is nobody's."""
-        if isinstance(self.model.backend, TextBackend):
-            raise no_states()
         return GenerationRequest(
             origin=self.client.origin(),
             prompts=[Prompt(tokens, source.param)],
@@ -141,10 +139,6 @@ class Saving:
             state=source.begin,
             state_optional=optional,
         )
-
-
-def no_states() -> UnsupportedParameter:
-    return UnsupportedParameter("This model is an upstream's, which has no states here.", "model")
 
 
 @contextlib.contextmanager

@@ -74,7 +74,7 @@ class Upload:
             raise too_large(self._most)
         await self._fill(header.LENGTH + length)
         text = bytes(self._waiting[header.LENGTH : header.LENGTH + length])
-        self._take(header.LENGTH + length)
+        del self._waiting[: header.LENGTH + length]  # it counts until the request has been answered
         return text
 
     def check(self, found: Header, text: bytes) -> None:
@@ -92,7 +92,8 @@ class Upload:
         while left:
             await self._fill(min(left, PIECE))
             piece = bytes(self._waiting[: min(left, PIECE)])
-            self._take(len(piece))
+            del self._waiting[: len(piece)]
+            self._release(len(piece))
             left -= len(piece)
             yield piece
         if self._waiting or await self._more():
@@ -110,10 +111,6 @@ class Upload:
                 self._waiting += piece
                 return True
         return False
-
-    def _take(self, size: int) -> None:
-        del self._waiting[:size]
-        self._release(size)
 
 
 def head_of(record: Record, found: Header) -> bytes:
