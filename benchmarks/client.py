@@ -147,6 +147,20 @@ class Client:
     async def ask(self, path: str = COMPLETIONS, key: str = "", **body: Any) -> Response:
         return await (await self.send(path, key, **body)).end()
 
+    async def events(self, path: str, **body: Any) -> tuple[float, list[tuple[float, dict[str, Any]]]]:
+        """When a request whose response streams was sent, and its events, each with when it was read.
+
+        Raises:
+            Failed: it did not end well.
+            RuntimeError: it is a refusal.
+        """
+        recording, events = Recording(), Events()
+        await self._pool.exchange(self._request("POST", path, self._headers, {**body, "stream": True}), recording)
+        if recording.status != 200:
+            raise RuntimeError(f"status {recording.status}: {recording.body[-500:]!r}")
+        found = [(now, data) for now, piece in recording.pieces for _, data in events.feed(piece)]
+        return recording.sent, [(now, orjson.loads(data)) for now, data in found if data != b"[DONE]"]
+
     async def whole(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> tuple[int, bytes]:
         """The status and the body of a response in one piece.
 
