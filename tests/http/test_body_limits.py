@@ -314,6 +314,8 @@ class TestTypes:
         "refusal",
         "text_input",
         "system",
+        "instructions",
+        "output",
     }
 
     def test_have_a_bound_for_each_list_object_and_string(self) -> None:
