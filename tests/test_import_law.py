@@ -33,7 +33,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         {"httpx", "huggingface_hub", "pydantic", "tqdm"},
     ),
     "scheduler": ({"errors", "messages"}, set()),
-    "engine": (SHARED | {"scheduler", "kernels", "checkpoint", "settings"}, {"torch", "numpy"}),
+    "engine": (SHARED | {"scheduler", "kernels", "checkpoint", "settings"}, {"torch", "numpy", "xxhash"}),
     "backends": (SHARED | {"engine", "scheduler", "text"}, {"msgspec"}),
     "upstreams": (
         SHARED | {"backends", "text"},

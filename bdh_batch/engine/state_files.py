@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
+from xxhash import xxh3_128  # finds damage as well as sha256, in a tenth of the time
 
 TENSOR = "state"
 METADATA = "__metadata__"
@@ -24,7 +25,7 @@ FORMAT = "1"
 LARGEST_HEADER = 2**20  # bytes; who keeps a file may add to its metadata
 PIECE = 2**20  # bytes that are read or written at a time, a whole number of numbers
 LENGTH = 8  # bytes of the header's length, before it
-UNKNOWN_HASH = "0" * 64  # stands where the tensor's will, once it is known
+UNKNOWN_HASH = "0" * 32  # stands where the tensor's will, once it is known
 # Where all bits of the exponent are set, a number is infinite or NaN.
 EXPONENT: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = {
     "F32": (np.uint32, 0x7F800000),
@@ -78,7 +79,7 @@ def read_state(path: Path, layout: StateLayout, tokens: bytes, into: memoryview)
         header, begin = _read_header(file)
         metadata = _check(header, layout, os.fstat(file.fileno()).st_size - begin)
         _check_tokens(metadata, tokens)
-        digest = sha256()
+        digest = xxh3_128()
         kind, exponent = EXPONENT[layout.dtype]
         for at in range(0, layout.size, PIECE):
             piece = into[at : at + PIECE]
@@ -86,7 +87,7 @@ def read_state(path: Path, layout: StateLayout, tokens: bytes, into: memoryview)
             digest.update(piece)
             if not _finite(piece, kind, exponent):
                 raise BadState("it has numbers that are not finite.")
-        if digest.hexdigest() != metadata.get("sha256"):
+        if digest.hexdigest() != metadata.get("xxh3_128"):
             raise BadState("it is damaged: its checksum differs.")
 
 
@@ -104,7 +105,7 @@ def write_state(path: Path, layout: StateLayout, tokens: bytes, state: memoryvie
     try:
         with partial.open("xb", buffering=0) as file:
             _write(file, _header(layout, tokens, UNKNOWN_HASH))
-            digest = sha256()
+            digest = xxh3_128()
             kind, exponent = EXPONENT[layout.dtype]
             for at in range(0, layout.size, PIECE):
                 piece = state[at : at + PIECE]
@@ -130,7 +131,7 @@ def _header(layout: StateLayout, tokens: bytes, digest: str) -> bytes:
         "window": str(layout.window),
         "tokens": str(len(tokens) // 4),
         "tokens_sha256": sha256(tokens).hexdigest(),
-        "sha256": digest,
+        "xxh3_128": digest,
     }
     tensor = {"dtype": layout.dtype, "shape": list(layout.shape), "data_offsets": [0, layout.size]}
     text = json.dumps({METADATA: metadata, TENSOR: tensor}, separators=(",", ":")).encode()

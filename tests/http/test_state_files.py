@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import resource
@@ -15,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 from safetensors import safe_open
+from xxhash import xxh3_128_hexdigest
 
 from bdh_batch.http.states.header import MOST
 from bdh_batch.http.states.objects import StateObject
@@ -89,7 +89,7 @@ class TestRoundTrip:
             metadata, tensor = opened.metadata(), opened.get_tensor("state")
         assert json.loads(metadata["token_ids"]) == [*TEXT.encode()]
         assert (metadata["model"], json.loads(metadata["metadata"])) == ("tiny", {"scene": "balcony"})
-        assert metadata["sha256"] == hashlib.sha256(tensor.tobytes()).hexdigest()
+        assert metadata["xxh3_128"] == xxh3_128_hexdigest(tensor.tobytes())
 
     def test_what_comes_back_is_what_went(self, small: Server, file: bytes) -> None:
         response = upload(small, file, ttl=60)
@@ -128,7 +128,7 @@ class TestRoundTrip:
         """It may be another one than that of its tokens: only who names it begins in it."""
         header, tensor = apart(file)
         other = (-np.frombuffer(tensor, np.float32)).tobytes()
-        header["__metadata__"]["sha256"] = hashlib.sha256(other).hexdigest()
+        header["__metadata__"]["xxh3_128"] = xxh3_128_hexdigest(other)
         id = upload(small, together(header, other)).json()["id"]
         asked = {"prompt": TEXT + MORE, **GREEDY, "max_tokens": 20}
         before = small.text(**asked)
@@ -155,8 +155,8 @@ HOSTILE: dict[str, Callable[[bytes], bytes]] = {
     "no fingerprint": lambda file: changed(file, lambda m, _: m.pop("fingerprint")),
     "another model's": lambda file: changed(file, lambda m, _: m.update(fingerprint="0" * 32)),
     "another window": lambda file: changed(file, lambda m, _: m.update(window="64")),
-    "no checksum": lambda file: changed(file, lambda m, _: m.pop("sha256")),
-    "a wrong checksum": lambda file: changed(file, lambda m, _: m.update(sha256="0" * 64)),
+    "no checksum": lambda file: changed(file, lambda m, _: m.pop("xxh3_128")),
+    "a wrong checksum": lambda file: changed(file, lambda m, _: m.update(xxh3_128="0" * 32)),
     "another dtype": lambda file: changed(file, lambda _, t: t.update(dtype="BF16", shape=[2, 2, 128, 64])),
     "an unknown dtype": lambda file: changed(file, lambda _, t: t.update(dtype="F64")),
     "a dtype that is none": lambda file: changed(file, lambda _, t: t.update(dtype=["F32"])),
@@ -192,7 +192,7 @@ class TestHostile:
         header, tensor = apart(file)
         numbers = np.frombuffer(tensor, np.float32).copy()
         numbers[-1] = number
-        header["__metadata__"]["sha256"] = hashlib.sha256(numbers.tobytes()).hexdigest()
+        header["__metadata__"]["xxh3_128"] = xxh3_128_hexdigest(numbers.tobytes())
         error = refusal(small, together(header, numbers.tobytes()))
         assert error["param"] == "file"
         assert "finite" in error["message"]

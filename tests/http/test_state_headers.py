@@ -13,7 +13,7 @@ from bdh_batch.http.states import header
 from bdh_batch.http.states.header import LENGTH, MOST, Header
 
 TENSOR = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
-KNOWN = {"format": "1", "fingerprint": "f", "window": "0", "sha256": "0" * 64}
+KNOWN = {"format": "1", "fingerprint": "f", "window": "0", "xxh3_128": "0" * 32}
 TOKEN = st.integers(0, 2**31 - 1)
 
 

@@ -120,7 +120,7 @@ def in_header(old: bytes, new: bytes) -> Change:
         (in_header(b'"data_offsets":[0,', b'"data_offsets":[8,'), "bytes"),
         (in_header(b'"tokens":"4"', b'"tokens":"9"'), "tokens"),
         (in_header(b'"format":"1"', b'"format":"2"'), "header"),
-        (in_header(b'"sha256":"', b'"sha257":"'), "checksum"),
+        (in_header(b'"xxh3_128":"', b'"xxh3_129":"'), "checksum"),
     ],
 )
 def test_a_damaged_or_lying_file_is_refused(file: Path, change: Change, reason: str) -> None:

@@ -28,10 +28,10 @@ PIECE = 2**14  # characters of a list of tokens that are read at once
 SIZES = {"F32": 4, "BF16": 2}  # bytes of a number
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 MOST_DIMENSIONS, LONGEST = 8, 2**31
-DIGEST = re.compile("[0-9a-f]{64}")
+CHECKSUM = re.compile("[0-9a-f]{32}")
 FILE = "file"  # what errors call a file that was uploaded
 # What engines write; all else is the server's own, or the client's.
-OF_ENGINES = ("format", "fingerprint", "window", "sha256")
+OF_ENGINES = ("format", "fingerprint", "window", "xxh3_128")
 TOKEN_IDS, COUNT, TOKENS_DIGEST = "token_ids", "tokens", "tokens_sha256"
 
 
@@ -115,8 +115,8 @@ def parsed(text: bytes) -> Header:
         raise _bad(f"its tensor of that dtype and shape has {size} bytes, which its data_offsets do not say")
     if not metadata.get("fingerprint"):
         raise _bad("its metadata have no fingerprint of its model")
-    if DIGEST.fullmatch(metadata.get("sha256", "")) is None:
-        raise _bad("its metadata have no sha256 of its tensor")
+    if CHECKSUM.fullmatch(metadata.get("xxh3_128", "")) is None:
+        raise _bad("its metadata have no checksum of its tensor (xxh3_128)")
     return Header(metadata, tensor, size)
 
 
