@@ -26,6 +26,7 @@ CODES: Mapping[int, StatusCode] = {
     503: StatusCode.UNAVAILABLE,
     502: StatusCode.UNAVAILABLE,
     504: StatusCode.DEADLINE_EXCEEDED,
+    507: StatusCode.RESOURCE_EXHAUSTED,
 }
 CANCELLED = 499  # as HTTP's metrics have it
 LONGEST_MESSAGE = 2048  # bytes: clients take 8 KiB of trailers, in which a byte may take three

@@ -34,6 +34,7 @@ WRITERS = {
     "stress/faulty": "a census",
     "stress/fuzz": "a chat template",
     "stress/hostile": "a chat template",
+    "stress/store_kills": "states for a store",
     "stress/locustfile": "what its users saw, for stress/load",
 }
 WRITING = {"write_text", "write_bytes", "dump", "savefig", "save", "savetxt"}
