@@ -28,9 +28,9 @@ from tqdm import tqdm
 from benchmarks.raw import status_of
 from benchmarks.report import report_head, results_folder, write_report
 from benchmarks.served import Served, served
-from benchmarks.stress.attacks import post
 from benchmarks.stress.fuzzed import request
 from benchmarks.stress.hostile import HEALTH, STATES, TEMPLATE, log_faults
+from benchmarks.stress.payloads import post
 
 TOGETHER = 4  # requests at a time
 HANGS = 60.0  # seconds

@@ -40,7 +40,8 @@ from benchmarks import ROOT
 from benchmarks.raw import LOST_SECONDS, Raw, request, status_of
 from benchmarks.report import report_head, results_folder, write_report
 from benchmarks.served import Served, served
-from benchmarks.stress.attacks import ATTACKS, chat, completion
+from benchmarks.stress.attacks import ATTACKS
+from benchmarks.stress.payloads import chat, completion
 
 QUIET = 8  # streams that are served all the while
 HEALTH_EVERY, OTHERS_EVERY = 0.05, 0.5  # seconds
