@@ -111,12 +111,13 @@ async def _run_child(
 
 
 async def _run_engine(settings: Settings, spec: ChildSpec, ready: Callable[[], None], load: LoadEngine | None) -> None:
+    if spec.cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, spec.cores)  # before Numba and torch are imported, which count the cores then
+
     from bdh_batch.engine.loading import load_engine
     from bdh_batch.processes.engine_process import run_engine
     from bdh_batch.processes.model_settings import models_of
 
-    if spec.cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, spec.cores)
     model = models_of(settings)[spec.model]
     if spec.threads is not None:
         engine = model.settings.engine.model_copy(update={"threads": spec.threads})

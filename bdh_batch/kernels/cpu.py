@@ -71,6 +71,7 @@ class CpuKernels:
         self._counters = np.empty(1 + 2 * weights.layers, np.int64)
 
     def forward(self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
+        vector.use_threads(self._threads)
         self._scratch.active.fill(0)
         hidden = torch.empty(len(batch.tokens), self._shape.width)
         flat = flatten(states)
@@ -96,6 +97,7 @@ class CpuKernels:
         panels = out.shape[1] // PANEL
         threads = self._threads if len(hidden) * panels >= WORTH_SHARING else 1
         numbers, logits = rows.view(-1).numpy(), out.view(-1).numpy()
+        vector.use_threads(threads)
         project(numbers, len(hidden), self._shape, self._lm_head, self._scratch, logits, self._counters, threads)
         return out[:, : self._vocabulary]
 

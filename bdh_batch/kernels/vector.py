@@ -53,6 +53,12 @@ def most_threads() -> int:
     return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
 
 
+def use_threads(count: int) -> None:
+    """Has `prange` loops of the calling thread run on so many threads: all that a loop has are waited for, also those
+    that nothing is left for, and that have no core of their own."""
+    numba.set_num_threads(count)
+
+
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
     return cast(Callable[..., Any], _intrinsic(function))
 
