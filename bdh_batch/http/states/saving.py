@@ -9,7 +9,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from bdh_batch.errors import InvalidRequest, Unavailable
+from bdh_batch.errors import InvalidRequest, NotFinite, Unavailable
 from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.client import Client
 from bdh_batch.http.responses.generation import collect
@@ -143,9 +143,12 @@ class Saving:
 
 @contextlib.contextmanager
 def _named_file() -> Iterator[None]:
-    """An error about the state is one about the file that the client sent."""
+    """An error about the state, or about what the model makes of it, is one about the file that the client sent."""
     try:
         yield
     except InvalidRequest as error:
         param = header.FILE if error.param == "state" else error.param
         raise InvalidRequest(error.message, param, error.code) from error
+    except NotFinite as error:
+        text = "The state cannot be used: what the model computes after it is NaN or infinite."
+        raise InvalidRequest(text, header.FILE, "invalid_state") from error
