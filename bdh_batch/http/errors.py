@@ -235,15 +235,21 @@ async def handle_error(request: Request, error: Exception) -> Response:
 async def handle_http_exception(request: Request, error: Exception) -> Response:
     """Starlette's own: unknown path, method that a path does not have."""
     assert isinstance(error, HTTPException)
-    headers, message = error.headers or {}, error.detail
+    headers, message = dict(error.headers or {}), error.detail
     if error.status_code == 404:
         message = _nothing_at(request)
     elif error.status_code == 405:
-        allowed = headers.get("Allow", "other methods")
+        allowed = headers["Allow"] = ", ".join(_methods_at(request))
         message = f"Method {request.method} is not allowed for {request.url.path}; allowed: {allowed}."
     response = ErrorResponse(error.status_code, _body(error.status_code, message, None, CODES.get(error.status_code)))
     response.headers.update(headers)
     return response
+
+
+def _methods_at(request: Request) -> list[str]:
+    """All that its path has: each may have a route of its own."""
+    fitting = (each for each in request.app.routes if each.matches(request.scope)[0] != Match.NONE)
+    return sorted({method for each in fitting if isinstance(each, Route) for method in each.methods or ()})
 
 
 def _nothing_at(request: Request) -> str:

@@ -164,11 +164,13 @@ class Sharing:
     def bequeath(self, sequence: Sequence) -> None:
         """`sequence` has ended: its state stays as a prefix of what may be asked next, or its slot is free."""
         slot = sequence.leave_slot()
+        # The next turn of one whose state is saved may come before its file is written, however short it is.
+        least = 1 if sequence.save_to is not None else self._least
         complete = sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
         if (
             self._cache_prefixes
             and complete
-            and sequence.computed >= self._least
+            and sequence.computed >= least
             and sequence.computed > len(sequence.prompt)
         ):
             namespace, known = self._namespace(sequence), pack(sequence.known(0, sequence.computed))

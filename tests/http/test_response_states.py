@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from bdh_batch.http.responses_api.stored.transcript import end_of
 from tests.http.test_responses import text_of
 
 if TYPE_CHECKING:
@@ -133,3 +134,45 @@ def test_what_is_not_to_be_stored_has_no_state(start: Start, tmp_path: Path) -> 
         server.until(lambda metrics: metrics["bdh_store_states"] == 1)
         with contextlib.suppress(FileNotFoundError):
             assert not [*(tmp_path / "store" / "work").glob("*/*")]
+
+
+@pytest.mark.parametrize("content", ["{{ m.content }}", " {{ m.content | trim }}"])
+def test_a_template_may_change_the_white_space_around_what_was_said(start: Start, tmp_path: Path, content: str) -> None:
+    (tmp_path / "template.jinja").write_text(TEMPLATE.replace("{{ m.content }}", content))
+    with start() as server:
+        for said in (LETTERS, [ord(" ")], [ord("\n"), *LETTERS]):
+            first = ask(server, "Who?", allowed_token_ids=said)
+            after = ask(server, "I.", first["id"])
+            # Of nothing but white space nobody can say where it ends.
+            known = content.startswith("{") or text_of(first).strip()
+            new = 1 + len("\nuser:") + len(content) - len(content.lstrip()) + len("I.\nassistant:")
+            assert computed(after) == (new if known else after["usage"]["input_tokens"])
+
+
+def test_the_next_turn_computes_nothing_again_though_the_file_is_still_written(serve: ServeFactory) -> None:
+    with serve(model=TINY) as server:
+        before, texts = None, ("a", "b", "c", "d")
+        for text in texts:
+            body = {"input": text, "previous_response_id": before, "max_output_tokens": 4, "temperature": 0}
+            response = server.http.post(PATH, json=body).json()
+            new = len(f"user: {text}\nassistant:")
+            assert computed(response) == (new if before is None else 1 + len("\n") + new)
+            before = response["id"]
+
+
+@pytest.mark.parametrize(
+    ("said", "text", "end"),
+    [
+        ("abc", "abc\n", 3),
+        ("abc", " abc\n", 4),
+        (" abc\n", "abc<eot>", 3),
+        (" abc\n", "abc\n<eot>", 4),
+        ("  abc", " abc", 4),
+        ("", "anything", 0),
+        ("abc", "ab", None),
+        ("abc", "x abc", None),
+        (" \n", "user:", None),
+    ],
+)
+def test_what_was_said_is_found_in_a_text(said: str, text: str, end: int | None) -> None:
+    assert end_of(said, f"before:{text}", len("before:")) == (None if end is None else end + len("before:"))

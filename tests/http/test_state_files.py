@@ -197,6 +197,13 @@ class TestHostile:
         assert error["param"] == "file"
         assert "finite" in error["message"]
 
+    def test_numbers_from_which_nothing_finite_comes_are_refused(self, small: Server, file: bytes) -> None:
+        header, tensor = apart(file)
+        numbers = np.full(len(tensor) // 4, np.finfo(np.float32).max, np.float32)
+        header["__metadata__"]["sha256"] = hashlib.sha256(numbers.tobytes()).hexdigest()
+        error = refusal(small, together(header, numbers.tobytes()))
+        assert (error["param"], error["code"]) == ("file", "invalid_state")
+
     def test_nothing_of_them_is_stored(self, small: Server, file: bytes) -> None:
         def held() -> tuple[float, ...]:
             metrics = small.metrics()
@@ -207,11 +214,22 @@ class TestHostile:
             refusal(small, damage(file))
         assert held() == before
 
-    @pytest.mark.parametrize(("query", "param", "status"), [({"ttl": "x"}, "ttl", 400), ({"model": "x"}, "model", 404)])
+    @pytest.mark.parametrize(
+        ("query", "param", "status"),
+        [({"ttl": "x"}, "ttl", 400), ({"model": "x"}, "model", 404), ({"name": "x"}, "name", 400)],
+    )
     def test_bad_queries_are_refused_by_name(
         self, small: Server, file: bytes, query: dict[str, str], param: str, status: int
     ) -> None:
         assert refusal(small, file, status, **query)["param"] == param
+
+    @pytest.mark.parametrize(
+        ("method", "path"), [("POST", ""), ("GET", ""), ("GET", "/st_1"), ("GET", "/st_1/content"), ("DELETE", "/st_1")]
+    )
+    def test_unknown_queries_are_refused_by_name(self, small: Server, method: str, path: str) -> None:
+        response = small.http.request(method, f"{PATH}{path}", params={"order": "asc"})
+        error = small.error(response, 400)
+        assert (error["param"], error["code"]) == ("order", "unknown_parameter")
 
     @pytest.mark.parametrize(
         "headers",

@@ -57,3 +57,18 @@ def test_what_is_no_list_of_tokens_is_refused(text: str) -> None:
 def test_the_longest_list_of_tokens_is_read() -> None:
     text = "[" + "1," * (MOST // 4) + "1]"
     assert len(with_tokens(text, MOST // 4 + 1).tokens()) == MOST // 4 + 1
+
+
+@pytest.mark.parametrize("part", [b"[],", b"{},", b'"",'])
+def test_a_header_of_very_many_parts_is_not_even_parsed(part: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="too many parts"):
+        header.parsed(b'{"__metadata__":{},"state":[' + part * (MOST // len(part) - 20) + b"0]}")
+
+
+@pytest.mark.parametrize("character", ["[", "{", '"', "\\"])
+def test_all_that_a_client_may_note_fits_into_a_header(character: str) -> None:
+    noted = {f"{at:02}{character * 62}": character * 512 for at in range(16)}
+    metadata = {"fingerprint": "f", "sha256": "0" * 64, "metadata": orjson.dumps(noted).decode()}
+    tensor = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
+    found = header.parsed(orjson.dumps({"__metadata__": metadata, "state": tensor}))
+    assert orjson.loads(found.metadata["metadata"]) == noted

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,6 +212,18 @@ class TestFiles:
         assert b"data: [DONE]" in stream.read_all()
         stream.close()
         assert tiny.refusal({"state": state["id"], "prompt": "a"}, status=404)["param"] == "state"
+
+    def test_one_that_is_deleted_while_its_file_is_made_again_stays_deleted(self, serve: ServeFactory) -> None:
+        with serve("store.max_bytes=160000", "prefix_cache.enabled=false", model=TINY) as server:
+            path = f"{PATH}/{made(server, prompt=[97] * 10_000)['id']}"
+            made(server, prompt=TEXT)  # there is no room for the file of the first one any more
+            with ThreadPoolExecutor(1) as thread:
+                download = thread.submit(server.http.get, f"{path}/content")
+                server.until(lambda metrics: metrics["bdh_num_requests_running"] > 0)
+                assert server.http.delete(path).status_code == 200
+                assert server.error(download.result(), 404)["code"] == "not_found"
+            server.error(server.http.get(path), 404)
+            assert len(listed(server)["data"]) == 1
 
     def test_one_that_has_expired_is_not_there(self, tiny: Server) -> None:
         state = made(tiny, prompt="a", ttl=0.01)

@@ -7,13 +7,14 @@ from typing import Any, Literal, TypeVar
 
 import orjson
 from pydantic import ValidationError
+from starlette.requests import Request
 
 from bdh_batch.errors import InvalidRequest, UnknownParameter, UnsupportedParameter
 from bdh_batch.http.request.json_text import ExceedsLimit, deeper, read_json
 from bdh_batch.http.request.sizes import Context
 from bdh_batch.http.request.strict import Wire
 from bdh_batch.http.schema.other_names import hint
-from bdh_batch.settings import Limits
+from bdh_batch.settings import Limits, Settings
 
 Body = TypeVar("Body", bound=Wire)
 
@@ -90,3 +91,12 @@ def _path(location: tuple[int | str, ...]) -> str:
 
 def _brief(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}…"
+
+
+def check_query(request: Request, settings: Settings, *known: str) -> None:
+    """Raises UnknownParameter: what comes behind the `?` of the address has other names than these, or lists of
+    them (`name[]`)."""
+    if settings.api.unknown_fields == "refuse":
+        for name in request.query_params:
+            if name.removesuffix("[]") not in known:
+                raise UnknownParameter(f"Unknown parameter: {name[:LONGEST_NAME]!r}.", name[:LONGEST_NAME])

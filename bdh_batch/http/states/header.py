@@ -23,6 +23,7 @@ from bdh_batch.http.responses.json_pieces import dump_list
 TENSOR, METADATA = "state", "__metadata__"
 LENGTH = 8  # bytes of the header's length, before it
 MOST = 4 * 2**20  # bytes of a header: that of a client's copy has the tokens
+MOST_LISTS, MOST_QUOTES = 2**14, 2**16  # in a header: far more than the texts of a client's own have
 ALIGNED = 64
 PIECE = 2**14  # characters of a list of tokens that are read at once
 SIZES = {"F32": 4, "BF16": 2}  # bytes of a number
@@ -100,6 +101,8 @@ def length_in(begin: bytes | bytearray) -> int:
 
 def parsed(text: bytes) -> Header:
     """The header that the bytes are. Raises InvalidRequest."""
+    if text.count(b"[") + text.count(b"{") > MOST_LISTS or text.count(b'"') > MOST_QUOTES:
+        raise _bad("its header has too many parts")  # millions of them would keep the interpreter's lock for long
     try:
         found = orjson.loads(text)
     except orjson.JSONDecodeError:

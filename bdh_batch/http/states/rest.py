@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from bdh_batch.backends.base import TextBackend
 from bdh_batch.errors import InvalidRequest, UnsupportedParameter
 from bdh_batch.http.errors import NotFound
+from bdh_batch.http.request.body import check_query
 from bdh_batch.http.request.client import Client
 from bdh_batch.http.serving import Serving
 from bdh_batch.http.states import header
@@ -40,6 +41,7 @@ class States:
         self._uploads = Uploads()
 
     async def create(self, request: Request) -> Response:
+        check_query(request, self._serving.settings)
         serving, client, raw = self._serving, Client.of(request), await request.body()
         body = await serving.aside(client).run(len(raw), serving.parse, raw, StateBody)
         ttl, metadata = self._ttl(body.ttl), body.metadata or {}
@@ -54,6 +56,7 @@ class States:
         return JSONResponse(shown(made))
 
     async def list(self, request: Request) -> Response:
+        check_query(request, self._serving.settings, "after", "limit")
         owner, limit = request.state.caller.owner, _limit(request)
         after = request.query_params.get("after")
         if after is not None:
@@ -64,14 +67,17 @@ class States:
         return JSONResponse({"object": "list", "data": page, **ends, "has_more": len(listed) > limit})
 
     async def show(self, request: Request) -> Response:
+        check_query(request, self._serving.settings)
         return JSONResponse(shown(await self._named(request)))
 
     async def delete(self, request: Request) -> Response:
+        check_query(request, self._serving.settings)
         record = await self._named(request)
         await self._records.delete(KIND, record.id, record.owner)
         return JSONResponse({"id": record.id, "object": KIND, "deleted": True})
 
     async def download(self, request: Request) -> Response:
+        check_query(request, self._serving.settings)
         client, record = Client.of(request), await self._named(request)
         file = await self._records.state_file(record)
         if file is None:
@@ -85,6 +91,7 @@ class States:
         return download(file.path, record.id, head, known.size)
 
     async def upload(self, request: Request) -> Response:
+        check_query(request, self._serving.settings, "model", "ttl")
         client, given = Client.of(request), request.query_params
         ttl = self._ttl(_seconds(given.get("ttl")))
         # Whoever looked for its leaving before its body is read would take parts of that.

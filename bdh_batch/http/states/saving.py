@@ -9,7 +9,8 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from bdh_batch.errors import InvalidRequest, Unavailable
+from bdh_batch.errors import InvalidRequest, NotFinite, Unavailable
+from bdh_batch.http.errors import NotFound
 from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.client import Client
 from bdh_batch.http.responses.generation import collect
@@ -63,7 +64,7 @@ class Saving:
         return await self._adopted(new, self._record(about.with_file(found), source, ttl))
 
     async def restored(self, record: Record) -> Record:
-        """Computes the state of a record whose file is gone. Raises as `stored` does."""
+        """Computes the state of a record whose file is gone. Raises as `stored` does; NotFound: the record is, too."""
         about = About.of(record)
         new, found = await self._written(Source(array("i", record.tokens), "state", salt=about.salt))
         return await self._adopted(new, replace(record, body=about.with_file(found).body()), is_new=False)
@@ -92,10 +93,13 @@ class Saving:
             await self.model.backend.tokenized([(header.FILE, tokens)])
 
     async def _adopted(self, new: NewState, record: Record, is_new: bool = True) -> Record:
-        """The record, stored with its file; a new one with it, or not at all."""
+        """The record, stored with its file; a new one with it, or not at all. Raises NotFound: it has been deleted."""
         records = self.serving.records
         try:
-            await records.put(record)
+            if is_new:
+                await records.put(record)
+            elif not await records.update(record):
+                raise NotFound(f"State with id {record.id!r} not found.", None, "not_found")
         except BaseException:
             records.discard(new.id)
             raise
@@ -143,9 +147,12 @@ class Saving:
 
 @contextlib.contextmanager
 def _named_file() -> Iterator[None]:
-    """An error about the state is one about the file that the client sent."""
+    """An error about the state, or about what the model makes of it, is one about the file that the client sent."""
     try:
         yield
     except InvalidRequest as error:
         param = header.FILE if error.param == "state" else error.param
         raise InvalidRequest(error.message, param, error.code) from error
+    except NotFinite as error:
+        text = "The state cannot be used: what the model computes after it is NaN or infinite."
+        raise InvalidRequest(text, header.FILE, "invalid_state") from error

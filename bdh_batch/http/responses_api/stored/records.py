@@ -35,7 +35,8 @@ class Stored:
     Args:
         response: as it is returned.
         input: all items that it was made of, those of the turns before it included.
-        length, digest: of the text that its tokens stand for, with what was generated; None where they do not.
+        length, digest: of the text of its prompt; None where its tokens do not stand for that.
+        said: what was generated after it, as far as its tokens stand for that.
         model: the revision of the model whose tokens they are.
         name: what that model is called.
         begun: how many of the tokens are those of a state that the conversation began in, and `salt` what that has.
@@ -55,6 +56,7 @@ class Stored:
     tokens: Sequence[int] = ()
     kept: str | None = None
     size: int = 0
+    said: str = ""
     name: str = ""
     begun: int = 0
     salt: str = ""
@@ -69,7 +71,7 @@ class Stored:
         return Record(self.response["id"], KIND, owner, self.response["created_at"], state=self.kept)
 
     def record(self, owner: str) -> Record:
-        names = ("response", "input", "length", "digest", "model", "read", "process", "name", "begun", "salt")
+        names = ("response", "input", "length", "digest", "said", "model", "read", "process", "name", "begun", "salt")
         return Record(
             id=self.response["id"],
             kind=KIND,

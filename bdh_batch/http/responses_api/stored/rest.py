@@ -11,7 +11,8 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from bdh_batch.errors import InvalidRequest, UnknownParameter
+from bdh_batch.errors import InvalidRequest
+from bdh_batch.http.request.body import check_query
 from bdh_batch.http.request.client import Client
 from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses.json_pieces import JsonInPieces
@@ -34,7 +35,7 @@ class StoredResponses:
         self._background = background
 
     async def retrieve(self, request: Request) -> Response:
-        self._check_query(request, "include", "include_obfuscation", "starting_after", "stream")
+        check_query(request, self._serving.settings, "include", "include_obfuscation", "starting_after", "stream")
         included = _included(request)
         after = _number(request, "starting_after", -1, 0, 2**53)
         streams = _flag(request, "stream")
@@ -53,7 +54,7 @@ class StoredResponses:
         return await self._shown(run, found, aside)
 
     async def delete(self, request: Request) -> Response:
-        self._check_query(request)
+        check_query(request, self._serving.settings)
         run, found, _ = await self._found(request)
         await self._stop(run, found, request)
         id = found.response["id"]
@@ -62,7 +63,7 @@ class StoredResponses:
         return json_response({"id": id, "object": "response", "deleted": True})
 
     async def cancel(self, request: Request) -> Response:
-        self._check_query(request)
+        check_query(request, self._serving.settings)
         run, found, _ = await self._found(request)
         if not found.response["background"]:
             raise InvalidRequest("Cannot cancel a synchronous response.")
@@ -70,7 +71,7 @@ class StoredResponses:
         return await self._shown(*await self._found(request))
 
     async def input_items(self, request: Request) -> Response:
-        self._check_query(request, "after", "include", "limit", "order")
+        check_query(request, self._serving.settings, "after", "include", "limit", "order")
         if LOGPROBS in _included(request):
             raise InvalidRequest("include: The items of an input have no log-probabilities.", "include")
         limit = _number(request, "limit", LISTED, 1, MOST_LISTED)
@@ -124,13 +125,6 @@ class StoredResponses:
             elif run.log.ended:  # its end could not be stored
                 response = run.response
         return await aside.run(found.size, json_response, response)
-
-    def _check_query(self, request: Request, *known: str) -> None:
-        """Raises UnknownParameter."""
-        if self._serving.settings.api.unknown_fields == "refuse":
-            for name in request.query_params:
-                if name.removesuffix("[]") not in known:
-                    raise UnknownParameter(f"Unknown parameter: {name[:128]!r}.", name[:128])
 
 
 def json_response(value: Any) -> Response:

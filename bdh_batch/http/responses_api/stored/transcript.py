@@ -57,20 +57,20 @@ class Transcript:
         they were drawn, and those of the rest."""
         self.text = text.text
         before, size = self.before, len(self.text)
-        length = None if before is None else before.length
+        end = None if before is None else await self.aside.run(size, self._end_of, before)
         if before is not None:
             self.begun, self.salt = before.begun, before.salt
-        if before is None or length is None or not await self.aside.run(size, self._begins_as, before, length):
+        if before is None or end is None:
             prompts = await self._anew(backend, text, last)
             self.tokens = prompts[0].tokens
             return prompts
         self.goes_on = True
-        if length == size:
+        if end == size:
             prompts = [Prompt(before.tokens, "input")]
         else:
-            ends = tuple(end - length for end in text.ends if end > length)
+            ends = tuple(each - end for each in text.ends if each > end)
             (rest,) = await backend.tokenized(
-                [("input", replace(text, text=text.text[length:], add_special=False, ends=ends))]
+                [("input", replace(text, text=text.text[end:], add_special=False, ends=ends))]
             )
             known = len(before.tokens)
             breaks = (known, *(known + at for at in rest.breaks))
@@ -86,10 +86,12 @@ class Transcript:
         breaks = (self.begun, *(self.begun + at for at in new.breaks))
         return [Prompt([*self.before.tokens[: self.begun], *new.tokens], "input", breaks)]
 
-    def _begins_as(self, before: Stored, length: int) -> bool:
-        if before.model != self.model or length > len(self.text):
-            return False
-        return _digest(self.text[:length]) == before.digest
+    def _end_of(self, before: Stored) -> int | None:
+        """Where the text of the response before ends in this one; None where this one does not begin with it."""
+        length = before.length
+        if length is None or before.model != self.model or length > len(self.text):
+            return None
+        return None if _digest(self.text[:length]) != before.digest else end_of(before.said, self.text, length)
 
     def stored(
         self,
@@ -106,19 +108,35 @@ class Transcript:
         """
         if not self.text:
             return Stored(response, input)
-        whole, known = self.text, list(self.tokens)
+        said, known = "", list(self.tokens)
         for drawn in (tokens, tokens[:-1]):  # the last one may be an end of text, which a template writes itself
             if decode(backend.tokenizer, drawn, True)[0] == generated:
-                whole, known = whole + generated, [*known, *drawn]
+                said, known = generated, [*known, *drawn]
                 break
         read = len(self.tokens) + len(tokens) - 1  # the last one drawn has been read by nobody
         return Stored(
-            *(response, input, len(whole), _digest(whole), self.model, min(read, len(known))),
+            *(response, input, len(self.text), _digest(self.text), self.model, min(read, len(known))),
             tokens=known,
+            said=said,
             name=self.name,
             begun=self.begun,
             salt=self.salt,
         )
+
+
+def end_of(said: str, text: str, at: int) -> int | None:
+    """Where `said` ends in `text`, in which it begins at `at`; None where it does not.
+
+    Templates trim what was said, or write a space before it: that makes it no other text.
+    """
+    if text.startswith(said, at):
+        return at + len(said)
+    bare = said.strip()
+    begin = len(text) - len(text[at:].lstrip())
+    if not bare or not text.startswith(bare, begin):
+        return None
+    end, after = begin + len(bare), said[len(said.rstrip()) :]
+    return end + len(after) if text.startswith(after, end) else end
 
 
 def _digest(text: str) -> str:
