@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,17 @@ def test_agrees_with_the_specification(weights: Weights, lengths: list[int], see
         expected = torch.cat(feed(TorchKernels(weights), right, sequences, pieces))
         assert (got - expected).norm() <= TOLERANCE * expected.norm()
         assert (mine - right).norm() <= TOLERANCE * right.norm()
+
+
+def test_loops_have_the_threads_of_the_engine_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an engine that has one core waits at each loop for threads that have nothing to do, and no core."""
+    weights, found = synthetic_weights(model(3, 2, 48, 96, 60), 0.3), []
+    for threads in (1, vector.most_threads()):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        with ThreadPoolExecutor(1) as worker:  # how many threads a loop has is a matter of who runs it
+            worker.submit(alone, CpuKernels(weights), states_for(weights, 1), text(80, 60), 0, [50, 60]).result()
+            found.append(worker.submit(numba.get_num_threads).result())
+    assert found == [1, vector.most_threads()]
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE_OF))
