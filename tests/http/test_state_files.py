@@ -200,7 +200,7 @@ class TestHostile:
     def test_numbers_from_which_nothing_finite_comes_are_refused(self, small: Server, file: bytes) -> None:
         header, tensor = apart(file)
         numbers = np.full(len(tensor) // 4, np.finfo(np.float32).max, np.float32)
-        header["__metadata__"]["sha256"] = hashlib.sha256(numbers.tobytes()).hexdigest()
+        header["__metadata__"]["xxh3_128"] = xxh3_128_hexdigest(numbers.tobytes())
         error = refusal(small, together(header, numbers.tobytes()))
         assert (error["param"], error["code"]) == ("file", "invalid_state")
 

@@ -68,7 +68,7 @@ def test_a_header_of_very_many_parts_is_not_even_parsed(part: bytes) -> None:
 @pytest.mark.parametrize("character", ["[", "{", '"', "\\"])
 def test_all_that_a_client_may_note_fits_into_a_header(character: str) -> None:
     noted = {f"{at:02}{character * 62}": character * 512 for at in range(16)}
-    metadata = {"fingerprint": "f", "sha256": "0" * 64, "metadata": orjson.dumps(noted).decode()}
+    metadata = {"fingerprint": "f", "xxh3_128": "0" * 32, "metadata": orjson.dumps(noted).decode()}
     tensor = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
     found = header.parsed(orjson.dumps({"__metadata__": metadata, "state": tensor}))
     assert orjson.loads(found.metadata["metadata"]) == noted
