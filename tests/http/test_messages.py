@@ -308,20 +308,21 @@ BAD: list[tuple[str, dict[str, Any]]] = [
     ("spare", {"spare": 1}),
     ("n", {"n": 2}),
 ]
+HOUR = {"type": "ephemeral", "ttl": "1h"}
 UNSUPPORTED: list[tuple[str, dict[str, Any]]] = [
     ("thinking", {"thinking": {"type": "enabled", "budget_tokens": 1024}}),
-    ("cache_control", {"cache_control": {"type": "ephemeral"}}),
+    ("cache_control", {"cache_control": HOUR}),
     ("mcp_servers", {"mcp_servers": [{"type": "url", "url": "https://example.org", "name": "a"}]}),
     ("service_tier", {"service_tier": "priority"}),
     ("container", {"container": "a"}),
     ("output_config.effort", {"output_config": {"effort": "low"}}),
-    ("system[0].cache_control", {"system": [{"type": "text", "text": "a", "cache_control": {"type": "ephemeral"}}]}),
-    ("messages[1].content[0].cache_control", block("user", type="text", text="a", cache_control={"type": "ephemeral"})),
+    ("system[0].cache_control", {"system": [{"type": "text", "text": "a", "cache_control": HOUR}]}),
+    ("messages[1].content[0].cache_control", block("user", type="text", text="a", cache_control=HOUR)),
     ("messages[1].content[0]", block("user", type="image", source={"type": "url", "url": "https://example.org"})),
     ("messages[1].content[0]", block("user", type="document", source={})),
     ("messages[1].content[0]", block("assistant", type="thinking", thinking="", signature="")),
     ("messages[1].content[0].content[0]", block("user", **RESULT | {"content": [{"type": "image", "source": {}}]})),
-    ("tools[0].cache_control", tool(cache_control={"type": "ephemeral"})),
+    ("tools[0].cache_control", tool(cache_control=HOUR)),
     ("tools[0].input_examples", tool(input_examples=[{}])),
     ("tools[0]", {"tools": [{"type": "web_search_20250305", "name": "web_search"}]}),
 ]
@@ -343,6 +344,12 @@ class TestErrors:
         neutral: dict[str, Any] = {"mcp_servers": [], "thinking": None, "service_tier": "standard_only", "spare": None}
         body = {"messages": [USER], "max_tokens": 1} | neutral
         assert tiny.http.post(PATH, json=body).status_code == 200
+
+    def test_prefixes_that_should_be_cached_are_in_any_case(self, tiny: Server) -> None:
+        cached = {"cache_control": {"type": "ephemeral"}}
+        text = [{"type": "text", "text": "a", **cached}]
+        body = {"messages": [{"role": "user", "content": text}], "system": text, "max_tokens": 1, **cached}
+        assert tiny.http.post(PATH, json=body | tool(**cached)).status_code == 200
 
     def test_the_client_raises_them_by_their_classes(self, client: anthropic.Anthropic, guarded: Server) -> None:
         with pytest.raises(anthropic.BadRequestError) as caught:

@@ -15,9 +15,12 @@ from bdh_batch.http.request.sizes import AtMost, BodyText, FreeObject, FunctionL
 from bdh_batch.http.request.strict import Neutral, Read, Wire
 from bdh_batch.http.schema.requests import StopStrings
 
+# What is done in any case: equal prefixes are found, for about so long.
+CACHED = ({"type": "ephemeral"}, {"type": "ephemeral", "ttl": "5m"})
 # Fields of the API that are not built, and the values besides null that ask for nothing.
 CONVERSATION: Neutral = {
-    **dict.fromkeys(("cache_control", "context_management", "user_profile_id", "workspace_id"), ()),
+    "cache_control": CACHED,
+    **dict.fromkeys(("context_management", "user_profile_id", "workspace_id"), ()),
     "mcp_servers": ([],),
     "speed": ("standard",),
     "thinking": ({"type": "disabled"},),
@@ -27,7 +30,7 @@ MESSAGES: Neutral = {
     **dict.fromkeys(("container", "diagnostics", "inference_geo"), ()),
     "service_tier": ("auto", "standard_only"),
 }
-BLOCK: Neutral = {"cache_control": (), "citations": ([],)}
+BLOCK: Neutral = {"cache_control": CACHED, "citations": ([],)}
 # By the type of a block: the fields that it needs, and those that it may have.
 FIELDS: Mapping[str, tuple[Collection[str], Collection[str]]] = {
     "text": (("text",), ()),
@@ -161,7 +164,7 @@ class CustomTool(Wire):
 
     unsupported: ClassVar[Neutral] = {
         "allowed_callers": (["direct"],),
-        "cache_control": (),
+        "cache_control": CACHED,
         "defer_loading": (False,),
         "eager_input_streaming": (True, False),  # inputs come piece by piece in any case
         "input_examples": ([],),
