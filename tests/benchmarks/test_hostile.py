@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.stress import attacks, fuzz, hostile
+from benchmarks.stress import fuzz, hostile, payloads
 from benchmarks.stress.attacks import ATTACKS
 
 TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
@@ -83,7 +83,7 @@ def test_what_is_wrong_is_seen(found: dict[str, object], fault: str | None) -> N
 
 
 def test_attacks_are_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attacks, "NONSENSE", 50)  # of which more takes seconds, and is no other
+    monkeypatch.setattr(payloads, "NONSENSE", 50)  # of which more takes seconds, and is no other
     for attack in ATTACKS.values():
         if attack.together < 50:
             assert next(attack.payloads()) == next(attack.payloads())

@@ -171,10 +171,14 @@ class TestAdd:
             eventually(lambda: any(file.stat().st_size for file in store.downloads.glob("*/data")), 60)
             os.kill(os.getpid(), signal.SIGINT)  # the main thread's, which waits for the other half
 
-        with ThreadPoolExecutor(1) as pool:
-            interrupting = pool.submit(interrupt)
-            assert command_line.main(["model", "add", url, "--id", "mine"]) == 130
-            interrupting.result(60)
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                interrupting = pool.submit(interrupt)
+                assert command_line.main(["model", "add", url, "--id", "mine"]) == 130
+                interrupting.result(60)
+        finally:
+            signal.signal(signal.SIGINT, before)
         assert capsys.readouterr().err.count("\n") == 1
         web.held.pop(path).set()
         run("add", url, "--id", "mine")
