@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from xxhash import xxh3_128  # finds damage as well as sha256, in a tenth of the time
+from xxhash import xxh3_128  # finds damage as a cryptographic hash does, and sooner
+
+from bdh_batch.system.durable import sync_folder
 
 TENSOR = "state"
 METADATA = "__metadata__"
@@ -121,7 +123,7 @@ def write_state(path: Path, layout: StateLayout, tokens: bytes, state: memoryvie
         with contextlib.suppress(OSError):  # who keeps the folder clears it out, too
             partial.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync_folder(path.parent)
 
 
 def _header(layout: StateLayout, tokens: bytes, digest: str) -> bytes:
@@ -199,12 +201,3 @@ def _write(file: BinaryIO, piece: bytes | memoryview) -> None:
     left = memoryview(piece)
     while left:
         left = left[file.write(left) :]
-
-
-def _sync(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

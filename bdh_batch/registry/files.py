@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bdh_batch.errors import CheckpointError
 from bdh_batch.system.documents import shown
+from bdh_batch.system.durable import sync_folder
 from bdh_batch.system.sizes import size_text
 
 CHUNK = 2**20  # bytes
@@ -109,12 +110,3 @@ def write_whole(file: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(file.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Writes the names in `folder` through to the disk, so that they survive a crash."""
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

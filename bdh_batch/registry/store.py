@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bdh_batch.errors import CheckpointError
-from bdh_batch.registry.files import Staged, hash_of, sync_folder, write_whole
+from bdh_batch.registry.files import Staged, hash_of, write_whole
 from bdh_batch.registry.locks import locked, locked_if_free
 from bdh_batch.registry.manifest import FileRecord, Manifest, is_id, read_manifest
 from bdh_batch.system.documents import brief, listed, shown
+from bdh_batch.system.durable import sync_folder
 
 READ_ONLY = 0o444
 

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from bdh_batch.store.folders import LockedFolder, is_alive
 from bdh_batch.store.sealing import CHECK, Sealer, SealingFailed
+from bdh_batch.system.durable import sync_folder
 
 PLAIN = ".safetensors"
 SEALED = ".sealed"
@@ -79,7 +80,7 @@ class StateFiles:
     def keep(self, id: str) -> None:
         """Moves a file that is ready to those that are kept."""
         self._ready(id).rename(self._kept(id))
-        sync(self._folder)
+        sync_folder(self._folder)
 
     def discard(self, id: str) -> None:
         """Removes a file that was written and is not kept. Idempotent."""
@@ -144,12 +145,3 @@ def finish(file: BinaryIO) -> None:
     with file:
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync(folder: Path) -> None:
-    """Makes the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
