@@ -119,9 +119,9 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, layers: int
     weights = Weights(
         layers=checkpoint.config.n_layer,
         embed=state[EMBED],
-        encoder=state["encoder"],
-        encoder_v=state["encoder_v"],
-        decoder=state["decoder"],
+        encoder=state["encoder"][None],
+        encoder_v=state["encoder_v"][None],
+        decoder=state["decoder"][None],
         lm_head=state[HEAD],
         frequencies=checkpoint.frequencies().to(device, copy=True),
     )

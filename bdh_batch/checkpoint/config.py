@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,16 +21,26 @@ LARGEST = {  # beyond any BDH, and far below where products of them would not fi
     "mlp_internal_dim_multiplier": 2**17,
     "vocab_size": 2**24,
 }
+UPSTREAM = frozenset((*LARGEST, "dropout"))  # its config's fields
 LARGEST_CONTEXT = 2**40
 LARGEST_STATE = 2**50  # bytes of one sequence, in float32 with a window
 
 
 @dataclass(frozen=True)
 class BDHConfig:
-    """The shape of a model. Field names are those of upstream's `BDHConfig` (pathwaycom/bdh, `bdh.py`), and two more.
+    """The shape of a model. Field names are those of upstream's `BDHConfig` (pathwaycom/bdh, `bdh.py`), and some more,
+    whose defaults describe upstream's model.
 
-    `trained_context` is the longest context that the model has seen in training. `attention_window` is how far its
-    author found it best to look back, if not that far; 0 is without end.
+    Attributes:
+        trained_context: the longest context that the model has seen in training.
+        attention_window: how far its author found it best to look back, if not that far; 0 is without end.
+        head_neurons: of one head; None is `mlp_internal_dim_multiplier * n_embd // n_head`.
+        norm: where LayerNorm is applied to the residual stream: after every layer, or once after the last.
+        rope_theta: RoPE's base.
+        rope_layout: which neurons turn together: 2i and 2i + 1, or i and i + `rotary_dim` / 2.
+        rotary_dim: how many neurons of a head turn, its first ones; None is all. The others have no position.
+        per_layer_weights: whether each layer has matrices of its own.
+        latent_steps: whether the model has learnt to go on from its own final hidden vector instead of a token.
     """
 
     n_layer: int = 6
@@ -41,6 +51,13 @@ class BDHConfig:
     dropout: float = 0.1
     trained_context: int | None = None
     attention_window: int | None = None
+    head_neurons: int | None = None
+    norm: Literal["every_layer", "final"] = "every_layer"
+    rope_theta: float = ROPE_THETA
+    rope_layout: Literal["interleaved", "half"] = "interleaved"
+    rotary_dim: int | None = None
+    per_layer_weights: bool = False
+    latent_steps: bool = False
 
     def __post_init__(self) -> None:
         for name, most in LARGEST.items():
@@ -100,7 +117,9 @@ class BDHConfig:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        """Returns the fields of upstream's config, and of the others those that say something."""
+        plain = {field.name: field.default for field in fields(self) if field.name not in UPSTREAM}
+        return {name: value for name, value in asdict(self).items() if name not in plain or value != plain[name]}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BDHConfig:

@@ -11,30 +11,41 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A BDH model's tensors, the same for all of its `layers`. D is the width, N the neurons of one head.
+    """A BDH model's tensors. D is the width, N the neurons of one head.
 
-    The matrices share one dtype (float32, float16 or bfloat16); `frequencies` is float32 whatever theirs is.
+    M, the sets of matrices, is 1 where all `layers` share theirs, else there is one for each layer. The matrices have
+    one dtype (float32, float16 or bfloat16); `frequencies` is float32 whatever theirs is.
     """
 
     layers: int
     embed: Tensor  # [V, D]
-    encoder: Tensor  # [heads, D, N]
-    encoder_v: Tensor  # [heads, D, N]
-    decoder: Tensor  # [heads * N, D]
+    encoder: Tensor  # [M, heads, D, N]
+    encoder_v: Tensor  # [M, heads, D, N]
+    decoder: Tensor  # [M, heads * N, D]
     lm_head: Tensor  # [D, V]
     frequencies: Tensor  # [N], RoPE turns per position; neurons 2i and 2i + 1 share one
+    final_norm: bool = False  # one LayerNorm after the last layer, instead of one after every layer
+    latent_embed: Tensor | None = None  # [D] float32, added to the vector that enters a latent step
+
+    def set_of(self, layer: int) -> int:
+        """The index of a layer's matrices."""
+        return layer % len(self.encoder)
 
 
 @dataclass(frozen=True, slots=True)
 class RaggedBatch:
     """T tokens of several sequences, one behind the other; sequence s owns tokens `bounds[s]` … `bounds[s + 1]` − 1."""
 
-    tokens: Tensor  # [T] int64
+    tokens: Tensor  # [T] int64; −1 − k is no token: row k of `vectors` enters the first layer as it is
     positions: Tensor  # [T] int64, of each token in its sequence
     bounds: Sequence[int]  # S + 1 offsets into the tokens
     slots: Sequence[int]  # S indices into the state pool, no two the same
     # For each segment, whether what follows its last token is drawn. Empty: where it has one token.
     draws: Sequence[bool] = ()
+    vectors: Tensor | None = None  # [K, D] float32, of latent steps
+    # For each segment, whether its state is only read. Such a segment has one token. Empty: all are written.
+    frozen: Sequence[bool] = ()
+    watched: Sequence[int] = ()  # W tokens, rising, whose neurons `forward` is to show
 
 
 class Kernels(Protocol):
@@ -47,13 +58,17 @@ class Kernels(Protocol):
     States are float32 or bfloat16.
     """
 
-    def forward(self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
+    def forward(
+        self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None, fired: Tensor | None = None
+    ) -> Tensor:
         """Adds a batch's tokens to `states`, and returns their final hidden vectors.
 
         Args:
             states: float32 or bfloat16, of the shape above; changed in the slots of `batch`.
             batch: T tokens of S sequences.
             active: [layers] float32, or None; gets the share of neurons that fired in each layer, over all the tokens.
+                Whether it is given changes no result.
+            fired: [layers, W, h, N] float32, or None; gets the activations relu(x · encoder) of the watched tokens.
                 Whether it is given changes no result.
 
         Returns:

@@ -46,7 +46,7 @@ class CpuKernels:
     """Computes the forward pass with compiled loops on all threads."""
 
     def __init__(self, weights: Weights, window: int = 0) -> None:
-        heads, width, neurons = weights.encoder.shape
+        _, heads, width, neurons = weights.encoder.shape
         panels = _round_up(neurons, PANEL) // PANEL
         self._shape = Shape(
             layers=weights.layers,
@@ -70,7 +70,9 @@ class CpuKernels:
         self._scratch = allocate_scratch(self._threads, self._shape)
         self._counters = np.empty(1 + 2 * weights.layers, np.int64)
 
-    def forward(self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
+    def forward(
+        self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None, fired: Tensor | None = None
+    ) -> Tensor:
         vector.use_threads(self._threads)
         self._scratch.active.fill(0)
         hidden = torch.empty(len(batch.tokens), self._shape.width)
@@ -149,9 +151,9 @@ def pack(weights: Weights, shape: Shape) -> Packed:
     embed[:, : shape.width] = weights.embed
     return Packed(
         embed=embed.view(-1).numpy(),
-        encoder=pack_columns(pair_up(weights.encoder), shape.pitch),
-        encoder_v=pack_rows(pair_up(weights.encoder_v).mT, shape.pitch),
-        decoder=pack_rows(pair_up(weights.decoder.view_as(weights.encoder.mT).mT).mT, shape.pitch),
+        encoder=pack_columns(pair_up(weights.encoder[0]), shape.pitch),
+        encoder_v=pack_rows(pair_up(weights.encoder_v[0]).mT, shape.pitch),
+        decoder=pack_rows(pair_up(weights.decoder[0].view_as(weights.encoder[0].mT).mT).mT, shape.pitch),
         frequencies=frequencies.numpy(),
     )
 

@@ -73,7 +73,7 @@ class TritonKernels:
     def __init__(
         self, weights: Weights, window: int = 0, blocks: Blocks | None = None, max_tokens: int = MAX_TOKENS
     ) -> None:
-        heads, width, neurons = weights.encoder.shape
+        _, heads, width, neurons = weights.encoder.shape
         self._device = weights.embed.device
         self._weights = contiguous(weights)
         vocabulary, dtype = weights.lm_head.shape[1], weights.embed.dtype
@@ -85,7 +85,9 @@ class TritonKernels:
         self._max_tokens = max_tokens
         self._decode = DecodeSteps(self, min(MAX_GRAPH, max_tokens), self._device)
 
-    def forward(self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
+    def forward(
+        self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None, fired: Tensor | None = None
+    ) -> Tensor:
         if not states.is_contiguous():
             raise ValueError("states must be contiguous")
         hidden = torch.empty(len(batch.tokens), self._shape.width, device=self._device)
@@ -140,7 +142,7 @@ class TritonKernels:
         shape, blocks, work, weights = self._shape, self._blocks, self._work, self._weights
         count, parts = len(part.tokens), cdiv(shape.neurons, blocks.part)
         grid = (parts, shape.heads, cdiv(count, blocks.encode_tokens))
-        self._run(ops.encode_kernel, grid, work.x, weights.encoder, work.fired, work.pairs, work.counts, count)
+        self._run(ops.encode_kernel, grid, work.x, weights.encoder[0], work.fired, work.pairs, work.counts, count)
         if len(part.segments):
             self._run(
                 ops.attend_chunk_kernel,
@@ -156,7 +158,14 @@ class TritonKernels:
         self._run(ops.normalise_kernel, (count * shape.heads,), work.reads, work.normed)
         spans = (shape.heads * cdiv(shape.neurons, blocks.span), cdiv(count, blocks.contract_tokens))
         self._run(
-            ops.contract_kernel, spans, work.normed, work.fired, weights.encoder_v, weights.decoder, work.shares, count
+            ops.contract_kernel,
+            spans,
+            work.normed,
+            work.fired,
+            weights.encoder_v[0],
+            weights.decoder[0],
+            work.shares,
+            count,
         )
         self._run(ops.finish_kernel, (count,), work.shares, work.x)
 

@@ -73,7 +73,7 @@ def _automatic(weights: Weights, window: int) -> tuple[Kernels, str]:
 
 def triton_obstacle(weights: Weights) -> str | None:
     """Why the Triton kernels cannot serve a model here, and what to change; None where they can."""
-    device, dtype, width = weights.embed.device, weights.embed.dtype, weights.encoder.shape[1]
+    device, dtype, width = weights.embed.device, weights.embed.dtype, weights.encoder.shape[2]
     if device.type != "cuda":
         return f"cannot read weights on {device.type}; set model.device to cuda, or engine.kernels to auto"
     if find_spec("triton") is None:

@@ -26,8 +26,10 @@ class TorchKernels:
         self._weights = weights
         self._window = window
 
-    def forward(self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
-        return forward(self._weights, states, batch, self._window, active)
+    def forward(
+        self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None, fired: Tensor | None = None
+    ) -> Tensor:
+        return forward(self._weights, states, batch, self._window, active, fired)
 
     def warm(self, states: Tensor) -> None:
         pass  # nothing depends on where the states lie
@@ -37,19 +39,41 @@ class TorchKernels:
 
 
 def forward(
-    weights: Weights, states: Tensor, batch: RaggedBatch, window: int = 0, active: Tensor | None = None
+    weights: Weights,
+    states: Tensor,
+    batch: RaggedBatch,
+    window: int = 0,
+    active: Tensor | None = None,
+    shown: Tensor | None = None,
 ) -> Tensor:
-    """The final hidden vectors [T, D] of a batch's tokens. Adds the tokens to `states`, laid out as `Kernels` says."""
+    """The final hidden vectors [T, D] of a batch's tokens. Adds the tokens to `states`, laid out as `Kernels` says.
+
+    `active` and `shown` are what `Kernels.forward` calls `active` and `fired`.
+    """
     cos, sin = rotation(weights.frequencies, batch.positions)
-    x = layer_norm(F.embedding(batch.tokens, weights.embed).float())
+    x = inputs(weights, batch)
     for layer in range(weights.layers):
-        fired = project(x, weights.encoder).relu()  # [h, T, N]
+        matrices = weights.set_of(layer)
+        fired = project(x, weights.encoder[matrices]).relu()  # [h, T, N]
         if active is not None:
             active[layer] = (fired != 0).float().mean()
+        if shown is not None:
+            shown[layer] = fired[:, list(batch.watched)].transpose(0, 1)
         y = attend(rotate(fired, cos, sin), x, states[:, layer], batch, window)
-        gate = project(layer_norm(y), weights.encoder_v).relu()
+        gate = project(layer_norm(y), weights.encoder_v[matrices]).relu()
         gated = (fired * gate).transpose(0, 1).flatten(1)  # [T, h * N]
-        x = layer_norm(x + layer_norm(project(gated, weights.decoder)))
+        x = x + layer_norm(project(gated, weights.decoder[matrices]))
+        if not weights.final_norm or layer == weights.layers - 1:
+            x = layer_norm(x)
+    return x
+
+
+def inputs(weights: Weights, batch: RaggedBatch) -> Tensor:
+    """What enters the first layer, [T, D]: a token's embedding after LayerNorm, or a latent step's vector as it is."""
+    x = layer_norm(F.embedding(batch.tokens.clamp(min=0), weights.embed).float())
+    if batch.vectors is not None:
+        latent = batch.tokens < 0
+        x[latent] = batch.vectors[-1 - batch.tokens[latent]]
     return x
 
 
@@ -80,22 +104,25 @@ def rotate(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, x: Tensor, states: Tensor, batch: RaggedBatch, window: int = 0) -> Tensor:
-    """y [h, T, D] for q [h, T, N] and x [T, D]: what each token reads of those before it. Adds all to `states`."""
+    """y [h, T, D] for q [h, T, N] and x [T, D]: what each token reads of those before it. Adds to `states` all but the
+    tokens of frozen segments."""
     y = torch.empty(q.shape[0], *x.shape, dtype=x.dtype, device=x.device)
-    for slot, begin, end in zip(batch.slots, batch.bounds, batch.bounds[1:]):
+    frozen = batch.frozen or [False] * len(batch.slots)
+    for slot, begin, end, only_read in zip(batch.slots, batch.bounds, batch.bounds[1:], frozen):
         tokens = slice(begin, end)
         if window:
             start = int(batch.positions[begin])
-            y[:, tokens] = attend_window(q[:, tokens], x[tokens], states[slot], start, window // 2)
+            y[:, tokens] = attend_window(q[:, tokens], x[tokens], states[slot], start, window // 2, only_read)
         else:
-            y[:, tokens] = attend_segment(q[:, tokens], x[tokens], states[slot])
+            y[:, tokens] = attend_segment(q[:, tokens], x[tokens], states[slot], only_read)
     return y
 
 
-def attend_window(q: Tensor, x: Tensor, state: Tensor, start: int, block: int) -> Tensor:
+def attend_window(q: Tensor, x: Tensor, state: Tensor, start: int, block: int, only_read: bool = False) -> Tensor:
     """As `attend_segment`, from position `start` on, but each token reads only its block and the block before it.
 
-    `state` [2, h, N, D] holds the sum over both blocks, and that over the earlier one.
+    `state` [2, h, N, D] holds the sum over both blocks, and that over the earlier one. A block begins at its first
+    position, whether or not that is added.
     """
     both, earlier = state
     y = []
@@ -105,17 +132,18 @@ def attend_window(q: Tensor, x: Tensor, state: Tensor, start: int, block: int) -
             both -= earlier
             earlier.copy_(both)
         count = block - inside
-        y.append(attend_segment(q[:, :count], x[:count], both))
+        y.append(attend_segment(q[:, :count], x[:count], both, only_read))
         q, x, start = q[:, count:], x[count:], start + count
     return torch.cat(y, dim=1)
 
 
-def attend_segment(q: Tensor, x: Tensor, state: Tensor) -> Tensor:
+def attend_segment(q: Tensor, x: Tensor, state: Tensor, only_read: bool = False) -> Tensor:
     """One sequence: q [h, C, N], x [C, D], state [h, N, D]. A token reads the state and the segment's tokens before."""
     sums = state.float()  # the state itself, unless that is narrower
     y = q @ sums
     if len(x) > 1:
         y += (q @ q.mT).tril(-1) @ x
-    sums += q.mT @ x
-    state.copy_(sums)
+    if not only_read:
+        sums += q.mT @ x
+        state.copy_(sums)
     return y

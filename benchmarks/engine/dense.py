@@ -26,13 +26,13 @@ def dense_batched(weights: Weights, states: Tensor, batch: RaggedBatch) -> Tenso
     cos, sin = rotation(weights.frequencies, batch.positions)
     x = layer_norm(F.embedding(batch.tokens, weights.embed).float())
     for layer in range(weights.layers):
-        fired = project(x, weights.encoder).relu()
+        fired = project(x, weights.encoder[0]).relu()
         q = rotate(fired, cos, sin).transpose(0, 1)  # [B, h, N]
         y = (q[:, :, None] @ states[:, layer]).squeeze(2)
         flat = states[:, layer].view(len(x), -1, x.shape[-1])
         flat.baddbmm_(q.reshape(len(x), -1, 1).to(flat.dtype), x[:, None].to(flat.dtype))
-        gated = fired * project(layer_norm(y).transpose(0, 1), weights.encoder_v).relu()
-        x = layer_norm(x + layer_norm(project(gated.transpose(0, 1).flatten(1), weights.decoder)))
+        gated = fired * project(layer_norm(y).transpose(0, 1), weights.encoder_v[0]).relu()
+        x = layer_norm(x + layer_norm(project(gated.transpose(0, 1).flatten(1), weights.decoder[0])))
     return project(x, weights.lm_head)
 
 
@@ -48,11 +48,11 @@ def recompute(weights: Weights, contexts: Tensor, together: int = 4) -> Tensor:
     for tokens in torch.split(contexts, together):
         x = layer_norm(weights.embed[tokens].float())[:, None]
         for _ in range(weights.layers):
-            fired = project(x, weights.encoder).relu()
+            fired = project(x, weights.encoder[0]).relu()
             q = rotate(fired, cos, sin)
             y = layer_norm((q @ q.mT).tril(-1) @ x)
-            gated = fired * project(y, weights.encoder_v).relu()
-            z = project(gated.transpose(1, 2).reshape(len(tokens), 1, length, -1), weights.decoder)
+            gated = fired * project(y, weights.encoder_v[0]).relu()
+            z = project(gated.transpose(1, 2).reshape(len(tokens), 1, length, -1), weights.decoder[0])
             x = layer_norm(x + layer_norm(z))
         rows.append(project(x[:, 0, -1], weights.lm_head))
     return torch.cat(rows)

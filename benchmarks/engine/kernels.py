@@ -166,16 +166,16 @@ def disagreement(config: BDHConfig, weights: Weights, tokens: Tensor, dtype: tor
 def measure_densities(weights: Weights, tokens: Tensor) -> Densities:
     """What fires in the specification for one sequence."""
     cos, sin = rotation(weights.frequencies, torch.arange(len(tokens)))
-    heads, width, neurons = weights.encoder.shape
+    _, heads, width, neurons = weights.encoder.shape
     x = layer_norm(weights.embed[tokens].float())
     counts = torch.zeros(3)
     for _ in range(weights.layers):
-        fired = project(x, weights.encoder).relu()
+        fired = project(x, weights.encoder[0]).relu()
         y = attend_segment(rotate(fired, cos, sin), x, torch.zeros(heads, neurons, width))
-        gated = fired * project(layer_norm(y), weights.encoder_v).relu()
+        gated = fired * project(layer_norm(y), weights.encoder_v[0]).relu()
         pairs = torch.maximum(fired[..., ::2], fired[..., 1::2])
         counts += torch.stack([(values > 0).float().mean() for values in (fired, pairs, gated)])
-        x = layer_norm(x + layer_norm(project(gated.transpose(0, 1).flatten(1), weights.decoder)))
+        x = layer_norm(x + layer_norm(project(gated.transpose(0, 1).flatten(1), weights.decoder[0])))
     return Densities(*(counts / weights.layers).tolist())
 
 

@@ -39,9 +39,9 @@ def synthetic_weights(config: BDHConfig, density: float, seed: int = 0, dtype: t
     return Weights(
         layers=config.n_layer,
         embed=embed.to(dtype),
-        encoder=encoder.to(dtype),
-        encoder_v=(normal(heads, width, neurons) * 0.02).to(dtype),
-        decoder=(decoder * 0.02).to(dtype),
+        encoder=encoder[None].to(dtype),
+        encoder_v=(normal(1, heads, width, neurons) * 0.02).to(dtype),
+        decoder=(decoder[None] * 0.02).to(dtype),
         lm_head=(normal(width, config.vocab_size) * 0.02).to(dtype),
         frequencies=rope_frequencies(neurons),
     )

@@ -71,8 +71,10 @@ def test_measures_with_a_window(run: Run) -> None:
 class Wrong(TorchKernels):
     """Off by one part in a thousand, and only in a decode step."""
 
-    def forward(self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
-        hidden = super().forward(states, batch, active)
+    def forward(
+        self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None, fired: Tensor | None = None
+    ) -> Tensor:
+        hidden = super().forward(states, batch, active, fired)
         return hidden * 1.001 if len(batch.slots) == len(batch.tokens) else hidden
 
 

@@ -23,7 +23,7 @@ Piece = tuple[int, int, int]  # slot, first and last position of a share of a se
 
 
 def states_for(weights: Weights, slots: int, window: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    heads, width, neurons = weights.encoder.shape
+    _, heads, width, neurons = weights.encoder.shape
     blocks = (2,) if window else ()
     return torch.zeros(slots, weights.layers, *blocks, heads, neurons, width, dtype=dtype)
 

@@ -68,7 +68,7 @@ class OnGpu:
 
     def __init__(self, dtype: torch.dtype = torch.float32, width: int = 16) -> None:
         self.embed = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
-        self.encoder = torch.empty(2, width, 32, device="meta")
+        self.encoder = torch.empty(1, 2, width, 32, device="meta")
 
 
 @pytest.mark.parametrize(

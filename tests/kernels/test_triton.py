@@ -49,12 +49,14 @@ class Poisoned:
     def warm(self, states: Tensor) -> None:
         self.kernels.warm(states)
 
-    def forward(self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
+    def forward(
+        self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None, fired: Tensor | None = None
+    ) -> Tensor:
         work = self.kernels._work
         for tensor in (getattr(work, field.name) for field in fields(work)):
             tensor.fill_(torch.nan if tensor.is_floating_point() else 7)
         moved = replace(batch, tokens=batch.tokens.to(DEVICE), positions=batch.positions.to(DEVICE))
-        return self.kernels.forward(states, moved, active)
+        return self.kernels.forward(states, moved, active, fired)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.kernels.logits(hidden).cpu()

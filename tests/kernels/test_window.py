@@ -39,11 +39,11 @@ def by_mask(weights: Weights, tokens: Tensor, window: int) -> Tensor:
     cos, sin = rotation(weights.frequencies, positions)
     x = layer_norm(F.embedding(tokens, weights.embed))
     for _ in range(weights.layers):
-        fired = project(x, weights.encoder).relu()
+        fired = project(x, weights.encoder[0]).relu()
         q = rotate(fired, cos, sin)
         y = (q @ q.mT * seen) @ x
-        gate = project(layer_norm(y), weights.encoder_v).relu()
-        x = layer_norm(x + layer_norm(project((fired * gate).transpose(0, 1).flatten(1), weights.decoder)))
+        gate = project(layer_norm(y), weights.encoder_v[0]).relu()
+        x = layer_norm(x + layer_norm(project((fired * gate).transpose(0, 1).flatten(1), weights.decoder[0])))
     return project(x, weights.lm_head)
 
 

@@ -40,7 +40,8 @@ def logits(weights: Weights, config: BDHConfig, tokens: int = 9) -> Tensor:
 
 
 def expected_weights(config: BDHConfig, state: State) -> Weights:
-    values = {key.removesuffix(".weight"): tensor.float() for key, tensor in state.items()}
+    values: dict[str, Any] = {key.removesuffix(".weight"): tensor.float() for key, tensor in state.items()}
+    values |= {key: values[key][None] for key in ("encoder", "encoder_v", "decoder")}
     return Weights(layers=config.n_layer, frequencies=rope_frequencies(config.neurons_per_head), **values)
 
 

@@ -31,7 +31,7 @@ def upstream_state() -> dict[str, torch.Tensor]:
 def load(path: Path, **options: Any) -> BDHConfig:
     model = load_model(path, torch.float32, CPU, **options)
     for key, tensor in random_state().items():
-        assert torch.equal(getattr(model.weights, key.removesuffix(".weight")), tensor)
+        assert torch.equal(getattr(model.weights, key.removesuffix(".weight")).view_as(tensor), tensor)
     assert torch.equal(model.weights.frequencies, rope_frequencies(CONFIG.neurons_per_head))
     assert model.weights.layers == model.config.n_layer
     return model.config

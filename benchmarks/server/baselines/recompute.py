@@ -18,7 +18,11 @@ class RecomputeKernels:
         self._block = window // 2
         self._known: dict[int, Tensor] = {}
 
-    def forward(self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
+    def forward(
+        self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None, fired: Tensor | None = None
+    ) -> Tensor:
+        if fired is not None or batch.vectors is not None:
+            raise NotImplementedError("the baseline computes tokens, and shows no neurons")
         hidden = []
         if active is not None:
             active.zero_()
@@ -45,13 +49,13 @@ class RecomputeKernels:
         out_of_sight = self._out_of_sight(positions)
         x = layer_norm(F.embedding(tokens, weights.embed).float())
         for layer in range(weights.layers):
-            fired = project(x, weights.encoder).relu()  # [h, T, N]
+            fired = project(x, weights.encoder[0]).relu()  # [h, T, N]
             if active is not None:
                 active[layer] += last * (fired[:, -last:] != 0).float().mean()
             q = rotate(fired, cos, sin)
             y = (q @ q.mT).tril(-1).masked_fill(out_of_sight, 0.0) @ x
-            gated = fired * project(layer_norm(y), weights.encoder_v).relu()
-            x = layer_norm(x + layer_norm(project(gated.transpose(0, 1).flatten(1), weights.decoder)))
+            gated = fired * project(layer_norm(y), weights.encoder_v[0]).relu()
+            x = layer_norm(x + layer_norm(project(gated.transpose(0, 1).flatten(1), weights.decoder[0])))
         return x[-last:]
 
     def _out_of_sight(self, positions: Tensor) -> Tensor:
