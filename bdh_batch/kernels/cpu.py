@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast
 
 import numba
 import numpy as np
@@ -16,13 +15,10 @@ from bdh_batch.kernels.cpu_layout import (
     BFLOAT16,
     FLOAT16,
     FLOAT32,
-    MAX_TILE,
     MAX_TOKENS,
     PANEL,
-    PANELS,
     ROWS,
     Floats,
-    Integers,
     Longs,
     Packed,
     Round,
@@ -30,6 +26,12 @@ from bdh_batch.kernels.cpu_layout import (
     Shape,
     States,
     Work,
+    aligned,
+    allocate,
+    allocate_scratch,
+    pack,
+    pack_columns,
+    round_up,
 )
 from bdh_batch.kernels.vector import LANES, compiled, in_parallel, inlined
 
@@ -39,6 +41,8 @@ UNEVEN = 1.25  # how much more than its share a thread may get, if that spares a
 # itself; several go over the whole state once.
 LONE, WHOLE, EACH = 5, 9, 2
 WORTH_SHARING = 2048  # rows times panels of a product, from which on waking other threads takes less than it saves
+NO_FLOATS = np.empty(0, np.float32)
+NO_TOKENS = np.empty(0, np.int64)
 ROUNDING = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
 
@@ -46,13 +50,14 @@ class CpuKernels:
     """Computes the forward pass with compiled loops on all threads."""
 
     def __init__(self, weights: Weights, window: int = 0) -> None:
-        _, heads, width, neurons = weights.encoder.shape
-        panels = _round_up(neurons, PANEL) // PANEL
+        sets, heads, width, neurons = weights.encoder.shape
+        panels = round_up(neurons, PANEL) // PANEL
         self._shape = Shape(
             layers=weights.layers,
+            sets=sets,
             heads=heads,
             width=width,
-            pitch=_round_up(width, LANES),
+            pitch=round_up(width, LANES),
             neurons=neurons,
             panels=panels,
             # An odd number of vectors: powers of two would put all tokens' rows in the same few sets of the caches.
@@ -60,6 +65,7 @@ class CpuKernels:
             fired_pitch=(2 * panels + 1) * LANES,
             rounding=ROUNDING[weights.embed.dtype],
             half_window=window // 2,
+            final_norm=weights.final_norm,
         )
         self._packed = pack(weights, self._shape)
         self._lm_head = pack_columns(weights.lm_head[None], self._shape.pitch)
@@ -78,7 +84,7 @@ class CpuKernels:
         hidden = torch.empty(len(batch.tokens), self._shape.width)
         flat = flatten(states)
         start = 0
-        for part in rounds(batch, self._threads, self._shape.heads):
+        for part in rounds(batch, self._threads, self._shape.heads, fired):
             run(part, self._shape, self._packed, flat, self._work, self._scratch, self._counters, self._threads)
             end = start + len(part.tokens)
             read = torch.from_numpy(self._work.x).view(-1, self._shape.pitch)
@@ -93,9 +99,9 @@ class CpuKernels:
         pass  # nothing depends on where the states lie
 
     def logits(self, hidden: Tensor) -> Tensor:
-        rows = _aligned(len(hidden) + ROWS, self._shape.pitch).zero_()
+        rows = aligned(len(hidden) + ROWS, self._shape.pitch).zero_()
         rows[: len(hidden), : self._shape.width] = hidden.to(self._dtype)
-        out = _aligned(len(hidden), _round_up(self._vocabulary, PANEL))
+        out = aligned(len(hidden), round_up(self._vocabulary, PANEL))
         panels = out.shape[1] // PANEL
         threads = self._threads if len(hidden) * panels >= WORTH_SHARING else 1
         numbers, logits = rows.view(-1).numpy(), out.view(-1).numpy()
@@ -104,10 +110,12 @@ class CpuKernels:
         return out[:, : self._vocabulary]
 
 
-def rounds(batch: RaggedBatch, threads: int, heads: int) -> Iterator[Round]:
+def rounds(batch: RaggedBatch, threads: int, heads: int, fired: Tensor | None = None) -> Iterator[Round]:
     """Cuts a batch in rounds, and those in groups. Neither changes any token's result."""
     tokens, positions = batch.tokens.numpy(), batch.positions.numpy()
     bounds, slots = np.array(batch.bounds, np.int64), np.array(batch.slots, np.int64)
+    frozen = np.array(batch.frozen, np.bool_) if batch.frozen else np.zeros(len(slots), np.bool_)
+    vectors = NO_FLOATS if batch.vectors is None else batch.vectors.contiguous().view(-1).numpy()
     for start in range(0, len(tokens), MAX_TOKENS):
         end = min(start + MAX_TOKENS, len(tokens))
         first = np.searchsorted(bounds, start, side="right") - 1
@@ -118,7 +126,21 @@ def rounds(batch: RaggedBatch, threads: int, heads: int) -> Iterator[Round]:
         apart = bool(largest(groups, work) * threads <= UNEVEN * work[-1])
         if not apart:
             groups = group(work, threads * PIECES // heads)
-        yield Round(tokens[start:end], positions[start:end], cut, slots[first:last], groups, apart)
+        yield Round(
+            tokens[start:end], positions[start:end], cut, slots[first:last], frozen[first:last], groups, apart, vectors,
+            *watched_in(start, end, batch, fired),
+        )  # fmt: skip
+
+
+def watched_in(start: int, end: int, batch: RaggedBatch, fired: Tensor | None) -> tuple[Longs, Floats, int]:
+    """Which of a batch's tokens from `start` to `end` − 1 are to be shown, and where in `fired`, as `Round` has it."""
+    if fired is None:
+        return NO_TOKENS, NO_FLOATS, 0
+    watched = np.array(batch.watched, np.int64)
+    first, last = np.searchsorted(watched, [start, end])
+    _, total, heads, neurons = fired.shape
+    rows = fired.view(-1).numpy()[first * heads * neurons :]
+    return watched[first:last] - start, rows, total * heads * neurons
 
 
 def work_of(bounds: Longs) -> Longs:
@@ -143,98 +165,10 @@ def group(work: Longs, groups: int) -> Longs:
     return np.stack([found[:-1], found[1:]], axis=1)[np.argsort(-sizes, kind="stable")].astype(np.int64)
 
 
-def pack(weights: Weights, shape: Shape) -> Packed:
-    """The weights in the passes' layouts, widened to float32."""
-    frequencies = torch.zeros(shape.panels * LANES, dtype=torch.float64)
-    frequencies[: shape.neurons // 2] = weights.frequencies[::2].double()
-    embed = _aligned(len(weights.embed), shape.pitch).zero_()
-    embed[:, : shape.width] = weights.embed
-    return Packed(
-        embed=embed.view(-1).numpy(),
-        encoder=pack_columns(pair_up(weights.encoder[0]), shape.pitch),
-        encoder_v=pack_rows(pair_up(weights.encoder_v[0]).mT, shape.pitch),
-        decoder=pack_rows(pair_up(weights.decoder[0].view_as(weights.encoder[0].mT).mT).mT, shape.pitch),
-        frequencies=frequencies.numpy(),
-    )
-
-
-def pair_up(matrix: Tensor) -> Tensor:
-    """Columns [..., N] in the order of the panels, zeros where a panel is not full."""
-    neurons = matrix.shape[-1]
-    padded = matrix.new_zeros(*matrix.shape[:-1], _round_up(neurons, PANEL))
-    padded[..., :neurons] = matrix
-    return padded.view(*padded.shape[:-1], -1, LANES, 2).transpose(-1, -2).flatten(-3)
-
-
-def pack_columns(matrices: Tensor, pitch: int) -> Floats:
-    """[heads, D, columns] as [heads, panels, pitch, PANEL]"""
-    heads, width, columns = matrices.shape
-    panels = _round_up(columns, PANEL) // PANEL
-    packed = _aligned(heads, panels * PANEL, pitch).zero_()
-    packed[:, :columns, :width] = matrices.mT
-    target = _aligned(heads, panels, pitch, PANEL)
-    target.copy_(packed.view(heads, panels, PANEL, pitch).transpose(-1, -2))
-    return target.view(-1).numpy()
-
-
-def pack_rows(matrices: Tensor, pitch: int) -> Floats:
-    """[heads, rows, D] as [heads, rows, pitch]"""
-    heads, rows, width = matrices.shape
-    packed = _aligned(heads, rows, pitch).zero_()
-    packed[..., :width] = matrices
-    return packed.view(-1).numpy()
-
-
-def allocate(tokens: int, shape: Shape) -> Work:
-    return Work(
-        x=_floats(tokens * shape.pitch),
-        inputs=_floats((tokens + ROWS) * shape.pitch),
-        cos=_floats(tokens * shape.list_pitch),
-        sin=_floats(tokens * shape.list_pitch),
-        z=_floats(tokens * shape.heads * shape.pitch),
-    )
-
-
-def allocate_scratch(threads: int, shape: Shape) -> Scratch:
-    """Scratch buffers for all threads: every array has an axis [threads] in front."""
-
-    def integers(*sizes: int) -> Integers:
-        return np.empty((threads, *sizes), np.int32)
-
-    lists = MAX_TOKENS * shape.list_pitch
-    return Scratch(
-        fired=_floats(threads, MAX_TOKENS * shape.fired_pitch),
-        starts=integers(MAX_TOKENS * (shape.panels + 1)),
-        pairs=integers(lists),
-        even=_floats(threads, lists),
-        odd=_floats(threads, lists),
-        y=_floats(threads, MAX_TOKENS * shape.pitch),
-        products=_floats(threads, ROWS * PANEL),
-        normed=_floats(threads, (MAX_TILE + ROWS) * shape.pitch),
-        neurons=integers(PANELS * PANEL + LANES),
-        gated=_floats(threads, PANELS * PANEL + LANES),
-        gates=_floats(threads, PANELS * PANEL + LANES),
-        active=np.zeros((threads, _round_up(shape.layers, LANES) + LANES), np.int64),
-    )
-
-
 def flatten(states: Tensor) -> States:
     """The numbers of a state pool for the passes; bfloat16 by their bits."""
     flat = states.view(-1)
     return flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
-
-
-def _floats(*sizes: int) -> Floats:
-    return cast(Floats, _aligned(*sizes).numpy())
-
-
-def _aligned(*sizes: int) -> Tensor:
-    """torch aligns to 64 bytes, a vector; numpy to 16."""
-    return torch.empty(*sizes, dtype=torch.float32)
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple
 
 
 @in_parallel
@@ -254,7 +188,7 @@ def run(
         for thread in numba.prange(threads):
             compute_heads(layer, thread, part, shape, weights, states, work, scratches, counters)
         for _ in numba.prange(threads):
-            finish_some(2 * layer + 2, part, shape, work, counters)
+            finish_some(layer, part, shape, work, counters)
 
 
 @compiled
@@ -270,12 +204,12 @@ def carry_some(
             return
         first, last = part.bounds[part.groups[chosen, 0]], part.bounds[part.groups[chosen, 1]]
         for token in range(first, last):
-            passes.begin(token, part.tokens[token], part.positions[token], shape, weights, work)
+            passes.begin(token, part, shape, weights, work)
         for layer in range(shape.layers):
             for head in range(shape.heads):
                 compute_head(chosen, layer, head, part, shape, weights, states, work, scratch)
             for token in range(first, last):
-                passes.finish(token, shape, work)
+                passes.finish(token, layer, shape, work)
 
 
 @compiled
@@ -286,7 +220,7 @@ def begin_some(part: Round, shape: Shape, weights: Packed, work: Work, counters:
         if first >= tokens:
             return
         for token in range(first, min(first + ROWS, tokens)):
-            passes.begin(token, part.tokens[token], part.positions[token], shape, weights, work)
+            passes.begin(token, part, shape, weights, work)
 
 
 @inlined
@@ -322,9 +256,11 @@ def compute_head(
     begin, end = part.groups[chosen, 0], part.groups[chosen, 1]
     first, last = part.bounds[begin], part.bounds[end]
     passes.expand(first, last, layer, head, shape, weights, work, scratch)
+    if len(part.watched):
+        passes.show(first, last, layer, head, part, shape, scratch)
     for segment in range(begin, end):
         attend(segment, first, layer, head, part, shape, states, work, scratch)
-    passes.contract(first, last, head, shape, weights, work, scratch)
+    passes.contract(first, last, layer, head, shape, weights, work, scratch)
 
 
 @compiled
@@ -345,7 +281,9 @@ def attend(
             if inside == 0:
                 cpu_state.start_block(states, state, shape.heads * elements, elements)
         row, position = first - tile_start, part.positions[first]
-        if end == first + 1:
+        if part.frozen[segment]:
+            cpu_state.read_token(row, state, shape, states, scratch)
+        elif end == first + 1:
             cpu_state.attend_token(first, row, position, state, shape, states, work, scratch)
         else:
             cpu_state.attend_tokens(first, end, row, position, state, shape, states, work, scratch)
@@ -353,14 +291,14 @@ def attend(
 
 
 @compiled
-def finish_some(counter: int, part: Round, shape: Shape, work: Work, counters: Longs) -> None:
+def finish_some(layer: int, part: Round, shape: Shape, work: Work, counters: Longs) -> None:
     tokens = len(part.tokens)
     while True:
-        first = simd.take_work(counters, counter) * ROWS
+        first = simd.take_work(counters, 2 * layer + 2) * ROWS
         if first >= tokens:
             return
         for token in range(first, min(first + ROWS, tokens)):
-            passes.finish(token, shape, work)
+            passes.finish(token, layer, shape, work)
 
 
 @in_parallel

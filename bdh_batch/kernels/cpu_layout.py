@@ -7,16 +7,20 @@ ones, so that a pair is the same lane of two vectors.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
+from bdh_batch.kernels.base import Weights
 from bdh_batch.kernels.vector import LANES
 
 Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 States = npt.NDArray[np.float32] | npt.NDArray[np.uint16]  # those of bfloat16, which numpy does not know
 
 PANEL = 2 * LANES  # neurons
@@ -31,6 +35,7 @@ class Shape(NamedTuple):
     """The sizes of a model, and how its arrays are laid out."""
 
     layers: int
+    sets: int  # of matrices: 1 for all layers, or one for each
     heads: int
     width: int  # D
     pitch: int  # elements from one row of a padded array to the next
@@ -40,15 +45,16 @@ class Shape(NamedTuple):
     fired_pitch: int  # the same for its activations
     rounding: int
     half_window: int  # tokens of a block; 0 attends to everything
+    final_norm: bool  # one LayerNorm after the last layer, instead of one after every layer
 
 
 class Packed(NamedTuple):
     """The weights as the passes read them."""
 
     embed: Floats  # [V, pitch]
-    encoder: Floats  # [heads, panels, pitch, PANEL]
-    encoder_v: Floats  # [heads, panels, PANEL, pitch], columns as rows
-    decoder: Floats  # [heads, panels, PANEL, pitch], rows as they are
+    encoder: Floats  # [sets, heads, panels, pitch, PANEL]
+    encoder_v: Floats  # [sets, heads, panels, PANEL, pitch], columns as rows
+    decoder: Floats  # [sets, heads, panels, PANEL, pitch], rows as they are
     frequencies: npt.NDArray[np.float64]  # [panels * 16], of each pair
 
 
@@ -86,9 +92,103 @@ class Round(NamedTuple):
     where the groups are to go `apart`, through the whole model without waiting for any other.
     """
 
-    tokens: Longs
+    tokens: Longs  # −1 − k: row k of `vectors`
     positions: Longs
     bounds: Longs
     slots: Longs
+    frozen: Flags  # of each segment, whether its state is only read
     groups: Longs
     apart: bool
+    vectors: Floats  # [K, D], the batch's
+    watched: Longs  # tokens whose activations are shown, rising
+    shown: Floats  # where: [layers, watched, heads, N], with rows of other rounds' between the layers
+    shown_pitch: int  # elements from one layer to the next
+
+
+def pack(weights: Weights, shape: Shape) -> Packed:
+    """The weights in the passes' layouts, widened to float32."""
+    frequencies = torch.zeros(shape.panels * LANES, dtype=torch.float64)
+    frequencies[: shape.neurons // 2] = weights.frequencies[::2].double()
+    embed = aligned(len(weights.embed), shape.pitch).zero_()
+    embed[:, : shape.width] = weights.embed
+    encoder, encoder_v = weights.encoder.flatten(0, 1), weights.encoder_v.flatten(0, 1)
+    return Packed(
+        embed=embed.view(-1).numpy(),
+        encoder=pack_columns(pair_up(encoder), shape.pitch),
+        encoder_v=pack_rows(pair_up(encoder_v).mT, shape.pitch),
+        decoder=pack_rows(pair_up(weights.decoder.view_as(encoder.mT).mT).mT, shape.pitch),
+        frequencies=frequencies.numpy(),
+    )
+
+
+def pair_up(matrix: Tensor) -> Tensor:
+    """Columns [..., N] in the order of the panels, zeros where a panel is not full."""
+    neurons = matrix.shape[-1]
+    padded = matrix.new_zeros(*matrix.shape[:-1], round_up(neurons, PANEL))
+    padded[..., :neurons] = matrix
+    return padded.view(*padded.shape[:-1], -1, LANES, 2).transpose(-1, -2).flatten(-3)
+
+
+def pack_columns(matrices: Tensor, pitch: int) -> Floats:
+    """[heads, D, columns] as [heads, panels, pitch, PANEL]"""
+    heads, width, columns = matrices.shape
+    panels = round_up(columns, PANEL) // PANEL
+    packed = aligned(heads, panels * PANEL, pitch).zero_()
+    packed[:, :columns, :width] = matrices.mT
+    target = aligned(heads, panels, pitch, PANEL)
+    target.copy_(packed.view(heads, panels, PANEL, pitch).transpose(-1, -2))
+    return target.view(-1).numpy()
+
+
+def pack_rows(matrices: Tensor, pitch: int) -> Floats:
+    """[heads, rows, D] as [heads, rows, pitch]"""
+    heads, rows, width = matrices.shape
+    packed = aligned(heads, rows, pitch).zero_()
+    packed[..., :width] = matrices
+    return packed.view(-1).numpy()
+
+
+def allocate(tokens: int, shape: Shape) -> Work:
+    return Work(
+        x=_floats(tokens * shape.pitch),
+        inputs=_floats((tokens + ROWS) * shape.pitch),
+        cos=_floats(tokens * shape.list_pitch),
+        sin=_floats(tokens * shape.list_pitch),
+        z=_floats(tokens * shape.heads * shape.pitch),
+    )
+
+
+def allocate_scratch(threads: int, shape: Shape) -> Scratch:
+    """Scratch buffers for all threads: every array has an axis [threads] in front."""
+
+    def integers(*sizes: int) -> Integers:
+        return np.empty((threads, *sizes), np.int32)
+
+    lists = MAX_TOKENS * shape.list_pitch
+    return Scratch(
+        fired=_floats(threads, MAX_TOKENS * shape.fired_pitch),
+        starts=integers(MAX_TOKENS * (shape.panels + 1)),
+        pairs=integers(lists),
+        even=_floats(threads, lists),
+        odd=_floats(threads, lists),
+        y=_floats(threads, MAX_TOKENS * shape.pitch),
+        products=_floats(threads, ROWS * PANEL),
+        normed=_floats(threads, (MAX_TILE + ROWS) * shape.pitch),
+        neurons=integers(PANELS * PANEL + LANES),
+        gated=_floats(threads, PANELS * PANEL + LANES),
+        gates=_floats(threads, PANELS * PANEL + LANES),
+        active=np.zeros((threads, round_up(shape.layers, LANES) + LANES), np.int64),
+    )
+
+
+def _floats(*sizes: int) -> Floats:
+    return cast(Floats, aligned(*sizes).numpy())
+
+
+def aligned(*sizes: int) -> Tensor:
+    """torch aligns to 64 bytes, a vector; numpy to 16."""
+    return torch.empty(*sizes, dtype=torch.float32)
+
+
+def round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

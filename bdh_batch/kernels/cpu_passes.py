@@ -20,6 +20,7 @@ from bdh_batch.kernels.cpu_layout import (
     ROWS,
     Floats,
     Packed,
+    Round,
     Scratch,
     Shape,
     Work,
@@ -68,11 +69,19 @@ def set_inputs(token: int, shape: Shape, work: Work) -> None:
 
 
 @compiled
-def begin(token: int, identity: int, position: int, shape: Shape, weights: Packed, work: Work) -> None:
-    """Looks a token up, and sets its RoPE angles."""
-    layer_norm(weights.embed, identity * shape.pitch, shape, work.x, token * shape.pitch)
+def begin(token: int, part: Round, shape: Shape, weights: Packed, work: Work) -> None:
+    """Looks a token up, or takes the vector of a latent step as it is, and sets its RoPE angles."""
+    identity, x = part.tokens[token], token * shape.pitch
+    if identity >= 0:
+        layer_norm(weights.embed, identity * shape.pitch, shape, work.x, x)
+    else:
+        vector = (-1 - identity) * shape.width
+        for i in range(shape.width):
+            work.x[x + i] = part.vectors[vector + i]
+        for i in range(shape.width, shape.pitch):
+            work.x[x + i] = 0
     set_inputs(token, shape, work)
-    set_angles(np.float64(position), weights.frequencies, token * shape.list_pitch, work)
+    set_angles(np.float64(part.positions[token]), weights.frequencies, token * shape.list_pitch, work)
 
 
 @compiled
@@ -153,17 +162,24 @@ def product(
             product_row(a, row + i * pitch, panel, start, depth, out, to + i * PANEL)
 
 
+@inlined
+def matrices_of(layer: int, head: int, shape: Shape) -> int:
+    """Where the packed matrices of one head in a layer lie, counted in heads."""
+    return layer % shape.sets * shape.heads + head
+
+
 @compiled
 def expand(
     first: int, last: int, layer: int, head: int, shape: Shape, weights: Packed, work: Work, scratch: Scratch
 ) -> None:
     """fired = relu(x · encoder) of tokens some tokens in one head, and lists of the pairs that fired, turned."""
+    matrices = matrices_of(layer, head, shape)
     for token in range(last - first):
         scratch.starts[token * (shape.panels + 1)] = 0
     for tile in range(first, last, MAX_TILE):
         tile_end = min(tile + MAX_TILE, last)
         for panel in range(shape.panels):
-            columns = (head * shape.panels + panel) * shape.pitch * PANEL
+            columns = (matrices * shape.panels + panel) * shape.pitch * PANEL
             for token in range(tile, tile_end, ROWS):
                 rows = min(ROWS, tile_end - token)
                 row = token * shape.pitch
@@ -194,16 +210,35 @@ def record(token: int, row: int, panel: int, at: int, layer: int, shape: Shape, 
 
 
 @compiled
-def contract(first: int, last: int, head: int, shape: Shape, weights: Packed, work: Work, scratch: Scratch) -> None:
+def show(first: int, last: int, layer: int, head: int, part: Round, shape: Shape, scratch: Scratch) -> None:
+    """Copies what the watched ones of some tokens fired in one head, in the checkpoint's order of neurons."""
+    whole = shape.neurons // PANEL * PANEL
+    for i in range(len(part.watched)):
+        if first <= part.watched[i] < last:
+            row = (part.watched[i] - first) * shape.fired_pitch
+            to = layer * part.shown_pitch + (i * shape.heads + head) * shape.neurons
+            for at in range(0, whole, PANEL):
+                even, odd = simd.load(scratch.fired, row + at), simd.load(scratch.fired, row + at + LANES)
+                simd.store_pairs(part.shown, to + at, even, odd)
+            for pair in range((shape.neurons - whole) // 2):
+                part.shown[to + whole + 2 * pair] = scratch.fired[row + whole + pair]
+                part.shown[to + whole + 2 * pair + 1] = scratch.fired[row + whole + LANES + pair]
+
+
+@compiled
+def contract(
+    first: int, last: int, layer: int, head: int, shape: Shape, weights: Packed, work: Work, scratch: Scratch
+) -> None:
     """z = (fired ∘ relu(layer_norm(y) · encoder_v)) · decoder of some tokens in one head.
 
     A gate is computed only for what fired, and only decoder rows that passed theirs are added.
     """
+    matrices = matrices_of(layer, head, shape)
     for row in range(0, last - first, MAX_TILE):
         tokens = min(MAX_TILE, last - first - row)
         normalise(first + row, row, tokens, head, shape, work, scratch)
         for block in range(0, shape.panels, PANELS):
-            neurons = (head * shape.panels + block) * PANEL
+            neurons = (matrices * shape.panels + block) * PANEL
             for i in range(tokens):
                 count = list_fired(row + i, block, shape, scratch)
                 gate(i * shape.pitch, count, neurons, shape, weights, scratch)
@@ -297,8 +332,8 @@ def add_rows(count: int, neurons: int, z: int, shape: Shape, weights: Packed, wo
 
 
 @compiled
-def finish(token: int, shape: Shape, work: Work) -> None:
-    """x = layer_norm(x + layer_norm(z)), z summed over the heads."""
+def finish(token: int, layer: int, shape: Shape, work: Work) -> None:
+    """x = layer_norm(x + layer_norm(z)), z summed over the heads; the outer one perhaps in the last layer alone."""
     x, z = token * shape.pitch, token * shape.heads * shape.pitch
     for head in range(1, shape.heads):
         for i in range(shape.pitch):
@@ -306,5 +341,6 @@ def finish(token: int, shape: Shape, work: Work) -> None:
     layer_norm(work.z, z, shape, work.z, z)
     for i in range(shape.pitch):
         work.x[x + i] += work.z[z + i]
-    layer_norm(work.x, x, shape, work.x, x)
+    if not shape.final_norm or layer == shape.layers - 1:
+        layer_norm(work.x, x, shape, work.x, x)
     set_inputs(token, shape, work)

@@ -116,6 +116,39 @@ def attend_token(
         fold_pair(rows, scratch.pairs[entry] * size, shape.width, work, scratch, entry, x, y)
 
 
+@inlined
+def read_pair(rows: Rows, at: int, soon: int, width: int, scratch: Scratch, entry: int, y: int) -> None:
+    """What the token reads of the two state rows of one pair of neurons, at `at`. Prefetches those at `soon`."""
+    q0, q1 = simd.spread(scratch.even, entry), simd.spread(scratch.odd, entry)
+    even, odd, soon = rows.start + at, rows.start + at + width, rows.start + soon
+    whole = width // LANES * LANES
+    for i in range(0, whole, LANES):
+        simd_state.prefetch_states(rows.states, soon + 2 * i)
+        y_now = simd.fma(q0, simd_state.load_state(rows.states, even + i), simd.load(scratch.y, y + i))
+        simd.store(scratch.y, y + i, simd.fma(q1, simd_state.load_state(rows.states, odd + i), y_now))
+    rest = width - whole
+    if rest:
+        y_now = simd.load(scratch.y, y + whole)
+        y_now = simd.fma(q0, simd_state.load_state_end(rows.states, even + whole, rest), y_now)
+        y_now = simd.fma(q1, simd_state.load_state_end(rows.states, odd + whole, rest), y_now)
+        simd.store(scratch.y, y + whole, y_now)
+
+
+@compiled
+def read_token(row: int, state: int, shape: Shape, states: States, scratch: Scratch) -> None:
+    """As `attend_token`, but leaves the states as they are: y = q · S, with the same bits."""
+    rows = Rows(states, state, simd_state.half())
+    y = row * shape.pitch
+    for i in range(y, y + shape.pitch):
+        scratch.y[i] = 0
+    size = 2 * shape.width
+    first = row * shape.list_pitch
+    last = first + scratch.starts[row * (shape.panels + 1) + shape.panels]
+    for entry in range(first, last):
+        soon = scratch.pairs[min(entry + LOOKAHEAD, last - 1)] * size
+        read_pair(rows, scratch.pairs[entry] * size, soon, shape.width, scratch, entry, y)
+
+
 @compiled
 def attend_tokens(
     first: int, last: int, first_row: int, position: int, state: int, shape: Shape, states: States, work: Work,

@@ -173,6 +173,21 @@ def store_indices(context: Any, array: Any, index: Any, base: Any, bits: Any) ->
 
 
 @intrinsic
+def store_pairs(context: Any, array: Any, index: Any, even: Any, odd: Any) -> Any:
+    """array[index : index + 32] = the lanes of `even` and `odd` by turns."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        for half in (0, LANES):
+            turns = [half // 2 + lane // 2 + LANES * (lane % 2) for lane in range(LANES)]
+            at = builder.add(args[1], ir.Constant(args[1].type, half))
+            pointer = address(context, builder, signature.args[0], args[0], at, FLOATS)
+            builder.store(shuffle(builder, args[2], args[3], turns), pointer, align=4)
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64, VECTOR, VECTOR), generate
+
+
+@intrinsic
 def move_chosen(context: Any, array: Any, index: Any, source: Any, bits: Any) -> Any:
     """As `store_chosen`, but of array[source : source + 16], in an int32 array."""
 

@@ -82,7 +82,9 @@ def contract_share(
 ) -> None:
     scratch = cpu.scratch_of(scratches, thread)
     for piece in range(thread, shape.layers * shape.heads, threads):
-        cpu_passes.contract(0, part.bounds[-1], piece % shape.heads, shape, weights, work, scratch)
+        cpu_passes.contract(
+            0, part.bounds[-1], piece // shape.heads, piece % shape.heads, shape, weights, work, scratch
+        )
 
 
 def pass_variants(kernels: CpuKernels, states: dict[str, Tensor], batch: RaggedBatch) -> dict[str, Callable[[], None]]:

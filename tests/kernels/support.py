@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,8 @@ from bdh_batch.kernels.cpu import CpuKernels
 
 CONFORMANCE = Path(__file__).parents[1] / "data" / "conformance"
 CPU = torch.device("cpu")
+UPSTREAM, ALL_AT_ONCE = "upstream", "all at once"
+VARIANTS = (UPSTREAM, "final norm", "matrices by layer", "partial rotary", "base 10,000", ALL_AT_ONCE)
 
 # The GPU's own first: what its arithmetic gives for 0 · ∞.
 NOT_NUMBERS = [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7FC00000, 0xFFC00000, 0x7F80FFFF, 0x7FFF8000]
@@ -26,6 +30,29 @@ def states_for(weights: Weights, slots: int, window: int = 0, dtype: torch.dtype
     _, heads, width, neurons = weights.encoder.shape
     blocks = (2,) if window else ()
     return torch.zeros(slots, weights.layers, *blocks, heads, neurons, width, dtype=dtype)
+
+
+def variant(weights: Weights, name: str) -> Weights:
+    """Upstream's weights as those of another kind of BDH, one of `VARIANTS`, that fires about as often."""
+    chosen = VARIANTS[1:-1] if name == ALL_AT_ONCE else (name,)
+    neurons = weights.encoder.shape[-1]
+    if "final norm" in chosen:
+        weights = replace(weights, final_norm=True)
+    if "matrices by layer" in chosen:
+        layers = range(weights.layers)
+        weights = replace(
+            weights,
+            encoder=torch.cat([weights.encoder.roll(layer, -1) for layer in layers]),
+            encoder_v=torch.cat([weights.encoder_v.roll(-layer, -1) for layer in layers]),
+            decoder=torch.cat([weights.decoder.roll(2 * layer, -2) for layer in layers]),
+        )
+    if "base 10,000" in chosen:
+        pairs = torch.arange(neurons) // 2 * 2
+        weights = replace(weights, frequencies=10_000.0 ** -(pairs / neurons) / (2 * math.pi))
+    if "partial rotary" in chosen:
+        turns = torch.arange(neurons) < neurons // 8 * 2
+        weights = replace(weights, frequencies=weights.frequencies * turns)
+    return weights
 
 
 def feed(

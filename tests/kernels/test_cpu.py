@@ -16,12 +16,12 @@ from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.torch_reference import TorchKernels, rotation
 from benchmarks.engine.synthetic import synthetic_weights
-from tests.kernels.support import alone, distance, feed, in_a_crowd, model, poison, states_for
+from tests.kernels.support import VARIANTS, alone, distance, feed, in_a_crowd, model, poison, states_for, variant
 
 TOLERANCE = 1e-5
 # Rounding of the weights is the same; that of what products give back is the specification's alone.
 TOLERANCE_OF = {torch.float32: TOLERANCE, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-properties = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+properties = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def text(length: int, vocabulary: int, seed: int = 0) -> Tensor:
@@ -34,13 +34,14 @@ def models(draw: st.DrawFn) -> Weights:
     multiplier = draw(st.sampled_from([2, 4, 6])) * heads
     config = model(draw(st.integers(1, 3)), heads, width, multiplier * width // heads, draw(st.integers(2, 70)))
     density = draw(st.sampled_from([0.0, 0.05, 0.3, 0.5, 0.9, 1.0]))
-    return synthetic_weights(config, density, seed=draw(st.integers(0, 9)))
+    weights = synthetic_weights(config, density, seed=draw(st.integers(0, 9)))
+    return variant(weights, draw(st.sampled_from(VARIANTS)))
 
 
 @properties
 @given(weights=models(), lengths=st.lists(st.integers(1, 70), min_size=1, max_size=12), seed=st.integers(0, 99))
 def test_agrees_with_the_specification(weights: Weights, lengths: list[int], seed: int) -> None:
-    """Any shape, odd sizes included, any density, any ragged batch, then a decode step on the states that it left."""
+    """Any kind and shape, odd sizes included, any density and ragged batch, then a decode step on the states left."""
     sequences = {slot: text(length + 1, len(weights.embed), seed + slot) for slot, length in enumerate(lengths)}
     mine, right = states_for(weights, len(lengths)), states_for(weights, len(lengths))
     prompts = [(slot, 0, length) for slot, length in enumerate(lengths)]

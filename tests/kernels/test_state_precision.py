@@ -17,7 +17,19 @@ from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.cpu_layout import Floats, Longs, States
 from bdh_batch.kernels.torch_reference import TorchKernels
 from benchmarks.engine.synthetic import synthetic_weights
-from tests.kernels.support import CPU, NOT_NUMBERS, alone, distance, floats_of, in_a_crowd, model, states_for
+from tests.kernels.support import (
+    ALL_AT_ONCE,
+    CPU,
+    NOT_NUMBERS,
+    UPSTREAM,
+    alone,
+    distance,
+    floats_of,
+    in_a_crowd,
+    model,
+    states_for,
+    variant,
+)
 from tests.kernels.test_cpu import text
 
 TOLERANCE = 3e-2  # bfloat16 keeps 8 bits
@@ -71,9 +83,14 @@ def test_agrees_with_the_specification(width: int, window: int) -> None:
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(width=st.sampled_from([6, 17, 48]), window=st.sampled_from([0, 12]), seed=st.integers(0, 99))
-def test_the_same_bits_in_any_company_and_any_pieces(width: int, window: int, seed: int) -> None:
-    weights = synthetic_weights(model(2, 2, width, 2 * width, 40), 0.4)
+@given(
+    width=st.sampled_from([6, 17, 48]),
+    window=st.sampled_from([0, 12]),
+    seed=st.integers(0, 99),
+    kind=st.sampled_from([UPSTREAM, ALL_AT_ONCE]),
+)
+def test_the_same_bits_in_any_company_and_any_pieces(width: int, window: int, seed: int, kind: str) -> None:
+    weights = variant(synthetic_weights(model(2, 2, width, 2 * width, 40), 0.4), kind)
     kernels = CpuKernels(weights, window)
     sequences = {4: text(50, 40, seed), 0: text(33, 40, seed + 1), 2: text(9, 40, seed + 2)}
     crowd = states_for(weights, 5, window, torch.bfloat16)

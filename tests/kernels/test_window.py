@@ -14,16 +14,26 @@ from bdh_batch.kernels.base import Kernels, Weights
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.torch_reference import TorchKernels, layer_norm, project, rotate, rotation
 from benchmarks.engine.synthetic import synthetic_weights
-from tests.kernels.support import alone, distance, feed, in_a_crowd, model, states_for
+from tests.kernels.support import (
+    ALL_AT_ONCE,
+    UPSTREAM,
+    alone,
+    distance,
+    feed,
+    in_a_crowd,
+    model,
+    states_for,
+    variant,
+)
 
 Make = Callable[[Weights, int], Kernels]
 WINDOW = 12
 LENGTH = WINDOW // 2 * 55 + 4  # 55 boundaries
 
 
-@pytest.fixture(scope="module")
-def weights() -> Weights:
-    return synthetic_weights(model(3, 2, 34, 68, 50), 0.3)
+@pytest.fixture(scope="module", params=[UPSTREAM, ALL_AT_ONCE])
+def weights(request: pytest.FixtureRequest) -> Weights:
+    return variant(synthetic_weights(model(3, 2, 34, 68, 50), 0.3), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +48,17 @@ def by_mask(weights: Weights, tokens: Tensor, window: int) -> Tensor:
     seen = (positions[:, None] > positions) & (blocks[:, None] - blocks <= 1)
     cos, sin = rotation(weights.frequencies, positions)
     x = layer_norm(F.embedding(tokens, weights.embed))
-    for _ in range(weights.layers):
-        fired = project(x, weights.encoder[0]).relu()
+    for layer in range(weights.layers):
+        encoder, encoder_v, decoder = (
+            each[layer if len(each) > 1 else 0] for each in (weights.encoder, weights.encoder_v, weights.decoder)
+        )
+        fired = project(x, encoder).relu()
         q = rotate(fired, cos, sin)
         y = (q @ q.mT * seen) @ x
-        gate = project(layer_norm(y), weights.encoder_v[0]).relu()
-        x = layer_norm(x + layer_norm(project((fired * gate).transpose(0, 1).flatten(1), weights.decoder[0])))
-    return project(x, weights.lm_head)
+        gate = project(layer_norm(y), encoder_v).relu()
+        x = x + layer_norm(project((fired * gate).transpose(0, 1).flatten(1), decoder))
+        x = x if weights.final_norm else layer_norm(x)
+    return project(layer_norm(x), weights.lm_head)
 
 
 @pytest.mark.parametrize("make", [TorchKernels, CpuKernels])
