@@ -155,6 +155,12 @@ def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("source", type=Path, metavar="SRC", help=MODEL_PATHS)
     common.add_argument("--layers", type=_positive, help="where the file does not say how many")
+    common.add_argument(
+        "--norm", choices=["every_layer", "final"], help="where the file does not say it, as are these:"
+    )
+    common.add_argument("--rope-layout", choices=["interleaved", "half"], help="which neurons RoPE turns together")
+    common.add_argument("--rope-theta", type=float, metavar="BASE", help="RoPE's base")
+    common.add_argument("--rotary-dim", type=int, metavar="N", help="how many neurons of a head RoPE turns")
     inspect = actions.add_parser("inspect", parents=[common], help="config, sizes, and how many sequences fit")
     inspect.add_argument("--memory", metavar="SIZE", help='also count what fits so much, as in "8 GiB"')
     inspect.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
@@ -334,17 +340,17 @@ def _default(options: argparse.Namespace) -> int:
 
 def _inspect(options: argparse.Namespace) -> int:
     memory = None if options.memory is None else settings.bytes_of(options.memory, "--memory")
-    from bdh_batch.plan.offline import inspect
+    from bdh_batch.plan.offline import given_by, inspect
 
-    found = inspect(locate(options.source).path, options.layers, memory)
+    found = inspect(locate(options.source).path, given_by(options), memory)
     print(found.as_json() if options.json else found.as_text())
     return 0
 
 
 def _convert(options: argparse.Namespace) -> int:
-    from bdh_batch.plan.offline import convert
+    from bdh_batch.plan.offline import convert, given_by
 
-    checkpoint = convert(locate(options.source).path, options.target, options.layers, options.force)
+    checkpoint = convert(locate(options.source).path, options.target, given_by(options), options.force)
     print(f"{checkpoint.file} is written to {options.target}; serve it: bdh-batch serve --model {options.target}")
     return 0
 

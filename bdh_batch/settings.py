@@ -212,6 +212,28 @@ class Model(Section):
     layers: PositiveInt | None = Field(
         None, description="Layers of a .pt file that does not say how many it has; null is 6."
     )
+    norm: Literal["every_layer", "final"] | None = Field(
+        None,
+        description="LayerNorm of the residual stream, after every layer or only after the last, of a model whose "
+        "files do not say it; they may not be contradicted. null is what they say, else every_layer.",
+    )
+    rope_layout: Literal["interleaved", "half"] | None = Field(
+        None,
+        description="Which neurons RoPE turns together, 2i and 2i + 1, or i and i + rotary_dim / 2, of a model whose "
+        "files do not say it. null is what they say, else interleaved.",
+    )
+    rope_theta: float | None = Field(
+        None,
+        gt=1,
+        allow_inf_nan=False,
+        description="RoPE's base, of a model whose files do not say it. null is what they say, else 65536, or 10000 "
+        "where rope_layout is half.",
+    )
+    rotary_dim: NonNegativeInt | None = Field(
+        None,
+        description="How many neurons of a head RoPE turns, the first ones, of a model whose files do not say it. null "
+        "is what they say, else all.",
+    )
     max_model_len: PositiveInt | None = Field(
         131072,
         description="Most tokens of a prompt and its completion together; null is no limit (the state never grows).",
@@ -236,6 +258,10 @@ class ModelEntry(Section):
     dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="As model.dtype.")
     attention_window: NonNegativeInt | None = Field(None, description="As model.attention_window.")
     layers: PositiveInt | None = Field(None, description="As model.layers.")
+    norm: Literal["every_layer", "final"] | None = Field(None, description="As model.norm.")
+    rope_layout: Literal["interleaved", "half"] | None = Field(None, description="As model.rope_layout.")
+    rope_theta: float | None = Field(None, gt=1, allow_inf_nan=False, description="As model.rope_theta.")
+    rotary_dim: NonNegativeInt | None = Field(None, description="As model.rotary_dim.")
     max_model_len: PositiveInt | None = Field(None, description="As model.max_model_len.")
     state_dtype: Literal["float32", "bfloat16"] = Field("float32", description="As engine.state_dtype.")
     state_memory: Bytes | None = Field(None, description="As engine.state_memory.")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from bdh_batch.checkpoint.config import ROPE_THETA, BDHConfig, rope_frequencies
+from bdh_batch.checkpoint.config import MATRICES, NOTHING, ROPE_THETA, BDHConfig, Given
 from bdh_batch.checkpoint.dialects import (
     EMBED,
     FREQUENCIES,
     HEAD,
+    LATENT,
     ROPE,
-    Fields,
     Tensors,
+    arrange,
     upstream_fields,
     upstream_tensors,
 )
@@ -34,22 +35,30 @@ from bdh_batch.checkpoint.files import CONFIG, WEIGHTS, State, read_source
 from bdh_batch.errors import CheckpointError
 from bdh_batch.kernels.base import Weights
 from bdh_batch.system.device_memory import free_memory
-from bdh_batch.system.documents import listed, shown
+from bdh_batch.system.documents import brief, listed, shown
 
 log = logging.getLogger(__name__)
 
-SPARE_KEYS = frozenset({FREQUENCIES, "lm_gate"})  # a constant, and a leftover of older upstream versions
+SPARE_KEYS = frozenset({FREQUENCIES, LATENT, "lm_gate"})  # the last is a leftover of older upstream versions
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROUNDING, SMALLEST = 2.0**-7, 1e-7  # what 16 bits lose of a frequency: bfloat16 relatively, float16's least numbers
+COMPUTED = 1e-4  # what two ways to compute a frequency in float32 may differ by, relatively
+NEURON_FIELDS = frozenset({"mlp_internal_dim_multiplier", "head_neurons"})  # each says how many neurons there are
+KEYS = "its keys"
 UPSTREAM_LAYERS = BDHConfig().n_layer
 
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A loaded model: its config, and its weights in memory."""
+    """A loaded model: its config, and its weights in memory.
+
+    `neuron_order` [N]: for each neuron of a head as `weights` number them, its number in the checkpoint; None where
+    they are the same.
+    """
 
     config: BDHConfig
     weights: Weights
+    neuron_order: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +74,11 @@ class Checkpoint:
     layers_known: bool
 
     def frequencies(self) -> Tensor:
-        """RoPE's [N], float32. What was saved narrower has lost the phases: then they are computed anew."""
-        neurons = self.config.neurons_per_head
+        """RoPE's [N], float32, in the file's order. What was saved narrower has lost the phases: then they are computed
+        anew."""
         saved = self.state.get(FREQUENCIES)
         if saved is None or saved.dtype.itemsize < torch.float32.itemsize:
-            return rope_frequencies(neurons)
+            return self.config.frequencies()
         return saved.flatten().float()
 
     def check_finite(self) -> None:
@@ -94,68 +103,95 @@ def fingerprint(weights: Weights) -> str:
     return digest.hexdigest()
 
 
-def load_model(path: Path, dtype: torch.dtype, device: torch.device, layers: int | None = None) -> Model:
+def load_model(path: Path, dtype: torch.dtype, device: torch.device, given: Given = NOTHING) -> Model:
     """Reads a model folder, a `.pt` or a `.safetensors` file.
 
     Args:
         path: the folder or the file; a `config.json` beside a file goes before the config inside it.
         dtype: of the weights in memory; RoPE's frequencies stay float32.
-        layers: for a file that does not say it: BDH's layers share one set of weights.
+        given: what the file may leave open.
 
     Raises:
         CheckpointError: nothing there, unreadable, or with missing, extra or misshapen keys, every one of them listed.
     """
-    checkpoint = open_checkpoint(path, layers)
+    checkpoint = open_checkpoint(path, given)
     if not checkpoint.layers_known:
         name = checkpoint.file
         log.warning("%s does not say its number of layers: taking upstream's %d (model.layers)", name, UPSTREAM_LAYERS)
     _check_memory(checkpoint, dtype, device)
-    # A copy always: what is only mapped would change with the file.
-    state = {
-        key: checkpoint.state[key].to(device=device, dtype=dtype, copy=True).contiguous()
-        for key in checkpoint.config.shapes()
-    }
-    _check_finite(state, checkpoint.file)
-    weights = Weights(
-        layers=checkpoint.config.n_layer,
-        embed=state[EMBED],
-        encoder=state["encoder"][None],
-        encoder_v=state["encoder_v"][None],
-        decoder=state["decoder"][None],
-        lm_head=state[HEAD],
-        frequencies=checkpoint.frequencies().to(device, copy=True),
+    weights = _weights(checkpoint, dtype, device)
+    return Model(checkpoint.config, weights, checkpoint.config.neuron_order())
+
+
+def _weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Weights:
+    """Copies always: what is only mapped would change with the file."""
+    config, order = checkpoint.config, checkpoint.config.neuron_order()
+
+    def copy(tensor: Tensor, dtype: torch.dtype = dtype) -> Tensor:
+        return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
+
+    def stack(name: str) -> Tensor:
+        """The matrices of all sets [M, …], their neurons in the kernels' order."""
+        keys = config.matrix_keys(name)
+        sets = torch.empty(len(keys), *config.shapes()[keys[0]], dtype=dtype, device=device)
+        for matrix, key in zip(sets, keys):
+            source = checkpoint.state[key]
+            if order is not None and name == "decoder":
+                source = source.reshape(config.n_head, -1, config.n_embd)[:, order].flatten(0, 1)
+            elif order is not None:
+                source = source[..., order]
+            matrix.copy_(source)
+        return sets
+
+    matrices = {name: stack(name) for name in MATRICES}
+    embed, head = copy(checkpoint.state[EMBED]), copy(checkpoint.state[HEAD])
+    frequencies = checkpoint.frequencies()
+    latent = checkpoint.state.get(LATENT)
+    _check_finite(
+        {EMBED: embed, **matrices, HEAD: head} | ({} if latent is None else {LATENT: latent}), checkpoint.file
     )
-    return Model(checkpoint.config, weights)
+    return Weights(
+        layers=config.n_layer,
+        embed=embed,
+        **matrices,
+        lm_head=head,
+        frequencies=copy(frequencies if order is None else frequencies[order], torch.float32),
+        final_norm=config.norm == "final",
+        latent_embed=None if latent is None else copy(latent, torch.float32),
+    )
 
 
-def open_checkpoint(path: Path, layers: int | None = None) -> Checkpoint:
+def open_checkpoint(path: Path, given: Given = NOTHING) -> Checkpoint:
     """As `load_model`, but leaves the tensors where and as they are; NaN is not looked for."""
     source = read_source(path)
     with _blaming(source.config_file):
         fields = None if source.values is None else upstream_fields(source.values)
+    said = {} if fields is None else fields.values
     with _blaming(source.file):
         tensors = upstream_tensors(source.state, fields)
+        sizes = _sizes(tensors.state, said, fields is None)
     with _blaming(source.config_file):
-        config = None if fields is None else BDHConfig.from_dict(fields.values)
+        BDHConfig.from_dict(sizes | said)  # what is wrong by itself is reported before what contradicts
+        known = _settled(said, tensors.facts, given)
+        config = BDHConfig.from_dict(sizes | known)
     with _blaming(source.file):
-        given = _known_layers(fields, tensors, layers)
-        config = _infer_config(tensors.state) if config is None else config
-        config = replace(config, n_layer=given or UPSTREAM_LAYERS)
-        _check(tensors, config, fields is not None and fields.rope)
-    return Checkpoint(source.file, config, tensors.state, given is not None)
+        arrange(tensors, config)
+        _check(tensors, config, known.keys(), fields is not None and fields.rope)
+    return Checkpoint(source.file, config, tensors.state, "n_layer" in known)
 
 
 def save_model(folder: Path, config: BDHConfig, state: Mapping[str, Tensor], generation: Mapping[str, Any]) -> None:
     """Writes the native folder of a byte-level model; `generation` holds the sampling defaults it suggests.
 
-    Where `state` has no frequencies of RoPE, they are upstream's.
+    Where `state` has no frequencies of RoPE, they are the config's.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {FREQUENCIES: rope_frequencies(config.neurons_per_head).view(1, 1, 1, -1)} | dict(state)
-    saved = {key: tensors[key].detach().contiguous() for key in (*config.shapes(), FREQUENCIES)}
+    tensors = {FREQUENCIES: config.frequencies().view(1, 1, 1, -1)} | dict(state)
+    optional = [LATENT] if LATENT in tensors else []
+    saved = {key: tensors[key].detach().contiguous() for key in (*config.shapes(), FREQUENCIES, *optional)}
     (folder / WEIGHTS).write_bytes(save(saved))
     for name, values in (
-        (CONFIG, config.to_dict()),
+        (CONFIG, config.described()),
         ("tokenizer_config.json", {"type": "byte"}),
         ("generation_config.json", dict(generation)),
     ):
@@ -178,34 +214,40 @@ def _blaming(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def _known_layers(fields: Fields | None, tensors: Tensors, asked: int | None) -> int | None:
-    given = {
-        "its config": None if fields is None else fields.values.get("n_layer"),
-        "its keys": tensors.layers,
-        "model.layers": asked,
-    }
-    known = {who: layers for who, layers in given.items() if layers is not None}
-    if len(set(known.values())) > 1:
-        raise CheckpointError("how many layers? " + ", ".join(f"{who} says {layers}" for who, layers in known.items()))
-    return next(iter(known.values()), None)
+def _settled(fields: Mapping[str, Any], facts: Mapping[str, Any], given: Given) -> dict[str, Any]:
+    """The fields of the config that are known, by whoever says them.
+
+    Raises:
+        CheckpointError: two say something different.
+    """
+    known = {name: ("its config", value) for name, value in fields.items()}
+    for name, (who, value) in [*((name, (KEYS, value)) for name, value in facts.items()), *given.fields().items()]:
+        first, other = known.setdefault(name, (who, value))
+        if other != value:
+            says = "say" if who == KEYS else "says"
+            raise CheckpointError(f"{name}: {first} says {brief(other)}, {who} {says} {brief(value)}")
+    return {name: value for name, (_, value) in known.items()}
 
 
-def _infer_config(state: State) -> BDHConfig:
-    encoder, embed = state.get("encoder"), state.get(EMBED)
-    if encoder is None or embed is None or encoder.ndim != 3 or embed.ndim != 2:
+def _sizes(state: State, said: Collection[str], needed: bool) -> dict[str, int]:
+    """What the shapes show of the model, and the config does not say."""
+    encoder, embed = state.get("encoder", state.get("encoder.0")), state.get(EMBED)
+    if encoder is None or embed is None or encoder.ndim != 3 or embed.ndim != 2 or not encoder.numel():
+        if not needed:
+            return {}
         raise CheckpointError(
             f"no {CONFIG} beside it, and without encoder [heads, D, N] and embed.weight [V, D] none can be "
             f"inferred; found {_listing(state)}"
         )
     heads, width, neurons = encoder.shape
-    if not width or heads * neurons % width:
-        raise CheckpointError(f"encoder {list(encoder.shape)} has {heads * neurons} neurons, no multiple of its width")
-    return BDHConfig(
-        n_embd=width, n_head=heads, mlp_internal_dim_multiplier=heads * neurons // width, vocab_size=embed.shape[0]
-    )
+    sizes = {"n_embd": width, "n_head": heads, "vocab_size": embed.shape[0]}
+    if NEURON_FIELDS.isdisjoint(said):
+        of_width, rest = divmod(heads * neurons, width)
+        sizes |= {"head_neurons": neurons} if rest else {"mlp_internal_dim_multiplier": of_width}
+    return {name: size for name, size in sizes.items() if name not in said}
 
 
-def _check(tensors: Tensors, config: BDHConfig, rope_known: bool) -> None:
+def _check(tensors: Tensors, config: BDHConfig, known: Collection[str], rope_known: bool) -> None:
     state, expected = tensors.state, config.shapes()
 
     def name(key: str) -> str:
@@ -226,28 +268,54 @@ def _check(tensors: Tensors, config: BDHConfig, rope_known: bool) -> None:
         if tensor.dtype not in DTYPES
     ]
     if FREQUENCIES in state:
-        problems += [f"{name(FREQUENCIES)} {problem}" for problem in _frequency_problems(state[FREQUENCIES], config)]
-    elif not rope_known:
+        problems += [
+            f"{name(FREQUENCIES)} {problem}" for problem in _frequency_problems(state[FREQUENCIES], config, known)
+        ]
+    elif not config.turning or rope_known or _says_rope(config, known):
+        pass  # computed
+    else:
         problems.append(
-            f"missing {FREQUENCIES} [1, 1, 1, {config.neurons_per_head}], without which RoPE is not known; where it is "
-            f'upstream\'s, say so by "{ROPE}": {ROPE_THETA:.0f} in {CONFIG}'
+            f"missing {FREQUENCIES} [1, 1, 1, {config.neurons_per_head}], without which RoPE is not known; say what it "
+            f"is by {ROPE} and rope_layout in {CONFIG} or in the settings (model.{ROPE}, model.rope_layout); "
+            f'"{ROPE}": {ROPE_THETA:.0f} alone is upstream\'s'
         )
+    if (latent := state.get(LATENT)) is not None:
+        if not config.latent_steps:
+            problems.append(f"{name(LATENT)} is there, and latent_steps is not true in the config")
+        if latent.shape != (config.n_embd,) or latent.dtype not in DTYPES:
+            problems.append(f"{name(LATENT)} should be floats of the shape [{config.n_embd}]")
     if problems:
         raise CheckpointError(listed(problems))
 
 
-def _frequency_problems(saved: Tensor, config: BDHConfig) -> list[str]:
-    """The phases are part of the model: others than upstream's are served as they are, if they are RoPE's at all."""
-    if saved.numel() != config.neurons_per_head:
-        return [f"has {saved.numel()} elements, not {config.neurons_per_head}"]
+def _says_rope(config: BDHConfig, known: Collection[str]) -> bool:
+    """Upstream's base is known to be used by upstream's layout; of others both have to be said."""
+    return ROPE in known and (config.rope_theta == ROPE_THETA or "rope_layout" in known)
+
+
+def _frequency_problems(saved: Tensor, config: BDHConfig, known: Collection[str]) -> list[str]:
+    """The phases are part of the model: those of any base are served as they are, if they are RoPE's at all."""
+    neurons, turning = config.neurons_per_head, config.turning
+    if saved.numel() != neurons:
+        return [f"has {saved.numel()} elements, not {neurons}"]
     if saved.dtype not in DTYPES:
         return [f"holds {_short(saved.dtype)}, not floats of 16, 32 or 64 bits"]
     turns = saved.flatten().float()
-    if not turns.isfinite().all() or not torch.equal(turns[::2], turns[1::2]):
-        return ["should be finite, and the same for neurons 2i and 2i + 1"]
+    ordered = turns if (order := config.neuron_order()) is None else turns[order]
+    if not turns.isfinite().all() or not torch.equal(ordered[::2], ordered[1::2]):
+        pairs = "2i and 2i + 1" if config.rope_layout == "interleaved" else f"i and i + {turning // 2}"
+        return [f"should be finite, and the same for neurons {pairs} (rope_layout {config.rope_layout})"]
+    if turns[turning:].any():
+        return [f"should be 0 from neuron {turning} on (rotary_dim)"]
     narrow = saved.dtype.itemsize < torch.float32.itemsize
-    if narrow and not torch.allclose(turns, rope_frequencies(len(turns)), ROUNDING, SMALLEST):
-        return [f"is in {_short(saved.dtype)}, which is too coarse, and is not upstream's; save it in float32"]
+    rounding, smallest = (ROUNDING, SMALLEST) if narrow else (COMPUTED, 0.0)
+    if torch.allclose(turns, config.frequencies(), rounding, smallest):
+        return []
+    if ROPE in known:
+        return [f"is not of {ROPE} {config.rope_theta:g}; leave one of them out"]
+    if narrow:
+        base = f"{config.rope_theta:g}"
+        return [f"is in {_short(saved.dtype)}, which is too coarse, and its base is not {base}; save it in float32"]
     return []
 
 

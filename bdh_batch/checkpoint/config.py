@@ -1,11 +1,12 @@
-"""The shape of a BDH model: upstream's `BDHConfig` and what follows from it. Knows nothing about weights."""
+"""The description of a BDH model: upstream's `BDHConfig`, the fields in which variants differ from it, and what follows
+from them. Knows nothing about weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,8 +23,40 @@ LARGEST = {  # beyond any BDH, and far below where products of them would not fi
     "vocab_size": 2**24,
 }
 UPSTREAM = frozenset((*LARGEST, "dropout"))  # its config's fields
+LARGEST_HEAD = 2**34  # the product of the largest width and multiplier
 LARGEST_CONTEXT = 2**40
+LARGEST_THETA = 1e30  # its powers fit float32
 LARGEST_STATE = 2**50  # bytes of one sequence, in float32 with a window
+MATRICES = ("encoder", "encoder_v", "decoder")  # what layers may have of their own
+
+Norm = Literal["every_layer", "final"]
+RopeLayout = Literal["interleaved", "half"]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What the caller says about a model where its file leaves it open; None is nothing. It may not contradict.
+
+    The names are those of the section `model` in the settings.
+    """
+
+    layers: int | None = None
+    norm: Norm | None = None
+    rope_layout: RopeLayout | None = None
+    rope_theta: float | None = None
+    rotary_dim: int | None = None
+
+    def fields(self) -> dict[str, tuple[str, Any]]:
+        """The option and the value of each field of `BDHConfig` that is given."""
+        renamed = {"layers": "n_layer"}
+        return {
+            renamed.get(name, name): (f"model.{name}", value)
+            for name, value in asdict(self).items()
+            if value is not None
+        }
+
+
+NOTHING = Given()
 
 
 @dataclass(frozen=True)
@@ -52,9 +85,9 @@ class BDHConfig:
     trained_context: int | None = None
     attention_window: int | None = None
     head_neurons: int | None = None
-    norm: Literal["every_layer", "final"] = "every_layer"
+    norm: Norm = "every_layer"
     rope_theta: float = ROPE_THETA
-    rope_layout: Literal["interleaved", "half"] = "interleaved"
+    rope_layout: RopeLayout = "interleaved"
     rotary_dim: int | None = None
     per_layer_weights: bool = False
     latent_steps: bool = False
@@ -62,21 +95,50 @@ class BDHConfig:
     def __post_init__(self) -> None:
         for name, most in LARGEST.items():
             self._check_integer(name, 1, most)
-        if self.mlp_internal_dim_multiplier * self.n_embd % (2 * self.n_head):
-            raise CheckpointError(
-                "config: n_embd * mlp_internal_dim_multiplier must be a multiple of 2 * n_head: RoPE turns pairs; "
-                f"{self.n_embd} * {self.mlp_internal_dim_multiplier} is not a multiple of {2 * self.n_head}"
-            )
+        self._check_neurons()
         for name, least in (("trained_context", 1), ("attention_window", 0)):
             if getattr(self, name) is not None:
                 self._check_integer(name, least, LARGEST_CONTEXT)
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float) or not 0 <= self.dropout <= 1:
             raise CheckpointError(f"config: dropout must be a number from 0 to 1, not {brief(self.dropout)}")
+        for name, known in (("norm", get_args(Norm)), ("rope_layout", get_args(RopeLayout))):
+            if getattr(self, name) not in known:
+                raise CheckpointError(f"config: {name} must be {' or '.join(known)}, not {brief(getattr(self, name))}")
+        self._check_rope()
+        for name in ("per_layer_weights", "latent_steps"):
+            if not isinstance(getattr(self, name), bool):
+                raise CheckpointError(f"config: {name} must be true or false, not {brief(getattr(self, name))}")
         if (state := 2 * 4 * self.state_elements) > LARGEST_STATE:
             raise CheckpointError(
                 f"config: n_layer {self.n_layer}, n_embd {self.n_embd} and mlp_internal_dim_multiplier "
                 f"{self.mlp_internal_dim_multiplier} make states of {state:,} bytes, more than any machine has"
             )
+
+    def _check_neurons(self) -> None:
+        if self.head_neurons is not None:
+            self._check_integer("head_neurons", 2, LARGEST_HEAD)
+        if (neurons := self.neurons_per_head) % 2 or not neurons:
+            origin = (
+                f"n_embd {self.n_embd} * mlp_internal_dim_multiplier {self.mlp_internal_dim_multiplier} // "
+                f"n_head {self.n_head}"
+                if self.head_neurons is None
+                else "head_neurons"
+            )
+            raise CheckpointError(
+                f"config: {origin} makes {neurons} neurons of a head, and it should be an even number: RoPE turns pairs"
+            )
+
+    def _check_rope(self) -> None:
+        theta, rotary = self.rope_theta, self.rotary_dim
+        if isinstance(theta, bool) or not isinstance(theta, int | float) or not 1 < theta <= LARGEST_THETA:
+            raise CheckpointError(
+                f"config: rope_theta must be a number from 1 to {LARGEST_THETA:.0e}, not {brief(theta)}"
+            )
+        if rotary is not None:
+            self._check_integer("rotary_dim", 0, LARGEST_HEAD)
+            if rotary % 2 or rotary > self.neurons_per_head:
+                text = f"an even number of at most {self.neurons_per_head:,}, the neurons of a head"
+                raise CheckpointError(f"config: rotary_dim must be {text}, not {rotary}")
 
     def _check_integer(self, name: str, least: int, most: int) -> None:
         value = getattr(self, name)
@@ -87,6 +149,8 @@ class BDHConfig:
     @property
     def neurons_per_head(self) -> int:
         """N: rows of one head's state."""
+        if self.head_neurons is not None:
+            return self.head_neurons
         return self.mlp_internal_dim_multiplier * self.n_embd // self.n_head
 
     @property
@@ -105,21 +169,60 @@ class BDHConfig:
         window = self.trained_context if self.attention_window is None else self.attention_window
         return window + window % 2 if window else 0
 
+    @property
+    def turning(self) -> int:
+        """Neurons of a head that RoPE turns, its first ones."""
+        return self.neurons_per_head if self.rotary_dim is None else self.rotary_dim
+
+    def matrix_keys(self, name: str) -> list[str]:
+        """The keys of one of `MATRICES`: one for each set of weights."""
+        return [f"{name}.{layer}" for layer in range(self.n_layer)] if self.per_layer_weights else [name]
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors of a checkpoint, by upstream's keys."""
+        """The tensors of a checkpoint, by upstream's keys; with weights for each layer `encoder.0` and so on."""
         heads, width, neurons = self.n_head, self.n_embd, self.neurons_per_head
+        up, down = (heads, width, neurons), (heads * neurons, width)
+        matrices = dict(zip(MATRICES, (up, up, down)))
         return {
             "embed.weight": (self.vocab_size, width),
-            "encoder": (heads, width, neurons),
-            "encoder_v": (heads, width, neurons),
-            "decoder": (heads * neurons, width),
+            **{key: shape for name, shape in matrices.items() for key in self.matrix_keys(name)},
             "lm_head": (width, self.vocab_size),
         }
+
+    def frequencies(self) -> Tensor:
+        """RoPE's turns per position [N] of each neuron of a head, float32, in the checkpoint's order of neurons."""
+        return rope_frequencies(self.neurons_per_head, self.rope_theta, self.turning, self.rope_layout)
+
+    def neuron_order(self) -> Tensor | None:
+        """The checkpoint's numbers of a head's neurons as the kernels number them, [N]; None where they are the same.
+
+        Kernels turn neighbours, 2i and 2i + 1.
+        """
+        if self.rope_layout == "interleaved" or not self.turning:
+            return None
+        order = torch.arange(self.neurons_per_head)
+        order[: self.turning] = order[: self.turning].view(2, -1).T.flatten()
+        return order
+
+    def variant(self) -> str:
+        """In words, what distinguishes the model from others of its sizes."""
+        norm = {"every_layer": "norm after every layer", "final": "norm after the last layer"}[self.norm]
+        which = "all" if self.turning == self.neurons_per_head else f"{self.turning:,} of {self.neurons_per_head:,}"
+        rope = f"RoPE {self.rope_layout} in {which} neurons of a head" if self.turning else "no RoPE"
+        facts = [norm, rope, "weights for each layer" if self.per_layer_weights else "shared weights"]
+        return ", ".join(facts + ["latent steps"] * self.latent_steps)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the fields of upstream's config, and of the others those that say something."""
         plain = {field.name: field.default for field in fields(self) if field.name not in UPSTREAM}
-        return {name: value for name, value in asdict(self).items() if name not in plain or value != plain[name]}
+        values = {name: value for name, value in asdict(self).items() if name not in plain or value != plain[name]}
+        if self.head_neurons is not None:
+            del values["mlp_internal_dim_multiplier"]  # which says it otherwise
+        return values
+
+    def described(self) -> dict[str, Any]:
+        """As `to_dict`, with what a reader would otherwise have to assume."""
+        return self.to_dict() | {"norm": self.norm, "rope_layout": self.rope_layout}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BDHConfig:
@@ -134,10 +237,21 @@ class BDHConfig:
         return cls(**values)
 
 
-def rope_frequencies(neurons: int) -> Tensor:
-    """Turns per position [N] of each neuron, float32; neighbours (2i, 2i + 1) share one. Upstream's `get_freqs`."""
-    pairs = (torch.arange(neurons, dtype=torch.float32) / 2).floor() * 2
-    return 1.0 / (ROPE_THETA ** (pairs / neurons)) / (2 * math.pi)
+def rope_frequencies(
+    neurons: int, theta: float = ROPE_THETA, turning: int | None = None, layout: RopeLayout = "interleaved"
+) -> Tensor:
+    """Turns per position [N] of each neuron, float32; those that turn together share one. By default upstream's
+    `get_freqs`.
+
+    Args:
+        turning: the first so many turn, the others do not; None is all.
+        layout: which turn together: 2i and 2i + 1, or i and i + turning / 2.
+    """
+    count = neurons if turning is None else turning
+    index = torch.arange(count, dtype=torch.float32)
+    pairs = (index / 2).floor() * 2 if layout == "interleaved" else index % max(1, count // 2) * 2
+    turns = 1.0 / (theta ** (pairs / max(1, count))) / (2 * math.pi)
+    return torch.cat((turns, torch.zeros(neurons - count)))
 
 
 def bytes_per_sequence(config: BDHConfig, window: int = 0, dtype: torch.dtype = torch.float32) -> int:

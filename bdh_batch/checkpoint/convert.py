@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from bdh_batch.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from bdh_batch.checkpoint.dialects import FREQUENCIES
+from bdh_batch.checkpoint.config import NOTHING, Given
+from bdh_batch.checkpoint.dialects import FREQUENCIES, LATENT
 from bdh_batch.checkpoint.files import CONFIG, WEIGHTS
 from bdh_batch.errors import CheckpointError
 from bdh_batch.system.documents import listed, shown
@@ -29,21 +30,21 @@ BESIDE = (
 OWN = {CONFIG, WEIGHTS, *BESIDE}
 
 
-def convert(source: Path, target: Path, layers: int | None = None, force: bool = False) -> Checkpoint:
+def convert(source: Path, target: Path, given: Given = NOTHING, force: bool = False) -> Checkpoint:
     """Writes the model at `source` as the native folder `target`, whole or not at all; the checkpoint that was read.
 
     Weights keep their dtype; RoPE's frequencies are written as they are served. The tokenizer, the chat template and
     the sampling defaults that lie beside the weights come along.
 
     Args:
-        layers: for a source that does not say it.
+        given: what the source may leave open.
         force: may replace a model folder, which nothing else may lie in.
 
     Raises:
         CheckpointError: the source cannot be loaded, or the target cannot be written.
     """
     target = Path(os.path.abspath(target))  # "." has no name, and no parent
-    checkpoint = open_checkpoint(source, layers)
+    checkpoint = open_checkpoint(source, given)
     if not checkpoint.layers_known:
         raise CheckpointError(f"{checkpoint.file}: does not say its number of layers; give it with --layers")
     checkpoint.check_finite()
@@ -80,9 +81,10 @@ def _check_target(file: Path, target: Path, force: bool) -> None:
 
 def _write(folder: Path, checkpoint: Checkpoint, beside: Mapping[str, Path]) -> None:
     config = checkpoint.config
-    (folder / CONFIG).write_text(json.dumps(config.to_dict(), indent=2) + "\n", "utf-8")
+    (folder / CONFIG).write_text(json.dumps(config.described(), indent=2) + "\n", "utf-8")
     # Clones, as a safetensors file cannot hold two tensors that share memory.
-    tensors = {key: checkpoint.state[key].clone(memory_format=torch.contiguous_format) for key in config.shapes()}
+    keys = [*config.shapes(), *({LATENT} & checkpoint.state.keys())]
+    tensors = {key: checkpoint.state[key].clone(memory_format=torch.contiguous_format) for key in keys}
     tensors[FREQUENCIES] = checkpoint.frequencies().view(1, 1, 1, -1).clone()
     save_file(tensors, folder / WEIGHTS)
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # save_file leaves it to its owner alone

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdh_batch.checkpoint.config import ROPE_THETA, BDHConfig
+from bdh_batch.checkpoint.config import MATRICES, BDHConfig
 from bdh_batch.checkpoint.files import State
 from bdh_batch.errors import CheckpointError
 from bdh_batch.system.documents import brief, listed, shown
 
-EMBED, HEAD, FREQUENCIES = "embed.weight", "lm_head", "attn.freqs"
+EMBED, HEAD, FREQUENCIES, LATENT = "embed.weight", "lm_head", "attn.freqs", "latent_step_embed"
 PREFIXES = ("_orig_mod.", "module.", "_fsdp_wrapped_module.", "model.")  # torch.compile's, DDP's, FSDP's, Lightning's
 BACKBONE, LINEAR_HEAD = "backbone.", "lm_head.weight"  # bdh-transformers'; an nn.Linear is [V, D], upstream's is [D, V]
 PAPER = {"wte.weight": EMBED, "decoder_x": "encoder", "decoder_y": "encoder_v", "encoder": "decoder", "readout": HEAD}
@@ -38,8 +38,9 @@ FIELDS = {
     **{"L": "n_layer", "D": "n_embd", "H": "n_head"},  # the paper's
 }
 NEURONS = "N"  # the paper's, of all heads
-KNOWN = {field.name for field in fields_of(BDHConfig)} | FIELDS.keys() | {NEURONS}
 ROPE = "rope_theta"
+NULLABLE = {*FIELDS, ROPE, "rope_layout", "norm"}  # null is as good as not there
+KNOWN = {field.name for field in fields_of(BDHConfig)} | FIELDS.keys() | {NEURONS}
 OWN = {"trained_context", "attention_window"}  # fields that only this project writes
 TIES = ("tie_word_embeddings", "tie_weights")
 SAYS_NOTHING = frozenset(  # about the forward pass
@@ -60,8 +61,8 @@ SAYS_NOTHING = frozenset(  # about the forward pass
 class Fields:
     """A config in upstream's names.
 
-    `tied`: whether it says that the head is the embedding; None: it does not say. `rope`: whether it says that RoPE is
-    upstream's, so that its frequencies need not be in the file.
+    `tied`: whether it says that the head is the embedding; None: it does not say. `rope`: whether whoever wrote it is
+    known to use upstream's RoPE, so that neither it nor its frequencies need be in the file.
     """
 
     values: dict[str, Any]
@@ -72,11 +73,12 @@ class Fields:
 
 @dataclass(frozen=True, slots=True)
 class Tensors:
-    """A state dict in upstream's names, and for each of them the file's. `layers` is None where no key shows it."""
+    """A state dict in upstream's names, and for each of them the file's; `facts` are fields of the config that the keys
+    show."""
 
     state: State
     origins: dict[str, str]
-    layers: int | None
+    facts: dict[str, Any]
 
 
 def upstream_fields(values: Mapping[str, Any]) -> Fields:
@@ -90,7 +92,7 @@ def upstream_fields(values: Mapping[str, Any]) -> Fields:
         raise CheckpointError(f"config: model_type is {shown(kind)[:100]}; only bdh can be served")
     found: dict[str, Any] = {}
     for name, value in values.items():
-        if name in SAYS_NOTHING or name in TIES or name in (ROPE, NEURONS) or (name in FIELDS and value is None):
+        if name in SAYS_NOTHING or name in TIES or name == NEURONS or (name in NULLABLE and value is None):
             continue
         _check_plain(name, value)
         field = FIELDS.get(name, name)
@@ -100,10 +102,23 @@ def upstream_fields(values: Mapping[str, Any]) -> Fields:
     if NEURONS in values:
         _check_plain(NEURONS, values[NEURONS])
         found.setdefault("mlp_internal_dim_multiplier", _multiplier(values[NEURONS], found.get("n_embd")))
+    _check_neurons(found)
     ties = [values[name] for name in TIES if name in values]
     if not all(isinstance(tied, bool) for tied in ties) or len(set(ties)) > 1:
         raise CheckpointError(f"config: {' and '.join(TIES)} should be true or false")
     return Fields(found, ties[0] if ties else None, kind is not None, _rope_is_known(values))
+
+
+def _check_neurons(values: Mapping[str, Any]) -> None:
+    """What is said twice should be said alike."""
+    names = ("mlp_internal_dim_multiplier", "n_embd", "n_head", "head_neurons")
+    if all(isinstance(values.get(name), int) for name in names):
+        multiplier, width, heads, neurons = (values[name] for name in names)
+        if heads and neurons != (product := multiplier * width // heads):
+            text = f"mlp_internal_dim_multiplier {brief(multiplier)} * n_embd {brief(width)} // n_head {brief(heads)}"
+            raise CheckpointError(
+                f"config: head_neurons is {brief(neurons)}, and {text} is {brief(product)}; leave one of them out"
+            )
 
 
 def _check_plain(name: str, value: object) -> None:
@@ -120,14 +135,8 @@ def _multiplier(neurons: object, width: object) -> int:
 
 
 def _rope_is_known(values: Mapping[str, Any]) -> bool:
-    """Of bdh-transformers, and of what this project has written, it is known; of others it has to be said."""
-    theta = values.get(ROPE)
-    if theta is not None and (isinstance(theta, bool) or not isinstance(theta, int | float) or theta != ROPE_THETA):
-        raise CheckpointError(
-            f"config: {ROPE} is {brief(theta)}, not upstream's {ROPE_THETA:.0f}, and does not say how neurons pair. "
-            f"Leave it out, and save {FREQUENCIES}: turns per position of each neuron, the same for 2i and 2i + 1"
-        )
-    return theta is not None or values.get("model_type") == "bdh" or not OWN.isdisjoint(values)
+    """Of bdh-transformers, and of what this project has written, upstream's is known where nothing is said."""
+    return values.get("model_type") == "bdh" or not OWN.isdisjoint(values)
 
 
 def upstream_tensors(state: Mapping[str, Tensor], fields: Fields | None) -> Tensors:
@@ -149,12 +158,29 @@ def upstream_tensors(state: Mapping[str, Tensor], fields: Fields | None) -> Tens
     problems += _uneven(groups)
     if problems:
         raise CheckpointError(listed(problems))
-    _refuse_unshared(groups, state)
-    origins = {name: next(iter(members.values())) for name, members in groups.items()}
+    unshared = [name for name, members in groups.items() if not _is_shared(members, state)]
+    if others := sorted(set(unshared) - set(MATRICES)):
+        raise CheckpointError(f"{listed(map(shown, others), ', ')} differs between layers, which no BDH has")
+    origins = {name: next(iter(members.values())) for name, members in groups.items() if name not in unshared}
+    origins |= {f"{name}.{layer}": key for name in unshared for layer, key in groups[name].items()}
     found = {name: _turned(parts[key][0], state[key]) for name, key in origins.items()}
     _tie(found, fields, hugging_face or (fields is not None and fields.hugging_face))
     counts = [len(members) for members in groups.values() if None not in members]
-    return Tensors(found, origins, counts[0] if counts else None)
+    facts: dict[str, Any] = {"n_layer": counts[0]} if counts else {}
+    if unshared or not any(None not in groups.get(name, {None}) for name in MATRICES):
+        facts["per_layer_weights"] = bool(unshared)
+    return Tensors(found, origins, facts)
+
+
+def arrange(tensors: Tensors, config: BDHConfig) -> None:
+    """Gives every layer its matrices, where the config says that it has some: a file may hold what is shared once."""
+    if not config.per_layer_weights:
+        return
+    for name in MATRICES:
+        if name in tensors.state:
+            tensor, origin = tensors.state.pop(name), tensors.origins.pop(name)
+            tensors.state.update(dict.fromkeys(config.matrix_keys(name), tensor))
+            tensors.origins.update(dict.fromkeys(config.matrix_keys(name), origin))
 
 
 def _refuse_paper(names: set[str]) -> None:
@@ -198,19 +224,10 @@ def _uneven(groups: Mapping[str, Mapping[int | None, str]]) -> list[str]:
     ]
 
 
-def _refuse_unshared(groups: Mapping[str, Mapping[int | None, str]], state: Mapping[str, Tensor]) -> None:
-    """Layers may have copies of one matrix; matrices of their own are another model than the kernels compute."""
-    differ = [
-        f"{shown(members[0])} … {shown(members[len(members) - 1])}"
-        for members in groups.values()
-        if None not in members and not all(same(state[members[0]], state[key]) for key in members.values())
-    ]
-    if differ:
-        raise CheckpointError(
-            f"layers have weights of their own ({listed(differ, ', ')}), and the kernels compute upstream's BDH, whose "
-            "layers share them. No conversion keeps such a model's output: to serve it here, train it with shared "
-            "weights (started from the mean of the layers', for instance)"
-        )
+def _is_shared(members: Mapping[int | None, str], state: Mapping[str, Tensor]) -> bool:
+    """Layers may have copies of one tensor."""
+    first = state[next(iter(members.values()))]
+    return all(same(first, state[key]) for key in members.values())
 
 
 def _tie(state: State, fields: Fields | None, hugging_face: bool) -> None:
@@ -229,4 +246,4 @@ def _tie(state: State, fields: Fields | None, hugging_face: bool) -> None:
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and torch.equal(a, b)
+    return a is b or (a.dtype == b.dtype and a.is_floating_point() and a.dtype.itemsize > 1 and torch.equal(a, b))

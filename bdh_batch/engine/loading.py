@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
 import torch
 
 from bdh_batch.checkpoint.checkpoint import Model, fingerprint, load_model
-from bdh_batch.checkpoint.config import BDHConfig, bytes_per_sequence
+from bdh_batch.checkpoint.config import BDHConfig, Given, bytes_per_sequence
 from bdh_batch.engine.narrow_states import narrow_bytes
 from bdh_batch.engine.pages import HUGE
 from bdh_batch.engine.runner import Runner
@@ -30,7 +30,7 @@ from bdh_batch.scheduler import working_set
 from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
-from bdh_batch.settings import Engine, PrefixCache, Settings
+from bdh_batch.settings import Engine, Model as ModelOptions, PrefixCache, Settings
 from bdh_batch.system.device_memory import free_memory
 from bdh_batch.system.machine import usable_cores
 
@@ -67,7 +67,7 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     set_threads(settings.engine.threads)
     device = choose_device(settings.model.device)
     dtype: torch.dtype = getattr(torch, settings.model.dtype)
-    model = load_model(path, dtype, device, settings.model.layers)
+    model = load_model(path, dtype, device, given_by(settings.model))
     window = attention_window(settings.model.attention_window, model.config)
     state_dtype: torch.dtype = getattr(torch, settings.engine.state_dtype)
     kernels, reason = select_kernels(settings.engine.kernels, model.weights, window, state_dtype)
@@ -107,6 +107,11 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     states = StateIO(pool, state_layout(pool, weights, window))
     copies = max(1, COPIED // each) if grows else None
     return LoadedEngine(model, runner, slots, host_slots, grows, weights, states, copies)
+
+
+def given_by(model: ModelOptions) -> Given:
+    """What the settings say about a model that its file may leave open."""
+    return Given(**{field.name: getattr(model, field.name) for field in fields(Given)})
 
 
 def set_threads(asked: int | None) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bdh_batch.checkpoint.checkpoint import Checkpoint, open_checkpoint
-from bdh_batch.checkpoint.config import bytes_per_sequence
+from bdh_batch.checkpoint.config import NOTHING, Given, bytes_per_sequence
 from bdh_batch.checkpoint.convert import convert
 from bdh_batch.errors import CheckpointError
 from bdh_batch.system.device_memory import free_memory
@@ -20,7 +21,7 @@ from bdh_batch.system.sizes import size_text
 from bdh_batch.text.folder import load_tokenizer
 from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly
 
-__all__ = ["Inspection", "convert", "inspect"]
+__all__ = ["Inspection", "convert", "given_by", "inspect"]
 
 WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float32, torch.bfloat16)
@@ -83,17 +84,22 @@ class Inspection:
         return [f"{label:<{width}}" + "".join(f"{cell:>{COLUMN}}" for cell in cells) for label, cells in rows]
 
 
-def inspect(path: Path, layers: int | None = None, memory: int | None = None) -> Inspection:
+def given_by(options: Namespace) -> Given:
+    """What the flags of a command say about a model that its file may leave open."""
+    return Given(**{field.name: getattr(options, field.name) for field in fields(Given)})
+
+
+def inspect(path: Path, given: Given = NOTHING, memory: int | None = None) -> Inspection:
     """Looks at a model without reading its weights.
 
     Args:
-        layers: for a file that does not say it.
+        given: what the file may leave open.
         memory: bytes that states may take, to count how many fit besides what fits the free memory.
 
     Raises:
         CheckpointError: it cannot be loaded.
     """
-    checkpoint = open_checkpoint(path, layers)
+    checkpoint = open_checkpoint(path, given)
     config = checkpoint.config
     parameters = sum(checkpoint.state[key].numel() for key in config.shapes())
     state = {

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from bdh_batch.checkpoint.checkpoint import load_model, save_model
-from bdh_batch.checkpoint.config import BDHConfig, bytes_per_sequence, rope_frequencies
+from bdh_batch.checkpoint.config import BDHConfig, Given, bytes_per_sequence, rope_frequencies
 from bdh_batch.engine.state_pool import StatePool, slots_within
 from bdh_batch.errors import CheckpointError, ConfigError
 
@@ -55,7 +55,7 @@ def test_a_bare_state_dict_without_a_config_has_the_layers_that_are_asked_for(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     torch.save(upstream_state(), tmp_path / "model.pt")
-    assert load(tmp_path / "model.pt", layers=3) == BDHConfig(**CONFIG.to_dict())
+    assert load(tmp_path / "model.pt", given=Given(layers=3)) == BDHConfig(**CONFIG.to_dict())
     assert not caplog.records
     assert load(tmp_path / "model.pt").n_layer == 6
     assert "model.layers" in caplog.text

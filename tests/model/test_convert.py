@@ -11,7 +11,7 @@ import torch
 
 from bdh_batch.checkpoint import convert as convert_module
 from bdh_batch.checkpoint.checkpoint import load_model
-from bdh_batch.checkpoint.config import BDHConfig
+from bdh_batch.checkpoint.config import BDHConfig, Given
 from bdh_batch.checkpoint.convert import convert
 from bdh_batch.errors import CheckpointError
 from tests.model import formats
@@ -36,7 +36,7 @@ def test_a_native_folder_is_written(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "target"
     files = content(target)
     assert files.keys() == {"config.json", "model.safetensors", "generation_config.json", "tokenizer_config.json"}
-    assert json.loads(files["config.json"]) == CONFIG.to_dict() | {"trained_context": 128}
+    assert json.loads(files["config.json"]) == CONFIG.described() | {"trained_context": 128}
     assert json.loads(files["tokenizer_config.json"]) == {"type": "byte"}
     assert json.loads(files["generation_config.json"]) == {}
     assert len({path.stat().st_mode for path in target.iterdir()}) == 1  # whoever may read one may read all
@@ -119,7 +119,7 @@ def test_what_cannot_be_served_is_not_converted(tmp_path: Path) -> None:
         convert(formats.save(tmp_path, state), tmp_path / "target")
     state["decoder"][1, 2] = torch.nan
     with pytest.raises(CheckpointError, match="decoder has 1 numbers of 64 that are NaN"):
-        convert(formats.save(tmp_path, state), tmp_path / "target", layers=2)
+        convert(formats.save(tmp_path, state), tmp_path / "target", given=Given(layers=2))
     assert not (tmp_path / "target").exists()
 
 

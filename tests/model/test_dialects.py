@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
-from bdh_batch.checkpoint.checkpoint import load_model, open_checkpoint
-from bdh_batch.checkpoint.config import BDHConfig, rope_frequencies
+from bdh_batch.checkpoint.checkpoint import fingerprint, load_model, open_checkpoint
+from bdh_batch.checkpoint.config import BDHConfig, Given, rope_frequencies
 from bdh_batch.checkpoint.convert import convert
 from bdh_batch.errors import CheckpointError
 from tests.model import formats
@@ -88,7 +90,7 @@ def test_a_head_is_only_missing_where_nothing_ties_it(tmp_path: Path) -> None:
     state = random_state(CONFIG)
     del state["lm_head"]
     with pytest.raises(CheckpointError, match=r"missing lm_head \[8, 11\]"):
-        open_checkpoint(formats.save(tmp_path, state), layers=3)
+        open_checkpoint(formats.save(tmp_path, state), given=Given(layers=3))
     values, tensors = hugging_face(CONFIG, random_state(CONFIG), tie_word_embeddings=False)
     del tensors["lm_head.weight"]
     with pytest.raises(CheckpointError, match=r"missing lm_head \[8, 11\]"):
@@ -111,28 +113,129 @@ def test_what_a_model_is_best_at_comes_along(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [formats.shared_by_layer, formats.modules_by_layer])
-def test_layers_with_weights_of_their_own_are_refused_with_the_remedy(tmp_path: Path, write: formats.Writer) -> None:
+def test_layers_may_have_weights_of_their_own(tmp_path: Path, write: formats.Writer) -> None:
     path = write(tmp_path, CONFIG, random_state(CONFIG))
     state = torch.load(path)
     torch.save({key: tensor + ("1" in key and "v" in key) for key, tensor in state.items()}, path)
-    with pytest.raises(CheckpointError, match=r"encoder_v.*train it with shared weights") as error:
-        open_checkpoint(path)
-    assert "decoder" not in error.value.message
+    convert(path, tmp_path / "native")
+    for each in (path, tmp_path / "native"):
+        model = load_model(each, torch.float32, CPU)
+        assert model.config.per_layer_weights
+        for name in ("encoder", "encoder_v", "decoder"):
+            sets, shared = getattr(model.weights, name), random_state(CONFIG)[name]
+            assert torch.equal(sets, torch.stack([shared, shared + (name == "encoder_v"), shared]))
+
+
+@pytest.mark.parametrize("said", [{}, {"per_layer_weights": True}, {"per_layer_weights": False}])
+def test_copies_for_each_layer_are_shared_unless_the_config_says_otherwise(
+    tmp_path: Path, said: dict[str, Any]
+) -> None:
+    path = formats.shared_by_layer(tmp_path, CONFIG, random_state(CONFIG))
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict() | said))
+    sets = 3 if said.get("per_layer_weights") else 1
+    assert len(load_model(path, torch.float32, CPU).weights.encoder) == sets
+    if said == {"per_layer_weights": False}:
+        state = torch.load(path)
+        torch.save(state | {"decoder.2": state["decoder.2"] + 1}, path)
+        with pytest.raises(CheckpointError, match="per_layer_weights: its config says False, its keys say True"):
+            open_checkpoint(path)
+
+
+VARIANTS = [
+    {"norm": "final"},
+    {"rope_theta": 10_000.0, "rope_layout": "half"},
+    {"rope_theta": 10_000.0, "rope_layout": "half", "rotary_dim": 6, "norm": "final", "per_layer_weights": True},
+    {"rope_theta": 300.5, "rotary_dim": 4, "latent_steps": True, "head_neurons": 10},
+    {"rotary_dim": 0, "trained_context": 99},
+]
+
+
+@pytest.mark.parametrize("fields", VARIANTS)
+def test_every_field_comes_back_from_a_native_folder(tmp_path: Path, fields: dict[str, Any]) -> None:
+    config = replace(CONFIG, **fields)
+    state = random_state(config)
+    if config.latent_steps:
+        state["latent_step_embed"] = torch.randn(8)
+    formats.native(tmp_path / "saved", config, state)
+    convert(tmp_path / "saved", tmp_path / "converted")
+    saved, converted = (load_model(tmp_path / name, torch.float32, CPU) for name in ("saved", "converted"))
+    for model in (saved, converted):
+        assert model.config.to_dict() == config.to_dict()
+        assert model.weights.final_norm == (config.norm == "final")
+        assert model.weights.encoder.shape == (3 if config.per_layer_weights else 1, 2, 8, config.neurons_per_head)
+    assert fingerprint(saved.weights) == fingerprint(converted.weights)
+    assert load_file(tmp_path / "converted" / "model.safetensors").keys() == {"attn.freqs", *state}
+
+
+def test_every_field_changes_the_fingerprint(tmp_path: Path) -> None:
+    """Which tells whose states are whose."""
+    found = set()
+    for fields in ({}, {"norm": "final"}, {"rope_theta": 300.0}, {"rope_layout": "half"}, {"rotary_dim": 4}):
+        config = replace(CONFIG, **fields)
+        weights = load_model(formats.native(tmp_path, config, random_state(config)), torch.float32, CPU).weights
+        found.add(fingerprint(weights))
+    assert len(found) == 5
+
+
+class TestGiven:
+    """What the settings say of a model fills what its file leaves open."""
+
+    def test_it_counts_where_nobody_says_it(self, tmp_path: Path) -> None:
+        (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict()))
+        path = formats.save(tmp_path, random_state(CONFIG))
+        given = Given(norm="final", rope_layout="half", rope_theta=500.0, rotary_dim=4)
+        model = load_model(path, torch.float32, CPU, given)
+        assert model.weights.final_norm
+        assert model.neuron_order is not None
+        assert model.neuron_order.tolist()[:6] == [0, 2, 1, 3, 4, 5]
+        assert torch.allclose(
+            model.weights.frequencies[:6] * 2 * torch.pi, torch.tensor([1, 1, 500**-0.5, 500**-0.5, 0, 0])
+        )
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (Given(layers=4), "n_layer: its config says 3, model.layers says 4"),
+            (Given(norm="final"), "norm: its config says 'every_layer', model.norm says 'final'"),
+            (Given(rope_layout="half"), "rope_layout: its config says 'interleaved', model.rope_layout says 'half'"),
+            (Given(rope_theta=1e4), "attn.freqs is not of rope_theta 10000"),
+            (Given(rotary_dim=2), "attn.freqs should be 0 from neuron 2 on"),
+        ],
+    )
+    def test_it_may_not_contradict_the_file(self, tmp_path: Path, given: Given, message: str) -> None:
+        formats.native(tmp_path, CONFIG, random_state(CONFIG))
+        with pytest.raises(CheckpointError, match=re.escape(message)):
+            open_checkpoint(tmp_path, given)
+        assert open_checkpoint(tmp_path, Given(3, "every_layer", "interleaved", 2.0**16, 16)).config.n_layer == 3
+
+
+def test_the_half_layout_is_a_permutation_of_the_neurons(tmp_path: Path) -> None:
+    """RoPE turns neighbours; the checkpoint's numbers of neurons are kept."""
+    config = replace(CONFIG, rope_layout="half", rotary_dim=6)
+    state = random_state(config)
+    model = load_model(formats.native(tmp_path, config, state), torch.float32, CPU)
+    order = model.neuron_order
+    assert order is not None
+    assert order.tolist() == [0, 3, 1, 4, 2, 5, *range(6, 16)]
+    assert torch.equal(model.weights.encoder[0], state["encoder"][..., order])
+    assert torch.equal(model.weights.encoder_v[0], state["encoder_v"][..., order])
+    assert torch.equal(model.weights.decoder[0].view(2, 16, 8), state["decoder"].view(2, 16, 8)[:, order])
+    assert torch.equal(model.weights.frequencies, config.frequencies()[order])
 
 
 def test_other_frequencies_are_served_as_they_are(tmp_path: Path) -> None:
     halved = rope_frequencies(16) / 2
     path = formats.save(tmp_path, {"model": random_state(CONFIG) | {"attn.freqs": halved.view(1, 1, 1, -1)}})
-    convert(path, tmp_path / "native", layers=3)
+    convert(path, tmp_path / "native", given=Given(layers=3))
     for folder in (path, tmp_path / "native"):
-        weights = load_model(folder, torch.bfloat16, CPU, layers=3).weights
+        weights = load_model(folder, torch.bfloat16, CPU, given=Given(layers=3)).weights
         assert torch.equal(weights.frequencies, halved)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_frequencies_that_lost_their_phases_are_computed_anew(tmp_path: Path, dtype: torch.dtype) -> None:
     state = {key: tensor.to(dtype) for key, tensor in with_freqs(CONFIG, random_state(CONFIG)).items()}
-    model = load_model(formats.save(tmp_path, state), torch.float32, CPU, layers=3)
+    model = load_model(formats.save(tmp_path, state), torch.float32, CPU, given=Given(layers=3))
     assert torch.equal(model.weights.frequencies, rope_frequencies(16))
     state["attn.freqs"] = state["attn.freqs"] / 2
     with pytest.raises(CheckpointError, match=r"attn\.freqs.*save it in float32"):
@@ -156,21 +259,24 @@ def test_without_frequencies_the_config_has_to_say_what_rope_is(tmp_path: Path) 
         if values is not None:
             (tmp_path / "config.json").write_text(json.dumps(values))
         with pytest.raises(CheckpointError, match=r'missing attn\.freqs \[1, 1, 1, 16\].*"rope_theta": 65536'):
-            open_checkpoint(path, layers=3)
+            open_checkpoint(path, given=Given(layers=3))
     for stated in ({"rope_theta": 65536}, {"rope_theta": 65536.0}, {"trained_context": 128}, {"model_type": "bdh"}):
         (tmp_path / "config.json").write_text(json.dumps(sizes | stated))
         assert torch.equal(open_checkpoint(path).frequencies(), rope_frequencies(16))
 
 
 def test_a_file_without_a_config_says_what_rope_is_by_its_frequencies(tmp_path: Path) -> None:
-    assert open_checkpoint(formats.save(tmp_path, with_freqs(CONFIG, random_state(CONFIG))), layers=3).config == CONFIG
+    assert (
+        open_checkpoint(formats.save(tmp_path, with_freqs(CONFIG, random_state(CONFIG))), given=Given(layers=3)).config
+        == CONFIG
+    )
 
 
 @pytest.mark.parametrize("prefix", ["model.", "model._orig_mod.", "_fsdp_wrapped_module.module."])
 def test_what_wraps_a_model_may_stand_before_its_names(tmp_path: Path, prefix: str) -> None:
     tensors = {prefix + key: tensor for key, tensor in with_freqs(CONFIG, random_state(CONFIG)).items()}
     for saved in (tensors, {"state_dict": tensors}, {"model": tensors}):
-        assert open_checkpoint(formats.save(tmp_path, saved), layers=3).config == CONFIG
+        assert open_checkpoint(formats.save(tmp_path, saved), given=Given(layers=3)).config == CONFIG
 
 
 class Test16Bits:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from bdh_batch.checkpoint import checkpoint, pickles
 from bdh_batch.checkpoint.checkpoint import load_model
-from bdh_batch.checkpoint.config import BDHConfig
+from bdh_batch.checkpoint.config import BDHConfig, Given
 from bdh_batch.errors import CheckpointError
 from tests.model import formats
 from tests.model.formats import CPU, random_state, with_freqs
@@ -29,7 +29,7 @@ SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 def refusal(path: Path, layers: int | None = 3) -> str:
     with pytest.raises(CheckpointError) as error:
-        load_model(path, torch.float32, CPU, layers)
+        load_model(path, torch.float32, CPU, Given(layers))
     message = error.value.message
     assert message.isprintable(), message  # one line, whatever a name in the file holds
     return message
@@ -71,7 +71,10 @@ STATES: dict[str, tuple[Callable[[], dict[str, Any]], tuple[str, ...]]] = {
     "sparse": (lambda: state_with(decoder=torch.zeros(32, 8).to_sparse()), ("decoder is not a plain tensor",)),
     "nowhere": (lambda: state_with(lm_head=torch.zeros(8, 11, device="meta")), ("lm_head is not a plain tensor",)),
     "no neurons": (lambda: state_with(encoder=torch.zeros(2, 0, 16)), ("encoder [2, 0, 16]",)),
-    "no multiple": (lambda: state_with(encoder=torch.zeros(2, 8, 15)), ("30 neurons, no multiple",)),
+    "no multiple": (
+        lambda: state_with(encoder=torch.zeros(2, 8, 15)),
+        ("makes 15 neurons of a head, and it should be an even number",),
+    ),
     "frequencies that are no pairs": (lambda: state_with(**{"attn.freqs": torch.rand(16)}), ("attn.freqs",)),
     "frequencies that are integers": (
         lambda: state_with(**{"attn.freqs": torch.zeros(16, dtype=torch.int64)}),
@@ -107,7 +110,26 @@ def test_a_state_dict_that_is_no_model_is_refused_by_its_keys(tmp_path: Path, ki
         ({"attention_window": False}, "attention_window must be a non-negative integer"),
         ({"dropout": True}, "dropout must be a number"),
         ({"dropout": float("nan")}, "dropout must be a number"),
-        ({"rope_theta": 10_000}, "rope_theta is 10000, not upstream's 65536"),
+        ({"rope_theta": 10_000}, "attn.freqs is not of rope_theta 10000"),
+        ({"rope_theta": 1}, "rope_theta must be a number from 1 to"),
+        ({"rope_theta": float("nan")}, "rope_theta must be a number from 1 to"),
+        ({"rope_layout": "twisted"}, "rope_layout must be interleaved or half, not 'twisted'"),
+        (
+            {"rope_layout": "half"},
+            "attn.freqs should be finite, and the same for neurons i and i + 8 (rope_layout half)",
+        ),
+        ({"rotary_dim": 8}, "attn.freqs should be 0 from neuron 8 on (rotary_dim)"),
+        ({"rotary_dim": 7}, "rotary_dim must be an even number of at most 16"),
+        ({"rotary_dim": 18}, "rotary_dim must be an even number of at most 16"),
+        ({"norm": "never"}, "norm must be every_layer or final, not 'never'"),
+        ({"norm": 1}, "norm must be every_layer or final, not 1"),
+        (
+            {"head_neurons": 8},
+            "head_neurons is 8, and mlp_internal_dim_multiplier 4 * n_embd 8 // n_head 2 is 16; leave one of them out",
+        ),
+        ({"per_layer_weights": 1}, "per_layer_weights must be true or false, not 1"),
+        ({"per_layer_weights": True}, "per_layer_weights: its config says True, its keys say False"),
+        ({"latent_steps": "yes"}, "latent_steps must be true or false, not 'yes'"),
         ({f"f{n}": 0 for n in range(10_000)}, "and 9,950 more; known: "),
         ({"n_layer": torch.tensor([6, 6])}, "n_layer has a value that no config can have, a Tensor"),
         ({"n_layer": 4}, "its config says 4, model.layers says 3"),
