@@ -40,7 +40,8 @@ class RaggedBatch:
     positions: Tensor  # [T] int64, of each token in its sequence
     bounds: Sequence[int]  # S + 1 offsets into the tokens
     slots: Sequence[int]  # S indices into the state pool, no two the same
-    # For each segment, whether what follows its last token is drawn. Empty: where it has one token.
+    # For each segment, whether its last token is computed as in decoding: what follows it is drawn, or it is a latent
+    # step. Empty: where it has one token.
     draws: Sequence[bool] = ()
     vectors: Tensor | None = None  # [K, D] float32, of latent steps
     # For each segment, whether its state is only read. Such a segment has one token. Empty: all are written.

@@ -48,8 +48,10 @@ class Round:
     tokens: Tensor  # [T]
     positions: Tensor  # [T]
     singles: Tensor  # [n], tokens that are computed one by one
-    slots: Tensor  # [n], theirs; a negative one pads
+    slots: Tensor  # [n], theirs; −1 pads, and −2 − s is slot s, whose state is only read
     segments: Tensor  # [m, 3], first token, end and slot of the others
+    vectors: Tensor | None = None  # [K, D], of latent steps; None is for kernels that know none
+    watched: Sequence[int] = ()  # w tokens whose neurons are to be shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,8 @@ class TritonKernels:
         self._constants = constants(self._shape, self._blocks)
         self._work = allocate(max_tokens, self._shape, self._blocks, self._device)
         self._max_tokens = max_tokens
-        self._decode = DecodeSteps(self, min(MAX_GRAPH, max_tokens), self._device)
+        latent = weights.latent_embed is not None
+        self._decode = DecodeSteps(self, min(MAX_GRAPH, max_tokens), self._device, width if latent else 0)
 
     def forward(
         self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None, fired: Tensor | None = None
@@ -93,15 +96,20 @@ class TritonKernels:
         hidden = torch.empty(len(batch.tokens), self._shape.width, device=self._device)
         if active is not None:
             active.zero_()
+        vectors = self._vectors_of(batch)
+        replays = active is None and fired is None and self._decode.takes(vectors)
+        shown = 0
         with on(self._device):
-            draws = batch.draws or [end - begin == 1 for begin, end in pairwise(batch.bounds)]
-            for first, bounds, slots, drawn in rounds(batch.bounds, batch.slots, draws, self._max_tokens):
+            for first, bounds, slots, drawn in rounds(batch.bounds, *marked(batch), self._max_tokens):
                 last = first + bounds[-1]
                 tokens, positions = batch.tokens[first:last], batch.positions[first:last]
-                if active is None and bounds[-1] == sum(drawn) <= self._decode.most:
-                    self._decode.run(states, tokens, positions, slots)
+                if replays and bounds[-1] == sum(drawn) <= self._decode.most:
+                    self._decode.run(states, tokens, positions, slots, vectors)
                 else:  # a graph does not say what fired in between
-                    self.launch(states, upload(tokens, positions, bounds, slots, drawn), active)
+                    watched = [token - first for token in batch.watched if first <= token < last]
+                    part = replace(upload(tokens, positions, bounds, slots, drawn), vectors=vectors, watched=watched)
+                    self.launch(states, part, active, None if fired is None else fired[:, shown:][:, : len(watched)])
+                    shown += len(watched)
                 hidden[first:last] = self._work.x[: last - first]
         if active is not None:
             active /= len(batch.tokens) * self._shape.heads * self._shape.neurons
@@ -120,29 +128,42 @@ class TritonKernels:
         with on(self._device):
             self._decode.capture_all(states)
 
-    def launch(self, states: Tensor, part: Round, active: Tensor | None = None) -> None:
+    def launch(self, states: Tensor, part: Round, active: Tensor | None = None, fired: Tensor | None = None) -> None:
         """Queues a round's kernels; its hidden vectors will be the first rows of the workspace. How many neurons fired
-        in each layer is added to `active`."""
+        in each layer is added to `active`; `fired` [L, w, h, N] gets the activations of the watched tokens."""
+        watched = None if fired is None else torch.tensor(part.watched, dtype=torch.int64, device=self._device)
         self.begin(part)
         for layer in range(self._shape.layers):
             self.compute_layer(layer, states, part)
             if active is not None:
                 active[layer] += self._work.fired[: len(part.tokens)].count_nonzero()
+            if fired is not None:
+                fired[layer] = self._work.fired[watched]
+
+    def _vectors_of(self, batch: RaggedBatch) -> Tensor | None:
+        """What latent steps of a batch read. A model that knows such steps has the same kernels in every batch."""
+        if batch.vectors is not None:
+            return batch.vectors.contiguous()
+        if self._decode.vectors is not None:
+            return self._decode.vectors
+        return self._work.x if any(batch.frozen) else None
 
     def begin(self, part: Round) -> None:
         """Looks the tokens up, and their angles."""
         shape, work, weights = self._shape, self._work, self._weights
         count = len(part.tokens)
-        self._run(ops.embed_kernel, (count,), part.tokens, weights.embed, work.x)
+        self._run(ops.embed_kernel, (count,), part.tokens, weights.embed, part.vectors, work.x)
         angles = (cdiv(shape.neurons // 2, ANGLES), count)
         self._run(ops.rotation_kernel, angles, part.positions, weights.frequencies, work.cos, work.sin)
 
     def compute_layer(self, layer: int, states: Tensor, part: Round) -> None:
         """Computes one layer for a round's tokens."""
         shape, blocks, work, weights = self._shape, self._blocks, self._work, self._weights
+        matrices = weights.set_of(layer)
+        encoder, encoder_v, decoder = (each[matrices] for each in (weights.encoder, weights.encoder_v, weights.decoder))
         count, parts = len(part.tokens), cdiv(shape.neurons, blocks.part)
         grid = (parts, shape.heads, cdiv(count, blocks.encode_tokens))
-        self._run(ops.encode_kernel, grid, work.x, weights.encoder[0], work.fired, work.pairs, work.counts, count)
+        self._run(ops.encode_kernel, grid, work.x, encoder, work.fired, work.pairs, work.counts, count)
         if len(part.segments):
             self._run(
                 ops.attend_chunk_kernel,
@@ -154,23 +175,16 @@ class TritonKernels:
                 ops.attend_token_kernel, (parts, shape.heads, len(part.singles)),
                 work.x, work.fired, work.pairs, work.counts, work.cos, work.sin,
                 part.positions, part.singles, part.slots, states, work.reads, layer,
+                LATENT=part.vectors is not None,
             )  # fmt: skip
         self._run(ops.normalise_kernel, (count * shape.heads,), work.reads, work.normed)
         spans = (shape.heads * cdiv(shape.neurons, blocks.span), cdiv(count, blocks.contract_tokens))
-        self._run(
-            ops.contract_kernel,
-            spans,
-            work.normed,
-            work.fired,
-            weights.encoder_v[0],
-            weights.decoder[0],
-            work.shares,
-            count,
-        )
-        self._run(ops.finish_kernel, (count,), work.shares, work.x)
+        self._run(ops.contract_kernel, spans, work.normed, work.fired, encoder_v, decoder, work.shares, count)
+        norm = not weights.final_norm or layer == shape.layers - 1
+        self._run(ops.finish_kernel, (count,), work.shares, work.x, NORM=norm)
 
-    def _run(self, kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int) -> None:
-        kernel[grid](*arguments, **self._constants[kernel.__name__])
+    def _run(self, kernel: Any, grid: tuple[int, ...], *arguments: Tensor | int | None, **flags: bool) -> None:
+        kernel[grid](*arguments, **self._constants[kernel.__name__], **flags)
 
 
 class DecodeSteps:
@@ -179,8 +193,9 @@ class DecodeSteps:
     A graph holds the addresses of the states and of the inputs, which are copied to where it expects them.
     """
 
-    def __init__(self, kernels: TritonKernels, most: int, device: torch.device) -> None:
+    def __init__(self, kernels: TritonKernels, most: int, device: torch.device, latent_width: int = 0) -> None:
         self.most = most
+        self.vectors = torch.zeros(most, latent_width, device=device) if latent_width else None
         self._kernels = kernels
         self._captures = device.type == "cuda"
         self._graphs: dict[tuple[int, int], Any] = {}
@@ -191,7 +206,13 @@ class DecodeSteps:
         self._singles = torch.arange(most, device=device)
         self._segments = torch.zeros(0, 3, dtype=torch.int64, device=device)
 
-    def run(self, states: Tensor, tokens: Tensor, positions: Tensor, slots: Sequence[int]) -> None:
+    def takes(self, vectors: Tensor | None) -> bool:
+        """Whether a batch can be replayed that has these vectors of latent steps."""
+        return vectors is None or (self.vectors is not None and len(vectors) <= self.most)
+
+    def run(
+        self, states: Tensor, tokens: Tensor, positions: Tensor, slots: Sequence[int], vectors: Tensor | None = None
+    ) -> None:
         count = len(slots)
         size = bucket(count, self.most)
         if self._captures and (size, states.data_ptr()) not in self._graphs:
@@ -199,6 +220,8 @@ class DecodeSteps:
         self._tokens[:count].copy_(tokens, non_blocking=True)
         self._positions[:count].copy_(positions, non_blocking=True)
         self._slots[:size].copy_(torch.tensor([*slots, *[-1] * (size - count)]), non_blocking=True)
+        if self.vectors is not None and vectors is not None and vectors is not self.vectors:
+            self.vectors[: len(vectors)].copy_(vectors, non_blocking=True)
         if self._captures:
             self._graphs[size, states.data_ptr()].replay()
         else:
@@ -224,14 +247,25 @@ class DecodeSteps:
         self._graphs[size, states.data_ptr()] = graph
 
     def _round(self, size: int) -> Round:
-        return Round(
-            self._tokens[:size], self._positions[:size], self._singles[:size], self._slots[:size], self._segments
-        )
+        inputs = (self._tokens[:size], self._positions[:size], self._singles[:size], self._slots[:size])
+        return Round(*inputs, self._segments, self.vectors)
 
 
 def bucket(count: int, most: int) -> int:
     """The power of two that holds `count`, at most `most`."""
     return min(1 << (count - 1).bit_length(), most)
+
+
+def marked(batch: RaggedBatch) -> tuple[Sequence[int], Sequence[bool]]:
+    """A batch's slots as the kernels take them, −2 − s where a state is only read, and which segments end in a token
+    that is computed by itself: those after which one is drawn, and those whose state is only read."""
+    draws = batch.draws or [end - begin == 1 for begin, end in pairwise(batch.bounds)]
+    if not any(batch.frozen):
+        return batch.slots, draws
+    if any(frozen and end - begin != 1 for frozen, (begin, end) in zip(batch.frozen, pairwise(batch.bounds))):
+        raise ValueError("a segment whose state is only read has one token")
+    slots = [-2 - slot if frozen else slot for slot, frozen in zip(batch.slots, batch.frozen, strict=True)]
+    return slots, [draw or frozen for draw, frozen in zip(draws, batch.frozen)]
 
 
 def rounds(

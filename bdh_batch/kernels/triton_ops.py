@@ -55,14 +55,19 @@ def sum_rows(p_rows, o_d, m_d, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.
     return tl.sum(b_sum, axis=0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["tokens"])
-def embed_kernel(tokens, embed, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """x [T, D] = layer_norm(embed[tokens])"""
+@triton.jit(do_not_specialize_on_alignment=["tokens", "vectors"])
+def embed_kernel(tokens, embed, vectors, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """x [T, D] = layer_norm(embed[tokens]); but row k of `vectors` [K, D], unless that is None, for a token −1 − k."""
     i_t = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
-    b_row = tl.load(embed + tl.load(tokens + i_t) * D + o_d, mask=m_d, other=0.0).to(tl.float32)
-    tl.store(x + i_t * D + o_d, layer_norm(b_row, m_d, D), mask=m_d)
+    token = tl.load(tokens + i_t)
+    m_row = m_d if vectors is None else m_d & (token >= 0)
+    b_x = layer_norm(tl.load(embed + token * D + o_d, mask=m_row, other=0.0).to(tl.float32), m_d, D)
+    if vectors is not None:
+        b_vector = tl.load(vectors + (-1 - token) * D + o_d, mask=m_d & (token < 0), other=0.0)
+        b_x = tl.where(token < 0, b_vector, b_x)
+    tl.store(x + i_t * D + o_d, b_x, mask=m_d)
 
 
 @triton.jit(do_not_specialize_on_alignment=["positions"])
@@ -128,16 +133,6 @@ def encode_kernel(
 
 
 @triton.jit
-def turned_pairs(p_fired, p_cos, p_sin, o_pair, m_pair):
-    """A token's activations after RoPE, of some pairs: of their even and of their odd neurons."""
-    b_even = tl.load(p_fired + 2 * o_pair, mask=m_pair, other=0.0).to(tl.float32)
-    b_odd = tl.load(p_fired + 2 * o_pair + 1, mask=m_pair, other=0.0).to(tl.float32)
-    b_cos = tl.load(p_cos + o_pair, mask=m_pair, other=0.0)
-    b_sin = tl.load(p_sin + o_pair, mask=m_pair, other=0.0)
-    return b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos
-
-
-@triton.jit
 def noise(position, o_d):
     """Random bits [columns] that follow from a token's position: the finaliser of MurmurHash3 (Appleby)."""
     b_bits = (position + 1).to(tl.uint32) * (o_d + 1).to(tl.uint32) * 0x9E3779B1
@@ -155,8 +150,9 @@ def rounded_at_random(b_sum, b_noise):
 
 
 @triton.jit
-def fold(p_rows, m_rows, o_row, b_q, b_x, b_y, b_noise):
+def fold(p_rows, m_rows, added, o_row, b_q, b_x, b_y, b_noise):
     """State rows, read and written once: returns y + q ∘ S, and adds q ⊗ x to S. y is summed over rows later.
+    S is not written unless `added`.
 
     A sum that is kept in bfloat16 is rounded up or down by odds that keep its mean: to the nearest, a state that has
     grown would drop every small addend.
@@ -165,10 +161,23 @@ def fold(p_rows, m_rows, o_row, b_q, b_x, b_y, b_noise):
     b_sum = b_rows + b_q[:, None] * b_x[None, :]
     if p_rows.dtype.element_ty == tl.bfloat16:
         b_shift = (o_row.to(tl.uint32) * 0x9E3779B1) >> 16
-        tl.store(p_rows, rounded_at_random(b_sum, (b_noise[None, :] + b_shift[:, None]) & 0xFFFF), mask=m_rows)
+        tl.store(p_rows, rounded_at_random(b_sum, (b_noise[None, :] + b_shift[:, None]) & 0xFFFF), mask=m_rows & added)
     else:
-        tl.store(p_rows, b_sum, mask=m_rows)
+        tl.store(p_rows, b_sum, mask=m_rows & added)
     return b_y + b_q[:, None] * b_rows
+
+
+@triton.jit
+def fold_pairs(p_state, added, p_fired, p_cos, p_sin, o_pair, m_pair, m_d, b_x, b_y, b_noise, D: tl.constexpr):
+    """As `fold`, for the rows of some pairs, with q = rope(fired)."""
+    b_even = tl.load(p_fired + 2 * o_pair, mask=m_pair, other=0.0).to(tl.float32)
+    b_odd = tl.load(p_fired + 2 * o_pair + 1, mask=m_pair, other=0.0).to(tl.float32)
+    b_cos = tl.load(p_cos + o_pair, mask=m_pair, other=0.0)
+    b_sin = tl.load(p_sin + o_pair, mask=m_pair, other=0.0)
+    b_even, b_odd = b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos
+    p_rows, m_rows = p_state + o_pair[:, None] * (2 * D), m_pair[:, None] & m_d[None, :]
+    b_y = fold(p_rows, m_rows, added, 2 * o_pair, b_even, b_x, b_y, b_noise)
+    return fold(p_rows + D, m_rows, added, 2 * o_pair + 1, b_odd, b_x, b_y, b_noise)
 
 
 @triton.jit
@@ -184,17 +193,22 @@ def start_block(p_rows, p_earlier, m_rows):
 def attend_token_kernel(
     x, fired, pairs, counts, cos, sin, positions, singles, slots, states, reads, layer,
     L: tl.constexpr, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr, PART: tl.constexpr,
-    MANY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr,
+    MANY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, LATENT: tl.constexpr,
 ):  # fmt: skip
     """One part of one head's state for a single token: y = q · S, then S += q ⊗ x, in one pass.
 
     Goes by the list of pairs that fired, or, where they are more than MANY, through all of the part's rows in order:
     each part of each token chooses by its own count, which lies on the device. `singles` are the tokens, `slots` their
-    states; a negative slot pads a batch. Rows of different iterations are different rows, so the compiler may load the
-    next ones early. `reads` [T, H, parts, D] gets this part's share of y.
+    states; a slot of −1 pads a batch, and with LATENT, −2 − s is slot s, whose state is read and not added to. Rows of
+    different iterations are different rows, so the compiler may load the next ones early. `reads` [T, H, parts, D] gets
+    this part's share of y.
     """
     i_p, i_h, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     slot = tl.load(slots + i_s)
+    added = True
+    if LATENT:
+        added = slot >= 0
+        slot = tl.where(slot < -1, -2 - slot, slot)
     if slot < 0:
         return
     PARTS: tl.constexpr = (N + PART - 1) // PART
@@ -225,19 +239,13 @@ def attend_token_kernel(
         for i in tl.range(0, PAIRS, BLOCK_P, num_stages=STAGES):
             o_pair = first + i + tl.arange(0, BLOCK_P)
             m_pair = o_pair < N // 2
-            b_even, b_odd = turned_pairs(p_fired, p_cos, p_sin, o_pair, m_pair)
-            p_rows, m_rows = p_state + o_pair[:, None] * (2 * D), m_pair[:, None] & m_d[None, :]
-            b_y = fold(p_rows, m_rows, 2 * o_pair, b_even, b_x, b_y, b_noise)
-            b_y = fold(p_rows + D, m_rows, 2 * o_pair + 1, b_odd, b_x, b_y, b_noise)
+            b_y = fold_pairs(p_state, added, p_fired, p_cos, p_sin, o_pair, m_pair, m_d, b_x, b_y, b_noise, D)
     else:
         for i in tl.range(0, count, BLOCK_P, num_stages=STAGES):
             o_entry = i + tl.arange(0, BLOCK_P)
             m_pair = o_entry < count
             o_pair = first + tl.load(pairs + o_part * PAIRS + o_entry, mask=m_pair, other=0).to(tl.int32)
-            b_even, b_odd = turned_pairs(p_fired, p_cos, p_sin, o_pair, m_pair)
-            p_rows, m_rows = p_state + o_pair[:, None] * (2 * D), m_pair[:, None] & m_d[None, :]
-            b_y = fold(p_rows, m_rows, 2 * o_pair, b_even, b_x, b_y, b_noise)
-            b_y = fold(p_rows + D, m_rows, 2 * o_pair + 1, b_odd, b_x, b_y, b_noise)
+            b_y = fold_pairs(p_state, added, p_fired, p_cos, p_sin, o_pair, m_pair, m_d, b_x, b_y, b_noise, D)
     tl.store(reads + o_part * D + o_d, tl.sum(b_y, axis=0), mask=m_d)
 
 
@@ -365,14 +373,18 @@ def contract_kernel(
 
 
 @triton.jit
-def finish_kernel(shares, x, D: tl.constexpr, SHARES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr):
-    """x = layer_norm(x + layer_norm(z)), z summed over its shares."""
+def finish_kernel(
+    shares, x, D: tl.constexpr, SHARES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, NORM: tl.constexpr
+):  # fmt: skip
+    """x = layer_norm(x + layer_norm(z)), z summed over its shares; without NORM, x = x + layer_norm(z)."""
     i_t = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_z = sum_rows(shares + i_t * SHARES * D, o_d, m_d, SHARES, D, BLOCK_R, BLOCK_D)
-    b_x = tl.load(x + i_t * D + o_d, mask=m_d, other=0.0)
-    tl.store(x + i_t * D + o_d, layer_norm(b_x + layer_norm(b_z, m_d, D), m_d, D), mask=m_d)
+    b_x = tl.load(x + i_t * D + o_d, mask=m_d, other=0.0) + layer_norm(b_z, m_d, D)
+    if NORM:
+        b_x = layer_norm(b_x, m_d, D)
+    tl.store(x + i_t * D + o_d, b_x, mask=m_d)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -134,7 +134,7 @@ def fold_many(states, addend, ROWS: tl.constexpr, D: tl.constexpr):  # type: ign
     m_rows = (o_row >= 0)[:, None] & (o_d >= 0)[None, :]
     b_q, b_x = tl.full([ROWS], 1.0, tl.float32), tl.load(addend + o_d)
     triton_ops.fold(
-        p_rows, m_rows, o_row, b_q, b_x, tl.zeros([ROWS, D], tl.float32), triton_ops.noise(tl.program_id(0), o_d)
+        p_rows, m_rows, True, o_row, b_q, b_x, tl.zeros([ROWS, D], tl.float32), triton_ops.noise(tl.program_id(0), o_d)
     )
 
 

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from bdh_batch.kernels.base import Weights
 from bdh_batch.kernels.torch_reference import TorchKernels
 from benchmarks.engine.synthetic import synthetic_weights
-from tests.kernels.support import alone, feed, model, states_for
+from tests.kernels.support import VARIANTS, alone, feed, model, states_for, variant
 from tests.kernels.test_triton import TOLERANCE, Poisoned, states_on_device, text
 
 pytestmark = pytest.mark.no_cover  # tracing would more than double what the interpreter takes
@@ -32,13 +32,14 @@ def models(draw: st.DrawFn, layers: int = 2) -> Weights:
     multiplier = draw(st.sampled_from([2, 4])) * heads
     config = model(draw(st.integers(1, layers)), heads, width, multiplier * width // heads, draw(st.integers(2, 40)))
     density = draw(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]))
-    return synthetic_weights(config, density, seed=draw(st.integers(0, 9)))
+    weights = synthetic_weights(config, density, seed=draw(st.integers(0, 9)))
+    return variant(weights, draw(st.sampled_from(VARIANTS)))
 
 
 @properties
 @given(weights=models(), lengths=st.lists(st.integers(1, 30), min_size=1, max_size=4), seed=st.integers(0, 99))
 def test_agrees_with_the_specification(weights: Weights, lengths: list[int], seed: int) -> None:
-    """Any shape, odd sizes included, any density, any ragged batch, then a decode step on the states that it left."""
+    """Any kind, shape and density, odd sizes too, any ragged batch, then a decode step on the states that it left."""
     sequences = {slot: text(length + 1, len(weights.embed), seed + slot) for slot, length in enumerate(lengths)}
     mine, right = states_on_device(weights, len(lengths)), states_for(weights, len(lengths))
     kernels = Poisoned(weights)
