@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 from bdh_batch.errors import QueueFull, TooLate
@@ -43,6 +44,9 @@ class Window:
     def give_back(self, sequences: int) -> None:
         self.used -= sequences
         self._freed.set()
+
+    def _ended(self, sequences: int, task: asyncio.Task[None]) -> None:
+        self.give_back(sequences)
 
     async def admitted(self, sequences: int, work: Callable[[], Awaitable[T]]) -> T:
         """What `work` returns, which has room. Where the engine's own queue is full, of prompts that are long, it is
@@ -87,7 +91,7 @@ class Window:
                     await self.take(job.sequences)
                     running = group.create_task(run(index, job))
                     # Also where it is cancelled before it has begun.
-                    running.add_done_callback(lambda _, size=job.sequences: self.give_back(size))
+                    running.add_done_callback(partial(self._ended, job.sequences))
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
         return [results[index] for index in range(len(results))]

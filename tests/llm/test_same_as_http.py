@@ -105,7 +105,7 @@ def test_chats(llm: LLM, tiny: Server) -> None:
 
 
 def test_embeddings(llm: LLM, tiny: Server) -> None:
-    texts = ["O Romeo", "O Juliet", [1, 2, 3]]
+    texts: list[Any] = ["O Romeo", "O Juliet", [1, 2, 3]]
     mine = [each.outputs.embedding for each in llm.embed(texts, dimensions=5, use_tqdm=False)]
     data = tiny.http.post("/v1/embeddings", json={"input": texts, "dimensions": 5}).json()["data"]
     assert mine == [each["embedding"] for each in data]
