@@ -11,7 +11,6 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,6 @@ from bdh_batch.processes.folder import RuntimeFolder
 from bdh_batch.settings import Settings
 
 if TYPE_CHECKING:
-    from bdh_batch.observability.spans import Spans
     from bdh_batch.processes.local_engine import LoadEngine, StartEngine
 
 
@@ -160,20 +158,9 @@ async def serve(
         load: makes the engine, off the event loop; None is `engine.loading.load_engine`.
         start: has it compute, on the event loop; None is `engine.loading.start_worker`.
     """
-    from bdh_batch.engine.loading import load_engine, start_worker
-    from bdh_batch.observability.engine_metrics import EngineMetrics
-    from bdh_batch.observability.metrics import Metrics
-    from bdh_batch.processes.hosted_models import OneModel
-    from bdh_batch.processes.local_engine import LocalEngine
+    from bdh_batch.processes.in_process import hosted
     from bdh_batch.processes.model_settings import models_of
     from bdh_batch.processes.service import Service, run_until_signal
 
     [model] = models_of(settings)
-
-    def hosted(metrics: Metrics, spans: Spans | None) -> OneModel:
-        of_engine = EngineMetrics(metrics.registry, model.name)
-        observer = of_engine if spans is None else spans.beside(of_engine)
-        engine = partial(LocalEngine, metrics=of_engine, observer=observer, load=load or load_engine)
-        return OneModel(model, partial(engine, start=start or start_worker), metrics)
-
-    await run_until_signal(Service(settings, hosted, model.name, on_ready))
+    await run_until_signal(Service(settings, hosted(model, load, start), model.name, on_ready))

@@ -763,12 +763,15 @@ class Resolved:
         return "\n".join(lines)
 
 
-def load(config: Path | None = None, overrides: Iterable[tuple[str, object]] = ()) -> Resolved:
+def load(
+    config: Path | None = None, overrides: Iterable[tuple[str, object]] = (), by: str = "command line"
+) -> Resolved:
     """Merges a YAML file, the environment and the command line.
 
     Args:
         config: a YAML file of sections and keys.
         overrides: (dotted option, value) pairs of the command line.
+        by: what those are called, where they are of something else.
 
     Raises:
         ConfigError: an unreadable file, an unknown option (with the nearest known one), a value that does not fit.
@@ -779,7 +782,7 @@ def load(config: Path | None = None, overrides: Iterable[tuple[str, object]] = (
     for origin, options in (
         (f"file {config}", _file_options(config)),
         ("environment", environment),
-        ("command line", overrides),
+        (by, overrides),
     ):
         for option, value in options:
             _known(option, origin)

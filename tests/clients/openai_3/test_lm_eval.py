@@ -1,13 +1,19 @@
-"""EleutherAI's harness, with a task of its own: log-likelihoods, rolling ones, and text until a stop string."""
+"""EleutherAI's harness, with a task of its own: log-likelihoods, rolling ones, and text until a stop string. Over HTTP,
+and with the model in the process of the harness."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
+import subprocess
+import sysconfig
 from pathlib import Path
+from typing import Any
 
 import lm_eval
 import pytest
-from conftest import Endpoint
+from conftest import ROOT, START_SECONDS, Endpoint
 from lm_eval.tasks import TaskManager
 
 TASKS = {
@@ -42,4 +48,28 @@ def test_task(endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
         bootstrap_iters=0,
     )
-    assert len(result["samples"][kind]) == 3
+    over_http = [sample["filtered_resps"] for sample in result["samples"][kind]]
+    assert len(over_http) == 3
+    in_process = evaluated_in_process(tmp_path, kind)
+    for one, other in zip(flat(in_process), flat(over_http), strict=True):
+        assert math.isclose(one, other, abs_tol=1e-3) if isinstance(other, float) else one == other
+
+
+def evaluated_in_process(folder: Path, kind: str) -> list[Any]:
+    """The responses of a task with `LLM`."""
+    command = [
+        os.environ["BDH_PYTHON"],
+        Path(__file__).parent / "harness.py",
+        sysconfig.get_path("purelib"),
+        folder,
+        kind,
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=START_SECONDS)
+    assert done.returncode == 0, done.stderr
+    responses: list[Any] = json.loads((folder / "result.json").read_text())
+    return responses
+
+
+def flat(value: object) -> list[Any]:
+    return [part for each in value for part in flat(each)] if isinstance(value, list | tuple) else [value]
