@@ -16,7 +16,7 @@ from bdh_batch.messages import FinishReason, Usage, merged
 from bdh_batch.upstreams.config import OpenAIUpstream
 from bdh_batch.upstreams.sse import events
 from tests.upstreams.fakes import HEAD, Connection, Script, chunk, web
-from tests.upstreams.support import Response, upstream
+from tests.upstreams.support import Response, leave, upstream
 
 USER = {"role": "user", "content": [{"type": "text", "text": "hi"}], "name": "ann"}
 
@@ -347,22 +347,25 @@ async def test_slow_upstreams_are_given_up(unused_tcp_port: int) -> None:
 
 
 async def test_a_client_that_leaves_ends_the_request_at_the_upstream() -> None:
-    gone = asyncio.Event()
+    gone = asyncio.Semaphore(0)
 
     async def script(connection: Connection) -> None:
+        if connection.asked.body["prompt"] == "stay":
+            await connection.events(chunk("be", "stop"))
+            return
         await connection.events(chunk("be"), done=False)
         await connection.until_left()
-        gone.set()
+        gone.release()
 
-    async with web(script) as fake, upstream(kind="openai", url=fake.url) as gateway:
-        generation = await gateway.start()
-        async for _ in generation:
-            break
-        generation.abort()
-        await asyncio.wait_for(gone.wait(), 60)
+    options: dict[str, Any] = {"kind": "openai", "max_requests": 1}  # and two connections
+    async with web(script) as fake, upstream(url=fake.url, **options) as gateway, asyncio.timeout(60):
+        for _ in range(4):
+            await leave(await gateway.start())
+            await gone.acquire()
+        assert (await gateway.ask("stay")).text == "be"
         assert gateway.backend.load() == 0
         await gateway.backend.drain(1)
-    assert gateway.seen.outcomes == {"abort": 1}
+    assert gateway.seen.outcomes == {"abort": 4, "stop": 1}
 
 
 async def test_a_slow_reader_has_the_upstream_wait() -> None:
