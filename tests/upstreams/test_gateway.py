@@ -13,7 +13,7 @@ import anthropic
 import grpc
 import httpx
 import pytest
-from openai import APIStatusError, AsyncOpenAI, BadRequestError
+from openai import APIStatusError, AsyncOpenAI, BadRequestError, NotFoundError
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests.conftest import CONFORMANCE, HANG_SECONDS, ServeFactory, Server, clean_environment, eventually, free_port
@@ -148,6 +148,29 @@ async def test_an_error_before_the_first_token_has_its_status(
             "param": None,
             "code": "upstream_closed",
         }
+
+
+async def test_an_unknown_model_at_the_upstream_is_not_found(
+    behind: tuple[Server, Behind], client: AsyncOpenAI
+) -> None:
+    async def over_http(connection: Connection) -> None:
+        await connection.json({"detail": "Not Found"}, 404)
+
+    async def over_grpc(request: Any, context: Any) -> AsyncIterator[Any]:
+        await context.abort(grpc.StatusCode.NOT_FOUND, "no such model")
+        yield
+
+    behind[1].web, behind[1].stream = over_http, over_grpc
+    lacking = {
+        "gpt-4": "The upstream 'gpt' does not have the model 'gpt'.",
+        "llamacpp": "The upstream 'llamacpp' does not have the model 'generate'.",
+        "bharatgen-param-17b": "The upstream 'bharatgen-param-17b' does not have the endpoint 'chat_fn_1'.",
+    }
+    for model, message in lacking.items():
+        with pytest.raises(NotFoundError) as missing:
+            await client.chat.completions.create(model=model, messages=[{"role": "user", "content": "q"}])
+        expected = {"type": "not_found_error", "param": "model", "code": "upstream_not_found"}
+        assert missing.value.body == {"message": message, **expected}
 
 
 async def test_an_error_within_a_stream_is_its_last_event_and_no_other_stream_notices(
