@@ -82,6 +82,7 @@ class Child:
     since: float = 0.0  # when it was ready, by the event loop's clock
     report: Report | None = None
     unwanted: asyncio.Event = field(default_factory=asyncio.Event)
+    accepts_early: bool = False  # whether a front end accepts connections before it has its models
     waiting: float = FIRST_WAIT
     watching: asyncio.Task[None] | None = None
 
@@ -180,7 +181,8 @@ class Children:
         sockets = [listener.fileno() for listener in self._listeners] if child.role.kind == "front" else []
         cores = ",".join(map(str, child.cores))
         own = [child.name, child.role.model, child.folder.path, child.role.threads or "", cores]
-        spec = ":".join(map(str, [*own, *passed, *sockets]))
+        child.accepts_early = may_accept_early(child, self._all)
+        spec = ":".join(map(str, [*own, *passed, int(child.accepts_early), *sockets]))
         options = [part for name, value in self._options(child).items() for part in ("--set", f"{name}={value}")]
         command = [sys.executable, "-m", *self._command, *options, "--process", spec]
         try:
@@ -188,6 +190,7 @@ class Children:
                 *command, pass_fds=[*passed, *sockets], env=environment(child.role), start_new_session=True
             )
         except OSError:
+            child.accepts_early = False
             os.close(report_read)
             raise
         finally:
@@ -201,7 +204,7 @@ class Children:
             return status
         finally:
             reading.cancel()
-            child.process = None
+            child.process, child.accepts_early = None, False
 
     async def _read_report(self, child: Child, descriptor: int) -> None:
         reader = asyncio.StreamReader()
@@ -238,6 +241,13 @@ class Children:
                 send_signal(child, signal.SIGKILL)
         if left:
             await asyncio.wait(left)
+
+
+def may_accept_early(child: Child, children: Sequence[Child]) -> bool:
+    """Returns whether a front end accepts connections before it has its models. Where another one accepts at the same
+    sockets, that one answers probes, and serves whom this one would refuse."""
+    fronts = [each for each in children if each.role.kind == "front" and each is not child]
+    return child.role.kind == "front" and not any(each.ready.is_set() or each.accepts_early for each in fronts)
 
 
 def _terminate(child: Child) -> None:
