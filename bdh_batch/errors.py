@@ -20,7 +20,8 @@ BDHError
 │   ├── QueueTimeout            408  the request timed out while it waited in the queue
 │   └── RunTimeout              504  the request timed out while it ran
 ├── UpstreamFailed              502  an upstream server failed, and no other could take over
-│   └── UpstreamTimeout         504  an upstream server was too slow
+│   ├── UpstreamTimeout         504  an upstream server was too slow
+│   └── UpstreamLacksModel      404  an upstream server does not have the model that it is asked for
 ├── StoreFailed                 500  the store of responses and states cannot be read or written
 │   └── StoreFull               507  what is to be stored does not fit the store's limits
 ├── OutOfMemory                 500  a step needed more memory than there is; a smaller one may fit
@@ -148,6 +149,12 @@ class UpstreamFailed(BDHError):
 
 class UpstreamTimeout(UpstreamFailed):
     """504: ends a request whose upstream server did not connect, begin or go on in time."""
+
+
+class UpstreamLacksModel(UpstreamFailed):
+    """404: ends a request whose upstream server does not have what the settings name: a model, or an endpoint."""
+
+    param = "model"
 
 
 class StoreFailed(BDHError):

@@ -64,16 +64,17 @@ class ChildSpec:
     cores: Sequence[int]  # that it computes on; none is all
     liveness: int  # a socket that closes when the supervisor ends
     report_pipe: int  # a pipe to which the child writes a `Report`
+    accepts_early: bool  # whether a front end accepts connections before it has its models
     sockets: Sequence[int]  # at which a front end serves HTTP
 
     @classmethod
     def of(cls, spec: str) -> ChildSpec:
         """Parses the text that the supervisor makes of it."""
-        name, model, folder, threads, cores, liveness, pipe, *sockets = spec.split(":")
+        name, model, folder, threads, cores, liveness, pipe, early, *sockets = spec.split(":")
         return cls(
             *(name, int(model), RuntimeFolder(Path(folder)), int(threads) if threads else None),
             [int(core) for core in cores.split(",") if core],
-            *(int(liveness), int(pipe), [*map(int, sockets)]),
+            *(int(liveness), int(pipe), early == "1", [*map(int, sockets)]),
         )
 
     def report(self, report: Report) -> None:
@@ -101,7 +102,7 @@ async def _run_child(
             from bdh_batch.processes.front_end import run_front_end
 
             listeners = [socket.socket(fileno=number) for number in spec.sockets]
-            await run_front_end(settings, spec.folder, spec.name, listeners, ready)
+            await run_front_end(settings, spec.folder, spec.name, listeners, ready, spec.accepts_early)
     except (ConfigError, CheckpointError) as error:
         if not is_ready:
             spec.report(Report(str(error), isinstance(error, NotEnoughMemory)))

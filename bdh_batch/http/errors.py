@@ -48,6 +48,7 @@ from bdh_batch.errors import (
     TooLate,
     Unavailable,
     UpstreamFailed,
+    UpstreamLacksModel,
     UpstreamTimeout,
 )
 
@@ -188,6 +189,7 @@ STATUS: dict[type[BDHError], tuple[int, str | None]] = {
     StoreFull: (507, "store_full"),
     UpstreamFailed: (502, "upstream_failed"),
     UpstreamTimeout: (504, "upstream_timeout"),
+    UpstreamLacksModel: (404, "upstream_not_found"),
 }
 
 

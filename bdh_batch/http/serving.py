@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -107,9 +107,13 @@ class Serving:
         passed_on = self.gate.passed_on(caller, name if isinstance(name, str) else None)
         return check(values, kind, self.settings.limits, self.settings.api.unknown_fields, passed_on)
 
-    def check(self, values: dict[str, Any], kind: type[Body]) -> Body:
-        """The values of a body in its type. Raises InvalidRequest."""
-        return check(values, kind, self.settings.limits, self.settings.api.unknown_fields)
+    def check(self, values: dict[str, Any], kind: type[Body], passed_on: Collection[str] | None = None) -> Body:
+        """The values of a body in its type. Raises InvalidRequest.
+
+        Args:
+            passed_on: see `Context`.
+        """
+        return check(values, kind, self.settings.limits, self.settings.api.unknown_fields, passed_on)
 
     async def model(self, client: Client, name: str | None) -> ServedModel:
         """The model of that name, which is loaded if it is not, and stays so until the request has ended.

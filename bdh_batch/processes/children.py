@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -17,10 +18,10 @@ from bdh_batch.processes.folder import RuntimeFolder
 
 log = logging.getLogger(__name__)
 
-FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds until a process that ended before it was ready is started again
+FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds until a process that could not serve is started again
 START_SECONDS = 600.0  # within which a process has to be ready; then it is killed
 GRACE_SECONDS = 10.0  # after the drain, until a process that does not end is killed
-SETTLED_SECONDS = 5.0  # a process that ends earlier after it was ready is started again after a wait, too
+SETTLED_SECONDS = 1.0  # in which one that ends at the first thing that it does has ended
 REPORT_SECONDS = 1.0  # in which what a process that has ended said of it is read
 NOT_STARTED = 127
 CANNOT_START = 2  # exit status of a process that logs why
@@ -68,6 +69,40 @@ class Report:
         return cls(*json.loads(text))
 
 
+class Backoff:
+    """How long a process waits that has ended, until it is started again.
+
+    One that has served comes back at once, however often it ends: streams wait for it, and what the restarts cost is
+    bounded by the time that each start takes. One that ends before it is ready, or at once after that, serves nobody
+    and takes cores from those that do: it waits twice as long each time, until it has served.
+
+    So does systemd, by default: it starts again after 0.1 s, and only gives up after five starts in ten seconds.
+    Kubernetes waits for 10 s and more after any end, until a container has run for ten minutes: it cannot know what has
+    served, and moves the load elsewhere. vLLM restarts nothing: it ends with its engine.
+
+    Args:
+        clock: seconds, monotonic.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._ready: float | None = None
+        self._next = FIRST_WAIT
+
+    def ready(self) -> None:
+        """Is called when the process is ready."""
+        self._ready = self._clock()
+
+    def ended(self) -> float:
+        """Is called when the process has ended. Returns the seconds to wait."""
+        since, self._ready = self._ready, None
+        if since is not None and self._clock() - since >= SETTLED_SECONDS:
+            self._next = FIRST_WAIT
+            return 0.0
+        wait, self._next = self._next, min(2 * self._next, LONGEST_WAIT)
+        return wait
+
+
 @dataclass(eq=False)
 class Child:
     """A child process and its state. Once `unwanted` is set, it is not started again when it ends."""
@@ -79,10 +114,10 @@ class Child:
     process: asyncio.subprocess.Process | None = None
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     failed: asyncio.Event = field(default_factory=asyncio.Event)  # whether it has ended before it was ready
-    since: float = 0.0  # when it was ready, by the event loop's clock
     report: Report | None = None
     unwanted: asyncio.Event = field(default_factory=asyncio.Event)
-    waiting: float = FIRST_WAIT
+    accepts_early: bool = False  # whether a front end accepts connections before it has its models
+    backoff: Backoff = field(default_factory=Backoff)
     watching: asyncio.Task[None] | None = None
 
 
@@ -148,7 +183,6 @@ class Children:
             send_signal(child, signal.SIGKILL)
 
     async def _supervise(self, child: Child) -> None:
-        loop = asyncio.get_running_loop()
         while not child.unwanted.is_set():
             try:
                 status = await self._run(child)
@@ -165,12 +199,9 @@ class Children:
                 child.report = child.report or Report(text, for_memory=killed, unsaid=status != CANNOT_START)
                 child.failed.set()
                 self._on_change(child)
-            elif loop.time() - child.since >= SETTLED_SECONDS:
-                child.waiting = 0.0
             child.ready.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(child.unwanted.wait(), child.waiting)
-            child.waiting = min(max(2 * child.waiting, FIRST_WAIT), LONGEST_WAIT)
+                await asyncio.wait_for(child.unwanted.wait(), child.backoff.ended())
 
     async def _run(self, child: Child) -> int:
         """Runs the process of `child` and returns its exit status; that of a signal is its number, negative."""
@@ -180,7 +211,8 @@ class Children:
         sockets = [listener.fileno() for listener in self._listeners] if child.role.kind == "front" else []
         cores = ",".join(map(str, child.cores))
         own = [child.name, child.role.model, child.folder.path, child.role.threads or "", cores]
-        spec = ":".join(map(str, [*own, *passed, *sockets]))
+        child.accepts_early = may_accept_early(child, self._all)
+        spec = ":".join(map(str, [*own, *passed, int(child.accepts_early), *sockets]))
         options = [part for name, value in self._options(child).items() for part in ("--set", f"{name}={value}")]
         command = [sys.executable, "-m", *self._command, *options, "--process", spec]
         try:
@@ -188,6 +220,7 @@ class Children:
                 *command, pass_fds=[*passed, *sockets], env=environment(child.role), start_new_session=True
             )
         except OSError:
+            child.accepts_early = False
             os.close(report_read)
             raise
         finally:
@@ -201,7 +234,7 @@ class Children:
             return status
         finally:
             reading.cancel()
-            child.process = None
+            child.process, child.accepts_early = None, False
 
     async def _read_report(self, child: Child, descriptor: int) -> None:
         reader = asyncio.StreamReader()
@@ -221,7 +254,7 @@ class Children:
             return  # the process has ended
         child.report = Report.of(text)
         if child.report.problem is None:
-            child.since = loop.time()
+            child.backoff.ready()
             child.ready.set()
             log.info("the process %s is ready", child.name)
             self._on_change(child)
@@ -238,6 +271,13 @@ class Children:
                 send_signal(child, signal.SIGKILL)
         if left:
             await asyncio.wait(left)
+
+
+def may_accept_early(child: Child, children: Sequence[Child]) -> bool:
+    """Returns whether a front end accepts connections before it has its models. Where another one accepts at the same
+    sockets, that one answers probes, and serves whom this one would refuse."""
+    fronts = [each for each in children if each.role.kind == "front" and each is not child]
+    return child.role.kind == "front" and not any(each.ready.is_set() or each.accepts_early for each in fronts)
 
 
 def _terminate(child: Child) -> None:

@@ -21,11 +21,13 @@ async def run_front_end(
     name: str,
     listeners: Sequence[socket.socket],
     on_ready: Callable[[str, str], None],
+    accepts_early: bool,
 ) -> None:
     """Serves until SIGTERM or SIGINT.
 
     Args:
         name: of this process; the others find its metrics by it.
+        accepts_early: see `Service`.
 
     Raises:
         ConfigError, CheckpointError: it cannot start.
@@ -41,6 +43,7 @@ async def run_front_end(
         label,
         on_ready,
         listeners,
+        accepts_early,
     )
 
     async def others() -> Mapping[str, bytes]:

@@ -1,6 +1,8 @@
 """The life of one server that clients reach, from its socket to its exit.
 
-bind → listen (not ready) → load and warm the models → ready → SIGTERM → drain → close
+bind → accept (not ready) → load and warm the models → ready → SIGTERM → drain → close
+
+A process beside which others accept at the same sockets does so itself only once it is ready.
 """
 
 from __future__ import annotations
@@ -88,6 +90,8 @@ class Service:
         name: of the models, for what is counted before a request names one, and for `on_ready`.
         on_ready: is called with the base URL and `name` once requests are accepted.
         listeners: sockets of the supervisor to serve at; without any, the settings say where to listen.
+        accepts_early: whether connections are accepted before the models are loaded, so that probes are answered;
+            requests get 503 until then. Where another process accepts at the same sockets, that one answers them.
     """
 
     def __init__(
@@ -97,11 +101,13 @@ class Service:
         name: str,
         on_ready: Callable[[str, str], None] = lambda url, model: None,
         listeners: Sequence[socket.socket] = (),
+        accepts_early: bool = True,
     ) -> None:
         self._settings = settings
         self._name = name
         self._on_ready = on_ready
         self._listeners = listeners
+        self._accepts_early = accepts_early
         self._gate = Gate()
         self.metrics = Metrics(name)
         self.recent = Recent(settings.store.recent_requests)
@@ -128,12 +134,11 @@ class Service:
         serving = Serving.of(self._settings, self._gate, self.metrics, keys, self._spans, self.recent)
         server = Server(create_app(serving, local_only(listeners)), self._settings, self.metrics)
         self._grpc = open_grpc(serving)
-        server.start(listeners)
         watching = [asyncio.create_task(serving.records.watch())]
         if keys is not None:
             watching.append(asyncio.create_task(keys.watch()))
         try:
-            await self._serve(url_of(listeners, self._settings.server))
+            await self._serve(server, listeners)
         finally:
             for task in watching:
                 task.cancel()
@@ -142,10 +147,10 @@ class Service:
             if self._spans is not None:
                 await self._spans.close()
 
-    async def _serve(self, url: str) -> None:
+    async def _serve(self, server: Server, listeners: Sequence[socket.socket]) -> None:
         try:
-            if self._grpc is not None:
-                await self._grpc.start()
+            if self._accepts_early:
+                await self._accept(server, listeners)
             loading = asyncio.ensure_future(self._models.load())
             stopped = asyncio.ensure_future(self._stop.wait())
             await asyncio.wait((loading, stopped), return_when=asyncio.FIRST_COMPLETED)
@@ -155,7 +160,9 @@ class Service:
             self._gate.open(loading.result())
             gc.collect()
             gc.freeze()  # what is alive now stays: the collector need not walk it again
-            self._on_ready(url, self._name)
+            if not self._accepts_early:
+                await self._accept(server, listeners)
+            self._on_ready(url_of(listeners, self._settings.server), self._name)
             await stopped
             self._gate.drain()
             if self._grpc is not None:
@@ -164,6 +171,12 @@ class Service:
             await self._models.drain(self._settings.server.drain_seconds)
         finally:
             await self._models.close()
+
+    async def _accept(self, server: Server, listeners: Sequence[socket.socket]) -> None:
+        """Takes connections from now on. Raises ConfigError: there is no port for gRPC."""
+        server.start(listeners)
+        if self._grpc is not None:
+            await self._grpc.start()
 
 
 async def run_until_signal(service: Service) -> None:

@@ -224,8 +224,8 @@ class UpstreamGeneration:
             yield deltas
 
     def abort(self) -> None:
-        for task, choice in zip(self._tasks, self._choices):
-            task.cancel()
+        self._cancel()
+        for choice in self._choices:
             choice.abort()  # its reader may wait for the next delta
         self._running.discard(self)
         self._tally.end()
@@ -235,9 +235,15 @@ class UpstreamGeneration:
 
     def fail(self, error: Unavailable) -> None:
         """Ends all choices with an error, as the server is shutting down."""
-        for task, choice in zip(self._tasks, self._choices):
-            task.cancel()
+        self._cancel()
+        for choice in self._choices:
             choice.fail(error)
+
+    def _cancel(self) -> None:
+        """Cancels the tasks, each once: a second time would end what the first has them do, to close connections."""
+        tasks, self._tasks = self._tasks, []
+        for task in tasks:
+            task.cancel()
 
     async def _run(self, choice: Choice) -> None:
         """Runs a choice when its turn has come, within the request's time."""

@@ -114,7 +114,7 @@ class Choice:
             await self._read()
         except Fault as fault:
             route = self._route
-            self.fail(error_of(route.upstream.id, fault, route.endpoints.retry_after))
+            self.fail(error_of(route.upstream, fault, route.endpoints.retry_after))
         except BDHError as error:
             self.fail(error)
 

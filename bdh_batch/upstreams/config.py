@@ -146,6 +146,11 @@ class Upstream(Entry):
         """The endpoints."""
         raise NotImplementedError
 
+    @property
+    def target(self) -> str:
+        """What is asked for there, as errors name it."""
+        raise NotImplementedError
+
     def key(self) -> str | None:
         """Returns the API key. Raises ConfigError where it cannot be read."""
         where = f"upstreams.{self.id}"
@@ -203,6 +208,10 @@ class OpenAIUpstream(HttpUpstream):
         description="Fields of requests that go on although this server does not know them, or keeps them as labels.",
     )
 
+    @property
+    def target(self) -> str:
+        return f"the model {self.model or self.id!r}"
+
 
 class HtmlSections(Entry):
     """How the HTML that an app puts into its texts becomes plain text."""
@@ -240,6 +249,10 @@ class GradioUpstream(HttpUpstream):
     output: int = Field(0, ge=0, description="Which of the endpoint's outputs has the text or the conversation.")
     html: HtmlSections | None = Field(HtmlSections(), description="null: texts have no HTML, and stay as they are.")
     reasoning: bool = Field(False, description="Whether thoughts are passed on as reasoning_content.")
+
+    @property
+    def target(self) -> str:
+        return f"the endpoint {self.api!r}"
 
     @property
     def placeholders(self) -> set[str]:
@@ -311,6 +324,10 @@ class KServeUpstream(Upstream):
     @property
     def addresses(self) -> list[str]:
         return [*self.endpoints]
+
+    @property
+    def target(self) -> str:
+        return f"the model {self.model or self.id!r}"
 
 
 AnyUpstream = Annotated[KServeUpstream | GradioUpstream | OpenAIUpstream, Field(discriminator="kind")]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from bdh_batch.errors import BDHError, InvalidRequest, Unavailable, UpstreamFailed, UpstreamTimeout
+from bdh_batch.errors import BDHError, InvalidRequest, Unavailable, UpstreamFailed, UpstreamLacksModel, UpstreamTimeout
+from bdh_batch.upstreams.config import Upstream
 from bdh_batch.upstreams.protocol import TIMEOUTS, Fault, FaultKind
 
 LONGEST_MESSAGE = 500  # characters of an upstream's own words
@@ -20,13 +21,17 @@ TEXTS = {
     FaultKind.DIFFERS: "was replaced by an endpoint that goes on differently",
     FaultKind.BUSY: "refuses requests at present",
     FaultKind.REFUSED: "refused the request",
+    FaultKind.NOT_FOUND: "does not have",
+    FaultKind.UNAUTHORIZED: "does not accept the key that it gets",
     FaultKind.ERROR: "failed",
 }
 
 
-def error_of(upstream: str, fault: Fault, retry_after: int) -> BDHError:
+def error_of(upstream: Upstream, fault: Fault, retry_after: int) -> BDHError:
     """Returns the error that a client gets for the fault that its request ended with."""
-    text = f"The upstream {upstream!r} {TEXTS[fault.kind]}"
+    text = f"The upstream {upstream.id!r} {TEXTS[fault.kind]}"
+    if fault.kind is FaultKind.NOT_FOUND:
+        return UpstreamLacksModel(f"{text} {upstream.target}.", f"upstream_{fault.kind}")
     text += f": {brief(fault.message)}" if fault.message else "."
     if fault.kind is FaultKind.REFUSED:
         return InvalidRequest(text, fault.param, "upstream_refused")

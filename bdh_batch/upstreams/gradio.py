@@ -1,11 +1,18 @@
-"""Upstreams that are Gradio apps, asked by Gradio's HTTP API: a POST begins an event, a stream of events follows it."""
+"""Upstreams that are Gradio apps, asked by Gradio's HTTP API: a POST begins an event, a stream of events follows it.
+
+An app ends an event, or takes it out of its queue, when the stream that follows it is closed. One that nobody follows
+is worked off to its end.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 
 import httpx
 
@@ -26,6 +33,14 @@ BUSY_PART = 0.2  # of the time that a stream may take to read texts that come ag
 OWN_NAMES = frozenset(("message", "history", "system", "prompt"))
 
 
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A request as the app knows it: where it is followed, and with which headers."""
+
+    url: str
+    headers: Mapping[str, str]
+
+
 class GradioConnector:
     """Speaks Gradio's HTTP API."""
 
@@ -36,30 +51,58 @@ class GradioConnector:
         self._upstream = upstream
         self._client = open_client(upstream)
         self._cleaner = None if upstream.html is None else Cleaner(upstream.id, upstream.html)
+        self._leaving: set[asyncio.Task[None]] = set()
 
     def expresses(self, chat: bool, ours: bool) -> Collection[str]:
         return self._upstream.placeholders - OWN_NAMES
 
     async def stream(self, address: str, request: TextRequest) -> AsyncGenerator[Piece, None]:
-        upstream = self._upstream
-        url = f"{address}{PREFIX}/call/{upstream.api}"
-        body = {"data": inputs_of(upstream, request)}
+        url = f"{address}{PREFIX}/call/{self._upstream.api}"
+        joined = asyncio.create_task(self._join(url, request))
+        followed = False
+        try:
+            event = await asyncio.shield(joined)
+            async with (
+                asked(self._client, "GET", event.url, event.headers) as response,
+                aclosing(events(response, self._upstream.max_message_bytes)) as source,
+            ):
+                followed = True
+                reader = Reader(self._upstream, self._cleaner)
+                async for item in source:
+                    if (piece := await reader.read(item.event, item.data)) is not None:
+                        yield piece
+                        if piece.finish_reason is not None:
+                            return
+        except asyncio.CancelledError:
+            if not followed:
+                self._leave(joined)
+            raise
+
+    async def _join(self, url: str, request: TextRequest) -> Event:
+        """Has the app begin. Raises Fault."""
+        body = {"data": inputs_of(self._upstream, request)}
         async with asked(self._client, "POST", url, request.headers, body) as response:
             begun = await read_json(response, LARGEST_EVENT_ID)
             headers = {**request.headers, **_cookies(response)}
         event_id = begun.get("event_id") if isinstance(begun, dict) else None
         if not isinstance(event_id, str) or not EVENT_ID.fullmatch(event_id):
             raise Fault(FaultKind.MALFORMED, "no event id")
-        reader = Reader(upstream, self._cleaner)
-        async with (
-            asked(self._client, "GET", f"{url}/{event_id}", headers) as response,
-            aclosing(events(response, upstream.max_message_bytes)) as source,
-        ):
-            async for event in source:
-                if (piece := await reader.read(event.event, event.data)) is not None:
-                    yield piece
-                    if piece.finish_reason is not None:
-                        return
+        return Event(f"{url}/{event_id}", headers)
+
+    def _leave(self, joined: asyncio.Task[Event]) -> None:
+        """Has the app end an event that nobody follows, once it has begun."""
+
+        async def follow_and_leave() -> None:
+            # Where the app fails, there is nothing to be ended, and nobody left to be told.
+            with contextlib.suppress(Fault, TimeoutError):
+                async with asyncio.timeout(2 * self._upstream.connect_seconds):
+                    event = await joined
+                    async with asked(self._client, "GET", event.url, event.headers):
+                        pass
+
+        leaving = asyncio.create_task(follow_and_leave())
+        self._leaving.add(leaving)
+        leaving.add_done_callback(self._leaving.discard)
 
     async def probe(self, address: str) -> EndpointFacts:
         try:
@@ -74,6 +117,9 @@ class GradioConnector:
         return None  # no app is a server like this one
 
     async def close(self) -> None:
+        for leaving in [*self._leaving]:
+            leaving.cancel()
+        await asyncio.gather(*self._leaving, return_exceptions=True)
         await self._client.aclose()
 
 

@@ -19,9 +19,8 @@ from bdh_batch.messages import FinishReason
 from bdh_batch.system.protobuf import Counter, TooMany
 from bdh_batch.upstreams.config import KServeUpstream, Tensor
 from bdh_batch.upstreams.protocol import (
-    BUSY,
+    KINDS,
     MOST,
-    REFUSALS,
     EndpointFacts,
     Fault,
     FaultKind,
@@ -55,10 +54,13 @@ OURS_TAKES = frozenset(
         "add_special_tokens",
     )
 )
-KINDS = {
+CODES = {
     grpc.StatusCode.INVALID_ARGUMENT: FaultKind.REFUSED,
     grpc.StatusCode.OUT_OF_RANGE: FaultKind.REFUSED,
     grpc.StatusCode.FAILED_PRECONDITION: FaultKind.REFUSED,
+    grpc.StatusCode.NOT_FOUND: FaultKind.NOT_FOUND,
+    grpc.StatusCode.UNAUTHENTICATED: FaultKind.UNAUTHORIZED,
+    grpc.StatusCode.PERMISSION_DENIED: FaultKind.UNAUTHORIZED,
     grpc.StatusCode.RESOURCE_EXHAUSTED: FaultKind.BUSY,
     grpc.StatusCode.DEADLINE_EXCEEDED: FaultKind.FIRST_TOKEN_TIMEOUT,
     grpc.StatusCode.CANCELLED: FaultKind.CLOSED,
@@ -331,7 +333,7 @@ def _reported(response: Any) -> Fault:
     """Returns what a response with an error means: a server like this one says which status it has over HTTP."""
     said = response.infer_response.parameters
     status = said[ERROR_STATUS].int64_param if ERROR_STATUS in said else 0
-    kind = FaultKind.REFUSED if status in REFUSALS else FaultKind.BUSY if status in BUSY else FaultKind.ERROR
+    kind = KINDS.get(status, FaultKind.ERROR)
     param = said[ERROR_PARAM].string_param if ERROR_PARAM in said else None
     return Fault(kind, response.error_message, param)
 
@@ -347,7 +349,7 @@ def _fault(error: grpc.RpcError, begun: bool) -> Fault | Unimplemented:
         return Fault(FaultKind.TOO_LARGE)
     if code is grpc.StatusCode.INTERNAL and "RST_STREAM" in details:
         return Fault(FaultKind.CLOSED)
-    kind = KINDS.get(code, FaultKind.ERROR)
+    kind = CODES.get(code, FaultKind.ERROR)
     return Fault(kind, details if kind is FaultKind.REFUSED else "")
 
 

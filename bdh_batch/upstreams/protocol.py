@@ -25,17 +25,24 @@ class FaultKind(StrEnum):
     DIFFERS = "differs"  # another endpoint did not go on as the one before would have
     BUSY = "busy"  # it refuses work at present
     REFUSED = "refused"  # it refuses this request
+    NOT_FOUND = "not_found"  # it does not have the model, or the endpoint, that it is asked for
+    UNAUTHORIZED = "unauthorized"  # it does not accept the key that it gets
     ERROR = "error"  # it reports an error of its own
 
 
-REFUSALS = frozenset((400, 413, 422))  # statuses of HTTP
-BUSY = frozenset((429, 503))
+# What a status of HTTP is about: the request, the model, the key or its account, or the time. Others, the server.
+KINDS = {
+    **dict.fromkeys((400, 413, 414, 422, 431, 451), FaultKind.REFUSED),
+    **dict.fromkeys((404, 410), FaultKind.NOT_FOUND),
+    **dict.fromkeys((401, 402, 403), FaultKind.UNAUTHORIZED),
+    **dict.fromkeys((408, 425, 429, 503, 529), FaultKind.BUSY),
+}
 MOST = 2**31 - 1  # of what KServe passes on as INT32: numbers of tokens, and their ids
 TIMEOUTS = frozenset((FaultKind.CONNECT_TIMEOUT, FaultKind.FIRST_TOKEN_TIMEOUT, FaultKind.GAP_TIMEOUT))
 # Of these another endpoint would do no better.
 FINAL = frozenset((FaultKind.REFUSED, FaultKind.REWRITTEN, FaultKind.DIFFERS))
 # These may be the request's doing: one client's requests must not have an endpoint left alone by all.
-INNOCENT = FINAL | {FaultKind.TOO_LARGE, FaultKind.ERROR}
+INNOCENT = FINAL | {FaultKind.TOO_LARGE, FaultKind.ERROR, FaultKind.NOT_FOUND, FaultKind.UNAUTHORIZED}
 
 
 class Fault(Exception):

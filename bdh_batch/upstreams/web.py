@@ -14,7 +14,7 @@ import orjson
 
 from bdh_batch.errors import ConfigError
 from bdh_batch.upstreams.config import HttpUpstream
-from bdh_batch.upstreams.protocol import BUSY, REFUSALS, Fault, FaultKind
+from bdh_batch.upstreams.protocol import KINDS, Fault, FaultKind
 from bdh_batch.upstreams.sse import in_turns
 
 # Bytes that are read at a time, for all async clients here. Interim responses within them are parsed at once,
@@ -132,8 +132,9 @@ def is_alive(fault: Fault) -> bool:
 async def _refusal(response: httpx.Response) -> Fault:
     """Returns the Fault of a refusal. Its own words go to clients only where they are about the request."""
     status = response.status_code
-    if status not in REFUSALS:
-        return Fault(FaultKind.BUSY if status in BUSY else FaultKind.ERROR, f"status {status}", status=status)
+    kind = KINDS.get(status, FaultKind.ERROR)
+    if kind is not FaultKind.REFUSED:
+        return Fault(kind, f"status {status}", status=status)
     try:
         value = await read_json(response, LONGEST_ERROR)
     except Fault:

@@ -258,8 +258,15 @@ class TestLosses:
         found = together(several, all_of)
         survivors = [each for each in found if each is not None]
         assert all(each == survivors[0] for each in survivors)
-        # The one that is started again refuses requests until it has its model: it may accept none, or some of a crowd.
-        eventually(lambda: len(re.findall(r"the process front-\d is ready", several.log)) == 3, 60, lambda: several.log)
+        # The one that is started again accepts nobody until it has its model: nobody is told to wait for it.
+        statuses: list[int] = []
+
+        def is_back() -> bool:
+            statuses.append(httpx.get(f"{several.url}/readyz", timeout=HANG_SECONDS).status_code)
+            return len(re.findall(r"the process front-\d is ready", several.log)) == 3
+
+        eventually(is_back, 60, lambda: several.log)
+        assert set(statuses) == {200}
         until_ready(several)
         several.until(lambda m: not any(v for k, v in m.items() if k.startswith("bdh_num_requests_running")), 60)
 

@@ -9,7 +9,7 @@ import pytest
 
 from bdh_batch.errors import ConfigError
 from bdh_batch.processes import placement
-from bdh_batch.processes.children import Role, environment
+from bdh_batch.processes.children import Backoff, Role, environment
 from bdh_batch.processes.model_settings import models_of
 from bdh_batch.processes.placement import FreeCores, engine_roles
 from bdh_batch.processes.supervisor import check
@@ -32,6 +32,33 @@ def test_an_engine_sees_its_own_gpu_of_those_that_the_server_sees(
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert environment(Role("engine", 0, device=device))["CUDA_VISIBLE_DEVICES"] == expected
+
+
+class TestBackoff:
+    @pytest.fixture(autouse=True)
+    def clock(self) -> None:
+        self.now = 0.0
+        self.backoff = Backoff(lambda: self.now)
+
+    def end(self, starting: float, serving: float | None) -> float:
+        """Starts a process, which ends after so many seconds of each; None is one that does not get ready."""
+        self.now += starting
+        if serving is not None:
+            self.backoff.ready()
+            self.now += serving
+        return self.backoff.ended()
+
+    def test_one_that_has_served_comes_back_at_once_however_often_it_is_killed(self) -> None:
+        assert {self.end(starting=2, serving=1 + number % 3) for number in range(50)} == {0.0}
+
+    def test_one_that_cannot_start_waits_longer_each_time(self) -> None:
+        assert [self.end(starting=3, serving=None) for _ in range(9)] == [0.5, 1, 2, 4, 8, 16, 30, 30, 30]
+
+    def test_one_that_ends_at_the_first_thing_that_it_does_waits_as_well(self) -> None:
+        assert [self.end(starting=3, serving=0.5) for _ in range(4)] == [0.5, 1, 2, 4]
+
+    def test_what_has_served_has_its_failed_starts_forgotten(self) -> None:
+        assert [self.end(3, serving) for serving in (None, None, 60, None, 0.1)] == [0.5, 1, 0, 0.5, 1]
 
 
 def roles(*overrides: tuple[str, object]) -> list[list[Role]]:

@@ -97,6 +97,15 @@ class Gateway:
             return await read(await self.start(*arguments, **fields))
 
 
+async def leave(generation: UpstreamGeneration) -> None:
+    """Reads one delta and leaves, as a client of HTTP does: who watches it aborts, and then the one who reads."""
+    async for _ in generation:
+        break
+    generation.abort()
+    await asyncio.sleep(0)
+    generation.abort()
+
+
 async def read(generation: UpstreamGeneration) -> Response:
     found = Response([""] * len(generation.prompts), [None] * len(generation.prompts))
     try:

@@ -13,7 +13,7 @@ import anthropic
 import grpc
 import httpx
 import pytest
-from openai import APIStatusError, AsyncOpenAI, BadRequestError
+from openai import APIStatusError, AsyncOpenAI, BadRequestError, NotFoundError
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests.conftest import CONFORMANCE, HANG_SECONDS, ServeFactory, Server, clean_environment, eventually, free_port
@@ -150,6 +150,29 @@ async def test_an_error_before_the_first_token_has_its_status(
         }
 
 
+async def test_an_unknown_model_at_the_upstream_is_not_found(
+    behind: tuple[Server, Behind], client: AsyncOpenAI
+) -> None:
+    async def over_http(connection: Connection) -> None:
+        await connection.json({"detail": "Not Found"}, 404)
+
+    async def over_grpc(request: Any, context: Any) -> AsyncIterator[Any]:
+        await context.abort(grpc.StatusCode.NOT_FOUND, "no such model")
+        yield
+
+    behind[1].web, behind[1].stream = over_http, over_grpc
+    lacking = {
+        "gpt-4": "The upstream 'gpt' does not have the model 'gpt'.",
+        "llamacpp": "The upstream 'llamacpp' does not have the model 'generate'.",
+        "bharatgen-param-17b": "The upstream 'bharatgen-param-17b' does not have the endpoint 'chat_fn_1'.",
+    }
+    for model, message in lacking.items():
+        with pytest.raises(NotFoundError) as missing:
+            await client.chat.completions.create(model=model, messages=[{"role": "user", "content": "q"}])
+        expected = {"type": "not_found_error", "param": "model", "code": "upstream_not_found"}
+        assert missing.value.body == {"message": message, **expected}
+
+
 async def test_an_error_within_a_stream_is_its_last_event_and_no_other_stream_notices(
     behind: tuple[Server, Behind], client: AsyncOpenAI
 ) -> None:
@@ -275,6 +298,67 @@ async def test_what_nobody_knows_is_refused_by_name(
     chat = {"model": model, "messages": [{"role": "user", "content": "a"}], **change}
     refused = behind[0].http.post("/v1/chat/completions", json=chat)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
+PIXELS: Any = {"type": "base64", "media_type": "image/png", "data": "iVBORw0KGgo="}
+LINK: Any = {"type": "url", "url": "https://example.org/a.png"}
+
+
+def shown(source: Any) -> Any:
+    return {"type": "image", "source": source}
+
+
+async def test_images_of_messages_are_passed_on_as_parts(behind: tuple[Server, Behind]) -> None:
+    asked: list[Any] = []
+
+    async def script(connection: Connection) -> None:
+        asked.append(connection.asked.body)
+        await connection.events(chunk("a cat", "stop", chat=True))
+
+    behind[1].web = script
+    use: Any = {"type": "tool_use", "id": "c1", "name": "f", "input": {}}
+    result: Any = {"type": "tool_result", "tool_use_id": "c1", "content": [shown(LINK)], "is_error": True}
+    text: Any = {"type": "text", "text": "What is it?"}
+    turns: Any = [
+        {"role": "user", "content": [text, shown(PIXELS), {**shown(LINK), "cache_control": {"type": "ephemeral"}}]},
+        {"role": "assistant", "content": [use]},
+        {"role": "user", "content": [result, text]},
+    ]
+    async with anthropic.AsyncAnthropic(base_url=behind[0].url, api_key="none", max_retries=0) as messages:
+        got = await messages.messages.create(model="gpt", max_tokens=9, messages=turns)
+        assert [block.to_dict() for block in got.content] == [{"type": "text", "text": "a cat"}]
+        assert (await messages.messages.count_tokens(model="gpt", messages=turns)).input_tokens > 0
+    pixels = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    link = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+    first, _, third, fourth = asked[0]["messages"]
+    assert first == {"role": "user", "content": [text, pixels, link]}
+    assert third == {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "Error: "}, link]}
+    assert fourth == {"role": "user", "content": "What is it?"}
+
+
+@pytest.mark.parametrize(
+    ("model", "block", "param"),
+    [
+        ("llamacpp", shown(LINK), ""),
+        ("bharatgen-param-17b", shown(PIXELS), ""),
+        ("missing", shown(PIXELS), ""),
+        ("gpt", {"type": "document", "source": LINK}, ""),
+        ("gpt", {"type": "image"}, ".source"),
+        ("gpt", {**shown(LINK), "text": "a"}, ".text"),
+        ("gpt", shown({"type": "file", "file_id": "f"}), ".source"),
+        ("gpt", shown({"type": "base64", "data": "aa"}), ".source.media_type"),
+        ("gpt", shown({**PIXELS, "media_type": "image/tiff"}), ".source.media_type"),
+        ("gpt", shown({**PIXELS, "url": "https://example.org"}), ".source.url"),
+        ("gpt", shown({"type": "url"}), ".source.url"),
+        ("gpt", {"type": "text", "text": "a", "source": LINK}, ".source"),
+    ],
+)
+async def test_images_of_messages_that_cannot_be_passed_on_are_refused_by_name(
+    behind: tuple[Server, Behind], model: str, block: dict[str, Any], param: str
+) -> None:
+    body = {"model": model, "max_tokens": 9, "messages": [{"role": "user", "content": [block]}]}
+    refused = await asyncio.to_thread(behind[0].http.post, "/v1/messages", json=body)
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, f"messages[0].content[0]{param}")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from bdh_batch.errors import InvalidRequest, Unavailable, UnsupportedParameter, UpstreamFailed
 from bdh_batch.messages import FinishReason, Usage, merged
 from tests.upstreams.fakes import HEAD, Connection, Script, Web, web
-from tests.upstreams.support import Response, upstream
+from tests.upstreams.support import Response, leave, upstream
 
 QUESTION = {"role": "user", "content": "What is 15 + 27?"}
 TUTOR = {"role": "system", "content": "You are a helpful math tutor."}
@@ -238,8 +238,45 @@ async def test_a_client_that_leaves_closes_the_events() -> None:
         gone.set()
 
     async with web(script) as fake, upstream(kind="gradio", url=fake.url) as gateway:
+        await leave(await gateway.start(None, [QUESTION]))
+        await asyncio.wait_for(gone.wait(), 60)
+
+
+async def test_an_event_that_its_client_did_not_wait_for_is_followed_and_left() -> None:
+    """The app would work it off to its end, for nobody."""
+    joined, release, followed, gone = asyncio.Event(), asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+    async def script(connection: Connection) -> None:
+        if connection.asked.method == "POST":
+            joined.set()
+            await release.wait()
+            await connection.json({"event_id": "e-1"})
+            return
+        followed.set()
+        await connection.gradio()
+        await connection.until_left()
+        gone.set()
+
+    async with web(script) as fake, upstream(kind="gradio", url=fake.url) as gateway:
         generation = await gateway.start(None, [QUESTION])
-        async for _ in generation:
-            break
+        await asyncio.wait_for(joined.wait(), 60)
+        generation.abort()
+        assert not followed.is_set()
+        release.set()
+        await asyncio.wait_for(gone.wait(), 60)
+    assert fake.asked[-1].path == "/gradio_api/call/chat/e-1"
+
+
+async def test_an_app_that_never_begins_is_waited_for_no_longer_than_the_settings_say() -> None:
+    asked, gone = asyncio.Event(), asyncio.Event()
+
+    async def script(connection: Connection) -> None:
+        asked.set()
+        await connection.until_left()
+        gone.set()
+
+    async with web(script) as fake, upstream(kind="gradio", url=fake.url, connect_seconds=0.1) as gateway:
+        generation = await gateway.start(None, [QUESTION])
+        await asyncio.wait_for(asked.wait(), 60)
         generation.abort()
         await asyncio.wait_for(gone.wait(), 60)

@@ -18,6 +18,7 @@ from bdh_batch.errors import (
     Unavailable,
     UnsupportedParameter,
     UpstreamFailed,
+    UpstreamLacksModel,
     UpstreamTimeout,
 )
 from bdh_batch.messages import FinishReason, Usage
@@ -450,7 +451,7 @@ async def test_bytes_that_are_no_message_are_malformed() -> None:
         (grpc.StatusCode.UNAVAILABLE, UpstreamFailed),
         (grpc.StatusCode.INTERNAL, UpstreamFailed),
         (grpc.StatusCode.UNAUTHENTICATED, UpstreamFailed),
-        (grpc.StatusCode.NOT_FOUND, UpstreamFailed),
+        (grpc.StatusCode.NOT_FOUND, UpstreamLacksModel),
         (grpc.StatusCode.DEADLINE_EXCEEDED, UpstreamTimeout),
     ],
 )

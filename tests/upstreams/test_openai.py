@@ -16,7 +16,7 @@ from bdh_batch.messages import FinishReason, Usage, merged
 from bdh_batch.upstreams.config import OpenAIUpstream
 from bdh_batch.upstreams.sse import events
 from tests.upstreams.fakes import HEAD, Connection, Script, chunk, web
-from tests.upstreams.support import Response, upstream
+from tests.upstreams.support import Response, leave, upstream
 
 USER = {"role": "user", "content": [{"type": "text", "text": "hi"}], "name": "ann"}
 
@@ -228,7 +228,7 @@ async def script_moved(connection: Connection) -> None:
         (script_endless_json, "too_large"),
         (script_many_choices, "too_large"),
         (script_error_event, "error"),
-        (script_fails, "error"),
+        (script_fails, "unauthorized"),
         (script_moved, "error"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
@@ -318,6 +318,37 @@ async def test_a_refusal_is_the_clients_and_names_its_field() -> None:
     assert "top_k is unknown" in got.error.message
 
 
+@pytest.mark.parametrize(
+    ("status", "code", "message"),
+    [
+        (400, "upstream_refused", "The upstream 'up' refused the request: its words"),
+        (451, "upstream_refused", "The upstream 'up' refused the request: its words"),
+        (404, "upstream_not_found", "The upstream 'up' does not have the model 'gpt'."),
+        (410, "upstream_not_found", "The upstream 'up' does not have the model 'gpt'."),
+        (401, "upstream_unauthorized", "The upstream 'up' does not accept the key that it gets: status 401"),
+        (403, "upstream_unauthorized", "The upstream 'up' does not accept the key that it gets: status 403"),
+        (405, "upstream_error", "The upstream 'up' failed: status 405"),
+        (529, None, "The upstream 'up' refuses requests at present: status 529"),
+    ],
+)
+async def test_a_status_is_about_the_request_the_model_the_key_or_the_time(
+    status: int, code: str | None, message: str
+) -> None:
+    async def refuses(connection: Connection) -> None:
+        await connection.json({"error": {"message": "its words"}}, status)
+
+    async with (
+        web(refuses) as first,
+        web(refuses) as second,
+        upstream(kind="openai", model="gpt", endpoints=[first.url, second.url], failures=1) as gateway,
+    ):
+        for _ in range(2 if code else 1):  # but for a busy one, it is not the endpoint's fault
+            got = await gateway.ask()
+            assert got.error is not None
+            assert (getattr(got.error, "code", None), got.error.message) == (code, message)
+    assert len(first.asked) + len(second.asked) == (4 if code not in (None, "upstream_refused") else 2)
+
+
 async def test_a_busy_upstream_is_to_be_asked_later() -> None:
     async def script(connection: Connection) -> None:
         await connection.json({"error": {"message": "slow down"}}, 429)
@@ -347,22 +378,25 @@ async def test_slow_upstreams_are_given_up(unused_tcp_port: int) -> None:
 
 
 async def test_a_client_that_leaves_ends_the_request_at_the_upstream() -> None:
-    gone = asyncio.Event()
+    gone = asyncio.Semaphore(0)
 
     async def script(connection: Connection) -> None:
+        if connection.asked.body["prompt"] == "stay":
+            await connection.events(chunk("be", "stop"))
+            return
         await connection.events(chunk("be"), done=False)
         await connection.until_left()
-        gone.set()
+        gone.release()
 
-    async with web(script) as fake, upstream(kind="openai", url=fake.url) as gateway:
-        generation = await gateway.start()
-        async for _ in generation:
-            break
-        generation.abort()
-        await asyncio.wait_for(gone.wait(), 60)
+    options: dict[str, Any] = {"kind": "openai", "max_requests": 1}  # and two connections
+    async with web(script) as fake, upstream(url=fake.url, **options) as gateway, asyncio.timeout(60):
+        for _ in range(4):
+            await leave(await gateway.start())
+            await gone.acquire()
+        assert (await gateway.ask("stay")).text == "be"
         assert gateway.backend.load() == 0
         await gateway.backend.drain(1)
-    assert gateway.seen.outcomes == {"abort": 1}
+    assert gateway.seen.outcomes == {"abort": 4, "stop": 1}
 
 
 async def test_a_slow_reader_has_the_upstream_wait() -> None:

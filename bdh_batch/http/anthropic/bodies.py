@@ -7,11 +7,11 @@ import reprlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, model_validator
 from pydantic.config import JsonDict
 from pydantic_core import PydanticCustomError
 
-from bdh_batch.http.request.sizes import AtMost, BodyText, FreeObject, FunctionLabel, Label
+from bdh_batch.http.request.sizes import AtMost, BodyText, FreeObject, FunctionLabel, Label, passed_on
 from bdh_batch.http.request.strict import Neutral, Read, Wire
 from bdh_batch.http.schema.requests import StopStrings
 
@@ -31,33 +31,40 @@ MESSAGES: Neutral = {
     "service_tier": ("auto", "standard_only"),
 }
 BLOCK: Neutral = {"cache_control": CACHED, "citations": ([],)}
-# By the type of a block: the fields that it needs, and those that it may have.
-FIELDS: Mapping[str, tuple[Collection[str], Collection[str]]] = {
-    "text": (("text",), ()),
+Fields = Mapping[str, tuple[Collection[str], Collection[str]]]  # by a type: those it needs, and those it may have
+IMAGE = "image"  # a block for models that are given what clients wrote: others have none, and the schema neither
+RESULT_FIELDS: Fields = {"text": (("text",), ()), IMAGE: (("source",), ())}
+FIELDS: Fields = {
+    **RESULT_FIELDS,
     "tool_use": (("id", "name", "input"), ()),
     "tool_result": (("tool_use_id",), ("content", "is_error")),
 }
-TYPES: Mapping[str, Any] = {name: {"not": {"type": "null"}} for needed, _ in FIELDS.values() for name in needed}
-BY_TYPE: JsonDict = {
-    "allOf": [
-        {
-            "if": {"properties": {"type": {"const": kind}}},
-            "then": {
-                "required": [*needed],
-                "properties": {
-                    **{name: TYPES[name] for name in needed},
-                    **{
-                        name: {"type": "null"}
-                        for others, more in FIELDS.values()
-                        for name in (*others, *more)
-                        if name not in (*needed, *possible)
-                    },
-                },
-            },
-        }
-        for kind, (needed, possible) in FIELDS.items()
-    ]
-}
+SOURCE_FIELDS: Fields = {"base64": (("media_type", "data"), ()), "url": (("url",), ())}
+
+
+def _by_type(fields: Fields) -> Callable[[JsonDict], None]:
+    """Returns what completes the JSON schema of a block: which fields go with which type."""
+    shown = {kind: each for kind, each in fields.items() if kind != IMAGE}
+    needs = {name for needed, _ in shown.values() for name in needed}
+
+    def properties(needed: Collection[str], possible: Collection[str]) -> JsonDict:
+        names = [name for others, more in shown.values() for name in (*others, *more)]
+        refused: JsonDict = {name: {"type": "null"} for name in names if name not in (*needed, *possible)}
+        return {**{name: {"not": {"type": "null"}} for name in needs.intersection(needed)}, **refused}
+
+    def complete(schema: JsonDict) -> None:
+        listed: Any = schema["properties"]
+        del listed["source"]
+        listed["type"]["enum"].remove(IMAGE)
+        schema["allOf"] = [
+            {
+                "if": {"properties": {"type": {"const": kind}}},
+                "then": {"required": [*needed], "properties": properties(needed, possible)},
+            }
+            for kind, (needed, possible) in shown.items()
+        ]
+
+    return complete
 
 
 def _known(value: object, what: str, known: Collection[str]) -> object:
@@ -69,7 +76,7 @@ def _known(value: object, what: str, known: Collection[str]) -> object:
 
 
 class TextBlock(Wire):
-    """A block of `system`, or of the content of a tool's result."""
+    """A block of `system`."""
 
     unsupported = BLOCK
 
@@ -95,37 +102,92 @@ TextBlocks = Annotated[list[TextBlock], AtMost("max_parts")]
 Texts = Annotated[str | None, Read(_texts, TextBlocks, BodyText | TextBlocks | None)]
 
 
-class ContentBlock(Wire):
-    """A block of the content of a message."""
+class Typed(Wire):
+    """The base of objects whose type says which fields they have."""
 
-    model_config = ConfigDict(json_schema_extra=BY_TYPE)
-    unsupported: ClassVar[Neutral] = {**BLOCK, "caller": ({"type": "direct"},), "toolset_name": ()}
+    kinds: ClassVar[str]  # what errors call them
+    fields: ClassVar[Fields]
 
-    type: Literal["text", "tool_use", "tool_result"]
-    text: BodyText | None = None
-    id: Label | None = None
-    name: Label | None = None
-    input: FreeObject | None = None
-    tool_use_id: Label | None = None
-    content: Texts = None
-    is_error: bool | None = None
+    type: str
 
     @model_validator(mode="before")
     @classmethod
-    def _is_known(cls, block: object) -> object:
-        return _known(block, "Content blocks", FIELDS)
+    def _is_known(cls, value: object, info: ValidationInfo) -> object:
+        hidden = {IMAGE} if passed_on(info) is None else set()
+        return _known(value, cls.kinds, cls.fields.keys() - hidden)
 
     @model_validator(mode="after")
     def _has_the_fields_of_its_type(self) -> Self:
-        needed, possible = FIELDS[self.type]
+        needed, possible = self.fields[self.type]
         for name in type(self).names - {"type"}:
             if getattr(self, name) is not None and name not in (*needed, *possible):
-                text = f"Cannot be used in a block of type {self.type}"
-                raise PydanticCustomError("block", text, {"field": name})
+                text = f"Cannot be used with the type {self.type}"
+                raise PydanticCustomError("type", text, {"field": name})
         for name in needed:
             if getattr(self, name) is None:
                 raise PydanticCustomError("missing", "Field required", {"field": name})
         return self
+
+
+class ImageSource(Typed):
+    """Where the bytes of an image are: in the request, or at a URL."""
+
+    kinds = "Image sources"
+    fields = SOURCE_FIELDS
+
+    type: Literal["base64", "url"]
+    media_type: Literal["image/jpeg", "image/png", "image/gif", "image/webp"] | None = None
+    data: BodyText | None = None
+    url: BodyText | None = None
+
+    @property
+    def location(self) -> str:
+        """A URL that has the image in it, or where it is."""
+        return f"data:{self.media_type};base64,{self.data}" if self.url is None else self.url
+
+
+class ResultBlock(Typed):
+    """A block of the content of a tool's result."""
+
+    model_config = ConfigDict(json_schema_extra=_by_type(RESULT_FIELDS))
+    unsupported: ClassVar[Neutral] = BLOCK
+    kinds = "Content blocks"
+    fields = RESULT_FIELDS
+
+    type: Literal["text", "image"]
+    text: BodyText | None = None
+    source: ImageSource | None = None
+
+
+def _result(value: object, blocks: Callable[[list[object]], list[ResultBlock]]) -> object:
+    """Blocks as a text, where all are text, or as they are."""
+    if isinstance(value, list):
+        made = blocks(value)
+        return "".join(block.text or "" for block in made) if all(block.source is None for block in made) else made
+    return _texts(value, lambda _: [])
+
+
+ResultBlocks = Annotated[list[ResultBlock], AtMost("max_parts")]
+Result = Annotated[str | list[ResultBlock] | None, Read(_result, ResultBlocks, BodyText | ResultBlocks | None)]
+
+
+class ContentBlock(Typed):
+    """A block of the content of a message."""
+
+    model_config = ConfigDict(json_schema_extra=_by_type(FIELDS))
+    unsupported: ClassVar[Neutral] = {**BLOCK, "caller": ({"type": "direct"},), "toolset_name": ()}
+    kinds = "Content blocks"
+    fields = FIELDS
+
+    type: Literal["text", "image", "tool_use", "tool_result"]
+    text: BodyText | None = None
+    source: ImageSource | None = None
+    id: Label | None = None
+    name: Label | None = None
+    input: FreeObject | None = None
+    tool_use_id: Label | None = None
+    content: Result = None
+    is_error: bool | None = None
 
 
 def _content(value: object, blocks: Callable[[list[object]], list[ContentBlock]]) -> object:
@@ -137,7 +199,7 @@ def _content(value: object, blocks: Callable[[list[object]], list[ContentBlock]]
 
 
 Blocks = Annotated[list[ContentBlock], AtMost("max_parts")]
-SPEAKERS = {"tool_use": "assistant", "tool_result": "user"}
+SPEAKERS = {"tool_use": "assistant", "tool_result": "user", IMAGE: "user"}
 
 
 class InputMessage(Wire):

@@ -24,7 +24,7 @@ class Messages:
     async def create(self, request: Request) -> Response:
         serving, client = self._serving, Client.of(request)
         raw = await request.body()
-        body, names = await serving.aside(client).run(len(raw), self._read, raw, MessagesBody)
+        body, names = await serving.aside(client).run(len(raw), self._read, raw, MessagesBody, client)
         model = await serving.model(client, body.model)
         options = response_options(f"msg_{client.id}", body, model)
         finds_calls = body.may_call and not isinstance(model.backend, TextBackend)  # an upstream finds them itself
@@ -37,14 +37,17 @@ class Messages:
         """Counts as a request to /v1/messages does, whose prompt it would be."""
         serving, client = self._serving, Client.of(request)
         raw = await request.body()
-        body, names = await serving.aside(client).run(len(raw), self._read, raw, CountTokensBody)
+        body, names = await serving.aside(client).run(len(raw), self._read, raw, CountTokensBody, client)
         model = await serving.model(client, body.model)
         with names.as_written():
             prepared = await serving.preparation(client, model, len(raw)).generation(body)
         return JSONResponse({"input_tokens": prepared.prompt_tokens})
 
-    def _read(self, raw: bytes, kind: type[CountTokensBody]) -> tuple[ChatBody, Names]:
+    def _read(self, raw: bytes, kind: type[CountTokensBody], client: Client) -> tuple[ChatBody, Names]:
         """The chat body that a request's body stands for. Raises InvalidRequest."""
-        values, names = chat_fields(self._serving.parse(raw, kind))
+        body = self._serving.parse_for_model(raw, kind, client.caller)
+        values, names = chat_fields(body)
+        # An upstream of the same API gets images as they came; no fields of the client's do.
+        passed_on = None if self._serving.gate.passed_on(client.caller, body.model) is None else ()
         with names.as_written():
-            return self._serving.check(values, ChatBody), names
+            return self._serving.check(values, ChatBody, passed_on), names

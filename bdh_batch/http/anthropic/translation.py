@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 
 from bdh_batch.errors import BDHError, InvalidRequest
-from bdh_batch.http.anthropic.bodies import ContentBlock, CountTokensBody, InputMessage, MessagesBody
+from bdh_batch.http.anthropic.bodies import ContentBlock, CountTokensBody, InputMessage, MessagesBody, ResultBlock
 from bdh_batch.http.schema.other_names import Names, Patterns
 from bdh_batch.text.schema_rewriting import STRICT
 
@@ -113,18 +113,38 @@ def _of_assistant(blocks: Sequence[ContentBlock]) -> dict[str, Any]:
 
 
 def _of_user(param: str, blocks: Sequence[ContentBlock]) -> Iterator[Part]:
-    """Results of tools are messages of their own; text between them is one."""
+    """Results of tools are messages of their own; what is between them is one."""
     if not blocks:
         yield param, {"role": "user", "content": ""}
-    for kind, some in groupby(enumerate(blocks), lambda each: each[1].type):
+    for results, some in groupby(enumerate(blocks), lambda each: each[1].type == "tool_result"):
         run = [*some]
-        if kind == "text":
-            yield param, {"role": "user", "content": _text([block for _, block in run])}
+        if not results:
+            yield param, {"role": "user", "content": _text_or_parts([block for _, block in run])}
         else:
             for at, block in run:
-                content = (ERROR if block.is_error else "") + (block.content or "")
-                message = {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
+                message = {"role": "tool", "tool_call_id": block.tool_use_id, "content": _result(block)}
                 yield f"{param}[{at}]", message
+
+
+def _result(block: ContentBlock) -> str | list[dict[str, Any]]:
+    error, said = ERROR if block.is_error else "", block.content or ""
+    if isinstance(said, str):
+        return error + said
+    return [*([_text_part(error)] if error else []), *map(_part, said)]
+
+
+def _text_or_parts(blocks: Sequence[ContentBlock]) -> str | list[dict[str, Any]]:
+    return _text(blocks) if all(block.source is None for block in blocks) else [*map(_part, blocks)]
+
+
+def _part(block: ContentBlock | ResultBlock) -> dict[str, Any]:
+    if block.source is None:
+        return _text_part(block.text or "")
+    return {"type": "image_url", "image_url": {"url": block.source.location}}
+
+
+def _text_part(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text}
 
 
 def _json(value: object) -> str:
