@@ -29,13 +29,14 @@ class Groups:
 
     def __init__(self, order: Callable[[Sequence], Any] = DUE) -> None:
         self.priorities: Counter[tuple[int, bool]] = Counter()  # the priority of each, and whether it has aged
+        self._count = 0
         self._order = order
         self._members: dict[Key, list[Sequence]] = {}  # none of them is empty
         # Those that have aged are apart: which priority is the first one changes, and with it their rank.
         self._ranked: tuple[Ranking[Key], ...] = (Ranking(self._rank), Ranking(self._rank))
 
     def __len__(self) -> int:
-        return sum(self.priorities.values())
+        return self._count
 
     def __iter__(self) -> Iterator[Sequence]:
         return chain.from_iterable(self._members.values())
@@ -47,6 +48,7 @@ class Groups:
         if members[0] is sequence:
             self._ranked[sequence.standing.aged].put(key)
         self.priorities[sequence.priority, sequence.standing.aged] += 1
+        self._count += 1
 
     def remove(self, sequence: Sequence) -> None:
         key = _key(sequence)
@@ -59,6 +61,7 @@ class Groups:
         self.priorities[priority] -= 1
         if not self.priorities[priority]:
             del self.priorities[priority]
+        self._count -= 1
 
     def heads(self) -> list[Sequence]:
         """The first in rank: of those that compete in their own priorities, and of those that have aged."""

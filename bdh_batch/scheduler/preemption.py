@@ -53,15 +53,14 @@ class Preemption:
         for (priority, served, _), members in self._groups:
             if (priority, served) < (own, time) or (priority == own and self.exchanges <= 0):
                 return None
-            began = members[: bisect_left(members, (self.step, 0), key=BEGAN)]
-            if not began:
+            if not members or members[0].standing.since == self.step:
                 continue
-            theirs = began[0].standing.account
+            longest, theirs = members[0], members[0].standing.account
             at_once = priority > own or _holds_more(theirs, mine, given=1)
             later = not crowded or _holds_more(theirs, mine, given=0)
-            if at_once or (later and self._is_over(began[0], candidate if by_recompute else None)):
+            if at_once or (later and self._is_over(longest, candidate if by_recompute else None)):
                 self.exchanges -= 1
-                return began[-1] if at_once else began[0]
+                return members[bisect_left(members, (self.step, 0), key=BEGAN) - 1] if at_once else longest
         return None
 
     @cached_property

@@ -5,7 +5,7 @@ An entry is found by its namespace, its length and a hash of all its tokens.
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import Enum
@@ -104,7 +104,8 @@ class PrefixIndex:
             del alike[entry.tail]
         if not alike:
             del tails[entry.length]
-            self._ascending[entry.namespace].remove(entry.length)
+            ascending = self._ascending[entry.namespace]
+            del ascending[bisect_left(ascending, entry.length)]
         if not tails:
             del self._tails[entry.namespace], self._ascending[entry.namespace]
 

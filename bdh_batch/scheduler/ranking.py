@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush, heapreplace
 from itertools import count
-from typing import Any, Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -47,6 +47,7 @@ class Ranking(Generic[T]):
     def first(self, most: Any = None) -> T | None:
         """The item with the least key; None where that is more than `most`."""
         heap = self._heap
+        item: T | None
         while heap:
             entry = heap[0]
             key, _, item = entry
@@ -58,5 +59,5 @@ class Ranking(Generic[T]):
                 entry[0] = present
                 heapreplace(heap, entry)
             else:
-                return cast(T, item)
+                return item
         return None

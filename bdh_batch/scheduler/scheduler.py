@@ -56,15 +56,7 @@ class Scheduler:
         self.counts = Counts()
         self.size = StepSize(prefill_tokens, min(slots, self.max_running))
         self._batches = BatchBuilder(self.size, policy.target_step, policy.guards)
-        self.allocator = SlotAllocator(
-            slots,
-            policy.host_slots,
-            policy.free_slots,
-            policy.idle_release,
-            policy.transfer_slots,
-            policy.copies,
-            policy.swaps,
-        )
+        self.allocator = SlotAllocator(slots, policy)
         self.transfers = self.allocator.transfers
         self.sharing = Sharing(self.allocator, policy.cache_prefixes, policy.share_all, policy.min_shared)
         self._tenants = Tenants(policy.weights)
@@ -72,6 +64,7 @@ class Scheduler:
         self.backlog = Backlog(policy.queue_unit)  # of those that wait for their first slot, or another one
         self._groups = {stage: Groups(BEGAN if stage is Stage.RUNNING else DUE) for stage in WAITING + HOLDING}
         self._queue, self._awaiting, self._loading, self.running, self.swapped = self._groups.values()
+        self._prompts: dict[Sequence, None] = {}  # that run; one that has become a stream goes with the next plan
         self._ageing: Ranking[Sequence] = Ranking(attrgetter("standing.served_at"))  # those that have not aged
         self._first = 0  # the first priority of all sequences
         self._arrivals = count(1)
@@ -150,6 +143,7 @@ class Scheduler:
         self.sharing.forget_fresh()
         for sequence in {*step.sequences, *step.moved}:
             sequence.restart()
+        self._prompts = dict.fromkeys(self.running)
         forwards = [sequence for _, members in self.running.forwards(self._first) for sequence in members]
         for sequence in forwards[self.size.width :]:
             self._move(sequence, Stage.SWAPPED)
@@ -163,14 +157,14 @@ class Scheduler:
             assert save.sequence.slot is not None
             self.allocator.copy(save.sequence.slot, save.slot)
             self.sharing.bequeath(save.sequence)
-        prompts = [sequence for sequence in self.running if not (sequence.decoding or sequence.decodes)]
+        self._prompts = {sequence: None for sequence in self._prompts if not sequence.decodes}
+        prompts = [*self._prompts]
         for waiter in self.sharing.advance(prompts):
             self._move(waiter, Stage.QUEUED)
         self._age(now)
         self._give_slots(prompts, now)
         self.allocator.release_idle()
-        left = {sequence for sequence in prompts if sequence.stage is Stage.RUNNING and not sequence.decodes}
-        return self._batches.build(self.running, left, self._first, self.allocator)
+        return self._batches.build(self.running, {*self._prompts}, self._first, self.allocator)
 
     def commit(self, step: Step, outcome: Outcome, now: float) -> list[Update]:
         """Commits the outcome of a step: returns its sequences' deltas, and frees the slots of those that ended."""
@@ -219,6 +213,8 @@ class Scheduler:
     def check(self) -> None:
         """Raises AssertionError where an invariant does not hold."""
         assert all(s.decodes for s in self.running if s.decoding), "what is known to decode does"
+        prompts = {sequence for sequence in self.running if not sequence.decodes}
+        assert {s for s in self._prompts if not s.decodes} == prompts, "prompts that run are known"
         assert len(self.running) <= self.size.width, "no more run than may"
         waiting = (*self._queue, *self._awaiting, *self._loading)
         assert all(s.slot is None for s in waiting), "what waits holds no slot"
@@ -237,9 +233,8 @@ class Scheduler:
         """Has those compete in the first priority for which nothing was computed for as long as the patience."""
         present = {priority for group in self._groups.values() for priority, _ in group.priorities}
         self._first = min(present, default=0)
-        for _ in range(AGE):
-            sequence = self._ageing.first(now - self.policy.patience)
-            if sequence is None or len(present) == 1:
+        for _ in range(AGE if len(present) > 1 else 0):
+            if (sequence := self._ageing.first(now - self.policy.patience)) is None:
                 return
             self._ageing.drop(sequence)
             group = self._groups[sequence.stage]
@@ -280,6 +275,8 @@ class Scheduler:
 
     def _is_crowded(self, candidate: Sequence) -> bool:
         """Whether as many hold a state as may. Swapped ones of a later priority do not keep it out."""
+        if len(self.running) + len(self.swapped) < self.max_running:
+            return False  # as mostly
         own = rank(candidate, self._first)[0]
         swapped = sum(n for (priority, aged), n in self.swapped.priorities.items() if aged or priority <= own)
         return len(self.running) + swapped >= self.max_running
@@ -308,6 +305,8 @@ class Scheduler:
             self.counts.served += 1
         candidate.decoding = None  # its slot may be another one
         self._move(candidate, Stage.RUNNING)
+        if not candidate.decodes:
+            self._prompts[candidate] = None
         return True
 
     def _await_state(self, candidate: Sequence) -> bool:
@@ -334,9 +333,8 @@ class Scheduler:
         standing = sequence.standing
         if before in self._groups:
             self._groups[before].remove(sequence)
-        if before is Stage.SWAPPED:
-            self.allocator.parked.pop(sequence, None)
-        elif before is Stage.AWAITING_PREFIX:
+        self.allocator.parked.pop(sequence, None)
+        if before is Stage.AWAITING_PREFIX:
             self.sharing.stop_waiting(sequence)
         elif before is Stage.AWAITING_STATE:
             self.transfers.stop_waiting(sequence)
@@ -345,6 +343,7 @@ class Scheduler:
             self.allocator.parked[sequence] = None
         if Stage.RUNNING in (before, stage):
             standing.since = self.counts.steps
+            self._prompts.pop(sequence, None)
         if before in (Stage.NEW, Stage.RUNNING):
             standing.aged = False
             self._ageing.put(sequence)

@@ -197,7 +197,7 @@ class Sequence:
     @property
     def until_cut(self) -> int:
         """Tokens that are pending up to where its state is wanted next."""
-        return next((at - self.computed for at in self.prefix.cuts if at > self.computed), self.pending)
+        return self.prefix.cuts[0] - self.computed if self.prefix.cuts else self.pending
 
     def decode_segment(self) -> Segment:
         """The one token that was drawn last as a share of a step. It is used again for as long as the slot stays."""

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from bdh_batch.messages import Copy
+from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.prefix_cache import Entry, PrefixCache
 from bdh_batch.scheduler.slots import Slots
 from bdh_batch.scheduler.transfers import Transfers
@@ -22,32 +23,19 @@ class SlotAllocator:
     """Gives out the slots that states lie in, and plans the copies between them.
 
     Args:
-        device, host: how many slots there are.
-        free: slots on the device whose memory may be touched without evidence that it is of use; None is all.
-        idle_release: seconds after which the memory of idle slots goes back to the system; 0 is never.
-        transfers: slots for states on their way from and to files.
-        copies: most of them in one plan, before what needs more waits for the next; None is no limit.
-        swaps: whether sequences may lie on the host; else only cached prefixes do.
+        device: how many slots there are on the device.
+        policy: how many there are elsewhere, and how they may be used.
     """
 
-    def __init__(
-        self,
-        device: int,
-        host: int,
-        free: int | None = None,
-        idle_release: float = 0.0,
-        transfers: int = 0,
-        copies: int | None = None,
-        swaps: bool = True,
-    ) -> None:
-        self.slots = Slots(device, host)
-        self.working_set = WorkingSet(device, free)
-        self.transfers = Transfers(device + host, transfers)
+    def __init__(self, device: int, policy: Policy) -> None:
+        self.slots = Slots(device, policy.host_slots)
+        self.working_set = WorkingSet(device, policy.free_slots)
+        self.transfers = Transfers(device + policy.host_slots, policy.transfer_slots)
         self.cache = PrefixCache(device)
         self.parked: dict[Sequence, None] = {}  # swapped sequences whose states are still on the device
-        self._idle_release = idle_release
-        self._swaps = swaps
-        self.most_copies = copies or NO_LIMIT
+        self._idle_release = policy.idle_release
+        self._swaps = policy.swaps
+        self.most_copies = policy.copies or NO_LIMIT
         self.begin(0.0)
 
     def begin(self, now: float) -> None:

@@ -460,7 +460,7 @@ def steps_to_grow(size: StepSize) -> int:
 
 
 def test_completions_of_one_prompt_share_its_bytes() -> None:
-    sharing = Sharing(SlotAllocator(4, 0), cache_prefixes=False, share_all=True, least=2)
+    sharing = Sharing(SlotAllocator(4, Policy()), cache_prefixes=False, share_all=True, least=2)
     prompts = [list(range(100)), list(range(100))]
     sequences = [make_sequence(prompt, 1) for prompt in prompts for _ in range(3)]
     packed = [sharing._packed(sequence) for sequence in sequences]
