@@ -162,6 +162,7 @@ class Runner:
 
     def warm(self, chunk: int) -> None:
         """Runs a prefill chunk and a decode step in slot 0, so that no request waits for what is done once."""
+        self._pool.warm()
         self._kernels.warm(self._pool.states)
         sampling = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias=LogitBias.of({0: 1.0}))
         processors = LogitsProcessors.of(sampling, [0], distinct([0]), early=1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from bdh_batch.engine import pages
 from bdh_batch.engine.narrow_states import NarrowStates, Reserve
 from bdh_batch.engine.pages import PagesAhead
 from bdh_batch.errors import NotEnoughMemory
+
+FIRST_TRANSFERS = 2  # states on their way from or to files, for which there is memory from the start
 
 
 def slots_within(budget: int, each: int, most: int) -> int:
@@ -66,6 +70,13 @@ class StatePool:
         self._narrow = NarrowStates((host_slots if narrow else 0, *shape[1:]), host_dtype or dtype, reserve)
         self._transfer = reserve((transfer_slots, *shape[1:]), dtype)
 
+    def warm(self) -> None:
+        """Has the system give the first states their memory, so that no request waits for it."""
+        if self._pages is not None:
+            self._pages.begin()
+            for block in self._transfer[:FIRST_TRANSFERS]:
+                pages.populate(block)
+
     @staticmethod
     def shape_of(config: BDHConfig, window: int) -> tuple[int, ...]:
         """The shape of one state."""
@@ -87,7 +98,10 @@ class StatePool:
     def clear(self, slot: int) -> None:
         """Back to the state before any token."""
         self._about_to_write(slot)
-        self.states[slot].zero_()
+        if self._pages is None:
+            self.states[slot].zero_()
+        else:
+            _bytes(self.states[slot]).fill(0)
 
     def copy(self, source: int, target: int) -> None:
         """The state in slot `target` becomes that in slot `source`; ordered with whatever the device computes."""
@@ -97,6 +111,8 @@ class StatePool:
             self._narrow.store(into, self._slot(source))
         elif 0 <= come < len(self._narrow):
             self._narrow.restore(come, self._slot(target))
+        elif self._pages is not None:
+            np.copyto(_bytes(self._slot(target)), _bytes(self._slot(source)))
         else:
             self._slot(target).copy_(self._slot(source), non_blocking=True)
 
@@ -107,7 +123,7 @@ class StatePool:
 
     def memory(self, slot: int) -> memoryview:
         """The bytes of a transfer slot. They can be read and written once `copies_made` has returned."""
-        return self._slot(slot).view(torch.uint8).numpy().data.cast("B")
+        return _bytes(self._slot(slot)).data
 
     def back(self, slot: int) -> None:
         """Has the system give a transfer slot its memory now. Any thread may do it, whatever the slot holds."""
@@ -132,3 +148,10 @@ class StatePool:
                 return block[slot]
             slot -= len(block)
         return self._transfer[slot - len(self._narrow)]
+
+
+def _bytes(state: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of a state in main memory. numpy copies them in one thread, as fast as memory is: torch's threads would
+    wait for each other where they share their cores."""
+    found: np.ndarray[Any, np.dtype[np.uint8]] = state.view(-1).view(torch.uint8).numpy()
+    return found

@@ -146,6 +146,47 @@ def test_a_state_that_was_read_is_cached_for_those_who_come_later() -> None:
     assert files.read == 1
 
 
+def test_the_first_to_begin_in_a_state_waits_for_no_copy_for_others_and_the_second_makes_one() -> None:
+    scheduler, copies, known = scheduler_of(slots=8), [], []
+    for number in range(2):
+        fork = make_sequence([*PROMPT[:30], *[100 + number] * 10], 1)
+        fork.state = SavedState("file", 30)
+        scheduler.submit([fork])
+        runner = FakeRunner()
+        assert scheduler.plan(0.0) is None
+        (load,) = scheduler.transfers.take_loads()
+        runner.slots[load.slot] = PROMPT[:30]
+        scheduler.loaded(load, None)
+        step = scheduler.plan(0.0)
+        assert step is not None
+        copies.append(len(step.plan.copies))
+        known.append(any(entry.length == 30 for entry in scheduler.sharing.cache))
+        scheduler.commit(step, runner.run(step.plan), 0.0)
+        run(scheduler, runner)
+    assert (copies, known) == ([1, 2], [False, True])
+
+
+def test_a_turn_that_goes_on_from_a_state_takes_as_many_steps_as_a_first_one() -> None:
+    """Though a conversation has other prefixes just behind the state that it goes on from."""
+    steps = []
+    for begun, breaks in ((0, ()), (200, (201, 202))):
+        scheduler = Scheduler(8, 512, Policy(min_shared=32, transfer_slots=2))
+        turn = make_sequence([number % 251 for number in range(begun + 60)], 1)
+        turn.prefix.breaks = breaks
+        turn.state = SavedState("file", begun) if begun else None
+        scheduler.submit([turn])
+        runner, files, computed = FakeRunner(), Files(), 0
+        while scheduler.has_work:
+            if (step := scheduler.plan(0.0)) is not None:
+                computed += bool(step.sequences)
+                scheduler.commit(step, runner.run(step.plan), 0.0)
+            for load in scheduler.transfers.take_loads():
+                runner.slots[load.slot] = files(load)
+                scheduler.loaded(load, None)
+        steps.append(computed)
+    assert steps[0] == steps[1]
+
+
 def test_where_it_cannot_be_read_a_sequence_fails_or_computes_it_from_the_tokens() -> None:
     runner, scheduler = FakeRunner(), scheduler_of()
     strict, lenient = forks_of(30, count=1) + forks_of(30, count=1, optional=True)
