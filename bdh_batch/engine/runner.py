@@ -67,7 +67,7 @@ class Runner:
 
     def _run(self, plan: Plan) -> Outcome:
         for copy in plan.copies:
-            self._pool.copy(copy.source, copy.target)
+            self._pool.copy(*copy)
         for slot in plan.releases:  # a state that is to be saved may have been copied from there
             self._pool.release(slot)
         if not plan.segments:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -103,18 +104,21 @@ class StatePool:
         else:
             _bytes(self.states[slot]).fill(0)
 
-    def copy(self, source: int, target: int) -> None:
-        """The state in slot `target` becomes that in slot `source`; ordered with whatever the device computes."""
+    def copy(self, source: int, target: int, begin: int = 0, end: int = 1, parts: int = 1) -> None:
+        """The state in slot `target` becomes that in slot `source`, or parts of it do (see `messages.Copy`); ordered
+        with whatever the device computes."""
         self._about_to_write(target)
+        count = math.prod(self.states.shape[1:-1])
+        rows = slice(count * begin // parts, count * end // parts)
         into, come = target - len(self.states), source - len(self.states)
         if 0 <= into < len(self._narrow):
-            self._narrow.store(into, self._slot(source))
+            self._narrow.store(into, self._slot(source), rows)
         elif 0 <= come < len(self._narrow):
-            self._narrow.restore(come, self._slot(target))
+            self._narrow.restore(come, self._slot(target), rows)
         elif self._pages is not None:
-            np.copyto(_bytes(self._slot(target)), _bytes(self._slot(source)))
+            np.copyto(_bytes(self._rows(target)[rows]), _bytes(self._rows(source)[rows]))
         else:
-            self._slot(target).copy_(self._slot(source), non_blocking=True)
+            self._rows(target)[rows].copy_(self._rows(source)[rows], non_blocking=True)
 
     def release(self, slot: int) -> None:
         """Gives the memory of a slot back to the system, which holds no state that anyone needs."""
@@ -141,6 +145,10 @@ class StatePool:
     def _about_to_write(self, slot: int) -> None:
         if self._pages is not None and slot < len(self.states):
             self._pages.used(slot)
+
+    def _rows(self, slot: int) -> Tensor:
+        """A state as a matrix, [layers · … · N, D]."""
+        return self._slot(slot).view(-1, self.states.shape[-1])
 
     def _slot(self, slot: int) -> Tensor:
         for block in (self.states, self._host):

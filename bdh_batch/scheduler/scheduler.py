@@ -57,13 +57,8 @@ class Scheduler:
         self.size = StepSize(prefill_tokens, min(slots, self.max_running))
         self._batches = BatchBuilder(self.size, policy.target_step, policy.guards)
         self.allocator = SlotAllocator(
-            slots,
-            policy.host_slots,
-            policy.free_slots,
-            policy.idle_release,
-            policy.transfer_slots,
-            policy.copies,
-            policy.swaps,
+            *(slots, policy.host_slots, policy.free_slots, policy.idle_release),
+            *(policy.transfer_slots, policy.copies, policy.swaps),
         )
         self.transfers = self.allocator.transfers
         self.sharing = Sharing(self.allocator, policy.cache_prefixes, policy.share_all, policy.min_shared)
@@ -89,7 +84,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return any(self._groups.values()) or self.transfers.pending or self.sharing.pending
+        waits = self.transfers.pending or self.sharing.pending or len(self.allocator.copies) > 0
+        return waits or any(self._groups.values())
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         for sequence in (s for s in sequences if s.finish_reason is None):  # others were aborted on their way here
@@ -140,29 +136,27 @@ class Scheduler:
 
     def fail(self, step: Step, error: BDHError) -> list[Update]:
         """Ends the sequences of a step that could not be computed, as their states are no longer known."""
-        self.sharing.forget_fresh()
-        return self.abort({*step.sequences, *step.moved}, error) + self._not_saved(step)
+        spoilt, updates = self._spoilt(step)
+        return self.abort(spoilt, error) + updates
 
     def out_of_memory(self, step: Step) -> list[Update]:
         """Makes later steps smaller, as this one ran out of memory; they compute its sequences' states again."""
         if not self.size.shrink(step.prefill_tokens, len(step.sequences)):
             return self.fail(step, GenerationFailed("There is not enough memory for the request."))
-        self.sharing.forget_fresh()
-        for sequence in {*step.sequences, *step.moved}:
+        spoilt, updates = self._spoilt(step)
+        for sequence in spoilt:
             sequence.restart()
         forwards = [sequence for _, members in self.running.forwards(self._first) for sequence in members]
         for sequence in forwards[self.size.width :]:
             self._move(sequence, Stage.SWAPPED)
-        return self._not_saved(step)
+        return updates
 
     def plan(self, now: float) -> Step | None:
         """Plans the next step, or returns None where nothing can run."""
         self.allocator.begin(now)
         self.counts.steps += 1
-        for save in self.transfers.begin(self.allocator.most_copies):
-            assert save.sequence.slot is not None
-            self.allocator.copy(save.sequence.slot, save.slot)
-            self.sharing.bequeath(save.sequence)
+        for sequence in self.allocator.copy_saves():
+            self.sharing.bequeath(sequence)
         prompts = [sequence for sequence in self.running if not (sequence.decoding or sequence.decodes)]
         for waiter in self.sharing.advance(prompts):
             self._move(waiter, Stage.QUEUED)
@@ -186,7 +180,6 @@ class Scheduler:
             if delta is not None:
                 updates.append((sequence, delta))
         self._batches.computed(step, now - step.planned)
-        self.sharing.settle()
         for sequence, delta in updates:
             if sequence.save_to is not None and delta.finish_reason in COMPLETE:
                 self._save(sequence, sequence.save_to, delta)
@@ -379,6 +372,10 @@ class Scheduler:
         if not self.transfers.save(sequence, path, pack(sequence.known(0, sequence.computed))):
             delta.save_error = "Too many states are being written."
 
-    def _not_saved(self, step: Step) -> list[Update]:
-        """The copies of a step may not have been made."""
-        return [update for save in step.saves for update in self.saved(save, "The copy of the state failed.")]
+    def _spoilt(self, step: Step) -> tuple[set[Sequence], list[Update]]:
+        """A step has failed, and no copy is made. Returns the sequences whose states are lost, and what is said of
+        states that are not saved."""
+        slots, saves = self.allocator.copies.give_up()
+        self.sharing.forget(slots)
+        spoilt = {*step.sequences, *(each for each in (*self.running, *self.swapped) if each.slot in slots)}
+        return spoilt, [update for save in saves for update in self.saved(save, "The copy of the state failed.")]

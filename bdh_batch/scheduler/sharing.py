@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence as Tokens
+from collections.abc import Iterable, Sequence as Tokens, Set
 
 from bdh_batch.messages import FinishReason
 from bdh_batch.scheduler.prefix_cache import End, Entry
@@ -50,7 +50,6 @@ class Sharing:
         self._last: tuple[Tokens[int], bytes] = (), b""  # the last prompt that was packed, and as bytes
         self._read: OrderedDict[Key, None] = OrderedDict()  # states that were read from files of late
         self._uncached: list[Entry] = []  # states that were read, of which the next plans make copies for others
-        self._fresh: list[Entry] = []  # their copies are part of the plan that is being made or computed
         # In this plan, those in their prompts, by namespace and the first tokens; and how many of them are there.
         self._by_head: dict[tuple[str, bytes], list[Sequence]] = {}
         self._indexed = 0
@@ -185,18 +184,10 @@ class Sharing:
                 return
         self._allocator.give(slot)
 
-    def settle(self) -> None:
-        """The copies of the last plan are made."""
-        self._fresh = []
-
-    def forget_fresh(self) -> None:
-        """The copies of the last plan may not have been made."""
-        known = set(self.cache)
-        touched = {copy.target for copy in self._allocator.copies}
-        for entry in known:
-            if entry in self._fresh or entry.slot in touched:
-                self._allocator.discard(entry)
-        self._fresh = []
+    def forget(self, slots: Set[int]) -> None:
+        """`slots` hold no states."""
+        for entry in [entry for entry in self.cache if entry.slot in slots]:
+            self._allocator.discard(entry)
 
     def check(self) -> None:
         assert all(s.stage is Stage.AWAITING_PREFIX for s in self._producers), "waiters are known"
@@ -234,7 +225,6 @@ class Sharing:
             self._allocator.copy(loaded.slot, slot)
             entry = Entry(loaded.namespace, loaded.length, loaded.tail, loaded.digest, slot, end=End.COMPLETION)
             self.cache.add(entry, self._allocator.now)
-            self._fresh.append(entry)
 
     def _leave(self, loaded: Entry) -> None:
         """One fewer needs a state that was read, where it is now."""
@@ -262,7 +252,6 @@ class Sharing:
             self._allocator.copy(sequence.slot, slot)
             entry, new.slot = new, slot
             self.cache.add(entry, self._allocator.now)
-            self._fresh.append(entry)
         for waiter in waiting:
             waiter.prefix.expects = entry
         if entry is not None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from bdh_batch.messages import Copy
+from bdh_batch.scheduler.copies import WHOLE, Copies, CopyLimits
 from bdh_batch.scheduler.prefix_cache import Entry, PrefixCache
 from bdh_batch.scheduler.slots import Slots
-from bdh_batch.scheduler.transfers import Transfers
+from bdh_batch.scheduler.transfers import Save, Transfers
 from bdh_batch.scheduler.working_set import WorkingSet
 
 if TYPE_CHECKING:
     from bdh_batch.scheduler.sequence import Sequence
 
-NO_LIMIT = 2**62  # copies
 LONG = 512  # tokens; from so many on a cached prefix is worth a copy to the host before anyone has used it
 
 
@@ -26,7 +25,7 @@ class SlotAllocator:
         free: slots on the device whose memory may be touched without evidence that it is of use; None is all.
         idle_release: seconds after which the memory of idle slots goes back to the system; 0 is never.
         transfers: slots for states on their way from and to files.
-        copies: most of them in one plan, before what needs more waits for the next; None is no limit.
+        copies: how much is copied in a step, before what needs more waits for the next.
         swaps: whether sequences may lie on the host; else only cached prefixes do.
     """
 
@@ -37,30 +36,28 @@ class SlotAllocator:
         free: int | None = None,
         idle_release: float = 0.0,
         transfers: int = 0,
-        copies: int | None = None,
+        copies: CopyLimits = WHOLE,
         swaps: bool = True,
     ) -> None:
         self.slots = Slots(device, host)
         self.working_set = WorkingSet(device, free)
-        self.transfers = Transfers(device + host, transfers)
+        self.copies = Copies(copies, range(device, device + host))
+        self.transfers = Transfers(device + host, transfers, self.copies)
         self.cache = PrefixCache(device)
         self.parked: dict[Sequence, None] = {}  # swapped sequences whose states are still on the device
         self._idle_release = idle_release
         self._swaps = swaps
-        self.most_copies = copies or NO_LIMIT
         self.begin(0.0)
 
     def begin(self, now: float) -> None:
         """Begins a new plan, at `now` in seconds."""
         self.now = now
-        self.copies: list[Copy] = []
-        self.moved: list[Sequence] = []  # whose states are what these copies make them
         self.released: list[int] = []  # slots whose memory goes back to the system
 
     @property
     def full(self) -> bool:
-        """Whether the plan has as many copies as there is time for."""
-        return len(self.copies) >= self.most_copies
+        """Whether as many copies are planned as the next step has time for."""
+        return self.copies.full
 
     @property
     def room(self) -> int:
@@ -69,8 +66,16 @@ class SlotAllocator:
             return self.slots.free_count + len(self.cache)
         return self.slots.free_on_device + self.cache.on_device
 
-    def copy(self, source: int, target: int) -> None:
-        self.copies.append(Copy(source, target))
+    def copy(self, source: int, target: int, save: Save | None = None) -> None:
+        self.copies.add(source, target, save)
+
+    def copy_saves(self) -> Iterator[Sequence]:
+        """Plans the copies of states that are to be saved, as far as there is time; the slots of these sequences are
+        not theirs any more."""
+        while not self.full and (save := self.transfers.take_save()) is not None:
+            assert save.sequence.slot is not None
+            self.copy(save.sequence.slot, save.slot, save)
+            yield save.sequence
 
     def bring(self, sequence: Sequence, entry: Entry | None, patient: bool = False) -> bool:
         """Gives `sequence` a slot on the device, with its own state or that of `entry`. False if there is none; one
@@ -88,7 +93,6 @@ class SlotAllocator:
             self.give(old)
         elif entry is not None:
             self.copy(entry.slot, slot)
-            self.moved.append(sequence)
         sequence.slot = slot
         return True
 
@@ -114,8 +118,9 @@ class SlotAllocator:
 
     def release_idle(self) -> None:
         """Plans that the memory of one idle slot goes back to the system: of a free one, or, where the working set has
-        grown, of a cached prefix that no request has asked for. One for each plan, as it takes a moment."""
-        if (due := self.release_due) is None or due > self.now:
+        grown, of a cached prefix that no request has asked for. One for each plan, as it takes a moment, and none while
+        copies wait, which may read it."""
+        if self.copies or (due := self.release_due) is None or due > self.now:
             return
         if (since := self.transfers.idle_since) is not None and since + self._idle_release <= self.now:
             self.released.append(self.transfers.release_idle())
@@ -168,13 +173,10 @@ class SlotAllocator:
         if self.slots.on_device(entry.slot):
             self.cache.drop(entry)
             sequence.slot = entry.slot
-            if any(copy.target == entry.slot for copy in self.copies):
-                self.moved.append(sequence)
             return True
         sequence.slot = slot = self._on_device(None, False)
         if slot is not None and (self.cache.holds(entry) or self.transfers.holds(entry.slot)):
             self.copy(entry.slot, slot)
-            self.moved.append(sequence)
         return slot is not None
 
     def _on_device(self, spare: Entry | None, patient: bool) -> int | None:
@@ -199,7 +201,6 @@ class SlotAllocator:
         if sequence.computed and sequence.slot is not None:  # else there is no state yet
             self.copy(sequence.slot, slot)
         sequence.slot = slot
-        self.moved.append(sequence)
 
     def _evict(self, entry: Entry, spare: Entry | None) -> int:
         """Frees the device slot of `entry`, which goes to the host if that is worth it."""
