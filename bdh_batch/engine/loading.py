@@ -18,7 +18,6 @@ from bdh_batch.checkpoint.config import BDHConfig, bytes_per_sequence
 from bdh_batch.engine.narrow_states import narrow_bytes
 from bdh_batch.engine.pages import HUGE
 from bdh_batch.engine.runner import Runner
-from bdh_batch.engine.state_files import StateLayout
 from bdh_batch.engine.state_io import StateIO
 from bdh_batch.engine.state_pool import StatePool, slots_within
 from bdh_batch.engine.trace import Trace
@@ -26,6 +25,7 @@ from bdh_batch.engine.worker import Observer, StepRunner, Worker
 from bdh_batch.errors import ConfigError, NotEnoughMemory
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.vector import most_threads
+from bdh_batch.messages import StateLayout
 from bdh_batch.scheduler import working_set
 from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.copies import WHOLE, CopyLimits

@@ -11,7 +11,6 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from xxhash import xxh3_128  # finds damage as a cryptographic hash does, and sooner
 
+from bdh_batch.messages import StateLayout
 from bdh_batch.system.durable import sync_folder
 
 TENSOR = "state"
@@ -29,37 +29,12 @@ PIECE = 2**20  # bytes that are read or written at a time, a whole number of num
 LENGTH = 8  # bytes of the header's length, before it
 UNKNOWN_HASH = "0" * 32  # stands where the tensor's will, once it is known
 EXPONENT = np.uint16(0x7F80)  # of a bfloat16, which numpy does not know: where all its bits are set, it is not finite
-SIZES = {"F32": 4, "BF16": 2}
 
 Header = Mapping[str, Any]
 
 
 class BadState(Exception):
     """A file holds no state that can be used here. Raised while it is read; `str` is the reason, for the client."""
-
-
-@dataclass(frozen=True, slots=True)
-class StateLayout:
-    """What the states of an engine are: only a state of an equal layout can go on there.
-
-    Args:
-        fingerprint: of the weights, as they are in memory.
-        shape: of one state, [layers, heads, N, D], or [layers, 2, heads, N, D] with a window.
-        window: tokens that a token can look back on; 0 is all.
-    """
-
-    fingerprint: str
-    dtype: Literal["F32", "BF16"]
-    shape: tuple[int, ...]
-    window: int
-
-    @property
-    def size(self) -> int:
-        """Bytes of one state."""
-        size = SIZES[self.dtype]
-        for length in self.shape:
-            size *= length
-        return size
 
 
 def read_state(path: Path, layout: StateLayout, tokens: bytes, into: memoryview) -> None:
@@ -159,14 +134,8 @@ def _check(header: Header, layout: StateLayout, size: int) -> Mapping[str, Any]:
     tensor = header.get(TENSOR)
     if header.keys() != {METADATA, TENSOR} or not isinstance(tensor, dict) or metadata.get("format") != FORMAT:
         raise BadState("its header is not that of a safetensors file with a state.")
-    if metadata.get("fingerprint") != layout.fingerprint:
-        raise BadState("it is a state of another model.")
-    if metadata.get("window") != str(layout.window):
-        raise BadState(f"its attention window is another one than this engine's, {layout.window or 'none'}.")
-    if tensor.get("dtype") != layout.dtype:
-        raise BadState(f"its dtype is not this engine's, {layout.dtype} (engine.state_dtype).")
-    if tensor.get("shape") != list(layout.shape):
-        raise BadState(f"its shape is not this engine's, {list(layout.shape)}.")
+    if (problem := layout.problem(metadata, tensor)) is not None:
+        raise BadState(problem)
     if tensor.get("data_offsets") != [0, layout.size] or size != layout.size:
         raise BadState(f"it is cut off or has too much: its tensor should have {layout.size:,} bytes.")
     return metadata

@@ -126,6 +126,7 @@ def _served(
             settings.structured_output.cache_memory,
             elsewhere=compiled_elsewhere,
         ),
+        layout=facts.layout,
     )
 
 

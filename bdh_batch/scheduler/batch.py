@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from heapq import nsmallest
 
 from bdh_batch.messages import Plan
+from bdh_batch.scheduler.copies import Save
 from bdh_batch.scheduler.cost import StepCost
 from bdh_batch.scheduler.groups import Groups
 from bdh_batch.scheduler.policy import Guards
@@ -19,7 +20,6 @@ from bdh_batch.scheduler.rank import DUE
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import LEAST_PREFILL, StepSize
-from bdh_batch.scheduler.transfers import Save
 
 NO_LIMIT = 2**62  # seconds, or sequences
 Members = list[Sequence]

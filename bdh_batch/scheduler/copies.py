@@ -12,10 +12,10 @@ from collections.abc import Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bdh_batch.messages import Copy
+from bdh_batch.messages import Copy, SavedState
 
 if TYPE_CHECKING:
-    from bdh_batch.scheduler.transfers import Save
+    from bdh_batch.scheduler.sequence import Sequence
 
 NO_LIMIT = 2**62  # parts
 NOTHING: frozenset[int] = frozenset()
@@ -37,6 +37,16 @@ class CopyLimits:
 
 
 WHOLE = CopyLimits()  # each copy is made in one step, however many there are
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Save:
+    """A state that is to be written to a file, once its copy to `slot` is made."""
+
+    sequence: Sequence
+    slot: int
+    state: SavedState
+    tokens: bytes  # packed: those that have entered it
 
 
 @dataclass(slots=True, eq=False)

@@ -14,8 +14,10 @@ from operator import attrgetter
 
 from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, QueueTimeout, RunTimeout
 from bdh_batch.messages import Delta, FinishReason, Outcome
+from bdh_batch.messages.state import INVALID
 from bdh_batch.scheduler.backlog import Backlog
 from bdh_batch.scheduler.batch import BatchBuilder, Step
+from bdh_batch.scheduler.copies import Save
 from bdh_batch.scheduler.deadlines import Deadlines
 from bdh_batch.scheduler.groups import Groups
 from bdh_batch.scheduler.policy import Counts, Policy
@@ -28,7 +30,7 @@ from bdh_batch.scheduler.sharing import Sharing
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import StepSize
 from bdh_batch.scheduler.tenants import Tenants
-from bdh_batch.scheduler.transfers import Load, Save
+from bdh_batch.scheduler.transfers import Load
 
 Update = tuple[Sequence, Delta]
 
@@ -207,7 +209,7 @@ class Scheduler:
         refused = [sequence for sequence in waiting if not sequence.may_recompute]
         for sequence in waiting:
             sequence.state = None
-        return self.abort(refused, InvalidRequest(f"The state cannot be used: {error}", "state"))
+        return self.abort(refused, InvalidRequest(f"The state cannot be used: {error}", "state", INVALID))
 
     def check(self) -> None:
         """Raises AssertionError where an invariant does not hold."""

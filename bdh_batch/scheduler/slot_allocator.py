@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from bdh_batch.scheduler.copies import WHOLE, Copies, CopyLimits
+from bdh_batch.scheduler.copies import WHOLE, Copies, CopyLimits, Save
 from bdh_batch.scheduler.prefix_cache import Entry, PrefixCache
 from bdh_batch.scheduler.slots import Slots
-from bdh_batch.scheduler.transfers import Save, Transfers
+from bdh_batch.scheduler.transfers import Transfers
 from bdh_batch.scheduler.working_set import WorkingSet
 
 if TYPE_CHECKING:

@@ -11,23 +11,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from bdh_batch.messages import SavedState
+from bdh_batch.scheduler.copies import Copies, Save
 from bdh_batch.scheduler.slots import Slots
 
 if TYPE_CHECKING:
-    from bdh_batch.scheduler.copies import Copies
     from bdh_batch.scheduler.sequence import Sequence
 
 NO_SLOT = -1
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Save:
-    """A state that is to be written to a file, once its copy to `slot` is made."""
-
-    sequence: Sequence
-    slot: int
-    state: SavedState
-    tokens: bytes  # packed: those that have entered it
 
 
 @dataclass(slots=True, eq=False)

@@ -24,13 +24,13 @@ from bdh_batch.errors import GenerationFailed
 from bdh_batch.messages import FinishReason, SavedState
 from bdh_batch.scheduler.backlog import NO_UNIT
 from bdh_batch.scheduler.batch import Step
-from bdh_batch.scheduler.copies import CopyLimits
+from bdh_batch.scheduler.copies import CopyLimits, Save
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.prefix_cache import digests_at
 from bdh_batch.scheduler.prefixes import pack
 from bdh_batch.scheduler.scheduler import Scheduler, Update
 from bdh_batch.scheduler.sequence import WAITING, Sequence, Stage
-from bdh_batch.scheduler.transfers import Load, Save
+from bdh_batch.scheduler.transfers import Load
 from tests.scheduler.fakes import FakeRunner, FakeText, expected_tokens, make_sequence
 
 BROKEN = GenerationFailed("broken")

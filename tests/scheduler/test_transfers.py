@@ -9,11 +9,11 @@ import pytest
 
 from bdh_batch.errors import GenerationFailed, InvalidRequest
 from bdh_batch.messages import Delta, SavedState
-from bdh_batch.scheduler.copies import CopyLimits
+from bdh_batch.scheduler.copies import CopyLimits, Save
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler, Update
 from bdh_batch.scheduler.sequence import Sequence
-from bdh_batch.scheduler.transfers import Load, Save
+from bdh_batch.scheduler.transfers import Load
 from tests.scheduler.fakes import FakeRunner, expected_tokens, make_sequence
 
 PROMPT = [7 * at % 251 for at in range(40)]
