@@ -17,6 +17,7 @@ from bdh_batch.engine.mailbox import Mailbox
 from bdh_batch.engine.worker import Load, shutting_down
 from bdh_batch.errors import BDHError, ContextLengthExceeded, InvalidRequest
 from bdh_batch.messages import NO_TOKENS, GenerationRequest, LogitsProcessors, Progress, Prompt, Text, distinct
+from bdh_batch.messages.state import INVALID
 from bdh_batch.scheduler.sequence import Client, Outbox, Prefix, Sequence
 from bdh_batch.text.restrictions import Restriction, sequences_of
 from bdh_batch.text.stop_strings import StopStrings
@@ -302,7 +303,7 @@ def _checked_state(request: GenerationRequest) -> GenerationRequest:
         return request
     if request.state_optional:
         return replace(request, state=None)
-    raise InvalidRequest(problem, "state")
+    raise InvalidRequest(problem, "state", INVALID)
 
 
 def _early(request: GenerationRequest) -> float:

@@ -26,6 +26,7 @@ from bdh_batch.messages import (
     LogitBias,
     Progress,
     SavedState,
+    StateLayout,
     TokenLogprob,
 )
 
@@ -63,6 +64,7 @@ class Welcome(msgspec.Struct, tag=True):
     slots: int
     host_slots: int
     window: int
+    layout: StateLayout | None = None
 
 
 class Refusal(msgspec.Struct, tag=True):

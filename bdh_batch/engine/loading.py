@@ -18,7 +18,6 @@ from bdh_batch.checkpoint.config import BDHConfig, Given, bytes_per_sequence
 from bdh_batch.engine.narrow_states import narrow_bytes
 from bdh_batch.engine.pages import HUGE
 from bdh_batch.engine.runner import Runner
-from bdh_batch.engine.state_files import StateLayout
 from bdh_batch.engine.state_io import StateIO
 from bdh_batch.engine.state_pool import StatePool, slots_within
 from bdh_batch.engine.trace import Trace
@@ -26,8 +25,10 @@ from bdh_batch.engine.worker import Observer, StepRunner, Worker
 from bdh_batch.errors import ConfigError, NotEnoughMemory
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.vector import most_threads
+from bdh_batch.messages import StateLayout
 from bdh_batch.scheduler import working_set
 from bdh_batch.scheduler.batch import Step
+from bdh_batch.scheduler.copies import WHOLE, CopyLimits
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.settings import Engine, Model as ModelOptions, PrefixCache, Settings
@@ -41,7 +42,9 @@ FEW = 4  # states; where fewer fit, the memory for them is too small
 HOST_MEMORY = 2**30  # bytes for states there, where the settings are silent
 FILE_MEMORY = 2**29  # bytes for states from and to files, likewise
 LEAST_TRANSFERS, MOST_TRANSFERS = 2, 64  # of them at a time, whatever their memory: one each way, at least
-COPIED = 2**28  # bytes of states that are copied in one step of a CPU: more would take too long
+COPIED = 3 * 2**26  # bytes of states that are copied in one step of a CPU: more would take too long
+PART = 2**22  # bytes of a state that are copied at least
+ROUNDED = {torch.int8: 10, torch.bfloat16: 2}  # times as long as a copy takes a CPU one that rounds, about
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class LoadedEngine:
     grows: bool = False  # whether a slot takes memory only when it is first used
     fingerprint: str = ""  # of the weights
     states: StateIO | None = None  # reads and writes states
-    copies: int | None = None  # of states, as many as a step has time for; None is no limit
+    copies: CopyLimits = WHOLE
 
 
 def load_engine(settings: Settings, path: Path) -> LoadedEngine:
@@ -105,7 +108,7 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
         log.info("states %s", where)
     weights, grows = fingerprint(model.weights), device.type == "cpu"
     states = StateIO(pool, state_layout(pool, weights, window))
-    copies = max(1, COPIED // each) if grows else None
+    copies = copy_limits(each, host_dtype) if grows else WHOLE
     return LoadedEngine(model, runner, slots, host_slots, grows, weights, states, copies)
 
 
@@ -140,6 +143,14 @@ def transfer_budget(asked: int | None, each: int) -> int:
     """How many states of `each` bytes may be on their way from and to files at a time."""
     budget = min(FILE_MEMORY, free_memory(torch.device("cpu")) // 8) if asked is None else asked
     return max(LEAST_TRANSFERS, min(MOST_TRANSFERS, budget // each))
+
+
+def copy_limits(each: int, host_dtype: torch.dtype | None) -> CopyLimits:
+    """How much of states of `each` bytes a CPU copies in one step; on the host they may be narrower.
+
+    A state is copied in parts, and what needs more time than a step has for copies goes on in the next ones."""
+    parts = max(1, each // PART)
+    return CopyLimits(parts, max(1, parts * COPIED // each), 1 if host_dtype is None else ROUNDED[host_dtype])
 
 
 def state_layout(pool: StatePool, weights: str, window: int) -> StateLayout:

@@ -13,6 +13,7 @@ Reserve = Callable[[Sequence[int], torch.dtype], Tensor]  # gives memory on the 
 
 MOST = 127.0  # the largest int8 in use: as far from zero as the least
 SMALLEST = 2.0**-126  # of a scale: the inverse of a smaller one may be infinite
+ALL = slice(None)
 CPU_BLOCK, GPU_BLOCK = 2**15, 2**24  # numbers that are rounded at a time: as many as fit a core's cache, or many
 
 
@@ -37,32 +38,35 @@ class NarrowStates:
     def __len__(self) -> int:
         return len(self._values)
 
-    def store(self, slot: int, state: Tensor) -> None:
-        """Rounds `state` [layers, ..., N, D] to the nearest."""
-        if self._scales is None:
-            self._values[slot].copy_(state, non_blocking=True)
-            return
-        for rows, values, scales in self._blocks(slot, self._scales, state):
-            (_narrow_on_gpu if rows.is_cuda else _narrow)(rows, values, scales)
+    def store(self, slot: int, state: Tensor, rows: slice = ALL) -> None:
+        """Rounds `rows` of `state` [layers, ..., N, D] to the nearest."""
+        for wide, values, scales in self._blocks(slot, state, rows):
+            if scales is None:
+                values.copy_(wide, non_blocking=True)
+            else:
+                (_narrow_on_gpu if wide.is_cuda else _narrow)(wide, values, scales)
 
-    def restore(self, slot: int, state: Tensor) -> None:
-        """Writes what is stored over `state`."""
-        if self._scales is None:
-            state.copy_(self._values[slot], non_blocking=True)
-            return
-        for rows, values, scales in self._blocks(slot, self._scales, state):
-            (_widen_on_gpu if rows.is_cuda else _widen)(rows, values, scales)
+    def restore(self, slot: int, state: Tensor, rows: slice = ALL) -> None:
+        """Writes what is stored over `rows` of `state`."""
+        for wide, values, scales in self._blocks(slot, state, rows):
+            if scales is None:
+                wide.copy_(values, non_blocking=True)
+            else:
+                (_widen_on_gpu if wide.is_cuda else _widen)(wide, values, scales)
 
-    def _blocks(self, slot: int, scales: Tensor, state: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Cuts a state, and what is or will be stored of it, in the same blocks of rows [rows, D]."""
+    def _blocks(self, slot: int, state: Tensor, rows: slice) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Cuts rows of a state, and what is or will be stored of them, in the same blocks [rows, D]."""
         width = state.shape[-1]
-        rows = max(1, (GPU_BLOCK if state.is_cuda else CPU_BLOCK) // width)
-        matrices = (state.view(-1, width), self._values[slot].view(-1, width), scales[slot].view(-1, 1))
-        return zip(*(torch.split(matrix, rows) for matrix in matrices), strict=True)
+        size = max(1, (GPU_BLOCK if state.is_cuda else CPU_BLOCK) // width)
+        wide, values = state.view(-1, width)[rows], self._values[slot].view(-1, width)[rows]
+        scales = None if self._scales is None else self._scales[slot].view(-1, 1)[rows]
+        for at in range(0, len(wide), size):
+            block = slice(at, at + size)
+            yield wide[block], values[block], None if scales is None else scales[block]
 
 
-# Without a GPU it is numpy, in one thread: torch's threads would meet after each operation on a block, and wait long
-# for each other where they share their cores.
+# Without a GPU all is done in one thread, by numpy or in blocks too small for a second one: torch's threads would meet
+# after each operation on a block, and wait long for each other where they share their cores.
 
 
 def _narrow(rows: Tensor, values: Tensor, scales: Tensor) -> None:

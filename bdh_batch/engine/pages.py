@@ -87,6 +87,13 @@ class PagesAhead:
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
 
+    def begin(self) -> None:
+        """Backs the first blocks, and returns when that is done."""
+        self.used(0)
+        thread = self._thread
+        if thread is not None:
+            thread.join()
+
     def used(self, block: int) -> None:
         """`block` is about to be written. Does not wait for anything."""
         if block + self._ahead <= self._wanted or self._wanted == len(self._blocks):

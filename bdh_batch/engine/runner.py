@@ -67,7 +67,7 @@ class Runner:
 
     def _run(self, plan: Plan) -> Outcome:
         for copy in plan.copies:
-            self._pool.copy(copy.source, copy.target)
+            self._pool.copy(*copy)
         for slot in plan.releases:  # a state that is to be saved may have been copied from there
             self._pool.release(slot)
         if not plan.segments:
@@ -162,6 +162,7 @@ class Runner:
 
     def warm(self, chunk: int) -> None:
         """Runs a prefill chunk and a decode step in slot 0, so that no request waits for what is done once."""
+        self._pool.warm()
         self._kernels.warm(self._pool.states)
         sampling = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias=LogitBias.of({0: 1.0}))
         processors = LogitsProcessors.of(sampling, [0], distinct([0]), early=1)

@@ -11,7 +11,6 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from xxhash import xxh3_128  # finds damage as a cryptographic hash does, and sooner
 
+from bdh_batch.messages import StateLayout
 from bdh_batch.system.durable import sync_folder
 
 TENSOR = "state"
@@ -28,42 +28,13 @@ LARGEST_HEADER = 2**20  # bytes; who keeps a file may add to its metadata
 PIECE = 2**20  # bytes that are read or written at a time, a whole number of numbers
 LENGTH = 8  # bytes of the header's length, before it
 UNKNOWN_HASH = "0" * 32  # stands where the tensor's will, once it is known
-# Where all bits of the exponent are set, a number is infinite or NaN.
-EXPONENT: Mapping[str, tuple[type[np.unsignedinteger[Any]], int]] = {
-    "F32": (np.uint32, 0x7F800000),
-    "BF16": (np.uint16, 0x7F80),
-}
-SIZES = {"F32": 4, "BF16": 2}
+EXPONENT = np.uint16(0x7F80)  # of a bfloat16, which numpy does not know: where all its bits are set, it is not finite
 
 Header = Mapping[str, Any]
 
 
 class BadState(Exception):
     """A file holds no state that can be used here. Raised while it is read; `str` is the reason, for the client."""
-
-
-@dataclass(frozen=True, slots=True)
-class StateLayout:
-    """What the states of an engine are: only a state of an equal layout can go on there.
-
-    Args:
-        fingerprint: of the weights, as they are in memory.
-        shape: of one state, [layers, heads, N, D], or [layers, 2, heads, N, D] with a window.
-        window: tokens that a token can look back on; 0 is all.
-    """
-
-    fingerprint: str
-    dtype: Literal["F32", "BF16"]
-    shape: tuple[int, ...]
-    window: int
-
-    @property
-    def size(self) -> int:
-        """Bytes of one state."""
-        size = SIZES[self.dtype]
-        for length in self.shape:
-            size *= length
-        return size
 
 
 def read_state(path: Path, layout: StateLayout, tokens: bytes, into: memoryview) -> None:
@@ -82,12 +53,11 @@ def read_state(path: Path, layout: StateLayout, tokens: bytes, into: memoryview)
         metadata = _check(header, layout, os.fstat(file.fileno()).st_size - begin)
         _check_tokens(metadata, tokens)
         digest = xxh3_128()
-        kind, exponent = EXPONENT[layout.dtype]
         for at in range(0, layout.size, PIECE):
             piece = into[at : at + PIECE]
             _fill(file, piece)
             digest.update(piece)
-            if not _finite(piece, kind, exponent):
+            if not _finite(piece, layout.dtype):
                 raise BadState("it has numbers that are not finite.")
         if digest.hexdigest() != metadata.get("xxh3_128"):
             raise BadState("it is damaged: its checksum differs.")
@@ -108,10 +78,9 @@ def write_state(path: Path, layout: StateLayout, tokens: bytes, state: memoryvie
         with partial.open("xb", buffering=0) as file:
             _write(file, _header(layout, tokens, UNKNOWN_HASH))
             digest = xxh3_128()
-            kind, exponent = EXPONENT[layout.dtype]
             for at in range(0, layout.size, PIECE):
                 piece = state[at : at + PIECE]
-                if not _finite(piece, kind, exponent):
+                if not _finite(piece, layout.dtype):
                     raise BadState("it has numbers that are not finite.")
                 digest.update(piece)
                 _write(file, piece)
@@ -165,14 +134,8 @@ def _check(header: Header, layout: StateLayout, size: int) -> Mapping[str, Any]:
     tensor = header.get(TENSOR)
     if header.keys() != {METADATA, TENSOR} or not isinstance(tensor, dict) or metadata.get("format") != FORMAT:
         raise BadState("its header is not that of a safetensors file with a state.")
-    if metadata.get("fingerprint") != layout.fingerprint:
-        raise BadState("it is a state of another model.")
-    if metadata.get("window") != str(layout.window):
-        raise BadState(f"its attention window is another one than this engine's, {layout.window or 'none'}.")
-    if tensor.get("dtype") != layout.dtype:
-        raise BadState(f"its dtype is not this engine's, {layout.dtype} (engine.state_dtype).")
-    if tensor.get("shape") != list(layout.shape):
-        raise BadState(f"its shape is not this engine's, {list(layout.shape)}.")
+    if (problem := layout.problem(metadata, tensor)) is not None:
+        raise BadState(problem)
     if tensor.get("data_offsets") != [0, layout.size] or size != layout.size:
         raise BadState(f"it is cut off or has too much: its tensor should have {layout.size:,} bytes.")
     return metadata
@@ -183,9 +146,10 @@ def _check_tokens(metadata: Mapping[str, Any], tokens: bytes) -> None:
         raise BadState("the prompt does not begin with the tokens that it is the state after.")
 
 
-def _finite(piece: memoryview, kind: type[np.unsignedinteger[Any]], exponent: int) -> bool:
-    bits = np.frombuffer(piece, dtype=kind)
-    return not np.any((bits & kind(exponent)) == exponent)
+def _finite(piece: memoryview, dtype: Literal["F32", "BF16"]) -> bool:
+    if dtype == "F32":
+        return bool(np.isfinite(np.frombuffer(piece, np.float32)).all())
+    return not np.any((np.frombuffer(piece, np.uint16) & EXPONENT) == EXPONENT)
 
 
 def _fill(file: BinaryIO, piece: memoryview) -> None:

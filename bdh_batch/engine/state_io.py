@@ -6,10 +6,12 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from bdh_batch.engine.state_files import BadState, StateLayout, read_state, write_state
+from bdh_batch.engine.state_files import BadState, read_state, write_state
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.engine.state_traffic import Done
-from bdh_batch.scheduler.transfers import Load, Save
+from bdh_batch.messages import StateLayout
+from bdh_batch.scheduler.copies import Save
+from bdh_batch.scheduler.transfers import Load
 from bdh_batch.system.threads import DaemonThreads
 
 log = logging.getLogger(__name__)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +16,8 @@ from bdh_batch.engine import pages
 from bdh_batch.engine.narrow_states import NarrowStates, Reserve
 from bdh_batch.engine.pages import PagesAhead
 from bdh_batch.errors import NotEnoughMemory
+
+FIRST_TRANSFERS = 2  # states on their way from or to files, for which there is memory from the start
 
 
 def slots_within(budget: int, each: int, most: int) -> int:
@@ -66,6 +71,13 @@ class StatePool:
         self._narrow = NarrowStates((host_slots if narrow else 0, *shape[1:]), host_dtype or dtype, reserve)
         self._transfer = reserve((transfer_slots, *shape[1:]), dtype)
 
+    def warm(self) -> None:
+        """Has the system give the first states their memory, so that no request waits for it."""
+        if self._pages is not None:
+            self._pages.begin()
+            for block in self._transfer[:FIRST_TRANSFERS]:
+                pages.populate(block)
+
     @staticmethod
     def shape_of(config: BDHConfig, window: int) -> tuple[int, ...]:
         """The shape of one state."""
@@ -87,18 +99,26 @@ class StatePool:
     def clear(self, slot: int) -> None:
         """Back to the state before any token."""
         self._about_to_write(slot)
-        self.states[slot].zero_()
+        if self._pages is None:
+            self.states[slot].zero_()
+        else:
+            _bytes(self.states[slot]).fill(0)
 
-    def copy(self, source: int, target: int) -> None:
-        """The state in slot `target` becomes that in slot `source`; ordered with whatever the device computes."""
+    def copy(self, source: int, target: int, begin: int = 0, end: int = 1, parts: int = 1) -> None:
+        """The state in slot `target` becomes that in slot `source`, or parts of it do (see `messages.Copy`); ordered
+        with whatever the device computes."""
         self._about_to_write(target)
+        count = math.prod(self.states.shape[1:-1])
+        rows = slice(count * begin // parts, count * end // parts)
         into, come = target - len(self.states), source - len(self.states)
         if 0 <= into < len(self._narrow):
-            self._narrow.store(into, self._slot(source))
+            self._narrow.store(into, self._slot(source), rows)
         elif 0 <= come < len(self._narrow):
-            self._narrow.restore(come, self._slot(target))
+            self._narrow.restore(come, self._slot(target), rows)
+        elif self._pages is not None:
+            np.copyto(_bytes(self._rows(target)[rows]), _bytes(self._rows(source)[rows]))
         else:
-            self._slot(target).copy_(self._slot(source), non_blocking=True)
+            self._rows(target)[rows].copy_(self._rows(source)[rows], non_blocking=True)
 
     def release(self, slot: int) -> None:
         """Gives the memory of a slot back to the system, which holds no state that anyone needs."""
@@ -107,7 +127,7 @@ class StatePool:
 
     def memory(self, slot: int) -> memoryview:
         """The bytes of a transfer slot. They can be read and written once `copies_made` has returned."""
-        return self._slot(slot).view(torch.uint8).numpy().data.cast("B")
+        return _bytes(self._slot(slot)).data
 
     def back(self, slot: int) -> None:
         """Has the system give a transfer slot its memory now. Any thread may do it, whatever the slot holds."""
@@ -126,9 +146,20 @@ class StatePool:
         if self._pages is not None and slot < len(self.states):
             self._pages.used(slot)
 
+    def _rows(self, slot: int) -> Tensor:
+        """A state as a matrix, [layers · … · N, D]."""
+        return self._slot(slot).view(-1, self.states.shape[-1])
+
     def _slot(self, slot: int) -> Tensor:
         for block in (self.states, self._host):
             if slot < len(block):
                 return block[slot]
             slot -= len(block)
         return self._transfer[slot - len(self._narrow)]
+
+
+def _bytes(state: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The bytes of a state in main memory. numpy copies them in one thread, as fast as memory is: torch's threads would
+    wait for each other where they share their cores."""
+    found: np.ndarray[Any, np.dtype[np.uint8]] = state.view(-1).view(torch.uint8).numpy()
+    return found

@@ -12,10 +12,12 @@ from typing import Protocol, TypeVar
 
 from bdh_batch.errors import BDHError, InvalidRequest
 from bdh_batch.messages import Delta
+from bdh_batch.messages.state import INVALID
 from bdh_batch.scheduler.batch import Step
+from bdh_batch.scheduler.copies import Save
 from bdh_batch.scheduler.scheduler import Scheduler, Update
 from bdh_batch.scheduler.sequence import Sequence
-from bdh_batch.scheduler.transfers import Load, Save
+from bdh_batch.scheduler.transfers import Load
 
 T = TypeVar("T")
 
@@ -53,7 +55,7 @@ class StateTraffic:
             return
         for sequence in sequences:
             if sequence.state is not None and not sequence.may_recompute:
-                raise InvalidRequest("This engine cannot begin in saved states.", "state")
+                raise InvalidRequest("This engine cannot begin in saved states.", "state", INVALID)
             sequence.state = None
 
     def begin(self, now: float) -> None:

@@ -11,6 +11,7 @@ from bdh_batch.errors import ModelNotFound, Unavailable
 from bdh_batch.http.auth.caller import Caller
 from bdh_batch.http.errors import Forbidden
 from bdh_batch.http.schema.requests import Defaults
+from bdh_batch.messages import StateLayout
 from bdh_batch.text.chat import ChatTemplate, NoTemplate
 from bdh_batch.text.grammar import Grammars
 
@@ -42,6 +43,7 @@ class ServedModel:
         revision: another one where its files or settings are others.
         system_fingerprint: names the model and the build in responses.
         fingerprint: servers with the same one generate the same text for the same request; None is unknown.
+        layout: of its states; None where it has none.
     """
 
     info: ModelInfo
@@ -54,6 +56,7 @@ class ServedModel:
     width: int  # of the hidden vectors
     tokenizer_info: Mapping[str, object]
     grammars: Grammars
+    layout: StateLayout | None = None
 
     @property
     def name(self) -> str:

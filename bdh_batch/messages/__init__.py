@@ -14,7 +14,7 @@ from bdh_batch.messages.request import (
 )
 from bdh_batch.messages.response import UNKNOWN_TOKEN, Delta, FinishReason, Gathering, TokenLogprob, Usage
 from bdh_batch.messages.sampling import NO_TOKENS, LogitBias, LogitsProcessors, SamplingParams, distinct
-from bdh_batch.messages.state import SavedState
+from bdh_batch.messages.state import SavedState, StateLayout
 from bdh_batch.messages.step import Copy, Outcome, Plan, Segment
 
 __all__ = [
@@ -38,6 +38,7 @@ __all__ = [
     "SamplingParams",
     "SavedState",
     "Segment",
+    "StateLayout",
     "Text",
     "TokenLogprob",
     "Usage",

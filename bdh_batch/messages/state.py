@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
+
+INVALID = "invalid_state"  # the code of errors about states that cannot be used
+SIZES = {"F32": 4, "BF16": 2}  # bytes of a number, by the dtype's name in a file
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,3 +21,39 @@ class SavedState:
 
     path: str
     tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StateLayout:
+    """What the states of an engine are: only a state of an equal layout can go on there.
+
+    Args:
+        fingerprint: of the weights, as they are in memory.
+        shape: of one state, [layers, heads, N, D], or [layers, 2, heads, N, D] with a window.
+        window: tokens that a token can look back on; 0 is all.
+    """
+
+    fingerprint: str
+    dtype: Literal["F32", "BF16"]
+    shape: tuple[int, ...]
+    window: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of one state."""
+        size = SIZES[self.dtype]
+        for length in self.shape:
+            size *= length
+        return size
+
+    def problem(self, metadata: Mapping[str, Any], tensor: Mapping[str, Any]) -> str | None:
+        """What makes a file with such a header one of another layout; None where nothing does."""
+        if metadata.get("fingerprint") != self.fingerprint:
+            return "it is a state of another model."
+        if metadata.get("window") != str(self.window):
+            return f"its attention window is another one than this engine's, {self.window or 'none'}."
+        if tensor.get("dtype") != self.dtype:
+            return f"its dtype is not this engine's, {self.dtype} (engine.state_dtype)."
+        if tensor.get("shape") != list(self.shape):
+            return f"its shape is not this engine's, {list(self.shape)}."
+        return None

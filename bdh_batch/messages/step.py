@@ -33,10 +33,16 @@ class Segment:
 
 
 class Copy(NamedTuple):
-    """The state in slot `source` is copied over that in slot `target`; either may lie on the device or on the host."""
+    """The state in slot `source` is copied over that in slot `target`; either may lie on the device or on the host.
+
+    Of `parts` equal parts of it, those from `begin` to `end` are; the others, in order, in steps before and after.
+    """
 
     source: int
     target: int
+    begin: int = 0
+    end: int = 1
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,7 @@ async def run_engine(
         slots=facts.slots,
         host_slots=facts.host_slots,
         window=facts.window,
+        layout=facts.layout,
     )
     folder.agree(welcome.fingerprint)
     interval = min(LONGEST_INTERVAL, settings.engine.heartbeat_seconds / HEARTBEATS)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bdh_batch.backends.base import Backend
+from bdh_batch.messages import StateLayout
 from bdh_batch.processes.components import Components
 
 LOADER = "bdh-loader"  # the name of the threads that load
@@ -21,6 +22,7 @@ class EngineInfo:
         slots, host_slots: how many states fit the device, and the host's memory.
         window: how many tokens before it a token attends to; 0 is all.
         fingerprint: engines with the same one generate the same tokens.
+        layout: of the states that they begin in and save; None where they do not.
     """
 
     vocab_size: int
@@ -29,6 +31,7 @@ class EngineInfo:
     host_slots: int
     window: int
     fingerprint: str
+    layout: StateLayout | None = None
 
 
 class Engines(Protocol):

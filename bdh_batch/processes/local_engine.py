@@ -85,7 +85,7 @@ def engine_info(engine: LoadedEngine, settings: Settings) -> EngineInfo:
     config = engine.model.config
     window = attention_window(settings.model.attention_window, config)
     sizes = (config.vocab_size, config.n_embd, engine.slots, engine.host_slots, window)
-    return EngineInfo(*sizes, fingerprint(engine, settings))
+    return EngineInfo(*sizes, fingerprint(engine, settings), None if engine.states is None else engine.states.layout)
 
 
 def fingerprint(engine: LoadedEngine, settings: Settings) -> str:

@@ -17,6 +17,7 @@ from bdh_batch.processes.engines import LOADER, EngineInfo, Engines
 from bdh_batch.processes.model_settings import ModelSettings
 from bdh_batch.registry.locate import Located
 from bdh_batch.system.threads import in_daemon_thread
+from bdh_batch.text import chat
 from bdh_batch.text.grammar import Grammars
 
 
@@ -58,6 +59,7 @@ class OpenModel:
         except BaseException:
             located.close()
             raise
+        chat.warm_up(folder.templates)
         try:
             facts = await engines.load()
             components = await in_daemon_thread(partial(folder.fit, facts.vocab_size), LOADER)
@@ -124,6 +126,7 @@ def _served(
             settings.structured_output.cache_memory,
             elsewhere=compiled_elsewhere,
         ),
+        layout=facts.layout,
     )
 
 

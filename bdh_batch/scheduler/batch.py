@@ -7,11 +7,12 @@ with more, which fill the rest of the time. Inside a tenant streams go before pr
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Sequences
+from collections.abc import Sequence as Sequences, Set
 from dataclasses import dataclass
 from heapq import nsmallest
 
 from bdh_batch.messages import Plan
+from bdh_batch.scheduler.copies import Save
 from bdh_batch.scheduler.cost import StepCost
 from bdh_batch.scheduler.groups import Groups
 from bdh_batch.scheduler.policy import Guards
@@ -19,23 +20,22 @@ from bdh_batch.scheduler.rank import DUE
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import LEAST_PREFILL, StepSize
-from bdh_batch.scheduler.transfers import Save
 
 NO_LIMIT = 2**62  # seconds, or sequences
+Members = list[Sequence]
 FREE = 1e-9  # seconds of a prompt token, as long as it is not known what it takes
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A plan for the runner, the sequences of its segments, and those that its copies touch."""
+    """A plan for the runner, and the sequences of its segments."""
 
     plan: Plan
     sequences: list[Sequence]
-    moved: list[Sequence]
     decodes: int
     prefill_tokens: int
     planned: float  # seconds on the worker's clock
-    saves: Sequences[Save] = ()  # of states that its copies bring on their way to files
+    saves: Sequences[Save] = ()  # of states whose copies, on their way to files, are made with it
 
 
 class BatchBuilder:
@@ -57,15 +57,15 @@ class BatchBuilder:
     def build(self, running: Groups, prompts: set[Sequence], first: float, allocator: SlotAllocator) -> Step | None:
         """The next step of those `running`, all but `prompts` of them streams, with the copies that are planned; None
         where it would be empty. `first` is the first priority."""
-        filling = self._fill(running, prompts, first)
+        copies, saves = allocator.copies.take()
+        filling = self._fill(running, prompts, first, allocator.copies.busy)
         segments = [stream.decoding or stream.decode_segment() for stream in filling.streams]
         segments += [prompt.segment(tokens) for prompt, tokens in filling.prompts]
-        plan = Plan(segments, allocator.copies, allocator.released)
+        plan = Plan(segments, copies, allocator.released)
         if not (segments or plan.copies or plan.releases):
             return None
         sequences = [*filling.streams, *(prompt for prompt, _ in filling.prompts)]
-        decodes, saves = len(filling.streams), allocator.transfers.saves
-        return Step(plan, sequences, allocator.moved, decodes, filling.prompt_tokens, allocator.now, saves)
+        return Step(plan, sequences, len(filling.streams), filling.prompt_tokens, allocator.now, saves)
 
     def computed(self, step: Step, seconds: float) -> None:
         """Learns from a step that took so many seconds, and did not run out of memory."""
@@ -73,15 +73,18 @@ class BatchBuilder:
             self._size.succeeded()
             self.cost.observe(step.decodes, step.prefill_tokens, seconds)
 
-    def _fill(self, running: Groups, prompts: set[Sequence], first: float) -> Filling:
-        """What the step has of those, in the order of their ranks, until its time is full."""
-        decoding = len(running) - len(prompts)
+    def _fill(self, running: Groups, prompts: set[Sequence], first: float, busy: Set[int]) -> Filling:
+        """What the step has of those, in the order of their ranks, until its time is full. Those whose slots are `busy`
+        wait for copies."""
+        waiting = {sequence for sequence in running if sequence.slot in busy} if busy else set()
+        apart = prompts | waiting
+        decoding = len(running) - len(apart)
         target = self._target if decoding else NO_LIMIT
         filling = Filling(self.cost, self._size.prefill, target, self._guards, decoding)
-        if not prompts and decoding <= filling.room:
+        if not apart and decoding <= filling.room:
             filling.decode([*running])  # as mostly: in which order they go makes no difference
         else:
-            walk = [_parted(members, prompts) for _, members in running.forwards(first)]
+            walk = [_parted(members, apart, waiting) for _, members in running.forwards(first)]
             if self._passed_over or not filling.splits:  # all streams go before all prompts
                 walk = [*((streams, []) for streams, _ in walk), *(([], own) for _, own in walk)]
             for streams, own in walk:
@@ -92,10 +95,11 @@ class BatchBuilder:
         return filling
 
 
-def _parted(members: list[Sequence], prompts: set[Sequence]) -> tuple[list[Sequence], list[Sequence]]:
-    """Those of one tenant that decode, and its prompts, the first to be due first."""
-    own = prompts.intersection(members)
-    return [sequence for sequence in members if sequence not in own] if own else members, sorted(own, key=DUE)
+def _parted(members: Members, apart: set[Sequence], waiting: set[Sequence]) -> tuple[Members, Members]:
+    """Those of one tenant that decode, and of those `apart` the prompts, the first to be due first: those that are not
+    `waiting`."""
+    own = apart.intersection(members)
+    return [sequence for sequence in members if sequence not in own] if own else members, sorted(own - waiting, key=DUE)
 
 
 class Filling:

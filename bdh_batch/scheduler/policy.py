@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from bdh_batch.scheduler.backlog import NO_UNIT
+from bdh_batch.scheduler.copies import WHOLE, CopyLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +29,7 @@ class Policy:
         host_slots: slots for states in the host's memory.
         swaps: whether sequences may lie there; else only cached prefixes do.
         transfer_slots: slots for states on their way from and to files.
-        copies: most copies of states in a step before sequences that would need more have to wait; None is no limit.
+        copies: how much of states is copied in a step before what needs more has to wait.
         max_running: most sequences that hold a state; above `slots` they take time slices. None is as many as slots.
         time_slice: steps that a sequence runs while others wait for a slot.
         target_step: seconds that a step with streams should take; 0 is no limit.
@@ -46,7 +47,7 @@ class Policy:
     host_slots: int = 0
     swaps: bool = True
     transfer_slots: int = 0
-    copies: int | None = None
+    copies: CopyLimits = WHOLE
     max_running: int | None = None
     time_slice: int = 64
     target_step: float = 0.0

@@ -14,8 +14,10 @@ from operator import attrgetter
 
 from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, QueueTimeout, RunTimeout
 from bdh_batch.messages import Delta, FinishReason, Outcome
+from bdh_batch.messages.state import INVALID
 from bdh_batch.scheduler.backlog import Backlog
 from bdh_batch.scheduler.batch import BatchBuilder, Step
+from bdh_batch.scheduler.copies import Save
 from bdh_batch.scheduler.deadlines import Deadlines
 from bdh_batch.scheduler.groups import Groups
 from bdh_batch.scheduler.policy import Counts, Policy
@@ -28,7 +30,7 @@ from bdh_batch.scheduler.sharing import Sharing
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.step_size import StepSize
 from bdh_batch.scheduler.tenants import Tenants
-from bdh_batch.scheduler.transfers import Load, Save
+from bdh_batch.scheduler.transfers import Load
 
 Update = tuple[Sequence, Delta]
 
@@ -82,7 +84,8 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return any(self._groups.values()) or self.transfers.pending or self.sharing.pending
+        waits = self.transfers.pending or self.sharing.pending or len(self.allocator.copies) > 0
+        return waits or any(self._groups.values())
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         for sequence in (s for s in sequences if s.finish_reason is None):  # others were aborted on their way here
@@ -133,30 +136,28 @@ class Scheduler:
 
     def fail(self, step: Step, error: BDHError) -> list[Update]:
         """Ends the sequences of a step that could not be computed, as their states are no longer known."""
-        self.sharing.forget_fresh()
-        return self.abort({*step.sequences, *step.moved}, error) + self._not_saved(step)
+        spoilt, updates = self._spoilt(step)
+        return self.abort(spoilt, error) + updates
 
     def out_of_memory(self, step: Step) -> list[Update]:
         """Makes later steps smaller, as this one ran out of memory; they compute its sequences' states again."""
         if not self.size.shrink(step.prefill_tokens, len(step.sequences)):
             return self.fail(step, GenerationFailed("There is not enough memory for the request."))
-        self.sharing.forget_fresh()
-        for sequence in {*step.sequences, *step.moved}:
+        spoilt, updates = self._spoilt(step)
+        for sequence in spoilt:
             sequence.restart()
         self._prompts = dict.fromkeys(self.running)
         forwards = [sequence for _, members in self.running.forwards(self._first) for sequence in members]
         for sequence in forwards[self.size.width :]:
             self._move(sequence, Stage.SWAPPED)
-        return self._not_saved(step)
+        return updates
 
     def plan(self, now: float) -> Step | None:
         """Plans the next step, or returns None where nothing can run."""
         self.allocator.begin(now)
         self.counts.steps += 1
-        for save in self.transfers.begin(self.allocator.most_copies):
-            assert save.sequence.slot is not None
-            self.allocator.copy(save.sequence.slot, save.slot)
-            self.sharing.bequeath(save.sequence)
+        for sequence in self.allocator.copy_saves():
+            self.sharing.bequeath(sequence)
         self._prompts = {sequence: None for sequence in self._prompts if not sequence.decodes}
         prompts = [*self._prompts]
         for waiter in self.sharing.advance(prompts):
@@ -180,7 +181,6 @@ class Scheduler:
             if delta is not None:
                 updates.append((sequence, delta))
         self._batches.computed(step, now - step.planned)
-        self.sharing.settle()
         for sequence, delta in updates:
             if sequence.save_to is not None and delta.finish_reason in COMPLETE:
                 self._save(sequence, sequence.save_to, delta)
@@ -208,7 +208,7 @@ class Scheduler:
         refused = [sequence for sequence in waiting if not sequence.may_recompute]
         for sequence in waiting:
             sequence.state = None
-        return self.abort(refused, InvalidRequest(f"The state cannot be used: {error}", "state"))
+        return self.abort(refused, InvalidRequest(f"The state cannot be used: {error}", "state", INVALID))
 
     def check(self) -> None:
         """Raises AssertionError where an invariant does not hold."""
@@ -378,6 +378,10 @@ class Scheduler:
         if not self.transfers.save(sequence, path, pack(sequence.known(0, sequence.computed))):
             delta.save_error = "Too many states are being written."
 
-    def _not_saved(self, step: Step) -> list[Update]:
-        """The copies of a step may not have been made."""
-        return [update for save in step.saves for update in self.saved(save, "The copy of the state failed.")]
+    def _spoilt(self, step: Step) -> tuple[set[Sequence], list[Update]]:
+        """A step has failed, and no copy is made. Returns the sequences whose states are lost, and what is said of
+        states that are not saved."""
+        slots, saves = self.allocator.copies.give_up()
+        self.sharing.forget(slots)
+        spoilt = {*step.sequences, *(each for each in (*self.running, *self.swapped) if each.slot in slots)}
+        return spoilt, [update for save in saves for update in self.saved(save, "The copy of the state failed.")]

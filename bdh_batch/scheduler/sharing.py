@@ -9,10 +9,12 @@ than sequences that wait for the first of them.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Iterable, Sequence as Tokens
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence as Tokens, Set
 
 from bdh_batch.messages import FinishReason
 from bdh_batch.scheduler.prefix_cache import End, Entry
+from bdh_batch.scheduler.prefix_index import Key
 from bdh_batch.scheduler.prefixes import TOKEN_BYTES, RecentPrompts, common, pack
 from bdh_batch.scheduler.sequence import Sequence, Stage
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
@@ -22,6 +24,7 @@ FIRST_POWER = 256
 LONG = 512  # tokens, from which on a prompt is worth a step more
 MEMORY = 8  # requests, after which it is believed that conversations go on in another way
 COMPARED = 64  # most sequences that one is compared with
+REMEMBERED = 512  # states that were read from files
 
 
 class Sharing:
@@ -30,7 +33,7 @@ class Sharing:
     Args:
         cache_prefixes: whether prefixes stay for later requests; else only while a sequence waits for them.
         share_all: whether all API keys share; else each has prefixes of its own. Each salt has its own in any case.
-        least: tokens from which on a prefix is worth a copy.
+        least: tokens from which on a prefix is worth a copy, or what it has beyond the one that a sequence began with.
     """
 
     def __init__(self, allocator: SlotAllocator, cache_prefixes: bool, share_all: bool, least: int) -> None:
@@ -45,8 +48,8 @@ class Sharing:
         self._producers: dict[Sequence, Sequence] = {}  # of the waiters
         self._completions_go_on = 0  # above 0, more of late than prompts alone did
         self._last: tuple[Tokens[int], bytes] = (), b""  # the last prompt that was packed, and as bytes
+        self._read: OrderedDict[Key, None] = OrderedDict()  # states that were read from files of late
         self._uncached: list[Entry] = []  # states that were read, of which the next plans make copies for others
-        self._fresh: list[Entry] = []  # their copies are part of the plan that is being made or computed
         # In this plan, those in their prompts, by namespace and the first tokens; and how many of them are there.
         self._by_head: dict[tuple[str, bytes], list[Sequence]] = {}
         self._indexed = 0
@@ -89,8 +92,8 @@ class Sharing:
                 self.cache.use(entry, self._allocator.now)
         self.expect_no_more(sequence)
         if self._cache_prefixes:
-            wanted, least = self._wanted(sequence, alone), max(sequence.computed, self._least - 1)
-            sequence.prefix.cuts = sorted(at for at in wanted if at > least)
+            wanted, least = self._wanted(sequence, alone), sequence.computed + self._least
+            sequence.prefix.cuts = sorted(at for at in wanted if at >= least)
 
     def holds_state(self, sequence: Sequence, tokens: int) -> bool:
         """Whether the state after so many tokens of the prompt, or more of them, need not be read from a file."""
@@ -181,18 +184,10 @@ class Sharing:
                 return
         self._allocator.give(slot)
 
-    def settle(self) -> None:
-        """The copies of the last plan are made."""
-        self._fresh = []
-
-    def forget_fresh(self) -> None:
-        """The copies of the last plan may not have been made."""
-        known = set(self.cache)
-        touched = {copy.target for copy in self._allocator.copies}
-        for entry in known:
-            if entry in self._fresh or entry.slot in touched:
-                self._allocator.discard(entry)
-        self._fresh = []
+    def forget(self, slots: Set[int]) -> None:
+        """`slots` hold no states."""
+        for entry in [entry for entry in self.cache if entry.slot in slots]:
+            self._allocator.discard(entry)
 
     def check(self) -> None:
         assert all(s.stage is Stage.AWAITING_PREFIX for s in self._producers), "waiters are known"
@@ -201,11 +196,16 @@ class Sharing:
             assert all(entry.awaited > 0 for entry in self.cache), "only what is awaited is cached"
 
     def _begun_in(self, sequence: Sequence, loaded: Entry) -> None:
-        """It begins in a state that was read from a file; that stays, for those who begin there later."""
+        """It begins in a state that was read from a file; that stays for others where it is not the first to do so:
+        most conversations go on once from where they were, and none waits for a copy that nobody needs."""
         sequence.computed = loaded.length
         if sequence.times.scheduled is None:
             sequence.prefix.cached = loaded.length
-        if self._cache_prefixes and loaded.length >= self._least and loaded not in self._uncached:
+        again = loaded.awaited > 1 or loaded.key in self._read
+        self._read[loaded.key] = None
+        if len(self._read) > REMEMBERED:
+            self._read.popitem(last=False)
+        if self._cache_prefixes and again and loaded.length >= self._least and loaded not in self._uncached:
             loaded.awaited += 1
             self._uncached.append(loaded)
             self._cache_loaded()
@@ -225,7 +225,6 @@ class Sharing:
             self._allocator.copy(loaded.slot, slot)
             entry = Entry(loaded.namespace, loaded.length, loaded.tail, loaded.digest, slot, end=End.COMPLETION)
             self.cache.add(entry, self._allocator.now)
-            self._fresh.append(entry)
 
     def _leave(self, loaded: Entry) -> None:
         """One fewer needs a state that was read, where it is now."""
@@ -253,7 +252,6 @@ class Sharing:
             self._allocator.copy(sequence.slot, slot)
             entry, new.slot = new, slot
             self.cache.add(entry, self._allocator.now)
-            self._fresh.append(entry)
         for waiter in waiting:
             waiter.prefix.expects = entry
         if entry is not None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
-from bdh_batch.messages import Copy
+from bdh_batch.scheduler.copies import Copies, Save
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.prefix_cache import Entry, PrefixCache
 from bdh_batch.scheduler.slots import Slots
@@ -15,7 +15,6 @@ from bdh_batch.scheduler.working_set import WorkingSet
 if TYPE_CHECKING:
     from bdh_batch.scheduler.sequence import Sequence
 
-NO_LIMIT = 2**62  # copies
 LONG = 512  # tokens; from so many on a cached prefix is worth a copy to the host before anyone has used it
 
 
@@ -28,27 +27,26 @@ class SlotAllocator:
     """
 
     def __init__(self, device: int, policy: Policy) -> None:
+        first_transfer = device + policy.host_slots
         self.slots = Slots(device, policy.host_slots)
         self.working_set = WorkingSet(device, policy.free_slots)
-        self.transfers = Transfers(device + policy.host_slots, policy.transfer_slots)
+        self.copies = Copies(policy.copies, range(device, first_transfer))
+        self.transfers = Transfers(first_transfer, policy.transfer_slots, self.copies)
         self.cache = PrefixCache(device)
         self.parked: dict[Sequence, None] = {}  # swapped sequences whose states are still on the device
         self._idle_release = policy.idle_release
         self._swaps = policy.swaps
-        self.most_copies = policy.copies or NO_LIMIT
         self.begin(0.0)
 
     def begin(self, now: float) -> None:
         """Begins a new plan, at `now` in seconds."""
         self.now = now
-        self.copies: list[Copy] = []
-        self.moved: list[Sequence] = []  # whose states are what these copies make them
         self.released: list[int] = []  # slots whose memory goes back to the system
 
     @property
     def full(self) -> bool:
-        """Whether the plan has as many copies as there is time for."""
-        return len(self.copies) >= self.most_copies
+        """Whether as many copies are planned as the next step has time for."""
+        return self.copies.full
 
     @property
     def room(self) -> int:
@@ -57,8 +55,16 @@ class SlotAllocator:
             return self.slots.free_count + len(self.cache)
         return self.slots.free_on_device + self.cache.on_device
 
-    def copy(self, source: int, target: int) -> None:
-        self.copies.append(Copy(source, target))
+    def copy(self, source: int, target: int, save: Save | None = None) -> None:
+        self.copies.add(source, target, save)
+
+    def copy_saves(self) -> Iterator[Sequence]:
+        """Plans the copies of states that are to be saved, as far as there is time; the slots of these sequences are
+        not theirs any more."""
+        while not self.full and (save := self.transfers.take_save()) is not None:
+            assert save.sequence.slot is not None
+            self.copy(save.sequence.slot, save.slot, save)
+            yield save.sequence
 
     def bring(self, sequence: Sequence, entry: Entry | None, patient: bool = False) -> bool:
         """Gives `sequence` a slot on the device, with its own state or that of `entry`. False if there is none; one
@@ -76,7 +82,6 @@ class SlotAllocator:
             self.give(old)
         elif entry is not None:
             self.copy(entry.slot, slot)
-            self.moved.append(sequence)
         sequence.slot = slot
         return True
 
@@ -102,8 +107,9 @@ class SlotAllocator:
 
     def release_idle(self) -> None:
         """Plans that the memory of one idle slot goes back to the system: of a free one, or, where the working set has
-        grown, of a cached prefix that no request has asked for. One for each plan, as it takes a moment."""
-        if (due := self.release_due) is None or due > self.now:
+        grown, of a cached prefix that no request has asked for. One for each plan, as it takes a moment, and none while
+        copies wait, which may read it."""
+        if self.copies or (due := self.release_due) is None or due > self.now:
             return
         if (since := self.transfers.idle_since) is not None and since + self._idle_release <= self.now:
             self.released.append(self.transfers.release_idle())
@@ -156,13 +162,10 @@ class SlotAllocator:
         if self.slots.on_device(entry.slot):
             self.cache.drop(entry)
             sequence.slot = entry.slot
-            if any(copy.target == entry.slot for copy in self.copies):
-                self.moved.append(sequence)
             return True
         sequence.slot = slot = self._on_device(None, False)
         if slot is not None and (self.cache.holds(entry) or self.transfers.holds(entry.slot)):
             self.copy(entry.slot, slot)
-            self.moved.append(sequence)
         return slot is not None
 
     def _on_device(self, spare: Entry | None, patient: bool) -> int | None:
@@ -187,7 +190,6 @@ class SlotAllocator:
         if sequence.computed and sequence.slot is not None:  # else there is no state yet
             self.copy(sequence.slot, slot)
         sequence.slot = slot
-        self.moved.append(sequence)
 
     def _evict(self, entry: Entry, spare: Entry | None) -> int:
         """Frees the device slot of `entry`, which goes to the host if that is worth it."""

@@ -11,22 +11,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from bdh_batch.messages import SavedState
+from bdh_batch.scheduler.copies import Copies, Save
 from bdh_batch.scheduler.slots import Slots
 
 if TYPE_CHECKING:
     from bdh_batch.scheduler.sequence import Sequence
 
 NO_SLOT = -1
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Save:
-    """A state that is to be written to a file, once the step with its copy to `slot` is computed."""
-
-    sequence: Sequence
-    slot: int
-    state: SavedState
-    tokens: bytes  # packed: those that have entered it
 
 
 @dataclass(slots=True, eq=False)
@@ -50,19 +41,20 @@ class Transfers:
     Args:
         first: the number of the first one.
         count: how many there are.
+        copies: from and to them, among others.
     """
 
-    def __init__(self, first: int, count: int) -> None:
+    def __init__(self, first: int, count: int, copies: Copies) -> None:
         self.first = first
         self.count = count
-        self.saves: list[Save] = []  # whose copies are part of the plan that is being made or computed
         self.to_come = 0  # sequences under way whose states are to be saved
+        self._copies = copies
         self._slots = Slots(count)
         self._loading: set[int] = set()
         self._loads: dict[tuple[str, str, bytes], Load] = {}
         self._load_of: dict[Sequence, Load] = {}
         self._planned: dict[Sequence, Save] = {}  # for the next plans; they still hold the slots that they ran in
-        self._left: list[int] = []  # from which nobody begins any more; copies of this plan may still read them
+        self._left: list[int] = []  # from which nobody begins any more; copies may still read them
 
     @property
     def pending(self) -> bool:
@@ -82,12 +74,12 @@ class Transfers:
         """The slots of ended sequences whose states have not been copied."""
         return [sequence.slot for sequence in self._planned if sequence.slot is not None]
 
-    def begin(self, most: int) -> list[Save]:
-        """Begins a new plan: returns the saves that it makes the copies of, `most` of them."""
-        self.saves = [*self._planned.values()][:most]
-        for save in self.saves:
+    def take_save(self) -> Save | None:
+        """Returns the next save to plan the copy of, if there is one."""
+        save = next(iter(self._planned.values()), None)
+        if save is not None:
             del self._planned[save.sequence]
-        return self.saves
+        return save
 
     # States that are read
 
@@ -129,8 +121,9 @@ class Transfers:
         self._left.append(slot)
 
     def take_left(self) -> list[int]:
-        """Returns the slots that were left, and are not read by the copies of a plan any more."""
-        left, self._left = self._left, []
+        """Returns the slots that were left, and that no copy reads any more."""
+        left = [slot for slot in self._left if slot not in self._copies.busy]
+        self._left = [slot for slot in self._left if slot in self._copies.busy]
         return left
 
     # States that are written

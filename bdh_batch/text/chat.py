@@ -166,6 +166,11 @@ def open_template(
         raise
 
 
+def warm_up(sandbox: Sandbox) -> None:
+    """Has a template's sandbox render a conversation, so that no request waits for what is done once."""
+    sandbox.warm_up(_job(Conversation([{"role": "user", "content": "Hello"}])))
+
+
 def _with_objects(conversation: Conversation) -> Conversation | None:
     """The same with an object around arguments of calls that are text, being cut or no object: some templates go over
     the names of all arguments, and reject text. None where there are no such arguments."""

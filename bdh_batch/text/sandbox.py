@@ -119,9 +119,13 @@ class Sandbox:
         assert self._process is not None
         return self._process.wait_until_ready()
 
-    def warm_up(self) -> None:
-        """Has the process ready for the first job, without waiting for it."""
-        self._linking = asyncio.ensure_future(self._connect())
+    def warm_up(self, job: bytes | None = None) -> None:
+        """Has the process ready for the first job, without waiting for it.
+
+        Args:
+            job: is run, so that a worker has done once what each does once. What comes of it is nobody's.
+        """
+        self._linking = asyncio.ensure_future(self._connect(job))
         self._linking.add_done_callback(lambda done: done.cancelled() or done.exception())  # the next job tries again
 
     async def run(self, job: bytes, tenant: str, then: Callable[[bytes], Awaitable[T]]) -> T:
@@ -199,12 +203,15 @@ class Sandbox:
             self._linking = asyncio.ensure_future(self._connect())
         return await asyncio.shield(self._linking)
 
-    async def _connect(self) -> _Link:
+    async def _connect(self, job: bytes | None = None) -> _Link:
         """To the process that was started first, or else to a new one."""
         process = await in_daemon_thread(self._ready_process, "bdh-sandbox")
         reader, writer = await asyncio.open_unix_connection(sock=process.take_socket())
-        self._link = _Link(reader, writer, self._on_lost)
-        return self._link
+        self._link = link = _Link(reader, writer, self._on_lost)
+        if job is not None:
+            with contextlib.suppress(_Lost):
+                await link.do(next(self._numbers).to_bytes(NUMBER), job)
+        return link
 
     def _ready_process(self) -> _Process:
         process = self._process = self._process or _Process(self._work)

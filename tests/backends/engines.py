@@ -32,9 +32,10 @@ from bdh_batch.messages import (
     Segment,
     TokenLogprob,
 )
+from bdh_batch.scheduler.copies import Save
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
-from bdh_batch.scheduler.transfers import Load, Save
+from bdh_batch.scheduler.transfers import Load
 from bdh_batch.text.tokenizer import ByteTokenizer
 from tests.scheduler.fakes import FakeObserver, FakeRunner
 

@@ -246,7 +246,7 @@ class TestSaving:
         assert generation.aborted == 1
         found = await conversations.find(value.response["id"], "me", aside)
         assert (found.kept, found.read) == (new.id, 3)
-        state = await conversations.state(found, "me")
+        state = await conversations.state(found, "me", aside, waits=False)
         assert state is not None
         assert await asyncio.to_thread(Path(state[0].path).read_bytes) == b"state"
 
@@ -272,7 +272,7 @@ class TestSaving:
         await conversations.close()
         found = await conversations.find(value.response["id"], "me", aside)
         assert found.kept is None
-        assert await conversations.state(found, "me") is None
+        assert await conversations.state(found, "me", aside, waits=False) is None
 
 
 def test_what_the_server_ends_has_failed_and_its_readers_hear_of_it(serve: ServeFactory, tmp_path: Path) -> None:

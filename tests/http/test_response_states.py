@@ -87,6 +87,20 @@ def test_a_long_conversation_goes_on_also_after_a_restart_and_from_its_middle(st
         assert {computed(fork) for fork in forks} == {1 + len("\nuser:And then?\nassistant:")}
 
 
+def test_a_turn_that_comes_before_the_state_of_the_last_one_is_stored_waits_for_it(start: Start) -> None:
+    with start() as server:
+        said: list[str] = []
+        before = None
+        for number in range(8):
+            body = {"input": f"Speak {number}!", "previous_response_id": before, "max_output_tokens": TOKENS, **ASKED}
+            response = server.http.post(PATH, json=body).json()
+            new = len(f"user:Speak {number}!\nassistant:")
+            assert computed(response) == (new if before is None else 1 + len("\n") + new)
+            said += [f"Speak {number}!", text_of(response)]
+            before = response["id"]
+        assert said[-1] == uninterrupted(server, said[:-1])
+
+
 def test_many_forks_at_once_say_what_each_says_alone(start: Start) -> None:
     with start() as server, ThreadPoolExecutor(16) as threads:
         first = ask(server, "Who is there?")

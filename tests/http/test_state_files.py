@@ -174,6 +174,10 @@ HOSTILE: dict[str, Callable[[bytes], bytes]] = {
     "tokens of no vocabulary": lambda file: changed(
         file, lambda m, _: (m.update(token_ids="[70000]", tokens="1"), m.pop("tokens_sha256"))
     ),
+    "tokens that are truths": lambda file: changed(
+        file, lambda m, _: (m.update(token_ids="[true]", tokens="1"), m.pop("tokens_sha256"))
+    ),
+    "very many values": lambda file: changed(file, lambda _, t: t.update(shape=[1] * 2**15)),
     "fewer tokens": lambda file: changed(file, lambda m, _: m.update(token_ids="[82]")),
     "other tokens": lambda file: changed(file, lambda m, _: m.update(token_ids=str([82] * len(TEXT)))),
     "metadata that do not fit": lambda file: changed(file, lambda m, _: m.update(metadata='{"a": 1}')),
@@ -184,7 +188,7 @@ class TestHostile:
     @pytest.mark.parametrize("kind", HOSTILE)
     def test_what_is_no_state_is_refused(self, small: Server, file: bytes, kind: str) -> None:
         error = refusal(small, HOSTILE[kind](file))
-        assert error["param"] == "file"
+        assert (error["param"], error["code"]) == ("file", "invalid_state")
         assert refusal(small, iter([HOSTILE[kind](file)]))["param"] == "file"  # its length is not known before
 
     @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
@@ -194,7 +198,7 @@ class TestHostile:
         numbers[-1] = number
         header["__metadata__"]["xxh3_128"] = xxh3_128_hexdigest(numbers.tobytes())
         error = refusal(small, together(header, numbers.tobytes()))
-        assert error["param"] == "file"
+        assert (error["param"], error["code"]) == ("file", "invalid_state")
         assert "finite" in error["message"]
 
     def test_numbers_from_which_nothing_finite_comes_are_refused(self, small: Server, file: bytes) -> None:
@@ -274,12 +278,29 @@ class TestSize:
         with begun(small, file + b"more") as connection:
             assert connection.recv(4096).startswith(b"HTTP/1.1 400")
 
-    def test_files_count_for_no_more_memory_than_is_held_of_them(self, small: Server, file: bytes) -> None:
-        """One is larger than all bodies may be together (limits.max_buffered_bytes)."""
-        header, _ = apart(file)
-        header["state"] |= {"shape": [225_000], "data_offsets": [0, 900_000]}
-        error = refusal(small, together(header, b"\0" * 900_000))
-        assert "shape" in error["message"]
+    def test_files_count_for_no_more_memory_than_is_held_of_them(self, serve: ServeFactory, file: bytes) -> None:
+        """One is larger than all bodies may be together."""
+        with serve("limits.max_body_bytes=10000", "limits.max_buffered_bytes=40000", model=TINY) as server:
+            assert upload(server, file).status_code == 200
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda m, _: m.update(fingerprint="0" * 32),
+            lambda m, _: m.update(window="64"),
+            lambda _, t: t.update(shape=[4, 1, 128, 32]),
+            lambda _, t: t.update(dtype="BF16", shape=[2, 2, 128, 64]),
+        ],
+    )
+    def test_one_of_another_model_or_layout_is_refused_by_its_header(
+        self, small: Server, file: bytes, change: Callable[[dict[str, str], dict[str, Any]], object]
+    ) -> None:
+        whole = changed(file, change)
+        head = whole[: -len(apart(file)[1])]
+        with begun(small, head, len(whole)) as connection:
+            received = connection.recv(4096)
+        assert received.startswith(b"HTTP/1.1 400")
+        assert b"invalid_state" in received
 
     def test_clients_that_leave_or_stay_take_no_others_turn(self, small: Server, file: bytes) -> None:
         for _ in range(20):  # more than may come at a time

@@ -48,7 +48,30 @@ def test_what_is_no_header_is_refused(text: bytes) -> None:
     assert refused.value.param == "file"
 
 
-@pytest.mark.parametrize("text", ["", "[", "]", "[]", "1", "[1,]", "[,1]", "[1 2]", "[[1]]", "[1.5]", "[null]", "{}"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[",
+        "]",
+        "[]",
+        "1",
+        "[1,]",
+        "[,1]",
+        "[1 2]",
+        "[[1]]",
+        "[1.5]",
+        "[null]",
+        "{}",
+        "[true]",
+        "[false,1]",
+        "[-1]",
+        "[1e0]",
+        '["1"]',
+        "[4294967296]",
+        "[\u0661]",
+    ],
+)
 def test_what_is_no_list_of_tokens_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequest):
         with_tokens(text, 1).tokens()
@@ -63,6 +86,15 @@ def test_the_longest_list_of_tokens_is_read() -> None:
 def test_a_header_of_very_many_parts_is_not_even_parsed(part: bytes) -> None:
     with pytest.raises(InvalidRequest, match="too many parts"):
         header.parsed(b'{"__metadata__":{},"state":[' + part * (MOST // len(part) - 20) + b"0]}")
+
+
+@pytest.mark.parametrize("key", ["shape", "data_offsets"])
+def test_a_header_of_very_many_values_is_not_even_parsed(key: str) -> None:
+    tensor = TENSOR | {key: [1] * (MOST // 2 - 200)}
+    text = orjson.dumps({"__metadata__": KNOWN, "state": tensor})
+    assert len(text) < MOST
+    with pytest.raises(InvalidRequest, match="too many values"):
+        header.parsed(text)
 
 
 @pytest.mark.parametrize("character", ["[", "{", '"', "\\"])

@@ -110,6 +110,18 @@ def test_a_pool_gives_slots_back_and_clears_them_for_the_next() -> None:
     assert pool.states[3].isnan().all()
 
 
+def test_a_pool_that_is_warm_has_memory_for_the_first_states() -> None:
+    config = BDHConfig(n_layer=2, n_embd=64, n_head=2, mlp_internal_dim_multiplier=64, vocab_size=256)
+    pool = StatePool(config, 64, torch.device("cpu"), transfer_slots=4)
+    pool.warm()
+    each = pool.states[0].nbytes
+    assert [resident(pool.states[at]) for at in range(2)] == [each, each]
+    assert pool.memory(64).nbytes == each
+    transfers = [resident(pool._transfer[at]) for at in range(4)]
+    assert transfers[:2] == [each, each]
+    assert transfers[3] == 0
+
+
 def test_huge_pages_are_told_where_the_system_gives_them(tmp_path: Path) -> None:
     block = pages.reserve((2**20,), torch.float32).fill_(1.0)
     begin = block.data_ptr()

@@ -24,6 +24,7 @@ from bdh_batch.kernels.base import Kernels
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Origin, Prompt, SamplingParams, SavedState
+from bdh_batch.scheduler.copies import CopyLimits
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.text.tokenizer import ByteTokenizer
@@ -73,7 +74,7 @@ def start(
         max_running=slots + max(0, host_slots - 1),
         swaps=host_dtype is None,
         time_slice=time_slice,
-        copies=2,
+        copies=CopyLimits(4, 5, 2),
     )
     scheduler, runner = Scheduler(slots, 32, policy), Runner(made, pool)
     worker = Worker(scheduler, runner, FakeObserver(), 500, states=states)

@@ -17,7 +17,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from bdh_batch.engine import state_files
-from bdh_batch.engine.state_files import BadState, StateLayout, read_state, write_state
+from bdh_batch.engine.state_files import BadState, read_state, write_state
+from bdh_batch.messages import StateLayout
 from bdh_batch.scheduler.prefixes import pack
 
 TOKENS = pack([1, 2, 3, 70000])

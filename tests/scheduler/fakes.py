@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bdh_batch.engine.completion import Completion
-from bdh_batch.messages import Delta, Outcome, Plan, SamplingParams
+from bdh_batch.messages import Copy, Delta, Outcome, Plan, SamplingParams
 from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.sequence import Client, Prefix, Sequence
 
@@ -22,6 +22,7 @@ class FakeRunner:
         self.slots: dict[int, list[int]] = {}
         self.fail_next = False
         self.copies = 0
+        self._begun: dict[tuple[int, int], tuple[int, list[int]]] = {}
         self.computed = 0  # tokens
 
     def run(self, plan: Plan) -> Outcome:
@@ -29,8 +30,7 @@ class FakeRunner:
             self.fail_next = False
             raise RuntimeError("the device is on fire")
         for copy in plan.copies:
-            self.slots[copy.target] = list(self.slots[copy.source])
-            self.copies += 1
+            self._copy(copy)
         for slot in plan.releases:
             self.slots.pop(slot, None)
         self.computed += plan.tokens
@@ -41,6 +41,18 @@ class FakeRunner:
             if segment.pool
         }
         return Outcome([self._segment(segment) for segment in plan.segments], pooled=pooled)
+
+    def _copy(self, copy: Copy) -> None:
+        """Checks that the parts of a copy come in order, and that what it reads stays as it is meanwhile."""
+        state = list(self.slots[copy.source])
+        if copy.begin:  # else one that has begun may have been given up
+            assert self._begun.pop((copy.source, copy.target)) == (copy.begin, state)
+        if copy.end < copy.parts:
+            self._begun[copy.source, copy.target] = copy.end, state
+            self.slots[copy.target] = [-1]  # which is no state
+        else:
+            self.slots[copy.target] = state
+            self.copies += 1
 
     def _segment(self, segment) -> int | None:  # type: ignore[no-untyped-def]
         if segment.start == 0:

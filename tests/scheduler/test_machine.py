@@ -24,12 +24,13 @@ from bdh_batch.errors import GenerationFailed
 from bdh_batch.messages import FinishReason, SavedState
 from bdh_batch.scheduler.backlog import NO_UNIT
 from bdh_batch.scheduler.batch import Step
+from bdh_batch.scheduler.copies import CopyLimits, Save
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.prefix_cache import digests_at
 from bdh_batch.scheduler.prefixes import pack
 from bdh_batch.scheduler.scheduler import Scheduler, Update
 from bdh_batch.scheduler.sequence import WAITING, Sequence, Stage
-from bdh_batch.scheduler.transfers import Load, Save
+from bdh_batch.scheduler.transfers import Load
 from tests.scheduler.fakes import FakeRunner, FakeText, expected_tokens, make_sequence
 
 BROKEN = GenerationFailed("broken")
@@ -45,7 +46,7 @@ policies = st.builds(
     host_slots=st.integers(0, 4),
     swaps=st.booleans(),
     transfer_slots=st.integers(1, 4),
-    copies=st.none() | st.integers(1, 2),
+    copies=st.builds(CopyLimits, st.integers(1, 3), st.none() | st.integers(1, 4), st.integers(1, 3)),
     max_running=st.none() | st.integers(1, 9),
     time_slice=st.integers(1, 6),
     target_step=st.sampled_from([0.0, 0.01]),
@@ -98,7 +99,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Computes `step`, after a look at the states that it builds on."""
         states = dict(self.runner.slots)
         for copy in step.plan.copies:
-            states[copy.target] = states[copy.source]
+            states[copy.target] = states[copy.source] if copy.end == copy.parts else [-1]
         for slot in step.plan.releases:
             states.pop(slot, None)
         for sequence, segment in zip(step.sequences, step.plan.segments, strict=True):
@@ -110,6 +111,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert self.runner.slots[save.slot] == save.sequence.known(0, save.state.tokens)
         self.saves += step.saves
         for entry in self.scheduler.sharing.cache:
+            if entry.slot in self.scheduler.allocator.copies.busy:
+                continue
             cached = self.runner.slots[entry.slot]
             assert (len(cached), digests_at(pack(cached), [len(cached)])) == (entry.length, [entry.digest])
 
@@ -277,7 +280,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def fail_all(self) -> None:
         self.take(self.scheduler.fail_all(BROKEN))
-        assert self.scheduler.has_work == (self.scheduler.transfers.pending or self.scheduler.sharing.pending)
+        waits = self.scheduler.transfers.pending or self.scheduler.sharing.pending
+        assert self.scheduler.has_work == (waits or len(self.scheduler.allocator.copies) > 0)
 
     @invariant()
     def is_sound(self) -> None:

@@ -9,10 +9,11 @@ import pytest
 
 from bdh_batch.errors import GenerationFailed, InvalidRequest
 from bdh_batch.messages import Delta, SavedState
+from bdh_batch.scheduler.copies import CopyLimits, Save
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler, Update
 from bdh_batch.scheduler.sequence import Sequence
-from bdh_batch.scheduler.transfers import Load, Save
+from bdh_batch.scheduler.transfers import Load
 from tests.scheduler.fakes import FakeRunner, expected_tokens, make_sequence
 
 PROMPT = [7 * at % 251 for at in range(40)]
@@ -146,6 +147,47 @@ def test_a_state_that_was_read_is_cached_for_those_who_come_later() -> None:
     assert files.read == 1
 
 
+def test_the_first_to_begin_in_a_state_waits_for_no_copy_for_others_and_the_second_makes_one() -> None:
+    scheduler, copies, known = scheduler_of(slots=8), [], []
+    for number in range(2):
+        fork = make_sequence([*PROMPT[:30], *[100 + number] * 10], 1)
+        fork.state = SavedState("file", 30)
+        scheduler.submit([fork])
+        runner = FakeRunner()
+        assert scheduler.plan(0.0) is None
+        (load,) = scheduler.transfers.take_loads()
+        runner.slots[load.slot] = PROMPT[:30]
+        scheduler.loaded(load, None)
+        step = scheduler.plan(0.0)
+        assert step is not None
+        copies.append(len(step.plan.copies))
+        known.append(any(entry.length == 30 for entry in scheduler.sharing.cache))
+        scheduler.commit(step, runner.run(step.plan), 0.0)
+        run(scheduler, runner)
+    assert (copies, known) == ([1, 2], [False, True])
+
+
+def test_a_turn_that_goes_on_from_a_state_takes_as_many_steps_as_a_first_one() -> None:
+    """Though a conversation has other prefixes just behind the state that it goes on from."""
+    steps = []
+    for begun, breaks in ((0, ()), (200, (201, 202))):
+        scheduler = Scheduler(8, 512, Policy(min_shared=32, transfer_slots=2))
+        turn = make_sequence([number % 251 for number in range(begun + 60)], 1)
+        turn.prefix.breaks = breaks
+        turn.state = SavedState("file", begun) if begun else None
+        scheduler.submit([turn])
+        runner, files, computed = FakeRunner(), Files(), 0
+        while scheduler.has_work:
+            if (step := scheduler.plan(0.0)) is not None:
+                computed += bool(step.sequences)
+                scheduler.commit(step, runner.run(step.plan), 0.0)
+            for load in scheduler.transfers.take_loads():
+                runner.slots[load.slot] = files(load)
+                scheduler.loaded(load, None)
+        steps.append(computed)
+    assert steps[0] == steps[1]
+
+
 def test_where_it_cannot_be_read_a_sequence_fails_or_computes_it_from_the_tokens() -> None:
     runner, scheduler = FakeRunner(), scheduler_of()
     strict, lenient = forks_of(30, count=1) + forks_of(30, count=1, optional=True)
@@ -226,19 +268,20 @@ def test_memory_is_made_ready_for_states_that_will_be_saved_and_goes_when_it_is_
     assert scheduler.allocator.release_due is None
 
 
-@pytest.mark.parametrize("copies", [1, 2, None])
-def test_a_step_has_no_more_copies_than_there_is_time_for(copies: int | None) -> None:
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize(("most", "rounded"), [(1, 1), (2, 1), (10, 3), (None, 1)])
+def test_a_step_has_no_more_copies_than_there_is_time_for(parts: int, most: int | None, rounded: int) -> None:
     runner, files = FakeRunner(), Files()
-    policy = Policy(min_shared=4, transfer_slots=8, copies=copies)
-    scheduler = Scheduler(6, 512, policy)
+    limits = CopyLimits(parts, most, rounded)
+    scheduler = Scheduler(6, 512, Policy(min_shared=4, transfer_slots=8, copies=limits, cache_prefixes=True))
     saving = [make_sequence([number] * 40, 3) for number in range(4)]
     for sequence in saving:
         sequence.save_to = "file"
     scheduler.submit([*saving, *forks_of(30, count=12)])
-    most, saves = 0, 0
+    moved, saves = [0], 0
     while scheduler.has_work:
         if (step := scheduler.plan(0.0)) is not None:
-            most = max(most, len(step.plan.copies))
+            moved.append(sum(copy.end - copy.begin for copy in step.plan.copies))
             saves += len(step.saves)
             scheduler.commit(step, runner.run(step.plan), 0.0)
             for save in step.saves:
@@ -250,4 +293,25 @@ def test_a_step_has_no_more_copies_than_there_is_time_for(copies: int | None) ->
         scheduler.transfers.give(scheduler.transfers.take_left())
         scheduler.check()
     assert saves == 4
-    assert most <= (copies or 99) + 1  # a plan that has time for one begins a sequence, and takes the state it leaves
+    assert max(moved) <= (most or 99)
+    assert sum(moved) == parts * runner.copies
+
+
+@pytest.mark.parametrize("swaps", [True, False])
+def test_what_is_rounded_on_its_way_to_the_host_counts_as_what_it_takes(swaps: bool) -> None:
+    limits = CopyLimits(parts=4, most=6, rounded=5)
+    policy = Policy(host_slots=4, swaps=swaps, min_shared=4, copies=limits, cache_prefixes=True, time_slice=2)
+    scheduler, runner = Scheduler(3, 512, policy), FakeRunner()
+    prompts = [[number, *PROMPT] for number in range(4)]
+    for turn in range(3):
+        scheduler.submit([make_sequence(prompt * (turn + 1), 4) for prompt in prompts])
+        while scheduler.has_work:
+            step = scheduler.plan(0.0)
+            assert step is not None
+            cost = sum((copy.end - copy.begin) * (5 if 3 <= max(copy[:2]) < 7 else 1) for copy in step.plan.copies)
+            assert cost <= 6
+            busy = scheduler.allocator.copies.busy
+            assert all(segment.slot not in busy for segment in step.plan.segments)
+            scheduler.commit(step, runner.run(step.plan), 0.0)
+            scheduler.check()
+    assert runner.copies

@@ -96,6 +96,14 @@ async def test_a_bug_of_ours_is_logged(sandbox: Sandbox, caplog: pytest.LogCaptu
     assert "a bug of ours" in caplog.text
 
 
+async def test_it_warms_up_by_a_job_of_its_own(sandbox: Sandbox) -> None:
+    sandbox.warm_up(b"pid")
+    await eventually(lambda: len(running(sandbox)) > 1)
+    first = await run(sandbox, "pid")
+    assert int(first) in [process.pid for process in running(sandbox)]
+    assert sum(sandbox.load.outcomes.values()) == 1  # its own does not count
+
+
 async def test_jobs_and_results_may_be_large(sandbox: Sandbox) -> None:
     assert len(await run(sandbox, "echo " + "x" * 4_000_000)) == 4_000_000
 

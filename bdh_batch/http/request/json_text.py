@@ -51,10 +51,10 @@ def read_json(raw: bytes, limits: Limits) -> Any:
 
 def _depth(raw: bytes, limits: Limits) -> int:
     """How deep JSON text is nested, by what stands outside of its strings. Raises ExceedsLimit as `read_json` does."""
-    without_escapes = raw.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in raw else raw
+    without_escapes = _without_escapes(raw)
     if without_escapes.count(b'"') > 2 * limits.max_strings:
         raise ExceedsLimit(f"has more than {limits.max_strings} strings (limits.max_strings)")
-    outside = b"".join(without_escapes.split(b'"')[::2])
+    outside = _outside(without_escapes)
     brackets = outside.translate(None, NO_BRACKETS)
     containers = brackets.count(b"[") + brackets.count(b"{")
     depth = max(accumulate(map(STEPS.__getitem__, brackets[: 2 * limits.max_containers])), default=0)
@@ -63,6 +63,19 @@ def _depth(raw: bytes, limits: Limits) -> int:
     if containers + outside.count(b",") >= limits.max_values:
         raise ExceedsLimit(f"has more than {limits.max_values} values (limits.max_values)")
     return depth
+
+
+def outside_strings(raw: bytes) -> bytes:
+    """What of JSON text stands outside of its strings, of which there should be few."""
+    return _outside(_without_escapes(raw))
+
+
+def _without_escapes(raw: bytes) -> bytes:
+    return raw.replace(b"\\\\", b"").replace(b'\\"', b"") if b"\\" in raw else raw
+
+
+def _outside(without_escapes: bytes) -> bytes:
+    return b"".join(without_escapes.split(b'"')[::2])
 
 
 def deeper(value: object, most: int) -> bool:

@@ -200,7 +200,8 @@ class Responses:
         if transcript.before is not None and transcript.salt:
             prepared = replace(prepared, salt=transcript.salt + prepared.salt)
         if transcript.goes_on and transcript.before is not None:
-            found = await self._conversations.state(transcript.before, client.caller.owner)
+            waits = not self._serving.settings.prefix_cache.enabled
+            found = await self._conversations.state(transcript.before, client.caller.owner, transcript.aside, waits)
             if found is not None:
                 state, close = found
                 client.cleanup.callback(close)

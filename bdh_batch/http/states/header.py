@@ -14,21 +14,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 
 from bdh_batch.errors import InvalidRequest
+from bdh_batch.http.request.json_text import outside_strings
 from bdh_batch.http.responses.json_pieces import dump_list
+from bdh_batch.messages.state import INVALID, SIZES, StateLayout
 
 TENSOR, METADATA = "state", "__metadata__"
 LENGTH = 8  # bytes of the header's length, before it
 MOST = 4 * 2**20  # bytes of a header: that of a client's copy has the tokens
-MOST_LISTS, MOST_QUOTES = 2**14, 2**16  # in a header: far more than the texts of a client's own have
+MOST_LISTS, MOST_QUOTES, MOST_VALUES = (
+    2**14,
+    2**16,
+    2**14,
+)  # in a header: far more than the texts of a client's own have
 ALIGNED = 64
 PIECE = 2**14  # characters of a list of tokens that are read at once
-SIZES = {"F32": 4, "BF16": 2}  # bytes of a number
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 MOST_DIMENSIONS, LONGEST = 8, 2**31
+IDS = re.compile(r"[\d\s,]*", re.ASCII)
 CHECKSUM = re.compile("[0-9a-f]{32}")
 FILE = "file"  # what errors call a file that was uploaded
 # What engines write; all else is the server's own, or the client's.
@@ -73,6 +78,11 @@ class Header:
         known = {name: self.metadata[name] for name in OF_ENGINES if name in self.metadata}
         return self.encoded(known | {COUNT: str(len(tokens)), TOKENS_DIGEST: digest(tokens)})
 
+    def check(self, layout: StateLayout | None) -> None:
+        """Raises InvalidRequest: no engine whose states are of that layout can begin in it."""
+        if layout is not None and (problem := layout.problem(self.metadata, self.tensor)) is not None:
+            raise InvalidRequest(f"The state cannot be used: {problem}", FILE, INVALID)
+
     def tokens(self) -> array[int]:
         """The tokens in a client's copy. Raises InvalidRequest: there are none, or they are not those of the state."""
         text = self.metadata.get(TOKEN_IDS)
@@ -80,9 +90,9 @@ class Header:
             raise _bad(f"its metadata have no {TOKEN_IDS}")
         try:
             tokens = _listed(text)
-        except (ValueError, TypeError, OverflowError):
+        except (ValueError, OverflowError):
             tokens = array("i")
-        if not tokens or np.frombuffer(tokens, np.int32).min() < 0:
+        if not tokens:
             raise _bad(f"its {TOKEN_IDS} are no list of token ids")
         if self.metadata.get(COUNT) != str(len(tokens)):
             raise _bad(f"it has {len(tokens)} {TOKEN_IDS}, and says that it has read {self.metadata.get(COUNT)!r:.40}")
@@ -103,6 +113,8 @@ def parsed(text: bytes) -> Header:
     """The header that the bytes are. Raises InvalidRequest."""
     if text.count(b"[") + text.count(b"{") > MOST_LISTS or text.count(b'"') > MOST_QUOTES:
         raise _bad("its header has too many parts")  # millions of them would keep the interpreter's lock for long
+    if outside_strings(text).count(b",") > MOST_VALUES:
+        raise _bad("its header has too many values")
     try:
         found = orjson.loads(text)
     except orjson.JSONDecodeError:
@@ -141,7 +153,7 @@ def written(tokens: Sequence[int]) -> str:
 def _listed(text: str) -> array[int]:
     """The tokens that were written so, read in pieces: each keeps the interpreter's lock for a short while only.
 
-    Raises ValueError, TypeError, OverflowError: there are others than 32-bit integers in it, or it is no list.
+    Raises ValueError, OverflowError: there are others than 32-bit integers of no sign in it, or it is no list.
     """
     tokens, at, last = array("i"), 1, len(text) - 1
     if text[:1] != "[" or text[last:] != "]":
@@ -149,7 +161,10 @@ def _listed(text: str) -> array[int]:
     while at < last:
         end = text.find(",", at + PIECE)
         end = last if end < 0 else end
-        tokens.extend(orjson.loads(f"[{text[at:end]}]"))
+        piece = text[at:end]
+        if IDS.fullmatch(piece) is None:
+            raise ValueError
+        tokens.extend(orjson.loads(f"[{piece}]"))
         at = end + 1
     return tokens
 
@@ -168,4 +183,4 @@ def _size_of(dtype: object, shape: object) -> int:
 
 
 def _bad(problem: str) -> InvalidRequest:
-    return InvalidRequest(f"The file is no state: {problem}.", FILE, "invalid_state")
+    return InvalidRequest(f"The file is no state: {problem}.", FILE, INVALID)

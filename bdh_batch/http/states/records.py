@@ -17,7 +17,7 @@ from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.client import Client
 from bdh_batch.http.states.header import Header
 from bdh_batch.messages import Prompt
-from bdh_batch.messages.state import SavedState
+from bdh_batch.messages.state import INVALID, SavedState
 from bdh_batch.store.record import Record
 from bdh_batch.store.records import Store
 
@@ -119,7 +119,8 @@ class Beginning:
         record = await found(records, id, client.caller.owner, "state")
         about = About.of(record)
         if about.model != model.name:
-            raise InvalidRequest(f"The state is of the model {about.model!r}, not of {model.name!r}.", "state")
+            text = f"The state is of the model {about.model!r}, not of {model.name!r}."
+            raise InvalidRequest(text, "state", INVALID)
         file = await records.state_file(record)
         if file is not None:
             client.cleanup.callback(file.close)

@@ -23,7 +23,7 @@ from bdh_batch.http.states.bodies import Metadata, StateBody
 from bdh_batch.http.states.records import KIND, About, found, new_record, shown
 from bdh_batch.http.states.saving import Saving, Source
 from bdh_batch.http.states.transfer import Upload, Uploads, download, head_of
-from bdh_batch.messages.state import SavedState
+from bdh_batch.messages.state import INVALID, SavedState
 from bdh_batch.store.record import Record
 from bdh_batch.system.threads import in_daemon_thread
 
@@ -102,9 +102,10 @@ class States:
             aside = self._serving.aside(client)
             known = await aside.run(len(text), header.parsed, text)
             coming.check(known, text)
+            saving = await self._saving(client, given.get("model", known.metadata.get("model")))
+            known.check(saving.model.layout)
             tokens = await aside.run(len(text), known.tokens)
             metadata = _metadata(known.metadata.get("metadata"))
-            saving = await self._saving(client, given.get("model", known.metadata.get("model")))
             new = self._records.new_state()
             about = About(saving.model.name, len(tokens), metadata=metadata, salt=f"{new.id} ")
             await saving.check(tokens)
@@ -216,4 +217,4 @@ def _metadata(given: str | None) -> dict[str, str]:
         return {} if given is None else METADATA.validate_json(given)
     except ValidationError as error:
         text = "The file's metadata should be at most 16 texts of 512 characters, by names of 64."
-        raise InvalidRequest(text, header.FILE, "invalid_state") from error
+        raise InvalidRequest(text, header.FILE, INVALID) from error

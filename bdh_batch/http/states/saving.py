@@ -19,7 +19,7 @@ from bdh_batch.http.states import header
 from bdh_batch.http.states.header import Header
 from bdh_batch.http.states.records import About, new_record
 from bdh_batch.messages import GenerationRequest, Prompt, SamplingParams
-from bdh_batch.messages.state import SavedState
+from bdh_batch.messages.state import INVALID, SavedState
 from bdh_batch.store.record import Record
 from bdh_batch.store.records import NewState
 
@@ -152,7 +152,7 @@ def _named_file() -> Iterator[None]:
         yield
     except InvalidRequest as error:
         param = header.FILE if error.param == "state" else error.param
-        raise InvalidRequest(error.message, param, error.code) from error
+        raise InvalidRequest(error.message, param, error.code or INVALID) from error
     except NotFinite as error:
         text = "The state cannot be used: what the model computes after it is NaN or infinite."
-        raise InvalidRequest(text, header.FILE, "invalid_state") from error
+        raise InvalidRequest(text, header.FILE, INVALID) from error

@@ -21,6 +21,7 @@ from bdh_batch.http.states import header
 from bdh_batch.http.states.header import Header
 from bdh_batch.http.states.records import About
 from bdh_batch.http.transport.exchange import RELEASE
+from bdh_batch.messages.state import INVALID
 from bdh_batch.store.record import Record
 from bdh_batch.system.threads import in_daemon_thread
 
@@ -151,4 +152,4 @@ def too_large(most: int) -> BodyTooLarge:
 
 
 def _cut(problem: str) -> InvalidRequest:
-    return InvalidRequest(f"The file is no whole state: {problem}.", header.FILE, "invalid_state")
+    return InvalidRequest(f"The file is no whole state: {problem}.", header.FILE, INVALID)

@@ -7,6 +7,7 @@ import logging
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import orjson
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 
 KIND = "response"
 UNFINISHED = ("queued", "in_progress")
+ADOPT_SECONDS = 5.0  # that a turn waits for the state of the one before it
 CLOSE_SECONDS = 2.0  # that the end of the server waits for states
 MOST_REFERRED = 1024  # responses whose items one request may refer to
 Item = Mapping[str, Any]
@@ -104,12 +106,12 @@ class Conversations:
     def __init__(self, store: Store, most: int) -> None:
         self.store = store
         self.most = most
-        self._adopting: set[asyncio.Task[None]] = set()
+        self._adopting: dict[str, asyncio.Task[None]] = {}  # by the ids of the responses
 
     async def close(self) -> None:
         """Returns once all states are stored that are on their way, or soon. Idempotent."""
         if self._adopting:
-            _, late = await asyncio.wait(self._adopting, timeout=CLOSE_SECONDS)
+            _, late = await asyncio.wait(self._adopting.values(), timeout=CLOSE_SECONDS)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
@@ -155,9 +157,19 @@ class Conversations:
                 self.check(total, f"input[{index}].id")
         return found, total
 
-    async def state(self, before: Stored, owner: str) -> tuple[SavedState, Callable[[], object]] | None:
+    async def state(
+        self, before: Stored, owner: str, aside: Aside, waits: bool
+    ) -> tuple[SavedState, Callable[[], object]] | None:
         """The state of a stored response, and what is to be called when it is not read any more; None where there is
-        none (any more)."""
+        none (any more).
+
+        Args:
+            waits: for one that is on its way, as no engine has it among its cached prefixes. It takes a while.
+        """
+        id = before.response["id"]
+        if waits and before.kept is None and (adopting := self._adopting.get(id)) is not None:
+            await asyncio.wait([adopting], timeout=ADOPT_SECONDS)
+            before = await self.find(id, owner, aside, "previous_response_id")
         try:
             file = await self.store.state_file(before.bare(owner))
         except BDHError:  # which was counted; the tokens are there
@@ -169,8 +181,8 @@ class Conversations:
         if not saving.keep():
             return
         task = asyncio.create_task(self._adopt(saving, value, owner, aside))
-        self._adopting.add(task)
-        task.add_done_callback(self._adopted)
+        self._adopting[value.response["id"]] = task
+        task.add_done_callback(partial(self._adopted, value.response["id"]))
 
     async def _adopt(self, saving: Saving, value: Stored, owner: str, aside: Aside) -> None:
         saved = await saving.saved()
@@ -183,8 +195,8 @@ class Conversations:
         else:
             saving.discard()
 
-    def _adopted(self, task: asyncio.Task[None]) -> None:
-        self._adopting.discard(task)
+    def _adopted(self, id: str, task: asyncio.Task[None]) -> None:
+        del self._adopting[id]
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("the state of a response was not stored", exc_info=error)
 

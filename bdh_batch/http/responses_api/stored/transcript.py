@@ -14,6 +14,7 @@ from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses_api.stored.records import Item, Stored
 from bdh_batch.http.states.records import Beginning
 from bdh_batch.messages import Prompt, Text
+from bdh_batch.messages.state import INVALID
 from bdh_batch.text.tokenizer import decode
 
 
@@ -46,7 +47,7 @@ class Transcript:
             text = (
                 f"The conversation began in a state of the model {before.name!r}: it cannot go on with {model.name!r}."
             )
-            raise InvalidRequest(text, "previous_response_id")
+            raise InvalidRequest(text, "previous_response_id", INVALID)
         return cls(aside, model.revision, model.name, before)
 
     def begin(self, begun: Beginning, tokens: Sequence[int]) -> None:
