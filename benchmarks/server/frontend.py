@@ -15,8 +15,9 @@ under way. Figures are medians of rounds: events and tokens a second, events tha
 microseconds of processor time that a token costs the server, all of its threads, and the clients; `figures` has the
 rounds of two of them and their intervals. What a parameter costs is the difference of the server's time to that of
 plain completions, round by round; the stop strings are never in the completions, nor any of their prefixes, which would
-hold text back and join events. There are no figures if a stream has not exactly the events that it should have: one for
-each token, unless it asks otherwise. Writes `frontend.json`.
+hold text back and join events. There are no figures if a stream has not exactly the tokens that it should have, and the
+events beside them. An event has one token, unless its stream asks otherwise, or more are ready than a busy machine has
+sent. Writes `frontend.json`.
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ from benchmarks.served import Served, served
 
 TIMEOUT = 60.0  # seconds, of one system's turn
 TOGETHER = 8  # tokens of a chunk, where several are asked for
+DATA, DONE = b"data: ", b"[DONE]"
 FRAME = b"\n\n"  # JSON has no line breaks, nor has what HTTP puts between chunks two of them
 AHEAD = 8  # steps
 WARM_TOKENS = 50
@@ -57,7 +59,7 @@ Figures = dict[str, float]
 
 @dataclass(frozen=True)
 class System:
-    """Who is asked for what; `more` events come beside those of tokens, and an event has `together` tokens."""
+    """Who is asked for what; `more` events come beside those of tokens, which have at least `together` tokens each."""
 
     server: str
     path: str
@@ -66,7 +68,7 @@ class System:
     together: int = 1
 
     def events(self, tokens: int) -> int:
-        """Of a whole stream. A first token never waits for others."""
+        """Of a whole stream, at most. A first token never waits for others."""
         return 1 + math.ceil((tokens - 1) / self.together) + self.more
 
 
@@ -101,11 +103,15 @@ SYSTEMS = {
 
 @dataclass(frozen=True)
 class Mark:
-    """How far everything has come at a moment; times are seconds, those of the server's processes by their role."""
+    """How far everything has come at a moment; times are seconds, those of the server's processes by their role.
+
+    Args:
+        reads: of each stream.
+    """
 
     at: float
     events: int
-    reads: int
+    reads: Sequence[int]
     server: Mapping[str, float]
     client: float
 
@@ -143,13 +149,17 @@ class Crowd:
         if not self._unended:
             self._ended.set_result(None)
 
+    def tokens(self, mark: Mark) -> int:
+        """Those that had come by then."""
+        return sum(content(b"".join(each.pieces[:reads]))[0] for each, reads in zip(self.streams, mark.reads))
+
     def _mark(self) -> Mark:
         times: defaultdict[str, float] = defaultdict(float)
         for role, process in self._processes:
             used = process.cpu_times()
             times[role] += used.user + used.system
         events = sum(stream.events for stream in self.streams)
-        reads = sum(stream.reads for stream in self.streams)
+        reads = [stream.reads for stream in self.streams]
         return Mark(time.perf_counter(), events, reads, times, time.process_time())
 
 
@@ -161,14 +171,19 @@ def role_of(process: psutil.Process) -> str:
 
 
 class EventCounter(Raw):
-    """Counts the events that one client is sent."""
+    """Counts the events that one client is sent, and keeps them: their tokens are counted when nothing is measured."""
 
     def __init__(self, crowd: Crowd, request: bytes) -> None:
-        self.events = self.reads = 0
+        self.events = 0
+        self.pieces: list[bytes] = []
         self.status = b""
         self._crowd = crowd
         self._request = request
         self._last = b""
+
+    @property
+    def reads(self) -> int:
+        return len(self.pieces)
 
     def ask(self) -> None:
         self.write(self._request)
@@ -177,7 +192,7 @@ class EventCounter(Raw):
         if not self.status:
             self.status = data[:12]
             self._crowd.began()
-        self.reads += 1
+        self.pieces.append(data)
         self.events += data.count(FRAME) + (self._last == b"\n" == data[:1])
         self._last = data[-1:]
 
@@ -185,34 +200,52 @@ class EventCounter(Raw):
         self._crowd.ended()
 
 
+def content(body: bytes) -> tuple[int, int]:
+    """The tokens of a response so far, and its events that have none. A token is a character, or has an id."""
+    tokens = others = 0
+    for part in body.split(FRAME)[:-1]:
+        _, _, data = part.partition(DATA)
+        choices = orjson.loads(data)["choices"] if data != DONE else []
+        found = sum(len(each.get("token_ids") or _text(each)) for each in choices)
+        tokens += found
+        others += not found
+    return tokens, others
+
+
+def _text(choice: Mapping[str, Any]) -> str:
+    text: str = choice["delta"].get("content") or "" if "delta" in choice else choice["text"]
+    return text
+
+
 def request(system: System, tokens: int) -> bytes:
-    content = orjson.dumps({**system.body, "max_tokens": tokens, "temperature": 0.0, "stream": True})
-    return raw_request("POST", system.path, content)
+    body = orjson.dumps({**system.body, "max_tokens": tokens, "temperature": 0.0, "stream": True})
+    return raw_request("POST", system.path, body)
 
 
 async def turn(name: str, system: System, server: Served, streams: int, tokens: int) -> Figures:
     """One system's figures of one round."""
     crowd = Crowd(server, request(system, tokens), streams)
     await crowd.run()
-    found = {(stream.status, stream.events) for stream in crowd.streams}
-    if found != {(b"HTTP/1.1 200", system.events(tokens))}:
-        sys.exit(f"{name}: a stream should have {system.events(tokens)} events, but there were {found}.")
+    found = {(stream.status, *content(b"".join(stream.pieces))) for stream in crowd.streams}
+    if found != {(b"HTTP/1.1 200", tokens, system.more)}:
+        wanted = f"{tokens} tokens and {system.more} events without"
+        sys.exit(f"{name}: a stream should have {wanted}, but there were {found}.")
     begin, end = crowd.all_began, crowd.first_ended
     assert begin is not None
     assert end is not None
-    if end.events <= begin.events:
+    counted = crowd.tokens(end) - crowd.tokens(begin)
+    if not counted:
         sys.exit(f"{name}: no time in which all streams were under way; ask for more tokens.")
     seconds, events = end.at - begin.at, end.events - begin.events
-    counted = events * system.together
     used = {role: 1e6 * (end.server[role] - begin.server[role]) / counted for role in end.server}
     return {
         "events_per_second": events / seconds,
         "tokens_per_second": counted / seconds,
-        "events_per_read": events / (end.reads - begin.reads),
+        "events_per_read": events / (sum(end.reads) - sum(begin.reads)),
         "server_us_per_token": sum(used.values()),
         **{f"{role}_us_per_token": each for role, each in used.items() if role != "server"},
         "client_us_per_token": 1e6 * (end.client - begin.client) / counted,
-        "share_counted": events / (streams * system.events(tokens)),
+        "share_counted": counted / (streams * tokens),
     }
 
 

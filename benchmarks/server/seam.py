@@ -4,8 +4,8 @@
     python -m benchmarks.server.seam --rounds 1
 
 First with an engine that computes nothing, as in `frontend.py`: the server in one process, with its engine in another,
-and with two front ends before that. Figures are events a second, and microseconds of processor time that a token costs
-all processes of the server; what the seam costs is the difference. The clients need processor time, too, so events a
+and with two front ends before that. Figures are tokens a second, and microseconds of processor time that a token costs
+all processes of the server; what the seam costs is the difference. The clients need processor time, too, so tokens a
 second are those of all processes on the cores there are. What two front ends would bring with a core of its own for
 each process follows from processor time: the busiest process limits the rate, and that is one process against the
 larger of the engine and each of the front ends, which have half of the tokens each. Then the bundled model, over HTTP,
@@ -40,7 +40,7 @@ SYSTEMS = {
 }
 MODEL = {"one process": (), "an engine process": ("engine.replicas=1",)}
 RATIOS = (
-    "events_ratio_to_one_process",
+    "tokens_ratio_to_one_process",
     "two_front_ends_ratio_with_a_core_each",
     "bundled_model_ratio_to_one_process",
 )
@@ -86,13 +86,13 @@ async def bundled_model(streams: int, tokens: int, rounds: int) -> dict[str, lis
 
 
 def summary(nothing: Mapping[str, Sequence[Figures]], model: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    events = {name: [each["events_per_second"] for each in rounds] for name, rounds in nothing.items()}
+    tokens = {name: [each["tokens_per_second"] for each in rounds] for name, rounds in nothing.items()}
     costs = {name: [each["server_us_per_token"] for each in rounds] for name, rounds in nothing.items()}
     one, remote, two = SYSTEMS
     busiest = [max(each["engine_us_per_token"], each["front_us_per_token"] / 2) for each in nothing[two]]
     return {
         "figures": {
-            **{f"{name}: events/s": figure(rounds, "events/s", "higher") for name, rounds in events.items()},
+            **{f"{name}: tokens/s": figure(rounds, "tokens/s", "higher") for name, rounds in tokens.items()},
             **{f"{name}: cost of a token": figure(rounds, "µs", "lower") for name, rounds in costs.items()},
             f"{two}: busiest process": figure(busiest, "µs", "lower"),
             **{f"{name}: bundled model": figure(rounds, "tokens/s", "higher") for name, rounds in model.items()},
@@ -100,7 +100,7 @@ def summary(nothing: Mapping[str, Sequence[Figures]], model: Mapping[str, Sequen
         "seam_us_per_token": round(
             statistics.median(there - here for here, there in zip(costs[one], costs[remote], strict=True)), 2
         ),
-        "events_ratio_to_one_process": {name: asdict(ratio(events[name], events[one])) for name in (remote, two)},
+        "tokens_ratio_to_one_process": {name: asdict(ratio(tokens[name], tokens[one])) for name in (remote, two)},
         "two_front_ends_ratio_with_a_core_each": asdict(ratio(costs[one], busiest)),
         "bundled_model_ratio_to_one_process": asdict(ratio(model[remote], model[one])),
     }
