@@ -32,6 +32,7 @@ OPTIONAL = (
     "bdh_batch.client",
     "bdh_batch.kernels.cuda",
     "bdh_batch.kernels.triton_ops",
+    "bdh_batch.llm.harness",
     "bdh_batch.observability.spans",
 )
 

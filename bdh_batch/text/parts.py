@@ -12,30 +12,13 @@ from bdh_batch.text.calls import Argued, Called, CallReader, Piece, Said
 
 
 @dataclass(frozen=True, slots=True)
-class Says:
-    """More text."""
+class Uses(Called):
+    """A use of a tool begins: a call that has an id."""
 
-    text: str
-
-
-@dataclass(frozen=True, slots=True)
-class Uses:
-    """The `index`th use of a tool begins; its input follows."""
-
-    index: int
     id: str
-    name: str
 
 
-@dataclass(frozen=True, slots=True)
-class WritesInput:
-    """More of the input of the `index`th use of a tool, which is JSON."""
-
-    index: int
-    text: str
-
-
-Part = Says | Uses | WritesInput
+Part = Said | Uses | Argued
 
 
 class Parts:
@@ -70,24 +53,19 @@ class Parts:
         return pieces if delta.finish_reason is None else pieces + self._reader.flush()
 
     def _part(self, piece: Piece) -> Part:
-        if isinstance(piece, Said):
-            return Says(piece.text)
-        if isinstance(piece, Called):
-            return self._use(piece.index, piece.name, None)
-        assert isinstance(piece, Argued)
-        return WritesInput(piece.index, piece.text)
+        return self._use(piece.index, piece.name, None) if isinstance(piece, Called) else piece
 
     def _use(self, index: int, name: str, id: str | None) -> Uses:
-        self._uses[index] = use = Uses(index, id or f"{self._prefix}_{secrets.token_hex(12)}", name)
+        self._uses[index] = use = Uses(index, name, id or f"{self._prefix}_{secrets.token_hex(12)}")
         return use
 
     def _of_upstream(self, members: Mapping[str, Any]) -> Iterable[Part]:
         """The parts of what an upstream sent beside text. Its thoughts are none: nobody can ask for them here."""
         if refusal := members.get("refusal"):
-            yield Says(refusal)
+            yield Said(refusal)
         for call in members.get("tool_calls", ()):
             function = call["function"]
             if call["index"] not in self._uses:
                 yield self._use(call["index"], function.get("name", ""), call.get("id"))
             if arguments := function.get("arguments"):
-                yield WritesInput(call["index"], arguments)
+                yield Argued(call["index"], arguments)

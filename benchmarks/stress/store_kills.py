@@ -118,7 +118,7 @@ class Kills:
                     self.wrong.append(f"{id} is missing")
             elif id in self.said.get("deleted", set()):
                 self.wrong.append(f"{id} was deleted, and is there")
-            elif id in self.said.get("state", set()) and await _content(store, record) != state_of(id):
+            elif id in self.said.get("state", set()) and await content(store, record) != state_of(id):
                 self.wrong.append(f"the state of {id} is missing or damaged")
         for id in list(leaving):  # the next looks need not be for them
             for known in self.said.values():
@@ -136,7 +136,8 @@ class Kills:
         self.wrong += [f"{path} is left" for path in (self.path / "work").iterdir()]
 
 
-async def _content(store: Store, record: Record) -> bytes | None:
+async def content(store: Store, record: Record) -> bytes | None:
+    """The state of `record` as its file has it, or None where it has none."""
     file = await store.state_file(record)
     if file is None:
         return None

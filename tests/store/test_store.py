@@ -22,7 +22,7 @@ from bdh_batch.store.database import LARGEST_LOG
 from bdh_batch.store.opening import TEMPORARY, open_store, temporary_folder
 from bdh_batch.store.records import Record, Store
 from bdh_batch.store.sealing import FRAME, SealingFailed, sealer_of
-from benchmarks.stress.store_kills import Kills
+from benchmarks.stress.store_kills import Kills, content
 
 Settings = dict[str, Any]
 KEY = base64.b64encode(bytes(range(32))).decode()
@@ -60,16 +60,6 @@ async def with_state(store: Store, of: Record, content: bytes) -> Record:
     found = await store.get(of.kind, of.id, of.owner)
     assert found is not None
     return found
-
-
-async def content(store: Store, of: Record) -> bytes | None:
-    file = await store.state_file(of)
-    if file is None:
-        return None
-    try:
-        return file.path.read_bytes()
-    finally:
-        file.close()
 
 
 def files(path: Path) -> list[Path]:

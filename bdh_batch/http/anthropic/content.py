@@ -11,7 +11,8 @@ import orjson
 from pydantic_core import from_json
 
 from bdh_batch.http.responses.json_pieces import dump_text
-from bdh_batch.text.parts import Part, Uses, WritesInput
+from bdh_batch.text.calls import Argued
+from bdh_batch.text.parts import Part, Uses
 
 
 @dataclass(slots=True)
@@ -38,7 +39,7 @@ class Content:
         self._uses: dict[int, _Block] = {}
 
     def add(self, part: Part) -> None:
-        if isinstance(part, WritesInput):
+        if isinstance(part, Argued):
             self._uses[part.index].texts.append(part.text)
         elif isinstance(part, Uses):
             self._uses[part.index] = block = _Block(part)

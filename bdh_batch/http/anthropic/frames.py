@@ -18,7 +18,8 @@ from bdh_batch.http.responses.frames import Frames, ResponseOptions
 from bdh_batch.http.responses.json_pieces import between
 from bdh_batch.http.schema.other_names import Names
 from bdh_batch.messages import Delta, FinishReason, Usage
-from bdh_batch.text.parts import Part, Parts, Says, Uses
+from bdh_batch.text.calls import Said
+from bdh_batch.text.parts import Part, Parts, Uses
 from bdh_batch.text.tokenizer import Tokenizer
 
 STOP_REASONS = {
@@ -131,8 +132,8 @@ class MessageFrames(Frames):
         return "tool_use" if self._parts_of.ends_with_a_call else "end_turn"
 
     def _events(self, part: Part) -> list[bytes]:
-        if isinstance(part, Says):
-            frames = [] if isinstance(self._open, Says) else self._begin_block(part, {"type": "text", "text": ""})
+        if isinstance(part, Said):
+            frames = [] if isinstance(self._open, Said) else self._begin_block(part, {"type": "text", "text": ""})
             return [*frames, DELTA % (self._next - 1, b"text_delta", b"text", orjson.dumps(part.text))]
         if isinstance(part, Uses):
             self._blocks[part.index] = self._next

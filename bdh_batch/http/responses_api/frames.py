@@ -21,7 +21,8 @@ from bdh_batch.http.responses.frames import Frames, ResponseOptions
 from bdh_batch.http.responses.logprobs import listed
 from bdh_batch.http.schema.other_names import Names
 from bdh_batch.messages import Delta, FinishReason, Usage
-from bdh_batch.text.parts import Parts, Says, Uses
+from bdh_batch.text.calls import Said
+from bdh_batch.text.parts import Parts, Uses
 from bdh_batch.text.tokenizer import Tokenizer
 
 READ, ENCODED = 16, 64  # characters in a microsecond: read for calls, and encoded several times
@@ -147,7 +148,7 @@ class ResponseFrames(Frames):
             self._logprob_bytes += len(self._held[-1])
         frames: list[bytes] = []
         for part in self._read.of(delta):
-            if isinstance(part, Says):
+            if isinstance(part, Said):
                 frames += self._say(part.text)
             elif isinstance(part, Uses):
                 frames += self._begin_item(part)
