@@ -91,15 +91,20 @@ def check_open(tensors: Tensors, known: Collection[str]) -> None:
         CheckpointError: the kind leaves something open that nobody says.
     """
     kind = tensors.kind
-    if any(name not in known for name in kind.open):
-        marks = ", ".join(map(shown, sorted(set(map(kind.key, tensors.state)) & kind.marks)))
-        options = " and ".join(f"model.{name}" for name in kind.open)
+    if all(name in known for name in kind.open):
+        return
+    if kind is CQ:
         raise CheckpointError(
-            f"has the names of {kind.name} ({marks}), whose models differ in what the file does not say: where "
-            "LayerNorm is applied (every_layer or final), and which neurons RoPE turns together (interleaved or half). "
-            f"Give {options}, and model.{ROPE} where RoPE's base is not 65536 if interleaved, or 10000 if half; or say "
-            f"them in its {CONFIG}"
+            f"is a bdh-cq, whose file does not say its depth; give model.layers, or depth in its {CONFIG}"
         )
+    marks = ", ".join(map(shown, sorted(set(map(kind.key, tensors.state)) & kind.marks)))
+    options = " and ".join(f"model.{name}" for name in kind.open)
+    raise CheckpointError(
+        f"has the names of {kind.name} ({marks}), whose models differ in what the file does not say: where "
+        "LayerNorm is applied (every_layer or final), and which neurons RoPE turns together (interleaved or half). "
+        f"Give {options}, and model.{ROPE} where RoPE's base is not 65536 if interleaved, or 10000 if half; or say "
+        f"them in its {CONFIG}"
+    )
 
 
 def check(tensors: Tensors, config: BDHConfig, fields: Fields, known: Collection[str]) -> None:

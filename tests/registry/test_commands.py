@@ -394,8 +394,9 @@ class TestListAndShow:
             assert part in text
         manifest = json.loads(run("show", "mine", "--json"))
         assert manifest.keys() == {
-            *("version", "id", "source", "revision", "format", "entry", "files", "config", "created")
+            *("version", "id", "source", "revision", "format", "entry", "files", "config", "kind", "variant", "created")
         }
+        assert "kind        upstream: norm after every layer, RoPE of base 65,536, interleaved" in text
         assert {file["name"]: (file["sha256"], file["size"]) for file in manifest["files"]} == {
             name: (sha256(model / name), (model / name).stat().st_size) for name in FILES
         }

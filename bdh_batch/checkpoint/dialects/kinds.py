@@ -26,7 +26,7 @@ SCALARS = {"step", "loss", "epoch"}  # of training, which trainers put beside th
 class Kind:
     """A kind of checkpoint: its name, what its keys are called in upstream's model, and which of them tell it.
 
-    `open` are fields of the config that models of the kind differ in, and that no default is known of.
+    `open` are fields of the config that models of the kind differ in, and that have no default.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Kind:
 
 
 PLAIN = {"freqs": FREQUENCIES}
-CQ = Kind("bdh-cq", cq.NAMES, cq.MARKS)
+CQ = Kind("bdh-cq", cq.NAMES, cq.MARKS, ("n_layer",))
 PAPER = Kind(
     "the paper's listing",
     {
@@ -84,14 +84,13 @@ def read_tensors(state: Mapping[str, Tensor], fields: Fields) -> Tensors:
     head = found.get(HEAD)
     if head is not None and bare(keys.origins[HEAD]) == LINEAR_HEAD and head.ndim == 2:
         found[HEAD] = head.mT
+    up = found.get("encoder_v", found.get("encoder_v.0"))
+    neurons = up.shape[-1] if up is not None and up.ndim == 3 else None
     if kind is CQ:
         facts |= cq.translate(found)
-    encoder = found.get("encoder", found.get("encoder.0"))
     backbone = any("backbone." in key for key in state)
     _tie(found, fields, kind is TRANSFORMERS or backbone or fields.hugging_face)
-    origins = keys.origins
-    neurons = encoder.shape[-1] if encoder is not None and encoder.ndim == 3 else None
-    return Tensors(kind, found, origins, facts, neurons)
+    return Tensors(kind, found, keys.origins, facts, neurons)
 
 
 def arrange(tensors: Tensors, config: BDHConfig) -> None:
