@@ -85,7 +85,8 @@ class Checkpoint:
         Raises:
             CheckpointError: some are NaN or infinite; the message counts them.
         """
-        _check_finite({key: self.state[key] for key in self.config.shapes()}, self.file)
+        keys = (*self.config.shapes(), *({LATENT} & self.state.keys()))
+        _check_finite({key: self.state[key] for key in keys}, self.file)
 
 
 def fingerprint(weights: Weights) -> str:
@@ -171,12 +172,21 @@ def open_checkpoint(path: Path, given: Given = NOTHING) -> Checkpoint:
     with _blaming(source.config_file):
         BDHConfig.from_dict(sizes | fields.values)  # what is wrong by itself is reported before what contradicts
         known = settled(fields.values, tensors, given)
-        config = BDHConfig.from_dict(sizes | known)
+        config = _config(sizes | known, given)
     with _blaming(source.file):
         check_open(tensors, known)
         arrange(tensors, config)
         check(tensors, config, fields, known)
     return Checkpoint(source.file, config, tensors.state, "n_layer" in known, tensors.kind.name)
+
+
+def _config(values: Mapping[str, Any], given: Given) -> BDHConfig:
+    """Errors name the options that the values are partly of."""
+    try:
+        return BDHConfig.from_dict(values)
+    except CheckpointError as error:
+        options = ", ".join(option for option, _ in given.fields().values())
+        raise CheckpointError(f"{error} (with {options})" if options else error.message) from error
 
 
 def described(config: BDHConfig, frequencies: Tensor) -> dict[str, Any]:

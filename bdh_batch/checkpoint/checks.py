@@ -138,18 +138,18 @@ def check(tensors: Tensors, config: BDHConfig, fields: Fields, known: Collection
         problems += [
             f"{name(FREQUENCIES)} {problem}" for problem in _frequency_problems(state[FREQUENCIES], config, known)
         ]
-    elif config.turning and not fields.rope and not _says_rope(tensors, config, known):
+    elif config.turning and not _says_rope(tensors, config, fields, known):
         problems.append(_missing_rope(tensors, config))
     problems += [f"{name(LATENT)} {problem}" for problem in _latent_problems(state.get(LATENT), config, fields)]
     if problems:
         raise CheckpointError(listed(problems))
 
 
-def _says_rope(tensors: Tensors, config: BDHConfig, known: Collection[str]) -> bool:
+def _says_rope(tensors: Tensors, config: BDHConfig, fields: Fields, known: Collection[str]) -> bool:
     """Whether the frequencies follow from what is known. Of upstream's base upstream's layout is known, too."""
     if tensors.kind is CQ:
         return ROPE in known and ROTARY in known
-    return LAYOUT in known or (ROPE in known and config.rope_theta == ROPE_THETA)
+    return fields.rope or LAYOUT in known or (ROPE in known and config.rope_theta == ROPE_THETA)
 
 
 def _missing_rope(tensors: Tensors, config: BDHConfig) -> str:

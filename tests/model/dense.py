@@ -45,7 +45,7 @@ def interleaved(theta: float, turning: int) -> Rope:
     """Neurons 2i and 2i + 1 of the first `turning` are one complex number each, turned by t · theta^(−2i / turning)."""
 
     def turn(q: Tensor) -> Tensor:
-        first = torch.view_as_complex(q[..., :turning].unflatten(-1, (-1, 2)).contiguous())
+        first = torch.view_as_complex(q[..., :turning].reshape(*q.shape[:-1], -1, 2).contiguous())
         turned = torch.view_as_real(first * phases(q.shape[-2], theta, turning)).flatten(-2)
         return torch.cat((turned, q[..., turning:]), -1)
 

@@ -208,6 +208,19 @@ class TestGiven:
             open_checkpoint(tmp_path, given)
         assert open_checkpoint(tmp_path, Given(3, "every_layer", "interleaved", 2.0**16, 16)).config.n_layer == 3
 
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (Given(rotary_dim=7), "rotary_dim must be an even number of at most 16, the neurons of a head, not 7"),
+            (Given(rope_theta=1e31), "rope_theta must be a number from 1 to 1e+30, not 1e+31"),
+        ],
+    )
+    def test_what_cannot_be_names_the_option(self, tmp_path: Path, given: Given, message: str) -> None:
+        path = formats.save(tmp_path, random_state(CONFIG))
+        (option,) = (option for option, _ in given.fields().values())
+        with pytest.raises(CheckpointError, match=re.escape(f"{message} (with {option})")):
+            open_checkpoint(path, given)
+
 
 def test_the_half_layout_is_a_permutation_of_the_neurons(tmp_path: Path) -> None:
     """RoPE turns neighbours; the checkpoint's numbers of neurons are kept."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,17 @@ def numbers(sets: int = 1, neurons: int = N, heads: int = H) -> Numbers:
 
     layers = [(random(heads, D, neurons), random(heads, D, neurons), random(heads * neurons, D)) for _ in range(sets)]
     return Numbers(random(V, D), layers, random(D, V))
+
+
+def paper_layer(layer: int) -> State:
+    return dict(zip(("decoder_x", "decoder_y", "encoder"), numbers(L).layers[layer]))
+
+
+def narrow() -> Numbers:
+    """Numbers that 16 bits hold."""
+    (layer,) = numbers().layers
+    encoder, encoder_v, decoder = (tensor.half().float() for tensor in layer)
+    return Numbers(numbers().embed.half().float(), [(encoder, encoder_v, decoder)], numbers().head.half().float())
 
 
 def with_config(folder: Path, values: dict[str, Any], saved: object) -> Path:
@@ -217,6 +228,22 @@ CASES = {
         numbers().dense(half(300.0, N), final_norm=True),
         kind="the paper's listing",
     ),
+    "the paper's names, frequencies in radians": Case(
+        lambda to: save(to, numbers().paper() | {"attn.rope.inv_freq": radians(N, 700.0)}),
+        numbers().dense(half(700.0, N)),
+        Given(L, "every_layer", "half"),
+        "the paper's listing",
+    ),
+    "the paper's names, weights for each layer": Case(
+        lambda to: save(
+            to,
+            {f"layers.{i}.{key}": tensor for i in range(L) for key, tensor in paper_layer(i).items()}
+            | {key: numbers().paper()[key] for key in ("wte.weight", "readout")},
+        ),
+        replace(numbers(L).dense(UPSTREAM), embed=numbers().embed, head=numbers().head),
+        Given(None, "every_layer", "interleaved"),
+        "the paper's listing",
+    ),
     "bdh-cq": Case(
         lambda to: with_config(to, CQ_SIZES | {"rotary_dim": 8}, numbers().cq(radians(8))),
         numbers().dense(CQ_ROPE, final_norm=True),
@@ -231,6 +258,11 @@ CASES = {
         numbers().dense(CQ_ROPE, final_norm=True),
         Given(layers=L),
         "bdh-cq",
+    ),
+    "bdh-cq in 16 bits": Case(
+        lambda to: with_config(to, CQ_SIZES, {k: t.half() for k, t in narrow().cq(radians(8)).items()}),
+        narrow().dense(CQ_ROPE, final_norm=True),
+        kind="bdh-cq",
     ),
     "bdh-cq without positions": Case(
         lambda to: with_config(to, CQ_SIZES | {"rotary_dim": 0, "triadic": False}, numbers().cq(None)),

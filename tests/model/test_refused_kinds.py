@@ -157,6 +157,8 @@ class TestCq:
             ({}, {"rope_theta": 500}, NOTHING, "rope_theta: its config says 500, its keys say 10000.0"),
             ({"rope.freqs": None}, {}, NOTHING, "missing rope.freqs [rotary_dim / 2]"),
             ({"rope.freqs": None}, {"rotary_dim": None}, NOTHING, "missing rope.freqs [rotary_dim / 2]"),
+            ({"rope.freqs": None}, {"attention_window": 64}, NOTHING, "missing rope.freqs [rotary_dim / 2]"),
+            ({"rope.freqs": None}, {"model_type": "bdh"}, NOTHING, "missing rope.freqs [rotary_dim / 2]"),
             ({"rope.freqs": torch.ones(2, dtype=torch.int32)}, {}, NOTHING, "rope.freqs has 2 elements of int32"),
             ({"rope.freqs": torch.full((2,), torch.nan)}, {}, NOTHING, "rope.freqs (attn.freqs) should be finite"),
             (
@@ -201,6 +203,8 @@ class TestCq:
         message = refusal(with_config(tmp_path, CQ, upstream()))
         assert "does not hold those of a bdh-cq" in message
         assert "depth, dim, dim_qk_heads, heads, num_tokens" in message
+        path = with_config(tmp_path, {"model_type": "bdh-cq"} | upstream_config(CONFIG), upstream())
+        assert "its config is that of a bdh-cq (bdh-cq)" in refusal(path)
 
     def test_the_wrapper_brings_the_embedding_of_latent_steps(self, tmp_path: Path) -> None:
         wrapper = BDHReasoningWrapper(BDH(**CQ), latent_step_embed=True)

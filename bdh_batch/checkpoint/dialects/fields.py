@@ -33,7 +33,8 @@ TIES = ("tie_word_embeddings", "tie_weights")
 LATENT_EMBED = "latent_step_embed"  # bdh-cq's: whether there is one
 NULLABLE = {*FIELDS, "norm", "rope_layout", "rope_theta", "per_layer_weights", "latent_steps"}  # null says nothing
 KNOWN = {field.name for field in fields_of(BDHConfig)} | FIELDS.keys() | NEURONS.keys()
-MODEL_TYPES = (None, "bdh", "bdh-cq", "bdh_cq")
+CQ_TYPES = {"bdh-cq", "bdh_cq"}
+MODEL_TYPES = (None, "bdh", *CQ_TYPES)
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields of variants, and what leaves them out
     "attn_window": (None,),
@@ -72,7 +73,8 @@ class Fields:
         latent_embed: whether it says that latent steps have an embedding of their own; None: it does not say.
         hugging_face: whether transformers wrote it.
         rope: whether who wrote it is known to use upstream's RoPE, so that the file need not say it.
-        cq: fields of bdh-cq in it. upstream: fields that no bdh-cq has.
+        cq: fields of bdh-cq in it, and its name.
+        upstream: fields that no bdh-cq has.
     """
 
     values: dict[str, Any]
@@ -109,8 +111,8 @@ def read_fields(values: Mapping[str, Any]) -> Fields:
     latent = _flag(found, (LATENT_EMBED,))
     _check_neurons(found)
     rope = kind == "bdh" or not OWN.isdisjoint(values)
-    names = (sorted(of_kind & values.keys()) for of_kind in (CQ_FIELDS, UPSTREAM_FIELDS))
-    return Fields(found, neurons, tied, latent, kind == "bdh", rope, *names)
+    of_cq, of_others = (sorted(names & values.keys()) for names in (CQ_FIELDS, UPSTREAM_FIELDS))
+    return Fields(found, neurons, tied, latent, kind == "bdh", rope, [*of_cq, *CQ_TYPES & {kind}], of_others)
 
 
 def _check_plain(name: str, value: object) -> None:

@@ -47,6 +47,15 @@ def bare(key: str) -> str:
     return key
 
 
+def layer_of(key: str) -> tuple[str, int | None]:
+    """The name of a tensor without its layer's number, and that number."""
+    for pattern in LAYERED:
+        if match := pattern.fullmatch(key):
+            owner = f"{match['list']}." if "list" in pattern.groupindex else ""
+            return owner + match["name"], int(match["layer"])
+    return key, None
+
+
 def grouped(state: Mapping[str, Tensor], names: Mapping[str, str]) -> Keys:
     """The state dict by upstream's names.
 
@@ -59,7 +68,7 @@ def grouped(state: Mapping[str, Tensor], names: Mapping[str, str]) -> Keys:
     groups: dict[str, dict[int | None, str]] = {}
     problems = []
     for key in state:
-        name, layer = _layer_of(bare(key))
+        name, layer = layer_of(bare(key))
         members = groups.setdefault(names.get(name, name), {})
         if (other := members.setdefault(layer, key)) != key:
             problems.append(f"{shown(other)} and {shown(key)} are the same tensor")
@@ -76,15 +85,6 @@ def grouped(state: Mapping[str, Tensor], names: Mapping[str, str]) -> Keys:
 
 def same(a: Tensor, b: Tensor) -> bool:
     return a is b or (a.dtype == b.dtype and a.is_floating_point() and a.dtype.itemsize > 1 and torch.equal(a, b))
-
-
-def _layer_of(key: str) -> tuple[str, int | None]:
-    """The name of a tensor without its layer's number, and that number."""
-    for pattern in LAYERED:
-        if match := pattern.fullmatch(key):
-            owner = f"{match['list']}." if "list" in pattern.groupindex else ""
-            return owner + match["name"], int(match["layer"])
-    return key, None
 
 
 def _facts(groups: Mapping[str, Mapping[int | None, str]], unshared: bool) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from bdh_batch.checkpoint.config import MATRICES, BDHConfig
 from bdh_batch.checkpoint.dialects import cq
 from bdh_batch.checkpoint.dialects.fields import Fields
-from bdh_batch.checkpoint.dialects.keys import EMBED, FREQUENCIES, HEAD, RADIANS, bare, grouped, same
+from bdh_batch.checkpoint.dialects.keys import EMBED, FREQUENCIES, HEAD, RADIANS, bare, grouped, layer_of, same
 from bdh_batch.checkpoint.dialects.unknown import refuse_unknown
 from bdh_batch.checkpoint.files import State
 from bdh_batch.errors import CheckpointError
@@ -75,11 +75,13 @@ def read_tensors(state: Mapping[str, Tensor], fields: Fields) -> Tensors:
         CheckpointError: two keys mean the same tensor, the kind is one that cannot be served, the config is another
             kind's, or a tied head is not tied.
     """
-    names = {bare(key) for key in state}
+    names = {layer_of(bare(key))[0] for key in state}
     refuse_unknown(names)
-    kind = _kind_of({name.rpartition(".")[0] if name.rpartition(".")[2].isdigit() else name for name in names})
+    kind = _kind_of(names)
     _check_config(kind, fields)
-    keys = grouped({key: tensor for key, tensor in state.items() if not _is_scalar(key, tensor)}, kind.names)
+    radians = {name: RADIANS for name in names if name.rpartition(".")[2] == "inv_freq"}
+    tensors = {key: tensor for key, tensor in state.items() if not _is_scalar(key, tensor)}
+    keys = grouped(tensors, {**kind.names, **radians})
     found, facts = keys.state, keys.facts
     head = found.get(HEAD)
     if head is not None and bare(keys.origins[HEAD]) == LINEAR_HEAD and head.ndim == 2:
