@@ -193,8 +193,8 @@ class Model(Section):
 
     path: Path | None = Field(
         None,
-        description="Model folder, .pt or .safetensors file, or a name that `bdh-batch model list` shows, where no "
-        "file has it; null is the bundled model.",
+        description="Model folder, .safetensors, .pt or .npz file, or a name that `bdh-batch model list` shows, where "
+        "no file has it; null is the bundled model.",
     )
     name: str | None = Field(
         None, description="Name in the API; null is the registry's name, or that of the folder or file."

@@ -79,6 +79,22 @@ def test_inspect_says_what_it_was_not_told_and_what_cannot_be_served(run: Any, t
     assert re.search(r"^tokenizer +cannot be served: .*runes", run("inspect", path), re.MULTILINE)
 
 
+def test_flags_say_what_a_file_leaves_open(run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {"embed.weight": "wte.weight", "encoder": "decoder_x", "encoder_v": "decoder_y", "decoder": "encoder"}
+    state = formats.random_state(CONFIG)
+    path = formats.save(tmp_path, {names.get(key, "readout"): tensor for key, tensor in state.items()})
+    assert command_line.main(["model", "inspect", str(path), "--layers", "3"]) == 2
+    assert "Give model.norm and model.rope_layout" in capsys.readouterr().err
+    flags = ["--layers", 3, "--norm", "final", "--rope-layout", "half", "--rope-theta", 500, "--rotary-dim", 8]
+    text = run("inspect", path, *flags)
+    assert re.search(r"^kind +the paper's listing$", text, re.MULTILINE)
+    variant = "norm after the last layer, RoPE of base 500, half, in 8 of 16 neurons of a head, shared weights"
+    assert re.search(rf"^variant +{variant}$", text, re.MULTILINE)
+    run("convert", path, tmp_path / "native", *flags)
+    found = json.loads(run("inspect", tmp_path / "native", "--json"))
+    assert (found["kind"], found["variant"]) == ("upstream", variant)
+
+
 def test_inspect_does_not_read_the_weights(run: Any, tmp_path: Path) -> None:
     state = formats.random_state(CONFIG)
     state["encoder"].fill_(torch.nan)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from pathlib import Path
@@ -19,32 +19,19 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from bdh_batch.checkpoint.config import MATRICES, NOTHING, ROPE_THETA, BDHConfig, Given
-from bdh_batch.checkpoint.dialects import (
-    EMBED,
-    FREQUENCIES,
-    HEAD,
-    LATENT,
-    ROPE,
-    Tensors,
-    arrange,
-    upstream_fields,
-    upstream_tensors,
-)
+from bdh_batch.checkpoint.checks import check, check_open, dtype_name, frequencies_agree, settled, sizes_of
+from bdh_batch.checkpoint.config import MATRICES, NOTHING, BDHConfig, Given
+from bdh_batch.checkpoint.dialects.fields import read_fields
+from bdh_batch.checkpoint.dialects.keys import EMBED, FREQUENCIES, HEAD, LATENT
+from bdh_batch.checkpoint.dialects.kinds import arrange, read_tensors
 from bdh_batch.checkpoint.files import CONFIG, WEIGHTS, State, read_source
 from bdh_batch.errors import CheckpointError
 from bdh_batch.kernels.base import Weights
 from bdh_batch.system.device_memory import free_memory
-from bdh_batch.system.documents import brief, listed, shown
+from bdh_batch.system.documents import listed
 
 log = logging.getLogger(__name__)
 
-SPARE_KEYS = frozenset({FREQUENCIES, LATENT, "lm_gate"})  # the last is a leftover of older upstream versions
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-ROUNDING, SMALLEST = 2.0**-7, 1e-7  # what 16 bits lose of a frequency: bfloat16 relatively, float16's least numbers
-COMPUTED = 1e-4  # what two ways to compute a frequency in float32 may differ by, relatively
-NEURON_FIELDS = frozenset({"mlp_internal_dim_multiplier", "head_neurons"})  # each says how many neurons there are
-KEYS = "its keys"
 UPSTREAM_LAYERS = BDHConfig().n_layer
 
 
@@ -53,12 +40,13 @@ class Model:
     """A loaded model: its config, and its weights in memory.
 
     `neuron_order` [N]: for each neuron of a head as `weights` number them, its number in the checkpoint; None where
-    they are the same.
+    they are the same. `kind` is that of the file.
     """
 
     config: BDHConfig
     weights: Weights
     neuron_order: Tensor | None = None
+    kind: str = "upstream"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +60,7 @@ class Checkpoint:
     config: BDHConfig
     state: State
     layers_known: bool
+    kind: str
 
     def frequencies(self) -> Tensor:
         """RoPE's [N], float32, in the file's order. What was saved narrower has lost the phases: then they are computed
@@ -81,13 +70,23 @@ class Checkpoint:
             return self.config.frequencies()
         return saved.flatten().float()
 
+    def description(self) -> dict[str, Any]:
+        """The config's fields, with what a reader of them would otherwise have to assume."""
+        return described(self.config, self.frequencies())
+
+    def variant(self) -> str:
+        """In words, what distinguishes the model from others of its sizes."""
+        base = f"{self.config.rope_theta:,g}" if frequencies_agree(self.frequencies(), self.config) else "of its own"
+        return self.config.variant(base)
+
     def check_finite(self) -> None:
         """Reads all weights.
 
         Raises:
             CheckpointError: some are NaN or infinite; the message counts them.
         """
-        _check_finite({key: self.state[key] for key in self.config.shapes()}, self.file)
+        keys = (*self.config.shapes(), *({LATENT} & self.state.keys()))
+        _check_finite({key: self.state[key] for key in keys}, self.file)
 
 
 def fingerprint(weights: Weights) -> str:
@@ -119,8 +118,9 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, given: Give
         name = checkpoint.file
         log.warning("%s does not say its number of layers: taking upstream's %d (model.layers)", name, UPSTREAM_LAYERS)
     _check_memory(checkpoint, dtype, device)
+    log.info("%s: %s; %s", checkpoint.file, checkpoint.kind, checkpoint.variant())
     weights = _weights(checkpoint, dtype, device)
-    return Model(checkpoint.config, weights, checkpoint.config.neuron_order())
+    return Model(checkpoint.config, weights, checkpoint.config.neuron_order(), checkpoint.kind)
 
 
 def _weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Weights:
@@ -165,19 +165,34 @@ def open_checkpoint(path: Path, given: Given = NOTHING) -> Checkpoint:
     """As `load_model`, but leaves the tensors where and as they are; NaN is not looked for."""
     source = read_source(path)
     with _blaming(source.config_file):
-        fields = None if source.values is None else upstream_fields(source.values)
-    said = {} if fields is None else fields.values
+        fields = read_fields(source.values or {})
     with _blaming(source.file):
-        tensors = upstream_tensors(source.state, fields)
-        sizes = _sizes(tensors.state, said, fields is None)
+        tensors = read_tensors(source.state, fields)
+        sizes = sizes_of(tensors, fields, needed=source.values is None)
     with _blaming(source.config_file):
-        BDHConfig.from_dict(sizes | said)  # what is wrong by itself is reported before what contradicts
-        known = _settled(said, tensors.facts, given)
-        config = BDHConfig.from_dict(sizes | known)
+        BDHConfig.from_dict(sizes | fields.values)  # what is wrong by itself is reported before what contradicts
+        known = settled(fields.values, tensors, given)
+        config = _config(sizes | known, given)
     with _blaming(source.file):
+        check_open(tensors, known)
         arrange(tensors, config)
-        _check(tensors, config, known.keys(), fields is not None and fields.rope)
-    return Checkpoint(source.file, config, tensors.state, "n_layer" in known)
+        check(tensors, config, fields, known)
+    return Checkpoint(source.file, config, tensors.state, "n_layer" in known, tensors.kind.name)
+
+
+def _config(values: Mapping[str, Any], given: Given) -> BDHConfig:
+    """Errors name the options that the values are partly of."""
+    try:
+        return BDHConfig.from_dict(values)
+    except CheckpointError as error:
+        options = ", ".join(option for option, _ in given.fields().values())
+        raise CheckpointError(f"{error} (with {options})" if options else error.message) from error
+
+
+def described(config: BDHConfig, frequencies: Tensor) -> dict[str, Any]:
+    """What `config.json` should say of a model with these frequencies, so that nothing has to be assumed."""
+    base = {"rope_theta": config.rope_theta} if frequencies_agree(frequencies, config) else {}
+    return config.to_dict() | {"norm": config.norm, "rope_layout": config.rope_layout} | base
 
 
 def save_model(folder: Path, config: BDHConfig, state: Mapping[str, Tensor], generation: Mapping[str, Any]) -> None:
@@ -191,7 +206,7 @@ def save_model(folder: Path, config: BDHConfig, state: Mapping[str, Tensor], gen
     saved = {key: tensors[key].detach().contiguous() for key in (*config.shapes(), FREQUENCIES, *optional)}
     (folder / WEIGHTS).write_bytes(save(saved))
     for name, values in (
-        (CONFIG, config.described()),
+        (CONFIG, described(config, tensors[FREQUENCIES].flatten().float())),
         ("tokenizer_config.json", {"type": "byte"}),
         ("generation_config.json", dict(generation)),
     ):
@@ -201,7 +216,9 @@ def save_model(folder: Path, config: BDHConfig, state: Mapping[str, Tensor], gen
 def _check_memory(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
     size = sum(checkpoint.state[key].numel() for key in checkpoint.config.shapes()) * dtype.itemsize
     if size > (free := free_memory(device)):
-        text = f"its weights take {size:,} bytes in {_short(dtype)} (model.dtype), and {free:,} are free on {device}"
+        text = (
+            f"its weights take {size:,} bytes in {dtype_name(dtype)} (model.dtype), and {free:,} are free on {device}"
+        )
         raise CheckpointError(f"{checkpoint.file}: {text}")
 
 
@@ -214,125 +231,12 @@ def _blaming(file: Path) -> Iterator[None]:
         raise CheckpointError(f"{file}: {error}") from error
 
 
-def _settled(fields: Mapping[str, Any], facts: Mapping[str, Any], given: Given) -> dict[str, Any]:
-    """The fields of the config that are known, by whoever says them.
-
-    Raises:
-        CheckpointError: two say something different.
-    """
-    known = {name: ("its config", value) for name, value in fields.items()}
-    for name, (who, value) in [*((name, (KEYS, value)) for name, value in facts.items()), *given.fields().items()]:
-        first, other = known.setdefault(name, (who, value))
-        if other != value:
-            says = "say" if who == KEYS else "says"
-            raise CheckpointError(f"{name}: {first} says {brief(other)}, {who} {says} {brief(value)}")
-    return {name: value for name, (_, value) in known.items()}
-
-
-def _sizes(state: State, said: Collection[str], needed: bool) -> dict[str, int]:
-    """What the shapes show of the model, and the config does not say."""
-    encoder, embed = state.get("encoder", state.get("encoder.0")), state.get(EMBED)
-    if encoder is None or embed is None or encoder.ndim != 3 or embed.ndim != 2 or not encoder.numel():
-        if not needed:
-            return {}
-        raise CheckpointError(
-            f"no {CONFIG} beside it, and without encoder [heads, D, N] and embed.weight [V, D] none can be "
-            f"inferred; found {_listing(state)}"
-        )
-    heads, width, neurons = encoder.shape
-    sizes = {"n_embd": width, "n_head": heads, "vocab_size": embed.shape[0]}
-    if NEURON_FIELDS.isdisjoint(said):
-        of_width, rest = divmod(heads * neurons, width)
-        sizes |= {"head_neurons": neurons} if rest else {"mlp_internal_dim_multiplier": of_width}
-    return {name: size for name, size in sizes.items() if name not in said}
-
-
-def _check(tensors: Tensors, config: BDHConfig, known: Collection[str], rope_known: bool) -> None:
-    state, expected = tensors.state, config.shapes()
-
-    def name(key: str) -> str:
-        origin = tensors.origins.get(key, key)
-        return shown(key) if origin == key else f"{shown(origin)} ({shown(key)})"
-
-    problems = [f"missing {key} {list(shape)}" for key, shape in expected.items() if key not in state]
-    problems += [f"extra {name(key)}" for key in sorted(state.keys() - expected.keys() - SPARE_KEYS)]
-    present = {key: state[key] for key in expected if key in state}
-    problems += [
-        f"{name(key)} has shape {list(tensor.shape)}, not {list(expected[key])}"
-        for key, tensor in present.items()
-        if tensor.shape != expected[key]
-    ]
-    problems += [
-        f"{name(key)} holds {_short(tensor.dtype)}, not floats of 16, 32 or 64 bits"
-        for key, tensor in present.items()
-        if tensor.dtype not in DTYPES
-    ]
-    if FREQUENCIES in state:
-        problems += [
-            f"{name(FREQUENCIES)} {problem}" for problem in _frequency_problems(state[FREQUENCIES], config, known)
-        ]
-    elif not config.turning or rope_known or _says_rope(config, known):
-        pass  # computed
-    else:
-        problems.append(
-            f"missing {FREQUENCIES} [1, 1, 1, {config.neurons_per_head}], without which RoPE is not known; say what it "
-            f"is by {ROPE} and rope_layout in {CONFIG} or in the settings (model.{ROPE}, model.rope_layout); "
-            f'"{ROPE}": {ROPE_THETA:.0f} alone is upstream\'s'
-        )
-    if (latent := state.get(LATENT)) is not None:
-        if not config.latent_steps:
-            problems.append(f"{name(LATENT)} is there, and latent_steps is not true in the config")
-        if latent.shape != (config.n_embd,) or latent.dtype not in DTYPES:
-            problems.append(f"{name(LATENT)} should be floats of the shape [{config.n_embd}]")
-    if problems:
-        raise CheckpointError(listed(problems))
-
-
-def _says_rope(config: BDHConfig, known: Collection[str]) -> bool:
-    """Upstream's base is known to be used by upstream's layout; of others both have to be said."""
-    return ROPE in known and (config.rope_theta == ROPE_THETA or "rope_layout" in known)
-
-
-def _frequency_problems(saved: Tensor, config: BDHConfig, known: Collection[str]) -> list[str]:
-    """The phases are part of the model: those of any base are served as they are, if they are RoPE's at all."""
-    neurons, turning = config.neurons_per_head, config.turning
-    if saved.numel() != neurons:
-        return [f"has {saved.numel()} elements, not {neurons}"]
-    if saved.dtype not in DTYPES:
-        return [f"holds {_short(saved.dtype)}, not floats of 16, 32 or 64 bits"]
-    turns = saved.flatten().float()
-    ordered = turns if (order := config.neuron_order()) is None else turns[order]
-    if not turns.isfinite().all() or not torch.equal(ordered[::2], ordered[1::2]):
-        pairs = "2i and 2i + 1" if config.rope_layout == "interleaved" else f"i and i + {turning // 2}"
-        return [f"should be finite, and the same for neurons {pairs} (rope_layout {config.rope_layout})"]
-    if turns[turning:].any():
-        return [f"should be 0 from neuron {turning} on (rotary_dim)"]
-    narrow = saved.dtype.itemsize < torch.float32.itemsize
-    rounding, smallest = (ROUNDING, SMALLEST) if narrow else (COMPUTED, 0.0)
-    if torch.allclose(turns, config.frequencies(), rounding, smallest):
-        return []
-    if ROPE in known:
-        return [f"is not of {ROPE} {config.rope_theta:g}; leave one of them out"]
-    if narrow:
-        base = f"{config.rope_theta:g}"
-        return [f"is in {_short(saved.dtype)}, which is too coarse, and its base is not {base}; save it in float32"]
-    return []
-
-
 def _check_finite(state: Mapping[str, Tensor], file: Path) -> None:
     bad = {key: int(tensor.numel() - tensor.isfinite().sum()) for key, tensor in state.items()}
     problems = [
-        f"{key} has {count} numbers of {state[key].numel()} that are NaN or infinite in {_short(state[key].dtype)}"
+        f"{key} has {count} numbers of {state[key].numel()} that are NaN or infinite in {dtype_name(state[key].dtype)}"
         for key, count in bad.items()
         if count
     ]
     if problems:
         raise CheckpointError(f"{file}: " + listed(problems))
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _listing(state: State) -> str:
-    return listed((f"{shown(key)} {list(tensor.shape)}" for key, tensor in sorted(state.items())), ", ") or "nothing"

@@ -204,11 +204,11 @@ class BDHConfig:
         order[: self.turning] = order[: self.turning].view(2, -1).T.flatten()
         return order
 
-    def variant(self) -> str:
-        """In words, what distinguishes the model from others of its sizes."""
+    def variant(self, base: str) -> str:
+        """In words, what distinguishes the model from others of its sizes; `base` is RoPE's."""
         norm = {"every_layer": "norm after every layer", "final": "norm after the last layer"}[self.norm]
         which = "all" if self.turning == self.neurons_per_head else f"{self.turning:,} of {self.neurons_per_head:,}"
-        rope = f"RoPE {self.rope_layout} in {which} neurons of a head" if self.turning else "no RoPE"
+        rope = f"RoPE of base {base}, {self.rope_layout}, in {which} neurons of a head" if self.turning else "no RoPE"
         facts = [norm, rope, "weights for each layer" if self.per_layer_weights else "shared weights"]
         return ", ".join(facts + ["latent steps"] * self.latent_steps)
 
@@ -219,10 +219,6 @@ class BDHConfig:
         if self.head_neurons is not None:
             del values["mlp_internal_dim_multiplier"]  # which says it otherwise
         return values
-
-    def described(self) -> dict[str, Any]:
-        """As `to_dict`, with what a reader would otherwise have to assume."""
-        return self.to_dict() | {"norm": self.norm, "rope_layout": self.rope_layout}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> BDHConfig:

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 
 from bdh_batch.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from bdh_batch.checkpoint.config import NOTHING, Given
-from bdh_batch.checkpoint.dialects import FREQUENCIES, LATENT
+from bdh_batch.checkpoint.dialects.keys import FREQUENCIES, LATENT
 from bdh_batch.checkpoint.files import CONFIG, WEIGHTS
 from bdh_batch.errors import CheckpointError
-from bdh_batch.system.documents import listed, shown
+from bdh_batch.system.documents import listed, of_tokenizer, shown
 
 BYTES = 256  # a vocabulary of so many tokens is bytes, unless a tokenizer is there
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -51,7 +51,7 @@ def convert(source: Path, target: Path, given: Given = NOTHING, force: bool = Fa
     folder = checkpoint.file.parent
     try:
         _check_target(checkpoint.file, target, force)
-        beside = {name: inside(folder, name) for name in BESIDE if os.path.lexists(folder / name)}
+        beside = {name: inside(folder, name) for name in BESIDE if os.path.lexists(of_tokenizer(folder, name))}
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
             new = Path(scratch) / "new"
@@ -81,7 +81,7 @@ def _check_target(file: Path, target: Path, force: bool) -> None:
 
 def _write(folder: Path, checkpoint: Checkpoint, beside: Mapping[str, Path]) -> None:
     config = checkpoint.config
-    (folder / CONFIG).write_text(json.dumps(config.described(), indent=2) + "\n", "utf-8")
+    (folder / CONFIG).write_text(json.dumps(checkpoint.description(), indent=2) + "\n", "utf-8")
     # Clones, as a safetensors file cannot hold two tensors that share memory.
     keys = [*config.shapes(), *({LATENT} & checkpoint.state.keys())]
     tensors = {key: checkpoint.state[key].clone(memory_format=torch.contiguous_format) for key in keys}
@@ -102,11 +102,14 @@ def inside(source: Path, name: str) -> Path:
     Raises:
         CheckpointError: it is not a regular file in `source`, or where Hugging Face's cache keeps a snapshot's files.
     """
-    file, homes = (source / name).resolve(), [source.resolve()]
-    if homes[0].parent.name == "snapshots":
-        homes.append(homes[0].parents[1] / "blobs")
+    path, home = of_tokenizer(source, name), source.resolve()
+    file, homes = path.resolve(), [home]
+    if path.parent.resolve().is_relative_to(home):
+        homes.append(path.parent.resolve())
+    if home.parent.name == "snapshots":
+        homes.append(home.parents[1] / "blobs")
     if file.parent not in homes or not file.is_file():
-        raise CheckpointError(f"{source / name}: leads to {shown(file)}, which is not a regular file in its folder")
+        raise CheckpointError(f"{path}: leads to {shown(file)}, which is not a regular file in its folder")
     return file
 
 

@@ -18,14 +18,23 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bdh_batch.checkpoint.pickles import check_torch_file, is_zip, refuse_pickled
+from bdh_batch.checkpoint import npz
+from bdh_batch.checkpoint.pickles import PlainObject, check_torch_file, is_zip, refuse_pickled, stand_in
 from bdh_batch.errors import CheckpointError
 from bdh_batch.system.documents import listed, read_json, shown
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 HUGGING_FACE_NAMES = (WEIGHTS, f"{WEIGHTS}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt")
-WRAPPERS = ("model", "model_state_dict", "state_dict")  # where trainers put the state dict
+FILE_SUFFIXES = (*TORCH_SUFFIXES, npz.SUFFIX)  # of what a folder may hold its weights in, whatever it is called
+BURN_SUFFIXES = (".bpk", ".burnpack", ".mpk")
+BURNPACK = b"NRUB"  # what a Burnpack begins with
+WRAPPERS = ("model", "model_state_dict", "state_dict", "model_state")  # where trainers put the state dict
+STRANGE_WRAPPER = "bdh_state_dict"
+E_DX_DY = (
+    f"is a model of the matrices E, Dx and Dy ({STRANGE_WRAPPER}), another architecture, which is not computed here"
+)
+MOST_CLASSES = 8  # that a config may be made of
 CONFIG_KEYS = ("model_args", "model_config", "config")  # and what it needs; the plain one may be of the whole training
 LARGEST_HEADER = 4 * 2**20  # bytes of a safetensors file: some 50,000 tensors
 PLAIN_NAME = re.compile(r"\w[\w.-]*")
@@ -44,7 +53,7 @@ class Source:
 
 
 def read_source(path: Path) -> Source:
-    """Reads a model folder, a `.pt` or `.bin` file, a `.safetensors` file or the index of several.
+    """Reads a model folder, a `.pt`, `.bin` or `.npz` file, a `.safetensors` file or the index of several.
 
     Raises:
         CheckpointError: nothing there, or unreadable; the message names the file.
@@ -78,10 +87,12 @@ def weights_among(names: Collection[str], folder: str) -> str:
         CheckpointError: there is none, or it is not clear which.
     """
     found = [name for name in HUGGING_FACE_NAMES if name in names][:1]
-    found = found or sorted(name for name in names if Path(name).suffix in TORCH_SUFFIXES)
+    found = found or sorted(name for name in names if Path(name).suffix in FILE_SUFFIXES)
+    if not found and (burn := sorted(name for name in names if Path(name).suffix in BURN_SUFFIXES)):
+        raise CheckpointError(f"{folder}: {_burnpack(burn[0])}")
     if len(found) != 1:
         there = ", ".join(map(shown, found)) or "neither"
-        raise CheckpointError(f"{folder} should hold {WEIGHTS} or one .pt file; found {there}")
+        raise CheckpointError(f"{folder} should hold {WEIGHTS} or one .pt or .npz file; found {there}")
     if found[0].startswith(WEIGHTS) and CONFIG not in names:
         raise CheckpointError(f"{folder} has no {CONFIG}")
     return found[0]
@@ -89,6 +100,11 @@ def weights_among(names: Collection[str], folder: str) -> str:
 
 def _read(file: Path) -> tuple[State, dict[str, Any] | None]:
     """The tensors, and the config that a trainer put beside them."""
+    with file.open("rb") as stream:
+        if file.suffix in BURN_SUFFIXES or stream.read(len(BURNPACK)) == BURNPACK:
+            raise CheckpointError(f"{file}: {_burnpack(file.name)}")
+    if file.suffix == npz.SUFFIX:
+        return npz.read_npz(file), None
     if file.suffix != ".safetensors":
         return _unwrap(_load_pickle(file), file)
     _check_header(file)
@@ -96,6 +112,10 @@ def _read(file: Path) -> tuple[State, dict[str, Any] | None]:
         return load_file(file), None
     except SafetensorError as error:
         raise CheckpointError(f"{file}: damaged, or not a safetensors file ({shown(error)})") from error
+
+
+def _burnpack(name: str) -> str:
+    return f"{shown(name)} is a Burnpack, of models in Rust, which is not read; export it as safetensors"
 
 
 def _check_header(file: Path) -> None:
@@ -139,20 +159,50 @@ def weight_map(index: Path) -> dict[str, str]:
 
 
 def _load_pickle(file: Path) -> object:
+    """What `torch.save` wrote. Objects in it are replaced by their fields, where they are a config of plain fields.
+
+    Their classes are not imported, and nothing of them is run: a stand-in takes what the file has of them.
+    """
     check_torch_file(file)
-    try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip(file))
-    except pickle.UnpicklingError as error:
-        if strange := re.search(r"GLOBAL (\S+)", str(error)):
-            raise refuse_pickled(file, strange[1]) from error
-        raise CheckpointError(f"{file}: damaged, or not a torch file") from error
-    except Exception as error:  # of a file that is no checkpoint, the unpickler makes any error at all
-        raise CheckpointError(f"{file}: damaged, or not a torch file ({type(error).__name__})") from error
+    made: list[PlainObject] = []
+    classes: dict[str, type[PlainObject]] = {}
+    while True:
+        made.clear()
+        try:
+            with torch.serialization.safe_globals([(each, name) for name, each in classes.items()]):
+                saved = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip(file))
+            break
+        except pickle.UnpicklingError as error:
+            if not (strange := re.search(r"GLOBAL (\S+)", str(error))):
+                raise CheckpointError(f"{file}: damaged, or not a torch file") from error
+            if strange[1] in classes or len(classes) == MOST_CLASSES or not re.fullmatch(r"[\w.]+", strange[1]):
+                raise refuse_pickled(file, strange[1]) from error
+            classes[strange[1]] = stand_in(file, strange[1], made)
+        except CheckpointError:
+            raise
+        except Exception as error:  # of a file that is no checkpoint, the unpickler makes any error at all
+            raise CheckpointError(f"{file}: damaged, or not a torch file ({type(error).__name__})") from error
+    return _plain(saved, made, classes, file)
+
+
+def _plain(saved: object, made: list[PlainObject], classes: Mapping[str, object], file: Path) -> object:
+    """`saved` with dicts for the objects that are its config; there may be no others."""
+    configs = [saved[key] for key in CONFIG_KEYS if key in saved] if isinstance(saved, dict) else []
+    for each in made:
+        if not vars(each) or not any(each is config for config in configs):
+            raise refuse_pickled(file, type(each).name)
+    if classes and not made:  # named, and not made: a class or a function itself
+        raise refuse_pickled(file, next(iter(classes)))
+    if not isinstance(saved, dict):
+        return saved
+    return {key: vars(value) if isinstance(value, PlainObject) else value for key, value in saved.items()}
 
 
 def _unwrap(saved: object, file: Path) -> tuple[State, dict[str, Any] | None]:
     if not isinstance(saved, dict):
         raise CheckpointError(f"{file}: holds a {type(saved).__name__}, not a state dict")
+    if STRANGE_WRAPPER in saved:
+        raise CheckpointError(f"{file}: {E_DX_DY}")
     wrapper = next((key for key in WRAPPERS if isinstance(saved.get(key), dict)), None)
     state = saved if wrapper is None else saved[wrapper]
     if not all(isinstance(key, str) and isinstance(tensor, Tensor) for key, tensor in state.items()):

@@ -53,20 +53,53 @@ def check_torch_file(file: Path) -> None:
 
 
 def refuse_pickled(file: Path, name: str) -> CheckpointError:
+    path = f'"{shown(file.name)}"'
     return CheckpointError(
         f"{file}: holds pickled objects besides tensors ({shown(name)}), which are not loaded because they can run "
-        "code, or take any amount of memory. Where you trust the file, load it with the code it comes from and rewrite "
-        "it, its config as a plain dict (dataclasses.asdict or vars makes one): "
-        'torch.save({"model": model.state_dict(), "config": {…}}, …)'
+        "code, or take any amount of memory. Where you trust the file, two lines convert it: "
+        f'saved = torch.load({path}, weights_only=False); torch.save({{"model": saved["model"], "config": '
+        f'vars(saved["config"])}}, {path}) (dataclasses.asdict where vars has not all of its fields)'
     )
 
 
-class _Directory(io.FileIO):
-    """A file of which only so much can be read as its zip's directory should have."""
+class PlainObject:
+    """Stands for an object of a pickle whose class is not imported: it takes fields, and nothing is run.
 
-    left = LARGEST_DIRECTORY
+    Every strange name of a file gets a class of its own, derived from this one, whose `made` lists its objects.
+    """
+
+    name: str
+    file: Path
+    made: list[PlainObject]
+
+    def __new__(cls, *arguments: object) -> PlainObject:
+        if arguments:  # what only holds fields is made without any
+            raise refuse_pickled(cls.file, cls.name)
+        new = super().__new__(cls)
+        cls.made.append(new)
+        return new
+
+    def __setstate__(self, state: object) -> None:
+        if not isinstance(state, dict) or not all(isinstance(key, str) and key.isidentifier() for key in state):
+            raise refuse_pickled(type(self).file, type(self).name)
+        if any(key.startswith("__") for key in state):
+            raise refuse_pickled(type(self).file, type(self).name)
+        self.__dict__.update(state)
+
+
+def stand_in(file: Path, name: str, made: list[PlainObject]) -> type[PlainObject]:
+    """A class that stands for the class `name` in a pickle."""
+    return type("StandIn", (PlainObject,), {"name": name, "file": file, "made": made})
+
+
+class BoundedFile(io.FileIO):
+    """A file of which only so much can be read as its zip's directory should have, until `left` is set to None."""
+
+    left: int | None = LARGEST_DIRECTORY
 
     def read(self, size: int | None = -1, /) -> bytes:
+        if self.left is None:
+            return super().read(-1 if size is None else size) or b""
         if size is None or size < 0:
             size = os.fstat(self.fileno()).st_size - self.tell()
         if size > self.left:
@@ -77,7 +110,7 @@ class _Directory(io.FileIO):
 
 def _check_zip(file: Path) -> None:
     size = file.stat().st_size
-    with _Directory(file) as stream, zipfile.ZipFile(stream) as archive:
+    with BoundedFile(file) as stream, zipfile.ZipFile(stream) as archive:
         members = archive.infolist()
         if packed := [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]:
             raise CheckpointError(f"{file}: {brief(packed[0])} in it is compressed, which torch.save never does")

@@ -39,6 +39,8 @@ class Inspection:
     counted."""
 
     file: str
+    kind: str  # of checkpoint
+    variant: str  # what distinguishes the model from others of its sizes
     config: Mapping[str, Any]
     layers_told: bool
     parameters: int
@@ -58,7 +60,9 @@ class Inspection:
             ", ".join(f"{size_text(size)} in {dtype}" for dtype, size in sizes.items())
             for sizes in (self.weights_served, self.weights_saved)
         )
-        facts = {"file": self.file} | {name: f"{value}" for name, value in self.config.items()}
+        facts = {"file": self.file, "kind": self.kind, "variant": self.variant} | {
+            name: f"{value}" for name, value in self.config.items()
+        }
         if not self.layers_told:
             facts["n_layer"] += " (not in the file: upstream's; --layers sets it)"
         facts |= {
@@ -109,6 +113,8 @@ def inspect(path: Path, given: Given = NOTHING, memory: int | None = None) -> In
     sizes = memories(memory)
     return Inspection(
         file=str(checkpoint.file),
+        kind=checkpoint.kind,
+        variant=checkpoint.variant(),
         config=config.to_dict(),
         layers_told=checkpoint.layers_known,
         parameters=parameters,

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from bdh_batch.checkpoint.checkpoint import open_checkpoint
+from bdh_batch.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from bdh_batch.checkpoint.convert import BESIDE, TOKENIZER
 from bdh_batch.checkpoint.files import CONFIG, WEIGHTS, weight_map
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.registry.download import Downloads
 from bdh_batch.registry.files import CHUNK, Allowance, Staged, copy, explained
-from bdh_batch.registry.manifest import FileRecord, Manifest, check_id, is_file_name
+from bdh_batch.registry.manifest import FileRecord, Format, Manifest, check_id, is_file_name
 from bdh_batch.registry.origins import Origin, open_origin
 from bdh_batch.registry.store import Store, already_there
 from bdh_batch.system.documents import brief, listed, read_json, shown
@@ -70,8 +70,9 @@ def add(store: Store, source: str, model_id: str, options: AddOptions) -> Manife
             origin = open_origin(source, downloads)
             collector = FileCollector(origin, store, folder / "files", options)
             collector.collect()
-            config = _config(collector.files, origin, folder / "model")
-            return store.publish(_manifest(model_id, origin, collector.files, config), collector.files, options.replace)
+            checkpoint = _checkpoint(collector.files, origin, folder / "model")
+            manifest = _manifest(model_id, origin, collector.files, checkpoint)
+            return store.publish(manifest, collector.files, options.replace)
 
 
 class FileCollector:
@@ -164,21 +165,35 @@ class FileCollector:
             raise CheckpointError(f"{self._origin.source}: {brief(name)} cannot be the name of a model's file")
 
 
-def _manifest(model_id: str, origin: Origin, files: Mapping[str, Staged], config: dict[str, Any]) -> Manifest:
+def _manifest(model_id: str, origin: Origin, files: Mapping[str, Staged], checkpoint: Checkpoint) -> Manifest:
     return Manifest(
         id=model_id,
         source=origin.source,
         revision=origin.revision,
-        format="torch" if any(map(_is_pickle, files)) else "safetensors",
+        format=_format(files),
         entry=origin.entry,
         files=tuple(FileRecord(name=name, sha256=file.sha256, size=file.size) for name, file in sorted(files.items())),
-        config=config,
+        config=_config(checkpoint),
+        kind=checkpoint.kind,
+        variant=checkpoint.variant(),
         created=datetime.now(UTC).replace(microsecond=0),
     )
 
 
-def _config(files: Mapping[str, Staged], origin: Origin, model: Path) -> dict[str, Any]:
-    """Returns the model's config, by upstream's names, after the loader has checked the files.
+def _format(files: Collection[str]) -> Format:
+    if any(map(_is_pickle, files)):
+        return "torch"
+    return "npz" if any(name.endswith(".npz") for name in files) else "safetensors"
+
+
+def _config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The model's config, by upstream's names."""
+    config = checkpoint.config.to_dict()
+    return config if checkpoint.layers_known else {name: value for name, value in config.items() if name != "n_layer"}
+
+
+def _checkpoint(files: Mapping[str, Staged], origin: Origin, model: Path) -> Checkpoint:
+    """Returns what the loader finds in the files, after it has checked them.
 
     Args:
         model: a folder to make, in which the loader finds the files.
@@ -191,11 +206,9 @@ def _config(files: Mapping[str, Staged], origin: Origin, model: Path) -> dict[st
         (model / name).symlink_to(file.path)
     try:
         _check_documents(model)
-        checkpoint = open_checkpoint(model / origin.entry if origin.entry else model)
+        return open_checkpoint(model / origin.entry if origin.entry else model)
     except CheckpointError as error:
         raise CheckpointError(f"{origin.source}: {str(error).replace(f'{model}/', '')}") from error
-    config = checkpoint.config.to_dict()
-    return config if checkpoint.layers_known else {name: value for name, value in config.items() if name != "n_layer"}
 
 
 def _check_documents(model: Path) -> None:
@@ -211,4 +224,4 @@ def _check_documents(model: Path) -> None:
 
 def _is_pickle(name: str) -> bool:
     """Returns whether the loader unpickles a file of this name."""
-    return not name.endswith((".safetensors", ".json", ".jinja"))
+    return not name.endswith((".safetensors", ".npz", ".json", ".jinja"))

@@ -118,6 +118,7 @@ def _show(options: argparse.Namespace) -> int:
         "source": shown(manifest.source),
         **({"revision": shown(manifest.revision)} if manifest.revision else {}),
         "format": manifest.format,
+        **({"kind": f"{manifest.kind}: {manifest.variant}"} if manifest.kind else {}),
         "added": f"{manifest.created:%Y-%m-%d %H:%M:%S %Z}",
         "config": ", ".join(f"{shown(name)} {shown(value)}" for name, value in manifest.config.items()),
         "folder": str(store.snapshot(manifest)),

@@ -16,7 +16,7 @@ import httpx
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.registry.download import Download
 from bdh_batch.registry.manifest import is_file_name
-from bdh_batch.system.documents import brief
+from bdh_batch.system.documents import TOKENIZER_FOLDER, brief
 
 SECONDS = 30.0  # within which the Hub has to respond
 REPOSITORY = re.compile(r"hf:(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?", re.ASCII)
@@ -25,7 +25,7 @@ DEFAULT_REVISION = "main"
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """The top-level files of one commit of a repository.
+    """The top-level files of one commit of a repository, and those of its folder `tokenizer`.
 
     The values of `files` are their SHA-256 where the Hub reports it, as it does for large files.
     """
@@ -33,6 +33,7 @@ class Repository:
     name: str
     commit: str
     files: Mapping[str, str | None]
+    top: frozenset[str]
     endpoint: str | None
     headers: Mapping[str, str]
 
@@ -40,7 +41,8 @@ class Repository:
         """Returns the download of a file, with its checksum where the caller or the Hub knows it."""
         from huggingface_hub import hf_hub_url
 
-        url = hf_hub_url(self.name, file, revision=self.commit, endpoint=self.endpoint)
+        path = file if file in self.top else f"{TOKENIZER_FOLDER}/{file}"
+        url = hf_hub_url(self.name, path, revision=self.commit, endpoint=self.endpoint)
         return Download(httpx.URL(url), file, self.headers, sha256 or self.files[file])
 
 
@@ -64,10 +66,13 @@ def open_repository(source: str) -> Repository:
         token = None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
     except Exception as error:  # the library's, its HTTP client's, and those of a Hub that speaks another protocol
         raise CheckpointError(f"{source}: {_reason(error)}") from error
+    top = {name: sha256 for name, sha256 in files.items() if is_file_name(name)}
+    nested = {name.removeprefix(f"{TOKENIZER_FOLDER}/"): sha256 for name, sha256 in files.items()}
     return Repository(
         match["name"],
         info.sha or match["revision"] or DEFAULT_REVISION,
-        {name: sha256 for name, sha256 in files.items() if is_file_name(name)},
+        {name: sha256 for name, sha256 in nested.items() if is_file_name(name)} | top,
+        frozenset(top),
         endpoint,
         {"authorization": f"Bearer {token}"} if token else {},
     )

@@ -18,7 +18,7 @@ VERSION: Literal[1] = 1
 MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 FILE_NAME = r"^\w[\w.-]*$"  # no path can be made of it
 LONGEST_FILE_NAME = 200  # characters
-Format = Literal["safetensors", "torch"]
+Format = Literal["safetensors", "torch", "npz"]
 
 
 class FileRecord(BaseModel):
@@ -47,6 +47,8 @@ class Manifest(BaseModel):
     entry: str | None = None
     files: tuple[FileRecord, ...] = Field(min_length=1)
     config: dict[str, Any]  # upstream's names; n_layer is absent where the files do not say it
+    kind: str | None = None  # of checkpoint, and in words what distinguishes the model from upstream's
+    variant: str | None = None
     created: datetime
 
     @model_validator(mode="after")

@@ -15,16 +15,16 @@ from urllib.parse import unquote
 import httpx
 
 from bdh_batch.checkpoint.convert import inside
-from bdh_batch.checkpoint.files import HUGGING_FACE_NAMES, TORCH_SUFFIXES, weights_among
+from bdh_batch.checkpoint.files import FILE_SUFFIXES, HUGGING_FACE_NAMES, weights_among
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.registry.download import SCHEMES, Download, Downloads, plain
 from bdh_batch.registry.files import Allowance, Staged, copy
 from bdh_batch.registry.hub import open_repository
-from bdh_batch.system.documents import brief, shown
+from bdh_batch.system.documents import brief, of_tokenizer, shown
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 KNOWN = (*SCHEMES, "file", "hf")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", *TORCH_SUFFIXES)
+WEIGHT_SUFFIXES = (".safetensors", ".bin", *FILE_SUFFIXES)
 ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".gguf", ".onnx")
 
 
@@ -108,7 +108,7 @@ class LocalOrigin:
         return (weights_among(names, shown(self._folder)),)
 
     def fetch(self, name: str, sha256: str | None, folder: Path, allowance: Allowance) -> Staged | None:
-        if not os.path.lexists(self._folder / name):
+        if not os.path.lexists(of_tokenizer(self._folder, name)):
             return None
         found = copy(inside(self._folder, name), folder / name, allowance)
         if sha256 is not None and found.sha256 != sha256:
@@ -163,7 +163,7 @@ class HubOrigin:
         self.revision: str | None = self._repository.commit
 
     def candidates(self) -> Collection[str]:
-        return (weights_among(self._repository.files.keys(), self.source),)
+        return (weights_among(self._repository.top, self.source),)
 
     def fetch(self, name: str, sha256: str | None, folder: Path, allowance: Allowance) -> Staged | None:
         if name not in self._repository.files:

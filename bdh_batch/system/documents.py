@@ -16,6 +16,7 @@ from bdh_batch.errors import CheckpointError
 
 LARGEST_JSON = 16 * 2**20  # bytes; tokenizer_config.json of a large vocabulary takes one or two MiB
 LARGEST_TEXT = 2**20  # bytes of a chat template, or of settings
+TOKENIZER_FOLDER = "tokenizer"  # in a model folder
 DEEPEST = 64  # lists and objects inside one another
 LONGEST_NUMBER = 400  # characters: float64's largest has 309 digits
 MOST_LISTED = 50  # problems named in one message
@@ -47,6 +48,12 @@ def read_json_beside(file: Path) -> dict[str, Any]:
     except OSError as error:
         raise unreadable(file, error) from error
     return read_json(file) if there else {}
+
+
+def of_tokenizer(folder: Path, name: str) -> Path:
+    """Returns where a model folder has a file of its tokenizer: beside the weights, or in a folder of its own."""
+    nested = folder / TOKENIZER_FOLDER / name
+    return nested if nested.is_file() and not (folder / name).exists() else folder / name
 
 
 def unreadable(file: Path, error: OSError | Malformed) -> CheckpointError:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bdh_batch.errors import CheckpointError, ConfigError
-from bdh_batch.system.documents import Malformed, brief, read_json_beside, read_text, unreadable
+from bdh_batch.system.documents import Malformed, brief, of_tokenizer, read_json_beside, read_text, unreadable
 from bdh_batch.text.chat import TemplateSource
 from bdh_batch.text.hugging_face import HuggingFaceTokenizer, load_hugging_face
 from bdh_batch.text.tokenizer import BYTES, ByteTokenizer, TokenIdsOnly, Tokenizer
@@ -89,9 +89,9 @@ def load_text(folder: Path, template: Path | None = None, parse_special: bool = 
         CheckpointError: a file that cannot be used.
         ConfigError: `template` cannot be read.
     """
-    config = read_json_beside(folder / TOKENIZER_CONFIG)
+    config = read_json_beside(of_tokenizer(folder, TOKENIZER_CONFIG))
     tokenizer, origin = _tokenizer(folder, config)
-    names = _names(config, read_json_beside(folder / SPECIAL_TOKENS))
+    names = _names(config, read_json_beside(of_tokenizer(folder, SPECIAL_TOKENS)))
     eos = frozenset(_eos(folder, names, tokenizer))
     guarded = () if parse_special or tokenizer is None else tokenizer.special
     chat = _template(folder, config, template, guarded, names)
@@ -106,7 +106,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Tokenizer:
     Raises:
         CheckpointError: it cannot be used, or does not go with the model.
     """
-    return _fitting(*_tokenizer(folder, read_json_beside(folder / TOKENIZER_CONFIG)), vocab_size)
+    return _fitting(*_tokenizer(folder, read_json_beside(of_tokenizer(folder, TOKENIZER_CONFIG))), vocab_size)
 
 
 def _fitting(tokenizer: Tokenizer | None, origin: Path, vocab_size: int) -> Tokenizer:
@@ -122,9 +122,9 @@ def _fitting(tokenizer: Tokenizer | None, origin: Path, vocab_size: int) -> Toke
 
 
 def _tokenizer(folder: Path, config: Values) -> tuple[Tokenizer | None, Path]:
-    if (file := folder / TOKENIZER).is_file():
+    if (file := of_tokenizer(folder, TOKENIZER)).is_file():
         return load_hugging_face(file), file
-    file = folder / TOKENIZER_CONFIG
+    file = of_tokenizer(folder, TOKENIZER_CONFIG)
     if "type" not in config:
         return None, file
     if config["type"] != "byte":
@@ -168,12 +168,12 @@ def _template(
             return TemplateSource(read_text(option), f"chat.template: {option}", special, names)
         except (OSError, Malformed) as error:
             raise ConfigError(f"chat.template: {option} cannot be read ({error})") from error
-    if (file := folder / CHAT_TEMPLATE).is_file():
+    if (file := of_tokenizer(folder, CHAT_TEMPLATE)).is_file():
         try:
             return TemplateSource(read_text(file), str(file), special, names)
         except (OSError, Malformed) as error:
             raise unreadable(file, error) from error
-    file, found = folder / TOKENIZER_CONFIG, config.get("chat_template")
+    file, found = of_tokenizer(folder, TOKENIZER_CONFIG), config.get("chat_template")
     if found is None:
         return TemplateSource(special=special, names=names)
     return TemplateSource(_source(found, file), f"{file}: chat_template", special, names)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,7 +24,6 @@ CPU = torch.device("cpu")
 State = dict[str, Tensor]
 Writer = Callable[[Path, BDHConfig, State], Path]  # folder, config, upstream's state dict; the path to load
 UNLAYERED = ("embed.weight", "lm_head", "attn.freqs")
-PAPER = {"embed.weight": "wte.weight", "encoder": "decoder_x", "encoder_v": "decoder_y", "decoder": "encoder"}
 
 
 def random_state(config: BDHConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> State:
@@ -111,10 +112,40 @@ def modules_by_layer(folder: Path, config: BDHConfig, state: State) -> Path:
     return save(folder, layered | {key: with_freqs(config, state)[key] for key in UNLAYERED})
 
 
-def paper(folder: Path, config: BDHConfig, state: State) -> Path:
-    letters = {"D": config.n_embd, "H": config.n_head, "L": config.n_layer, "N": config.neurons}
-    renamed = {PAPER.get(key, "readout"): tensor for key, tensor in state.items()}
-    return save(folder, {"model": renamed, "config": letters | {"vocab_size": config.vocab_size, "dropout": 0.05}})
+def model_state(folder: Path, config: BDHConfig, state: State) -> Path:
+    """A model that holds the BDH as its core; frequencies are the model's own."""
+    wrapped = {f"core.{key}": tensor for key, tensor in state.items()}
+    freqs = rope_frequencies(config.neurons_per_head)
+    return save(folder, {"model_state": wrapped | {"freqs": freqs}, "config": upstream_config(config)})
+
+
+@dataclass
+class TrainerConfig:
+    n_layer: int
+    n_embd: int
+    n_head: int
+    mlp_internal_dim_multiplier: int
+    vocab_size: int
+    dropout: float = 0.1
+
+
+def pickled_config(folder: Path, config: BDHConfig, state: State) -> Path:
+    """The config as an object, which a server that does not have its class can only read the fields of."""
+    return save(folder, {"model": with_freqs(config, state), "config": TrainerConfig(**upstream_config(config))})
+
+
+def mlx(folder: Path, config: BDHConfig, state: State) -> Path:
+    """Arrays of one list, bfloat16 as MLX writes it."""
+    names = {"embed.weight": "embed_weight", "attn.freqs": "attn_freqs"}
+    arrays: dict[str, Any] = {
+        names.get(key, key): tensor.view(torch.int16).numpy().view("V2")
+        if tensor.dtype == torch.bfloat16
+        else tensor.numpy()
+        for key, tensor in with_freqs(config, state).items()
+    }
+    np.savez(folder / "model.npz", step=np.array(700), loss=np.array(1.25), **arrays)
+    (folder / "config.json").write_text(json.dumps(upstream_config(config)))
+    return folder / "model.npz"
 
 
 def hugging_face(config: BDHConfig, state: State, **more: Any) -> tuple[dict[str, Any], State]:
@@ -164,4 +195,5 @@ def hf_pickle_shards(folder: Path, config: BDHConfig, state: State) -> Path:
 ALL: tuple[Writer, ...] = (
     *(native, bare, legacy, trainer, lightning, distributed, attention_by_layer, shared_by_layer, modules_by_layer),
     *(hf_folder, hf_pickle, hf_shards, hf_pickle_shards),
+    *(model_state, pickled_config, mlx),
 )

@@ -36,7 +36,9 @@ def test_a_native_folder_is_written(source: Path, tmp_path: Path) -> None:
     target = tmp_path / "deep" / "target"
     files = content(target)
     assert files.keys() == {"config.json", "model.safetensors", "generation_config.json", "tokenizer_config.json"}
-    assert json.loads(files["config.json"]) == CONFIG.described() | {"trained_context": 128}
+    assert json.loads(files["config.json"]) == CONFIG.to_dict() | {
+        **{"trained_context": 128, "norm": "every_layer", "rope_layout": "interleaved", "rope_theta": 65536.0}
+    }
     assert json.loads(files["tokenizer_config.json"]) == {"type": "byte"}
     assert json.loads(files["generation_config.json"]) == {}
     assert len({path.stat().st_mode for path in target.iterdir()}) == 1  # whoever may read one may read all

@@ -198,8 +198,8 @@ class TestGiven:
             (Given(layers=4), "n_layer: its config says 3, model.layers says 4"),
             (Given(norm="final"), "norm: its config says 'every_layer', model.norm says 'final'"),
             (Given(rope_layout="half"), "rope_layout: its config says 'interleaved', model.rope_layout says 'half'"),
-            (Given(rope_theta=1e4), "attn.freqs is not of rope_theta 10000"),
-            (Given(rotary_dim=2), "attn.freqs should be 0 from neuron 2 on"),
+            (Given(rope_theta=1e4), "rope_theta: its config says 65536.0, model.rope_theta says 10000.0"),
+            (Given(rotary_dim=2), "attn.freqs should be 0 from neuron 2 on (rotary_dim)"),
         ],
     )
     def test_it_may_not_contradict_the_file(self, tmp_path: Path, given: Given, message: str) -> None:
@@ -207,6 +207,19 @@ class TestGiven:
         with pytest.raises(CheckpointError, match=re.escape(message)):
             open_checkpoint(tmp_path, given)
         assert open_checkpoint(tmp_path, Given(3, "every_layer", "interleaved", 2.0**16, 16)).config.n_layer == 3
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            (Given(rotary_dim=7), "rotary_dim must be an even number of at most 16, the neurons of a head, not 7"),
+            (Given(rope_theta=1e31), "rope_theta must be a number from 1 to 1e+30, not 1e+31"),
+        ],
+    )
+    def test_what_cannot_be_names_the_option(self, tmp_path: Path, given: Given, message: str) -> None:
+        path = formats.save(tmp_path, random_state(CONFIG))
+        (option,) = (option for option, _ in given.fields().values())
+        with pytest.raises(CheckpointError, match=re.escape(f"{message} (with {option})")):
+            open_checkpoint(path, given)
 
 
 def test_the_half_layout_is_a_permutation_of_the_neurons(tmp_path: Path) -> None:
@@ -240,16 +253,6 @@ def test_frequencies_that_lost_their_phases_are_computed_anew(tmp_path: Path, dt
     state["attn.freqs"] = state["attn.freqs"] / 2
     with pytest.raises(CheckpointError, match=r"attn\.freqs.*save it in float32"):
         open_checkpoint(formats.save(tmp_path, state))
-
-
-def test_the_papers_names_are_refused_with_what_they_leave_open(tmp_path: Path) -> None:
-    """Public models of these names and of the same sizes are other functions than upstream's."""
-    path = formats.paper(tmp_path, CONFIG, with_freqs(CONFIG, random_state(CONFIG)))
-    with pytest.raises(
-        CheckpointError, match=r"decoder_x, decoder_y, readout, wte\.weight.*LayerNorm.*RoPE's base"
-    ) as error:
-        open_checkpoint(path)
-    assert "decoder_x is encoder" in error.value.message
 
 
 def test_without_frequencies_the_config_has_to_say_what_rope_is(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_a_state_dict_that_is_no_model_is_refused_by_its_keys(tmp_path: Path, ki
         ({"num_hidden_layers": 4}, "n_layer is said twice"),
         ({"dropout": "much"}, "dropout"),
         ({"tie_weights": 1}, "tie_weights"),
-        ({"N": 33}, "N should be a multiple"),
+        ({"N": 33}, "N in its config is 33 (of all heads), and its 2 heads have 16 neurons each, 32 together"),
         ({"strict_causal\n": False}, r"unknown fields 'strict_causal\n'"),
     ],
 )

@@ -83,6 +83,22 @@ class TestAdd:
         run("add", f"file://{model}", "--id", "mine")
         assert loads("mine")
 
+    def test_a_tokenizer_in_a_folder_of_its_own_comes_along(self, run: Run, store: Store, model: Path) -> None:
+        (model / "tokenizer").mkdir()
+        (model / "tokenizer" / "tokenizer_config.json").write_text('{"type": "byte"}')
+        run("add", model, "--id", "mine")
+        assert [file.name for file in store.read("mine").files] == [*FILES, "tokenizer_config.json"]
+        assert loads("mine")
+
+    def test_arrays_of_mlx(self, run: Run, store: Store, web: Web, tmp_path: Path) -> None:
+        """They are no pickle, so that they may come from elsewhere."""
+        file = formats.mlx(tmp_path, CONFIG, formats.random_state(CONFIG))
+        web.files[f"/m/{file.name}"] = file.read_bytes()
+        run("add", f"{web.url}/m/{file.name}", "--id", "mine")
+        manifest = store.read("mine")
+        assert (manifest.format, manifest.kind) == ("npz", "MLX trainer")
+        assert loads("mine")
+
     def test_a_folder_behind_a_url(self, run: Run, store: Store, web: Web, model: Path) -> None:
         (model / "chat_template.jinja").write_text("{{ messages }}")
         url = web.serve_folder(model)
@@ -394,8 +410,9 @@ class TestListAndShow:
             assert part in text
         manifest = json.loads(run("show", "mine", "--json"))
         assert manifest.keys() == {
-            *("version", "id", "source", "revision", "format", "entry", "files", "config", "created")
+            *("version", "id", "source", "revision", "format", "entry", "files", "config", "kind", "variant", "created")
         }
+        assert "kind        upstream: norm after every layer, RoPE of base 65,536, interleaved" in text
         assert {file["name"]: (file["sha256"], file["size"]) for file in manifest["files"]} == {
             name: (sha256(model / name), (model / name).stat().st_size) for name in FILES
         }

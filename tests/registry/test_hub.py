@@ -54,6 +54,12 @@ def test_a_repository(run: Run, hub: Web, store: Store) -> None:
     assert hub.of(f"/org/name/resolve/{COMMIT}/config.json")[0]["authorization"] == "Bearer hf_secret"
 
 
+def test_a_tokenizer_in_a_folder_of_its_own(run: Run, hub: Web, store: Store) -> None:
+    hub.repositories["org/name"]["tokenizer/tokenizer_config.json"] = b'{"type": "byte"}'
+    run("add", "hf:org/name", "--id", "mine")
+    assert [file.name for file in store.read("mine").files] == [*FILES, "tokenizer_config.json"]
+
+
 def test_a_download_that_is_cut_off_goes_on(run: Run, hub: Web, model: Path) -> None:
     path = f"/cdn/{sha256(model / 'model.safetensors')}"
     hub.cuts[path] = [10, 50_000, 100_000]
