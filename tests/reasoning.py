@@ -26,13 +26,13 @@ class Reasoning:
 
     def answer(self, prompt: Sequence[int], steps: int, tokens: int, update: bool = True) -> list[int]:
         """What the package generates greedily, after so many latent steps."""
-        return self.after([torch.tensor([[*prompt]]), steps], tokens, update)
+        return self.after([torch.tensor([[*prompt]]), steps], tokens, True, update)
 
-    def after(self, stages: Sequence[torch.Tensor | int], tokens: int, update: bool = True) -> list[int]:
-        """The same, after prompts and latent steps in turn."""
+    def after(self, stages: Sequence[torch.Tensor | int], tokens: int, *updates: bool) -> list[int]:
+        """The same, after prompts and latent steps in turn, each of which updates the state or only reads it."""
         with torch.no_grad():
             found: list[int] = self.oracle.generate(
-                *stages, num_tokens=tokens, temperature=0, update_latent_memory=update
+                *stages, num_tokens=tokens, temperature=0, update_memory_per_stage=[*updates]
             )
         return found
 
