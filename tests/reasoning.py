@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from bdh_cq import BDH, BDHReasoningWrapper
 
+from bdh_batch.checkpoint.checkpoint import save_model
 from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.kernels.base import Weights
 
@@ -73,3 +76,20 @@ def reasoning(seed: int = 5) -> Reasoning:
         latent_embed=oracle.latent_step_embed.detach().clone(),
     )
     return Reasoning(oracle, config, weights)
+
+
+def write_folder(folder: Path, generation: Mapping[str, Any]) -> Path:
+    """The model as `bdh-batch serve` reads it."""
+    model = reasoning()
+    weights = model.weights
+    assert weights.latent_embed is not None
+    tensors = {
+        "embed.weight": weights.embed,
+        "encoder": weights.encoder[0],
+        "encoder_v": weights.encoder_v[0],
+        "decoder": weights.decoder[0],
+        "lm_head": weights.lm_head,
+        "latent_step_embed": weights.latent_embed,
+    }
+    save_model(folder, model.config, tensors, generation)
+    return folder
