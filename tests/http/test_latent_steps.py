@@ -40,7 +40,7 @@ def folder(path: Path, **generation: Any) -> Path:
 def several(serve: ServeFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Two engines in processes of their own."""
     model = folder(tmp_path_factory.mktemp("model") / "thinker", latent_steps=2, reasoning_effort=EFFORTS)
-    options = ("engine.replicas=2", "engine.threads=1", "engine.kernels=torch", "engine.heartbeat_seconds=3")
+    options = ("engine.replicas=2", "engine.threads=1", "engine.heartbeat_seconds=3")
     with serve(*options, "prefix_cache.min_tokens=8", model=model, cutting=True) as server:
         yield server
 
@@ -49,7 +49,7 @@ def several(serve: ServeFactory, tmp_path_factory: pytest.TempPathFactory) -> It
 def bounded(serve: ServeFactory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Nothing is kept of what was computed."""
     model = folder(tmp_path_factory.mktemp("model") / "thinker")
-    options = ("engine.kernels=torch", "prefix_cache.enabled=false", "store.response_states=false")
+    options = ("prefix_cache.enabled=false", "store.response_states=false")
     bounds = ("model.min_latent_steps=1", "model.max_latent_steps=4", "model.max_model_len=100")
     with serve(*options, *bounds, model=model) as server:
         yield server

@@ -21,6 +21,7 @@ from bdh_batch.engine.state_io import StateIO
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.engine.worker import Worker
 from bdh_batch.errors import ContextLengthExceeded, InvalidRequest
+from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import (
     LATENT,
@@ -100,14 +101,16 @@ class Engine:
 
 
 @asynccontextmanager
-async def started(slots: int = 8, host_slots: int = 0, prefill: int = 24, **policy: Any) -> AsyncIterator[Engine]:
+async def started(
+    slots: int = 8, host_slots: int = 0, prefill: int = 24, kernels: type[Any] = CpuKernels, **policy: Any
+) -> AsyncIterator[Engine]:
     model = reasoning()
     pool = StatePool(model.config, slots, CPU, host_slots=host_slots, transfer_slots=4)
     chosen = Policy(
         **{"host_slots": host_slots, "transfer_slots": 4, "cache_prefixes": False, "min_shared": 8, **policy}
     )
     scheduler = Scheduler(slots, prefill, chosen)
-    runner = WatchedRunner(TorchKernels(model.weights), pool, model.weights.latent_embed)
+    runner = WatchedRunner(kernels(model.weights), pool, model.weights.latent_embed)
     runner.plans = []
     states = StateIO(pool, state_layout(pool, fingerprint(model.weights), 0))
     worker = Worker(scheduler, runner, FakeObserver(), 500, states=states)
@@ -127,19 +130,21 @@ def tokens_of(gained: Sequence[Delta]) -> list[int]:
     return [token for delta in gained for token in delta.tokens]
 
 
+@pytest.mark.parametrize("kernels", [TorchKernels, CpuKernels])
 @pytest.mark.parametrize("update", [True, False])
-async def test_answers_after_latent_steps_are_those_of_the_package(update: bool) -> None:
-    async with started() as engine:
+async def test_answers_after_latent_steps_are_those_of_the_package(update: bool, kernels: type[Any]) -> None:
+    async with started(kernels=kernels) as engine:
         expected = [engine.model.answer(PROMPT, steps, TOKENS, update) for steps in STEPS]
         assert len({*map(tuple, expected)}) == len(STEPS), "the steps make a difference"
         assert [await engine.answer(steps, update) for steps in STEPS] == expected
 
 
-async def test_among_31_other_requests_with_other_steps() -> None:
+@pytest.mark.parametrize("kernels", [TorchKernels, CpuKernels])
+async def test_among_31_other_requests_with_other_steps(kernels: type[Any]) -> None:
     prompts = [PROMPT[: 3 + index % 25] + bytes([65 + index]) for index in range(28)]
     plain = [(prompts[index], index % 7 * (index % 5), index % 2 == 0) for index in range(28)]
     requests = [*plain, *((PROMPT, steps, True) for steps in STEPS)]
-    async with started(slots=32) as engine:
+    async with started(slots=32, kernels=kernels) as engine:
         answers = await asyncio.gather(*(engine.answer(k, update, prompt) for prompt, k, update in requests))
         batches = [sum(s.tokens[0] < 0 for s in plan.segments) for plan in engine.runner.plans]
         widths = [len(plan.segments) for plan in engine.runner.plans]
