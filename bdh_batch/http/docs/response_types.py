@@ -38,9 +38,8 @@ class Usage(ResponseModel):
     completion_tokens: Count
     total_tokens: Count
     prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails = Field(
-        default_factory=lambda: CompletionTokensDetails(reasoning_tokens=0),
-        description="Absent where the model has no latent steps.",
+    completion_tokens_details: CompletionTokensDetails | None = Field(
+        default_factory=lambda: None, description="Absent where the model has no latent steps."
     )
     estimated: bool = Field(
         default_factory=bool,
