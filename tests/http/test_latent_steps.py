@@ -146,7 +146,7 @@ def test_a_state_holds_the_latent_steps_that_it_has_read(several: Server) -> Non
     said = first.json()["choices"][0]["token_ids"]
     state = several.http.post(STATES, json={"request": "thought-1"}).json()
     assert state["tokens"] == len(PROMPT) + 4 + TOKENS
-    stages = [torch.tensor([[*PROMPT.encode()]]), 4, torch.tensor([[*said, *b" then"]]), 2]
+    stages: list[torch.Tensor | int] = [torch.tensor([[*PROMPT.encode()]]), 4, torch.tensor([[*said, *b" then"]]), 2]
     expected = reasoning().after(stages, TOKENS, True, True, True, True)
 
     def goes_on(id: str) -> list[int]:

@@ -239,7 +239,7 @@ async def test_latent_steps_of_earlier_turns_are_part_of_the_prompt() -> None:
     """As a conversation is stored: what was asked, latent steps, what was said, and what is asked next."""
     model, more = reasoning(), b" and then? "
     said = model.answer(PROMPT, 4, TOKENS)
-    stages = [torch.tensor([[*PROMPT]]), 4, torch.tensor([[*said, *more]]), 2]
+    stages: list[torch.Tensor | int] = [torch.tensor([[*PROMPT]]), 4, torch.tensor([[*said, *more]]), 2]
     known = [*PROMPT, *[LATENT] * 4, *said, *more]
     async with started() as engine:
         assert await engine.answer(2, prompt=known) == model.after(stages, TOKENS, True, True, True, True)
