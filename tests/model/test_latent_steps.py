@@ -196,9 +196,8 @@ async def test_a_sweep_over_steps_computes_the_prompt_once() -> None:
     model = reasoning()
     assert one_by_one == [model.answer(PROMPT, steps, TOKENS) for steps in STEPS]
     assert together == [model.answer(PROMPT[::-1], steps, TOKENS) for steps in STEPS]
-    # The prompt but for its last token once, that token for 0 steps and for the others, and no latent step twice.
-    least = len(PROMPT) + len(STEPS) * (TOKENS - 1)
-    assert computed <= least + 1 + max(STEPS) + len(STEPS)
+    # But for its last token, which each computes itself before its own steps.
+    assert computed <= len(PROMPT) - 1 + sum(1 + steps + TOKENS - 1 for steps in STEPS)
 
 
 async def test_choices_share_their_latent_steps_and_differ_by_their_seeds() -> None:
