@@ -238,6 +238,12 @@ class Model(Section):
         131072,
         description="Most tokens of a prompt and its completion together; null is no limit (the state never grows).",
     )
+    min_latent_steps: NonNegativeInt = Field(
+        0, description="Least latent steps of a request, for a model that has them."
+    )
+    max_latent_steps: NonNegativeInt = Field(
+        64, description="Most latent steps of a request, for a model that has them; each takes as long as a token."
+    )
 
 
 class ModelEntry(Section):
@@ -263,6 +269,8 @@ class ModelEntry(Section):
     rope_theta: float | None = Field(None, gt=1, allow_inf_nan=False, description="As model.rope_theta.")
     rotary_dim: NonNegativeInt | None = Field(None, description="As model.rotary_dim.")
     max_model_len: PositiveInt | None = Field(None, description="As model.max_model_len.")
+    min_latent_steps: NonNegativeInt = Field(0, description="As model.min_latent_steps.")
+    max_latent_steps: NonNegativeInt = Field(64, description="As model.max_latent_steps.")
     state_dtype: Literal["float32", "bfloat16"] = Field("float32", description="As engine.state_dtype.")
     state_memory: Bytes | None = Field(None, description="As engine.state_memory.")
     state_memory_share: float | None = Field(None, gt=0, le=0.95, description="As engine.state_memory_share.")

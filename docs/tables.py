@@ -65,7 +65,7 @@ OPENAI: dict[str, set[str]] = {
     "StreamOptions": set(chat_completion_stream_options_param.ChatCompletionStreamOptionsParam.__annotations__),
     "EmbeddingBody": set(embedding_create_params.EmbeddingCreateParams.__annotations__),
 }
-OURS = {"chunk_tokens", "state"}
+OURS = {"chunk_tokens", "latent_steps", "state", "update_latent_memory"}
 ENDPOINTS = {
     "CompletionBody": "completions",
     "ChatBody": "chat completions",
@@ -87,6 +87,7 @@ DEFAULTS: dict[str, str] = {
     "dimensions": "the model's width",
     "encoding_format": '`"float"`',
     "frequency_penalty": f"{DRAWN.frequency_penalty:g}",
+    "latent_steps": "the folder's, or 0",
     "ChatBody.logprobs": "`false`",
     "max_tokens": str(SERVED.max_tokens),
     "max_completion_tokens": "`max_tokens`",
@@ -104,6 +105,7 @@ DEFAULTS: dict[str, str] = {
     "top_k": str(SERVED.top_k),
     "top_logprobs": "0",
     "top_p": f"{SERVED.top_p:g}",
+    "update_latent_memory": "`true`",
 }
 SIZES = ("_bytes", "_memory")  # how the names of options end that are sizes
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))

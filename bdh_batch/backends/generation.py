@@ -89,9 +89,12 @@ class MailboxGeneration:
         return self._source.cached_tokens
 
     def usage(self, completion_tokens: int) -> Usage:
-        """A prompt counts once, however many choices it has, and as cached what its first choice was spared."""
-        cached = sum(self.cached_tokens[:: self._request.n])
-        return Usage(self._request.prompt_tokens, completion_tokens, cached)
+        """A prompt counts once, however many choices it has, and as cached what its first choice was spared. Latent
+        steps count with what each choice generated."""
+        request = self._request
+        of_prompts = zip(self.cached_tokens[:: request.n], request.prompts)
+        cached, thought = sum(min(each, len(of.tokens)) for each, of in of_prompts), request.reasoning_tokens
+        return Usage(request.prompt_tokens, completion_tokens + (thought or 0), cached, reasoning_tokens=thought)
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         while self._tally.open:

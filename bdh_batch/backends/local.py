@@ -91,6 +91,7 @@ class LocalBackend:
         stall_seconds: how long a step may take before the engine counts as hung.
         queue_timeout, timeout: seconds that a request may wait, and take in all; None is no limit.
         eos: tokens with which the model ends its text.
+        latent: whether it has latent steps.
     """
 
     def __init__(
@@ -103,10 +104,12 @@ class LocalBackend:
         queue_timeout: float | None = None,
         timeout: float | None = None,
         eos: frozenset[int] = frozenset(),
+        latent: bool = False,
     ) -> None:
         self._engine = engine
         self._tokenization = Tokenization(tokenizer, vocab_size)
         self._eos = eos
+        self._has_latent_steps = latent
         self._max_model_len = max_model_len
         self._stall_seconds = stall_seconds
         self._queue_timeout = queue_timeout
@@ -132,6 +135,7 @@ class LocalBackend:
         sequences: list[Sequence] = []
         for number, prompt in enumerate(request.prompts):
             first, room = self._processors(request, prompt, shared), self._max_tokens(request, prompt)
+            prompt = self._with_latent_steps(request, prompt)
             for index in range(number * request.n, (number + 1) * request.n):
                 await breathe(index)
                 if progress and progress[index].ended:
@@ -216,6 +220,21 @@ class LocalBackend:
             raise InvalidRequest("bad_words leaves no token that the completion could begin with.", "bad_words")
         return restriction
 
+    def _with_latent_steps(self, request: GenerationRequest, prompt: Prompt) -> Prompt:
+        """The prompt, and the request's latent steps after it. Where they begin, other numbers of steps do as well.
+
+        Raises:
+            InvalidRequest: it has latent steps, of an earlier turn, and the model has none.
+        """
+        if request.latent is not None and request.latent.count:
+            begin, steps = len(prompt.tokens), request.latent.tokens
+            latents = (*prompt.latents, *range(begin, begin + len(steps)))
+            prompt = Prompt([*prompt.tokens, *steps], prompt.param, (*prompt.breaks, begin), latents)
+        if prompt.latents and not (self._has_latent_steps and prompt.latents[0]):
+            text = f"{prompt.param}: There are latent steps in what it goes on from, which this model does not have."
+            raise InvalidRequest(text, prompt.param)
+        return prompt
+
     @staticmethod
     def _processors(request: GenerationRequest, prompt: Prompt, shared: Shared) -> LogitsProcessors | None:
         """Returns the logits processors that the choices for one prompt begin with; None where they change nothing."""
@@ -250,12 +269,14 @@ class LocalBackend:
             pool=sampling is None,
             constraint=constraint,
             processors=processors,
+            latent_steps=0 if request.latent is None else request.latent.count,
             id=origin.id,
         )
         return Sequence(
             id=origin.id,
             completion=completion,
             client=Client(outbox, index, request.n, origin.span),
+            latents=prompt.latents,
             prefix=Prefix(origin.cache_namespace, request.salt, prompt.breaks),
             tenant=origin.tenant,
             weight=origin.weight,
@@ -269,17 +290,17 @@ class LocalBackend:
         """Returns how many tokens the completion of a prompt may have."""
         if self._max_model_len is None:
             return request.max_tokens
-        prompt = len(of.tokens)
-        room = self._max_model_len - prompt
+        steps = 0 if request.latent is None else request.latent.count
+        before = f"{len(of.tokens)} prompt tokens" + (f", {steps} latent steps" if steps else "")
+        room = self._max_model_len - len(of.tokens) - steps
         if room < min(1, request.max_tokens):
             room_for = "leave no room for a completion within" if request.max_tokens else "exceed"
-            text = f"{prompt} prompt tokens {room_for} this server's {self._max_model_len}."
-            raise ContextLengthExceeded(text, of.param)
+            raise ContextLengthExceeded(f"{before} {room_for} this server's {self._max_model_len}.", of.param)
         if request.max_tokens_param is not None and request.max_tokens > room:
-            text = f"{prompt} prompt tokens and {request.max_tokens} to generate exceed {self._max_model_len}."
+            text = f"{before} and {request.max_tokens} to generate exceed {self._max_model_len}."
             raise ContextLengthExceeded(text, request.max_tokens_param)
         if request.min_tokens > room:
-            text = f"{prompt} prompt tokens and {request.min_tokens} to generate exceed {self._max_model_len}."
+            text = f"{before} and {request.min_tokens} to generate exceed {self._max_model_len}."
             raise ContextLengthExceeded(text, "min_tokens")
         return min(request.max_tokens, room)
 

@@ -30,7 +30,7 @@ from bdh_batch.messages import (
     TokenLogprob,
 )
 
-PROTOCOL = 4  # grows whenever a message changes
+PROTOCOL = 5  # grows whenever a message changes
 LENGTH = struct.Struct("<I")
 MOST_BYTES = 2**28  # of a frame; a request may have a prompt of many tokens, a delta the logprobs of one
 MOST_GREETING = 2**14  # bytes of the first frame, before the sender is authenticated
@@ -65,6 +65,7 @@ class Welcome(msgspec.Struct, tag=True):
     host_slots: int
     window: int
     layout: StateLayout | None = None
+    latent_steps: bool = False
 
 
 class Refusal(msgspec.Struct, tag=True):

@@ -53,6 +53,7 @@ class Completion:
         pool: whether the hidden vectors of the prompt are summed, and that is all.
         constraint: of its structured output; it has accepted the tokens generated so far.
         processors: its logits processors; they count the tokens generated so far.
+        latent_steps: with which the prompt ends; no token that a logprob could be of.
         id: the request's, for the log.
     """
 
@@ -67,6 +68,7 @@ class Completion:
     pool: bool = False
     constraint: Constraint | None = None
     processors: LogitsProcessors | None = None
+    latent_steps: int = 0
     id: str = ""
 
     _length: int = field(default=0, init=False)  # tokens generated
@@ -93,7 +95,7 @@ class Completion:
             sampling=self.sampling if draws else None,
             processors=self.processors,
             constraint=self.constraint,
-            targets=self.prompt[start + 1 : start + len(tokens) + 1] if wanted else (),
+            targets=self.prompt[start + 1 : min(start + len(tokens) + 1, self._scored)] if wanted else (),
             top=self.prompt_logprobs or 0,
             pool=self.pool,
         )
@@ -154,7 +156,12 @@ class Completion:
 
     @property
     def _has_prompt_logprobs(self) -> bool:
-        return len(self._prompt_logprobs) == len(self.prompt) - 1
+        return len(self._prompt_logprobs) == self._scored - 1
+
+    @property
+    def _scored(self) -> int:
+        """Tokens of the prompt, its latent steps left out."""
+        return len(self.prompt) - self.latent_steps
 
     def _grow(self, token: int, logprob: TokenLogprob | None) -> Delta:
         if self.constraint is not None and (end := self._constrain(self.constraint, token, logprob)) is not None:

@@ -100,7 +100,7 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
             "engine.state_dtype=bfloat16 halves what each takes",
             *(slots, budget / 2**30),
         )
-    runner = Runner(kernels, pool)
+    runner = Runner(kernels, pool, model.weights.latent_embed)
     log.info("warming up: kernels that are not in the cache are compiled now")
     runner.warm(settings.scheduler.prefill_tokens)
     if device.type == "cpu" and pool.states.nbytes >= HUGE:
@@ -156,7 +156,8 @@ def copy_limits(each: int, host_dtype: torch.dtype | None) -> CopyLimits:
 def state_layout(pool: StatePool, weights: str, window: int) -> StateLayout:
     """The layout of the states in `pool`, for a model of that fingerprint."""
     dtype: Literal["F32", "BF16"] = "F32" if pool.states.dtype == torch.float32 else "BF16"
-    return StateLayout(weights, dtype, tuple(pool.states.shape[1:]), window)
+    hidden = 0 if pool.vectors is None else pool.states.shape[-1]
+    return StateLayout(weights, dtype, tuple(pool.states.shape[1:]), window, hidden)
 
 
 def take_states(

@@ -12,6 +12,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from bdh_batch.engine.hidden_vectors import HiddenVectors, latent_segments
 from bdh_batch.engine.sampling.draw import sample
 from bdh_batch.engine.sampling.logits_processors import RowProcessors, process_logits
 from bdh_batch.engine.sampling.logprobs import ROWS, token_logprobs
@@ -19,6 +20,7 @@ from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.errors import OutOfMemory
 from bdh_batch.kernels.base import Kernels, RaggedBatch
 from bdh_batch.messages import (
+    LATENT,
     LogitBias,
     LogitsProcessors,
     Outcome,
@@ -39,12 +41,15 @@ class Runner:
 
     Args:
         kernels: compute with `pool.states`.
-        pool: the states [slots, layers, h, N, D], or [slots, layers, 2, h, N, D] with a window.
+        pool: the states [slots, layers, h, N, D], or [slots, layers, 2, h, N, D] with a window; and hidden vectors,
+            where the model has latent steps.
+        latent_embed: [D] float32, added to a hidden vector that enters as a latent step.
     """
 
-    def __init__(self, kernels: Kernels, pool: StatePool) -> None:
+    def __init__(self, kernels: Kernels, pool: StatePool, latent_embed: Tensor | None = None) -> None:
         self._kernels = kernels
         self._pool = pool
+        self._latent_embed = latent_embed
         self._layers = pool.states.shape[1]
         self._steps = 0
         self._device = pool.states.device
@@ -146,6 +151,9 @@ class Runner:
             if segment.start == 0:
                 self._pool.clear(segment.slot)
         tokens = [token for segment in segments for token in segment.tokens]
+        vectors, frozen = None, list[bool]()
+        if self._pool.vectors is not None:
+            vectors, frozen = self._entering(self._pool.vectors, segments, tokens)
         positions = [p for segment in segments for p in range(segment.start, segment.start + len(segment.tokens))]
         batch = RaggedBatch(
             tokens=torch.tensor(tokens, device=self._device),
@@ -153,8 +161,26 @@ class Runner:
             bounds=[0, *accumulate(len(segment.tokens) for segment in segments)],
             slots=[segment.slot for segment in segments],
             draws=[segment.sampling is not None for segment in segments],
+            vectors=vectors,
+            frozen=frozen,
         )
-        return self._kernels.forward(self._pool.states, batch, active)
+        hidden = self._kernels.forward(self._pool.states, batch, active)
+        if self._pool.vectors is not None:
+            self._pool.vectors.keep(segments, hidden)
+        return hidden
+
+    def _entering(
+        self, kept: HiddenVectors, segments: Sequence[Segment], tokens: list[int]
+    ) -> tuple[Tensor | None, list[bool]]:
+        """The vectors of the latent steps, [K, D] or None, by whose rows `tokens` then name them; and `frozen`."""
+        latent, frozen = latent_segments(segments)
+        if not latent:
+            return None, []
+        begins = [*accumulate((len(segment.tokens) for segment in segments), initial=0)]
+        for row, at in enumerate(latent):
+            tokens[begins[at]] = -1 - row
+        vectors = kept.entering([segments[at].slot for at in latent])
+        return vectors if self._latent_embed is None else vectors + self._latent_embed, frozen
 
     def logits(self, segments: Sequence[Segment]) -> Tensor:
         """Returns the logits [T, V] float32 of the token after each token of the segments, in their order."""
@@ -166,8 +192,10 @@ class Runner:
         self._kernels.warm(self._pool.states)
         sampling = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias=LogitBias.of({0: 1.0}))
         processors = LogitsProcessors.of(sampling, [0], distinct([0]), early=1)
-        for start, length in ((0, chunk), (chunk, 1)):
-            self.run(Plan([Segment(0, start, [0] * length, sampling, processors)]))
+        self.run(Plan([Segment(0, 0, [0] * chunk, sampling, processors)]))
+        self.run(Plan([Segment(0, chunk, [0], sampling, processors)]))
+        if self._pool.vectors is not None:
+            self.run(Plan([Segment(0, chunk + 1, [LATENT], sampling, processors)]))
 
 
 def choose(

@@ -1,7 +1,8 @@
 """The files that states are kept in: safetensors, written whole or not at all, and checked when they are read.
 
-A file holds one tensor, `state`, and says in its metadata which model's it is, and after which tokens. It is read to
-and written from memory that the caller has; pieces pass through the caches once, for all that is done with them.
+A file holds one tensor, `state`, and says in its metadata which model's it is, and after which tokens. Where the model
+has latent steps, a second one, `hidden`, is the final hidden vector of the last token. They are read to and written
+from memory that the caller has; pieces pass through the caches once, for all that is done with them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -21,7 +22,7 @@ from xxhash import xxh3_128  # finds damage as a cryptographic hash does, and so
 from bdh_batch.messages import StateLayout
 from bdh_batch.system.durable import sync_folder
 
-TENSOR = "state"
+TENSOR, HIDDEN = "state", "hidden"
 METADATA = "__metadata__"
 FORMAT = "1"
 LARGEST_HEADER = 2**20  # bytes; who keeps a file may add to its metadata
@@ -29,20 +30,23 @@ PIECE = 2**20  # bytes that are read or written at a time, a whole number of num
 LENGTH = 8  # bytes of the header's length, before it
 UNKNOWN_HASH = "0" * 32  # stands where the tensor's will, once it is known
 EXPONENT = np.uint16(0x7F80)  # of a bfloat16, which numpy does not know: where all its bits are set, it is not finite
+NOTHING = memoryview(b"")  # instead of a hidden vector
 
 Header = Mapping[str, Any]
+Dtype = Literal["F32", "BF16"]
 
 
 class BadState(Exception):
     """A file holds no state that can be used here. Raised while it is read; `str` is the reason, for the client."""
 
 
-def read_state(path: Path, layout: StateLayout, tokens: bytes, into: memoryview) -> None:
+def read_state(path: Path, layout: StateLayout, tokens: bytes, into: memoryview, hidden: memoryview = NOTHING) -> None:
     """Reads the state after some tokens.
 
     Args:
         tokens: all that have entered it, as 32-bit integers.
         into: as many bytes as a state of the layout; what it holds after an error is no state.
+        hidden: as many as its hidden vector.
 
     Raises:
         BadState: it is damaged, is not of this layout, or is the state after other tokens.
@@ -53,21 +57,23 @@ def read_state(path: Path, layout: StateLayout, tokens: bytes, into: memoryview)
         metadata = _check(header, layout, os.fstat(file.fileno()).st_size - begin)
         _check_tokens(metadata, tokens)
         digest = xxh3_128()
-        for at in range(0, layout.size, PIECE):
-            piece = into[at : at + PIECE]
+        for piece, dtype in _pieces(layout, into, hidden):
             _fill(file, piece)
             digest.update(piece)
-            if not _finite(piece, layout.dtype):
+            if not _finite(piece, dtype):
                 raise BadState("it has numbers that are not finite.")
         if digest.hexdigest() != metadata.get("xxh3_128"):
             raise BadState("it is damaged: its checksum differs.")
 
 
-def write_state(path: Path, layout: StateLayout, tokens: bytes, state: memoryview) -> None:
+def write_state(
+    path: Path, layout: StateLayout, tokens: bytes, state: memoryview, hidden: memoryview = NOTHING
+) -> None:
     """Writes the state after some tokens. Under its final name there is the whole of it or, after an error, nothing.
 
     Args:
         tokens: all that have entered it, as 32-bit integers.
+        hidden: its hidden vector.
 
     Raises:
         OSError: it cannot be written.
@@ -78,9 +84,8 @@ def write_state(path: Path, layout: StateLayout, tokens: bytes, state: memoryvie
         with partial.open("xb", buffering=0) as file:
             _write(file, _header(layout, tokens, UNKNOWN_HASH))
             digest = xxh3_128()
-            for at in range(0, layout.size, PIECE):
-                piece = state[at : at + PIECE]
-                if not _finite(piece, layout.dtype):
+            for piece, dtype in _pieces(layout, state, hidden):
+                if not _finite(piece, dtype):
                     raise BadState("it has numbers that are not finite.")
                 digest.update(piece)
                 _write(file, piece)
@@ -104,10 +109,24 @@ def _header(layout: StateLayout, tokens: bytes, digest: str) -> bytes:
         "tokens_sha256": sha256(tokens).hexdigest(),
         "xxh3_128": digest,
     }
-    tensor = {"dtype": layout.dtype, "shape": list(layout.shape), "data_offsets": [0, layout.size]}
-    text = json.dumps({METADATA: metadata, TENSOR: tensor}, separators=(",", ":")).encode()
+    text = json.dumps({METADATA: metadata, **_tensors(layout)}, separators=(",", ":")).encode()
     text += b" " * (-(len(text) + LENGTH) % 64)  # so that the tensor is aligned in the file
     return len(text).to_bytes(LENGTH, "little") + text
+
+
+def _tensors(layout: StateLayout) -> dict[str, Any]:
+    size, vector = layout.size, 4 * layout.hidden
+    state = {"dtype": layout.dtype, "shape": list(layout.shape), "data_offsets": [0, size]}
+    hidden = {"dtype": "F32", "shape": [layout.hidden], "data_offsets": [size, size + vector]}
+    return {TENSOR: state} | ({HIDDEN: hidden} if layout.hidden else {})
+
+
+def _pieces(layout: StateLayout, state: memoryview, hidden: memoryview) -> Iterator[tuple[memoryview, Dtype]]:
+    """The pieces of a state and of its hidden vector, as a file has them, each with its dtype."""
+    for at in range(0, layout.size, PIECE):
+        yield state[at : at + PIECE], layout.dtype
+    if layout.hidden:
+        yield hidden, "F32"
 
 
 def _read_header(file: BinaryIO) -> tuple[Header, int]:
@@ -131,13 +150,14 @@ def _read_header(file: BinaryIO) -> tuple[Header, int]:
 def _check(header: Header, layout: StateLayout, size: int) -> Mapping[str, Any]:
     """Checks all but the tokens and the tensor itself; `size` is what follows the header. Returns the metadata."""
     metadata: Mapping[str, Any] = header[METADATA]
-    tensor = header.get(TENSOR)
-    if header.keys() != {METADATA, TENSOR} or not isinstance(tensor, dict) or metadata.get("format") != FORMAT:
+    expected, tensor = _tensors(layout), header.get(TENSOR)
+    if header.keys() != {METADATA, *expected} or not isinstance(tensor, dict) or metadata.get("format") != FORMAT:
         raise BadState("its header is not that of a safetensors file with a state.")
     if (problem := layout.problem(metadata, tensor)) is not None:
         raise BadState(problem)
-    if tensor.get("data_offsets") != [0, layout.size] or size != layout.size:
-        raise BadState(f"it is cut off or has too much: its tensor should have {layout.size:,} bytes.")
+    whole = layout.size + 4 * layout.hidden
+    if any(header[name] != each for name, each in expected.items()) or size != whole:
+        raise BadState(f"it is cut off or has too much: it should have {whole:,} bytes of {' and '.join(expected)}.")
     return metadata
 
 
@@ -146,7 +166,7 @@ def _check_tokens(metadata: Mapping[str, Any], tokens: bytes) -> None:
         raise BadState("the prompt does not begin with the tokens that it is the state after.")
 
 
-def _finite(piece: memoryview, dtype: Literal["F32", "BF16"]) -> bool:
+def _finite(piece: memoryview, dtype: Dtype) -> bool:
     if dtype == "F32":
         return bool(np.isfinite(np.frombuffer(piece, np.float32)).all())
     return not np.any((np.frombuffer(piece, np.uint16) & EXPONENT) == EXPONENT)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from bdh_batch.engine.state_files import BadState, read_state, write_state
+from bdh_batch.engine.state_files import NOTHING, BadState, read_state, write_state
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.engine.state_traffic import Done
 from bdh_batch.messages import StateLayout
@@ -46,11 +46,16 @@ class StateIO:
     def write(self, save: Save, done: Done) -> None:
         self._threads.submit(self._write, save, self._pool.copies_made(), done)
 
+    def _memory(self, slot: int) -> tuple[memoryview, memoryview]:
+        """The bytes of a state, and those of its hidden vector."""
+        vectors = self._pool.vectors
+        return self._pool.memory(slot), NOTHING if vectors is None else vectors.memory(slot)
+
     def _read(self, load: Load, copies_made: Callable[[], object], done: Done) -> None:
         error: str | None = "it could not be read."
         try:
             copies_made()
-            read_state(Path(load.state.path), self.layout, load.tokens, self._pool.memory(load.slot))
+            read_state(Path(load.state.path), self.layout, load.tokens, *self._memory(load.slot))
             error = None
         except BadState as bad:
             error = str(bad)
@@ -65,7 +70,7 @@ class StateIO:
         error: str | None = "The state could not be written."
         try:
             copies_made()
-            write_state(Path(save.state.path), self.layout, save.tokens, self._pool.memory(save.slot))
+            write_state(Path(save.state.path), self.layout, save.tokens, *self._memory(save.slot))
             error = None
         except BadState as bad:
             error = f"The state cannot be saved: {bad}"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.engine import pages
+from bdh_batch.engine.hidden_vectors import HiddenVectors
 from bdh_batch.engine.narrow_states import NarrowStates, Reserve
 from bdh_batch.engine.pages import PagesAhead
 from bdh_batch.errors import NotEnoughMemory
@@ -40,7 +41,8 @@ class StatePool:
     Slot s is one contiguous block, so copying it copies a whole context. Slots from `slots` on are `host_slots` more of
     the same shape in the host's memory, to which and from which states can only be copied. So are `transfer_slots`
     after those, whose memory other threads read and write: it is on its way from or to a file. With a `host_dtype` the
-    states in the host's memory are narrower than the others, and rounded when they are copied there.
+    states in the host's memory are narrower than the others, and rounded when they are copied there. `vectors` are the
+    hidden vectors of all slots, None where the model has no latent steps.
     """
 
     def __init__(
@@ -70,6 +72,9 @@ class StatePool:
         self._host = reserve((0 if narrow else host_slots, *shape[1:]), dtype)
         self._narrow = NarrowStates((host_slots if narrow else 0, *shape[1:]), host_dtype or dtype, reserve)
         self._transfer = reserve((transfer_slots, *shape[1:]), dtype)
+        self.vectors: HiddenVectors | None = None
+        if config.latent_steps:
+            self.vectors = HiddenVectors(slots + host_slots, transfer_slots, config.n_embd, device)
 
     def warm(self) -> None:
         """Has the system give the first states their memory, so that no request waits for it."""
@@ -108,6 +113,8 @@ class StatePool:
         """The state in slot `target` becomes that in slot `source`, or parts of it do (see `messages.Copy`); ordered
         with whatever the device computes."""
         self._about_to_write(target)
+        if self.vectors is not None and end == parts:
+            self.vectors.copy(source, target)
         count = math.prod(self.states.shape[1:-1])
         rows = slice(count * begin // parts, count * end // parts)
         into, come = target - len(self.states), source - len(self.states)

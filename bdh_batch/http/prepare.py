@@ -67,8 +67,12 @@ class Preparation:
         await self.aside.run(self.size, body.check, model.defaults)
         if isinstance(model.backend, TextBackend):
             return await self._passed_on(model.backend, origin, body)
-        if body.state is not None:
-            return await self._going_on(body, body.state, tokens)
+        latent = body.latent(model.defaults)
+        made = self._anew(body, tokens) if body.state is None else self._going_on(body, body.state, tokens)
+        return replace(await made, latent=latent)
+
+    async def _anew(self, body: CompletionBody | ChatBody, tokens: Tokens | None) -> GenerationRequest:
+        model, origin = self.model, self.client.origin()
         prompts = await self._prompts(body)
         grammar = await self._grammar(await self.aside.run(self.size, body.source))
         last = body.last_tokens(model.defaults, model.max_model_len)

@@ -185,7 +185,10 @@ class Serving:
 
     def _remember(self, client: Client, model: ServedModel, prepared: GenerationRequest, drawn: Sequence[int]) -> None:
         if not isinstance(model.backend, TextBackend):
-            known = Completion(model.name, prepared.salt, prepared.prompts[0].tokens, drawn)
+            tokens = prepared.prompts[0].tokens
+            if prepared.latent is not None and prepared.latent.count:
+                tokens = [*tokens, *prepared.latent.tokens]
+            known = Completion(model.name, prepared.salt, tokens, drawn)
             self.recent.add(client.caller.owner, client.id, known)
 
     async def _replayed_or_kept(

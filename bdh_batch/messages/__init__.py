@@ -1,6 +1,7 @@
 """The types that packages share: requests, sampling parameters, steps and their outcomes, deltas."""
 
 from bdh_batch.messages.extras import merged
+from bdh_batch.messages.latent import LATENT, LATENT_FROZEN, LatentOptions, LatentSteps, latent_positions
 from bdh_batch.messages.request import (
     Constraint,
     GenerationRequest,
@@ -18,6 +19,8 @@ from bdh_batch.messages.state import SavedState, StateLayout
 from bdh_batch.messages.step import Copy, Outcome, Plan, Segment
 
 __all__ = [
+    "LATENT",
+    "LATENT_FROZEN",
     "NO_TOKENS",
     "UNKNOWN_TOKEN",
     "Constraint",
@@ -28,6 +31,8 @@ __all__ = [
     "GenerationRequest",
     "Grammar",
     "GrammarText",
+    "LatentOptions",
+    "LatentSteps",
     "LogitBias",
     "LogitsProcessors",
     "Origin",
@@ -44,5 +49,6 @@ __all__ = [
     "Usage",
     "Written",
     "distinct",
+    "latent_positions",
     "merged",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from bdh_batch.messages.latent import LatentSteps
 from bdh_batch.messages.sampling import SamplingParams
 from bdh_batch.messages.state import SavedState
 
@@ -78,11 +79,12 @@ class GrammarText:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt as tokens that are known to be the model's."""
+    """A prompt as tokens that are known to be the model's, with the latent steps of earlier turns."""
 
     tokens: Sequence[int]
     param: str = "prompt"  # the field of the client's request that an error about it names
     breaks: tuple[int, ...] = ()  # positions, ascending, of prefixes that other prompts are likely to have
+    latents: tuple[int, ...] = ()  # positions, ascending, of latent steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,7 @@ class GenerationRequest:
     bad_words: tuple[str, ...] = ()  # texts whose token sequences are never generated
     allowed_token_ids: tuple[int, ...] | None = None  # the only tokens that may be generated; None is any
     show_special: bool = False  # whether the text shows special tokens
+    latent: LatentSteps | None = None  # between each prompt and its completions; None: the model has none
     prompt_logprobs: int | None = None  # likeliest tokens that logprobs of prompt tokens contain; None is no logprobs
     grammar: Grammar | None = None  # of its structured output
     salt: str = ""  # requests of different salts share no prefixes
@@ -159,8 +162,13 @@ class GenerationRequest:
 
     @property
     def most_tokens(self) -> int:
-        """Those of its prompts, and all that could be generated."""
-        return self.prompt_tokens + len(self.prompts) * self.n * self.max_tokens
+        """Those of its prompts, its latent steps, and all that could be generated."""
+        return self.prompt_tokens + (self.reasoning_tokens or 0) + len(self.prompts) * self.n * self.max_tokens
+
+    @property
+    def reasoning_tokens(self) -> int | None:
+        """The latent steps of all sequences; None: the model has none."""
+        return None if self.latent is None else len(self.prompts) * self.n * self.latent.count
 
 
 @dataclass(frozen=True, slots=True)

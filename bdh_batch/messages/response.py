@@ -116,6 +116,7 @@ class Usage:
     completion_tokens: int
     cached_tokens: int = 0  # of the prompt's, those that did not have to be computed
     estimated: bool = False  # whether an upstream did not say, and no tokenizer of its model is at hand
+    reasoning_tokens: int | None = None  # of the completions', those that were latent steps; None: the model has none
 
     @property
     def total_tokens(self) -> int:

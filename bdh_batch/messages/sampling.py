@@ -93,7 +93,8 @@ class LogitsProcessors:
         if not (sampling.penalises or sampling.logit_bias or bans):
             return None
         # The other penalties do not look at the prompt.
-        return cls(sampling, distinct(prompt) if sampling.repetition_penalty != 1 else NO_TOKENS, bans, early)
+        known = distinct(prompt) if sampling.repetition_penalty != 1 else NO_TOKENS
+        return cls(sampling, known[bisect_left(known, 0) :], bans, early)  # latent steps are no tokens
 
     def afresh(self) -> LogitsProcessors:
         """Makes those of another choice for the same prompt."""

@@ -31,16 +31,18 @@ class StateLayout:
         fingerprint: of the weights, as they are in memory.
         shape: of one state, [layers, heads, N, D], or [layers, 2, heads, N, D] with a window.
         window: tokens that a token can look back on; 0 is all.
+        hidden: float32 numbers of a hidden vector beside it; 0 where the model has no latent steps.
     """
 
     fingerprint: str
     dtype: Literal["F32", "BF16"]
     shape: tuple[int, ...]
     window: int
+    hidden: int = 0
 
     @property
     def size(self) -> int:
-        """Bytes of one state."""
+        """Bytes of one state, without its hidden vector."""
         size = SIZES[self.dtype]
         for length in self.shape:
             size *= length

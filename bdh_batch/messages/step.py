@@ -15,8 +15,9 @@ from bdh_batch.messages.sampling import LogitsProcessors, SamplingParams
 class Segment:
     """A sequence's share of a step: `tokens` enter its state, in `slot`, at positions `start`, `start` + 1, …
 
-    A segment that starts at 0 begins with an empty state. With `sampling`, the token after its last one is drawn, among
-    those that `constraint` allows; with `pool`, its tokens' final hidden vectors are summed.
+    A latent step (`latent.py`) is a segment of its own. A segment that starts at 0 begins with an empty state. With
+    `sampling`, the token after its last one is drawn, among those that `constraint` allows; with `pool`, its tokens'
+    final hidden vectors are summed.
     The scheduler may use it again for a later step; it does not change while its step is computed.
     Logprobs are computed for `targets`: token i of them is the one after token i of `tokens`.
     """

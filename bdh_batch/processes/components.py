@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from bdh_batch.errors import CheckpointError
+from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.http.schema.requests import Defaults
+from bdh_batch.messages import LatentOptions
 from bdh_batch.settings import Generation, Sandbox as SandboxSettings, Settings
-from bdh_batch.system.documents import read_json_beside
+from bdh_batch.system.documents import brief, read_json_beside
 from bdh_batch.text.chat import ChatTemplate, open_template
 from bdh_batch.text.folder import TextComponents, load_text
 from bdh_batch.text.grammar import open_sandbox
@@ -55,27 +56,32 @@ class ModelFolder:
     template: ChatTemplate
     templates: Sandbox
     defaults: Defaults
+    latent: LatentOptions  # where the model has latent steps
 
     @classmethod
     def of(cls, settings: Settings, path: Path) -> ModelFolder:
         """Reads a model's folder. Raises ConfigError, CheckpointError."""
         folder = path if path.is_dir() else path.parent
-        defaults = defaults_for(settings, folder)
+        defaults, latent = defaults_for(settings, folder), latent_options(settings, folder)
         text = load_text(folder, settings.chat.template, settings.chat.parse_special_tokens)
         chosen, queue = settings.sandbox, queue_limits(settings.sandbox)
         templates, template = open_template(text.template, chosen.template_seconds, chosen.template_memory, queue)
-        return cls(settings, text, template, templates, defaults)
+        return cls(settings, text, template, templates, defaults, latent)
 
-    def fit(self, vocab_size: int) -> Components:
-        """Returns the components for a vocabulary of that size.
+    def fit(self, vocab_size: int, latent_steps: bool = False) -> Components:
+        """Returns the components for a vocabulary of that size, and a model with latent steps or without.
 
         Raises:
+            ConfigError: it should have at least so many latent steps, and has none.
             CheckpointError: the tokenizer has tokens that the model has not.
         """
+        if (least := self.settings.model.min_latent_steps) and not latent_steps:
+            raise ConfigError(f"model.min_latent_steps: {least}, and the model has no latent steps")
+        defaults = replace(self.defaults, latent=self.latent if latent_steps else None)
         text = self.text.fit(vocab_size)
         vocabulary = vocabulary_of(text.tokenizer, vocab_size, text.eos)
         grammars = open_grammars(self.settings, text, vocabulary, vocab_size)
-        return Components(text, self.template, self.templates, vocabulary, grammars, self.defaults)
+        return Components(text, self.template, self.templates, vocabulary, grammars, defaults)
 
     def close(self) -> None:
         """Ends the sandbox. Idempotent."""
@@ -99,6 +105,26 @@ def defaults_for(settings: Settings, folder: Path) -> Defaults:
     """Returns the defaults of sampling parameters: the settings', else the model folder's, else OpenAI's."""
     chosen = suggested_generation(folder / GENERATION_CONFIG) | settings.generation.model_dump(exclude_none=True)
     return Defaults(**chosen)
+
+
+def latent_options(settings: Settings, folder: Path) -> LatentOptions:
+    """Returns what the settings and a model folder's `generation_config.json` say of latent steps."""
+    least, most = settings.model.min_latent_steps, settings.model.max_latent_steps
+    if least > most:
+        raise ConfigError(f"model.min_latent_steps: {least} is more than model.max_latent_steps, {most}")
+    file = folder / GENERATION_CONFIG
+    values = read_json_beside(file)
+    default, efforts = values.get("latent_steps", 0), values.get("reasoning_effort", {})
+    if not _is_count(default):
+        raise CheckpointError(f"{file}: latent_steps should be a number of steps, 0 or more, not {brief(default)}")
+    if not isinstance(efforts, dict) or not all(map(_is_count, efforts.values())):
+        text = f'reasoning_effort should give each effort a number of steps, as in {{"low": 4}}, not {brief(efforts)}'
+        raise CheckpointError(f"{file}: {text}")
+    return LatentOptions(least, most, default, efforts)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def suggested_generation(file: Path) -> dict[str, Any]:

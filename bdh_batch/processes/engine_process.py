@@ -81,6 +81,7 @@ async def run_engine(
         host_slots=facts.host_slots,
         window=facts.window,
         layout=facts.layout,
+        latent_steps=facts.latent_steps,
     )
     folder.agree(welcome.fingerprint)
     interval = min(LONGEST_INTERVAL, settings.engine.heartbeat_seconds / HEARTBEATS)

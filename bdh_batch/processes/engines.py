@@ -21,6 +21,7 @@ class EngineInfo:
         width: of the hidden vectors.
         slots, host_slots: how many states fit the device, and the host's memory.
         window: how many tokens before it a token attends to; 0 is all.
+        latent_steps: whether the model has them.
         fingerprint: engines with the same one generate the same tokens.
         layout: of the states that they begin in and save; None where they do not.
     """
@@ -32,6 +33,7 @@ class EngineInfo:
     window: int
     fingerprint: str
     layout: StateLayout | None = None
+    latent_steps: bool = False
 
 
 class Engines(Protocol):

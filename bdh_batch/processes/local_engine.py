@@ -85,7 +85,8 @@ def engine_info(engine: LoadedEngine, settings: Settings) -> EngineInfo:
     config = engine.model.config
     window = attention_window(settings.model.attention_window, config)
     sizes = (config.vocab_size, config.n_embd, engine.slots, engine.host_slots, window)
-    return EngineInfo(*sizes, fingerprint(engine, settings), None if engine.states is None else engine.states.layout)
+    layout = None if engine.states is None else engine.states.layout
+    return EngineInfo(*sizes, fingerprint(engine, settings), layout, config.latent_steps)
 
 
 def fingerprint(engine: LoadedEngine, settings: Settings) -> str:
@@ -109,4 +110,5 @@ def local_backend(worker: Engine, engine: LoadedEngine, text: TextComponents, se
         settings.scheduler.queue_timeout,
         settings.scheduler.request_timeout,
         text.eos,
+        engine.model.config.latent_steps,
     )

@@ -12,7 +12,7 @@ from bdh_batch.registry.locate import Located, locate
 from bdh_batch.settings import ModelEntry, Settings
 
 OF_MODEL = {"path", "aliases", "device", "dtype", "attention_window", "max_model_len"} | {
-    *("layers", "norm", "rope_layout", "rope_theta", "rotary_dim")
+    *("layers", "norm", "rope_layout", "rope_theta", "rotary_dim", "min_latent_steps", "max_latent_steps")
 }
 OF_ENGINE = {"state_dtype", "state_memory", "state_memory_share", "replicas", "devices", "threads"}
 ONE_MODEL = {"path", "name", "aliases"}  # options of the section `model` that say which model it is

@@ -62,7 +62,7 @@ class OpenModel:
         chat.warm_up(folder.templates)
         try:
             facts = await engines.load()
-            components = await in_daemon_thread(partial(folder.fit, facts.vocab_size), LOADER)
+            components = await in_daemon_thread(partial(folder.fit, facts.vocab_size, facts.latent_steps), LOADER)
         except BaseException:
             engines.close()
             located.close()

@@ -47,7 +47,7 @@ class RemoteEngines:
         assert self._welcome is not None
         found = self._welcome
         sizes = (found.vocab_size, found.width, found.slots, found.host_slots, found.window)
-        return EngineInfo(*sizes, found.fingerprint, found.layout)
+        return EngineInfo(*sizes, found.fingerprint, found.layout, found.latent_steps)
 
     def open(self, components: Components) -> RemoteBackend:
         assert self._welcome is not None

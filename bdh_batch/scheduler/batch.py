@@ -1,8 +1,8 @@
 """Builds the batch of a step: which of the sequences that run are in it, and with how many tokens.
 
-The rank (`rank.py`) is walked forwards until the step's time is full. A stream, a sequence that decodes, takes one
-token, and a prompt as many as are left. So the prompt of a tenant with less virtual time goes before the streams of one
-with more, which fill the rest of the time. Inside a tenant streams go before prompts.
+The rank (`rank.py`) is walked forwards until the step's time is full. A stream, a sequence that decodes or makes latent
+steps, takes one token, and a prompt as many as are left. So the prompt of a tenant with less virtual time goes before
+the streams of one with more, which fill the rest of the time. Inside a tenant streams go before prompts.
 """
 
 from __future__ import annotations

@@ -7,15 +7,16 @@ from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable
 
-TOKEN_BYTES = array("I").itemsize
+TOKEN_BYTES = array("i").itemsize
 SHORT = 128  # bytes, which are quicker compared as one number
 RECENT = 512  # prompts that are remembered, of all namespaces together
 RECENT_BYTES = 32 * 2**20
 
 
 def pack(tokens: Iterable[int]) -> bytes:
+    """Returns tokens as 32-bit integers, signed for the sake of latent steps."""
     # A list: bytes would be taken for an array's memory.
-    return array("I", tokens if isinstance(tokens, list) else list(tokens)).tobytes()
+    return array("i", tokens if isinstance(tokens, list) else list(tokens)).tobytes()
 
 
 def common(one: bytes, other: bytes) -> int:

@@ -165,16 +165,20 @@ class Scheduler:
         self._age(now)
         self._give_slots(prompts, now)
         self.allocator.release_idle()
-        return self._batches.build(self.running, {*self._prompts}, self._first, self.allocator)
+        left = {sequence for sequence in self._prompts if not sequence.at_latent}
+        return self._batches.build(self.running, left, self._first, self.allocator)
 
     def commit(self, step: Step, outcome: Outcome, now: float) -> list[Update]:
         """Commits the outcome of a step: returns its sequences' deltas, and frees the slots of those that ended."""
         updates: list[Update] = []
         for row, (sequence, segment) in enumerate(zip(step.sequences, step.plan.segments, strict=True)):
-            delta, standing = sequence.take(segment, outcome, row, now), sequence.standing
+            standing, latent = sequence.standing, bool(sequence.latents) and segment.tokens[0] < 0
+            delta = sequence.take(segment, outcome, row, now)
             standing.served_at = now
             if standing.charged < len(sequence.prompt):
-                standing.charge(min(sequence.computed, len(sequence.prompt)))
+                standing.charge(min(sequence.computed, len(sequence.prompt)), latent)
+            if latent:
+                standing.due = now
             if segment.sampling is not None:
                 standing.due = now
                 standing.account.charge(0, 1)

@@ -6,6 +6,7 @@ metrics ask for), `Completion` (text and sampling, which are the engine's), `Cli
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from enum import Enum
@@ -90,10 +91,11 @@ class Standing:
     state_began: int = 0  # tokens generated before it was given its present state
     charged: int = 0  # tokens of the prompt that its tenant was charged for, or that were cached
 
-    def charge(self, prompt_tokens: int) -> None:
-        """Charges its tenant for so many tokens at the beginning of its prompt, each once."""
-        if prompt_tokens > self.charged:
-            self.account.charge(prompt_tokens - self.charged, 0)
+    def charge(self, prompt_tokens: int, latent: bool = False) -> None:
+        """Charges its tenant for so many tokens at the beginning of its prompt, each once. A `latent` step, which is
+        the last of them, costs what a generated token does."""
+        if (tokens := prompt_tokens - self.charged) > 0:
+            self.account.charge(*((0, tokens) if latent else (tokens, 0)))
             self.charged = prompt_tokens
 
 
@@ -149,6 +151,7 @@ class Sequence:
     id: str
     completion: Completion
     client: Client
+    latents: Tokens[int] = ()  # positions of the prompt's latent steps, ascending
     prefix: Prefix = field(default_factory=Prefix)
     times: Times = field(default_factory=Times)
 
@@ -196,14 +199,30 @@ class Sequence:
 
     @property
     def until_cut(self) -> int:
-        """Tokens that are pending up to where its state is wanted next."""
-        return self.prefix.cuts[0] - self.computed if self.prefix.cuts else self.pending
+        """Tokens that are pending up to where its state is wanted next, or a latent step comes."""
+        cut = self.prefix.cuts[0] - self.computed if self.prefix.cuts else self.pending
+        latents = self.latents
+        if not latents or latents[-1] <= self.computed:
+            return cut
+        return min(cut, latents[bisect_right(latents, self.computed)] - self.computed)
+
+    @property
+    def at_latent(self) -> bool:
+        """Whether a latent step comes next. That is a segment of its own, in a step as a stream's token is."""
+        latents = self.latents
+        if not latents or latents[-1] < self.computed:
+            return False
+        return latents[bisect_left(latents, self.computed)] == self.computed
 
     def decode_segment(self) -> Segment:
-        """The one token that was drawn last as a share of a step. It is used again for as long as the slot stays."""
-        if self.decoding is None:
-            self.decoding = self.segment(1)
-        return self.decoding
+        """The one token that was drawn last as a share of a step, which is used again for as long as the slot stays; or
+        a latent step."""
+        if self.decoding is not None:
+            return self.decoding
+        segment = self.segment(1)
+        if self.decodes:
+            self.decoding = segment
+        return segment
 
     def segment(self, tokens: int) -> Segment:
         """Makes the segment of the next `tokens` pending ones; with all of them, a new token is drawn."""

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -211,8 +212,8 @@ class Replayed:
 
     def usage(self, completion_tokens: int) -> Usage:
         of = self._entry.usage
-        used = of.completion_tokens if completion_tokens >= self._entry.tokens else completion_tokens
-        return Usage(of.prompt_tokens, used, of.cached_tokens, of.estimated)
+        ended, so_far = completion_tokens >= self._entry.tokens, completion_tokens + (of.reasoning_tokens or 0)
+        return replace(of, completion_tokens=of.completion_tokens if ended else so_far)
 
     async def __aiter__(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         for number, step in enumerate(self._entry.steps, 1):

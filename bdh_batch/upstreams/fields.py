@@ -21,6 +21,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "frequency_penalty": (0,),
     "ignore_eos": (False,),
+    "latent_steps": (0,),
     "logit_bias": ({},),
     "logprobs": (False,),
     "min_p": (0,),
@@ -28,6 +29,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "presence_penalty": (0,),
     "priority": (0,),
+    "reasoning_effort": ("none",),
     "prompt_logprobs": (),
     "repetition_penalty": (1,),
     "response_format": ({"type": "text"},),
@@ -40,6 +42,7 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "top_k": (0, -1),
     "top_logprobs": (0,),
     "top_p": (1,),
+    "update_latent_memory": (True,),
 }
 # Fields that others stand for.
 OTHER_NAMES = {"max_completion_tokens": "max_tokens"}

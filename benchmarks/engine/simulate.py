@@ -80,7 +80,7 @@ def _tokens(event: Mapping[str, object]) -> list[int]:
     blocks, length = event["prompt"], event["prompt_tokens"]
     assert isinstance(blocks, list)
     assert isinstance(length, int)
-    return [int(block, 16) + at & 0xFFFFFFFF for block in blocks for at in range(BLOCK)][:length]
+    return [int(block, 16) + at & 0x7FFFFFFF for block in blocks for at in range(BLOCK)][:length]
 
 
 def simulate(name: str, requests: Many[Request], cost: Cost, slots: int, prefill: int, host: int) -> dict[str, object]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from bdh_batch.engine.completion import Completion
-from bdh_batch.messages import Copy, Delta, Outcome, Plan, SamplingParams
+from bdh_batch.messages import Copy, Delta, Outcome, Plan, SamplingParams, latent_positions
 from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.sequence import Client, Prefix, Sequence
 
@@ -60,6 +60,7 @@ class FakeRunner:
         known = self.slots[segment.slot]
         assert len(known) == segment.start
         assert segment.tokens
+        assert len(segment.tokens) == 1 or not latent_positions(segment.tokens), "a latent step comes alone"
         known.extend(segment.tokens)
         return next_token(known) if segment.sampling else None
 
@@ -133,6 +134,7 @@ def make_sequence(
         id=name,
         completion=completion or Completion(prompt, max_tokens, SamplingParams(), text or FakeText()),
         client=Client(outbox or FakeOutbox()),
+        latents=latent_positions(prompt),
         prefix=Prefix(tenant),
         tenant=tenant,
         priority=priority,

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 
 from bdh_batch.errors import GenerationFailed
-from bdh_batch.messages import FinishReason, SavedState
+from bdh_batch.messages import LATENT_FROZEN, FinishReason, SavedState
 from bdh_batch.scheduler.backlog import NO_UNIT
 from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.copies import CopyLimits, Save
@@ -37,9 +37,10 @@ BROKEN = GenerationFailed("broken")
 STEM = [7 * at % 251 for at in range(40)]  # most prompts begin as this does, some longer, some shorter
 
 prompts = st.builds(
-    lambda stem, rest: STEM[:stem] + rest,
+    lambda stem, first, rest: [*STEM[:stem], first, *rest],
     st.sampled_from([0, 0, 3, 8, 9, 20, 40]),
-    st.lists(st.integers(0, 3), min_size=1, max_size=12),
+    st.integers(0, 3),
+    st.lists(st.integers(LATENT_FROZEN, 3), max_size=11),
 )
 policies = st.builds(
     Policy,
@@ -186,7 +187,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if fails:
             self.take(self.scheduler.loaded(load, "broken"))
         else:
-            self.runner.slots[load.slot] = array("I", load.tokens).tolist()
+            self.runner.slots[load.slot] = array("i", load.tokens).tolist()
             self.take(self.scheduler.loaded(load, None))
 
     @precondition(lambda self: self.saves)

@@ -118,7 +118,7 @@ class Files:
 
     def __call__(self, load: Load) -> list[int]:
         self.read += 1
-        return array("I", load.tokens).tolist()
+        return array("i", load.tokens).tolist()
 
 
 @pytest.mark.parametrize("cached", [True, False])

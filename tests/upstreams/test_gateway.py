@@ -289,7 +289,7 @@ async def test_what_only_the_upstream_knows_is_passed_on_to_it(behind: tuple[Ser
         ("llamacpp", {"thinking": {}}, "thinking"),
         ("llamacpp", {"messages": [{"role": "user", "content": [PICTURE]}]}, "messages[0].content[0]"),
         ("bharatgen-param-17b", {"messages": [{"role": "user", "content": [PICTURE]}]}, "messages[0].content[0]"),
-        ("missing", {"reasoning_effort": "low"}, "reasoning_effort"),
+        ("missing", {"verbosity": "low"}, "verbosity"),
     ],
 )
 async def test_what_nobody_knows_is_refused_by_name(

@@ -48,8 +48,8 @@ class Quota:
         except BaseException:
             self._rates.settle(reservation, 0)
             raise
-        prompt_tokens = prepared.prompt_tokens
-        generation.on_end(lambda tokens, _: self._rates.settle(reservation, prompt_tokens + tokens))
+        known = prepared.prompt_tokens + (prepared.reasoning_tokens or 0)
+        generation.on_end(lambda tokens, _: self._rates.settle(reservation, known + tokens))
         return generation
 
     def _check_lengths(self, prepared: GenerationRequest) -> None:

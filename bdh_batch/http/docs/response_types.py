@@ -25,6 +25,12 @@ class PromptTokensDetails(ResponseModel):
     cached_tokens: Count = Field(description="Tokens of the prompt that came from the prefix cache.")
 
 
+class CompletionTokensDetails(ResponseModel):
+    """Of the tokens of the completions, those that were latent steps."""
+
+    reasoning_tokens: Count
+
+
 class Usage(ResponseModel):
     """The tokens that a request used."""
 
@@ -32,10 +38,12 @@ class Usage(ResponseModel):
     completion_tokens: Count
     total_tokens: Count
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | None = Field(
+        default_factory=lambda: None, description="Absent where the model has no latent steps."
+    )
     estimated: bool = Field(
         default_factory=bool,
-        description="Whether the numbers are estimates: an upstream did not say, and has no tokenizer here. Absent "
-        "where they are exact.",
+        description="Whether an upstream did not say, and has no tokenizer here: estimates. Absent where they are not.",
     )
 
 

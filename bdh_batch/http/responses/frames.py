@@ -53,12 +53,15 @@ class ResponseOptions:
 
 
 def usage_dict(usage: Usage) -> dict[str, Any]:
-    return {
+    known = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
         "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
-    } | ({"estimated": True} if usage.estimated else {})
+    }
+    if usage.reasoning_tokens is not None:
+        known["completion_tokens_details"] = {"reasoning_tokens": usage.reasoning_tokens}
+    return known | ({"estimated": True} if usage.estimated else {})
 
 
 def _likelihood(end: Delta) -> float:

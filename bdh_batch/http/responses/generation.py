@@ -141,7 +141,8 @@ class EventStream(Response):
         frames: list[bytes] = []
         for index, delta in deltas:
             self._completion_tokens += len(delta.tokens)
-            self._frames.report_usage(replace(known, completion_tokens=self._completion_tokens))
+            so_far = self._completion_tokens + (known.reasoning_tokens or 0)
+            self._frames.report_usage(replace(known, completion_tokens=so_far))
             frames += self._frames.delta(index, delta)
         return frames
 

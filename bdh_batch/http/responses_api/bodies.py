@@ -204,15 +204,16 @@ class TextOptions(Wire):
 
 
 class ReasoningOptions(Wire):
-    """The field `reasoning`: no model here has latent steps."""
+    """The field `reasoning`."""
 
     unsupported: ClassVar[Neutral] = {
         "context": ("auto",),
-        "effort": ("none",),
         "generate_summary": (),
         "mode": ("standard",),
         "summary": (),
     }
+
+    effort: Annotated[Label, Field(min_length=1)] | None = None
 
 
 class ResponseStreamOptions(Wire):

@@ -72,9 +72,9 @@ class InputTokensDetails(ResponseModel):
 
 
 class OutputTokensDetails(ResponseModel):
-    """No model here has latent steps."""
+    """The part of the output that is no text."""
 
-    reasoning_tokens: Literal[0]
+    reasoning_tokens: Count = Field(description="Latent steps.")
 
 
 class ResponseUsage(ResponseModel):
@@ -101,10 +101,10 @@ class IncompleteDetails(ResponseModel):
     reason: Literal["max_output_tokens", "content_filter"]
 
 
-class NoReasoning(ResponseModel):
-    """No model here has latent steps."""
+class Reasoning(ResponseModel):
+    """What was asked of the model before its response."""
 
-    effort: None
+    effort: str | None
     summary: None
 
 
@@ -136,7 +136,7 @@ class ResponseObject(ResponseModel):
     presence_penalty: float
     previous_response_id: str | None
     prompt_cache_key: str | None
-    reasoning: NoReasoning
+    reasoning: Reasoning
     safety_identifier: str | None
     service_tier: Literal["default"]
     store: bool = Field(description="Whether it is stored.")

@@ -77,6 +77,7 @@ class Responses:
         transcript = Transcript.of(aside, model, turn.before)
         with turn.names.as_written():
             prepared = await serving.preparation(client, model, turn.size).generation(turn.body, transcript)
+            transcript.latent = prepared.latent
             prepared, new = await self._with_states(client, model, body, prepared, transcript)
             # What goes on from drawn tokens is not determined by its fields alone.
             kept = None if turn.before is not None else turn.body
@@ -240,7 +241,7 @@ def _new(body: ResponseBody, id: str, model: ServedModel) -> dict[str, Any]:
         "presence_penalty": body.presence_penalty or 0.0,
         "previous_response_id": body.previous_response_id,
         "prompt_cache_key": body.prompt_cache_key,
-        "reasoning": {"effort": None, "summary": None},
+        "reasoning": {"effort": None if body.reasoning is None else body.reasoning.effort, "summary": None},
         "safety_identifier": body.safety_identifier,
         "service_tier": "default",
         "store": body.store is not False,

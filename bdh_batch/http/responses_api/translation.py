@@ -24,6 +24,7 @@ NAMES: Patterns = (
     (re.compile(r"^max_(completion_)?tokens\b"), "max_output_tokens"),
     (re.compile(r"^messages\b"), "input"),
     (re.compile(r"^logprobs\b"), "include"),
+    (re.compile(r"^reasoning_effort\b"), "reasoning.effort"),
 )
 Item = Mapping[str, Any]  # as responses list it
 SAME = ("chat_template_kwargs", "prompt_cache_key", "safety_identifier", "stream", "user", *SamplingFields.names)
@@ -87,6 +88,7 @@ def chat_fields(body: InputTokensBody, items: Sequence[Item]) -> tuple[dict[str,
         origins.insert(0, "instructions")
     values: dict[str, Any] = {"model": body.model, "messages": messages, "state": body.state, **_tool_fields(body)}
     values["response_format"] = _format(body)
+    values["reasoning_effort"] = None if body.reasoning is None else body.reasoning.effort
     if isinstance(body, ResponseBody):
         values |= {name: body.written[name] for name in SAME if name in body.written}
         values |= {"max_completion_tokens": body.max_output_tokens}

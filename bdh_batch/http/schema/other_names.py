@@ -1,4 +1,5 @@
-"""The names that other servers have for parameters of a request: an error says what they are called here."""
+"""The fields of requests that other APIs and servers have: those that are not built; and those that have other
+names, of which an error says what they are called here."""
 
 from __future__ import annotations
 
@@ -8,9 +9,52 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from bdh_batch.errors import BDHError, InvalidRequest
+from bdh_batch.http.request.strict import Neutral
 
 Patterns = Sequence[tuple[re.Pattern[str], str]]
 MESSAGE = re.compile(r"^messages\[(\d+)\]")
+
+# Known to OpenAI's API or to other servers', and not built: the values besides null that ask for nothing.
+GENERATION: Neutral = {
+    **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options", "prompt_cache_options"), ()),
+    **dict.fromkeys(("chat_template", "guided_whitespace_pattern"), ()),
+    "cache_prompt": (True,),
+    "detokenize": (True,),
+    "documents": ([],),
+    "early_stopping": (False,),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "guided_decoding_backend": ("auto", "guidance", "lm-format-enforcer", "outlines", "xgrammar"),
+    "include_reasoning": (True, False),
+    "kv_transfer_params": ({},),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "mirostat": (0,),
+    "mm_processor_kwargs": ({},),
+    "modalities": (["text"],),
+    "num_beams": (1,),
+    "prompt_cache_retention": ("in_memory", "in-memory"),
+    "repeat_penalty": (1,),
+    "safe_prompt": (False,),
+    "service_tier": ("auto", "default", "flex"),
+    "spaces_between_special_tokens": (True, False),
+    "suffix": ("",),
+    "tfs_z": (1,),
+    "top_a": (0,),
+    "typical_p": (1,),
+    "use_beam_search": (False,),
+    "verbosity": ("medium",),
+    "vllm_xargs": ({},),
+}
+# Of these an upstream is given none: what they ask for would not be passed back.
+UNRELAYED = {
+    *("audio", "detokenize", "function_call", "functions", "kv_transfer_params", "logits_processors", "modalities"),
+    *("moderation", "web_search_options"),
+}
+TOOLS: Neutral = {"tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
+COMPLETION: Neutral = {**GENERATION, **TOOLS, "top_logprobs": (0,)}
+CHAT: Neutral = {**GENERATION, "best_of": (1,)}
+STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
 
 _NAMES = {
     "bad_words_ids": "bad_words, with texts",

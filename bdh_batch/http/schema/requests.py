@@ -26,57 +26,26 @@ from pydantic_core import PydanticCustomError
 from bdh_batch.backends.base import RawPrompt
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.request.sizes import AtMost, FreeObject, Label, passed_on
-from bdh_batch.http.request.strict import Neutral, Wire
+from bdh_batch.http.request.strict import Wire
 from bdh_batch.http.schema.chat import ConversationBody
+from bdh_batch.http.schema.other_names import CHAT, COMPLETION, GENERATION, STREAM_OPTIONS, UNRELAYED
 from bdh_batch.http.schema.prompts import PromptList, Salt, Truncation, last_tokens, salted, to_prompts
 from bdh_batch.http.schema.response_format import Formatted
-from bdh_batch.messages import GenerationRequest, Grammar, LogitBias, Origin, Prompt, SamplingParams
+from bdh_batch.messages import (
+    GenerationRequest,
+    Grammar,
+    LatentOptions,
+    LatentSteps,
+    LogitBias,
+    Origin,
+    Prompt,
+    SamplingParams,
+)
+from bdh_batch.messages.latent import refuse_latent_steps
 from bdh_batch.settings import MAX_PRIORITY
 from bdh_batch.text.calls import OPEN
 from bdh_batch.text.sources import Source
 
-# Known to OpenAI's API or to other servers', and not built: the values besides null that ask for nothing.
-GENERATION: Neutral = {
-    **dict.fromkeys(("audio", "moderation", "prediction", "web_search_options", "prompt_cache_options"), ()),
-    **dict.fromkeys(("chat_template", "guided_whitespace_pattern"), ()),
-    "cache_prompt": (True,),
-    "detokenize": (True,),
-    "documents": ([],),
-    "early_stopping": (False,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "guided_decoding_backend": ("auto", "guidance", "lm-format-enforcer", "outlines", "xgrammar"),
-    "include_reasoning": (True, False),
-    "kv_transfer_params": ({},),
-    "length_penalty": (1,),
-    "logits_processors": ([],),
-    "mirostat": (0,),
-    "mm_processor_kwargs": ({},),
-    "modalities": (["text"],),
-    "num_beams": (1,),
-    "prompt_cache_retention": ("in_memory", "in-memory"),
-    "reasoning_effort": ("none",),
-    "repeat_penalty": (1,),
-    "safe_prompt": (False,),
-    "service_tier": ("auto", "default", "flex"),
-    "spaces_between_special_tokens": (True, False),
-    "suffix": ("",),
-    "tfs_z": (1,),
-    "top_a": (0,),
-    "typical_p": (1,),
-    "use_beam_search": (False,),
-    "verbosity": ("medium",),
-    "vllm_xargs": ({},),
-}
-# Of these an upstream is given none: what they ask for would not be passed back.
-UNRELAYED = {
-    *("audio", "detokenize", "function_call", "functions", "kv_transfer_params", "logits_processors", "modalities"),
-    *("moderation", "web_search_options"),
-}
-TOOLS: Neutral = {"tools": ([],), "tool_choice": ("none", "auto"), "parallel_tool_calls": (True, False)}
-COMPLETION: Neutral = {**GENERATION, **TOOLS, "top_logprobs": (0,)}
-CHAT: Neutral = {**GENERATION, "best_of": (1,)}
-STREAM_OPTIONS: Neutral = {"include_obfuscation": (False,)}
 MAX_LOGPROBS = 20
 MAX_CHUNK = 1024
 
@@ -89,6 +58,7 @@ class Defaults:
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    latent: LatentOptions | None = None  # None: the model has no latent steps
 
 
 def _stops(value: object) -> object:
@@ -160,6 +130,8 @@ class SamplingFields(Wire):
     allowed_token_ids: AllowedTokens | None = None
     skip_special_tokens: bool | None = None
     cache_salt: Salt | None = None
+    latent_steps: int | None = Field(None, ge=0)
+    update_latent_memory: bool | None = None
 
 
 class GenerationBody(Formatted, SamplingFields):
@@ -171,6 +143,7 @@ class GenerationBody(Formatted, SamplingFields):
     model: Label | None = None
     max_tokens: int | None = Field(None, ge=1)
     n: ChoiceCount | None = None
+    reasoning_effort: Annotated[Label, Field(min_length=1)] | None = None
     truncate_prompt_tokens: Truncation | None = None
     state: Label | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -257,6 +230,14 @@ class GenerationBody(Formatted, SamplingFields):
                     raise InvalidRequest(f"{name} cannot be used with state: its tokens are not computed again.", name)
         if self.min_tokens is not None and self.min_tokens > max_tokens:
             raise InvalidRequest(f"min_tokens should be at most max_tokens, which is {max_tokens}.", "min_tokens")
+
+    def latent(self, defaults: Defaults) -> LatentSteps | None:
+        """The latent steps that it asks for; None where the model has none. Raises InvalidRequest."""
+        asked = self.latent_steps, self.reasoning_effort, self.update_latent_memory is False
+        if defaults.latent is None:
+            refuse_latent_steps(*asked)
+            return None
+        return defaults.latent.asked(*asked, scores=self.max_tokens == 0)
 
     def last_tokens(self, defaults: Defaults, room: int | None) -> int | None:
         """How many of a prompt's last tokens are kept, where the model takes `room`; None is all of them."""

@@ -1,7 +1,8 @@
 """The headers of state files, which are safetensors: as an engine writes them, and as clients get and send them.
 
-A file has one tensor, `state`. Its metadata say which model's it is and after how many tokens; a client's copy has the
-tokens themselves, too. Knows nothing of the numbers in the tensor: the engine looks at those.
+A file has one tensor, `state`, and where the model has latent steps a second one, `hidden`. Its metadata say which
+model's it is and after how many tokens; a client's copy has the tokens themselves, too. Knows nothing of the numbers in
+the tensors: the engine looks at those.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from bdh_batch.http.request.json_text import outside_strings
 from bdh_batch.http.responses.json_pieces import dump_list
 from bdh_batch.messages.state import INVALID, SIZES, StateLayout
 
-TENSOR, METADATA = "state", "__metadata__"
+TENSOR, HIDDEN, METADATA = "state", "hidden", "__metadata__"
 LENGTH = 8  # bytes of the header's length, before it
 MOST = 4 * 2**20  # bytes of a header: that of a client's copy has the tokens
 MOST_LISTS, MOST_QUOTES, MOST_VALUES = (
@@ -33,7 +34,7 @@ ALIGNED = 64
 PIECE = 2**14  # characters of a list of tokens that are read at once
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 MOST_DIMENSIONS, LONGEST = 8, 2**31
-IDS = re.compile(r"[\d\s,]*", re.ASCII)
+IDS = re.compile(r"[\d\s,]*(?:-[12]\b[\d\s,]*)*", re.ASCII)  # and latent steps
 CHECKSUM = re.compile("[0-9a-f]{32}")
 FILE = "file"  # what errors call a file that was uploaded
 # What engines write; all else is the server's own, or the client's.
@@ -46,13 +47,15 @@ class Header:
     """A header that has been read, and fits together.
 
     Args:
-        tensor: `dtype`, `shape` and `data_offsets`.
-        size: bytes of the tensor.
+        tensor: `dtype`, `shape` and `data_offsets` of the state.
+        size: bytes of all tensors.
+        hidden: as `tensor`, of the hidden vector; None where there is none.
     """
 
     metadata: Mapping[str, str]
     tensor: Mapping[str, Any]
     size: int
+    hidden: Mapping[str, Any] | None = None
 
     @property
     def dtype(self) -> str:
@@ -68,8 +71,9 @@ class Header:
         return int(self.metadata[COUNT])
 
     def encoded(self, metadata: Mapping[str, str]) -> bytes:
-        """What a file with this tensor begins with, where it has other metadata."""
-        text = orjson.dumps({METADATA: dict(sorted(metadata.items())), TENSOR: self.tensor})
+        """What a file with these tensors begins with, where it has other metadata."""
+        hidden = {} if self.hidden is None else {HIDDEN: self.hidden}
+        text = orjson.dumps({METADATA: dict(sorted(metadata.items())), TENSOR: self.tensor, **hidden})
         text += b" " * (-(LENGTH + len(text)) % ALIGNED)
         return len(text).to_bytes(LENGTH, "little") + text
 
@@ -92,7 +96,7 @@ class Header:
             tokens = _listed(text)
         except (ValueError, OverflowError):
             tokens = array("i")
-        if not tokens:
+        if not tokens or tokens[0] < 0:
             raise _bad(f"its {TOKEN_IDS} are no list of token ids")
         if self.metadata.get(COUNT) != str(len(tokens)):
             raise _bad(f"it has {len(tokens)} {TOKEN_IDS}, and says that it has read {self.metadata.get(COUNT)!r:.40}")
@@ -122,17 +126,20 @@ def parsed(text: bytes) -> Header:
     metadata = found.get(METADATA) if isinstance(found, dict) else None
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _bad("it is no safetensors file with metadata")
-    if found.keys() != {METADATA, TENSOR} or not isinstance(found[TENSOR], dict):
-        raise _bad(f"it should have one tensor, {TENSOR!r}")
-    tensor = found[TENSOR]
-    size = _size_of(tensor.get("dtype"), tensor.get("shape"))
-    if tensor.get("data_offsets") != [0, size] or tensor.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _bad(f"its tensor of that dtype and shape has {size} bytes, which its data_offsets do not say")
+    tensors = {name: found[name] for name in (TENSOR, HIDDEN) if name in found}
+    if found.keys() != {METADATA, TENSOR, *tensors} or not all(isinstance(each, dict) for each in tensors.values()):
+        raise _bad(f"it should have the tensor {TENSOR!r}, and where its model has latent steps {HIDDEN!r}")
+    size = 0
+    for name, tensor in tensors.items():
+        begin, size = size, size + _size_of(tensor.get("dtype"), tensor.get("shape"))
+        if tensor.get("data_offsets") != [begin, size] or tensor.keys() != {"dtype", "shape", "data_offsets"}:
+            problem = f"its tensor {name!r} of that dtype and shape has {size - begin} bytes"
+            raise _bad(f"{problem}, which its data_offsets do not say")
     if not metadata.get("fingerprint"):
         raise _bad("its metadata have no fingerprint of its model")
     if CHECKSUM.fullmatch(metadata.get("xxh3_128", "")) is None:
         raise _bad("its metadata have no checksum of its tensor (xxh3_128)")
-    return Header(metadata, tensor, size)
+    return Header(metadata, tensors[TENSOR], size, tensors.get(HIDDEN))
 
 
 def read(path: Path) -> Header:
@@ -153,7 +160,7 @@ def written(tokens: Sequence[int]) -> str:
 def _listed(text: str) -> array[int]:
     """The tokens that were written so, read in pieces: each keeps the interpreter's lock for a short while only.
 
-    Raises ValueError, OverflowError: there are others than 32-bit integers of no sign in it, or it is no list.
+    Raises ValueError, OverflowError: there are others than 32-bit integers and latent steps in it, or it is no list.
     """
     tokens, at, last = array("i"), 1, len(text) - 1
     if text[:1] != "[" or text[last:] != "]":

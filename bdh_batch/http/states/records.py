@@ -16,7 +16,7 @@ from bdh_batch.http.errors import NotFound
 from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.client import Client
 from bdh_batch.http.states.header import Header
-from bdh_batch.messages import Prompt
+from bdh_batch.messages import Prompt, latent_positions
 from bdh_batch.messages.state import INVALID, SavedState
 from bdh_batch.store.record import Record
 from bdh_batch.store.records import Store
@@ -130,11 +130,11 @@ class Beginning:
     def before(self, prompts: Sequence[Prompt], most: int) -> list[Prompt]:
         """The prompts with its tokens before them. Raises InvalidRequest: together they have more tokens than `most`,
         where there are several."""
-        known = len(self.tokens)
+        known, latents = len(self.tokens), latent_positions(self.tokens)
         if len(prompts) > 1 and known * len(prompts) > most:
             text = f"The state's {known} tokens are too many for {len(prompts)} prompts; together they may have {most}"
             raise InvalidRequest(f"{text} (limits.max_values).", "prompt")
         return [
-            Prompt([*self.tokens, *each.tokens], each.param, (known, *(known + at for at in each.breaks)))
+            Prompt([*self.tokens, *each.tokens], each.param, (known, *(known + at for at in each.breaks)), latents)
             for each in prompts
         ]

@@ -18,7 +18,7 @@ from bdh_batch.http.serving import Serving
 from bdh_batch.http.states import header
 from bdh_batch.http.states.header import Header
 from bdh_batch.http.states.records import About, new_record
-from bdh_batch.messages import GenerationRequest, Prompt, SamplingParams
+from bdh_batch.messages import GenerationRequest, Prompt, SamplingParams, latent_positions
 from bdh_batch.messages.state import INVALID, SavedState
 from bdh_batch.store.record import Record
 from bdh_batch.store.records import NewState
@@ -88,7 +88,12 @@ class Saving:
         return await self._adopted(new, self._record(about.with_file(found), source, ttl))
 
     async def check(self, tokens: array[int]) -> None:
-        """Raises InvalidRequest: the model has no such tokens."""
+        """Raises InvalidRequest: the model has no such tokens, or no latent steps."""
+        if latent_positions(tokens):
+            if self.model.defaults.latent is None:
+                text = "The state cannot be used: it has latent steps, and this model has none."
+                raise InvalidRequest(text, header.FILE, INVALID)
+            tokens = array("i", [token for token in tokens if token >= 0])
         with _named_file():
             await self.model.backend.tokenized([(header.FILE, tokens)])
 
@@ -134,7 +139,7 @@ class Saving:
         """Has the model read the tokens; the one that it then draws is nobody's."""
         return GenerationRequest(
             origin=self.client.origin(),
-            prompts=[Prompt(tokens, source.param)],
+            prompts=[Prompt(tokens, source.param, latents=latent_positions(tokens))],
             max_tokens=1,
             max_tokens_param=None,
             sampling=SamplingParams(temperature=0),

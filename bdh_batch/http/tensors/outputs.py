@@ -58,6 +58,9 @@ OUTPUTS: Mapping[str, Output] = {
     "prompt_tokens": Output("INT32", (1,), "Tokens of all prompts.", last=True),
     "completion_tokens": Output("INT32", (1,), "Tokens of all completions.", last=True),
     "cached_tokens": Output("INT32", (1,), "Tokens of prompts that came from the prefix cache.", last=True),
+    "reasoning_tokens": Output(
+        "INT32", (1,), "Of the completion_tokens, those that were latent steps; where the model has such.", last=True
+    ),
     "usage_estimated": Output("BOOL", (1,), "Whether these are estimates, as an upstream did not say.", last=True),
     "warnings": Output(
         BYTES, (1,), "JSON: what was left out of a schema that is not strict; where something was.", last=True
@@ -156,6 +159,8 @@ class Outputs(CompletionFrames):
             "cached_tokens": [usage.cached_tokens],
             "usage_estimated": [usage.estimated],
         }
+        if usage.reasoning_tokens is not None:
+            found["reasoning_tokens"] = [usage.reasoning_tokens]
         return found | ({"warnings": [self._left_out]} if self._left_out else {})
 
     def _made(self, found: Mapping[str, list[Any]]) -> list[Tensor]:

@@ -13,7 +13,7 @@ from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses_api.stored.records import Item, Stored
 from bdh_batch.http.states.records import Beginning
-from bdh_batch.messages import Prompt, Text
+from bdh_batch.messages import LatentSteps, Prompt, Text, latent_positions
 from bdh_batch.messages.state import INVALID
 from bdh_batch.text.tokenizer import decode
 
@@ -28,6 +28,7 @@ class Transcript:
         goes_on: whether the prompt begins with all of that one's tokens.
         begun: how many tokens, of a state, come before those of the text.
         salt: of that state.
+        latent: the latent steps between the prompt and what is generated.
     """
 
     aside: Aside
@@ -39,6 +40,7 @@ class Transcript:
     tokens: Sequence[int] = field(default=())
     begun: int = 0
     salt: str = ""
+    latent: LatentSteps | None = None
 
     @classmethod
     def of(cls, aside: Aside, model: ServedModel, before: Stored | None) -> Transcript:
@@ -67,7 +69,7 @@ class Transcript:
             return prompts
         self.goes_on = True
         if end == size:
-            prompts = [Prompt(before.tokens, "input")]
+            prompts = [Prompt(before.tokens, "input", latents=latent_positions(before.tokens))]
         else:
             ends = tuple(each - end for each in text.ends if each > end)
             (rest,) = await backend.tokenized(
@@ -75,7 +77,8 @@ class Transcript:
             )
             known = len(before.tokens)
             breaks = (known, *(known + at for at in rest.breaks))
-            prompts = [Prompt([*before.tokens, *rest.tokens], "input", breaks)]
+            latents = latent_positions(before.tokens)
+            prompts = [Prompt([*before.tokens, *rest.tokens], "input", breaks, latents)]
         self.tokens = prompts[0].tokens
         return prompts
 
@@ -85,7 +88,8 @@ class Transcript:
             return await backend.tokenized([("input", text)], last)
         (new,) = await backend.tokenized([("input", replace(text, add_special=False))])
         breaks = (self.begun, *(self.begun + at for at in new.breaks))
-        return [Prompt([*self.before.tokens[: self.begun], *new.tokens], "input", breaks)]
+        known = self.before.tokens[: self.begun]
+        return [Prompt([*known, *new.tokens], "input", breaks, latent_positions(known))]
 
     def _end_of(self, before: Stored) -> int | None:
         """Where the text of the response before ends in this one; None where this one does not begin with it."""
@@ -109,12 +113,13 @@ class Transcript:
         """
         if not self.text:
             return Stored(response, input)
-        said, known = "", list(self.tokens)
+        thought = [] if self.latent is None else self.latent.tokens
+        said, known = "", [*self.tokens, *thought]
         for drawn in (tokens, tokens[:-1]):  # the last one may be an end of text, which a template writes itself
             if decode(backend.tokenizer, drawn, True)[0] == generated:
                 said, known = generated, [*known, *drawn]
                 break
-        read = len(self.tokens) + len(tokens) - 1  # the last one drawn has been read by nobody
+        read = len(self.tokens) + len(thought) + len(tokens) - 1  # the last one drawn has been read by nobody
         return Stored(
             *(response, input, len(self.text), _digest(self.text), self.model, min(read, len(known))),
             tokens=known,
