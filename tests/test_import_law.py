@@ -43,7 +43,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "observability": (SHARED | {"engine", "scheduler", "backends", "__init__"}, {"opentelemetry", "prometheus_client"}),
     "http": (
         SHARED | {"backends", "store", "text", "settings", "observability", "__init__"},
-        {"starlette", "uvicorn", "httptools", "numpy", "orjson", "pydantic", "pydantic_core", "redis"},
+        {"starlette", "uvicorn", "httptools", "numpy", "orjson", "pydantic", "pydantic_core", "redis", "xxhash"},
     ),
     "store": (
         {"errors", "messages", "backends", "settings", "system"},

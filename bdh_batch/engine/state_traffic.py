@@ -71,7 +71,7 @@ class StateTraffic:
         """The copies of `step` were made, or at least begun."""
         for save in step.saves:
             assert self._states is not None, "there are transfer slots only with those who write from them"
-            self._states.write(save, partial(self._done, self._scheduler.saved, save))
+            self._states.write(save, partial(self._done, self._scheduler.files.saved, save))
 
     def settle(self) -> None:
         """The copies that were planned are made, or will never be: states in which nobody else begins may go."""

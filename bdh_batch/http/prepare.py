@@ -97,7 +97,8 @@ class Preparation:
         if tokens is not None:
             tokens.begin(begun, whole[0].tokens)
         request = await self.aside.run(self.size, body.request, self.client.origin(), whole, model.defaults, grammar)
-        return replace(request, state=begun.state, salt=begun.salt + request.salt)
+        # It is of the model's layout: a file that cannot be read all the same is damaged, and only the time tells.
+        return replace(request, state=begun.state, state_optional=True, salt=begun.salt + request.salt)
 
     async def _passed_on(
         self, backend: TextBackend, origin: Origin, body: CompletionBody | ChatBody

@@ -25,6 +25,7 @@ from bdh_batch.http.request.off_loop import Aside, OffLoop
 from bdh_batch.http.responses.frames import Frames, ResponseOptions
 from bdh_batch.http.responses.generation import EventStream, whole
 from bdh_batch.http.schema.requests import GenerationBody
+from bdh_batch.http.states.header import problem_of
 from bdh_batch.messages import Delta, GenerationRequest
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Settings
@@ -156,12 +157,24 @@ class Serving:
             self.metrics.left_out(model.name, prepared.grammar.warnings)
         self.quota.check(client, prepared)
         if self.responses is None or body is None or not is_determined(body, prepared):
-            generation = await self.quota.start(client, model.backend, prepared)
+            generation = await self._begun(client, model, prepared)
         else:
             key = await self.aside(client).run(size, response_key, client, model, prepared, body)
             generation = await self._replayed_or_kept(self.responses, key, client, model, prepared)
         if client.span is not None:
             generation.on_end(client.span.generation_ended)
+        return generation
+
+    async def _begun(self, client: Client, model: ServedModel, prepared: GenerationRequest) -> Generation:
+        generation, state = await self.quota.start(client, model.backend, prepared), prepared.state
+
+        def ended(tokens: int, failure: Delta | None) -> None:
+            """A state of which nothing came may have a damaged file."""
+            if state is not None and failure is None and min(generation.cached_tokens) < state.tokens:
+                self.records.examine(state.path, problem_of)
+
+        if model.layout is not None:
+            generation.on_end(ended)
         return generation
 
     async def respond(
@@ -198,7 +211,7 @@ class Serving:
         generation = await responses.find(key, prepared, counted)
         found = "miss" if generation is None else "hit"
         if generation is None:
-            started = await self.quota.start(client, model.backend, prepared)
+            started = await self._begun(client, model, prepared)
             generation = responses.recorded(key, started, counted)
         client.standing[CACHE_HEADER] = found
 

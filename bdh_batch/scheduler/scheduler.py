@@ -12,17 +12,15 @@ from functools import partial
 from itertools import chain, count
 from operator import attrgetter
 
-from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, QueueTimeout, RunTimeout
-from bdh_batch.messages import Delta, FinishReason, Outcome
-from bdh_batch.messages.state import INVALID
+from bdh_batch.errors import BDHError, GenerationFailed, QueueTimeout, RunTimeout
+from bdh_batch.messages import Delta, Outcome
 from bdh_batch.scheduler.backlog import Backlog
 from bdh_batch.scheduler.batch import BatchBuilder, Step
-from bdh_batch.scheduler.copies import Save
 from bdh_batch.scheduler.deadlines import Deadlines
+from bdh_batch.scheduler.file_states import FileStates
 from bdh_batch.scheduler.groups import Groups
 from bdh_batch.scheduler.policy import Counts, Policy
 from bdh_batch.scheduler.preemption import Preemption
-from bdh_batch.scheduler.prefixes import pack
 from bdh_batch.scheduler.rank import BEGAN, DUE, rank
 from bdh_batch.scheduler.ranking import Ranking
 from bdh_batch.scheduler.sequence import HOLDING, WAITING, QueueKey, Sequence, Stage
@@ -36,7 +34,6 @@ Update = tuple[Sequence, Delta]
 
 AGE = 256  # sequences that age in one plan: a crowd that does would hold up the step
 PREFIX_WAITERS = 128  # that one plan has wait for others: more would hold up the step
-COMPLETE = (FinishReason.STOP, FinishReason.LENGTH)
 OVERDUE = 8  # times what a prompt takes alone, after which it is due
 PROMPT_TOKEN = 2e-4  # seconds of one, as long as that is not known
 
@@ -61,6 +58,7 @@ class Scheduler:
         self.allocator = SlotAllocator(slots, policy)
         self.transfers = self.allocator.transfers
         self.sharing = Sharing(self.allocator, policy.cache_prefixes, policy.share_all, policy.min_shared)
+        self.files = FileStates(self.allocator, self.sharing)
         self._tenants = Tenants(policy.weights)
         self._deadlines = Deadlines()
         self.backlog = Backlog(policy.queue_unit)  # of those that wait for their first slot, or another one
@@ -96,7 +94,7 @@ class Scheduler:
             standing.due = arrived + min(OVERDUE * alone, self.policy.patience)
             self._move(sequence, Stage.QUEUED)
             self._deadlines.add(sequence)
-            self.transfers.to_come += sequence.save_to is not None
+            self.files.submitted(sequence)
 
     def take_changes(self) -> dict[Sequence, int]:
         """Returns the sequences that wait since the last call (1), and those that no longer wait (-1)."""
@@ -156,8 +154,7 @@ class Scheduler:
         """Plans the next step, or returns None where nothing can run."""
         self.allocator.begin(now)
         self.counts.steps += 1
-        for sequence in self.allocator.copy_saves():
-            self.sharing.bequeath(sequence)
+        self.files.plan_copies()
         self._prompts = {sequence: None for sequence in self._prompts if not sequence.decodes}
         prompts = [*self._prompts]
         for waiter in self.sharing.advance(prompts):
@@ -185,34 +182,16 @@ class Scheduler:
             if delta is not None:
                 updates.append((sequence, delta))
         self._batches.computed(step, now - step.planned)
-        for sequence, delta in updates:
-            if sequence.save_to is not None and delta.finish_reason in COMPLETE:
-                self._save(sequence, sequence.save_to, delta)
+        self.files.save(updates)
         self._end([sequence for sequence, delta in updates if delta.finish_reason is not None])
         return updates
 
-    def saved(self, save: Save, error: str | None) -> list[Update]:
-        """The state of an ended sequence is in its file, or that has failed with `error`."""
-        self.transfers.give([save.slot], self.allocator.now)
-        return [(save.sequence, Delta(saved=None if error else save.state, save_error=error))]
-
     def loaded(self, load: Load, error: str | None) -> list[Update]:
-        """A state is in its slot, or could not be read because of `error`: who waited for it is queued again. No more
-        of them keep the slot than can begin now; others find the state cached, or ask for it again."""
+        """A state is in its slot, or could not be read because of `error`: who waited for it is queued again."""
         waiting, room = [*load.waiting], max(1, self.size.width - len(self.running))
         for sequence in waiting:
             self._move(sequence, Stage.QUEUED)
-        self.transfers.end_load(load)
-        if error is not None or not waiting:
-            self.transfers.give([load.slot], self.allocator.now)
-        else:
-            self.sharing.loaded(waiting[:room], load)
-        if error is None:
-            return []
-        refused = [sequence for sequence in waiting if not sequence.may_recompute]
-        for sequence in waiting:
-            sequence.state = None
-        return self.abort(refused, InvalidRequest(f"The state cannot be used: {error}", "state", INVALID))
+        return self.abort(*self.files.loaded(load, waiting, error, room))
 
     def check(self) -> None:
         """Raises AssertionError where an invariant does not hold."""
@@ -253,7 +232,8 @@ class Scheduler:
         waiters = 0
         while waiters < PREFIX_WAITERS and (found := self._next(preemption)) is not None:
             candidate, victim = found
-            if candidate.stage is Stage.QUEUED and self._await_state(candidate):
+            if candidate.stage is Stage.QUEUED and self.files.await_state(candidate):
+                self._move(candidate, Stage.AWAITING_STATE)
                 waiters += 1
             elif self.allocator.full and (candidate.stage is not Stage.QUEUED or self.sharing.cached_prefix(candidate)):
                 return  # it would have to be copied
@@ -313,15 +293,6 @@ class Scheduler:
             self._prompts[candidate] = None
         return True
 
-    def _await_state(self, candidate: Sequence) -> bool:
-        """Whether it waits until the state that it begins in is read: that is neither there nor cached."""
-        state = candidate.state
-        if state is None or candidate.prefix.loaded is not None or self.sharing.holds_state(candidate, state.tokens):
-            return False
-        self._move(candidate, Stage.AWAITING_STATE)
-        self.transfers.await_load(candidate, state, *self.sharing.prefix_of(candidate, state.tokens))
-        return True
-
     def _preempt(self, sequence: Sequence, by_recompute: bool) -> None:
         """It waits in the queue, and all that is known of it will be computed again; or it keeps its state, in its slot
         on the device until that is needed."""
@@ -370,17 +341,7 @@ class Scheduler:
             self._move(sequence, Stage.ENDED)
             self._ageing.drop(sequence)
             self.sharing.expect_no_more(sequence)
-            self.sharing.forget_loaded(sequence)
-            self.transfers.to_come -= sequence.save_to is not None
-            if sequence.slot is not None and not self.transfers.keeps(sequence):
-                self.sharing.bequeath(sequence)
-
-    # States that go to files
-
-    def _save(self, sequence: Sequence, path: str, delta: Delta) -> None:
-        """Plans that the state of a sequence that has just ended is written; `delta` says where it will not be."""
-        if not self.transfers.save(sequence, path, pack(sequence.known(0, sequence.computed))):
-            delta.save_error = "Too many states are being written."
+            self.files.ended(sequence)
 
     def _spoilt(self, step: Step) -> tuple[set[Sequence], list[Update]]:
         """A step has failed, and no copy is made. Returns the sequences whose states are lost, and what is said of
@@ -388,4 +349,4 @@ class Scheduler:
         slots, saves = self.allocator.copies.give_up()
         self.sharing.forget(slots)
         spoilt = {*step.sequences, *(each for each in (*self.running, *self.swapped) if each.slot in slots)}
-        return spoilt, [update for save in saves for update in self.saved(save, "The copy of the state failed.")]
+        return spoilt, self.files.lost(saves)

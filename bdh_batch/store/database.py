@@ -206,6 +206,11 @@ class Database:
                 raise
             return True
 
+    def remove_state(self, id: str) -> None:
+        """Its records have none any more."""
+        with self._writing():
+            self._connection.execute("DELETE FROM states WHERE id = ?", (id,))
+
     def tidy(self, now: float) -> None:
         """Removes what has expired, and gives back to the disk what nothing uses."""
         with self._writing():

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from bdh_batch.errors import StoreFailed
 from bdh_batch.store.database import Database
 from bdh_batch.store.record import Record
+from bdh_batch.store.sealing import SealingFailed
 from bdh_batch.store.state_files import StateFile, StateFiles, finish
 from bdh_batch.system.threads import DaemonThreads
 
@@ -75,7 +76,8 @@ class Store:
         self._thread = DaemonThreads(1, "bdh-store")
         self._file_thread = DaemonThreads(FILE_THREADS, "bdh-store-files")
         self._waiting = 0
-        self.failures: Counter[str] = Counter()  # by what was tried: "put", "get", "adopt" …
+        self._examining: dict[str, asyncio.Task[None]] = {}  # by the ids of states
+        self.failures: Counter[str] = Counter()  # by what was tried: "put", "get", "adopt" …; and "damaged"
 
     async def put(self, record: Record) -> None:
         """Stores a record, in place of an earlier one of its kind and id; returns once it is durable.
@@ -155,13 +157,46 @@ class Store:
 
     async def state_file(self, record: Record) -> StateFile | None:
         """Returns the file of a record's state, which stays readable until it is closed, whatever becomes of the
-        record; None where there is none any more."""
+        record; None where there is none any more, or it is damaged."""
         if record.state is None:
             return None
-        path = await self._call("read", self._files.open, record.state, thread=self._file_thread)
+        try:
+            path = await self._call("read", self._files.open, record.state, thread=self._file_thread)
+        except SealingFailed as error:
+            await self.damaged(record.state, str(error))
+            return None
         if path is None:
             return None
-        return StateFile(path, partial(self._file_thread.submit, partial(path.unlink, missing_ok=True)))
+        return StateFile(record.state, path, partial(self._file_thread.submit, partial(path.unlink, missing_ok=True)))
+
+    async def damaged(self, state: str, problem: str) -> None:
+        """Removes the file of a state in which nothing can begin. Its records stay, whose tokens make it again."""
+        self.failures["damaged"] += 1
+        log.warning("the file of the state %s is damaged, and is removed: %s", state, problem)
+        with contextlib.suppress(StoreFailed):  # which was counted; whoever begins there finds it damaged again
+            await self._call("delete", self._database.remove_state, state)
+
+    def examine(self, path: str, problem: Callable[[Path], str | None]) -> None:
+        """Looks, in the background, whether the file that `state_file` has given is damaged, and removes it if so.
+
+        Args:
+            problem: says what is wrong with a file, which it reads whole; None where nothing is.
+        """
+        state = self._files.opened_id(path)
+        if state not in self._examining:
+            task = self._examining[state] = asyncio.create_task(self._examine(state, problem))
+            task.add_done_callback(lambda _: self._examining.pop(state))
+
+    async def _examine(self, state: str, problem: Callable[[Path], str | None]) -> None:
+        with contextlib.suppress(StoreFailed):  # which was counted
+            file = await self.state_file(Record(state, "", "", 0.0, state=state))
+            if file is not None:
+                try:
+                    found = await self._call("read", problem, file.path, thread=self._file_thread)
+                finally:
+                    file.close()
+                if found is not None:
+                    await self.damaged(state, found)
 
     @property
     def process(self) -> str:
@@ -194,6 +229,8 @@ class Store:
 
     async def close(self) -> None:
         """Ends the store. Idempotent."""
+        for task in [*self._examining.values()]:
+            task.cancel()
         closing = self._thread.submit(self._database.close)
         await asyncio.wrap_future(closing)
         await asyncio.wrap_future(self._file_thread.submit(self._close))

@@ -27,9 +27,11 @@ class StateFile:
     """A state's file, which can be read until it is closed.
 
     Args:
+        id: of the state.
         close: ends its use. Idempotent, and does not wait.
     """
 
+    id: str
     path: Path
     close: Callable[[], object]
 
@@ -112,6 +114,11 @@ class StateFiles:
             used.unlink(missing_ok=True)
             raise
         return used
+
+    @staticmethod
+    def opened_id(path: str) -> str:
+        """The id of the state whose file `open` has given."""
+        return Path(path).name.partition("-")[0]
 
     def key_check(self) -> bytes:
         """What tells, at the next start, whether the key is the same."""

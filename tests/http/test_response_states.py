@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from bdh_batch.http.responses_api.stored.transcript import end_of
+from tests.conftest import eventually
 from tests.http.test_responses import text_of
 
 if TYPE_CHECKING:
     from tests.conftest import ServeFactory, Server
 
 TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
-PATH, CHAT = "/v1/responses", "/v1/chat/completions"
+PATH, CHAT, STATES = "/v1/responses", "/v1/chat/completions", "/v1/states"
 TURNS, TOKENS = 20, 8
 LETTERS = [*range(ord("a"), ord("z") + 1)]  # so that the text of a turn has the tokens that were drawn
 ASKED: dict[str, Any] = {"temperature": 0, "allowed_token_ids": LETTERS}
@@ -138,6 +140,65 @@ def test_without_its_state_a_conversation_goes_on_from_its_tokens(start: Start, 
         after = server.http.post(PATH, json=body).json()
         assert computed(after) == after["usage"]["input_tokens"]
         assert text_of(after) == uninterrupted(server, ["Who?", text_of(first), "I."])
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda file: b"",
+    "cut off": lambda file: file[:-1],
+    "header": lambda file: file[:8] + b"{" * 8 + file[16:],
+    "tensor": lambda file: file[:-8] + bytes(8),
+}
+
+
+def turn(server: Server, before: str) -> str:
+    body = {"input": "I.", "previous_response_id": before, "max_output_tokens": TOKENS, "store": False, **ASKED}
+    return text_of(server.http.post(PATH, json=body).json())
+
+
+def new_response(server: Server) -> str:
+    return str(ask(server, "Who?")["id"])
+
+
+def new_state(server: Server) -> str:
+    return str(server.http.post(STATES, json={"prompt": "Who is there?"}).json()["id"])
+
+
+def completion(server: Server, state: str) -> Any:
+    body = {"prompt": "I.", "state": state, "max_tokens": TOKENS, **ASKED}
+    return server.http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+
+
+# What makes a file, what is done with it, and whether the whole of it is looked at then.
+USES: list[tuple[Callable[[Server], str], Callable[[Server, str], Any], bool]] = [
+    (new_response, turn, True),
+    (new_response, lambda server, id: server.http.post(STATES, json={"response": id}).json()["tokens"], False),
+    (new_state, completion, True),
+    (new_state, lambda server, id: server.http.get(f"{STATES}/{id}/content").content, False),
+]
+
+
+@pytest.mark.parametrize("key", [None, base64.b64encode(bytes(32)).decode()])
+def test_a_stored_state_that_is_damaged_is_made_again_counted_and_removed(
+    start: Start, tmp_path: Path, key: str | None
+) -> None:
+    folder = tmp_path / "store" / "states"
+
+    def damaged(metrics: Mapping[str, float]) -> float:
+        return metrics.get("bdh_store_failures_total{call=damaged}", 0)
+
+    with start(*([] if key is None else [f"store.encryption_key={key}"])) as server:
+        for make, use, whole in USES:
+            expected = use(server, make(server))
+            for damage in [*DAMAGE.values()] if key is None else [DAMAGE["tensor"]]:
+                server.until_idle()
+                before, found = {*folder.iterdir()}, damaged(server.metrics())
+                id = make(server)
+                (file,) = {*folder.iterdir()} - before
+                file.write_bytes(damage(file.read_bytes()))
+                if whole or key is not None or damage is not DAMAGE["tensor"]:
+                    assert use(server, id) == expected
+                    server.until(lambda metrics, found=found: damaged(metrics) == found + 1)
+                    eventually(lambda file=file: not file.exists())
 
 
 def test_what_is_not_to_be_stored_has_no_state(start: Start, tmp_path: Path) -> None:

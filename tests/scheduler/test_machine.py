@@ -195,7 +195,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def write(self, fails: bool, at: int) -> None:
         """A state has been written, or could not be."""
         save = self.saves.pop(at % len(self.saves))
-        self.take(self.scheduler.saved(save, "broken" if fails else None))
+        self.take(self.scheduler.files.saved(save, "broken" if fails else None))
 
     def transfer_all(self) -> None:
         while self.loads:

@@ -63,7 +63,7 @@ def test_a_state_is_copied_to_a_transfer_slot_before_its_slot_is_used_again(cach
     assert runner.slots[save.slot] == PROMPT + expected_tokens(PROMPT, 4)  # the last token has not entered it
     assert save.state.tokens == len(PROMPT) + 4
     assert sum(delta.ends for delta in gained[first]) == 1
-    ((ended, delta),) = scheduler.saved(save, None)
+    ((ended, delta),) = scheduler.files.saved(save, None)
     assert (ended, delta.saved, delta.save_error, delta.ends) == (first, save.state, None, 1)
 
 
@@ -259,7 +259,7 @@ def test_memory_is_made_ready_for_states_that_will_be_saved_and_goes_when_it_is_
     assert scheduler.transfers.back(0.0) == []
     _, (save,) = run(scheduler, runner)
     assert [save.slot] == ready
-    scheduler.saved(save, None)
+    scheduler.files.saved(save, None)
     released: list[int] = []
     while (step := scheduler.plan(20.0)) is not None:
         released += step.plan.releases
@@ -286,7 +286,7 @@ def test_a_step_has_no_more_copies_than_there_is_time_for(parts: int, most: int 
             scheduler.commit(step, runner.run(step.plan), 0.0)
             for save in step.saves:
                 assert runner.slots[save.slot] == save.sequence.known(0, save.state.tokens)
-                scheduler.saved(save, None)
+                scheduler.files.saved(save, None)
         for load in scheduler.transfers.take_loads():
             runner.slots[load.slot] = files(load)
             scheduler.loaded(load, None)

@@ -23,6 +23,7 @@ from bdh_batch.store.opening import TEMPORARY, open_store, temporary_folder
 from bdh_batch.store.records import Record, Store
 from bdh_batch.store.sealing import FRAME, SealingFailed, sealer_of
 from benchmarks.stress.store_kills import Kills, content
+from tests.conftest import eventually
 
 Settings = dict[str, Any]
 KEY = base64.b64encode(bytes(range(32))).decode()
@@ -328,17 +329,30 @@ def test_files_are_encrypted_in_frames(tmp_path: Path, size: int) -> None:
         read()
 
 
-async def test_a_damaged_state_is_told_and_harms_nothing_else(tmp_path: Path) -> None:
+async def test_a_damaged_state_is_counted_and_removed_and_harms_nothing_else(tmp_path: Path) -> None:
     async with opened(tmp_path, encryption_key=KEY) as store:
         of = await with_state(store, record("a", body=b"1"), b"state")
         [file] = files(tmp_path / "states")
         file.write_bytes(file.read_bytes()[:-3])
-        with pytest.raises(StoreFailed):
-            await store.state_file(of)
+        assert await store.state_file(of) is None
         found = await store.get("response", "a", "me")
         assert found is not None
-        assert found.body == b"1"
-        assert store.failures == {"read": 1}
+        assert (found.body, found.state) == (b"1", None)
+        assert store.failures == {"read": 1, "damaged": 1}
+        assert files(tmp_path / "states") == []
+
+
+async def test_a_state_that_may_be_damaged_is_looked_at_and_removed_only_where_it_is(tmp_path: Path) -> None:
+    async with opened(tmp_path) as store:
+        for name in ("a", "b"):
+            of = await with_state(store, record(name), name.encode())
+            file = await store.state_file(of)
+            assert file is not None
+            for _ in range(3):
+                store.examine(str(file.path), lambda path: "it is a" if path.read_bytes() == b"a" else None)
+        await asyncio.to_thread(eventually, lambda: len(files(tmp_path / "states")) == 1)
+        assert store.failures == {"damaged": 1}
+        store.examine(str(tmp_path / "other.safetensors"), lambda path: "nobody asks")
 
 
 async def test_a_damaged_database_ends_the_start(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ the tensors: the engine looks at those.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from array import array
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from xxhash import xxh3_128
 
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.request.json_text import outside_strings
@@ -31,6 +33,7 @@ MOST_LISTS, MOST_QUOTES, MOST_VALUES = (
     2**14,
 )  # in a header: far more than the texts of a client's own have
 ALIGNED = 64
+READ = 2**20  # bytes that are read at a time
 PIECE = 2**14  # characters of a list of tokens that are read at once
 DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 MOST_DIMENSIONS, LONGEST = 8, 2**31
@@ -82,10 +85,10 @@ class Header:
         known = {name: self.metadata[name] for name in OF_ENGINES if name in self.metadata}
         return self.encoded(known | {COUNT: str(len(tokens)), TOKENS_DIGEST: digest(tokens)})
 
-    def check(self, layout: StateLayout | None) -> None:
+    def check(self, layout: StateLayout | None, param: str) -> None:
         """Raises InvalidRequest: no engine whose states are of that layout can begin in it."""
         if layout is not None and (problem := layout.problem(self.metadata, self.tensor)) is not None:
-            raise InvalidRequest(f"The state cannot be used: {problem}", FILE, INVALID)
+            raise InvalidRequest(f"The state cannot be used: {problem}", param, INVALID)
 
     def tokens(self) -> array[int]:
         """The tokens in a client's copy. Raises InvalidRequest: there are none, or they are not those of the state."""
@@ -145,7 +148,24 @@ def parsed(text: bytes) -> Header:
 def read(path: Path) -> Header:
     """The header of a file that an engine has written. Raises OSError, InvalidRequest."""
     with path.open("rb") as file:
-        return parsed(file.read(length_in(file.read(LENGTH))))
+        found = parsed(file.read(length_in(file.read(LENGTH))))
+        if os.fstat(file.fileno()).st_size != file.tell() + found.size:
+            raise _bad("it is cut off, or has too much")
+        return found
+
+
+def problem_of(path: Path) -> str | None:
+    """What is wrong with a file that an engine has written; None where nothing is. It is read whole. Raises OSError."""
+    try:
+        found = read(path)
+    except InvalidRequest as error:
+        return error.message
+    digest, piece = xxh3_128(), bytearray(READ)
+    with path.open("rb", buffering=0) as file:
+        file.seek(-found.size, os.SEEK_END)
+        while count := file.readinto(piece):
+            digest.update(memoryview(piece)[:count])
+    return None if digest.hexdigest() == found.metadata["xxh3_128"] else "its checksum differs"
 
 
 def digest(tokens: array[int]) -> str:

@@ -7,19 +7,22 @@ import time
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import orjson
 
-from bdh_batch.errors import InvalidRequest
+from bdh_batch.errors import InvalidRequest, StoreFailed
 from bdh_batch.http.errors import NotFound
 from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.client import Client
+from bdh_batch.http.states import header
 from bdh_batch.http.states.header import Header
 from bdh_batch.messages import Prompt, latent_positions
 from bdh_batch.messages.state import INVALID, SavedState
 from bdh_batch.store.record import Record
-from bdh_batch.store.records import Store
+from bdh_batch.store.records import StateFile, Store
+from bdh_batch.system.threads import in_daemon_thread
 
 KIND, PREFIX = "state", "st_"
 LONGEST_ID = 128  # characters of one that an error repeats
@@ -94,6 +97,25 @@ async def found(records: Store, id: str, owner: str, param: str | None = None) -
     return record
 
 
+async def opened_file(records: Store, record: Record) -> tuple[StateFile, Header] | None:
+    """The file of a record's state, and its header; None where there is none any more. One that is damaged goes.
+
+    Raises StoreFailed.
+    """
+    file = await records.state_file(record)
+    if file is None:
+        return None
+    try:
+        return file, await in_daemon_thread(partial(header.read, file.path), "bdh-state-files")
+    except InvalidRequest as error:
+        file.close()
+        await records.damaged(file.id, error.message)
+        return None
+    except OSError as error:
+        file.close()
+        raise StoreFailed(f"The file of the state cannot be read ({error.strerror}).") from error
+
+
 @dataclass(frozen=True, slots=True)
 class Beginning:
     """What a request begins in: all of its prompts come after these tokens.
@@ -121,10 +143,12 @@ class Beginning:
         if about.model != model.name:
             text = f"The state is of the model {about.model!r}, not of {model.name!r}."
             raise InvalidRequest(text, "state", INVALID)
-        file = await records.state_file(record)
-        if file is not None:
+        state, opened = None, await opened_file(records, record)
+        if opened is not None:
+            file, known = opened
             client.cleanup.callback(file.close)
-        state = None if file is None else SavedState(str(file.path), about.tokens)
+            known.check(model.layout, "state")
+            state = SavedState(str(file.path), about.tokens)
         return cls(array("i", record.tokens), state, about.salt)
 
     def before(self, prompts: Sequence[Prompt], most: int) -> list[Prompt]:

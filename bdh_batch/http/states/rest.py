@@ -20,12 +20,11 @@ from bdh_batch.http.request.client import Client
 from bdh_batch.http.serving import Serving
 from bdh_batch.http.states import header
 from bdh_batch.http.states.bodies import Metadata, StateBody
-from bdh_batch.http.states.records import KIND, About, found, new_record, shown
+from bdh_batch.http.states.records import KIND, About, found, new_record, opened_file, shown
 from bdh_batch.http.states.saving import Saving, Source
 from bdh_batch.http.states.transfer import Upload, Uploads, download, head_of
 from bdh_batch.messages.state import INVALID, SavedState
 from bdh_batch.store.record import Record
-from bdh_batch.system.threads import in_daemon_thread
 
 MOST_LISTED, LISTED = 100, 20
 RESPONSE = "response"
@@ -79,14 +78,14 @@ class States:
     async def download(self, request: Request) -> Response:
         check_query(request, self._serving.settings)
         client, record = Client.of(request), await self._named(request)
-        file = await self._records.state_file(record)
-        if file is None:
+        opened = await opened_file(self._records, record)
+        if opened is None:
             record = await (await self._saving(client, About.of(record).model)).restored(record)
-            file = await self._records.state_file(record)
-        if file is None:
+            opened = await opened_file(self._records, record)
+        if opened is None:
             raise NotFound(f"State with id {record.id!r} not found.", None, "not_found")
+        file, known = opened
         client.cleanup.callback(file.close)
-        known = await in_daemon_thread(lambda: header.read(file.path), "bdh-state-files")
         head = await self._serving.aside(client).run(len(record.tokens), head_of, record, known)
         return download(file.path, record.id, head, known.size)
 
@@ -103,7 +102,7 @@ class States:
             known = await aside.run(len(text), header.parsed, text)
             coming.check(known, text)
             saving = await self._saving(client, given.get("model", known.metadata.get("model")))
-            known.check(saving.model.layout)
+            known.check(saving.model.layout, header.FILE)
             tokens = await aside.run(len(text), known.tokens)
             metadata = _metadata(known.metadata.get("metadata"))
             new = self._records.new_state()
@@ -146,11 +145,11 @@ class States:
         saving, salt = await self._saving(client, body["response"]["model"]), body["salt"]
         tokens = array("i", record.tokens)
         about = About(saving.model.name, len(tokens), metadata=metadata, salt=salt)
-        file = await self._records.state_file(record)
-        if file is None:
+        opened = await opened_file(self._records, record)
+        if opened is None:
             return await saving.stored(Source(tokens, RESPONSE, salt=salt), about, ttl)
+        file, known = opened
         client.cleanup.callback(file.close)
-        known = await in_daemon_thread(lambda: header.read(file.path), "bdh-state-files")
         if known.read == len(tokens):  # the file is that of both
             about = about.with_file(known)
             return await self._put(new_record(about, tokens, owner, ttl, record.state))
