@@ -21,6 +21,7 @@ from bdh_batch.engine.trace import Trace
 from bdh_batch.errors import BDHError, GenerationFailed, OutOfMemory, QueueFull, Unavailable
 from bdh_batch.messages import Outcome, Plan
 from bdh_batch.scheduler.batch import Step
+from bdh_batch.scheduler.invariants import check_invariants
 from bdh_batch.scheduler.scheduler import Scheduler, Update
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.system.threads import start_daemon
@@ -271,7 +272,7 @@ class Worker:
         for so long that it goes back to the system."""
         with self._inbox_changed:
             while not (self._inbox or self._stopping or self._scheduler.has_work):
-                self._scheduler.check()
+                check_invariants(self._scheduler)
                 due = self._scheduler.allocator.release_due
                 if not self._inbox_changed.wait(None if due is None else max(0.0, due - time.monotonic())):
                     break

@@ -62,9 +62,9 @@ class Scheduler:
         self._tenants = Tenants(policy.weights)
         self._deadlines = Deadlines()
         self.backlog = Backlog(policy.queue_unit)  # of those that wait for their first slot, or another one
-        self._groups = {stage: Groups(BEGAN if stage is Stage.RUNNING else DUE) for stage in WAITING + HOLDING}
-        self._queue, self._awaiting, self._loading, self.running, self.swapped = self._groups.values()
-        self._prompts: dict[Sequence, None] = {}  # that run; one that has become a stream goes with the next plan
+        self.groups = {stage: Groups(BEGAN if stage is Stage.RUNNING else DUE) for stage in WAITING + HOLDING}
+        self._queue, self._awaiting, self._loading, self.running, self.swapped = self.groups.values()
+        self.prompts: dict[Sequence, None] = {}  # that run; one that has become a stream goes with the next plan
         self._ageing: Ranking[Sequence] = Ranking(attrgetter("standing.served_at"))  # those that have not aged
         self._first = 0  # the first priority of all sequences
         self._arrivals = count(1)
@@ -83,7 +83,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         waits = self.transfers.pending or self.sharing.pending or len(self.allocator.copies) > 0
-        return waits or any(self._groups.values())
+        return waits or any(self.groups.values())
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         for sequence in (s for s in sequences if s.finish_reason is None):  # others were aborted on their way here
@@ -130,7 +130,7 @@ class Scheduler:
         return updates
 
     def fail_all(self, error: BDHError) -> list[Update]:
-        return self.abort([*chain.from_iterable(self._groups.values())], error)
+        return self.abort([*chain.from_iterable(self.groups.values())], error)
 
     def fail(self, step: Step, error: BDHError) -> list[Update]:
         """Ends the sequences of a step that could not be computed, as their states are no longer known."""
@@ -144,7 +144,7 @@ class Scheduler:
         spoilt, updates = self._spoilt(step)
         for sequence in spoilt:
             sequence.restart()
-        self._prompts = dict.fromkeys(self.running)
+        self.prompts = dict.fromkeys(self.running)
         forwards = [sequence for _, members in self.running.forwards(self._first) for sequence in members]
         for sequence in forwards[self.size.width :]:
             self._move(sequence, Stage.SWAPPED)
@@ -155,14 +155,14 @@ class Scheduler:
         self.allocator.begin(now)
         self.counts.steps += 1
         self.files.plan_copies()
-        self._prompts = {sequence: None for sequence in self._prompts if not sequence.decodes}
-        prompts = [*self._prompts]
+        self.prompts = {sequence: None for sequence in self.prompts if not sequence.decodes}
+        prompts = [*self.prompts]
         for waiter in self.sharing.advance(prompts):
             self._move(waiter, Stage.QUEUED)
         self._age(now)
         self._give_slots(prompts, now)
         self.allocator.release_idle()
-        left = {sequence for sequence in self._prompts if not sequence.at_latent}
+        left = {sequence for sequence in self.prompts if not sequence.at_latent}
         return self._batches.build(self.running, left, self._first, self.allocator)
 
     def commit(self, step: Step, outcome: Outcome, now: float) -> list[Update]:
@@ -193,34 +193,17 @@ class Scheduler:
             self._move(sequence, Stage.QUEUED)
         return self.abort(*self.files.loaded(load, waiting, error, room))
 
-    def check(self) -> None:
-        """Raises AssertionError where an invariant does not hold."""
-        assert all(s.decodes for s in self.running if s.decoding), "what is known to decode does"
-        prompts = {sequence for sequence in self.running if not sequence.decodes}
-        assert {s for s in self._prompts if not s.decodes} == prompts, "prompts that run are known"
-        assert len(self.running) <= self.size.width, "no more run than may"
-        waiting = (*self._queue, *self._awaiting, *self._loading)
-        assert all(s.slot is None for s in waiting), "what waits holds no slot"
-        assert all(s.finish_reason is None and s.pending >= 1 for s in (*self.running, *self.swapped)), (
-            "what runs has work"
-        )
-        for stage, group in self._groups.items():
-            assert all(sequence.stage is stage for sequence in group), "stages are right"
-        assert len(self.backlog) == len(waiting), "what waits is counted"
-        self.allocator.check([*self.running], [*self.swapped])
-        self.sharing.check()
-
     # Which sequences run
 
     def _age(self, now: float) -> None:
         """Has those compete in the first priority for which nothing was computed for as long as the patience."""
-        present = {priority for group in self._groups.values() for priority, _ in group.priorities}
+        present = {priority for group in self.groups.values() for priority, _ in group.priorities}
         self._first = min(present, default=0)
         for _ in range(AGE if len(present) > 1 else 0):
             if (sequence := self._ageing.first(now - self.policy.patience)) is None:
                 return
             self._ageing.drop(sequence)
-            group = self._groups[sequence.stage]
+            group = self.groups[sequence.stage]
             group.remove(sequence)
             sequence.standing.aged = True
             group.push(sequence)
@@ -290,7 +273,7 @@ class Scheduler:
         candidate.decoding = None  # its slot may be another one
         self._move(candidate, Stage.RUNNING)
         if not candidate.decodes:
-            self._prompts[candidate] = None
+            self.prompts[candidate] = None
         return True
 
     def _preempt(self, sequence: Sequence, by_recompute: bool) -> None:
@@ -306,8 +289,8 @@ class Scheduler:
         """Takes it out of the stage that it is in, and puts it into another one."""
         before, sequence.stage = sequence.stage, stage
         standing = sequence.standing
-        if before in self._groups:
-            self._groups[before].remove(sequence)
+        if before in self.groups:
+            self.groups[before].remove(sequence)
         self.allocator.parked.pop(sequence, None)
         if before is Stage.AWAITING_PREFIX:
             self.sharing.stop_waiting(sequence)
@@ -318,12 +301,12 @@ class Scheduler:
             self.allocator.parked[sequence] = None
         if Stage.RUNNING in (before, stage):
             standing.since = self.counts.steps
-            self._prompts.pop(sequence, None)
+            self.prompts.pop(sequence, None)
         if before in (Stage.NEW, Stage.RUNNING):
             standing.aged = False
             self._ageing.put(sequence)
-        if stage in self._groups:
-            self._groups[stage].push(sequence)
+        if stage in self.groups:
+            self.groups[stage].push(sequence)
         waits = (stage in WAITING) - (before in WAITING)
         standing.account.count(waits, (stage in HOLDING) - (before in HOLDING))
         if waits:

@@ -32,6 +32,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from bdh_batch.engine.trace import BLOCK
+from bdh_batch.scheduler.invariants import check_invariants
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
 from benchmarks import ROOT
@@ -92,7 +93,7 @@ def simulate(name: str, requests: Many[Request], cost: Cost, slots: int, prefill
     for request in requests:
         play.ask(request)
     play.run()
-    play.scheduler.check()
+    check_invariants(play.scheduler)
     assert all(response.ended for response in play.responses), "every request was answered"
     return figures(play.responses, play.now) | {
         "prompt_tokens_computed": play.computed,

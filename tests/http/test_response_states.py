@@ -197,8 +197,8 @@ def test_a_stored_state_that_is_damaged_is_made_again_counted_and_removed(
                 file.write_bytes(damage(file.read_bytes()))
                 if whole or key is not None or damage is not DAMAGE["tensor"]:
                     assert use(server, id) == expected
-                    server.until(lambda metrics, found=found: damaged(metrics) == found + 1)
-                    eventually(lambda file=file: not file.exists())
+                    eventually(lambda: damaged(server.metrics()) == found + 1)  # noqa: B023
+                    eventually(lambda: not file.exists())  # noqa: B023
 
 
 def test_what_is_not_to_be_stored_has_no_state(start: Start, tmp_path: Path) -> None:

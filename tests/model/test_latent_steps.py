@@ -40,6 +40,7 @@ from bdh_batch.messages import (
     Segment,
     latent_positions,
 )
+from bdh_batch.scheduler.invariants import check_invariants
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.text.tokenizer import ByteTokenizer
@@ -117,7 +118,7 @@ async def started(
     backend = LocalBackend(worker, ByteTokenizer(), model.config.vocab_size, 4096, 60.0, latent=True)
     yield Engine(model, backend, worker, scheduler, runner)
     worker.close()
-    scheduler.check()
+    check_invariants(scheduler)
 
 
 def asked(prompt: Sequence[int], max_tokens: int = TOKENS, **changes: Any) -> GenerationRequest:

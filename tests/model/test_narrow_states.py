@@ -12,6 +12,7 @@ from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.engine import loading
 from bdh_batch.engine.narrow_states import NarrowStates, narrow_bytes
 from bdh_batch.engine.state_pool import StatePool
+from bdh_batch.scheduler.invariants import check_invariants
 from bdh_batch.settings import PrefixCache
 from tests.model.test_saved_states import TEXT, deltas_of, request, rest, said, start
 
@@ -88,7 +89,7 @@ async def test_cached_prefixes_are_narrow_and_running_sequences_are_not(dtype: t
     assert hosted
     assert sum(cached > len(TEXT) for cached in again) >= 2
     await rest(engine)
-    engine.scheduler.check()
+    check_invariants(engine.scheduler)
     engine.worker.close()
 
 

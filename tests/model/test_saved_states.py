@@ -25,6 +25,7 @@ from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Origin, Prompt, SamplingParams, SavedState
 from bdh_batch.scheduler.copies import CopyLimits
+from bdh_batch.scheduler.invariants import check_invariants
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.text.tokenizer import ByteTokenizer
@@ -186,7 +187,7 @@ async def test_a_hundred_forks_each_say_what_they_say_alone(tmp_path: Path, cach
     assert [[token for delta in gained for token in delta.tokens] for gained, _ in together] == alone
     assert all(count >= saved.tokens for _, (count,) in together)
     await rest(engine)
-    engine.scheduler.check()
+    check_invariants(engine.scheduler)
     engine.worker.close()
 
 

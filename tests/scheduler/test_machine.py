@@ -25,6 +25,7 @@ from bdh_batch.messages import LATENT_FROZEN, FinishReason, SavedState
 from bdh_batch.scheduler.backlog import NO_UNIT
 from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.copies import CopyLimits, Save
+from bdh_batch.scheduler.invariants import check_invariants
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.prefix_cache import digests_at
 from bdh_batch.scheduler.prefixes import pack
@@ -288,7 +289,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def is_sound(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        self.scheduler.check()
+        check_invariants(self.scheduler)
         for sequence, change in self.scheduler.take_changes().items():
             (self.waiting.add if change > 0 else self.waiting.remove)(sequence)
         assert self.waiting == {s for s in self.submitted if s.stage in WAITING and s.standing.arrival}

@@ -5,6 +5,7 @@ import weakref
 from bdh_batch.errors import GenerationFailed, QueueTimeout, RunTimeout
 from bdh_batch.messages import FinishReason
 from bdh_batch.scheduler.batch import Step
+from bdh_batch.scheduler.invariants import check_invariants
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
 from tests.scheduler.fakes import FakeRunner, FakeText, expected_tokens, make_sequence
@@ -16,7 +17,7 @@ def step(scheduler: Scheduler, runner: FakeRunner, now: float = 0.0) -> Step | N
     planned = scheduler.plan(now)
     if planned is not None:
         scheduler.commit(planned, runner.run(planned.plan), now)
-    scheduler.check()
+    check_invariants(scheduler)
     return planned
 
 
@@ -127,7 +128,7 @@ def test_a_failed_step_ends_only_its_own_sequences() -> None:
     planned = scheduler.plan(now=0.0)
     assert planned is not None
     updates = scheduler.fail(planned, BROKEN)
-    scheduler.check()
+    check_invariants(scheduler)
     assert [delta.error for _, delta in updates] == [BROKEN] * 2
     run_dry(scheduler, runner)
     assert waiting.generated == expected_tokens([3], 5)
@@ -340,7 +341,7 @@ def test_running_out_of_memory_makes_steps_smaller_and_loses_nobody() -> None:
         sizes.append(planned.prefill_tokens)
         runner.slots = {slot: [-1] for slot in range(4)}
         assert scheduler.out_of_memory(planned) == []
-        scheduler.check()
+        check_invariants(scheduler)
     assert sizes == [48, 32, 16]
     assert (scheduler.size.prefill, scheduler.size.width) == (16, 1)
     run_dry(scheduler, runner)
@@ -395,7 +396,7 @@ def test_time_that_is_up_ends_who_waits_and_who_runs() -> None:
     assert (first, type(delta.error)) == (waiting, QueueTimeout)
     ((second, delta),) = scheduler.expire(11.0)
     assert (second, type(delta.error)) == (running, RunTimeout)
-    scheduler.check()
+    check_invariants(scheduler)
     assert not scheduler.has_work
 
 

@@ -10,6 +10,7 @@ import pytest
 from bdh_batch.errors import GenerationFailed, InvalidRequest
 from bdh_batch.messages import Delta, SavedState
 from bdh_batch.scheduler.copies import CopyLimits, Save
+from bdh_batch.scheduler.invariants import check_invariants
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler, Update
 from bdh_batch.scheduler.sequence import Sequence
@@ -41,7 +42,7 @@ def run(
         for sequence, delta in updates:
             gained.setdefault(sequence, []).append(delta)
         scheduler.transfers.give(scheduler.transfers.take_left())
-        scheduler.check()
+        check_invariants(scheduler)
     return gained, saves
 
 
@@ -235,7 +236,7 @@ def test_sequences_that_end_while_they_wait_leave_no_slot_behind() -> None:
     scheduler.abort(forks[1:])
     scheduler.loaded(load, None)
     assert not scheduler.has_work
-    scheduler.check()
+    check_invariants(scheduler)
     late, kept = forks_of(30, count=1), forks_of(29, count=1)
     scheduler.submit([*late, *kept])
     scheduler.plan(0.0)
@@ -291,7 +292,7 @@ def test_a_step_has_no_more_copies_than_there_is_time_for(parts: int, most: int 
             runner.slots[load.slot] = files(load)
             scheduler.loaded(load, None)
         scheduler.transfers.give(scheduler.transfers.take_left())
-        scheduler.check()
+        check_invariants(scheduler)
     assert saves == 4
     assert max(moved) <= (most or 99)
     assert sum(moved) == parts * runner.copies
@@ -313,5 +314,5 @@ def test_what_is_rounded_on_its_way_to_the_host_counts_as_what_it_takes(swaps: b
             busy = scheduler.allocator.copies.busy
             assert all(segment.slot not in busy for segment in step.plan.segments)
             scheduler.commit(step, runner.run(step.plan), 0.0)
-            scheduler.check()
+            check_invariants(scheduler)
     assert runner.copies

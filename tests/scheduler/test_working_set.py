@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, strategies as st
 
+from bdh_batch.scheduler.invariants import check_invariants
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.prefix_index import Entry
 from bdh_batch.scheduler.prefixes import pack
@@ -36,7 +37,7 @@ class Engine:
 
     def step(self) -> bool:
         step = self.scheduler.plan(self.now)
-        self.scheduler.check()
+        check_invariants(self.scheduler)
         if step is None:
             return False
         self.released += step.plan.releases
