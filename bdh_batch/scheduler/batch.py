@@ -77,6 +77,8 @@ class BatchBuilder:
         """What the step has of those, in the order of their ranks, until its time is full. Those whose slots are `busy`
         wait for copies."""
         waiting = {sequence for sequence in running if sequence.slot in busy} if busy else set()
+        for sequence in waiting:
+            sequence.standing.copying += 1
         apart = prompts | waiting
         decoding = len(running) - len(apart)
         target = self._target if decoding else NO_LIMIT

@@ -70,7 +70,7 @@ class Preemption:
     def _is_over(self, sequence: Sequence, candidate: Sequence | None) -> bool:
         """Whether its time slice is; where it loses its state for `candidate`, whether it has got on enough."""
         if candidate is None:
-            return sequence.standing.since <= self.step - self.time_slice
+            return sequence.standing.since + sequence.standing.copying <= self.step - self.time_slice
         again = candidate.pending if candidate.times.scheduled is not None else 0
         return len(sequence.generated) - sequence.standing.state_began >= max(self.time_slice, again)
 

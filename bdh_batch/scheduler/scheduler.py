@@ -300,7 +300,7 @@ class Scheduler:
             standing.due = self.allocator.now
             self.allocator.parked[sequence] = None
         if Stage.RUNNING in (before, stage):
-            standing.since = self.counts.steps
+            standing.since, standing.copying = self.counts.steps, 0
             self.prompts.pop(sequence, None)
         if before in (Stage.NEW, Stage.RUNNING):
             standing.aged = False

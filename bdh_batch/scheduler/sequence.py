@@ -86,6 +86,7 @@ class Standing:
     account: Tenant = field(default_factory=Tenant)
     due: float = 0.0  # when its prompt should be computed, or when it had its last token, or was preempted
     since: int = 0  # the step from which on it has run, or has not
+    copying: int = 0  # of the steps since then, those in which it waited for copies
     arrival: int = 0  # its number in the order of arrival
     served_at: float = 0.0  # when a step last computed something of it; before, when it arrived
     state_began: int = 0  # tokens generated before it was given its present state

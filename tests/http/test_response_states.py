@@ -186,6 +186,10 @@ def test_a_stored_state_that_is_damaged_is_made_again_counted_and_removed(
     def damaged(metrics: Mapping[str, float]) -> float:
         return metrics.get("bdh_store_failures_total{call=damaged}", 0)
 
+    def is_removed(file: Path, counted: float) -> None:
+        server.until(lambda metrics: damaged(metrics) == counted)
+        eventually(lambda: not file.exists())
+
     with start(*([] if key is None else [f"store.encryption_key={key}"])) as server:
         for make, use, whole in USES:
             expected = use(server, make(server))
@@ -197,8 +201,7 @@ def test_a_stored_state_that_is_damaged_is_made_again_counted_and_removed(
                 file.write_bytes(damage(file.read_bytes()))
                 if whole or key is not None or damage is not DAMAGE["tensor"]:
                     assert use(server, id) == expected
-                    eventually(lambda: damaged(server.metrics()) == found + 1)  # noqa: B023
-                    eventually(lambda: not file.exists())  # noqa: B023
+                    is_removed(file, found + 1)
 
 
 def test_what_is_not_to_be_stored_has_no_state(start: Start, tmp_path: Path) -> None:

@@ -209,6 +209,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         transfers = self.scheduler.transfers
         transfers.give(transfers.take_left(), self.now)
 
+    def plans(self) -> int:
+        """How many it may take until a token is computed: for each, a state may have to go, and another one to come."""
+        limits = self.scheduler.policy.copies
+        return 1 + (0 if limits.most is None else 2 * -(-limits.parts * limits.rounded // limits.most))
+
     def watch_waiting(self) -> None:
         """A tenant of the first priority that had least and holds nothing gets some soon, whatever others queue."""
         alive = [sequence for sequence in self.submitted if sequence.finish_reason is None]
@@ -222,7 +227,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             known = sum(
                 len(s.prompt) + len(s.generated) for s in alive if s.tenant != tenant and s.times.scheduled is not None
             )
-            bound = 3 + self.scheduler.policy.time_slice + 2 * known
+            bound = 3 + self.plans() * (self.scheduler.policy.time_slice + 2 * known)
             assert self.passed_over[tenant] <= bound, "no tenant is starved"
 
     def watch_priorities(self, step: Step | None) -> None:
@@ -245,7 +250,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             )
             # It shrinks while the others catch up.
             self.debts[sequence] = debt = max(debt, self.debts.get(sequence, 0.0)) if passed_over else 0.0
-            bound = 3 + self.scheduler.policy.time_slice + 2 * known + debt
+            bound = 3 + self.plans() * (self.scheduler.policy.time_slice + 2 * known + debt)
             assert self.outranked[sequence] <= bound, "no priority starves"
 
     @rule(
@@ -299,7 +304,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         bound = 20 + 3 * sum(len(sequence.prompt) + sequence.completion.max_tokens for sequence in self.submitted)
-        for _ in range(bound):
+        for _ in range(bound * self.plans()):
             if not self.scheduler.has_work:
                 break
             self.advance()

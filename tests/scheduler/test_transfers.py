@@ -316,3 +316,21 @@ def test_what_is_rounded_on_its_way_to_the_host_counts_as_what_it_takes(swaps: b
             scheduler.commit(step, runner.run(step.plan), 0.0)
             check_invariants(scheduler)
     assert runner.copies
+
+
+def test_a_time_slice_does_not_pass_while_its_sequence_waits_for_copies() -> None:
+    """Else two that take turns at one slot would be exchanged after each token, as an exchange takes longer than a
+    slice."""
+    limits = CopyLimits(parts=8, most=1)
+    scheduler, runner = Scheduler(1, 64, Policy(host_slots=3, copies=limits, max_running=3, time_slice=4)), FakeRunner()
+    sequences = [make_sequence([number] * 8, 12) for number in range(2)]
+    scheduler.submit(sequences)
+    steps = 0
+    while scheduler.has_work and steps < 2_000:
+        step = scheduler.plan(0.0)
+        assert step is not None
+        scheduler.commit(step, runner.run(step.plan), 0.0)
+        scheduler.check()
+        steps += 1
+    assert [sequence.generated for sequence in sequences] == [expected_tokens([*s.prompt], 12) for s in sequences]
+    assert 0 < runner.copies <= 2 * (2 * 12 // 4)  # at each exchange one state goes, and one comes
