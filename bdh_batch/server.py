@@ -113,11 +113,13 @@ async def _run_engine(settings: Settings, spec: ChildSpec, ready: Callable[[], N
     if spec.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, spec.cores)  # before Numba and torch are imported, which count the cores then
 
-    from bdh_batch.engine.loading import load_engine
-    from bdh_batch.processes.engine_process import run_engine
     from bdh_batch.processes.model_settings import models_of
 
-    model = models_of(settings)[spec.model]
+    model = models_of(settings)[spec.model]  # without torch: a name that no model has is refused at once
+
+    from bdh_batch.engine.loading import load_engine
+    from bdh_batch.processes.engine_process import run_engine
+
     if spec.threads is not None:
         engine = model.settings.engine.model_copy(update={"threads": spec.threads})
         model = replace(model, settings=model.settings.model_copy(update={"engine": engine}))
@@ -159,9 +161,11 @@ async def serve(
         load: makes the engine, off the event loop; None is `engine.loading.load_engine`.
         start: has it compute, on the event loop; None is `engine.loading.start_worker`.
     """
-    from bdh_batch.processes.in_process import hosted
     from bdh_batch.processes.model_settings import models_of
+
+    [model] = models_of(settings)  # without torch, as above
+
+    from bdh_batch.processes.in_process import hosted
     from bdh_batch.processes.service import Service, run_until_signal
 
-    [model] = models_of(settings)
     await run_until_signal(Service(settings, hosted(model, load, start), model.name, on_ready))

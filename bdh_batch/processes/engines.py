@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from bdh_batch.backends.base import Backend
 from bdh_batch.messages import StateLayout
-from bdh_batch.processes.components import Components
+
+if TYPE_CHECKING:  # an engine process has none, and need not import what they need
+    from bdh_batch.processes.components import Components
 
 LOADER = "bdh-loader"  # the name of the threads that load
 

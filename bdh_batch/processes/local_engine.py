@@ -6,17 +6,20 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bdh_batch import __version__
 from bdh_batch.backends.local import Engine, LocalBackend
 from bdh_batch.engine.loading import LoadedEngine, attention_window, load_engine, start_worker
 from bdh_batch.engine.worker import Observer
 from bdh_batch.observability.engine_metrics import EngineMetrics
-from bdh_batch.processes.components import Components
 from bdh_batch.processes.engines import LOADER, EngineInfo
 from bdh_batch.settings import Settings
 from bdh_batch.system.threads import in_daemon_thread
 from bdh_batch.text.folder import TextComponents
+
+if TYPE_CHECKING:  # as in engines.py
+    from bdh_batch.processes.components import Components
 
 LoadEngine = Callable[[Settings, Path], LoadedEngine]
 StartEngine = Callable[[Settings, LoadedEngine, Observer], Engine]

@@ -116,6 +116,9 @@ def test_one_that_cannot_be_loaded_harms_no_other(models: Server) -> None:
     assert models.http.get("/readyz").status_code == 200
     assert "there is no model at /nowhere" in models.log
     models.complete(model="tiny", prompt="a", max_tokens=2)
+    # An operator gives it up; else a process would be started for it again and again, to the end of these tests.
+    assert models.http.post("/models/unload", json={"model": "damaged"}).json() == {"success": True}
+    assert states(models)["damaged"] == "unloaded"
 
 
 def test_one_on_demand_is_loaded_for_a_request_and_unloaded_when_idle(models: Server) -> None:
