@@ -1,5 +1,5 @@
-"""The command line: `serve`, `gateway`, `config show`, `keys add`, `model add`, `model inspect`, `model convert`,
-`bench serve`, `plan`.
+"""The command line: `serve`, `gateway`, `run`, `run-batch`, `config show`, `keys add`, `model add`, `model inspect`,
+`model convert`, `bench serve`, `plan`.
 
 What cannot work ends in one line and exit code 2.
 """
@@ -23,6 +23,7 @@ from bdh_batch.http.auth.keys import KeyFile, new_key
 from bdh_batch.processes.control import default_pid_file, send_command
 from bdh_batch.registry import commands as registry_commands
 from bdh_batch.registry.locate import locate
+from bdh_batch.shell import commands as shell_commands
 from bdh_batch.system.documents import shown
 
 log = logging.getLogger(__name__)
@@ -81,16 +82,21 @@ def _stand_on_firm_ground() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
 
 
-def _parser() -> argparse.ArgumentParser:
+def _options_parser(*flags: str) -> argparse.ArgumentParser:
+    """The flags of commands that take options."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--config", type=Path, metavar="FILE", help="a YAML file of options; see config/default.yaml")
     common.add_argument(
         "--set", action="append", default=[], metavar="OPTION=VALUE", help="any option: server.port=9000"
     )
-    for flag, option in SHORTCUTS.items():
-        default, text = settings.options()[option]
-        common.add_argument(f"--{flag}", help=f"{text} ({option}, default {default})")
+    for flag in flags:
+        default, text = settings.options()[SHORTCUTS[flag]]
+        common.add_argument(f"--{flag}", help=f"{text} ({SHORTCUTS[flag]}, default {default})")
+    return common
 
+
+def _parser() -> argparse.ArgumentParser:
+    common = _options_parser(*SHORTCUTS)
     parser = argparse.ArgumentParser(prog="bdh-batch", description="Serves BDH models with an OpenAI-compatible API.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -103,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         help="start the server with upstreams alone, without a model of its own",
     )
     gateway.set_defaults(run=_gateway)
+    shell_commands.add_commands(commands, _options_parser("model", "device", "dtype"), _compute)
     reload = commands.add_parser(
         "reload", parents=[common], help="replace the engines of the server at a port, one by one"
     )
@@ -216,7 +223,7 @@ def _positive(text: str) -> int:
 def _overrides(options: argparse.Namespace) -> list[tuple[str, object]]:
     """Later ones win: --set over the short flags."""
     pairs: list[tuple[str, object]] = [
-        (option, value) for flag, option in SHORTCUTS.items() if (value := getattr(options, flag)) is not None
+        (option, value) for flag, option in SHORTCUTS.items() if (value := getattr(options, flag, None)) is not None
     ]
     for text in options.set:
         option, equals, value = text.partition("=")
@@ -264,14 +271,26 @@ def _run_server(chosen: settings.Settings, serve: Callable[[], Coroutine[None, N
     logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.root.level))  # it logs every request
     import uvloop
 
+    uvloop.run(serve())
+    return _leave(0)
+
+
+def _leave(code: int) -> int:
+    """Returns the exit code, if the interpreter can be taken down: not under the feet of a thread that still loads,
+    compiles, or hangs in a step."""
     from bdh_batch.system.threads import left_behind
 
-    uvloop.run(serve())
     if left_behind():
-        # One still loads, compiles or hangs in a step; the interpreter cannot be taken down under its feet.
         logging.shutdown()
-        os._exit(0)
-    return 0
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _compute(options: argparse.Namespace) -> int:
+    chosen = _resolve(options).settings
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    return _leave(options.compute(chosen, options))
 
 
 def _say_nothing(url: str, model: str) -> None:

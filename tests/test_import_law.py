@@ -69,10 +69,14 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         SHARED | {"backends", "http", "processes", "settings", "store", "text"},
         {"lm_eval", "orjson", "starlette", "tqdm", "uvloop"},
     ),
+    "shell": (
+        {"errors", "http", "llm", "processes", "settings", "system"},
+        {"numpy", "orjson", "starlette", "tqdm", "uvloop"},
+    ),
     "server": ({"errors", "processes", "engine", "settings", "observability"}, set()),
     "cli": (
         {"errors", "system", "settings", "http", "processes", "server", "bench", "plan", "registry", "__init__"}
-        | {"client"},
+        | {"client", "shell"},
         {"uvloop"},
     ),
     "__main__": ({"cli"}, set()),

@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.llm import asks, results
-from bdh_batch.llm.choosing import chosen
+from bdh_batch.llm.choosing import chosen, in_process
 from bdh_batch.llm.outputs import (
     CompletionOutput,
     EmbeddingRequestOutput,
@@ -27,11 +27,13 @@ from bdh_batch.llm.progress import UseTqdm, progress
 from bdh_batch.llm.prompts import Pair, Plain, conversations, is_one, listed, pairs, plain
 from bdh_batch.llm.requests import Ask, Ended, Requests, Stream, closed
 from bdh_batch.llm.states import File, States, id_of
-from bdh_batch.llm.window import Job, Window
+from bdh_batch.llm.window import Job, window_for
 from bdh_batch.messages import Text
 from bdh_batch.processes.components import GENERATION_CONFIG, suggested_generation
 from bdh_batch.processes.in_process import InProcess
-from bdh_batch.processes.model_settings import chosen_model
+from bdh_batch.processes.model_settings import ModelSettings, chosen_model
+from bdh_batch.settings import Settings
+from bdh_batch.text.chat import ChatTemplate
 from bdh_batch.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -56,9 +58,18 @@ class AsyncLLM:
         **settings: Any,
     ) -> None:
         """As `LLM`. Raises ConfigError, CheckpointError."""
-        self._model = chosen(model, config, settings)
-        scheduler = self._model.settings.scheduler
-        self._window = Window(scheduler.max_running + min(scheduler.max_running, scheduler.max_queued_requests))
+        self._begin(chosen(model, config, settings))
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """That of a server's settings. Raises ConfigError, CheckpointError: there is no such model."""
+        made = cls.__new__(cls)
+        made._begin(in_process(settings))
+        return made
+
+    def _begin(self, model: ModelSettings) -> None:
+        self._model = model
+        self._window = window_for(self._model.settings.scheduler)
         self._opening: asyncio.Task[InProcess] | None = None
         self._requests: Requests | None = None
         self._closed = False
@@ -101,6 +112,21 @@ class AsyncLLM:
         """What holds where no `sampling_params` are given: vLLM's defaults, but for what the settings or the model's
         folder say. Raises ConfigError, CheckpointError."""
         return replace(self._default)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model has a chat template of its own; else conversations are lines of `role: content`. False
+        before it has been loaded."""
+        template = None if self._requests is None else self._requests.host.served.template
+        return isinstance(template, ChatTemplate) and not template.is_built_in
+
+    async def check(self, sampling_params: SamplingParams) -> None:
+        """Raises InvalidRequest where a completion could not have these."""
+        requests = await self._ready()
+        [ask] = asks.completions([("", "?")], asks.Parameters(sampling_params, self._default, 1), [None], {})
+        body = requests.serving.parse(ask.raw, ask.kind)
+        body.check(requests.host.served.defaults)
+        body.source()
 
     async def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""

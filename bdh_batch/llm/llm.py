@@ -23,6 +23,7 @@ from bdh_batch.llm.params import SamplingParams
 from bdh_batch.llm.progress import UseTqdm
 from bdh_batch.llm.requests import Stream
 from bdh_batch.llm.states import File
+from bdh_batch.settings import Settings
 from bdh_batch.text.tokenizer import Tokenizer
 
 
@@ -60,7 +61,17 @@ class LLM:
         Raises:
             ConfigError, CheckpointError: it cannot be loaded.
         """
-        self._async = AsyncLLM(model, config=config, **settings)
+        self._load(AsyncLLM(model, config=config, **settings))
+
+    @classmethod
+    def of(cls, settings: Settings) -> Self:
+        """Loads the model of a server's settings. Raises ConfigError, CheckpointError."""
+        made = cls.__new__(cls)
+        made._load(AsyncLLM.of(settings))
+        return made
+
+    def _load(self, model: AsyncLLM) -> None:
+        self._async = model
         self._thread = LoopThread()
         # Also at the program's end: its threads must not be at work when the interpreter is taken down.
         self._finalize = weakref.finalize(self, _close, self._thread, self._async)
@@ -93,6 +104,15 @@ class LLM:
         """What holds where no `sampling_params` are given: vLLM's defaults, but for what the settings or the model's
         folder say."""
         return self._async.get_default_sampling_params()
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the model has a chat template of its own; else conversations are lines of `role: content`."""
+        return self._async.has_chat_template
+
+    def check(self, sampling_params: SamplingParams) -> None:
+        """Raises InvalidRequest where a completion could not have these."""
+        self._thread.run(self._async.check(sampling_params))
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""

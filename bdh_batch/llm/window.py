@@ -10,6 +10,7 @@ from functools import partial
 from typing import Generic, TypeVar
 
 from bdh_batch.errors import QueueFull, TooLate
+from bdh_batch.settings import Scheduler
 
 T = TypeVar("T")
 
@@ -95,3 +96,8 @@ class Window:
         except BaseExceptionGroup as failed:
             raise failed.exceptions[0] from None
         return [results[index] for index in range(len(results))]
+
+
+def window_for(scheduler: Scheduler) -> Window:
+    """A window for one model: as many as run, and as many again that wait, so that nobody waits for the next one."""
+    return Window(scheduler.max_running + min(scheduler.max_running, scheduler.max_queued_requests))

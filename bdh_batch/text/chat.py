@@ -96,7 +96,7 @@ class ChatTemplate:
         # Most know no such role, and leave its messages out or write a role that their model has never seen.
         self._knows_developers = source.source is None or DEVELOPER in source.source
         # Templates write out what belongs around a conversation; the built-in one cannot.
-        self._add_special = source.source is None
+        self.is_built_in = self._add_special = source.source is None
         if setup_result["unsure"]:
             text = "%s: it puts %s together from pieces; they stay text (chat.parse_special_tokens makes them tokens)"
             log.warning(text, source.name, ", ".join(setup_result["unsure"]))

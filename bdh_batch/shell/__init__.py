@@ -1,0 +1,1 @@
+"""Commands that compute a model in their own process: `run`, to talk to it, and `run-batch`, for files of requests."""
