@@ -572,6 +572,10 @@ class Limits(Section):
         2**19,
         description="Most JSON values in a body, all token ids of its prompts included; more are refused with 400.",
     )
+    max_neurons: PositiveInt = Field(
+        2**20,
+        description="Most neurons that a response may show: tokens x layers x `neurons.top`; about 45 bytes each.",
+    )
     max_strings: PositiveInt = Field(2**17, description="Most strings in a body, the names of members included.")
     max_containers: PositiveInt = Field(2**16, description="Most lists and objects in a body.")
     max_depth: int = Field(128, ge=1, le=250, description="How deep lists and objects of a body may be nested.")

@@ -139,7 +139,7 @@ class Stream:
         """Removes from `delta`, which has at most one token, what the front end has received before."""
         tokens, characters, logprobs = ahead
         if delta.tokens and tokens:
-            delta.tokens, delta.logprob, ahead[0] = [], 0.0, tokens - 1
+            delta.tokens, delta.logprob, delta.neurons, ahead[0] = [], 0.0, None, tokens - 1
         cut = min(characters, len(delta.text))
         delta.text, ahead[1] = delta.text[cut:], characters - cut
         if delta.logprobs and logprobs:

@@ -7,6 +7,7 @@ import math
 from array import array
 from collections.abc import Sequence as Many
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 from bdh_batch.backends.base import RawPrompt
@@ -16,15 +17,26 @@ from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.mailbox import Mailbox
 from bdh_batch.engine.worker import Load, shutting_down
 from bdh_batch.errors import BDHError, ContextLengthExceeded, InvalidRequest
-from bdh_batch.messages import NO_TOKENS, GenerationRequest, LogitsProcessors, Progress, Prompt, Text, distinct
+from bdh_batch.messages import (
+    NO_TOKENS,
+    GenerationRequest,
+    LogitsProcessors,
+    NeuronLimit,
+    Progress,
+    Prompt,
+    Text,
+    distinct,
+)
 from bdh_batch.messages.state import INVALID
 from bdh_batch.scheduler.sequence import Client, Outbox, Prefix, Sequence
+from bdh_batch.scheduler.watched import WatchedSequence
 from bdh_batch.text.restrictions import Restriction, sequences_of
 from bdh_batch.text.stop_strings import StopStrings
 from bdh_batch.text.stream import TextStream
 from bdh_batch.text.tokenizer import Tokenizer
 
 NODE_COST = 4  # of a character of a bad word, beside one that is tokenized
+NO_LIMIT = NeuronLimit(layers=1, most=2**62)
 LAST_WORDS_SECONDS = 2.0  # for the error events of a drain that ran out of time to reach their clients
 
 
@@ -92,6 +104,7 @@ class LocalBackend:
         queue_timeout, timeout: seconds that a request may wait, and take in all; None is no limit.
         eos: tokens with which the model ends its text.
         latent: whether it has latent steps.
+        neurons: how many a response may contain.
     """
 
     def __init__(
@@ -105,11 +118,13 @@ class LocalBackend:
         timeout: float | None = None,
         eos: frozenset[int] = frozenset(),
         latent: bool = False,
+        neurons: NeuronLimit = NO_LIMIT,
     ) -> None:
         self._engine = engine
         self._tokenization = Tokenization(tokenizer, vocab_size)
         self._eos = eos
         self._has_latent_steps = latent
+        self._neurons = neurons
         self._max_model_len = max_model_len
         self._stall_seconds = stall_seconds
         self._queue_timeout = queue_timeout
@@ -131,6 +146,8 @@ class LocalBackend:
             InvalidRequest, QueueFull, Unavailable: as `generate`.
         """
         request = _checked_state(request)
+        if request.neurons is not None:
+            request.neurons.check(request.watched_tokens, self._neurons)
         shared = await self._shared(request)
         sequences: list[Sequence] = []
         for number, prompt in enumerate(request.prompts):
@@ -269,10 +286,12 @@ class LocalBackend:
             pool=sampling is None,
             constraint=constraint,
             processors=processors,
+            watches_prompt=request.neurons is not None and request.neurons.prompt,
             latent_steps=0 if request.latent is None else request.latent.count,
             id=origin.id,
         )
-        return Sequence(
+        kind = Sequence if request.neurons is None else partial(WatchedSequence, asked=request.neurons)
+        return kind(
             id=origin.id,
             completion=completion,
             client=Client(outbox, index, request.n, origin.span),
@@ -314,7 +333,8 @@ def _checked_state(request: GenerationRequest) -> GenerationRequest:
     if (state := request.state) is None:
         return request
     shortest = min(len(prompt.tokens) for prompt in request.prompts)
-    if request.sampling is None or request.prompt_logprobs is not None:
+    watches = request.neurons is not None and request.neurons.prompt
+    if request.sampling is None or watches or request.prompt_logprobs is not None:
         problem = "A response about the tokens of the prompt cannot begin in a state that has read them."
     elif not 0 < state.tokens < shortest:
         problem = (

@@ -24,13 +24,14 @@ from bdh_batch.messages import (
     Grammar,
     GrammarText,
     LogitBias,
+    Neurons,
     Progress,
     SavedState,
     StateLayout,
     TokenLogprob,
 )
 
-PROTOCOL = 5  # grows whenever a message changes
+PROTOCOL = 6  # grows whenever a message changes
 LENGTH = struct.Struct("<I")
 MOST_BYTES = 2**28  # of a frame; a request may have a prompt of many tokens, a delta the logprobs of one
 MOST_GREETING = 2**14  # bytes of the first frame, before the sender is authenticated
@@ -133,6 +134,7 @@ class Gain(msgspec.Struct, array_like=True):
     stop: str | None = None
     saved: SavedState | None = None
     save_error: str | None = None
+    neurons: list[Neurons] | None = None
 
     @classmethod
     def of(cls, stream: int, index: int, delta: Delta, cached_tokens: int) -> Gain:
@@ -152,6 +154,7 @@ class Gain(msgspec.Struct, array_like=True):
             delta.stop,
             delta.saved,
             delta.save_error,
+            delta.neurons,
         )
 
     @property
@@ -168,6 +171,7 @@ class Gain(msgspec.Struct, array_like=True):
             stop=self.stop,
             saved=self.saved,
             save_error=self.save_error,
+            neurons=self.neurons,
         )
 
 

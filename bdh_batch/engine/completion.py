@@ -53,6 +53,7 @@ class Completion:
         pool: whether the hidden vectors of the prompt are summed, and that is all.
         constraint: of its structured output; it has accepted the tokens generated so far.
         processors: its logits processors; they count the tokens generated so far.
+        watches_prompt: whether the response shows the neurons of the prompt's tokens.
         latent_steps: with which the prompt ends; no token that a logprob could be of.
         id: the request's, for the log.
     """
@@ -68,6 +69,7 @@ class Completion:
     pool: bool = False
     constraint: Constraint | None = None
     processors: LogitsProcessors | None = None
+    watches_prompt: bool = False
     latent_steps: int = 0
     id: str = ""
 
@@ -83,7 +85,7 @@ class Completion:
     @property
     def needs_all(self) -> bool:
         """Whether all of its prompt has to be computed, without a cached prefix."""
-        return self.pool or self.prompt_logprobs is not None
+        return self.pool or self.watches_prompt or self.prompt_logprobs is not None
 
     def segment(self, slot: int, start: int, tokens: Tokens[int], draws: bool) -> Segment:
         """Makes the segment that computes `tokens` from position `start` on and, with `draws`, draws the next token."""

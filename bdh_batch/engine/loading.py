@@ -16,6 +16,7 @@ import torch
 from bdh_batch.checkpoint.checkpoint import Model, fingerprint, load_model
 from bdh_batch.checkpoint.config import BDHConfig, Given, bytes_per_sequence
 from bdh_batch.engine.narrow_states import narrow_bytes
+from bdh_batch.engine.neurons import most_watched
 from bdh_batch.engine.pages import HUGE
 from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_io import StateIO
@@ -100,7 +101,7 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
             "engine.state_dtype=bfloat16 halves what each takes",
             *(slots, budget / 2**30),
         )
-    runner = Runner(kernels, pool, model.weights.latent_embed)
+    runner = Runner(kernels, pool, model.weights.latent_embed, model.neuron_order)
     log.info("warming up: kernels that are not in the cache are compiled now")
     runner.warm(settings.scheduler.prefill_tokens)
     if device.type == "cpu" and pool.states.nbytes >= HUGE:
@@ -205,7 +206,7 @@ def host_budget(cache: PrefixCache, device: torch.device, taken: int) -> int:
 
 
 def scheduler_for(settings: Settings, engine: LoadedEngine) -> Scheduler:
-    chosen, cache = settings.scheduler, settings.prefix_cache
+    chosen, cache, config = settings.scheduler, settings.prefix_cache, engine.model.config
     running, free_slots = chosen.max_running, None
     if engine.grows:
         if "max_running" not in chosen.model_fields_set:
@@ -230,6 +231,7 @@ def scheduler_for(settings: Settings, engine: LoadedEngine) -> Scheduler:
         free_slots=free_slots,
         idle_release=settings.engine.idle_release_seconds if engine.grows else 0.0,
         patience=chosen.priority_patience_seconds,
+        most_watched=most_watched(config.n_layer, config.n_head, config.neurons_per_head),
         queue_unit=max(1, chosen.max_queued_tokens // chosen.max_queued_requests),
     )
     return Scheduler(engine.slots, chosen.prefill_tokens, policy)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bdh_batch.engine.hidden_vectors import HiddenVectors, latent_segments
+from bdh_batch.engine.neurons import NeuronView, watched
 from bdh_batch.engine.sampling.draw import sample
 from bdh_batch.engine.sampling.logits_processors import RowProcessors, process_logits
 from bdh_batch.engine.sampling.logprobs import ROWS, token_logprobs
@@ -44,15 +45,24 @@ class Runner:
         pool: the states [slots, layers, h, N, D], or [slots, layers, 2, h, N, D] with a window; and hidden vectors,
             where the model has latent steps.
         latent_embed: [D] float32, added to a hidden vector that enters as a latent step.
+        neuron_order: [N], the checkpoint's number of each of a head's neurons; None where the kernels' are the same.
     """
 
-    def __init__(self, kernels: Kernels, pool: StatePool, latent_embed: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        kernels: Kernels,
+        pool: StatePool,
+        latent_embed: Tensor | None = None,
+        neuron_order: Tensor | None = None,
+    ) -> None:
         self._kernels = kernels
         self._pool = pool
         self._latent_embed = latent_embed
         self._layers = pool.states.shape[1]
         self._steps = 0
         self._device = pool.states.device
+        heads, neurons = pool.states.shape[-3:-1]
+        self._view = NeuronView(self._layers, heads, neurons, self._device, neuron_order)
 
     @torch.inference_mode()
     def run(self, plan: Plan) -> Outcome:
@@ -78,11 +88,14 @@ class Runner:
         if not plan.segments:
             return Outcome([])
         active = self._wanted_activity()
-        hidden = self.forward(plan.segments, active)
+        watching = watched(plan.segments) if plan.watches else []
+        fired = self._view.memory(len(watching)) if watching else None
+        hidden = self.forward(plan.segments, active, watching, fired)
         target_logprobs = self._target_logprobs(plan.segments, hidden)
         drawn, logprobs = self._draw(plan.segments, hidden)
         shares = [] if active is None else active.tolist()
-        return Outcome(drawn, logprobs, target_logprobs, sums(hidden, plan.segments), shares)
+        neurons = {} if fired is None else self._view.shown(plan.segments, fired)
+        return Outcome(drawn, logprobs, target_logprobs, sums(hidden, plan.segments), shares, neurons)
 
     def _wanted_activity(self) -> Tensor | None:
         """Where the kernels put the share of neurons that fire in each layer, in one step of many."""
@@ -138,11 +151,18 @@ class Runner:
         return found
 
     @torch.inference_mode()
-    def forward(self, segments: Sequence[Segment], active: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        segments: Sequence[Segment],
+        active: Tensor | None = None,
+        watching: Sequence[int] = (),
+        fired: Tensor | None = None,
+    ) -> Tensor:
         """Adds the segments' tokens to their states, and returns the final hidden vectors of all tokens.
 
         Args:
             active: [layers] float32, or None; gets the share of neurons that fired in each layer.
+            watching: indices of tokens, rising, whose activations `fired` [layers, W, h, N] gets.
 
         Returns:
             [T, D], in the order of the segments' tokens.
@@ -163,8 +183,9 @@ class Runner:
             draws=[segment.sampling is not None for segment in segments],
             vectors=vectors,
             frozen=frozen,
+            watched=watching,
         )
-        hidden = self._kernels.forward(self._pool.states, batch, active)
+        hidden = self._kernels.forward(self._pool.states, batch, active, fired)
         if self._pool.vectors is not None:
             self._pool.vectors.keep(segments, hidden)
         return hidden

@@ -106,6 +106,8 @@ class Preparation:
         """As `generation`, of a request for an upstream: what is passed on is what the client wrote."""
         if body.state is not None:
             raise UnsupportedParameter("state: This model is an upstream's, which has no states here.", "state")
+        if body.neurons is not None:
+            raise UnsupportedParameter("neurons: This model is an upstream's, which does not show them.", "neurons")
         fields = dict(await self.aside.run(self.size, getattr, body, "written"))
         messages, given = fields.pop("messages", None), fields.pop("prompt", None)
         if isinstance(body, ChatBody) and not backend.takes_messages:

@@ -273,6 +273,7 @@ def response_options(id: str, body: GenerationBody, model: ServedModel) -> Respo
         said=body.said,
         include_usage=bool(body.options.include_usage),
         continuous_usage=bool(body.options.include_usage and body.options.continuous_usage_stats),
+        neurons=body.neurons is not None,
     )
     # What an upstream adds of these is in its own response.
     added: dict[str, Any] = {"token_ids": False, "logprobs": None, "prompt_logprobs": None, "echo": False, "said": ""}

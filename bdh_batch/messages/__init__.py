@@ -2,6 +2,7 @@
 
 from bdh_batch.messages.extras import merged
 from bdh_batch.messages.latent import LATENT, LATENT_FROZEN, LatentOptions, LatentSteps, latent_positions
+from bdh_batch.messages.neurons import NeuronLimit, Neurons, NeuronsAsked
 from bdh_batch.messages.request import (
     Constraint,
     GenerationRequest,
@@ -35,6 +36,9 @@ __all__ = [
     "LatentSteps",
     "LogitBias",
     "LogitsProcessors",
+    "NeuronLimit",
+    "Neurons",
+    "NeuronsAsked",
     "Origin",
     "Outcome",
     "Plan",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from bdh_batch.messages.latent import LatentSteps
+from bdh_batch.messages.neurons import NeuronsAsked
 from bdh_batch.messages.sampling import SamplingParams
 from bdh_batch.messages.state import SavedState
 
@@ -145,6 +146,7 @@ class GenerationRequest:
     show_special: bool = False  # whether the text shows special tokens
     latent: LatentSteps | None = None  # between each prompt and its completions; None: the model has none
     prompt_logprobs: int | None = None  # likeliest tokens that logprobs of prompt tokens contain; None is no logprobs
+    neurons: NeuronsAsked | None = None  # of its tokens, that the response contains
     grammar: Grammar | None = None  # of its structured output
     salt: str = ""  # requests of different salts share no prefixes
     priority: int = 0  # lower goes first
@@ -169,6 +171,14 @@ class GenerationRequest:
     def reasoning_tokens(self) -> int | None:
         """The latent steps of all sequences; None: the model has none."""
         return None if self.latent is None else len(self.prompts) * self.n * self.latent.count
+
+    @property
+    def watched_tokens(self) -> int:
+        """All whose neurons the response could show."""
+        if self.neurons is None:
+            return 0
+        prompts = self.prompt_tokens if self.neurons.prompt else 0
+        return self.n * (prompts + len(self.prompts) * self.max_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from io import StringIO
 from typing import Any, NamedTuple
 
 from bdh_batch.errors import BDHError
+from bdh_batch.messages.neurons import Neurons
 from bdh_batch.messages.state import SavedState
 
 UNKNOWN_TOKEN = -1  # stands for a token whose id an upstream does not say
@@ -43,7 +44,8 @@ class Delta:
 
     The last one of a sequence has `finish_reason`; when that is ERROR, `error` is why. `logprobs` are of tokens whose
     text is shown by now, each with where its text begins in the completion; `logprob` is the sum of all tokens'. Where
-    the request asked to `pool`, the last one has the sum [D] of the hidden vectors. `extras` are members that an
+    the request asked to `pool`, the last one has the sum [D] of the hidden vectors; where it asked for `neurons`, each
+    has those of its tokens, after those of the prompt's if it comes first. `extras` are members that an
     upstream sent beside the text, as `tool_calls`; the client gets them as they are. `stop` is the stop string that
     ended it, if one did, and it is known which.
 
@@ -59,6 +61,7 @@ class Delta:
     logprob: float = 0.0
     prompt_logprobs: Sequence[TokenLogprob] | None = None  # of all its tokens but the first; they come at once
     pooled: Sequence[float] | None = None
+    neurons: list[Neurons] | None = None
     extras: list[Mapping[str, Any]] | None = None
     stop: str | None = None
     saved: SavedState | None = None
@@ -94,6 +97,9 @@ class Gathering:
             of.prompt_logprobs = later.prompt_logprobs
         if later.pooled is not None:
             of.pooled = later.pooled
+        if later.neurons is not None:
+            of.neurons = of.neurons or []
+            of.neurons += later.neurons
         of.saved, of.save_error = later.saved or of.saved, later.save_error or of.save_error
         if later.extras:
             of.extras = [*(of.extras or ()), *later.extras]

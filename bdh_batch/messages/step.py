@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from bdh_batch.messages.neurons import Neurons
 from bdh_batch.messages.request import Constraint
 from bdh_batch.messages.response import TokenLogprob
 from bdh_batch.messages.sampling import LogitsProcessors, SamplingParams
@@ -31,6 +32,8 @@ class Segment:
     targets: Sequence[int] = ()
     top: int = 0  # how many likeliest tokens each target's logprobs contain
     pool: bool = False
+    watch: int = 0  # how many of the strongest neurons are shown, by layer, of each token from `watch_from` on; 0: none
+    watch_from: int = 0
 
 
 class Copy(NamedTuple):
@@ -53,12 +56,14 @@ class Plan:
 
     Slots are numbered through: those on the device first, then those in the host's memory, then those for states on
     their way from and to files. The memory of the slots in
-    `releases` goes back to the system; they hold no state that anyone needs.
+    `releases` goes back to the system; they hold no state that anyone needs. `watches` says whether a segment has
+    `watch`.
     """
 
     segments: Sequence[Segment]
     copies: Sequence[Copy] = ()
     releases: Sequence[int] = ()
+    watches: bool = False
 
     @property
     def tokens(self) -> int:
@@ -69,9 +74,9 @@ class Plan:
 class Outcome:
     """The outcome of a step: for each segment the next token, None where none was asked for or none could be drawn.
 
-    By the index of their segment, `logprobs` has those of the drawn tokens, `target_logprobs` those of targets, and
-    `pooled` the sum [D] of the hidden vectors where that was asked for. `active` is, by layer, the share of neurons
-    that fired for its tokens; empty where that was not measured.
+    By the index of their segment, `logprobs` has those of the drawn tokens, `target_logprobs` those of targets,
+    `pooled` the sum [D] of the hidden vectors where that was asked for, and `neurons` those of the watched tokens.
+    `active` is, by layer, the share of neurons that fired for its tokens; empty where that was not measured.
     """
 
     drawn: Sequence[int | None]
@@ -79,3 +84,4 @@ class Outcome:
     target_logprobs: Mapping[int, Sequence[TokenLogprob]] = field(default_factory=dict)
     pooled: Mapping[int, Sequence[float]] = field(default_factory=dict)
     active: Sequence[float] = ()
+    neurons: Mapping[int, Sequence[Neurons]] = field(default_factory=dict)

@@ -12,6 +12,7 @@ from bdh_batch import __version__
 from bdh_batch.backends.local import Engine, LocalBackend
 from bdh_batch.engine.loading import LoadedEngine, attention_window, load_engine, start_worker
 from bdh_batch.engine.worker import Observer
+from bdh_batch.messages import NeuronLimit
 from bdh_batch.observability.engine_metrics import EngineMetrics
 from bdh_batch.processes.engines import LOADER, EngineInfo
 from bdh_batch.settings import Settings
@@ -114,4 +115,5 @@ def local_backend(worker: Engine, engine: LoadedEngine, text: TextComponents, se
         settings.scheduler.request_timeout,
         text.eos,
         engine.model.config.latent_steps,
+        NeuronLimit(engine.model.config.n_layer, settings.limits.max_neurons),
     )

@@ -45,23 +45,28 @@ class BatchBuilder:
         size: what a step may take.
         target: seconds that a step with streams should take; 0 is no limit.
         guards: bounds on what the rank alone would do.
+        most_watched: tokens in a step whose neurons are shown.
     """
 
-    def __init__(self, size: StepSize, target: float, guards: Guards) -> None:
+    def __init__(self, size: StepSize, target: float, guards: Guards, most_watched: int) -> None:
         self.cost = StepCost()
         self._size = size
         self._target = target or NO_LIMIT
         self._guards = guards
+        self._most_watched = most_watched
         self._passed_over = False  # whether the last step had prompts, and left streams out
 
-    def build(self, running: Groups, prompts: set[Sequence], first: float, allocator: SlotAllocator) -> Step | None:
+    def build(
+        self, running: Groups, prompts: set[Sequence], watching: int, first: float, allocator: SlotAllocator
+    ) -> Step | None:
         """The next step of those `running`, all but `prompts` of them streams, with the copies that are planned; None
-        where it would be empty. `first` is the first priority."""
+        where it would be empty. Of so many that are `watching` the neurons are shown. `first` is the first priority."""
         copies, saves = allocator.copies.take()
-        filling = self._fill(running, prompts, first, allocator.copies.busy)
+        filling = self._fill(running, prompts, watching, first, allocator.copies.busy)
         segments = [stream.decoding or stream.decode_segment() for stream in filling.streams]
         segments += [prompt.segment(tokens) for prompt, tokens in filling.prompts]
-        plan = Plan(segments, copies, allocator.released)
+        watches = watching > 0 and any(segment.watch for segment in segments)
+        plan = Plan(segments, copies, allocator.released, watches)
         if not (segments or plan.copies or plan.releases):
             return None
         sequences = [*filling.streams, *(prompt for prompt, _ in filling.prompts)]
@@ -73,7 +78,7 @@ class BatchBuilder:
             self._size.succeeded()
             self.cost.observe(step.decodes, step.prefill_tokens, seconds)
 
-    def _fill(self, running: Groups, prompts: set[Sequence], first: float, busy: Set[int]) -> Filling:
+    def _fill(self, running: Groups, prompts: set[Sequence], watching: int, first: float, busy: Set[int]) -> Filling:
         """What the step has of those, in the order of their ranks, until its time is full. Those whose slots are `busy`
         wait for copies."""
         waiting = {sequence for sequence in running if sequence.slot in busy} if busy else set()
@@ -83,7 +88,10 @@ class BatchBuilder:
         decoding = len(running) - len(apart)
         target = self._target if decoding else NO_LIMIT
         filling = Filling(self.cost, self._size.prefill, target, self._guards, decoding)
-        if not apart and decoding <= filling.room:
+        if watching:
+            filling.watched = self._most_watched
+            filling.kept = max(1, self._most_watched // 4) if any(prompt.watches for prompt in prompts) else 0
+        if not apart and decoding <= filling.room and watching <= self._most_watched:
             filling.decode([*running])  # as mostly: in which order they go makes no difference
         else:
             walk = [_parted(members, apart, waiting) for _, members in running.forwards(first)]
@@ -115,6 +123,8 @@ class Filling:
 
     def __init__(self, cost: StepCost, budget: int, target: float, guards: Guards, streams: int) -> None:
         self.streams: list[Sequence] = []
+        self.watched: int | None = None  # how many more tokens' neurons may be shown; None where none are
+        self.kept = 0  # of them, for prompts
         self.prompts: list[tuple[Sequence, int]] = []  # with their tokens
         self.prompt_tokens = 0
         self._to_come = streams  # those that have not been offered their token yet
@@ -136,6 +146,8 @@ class Filling:
     def decode(self, streams: list[Sequence]) -> None:
         """Takes those that there is time for, of them those whose last token is the oldest."""
         self._to_come -= len(streams)
+        if self.watched is not None:
+            streams = self._watchable(streams, max(0, self.watched - self.kept))
         if (room := self.room) < len(streams):
             streams = nsmallest(room, streams, key=DUE)
         self.streams += streams
@@ -149,9 +161,22 @@ class Filling:
         if not (self._to_come and finished <= self._guards.finished * self._target):
             seconds = max(self._target - decoding, self._guards.least_share * decoding)
             most = min(most, max(int(seconds / self._token), LEAST_PREFILL))
-        if (tokens := min(prompt.until_cut, most - self.prompt_tokens)) > 0:
+        tokens = min(prompt.until_cut, most - self.prompt_tokens)
+        if self.watched is not None and prompt.watches:
+            tokens = min(tokens, prompt.unwatched + self.watched)
+            self.watched -= max(0, tokens - prompt.unwatched)
+        if tokens > 0:
             self.prompts.append((prompt, tokens))
             self.prompt_tokens += tokens
+
+    def _watchable(self, streams: list[Sequence], most: int) -> list[Sequence]:
+        """Without those whose tokens' neurons are shown that are more than `most`; the oldest last tokens go first."""
+        watched = [stream for stream in streams if stream.watches]
+        chosen = nsmallest(most, watched, key=DUE) if most < len(watched) else watched
+        self.watched = most - len(chosen) + self.kept
+        if chosen is watched:
+            return streams
+        return [stream for stream in streams if not stream.watches] + chosen
 
     @property
     def _decoding(self) -> float:

@@ -14,6 +14,7 @@ def check_invariants(scheduler: Scheduler) -> None:
     assert all(s.decodes for s in running if s.decoding), "what is known to decode does"
     prompts = {sequence for sequence in running if not sequence.decodes}
     assert {s for s in scheduler.prompts if not s.decodes} == prompts, "prompts that run are known"
+    assert scheduler.watching == sum(s.watches for s in running), "watched sequences are counted"
     assert len(running) <= scheduler.size.width, "no more run than may"
     waiting = [*chain.from_iterable(scheduler.groups[stage] for stage in WAITING)]
     assert all(s.slot is None for s in waiting), "what waits holds no slot"

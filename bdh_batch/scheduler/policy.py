@@ -40,6 +40,7 @@ class Policy:
         free_slots: slots whose memory may be touched before anything has shown that it is of use; None is all.
         idle_release: seconds after which the memory of idle slots goes back to the system; 0 is never.
         patience: seconds without a computed token after which a sequence competes in the first priority.
+        most_watched: tokens in a step whose neurons are shown.
         queue_unit: tokens of a prompt that fill the queue as another sequence does.
         guards: no option: it is there to be measured without them.
     """
@@ -58,6 +59,7 @@ class Policy:
     free_slots: int | None = None
     idle_release: float = 0.0
     patience: float = inf
+    most_watched: int = 2**62
     queue_unit: int = NO_UNIT
     guards: Guards = Guards()
 

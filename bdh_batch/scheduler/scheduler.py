@@ -54,7 +54,7 @@ class Scheduler:
         self.max_running = min(policy.max_running or slots, slots + swapped - self._scratch)
         self.counts = Counts()
         self.size = StepSize(prefill_tokens, min(slots, self.max_running))
-        self._batches = BatchBuilder(self.size, policy.target_step, policy.guards)
+        self._batches = BatchBuilder(self.size, policy.target_step, policy.guards, policy.most_watched)
         self.allocator = SlotAllocator(slots, policy)
         self.transfers = self.allocator.transfers
         self.sharing = Sharing(self.allocator, policy.cache_prefixes, policy.share_all, policy.min_shared)
@@ -66,6 +66,7 @@ class Scheduler:
         self._queue, self._awaiting, self._loading, self.running, self.swapped = self.groups.values()
         self.prompts: dict[Sequence, None] = {}  # that run; one that has become a stream goes with the next plan
         self._ageing: Ranking[Sequence] = Ranking(attrgetter("standing.served_at"))  # those that have not aged
+        self.watching = 0  # that run, and whose tokens' neurons are shown
         self._first = 0  # the first priority of all sequences
         self._arrivals = count(1)
         self._changes: dict[Sequence, int] = {}  # which sequences wait now, and did not when last asked: 1, or -1
@@ -163,7 +164,7 @@ class Scheduler:
         self._give_slots(prompts, now)
         self.allocator.release_idle()
         left = {sequence for sequence in self.prompts if not sequence.at_latent}
-        return self._batches.build(self.running, left, self._first, self.allocator)
+        return self._batches.build(self.running, left, self.watching, self._first, self.allocator)
 
     def commit(self, step: Step, outcome: Outcome, now: float) -> list[Update]:
         """Commits the outcome of a step: returns its sequences' deltas, and frees the slots of those that ended."""
@@ -300,6 +301,7 @@ class Scheduler:
             standing.due = self.allocator.now
             self.allocator.parked[sequence] = None
         if Stage.RUNNING in (before, stage):
+            self.watching += sequence.watches * ((stage is Stage.RUNNING) - (before is Stage.RUNNING))
             standing.since, standing.copying = self.counts.steps, 0
             self.prompts.pop(sequence, None)
         if before in (Stage.NEW, Stage.RUNNING):

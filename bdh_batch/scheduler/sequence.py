@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Sequence as Tokens
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from bdh_batch.errors import BDHError
 from bdh_batch.messages import Delta, FinishReason, Outcome, SamplingParams, SavedState, Segment
@@ -149,6 +149,8 @@ class Sequence:
     of `tenant`, which weighs `weight` if that is said. It begins in `state`, and its own is written to `save_to`.
     """
 
+    watches: ClassVar[bool] = False  # whether the neurons that its tokens fire are shown: `WatchedSequence`
+
     id: str
     completion: Completion
     client: Client
@@ -197,6 +199,11 @@ class Sequence:
     def decodes(self) -> bool:
         """Whether the last token that was drawn for it is all that is pending."""
         return bool(self.generated) and self.pending == 1
+
+    @property
+    def unwatched(self) -> int:
+        """Of the next tokens, how many come before the first whose neurons are shown, where any are."""
+        return self.pending
 
     @property
     def until_cut(self) -> int:

@@ -18,12 +18,12 @@ import msgspec
 
 from bdh_batch.backends.base import Ended, Generation
 from bdh_batch.backends.generation import Tally
-from bdh_batch.messages import Delta, FinishReason, GenerationRequest, TokenLogprob, Usage
+from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Neurons, TokenLogprob, Usage
 from bdh_batch.store.byte_cache import ByteCache, Unreachable
 
 log = logging.getLogger(__name__)
 
-FORMAT = 3  # of entries: another one is another key
+FORMAT = 4  # of entries: another one is another key
 CUT_OFF = (FinishReason.ABORT, FinishReason.ERROR)
 TOKEN_BYTES = 9  # of one in an entry, at most
 SLICE = 32  # steps that are replayed at a time
@@ -43,6 +43,7 @@ class Piece(msgspec.Struct, array_like=True):
     prompt_logprobs: list[TokenLogprob] | None
     extras: list[dict[str, Any]] | None
     stop: str | None
+    neurons: list[Neurons] | None
 
     @classmethod
     def of(cls, index: int, delta: Delta) -> Piece:
@@ -53,6 +54,7 @@ class Piece(msgspec.Struct, array_like=True):
             None if prompt is None else [*prompt],
             None if extras is None else [dict(extra) for extra in extras],
             delta.stop,
+            delta.neurons,
         )
 
     @property
@@ -67,6 +69,7 @@ class Piece(msgspec.Struct, array_like=True):
             prompt_logprobs=self.prompt_logprobs,
             extras=None if self.extras is None else [*self.extras],
             stop=self.stop,
+            neurons=self.neurons,
         )
 
 
@@ -191,7 +194,8 @@ def _least_bytes(delta: Delta) -> int:
     """Returns about how many bytes a delta takes in an entry, without encoding it."""
     given = [each for _, each in delta.logprobs or ()] + [*(delta.prompt_logprobs or ())]
     likeliest = sum([1 + len(each.top) for each in given])
-    return len(delta.text) + TOKEN_BYTES * likeliest
+    shown = sum([sum(map(len, each[2:])) for each in delta.neurons or ()])
+    return len(delta.text) + TOKEN_BYTES * likeliest + shown
 
 
 class Replayed:

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, RootModel
 
-from bdh_batch.http.docs.response_types import Count, ResponseModel, SchemaWarning
+from bdh_batch.http.docs.response_parts import Count, ResponseModel
+from bdh_batch.http.docs.response_types import SchemaWarning
 
 StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "refusal"]
 WARNINGS = "What was left out of schemas that are not strict; absent where there is nothing."

@@ -47,6 +47,8 @@ HELP = {
     "ResponseBody.text": "What the text has to look like.",
     "reasoning": "Its `effort` is as `reasoning_effort` of a chat.",
     "effort": "As `reasoning_effort` of a chat.",
+    "neurons": "Returns, of each token and in each layer, the share of neurons that fired, and the strongest.",
+    "top": "How many of the strongest neurons of a layer.",
     "latent_steps": "Latent steps between the prompt and the first token, of a model that has them.",
     "update_latent_memory": "Whether latent steps enter the state, as tokens do, or only read it.",
     "reasoning_effort": "`latent_steps` by name, as the model folder's generation_config.json says.",

@@ -8,43 +8,10 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
-Count = Annotated[int, Field(ge=0)]
+from bdh_batch.http.docs.response_parts import Count, ResponseModel, TokenNeurons, Usage
+
 FinishReason = Literal["stop", "length", "content_filter"]
 ChatFinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
-
-
-class ResponseModel(BaseModel):
-    """A field with a default factory may be absent; none is there that is not listed."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
-
-
-class PromptTokensDetails(ResponseModel):
-    """The part of the prompt that came from the prefix cache."""
-
-    cached_tokens: Count = Field(description="Tokens of the prompt that came from the prefix cache.")
-
-
-class CompletionTokensDetails(ResponseModel):
-    """Of the tokens of the completions, those that were latent steps."""
-
-    reasoning_tokens: Count
-
-
-class Usage(ResponseModel):
-    """The tokens that a request used."""
-
-    prompt_tokens: Count
-    completion_tokens: Count
-    total_tokens: Count
-    prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails | None = Field(
-        default_factory=lambda: None, description="Absent where the model has no latent steps."
-    )
-    estimated: bool = Field(
-        default_factory=bool,
-        description="Whether an upstream did not say, and has no tokenizer here: estimates. Absent where they are not.",
-    )
 
 
 class SchemaWarning(ResponseModel):
@@ -73,6 +40,8 @@ class Envelope(ResponseModel):
 Tokens = list[Count]
 PROMPT_TOKENS = "With `return_token_ids`: the prompt's; else null."
 TOKENS = "With `return_token_ids`; else null."
+NEURONS = "With `neurons`: of each token, with `echo` of the prompt's before them; else absent."
+CHUNK_NEURONS = "With `neurons`: of the chunk's tokens; in the first chunk, with `echo`, after the prompt's."
 
 
 class PromptLogprob(ResponseModel):
@@ -106,6 +75,7 @@ class CompletionChoice(ResponseModel):
     prompt_logprobs: PromptLogprobs | None = Field(description=PROMPT_LOGPROBS)
     prompt_token_ids: Tokens | None = Field(description=PROMPT_TOKENS)
     token_ids: Tokens | None = Field(description=TOKENS)
+    neurons: list[TokenNeurons] = Field(default_factory=list, description=NEURONS)
 
 
 class CompletionChunkChoice(ResponseModel):
@@ -117,6 +87,7 @@ class CompletionChunkChoice(ResponseModel):
     finish_reason: FinishReason | None
     prompt_token_ids: Tokens = Field(default_factory=list, description="With `return_token_ids`, in the first chunk.")
     token_ids: Tokens = Field(default_factory=list, description="With `return_token_ids`.")
+    neurons: list[TokenNeurons] = Field(default_factory=list, description=CHUNK_NEURONS)
 
 
 class Completion(Envelope):
@@ -189,6 +160,7 @@ class ChatChoice(ResponseModel):
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason
     token_ids: Tokens | None = Field(description=TOKENS)
+    neurons: list[TokenNeurons] = Field(default_factory=list, description=NEURONS)
 
 
 class ChatCompletion(Envelope):
@@ -235,6 +207,7 @@ class ChatChunkChoice(ResponseModel):
     logprobs: ChatLogprobs | None
     finish_reason: ChatFinishReason | None
     token_ids: Tokens = Field(default_factory=list, description="With `return_token_ids`.")
+    neurons: list[TokenNeurons] = Field(default_factory=list, description=CHUNK_NEURONS)
 
 
 class ChatCompletionChunk(Envelope):

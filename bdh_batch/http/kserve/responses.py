@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from bdh_batch.http.docs.response_types import CompletionLogprobs, Count, ResponseModel, SchemaWarning, Tokens, Usage
+from bdh_batch.http.docs.response_parts import Count, ResponseModel, Usage
+from bdh_batch.http.docs.response_types import CompletionLogprobs, SchemaWarning, Tokens
 
 Reason = Literal["stop", "length"]
 

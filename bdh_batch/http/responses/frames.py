@@ -14,11 +14,13 @@ from bdh_batch.errors import BDHError
 from bdh_batch.http.errors import describe
 from bdh_batch.http.responses.json_pieces import between, dump_list
 from bdh_batch.http.responses.logprobs import by_id, columns, known, objects, of_prompt
+from bdh_batch.http.responses.tokens import neurons
 from bdh_batch.messages import Delta, Usage, merged
 from bdh_batch.text.tokenizer import Tokenizer, decode
 
 DONE = b"data: [DONE]\n\n"
 NULL = b"null"
+NEURON_BYTES = 8  # of values that are encoded in a microsecond, about
 COMMENT = b": keep-alive\n\n"  # which is no event
 
 
@@ -41,6 +43,7 @@ class ResponseOptions:
     said: str  # what each response of a chat begins with
     include_usage: bool
     continuous_usage: bool
+    neurons: bool = False
 
     def envelope(self, kind: str) -> dict[str, Any]:
         return {
@@ -87,7 +90,8 @@ class Frames:
         self._tail = b'}],"usage":null}\n\n' if options.include_usage else b"}]}\n\n"
         self._usage_head = b"data: " + head[:-1] + b',"choices":[],"usage":'
         self._warnings = b""
-        self.only_text = not (options.token_ids or options.echo or options.logprobs is not None)
+        asked = options.token_ids or options.neurons or options.echo or options.logprobs is not None
+        self.only_text = not asked
         self._after_only_text = self.after_text + b',"logprobs":null,"finish_reason":null'
 
     def warn(self, warnings: Sequence[Mapping[str, str]]) -> None:
@@ -116,13 +120,13 @@ class Frames:
             parts = (self._head, index, self.before_text, orjson.dumps(delta.text), self._after_only_text, self._tail)
             return [b"%b%d,%b%b%b%b" % parts]
         text, logprobs = self._parts(index, delta)
-        shows = text or delta.finish_reason or delta.logprobs or delta.prompt_logprobs
+        shows = text or delta.finish_reason or delta.logprobs or delta.prompt_logprobs or delta.neurons
         if not (shows or self._options.token_ids):
             return []
         reason = b'"%s"' % delta.finish_reason.encode() if delta.finish_reason else b"null"
         ids = b',"token_ids":' + dump_list(delta.tokens) if self._options.token_ids else b""
         begin = b'%b%d,%b,"logprobs":' % (self._head, index, self._content(text))
-        return [begin, *logprobs, b',"finish_reason":%b%b%b' % (reason, ids, self._tail)]
+        return [begin, *logprobs, b',"finish_reason":%b%b' % (reason, ids), *self._neurons(delta), self._tail]
 
     def _beside_text(self, index: int, delta: Delta, extras: Sequence[Mapping[str, Any]]) -> list[bytes]:
         """The frames of a delta with members that an upstream sent: one for each, the first with the text."""
@@ -139,6 +143,7 @@ class Frames:
         each = 1 + max(self._options.logprobs or 0, self._options.prompt_logprobs or 0)
         cost = sum(len(delta.tokens) for delta in deltas)
         cost += each * sum(len(delta.logprobs or ()) + len(delta.prompt_logprobs or ()) for delta in deltas)
+        cost += sum(len(each.values) for delta in deltas for each in delta.neurons or ()) // NEURON_BYTES
         return cost + (sum(map(len, prompts)) if self._options.token_ids or self._options.echo else 0)
 
     @property
@@ -186,7 +191,7 @@ class Frames:
         reason = b',"finish_reason":' + orjson.dumps(end.finish_reason)
         ids = dump_list(end.tokens) if self._options.token_ids else NULL
         inside = [] if self.prompt_beside_choices else self._of_prompt(prompt, end)
-        return [begin, *logprobs, reason, *inside, b',"token_ids":', ids, b"}"]
+        return [begin, *logprobs, reason, *inside, b',"token_ids":', ids, *self._neurons(end), b"}"]
 
     def first(self, ends: Sequence[Delta]) -> Delta:
         """What the choice gained that is returned first."""
@@ -215,6 +220,10 @@ class Frames:
             logprobs = of_prompt(self._tokenizer, end.prompt_logprobs or (), most)
         ids = dump_list(prompt) if self._options.token_ids else NULL
         return [b',"prompt_logprobs":', *logprobs, b',"prompt_token_ids":', ids]
+
+    def _neurons(self, delta: Delta) -> list[bytes]:
+        """What a choice shows of the neurons of its tokens, where that was asked for; `[]` where there is no token."""
+        return [b',"neurons":', *neurons(delta.neurons or ())] if self._options.neurons else []
 
     def _prompt_ids(self, prompt: Sequence[int]) -> bytes:
         return b',"prompt_token_ids":' + dump_list(prompt) if self._options.token_ids else b""

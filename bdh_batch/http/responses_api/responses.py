@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue, RootModel
 
-from bdh_batch.http.docs.response_types import Count, ResponseModel, SchemaWarning, TokenLogprob
+from bdh_batch.http.docs.response_parts import Count, ResponseModel
+from bdh_batch.http.docs.response_types import SchemaWarning, TokenLogprob
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]

@@ -37,6 +37,7 @@ from bdh_batch.messages import (
     LatentOptions,
     LatentSteps,
     LogitBias,
+    NeuronsAsked,
     Origin,
     Prompt,
     SamplingParams,
@@ -48,6 +49,7 @@ from bdh_batch.text.sources import Source
 
 MAX_LOGPROBS = 20
 MAX_CHUNK = 1024
+MAX_NEURONS, SHOWN_NEURONS = 128, 16  # of one layer, for a token; at most, and where a request does not say
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +110,12 @@ class StreamOptions(Wire):
     chunk_tokens: int | None = Field(None, ge=1, le=MAX_CHUNK)
 
 
+class NeuronFields(Wire):
+    """The field `neurons`: what the response shows of the neurons that its tokens fire."""
+
+    top: int | None = Field(None, ge=1, le=MAX_NEURONS)
+
+
 class SamplingFields(Wire):
     """The fields that say how tokens are chosen, and when a completion ends: the same in all APIs that have them."""
 
@@ -147,6 +155,7 @@ class GenerationBody(Formatted, SamplingFields):
     truncate_prompt_tokens: Truncation | None = None
     state: Label | None = None
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    neurons: NeuronFields | None = None
     return_tokens_as_token_ids: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -268,6 +277,7 @@ class GenerationBody(Formatted, SamplingFields):
             allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
             show_special=self.skip_special_tokens is False,
             prompt_logprobs=self._prompt_logprobs(),
+            neurons=None if self.neurons is None else NeuronsAsked(self.neurons.top or SHOWN_NEURONS, self.echoes),
             grammar=grammar,
             salt=salted(self.cache_salt),
             priority=self.priority or 0,

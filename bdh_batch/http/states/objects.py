@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from bdh_batch.http.docs.response_types import Count, ResponseModel
+from bdh_batch.http.docs.response_parts import Count, ResponseModel
 
 
 class StateObject(ResponseModel):

@@ -19,7 +19,10 @@ from bdh_batch.http.tensors.tensor import BYTES, DTYPES, Tensor
 from bdh_batch.settings import Limits
 
 PROMPT = "prompt"
-RESERVED = {"model": "the model is named by the request itself"}
+RESERVED = {
+    "model": "the model is named by the request itself",
+    "neurons": "no output contains them; /v1/completions shows them",
+}
 
 
 @cache
