@@ -330,7 +330,7 @@ def test_a_time_slice_does_not_pass_while_its_sequence_waits_for_copies() -> Non
         step = scheduler.plan(0.0)
         assert step is not None
         scheduler.commit(step, runner.run(step.plan), 0.0)
-        scheduler.check()
+        check_invariants(scheduler)
         steps += 1
     assert [sequence.generated for sequence in sequences] == [expected_tokens([*s.prompt], 12) for s in sequences]
     assert 0 < runner.copies <= 2 * (2 * 12 // 4)  # at each exchange one state goes, and one comes
