@@ -27,6 +27,8 @@ from bdh_batch.kernels.cpu_layout import (
 )
 from bdh_batch.kernels.vector import LANES, compiled, inlined
 
+ALL_LANES = (1 << LANES) - 1
+
 
 @inlined
 def rounded(value: Any, rounding: int) -> Any:
@@ -76,8 +78,9 @@ def begin(token: int, part: Round, shape: Shape, weights: Packed, work: Work) ->
         layer_norm(weights.embed, identity * shape.pitch, shape, work.x, x)
     else:
         vector = (-1 - identity) * shape.width
+        given = vector + shape.width <= len(part.vectors)  # else it shows, and reads nobody's memory
         for i in range(shape.width):
-            work.x[x + i] = part.vectors[vector + i]
+            work.x[x + i] = part.vectors[vector + i] if given else np.float32(np.nan)
         for i in range(shape.width, shape.pitch):
             work.x[x + i] = 0
     set_inputs(token, shape, work)
@@ -180,24 +183,30 @@ def expand(
         tile_end = min(tile + MAX_TILE, last)
         for panel in range(shape.panels):
             columns = (matrices * shape.panels + panel) * shape.pitch * PANEL
+            lanes = simd.first_bits(ALL_LANES, shape.neurons // 2 - panel * LANES)
             for token in range(tile, tile_end, ROWS):
                 rows = min(ROWS, tile_end - token)
                 row = token * shape.pitch
                 product(work.inputs, row, rows, shape.pitch, weights.encoder, columns, shape.width, scratch.products, 0)
                 for i in range(rows):
-                    record(token + i, token + i - first, panel, i * PANEL, layer, shape, work, scratch)
+                    record(token + i, token + i - first, panel, lanes, i * PANEL, layer, shape, work, scratch)
 
 
 @inlined
-def record(token: int, row: int, panel: int, at: int, layer: int, shape: Shape, work: Work, scratch: Scratch) -> None:
-    """Stores and counts what fired, and appends the pairs that did, after RoPE, to the token's lists."""
+def record(
+    token: int, row: int, panel: int, lanes: int, at: int, layer: int, shape: Shape, work: Work, scratch: Scratch
+) -> None:  # fmt: skip
+    """Stores and counts what fired, and appends the pairs that did, after RoPE, to the token's lists.
+
+    Only `lanes` are pairs of the model. In the others a NaN times zero is one too, but they have no rows in a state.
+    """
     even, odd = simd.relu(simd.load(scratch.products, at)), simd.relu(simd.load(scratch.products, at + LANES))
     to = row * shape.fired_pitch + panel * PANEL
     simd.store(scratch.fired, to, even)
     simd.store(scratch.fired, to + LANES, odd)
     angles = token * shape.list_pitch + panel * LANES
     cos, sin = simd.load(work.cos, angles), simd.load(work.sin, angles)
-    bits_even, bits_odd = simd.nonzero(even), simd.nonzero(odd)
+    bits_even, bits_odd = simd.nonzero(even) & lanes, simd.nonzero(odd) & lanes
     bits = bits_even | bits_odd
     scratch.active[layer] += simd.count_bits(bits_even) + simd.count_bits(bits_odd)
     cursor = row * (shape.panels + 1) + panel

@@ -156,18 +156,20 @@ def test_logits_of_a_large_vocabulary_have_the_same_bits_on_any_number_of_thread
         assert torch.equal(kernels.logits(hidden[row : row + 1])[0], found[0][row])
 
 
-def test_a_broken_state_shows_and_stays_with_its_sequence() -> None:
-    weights = synthetic_weights(model(2, 2, 32, 64, 40), 0.5)
+@pytest.mark.parametrize("width", [32, 17], ids=["full panels", "a panel that is not full"])
+def test_a_broken_state_shows_and_stays_with_its_sequence(width: int) -> None:
+    weights = synthetic_weights(model(2, 2, width, 2 * width, 40), 0.5)
     sequences = {slot: text(9, 40, slot) for slot in range(3)}
     pieces = [(0, 0, 1), (1, 0, 9), (2, 0, 1)]
     states = states_for(weights, 3)
     states[1] = torch.nan
     healthy, broken, other = feed(CpuKernels(weights), states, sequences, pieces)
     assert broken.isnan().all()
-    states = states_for(weights, 3)
-    right = feed(CpuKernels(weights), states, sequences, pieces)
+    right_states = states_for(weights, 3)
+    right = feed(CpuKernels(weights), right_states, sequences, pieces)
     assert torch.equal(healthy, right[0])
     assert torch.equal(other, right[2])
+    assert torch.equal(states[[0, 2]], right_states[[0, 2]])
 
 
 def test_other_slots_are_left_alone() -> None:

@@ -161,6 +161,20 @@ class TestLatentSteps:
                 torch.testing.assert_close(both.float(), left, rtol=torch.finfo(dtype).eps / 2, atol=0)
 
 
+def test_a_latent_step_without_its_vector_is_no_number_and_stays_alone() -> None:
+    weights = weights_of(ALL_AT_ONCE)
+    kernels = CpuKernels(weights)
+    for vectors in (None, torch.zeros(1, 34)):
+        batch = RaggedBatch(torch.tensor([5, -2]), torch.tensor([0, 0]), [0, 1, 2], [0, 1], vectors=vectors)
+        healthy, broken = step(kernels, states_for(weights, 2), batch)
+        assert broken.isnan().all()
+        assert torch.equal(healthy[None], step(kernels, states_for(weights, 1), RaggedBatch(*one_token(5))))
+
+
+def one_token(token: int) -> tuple[Tensor, Tensor, list[int], list[int]]:
+    return torch.tensor([token]), torch.tensor([0]), [0, 1], [0]
+
+
 @pytest.mark.parametrize("kind", [UPSTREAM, "matrices by layer", ALL_AT_ONCE])
 @pytest.mark.parametrize("neurons", [34, 64, 68, 102])
 def test_what_watched_tokens_fire_is_shown_in_the_checkpoints_order(kind: str, neurons: int) -> None:
