@@ -173,7 +173,7 @@ class Filling:
         """Without those whose tokens' neurons are shown that are more than `most`; the oldest last tokens go first."""
         watched = [stream for stream in streams if stream.watches]
         chosen = nsmallest(most, watched, key=DUE) if most < len(watched) else watched
-        self.watched = most - len(chosen) + self.kept
+        self.watched = (self.watched or 0) - len(chosen)
         if chosen is watched:
             return streams
         return [stream for stream in streams if not stream.watches] + chosen

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 from bdh_batch.engine.completion import Completion
-from bdh_batch.messages import Copy, Delta, Outcome, Plan, SamplingParams, latent_positions
+from bdh_batch.messages import (
+    Copy,
+    Delta,
+    Neurons,
+    NeuronsAsked,
+    Outcome,
+    Plan,
+    SamplingParams,
+    Segment,
+    latent_positions,
+)
 from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.sequence import Client, Prefix, Sequence
+from bdh_batch.scheduler.watched import WatchedSequence
 
 
 def next_token(slot_tokens: list[int]) -> int:
@@ -40,7 +52,9 @@ class FakeRunner:
             for at, segment in enumerate(plan.segments)
             if segment.pool
         }
-        return Outcome([self._segment(segment) for segment in plan.segments], pooled=pooled)
+        assert plan.watches == any(segment.watch for segment in plan.segments)
+        neurons = {at: fake_neurons(segment) for at, segment in enumerate(plan.segments) if segment.watch}
+        return Outcome([self._segment(segment) for segment in plan.segments], pooled=pooled, neurons=neurons)
 
     def _copy(self, copy: Copy) -> None:
         """Checks that the parts of a copy come in order, and that what it reads stays as it is meanwhile."""
@@ -63,6 +77,13 @@ class FakeRunner:
         assert len(segment.tokens) == 1 or not latent_positions(segment.tokens), "a latent step comes alone"
         known.extend(segment.tokens)
         return next_token(known) if segment.sampling else None
+
+
+def fake_neurons(segment: Segment) -> list[Neurons]:
+    """Each token's position, in place of the neurons that it fired."""
+    watched = range(segment.watch_from, len(segment.tokens))
+    assert watched, "what is watched is there"
+    return [Neurons(segment.tokens[at], segment.start + at, b"", b"", bytes(segment.watch)) for at in watched]
 
 
 class FakeText:
@@ -129,10 +150,14 @@ def make_sequence(
     queue_deadline: float | None = None,
     deadline: float | None = None,
     completion: Completion | None = None,
+    watches: NeuronsAsked | None = None,
 ) -> Sequence:
-    return Sequence(
+    whole = watches is not None and watches.prompt
+    made = completion or Completion(prompt, max_tokens, SamplingParams(), text or FakeText(), watches_prompt=whole)
+    kind = Sequence if watches is None else partial(WatchedSequence, asked=watches)
+    return kind(
         id=name,
-        completion=completion or Completion(prompt, max_tokens, SamplingParams(), text or FakeText()),
+        completion=made,
         client=Client(outbox or FakeOutbox()),
         latents=latent_positions(prompt),
         prefix=Prefix(tenant),

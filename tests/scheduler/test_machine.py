@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 
 from bdh_batch.errors import GenerationFailed
-from bdh_batch.messages import LATENT_FROZEN, FinishReason, SavedState
+from bdh_batch.messages import LATENT_FROZEN, FinishReason, NeuronsAsked, SavedState
 from bdh_batch.scheduler.backlog import NO_UNIT
 from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.copies import CopyLimits, Save
@@ -60,6 +60,7 @@ policies = st.builds(
     idle_release=st.sampled_from([0.0, 1.0, 5.0]),
     patience=st.sampled_from([inf, 2.0, 5.0, 20.0]),
     queue_unit=st.sampled_from([4, NO_UNIT]),
+    most_watched=st.integers(2, 9),
 )
 
 
@@ -75,6 +76,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now = 0.0
         self.submitted: list[Sequence] = []
         self.shown: dict[Sequence, list[int]] = {}
+        self.neurons: dict[Sequence, list[tuple[int, int]]] = {}  # of tokens, with their positions
         self.ends: dict[Sequence, list[FinishReason]] = {}
         self.passed_over: Counter[str] = Counter()  # plans on end, by tenant
         self.outranked: Counter[Sequence] = Counter()  # plans on end
@@ -94,11 +96,16 @@ class SchedulerMachine(RuleBasedStateMachine):
                     continue
             assert not self.ends[sequence], "nothing comes after the end"
             self.shown[sequence] += delta.tokens
+            self.neurons[sequence] += [(each.token, each.per_head) for each in delta.neurons or ()]
+            if sequence.watches and not sequence.completion.needs_all:
+                assert len(delta.tokens) == len(delta.neurons or ()), "each token comes with its neurons"
             if delta.finish_reason is not None:
                 self.ends[sequence].append(delta.finish_reason)
 
     def run_plan(self, step: Step) -> None:
         """Computes `step`, after a look at the states that it builds on."""
+        watched = sum(len(segment.tokens) - segment.watch_from for segment in step.plan.segments if segment.watch)
+        assert watched <= self.scheduler.policy.most_watched, "no step shows more than it has time for"
         states = dict(self.runner.slots)
         for copy in step.plan.copies:
             states[copy.target] = states[copy.source] if copy.end == copy.parts else [-1]
@@ -127,6 +134,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 "max_tokens": st.integers(1, 12),
                 "tenant": st.sampled_from("ab"),
                 "priority": st.sampled_from([0, 0, 0, 1, -1]),
+                "watches": st.sampled_from([None, None, NeuronsAsked(1), NeuronsAsked(2, prompt=True)]),
             }
         ),
         files=st.tuples(st.none() | st.integers(1, 30), st.booleans(), st.booleans()),
@@ -150,9 +158,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         ]
         self.submitted += sequences
         for sequence in sequences:
-            self.shown[sequence], self.ends[sequence] = [], []
+            self.shown[sequence], self.neurons[sequence], self.ends[sequence] = [], [], []
             tokens, sequence.state_optional, saves = files
-            sequence.state = SavedState("", tokens) if tokens is not None and tokens < len(sequence.prompt) else None
+            may_begin = tokens is not None and tokens < len(sequence.prompt) and not sequence.completion.needs_all
+            sequence.state = SavedState("", tokens) if may_begin and tokens is not None else None
             sequence.save_to = "" if saves else None
             sequence.times.arrived = self.now
         self.scheduler.submit(sequences)
@@ -314,11 +323,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         for sequence in self.submitted:
             assert len(self.ends[sequence]) == 1, "every request ends exactly once"
             assert self.saved[sequence] == (sequence.save_to is not None), "what became of each state is said once"
-            assert self.shown[sequence] == sequence.generated
+            self.check_shown(sequence, self.ends[sequence][0])
             assert sequence.generated == expected_tokens(list(sequence.prompt), len(sequence.generated))
         transfers = self.scheduler.transfers
         assert transfers._slots.free_count == transfers.count, "all memory for files is free"
         assert (transfers.to_come, transfers._loads, transfers._load_of) == (0, {}, {})
+
+    def check_shown(self, sequence: Sequence, end: FinishReason) -> None:
+        """All that was generated was shown; but for a token whose neurons were still to come when it was cut short."""
+        shown, complete = self.shown[sequence], end in (FinishReason.STOP, FinishReason.LENGTH)
+        held = len(sequence.generated) - len(shown)
+        assert shown == sequence.generated[: len(shown)]
+        assert held <= (sequence.watches and not complete)
+        begin = 0 if sequence.completion.needs_all else len(sequence.prompt)
+        read = [*enumerate([*sequence.prompt, *shown])][begin:] if sequence.watches and (shown or complete) else []
+        assert self.neurons[sequence] == [(token, at) for at, token in read if token >= 0], "each is shown once"
 
 
 SchedulerMachine.TestCase.settings = settings(
