@@ -6,10 +6,12 @@ that begins in fresh memory would hold up a step. So a thread has the kernel bac
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import math
 import mmap
+import os
 import re
 import sys
 import threading
@@ -88,11 +90,10 @@ class PagesAhead:
         self._thread: threading.Thread | None = None
 
     def begin(self) -> None:
-        """Backs the first blocks, and returns when that is done."""
-        self.used(0)
-        thread = self._thread
-        if thread is not None:
-            thread.join()
+        """Backs the first blocks, and returns when that is done. Before anything is used."""
+        self._wanted = min(len(self._blocks), self._ahead)
+        while self._backed < self._wanted and populate(self._blocks[self._backed]):
+            self._backed += 1
 
     def used(self, block: int) -> None:
         """`block` is about to be written. Does not wait for anything."""
@@ -106,6 +107,7 @@ class PagesAhead:
                 self._thread.start()
 
     def _work(self) -> None:
+        _give_way()
         while True:
             with self._lock:
                 if self._backed >= self._wanted:
@@ -114,6 +116,12 @@ class PagesAhead:
                 block, self._backed = self._backed, self._backed + 1
             if not populate(self._blocks[block]):
                 return  # and never again: the thread that ended stays
+
+
+def _give_way() -> None:
+    """Has the calling thread run only on cores that nothing else wants: a step waits for the slowest of its threads."""
+    with contextlib.suppress(AttributeError, OSError):  # not Linux; or a sandbox forbids it
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
 
 
 def populate(block: Tensor) -> bool:

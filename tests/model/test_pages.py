@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import mmap
+import os
 import resource
 import sys
 from pathlib import Path
@@ -44,6 +45,24 @@ def test_what_is_backed_ahead_is_written_without_a_fault(monkeypatch: pytest.Mon
     before = faults()
     blocks[100:107].fill_(1.0)
     assert backed < 20 < faults() - before
+
+
+def test_it_gives_way_to_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    policies: list[int] = []
+
+    def populate(block: torch.Tensor) -> bool:
+        policies.append(os.sched_getscheduler(0))
+        return True
+
+    monkeypatch.setattr(pages, "populate", populate)
+    monkeypatch.setattr(pages, "AHEAD", 4 * PAGES * 4096)
+    ahead = PagesAhead(torch.empty((100, PAGES * 1024)))
+    ahead.begin()
+    assert set(policies) == {os.sched_getscheduler(0)}  # the server waits for these
+    policies.clear()
+    ahead.used(10)
+    finish(ahead)
+    assert set(policies) == {os.SCHED_IDLE}
 
 
 def test_it_goes_to_the_last_block_and_no_further() -> None:
