@@ -126,6 +126,7 @@ class AsyncLLM:
         [ask] = asks.completions([("", "?")], asks.Parameters(sampling_params, self._default, 1), [None], {})
         body = requests.serving.parse(ask.raw, ask.kind)
         body.check(requests.host.served.defaults)
+        body.latent(requests.host.served.defaults)
         body.source()
 
     async def get_tokenizer(self) -> Tokenizer:

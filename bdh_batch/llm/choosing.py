@@ -38,7 +38,7 @@ def chosen(
         model: as `model.path`: a folder, a file, or the name of a registered model; None is the bundled one.
         config: a YAML file of options.
         given: sections of options, as `engine={"threads": 2}`, options of the section `model`, as `device="cpu"`, or
-            `NAMES`. What a file and the environment say of a server's connections is of no account here.
+            `NAMES`. What a file and the environment say of a server's connections is not used.
 
     Raises:
         ConfigError, CheckpointError

@@ -54,6 +54,8 @@ class RequestOutput:
         prompt_token_ids: with those that its state has read, if it began in one.
         prompt_logprobs: for each token, by token id, itself and the likeliest; None for the first one.
         num_cached_tokens: those of the prompt that did not have to be computed.
+        latent_token_ids: what stands for the latent steps after the prompt: -1 for each, or -2 where the state was only
+            read.
     """
 
     request_id: str
@@ -62,6 +64,7 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     num_cached_tokens: int = 0
+    latent_token_ids: list[int] = field(default_factory=list)
     finished: bool = True
 
 

@@ -52,6 +52,9 @@ class SamplingParams:
         prompt_logprobs: the same for the tokens of the prompt.
         structured_outputs: as `StructuredOutputsParams`, or a mapping of its fields.
         cache_salt: prompts of different salts share no cached prefixes.
+        latent_steps: that are computed after the prompt, before the first token, by a model that has them.
+        update_latent_memory: whether they are written into the state; None is that they are.
+        reasoning_effort: as the model's folder says how many latent steps that is; "none" is none.
     """
 
     n: int = 1
@@ -78,6 +81,9 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     cache_salt: str | None = None
+    latent_steps: int | None = None
+    update_latent_memory: bool | None = None
+    reasoning_effort: str | None = None
     # Fields that bodies have under the same name need no more than a line here: `body` passes them on.
 
     def body(self, chat: bool = False) -> dict[str, Any]:

@@ -34,6 +34,7 @@ def request_output(ended: Ended, tokenizer: Tokenizer) -> RequestOutput:
         if given is None
         else [None, *(_by_token(tokenizer, entry, given) for entry in entries or ())],
         num_cached_tokens=started.generation.cached_tokens[0],
+        latent_token_ids=[] if started.request.latent is None else started.request.latent.tokens,
     )
 
 

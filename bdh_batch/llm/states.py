@@ -40,14 +40,12 @@ class States:
         self._records = requests.serving.records
 
     async def save(self, of: Prompt | RequestOutput, metadata: Mapping[str, str] | None, ttl: float | None) -> State:
-        known = [*of.prompt_token_ids, *of.outputs[0].token_ids] if isinstance(of, RequestOutput) else plain(of, "of")
         client = self._requests.client()
-        with client.cleanup, named({"prompt": "of"}):
-            body = self._parsed(prompt=known, metadata=metadata, ttl=ttl)
-            [prompt] = await self._model.backend.tokenized(body.prompts())
-            tokens = array("i", iter(prompt.tokens))
+        with client.cleanup, named({"prompt": "of", header.FILE: "of"}):
+            body = self._parsed(state="", metadata=metadata, ttl=ttl)
+            saving, tokens = self._saving(client), await self._tokens(of)
             about = About(self._model.name, len(tokens), metadata=body.metadata or {})
-            return _state(await self._saving(client).stored(Source(tokens, "prompt"), about, body.ttl))
+            return _state(await saving.stored(Source(tokens, "prompt"), about, body.ttl))
 
     async def fork(self, state: State | str, metadata: Mapping[str, str] | None, ttl: float | None) -> State:
         body = self._parsed(state=id_of(state), metadata=metadata, ttl=ttl)
@@ -101,6 +99,16 @@ class States:
                 self._records.discard(new.id)
                 raise
             return _state(await saving.uploaded(new, tokens, known, about, body.ttl))
+
+    async def _tokens(self, of: Prompt | RequestOutput) -> array[int]:
+        """Raises InvalidRequest: there are none, or they are not the model's."""
+        if isinstance(of, RequestOutput):
+            tokens = array("i", [*of.prompt_token_ids, *of.latent_token_ids, *of.outputs[0].token_ids])
+            await self._saving(self._requests.client()).check(tokens)
+            return tokens
+        body = self._parsed(prompt=plain(of, "of"))
+        [prompt] = await self._model.backend.tokenized(body.prompts())
+        return array("i", iter(prompt.tokens))
 
     def _saving(self, client: Client) -> Saving:
         return Saving(self._serving, client, self._model)

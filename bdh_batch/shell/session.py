@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ class Session:
         self.llm.check(replace(self.params, **{name: value}))
         self.given[name] = value
 
-    def respond(self, text: str) -> Iterator[str]:
+    def respond(self, text: str) -> Generator[str, None, None]:
         """What the model responds, piece by piece; as far as it is read, it has been said then. Raises BDHError."""
         said: list[str] = []
         turn = {"role": "user", "content": text}
@@ -68,7 +68,7 @@ class Session:
 
     def save(self, path: Path) -> None:
         """Writes it to a file. Raises OSError."""
-        known = {"kind": KIND, "model": self.llm.model_name, "system": self.system}
+        known: dict[str, Any] = {"kind": KIND, "model": self.llm.model_name, "system": self.system}
         known |= {"parameters": self.given, "turns": self.turns}
         path.write_bytes(orjson.dumps(known, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE))
 

@@ -69,7 +69,12 @@ class Terminal:
             print(f"{self._session.llm.model_name} ({kind}). /help shows the commands, Ctrl-D ends.")
         with contextlib.suppress(EOFError, Leave):
             while True:
-                self._handle(self._read())
+                try:
+                    self._handle(self._read())
+                except KeyboardInterrupt:
+                    if not self._is_terminal:
+                        raise
+                    print("\nCtrl-D or /bye ends.")
         return int(self._failed and not self._is_terminal)
 
     def _read(self) -> str:
@@ -77,19 +82,13 @@ class Terminal:
 
         Raises EOFError.
         """
-        try:
-            text = self._line(ASKING)
-            if not text.startswith(QUOTES):
-                return text
-            text = text.removeprefix(QUOTES)
-            while not text.rstrip().endswith(QUOTES):
-                text += "\n" + self._line(GOING_ON)
-            return text.rstrip().removesuffix(QUOTES)
-        except KeyboardInterrupt:
-            if not self._is_terminal:
-                raise
-            print("\nCtrl-D or /bye ends.")
-            return ""
+        text = self._line(ASKING)
+        if not text.startswith(QUOTES):
+            return text
+        text = text.removeprefix(QUOTES)
+        while not text.rstrip().endswith(QUOTES):
+            text += "\n" + self._line(GOING_ON)
+        return text.rstrip().removesuffix(QUOTES)
 
     def _line(self, asking: str) -> str:
         if self._is_terminal:
@@ -154,6 +153,10 @@ def _value(text: str) -> Any:
         return text
 
 
+def _latent(session: Session, given: str) -> None:
+    session.set("latent_steps", _value(given))
+
+
 def _system(session: Session, given: str) -> None:
     if not session.is_chat:
         raise InvalidRequest("/system: the model has no chat template, and so no system message", "/system")
@@ -202,6 +205,9 @@ _leave = Command("/bye", "end", _bye)
 COMMANDS: Mapping[str, Command] = {
     "/set": Command(
         "/set NAME VALUE", "set a sampling parameter, as in /set temperature 0.7; without VALUE: unset", _set
+    ),
+    "/latent": Command(
+        "/latent N", "set how many latent steps come before each response; without N: the default", _latent
     ),
     "/system": Command("/system TEXT", "set the system message; without TEXT: none", _system),
     "/show": Command("/show", "show what is set", _show),

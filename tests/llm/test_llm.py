@@ -41,7 +41,9 @@ def test_defaults_are_those_of_vllm() -> None:
         **{"stop": None, "stop_token_ids": None, "ignore_eos": False, "include_stop_str_in_output": False},
         **{"logprobs": None, "prompt_logprobs": None, "skip_special_tokens": True, "bad_words": None},
         **{"structured_outputs": None, "logit_bias": None, "allowed_token_ids": None},
-        **{"truncate_prompt_tokens": None, "cache_salt": None},
+        **{"truncate_prompt_tokens": None},
+        # Not vLLM's:
+        **{"cache_salt": None, "latent_steps": None, "update_latent_memory": None, "reasoning_effort": None},
     }
 
 
@@ -213,6 +215,8 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
     "one of many": (lambda llm: llm.generate(["a"] * 2, [BRIEF, SamplingParams(top_p=2)]), "sampling_params[1].top_p"),
     "no number": (lambda llm: llm.generate("a", SamplingParams(temperature=float("nan"))), "temperature"),
     "a huge seed": (lambda llm: llm.generate("a", SamplingParams(seed=2**70)), "seed"),
+    "latent steps": (lambda llm: llm.generate("a", SamplingParams(latent_steps=2)), "latent_steps"),
+    "an effort": (lambda llm: llm.generate("a", SamplingParams(reasoning_effort="high")), "reasoning_effort"),
     "n": (lambda llm: llm.generate("a", SamplingParams(n=0)), "n"),
     "a bias": (lambda llm: llm.generate("a", SamplingParams(logit_bias={300: 1})), "logit_bias.300"),
     "an endless bias": (lambda llm: llm.generate("a", SamplingParams(logit_bias={3: float("inf")})), "logit_bias.3"),

@@ -27,6 +27,9 @@ TEMPLATE = (
 )
 BRIEF = "/set temperature 0\n/set max_tokens 6\n"
 
+# Becomes a command whose terminal is that of its input, from where Ctrl-C comes.
+AT_TERMINAL = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); os.execv(sys.argv[1], sys.argv[1:])"
+
 Typed = Callable[..., tuple[int, str, str]]
 
 
@@ -126,7 +129,8 @@ def test_a_line_that_is_wrong_is_reported_and_the_next_one_goes_on(
 def test_a_file_of_another_kind_changes_nothing(llm: LLM, tmp_path: Path) -> None:
     file = tmp_path / "talk.json"
     session = Session(llm, False, turns=[{"role": "user", "content": "hi"}])
-    good = {"kind": "bdh-batch conversation", "system": "", "parameters": {}, "turns": []}
+    good: dict[str, object] = {"kind": "bdh-batch conversation", "system": "", "parameters": {}, "turns": []}
+    wrong: object
     for wrong in ([], good | {"kind": "x"}, good | {"turns": [5]}, good | {"turns": None}, good | {"system": 5}):
         file.write_text(json.dumps(wrong))
         with pytest.raises(InvalidRequest):
@@ -156,11 +160,15 @@ def test_a_pipe_and_one_prompt(
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal")
 def test_at_a_terminal_a_response_can_be_stopped() -> None:
     ours, theirs = pty.openpty()
+    given = command("run", "--model", TINY, "--set", "generation.max_tokens=100000")
     process = subprocess.Popen(
-        command("run", "--model", TINY, "--set", "generation.max_tokens=100000"),
-        **{"cwd": ROOT, "env": clean_environment() | {"TERM": "dumb"}, "start_new_session": True},
-        **{"stdin": theirs, "stdout": theirs, "stderr": theirs},
-        preexec_fn=lambda: os.close(os.open(os.ttyname(0), os.O_RDWR)),  # makes it the terminal of the new session
+        [sys.executable, "-c", AT_TERMINAL, *given],
+        cwd=ROOT,
+        env=clean_environment() | {"TERM": "dumb"},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
     )
     os.close(theirs)
     shown = b""
