@@ -52,6 +52,9 @@ class SamplingParams:
         prompt_logprobs: the same for the tokens of the prompt.
         structured_outputs: as `StructuredOutputsParams`, or a mapping of its fields.
         cache_salt: prompts of different salts share no cached prefixes.
+        latent_steps: between a prompt and its completion, of a model that has them; None is what its folder says.
+        update_latent_memory: whether they enter the state, as tokens do, or only read it.
+        reasoning_effort: latent steps by name, as the model's folder has them.
     """
 
     n: int = 1
@@ -78,6 +81,9 @@ class SamplingParams:
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
     cache_salt: str | None = None
+    latent_steps: int | None = None
+    update_latent_memory: bool = True
+    reasoning_effort: str | None = None
     # Fields that bodies have under the same name need no more than a line here: `body` passes them on.
 
     def body(self, chat: bool = False) -> dict[str, Any]:

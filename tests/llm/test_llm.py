@@ -42,6 +42,7 @@ def test_defaults_are_those_of_vllm() -> None:
         **{"logprobs": None, "prompt_logprobs": None, "skip_special_tokens": True, "bad_words": None},
         **{"structured_outputs": None, "logit_bias": None, "allowed_token_ids": None},
         **{"truncate_prompt_tokens": None, "cache_salt": None},
+        **{"latent_steps": None, "update_latent_memory": True, "reasoning_effort": None},  # and its own
     }
 
 
