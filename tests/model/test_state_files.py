@@ -74,7 +74,7 @@ def test_a_hidden_vector_is_a_tensor_of_its_own(tmp_path: Path) -> None:
     path, state, into, vector = tmp_path / "state", numbers(THINKING), bytearray(THINKING.size), bytearray(64)
     write_state(path, THINKING, TOKENS, memoryview(state), memoryview(VECTOR))
     read_state(path, THINKING, TOKENS, memoryview(into), memoryview(vector))
-    assert (into, vector) == (state, VECTOR)
+    assert (into, bytes(vector)) == (state, VECTOR)
     np.testing.assert_array_equal(load_file(path)["hidden"], np.arange(16, dtype=np.float32))
     damaged = bytearray(path.read_bytes())
     for change, reason in (
