@@ -56,6 +56,9 @@ class GenerationParameters(TypedDict, total=False):
     prompt_logprobs: int
     return_tokens_as_token_ids: bool
     cache_salt: str
+    latent_steps: int
+    update_latent_memory: bool
+    reasoning_effort: str
     state: str
     return_token_ids: bool
     add_special_tokens: bool

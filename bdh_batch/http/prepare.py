@@ -68,18 +68,29 @@ class Preparation:
         if isinstance(model.backend, TextBackend):
             return await self._passed_on(model.backend, origin, body)
         latent = body.latent(model.defaults)
-        made = self._anew(body, tokens) if body.state is None else self._going_on(body, body.state, tokens)
-        return replace(await made, latent=latent)
+        steps = 0 if latent is None else latent.count
+        if body.state is None:
+            made = await self._anew(body, tokens, steps)
+        else:
+            made = await self._going_on(body, body.state, tokens, steps)
+        return replace(made, latent=latent)
 
-    async def _anew(self, body: CompletionBody | ChatBody, tokens: Tokens | None) -> GenerationRequest:
+    async def _anew(self, body: CompletionBody | ChatBody, tokens: Tokens | None, steps: int) -> GenerationRequest:
         model, origin = self.model, self.client.origin()
         prompts = await self._prompts(body)
         grammar = await self._grammar(await self.aside.run(self.size, body.source))
-        last = body.last_tokens(model.defaults, model.max_model_len)
+        last = body.last_tokens(model.defaults, self._room(steps))
         tokenized = await self._tokenized(prompts, last, tokens)
         return await self.aside.run(self.size, body.request, origin, tokenized, model.defaults, grammar)
 
-    async def _going_on(self, body: CompletionBody | ChatBody, state: str, tokens: Tokens | None) -> GenerationRequest:
+    def _room(self, taken: int) -> int | None:
+        """Tokens that the model takes beside so many; None is no limit."""
+        most = self.model.max_model_len
+        return None if most is None else max(1, most - taken)
+
+    async def _going_on(
+        self, body: CompletionBody | ChatBody, state: str, tokens: Tokens | None, steps: int
+    ) -> GenerationRequest:
         """As `generation`, of a request that begins in a state: its prompts come after what that has read."""
         model = self.model
         begun = await Beginning.of(self.records, self.client, model, state)
@@ -89,8 +100,8 @@ class Preparation:
                 (param, replace(each, add_special=False) if isinstance(each, Text) else each) for param, each in prompts
             ]
         grammar = await self._grammar(await self.aside.run(self.size, body.source))
-        known, room = len(begun.tokens), model.max_model_len
-        last = body.last_tokens(model.defaults, None if room is None else max(1, room - known))
+        known = len(begun.tokens)
+        last = body.last_tokens(model.defaults, self._room(known + steps))
         tokenized = await self._tokenized(prompts, last, tokens)
         cost = max(self.size, known * len(tokenized) // TOKENS_IN_A_MICROSECOND)
         whole = await self.aside.run(cost, begun.before, tokenized, self.most_values)

@@ -41,6 +41,7 @@ class EngineMetrics:
         self._step_tokens = self._histogram("iteration_tokens_total", "Tokens in a step", TOKENS)
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed")
         self._generated = self._counter("generation_tokens", "Tokens generated")
+        self._latent = self._counter("latent_steps", "Latent steps of requests that ended")
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token", FIRST_TOKEN)
         # vLLM called it the second way before: dashboards ask for either.
         names = ("bdh_inter_token_latency_seconds", "bdh_time_per_output_token_seconds")
@@ -100,7 +101,8 @@ class EngineMetrics:
         if isinstance(sequence.error, NotFinite):
             self._not_finite.inc()
         self._whole.observe(now - sequence.times.arrived)
-        self._request_prompt.observe(len(sequence.prompt))
+        self._request_prompt.observe(len(sequence.prompt) - sequence.completion.latent_steps)
+        self._latent.inc(max(0, min(sequence.computed - len(sequence.prompt), 0) + sequence.completion.latent_steps))
         self._request_generated.observe(len(sequence.generated))
         self._max_tokens.observe(sequence.completion.max_tokens)
         self._n.observe(sequence.client.n)

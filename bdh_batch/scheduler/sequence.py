@@ -26,6 +26,7 @@ class Completion(Protocol):
     prompt: Tokens[int]
     max_tokens: int
     sampling: SamplingParams | None
+    latent_steps: int  # with which the prompt ends
 
     @property
     def needs_all(self) -> bool:

@@ -213,6 +213,12 @@ def test_what_is_wrong_is_refused_by_name(
     assert text in error["message"]
 
 
+def test_a_prompt_is_cut_so_that_its_latent_steps_have_room(bounded: Server) -> None:
+    asked = {"prompt": PROMPT * 9, "truncate_prompt_tokens": -1, "latent_steps": 4, "max_tokens": 20}
+    usage = bounded.complete(**asked)["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (100 - 20 - 4, 20 + 4)
+
+
 def test_an_effort_that_the_folder_does_not_have_is_refused_with_those_it_has(several: Server) -> None:
     body = {"messages": [{"role": "user", "content": "a"}], "reasoning_effort": "extreme"}
     error = several.refusal(body, CHAT)

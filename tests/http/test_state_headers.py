@@ -41,6 +41,19 @@ def test_a_header_is_read_as_it_was_written(tokens: list[int]) -> None:
     assert found.metadata["tokens_sha256"] == header.digest(read)
 
 
+@pytest.mark.parametrize("text", ["[5,-1,-2,-1]", "[0, -2,7,-1]"])
+def test_latent_steps_are_read_as_tokens_are(text: str) -> None:
+    tokens = orjson.loads(text)
+    assert with_tokens(text, 4).tokens() == array("i", tokens)
+    hidden = {"dtype": "F32", "shape": [3], "data_offsets": [24, 36]}
+    encoded = Header({**KNOWN, "token_ids": text, "tokens": "4"}, TENSOR, 36, hidden).of_engine(array("i", tokens))
+    found = header.parsed(encoded[LENGTH:])
+    assert (found.size, found.hidden) == (36, hidden)
+    for wrong in (b"[24,37]", b"[0,12]"):
+        with pytest.raises(InvalidRequest, match="'hidden'"):
+            header.parsed(encoded[LENGTH:].replace(b"[24,36]", wrong))
+
+
 @given(st.binary(max_size=300) | st.recursive(st.none() | st.booleans() | st.text(), st.lists).map(orjson.dumps))
 def test_what_is_no_header_is_refused(text: bytes) -> None:
     with pytest.raises(InvalidRequest) as refused:
@@ -66,6 +79,10 @@ def test_what_is_no_header_is_refused(text: bytes) -> None:
         "[true]",
         "[false,1]",
         "[-1]",
+        "[1,-3]",
+        "[1,-12]",
+        "[1,--1]",
+        "[1-1]",
         "[1e0]",
         '["1"]',
         "[4294967296]",

@@ -66,6 +66,37 @@ def test_who_keeps_a_file_may_add_to_its_metadata(file: Path) -> None:
     assert read(file) == numbers(LAYOUT)
 
 
+THINKING = replace(LAYOUT, hidden=16)
+VECTOR = np.arange(16, dtype=np.float32).tobytes()
+
+
+def test_a_hidden_vector_is_a_tensor_of_its_own(tmp_path: Path) -> None:
+    path, state, into, vector = tmp_path / "state", numbers(THINKING), bytearray(THINKING.size), bytearray(64)
+    write_state(path, THINKING, TOKENS, memoryview(state), memoryview(VECTOR))
+    read_state(path, THINKING, TOKENS, memoryview(into), memoryview(vector))
+    assert (into, bytes(vector)) == (state, VECTOR)
+    np.testing.assert_array_equal(load_file(path)["hidden"], np.arange(16, dtype=np.float32))
+    damaged = bytearray(path.read_bytes())
+    for change, reason in (
+        (at_the_end(b"\1\2\3\4"), "checksum"),
+        (at_the_end(np.float32(np.nan).tobytes()), "finite"),
+        (lambda content: content.__delitem__(slice(-4, None)), "cut off"),
+        (in_header(b'"hidden":{"dtype":"F32"', b'"hidden":{"dtype":"F16"'), "bytes of state and hidden"),
+    ):
+        content = bytearray(damaged)
+        change(content)
+        path.write_bytes(content)
+        with pytest.raises(BadState, match=reason):
+            read_state(path, THINKING, TOKENS, memoryview(into), memoryview(vector))
+
+
+@pytest.mark.parametrize(("written", "wanted"), [(LAYOUT, THINKING), (THINKING, LAYOUT)])
+def test_a_state_with_a_vector_is_not_one_without(tmp_path: Path, written: StateLayout, wanted: StateLayout) -> None:
+    write_state(tmp_path / "state", written, TOKENS, memoryview(numbers(written)), memoryview(VECTOR))
+    with pytest.raises(BadState, match="header"):
+        read_state(tmp_path / "state", wanted, TOKENS, memoryview(bytearray(wanted.size)), memoryview(bytearray(64)))
+
+
 @pytest.mark.parametrize(
     ("layout", "reason"),
     [
