@@ -65,7 +65,7 @@ OPENAI: dict[str, set[str]] = {
     "StreamOptions": set(chat_completion_stream_options_param.ChatCompletionStreamOptionsParam.__annotations__),
     "EmbeddingBody": set(embedding_create_params.EmbeddingCreateParams.__annotations__),
 }
-OURS = {"chunk_tokens", "latent_steps", "neurons", "state", "top", "update_latent_memory"}
+OURS = {"chunk_tokens", "latent_steps", "neurons", "state", "update_latent_memory"}
 ENDPOINTS = {
     "CompletionBody": "completions",
     "ChatBody": "chat completions",

@@ -37,6 +37,12 @@ class WatchedSequence(Sequence):
             segment.sampling = None
         return segment
 
+    def decode_segment(self) -> Segment:
+        segment = super().decode_segment()
+        if not segment.watch:  # another engine has shown its token's; those of the next ones are to be shown
+            self.decoding = None
+        return segment
+
     def take(self, segment: Segment, outcome: Outcome, row: int, now: float) -> Delta | None:
         """As that of `Sequence`, of the token before: the one that was drawn now has yet to be read."""
         if segment.watch:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class LogprobsRunner(FakeRunner):
                 targets[row] = [
                     token_logprob(each, segment.start + at, segment.top) for at, each in enumerate(segment.targets)
                 ]
-        return Outcome(outcome.drawn, logprobs, targets, outcome.pooled)
+        return replace(outcome, logprobs=logprobs, target_logprobs=targets)
 
     def _segment(self, segment: Segment) -> int | None:
         token = super()._segment(segment)
@@ -204,6 +205,7 @@ class Whole:
         self.tokens: list[int] = []
         self.logprobs: list[tuple[int, TokenLogprob]] = []
         self.prompt_logprobs: list[Sequence[TokenLogprob]] = []
+        self.neurons: list[tuple[int, int]] = []  # tokens, and what stands for their neurons: positions
         self.logprob = 0.0
         self.finish_reason: FinishReason | None = None
         self.error = ""
@@ -220,6 +222,7 @@ class Whole:
         self.text += delta.text
         self.tokens += delta.tokens
         self.logprobs += delta.logprobs or ()
+        self.neurons += [(each.token, each.per_head) for each in delta.neurons or ()]
         self.logprob += delta.logprob
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs.append([*delta.prompt_logprobs])
@@ -229,7 +232,8 @@ class Whole:
     def facts(self) -> tuple[object, ...]:
         logprobs = [(at, each.token, each.logprob, [*each.top]) for at, each in self.logprobs]
         prompt = [[(each.token, each.logprob) for each in some] for some in self.prompt_logprobs]
-        return self.text, self.tokens, logprobs, prompt, round(self.logprob, 9), self.finish_reason, self.error
+        shown = self.text, self.tokens, logprobs, prompt, self.neurons
+        return *shown, round(self.logprob, 9), self.finish_reason, self.error
 
 
 async def read(generation: Generation, wholes: list[Whole]) -> list[Whole]:

@@ -18,6 +18,8 @@ from bdh_batch.messages import (
     FinishReason,
     GenerationRequest,
     LogitBias,
+    Neurons,
+    NeuronsAsked,
     Origin,
     Prompt,
     SamplingParams,
@@ -31,6 +33,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "logprobs of the prompt": {"sampling": SamplingParams(logprobs=2), "prompt_logprobs": 2},
     "penalties": {"sampling": SamplingParams(presence_penalty=1.0, logit_bias=LogitBias.of({5: 1.0}))},
     "stop strings": {"stop": ("no such text", "\x00\x01\x02"), "sampling": SamplingParams(logprobs=0)},
+    "neurons": {"neurons": NeuronsAsked(4), "seeds": (3, 4), "n": 2},
+    "neurons of the prompt": {"neurons": NeuronsAsked(4, prompt=True), "sampling": SamplingParams(logprobs=1)},
     "min_tokens": {"min_tokens": 30, "stop_token_ids": tuple(range(0, 256, 3)), "include_stop": True},
 }
 
@@ -68,7 +72,8 @@ async def test_a_stream_whose_engine_is_killed_goes_on_with_the_same_bytes(name:
 
 def test_a_delta_crosses_with_all_that_it_has() -> None:
     saved = SavedState("a path", 7)
-    delta = Delta("a", [1], FinishReason.STOP, logprob=-0.5, stop="b", saved=saved, save_error="c")
+    neurons = [Neurons(1, 8, b"1234", b"12345678", b"87654321")]
+    delta = Delta("a", [1], FinishReason.STOP, logprob=-0.5, stop="b", saved=saved, save_error="c", neurons=neurons)
     crossed = Unpacker(Gains)
     (gains,) = crossed.feed(frame(Gains([Gain.of(7, 0, delta, cached_tokens=3)])))
     assert [each.delta for each in gains.gains] == [delta]

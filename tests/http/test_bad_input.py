@@ -636,7 +636,7 @@ FIELDS = [
     *("repetition_penalty", "logit_bias", "best_of", "stop_token_ids", "include_stop_str_in_output", "min_tokens"),
     *("ignore_eos", "logprobs", "top_logprobs", "echo", *UNSUPPORTED),
     *("bad_words", "allowed_token_ids", "prompt_logprobs", "truncate_prompt_tokens", "skip_special_tokens"),
-    *("return_tokens_as_token_ids", "cache_salt"),
+    *("return_tokens_as_token_ids", "cache_salt", "neurons"),
 ]
 plausible = st.fixed_dictionaries(
     {},
@@ -670,6 +670,7 @@ plausible = st.fixed_dictionaries(
         "bad_words": st.lists(st.text(max_size=3), max_size=3),
         "allowed_token_ids": st.lists(st.integers(0, 260), max_size=5),
         "prompt_logprobs": st.integers(-1, 21),
+        "neurons": st.fixed_dictionaries({}, optional={"top": st.integers(0, 9) | json_values}) | json_values,
         "truncate_prompt_tokens": st.integers(-1, 5),
     },
 )

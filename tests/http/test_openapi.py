@@ -67,7 +67,8 @@ SHAPES: list[tuple[str, dict[str, Any], type[BaseModel]]] = [
     ),
     (
         "/v1/completions",
-        {"prompt": ["abc", "d"], "echo": True, "logprobs": 1, "prompt_logprobs": 3, "return_tokens_as_token_ids": True},
+        {"prompt": ["abc", "d"], "echo": True, "logprobs": 1, "prompt_logprobs": 3, "return_tokens_as_token_ids": True}
+        | {"neurons": {"top": 2}},
         responses.Completion,
     ),
     ("/v1/chat/completions", {"messages": [USER], "prompt_logprobs": 0, "echo": True}, responses.ChatCompletion),
