@@ -67,7 +67,7 @@ def ask(server: Server, path: str = COMPLETIONS, **body: Any) -> dict[str, Any]:
 
 def test_are_those_that_the_reference_computes_for_prompt_and_completion(tiny: Server) -> None:
     known = [*PROMPT.encode()]
-    asked = {"prompt": PROMPT, "max_tokens": 110, "ignore_eos": True, "neurons": {"top": 5}}
+    asked: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 110, "ignore_eos": True, "neurons": {"top": 5}}
     (echoed,) = ask(tiny, echo=True, **asked)["choices"]
     assert len(known) + 110 > 200
     check(echoed["neurons"], known + echoed["token_ids"], [], 5)
@@ -84,7 +84,7 @@ def test_of_a_prompt_alone(tiny: Server) -> None:
 
 
 def test_of_each_choice_and_of_the_best(tiny: Server) -> None:
-    asked = {"prompt": ["a", "bc"], "temperature": 1, "seed": 4, "max_tokens": 9, "neurons": {}}
+    asked: dict[str, Any] = {"prompt": ["a", "bc"], "temperature": 1, "seed": 4, "max_tokens": 9, "neurons": {}}
     for more in ({"n": 2}, {"n": 2, "best_of": 4, "logprobs": 0}):
         choices = ask(tiny, **asked | more)["choices"]
         for choice, prompt in zip(choices, [b"a", b"a", b"bc", b"bc"], strict=True):
@@ -94,7 +94,13 @@ def test_of_each_choice_and_of_the_best(tiny: Server) -> None:
 @pytest.mark.parametrize("echo", [False, True])
 @pytest.mark.parametrize("chunk", [1, 7])
 def test_come_in_the_chunk_of_their_token(tiny: Server, chunk: int, echo: bool) -> None:
-    asked = {"prompt": "Whole", "max_tokens": 30, "temperature": 0, "return_token_ids": True, "neurons": {"top": 2}}
+    asked: dict[str, Any] = {
+        "prompt": "Whole",
+        "max_tokens": 30,
+        "temperature": 0,
+        "return_token_ids": True,
+        "neurons": {"top": 2},
+    }
     whole = ask(tiny, **asked, echo=echo)["choices"][0]
     known, text, seen, ids = (5 if echo else 0), "", list[Any](), list[int]()
     for event in tiny.events(**asked, echo=echo, stream_options={"chunk_tokens": chunk}):
@@ -110,7 +116,12 @@ def test_come_in_the_chunk_of_their_token(tiny: Server, chunk: int, echo: bool) 
 
 
 def test_of_chats(tiny: Server) -> None:
-    asked = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 12, "temperature": 0, "neurons": {"top": 4}}
+    asked: dict[str, Any] = {
+        "messages": [{"role": "user", "content": "a"}],
+        "max_tokens": 12,
+        "temperature": 0,
+        "neurons": {"top": 4},
+    }
     (choice,) = ask(tiny, CHAT, **asked)["choices"]
     check(choice["neurons"], choice["token_ids"], [*b"user: a\nassistant:"], 4)
     events = tiny.events(CHAT, **asked)
@@ -122,7 +133,7 @@ def test_of_chats(tiny: Server) -> None:
 
 
 def test_are_of_all_tokens_where_a_stop_string_cuts_the_text(tiny: Server) -> None:
-    asked = {"prompt": "Cut", "max_tokens": 40, "neurons": {"top": 1}}
+    asked: dict[str, Any] = {"prompt": "Cut", "max_tokens": 40, "neurons": {"top": 1}}
     (choice,) = ask(tiny, **asked)["choices"]
     stop = choice["text"][9:12]
     (cut,) = ask(tiny, **asked, stop=stop)["choices"]
@@ -132,7 +143,12 @@ def test_are_of_all_tokens_where_a_stop_string_cuts_the_text(tiny: Server) -> No
 
 
 def test_go_with_structured_output(tiny: Server) -> None:
-    asked = {"prompt": "a", "structured_outputs": {"regex": "[a-z]{5}"}, "max_tokens": 20, "neurons": {"top": 1}}
+    asked: dict[str, Any] = {
+        "prompt": "a",
+        "structured_outputs": {"regex": "[a-z]{5}"},
+        "max_tokens": 20,
+        "neurons": {"top": 1},
+    }
     (choice,) = ask(tiny, **asked)["choices"]
     assert len(choice["text"]) == 5
     check(choice["neurons"], choice["token_ids"], [*b"a"], 1)
@@ -222,7 +238,7 @@ def narrow(serve: ServeFactory) -> Iterator[Server]:
 def test_a_response_that_would_show_too_many_is_refused(narrow: Server) -> None:
     layers = model().config.n_layer
     fits = 600 // layers // 10
-    asked = {"prompt": "abc", "neurons": {"top": 10}, "temperature": 0}
+    asked: dict[str, Any] = {"prompt": "abc", "neurons": {"top": 10}, "temperature": 0}
     assert len(narrow.complete(**asked, max_tokens=fits)["choices"][0]["neurons"]) == fits
     for more in ({"max_tokens": fits + 1}, {"max_tokens": fits - 2, "echo": True}, {"max_tokens": fits, "n": 2}):
         refused = narrow.refusal(asked | more)
@@ -231,7 +247,13 @@ def test_a_response_that_would_show_too_many_is_refused(narrow: Server) -> None:
 
 
 def test_cross_from_an_engine_s_process_and_are_kept_with_a_response(narrow: Server) -> None:
-    asked = {"prompt": "kept", "max_tokens": 8, "temperature": 0, "return_token_ids": True, "neurons": {"top": 3}}
+    asked: dict[str, Any] = {
+        "prompt": "kept",
+        "max_tokens": 8,
+        "temperature": 0,
+        "return_token_ids": True,
+        "neurons": {"top": 3},
+    }
     first = narrow.http.post(COMPLETIONS, json=asked)
     again = narrow.http.post(COMPLETIONS, json=asked)
     assert again.headers["x-cache"] == "hit"
