@@ -28,6 +28,7 @@ HASH = re.compile(r"[0-9a-f]{40}(-dirty)?")
 WRITERS = {
     "report": "results",
     "plots": "pictures",
+    "engine/peer": "a model's folder, which it loads",
     "engine/simulate": "a picture, and figures on its standard output",
     "reports/document": "docs/performance.md",
     "server/loads": "prompts for `bench serve`",
