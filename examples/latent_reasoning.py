@@ -34,7 +34,7 @@ from tqdm import trange
 EFFORTS = {"none": 0, "minimal": 1, "low": 2, "medium": 4, "high": 8}
 VOCABULARY = 256  # bytes
 SHAPE = {"dim": 64, "depth": 4, "heads": 4, "dim_qk_heads": 1024, "rotary_dim": 64}
-CONFIG, WEIGHTS, CHECKPOINT = "config.json", "model.pt", "checkpoint.pt"
+CONFIG, WEIGHTS, CHECKPOINT = "config.json", "model.pt", "training.state"
 SAVE_EVERY = 100  # steps
 HELD_OUT = 10_000_000  # seeds from here on are for the test alone
 
