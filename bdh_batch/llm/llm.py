@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import threading
 import weakref
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -25,6 +26,8 @@ from bdh_batch.llm.requests import Stream
 from bdh_batch.llm.states import File
 from bdh_batch.settings import Settings
 from bdh_batch.text.tokenizer import Tokenizer
+
+OPEN: weakref.WeakSet[LLM] = weakref.WeakSet()  # closed at the program's end, if not before
 
 
 class LLM:
@@ -73,8 +76,8 @@ class LLM:
     def _load(self, model: AsyncLLM) -> None:
         self._async = model
         self._thread = LoopThread()
-        # Also at the program's end: its threads must not be at work when the interpreter is taken down.
         self._finalize = weakref.finalize(self, _close, self._thread, self._async)
+        OPEN.add(self)
         try:
             self._thread.run(self._async.start())
         except BaseException:
@@ -307,3 +310,13 @@ def _close(thread: LoopThread, llm: AsyncLLM) -> None:
         thread.run(llm.close())
     finally:
         thread.stop()
+
+
+def _close_all() -> None:
+    for llm in [*OPEN]:
+        llm.close()
+
+
+# Their threads must not be at work when the interpreter is taken down; what closes them needs threads itself, which
+# `atexit` is too late for. `concurrent.futures` ends its own in the same way.
+threading._register_atexit(_close_all)  # type: ignore[attr-defined]

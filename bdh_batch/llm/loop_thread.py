@@ -15,6 +15,7 @@ from bdh_batch.system.threads import USUAL_STACK, start_daemon
 T = TypeVar("T")
 
 NAME = "bdh-llm"
+LAST_SECONDS = 5.0  # for what has been cancelled to end
 POLL_SECONDS = 1.0  # until an interruption is noticed that no signal to the waiting thread announces
 
 
@@ -94,4 +95,5 @@ async def _cancel_all() -> None:
     left = asyncio.all_tasks() - {asyncio.current_task()}
     for task in left:
         task.cancel()
-    await asyncio.gather(*left, return_exceptions=True)
+    if left:
+        await asyncio.wait(left, timeout=LAST_SECONDS)

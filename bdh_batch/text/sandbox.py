@@ -108,6 +108,7 @@ class Sandbox:
         self._process: _Process | None = _Process(work)
         self._link: _Link | None = None
         self._linking: asyncio.Task[_Link] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # that these belong to
         self._closed = False
 
     def wait_until_ready(self) -> bytes:
@@ -125,7 +126,7 @@ class Sandbox:
         Args:
             job: is run, so that a worker has done once what each does once. What comes of it is nobody's.
         """
-        self._linking = asyncio.ensure_future(self._connect(job))
+        self._linking = self._begin(job)
         self._linking.add_done_callback(lambda done: done.cancelled() or done.exception())  # the next job tries again
 
     async def run(self, job: bytes, tenant: str, then: Callable[[bytes], Awaitable[T]]) -> T:
@@ -153,14 +154,21 @@ class Sandbox:
         return SandboxLoad(self._queue.waiting, self._queue.running, dict(self._counts))
 
     def close(self) -> None:
-        """Kills what runs. Idempotent."""
+        """Kills what runs. Idempotent. It blocks for a moment, so it may be called from any thread."""
         self._closed = True
+        if self._loop is not None and asyncio._get_running_loop() is not self._loop:
+            with contextlib.suppress(RuntimeError):  # the loop is closed, and its tasks with it
+                self._loop.call_soon_threadsafe(self._unlink)
+        else:
+            self._unlink()
+        if self._process is not None:
+            self._process.close()
+
+    def _unlink(self) -> None:
         if self._linking is not None:
             self._linking.cancel()
         if self._link is not None:
             self._link.close()
-        if self._process is not None:
-            self._process.close()
 
     async def _do(self, job: bytes, then: Callable[[bytes], Awaitable[T]]) -> T:
         outcome, said = await self._outcome(job)
@@ -200,10 +208,14 @@ class Sandbox:
         if self._closed:
             raise Unavailable("The server is shutting down.", retry_after=5)
         if self._linking is None or self._linking.done():
-            self._linking = asyncio.ensure_future(self._connect())
+            self._linking = self._begin(None)
         return await asyncio.shield(self._linking)
 
-    async def _connect(self, job: bytes | None = None) -> _Link:
+    def _begin(self, job: bytes | None) -> asyncio.Task[_Link]:
+        self._loop = asyncio.get_running_loop()
+        return self._loop.create_task(self._connect(job))
+
+    async def _connect(self, job: bytes | None) -> _Link:
         """To the process that was started first, or else to a new one."""
         process = await in_daemon_thread(self._ready_process, "bdh-sandbox")
         reader, writer = await asyncio.open_unix_connection(sock=process.take_socket())

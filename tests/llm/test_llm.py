@@ -21,7 +21,7 @@ import bdh_batch
 from bdh_batch import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from bdh_batch.errors import CheckpointError, ConfigError, InvalidRequest, Unavailable
 from bdh_batch.http.errors import NotFound
-from tests.conftest import clean_environment, eventually
+from tests.conftest import HANG_SECONDS, clean_environment, eventually
 
 LONG = SamplingParams(max_tokens=100_000, ignore_eos=True)
 BRIEF = SamplingParams(max_tokens=4, seed=1)
@@ -344,3 +344,18 @@ def test_what_is_closed_says_so(folder: Path) -> None:
     for call in (lambda: next(pieces), lambda: llm.generate("x"), llm.list_states):
         with pytest.raises(Unavailable, match="has been closed"):
             call()
+
+
+def test_a_program_may_end_without_closing_it(folder: Path) -> None:
+    """In the middle of a stream; with asyncio's own checks of what is called on which thread."""
+    program = f"""
+from bdh_batch import LLM, SamplingParams
+llm = LLM({str(folder)!r})
+pieces = llm.stream("x", SamplingParams(max_tokens=100_000, ignore_eos=True))
+next(pieces)
+raise SystemExit(3)
+"""
+    given = [sys.executable, "-X", "dev", "-c", program]
+    done = subprocess.run(given, env=clean_environment(), capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "Traceback" not in done.stderr
