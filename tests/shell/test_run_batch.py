@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import json
 import signal
+import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ from bdh_batch.processes.in_process import InProcess
 from bdh_batch.shell.batch_input import BatchInput
 from bdh_batch.shell.batch_output import BatchOutput
 from bdh_batch.shell.run_batch import respond, run_batch
-from tests.conftest import CONFORMANCE, START_SECONDS, clean_environment, eventually
+from tests.conftest import CONFORMANCE, START_SECONDS, clean_environment
 from tests.launcher import Launcher
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ async def test_a_run_goes_on_from_wherever_it_was_cut_off(
 
 def test_a_process_that_is_killed_goes_on(launcher: Launcher, cli: Cli, tmp_path: Path) -> None:
     lines = [
-        line(f"r{index}", "/v1/completions", prompt=f"{index}", max_tokens=2 + 8 * index, ignore_eos=True, seed=index)
+        line(f"r{index}", "/v1/completions", prompt=f"{index}", max_tokens=2 + 25 * index, ignore_eos=True, seed=index)
         for index in range(24)
     ]
     source, target = written(tmp_path / "in", lines), tmp_path / "out"
@@ -200,7 +201,10 @@ def test_a_process_that_is_killed_goes_on(launcher: Launcher, cli: Cli, tmp_path
         more = done() + 3
         with (tmp_path / "log").open("w+b") as log:
             process = launcher.start(command, clean_environment(), log)
-            eventually(lambda more=more: done() >= more)  # type: ignore[misc]
+            end = time.monotonic() + START_SECONDS
+            while done() < more:  # looked at often: what is left takes about a second
+                assert time.monotonic() < end, "no line was written"
+                time.sleep(0.002)
             process.send_signal(number)
             assert process.wait(START_SECONDS) == code
         assert more <= done() < len(lines), "the run should have been interrupted"
