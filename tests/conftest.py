@@ -27,6 +27,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
 from openai import AsyncOpenAI, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
@@ -40,6 +41,13 @@ settings.load_profile("gate")
 # Threads of OpenMP that have nothing to do sleep at once, here and in all programs that tests start: otherwise they
 # would spin for a while after each step, and take the cores from those that work. Read by the libraries when they load.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Triton reads this when it is imported, for the whole process, and nothing has imported it yet: bdh-cq's dependencies
+# would. Compiled kernels are looked at in a process of their own (`kernels/aot.py`). Where there is a GPU, the same
+# tests run on it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton from 3.9 on warns where this is not said
 
 ROOT = Path(__file__).parent.parent
 # No test speaks to a server of the world. Clients read the certificates that they trust when they are made, those of

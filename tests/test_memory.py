@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -128,7 +129,7 @@ def test_sequences_leave_memory_for_cached_prefixes_unless_more_are_asked_for(
     slots: int, options: dict[str, Any], running: int, free_slots: int
 ) -> None:
     settings = Settings(scheduler=Scheduler(**options))
-    model: Any = None
+    model: Any = SimpleNamespace(config=BDHConfig())
     scheduler = loading.scheduler_for(settings, loading.LoadedEngine(model, model, slots, 0, grows=True))
     assert (scheduler.max_running, scheduler.policy.free_slots) == (running, free_slots)
     assert scheduler.policy.idle_release == settings.engine.idle_release_seconds

@@ -316,6 +316,8 @@ class TestTypes:
         "system",
         "instructions",
         "output",
+        "data",  # of an image
+        "url",  # which may hold one
     }
 
     def test_have_a_bound_for_each_list_object_and_string(self) -> None:

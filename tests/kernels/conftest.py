@@ -14,13 +14,6 @@ import torch
 
 from bdh_batch.kernels.cache import MODULES, digest_of
 
-# Triton reads this when it is imported, for the whole process, and nothing has imported it yet. Compiled kernels are
-# looked at in a process of their own (`aot.py`). Where there is a GPU, the same tests run on it.
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton from 3.9 on warns where this is not said
-
-
 COMPILING = pytest.StashKey[subprocess.Popen[str]]()
 SOURCES = [*MODULES, Path(__file__).with_name("aot.py")]
 

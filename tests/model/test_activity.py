@@ -78,9 +78,11 @@ def test_a_step_that_is_looked_at_computes_nothing_twice(monkeypatch: pytest.Mon
     passes: list[bool] = []
     forward = CpuKernels.forward
 
-    def counted(self: CpuKernels, states: Tensor, batch: RaggedBatch, active: Tensor | None = None) -> Tensor:
+    def counted(
+        self: CpuKernels, states: Tensor, batch: RaggedBatch, active: Tensor | None = None, fired: Tensor | None = None
+    ) -> Tensor:
         passes.append(active is not None)
-        return forward(self, states, batch, active)
+        return forward(self, states, batch, active, fired)
 
     monkeypatch.setattr(CpuKernels, "forward", counted)
     runner = Runner(CpuKernels(model.weights), StatePool(model.config, 1, CPU))

@@ -108,7 +108,7 @@ class Typed(Wire):
     kinds: ClassVar[str]  # what errors call them
     fields: ClassVar[Fields]
 
-    type: str
+    type: Label
 
     @model_validator(mode="before")
     @classmethod
