@@ -75,7 +75,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     ),
     # A command of its own: the engine's parts without an engine.
     "neurons": (
-        {"errors", "settings", "checkpoint", "kernels", "engine", "registry", "text"},
+        {"errors", "settings", "checkpoint", "kernels", "engine", "processes", "text"},
         {"numpy", "orjson", "torch", "tqdm"},
     ),
     "server": ({"errors", "processes", "engine", "settings", "observability"}, set()),

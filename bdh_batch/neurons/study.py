@@ -18,7 +18,7 @@ from bdh_batch.neurons.contexts import Contexts
 from bdh_batch.neurons.reading import Reader
 from bdh_batch.neurons.report import Context, Found, TokenText, json_lines, page
 from bdh_batch.neurons.words import Words, occurrences
-from bdh_batch.registry.locate import locate
+from bdh_batch.processes.model_settings import chosen_model
 from bdh_batch.settings import Settings
 from bdh_batch.text.folder import load_tokenizer
 from bdh_batch.text.tokenizer import TokenIdsOnly, Tokenizer
@@ -48,7 +48,7 @@ class Study:
         """
         text = _read(self.text)
         folder = _made(self.out)
-        with closing(locate(self.settings.model.path)) as located:
+        with closing(chosen_model(self.settings)) as located:
             reader = Reader.of(self.settings, located.path, self.length)
             beside = located.path if located.path.is_dir() else located.path.parent
             tokenizer = load_tokenizer(beside, reader.model.config.vocab_size)

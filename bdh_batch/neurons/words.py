@@ -86,17 +86,17 @@ class Words:
         means = self._sums / torch.tensor([*self.counts, max(1, self._tokens)], device=self._sums.device)[:, None, None]
         found = []
         for word in range(len(self.words)):
-            if len(self.words) == 1:
-                others = means[-1]
-            else:
-                others = means[[other for other in range(len(self.words)) if other != word]].amax(dim=0)
-            margins = (means[word] - others).flatten()
-            best = margins.topk(min(SHOWN, len(margins)))
-            found.append(
-                [
-                    Telling(*divmod(at, others.shape[1]), means[word].flatten()[at].item(), others.flatten()[at].item())
-                    for at, margin in zip(best.indices.tolist(), best.values.tolist())
-                    if margin > 0
-                ]
-            )
+            rest = [other for other in range(len(self.words)) if other != word] or [-1]
+            found.append(_furthest(means[word], means[rest].amax(dim=0)))
         return found
+
+
+def _furthest(means: Tensor, others: Tensor) -> list[Telling]:
+    """The neurons whose `means` [layers, neurons] are furthest above those of `others`."""
+    margins = (means - others).flatten()
+    best = margins.topk(min(SHOWN, len(margins)))
+    found = []
+    for at in best.indices[best.values > 0].tolist():
+        layer, neuron = divmod(at, means.shape[1])
+        found.append(Telling(layer, neuron, means[layer, neuron].item(), others[layer, neuron].item()))
+    return found

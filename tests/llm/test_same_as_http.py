@@ -136,7 +136,8 @@ def test_scores_of_lists_pairs_and_whole_texts(llm: LLM) -> None:
 
 def test_neurons_are_those_over_http(llm: LLM, tiny: Server) -> None:
     prompts = ["To be", "é!"]
-    mine = llm.neurons([*prompts, [97, 255]], top=3, use_tqdm=False)
+    given: list[Any] = [*prompts, [97, 255]]
+    mine = llm.neurons(given, top=3, use_tqdm=False)
     body = {"max_tokens": 0, "echo": True, "neurons": {"top": 3}}
     theirs = [*tiny.complete(prompt=prompts, **body)["choices"], *tiny.complete(prompt=[97, 255], **body)["choices"]]
     for one, other in zip(mine, theirs, strict=True):
