@@ -13,6 +13,7 @@ _PYTHON_API = frozenset(
         *("LLM", "AsyncLLM", "SamplingParams", "StructuredOutputsParams"),
         *("RequestOutput", "CompletionOutput", "Logprob", "EmbeddingRequestOutput", "EmbeddingOutput"),
         *("ScoringRequestOutput", "ScoringOutput", "State"),
+        *("NeuronsRequestOutput", "TokenNeurons", "LayerNeurons", "Neuron"),
     )
 )
 

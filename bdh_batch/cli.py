@@ -1,5 +1,4 @@
-"""The command line: `serve`, `gateway`, `run`, `run-batch`, `config show`, `keys add`, `model add`, `model inspect`,
-`model convert`, `bench serve`, `plan`.
+"""The command line: `serve`, `run`, `config show`, `keys add`, `model add`, `bench serve`, `plan` and so on.
 
 What cannot work ends in one line and exit code 2.
 """
@@ -20,6 +19,7 @@ from bdh_batch import __version__, settings
 from bdh_batch.bench import options as bench_options
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.http.auth.keys import KeyFile, new_key
+from bdh_batch.neurons import commands as neurons_commands
 from bdh_batch.processes.control import default_pid_file, send_command
 from bdh_batch.registry import commands as registry_commands
 from bdh_batch.registry.locate import locate
@@ -159,6 +159,7 @@ def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     model = commands.add_parser("model", help="keep models by name, look at their files, or convert them")
     actions = model.add_subparsers(required=True, metavar="ACTION")
     registry_commands.add_commands(actions)
+    neurons_commands.add_command(actions, _options_parser("model", "device", "dtype"), _compute)
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("source", type=Path, metavar="SRC", help=MODEL_PATHS)
     common.add_argument("--layers", type=_positive, help="where the file does not say how many")

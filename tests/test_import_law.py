@@ -73,10 +73,15 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         {"errors", "http", "llm", "processes", "settings", "system"},
         {"numpy", "orjson", "starlette", "tqdm", "uvloop"},
     ),
+    # A command of its own: the engine's parts without an engine.
+    "neurons": (
+        {"errors", "settings", "checkpoint", "kernels", "engine", "processes", "text"},
+        {"numpy", "orjson", "torch", "tqdm"},
+    ),
     "server": ({"errors", "processes", "engine", "settings", "observability"}, set()),
     "cli": (
         {"errors", "system", "settings", "http", "processes", "server", "bench", "plan", "registry", "__init__"}
-        | {"client", "shell"},
+        | {"client", "neurons", "shell"},
         {"uvloop"},
     ),
     "__main__": ({"cli"}, set()),

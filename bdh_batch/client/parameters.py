@@ -54,6 +54,7 @@ class GenerationParameters(TypedDict, total=False):
     skip_special_tokens: bool
     truncate_prompt_tokens: int
     prompt_logprobs: int
+    neurons: Mapping[str, int]
     return_tokens_as_token_ids: bool
     cache_salt: str
     latent_steps: int

@@ -6,11 +6,15 @@ from bdh_batch.llm.outputs import (
     CompletionOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
+    LayerNeurons,
     Logprob,
+    Neuron,
+    NeuronsRequestOutput,
     RequestOutput,
     ScoringOutput,
     ScoringRequestOutput,
     State,
+    TokenNeurons,
 )
 from bdh_batch.llm.params import SamplingParams, StructuredOutputsParams
 
@@ -20,11 +24,15 @@ __all__ = [
     "CompletionOutput",
     "EmbeddingOutput",
     "EmbeddingRequestOutput",
+    "LayerNeurons",
     "Logprob",
+    "Neuron",
+    "NeuronsRequestOutput",
     "RequestOutput",
     "SamplingParams",
     "ScoringOutput",
     "ScoringRequestOutput",
     "State",
     "StructuredOutputsParams",
+    "TokenNeurons",
 ]

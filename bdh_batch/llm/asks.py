@@ -96,6 +96,14 @@ def scored(name: str, tokens: Sequence[int]) -> Ask[CompletionBody]:
     return Ask(CompletionBody, b"{%b}" % encoded(fields), {"prompt": name})
 
 
+def neurons(name: str, prompt: Plain, top: int) -> Ask[CompletionBody]:
+    """A request for the neurons of a prompt's tokens."""
+    with named({"prompt": name, "neurons": "top"}):
+        raw = encoded({"prompt": prompt, "max_tokens": 0, "echo": True, "neurons": {"top": top}})
+    given = prompt if isinstance(prompt, str) else None
+    return Ask(CompletionBody, b"{%b}" % raw, {"prompt": name, "neurons.top": "top"}, given)
+
+
 def _own(index: int, states: Sequence[State | str | None], extra: Fields) -> dict[str, Any]:
     """The fields of one request alone. Raises InvalidRequest."""
     own = {name: values[index] for name, values in extra.items() if values[index] is not None}

@@ -17,6 +17,7 @@ from bdh_batch.llm.outputs import (
     CompletionOutput,
     EmbeddingRequestOutput,
     Message,
+    NeuronsRequestOutput,
     Prompt,
     RequestOutput,
     ScoringRequestOutput,
@@ -247,6 +248,20 @@ class AsyncLLM:
         """Says how likely texts are. As `LLM.score`."""
         requests, given = await self._ready(), pairs(prompts, continuations)
         jobs = (Job(1, partial(self._score, requests, pair)) for pair in given)
+        with progress(use_tqdm, len(given)) as done:
+            return await self._window.all(jobs, done)
+
+    async def neurons(
+        self, prompts: Prompt | Iterable[Prompt], top: int = 16, *, use_tqdm: UseTqdm = True
+    ) -> list[NeuronsRequestOutput]:
+        """Shows which neurons the tokens of prompts fire. As `LLM.neurons`."""
+        requests, (given, _) = await self._ready(), listed(prompts, "prompts")
+        tokenizer = await self.get_tokenizer()
+
+        async def work(name: str, prompt: Plain) -> NeuronsRequestOutput:
+            return results.neurons(await requests.whole(asks.neurons(name, prompt, top)), tokenizer)
+
+        jobs = (Job(1, partial(work, *each)) for each in given)
         with progress(use_tqdm, len(given)) as done:
             return await self._window.all(jobs, done)
 

@@ -15,6 +15,7 @@ from bdh_batch.llm.outputs import (
     CompletionOutput,
     EmbeddingRequestOutput,
     Message,
+    NeuronsRequestOutput,
     Prompt,
     RequestOutput,
     ScoringRequestOutput,
@@ -226,6 +227,16 @@ class LLM:
                 or whole texts, which are scored after the token that the model's texts begin with.
         """
         return self._thread.run(self._async.score(prompts, continuations, use_tqdm=use_tqdm))
+
+    def neurons(
+        self, prompts: Prompt | Iterable[Prompt], top: int = 16, *, use_tqdm: UseTqdm = True
+    ) -> list[NeuronsRequestOutput]:
+        """Shows which neurons the tokens of prompts fire, in each layer. Nothing is generated.
+
+        Args:
+            top: how many of the strongest of each layer; `active` is of all of them.
+        """
+        return self._thread.run(self._async.neurons(prompts, top, use_tqdm=use_tqdm))
 
     def save_state(
         self, of: Prompt | RequestOutput, *, metadata: Mapping[str, str] | None = None, ttl: float | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,7 +14,7 @@ class Logprob:
     Args:
         rank: how many tokens are at least as likely, itself included; None of one that is not among the likeliest that
             were asked for.
-        decoded_token: its text; where its bytes are none, as `bytes:\\\\xf0`.
+        decoded_token: its text; where its bytes are none, as `bytes:\\xf0`.
     """
 
     logprob: float
@@ -115,6 +116,51 @@ class ScoringRequestOutput:
     outputs: ScoringOutput
     prompt_token_ids: list[int]
     num_cached_tokens: int = 0
+    finished: bool = True
+
+
+class Neuron(NamedTuple):
+    """A neuron that fired, by its number in its head, and its activation."""
+
+    head: int
+    neuron: int
+    value: float
+
+
+class LayerNeurons(NamedTuple):
+    """What a token fired in one layer.
+
+    Args:
+        active: the share of the layer's neurons that fired.
+        strongest: the strongest first.
+    """
+
+    active: float
+    strongest: list[Neuron]
+
+
+@dataclass(slots=True)
+class TokenNeurons:
+    """The neurons that fired when a token was read.
+
+    Args:
+        decoded_token: its text; where its bytes are none, as `bytes:\\xf0`.
+        layers: the first layer first.
+    """
+
+    token_id: int
+    decoded_token: str
+    layers: list[LayerNeurons] = field(repr=False)
+
+
+@dataclass(slots=True)
+class NeuronsRequestOutput:
+    """The neurons of each token of one prompt."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[TokenNeurons]
     finished: bool = True
 
 

@@ -107,7 +107,7 @@ def named(names: Mapping[str, str]) -> Iterator[None]:
 def _rename(error: InvalidRequest, names: Mapping[str, str]) -> None:
     if (param := error.param) is None:
         return
-    root = param.split(".")[0].split("[")[0]
+    root = param if param in names else param.split(".")[0].split("[")[0]
     new = names[root] + param[len(root) :] if root in names else names.get("", "") + param
     if error.message.startswith(param):
         error.args = (new + error.message[len(param) :], *error.args[1:])

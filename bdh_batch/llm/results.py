@@ -6,17 +6,22 @@ from itertools import islice
 
 from bdh_batch.http.responses.embeddings import normalised
 from bdh_batch.http.responses.logprobs import known
+from bdh_batch.http.responses.tokens import fired
 from bdh_batch.llm.outputs import (
     CompletionOutput,
     EmbeddingOutput,
     EmbeddingRequestOutput,
+    LayerNeurons,
     Logprob,
+    Neuron,
+    NeuronsRequestOutput,
     RequestOutput,
     ScoringOutput,
     ScoringRequestOutput,
+    TokenNeurons,
 )
 from bdh_batch.llm.requests import Ended
-from bdh_batch.messages import Delta, FinishReason, GenerationRequest, TokenLogprob
+from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Neurons, TokenLogprob
 from bdh_batch.text.tokenizer import Tokenizer
 
 
@@ -81,6 +86,32 @@ def score(ended: Ended, begin: int) -> ScoringRequestOutput:
         prompt_token_ids=tokens[:begin],
         num_cached_tokens=started.generation.cached_tokens[0],
     )
+
+
+def neurons(ended: Ended, tokenizer: Tokenizer) -> NeuronsRequestOutput:
+    """The neurons of one prompt's tokens."""
+    started, entries = ended.started, ended.ends[0].neurons or ()
+    return NeuronsRequestOutput(
+        request_id=started.id,
+        prompt=started.prompt,
+        prompt_token_ids=[*started.generation.prompts[0]],
+        outputs=[TokenNeurons(each.token, known(tokenizer, each.token)[0], _layers(each)) for each in entries],
+    )
+
+
+def _layers(entry: Neurons) -> list[LayerNeurons]:
+    return [
+        LayerNeurons(
+            _short(layer["active"]),
+            [Neuron(each["head"], each["neuron"], _short(each["value"])) for each in layer["strongest"]],
+        )
+        for layer in fired(entry)["layers"]
+    ]
+
+
+def _short(value: object) -> float:
+    """A float32 with as few digits as a response over HTTP has."""
+    return float(str(value))
 
 
 def _stop_reason(delta: Delta, request: GenerationRequest) -> int | str | None:

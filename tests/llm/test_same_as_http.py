@@ -132,3 +132,18 @@ def test_scores_of_lists_pairs_and_whole_texts(llm: LLM) -> None:
     greedy = llm.generate("To be", SamplingParams(max_tokens=4, temperature=0))[0].outputs[0].token_ids
     assert llm.score("To be", greedy)[0].outputs.is_greedy
     assert not llm.score("To be", [*greedy[:-1], (greedy[-1] + 1) % 256])[0].outputs.is_greedy
+
+
+def test_neurons_are_those_over_http(llm: LLM, tiny: Server) -> None:
+    prompts = ["To be", "é!"]
+    given: list[Any] = [*prompts, [97, 255]]
+    mine = llm.neurons(given, top=3, use_tqdm=False)
+    body = {"max_tokens": 0, "echo": True, "neurons": {"top": 3}}
+    theirs = [*tiny.complete(prompt=prompts, **body)["choices"], *tiny.complete(prompt=[97, 255], **body)["choices"]]
+    for one, other in zip(mine, theirs, strict=True):
+        assert [each.token_id for each in one.outputs] == one.prompt_token_ids
+        for token, shown in zip(one.outputs, other["neurons"], strict=True):
+            layers = [(layer.active, [each._asdict() for each in layer.strongest]) for layer in token.layers]
+            assert layers == [(layer["active"], layer["strongest"]) for layer in shown["layers"]]
+    assert [each.prompt for each in mine] == [*prompts, None]
+    assert [each.decoded_token for each in mine[2].outputs] == ["a", "bytes:\\xff"]

@@ -365,6 +365,7 @@ async def test_images_of_messages_that_cannot_be_passed_on_are_refused_by_name(
     ("path", "body", "param"),
     [
         ("/v1/completions", {"prompt": "a", "state": "st_1"}, "state"),
+        ("/v1/completions", {"prompt": "a", "neurons": {"top": 1}}, "neurons"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "state": "st_1"}, "state"),
         ("/v1/responses", {"input": "a", "state": "st_1"}, "state"),
         ("/v1/states", {"prompt": "a"}, "model"),

@@ -31,14 +31,15 @@ def tokenization(tokens: Sequence[int], max_model_len: int | None, tokenizer: To
 
 def neurons(entries: Sequence[Neurons]) -> list[bytes]:
     """Encodes the neurons of tokens as a list of JSON, in pieces."""
-    return one_list(orjson.dumps(list(map(_fired, piece)), None, FLOATS) for piece in in_pieces(entries, PIECE))
+    return one_list(orjson.dumps(list(map(fired, piece)), None, FLOATS) for piece in in_pieces(entries, PIECE))
 
 
-def _fired(entry: Neurons) -> dict[str, Any]:
+def fired(entry: Neurons) -> dict[str, Any]:
+    """The entry as a response has it, with numbers of numpy's."""
     layers = len(entry.active) // FLOAT
     values = np.frombuffer(entry.values, "<f4").reshape(layers, -1)
     heads, numbers = np.divmod(np.frombuffer(entry.strongest, "<u4").reshape(layers, -1), entry.per_head)
-    shown = np.count_nonzero(values, axis=1).tolist()  # where fewer fired than were asked for, the rest is 0
+    counts = np.count_nonzero(values, axis=1).tolist()  # where fewer fired than were asked for, the rest is 0
     return {
         "token_id": entry.token,
         "layers": [
@@ -46,9 +47,9 @@ def _fired(entry: Neurons) -> dict[str, Any]:
                 "active": active,
                 "strongest": [
                     {"head": head, "neuron": number, "value": value}
-                    for head, number, value in zip(heads[layer, :most].tolist(), numbers[layer].tolist(), values[layer])
+                    for head, number, value in zip(heads[at, :count].tolist(), numbers[at].tolist(), values[at])
                 ],
             }
-            for layer, (active, most) in enumerate(zip(np.frombuffer(entry.active, "<f4"), shown))
+            for at, (active, count) in enumerate(zip(np.frombuffer(entry.active, "<f4"), counts))
         ],
     }
