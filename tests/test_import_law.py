@@ -50,7 +50,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         {"cachetools", "cryptography", "msgspec", "redis"},
     ),
     "kserve": (
-        SHARED | {"http", "settings"},
+        SHARED | {"http", "observability", "settings"},
         {"google", "grpc", "grpc_health", "grpc_reflection", "starlette", "tritonclient"},
     ),
     "client": (set(), {"openai", "prometheus_client"}),
@@ -74,9 +74,10 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         {"numpy", "orjson", "starlette", "tqdm", "uvloop"},
     ),
     "server": ({"errors", "processes", "engine", "settings", "observability"}, set()),
+    "launch": ({"errors", "observability", "settings", "system"}, {"uvloop"}),
     "cli": (
         {"errors", "system", "settings", "http", "processes", "server", "bench", "plan", "registry", "__init__"}
-        | {"client", "shell"},
+        | {"client", "launch", "shell"},
         {"uvloop"},
     ),
     "__main__": ({"cli"}, set()),
