@@ -717,7 +717,7 @@ class Health(Section):
 
 
 class Telemetry(Section):
-    """Where spans are exported."""
+    """Where spans are exported, and what metrics are called."""
 
     otlp_endpoint: Collector | None = Field(
         None,
@@ -725,6 +725,12 @@ class Telemetry(Section):
             "Where spans are sent (OTLP over HTTP), as in http://localhost:4318; null is nowhere. The environment's "
             "OTEL_ options hold, as OTEL_EXPORTER_OTLP_HEADERS."
         ),
+    )
+    vllm_metrics: bool = Field(
+        False,
+        description="Whether /metrics also has vllm:num_requests_running, vllm:num_requests_waiting and "
+        "vllm:kv_cache_usage_perc, one sample a model over all engine processes, as endpoint pickers of Kubernetes' "
+        "inference gateway look for them.",
     )
 
 
