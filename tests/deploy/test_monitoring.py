@@ -14,7 +14,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.conftest import CONFORMANCE, HANG_SECONDS, ROOT, eventually, free_port
+from tests.conftest import CONFORMANCE, HANG_SECONDS, ROOT, eventually, free_port, wait_until_ready
 
 if TYPE_CHECKING:
     from tests.conftest import ServeFactory, Server
@@ -76,15 +76,15 @@ class Prometheus:
 
 @pytest.fixture(scope="module")
 def served(serve: ServeFactory) -> Iterator[Server]:
-    """With an engine process of its own, so that all kinds of processes are scraped."""
-    with serve(
-        "engine.replicas=1", "engine.threads=1", "response_cache.enabled=true", model=CONFORMANCE / "tiny"
-    ) as it:
-        yield it
+    """With an engine process of its own, so that all kinds of processes are scraped. It need not be ready yet."""
+    options = ("engine.replicas=1", "engine.threads=1", "response_cache.enabled=true")
+    with serve(*options, model=CONFORMANCE / "tiny", wait=False) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def prometheus(served: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
+    """Scrapes the server, which is ready. It takes some seconds to find what to scrape: they start together."""
     folder, port = tmp_path_factory.mktemp("prometheus"), free_port()
     config, log = folder / "config.yml", folder / "log"
     config.write_text(CONFIG.format(scrapes=SCRAPES, rules=RULES, port=served.port))
@@ -92,12 +92,13 @@ def prometheus(served: Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
     command = ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder}/data", address]
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
+    found = Prometheus(port)
     try:
-        found = Prometheus(port)
         eventually(found.is_ready, what=log.read_text)
+        wait_until_ready(served)
         yield found
-        found.http.close()
     finally:
+        found.http.close()
         process.terminate()
         process.wait(HANG_SECONDS)
 
