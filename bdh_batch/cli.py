@@ -8,10 +8,8 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import shlex
-import signal
 import sys
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -19,14 +17,12 @@ from bdh_batch import __version__, settings
 from bdh_batch.bench import options as bench_options
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.http.auth.keys import KeyFile, new_key
+from bdh_batch.launch import CANNOT_START, announcement, leave, reason, run_server, say_nothing, warn
 from bdh_batch.neurons import commands as neurons_commands
 from bdh_batch.processes.control import default_pid_file, send_command
 from bdh_batch.registry import commands as registry_commands
 from bdh_batch.registry.locate import locate
 from bdh_batch.shell import commands as shell_commands
-from bdh_batch.system.documents import shown
-
-log = logging.getLogger(__name__)
 
 SHORTCUTS = {
     "host": "server.host",
@@ -57,12 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.arguments = [*(sys.argv[1:] if arguments is None else arguments)]
     try:
         return int(options.run(options))
-    except (ConfigError, CheckpointError) as error:
-        print(f"bdh-batch: {shown(error)}", file=sys.stderr)
-        return 2
-    except MemoryError:
-        print("bdh-batch: there is not enough memory", file=sys.stderr)
-        return 2
+    except (ConfigError, CheckpointError, MemoryError) as error:
+        warn(reason(error))
+        return CANNOT_START
 
 
 def _stand_on_firm_ground() -> None:
@@ -235,67 +228,43 @@ def _overrides(options: argparse.Namespace) -> list[tuple[str, object]]:
 
 
 def _resolve(options: argparse.Namespace) -> settings.Resolved:
-    resolved = settings.load(options.config, _overrides(options))
+    resolved = _loaded(options)
     for text in resolved.warnings:
-        print(f"bdh-batch: {text}", file=sys.stderr)
+        warn(text)
     return resolved
 
 
+def _loaded(options: argparse.Namespace) -> settings.Resolved:
+    return settings.load(options.config, _overrides(options))
+
+
 def _serve(options: argparse.Namespace) -> int:
-    resolved = _resolve(options)
-    with_key = resolved.settings.auth.enabled
-    announce = partial(_announce, with_key) if options.process is None else _say_nothing
+    resolved = _loaded(options)
+    announce = announcement(resolved.settings) if options.process is None else say_nothing
 
     async def serve() -> None:
         from bdh_batch import server  # only this command pays for importing torch
 
         await server.run(resolved.settings, options.arguments, options.process, announce)
 
-    return _run_server(resolved.settings, serve)
+    return run_server(resolved, serve, (options.process or "").partition(":")[0])
 
 
 def _gateway(options: argparse.Namespace) -> int:
-    resolved = _resolve(options)
+    resolved = _loaded(options)
 
     async def serve() -> None:
         from bdh_batch import server
 
-        await server.run_gateway(resolved.settings, partial(_announce, resolved.settings.auth.enabled))
+        await server.run_gateway(resolved.settings, announcement(resolved.settings))
 
-    return _run_server(resolved.settings, serve)
-
-
-def _run_server(chosen: settings.Settings, serve: Callable[[], Coroutine[None, None, None]]) -> int:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: os._exit(0))  # until the server has handlers of its own: nothing runs yet
-    logging.basicConfig(level=chosen.server.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(max(logging.WARNING, logging.root.level))  # it logs every request
-    import uvloop
-
-    uvloop.run(serve())
-    return _leave(0)
-
-
-def _leave(code: int) -> int:
-    """Returns the exit code, if the interpreter can be taken down: not under the feet of a thread that still loads,
-    compiles, or hangs in a step."""
-    from bdh_batch.system.threads import left_behind
-
-    if left_behind():
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(code)
-    return code
+    return run_server(resolved, serve)
 
 
 def _compute(options: argparse.Namespace) -> int:
     chosen = _resolve(options).settings
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    return _leave(options.compute(chosen, options))
-
-
-def _say_nothing(url: str, model: str) -> None:
-    """For a child: its supervisor announces the server."""
+    return leave(options.compute(chosen, options))
 
 
 def _reload(options: argparse.Namespace) -> int:
@@ -303,19 +272,6 @@ def _reload(options: argparse.Namespace) -> int:
     send_command(options.pid_file or chosen.pid_file or default_pid_file(chosen.port, chosen.uds), "reload")
     print("the engines have been replaced")
     return 0
-
-
-def _announce(with_key: bool, url: str, model: str) -> None:
-    prompt = '{"prompt": "ROMEO:\\n", "max_tokens": 200}'
-    headers = "-H 'content-type: application/json'" + (" -H 'authorization: Bearer KEY'" if with_key else "")
-    try:
-        print(f"\n{model} is ready at {url}. Try:\n", flush=True)
-        if url.startswith("unix:"):
-            headers, url = f"--unix-socket {shlex.quote(url.removeprefix('unix:'))} {headers}", "http://localhost"
-        print(f"  curl -s {url}/v1/completions {headers} -d '{prompt}'\n", flush=True)
-    except OSError as error:  # a full disk, or a pipe that nobody reads any more
-        log.warning("%s is ready at %s, which cannot be printed: %s", model, url, error.strerror)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit tries once more, and fails
 
 
 def _show(options: argparse.Namespace) -> int:

@@ -186,6 +186,14 @@ class Server(Section):
     tls_cert: Path | None = Field(None, description="PEM file of the certificate and its chain; with it, HTTPS only.")
     tls_key: Path | None = Field(None, description="PEM file of its private key, without a passphrase.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
+    log_format: Literal["text", "json"] = Field(
+        "text", description="How it is logged: text, or JSON, one line an event, for programs that collect logs."
+    )
+    access_log: bool | None = Field(
+        None,
+        description="Whether each request is logged once it has ended, with its id, tenant, model, tokens and times, "
+        "never its text; null is where log_format is json. Probes and scrapes are logged at log_level debug only.",
+    )
 
 
 class Model(Section):
@@ -709,7 +717,7 @@ class Health(Section):
 
 
 class Telemetry(Section):
-    """Where spans are exported."""
+    """Where spans are exported, and what metrics are called."""
 
     otlp_endpoint: Collector | None = Field(
         None,
@@ -717,6 +725,12 @@ class Telemetry(Section):
             "Where spans are sent (OTLP over HTTP), as in http://localhost:4318; null is nowhere. The environment's "
             "OTEL_ options hold, as OTEL_EXPORTER_OTLP_HEADERS."
         ),
+    )
+    vllm_metrics: bool = Field(
+        False,
+        description="Whether /metrics also has vllm:num_requests_running, vllm:num_requests_waiting and "
+        "vllm:kv_cache_usage_perc, one sample a model over all engine processes, as endpoint pickers of Kubernetes' "
+        "inference gateway look for them.",
     )
 
 

@@ -244,7 +244,9 @@ class Server:
             raise
         assert code == 0, self.log
         if not cutting:
-            assert not re.search(r"Traceback|Task exception| (ERROR|CRITICAL) ", self.log), self.log
+            assert not re.search(
+                r'Traceback|Task exception| (ERROR|CRITICAL) |"level": "(error|critical)"', self.log
+            ), self.log
 
 
 def free_port() -> int:

@@ -50,7 +50,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         {"cachetools", "cryptography", "msgspec", "redis"},
     ),
     "kserve": (
-        SHARED | {"http", "settings"},
+        SHARED | {"http", "observability", "settings"},
         {"google", "grpc", "grpc_health", "grpc_reflection", "starlette", "tritonclient"},
     ),
     "client": (set(), {"openai", "prometheus_client"}),
@@ -79,9 +79,10 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         {"numpy", "orjson", "torch", "tqdm"},
     ),
     "server": ({"errors", "processes", "engine", "settings", "observability"}, set()),
+    "launch": ({"errors", "observability", "settings", "system"}, {"uvloop"}),
     "cli": (
         {"errors", "system", "settings", "http", "processes", "server", "bench", "plan", "registry", "__init__"}
-        | {"client", "neurons", "shell"},
+        | {"client", "launch", "neurons", "shell"},
         {"uvloop"},
     ),
     "__main__": ({"cli"}, set()),

@@ -279,7 +279,8 @@ class Connection(asyncio.Protocol):
         except BDHError as error:
             self._ended(message.stream, error)
         except Exception:
-            log.exception("request %s could not be started", message.request.origin.id)
+            id = message.request.origin.id
+            log.exception("request %s could not be started", id, extra={"fields": {"request_id": id}})
             self._ended(message.stream, GenerationFailed("The request could not be started."))
         else:
             stream.began(submission)

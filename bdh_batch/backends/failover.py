@@ -73,11 +73,13 @@ class Failover:
             stream.failovers += stream.request.origin.id in suspects or not (leaving or stream.confirmed)
             if stream.ended:
                 continue
+            id = stream.request.origin.id
+            fields = {"fields": {"request_id": id}}
             if stream.failovers < most:
-                log.warning("request %s is resumed on another engine", stream.request.origin.id)
+                log.warning("request %s is resumed on another engine", id, extra=fields)
                 self._wait(stream)
                 continue
-            log.error("request %s failed: it has lost %d engines", stream.request.origin.id, stream.failovers)
+            log.error("request %s failed: it has lost %d engines", id, stream.failovers, extra=fields)
             stream.fail(GenerationFailed("The engines that computed this request crashed."))
         self.dispatch()
 

@@ -176,7 +176,7 @@ class Completion:
         try:
             text, reason = self._say(token, at_stop)
         except Exception:  # one request's text must not end the worker, and with it all others
-            log.exception("decoding failed in request %s", self.id)
+            log.exception("decoding failed in request %s", self.id, extra={"fields": {"request_id": self.id}})
             return _failed(GenerationFailed("The completion's tokens could not be decoded."))
         delta = Delta(text, [token], reason, stop=self.text.found)
         if logprob is not None:
@@ -193,7 +193,7 @@ class Completion:
         except InvalidRequest as error:
             return _failed(error)
         except Exception:  # as with its text: no other request's concern
-            log.exception("the constraint failed in request %s", self.id)
+            log.exception("the constraint failed in request %s", self.id, extra={"fields": {"request_id": self.id}})
             return _failed(GenerationFailed("The grammar of the structured output failed."))
         logprobs = None if logprob is None else self._shown(logprob, text, FinishReason.STOP, hidden=True)
         return Delta(text, finish_reason=FinishReason.STOP, logprobs=logprobs, stop=self.text.found)

@@ -7,7 +7,6 @@ import contextlib
 import logging
 import math
 import re
-import time
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 from uuid import uuid4
@@ -35,6 +34,7 @@ from bdh_batch.http.states.endpoints import CONTENT
 from bdh_batch.http.states.transfer import too_large
 from bdh_batch.http.transport.budgets import Occasionally
 from bdh_batch.http.transport.exchange import HOLD
+from bdh_batch.observability.access import Account
 from bdh_batch.observability.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -44,9 +44,8 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 TRACE_HEADERS = ("traceparent", "tracestate")
-WITHOUT_SPANS = frozenset(
-    each.path for each in ENDPOINTS if each.open is not None
-)  # asked for again and again, and never of the model
+# Asked for again and again, and never of the model.
+PROBED = frozenset(each.path for each in ENDPOINTS if each.open is not None)
 
 
 def sane_id(*given: str) -> str:
@@ -55,7 +54,7 @@ def sane_id(*given: str) -> str:
 
 
 class RequestContext:
-    """Outermost: gives the request an id (the client's, if it sent a sane one), counts it, handles faults."""
+    """Outermost: gives the request an id (the client's, if it sent a sane one), counts and logs it, handles faults."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics, routes: Sequence[Route], spans: Spans | None = None) -> None:
         self._app = app
@@ -68,22 +67,22 @@ class RequestContext:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began = time.perf_counter()
         request_id = sane_id(Headers(scope=scope).get("x-request-id", ""))
         span = None if self._spans is None else self._begin(self._spans, scope, request_id)
-        cleanup = contextlib.ExitStack()
-        scope.setdefault("state", {}).update(id=request_id, span=span, cleanup=cleanup)
+        cleanup, account = contextlib.ExitStack(), Account(request_id)
+        scope.setdefault("state", {}).update(id=request_id, span=span, cleanup=cleanup, account=account)
         status = 0
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                account.responding()
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 if is_below(MESSAGES, scope["path"]):
                     headers["request-id"] = request_id
-                headers["openai-processing-ms"] = str(math.ceil((time.perf_counter() - began) * 1000))
+                headers["openai-processing-ms"] = str(math.ceil(account.seconds * 1000))
             await send(message)
 
         with self._metrics.http_in_flight.track_inprogress():
@@ -92,19 +91,24 @@ class RequestContext:
             except ClientDisconnect:
                 status = 499  # as nginx counts them
             except Exception:
-                log.exception("request %s to %s failed", request_id, scope["path"])
+                fields = {"fields": {"request_id": request_id}}
+                log.exception("request %s to %s failed", request_id, scope["path"], extra=fields)
                 if status == 0:
                     await internal_error()(scope, receive, send_with_id)
             finally:
                 cleanup.close()
+                if (caller := scope["state"].get("caller")) is not None:
+                    account.tenant = caller.label
                 scope["state"].clear()  # what is in it knows the connection, which knows the scope: a circle
-                self._metrics.http_requests.labels(self._route(scope), status).inc()
+                route = self._route(scope)
+                self._metrics.http_requests.labels(route, status).inc()
                 if span is not None:
-                    span.end(self._route(scope), status)
+                    span.end(route, status)
+                account.end(scope["method"], route, status, logging.DEBUG if scope["path"] in PROBED else logging.INFO)
 
     @staticmethod
     def _begin(spans: Spans, scope: Scope, request_id: str) -> RequestSpan | None:
-        if scope["path"] in WITHOUT_SPANS:
+        if scope["path"] in PROBED:
             return None
         headers = Headers(scope=scope)
         # Several of a name are one, as HTTP has it: several parents are then none.

@@ -126,7 +126,7 @@ class Serving:
             ClientDisconnect
         """
         hosted = self.gate.find(client.caller, name)
-        client.model = hosted.info.name
+        client.account.model = hosted.info.name
         while (model := hosted.acquire()) is None:
             began, given = time.monotonic(), client.timeout
             await unless_left(client, hosted.load(given))
@@ -163,6 +163,7 @@ class Serving:
             generation = await self._replayed_or_kept(self.responses, key, client, model, prepared)
         if client.span is not None:
             generation.on_end(client.span.generation_ended)
+        generation.on_end(partial(client.account.generated, generation))
         return generation
 
     async def _begun(self, client: Client, model: ServedModel, prepared: GenerationRequest) -> Generation:
@@ -238,7 +239,7 @@ class Serving:
         """Has the metrics count what was refused for want of room in a queue."""
         if isinstance(error, QueueFull):
             reason = "deadline" if isinstance(error, TooLate) else "queue_full"
-            self.metrics.refused(reason, None if client is None else client.model)
+            self.metrics.refused(reason, None if client is None else client.account.model)
 
 
 def is_determined(body: GenerationBody, prepared: GenerationRequest) -> bool:

@@ -22,13 +22,14 @@ from bdh_batch.http.middleware import TRACE_HEADERS, sane_id
 from bdh_batch.http.request.client import LONGEST_TIMEOUT, TIMEOUT_HEADER, Client, parse_timeout
 from bdh_batch.http.serving import Serving
 from bdh_batch.kserve.status import CANCELLED, FAULT, Refusal
+from bdh_batch.observability.access import Account
 
 log = logging.getLogger(__name__)
 
 SOONEST = 0.001  # seconds: of a deadline that is over already
 RETRY_SECONDS = 2
 OVER = (aio.InternalError, aio.UsageError)  # what gRPC raises where a call has ended meanwhile
-FINE = 200  # the status of what went well, in metrics and spans
+FINE = 200  # the status of what went well, in metrics, spans and the log
 METHOD = "POST"  # of HTTP/2, which every call of gRPC is
 
 
@@ -89,6 +90,7 @@ class Request:
     call: Call
     id: str
     span: Any
+    account: Account
     standing: dict[str, str] = field(default_factory=dict)
     status: int = FINE
     client: Client | None = None
@@ -120,8 +122,8 @@ class Calls:
         call = request.call
         caller = await self._serving.admission.admit(call.key, call.address, request.standing)
         headers = {name: values[0] for name, values in call.metadata.items()}
-        known = (request.id, caller, request.standing, request.span)
-        request.client = Client(*known, call.timeout(), headers=headers)
+        known, request.account.tenant = (request.id, caller, request.standing, request.span), caller.label
+        request.client = Client(*known, call.timeout(), account=request.account, headers=headers)
         return request.client
 
     @contextmanager
@@ -177,13 +179,14 @@ class Calls:
 
     @contextmanager
     def request(self, call: Call, route: str, *ids: str) -> Iterator[Request]:
-        """Serves one request: with an id, in metrics and spans. What it raises goes on as it is.
+        """Serves one request: with an id, in metrics, spans and the log. What it raises goes on as it is.
 
         Args:
             ids: that its client gives it; the first sane one is taken.
         """
         metrics, spans = self._serving.metrics, self._serving.spans
-        request = Request(call, sane_id(*ids), None)
+        id = sane_id(*ids)
+        request = Request(call, id, None, Account(id, call.address.label))
         if spans is not None:
             trace = {name: ",".join(call.metadata.get(name, ())) for name in TRACE_HEADERS}
             request.span = spans.begin(request.id, METHOD, trace)
@@ -201,6 +204,7 @@ class Calls:
                 metrics.http_requests.labels(route, request.status).inc()
                 if request.span is not None:
                     request.span.end(route, request.status)
+                request.account.end(METHOD, route, request.status)
 
     def refusal(self, error: BaseException, id: str = "", route: str = "") -> Refusal:
         """What a client is told of an error. One that is no refusal is logged, where an id is given."""
@@ -209,7 +213,7 @@ class Calls:
         if isinstance(error, asyncio.CancelledError | ClientDisconnect):
             return Refusal(CANCELLED, "The call was cancelled.")
         if id:
-            log.error("request %s to %s failed", id, route, exc_info=error)
+            log.error("request %s to %s failed", id, route, exc_info=error, extra={"fields": {"request_id": id}})
         return Refusal(500, FAULT)
 
     @asynccontextmanager

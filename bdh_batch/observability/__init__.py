@@ -1,1 +1,1 @@
-"""Metrics and spans."""
+"""Metrics, spans and logs."""

@@ -18,6 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from bdh_batch.observability.merging import merge
+from bdh_batch.observability.vllm_names import vllm_names
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -77,10 +78,12 @@ class Metrics:
 
     Args:
         model_name: the label of what is counted before a request has named its model.
+        with_vllm_names: whether a page has some gauges under vLLM's names, too.
     """
 
-    def __init__(self, model_name: str) -> None:
+    def __init__(self, model_name: str, with_vllm_names: bool = False) -> None:
         self.registry = process_registry()
+        self._with_vllm_names = with_vllm_names
         self._name = ""
         self._others: Callable[[], Awaitable[Mapping[str, bytes]]] | None = None
         self._model_name = model_name
@@ -92,6 +95,9 @@ class Metrics:
 
         labels, text = ("model_name", "keyword"), "Keywords left out of schemas that requests asked to follow"
         self._left_out = Counter("bdh_schema_keywords_left_out", text, labels, registry=self.registry)
+
+        labels, text = ("model_name", "reason"), "Streams that were resumed on another engine, by what became of theirs"
+        self._failovers = Counter("bdh_failovers", text, labels, registry=self.registry)
 
         labels, text = ("model_name", "outcome"), "Requests whose responses may be kept, and responses that were"
         self._response_cache = Counter("bdh_response_cache", text, labels, registry=self.registry)
@@ -138,9 +144,10 @@ class Metrics:
 
     async def page(self) -> bytes:
         """What Prometheus scrapes."""
-        if self._others is None:
-            return self.exposition()
-        return merge({self._name: self.exposition(), **await self._others()})
+        page = self.exposition()
+        if self._others is not None:
+            page = merge({self._name: page, **await self._others()})
+        return page + vllm_names(page) if self._with_vllm_names else page
 
     def exposition(self) -> bytes:
         """What is counted in this process."""
@@ -148,6 +155,10 @@ class Metrics:
 
     def refused(self, reason: str, model: str | None = None) -> None:
         self._refused.labels(self._model_name if model is None else model, reason).inc()
+
+    def failed_over(self, model: str, reason: str, streams: int) -> None:
+        """Counts streams that go to another engine, as theirs was lost or replaced."""
+        self._failovers.labels(model, reason).inc(streams)
 
     def left_out(self, model: str, warnings: Iterable[Mapping[str, str]]) -> None:
         """`warnings` are of one request."""

@@ -26,6 +26,7 @@ from bdh_batch import __version__
 from bdh_batch.engine.worker import Observer
 from bdh_batch.errors import ConfigError
 from bdh_batch.messages import Delta, FinishReason
+from bdh_batch.observability.access import cause
 from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.sequence import Sequence
 
@@ -86,7 +87,7 @@ class Spans:
             start_time=to_unix + int(sequence.times.arrived * 1e9),
         )
         if sequence.finish_reason in (FinishReason.ABORT, FinishReason.ERROR):
-            _fail(span, _cause(sequence))
+            _fail(span, cause(sequence))
         span.end(to_unix + int(now * 1e9))
 
     def _attributes(self, sequence: Sequence, now: float) -> dict[str, AttributeValue]:
@@ -129,13 +130,13 @@ class RequestSpan:
     def generation_ended(self, tokens: int, failure: Delta | None) -> None:
         """For `Generation.on_end`: a stream that breaks off has begun with a 200, and has failed all the same."""
         if failure is not None:
-            self.fail(_cause(failure))
+            self.fail(cause(failure))
 
-    def fail(self, cause: str) -> None:
+    def fail(self, why: str) -> None:
         """The first cause stays."""
         if not self._failed:
             self._failed = True
-            _fail(self._span, cause)
+            _fail(self._span, why)
 
     def end(self, route: str, status: int) -> None:
         """`status` is the response's; 0 where there is none."""
@@ -194,10 +195,6 @@ def traces_url(endpoint: str) -> str:
     return parts._replace(path=parts.path.rstrip("/").removesuffix(TRACES) + TRACES).geturl()
 
 
-def _cause(ended: Sequence | Delta) -> str:
-    return FinishReason.ABORT.value if ended.error is None else type(ended.error).__name__
-
-
-def _fail(span: Span, cause: str) -> None:
+def _fail(span: Span, why: str) -> None:
     span.set_status(Status(StatusCode.ERROR))
-    span.set_attribute("error.type", cause)
+    span.set_attribute("error.type", why)

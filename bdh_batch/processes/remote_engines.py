@@ -5,12 +5,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from bdh_batch import __version__
 from bdh_batch.backends.remote import RemoteBackend
-from bdh_batch.backends.replica import Reader, Replica
+from bdh_batch.backends.replica import Reader, Replica, State
 from bdh_batch.backends.wire import Welcome
 from bdh_batch.processes.components import Components
 from bdh_batch.processes.engines import EngineInfo
@@ -19,6 +19,7 @@ from bdh_batch.settings import Settings
 
 log = logging.getLogger(__name__)
 
+LOST, REPLACED = "lost", "replaced"  # what becomes of an engine
 LOOK_SECONDS = 0.1  # between two scans of the folder for new and removed sockets
 
 
@@ -27,12 +28,16 @@ class RemoteEngines:
 
     Args:
         folder: contains their sockets.
+        on_failover: is called with what became of an engine, and how many streams go to another one.
     """
 
     compiles_grammars = True
 
-    def __init__(self, settings: Settings, folder: RuntimeFolder) -> None:
+    def __init__(self, settings: Settings, folder: RuntimeFolder, on_failover: Callable[[str, int], None]) -> None:
         self._settings = settings
+        self._on_failover = on_failover
+        for reason in (LOST, REPLACED):
+            on_failover(reason, 0)  # so that the first one is an increase
         self._folder = folder
         self._secret = folder.secret
         self._replicas: dict[str, Replica] = {}
@@ -106,6 +111,7 @@ class RemoteEngines:
         return None
 
     def _on_lost(self, replica: Replica, readers: Sequence[Reader]) -> None:
+        self._on_failover(REPLACED if replica.state is State.LEAVING else LOST, len(readers))
         if self._backend is not None:
             self._backend.lost(replica, readers)
 

@@ -109,7 +109,7 @@ class Service:
         self._listeners = listeners
         self._accepts_early = accepts_early
         self._gate = Gate()
-        self.metrics = Metrics(name)
+        self.metrics = Metrics(name, settings.telemetry.vllm_metrics)
         self.recent = Recent(settings.store.recent_requests)
         self._spans = open_spans(settings, name)
         self._models = with_upstreams(settings, models(self.metrics, self._spans), self.metrics)

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from bdh_batch.errors import CheckpointError, ConfigError, QueueFull, QueueTimeout, Unavailable
@@ -181,7 +182,8 @@ class SupervisedModel:
         if self._open is None:
             try:
                 located = chosen_model(self._model.settings)
-                engines = RemoteEngines(self._model.settings, self._folder.of_model(self._number))
+                moved = partial(self._metrics.failed_over, self.name)
+                engines = RemoteEngines(self._model.settings, self._folder.of_model(self._number), moved)
                 self._open = await OpenModel.load(self._model, self.info, located, engines, self._metrics)
             except (ConfigError, CheckpointError, OSError) as error:
                 log.error("the model %s cannot be loaded: %s", self.info.name, error)

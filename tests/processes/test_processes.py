@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -41,7 +42,8 @@ def pid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def several(serve: ServeFactory, pid_file: Path) -> Iterator[Server]:
     options = [f"engine.heartbeat_seconds={HEARTBEAT}", "server.workers=2", "engine.replicas=2", "engine.threads=1"]
-    with serve(*options, f"server.pid_file={pid_file}", model=TINY, cutting=True) as server:
+    more = (f"server.pid_file={pid_file}", "telemetry.vllm_metrics=true")
+    with serve(*options, *more, model=TINY, cutting=True) as server:
         until_ready(server)
         yield server
 
@@ -196,6 +198,17 @@ class TestResponses:
         answered = {name for name in metrics if name.startswith("bdh_http_requests_in_flight")}
         assert answered == {f"bdh_http_requests_in_flight{{process=front-{number}}}" for number in range(2)}
 
+    def test_under_vllms_names_all_engines_have_one_sample(self, several: Server) -> None:
+        names = {"vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"}
+        with contextlib.closing(several.raw({"prompt": "a", "max_tokens": 100_000, "stream": True})) as stream:
+            stream.read_until(b"data: ")
+            several.until(lambda metrics: metrics["vllm:num_requests_running"] == 1)
+            metrics = several.metrics()
+        assert {name for name in metrics if name.startswith("vllm:")} == names  # without a process
+        slots = sum(all_of(metrics, "bdh_state_slots_usage_perc")) / 2
+        assert metrics["vllm:kv_cache_usage_perc"] == pytest.approx(slots)
+        several.until(lambda metrics: metrics["vllm:num_requests_running"] == 0)
+
 
 class TestLosses:
     def undisturbed(self, server: Server, count: int, tokens: int) -> Any:
@@ -225,6 +238,9 @@ class TestLosses:
             assert self.disturbed(several, 16, 150, kill) == expected
             until_ready(several)
         assert "is resumed on another engine" in several.log
+        counts = {name: value for name, value in several.metrics().items() if name.startswith("bdh_failovers_total")}
+        assert sum(value for name, value in counts.items() if "reason=lost" in name) >= 1
+        assert sum(value for name, value in counts.items() if "reason=replaced" in name) == 0
 
     def test_of_an_engine_that_hangs_change_no_byte(self, several: Server) -> None:
         until_ready(several)

@@ -16,6 +16,7 @@ from starlette.types import Receive
 from bdh_batch.errors import InvalidRequest
 from bdh_batch.http.auth.caller import Caller
 from bdh_batch.messages import Origin
+from bdh_batch.observability.access import Account
 
 if TYPE_CHECKING:
     from bdh_batch.observability.spans import RequestSpan
@@ -38,7 +39,7 @@ class Client:
             must have been read.
         headers: by their names in lower case; over gRPC, the metadata.
         cleanup: is closed when the request has ended.
-        model: the name of the model that it uses, once that is known.
+        account: what the request has taken, for the log.
     """
 
     id: str
@@ -48,7 +49,7 @@ class Client:
     given_timeout: str | float | None = None
     leaves: Callable[[], Awaitable[None]] | None = None
     cleanup: ExitStack = field(default_factory=ExitStack)
-    model: str | None = None
+    account: Account = field(default_factory=Account)
     headers: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
@@ -59,7 +60,7 @@ class Client:
             headers, leaves = request.headers, partial(left, request.receive)
             known = (state.id, state.caller, state.standing, state.span)
             timeout = headers.get(TIMEOUT_HEADER)
-            state.client = cls(*known, timeout, leaves, state.cleanup, headers=headers)
+            state.client = cls(*known, timeout, leaves, state.cleanup, state.account, headers)
         client: Client = state.client
         return client
 

@@ -173,7 +173,8 @@ class Run:
             except BDHError as error:
                 await self._fail(frames, error)
             except Exception:  # the task is nobody's: what it ended with has to be told here
-                log.exception("response %s failed", self.response["id"])
+                id = self.response["id"]
+                log.exception("response %s failed", id, extra={"fields": {"response_id": id}})
                 await self._fail(frames, GenerationFailed("Internal server error."))
             finally:
                 self._generation.abort()
