@@ -68,7 +68,6 @@ class GenerationParameters(TypedDict, total=False):
     user: str
     metadata: Mapping[str, Any]
     store: bool
-    neurons: Mapping[str, int]
 
 
 class CompletionParameters(GenerationParameters, total=False):

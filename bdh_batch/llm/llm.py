@@ -111,7 +111,7 @@ class LLM:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the model has a chat template of its own; else conversations are lines of `role: content`."""
+        """Whether the model has a chat template of its own; else each message is a line of its role and its content."""
         return self._async.has_chat_template
 
     def check(self, sampling_params: SamplingParams) -> None:
