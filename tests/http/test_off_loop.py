@@ -25,6 +25,7 @@ from bdh_batch.http.request.strict import Wire
 from bdh_batch.http.routes import Routes
 from bdh_batch.http.schema.requests import CompletionBody
 from bdh_batch.http.serving import Serving
+from bdh_batch.observability.access import Account
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Limits, Settings
 
@@ -154,5 +155,6 @@ def _request(raw: bytes) -> Request:
         "standing": {},
         "span": None,
         "cleanup": ExitStack(),
+        "account": Account(),
     }
     return Request({"type": "http", "headers": [], "state": state}, receive)

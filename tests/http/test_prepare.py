@@ -19,6 +19,7 @@ from bdh_batch.http.request.client import Client
 from bdh_batch.http.request.off_loop import OffLoop
 from bdh_batch.http.schema.requests import CompletionBody, Defaults
 from bdh_batch.messages import GenerationRequest
+from bdh_batch.observability.access import Account
 from bdh_batch.text.tokenizer import ByteTokenizer
 
 KEY = Key(sha256="b" * 64, weight=3.0)
@@ -26,7 +27,7 @@ KEY = Key(sha256="b" * 64, weight=3.0)
 
 def prepared(caller: Caller, timeout: str | None = None, **fields: Any) -> GenerationRequest:
     headers = [] if timeout is None else [(b"x-request-timeout", timeout.encode())]
-    state = {"caller": caller, "id": "r-1", "span": None, "standing": {}, "cleanup": ExitStack()}
+    state = {"caller": caller, "id": "r-1", "span": None, "standing": {}, "cleanup": ExitStack(), "account": Account()}
     request = Request({"type": "http", "headers": headers, "state": state})
     backend = LocalBackend(SimpleNamespace(), ByteTokenizer(), 256, None, 60.0)
     model: Any = SimpleNamespace(backend=backend, defaults=Defaults(), max_model_len=None)

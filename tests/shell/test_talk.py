@@ -190,7 +190,7 @@ def test_at_a_terminal_a_response_can_be_stopped() -> None:
         until(b">>> ")
         os.write(ours, b"/set max_tokens 5\n/show\n")
         until(b"turns")
-        until(b"1")
+        until(b">>> ")
         os.write(ours, b"\x03")
         until(b"/bye ends")
         os.write(ours, b"\x04")

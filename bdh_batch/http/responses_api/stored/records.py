@@ -167,8 +167,10 @@ class Conversations:
             waits: for one that is on its way, as no engine has it among its cached prefixes. It takes a while.
         """
         id = before.response["id"]
-        if waits and before.kept is None and (adopting := self._adopting.get(id)) is not None:
-            await asyncio.wait([adopting], timeout=ADOPT_SECONDS)
+        if waits and before.kept is None:
+            if (adopting := self._adopting.get(id)) is not None:
+                await asyncio.wait([adopting], timeout=ADOPT_SECONDS)
+            # It may have come since `before` was read, whether or not it had to be waited for.
             before = await self.find(id, owner, aside, "previous_response_id")
         try:
             file = await self.store.state_file(before.bare(owner))
