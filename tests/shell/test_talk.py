@@ -173,13 +173,16 @@ def test_at_a_terminal_a_response_can_be_stopped() -> None:
     os.close(theirs)
     shown = b""
 
-    def until(mark: bytes, more: int = 0) -> None:
+    def until(mark: bytes, more: int = 0, press: bytes = b"") -> None:
+        """Reads up to `mark`, and `more` bytes; `press` is pressed again and again until then."""
         nonlocal shown
         end = time.monotonic() + HANG_SECONDS
         while (at := shown.find(mark)) < 0 or len(shown) < at + len(mark) + more:
             assert time.monotonic() < end, shown
             if select.select([ours], [], [], 1)[0]:
                 shown += os.read(ours, 65536)
+            elif press:
+                os.write(ours, press)
         shown = shown[at + len(mark) :]
 
     try:
@@ -190,9 +193,7 @@ def test_at_a_terminal_a_response_can_be_stopped() -> None:
         until(b">>> ")
         os.write(ours, b"/set max_tokens 5\n/show\n")
         until(b"turns")
-        until(b">>> ")
-        os.write(ours, b"\x03")
-        until(b"/bye ends")
+        until(b"/bye ends", press=b"\x03")
         os.write(ours, b"\x04")
         eventually(lambda: process.poll() is not None)
         assert process.returncode == 0
