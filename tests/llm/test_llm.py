@@ -68,6 +68,13 @@ def test_prompts_are_texts_token_ids_or_mappings(llm: LLM) -> None:
     assert first.outputs == several[0].outputs
 
 
+def test_a_generator_of_prompts_may_use_the_model_itself(llm: LLM) -> None:
+    given = (text for text in ["a", "bcd", "ef"] if len(llm.tokenize(text)) > 1)
+    assert [output.prompt for output in llm.generate(given, BRIEF, use_tqdm=False)] == ["bcd", "ef"]
+    turns = ({"role": "user", "content": llm.detokenize([token])} for token in (97, 98))
+    assert "".join(piece.text for piece in llm.stream(turns, BRIEF))
+
+
 def test_each_prompt_may_have_parameters_of_its_own(llm: LLM) -> None:
     lengths = [3, 1, 2]
     params = [SamplingParams(max_tokens=length) for length in lengths]
@@ -349,6 +356,28 @@ def test_what_is_closed_says_so(folder: Path) -> None:
     for call in (lambda: next(pieces), lambda: llm.generate("x"), llm.list_states):
         with pytest.raises(Unavailable, match="has been closed"):
             call()
+
+
+def test_a_model_belongs_to_its_event_loop(folder: Path) -> None:
+    """A loop that has been closed is missed by nobody: the engine's thread ends, and complains of nothing."""
+    program = f"""
+import asyncio, threading
+from bdh_batch import AsyncLLM, SamplingParams
+model = AsyncLLM({str(folder)!r})
+async def leave_a_stream_open():
+    return await model.open_stream("a", SamplingParams(max_tokens=100_000, ignore_eos=True), None)
+stream = asyncio.run(leave_a_stream_open())
+[engine] = [each for each in threading.enumerate() if each.name == "bdh-worker"]
+engine.join()
+for verb in (lambda: model.generate("a"), model.close):
+    try:
+        asyncio.run(verb())
+    except RuntimeError as error:
+        print("belongs to the event loop that loaded it" in str(error))
+"""
+    given = [sys.executable, "-c", program]
+    done = subprocess.run(given, env=clean_environment(), capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "True\nTrue\n", "")
 
 
 def test_a_program_may_end_without_closing_it(folder: Path) -> None:
