@@ -316,6 +316,8 @@ class Pieces(Iterator[CompletionOutput]):
 
 
 def _close(thread: LoopThread, llm: AsyncLLM) -> None:
+    if thread.is_lost:  # at the end of a forked process, which has but a copy of the model's memory
+        return
     if thread.is_own:  # the garbage collector's choice
         thread.call(lambda: asyncio.ensure_future(llm.close()).add_done_callback(lambda _: thread.stop()))
         return
