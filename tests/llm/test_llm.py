@@ -21,7 +21,7 @@ import bdh_batch
 from bdh_batch import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from bdh_batch.errors import CheckpointError, ConfigError, InvalidRequest, Unavailable
 from bdh_batch.http.errors import NotFound
-from tests.conftest import HANG_SECONDS, clean_environment, eventually
+from tests.conftest import clean_environment, eventually
 
 LONG = SamplingParams(max_tokens=100_000, ignore_eos=True)
 BRIEF = SamplingParams(max_tokens=4, seed=1)
