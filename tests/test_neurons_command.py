@@ -16,7 +16,7 @@ from bdh_batch.kernels.base import RaggedBatch
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.neurons.contexts import Contexts
 from bdh_batch.neurons.report import TokenText
-from bdh_batch.neurons.words import occurrences
+from bdh_batch.neurons.words import Words, occurrences
 
 if TYPE_CHECKING:
     from tests.conftest import Cli
@@ -195,6 +195,20 @@ def test_what_is_kept_is_the_strongest_whatever_the_pieces() -> None:
         assert torch.equal(contexts.values, best.values)
         assert torch.equal(contexts.positions, best.indices)
         assert torch.equal(contexts.counts, (given > 0).sum(dim=1))
+
+
+def test_words_that_end_in_one_token_each_have_it() -> None:
+    """As "thou art" and "art", or several of a word that a tokenizer makes one token of."""
+    given = torch.rand(2, 6, 5, generator=torch.manual_seed(1))
+    words = Words(["thou art", "art", "a"], [[3], [1, 3], [5, 5]], 2, 5, torch.device("cpu"))
+    for first in (0, 2, 4):
+        words.add(first, given[:, first : first + 2])
+    expected = [given[:, 3], given[:, [1, 3]].mean(dim=1), given[:, 5]]
+    assert words.counts == [1, 2, 2]
+    for word, telling in enumerate(words.telling()):
+        assert telling
+        for each in telling:
+            assert each.mean == pytest.approx(expected[word][each.layer, each.neuron].item())
 
 
 def test_bytes_and_characters_are_found_again() -> None:

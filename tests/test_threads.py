@@ -62,3 +62,16 @@ def test_a_thread_has_the_stack_that_it_asks_for_and_others_what_they_have_had()
         for stack in (STACK, 8 * 2**20)
     ]
     assert ends == [0, -signal.SIGSEGV]
+
+
+def test_threads_that_nobody_can_call_any_more_end() -> None:
+    """Once they have done what they were called for."""
+    threads, go_on = DaemonThreads(2, "test-ending"), threading.Event()
+    calls = [threads.submit(go_on.wait) for _ in range(5)]
+    started = [each for each in threading.enumerate() if each.name == "test-ending"]
+    assert len(started) == 2
+    del threads
+    go_on.set()
+    for thread in started:
+        thread.join()
+    assert all(call.result() for call in calls)

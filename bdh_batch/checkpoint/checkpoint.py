@@ -24,7 +24,7 @@ from bdh_batch.checkpoint.config import MATRICES, NOTHING, BDHConfig, Given
 from bdh_batch.checkpoint.dialects.fields import read_fields
 from bdh_batch.checkpoint.dialects.keys import EMBED, FREQUENCIES, HEAD, LATENT
 from bdh_batch.checkpoint.dialects.kinds import arrange, read_tensors
-from bdh_batch.checkpoint.files import CONFIG, WEIGHTS, State, read_source
+from bdh_batch.checkpoint.files import CONFIG, WEIGHTS, ObjectFields, State, read_source
 from bdh_batch.errors import CheckpointError
 from bdh_batch.kernels.base import Weights
 from bdh_batch.system.device_memory import free_memory
@@ -173,6 +173,9 @@ def open_checkpoint(path: Path, given: Given = NOTHING) -> Checkpoint:
         BDHConfig.from_dict(sizes | fields.values)  # what is wrong by itself is reported before what contradicts
         known = settled(fields.values, tensors, given)
         config = _config(sizes | known, given)
+        if isinstance(source.values, ObjectFields) and "n_layer" not in known:
+            text = "its config is a pickled object without n_layer, which its class may have said; give model.layers"
+            raise CheckpointError(text)
     with _blaming(source.file):
         check_open(tensors, known)
         arrange(tensors, config)

@@ -42,6 +42,10 @@ PLAIN_NAME = re.compile(r"\w[\w.-]*")
 State = dict[str, Tensor]
 
 
+class ObjectFields(dict[str, Any]):
+    """The fields of an object that was pickled. Its class, which is not there, may have had others for it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """What was found: the tensors, and the config beside them or in their file, None where there is neither."""
@@ -174,6 +178,8 @@ def _load_pickle(file: Path) -> object:
             break
         except pickle.UnpicklingError as error:
             if not (strange := re.search(r"GLOBAL (\S+)", str(error))):
+                if classes:  # objects that are more than their fields, such as dicts of a kind of their own
+                    raise refuse_pickled(file, next(iter(classes))) from error
                 raise CheckpointError(f"{file}: damaged, or not a torch file") from error
             if strange[1] in classes or len(classes) == MOST_CLASSES or not re.fullmatch(r"[\w.]+", strange[1]):
                 raise refuse_pickled(file, strange[1]) from error
@@ -195,7 +201,7 @@ def _plain(saved: object, made: list[PlainObject], classes: Mapping[str, object]
         raise refuse_pickled(file, next(iter(classes)))
     if not isinstance(saved, dict):
         return saved
-    return {key: vars(value) if isinstance(value, PlainObject) else value for key, value in saved.items()}
+    return {key: ObjectFields(vars(value)) if isinstance(value, PlainObject) else value for key, value in saved.items()}
 
 
 def _unwrap(saved: object, file: Path) -> tuple[State, dict[str, Any] | None]:

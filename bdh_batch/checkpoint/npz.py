@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import zipfile
-import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +23,7 @@ from bdh_batch.system.machine import available_memory
 SUFFIX = ".npz"
 MOST_ARRAYS = 10_000
 MOST_PACKED = 32  # times that weights may be larger than their file; random numbers hardly shrink
+METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # that numpy writes; others may take memory for themselves
 SMALL = 2**20  # bytes that may be packed as tightly as they like
 BFLOAT16 = "V2"  # as MLX writes it, which NumPy does not know
 
@@ -41,7 +41,9 @@ def read_npz(file: Path) -> dict[str, Tensor]:
             for name, member in members.items():
                 _check_header(archive, member, name, file)
             return {name: _tensor(archive, member) for name, member in members.items()}
-    except (zipfile.BadZipFile, zlib.error, ValueError, TypeError, EOFError, RuntimeError) as error:
+    except (CheckpointError, OSError):
+        raise
+    except Exception as error:  # of a file that is no archive of arrays, those who read it make any error at all
         raise CheckpointError(f"{file}: damaged, or not an npz file ({shown(brief(error))})") from error
 
 
@@ -51,6 +53,8 @@ def _members(archive: zipfile.ZipFile, file: Path) -> dict[str, zipfile.ZipInfo]
         raise CheckpointError(f"{file}: holds more than {MOST_ARRAYS:,} arrays, or one of them twice")
     if strange := [member.filename for member in members.values() if not member.filename.endswith(".npy")]:
         raise CheckpointError(f"{file}: holds {listed(map(shown, strange), ', ')}, which is no array")
+    if any(member.compress_type not in METHODS for member in members.values()):
+        raise CheckpointError(f"{file}: is compressed in another way than numpy does it; save it with numpy.savez")
     size, packed = sum(member.file_size for member in members.values()), file.stat().st_size
     if size > SMALL and size > MOST_PACKED * packed:
         text = f"unpacks to {size:,} bytes, more than {MOST_PACKED} times its own {packed:,}"

@@ -340,9 +340,17 @@ class Worker:
             self._trace.updated(updates, now)
 
     def _hand_over(self, updates: list[Update]) -> None:
-        """One wake-up of the event loop, however many sequences gained something."""
-        if updates:
+        """One wake-up of the event loop, however many sequences gained something. Where the loop has been closed, as at
+        the end of an `asyncio.run` that closed no model, nobody waits any more, and the thread ends."""
+        if not updates:
+            return
+        try:
             self._loop.call_soon_threadsafe(_deliver, updates)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
+            with self._inbox_changed:
+                self._stopping = True
 
 
 def describe(step: Step | None) -> str:

@@ -72,21 +72,27 @@ class AsyncLLM:
         self._model = model
         self._window = window_for(self._model.settings.scheduler)
         self._opening: asyncio.Task[InProcess] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # that the model was loaded on
         self._requests: Requests | None = None
         self._closed = False
 
     async def start(self) -> None:
-        """Loads the model. Idempotent. Raises ConfigError, CheckpointError; Unavailable: it has been closed."""
+        """Loads the model. Idempotent. Raises ConfigError, CheckpointError; Unavailable: it has been closed;
+        RuntimeError: it is another event loop's."""
         if self._closed:
             raise closed()
+        self._check_loop()
         if self._opening is None or (self._opening.done() and self._opening.cancelled()):
+            self._loop = asyncio.get_running_loop()
             self._opening = asyncio.create_task(InProcess.open(self._model, self._model.settings))
         host = await asyncio.shield(self._opening)
         if self._requests is None:
             self._requests = Requests(host)
 
     async def close(self) -> None:
-        """Ends what runs with an error, and frees the model. Idempotent."""
+        """Ends what runs with an error, and frees the model. Idempotent. Raises RuntimeError: it is another event
+        loop's."""
+        self._check_loop()
         self._closed = True
         if self._opening is not None:
             opened = await asyncio.gather(self._opening, return_exceptions=True)
@@ -308,6 +314,14 @@ class AsyncLLM:
         if isinstance(given, str):
             raise InvalidRequest("tokens: Input should be a list of token ids.", "tokens")
         return await (await self._ready()).host.served.backend.detokenize(given)
+
+    def _check_loop(self) -> None:
+        """The engine wakes the loop that it was started on, and no other: who waited on one would wait forever."""
+        if self._loop not in (None, asyncio.get_running_loop()):
+            raise RuntimeError(
+                "This AsyncLLM belongs to the event loop that loaded it, and this is another one, as of a second "
+                "asyncio.run. Make an AsyncLLM on each, or use LLM, which needs none."
+            )
 
     async def _ready(self) -> Requests:
         await self.start()

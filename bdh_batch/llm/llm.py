@@ -23,6 +23,7 @@ from bdh_batch.llm.outputs import (
 )
 from bdh_batch.llm.params import SamplingParams
 from bdh_batch.llm.progress import UseTqdm
+from bdh_batch.llm.prompts import gathered
 from bdh_batch.llm.requests import Stream
 from bdh_batch.llm.states import File
 from bdh_batch.settings import Settings
@@ -140,7 +141,8 @@ class LLM:
             priority: for all, or for each; lower goes first.
             state: a saved state, or its id, that all prompts come after, or a list of one for each.
         """
-        asked = self._async.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority, state=state)
+        given = gathered(prompts)
+        asked = self._async.generate(given, sampling_params, use_tqdm=use_tqdm, priority=priority, state=state)
         return self._thread.run(asked)
 
     def chat(
@@ -167,7 +169,7 @@ class LLM:
         """
         return self._thread.run(
             self._async.chat(
-                messages,
+                gathered(messages),
                 sampling_params,
                 use_tqdm=use_tqdm,
                 add_generation_prompt=add_generation_prompt,
@@ -191,7 +193,7 @@ class LLM:
         Each has the text and the tokens that have come since the one before; of `n` completions, `index` says whose
         they are. Closing the iterator ends what is not there yet.
         """
-        stream = self._thread.run(self._async.open_stream(prompt, sampling_params, state))
+        stream = self._thread.run(self._async.open_stream(gathered(prompt), sampling_params, state))
         return Pieces(self, self._thread, self._async.pieces(stream), stream)
 
     def embed(
@@ -209,7 +211,7 @@ class LLM:
             truncate_prompt_tokens: the last tokens of each prompt, that are read; None is all.
         """
         asked = self._async.embed(
-            prompts, use_tqdm=use_tqdm, dimensions=dimensions, truncate_prompt_tokens=truncate_prompt_tokens
+            gathered(prompts), use_tqdm=use_tqdm, dimensions=dimensions, truncate_prompt_tokens=truncate_prompt_tokens
         )
         return self._thread.run(asked)
 
@@ -226,7 +228,7 @@ class LLM:
             prompts: with `continuations`, one or many; one goes with all of the other ones. Without, a list of pairs,
                 or whole texts, which are scored after the token that the model's texts begin with.
         """
-        return self._thread.run(self._async.score(prompts, continuations, use_tqdm=use_tqdm))
+        return self._thread.run(self._async.score(gathered(prompts), gathered(continuations), use_tqdm=use_tqdm))
 
     def neurons(
         self, prompts: Prompt | Iterable[Prompt], top: int = 16, *, use_tqdm: UseTqdm = True
@@ -236,7 +238,7 @@ class LLM:
         Args:
             top: how many of the strongest of each layer; `active` is of all of them.
         """
-        return self._thread.run(self._async.neurons(prompts, top, use_tqdm=use_tqdm))
+        return self._thread.run(self._async.neurons(gathered(prompts), top, use_tqdm=use_tqdm))
 
     def save_state(
         self, of: Prompt | RequestOutput, *, metadata: Mapping[str, str] | None = None, ttl: float | None = None
@@ -314,6 +316,8 @@ class Pieces(Iterator[CompletionOutput]):
 
 
 def _close(thread: LoopThread, llm: AsyncLLM) -> None:
+    if thread.is_lost:  # at the end of a forked process, which has but a copy of the model's memory
+        return
     if thread.is_own:  # the garbage collector's choice
         thread.call(lambda: asyncio.ensure_future(llm.close()).add_done_callback(lambda _: thread.stop()))
         return

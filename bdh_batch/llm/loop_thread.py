@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ class LoopThread:
         self._loop = uvloop.new_event_loop()
         self._lock = threading.Lock()
         self._stopped = False
+        self._process = os.getpid()
         self._thread = start_daemon(self._run, NAME, USUAL_STACK, ends=False)
 
     @property
@@ -33,13 +35,21 @@ class LoopThread:
         """Whether the caller is on this very thread, which cannot wait for itself."""
         return threading.current_thread() is self._thread
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether this is a process that was forked from the thread's own: threads stay where they are."""
+        return os.getpid() != self._process
+
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Returns what `work` returns. Where the caller is interrupted meanwhile, `work` is cancelled, and has ended
         when the interruption goes on.
 
-        Raises Unavailable: the thread has been stopped.
+        Raises Unavailable: the thread has been stopped; RuntimeError: it is another process's.
         """
         assert not self.is_own
+        if self.is_lost:
+            work.close()
+            raise RuntimeError("This model is in the process that this one was forked from; load one here, or spawn.")
         ended = threading.Event()
         tasks: list[asyncio.Task[T]] = []
 
@@ -66,7 +76,9 @@ class LoopThread:
             raise closed() from None
 
     def call(self, function: Callable[[], object]) -> bool:
-        """Has the thread call `function`. False where it has been stopped."""
+        """Has the thread call `function`. False where it has been stopped, or is another process's."""
+        if self.is_lost:
+            return False
         with self._lock:
             if not self._stopped:
                 self._loop.call_soon_threadsafe(function)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from bdh_batch.errors import InvalidRequest
+
+T = TypeVar("T")
 
 TEXT, TOKENS = "prompt", "prompt_token_ids"  # of a prompt that is a mapping, as in vLLM
 Plain = str | list[int]
@@ -16,6 +18,14 @@ def is_one(given: object) -> bool:
     if isinstance(given, str | Mapping) or hasattr(given, "tolist"):
         return isinstance(given, str | Mapping) or getattr(given, "ndim", 1) == 1
     return isinstance(given, list | tuple) and len(given) > 0 and all(type(each) is int for each in given)
+
+
+def gathered(given: T) -> T | list[Any]:
+    """What is given, with a list for anything that may compute its items as they are asked for: by the caller's own
+    code, which belongs on the caller's thread, and may use the model itself."""
+    if isinstance(given, str | bytes | Mapping | list | tuple) or hasattr(given, "tolist"):
+        return given
+    return [*given] if isinstance(given, Iterable) else given
 
 
 def plain(given: object, name: str) -> Plain:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,7 +68,10 @@ class Words:
     ) -> None:
         self.words = words
         self.counts = [len(some) for some in places]
-        self._word_at = {place: word for word, some in enumerate(places) for place in some}
+        self._words_at: defaultdict[int, list[int]] = defaultdict(list)  # several may end in one token
+        for word, some in enumerate(places):
+            for place in some:
+                self._words_at[place].append(word)
         self._sums = torch.zeros(len(words) + 1, layers, neurons, device=device)  # the last is of all tokens
         self._tokens = 0
 
@@ -77,7 +81,7 @@ class Words:
         if len(self.words) == 1:
             self._sums[-1] += fired.sum(dim=1)
         for at in range(fired.shape[1]):
-            if (word := self._word_at.get(first + at)) is not None:
+            for word in self._words_at.get(first + at, ()):
                 self._sums[word] += fired[:, at]
 
     def telling(self) -> list[list[Telling]]:

@@ -151,7 +151,11 @@ def _request(custom_id: str, values: dict[str, Any]) -> BatchRequest:
     for name, reason in WHOLE_ONLY.items():
         if body.get(name):
             raise BadLine("unsupported_parameter", f"body.{name}: {reason}.", f"body.{name}", custom_id)
-    return BatchRequest(custom_id, url, orjson.dumps(body), _sequences(body))
+    try:
+        raw = orjson.dumps(body)
+    except orjson.JSONEncodeError as error:  # what can be read may be nested more deeply than can be written
+        raise BadLine("invalid_body", f"body: {error}.", "body", custom_id) from error
+    return BatchRequest(custom_id, url, raw, _sequences(body))
 
 
 def _sequences(body: dict[str, Any]) -> int:

@@ -52,7 +52,8 @@ class Terminal:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        # A program may be started without either.
+        self._is_terminal = all(stream is not None and stream.isatty() for stream in (sys.stdin, sys.stdout))
         self._failed = False
 
     def once(self, prompt: str) -> int:
@@ -93,7 +94,7 @@ class Terminal:
     def _line(self, asking: str) -> str:
         if self._is_terminal:
             return input(asking)
-        line = sys.stdin.readline()
+        line = "" if sys.stdin is None else sys.stdin.readline()
         if not line:
             raise EOFError
         return line.rstrip("\r\n")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
+Calls = SimpleQueue[Callable[[], None] | None]  # None ends a thread
 
 STACK = 64 * 2**20  # bytes; address space alone, as long as it is not used
 USUAL_STACK = 0  # is what the system gives
@@ -66,7 +69,7 @@ def in_daemon_thread(function: Callable[[], T], name: str) -> asyncio.Future[T]:
 
 
 class DaemonThreads:
-    """A few threads that call functions, first come, first served.
+    """A few threads that call functions, first come, first served. They end once nobody has this object any more.
 
     `concurrent.futures` waits for its threads when the interpreter ends; nothing waits for these.
     """
@@ -74,8 +77,9 @@ class DaemonThreads:
     def __init__(self, count: int, name: str) -> None:
         self._count = count
         self._name = name
-        self._calls: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._calls: Calls = SimpleQueue()
         self._threads: list[threading.Thread] = []
+        weakref.finalize(self, _end, self._calls, self._threads).atexit = False
 
     def submit(self, function: Callable[..., T], /, *arguments: Any) -> Future[T]:
         future: Future[T] = Future()
@@ -92,16 +96,21 @@ class DaemonThreads:
 
         self._calls.put(call)
         if len(self._threads) < self._count:
-            self._threads.append(start_daemon(self._run, self._name, ends=False))
+            self._threads.append(start_daemon(partial(_serve, self._calls), self._name, ends=False))
         return future
 
-    def _run(self) -> None:
-        while True:
-            call = self._calls.get()
-            _under_way.add(id(call))
-            call()
-            _under_way.discard(id(call))
-            del call  # what it held is not kept until the next one comes
+
+def _serve(calls: Calls) -> None:
+    while (call := calls.get()) is not None:
+        _under_way.add(id(call))
+        call()
+        _under_way.discard(id(call))
+        del call  # what it held is not kept until the next one comes
+
+
+def _end(calls: Calls, threads: Sequence[threading.Thread]) -> None:
+    for _ in threads:
+        calls.put(None)
 
 
 def left_behind() -> bool:

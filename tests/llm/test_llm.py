@@ -21,7 +21,7 @@ import bdh_batch
 from bdh_batch import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from bdh_batch.errors import CheckpointError, ConfigError, InvalidRequest, Unavailable
 from bdh_batch.http.errors import NotFound
-from tests.conftest import HANG_SECONDS, clean_environment, eventually
+from tests.conftest import clean_environment, eventually
 
 LONG = SamplingParams(max_tokens=100_000, ignore_eos=True)
 BRIEF = SamplingParams(max_tokens=4, seed=1)
@@ -66,6 +66,13 @@ def test_prompts_are_texts_token_ids_or_mappings(llm: LLM) -> None:
     assert llm.generate([], BRIEF) == []
     first, _ = llm.generate((text for text in ("ab", "c")), BRIEF, use_tqdm=False)
     assert first.outputs == several[0].outputs
+
+
+def test_a_generator_of_prompts_may_use_the_model_itself(llm: LLM) -> None:
+    given = (text for text in ["a", "bcd", "ef"] if len(llm.tokenize(text)) > 1)
+    assert [output.prompt for output in llm.generate(given, BRIEF, use_tqdm=False)] == ["bcd", "ef"]
+    turns = ({"role": "user", "content": llm.detokenize([token])} for token in (97, 98))
+    assert "".join(piece.text for piece in llm.stream(turns, BRIEF))
 
 
 def test_each_prompt_may_have_parameters_of_its_own(llm: LLM) -> None:
@@ -349,18 +356,3 @@ def test_what_is_closed_says_so(folder: Path) -> None:
     for call in (lambda: next(pieces), lambda: llm.generate("x"), llm.list_states):
         with pytest.raises(Unavailable, match="has been closed"):
             call()
-
-
-def test_a_program_may_end_without_closing_it(folder: Path) -> None:
-    """In the middle of a stream; with asyncio's own checks of what is called on which thread."""
-    program = f"""
-from bdh_batch import LLM, SamplingParams
-llm = LLM({str(folder)!r})
-pieces = llm.stream("x", SamplingParams(max_tokens=100_000, ignore_eos=True))
-next(pieces)
-raise SystemExit(3)
-"""
-    given = [sys.executable, "-X", "dev", "-c", program]
-    done = subprocess.run(given, env=clean_environment(), capture_output=True, text=True, timeout=HANG_SECONDS)
-    assert (done.returncode, done.stdout) == (3, "")
-    assert "Traceback" not in done.stderr

@@ -281,6 +281,29 @@ def test_pickled_objects_are_refused_by_name_with_the_way_to_convert(tmp_path: P
     assert "dataclasses.asdict" in message
 
 
+class Settings(dict[str, Any]):
+    """A dict of a kind of its own."""
+
+
+class Defaults:
+    """A config whose class has what its objects do not."""
+
+    n_layer = 9
+
+    def __init__(self) -> None:
+        self.n_embd, self.n_head, self.mlp_internal_dim_multiplier, self.vocab_size = 8, 2, 4, 11
+
+
+def test_objects_that_are_more_than_their_fields_are_not_taken_for_those(tmp_path: Path) -> None:
+    file = tmp_path / "model.pt"
+    for saved in ({"model": state_with(), "config": Settings(n_layer=3)}, {"model": Settings(state_with())}):
+        torch.save(saved, file)
+        assert "test_hostile_files.Settings), which are not loaded" in refusal(file)
+    torch.save({"model": state_with(), "config": Defaults()}, file)
+    assert "a pickled object without n_layer, which its class may have said; give model.layers" in refusal(file, None)
+    assert load_model(file, torch.float32, CPU, Given(3)).config.n_layer == 3
+
+
 def test_no_code_in_a_file_is_run(tmp_path: Path) -> None:
     class Attack:
         def __reduce__(self) -> tuple[Any, ...]:

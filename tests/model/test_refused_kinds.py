@@ -354,6 +354,22 @@ class TestNpz:
             archive.writestr("encoder.npy", content)
         assert "encoder claims 102,400 bytes, and 1,024 follow" in refusal(tmp_path / "model.npz")
 
+    @pytest.mark.parametrize("shape", [f"(0, {2**70})", f"({'-' * 9000}1,)"])
+    def test_headers_that_their_readers_fail_at_are_refused(self, shape: str, tmp_path: Path) -> None:
+        header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}\n".encode()
+        with zipfile.ZipFile(tmp_path / "model.npz", "w") as archive:
+            archive.writestr("encoder.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+        assert "damaged, or not an npz file" in refusal(tmp_path / "model.npz")
+
+    @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+    def test_other_compressions_are_refused_before_anything_is_unpacked(self, method: int, tmp_path: Path) -> None:
+        with zipfile.ZipFile(tmp_path / "model.npz", "w", method) as archive:
+            archive.writestr("encoder.npy", b"hello")
+        content = bytearray((tmp_path / "model.npz").read_bytes())
+        content[45] ^= 0xFF  # of the compressed data, which its library would raise an error of its own at
+        (tmp_path / "model.npz").write_bytes(content)
+        assert "compressed in another way than numpy does it" in refusal(tmp_path / "model.npz")
+
     def test_what_is_no_zip_is_refused(self, tmp_path: Path) -> None:
         for content in (b"", b"hello", b"PK\x03\x04" + bytes(100)):
             (tmp_path / "model.npz").write_bytes(content)

@@ -107,6 +107,10 @@ BAD: dict[str, tuple[object, str | None, str]] = {
     "another url": ({**REQUESTS[0], "url": "/metrics"}, "text", "invalid_url"),
     "no url": ({**REQUESTS[0], "url": None}, "text", "invalid_url"),
     "no body": ({**REQUESTS[0], "body": "x"}, "text", "invalid_body"),
+    "a body too deep to be written": (
+        line("text", "/v1/completions", prompt="a", metadata=json.loads("[" * 300 + "]" * 300)),
+        *("text", "invalid_body"),
+    ),
     "a stream": (line("text", "/v1/completions", prompt="a", stream=True), "text", "unsupported_parameter"),
     "later": (line("text", "/v1/responses", input="a", background=True), "text", "unsupported_parameter"),
     "a member": ({**REQUESTS[0], "priority": 1}, "text", "unknown_member"),

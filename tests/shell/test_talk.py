@@ -155,6 +155,10 @@ def test_a_pipe_and_one_prompt(
     assert capsysbinary.readouterr() == (f"{first}\n".encode(), b"")
     assert talk(chosen, "") == 1
     assert capsysbinary.readouterr().err.startswith(b"bdh-batch: prompt: Input should not be empty")
+    monkeypatch.setattr("sys.stdin", None)  # as of a program that was started with none
+    assert talk(chosen, None) == 0
+    assert talk(chosen, "hi") == 0
+    assert capsysbinary.readouterr() == (f"{first}\n".encode(), b"")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a terminal")
