@@ -173,7 +173,7 @@ class State:
         created_at, expires_at: Unix seconds.
         fingerprint: of the model's weights: with others, it cannot be used.
         tokens: how many it has read.
-        bytes: of its file; 0 where that made room for others: it is computed again when needed.
+        file_bytes: of its file; 0 where that made room for others: it is computed again when needed.
     """
 
     id: str
@@ -183,7 +183,7 @@ class State:
     fingerprint: str
     dtype: str
     tokens: int
-    bytes: int
+    file_bytes: int
     metadata: Mapping[str, str]
 
 

@@ -137,7 +137,7 @@ def id_of(state: object) -> str:
 def _state(record: Record) -> State:
     values = shown(record)
     del values["object"]
-    return State(**values)
+    return State(file_bytes=values.pop("bytes"), **values)
 
 
 def _opened(path: Path) -> BinaryIO:
