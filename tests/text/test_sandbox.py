@@ -20,6 +20,7 @@ from bdh_batch.text.sandbox_process import JobLimits, Refused
 
 WITHIN = 300.0  # seconds; nothing here takes long, but the machine may be busy
 LIMITS = JobLimits(seconds=0.3, memory=64 * 2**20, stack=2**20, jobs=3)
+STRANGERS = set[psutil.Process]()  # of servers that other tests keep in this process
 
 
 async def said(said: bytes) -> bytes:
@@ -28,6 +29,12 @@ async def said(said: bytes) -> bytes:
 
 def opened(limits: JobLimits = LIMITS, setup: bytes = b"x") -> Sandbox:
     return Sandbox(Work("tests.text.jobs", setup, limits, "the.seconds", "the.memory"), QueueLimits())
+
+
+@pytest.fixture(autouse=True)
+def strangers() -> None:
+    STRANGERS.clear()
+    STRANGERS.update(psutil.Process().children())
 
 
 @pytest.fixture
@@ -47,11 +54,9 @@ async def eventually(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
-def running(sandbox: Sandbox) -> list[psutil.Process]:
+def running() -> list[psutil.Process]:
     """The warm process and its workers."""
-    mine = [
-        each for each in psutil.Process().children() if "bdh_batch.text.sandbox_process" in " ".join(each.cmdline())
-    ]
+    mine = set(psutil.Process().children()) - STRANGERS
     return [process for parent in mine for process in (parent, *parent.children())]
 
 
@@ -98,9 +103,9 @@ async def test_a_bug_of_ours_is_logged(sandbox: Sandbox, caplog: pytest.LogCaptu
 
 async def test_it_warms_up_by_a_job_of_its_own(sandbox: Sandbox) -> None:
     sandbox.warm_up(b"pid")
-    await eventually(lambda: len(running(sandbox)) > 1)
+    await eventually(lambda: len(running()) > 1)
     first = await run(sandbox, "pid")
-    assert int(first) in [process.pid for process in running(sandbox)]
+    assert int(first) in [process.pid for process in running()]
     assert sum(sandbox.load.outcomes.values()) == 1  # its own does not count
 
 
@@ -156,7 +161,7 @@ async def test_what_follows_a_job_belongs_to_its_turn(sandbox: Sandbox) -> None:
 @pytest.mark.parametrize("which", [slice(0, 1), slice(1, None), slice(None)])
 async def test_killed_by_a_stranger_it_goes_on(sandbox: Sandbox, which: slice) -> None:
     assert await run(sandbox, "echo a") == b"a"
-    for process in running(sandbox)[which]:
+    for process in running()[which]:
         process.kill()
     assert await run(sandbox, "echo b") == b"b"
 
@@ -166,8 +171,8 @@ async def test_a_job_whose_worker_is_killed_by_a_stranger_is_done_again() -> Non
     try:
         assert await run(sandbox, "echo a") == b"a"
         working = asyncio.ensure_future(run(sandbox, "sleep 0.5"))
-        await eventually(lambda: len(running(sandbox)) > 1)
-        running(sandbox)[1].kill()
+        await eventually(lambda: len(running()) > 1)
+        running()[1].kill()
         assert await working == b"done"
     finally:
         sandbox.close()
@@ -176,8 +181,8 @@ async def test_a_job_whose_worker_is_killed_by_a_stranger_is_done_again() -> Non
 async def test_closed_it_leaves_no_process_and_takes_no_job() -> None:
     sandbox = opened(JobLimits(seconds=WITHIN, memory=2**26))
     spinning = asyncio.ensure_future(run(sandbox, "spin"))
-    await eventually(lambda: len(running(sandbox)) > 1)
-    processes = running(sandbox)
+    await eventually(lambda: len(running()) > 1)
+    processes = running()
     sandbox.close()
     with pytest.raises((Unavailable, JobFailed)):
         await spinning
@@ -216,7 +221,7 @@ async def test_its_modules_are_found_where_the_servers_are(monkeypatch: pytest.M
     monkeypatch.setenv("BDH_AUTH__API_KEYS", "secret")
     sandbox = Sandbox(Work("elsewhere", b"there", LIMITS, "s", "m"), QueueLimits())
     assert sandbox.wait_until_ready() == b"ready: there"
-    environment = running(sandbox)[0].environ()
+    environment = running()[0].environ()
     sandbox.close()
     assert "secret" not in str(environment)
     assert os.environ["BDH_AUTH__API_KEYS"] == "secret"
