@@ -41,6 +41,7 @@ from bdh_batch.http.schema.text import (
     TokenizeText,
 )
 from bdh_batch.http.states.endpoints import states
+from bdh_batch.http.watch.endpoints import watch
 from bdh_batch.settings import Auth
 
 TAGS = {
@@ -316,7 +317,17 @@ def _operation() -> list[Endpoint]:
     ]
 
 
-ENDPOINTS = (*_generation(), *responses(), *states(), *messages(), *_tokens(), *_models(), *_operation(), *kserve())
+ENDPOINTS = (
+    *_generation(),
+    *responses(),
+    *states(),
+    *messages(),
+    *_tokens(),
+    *_models(),
+    *_operation(),
+    *watch(),
+    *kserve(),
+)
 
 
 def open_paths(auth: Auth) -> frozenset[str]:

@@ -43,6 +43,7 @@ from bdh_batch.http.schema.text import (
 )
 from bdh_batch.http.serving import Serving, response_options
 from bdh_batch.http.states.rest import States
+from bdh_batch.http.watch.rest import Watch
 from bdh_batch.settings import Settings
 from bdh_batch.system.threads import in_daemon_thread
 
@@ -58,6 +59,7 @@ class Routes:
         self._gate, self._metrics, self._settings = serving.gate, serving.metrics, serving.settings
         self.kserve, self.messages = KServe(serving), Messages(serving)
         self.responses, self.states = Responses(serving), States(serving)
+        self.watch = Watch(serving)
         self._documents: asyncio.Future[tuple[bytes, bytes]] | None = None  # the OpenAPI document, and its page
 
     def table(self) -> list[Route]:
