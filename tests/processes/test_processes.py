@@ -17,6 +17,7 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
+from bdh_batch.http.watch.response_types import RecordedSteps
 from tests.conftest import HANG_SECONDS, Cli, ServeFactory, Server, command, eventually
 
 TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
@@ -208,6 +209,37 @@ class TestResponses:
         slots = sum(all_of(metrics, "bdh_state_slots_usage_perc")) / 2
         assert metrics["vllm:kv_cache_usage_perc"] == pytest.approx(slots)
         several.until(lambda metrics: metrics["vllm:num_requests_running"] == 0)
+
+
+def test_operators_watch_all_processes(several: Server) -> None:
+    """Whichever front end is asked: samples are of all, and steps of each engine."""
+
+    async def watch(client: httpx.AsyncClient) -> None:
+        endless = {"prompt": "a", "max_tokens": 100_000, "ignore_eos": True}
+        streams = [asyncio.create_task(streamed(client, endless)) for _ in range(4)]
+        for _ in range(4):
+            response = await client.get("/watch/steps", params={"steps": 2, "seconds": 10})
+            found = RecordedSteps.model_validate_json(response.content)
+            assert {engine.process: len(engine.steps) for engine in found.engines} == {"engine-0-0": 2, "engine-0-1": 2}
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+
+    together(several, watch)
+
+    def all_is_known() -> bool:
+        (*_, last) = httpx.get(f"{several.url}/watch/history").json()["samples"]
+        return last["slots"] == sum(all_of(several.metrics(), "bdh_state_slots{"))
+
+    eventually(all_is_known)
+    history = [httpx.get(f"{several.url}/watch/history").json()["samples"] for _ in range(6)]
+    assert all(max(sample["running"] for sample in samples) == 4 for samples in history)
+    assert all(max(sample["generated"] for sample in samples) > 0 for samples in history)
+    details = httpx.stream("GET", f"{several.url}/watch/stream")
+    with details as response:
+        lines = (line for line in response.iter_lines() if "engines" in line)
+        engines_seen = json.loads(next(lines).removeprefix("data: "))["engines"]
+    assert [engine["state"] for engine in engines_seen] == ["ready", "ready"]
 
 
 class TestLosses:
