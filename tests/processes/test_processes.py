@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,32 +214,37 @@ class TestResponses:
 def test_operators_watch_all_processes(several: Server) -> None:
     """Whichever front end is asked: samples are of all, and steps of each engine."""
 
+    async def events(client: httpx.AsyncClient, kind: str) -> AsyncGenerator[Any, None]:
+        name = ""
+        async with client.stream("GET", "/watch/stream") as response:
+            async for line in response.aiter_lines():
+                field, _, value = line.partition(": ")
+                if field == "data" and name == kind:
+                    yield json.loads(value)
+                name = value
+
     async def watch(client: httpx.AsyncClient) -> None:
         endless = {"prompt": "a", "max_tokens": 100_000, "ignore_eos": True}
         streams = [asyncio.create_task(streamed(client, endless)) for _ in range(4)]
+        metrics = await asyncio.to_thread(several.metrics)
+        for _ in range(4):  # on connections of their own
+            async with contextlib.aclosing(events(client, "sample")) as samples:
+                async for sample in samples:
+                    if sample["running"] == 4 and sample["generated"] > 0:
+                        break
+            assert sample["slots"] == sum(all_of(metrics, "bdh_state_slots{"))
+        async with contextlib.aclosing(events(client, "details")) as details:
+            shown = await anext(details)
+        assert [engine["state"] for engine in shown["engines"]] == ["ready", "ready"]
         for _ in range(4):
             response = await client.get("/watch/steps", params={"steps": 2, "seconds": 10})
             found = RecordedSteps.model_validate_json(response.content)
-            assert {engine.process: len(engine.steps) for engine in found.engines} == {"engine-0-0": 2, "engine-0-1": 2}
+            assert {engine.process: len(engine.steps) for engine in found.engines} == {"engine-0-0": 2, "engine-1-0": 2}
         for stream in streams:
             stream.cancel()
         await asyncio.gather(*streams, return_exceptions=True)
 
     together(several, watch)
-
-    def all_is_known() -> bool:
-        (*_, last) = httpx.get(f"{several.url}/watch/history").json()["samples"]
-        return last["slots"] == sum(all_of(several.metrics(), "bdh_state_slots{"))
-
-    eventually(all_is_known)
-    history = [httpx.get(f"{several.url}/watch/history").json()["samples"] for _ in range(6)]
-    assert all(max(sample["running"] for sample in samples) == 4 for samples in history)
-    assert all(max(sample["generated"] for sample in samples) > 0 for samples in history)
-    details = httpx.stream("GET", f"{several.url}/watch/stream")
-    with details as response:
-        lines = (line for line in response.iter_lines() if "engines" in line)
-        engines_seen = json.loads(next(lines).removeprefix("data: "))["engines"]
-    assert [engine["state"] for engine in engines_seen] == ["ready", "ready"]
 
 
 class TestLosses:
