@@ -10,6 +10,7 @@ import { switchThemes } from "./theme.js";
 
 const VIEWS = {
   talk: { title: "Talk", load: () => import("./talk/view.js") },
+  watch: { title: "Watch", load: () => import("./watch/view.js") },
 };
 
 const find = (id) => document.getElementById(id);
