@@ -22,12 +22,13 @@ async def test_a_form_asks_for_what_its_fields_say(tiny: Server, open_page: Open
         form = page.locator("#createCompletion form")
         await page.locator("#createCompletion > summary").click()
         await form.get_by_text("Fields").click()
-        await form.get_by_role("textbox", name="prompt *").fill("What?")
-        await form.get_by_role("spinbutton", name="max_tokens", exact=False).first.fill("3")
-        await form.get_by_role("combobox", name="ignore_eos").select_option("true")
-        await form.get_by_role("textbox", name="prompt *").focus()
+        await form.get_by_role("textbox", name="prompt *", exact=True).fill("What?")
+        await form.get_by_role("spinbutton", name="max_tokens", exact=True).fill("3")
+        await form.get_by_role("combobox", name="ignore_eos", exact=True).select_option("true")
+        await form.get_by_role("textbox", name="model", exact=True).fill("")  # that of the example is not here
+        await form.get_by_role("textbox", name="prompt *", exact=True).focus()
         body = json.loads(await form.get_by_role("textbox", name="Body").input_value())
-        assert (body["prompt"], body["max_tokens"], body["ignore_eos"]) == ("What?", 3, True)
+        assert body == {"prompt": "What?", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
         await form.get_by_role("button", name="Send").click()
         await expect(form.locator("output")).to_contain_text("200")
         await expect(form.locator("output")).to_contain_text('"completion_tokens": 3')
@@ -44,5 +45,7 @@ async def test_fits_a_phone_and_has_no_serious_finding(tiny: Server, open_page: 
             await page.locator("#createCompletion").get_by_text("Fields").click()
             await expect(page.get_by_text("max_tokens", exact=True).first).to_be_visible()
             assert await page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+            # What is in a closed element is found by looking for text, so it is there, and axe takes it for seen.
+            await page.add_style_tag(content="details:not([open]) > :not(summary) { display: none }")
             found = await Axe().run(page)
             assert [each for each in found["violations"] if each["impact"] in ("serious", "critical")] == []

@@ -99,12 +99,15 @@ async function fill(fields, form) {
   const given = Object.keys(bodyOf(text) || {});
   const kinds = (schema.oneOf || [schema]).map(resolved); // the one that has the example's fields
   const { properties = {}, required = [] } = kinds.find((each) => given.every((name) => name in each.properties)) || kinds[0];
-  const controls = Object.entries(properties).map(([name, field]) => {
+  const rank = ([name]) => (required.includes(name) ? 0 : 1);
+  const controls = Object.entries(properties).sort((one, other) => rank(one) - rank(other)).map(([name, field]) => {
     const kind = kindOf(field);
     const element = control(kind, field.default);
-    const help = make("span", { className: "hint" }, field.description || "");
+    const help = make("span", { className: "hint", id: `${form.closest("[id]").id}-${name}` }, field.description || "");
+    element.setAttribute("aria-describedby", help.id);
     element.addEventListener("change", () => change(text, name, element, kind));
-    fields.append(make("label", {}, make("code", {}, required.includes(name) ? `${name} *` : name), element, help));
+    const label = make("label", {}, make("code", {}, required.includes(name) ? `${name} *` : name), element);
+    fields.append(make("div", {}, label, help));
     return { name, kind, element };
   });
   const show = () => {

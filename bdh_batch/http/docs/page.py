@@ -39,7 +39,7 @@ def _hash(text: str) -> str:
 
 POLICY = (
     f"default-src 'none'; style-src {_hash(STYLE)}; script-src {_hash(SCRIPT)}; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 
@@ -51,6 +51,7 @@ def page(document: Json, has_ui: bool = True) -> bytes:
         [
             '<!doctype html><html lang="en"><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<link rel="icon" href="ui/icon.svg" type="image/svg+xml">' if has_ui else "",
             f"<title>{escape(info['title'])}</title><style>{STYLE}</style>",
             _header(info["title"], has_ui),
             '<main id="main" tabindex="-1"><article>',
@@ -117,7 +118,7 @@ def _responses(responses: Json, components: Json) -> str:
 
 def _example(name: str, value: object) -> str:
     title = f"<summary>Example of a response: {escape(name)}</summary>"
-    return f"<details>{title}<pre>{escape(_indented(value))}</pre></details>"
+    return f'<details>{title}<pre tabindex="0">{escape(_indented(value))}</pre></details>'
 
 
 def _form(path: str, method: str, parameters: list[Json], body: Json | None) -> str:
@@ -131,15 +132,17 @@ def _form(path: str, method: str, parameters: list[Json], body: Json | None) -> 
                 f'<p><label>{each["name"]} <input name="id" value="{escape(each["example"])}"></label>'
                 for each in in_path
             ),
+            '<div class="row">' if examples else "",
             *(
                 f'<button type="button" class="small" data-example="{escape(text)}">{escape(name)}</button>'
                 for name, text in examples.items()
             ),
+            "</div>" if examples else "",
             '<details><summary>Fields</summary><div class="fields"></div></details>'
             f'<textarea name="body" aria-label="Body">{escape(next(iter(examples.values())))}</textarea>'
             if body
             else "",
-            '<p><button class="primary">Send</button></p><pre><output hidden></output></pre></form>',
+            '<p><button class="primary">Send</button></p><pre tabindex="0"><output hidden></output></pre></form>',
         ]
     )
 
