@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from playwright.async_api import Page, async_playwright
 DOCS = Path(__file__).parent
 START_SECONDS = 600.0
 DESKTOP, PHONE = {"width": 1200, "height": 760}, {"width": 360, "height": 740}
+WATCHED_SECONDS = 90.0
 # What each picture is called, and what its browser is like.
 PICTURES: dict[str, dict[str, Any]] = {
     "ui-talk": {"viewport": DESKTOP, "color_scheme": "light"},
@@ -41,6 +43,24 @@ async def talk(page: Page) -> None:
     await page.evaluate("document.activeElement.blur()")
 
 
+async def watch(page: Page, url: str) -> None:
+    """Looks at a server that some clients use."""
+
+    async def use(client: httpx.AsyncClient, number: int) -> None:
+        for turn in count():
+            body = {"prompt": f"ROMEO {number}:\n", "max_tokens": 40 + 97 * (turn * number % 4), "seed": turn}
+            (await client.post("/v1/completions", json=body)).raise_for_status()
+            await asyncio.sleep(number * turn % 5 / 4)
+
+    async with httpx.AsyncClient(base_url=url, timeout=START_SECONDS) as client:
+        using = [asyncio.create_task(use(client, number)) for number in range(8)]
+        await asyncio.sleep(WATCHED_SECONDS)
+        await page.screenshot(path=DOCS / "ui-watch.png")
+        for task in using:
+            task.cancel()
+        await asyncio.gather(*using, return_exceptions=True)
+
+
 async def pictures(url: str) -> None:
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
@@ -53,6 +73,9 @@ async def pictures(url: str) -> None:
             await talk(page)
             await page.screenshot(path=DOCS / f"{name}.png")
             await context.close()
+        page = await (await browser.new_context(**PICTURES["ui-talk"])).new_page()
+        await page.goto(f"{url}/ui#watch")
+        await watch(page, url)
         await browser.close()
 
 
