@@ -30,6 +30,7 @@ from bdh_batch.http.docs.response_types import (
     Version,
 )
 from bdh_batch.http.kserve.endpoints import kserve
+from bdh_batch.http.neurons.endpoints import neurons
 from bdh_batch.http.responses_api.endpoints import responses
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody
 from bdh_batch.http.schema.text import (
@@ -316,7 +317,17 @@ def _operation() -> list[Endpoint]:
     ]
 
 
-ENDPOINTS = (*_generation(), *responses(), *states(), *messages(), *_tokens(), *_models(), *_operation(), *kserve())
+ENDPOINTS = (
+    *_generation(),
+    *responses(),
+    *states(),
+    *messages(),
+    *_tokens(),
+    *_models(),
+    *neurons(),
+    *_operation(),
+    *kserve(),
+)
 
 
 def open_paths(auth: Auth) -> frozenset[str]:
