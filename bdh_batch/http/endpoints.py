@@ -5,6 +5,7 @@ The examples are of the bundled model; a test holds them to a server.
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from typing import Any
 
 from bdh_batch import __version__
@@ -56,6 +57,7 @@ TAGS = {
 }
 
 
+UI = "/ui"
 HEALTH = (("", "/health"), ("2", "/healthz"), ("3", "/livez"))
 
 
@@ -314,6 +316,13 @@ def _operation() -> list[Endpoint]:
                 ("docs", "/docs", "The same as a page", "text/html"),
             )
         ),
+        *(
+            Endpoint(*(id, f"pages.{id}", "Operation", path, summary, "text/html"), open=Open.ALWAYS, documented=False)
+            for id, path, summary in (
+                ("page", UI, "The page to talk to the model, and to watch the server"),
+                ("file", f"{UI}/{{id}}", "A file of that page"),
+            )
+        ),
     ]
 
 
@@ -330,11 +339,22 @@ ENDPOINTS = (
 )
 
 
-def open_paths(auth: Auth) -> frozenset[str]:
+class Paths(Container[str]):
+    """Paths of endpoints. What is below /ui is a path, too: its files."""
+
+    def __init__(self, templates: Iterable[str]) -> None:
+        self._exact = frozenset(templates)
+        self._files = f"{UI}/{{id}}" in self._exact
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._exact or (self._files and isinstance(path, str) and path.startswith(f"{UI}/"))
+
+
+def open_paths(auth: Auth) -> Paths:
     """What anyone may ask for as often as they like; every other path is for callers."""
     closed: set[Open | None] = {None}
     if auth.protect_metrics:
         closed.add(Open.METRICS)
     if auth.protect_docs:
         closed.add(Open.DOCS)
-    return frozenset(each.path for each in ENDPOINTS if each.open not in closed)
+    return Paths(each.path for each in ENDPOINTS if each.open not in closed)

@@ -17,11 +17,12 @@ from bdh_batch.errors import Unavailable
 from bdh_batch.http.anthropic.rest import Messages
 from bdh_batch.http.docs.openapi import openapi
 from bdh_batch.http.docs.page import POLICY, page
-from bdh_batch.http.endpoints import ENDPOINTS
+from bdh_batch.http.endpoints import ENDPOINTS, UI
 from bdh_batch.http.errors import error_response
 from bdh_batch.http.gate import HostedModel, ServedModel, card
 from bdh_batch.http.kserve.rest import KServe
 from bdh_batch.http.neurons.rest import NeuronMaps
+from bdh_batch.http.pages.rest import Pages, wants_page
 from bdh_batch.http.prepare import Preparation
 from bdh_batch.http.request.body import Body, read_object
 from bdh_batch.http.request.client import Client, unless_left
@@ -58,16 +59,19 @@ class Routes:
         self._serving = serving
         self._gate, self._metrics, self._settings = serving.gate, serving.metrics, serving.settings
         self.kserve, self.messages = KServe(serving), Messages(serving)
-        self.responses, self.states, self.neurons = Responses(serving), States(serving), NeuronMaps(serving)
+        self.responses, self.states = Responses(serving), States(serving)
+        self.pages, self.neurons = Pages(), NeuronMaps(serving)
         self._documents: asyncio.Future[tuple[bytes, bytes]] | None = None  # the OpenAPI document, and its page
 
     def table(self) -> list[Route]:
         methods: dict[tuple[str, str], list[str]] = {}
         for each in ENDPOINTS:
+            if each.handler.startswith("pages.") and not self._settings.server.ui:
+                continue
             methods.setdefault((each.path, each.handler), []).append(each.method.upper())
         return [
             Route(
-                path.replace("{id}", "{id:path}" if "/models/" in path else "{id}"),
+                path.replace("{id}", "{id:path}" if "/models/" in path or path.startswith(UI) else "{id}"),
                 attrgetter(handler)(self),
                 methods=some,
             )
@@ -184,7 +188,12 @@ class Routes:
         return await asyncio.shield(self._documents)
 
     async def root(self, request: Request) -> Response:
-        return JSONResponse({"name": "bdh_batch", "version": __version__, "status": self._gate.closed or "ready"})
+        if self._settings.server.ui and wants_page(request):
+            return await self.pages.page(request)
+        return JSONResponse(
+            {"name": "bdh_batch", "version": __version__, "status": self._gate.closed or "ready"},
+            headers={"vary": "accept"},
+        )
 
     def _aside(self, request: Request) -> Aside:
         return self._serving.aside(Client.of(request))

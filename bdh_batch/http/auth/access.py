@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -55,7 +57,7 @@ class Admission:
 class Access:
     """Middleware that admits requests to all but open paths."""
 
-    def __init__(self, app: ASGIApp, admission: Admission, open_paths: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, admission: Admission, open_paths: Container[str]) -> None:
         self._app = app
         self._admission = admission
         self._open = open_paths
