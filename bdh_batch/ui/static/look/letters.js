@@ -5,6 +5,7 @@ import { button, freshId, h } from "../dom.js";
 import { LIKELIHOODS, likelihood, probability, quoted } from "./words.js";
 
 export const PAGE = 1024; // tokens
+const { format } = new Intl.NumberFormat(); // toLocaleString makes one each time
 
 /** Calls `onSelect(position)`. `follow` keeps the last page in view, until somebody goes elsewhere. */
 export class Letters {
@@ -128,9 +129,9 @@ export class Letters {
 
   #describe() {
     const { begin, end } = this.#history;
-    const gone = begin ? `; the first ${begin.toLocaleString()} are no longer kept` : "";
+    const gone = begin ? `; the first ${format(begin)} are no longer kept` : "";
     this.#where.textContent = end
-      ? `Tokens ${(this.#first + 1).toLocaleString()} to ${this.#last.toLocaleString()} of ${end.toLocaleString()}${gone}`
+      ? `Tokens ${format(this.#first + 1)} to ${format(this.#last)} of ${format(end)}${gone}`
       : "No tokens yet";
     const [first, earlier, later, last] = this.#buttons;
     first.disabled = earlier.disabled = this.#first <= begin;
