@@ -43,6 +43,7 @@ from bdh_batch.http.schema.text import (
     TokenizeText,
 )
 from bdh_batch.http.states.endpoints import states
+from bdh_batch.http.watch.endpoints import watch
 from bdh_batch.settings import Auth
 
 TAGS = {
@@ -335,6 +336,7 @@ ENDPOINTS = (
     *_models(),
     *neurons(),
     *_operation(),
+    *watch(),
     *kserve(),
 )
 

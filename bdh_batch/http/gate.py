@@ -138,6 +138,11 @@ class Gate:
         """Why no new work is taken, or None."""
         return self._closed
 
+    @property
+    def hosted(self) -> Sequence[HostedModel]:
+        """All models, whoever may use them."""
+        return self._models
+
     def models(self, caller: Caller) -> Sequence[HostedModel]:
         """The models that the caller may use. Raises Unavailable while the gate is closed."""
         if self._closed is not None:

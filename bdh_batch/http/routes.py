@@ -45,6 +45,7 @@ from bdh_batch.http.schema.text import (
 )
 from bdh_batch.http.serving import Serving, response_options
 from bdh_batch.http.states.rest import States
+from bdh_batch.http.watch.rest import Watch
 from bdh_batch.settings import Settings
 from bdh_batch.system.threads import in_daemon_thread
 
@@ -60,7 +61,7 @@ class Routes:
         self._gate, self._metrics, self._settings = serving.gate, serving.metrics, serving.settings
         self.kserve, self.messages = KServe(serving), Messages(serving)
         self.responses, self.states = Responses(serving), States(serving)
-        self.pages, self.neurons = Pages(), NeuronMaps(serving)
+        self.watch, self.pages, self.neurons = Watch(serving), Pages(), NeuronMaps(serving)
         self._documents: asyncio.Future[tuple[bytes, bytes]] | None = None  # the OpenAPI document, and its page
 
     def table(self) -> list[Route]:

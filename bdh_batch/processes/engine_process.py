@@ -24,11 +24,13 @@ from bdh_batch.engine.loading import LoadedEngine, load_engine, start_worker
 from bdh_batch.errors import NotEnoughMemory
 from bdh_batch.observability.engine_metrics import EngineMetrics
 from bdh_batch.observability.metrics import exposition, process_registry
+from bdh_batch.observability.watched import Watched
 from bdh_batch.processes.engines import LOADER
 from bdh_batch.processes.folder import RuntimeFolder
 from bdh_batch.processes.local_engine import LoadEngine, engine_info, local_backend, watch_engine
 from bdh_batch.processes.metrics_socket import report
 from bdh_batch.processes.model_settings import ModelSettings, chosen_model
+from bdh_batch.processes.watch_socket import show
 from bdh_batch.settings import Settings
 from bdh_batch.system.threads import in_daemon_thread
 from bdh_batch.text.folder import TextComponents, load_text
@@ -87,8 +89,12 @@ async def run_engine(
     interval = min(LONGEST_INTERVAL, settings.engine.heartbeat_seconds / HEARTBEATS)
     port = EnginePort(backend, grammars, welcome, folder.secret, interval, lambda: worker.load)
     server = await asyncio.get_running_loop().create_unix_server(port.new_connection, sock=folder.listen(name))
-    folder.metrics(name).unlink(missing_ok=True)
+    for path in (folder.metrics(name), folder.watch(name)):
+        path.unlink(missing_ok=True)
     reporting = await report(partial(exposition, registry), folder.metrics(name))
+    watched = Watched(registry)
+    watched.add_engine(model.name, worker)
+    showing = await show(watched, folder.watch(name))
     watching = asyncio.create_task(_end_when_unhealthy(backend.health))
     try:
         on_ready()
@@ -98,6 +104,7 @@ async def run_engine(
     finally:
         server.close()
         reporting.close()
+        showing.close()
         port.close()
         await asyncio.to_thread(backend.close)
         located.close()

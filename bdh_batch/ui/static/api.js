@@ -61,11 +61,12 @@ export class Api {
     throw new ApiError(0, "The stream was cut before the response was complete.");
   }
 
-  /** Follows a stream of events, and connects again whenever it ends, until `signal` fires. Waits longer after each failure. */
+  /** Follows a stream of events, and connects again whenever it ends, until `signal` fires. Waits longer after each failure.
+   *  `path` may be a function that says where to go on. */
   async follow(path, signal, onEvent, onProblem) {
     for (let failures = 0; !signal.aborted; ) {
       try {
-        for await (const event of this.events(path, { signal })) {
+        for await (const event of this.events(typeof path === "function" ? path() : path, { signal })) {
           failures = 0;
           onEvent(event);
         }
