@@ -118,7 +118,8 @@ class Looked:
         """MiB of the JavaScript heap and its buffers, without garbage."""
         await self._cdp.send("HeapProfiler.collectGarbage")
         usage = await self._cdp.send("Runtime.getHeapUsage")
-        return round((usage["usedSize"] + usage.get("backingStorageSize", 0)) / 2**20, 2)
+        taken: float = round((usage["usedSize"] + usage.get("backingStorageSize", 0)) / 2**20, 2)
+        return taken
 
     @property
     def _all(self) -> int:
