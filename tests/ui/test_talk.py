@@ -29,8 +29,11 @@ async def parameters(page: Page, **values: object) -> None:
 
 async def say(page: Page, text: str) -> None:
     """Sends it, and waits until the answer is complete."""
+    complete = page.locator(".message.model .stats")
+    before = await complete.count()
     await page.fill("#talk-input", text)
     await page.keyboard.press("Control+Enter")
+    await expect(complete).to_have_count(before + 1)
     await done(page)
 
 
@@ -87,7 +90,7 @@ async def test_a_conversation_needs_a_keyboard_only(tiny: Server, open_page: Ope
         await tab_to(page, "Message", "Shift+Tab")
         await page.keyboard.type("Who is there?")
         await page.keyboard.press("Enter")
-        await done(page)
+        await expect(page.locator(".stats")).to_have_count(1)
         assert len(await texts(page)) == 2
         await tab_to(page, "Regenerate", "Shift+Tab")
         await page.keyboard.press("Enter")
@@ -251,7 +254,7 @@ async def test_a_server_that_ends_is_told_and_one_that_comes_back_is_used(
             with serve(model=TINY, port=port):
                 await expect(page.locator(banner)).to_be_hidden()
                 await page.get_by_role("button", name="Try again").click()
-                await done(page)
+                await expect(page.locator(".stats")).to_have_count(2)
                 assert len(await texts(page)) == 4  # the response before is gone with its server: all was sent
 
 
