@@ -1,4 +1,8 @@
-"""Makes the pictures of docs/ui.md, from the bundled model and a real browser: `python -m docs.screenshots`."""
+"""Makes the pictures of docs/ui.md, from the bundled model and a real browser.
+
+python -m docs.screenshots             # all
+python -m docs.screenshots ui-look     # some
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +22,14 @@ from playwright.async_api import Page, async_playwright
 DOCS = Path(__file__).parent
 START_SECONDS = 600.0
 DESKTOP, PHONE = {"width": 1200, "height": 760}, {"width": 360, "height": 740}
+LOOK = {"width": 1200, "height": 1000}
 # What each picture is called, and what its browser is like.
 PICTURES: dict[str, dict[str, Any]] = {
     "ui-talk": {"viewport": DESKTOP, "color_scheme": "light"},
     "ui-talk-dark": {"viewport": DESKTOP, "color_scheme": "dark"},
     "ui-talk-phone": {"viewport": PHONE, "color_scheme": "light"},
+    "ui-look": {"viewport": LOOK, "color_scheme": "light"},
+    "ui-look-dark": {"viewport": LOOK, "color_scheme": "dark"},
 }
 
 
@@ -41,16 +49,34 @@ async def talk(page: Page) -> None:
     await page.evaluate("document.activeElement.blur()")
 
 
-async def pictures(url: str) -> None:
+async def look(page: Page) -> None:
+    """Has the model go on, and chooses a token and a neuron of it."""
+    view = page.locator("#view-look")
+    await view.get_by_label("Text that the model reads").fill("ROMEO:\nWhat light is this, that ")
+    await view.get_by_label("Tokens to generate").fill("420")
+    await view.get_by_label("Seed").fill("3")
+    await view.get_by_role("button", name="Look").click()
+    await view.locator(".letter[data-at='440']").wait_for(state="attached")
+    await view.get_by_role("button", name="Stop").wait_for(state="hidden")
+    await view.locator(".letter[data-at='436']").click()
+    await view.get_by_label("The chosen token").locator("tbody button").nth(5).click()
+    await page.evaluate("document.querySelector('main').scrollTop = 0")
+
+
+VIEWS = {"talk": talk, "look": look}
+
+
+async def pictures(url: str, names: Sequence[str]) -> None:
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        for name, options in PICTURES.items():
-            context = await browser.new_context(**options)
+        for name in names:
+            view = name.split("-")[1]
+            context = await browser.new_context(**PICTURES[name])
             context.set_default_timeout(START_SECONDS * 1000)
             page = await context.new_page()
-            await page.goto(f"{url}/ui#talk")
+            await page.goto(f"{url}/ui#{view}")
             await page.wait_for_selector("html[data-ready]")
-            await talk(page)
+            await VIEWS[view](page)
             await page.screenshot(path=DOCS / f"{name}.png")
             await context.close()
         await browser.close()
@@ -76,7 +102,7 @@ def main() -> None:
     server = subprocess.Popen([sys.executable, "-m", "bdh_batch", "serve", "--port", str(port)])
     try:
         wait_until_ready(url)
-        asyncio.run(pictures(url))
+        asyncio.run(pictures(url, sys.argv[1:] or [*PICTURES]))
     finally:
         server.terminate()
         server.wait()

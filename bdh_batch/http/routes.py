@@ -22,7 +22,7 @@ from bdh_batch.http.errors import error_response
 from bdh_batch.http.gate import HostedModel, ServedModel, card
 from bdh_batch.http.kserve.rest import KServe
 from bdh_batch.http.neurons.rest import NeuronMaps
-from bdh_batch.http.pages.rest import Pages, wants_page
+from bdh_batch.http.pages.rest import HEADERS, Pages, wants_page
 from bdh_batch.http.prepare import Preparation
 from bdh_batch.http.request.body import Body, read_object
 from bdh_batch.http.request.client import Client, unless_left
@@ -180,7 +180,7 @@ class Routes:
 
     async def docs(self, request: Request) -> Response:
         _, shown = await self._described()
-        return Response(shown, headers={"content-security-policy": POLICY}, media_type="text/html")
+        return Response(shown, headers=HEADERS | {"content-security-policy": POLICY}, media_type="text/html")
 
     async def _described(self) -> tuple[bytes, bytes]:
         """The OpenAPI document and its page. They take a fraction of a second: the first request has them made."""
@@ -229,7 +229,7 @@ class Routes:
 
 def _describe(settings: Settings) -> tuple[bytes, bytes]:
     document = openapi(settings)
-    return orjson.dumps(document), page(document)
+    return orjson.dumps(document), page(document, settings.server.ui)
 
 
 def _status(problem: str | None, well: str) -> Response:
