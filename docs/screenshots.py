@@ -22,14 +22,13 @@ from playwright.async_api import Page, async_playwright
 DOCS = Path(__file__).parent
 START_SECONDS = 600.0
 DESKTOP, PHONE = {"width": 1200, "height": 760}, {"width": 360, "height": 740}
-LOOK = {"width": 1200, "height": 1000}
+LOOK = {"width": 1200, "height": 820}
 # What each picture is called, and what its browser is like.
 PICTURES: dict[str, dict[str, Any]] = {
     "ui-talk": {"viewport": DESKTOP, "color_scheme": "light"},
     "ui-talk-dark": {"viewport": DESKTOP, "color_scheme": "dark"},
     "ui-talk-phone": {"viewport": PHONE, "color_scheme": "light"},
     "ui-look": {"viewport": LOOK, "color_scheme": "light"},
-    "ui-look-dark": {"viewport": LOOK, "color_scheme": "dark"},
 }
 
 
@@ -59,7 +58,8 @@ async def look(page: Page) -> None:
     await view.locator(".letter[data-at='440']").wait_for(state="attached")
     await view.get_by_role("button", name="Stop").wait_for(state="hidden")
     await view.locator(".letter[data-at='436']").click()
-    await view.get_by_label("The chosen token").locator("tbody button").nth(5).click()
+    layers = view.get_by_role("region", name="Strongest neurons of each layer").locator("tbody tr")
+    await layers.nth(4).locator("button").nth(2).click()
     await page.evaluate("document.querySelector('main').scrollTop = 0")
 
 
