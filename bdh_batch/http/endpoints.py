@@ -31,6 +31,7 @@ from bdh_batch.http.docs.response_types import (
     Version,
 )
 from bdh_batch.http.kserve.endpoints import kserve
+from bdh_batch.http.neurons.endpoints import neurons
 from bdh_batch.http.responses_api.endpoints import responses
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody
 from bdh_batch.http.schema.text import (
@@ -333,6 +334,7 @@ ENDPOINTS = (
     *messages(),
     *_tokens(),
     *_models(),
+    *neurons(),
     *_operation(),
     *watch(),
     *kserve(),

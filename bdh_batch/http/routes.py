@@ -21,6 +21,7 @@ from bdh_batch.http.endpoints import ENDPOINTS, UI
 from bdh_batch.http.errors import error_response
 from bdh_batch.http.gate import HostedModel, ServedModel, card
 from bdh_batch.http.kserve.rest import KServe
+from bdh_batch.http.neurons.rest import NeuronMaps
 from bdh_batch.http.pages.rest import HEADERS, Pages, wants_page
 from bdh_batch.http.prepare import Preparation
 from bdh_batch.http.request.body import Body, read_object
@@ -60,7 +61,7 @@ class Routes:
         self._gate, self._metrics, self._settings = serving.gate, serving.metrics, serving.settings
         self.kserve, self.messages = KServe(serving), Messages(serving)
         self.responses, self.states = Responses(serving), States(serving)
-        self.watch, self.pages = Watch(serving), Pages()
+        self.watch, self.pages, self.neurons = Watch(serving), Pages(), NeuronMaps(serving)
         self._documents: asyncio.Future[tuple[bytes, bytes]] | None = None  # the OpenAPI document, and its page
 
     def table(self) -> list[Route]:

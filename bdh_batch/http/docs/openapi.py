@@ -148,6 +148,27 @@ PARAMETERS: Json = {
     },
 }
 
+QUERY: Json = {
+    "model": {
+        "name": "model",
+        "in": "query",
+        "description": "The name of a model; the first one if left out.",
+        "schema": {"type": "string", "minLength": 1},
+        "example": "bdh-shakespeare",
+    },
+    **{
+        name: {
+            "name": name,
+            "in": "query",
+            "required": True,
+            "description": f"The number of the {name}, from 0.",
+            "schema": {"type": "integer", "minimum": 0},
+            "example": 0,
+        }
+        for name in ("layer", "head", "neuron")
+    },
+}
+
 
 def _paths(known: Iterable[Endpoint], settings: Settings) -> Json:
     open_to_all = open_paths(settings.auth)
@@ -167,7 +188,8 @@ def _operation(operation: Endpoint, closed: bool, keys: bool) -> Json:
         "operationId": operation.id,
         "tags": [operation.tag],
         "summary": operation.summary,
-        "parameters": [{"$ref": f"#/components/parameters/{name}"} for name in wanted],
+        "parameters": [{"$ref": f"#/components/parameters/{name}"} for name in wanted]
+        + [QUERY[name] for name in operation.query],
         "responses": {"200": _response(operation)} | _refusals(operation, closed),
     }
     if operation.description:

@@ -10,6 +10,7 @@ import { switchThemes } from "./theme.js";
 
 const VIEWS = {
   talk: { title: "Talk", load: () => import("./talk/view.js") },
+  look: { title: "Look", load: () => import("./look/view.js") },
   watch: { title: "Watch", load: () => import("./watch/view.js") },
 };
 
