@@ -268,6 +268,7 @@ async def test_a_draining_server_is_told(serve: ServeFactory, open_page: OpenPag
             server.terminate()
             await expect(page.locator(".message .error")).to_be_visible()
             await expect(page.locator("#banner")).to_be_visible()
+        assert server.exit_code() == 0
 
 
 async def test_a_refused_key_is_asked_for_and_stays_in_the_tab(serve: ServeFactory, open_page: OpenPage) -> None:
