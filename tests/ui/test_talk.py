@@ -126,8 +126,7 @@ async def test_the_server_keeps_chats_and_a_branch_is_a_fork_of_a_response(tiny:
         assert (
             await page.evaluate("Object.keys(localStorage).filter(name => name.startsWith('bdh-conversation-'))") == []
         )
-        await page.reload()
-        await entry.click()
+        await page.reload()  # its address names the conversation
         await expect(page.locator(".message")).to_have_count(4)
         assert await texts(page) == shown
         await page.get_by_role("button", name="Branch before").click()

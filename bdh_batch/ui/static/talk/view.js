@@ -28,9 +28,10 @@ class Talk {
     this.server = new ServerKept(context.api);
     element.append(this.#parts.root);
     this.#wire();
+    const named = location.hash.split("/")[1];
     this.#open(this.#conversation);
     this.loading = this.#loadSchemas();
-    this.#refresh();
+    this.#refresh().then(() => this.#resume(named));
   }
 
   #wire() {
@@ -83,6 +84,7 @@ class Talk {
     this.#problem(null);
     this.#draw();
     this.#drawList();
+    this.#address();
   }
 
   /** `whole`: all of the server's list, not only what is new. */
@@ -117,9 +119,21 @@ class Talk {
     }
   }
 
+  /** Opens the conversation that the address names, as after a reload. */
+  #resume(id) {
+    const entry = this.#listed.find((each) => each.id === id);
+    if (entry && this.#conversation.leaf === null) this.#choose(entry);
+  }
+
+  #address() {
+    if (!["", "#talk"].includes(location.hash.split("/")[0])) return; // another tab is open
+    history.replaceState(null, "", this.#conversation.leaf === null ? "#talk" : `#talk/${this.#conversation.id}`);
+  }
+
   async #keep(conversation) {
     if (conversation.isStored) this.browser.remove(conversation.id);
     else if (!this.browser.put(conversation)) this.#problem(new Error("This conversation is too long to be kept in the browser. The export has all of it."));
+    this.#address();
     await this.#refresh(false);
   }
 
