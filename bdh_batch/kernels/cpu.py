@@ -9,12 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bdh_batch.kernels import cpu_passes as passes, cpu_state, simd, vector
+from bdh_batch.kernels import cpu_passes as passes, cpu_state, simd, simd_terms, vector
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cpu_layout import (
-    BFLOAT16,
-    FLOAT16,
-    FLOAT32,
     MAX_TOKENS,
     PANEL,
     ROWS,
@@ -25,13 +22,17 @@ from bdh_batch.kernels.cpu_layout import (
     Scratch,
     Shape,
     States,
+    Terms,
     Work,
     aligned,
     allocate,
     allocate_scratch,
+    as_terms,
     pack,
     pack_columns,
+    padded,
     round_up,
+    shape_of,
 )
 from bdh_batch.kernels.vector import LANES, compiled, in_parallel, inlined
 
@@ -43,32 +44,17 @@ LONE, WHOLE, EACH = 5, 9, 2
 WORTH_SHARING = 2048  # rows times panels of a product, from which on waking other threads takes less than it saves
 NO_FLOATS = np.empty(0, np.float32)
 NO_TOKENS = np.empty(0, np.int64)
-ROUNDING = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
 
 class CpuKernels:
     """Computes the forward pass with compiled loops on all threads."""
 
     def __init__(self, weights: Weights, window: int = 0) -> None:
-        sets, heads, width, neurons = weights.encoder.shape
-        panels = round_up(neurons, PANEL) // PANEL
-        self._shape = Shape(
-            layers=weights.layers,
-            sets=sets,
-            heads=heads,
-            width=width,
-            pitch=round_up(width, LANES),
-            neurons=neurons,
-            panels=panels,
-            # An odd number of vectors: powers of two would put all tokens' rows in the same few sets of the caches.
-            list_pitch=(panels | 1) * LANES,
-            fired_pitch=(2 * panels + 1) * LANES,
-            rounding=ROUNDING[weights.embed.dtype],
-            half_window=window // 2,
-            final_norm=weights.final_norm,
-        )
+        #: Whether weights stay bfloat16, which the processor multiplies in pairs.
+        self.pairs = weights.embed.dtype == torch.bfloat16 and simd_terms.multiplies_pairs()
+        self._shape = shape_of(weights, window, self.pairs)
         self._packed = pack(weights, self._shape)
-        self._lm_head = pack_columns(weights.lm_head[None], self._shape.pitch)
+        self._lm_head = pack_columns(weights.lm_head[None], self._shape)
         self._vocabulary = weights.lm_head.shape[1]
         self._dtype = weights.lm_head.dtype
         self._threads = min(torch.get_num_threads(), vector.most_threads())
@@ -99,12 +85,12 @@ class CpuKernels:
         pass  # nothing depends on where the states lie
 
     def logits(self, hidden: Tensor) -> Tensor:
-        rows = aligned(len(hidden) + ROWS, self._shape.pitch).zero_()
+        rows = padded(self._shape, len(hidden) + ROWS)
         rows[: len(hidden), : self._shape.width] = hidden.to(self._dtype)
         out = aligned(len(hidden), round_up(self._vocabulary, PANEL))
         panels = out.shape[1] // PANEL
         threads = self._threads if len(hidden) * panels >= WORTH_SHARING else 1
-        numbers, logits = rows.view(-1).numpy(), out.view(-1).numpy()
+        numbers, logits = as_terms(rows), out.view(-1).numpy()
         vector.use_threads(threads)
         project(numbers, len(hidden), self._shape, self._lm_head, self._scratch, logits, self._counters, threads)
         return out[:, : self._vocabulary]
@@ -282,7 +268,7 @@ def attend(
                 cpu_state.start_block(states, state, shape.heads * elements, elements)
         row, position = first - tile_start, part.positions[first]
         if part.frozen[segment]:
-            cpu_state.read_token(row, state, shape, states, scratch)
+            cpu_state.read_token(row, state, shape, states, work, scratch)
         elif end == first + 1:
             cpu_state.attend_token(first, row, position, state, shape, states, work, scratch)
         else:
@@ -303,11 +289,12 @@ def finish_some(layer: int, part: Round, shape: Shape, work: Work, counters: Lon
 
 @in_parallel
 def project(
-    rows: Floats, tokens: int, shape: Shape, columns: Floats, scratches: Scratch, out: Floats, counters: Longs,
+    rows: Terms, tokens: int, shape: Shape, columns: Terms, scratches: Scratch, out: Floats, counters: Longs,
     threads: int,
 ) -> None:  # fmt: skip
-    """out [tokens, columns] = rows [tokens + ROWS, pitch] · packed columns. Threads share out the panels, each of which
-    is computed as it would be by one alone."""
+    """out [tokens, columns] = rows [tokens + ROWS, input_pitch] · packed columns.
+
+    Threads share out the panels, each of which is computed as it would be by one alone."""
     counters[0] = 0
     if threads == 1:  # without the time that waking the others takes
         project_some(rows, tokens, shape, columns, scratches.products[0], out, counters)
@@ -318,17 +305,18 @@ def project(
 
 @compiled
 def project_some(
-    rows: Floats, tokens: int, shape: Shape, columns: Floats, products: Floats, out: Floats, counters: Longs
+    rows: Terms, tokens: int, shape: Shape, columns: Terms, products: Floats, out: Floats, counters: Longs
 ) -> None:
-    panels = len(columns) // (shape.pitch * PANEL)
+    pitch = shape.input_pitch
+    panels = len(columns) // (pitch * PANEL)
     while True:
         panel = simd.take_work(counters, 0)
         if panel >= panels:
             return
-        start = panel * shape.pitch * PANEL
+        start = panel * pitch * PANEL
         for token in range(0, tokens, ROWS):
             count = min(ROWS, tokens - token)
-            passes.product(rows, token * shape.pitch, count, shape.pitch, columns, start, shape.width, products, 0)
+            passes.product(rows, token * pitch, count, pitch, columns, start, shape.depth, products, 0)
             for i in range(count):
                 to = (token + i) * panels * PANEL + panel * PANEL
                 simd.store(out, to, simd.load(products, i * PANEL))

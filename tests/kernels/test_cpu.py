@@ -11,9 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor
 
-from bdh_batch.kernels import cpu, cpu_layout, cpu_state, vector
+from bdh_batch.kernels import cpu, cpu_layout, cpu_state, simd_terms, vector
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cpu import CpuKernels
+from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.torch_reference import TorchKernels, rotation
 from benchmarks.engine.synthetic import synthetic_weights
 from tests.kernels.support import VARIANTS, alone, distance, feed, in_a_crowd, model, poison, states_for, variant
@@ -23,18 +24,20 @@ TOLERANCE = 1e-5
 TOLERANCE_OF = {torch.float32: TOLERANCE, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 properties = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
+FLOAT32 = st.just(torch.float32)
+
 
 def text(length: int, vocabulary: int, seed: int = 0) -> Tensor:
     return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
 
 
 @st.composite
-def models(draw: st.DrawFn) -> Weights:
+def models(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = FLOAT32) -> Weights:
     heads, width = draw(st.integers(1, 4)), draw(st.sampled_from([6, 15, 16, 17, 33, 48, 64]))
     multiplier = draw(st.sampled_from([2, 4, 6])) * heads
     config = model(draw(st.integers(1, 3)), heads, width, multiplier * width // heads, draw(st.integers(2, 70)))
     density = draw(st.sampled_from([0.0, 0.05, 0.3, 0.5, 0.9, 1.0]))
-    weights = synthetic_weights(config, density, seed=draw(st.integers(0, 9)))
+    weights = synthetic_weights(config, density, seed=draw(st.integers(0, 9)), dtype=draw(dtypes))
     return variant(weights, draw(st.sampled_from(VARIANTS)))
 
 
@@ -72,17 +75,41 @@ def test_loops_have_the_threads_of_the_engine_and_no_others(threads: int, monkey
     assert set(found) == {min(threads, vector.most_threads())}
 
 
+@pytest.mark.parametrize("width", [15, 48, 80])
 @pytest.mark.parametrize("dtype", list(TOLERANCE_OF))
-def test_weights_of_each_dtype(dtype: torch.dtype) -> None:
-    weights = synthetic_weights(model(3, 2, 48, 96, 60), 0.3, dtype=dtype)
+def test_weights_of_each_dtype(dtype: torch.dtype, width: int) -> None:
+    weights = synthetic_weights(model(3, 2, width, 2 * width, 60), 0.3, dtype=dtype)
     tokens = text(80, 60)
     got = alone(CpuKernels(weights), states_for(weights, 1), tokens, 0, [50, 60])
     expected = alone(TorchKernels(weights), states_for(weights, 1), tokens, 0, [50, 60])
     assert distance(got, expected) <= TOLERANCE_OF[dtype]
 
 
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_weights_of_bfloat16_stay_so_where_the_processor_multiplies_them(
+    multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half the memory, with the same mathematics; elsewhere they are widened, and the start says so."""
+    if multiplies and not simd_terms.multiplies_pairs():
+        pytest.skip("this processor has no avx512_bf16")
+    weights = synthetic_weights(model(3, 2, 64, 128, 60), 0.3, dtype=torch.bfloat16)
+    tokens = text(80, 60)
+    monkeypatch.setattr(simd_terms, "multiplies_pairs", lambda: multiplies)
+    kernels, reason = select_kernels("cpu", weights, 0)
+    assert isinstance(kernels, CpuKernels)
+    assert ("stay so, and are multiplied by avx512_bf16" if multiplies else "are widened to float32") in reason
+    packed = kernels._packed.encoder, kernels._packed.encoder_v, kernels._packed.decoder
+    assert sum(array.nbytes for array in packed) == 3 * weights.encoder.numel() * (2 if multiplies else 4)
+    expected = alone(TorchKernels(weights), states_for(weights, 1), tokens, 0, [])
+    assert distance(alone(kernels, states_for(weights, 1), tokens, 0, [50, 60]), expected) <= 3e-2
+
+
 @properties
-@given(weights=models(), lengths=st.lists(st.integers(1, 60), min_size=1, max_size=9), seed=st.integers(0, 99))
+@given(
+    weights=models(st.sampled_from([torch.float32, torch.bfloat16])),
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=9),
+    seed=st.integers(0, 99),
+)
 def test_the_same_bits_in_any_company_and_any_pieces(weights: Weights, lengths: list[int], seed: int) -> None:
     """Logits and state: alone as a whole, and among others in random ragged pieces, in other slots and positions."""
     generator = np.random.default_rng(seed)
