@@ -23,7 +23,7 @@ MAX_TOKENS = 2048  # of one round; the memory to work in is for as many
 MAX_GRAPH = 1024  # sequences of the largest decode step that is kept as a graph
 ANGLES = 256  # of one program
 ROWS = 4  # of partial sums that one program adds at a time
-LOGIT_TILE, LOGIT_DEPTH = 32, 32
+LOGIT_TILE, LOGIT_DEPTH, LOGIT_STAGES = 32, 64, 3
 Constants = dict[str, Any]
 
 
@@ -364,7 +364,7 @@ def constants(shape: Shape, blocks: Blocks) -> dict[str, Constants]:
         ops.finish_kernel: {"num_warps": 2},
         ops.logits_kernel: {
             "BLOCK_T": LOGIT_TILE, "BLOCK_N": LOGIT_TILE, "BLOCK_K": min(LOGIT_DEPTH, at_least_smallest(shape.width)),
-            "num_warps": 4, "num_stages": 2,
+            "num_warps": 4, "num_stages": LOGIT_STAGES,
         },
     }  # fmt: skip
     return {
