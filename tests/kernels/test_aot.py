@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ if sys.platform != "linux":
 
 from bdh_batch.kernels.cuda import LOGIT_DEPTH
 from benchmarks.engine.gpu_compile import CHIPS, Case, cases
+from benchmarks.engine.gpu_kernels import CHIP, report_of, shown
+from benchmarks.report import RESULTS
 
 SHARED_MEMORY = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}  # most of one block, by the CUDA programming guide
-CHIP = "sm_90"  # of H100 and H200
 CASES = {case.name: case for case in cases()}
 # Groups of loads that are under way while a program waits for the oldest: all of at least one further iteration.
 IN_FLIGHT = {"encode_kernel": 2, "attend_token_kernel": 2, "contract_kernel": 2, "logits_kernel": 2}
@@ -45,6 +47,15 @@ def test_what_is_launched_spills_nothing_and_loads_ahead(case: Case, results: Re
     assert taken["stack"] == 0 or case.kernel == SINES
     assert taken["in_flight"] >= IN_FLIGHT.get(case.kernel, 0) or case.shape.width <= LOGIT_DEPTH
     assert taken["programs"] >= (1 if case.kernel == "attend_chunk_kernel" else 2)
+
+
+def test_the_table_of_resources_is_that_of_these_kernels(results: Results) -> None:
+    kept = [json.loads(file.read_text()) for file in RESULTS.glob("*/suite/gpu-kernels.json")]
+    assert kept
+    for report in kept:
+        if report["versions"]["triton"] == version("triton"):
+            made = json.loads(json.dumps(report_of(results, shown())))
+            assert {key: report[key] for key in made} == made
 
 
 def test_every_kernel_is_among_the_cases() -> None:
