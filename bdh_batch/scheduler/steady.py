@@ -1,5 +1,5 @@
-"""Remembers the segments of a step in which all that runs decodes: the next one is the same while nothing comes or goes,
-as segments are kept up. Decides nothing."""
+"""Remembers the segments of a step in which all that runs decodes. The next step is the same while nothing comes or
+goes, as segments are kept up. Decides nothing."""
 
 from __future__ import annotations
 
