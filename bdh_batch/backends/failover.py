@@ -37,6 +37,7 @@ class Failover:
         max_failovers: engines in a row that one stream may lose without a token; then it fails.
         ready: returns the replicas that are ready.
         choose: returns the one of them that should compute a request.
+        clock: the seconds of now, of no certain beginning.
 
     `waiting` contains the streams that wait for an engine, each with the timer of its deadline.
     """
@@ -46,11 +47,13 @@ class Failover:
         max_failovers: int,
         ready: Callable[[], Sequence[Replica]],
         choose: Callable[[GenerationRequest], Replica | None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.waiting: dict[RemoteStream, asyncio.TimerHandle | None] = {}
         self._max_failovers = max_failovers
         self._ready = ready
         self._choose = choose
+        self._clock = clock
         self._probes: dict[Replica, RemoteStream] = {}
         self._unexplained = -math.inf  # when an engine last crashed without a suspect in its step
 
@@ -62,7 +65,7 @@ class Failover:
     def lost(self, replica: Replica, streams: Sequence[RemoteStream]) -> None:
         """Moves `streams` to other engines, as `replica` has crashed, hangs, or is being replaced."""
         self._probes.pop(replica, None)
-        leaving, now = replica.state is State.LEAVING, time.monotonic()
+        leaving, now = replica.state is State.LEAVING, self._clock()
         suspects = () if leaving else replica.in_step
         if not (leaving or suspects or any(not stream.confirmed for stream in streams)):
             self._unexplained = now
@@ -131,7 +134,7 @@ class Failover:
     def _wait(self, stream: RemoteStream) -> None:
         timer = None
         if stream.deadline is not None:
-            left = max(0.0, stream.deadline - time.monotonic())
+            left = max(0.0, stream.deadline - self._clock())
             end = partial(stream.fail, RunTimeout("The request timed out while it waited for an engine."))
             timer = asyncio.get_running_loop().call_later(left, end)
         self.waiting[stream] = timer

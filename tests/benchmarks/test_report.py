@@ -40,7 +40,13 @@ WRITERS = {
 }
 WRITING = {"write_text", "write_bytes", "dump", "savefig", "save", "savetxt"}
 # What may be imported where; the top is for all.
-PACKAGES = {"engine": set(), "server": {"engine"}, "stress": set(), "reports": {"engine", "server"}}
+PACKAGES = {
+    "engine": set(),
+    "fleet": {"engine"},
+    "server": {"engine"},
+    "stress": set(),
+    "reports": {"engine", "server"},
+}
 # What speaks to servers, beside the client: a port that is free, bytes, locust's own.
 SPEAKING = {"client", "served", "raw", "stress/locustfile"}
 CLIENTS = {"aiohttp", "geventhttpclient", "h11", "http", "httptools", "httpx", "requests", "socket", "urllib"}

@@ -1,0 +1,159 @@
+"""Plays fleets of many sizes on a virtual clock: waits and recomputed tokens by size, failure rate and routing rule.
+
+    python -m benchmarks.fleet.sweep                    # all, up to 2,048 replicas
+    python -m benchmarks.fleet.sweep --only sizes --largest 512
+    python -m benchmarks.fleet.picture                  # draws what it found
+
+Every replica has the server's own scheduler with its default options, and every ingress process the server's own
+failover and, but for the other rules, routing. Steps take what `bdh-batch plan --gpu cpu` reckons for upstream's
+default model (25M parameters) on the machine of --results. Nothing here depends on how fast this machine is, but for
+`processor_seconds`. Writes `fleet.json`:
+
+    sizes       by routing rule and number of replicas
+    failures    by failures of a replica an hour
+    detection   by the seconds until a lost engine is known to be lost
+    ingresses   by ingress processes, where a conversation stays with one and where each turn comes to any
+
+The first seconds of a fleet, in which its caches fill, are in no figure but those of lost work. The larger a fleet, the
+shorter its time, as what is played is bounded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from bdh_batch.backends import failover
+from bdh_batch.checkpoint.config import BDHConfig
+from bdh_batch.plan.costs import Load
+from bdh_batch.plan.machines import measured
+from bdh_batch.plan.sizing import Planner
+from bdh_batch.settings import Settings
+from benchmarks.fleet.engine import Engine, Planned, scheduler_of
+from benchmarks.fleet.fleet import Fleet, play
+from benchmarks.fleet.load import Chats
+from benchmarks.fleet.streams import RULES
+from benchmarks.report import RESULTS, report_head, results_folder, write_report
+
+SIZES = (1, 8, 64, 512, 2048)
+FAILURES = (0.0, 1.0, 6.0, 36.0)
+DETECTION = (0.05, 1.0, 5.0)  # a process that ends is known at once; a machine after engine.heartbeat_seconds
+INGRESSES = (1, 4, 16)
+MIDDLE = 128  # replicas, where these do not vary
+CHATS = Chats(pause=2.0, answer=32)
+SLOTS = 64
+BATCH = 8  # streams, by whose step the load is reckoned
+WARM, LEAST_SECONDS, REQUESTS = 20.0, 35.0, 6000
+MEMORY = 16e9  # bytes of a replica
+SECTIONS = ("failures", "detection", "ingresses", "sizes")
+
+
+class Model:
+    """Makes engines of upstream's default model on a machine, and reckons what they can carry."""
+
+    def __init__(self, results: Path) -> None:
+        machine, self.config = measured(results, MEMORY), BDHConfig()
+        self.basis = machine.basis
+        self._planner = Planner(self.config, machine, Load())
+        # A copy reads and writes; the machine's rate counts both.
+        self._costs = Planned(self._planner, machine.bandwidth / 2)
+
+    def engine(self) -> Engine:
+        scheduler = scheduler_of(Settings(), self.config, SLOTS, self._planner.costs.state_bytes)
+        return Engine(scheduler, self._costs)
+
+    @property
+    def request_seconds(self) -> float:
+        """Of one engine's time that a request takes, where nothing is cached."""
+        prompt, step = sum(self._planner.prompt().values()), sum(self._planner.step(BATCH).values())
+        return CHATS.prompt_tokens * prompt + CHATS.answer * step / BATCH
+
+    @property
+    def figures(self) -> Mapping[str, Any]:
+        return {
+            "basis": self.basis,
+            "config": self.config.to_dict(),
+            "state_bytes": self._planner.costs.state_bytes,
+            "step_s": {streams: sum(self._planner.step(streams).values()) for streams in (1, 2, 4, 8, 16)},
+            "prompt_token_s": sum(self._planner.prompt().values()),
+            "request_s": self.request_seconds,
+        }
+
+
+class Sweep:
+    """Plays fleets of one model.
+
+    Args:
+        load: of what the engines could carry if nothing were cached.
+        largest: replicas.
+    """
+
+    def __init__(self, model: Model, load: float, largest: int, requests: int = REQUESTS) -> None:
+        self._model, self._load, self._largest, self._requests = model, load, largest, requests
+
+    def fleet(self, replicas: int, **other: Any) -> Fleet:
+        rate = self._load * replicas / self._model.request_seconds
+        seconds = WARM + max(LEAST_SECONDS, self._requests / rate)
+        return Fleet(replicas, rate, seconds, WARM, chats=CHATS, **other)
+
+    def play(self, fleet: Fleet) -> dict[str, Any]:
+        given = {name: value for name, value in asdict(fleet).items() if name != "chats"}
+        found = {**given, **play(fleet, self._model.engine)}
+        print(json.dumps(found), file=sys.stderr, flush=True)
+        return found
+
+    def sizes(self) -> list[dict[str, Any]]:
+        sizes = [size for size in SIZES if size <= self._largest]
+        return [self.play(self.fleet(size, rule=rule, failures=2.0)) for size in sizes for rule in RULES]
+
+    def failures(self) -> list[dict[str, Any]]:
+        middle = self.fleet(min(MIDDLE, self._largest))
+        return [self.play(replace(middle, failures=failures)) for failures in FAILURES]
+
+    def detection(self) -> list[dict[str, Any]]:
+        middle = self.fleet(min(MIDDLE, self._largest), failures=6.0)
+        return [self.play(replace(middle, detected=seconds)) for seconds in DETECTION]
+
+    def ingresses(self) -> list[dict[str, Any]]:
+        middle = self.fleet(min(MIDDLE, self._largest))
+        return [
+            self.play(replace(middle, ingresses=ingresses, sticky=sticky))
+            for ingresses in INGRESSES
+            for sticky in ((True, False) if ingresses > 1 else (True,))
+        ]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m benchmarks.fleet.sweep",
+    )
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--largest", type=int, default=SIZES[-1], help="replicas of the largest fleet")
+    parser.add_argument("--load", type=float, default=0.7, help="of what the engines could carry without any cache")
+    parser.add_argument("--results", type=Path, default=RESULTS / "amd-epyc-2-threads", help="of the machine")
+    parser.add_argument("--out", type=Path, default=results_folder())
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    chosen = parse(argv)
+    logging.getLogger(failover.__name__).setLevel(logging.CRITICAL)  # it tells of every resumed request
+    model = Model(chosen.results)
+    sweep = Sweep(model, chosen.load, chosen.largest)
+    head = report_head(["msgspec"])
+    report = {**head, "load": chosen.load, "chats": asdict(CHATS), "slots": SLOTS, "model": model.figures}
+    for name in chosen.only:
+        report[name] = getattr(sweep, name)()
+        write_report(chosen.out / "fleet.json", report)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""Fleets on a virtual clock: nothing is lost on the way, work adds up, and the same seed gives the same figures."""
+
+from __future__ import annotations
+
+import logging
+import random
+from dataclasses import replace
+from functools import partial
+
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from bdh_batch.backends import failover
+from bdh_batch.checkpoint.config import BDHConfig
+from bdh_batch.settings import PrefixCache, Settings
+from benchmarks.engine.play import Cost
+from benchmarks.fleet.engine import Engine, scheduler_of
+from benchmarks.fleet.fleet import Fleet, Simulation, play
+from benchmarks.fleet.load import Chats, Conversation
+from benchmarks.fleet.streams import RULES, Work
+
+COST = Cost(step=0.005, decode=0.003, prefill=0.001, copy=0.002)
+CHATS = Chats(stems=4, instructions=64, message=16, answer=12, pause=1.0)
+STATE_BYTES = 2**20
+
+
+def engine(cached: bool = True) -> Engine:
+    chosen = Settings(prefix_cache=PrefixCache(enabled=cached))
+    return Engine(scheduler_of(chosen, BDHConfig(), 16, STATE_BYTES), COST)
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    logging.getLogger(failover.__name__).setLevel(logging.CRITICAL)
+
+
+FLEETS = st.builds(
+    Fleet,
+    replicas=st.integers(1, 4),
+    rate=st.floats(0.5, 40.0),
+    seconds=st.just(12.0),
+    ingresses=st.integers(1, 3),
+    rule=st.sampled_from(sorted(RULES)),
+    sticky=st.booleans(),
+    failures=st.sampled_from([0.0, 300.0, 1200.0]),
+    detected=st.sampled_from([0.0, 0.5, 3.0]),
+    restarted=st.floats(0.5, 6.0),
+    chats=st.just(CHATS),
+    seed=st.integers(0, 2**20),
+)
+
+
+@settings(max_examples=30, deadline=None)
+@given(fleet=FLEETS, cached=st.booleans())
+def test_every_request_ends_once_and_all_work_is_accounted_for(fleet: Fleet, cached: bool) -> None:
+    simulation = Simulation(fleet, partial(engine, cached))
+    simulation.run()
+    ended = simulation.streams + simulation.failed
+    assert simulation.open == {}
+    assert len({stream.key for stream in ended}) == len(ended)
+    for ingress in simulation.ingresses:
+        assert not ingress.failover.waiting
+        assert not any(view.readers for view in ingress.views)
+    for stream in simulation.streams:
+        work, prompt = stream.work, len(stream.request.prompts[0].tokens)
+        assert stream.tokens == stream.request.max_tokens
+        assert work.computed + work.cached == prompt + stream.tokens - 1 + work.lost
+        assert work.lost - work.cached <= work.recomputed <= work.lost
+        assert bool(work.losses) or work.recomputed == 0
+    computed = simulation.gone + sum(each.computed for each in simulation.engines if each is not None)
+    assert computed == sum(stream.work.computed for stream in ended)
+    assert fleet.failures or (simulation.failures, simulation.refused, simulation.failed) == (0, 0, [])
+
+
+def test_the_same_seed_gives_the_same_figures() -> None:
+    fleet = Fleet(3, rate=30.0, seconds=12.0, failures=900.0, ingresses=2, restarted=3.0, chats=CHATS)
+    first, again, other = (
+        {**play(each, engine), "processor_seconds": 0} for each in (fleet, fleet, replace(fleet, seed=2))
+    )
+    assert first == again != other
+    assert first["failures"] > 0
+    assert first["resumed"] > 0
+
+
+def test_affinity_computes_fewer_prompt_tokens_than_other_rules() -> None:
+    fleet = Fleet(4, rate=8.0, seconds=30.0, warm=5.0, chats=CHATS)
+    shares = {rule: play(replace(fleet, rule=rule), engine)["computed_share_of_prompts"] for rule in RULES}
+    assert shares["affinity"] < 0.7 * min(share for rule, share in shares.items() if rule != "affinity"), shares
+
+
+def test_ingresses_that_each_remember_their_own_requests_compute_more() -> None:
+    fleet = Fleet(4, rate=8.0, seconds=30.0, warm=5.0, chats=CHATS, ingresses=4)
+    sticky, spread = (play(replace(fleet, sticky=each), engine)["computed_share_of_prompts"] for each in (True, False))
+    assert sticky < spread
+
+
+def test_work_by_hand() -> None:
+    work = Work()
+    work.add(100, 20, lost=True)  # a state of 120 tokens is lost
+    work.add(30, 50, lost=True)  # another engine had 50 of them cached, and came to 80
+    work.add(150, 0, lost=False)
+    assert (work.computed, work.cached, work.lost, work.losses) == (280, 70, 200, 2)
+    assert work.recomputed == 30 + 120
+    assert work.computed + work.cached == 150 + work.lost
+
+
+def test_a_lost_engine_says_what_it_had() -> None:
+    request = Conversation(0, CHATS, random.Random(1)).next()
+    alone = engine()
+    alone.submit(7, request, [], 0.0)
+    assert alone.begin(0.0) is not None
+    prompt = len(request.prompts[0].tokens)
+    assert alone.lose() == [(7, 0, 0, True)]  # in its first step, which it did not survive
+    alone = engine()
+    alone.submit(7, request, [1, 1], 0.0)
+    done = alone.begin(0.0)
+    while done is not None and not any(gained.tokens for gained in alone.finish(done)):
+        done = alone.begin(done)
+    assert alone.lose() == [(7, prompt + 2, 0, False)]
