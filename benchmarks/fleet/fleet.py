@@ -27,7 +27,7 @@ class Fleet:
         rate: requests a second, of all clients together.
         seconds: after which no client says anything more; what has arrived is computed to its end.
         warm: seconds at the beginning whose requests are in no figure but those of lost work.
-        failures: an hour, of each replica.
+        failures_per_hour: of each replica.
         detected: seconds until an ingress knows that an engine is lost.
         restarted: seconds until it is there again, with an empty cache.
         heartbeat: seconds between two heartbeats, in which an engine says how many requests it has.
@@ -41,7 +41,7 @@ class Fleet:
     ingresses: int = 1
     rule: str = "affinity"
     sticky: bool = True
-    failures: float = 0.0
+    failures_per_hour: float = 0.0
     detected: float = 1.0
     restarted: float = 30.0
     heartbeat: float = 1.0
@@ -181,7 +181,7 @@ class Simulation:
     # Failures
 
     def _next_failure(self) -> None:
-        each_second = self.fleet.failures * self.fleet.replicas / 3600
+        each_second = self.fleet.failures_per_hour * self.fleet.replicas / 3600
         if each_second and (after := self._draw.expovariate(each_second)) + self.now < self.fleet.seconds:
             self._in(after, self._fail)
 

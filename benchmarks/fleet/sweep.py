@@ -110,14 +110,14 @@ class Sweep:
 
     def sizes(self) -> list[dict[str, Any]]:
         sizes = [size for size in SIZES if size <= self._largest]
-        return [self.play(self.fleet(size, rule=rule, failures=2.0)) for size in sizes for rule in RULES]
+        return [self.play(self.fleet(size, rule=rule, failures_per_hour=2.0)) for size in sizes for rule in RULES]
 
     def failures(self) -> list[dict[str, Any]]:
         middle = self.fleet(min(MIDDLE, self._largest))
-        return [self.play(replace(middle, failures=failures)) for failures in FAILURES]
+        return [self.play(replace(middle, failures_per_hour=failures)) for failures in FAILURES]
 
     def detection(self) -> list[dict[str, Any]]:
-        middle = self.fleet(min(MIDDLE, self._largest), failures=6.0)
+        middle = self.fleet(min(MIDDLE, self._largest), failures_per_hour=6.0)
         return [self.play(replace(middle, detected=seconds)) for seconds in DETECTION]
 
     def ingresses(self) -> list[dict[str, Any]]:

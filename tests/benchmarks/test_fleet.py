@@ -42,7 +42,7 @@ FLEETS = st.builds(
     ingresses=st.integers(1, 3),
     rule=st.sampled_from(sorted(RULES)),
     sticky=st.booleans(),
-    failures=st.sampled_from([0.0, 300.0, 1200.0]),
+    failures_per_hour=st.sampled_from([0.0, 300.0, 1200.0]),
     detected=st.sampled_from([0.0, 0.5, 3.0]),
     restarted=st.floats(0.5, 6.0),
     chats=st.just(CHATS),
@@ -69,11 +69,11 @@ def test_every_request_ends_once_and_all_work_is_accounted_for(fleet: Fleet, cac
         assert bool(work.losses) or work.recomputed == 0
     computed = simulation.gone + sum(each.computed for each in simulation.engines if each is not None)
     assert computed == sum(stream.work.computed for stream in ended)
-    assert fleet.failures or (simulation.failures, simulation.refused, simulation.failed) == (0, 0, [])
+    assert fleet.failures_per_hour or (simulation.failures, simulation.refused, simulation.failed) == (0, 0, [])
 
 
 def test_the_same_seed_gives_the_same_figures() -> None:
-    fleet = Fleet(3, rate=30.0, seconds=12.0, failures=900.0, ingresses=2, restarted=3.0, chats=CHATS)
+    fleet = Fleet(3, rate=30.0, seconds=12.0, failures_per_hour=900.0, ingresses=2, restarted=3.0, chats=CHATS)
     first, again, other = (
         {**play(each, engine), "processor_seconds": 0} for each in (fleet, fleet, replace(fleet, seed=2))
     )
