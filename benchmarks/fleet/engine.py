@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence as Many
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence as Many
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Protocol, cast
 
@@ -68,24 +68,38 @@ class Gained:
     ended: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """What was lost of one request: tokens in its state, and whether it may be what crashed the engine."""
+
+    key: int
+    computed: int
+    cached: int
+    suspect: bool
+
+
 class Engine:
     """Computes requests step by step. Who calls it keeps the clock.
 
+    While all its requests decode and nothing else is to be done, one step is as the next: then it begins as many at
+    once as there are until a request ends. What comes meanwhile ends that after the step that is under way.
+
     Args:
         costs: of its steps.
+        leaps: whether it begins more than one step at a time.
     """
 
-    def __init__(self, scheduler: Scheduler, costs: Costs) -> None:
+    def __init__(self, scheduler: Scheduler, costs: Costs, leaps: bool = True) -> None:
         self.scheduler = scheduler
         self.computed = 0  # tokens, of prompts and of completions
+        self.now = 0.0  # of its last step
+        self.done: float | None = None  # when the steps that were begun are done; None where there are none
         self._costs = costs
+        self._leaps = leaps
         self._step: Step | None = None
+        self._begun = self._each = 0.0  # when the first of these steps began, and the seconds of each
+        self._count = 0  # of these steps
         self._keys: dict[Sequence, int] = {}
-
-    @property
-    def idle(self) -> bool:
-        """Whether no step is under way."""
-        return self._step is None
 
     @property
     def load(self) -> int:
@@ -105,42 +119,77 @@ class Engine:
         sequence.resume(generated)
         self._keys[sequence] = key
         self.scheduler.submit([sequence])
+        if self._step is not None and self._count > 1:
+            self._count = min(self._count, self._made(now) + 1)
+            self.done = self._begun + self._count * self._each
 
-    def begin(self, now: float) -> float | None:
-        """Begins a step, and returns when it will be done; None where there is nothing to do."""
+    def begin(self, now: float) -> None:
+        """Begins steps if there is something to do: `done` says when they will be."""
         step = self._step = self.scheduler.plan(now)
         if step is None:
-            return None
-        return now + self._costs.of(step.decodes, step.prefill_tokens, copied(step.plan.copies))
+            self.done = None
+            return
+        self._each = self._costs.of(step.decodes, step.prefill_tokens, copied(step.plan.copies))
+        self._begun, self._count = now, self._alike(step) if self._leaps else 1
+        self.done = now + self._count * self._each
 
-    def finish(self, now: float) -> list[Gained]:
-        """Ends the step that was begun."""
-        step, self._step = self._step, None
+    def finish(self) -> list[Gained]:
+        """Ends the steps that were begun."""
+        step, now = self._step, self.done
         assert step is not None
+        assert now is not None
+        self._step, self.done, self.now = None, None, now
+        if self._count > 1:
+            self._advance(step, self._count - 1)
+            self.scheduler.counts.steps += self._count - 1
+            step = replace(step, planned=now - self._each)
         self.computed += step.plan.tokens
         drawn = Outcome([TOKEN if segment.sampling else None for segment in step.plan.segments])
         gained = []
         for sequence, delta in self.scheduler.commit(step, drawn, now):
             ended = delta.finish_reason is not None
             key = self._keys.pop(sequence) if ended else self._keys[sequence]
-            gained.append(Gained(key, len(delta.tokens), *self._work(sequence), ended))
+            gained.append(Gained(key, len(delta.tokens) + self._count - 1, *self._work(sequence), ended))
         return gained
 
-    def lose(self) -> list[tuple[int, int, int, bool]]:
-        """The process is gone: of each request its number, the tokens of its state, how many of these were cached, and
-        whether it was in the step without a token of this engine, as the record of a real one says."""
+    def lose(self, now: float) -> tuple[list[Gained], float, list[Lost]]:
+        """The process is gone: returns what it brought its requests before that, when the last of it came, and what is
+        lost. It computes no more."""
+        made = self._made(now) if self._count > 1 else 0
+        gained: list[Gained] = []
+        if self._step is not None and made:
+            self._advance(self._step, made)
+            gained = [Gained(self._keys[s], made, *self._work(s), ended=False) for s in self._step.sequences]
         suspects = self._suspects()
-        lost = [(key, *self._work(sequence), sequence in suspects) for sequence, key in self._keys.items()]
-        self._keys.clear()
-        return lost
+        return (
+            gained,
+            self._begun + made * self._each,
+            [Lost(key, *self._work(sequence), sequence in suspects) for sequence, key in self._keys.items()],
+        )
+
+    def _alike(self, step: Step) -> int:
+        """How many steps from this one on are the same, if nothing comes."""
+        apart = step.prefill_tokens or step.plan.copies or step.plan.releases or step.decodes < len(self._keys)
+        return 1 if apart else min(s.completion.max_tokens - len(s.generated) for s in step.sequences)
+
+    def _made(self, now: float) -> int:
+        """How many of the steps that were begun are over."""
+        return min(self._count - 1, int((now - self._begun) / self._each)) if self._step is not None else 0
+
+    def _advance(self, step: Step, steps: int) -> None:
+        """Does for each sequence what so many steps like this one would do."""
+        self.computed += steps * step.decodes
+        for sequence in step.sequences:
+            sequence.generated = [TOKEN] * (len(sequence.generated) + steps)
+            sequence.completion.resume(sequence.generated)
+            sequence.computed += steps
+            sequence.standing.account.charge(0, steps)
 
     def _suspects(self) -> Collection[Sequence]:
+        """Those in the step without a token of this engine, as the record of a real one says."""
         step = () if self._step is None else self._step.sequences
         return {sequence for sequence in step if sequence.times.last_token is None}
 
     @staticmethod
     def _work(sequence: Sequence) -> tuple[int, int]:
         return sequence.computed - sequence.prefix.cached, sequence.prefix.cached
-
-
-Make = Callable[[], Engine]

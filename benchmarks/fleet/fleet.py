@@ -91,7 +91,10 @@ class Simulation:
         return self.now >= self.fleet.seconds
 
     def _in(self, seconds: float, act: Callable[..., None], *arguments: Any) -> None:
-        heappush(self._events, (self.now + seconds, next(self._order), act, arguments))
+        self._at(self.now + seconds, act, *arguments)
+
+    def _at(self, moment: float, act: Callable[..., None], *arguments: Any) -> None:
+        heappush(self._events, (moment, next(self._order), act, arguments))
 
     # Clients
 
@@ -143,24 +146,29 @@ class Simulation:
             return  # and nobody knows yet
         engine.submit(stream.key, stream.request, [TOKEN] * stream.tokens, self.now)
         stream.taken()
-        if engine.idle:
-            self._in(0.0, self._begin, view.number)
+        if engine.done is None:
+            self._at(self.now, self._begin, view.number)
+        else:
+            self._at(engine.done, self._finish, view.number, engine)
 
     def _begin(self, number: int) -> None:
         engine = self.engines[number]
-        if engine is not None and engine.idle and (done := engine.begin(self.now)) is not None:
-            self._in(done - self.now, self._finish, number, engine)
+        if engine is None or engine.done is not None:
+            return
+        engine.begin(self.now)
+        if engine.done is not None:
+            self._at(engine.done, self._finish, number, engine)
 
     def _finish(self, number: int, engine: Engine) -> None:
-        if self.engines[number] is not engine:
-            return  # it was lost in this step
-        for gained in engine.finish(self.now):
-            self._take(gained)
+        if self.engines[number] is not engine or engine.done != self.now:
+            return  # it was lost, or ends its steps at another time
+        for gained in engine.finish():
+            self._take(gained, self.now)
         self._begin(number)
 
-    def _take(self, gained: Gained) -> None:
+    def _take(self, gained: Gained, at: float) -> None:
         stream = self.open[gained.key]
-        if stream.gained(gained.tokens, self.now):
+        if gained.tokens and stream.gained(gained.tokens, at):
             self._of[stream.key][1].has_token(stream)
         if gained.ended:
             stream.work.add(gained.computed, gained.cached, lost=False)
@@ -191,15 +199,16 @@ class Simulation:
         if (engine := self.engines[number]) is None:
             return
         self.failures += 1
+        gained, at, lost = engine.lose(self.now)
+        for some in gained:
+            self._take(some, at)
         self.gone += engine.computed
         self.engines[number] = None
-        suspects = set()
-        for key, computed, cached, suspect in engine.lose():
-            stream = self.open[key]
-            stream.work.add(computed, cached, lost=True)
+        suspects = {self.open[each.key].request.origin.id for each in lost if each.suspect}
+        for each in lost:
+            stream = self.open[each.key]
+            stream.work.add(each.computed, each.cached, lost=True)
             stream.waits = True
-            if suspect:
-                suspects.add(stream.request.origin.id)
         for ingress in self.ingresses:
             ingress.views[number].in_step = suspects
         self._in(self.fleet.detected, self._detect, number)

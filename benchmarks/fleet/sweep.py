@@ -7,7 +7,7 @@
 Every replica has the server's own scheduler with its default options, and every ingress process the server's own
 failover and, but for the other rules, routing. Steps take what `bdh-batch plan --gpu cpu` reckons for upstream's
 default model (25M parameters) on the machine of --results. Nothing here depends on how fast this machine is, but for
-`processor_seconds`. Writes `fleet.json`:
+`processor_seconds`. Writes `fleet.json`, section by section:
 
     sizes       by routing rule and number of replicas
     failures    by failures of a replica an hour
@@ -39,7 +39,7 @@ from benchmarks.fleet.engine import Engine, Planned, scheduler_of
 from benchmarks.fleet.fleet import Fleet, play
 from benchmarks.fleet.load import Chats
 from benchmarks.fleet.streams import RULES
-from benchmarks.report import RESULTS, report_head, results_folder, write_report
+from benchmarks.report import RESULTS, load_json, report_head, results_folder, write_report
 
 SIZES = (1, 8, 64, 512, 2048)
 FAILURES = (0.0, 1.0, 6.0, 36.0)
@@ -49,7 +49,7 @@ MIDDLE = 128  # replicas, where these do not vary
 CHATS = Chats(pause=2.0, answer=32)
 SLOTS = 64
 BATCH = 8  # streams, by whose step the load is reckoned
-WARM, LEAST_SECONDS, REQUESTS = 20.0, 35.0, 6000
+WARM, LEAST_SECONDS, REQUESTS = 15.0, 25.0, 4000
 MEMORY = 16e9  # bytes of a replica
 SECTIONS = ("failures", "detection", "ingresses", "sizes")
 
@@ -149,10 +149,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = Model(chosen.results)
     sweep = Sweep(model, chosen.load, chosen.largest)
     head = report_head(["msgspec"])
-    report = {**head, "load": chosen.load, "chats": asdict(CHATS), "slots": SLOTS, "model": model.figures}
+    about = {**head, "load": chosen.load, "chats": asdict(CHATS), "slots": SLOTS, "model": model.figures}
+    file = chosen.out / "fleet.json"
     for name in chosen.only:
-        report[name] = getattr(sweep, name)()
-        write_report(chosen.out / "fleet.json", report)
+        fleets = getattr(sweep, name)()
+        write_report(file, {**load_json(file), name: {**about, "fleets": fleets}})
 
 
 if __name__ == "__main__":

@@ -6,15 +6,16 @@ import logging
 import random
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import pytest
 from hypothesis import given, settings, strategies as st
 
 from bdh_batch.backends import failover
 from bdh_batch.checkpoint.config import BDHConfig
-from bdh_batch.settings import PrefixCache, Settings
+from bdh_batch.settings import PrefixCache, Scheduler as SchedulerOptions, Settings
 from benchmarks.engine.play import Cost
-from benchmarks.fleet.engine import Engine, scheduler_of
+from benchmarks.fleet.engine import TOKEN, Engine, Lost, scheduler_of
 from benchmarks.fleet.fleet import Fleet, Simulation, play
 from benchmarks.fleet.load import Chats, Conversation
 from benchmarks.fleet.streams import RULES, Work
@@ -106,14 +107,33 @@ def test_work_by_hand() -> None:
 
 def test_a_lost_engine_says_what_it_had() -> None:
     request = Conversation(0, CHATS, random.Random(1)).next()
-    alone = engine()
+    alone, prompt = engine(), len(request.prompts[0].tokens)
     alone.submit(7, request, [], 0.0)
-    assert alone.begin(0.0) is not None
-    prompt = len(request.prompts[0].tokens)
-    assert alone.lose() == [(7, 0, 0, True)]  # in its first step, which it did not survive
+    alone.begin(0.0)
+    assert alone.lose(0.001)[2] == [Lost(7, 0, 0, suspect=True)]  # in its first step, which it did not survive
     alone = engine()
-    alone.submit(7, request, [1, 1], 0.0)
-    done = alone.begin(0.0)
-    while done is not None and not any(gained.tokens for gained in alone.finish(done)):
-        done = alone.begin(done)
-    assert alone.lose() == [(7, prompt + 2, 0, False)]
+    alone.submit(7, request, [TOKEN, TOKEN], 0.0)
+    alone.begin(0.0)
+    while not any(gained.tokens for gained in alone.finish()):
+        alone.begin(alone.now)
+    assert alone.lose(alone.now)[2] == [Lost(7, prompt + 2, 0, suspect=False)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_steps_that_are_alike_are_the_same_one_by_one_and_at_once(seed: int) -> None:
+    """Where steps are of no certain length: what the scheduler learns of their cost, it learns more slowly at once."""
+    chosen = Settings(scheduler=SchedulerOptions(target_step_ms=0.0))
+    fleet = Fleet(
+        2, 4.0 * (1 + seed), 12.0, ingresses=2, failures_per_hour=900.0, restarted=3.0, chats=CHATS, seed=seed
+    )
+
+    def played(leaps: bool) -> list[tuple[Any, ...]]:
+        simulation = Simulation(fleet, lambda: Engine(scheduler_of(chosen, BDHConfig(), 16, STATE_BYTES), COST, leaps))
+        simulation.run()
+        assert simulation.failures
+        return [
+            (s.key, s.tokens, s.work.computed, s.work.lost, pytest.approx(s.first), pytest.approx(s.last))
+            for s in simulation.streams
+        ]
+
+    assert played(leaps=True) == played(leaps=False)
