@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -262,6 +263,10 @@ def test_a_plan_is_reported_as_text_and_as_json(gpu: str, capsys: pytest.Capture
     assert "2,000 streams at 20 tokens/s each" in text
     assert "on paper" in text
     assert "losing one, tokens" in text
+    options = re.search(r"scheduler.max_running=(\d+) engine.state_memory=(\d+),", text)
+    assert options is not None
+    chosen = Settings.model_validate({"scheduler": {"max_running": options[1]}, "engine": {"state_memory": options[2]}})
+    assert chosen.engine.state_memory == 6 * 2**20 * chosen.scheduler.max_running
     assert f"x {gpu}" in text
     assert "state of a stream           6.0 MiB" in text
     assert found["state_bytes"] == 4 * 6 * 2**20

@@ -79,6 +79,8 @@ class Sizing:
             "to the first token, mean": f"{1e3 * self.first_token_seconds:.1f} ms, where a slot is free",
             "state of a stream": size_text(self.state_bytes) + suspend,
             "weights": size_text(self.weight_bytes),
+            "options that each needs": f"scheduler.max_running={self.streams_per_machine} "
+            f"engine.state_memory={self.streams_per_machine * self.state_bytes}, and more of it for cached prefixes",
         }
         lines = [f"{name:<{LABEL}}{value}".rstrip() for name, value in rows.items()]
         return "\n".join([*lines, "", *(f"{name:<{LABEL}}{value}" for name, value in self.fleet.rows().items())])

@@ -69,7 +69,7 @@ class Simulation:
         self._make = make
         self._events: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._order, self._keys = count(), count()
-        self._draw = random.Random(f"{fleet.seed} fleet")
+        self._draw, self._chance = random.Random(f"{fleet.seed} fleet"), random.Random(f"{fleet.seed} failures")
         self.ingresses = [
             Ingress(fleet.replicas, RULES[fleet.rule](self._draw), fleet.max_failovers, lambda: self.now)
             for _ in range(fleet.ingresses)
@@ -190,12 +190,12 @@ class Simulation:
 
     def _next_failure(self) -> None:
         each_second = self.fleet.failures_per_hour * self.fleet.replicas / 3600
-        if each_second and (after := self._draw.expovariate(each_second)) + self.now < self.fleet.seconds:
+        if each_second and (after := self._chance.expovariate(each_second)) + self.now < self.fleet.seconds:
             self._in(after, self._fail)
 
     def _fail(self) -> None:
         self._next_failure()
-        number = self._draw.randrange(self.fleet.replicas)
+        number = self._chance.randrange(self.fleet.replicas)
         if (engine := self.engines[number]) is None:
             return
         self.failures += 1

@@ -2,7 +2,7 @@
 
     python -m benchmarks.fleet.sweep                    # all, up to 2,048 replicas
     python -m benchmarks.fleet.sweep --only sizes --largest 512
-    python -m benchmarks.fleet.picture                  # draws what it found
+    python -m benchmarks.fleet.page                     # writes and draws it
 
 Every replica has the server's own scheduler with its default options, and every ingress process the server's own
 failover and, but for the other rules, routing. Steps take what `bdh-batch plan --gpu cpu` reckons for upstream's
@@ -45,7 +45,7 @@ SIZES = (1, 8, 64, 512, 2048)
 FAILURES = (0.0, 1.0, 6.0, 36.0)
 DETECTION = (0.05, 1.0, 5.0)  # a process that ends is known at once; a machine after engine.heartbeat_seconds
 INGRESSES = (1, 4, 16)
-MIDDLE = 128  # replicas, where these do not vary
+MIDDLE, MIDDLE_REQUESTS = 128, 8000  # replicas, where these do not vary, and requests of these fleets
 CHATS = Chats(pause=2.0, answer=32)
 SLOTS = 64
 BATCH = 8  # streams, by whose step the load is reckoned
@@ -94,13 +94,16 @@ class Sweep:
         largest: replicas.
     """
 
-    def __init__(self, model: Model, load: float, largest: int, requests: int = REQUESTS) -> None:
-        self._model, self._load, self._largest, self._requests = model, load, largest, requests
+    def __init__(self, model: Model, load: float, largest: int) -> None:
+        self._model, self._load, self._largest = model, load, largest
 
-    def fleet(self, replicas: int, **other: Any) -> Fleet:
+    def fleet(self, replicas: int, requests: int = REQUESTS, **other: Any) -> Fleet:
         rate = self._load * replicas / self._model.request_seconds
-        seconds = WARM + max(LEAST_SECONDS, self._requests / rate)
+        seconds = WARM + max(LEAST_SECONDS, requests / rate)
         return Fleet(replicas, rate, seconds, WARM, chats=CHATS, **other)
+
+    def middle(self, **other: Any) -> Fleet:
+        return self.fleet(min(MIDDLE, self._largest), MIDDLE_REQUESTS, **other)
 
     def play(self, fleet: Fleet) -> dict[str, Any]:
         given = {name: value for name, value in asdict(fleet).items() if name != "chats"}
@@ -113,15 +116,15 @@ class Sweep:
         return [self.play(self.fleet(size, rule=rule, failures_per_hour=2.0)) for size in sizes for rule in RULES]
 
     def failures(self) -> list[dict[str, Any]]:
-        middle = self.fleet(min(MIDDLE, self._largest))
+        middle = self.middle()
         return [self.play(replace(middle, failures_per_hour=failures)) for failures in FAILURES]
 
     def detection(self) -> list[dict[str, Any]]:
-        middle = self.fleet(min(MIDDLE, self._largest), failures_per_hour=6.0)
+        middle = self.middle(failures_per_hour=6.0)
         return [self.play(replace(middle, detected=seconds)) for seconds in DETECTION]
 
     def ingresses(self) -> list[dict[str, Any]]:
-        middle = self.fleet(min(MIDDLE, self._largest))
+        middle = self.middle()
         return [
             self.play(replace(middle, ingresses=ingresses, sticky=sticky))
             for ingresses in INGRESSES

@@ -30,6 +30,7 @@ WRITERS = {
     "plots": "pictures",
     "engine/peer": "a model's folder, which it loads",
     "engine/simulate": "a picture, and figures on its standard output",
+    "fleet/page": "tables in docs/fleets.md",
     "reports/document": "docs/performance.md",
     "server/loads": "prompts for `bench serve`",
     "stress/faulty": "a census",
