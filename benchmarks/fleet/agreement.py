@@ -235,7 +235,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks.fleet.agreement",
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--seconds", type=float, default=18.0, help="of each load")
     parser.add_argument("--rate", type=float, default=8.0, help="requests a second")
     parser.add_argument("--out", type=Path, default=results_folder())
     return parser.parse_args(argv)

@@ -7,7 +7,7 @@
 Every replica has the server's own scheduler with its default options, and every ingress process the server's own
 failover and, but for the other rules, routing. Steps take what `bdh-batch plan --gpu cpu` reckons for upstream's
 default model (25M parameters) on the machine of --results. Nothing here depends on how fast this machine is, but for
-`processor_seconds`. Writes `fleet.json`, section by section:
+`processor_seconds`. Writes `fleet.json`, fleet by fleet:
 
     sizes       by routing rule and number of replicas
     failures    by failures of a replica an hour
@@ -24,8 +24,8 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -111,25 +111,20 @@ class Sweep:
         print(json.dumps(found), file=sys.stderr, flush=True)
         return found
 
-    def sizes(self) -> list[dict[str, Any]]:
-        sizes = [size for size in SIZES if size <= self._largest]
-        return [self.play(self.fleet(size, rule=rule, failures_per_hour=2.0)) for size in sizes for rule in RULES]
+    def sizes(self) -> Iterator[Fleet]:
+        for size in (size for size in SIZES if size <= self._largest):
+            yield from (self.fleet(size, rule=rule, failures_per_hour=2.0) for rule in RULES)
 
-    def failures(self) -> list[dict[str, Any]]:
-        middle = self.middle()
-        return [self.play(replace(middle, failures_per_hour=failures)) for failures in FAILURES]
+    def failures(self) -> Iterator[Fleet]:
+        yield from (self.middle(failures_per_hour=failures) for failures in FAILURES)
 
-    def detection(self) -> list[dict[str, Any]]:
-        middle = self.middle(failures_per_hour=6.0)
-        return [self.play(replace(middle, detected=seconds)) for seconds in DETECTION]
+    def detection(self) -> Iterator[Fleet]:
+        yield from (self.middle(failures_per_hour=6.0, detected=seconds) for seconds in DETECTION)
 
-    def ingresses(self) -> list[dict[str, Any]]:
-        middle = self.middle()
-        return [
-            self.play(replace(middle, ingresses=ingresses, sticky=sticky))
-            for ingresses in INGRESSES
-            for sticky in ((True, False) if ingresses > 1 else (True,))
-        ]
+    def ingresses(self) -> Iterator[Fleet]:
+        for ingresses in INGRESSES:
+            for sticky in (True, False) if ingresses > 1 else (True,):
+                yield self.middle(ingresses=ingresses, sticky=sticky)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -155,8 +150,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     about = {**head, "load": chosen.load, "chats": asdict(CHATS), "slots": SLOTS, "model": model.figures}
     file = chosen.out / "fleet.json"
     for name in chosen.only:
-        fleets = getattr(sweep, name)()
-        write_report(file, {**load_json(file), name: {**about, "fleets": fleets}})
+        played = []
+        for fleet in getattr(sweep, name)():
+            played.append(sweep.play(fleet))
+            write_report(file, {**load_json(file), name: {**about, "fleets": played}})
 
 
 if __name__ == "__main__":
