@@ -2,8 +2,8 @@
 
 Only a request in the engine's last step that had no token of it yet can be what crashed it. Those requests are
 suspects. All other streams of that engine are resumed at once. Then the suspects are probed: each engine computes one
-of them at a time until it has a token, and no new request starts meanwhile. So if that engine crashes, too, the
-request that did it is known.
+of them at a time until it has a token, and no new request starts there meanwhile. So if that engine crashes, too, the
+request that did it is known. While suspects wait for engines, no new request starts anywhere.
 
 Where engines have also crashed with no suspect in their step, something else kills them, and a suspect may only have
 been present: then it takes more engines to tell. Streams of an engine that is replaced are no suspects.
@@ -36,7 +36,7 @@ class Failover:
     Args:
         max_failovers: engines in a row that one stream may lose without a token; then it fails.
         ready: returns the replicas that are ready.
-        choose: returns the one of them that should compute a request.
+        choose: returns the one of some replicas that should compute a request; None where there are none.
         clock: the seconds of now, of no certain beginning.
 
     `waiting` contains the streams that wait for an engine, each with the timer of its deadline.
@@ -46,7 +46,7 @@ class Failover:
         self,
         max_failovers: int,
         ready: Callable[[], Sequence[Replica]],
-        choose: Callable[[GenerationRequest], Replica | None],
+        choose: Callable[[Sequence[Replica], GenerationRequest], Replica | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.waiting: dict[RemoteStream, asyncio.TimerHandle | None] = {}
@@ -110,19 +110,20 @@ class Failover:
         if not self.waiting:
             return
         for stream in [each for each in self.waiting if not each.failovers and each.admitted.done()]:
-            self._send_somewhere(stream)
+            self._send_to_one(self._ready(), stream)
         suspects = sorted((each for each in self.waiting if each.failovers), key=lambda each: each.tokens)
         for replica in self._ready() if suspects else ():
             if suspects and all(reader.has_token for reader in replica.readers.values()):
                 stream = self._probes[replica] = suspects.pop()
                 self._send(stream, replica)
-        if suspects or self._probes:
+        if suspects:
             return
+        others = [replica for replica in self._ready() if replica not in self._probes]
         for stream in [*self.waiting]:
-            self._send_somewhere(stream)
+            self._send_to_one(others, stream)
 
-    def _send_somewhere(self, stream: RemoteStream) -> None:
-        if (replica := self._choose(stream.request)) is not None:
+    def _send_to_one(self, replicas: Sequence[Replica], stream: RemoteStream) -> None:
+        if (replica := self._choose(replicas, stream.request)) is not None:
             self._send(stream, replica)
 
     def _send(self, stream: RemoteStream, replica: Replica) -> None:

@@ -154,6 +154,7 @@ class Work:
 
 # Rules of routing
 
+Choose = Callable[[Many[Replica], GenerationRequest], Replica | None]
 Rule = Callable[[Many[View], GenerationRequest], View | None]
 
 
@@ -196,13 +197,7 @@ class Ingress:
     def __init__(self, engines: int, rule: Rule, max_failovers: int, clock: Callable[[], float]) -> None:
         self.views = [View(number) for number in range(engines)]
         self.ready = [*self.views]
-        self._rule = rule
-        self.failover = Failover(
-            max_failovers,
-            lambda: cast(Many[Replica], self.ready),
-            lambda request: cast(Replica, self._choose(request)),
-            clock,
-        )
+        self.failover = Failover(max_failovers, lambda: cast(Many[Replica], self.ready), cast(Choose, rule), clock)
 
     def add(self, stream: Stream) -> None:
         self.failover.add(cast(RemoteStream, stream))
@@ -233,6 +228,3 @@ class Ingress:
         view.state = state
         self.ready = [each for each in self.views if each.state is State.READY]
         self.failover.dispatch()
-
-    def _choose(self, request: GenerationRequest) -> View | None:
-        return self._rule(self.ready, request)

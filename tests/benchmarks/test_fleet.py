@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,11 @@ from bdh_batch.backends import failover
 from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.settings import PrefixCache, Scheduler as SchedulerOptions, Settings
 from benchmarks.engine.play import Cost
+from benchmarks.fleet.agreement import fitted, steps
 from benchmarks.fleet.engine import TOKEN, Engine, Lost, scheduler_of
 from benchmarks.fleet.fleet import Fleet, Simulation, play
 from benchmarks.fleet.load import Chats, Conversation
-from benchmarks.fleet.streams import RULES, Work
+from benchmarks.fleet.streams import RULES, Ingress, Stream, View, Work
 
 COST = Cost(step=0.005, decode=0.003, prefill=0.001, copy=0.002)
 CHATS = Chats(stems=4, instructions=64, message=16, answer=12, pause=1.0)
@@ -117,6 +119,63 @@ def test_a_lost_engine_says_what_it_had() -> None:
     while not any(gained.tokens for gained in alone.finish()):
         alone.begin(alone.now)
     assert alone.lose(alone.now)[2] == [Lost(7, prompt + 2, 0, suspect=False)]
+
+
+def test_new_requests_go_to_other_engines_while_a_suspect_is_probed() -> None:
+    """The server's failover, with engines that do nothing."""
+    sent: list[tuple[int, int]] = []
+
+    def send(stream: Stream, view: View) -> None:
+        view.add(stream)
+        sent.append((stream.key, view.number))
+
+    def stream(key: int) -> Stream:
+        return Stream(key, Conversation(key, CHATS, random.Random(key)).next(), 0.0, send, lambda stream: None)
+
+    ingress = Ingress(3, RULES["least loaded"](random.Random(1)), 2, lambda: 0.0)
+    suspect, *others = (stream(key) for key in range(5))
+    ingress.add(suspect)
+    suspect.taken()
+    assert sent == [(0, 0)]
+    ingress.views[0].in_step = {suspect.request.origin.id}
+    ingress.lost(0)
+    assert sent[1:] == [(0, 1)]  # alone in one of the others
+    for each in others:
+        ingress.add(each)
+    assert sent[2:] == [(1, 2), (2, 2), (3, 2), (4, 2)]
+    suspect.gained(1, 0.0)
+    ingress.has_token(suspect)
+    ingress.add(stream(5))
+    assert sent[-1] == (5, 1)
+
+
+def test_steps_of_a_trace_last_until_the_next_where_work_is_left() -> None:
+    def step(now: float, seconds: float, decodes: int, prefill: int, copies: list[list[int]]) -> dict[str, Any]:
+        counts = {"decodes": decodes, "prefill": {"1": prefill}, "copies": copies}
+        return {"event": "step", "now": now, "seconds": seconds, **counts}
+
+    events = [
+        {"event": "submit", "now": 0.0, "place": 1},
+        step(0.0, 0.5, 0, 7, []),
+        step(0.6, 0.5, 1, 0, [[0, 1, 0, 1, 2]]),
+        {"event": "end", "now": 1.1, "place": 1},
+        {"event": "submit", "now": 3.0, "place": 2},
+        step(3.0, 0.4, 0, 5, []),
+        step(3.5, 0.4, 1, 0, []),
+    ]
+    found = [*steps(json.dumps(event) for event in events)]
+    assert found == [
+        (0.0, (pytest.approx(0.6), 0, 7, 0.0)),
+        (0.6, (0.5, 1, 0, 0.5)),
+        (3.0, (pytest.approx(0.5), 0, 5, 0.0)),
+    ]
+
+
+def test_costs_are_found_again_in_the_steps_that_they_make() -> None:
+    draw = random.Random(1)
+    shapes = [(draw.randrange(9), draw.randrange(200), draw.random()) for _ in range(50)]
+    found = fitted([(COST.of(*shape), *shape) for shape in shapes])
+    assert asdict(found) == pytest.approx(asdict(COST))
 
 
 @pytest.mark.parametrize("seed", range(4))
