@@ -41,8 +41,15 @@ def app(args: dict[str, str]) -> serve.Application:
     return application(resolved.settings)
 
 
-def application(settings: Settings) -> serve.Application:
-    """Builds the application of settings. Raises ConfigError: they do not fit a cluster."""
+def application(settings: Settings, front_end: type[FrontReplica] = FrontReplica) -> serve.Application:
+    """Builds the application of settings.
+
+    Args:
+        front_end: what runs as front end.
+
+    Raises:
+        ConfigError: the settings do not fit a cluster.
+    """
     models = models_of(settings)
     check(settings, models)
     _make_store(settings)
@@ -62,7 +69,7 @@ def application(settings: Settings) -> serve.Application:
         for number, model in enumerate(models)
     ]
     front = _deployment(
-        serve.ingress()(FrontReplica),
+        serve.ingress()(front_end),
         name="front",
         num_replicas=settings.server.workers,
         max_ongoing_requests=100_000,  # the front end itself bounds them, and says so

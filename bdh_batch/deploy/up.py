@@ -37,11 +37,16 @@ LAST_WORDS_SECONDS = 5.0
 LOST = 1  # the exit code
 
 
-def up(settings: Settings, announce: Callable[[str, str], None]) -> None:
+def up(
+    settings: Settings,
+    announce: Callable[[str, str], None],
+    build: Callable[[Settings], serve.Application] = application,
+) -> None:
     """Serves until SIGTERM or SIGINT; a second signal does not wait for the drain.
 
     Args:
         announce: is called with the base URL and the models' names once requests are accepted.
+        build: makes the application of settings.
 
     Raises:
         ConfigError: it cannot start.
@@ -61,7 +66,7 @@ def up(settings: Settings, announce: Callable[[str, str], None]) -> None:
             log.warning("%s", text)
         _start_http(settings)
         serve.run_many(
-            [serve.RunTarget(application(settings), NAME, "/", QUIET)],
+            [serve.RunTarget(build(settings), NAME, "/", QUIET)],
             wait_for_applications_running=False,
             wait_for_ingress_deployment_creation=False,
         )
