@@ -22,6 +22,7 @@ from bdh_batch.settings import Settings, load
 
 ON_HEAD = {HEAD_NODE: 0.001}
 LOOK_BACK_SECONDS = 12.0  # over which a load is averaged; Ray warns of less than it takes to report one
+TRIES = 3  # to start a process, before the server cannot start
 SLACK_SECONDS = 10.0  # for what follows a drain, until Ray kills a process
 QUIET = {"log_level": "WARNING", "enable_access_log": False}  # what Ray says beside what this package logs
 
@@ -93,7 +94,7 @@ def _make_store(settings: Settings) -> None:
 
 
 def _deployment(kind: type, **options: Any) -> serve.Deployment:
-    return serve.deployment(**options)(kind)
+    return serve.deployment(**options, max_constructor_retry_count=TRIES)(kind)
 
 
 def _engine_deployment(model: ModelSettings, number: int, models: int, grace: float) -> serve.Deployment:

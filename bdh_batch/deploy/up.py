@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 # Ray reads these when it is imported. It reports to nobody, and what it says of itself is not what a server says.
@@ -65,23 +66,27 @@ def up(
         for text in check_room(shares, resources):
             log.warning("%s", text)
         _start_http(settings)
-        serve.run_many(
-            [serve.RunTarget(build(settings), NAME, "/", QUIET)],
-            wait_for_applications_running=False,
-            wait_for_ingress_deployment_creation=False,
-        )
-        try:
-            _wait_until_running(settings.ray.start_seconds, stop)
-            if not stop.is_set():
-                announce(_url(settings), ", ".join(model.name for model in models))
-                _watch(stop)
-                _drain(settings.server.drain_seconds)
-        finally:
-            serve.delete(NAME)
+        _run(build(settings), settings, stop, partial(announce, _url(settings), ", ".join(shares)))
+    except UNREACHABLE as error:
+        raise ConfigError(f"ray.address: the Ray cluster has failed: {error}") from error
     finally:
         if own:
             serve.shutdown()  # type: ignore[no-untyped-call]
         ray.shutdown()
+
+
+def _run(built: serve.Application, settings: Settings, stop: threading.Event, announce: Callable[[], None]) -> None:
+    """Runs the application until `stop` is set. Raises ConfigError: it cannot start."""
+    target = serve.RunTarget(built, NAME, "/", QUIET)
+    serve.run_many([target], wait_for_applications_running=False, wait_for_ingress_deployment_creation=False)
+    try:
+        _wait_until_running(settings.ray.start_seconds, stop)
+        if not stop.is_set():
+            announce()
+            _watch(stop)
+            _drain(settings.server.drain_seconds)
+    finally:
+        serve.delete(NAME)
 
 
 def _join(settings: Settings, cpus: int) -> None:

@@ -7,7 +7,7 @@ import contextlib
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,15 @@ from openai import APIError, AsyncOpenAI
 
 from tests.conftest import HANG_SECONDS, ROOT, START_SECONDS, clean_environment, command, eventually, free_port
 
-QUICK = {"RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1"}
+# A token that all nodes have, no reports to Ray's makers, and loads that are reported soon.
+ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN": "that of the tests, which is long enough",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TMPDIR": "/tmp",  # paths of sockets are short
+}
 
 
 @dataclass
@@ -65,17 +73,14 @@ class Cluster:
     def until_engines(self, count: int) -> None:
         eventually(lambda: self.engines() == count, HANG_SECONDS, lambda: self.log)
 
-    def processes(self, deployment: str) -> list[psutil.Process]:
-        """Its processes of a deployment, by Ray's name for them."""
-        found = []
-        for process in psutil.Process(self.process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.Error):
-                if f"bdh-batch:{deployment}" in " ".join(process.cmdline()):
-                    found.append(process)
-        return found
+    def kill_one(self, deployment: str, among: Sequence[psutil.Process] | None = None) -> None:
+        """Kills a process of a deployment, which is known by the name that Ray gives it.
 
-    def kill_one(self, deployment: str) -> None:
-        self.processes(deployment)[0].kill()
+        Args:
+            among: where it is looked for; None is where this server has started a cluster.
+        """
+        every = psutil.Process(self.process.pid).children(recursive=True) if among is None else among
+        next(each for each in every if f"bdh-batch:{deployment}" in " ".join(each.cmdline())).kill()
 
     async def streams(self, count: int, tokens: int, begun: Callable[[], object] | None = None) -> list[Told]:
         """Streams of the official client, each with a prompt and a seed of its own.
@@ -123,7 +128,7 @@ def cluster(folder: Path, *options: str, wait: bool = True) -> Iterator[Cluster]
     """Starts a cluster and the server on it; all that was started has ended afterwards."""
     port, log = free_port(), folder / "log"
     flags = [part for option in options for part in ("--set", option)]
-    environment = clean_environment() | QUICK | {"PYTHONPATH": str(ROOT), "TMPDIR": "/tmp"}
+    environment = clean_environment() | ENVIRONMENT
     with log.open("wb") as output:
         process = subprocess.Popen(
             command("ray", "up", "--port", port, *flags),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,8 +16,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import HANG_SECONDS, ROOT, clean_environment, eventually, free_port
-from tests.deploy.rays import Told, cluster
+from tests.conftest import HANG_SECONDS, clean_environment, eventually, free_port
+from tests.deploy.rays import ENVIRONMENT, Told, cluster
 
 STREAMS, TOKENS = 32, 300
 ONE_CORE = "engine.threads=1"
@@ -86,8 +86,9 @@ async def test_engines_follow_the_load_and_no_stream_is_harmed(
         long = asyncio.create_task(server.streams(2, 8000))
         await asyncio.to_thread(server.until_engines, 1)
         moved = await long
-        assert texts(moved) == texts(await server.streams(2, 8000))
-        report(capsys, "engines are scaled from 3 to 1", undisturbed, moved)
+        alone = await server.streams(2, 8000)
+        assert texts(moved) == texts(alone)
+        report(capsys, "engines are scaled from 3 to 1", alone, moved)
 
 
 class Nodes:
@@ -99,20 +100,28 @@ class Nodes:
         self._processes: list[subprocess.Popen[bytes]] = []
 
     def start(self, *flags: str) -> None:
+        """Starts one more node, the head first, and waits until it is there."""
+        log = self._folder / "ray.log"
         ray = str(Path(sys.executable).parent / "ray")
-        environment = clean_environment() | {"PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0"}
-        with (self._folder / "ray.log").open("ab") as output:
+        environment = clean_environment() | ENVIRONMENT
+        with log.open("ab") as output:
             self._processes.append(
                 subprocess.Popen(
-                    [ray, "start", "--block", "--object-store-memory=100000000", "--num-cpus=2", *flags],
+                    [ray, "start", "--block", "--object-store-memory=100000000", *flags],
                     env=environment,
                     stdout=output,
                     stderr=output,
                 )
             )
+        started = len(self._processes)
+        eventually(lambda: log.read_text().count("Ray runtime started.") == started, HANG_SECONDS, log.read_text)
+
+    def processes(self) -> list[psutil.Process]:
+        """All of the nodes: what Ray has started there are their children."""
+        return [each for node in self._processes for each in psutil.Process(node.pid).children(recursive=True)]
 
     def kill_head(self) -> None:
-        for process in psutil.Process(self._processes[0].pid).children(recursive=True):
+        for process in self.processes():
             if "gcs_server" in " ".join(process.cmdline()):
                 process.kill()
 
@@ -131,7 +140,7 @@ class Nodes:
 @pytest.fixture(scope="module")
 def ray_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
     nodes = Nodes(tmp_path_factory.mktemp("nodes"))
-    nodes.start("--head", f"--port={nodes.port}", "--include-dashboard=false")
+    nodes.start("--head", f"--port={nodes.port}", "--include-dashboard=false", "--num-cpus=2")
     yield nodes
     nodes.close()
 
@@ -167,15 +176,19 @@ def test_what_cannot_start_says_why(options: list[str], reason: str, tmp_path: P
         assert reason in said[0]
 
 
-def test_a_cluster_is_joined_and_a_head_node_that_is_gone_is_told(tmp_path: Path) -> None:
+def test_engines_on_other_nodes_and_a_head_node_that_is_gone(tmp_path: Path) -> None:
     nodes = Nodes(tmp_path)
-    nodes.start("--head", f"--port={nodes.port}", "--include-dashboard=false")
-    shutil.copytree(ROOT / "models" / "bdh-shakespeare", tmp_path / "bdh-shakespeare")
-    options = (f"ray.address=127.0.0.1:{nodes.port}", "engine.replicas=2", ONE_CORE)
     try:
-        with cluster(tmp_path, *options, f"model.path={tmp_path / 'bdh-shakespeare'}") as server:
+        nodes.start("--head", f"--port={nodes.port}", "--include-dashboard=false", "--num-cpus=1")
+        nodes.start(f"--address=127.0.0.1:{nodes.port}", "--num-cpus=1")
+        options = (f"ray.address=127.0.0.1:{nodes.port}", "engine.replicas=2", ONE_CORE)
+        with cluster(tmp_path, *options, wait=False) as server:
+            assert server.process.wait(HANG_SECONDS) == 2, server.log
+            assert re.search(r"bdh-batch: on the node .*: store\.path: .* a folder that all nodes share", server.log)
+        with cluster(tmp_path, *options, f"store.path={tmp_path / 'store'}") as server:
             server.until_engines(2)
-            assert all(each.finish_reason == "length" for each in asyncio.run(server.streams(4, 50)))
+            told = asyncio.run(server.streams(8, TOKENS, begun=lambda: server.kill_one("engine-0", nodes.processes())))
+            assert {each.finish_reason for each in told} == {"length"}
             nodes.kill_head()
             assert server.process.wait(HANG_SECONDS) == 1, server.log
             assert "the head node of the Ray cluster at" in server.log
