@@ -139,6 +139,8 @@ class EngineReplica:
         ConfigError, CheckpointError: it cannot start.
     """
 
+    _reporter: Reporter | None = None  # until it has started
+
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self, model: ModelSettings, number: int, secret: str, directory: DeploymentHandle[Any]
     ) -> None:
@@ -156,6 +158,7 @@ class EngineReplica:
 
     def check_health(self) -> None:
         """Raises RuntimeError where it cannot compute: Ray then replaces it."""
+        assert self._reporter is not None
         if (problem := self._engine.health() or self._reporter.refusal) is not None:
             raise RuntimeError(f"the engine is unhealthy: {problem}")
 
@@ -163,12 +166,16 @@ class EngineReplica:
         return self._engine.stats(self._settings.ray.target_load)
 
     async def __del__(self) -> None:
+        if self._reporter is None:
+            return
         await self._reporter.close()
         await self._engine.close(self._settings.server.drain_seconds)
 
 
 class FrontReplica:
     """A front end, in a process of its own."""
+
+    _reporter: Reporter | None = None
 
     async def __init__(  # type: ignore[misc]  # Ray awaits it
         self, settings: Settings, secret: str, directory: DeploymentHandle[Any], *engines: DeploymentHandle[Any]
@@ -187,6 +194,8 @@ class FrontReplica:
         return self._front.app
 
     async def __del__(self) -> None:
+        if self._reporter is None:
+            return
         await self._reporter.close()
         await self._front.close(self._settings.server.drain_seconds)
 

@@ -132,8 +132,8 @@ def _wait_until_running(seconds: float, stop: threading.Event) -> None:
         found = serve.status().applications.get(NAME)
         if found is not None and found.status == "RUNNING":
             return
-        if found is not None and found.status in ("DEPLOY_FAILED", "UNHEALTHY"):
-            raise ConfigError(_reason(found))
+        if found is not None and (reason := _reason(found)) is not None:
+            raise ConfigError(reason)
         if time.monotonic() > end:
             states = "; ".join(_waiting(found)) or "Ray has not begun"
             raise ConfigError(f"ray.start_seconds: not all of it was ready within {seconds:g} s: {states}")
@@ -152,11 +152,14 @@ def _waiting(found: ApplicationStatusOverview | None) -> list[str]:
     ]
 
 
-def _reason(found: ApplicationStatusOverview) -> str:
-    """The error of ours in what Ray says of a deployment that has failed, or all that it says."""
+def _reason(found: ApplicationStatusOverview) -> str | None:
+    """Returns why the server cannot start, or None: an error of ours, which would only come again, or what Ray says."""
     said = "\n".join([found.message, *(each.message for each in found.deployments.values())])
-    ours = re.findall(r"(?:ConfigError|CheckpointError|NotEnoughMemory): (.+)", said)
-    return ours[-1] if ours else f"Ray cannot start the server: {said.strip()}"
+    ours: list[str] = re.findall(r"(?:ConfigError|CheckpointError|NotEnoughMemory): (.+)", said)
+    if ours:
+        return ours[-1]
+    failed = found.status in ("DEPLOY_FAILED", "UNHEALTHY")
+    return f"Ray cannot start the server: {said.strip()}" if failed else None
 
 
 def _watch(stop: threading.Event) -> None:
