@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from bdh_batch.backends.address import LocalAddress
 from bdh_batch.backends.recorder import step_file
 from bdh_batch.errors import ConfigError
 
@@ -114,9 +115,9 @@ class RuntimeFolder:
         """The socket at which a front end is asked for recent completions."""
         return self.path / f"{name}.recent"
 
-    def engines(self) -> Mapping[str, Path]:
-        """The sockets of engines, by the engines' names."""
-        return {path.stem: path for path in sorted(self.path.glob("*.sock"))}
+    def engines(self) -> Mapping[str, LocalAddress]:
+        """The addresses of engines, by the engines' names. Raises OSError."""
+        return {path.stem: LocalAddress(path) for path in sorted(self.path.glob("*.sock"))}
 
     def reporting(self) -> Mapping[str, Path]:
         """The sockets at which processes report their metrics, those of engines included, by the processes' names."""
