@@ -185,6 +185,11 @@ class Server(Section):
     )
     tls_cert: Path | None = Field(None, description="PEM file of the certificate and its chain; with it, HTTPS only.")
     tls_key: Path | None = Field(None, description="PEM file of its private key, without a passphrase.")
+    ui: bool = Field(
+        True,
+        description="Whether browsers get a page at /ui, and at /, to talk to the model and to watch the server. The "
+        "page is open to all; what it asks for takes the same keys as any request.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
     log_format: Literal["text", "json"] = Field(
         "text", description="How it is logged: text, or JSON, one line an event, for programs that collect logs."
