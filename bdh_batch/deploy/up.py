@@ -26,11 +26,13 @@ from bdh_batch.deploy.replicas import UNREACHABLE
 from bdh_batch.errors import ConfigError
 from bdh_batch.http.transport.server import tls_context
 from bdh_batch.processes.model_settings import models_of
-from bdh_batch.settings import Settings
+from bdh_batch.settings import Server, Settings
 
 log = logging.getLogger(__name__)
 
 NAME = "bdh-batch"  # of the application
+SERVE = "SERVE_CONTROLLER_ACTOR"  # the name that it has in every cluster
+PROXY_SECONDS = 30.0  # that the proxy may take to listen, once all else is ready
 OBJECTS = 100 * 2**20  # bytes of Ray's object store, in which nothing of ours is
 LOOK_SECONDS = 0.5
 GONE_SECONDS = 15.0  # without an answer after which the head node counts as gone
@@ -56,11 +58,11 @@ def up(
     check(settings, models)
     tls_context(settings.server)
     shares = {model.name: share_of(model, len(models)) for model in models}
-    own = settings.ray.address is None
     _join(settings, sum(share.most * share.cpus for share in shares.values()))
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(LOST) if stop.is_set() else stop.set())
+    own = not _serve_runs()
     try:
         resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         for text in check_room(shares, resources):
@@ -82,6 +84,7 @@ def _run(built: serve.Application, settings: Settings, stop: threading.Event, an
     try:
         _wait_until_running(settings.ray.start_seconds, stop)
         if not stop.is_set():
+            _check_address(settings.server)
             announce()
             _watch(stop)
             _drain(settings.server.drain_seconds)
@@ -123,6 +126,27 @@ def _start_http(settings: Settings) -> None:
                 text = f"{server.host}:{server.port} cannot be listened at ({error.strerror})"
                 raise ConfigError(f"server.port: {text}") from error
     serve.start(proxy_location="HeadOnly", http_options=options, logging_config=QUIET)
+
+
+def _serve_runs() -> bool:
+    """Whether the cluster has Serve already, which then outlives this server."""
+    try:
+        ray.get_actor(SERVE, namespace="serve")
+    except ValueError:
+        return False
+    return True
+
+
+def _check_address(server: Server) -> None:
+    """Raises ConfigError: nothing listens where it should, as Serve was there before, and listens elsewhere."""
+    end = time.monotonic() + PROXY_SECONDS
+    while not _answers(f"{server.host}:{server.port}"):
+        if time.monotonic() > end:
+            text = (
+                "Ray's proxy does not listen there: Serve was started with another address (`serve shutdown` ends it)"
+            )
+            raise ConfigError(f"server.port: {server.host}:{server.port}: {text}, or this is not the head node")
+        time.sleep(LOOK_SECONDS)
 
 
 def _wait_until_running(seconds: float, stop: threading.Event) -> None:
