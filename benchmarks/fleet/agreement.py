@@ -178,25 +178,31 @@ class Replica:
         most = self._settings.scheduler.max_running + self._settings.prefix_cache.entries
         self.slots = slots_within(MEMORY, self._state_bytes, most)
 
-    def simulated(self, fleet: Fleet, cost: Cost) -> Simulated:
-        """Plays a load."""
-        scheduler = scheduler_of(self._settings, self._config, self.slots, self._state_bytes)
-        simulation = Simulation(fleet, lambda: Engine(scheduler, cost))
-        simulation.run()
-        return Simulated([stream for stream in simulation.streams if stream.arrived >= fleet.warm])
+    def simulated(self, loads: Sequence[Played], cost: Cost) -> list[Simulated]:
+        """Plays loads one after the other, as the server has had them, on one engine with one cache."""
+        engine = Engine(scheduler_of(self._settings, self._config, self.slots, self._state_bytes), cost)
+        found = []
+        for load in loads:
+            fleet = replace(load.fleet, begins=load.begin - loads[0].begin)
+            simulation = Simulation(fleet, lambda: engine)
+            simulation.run()
+            warm = fleet.begins + fleet.warm
+            found.append(Simulated([stream for stream in simulation.streams if stream.arrived >= warm]))
+        return found
 
 
-def compare(replica: Replica, learnt: Sequence[Played], tested: Sequence[Played], trace: Path) -> dict[str, Any]:
-    """Fits the costs to what was `learnt`, and compares what was `tested`."""
+def compare(replica: Replica, loads: Sequence[Played], trace: Path) -> dict[str, Any]:
+    """Fits the costs to every other one of the loads after the first, and compares those between."""
+    learnt, tested = loads[1::2], loads[2::2]
     rows = [
         row for at, row in steps(trace.read_text().splitlines()) if any(each.begin <= at < each.end for each in learnt)
     ]
     cost = fitted(rows)
+    simulated = replica.simulated(loads, cost)
     way = mean(seconds for each in learnt for seconds in each.first_tokens) - mean(
-        seconds for each in learnt for seconds in replica.simulated(each.fleet, cost).first_tokens
+        seconds for each in simulated[1::2] for seconds in each.first_tokens
     )
-    simulated = [replica.simulated(each.fleet, cost) for each in tested]
-    sides = {"measured": figures(tested, 0.0), "simulated": figures(simulated, way)}
+    sides = {"measured": figures(tested, 0.0), "simulated": figures(simulated[2::2], way)}
     return {
         "cost": asdict(cost),
         "way_s": way,
@@ -241,15 +247,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-async def measure(server: Served, chosen: argparse.Namespace) -> tuple[list[Played], list[Played]]:
-    """The loads that are learnt from and those that are compared. The first of all warms up."""
-    fleet = Fleet(1, chosen.rate, chosen.seconds, warm=0.2 * chosen.seconds, chats=CHATS)
-    await play(server, replace(fleet, seconds=WARM_UP_SECONDS))
-    learnt, tested = [], []
-    for number in range(chosen.rounds):
-        learnt.append(await play(server, replace(fleet, seed=100 + number)))
-        tested.append(await play(server, replace(fleet, seed=200 + number)))
-    return learnt, tested
+async def measure(server: Served, chosen: argparse.Namespace) -> list[Played]:
+    """A load that warms up, and then in turns one to learn from and one to compare; none begins as another does."""
+    fleet = Fleet(1, chosen.rate, chosen.seconds, warm=0.2 * chosen.seconds)
+    seconds = [WARM_UP_SECONDS, *[chosen.seconds] * (2 * chosen.rounds)]
+    return [
+        await play(server, replace(fleet, seconds=each, seed=seed, chats=replace(CHATS, first=1000 * seed)))
+        for seed, each in enumerate(seconds)
+    ]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -259,8 +264,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.jsonl")
         with served(f"engine.state_memory={MEMORY}", f"scheduler.trace_file={trace}") as server:
-            learnt, tested = asyncio.run(measure(server, chosen))
-        found = compare(replica, learnt, tested, trace)
+            loads = asyncio.run(measure(server, chosen))
+        found = compare(replica, loads, trace)
     settings = {"rounds": chosen.rounds, "seconds": chosen.seconds, "rate": chosen.rate, "slots": replica.slots}
     write_report(chosen.out / "fleet-agreement.json", {**head, **settings, "chats": asdict(CHATS), **found})
     print(json.dumps(found, indent=2))

@@ -31,6 +31,7 @@ class Fleet:
         detected: seconds until an ingress knows that an engine is lost.
         restarted: seconds until it is there again, with an empty cache.
         heartbeat: seconds between two heartbeats, in which an engine says how many requests it has.
+        begins: when the first client may come; the figures count from there.
         sticky: whether all turns of a conversation come to one ingress; else each comes to any.
     """
 
@@ -48,6 +49,7 @@ class Fleet:
     max_failovers: int = Settings().engine.max_failovers
     chats: Chats = field(default_factory=Chats)
     seed: int = 1
+    begins: float = 0.0
 
 
 class Simulation:
@@ -59,7 +61,7 @@ class Simulation:
 
     def __init__(self, fleet: Fleet, make: Callable[[], Engine]) -> None:
         self.fleet = fleet
-        self.now = 0.0
+        self.now = fleet.begins
         self.streams: list[Stream] = []  # all that have ended
         self.failed: list[Stream] = []
         self.open: dict[int, Stream] = {}
@@ -88,7 +90,7 @@ class Simulation:
 
     @property
     def _over(self) -> bool:
-        return self.now >= self.fleet.seconds
+        return self.now >= self.fleet.begins + self.fleet.seconds
 
     def _in(self, seconds: float, act: Callable[..., None], *arguments: Any) -> None:
         self._at(self.now + seconds, act, *arguments)
@@ -101,7 +103,7 @@ class Simulation:
     def _next_conversation(self) -> None:
         at, conversation = next(self._conversations)
         if at < self.fleet.seconds:
-            self._in(at - self.now, self._begin_conversation, conversation)
+            self._at(self.fleet.begins + at, self._begin_conversation, conversation)
 
     def _begin_conversation(self, conversation: Conversation) -> None:
         self._next_conversation()
@@ -190,10 +192,12 @@ class Simulation:
 
     def _next_failure(self) -> None:
         each_second = self.fleet.failures_per_hour * self.fleet.replicas / 3600
-        if each_second and (after := self._chance.expovariate(each_second)) + self.now < self.fleet.seconds:
-            self._in(after, self._fail)
+        if each_second and not self._over:
+            self._in(self._chance.expovariate(each_second), self._fail)
 
     def _fail(self) -> None:
+        if self._over:
+            return
         self._next_failure()
         number = self._chance.randrange(self.fleet.replicas)
         if (engine := self.engines[number]) is None:
@@ -242,7 +246,7 @@ def play(fleet: Fleet, make: Callable[[], Engine]) -> Mapping[str, Any]:
     simulation = Simulation(fleet, make)
     simulation.run()
     assert not simulation.open, "every request has ended"
-    measured = [stream for stream in simulation.streams if stream.arrived >= fleet.warm]
+    measured = [stream for stream in simulation.streams if stream.arrived >= fleet.begins + fleet.warm]
     works = [stream.work for stream in simulation.streams + simulation.failed]
     prompts = sum(len(stream.request.prompts[0].tokens) for stream in measured)
     generated = sum(stream.tokens for stream in measured)

@@ -16,6 +16,7 @@ class Chats:
     """What conversations look like; lengths in tokens, means of exponential distributions but for the first.
 
     Args:
+        first: the number of the first system prompt.
         instructions: of the system prompt that a conversation begins with, one of `stems`.
         turns: the mean number of turns, of a geometric distribution.
         pause: mean seconds between a response and the next turn.
@@ -27,6 +28,7 @@ class Chats:
     answer: int = 48
     turns: float = 4.0
     pause: float = 5.0
+    first: int = 0
 
     @property
     def prompt_tokens(self) -> float:
@@ -40,7 +42,7 @@ class Conversation:
     def __init__(self, number: int, chats: Chats, draw: random.Random) -> None:
         self.number = number
         self._chats, self._draw = chats, draw
-        stem = random.Random(draw.randrange(chats.stems))
+        stem = random.Random(chats.first + draw.randrange(chats.stems))
         self._said = [stem.randrange(2, 256) for _ in range(chats.instructions)]
         self._breaks = [len(self._said)]
         self._turns = 0
