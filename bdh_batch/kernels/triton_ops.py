@@ -194,11 +194,10 @@ def attend_token_kernel(
 ):  # fmt: skip
     """One part of one head's state for a single token: y = q · S, then S += q ⊗ x, in one pass.
 
-    Goes by the list of pairs that fired, whose length lies on the device. The list is loaded once and stays in
-    registers, so an iteration's rows have known addresses, and are on their way while earlier ones are added up: rows
-    of different iterations are different rows. `singles` are the tokens, `slots` their states; a slot of −1 pads a
-    batch, and with LATENT, −2 − s is slot s, whose state is read and not added to. `reads` [T, H, parts, D] gets this
-    part's share of y.
+    Goes by the list of pairs that fired, which is loaded once and stays in registers: an iteration's rows, which are no
+    others' rows, are on their way while earlier ones are added up. `singles` are the tokens, `slots` their states; a
+    slot of −1 pads a batch, and with LATENT, −2 − s is slot s, whose state is read and not added to. `reads` [T, H,
+    parts, D] gets this part's share of y.
     """
     i_p, i_h, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     slot = tl.load(slots + i_s)
@@ -344,13 +343,11 @@ def contract_kernel(
 ):  # fmt: skip
     """SPAN neurons' share of (fired ∘ relu(normed · gatesᵀ)) · decoder, to `shares` [T, H · spans, D].
 
-    `gates` [H · N, D] are encoder_v with a neuron's column as a row, as in `decoder`: an iteration reads two tiles of
-    whole rows, which are on their way while earlier ones are multiplied. The gated product, n wide, never lies in
-    memory.
+    `gates` [H · N, D] are encoder_v with a neuron's column as a row, as in `decoder`: an iteration's tiles of rows are
+    on their way while earlier ones are multiplied. The gated product, n wide, never lies in memory.
     """
     SPANS: tl.constexpr = (N + SPAN - 1) // SPAN
-    i_s = tl.program_id(0)
-    i_h = (i_s // SPANS).to(tl.int64)
+    i_s, i_h = tl.program_id(0), (tl.program_id(0) // SPANS).to(tl.int64)
     o_t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_d = tl.arange(0, BLOCK_D)
     m_t, m_d = o_t < T, o_d < D
@@ -364,17 +361,15 @@ def contract_kernel(
         m_n = o_n < N
         o_tile, m_tile = (i_h * N + o_n)[:, None] * D + o_d[None, :], m_n[:, None] & m_d[None, :]
         if BLOCK_K < BLOCK_D:
-            p_gates = gates + (i_h * N + o_n) * D
-            b_gate = product(normed + o_row * D, p_gates, m_t, m_n, D, 1, BLOCK_T, BLOCK_N, BLOCK_K, PRECISION)
+            p_a, p_b = normed + o_row * D, gates + (i_h * N + o_n) * D
+            b_gate = product(p_a, p_b, m_t, m_n, D, 1, BLOCK_T, BLOCK_N, BLOCK_K, PRECISION)
         else:
-            b_gates = tl.load(gates + o_tile, mask=m_tile, other=0.0)
-            b_gate = dot(b_normed, tl.trans(b_gates), tl.zeros([BLOCK_T, BLOCK_N], tl.float32), PRECISION)
+            b_gate = tl.trans(tl.load(gates + o_tile, mask=m_tile, other=0.0))
+            b_gate = dot(b_normed, b_gate, tl.zeros([BLOCK_T, BLOCK_N], tl.float32), PRECISION)
         b_rows = tl.load(decoder + o_tile, mask=m_tile, other=0.0)
-        m = m_t[:, None] & m_n[None, :]
-        b_fired = tl.load(fired + o_row[:, None] * N + o_n[None, :], mask=m, other=0.0).to(tl.float32)
-        b_z = dot((b_fired * relu(b_gate)).to(b_rows.dtype), b_rows, b_z, PRECISION)
-    p_shares = shares + (o_t * (H * SPANS) + i_s)[:, None] * D + o_d[None, :]
-    tl.store(p_shares, b_z, mask=m_x)
+        b_fired = tl.load(fired + o_row[:, None] * N + o_n[None, :], mask=m_t[:, None] & m_n[None, :], other=0.0)
+        b_z = dot((b_fired.to(tl.float32) * relu(b_gate)).to(b_rows.dtype), b_rows, b_z, PRECISION)
+    tl.store(shares + (o_t * (H * SPANS) + i_s)[:, None] * D + o_d[None, :], b_z, mask=m_x)
 
 
 @triton.jit
