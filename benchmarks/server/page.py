@@ -34,6 +34,7 @@ PROMPT = "Go"
 TOP = 3  # strongest neurons of a layer: a response may contain 2^20
 ROOM = 2**21  # of neurons in one response, for more tokens than fit that
 SECONDS_BETWEEN = 0.15  # of somebody's doings, at the least
+PATIENCE = 120_000.0  # milliseconds
 GIVEN_UP = 3.0  # times as long as a stream should take
 WATCH = """
   const seen = window.seen = [];
@@ -58,6 +59,7 @@ async def main_of(chosen: argparse.Namespace, server: Served) -> dict[str, Any]:
         browser = await playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         version = browser.version
         page = await browser.new_page(viewport={"width": 1200, "height": 900})
+        page.set_default_timeout(PATIENCE)
         await page.add_init_script(WATCH)
         problems: list[str] = []
         page.on("pageerror", lambda error: problems.append(str(error)))
@@ -131,6 +133,7 @@ class Looked:
 
     async def _type(self) -> None:
         await self._view.get_by_label("Seed").press_sequentially("7")
+        await self._page.keyboard.press("Backspace")
 
     async def _walk(self) -> None:
         await self._view.locator(".letters").focus()

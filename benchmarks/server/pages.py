@@ -38,6 +38,7 @@ SHORT = 400  # of a plain client's
 OF_PAGES = 2  # streams
 SETTLE = 5.0  # seconds, before a round
 NICEST = 19
+PATIENCE = 120_000.0  # milliseconds, of a page
 Figures = dict[str, float]
 
 
@@ -68,6 +69,7 @@ class Load:
 async def three_pages(browser: Browser, server: Served) -> AsyncIterator[list[Page]]:
     """Talk and Look, which stream, and Watch."""
     context = await browser.new_context(viewport={"width": 1200, "height": 900})
+    context.set_default_timeout(PATIENCE)
     talk, look, watch = [await context.new_page() for _ in range(1 + OF_PAGES)]
     for page, view in ((talk, "talk"), (look, "look"), (watch, "watch")):
         await page.goto(f"{server.url}/ui#{view}")

@@ -6,6 +6,12 @@ async () => {
     token_logprobs: [null, -1, -1, -1, -1, -2], top_logprobs: [null, {}, {}, {}, {}, { 7: -2, 1: -3, a: -0.5 }] };
   const text = new History({ layers: 0, heads: 0, perHead: 1 }, 1, 2);
   text.addNames(names);
+  const tiny = new History({ layers: 1, heads: 1, perHead: 8 }, 2, 0);
+  tiny.addNeurons([5, 6].map((id) => ({ token_id: id, layers: [{ active: 0, strongest: [] }] })));
+  tiny.addNames({ tokens: ["a"], token_logprobs: [-1] });
+  const ends = [tiny.end];
+  tiny.complete = true; // a stop string's tokens have no names
+  ends.push(tiny.end, tiny.token(1).label);
   const shape = { layers: 6, heads: 4, perHead: 1024 };
   const long = new History(shape, 64, 1);
   const layers = Array.from({ length: 6 }, (_, layer) => ({ active: 0.5, strongest: [{ head: 3, neuron: 1000 + layer, value: 2 }] }));
@@ -25,6 +31,7 @@ async () => {
   }
   const coarse = new Layout({ layers: 64, heads: 64, perHead: 65536 });
   return {
+    ends,
     labels: names.tokens.map((_, at) => text.token(at).label), others: text.token(5).others.map(({ name }) => name),
     begin: long.begin, end: long.end, bytes: long.bytes, most: MOST_NEURONS, oldest: long.token(long.begin).id,
     last: long.token(19999).label, fires: long.occurrences({ layer: 5, head: 3, neuron: 1005 }).length,

@@ -33,6 +33,7 @@ async def test_what_is_kept_of_a_text_is_bounded_and_neurons_have_their_dots(tin
         found = await page.evaluate(UNITS)
     assert found["labels"] == ["·", "·", "“", "·", "\ufffdx", "7"]
     assert found["others"] == ["a", "7"]
+    assert found["ends"] == [1, 2, "token 6"]
     kept = found["most"] // (6 * 64)
     assert (found["begin"], found["end"], found["oldest"]) == (20000 - kept, 20000, 20000 - kept)
     assert (found["last"], found["fires"], found["silent"]) == (str(19999 % 300), kept, 0)
@@ -158,8 +159,8 @@ async def test_a_neuron_is_shown_where_it_fires_in_the_text_it_was_studied_with(
     studied: Server, open_page: OpenPage
 ) -> None:
     async with open_page(studied, "#look", viewport=PHONE, color_scheme="dark", bypass_csp=True) as page:
-        await looked(page, "a", 3)
-        await expect(page.locator("#view-look .letters .letter")).to_have_count(4)
+        await looked(page, "a text", 0)
+        await expect(page.locator("#view-look .letters .letter")).to_have_count(6)
         await page.locator("#view-look .letters .letter").nth(1).click()
         panel = page.get_by_label("The chosen neuron")
         for name, value in NEURON.items():

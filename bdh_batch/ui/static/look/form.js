@@ -2,7 +2,7 @@
 
 import { button, h } from "../dom.js";
 
-const MOST_OF_TEXT = 1 << 17; // neurons of the text: they come in one piece, which the browser takes apart at once
+const MOST_OF_TEXT = 1 << 18; // neurons of the text: they come in one piece, which the browser takes apart at once
 const FIELDS = [
   // name, label, attributes
   ["max_tokens", "Tokens to generate", { min: 0, max: 1_000_000, step: 1, value: 200, required: true }],
@@ -68,7 +68,7 @@ export class Form {
     const { max_tokens: most, temperature, seed, top } = this.inputs;
     const problem = this.#idsOnly ? this.#wrongIds() : null;
     const size = this.#idsOnly ? this.#ids().length : new TextEncoder().encode(this.#prompt.value).length;
-    const room = Math.floor(MOST_OF_TEXT / Math.max(1, size * this.#layers));
+    const room = Math.max(0, Math.floor(MOST_OF_TEXT / Math.max(1, size * this.#layers)) - 1); // shares take room, too
     if (problem !== null) return this.#refuse(problem, "prompt");
     if (this.#layers && top.valueAsNumber > room) {
       const text = `The text has ${size.toLocaleString()} bytes: `;

@@ -18,18 +18,23 @@ export class History {
 
   /** `shape`: {layers, heads, perHead}; `top`: strongest neurons of a layer; `alternatives`: of each token. */
   constructor(shape, top, alternatives) {
-    Object.assign(this, { shape, top, alternatives, named: 0, fired: 0 });
+    Object.assign(this, { shape, top, alternatives, named: 0, fired: 0, complete: false });
     this.capacity = Math.max(1, Math.min(MOST_TOKENS, Math.floor(MOST_NEURONS / Math.max(1, shape.layers * top))));
     this.#room = Math.min(FIRST_ROOM, this.capacity);
     this.#arrays = this.#made(this.#room);
   }
 
+  /** Behind the last token that can be shown. Names may come later than neurons; in the end, some have none. */
   get end() {
-    return Math.max(this.named, this.fired);
+    return this.complete ? this.#last : this.named;
   }
 
   get begin() {
-    return Math.max(0, this.end - this.capacity);
+    return Math.max(0, this.#last - this.capacity);
+  }
+
+  get #last() {
+    return Math.max(this.named, this.fired);
   }
 
   get bytes() {

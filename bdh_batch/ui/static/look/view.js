@@ -91,6 +91,7 @@ class Look {
     this.#study = study;
     this.#note.textContent = notes.join(" ");
     this.#note.hidden = !notes.length;
+    this.#problem.hidden = true;
     this.form.ready({ layers: shape.layers, idsOnly });
     if (!this.#running) this.#begin(new History(shape, this.#history.top, ALTERNATIVES));
   }
@@ -133,6 +134,7 @@ class Look {
       else announce(`Stopped after ${history.end} tokens.`);
     } finally {
       this.#running = null;
+      history.complete = true;
       this.form.running(false);
       this.#drawnSeldom = 0;
       this.#draw();
