@@ -176,6 +176,7 @@ def endpoints() -> Rows:
     yield "endpoint", "what it does"
     yield from ((", ".join(paths), summary) for summary, paths in found.items())
     yield "`GET /openapi.json`, `GET /docs`", "This API, for programs and for people"
+    yield "`GET /ui`", "[The page](ui.md)"
 
 
 def outputs() -> Rows:

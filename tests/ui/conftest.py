@@ -13,12 +13,9 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
-
-pytest.importorskip("playwright", reason="the browser's tests need playwright")
-
 from playwright.async_api import Browser, Page, async_playwright, expect
 
-from tests.ui.browsing import DESKTOP, PATIENCE, OpenPage
+from tests.ui.browsing import DESKTOP, ELSEWHERE, PATIENCE, OpenPage
 
 if TYPE_CHECKING:
     from tests.conftest import Server
@@ -33,7 +30,8 @@ async def browser() -> AsyncIterator[Browser]:
         pytest.skip("there is no chromium (apt-get install chromium)")
     expect.set_options(timeout=PATIENCE)
     async with async_playwright() as playwright:
-        arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+        arguments = [f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1"]
+        arguments += ["--no-sandbox"] if os.geteuid() == 0 else []
         browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
         yield browser
         await browser.close()
@@ -46,18 +44,19 @@ def open_page(browser: Browser) -> OpenPage:
 
     @contextlib.asynccontextmanager
     async def opened(
-        server: Server, view: str = "#talk", allow: tuple[str, ...] = (), **options: Any
+        server: Server, view: str = "#talk", allow: tuple[str, ...] = (), host: str = "127.0.0.1", **options: Any
     ) -> AsyncIterator[Page]:
         context = await browser.new_context(**{"viewport": DESKTOP, "reduced_motion": "reduce", **options})
         context.set_default_timeout(PATIENCE)
         page = await context.new_page()
         wrong: list[str] = []
+        url = f"http://{host}:{server.port}"
         page.on("console", lambda told: wrong.append(told.text) if told.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: wrong.append(f"uncaught: {error}"))
-        page.on("request", lambda asked: wrong.append(f"asked {asked.url}") if not _ours(asked.url, server) else None)
+        page.on("request", lambda asked: wrong.append(f"asked {asked.url}") if not _ours(asked.url, url) else None)
         await page.add_init_script(VIOLATIONS)
         try:
-            await page.goto(f"{server.url}/ui{view}")
+            await page.goto(f"{url}/ui{view}")
             await page.wait_for_selector("html[data-ready]")
             yield page
         finally:
@@ -67,5 +66,5 @@ def open_page(browser: Browser) -> OpenPage:
     return opened
 
 
-def _ours(url: str, server: Server) -> bool:
-    return url.startswith((f"{server.url}/", "blob:", "data:"))
+def _ours(url: str, origin: str) -> bool:
+    return url.startswith((f"{origin}/", "blob:", "data:"))

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from playwright.async_api import Page, Request, expect
 
-from tests.conftest import ROOT, clean_environment, free_port
-from tests.ui.browsing import OpenPage
+from tests.conftest import ROOT, clean_environment, eventually, free_port
+from tests.ui.browsing import ELSEWHERE, OpenPage
 
 if TYPE_CHECKING:
     from tests.conftest import ServeFactory, Server
@@ -126,8 +126,7 @@ async def test_the_server_keeps_chats_and_a_branch_is_a_fork_of_a_response(tiny:
         assert (
             await page.evaluate("Object.keys(localStorage).filter(name => name.startsWith('bdh-conversation-'))") == []
         )
-        await page.reload()
-        await entry.click()
+        await page.reload()  # its address names the conversation
         await expect(page.locator(".message")).to_have_count(4)
         assert await texts(page) == shown
         await page.get_by_role("button", name="Branch before").click()
@@ -268,28 +267,54 @@ async def test_a_draining_server_is_told(serve: ServeFactory, open_page: OpenPag
             server.terminate()
             await expect(page.locator(".message .error")).to_be_visible()
             await expect(page.locator("#banner")).to_be_visible()
+        assert server.exit_code() == 0
 
 
-async def test_a_refused_key_is_asked_for_and_stays_in_the_tab(serve: ServeFactory, open_page: OpenPage) -> None:
-    with serve("auth.enabled=true", 'auth.api_keys=["first-key", "second-key"]', model=TINY) as server:
+async def test_it_works_from_other_machines_without_https(tiny: Server, open_page: OpenPage) -> None:
+    async with open_page(tiny, host=ELSEWHERE) as page:
+        assert not await page.evaluate("isSecureContext")
+        await parameters(page, max_tokens=4)
+        await say(page, "Hello")
+        await page.get_by_role("button", name="Copy as curl").click()
+        await page.get_by_role("dialog").get_by_role("button", name="Copy").click()
+        assert f"curl -sN http://{ELSEWHERE}:{tiny.port}/v1/responses" in await page.evaluate("String(getSelection())")
+
+
+async def test_a_refused_key_is_asked_for_and_stays_in_the_tab(
+    serve: ServeFactory, open_page: OpenPage, tmp_path: Path
+) -> None:
+    keys, names = tmp_path / "keys", ("a-key-that-is-revoked", "a-key-that-stays")
+    keys.write_text("".join(f"{name}\n" for name in names))
+    keys.chmod(0o600)
+    with serve("auth.enabled=true", f"auth.api_keys_file={keys}", model=TINY) as server:
         async with open_page(server, allow=REFUSED) as page:
             asked: list[str] = []
             page.on("request", lambda each: asked.append(each.url))
             dialog = page.get_by_role("dialog")
             await expect(dialog).to_contain_text("No API key provided")
-            await dialog.get_by_label("Key").fill("revoked-key")
-            await page.keyboard.press("Enter")
-            await expect(dialog).to_contain_text("Incorrect API key provided")
-            await dialog.get_by_label("Key").fill("second-key")
-            await page.keyboard.press("Enter")
-            await expect(dialog).to_be_hidden()
+            await give_key(page, names[0])
             await parameters(page, max_tokens=4)
             await say(page, "Hello")
-            assert len(await texts(page)) == 2
-            await page.get_by_role("button", name="Copy as curl").click()
+            keys.write_text(f"{names[1]}\n")
+            eventually(lambda: server.http.get("/v1/models", headers={"x-api-key": names[0]}).status_code == 401)
+            await page.fill("#talk-input", "Again")
+            await page.keyboard.press("Enter")
+            await expect(dialog).to_contain_text("Incorrect API key provided")
+            await give_key(page, names[1])
+            await page.get_by_role("button", name="Try again").click()
+            await expect(page.locator(".stats")).to_have_count(2)
+            await page.get_by_role("button", name="Copy as curl").first.click()
             assert "$OPENAI_API_KEY" in await page.locator("dialog pre").inner_text()
             stored = "JSON.stringify([localStorage, document.cookie, location.href, document.body.textContent])"
-            assert "second-key" not in await page.evaluate(stored) + "".join(asked)
+            seen = await page.evaluate(stored) + "".join(asked)
+            assert not any(name in seen for name in names)
+
+
+async def give_key(page: Page, key: str) -> None:
+    dialog = page.get_by_role("dialog")
+    await dialog.get_by_label("Key").fill(key)
+    await page.keyboard.press("Enter")
+    await expect(dialog).to_be_hidden()
 
 
 async def test_a_model_without_a_tokenizer_says_so(odd: Server, open_page: OpenPage) -> None:

@@ -66,25 +66,40 @@ export class BrowserKept {
 
 /** Those that the server keeps: its stored responses that this page has made. */
 export class ServerKept {
-  #responses = new Map(); // by conversation: what is listed of its responses, the oldest first
+  #listed = []; // what is known of the newest responses, the newest first
+  #responses = new Map(); // the same by conversation, the oldest first
 
   constructor(api) {
     this.api = api;
   }
 
-  /** Asks for the newest. Returns [{id, title, updated, mode, where}]. */
-  async list() {
+  /** Asks for the newest, or, unless `whole`, for those that are new. Returns [{id, title, updated, mode, where}]. */
+  async list(whole = true) {
+    const news = whole ? null : await this.#news();
+    this.#listed = news === null ? await this.#pages() : [...news, ...this.#listed];
+    const ours = this.#listed.filter(({ metadata }) => metadata?.conversation).reverse();
+    this.#responses = Map.groupBy(ours, ({ metadata }) => metadata.conversation);
+    const entries = [...this.#responses].map(([id, all]) => ({ id, title: all[0].metadata.title ?? "Untitled", updated: all.at(-1).created_at * 1000, mode: "chat", where: "server" }));
+    return entries.sort((a, b) => b.updated - a.updated);
+  }
+
+  async #pages() {
     const found = [];
     let after = "";
     for (let page = 0; page < PAGES; page += 1) {
       const { data, has_more: more, last_id: last } = await this.api.json(`v1/responses?limit=20${after}`);
-      found.push(...data.filter(({ metadata }) => metadata?.conversation));
+      found.push(...data);
       if (!more) break;
       after = `&after=${encodeURIComponent(last)}`;
     }
-    this.#responses = Map.groupBy(found.reverse(), ({ metadata }) => metadata.conversation);
-    const entries = [...this.#responses].map(([id, all]) => ({ id, title: all.at(-1).metadata.title ?? "Untitled", updated: all.at(-1).created_at * 1000, mode: "chat", where: "server" }));
-    return entries.sort((a, b) => b.updated - a.updated);
+    return found;
+  }
+
+  /** Those that came since the last list, or null where they are too many to tell. */
+  async #news() {
+    const { data } = await this.api.json("v1/responses?limit=5");
+    const known = data.findIndex(({ id }) => id === this.#listed[0]?.id);
+    return known < 0 ? null : data.slice(0, known);
   }
 
   /** Fetches a listed conversation. */
@@ -92,7 +107,7 @@ export class ServerKept {
     const listed = this.#responses.get(id) ?? [];
     const whole = [];
     for (const { id: response } of listed) whole.push(await this.#whole(response));
-    return fromResponses(id, listed.at(-1)?.metadata?.title ?? "", whole.filter(Boolean));
+    return fromResponses(id, listed[0]?.metadata?.title ?? "", whole.filter(Boolean));
   }
 
   async remove(id) {
@@ -101,6 +116,7 @@ export class ServerKept {
         if (error.status !== 404) throw error;
       });
     }
+    this.#listed = this.#listed.filter(({ metadata }) => metadata?.conversation !== id);
     this.#responses.delete(id);
   }
 

@@ -2,16 +2,21 @@
 
 const FORMAT = 1;
 
+/** An id that nobody else makes. `crypto.randomUUID` is for pages with HTTPS only. */
+function newId() {
+  return Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+}
+
 /** A conversation. `mode` is "chat" or "text"; nodes are `{id, parent, author: "user" | "model", text, …}`. */
 export class Conversation {
-  constructor({ id = crypto.randomUUID(), mode = "chat", title = "", system = "", updated = Date.now(), leaf = null, nodes = [] } = {}) {
+  constructor({ id = newId(), mode = "chat", title = "", system = "", updated = Date.now(), leaf = null, nodes = [] } = {}) {
     Object.assign(this, { id, mode, title, system, updated, leaf });
     this.nodes = new Map(nodes.map((node) => [node.id, node]));
   }
 
   /** Adds a child of `parent`, the id of a node or null, and goes there. */
   add(parent, author, text, more = {}) {
-    const node = { id: crypto.randomUUID(), parent, author, text, ...more };
+    const node = { id: newId(), parent, author, text, ...more };
     this.nodes.set(node.id, node);
     this.leaf = node.id;
     this.updated = Date.now();

@@ -28,9 +28,10 @@ class Talk {
     this.server = new ServerKept(context.api);
     element.append(this.#parts.root);
     this.#wire();
+    const named = location.hash.split("/")[1];
     this.#open(this.#conversation);
     this.loading = this.#loadSchemas();
-    this.#refresh();
+    this.#refresh().then(() => this.#resume(named));
   }
 
   #wire() {
@@ -83,12 +84,14 @@ class Talk {
     this.#problem(null);
     this.#draw();
     this.#drawList();
+    this.#address();
   }
 
-  async #refresh() {
+  /** `whole`: all of the server's list, not only what is new. */
+  async #refresh(whole = true) {
     let kept = [];
     try {
-      kept = await this.server.list();
+      kept = await this.server.list(whole);
     } catch (error) {
       if (![0, 401, 404, 503].includes(error.status)) this.#problem(error); // the frame says those, or there is no store
     }
@@ -116,10 +119,22 @@ class Talk {
     }
   }
 
+  /** Opens the conversation that the address names, as after a reload. */
+  #resume(id) {
+    const entry = this.#listed.find((each) => each.id === id);
+    if (entry && this.#conversation.leaf === null) this.#choose(entry);
+  }
+
+  #address() {
+    if (!["", "#talk"].includes(location.hash.split("/")[0])) return; // another tab is open
+    history.replaceState(null, "", this.#conversation.leaf === null ? "#talk" : `#talk/${this.#conversation.id}`);
+  }
+
   async #keep(conversation) {
     if (conversation.isStored) this.browser.remove(conversation.id);
     else if (!this.browser.put(conversation)) this.#problem(new Error("This conversation is too long to be kept in the browser. The export has all of it."));
-    await this.#refresh();
+    this.#address();
+    await this.#refresh(false);
   }
 
   async #remove() {
@@ -157,17 +172,12 @@ class Talk {
     return new Message(node, this.#conversation.siblings(node), acts, () => this.#follow());
   }
 
+  /** New text is followed, unless somebody has scrolled away from the end. */
   #follow() {
     const { log } = this.#parts;
-    if (this.following) log.scrollTop = log.scrollHeight;
-  }
-
-  get following() {
-    const { log } = this.#parts;
     const end = log.scrollHeight - log.clientHeight;
-    const follows = this.lastEnd === undefined || log.scrollTop >= this.lastEnd - NEAR;
+    if (this.lastEnd === null || log.scrollTop >= this.lastEnd - NEAR) log.scrollTop = end;
     this.lastEnd = end;
-    return follows;
   }
 
   #problem(error, again = null) {
@@ -239,7 +249,7 @@ class Talk {
   async #run(node, message) {
     const controller = new AbortController();
     this.#running = { controller, message };
-    this.lastEnd = undefined;
+    this.lastEnd = null;
     this.#busy(true);
     message.begin();
     this.context.announce("The model is writing.");
