@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from playwright.async_api import Page, async_playwright
 DOCS = Path(__file__).parent
 START_SECONDS = 600.0
 DESKTOP, PHONE = {"width": 1200, "height": 760}, {"width": 360, "height": 740}
+WATCHED_SECONDS = 90.0
 LOOK = {"width": 1200, "height": 820}
 # What each picture is called, and what its browser is like.
 PICTURES: dict[str, dict[str, Any]] = {
@@ -29,6 +31,7 @@ PICTURES: dict[str, dict[str, Any]] = {
     "ui-talk-dark": {"viewport": DESKTOP, "color_scheme": "dark"},
     "ui-talk-phone": {"viewport": PHONE, "color_scheme": "light"},
     "ui-look": {"viewport": LOOK, "color_scheme": "light"},
+    "ui-watch": {"viewport": DESKTOP, "color_scheme": "light"},
 }
 
 
@@ -48,6 +51,24 @@ async def talk(page: Page) -> None:
     await page.evaluate("document.activeElement.blur()")
 
 
+async def watch(page: Page) -> None:
+    """Looks at a server that some clients use."""
+
+    async def use(client: httpx.AsyncClient, number: int) -> None:
+        for turn in count():
+            body = {"prompt": f"ROMEO {number}:\n", "max_tokens": 40 + 97 * (turn * number % 4), "seed": turn}
+            (await client.post("/v1/completions", json=body)).raise_for_status()
+            await asyncio.sleep(number * turn % 5 / 4)
+
+    url = page.url.partition("/ui")[0]
+    async with httpx.AsyncClient(base_url=url, timeout=START_SECONDS) as client:
+        using = [asyncio.create_task(use(client, number)) for number in range(8)]
+        await asyncio.sleep(WATCHED_SECONDS)
+        for task in using:
+            task.cancel()
+        await asyncio.gather(*using, return_exceptions=True)
+
+
 async def look(page: Page) -> None:
     """Has the model go on, and chooses a token and a neuron of it."""
     view = page.locator("#view-look")
@@ -63,7 +84,7 @@ async def look(page: Page) -> None:
     await page.evaluate("document.querySelector('main').scrollTop = 0")
 
 
-VIEWS = {"talk": talk, "look": look}
+VIEWS = {"talk": talk, "look": look, "watch": watch}
 
 
 async def pictures(url: str, names: Sequence[str]) -> None:

@@ -26,7 +26,7 @@ const FIGURES = [
   ["Waiting", (s) => number(s.waiting)],
   ["In a step", (s) => `${number(s.occupancy)} sequences`],
   ["A step takes", (s) => duration(s.step_seconds)],
-  ["From cached prefixes", (s) => `${share(s.prefix_hits)} of prompt tokens`],
+  ["From cached prefixes", (s) => (s.prefix_hits === null ? "–" : `${share(s.prefix_hits)} of prompt tokens`)],
   ["Open requests", (s) => number(s.in_flight)],
 ];
 
