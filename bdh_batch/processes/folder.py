@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from bdh_batch.backends.address import LocalAddress
 from bdh_batch.backends.recorder import step_file
 from bdh_batch.errors import ConfigError
 
@@ -122,9 +123,9 @@ class RuntimeFolder:
         """The sockets at which processes are asked that, those of engines included, by the processes' names."""
         return {path.stem: path for pattern in ("*.watch", "*/*.watch") for path in sorted(self.path.glob(pattern))}
 
-    def engines(self) -> Mapping[str, Path]:
-        """The sockets of engines, by the engines' names."""
-        return {path.stem: path for path in sorted(self.path.glob("*.sock"))}
+    def engines(self) -> Mapping[str, LocalAddress]:
+        """The addresses of engines, by the engines' names. Raises OSError."""
+        return {path.stem: LocalAddress(path) for path in sorted(self.path.glob("*.sock"))}
 
     def reporting(self) -> Mapping[str, Path]:
         """The sockets at which processes report their metrics, those of engines included, by the processes' names."""

@@ -101,7 +101,7 @@ def fingerprint(engine: LoadedEngine, settings: Settings) -> str:
     """Returns a hash of all that decides which tokens an engine generates: weights, dtypes, kernels, window."""
     digest = hashlib.blake2b(digest_size=16)
     chosen = settings.engine
-    device, own = engine.model.weights.embed.device.type, (chosen.kernels, chosen.state_dtype)
+    device, own = engine.model.weights.embed.device.type, (chosen.kernels, engine.kernels, chosen.state_dtype)
     for part in (__version__, settings.model.attention_window, *own, device, engine.fingerprint):
         digest.update(f"{part}\0".encode())
     return digest.hexdigest()
