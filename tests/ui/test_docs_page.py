@@ -35,6 +35,18 @@ async def test_a_form_asks_for_what_its_fields_say(tiny: Server, open_page: Open
         await form.get_by_role("button", name="stream").click()
         await form.get_by_role("button", name="Send").click()
         await expect(form.locator("output")).to_contain_text("data: [DONE]")
+        await page.get_by_role("searchbox", name="Find").fill("neurons of a model")
+        await page.locator("#getNeurons > summary").click()
+        form = page.locator("#getNeurons form")
+        await form.get_by_label("model", exact=True).fill("minute")  # an alias
+        await form.get_by_role("button", name="Send").click()
+        await expect(form.locator("output")).to_contain_text('"neurons_per_head": 128')
+        await page.get_by_role("searchbox", name="Find").fill("versions/{version}")
+        form = page.locator("form[data-path$='/versions/{version}']").first
+        await page.locator("details", has=form).last.locator("> summary").click()
+        await form.get_by_label("id", exact=True).fill("tiny")
+        await form.get_by_role("button", name="Send").click()
+        await expect(form.locator("output")).to_contain_text('"versions"')
 
 
 async def test_fits_a_phone_and_has_no_serious_finding(tiny: Server, open_page: OpenPage) -> None:

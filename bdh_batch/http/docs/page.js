@@ -23,9 +23,12 @@ async function send(form, shown) {
   const headers = authorization();
   if (fields.body) headers["content-type"] = "application/json";
   // Relative: a proxy may serve all this below a path of its own.
-  const id = fields.id ? fields.id.value : "";
-  const path = form.dataset.path.slice(1).replace("{id}", encodeURIComponent(id)) || "./";
-  const response = await fetch(path, { method: form.dataset.method, headers, body: fields.body && fields.body.value });
+  const inPath = [...form.querySelectorAll('input[data-in="path"]')];
+  const inQuery = [...form.querySelectorAll('input[data-in="query"]')].filter((each) => each.value);
+  const path = inPath.reduce((text, { name, value }) => text.replace(`{${name}}`, encodeURIComponent(value)), form.dataset.path.slice(1)) || "./";
+  const query = new URLSearchParams(inQuery.map((each) => [each.name, each.value])).toString();
+  const address = query ? `${path}?${query}` : path;
+  const response = await fetch(address, { method: form.dataset.method, headers, body: fields.body && fields.body.value });
   shown.textContent = `${response.status} ${response.statusText}\n`;
   for (const name of ["x-request-id", "openai-processing-ms", "retry-after"]) {
     if (response.headers.has(name)) shown.textContent += `${name}: ${response.headers.get(name)}\n`;

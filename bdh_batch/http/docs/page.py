@@ -124,13 +124,14 @@ def _example(name: str, value: object) -> str:
 def _form(path: str, method: str, parameters: list[Json], body: Json | None) -> str:
     """Hidden where no script shows it."""
     examples = {} if body is None else {name: _indented(each["value"]) for name, each in body["examples"].items()}
-    in_path = [each for each in parameters if each["in"] == "path"]
+    in_address = [each for each in parameters if each["in"] in ("path", "query")]
     return "".join(
         [
             f'<form hidden data-path="{escape(path)}" data-method="{method.upper()}">',
             *(
-                f'<p><label>{each["name"]} <input name="id" value="{escape(each["example"])}"></label>'
-                for each in in_path
+                f'<p><label>{each["name"]} <input name="{each["name"]}" data-in="{each["in"]}" '
+                f'value="{escape(str(each["example"]))}"></label>'
+                for each in in_address
             ),
             '<div class="row">' if examples else "",
             *(
