@@ -140,7 +140,7 @@ def serve(
     """A helper's part in all steps, until there was none for some time. `kind` is empty: an array as states are."""
     seen, waited = -1, 0
     while team.read(board, team.ENDED) == 0:
-        generation = team.read(board, team.TICKET) >> team.GENERATION
+        generation = team.read(board, team.COUNTER) >> team.GENERATION
         if generation != seen:
             take_part(thread, generation, board, limits, job, kind, shape, weights, columns, work, scratches)
             seen, waited = generation, 0
@@ -157,7 +157,7 @@ def lead(
     scratches: Scratch,
 ) -> None:  # fmt: skip
     """The caller's part in the step on the board; returns when all of it is done."""
-    generation = team.read(board, team.TICKET) >> team.GENERATION
+    generation = team.read(board, team.COUNTER) >> team.GENERATION
     take_part(0, generation, board, limits, job, kind, shape, weights, columns, work, scratches)
 
 
@@ -170,24 +170,24 @@ def take_part(
     scratch = scratch_of(scratches, thread)
     waited = 0
     while True:
-        ticket = team.take(board, limits, generation)
-        if ticket == team.FINISHED:
+        taken = team.take(board, limits, generation)
+        if taken == team.FINISHED:
             return
-        if ticket == team.NOTHING:
+        if taken == team.NOTHING:
             if waited >= team.SPINS + team.YIELDS and thread == 0:
                 board[team.RESTS] += 1
             team.rest(waited)
             waited += 1
         else:
             waited = 0
-            loop, piece = (ticket >> team.LOOP) % team.MOST_LOOPS, ticket % team.PIECES
+            loop, piece = (taken >> team.LOOP) % team.MOST_LOOPS, taken % team.PIECES
             if job[MODE] == LOGITS:
                 rows, out = array_at(columns, job[0], job[1]), array_at(np.float32, job[2], job[3])
                 project(piece * COLUMNS, COLUMNS, rows, job[TOKENS], shape, columns, scratch.products, out)
             else:
                 states = array_at(kind, job[18], job[19])
                 compute(loop, piece, part_of(job), shape, weights, states, work, scratch)
-            team.finish(board, limits, ticket)
+            team.finish(board, limits, taken)
 
 
 @compiled

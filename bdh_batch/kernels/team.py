@@ -4,8 +4,8 @@ A thread waits only for pieces that others hold, never for a thread: one whose c
 and the others do its share. Knows nothing of what a piece is. Helpers are started once. Between steps they first yield
 their core, then sleep for moments, then wait for the next step without taking any time.
 
-The board's ticket is one number, `generation << 40 | loop << 24 | piece`: who raises it has the piece. It can be raised
-only as it was read, so a helper that was away for a step takes nothing of the next one by mistake.
+The board's work counter is one number, `generation << 40 | loop << 24 | piece`: who raises it has the piece. It can be
+raised only as it was read, so a helper that was away for a step takes nothing of the next one by mistake.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from numba.core import types
 from bdh_batch.kernels.cpu_layout import Longs
 from bdh_batch.kernels.vector import address, compiled, inlined, intrinsic
 
-TICKET, DONE, LOOPS, ENDED, RESTS = 0, 8, 16, 24, 32  # numbers on the board, each in a cache line of its own
+COUNTER, DONE, LOOPS, ENDED, RESTS = 0, 8, 16, 24, 32  # numbers on the board, each in a cache line of its own
 BOARD = 40
-GENERATION, LOOP = 40, 24  # bits of the ticket before them
+GENERATION, LOOP = 40, 24  # bits of the counter before them
 PIECES = 1 << LOOP
 MOST_LOOPS = 1 << GENERATION - LOOP
-OVER = MOST_LOOPS - 1  # the loop of a ticket whose step is finished; the next one may be being written down
+OVER = MOST_LOOPS - 1  # the loop of a counter whose step is finished; the next one may be being written down
 GENERATIONS = 1 << 63 - GENERATION
 NOTHING, FINISHED = -1, -2  # what `take` gives when no piece is left of the loop, or of the step
 SPINS = 2000  # of a thread that waits for a piece: about 20 µs, as pieces are under way
@@ -47,7 +47,8 @@ class Team:
 
     Args:
         threads: of the team, the caller's included.
-        serve: what the helper of a number does until the board has been idle or has ended: `attend_board` is how long.
+        board: where the caller puts steps up.
+        serve: takes pieces as the helper of that number, until the board had no step for some time, or ENDED is set.
     """
 
     def __init__(self, threads: int, board: Longs, serve: Serve) -> None:
@@ -66,7 +67,7 @@ class Team:
 def new_board() -> Longs:
     """A board without a step."""
     board = np.zeros(BOARD, np.int64)
-    board[TICKET] = OVER << LOOP
+    board[COUNTER] = OVER << LOOP
     return board
 
 
@@ -134,33 +135,34 @@ def replace(context: Any, array: Any, index: Any, old: Any, new: Any) -> Any:
 @inlined
 def put_up(board: Longs, loops: int) -> None:
     """Begins a step of so many loops; how many pieces each has must have been written down before."""
-    generation = ((board[TICKET] >> GENERATION) + 1) % GENERATIONS
+    generation = ((board[COUNTER] >> GENERATION) + 1) % GENERATIONS
     board[DONE], board[LOOPS], board[RESTS] = 0, loops, 0
-    write(board, TICKET, generation << GENERATION)
+    write(board, COUNTER, generation << GENERATION)
 
 
 @inlined
 def take(board: Longs, limits: Longs, generation: int) -> Any:
-    """Takes a piece of the step `generation`: its ticket; NOTHING if others hold the loop's last ones; FINISHED."""
+    """Takes a piece of the step `generation`: the counter as it was. Or NOTHING: others hold the loop's last ones; or
+    FINISHED."""
     while True:
-        ticket = read(board, TICKET)
-        loop, piece = (ticket >> LOOP) % MOST_LOOPS, ticket % PIECES
-        if ticket >> GENERATION != generation or loop == OVER:
+        taken = read(board, COUNTER)
+        loop, piece = (taken >> LOOP) % MOST_LOOPS, taken % PIECES
+        if taken >> GENERATION != generation or loop == OVER:
             return FINISHED
         if piece >= limits[loop]:
             return NOTHING
-        if replace(board, TICKET, ticket, ticket + 1):
-            return ticket
+        if replace(board, COUNTER, taken, taken + 1):
+            return taken
 
 
 @inlined
-def finish(board: Longs, limits: Longs, ticket: int) -> None:
+def finish(board: Longs, limits: Longs, taken: int) -> None:
     """Says that a piece is done. The last one of a loop begins the next."""
-    loop = (ticket >> LOOP) % MOST_LOOPS
+    loop = (taken >> LOOP) % MOST_LOOPS
     if add(board, DONE, 1) + 1 == limits[loop]:
         following = OVER if loop + 1 == board[LOOPS] else loop + 1
         board[DONE] = 0
-        write(board, TICKET, (ticket >> GENERATION << GENERATION) + (following << LOOP))
+        write(board, COUNTER, (taken >> GENERATION << GENERATION) + (following << LOOP))
 
 
 @compiled

@@ -118,8 +118,8 @@ def take_piece(board: cpu_layout.Longs, limits: cpu_layout.Longs, generation: in
 
 
 @vector.compiled
-def finish_piece(board: cpu_layout.Longs, limits: cpu_layout.Longs, ticket: int) -> None:
-    team.finish(board, limits, ticket)
+def finish_piece(board: cpu_layout.Longs, limits: cpu_layout.Longs, taken: int) -> None:
+    team.finish(board, limits, taken)
 
 
 @pytest.mark.parametrize("width", [15, 48, 80])
