@@ -36,6 +36,7 @@ VOCABULARY = 256  # bytes
 SHAPE = {"dim": 64, "depth": 4, "heads": 4, "dim_qk_heads": 1024, "rotary_dim": 64}
 CONFIG, WEIGHTS, CHECKPOINT = "config.json", "model.pt", "training.state"
 SAVE_EVERY = 100  # steps
+PROMPTS = 100  # of one request; the server's `limits.max_prompts` is 128
 HELD_OUT = 10_000_000  # seeds from here on are for the test alone
 
 Problem = tuple[str, str]  # the prompt, and its answer
@@ -140,7 +141,7 @@ def served(folder: Path) -> Iterator[OpenAI]:
 def until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
     while server.poll() is None:
         try:
-            if httpx.get(f"{url}/health/ready").status_code == httpx.codes.OK:
+            if httpx.get(f"{url}/readyz").status_code == httpx.codes.OK:
                 return
         except httpx.TransportError:
             pass  # it does not listen yet
@@ -151,15 +152,22 @@ def until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
 def accuracy(client: OpenAI, problems: list[Problem], effort: str) -> float:
     """The share of problems whose answer is right in every cell."""
     model = client.models.list().data[0].id
-    prompts = [prompt for prompt, _ in problems]
-    answers = client.completions.create(
-        model=model,
-        prompt=prompts,
-        max_tokens=len(problems[0][1]),
-        temperature=0,
-        extra_body={"latent_steps": EFFORTS[effort]},
-    )
-    return sum(choice.text == answer for choice, (_, answer) in zip(answers.choices, problems)) / len(problems)
+    right = 0
+    for asked in batched(problems, PROMPTS):
+        answers = client.completions.create(
+            model=model,
+            prompt=[prompt for prompt, _ in asked],
+            max_tokens=len(asked[0][1]),
+            temperature=0,
+            extra_body={"latent_steps": EFFORTS[effort]},
+        )
+        right += sum(choice.text == answer for choice, (_, answer) in zip(answers.choices, asked))
+    return right / len(problems)
+
+
+def batched(problems: list[Problem], size: int) -> Iterator[list[Problem]]:
+    for at in range(0, len(problems), size):
+        yield problems[at : at + size]
 
 
 def main() -> None:

@@ -285,8 +285,9 @@ def serve(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Serve
         afresh: bool = False,
         inside: Sequence[object] = (),  # a command that becomes the server, in the environment that it makes
         verb: str = "serve",
+        port: int | None = None,
     ) -> Iterator[Server]:
-        port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+        port, log = port or free_port(), tmp_path_factory.mktemp("server") / "log"
         arguments = [verb, "--port", str(port), *(part for option in options for part in ("--set", option))]
         if model is not None:
             arguments += ["--model", str(model)]

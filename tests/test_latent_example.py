@@ -48,3 +48,15 @@ def test_a_run_goes_on_and_its_folder_loads(example: ModuleType, tmp_path: Path)
     assert model.config.latent_steps
     assert model.weights.latent_embed is not None
     assert torch.equal(model.weights.embed, again.model.bdh.token_embed.weight.detach())
+
+
+def test_it_asks_a_server_with_every_effort(
+    example: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(example, "PROMPTS", 2)
+    options = ["--out", str(tmp_path), "--size", "4", "--minutes", "1e-6", "--batch", "2", "--problems", "3"]
+    monkeypatch.setattr("sys.argv", ["latent_reasoning.py", *options])
+    example.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [[name, str(steps)] for name, steps in example.EFFORTS.items()]
+    assert all(line.endswith("% of 3 problems") for line in lines)
