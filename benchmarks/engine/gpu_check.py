@@ -4,17 +4,21 @@
 
 Needs torch, triton, numpy, numba, pytest and safetensors. Measures decode steps of the bundled model's shape and of
 upstream's default one, with weights that fire as trained ones do, against the machine's copy bandwidth, the dense
-recurrence in torch and recomputing, which alternate. Prints no speed while a result is wrong. Exits 2 without a GPU.
+recurrence in torch and recomputing, which alternate, and what was estimated. Prints no speed while a result is wrong.
+Takes at most about 10 minutes (--minutes), in parts; the report is written whenever one ends. What finds no memory is
+noted and left out. Exits 2 without a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import product
@@ -32,19 +36,28 @@ from benchmarks import ROOT
 from benchmarks.common import alternate
 from benchmarks.engine.dense import dense_batched, recompute
 from benchmarks.engine.synthetic import synthetic_weights
-from benchmarks.report import report_head, results_folder, write_report
+from benchmarks.report import RESULTS, report_head, results_folder, write_report
 
 MODELS = {
     "bundled": BDHConfig(n_layer=6, n_embd=128, n_head=4, mlp_internal_dim_multiplier=32, vocab_size=256),
     "upstream": BDHConfig(n_layer=6, n_embd=256, n_head=4, mlp_internal_dim_multiplier=128, vocab_size=256),
 }
 DENSITY = 0.12  # of neurons that fire: 9 – 15 % in trained models of 25M – 100M
-BATCHES = [1, 4, 16, 64, 256, 512, 1024]
+BATCHES = [1, 4, 16, 32, 64, 256, 1024]
 TUNED_FOR = [16, 256]  # sequences of the decode steps that block sizes are chosen by
 CONTEXT = 512  # that is recomputed
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 HEADROOM = 6 << 30  # bytes that are not for states
+TUNING_SECONDS = 120.0  # of one model
 GPU = torch.device("cuda")
+
+
+Figures = dict[str, Any]
+Part = Callable[[float], Figures]  # is given the seconds that are left to it
+
+
+class WrongResultError(Exception):
+    """A kernel computes something else than the specification: no speed is worth printing."""
 
 
 def main() -> int:
@@ -54,20 +67,18 @@ def main() -> int:
         return 2
     gpu = torch.cuda.get_device_name()
     head = report_head(["torch", "triton"], gpu=gpu, capability=torch.cuda.get_device_capability())
-    if not arguments.skip_tests and not tests_pass():
-        print("gpu-check: the kernel tests fail on this GPU: no speed is worth printing")
-        return 1
-    with torch.inference_mode():
-        bandwidth = copy_bandwidth()
-        results = {}
-        for name in arguments.model or MODELS:
-            if (wrong := errors(MODELS[name])) is not None:
-                print(f"gpu-check: {name}: {wrong}: no speed is worth printing")
-                return 1
-            results[name] = check_model(name, MODELS[name], bandwidth, not arguments.skip_tuning)
     file = arguments.out / f"gpu-{gpu.lower().replace(' ', '-')}.json"
-    write_report(file, {**head, "copy_gb_s": bandwidth / 1e9, "density": DENSITY, "models": results})
-    print(f"copy {bandwidth / 1e9:.0f} GB/s; written to {file}")
+
+    def write(found: Figures) -> None:
+        write_report(file, {**head, "density": DENSITY, "parts": found})
+
+    with torch.inference_mode():
+        try:
+            run_parts(parts(arguments), 60 * arguments.minutes, write)
+        except WrongResultError as wrong:
+            print(f"gpu-check: {wrong}: no speed is worth printing")
+            return 1
+    print(f"written to {file}")
     return 0
 
 
@@ -76,12 +87,89 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", action="append", choices=MODELS, help="only this shape; may be repeated")
     parser.add_argument("--skip-tests", action="store_true")
     parser.add_argument("--skip-tuning", action="store_true", help="with the block sizes that are on file")
+    parser.add_argument("--minutes", type=float, default=10, help="after which no part begins; what ran is kept")
     parser.add_argument("--out", type=Path, default=results_folder())
     return parser.parse_args()
 
 
-def tests_pass() -> bool:
-    """Without the project's pytest settings, which name plugins that a GPU machine need not have."""
+def parts(arguments: argparse.Namespace) -> dict[str, Part]:
+    """By name, in their order: what is right comes before what is fast."""
+    models = {name: MODELS[name] for name in arguments.model or MODELS}
+    found: dict[str, Part] = {} if arguments.skip_tests else {"tests": tests_part}
+    for name, config in models.items():
+        found[f"{name}, errors"] = partial(errors_part, name, config)
+    for name, config in models.items():
+        if not arguments.skip_tuning:
+            found[f"{name}, tuning"] = partial(tuning_part, config)
+        for dtype in (torch.bfloat16, torch.float32):
+            found[f"{name}, decode, {str(dtype).removeprefix('torch.')} states"] = partial(
+                decode_part, name, config, dtype
+            )
+    return found
+
+
+def run_parts(
+    parts: Mapping[str, Part],
+    seconds: float,
+    write: Callable[[Figures], None],
+    clock: Callable[[], float] = time.monotonic,
+) -> Figures:
+    """Runs parts in their order and writes what there is whenever one ends. One that finds no memory is noted, and so
+    is one for which there is no time left; the others run all the same.
+
+    Raises:
+        WrongResultError: of a part. What was found until then, and that, is written.
+    """
+    found: Figures = {}
+    began = clock()
+    for name, part in parts.items():
+        left = seconds - (clock() - began)
+        start = clock()
+        try:
+            found[name] = part(left) if left > 0 else {"left_out": "no time was left"}
+        except WrongResultError as wrong:
+            found[name] = {"wrong": str(wrong)}
+            raise
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            found[name] = {"out_of_memory": str(error).partition("\n")[0]}
+        finally:
+            found.setdefault(name, {})["seconds"] = clock() - start
+            write(found)
+    return found
+
+
+def tests_part(left: float) -> Figures:
+    if not tests_pass(left):
+        raise WrongResultError("the kernel tests fail on this GPU, or take longer than there is time")
+    return {"passed": True}
+
+
+def errors_part(name: str, config: BDHConfig, left: float) -> Figures:
+    if (wrong := errors(config)) is not None:
+        raise WrongResultError(f"{name}: {wrong}")
+    return {"passed": True}
+
+
+def tuning_part(config: BDHConfig, left: float) -> Figures:
+    return {"blocks": asdict(tuned(config, weights_for(config, torch.bfloat16), min(left, TUNING_SECONDS)))}
+
+
+def decode_part(name: str, config: BDHConfig, dtype: torch.dtype, left: float) -> Figures:
+    """As many sizes as there is time for."""
+    until = time.monotonic() + left
+    weights = weights_for(config, torch.bfloat16)
+    blocks, bandwidth = stored_blocks(weights), copy_bandwidth()
+    found: list[Figures] = []
+    for figures in decode_figures(name, config, weights, blocks, dtype, bandwidth):
+        found.append(figures)
+        if time.monotonic() > until:
+            break
+    return {"model": config.to_dict(), "blocks": asdict(blocks), "copy_gb_s": bandwidth / 1e9, "decode": found}
+
+
+def tests_pass(seconds: float) -> bool:
+    """Whether they do, within so many seconds. Without the project's pytest settings, whose plugins a GPU machine need
+    not have."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1"}
     environment.pop("TRITON_INTERPRET", None)
     names = [f"tests/kernels/test_triton{part}.py" for part in ("", "_properties")]
@@ -96,8 +184,11 @@ def tests_pass() -> bool:
         "-p",
         "no:cacheprovider",
     ]
-    done = subprocess.run([sys.executable, "-m", "pytest", *options, *names], cwd=ROOT, env=environment)
-    return done.returncode == 0
+    command = [sys.executable, "-m", "pytest", *options, *names]
+    try:
+        return subprocess.run(command, cwd=ROOT, env=environment, timeout=seconds).returncode == 0
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def weights_for(config: BDHConfig, dtype: torch.dtype) -> Weights:
@@ -144,24 +235,21 @@ def errors(config: BDHConfig) -> str | None:
     return None
 
 
-def check_model(name: str, config: BDHConfig, bandwidth: float, tune: bool) -> dict[str, Any]:
-    weights = weights_for(config, torch.bfloat16)
-    blocks = tuned(config, weights) if tune else stored_blocks(weights)
-    figures: dict[str, Any] = {"model": config.to_dict(), "blocks": asdict(blocks), "decode": []}
-    for dtype in (torch.float32, torch.bfloat16):
-        figures["decode"] += list(decode_figures(name, config, weights, blocks, dtype, bandwidth))
-    return figures
+def tuned(config: BDHConfig, weights: Weights, seconds: float) -> Blocks:
+    """Searched on decode steps of few and many sequences and on a prompt, and put on file.
 
-
-def tuned(config: BDHConfig, weights: Weights) -> Blocks:
-    """Searched on decode steps of few and many sequences and on a prompt, and put on file."""
+    What there is no time for is not tried.
+    """
     from triton.runtime.errors import OutOfResources
 
     from bdh_batch.kernels.cuda import TritonKernels
 
     states = states_for(config, min(max(TUNED_FOR), most_slots(config, torch.float32)))
+    until = time.monotonic() + seconds
 
     def cost(blocks: Blocks) -> float:
+        if time.monotonic() > until:
+            return math.inf
         kernels = TritonKernels(weights, blocks=blocks)
         work = [ragged(min(size, len(states)), 900, 1, config.vocab_size) for size in TUNED_FOR]
         work.append(ragged(1, 0, 2048, config.vocab_size))
@@ -201,6 +289,7 @@ def decode_figures(
 
     kernels = TritonKernels(weights, blocks=blocks)
     states = states_for(config, min(max(BATCHES), most_slots(config, dtype)), dtype)
+    estimated = on_paper()
     for size in (size for size in BATCHES if size <= len(states)):
         batch = ragged(size, 900, 1, config.vocab_size)
         variants: dict[str, Callable[[], object]] = {"triton": step(kernels, states, batch)}
@@ -209,7 +298,11 @@ def decode_figures(
         if dtype == torch.float32 and size <= 64:
             contexts = ragged(size, 0, CONTEXT, config.vocab_size).tokens.view(size, CONTEXT)
             variants["recompute"] = partial(recompute, weights, contexts)
-        times = alternate(variants, 15, gpu_clock)
+        without = out_of_memory(variants)
+        if "triton" in without:
+            yield {"sequences": size, "out_of_memory": without}
+            continue
+        times = alternate({name: each for name, each in variants.items() if name not in without}, 15, gpu_clock)
         moved = rows_moved(kernels, states, batch) * 2 * config.n_embd * dtype.itemsize
         figures = {
             "sequences": size,
@@ -218,12 +311,34 @@ def decode_figures(
             **{f"{variant}_tokens_per_s": size / seconds for variant, seconds in times.items()},
             "state_bytes_read_and_written": moved,
             "percent_of_copy_bandwidth": 100 * moved / times["triton"] / bandwidth,
+            "out_of_memory": without,
         }
+        if name == "upstream" and dtype == torch.bfloat16 and size in estimated:
+            figures["ms_on_paper"] = estimated[size]
         print(
             f"{name}: " + ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items())
         )
         yield figures
         states.normal_()  # so many equal tokens would make it grow
+
+
+def out_of_memory(variants: Mapping[str, Callable[[], object]]) -> list[str]:
+    """Those that do not fit beside what is there."""
+    found = []
+    for name, variant in variants.items():
+        try:
+            variant()
+        except torch.OutOfMemoryError:
+            found.append(name)
+            torch.cuda.empty_cache()
+    return found
+
+
+def on_paper() -> dict[int, float]:
+    """Milliseconds that a decode step of upstream's model was estimated to take, by sequences; as far as it was."""
+    kept = sorted(RESULTS.glob("*/suite/gpu-kernels.json"))
+    rows = json.loads(kept[-1].read_text())["estimates"]["by_batch"] if kept else []
+    return {row["batch"]: row["now"]["us"] / 1e3 for row in rows}
 
 
 def step(kernels: Kernels, states: Tensor, batch: RaggedBatch) -> Callable[[], Tensor]:

@@ -20,6 +20,34 @@ def test_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str], monkeypat
     assert capsys.readouterr().out == "gpu-check: there is no GPU on this machine, nothing was measured\n"
 
 
+def test_each_part_is_written_as_it_ends_and_one_without_memory_or_time_stops_no_other() -> None:
+    now, written = iter(range(100)), []
+
+    def full(left: float) -> gpu_check.Figures:
+        raise torch.OutOfMemoryError("no memory\nand how it came")
+
+    parts: dict[str, gpu_check.Part] = {"one": lambda left: {"left": left}, "full": full, "late": lambda left: {}}
+    found = gpu_check.run_parts(parts, 7, lambda each: written.append(list(each)), lambda: float(next(now)))
+    assert found == {
+        "one": {"left": 6, "seconds": 1},
+        "full": {"out_of_memory": "no memory", "seconds": 1},
+        "late": {"left_out": "no time was left", "seconds": 1},
+    }
+    assert written == [["one"], ["one", "full"], ["one", "full", "late"]]
+
+
+def test_a_wrong_result_ends_the_check_and_is_written() -> None:
+    written: list[gpu_check.Figures] = []
+
+    def wrong(left: float) -> gpu_check.Figures:
+        raise gpu_check.WrongResultError("0.3 off")
+
+    with pytest.raises(gpu_check.WrongResultError):
+        gpu_check.run_parts({"errors": wrong, "decode": lambda left: {}}, 60, written.append)
+    assert written[-1]["errors"]["wrong"] == "0.3 off"
+    assert list(written[-1]) == ["errors"]
+
+
 def test_needs_little() -> None:
     """A bare GPU machine has no plots and no progress bars: neither itself nor what it imports may ask for them."""
     seen: set[str] = set()
