@@ -50,8 +50,7 @@ class RemoteBackend:
         self._timeout = timeout
         self._running = Running()
         self._deliveries = Deliveries()
-        self._routing = Routing()
-        self._failover = Failover(max_failovers, self._ready, self._choose)
+        self._failover = Failover(max_failovers, self._ready, Routing().choose)
 
     async def generate(self, request: GenerationRequest) -> MailboxGeneration:
         if not self._ready():
@@ -110,9 +109,6 @@ class RemoteBackend:
     def lost(self, replica: Replica, readers: Sequence[Reader]) -> None:
         """Moves the streams of `readers` to other replicas, as this one will not finish them."""
         self._failover.lost(replica, [each for each in readers if isinstance(each, RemoteStream)])
-
-    def _choose(self, request: GenerationRequest) -> Replica | None:
-        return self._routing.choose(self._ready(), request)
 
     def _ready(self) -> list[Replica]:
         return [replica for replica in self.replicas.values() if replica.state is State.READY]

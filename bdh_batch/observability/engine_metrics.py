@@ -166,6 +166,7 @@ class _LoadCollector(Collector):
             ("num_requests_running", "Sequences that run", load.running),
             ("num_requests_waiting", "Sequences that wait for their first slot", load.waiting),
             ("num_requests_swapped", "Sequences that are preempted by swap", load.swapped),
+            ("state_slots", "Slots to run in", load.slots),
             ("state_slots_usage_perc", "Share of the slots to run in that are held, 0 to 1", usage),
             ("kv_cache_usage_perc", "The same, under the name that it has in vLLM", usage),
             ("prefix_cache_states", "Prefixes that are cached for later requests", load.cached_states),
