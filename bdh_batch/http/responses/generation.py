@@ -16,13 +16,14 @@ from starlette.types import Receive, Scope, Send
 from bdh_batch.backends.base import DirectGeneration, Generation
 from bdh_batch.errors import BDHError
 from bdh_batch.http.request.client import Client, left
-from bdh_batch.http.request.off_loop import LARGE, Aside
+from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses.chunks import Chunks, Deltas
 from bdh_batch.http.responses.frames import Frames
 from bdh_batch.http.responses.json_pieces import JsonInPieces, send_pieces
 from bdh_batch.http.transport.exchange import EXCHANGE
 from bdh_batch.messages import Delta, FinishReason, Gathering, Usage
 
+BRIEF = 100  # microseconds, about, of encoding that is done for a stream where many others have their turn behind it
 CHOICE_COST = 10  # microseconds, about, to encode one
 CHARACTERS = 16  # that are encoded, or read for calls, in a microsecond
 Drawn = Callable[[Sequence[int]], None]
@@ -107,7 +108,7 @@ class EventStream(Response):
         """Writes the frames of deltas as they come, without the task that runs this response. It is left to that where
         the client reads slowly, or encoding takes long."""
         writer = self._direct
-        if writer is None or not writer.takes_parts or not (self._frames.only_text or self._cost((), deltas) <= LARGE):
+        if writer is None or not writer.takes_parts or self._cost((), deltas) > BRIEF:
             return False
         pieces = self._frames.with_warnings(self._body(deltas))
         if pieces:
