@@ -24,7 +24,7 @@ export TRITON_CACHE_DIR ?= $(CACHE)/triton
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test docs clients upstream-servers fuzz load format train bench gpu-check clean
+.PHONY: help venv serve test docs clients upstream-servers cluster-check fuzz load format train bench gpu-check clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -81,6 +81,9 @@ $(UPSTREAMS)/.installed: tests/upstreams/servers/requirements.txt
 
 upstream-servers: $(INSTALLED) $(UPSTREAMS)/.installed  ## a gateway before real Gradio and KServe servers: docs/gateway.md
 	$(BIN)/pytest tests/upstreams/servers/test_servers.py $(ARGS)
+
+cluster-check: $(INSTALLED)  ## a cluster of Ray whose processes are killed, scaled and refused, about 10 minutes
+	$(BIN)/pytest tests/deploy/cluster $(ARGS)
 
 fuzz: $(INSTALLED)  ## 20,000 requests made from /openapi.json, right and wrong ones; CASES=n SEED=n for others
 	FUZZ_CASES=$(or $(CASES),20000) FUZZ_SEED=$(or $(SEED),0) $(BIN)/pytest tests/http/test_openapi.py -k breaks $(ARGS)

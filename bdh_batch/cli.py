@@ -15,9 +15,10 @@ from pathlib import Path
 
 from bdh_batch import __version__, settings
 from bdh_batch.bench import options as bench_options
+from bdh_batch.deploy import commands as deploy_commands
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.http.auth.keys import KeyFile, new_key
-from bdh_batch.launch import CANNOT_START, announcement, leave, reason, run_server, say_nothing, warn
+from bdh_batch.launch import CANNOT_START, announcement, leave, reason, run_server, say_nothing, set_up_logs, warn
 from bdh_batch.neurons import commands as neurons_commands
 from bdh_batch.processes.control import default_pid_file, send_command
 from bdh_batch.registry import commands as registry_commands
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         help="start the server with upstreams alone, without a model of its own",
     )
     gateway.set_defaults(run=_gateway)
+    deploy_commands.add_commands(commands, common, _ray_up)
     shell_commands.add_commands(commands, _options_parser("model", "device", "dtype"), _compute)
     reload = commands.add_parser(
         "reload", parents=[common], help="replace the engines of the server at a port, one by one"
@@ -264,6 +266,13 @@ def _gateway(options: argparse.Namespace) -> int:
         await server.run_gateway(resolved.settings, announcement(resolved.settings))
 
     return run_server(resolved, serve)
+
+
+def _ray_up(options: argparse.Namespace) -> int:
+    resolved = _loaded(options)
+    set_up_logs(resolved)
+    deploy_commands.up(resolved.settings, announcement(resolved.settings))
+    return leave(0)
 
 
 def _compute(options: argparse.Namespace) -> int:

@@ -32,11 +32,7 @@ def run_server(resolved: Resolved, serve: Callable[[], Coroutine[None, None, Non
     """Serves until a signal, and logs meanwhile as the settings say; `process` is the name of a child."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: os._exit(0))  # until the server has handlers of its own: nothing runs yet
-    chosen = resolved.settings.server
-    as_json = chosen.log_format == "json"
-    logs.set_up(chosen.log_level, as_json, as_json if chosen.access_log is None else chosen.access_log, process)
-    for text in resolved.warnings:
-        log.warning("%s", text) if as_json else warn(text)
+    as_json = set_up_logs(resolved, process)
     import uvloop
 
     try:
@@ -47,6 +43,16 @@ def run_server(resolved: Resolved, serve: Callable[[], Coroutine[None, None, Non
         log.critical("%s", reason(error))
         return CANNOT_START
     return leave(0)
+
+
+def set_up_logs(resolved: Resolved, process: str = "") -> bool:
+    """Has this process log as the settings say, and warns of what is wrong with those. Returns whether it is JSON."""
+    chosen = resolved.settings.server
+    as_json = chosen.log_format == "json"
+    logs.set_up(chosen.log_level, as_json, as_json if chosen.access_log is None else chosen.access_log, process)
+    for text in resolved.warnings:
+        log.warning("%s", text) if as_json else warn(text)
+    return as_json
 
 
 def leave(code: int) -> int:
@@ -69,14 +75,18 @@ def announcement(chosen: Settings) -> Callable[[str, str], None]:
     """Returns what tells that a server is ready: whoever started it, or the log where programs read that."""
     if chosen.server.log_format == "json":
         return lambda url, model: log.info("%s is ready at %s", model, url, extra={"fields": {"url": url}})
-    return partial(_announce, chosen.auth.enabled)
+    return partial(_announce, chosen.auth.enabled, chosen.server.ui)
 
 
-def _announce(with_key: bool, url: str, model: str) -> None:
+def _announce(with_key: bool, with_page: bool, url: str, model: str) -> None:
     prompt = '{"prompt": "ROMEO:\\n", "max_tokens": 200}'
     headers = "-H 'content-type: application/json'" + (" -H 'authorization: Bearer KEY'" if with_key else "")
     try:
-        print(f"\n{model} is ready at {url}. Try:\n", flush=True)
+        in_browser = with_page and not url.startswith("unix:")
+        print(
+            f"\n{model} is ready at {url}. {f'Open {url}/ui in a browser, or try' if in_browser else 'Try'}:\n",
+            flush=True,
+        )
         if url.startswith("unix:"):
             headers, url = f"--unix-socket {shlex.quote(url.removeprefix('unix:'))} {headers}", "http://localhost"
         print(f"  curl -s {url}/v1/completions {headers} -d '{prompt}'\n", flush=True)

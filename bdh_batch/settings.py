@@ -185,6 +185,11 @@ class Server(Section):
     )
     tls_cert: Path | None = Field(None, description="PEM file of the certificate and its chain; with it, HTTPS only.")
     tls_key: Path | None = Field(None, description="PEM file of its private key, without a passphrase.")
+    ui: bool = Field(
+        True,
+        description="Whether browsers get a page at /ui, and at /, to talk to the model and to watch the server. The "
+        "page is open to all; what it asks for takes the same keys as any request.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="What is logged.")
     log_format: Literal["text", "json"] = Field(
         "text", description="How it is logged: text, or JSON, one line an event, for programs that collect logs."
@@ -209,7 +214,10 @@ class Model(Section):
     )
     aliases: Strings = Field([], description="Other names that requests may use.")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto takes CUDA where there is a GPU.")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="The dtype of the weights.")
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32",
+        description="The dtype of the weights. On a CPU, bfloat16 is half the size with avx512_bf16, else widened.",
+    )
     attention_window: NonNegativeInt | None = Field(
         None,
         description=(
@@ -705,6 +713,45 @@ class KServe(Section):
     )
 
 
+class Ray(Section):
+    """`bdh-batch ray up`: front ends and engines on a cluster of Ray."""
+
+    address: Annotated[str, Field(pattern=r"^(auto|[^\s/]+:\d{1,5})$")] | None = Field(
+        None,
+        description="The cluster's head node, as in 10.0.0.1:6379, or auto for the cluster that this machine is part "
+        "of; null starts one on this machine, which ends with the server.",
+    )
+    max_replicas: PositiveInt | None = Field(
+        None,
+        le=1024,
+        description="Most engines of a model; between engine.replicas and this, Ray starts and ends engines as their "
+        "load says. null is engine.replicas, always so many.",
+    )
+    target_load: float = Field(
+        0.75,
+        gt=0,
+        le=100,
+        description="Sequences that run and wait, for each that the engines can run at once, above which there is one "
+        "more engine.",
+    )
+    upscale_seconds: float = Field(
+        10.0, ge=0, allow_inf_nan=False, description="How long the load has to ask for more engines."
+    )
+    downscale_seconds: float = Field(
+        300.0, ge=0, allow_inf_nan=False, description="How long the load has to ask for fewer engines."
+    )
+    gpus_per_engine: float | None = Field(
+        None,
+        ge=0,
+        le=64,
+        description="GPUs that an engine reserves, a part of one as in 0.5 included; null is 1 where model.device is "
+        "cuda, else none.",
+    )
+    start_seconds: PositiveFloat = Field(
+        600.0, allow_inf_nan=False, description="Seconds in which all of it has to be ready; else it does not start."
+    )
+
+
 class Health(Section):
     """When the server reports that it is unhealthy."""
 
@@ -765,6 +812,7 @@ class Settings(BaseModel):
     structured_output: StructuredOutput = StructuredOutput()
     api: Api = Api()
     kserve: KServe = KServe()
+    ray: Ray = Ray()
     health: Health = Health()
     telemetry: Telemetry = Telemetry()
 

@@ -42,9 +42,10 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     ),
     "observability": (SHARED | {"engine", "scheduler", "backends", "__init__"}, {"opentelemetry", "prometheus_client"}),
     "http": (
-        SHARED | {"backends", "store", "text", "settings", "observability", "__init__"},
+        SHARED | {"backends", "store", "text", "settings", "observability", "ui", "__init__"},
         {"starlette", "uvicorn", "httptools", "numpy", "orjson", "pydantic", "pydantic_core", "redis", "xxhash"},
     ),
+    "ui": (set(), set()),
     "store": (
         {"errors", "messages", "backends", "settings", "system"},
         {"cachetools", "cryptography", "msgspec", "redis"},
@@ -64,6 +65,11 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
         | {"observability", "registry", "store", "upstreams", "__init__"},
         {"platformdirs", "pydantic", "torch"},
     ),
+    # The same, on clusters of others.
+    "deploy": (
+        {"errors", "backends", "http", "observability", "processes", "settings", "store", "system"},
+        {"ray", "starlette"},
+    ),
     # A way in beside HTTP: it makes the same bodies, which the same code serves.
     "llm": (
         SHARED | {"backends", "http", "processes", "settings", "store", "text"},
@@ -82,7 +88,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "launch": ({"errors", "observability", "settings", "system"}, {"uvloop"}),
     "cli": (
         {"errors", "system", "settings", "http", "processes", "server", "bench", "plan", "registry", "__init__"}
-        | {"client", "launch", "neurons", "shell"},
+        | {"client", "deploy", "launch", "neurons", "shell"},
         {"uvloop"},
     ),
     "__main__": ({"cli"}, set()),

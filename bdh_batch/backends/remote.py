@@ -19,7 +19,7 @@ from bdh_batch.backends.replica import Reader, Replica, State
 from bdh_batch.backends.routing import Routing
 from bdh_batch.backends.stream import RemoteStream
 from bdh_batch.backends.tokenization import Tokenization
-from bdh_batch.engine.mailbox import Mailbox
+from bdh_batch.engine.mailbox import Deliveries, Mailbox
 from bdh_batch.errors import Unavailable
 from bdh_batch.messages import GenerationRequest, Prompt, Text
 from bdh_batch.text.tokenizer import Tokenizer
@@ -49,6 +49,7 @@ class RemoteBackend:
         self._tokenization = Tokenization(tokenizer, vocab_size)
         self._timeout = timeout
         self._running = Running()
+        self._deliveries = Deliveries()
         self._failover = Failover(max_failovers, self._ready, Routing().choose)
 
     async def generate(self, request: GenerationRequest) -> MailboxGeneration:
@@ -56,7 +57,7 @@ class RemoteBackend:
             raise Unavailable(f"The model is not available: {NO_ENGINE}.", retry_after=1)
         timeout = request.origin.timeout_within(self._timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
-        mailbox = Mailbox()
+        mailbox = Mailbox(self._deliveries)
         stream = RemoteStream(request, mailbox, self._failover, deadline)
         self._running.add(stream)
         try:

@@ -7,10 +7,9 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from enum import StrEnum
 from functools import partial
-from pathlib import Path
 from typing import Protocol, cast
 
-from bdh_batch.backends.recorder import recorded, step_file
+from bdh_batch.backends.address import Address
 from bdh_batch.backends.wire import (
     MOST_BYTES,
     PROTOCOL,
@@ -49,10 +48,13 @@ class State(StrEnum):
 class Reader(Protocol):
     """Receives the deltas of one stream.
 
-    `has_token` says whether the engine that computes it now has sent any.
+    `id` is that of its request; `has_token` says whether the engine that computes it now has sent any.
     """
 
     has_token: bool
+
+    @property
+    def id(self) -> str: ...
 
     def started(self, replica: Replica, error: BDHError | None) -> None: ...
 
@@ -63,7 +65,7 @@ class Replica:
     """One engine process, as a front end sees it.
 
     Args:
-        socket: the path of its socket.
+        address: where it listens.
         heartbeat_timeout: seconds without a message after which the engine counts as lost; it may come back.
         changed: is called when the state has changed.
         on_lost: is called with the readers of streams that this engine will not finish.
@@ -72,7 +74,7 @@ class Replica:
 
     def __init__(
         self,
-        socket: Path,
+        address: Address,
         version: str,
         secret: str,
         heartbeat_timeout: float,
@@ -80,7 +82,7 @@ class Replica:
         on_lost: Callable[[Replica, Sequence[Reader]], None],
         fits: Callable[[Welcome], str | None],
     ) -> None:
-        self.socket = socket
+        self.address = address
         self.heartbeat_timeout = heartbeat_timeout
         self.state = State.CONNECTING
         self.welcome: Welcome | None = None
@@ -92,6 +94,7 @@ class Replica:
         self._fits = fits
         self._connection: _Connection | None = None
         self._numbers = 0
+        self._silent: Collection[str] = ()  # requests that it was lost with before their first token
         self._retry = FIRST_RETRY
         self._connecting = asyncio.create_task(self._connect())
 
@@ -116,8 +119,12 @@ class Replica:
 
     @property
     def in_step(self) -> Collection[str]:
-        """Ids of the requests in the engine's last step that had no token of it yet."""
-        return recorded(step_file(self.socket))
+        """Ids of the requests in the engine's last step that had no token of it yet.
+
+        Of an engine whose record is on another machine, they are all that had none.
+        """
+        known = self.address.in_step()
+        return self._silent if known is None else known
 
     def leave(self) -> None:
         """Closes the connection for good and moves the engine's streams to others."""
@@ -167,7 +174,7 @@ class Replica:
         self._connection = None
         if self.welcome is not None:
             level = logging.INFO if self.state is State.LEAVING else logging.WARNING
-            log.log(level, "the engine at %s is lost: %s", self.socket, reason)
+            log.log(level, "the engine at %s is lost: %s", self.address, reason)
         self.welcome, self.last_heartbeat = None, None
         self._enter(State.CONNECTING)
         self._hand_over()
@@ -179,7 +186,7 @@ class Replica:
         state = State.LEAVING if heartbeat.leaving else well
         if state is not self.state:
             if state is State.UNHEALTHY:
-                log.warning("the engine at %s is unhealthy: %s", self.socket, heartbeat.problem)
+                log.warning("the engine at %s is unhealthy: %s", self.address, heartbeat.problem)
             self._enter(state)
         if state is not State.READY:
             self._hand_over()
@@ -187,6 +194,7 @@ class Replica:
     def _hand_over(self) -> None:
         """Gives its streams back, to be computed by other engines."""
         readers = [*self.readers.values()]
+        self._silent = {each.id for each in readers if not each.has_token}
         for stream in [*self.readers]:
             self.abort(stream)
         if readers:
@@ -201,8 +209,7 @@ class Replica:
             await asyncio.sleep(self._retry)
             self._retry = min(2 * self._retry, LONGEST_RETRY)
             try:
-                make = partial(_Connection, self)
-                _, self._connection = await asyncio.get_running_loop().create_unix_connection(make, str(self.socket))
+                self._connection = await self.address.connect(partial(_Connection, self))
             except OSError:
                 continue
             self._connection.send(self._hello)
@@ -243,7 +250,7 @@ class _Connection(asyncio.Protocol):
                 self._greeted, self._unpacker.most = True, MOST_BYTES
                 self._replica.greeted(message)
         except Malformed as error:
-            log.error("the engine at %s: %s", self._replica.socket, error)
+            log.error("the engine at %s: %s", self._replica.address, error)
             self._disconnect(str(error))
 
     def send(self, message: object) -> None:

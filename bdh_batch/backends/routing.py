@@ -20,7 +20,7 @@ class Target(Protocol):
     """What can compute a request: a `replica.Replica`. `outstanding` is its load in streams."""
 
     @property
-    def socket(self) -> object: ...
+    def address(self) -> object: ...
 
     @property
     def outstanding(self) -> int: ...
@@ -45,7 +45,7 @@ class Routing:
         if chosen.outstanding > max(least.outstanding + IMBALANCE, 1.5 * least.outstanding):
             chosen = least
         for prefix in prefixes:
-            self._known[prefix] = str(chosen.socket)
+            self._known[prefix] = str(chosen.address)
             self._known.move_to_end(prefix)
         while len(self._known) > MOST_KNOWN:
             self._known.popitem(last=False)
@@ -53,7 +53,7 @@ class Routing:
 
     def _with_longest(self, ready: Sequence[AnyTarget], prefixes: Sequence[bytes]) -> AnyTarget | None:
         """Returns the replica that has computed the longest of `prefixes`; None where none has computed any."""
-        by_name = {str(replica.socket): replica for replica in ready}
+        by_name = {str(replica.address): replica for replica in ready}
         for prefix in reversed(prefixes):
             if (replica := by_name.get(self._known.get(prefix, ""))) is not None:
                 return replica

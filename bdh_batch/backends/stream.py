@@ -91,6 +91,10 @@ class RemoteStream:
         self._at: tuple[Replica, int] | None = None
 
     @property
+    def id(self) -> str:
+        return self.request.origin.id
+
+    @property
     def cached_tokens(self) -> Sequence[int]:
         return [record.cached for record in self.records]
 

@@ -1,4 +1,4 @@
-"""The engines in other processes of this machine, which a front end finds by their sockets in the runtime folder."""
+"""The engines in other processes, which a front end looks for: by their sockets in the runtime folder, or elsewhere."""
 
 from __future__ import annotations
 
@@ -6,40 +6,46 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from bdh_batch import __version__
+from bdh_batch.backends.address import Address
 from bdh_batch.backends.remote import RemoteBackend
 from bdh_batch.backends.replica import Reader, Replica, State
 from bdh_batch.backends.wire import Welcome
 from bdh_batch.processes.components import Components
 from bdh_batch.processes.engines import EngineInfo
-from bdh_batch.processes.folder import RuntimeFolder
 from bdh_batch.settings import Settings
 
 log = logging.getLogger(__name__)
 
 LOST, REPLACED = "lost", "replaced"  # what becomes of an engine
-LOOK_SECONDS = 0.1  # between two scans of the folder for new and removed sockets
+LOOK_SECONDS = 0.1  # between two looks at which engines there are
 
 
 class RemoteEngines:
     """Connects to the engine processes of one model.
 
     Args:
-        folder: contains their sockets.
+        find: returns the addresses of all engines, by the engines' names. It may raise OSError.
+        secret: by which they know their front ends.
         on_failover: is called with what became of an engine, and how many streams go to another one.
     """
 
     compiles_grammars = True
 
-    def __init__(self, settings: Settings, folder: RuntimeFolder, on_failover: Callable[[str, int], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        find: Callable[[], Mapping[str, Address]],
+        secret: str,
+        on_failover: Callable[[str, int], None],
+    ) -> None:
         self._settings = settings
         self._on_failover = on_failover
         for reason in (LOST, REPLACED):
             on_failover(reason, 0)  # so that the first one is an increase
-        self._folder = folder
-        self._secret = folder.secret
+        self._find = find
+        self._secret = secret
         self._replicas: dict[str, Replica] = {}
         self._welcome: Welcome | None = None  # of the first one: all others have to compute the same
         self._known = asyncio.Event()
@@ -82,24 +88,24 @@ class RemoteEngines:
             replica.close()
 
     async def _look(self) -> None:
-        """Connects to new engines, and forgets those whose sockets were removed."""
+        """Connects to new engines, and forgets those that have gone."""
         while True:
             try:
-                sockets = self._folder.engines()
+                found = self._find()
             except OSError as error:  # no descriptor is left: looked for once more
                 log.warning("the engines cannot be listed: %s", error)
-                sockets = {name: replica.socket for name, replica in self._replicas.items()}
-            for name, socket in sockets.items():
+                found = {name: replica.address for name, replica in self._replicas.items()}
+            for name, address in found.items():
                 if name not in self._replicas:
-                    self._replicas[name] = self._connect(socket)
-            for name in self._replicas.keys() - sockets.keys():
+                    self._replicas[name] = self._connect(address)
+            for name in self._replicas.keys() - found.keys():
                 with contextlib.suppress(KeyError):
                     self._replicas.pop(name).leave()
             await asyncio.sleep(LOOK_SECONDS)
 
-    def _connect(self, socket: Path) -> Replica:
+    def _connect(self, address: Address) -> Replica:
         heartbeat = self._settings.engine.heartbeat_seconds
-        return Replica(socket, __version__, self._secret, heartbeat, self._changed, self._on_lost, self._fits)
+        return Replica(address, __version__, self._secret, heartbeat, self._changed, self._on_lost, self._fits)
 
     def _fits(self, welcome: Welcome) -> str | None:
         """Returns why an engine cannot be used beside the first one, or None if it can."""

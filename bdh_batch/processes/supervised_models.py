@@ -183,7 +183,8 @@ class SupervisedModel:
             try:
                 located = chosen_model(self._model.settings)
                 moved = partial(self._metrics.failed_over, self.name)
-                engines = RemoteEngines(self._model.settings, self._folder.of_model(self._number), moved)
+                folder = self._folder.of_model(self._number)
+                engines = RemoteEngines(self._model.settings, folder.engines, folder.secret, moved)
                 self._open = await OpenModel.load(self._model, self.info, located, engines, self._metrics)
             except (ConfigError, CheckpointError, OSError) as error:
                 log.error("the model %s cannot be loaded: %s", self.info.name, error)

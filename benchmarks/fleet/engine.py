@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence as Many
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Protocol, cast
 
@@ -142,7 +142,7 @@ class Engine:
         if self._count > 1:
             self._advance(step, self._count - 1)
             self.scheduler.counts.steps += self._count - 1
-            step = replace(step, planned=now - self._each)
+            step = step._replace(planned=now - self._each)
         self.computed += step.plan.tokens
         drawn = Outcome([TOKEN if segment.sampling else None for segment in step.plan.segments])
         gained = []

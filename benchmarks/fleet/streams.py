@@ -20,11 +20,11 @@ class View:
     `outstanding` is kept up by the rule of that class: this ingress's streams, or all of the last heartbeat.
     """
 
-    __slots__ = ("in_step", "number", "outstanding", "readers", "reported", "socket", "state")
+    __slots__ = ("address", "in_step", "number", "outstanding", "readers", "reported", "state")
 
     def __init__(self, number: int) -> None:
         self.number = number
-        self.socket = f"engine {number}"
+        self.address = f"engine {number}"
         self.state = State.READY
         self.readers: dict[int, Stream] = {}
         self.reported = 0

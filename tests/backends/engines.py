@@ -7,11 +7,11 @@ import json
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bdh_batch import __version__
+from bdh_batch.backends.address import Address, LocalAddress, NetworkAddress
 from bdh_batch.backends.base import Generation
 from bdh_batch.backends.engine_port import EnginePort
 from bdh_batch.backends.local import LocalBackend
@@ -69,7 +69,7 @@ class LogprobsRunner(FakeRunner):
                 targets[row] = [
                     token_logprob(each, segment.start + at, segment.top) for at, each in enumerate(segment.targets)
                 ]
-        return replace(outcome, logprobs=logprobs, target_logprobs=targets)
+        return outcome._replace(logprobs=logprobs, target_logprobs=targets)
 
     def _segment(self, segment: Segment) -> int | None:
         token = super()._segment(segment)
@@ -115,10 +115,16 @@ class NoGrammars:
 
 
 class FakeEngine:
-    """An engine at a socket, which can be killed and started again."""
+    """An engine at a socket, which can be killed and started again.
 
-    def __init__(self, socket: Path, slots: int = 8, most_queued: int = 64) -> None:
+    Args:
+        apart: whether front ends see it as on another machine: it has a port, and they cannot read its record.
+    """
+
+    def __init__(self, socket: Path, slots: int = 8, most_queued: int = 64, apart: bool = False) -> None:
         self.socket = socket
+        self.apart = apart
+        self.address: Address = LocalAddress(socket)
         self._slots = slots
         self._most_queued = most_queued
         self.deaths = 0
@@ -140,8 +146,15 @@ class FakeEngine:
         self.backend = LocalBackend(worker, ByteTokenizer(), 256, None, 60.0)
         welcome = Welcome(__version__, 1, "fake", "cpu", "same", 256, 1, self._slots, 0, 0)
         self.port = EnginePort(self.backend, NoGrammars(), welcome, SECRET, 0.05, lambda: worker.load)
+        loop = asyncio.get_running_loop()
+        if self.apart:
+            known = self.address.port if isinstance(self.address, NetworkAddress) else 0
+            self._server = await loop.create_server(self.port.new_connection, "127.0.0.1", known)
+            port = self._server.sockets[0].getsockname()[1]
+            self.address = NetworkAddress(self.socket.stem, "127.0.0.1", port, self.socket.with_suffix(".apart"))
+            return
         self.socket.unlink(missing_ok=True)
-        self._server = await asyncio.get_running_loop().create_unix_server(self.port.new_connection, str(self.socket))
+        self._server = await loop.create_unix_server(self.port.new_connection, str(self.socket))
 
     async def kill(self) -> None:
         """As a signal would: nothing more is sent."""
@@ -174,7 +187,7 @@ async def engines(*some: FakeEngine, max_failovers: int = 2) -> AsyncIterator[Re
     for each in some:
         await each.start()
     for each in some:
-        each.replica = connect(each.socket, backend)
+        each.replica = connect(each.address, backend)
     backend.replicas = {each.socket.stem: each.replica for each in some if each.replica is not None}
     try:
         await until(lambda: all(replica.state is State.READY for replica in backend.replicas.values()))
@@ -186,8 +199,8 @@ async def engines(*some: FakeEngine, max_failovers: int = 2) -> AsyncIterator[Re
             await each.kill()
 
 
-def connect(socket: Path, backend: RemoteBackend, secret: str = SECRET, version: str = __version__) -> Replica:
-    return Replica(socket, version, secret, HEARTBEAT, backend.changed, backend.lost, lambda _: None)
+def connect(address: Address, backend: RemoteBackend, secret: str = SECRET, version: str = __version__) -> Replica:
+    return Replica(address, version, secret, HEARTBEAT, backend.changed, backend.lost, lambda _: None)
 
 
 async def until(condition: object, within: float = 30.0) -> None:

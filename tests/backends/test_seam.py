@@ -114,8 +114,11 @@ async def test_streams_wait_for_an_engine_where_there_is_none(tmp_path: Path) ->
         assert [whole.facts() for whole in await reading] == undisturbed
 
 
-async def test_a_request_that_kills_engines_fails_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    some = [FakeEngine(tmp_path / f"{number}.sock") for number in range(3)]
+@pytest.mark.parametrize("apart", [False, True], ids=["here", "on another machine"])
+async def test_a_request_that_kills_engines_fails_alone(
+    apart: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    some = [FakeEngine(tmp_path / f"{number}.sock", apart=apart) for number in range(3)]
     poison, harmless = (
         replace(request(40, prompts=1), origin=Origin("poison"), prompts=[Prompt([POISON] * 4)]),
         request(400, prompts=1),
@@ -160,8 +163,8 @@ async def test_who_is_no_front_end_of_ours_is_refused_and_harms_nothing(tmp_path
             writer.write(bad)
             assert b"Refusal" in await asyncio.wait_for(reader.read(), 30)
             writer.close()
-        stranger = connect(only.socket, backend, secret="a guess")
-        other_version = connect(only.socket, backend, version="0.0.0")
+        stranger = connect(only.address, backend, secret="a guess")
+        other_version = connect(only.address, backend, version="0.0.0")
         await asyncio.sleep(0)
         assert await said(backend, request(5))
         assert stranger.state is other_version.state is State.CONNECTING

@@ -40,10 +40,7 @@ class Server:
     def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics) -> None:
         self._tls = tls_context(settings.server)
         self._proxies = settings.server.trusted_proxies
-        if self._proxies:
-            trusted = [*self._proxies, *_mapped(self._proxies)]
-            app = cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), trusted))
-        self._site = Site(app, settings.limits, metrics)
+        self._site = Site(behind_proxies(app, settings.server), settings.limits, metrics)
         self._settings, self._limits, self._metrics = settings.server, settings.limits, metrics
         self._acceptors: list[Acceptor] = []
         self._listeners: Sequence[socket.socket] = ()
@@ -75,6 +72,14 @@ class Server:
             task.cancel()
         if self._site.tasks:
             await asyncio.wait(self._site.tasks, timeout=1)
+
+
+def behind_proxies(app: ASGIApp, settings: ServerSettings) -> ASGIApp:
+    """The application, with the addresses of clients that trusted proxies forward."""
+    proxies = settings.trusted_proxies
+    if not proxies:
+        return app
+    return cast(ASGIApp, ProxyHeadersMiddleware(cast(Any, app), [*proxies, *_mapped(proxies)]))
 
 
 def tls_context(settings: ServerSettings) -> ssl.SSLContext | None:

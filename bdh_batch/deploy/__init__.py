@@ -1,0 +1,1 @@
+"""The server on clusters of others. Each module of it needs an extra."""

@@ -1,0 +1,53 @@
+"""The server on a real cluster of Ray: streams outlive their engine, and a drain ends them whole."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.conftest import HANG_SECONDS, eventually
+from tests.deploy.rays import cluster
+
+pytest.importorskip("ray.serve", reason="Ray is not installed: pip install 'bdh-batch[ray]'", exc_type=ImportError)
+
+STREAMS, TOKENS = 8, 250
+
+
+async def test_streams_on_a_cluster_outlive_their_engine_and_its_end(tmp_path: Path) -> None:
+    with cluster(tmp_path, "engine.replicas=2", "engine.threads=1") as server:
+        server.until_engines(2)
+        undisturbed = await server.streams(STREAMS, TOKENS)
+        assert {each.finish_reason for each in undisturbed} == {"length"}
+        assert len({each.text for each in undisturbed}) == STREAMS
+
+        moved = await server.streams(STREAMS, TOKENS, begun=lambda: server.kill_one("engine-0"))
+        assert [each.text for each in moved] == [each.text for each in undisturbed]
+        assert "is resumed on another engine" in server.log
+
+        # Ray replaces what was killed, and each process is in the metrics.
+        await asyncio.to_thread(server.until_engines, 2)
+        await asyncio.to_thread(eventually, lambda: server.get("/metrics").text.count('process="engine-0-') > 2)
+        page = server.get("/metrics").text
+        assert 'process="front-' in page
+
+        # What the server holds of bodies is bounded, and a client that leaves takes its request along.
+        long = {"prompt": "x", "max_tokens": 100_000, "stream": True, "ignore_eos": True}
+        async with (
+            httpx.AsyncClient(base_url=server.url, timeout=HANG_SECONDS) as client,
+            client.stream("POST", "/v1/completions", json=long) as response,
+        ):
+            await anext(response.aiter_lines())
+        await asyncio.to_thread(eventually, lambda: "streams': [0, 0]" in streams_of(server.get("/server_info")))
+
+        # A drain ends streams whole.
+        drained = await server.streams(STREAMS, TOKENS, begun=server.process.terminate)
+        assert [each.text for each in drained] == [each.text for each in undisturbed]
+        assert await asyncio.to_thread(server.process.wait, HANG_SECONDS) == 0, server.log
+    assert "Traceback" not in server.log
+
+
+def streams_of(response: httpx.Response) -> str:
+    return str({"streams": [each["streams"] for each in response.json()["engines"]]})
