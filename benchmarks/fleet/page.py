@@ -77,17 +77,12 @@ def share(value: float) -> str:
 
 
 def sizes(fleets: Fleets) -> Rows:
-    rules = [*dict.fromkeys(fleet["rule"] for fleet in fleets)]
-    yield [
-        "replicas",
-        "requests",
-        *(f"{rule}: first token" for rule in rules),
-        *(f"{rule}: computed" for rule in rules),
-    ]
-    for replicas in dict.fromkeys(fleet["replicas"] for fleet in fleets):
-        own = [fleet for fleet in fleets if fleet["replicas"] == replicas]
-        computed = [share(fleet["computed_share_of_prompts"]) for fleet in own]
-        yield [f"{replicas:,}", f"{own[0]['requests']:,}", *map(waits, own), *computed]
+    """A row for each rule of each size."""
+    yield ["replicas", "rule", "first token", "computed", "requests", "tokens again in an hour"]
+    for fleet in fleets:
+        computed = share(fleet["computed_share_of_prompts"])
+        amounts = f"{fleet['requests']:,}", f"{per_hour(fleet):,.0f}"
+        yield [f"{fleet['replicas']:,}", fleet["rule"], waits(fleet), computed, *amounts]
 
 
 def failures(fleets: Fleets) -> Rows:

@@ -15,12 +15,15 @@ from hypothesis import given, settings, strategies as st
 from bdh_batch.backends import failover
 from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.settings import PrefixCache, Scheduler as SchedulerOptions, Settings
+from benchmarks import ROOT
 from benchmarks.engine.play import Cost
 from benchmarks.fleet.agreement import fitted, steps
 from benchmarks.fleet.engine import TOKEN, Engine, Lost, scheduler_of
 from benchmarks.fleet.fleet import Fleet, Simulation, play
 from benchmarks.fleet.load import Chats, Conversation
+from benchmarks.fleet.page import TABLE, TABLES, rewritten
 from benchmarks.fleet.streams import RULES, Ingress, Stream, View, Work
+from benchmarks.report import RESULTS
 
 COST = Cost(step=0.005, decode=0.003, prefill=0.001, copy=0.002)
 CHATS = Chats(stems=4, instructions=64, message=16, answer=12, pause=1.0)
@@ -176,6 +179,14 @@ def test_costs_are_found_again_in_the_steps_that_they_make() -> None:
     shapes = [(draw.randrange(9), draw.randrange(200), draw.random()) for _ in range(50)]
     found = fitted([(COST.of(*shape), *shape) for shape in shapes])
     assert asdict(found) == pytest.approx(asdict(COST))
+
+
+def test_the_page_has_the_figures_of_the_result() -> None:
+    result = json.loads((RESULTS / "amd-epyc-2-threads" / "fleet.json").read_text())
+    page = (ROOT / "docs" / "fleets.md").read_text()
+    assert set(TABLES) <= set(result)
+    assert {name for _, name, _ in TABLE.findall(page)} == set(TABLES)
+    assert rewritten(page, result) == page, "run: python -m benchmarks.fleet.page"
 
 
 @pytest.mark.parametrize("seed", range(4))
