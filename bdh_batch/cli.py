@@ -45,6 +45,11 @@ PLANNED = {  # flags of `plan`, with their defaults
     "window": ("the model's", "tokens that a token can look back on; 0 is no window"),
     "utilization": ("0.8", "the share of the time that a machine may be busy"),
     "active-fraction": ("0.216, the bundled model's", "of the neurons, that fire for a token"),
+    "failures-per-day": ("0.1", "times that a replica is lost"),
+    "detect-seconds": ("5", "until a lost replica is known to be lost"),
+    "restart-seconds": ("60", "until it is there again"),
+    "network-gbit": ("25", "Gbit/s of a machine's link, each way"),
+    "moved": ("0", "the share of completions whose state another machine goes on from"),
 }
 
 

@@ -75,14 +75,18 @@ def announcement(chosen: Settings) -> Callable[[str, str], None]:
     """Returns what tells that a server is ready: whoever started it, or the log where programs read that."""
     if chosen.server.log_format == "json":
         return lambda url, model: log.info("%s is ready at %s", model, url, extra={"fields": {"url": url}})
-    return partial(_announce, chosen.auth.enabled)
+    return partial(_announce, chosen.auth.enabled, chosen.server.ui)
 
 
-def _announce(with_key: bool, url: str, model: str) -> None:
+def _announce(with_key: bool, with_page: bool, url: str, model: str) -> None:
     prompt = '{"prompt": "ROMEO:\\n", "max_tokens": 200}'
     headers = "-H 'content-type: application/json'" + (" -H 'authorization: Bearer KEY'" if with_key else "")
     try:
-        print(f"\n{model} is ready at {url}. Try:\n", flush=True)
+        in_browser = with_page and not url.startswith("unix:")
+        print(
+            f"\n{model} is ready at {url}. {f'Open {url}/ui in a browser, or try' if in_browser else 'Try'}:\n",
+            flush=True,
+        )
         if url.startswith("unix:"):
             headers, url = f"--unix-socket {shlex.quote(url.removeprefix('unix:'))} {headers}", "http://localhost"
         print(f"  curl -s {url}/v1/completions {headers} -d '{prompt}'\n", flush=True)

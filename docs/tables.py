@@ -23,15 +23,15 @@ from pydantic import BaseModel
 
 from bdh_batch import settings
 from bdh_batch.http.anthropic.bodies import CountTokensBody, MessagesBody
+from bdh_batch.http.docs import field_defaults
 from bdh_batch.http.docs.field_help import help_of
 from bdh_batch.http.docs.openapi import openapi
 from bdh_batch.http.request.sizes import MARK
 from bdh_batch.http.request.strict import Wire
 from bdh_batch.http.responses_api.bodies import InputTokensBody, ResponseBody
-from bdh_batch.http.schema.requests import ChatBody, CompletionBody, Defaults, StreamOptions
+from bdh_batch.http.schema.requests import ChatBody, CompletionBody, StreamOptions
 from bdh_batch.http.schema.text import DetokenizeBody, EmbeddingBody, TokenizeChat, TokenizeText
 from bdh_batch.http.tensors.outputs import OUTPUTS
-from bdh_batch.messages import SamplingParams
 from bdh_batch.upstreams.config import GradioUpstream, HtmlSections, KServeUpstream, OpenAIUpstream, Upstream
 
 FOLDER = Path(__file__).parent
@@ -75,37 +75,24 @@ ENDPOINTS = {
     "InputTokensBody": "input token counts",
 }
 
-SERVED, DRAWN = Defaults(), SamplingParams()
 DEFAULTS: dict[str, str] = {
+    **{name: "`true`" if value is True else f"{value:g}" for name, value in field_defaults.DEFAULTS.items()},
     "add_generation_prompt": "`true`",
     "best_of": "`n`",
-    "skip_special_tokens": "`true`",
     "ChatBody.add_special_tokens": "as the template",
     "TokenizeChat.add_special_tokens": "as the template",
     "add_special_tokens": "`true`",
     "chunk_tokens": "1",
     "dimensions": "the model's width",
     "encoding_format": '`"float"`',
-    "frequency_penalty": f"{DRAWN.frequency_penalty:g}",
     "latent_steps": "the folder's, or 0",
     "ChatBody.logprobs": "`false`",
-    "max_tokens": str(SERVED.max_tokens),
     "max_completion_tokens": "`max_tokens`",
-    "min_p": f"{DRAWN.min_p:g}",
-    "min_tokens": "0",
     "model": "the served model",
-    "n": "1",
     "parallel_tool_calls": "`true`",
-    "presence_penalty": f"{DRAWN.presence_penalty:g}",
-    "priority": "0",
-    "repetition_penalty": f"{DRAWN.repetition_penalty:g}",
     "seed": "random",
-    "temperature": f"{SERVED.temperature:g}",
     "tool_choice": '`"auto"` with `tools`',
-    "top_k": str(SERVED.top_k),
     "top_logprobs": "0",
-    "top_p": f"{SERVED.top_p:g}",
-    "update_latent_memory": "`true`",
 }
 SIZES = ("_bytes", "_memory")  # how the names of options end that are sizes
 UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
@@ -189,6 +176,7 @@ def endpoints() -> Rows:
     yield "endpoint", "what it does"
     yield from ((", ".join(paths), summary) for summary, paths in found.items())
     yield "`GET /openapi.json`, `GET /docs`", "This API, for programs and for people"
+    yield "`GET /ui`", "[The page](ui.md)"
 
 
 def outputs() -> Rows:

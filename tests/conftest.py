@@ -43,8 +43,8 @@ settings.load_profile("gate")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Triton reads this when it is imported, for the whole process, and nothing has imported it yet: bdh-cq's dependencies
-# would. Compiled kernels are looked at in a process of their own (`kernels/aot.py`). Where there is a GPU, the same
-# tests run on it.
+# would. Kernels are compiled in a process of their own (`benchmarks/engine/gpu_compile.py`). Where there is a GPU, the
+# same tests run on it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton from 3.9 on warns where this is not said
@@ -285,8 +285,9 @@ def serve(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Serve
         afresh: bool = False,
         inside: Sequence[object] = (),  # a command that becomes the server, in the environment that it makes
         verb: str = "serve",
+        port: int | None = None,
     ) -> Iterator[Server]:
-        port, log = free_port(), tmp_path_factory.mktemp("server") / "log"
+        port, log = port or free_port(), tmp_path_factory.mktemp("server") / "log"
         arguments = [verb, "--port", str(port), *(part for option in options for part in ("--set", option))]
         if model is not None:
             arguments += ["--model", str(model)]

@@ -42,9 +42,10 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     ),
     "observability": (SHARED | {"engine", "scheduler", "backends", "__init__"}, {"opentelemetry", "prometheus_client"}),
     "http": (
-        SHARED | {"backends", "store", "text", "settings", "observability", "__init__"},
+        SHARED | {"backends", "store", "text", "settings", "observability", "ui", "__init__"},
         {"starlette", "uvicorn", "httptools", "numpy", "orjson", "pydantic", "pydantic_core", "redis", "xxhash"},
     ),
+    "ui": (set(), set()),
     "store": (
         {"errors", "messages", "backends", "settings", "system"},
         {"cachetools", "cryptography", "msgspec", "redis"},

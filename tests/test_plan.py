@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +13,22 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, strategies as st
 
+from bdh_batch.backends.wire import Gain, Gains, Start, frame
 from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.cli import PLANNED, main
 from bdh_batch.errors import ConfigError
+from bdh_batch.messages import GenerationRequest, Origin, Prompt
 from bdh_batch.plan.costs import Load, costs_of
+from bdh_batch.plan.fleet import (
+    FRAMES,
+    PROMPT_BYTES,
+    RETURNED_BYTES,
+    SHORT_OF,
+    Faults,
+    Need,
+    size_fleet,
+    spares_for,
+)
 from bdh_batch.plan.machines import DATASHEETS, Machine, measured
 from bdh_batch.plan.sizing import PLANNING, Planner, Sizing
 from bdh_batch.settings import Settings
@@ -58,17 +72,18 @@ def test_the_costs_of_a_small_model_by_hand() -> None:
 
 def test_the_defaults_are_those_that_help_shows_and_the_server_has() -> None:
     for name, (reported, _) in PLANNED.items():
-        default = getattr(Load(), name.replace("-", "_"))
+        field = name.replace("-", "_")
+        default = getattr(Faults() if field in Faults.names() else Load(), field)
         assert name == "window" or reported.split(",")[0] == (default if isinstance(default, str) else f"{default:g}")
     served = Settings()
     assert (Load().dtype, Load().state_dtype) == (served.model.dtype, served.engine.state_dtype)
+    assert Faults().detect_seconds == served.engine.heartbeat_seconds
 
 
 def test_a_plan_by_hand() -> None:
     load = Load(streams=40, rate=2.0, prompt_tokens=8, answer_tokens=16, active_fraction=0.5, dtype="float32")
     found = Planner(SMALL, MACHINE, load).size()
     assert found.limits["state memory"] == 41  # (90,000 − 4,096) / 2,048
-    assert found.limits["front end"] == 49_200
     # In a second, a stream has two tokens, of 3,072 bytes at 500,000 a second and 3,328 operations at a million each,
     # is planned twice, and has a prompt's token of 5,120 operations; beside all of them are two steps' fixed parts.
     # The weights come while the products are made.
@@ -114,10 +129,67 @@ def test_what_there_is_least_of_binds(changes: dict[str, Any], binds: str) -> No
     assert Planner(SMALL, machine, load).size().binds == binds
 
 
-def test_one_process_writes_no_more_than_it_can() -> None:
+def test_one_ingress_process_writes_no_more_than_it_can() -> None:
     fast = replace(DATASHEETS["h200"], memory=1e15, bandwidth=1e18, step_seconds=0.0)
-    found = Planner(SMALL, fast, Load(streams=10_000, rate=100.0)).size()
-    assert (found.binds, found.most_streams_per_machine, found.machines) == ("front end", 984, 11)
+    found = Planner(SMALL, fast, Load(streams=1000, rate=1000.0)).size()
+    writing = 1000 * 1000 / (0.8 * FRAMES)
+    assert 10 < writing < 11
+    assert found.fleet.ingress_processes == 11 + (found.fleet.replicas > 1)
+    with pytest.raises(ConfigError, match="a stream alone on h200 gets at most 98,400 tokens/s"):
+        Planner(SMALL, fast, Load(rate=100_000.0)).size()
+
+
+def test_a_fleet_by_hand() -> None:
+    load = Load(streams=300, rate=2.0, prompt_tokens=100, answer_tokens=50)
+    faults = Faults(failures_per_day=24.0, detect_seconds=10.0, restart_seconds=20.0, network_gbit=0.8, moved=0.25)
+    need = Need(9, busy=0.5, step_seconds=0.01, prompt_token_seconds=0.002, state_bytes=10**6)
+    found = size_fleet(load, faults, need)
+    assert faults.unavailability == pytest.approx(720 / (86_400 + 720))
+    assert (found.spares, found.replicas, found.ingress_processes) == (
+        2,
+        11,
+        2,
+    )
+    assert (found.streams_lost, found.recomputed_tokens) == (28, 28 * 125)
+    assert found.recompute_seconds == pytest.approx(7.0)
+    assert found.catch_up_seconds == pytest.approx(7.0 / (10 * 0.5))
+    # Three of them come to one other replica, which has half of its time for them.
+    assert found.pause_seconds == pytest.approx(10.0 + 2 * 0.25 / 0.5 + 0.01)
+    assert found.failures_per_day == 264.0
+    assert found.recomputed_tokens_per_day == 264 * 3500
+    assert found.recomputed_share == pytest.approx(24 * 7.0 / 86_400)
+    assert found.state_bytes_per_s == pytest.approx(2 * 12 * 0.25 * 1e6)
+    assert found.state_link_share == pytest.approx(3e6 / 11 / 1e8)
+    assert found.move_seconds == pytest.approx(0.01)
+    assert found.move_pays_from == 5
+    lone = size_fleet(load, replace(faults, failures_per_day=0.01), replace(need, machines=1))
+    assert (lone.replicas, lone.ingress_processes, lone.catch_up_seconds) == (1, 1, None)
+    assert lone.pause_seconds == pytest.approx(30.0 + 150.5 * 0.25 + 0.01)
+
+
+@given(machines=st.integers(1, 400), unavailability=st.floats(0.0, 0.4))
+def test_spares_are_the_fewest_that_are_enough(machines: int, unavailability: float) -> None:
+    def short(spares: int) -> float:
+        """By adding up the chances of all that is enough."""
+        n, p = machines + spares, unavailability
+        return 1 - math.fsum(math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(spares + 1))
+
+    spares = spares_for(machines, unavailability)
+    assert short(spares) <= SHORT_OF + 1e-9
+    assert spares == 0 or short(spares - 1) > SHORT_OF - 1e-9
+
+
+def test_a_very_large_fleet_is_sized_at_once() -> None:
+    assert spares_for(10**9, 0.01) == pytest.approx(10**9 / 99, rel=0.001)
+
+
+def test_messages_between_ingress_and_engine_are_as_large_as_planned() -> None:
+    assert len(frame(Gains([Gain(stream=1234, index=0, text=" t", tokens=[117])]))) == RETURNED_BYTES
+    sizes = [
+        len(frame(Start.of(1, GenerationRequest(Origin("id"), [Prompt([7] * length)], 8), [])))
+        for length in (300, 1300)
+    ]
+    assert sizes[1] - sizes[0] == pytest.approx(1000 * PROMPT_BYTES, abs=8)
 
 
 LOADS = st.builds(
@@ -190,6 +262,11 @@ def test_a_plan_is_reported_as_text_and_as_json(gpu: str, capsys: pytest.Capture
     text = capsys.readouterr().out
     assert "2,000 streams at 20 tokens/s each" in text
     assert "on paper" in text
+    assert "losing one, tokens" in text
+    options = re.search(r"scheduler.max_running=(\d+) engine.state_memory=(\d+),", text)
+    assert options is not None
+    chosen = Settings.model_validate({"scheduler": {"max_running": options[1]}, "engine": {"state_memory": options[2]}})
+    assert chosen.engine.state_memory == 6 * 2**20 * chosen.scheduler.max_running
     assert f"x {gpu}" in text
     assert "state of a stream           6.0 MiB" in text
     assert found["state_bytes"] == 4 * 6 * 2**20
@@ -207,6 +284,12 @@ def test_a_plan_is_reported_as_text_and_as_json(gpu: str, capsys: pytest.Capture
         ("--answer-tokens 0", "--answer-tokens 0: should be from 1 to"),
         ("--prompt-tokens -1", "--prompt-tokens -1: should be from 0 to"),
         ("--utilization 1", "--utilization 1.0: should be above 0 and below 1"),
+        ("--failures-per-day -1", "--failures-per-day -1.0: should be at least 0, and finite"),
+        ("--failures-per-day 5000", "--failures-per-day 5000.0: should be so few that a replica is there more than"),
+        ("--restart-seconds inf", "--restart-seconds inf: should be at least 0, and finite"),
+        ("--network-gbit 0", "--network-gbit 0.0: should be above 0"),
+        ("--moved 2", "--moved 2.0: should be from 0 to 1"),
+        ("--moved much", "--moved much: should be a number"),
         ("--active-fraction 0", "--active-fraction 0.0: should be above 0, and at most 1"),
         ("--state-dtype int4", "--state-dtype int4: should be one of float32, bfloat16"),
         ("--dtype int4", "--dtype int4: should be one of"),

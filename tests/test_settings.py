@@ -282,7 +282,7 @@ def test_a_command_needs_no_standard_streams(closed: str) -> None:
 
 
 def test_where_nothing_can_be_printed_the_server_goes_on() -> None:
-    code = 'from bdh_batch import launch; launch._announce(False, "http://here", "dragon")'
+    code = 'from bdh_batch import launch; launch._announce(False, True, "http://here", "dragon")'
     with open("/dev/full", "wb") as full:
         ended = subprocess.run(
             [sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300

@@ -13,6 +13,9 @@ RawPrompt = tuple[str, Text | Sequence[int]]  # the request's field, and the pro
 # Is called with the tokens that were generated, and the last delta of the first sequence that failed or was aborted.
 Ended = Callable[[int, Delta | None], None]
 
+# Is called with new deltas, on the event loop. Returns whether it took them: all, or none.
+Taker = Callable[[Sequence[tuple[int, Delta]]], bool]
+
 
 class Generation(Protocol):
     """A request that is being computed: the deltas of its sequences, and what is known of them."""
@@ -37,6 +40,15 @@ class Generation(Protocol):
 
     def on_end(self, ended: Ended) -> None:
         """Registers `ended`, which is called once, at the first `abort`."""
+
+
+@runtime_checkable
+class DirectGeneration(Protocol):
+    """What a generation has besides whose deltas can be taken as they come, in a callback of the event loop."""
+
+    def offer_to(self, taker: Taker) -> None:
+        """From now on, deltas that come while the generation's reader waits for the next ones are offered to `taker`,
+        and yielded only where it does not take them."""
 
 
 class Backend(Protocol):

@@ -2,8 +2,8 @@
 
 Only a request in the engine's last step that had no token of it yet can be what crashed it. Those requests are
 suspects. All other streams of that engine are resumed at once. Then the suspects are probed: each engine computes one
-of them at a time until it has a token, and no new request starts meanwhile. So if that engine crashes, too, the
-request that did it is known.
+of them at a time until it has a token, and no new request starts there meanwhile. So if that engine crashes, too, the
+request that did it is known. While suspects wait for engines, no new request starts anywhere.
 
 Where engines have also crashed with no suspect in their step, something else kills them, and a suspect may only have
 been present: then it takes more engines to tell. Streams of an engine that is replaced are no suspects.
@@ -36,7 +36,8 @@ class Failover:
     Args:
         max_failovers: engines in a row that one stream may lose without a token; then it fails.
         ready: returns the replicas that are ready.
-        choose: returns the one of them that should compute a request.
+        choose: returns the one of some replicas that should compute a request; None where there are none.
+        clock: the seconds of now, of no certain beginning.
 
     `waiting` contains the streams that wait for an engine, each with the timer of its deadline.
     """
@@ -45,12 +46,14 @@ class Failover:
         self,
         max_failovers: int,
         ready: Callable[[], Sequence[Replica]],
-        choose: Callable[[GenerationRequest], Replica | None],
+        choose: Callable[[Sequence[Replica], GenerationRequest], Replica | None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.waiting: dict[RemoteStream, asyncio.TimerHandle | None] = {}
         self._max_failovers = max_failovers
         self._ready = ready
         self._choose = choose
+        self._clock = clock
         self._probes: dict[Replica, RemoteStream] = {}
         self._unexplained = -math.inf  # when an engine last crashed without a suspect in its step
 
@@ -62,7 +65,7 @@ class Failover:
     def lost(self, replica: Replica, streams: Sequence[RemoteStream]) -> None:
         """Moves `streams` to other engines, as `replica` has crashed, hangs, or is being replaced."""
         self._probes.pop(replica, None)
-        leaving, now = replica.state is State.LEAVING, time.monotonic()
+        leaving, now = replica.state is State.LEAVING, self._clock()
         suspects = () if leaving else replica.in_step
         if not (leaving or suspects or any(not stream.confirmed for stream in streams)):
             self._unexplained = now
@@ -107,19 +110,20 @@ class Failover:
         if not self.waiting:
             return
         for stream in [each for each in self.waiting if not each.failovers and each.admitted.done()]:
-            self._send_somewhere(stream)
+            self._send_to_one(self._ready(), stream)
         suspects = sorted((each for each in self.waiting if each.failovers), key=lambda each: each.tokens)
         for replica in self._ready() if suspects else ():
             if suspects and all(reader.has_token for reader in replica.readers.values()):
                 stream = self._probes[replica] = suspects.pop()
                 self._send(stream, replica)
-        if suspects or self._probes:
+        if suspects:
             return
+        others = [replica for replica in self._ready() if replica not in self._probes]
         for stream in [*self.waiting]:
-            self._send_somewhere(stream)
+            self._send_to_one(others, stream)
 
-    def _send_somewhere(self, stream: RemoteStream) -> None:
-        if (replica := self._choose(stream.request)) is not None:
+    def _send_to_one(self, replicas: Sequence[Replica], stream: RemoteStream) -> None:
+        if (replica := self._choose(replicas, stream.request)) is not None:
             self._send(stream, replica)
 
     def _send(self, stream: RemoteStream, replica: Replica) -> None:
@@ -131,7 +135,7 @@ class Failover:
     def _wait(self, stream: RemoteStream) -> None:
         timer = None
         if stream.deadline is not None:
-            left = max(0.0, stream.deadline - time.monotonic())
+            left = max(0.0, stream.deadline - self._clock())
             end = partial(stream.fail, RunTimeout("The request timed out while it waited for an engine."))
             timer = asyncio.get_running_loop().call_later(left, end)
         self.waiting[stream] = timer

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
+from functools import partial
 from typing import Protocol
 
-from bdh_batch.backends.base import Ended
+from bdh_batch.backends.base import Ended, Taker
 from bdh_batch.engine.mailbox import Mailbox
 from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Usage
 
@@ -32,7 +33,7 @@ class Source(Protocol):
 
 
 class Tally:
-    """What a generation has yielded so far, and who is told when it ends.
+    """What a generation has yielded so far, in ends and tokens, and who is told when it ends.
 
     Args:
         ends: how many it has: of its sequences, and of what becomes of a state that is saved.
@@ -40,14 +41,14 @@ class Tally:
 
     def __init__(self, ends: int) -> None:
         self.open = ends  # those that are still to come
-        self._tokens = 0
+        self.tokens = 0
         self._failure: Delta | None = None
         self._ended: list[Ended] = []
 
     def add(self, deltas: Sequence[tuple[int, Delta]]) -> None:
         """Counts what is yielded."""
         for _, delta in deltas:
-            self._tokens += len(delta.tokens)
+            self.tokens += len(delta.tokens)
             self.open -= delta.ends
             if delta.finish_reason in FAILED and self._failure is None:
                 self._failure = delta
@@ -61,7 +62,7 @@ class Tally:
             self._failure = Delta(finish_reason=FinishReason.ABORT)
         ended, self._ended = self._ended, []
         for each in ended:
-            each(self._tokens, self._failure)
+            each(self.tokens, self._failure)
 
 
 class MailboxGeneration:
@@ -102,7 +103,24 @@ class MailboxGeneration:
             self._tally.add(deltas)
             yield deltas
 
+    def offer_to(self, taker: Taker) -> None:
+        """As `DirectGeneration` has it. Ends are always yielded, and so is all of a request whose state is saved."""
+        if self._request.save_to is None:
+            self._mailbox.offer_to(partial(self._offer, taker))
+
+    def _offer(self, taker: Taker, deltas: Sequence[tuple[int, Delta]]) -> bool:
+        tokens = 0
+        for _, delta in deltas:
+            if delta.finish_reason is not None:
+                return False
+            tokens += len(delta.tokens)
+        taken = taker(deltas)
+        if taken:
+            self._tally.tokens += tokens
+        return taken
+
     def abort(self) -> None:
+        self._mailbox.offer_to(None)
         self._source.abandon()
         self._running.discard(self)
         self._tally.end()

@@ -14,7 +14,7 @@ from bdh_batch.backends.base import RawPrompt
 from bdh_batch.backends.generation import MailboxGeneration, Running, breathe
 from bdh_batch.backends.tokenization import LONG, Tokenization, off_the_loop
 from bdh_batch.engine.completion import Completion
-from bdh_batch.engine.mailbox import Mailbox
+from bdh_batch.engine.mailbox import Deliveries, Mailbox
 from bdh_batch.engine.worker import Load, shutting_down
 from bdh_batch.errors import BDHError, ContextLengthExceeded, InvalidRequest
 from bdh_batch.messages import (
@@ -130,9 +130,10 @@ class LocalBackend:
         self._queue_timeout = queue_timeout
         self._timeout = timeout
         self._running = Running()
+        self._deliveries = Deliveries()
 
     async def generate(self, request: GenerationRequest) -> MailboxGeneration:
-        mailbox = Mailbox()
+        mailbox = Mailbox(self._deliveries)
         submission = await self.submit(request, mailbox)
         return MailboxGeneration(request, mailbox, submission, self._running)
 

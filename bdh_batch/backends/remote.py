@@ -19,7 +19,7 @@ from bdh_batch.backends.replica import Reader, Replica, State
 from bdh_batch.backends.routing import Routing
 from bdh_batch.backends.stream import RemoteStream
 from bdh_batch.backends.tokenization import Tokenization
-from bdh_batch.engine.mailbox import Mailbox
+from bdh_batch.engine.mailbox import Deliveries, Mailbox
 from bdh_batch.errors import Unavailable
 from bdh_batch.messages import GenerationRequest, Prompt, Text
 from bdh_batch.text.tokenizer import Tokenizer
@@ -49,15 +49,15 @@ class RemoteBackend:
         self._tokenization = Tokenization(tokenizer, vocab_size)
         self._timeout = timeout
         self._running = Running()
-        self._routing = Routing()
-        self._failover = Failover(max_failovers, self._ready, self._choose)
+        self._deliveries = Deliveries()
+        self._failover = Failover(max_failovers, self._ready, Routing().choose)
 
     async def generate(self, request: GenerationRequest) -> MailboxGeneration:
         if not self._ready():
             raise Unavailable(f"The model is not available: {NO_ENGINE}.", retry_after=1)
         timeout = request.origin.timeout_within(self._timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
-        mailbox = Mailbox()
+        mailbox = Mailbox(self._deliveries)
         stream = RemoteStream(request, mailbox, self._failover, deadline)
         self._running.add(stream)
         try:
@@ -109,9 +109,6 @@ class RemoteBackend:
     def lost(self, replica: Replica, readers: Sequence[Reader]) -> None:
         """Moves the streams of `readers` to other replicas, as this one will not finish them."""
         self._failover.lost(replica, [each for each in readers if isinstance(each, RemoteStream)])
-
-    def _choose(self, request: GenerationRequest) -> Replica | None:
-        return self._routing.choose(self._ready(), request)
 
     def _ready(self) -> list[Replica]:
         return [replica for replica in self.replicas.values() if replica.state is State.READY]

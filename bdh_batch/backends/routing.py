@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import Protocol, TypeVar
 
-from bdh_batch.backends.replica import Replica
 from bdh_batch.messages import GenerationRequest
 
 BLOCK = 64  # tokens: prefixes are compared in multiples of it
@@ -16,13 +16,26 @@ MOST_KNOWN = 2**16  # prefixes
 IMBALANCE = 4
 
 
+class Target(Protocol):
+    """What can compute a request: a `replica.Replica`. `outstanding` is its load in streams."""
+
+    @property
+    def address(self) -> object: ...
+
+    @property
+    def outstanding(self) -> int: ...
+
+
+AnyTarget = TypeVar("AnyTarget", bound=Target)
+
+
 class Routing:
     """Remembers which replica has computed which of the latest prefixes, and routes requests by that."""
 
     def __init__(self) -> None:
         self._known: OrderedDict[bytes, str] = OrderedDict()
 
-    def choose(self, ready: Sequence[Replica], request: GenerationRequest) -> Replica | None:
+    def choose(self, ready: Sequence[AnyTarget], request: GenerationRequest) -> AnyTarget | None:
         """Returns one of `ready` for `request`, and remembers its prefixes; None where no replica is ready."""
         if not ready:
             return None
@@ -38,7 +51,7 @@ class Routing:
             self._known.popitem(last=False)
         return chosen
 
-    def _with_longest(self, ready: Sequence[Replica], prefixes: Sequence[bytes]) -> Replica | None:
+    def _with_longest(self, ready: Sequence[AnyTarget], prefixes: Sequence[bytes]) -> AnyTarget | None:
         """Returns the replica that has computed the longest of `prefixes`; None where none has computed any."""
         by_name = {str(replica.address): replica for replica in ready}
         for prefix in reversed(prefixes):

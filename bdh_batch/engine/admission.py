@@ -57,6 +57,11 @@ class Admission:
     def queued(self) -> int:
         return len(self._backlog)
 
+    def queues(self, most: int) -> dict[str, int]:
+        """How many sequences of each tenant wait: of those of whom most do."""
+        with self._lock:
+            return self._backlog.longest(most)
+
     def admit(self, sequences: Many[Sequence], now: float, resumed: bool = False) -> bool:
         """Counts all of `sequences`, or none. Gives whether others have to go for them; for those that are `resumed`
         nobody has, and they are always let in.

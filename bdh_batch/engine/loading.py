@@ -60,6 +60,7 @@ class LoadedEngine:
     fingerprint: str = ""  # of the weights
     states: StateIO | None = None  # reads and writes states
     copies: CopyLimits = WHOLE
+    kernels: str = ""  # which compute, why, and with what arithmetic
 
 
 def load_engine(settings: Settings, path: Path) -> LoadedEngine:
@@ -110,7 +111,7 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     weights, grows = fingerprint(model.weights), device.type == "cpu"
     states = StateIO(pool, state_layout(pool, weights, window))
     copies = copy_limits(each, host_dtype) if grows else WHOLE
-    return LoadedEngine(model, runner, slots, host_slots, grows, weights, states, copies)
+    return LoadedEngine(model, runner, slots, host_slots, grows, weights, states, copies, reason)
 
 
 def given_by(model: ModelOptions) -> Given:

@@ -5,7 +5,6 @@ The runner owns every tensor. It knows slots, and nothing about requests.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
@@ -14,9 +13,8 @@ from torch import Tensor
 
 from bdh_batch.engine.hidden_vectors import HiddenVectors, latent_segments
 from bdh_batch.engine.neurons import NeuronView, watched
-from bdh_batch.engine.sampling.draw import sample
-from bdh_batch.engine.sampling.logits_processors import RowProcessors, process_logits
-from bdh_batch.engine.sampling.logprobs import ROWS, token_logprobs
+from bdh_batch.engine.sampling.choosing import Chooser
+from bdh_batch.engine.sampling.logprobs import ROWS, index_of, rows_of, token_logprobs
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.errors import OutOfMemory
 from bdh_batch.kernels.base import Kernels, RaggedBatch
@@ -31,8 +29,6 @@ from bdh_batch.messages import (
     TokenLogprob,
     distinct,
 )
-
-log = logging.getLogger(__name__)
 
 FIRST_LOOK, LOOK_EVERY = 8, 64  # steps, in which the share of neurons that fire is measured
 
@@ -62,6 +58,7 @@ class Runner:
         self._steps = 0
         self._device = pool.states.device
         heads, neurons = pool.states.shape[-3:-1]
+        self._chooser = Chooser(self._device)
         self._view = NeuronView(self._layers, heads, neurons, self._device, neuron_order)
 
     @torch.inference_mode()
@@ -111,31 +108,31 @@ class Runner:
         Returns:
             A token or None for each segment; and logprobs by the segment's index, where they are asked for.
         """
-        ends = accumulate(len(segment.tokens) for segment in segments)
-        indices: list[int] = []
-        rows: list[int] = []
-        params, positions, processors = [], [], []
-        for index, (segment, end) in enumerate(zip(segments, ends)):
-            if segment.sampling is not None:
-                if segment.processors is not None:
-                    processors.append((len(rows), segment.processors))
-                indices.append(index)
-                rows.append(end - 1)
-                params.append(segment.sampling)
-                positions.append(segment.start + len(segment.tokens))
+        indices = [index for index, segment in enumerate(segments) if segment.sampling is not None]
         drawn: list[int | None] = [None] * len(segments)
-        if not rows:
+        if not indices:
             return drawn, {}
-        logits = self._kernels.logits(hidden[torch.tensor(rows, device=self._device)])
+        drawing = segments if len(indices) == len(segments) else [segments[index] for index in indices]
+        if len(indices) < len(hidden):  # else each is a token that decodes
+            ends = [*accumulate([len(segment.tokens) for segment in segments])]
+            hidden = rows_of(hidden, [ends[index] - 1 for index in indices])
+        logits = self._kernels.logits(hidden)
         # The device is at work on it: the time to find out what may be drawn.
-        masks = [each.constraint.mask() if each.constraint else None for each in map(segments.__getitem__, indices)]
-        tokens, logprobs = choose(logits, params, positions, processors, masks)
+        masks = [None if segment.constraint is None else segment.constraint.mask() for segment in drawing]
+        params = [segment.sampling for segment in drawing if segment.sampling is not None]
+        positions = [segment.start + len(segment.tokens) for segment in drawing]
+        processors = [(row, each) for row, segment in enumerate(drawing) if (each := segment.processors) is not None]
+        tokens, logprobs = self._chooser.choose(logits, params, positions, processors, masks)
+        if drawing is segments:
+            return tokens, logprobs
         for index, token in zip(indices, tokens):
             drawn[index] = token
         return drawn, {indices[row]: each for row, each in logprobs.items()}
 
     def _target_logprobs(self, segments: Sequence[Segment], hidden: Tensor) -> dict[int, list[TokenLogprob]]:
         """Returns the logprobs of each segment's targets, by the segment's index; `hidden` is [T, D]."""
+        if not any(segment.targets for segment in segments):
+            return {}  # as mostly
         begins = accumulate((len(segment.tokens) for segment in segments), initial=0)
         wanted = [
             (index, row, target, segment.top)
@@ -145,7 +142,7 @@ class Runner:
         found: dict[int, list[TokenLogprob]] = {}
         for at in range(0, len(wanted), ROWS):
             indices, rows, targets, tops = zip(*wanted[at : at + ROWS])
-            logits = self._kernels.logits(hidden[torch.tensor(rows, device=self._device)])
+            logits = self._kernels.logits(rows_of(hidden, rows))
             for index, each in zip(indices, token_logprobs(logits, targets, tops, ranked=True)):
                 found.setdefault(index, []).append(each)
         return found
@@ -176,9 +173,9 @@ class Runner:
             vectors, frozen = self._entering(self._pool.vectors, segments, tokens)
         positions = [p for segment in segments for p in range(segment.start, segment.start + len(segment.tokens))]
         batch = RaggedBatch(
-            tokens=torch.tensor(tokens, device=self._device),
-            positions=torch.tensor(positions, device=self._device),
-            bounds=[0, *accumulate(len(segment.tokens) for segment in segments)],
+            tokens=index_of(tokens, self._device),
+            positions=index_of(positions, self._device),
+            bounds=[0, *accumulate([len(segment.tokens) for segment in segments])],
             slots=[segment.slot for segment in segments],
             draws=[segment.sampling is not None for segment in segments],
             vectors=vectors,
@@ -211,7 +208,7 @@ class Runner:
         """Runs a prefill chunk and a decode step in slot 0, so that no request waits for what is done once."""
         self._pool.warm()
         self._kernels.warm(self._pool.states)
-        sampling = SamplingParams(temperature=0.0, repetition_penalty=2.0, logit_bias=LogitBias.of({0: 1.0}))
+        sampling = SamplingParams(top_k=1, repetition_penalty=2.0, logit_bias=LogitBias.of({0: 1.0}))
         processors = LogitsProcessors.of(sampling, [0], distinct([0]), early=1)
         self.run(Plan([Segment(0, 0, [0] * chunk, sampling, processors)]))
         self.run(Plan([Segment(0, chunk, [0], sampling, processors)]))
@@ -219,66 +216,13 @@ class Runner:
             self.run(Plan([Segment(0, chunk + 1, [LATENT], sampling, processors)]))
 
 
-def choose(
-    logits: Tensor,
-    params: Sequence[SamplingParams],
-    positions: Sequence[int],
-    processors: RowProcessors,
-    masks: Sequence[bytes | None] = (),
-) -> tuple[list[int | None], dict[int, TokenLogprob]]:
-    """Draws a token for each row of `logits`, after logits processors and masks.
-
-    Args:
-        logits: [rows, V] float32; it is changed.
-        params: the sampling parameters of each row.
-        positions: of the tokens to be drawn, in their sequences.
-        processors: the rows that have logits processors, with them.
-        masks: which tokens each row may draw, in the packed bits of `messages.Constraint`, or empty.
-
-    Returns:
-        A token for each row, None where none can be drawn; and logprobs by row, where they are asked for.
-    """
-    wanted = [row for row, each in enumerate(params) if each.logprobs is not None]
-    raw = logits[torch.tensor(wanted, device=logits.device)] if wanted else None
-    if processors:
-        process_logits(logits, processors)
-    tokens = draw(logits, params, positions, masks)
-    if raw is None:
-        return tokens, {}
-    # The logprobs of a row without a token are not returned to anybody.
-    tops = [params[row].logprobs or 0 for row in wanted]
-    logprobs = token_logprobs(raw, [tokens[row] or 0 for row in wanted], tops)
-    return tokens, dict(zip(wanted, logprobs))
-
-
 def sums(hidden: Tensor, segments: Sequence[Segment]) -> dict[int, list[float]]:
     """Returns the sum [D] of `hidden` [T, D] over each segment that has `pool`, by the segment's index."""
+    if not any(segment.pool for segment in segments):
+        return {}
     bounds = pairwise([0, *accumulate(len(segment.tokens) for segment in segments)])
     return {
         at: hidden[begin:end].sum(dim=0, dtype=torch.float64).tolist()
         for at, (segment, (begin, end)) in enumerate(zip(segments, bounds))
         if segment.pool
     }
-
-
-def draw(
-    logits: Tensor,
-    params: Sequence[SamplingParams],
-    positions: Sequence[int],
-    masks: Sequence[bytes | None] = (),
-) -> list[int | None]:
-    """Draws a token for each row of `logits` [rows, V] float32; a row that fails gets None, and the others a token."""
-    try:
-        return list(sample(logits, params, positions, masks))
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception:
-        log.exception("drawing %d tokens failed; they are drawn one by one", len(params))
-    drawn: list[int | None] = []
-    for row, (param, position) in enumerate(zip(params, positions, strict=True)):
-        try:
-            drawn += sample(logits[row : row + 1], [param], [position], masks[row : row + 1])
-        except Exception:
-            log.exception("drawing with %s failed", param)
-            drawn.append(None)
-    return drawn

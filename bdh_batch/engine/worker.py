@@ -10,13 +10,14 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence as Many
+from collections.abc import Callable, Mapping, Sequence as Many
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from bdh_batch.engine.admission import Admission
 from bdh_batch.engine.state_traffic import StateIO, StateTraffic
+from bdh_batch.engine.steps import Record, StepRecordings
 from bdh_batch.engine.trace import Trace
 from bdh_batch.errors import BDHError, GenerationFailed, OutOfMemory, QueueFull, Unavailable
 from bdh_batch.messages import Outcome, Plan
@@ -108,6 +109,7 @@ class Worker:
         self._failed_steps = failed_steps
         self._trace = trace
         self._before = before
+        self._recordings = StepRecordings(scheduler)
         self._traffic = StateTraffic(scheduler, states, self._post_from_thread)
         self._inbox: list[Message] = []
         self._open: set[Sequence] = set()  # those that were admitted and whose end has not been reported
@@ -203,6 +205,14 @@ class Worker:
             cache_hits=scheduler.sharing.hits,
         )
 
+    def queues(self, most: int) -> Mapping[str, int]:
+        """How many sequences of each tenant wait: of those of whom most do."""
+        return self._admission.queues(most)
+
+    async def record_steps(self, count: int, seconds: float) -> list[Record]:
+        """Returns the next `count` steps (`steps.py`), or those within some seconds. Raises Unavailable."""
+        return await self._recordings.record(count, seconds)
+
     def _take_in(self, sequences: Many[Sequence], sheds: bool) -> list[Update]:
         """Where it `sheds` others for them, as many go as are too many now."""
         of, updates = self._scheduler, []
@@ -288,10 +298,12 @@ class Worker:
     def _compute(self, step: Step) -> list[Update]:
         self._planned = step
         self._before(step)
+        record = self._recordings.begun(step)
         began = time.monotonic()
         try:
             outcome = self._runner.run(step.plan)
         except OutOfMemory as error:
+            self._recordings.ended(record, time.monotonic() - began, error)
             updates = self._scheduler.out_of_memory(step)
             log.warning(
                 "a step of %s ran out of memory (%s); from now on at most %d prompt tokens and %d sequences a step",
@@ -300,6 +312,7 @@ class Worker:
             self._failed(step, error)
             return updates
         except Exception as error:  # whatever it was, only the sequences of this step are lost
+            self._recordings.ended(record, time.monotonic() - began, error)
             if self._failures == 0:
                 log.exception("a step of %s failed", describe(step))
             elif self._failures < self._failed_steps:
@@ -307,6 +320,7 @@ class Worker:
             self._failed(step, error)
             return self._scheduler.fail(step, GenerationFailed("The step that computed this request failed."))
         now = time.monotonic()
+        self._recordings.ended(record, now - began)
         self._failures = 0
         if step.plan.segments or step.plan.copies:
             self._observer.stepped(step, now - began)

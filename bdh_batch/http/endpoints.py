@@ -5,6 +5,7 @@ The examples are of the bundled model; a test holds them to a server.
 
 from __future__ import annotations
 
+from collections.abc import Container, Iterable
 from typing import Any
 
 from bdh_batch import __version__
@@ -30,6 +31,7 @@ from bdh_batch.http.docs.response_types import (
     Version,
 )
 from bdh_batch.http.kserve.endpoints import kserve
+from bdh_batch.http.neurons.endpoints import neurons
 from bdh_batch.http.responses_api.endpoints import responses
 from bdh_batch.http.schema.requests import ChatBody, CompletionBody
 from bdh_batch.http.schema.text import (
@@ -41,6 +43,7 @@ from bdh_batch.http.schema.text import (
     TokenizeText,
 )
 from bdh_batch.http.states.endpoints import states
+from bdh_batch.http.watch.endpoints import watch
 from bdh_batch.settings import Auth
 
 TAGS = {
@@ -55,6 +58,7 @@ TAGS = {
 }
 
 
+UI = "/ui"
 HEALTH = (("", "/health"), ("2", "/healthz"), ("3", "/livez"))
 
 
@@ -313,17 +317,46 @@ def _operation() -> list[Endpoint]:
                 ("docs", "/docs", "The same as a page", "text/html"),
             )
         ),
+        *(
+            Endpoint(*(id, f"pages.{id}", "Operation", path, summary, "text/html"), open=Open.ALWAYS, documented=False)
+            for id, path, summary in (
+                ("page", UI, "The page to talk to the model, and to watch the server"),
+                ("file", f"{UI}/{{id}}", "A file of that page"),
+            )
+        ),
     ]
 
 
-ENDPOINTS = (*_generation(), *responses(), *states(), *messages(), *_tokens(), *_models(), *_operation(), *kserve())
+ENDPOINTS = (
+    *_generation(),
+    *responses(),
+    *states(),
+    *messages(),
+    *_tokens(),
+    *_models(),
+    *neurons(),
+    *_operation(),
+    *watch(),
+    *kserve(),
+)
 
 
-def open_paths(auth: Auth) -> frozenset[str]:
+class Paths(Container[str]):
+    """Paths of endpoints. What is below /ui is a path, too: its files."""
+
+    def __init__(self, templates: Iterable[str]) -> None:
+        self._exact = frozenset(templates)
+        self._files = f"{UI}/{{id}}" in self._exact
+
+    def __contains__(self, path: object) -> bool:
+        return path in self._exact or (self._files and isinstance(path, str) and path.startswith(f"{UI}/"))
+
+
+def open_paths(auth: Auth) -> Paths:
     """What anyone may ask for as often as they like; every other path is for callers."""
     closed: set[Open | None] = {None}
     if auth.protect_metrics:
         closed.add(Open.METRICS)
     if auth.protect_docs:
         closed.add(Open.DOCS)
-    return frozenset(each.path for each in ENDPOINTS if each.open not in closed)
+    return Paths(each.path for each in ENDPOINTS if each.open not in closed)

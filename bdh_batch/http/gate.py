@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from bdh_batch.backends.base import Backend
@@ -44,6 +45,7 @@ class ServedModel:
         system_fingerprint: names the model and the build in responses.
         fingerprint: servers with the same one generate the same text for the same request; None is unknown.
         layout: of its states; None where it has none.
+        folder: where its files are; None where they are not here.
     """
 
     info: ModelInfo
@@ -57,6 +59,7 @@ class ServedModel:
     tokenizer_info: Mapping[str, object]
     grammars: Grammars
     layout: StateLayout | None = None
+    folder: Path | None = None
 
     @property
     def name(self) -> str:
@@ -134,6 +137,11 @@ class Gate:
     def closed(self) -> str | None:
         """Why no new work is taken, or None."""
         return self._closed
+
+    @property
+    def hosted(self) -> Sequence[HostedModel]:
+        """All models, whoever may use them."""
+        return self._models
 
     def models(self, caller: Caller) -> Sequence[HostedModel]:
         """The models that the caller may use. Raises Unavailable while the gate is closed."""

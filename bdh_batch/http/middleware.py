@@ -19,7 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bdh_batch.http.auth.rates import HEADERS
-from bdh_batch.http.endpoints import ENDPOINTS
+from bdh_batch.http.endpoints import ENDPOINTS, Paths
 from bdh_batch.http.errors import (
     MESSAGES,
     BodyTimeout,
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 TRACE_HEADERS = ("traceparent", "tracestate")
 # Asked for again and again, and never of the model.
-PROBED = frozenset(each.path for each in ENDPOINTS if each.open is not None)
+PROBED = Paths(each.path for each in ENDPOINTS if each.open is not None)
 
 
 def sane_id(*given: str) -> str:

@@ -17,10 +17,12 @@ from bdh_batch.errors import Unavailable
 from bdh_batch.http.anthropic.rest import Messages
 from bdh_batch.http.docs.openapi import openapi
 from bdh_batch.http.docs.page import POLICY, page
-from bdh_batch.http.endpoints import ENDPOINTS
+from bdh_batch.http.endpoints import ENDPOINTS, UI
 from bdh_batch.http.errors import error_response
 from bdh_batch.http.gate import HostedModel, ServedModel, card
 from bdh_batch.http.kserve.rest import KServe
+from bdh_batch.http.neurons.rest import NeuronMaps
+from bdh_batch.http.pages.rest import HEADERS, Pages, wants_page
 from bdh_batch.http.prepare import Preparation
 from bdh_batch.http.request.body import Body, read_object
 from bdh_batch.http.request.client import Client, unless_left
@@ -43,6 +45,7 @@ from bdh_batch.http.schema.text import (
 )
 from bdh_batch.http.serving import Serving, response_options
 from bdh_batch.http.states.rest import States
+from bdh_batch.http.watch.rest import Watch
 from bdh_batch.settings import Settings
 from bdh_batch.system.threads import in_daemon_thread
 
@@ -58,15 +61,18 @@ class Routes:
         self._gate, self._metrics, self._settings = serving.gate, serving.metrics, serving.settings
         self.kserve, self.messages = KServe(serving), Messages(serving)
         self.responses, self.states = Responses(serving), States(serving)
+        self.watch, self.pages, self.neurons = Watch(serving), Pages(), NeuronMaps(serving)
         self._documents: asyncio.Future[tuple[bytes, bytes]] | None = None  # the OpenAPI document, and its page
 
     def table(self) -> list[Route]:
         methods: dict[tuple[str, str], list[str]] = {}
         for each in ENDPOINTS:
+            if each.handler.startswith("pages.") and not self._settings.server.ui:
+                continue
             methods.setdefault((each.path, each.handler), []).append(each.method.upper())
         return [
             Route(
-                path.replace("{id}", "{id:path}" if "/models/" in path else "{id}"),
+                path.replace("{id}", "{id:path}" if "/models/" in path or path.startswith(UI) else "{id}"),
                 attrgetter(handler)(self),
                 methods=some,
             )
@@ -174,7 +180,7 @@ class Routes:
 
     async def docs(self, request: Request) -> Response:
         _, shown = await self._described()
-        return Response(shown, headers={"content-security-policy": POLICY}, media_type="text/html")
+        return Response(shown, headers=HEADERS | {"content-security-policy": POLICY}, media_type="text/html")
 
     async def _described(self) -> tuple[bytes, bytes]:
         """The OpenAPI document and its page. They take a fraction of a second: the first request has them made."""
@@ -183,7 +189,12 @@ class Routes:
         return await asyncio.shield(self._documents)
 
     async def root(self, request: Request) -> Response:
-        return JSONResponse({"name": "bdh_batch", "version": __version__, "status": self._gate.closed or "ready"})
+        if self._settings.server.ui and wants_page(request):
+            return await self.pages.page(request)
+        return JSONResponse(
+            {"name": "bdh_batch", "version": __version__, "status": self._gate.closed or "ready"},
+            headers={"vary": "accept"},
+        )
 
     def _aside(self, request: Request) -> Aside:
         return self._serving.aside(Client.of(request))
@@ -218,7 +229,7 @@ class Routes:
 
 def _describe(settings: Settings) -> tuple[bytes, bytes]:
     document = openapi(settings)
-    return orjson.dumps(document), page(document)
+    return orjson.dumps(document), page(document, settings.server.ui)
 
 
 def _status(problem: str | None, well: str) -> Response:

@@ -26,6 +26,7 @@ from bdh_batch.http.responses.frames import Frames, ResponseOptions
 from bdh_batch.http.responses.generation import EventStream, whole
 from bdh_batch.http.schema.requests import GenerationBody
 from bdh_batch.http.states.header import problem_of
+from bdh_batch.http.watch.feed import Feed
 from bdh_batch.messages import Delta, GenerationRequest
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import Settings
@@ -52,6 +53,7 @@ class Serving:
         recent: completions whose states can be saved.
         spans: where they are exported.
         responses: those that are kept.
+        feed: what operators watch.
         closing: what ends with the server.
     """
 
@@ -64,6 +66,7 @@ class Serving:
     recent: Recent
     spans: Spans | None = None
     responses: ResponseCache | None = None
+    feed: Feed = field(default_factory=Feed)
     off_loop: OffLoop = field(default_factory=OffLoop)
     closing: list[Callable[[], Awaitable[None]]] = field(default_factory=list)
 
@@ -164,7 +167,12 @@ class Serving:
         if client.span is not None:
             generation.on_end(client.span.generation_ended)
         generation.on_end(partial(client.account.generated, generation))
+        generation.on_end(partial(self._used, client.caller.label, generation))
         return generation
+
+    def _used(self, tenant: str, generation: Generation, tokens: int, _: Delta | None) -> None:
+        usage = generation.usage(tokens)
+        self.metrics.usage.add(tenant, usage.prompt_tokens, usage.completion_tokens)
 
     async def _begun(self, client: Client, model: ServedModel, prepared: GenerationRequest) -> Generation:
         generation, state = await self.quota.start(client, model.backend, prepared), prepared.state

@@ -1,8 +1,9 @@
 """How the CPU's passes lay things out: sizes, weights, and the arrays that they work in.
 
-Everything is flat and float32, except for states that are bfloat16. Rows are padded with zeros to a multiple of 16
-(`Shape.pitch`). The neurons of a head are grouped in panels of 32, the even members of 16 RoPE pairs and then the odd
-ones, so that a pair is the same lane of two vectors.
+Everything is flat and float32, except for states that are bfloat16, and for what is multiplied where the processor
+multiplies bfloat16: that lies in pairs, in arrays of uint32 (`Terms`, `simd_terms.py`). Rows are padded with zeros to a
+multiple of 16 elements (`Shape.pitch`, `Shape.input_pitch`). The neurons of a head are grouped in panels of 32, the
+even members of 16 RoPE pairs and then the odd ones, so that a pair is the same lane of two vectors.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ Floats = npt.NDArray[np.float32]
 Integers = npt.NDArray[np.int32]
 Longs = npt.NDArray[np.int64]
 Flags = npt.NDArray[np.bool_]
+Terms = npt.NDArray[np.float32] | npt.NDArray[np.uint32]  # float32, or pairs of bfloat16
 States = npt.NDArray[np.float32] | npt.NDArray[np.uint16]  # those of bfloat16, which numpy does not know
 
 PANEL = 2 * LANES  # neurons
@@ -29,6 +31,7 @@ MAX_TOKENS = 256  # of one round: more would not fit the caches, and gain nothin
 MAX_TILE = 32  # tokens that share a reading of the weights
 PANELS = 4  # that are gated before their decoder rows are added, all in the first two caches
 FLOAT32, FLOAT16, BFLOAT16 = 0, 1, 2  # what the inputs of products are rounded to
+ROUNDING = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}
 
 
 class Shape(NamedTuple):
@@ -39,6 +42,8 @@ class Shape(NamedTuple):
     heads: int
     width: int  # D
     pitch: int  # elements from one row of a padded array to the next
+    input_pitch: int  # the same of what products multiply: half of it where that is pairs
+    depth: int  # elements of a row that products multiply
     neurons: int  # N
     panels: int  # of a head
     list_pitch: int  # elements from one token's list of pairs in a head to the next
@@ -52,9 +57,9 @@ class Packed(NamedTuple):
     """The weights as the passes read them."""
 
     embed: Floats  # [V, pitch]
-    encoder: Floats  # [sets, heads, panels, pitch, PANEL]
-    encoder_v: Floats  # [sets, heads, panels, PANEL, pitch], columns as rows
-    decoder: Floats  # [sets, heads, panels, PANEL, pitch], rows as they are
+    encoder: Terms  # [sets, heads, panels, input_pitch, PANEL]
+    encoder_v: Terms  # [sets, heads, panels, PANEL, input_pitch], columns as rows
+    decoder: Terms  # [sets, heads, panels, PANEL, input_pitch], rows as they are
     frequencies: npt.NDArray[np.float64]  # [panels * 16], of each pair
 
 
@@ -62,7 +67,8 @@ class Work(NamedTuple):
     """What the passes of a round of T tokens share."""
 
     x: Floats  # [T, pitch]
-    inputs: Floats  # [T + ROWS, pitch]: x as products take it
+    x_apart: Floats  # [T, pitch]: x in the order in which states of bfloat16 are loaded
+    inputs: Terms  # [T + ROWS, input_pitch]: x as products take it
     cos: Floats  # [T, list_pitch]
     sin: Floats
     z: Floats  # [T, heads, pitch]: each head's share of the decoder's sum
@@ -78,7 +84,7 @@ class Scratch(NamedTuple):
     odd: Floats
     y: Floats  # [tokens, pitch]
     products: Floats  # [ROWS, PANEL]
-    normed: Floats  # [MAX_TILE + ROWS, pitch]: a tile's y after LayerNorm
+    normed: Terms  # [MAX_TILE + ROWS, input_pitch]: a tile's y after LayerNorm
     neurons: Integers  # [PANELS * PANEL]: those of some panels that one token fired, later those that passed their gate
     gated: Floats  # [PANELS * PANEL]: their activations, later times their gates
     gates: Floats  # [PANELS * PANEL]
@@ -105,8 +111,33 @@ class Round(NamedTuple):
     shown_pitch: int  # elements from one layer to the next
 
 
+def shape_of(weights: Weights, window: int, pairs: bool) -> Shape:
+    """`pairs`: products multiply pairs of bfloat16."""
+    sets, heads, width, neurons = weights.encoder.shape
+    panels = round_up(neurons, PANEL) // PANEL
+    terms = 2 if pairs else 1  # in each element of what products multiply
+    pitch = round_up(width, terms * LANES)
+    return Shape(
+        layers=weights.layers,
+        sets=sets,
+        heads=heads,
+        width=width,
+        pitch=pitch,
+        input_pitch=pitch // terms,
+        depth=round_up(width, terms) // terms,
+        neurons=neurons,
+        panels=panels,
+        # An odd number of vectors: powers of two would put all tokens' rows in the same few sets of the caches.
+        list_pitch=(panels | 1) * LANES,
+        fired_pitch=(2 * panels + 1) * LANES,
+        rounding=ROUNDING[weights.embed.dtype],
+        half_window=window // 2,
+        final_norm=weights.final_norm,
+    )
+
+
 def pack(weights: Weights, shape: Shape) -> Packed:
-    """The weights in the passes' layouts, widened to float32."""
+    """The weights in the passes' layouts."""
     frequencies = torch.zeros(shape.panels * LANES, dtype=torch.float64)
     frequencies[: shape.neurons // 2] = weights.frequencies[::2].double()
     embed = aligned(len(weights.embed), shape.pitch).zero_()
@@ -114,9 +145,9 @@ def pack(weights: Weights, shape: Shape) -> Packed:
     encoder, encoder_v = weights.encoder.flatten(0, 1), weights.encoder_v.flatten(0, 1)
     return Packed(
         embed=embed.view(-1).numpy(),
-        encoder=pack_columns(pair_up(encoder), shape.pitch),
-        encoder_v=pack_rows(pair_up(encoder_v).mT, shape.pitch),
-        decoder=pack_rows(pair_up(weights.decoder.view_as(encoder.mT).mT).mT, shape.pitch),
+        encoder=pack_columns(pair_up(encoder), shape),
+        encoder_v=pack_rows(pair_up(encoder_v).mT, shape),
+        decoder=pack_rows(pair_up(weights.decoder.view_as(encoder.mT).mT).mT, shape),
         frequencies=frequencies.numpy(),
     )
 
@@ -129,29 +160,42 @@ def pair_up(matrix: Tensor) -> Tensor:
     return padded.view(*padded.shape[:-1], -1, LANES, 2).transpose(-1, -2).flatten(-3)
 
 
-def pack_columns(matrices: Tensor, pitch: int) -> Floats:
-    """[heads, D, columns] as [heads, panels, pitch, PANEL]"""
+def pack_columns(matrices: Tensor, shape: Shape) -> Terms:
+    """[heads, D, columns] as [heads, panels, input_pitch, PANEL]"""
     heads, width, columns = matrices.shape
     panels = round_up(columns, PANEL) // PANEL
-    packed = aligned(heads, panels * PANEL, pitch).zero_()
+    packed = padded(shape, heads, panels * PANEL)
     packed[:, :columns, :width] = matrices.mT
-    target = aligned(heads, panels, pitch, PANEL)
-    target.copy_(packed.view(heads, panels, PANEL, pitch).transpose(-1, -2))
-    return target.view(-1).numpy()
+    terms = shape.pitch // shape.input_pitch
+    target = torch.empty(heads, panels, shape.input_pitch, PANEL, terms, dtype=packed.dtype)
+    target.copy_(packed.view(heads, panels, PANEL, shape.input_pitch, terms).transpose(2, 3))
+    return as_terms(target)
 
 
-def pack_rows(matrices: Tensor, pitch: int) -> Floats:
-    """[heads, rows, D] as [heads, rows, pitch]"""
+def pack_rows(matrices: Tensor, shape: Shape) -> Terms:
+    """[heads, rows, D] as [heads, rows, input_pitch]"""
     heads, rows, width = matrices.shape
-    packed = aligned(heads, rows, pitch).zero_()
+    packed = padded(shape, heads, rows)
     packed[..., :width] = matrices
-    return packed.view(-1).numpy()
+    return as_terms(packed)
+
+
+def padded(shape: Shape, *sizes: int) -> Tensor:
+    """Zeros [*sizes, pitch], in the dtype in which products take them."""
+    return torch.zeros(*sizes, shape.pitch, dtype=torch.float32 if shape.input_pitch == shape.pitch else torch.bfloat16)
+
+
+def as_terms(tensor: Tensor) -> Terms:
+    """A flat array of what products multiply: float32, or bfloat16 in pairs."""
+    flat = tensor.view(-1)
+    return flat.numpy() if flat.dtype == torch.float32 else flat.view(torch.int32).numpy().view(np.uint32)
 
 
 def allocate(tokens: int, shape: Shape) -> Work:
     return Work(
         x=_floats(tokens * shape.pitch),
-        inputs=_floats((tokens + ROWS) * shape.pitch),
+        x_apart=_floats(tokens * shape.pitch),
+        inputs=as_terms(padded(shape, tokens + ROWS)),
         cos=_floats(tokens * shape.list_pitch),
         sin=_floats(tokens * shape.list_pitch),
         z=_floats(tokens * shape.heads * shape.pitch),
@@ -173,7 +217,7 @@ def allocate_scratch(threads: int, shape: Shape) -> Scratch:
         odd=_floats(threads, lists),
         y=_floats(threads, MAX_TOKENS * shape.pitch),
         products=_floats(threads, ROWS * PANEL),
-        normed=_floats(threads, (MAX_TILE + ROWS) * shape.pitch),
+        normed=as_terms(padded(shape, threads, MAX_TILE + ROWS)).reshape(threads, -1),
         neurons=integers(PANELS * PANEL + LANES),
         gated=_floats(threads, PANELS * PANEL + LANES),
         gates=_floats(threads, PANELS * PANEL + LANES),

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bdh_batch.kernels import simd
+from bdh_batch.kernels import simd, simd_state, simd_terms as terms
 from bdh_batch.kernels.cpu_layout import (
     BFLOAT16,
     FLOAT16,
@@ -23,6 +23,7 @@ from bdh_batch.kernels.cpu_layout import (
     Round,
     Scratch,
     Shape,
+    Terms,
     Work,
 )
 from bdh_batch.kernels.vector import LANES, compiled, inlined
@@ -66,8 +67,15 @@ def layer_norm(source: Floats, start: int, shape: Shape, target: Floats, to: int
 
 @compiled
 def set_inputs(token: int, shape: Shape, work: Work) -> None:
-    for i in range(token * shape.pitch, (token + 1) * shape.pitch):
-        work.inputs[i] = rounded(work.x[i], shape.rounding)
+    """x as products take it, and as states of bfloat16 do."""
+    x = token * shape.pitch
+    twos = x + shape.width // PANEL * PANEL
+    for i in range(x, twos, PANEL):
+        simd_state.take_apart(work.x, i, work.x_apart, i)
+    for i in range(twos, x + shape.pitch, LANES):
+        simd.store(work.x_apart, i, simd.load(work.x, i))
+    for i in range(x, x + shape.pitch, LANES):
+        terms.store(work.inputs, i, rounded(simd.load(work.x, i), shape.rounding))
 
 
 @compiled
@@ -80,7 +88,8 @@ def begin(token: int, part: Round, shape: Shape, weights: Packed, work: Work) ->
         vector = (-1 - identity) * shape.width
         given = vector + shape.width <= len(part.vectors)  # else it shows, and reads nobody's memory
         for i in range(shape.width):
-            work.x[x + i] = part.vectors[vector + i] if given else np.float32(np.nan)
+            value = part.vectors[vector + i] if given else np.float32(np.nan)
+            work.x[x + i] = value if value == value else np.float32(np.nan)  # whose last bits are 0, as states need
         for i in range(shape.width, shape.pitch):
             work.x[x + i] = 0
     set_inputs(token, shape, work)
@@ -108,33 +117,37 @@ def set_angles(position: float, frequencies: npt.NDArray[np.float64], start: int
 
 
 @inlined
-def product_row(a: Floats, row: int, panel: Floats, start: int, depth: int, out: Floats, to: int) -> None:
+def product_row(a: Terms, row: int, panel: Terms, start: int, depth: int, out: Floats, to: int) -> None:
     """out [PANEL] = a row of a · panel [depth, PANEL]."""
     even, odd = simd.splat(np.float32(0)), simd.splat(np.float32(0))
     for k in range(depth):
-        a0 = simd.spread(a, row + k)
-        even = simd.fma(a0, simd.load(panel, start + k * PANEL), even)
-        odd = simd.fma(a0, simd.load(panel, start + k * PANEL + LANES), odd)
+        a0 = terms.spread(a, row + k)
+        even = terms.multiply_add(a0, terms.load(panel, start + k * PANEL), even)
+        odd = terms.multiply_add(a0, terms.load(panel, start + k * PANEL + LANES), odd)
     simd.store(out, to, even)
     simd.store(out, to + LANES, odd)
 
 
 @inlined
-def product_rows(a: Floats, row: int, pitch: int, panel: Floats, start: int, depth: int, out: Floats, to: int) -> None:
+def product_rows(a: Terms, row: int, pitch: int, panel: Terms, start: int, depth: int, out: Floats, to: int) -> None:
     """out [ROWS, PANEL] = ROWS rows of a · panel [depth, PANEL]; the bits are those of `product_row`."""
     e0 = e1 = e2 = e3 = e4 = e5 = e6 = e7 = simd.splat(np.float32(0))
     o0 = o1 = o2 = o3 = o4 = o5 = o6 = o7 = simd.splat(np.float32(0))
     for k in range(depth):
-        even, odd = simd.load(panel, start + k * PANEL), simd.load(panel, start + k * PANEL + LANES)
+        even, odd = terms.load(panel, start + k * PANEL), terms.load(panel, start + k * PANEL + LANES)
         at = row + k
-        a0, a1 = simd.spread(a, at), simd.spread(a, at + pitch)
-        e0, o0, e1, o1 = simd.fma(a0, even, e0), simd.fma(a0, odd, o0), simd.fma(a1, even, e1), simd.fma(a1, odd, o1)
-        a2, a3 = simd.spread(a, at + 2 * pitch), simd.spread(a, at + 3 * pitch)
-        e2, o2, e3, o3 = simd.fma(a2, even, e2), simd.fma(a2, odd, o2), simd.fma(a3, even, e3), simd.fma(a3, odd, o3)
-        a4, a5 = simd.spread(a, at + 4 * pitch), simd.spread(a, at + 5 * pitch)
-        e4, o4, e5, o5 = simd.fma(a4, even, e4), simd.fma(a4, odd, o4), simd.fma(a5, even, e5), simd.fma(a5, odd, o5)
-        a6, a7 = simd.spread(a, at + 6 * pitch), simd.spread(a, at + 7 * pitch)
-        e6, o6, e7, o7 = simd.fma(a6, even, e6), simd.fma(a6, odd, o6), simd.fma(a7, even, e7), simd.fma(a7, odd, o7)
+        a0, a1 = terms.spread(a, at), terms.spread(a, at + pitch)
+        e0, o0 = terms.multiply_add(a0, even, e0), terms.multiply_add(a0, odd, o0)
+        e1, o1 = terms.multiply_add(a1, even, e1), terms.multiply_add(a1, odd, o1)
+        a2, a3 = terms.spread(a, at + 2 * pitch), terms.spread(a, at + 3 * pitch)
+        e2, o2 = terms.multiply_add(a2, even, e2), terms.multiply_add(a2, odd, o2)
+        e3, o3 = terms.multiply_add(a3, even, e3), terms.multiply_add(a3, odd, o3)
+        a4, a5 = terms.spread(a, at + 4 * pitch), terms.spread(a, at + 5 * pitch)
+        e4, o4 = terms.multiply_add(a4, even, e4), terms.multiply_add(a4, odd, o4)
+        e5, o5 = terms.multiply_add(a5, even, e5), terms.multiply_add(a5, odd, o5)
+        a6, a7 = terms.spread(a, at + 6 * pitch), terms.spread(a, at + 7 * pitch)
+        e6, o6 = terms.multiply_add(a6, even, e6), terms.multiply_add(a6, odd, o6)
+        e7, o7 = terms.multiply_add(a7, even, e7), terms.multiply_add(a7, odd, o7)
     simd.store(out, to + 0 * PANEL, e0)
     simd.store(out, to + 0 * PANEL + LANES, o0)
     simd.store(out, to + 1 * PANEL, e1)
@@ -155,7 +168,7 @@ def product_rows(a: Floats, row: int, pitch: int, panel: Floats, start: int, dep
 
 @compiled
 def product(
-    a: Floats, row: int, rows: int, pitch: int, panel: Floats, start: int, depth: int, out: Floats, to: int
+    a: Terms, row: int, rows: int, pitch: int, panel: Terms, start: int, depth: int, out: Floats, to: int
 ) -> None:
     """out [rows, PANEL] for 1 … ROWS rows. May compute ROWS, and so reads a and writes out up to there."""
     if rows > ROWS // 3:
@@ -176,18 +189,18 @@ def expand(
     first: int, last: int, layer: int, head: int, shape: Shape, weights: Packed, work: Work, scratch: Scratch
 ) -> None:
     """fired = relu(x · encoder) of tokens some tokens in one head, and lists of the pairs that fired, turned."""
-    matrices = matrices_of(layer, head, shape)
+    matrices, pitch = matrices_of(layer, head, shape), shape.input_pitch
     for token in range(last - first):
         scratch.starts[token * (shape.panels + 1)] = 0
     for tile in range(first, last, MAX_TILE):
         tile_end = min(tile + MAX_TILE, last)
         for panel in range(shape.panels):
-            columns = (matrices * shape.panels + panel) * shape.pitch * PANEL
+            columns = (matrices * shape.panels + panel) * pitch * PANEL
             lanes = simd.first_bits(ALL_LANES, shape.neurons // 2 - panel * LANES)
             for token in range(tile, tile_end, ROWS):
                 rows = min(ROWS, tile_end - token)
-                row = token * shape.pitch
-                product(work.inputs, row, rows, shape.pitch, weights.encoder, columns, shape.width, scratch.products, 0)
+                row, products = token * pitch, scratch.products
+                product(work.inputs, row, rows, pitch, weights.encoder, columns, shape.depth, products, 0)
                 for i in range(rows):
                     record(token + i, token + i - first, panel, lanes, i * PANEL, layer, shape, work, scratch)
 
@@ -250,7 +263,7 @@ def contract(
             neurons = (matrices * shape.panels + block) * PANEL
             for i in range(tokens):
                 count = list_fired(row + i, block, shape, scratch)
-                gate(i * shape.pitch, count, neurons, shape, weights, scratch)
+                gate(i * shape.input_pitch, count, neurons, shape, weights, scratch)
                 passed = keep_passed(count, scratch)
                 z = ((first + row + i) * shape.heads + head) * shape.pitch
                 add_rows(passed, neurons, z, shape, weights, work, scratch)
@@ -260,11 +273,12 @@ def contract(
 def normalise(first: int, row: int, tokens: int, head: int, shape: Shape, work: Work, scratch: Scratch) -> None:
     """A tile's y as the gates take it; its z back to zero."""
     for i in range(tokens):
-        layer_norm(scratch.y, (row + i) * shape.pitch, shape, scratch.normed, i * shape.pitch)
-        for k in range(shape.pitch):
-            at = i * shape.pitch + k
-            scratch.normed[at] = rounded(scratch.normed[at], shape.rounding)
-            work.z[((first + i) * shape.heads + head) * shape.pitch + k] = 0
+        y, z = (row + i) * shape.pitch, ((first + i) * shape.heads + head) * shape.pitch
+        layer_norm(scratch.y, y, shape, scratch.y, y)
+        for k in range(0, shape.pitch, LANES):
+            normed = rounded(simd.load(scratch.y, y + k), shape.rounding)
+            terms.store(scratch.normed, i * shape.pitch + k, normed)
+            simd.store(work.z, z + k, simd.splat(np.float32(0)))
 
 
 @inlined
@@ -286,17 +300,17 @@ def gate(y: int, count: int, neurons: int, shape: Shape, weights: Packed, scratc
     """The gates, before their relu, of the neurons listed: each a dot product, by fours."""
     for entry in range(0, count, 4):
         last = count - 1
-        a = (neurons + scratch.neurons[entry]) * shape.pitch
-        b = (neurons + scratch.neurons[min(entry + 1, last)]) * shape.pitch
-        c = (neurons + scratch.neurons[min(entry + 2, last)]) * shape.pitch
-        d = (neurons + scratch.neurons[min(entry + 3, last)]) * shape.pitch
+        a = (neurons + scratch.neurons[entry]) * shape.input_pitch
+        b = (neurons + scratch.neurons[min(entry + 1, last)]) * shape.input_pitch
+        c = (neurons + scratch.neurons[min(entry + 2, last)]) * shape.input_pitch
+        d = (neurons + scratch.neurons[min(entry + 3, last)]) * shape.input_pitch
         by_a = by_b = by_c = by_d = simd.splat(np.float32(0))
-        for k in range(0, shape.pitch, LANES):
-            normed = simd.load(scratch.normed, y + k)
-            by_a = simd.fma(normed, simd.load(weights.encoder_v, a + k), by_a)
-            by_b = simd.fma(normed, simd.load(weights.encoder_v, b + k), by_b)
-            by_c = simd.fma(normed, simd.load(weights.encoder_v, c + k), by_c)
-            by_d = simd.fma(normed, simd.load(weights.encoder_v, d + k), by_d)
+        for k in range(0, shape.input_pitch, LANES):
+            normed = terms.load(scratch.normed, y + k)
+            by_a = terms.multiply_add(normed, terms.load(weights.encoder_v, a + k), by_a)
+            by_b = terms.multiply_add(normed, terms.load(weights.encoder_v, b + k), by_b)
+            by_c = terms.multiply_add(normed, terms.load(weights.encoder_v, c + k), by_c)
+            by_d = terms.multiply_add(normed, terms.load(weights.encoder_v, d + k), by_d)
         simd.store(scratch.gates, entry, simd.sums(by_a, by_b, by_c, by_d))
 
 
@@ -327,16 +341,16 @@ def add_rows(count: int, neurons: int, z: int, shape: Shape, weights: Packed, wo
         by_c = simd.splat(rounded(scratch.gated[entry + 2], shape.rounding))
         by_d = simd.splat(rounded(scratch.gated[entry + 3], shape.rounding))
         for k in range(0, shape.pitch, LANES):
-            share = simd.fma(by_a, simd.load(weights.decoder, a + k), simd.load(work.z, z + k))
-            share = simd.fma(by_b, simd.load(weights.decoder, b + k), share)
-            share = simd.fma(by_c, simd.load(weights.decoder, c + k), share)
-            simd.store(work.z, z + k, simd.fma(by_d, simd.load(weights.decoder, d + k), share))
+            share = simd.fma(by_a, terms.load_wide(weights.decoder, a + k), simd.load(work.z, z + k))
+            share = simd.fma(by_b, terms.load_wide(weights.decoder, b + k), share)
+            share = simd.fma(by_c, terms.load_wide(weights.decoder, c + k), share)
+            simd.store(work.z, z + k, simd.fma(by_d, terms.load_wide(weights.decoder, d + k), share))
         entry += 4
     while entry < end:
         a = (neurons + scratch.neurons[entry]) * shape.pitch
         by_a = simd.splat(rounded(scratch.gated[entry], shape.rounding))
         for k in range(0, shape.pitch, LANES):
-            simd.store(work.z, z + k, simd.fma(by_a, simd.load(weights.decoder, a + k), simd.load(work.z, z + k)))
+            simd.store(work.z, z + k, simd.fma(by_a, terms.load_wide(weights.decoder, a + k), simd.load(work.z, z + k)))
         entry += 1
 
 

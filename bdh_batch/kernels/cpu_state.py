@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from bdh_batch.kernels import simd, simd_state, vector
-from bdh_batch.kernels.cpu_layout import PANEL, Scratch, Shape, States, Work
+from bdh_batch.kernels.cpu_layout import PANEL, Floats, Scratch, Shape, States, Work
 from bdh_batch.kernels.vector import LANES, compiled, inlined
 
 LOOKAHEAD = 12  # pairs between the prefetch of state rows and their use
@@ -23,11 +23,26 @@ class Rows(NamedTuple):
     states: States
     start: int  # where the head's N rows of D begin
     noise: vector.Vector  # what this token's sums are rounded by, where states are bfloat16
+    x: Floats  # what is added, [T, pitch] in the order of `simd_state.load_two`
+
+
+@inlined
+def rows_of(states: States, start: int, position: int, work: Work) -> Rows:
+    return Rows(states, start, simd_state.noise(position), simd_state.choose(states, work.x, work.x_apart))
+
+
+@inlined
+def fold_two(rows: Rows, at: int, q: Any, x: Any, y: Any, noise: Any) -> Any:
+    """Two vectors of one state row: returns y + q · S, and adds q ⊗ x to S."""
+    first, second = simd_state.load_two(rows.states, rows.start + at)
+    sums = simd.fma(q, x[0], first), simd.fma(q, x[1], second)
+    simd_state.store_two(rows.states, rows.start + at, sums[0], sums[1], noise)
+    return simd.fma(q, first, y[0]), simd.fma(q, second, y[1])
 
 
 @inlined
 def fold_row(rows: Rows, at: int, q: Any, x: Any, y: Any, noise: Any) -> Any:
-    """One vector of one state row: returns y + q · S, and adds q ⊗ x to S."""
+    """As `fold_two`, of one vector."""
     row = simd_state.load_state(rows.states, rows.start + at)
     simd_state.store_state(rows.states, rows.start + at, simd.fma(q, x, row), noise)
     return simd.fma(q, row, y)
@@ -42,49 +57,78 @@ def fold_row_end(rows: Rows, at: int, q: Any, x: Any, y: Any, noise: Any, count:
 
 
 @inlined
-def fold_pair(rows: Rows, at: int, width: int, work: Work, scratch: Scratch, entry: int, x: int, y: int) -> None:
+def two_of(array: Floats, at: int) -> Any:
+    return simd.load(array, at), simd.load(array, at + LANES)
+
+
+@inlined
+def fold_pair(rows: Rows, at: int, width: int, scratch: Scratch, entry: int, x: int, y: int) -> None:
     """The two state rows of one pair of neurons, at `at`: what the token reads of them, and what it writes."""
     q0, q1 = simd.spread(scratch.even, entry), simd.spread(scratch.odd, entry)
     noise0, noise1 = simd_state.vary(rows.noise, at), simd_state.vary(rows.noise, at + width)
-    whole = width // LANES * LANES
-    for i in range(0, whole, LANES):
-        x_now, y_now = simd.load(work.x, x + i), simd.load(scratch.y, y + i)
-        y_now = fold_row(rows, at + i, q0, x_now, y_now, noise0)
-        simd.store(scratch.y, y + i, fold_row(rows, at + width + i, q1, x_now, y_now, noise1))
+    twos, whole = width // PANEL * PANEL, width // LANES * LANES
+    for i in range(0, twos, PANEL):
+        x_now, y_now = two_of(rows.x, x + i), two_of(scratch.y, y + i)
+        y_now = fold_two(rows, at + i, q0, x_now, y_now, noise0)
+        y_now = fold_two(rows, at + width + i, q1, x_now, y_now, noise1)
+        simd.store(scratch.y, y + i, y_now[0])
+        simd.store(scratch.y, y + i + LANES, y_now[1])
+    for i in range(twos, whole, LANES):
+        x_one, y_one = simd.load(rows.x, x + i), simd.load(scratch.y, y + i)
+        y_one = fold_row(rows, at + i, q0, x_one, y_one, noise0)
+        simd.store(scratch.y, y + i, fold_row(rows, at + width + i, q1, x_one, y_one, noise1))
     rest = width - whole
     if rest:
-        x_now, y_now = simd.load(work.x, x + whole), simd.load(scratch.y, y + whole)
-        y_now = fold_row_end(rows, at + whole, q0, x_now, y_now, noise0, rest)
-        simd.store(scratch.y, y + whole, fold_row_end(rows, at + width + whole, q1, x_now, y_now, noise1, rest))
+        x_end, y_end = simd.load(rows.x, x + whole), simd.load(scratch.y, y + whole)
+        y_end = fold_row_end(rows, at + whole, q0, x_end, y_end, noise0, rest)
+        simd.store(scratch.y, y + whole, fold_row_end(rows, at + width + whole, q1, x_end, y_end, noise1, rest))
 
 
 @inlined
 def fold_two_pairs(
-    rows: Rows, at: int, then: int, soon: int, later: int, width: int, work: Work, scratch: Scratch, entry: int, x: int,
-    y: int,
-) -> None:  # fmt: skip
+    rows: Rows, at: int, then: int, soon: int, later: int, width: int, scratch: Scratch, entry: int, x: int, y: int
+) -> None:
     """As `fold_pair` of an entry and of the next one, but x and y move once. Prefetches `soon` and `later`, if ≥ 0."""
+    twos = width // PANEL * PANEL
     q0, q1 = simd.spread(scratch.even, entry), simd.spread(scratch.odd, entry)
     q2, q3 = simd.spread(scratch.even, entry + 1), simd.spread(scratch.odd, entry + 1)
     noise0, noise1 = simd_state.vary(rows.noise, at), simd_state.vary(rows.noise, at + width)
     noise2, noise3 = simd_state.vary(rows.noise, then), simd_state.vary(rows.noise, then + width)
-    whole = width // LANES * LANES
-    for i in range(0, whole, LANES):
+    for i in range(0, twos, PANEL):
         if soon >= 0:
             simd_state.prefetch_states(rows.states, rows.start + soon + 2 * i)
+            simd_state.prefetch_states(rows.states, rows.start + soon + 2 * i + PANEL)
             simd_state.prefetch_states(rows.states, rows.start + later + 2 * i)
-        x_now, y_now = simd.load(work.x, x + i), simd.load(scratch.y, y + i)
-        y_now = fold_row(rows, at + i, q0, x_now, y_now, noise0)
-        y_now = fold_row(rows, at + width + i, q1, x_now, y_now, noise1)
-        y_now = fold_row(rows, then + i, q2, x_now, y_now, noise2)
-        simd.store(scratch.y, y + i, fold_row(rows, then + width + i, q3, x_now, y_now, noise3))
+            simd_state.prefetch_states(rows.states, rows.start + later + 2 * i + PANEL)
+        x_now, y_now = two_of(rows.x, x + i), two_of(scratch.y, y + i)
+        y_now = fold_two(rows, at + i, q0, x_now, y_now, noise0)
+        y_now = fold_two(rows, at + width + i, q1, x_now, y_now, noise1)
+        y_now = fold_two(rows, then + i, q2, x_now, y_now, noise2)
+        y_now = fold_two(rows, then + width + i, q3, x_now, y_now, noise3)
+        simd.store(scratch.y, y + i, y_now[0])
+        simd.store(scratch.y, y + i + LANES, y_now[1])
+    whole = width // LANES * LANES
+    for i in range(twos, whole, LANES):
+        x_one, y_one = simd.load(rows.x, x + i), simd.load(scratch.y, y + i)
+        y_one = fold_row(rows, at + i, q0, x_one, y_one, noise0)
+        y_one = fold_row(rows, at + width + i, q1, x_one, y_one, noise1)
+        y_one = fold_row(rows, then + i, q2, x_one, y_one, noise2)
+        simd.store(scratch.y, y + i, fold_row(rows, then + width + i, q3, x_one, y_one, noise3))
     rest = width - whole
     if rest:
-        x_now, y_now = simd.load(work.x, x + whole), simd.load(scratch.y, y + whole)
-        y_now = fold_row_end(rows, at + whole, q0, x_now, y_now, noise0, rest)
-        y_now = fold_row_end(rows, at + width + whole, q1, x_now, y_now, noise1, rest)
-        y_now = fold_row_end(rows, then + whole, q2, x_now, y_now, noise2, rest)
-        simd.store(scratch.y, y + whole, fold_row_end(rows, then + width + whole, q3, x_now, y_now, noise3, rest))
+        x_end, y_end = simd.load(rows.x, x + whole), simd.load(scratch.y, y + whole)
+        y_end = fold_row_end(rows, at + whole, q0, x_end, y_end, noise0, rest)
+        y_end = fold_row_end(rows, at + width + whole, q1, x_end, y_end, noise1, rest)
+        y_end = fold_row_end(rows, then + whole, q2, x_end, y_end, noise2, rest)
+        simd.store(scratch.y, y + whole, fold_row_end(rows, then + width + whole, q3, x_end, y_end, noise3, rest))
+
+
+@inlined
+def settle(states: States, first: int, last: int, shape: Shape, scratch: Scratch) -> None:
+    """Brings y of some rows from the order of `simd_state.load_two` into that of the model."""
+    for row in range(first, last):
+        for i in range(0, shape.width // PANEL * PANEL, PANEL):
+            simd_state.put_together(states, scratch.y, row * shape.pitch + i)
 
 
 @compiled
@@ -95,7 +139,7 @@ def attend_token(
 
     The token's lists and its y are row `row` of the scratch buffers.
     """
-    rows = Rows(states, state, simd_state.noise(position))
+    rows = rows_of(states, state, position, work)
     x, y = token * shape.pitch, row * shape.pitch
     for i in range(y, y + shape.pitch):
         scratch.y[i] = 0
@@ -110,10 +154,11 @@ def attend_token(
         soon = scratch.pairs[min(entry + LOOKAHEAD, last - 1)] * size
         later = scratch.pairs[min(entry + LOOKAHEAD + 1, last - 1)] * size
         at, then = scratch.pairs[entry] * size, scratch.pairs[entry + 1] * size
-        fold_two_pairs(rows, at, then, soon, later, shape.width, work, scratch, entry, x, y)
+        fold_two_pairs(rows, at, then, soon, later, shape.width, scratch, entry, x, y)
         entry += 2
     if entry < last:
-        fold_pair(rows, scratch.pairs[entry] * size, shape.width, work, scratch, entry, x, y)
+        fold_pair(rows, scratch.pairs[entry] * size, shape.width, scratch, entry, x, y)
+    settle(states, row, row + 1, shape, scratch)
 
 
 @inlined
@@ -121,23 +166,31 @@ def read_pair(rows: Rows, at: int, soon: int, width: int, scratch: Scratch, entr
     """What the token reads of the two state rows of one pair of neurons, at `at`. Prefetches those at `soon`."""
     q0, q1 = simd.spread(scratch.even, entry), simd.spread(scratch.odd, entry)
     even, odd, soon = rows.start + at, rows.start + at + width, rows.start + soon
-    whole = width // LANES * LANES
-    for i in range(0, whole, LANES):
+    twos, whole = width // PANEL * PANEL, width // LANES * LANES
+    for i in range(0, twos, PANEL):
         simd_state.prefetch_states(rows.states, soon + 2 * i)
+        simd_state.prefetch_states(rows.states, soon + 2 * i + PANEL)
+        y0, y1 = two_of(scratch.y, y + i)
+        first, second = simd_state.load_two(rows.states, even + i)
+        y0, y1 = simd.fma(q0, first, y0), simd.fma(q0, second, y1)
+        first, second = simd_state.load_two(rows.states, odd + i)
+        simd.store(scratch.y, y + i, simd.fma(q1, first, y0))
+        simd.store(scratch.y, y + i + LANES, simd.fma(q1, second, y1))
+    for i in range(twos, whole, LANES):
         y_now = simd.fma(q0, simd_state.load_state(rows.states, even + i), simd.load(scratch.y, y + i))
         simd.store(scratch.y, y + i, simd.fma(q1, simd_state.load_state(rows.states, odd + i), y_now))
     rest = width - whole
     if rest:
-        y_now = simd.load(scratch.y, y + whole)
-        y_now = simd.fma(q0, simd_state.load_state_end(rows.states, even + whole, rest), y_now)
-        y_now = simd.fma(q1, simd_state.load_state_end(rows.states, odd + whole, rest), y_now)
-        simd.store(scratch.y, y + whole, y_now)
+        y_end = simd.load(scratch.y, y + whole)
+        y_end = simd.fma(q0, simd_state.load_state_end(rows.states, even + whole, rest), y_end)
+        y_end = simd.fma(q1, simd_state.load_state_end(rows.states, odd + whole, rest), y_end)
+        simd.store(scratch.y, y + whole, y_end)
 
 
 @compiled
-def read_token(row: int, state: int, shape: Shape, states: States, scratch: Scratch) -> None:
+def read_token(row: int, state: int, shape: Shape, states: States, work: Work, scratch: Scratch) -> None:
     """As `attend_token`, but leaves the states as they are: y = q · S, with the same bits."""
-    rows = Rows(states, state, simd_state.half())
+    rows = rows_of(states, state, 0, work)
     y = row * shape.pitch
     for i in range(y, y + shape.pitch):
         scratch.y[i] = 0
@@ -147,6 +200,7 @@ def read_token(row: int, state: int, shape: Shape, states: States, scratch: Scra
     for entry in range(first, last):
         soon = scratch.pairs[min(entry + LOOKAHEAD, last - 1)] * size
         read_pair(rows, scratch.pairs[entry] * size, soon, shape.width, scratch, entry, y)
+    settle(states, row, row + 1, shape, scratch)
 
 
 @compiled
@@ -163,17 +217,18 @@ def attend_tokens(
     size = 2 * shape.width
     for panel in range(shape.panels):
         for token in range(first, last):
-            rows = Rows(states, state, simd_state.noise(position + token - first))
+            rows = rows_of(states, state, position + token - first, work)
             row = first_row + token - first
             x, y = token * shape.pitch, row * shape.pitch
             entries, cursor = row * shape.list_pitch, row * (shape.panels + 1) + panel
             entry, end = entries + scratch.starts[cursor], entries + scratch.starts[cursor + 1]
             while entry + 1 < end:
                 at, then = scratch.pairs[entry] * size, scratch.pairs[entry + 1] * size
-                fold_two_pairs(rows, at, then, -1, -1, shape.width, work, scratch, entry, x, y)
+                fold_two_pairs(rows, at, then, -1, -1, shape.width, scratch, entry, x, y)
                 entry += 2
             if entry < end:
-                fold_pair(rows, scratch.pairs[entry] * size, shape.width, work, scratch, entry, x, y)
+                fold_pair(rows, scratch.pairs[entry] * size, shape.width, scratch, entry, x, y)
+    settle(states, first_row, first_row + last - first, shape, scratch)
 
 
 @compiled

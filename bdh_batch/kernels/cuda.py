@@ -23,8 +23,7 @@ MAX_TOKENS = 2048  # of one round; the memory to work in is for as many
 MAX_GRAPH = 1024  # sequences of the largest decode step that is kept as a graph
 ANGLES = 256  # of one program
 ROWS = 4  # of partial sums that one program adds at a time
-DENSE = 0.75  # share of a part's pairs from which on its rows are taken in order, without the list
-LOGIT_TILE, LOGIT_DEPTH = 32, 32
+LOGIT_TILE, LOGIT_DEPTH, LOGIT_STAGES = 32, 64, 3
 Constants = dict[str, Any]
 
 
@@ -77,7 +76,7 @@ class TritonKernels:
     ) -> None:
         _, heads, width, neurons = weights.encoder.shape
         self._device = weights.embed.device
-        self._weights = contiguous(weights)
+        self._weights = arranged(weights)
         vocabulary, dtype = weights.lm_head.shape[1], weights.embed.dtype
         self._shape = Shape(weights.layers, heads, width, neurons, vocabulary, window // 2, dtype)
         chosen = blocks or load_blocks(key_for(self._device, self._shape))
@@ -160,7 +159,7 @@ class TritonKernels:
         """Computes one layer for a round's tokens."""
         shape, blocks, work, weights = self._shape, self._blocks, self._work, self._weights
         matrices = weights.set_of(layer)
-        encoder, encoder_v, decoder = (each[matrices] for each in (weights.encoder, weights.encoder_v, weights.decoder))
+        encoder, gates, decoder = (each[matrices] for each in (weights.encoder, weights.encoder_v, weights.decoder))
         count, parts = len(part.tokens), cdiv(shape.neurons, blocks.part)
         grid = (parts, shape.heads, cdiv(count, blocks.encode_tokens))
         self._run(ops.encode_kernel, grid, work.x, encoder, work.fired, work.pairs, work.counts, count)
@@ -179,7 +178,7 @@ class TritonKernels:
             )  # fmt: skip
         self._run(ops.normalise_kernel, (count * shape.heads,), work.reads, work.normed)
         spans = (shape.heads * cdiv(shape.neurons, blocks.span), cdiv(count, blocks.contract_tokens))
-        self._run(ops.contract_kernel, spans, work.normed, work.fired, encoder_v, decoder, work.shares, count)
+        self._run(ops.contract_kernel, spans, work.normed, work.fired, gates, decoder, work.shares, count)
         norm = not weights.final_norm or layer == shape.layers - 1
         self._run(ops.finish_kernel, (count,), work.shares, work.x, NORM=norm)
 
@@ -351,8 +350,7 @@ def constants(shape: Shape, blocks: Blocks) -> dict[str, Constants]:
             "num_warps": blocks.encode_warps, "num_stages": blocks.encode_stages,
         },
         ops.attend_token_kernel: {
-            "MANY": int(DENSE * blocks.part / 2), "BLOCK_P": blocks.token_pairs, "STAGES": blocks.token_stages,
-            "num_warps": blocks.token_warps,
+            "BLOCK_P": blocks.token_pairs, "STAGES": blocks.token_stages, "num_warps": blocks.token_warps,
         },
         ops.attend_chunk_kernel: {
             "BLOCK_C": blocks.chunk_tokens, "BLOCK_V": blocks.chunk_values,
@@ -361,12 +359,12 @@ def constants(shape: Shape, blocks: Blocks) -> dict[str, Constants]:
         ops.normalise_kernel: {"num_warps": 2},
         ops.contract_kernel: {
             "BLOCK_T": blocks.contract_tokens, "BLOCK_N": blocks.contract_neurons, "BLOCK_K": blocks.contract_depth,
-            "num_warps": blocks.contract_warps, "num_stages": blocks.contract_stages,
+            "STAGES": blocks.contract_stages, "num_warps": blocks.contract_warps, "num_stages": blocks.contract_stages,
         },
         ops.finish_kernel: {"num_warps": 2},
         ops.logits_kernel: {
             "BLOCK_T": LOGIT_TILE, "BLOCK_N": LOGIT_TILE, "BLOCK_K": min(LOGIT_DEPTH, at_least_smallest(shape.width)),
-            "num_warps": 4, "num_stages": 2,
+            "num_warps": 4, "num_stages": LOGIT_STAGES,
         },
     }  # fmt: skip
     return {
@@ -375,9 +373,11 @@ def constants(shape: Shape, blocks: Blocks) -> dict[str, Constants]:
     }
 
 
-def contiguous(weights: Weights) -> Weights:
-    names = ("embed", "encoder", "encoder_v", "decoder", "lm_head", "frequencies")
-    return replace(weights, **{name: getattr(weights, name).contiguous() for name in names})
+def arranged(weights: Weights) -> Weights:
+    """As the kernels read them: contiguous, and encoder_v as [M, heads, N, D], a neuron's gate as a row."""
+    names = ("embed", "encoder", "decoder", "lm_head", "frequencies")
+    contiguous = {name: getattr(weights, name).contiguous() for name in names}
+    return replace(weights, **contiguous, encoder_v=weights.encoder_v.mT.contiguous())
 
 
 def key_for(device: torch.device, shape: Shape) -> str:

@@ -11,7 +11,8 @@ import torch
 from bdh_batch.errors import ConfigError
 from bdh_batch.kernels.base import Kernels, Weights
 from bdh_batch.kernels.cache import choose_triton_cache
-from bdh_batch.kernels.cpu import ROUNDING, CpuKernels
+from bdh_batch.kernels.cpu import CpuKernels
+from bdh_batch.kernels.cpu_layout import ROUNDING
 from bdh_batch.kernels.torch_reference import TorchKernels
 
 Choice = Literal["auto", "torch", "cpu", "triton"]
@@ -49,7 +50,7 @@ def _select(name: Choice, weights: Weights, window: int) -> tuple[Kernels, str]:
         return TorchKernels(weights, window), "torch: engine.kernels asks for the reference"
     if name == "cpu":
         _check_cpu(weights)
-        return CpuKernels(weights, window), "cpu: engine.kernels asks for it"
+        return _cpu(weights, window, "engine.kernels asks for it")
     if name == "triton":
         if obstacle := triton_obstacle(weights):
             raise ConfigError(f"engine.kernels: triton kernels {obstacle}")
@@ -63,12 +64,25 @@ def _automatic(weights: Weights, window: int) -> tuple[Kernels, str]:
     device = weights.embed.device.type
     if device == "cpu":
         _check_cpu(weights)
-        return CpuKernels(weights, window), "cpu: the weights are in main memory"
+        return _cpu(weights, window, "the weights are in main memory")
     if device != "cuda":
         return TorchKernels(weights, window), f"torch: there are no other kernels for {device}"
     if obstacle := triton_obstacle(weights):
         return TorchKernels(weights, window), f"torch: triton kernels {obstacle}"
     return _triton(weights, window), "triton: the weights are on a GPU"
+
+
+def _cpu(weights: Weights, window: int, reason: str) -> tuple[Kernels, str]:
+    """The CPU's kernels; the reason says how they multiply 16-bit weights, which follows from the processor."""
+    kernels = CpuKernels(weights, window)
+    dtype = str(weights.embed.dtype).removeprefix("torch.")
+    if kernels.pairs:
+        reason += f"; weights of {dtype} stay so, and are multiplied by avx512_bf16"
+    elif weights.embed.dtype == torch.bfloat16:
+        reason += f"; weights of {dtype} are widened to float32, as this processor has no avx512_bf16"
+    elif weights.embed.dtype != torch.float32:
+        reason += f"; weights of {dtype} are widened to float32"
+    return kernels, f"cpu: {reason}"
 
 
 def triton_obstacle(weights: Weights) -> str | None:

@@ -244,35 +244,32 @@ def total(context: Any, vector: Any) -> Any:
 
 
 @intrinsic
-def take_work(context: Any, counters: Any, index: Any) -> Any:
-    """Takes the next piece of work: counters[index]++ for an int64 array, atomically; gives the value before."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = address(context, builder, signature.args[0], args[0], args[1], ir.IntType(64))
-        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(counters, types.int64), generate
-
-
-@intrinsic
 def through_half(context: Any, value: Any) -> Any:
-    """`value` rounded to float16 and back."""
+    """A number or a vector rounded to float16 and back."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.fpext(builder.fptrunc(args[0], ir.HalfType()), FLOAT)
+        wide = args[0].type
+        narrow = ir.HalfType() if wide == FLOAT else ir.VectorType(ir.HalfType(), LANES)
+        return builder.fpext(builder.fptrunc(args[0], narrow), wide)
 
-    return types.float32(types.float32), generate
+    return value(value), generate
 
 
 @intrinsic
 def through_bfloat(context: Any, value: Any) -> Any:
-    """`value` rounded to bfloat16, ties to even, and back. NaN stays NaN."""
+    """A number or a vector rounded to bfloat16, ties to even, and back. NaN stays NaN."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        bits = builder.bitcast(args[0], INT)
-        odd = builder.and_(builder.lshr(bits, ir.Constant(INT, 16)), ir.Constant(INT, 1))
-        rounded = builder.add(bits, builder.add(odd, ir.Constant(INT, 0x7FFF)))
-        kept = builder.bitcast(builder.and_(rounded, ir.Constant(INT, 0xFFFF0000)), FLOAT)
+        wide = args[0].type
+        integers = INT if wide == FLOAT else INTS
+
+        def constant(number: int) -> Any:
+            return ir.Constant(integers, number if wide == FLOAT else [number] * LANES)
+
+        bits = builder.bitcast(args[0], integers)
+        odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+        rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))
+        kept = builder.bitcast(builder.and_(rounded, constant(0xFFFF0000)), wide)
         return builder.select(builder.fcmp_unordered("uno", args[0], args[0]), args[0], kept)
 
-    return types.float32(types.float32), generate
+    return value(value), generate

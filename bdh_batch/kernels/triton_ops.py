@@ -168,16 +168,13 @@ def fold(p_rows, m_rows, added, o_row, b_q, b_x, b_y, b_noise):
 
 
 @triton.jit
-def fold_pairs(p_state, added, p_fired, p_cos, p_sin, o_pair, m_pair, m_d, b_x, b_y, b_noise, D: tl.constexpr):
-    """As `fold`, for the rows of some pairs, with q = rope(fired)."""
+def turned_pairs(p_fired, p_cos, p_sin, o_pair, m_pair):
+    """q = rope(fired) of some pairs: of their even neurons, and of their odd ones."""
     b_even = tl.load(p_fired + 2 * o_pair, mask=m_pair, other=0.0).to(tl.float32)
     b_odd = tl.load(p_fired + 2 * o_pair + 1, mask=m_pair, other=0.0).to(tl.float32)
     b_cos = tl.load(p_cos + o_pair, mask=m_pair, other=0.0)
     b_sin = tl.load(p_sin + o_pair, mask=m_pair, other=0.0)
-    b_even, b_odd = b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos
-    p_rows, m_rows = p_state + o_pair[:, None] * (2 * D), m_pair[:, None] & m_d[None, :]
-    b_y = fold(p_rows, m_rows, added, 2 * o_pair, b_even, b_x, b_y, b_noise)
-    return fold(p_rows + D, m_rows, added, 2 * o_pair + 1, b_odd, b_x, b_y, b_noise)
+    return b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos
 
 
 @triton.jit
@@ -193,15 +190,14 @@ def start_block(p_rows, p_earlier, m_rows):
 def attend_token_kernel(
     x, fired, pairs, counts, cos, sin, positions, singles, slots, states, reads, layer,
     L: tl.constexpr, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr, HALF: tl.constexpr, PART: tl.constexpr,
-    MANY: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, LATENT: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr, STAGES: tl.constexpr, LATENT: tl.constexpr,
 ):  # fmt: skip
     """One part of one head's state for a single token: y = q · S, then S += q ⊗ x, in one pass.
 
-    Goes by the list of pairs that fired, or, where they are more than MANY, through all of the part's rows in order:
-    each part of each token chooses by its own count, which lies on the device. `singles` are the tokens, `slots` their
-    states; a slot of −1 pads a batch, and with LATENT, −2 − s is slot s, whose state is read and not added to. Rows of
-    different iterations are different rows, so the compiler may load the next ones early. `reads` [T, H, parts, D] gets
-    this part's share of y.
+    Goes by the list of pairs that fired, which is loaded once and stays in registers: an iteration's rows, which are no
+    others' rows, are on their way while earlier ones are added up. `singles` are the tokens, `slots` their states; a
+    slot of −1 pads a batch, and with LATENT, −2 − s is slot s, whose state is read and not added to. `reads` [T, H,
+    parts, D] gets this part's share of y.
     """
     i_p, i_h, i_s = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     slot = tl.load(slots + i_s)
@@ -235,17 +231,17 @@ def attend_token_kernel(
                 start_block(p_rows, p_rows + H * N * D, (o_row < N)[:, None] & m_d[None, :])
             tl.debug_barrier()  # other threads of this program read those rows now
 
-    if count > MANY:
-        for i in tl.range(0, PAIRS, BLOCK_P, num_stages=STAGES):
-            o_pair = first + i + tl.arange(0, BLOCK_P)
-            m_pair = o_pair < N // 2
-            b_y = fold_pairs(p_state, added, p_fired, p_cos, p_sin, o_pair, m_pair, m_d, b_x, b_y, b_noise, D)
-    else:
-        for i in tl.range(0, count, BLOCK_P, num_stages=STAGES):
-            o_entry = i + tl.arange(0, BLOCK_P)
-            m_pair = o_entry < count
-            o_pair = first + tl.load(pairs + o_part * PAIRS + o_entry, mask=m_pair, other=0).to(tl.int32)
-            b_y = fold_pairs(p_state, added, p_fired, p_cos, p_sin, o_pair, m_pair, m_d, b_x, b_y, b_noise, D)
+    o_list = tl.arange(0, PAIRS)
+    m_list = o_list < count
+    b_pairs = first + tl.load(pairs + o_part * PAIRS + o_list, mask=m_list, other=0).to(tl.int32)
+    b_evens, b_odds = turned_pairs(p_fired, p_cos, p_sin, b_pairs, m_list)
+    for i in tl.range(0, count, BLOCK_P, num_stages=STAGES):
+        o_entry = i + tl.arange(0, BLOCK_P)
+        o_even = 2 * tl.gather(b_pairs, o_entry, 0)
+        b_even, b_odd = tl.gather(b_evens, o_entry, 0), tl.gather(b_odds, o_entry, 0)
+        p_rows, m_rows = p_state + o_even[:, None] * D, (o_entry < count)[:, None] & m_d[None, :]
+        b_y = fold(p_rows, m_rows, added, o_even, b_even, b_x, b_y, b_noise)
+        b_y = fold(p_rows + D, m_rows, added, o_even + 1, b_odd, b_x, b_y, b_noise)
     tl.store(reads + o_part * D + o_d, tl.sum(b_y, axis=0), mask=m_d)
 
 
@@ -341,35 +337,39 @@ def normalise_kernel(reads, normed, D: tl.constexpr, PARTS: tl.constexpr, BLOCK_
 
 @triton.jit(do_not_specialize=["T"])
 def contract_kernel(
-    normed, fired, encoder_v, decoder, shares, T, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
+    normed, fired, gates, decoder, shares, T, H: tl.constexpr, D: tl.constexpr, N: tl.constexpr,
     SPAN: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """SPAN neurons' share of (fired ∘ relu(normed · encoder_v)) · decoder, to `shares` [T, H · spans, D].
+    """SPAN neurons' share of (fired ∘ relu(normed · gatesᵀ)) · decoder, to `shares` [T, H · spans, D].
 
-    The gated product, n wide, never lies in memory.
+    `gates` [H · N, D] are encoder_v with a neuron's column as a row, as in `decoder`: an iteration's tiles of rows are
+    on their way while earlier ones are multiplied. The gated product, n wide, never lies in memory.
     """
     SPANS: tl.constexpr = (N + SPAN - 1) // SPAN
-    i_s = tl.program_id(0)
-    i_h = (i_s // SPANS).to(tl.int64)
+    i_s, i_h = tl.program_id(0), (tl.program_id(0) // SPANS).to(tl.int64)
     o_t = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
     o_d = tl.arange(0, BLOCK_D)
     m_t, m_d = o_t < T, o_d < D
     o_row = o_t * H + i_h
     m_x = m_t[:, None] & m_d[None, :]
+    if BLOCK_K >= BLOCK_D:
+        b_normed = tl.load(normed + o_row[:, None] * D + o_d[None, :], mask=m_x, other=0.0)
     b_z = tl.zeros([BLOCK_T, BLOCK_D], tl.float32)
-    for n in range(0, SPAN, BLOCK_N):
+    for n in tl.range(0, SPAN, BLOCK_N, num_stages=STAGES):
         o_n = i_s % SPANS * SPAN + n + tl.arange(0, BLOCK_N)
         m_n = o_n < N
-        p_gate = encoder_v + i_h * D * N + o_n
-        b_gate = relu(product(normed + o_row * D, p_gate, m_t, m_n, D, N, BLOCK_T, BLOCK_N, BLOCK_K, PRECISION))
-        m = m_t[:, None] & m_n[None, :]
-        b_fired = tl.load(fired + o_row[:, None] * N + o_n[None, :], mask=m, other=0.0).to(tl.float32)
-        p_rows = decoder + (i_h * N + o_n)[:, None] * D + o_d[None, :]
-        b_rows = tl.load(p_rows, mask=m_n[:, None] & m_d[None, :], other=0.0)
-        b_z = dot((b_fired * b_gate).to(b_rows.dtype), b_rows, b_z, PRECISION)
-    p_shares = shares + (o_t * (H * SPANS) + i_s)[:, None] * D + o_d[None, :]
-    tl.store(p_shares, b_z, mask=m_x)
+        o_tile, m_tile = (i_h * N + o_n)[:, None] * D + o_d[None, :], m_n[:, None] & m_d[None, :]
+        if BLOCK_K < BLOCK_D:
+            p_a, p_b = normed + o_row * D, gates + (i_h * N + o_n) * D
+            b_gate = product(p_a, p_b, m_t, m_n, D, 1, BLOCK_T, BLOCK_N, BLOCK_K, PRECISION)
+        else:
+            b_gate = tl.trans(tl.load(gates + o_tile, mask=m_tile, other=0.0))
+            b_gate = dot(b_normed, b_gate, tl.zeros([BLOCK_T, BLOCK_N], tl.float32), PRECISION)
+        b_rows = tl.load(decoder + o_tile, mask=m_tile, other=0.0)
+        b_fired = tl.load(fired + o_row[:, None] * N + o_n[None, :], mask=m_t[:, None] & m_n[None, :], other=0.0)
+        b_z = dot((b_fired.to(tl.float32) * relu(b_gate)).to(b_rows.dtype), b_rows, b_z, PRECISION)
+    tl.store(shares + (o_t * (H * SPANS) + i_s)[:, None] * D + o_d[None, :], b_z, mask=m_x)
 
 
 @triton.jit

@@ -15,25 +15,28 @@ from bdh_batch.errors import ConfigError
 
 FILE = Path(__file__).parent / "tuned.json"
 # What registers and shared memory hold. Products of float32 work with several copies of their operands.
-WEIGHT_TILE = 1 << 14  # bytes of a tile of the decoder
+LINE = 512  # bytes of a row of the encoder's tile
 STATE_TILE = 1 << 14  # bytes of the tile of a state that a segment is taken through, if it were as wide as the weights
+CHUNK_LINE = 64  # bytes of a column of a segment's tile, as wide as the weights
+ROWS_TILE = 1 << 13  # bytes of a tile of gates, and of one of the decoder
 SUM_TILE = 1 << 14  # elements of a tile of the decoder's sums
-LINE = 128  # bytes of a row of a product's tile
 SMALLEST = 16  # rows, columns and depth of the smallest product that tensor cores do
+# A product of float32 is three, of operands split in two, and takes the registers of several tiles.
+FULL_SUM_TILE, FULL_DEPTH, FULL_WARPS = SUM_TILE // 2, 64, 4
 
 
 @dataclass(frozen=True)
 class Blocks:
     """How the kernels cut their work, all powers of two; `warps` and `stages` (of loads in flight) are of a program."""
 
-    part: int = 128  # neurons of a head that one program takes through the state, and the encoder's columns
+    part: int = 256  # neurons of a head that one program takes through the state, and the encoder's columns
     encode_tokens: int = 64
     encode_depth: int = 32
-    encode_warps: int = 4
+    encode_warps: int = 8
     encode_stages: int = 3
     token_pairs: int = 8  # of state rows in one iteration
     token_warps: int = 4
-    token_stages: int = 2
+    token_stages: int = 3
     chunk_tokens: int = 32
     chunk_values: int = 64  # columns of the state that one program keeps
     chunk_warps: int = 8
@@ -41,55 +44,58 @@ class Blocks:
     span: int = 256  # neurons whose share of the decoder's sum one program adds up
     contract_tokens: int = 64
     contract_neurons: int = 32
-    contract_depth: int = 64
+    contract_depth: int = 512  # of one product of a gate: the whole width, but for float32
     contract_warps: int = 8
-    contract_stages: int = 2
+    contract_stages: int = 3
 
     def fitted(self, width: int, neurons: int, itemsize: int) -> Blocks:
-        """None larger than the model can fill, or than shared memory holds with weights of `itemsize` bytes."""
-        part, span = (min(size, at_least_smallest(neurons)) for size in (self.part, self.span))
-        depth, line = at_least_smallest(width), LINE // itemsize
+        """None larger than the model can fill, or than registers and shared memory hold with weights of `itemsize`
+        bytes, in two programs side by side."""
+        whole, depth, full = at_least_smallest(neurons), at_least_smallest(width), itemsize == 4
+        part, span = min(self.part, whole, LINE // itemsize), min(self.span, whole)
         return replace(
             self,
             part=part,
             encode_depth=min(self.encode_depth, depth),
+            encode_warps=min(self.encode_warps, FULL_WARPS) if full else self.encode_warps,
             token_pairs=min(self.token_pairs, part // 2),
-            chunk_tokens=min(self.chunk_tokens, line // 2),
+            chunk_tokens=min(self.chunk_tokens, CHUNK_LINE // itemsize),
             chunk_values=min(self.chunk_values, depth, max(SMALLEST, STATE_TILE // (itemsize * part))),
             span=span,
-            contract_tokens=min(self.contract_tokens, SUM_TILE // depth),
-            contract_neurons=min(self.contract_neurons, span, max(SMALLEST, WEIGHT_TILE // (itemsize * depth))),
-            contract_depth=min(self.contract_depth, depth, line),
+            contract_tokens=min(self.contract_tokens, (FULL_SUM_TILE if full else SUM_TILE) // depth),
+            contract_neurons=min(self.contract_neurons, span, max(SMALLEST, ROWS_TILE // (itemsize * depth))),
+            contract_depth=min(self.contract_depth, depth, FULL_DEPTH) if full else depth,
+            contract_warps=min(self.contract_warps, FULL_WARPS) if full else self.contract_warps,
         )
 
 
 # Kernel by kernel, in the order in which a step runs them. What is tuned together changes together.
 CANDIDATES: dict[str, list[dict[str, int]]] = {
     "attend_token": [
-        {"part": 64, "token_pairs": 8, "token_warps": 4, "token_stages": 2},
-        {"part": 128, "token_pairs": 4, "token_warps": 4, "token_stages": 3},
-        {"part": 128, "token_pairs": 8, "token_warps": 4, "token_stages": 1},
-        {"part": 128, "token_pairs": 8, "token_warps": 8, "token_stages": 2},
-        {"part": 128, "token_pairs": 16, "token_warps": 8, "token_stages": 1},
-        {"part": 256, "token_pairs": 8, "token_warps": 4, "token_stages": 2},
+        {"part": 128, "encode_warps": 4},
+        {"token_pairs": 4, "token_warps": 4},
+        {"token_pairs": 4, "token_warps": 2},
+        {"token_pairs": 16, "token_warps": 8},
+        {"token_stages": 2},
+        {"token_stages": 4},
     ],
     "encode": [
-        {"encode_tokens": 16, "encode_depth": 64, "encode_warps": 4, "encode_stages": 2},
-        {"encode_tokens": 32, "encode_depth": 32, "encode_warps": 4, "encode_stages": 3},
-        {"encode_tokens": 64, "encode_depth": 64, "encode_warps": 8, "encode_stages": 2},
-        {"encode_tokens": 64, "encode_depth": 32, "encode_warps": 8, "encode_stages": 3},
+        {"encode_tokens": 16, "encode_depth": 64, "encode_warps": 4, "encode_stages": 3},
+        {"encode_tokens": 32, "encode_depth": 64, "encode_warps": 8, "encode_stages": 3},
+        {"encode_tokens": 64, "encode_depth": 32, "encode_warps": 8, "encode_stages": 4},
     ],
     "contract": [
-        {"span": 64, "contract_tokens": 16, "contract_warps": 4, "contract_stages": 2},
-        {"span": 128, "contract_tokens": 32, "contract_warps": 4, "contract_stages": 2},
-        {"span": 128, "contract_tokens": 64, "contract_warps": 8, "contract_stages": 3},
-        {"span": 512, "contract_tokens": 64, "contract_warps": 8, "contract_stages": 2},
+        {"span": 128},
+        {"span": 512},
+        {"contract_tokens": 32, "contract_warps": 4},
+        {"contract_tokens": 16, "contract_warps": 4, "contract_stages": 4},
+        {"contract_neurons": 16, "contract_stages": 4},
     ],
     "attend_chunk": [
-        {"chunk_tokens": 32, "chunk_values": 64, "chunk_warps": 8, "chunk_stages": 2},
-        {"chunk_tokens": 32, "chunk_values": 32, "chunk_warps": 8, "chunk_stages": 1},
-        {"chunk_tokens": 32, "chunk_values": 32, "chunk_warps": 4, "chunk_stages": 1},
-        {"chunk_tokens": 16, "chunk_values": 32, "chunk_warps": 4, "chunk_stages": 1},
+        {"chunk_tokens": 16},
+        {"chunk_values": 16},
+        {"part": 128, "encode_warps": 4, "chunk_values": 64},
+        {"part": 128, "encode_warps": 4, "chunk_values": 32, "chunk_warps": 4},
     ],
 }
 

@@ -1,6 +1,7 @@
 """Sixteen float32 side by side as a type of Numba's, and how functions are compiled that use it.
 
-A `Vector` is a value that lives in registers; LLVM splits it where the machine's are narrower.
+A `Vector` is a value that lives in registers; LLVM splits it where the machine's are narrower. `PAIRS` is the same
+register with a pair of bfloat16 in each lane.
 """
 
 from __future__ import annotations
@@ -49,14 +50,8 @@ in_parallel = _compiler(parallel=True)  # `prange` loops on several threads
 
 
 def most_threads() -> int:
-    """Threads that a `prange` loop can have."""
+    """Threads that a program can have: one for each core, where nothing else says how many."""
     return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-
-
-def use_threads(count: int) -> None:
-    """Has `prange` loops of the calling thread run on so many threads: all that a loop has are waited for, also those
-    that nothing is left for, and that have no core of their own."""
-    numba.set_num_threads(count)
 
 
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -77,6 +72,22 @@ VECTOR: Any = VectorType()
 class _VectorModel(models.PrimitiveModel):
     def __init__(self, manager: Any, numba_type: Any) -> None:
         super().__init__(manager, numba_type, FLOATS)  # type: ignore[no-untyped-call]
+
+
+class PairsType(types.Type):
+    """Numba's type of sixteen pairs of bfloat16 in registers."""
+
+    def __init__(self) -> None:
+        super().__init__(name="bfloat16x32")
+
+
+PAIRS: Any = PairsType()
+
+
+@register_model(PairsType)
+class _PairsModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, numba_type: Any) -> None:
+        super().__init__(manager, numba_type, INTS)  # type: ignore[no-untyped-call]
 
 
 def address(context: Any, builder: Any, array_type: Any, array: Any, index: Any, pointee: ir.Type) -> Any:

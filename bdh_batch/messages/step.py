@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 from bdh_batch.messages.neurons import Neurons
@@ -49,8 +50,7 @@ class Copy(NamedTuple):
     parts: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(NamedTuple):
     """A step: copies, in their order, then releases, then one ragged batch of segments, each of a different slot on the
     device.
 
@@ -70,8 +70,7 @@ class Plan:
         return sum(len(segment.tokens) for segment in self.segments)
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(NamedTuple):
     """The outcome of a step: for each segment the next token, None where none was asked for or none could be drawn.
 
     By the index of their segment, `logprobs` has those of the drawn tokens, `target_logprobs` those of targets,
@@ -80,8 +79,8 @@ class Outcome:
     """
 
     drawn: Sequence[int | None]
-    logprobs: Mapping[int, TokenLogprob] = field(default_factory=dict)
-    target_logprobs: Mapping[int, Sequence[TokenLogprob]] = field(default_factory=dict)
-    pooled: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    logprobs: Mapping[int, TokenLogprob] = MappingProxyType({})
+    target_logprobs: Mapping[int, Sequence[TokenLogprob]] = MappingProxyType({})
+    pooled: Mapping[int, Sequence[float]] = MappingProxyType({})
     active: Sequence[float] = ()
-    neurons: Mapping[int, Sequence[Neurons]] = field(default_factory=dict)
+    neurons: Mapping[int, Sequence[Neurons]] = MappingProxyType({})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections import Counter as Counting
 from collections.abc import Callable, Iterable, Sequence as Sequences
 from itertools import accumulate
 
@@ -33,20 +32,19 @@ class EngineMetrics:
     def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
         self.registry = registry
         self._model_name = model_name
-        self._steps = self._histogram("step_duration_seconds", "Duration of a step", BETWEEN_TOKENS)
+        self._steps = self._many(("bdh_step_duration_seconds",), "Duration of a step", BETWEEN_TOKENS)
         labels = ("model_name", "layer")
         text = "Share of neurons that fired, for a token looked at now and then"
         self._active = Gauge("bdh_active_neuron_fraction", text, labels, registry=self.registry)
-        self._occupancy = self._histogram("batch_occupancy", "Sequences in a step", SEQUENCES)
-        self._step_tokens = self._histogram("iteration_tokens_total", "Tokens in a step", TOKENS)
+        self._occupancy = self._many(("bdh_batch_occupancy",), "Sequences in a step", SEQUENCES)
+        self._step_tokens = self._many(("bdh_iteration_tokens_total",), "Tokens in a step", TOKENS)
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens computed")
         self._generated = self._counter("generation_tokens", "Tokens generated")
         self._latent = self._counter("latent_steps", "Latent steps of requests that ended")
         self._first = self._histogram("time_to_first_token_seconds", "From arrival to the first token", FIRST_TOKEN)
         # vLLM called it the second way before: dashboards ask for either.
         names = ("bdh_inter_token_latency_seconds", "bdh_time_per_output_token_seconds")
-        self._between = ManyHistogram(names, "Between tokens of a sequence", model_name, BETWEEN_TOKENS)
-        self.registry.register(self._between)
+        self._between = self._many(names, "Between tokens of a sequence", BETWEEN_TOKENS)
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean time between a request's tokens", BETWEEN_TOKENS
         )
@@ -77,7 +75,8 @@ class EngineMetrics:
         self._steps.observe(seconds)
         self._occupancy.observe(len(step.sequences))
         self._step_tokens.observe(step.decodes + step.prefill_tokens)
-        self._prompt_tokens.inc(step.prefill_tokens)
+        if step.prefill_tokens:
+            self._prompt_tokens.inc(step.prefill_tokens)
 
     def looked(self, active: Sequences[float]) -> None:
         """`active` is the share of neurons that fired, by layer."""
@@ -86,10 +85,11 @@ class EngineMetrics:
 
     def gained(self, sequences: Sequences[Sequence]) -> None:
         self._generated.inc(len(sequences))
-        gaps: Counting[float] = Counting()  # those of one step are mostly the same
+        gaps: dict[float, int] = {}  # those of one step are mostly the same
         for sequence in sequences:
             if len(sequence.generated) > 1:
-                gaps[sequence.times.gap] += 1
+                gap = sequence.times.gap
+                gaps[gap] = gaps.get(gap, 0) + 1
             elif (seconds := sequence.times.to_first_token) is not None:
                 self._first.observe(seconds)
         for gap, count in gaps.items():
@@ -121,12 +121,18 @@ class EngineMetrics:
         family = Histogram(f"bdh_{name}", text, ("model_name",), buckets=tuple(buckets), registry=self.registry)
         return family.labels(self._model_name)
 
+    def _many(self, names: Sequences[str], text: str, buckets: Iterable[float]) -> ManyHistogram:
+        """What is observed in every step, which locks would make dear."""
+        histogram = ManyHistogram(names, text, self._model_name, buckets)
+        self.registry.register(histogram)
+        return histogram
+
     def _counter(self, name: str, text: str) -> Counter:
         return Counter(f"bdh_{name}", text, ("model_name",), registry=self.registry).labels(self._model_name)
 
 
 class ManyHistogram(Collector):
-    """A histogram, under one name or several, that takes many observations of one value at once. Written by one
+    """A histogram, under one name or several, that takes one observation of a value, or many at once. Written by one
     thread."""
 
     def __init__(self, names: Sequences[str], text: str, model_name: str, buckets: Iterable[float]) -> None:
@@ -135,7 +141,7 @@ class ManyHistogram(Collector):
         self._counts = [0] * len(self._bounds)
         self._sum = 0.0
 
-    def observe(self, value: float, count: int) -> None:
+    def observe(self, value: float, count: int = 1) -> None:
         self._counts[bisect_left(self._bounds, value)] += count
         self._sum += value * count
 
@@ -160,6 +166,7 @@ class _LoadCollector(Collector):
             ("num_requests_running", "Sequences that run", load.running),
             ("num_requests_waiting", "Sequences that wait for their first slot", load.waiting),
             ("num_requests_swapped", "Sequences that are preempted by swap", load.swapped),
+            ("state_slots", "Slots to run in", load.slots),
             ("state_slots_usage_perc", "Share of the slots to run in that are held, 0 to 1", usage),
             ("kv_cache_usage_perc", "The same, under the name that it has in vLLM", usage),
             ("prefix_cache_states", "Prefixes that are cached for later requests", load.cached_states),

@@ -18,7 +18,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from bdh_batch.observability.merging import merge
+from bdh_batch.observability.usage import Usage
 from bdh_batch.observability.vllm_names import vllm_names
+from bdh_batch.observability.watched import Watched
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
@@ -83,6 +85,8 @@ class Metrics:
 
     def __init__(self, model_name: str, with_vllm_names: bool = False) -> None:
         self.registry = process_registry()
+        self.usage = Usage()
+        self.watched = Watched(self.registry, self.usage)
         self._with_vllm_names = with_vllm_names
         self._name = ""
         self._others: Callable[[], Awaitable[Mapping[str, bytes]]] | None = None

@@ -6,12 +6,12 @@ Left out, as they are small: scores within a tile of a prompt, norms, sampling, 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 
 from bdh_batch.checkpoint.config import BDHConfig, bytes_per_sequence
-from bdh_batch.errors import ConfigError
+from bdh_batch.plan.flags import Flags
 
 STATES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WEIGHTS = {**STATES, "float16": torch.float16}
@@ -24,7 +24,7 @@ ACTIVE = 0.216
 
 
 @dataclass(frozen=True)
-class Load:
+class Load(Flags):
     """What is wanted, with the server's own defaults.
 
     `rate` is tokens/s that each of the `streams` gets; each is succeeded by another when it ends.
@@ -42,30 +42,13 @@ class Load:
 
     def __post_init__(self) -> None:
         for name, least in (("streams", 1), ("answer_tokens", 1), ("prompt_tokens", 0), ("window", 0)):
-            self._refuse_unless(name, least <= getattr(self, name) <= MOST, f"from {least} to {MOST:,}")
-        self._refuse_unless("window", self.window % 2 == 0, "an even number, as two blocks share it")
-        self._refuse_unless("rate", SLOWEST <= self.rate < math.inf, f"at least {SLOWEST}, and finite")
-        self._refuse_unless("utilization", 0 < self.utilization < 1, "above 0 and below 1")
-        self._refuse_unless("active_fraction", 0 < self.active_fraction <= 1, "above 0, and at most 1")
-        self._refuse_unless("state_dtype", self.state_dtype in STATES, f"one of {', '.join(STATES)}")
-        self._refuse_unless("dtype", self.dtype in WEIGHTS, f"one of {', '.join(WEIGHTS)}")
-
-    def _refuse_unless(self, name: str, holds: bool, wanted: str) -> None:
-        if not holds:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: should be {wanted}")
-
-    @classmethod
-    def read(cls, given: dict[str, str]) -> Load:
-        """From the texts of flags. Raises ConfigError, naming the flag, for what is no number, or an impossible one."""
-        kinds = {field.name: {"int": int, "float": float}.get(str(field.type), str) for field in fields(cls)}
-        values = {}
-        for name, text in given.items():
-            try:
-                values[name] = kinds[name](text)
-            except ValueError:
-                wanted = "a whole number" if kinds[name] is int else "a number"
-                raise ConfigError(f"--{name.replace('_', '-')} {text}: should be {wanted}") from None
-        return cls(**values)
+            self.refuse_unless(name, least <= getattr(self, name) <= MOST, f"from {least} to {MOST:,}")
+        self.refuse_unless("window", self.window % 2 == 0, "an even number, as two blocks share it")
+        self.refuse_unless("rate", SLOWEST <= self.rate < math.inf, f"at least {SLOWEST}, and finite")
+        self.refuse_unless("utilization", 0 < self.utilization < 1, "above 0 and below 1")
+        self.refuse_unless("active_fraction", 0 < self.active_fraction <= 1, "above 0, and at most 1")
+        self.refuse_unless("state_dtype", self.state_dtype in STATES, f"one of {', '.join(STATES)}")
+        self.refuse_unless("dtype", self.dtype in WEIGHTS, f"one of {', '.join(WEIGHTS)}")
 
 
 @dataclass(frozen=True)

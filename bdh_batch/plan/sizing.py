@@ -2,7 +2,7 @@
 
 A step of B streams takes, one after the other, its fixed part, the pass over B states, and the products; each of the
 two is bound by memory or by computing, whichever takes longer. As many streams fit a machine as its memory holds states
-of, as one process can write the tokens of, and as the share of the time that may be used is enough for.
+of, and as the share of the time that may be used is enough for. `fleet.py` adds what it takes to run several.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from bdh_batch.checkpoint.checkpoint import open_checkpoint
 from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.errors import ConfigError
 from bdh_batch.plan.costs import Costs, Load, costs_of
+from bdh_batch.plan.fleet import FRAMES, Faults, FleetSizing, Need, size_fleet
 from bdh_batch.plan.machines import Machine, machine_of
 from bdh_batch.system.sizes import size_text
 
 MEMORY_SHARE = 0.9  # that weights and states may take; buffers and the runtime have the rest
-# By benchmarks/results/amd-epyc-2-threads/suite: scheduler.json, where 1,024 decode; frontend.json, `ahead`.
+# By benchmarks/results/amd-epyc-2-threads/suite/scheduler.json, where 1,024 decode.
 PLANNING = 2.1e-6  # seconds a sequence and step
-FRAMES = 123_000.0  # SSE frames a second that one process writes
 LABEL = 28  # characters
 
 Seconds = dict[str, float]  # by resource
@@ -47,6 +47,7 @@ class Sizing:
     state_bytes: int
     weight_bytes: int
     suspend_seconds: float | None
+    fleet: FleetSizing
     costs: Mapping[str, float]
     load: Mapping[str, object]
     machine: Mapping[str, object]
@@ -64,8 +65,7 @@ class Sizing:
             "asked for": f"{load['streams']:,} streams at {load['rate']:g} tokens/s each; prompts of "
             f"{load['prompt_tokens']:,} tokens, completions of {load['answer_tokens']:,}",
             "assumed": f"{load['active_fraction']:.1%} of the neurons fire; no prompt is cached; window "
-            f"{load['window'] or 'none'}; states in {load['state_dtype']}, weights in {load['dtype']}; "
-            f"one process writes {FRAMES:,.0f} frames/s at best",
+            f"{load['window'] or 'none'}; states in {load['state_dtype']}, weights in {load['dtype']}",
             "": "",
             "machines": f"{self.machines:,} x {self.machine['name']}",
             "slots on each": f"{self.streams_per_machine:,} of at most {self.most_streams_per_machine:,}",
@@ -79,15 +79,18 @@ class Sizing:
             "to the first token, mean": f"{1e3 * self.first_token_seconds:.1f} ms, where a slot is free",
             "state of a stream": size_text(self.state_bytes) + suspend,
             "weights": size_text(self.weight_bytes),
+            "options that each needs": f"scheduler.max_running={self.streams_per_machine} "
+            f"engine.state_memory={self.streams_per_machine * self.state_bytes}, and more of it for cached prefixes",
         }
-        return "\n".join(f"{name:<{LABEL}}{value}".rstrip() for name, value in rows.items())
+        lines = [f"{name:<{LABEL}}{value}".rstrip() for name, value in rows.items()]
+        return "\n".join([*lines, "", *(f"{name:<{LABEL}}{value}" for name, value in self.fleet.rows().items())])
 
 
 class Planner:
     """Sizes machines for one model and load, by its costs on one machine."""
 
-    def __init__(self, config: BDHConfig, machine: Machine, load: Load) -> None:
-        self._machine, self._load = machine, load
+    def __init__(self, config: BDHConfig, machine: Machine, load: Load, faults: Faults | None = None) -> None:
+        self._machine, self._load, self._faults = machine, load, faults or Faults()
         self.costs: Costs = costs_of(config, load, machine.skips_gates)
         self._bandwidth = machine.bandwidth * machine.bandwidth_share
         products = machine.flops_32 if load.dtype == "float32" else machine.flops_16
@@ -122,13 +125,14 @@ class Planner:
 
     def limits(self) -> dict[str, int]:
         """Streams that a machine can serve, by what limits them."""
-        load, costs = self._load, self.costs
+        costs = self.costs
         slots = int((MEMORY_SHARE * self._machine.memory - costs.weight_bytes) / costs.state_bytes)
-        frames = int(load.utilization * FRAMES / load.rate)
-        return {"state memory": max(0, slots), "front end": frames, "time": self._in_time()}
+        return {"state memory": max(0, slots), "time": self._in_time()}
 
     def _in_time(self) -> int:
         """The most that are not too busy: more streams take more time, if only to plan them."""
+        if self._load.rate > self._load.utilization * FRAMES:
+            return 0  # no process could write its tokens
         fits, over = 0, int(self._load.utilization / (self._load.rate * PLANNING)) + 1
         while over - fits > 1:
             middle = (fits + over) // 2
@@ -167,6 +171,7 @@ class Planner:
             state_bytes=costs.state_bytes,
             weight_bytes=costs.weight_bytes,
             suspend_seconds=None if link is None else costs.state_bytes / link,
+            fleet=size_fleet(load, self._faults, Need(machines, sum(busy.values()), step, prompt, costs.state_bytes)),
             costs=asdict(costs),
             load=asdict(load),
             machine=asdict(self._machine),
@@ -210,7 +215,9 @@ def plan(path: Path, gpu: str, results: Path | None, flags: Mapping[str, str]) -
         CheckpointError: the model cannot be loaded.
     """
     machine = machine_of(gpu, results)
-    Load.read(dict(flags))  # before the model is opened
+    wanted = {name: text for name, text in flags.items() if name not in Faults.names()}
+    faults = Faults.read({name: text for name, text in flags.items() if name in Faults.names()})
+    Load.read(wanted)  # before the model is opened
     config = open_checkpoint(path).config
-    load = Load.read({"window": str(config.suggested_window), **flags})
-    return Planner(config, machine, load).size()
+    load = Load.read({"window": str(config.suggested_window), **wanted})
+    return Planner(config, machine, load, faults).size()

@@ -17,6 +17,7 @@ from bdh_batch.processes.local_engine import LoadEngine
 from bdh_batch.processes.metrics_socket import report
 from bdh_batch.processes.model_settings import ModelSettings
 from bdh_batch.processes.served_engine import ServedEngine
+from bdh_batch.processes.watch_socket import show
 
 log = logging.getLogger(__name__)
 
@@ -46,8 +47,10 @@ async def run_engine(
     folder.agree(engine.port.welcome.fingerprint)
     loop = asyncio.get_running_loop()
     server = await loop.create_unix_server(engine.port.new_connection, sock=folder.listen(name))
-    folder.metrics(name).unlink(missing_ok=True)
+    for path in (folder.metrics(name), folder.watch(name)):
+        path.unlink(missing_ok=True)
     reporting = await report(engine.exposition, folder.metrics(name))
+    showing = await show(engine.watched, folder.watch(name))
     watching = asyncio.create_task(_end_when_unhealthy(engine.backend.health))
     try:
         on_ready()
@@ -57,6 +60,7 @@ async def run_engine(
     finally:
         server.close()
         reporting.close()
+        showing.close()
         await engine.close()
 
 

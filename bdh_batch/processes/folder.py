@@ -115,6 +115,14 @@ class RuntimeFolder:
         """The socket at which a front end is asked for recent completions."""
         return self.path / f"{name}.recent"
 
+    def watch(self, name: str) -> Path:
+        """The socket at which a process is asked for what operators watch."""
+        return self.path / f"{name}.watch"
+
+    def watching(self) -> Mapping[str, Path]:
+        """The sockets at which processes are asked that, those of engines included, by the processes' names."""
+        return {path.stem: path for pattern in ("*.watch", "*/*.watch") for path in sorted(self.path.glob(pattern))}
+
     def engines(self) -> Mapping[str, LocalAddress]:
         """The addresses of engines, by the engines' names. Raises OSError."""
         return {path.stem: LocalAddress(path) for path in sorted(self.path.glob("*.sock"))}
@@ -129,6 +137,7 @@ class RuntimeFolder:
         self.step(name).unlink(missing_ok=True)
         self.metrics(name).unlink(missing_ok=True)
         self.recent(name).unlink(missing_ok=True)
+        self.watch(name).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Deletes the folder. Idempotent."""

@@ -11,6 +11,7 @@ from bdh_batch.processes.model_settings import models_of
 from bdh_batch.processes.recent_socket import answer, ask
 from bdh_batch.processes.service import Service, run_until_signal
 from bdh_batch.processes.supervised_models import SupervisedModels
+from bdh_batch.processes.watch_socket import WatchSockets, show
 from bdh_batch.settings import Settings
 from bdh_batch.store.recent import Completion
 
@@ -55,11 +56,14 @@ async def run_front_end(
         return await ask([path for path in folder.path.glob("*.recent") if path != folder.recent(name)], owner, id)
 
     service.metrics.join(name, others)
+    service.metrics.watched.join(name, WatchSockets(folder, name))
     service.recent.join(asked)
     reporting = await report(service.metrics.exposition, folder.metrics(name))
     answering = await answer(service.recent, folder.recent(name))
+    showing = await show(service.metrics.watched, folder.watch(name))
     try:
         await run_until_signal(service)
     finally:
         reporting.close()
         answering.close()
+        showing.close()

@@ -34,7 +34,8 @@ def hosted(
     def of(metrics: Metrics, spans: Spans | None) -> OneModel:
         of_engine = EngineMetrics(metrics.registry, model.name)
         observer = of_engine if spans is None else spans.beside(of_engine)
-        engine = partial(LocalEngine, metrics=of_engine, observer=observer, load=load or load_engine)
+        show = partial(metrics.watched.add_engine, model.name)
+        engine = partial(LocalEngine, metrics=of_engine, observer=observer, show=show, load=load or load_engine)
         return OneModel(model, partial(engine, start=start or start_worker), metrics)
 
     return of

@@ -32,6 +32,7 @@ class LocalEngine:
     Args:
         metrics: of the engine.
         observer: is notified of what the engine does.
+        show: is called with the engine once it computes.
         load: loads the model and makes the engine, off the event loop.
         start: starts the engine's worker, on the event loop.
     """
@@ -44,6 +45,7 @@ class LocalEngine:
         path: Path,
         metrics: EngineMetrics,
         observer: Observer,
+        show: Callable[[Engine], None],
         load: LoadEngine = load_engine,
         start: StartEngine = start_worker,
     ) -> None:
@@ -51,6 +53,7 @@ class LocalEngine:
         self._path = path
         self._metrics = metrics
         self._observer = observer
+        self._show = show
         self._make = load
         self._start = start
 
@@ -62,6 +65,7 @@ class LocalEngine:
     def open(self, components: Components) -> LocalBackend:
         worker = self._start(self._settings, self.engine, self._observer)
         watch_engine(self._metrics, worker, self._info, self._settings)
+        self._show(worker)
         return local_backend(worker, self.engine, components.text, self._settings)
 
     def states(self) -> Sequence[Mapping[str, object]]:
@@ -97,7 +101,7 @@ def fingerprint(engine: LoadedEngine, settings: Settings) -> str:
     """Returns a hash of all that decides which tokens an engine generates: weights, dtypes, kernels, window."""
     digest = hashlib.blake2b(digest_size=16)
     chosen = settings.engine
-    device, own = engine.model.weights.embed.device.type, (chosen.kernels, chosen.state_dtype)
+    device, own = engine.model.weights.embed.device.type, (chosen.kernels, engine.kernels, chosen.state_dtype)
     for part in (__version__, settings.model.attention_window, *own, device, engine.fingerprint):
         digest.update(f"{part}\0".encode())
     return digest.hexdigest()

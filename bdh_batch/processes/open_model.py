@@ -70,7 +70,7 @@ class OpenModel:
             raise
         backend = engines.open(components)
         revision = await in_daemon_thread(partial(revision_of, model, located.path), LOADER)
-        served = _served(model, info, revision, backend, components, facts, engines.compiles_grammars)
+        served = _served(model, info, located.path, revision, backend, components, facts, engines.compiles_grammars)
         if components.grammars is not None:
             components.grammars.warm_up()
         return cls(served, located, components, engines, metrics)
@@ -102,6 +102,7 @@ def revision_of(model: ModelSettings, path: Path) -> str:
 def _served(
     model: ModelSettings,
     info: ModelInfo,
+    path: Path,
     revision: str,
     backend: Backend,
     components: Components,
@@ -127,6 +128,7 @@ def _served(
             elsewhere=compiled_elsewhere,
         ),
         layout=facts.layout,
+        folder=path if path.is_dir() else path.parent,
     )
 
 

@@ -21,6 +21,7 @@ from bdh_batch.engine.worker import Load
 from bdh_batch.errors import NotEnoughMemory
 from bdh_batch.observability.engine_metrics import EngineMetrics
 from bdh_batch.observability.metrics import exposition, process_registry
+from bdh_batch.observability.watched import Watched
 from bdh_batch.processes.engines import LOADER, EngineInfo
 from bdh_batch.processes.local_engine import LoadEngine, engine_info, local_backend, watch_engine
 from bdh_batch.processes.model_settings import ModelSettings, chosen_model
@@ -42,6 +43,7 @@ class ServedEngine:
         port: at which front ends connect.
         exposition: returns its metrics.
         load: returns its load.
+        watched: what operators can ask of it.
     """
 
     def __init__(
@@ -51,11 +53,13 @@ class ServedEngine:
         located: Located,
         exposition: Callable[[], bytes],
         load: Callable[[], Load],
+        watched: Watched,
     ) -> None:
         self.port = port
         self.backend = backend
         self.exposition = exposition
         self.load = load
+        self.watched = watched
         self._located = located
 
     @classmethod
@@ -83,7 +87,9 @@ class ServedEngine:
         interval = min(LONGEST_INTERVAL, settings.engine.heartbeat_seconds / HEARTBEATS)
         welcome = _welcome(model.name, str(engine.model.weights.embed.device), facts)
         port = EnginePort(backend, grammars, welcome, secret, interval, lambda: worker.load)
-        return cls(port, backend, located, partial(exposition, registry), lambda: worker.load)
+        watched = Watched(registry)
+        watched.add_engine(model.name, worker)
+        return cls(port, backend, located, partial(exposition, registry), lambda: worker.load, watched)
 
     async def leave(self, seconds: float) -> None:
         """Has front ends move their streams to other engines, and waits so long for that, or for their end."""

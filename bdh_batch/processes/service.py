@@ -24,6 +24,7 @@ from bdh_batch.http.serving import Serving
 from bdh_batch.http.transport.server import Server, listen, local_only, url_of
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.processes.hosted_models import HostedModels
+from bdh_batch.processes.sampling import sample
 from bdh_batch.processes.upstreams import with_upstreams
 from bdh_batch.settings import Auth, Settings
 from bdh_batch.store.recent import Recent
@@ -134,7 +135,8 @@ class Service:
         serving = Serving.of(self._settings, self._gate, self.metrics, keys, self._spans, self.recent)
         server = Server(create_app(serving, local_only(listeners)), self._settings, self.metrics)
         self._grpc = open_grpc(serving)
-        watching = [asyncio.create_task(serving.records.watch())]
+        self._feed = serving.feed
+        watching = [asyncio.create_task(serving.records.watch()), asyncio.create_task(sample(serving))]
         if keys is not None:
             watching.append(asyncio.create_task(keys.watch()))
         try:
@@ -165,6 +167,7 @@ class Service:
             self._on_ready(url_of(listeners, self._settings.server), self._name)
             await stopped
             self._gate.drain()
+            self._feed.close()
             if self._grpc is not None:
                 self._grpc.drain()
             log.info("draining for up to %.0f s", self._settings.server.drain_seconds)

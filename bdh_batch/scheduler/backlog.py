@@ -6,6 +6,7 @@ No question or change goes over all tenants: it takes time by the root of how mu
 from __future__ import annotations
 
 from collections import defaultdict
+from itertools import islice
 
 from bdh_batch.scheduler.sequence import QueueKey, Sequence
 
@@ -43,6 +44,11 @@ class Lengths:
     def largest_tenant(self) -> str:
         return next(iter(self._with[self.largest]))
 
+    def most(self, count: int) -> dict[str, int]:
+        """The largest numbers, and whose they are."""
+        tenants = ((tenant, number) for number in sorted(self._with, reverse=True) for tenant in self._with[number])
+        return dict(islice(tenants, count))
+
     def within(self, most: int) -> int:
         """The sum where no tenant counts more than `most`."""
         return sum(min(number, most) * len(tenants) for number, tenants in self._with.items())
@@ -67,6 +73,10 @@ class Backlog:
 
     def __len__(self) -> int:
         return self._tenant_counts.total
+
+    def longest(self, count: int) -> dict[str, int]:
+        """How many sequences of each tenant wait: of those of whom most do."""
+        return self._tenant_counts.most(count)
 
     def size(self, sequence: Sequence) -> int:
         return 1 + len(sequence.prompt) // self._unit

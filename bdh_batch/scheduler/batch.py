@@ -8,8 +8,8 @@ the streams of one with more, which fill the rest of the time. Inside a tenant s
 from __future__ import annotations
 
 from collections.abc import Sequence as Sequences, Set
-from dataclasses import dataclass
 from heapq import nsmallest
+from typing import NamedTuple
 
 from bdh_batch.messages import Plan
 from bdh_batch.scheduler.copies import Save
@@ -19,6 +19,7 @@ from bdh_batch.scheduler.policy import Guards
 from bdh_batch.scheduler.rank import DUE
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
+from bdh_batch.scheduler.steady import Steady
 from bdh_batch.scheduler.step_size import LEAST_PREFILL, StepSize
 
 NO_LIMIT = 2**62  # seconds, or sequences
@@ -26,8 +27,7 @@ Members = list[Sequence]
 FREE = 1e-9  # seconds of a prompt token, as long as it is not known what it takes
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """A plan for the runner, and the sequences of its segments."""
 
     plan: Plan
@@ -55,6 +55,7 @@ class BatchBuilder:
         self._guards = guards
         self._most_watched = most_watched
         self._passed_over = False  # whether the last step had prompts, and left streams out
+        self._steady = Steady()
 
     def build(
         self, running: Groups, prompts: set[Sequence], watching: int, first: float, allocator: SlotAllocator
@@ -62,6 +63,12 @@ class BatchBuilder:
         """The next step of those `running`, all but `prompts` of them streams, with the copies that are planned; None
         where it would be empty. Of so many that are `watching` the neurons are shown. `first` is the first priority."""
         copies, saves = allocator.copies.take()
+        if not (prompts or watching or copies or allocator.released or allocator.copies.busy):
+            filling = Filling(self.cost, 0, self._target, self._guards, len(running))
+            if 0 < len(running) <= filling.room and (found := self._steady.streams(running)) is not None:
+                self._passed_over = False
+                return Step(Plan(found[0]), found[1], len(running), 0, allocator.now)
+        self._steady.forget()
         filling = self._fill(running, prompts, watching, first, allocator.copies.busy)
         segments = [stream.decoding or stream.decode_segment() for stream in filling.streams]
         segments += [prompt.segment(tokens) for prompt, tokens in filling.prompts]
@@ -131,7 +138,7 @@ class Filling:
         self._budget = budget
         self._target = target
         self._guards = guards
-        self._base, self._stream, self._token = cost.seconds(0, 0), cost.stream or 0.0, cost.prompt_token or FREE
+        self._base, self._stream, self._token = cost.base, cost.stream or 0.0, cost.prompt_token or FREE
         self.splits = self._stream > 0 and self._base <= guards.little * target  # may leave streams out
 
     @property

@@ -93,6 +93,9 @@ class Copies:
         copies: list[Copy] = []
         saves: list[Save] = []
         self._computed = []
+        if not self._waiting:  # as mostly
+            self.busy = NOTHING
+            return copies, saves
         left, parts = self._most, self._limits.parts
         while self._waiting:
             first = self._waiting[0]

@@ -17,8 +17,8 @@ class StepCost:
     """Estimates the seconds of a step, from the steps so far."""
 
     def __init__(self) -> None:
-        self._weights = [0.0, 0.0, 0.0]
-        self._variance = [[UNCERTAIN if row == column else 0.0 for column in range(3)] for row in range(3)]
+        self._weights = (0.0, 0.0, 0.0)
+        self._variance = ((UNCERTAIN, 0.0, 0.0), (0.0, UNCERTAIN, 0.0), (0.0, 0.0, UNCERTAIN))
         self._error = 0.0  # the usual one, in seconds
         self._steps = 0
 
@@ -27,10 +27,13 @@ class StepCost:
         return self._steps >= CERTAIN
 
     def observe(self, decodes: int, prefill_tokens: int, seconds: float) -> None:
-        features = (1.0, decodes / SCALE, prefill_tokens / SCALE)
-        gain = [sum(row[at] * features[at] for at in range(3)) for row in self._variance]
-        news = sum(feature * part for feature, part in zip(features, gain, strict=True))
-        error = seconds - self._dot(features)
+        # By hand: as loops, this took as long as all else that is done for a step of one sequence.
+        x, y = decodes / SCALE, prefill_tokens / SCALE  # beside the 1 of the base
+        (v00, v01, v02), (v10, v11, v12), (v20, v21, v22) = self._variance
+        g0, g1, g2 = v00 + v01 * x + v02 * y, v10 + v11 * x + v12 * y, v20 + v21 * x + v22 * y
+        news = g0 + x * g1 + y * g2
+        w0, w1, w2 = self._weights
+        error = seconds - (w0 + w1 * x + w2 * y)
         size = abs(error)
         # A step unlike any before shows something new, however far off the model is.
         if self.known and size > (most := OUTLIER * self._error * (1.0 + news)):
@@ -41,16 +44,23 @@ class StepCost:
             self._error = max(self._error + 0.05 * (usual - self._error), 0.01 * size)
         self._steps += 1
         scale = FORGET + news
-        self._weights = [weight + error * part / scale for weight, part in zip(self._weights, gain, strict=True)]
+        self._weights = (w0 + error * g0 / scale, w1 + error * g1 / scale, w2 + error * g2 / scale)
         # What is never exercised must not be forgotten without bound.
-        forget = FORGET if max(self._variance[at][at] for at in range(3)) < UNCERTAIN else 1.0
-        self._variance = [
-            [(self._variance[row][column] - gain[row] * gain[column] / scale) / forget for column in range(3)]
-            for row in range(3)
-        ]
+        forget = FORGET if max(v00, v11, v22) < UNCERTAIN else 1.0
+        self._variance = (
+            ((v00 - g0 * g0 / scale) / forget, (v01 - g0 * g1 / scale) / forget, (v02 - g0 * g2 / scale) / forget),
+            ((v10 - g1 * g0 / scale) / forget, (v11 - g1 * g1 / scale) / forget, (v12 - g1 * g2 / scale) / forget),
+            ((v20 - g2 * g0 / scale) / forget, (v21 - g2 * g1 / scale) / forget, (v22 - g2 * g2 / scale) / forget),
+        )
 
     def seconds(self, decodes: int, prefill_tokens: int) -> float:
-        return max(0.0, self._dot((1.0, decodes / SCALE, prefill_tokens / SCALE)))
+        base, decode, prefill = self._weights
+        return max(0.0, base + decode * decodes / SCALE + prefill * prefill_tokens / SCALE)
+
+    @property
+    def base(self) -> float:
+        """Seconds of a step with nothing in it."""
+        return max(0.0, self._weights[0])
 
     @property
     def prompt_token(self) -> float | None:
@@ -65,6 +75,3 @@ class StepCost:
     def _each(self, weight: float) -> float | None:
         """Seconds for one of what costs `weight`; None while that is not known."""
         return weight / SCALE if self.known and weight > 0 else None
-
-    def _dot(self, features: tuple[float, float, float]) -> float:
-        return sum(weight * feature for weight, feature in zip(self._weights, features, strict=True))

@@ -29,6 +29,7 @@ class Groups:
 
     def __init__(self, order: Callable[[Sequence], Any] = DUE) -> None:
         self.priorities: Counter[tuple[int, bool]] = Counter()  # the priority of each, and whether it has aged
+        self.changes = 0  # how often a sequence came or went
         self._count = 0
         self._order = order
         self._members: dict[Key, list[Sequence]] = {}  # none of them is empty
@@ -48,6 +49,7 @@ class Groups:
         if members[0] is sequence:
             self._ranked[sequence.standing.aged].put(key)
         self.priorities[sequence.priority, sequence.standing.aged] += 1
+        self.changes += 1
         self._count += 1
 
     def remove(self, sequence: Sequence) -> None:
@@ -61,6 +63,7 @@ class Groups:
         self.priorities[priority] -= 1
         if not self.priorities[priority]:
             del self.priorities[priority]
+        self.changes += 1
         self._count -= 1
 
     def heads(self) -> list[Sequence]:

@@ -156,12 +156,14 @@ class Scheduler:
         self.allocator.begin(now)
         self.counts.steps += 1
         self.files.plan_copies()
-        self.prompts = {sequence: None for sequence in self.prompts if not sequence.decodes}
+        if self.prompts:
+            self.prompts = {sequence: None for sequence in self.prompts if not sequence.decodes}
         prompts = [*self.prompts]
         for waiter in self.sharing.advance(prompts):
             self._move(waiter, Stage.QUEUED)
         self._age(now)
-        self._give_slots(prompts, now)
+        if self._queue or self.swapped:
+            self._give_slots(prompts, now)
         self.allocator.release_idle()
         left = {sequence for sequence in self.prompts if not sequence.at_latent}
         return self._batches.build(self.running, left, self.watching, self._first, self.allocator)
@@ -198,9 +200,11 @@ class Scheduler:
 
     def _age(self, now: float) -> None:
         """Has those compete in the first priority for which nothing was computed for as long as the patience."""
-        present = {priority for group in self.groups.values() for priority, _ in group.priorities}
+        present = {each for group in self.groups.values() if group.priorities for each, _ in group.priorities}
         self._first = min(present, default=0)
-        for _ in range(AGE if len(present) > 1 else 0):
+        if len(present) < 2:
+            return
+        for _ in range(AGE):
             if (sequence := self._ageing.first(now - self.policy.patience)) is None:
                 return
             self._ageing.drop(sequence)

@@ -27,7 +27,7 @@ class Cost:
     prefill: float = 0.0001
     copy: float = 0.0005
 
-    def of(self, decodes: int, prefill_tokens: int, copies: int) -> float:
+    def of(self, decodes: int, prefill_tokens: int, copies: float) -> float:
         return self.step + self.decode * decodes + self.prefill * prefill_tokens + self.copy * copies
 
 

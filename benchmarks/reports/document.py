@@ -227,6 +227,48 @@ def kernels(report: Report, link: str) -> Lines:
     yield f"![pass by pass]({link}/kernels-passes.svg)"
 
 
+def gpu_kernels(report: Report, link: str) -> Lines:
+    yield "## The GPU's kernels, without a GPU"
+    yield ""
+    model, compiler = report["model"], f"Triton {report['versions']['triton']}"
+    yield "Nothing here was measured: it is what the compiler left, and an estimate. upstream's default model"
+    yield f"({model['layers']} layers, {model['heads']} heads of {model['neurons']:,} neurons, width {model['width']}),"
+    yield f"compiled for {report['chip']} by {compiler}, with the block sizes where nothing was tuned. Programs:"
+    yield "side by side on a multiprocessor. In flight: groups of loads that are still under way where the main loop"
+    yield "waits for the oldest. What `rotation` has on its stack is for sines of large angles, which it has none of."
+    for dtype, kernels in report["resources"].items():
+        yield ""
+        head = [f"{dtype} weights and states", "registers", "stack, bytes", "shared, bytes", "warps", "programs"]
+        keys = ("registers", "stack", "shared", "warps", "programs", "in_flight")
+        rows = [[f"`{name}`", *(f"{taken[key]:,}" for key in keys)] for name, taken in kernels.items()]
+        yield from table([*head, "in flight"], *rows)
+    yield ""
+    yield from gpu_estimates(report["estimates"])
+
+
+def gpu_estimates(found: Report) -> Lines:
+    """A decode step of bfloat16 on paper."""
+    given = found["assumptions"]
+    rate, products = given["memory_bytes_per_s"] / 1e12, given["products_per_s"] / 1e12
+    load, launch = given["latency_s"] * 1e6, given["launch_s"] * 1e6
+    yield "A decode step on an H200, on paper, bf16, without the host's part and drawing. The bound is the matrices of"
+    yield f"each layer once, and the rows that fired, read and written, at {rate:g} TB/s. Assumed:"
+    yield f"{given['fired']:.0%} of the neurons fire, a kernel reaches {given['memory_share']:.0%} of that rate,"
+    yield f"a load takes {load:g} µs, a launch in a graph {launch:g} µs, products run at {products:.0f} TFLOP/s."
+    yield "Before: the kernels up to November 2026, by the same assumptions; an earlier estimate"
+    yield "gave them 12, 42 and 58 % of the bound."
+    yield ""
+    rows = [
+        [
+            each["batch"],
+            *(number(us) for us in (each["bound_us"], each["before"]["us"], each["now"]["us"])),
+            *(f"{each[name]['percent_of_bound']:.0f} %" for name in ("before", "now")),
+        ]
+        for each in found["by_batch"]
+    ]
+    yield from table(["sequences", "bound, µs", "before, µs", "now, µs", "before, of the bound", "now"], *rows)
+
+
 def scheduler(report: Report, link: str) -> Lines:
     yield "## Scheduling"
     yield ""
@@ -307,6 +349,7 @@ SECTIONS: dict[str, Callable[[Report, str], Lines]] = {
     "engine-cpu": engine,
     "serving": serving,
     "kernels-cpu": kernels,
+    "gpu-kernels": gpu_kernels,
     "scheduler": scheduler,
     "frontend": frontend,
 }

@@ -2,11 +2,13 @@
 
     python -m benchmarks.server.frontend             # 256 streams of 250 tokens, about two minutes
     python -m benchmarks.server.frontend --rounds 3  # about one
+    python -m benchmarks.server.frontend --against ../before  # beside the server of another checkout, by turns
 
 The server is the real one, from its socket to its scheduler and its worker's thread, started as `bdh-batch serve`
 starts it; only the runner is not: it computes nothing, and draws the characters of a line (`modelless.py`). Two of them
 run: `in step`, where a step waits until the event loop has been notified of the one before, so that a write has one
 event, and `ahead`, where the engine may be some steps ahead, so that several events are ready and go out in one write.
+Where a checkout is given, these two are also measured with its server: `in step, before` and `ahead, before`.
 Beside them run two apps without an engine (`ceilings.py`): a bare ASGI loop that writes the same bytes for every token,
 and one that makes and dumps a pydantic object for each.
 
@@ -33,7 +35,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ import orjson
 import psutil
 import uvloop
 
+from benchmarks import ROOT
 from benchmarks.client import CHAT, COMPLETIONS
 from benchmarks.common import figure, ratio
 from benchmarks.raw import Raw, request as raw_request
@@ -48,6 +51,7 @@ from benchmarks.report import report_head, results_folder, write_report
 from benchmarks.served import Served, served
 
 TIMEOUT = 60.0  # seconds, of one system's turn
+BEFORE = ", before"  # what the names of systems end with that are another checkout's
 TOGETHER = 8  # tokens of a chunk, where several are asked for
 DATA, DONE = b"data: ", b"[DONE]"
 FRAME = b"\n\n"  # JSON has no line breaks, nor has what HTTP puts between chunks two of them
@@ -259,16 +263,30 @@ def servers(streams: int) -> dict[str, tuple[str, ...]]:
     }
 
 
-async def measure(systems: Mapping[str, System], streams: int, tokens: int, rounds: int) -> dict[str, list[Figures]]:
-    """The figures of every round of each system; they take turns. One round more goes before those that count."""
+def beside_another(systems: Mapping[str, System]) -> dict[str, System]:
+    """The systems, and behind each of the two kinds of server the same of another checkout."""
+    found: dict[str, System] = {}
+    for name, system in systems.items():
+        found[name] = system
+        if name == system.server:
+            found[name + BEFORE] = replace(system, server=name + BEFORE)
+    return found
+
+
+async def measure(
+    systems: Mapping[str, System], streams: int, tokens: int, rounds: int, other: Path = ROOT
+) -> dict[str, list[Figures]]:
+    """The figures of every round of each system; they take turns. One round more goes before those that count.
+
+    Args:
+        other: the checkout of servers whose names end with BEFORE.
+    """
     found: dict[str, list[Figures]] = {name: [] for name in systems}
     with ExitStack() as stack:
-        needed = {system.server for system in systems.values()}
-        running = {
-            name: stack.enter_context(served(module=module))
-            for name, module in servers(streams).items()
-            if name in needed
-        }
+        running: dict[str, Served] = {}
+        for name in {system.server: None for system in systems.values()}:
+            module, root = servers(streams)[name.removesuffix(BEFORE)], other if name.endswith(BEFORE) else ROOT
+            running[name] = stack.enter_context(served(module=module, root=root))
         gc.collect()
         gc.freeze()
         for number in range(rounds + 1):
@@ -302,6 +320,7 @@ def summary(found: Mapping[str, Sequence[Figures]]) -> dict[str, Any]:
             other: {name: asdict(ratio(rates[name], rates[other])) for name in ("in step", "ahead")}
             for other in ("bare", "pydantic")
         },
+        **({"events_ratio_to_before": before} if (before := ratios_to_before(rates)) else {}),
         "server_us_per_token_more_than_plain": {
             name: round(statistics.median(a - b for a, b in zip(costs[name], costs["ahead"], strict=True)), 3)
             for name in PARAMETERS
@@ -309,15 +328,22 @@ def summary(found: Mapping[str, Sequence[Figures]]) -> dict[str, Any]:
     }
 
 
+def ratios_to_before(rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    """Events a second over those of the same server of another checkout, where that was measured."""
+    return {name: asdict(ratio(found, rates[name + BEFORE])) for name, found in rates.items() if name + BEFORE in rates}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=250, help="of each stream")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--against", type=Path, help="another checkout, whose server is measured beside this one's")
     parser.add_argument("--out", type=Path, default=results_folder())
     chosen = parser.parse_args(arguments)
     head = report_head(["uvicorn", "uvloop", "starlette", "orjson"], cores=len(os.sched_getaffinity(0)))
-    found = uvloop.run(measure(SYSTEMS, chosen.streams, chosen.tokens, chosen.rounds))
+    systems, other = (SYSTEMS, ROOT) if chosen.against is None else (beside_another(SYSTEMS), chosen.against.resolve())
+    found = uvloop.run(measure(systems, chosen.streams, chosen.tokens, chosen.rounds, other))
     figures = summary(found)
     sizes = {"streams": chosen.streams, "tokens": chosen.tokens, "rounds": chosen.rounds, "ahead": AHEAD}
     write_report(chosen.out / "frontend.json", head | sizes | figures)

@@ -51,7 +51,7 @@ class ModellessRunner:
     def run(self, plan: Plan) -> Outcome:
         if self._loop is not None:
             self._room.acquire()
-            self._loop.call_soon_threadsafe(self._room.release)  # comes behind all that was published before
+            self._loop.call_soon_threadsafe(self._make_room, self._loop)
         if len(plan.segments) < self._crowd:
             time.sleep(SLOW_SECONDS)
         drawing = [(row, each) for row, each in enumerate(plan.segments) if each.sampling is not None]
@@ -63,6 +63,10 @@ class ModellessRunner:
             if segment.sampling is not None and segment.sampling.logprobs is not None:
                 logprobs[row] = token_logprob(position, segment.sampling.logprobs)
         return Outcome(drawn, logprobs)
+
+    def _make_room(self, loop: asyncio.AbstractEventLoop) -> None:
+        """What was published has come to mailboxes. It is written in the loop's next turn; after that there is room."""
+        loop.call_soon(self._room.release)
 
 
 @cache

@@ -13,8 +13,7 @@ from typing import Any
 
 from bdh_batch import settings
 from bdh_batch.backends import remote
-from bdh_batch.backends.replica import Replica
-from bdh_batch.backends.routing import Routing
+from bdh_batch.backends.routing import AnyTarget, Routing
 from bdh_batch.deploy.ray import application
 from bdh_batch.deploy.replicas import FrontReplica
 from bdh_batch.deploy.up import up
@@ -29,7 +28,7 @@ class RandomRouting(Routing):
         super().__init__()
         self._chance = random.Random(0)
 
-    def choose(self, ready: Sequence[Replica], request: GenerationRequest) -> Replica | None:
+    def choose(self, ready: Sequence[AnyTarget], request: GenerationRequest) -> AnyTarget | None:
         return self._chance.choice(ready) if ready else None
 
 

@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ class LogprobsRunner(FakeRunner):
                 targets[row] = [
                     token_logprob(each, segment.start + at, segment.top) for at, each in enumerate(segment.targets)
                 ]
-        return replace(outcome, logprobs=logprobs, target_logprobs=targets)
+        return outcome._replace(logprobs=logprobs, target_logprobs=targets)
 
     def _segment(self, segment: Segment) -> int | None:
         token = super()._segment(segment)

@@ -12,7 +12,17 @@ from benchmarks.reports import document
 from benchmarks.reports.compare import figures
 from benchmarks.served import Served
 from benchmarks.server import frontend
-from benchmarks.server.frontend import PARAMETERS, SYSTEMS, Crowd, System, content, request, turn
+from benchmarks.server.frontend import (
+    PARAMETERS,
+    SYSTEMS,
+    Crowd,
+    System,
+    beside_another,
+    content,
+    ratios_to_before,
+    request,
+    turn,
+)
 from tests.conftest import Server
 
 SENT = b'HTTP/1.1 200 OK\r\n\r\n2d\r\ndata: {"choices":[{"text":"\\n\\n"}]}\n\n\r\ne\r\ndata: [DONE]\n\n\r\n0\r\n\r\n'
@@ -60,6 +70,15 @@ def test_tokens_are_counted_also_where_events_have_several() -> None:
     body = b"".join(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events)
     assert content(b"HTTP/1.1 200 OK\r\n\r\n" + body + b"data: [DONE]\n\n") == (7, 3)
     assert content(body[:-1]) == (7, 1)  # the last one has not all come
+
+
+def test_the_server_of_another_checkout_takes_its_turn_beside_its_own() -> None:
+    names = [*beside_another(SYSTEMS)]
+    assert [name for name in names if name not in SYSTEMS] == ["in step, before", "ahead, before"]
+    assert names.index("in step, before") == names.index("in step") + 1
+    found = ratios_to_before({"bare": [9.0], "ahead": [6.0, 6.0], "ahead, before": [2.0, 3.0]})
+    assert list(found) == ["ahead"]
+    assert found["ahead"]["value"] == pytest.approx(2.4)
 
 
 @pytest.mark.usefixtures("forked_servers")

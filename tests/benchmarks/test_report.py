@@ -30,6 +30,7 @@ WRITERS = {
     "plots": "pictures",
     "engine/peer": "a model's folder, which it loads",
     "engine/simulate": "a picture, and figures on its standard output",
+    "fleet/page": "tables in docs/fleets.md",
     "reports/document": "docs/performance.md",
     "server/loads": "prompts for `bench serve`",
     "stress/faulty": "a census",
@@ -40,7 +41,13 @@ WRITERS = {
 }
 WRITING = {"write_text", "write_bytes", "dump", "savefig", "save", "savetxt"}
 # What may be imported where; the top is for all.
-PACKAGES = {"engine": set(), "server": {"engine"}, "stress": set(), "reports": {"engine", "server"}}
+PACKAGES = {
+    "engine": set(),
+    "fleet": {"engine"},
+    "server": {"engine"},
+    "stress": set(),
+    "reports": {"engine", "server"},
+}
 # What speaks to servers, beside the client: a port that is free, bytes, locust's own.
 SPEAKING = {"client", "served", "raw", "stress/locustfile"}
 CLIENTS = {"aiohttp", "geventhttpclient", "h11", "http", "httptools", "httpx", "requests", "socket", "urllib"}

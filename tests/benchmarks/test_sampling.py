@@ -1,14 +1,12 @@
 from __future__ import annotations
 
-from pathlib import Path
-
-from bdh_batch.engine.sampling import draw as sampling
 from benchmarks.engine.sampling import KINDS, measure, worst
 
 
 def test_every_kind_of_parameter_is_measured_for_one_row_and_for_all() -> None:
-    found = measure(rows=3, vocabulary=16, known=5, repeats=1, old=Path(sampling.__file__))
-    assert set(found) == {"plain", "before", *(f"{rows} {kind}" for rows in (1, 3) for kind in KINDS)}
+    found = measure(rows=3, vocabulary=16, known=5, repeats=1)
+    drawn = {f"{kind}{how}" for kind in ("plain", "filtered") for how in ("", ", in torch")}
+    assert set(found) == {*drawn, *(f"{rows} {kind}" for rows in (1, 3) for kind in KINDS)}
     assert all(milliseconds > 0 for milliseconds in found.values())
 
 

@@ -160,6 +160,7 @@ class TestKeys:
             assert guarded.error(refused, 403)["param"] == "model"
             served = guarded.http.post("/v1/completions", json=BODY | {"model": model}, headers=bearer(same))
             assert served.status_code == 200
+        assert guarded.error(guarded.http.get("/v1/neurons", headers=bearer(other)), 403)["param"] == "model"
         assert guarded.http.get("/v1/models", headers=bearer(other)).json()["data"] == []
         assert len(guarded.http.get("/v1/models", headers=bearer(same)).json()["data"]) == 1
         with guarded.openai(other) as client, pytest.raises(openai.PermissionDeniedError):

@@ -34,7 +34,7 @@ from bdh_batch.http.responses_api.bodies import (
     TextOptions,
     ToolSelection,
 )
-from bdh_batch.http.responses_api.responses import ResponseObject
+from bdh_batch.http.responses_api.responses import ResponseList, ResponseObject
 from tests.conftest import eventually
 from tests.http.response_events import in_order
 
@@ -195,6 +195,21 @@ class TestStored:
         error = server.refusal({"input": "a", "previous_response_id": response["id"]}, PATH, 404)
         assert (error["param"], error["code"]) == ("previous_response_id", "previous_response_not_found")
 
+    def test_they_are_listed_without_their_texts_the_newest_first(self, server: Server) -> None:
+        first = ask(server, input="Speak!", metadata={"title": "a"})
+        second = ask(server, input="Again!", previous_response_id=first["id"])
+        page = server.http.get(PATH, params={"limit": 1}).json()
+        rest = server.http.get(PATH, params={"limit": 1, "after": page["last_id"]}).json()
+        assert [each["id"] for each in page["data"] + rest["data"]] == [second["id"], first["id"]]
+        assert page["has_more"]
+        assert page["data"][0]["previous_response_id"] == first["id"]
+        assert rest["data"][0]["metadata"] == {"title": "a"}
+        assert "output" not in rest["data"][0]
+        ResponseList.model_validate(page)
+        for query, status in (("limit=0", 400), ("limit=101", 400), ("order=asc", 400), ("after=resp_none", 404)):
+            error = server.error(server.http.get(f"{PATH}?{query}"), status)
+            assert error["param"] == query.partition("=")[0]
+
     def test_one_that_is_not_to_be_stored_is_not(self, server: Server) -> None:
         response = ask(server, input="Speak!", store=False)
         assert response["store"] is False
@@ -211,6 +226,8 @@ class TestStored:
                     act(response.id)
             with pytest.raises(openai.NotFoundError):
                 other.responses.create(**asked, previous_response_id=response.id)
+            listed = [guarded.http.get(PATH, headers={"x-api-key": key}).json()["data"] for key in KEYS]
+            assert [len(each) for each in listed] == [1, 0]
             item: Any = {"type": "item_reference", "id": response.output[0].to_dict()["id"]}
             with pytest.raises(openai.NotFoundError):
                 other.responses.create(**asked | {"input": [item]})

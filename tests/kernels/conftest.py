@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from bdh_batch.kernels.cache import MODULES, digest_of
+from benchmarks import ROOT
 
 COMPILING = pytest.StashKey[subprocess.Popen[str]]()
-SOURCES = [*MODULES, Path(__file__).with_name("aot.py")]
+SOURCES = [*MODULES, ROOT / "benchmarks" / "engine" / "gpu_compile.py"]
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -35,7 +36,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 def begin_to_compile(config: pytest.Config) -> None:
     folder = kept_in(config)
     config.stash[COMPILING] = subprocess.Popen(
-        [sys.executable, "-m", "tests.kernels.aot"],
+        [sys.executable, "-m", "benchmarks.engine.gpu_compile"],
         env=os.environ
         | ({"TRITON_CACHE_DIR": str(folder)} if folder else {})
         | {"TRITON_INTERPRET": "0", "TRITON_DEFAULT_FP_FUSION": "1"},
@@ -78,7 +79,7 @@ def last_results(config: pytest.Config) -> str | None:
 
 @pytest.fixture(scope="session")
 def compiled_ahead(pytestconfig: pytest.Config) -> str:
-    """What `tests/kernels/aot.py` prints."""
+    """What `benchmarks.engine.gpu_compile` prints."""
     known = last_results(pytestconfig)
     if known is not None:
         return known

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor
 
-from bdh_batch.kernels import cpu, cpu_layout, cpu_state, vector
+from bdh_batch.kernels import cpu, cpu_layout, cpu_state, cpu_step, simd_terms, team, vector
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cpu import CpuKernels
+from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.torch_reference import TorchKernels, rotation
 from benchmarks.engine.synthetic import synthetic_weights
 from tests.kernels.support import VARIANTS, alone, distance, feed, in_a_crowd, model, poison, states_for, variant
@@ -23,18 +25,20 @@ TOLERANCE = 1e-5
 TOLERANCE_OF = {torch.float32: TOLERANCE, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 properties = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
+FLOAT32 = st.just(torch.float32)
+
 
 def text(length: int, vocabulary: int, seed: int = 0) -> Tensor:
     return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
 
 
 @st.composite
-def models(draw: st.DrawFn) -> Weights:
+def models(draw: st.DrawFn, dtypes: st.SearchStrategy[torch.dtype] = FLOAT32) -> Weights:
     heads, width = draw(st.integers(1, 4)), draw(st.sampled_from([6, 15, 16, 17, 33, 48, 64]))
     multiplier = draw(st.sampled_from([2, 4, 6])) * heads
     config = model(draw(st.integers(1, 3)), heads, width, multiplier * width // heads, draw(st.integers(2, 70)))
     density = draw(st.sampled_from([0.0, 0.05, 0.3, 0.5, 0.9, 1.0]))
-    weights = synthetic_weights(config, density, seed=draw(st.integers(0, 9)))
+    weights = synthetic_weights(config, density, seed=draw(st.integers(0, 9)), dtype=draw(dtypes))
     return variant(weights, draw(st.sampled_from(VARIANTS)))
 
 
@@ -54,35 +58,105 @@ def test_agrees_with_the_specification(weights: Weights, lengths: list[int], see
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_loops_have_the_threads_of_the_engine_and_no_others(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else an engine that has one core waits at each loop for threads that have nothing to do, and no core."""
-    weights = synthetic_weights(model(3, 2, 48, 96, 60), 0.3)
-    found: list[int] = []
+def test_steps_have_the_threads_of_the_engine_until_it_is_gone(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def helpers() -> set[threading.Thread]:
+        return {each for each in threading.enumerate() if each.name == team.NAME}
 
-    def observed(states: Tensor, batch: RaggedBatch) -> Tensor:
-        hidden = forward(states, batch)
-        found.append(numba.get_num_threads())  # of this thread
-        return hidden
-
+    weights, before = synthetic_weights(model(3, 2, 48, 96, 60), 0.3), helpers()
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     kernels = CpuKernels(weights)
-    forward = kernels.forward
-    monkeypatch.setattr(kernels, "forward", observed)
     alone(kernels, states_for(weights, 1), text(80, 60), 0, [50, 60])
-    assert set(found) == {min(threads, vector.most_threads())}
+    started = helpers() - before
+    assert len(started) == min(threads, vector.most_threads()) - 1
+    del kernels
+    gc.collect()
+    for each in started:
+        each.join(60)
+        assert not each.is_alive()
 
 
+def test_nobody_waits_for_a_thread_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where another program has its core."""
+    weights = synthetic_weights(model(2, 3, 32, 64, 3_000), 0.3)
+    sequences = {slot: text(30, 40, slot) for slot in range(7)}
+    pieces = [(slot, 0, 1 if slot % 2 else 30) for slot in sequences]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    usual = feed(CpuKernels(weights), states_for(weights, 7), sequences, pieces)
+    monkeypatch.setattr(team, "_help", lambda *_: None)
+    other = feed(CpuKernels(weights), states_for(weights, 7), sequences, pieces)
+    assert torch.equal(torch.cat(usual), torch.cat(other))
+
+
+def test_who_was_away_for_a_step_takes_nothing_of_the_next() -> None:
+    """Every piece is taken once, in the order of the loops, and the next loop begins when the last piece is done."""
+    board, limits = team.new_board(), np.array([2, 1])
+    put_up(board, 2)
+    first, second = take_piece(board, limits, 1), take_piece(board, limits, 1)
+    assert [each % team.PIECES for each in (first, second)] == [0, 1]
+    assert take_piece(board, limits, 1) == team.NOTHING
+    finish_piece(board, limits, second)
+    assert take_piece(board, limits, 1) == team.NOTHING
+    finish_piece(board, limits, first)
+    third = take_piece(board, limits, 1)
+    assert (third >> team.LOOP) % team.MOST_LOOPS == 1
+    finish_piece(board, limits, third)
+    limits[:], board[team.LOOPS] = 5, 9  # as while the next step is written down
+    assert take_piece(board, limits, 1) == team.FINISHED
+    put_up(board, 2)
+    assert take_piece(board, limits, 1) == team.FINISHED
+    assert take_piece(board, limits, 2) % team.PIECES == 0
+
+
+@vector.compiled
+def put_up(board: cpu_layout.Longs, loops: int) -> None:
+    team.put_up(board, loops)
+
+
+@vector.compiled
+def take_piece(board: cpu_layout.Longs, limits: cpu_layout.Longs, generation: int) -> Any:
+    return team.take(board, limits, generation)
+
+
+@vector.compiled
+def finish_piece(board: cpu_layout.Longs, limits: cpu_layout.Longs, ticket: int) -> None:
+    team.finish(board, limits, ticket)
+
+
+@pytest.mark.parametrize("width", [15, 48, 80])
 @pytest.mark.parametrize("dtype", list(TOLERANCE_OF))
-def test_weights_of_each_dtype(dtype: torch.dtype) -> None:
-    weights = synthetic_weights(model(3, 2, 48, 96, 60), 0.3, dtype=dtype)
+def test_weights_of_each_dtype(dtype: torch.dtype, width: int) -> None:
+    weights = synthetic_weights(model(3, 2, width, 2 * width, 60), 0.3, dtype=dtype)
     tokens = text(80, 60)
     got = alone(CpuKernels(weights), states_for(weights, 1), tokens, 0, [50, 60])
     expected = alone(TorchKernels(weights), states_for(weights, 1), tokens, 0, [50, 60])
     assert distance(got, expected) <= TOLERANCE_OF[dtype]
 
 
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_weights_of_bfloat16_stay_so_where_the_processor_multiplies_them(
+    multiplies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In half the memory, with the same mathematics; elsewhere they are widened, and the start says so."""
+    if multiplies and not simd_terms.multiplies_pairs():
+        pytest.skip("this processor has no avx512_bf16")
+    weights = synthetic_weights(model(3, 2, 64, 128, 60), 0.3, dtype=torch.bfloat16)
+    tokens = text(80, 60)
+    monkeypatch.setattr(simd_terms, "multiplies_pairs", lambda: multiplies)
+    kernels, reason = select_kernels("cpu", weights, 0)
+    assert isinstance(kernels, CpuKernels)
+    assert ("stay so, and are multiplied by avx512_bf16" if multiplies else "are widened to float32") in reason
+    packed = kernels._packed.encoder, kernels._packed.encoder_v, kernels._packed.decoder
+    assert sum(array.nbytes for array in packed) == 3 * weights.encoder.numel() * (2 if multiplies else 4)
+    expected = alone(TorchKernels(weights), states_for(weights, 1), tokens, 0, [])
+    assert distance(alone(kernels, states_for(weights, 1), tokens, 0, [50, 60]), expected) <= 3e-2
+
+
 @properties
-@given(weights=models(), lengths=st.lists(st.integers(1, 60), min_size=1, max_size=9), seed=st.integers(0, 99))
+@given(
+    weights=models(st.sampled_from([torch.float32, torch.bfloat16])),
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=9),
+    seed=st.integers(0, 99),
+)
 def test_the_same_bits_in_any_company_and_any_pieces(weights: Weights, lengths: list[int], seed: int) -> None:
     """Logits and state: alone as a whole, and among others in random ragged pieces, in other slots and positions."""
     generator = np.random.default_rng(seed)
@@ -130,14 +204,14 @@ def test_logits_of_a_large_vocabulary_have_the_same_bits_on_any_number_of_thread
 ) -> None:
     weights = synthetic_weights(model(1, 1, 32, 64, 40_013), 0.3)
     hidden = torch.randn(rows, 32, generator=torch.Generator().manual_seed(1))
-    asked: list[int] = []
-    project = cpu.project
+    shared: list[int] = []
+    project = cpu.Crew.project
 
-    def counted(*arguments: Any) -> None:
-        asked.append(arguments[-1])
-        project(*arguments)
+    def counted(crew: cpu.Crew, *arguments: Any) -> None:
+        shared.append(arguments[1])
+        project(crew, *arguments)
 
-    monkeypatch.setattr(cpu, "project", counted)
+    monkeypatch.setattr(cpu.Crew, "project", counted)
     found = []
     before = torch.get_num_threads()
     for threads in (1, 2):
@@ -148,7 +222,7 @@ def test_logits_of_a_large_vocabulary_have_the_same_bits_on_any_number_of_thread
             found.append(kernels.logits(hidden))
         finally:
             torch.set_num_threads(before)
-    assert asked == [1, 1 if rows == 1 else 2]
+    assert shared == ([] if rows == 1 else [rows])
     assert torch.equal(*found)
     expected = TorchKernels(weights).logits(hidden)
     assert distance(found[0], expected) <= TOLERANCE
@@ -215,6 +289,6 @@ def test_lone_tokens_are_more_work_than_those_of_a_prompt() -> None:
 
 def test_what_was_compiled_is_recompiled_when_any_source_changes() -> None:
     """Numba alone would go on using what it kept."""
-    dispatchers: list[Any] = [cpu.run, cpu_state.fold_row]
+    dispatchers: list[Any] = [cpu_step.lead, cpu_state.fold_row]
     for dispatcher in dispatchers:
         assert vector.SOURCES in dispatcher._cache._cache_file._source_stamp

@@ -340,10 +340,10 @@ def test_block_sizes_are_kept_by_gpu_and_shape(tmp_path: Path) -> None:
 
 def test_the_search_takes_the_fastest_of_each_kernel() -> None:
     def cost(blocks: Blocks) -> float:
-        return abs(blocks.part - 256) + abs(blocks.span - 64) + (float("inf") if blocks.chunk_tokens == 16 else 0)
+        return abs(blocks.part - 128) + abs(blocks.span - 128) + (float("inf") if blocks.chunk_tokens == 16 else 0)
 
     best = tuning.search(cost)
-    assert (best.part, best.span, best.chunk_tokens) == (256, 64, 32)
+    assert (best.part, best.span, best.chunk_tokens) == (128, 128, 32)
     assert asdict(best)["encode_tokens"] == 64
 
 

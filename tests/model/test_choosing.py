@@ -12,14 +12,15 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from bdh_batch.engine.runner import choose
 from bdh_batch.engine.sampling import logits_processors
+from bdh_batch.engine.sampling.choosing import Chooser
 from bdh_batch.engine.sampling.draw import uniforms
 from bdh_batch.engine.sampling.logits_processors import process_in_main_memory, process_on_device
 from bdh_batch.messages import NO_TOKENS, LogitBias, LogitsProcessors, SamplingParams, TokenLogprob, distinct
 
 VOCABULARY = 23
 LOGITS = torch.randn(12, VOCABULARY, generator=torch.Generator().manual_seed(5)) * 3
+CHOOSER = Chooser(LOGITS.device)
 tokens = st.integers(0, VOCABULARY - 1)
 
 
@@ -106,7 +107,9 @@ def chosen(order: Sequence[int], given: Sequence[Row]) -> tuple[list[int | None]
     processors = [
         (index, processor) for index, row in enumerate(order) if (processor := given[row].processor) is not None
     ]
-    return choose(LOGITS[list(order)], [given[row].params for row in order], [100 + row for row in order], processors)
+    return CHOOSER.choose(
+        LOGITS[list(order)], [given[row].params for row in order], [100 + row for row in order], processors
+    )
 
 
 @settings(deadline=None)
@@ -167,7 +170,7 @@ def test_rows_without_logits_processors_keep_their_logits() -> None:
     processor = LogitsProcessors.of(params[0], [1], NO_TOKENS, 0)
     assert processor is not None
     processor.count(4)
-    choose(logits, [params[0], *[params[1]] * 11], range(12), [(0, processor)])
+    CHOOSER.choose(logits, [params[0], *[params[1]] * 11], range(12), [(0, processor)])
     changed = (logits != LOGITS).nonzero().tolist()
     assert changed == [[0, 3], [0, 4]]
     assert LogitsProcessors.of(params[1], [1], distinct([5]), 0) is None

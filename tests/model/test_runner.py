@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from bdh_batch.checkpoint.checkpoint import load_model
-from bdh_batch.engine import runner as module
 from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.sampling.draw import sample
 from bdh_batch.engine.state_pool import StatePool
@@ -49,7 +48,7 @@ def test_a_row_that_cannot_be_drawn_ends_itself_alone(runner: Runner, monkeypatc
             raise RuntimeError("not with that seed")
         return list(sample(logits, params, positions, masks))
 
-    monkeypatch.setattr(module, "sample", picky)
+    monkeypatch.setattr(runner._chooser, "_sample", picky)
     drawn = runner.run(Plan([Segment(0, 0, [1, 2], GREEDY), Segment(1, 0, [1, 2], bad)])).drawn
     monkeypatch.undo()
     assert drawn[1] is None

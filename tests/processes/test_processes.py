@@ -9,7 +9,7 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import httpx
 import pytest
 from openai import AsyncOpenAI
 
+from bdh_batch.http.watch.response_types import RecordedSteps
 from tests.conftest import HANG_SECONDS, Cli, ServeFactory, Server, command, eventually
 
 TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
@@ -208,6 +209,42 @@ class TestResponses:
         slots = sum(all_of(metrics, "bdh_state_slots_usage_perc")) / 2
         assert metrics["vllm:kv_cache_usage_perc"] == pytest.approx(slots)
         several.until(lambda metrics: metrics["vllm:num_requests_running"] == 0)
+
+
+def test_operators_watch_all_processes(several: Server) -> None:
+    """Whichever front end is asked: samples are of all, and steps of each engine."""
+
+    async def events(client: httpx.AsyncClient, kind: str) -> AsyncGenerator[Any, None]:
+        name = ""
+        async with client.stream("GET", "/watch/stream") as response:
+            async for line in response.aiter_lines():
+                field, _, value = line.partition(": ")
+                if field == "data" and name == kind:
+                    yield json.loads(value)
+                name = value
+
+    async def watch(client: httpx.AsyncClient) -> None:
+        endless = {"prompt": "a", "max_tokens": 100_000, "ignore_eos": True}
+        streams = [asyncio.create_task(streamed(client, endless)) for _ in range(4)]
+        metrics = await asyncio.to_thread(several.metrics)
+        for _ in range(4):  # on connections of their own
+            async with contextlib.aclosing(events(client, "sample")) as samples:
+                async for sample in samples:
+                    if sample["running"] == 4 and sample["generated"] > 0:
+                        break
+            assert sample["slots"] == sum(all_of(metrics, "bdh_state_slots{"))
+        async with contextlib.aclosing(events(client, "details")) as details:
+            shown = await anext(details)
+        assert [engine["state"] for engine in shown["engines"]] == ["ready", "ready"]
+        for _ in range(4):
+            response = await client.get("/watch/steps", params={"steps": 2, "seconds": 10})
+            found = RecordedSteps.model_validate_json(response.content)
+            assert {engine.process: len(engine.steps) for engine in found.engines} == {"engine-0-0": 2, "engine-1-0": 2}
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+
+    together(several, watch)
 
 
 class TestLosses:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bdh_batch.errors import BDHError
 from bdh_batch.http.auth.caller import Caller, bearer, by_address, by_key
-from bdh_batch.http.auth.keys import KeyRing
+from bdh_batch.http.auth.keys import Key, KeyRing
 from bdh_batch.http.auth.rates import Rates
 from bdh_batch.http.errors import Unauthorized, error_response
 
@@ -21,6 +23,14 @@ class Admission:
     def __init__(self, keys: KeyRing | None, rates: Rates) -> None:
         self._keys = keys
         self._rates = rates
+
+    def known_keys(self) -> list[Key]:
+        """The keys that are known now; none where none is asked for."""
+        return [] if self._keys is None else self._keys.known()
+
+    async def remaining(self, caller: Caller) -> dict[str, dict[str, int]]:
+        """What a caller has left of its limits."""
+        return await self._rates.remaining(caller)
 
     def caller(self, given: str, address: Caller) -> Caller | None:
         """The caller by the key that is given, or by its address; None where a key is needed and that is none."""
@@ -55,7 +65,7 @@ class Admission:
 class Access:
     """Middleware that admits requests to all but open paths."""
 
-    def __init__(self, app: ASGIApp, admission: Admission, open_paths: frozenset[str]) -> None:
+    def __init__(self, app: ASGIApp, admission: Admission, open_paths: Container[str]) -> None:
         self._app = app
         self._admission = admission
         self._open = open_paths

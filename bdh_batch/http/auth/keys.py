@@ -221,6 +221,10 @@ class KeyRing:
         known = hmac.compare_digest(hashed, key.sha256 if key is not None else "0" * 64)
         return key if known else None
 
+    def known(self) -> list[Key]:
+        """All keys, as they are now."""
+        return [*self._keys.values()]
+
     def refresh(self) -> None:
         """Takes in the file if it has changed. A broken one leaves the keys as they are, and is reported once."""
         if self._file is None:

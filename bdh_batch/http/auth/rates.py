@@ -106,6 +106,15 @@ class Rates:
             self._settling.add(task)
             task.add_done_callback(self._settling.discard)
 
+    async def remaining(self, caller: Caller) -> dict[str, dict[str, int]]:
+        """What `caller` has left of its limits in this minute, by their names; without those that it has not."""
+        found = {}
+        for kind in ("requests", "tokens"):
+            if (limit := self._limit(caller, f"{kind}_per_minute")) is not None:
+                _, grant = await self._ledgers.ask(partial(_take, kind, caller, 0, limit))
+                found[f"{kind}_per_minute"] = {"limit": limit, "remaining": grant.remaining}
+        return found
+
     def _limit(self, caller: Caller, kind: str) -> int | None:
         """The key's own, else that of the settings, if they limit at all."""
         own: int | None = getattr(caller.key, kind, None)

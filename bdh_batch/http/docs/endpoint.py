@@ -33,6 +33,7 @@ class Endpoint:
         open: whether it is; None is for callers only.
         documented: whether it is in the OpenAPI document.
         bodies: of which the request has one; none takes no body.
+        query: parameters behind the `?` of the address.
         upload: the media type of a file that is the request's body.
         response: of status 200; a text is a media type, None an empty body.
         event: the chunk of a stream, where there can be one.
@@ -52,6 +53,7 @@ class Endpoint:
     method: str = "get"
     description: str = ""
     bodies: Sequence[type[BaseModel]] = ()
+    query: Sequence[str] = ()
     upload: str | None = None
     event: type[BaseModel] | None = None
     last_event: str = "[DONE]"

@@ -5,7 +5,7 @@ What JSON Schema cannot say, such as which fields exclude one another, is a 400 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -14,6 +14,7 @@ from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 from bdh_batch import __version__
 from bdh_batch.http.auth.rates import HEADERS as RATE_HEADERS
 from bdh_batch.http.docs.endpoint import Endpoint
+from bdh_batch.http.docs.field_defaults import BODIES, defaults
 from bdh_batch.http.docs.field_help import help_of
 from bdh_batch.http.docs.response_types import Error
 from bdh_batch.http.endpoints import ENDPOINTS, TAGS, open_paths
@@ -147,6 +148,27 @@ PARAMETERS: Json = {
     },
 }
 
+QUERY: Json = {
+    "model": {
+        "name": "model",
+        "in": "query",
+        "description": "The name of a model; the first one if left out.",
+        "schema": {"type": "string", "minLength": 1},
+        "example": "bdh-shakespeare",
+    },
+    **{
+        name: {
+            "name": name,
+            "in": "query",
+            "required": True,
+            "description": f"The number of the {name}, from 0.",
+            "schema": {"type": "integer", "minimum": 0},
+            "example": 0,
+        }
+        for name in ("layer", "head", "neuron")
+    },
+}
+
 
 def _paths(known: Iterable[Endpoint], settings: Settings) -> Json:
     open_to_all = open_paths(settings.auth)
@@ -166,7 +188,8 @@ def _operation(operation: Endpoint, closed: bool, keys: bool) -> Json:
         "operationId": operation.id,
         "tags": [operation.tag],
         "summary": operation.summary,
-        "parameters": [{"$ref": f"#/components/parameters/{name}"} for name in wanted],
+        "parameters": [{"$ref": f"#/components/parameters/{name}"} for name in wanted]
+        + [QUERY[name] for name in operation.query],
         "responses": {"200": _response(operation)} | _refusals(operation, closed),
     }
     if operation.description:
@@ -265,6 +288,8 @@ def _schemas(known: Iterable[Endpoint], settings: Settings) -> Json:
         _explain(name, schemas[name])
         if settings.api.unknown_fields == "ignore":
             schemas[name].pop("additionalProperties", None)
+    for name in BODIES:
+        _set_defaults(schemas[name], defaults(settings.generation))
     _limit(schemas, settings.limits, settings.model.max_model_len)
     return schemas
 
@@ -298,6 +323,11 @@ def _explain(name: str, schema: Json) -> None:
             described["description"] = help_of(name, field)
         if described.get("default", "") is None:
             del described["default"]  # null says what leaving it out says
+
+
+def _set_defaults(schema: Json, known: Mapping[str, float | bool]) -> None:
+    for field in known.keys() & schema["properties"].keys() - set(schema.get("required", ())):
+        schema["properties"][field]["default"] = known[field]
 
 
 def _limit(schemas: Json, limits: Limits, max_model_len: int | None) -> None:

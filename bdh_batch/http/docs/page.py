@@ -1,5 +1,5 @@
-"""The OpenAPI document as a page to read and to try requests from. It needs nothing from any other server, and its
-policy has the browser refuse to load what might slip in.
+"""The OpenAPI document as a page to read and to try requests from, in the style of the page at /ui. It is one file: it
+needs nothing from any other server, and its policy has the browser refuse to load what might slip in.
 """
 
 from __future__ import annotations
@@ -12,9 +12,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from bdh_batch.ui.assets import assets
+
 Json = dict[str, Any]
 
-STYLE, SCRIPT = (Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+OWN_STYLE, SCRIPT = (Path(__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
+STYLE = assets()["app.css"].content.decode() + OWN_STYLE
+VIEWS = ("talk", "look", "watch")  # of the page at /ui
 BOUNDS = {
     "minimum": "≥ {}",
     "exclusiveMinimum": "> {}",
@@ -35,27 +39,44 @@ def _hash(text: str) -> str:
 
 POLICY = (
     f"default-src 'none'; style-src {_hash(STYLE)}; script-src {_hash(SCRIPT)}; connect-src 'self'; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types 'none'"
 )
 
 
-def page(document: Json) -> bytes:
-    """The whole page, as HTML."""
+def page(document: Json, has_ui: bool = True) -> bytes:
+    """The whole page, as HTML; `has_ui`: whether the server has the page at /ui."""
     info = document["info"]
     return "".join(
         [
             '<!doctype html><html lang="en"><meta charset="utf-8">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            '<link rel="icon" href="ui/icon.svg" type="image/svg+xml">' if has_ui else "",
             f"<title>{escape(info['title'])}</title><style>{STYLE}</style>",
-            f"<h1>{escape(info['title'])} {escape(info['version'])}</h1><p>{_prose(info['description'])}",
-            '<p><a href="openapi.json">openapi.json</a> has all of this for programs.',
-            '<p><label>API key, if one is asked for: <input id="key" type="password" autocomplete="off"></label>',
+            _header(info["title"], has_ui),
+            '<main id="main" tabindex="-1"><article>',
+            f"<h2>{escape(info['title'])} {escape(info['version'])}</h2>",
+            f'<p>{_prose(info["description"])} <a href="openapi.json">openapi.json</a> has all of this for programs.',
+            '<p class="row"><label for="key">API key, if one is asked for</label>',
+            '<input id="key" type="password" autocomplete="off"><label for="find">Find</label>',
+            '<input id="find" class="find" type="search" autocomplete="off" placeholder="completions">',
             *(_tag(tag, document) for tag in document["tags"]),
             '<section><h2 id="types">Types</h2>',
             *(_component(name, schema) for name, schema in sorted(document["components"]["schemas"].items())),
-            f"</section><script>{SCRIPT}</script></html>",
+            f"</section></article></main><script>{SCRIPT}</script></html>",
         ]
     ).encode()
+
+
+def _header(title: str, has_ui: bool) -> str:
+    views = "".join(f'<a href="ui#{view}">{view.capitalize()}</a>' for view in VIEWS) if has_ui else ""
+    home = f'<a href="ui">{escape(title)}</a>' if has_ui else escape(title)
+    return (
+        '<a class="skip" href="#main">Skip to content</a>'
+        f'<header class="bar"><h1>{home}</h1><nav aria-label="Views">{views}'
+        '<a href="docs" aria-current="page">API</a></nav>'
+        '<div class="tools"><button type="button" id="theme">Theme: system</button></div></header>'
+    )
 
 
 def _tag(tag: Json, document: Json) -> str:
@@ -97,7 +118,7 @@ def _responses(responses: Json, components: Json) -> str:
 
 def _example(name: str, value: object) -> str:
     title = f"<summary>Example of a response: {escape(name)}</summary>"
-    return f"<details>{title}<pre>{escape(_indented(value))}</pre></details>"
+    return f'<details>{title}<pre tabindex="0">{escape(_indented(value))}</pre></details>'
 
 
 def _form(path: str, method: str, parameters: list[Json], body: Json | None) -> str:
@@ -111,14 +132,17 @@ def _form(path: str, method: str, parameters: list[Json], body: Json | None) -> 
                 f'<p><label>{each["name"]} <input name="id" value="{escape(each["example"])}"></label>'
                 for each in in_path
             ),
+            '<div class="row">' if examples else "",
             *(
-                f'<button type="button" data-example="{escape(text)}">{escape(name)}</button>'
+                f'<button type="button" class="small" data-example="{escape(text)}">{escape(name)}</button>'
                 for name, text in examples.items()
             ),
+            "</div>" if examples else "",
+            '<details><summary>Fields</summary><div class="fields"></div></details>'
             f'<textarea name="body" aria-label="Body">{escape(next(iter(examples.values())))}</textarea>'
             if body
             else "",
-            "<button>Send</button><pre><output hidden></output></pre></form>",
+            '<p><button class="primary">Send</button></p><pre tabindex="0"><output hidden></output></pre></form>',
         ]
     )
 
@@ -139,7 +163,7 @@ def _table(rows: Any) -> str:
         f"<tr><td><code>{escape(name)}</code><td>{type}<td>{_prose(described.get('description', ''))}"
         for name, type, described in rows
     )
-    return f"<table>{cells}</table>" if cells else ""
+    return f'<div class="table" tabindex="0"><table>{cells}</table></div>' if cells else ""
 
 
 def _type(schema: Json) -> str:

@@ -7,18 +7,20 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Protocol
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from bdh_batch.backends.base import Generation
+from bdh_batch.backends.base import DirectGeneration, Generation
 from bdh_batch.errors import BDHError
 from bdh_batch.http.request.client import Client, left
-from bdh_batch.http.request.off_loop import Aside
+from bdh_batch.http.request.off_loop import LARGE, Aside
 from bdh_batch.http.responses.chunks import Chunks, Deltas
 from bdh_batch.http.responses.frames import Frames
 from bdh_batch.http.responses.json_pieces import JsonInPieces, send_pieces
+from bdh_batch.http.transport.exchange import EXCHANGE
 from bdh_batch.messages import Delta, FinishReason, Gathering, Usage
 
 CHOICE_COST = 10  # microseconds, about, to encode one
@@ -31,8 +33,22 @@ HEADERS = [
 ]
 
 
+class DirectWriter(Protocol):
+    """Writes a response's body without waiting: an `Exchange`."""
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether it writes at once. Else what is said has to be sent, which waits for the client."""
+
+    def write_part(self, body: bytes) -> None:
+        """Writes a part of the body; there is more to come."""
+
+
 class EventStream(Response):
     """An ASGI response that writes a generation's frames as its tokens come, all that are ready in one write.
+
+    A task sends the first ones. From then on, frames are written in the callback of the event loop that brings their
+    tokens, and the task is woken where the connection is behind, and at the end.
 
     It starts with the first token, or after `keepalive` seconds of silence (0 is never): what ends before that has the
     status of its error. After every further silence of that length it sends the frames' `keepalive`.
@@ -60,11 +76,13 @@ class EventStream(Response):
         self._drawn = drawn
         self._started = False
         self._completion_tokens = 0
+        self._direct: DirectWriter | None = None
+        self._first: list[int] = []  # tokens of the first choice
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._direct = scope.get(EXCHANGE)
         async with abort_when_left(self._generation, lambda: left(receive)), self._kept_alive(send):
             opening, failed = True, None
-            first: list[int] = []
             async for deltas in self._generation:
                 failed = failure_of(deltas)
                 if failed is not None:
@@ -72,18 +90,38 @@ class EventStream(Response):
                     if not self._started:
                         raise failed
                 await self._write(send, await self._encoded(deltas, opening))
-                opening = False
                 if failed is not None:
                     break
-                for index, delta in deltas:
-                    if index == 0:
-                        first += delta.tokens
+                self._count_first(deltas)
+                if opening and self._direct is not None and isinstance(self._generation, DirectGeneration):
+                    self._generation.offer_to(self._take)
+                opening = False
             if failed is None:
                 if self._drawn is not None:
-                    self._drawn(first)
+                    self._drawn(self._first)
                 await self._frames.before_end(self._usage())
             last = self._frames.closing(self._usage()) if failed is None else self._frames.failed(failed)
             await send({"type": "http.response.body", "body": last, "more_body": False})
+
+    def _take(self, deltas: Deltas) -> bool:
+        """Writes the frames of deltas as they come, without the task that runs this response. It is left to that where
+        the client reads slowly, or encoding takes long."""
+        writer = self._direct
+        if writer is None or not writer.takes_parts or not (self._frames.only_text or self._cost((), deltas) <= LARGE):
+            return False
+        pieces = self._frames.with_warnings(self._body(deltas))
+        if pieces:
+            self._last = time.monotonic()
+            writer.write_part(b"".join(pieces))
+        if self._drawn is not None:
+            self._count_first(deltas)
+        return True
+
+    def _count_first(self, deltas: Deltas) -> None:
+        """Keeps the tokens of the first choice, if anyone asks for them."""
+        for index, delta in deltas if self._drawn is not None else ():
+            if index == 0:
+                self._first += delta.tokens
 
     async def _write(self, send: Send, pieces: Iterable[bytes]) -> None:
         self._last = time.monotonic()
@@ -130,16 +168,22 @@ class EventStream(Response):
 
     def _body(self, arrived: Deltas) -> list[bytes]:
         """The frames of all that may go now, in pieces."""
-        deltas = [(index, delta) for index, delta in self._together.take(arrived) if delta.error is None]
-        if self._frames.continuous_usage:
-            return self._with_usage(deltas)
-        self._completion_tokens += sum([len(delta.tokens) for _, delta in deltas])
-        return [piece for index, delta in deltas for piece in self._frames.delta(index, delta)]
+        frames = self._frames
+        if frames.continuous_usage:
+            return self._with_usage(self._together.take(arrived))
+        pieces: list[bytes] = []
+        for index, delta in self._together.take(arrived):
+            if delta.error is None:
+                self._completion_tokens += len(delta.tokens)
+                pieces += frames.delta(index, delta)
+        return pieces
 
     def _with_usage(self, deltas: Deltas) -> list[bytes]:
         known = self._usage()
         frames: list[bytes] = []
         for index, delta in deltas:
+            if delta.error is not None:
+                continue
             self._completion_tokens += len(delta.tokens)
             so_far = self._completion_tokens + (known.reasoning_tokens or 0)
             self._frames.report_usage(replace(known, completion_tokens=so_far))

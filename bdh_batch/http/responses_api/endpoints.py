@@ -11,6 +11,7 @@ from bdh_batch.http.responses_api.responses import (
     ResponseDeleted,
     ResponseEvent,
     ResponseInputTokens,
+    ResponseList,
     ResponseObject,
 )
 
@@ -46,6 +47,12 @@ def responses() -> list[Endpoint]:
                 "stream": {**_ASKED, "stream": True},
                 "tools": {**_ASKED, "tools": [_ENTER], "tool_choice": "required", "max_output_tokens": 80},
             },
+        ),
+        Endpoint(
+            *("listResponses", "responses.stored.list", "Responses", ROOT),
+            *("The caller's stored responses, the newest first", ResponseList),
+            description="Without their texts. Pages: `limit` (1 to 100; 20), `after` (an id).",
+            errors=(404,),
         ),
         Endpoint(
             *("countInputTokens", "responses.count", "Responses", f"{ROOT}/input_tokens"),

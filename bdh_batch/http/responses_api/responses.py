@@ -279,6 +279,27 @@ class ResponseDeleted(ResponseModel):
     deleted: Literal[True]
 
 
+class ResponseSummary(ResponseModel):
+    """What a list shows of a stored response."""
+
+    id: str
+    object: Literal["response"]
+    created_at: int
+    model: str
+    previous_response_id: str | None
+    metadata: dict[str, str]
+
+
+class ResponseList(ResponseModel):
+    """A page of the caller's stored responses, the newest first."""
+
+    object: Literal["list"]
+    data: list[ResponseSummary]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
 class InputItemList(ResponseModel):
     """A page of the items that a response was made of."""
 

@@ -28,6 +28,7 @@ STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".enc
 PREFIX = b"HTTP/1.1 "  # what every response begins with, whatever becomes of its request
 HOLD = "bdh_batch.hold"  # in a scope: `Exchange.hold`
 RELEASE = "bdh_batch.release"  # in a scope: `Exchange.release`
+EXCHANGE = "bdh_batch.exchange"  # in a scope: the exchange, as a `responses.generation.DirectWriter`
 # After a client has ended its sending: when to find out whether it has gone. Each takes a byte (`Exchange._probe`).
 PROBE_SECONDS = (0.0, 0.05, 0.2, 1.0, 5.0, 20.0, 60.0, 180.0, 600.0)
 DISCONNECT = {"type": "http.disconnect"}
@@ -93,7 +94,7 @@ class Exchange:
     def __init__(self, connection: ClientConnection, scope: Scope, size: int, keep_alive: bool) -> None:
         self._connection = connection
         self._scope = scope
-        scope[HOLD], scope[RELEASE] = self.hold, self.release
+        scope[HOLD], scope[RELEASE], scope[EXCHANGE] = self.hold, self.release, self
         self._expects_continue = scope["http_version"] == "1.1" and (b"expect", b"100-continue") in (
             (name, value.lower()) for name, value in scope["headers"]
         )
@@ -228,6 +229,18 @@ class Exchange:
         if self.complete:
             raise RuntimeError(f"{message['type']} after the response was complete")
         self._write(message.get("body", b""), message.get("more_body", False))
+
+    @property
+    def takes_parts(self) -> bool:
+        """Whether a part of the response's body is written at once, as its connection is not behind."""
+        return self.started and not (self.gone or self.complete) and self._connection.writable.is_set()
+
+    def write_part(self, body: bytes) -> None:
+        """Writes a part of the body, as `send` does, where it `takes_parts`. More has to come."""
+        if self._chunked and not self._head:  # as mostly
+            self._connection.write(b"%x\r\n%b\r\n" % (len(body), body))
+        else:
+            self._write(body, True)
 
     def _start(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         self.started = True

@@ -22,6 +22,7 @@ from bdh_batch.http.responses_api.stored.records import KIND, UNFINISHED, Conver
 from bdh_batch.http.serving import Serving
 
 MOST_LISTED, LISTED = 100, 20
+SHOWN = ("id", "object", "created_at", "model", "previous_response_id", "metadata")
 STOP_SECONDS, LOOK_SECONDS = 5.0, 0.1  # in which another process ends a response, and between two looks whether it has
 
 
@@ -52,6 +53,21 @@ class StoredResponses:
                 raise InvalidRequest(f"stream: {text} end: retrieve the response without them.", "stream")
             return stream_of(run, self._serving.settings.server.sse_keepalive_seconds, after)
         return await self._shown(run, found, aside)
+
+    async def list(self, request: Request) -> Response:
+        """One record at a time: each may have as much text as a body."""
+        check_query(request, self._serving.settings, "after", "limit")
+        client, limit = Client.of(request), _number(request, "limit", LISTED, 1, MOST_LISTED)
+        owner, aside, after = client.caller.owner, self._serving.aside(client), request.query_params.get("after")
+        if after is not None:
+            await self._conversations.find(after, owner, aside, "after")
+        page: list[dict[str, Any]] = []
+        while found := await self._store.list(KIND, owner, 1, page[-1]["id"] if page else after):
+            if len(page) == limit:
+                break
+            page.append(await aside.run(len(found[0].body), _summary, found[0].body))
+        ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
+        return json_response({"object": "list", "data": page, **ends, "has_more": bool(found)})
 
     async def delete(self, request: Request) -> Response:
         check_query(request, self._serving.settings)
@@ -125,6 +141,12 @@ class StoredResponses:
             elif run.log.ended:  # its end could not be stored
                 response = run.response
         return await aside.run(found.size, json_response, response)
+
+
+def _summary(body: bytes) -> dict[str, Any]:
+    """What a list shows of a stored response: none of its text."""
+    response = orjson.loads(body)["response"]
+    return {name: response[name] for name in SHOWN}
 
 
 def json_response(value: Any) -> Response:

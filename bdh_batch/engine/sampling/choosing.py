@@ -1,0 +1,83 @@
+"""From the logits of a step to its tokens: log-probabilities, logits processors, masks, the draw."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from bdh_batch.engine.sampling.draw import sample
+from bdh_batch.engine.sampling.host_sampler import HostSampler
+from bdh_batch.engine.sampling.logits_processors import RowProcessors, process_logits
+from bdh_batch.engine.sampling.logprobs import rows_of, token_logprobs
+from bdh_batch.messages import SamplingParams, TokenLogprob
+
+log = logging.getLogger(__name__)
+
+
+class Chooser:
+    """Chooses a token for each row of logits. What it draws with follows from where the logits lie: compiled passes in
+    main memory, torch's operators on a device; the tokens are the same.
+
+    It belongs to one thread: it has buffers.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._sample = HostSampler() if device.type == "cpu" else sample
+
+    def choose(
+        self,
+        logits: Tensor,
+        params: Sequence[SamplingParams],
+        positions: Sequence[int],
+        processors: RowProcessors = (),
+        masks: Sequence[bytes | None] = (),
+    ) -> tuple[list[int | None], dict[int, TokenLogprob]]:
+        """Draws a token for each row of `logits`, after logits processors and masks.
+
+        Args:
+            logits: [rows, V] float32; it is changed.
+            params: the sampling parameters of each row.
+            positions: of the tokens to be drawn, in their sequences.
+            processors: the rows that have logits processors, with them.
+            masks: which tokens each row may draw, in the packed bits of `messages.Constraint`, or empty.
+
+        Returns:
+            A token for each row, None where none can be drawn; and logprobs by row, where they are asked for.
+        """
+        wanted = [row for row, each in enumerate(params) if each.logprobs is not None]
+        raw = rows_of(logits, wanted) if wanted else None  # a copy: processors change the others
+        if processors:
+            process_logits(logits, processors)
+        tokens = self.draw(logits, params, positions, masks)
+        if raw is None:
+            return tokens, {}
+        # The logprobs of a row without a token are not returned to anybody.
+        tops = [params[row].logprobs or 0 for row in wanted]
+        logprobs = token_logprobs(raw, [tokens[row] or 0 for row in wanted], tops)
+        return tokens, dict(zip(wanted, logprobs))
+
+    def draw(
+        self,
+        logits: Tensor,
+        params: Sequence[SamplingParams],
+        positions: Sequence[int],
+        masks: Sequence[bytes | None] = (),
+    ) -> list[int | None]:
+        """Draws a token for each row of `logits` [rows, V] float32; one that fails gets None, the others a token."""
+        try:
+            return self._sample(logits, params, positions, masks)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception:
+            log.exception("drawing %d tokens failed; they are drawn one by one", len(params))
+        drawn: list[int | None] = []
+        for row, (param, position) in enumerate(zip(params, positions, strict=True)):
+            try:
+                drawn += self._sample(logits[row : row + 1], [param], [position], masks[row : row + 1])
+            except Exception:
+                log.exception("drawing with %s failed", param)
+                drawn.append(None)
+        return drawn

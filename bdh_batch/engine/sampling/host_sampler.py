@@ -1,0 +1,149 @@
+"""Draws tokens from logits in main memory: compiled passes, the softmax between two of them, and their buffers."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bdh_batch.engine.sampling import passes
+from bdh_batch.engine.sampling.draw import COLDEST
+from bdh_batch.messages import SamplingParams
+
+ELEMENTS = 2**18  # numbers of the rows that are drawn at a time, at least one: a megabyte, and the buffers stay small
+ALL = 2**62  # tokens, more than any vocabulary has
+KNOWN = 4096  # sampling parameters whose numbers are kept
+PACKED = struct.Struct("<ffffqQ")  # as `passes` reads them: float32 beside the int64 of the same row
+
+
+class HostSampler:
+    """Draws one token for each row of logits, with the same bits as `draw.sample`.
+
+    It belongs to one thread, and its buffers to one size of vocabulary at a time.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, tuple[SamplingParams, bytes]] = {}  # by the parameters' identity
+        self._vocabulary = self._rows = 0
+
+    def __call__(
+        self,
+        logits: Tensor,
+        params: Sequence[SamplingParams],
+        positions: Sequence[int],
+        masks: Sequence[bytes | None] = (),
+    ) -> list[int | None]:
+        """Draws as `draw.sample` does; `logits` [rows, V] float32 lie in main memory."""
+        rows, vocabulary = logits.shape
+        most = max(1, ELEMENTS // vocabulary)
+        self._allocate(min(rows, most), vocabulary)
+        if rows <= most:
+            return self._sample(logits, params, positions, masks)
+        tokens: list[int | None] = []
+        for begin in range(0, rows, most):
+            part = slice(begin, begin + most)
+            tokens += self._sample(logits[part], params[part], positions[part], masks[part])
+        return tokens
+
+    def _sample(
+        self,
+        logits: Tensor,
+        params: Sequence[SamplingParams],
+        positions: Sequence[int],
+        masks: Sequence[bytes | None],
+    ) -> list[int | None]:
+        rows, vocabulary = logits.shape
+        flat, pitch = _flat(logits)
+        packed = bytearray().join([self._packed(each) for each in params])
+        numbers, words = np.frombuffer(packed, np.float32), np.frombuffer(packed, np.int64)
+        tokens, hot = self._tokens[:rows], self._hot
+        packed_masks, mask_of, mask_size = self._masks(masks, vocabulary)
+        count, filtered = passes.scale(
+            flat, flat.view(np.int32), pitch, vocabulary, numbers, words, packed_masks, mask_of, mask_size, tokens, hot,
+            self._scaled,
+        )  # fmt: skip
+        if count:
+            if filtered:
+                self._filter(numbers, words, count, filtered)
+            self._softmax(self._scaled_rows, count)
+            at = np.array(positions, np.int64)
+            passes.draw(self._probabilities, vocabulary, words, at, hot, count, tokens)
+        return [None if token < 0 else token for token in tokens.tolist()]
+
+    def _filter(self, numbers: passes.Floats, words: passes.Longs, count: int, filtered: int) -> None:
+        """Keeps the likeliest tokens of the `filtered` ones of the `count` scaled rows."""
+        passes.order(
+            self._scaled, self._scaled_bits, self._vocabulary, words, self._hot, count, self._filtered, self._ordered,
+            self._ranking, self._spare, self._counts,
+        )  # fmt: skip
+        self._softmax(self._ordered_rows, filtered)
+        passes.keep_likeliest(
+            self._scaled, self._vocabulary, numbers, self._hot, self._filtered, filtered, self._ordered, self._ranking,
+            self._probabilities,
+        )  # fmt: skip
+
+    def _softmax(self, rows: Tensor, count: int) -> None:
+        """Puts the softmax of the first `count` of `rows` into the buffer for probabilities."""
+        torch.softmax(rows[:count], dim=-1, out=self._probability_rows[:count])
+
+    def _packed(self, params: SamplingParams) -> bytes:
+        """The numbers of a row's parameters."""
+        known = self._numbers.get(id(params))
+        if known is not None and known[0] is params:
+            return known[1]
+        if len(self._numbers) >= KNOWN:
+            self._numbers.clear()
+        temperature = max(params.temperature, COLDEST) if params.temperature > 0 else 0.0
+        rounded = torch.tensor([temperature, params.top_p])  # to float32, as the specification does
+        least = torch.tensor([params.min_p]).log() if params.min_p > 0 else -math.inf
+        kept = (min(params.top_k, ALL) or ALL) if params.top_k > 0 or params.top_p < 1 else 0
+        packed = PACKED.pack(*rounded.tolist(), float(least), 0.0, kept, params.seed)
+        self._numbers[id(params)] = params, packed
+        return packed
+
+    def _masks(self, masks: Sequence[bytes | None], vocabulary: int) -> tuple[passes.Bytes, passes.Integers, int]:
+        """The masks that there are, one behind the other; which of them each row has, or −1; and their size."""
+        mask_of = self._mask_of
+        present = [row for row, mask in enumerate(masks) if mask is not None]
+        mask_of.fill(-1)
+        if not present:
+            return NO_MASKS, mask_of, 0
+        mask_of[present] = np.arange(len(present))
+        size = -(-vocabulary // 8)
+        packed = bytearray().join([(masks[row] or b"")[:size].ljust(size, b"\0") for row in present])
+        return np.frombuffer(packed, np.uint8), mask_of, size
+
+    def _allocate(self, rows: int, vocabulary: int) -> None:
+        """Makes the buffers, where they are too small or for another vocabulary."""
+        if vocabulary == self._vocabulary and rows <= self._rows:
+            return
+        self._rows, self._vocabulary = rows, vocabulary
+        with torch.inference_mode(False):
+            self._scaled_rows, self._ordered_rows, self._probability_rows = (
+                torch.empty(rows, vocabulary) for _ in range(3)
+            )
+        self._scaled = self._scaled_rows.view(-1).numpy()
+        self._scaled_bits = self._scaled.view(np.int32)
+        self._ordered = self._ordered_rows.view(-1).numpy()
+        self._probabilities = self._probability_rows.view(-1).numpy()
+        self._ranking = np.empty(rows * vocabulary, np.int32)
+        self._spare = np.empty(vocabulary, np.int32)
+        self._counts = np.empty(passes.BYTES * passes.DIGITS, np.int64)
+        self._tokens, self._hot, self._filtered = (np.empty(rows, np.int64) for _ in range(3))
+        self._mask_of = np.empty(rows, np.int32)
+
+
+NO_MASKS = np.zeros(1, np.uint8)
+
+
+def _flat(logits: Tensor) -> tuple[passes.Floats, int]:
+    """The numbers of the rows of `logits`, and how far one row begins behind another."""
+    rows, vocabulary = logits.shape
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
+    pitch = logits.stride(0) if rows > 1 else vocabulary
+    return logits.as_strided((pitch * (rows - 1) + vocabulary,), (1,)).numpy(), pitch

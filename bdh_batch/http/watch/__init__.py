@@ -1,0 +1,1 @@
+"""What operators watch: samples of the last minutes, and the scheduler's steps."""

@@ -1,0 +1,1 @@
+"""The page at /ui: its files, and what is known of them without HTTP."""

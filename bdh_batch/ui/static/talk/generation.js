@@ -1,0 +1,60 @@
+// Runs one request, and reads what comes, whichever of the three APIs it was sent to.
+
+import { ApiError } from "../api.js";
+
+/** Yields texts as they come, and fills in `outcome`: `{finish, usage, responseId, ttft, seconds}`, times in seconds.
+ *  Throws ApiError, or AbortError where `signal` fired; `outcome` has what was known by then. */
+export async function* generate(api, { path, body, kind }, signal, outcome, now = () => performance.now()) {
+  const began = now();
+  let first = null;
+  for await (const text of READERS[kind](api, path, body, signal, outcome)) {
+    first ??= now();
+    outcome.ttft = (first - began) / 1000;
+    outcome.seconds = (now() - first) / 1000;
+    if (text) yield text;
+  }
+}
+
+/** Tokens per second after the first one, or null where that cannot be said. */
+export function rate({ usage, seconds }) {
+  const tokens = usage?.output ?? 0;
+  return tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : null;
+}
+
+const READERS = { completion: (...given) => choices(...given, (choice) => choice.text), chat: (...given) => choices(...given, (choice) => choice.delta?.content), response };
+
+async function* choices(api, path, body, signal, outcome, textOf) {
+  for await (const chunk of api.chunks(path, { body, signal })) {
+    if (chunk.usage) outcome.usage = usageOf(chunk.usage, "prompt", "completion");
+    const choice = chunk.choices?.[0];
+    if (!choice) continue;
+    outcome.finish = choice.finish_reason ?? outcome.finish;
+    const text = textOf(choice);
+    if (text) yield text;
+  }
+}
+
+async function* response(api, path, body, signal, outcome) {
+  for await (const { data } of api.events(path, { body, signal })) {
+    const event = JSON.parse(data);
+    if (event.type === "response.output_text.delta") yield event.delta;
+    else if (event.type === "error") throw new ApiError(500, event.message ?? event.error?.message ?? "The response failed.");
+    else if (event.type === "response.failed") throw new ApiError(500, event.response.error?.message ?? "The response failed.");
+    else if (["response.completed", "response.incomplete"].includes(event.type)) return finish(event.response, outcome);
+  }
+  throw new ApiError(0, "The stream was cut before the response was complete.");
+}
+
+function finish(response, outcome) {
+  outcome.responseId = response.store ? response.id : null;
+  outcome.usage = usageOf(response.usage, "input", "output");
+  outcome.finish = response.status === "completed" ? "stop" : { max_output_tokens: "length" }[response.incomplete_details?.reason] ?? response.status;
+}
+
+function usageOf(usage, prompt, completion) {
+  return {
+    input: usage[`${prompt}_tokens`],
+    output: usage[`${completion}_tokens`],
+    cached: usage[`${prompt}_tokens_details`]?.cached_tokens ?? 0,
+  };
+}

@@ -1,0 +1,56 @@
+// What is sent for an answer: a pure function of the conversation, the parameters and what the server's document knows.
+
+/** @returns `{path, body, kind}`; `kind` is "completion", "chat" or "response".
+ *  `parent` is the node that is answered; `schemas` are those of /openapi.json. */
+export function requestFor(conversation, parent, model, fields, schemas) {
+  const nodes = conversation.path(parent);
+  if (conversation.mode === "text") {
+    const prompt = nodes.map((node) => node.text).join("");
+    return { kind: "completion", path: "v1/completions", body: { model, prompt, ...streamed, ...fields } };
+  }
+  const stored = storedFields(fields, schemas.ResponseBody?.properties ?? {});
+  if (stored === null) return chat(conversation, nodes, model, fields);
+  return response(conversation, nodes, model, stored);
+}
+
+const streamed = { stream: true, stream_options: { include_usage: true } };
+const RENAMED = { max_tokens: "max_output_tokens" };
+
+/** The parameters as the Responses API has them, or null where it lacks one: then it is a chat that is not stored. */
+function storedFields(fields, known) {
+  const found = {};
+  for (const [name, value] of Object.entries(fields)) {
+    const own = RENAMED[name] ?? name;
+    if (!(own in known)) return null;
+    found[own] = value;
+  }
+  return Object.keys(known).length ? found : null;
+}
+
+function role(node) {
+  return node.author === "user" ? "user" : "assistant";
+}
+
+function chat(conversation, nodes, model, fields) {
+  const system = conversation.system ? [{ role: "system", content: conversation.system }] : [];
+  const messages = [...system, ...nodes.map((node) => ({ role: role(node), content: node.text }))];
+  return { kind: "chat", path: "v1/chat/completions", body: { model, messages, ...streamed, ...fields } };
+}
+
+/** It goes on from the stored response before, if that is the same model's: a fork of its state. */
+function response(conversation, nodes, model, fields) {
+  const asked = nodes.at(-1);
+  const before = nodes.at(-2);
+  const known = before?.responseId && before.model === model;
+  const all = nodes.map((node) => ({ type: "message", role: role(node), content: node.text }));
+  const body = {
+    model,
+    ...(known ? { previous_response_id: before.responseId, input: asked.text } : { input: all.length > 1 ? all : asked.text }),
+    ...(conversation.system ? { instructions: conversation.system } : {}),
+    stream: true,
+    store: true,
+    metadata: { conversation: conversation.id, title: conversation.title },
+    ...fields,
+  };
+  return { kind: "response", path: "v1/responses", body };
+}

@@ -1,0 +1,164 @@
+"""Draws the pictures of docs/fleets.md, and writes its tables, from what the simulation found.
+
+    python -m benchmarks.fleet.page                 # of this machine's folder
+    python -m benchmarks.fleet.page --results folder --out elsewhere
+
+A table stands between `<!-- fleet: SECTION -->` and `<!-- end of fleet -->`. Its numbers are those of `fleet.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import ROOT, plots
+from benchmarks.report import results_folder
+
+RESULT, PAGE = "fleet.json", "fleets.md"
+TABLE = re.compile(r"(<!-- fleet: ([a-z]+) -->\n).*?(<!-- end of fleet -->)", re.DOTALL)
+
+Report = Mapping[str, Any]
+Fleets = Sequence[Mapping[str, Any]]
+Rows = Iterator[Sequence[object]]
+
+
+def by_rule(fleets: Fleets, value: Callable[[Mapping[str, Any]], float]) -> dict[str, plots.Line]:
+    """A line for each routing rule, over the replicas."""
+    rules = dict.fromkeys(fleet["rule"] for fleet in fleets)
+    own = {rule: [fleet for fleet in fleets if fleet["rule"] == rule] for rule in rules}
+    return {rule: ([each["replicas"] for each in of], [value(each) for each in of]) for rule, of in own.items()}
+
+
+def draw(report: Report, folder: Path) -> None:
+    """Waits and recomputed tokens by the size of the fleet."""
+    sizes, fleets = report["sizes"], report["sizes"]["fleets"]
+    failures = f"{fleets[0]['failures_per_hour']:g} failures an hour of each"
+    load = f"load {sizes['load']:g}, {failures}"
+    waits = by_rule(fleets, lambda fleet: float(fleet["first_token_s"]["p99"]))
+    title = f"Seconds to the first token, p99; {load}"
+    plots.lines(folder / "fleets-waits.svg", title, "replicas", "seconds", waits, log_y=True)
+    hours = {
+        rule: (replicas, [max(value, 1.0) for value in values])
+        for rule, (replicas, values) in by_rule(fleets, per_hour).items()
+    }
+    title = f"Tokens computed again in an hour; {failures}"
+    plots.lines(folder / "fleets-recomputed.svg", title, "replicas", "tokens", hours, log_y=True)
+
+
+def per_hour(fleet: Mapping[str, Any]) -> float:
+    return 3600 * float(fleet["recomputed_tokens"]) / float(fleet["seconds"])
+
+
+def each_loss(fleet: Mapping[str, Any]) -> str:
+    """Tokens recomputed for one lost replica."""
+    return f"{fleet['recomputed_tokens'] / fleet['failures']:,.0f}" if fleet["failures"] else ""
+
+
+def seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
+
+
+def waits(fleet: Mapping[str, Any]) -> str:
+    found = fleet["first_token_s"]
+    return f"{seconds(found['p50'])}, {seconds(found['p99'])}"
+
+
+def pauses(fleet: Mapping[str, Any]) -> str:
+    found = fleet["pause_s"]
+    return f"{seconds(found['p50'])}, {seconds(found['p99'])}" if found["p50"] is not None else ""
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.3g} %"
+
+
+def sizes(fleets: Fleets) -> Rows:
+    rules = [*dict.fromkeys(fleet["rule"] for fleet in fleets)]
+    yield [
+        "replicas",
+        "requests",
+        *(f"{rule}: first token" for rule in rules),
+        *(f"{rule}: computed" for rule in rules),
+    ]
+    for replicas in dict.fromkeys(fleet["replicas"] for fleet in fleets):
+        own = [fleet for fleet in fleets if fleet["replicas"] == replicas]
+        computed = [share(fleet["computed_share_of_prompts"]) for fleet in own]
+        yield [f"{replicas:,}", f"{own[0]['requests']:,}", *map(waits, own), *computed]
+
+
+def failures(fleets: Fleets) -> Rows:
+    yield [
+        "failures an hour of each",
+        "lost replicas",
+        "first token",
+        "pause",
+        "tokens again, each loss",
+        "of all work",
+    ]
+    for fleet in fleets:
+        each = (each_loss(fleet), share(fleet["recomputed_share"]))
+        yield [f"{fleet['failures_per_hour']:g}", fleet["failures"], waits(fleet), pauses(fleet), *each]
+
+
+def detection(fleets: Fleets) -> Rows:
+    yield ["seconds until a loss is known", "first token", "pause"]
+    for fleet in fleets:
+        yield [f"{fleet['detected']:g}", waits(fleet), pauses(fleet)]
+
+
+def ingresses(fleets: Fleets) -> Rows:
+    yield ["ingress processes", "turns of a conversation come to", "first token", "computed"]
+    for fleet in fleets:
+        where = "one" if fleet["sticky"] else "any"
+        yield [fleet["ingresses"], where, waits(fleet), share(fleet["computed_share_of_prompts"])]
+
+
+TABLES: Mapping[str, Callable[[Fleets], Rows]] = {
+    "sizes": sizes,
+    "failures": failures,
+    "detection": detection,
+    "ingresses": ingresses,
+}
+
+
+def table(rows: Rows) -> str:
+    head, *others = ([str(cell) for cell in row] for row in rows)
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *others]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def rewritten(page: str, report: Report) -> str:
+    """The page with the tables of a report."""
+
+    def of(found: re.Match[str]) -> str:
+        begin, section, end = found.groups()
+        return begin + "\n" + table(TABLES[section](report[section]["fleets"])) + "\n" + end
+
+    return TABLE.sub(of, page)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m benchmarks.fleet.page",
+    )
+    parser.add_argument("--results", type=Path, default=results_folder())
+    parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the pictures and of fleets.md")
+    chosen = parser.parse_args(argv)
+    if not (file := chosen.results / RESULT).is_file():
+        parser.error(f"--results {chosen.results}: has no {RESULT}; `python -m benchmarks.fleet.sweep` makes it")
+    report = json.loads(file.read_text("utf-8"))
+    if missing := [section for section in TABLES if section not in report]:
+        parser.error(f"--results {file}: has no {missing[0]}; `python -m benchmarks.fleet.sweep` makes all")
+    draw(report, chosen.out)
+    page = chosen.out / PAGE
+    page.write_text(rewritten(page.read_text("utf-8"), report), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

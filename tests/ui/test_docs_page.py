@@ -1,0 +1,51 @@
+"""The page of the API: forms whose fields are made of the OpenAPI document, and requests that are sent from them."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from axe_core_python.async_playwright import Axe
+from playwright.async_api import expect
+
+from tests.ui.browsing import PHONE, OpenPage
+
+if TYPE_CHECKING:
+    from tests.conftest import Server
+
+
+async def test_a_form_asks_for_what_its_fields_say(tiny: Server, open_page: OpenPage) -> None:
+    async with open_page(tiny) as page:
+        await page.get_by_role("link", name="API", exact=True).click()
+        await page.get_by_role("searchbox", name="Find").fill("complete text")
+        await expect(page.get_by_text("/v1/chat/completions", exact=True)).not_to_be_visible()
+        form = page.locator("#createCompletion form")
+        await page.locator("#createCompletion > summary").click()
+        await form.get_by_text("Fields").click()
+        await form.get_by_role("textbox", name="prompt *", exact=True).fill("What?")
+        await form.get_by_role("spinbutton", name="max_tokens", exact=True).fill("3")
+        await form.get_by_role("combobox", name="ignore_eos", exact=True).select_option("true")
+        await form.get_by_role("textbox", name="model", exact=True).fill("")  # that of the example is not here
+        await form.get_by_role("textbox", name="prompt *", exact=True).focus()
+        body = json.loads(await form.get_by_role("textbox", name="Body").input_value())
+        assert body == {"prompt": "What?", "max_tokens": 3, "temperature": 0, "ignore_eos": True}
+        await form.get_by_role("button", name="Send").click()
+        await expect(form.locator("output")).to_contain_text("200")
+        await expect(form.locator("output")).to_contain_text('"completion_tokens": 3')
+        await form.get_by_role("button", name="stream").click()
+        await form.get_by_role("button", name="Send").click()
+        await expect(form.locator("output")).to_contain_text("data: [DONE]")
+
+
+async def test_fits_a_phone_and_has_no_serious_finding(tiny: Server, open_page: OpenPage) -> None:
+    for scheme in ("light", "dark"):
+        async with open_page(tiny, viewport=PHONE, color_scheme=scheme, bypass_csp=True) as page:
+            await page.get_by_role("link", name="API", exact=True).click()
+            await page.locator("#createCompletion > summary").click()
+            await page.locator("#createCompletion").get_by_text("Fields").click()
+            await expect(page.get_by_text("max_tokens", exact=True).first).to_be_visible()
+            assert await page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
+            # What is in a closed element is found by looking for text, so it is there, and axe takes it for seen.
+            await page.add_style_tag(content="details:not([open]) > :not(summary) { display: none }")
+            found = await Axe().run(page)
+            assert [each for each in found["violations"] if each["impact"] in ("serious", "critical")] == []
