@@ -93,9 +93,9 @@ class Cluster:
         async with client:
             reading = [asyncio.create_task(_read(client, number, tokens, each)) for number, each in enumerate(told)]
             if begun is not None:
-                while not all(len(each.text) > 8 for each in told):
-                    assert not any(task.done() for task in reading), "a stream ended before all had begun"
-                    await asyncio.sleep(0.01)
+                while not all(len(each.text) > 8 or task.done() for each, task in zip(told, reading, strict=True)):
+                    await asyncio.wait(reading, timeout=0.01)
+                assert not all(task.done() for task in reading), "all streams ended before they could be disturbed"
                 begun()
             await asyncio.gather(*reading)
         return told

@@ -19,7 +19,7 @@ import pytest
 from tests.conftest import HANG_SECONDS, clean_environment, eventually, free_port
 from tests.deploy.rays import ENVIRONMENT, Told, cluster
 
-STREAMS, TOKENS = 32, 300
+STREAMS, TOKENS = 32, 400
 ONE_CORE = "engine.threads=1"
 
 
