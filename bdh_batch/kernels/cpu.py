@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
-from typing import Any
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from bdh_batch.kernels import cpu_step, simd_terms, team, vector
+from bdh_batch.kernels import cpu_passes as passes, cpu_state, simd, simd_terms, vector
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cpu_layout import (
     MAX_TOKENS,
@@ -35,13 +34,13 @@ from bdh_batch.kernels.cpu_layout import (
     round_up,
     shape_of,
 )
+from bdh_batch.kernels.vector import LANES, compiled, in_parallel, inlined
 
 PIECES = 4  # for each thread, groups times heads: what the threads share out in a layer
 UNEVEN = 1.25  # how much more than its share a thread may get, if that spares all threads the waiting in every layer
 # Work is counted in half tokens of a long segment, as measured: a lone token reads and writes its part of a state for
 # itself; several go over the whole state once.
 LONE, WHOLE, EACH = 5, 9, 2
-CROWDED = 100  # steps for which that is assumed once a thread was waited for
 WORTH_SHARING = 2048  # rows times panels of a product, from which on waking other threads takes less than it saves
 NO_FLOATS = np.empty(0, np.float32)
 NO_TOKENS = np.empty(0, np.int64)
@@ -61,19 +60,18 @@ class CpuKernels:
         self._threads = min(torch.get_num_threads(), vector.most_threads())
         self._work = allocate(MAX_TOKENS, self._shape)
         self._scratch = allocate_scratch(self._threads, self._shape)
-        self._crews: dict[np.dtype[Any], Crew] = {}  # by the dtype of states, of which an engine has one
-        self._crowded = 0  # steps left in which another program is taken to want a core
+        self._counters = np.empty(1 + 2 * weights.layers, np.int64)
 
     def forward(
         self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None, fired: Tensor | None = None
     ) -> Tensor:
+        vector.use_threads(self._threads)
         self._scratch.active.fill(0)
         hidden = torch.empty(len(batch.tokens), self._shape.width)
         flat = flatten(states)
-        crew = self._crew(flat.dtype)
         start = 0
-        for part in rounds(batch, self._threads, self._shape.heads, fired, self._crowded > 0):
-            self._crowded = CROWDED if crew.compute(part, flat) else max(0, self._crowded - 1)
+        for part in rounds(batch, self._threads, self._shape.heads, fired):
+            run(part, self._shape, self._packed, flat, self._work, self._scratch, self._counters, self._threads)
             end = start + len(part.tokens)
             read = torch.from_numpy(self._work.x).view(-1, self._shape.pitch)
             hidden[start:end] = read[: end - start, : self._shape.width]
@@ -83,12 +81,6 @@ class CpuKernels:
             active.copy_(torch.from_numpy(self._scratch.active.sum(axis=0)[: len(active)] / each))
         return hidden
 
-    def _crew(self, dtype: np.dtype[Any]) -> Crew:
-        if dtype not in self._crews:
-            arrays = (self._packed, self._lm_head, self._work, self._scratch)
-            self._crews[dtype] = Crew(self._threads, np.empty(0, dtype), self._shape, *arrays)
-        return self._crews[dtype]
-
     def warm(self, states: Tensor) -> None:
         pass  # nothing depends on where the states lie
 
@@ -97,64 +89,15 @@ class CpuKernels:
         rows[: len(hidden), : self._shape.width] = hidden.to(self._dtype)
         out = aligned(len(hidden), round_up(self._vocabulary, PANEL))
         panels = out.shape[1] // PANEL
+        threads = self._threads if len(hidden) * panels >= WORTH_SHARING else 1
         numbers, logits = as_terms(rows), out.view(-1).numpy()
-        if self._threads > 1 and len(hidden) * panels >= WORTH_SHARING:
-            dtype = next(iter(self._crews), np.dtype(np.float32))  # any will do
-            self._crew(dtype).project(numbers, len(hidden), logits)
-        else:
-            products, columns = self._scratch.products[0], self._lm_head
-            cpu_step.project(0, panels, numbers, len(hidden), self._shape, columns, products, logits)
+        vector.use_threads(threads)
+        project(numbers, len(hidden), self._shape, self._lm_head, self._scratch, logits, self._counters, threads)
         return out[:, : self._vocabulary]
 
 
-class Crew:
-    """The threads that compute a model's steps on states of one dtype.
-
-    Args:
-        kind: an empty array of that dtype.
-        columns: the packed lm_head.
-    """
-
-    def __init__(
-        self,
-        threads: int,
-        kind: States,
-        shape: Shape,
-        weights: Packed,
-        columns: Terms,
-        work: Work,
-        scratches: Scratch,
-    ) -> None:
-        limits, job = np.empty(1 + 2 * shape.layers, np.int64), np.empty(cpu_step.JOB, np.int64)
-        self._board, self._step = team.new_board(), (shape, limits, job)
-        fixed = (self._board, limits, job, kind, shape, weights, columns, work, scratches)
-        self._lead = partial(cpu_step.lead, *fixed)
-        self._team = team.Team(threads, self._board, lambda number: cpu_step.serve(number, *fixed))
-
-    def compute(self, part: Round, states: States) -> bool:
-        """Computes a round; returns whether the caller waited so long for another thread that another program must
-        have had its core."""
-        shape, limits, job = self._step
-        cpu_step.begin_step(part, states, shape, self._board, limits, job)
-        self._finish()
-        return bool(self._board[team.RESTS])
-
-    def project(self, rows: Terms, tokens: int, out: Floats) -> None:
-        """Computes `out` [tokens, columns] from rows [tokens + ROWS, input_pitch]."""
-        shape, limits, job = self._step
-        cpu_step.begin_logits(rows, tokens, out, shape, self._board, limits, job)
-        self._finish()
-
-    def _finish(self) -> None:
-        self._team.wake()
-        self._lead()
-
-
-def rounds(
-    batch: RaggedBatch, threads: int, heads: int, fired: Tensor | None = None, crowded: bool = False
-) -> Iterator[Round]:
-    """Cuts a batch in rounds, and those in groups; in smaller ones where cores are `crowded`, so that a thread that is
-    kept waiting holds little. Neither changes any token's result."""
+def rounds(batch: RaggedBatch, threads: int, heads: int, fired: Tensor | None = None) -> Iterator[Round]:
+    """Cuts a batch in rounds, and those in groups. Neither changes any token's result."""
     tokens, positions = batch.tokens.numpy(), batch.positions.numpy()
     bounds, slots = np.array(batch.bounds, np.int64), np.array(batch.slots, np.int64)
     frozen = np.array(batch.frozen, np.bool_) if batch.frozen else np.zeros(len(slots), np.bool_)
@@ -169,8 +112,6 @@ def rounds(
         apart = bool(largest(groups, work) * threads <= UNEVEN * work[-1])
         if not apart:
             groups = group(work, threads * PIECES // heads)
-        elif crowded:
-            groups = group(work, max(threads, min(threads * PIECES, (end - start) // ROWS)))
         yield Round(
             tokens[start:end], positions[start:end], cut, slots[first:last], frozen[first:last], groups, apart, vectors,
             *watched_in(start, end, batch, fired),
@@ -214,3 +155,169 @@ def flatten(states: Tensor) -> States:
     """The numbers of a state pool for the passes; bfloat16 by their bits."""
     flat = states.view(-1)
     return flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
+
+
+@in_parallel
+def run(
+    part: Round, shape: Shape, weights: Packed, states: States, work: Work, scratches: Scratch, counters: Longs,
+    threads: int,
+) -> None:  # fmt: skip
+    """One round through all the layers. After each loop all threads meet."""
+    counters[:] = 0
+    if part.apart:
+        for thread in numba.prange(threads):
+            carry_some(thread, part, shape, weights, states, work, scratches, counters)
+        return
+    for _ in numba.prange(threads):
+        begin_some(part, shape, weights, work, counters)
+    for layer in range(shape.layers):
+        for thread in numba.prange(threads):
+            compute_heads(layer, thread, part, shape, weights, states, work, scratches, counters)
+        for _ in numba.prange(threads):
+            finish_some(layer, part, shape, work, counters)
+
+
+@compiled
+def carry_some(
+    thread: int, part: Round, shape: Shape, weights: Packed, states: States, work: Work, scratches: Scratch,
+    counters: Longs,
+) -> None:  # fmt: skip
+    """Takes whole groups through all the layers: sequences need nothing of each other."""
+    scratch = scratch_of(scratches, thread)
+    while True:
+        chosen = simd.take_work(counters, 0)
+        if chosen >= len(part.groups):
+            return
+        first, last = part.bounds[part.groups[chosen, 0]], part.bounds[part.groups[chosen, 1]]
+        for token in range(first, last):
+            passes.begin(token, part, shape, weights, work)
+        for layer in range(shape.layers):
+            for head in range(shape.heads):
+                compute_head(chosen, layer, head, part, shape, weights, states, work, scratch)
+            for token in range(first, last):
+                passes.finish(token, layer, shape, work)
+
+
+@compiled
+def begin_some(part: Round, shape: Shape, weights: Packed, work: Work, counters: Longs) -> None:
+    tokens = len(part.tokens)
+    while True:
+        first = simd.take_work(counters, 0) * ROWS
+        if first >= tokens:
+            return
+        for token in range(first, min(first + ROWS, tokens)):
+            passes.begin(token, part, shape, weights, work)
+
+
+@inlined
+def scratch_of(scratches: Scratch, thread: int) -> Scratch:
+    return Scratch(
+        scratches.fired[thread], scratches.starts[thread], scratches.pairs[thread], scratches.even[thread],
+        scratches.odd[thread], scratches.y[thread], scratches.products[thread], scratches.normed[thread],
+        scratches.neurons[thread], scratches.gated[thread], scratches.gates[thread], scratches.active[thread],
+    )  # fmt: skip
+
+
+@compiled
+def compute_heads(
+    layer: int, thread: int, part: Round, shape: Shape, weights: Packed, states: States, work: Work, scratches: Scratch,
+    counters: Longs,
+) -> None:  # fmt: skip
+    """Computes groups of segments in the heads of one layer, until the work counter has run out."""
+    scratch = scratch_of(scratches, thread)
+    while True:
+        piece = simd.take_work(counters, 2 * layer + 1)
+        chosen, head = piece // shape.heads, piece % shape.heads
+        if chosen >= len(part.groups):
+            return
+        compute_head(chosen, layer, head, part, shape, weights, states, work, scratch)
+
+
+@compiled
+def compute_head(
+    chosen: int, layer: int, head: int, part: Round, shape: Shape, weights: Packed, states: States, work: Work,
+    scratch: Scratch,
+) -> None:  # fmt: skip
+    """Computes a group of segments in one head of a layer."""
+    begin, end = part.groups[chosen, 0], part.groups[chosen, 1]
+    first, last = part.bounds[begin], part.bounds[end]
+    passes.expand(first, last, layer, head, shape, weights, work, scratch)
+    if len(part.watched):
+        passes.show(first, last, layer, head, part, shape, scratch)
+    for segment in range(begin, end):
+        attend(segment, first, layer, head, part, shape, states, work, scratch)
+    passes.contract(first, last, layer, head, shape, weights, work, scratch)
+
+
+@compiled
+def attend(
+    segment: int, tile_start: int, layer: int, head: int, part: Round, shape: Shape, states: States, work: Work,
+    scratch: Scratch,
+) -> None:  # fmt: skip
+    """A sequence's tokens in one head, cut where a block of the window begins."""
+    elements = shape.neurons * shape.width
+    layer_size = elements * shape.heads * (2 if shape.half_window else 1)
+    state = (part.slots[segment] * shape.layers + layer) * layer_size + head * elements
+    first, last = part.bounds[segment], part.bounds[segment + 1]
+    while first < last:
+        end = last
+        if shape.half_window:
+            inside = part.positions[first] % shape.half_window
+            end = min(last, first + shape.half_window - inside)
+            if inside == 0:
+                cpu_state.start_block(states, state, shape.heads * elements, elements)
+        row, position = first - tile_start, part.positions[first]
+        if part.frozen[segment]:
+            cpu_state.read_token(row, state, shape, states, work, scratch)
+        elif end == first + 1:
+            cpu_state.attend_token(first, row, position, state, shape, states, work, scratch)
+        else:
+            cpu_state.attend_tokens(first, end, row, position, state, shape, states, work, scratch)
+        first = end
+
+
+@compiled
+def finish_some(layer: int, part: Round, shape: Shape, work: Work, counters: Longs) -> None:
+    tokens = len(part.tokens)
+    while True:
+        first = simd.take_work(counters, 2 * layer + 2) * ROWS
+        if first >= tokens:
+            return
+        for token in range(first, min(first + ROWS, tokens)):
+            passes.finish(token, layer, shape, work)
+
+
+@in_parallel
+def project(
+    rows: Terms, tokens: int, shape: Shape, columns: Terms, scratches: Scratch, out: Floats, counters: Longs,
+    threads: int,
+) -> None:  # fmt: skip
+    """out [tokens, columns] = rows [tokens + ROWS, input_pitch] · packed columns.
+
+    Threads share out the panels, each of which is computed as it would be by one alone."""
+    counters[0] = 0
+    if threads == 1:  # without the time that waking the others takes
+        project_some(rows, tokens, shape, columns, scratches.products[0], out, counters)
+        return
+    for thread in numba.prange(threads):
+        project_some(rows, tokens, shape, columns, scratches.products[thread], out, counters)
+
+
+@compiled
+def project_some(
+    rows: Terms, tokens: int, shape: Shape, columns: Terms, products: Floats, out: Floats, counters: Longs
+) -> None:
+    pitch = shape.input_pitch
+    panels = len(columns) // (pitch * PANEL)
+    while True:
+        panel = simd.take_work(counters, 0)
+        if panel >= panels:
+            return
+        start = panel * pitch * PANEL
+        for token in range(0, tokens, ROWS):
+            count = min(ROWS, tokens - token)
+            passes.product(rows, token * pitch, count, pitch, columns, start, shape.depth, products, 0)
+            for i in range(count):
+                to = (token + i) * panels * PANEL + panel * PANEL
+                simd.store(out, to, simd.load(products, i * PANEL))
+                simd.store(out, to + LANES, simd.load(products, i * PANEL + LANES))

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-import threading
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor
 
-from bdh_batch.kernels import cpu, cpu_layout, cpu_state, cpu_step, simd_terms, team, vector
+from bdh_batch.kernels import cpu, cpu_layout, cpu_state, simd_terms, vector
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.select import select_kernels
@@ -58,68 +57,22 @@ def test_agrees_with_the_specification(weights: Weights, lengths: list[int], see
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_steps_have_the_threads_of_the_engine_until_it_is_gone(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def helpers() -> set[threading.Thread]:
-        return {each for each in threading.enumerate() if each.name == team.NAME}
+def test_loops_have_the_threads_of_the_engine_and_no_others(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an engine that has one core waits at each loop for threads that have nothing to do, and no core."""
+    weights = synthetic_weights(model(3, 2, 48, 96, 60), 0.3)
+    found: list[int] = []
 
-    weights, before = synthetic_weights(model(3, 2, 48, 96, 60), 0.3), helpers()
+    def observed(states: Tensor, batch: RaggedBatch) -> Tensor:
+        hidden = forward(states, batch)
+        found.append(numba.get_num_threads())  # of this thread
+        return hidden
+
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     kernels = CpuKernels(weights)
+    forward = kernels.forward
+    monkeypatch.setattr(kernels, "forward", observed)
     alone(kernels, states_for(weights, 1), text(80, 60), 0, [50, 60])
-    started = helpers() - before
-    assert len(started) == min(threads, vector.most_threads()) - 1
-    del kernels
-    gc.collect()
-    for each in started:
-        each.join(60)
-        assert not each.is_alive()
-
-
-def test_nobody_waits_for_a_thread_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine where another program has its core."""
-    weights = synthetic_weights(model(2, 3, 32, 64, 3_000), 0.3)
-    sequences = {slot: text(30, 40, slot) for slot in range(7)}
-    pieces = [(slot, 0, 1 if slot % 2 else 30) for slot in sequences]
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    usual = feed(CpuKernels(weights), states_for(weights, 7), sequences, pieces)
-    monkeypatch.setattr(team, "_help", lambda *_: None)
-    other = feed(CpuKernels(weights), states_for(weights, 7), sequences, pieces)
-    assert torch.equal(torch.cat(usual), torch.cat(other))
-
-
-def test_who_was_away_for_a_step_takes_nothing_of_the_next() -> None:
-    """Every piece is taken once, in the order of the loops, and the next loop begins when the last piece is done."""
-    board, limits = team.new_board(), np.array([2, 1])
-    put_up(board, 2)
-    first, second = take_piece(board, limits, 1), take_piece(board, limits, 1)
-    assert [each % team.PIECES for each in (first, second)] == [0, 1]
-    assert take_piece(board, limits, 1) == team.NOTHING
-    finish_piece(board, limits, second)
-    assert take_piece(board, limits, 1) == team.NOTHING
-    finish_piece(board, limits, first)
-    third = take_piece(board, limits, 1)
-    assert (third >> team.LOOP) % team.MOST_LOOPS == 1
-    finish_piece(board, limits, third)
-    limits[:], board[team.LOOPS] = 5, 9  # as while the next step is written down
-    assert take_piece(board, limits, 1) == team.FINISHED
-    put_up(board, 2)
-    assert take_piece(board, limits, 1) == team.FINISHED
-    assert take_piece(board, limits, 2) % team.PIECES == 0
-
-
-@vector.compiled
-def put_up(board: cpu_layout.Longs, loops: int) -> None:
-    team.put_up(board, loops)
-
-
-@vector.compiled
-def take_piece(board: cpu_layout.Longs, limits: cpu_layout.Longs, generation: int) -> Any:
-    return team.take(board, limits, generation)
-
-
-@vector.compiled
-def finish_piece(board: cpu_layout.Longs, limits: cpu_layout.Longs, taken: int) -> None:
-    team.finish(board, limits, taken)
+    assert set(found) == {min(threads, vector.most_threads())}
 
 
 @pytest.mark.parametrize("width", [15, 48, 80])
@@ -204,14 +157,14 @@ def test_logits_of_a_large_vocabulary_have_the_same_bits_on_any_number_of_thread
 ) -> None:
     weights = synthetic_weights(model(1, 1, 32, 64, 40_013), 0.3)
     hidden = torch.randn(rows, 32, generator=torch.Generator().manual_seed(1))
-    shared: list[int] = []
-    project = cpu.Crew.project
+    asked: list[int] = []
+    project = cpu.project
 
-    def counted(crew: cpu.Crew, *arguments: Any) -> None:
-        shared.append(arguments[1])
-        project(crew, *arguments)
+    def counted(*arguments: Any) -> None:
+        asked.append(arguments[-1])
+        project(*arguments)
 
-    monkeypatch.setattr(cpu.Crew, "project", counted)
+    monkeypatch.setattr(cpu, "project", counted)
     found = []
     before = torch.get_num_threads()
     for threads in (1, 2):
@@ -222,7 +175,7 @@ def test_logits_of_a_large_vocabulary_have_the_same_bits_on_any_number_of_thread
             found.append(kernels.logits(hidden))
         finally:
             torch.set_num_threads(before)
-    assert shared == ([] if rows == 1 else [rows])
+    assert asked == [1, 1 if rows == 1 else 2]
     assert torch.equal(*found)
     expected = TorchKernels(weights).logits(hidden)
     assert distance(found[0], expected) <= TOLERANCE
@@ -289,6 +242,6 @@ def test_lone_tokens_are_more_work_than_those_of_a_prompt() -> None:
 
 def test_what_was_compiled_is_recompiled_when_any_source_changes() -> None:
     """Numba alone would go on using what it kept."""
-    dispatchers: list[Any] = [cpu_step.lead, cpu_state.fold_row]
+    dispatchers: list[Any] = [cpu.run, cpu_state.fold_row]
     for dispatcher in dispatchers:
         assert vector.SOURCES in dispatcher._cache._cache_file._source_stamp
