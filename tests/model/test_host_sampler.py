@@ -66,9 +66,9 @@ def test_many_rows_go_through_the_same_small_buffers() -> None:
 
 
 def test_the_numbers_of_parameters_are_kept_and_not_the_parameters() -> None:
-    bias, logits = LogitBias.of({3: 1.0}), torch.randn(1, 23)
+    drawn, bias, logits = HostSampler(), LogitBias.of({3: 1.0}), torch.randn(1, 23)
     params = SamplingParams(seed=7, top_p=0.9, logit_bias=bias)
     held = sys.getrefcount(bias)
-    assert HostSampler()(logits, [params], [3]) == sample(logits, [params], [3])
+    assert drawn(logits, [params], [3]) == sample(logits, [params], [3])
     del params
     assert sys.getrefcount(bias) == held - 1, "it goes with its request"
