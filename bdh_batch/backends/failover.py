@@ -2,8 +2,8 @@
 
 Only a request in the engine's last step that had no token of it yet can be what crashed it. Those requests are
 suspects. All other streams of that engine are resumed at once. Then the suspects are probed: each engine computes one
-of them at a time until it has a token, and no new request starts there meanwhile. So if that engine crashes, too, the
-request that did it is known. While suspects wait for engines, no new request starts anywhere.
+of them at a time until it has a token, and no request without a token starts there meanwhile. So if that engine
+crashes, too, the request that did it is known. While suspects wait for engines, no new request starts anywhere.
 
 Where engines have also crashed with no suspect in their step, something else kills them, and a suspect may only have
 been present: then it takes more engines to tell. Streams of an engine that is replaced are no suspects.
@@ -109,8 +109,10 @@ class Failover:
         """Sends waiting streams to ready engines: resumed ones first, then suspects, then new ones."""
         if not self.waiting:
             return
+        others = self._not_probing()
         for stream in [each for each in self.waiting if not each.failovers and each.admitted.done()]:
-            self._send_to_one(self._ready(), stream)
+            # One without a token may crash the next engine, and a suspect that is probed there would be blamed.
+            self._send_to_one(others or (self._ready() if stream.tokens else ()), stream)
         suspects = sorted((each for each in self.waiting if each.failovers), key=lambda each: each.tokens)
         for replica in self._ready() if suspects else ():
             if suspects and all(reader.has_token for reader in replica.readers.values()):
@@ -118,9 +120,13 @@ class Failover:
                 self._send(stream, replica)
         if suspects:
             return
-        others = [replica for replica in self._ready() if replica not in self._probes]
+        others = self._not_probing()
         for stream in [*self.waiting]:
             self._send_to_one(others, stream)
+
+    def _not_probing(self) -> Sequence[Replica]:
+        """Those that are ready and probe no suspect."""
+        return [replica for replica in self._ready() if replica not in self._probes]
 
     def _send_to_one(self, replicas: Sequence[Replica], stream: RemoteStream) -> None:
         if (replica := self._choose(replicas, stream.request)) is not None:

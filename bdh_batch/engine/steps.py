@@ -70,8 +70,8 @@ class StepRecordings:
         except TimeoutError:
             pass  # as many as there were
         finally:
-            recording.stopped = True
-            self._wanted.remove(recording)
+            recording.stopped = True  # one that comes may have dropped it already
+            self._wanted = [each for each in self._wanted if each is not recording]
         return recording.records
 
     def begun(self, step: Step) -> Record | None:

@@ -116,7 +116,7 @@ class Pieces:
         return pieces
 
     def delta(self, index: int, delta: Delta) -> list[bytes]:
-        return [delta.text.encode()] if delta.text else []
+        return [delta.text.encode()]
 
     async def before_end(self, usage: Usage) -> None:
         """There is nothing to do."""

@@ -124,19 +124,21 @@ def test_a_lost_engine_says_what_it_had() -> None:
     assert alone.lose(alone.now)[2] == [Lost(7, prompt + 2, 0, suspect=False)]
 
 
-def test_new_requests_go_to_other_engines_while_a_suspect_is_probed() -> None:
-    """The server's failover, with engines that do nothing."""
-    sent: list[tuple[int, int]] = []
+def some_streams(count: int, sent: list[tuple[int, int]]) -> list[Stream]:
+    """Streams that add to `sent` which of them goes to which engine."""
 
     def send(stream: Stream, view: View) -> None:
         view.add(stream)
         sent.append((stream.key, view.number))
 
-    def stream(key: int) -> Stream:
-        return Stream(key, Conversation(key, CHATS, random.Random(key)).next(), 0.0, send, lambda stream: None)
+    requests = [Conversation(key, CHATS, random.Random(key)).next() for key in range(count)]
+    return [Stream(key, request, 0.0, send, lambda stream: None) for key, request in enumerate(requests)]
 
-    ingress = Ingress(3, RULES["least loaded"](random.Random(1)), 2, lambda: 0.0)
-    suspect, *others = (stream(key) for key in range(5))
+
+def test_new_requests_go_to_other_engines_while_a_suspect_is_probed() -> None:
+    """The server's failover, with engines that do nothing."""
+    ingress, sent = Ingress(3, RULES["least loaded"](random.Random(1)), 2, lambda: 0.0), list[tuple[int, int]]()
+    suspect, *others, last = some_streams(6, sent)
     ingress.add(suspect)
     suspect.taken()
     assert sent == [(0, 0)]
@@ -148,8 +150,33 @@ def test_new_requests_go_to_other_engines_while_a_suspect_is_probed() -> None:
     assert sent[2:] == [(1, 2), (2, 2), (3, 2), (4, 2)]
     suspect.gained(1, 0.0)
     ingress.has_token(suspect)
-    ingress.add(stream(5))
+    ingress.add(last)
     assert sent[-1] == (5, 1)
+
+
+def test_what_another_loss_brings_back_without_a_token_is_not_sent_to_where_a_suspect_is_probed() -> None:
+    """It may be another that crashes engines; then the suspect beside it would be blamed."""
+    ingress, sent = Ingress(3, RULES["least loaded"](random.Random(1)), 2, lambda: 0.0), list[tuple[int, int]]()
+    innocent, poison, another, begun = some_streams(4, sent)
+
+    def lose(number: int, *in_step: Stream) -> None:
+        ingress.views[number].in_step = {each.request.origin.id for each in in_step}
+        ingress.lost(number)
+
+    ingress.add(innocent)
+    innocent.taken()
+    lose(0, innocent)
+    for each in (poison, another, begun):
+        ingress.add(each)
+        each.taken()
+    begun.gained(1, 0.0)
+    ingress.has_token(begun)
+    assert sent == [(0, 0), (0, 1), (1, 2), (2, 2), (3, 2)]
+    lose(2, poison)
+    assert sent[5:] == [(3, 1)]
+    innocent.gained(1, 0.0)
+    ingress.has_token(innocent)
+    assert sent[6:] == [(2, 1)]
 
 
 def test_steps_of_a_trace_last_until_the_next_where_work_is_left() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+import sys
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from bdh_batch.engine.sampling.draw import sample
 from bdh_batch.engine.sampling.host_sampler import ELEMENTS, HostSampler
-from bdh_batch.messages import SamplingParams
+from bdh_batch.messages import LogitBias, SamplingParams
 
 VOCABULARIES = (2, 23, 256, 1000)
 
@@ -64,10 +65,10 @@ def test_many_rows_go_through_the_same_small_buffers() -> None:
     assert drawn._scaled_rows.numel() == 2**18 + 1, "a row at least, and else no more than ELEMENTS"
 
 
-def test_the_numbers_of_parameters_are_kept_for_a_bounded_number_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bdh_batch.engine.sampling.host_sampler.KNOWN", 8)
-    drawn, logits = HostSampler(), torch.randn(1, 23)
-    for seed in range(40):
-        params = [SamplingParams(seed=seed)]
-        assert drawn(logits, params, [3]) == sample(logits, params, [3])
-        assert len(drawn._numbers) <= 8
+def test_the_numbers_of_parameters_are_kept_and_not_the_parameters() -> None:
+    drawn, bias, logits = HostSampler(), LogitBias.of({3: 1.0}), torch.randn(1, 23)
+    params = SamplingParams(seed=7, top_p=0.9, logit_bias=bias)
+    held = sys.getrefcount(bias)
+    assert drawn(logits, [params], [3]) == sample(logits, [params], [3])
+    del params
+    assert sys.getrefcount(bias) == held - 1, "it goes with its request"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from bdh_batch.engine.steps import RECORDINGS, SHOWN, describe_step
+from bdh_batch.engine.steps import RECORDINGS, SHOWN, StepRecordings, describe_step
 from bdh_batch.engine.worker import Worker
 from bdh_batch.errors import Unavailable
 from bdh_batch.scheduler.policy import Policy
@@ -78,3 +78,14 @@ async def test_a_recording_has_the_next_steps_and_whether_they_failed() -> None:
         assert await worker.record_steps(1, 0.0) == []
     finally:
         worker.close()
+
+
+async def test_a_recording_whose_last_step_has_come_is_whole_though_another_begins_before_it_is_returned() -> None:
+    recordings = StepRecordings(Scheduler(slots=1, prefill_tokens=16))
+    first = asyncio.create_task(recordings.record(1, 300.0))
+    await asyncio.sleep(0)
+    recordings.ended({"step": 1}, 0.5)
+    second = asyncio.create_task(recordings.record(1, 300.0))  # runs before the first is woken
+    assert [each["step"] for each in await first] == [1]
+    recordings.ended({"step": 2}, 0.5)
+    assert [each["step"] for each in await second] == [2]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from bdh_batch.messages import SamplingParams
 
 ELEMENTS = 2**18  # numbers of the rows that are drawn at a time, at least one: a megabyte, and the buffers stay small
 ALL = 2**62  # tokens, more than any vocabulary has
-KNOWN = 4096  # sampling parameters whose numbers are kept
+KNOWN = 4096  # rows' parameters whose numbers are kept; not the parameters, which may have a large bias
 PACKED = struct.Struct("<ffffqQ")  # as `passes` reads them: float32 beside the int64 of the same row
 
 
@@ -27,7 +28,6 @@ class HostSampler:
     """
 
     def __init__(self) -> None:
-        self._numbers: dict[int, tuple[SamplingParams, bytes]] = {}  # by the parameters' identity
         self._vocabulary = self._rows = 0
 
     def __call__(
@@ -58,7 +58,7 @@ class HostSampler:
     ) -> list[int | None]:
         rows, vocabulary = logits.shape
         flat, pitch = _flat(logits)
-        packed = bytearray().join([self._packed(each) for each in params])
+        packed = bytearray().join([_packed(p.temperature, p.top_p, p.top_k, p.min_p, p.seed) for p in params])
         numbers, words = np.frombuffer(packed, np.float32), np.frombuffer(packed, np.int64)
         tokens, hot = self._tokens[:rows], self._hot
         packed_masks, mask_of, mask_size = self._masks(masks, vocabulary)
@@ -89,21 +89,6 @@ class HostSampler:
     def _softmax(self, rows: Tensor, count: int) -> None:
         """Puts the softmax of the first `count` of `rows` into the buffer for probabilities."""
         torch.softmax(rows[:count], dim=-1, out=self._probability_rows[:count])
-
-    def _packed(self, params: SamplingParams) -> bytes:
-        """The numbers of a row's parameters."""
-        known = self._numbers.get(id(params))
-        if known is not None and known[0] is params:
-            return known[1]
-        if len(self._numbers) >= KNOWN:
-            self._numbers.clear()
-        temperature = max(params.temperature, COLDEST) if params.temperature > 0 else 0.0
-        rounded = torch.tensor([temperature, params.top_p])  # to float32, as the specification does
-        least = torch.tensor([params.min_p]).log() if params.min_p > 0 else -math.inf
-        kept = (min(params.top_k, ALL) or ALL) if params.top_k > 0 or params.top_p < 1 else 0
-        packed = PACKED.pack(*rounded.tolist(), float(least), 0.0, kept, params.seed)
-        self._numbers[id(params)] = params, packed
-        return packed
 
     def _masks(self, masks: Sequence[bytes | None], vocabulary: int) -> tuple[passes.Bytes, passes.Integers, int]:
         """The masks that there are, one behind the other; which of them each row has, or −1; and their size."""
@@ -138,6 +123,16 @@ class HostSampler:
 
 
 NO_MASKS = np.zeros(1, np.uint8)
+
+
+@lru_cache(maxsize=KNOWN)
+def _packed(temperature: float, top_p: float, top_k: int, min_p: float, seed: int) -> bytes:
+    """The numbers of a row's parameters."""
+    temperature = max(temperature, COLDEST) if temperature > 0 else 0.0
+    rounded = torch.tensor([temperature, top_p])  # to float32, as the specification does
+    least = torch.tensor([min_p]).log() if min_p > 0 else -math.inf
+    kept = (min(top_k, ALL) or ALL) if top_k > 0 or top_p < 1 else 0
+    return PACKED.pack(*rounded.tolist(), float(least), 0.0, kept, seed)
 
 
 def _flat(logits: Tensor) -> tuple[passes.Floats, int]:

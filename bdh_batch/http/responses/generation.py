@@ -110,10 +110,10 @@ class EventStream(Response):
         writer = self._direct
         if writer is None or not writer.takes_parts or self._cost((), deltas) > BRIEF:
             return False
-        pieces = self._frames.with_warnings(self._body(deltas))
-        if pieces:
+        body = b"".join(self._frames.with_warnings(self._body(deltas)))
+        if body:  # an empty chunk would end the response
             self._last = time.monotonic()
-            writer.write_part(b"".join(pieces))
+            writer.write_part(body)
         if self._drawn is not None:
             self._count_first(deltas)
         return True
