@@ -78,6 +78,14 @@ async def test_themes_and_skip_link_work_by_keyboard(tiny: Server, open_page: Op
         assert await page.evaluate(background) != dark
 
 
+async def test_a_view_that_is_first_opened_while_the_server_is_gone_is_there(tiny: Server, open_page: OpenPage) -> None:
+    async with open_page(tiny, "#toString", allow=("Failed to load resource",)) as page:
+        await page.route("**/*", lambda route: route.abort())
+        for name in ("Look", "Watch"):
+            await page.get_by_role("link", name=name, exact=True).click()
+            await expect(page.get_by_role("region", name=name, exact=True).get_by_role("button").first).to_be_attached()
+
+
 async def test_has_no_serious_finding_and_fits_a_phone(tiny: Server, open_page: OpenPage) -> None:
     for scheme, size in (("light", PHONE), ("dark", DESKTOP)):
         async with open_page(tiny, viewport=size, color_scheme=scheme, bypass_csp=True) as page:
