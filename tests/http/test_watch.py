@@ -236,6 +236,7 @@ class TestFeed:
                             open.enter_context(feed.watch("0", 0))
                 with pytest.raises(RateLimited):
                     open.enter_context(feed.watch("another", 0))
+                open.enter_context(feed.watch("operator", 0, is_operator=True))
                 feed.close()
                 await last.take()
                 assert last.closed
