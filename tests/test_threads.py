@@ -9,6 +9,7 @@ import threading
 
 import pytest
 
+from bdh_batch.system import threads as daemons
 from bdh_batch.system.threads import STACK, DaemonThreads, left_behind
 
 WITHIN = 300.0  # seconds; a hang is a failure
@@ -33,6 +34,15 @@ def test_calls_have_results_and_errors_and_can_be_seen_under_way() -> None:
     with pytest.raises(ZeroDivisionError):
         threads.submit(divmod, 1, 0).result(WITHIN)
     assert threads.submit(str, 7).result(WITHIN) == "7"
+
+
+def test_a_call_that_no_thread_has_begun_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemons, "_under_way", set())
+    monkeypatch.setattr(daemons, "_named", set())
+    threads = DaemonThreads(0, "test")
+    assert not left_behind()
+    threads.submit(str, 5)
+    assert left_behind()
 
 
 def test_a_program_ends_while_a_call_is_under_way() -> None:

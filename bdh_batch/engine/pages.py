@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bdh_batch.system.threads import USUAL_STACK, start_daemon
+
 log = logging.getLogger(__name__)
 
 HUGE = 2**21  # bytes of a huge page
@@ -103,8 +105,7 @@ class PagesAhead:
             # Some way further than is needed now, so that a thread has something to do for its start.
             self._wanted = min(len(self._blocks), block + 2 * self._ahead)
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="bdh-pages", daemon=True)
-                self._thread.start()
+                self._thread = start_daemon(self._work, "bdh-pages", USUAL_STACK)
 
     def _work(self) -> None:
         _give_way()

@@ -12,7 +12,7 @@ from typing import Any
 
 from prometheus_client import Metric
 
-TENANTS = 32  # of which one process tells others
+TENANTS = 256  # of which one process tells others: those that used something last, and those of whom most wait
 COUNTS = {
     "bdh_generation_tokens_total": "generated",
     "bdh_prompt_tokens_total": "prompt",
@@ -78,7 +78,7 @@ class Figures:
     Args:
         started: when it began to count, in Unix seconds: another process of its name has another one.
         models: by their names; what is of no model is that of the name "".
-        tenants: the busiest, by their labels.
+        tenants: some of them (`TENANTS`), by their labels.
     """
 
     started: float

@@ -18,7 +18,7 @@ Calls = SimpleQueue[Callable[[], None] | None]  # None ends a thread
 STACK = 64 * 2**20  # bytes; address space alone, as long as it is not used
 USUAL_STACK = 0  # is what the system gives
 
-_under_way: set[int] = set()  # calls, by their identity
+_under_way: set[int] = set()  # calls that are submitted, by their identity
 _named: set[str] = set()  # threads that should end
 _starting = threading.Lock()  # the size of a stack is an option of the whole program
 
@@ -94,6 +94,7 @@ class DaemonThreads:
             else:
                 future.set_result(result)
 
+        _under_way.add(id(call))  # before it is begun: nobody can tell when that will be
         self._calls.put(call)
         if len(self._threads) < self._count:
             self._threads.append(start_daemon(partial(_serve, self._calls), self._name, ends=False))
@@ -102,7 +103,6 @@ class DaemonThreads:
 
 def _serve(calls: Calls) -> None:
     while (call := calls.get()) is not None:
-        _under_way.add(id(call))
         call()
         _under_way.discard(id(call))
         del call  # what it held is not kept until the next one comes

@@ -8,15 +8,18 @@ import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import pytest
 
 from bdh_batch.errors import Unavailable
-from bdh_batch.http.auth.keys import KeyFile, new_key
+from bdh_batch.http.auth.access import Admission
+from bdh_batch.http.auth.caller import Caller
+from bdh_batch.http.auth.keys import Key, KeyFile, new_key
 from bdh_batch.http.errors import RateLimited
 from bdh_batch.http.watch import feed as feeds
+from bdh_batch.http.watch.details import tenants
 from bdh_batch.http.watch.feed import Feed
 from bdh_batch.http.watch.response_types import RecordedSteps, WatchHistory
 from bdh_batch.observability.figures import Figures, ModelFigures, TenantFigures
@@ -233,6 +236,7 @@ class TestFeed:
                             open.enter_context(feed.watch("0", 0))
                 with pytest.raises(RateLimited):
                     open.enter_context(feed.watch("another", 0))
+                open.enter_context(feed.watch("operator", 0, is_operator=True))
                 feed.close()
                 await last.take()
                 assert last.closed
@@ -240,6 +244,22 @@ class TestFeed:
                 pass
 
         asyncio.run(look())
+
+
+class TestDetails:
+    def test_says_nothing_of_what_a_key_has_used_that_no_process_reports(self) -> None:
+        class Keys:
+            def known_keys(self) -> list[Key]:
+                return [Key(sha256="0" * 64)]
+
+            async def remaining(self, caller: Caller) -> dict[str, dict[str, int]]:
+                return {}
+
+        feed = Feed()
+        feed.tenants = {"busy": TenantFigures(0, 1, 2, 3)}
+        busy, idle = asyncio.run(tenants(cast(Admission, Keys()), feed))
+        assert [busy[name] for name in ("tenant", "waiting", "requests")] == ["busy", 0, 1]
+        assert [idle[name] for name in ("tenant", "waiting", "requests")] == ["0" * 16, None, None]
 
 
 class TestSamples:

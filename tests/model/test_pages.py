@@ -4,6 +4,7 @@ import mmap
 import os
 import resource
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.engine import pages
 from bdh_batch.engine.pages import PagesAhead
 from bdh_batch.engine.state_pool import StatePool
+from bdh_batch.system import threads
 from tests.support import resident
 
 PAGES = 64  # of 4 KiB in a block
@@ -87,6 +89,20 @@ def test_a_system_that_cannot_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> 
         ahead.used(block)
         finish(ahead)
     assert len(asked) == 1
+
+
+def test_the_interpreter_is_not_taken_down_under_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has torch do would end the process by SIGABRT, once it wants the interpreter's lock back."""
+    go_on = threading.Event()
+    monkeypatch.setattr(threads, "_named", set())
+    monkeypatch.setattr(threads, "_under_way", set())
+    monkeypatch.setattr(pages, "populate", lambda block: go_on.wait())
+    ahead = PagesAhead(torch.empty((100, 4)))
+    ahead.used(0)
+    assert threads.left_behind()
+    go_on.set()
+    finish(ahead)
+    assert not threads.left_behind()
 
 
 @pytest.mark.parametrize("huge", [True, False])

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import TYPE_CHECKING
 
 from axe_core_python.async_playwright import Axe
-from playwright.async_api import expect
+from playwright.async_api import Route, expect
 
 from tests.ui.browsing import PHONE, OpenPage
 
 if TYPE_CHECKING:
     from tests.conftest import Server
+
+
+async def late(route: Route) -> None:
+    await asyncio.sleep(0.3)
+    await route.continue_()
 
 
 async def test_a_form_asks_for_what_its_fields_say(tiny: Server, open_page: OpenPage) -> None:
@@ -21,7 +27,9 @@ async def test_a_form_asks_for_what_its_fields_say(tiny: Server, open_page: Open
         await expect(page.get_by_text("/v1/chat/completions", exact=True)).not_to_be_visible()
         form = page.locator("#createCompletion form")
         await page.locator("#createCompletion > summary").click()
-        await form.get_by_text("Fields").click()
+        await page.route("**/openapi.json", late)
+        for _ in range(3):
+            await form.get_by_text("Fields").click()
         await form.get_by_role("textbox", name="prompt *", exact=True).fill("What?")
         await form.get_by_role("spinbutton", name="max_tokens", exact=True).fill("3")
         await form.get_by_role("combobox", name="ignore_eos", exact=True).select_option("true")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hatchling.builders.wheel import WheelBuilder
-from playwright.async_api import expect
+from playwright.async_api import Route, expect
 
 from bdh_batch.ui.assets import STATIC, assets
 from tests.ui.browsing import DESKTOP, PHONE, OpenPage, serious
@@ -76,6 +76,35 @@ async def test_themes_and_skip_link_work_by_keyboard(tiny: Server, open_page: Op
         await page.keyboard.press("Enter")
         await expect(page.get_by_role("button", name="Theme: light")).to_be_visible()
         assert await page.evaluate(background) != dark
+
+
+async def test_a_view_that_is_first_opened_while_the_server_is_gone_is_there(tiny: Server, open_page: OpenPage) -> None:
+    async with open_page(tiny, "#toString", allow=("Failed to load resource",)) as page:
+        await page.route("**/*", lambda route: route.abort())
+        for name in ("Look", "Watch"):
+            await page.get_by_role("link", name=name, exact=True).click()
+            await expect(page.get_by_role("region", name=name, exact=True).get_by_role("button").first).to_be_attached()
+
+
+async def test_a_server_that_does_not_answer_is_asked_again(tiny: Server, open_page: OpenPage) -> None:
+    asked: list[Route] = []
+
+    async def answer(route: Route) -> None:
+        asked.append(route)
+        if len(asked) > 1:
+            await route.fulfill(body="{}")
+
+    async with open_page(tiny, allow=("Failed to load resource",)) as page:
+        await page.route("**/never", answer)
+        assert await page.evaluate(
+            """async () => {
+                const { Connection } = await import("./ui/connection.js");
+                const connection = new Connection(new URL("never", location).href, 200);
+                const back = new Promise((resolve) => connection.addEventListener("back", () => resolve(true)));
+                connection.lost({ status: 0 });
+                return Promise.race([back, new Promise((resolve) => setTimeout(resolve, 20000, false))]);
+            }"""
+        )
 
 
 async def test_has_no_serious_finding_and_fits_a_phone(tiny: Server, open_page: OpenPage) -> None:

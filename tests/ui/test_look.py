@@ -98,6 +98,21 @@ async def test_a_text_is_shown_as_it_is_generated_and_looked_through_by_keyboard
         await expect(page.get_by_label("The chosen neuron")).to_contain_text("has no neurons/neurons.json")
 
 
+async def test_one_text_is_looked_at_at_a_time(tiny: Server, open_page: OpenPage) -> None:
+    async with open_page(tiny, "#look") as page:
+        asked: list[str] = []
+        page.on("request", lambda each: asked.append(each.url) if each.method == "POST" else None)
+        await page.get_by_label("Tokens to generate").fill("20000")
+        await page.get_by_label("Strongest neurons of a layer").fill("1")
+        await page.get_by_role("button", name="Look").click()
+        stop = page.get_by_role("button", name="Stop")
+        await expect(stop).to_be_visible()
+        await page.get_by_label("Text that the model reads").press("Control+Enter")
+        await stop.click()
+        await expect(stop).to_be_hidden()
+        assert len(asked) == 1
+
+
 async def check_token(page: Page, expected: dict[str, Any]) -> None:
     """The table, and the map, have the token's neurons."""
     rows = page.get_by_role("region", name="Strongest neurons of each layer").locator("tbody tr")

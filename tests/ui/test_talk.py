@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from playwright.async_api import Page, Request, expect
+from playwright.async_api import Page, Request, Route, expect
 
 from tests.conftest import ROOT, clean_environment, eventually, free_port
 from tests.ui.browsing import ELSEWHERE, OpenPage
@@ -142,6 +142,23 @@ async def test_the_server_keeps_chats_and_a_branch_is_a_fork_of_a_response(tiny:
         await expect(entry).to_have_count(0)
 
 
+async def test_a_conversation_that_the_server_does_not_delete_stays(tiny: Server, open_page: OpenPage) -> None:
+    async def refuse(route: Route) -> None:
+        await (route.abort() if route.request.method == "DELETE" else route.continue_())
+
+    async with open_page(tiny, allow=REFUSED) as page:
+        await parameters(page, max_tokens=4)
+        await say(page, "Away with this")
+        await page.route("**/v1/responses/*", refuse)
+        await page.get_by_role("button", name="Delete").click()
+        await expect(page.locator(".middle > .error")).to_contain_text("The server cannot be reached.")
+        await expect(page.locator(".message")).to_have_count(2)
+        await page.unroute("**/v1/responses/*")
+        await page.get_by_role("button", name="Delete").click()
+        await expect(page.locator(".message")).to_have_count(0)
+        await expect(page.locator(".conversations button", has_text="Away with this")).to_have_count(0)
+
+
 async def test_text_goes_on_and_is_kept_in_the_browser(tiny: Server, open_page: OpenPage) -> None:
     async with open_page(tiny) as page:
         await page.get_by_label("Mode", exact=True).select_option("text")
@@ -166,6 +183,7 @@ async def test_a_stream_can_be_stopped(tiny: Server, open_page: OpenPage) -> Non
         await page.fill("#talk-input", "Talk on")
         await page.keyboard.press("Enter")
         await expect(page.locator(".message.model .body")).not_to_be_empty()
+        await expect(page.get_by_role("button", name="Delete")).to_be_disabled()
         await page.keyboard.press("Escape")
         await done(page)
         await expect(page.locator(".stats")).to_contain_text("stopped")
@@ -277,7 +295,9 @@ async def test_it_works_from_other_machines_without_https(tiny: Server, open_pag
         await say(page, "Hello")
         await page.get_by_role("button", name="Copy as curl").click()
         await page.get_by_role("dialog").get_by_role("button", name="Copy").click()
-        assert f"curl -sN http://{ELSEWHERE}:{tiny.port}/v1/responses" in await page.evaluate("String(getSelection())")
+        assert f"curl -sN 'http://{ELSEWHERE}:{tiny.port}/v1/responses'" in await page.evaluate(
+            "String(getSelection())"
+        )
 
 
 async def test_a_refused_key_is_asked_for_and_stays_in_the_tab(

@@ -39,3 +39,4 @@ async def test_parts_do_what_they_say(tiny: Server, open_page: OpenPage) -> None
         assert kept["path"] == ["a", "one", "b", "three"]
         assert (kept["siblings"], kept["isStored"]) == (2, True)
         assert "### Model\n\nthree" in kept["markdown"]
+        assert kept["title"] == "a" * 58 + "…"

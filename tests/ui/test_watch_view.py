@@ -14,6 +14,7 @@ from axe_core_python.async_playwright import Axe
 from playwright.async_api import Page, expect
 
 from bdh_batch.http.auth.keys import KeyFile, new_key
+from bdh_batch.http.watch.endpoints import STEP
 from tests.conftest import HANG_SECONDS
 from tests.ui.browsing import PHONE, OpenPage
 
@@ -131,6 +132,16 @@ async def test_other_keys_see_figures_and_revoked_ones_are_asked_again(
         file.revoke("user")
         await expect(page.get_by_text("Incorrect API key provided.").first).to_be_visible()
         await expect(page.locator("#key-input")).to_be_focused()
+
+
+async def test_requests_that_have_one_id_are_each_shown(tiny: Server, open_page: OpenPage) -> None:
+    step = STEP | {"sequences": STEP["sequences"] * 2, "waiting": STEP["waiting"] * 3}
+    async with open_page(tiny, "#watch") as page:
+        recorded = {"model": "tiny", "engines": [{"process": "server", "steps": [step]}]}
+        await page.route("**/watch/steps?*", lambda route: route.fulfill(json=recorded))
+        await page.get_by_role("button", name="Record").click()
+        for name, count in (("In this step", 2), ("Waiting", 3)):
+            await expect(page.get_by_role("table", name=name).locator("tbody tr")).to_have_count(count)
 
 
 async def test_fits_a_phone_and_has_no_serious_finding(tiny: Server, open_page: OpenPage) -> None:

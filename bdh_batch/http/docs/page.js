@@ -96,6 +96,7 @@ function bodyOf(text) {
 /** Makes a control for each field of a form's body. */
 async function fill(fields, form) {
   const { paths } = await documented();
+  fields.replaceChildren();
   const operation = paths[form.dataset.path][form.dataset.method.toLowerCase()];
   const { schema } = operation.requestBody.content["application/json"];
   const text = form.elements.body;
@@ -153,8 +154,12 @@ function prepare(form) {
       form.elements.body.dispatchEvent(new Event("input"));
     });
   }
+  let filled = null; // once: it may be closed and opened again while the document is fetched
   fields?.parentElement.addEventListener("toggle", () => {
-    if (!fields.children.length) fill(fields, form).catch((error) => { fields.textContent = String(error); });
+    filled ??= fill(fields, form).catch((error) => {
+      fields.textContent = String(error);
+      filled = null;
+    });
   });
 }
 

@@ -37,16 +37,13 @@ async def tenants(admission: Admission, feed: Feed) -> list[Row]:
         return -figures.waiting, -figures.prompt_tokens - figures.completion_tokens
 
     labels = sorted({*used, *keys}, key=busy)[:MOST]
-    return [await _row(label, used.get(label, TenantFigures()), keys.get(label), admission) for label in labels]
+    return [await _row(label, used.get(label), keys.get(label), admission) for label in labels]
 
 
-async def _row(label: str, used: TenantFigures, key: Key | None, admission: Admission) -> Row:
-    figures = {
-        "waiting": used.waiting,
-        "requests": used.requests,
-        "prompt_tokens": used.prompt_tokens,
-        "completion_tokens": used.completion_tokens,
-    }
+async def _row(label: str, used: TenantFigures | None, key: Key | None, admission: Admission) -> Row:
+    """What has been used is null where it is not known: processes tell of some tenants only (`figures.TENANTS`)."""
+    names = ("waiting", "requests", "prompt_tokens", "completion_tokens")
+    figures: Row = {name: None if used is None else getattr(used, name) for name in names}
     if key is None:  # an address, or a key that has been revoked
         return {"tenant": label, **figures}
     rights = {

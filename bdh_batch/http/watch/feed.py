@@ -18,7 +18,7 @@ from bdh_batch.observability.figures import TenantFigures
 
 SECONDS = 2.0  # between two samples
 LENGTH = int(15 * 60 / SECONDS)  # samples that are kept
-WATCHERS, WATCHERS_EACH = 32, 8  # at a time, of all callers and of one
+WATCHERS, WATCHERS_EACH = 32, 8  # at a time, of all callers and of one; operators have room whatever others take
 HELD = 8  # events that are held for a watcher that reads slowly
 RETRY_SECONDS = 10
 
@@ -91,7 +91,7 @@ class Feed:
         return (sample for at, sample in self._samples if at > time)
 
     @contextmanager
-    def watch(self, caller: str, since: float) -> Iterator[Watcher]:
+    def watch(self, caller: str, since: float, is_operator: bool = False) -> Iterator[Watcher]:
         """A watcher that first gets what there is after a time. `caller` is its label.
 
         Raises:
@@ -100,7 +100,8 @@ class Feed:
         """
         if self._closed:
             raise Unavailable("The server is shutting down.", retry_after=5)
-        if len(self._open) >= WATCHERS or self._watchers[caller] >= WATCHERS_EACH:
+        full = len(self._open) >= WATCHERS and not is_operator
+        if full or self._watchers[caller] >= WATCHERS_EACH:
             text = f"At most {WATCHERS_EACH} pages of one caller, and {WATCHERS} in all, can watch at a time."
             raise RateLimited(text, retry_after=RETRY_SECONDS)
         watcher = Watcher(b"".join(_event("sample", sample) for sample in self.since(since)))

@@ -77,7 +77,7 @@ class WatchStream(Response):
         self._is_operator = is_operator
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._feed.watch(self._caller, self._since) as watcher:
+        with self._feed.watch(self._caller, self._since, bool(self._is_operator())) as watcher:
             leaving = asyncio.create_task(left(receive))
             leaving.add_done_callback(lambda _: watcher.close())
             try:

@@ -5,13 +5,17 @@ import { Api } from "./api.js";
 import { Connection } from "./connection.js";
 import { h } from "./dom.js";
 import { Keys } from "./keys.js";
+import { mount as look } from "./look/view.js";
 import { Models } from "./models.js";
+import { mount as talk } from "./talk/view.js";
 import { switchThemes } from "./theme.js";
+import { mount as watch } from "./watch/view.js";
 
+// All are loaded at once: a server that is gone when a tab is first opened, or is another version, could not load it.
 const VIEWS = {
-  talk: { title: "Talk", load: () => import("./talk/view.js") },
-  look: { title: "Look", load: () => import("./look/view.js") },
-  watch: { title: "Watch", load: () => import("./watch/view.js") },
+  talk: { title: "Talk", mount: talk },
+  look: { title: "Look", mount: look },
+  watch: { title: "Watch", mount: watch },
 };
 
 const find = (id) => document.getElementById(id);
@@ -38,9 +42,9 @@ class Frame {
   }
 
   /** Shows the view that the address names, else the first. */
-  async open() {
+  open() {
     const named = location.hash.slice(1).split("/")[0];
-    const name = named in VIEWS ? named : Object.keys(VIEWS)[0];
+    const name = Object.hasOwn(VIEWS, named) ? named : Object.keys(VIEWS)[0];
     if (name === this.#shown) return;
     this.#mounted.get(this.#shown)?.view?.hide?.();
     this.#shown = name;
@@ -51,17 +55,15 @@ class Frame {
     }
     for (const [other, { section }] of this.#mounted) section.hidden = other !== name;
     if (this.#mounted.has(name)) this.#mounted.get(name).view?.show?.();
-    else await this.#mount(name);
+    else this.#mount(name);
   }
 
-  async #mount(name) {
+  #mount(name) {
     const section = h("section", { id: `view-${name}`, aria: { label: VIEWS[name].title } });
-    const entry = { section, view: null };
-    this.#mounted.set(name, entry);
     find("view").append(section);
-    const { mount } = await VIEWS[name].load();
-    entry.view = mount(section, this.context) ?? null;
-    if (this.#shown === name) entry.view?.show?.();
+    const view = VIEWS[name].mount(section, this.context) ?? null;
+    this.#mounted.set(name, { section, view });
+    view?.show?.();
   }
 }
 
@@ -88,5 +90,5 @@ showProblems(context);
 context.keys.addEventListener("change", () => context.models.load());
 context.models.load();
 context.connection.watch();
-await new Frame(context).open();
+new Frame(context).open();
 document.documentElement.dataset.ready = "";

@@ -5,15 +5,16 @@ import { pause } from "./api.js";
 const LOOK = 10000; // milliseconds between looks while all is well and the page is seen
 const FIRST = 500; // milliseconds to the first look after a failure, then half as long again each time, up to
 const MOST = 8000;
+const PATIENCE = 20000; // milliseconds for an answer: a server that is stopped, or cut off, may never give one
 
 /** Fires "change" when `problem`, a text or null, changes, and "back" when the server can be asked again. */
 export class Connection extends EventTarget {
   problem = null;
   #probing = false;
 
-  constructor(url) {
+  constructor(url, patience = PATIENCE) {
     super();
-    this.url = url;
+    Object.assign(this, { url, patience });
   }
 
   /** Looks every now and then, as long as the page is seen. */
@@ -42,7 +43,7 @@ export class Connection extends EventTarget {
   async #look() {
     let problem = null;
     try {
-      const response = await fetch(this.url, { cache: "no-store" });
+      const response = await fetch(this.url, { cache: "no-store", signal: AbortSignal.timeout(this.patience) });
       if (!response.ok) problem = `The server says: ${(await response.json()).error.message}`;
     } catch {
       problem = "The server cannot be reached.";

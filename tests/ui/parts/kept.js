@@ -1,6 +1,6 @@
 async () => {
   const { BrowserKept, fromResponses } = await import("/ui/talk/kept.js");
-  const { Conversation } = await import("/ui/talk/tree.js");
+  const { Conversation, titleOf } = await import("/ui/talk/tree.js");
   const items = new Map();
   const storage = { getItem: (name) => items.get(name) ?? null, setItem: (name, value) => items.set(name, value), removeItem: (name) => items.delete(name) };
   const kept = new BrowserKept(storage);
@@ -23,6 +23,6 @@ async () => {
   return {
     all: fits.every(Boolean), huge: kept.put(huge), titles: left.map(({ title }) => title.slice(0, 2)), stored: items.size,
     path: tree.path().map(({ text }) => text), siblings: tree.siblings(tree.nodes.get("r2")).length, isStored: tree.isStored,
-    markdown: tree.toMarkdown(),
+    markdown: tree.toMarkdown(), title: titleOf("a".repeat(58) + "😀".repeat(9)),
   };
 }

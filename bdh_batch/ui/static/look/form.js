@@ -30,7 +30,7 @@ export class Form {
       h("label", { class: "wide" }, this.label, this.#prompt), h("div", { class: "fields" }, fields), this.#problem,
       h("div", { class: "row" }, this.#run, this.#stop, this.#count));
     this.#prompt.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.element.requestSubmit();
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !this.#run.disabled) this.element.requestSubmit();
     });
   }
 

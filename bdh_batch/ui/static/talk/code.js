@@ -2,9 +2,9 @@
 
 /** A command line for a POSIX shell. */
 export function asCurl(url, body, withKey) {
-  const quoted = `'${JSON.stringify(body, null, 2).replaceAll("'", "'\\''")}'`;
+  const quoted = (text) => `'${text.replaceAll("'", "'\\''")}'`;
   const key = withKey ? ` \\\n  -H "authorization: Bearer $OPENAI_API_KEY"` : "";
-  return `curl -sN ${url} \\\n  -H 'content-type: application/json'${key} \\\n  -d ${quoted}\n`;
+  return `curl -sN ${quoted(url)} \\\n  -H 'content-type: application/json'${key} \\\n  -d ${quoted(JSON.stringify(body, null, 2))}\n`;
 }
 
 const CALLS = {

@@ -76,5 +76,6 @@ export class Conversation {
 
 export function titleOf(text) {
   const line = text.trim().split("\n", 1)[0];
-  return line.length > 60 ? `${line.slice(0, 59)}…` : line || "Untitled";
+  if (line.length <= 60) return line || "Untitled";
+  return `${line.slice(0, 59).replace(/[\uD800-\uDBFF]$/, "")}…`; // half a character is in no JSON that a server takes
 }

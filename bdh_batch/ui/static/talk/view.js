@@ -139,12 +139,12 @@ class Talk {
 
   async #remove() {
     const { id } = this.#conversation;
-    this.browser.remove(id);
     try {
       await this.server.remove(id);
     } catch (error) {
-      this.#problem(error);
+      return this.#problem(error);
     }
+    this.browser.remove(id);
     this.#open(new Conversation({ mode: this.#parts.mode.value }));
     await this.#refresh();
   }
@@ -303,7 +303,8 @@ class Talk {
   }
 
   #busy(running) {
-    this.#parts.send.disabled = running;
+    // One that is being written would be kept again after it was deleted.
+    this.#parts.send.disabled = this.#parts.remove.disabled = running;
     this.#parts.stop.hidden = !running;
     if (!running && document.activeElement === document.body) this.#parts.input.focus();
   }

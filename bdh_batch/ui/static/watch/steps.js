@@ -146,7 +146,7 @@ export class Steps {
       `Step ${number(step.step)}: ${duration(step.seconds)}, ${number(step.decodes)} decode, ${number(step.prompt_tokens)} prompt tokens, ` +
       `${number(step.copies)} copies; ${number(step.running)} of ${number(step.slots)} slots are held, ${number(step.waiting_total)} are not in it.${failed}`;
     this.#slider.setAttribute("aria-valuetext", `step ${step.step}`);
-    const key = ({ request, index }) => `${request} ${index}`;
+    const key = (_, at) => at; // clients may give several requests one id
     this.#members.update(step.sequences, key);
     this.#waiting.update(step.waiting, key);
     this.#draw();

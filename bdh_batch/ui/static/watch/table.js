@@ -19,12 +19,12 @@ export class Table {
     this.update([], () => "");
   }
 
-  /** Shows these rows, in this order; `keyOf` names each. */
+  /** Shows these rows, in this order; `keyOf(row, at)` names each, and no two alike. */
   update(rows, keyOf) {
     const keys = new Set();
     let before = null;
-    for (const row of rows) {
-      const key = keyOf(row);
+    for (const [at, row] of rows.entries()) {
+      const key = keyOf(row, at);
       keys.add(key);
       if (!this.#rows.has(key)) this.#rows.set(key, this.#make(key));
       const { element, cells } = this.#rows.get(key);
