@@ -159,7 +159,8 @@ def take(board: Longs, limits: Longs, generation: int) -> Any:
 def finish(board: Longs, limits: Longs, taken: int) -> None:
     """Says that a piece is done. The last one of a loop begins the next."""
     loop = (taken >> LOOP) % MOST_LOOPS
-    if add(board, DONE, 1) + 1 == limits[loop]:
+    pieces = limits[loop]  # once this piece counts as done, the limits may become those of the next step
+    if add(board, DONE, 1) + 1 == pieces:
         following = OVER if loop + 1 == board[LOOPS] else loop + 1
         board[DONE] = 0
         write(board, COUNTER, (taken >> GENERATION << GENERATION) + (following << LOOP))

@@ -107,6 +107,21 @@ def test_who_was_away_for_a_step_takes_nothing_of_the_next() -> None:
     assert take_piece(board, limits, 2) % team.PIECES == 0
 
 
+def test_who_was_away_after_its_piece_begins_no_loop_of_the_next_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread may lose its core between counting its piece as done and looking whether that was the last one."""
+    board, limits = team.new_board(), np.array([2, 2])
+    written: list[int] = []
+
+    def add(numbers: cpu_layout.Longs, index: int, value: int) -> int:
+        limits[:] = 1  # meanwhile others finish the step, and the next one, of fewer pieces, is written down
+        return 0
+
+    monkeypatch.setattr(team, "add", add)
+    monkeypatch.setattr(team, "write", lambda numbers, index, value: written.append(value))
+    team.finish.py_func(board, limits, 1 << team.GENERATION)  # type: ignore[attr-defined]
+    assert not written
+
+
 @vector.compiled
 def put_up(board: cpu_layout.Longs, loops: int) -> None:
     team.put_up(board, loops)
