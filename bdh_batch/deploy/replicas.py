@@ -63,6 +63,9 @@ class DirectoryReplica:
     async def metrics(self) -> Mapping[str, bytes]:
         return self._directory.metrics()
 
+    async def figures(self) -> Mapping[str, bytes]:
+        return self._directory.figures()
+
 
 class DirectoryClient:
     """Asks the directory. What it cannot be asked raises one of UNREACHABLE.
@@ -86,9 +89,15 @@ class DirectoryClient:
         return answer
 
     async def metrics(self) -> Mapping[str, bytes]:
+        return await self._pages(self._handle.metrics)
+
+    async def figures(self) -> Mapping[str, bytes]:
+        return await self._pages(self._handle.figures)
+
+    async def _pages(self, method: DeploymentHandle[Any]) -> Mapping[str, bytes]:
         """Returns none where it cannot be asked."""
         try:
-            pages: Mapping[str, bytes] = await self._ask(self._handle.metrics, METRICS_SECONDS)
+            pages: Mapping[str, bytes] = await self._ask(method, METRICS_SECONDS)
         except UNREACHABLE:
             return {}
         return pages
@@ -187,8 +196,8 @@ class FrontReplica:
 
         listed = DirectoryClient(directory)
         finder = partial(Finder, listed.wait, UNREACHABLE)
-        self._front = front = await Front.open(settings, name, secret, finder, listed.metrics)
-        self._reporter = Reporter(listed, lambda: Report(name, front.exposition(), idle=front.idle()))
+        self._front = front = await Front.open(settings, name, secret, finder, listed.metrics, listed.figures)
+        self._reporter = Reporter(listed, lambda: Report(name, front.exposition(), front.figures(), idle=front.idle()))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._front.app
@@ -201,7 +210,7 @@ class FrontReplica:
 
 
 def _report_of_engine(engine: NetworkEngine) -> Report:
-    return Report(engine.listed.name, engine.exposition(), engine.listed)
+    return Report(engine.listed.name, engine.exposition(), engine.figures().dump(), engine.listed)
 
 
 def _on_head() -> bool:

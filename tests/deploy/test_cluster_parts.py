@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -30,7 +32,7 @@ def listed(name: str, model: int = 0, fingerprint: str = "same") -> Listed:
 
 
 def of_engine(name: str, **facts: Any) -> Report:
-    return Report(name, b"m", listed(name, **facts))
+    return Report(name, b"m", b"f", listed(name, **facts))
 
 
 def settings(*options: str) -> Settings:
@@ -44,6 +46,7 @@ async def test_the_directory_forgets_who_falls_silent_and_says_what_has_changed(
     assert directory.report(Report("front", b"x" * (MOST_BYTES + 1))) is None
     assert [each.name for each in directory.engines()] == ["one"]
     assert directory.metrics() == {"one": b"m", "front": b""}  # too long a page is none
+    assert directory.figures() == {"one": b"f"}
     before = directory.version
     waiting = asyncio.create_task(directory.wait(before))
     await asyncio.sleep(0)
@@ -117,6 +120,50 @@ async def test_a_front_end_keeps_its_engines_while_the_directory_is_gone(monkeyp
     finally:
         monkeypatch.undo()
         watching.cancel()
+
+
+async def test_a_front_end_shows_its_engines_to_who_watches_until_it_drains() -> None:
+    from bdh_batch.deploy.engine import NetworkEngine
+    from bdh_batch.deploy.front import Front
+
+    chosen, directory = Settings(), Directory(time.monotonic)
+    (model,) = models_of(chosen)
+
+    async def ask(version: str) -> Answer:
+        await directory.wait(version)
+        return directory.version, directory.draining, directory.engines()
+
+    async def metrics() -> Mapping[str, bytes]:
+        return directory.metrics()
+
+    async def figures() -> Mapping[str, bytes]:
+        return directory.figures()
+
+    engine = await NetworkEngine.open(model, 0, "engine", "127.0.0.1", "secret")
+    try:
+        directory.report(Report("engine", engine.exposition(), engine.figures().dump(), engine.listed))
+        front = await Front.open(chosen, "front", "secret", partial(Finder, ask, ()), metrics, figures)
+        try:
+            shown = await front._serving.metrics.watched.all_figures()
+            assert shown["engine"].models["bdh-shakespeare"].levels["slots"] > 0
+            assert {each.get_coro().__name__ for each in front._tasks} >= {"sample"}  # type: ignore[union-attr]
+            sent: asyncio.Queue[Message] = asyncio.Queue()
+            received: list[Message] = [{"type": "http.request"}]
+
+            async def receive() -> Message:
+                return received.pop() if received else await asyncio.Future()
+
+            scope = {"type": "http", "method": "GET", "path": "/watch/stream", "query_string": b"", "scheme": "http"}
+            about = {"client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2), "headers": [(b"host", b"127.0.0.1")]}
+            watching = asyncio.ensure_future(front.app({**scope, **about, "http_version": "1.1"}, receive, sent.put))
+            assert (await asyncio.wait_for(sent.get(), 30))["status"] == 200
+            directory.drain()
+            await asyncio.wait_for(watching, 30)
+            assert front.idle()
+        finally:
+            await front.close()
+    finally:
+        await engine.close(0)
 
 
 def test_engines_follow_the_load() -> None:
