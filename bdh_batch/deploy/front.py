@@ -132,6 +132,11 @@ class Front:
         """Whether it takes no more requests, and has none."""
         return self._serving.gate.closed is not None and not self._serving.gate.requests()
 
+    def problem(self) -> str | None:
+        """Returns what has failed that should go on as long as it does, or None."""
+        failed = (task.exception() for task in self._tasks if task.done() and not task.cancelled())
+        return next((f"a task of it has ended: {error!r}" for error in failed), None)
+
     async def close(self, seconds: float = 0.0) -> None:
         """Waits so long for what still runs, then ends all that was started. To be called once."""
         _drain(self._serving)

@@ -116,10 +116,17 @@ class Reporter:
     """
 
     def __init__(self, directory: DirectoryClient, make: Callable[[], Report]) -> None:
-        self.refusal: str | None = None  # why the process cannot take part
+        self._refusal: str | None = None
         self._directory = directory
         self._make = make
         self._reporting = asyncio.create_task(self._report())
+
+    @property
+    def problem(self) -> str | None:
+        """Why the process cannot take part, or None."""
+        if self._reporting.done() and not self._reporting.cancelled():
+            return f"its reports have ended: {self._reporting.exception()!r}"
+        return self._refusal
 
     async def close(self) -> None:
         """Has the directory forget the process."""
@@ -132,7 +139,7 @@ class Reporter:
         reachable = True
         while True:
             try:
-                self.refusal = await self._directory.report(self._make())
+                self._refusal = await self._directory.report(self._make())
                 reachable = True
             except UNREACHABLE as error:
                 if reachable:
@@ -168,7 +175,7 @@ class EngineReplica:
     def check_health(self) -> None:
         """Raises RuntimeError where it cannot compute: Ray then replaces it."""
         assert self._reporter is not None
-        if (problem := self._engine.health() or self._reporter.refusal) is not None:
+        if (problem := self._engine.health() or self._reporter.problem) is not None:
             raise RuntimeError(f"the engine is unhealthy: {problem}")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -201,6 +208,12 @@ class FrontReplica:
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._front.app
+
+    def check_health(self) -> None:
+        """Raises RuntimeError where it no longer follows the cluster: Ray then replaces it."""
+        assert self._reporter is not None
+        if (problem := self._front.problem() or self._reporter.problem) is not None:
+            raise RuntimeError(f"the front end is unhealthy: {problem}")
 
     async def __del__(self) -> None:
         if self._reporter is None:

@@ -122,7 +122,7 @@ async def test_a_front_end_keeps_its_engines_while_the_directory_is_gone(monkeyp
         watching.cancel()
 
 
-async def test_a_front_end_shows_its_engines_to_who_watches_until_it_drains() -> None:
+async def test_a_front_end_shows_its_engines_to_who_watches_until_it_drains(monkeypatch: pytest.MonkeyPatch) -> None:
     from bdh_batch.deploy.engine import NetworkEngine
     from bdh_batch.deploy.front import Front
 
@@ -160,6 +160,12 @@ async def test_a_front_end_shows_its_engines_to_who_watches_until_it_drains() ->
             directory.drain()
             await asyncio.wait_for(watching, 30)
             assert front.idle()
+            assert front.problem() is None
+            monkeypatch.setattr(Finder, "_take", lambda *_: 1 / 0)
+            while front.problem() is None:
+                directory.drain()
+                await asyncio.sleep(0)
+            assert "ZeroDivisionError" in str(front.problem())
         finally:
             await front.close()
     finally:
