@@ -15,8 +15,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-os.environ["TRITON_INTERPRET"] = "0"  # Triton reads it when it is imported
-
 from bdh_batch.kernels.cuda import constants
 from bdh_batch.kernels.tuning import Blocks
 from benchmarks.engine.gpu_compile import UPSTREAM, Case, cases, results_of
@@ -67,6 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compiles the Triton kernels, and writes what programs of them take.")
     parser.add_argument("--out", type=Path, default=suite_folder() / "gpu-kernels.json")
     out = parser.parse_args().out
+    os.environ["TRITON_INTERPRET"] = "0"  # in the processes that compile
     head = report_head(["torch", "triton"])
     chosen = shown()
     results = results_of([case for kernels in chosen.values() for case in kernels.values()])

@@ -1,6 +1,6 @@
 """Draws the pictures of docs/fleets.md, and writes its tables, from what the simulation found.
 
-    python -m benchmarks.fleet.page                 # of this machine's folder
+    python -m benchmarks.fleet.page                 # of the folder that the page links to
     python -m benchmarks.fleet.page --results folder --out elsewhere
 
 A table stands between `<!-- fleet: SECTION -->` and `<!-- end of fleet -->`. Its numbers are those of `fleet.json`.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import ROOT, plots
-from benchmarks.report import results_folder
+from benchmarks.report import RESULTS
 
 RESULT, PAGE = "fleet.json", "fleets.md"
 TABLE = re.compile(r"(<!-- fleet: ([a-z]+) -->\n).*?(<!-- end of fleet -->)", re.DOTALL)
@@ -142,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         prog="python -m benchmarks.fleet.page",
     )
-    parser.add_argument("--results", type=Path, default=results_folder())
+    parser.add_argument("--results", type=Path, default=RESULTS / "amd-epyc-2-threads")
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="folder of the pictures and of fleets.md")
     chosen = parser.parse_args(argv)
     if not (file := chosen.results / RESULT).is_file():
