@@ -69,6 +69,7 @@ class Front:
         self.app: ASGIApp = BoundedApp(app, settings.limits.max_buffered_bytes)
         self._serving = serving
         self._models = models
+        self._draining: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = [
             asyncio.create_task(serving.records.watch()),
             asyncio.create_task(sample(serving)),
@@ -100,7 +101,7 @@ class Front:
         label, gate = models[0].name if len(models) == 1 else "", Gate()
         metrics = Metrics(label, settings.telemetry.vllm_metrics)
         spans, keys = open_spans(settings, label), key_ring(settings.auth)
-        finding = finder(lambda: _drain(serving))
+        finding = finder(lambda: front.drain())
         hosted = [
             OneModel(model, partial(_engines, model, number, finding, secret, metrics), metrics)
             for number, model in enumerate(models)
@@ -137,20 +138,27 @@ class Front:
         failed = (task.exception() for task in self._tasks if task.done() and not task.cancelled())
         return next((f"a task of it has ended: {error!r}" for error in failed), None)
 
+    def drain(self) -> None:
+        """Takes no more requests, and ends those with an error that run for longer than `server.drain_seconds`: Ray
+        would wait for them longer, and then cut them off. Idempotent."""
+        self._refuse()
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._models.drain(self._serving.settings.server.drain_seconds))
+
     async def close(self, seconds: float = 0.0) -> None:
         """Waits so long for what still runs, then ends all that was started. To be called once."""
-        _drain(self._serving)
+        self._refuse()
         await self._models.drain(seconds)
-        for task in self._tasks:
+        tasks = [*self._tasks, *([] if self._draining is None else [self._draining])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._models.close()
         await self._serving.close()
 
-
-def _drain(serving: Serving) -> None:
-    serving.gate.drain()
-    serving.feed.close()  # those who watch would not end by themselves
+    def _refuse(self) -> None:
+        self._serving.gate.drain()
+        self._serving.feed.close()  # those who watch would not end by themselves
 
 
 def _engines(

@@ -15,7 +15,7 @@ from typing import Any, cast
 import pytest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bdh_batch.deploy.bounded_app import BoundedApp
 from bdh_batch.deploy.checks import Share, check, check_room, share_of, with_threads
@@ -122,11 +122,26 @@ async def test_a_front_end_keeps_its_engines_while_the_directory_is_gone(monkeyp
         watching.cancel()
 
 
+class Stream:
+    """A request to an application, and what it has responded."""
+
+    def __init__(self, app: ASGIApp, method: str, path: str, body: bytes = b"") -> None:
+        self.sent: asyncio.Queue[Message] = asyncio.Queue()
+        self._received: list[Message] = [{"type": "http.request", "body": body}]
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+        about = {"client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2), "scheme": "http", "http_version": "1.1"}
+        scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": headers, **about}
+        self.running = asyncio.ensure_future(app(scope, self._receive, self.sent.put))
+
+    async def _receive(self) -> Message:
+        return self._received.pop() if self._received else await asyncio.Future()
+
+
 async def test_a_front_end_shows_its_engines_to_who_watches_until_it_drains(monkeypatch: pytest.MonkeyPatch) -> None:
     from bdh_batch.deploy.engine import NetworkEngine
     from bdh_batch.deploy.front import Front
 
-    chosen, directory = Settings(), Directory(time.monotonic)
+    chosen, directory = settings("server.drain_seconds=0.1"), Directory(time.monotonic)
     (model,) = models_of(chosen)
 
     async def ask(version: str) -> Answer:
@@ -147,18 +162,17 @@ async def test_a_front_end_shows_its_engines_to_who_watches_until_it_drains(monk
             shown = await front._serving.metrics.watched.all_figures()
             assert shown["engine"].models["bdh-shakespeare"].levels["slots"] > 0
             assert {each.get_coro().__name__ for each in front._tasks} >= {"sample"}  # type: ignore[union-attr]
-            sent: asyncio.Queue[Message] = asyncio.Queue()
-            received: list[Message] = [{"type": "http.request"}]
-
-            async def receive() -> Message:
-                return received.pop() if received else await asyncio.Future()
-
-            scope = {"type": "http", "method": "GET", "path": "/watch/stream", "query_string": b"", "scheme": "http"}
-            about = {"client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2), "headers": [(b"host", b"127.0.0.1")]}
-            watching = asyncio.ensure_future(front.app({**scope, **about, "http_version": "1.1"}, receive, sent.put))
-            assert (await asyncio.wait_for(sent.get(), 30))["status"] == 200
+            long = b'{"prompt": "x", "max_tokens": 100000, "stream": true, "ignore_eos": true}'
+            streams = [
+                Stream(front.app, "GET", "/watch/stream"),
+                Stream(front.app, "POST", "/v1/completions", long),
+            ]
+            for each in streams:
+                assert (await asyncio.wait_for(each.sent.get(), 30))["status"] == 200
             directory.drain()
-            await asyncio.wait_for(watching, 30)
+            for each in streams:
+                await asyncio.wait_for(each.running, 30)
+            assert any(b"shutting down" in streams[1].sent.get_nowait()["body"] for _ in range(streams[1].sent.qsize()))
             assert front.idle()
             assert front.problem() is None
             monkeypatch.setattr(Finder, "_take", lambda *_: 1 / 0)
