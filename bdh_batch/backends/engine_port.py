@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 GREETING_SECONDS = 5.0
 BUFFER = 2**22  # bytes that are buffered for a front end before deltas are merged
+MOST_GUESTS = 256  # connections that have not sent their Hello yet
 
 
 class Compiles(Protocol):
@@ -73,6 +74,7 @@ class EnginePort:
         self.heartbeat_seconds = heartbeat_seconds
         self._load = load
         self.connections: set[Connection] = set()
+        self.guests: dict[Connection, None] = {}  # those that are not authenticated, as they have come
         self.idle = asyncio.Event()  # set while there is no stream
         self.idle.set()
         self._leaving = False
@@ -85,7 +87,17 @@ class EnginePort:
         """Asks all front ends to move their streams to other engines."""
         self._leaving = True
         for connection in [*self.connections]:
-            connection.send(self.state())
+            if connection not in self.guests:
+                connection.send(self.state())
+
+    def receive(self, guest: Connection) -> None:
+        """Waits for its Hello. Where too many have not sent theirs, the first of them has had its time."""
+        self.connections.add(guest)
+        self.guests[guest] = None
+        if len(self.guests) > MOST_GUESTS:
+            first = next(iter(self.guests))
+            del self.guests[first]
+            first.disconnect()
 
     def streams_changed(self) -> None:
         """Updates `idle`; is called when a stream has begun or ended."""
@@ -167,10 +179,11 @@ class Connection(asyncio.Protocol):
         self._transport.set_write_buffer_limits(high=BUFFER)
         reason = f"it sent no Hello within {GREETING_SECONDS:g} s"
         self._timer = self._loop.call_later(GREETING_SECONDS, self._refuse, reason)
-        self._port.connections.add(self)
+        self._port.receive(self)
 
     def connection_lost(self, error: Exception | None) -> None:
         self._port.connections.discard(self)
+        self._port.guests.pop(self, None)
         if self._timer is not None:
             self._timer.cancel()
         for task in self._tasks:
@@ -255,6 +268,7 @@ class Connection(asyncio.Protocol):
         if not hmac.compare_digest(message.secret.encode(), self._port.secret.encode()):
             raise Malformed("its secret is wrong")
         self._authenticated, self._unpacker.most = True, MOST_BYTES
+        self._port.guests.pop(self, None)
         if self._timer is not None:
             self._timer.cancel()
         self.send(self._port.welcome)
@@ -266,8 +280,9 @@ class Connection(asyncio.Protocol):
         self._timer = self._loop.call_later(self._port.heartbeat_seconds, self._beat)
 
     def _refuse(self, reason: str) -> None:
-        log.warning("a connection to the engine is refused: %s", reason)
-        self.send(Refusal(reason[:200]))
+        reason = reason[:200]  # the peer's words may be in it: no line of the log is theirs
+        log.warning("a connection to the engine is refused: %s", reason if reason.isprintable() else repr(reason))
+        self.send(Refusal(reason))
         self._transport.close()
 
     async def _start(self, message: Start, stream: Stream) -> None:

@@ -14,7 +14,7 @@ REPORT_SECONDS = 2.0  # between two reports of a process
 SILENT_SECONDS = 4 * REPORT_SECONDS  # after which it is forgotten
 WAIT_SECONDS = 4.0  # that a question for changes waits at most
 MOST_PROCESSES = 4096
-MOST_BYTES = 2**20  # of the metrics of one process
+MOST_BYTES = 2**20  # of the metrics of one process, and of its figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +42,14 @@ class Report:
 
     Args:
         metrics: in Prometheus' text format.
+        figures: what it has counted, as `observability.figures.Figures.dump` returns it.
         engine: what it is, where it is no front end.
         idle: whether it is a front end that takes no more requests, and has none.
     """
 
     name: str
     metrics: bytes
+    figures: bytes = b""
     engine: Listed | None = None
     idle: bool = False
 
@@ -81,6 +83,8 @@ class Directory:
             return why
         if len(report.metrics) > MOST_BYTES:
             report = replace(report, metrics=b"")
+        if len(report.figures) > MOST_BYTES:
+            report = replace(report, figures=b"")
         self._reports[report.name] = report, self._clock()
         if not known:
             self._notify()
@@ -109,6 +113,11 @@ class Directory:
         """Returns the metrics of each process, by its name."""
         self._forget_silent()
         return {name: report.metrics for name, (report, _) in self._reports.items()}
+
+    def figures(self) -> Mapping[str, bytes]:
+        """Returns what each process has counted, by its name."""
+        self._forget_silent()
+        return {name: report.figures for name, (report, _) in self._reports.items() if report.figures}
 
     async def wait(self, version: str) -> None:
         """Waits until `version` is not the present one, or WAIT_SECONDS."""

@@ -28,6 +28,7 @@ class NetworkEngine:
     def __init__(self, engine: ServedEngine, server: asyncio.Server, folder: LockedFolder, listed: Listed) -> None:
         self.listed = listed
         self.exposition = engine.exposition
+        self.figures = engine.watched.figures
         self._engine = engine
         self._server = server
         self._folder = folder

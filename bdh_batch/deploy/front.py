@@ -17,13 +17,18 @@ from bdh_batch.http.app import create_app
 from bdh_batch.http.gate import Gate, HostedModel
 from bdh_batch.http.serving import Serving
 from bdh_batch.http.transport.server import behind_proxies
+from bdh_batch.observability.figures import Figures
 from bdh_batch.observability.metrics import Metrics
+from bdh_batch.observability.watched import StepRecord
 from bdh_batch.processes.hosted_models import HostedModels, OneModel
 from bdh_batch.processes.model_settings import ModelSettings, models_of
 from bdh_batch.processes.remote_engines import RemoteEngines
+from bdh_batch.processes.sampling import sample
 from bdh_batch.processes.service import key_ring, open_spans
 from bdh_batch.processes.upstreams import with_upstreams
 from bdh_batch.settings import Settings
+
+Pages = Callable[[], Awaitable[Mapping[str, bytes]]]  # of processes, by their names
 
 
 class ModelsApart:
@@ -43,6 +48,19 @@ class ModelsApart:
         await asyncio.gather(*(model.close() for model in self._models))
 
 
+class FiguresApart:
+    """What the other processes of the cluster have counted. Their steps are not asked for."""
+
+    def __init__(self, pages: Pages) -> None:
+        self._pages = pages
+
+    async def figures(self) -> Mapping[str, Figures]:
+        return {name: Figures.load(page) for name, page in (await self._pages()).items()}
+
+    async def steps(self, model: str, count: int, seconds: float) -> Mapping[str, Sequence[StepRecord]]:
+        return {}
+
+
 class Front:
     """A front end, from the loading of its models to its end."""
 
@@ -51,7 +69,11 @@ class Front:
         self.app: ASGIApp = BoundedApp(app, settings.limits.max_buffered_bytes)
         self._serving = serving
         self._models = models
-        self._tasks: list[asyncio.Task[None]] = [asyncio.create_task(serving.records.watch())]
+        self._draining: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = [
+            asyncio.create_task(serving.records.watch()),
+            asyncio.create_task(sample(serving)),
+        ]
 
     @classmethod
     async def open(
@@ -60,7 +82,8 @@ class Front:
         name: str,
         secret: str,
         finder: Callable[[Callable[[], None]], Finder],
-        others: Callable[[], Awaitable[Mapping[str, bytes]]],
+        others: Pages,
+        figures: Pages,
     ) -> Front:
         """Waits until the engines of all models are there.
 
@@ -69,6 +92,7 @@ class Front:
             secret: what engines want to have sent.
             finder: makes what finds the engines, of what is to be called once the server drains.
             others: returns the metrics of all processes.
+            figures: returns what all processes have counted.
 
         Raises:
             ConfigError, CheckpointError: it cannot start.
@@ -77,7 +101,7 @@ class Front:
         label, gate = models[0].name if len(models) == 1 else "", Gate()
         metrics = Metrics(label, settings.telemetry.vllm_metrics)
         spans, keys = open_spans(settings, label), key_ring(settings.auth)
-        finding = finder(gate.drain)
+        finding = finder(lambda: front.drain())
         hosted = [
             OneModel(model, partial(_engines, model, number, finding, secret, metrics), metrics)
             for number, model in enumerate(models)
@@ -96,24 +120,45 @@ class Front:
             await front.close()
             raise
         metrics.join(name, partial(_without, name, others))
+        metrics.watched.join(name, FiguresApart(partial(_without, name, figures)))
         return front
 
     def exposition(self) -> bytes:
         return self._serving.metrics.exposition()
 
+    def figures(self) -> bytes:
+        return self._serving.metrics.watched.figures().dump()
+
     def idle(self) -> bool:
         """Whether it takes no more requests, and has none."""
         return self._serving.gate.closed is not None and not self._serving.gate.requests()
 
+    def problem(self) -> str | None:
+        """Returns what has failed that should go on as long as it does, or None."""
+        failed = (task.exception() for task in self._tasks if task.done() and not task.cancelled())
+        return next((f"a task of it has ended: {error!r}" for error in failed), None)
+
+    def drain(self) -> None:
+        """Takes no more requests, and ends those with an error that run for longer than `server.drain_seconds`: Ray
+        would wait for them longer, and then cut them off. Idempotent."""
+        self._refuse()
+        if self._draining is None:
+            self._draining = asyncio.create_task(self._models.drain(self._serving.settings.server.drain_seconds))
+
     async def close(self, seconds: float = 0.0) -> None:
         """Waits so long for what still runs, then ends all that was started. To be called once."""
-        self._serving.gate.drain()
+        self._refuse()
         await self._models.drain(seconds)
-        for task in self._tasks:
+        tasks = [*self._tasks, *([] if self._draining is None else [self._draining])]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await self._models.close()
         await self._serving.close()
+
+    def _refuse(self) -> None:
+        self._serving.gate.drain()
+        self._serving.feed.close()  # those who watch would not end by themselves
 
 
 def _engines(
@@ -122,7 +167,7 @@ def _engines(
     return RemoteEngines(settings, partial(finder.addresses, number), secret, partial(metrics.failed_over, model.name))
 
 
-async def _without(name: str, others: Callable[[], Awaitable[Mapping[str, bytes]]]) -> Mapping[str, bytes]:
+async def _without(name: str, others: Pages) -> Mapping[str, bytes]:
     return {other: page for other, page in (await others()).items() if other != name}
 
 

@@ -63,6 +63,9 @@ class DirectoryReplica:
     async def metrics(self) -> Mapping[str, bytes]:
         return self._directory.metrics()
 
+    async def figures(self) -> Mapping[str, bytes]:
+        return self._directory.figures()
+
 
 class DirectoryClient:
     """Asks the directory. What it cannot be asked raises one of UNREACHABLE.
@@ -86,9 +89,15 @@ class DirectoryClient:
         return answer
 
     async def metrics(self) -> Mapping[str, bytes]:
+        return await self._pages(self._handle.metrics)
+
+    async def figures(self) -> Mapping[str, bytes]:
+        return await self._pages(self._handle.figures)
+
+    async def _pages(self, method: DeploymentHandle[Any]) -> Mapping[str, bytes]:
         """Returns none where it cannot be asked."""
         try:
-            pages: Mapping[str, bytes] = await self._ask(self._handle.metrics, METRICS_SECONDS)
+            pages: Mapping[str, bytes] = await self._ask(method, METRICS_SECONDS)
         except UNREACHABLE:
             return {}
         return pages
@@ -107,10 +116,17 @@ class Reporter:
     """
 
     def __init__(self, directory: DirectoryClient, make: Callable[[], Report]) -> None:
-        self.refusal: str | None = None  # why the process cannot take part
+        self._refusal: str | None = None
         self._directory = directory
         self._make = make
         self._reporting = asyncio.create_task(self._report())
+
+    @property
+    def problem(self) -> str | None:
+        """Why the process cannot take part, or None."""
+        if self._reporting.done() and not self._reporting.cancelled():
+            return f"its reports have ended: {self._reporting.exception()!r}"
+        return self._refusal
 
     async def close(self) -> None:
         """Has the directory forget the process."""
@@ -123,7 +139,7 @@ class Reporter:
         reachable = True
         while True:
             try:
-                self.refusal = await self._directory.report(self._make())
+                self._refusal = await self._directory.report(self._make())
                 reachable = True
             except UNREACHABLE as error:
                 if reachable:
@@ -159,7 +175,7 @@ class EngineReplica:
     def check_health(self) -> None:
         """Raises RuntimeError where it cannot compute: Ray then replaces it."""
         assert self._reporter is not None
-        if (problem := self._engine.health() or self._reporter.refusal) is not None:
+        if (problem := self._engine.health() or self._reporter.problem) is not None:
             raise RuntimeError(f"the engine is unhealthy: {problem}")
 
     def record_autoscaling_stats(self) -> dict[str, float]:
@@ -187,11 +203,17 @@ class FrontReplica:
 
         listed = DirectoryClient(directory)
         finder = partial(Finder, listed.wait, UNREACHABLE)
-        self._front = front = await Front.open(settings, name, secret, finder, listed.metrics)
-        self._reporter = Reporter(listed, lambda: Report(name, front.exposition(), idle=front.idle()))
+        self._front = front = await Front.open(settings, name, secret, finder, listed.metrics, listed.figures)
+        self._reporter = Reporter(listed, lambda: Report(name, front.exposition(), front.figures(), idle=front.idle()))
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return self._front.app
+
+    def check_health(self) -> None:
+        """Raises RuntimeError where it no longer follows the cluster: Ray then replaces it."""
+        assert self._reporter is not None
+        if (problem := self._front.problem() or self._reporter.problem) is not None:
+            raise RuntimeError(f"the front end is unhealthy: {problem}")
 
     async def __del__(self) -> None:
         if self._reporter is None:
@@ -201,7 +223,7 @@ class FrontReplica:
 
 
 def _report_of_engine(engine: NetworkEngine) -> Report:
-    return Report(engine.listed.name, engine.exposition(), engine.listed)
+    return Report(engine.listed.name, engine.exposition(), engine.figures().dump(), engine.listed)
 
 
 def _on_head() -> bool:

@@ -56,6 +56,8 @@ def up(
     """
     models = models_of(settings)
     check(settings, models)
+    if not settings.server.port:
+        raise ConfigError("server.port: Ray's proxy listens at the port that it is given; set one, not 0")
     tls_context(settings.server)
     shares = {model.name: share_of(model, len(models)) for model in models}
     _join(settings, sum(share.most * share.cpus for share in shares.values()))
@@ -118,7 +120,9 @@ def _start_http(settings: Settings) -> None:
     if server.tls_cert is not None:
         options |= {"ssl_certfile": str(server.tls_cert), "ssl_keyfile": str(server.tls_key)}
     if settings.ray.address is None:
-        with socket.socket() as probe:  # Ray's proxy would only say it in a log of its own
+        with socket.socket(
+            socket.AF_INET6 if ":" in server.host else socket.AF_INET
+        ) as probe:  # Ray's proxy would only say it in a log of its own
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((server.host, server.port))

@@ -122,8 +122,8 @@ def encode_kernel(
     b_fired = relu(b_sum).to(fired.dtype.element_ty)
     o_row = o_t * H + i_h
     tl.store(fired + o_row[:, None] * N + o_n[None, :], b_fired, mask=m_t[:, None] & m_n[None, :])
-
-    b_hit = tl.max(tl.reshape((b_fired != 0).to(tl.int32), [BLOCK_T, PART // 2, 2]), axis=2)
+    b_on = (b_fired != 0) & m_n[None, :] if N % PART else b_fired != 0  # behind N, NaN · 0 fires, and has no state
+    b_hit = tl.max(tl.reshape(b_on.to(tl.int32), [BLOCK_T, PART // 2, 2]), axis=2)
     b_rank = tl.cumsum(b_hit, axis=1) - b_hit
     o_part = o_row * PARTS + i_p
     b_pair = tl.broadcast_to(tl.arange(0, PART // 2)[None, :], [BLOCK_T, PART // 2])

@@ -9,9 +9,21 @@ from typing import Any
 
 import pytest
 
+from bdh_batch.backends import engine_port
 from bdh_batch.backends.remote import RemoteBackend
 from bdh_batch.backends.replica import State
-from bdh_batch.backends.wire import Abort, Gain, Gains, Start, Unpacker, frame
+from bdh_batch.backends.wire import (
+    PROTOCOL,
+    Abort,
+    FromEngine,
+    Gain,
+    Gains,
+    Hello,
+    Refusal,
+    Start,
+    Unpacker,
+    frame,
+)
 from bdh_batch.errors import InvalidRequest, QueueFull, Unavailable
 from bdh_batch.messages import (
     Delta,
@@ -170,6 +182,24 @@ async def test_who_is_no_front_end_of_ours_is_refused_and_harms_nothing(tmp_path
         assert stranger.state is other_version.state is State.CONNECTING
         stranger.close()
         other_version.close()
+
+
+async def test_strangers_cannot_take_all_connections_nor_learn_of_the_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(engine_port, "MOST_GUESTS", 2)
+    only = FakeEngine(tmp_path / "only.sock")
+    async with engines(only) as backend:
+        guests = [await asyncio.open_unix_connection(str(only.socket)) for _ in range(3)]
+        assert await asyncio.wait_for(guests[0][0].read(), 30) == b""  # the first one makes room
+        only.port.leave()
+        guests[1][1].write(frame(Hello(PROTOCOL, "1\n2026-01-01 ERROR not from here" + "x" * 1000, "a guess")))
+        (refusal,) = Unpacker(FromEngine).feed(await asyncio.wait_for(guests[1][0].read(), 30))
+        assert isinstance(refusal, Refusal)  # and no heartbeat before it
+        assert all("\n" not in each and len(each) < 300 for each in caplog.messages)
+        await until(lambda: all(replica.state is State.LEAVING for replica in backend.replicas.values()))
+        for _, each in guests:
+            each.close()
 
 
 async def test_a_reader_that_is_slow_is_caught_up_with(tmp_path: Path) -> None:

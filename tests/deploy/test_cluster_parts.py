@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -13,7 +15,7 @@ from typing import Any, cast
 import pytest
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bdh_batch.deploy.bounded_app import BoundedApp
 from bdh_batch.deploy.checks import Share, check, check_room, share_of, with_threads
@@ -30,7 +32,7 @@ def listed(name: str, model: int = 0, fingerprint: str = "same") -> Listed:
 
 
 def of_engine(name: str, **facts: Any) -> Report:
-    return Report(name, b"m", listed(name, **facts))
+    return Report(name, b"m", b"f", listed(name, **facts))
 
 
 def settings(*options: str) -> Settings:
@@ -44,6 +46,7 @@ async def test_the_directory_forgets_who_falls_silent_and_says_what_has_changed(
     assert directory.report(Report("front", b"x" * (MOST_BYTES + 1))) is None
     assert [each.name for each in directory.engines()] == ["one"]
     assert directory.metrics() == {"one": b"m", "front": b""}  # too long a page is none
+    assert directory.figures() == {"one": b"f"}
     before = directory.version
     waiting = asyncio.create_task(directory.wait(before))
     await asyncio.sleep(0)
@@ -117,6 +120,70 @@ async def test_a_front_end_keeps_its_engines_while_the_directory_is_gone(monkeyp
     finally:
         monkeypatch.undo()
         watching.cancel()
+
+
+class Stream:
+    """A request to an application, and what it has responded."""
+
+    def __init__(self, app: ASGIApp, method: str, path: str, body: bytes = b"") -> None:
+        self.sent: asyncio.Queue[Message] = asyncio.Queue()
+        self._received: list[Message] = [{"type": "http.request", "body": body}]
+        headers = [(b"host", b"127.0.0.1"), (b"content-type", b"application/json")]
+        about = {"client": ("127.0.0.1", 1), "server": ("127.0.0.1", 2), "scheme": "http", "http_version": "1.1"}
+        scope = {"type": "http", "method": method, "path": path, "query_string": b"", "headers": headers, **about}
+        self.running = asyncio.ensure_future(app(scope, self._receive, self.sent.put))
+
+    async def _receive(self) -> Message:
+        return self._received.pop() if self._received else await asyncio.Future()
+
+
+async def test_a_front_end_shows_its_engines_to_who_watches_until_it_drains(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bdh_batch.deploy.engine import NetworkEngine
+    from bdh_batch.deploy.front import Front
+
+    chosen, directory = settings("server.drain_seconds=0.1"), Directory(time.monotonic)
+    (model,) = models_of(chosen)
+
+    async def ask(version: str) -> Answer:
+        await directory.wait(version)
+        return directory.version, directory.draining, directory.engines()
+
+    async def metrics() -> Mapping[str, bytes]:
+        return directory.metrics()
+
+    async def figures() -> Mapping[str, bytes]:
+        return directory.figures()
+
+    engine = await NetworkEngine.open(model, 0, "engine", "127.0.0.1", "secret")
+    try:
+        directory.report(Report("engine", engine.exposition(), engine.figures().dump(), engine.listed))
+        front = await Front.open(chosen, "front", "secret", partial(Finder, ask, ()), metrics, figures)
+        try:
+            shown = await front._serving.metrics.watched.all_figures()
+            assert shown["engine"].models["bdh-shakespeare"].levels["slots"] > 0
+            assert {each.get_coro().__name__ for each in front._tasks} >= {"sample"}  # type: ignore[union-attr]
+            long = b'{"prompt": "x", "max_tokens": 100000, "stream": true, "ignore_eos": true}'
+            streams = [
+                Stream(front.app, "GET", "/watch/stream"),
+                Stream(front.app, "POST", "/v1/completions", long),
+            ]
+            for each in streams:
+                assert (await asyncio.wait_for(each.sent.get(), 30))["status"] == 200
+            directory.drain()
+            for each in streams:
+                await asyncio.wait_for(each.running, 30)
+            assert any(b"shutting down" in streams[1].sent.get_nowait()["body"] for _ in range(streams[1].sent.qsize()))
+            assert front.idle()
+            assert front.problem() is None
+            monkeypatch.setattr(Finder, "_take", lambda *_: 1 / 0)
+            while front.problem() is None:
+                directory.drain()
+                await asyncio.sleep(0)
+            assert "ZeroDivisionError" in str(front.problem())
+        finally:
+            await front.close()
+    finally:
+        await engine.close(0)
 
 
 def test_engines_follow_the_load() -> None:

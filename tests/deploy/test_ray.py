@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import httpx
 import pytest
 
+from bdh_batch.deploy.directory import Report
+from bdh_batch.errors import ConfigError
+from bdh_batch.settings import Settings, load
 from tests.conftest import HANG_SECONDS, eventually
 from tests.deploy.rays import cluster
 
@@ -47,6 +53,43 @@ async def test_streams_on_a_cluster_outlive_their_engine_and_its_end(tmp_path: P
         assert [each.text for each in drained] == [each.text for each in undisturbed]
         assert await asyncio.to_thread(server.process.wait, HANG_SECONDS) == 0, server.log
     assert "Traceback" not in server.log
+
+
+def test_where_it_cannot_listen_is_said_before_a_cluster_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bdh_batch.deploy import up
+
+    def settings(host: str, port: int) -> Settings:
+        return load(None, [("server.host", host), ("server.port", port)]).settings
+
+    with pytest.raises(ConfigError, match=r"^server\.port: .* not 0$"):
+        up.up(settings("127.0.0.1", 0), lambda url, names: None)
+    started: list[object] = []
+    monkeypatch.setattr("ray.serve.start", lambda **options: started.append(options["http_options"]["host"]))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match=r"^server\.port: 127\.0\.0\.1:\d+ cannot be listened at"):
+            up._start_http(settings("127.0.0.1", taken.getsockname()[1]))
+    try:
+        with socket.socket(socket.AF_INET6) as free:
+            free.bind(("::1", 0))
+            port = free.getsockname()[1]
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    up._start_http(settings("::1", port))
+    assert started == ["::1"]
+
+
+async def test_a_process_whose_reports_have_ended_is_unhealthy() -> None:
+    from bdh_batch.deploy.replicas import DirectoryClient, Reporter
+
+    def make() -> Report:
+        raise ValueError("no figures")
+
+    reporter = Reporter(DirectoryClient(cast(Any, SimpleNamespace(report=None))), make)
+    while reporter.problem is None:  # noqa: ASYNC110 - it waits for another task
+        await asyncio.sleep(0)
+    assert "no figures" in reporter.problem
 
 
 def streams_of(response: httpx.Response) -> str:

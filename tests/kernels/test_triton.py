@@ -254,18 +254,20 @@ def test_a_window_across_fifty_blocks() -> None:
     assert distance(got, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("lengths", [(1, 1, 1), (1, 9, 1)])
-def test_a_broken_state_shows_and_stays_with_its_sequence(lengths: tuple[int, ...]) -> None:
-    weights = synthetic_weights(model(2, 2, 32, 64, 40), 0.5)
+@pytest.mark.parametrize(("lengths", "neurons"), [((1, 1, 1), 64), ((1, 1, 1), 34), ((1, 9, 1), 64)])
+def test_a_broken_state_shows_and_stays_with_its_sequence(lengths: tuple[int, ...], neurons: int) -> None:
+    weights = synthetic_weights(model(2, 2, neurons // 2, neurons, 40), 0.5)
     kernels, sequences = Poisoned(weights), {slot: text(9, 40, slot) for slot in range(3)}
     pieces = [(slot, 0, length) for slot, length in enumerate(lengths)]
     states = states_on_device(weights, 3)
     states[1] = torch.nan
     healthy, broken, other = feed(kernels, states, sequences, pieces)
-    right = feed(kernels, states_on_device(weights, 3), sequences, pieces)
+    right_states = states_on_device(weights, 3)
+    right = feed(kernels, right_states, sequences, pieces)
     assert broken.isnan().all()
     assert torch.equal(healthy, right[0])
     assert torch.equal(other, right[2])
+    assert torch.equal(states[[0, 2]], right_states[[0, 2]])
 
 
 def test_other_slots_are_left_alone() -> None:
