@@ -6,9 +6,9 @@ import random
 from collections.abc import Callable, Collection, Sequence as Many
 from typing import cast
 
+from bdh_batch.backends import routing
 from bdh_batch.backends.failover import Failover
 from bdh_batch.backends.replica import Replica, State, outstanding_streams
-from bdh_batch.backends.routing import Routing
 from bdh_batch.backends.stream import RemoteStream
 from bdh_batch.errors import BDHError
 from bdh_batch.messages import GenerationRequest
@@ -161,12 +161,12 @@ Rule = Callable[[Many[View], GenerationRequest], View | None]
 
 def affinity(draw: random.Random) -> Rule:
     """The server's own."""
-    return Routing().choose
+    return routing.Routing(draw).choose
 
 
 def least_loaded(draw: random.Random) -> Rule:
     """The server's own, without prefixes."""
-    return lambda ready, request: min(ready, key=lambda view: view.outstanding, default=None)
+    return lambda ready, request: routing.least_loaded(ready, draw) if ready else None
 
 
 def at_random(draw: random.Random) -> Rule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from hypothesis import given, settings, strategies as st
 
 from bdh_batch.backends import failover
 from bdh_batch.checkpoint.config import BDHConfig
+from bdh_batch.messages import GenerationRequest
 from bdh_batch.settings import PrefixCache, Scheduler as SchedulerOptions, Settings
 from benchmarks import ROOT
 from benchmarks.engine.play import Cost
@@ -135,7 +137,10 @@ def test_new_requests_go_to_other_engines_while_a_suspect_is_probed() -> None:
     def stream(key: int) -> Stream:
         return Stream(key, Conversation(key, CHATS, random.Random(key)).next(), 0.0, send, lambda stream: None)
 
-    ingress = Ingress(3, RULES["least loaded"](random.Random(1)), 2, lambda: 0.0)
+    def first_of_least_loaded(ready: Sequence[View], request: GenerationRequest) -> View | None:
+        return min(ready, key=lambda view: view.outstanding, default=None)
+
+    ingress = Ingress(3, first_of_least_loaded, 2, lambda: 0.0)
     suspect, *others = (stream(key) for key in range(5))
     ingress.add(suspect)
     suspect.taken()
