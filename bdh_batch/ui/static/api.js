@@ -82,6 +82,7 @@ export class Api {
   }
 
   async #send(path, { method, body, signal, headers = {}, accept = "application/json" }) {
+    const key = this.keys.key;
     const sent = { accept, ...headers, ...this.keys.headers() };
     if (body !== undefined) sent["content-type"] = "application/json";
     const content = body === undefined ? undefined : JSON.stringify(body);
@@ -90,7 +91,7 @@ export class Api {
     );
     if (response.ok) return response;
     const error = errorOf(response.status, await response.json().catch(() => ({})), response.headers.get("retry-after"));
-    if (error.status === 401) this.keys.ask(error.message);
+    if (error.status === 401 && key === this.keys.key) this.keys.ask(error.message); // else another was given meanwhile
     if (error.status === 503) this.connection.lost(error);
     throw error;
   }
