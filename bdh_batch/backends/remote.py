@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from collections.abc import Mapping, Sequence
 
@@ -50,7 +51,7 @@ class RemoteBackend:
         self._timeout = timeout
         self._running = Running()
         self._deliveries = Deliveries()
-        self._failover = Failover(max_failovers, self._ready, Routing().choose)
+        self._failover = Failover(max_failovers, self._ready, Routing(random.Random()).choose)
 
     async def generate(self, request: GenerationRequest) -> MailboxGeneration:
         if not self._ready():

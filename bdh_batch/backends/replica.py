@@ -61,6 +61,17 @@ class Reader(Protocol):
     def gained(self, gain: Gain) -> None: ...
 
 
+def outstanding_streams(reported: int, then: int, now: int) -> int:
+    """Returns an engine's load as a front end reckons it; it is never less than the front end's own.
+
+    Args:
+        reported: by the last heartbeat, of all front ends.
+        then: of this front end, when that heartbeat came.
+        now: of this front end.
+    """
+    return max(now, reported + now - then)
+
+
 class Replica:
     """One engine process, as a front end sees it.
 
@@ -88,6 +99,7 @@ class Replica:
         self.welcome: Welcome | None = None
         self.last_heartbeat: Heartbeat | None = None
         self.readers: dict[int, Reader] = {}
+        self._reported_at = 0  # streams of this front end when the last heartbeat came
         self._hello = Hello(PROTOCOL, version, secret)
         self._changed = changed
         self._on_lost = on_lost
@@ -100,9 +112,11 @@ class Replica:
 
     @property
     def outstanding(self) -> int:
-        """The engine's load: this front end's streams, or all sequences of its last heartbeat, if these are more."""
-        others = 0 if self.last_heartbeat is None else self.last_heartbeat.running + self.last_heartbeat.waiting
-        return max(len(self.readers), others)
+        """The engine's load: all sequences of its last heartbeat, and what this front end has begun and ended since."""
+        if self.last_heartbeat is None:
+            return len(self.readers)
+        reported = self.last_heartbeat.running + self.last_heartbeat.waiting
+        return outstanding_streams(reported, self._reported_at, len(self.readers))
 
     def start(self, reader: Reader, make: Callable[[int], Start]) -> int:
         """Sends the message that `make` returns for the number of a new stream, and returns that number."""
@@ -181,7 +195,7 @@ class Replica:
         self._connecting = asyncio.create_task(self._connect())
 
     def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
-        self.last_heartbeat = heartbeat
+        self.last_heartbeat, self._reported_at = heartbeat, len(self.readers)
         well = State.READY if heartbeat.problem is None else State.UNHEALTHY
         state = State.LEAVING if heartbeat.leaving else well
         if state is not self.state:

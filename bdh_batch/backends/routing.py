@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar
@@ -29,17 +30,31 @@ class Target(Protocol):
 AnyTarget = TypeVar("AnyTarget", bound=Target)
 
 
-class Routing:
-    """Remembers which replica has computed which of the latest prefixes, and routes requests by that."""
+def least_loaded(ready: Sequence[AnyTarget], draw: random.Random) -> AnyTarget:
+    """Returns any one of the least loaded of `ready`, which is not empty.
 
-    def __init__(self) -> None:
+    If front ends took the first of these, all would send what comes until the next heartbeat to the same replica.
+    """
+    least = min(replica.outstanding for replica in ready)
+    return draw.choice([replica for replica in ready if replica.outstanding == least])
+
+
+class Routing:
+    """Remembers which replica has computed which of the latest prefixes, and routes requests by that.
+
+    Args:
+        draw: decides between replicas that are loaded alike.
+    """
+
+    def __init__(self, draw: random.Random) -> None:
+        self._draw = draw
         self._known: OrderedDict[bytes, str] = OrderedDict()
 
     def choose(self, ready: Sequence[AnyTarget], request: GenerationRequest) -> AnyTarget | None:
         """Returns one of `ready` for `request`, and remembers its prefixes; None where no replica is ready."""
         if not ready:
             return None
-        least = min(ready, key=lambda replica: replica.outstanding)
+        least = least_loaded(ready, self._draw)
         prefixes = [*self._prefixes(request)]
         chosen = self._with_longest(ready, prefixes) or least
         if chosen.outstanding > max(least.outstanding + IMBALANCE, 1.5 * least.outstanding):

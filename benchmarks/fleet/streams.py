@@ -6,9 +6,9 @@ import random
 from collections.abc import Callable, Collection, Sequence as Many
 from typing import cast
 
+from bdh_batch.backends import routing
 from bdh_batch.backends.failover import Failover
-from bdh_batch.backends.replica import Replica, State
-from bdh_batch.backends.routing import Routing
+from bdh_batch.backends.replica import Replica, State, outstanding_streams
 from bdh_batch.backends.stream import RemoteStream
 from bdh_batch.errors import BDHError
 from bdh_batch.messages import GenerationRequest
@@ -17,10 +17,10 @@ from bdh_batch.messages import GenerationRequest
 class View:
     """An engine as one ingress process sees it: the part of `backends.replica.Replica` that routing and failover use.
 
-    `outstanding` is kept up by the rule of that class: this ingress's streams, or all of the last heartbeat.
+    `outstanding` is kept up by the rule of that class.
     """
 
-    __slots__ = ("address", "in_step", "number", "outstanding", "readers", "reported", "state")
+    __slots__ = ("address", "in_step", "number", "outstanding", "readers", "reported", "reported_at", "state")
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -28,6 +28,7 @@ class View:
         self.state = State.READY
         self.readers: dict[int, Stream] = {}
         self.reported = 0
+        self.reported_at = 0  # streams of this ingress when that was reported
         self.outstanding = 0
         self.in_step: Collection[str] = ()
 
@@ -41,7 +42,7 @@ class View:
 
     def report(self, load: int) -> None:
         """A heartbeat has come."""
-        self.reported = load
+        self.reported, self.reported_at = load, len(self.readers)
         self._count()
 
     def lose(self) -> list[Stream]:
@@ -52,7 +53,7 @@ class View:
         return streams
 
     def _count(self) -> None:
-        self.outstanding = max(len(self.readers), self.reported)
+        self.outstanding = outstanding_streams(self.reported, self.reported_at, len(self.readers))
 
 
 class Stream:
@@ -160,12 +161,12 @@ Rule = Callable[[Many[View], GenerationRequest], View | None]
 
 def affinity(draw: random.Random) -> Rule:
     """The server's own."""
-    return Routing().choose
+    return routing.Routing(draw).choose
 
 
 def least_loaded(draw: random.Random) -> Rule:
     """The server's own, without prefixes."""
-    return lambda ready, request: min(ready, key=lambda view: view.outstanding, default=None)
+    return lambda ready, request: routing.least_loaded(ready, draw) if ready else None
 
 
 def at_random(draw: random.Random) -> Rule:

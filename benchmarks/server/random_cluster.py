@@ -24,8 +24,8 @@ from bdh_batch.messages import GenerationRequest
 class RandomRouting(Routing):
     """Chooses any engine. The same requests get the same engines in each run."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, draw: random.Random) -> None:
+        super().__init__(draw)
         self._chance = random.Random(0)
 
     def choose(self, ready: Sequence[AnyTarget], request: GenerationRequest) -> AnyTarget | None:
