@@ -76,16 +76,21 @@ def in_huge_pages(block: Tensor, maps: Path = Path("/proc/self/smaps")) -> int:
 def release(block: Tensor) -> bool:
     """The memory of `block`, which `reserve` gave, goes back to the system, but for pages that it shares with
     neighbours: what it holds is lost. False, and nothing done, where the system cannot."""
-    return _advise(block, getattr(mmap, "MADV_DONTNEED", None))
+    return _advise(block.data_ptr(), block.nbytes, getattr(mmap, "MADV_DONTNEED", None))
 
 
 class PagesAhead:
-    """Backs the blocks of `blocks` [count, …], in main memory, some way ahead of the last one used."""
+    """Backs the blocks of `blocks` [count, …], in main memory, some way ahead of the last one used.
+
+    Its thread calls nothing of torch: where the interpreter ends meanwhile, C++ in between would end the process.
+    """
 
     def __init__(self, blocks: Tensor) -> None:
-        self._blocks = blocks
-        each = blocks[0].nbytes if len(blocks) else 1
-        self._ahead = max(LEAST_AHEAD, min(MOST_AHEAD, AHEAD // each))
+        assert blocks.is_contiguous()
+        self._blocks = blocks  # holds the memory
+        self._address, self._size = blocks.data_ptr(), blocks[0].nbytes if len(blocks) else 1  # of the first one
+        self._count = len(blocks)
+        self._ahead = max(LEAST_AHEAD, min(MOST_AHEAD, AHEAD // self._size))
         self._wanted = 0  # blocks before it should be backed
         self._backed = 0
         self._lock = threading.Lock()
@@ -93,17 +98,17 @@ class PagesAhead:
 
     def begin(self) -> None:
         """Backs the first blocks, and returns when that is done. Before anything is used."""
-        self._wanted = min(len(self._blocks), self._ahead)
-        while self._backed < self._wanted and populate(self._blocks[self._backed]):
+        self._wanted = min(self._count, self._ahead)
+        while self._backed < self._wanted and self._back(self._backed):
             self._backed += 1
 
     def used(self, block: int) -> None:
         """`block` is about to be written. Does not wait for anything."""
-        if block + self._ahead <= self._wanted or self._wanted == len(self._blocks):
+        if block + self._ahead <= self._wanted or self._wanted == self._count:
             return
         with self._lock:
             # Some way further than is needed now, so that a thread has something to do for its start.
-            self._wanted = min(len(self._blocks), block + 2 * self._ahead)
+            self._wanted = min(self._count, block + 2 * self._ahead)
             if self._thread is None:
                 self._thread = start_daemon(self._work, "bdh-pages", USUAL_STACK)
 
@@ -115,8 +120,11 @@ class PagesAhead:
                     self._thread = None
                     return
                 block, self._backed = self._backed, self._backed + 1
-            if not populate(self._blocks[block]):
+            if not self._back(block):
                 return  # and never again: the thread that ended stays
+
+    def _back(self, block: int) -> bool:
+        return _advise(self._address + block * self._size, self._size, MADV_POPULATE_WRITE)
 
 
 def _give_way() -> None:
@@ -127,15 +135,14 @@ def _give_way() -> None:
 
 def populate(block: Tensor) -> bool:
     """Backs the memory of `block` with pages. False, and nothing done, where the system cannot."""
-    return _advise(block, MADV_POPULATE_WRITE)
+    return _advise(block.data_ptr(), block.nbytes, MADV_POPULATE_WRITE)
 
 
-def _advise(block: Tensor, advice: int | None) -> bool:
-    """Says `advice` of the whole pages in `block`. False where the system does not take it."""
+def _advise(start: int, size: int, advice: int | None) -> bool:
+    """Says `advice` of the whole pages in so many bytes from an address on. False where the system does not take it."""
     if advice is None or not sys.platform.startswith("linux"):
         return False
-    start, end = block.data_ptr(), block.data_ptr() + block.nbytes
-    start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+    start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + size) // mmap.PAGESIZE * mmap.PAGESIZE
     if start >= end:
         return True
     libc = ctypes.CDLL(None, use_errno=True)

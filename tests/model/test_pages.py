@@ -52,11 +52,11 @@ def test_what_is_backed_ahead_is_written_without_a_fault(monkeypatch: pytest.Mon
 def test_it_gives_way_to_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     policies: list[int] = []
 
-    def populate(block: torch.Tensor) -> bool:
+    def advise(start: int, size: int, advice: int | None) -> bool:
         policies.append(os.sched_getscheduler(0))
         return True
 
-    monkeypatch.setattr(pages, "populate", populate)
+    monkeypatch.setattr(pages, "_advise", advise)
     monkeypatch.setattr(pages, "AHEAD", 4 * PAGES * 4096)
     ahead = PagesAhead(torch.empty((100, PAGES * 1024)))
     ahead.begin()
@@ -77,13 +77,13 @@ def test_it_goes_to_the_last_block_and_no_further() -> None:
 
 
 def test_a_system_that_cannot_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[torch.Tensor] = []
+    asked: list[int] = []
 
-    def refuse(block: torch.Tensor) -> bool:
-        asked.append(block)
+    def refuse(start: int, size: int, advice: int | None) -> bool:
+        asked.append(start)
         return False
 
-    monkeypatch.setattr(pages, "populate", refuse)
+    monkeypatch.setattr(pages, "_advise", refuse)
     ahead = PagesAhead(torch.empty((500_000, 4)))
     for block in (0, 400_000):
         ahead.used(block)
@@ -92,11 +92,11 @@ def test_a_system_that_cannot_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_interpreter_is_not_taken_down_under_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What it has torch do would end the process by SIGABRT, once it wants the interpreter's lock back."""
+    """Native code that wants the lock of an interpreter that is gone ends the process, if it is C++, by SIGABRT."""
     go_on = threading.Event()
     monkeypatch.setattr(threads, "_named", set())
     monkeypatch.setattr(threads, "_under_way", set())
-    monkeypatch.setattr(pages, "populate", lambda block: go_on.wait())
+    monkeypatch.setattr(pages, "_advise", lambda start, size, advice: go_on.wait())
     ahead = PagesAhead(torch.empty((100, 4)))
     ahead.used(0)
     assert threads.left_behind()

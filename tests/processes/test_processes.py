@@ -224,6 +224,10 @@ def test_operators_watch_all_processes(several: Server) -> None:
                 name = value
 
     async def watch(client: httpx.AsyncClient) -> None:
+        async with contextlib.aclosing(events(client, "details")) as details:
+            async for shown in details:  # the server is ready before all of its engines are
+                if [engine["state"] for engine in shown["engines"]] == ["ready", "ready"]:
+                    break
         endless = {"prompt": "a", "max_tokens": 100_000, "ignore_eos": True}
         streams = [asyncio.create_task(streamed(client, endless)) for _ in range(4)]
         metrics = await asyncio.to_thread(several.metrics)
@@ -233,9 +237,6 @@ def test_operators_watch_all_processes(several: Server) -> None:
                     if sample["running"] == 4 and sample["generated"] > 0:
                         break
             assert sample["slots"] == sum(all_of(metrics, "bdh_state_slots{"))
-        async with contextlib.aclosing(events(client, "details")) as details:
-            shown = await anext(details)
-        assert [engine["state"] for engine in shown["engines"]] == ["ready", "ready"]
         for _ in range(4):
             response = await client.get("/watch/steps", params={"steps": 2, "seconds": 10})
             found = RecordedSteps.model_validate_json(response.content)
