@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from bdh_batch.kernels import simd, simd_state, vector
+from bdh_batch.kernels import simd, simd_state, simd_terms as terms, vector
 from bdh_batch.kernels.cpu_layout import PANEL, Floats, Scratch, Shape, States, Work
 from bdh_batch.kernels.vector import LANES, compiled, inlined
 
@@ -64,7 +64,7 @@ def two_of(array: Floats, at: int) -> Any:
 @inlined
 def fold_pair(rows: Rows, at: int, width: int, scratch: Scratch, entry: int, x: int, y: int) -> None:
     """The two state rows of one pair of neurons, at `at`: what the token reads of them, and what it writes."""
-    q0, q1 = simd.spread(scratch.even, entry), simd.spread(scratch.odd, entry)
+    q0, q1 = terms.spread(scratch.even, entry), terms.spread(scratch.odd, entry)
     noise0, noise1 = simd_state.vary(rows.noise, at), simd_state.vary(rows.noise, at + width)
     twos, whole = width // PANEL * PANEL, width // LANES * LANES
     for i in range(0, twos, PANEL):
@@ -90,8 +90,8 @@ def fold_two_pairs(
 ) -> None:
     """As `fold_pair` of an entry and of the next one, but x and y move once. Prefetches `soon` and `later`, if ≥ 0."""
     twos = width // PANEL * PANEL
-    q0, q1 = simd.spread(scratch.even, entry), simd.spread(scratch.odd, entry)
-    q2, q3 = simd.spread(scratch.even, entry + 1), simd.spread(scratch.odd, entry + 1)
+    q0, q1 = terms.spread(scratch.even, entry), terms.spread(scratch.odd, entry)
+    q2, q3 = terms.spread(scratch.even, entry + 1), terms.spread(scratch.odd, entry + 1)
     noise0, noise1 = simd_state.vary(rows.noise, at), simd_state.vary(rows.noise, at + width)
     noise2, noise3 = simd_state.vary(rows.noise, then), simd_state.vary(rows.noise, then + width)
     for i in range(0, twos, PANEL):
@@ -164,7 +164,7 @@ def attend_token(
 @inlined
 def read_pair(rows: Rows, at: int, soon: int, width: int, scratch: Scratch, entry: int, y: int) -> None:
     """What the token reads of the two state rows of one pair of neurons, at `at`. Prefetches those at `soon`."""
-    q0, q1 = simd.spread(scratch.even, entry), simd.spread(scratch.odd, entry)
+    q0, q1 = terms.spread(scratch.even, entry), terms.spread(scratch.odd, entry)
     even, odd, soon = rows.start + at, rows.start + at + width, rows.start + soon
     twos, whole = width // PANEL * PANEL, width // LANES * LANES
     for i in range(0, twos, PANEL):

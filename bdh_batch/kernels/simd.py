@@ -62,17 +62,6 @@ def splat(context: Any, value: Any) -> Any:
 
 
 @intrinsic
-def spread(context: Any, array: Any, index: Any) -> Any:
-    """array[index] in every lane."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = address(context, builder, signature.args[0], args[0], args[1], FLOAT)
-        return broadcast(builder, builder.load(pointer))
-
-    return VECTOR(array, types.int64), generate
-
-
-@intrinsic
 def fma(context: Any, a: Any, b: Any, c: Any) -> Any:
     """a · b + c, rounded once."""
 
@@ -118,16 +107,6 @@ def nonzero(context: Any, vector: Any) -> Any:
         return builder.zext(builder.bitcast(bits, ir.IntType(16)), ir.IntType(64))
 
     return types.int64(VECTOR), generate
-
-
-@intrinsic
-def lowest_bit(context: Any, bits: Any) -> Any:
-    """The index of the lowest bit set in `bits`, which must not be 0."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.int64(types.int64), generate
 
 
 @inlined
