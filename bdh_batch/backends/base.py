@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol, runtime_checkable
 
-from bdh_batch.messages import Delta, GenerationRequest, Prompt, Text, Usage, Written
+from bdh_batch.messages import Delta, GenerationRequest, Prompt, Taker, Text, Usage, Written
 from bdh_batch.text.tokenizer import Tokenizer
 
 RawPrompt = tuple[str, Text | Sequence[int]]  # the request's field, and the prompt in it, which is not checked yet
 
 # Is called with the tokens that were generated, and the last delta of the first sequence that failed or was aborted.
 Ended = Callable[[int, Delta | None], None]
-
-# Is called with new deltas, on the event loop. Returns whether it took them: all, or none.
-Taker = Callable[[Sequence[tuple[int, Delta]]], bool]
 
 
 class Generation(Protocol):

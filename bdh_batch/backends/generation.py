@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
-from bdh_batch.backends.base import Ended, Taker
+from bdh_batch.backends.base import Ended
 from bdh_batch.engine.mailbox import Mailbox
-from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Usage
+from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Taker, Usage
 
 FAILED = (FinishReason.ABORT, FinishReason.ERROR)
 SLICE = 128  # sequences that are made at a time

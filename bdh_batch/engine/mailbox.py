@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
 
-from bdh_batch.messages import Delta, Gathering
+from bdh_batch.messages import Delta, Gathering, Taker
 
 BACKLOG = 64
 TURN = 256  # mailboxes whose deltas are offered before others have their turn on the event loop
-
-# Is called with deltas, oldest first. Returns whether it took them: all, or none.
-Taker = Callable[[Sequence[tuple[int, Delta]]], bool]
 
 
 class Deliveries:

@@ -14,7 +14,7 @@ from bdh_batch.messages.request import (
     Text,
     Written,
 )
-from bdh_batch.messages.response import UNKNOWN_TOKEN, Delta, FinishReason, Gathering, TokenLogprob, Usage
+from bdh_batch.messages.response import UNKNOWN_TOKEN, Delta, FinishReason, Gathering, Taker, TokenLogprob, Usage
 from bdh_batch.messages.sampling import NO_TOKENS, LogitBias, LogitsProcessors, SamplingParams, distinct
 from bdh_batch.messages.state import SavedState, StateLayout
 from bdh_batch.messages.step import Copy, Outcome, Plan, Segment
@@ -48,6 +48,7 @@ __all__ = [
     "SavedState",
     "Segment",
     "StateLayout",
+    "Taker",
     "Text",
     "TokenLogprob",
     "Usage",

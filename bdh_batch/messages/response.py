@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from io import StringIO
@@ -71,6 +71,10 @@ class Delta:
     def ends(self) -> int:
         """How many things have come to their end with it: a sequence, and the writing of its state."""
         return (self.finish_reason is not None) + (self.saved is not None or self.save_error is not None)
+
+
+# Is called on the event loop with new deltas, oldest first. Returns whether it took them: all, or none.
+Taker = Callable[[Sequence[tuple[int, Delta]]], bool]
 
 
 class Gathering:
