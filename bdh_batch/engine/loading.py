@@ -61,6 +61,7 @@ class LoadedEngine:
     states: StateIO | None = None  # reads and writes states
     copies: CopyLimits = WHOLE
     kernels: str = ""  # which compute, why, and with what arithmetic
+    prepare: Callable[[bool], bool] = lambda idle: False  # see `Worker`
 
 
 def load_engine(settings: Settings, path: Path) -> LoadedEngine:
@@ -111,7 +112,7 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     weights, grows = fingerprint(model.weights), device.type == "cpu"
     states = StateIO(pool, state_layout(pool, weights, window))
     copies = copy_limits(each, host_dtype) if grows else WHOLE
-    return LoadedEngine(model, runner, slots, host_slots, grows, weights, states, copies, reason)
+    return LoadedEngine(model, runner, slots, host_slots, grows, weights, states, copies, reason, pool.back_ahead)
 
 
 def given_by(model: ModelOptions) -> Given:
@@ -252,6 +253,7 @@ def start_worker(
         open_trace(chosen.trace_file),
         before,
         engine.states,
+        engine.prepare,
     )
 
 

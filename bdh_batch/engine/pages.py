@@ -1,33 +1,30 @@
 """Main memory for states: in huge pages where the kernel has them, backed before its first use, given back after it.
 
 The kernel gives fresh memory page by page as it is first written, which takes ten times as long as writing it: a state
-that begins in fresh memory would hold up a step. So a thread has the kernel back the next ones in advance.
+that begins in fresh memory would hold up a step. So the kernel is asked to back the next ones in advance, a huge page
+at a time, by the engine's own thread: a thread beside it is not interrupted while the kernel makes a huge page, and
+every parallel loop of a step would wait for that.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import math
 import mmap
-import os
 import re
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bdh_batch.system.threads import USUAL_STACK, start_daemon
-
 log = logging.getLogger(__name__)
 
 HUGE = 2**21  # bytes of a huge page
 MADV_POPULATE_WRITE = 23  # Linux 5.14: backs pages, and leaves what they hold as it is
-AHEAD = 2**26  # bytes
+AHEAD = 2**28  # bytes, while the engine is idle
 LEAST_AHEAD, MOST_AHEAD = 2, 16  # blocks
 
 
@@ -80,57 +77,41 @@ def release(block: Tensor) -> bool:
 
 
 class PagesAhead:
-    """Backs the blocks of `blocks` [count, …], in main memory, some way ahead of the last one used.
-
-    Its thread calls nothing of torch: where the interpreter ends meanwhile, C++ in between would end the process.
-    """
+    """Backs the blocks of `blocks` [count, …], in main memory, some way ahead of the last one used."""
 
     def __init__(self, blocks: Tensor) -> None:
         assert blocks.is_contiguous()
         self._blocks = blocks  # holds the memory
-        self._address, self._size = blocks.data_ptr(), blocks[0].nbytes if len(blocks) else 1  # of the first one
-        self._count = len(blocks)
+        self._size = blocks[0].nbytes if len(blocks) else 1  # of the first one
         self._ahead = max(LEAST_AHEAD, min(MOST_AHEAD, AHEAD // self._size))
-        self._wanted = 0  # blocks before it should be backed
-        self._backed = 0
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._used = 0  # blocks
+        self._backed = 0  # bytes
 
     def begin(self) -> None:
-        """Backs the first blocks, and returns when that is done. Before anything is used."""
-        self._wanted = min(self._count, self._ahead)
-        while self._backed < self._wanted and self._back(self._backed):
-            self._backed += 1
+        """Backs the first blocks. Before anything is used."""
+        while self._back(LEAST_AHEAD):
+            pass
 
     def used(self, block: int) -> None:
-        """`block` is about to be written. Does not wait for anything."""
-        if block + self._ahead <= self._wanted or self._wanted == self._count:
-            return
-        with self._lock:
-            # Some way further than is needed now, so that a thread has something to do for its start.
-            self._wanted = min(self._count, block + 2 * self._ahead)
-            if self._thread is None:
-                self._thread = start_daemon(self._work, "bdh-pages", USUAL_STACK)
+        """`block` is about to be written."""
+        if block >= self._used:
+            self._used = block + 1
+            self._backed = max(self._backed, self._used * self._size)
 
-    def _work(self) -> None:
-        _give_way()
-        while True:
-            with self._lock:
-                if self._backed >= self._wanted:
-                    self._thread = None
-                    return
-                block, self._backed = self._backed, self._backed + 1
-            if not self._back(block):
-                return  # and never again: the thread that ended stays
+    def back(self, idle: bool) -> bool:
+        """Backs a huge page more, or none if there is enough ahead: one block where a step waits for it, several
+        while the engine is idle. Whether it did."""
+        return self._back(self._ahead if idle else 1)
 
-    def _back(self, block: int) -> bool:
-        return _advise(self._address + block * self._size, self._size, MADV_POPULATE_WRITE)
-
-
-def _give_way() -> None:
-    """Has the calling thread run only on cores that nothing else wants: a step waits for the slowest of its threads."""
-    with contextlib.suppress(AttributeError, OSError):  # not Linux; or a sandbox forbids it
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    def _back(self, ahead: int) -> bool:
+        begin, end = self._backed, min(self._blocks.nbytes, (self._used + ahead) * self._size)
+        if begin >= end:
+            return False
+        self._backed = min(end, begin + HUGE)
+        if _advise(self._blocks.data_ptr() + begin, self._backed - begin, MADV_POPULATE_WRITE):
+            return True
+        self._backed = self._blocks.nbytes  # the system cannot: it is not asked again
+        return False
 
 
 def populate(block: Tensor) -> bool:

@@ -83,6 +83,11 @@ class StatePool:
             for block in self._transfer[:FIRST_TRANSFERS]:
                 pages.populate(block)
 
+    def back_ahead(self, idle: bool) -> bool:
+        """Has the system give states that are still to begin a little of their memory, if they lack it; with `idle`,
+        several of them. Whether there was something to do."""
+        return self._pages is not None and self._pages.back(idle)
+
     @staticmethod
     def shape_of(config: BDHConfig, window: int) -> tuple[int, ...]:
         """The shape of one state."""

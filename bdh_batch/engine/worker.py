@@ -85,6 +85,8 @@ class Worker:
         trace: where decisions are written to; the worker closes it.
         before: is called with every step before it is computed.
         states: reads and writes states; None where there are no transfer slots.
+        prepare: does a little of what later steps would wait for, in few milliseconds; is told whether the engine is
+            idle, and returns whether there was something to do.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Worker:
         trace: Trace | None = None,
         before: Callable[[Step], None] = lambda step: None,
         states: StateIO | None = None,
+        prepare: Callable[[bool], bool] = lambda idle: False,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -109,6 +112,7 @@ class Worker:
         self._failed_steps = failed_steps
         self._trace = trace
         self._before = before
+        self._prepare = prepare
         self._recordings = StepRecordings(scheduler)
         self._traffic = StateTraffic(scheduler, states, self._post_from_thread)
         self._inbox: list[Message] = []
@@ -269,6 +273,7 @@ class Worker:
             updates = self._compute(step)
             self._count()
             self._publish(updates)
+            self._prepare(False)
             self._progress = time.monotonic()
             self._traffic.settle()
         elif self._scheduler.has_work:
@@ -280,6 +285,8 @@ class Worker:
     def _take_inbox(self) -> list[Message]:
         """The messages that have come; waits for one when there is nothing else to do, or until memory has been idle
         for so long that it goes back to the system."""
+        while not (self._inbox or self._stopping or self._scheduler.has_work) and self._prepare(True):
+            self._progress = time.monotonic()
         with self._inbox_changed:
             while not (self._inbox or self._stopping or self._scheduler.has_work):
                 check_invariants(self._scheduler)

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import mmap
-import os
 import resource
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,6 @@ from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.engine import pages
 from bdh_batch.engine.pages import PagesAhead
 from bdh_batch.engine.state_pool import StatePool
-from bdh_batch.system import threads
 from tests.support import resident
 
 PAGES = 64  # of 4 KiB in a block
@@ -26,11 +23,6 @@ def faults() -> int:
     return resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
 
 
-def finish(ahead: PagesAhead) -> None:
-    if (thread := ahead._thread) is not None:
-        thread.join()
-
-
 def test_what_is_backed_ahead_is_written_without_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "AHEAD", 4 * PAGES * 4096)
     memory = mmap.mmap(-1, 200 * PAGES * 4096)  # pages that nothing has touched, as torch's need not be
@@ -39,32 +31,46 @@ def test_what_is_backed_ahead_is_written_without_a_fault(monkeypatch: pytest.Mon
     blocks[0] = 7.0
     ahead = PagesAhead(blocks)
     ahead.used(0)
-    finish(ahead)
+    while ahead.back(idle=True):
+        pass
     assert (blocks[0] == 7.0).all()
     before = faults()
-    blocks[1:8].fill_(1.0)
+    blocks[1:5].fill_(1.0)
     backed = faults() - before
     before = faults()
-    blocks[100:107].fill_(1.0)
+    blocks[100:104].fill_(1.0)
     assert backed < 20 < faults() - before
 
 
-def test_it_gives_way_to_what_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    policies: list[int] = []
+def test_it_backs_a_huge_page_at_a_time_the_next_block_first_and_more_when_idle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[int, int]] = []
 
     def advise(start: int, size: int, advice: int | None) -> bool:
-        policies.append(os.sched_getscheduler(0))
+        asked.append((start, size))
         return True
 
     monkeypatch.setattr(pages, "_advise", advise)
-    monkeypatch.setattr(pages, "AHEAD", 4 * PAGES * 4096)
-    ahead = PagesAhead(torch.empty((100, PAGES * 1024)))
+    blocks = torch.empty((100, 3 * 2**19))  # each of three huge pages
+    base = blocks.data_ptr()
+    ahead = PagesAhead(blocks)
     ahead.begin()
-    assert set(policies) == {os.sched_getscheduler(0)}  # the server waits for these
-    policies.clear()
-    ahead.used(10)
-    finish(ahead)
-    assert set(policies) == {os.SCHED_IDLE}
+    assert asked == [(base + at * pages.HUGE, pages.HUGE) for at in range(6)]  # two blocks
+    ahead.used(0)
+    assert not ahead.back(idle=False)
+    ahead.used(1)
+    asked.clear()
+    while ahead.back(idle=False):
+        pass
+    assert asked == [(base + at * pages.HUGE, pages.HUGE) for at in range(6, 9)]
+    while ahead.back(idle=True):
+        pass
+    assert sum(size for _, size in asked) == pages.MOST_AHEAD * blocks[0].nbytes
+    ahead.used(50)  # what lies before it is not backed any more: it is in use, or will be
+    asked.clear()
+    assert ahead.back(idle=True)
+    assert asked == [(base + 51 * 3 * pages.HUGE, pages.HUGE)]
 
 
 def test_it_goes_to_the_last_block_and_no_further() -> None:
@@ -72,8 +78,9 @@ def test_it_goes_to_the_last_block_and_no_further() -> None:
     ahead = PagesAhead(blocks)
     for block in (0, 4, 2):
         ahead.used(block)
-        finish(ahead)
-    assert (ahead._wanted, ahead._backed) == (5, 5)
+        while ahead.back(idle=True):
+            pass
+    assert (ahead._used, ahead._backed) == (5, blocks.nbytes)
 
 
 def test_a_system_that_cannot_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,22 +94,8 @@ def test_a_system_that_cannot_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> 
     ahead = PagesAhead(torch.empty((500_000, 4)))
     for block in (0, 400_000):
         ahead.used(block)
-        finish(ahead)
+        assert not ahead.back(idle=True)
     assert len(asked) == 1
-
-
-def test_the_interpreter_is_not_taken_down_under_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Native code that wants the lock of an interpreter that is gone ends the process, if it is C++, by SIGABRT."""
-    go_on = threading.Event()
-    monkeypatch.setattr(threads, "_named", set())
-    monkeypatch.setattr(threads, "_under_way", set())
-    monkeypatch.setattr(pages, "_advise", lambda start, size, advice: go_on.wait())
-    ahead = PagesAhead(torch.empty((100, 4)))
-    ahead.used(0)
-    assert threads.left_behind()
-    go_on.set()
-    finish(ahead)
-    assert not threads.left_behind()
 
 
 @pytest.mark.parametrize("huge", [True, False])
