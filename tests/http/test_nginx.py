@@ -180,7 +180,10 @@ def test_a_refusal_keeps_its_status_and_its_body(
     of_nginx = client.post(path, content=body, headers=headers)
     direct = backend.http.post(path, content=body, headers=headers)
     assert without_numbers(backend.error(of_nginx, status)) == without_numbers(backend.error(direct, status))
-    assert client.post("/v1/completions", json=SHORT).status_code == 200
+    # On a connection of its own: where nginx does not buffer bodies, it ends the connection of a client whose body it
+    # had not read whole when the response was there, and says nothing of it in the response.
+    with httpx.Client(base_url=client.base_url, headers=client.headers, timeout=HANG_SECONDS) as another:
+        assert another.post("/v1/completions", json=SHORT).status_code == 200
 
 
 def test_a_connection_to_nginx_is_kept(backend: Server, site: Site) -> None:
