@@ -34,7 +34,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -107,16 +107,17 @@ SYSTEMS = {
 
 @dataclass(frozen=True)
 class Mark:
-    """How far everything has come at a moment; times are seconds, those of the server's processes by their role.
+    """How far everything has come at a moment; times are seconds.
 
     Args:
         reads: of each stream.
+        server: of the server's processes that run, by their role and number.
     """
 
     at: float
     events: int
     reads: Sequence[int]
-    server: Mapping[str, float]
+    server: Mapping[tuple[str, int], float]
     client: float
 
 
@@ -127,7 +128,9 @@ class Crowd:
         self.streams = [EventCounter(self, request) for _ in range(size)]
         self._port = server.port
         process = psutil.Process(server.pid)
-        self._processes = [(role_of(each), each) for each in (process, *process.children(recursive=True))]
+        self._processes = [
+            (role, each) for each in (process, *process.children(recursive=True)) if (role := role_of(each)) is not None
+        ]
         self._unbegun = self._unended = size
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.all_began: Mark | None = None
@@ -158,18 +161,22 @@ class Crowd:
         return sum(content(b"".join(each.pieces[:reads]))[0] for each, reads in zip(self.streams, mark.reads))
 
     def _mark(self) -> Mark:
-        times: defaultdict[str, float] = defaultdict(float)
+        times: dict[tuple[str, int], float] = {}
         for role, process in self._processes:
-            used = process.cpu_times()
-            times[role] += used.user + used.system
+            with suppress(psutil.NoSuchProcess):  # a process that waited for work, and has ended
+                used = process.cpu_times()
+                times[role, process.pid] = used.user + used.system
         events = sum(stream.events for stream in self.streams)
         reads = [stream.reads for stream in self.streams]
         return Mark(time.perf_counter(), events, reads, times, time.process_time())
 
 
-def role_of(process: psutil.Process) -> str:
-    """ "front" or "engine" for a process of that kind; "server" for all others."""
-    command = process.cmdline()
+def role_of(process: psutil.Process) -> str | None:
+    """ "front" or "engine" for a process of that kind; "server" for all others; None for one that has ended."""
+    try:
+        command = process.cmdline()
+    except psutil.NoSuchProcess:
+        return None
     role = command[command.index(ROLE) + 1] if ROLE in command else ""
     return role.partition("-")[0] or "server"
 
@@ -241,7 +248,9 @@ async def turn(name: str, system: System, server: Served, streams: int, tokens: 
     if not counted:
         sys.exit(f"{name}: no time in which all streams were under way; ask for more tokens.")
     seconds, events = end.at - begin.at, end.events - begin.events
-    used = {role: 1e6 * (end.server[role] - begin.server[role]) / counted for role in end.server}
+    used: defaultdict[str, float] = defaultdict(float)
+    for process, until in end.server.items():
+        used[process[0]] += 1e6 * (until - begin.server[process]) / counted
     return {
         "events_per_second": events / seconds,
         "tokens_per_second": counted / seconds,
@@ -299,8 +308,7 @@ async def measure(
 
 def summary(found: Mapping[str, Sequence[Figures]]) -> dict[str, Any]:
     """Medians of rounds, two of them with their rounds; beside what others do, and what each parameter costs beside
-    plain
-    completions."""
+    plain completions."""
     medians = {
         name: {measure: round(statistics.median(each[measure] for each in rounds), 3) for measure in rounds[0]}
         for name, rounds in found.items()
