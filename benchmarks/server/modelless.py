@@ -38,10 +38,13 @@ class ModellessRunner:
     Args:
         crowd: sequences in a step that is fast; before so many have come, steps are slow, so that all begin together.
         ahead: steps that may be made before the event loop has come to those before them.
+        pace: seconds from one step to the next, at least.
     """
 
-    def __init__(self, crowd: int, ahead: int) -> None:
+    def __init__(self, crowd: int, ahead: int, pace: float = 0.0) -> None:
         self._crowd = crowd
+        self._pace = pace
+        self._due = 0.0  # the next step
         self._room = threading.Semaphore(ahead)
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -54,6 +57,9 @@ class ModellessRunner:
             self._loop.call_soon_threadsafe(self._make_room, self._loop)
         if len(plan.segments) < self._crowd:
             time.sleep(SLOW_SECONDS)
+        if self._pace:
+            self._due = max(self._due, time.monotonic()) + self._pace
+            time.sleep(self._due - time.monotonic())
         drawing = [(row, each) for row, each in enumerate(plan.segments) if each.sampling is not None]
         drawn: list[int | None] = [None] * len(plan.segments)
         logprobs = {}
@@ -91,6 +97,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--crowd", type=int, default=256, help="streams at the same time")
     parser.add_argument("--ahead", type=int, default=8, help="steps made before the event loop took those before them")
+    parser.add_argument(
+        "--pace", type=float, default=0.0, metavar="SECONDS", help="from one step to the next, at least"
+    )
     parser.add_argument("--workers", type=int, default=1, help="front ends")
     parser.add_argument("--replicas", type=int, help="engine processes; else it is in the server's process")
     parser.add_argument("--set", action="append", default=[], metavar="OPTION=VALUE")
@@ -107,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     overrides += [(option, value) for option, _, value in (text.partition("=") for text in chosen.set)]
     if chosen.replicas is not None:
         overrides += [("server.workers", str(chosen.workers)), ("engine.replicas", str(chosen.replicas))]
-    runner = ModellessRunner(chosen.crowd, chosen.ahead)
+    runner = ModellessRunner(chosen.crowd, chosen.ahead, chosen.pace)
     resolved = settings.load(None, overrides)
     program = ("benchmarks.server.modelless",)
     ready = partial(follow, runner)

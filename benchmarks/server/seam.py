@@ -4,13 +4,14 @@
     python -m benchmarks.server.seam --rounds 1
 
 First with an engine that computes nothing, as in `frontend.py`: the server in one process, with its engine in another,
-and with two front ends before that. Figures are tokens a second, and microseconds of processor time that a token costs
-all processes of the server; what the seam costs is the difference. The clients need processor time, too, so tokens a
-second are those of all processes on the cores there are. What two front ends would bring with a core of its own for
-each process follows from processor time: the busiest process limits the rate, and that is one process against the
-larger of the engine and each of the front ends, which have half of the tokens each. Then the bundled model, over HTTP,
-with the engine in the server's process and in its own: tokens a second of so many streams. Systems take turns. Writes
-`seam.json`.
+and with two front ends before that. Once as fast as the processes can, where several tokens go out in one event, and
+once `in step`, with so many steps a second that each token has an event of its own. Figures are tokens a second, and
+microseconds of processor time that a token costs all processes of the server; what the seam costs is the difference.
+The clients need processor time, too, so tokens a second are those of all processes on the cores there are. What two
+front ends would bring with a core of its own for each process follows from processor time: the busiest process limits
+the rate, and that is one process against the larger of the engine and each of the front ends, which have half of the
+tokens each. Then the bundled model, over HTTP, with the engine in the server's process and in its own: tokens a second
+of so many streams. Systems take turns. Writes `seam.json`.
 """
 
 from __future__ import annotations
@@ -38,23 +39,27 @@ SYSTEMS = {
     "an engine process": ("--replicas", "1"),
     "two front ends": ("--replicas", "1", "--workers", "2"),
 }
+PACED = {f"{name}, in step": (*options, "--pace", "0.02") for name, options in SYSTEMS.items()}
 MODEL = {"one process": (), "an engine process": ("engine.replicas=1",)}
 RATIOS = (
     "tokens_ratio_to_one_process",
     "two_front_ends_ratio_with_a_core_each",
+    "two_front_ends_ratio_with_a_core_each_in_step",
     "bundled_model_ratio_to_one_process",
 )
 Figures = dict[str, float]
 
 
-async def computing_nothing(streams: int, tokens: int, rounds: int) -> dict[str, list[Figures]]:
+async def computing_nothing(
+    systems: Mapping[str, Sequence[str]], streams: int, tokens: int, rounds: int
+) -> dict[str, list[Figures]]:
     """One round more goes before those that count."""
-    found: dict[str, list[Figures]] = {name: [] for name in SYSTEMS}
+    found: dict[str, list[Figures]] = {name: [] for name in systems}
     crowd = ("--crowd", str(streams), "--ahead", str(AHEAD))
     with ExitStack() as stack:
         running = {
             name: stack.enter_context(served(module=("benchmarks.server.modelless", *crowd, *options)))
-            for name, options in SYSTEMS.items()
+            for name, options in systems.items()
         }
         for number in range(rounds + 1):
             for name, server in running.items():
@@ -89,19 +94,24 @@ def summary(nothing: Mapping[str, Sequence[Figures]], model: Mapping[str, Sequen
     tokens = {name: [each["tokens_per_second"] for each in rounds] for name, rounds in nothing.items()}
     costs = {name: [each["server_us_per_token"] for each in rounds] for name, rounds in nothing.items()}
     one, remote, two = SYSTEMS
-    busiest = [max(each["engine_us_per_token"], each["front_us_per_token"] / 2) for each in nothing[two]]
+    one_in_step, _, two_in_step = PACED
+    busiest = {
+        name: [max(each["engine_us_per_token"], each["front_us_per_token"] / 2) for each in nothing[name]]
+        for name in (two, two_in_step)
+    }
     return {
         "figures": {
             **{f"{name}: tokens/s": figure(rounds, "tokens/s", "higher") for name, rounds in tokens.items()},
             **{f"{name}: cost of a token": figure(rounds, "µs", "lower") for name, rounds in costs.items()},
-            f"{two}: busiest process": figure(busiest, "µs", "lower"),
+            **{f"{name}: busiest process": figure(rounds, "µs", "lower") for name, rounds in busiest.items()},
             **{f"{name}: bundled model": figure(rounds, "tokens/s", "higher") for name, rounds in model.items()},
         },
         "seam_us_per_token": round(
             statistics.median(there - here for here, there in zip(costs[one], costs[remote], strict=True)), 2
         ),
         "tokens_ratio_to_one_process": {name: asdict(ratio(tokens[name], tokens[one])) for name in (remote, two)},
-        "two_front_ends_ratio_with_a_core_each": asdict(ratio(costs[one], busiest)),
+        "two_front_ends_ratio_with_a_core_each": asdict(ratio(costs[one], busiest[two])),
+        "two_front_ends_ratio_with_a_core_each_in_step": asdict(ratio(costs[one_in_step], busiest[two_in_step])),
         "bundled_model_ratio_to_one_process": asdict(ratio(model[remote], model[one])),
     }
 
@@ -120,7 +130,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=results_folder())
     chosen = parser.parse_args(argv)
     head = report_head(["torch", "numba", "uvicorn", "uvloop", "msgspec"])
-    nothing = uvloop.run(computing_nothing(chosen.crowd, chosen.tokens, chosen.rounds))
+    nothing: dict[str, list[Figures]] = {}
+    for systems in (SYSTEMS, PACED):
+        nothing |= uvloop.run(computing_nothing(systems, chosen.crowd, chosen.tokens, chosen.rounds))
     model = uvloop.run(bundled_model(chosen.streams, chosen.model_tokens, chosen.rounds))
     report = {**head, **summary(nothing, model)}
     write_report(chosen.out / "seam.json", report)
