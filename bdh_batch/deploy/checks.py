@@ -88,19 +88,28 @@ def check_room(shares: Mapping[str, Share], nodes: Sequence[Mapping[str, float]]
     Raises:
         ConfigError: it has none.
     """
-    warnings = []
-    for kind, of in (("CPU", "cpus"), ("GPU", "gpus")):
-        there = sum(node.get(kind, 0.0) for node in nodes)
-        largest = max((node.get(kind, 0.0) for node in nodes), default=0.0)
-        for name, share in shares.items():
-            if getattr(share, of) > largest:
-                text = f"an engine of {name} takes {getattr(share, of):g} {kind}, and no node has more than {largest:g}"
-                raise ConfigError(f"{'engine.threads' if kind == 'CPU' else 'ray.gpus_per_engine'}: {text}")
-        least = sum(share.least * getattr(share, of) for share in shares.values())
-        most = sum(share.most * getattr(share, of) for share in shares.values())
-        if least > there:
-            text = f"the engines take {least:g} {kind} in all, and the cluster has {there:g}"
-            raise ConfigError(f"engine.replicas: {text}")
-        if most > there:
-            warnings.append(f"ray.max_replicas: so many engines take {most:g} {kind}, and the cluster has {there:g}")
-    return warnings
+    for name, share in shares.items():
+        for kind, option, each in (("CPU", "engine.threads", share.cpus), ("GPU", "ray.gpus_per_engine", share.gpus)):
+            largest = max((node.get(kind, 0.0) for node in nodes), default=0.0)
+            if each > largest:
+                text = f"an engine of {name} takes {each:g} {kind}, and no node has more than {largest:g}"
+                raise ConfigError(f"{option}: {text}")
+    least = [share for share in shares.values() for _ in range(share.least)]
+    if (placed := _placed(least, nodes)) < len(least):
+        raise ConfigError(f"engine.replicas: the cluster's nodes have room for {placed} of {len(least)} engines")
+    most = [share for share in shares.values() for _ in range(share.most)]
+    if (placed := _placed(most, nodes)) < len(most):
+        return [f"ray.max_replicas: the cluster's nodes have room for {placed} of {len(most)} engines"]
+    return []
+
+
+def _placed(engines: Sequence[Share], nodes: Sequence[Mapping[str, float]]) -> int:
+    """Returns how many engines, each of the size that its share has, find a node with room; large ones first."""
+    left = [[node.get("CPU", 0.0), node.get("GPU", 0.0)] for node in nodes]
+    placed = 0
+    for share in sorted(engines, key=lambda share: (share.gpus, share.cpus), reverse=True):
+        room = next((node for node in left if node[0] >= share.cpus and node[1] >= share.gpus), None)
+        if room is not None:
+            room[0], room[1] = room[0] - share.cpus, room[1] - share.gpus
+            placed += 1
+    return placed

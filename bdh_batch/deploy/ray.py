@@ -94,7 +94,7 @@ def _make_store(settings: Settings) -> None:
 
 
 def _deployment(kind: type, **options: Any) -> serve.Deployment:
-    return serve.deployment(**options, max_constructor_retry_count=TRIES)(kind)
+    return serve.deployment(**options, max_constructor_retry_count=TRIES, logging_config=QUIET)(kind)
 
 
 def _engine_deployment(model: ModelSettings, number: int, models: int, grace: float) -> serve.Deployment:

@@ -73,14 +73,16 @@ class Cluster:
     def until_engines(self, count: int) -> None:
         eventually(lambda: self.engines() == count, HANG_SECONDS, lambda: self.log)
 
-    def kill_one(self, deployment: str, among: Sequence[psutil.Process] | None = None) -> None:
-        """Kills a process of a deployment, which is known by the name that Ray gives it.
+    def kill_one(
+        self, deployment: str, among: Sequence[psutil.Process] | None = None, number: int = signal.SIGKILL
+    ) -> None:
+        """Sends a signal to a process of a deployment, which is known by the name that Ray gives it.
 
         Args:
             among: where it is looked for; None is where this server has started a cluster.
         """
         every = psutil.Process(self.process.pid).children(recursive=True) if among is None else among
-        next(each for each in every if f"bdh-batch:{deployment}" in " ".join(each.cmdline())).kill()
+        next(each for each in every if f"bdh-batch:{deployment}" in " ".join(each.cmdline())).send_signal(number)
 
     async def streams(self, count: int, tokens: int, begun: Callable[[], object] | None = None) -> list[Told]:
         """Streams of the official client, each with a prompt and a seed of its own.

@@ -208,14 +208,15 @@ def test_an_engine_gets_its_share() -> None:
 
 
 def test_a_cluster_without_room_is_refused() -> None:
-    two = [{"CPU": 4.0}, {"CPU": 2.0}]
+    two = [{"CPU": 5.0}, {"CPU": 3.0}]
     assert check_room({"m": Share(3, 3, 2, 0.0)}, two) == []
+    assert check_room({"m": Share(1, 1, 3, 0.0), "n": Share(1, 1, 5, 0.0)}, two) == []
     assert check_room({"m": Share(1, 9, 2, 0.0)}, two) == [
-        "ray.max_replicas: so many engines take 18 CPU, and the cluster has 6"
+        "ray.max_replicas: the cluster's nodes have room for 3 of 9 engines"
     ]
     for share, reason in (
-        (Share(4, 4, 2, 0.0), "engine.replicas: the engines take 8 CPU in all, and the cluster has 6"),
-        (Share(1, 1, 5, 0.0), "engine.threads: an engine of m takes 5 CPU, and no node has more than 4"),
+        (Share(4, 4, 2, 0.0), "engine.replicas: the cluster's nodes have room for 3 of 4 engines"),  # one CPU on each
+        (Share(1, 1, 6, 0.0), "engine.threads: an engine of m takes 6 CPU, and no node has more than 5"),
         (Share(1, 1, 1, 1.0), "ray.gpus_per_engine: an engine of m takes 1 GPU, and no node has more than 0"),
     ):
         with pytest.raises(ConfigError) as refused:

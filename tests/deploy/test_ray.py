@@ -55,6 +55,21 @@ async def test_streams_on_a_cluster_outlive_their_engine_and_its_end(tmp_path: P
     assert "Traceback" not in server.log
 
 
+def test_what_serve_run_builds_takes_options_and_needs_no_cluster(tmp_path: Path) -> None:
+    from bdh_batch.deploy.ray import app
+
+    config = tmp_path / "server.yaml"
+    config.write_text("engine: {replicas: 2, threads: 1}")
+    assert app({"config": str(config), "server.workers": "1"})
+    for given, named in (
+        ({"engine.none": "1"}, "engine.none"),
+        ({"config": str(tmp_path / "absent")}, "absent"),
+        ({"config": str(config), "server.uds": "/run/x"}, "server.uds"),
+    ):
+        with pytest.raises(ConfigError, match=named):
+            app(given)
+
+
 def test_where_it_cannot_listen_is_said_before_a_cluster_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     from bdh_batch.deploy import up
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,11 @@ async def test_engines_and_front_ends_are_killed(tmp_path: Path, capsys: pytest.
         assert texts(moved) == texts(undisturbed)
         report(capsys, "an engine of two is killed", undisturbed, moved)
         await asyncio.to_thread(server.until_engines, 2)
+
+        hung = await server.streams(STREAMS, TOKENS, begun=lambda: server.kill_one("engine-0", number=signal.SIGSTOP))
+        assert texts(hung) == texts(undisturbed)
+        report(capsys, "an engine of two hangs", undisturbed, hung)
+        await asyncio.to_thread(server.until_engines, 2)  # it has failed Ray's health check, and was replaced
 
         cut = await server.streams(STREAMS, TOKENS, begun=lambda: server.kill_one("front"))
         broken = [number for number, each in enumerate(cut) if each.broken]
