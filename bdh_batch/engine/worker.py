@@ -221,11 +221,11 @@ class Worker:
         """Where it `sheds` others for them, as many go as are too many now."""
         of, updates = self._scheduler, []
         if sheds:
-            tokens = of.backlog.tokens + sum(len(sequence.prompt) for sequence in sequences)
-            excess = self._admission.excess(len(of.backlog) + len(sequences), tokens, of.free)
+            tokens = of.stages.backlog.tokens + sum(len(sequence.prompt) for sequence in sequences)
+            excess = self._admission.excess(len(of.stages.backlog) + len(sequences), tokens, of.free)
             updates = of.shed(*excess, sequences[0].queue_key, self._made_room())
         of.submit(sequences)
-        self._admission.arrived(sequences, of.take_changes())
+        self._admission.arrived(sequences, of.stages.take_changes())
         if self._trace is not None:
             self._trace.submitted(sequences, time.monotonic())
         return updates
@@ -300,7 +300,7 @@ class Worker:
     def _count(self) -> None:
         """What waits, now that a plan has given out slots or a step has ended some."""
         of, now = self._scheduler, time.monotonic()
-        self._admission.update(of.take_changes(), of.free, of.counts.served, now, of.last_priority)
+        self._admission.update(of.stages.take_changes(), of.free, of.counts.served, now, of.last_priority)
 
     def _compute(self, step: Step) -> list[Update]:
         self._planned = step

@@ -6,6 +6,8 @@ One of a later priority is preempted at once. At the same priority a tenant give
 - otherwise with the one that began first, once its time slice is over, so that states are not moved to and fro.
   Sequences of one tenant take time slices in this way, too.
 
+A time slice passes with the steps that compute something of its sequence.
+
 Where there is no room for one more state, a tenant gives way that holds more of them, and the sequence that does loses
 its state. So it must have got on since it began with it, by a time slice and by more than the other one has lost.
 
@@ -70,7 +72,7 @@ class Preemption:
     def _is_over(self, sequence: Sequence, candidate: Sequence | None) -> bool:
         """Whether its time slice is; where it loses its state for `candidate`, whether it has got on enough."""
         if candidate is None:
-            return sequence.standing.since + sequence.standing.copying <= self.step - self.time_slice
+            return sequence.standing.steps >= self.time_slice
         again = candidate.pending if candidate.times.scheduled is not None else 0
         return len(sequence.generated) - sequence.standing.state_began >= max(self.time_slice, again)
 

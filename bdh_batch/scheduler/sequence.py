@@ -87,18 +87,28 @@ class Standing:
     account: Tenant = field(default_factory=Tenant)
     due: float = 0.0  # when its prompt should be computed, or when it had its last token, or was preempted
     since: int = 0  # the step from which on it has run, or has not
-    copying: int = 0  # of the steps since then, those in which it waited for copies
+    steps: int = 0  # since then, that computed something of it
     arrival: int = 0  # its number in the order of arrival
     served_at: float = 0.0  # when a step last computed something of it; before, when it arrived
     state_began: int = 0  # tokens generated before it was given its present state
     charged: int = 0  # tokens of the prompt that its tenant was charged for, or that were cached
 
-    def charge(self, prompt_tokens: int, latent: bool = False) -> None:
-        """Charges its tenant for so many tokens at the beginning of its prompt, each once. A `latent` step, which is
-        the last of them, costs what a generated token does."""
-        if (tokens := prompt_tokens - self.charged) > 0:
-            self.account.charge(*((0, tokens) if latent else (tokens, 0)))
-            self.charged = prompt_tokens
+    def computed(self, prompt_tokens: int, drawn: int, latent: bool, now: float) -> None:
+        """Charges its tenant for what a step has computed.
+
+        Args:
+            prompt_tokens: those at the beginning of its prompt that are in its state. Each is charged once.
+            drawn: tokens that were drawn.
+            latent: whether the last one of the prompt is a latent step, which costs what a drawn token does.
+            now: when the step had ended, in seconds.
+        """
+        tokens = max(0, prompt_tokens - self.charged)
+        self.charged += tokens
+        self.account.charge(*((0, tokens + drawn) if latent else (tokens, drawn)))
+        self.steps += 1
+        self.served_at = now
+        if drawn or latent:
+            self.due = now
 
 
 @dataclass(slots=True)
@@ -274,6 +284,14 @@ class Sequence:
         """Prepares for a lost state: prompt and generated tokens are computed again, with the same results."""
         self.computed, self.prefix.cuts, self.decoding = 0, [], None
         self.completion.restart()
+
+    def begin(self, now: float) -> None:
+        """It has been given a state, its first one or another one for one that was lost. What was `computed` of that
+        already costs its tenant nothing."""
+        self.standing.state_began = len(self.generated)
+        self.standing.charged = max(self.standing.charged, self.computed)
+        if self.times.scheduled is None:
+            self.times.scheduled = now
 
     def leave_slot(self) -> int:
         """Takes the slot from the sequence and returns it."""

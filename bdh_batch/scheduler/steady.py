@@ -1,31 +1,28 @@
-"""Remembers the segments of a step in which all that runs decodes. The next step is the same while nothing comes or
+"""Remembers the segments of a step in which all that runs decodes. The next step has the same while nothing comes or
 goes, as segments are kept up. Decides nothing."""
 
 from __future__ import annotations
 
 from bdh_batch.messages import Segment
-from bdh_batch.scheduler.groups import Groups
 from bdh_batch.scheduler.sequence import Sequence
-
-Streams = tuple[list[Segment], list[Sequence]]
 
 
 class Steady:
-    """The segments and sequences of a step that has all that runs, and nothing else."""
+    """The segments of the streams of a step."""
 
     def __init__(self) -> None:
-        self._changes = -1  # of what runs, when they were listed
-        self._streams: Streams | None = None
+        self._changes: int | None = None
+        self._segments: list[Segment] = []
 
-    def forget(self) -> None:
-        """Another step was planned: a sequence may begin to decode without coming or going."""
-        self._changes, self._streams = -1, None
+    def segments(self, streams: list[Sequence], changes: int | None) -> list[Segment]:
+        """Those of `streams`, not to be changed.
 
-    def streams(self, running: Groups) -> Streams | None:
-        """Those of what is `running`; None where a sequence does not decode."""
-        if self._changes != running.changes:
-            sequences = [*running]
-            segments = [sequence.decoding for sequence in sequences if sequence.decoding is not None]
-            self._streams = (segments, sequences) if len(segments) == len(sequences) else None
-            self._changes = running.changes if self._streams else -1
-        return self._streams
+        Args:
+            changes: how often a sequence came to run, or ceased to, where `streams` are all that run; None where they
+                are not, or where a sequence may become another segment's without coming or going.
+        """
+        if changes is None or changes != self._changes:
+            self._segments = [stream.decoding or stream.decode_segment() for stream in streams]
+            kept = changes is not None and all(stream.decoding is not None for stream in streams)
+            self._changes = changes if kept else None
+        return self._segments

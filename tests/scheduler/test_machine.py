@@ -268,7 +268,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         queue=st.tuples(st.integers(-1, 1), st.sampled_from("ab")),
     )
     def shed(self, count: int, tokens: int, queue: tuple[int, str]) -> None:
-        before = len(self.scheduler.backlog)
+        before = len(self.scheduler.stages.backlog)
         shed = self.scheduler.shed(count, tokens, queue, BROKEN)
         self.take(shed)
         freed = sum(len(sequence.prompt) for sequence, _ in shed)
@@ -304,10 +304,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         check_invariants(self.scheduler)
-        for sequence, change in self.scheduler.take_changes().items():
+        for sequence, change in self.scheduler.stages.take_changes().items():
             (self.waiting.add if change > 0 else self.waiting.remove)(sequence)
         assert self.waiting == {s for s in self.submitted if s.stage in WAITING and s.standing.arrival}
-        assert len(self.scheduler.backlog) == len(self.waiting)
+        assert len(self.scheduler.stages.backlog) == len(self.waiting)
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):

@@ -58,7 +58,7 @@ class Waiting:
         """The next one is scheduled, its prompt is computed, and it ends."""
         if (sequence := self.take()) is None:
             return None
-        sequence.standing.charge(len(sequence.prompt))
+        sequence.standing.computed(len(sequence.prompt), drawn=0, latent=False, now=0.0)
         sequence.standing.account.count(waiting=0, holding=-1)
         return sequence.id
 
@@ -127,7 +127,7 @@ class TestQueue:
     def test_a_tenant_is_charged_once_and_for_what_is_computed(self) -> None:
         standing = Standing(account=Tenant(weight=2.0), charged=10)  # the first ones were cached
         for computed, charged in ((20, 10), (50, 40), (30, 40), (50, 40)):  # in between, its state was lost
-            standing.charge(computed)
+            standing.computed(computed, drawn=0, latent=False, now=0.0)
             assert standing.account.virtual_time == charged / 2
 
     def test_who_worked_alone_is_in_nobodys_debt(self) -> None:
@@ -166,7 +166,7 @@ class Plain:
             return (
                 first if sequence.standing.aged else sequence.priority,
                 self.times[sequence.tenant],
-                sequence.standing.account.held,
+                sequence.standing.account.slots,
                 sequence.standing.due,
                 sequence.standing.arrival,
             )
@@ -227,8 +227,7 @@ class QueueMachine(RuleBasedStateMachine):
         sequence = self.under_way[which % len(self.under_way)]
         before = sequence.standing.charged
         sequence.computed = min(len(sequence.prompt), sequence.computed + tokens)
-        sequence.standing.charge(sequence.computed)
-        sequence.standing.account.charge(0, 1)
+        sequence.standing.computed(sequence.computed, drawn=1, latent=False, now=float(self.arrivals))
         self.plain.times[sequence.tenant] += sequence.standing.charged - before + 2
         if not (ends or comes_back):
             return
@@ -289,7 +288,7 @@ class TestManyTenants:
             return look
 
         scheduler, runner = Scheduler(1, 64, Policy(patience=30.0)), FakeRunner()
-        rankings: list[Any] = [scheduler._tenants._by_time, scheduler._ageing, *scheduler._queue._ranked]
+        rankings: list[Any] = [scheduler._tenants._by_time, scheduler.stages.ageing, *scheduler._queue._ranked]
         for ranking in rankings:
             ranking._key = counted(ranking._key)
         for number in range(20_000):
