@@ -19,6 +19,9 @@ class Guards:
     least_share: float = 0.25  # of the time of a step without prompts, that prompts get after the streams before them
     least_width: int = 64  # streams in any step, if no prompt goes before them
     little: float = 0.1  # of a step's time: where a step costs more by itself, no stream is left out
+    exchanges: bool = True  # no more are preempted in a plan than keeps every time slice whole
+    again: bool = True  # who loses its state has got further with it than the other one has to compute again
+    later_apart: bool = True  # swapped sequences of a later priority do not count against `max_running`
 
 
 @dataclass(frozen=True, slots=True)

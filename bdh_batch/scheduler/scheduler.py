@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import partial
 from itertools import count
+from math import inf
 
 from bdh_batch.errors import BDHError, GenerationFailed
 from bdh_batch.messages import Delta, Outcome
@@ -182,8 +183,8 @@ class Scheduler:
 
     def _give_slots(self, now: float) -> None:
         """Gives slots to waiting sequences, in the order of their ranks."""
-        exchanges = max(1, self.size.width // self.policy.time_slice)
-        preemption = Preemption(self.running, self._first, self.policy.time_slice, self.counts.steps, exchanges)
+        exchanges = max(1, self.size.width // (self.policy.time_slice if self.policy.guards.exchanges else 1))
+        preemption = Preemption(self.running, self._first, self.policy, self.counts.steps, exchanges)
         waiters = 0
         while waiters < PREFIX_WAITERS and (found := self._next(preemption)) is not None:
             candidate, victim = found
@@ -210,7 +211,7 @@ class Scheduler:
         """Whether as many hold a state as may. Swapped ones of a later priority do not keep it out."""
         if len(self.running) + len(self.swapped) < self.max_running:
             return False  # as mostly
-        own = rank(candidate, self._first)[0]
+        own = rank(candidate, self._first)[0] if self.policy.guards.later_apart else inf
         swapped = sum(n for (priority, aged), n in self.swapped.priorities.items() if aged or priority <= own)
         return len(self.running) + swapped >= self.max_running
 
