@@ -38,10 +38,6 @@ from tests.launcher import Launcher, Process
 settings.register_profile("gate", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("gate")
 
-# Threads of OpenMP that have nothing to do sleep at once, here and in all programs that tests start: otherwise they
-# would spin for a while after each step, and take the cores from those that work. Read by the libraries when they load.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
 # Triton reads this when it is imported, for the whole process, and nothing has imported it yet: bdh-cq's dependencies
 # would. Kernels are compiled in a process of their own (`benchmarks/engine/gpu_compile.py`). Where there is a GPU, the
 # same tests run on it.
@@ -282,6 +278,7 @@ def serve(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Serve
         wait: bool = True,
         env: Mapping[str, str] | None = None,
         cutting: bool = False,  # the server must cut a client off at its end, and may say so in its log
+        whole_end: bool = False,  # the interpreter is taken down, too; with `cutting` and `afresh` always
         afresh: bool = False,
         inside: Sequence[object] = (),  # a command that becomes the server, in the environment that it makes
         verb: str = "serve",
@@ -304,7 +301,7 @@ def serve(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Serve
                     stderr=subprocess.STDOUT,
                 )
             else:
-                process = launcher.start(arguments, environment, output)
+                process = launcher.start(arguments, environment, output, brief_end=not (cutting or whole_end))
         server = Server(process, port, log)
         try:
             if wait:
@@ -393,7 +390,7 @@ def cli(launcher: Launcher) -> Cli:
                 timeout=START_SECONDS,
             )
         with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as problems:
-            code = launcher.start(arguments, environment, output, problems).wait(START_SECONDS)
+            code = launcher.start(arguments, environment, output, problems, brief_end=True).wait(START_SECONDS)
             for each in (output, problems):
                 each.seek(0)
             return subprocess.CompletedProcess(command(*arguments), code, output.read(), problems.read())

@@ -4,11 +4,15 @@ One process imports the whole package and forks for each program that a test sta
 in memory, and nothing else differs from `python -m bdh_batch`: arguments, environment, streams, signals and the way it
 ends are its own. The launcher computes nothing and starts no thread, so there is nothing that a fork could break.
 
+A program may end briefly: its threads, its exit handlers and its streams end as ever, but its memory is not taken apart
+before the process ends. The system would first have to copy that page by page, which takes longer than most commands.
+
 Linux and macOS only; `python -m tests.launcher DESCRIPTOR` is the launcher's own program.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
 import importlib
@@ -22,14 +26,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, NoReturn, Protocol
 
 ROOT = Path(__file__).parent.parent
 # What only some settings ask for, and imports an optional dependency.
 OPTIONAL = (
     "bdh_batch.__main__",
     "bdh_batch.client",
+    "bdh_batch.deploy.ray",
+    "bdh_batch.deploy.replicas",
+    "bdh_batch.deploy.up",
     "bdh_batch.kernels.cuda",
     "bdh_batch.kernels.triton_ops",
     "bdh_batch.llm.harness",
@@ -77,14 +85,15 @@ class Launcher:
         stdout: IO[Any],
         stderr: IO[Any] | None = None,
         module: str = "bdh_batch",
+        brief_end: bool = False,
     ) -> Process:
         """`python -m module` with `arguments`, in the root of the checkout, without an input."""
         ours, theirs = socket.socketpair()
         with theirs:
             descriptors = [theirs.fileno(), stdout.fileno(), (stderr or stdout).fileno()]
             socket.send_fds(self._control, [b"+"], descriptors)
-        program = {"module": module, "arguments": [str(each) for each in arguments], "env": dict(env)}
-        ours.sendall(json.dumps(program).encode() + b"\n")
+        program = Program(module, [str(each) for each in arguments], dict(env), brief_end)
+        ours.sendall(json.dumps(asdict(program)).encode() + b"\n")
         return Launched(number_from(ours), ours)
 
     def close(self) -> None:
@@ -147,8 +156,18 @@ class Launched:
         self.send_signal(signal.SIGKILL)
 
 
-def launch(control: socket.socket) -> str | None:
-    """Forks programs until nobody is at the other end of `control`. Gives a program its module, the launcher None."""
+@dataclass(frozen=True)
+class Program:
+    """What is run, and whether it ends briefly."""
+
+    module: str
+    arguments: list[str]
+    env: dict[str, str]
+    brief_end: bool
+
+
+def launch(control: socket.socket) -> Program | None:
+    """Forks programs until nobody is at the other end of `control`. Gives a program what it is, the launcher None."""
     woken, wakes = socket.socketpair()
     for each in (woken, wakes):
         each.setblocking(False)
@@ -168,13 +187,14 @@ def launch(control: socket.socket) -> str | None:
             break
         channel = socket.socket(fileno=descriptors[0])
         with channel.makefile("rb") as lines:
-            program = json.loads(lines.readline())
+            program = Program(**json.loads(lines.readline()))
         pid = os.fork()
         if not pid:
             signal.set_wakeup_fd(-1)
             for each in (control, woken, wakes, channel, *running.values()):
                 each.close()
-            return become(descriptors[1:], **program)
+            become(program, descriptors[1:])
+            return program
         for descriptor in descriptors[1:]:
             os.close(descriptor)
         channel.sendall(b"%d\n" % pid)
@@ -193,22 +213,42 @@ def report_ends(running: dict[int, socket.socket]) -> None:
                 channel.sendall(b"%d\n" % os.waitstatus_to_exitcode(status))
 
 
-def become(streams: Sequence[int], module: str, arguments: list[str], env: Mapping[str, str]) -> str:
-    """Makes this process what a fresh one would be, and returns the module that it has to run."""
+def become(program: Program, streams: Sequence[int]) -> None:
+    """Makes this process what a fresh one would be."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, descriptor in enumerate(streams, 1):
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.environ.clear()
-    os.environ.update(env)
-    sys.argv = [module, *arguments]
-    return module
+    os.environ.update(program.env)
+    sys.argv = [program.module, *program.arguments]
+
+
+def run(program: Program) -> None:
+    try:
+        runpy.run_module(program.module, run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        if program.brief_end and isinstance(ended.code, int):
+            end(ended.code)
+        raise
+
+
+def end(code: int) -> NoReturn:
+    """Ends this process as `sys.exit` does, but for what nobody outside of it sees."""
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for all threads that are no daemons
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def import_all() -> None:
     """Imports what the commands import sooner or later: most of it only in the function that needs it."""
     importlib.import_module("uvloop")
+    target = importlib.import_module("numba.core.registry").cpu_target
+    for context in (target.typing_context, target.target_context):
+        context.refresh()  # imports what Numba knows of types and functions, which the first kernel would wait for
     for file in sorted((ROOT / "bdh_batch").rglob("*.py")):
         name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
         if not name.startswith(OPTIONAL):
@@ -221,8 +261,8 @@ def main() -> None:
     assert threading.active_count() == 1
     gc.collect()
     gc.freeze()  # pages that a collection need not touch stay shared
-    if (module := launch(control)) is not None:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    if (program := launch(control)) is not None:
+        run(program)
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def connect(address: Address, backend: RemoteBackend, secret: str = SECRET, vers
     return Replica(address, version, secret, HEARTBEAT, backend.changed, backend.lost, lambda _: None)
 
 
-async def until(condition: object, within: float = 30.0) -> None:
+async def until(condition: object, within: float = 300.0) -> None:
     assert callable(condition)
     async with asyncio.timeout(within):
         while not condition():  # noqa: ASYNC110 - it waits for what other tasks and threads do

@@ -20,7 +20,7 @@ def forked_servers(launcher: Launcher) -> Iterator[None]:
     def start(program: Sequence[str], root: Path, output: IO[bytes]) -> Process:
         assert root == ROOT
         module, *arguments = program
-        return launcher.start(arguments, clean_environment(), output, module=module)
+        return launcher.start(arguments, clean_environment(), output, module=module, brief_end=True)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(served, "start", start)

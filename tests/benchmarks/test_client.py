@@ -72,7 +72,7 @@ async def test_a_response_that_is_not_whole_is_none(raw: bytes, error: str) -> N
 async def test_a_client_that_leaves_has_what_came_until_then() -> None:
     async with answering(chunked(TOKEN, end=False), close=False) as port:
         stream = await Client(f"http://127.0.0.1:{port}").send(prompt="a")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             while not stream.pieces:  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         found = await stream.leave()

@@ -168,10 +168,10 @@ async def test_a_front_end_shows_its_engines_to_who_watches_until_it_drains(monk
                 Stream(front.app, "POST", "/v1/completions", long),
             ]
             for each in streams:
-                assert (await asyncio.wait_for(each.sent.get(), 30))["status"] == 200
+                assert (await asyncio.wait_for(each.sent.get(), 300))["status"] == 200
             directory.drain()
             for each in streams:
-                await asyncio.wait_for(each.running, 30)
+                await asyncio.wait_for(each.running, 300)
             assert any(b"shutting down" in streams[1].sent.get_nowait()["body"] for _ in range(streams[1].sent.qsize()))
             assert front.idle()
             assert front.problem() is None

@@ -128,7 +128,7 @@ def forsaken(serve: ServeFactory, long_name: str) -> Iterator[Future[int]]:
 @pytest.mark.usefixtures("forsaken")  # which ends while these tests run
 def test_nothing_is_served_before_the_model_is_warm(serve: ServeFactory) -> None:
     """Warming computes a prefill chunk: a large one takes long enough to be seen."""
-    with serve("scheduler.prefill_tokens=512", "scheduler.max_running=8", wait=False) as server:
+    with serve("scheduler.prefill_tokens=512", "scheduler.max_running=8", wait=False, whole_end=True) as server:
         eventually(lambda: listens(server.port))
         response = server.http.get("/readyz")
         assert server.error(response, 503)["message"] == "the model is loading"
@@ -149,7 +149,7 @@ def listens(port: int) -> bool:
 
 
 def test_an_idle_server_ends_at_once(serve: ServeFactory) -> None:
-    with serve(NEVER, model=TINY) as server:
+    with serve(NEVER, model=TINY, whole_end=True) as server:
         assert server.complete(prompt="a", max_tokens=1)["usage"]["completion_tokens"] == 1
         server.terminate()
         assert server.exit_code() == 0
@@ -172,7 +172,7 @@ def frames(stream: RawStream) -> list[Any]:
 
 def test_a_drain_lets_streams_finish_and_takes_nothing_new(serve: ServeFactory) -> None:
     body: dict[str, Any] = {"prompt": "a", "max_tokens": 300, "seed": 3}
-    with serve(NEVER, "scheduler.max_running=4", model=TINY) as server, ThreadPoolExecutor(1) as pool:
+    with serve(NEVER, "scheduler.max_running=4", model=TINY, whole_end=True) as server, ThreadPoolExecutor(1) as pool:
         gate = server.raw(ENDLESS)  # keeps the drain open until it is closed here
         streams = [server.raw(body | {"stream": True}) for _ in range(5)]
         for stream in (gate, *streams[:2]):
@@ -202,7 +202,7 @@ def test_a_drain_lets_streams_finish_and_takes_nothing_new(serve: ServeFactory) 
 
 def test_a_drain_that_runs_out_of_time_ends_streams_with_an_error(serve: ServeFactory) -> None:
     with (
-        serve(model=TINY, env={"BDH_SERVER__DRAIN_SECONDS": "0.2"}) as server,
+        serve(model=TINY, env={"BDH_SERVER__DRAIN_SECONDS": "0.2"}, whole_end=True) as server,
         ThreadPoolExecutor(1) as pool,
     ):
         chat = {"messages": [{"role": "user", "content": "a"}], "max_tokens": 100_000, "stream": True}
@@ -227,7 +227,7 @@ def test_a_drain_that_runs_out_of_time_ends_streams_with_an_error(serve: ServeFa
 
 
 def test_a_second_signal_does_not_wait_for_the_drain(serve: ServeFactory) -> None:
-    with serve(NEVER, model=TINY) as server:
+    with serve(NEVER, model=TINY, whole_end=True) as server:
         stream = server.raw(ENDLESS)
         stream.read_until(b"data: ")
         begin_drain(server)

@@ -280,7 +280,7 @@ def test_what_the_server_ends_has_failed_and_its_readers_hear_of_it(serve: Serve
     with serve(*options, model=TINY) as server:
         begun = server.http.post(PATH, json=LONG).json()
         url = f"{server.url}{PATH}/{begun['id']}?stream=true"
-        with httpx.stream("GET", url, timeout=60) as reading:
+        with httpx.stream("GET", url, timeout=300) as reading:
             lines = reading.iter_lines()
             seen = [next(lines) + "\n"]
             server.terminate()

@@ -298,7 +298,7 @@ def test_only_who_asks_for_spans_or_grpc_loads_what_they_need() -> None:
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=300,
     )
     assert {"opentelemetry", "grpc", "tritonclient", "google.protobuf"}.isdisjoint(found.stdout.split())
 

@@ -167,7 +167,7 @@ class TestFiles:
     def test_another_process_remembers_a_completion(self, narrow: Server) -> None:
         ids = []
         for number in range(8):  # each on a connection of its own
-            response = httpx.post(f"{narrow.url}{COMPLETIONS}", json={"prompt": f"{number}", **GREEDY}, timeout=60)
+            response = httpx.post(f"{narrow.url}{COMPLETIONS}", json={"prompt": f"{number}", **GREEDY}, timeout=300)
             ids.append(response.headers["x-request-id"])
         assert [made(narrow, request=id)["tokens"] for id in ids] == [13] * 8
 

@@ -87,7 +87,7 @@ class Engine:
     async def says(self, request: GenerationRequest) -> list[Delta]:
         """All that a request gained."""
         generation = await self.backend.generate(request)
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(300):
             gained = [delta async for deltas in generation for _, delta in deltas]
         generation.abort()
         for delta in gained:
@@ -228,7 +228,7 @@ async def test_another_engine_goes_on_behind_what_was_received(known: int, updat
         mailbox = Mailbox()
         submission = await engine.backend.submit(request, mailbox, [Progress(expected[:known])])
         gained: list[int] = []
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(300):
             while len(gained) < TOKENS - known:
                 gained += [token for _, delta in await mailbox.take() for token in delta.tokens]
         submission.abandon()

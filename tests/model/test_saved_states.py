@@ -99,7 +99,7 @@ def request(prompt: Many[int], max_tokens: int = 20, seed: int = 3, **changes: A
 async def deltas_of(engine: Engine, asked: GenerationRequest) -> tuple[list[Delta], Many[int]]:
     """Returns all that a request gained, of all its sequences, and how many tokens of each were not computed."""
     generation = await engine.backend.generate(asked)
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(300):
         gained = [delta async for deltas in generation for _, delta in deltas]
     cached = generation.cached_tokens
     generation.abort()
@@ -120,7 +120,7 @@ async def save(engine: Engine, asked: GenerationRequest, path: Path) -> tuple[li
 
 
 async def rest(engine: Engine) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         while not engine.at_rest:  # noqa: ASYNC110 - what is waited for happens in a thread
             await asyncio.sleep(0.005)
 
@@ -291,7 +291,7 @@ async def test_an_engine_without_slots_for_files_says_so(tmp_path: Path) -> None
 async def test_an_engine_that_ends_says_what_was_not_saved(tmp_path: Path) -> None:
     engine = start()
     generation = await engine.backend.generate(request(TEXT, 1000, save_to=str(tmp_path / "state")))
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(300):
         engine.worker.close()
         gained = [delta async for deltas in generation for _, delta in deltas]
     assert gained[-1].ends == 2

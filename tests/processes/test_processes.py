@@ -64,7 +64,7 @@ def until_ready(server: Server) -> None:
                 return False
         return True
 
-    eventually(ready, 120, lambda: server.log)
+    eventually(ready, what=lambda: server.log)
 
 
 def children(supervisor: int, kind: str) -> list[int]:
@@ -319,10 +319,10 @@ class TestLosses:
             statuses.append(httpx.get(f"{several.url}/readyz", timeout=HANG_SECONDS).status_code)
             return len(re.findall(r"the process front-\d is ready", several.log)) == 3
 
-        eventually(is_back, 60, lambda: several.log)
+        eventually(is_back, what=lambda: several.log)
         assert set(statuses) == {200}
         until_ready(several)
-        several.until(lambda m: not any(v for k, v in m.items() if k.startswith("bdh_num_requests_running")), 60)
+        several.until(lambda m: not any(v for k, v in m.items() if k.startswith("bdh_num_requests_running")))
 
     def test_reload_fails_no_request(self, several: Server, cli: Cli, pid_file: Path) -> None:
         until_ready(several)

@@ -163,16 +163,16 @@ class TestAdd:
         )
         with ThreadPoolExecutor(1) as pool:
             try:
-                eventually(lambda: bool(web.of(path)), 60)
+                eventually(lambda: bool(web.of(path)))
                 ours = pool.submit(add, store, url, "mine", AddOptions(most_bytes=10**9))
-                eventually(lambda: "waiting for another process" in caplog.text, 60)
+                eventually(lambda: "waiting for another process" in caplog.text)
             finally:
                 if killed:
                     other.kill()
-                    other.wait(60)
+                    other.wait(300)
                 web.held[path].set()
-            assert ours.result(60).id == "mine"
-            assert other.wait(60) == (-signal.SIGKILL if killed else 0)
+            assert ours.result(300).id == "mine"
+            assert other.wait(300) == (-signal.SIGKILL if killed else 0)
         assert loads("mine")
         assert len(blobs(store)) == 2
         assert not any(store.downloads.iterdir())
@@ -184,7 +184,7 @@ class TestAdd:
         web.held[path] = threading.Event()
 
         def interrupt() -> None:
-            eventually(lambda: any(file.stat().st_size for file in store.downloads.glob("*/data")), 60)
+            eventually(lambda: any(file.stat().st_size for file in store.downloads.glob("*/data")))
             os.kill(os.getpid(), signal.SIGINT)  # the main thread's, which waits for the other half
 
         before = signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background ignore it
@@ -192,7 +192,7 @@ class TestAdd:
             with ThreadPoolExecutor(1) as pool:
                 interrupting = pool.submit(interrupt)
                 assert command_line.main(["model", "add", url, "--id", "mine"]) == 130
-                interrupting.result(60)
+                interrupting.result(300)
         finally:
             signal.signal(signal.SIGINT, before)
         assert capsys.readouterr().err.count("\n") == 1

@@ -121,11 +121,11 @@ def test_whatever_happens_at_once_the_models_stay_right(store: Store, model: Pat
         changes = [pool.submit(change, seed) for seed in range(2)]
         try:
             for each in changes:
-                each.result(120)
+                each.result(300)
         finally:
             done.set()
         for each in others:
-            each.result(60)
+            each.result(300)
     add(store, str(model), "a", AddOptions(most_bytes=10**9, replace=True))
     store.prune()
     assert not [problem for name in store.names() for problem in store.problems(store.read(name))]
@@ -170,9 +170,9 @@ class TestLocks:
         with ThreadPoolExecutor(1) as pool:
             with locked(folder):
                 waiting = pool.submit(wait)
-                eventually(lambda: "waiting for another process" in caplog.text, 60)
+                eventually(lambda: "waiting for another process" in caplog.text)
                 shutil.rmtree(folder)
-            assert waiting.result(60)
+            assert waiting.result(300)
 
     def test_what_is_not_there_is_not_free(self, tmp_path: Path) -> None:
         with locked_if_free(tmp_path / "none") as free:

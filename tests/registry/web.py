@@ -178,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = most < len(body) or not web.lengths
         if path in web.held:
             self.wfile.write(body[: most // 2])
-            web.held[path].wait(60)
+            web.held[path].wait(300)
             self.wfile.write(body[most // 2 : most])
         else:
             self.wfile.write(body[:most])

@@ -435,7 +435,7 @@ def run(script: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def test_a_full_disk_fails_one_write_and_no_more(tmp_path: Path) -> None:
-    said, _ = run(FULL_DISK, str(tmp_path)).communicate(timeout=60)
+    said, _ = run(FULL_DISK, str(tmp_path)).communicate(timeout=300)
     assert said.splitlines() == ["failed", "{'put': 1} ['after', 'before']"]
 
 
@@ -458,7 +458,7 @@ def test_the_temporary_folder_of_a_killed_server_is_removed_by_the_next() -> Non
     beside = temporary_folder(Chosen())
     assert left.is_dir(), "that of one that lives stays"
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     temporary_folder(Chosen()).remove()
     assert not left.exists()
     assert beside.path.is_dir()

@@ -239,7 +239,7 @@ async def test_a_client_that_leaves_closes_the_events() -> None:
 
     async with web(script) as fake, upstream(kind="gradio", url=fake.url) as gateway:
         await leave(await gateway.start(None, [QUESTION]))
-        await asyncio.wait_for(gone.wait(), 60)
+        await asyncio.wait_for(gone.wait(), 300)
 
 
 async def test_an_event_that_its_client_did_not_wait_for_is_followed_and_left() -> None:
@@ -259,11 +259,11 @@ async def test_an_event_that_its_client_did_not_wait_for_is_followed_and_left() 
 
     async with web(script) as fake, upstream(kind="gradio", url=fake.url) as gateway:
         generation = await gateway.start(None, [QUESTION])
-        await asyncio.wait_for(joined.wait(), 60)
+        await asyncio.wait_for(joined.wait(), 300)
         generation.abort()
         assert not followed.is_set()
         release.set()
-        await asyncio.wait_for(gone.wait(), 60)
+        await asyncio.wait_for(gone.wait(), 300)
     assert fake.asked[-1].path == "/gradio_api/call/chat/e-1"
 
 
@@ -277,6 +277,6 @@ async def test_an_app_that_never_begins_is_waited_for_no_longer_than_the_setting
 
     async with web(script) as fake, upstream(kind="gradio", url=fake.url, connect_seconds=0.1) as gateway:
         generation = await gateway.start(None, [QUESTION])
-        await asyncio.wait_for(asked.wait(), 60)
+        await asyncio.wait_for(asked.wait(), 300)
         generation.abort()
-        await asyncio.wait_for(gone.wait(), 60)
+        await asyncio.wait_for(gone.wait(), 300)

@@ -389,7 +389,7 @@ async def test_a_client_that_leaves_ends_the_request_at_the_upstream() -> None:
         gone.release()
 
     options: dict[str, Any] = {"kind": "openai", "max_requests": 1}  # and two connections
-    async with web(script) as fake, upstream(url=fake.url, **options) as gateway, asyncio.timeout(60):
+    async with web(script) as fake, upstream(url=fake.url, **options) as gateway, asyncio.timeout(300):
         for _ in range(4):
             await leave(await gateway.start())
             await gone.acquire()
