@@ -65,6 +65,21 @@ def as_user(server: Server, key: str, path: str, body: dict[str, Any]) -> httpx.
     return httpx.post(f"{server.url}{path}", json=body, headers=headers, timeout=HANG_SECONDS)
 
 
+def test_one_that_cannot_be_loaded_harms_no_other(models: Server) -> None:
+    """The first test here: what fails is tried again now and then, each time by a process that imports torch."""
+    until(models, "damaged", "failed")
+    for name in ("broken", "damaged"):
+        error = models.refusal({"model": name, "prompt": "a"}, status=503)
+        assert error["message"] == f"The model {name} could not be loaded. The server's log has the reason."
+    assert states(models)["broken"] == "failed"
+    assert models.http.get("/readyz").status_code == 200
+    assert "there is no model at /nowhere" in models.log
+    models.complete(model="tiny", prompt="a", max_tokens=2)
+    # An operator gives it up; else a process would be started for it again and again, to the end of these tests.
+    assert models.http.post("/models/unload", json={"model": "damaged"}).json() == {"success": True}
+    assert states(models)["damaged"] == "unloaded"
+
+
 def test_both_answer_at_once_as_each_does_alone(models: Server, odd: Server, tiny: Server) -> None:
     async def alone(client: httpx.AsyncClient, name: str) -> Any:
         return [await each(client, BODY | {"prompt": PROMPTS[name]}) for each in (whole, streamed)]
@@ -105,20 +120,6 @@ def test_what_is_said_of_each_is_its_own(models: Server) -> None:
     assert models.refusal({"model": "odd", "prompt": [1], "max_tokens": 50_001})["code"] == "context_length_exceeded"
     assert models.complete(prompt="none is named: the first", max_tokens=1)["model"] == "tiny"
     assert "'small'" in models.refusal({"model": "other", "prompt": "a"}, status=404)["message"]
-
-
-def test_one_that_cannot_be_loaded_harms_no_other(models: Server) -> None:
-    until(models, "damaged", "failed")  # it is tried again now and then
-    for name in ("broken", "damaged"):
-        error = models.refusal({"model": name, "prompt": "a"}, status=503)
-        assert error["message"] == f"The model {name} could not be loaded. The server's log has the reason."
-    assert states(models)["broken"] == "failed"
-    assert models.http.get("/readyz").status_code == 200
-    assert "there is no model at /nowhere" in models.log
-    models.complete(model="tiny", prompt="a", max_tokens=2)
-    # An operator gives it up; else a process would be started for it again and again, to the end of these tests.
-    assert models.http.post("/models/unload", json={"model": "damaged"}).json() == {"success": True}
-    assert states(models)["damaged"] == "unloaded"
 
 
 def test_one_on_demand_is_loaded_for_a_request_and_unloaded_when_idle(models: Server) -> None:
