@@ -55,6 +55,7 @@ HANG_SECONDS = 300.0
 START_SECONDS = 900.0  # where no cache holds the kernels yet, they are compiled first
 POLL_SECONDS = 0.01
 POLL_SHARE = 0.05  # of the time waited so far, until the next look
+SEVERAL = ("engine.replicas=", "models=", "server.workers=")  # options for which a server has several processes
 LONG_NAME = (
     "tiny-" + "x" * 4000
 )  # asked for under it, a response has frames of 4 KiB: few tokens fill a socket's buffers
@@ -279,6 +280,7 @@ def serve(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Serve
         env: Mapping[str, str] | None = None,
         cutting: bool = False,  # the server must cut a client off at its end, and may say so in its log
         whole_end: bool = False,  # the interpreter is taken down, too; with `cutting` and `afresh` always
+        forks: bool = True,  # the processes that it starts are forked, too
         afresh: bool = False,
         inside: Sequence[object] = (),  # a command that becomes the server, in the environment that it makes
         verb: str = "serve",
@@ -301,7 +303,9 @@ def serve(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Serve
                     stderr=subprocess.STDOUT,
                 )
             else:
-                process = launcher.start(arguments, environment, output, brief_end=not (cutting or whole_end))
+                forks = forks and any(option.startswith(SEVERAL) for option in options)
+                brief = not (cutting or whole_end)
+                process = launcher.start(arguments, environment, output, brief_end=brief, forks=forks)
         server = Server(process, port, log)
         try:
             if wait:

@@ -4,6 +4,9 @@ One process imports the whole package and forks for each program that a test sta
 in memory, and nothing else differs from `python -m bdh_batch`: arguments, environment, streams, signals and the way it
 ends are its own. The launcher computes nothing and starts no thread, so there is nothing that a fork could break.
 
+Where a program is a supervisor, the processes that it starts may be forked, too: from a launcher of its own, which is
+forked before the program begins. In all else they are what it starts, but not its children.
+
 A program may end briefly: its threads, its exit handlers and its streams end as ever, but its memory is not taken apart
 before the process ends. The system would first have to copy that page by page, which takes longer than most commands.
 
@@ -12,8 +15,10 @@ Linux and macOS only; `python -m tests.launcher DESCRIPTOR` is the launcher's ow
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import contextlib
+import fcntl
 import gc
 import importlib
 import json
@@ -31,6 +36,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn, Protocol
 
 ROOT = Path(__file__).parent.parent
+MOST_DESCRIPTORS = 16  # that a program is given
 # What only some settings ask for, and imports an optional dependency.
 OPTIONAL = (
     "bdh_batch.__main__",
@@ -86,19 +92,51 @@ class Launcher:
         stderr: IO[Any] | None = None,
         module: str = "bdh_batch",
         brief_end: bool = False,
+        forks: bool = False,
     ) -> Process:
-        """`python -m module` with `arguments`, in the root of the checkout, without an input."""
-        ours, theirs = socket.socketpair()
-        with theirs:
-            descriptors = [theirs.fileno(), stdout.fileno(), (stderr or stdout).fileno()]
-            socket.send_fds(self._control, [b"+"], descriptors)
-        program = Program(module, [str(each) for each in arguments], dict(env), brief_end)
-        ours.sendall(json.dumps(asdict(program)).encode() + b"\n")
-        return Launched(number_from(ours), ours)
+        """`python -m module` with `arguments`, in the root of the checkout, without an input.
+
+        Args:
+            brief_end: whether its memory is left to the system when it ends.
+            forks: whether processes that it starts are forked, too.
+        """
+        program = Program(module, [str(each) for each in arguments], dict(env), brief_end, forks)
+        return Launched(*order(self._control, program, [stdout.fileno(), (stderr or stdout).fileno()]))
 
     def close(self) -> None:
         self._control.close()
         self._process.wait()
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is run, and how: see `Launcher.start`.
+
+    Args:
+        passed: descriptors beside the standard streams, which keep their numbers.
+        name: that the system shows of its process; else it shows the launcher's.
+    """
+
+    module: str
+    arguments: list[str]
+    env: dict[str, str]
+    brief_end: bool
+    forks: bool = False
+    passed: Sequence[int] = ()
+    name: str = ""
+
+
+def order(control: socket.socket, program: Program, descriptors: Sequence[int]) -> tuple[int, socket.socket]:
+    """Has the launcher at `control` start a program. Returns its process, and what says how that ends.
+
+    Args:
+        descriptors: its standard output and errors, and those that are passed.
+    """
+    ours, theirs = socket.socketpair()
+    with theirs:
+        socket.send_fds(control, [b"+"], [theirs.fileno(), *descriptors])
+    ours.sendall(json.dumps(asdict(program)).encode() + b"\n")
+    return number_from(ours), ours
 
 
 def number_from(channel: socket.socket) -> int:
@@ -156,16 +194,6 @@ class Launched:
         self.send_signal(signal.SIGKILL)
 
 
-@dataclass(frozen=True)
-class Program:
-    """What is run, and whether it ends briefly."""
-
-    module: str
-    arguments: list[str]
-    env: dict[str, str]
-    brief_end: bool
-
-
 def launch(control: socket.socket) -> Program | None:
     """Forks programs until nobody is at the other end of `control`. Gives a program what it is, the launcher None."""
     woken, wakes = socket.socketpair()
@@ -182,7 +210,7 @@ def launch(control: socket.socket) -> Program | None:
             report_ends(running)
         if control not in ready:
             continue
-        asked, descriptors, _, _ = socket.recv_fds(control, 1, 3)
+        asked, descriptors, _, _ = socket.recv_fds(control, 1, MOST_DESCRIPTORS)
         if not asked:
             break
         channel = socket.socket(fileno=descriptors[0])
@@ -217,12 +245,67 @@ def become(program: Program, streams: Sequence[int]) -> None:
     """Makes this process what a fresh one would be."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number, descriptor in enumerate(streams, 1):
+    given = dict(zip([1, 2, *program.passed], streams, strict=True))
+    free = max([*given, *streams]) + 1  # from here on, no number is one of those that they are to have
+    high = {number: fcntl.fcntl(descriptor, fcntl.F_DUPFD, free) for number, descriptor in given.items()}
+    for descriptor in streams:
+        os.close(descriptor)
+    for number, descriptor in high.items():
         os.dup2(descriptor, number)
         os.close(descriptor)
+    if program.name:
+        os.setsid()
+        Path("/proc/self/comm").write_text(program.name)
     os.environ.clear()
     os.environ.update(program.env)
     sys.argv = [program.module, *program.arguments]
+
+
+class Forked:
+    """A process that a supervisor has started: what it uses of `asyncio.subprocess.Process`."""
+
+    def __init__(self, pid: int, channel: socket.socket) -> None:
+        self._process = Launched(pid, channel)
+        self._ended = asyncio.Event()
+        self._loop, self._descriptor = asyncio.get_running_loop(), channel.fileno()
+        self._loop.add_reader(self._descriptor, self._end)
+        self.pid = pid
+
+    def _end(self) -> None:
+        self._loop.remove_reader(self._descriptor)
+        self._process.poll()
+        self._ended.set()
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.returncode
+
+    async def wait(self) -> int:
+        await self._ended.wait()
+        return self._process.wait()
+
+    def send_signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+
+def fork_what_it_starts(program: Program) -> Program | None:
+    """Forks a launcher for the processes that `program` starts. Gives the program itself, and what that launcher starts;
+    None at that launcher's end."""
+    ours, theirs = socket.socketpair()
+    if not os.fork():
+        ours.close()
+        return launch(theirs)
+    theirs.close()
+
+    async def start(*command: str, pass_fds: Sequence[int], env: Mapping[str, str], start_new_session: bool) -> Forked:
+        python, option, module, *arguments = command
+        assert (python, option, start_new_session) == (sys.executable, "-m", True)
+        name = arguments[arguments.index("--process") + 1].partition(":")[0]
+        child = Program(module, arguments, dict(env), program.brief_end, False, [*pass_fds], name)
+        return Forked(*order(ours, child, [1, 2, *pass_fds]))
+
+    asyncio.create_subprocess_exec = start  # type: ignore[assignment]
+    return program
 
 
 def run(program: Program) -> None:
@@ -261,7 +344,10 @@ def main() -> None:
     assert threading.active_count() == 1
     gc.collect()
     gc.freeze()  # pages that a collection need not touch stay shared
-    if (program := launch(control)) is not None:
+    program = launch(control)
+    if program is not None and program.forks:
+        program = fork_what_it_starts(program)
+    if program is not None:
         run(program)
 
 

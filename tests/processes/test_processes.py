@@ -44,7 +44,7 @@ def pid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def several(serve: ServeFactory, pid_file: Path) -> Iterator[Server]:
     options = [f"engine.heartbeat_seconds={HEARTBEAT}", "server.workers=2", "engine.replicas=2", "engine.threads=1"]
     more = (f"server.pid_file={pid_file}", "telemetry.vllm_metrics=true")
-    with serve(*options, *more, model=TINY, cutting=True) as server:
+    with serve(*options, *more, model=TINY, cutting=True, forks=False) as server:
         until_ready(server)
         yield server
 
@@ -68,12 +68,14 @@ def until_ready(server: Server) -> None:
 
 
 def children(supervisor: int, kind: str) -> list[int]:
-    """Its processes of that kind."""
+    """Its processes of that kind, also those that it has from a launcher of its own."""
     found = []
     for pid in map(int, Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()):
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        words = [*Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"), Path(f"/proc/{pid}/comm").read_bytes()]
         if any(word.startswith(f"{kind}-".encode()) for word in words):
             found.append(pid)
+        elif b"tests.launcher" in words:
+            found += children(pid, kind)
     return found
 
 
