@@ -8,6 +8,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from bdh_batch.engine.strongest import on_device, on_host
 from bdh_batch.messages import Neurons, Segment
 
 WATCHED_BYTES = 16 * 2**20  # of activations in one step, at most: about 20 ms of a CPU to find the strongest
@@ -25,6 +26,7 @@ class NeuronView:
         self._layers, self._heads, self._neurons = layers, heads, neurons
         self._device = device
         self._order = None if order is None else order.to(device)
+        self._find = on_host if device.type == "cpu" else on_device
         self._memory = torch.empty(0, device=device)  # used by one step after the other
 
     def memory(self, tokens: int) -> Tensor:
@@ -42,20 +44,14 @@ class NeuronView:
             fired: [layers, W, heads, neurons], of the watched tokens of all `segments`, in their order.
         """
         watching = [(at, segment) for at, segment in enumerate(segments) if segment.watch]
-        flat = fired.flatten(2)
-        most = min(max(segment.watch for _, segment in watching), flat.shape[2])
-        values, strongest = flat.topk(most, dim=2)
-        if self._order is not None:
-            strongest = strongest - strongest % self._neurons + self._order[strongest % self._neurons]
-        active = flat.sign().mean(dim=2).T.contiguous().cpu().numpy()
-        by_token = strongest.to(torch.int32).transpose(0, 1).contiguous().cpu().numpy()
-        of_token = values.transpose(0, 1).contiguous().cpu().numpy()
+        most = min(max(segment.watch for _, segment in watching), self._heads * self._neurons)
+        active, numbers, values = self._find(fired, most, self._order)
         found: dict[int, list[Neurons]] = {}
         row = 0
         for at, segment in watching:
             top, neurons = segment.watch, []
             for token in segment.tokens[segment.watch_from :]:
-                packed = active[row].tobytes(), by_token[row, :, :top].tobytes(), of_token[row, :, :top].tobytes()
+                packed = active[row].tobytes(), numbers[row, :, :top].tobytes(), values[row, :, :top].tobytes()
                 neurons.append(Neurons(token, self._neurons, *packed))
                 row += 1
             found[at] = neurons

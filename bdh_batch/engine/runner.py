@@ -211,7 +211,7 @@ class Runner:
         sampling = SamplingParams(top_k=1, repetition_penalty=2.0, logit_bias=LogitBias.of({0: 1.0}))
         processors = LogitsProcessors.of(sampling, [0], distinct([0]), early=1)
         self.run(Plan([Segment(0, 0, [0] * chunk, sampling, processors)]))
-        self.run(Plan([Segment(0, chunk, [0], sampling, processors)]))
+        self.run(Plan([Segment(0, chunk, [0], sampling, processors, watch=1)], watches=True))
         if self._pool.vectors is not None:
             self.run(Plan([Segment(0, chunk + 1, [LATENT], sampling, processors)]))
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import islice
 
+import orjson
+
 from bdh_batch.http.responses.embeddings import normalised
 from bdh_batch.http.responses.logprobs import known
 from bdh_batch.http.responses.tokens import fired
@@ -102,16 +104,10 @@ def neurons(ended: Ended, tokenizer: Tokenizer) -> NeuronsRequestOutput:
 def _layers(entry: Neurons) -> list[LayerNeurons]:
     return [
         LayerNeurons(
-            _short(layer["active"]),
-            [Neuron(each["head"], each["neuron"], _short(each["value"])) for each in layer["strongest"]],
+            layer["active"], [Neuron(each["head"], each["neuron"], each["value"]) for each in layer["strongest"]]
         )
-        for layer in fired(entry)["layers"]
+        for layer in orjson.loads(fired(entry))["layers"]
     ]
-
-
-def _short(value: object) -> float:
-    """A float32 with as few digits as a response over HTTP has."""
-    return float(str(value))
 
 
 def _stop_reason(delta: Delta, request: GenerationRequest) -> int | str | None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
+import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from bdh_batch.checkpoint.checkpoint import load_model
+from bdh_batch.http.responses import tokens as shown
 from bdh_batch.kernels.base import RaggedBatch
 from bdh_batch.kernels.torch_reference import TorchKernels
+from bdh_batch.messages import Neurons
 
 if TYPE_CHECKING:
     from tests.conftest import ServeFactory, Server
@@ -262,3 +268,25 @@ def test_cross_from_an_engine_s_process_and_are_kept_with_a_response(narrow: Ser
     check(choice["neurons"], choice["token_ids"], [*b"kept"], 3)
     other = narrow.http.post(COMPLETIONS, json=asked | {"neurons": {"top": 2}})
     assert other.headers["x-cache"] == "miss"
+
+
+@hypothesis.given(st.lists(st.lists(st.floats(0, 100, width=32), min_size=3, max_size=3), min_size=1, max_size=4))
+def test_are_encoded_without_those_that_did_not_fire_and_in_few_digits(drawn: list[list[float]]) -> None:
+    values = -np.sort(-np.array(drawn, "<f4"), axis=1)
+    numbers = np.arange(values.size, dtype="<u4").reshape(values.shape) * 7
+    active = np.linspace(0.1, 0.3, len(values), dtype="<f4")
+    entry = Neurons(5, 4, active.tobytes(), numbers.tobytes(), values.tobytes())
+    assert json.loads(shown.fired(entry)) == {
+        "token_id": 5,
+        "layers": [
+            {
+                "active": float(str(share)),
+                "strongest": [
+                    {"head": number // 4, "neuron": number % 4, "value": float(str(value))}
+                    for number, value in zip(own.tolist(), row)
+                    if value > 0
+                ],
+            }
+            for share, own, row in zip(active, numbers, values)
+        ],
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from bdh_batch.checkpoint.checkpoint import Model, load_model
 from bdh_batch.engine.neurons import WATCHED_BYTES, NeuronView, most_watched
 from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_pool import StatePool
+from bdh_batch.engine.strongest import Found, on_device, on_host
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Neurons, Plan, Segment
@@ -53,6 +55,24 @@ def test_the_strongest_of_each_layer_are_found_for_each_segment() -> None:
             assert values[layer].tolist() == flat[layer].sort(descending=True).values[: values.shape[1]].tolist()
             assert values[layer].tolist() == flat[layer][numbers[layer].astype(int)].tolist()
             assert len(set(numbers[layer])) == values.shape[1]
+
+
+@pytest.mark.parametrize("find", [on_host, on_device])
+def test_the_strongest_have_the_numbers_of_their_order(find: Callable[..., Found]) -> None:
+    order = torch.tensor([3, 1, 0, 2])
+    fired = torch.tensor([[[[0.0, 5.0, 0.0, 2.0], [7.0, 0.5, 6.0, 1.0]]]])
+    active, numbers, values = find(fired, 3, order)
+    assert active.tolist() == [[0.75]]
+    assert numbers.tolist() == [[[7, 4, 1]]]
+    assert values.tolist() == [[[7.0, 6.0, 5.0]]]
+
+
+def test_of_equal_neurons_the_first_are_shown_and_what_is_no_number_is_not() -> None:
+    fired = torch.tensor([torch.nan, 1.0, 2.0, 1.0, 2.0, 1.0, torch.nan, 0.0]).view(1, 1, 2, 4)
+    active, numbers, values = on_host(fired, 4, None)
+    assert (active.tolist(), numbers.tolist(), values.tolist()) == ([[0.625]], [[[2, 4, 1, 3]]], [[[2, 2, 1, 1]]])
+    _, numbers, values = on_host(torch.full((1, 1, 1, 4), torch.nan), 2, None)
+    assert values.tolist() == [[[0, 0]]]
 
 
 def test_memory_is_used_again_and_bounded() -> None:

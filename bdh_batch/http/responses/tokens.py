@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import orjson
@@ -14,6 +13,7 @@ from bdh_batch.messages import Neurons
 from bdh_batch.text.tokenizer import Tokenizer
 
 CACHED_NAMES = 2**16  # names of tokens
+CACHED_FORMATS = 256  # of layers with so many neurons, of some kilobytes
 FLOAT, FLOATS = 4, orjson.OPT_SERIALIZE_NUMPY  # bytes of a float32; which is written in as few digits as it needs
 PIECE = 32  # tokens with their neurons, of which each may have some thousand
 
@@ -31,25 +31,32 @@ def tokenization(tokens: Sequence[int], max_model_len: int | None, tokenizer: To
 
 def neurons(entries: Sequence[Neurons]) -> list[bytes]:
     """Encodes the neurons of tokens as a list of JSON, in pieces."""
-    return one_list(orjson.dumps(list(map(fired, piece)), None, FLOATS) for piece in in_pieces(entries, PIECE))
+    return one_list(b"[%b]" % b",".join(map(fired, piece)) for piece in in_pieces(entries, PIECE))
 
 
-def fired(entry: Neurons) -> dict[str, Any]:
-    """The entry as a response has it, with numbers of numpy's."""
+def fired(entry: Neurons) -> bytes:
+    """The entry as a response has it: floats in as few digits as they need."""
     layers = len(entry.active) // FLOAT
-    values = np.frombuffer(entry.values, "<f4").reshape(layers, -1)
-    heads, numbers = np.divmod(np.frombuffer(entry.strongest, "<u4").reshape(layers, -1), entry.per_head)
-    counts = np.count_nonzero(values, axis=1).tolist()  # where fewer fired than were asked for, the rest is 0
-    return {
-        "token_id": entry.token,
-        "layers": [
-            {
-                "active": active,
-                "strongest": [
-                    {"head": head, "neuron": number, "value": value}
-                    for head, number, value in zip(heads[at, :count].tolist(), numbers[at].tolist(), values[at])
-                ],
-            }
-            for at, (active, count) in enumerate(zip(np.frombuffer(entry.active, "<f4"), counts))
-        ],
-    }
+    values = np.frombuffer(entry.values, "<f4")
+    counts = [len(values) // layers] * layers
+    numbers = np.frombuffer(entry.strongest, "<u4")
+    if not values.all():  # fewer fired in some layer than were asked for: the rest is 0
+        counts = np.count_nonzero(values.reshape(layers, -1), axis=1).tolist()
+        values, numbers = values[values != 0], numbers[values != 0]
+    heads = numbers // entry.per_head
+    parts: list[object] = [None] * (3 * len(values))
+    parts[::3], parts[1::3] = heads.tolist(), (numbers - heads * entry.per_head).tolist()
+    parts[2::3] = orjson.dumps(values, None, FLOATS)[1:-1].split(b",") if len(values) else []
+    active = orjson.dumps(np.frombuffer(entry.active, "<f4"), None, FLOATS)[1:-1].split(b",")
+    at = 0
+    for layer, count in enumerate(counts):
+        parts.insert(at, active[layer])
+        at += 1 + 3 * count
+    layers_format = b",".join(map(_layer_format, counts))
+    return b'{"token_id":%d,"layers":[%b]}' % (entry.token, layers_format % tuple(parts))
+
+
+@lru_cache(CACHED_FORMATS)
+def _layer_format(count: int) -> bytes:
+    """The format of a layer with so many neurons."""
+    return b'{"active":%%b,"strongest":[%b]}' % b",".join([b'{"head":%d,"neuron":%d,"value":%b}'] * count)
