@@ -23,8 +23,7 @@ from pydantic import BaseModel
 
 from bdh_batch import settings
 from bdh_batch.http.anthropic.bodies import CountTokensBody, MessagesBody
-from bdh_batch.http.docs import field_defaults
-from bdh_batch.http.docs.field_help import help_of
+from bdh_batch.http.docs.field_help import DEFAULTS as KNOWN, help_of
 from bdh_batch.http.docs.openapi import openapi
 from bdh_batch.http.request.sizes import MARK
 from bdh_batch.http.request.strict import Wire
@@ -76,7 +75,7 @@ ENDPOINTS = {
 }
 
 DEFAULTS: dict[str, str] = {
-    **{name: "`true`" if value is True else f"{value:g}" for name, value in field_defaults.DEFAULTS.items()},
+    **{name: "`true`" if value is True else f"{value:g}" for name, value in KNOWN.items()},
     "add_generation_prompt": "`true`",
     "best_of": "`n`",
     "ChatBody.add_special_tokens": "as the template",

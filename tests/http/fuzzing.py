@@ -43,6 +43,7 @@ CHECKS = [
 RESPONSE_SECONDS = 300.0  # a response that is not there by then is a hang
 WITHOUT_BODY = 5  # cases of an operation that has but its headers to vary, of each mode
 MOST_TOKENS = 4
+MOST_WAITED = 0.01  # seconds
 MOST_EVENTS = 1_000_000  # streams are read to their ends
 EVENT = "data: "
 RESPONSES = "/v1/responses"
@@ -213,6 +214,10 @@ def _brief(case: AnyCase) -> AnyCase:
         given = body.get("parameters")
         if given is None or isinstance(given, dict):
             body["parameters"] = {**(given or {}), "max_tokens": MOST_TOKENS}
+    if isinstance(
+        (query := case.query or {}).get("seconds"), int | float
+    ):  # that steps of an idle engine are waited for
+        query["seconds"] = min(query["seconds"], MOST_WAITED)
     return case
 
 

@@ -22,6 +22,7 @@ from bdh_batch.http.docs.endpoint import Endpoint
 from bdh_batch.http.docs.field_help import HELP, help_of
 from bdh_batch.http.docs.openapi import openapi
 from bdh_batch.http.docs.page import VIEWS
+from bdh_batch.http.docs.parameters import QUERY
 from bdh_batch.http.endpoints import ENDPOINTS
 from bdh_batch.http.gate import Gate
 from bdh_batch.http.kserve import responses as kserve
@@ -260,6 +261,22 @@ class TestDocument:
         assert validator("ChatBody", document()).is_valid(body) == fits
         response = tiny.http.post("/v1/chat/completions", json=body | {"max_tokens": 1})
         assert response.status_code == (200 if fits else 400), response.text
+
+
+class TestQueries:
+    @pytest.mark.parametrize("operation", [each for each in DOCUMENTED if each.query], ids=lambda each: str(each.id))
+    def test_bounds_are_those_of_the_server(self, tiny: Server, operation: Endpoint) -> None:
+        """What is wrong with a parameter is found before what it is asked of."""
+        least = {name: schema["minimum"] for name in operation.query if "minimum" in (schema := QUERY[name]["schema"])}
+        beyond = [({name: value - 1}, name) for name, value in least.items()]
+        beyond += [({name: most + 1}, name) for name in least if (most := QUERY[name]["schema"].get("maximum"))]
+        streams = {"stream": "true"} if "stream" in operation.query else {}
+        for wrong, at_fault in (({}, None), *beyond):
+            response = tiny.http.request(
+                operation.method, operation.path.replace("{id}", "none"), params=least | streams | wrong
+            )
+            param = response.json().get("error", {}).get("param")
+            assert param == at_fault if at_fault else param not in least, response.text
 
 
 class TestResponses:

@@ -1,9 +1,14 @@
-"""Descriptions of the fields of request bodies, for the OpenAPI document. A test holds that each of them is here.
+"""Descriptions of the fields of request bodies, for the OpenAPI document, and what those of generations stand for where
+they are left out. A test holds that each of them is here.
 
 A name means the same in every body that has it, but for those that are given with their body's.
 """
 
 from __future__ import annotations
+
+from bdh_batch.http.schema.requests import Defaults
+from bdh_batch.messages import SamplingParams
+from bdh_batch.settings import Generation
 
 HELP = {
     "add_generation_prompt": "Whether the prompt ends where the assistant's completion begins; true by default.",
@@ -199,7 +204,24 @@ HELP = {
     "user": "A label: accepted, and not used.",
 }
 
+BODIES = ("CompletionBody", "ChatBody", "ResponseBody", "MessagesBody")
+SERVED = ("max_tokens", "temperature", "top_p", "top_k")  # which the settings, or a model's folder, may set
+_SERVED, _DRAWN = Defaults(), SamplingParams()
+DEFAULTS: dict[str, float | bool] = {
+    **{name: getattr(_SERVED, name) for name in SERVED},
+    **{
+        name: getattr(_DRAWN, name) for name in ("frequency_penalty", "min_p", "presence_penalty", "repetition_penalty")
+    },
+    **{"min_tokens": 0, "n": 1, "priority": 0},
+    **{"skip_special_tokens": True, "update_latent_memory": True},
+}
+
 
 def help_of(owner: str, field: str) -> str:
     """Raises KeyError: nothing is known of it."""
     return HELP.get(f"{owner}.{field}") or HELP[field]
+
+
+def defaults(generation: Generation) -> dict[str, float | bool]:
+    """Defaults by the names of fields. Of those of `SERVED`, a folder's generation_config.json may say others."""
+    return DEFAULTS | generation.model_dump(include=set(SERVED), exclude_none=True)

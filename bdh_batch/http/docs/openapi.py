@@ -14,8 +14,8 @@ from pydantic.json_schema import GenerateJsonSchema, models_json_schema
 from bdh_batch import __version__
 from bdh_batch.http.auth.rates import HEADERS as RATE_HEADERS
 from bdh_batch.http.docs.endpoint import Endpoint
-from bdh_batch.http.docs.field_defaults import BODIES, defaults
-from bdh_batch.http.docs.field_help import help_of
+from bdh_batch.http.docs.field_help import BODIES, defaults, help_of
+from bdh_batch.http.docs.parameters import PARAMETERS, QUERY
 from bdh_batch.http.docs.response_types import Error
 from bdh_batch.http.endpoints import ENDPOINTS, TAGS, open_paths
 from bdh_batch.http.request.sizes import show_limits
@@ -98,75 +98,6 @@ HEADERS: Json = {
     "retry-after": {"description": "Seconds.", "schema": {"type": "integer", "minimum": 1}},
     "www-authenticate": _text_header("The authentication scheme.", const="Bearer"),
     **{name: _text_header("Where the caller stands, if it is limited.") for name in RATE_HEADERS},
-}
-PARAMETERS: Json = {
-    "x-request-id": {
-        "name": "x-request-id",
-        "in": "header",
-        "description": "Names the request, in the response and in the log; others are replaced.",
-        "schema": {"type": "string", "pattern": "^[\\x21-\\x7e]{1,128}$"},
-        "example": "my-request-1",
-    },
-    "x-request-timeout": {
-        "name": "x-request-timeout",
-        "in": "header",
-        "description": "Seconds within which the response has to be complete.",
-        "schema": {"type": "number", "exclusiveMinimum": 0, "maximum": 86400},
-        "example": 30,
-    },
-    "model": {
-        "name": "id",
-        "in": "path",
-        "required": True,
-        "description": "The name of a model.",
-        "schema": {"type": "string", "minLength": 1},
-        "example": "bdh-shakespeare",
-    },
-    "response": {
-        "name": "id",
-        "in": "path",
-        "required": True,
-        "description": "The id of a response.",
-        "schema": {"type": "string", "minLength": 1},
-        "example": "resp_0a2be8cf1f4b4c52a44dd7c9f0f5d1e4",
-    },
-    "state": {
-        "name": "id",
-        "in": "path",
-        "required": True,
-        "description": "The id of a state.",
-        "schema": {"type": "string", "minLength": 1},
-        "example": "st_0a2be8cf1f4b4c52a44dd7c9f0f5d1e4",
-    },
-    "version": {
-        "name": "version",
-        "in": "path",
-        "required": True,
-        "description": "The version of the model (kserve.model_version).",
-        "schema": {"type": "string", "minLength": 1},
-        "example": "1",
-    },
-}
-
-QUERY: Json = {
-    "model": {
-        "name": "model",
-        "in": "query",
-        "description": "The name of a model; the first one if left out.",
-        "schema": {"type": "string", "minLength": 1},
-        "example": "bdh-shakespeare",
-    },
-    **{
-        name: {
-            "name": name,
-            "in": "query",
-            "required": True,
-            "description": f"The number of the {name}, from 0.",
-            "schema": {"type": "integer", "minimum": 0},
-            "example": 0,
-        }
-        for name in ("layer", "head", "neuron")
-    },
 }
 
 

@@ -130,7 +130,7 @@ def _form(path: str, method: str, parameters: list[Json], body: Json | None) -> 
             f'<form hidden data-path="{escape(path)}" data-method="{method.upper()}">',
             *(
                 f'<p><label>{each["name"]} <input name="{each["name"]}" data-in="{each["in"]}" '
-                f'value="{escape(str(each["example"]))}"></label>'
+                f'value="{escape(str(each.get("example", "")))}"></label>'
                 for each in in_address
             ),
             '<div class="row">' if examples else "",

@@ -51,7 +51,8 @@ def responses() -> list[Endpoint]:
         Endpoint(
             *("listResponses", "responses.stored.list", "Responses", ROOT),
             *("The caller's stored responses, the newest first", ResponseList),
-            description="Without their texts. Pages: `limit` (1 to 100; 20), `after` (an id).",
+            description="Without their texts, in pages.",
+            query=("limit", "after"),
             errors=(404,),
         ),
         Endpoint(
@@ -64,7 +65,7 @@ def responses() -> list[Endpoint]:
         ),
         Endpoint(
             *("getResponse", "responses.stored.retrieve", "Responses", ONE, "A stored response", ResponseObject),
-            description="With `?stream=true`, the events of one in the background, behind `starting_after`.",
+            query=("stream", "starting_after"),
             event=ResponseEvent,
             last_event=last,
             errors=(404,),
@@ -90,7 +91,7 @@ def responses() -> list[Endpoint]:
         Endpoint(
             *("listInputItems", "responses.stored.input_items", "Responses", f"{ONE}/input_items"),
             *("The items that a response was made of", InputItemList),
-            description="Pages: `limit` (1 to 100; 20), `order` (asc or desc; desc), `after` (an id).",
+            query=("limit", "order", "after"),
             errors=(404,),
         ),
     ]

@@ -25,13 +25,14 @@ def states() -> list[Endpoint]:
         ),
         Endpoint(
             *("listStates", "states.list", "States", ROOT, "The caller's states, the newest first", StateList),
-            description="Pages: `limit` (1 to 100; 20), `after` (an id).",
+            query=("limit", "after"),
             errors=(404,),
         ),
         Endpoint(
             *("uploadState", "states.upload", "States", CONTENT, "Upload a state that was downloaded", StateObject),
             method="post",
-            description="`?model=` is its model, if not the one that the file names; `?ttl=` the seconds it is kept.",
+            description="Of the `model` that the file names, if no other one is named.",
+            query=("model", "ttl"),
             upload=FILE,
             errors=MODEL + WORK + FULL,
         ),

@@ -80,8 +80,8 @@ def watch() -> list[Endpoint]:
         ),
         Endpoint(
             *("getWatchSteps", "watch.steps", "Operation", "/watch/steps", "The next steps of a model", RecordedSteps),
-            description="Which sequences each step computes, who waits, and why; for operators' keys. `?model=` names "
-            "the model, `steps` (32) is how many are waited for, `seconds` (0.2) how long.",
+            description="Which sequences each step computes, who waits, and why; for operators' keys.",
+            query=("model", "steps", "seconds"),
             errors=(403, 404, 503),
             replies={"a step": {"model": "bdh-shakespeare", "engines": [{"process": "server", "steps": [STEP]}]}},
         ),
