@@ -18,7 +18,7 @@ from bdh_batch.http.auth.access import Admission
 from bdh_batch.http.auth.caller import Caller
 from bdh_batch.http.auth.keys import Key, KeyFile, new_key
 from bdh_batch.http.errors import RateLimited
-from bdh_batch.http.watch import feed as feeds
+from bdh_batch.http.watch import details, feed as feeds
 from bdh_batch.http.watch.details import tenants
 from bdh_batch.http.watch.feed import Feed
 from bdh_batch.http.watch.response_types import RecordedSteps, WatchHistory
@@ -249,15 +249,16 @@ class TestFeed:
 class TestDetails:
     def test_says_nothing_of_what_a_key_has_used_that_no_process_reports(self) -> None:
         class Keys:
-            def known_keys(self) -> list[Key]:
-                return [Key(sha256="0" * 64)]
+            def known_keys(self) -> dict[str, Key]:
+                return {key.id: key for key in (Key(sha256=f"{number:064x}"[::-1]) for number in range(100))}
 
             async def remaining(self, caller: Caller) -> dict[str, dict[str, int]]:
                 return {}
 
         feed = Feed()
         feed.tenants = {"busy": TenantFigures(0, 1, 2, 3)}
-        busy, idle = asyncio.run(tenants(cast(Admission, Keys()), feed))
+        busy, idle, *others = asyncio.run(tenants(cast(Admission, Keys()), feed))
+        assert len(others) == details.MOST - 2
         assert [busy[name] for name in ("tenant", "waiting", "requests")] == ["busy", 0, 1]
         assert [idle[name] for name in ("tenant", "waiting", "requests")] == ["0" * 16, None, None]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,9 +24,9 @@ class Admission:
         self._keys = keys
         self._rates = rates
 
-    def known_keys(self) -> list[Key]:
-        """The keys that are known now; none where none is asked for."""
-        return [] if self._keys is None else self._keys.known()
+    def known_keys(self) -> Mapping[str, Key]:
+        """The keys that are known now, by their ids; none where none is asked for."""
+        return {} if self._keys is None else self._keys.by_id
 
     async def remaining(self, caller: Caller) -> dict[str, dict[str, int]]:
         """What a caller has left of its limits."""

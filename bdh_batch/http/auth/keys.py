@@ -204,6 +204,7 @@ class KeyRing:
         self._file = None if path is None else KeyFile(path)
         self._stamp: object = None
         self._keys: dict[str, Key] = {}
+        self._by_id: dict[str, Key] = {}
         if self._file is not None:
             with contextlib.suppress(OSError):  # reading the file will say what is wrong with it
                 self._stamp = self._file.stamp()
@@ -221,9 +222,10 @@ class KeyRing:
         known = hmac.compare_digest(hashed, key.sha256 if key is not None else "0" * 64)
         return key if known else None
 
-    def known(self) -> list[Key]:
-        """All keys, as they are now."""
-        return [*self._keys.values()]
+    @property
+    def by_id(self) -> Mapping[str, Key]:
+        """All keys, as they are now. What is returned does not change when they do."""
+        return self._by_id
 
     def refresh(self) -> None:
         """Takes in the file if it has changed. A broken one leaves the keys as they are, and is reported once."""
@@ -262,6 +264,7 @@ class KeyRing:
         except ConfigError as error:
             raise ConfigError(f"auth.api_keys_file: {error}") from None
         self._keys = {key.sha256: key for key in (*self._fixed, *listed)}
+        self._by_id = {key.id: key for key in self._keys.values()}
 
 
 def new_key(sha256: str, name: str, rights: Mapping[str, object]) -> Key:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from heapq import nsmallest
+from itertools import islice
+
 from bdh_batch.http.auth.access import Admission
 from bdh_batch.http.auth.caller import by_key
 from bdh_batch.http.auth.keys import Key
@@ -29,15 +32,16 @@ async def details(gate: Gate, admission: Admission, feed: Feed) -> dict[str, obj
 
 
 async def tenants(admission: Admission, feed: Feed) -> list[Row]:
-    """Returns what each tenant uses, and what its key limits it to: those with most to do first."""
-    keys, used = {key.id: key for key in admission.known_keys()}, feed.tenants
+    """Returns what each tenant uses, and what its key limits it to: those with most to do first, then keys that have
+    used nothing. Of however many keys, it looks at few."""
+    keys, used = admission.known_keys(), feed.tenants
 
     def busy(label: str) -> tuple[int, int]:
-        figures = used.get(label, TenantFigures())
-        return -figures.waiting, -figures.prompt_tokens - figures.completion_tokens
+        return -used[label].waiting, -used[label].prompt_tokens - used[label].completion_tokens
 
-    labels = sorted({*used, *keys}, key=busy)[:MOST]
-    return [await _row(label, used.get(label), keys.get(label), admission) for label in labels]
+    busiest = nsmallest(MOST, used, key=busy)
+    idle = islice((id for id in keys if id not in used), MOST - len(busiest))
+    return [await _row(label, used.get(label), keys.get(label), admission) for label in (*busiest, *idle)]
 
 
 async def _row(label: str, used: TenantFigures | None, key: Key | None, admission: Admission) -> Row:
