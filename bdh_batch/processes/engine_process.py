@@ -14,10 +14,10 @@ from collections.abc import Callable
 from bdh_batch.engine.loading import load_engine
 from bdh_batch.processes.folder import RuntimeFolder
 from bdh_batch.processes.local_engine import LoadEngine
-from bdh_batch.processes.metrics_socket import report
 from bdh_batch.processes.model_settings import ModelSettings
+from bdh_batch.processes.others import answers_of
+from bdh_batch.processes.questions import answer
 from bdh_batch.processes.served_engine import ServedEngine
-from bdh_batch.processes.watch_socket import show
 
 log = logging.getLogger(__name__)
 
@@ -47,10 +47,8 @@ async def run_engine(
     folder.agree(engine.port.welcome.fingerprint)
     loop = asyncio.get_running_loop()
     server = await loop.create_unix_server(engine.port.new_connection, sock=folder.listen(name))
-    for path in (folder.metrics(name), folder.watch(name)):
-        path.unlink(missing_ok=True)
-    reporting = await report(engine.exposition, folder.metrics(name))
-    showing = await show(engine.watched, folder.watch(name))
+    folder.questions(name).unlink(missing_ok=True)
+    answering = await answer(folder.questions(name), answers_of(engine.exposition, engine.watched))
     watching = asyncio.create_task(_end_when_unhealthy(engine.backend.health))
     try:
         on_ready()
@@ -59,8 +57,7 @@ async def run_engine(
         await engine.leave(model.settings.server.drain_seconds)
     finally:
         server.close()
-        reporting.close()
-        showing.close()
+        answering.close()
         await engine.close()
 
 

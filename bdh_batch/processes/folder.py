@@ -107,37 +107,23 @@ class RuntimeFolder:
         """The file in which an engine records its current step."""
         return step_file(self.engine(name))
 
-    def metrics(self, name: str) -> Path:
-        """The socket at which a process reports its metrics."""
-        return self.path / f"{name}.metrics"
+    def questions(self, name: str) -> Path:
+        """The socket at which a process answers the others."""
+        return self.path / f"{name}.ask"
 
-    def recent(self, name: str) -> Path:
-        """The socket at which a front end is asked for recent completions."""
-        return self.path / f"{name}.recent"
-
-    def watch(self, name: str) -> Path:
-        """The socket at which a process is asked for what operators watch."""
-        return self.path / f"{name}.watch"
-
-    def watching(self) -> Mapping[str, Path]:
-        """The sockets at which processes are asked that, those of engines included, by the processes' names."""
-        return {path.stem: path for pattern in ("*.watch", "*/*.watch") for path in sorted(self.path.glob(pattern))}
+    def answering(self) -> Mapping[str, Path]:
+        """The sockets at which processes answer, those of engines included, by the processes' names."""
+        return {path.stem: path for pattern in ("*.ask", "*/*.ask") for path in sorted(self.path.glob(pattern))}
 
     def engines(self) -> Mapping[str, LocalAddress]:
         """The addresses of engines, by the engines' names. Raises OSError."""
         return {path.stem: LocalAddress(path) for path in sorted(self.path.glob("*.sock"))}
 
-    def reporting(self) -> Mapping[str, Path]:
-        """The sockets at which processes report their metrics, those of engines included, by the processes' names."""
-        return {path.stem: path for pattern in ("*.metrics", "*/*.metrics") for path in sorted(self.path.glob(pattern))}
-
     def forget(self, name: str) -> None:
         """Removes the files of a process of that name, which was killed or has ended."""
         self.engine(name).unlink(missing_ok=True)
         self.step(name).unlink(missing_ok=True)
-        self.metrics(name).unlink(missing_ok=True)
-        self.recent(name).unlink(missing_ok=True)
-        self.watch(name).unlink(missing_ok=True)
+        self.questions(name).unlink(missing_ok=True)
 
     def remove(self) -> None:
         """Deletes the folder. Idempotent."""

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from bdh_batch.processes.folder import RuntimeFolder
-from bdh_batch.processes.metrics_socket import read_all, report
 from bdh_batch.processes.model_settings import models_of
-from bdh_batch.processes.recent_socket import answer, ask
+from bdh_batch.processes.others import Others, answers_of
+from bdh_batch.processes.questions import answer
 from bdh_batch.processes.service import Service, run_until_signal
 from bdh_batch.processes.supervised_models import SupervisedModels
-from bdh_batch.processes.watch_socket import WatchSockets, show
 from bdh_batch.settings import Settings
-from bdh_batch.store.recent import Completion
 
 
 async def run_front_end(
@@ -27,7 +25,7 @@ async def run_front_end(
     """Serves until SIGTERM or SIGINT.
 
     Args:
-        name: of this process; the others find its metrics by it.
+        name: of this process; the others find its socket by it.
         accepts_early: see `Service`.
 
     Raises:
@@ -47,23 +45,13 @@ async def run_front_end(
         accepts_early,
     )
 
-    async def others() -> Mapping[str, bytes]:
-        """Returns the metrics of the engines and of the other front ends."""
-        return await read_all({other: path for other, path in folder.reporting().items() if other != name})
-
-    async def asked(owner: str, id: str) -> Completion | None:
-        """Returns what another front end remembers."""
-        return await ask([path for path in folder.path.glob("*.recent") if path != folder.recent(name)], owner, id)
-
-    service.metrics.join(name, others)
-    service.metrics.watched.join(name, WatchSockets(folder, name))
-    service.recent.join(asked)
-    reporting = await report(service.metrics.exposition, folder.metrics(name))
-    answering = await answer(service.recent, folder.recent(name))
-    showing = await show(service.metrics.watched, folder.watch(name))
+    others = Others(folder, name)
+    service.metrics.join(name, others.metrics)
+    service.metrics.watched.join(name, others)
+    service.recent.join(others.completion)
+    answers = answers_of(service.metrics.exposition, service.metrics.watched, service.recent)
+    answering = await answer(folder.questions(name), answers)
     try:
         await run_until_signal(service)
     finally:
-        reporting.close()
         answering.close()
-        showing.close()

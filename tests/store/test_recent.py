@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 from hypothesis import given, strategies as st
+from prometheus_client import CollectorRegistry
 
-from bdh_batch.processes.recent_socket import answer, ask
+from bdh_batch.observability.watched import Watched
+from bdh_batch.processes.folder import RuntimeFolder
+from bdh_batch.processes.others import Others, answers_of
+from bdh_batch.processes.questions import answer, ask
 from bdh_batch.store.recent import TOKEN_BYTES, Completion, Recent
 
 
@@ -43,18 +48,30 @@ def test_none_is_remembered_where_the_option_says_so() -> None:
 
 
 async def test_another_process_is_asked(tmp_path: Path) -> None:
-    theirs, mine = Recent(4), Recent(4)
+    folder, theirs, mine = RuntimeFolder(tmp_path), Recent(4), Recent(4)
     theirs.add("me", "a", completion(3))
-    sockets = [tmp_path / "theirs", tmp_path / "gone"]
-
-    async def asked(owner: str, id: str) -> Completion | None:
-        return await ask(sockets, owner, id)
-
-    mine.join(asked)
-    async with await answer(theirs, sockets[0]):
+    mine.join(Others(folder, "mine").completion)
+    folder.questions("gone").touch()
+    answers = answers_of(lambda: b"", Watched(CollectorRegistry()), theirs)
+    async with await answer(folder.questions("theirs"), answers), await answer(folder.questions("other"), {}):
         found = await mine.find("me", "a")
         assert found is not None
         assert (found.model, found.salt, found.tokens()) == ("model", "salt", array("i", [5, 5, 5, 7]))
         assert await mine.find("you", "a") is None
         assert await mine.find("me", "x" * 100_000) is None
     assert await mine.find("me", "a") is None
+
+
+async def test_an_answer_that_is_cut_short_is_none(tmp_path: Path) -> None:
+    async def half() -> AsyncIterator[bytes]:
+        yield b"half of it"
+        raise OSError("its process has ended")
+
+    async def whole() -> AsyncIterator[bytes]:
+        yield b"all"
+        yield b" of it"
+
+    sockets = {name: tmp_path / name for name in ("half", "whole")}
+    async with await answer(sockets["half"], {"it": half}), await answer(sockets["whole"], {"it": whole}):
+        assert await ask(sockets, 60, "it") == {"whole": b"all of it"}
+        assert await ask(sockets, 60, "something else") == {}

@@ -1,0 +1,100 @@
+"""What the processes of a server ask each other: their metrics, recent completions, and what operators watch."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from array import array
+from base64 import b64decode, b64encode
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+from bdh_batch.errors import Unavailable
+from bdh_batch.observability.figures import Figures
+from bdh_batch.observability.watched import StepRecord, Watched
+from bdh_batch.processes.folder import RuntimeFolder
+from bdh_batch.processes.questions import Answer, ask
+from bdh_batch.store.recent import Completion, Recent
+
+METRICS, COMPLETION, FIGURES, STEPS = "metrics", "completion", "figures", "steps"
+SECONDS = 2.0  # within which a process has to answer
+FIGURES_SECONDS = 1.0
+STEPS_SECONDS = 10.0  # within which recorded steps, some megabytes at most, have to be there once they are recorded
+
+
+def answers_of(exposition: Callable[[], bytes], watched: Watched, recent: Recent | None = None) -> dict[str, Answer]:
+    """What a process answers; only a front end has completions."""
+
+    async def metrics() -> AsyncIterator[bytes]:
+        yield exposition()
+
+    async def figures() -> AsyncIterator[bytes]:
+        yield watched.figures().dump()
+
+    async def completion(owner: str, id: str) -> AsyncIterator[bytes]:
+        if recent is not None and (found := recent.get(owner, id)) is not None:
+            yield _line([found.model, found.salt, b64encode(found.tokens().tobytes()).decode()])
+
+    async def steps(model: str, count: int, seconds: float) -> AsyncIterator[bytes]:
+        """Each step in a line of its own: no process encodes or parses many at once."""
+        try:
+            recorded = await watched.steps(model, count, seconds)
+        except Unavailable as error:
+            yield _line({"error": str(error), "retry_after": error.retry_after})
+            return
+        yield _line({"has_model": recorded is not None})
+        for step in recorded or ():
+            yield _line(step)
+            await asyncio.sleep(0)
+
+    return {METRICS: metrics, FIGURES: figures, COMPLETION: completion, STEPS: steps}
+
+
+class Others:
+    """The other processes of a server. Implements `observability.watched.OtherProcesses`.
+
+    Args:
+        name: of this process, which is not asked.
+    """
+
+    def __init__(self, folder: RuntimeFolder, name: str) -> None:
+        self._folder = folder
+        self._name = name
+
+    async def metrics(self) -> Mapping[str, bytes]:
+        """Returns the metrics of each, by its name."""
+        return await self._ask(SECONDS, METRICS)
+
+    async def completion(self, owner: str, id: str) -> Completion | None:
+        """Returns what another process remembers of a recent request."""
+        for answer in (await self._ask(SECONDS, COMPLETION, owner, id)).values():
+            model, salt, tokens = json.loads(answer)
+            return Completion(model, salt, array("i", b64decode(tokens)))
+        return None
+
+    async def figures(self) -> Mapping[str, Figures]:
+        return {name: Figures.load(each) for name, each in (await self._ask(FIGURES_SECONDS, FIGURES)).items()}
+
+    async def steps(self, model: str, count: int, seconds: float) -> Mapping[str, Sequence[StepRecord]]:
+        found = {}
+        for name, answer in (await self._ask(seconds + STEPS_SECONDS, STEPS, model, count, seconds)).items():
+            head, *lines = answer.splitlines()
+            known = json.loads(head)
+            if "error" in known:
+                raise Unavailable(known["error"], known["retry_after"])
+            if known["has_model"]:
+                found[name] = [await _parsed(line) for line in lines]
+        return found
+
+    async def _ask(self, seconds: float, *question: object) -> Mapping[str, bytes]:
+        sockets = {name: path for name, path in self._folder.answering().items() if name != self._name}
+        return await ask(sockets, seconds, *question)
+
+
+def _line(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode() + b"\n"
+
+
+async def _parsed(line: bytes) -> StepRecord:
+    await asyncio.sleep(0)
+    found: StepRecord = json.loads(line)
+    return found

@@ -1,0 +1,69 @@
+"""The processes of a server ask each other, at a socket that each has in the runtime folder.
+
+A question is a line of JSON, a list of its kind and its arguments. An answer is text, and ends with `END`: one that was
+cut short, as its process has ended, is none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+SECONDS = 2.0  # within which a question has to come, and each part of its answer be read
+LONGEST = 64 * 1024  # bytes of a question
+END = b"\0"
+
+Answer = Callable[..., AsyncIterator[bytes]]
+
+
+async def answer(path: Path, answers: Mapping[str, Answer]) -> asyncio.AbstractServer:
+    """Has other processes ask this one, at a new socket.
+
+    Args:
+        answers: by the kinds of questions, what returns the parts of an answer; what else is asked has none.
+    """
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError, ValueError, TimeoutError):  # whoever asked has left, or asked too much
+            async with asyncio.timeout(SECONDS):
+                kind, *arguments = json.loads(await reader.readline())
+            if kind in answers:
+                async for part in answers[kind](*arguments):
+                    writer.write(part)
+                    async with asyncio.timeout(SECONDS):
+                        await writer.drain()
+                writer.write(END)
+        writer.close()
+
+    return await asyncio.start_unix_server(serve, str(path), limit=LONGEST)
+
+
+async def ask(sockets: Mapping[str, Path], seconds: float, *question: Any) -> dict[str, bytes]:
+    """Returns what processes answer, by their names.
+
+    Args:
+        sockets: of the processes, by their names.
+        seconds: within which an answer has to be there; late ones are left out, as are empty ones.
+        question: its kind and its arguments.
+    """
+    line = json.dumps(question).encode() + b"\n"
+    answers = await asyncio.gather(*(_ask(path, seconds, line) for path in sockets.values()))
+    return {name: each for name, each in zip(sockets, answers, strict=True) if each}
+
+
+async def _ask(socket: Path, seconds: float, line: bytes) -> bytes:
+    try:
+        async with asyncio.timeout(seconds):
+            reader, writer = await asyncio.open_unix_connection(str(socket))
+            try:
+                writer.write(line)
+                answer = await reader.read()
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return b""
+    return answer[: -len(END)] if answer.endswith(END) else b""
