@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 MODELS = Path(__file__).parent.parent / "data" / "conformance"
 MARKUP = "<img/src=x/onerror=alert(1)>"
 LONG = {"prompt": "a", "max_tokens": 100_000, "ignore_eos": True, "stream": True, "model": "tiny"}
+SEEN = """(state) => {
+    Object.defineProperty(document, "visibilityState", { value: state, configurable: true });
+    document.dispatchEvent(new Event("visibilitychange"));
+}"""
 UNAUTHORIZED = ("Failed to load resource: the server responded with a status of 401",)
 
 
@@ -142,6 +146,28 @@ async def test_requests_that_have_one_id_are_each_shown(tiny: Server, open_page:
         await page.get_by_role("button", name="Record").click()
         for name, count in (("In this step", 2), ("Waiting", 3)):
             await expect(page.get_by_role("table", name=name).locator("tbody tr")).to_have_count(count)
+
+
+async def test_nothing_is_asked_for_while_nobody_sees_it(tiny: Server, open_page: OpenPage) -> None:
+    """A browser without a window shows all its tabs: whether they are seen is said for it."""
+    async with open_page(tiny, "#watch") as page:
+        await page.clock.install()
+        recorded = {"model": "tiny", "engines": [{"process": "server", "steps": [STEP]}]}
+        await page.route("**/watch/steps?*", lambda route: route.fulfill(json=recorded))
+        await expect(page.get_by_role("status").filter(has_text="Live")).to_be_visible()
+        await page.get_by_role("button", name="Follow").click()
+        await expect(page.get_by_role("table", name="In this step")).to_be_visible()
+        async with page.expect_event("requestfailed", lambda request: "watch/stream" in request.url):
+            await page.evaluate(SEEN, "hidden")
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        await page.clock.run_for(60_000)
+        assert asked == []
+        async with page.expect_request("**/watch/stream?since=*") as again:
+            await page.evaluate(SEEN, "visible")
+        assert float((await again.value).url.partition("since=")[2]) > 0
+        async with page.expect_request("**/watch/steps?*"):
+            await page.clock.run_for(2_000)
 
 
 async def test_fits_a_phone_and_has_no_serious_finding(tiny: Server, open_page: OpenPage) -> None:

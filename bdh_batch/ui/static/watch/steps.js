@@ -92,8 +92,8 @@ export class Steps {
   }
 
   async #next() {
-    const well = await this.#ask(1, SECONDS);
-    if (!well) return;
+    const seen = document.visibilityState === "visible";
+    if (seen && !(await this.#ask(1, SECONDS))) return;
     this.#following = setTimeout(() => this.#next(), FOLLOW_SECONDS * 1000);
   }
 

@@ -69,23 +69,36 @@ class Watch {
     const charts = h("div", { class: "charts" }, this.#charts.map((chart) => chart.element));
     element.append(head, h("div", { class: "panel" }, list, this.#totals), charts, this.#numbers, this.now.element, this.steps.element);
     context.keys.addEventListener("change", () => this.#restart());
+    document.addEventListener("visibilitychange", () => this.#attend());
     onThemeChange(this.#draw);
     new ResizeObserver(this.#draw).observe(charts);
   }
 
   show() {
     this.#visible = true;
-    if (this.#abort) return;
-    const abort = (this.#abort = new AbortController());
-    const path = () => `watch/stream?since=${this.#samples.time}`;
-    this.#context.api.follow(path, abort.signal, (event) => this.#took(event), (problem) => this.#lost(problem));
+    this.#attend();
+    this.#draw();
   }
 
   hide() {
     this.#visible = false;
+    this.#attend();
+    this.steps.stop();
+  }
+
+  /** Has the server send samples while somebody sees them. The first are those that came meanwhile. */
+  #attend() {
+    const seen = this.#visible && document.visibilityState === "visible";
+    if (seen && !this.#abort) this.#connect();
+    if (seen) return;
     this.#abort?.abort();
     this.#abort = null;
-    this.steps.stop();
+  }
+
+  #connect() {
+    const abort = (this.#abort = new AbortController());
+    const path = () => `watch/stream?since=${this.#samples.time}`;
+    this.#context.api.follow(path, abort.signal, (event) => this.#took(event), (problem) => this.#lost(problem));
   }
 
   /** Another key may see more, or less. */
