@@ -5,7 +5,7 @@ import { colour } from "../theme.js";
 import { MINUTES } from "./samples.js";
 
 const HEIGHT = 130;
-const LEFT = 44; // of the lines: room for numbers
+const LEFT = 54; // of the lines: room for numbers
 const BOTTOM = 18;
 const COLOURS = ["--accent", "--warn", "--bad"];
 const DASHES = [[], [6, 3], [2, 3]]; // told apart without their colours, too
