@@ -41,8 +41,8 @@ LONGEST_SHOWN = 100  # characters of an option that does not exist
 ENV_PREFIX, ENV_DELIMITER = "BDH_", "__"
 # What is given there is not repeated.
 SECRET = (
-    *("auth.api_keys", "rate_limiting.storage", "response_cache.storage", "store.encryption_key"),
-    *("telemetry.otlp_endpoint", "upstreams"),
+    *("auth.api_keys", "rate_limiting.storage", "response_cache.storage", "telemetry.otlp_endpoint", "upstreams"),
+    *("store.encryption_key", "store.states_url", "store.url"),
 )
 LISTS = {"models", "upstreams"}  # options that are lists of entries, beside the sections
 MAX_PRIORITY = 1000  # of a request, above 0 and below
@@ -93,6 +93,12 @@ def _storage(value: str) -> str:
     return value
 
 
+def _database(value: str) -> str:
+    if not value.startswith(("postgresql://", "postgresql+psycopg://")):
+        raise PydanticCustomError("database", "a URL as in postgresql://user@host:5432/name is expected")
+    return value
+
+
 def without_password(url: str) -> str:
     """'redis://:secret@host' to 'redis://***@host'; what follows a ? may hold one, too."""
     scheme, separator, rest = url.partition("?")[0].rpartition("://")
@@ -103,6 +109,8 @@ Bytes = Annotated[PositiveInt, BeforeValidator(parse_bytes)]
 Strings = Annotated[list[str], BeforeValidator(_parse_list)]
 Proxies = Annotated[list[Annotated[str, AfterValidator(_proxy)]], BeforeValidator(_parse_list)]
 Storage = Annotated[str, AfterValidator(_storage), PlainSerializer(without_password, str)]
+Database = Annotated[str, AfterValidator(_database), PlainSerializer(without_password, str)]
+ObjectStore = Annotated[str, Field(pattern="^[a-z0-9]+://."), PlainSerializer(without_password, str)]
 Collector = Annotated[AnyHttpUrl, PlainSerializer(lambda url: without_password(str(url)), str)]
 Weights = Annotated[
     dict[Annotated[str, Field(pattern="^[0-9a-f]{16}$")], Annotated[float, Field(ge=0.001, le=1000)]],
@@ -533,6 +541,22 @@ class Store(Section):
         None,
         description="Folder where they are stored, which several servers may share; null is a temporary one, in memory "
         "where /dev/shm has room for max_bytes, which is removed when the server ends.",
+    )
+    url: Database | None = Field(
+        None,
+        description="Database of records that several machines share, as in postgresql://user@host/name; null is "
+        "SQLite, in the folder.",
+    )
+    states_url: ObjectStore | None = Field(
+        None,
+        description="Object store in which the files of states are kept, as in s3://bucket/states; null is the folder.",
+    )
+    timeout_seconds: float = Field(
+        5.0,
+        ge=0.1,
+        le=60,
+        description="Seconds in which the database of url has to respond, four times as many for a file from or to "
+        "states_url; then nothing is stored until it responds again.",
     )
     max_records: PositiveInt = Field(10_000, description="Most responses and states; the least recently used go.")
     max_bytes: Bytes = Field(

@@ -48,7 +48,7 @@ LAW: dict[str, tuple[set[str], set[str]]] = {
     "ui": (set(), set()),
     "store": (
         {"errors", "messages", "backends", "settings", "system"},
-        {"cachetools", "cryptography", "msgspec", "redis"},
+        {"cachetools", "cryptography", "fsspec", "msgspec", "redis", "sqlalchemy"},
     ),
     "kserve": (
         SHARED | {"http", "observability", "settings"},

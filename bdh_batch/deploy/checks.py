@@ -43,8 +43,8 @@ def check(settings: Settings, models: Sequence[ModelSettings]) -> None:
         section, _, key = option.partition(".")
         if getattr(getattr(settings, section), key) is not None:
             raise ConfigError(f"{option}: {why}; leave it out")
-    if settings.server.workers > 1 and settings.store.path is None:
-        text = "each of several front ends (server.workers) would have a store of its own; set it to a folder"
+    if settings.server.workers > 1 and settings.store.path is None and settings.store.url is None:
+        text = "each of several front ends (server.workers) would have a store of its own; set it, or store.url"
         raise ConfigError(f"store.path: {text}")
     for model in models:
         where = f"models ({model.name}): " if settings.models else "engine."

@@ -23,7 +23,7 @@ from bdh_batch.processes.loaded_models import CannotLoad, LoadedModel, LoadedMod
 from bdh_batch.processes.model_settings import ModelSettings, models_of
 from bdh_batch.processes.placement import FreeCores, engine_roles
 from bdh_batch.settings import Settings
-from bdh_batch.store.opening import temporary_folder
+from bdh_batch.store.temporary import temporary_folder
 
 log = logging.getLogger(__name__)
 

@@ -1,15 +1,15 @@
 """What is remembered of conversations: responses, and states that begin others, each with whose it is and until when.
 
-Records and their tokens lie in a database (`database.py`), states in files beside it (`state_files.py`). Several
-processes may use one store at a time.
+Records and their tokens lie in a database (`database.py`), states in files (`state_files.py`). Several processes may
+use one store at a time; where both are shared, on several machines.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
-import sqlite3
 import time
 import uuid
 from collections import Counter
@@ -17,14 +17,17 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from bdh_batch.errors import StoreFailed
+from bdh_batch.store.calls import StoreCalls
 from bdh_batch.store.database import Database
+from bdh_batch.store.presence import Presence
 from bdh_batch.store.record import Record
 from bdh_batch.store.sealing import SealingFailed
 from bdh_batch.store.state_files import StateFile, StateFiles, finish
-from bdh_batch.system.threads import DaemonThreads
 
 __all__ = ["NewState", "Record", "StateFile", "Store"]
 
@@ -32,9 +35,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-TIDY_SECONDS = 60.0
-FILE_THREADS = 4
-MOST_WAITING = 1024  # calls: beyond, the store is behind, and says so at once
+BEAT_SECONDS, BEATS = 10.0, 6  # between two signs of life, and how many there are until the store is tidied up
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class Store:
     Its methods raise StoreFailed where they cannot read or write, and are to be called on the event loop.
 
     Args:
+        calls: makes the calls of the database and of the files.
         ttl: seconds that a record is kept that does not say.
         close: is called when the store is closed.
         clock: Unix seconds.
@@ -64,20 +66,21 @@ class Store:
         self,
         database: Database,
         files: StateFiles,
+        presence: Presence,
+        calls: StoreCalls,
         ttl: float,
         close: Callable[[], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._database = database
         self._files = files
+        self._presence = presence
+        self._calls = calls
         self._ttl = ttl
         self._close = close
         self._clock = clock
-        self._thread = DaemonThreads(1, "bdh-store")
-        self._file_thread = DaemonThreads(FILE_THREADS, "bdh-store-files")
-        self._waiting = 0
+        self._database = database
         self._examining: dict[str, asyncio.Task[None]] = {}  # by the ids of states
-        self.failures: Counter[str] = Counter()  # by what was tried: "put", "get", "adopt" …; and "damaged"
+        self._removing: asyncio.Task[None] | None = None
 
     async def put(self, record: Record) -> None:
         """Stores a record, in place of an earlier one of its kind and id; returns once it is durable.
@@ -90,7 +93,7 @@ class Store:
         """
         if record.expires is None:
             record = replace(record, expires=record.created + self._ttl)
-        await self._call("put", self._database.put, record, self._clock())
+        await self._query("put", self._database.put, record, self._clock())
 
     async def update(self, record: Record) -> bool:
         """Gives a record that is there a new body and tokens; returns False where it is not there any more.
@@ -99,15 +102,15 @@ class Store:
             StoreFull: it is larger than the store, or its owner's part of it, may be.
             StoreFailed
         """
-        return await self._call("put", self._database.update, record, self._clock())
+        return await self._query("put", self._database.update, record, self._clock())
 
     async def get(self, kind: str, id: str, owner: str) -> Record | None:
         """Returns a record; None where there is none, it is somebody else's, or it has expired."""
-        return await self._call("get", self._database.get, kind, id, owner, self._clock())
+        return await self._query("get", self._database.get, kind, id, owner, self._clock())
 
     async def delete(self, kind: str, id: str, owner: str) -> bool:
         """Deletes a record, and its state where no other record has it. Returns whether there was one."""
-        return await self._call("delete", self._database.delete, kind, id, owner, self._clock())
+        return await self._query("delete", self._database.delete, kind, id, owner, self._clock())
 
     async def list(self, kind: str, owner: str, limit: int, after: str | None = None) -> Sequence[Record]:
         """Returns the newest records of an owner, without their tokens.
@@ -115,7 +118,7 @@ class Store:
         Args:
             after: the id of one; those older than it are returned. Where it is not there, none is.
         """
-        return await self._call("list", self._database.list, kind, owner, limit, after, self._clock())
+        return await self._query("list", self._database.list, kind, owner, limit, after, self._clock())
 
     def new_state(self) -> NewState:
         """Returns an id for a state, and where its file is to be written."""
@@ -127,13 +130,14 @@ class Store:
 
         Raises StoreFailed.
         """
-        file = await self._call("write", self._files.begin, new.id, thread=self._file_thread)
+        calls = self._calls.files
+        file = await calls.call("write", self._files.begin, new.id)
         try:
             async for piece in pieces:
-                await self._call("write", file.write, piece, thread=self._file_thread)
-            await self._call("write", finish, file, thread=self._file_thread)
+                await calls.call("write", file.write, piece)
+            await calls.call("write", finish, file)
         finally:
-            self._file_thread.submit(file.close)
+            calls.submit(file.close)
 
     async def adopt(self, state: str, record: Record) -> bool:
         """Takes in the file that was written for `state` (`new_state`) as the one of a record that has been put.
@@ -145,15 +149,23 @@ class Store:
             StoreFailed
         """
         try:
-            size = await self._call("adopt", self._files.prepare, state, thread=self._file_thread)
+            size = await self._calls.files.call("adopt", self._files.prepare, state)
+            if self._database.announces:
+                await self._query("adopt", self._database.announce, state, self._clock())
+                await self._calls.kept.call("adopt", self._files.upload, state)
             key = (record.kind, record.id, record.owner)
-            return await self._call("adopt", self._database.adopt, state, size, key, self._clock())
+            return await self._query("adopt", self._database.adopt, state, size, key, self._clock())
+        except StoreFailed:
+            if self._database.announces:
+                with contextlib.suppress(StoreFailed):  # then it goes when nobody expects it any more
+                    await self._query("remove", self._database.give_up, state)
+            raise
         finally:
             self.discard(state)
 
     def discard(self, state: str) -> None:
         """Removes what was written for a state that is not adopted. Idempotent."""
-        self._file_thread.submit(self._files.discard, state)
+        self._calls.files.submit(self._files.discard, state)
 
     async def state_file(self, record: Record) -> StateFile | None:
         """Returns the file of a record's state, which stays readable until it is closed, whatever becomes of the
@@ -161,20 +173,21 @@ class Store:
         if record.state is None:
             return None
         try:
-            path = await self._call("read", self._files.open, record.state, thread=self._file_thread)
+            path = await self._calls.kept.call("read", self._files.open, record.state)
         except SealingFailed as error:
             await self.damaged(record.state, str(error))
             return None
         if path is None:
             return None
-        return StateFile(record.state, path, partial(self._file_thread.submit, partial(path.unlink, missing_ok=True)))
+        remove = partial(path.unlink, missing_ok=True)
+        return StateFile(record.state, path, partial(self._calls.files.submit, remove))
 
     async def damaged(self, state: str, problem: str) -> None:
         """Removes the file of a state in which nothing can begin. Its records stay, whose tokens make it again."""
         self.failures["damaged"] += 1
         log.warning("the file of the state %s is damaged, and is removed: %s", state, problem)
         with contextlib.suppress(StoreFailed):  # which was counted; whoever begins there finds it damaged again
-            await self._call("delete", self._database.remove_state, state)
+            await self._query("delete", self._database.remove_state, state)
 
     def examine(self, path: str, problem: Callable[[Path], str | None]) -> None:
         """Looks, in the background, whether the file that `state_file` has given is damaged, and removes it if so.
@@ -192,7 +205,7 @@ class Store:
             file = await self.state_file(Record(state, "", "", 0.0, state=state))
             if file is not None:
                 try:
-                    found = await self._call("read", problem, file.path, thread=self._file_thread)
+                    found = await self._calls.files.call("read", problem, file.path)
                 finally:
                     file.close()
                 if found is not None:
@@ -201,22 +214,24 @@ class Store:
     @property
     def process(self) -> str:
         """The name of this process among those that use the store, now or ever."""
-        return self._files.process
+        return self._presence.process
 
     async def lives(self, process: str) -> bool:
         """Whether the process of that name uses the store still."""
-        return await self._call("read", self._files.lives, process, thread=self._file_thread)
+        return await self._query("read", self._presence.lives, process)
 
     async def watch(self) -> None:
-        """Deletes what has expired, until it is cancelled."""
-        while True:
+        """Deletes what has expired, and lets others know that this process lives, until it is cancelled."""
+        for number in itertools.count():
             with contextlib.suppress(StoreFailed):  # which was counted; there is a next time
-                await self.tidy()
-            await asyncio.sleep(TIDY_SECONDS)
+                await self._query("tidy", self._presence.beat)
+                if number % BEATS == 0:
+                    await self.tidy()
+            await asyncio.sleep(BEAT_SECONDS)
 
     async def tidy(self) -> None:
         """Deletes what has expired."""
-        await self._call("tidy", self._database.tidy, self._clock())
+        await self._query("tidy", self._database.tidy, self._clock())
 
     def held(self) -> Mapping[str, int]:
         """Returns how many records and states there are, and their bytes, as of the last write of this process."""
@@ -227,32 +242,38 @@ class Store:
         """How many records and states this process has removed for want of room or because they had expired."""
         return self._database.evictions
 
+    @property
+    def failures(self) -> Counter[str]:
+        """How many calls have failed, by what was tried: "put", "get", "adopt" …; and "damaged"."""
+        return self._calls.failures
+
     async def close(self) -> None:
         """Ends the store. Idempotent."""
-        for task in [*self._examining.values()]:
+        for task in [*self._examining.values(), *([] if self._removing is None else [self._removing])]:
             task.cancel()
-        closing = self._thread.submit(self._database.close)
-        await asyncio.wrap_future(closing)
-        await asyncio.wrap_future(self._file_thread.submit(self._close))
+        self._calls.close()
+        await self._calls.database.last(self._end)
+        await self._calls.files.last(self._close)
 
-    async def _call(
-        self, what: str, function: Callable[..., T], *given: object, thread: DaemonThreads | None = None
-    ) -> T:
-        if self._waiting >= MOST_WAITING:
-            self.failures[what] += 1
-            raise StoreFailed(f"The store is behind: {self._waiting} calls wait for it.")
-        self._waiting += 1
-        future = asyncio.wrap_future((thread or self._thread).submit(function, *given))
-        future.add_done_callback(self._done)
+    def _end(self) -> None:
+        with contextlib.suppress(SQLAlchemyError):  # its server is gone: it is not heard of any more, either
+            self._presence.leave()
+        self._database.close()
+
+    async def _query(self, what: str, function: Callable[..., T], *given: object) -> T:
+        result = await self._calls.database.call(what, function, *given)
+        if self._database.leftovers and self._removing is None:
+            self._removing = asyncio.create_task(self._remove_leftovers())
+        return result
+
+    async def _remove_leftovers(self) -> None:
+        """Removes files of states that are gone. Where that fails, the next try is a while later."""
+        query = self._calls.database.call
         try:
-            return await future
-        except (sqlite3.Error, OSError) as error:
-            self.failures[what] += 1
-            log.warning("the store failed (%s): %s", what, error)
-            raise StoreFailed(f"The store failed: {error}.") from error
-        except StoreFailed:
-            self.failures[what] += 1
-            raise
-
-    def _done(self, future: asyncio.Future[Any]) -> None:
-        self._waiting -= 1
+            while ids := await query("remove", self._database.to_remove, self._clock()):
+                await self._calls.kept.call("remove", self._files.remove, ids)
+                await query("remove", self._database.have_removed, ids)
+        except StoreFailed:  # which was counted
+            await asyncio.sleep(BEATS * BEAT_SECONDS)
+        finally:
+            self._removing = None

@@ -6,17 +6,16 @@ encrypted state lies there only.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from bdh_batch.store.folders import LockedFolder, is_alive
+from bdh_batch.store.folders import LockedFolder
+from bdh_batch.store.kept_files import KeptFiles
 from bdh_batch.store.sealing import CHECK, Sealer, SealingFailed
-from bdh_batch.system.durable import sync_folder
 
 PLAIN = ".safetensors"
 SEALED = ".sealed"
@@ -40,26 +39,17 @@ class StateFiles:
     """Keeps files by the ids of their states. Its methods raise OSError; `open` and `check_key` SealingFailed, too.
 
     Args:
-        folder: where they are kept.
-        work: a folder in the same file system.
+        kept: where they are kept.
+        work: a folder of this process's; in the file system of the folder, where they are kept in one.
         plain: for files in plain; `work`, where they are not encrypted.
     """
 
-    def __init__(self, folder: Path, work: LockedFolder, plain: LockedFolder, sealer: Sealer | None) -> None:
-        self._folder = folder
+    def __init__(self, kept: KeptFiles, work: LockedFolder, plain: LockedFolder, sealer: Sealer | None) -> None:
+        self._kept = kept
         self._work = work
         self._plain = plain
         self._sealer = sealer
         self._suffix = PLAIN if sealer is None else SEALED
-
-    @property
-    def process(self) -> str:
-        """The name of this process among those that use the folder, now or ever."""
-        return self._work.path.name
-
-    def lives(self, process: str) -> bool:
-        """Whether the process of that name uses the folder still."""
-        return is_alive(self._work.path.parent / process)
 
     def to_write(self, id: str) -> Path:
         """Where a new state is to be written."""
@@ -79,40 +69,43 @@ class StateFiles:
                 os.fsync(sealed.fileno())
         return ready.stat().st_size
 
+    def upload(self, id: str) -> None:
+        """Brings a file that is ready to where files are kept, if that takes long."""
+        self._kept.upload(self._ready(id), self._name(id))
+
     def keep(self, id: str) -> None:
-        """Moves a file that is ready to those that are kept."""
-        self._ready(id).rename(self._kept(id))
-        sync_folder(self._folder)
+        """Moves a file that is ready, and was uploaded, to those that are kept."""
+        self._kept.keep(self._ready(id), self._name(id))
 
     def discard(self, id: str) -> None:
         """Removes a file that was written and is not kept. Idempotent."""
         for path in {self.to_write(id), self._ready(id)}:
             path.unlink(missing_ok=True)
 
-    def remove(self, id: str) -> None:
-        """Removes a file that is kept. Idempotent, and never raises: what stays is an orphan, removed at a start."""
-        with contextlib.suppress(OSError):
-            self._kept(id).unlink()
-
-    def kept(self) -> set[str]:
-        """The ids of all files that are kept."""
-        return {path.name.partition(".")[0] for path in self._folder.iterdir()}
+    def remove(self, ids: Sequence[str]) -> None:
+        """Removes files that are kept. Idempotent."""
+        for id in ids:
+            self._kept.remove(self._name(id))
 
     def open(self, id: str) -> Path | None:
         """A file of this process's with a state; None where it is not kept (any more)."""
-        used = self._plain.path / f"{id}-{uuid.uuid4().hex}{PLAIN}"
+        name = f"{id}-{uuid.uuid4().hex}"
+        fetched, used = self._work.path / f"{name}{self._suffix}", self._plain.path / f"{name}{PLAIN}"
         try:
-            if self._sealer is None:
-                os.link(self._kept(id), used)
-                return used
-            with self._kept(id).open("rb") as sealed, used.open("xb") as plain:
-                for frame in self._sealer.open_file(sealed, id.encode()):
-                    plain.write(frame)
+            self._kept.fetch(self._name(id), fetched)
+            if self._sealer is not None:
+                with fetched.open("rb") as sealed, used.open("xb") as plain:
+                    for frame in self._sealer.open_file(sealed, id.encode()):
+                        plain.write(frame)
         except FileNotFoundError:
+            used.unlink(missing_ok=True)
             return None
         except BaseException:
             used.unlink(missing_ok=True)
             raise
+        finally:
+            if fetched != used:
+                fetched.unlink(missing_ok=True)
         return used
 
     @staticmethod
@@ -141,10 +134,10 @@ class StateFiles:
             self._plain.remove()
 
     def _ready(self, id: str) -> Path:
-        return self._work.path / f"{id}{self._suffix}"
+        return self._work.path / self._name(id)
 
-    def _kept(self, id: str) -> Path:
-        return self._folder / f"{id}{self._suffix}"
+    def _name(self, id: str) -> str:
+        return f"{id}{self._suffix}"
 
 
 def finish(file: BinaryIO) -> None:

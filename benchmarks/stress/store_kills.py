@@ -17,7 +17,6 @@ import base64
 import json
 import random
 import signal
-import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -28,9 +27,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sqlalchemy import text
+
 from bdh_batch.settings import Store as Chosen
 from bdh_batch.store.opening import open_store
+from bdh_batch.store.postgresql import Postgresql
 from bdh_batch.store.records import Record, Store
+from bdh_batch.store.sqlite import Sqlite
 
 KIND, OWNER = "response", "me"
 AT_A_TIME = 8
@@ -39,17 +42,18 @@ LONGEST_SECONDS = 0.4  # from the first thing that is said to the kill
 KEY = base64.b64encode(bytes(range(32))).decode()
 
 
-def opened(path: Path, encrypted: bool) -> Store:
-    return open_store(Chosen(path=path, max_records=10**6, max_bytes=2**40, encryption_key=KEY if encrypted else None))
+def opened(path: Path, encrypted: bool, url: str | None = None) -> Store:
+    key = KEY if encrypted else None
+    return open_store(Chosen(path=path, url=url, max_records=10**6, max_bytes=2**40, encryption_key=key))
 
 
 def state_of(id: str) -> bytes:
     return id.encode() * STATE_REPEATS
 
 
-async def write(path: Path, first: int, encrypted: bool) -> None:
+async def write(path: Path, first: int, encrypted: bool, url: str | None) -> None:
     """Stores conversations until it is killed. Says what was acknowledged, a line each."""
-    store = opened(path, encrypted)
+    store = opened(path, encrypted, url)
 
     async def converse(number: int) -> None:
         while True:
@@ -73,6 +77,9 @@ async def write(path: Path, first: int, encrypted: bool) -> None:
 class Kills:
     """Kills processes that write to one store, and looks what is left of what they were told.
 
+    Args:
+        url: of a database that is shared; else it is SQLite's.
+
     Attributes:
         wrong: what was not as it should be.
     """
@@ -83,12 +90,13 @@ class Kills:
     said: dict[str, set[str]] = field(default_factory=dict)
     wrong: list[str] = field(default_factory=list)
     opening_seconds: list[float] = field(default_factory=list)
+    url: str | None = None
 
     async def once(self, number: int) -> None:
         """One process, its end, and a look at the store."""
         await asyncio.to_thread(self._kill, number * 1_000_000)
         began = time.perf_counter()
-        store = opened(self.path, self.encrypted)
+        store = opened(self.path, self.encrypted, self.url)
         self.opening_seconds.append(time.perf_counter() - began)
         try:
             await self._compare(store)
@@ -98,7 +106,8 @@ class Kills:
 
     def _kill(self, first: int) -> None:
         command = [sys.executable, "-m", "benchmarks.stress.store_kills", "--write", str(self.path), str(first)]
-        process = subprocess.Popen([*command, str(int(self.encrypted))], stdout=subprocess.PIPE, text=True)
+        command += [str(int(self.encrypted)), self.url or ""]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         with process, closing(process.stdout) as lines:  # type: ignore[type-var]
             assert lines is not None
             begun = [lines.readline()]
@@ -126,13 +135,16 @@ class Kills:
             await store.delete(KIND, id, OWNER)
 
     def _look_at_files(self) -> None:
-        with closing(sqlite3.connect(self.path / "records.sqlite3")) as database:
-            (verdict,) = database.execute("PRAGMA integrity_check").fetchone()
-            rows = {id for (id,) in database.execute("SELECT id FROM states")}
-        if verdict != "ok":
-            self.wrong.append(f"the database: {verdict}")
+        driver = Sqlite(self.path / "records.sqlite3") if self.url is None else Postgresql(self.url, 60.0)
+        with driver.reading.connect() as database:
+            if self.url is None and (verdict := database.exec_driver_sql("PRAGMA integrity_check").scalar()) != "ok":
+                self.wrong.append(f"the database: {verdict}")
+            rows = set(database.execute(text("SELECT id FROM states")).scalars())
+            # Where files are not part of transactions, what a killed process has begun is on a list.
+            begun = set(database.execute(text("SELECT id FROM gone UNION SELECT id FROM coming")).scalars())
+        driver.close()
         files = {path.name.partition(".")[0] for path in (self.path / "states").iterdir()}
-        self.wrong += [f"{id} is an orphan" for id in files ^ rows]
+        self.wrong += [f"{id} is an orphan" for id in (files - begun) ^ rows]
         self.wrong += [f"{path} is left" for path in (self.path / "work").iterdir()]
 
 
@@ -172,11 +184,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="a folder; else benchmarks/results")
-    parser.add_argument("--write", nargs=3, metavar=("PATH", "FIRST", "ENCRYPTED"), help=argparse.SUPPRESS)
+    parser.add_argument("--write", nargs=4, metavar=("PATH", "FIRST", "ENCRYPTED", "URL"), help=argparse.SUPPRESS)
     chosen = parser.parse_args(argv)
     if chosen.write is not None:
-        path, first, encrypted = chosen.write
-        asyncio.run(write(Path(path), int(first), encrypted == "1"))
+        path, first, encrypted, url = chosen.write
+        asyncio.run(write(Path(path), int(first), encrypted == "1", url or None))
         return
     from benchmarks.report import report_head, results_folder, write_report  # which the processes that write do without
 

@@ -148,7 +148,8 @@ class TestConversations:
 
     async def test_where_the_store_fails_a_response_is_not_stored(self, store: Store, aside: Aside) -> None:
         conversations = Conversations(store, 1000)
-        store._database._connection.close()
+        with store._database._driver.writing.begin() as connection:
+            connection.exec_driver_sql("DROP TABLE records")
         assert not await conversations.put(stored(1), "me", aside, 0, True)
         assert store.failures == {"put": 1}
 

@@ -1,0 +1,134 @@
+"""Calls of functions that wait for a disk or a network, on threads: bounded in number and, where they are remote, in
+time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from bdh_batch.errors import StoreFailed
+from bdh_batch.store.circuit import Circuit, Unreachable
+from bdh_batch.system.threads import DaemonThreads
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+MOST_WAITING = 1024  # calls: beyond, the store is behind, and says so at once
+
+
+class Calls:
+    """Calls functions on a few threads, first come, first served. To be used on the event loop.
+
+    Args:
+        failures: counts failed calls by what was tried.
+        seconds: that a call may take, the time that it waits for a thread included; None is no bound.
+
+    Attributes:
+        circuit: opens where what is asked does not respond; None where it is on this machine.
+    """
+
+    def __init__(self, threads: int, name: str, failures: Counter[str], seconds: float | None = None) -> None:
+        self._threads = DaemonThreads(threads, name)
+        self._failures = failures
+        self._seconds = seconds
+        self._waiting = 0
+        self.circuit: Circuit | None = None
+
+    async def call(self, what: str, function: Callable[..., T], *given: object, is_probe: bool = False) -> T:
+        """Returns what a function returns.
+
+        Args:
+            is_probe: whether it is called although nothing else is, and its failure not counted.
+
+        Raises:
+            StoreFailed: the function has raised that, or one of SQLAlchemy or of the system; or there are too many
+                calls, or what is asked does not respond. It is counted as `what`.
+        """
+        try:
+            return await self._call(function, *given, is_probe=is_probe)
+        except StoreFailed as error:
+            if not is_probe:
+                self._failures[what] += 1
+                if not isinstance(error, Unreachable):
+                    log.warning("the store failed (%s): %s", what, error)
+            raise
+
+    def submit(self, function: Callable[..., object], *given: object) -> None:
+        """Calls a function some time. What it raises is nobody's."""
+        self._threads.submit(function, *given)
+
+    async def last(self, function: Callable[[], object]) -> None:
+        """Calls a function once all others are done, and returns when it is, or the time is over."""
+        future = asyncio.wrap_future(self._threads.submit(function))
+        done, _ = await asyncio.wait([future], timeout=self._seconds)
+        for each in done:
+            each.result()
+
+    async def _call(self, function: Callable[..., T], *given: object, is_probe: bool) -> T:
+        if self._waiting >= MOST_WAITING:
+            raise StoreFailed(f"The store is behind: {self._waiting} calls wait for it.")
+        circuit = self.circuit
+        if circuit is not None and not is_probe:
+            circuit.check()
+        self._waiting += 1
+        future = asyncio.wrap_future(self._threads.submit(self._in_thread, function, given, is_probe))
+        future.add_done_callback(self._done)
+        try:
+            async with asyncio.timeout(self._seconds) as limit:
+                result: T = await future
+                return result
+        except TimeoutError as error:
+            if not limit.expired():
+                raise StoreFailed(f"The store failed: {error}.") from error
+            problem = f"no response within {self._seconds:g} s"
+        except (SQLAlchemyError, OSError) as error:
+            problem = said(error)
+            if circuit is None or not isinstance(error, circuit.errors):
+                raise StoreFailed(f"The store failed: {problem}.") from error
+        assert circuit is not None
+        circuit.open(problem)
+        raise Unreachable("The store cannot be reached.")
+
+    def _in_thread(self, function: Callable[..., T], given: tuple[object, ...], is_probe: bool) -> T:
+        if self.circuit is not None and not is_probe:
+            self.circuit.check()  # it may have been reachable when the call came
+        return function(*given)
+
+    def _done(self, future: asyncio.Future[Any]) -> None:
+        self._waiting -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class StoreCalls:
+    """The calls of a store.
+
+    Args:
+        failures: counts those that failed.
+        database: on one thread.
+        files: of this machine.
+        kept: of where files of states are kept; those of `files`, where that is on this machine, too.
+    """
+
+    failures: Counter[str]
+    database: Calls
+    files: Calls
+    kept: Calls
+
+    def close(self) -> None:
+        """Ends the probes. Idempotent."""
+        for calls in (self.database, self.kept):
+            if calls.circuit is not None:
+                calls.circuit.close()
+
+
+def said(error: BaseException) -> str:
+    """Returns what a database's driver, or the system, says of an error: no statement, and nothing stored."""
+    text = str(error.orig if isinstance(error, DBAPIError) else error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,138 @@
+"""Where the files of states are kept: a folder, or an object store that servers share."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from bdh_batch.errors import ConfigError
+from bdh_batch.settings import without_password
+from bdh_batch.system.durable import sync_folder
+
+# What file systems are told, by their protocols: S3's how long a request may take, as others have limits of their own.
+OPTIONS: dict[str, Callable[[float], dict[str, Any]]] = {
+    "s3": lambda seconds: {
+        "config_kwargs": {
+            "connect_timeout": math.ceil(seconds),
+            "read_timeout": math.ceil(seconds),
+            "retries": {"max_attempts": 1},
+        }
+    },
+    "file": lambda seconds: {"auto_mkdir": True},
+}
+
+
+class ObjectStoreFailed(OSError):
+    """An object store does not do what it was asked for. Raised to `Calls`, which makes it Unreachable."""
+
+
+class KeptFiles(Protocol):
+    """Keeps files by name. All methods raise OSError."""
+
+    def upload(self, ready: Path, name: str) -> None:
+        """Begins to keep a file, where that takes long."""
+
+    def keep(self, ready: Path, name: str) -> None:
+        """Has it kept. It does not take long."""
+
+    def fetch(self, name: str, to: Path) -> None:
+        """Makes a new file of one that is kept. Raises FileNotFoundError, too."""
+
+    def remove(self, name: str) -> None:
+        """Removes one. Idempotent."""
+
+
+class KeptFolder:
+    """Keeps files in a folder, in the same file system as those that come."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def upload(self, ready: Path, name: str) -> None:
+        """There is nothing to do yet."""
+
+    def keep(self, ready: Path, name: str) -> None:
+        ready.rename(self._folder / name)
+        sync_folder(self._folder)
+
+    def fetch(self, name: str, to: Path) -> None:
+        os.link(self._folder / name, to)
+
+    def remove(self, name: str) -> None:
+        (self._folder / name).unlink(missing_ok=True)
+
+    def names(self) -> list[str]:
+        """The names of all files that are kept."""
+        return [path.name for path in self._folder.iterdir()]
+
+
+class KeptObjects:
+    """Keeps files in what fsspec has a file system for: S3, Google Cloud Storage, Azure and others.
+
+    Args:
+        url: of a folder or prefix, as in s3://bucket/states.
+        seconds: that one request of the file system may take, where that can be said.
+
+    Raises:
+        ConfigError: the URL is none, a package is missing, or there is no response.
+    """
+
+    def __init__(self, url: str, seconds: float) -> None:
+        try:
+            import fsspec
+        except ImportError as error:
+            text = "an object store needs a package: pip install 'bdh-batch[shared-store]'"
+            raise ConfigError(f"store.states_url: {text}") from error
+        shown = without_password(url)
+        try:
+            make = OPTIONS.get(url.partition("://")[0])
+            options = {} if make is None else make(seconds)
+            self._files, self._root = fsspec.url_to_fs(url, **options)
+        except ImportError as error:
+            raise ConfigError(f"store.states_url: {shown} needs a package ({error})") from error
+        except (ValueError, OSError) as error:
+            raise ConfigError(f"store.states_url: {shown} is no folder of an object store ({error})") from error
+        try:
+            self.ping()
+        except ObjectStoreFailed as error:
+            raise ConfigError(f"store.states_url: {shown} cannot be used ({error})") from error
+
+    def ping(self) -> None:
+        """Raises ObjectStoreFailed: it does not respond."""
+        with _failures(), contextlib.suppress(FileNotFoundError):
+            self._files.invalidate_cache()
+            self._files.info(self._path("ping"))
+
+    def upload(self, ready: Path, name: str) -> None:
+        with _failures():
+            self._files.put_file(str(ready), self._path(name))
+        ready.unlink()
+
+    def keep(self, ready: Path, name: str) -> None:
+        """It is there."""
+
+    def fetch(self, name: str, to: Path) -> None:
+        with _failures():
+            self._files.get_file(self._path(name), str(to))
+
+    def remove(self, name: str) -> None:
+        with _failures(), contextlib.suppress(FileNotFoundError):
+            self._files.rm_file(self._path(name))
+
+    def _path(self, name: str) -> str:
+        return f"{self._root}/{name}"
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    """What a file system raises is of its library's kind: that of Amazon, of an HTTP client, or of the system."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ObjectStoreFailed(f"{type(error).__name__}: {error}") from error
