@@ -1,6 +1,6 @@
 """Measures what the page costs the server: its throughput with three of them open, and with none.
 
-    python -m benchmarks.server.pages                        # five rounds: six minutes
+    python -m benchmarks.server.pages                        # five rounds: seven minutes
     python -m benchmarks.server.pages --rounds 1 --seconds 5
 
 `bdh-batch serve` with the bundled model has streams of plain clients under way all the time. Scenarios take turns:

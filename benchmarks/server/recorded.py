@@ -26,7 +26,7 @@ class Asked:
 
     Args:
         after: seconds from the beginning; 0 of what was under way by then.
-        lasts: whether it was under way at the end.
+        lasts: whether it was under way from the beginning to the end.
     """
 
     after: float
@@ -60,7 +60,8 @@ class Recorder:
         for request, begun in self._begun.items():
             if ended.get(request, since) >= since:
                 what = f"{request.method} {self._path(request).partition('?')[0]}"
-                found.append(Asked(max(0.0, begun - since), request not in ended, await self._encoded(request), what))
+                lasts = begun <= since and request not in ended
+                found.append(Asked(max(0.0, begun - since), lasts, await self._encoded(request), what))
         return found
 
     async def _encoded(self, request: Request) -> bytes:
