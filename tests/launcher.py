@@ -289,8 +289,10 @@ class Forked:
 
 
 def fork_what_it_starts(program: Program) -> Program | None:
-    """Forks a launcher for the processes that `program` starts. Gives the program itself, and what that launcher starts;
-    None at that launcher's end."""
+    """Forks a launcher for the processes that `program` starts.
+
+    Gives each process what it is: the program itself, one that it starts, or None, at the end of that launcher.
+    """
     ours, theirs = socket.socketpair()
     if not os.fork():
         ours.close()

@@ -109,9 +109,11 @@ async def test_an_operator_watches_models_and_steps(
         assert await summary.text_content() != first
 
         models = page.get_by_role("table", name="Models")
-        state = models.get_by_role("row").filter(has_text="odd").get_by_role("cell").first
+        odd = models.get_by_role("row").filter(has_text="odd")
+        state = odd.get_by_role("cell").first
         await models.get_by_role("button", name="Load odd").press("Enter")
         await expect(state).to_have_text("loaded")
+        await expect(odd).not_to_contain_text("…")  # until the response has come, another press does nothing
         await models.get_by_role("button", name="Unload odd").press("Enter")
         await expect(state).to_have_text("unloaded")
 
