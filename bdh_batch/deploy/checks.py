@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from bdh_batch.errors import ConfigError
 from bdh_batch.processes import supervisor
 from bdh_batch.processes.model_settings import ModelSettings
-from bdh_batch.settings import Settings
+from bdh_batch.settings import Settings, Store
 from bdh_batch.system.machine import usable_cores
 
 # What Ray decides, or its proxies do, is not an option there.
@@ -55,6 +55,12 @@ def check(settings: Settings, models: Sequence[ModelSettings]) -> None:
         least, most = model.settings.engine.replicas or 1, settings.ray.max_replicas
         if most is not None and most < least:
             raise ConfigError(f"ray.max_replicas: {most}, but {where}replicas is {least}, which is the least")
+
+
+def fronts_on_any_node(store: Store) -> bool:
+    """Whether front ends can be apart: the store is for several machines, and so is the folder of states on their way
+    between them and engines."""
+    return store.url is not None and store.path is not None
 
 
 def share_of(model: ModelSettings, models: int) -> Share:

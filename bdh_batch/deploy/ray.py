@@ -13,12 +13,12 @@ from typing import Any
 from ray import serve
 from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
-from bdh_batch.deploy.checks import check, share_of, with_threads
+from bdh_batch.deploy.checks import check, fronts_on_any_node, share_of, with_threads
 from bdh_batch.deploy.replicas import HEAD_NODE, DirectoryReplica, EngineReplica, FrontReplica
 from bdh_batch.deploy.scaling import desired_engines
 from bdh_batch.errors import ConfigError
 from bdh_batch.processes.model_settings import ModelSettings, models_of
-from bdh_batch.settings import Settings, Store, load
+from bdh_batch.settings import Settings, load
 
 ON_HEAD = {HEAD_NODE: 0.001}
 LOOK_BACK_SECONDS = 12.0  # over which a load is averaged; Ray warns of less than it takes to report one
@@ -77,16 +77,9 @@ def application(settings: Settings, front_end: type[FrontReplica] = FrontReplica
         graceful_shutdown_timeout_s=grace,
         graceful_shutdown_wait_loop_s=0.5,
         health_check_period_s=5.0,
-        ray_actor_options=_place_of_fronts(settings.store),
+        ray_actor_options={"num_cpus": 0} | ({} if fronts_on_any_node(settings.store) else {"resources": ON_HEAD}),
     )
     return front.bind(settings, secret, listed, *engines)
-
-
-def _place_of_fronts(store: Store) -> dict[str, Any]:
-    """Front ends share what they store: all are on one machine, unless the store is for several."""
-    if store.url is not None and store.path is not None:
-        return {"num_cpus": 0}
-    return {"num_cpus": 0, "resources": ON_HEAD}
 
 
 def _make_store(settings: Settings) -> None:

@@ -28,6 +28,7 @@ from bdh_batch.store.state_files import StateFiles
 
 EXPIRED_AT_ONCE = 256  # records that one transaction removes
 REMOVED_AT_ONCE = 64  # files
+MOST_TOUCHED = 4096  # records that are read between two writes, and noted as used
 UPLOAD_SECONDS = 3600.0  # after which a file that was announced is not expected any more
 
 
@@ -139,7 +140,8 @@ class Database:
             found = connection.execute(sql.GET, {**_key(kind, id, owner), "now": now}).first()
         if found is None:
             return None
-        self._touched[kind, id] = now
+        if len(self._touched) < MOST_TOUCHED:  # where nothing can be written, they are not noted
+            self._touched[kind, id] = now
         return self._record(found)
 
     def delete(self, kind: str, id: str, owner: str, now: float) -> bool:

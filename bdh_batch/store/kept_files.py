@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from bdh_batch.errors import ConfigError
 from bdh_batch.settings import without_password
+from bdh_batch.store.calls import said
 from bdh_batch.system.durable import sync_folder
 
 # What file systems are told, by their protocols: S3's how long a request may take, as others have limits of their own.
@@ -93,13 +94,13 @@ class KeptObjects:
             options = {} if make is None else make(seconds)
             self._files, self._root = fsspec.url_to_fs(url, **options)
         except ImportError as error:
-            raise ConfigError(f"store.states_url: {shown} needs a package ({error})") from error
+            raise ConfigError(f"store.states_url: {shown} needs a package ({said(error)})") from error
         except (ValueError, OSError) as error:
-            raise ConfigError(f"store.states_url: {shown} is no folder of an object store ({error})") from error
+            raise ConfigError(f"store.states_url: {shown} is no folder of an object store ({said(error)})") from error
         try:
             self.ping()
         except ObjectStoreFailed as error:
-            raise ConfigError(f"store.states_url: {shown} cannot be used ({error})") from error
+            raise ConfigError(f"store.states_url: {shown} cannot be used ({said(error)})") from error
 
     def ping(self) -> None:
         """Raises ObjectStoreFailed: it does not respond."""

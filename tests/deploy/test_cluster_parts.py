@@ -18,7 +18,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bdh_batch.deploy.bounded_app import BoundedApp
-from bdh_batch.deploy.checks import Share, check, check_room, share_of, with_threads
+from bdh_batch.deploy.checks import Share, check, check_room, fronts_on_any_node, share_of, with_threads
 from bdh_batch.deploy.directory import MOST_BYTES, SILENT_SECONDS, Directory, Listed, Report
 from bdh_batch.deploy.finder import ABSENT_SECONDS, Answer, Finder
 from bdh_batch.deploy.scaling import CAPACITY, OUTSTANDING, desired_engines, engines_for
@@ -244,6 +244,14 @@ def test_what_cannot_work_on_a_cluster_is_refused(options: list[str], named: str
     with pytest.raises(ConfigError) as refused:
         check(chosen, models_of(chosen))
     assert str(refused.value).startswith(f"{named}:")
+
+
+def test_front_ends_are_where_what_they_store_is() -> None:
+    shared = ("store.url=postgresql://db/x", "store.states_url=s3://bucket")
+    for options, anywhere in [((), False), (shared, False), ((*shared, "store.path=/x"), True)]:
+        chosen = settings("server.workers=2" if options else "server.workers=1", *options)
+        check(chosen, models_of(chosen))
+        assert fronts_on_any_node(chosen.store) == anywhere
 
 
 @pytest.mark.parametrize("address", ["ray://host:1", "host", "host:port", "http://host:1"])
