@@ -172,13 +172,14 @@ def frames(stream: RawStream) -> list[Any]:
 
 def test_a_drain_lets_streams_finish_and_takes_nothing_new(serve: ServeFactory) -> None:
     body: dict[str, Any] = {"prompt": "a", "max_tokens": 300, "seed": 3}
-    with serve(NEVER, "scheduler.max_running=4", model=TINY, whole_end=True) as server, ThreadPoolExecutor(1) as pool:
-        gate = server.raw(ENDLESS)  # keeps the drain open until it is closed here
+    options = (NEVER, "scheduler.max_running=4", "scheduler.quantum_steps=100000")  # nobody gives way
+    with serve(*options, model=TINY, whole_end=True) as server, ThreadPoolExecutor(1) as pool:
+        gates = [server.raw(ENDLESS) for _ in range(4)]  # have all slots until they are closed here
+        for gate in gates:
+            gate.read_until(b"data: ")
         streams = [server.raw(body | {"stream": True}) for _ in range(5)]
-        for stream in (gate, *streams[:2]):
-            stream.read_until(b"data: ")
         unstreamed = pool.submit(server.text, **body)
-        server.until(lambda m: m["bdh_num_requests_running"] + m["bdh_num_requests_waiting"] == 7)
+        server.until(lambda m: m["bdh_num_requests_waiting"] == 6)
         begin_drain(server)
 
         assert server.metrics()["bdh_num_requests_running"] == 4
@@ -190,7 +191,8 @@ def test_a_drain_lets_streams_finish_and_takes_nothing_new(serve: ServeFactory) 
         assert server.error(response, 503)["message"] == "the server is shutting down"
         assert server.http.get("/health").status_code == 200
 
-        gate.close()
+        for gate in gates:
+            gate.close()
         text = unstreamed.result()
         for stream in streams:
             *chunks, done = frames(stream)
