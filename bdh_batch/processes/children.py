@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds until a process that could not serve is started again
 START_SECONDS = 600.0  # within which a process has to be ready; then it is killed
+LOOKS = 6  # without a heartbeat in between, until an engine is taken to hang
 GRACE_SECONDS = 10.0  # after the drain, until a process that does not end is killed
 SETTLED_SECONDS = 1.0  # in which one that ends at the first thing that it does has ended
 REPORT_SECONDS = 1.0  # in which what a process that has ended said of it is read
@@ -129,6 +130,7 @@ class Children:
         options: returns what a child is told on its command line, by the options' names.
         listeners: at which front ends serve.
         drain_seconds: that a process has to end.
+        hang_seconds: without a heartbeat, after which an engine that was ready is killed and restarted.
         on_change: is called when a child is ready, and when one has ended before it was.
     """
 
@@ -138,12 +140,14 @@ class Children:
         options: Callable[[Child], Mapping[str, str]],
         listeners: Sequence[socket.socket],
         drain_seconds: float,
+        hang_seconds: float,
         on_change: Callable[[Child], None],
     ) -> None:
         self._command = command
         self._options = options
         self._listeners = listeners
         self._drain_seconds = drain_seconds
+        self._hang_seconds = hang_seconds
         self._on_change = on_change
         self._liveness, self._liveness_of_children = socket.socketpair()  # closes when this process ends
         self._all: list[Child] = []
@@ -175,6 +179,8 @@ class Children:
             for child in children:
                 _terminate(child)
             await self._wait_for(children)
+        for each in (self._liveness, self._liveness_of_children):
+            each.close()
 
     def kill(self) -> None:
         """Kills all of them at once."""
@@ -228,12 +234,14 @@ class Children:
         if child.unwanted.is_set():  # stopped while it was being started
             _terminate(child)
         reading = asyncio.create_task(self._read_report(child, report_read))
+        watching = asyncio.create_task(self._kill_when_it_hangs(child))
         try:
             status = await process.wait()
             await asyncio.wait([reading], timeout=REPORT_SECONDS)
             return status
         finally:
             reading.cancel()
+            watching.cancel()
             child.process, child.accepts_early = None, False
 
     async def _read_report(self, child: Child, descriptor: int) -> None:
@@ -258,6 +266,23 @@ class Children:
             child.ready.set()
             log.info("the process %s is ready", child.name)
             self._on_change(child)
+
+    async def _kill_when_it_hangs(self, child: Child) -> None:
+        """Kills an engine that has no heartbeat any more. A front end has none: what it cannot do, others do.
+
+        Looks are counted, not seconds: where all processes were stopped for a while, as in a container that is paused,
+        nobody was late.
+        """
+        if child.role.kind != "engine":
+            return
+        await child.ready.wait()
+        last, same = child.folder.last_beat(child.name), 0
+        while same < LOOKS:
+            await asyncio.sleep(self._hang_seconds / LOOKS)
+            beat = child.folder.last_beat(child.name)
+            last, same = beat, same + 1 if beat == last else 0
+        log.error("the process %s hangs: no heartbeat for %.0f s; it is killed", child.name, self._hang_seconds)
+        send_signal(child, signal.SIGKILL)
 
     async def _wait_for(self, children: Sequence[Child]) -> None:
         """Waits until the children have ended; kills those that do not end in time."""

@@ -22,6 +22,7 @@ from bdh_batch.processes.served_engine import ServedEngine
 log = logging.getLogger(__name__)
 
 UNHEALTHY_SECONDS = 2.0  # in which front ends move the streams
+BEAT_SECONDS = 1.0  # between two heartbeats for the supervisor
 
 
 async def run_engine(
@@ -49,6 +50,8 @@ async def run_engine(
     server = await loop.create_unix_server(engine.port.new_connection, sock=folder.listen(name))
     folder.questions(name).unlink(missing_ok=True)
     answering = await answer(folder.questions(name), answers_of(engine.exposition, engine.watched))
+    folder.beat(name)
+    beating = asyncio.create_task(_beat(folder, name))
     watching = asyncio.create_task(_end_when_unhealthy(engine.backend.health))
     try:
         on_ready()
@@ -59,6 +62,17 @@ async def run_engine(
         server.close()
         answering.close()
         await engine.close()
+        beating.cancel()
+
+
+async def _beat(folder: RuntimeFolder, name: str) -> None:
+    """Has the supervisor see that this process does not hang."""
+    while True:
+        await asyncio.sleep(BEAT_SECONDS)
+        try:
+            folder.beat(name)
+        except OSError as error:
+            log.warning("the supervisor cannot be told that the engine %s does not hang: %s", name, error)
 
 
 async def _end_when_unhealthy(health: Callable[[], str | None]) -> None:

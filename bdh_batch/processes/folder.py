@@ -107,6 +107,24 @@ class RuntimeFolder:
         """The file in which an engine records its current step."""
         return step_file(self.engine(name))
 
+    def heartbeat(self, name: str) -> Path:
+        """The file whose time an engine sets again and again, so that its supervisor sees that it does not hang."""
+        return self.path / f"{name}.beat"
+
+    def beat(self, name: str) -> None:
+        """Sets the time of an engine's heartbeat. Opens no file, but where there is none yet. Raises OSError."""
+        try:
+            os.utime(self.heartbeat(name))
+        except FileNotFoundError:
+            self.heartbeat(name).touch(mode=0o600)
+
+    def last_beat(self, name: str) -> int | None:
+        """When an engine has set its heartbeat, in ns of the system's clock; None where it has not."""
+        try:
+            return self.heartbeat(name).stat().st_mtime_ns
+        except OSError:
+            return None
+
     def questions(self, name: str) -> Path:
         """The socket at which a process answers the others."""
         return self.path / f"{name}.ask"
@@ -123,6 +141,7 @@ class RuntimeFolder:
         """Removes the files of a process of that name, which was killed or has ended."""
         self.engine(name).unlink(missing_ok=True)
         self.step(name).unlink(missing_ok=True)
+        self.heartbeat(name).unlink(missing_ok=True)
         self.questions(name).unlink(missing_ok=True)
 
     def remove(self) -> None:

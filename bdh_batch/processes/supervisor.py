@@ -28,6 +28,7 @@ from bdh_batch.store.temporary import temporary_folder
 log = logging.getLogger(__name__)
 
 SETTLE_SECONDS = 1.0  # in which front ends connect to a new engine, before an old one is stopped
+HANG_SECONDS, HANG_HEARTBEATS = 30.0, 6  # without a heartbeat, after which an engine is restarted: the longer of both
 
 
 class Supervisor:
@@ -64,8 +65,9 @@ class Supervisor:
         self._folder = RuntimeFolder.make()
         lock = self._folder.lock()
         self._stored = temporary_folder(self._settings.store) if self._settings.store.path is None else None
+        hang_seconds = max(HANG_SECONDS, HANG_HEARTBEATS * self._settings.engine.heartbeat_seconds)
         self._children = Children(
-            self._command, self._options, self._listeners, server.drain_seconds, self._child_changed
+            self._command, self._options, self._listeners, server.drain_seconds, hang_seconds, self._child_changed
         )
         self._loaded = LoadedModels(
             [

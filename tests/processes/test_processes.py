@@ -18,6 +18,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from bdh_batch.http.watch.response_types import RecordedSteps
+from bdh_batch.processes.folder import RuntimeFolder
 from tests.conftest import HANG_SECONDS, Cli, ServeFactory, Server, command, eventually
 
 TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
@@ -292,6 +293,10 @@ class TestLosses:
             os.kill(hung, signal.SIGCONT)
         until_ready(several)
         assert hung in [each["pid"] for each in engines(several)]  # it is back, and does no harm
+        folder = RuntimeFolder(_folder(hung))
+        before = folder.last_beat("engine-0-0")
+        assert before is not None
+        eventually(lambda: folder.last_beat("engine-0-0") != before)  # else its supervisor would kill it
         assert self.undisturbed(several, 8, 150) == expected
 
     def test_of_a_front_end_are_noticed_by_its_own_clients_alone(self, several: Server) -> None:
