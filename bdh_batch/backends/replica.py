@@ -96,7 +96,7 @@ class Replica:
         self.address = address
         self.heartbeat_timeout = heartbeat_timeout
         self.state = State.CONNECTING
-        self.welcome: Welcome | None = None
+        self.welcome: Welcome | None = None  # the last one: it stays when the connection is lost
         self.last_heartbeat: Heartbeat | None = None
         self.readers: dict[int, Reader] = {}
         self._reported_at = 0  # streams of this front end when the last heartbeat came
@@ -186,10 +186,10 @@ class Replica:
         if connection is not self._connection:
             return
         self._connection = None
-        if self.welcome is not None:
+        if self.state is not State.CONNECTING:
             level = logging.INFO if self.state is State.LEAVING else logging.WARNING
             log.log(level, "the engine at %s is lost: %s", self.address, reason)
-        self.welcome, self.last_heartbeat = None, None
+        self.last_heartbeat = None
         self._enter(State.CONNECTING)
         self._hand_over()
         self._connecting = asyncio.create_task(self._connect())

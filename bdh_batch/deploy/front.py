@@ -164,7 +164,8 @@ class Front:
 def _engines(
     model: ModelSettings, number: int, finder: Finder, secret: str, metrics: Metrics, settings: Settings, path: Path
 ) -> RemoteEngines:
-    return RemoteEngines(settings, partial(finder.addresses, number), secret, partial(metrics.failed_over, model.name))
+    moved = partial(metrics.failed_over, model.name)
+    return RemoteEngines(settings, model.name, partial(finder.addresses, number), secret, moved)
 
 
 async def _without(name: str, others: Pages) -> Mapping[str, bytes]:

@@ -26,6 +26,7 @@ class RemoteEngines:
     """Connects to the engine processes of one model.
 
     Args:
+        model: its name.
         find: returns the addresses of all engines, by the engines' names. It may raise OSError.
         secret: by which they know their front ends.
         on_failover: is called with what became of an engine, and how many streams go to another one.
@@ -36,11 +37,13 @@ class RemoteEngines:
     def __init__(
         self,
         settings: Settings,
+        model: str,
         find: Callable[[], Mapping[str, Address]],
         secret: str,
         on_failover: Callable[[str, int], None],
     ) -> None:
         self._settings = settings
+        self._model = model
         self._on_failover = on_failover
         for reason in (LOST, REPLACED):
             on_failover(reason, 0)  # so that the first one is an increase
@@ -73,12 +76,21 @@ class RemoteEngines:
         return backend
 
     def states(self) -> Sequence[Mapping[str, object]]:
-        found = []
-        for name, replica in self._replicas.items():
-            welcome = replica.welcome
-            known = {} if welcome is None else {"pid": welcome.pid, "model": welcome.model, "device": welcome.device}
-            found.append({"name": name, **known, "state": replica.state.value, "streams": len(replica.readers)})
-        return found
+        return [
+            {
+                "name": name,
+                **self._facts(replica.welcome),
+                "state": replica.state.value,
+                "streams": len(replica.readers),
+            }
+            for name, replica in self._replicas.items()
+        ]
+
+    def _facts(self, welcome: Welcome | None) -> Mapping[str, object]:
+        """What an engine said when it was last connected to; before that, what the settings say."""
+        if welcome is not None:
+            return {"pid": welcome.pid, "model": welcome.model, "device": welcome.device}
+        return {"pid": None, "model": self._model, "device": _device(self._settings)}
 
     def close(self) -> None:
         """Closes all connections. Idempotent."""
@@ -124,3 +136,9 @@ class RemoteEngines:
     def _changed(self, replica: Replica) -> None:
         if self._backend is not None:
             self._backend.changed(replica)
+
+
+def _device(settings: Settings) -> str | None:
+    """Returns the kind of device that all engines of a model have by its settings; None where they differ."""
+    kinds = {device.partition(":")[0] for device in settings.engine.devices} or {settings.model.device}
+    return kinds.pop() if len(kinds) == 1 else None

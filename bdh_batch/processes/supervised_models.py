@@ -184,7 +184,7 @@ class SupervisedModel:
                 located = chosen_model(self._model.settings)
                 moved = partial(self._metrics.failed_over, self.name)
                 folder = self._folder.of_model(self._number)
-                engines = RemoteEngines(self._model.settings, folder.engines, folder.secret, moved)
+                engines = RemoteEngines(self._model.settings, self.name, folder.engines, folder.secret, moved)
                 self._open = await OpenModel.load(self._model, self.info, located, engines, self._metrics)
             except (ConfigError, CheckpointError, OSError) as error:
                 log.error("the model %s cannot be loaded: %s", self.info.name, error)

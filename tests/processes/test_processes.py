@@ -55,6 +55,11 @@ def engines(server: Server) -> list[dict[str, Any]]:
     return found
 
 
+def facts_of(engine: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of an engine process."""
+    return {name: engine[name] for name in ("pid", "model", "device", "state")}
+
+
 def until_ready(server: Server) -> None:
     """Until whichever front end is asked knows two engines that compute."""
 
@@ -287,8 +292,11 @@ class TestLosses:
         until_ready(several)
         expected = self.undisturbed(several, 8, 150)
         hung = engines(several)[0]["pid"]
+        known = [facts_of(each) for each in engines(several)]
+        assert [each | {"model": "tiny", "device": "cpu", "state": "ready"} for each in known] == known
         try:
             assert self.disturbed(several, 8, 150, lambda: os.kill(hung, signal.SIGSTOP)) == expected
+            eventually(lambda: known[0] | {"state": "connecting"} in [facts_of(each) for each in engines(several)])
         finally:
             os.kill(hung, signal.SIGCONT)
         until_ready(several)

@@ -332,9 +332,9 @@ class EngineProcess(ResponseModel):
     """An engine process, as the front end that responds knows it."""
 
     name: str
-    pid: int | None = None
-    model: str | None = None
-    device: str | None = None
+    pid: int | None = Field(description="When the front end last connected to it; null before that.")
+    model: str
+    device: str | None = Field(description="Before that, as in the settings; null where engines have different ones.")
     state: str = Field(description="connecting, ready, leaving or unhealthy.")
     streams: int = Field(description="Requests of this front end that it computes.")
 
