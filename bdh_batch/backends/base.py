@@ -97,6 +97,15 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class SharedBackend(Protocol):
+    """What a backend has besides whose requests are computed by engines that each have cached prefixes of their own."""
+
+    @property
+    def engines(self) -> int:
+        """How many there are."""
+
+
+@runtime_checkable
 class TextBackend(Protocol):
     """What a backend has besides that takes what clients write instead of tokens: an upstream."""
 

@@ -72,6 +72,10 @@ class RemoteBackend:
             self._running.discard(stream)  # when the generation counts already: a drain must not see a gap
 
     @property
+    def engines(self) -> int:
+        return len(self.replicas)
+
+    @property
     def tokenizer(self) -> Tokenizer:
         return self._tokenization.tokenizer
 

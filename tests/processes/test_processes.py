@@ -23,6 +23,7 @@ from tests.conftest import HANG_SECONDS, Cli, ServeFactory, Server, command, eve
 
 TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
 HEARTBEAT = 3.0
+LETTERS = {"allowed_token_ids": [*range(ord("a"), ord("z") + 1)]}  # so that a text has the tokens that were drawn
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 60}}, "required": ["name"]}
 BODIES: list[dict[str, Any]] = [
     {"seed": 1, "temperature": 1.2, "top_p": 0.9},
@@ -169,6 +170,19 @@ def test_any_front_end_has_all_responses(several: Server) -> None:
         else:
             assert ask("DELETE", path)["deleted"]
         several.until(lambda metrics: not any(all_of(metrics, "bdh_num_requests_running")))
+
+
+def test_turns_back_to_back_compute_nothing_again(several: Server) -> None:
+    """Whichever front end takes them, and whichever engine computes them."""
+    before, length = None, 0
+    for number in range(16):
+        body = {"input": f"Speak {number}!", "previous_response_id": before, "max_output_tokens": 8, **LETTERS}
+        response = httpx.post(f"{several.url}/v1/responses", json=body, timeout=HANG_SECONDS).json()
+        usage = response["usage"]
+        if before is not None:  # the last token of the turn before was drawn, and has not been read yet
+            computed = usage["input_tokens"] - usage["input_tokens_details"]["cached_tokens"]
+            assert computed == usage["input_tokens"] - length + 1, number
+        before, length = response["id"], usage["total_tokens"]
 
 
 class TestResponses:

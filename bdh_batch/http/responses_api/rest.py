@@ -11,7 +11,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from bdh_batch.backends.base import Generation, TextBackend
+from bdh_batch.backends.base import Backend, Generation, SharedBackend, TextBackend
 from bdh_batch.errors import InvalidRequest, StoreFailed
 from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.client import Client
@@ -201,7 +201,7 @@ class Responses:
         if transcript.before is not None and transcript.salt:
             prepared = replace(prepared, salt=transcript.salt + prepared.salt)
         if transcript.goes_on and transcript.before is not None:
-            waits = not self._serving.settings.prefix_cache.enabled
+            waits = not (self._serving.settings.prefix_cache.enabled and _is_alone(model.backend))
             found = await self._conversations.state(transcript.before, client.caller.owner, transcript.aside, waits)
             if found is not None:
                 state, close = found
@@ -211,6 +211,11 @@ class Responses:
             return prepared, None
         new = self._store.new_state()
         return replace(prepared, save_to=str(new.path)), new
+
+
+def _is_alone(backend: Backend) -> bool:
+    """Whether the engine that computes a turn has computed the turn before it, and has its prefix."""
+    return not isinstance(backend, SharedBackend) or backend.engines == 1
 
 
 def _new(body: ResponseBody, id: str, model: ServedModel) -> dict[str, Any]:

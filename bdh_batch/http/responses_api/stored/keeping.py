@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bdh_batch.backends.base import Backend
 from bdh_batch.http.request.off_loop import Aside
@@ -47,6 +48,8 @@ class Keeping:
         size, response = self.size + frames.size, frames.response | {"store": True}
         ended = (response, self.items, frames.text.getvalue(), frames.tokens, self.backend)
         value = await self.aside.run(size, self.transcript.stored, *ended)
+        if self.saving is not None:
+            value = replace(value, expected=time.time())
         done = await self._put(value, frames, new=not self.background)
         if self.saving is not None:
             if done:

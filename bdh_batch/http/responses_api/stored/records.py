@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 KIND = "response"
 UNFINISHED = ("queued", "in_progress")
 ADOPT_SECONDS = 5.0  # that a turn waits for the state of the one before it
+ON_ITS_WAY_SECONDS = 5.0  # after the end of a response, in which its state is looked for where another process saves it
+LOOK_SECONDS, FIRST_LOOK = 2.0, 0.02  # for which a turn looks for it; until the first look, and twice that each time
 CLOSE_SECONDS = 2.0  # that the end of the server waits for states
 MOST_REFERRED = 1024  # responses whose items one request may refer to
 Item = Mapping[str, Any]
@@ -44,6 +47,7 @@ class Stored:
         begun: how many of the tokens are those of a state that the conversation began in, and `salt` what that has.
         read: how many of the tokens have entered its state, if it has one.
         process: the one that it is under way in (`Store.process`); None where it has ended.
+        expected: when it ended, where its state is written after that, in seconds since the epoch; else 0.
         kept: the id of its state's file; None where it has none.
         size: bytes of its record.
     """
@@ -62,6 +66,12 @@ class Stored:
     name: str = ""
     begun: int = 0
     salt: str = ""
+    expected: float = 0.0
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether it has no state yet, and may get it soon."""
+        return self.kept is None and abs(time.time() - self.expected) < ON_ITS_WAY_SECONDS
 
     @property
     def items(self) -> list[Item]:
@@ -74,13 +84,14 @@ class Stored:
 
     def record(self, owner: str) -> Record:
         names = ("response", "input", "length", "digest", "said", "model", "read", "process", "name", "begun", "salt")
+        body = {name: getattr(self, name) for name in (*names, "expected")}
         return Record(
             id=self.response["id"],
             kind=KIND,
             owner=owner,
             created=self.response["created_at"],
             parent=self.response["previous_response_id"],
-            body=orjson.dumps({name: getattr(self, name) for name in names}),
+            body=orjson.dumps(body),
             tokens=array("i", self.tokens).tobytes(),
         )
 
@@ -164,19 +175,27 @@ class Conversations:
         none (any more).
 
         Args:
-            waits: for one that is on its way, as no engine has it among its cached prefixes. It takes a while.
+            waits: for one that is on its way, as the engine may not have it cached. It takes a while.
         """
-        id = before.response["id"]
         if waits and before.kept is None:
-            if (adopting := self._adopting.get(id)) is not None:
-                await asyncio.wait([adopting], timeout=ADOPT_SECONDS)
-            # It may have come since `before` was read, whether or not it had to be waited for.
-            before = await self.find(id, owner, aside, "previous_response_id")
+            before = await self._with_state(before.response["id"], owner, aside)
         try:
             file = await self.store.state_file(before.bare(owner))
         except BDHError:  # which was counted; the tokens are there
             return None
         return None if file is None else (SavedState(str(file.path), before.read), file.close)
+
+    async def _with_state(self, id: str, owner: str, aside: Aside) -> Stored:
+        """The response of that id, once its state is stored, or has not come in time. Raises NotFound."""
+        param, adopting = "previous_response_id", self._adopting.get(id)
+        if adopting is not None:
+            await asyncio.wait([adopting], timeout=ADOPT_SECONDS)
+        found, pause = await self.find(id, owner, aside, param), FIRST_LOOK
+        end = time.monotonic() + LOOK_SECONDS
+        while adopting is None and found.is_expected and time.monotonic() < end:
+            await asyncio.sleep(pause)
+            found, pause = await self.find(id, owner, aside, param), 2 * pause
+        return found
 
     def adopt(self, saving: Saving, value: Stored, owner: str, aside: Aside) -> None:
         """Stores the state of a response that has been put, as soon as it is written."""
