@@ -26,6 +26,24 @@ GET_SECONDS = 10.0
 
 
 @dataclass
+class Choice:
+    """What a choice has: of its log-probabilities, those of the tokens themselves."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    tokens: list[str] = field(default_factory=list)
+    logprobs: list[float | None] = field(default_factory=list)
+
+    def take(self, event: Mapping[str, Any]) -> None:
+        """Adds what the part of an event says that is about this choice."""
+        self.text += event.get("text") or event.get("delta", {}).get("content") or ""
+        self.finish_reason = event.get("finish_reason") or self.finish_reason
+        logprobs = event.get("logprobs") or {}
+        self.tokens += logprobs.get("tokens") or [each["token"] for each in logprobs.get("content") or ()]
+        self.logprobs += logprobs.get("token_logprobs") or [each["logprob"] for each in logprobs.get("content") or ()]
+
+
+@dataclass
 class Response:
     """What a stream brought: the moment at which each token was read, in seconds of `time.perf_counter`."""
 
@@ -34,6 +52,8 @@ class Response:
     times: list[float] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     prompt: list[int] = field(default_factory=list)
+    choices: dict[int, Choice] = field(default_factory=dict)
+    usage: dict[str, int] = field(default_factory=dict)  # tokens: of the prompts, of the completions, and both
     cached_tokens: int = 0
     complete: bool = False
 
@@ -50,11 +70,13 @@ class Response:
         event = orjson.loads(data)
         self.prompt += event.get("prompt_token_ids") or []  # of a chat; of completions, they are in the choices
         for choice in event.get("choices", ()):
+            self.choices.setdefault(choice["index"], Choice()).take(choice)
             self.prompt += choice.get("prompt_token_ids") or []
             tokens = choice.get("token_ids") or []
             self.tokens += tokens
             self.times += [now] * len(tokens)
         if usage := event.get("usage"):
+            self.usage = {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
             self.cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import uvloop
 
 from benchmarks import ROOT
-from benchmarks.client import Response
+from benchmarks.client import Choice, Response
 from benchmarks.report import report_head, results_folder, write_report
 from benchmarks.served import Served, served
 
@@ -68,11 +68,15 @@ def body(number: int, tokens: int) -> dict[str, Any]:
     }
 
 
-def facts(response: Response) -> tuple[Any, ...]:
-    return sorted(response.tokens), len(response.tokens), sorted(response.prompt)
+Facts = tuple[dict[int, Choice], dict[str, int]]
 
 
-async def complete(server: Served, number: int, tokens: int) -> tuple[tuple[Any, ...] | None, float]:
+def facts(response: Response) -> Facts:
+    """What does not depend on which engines compute it: all but how many tokens were cached."""
+    return response.choices, response.usage
+
+
+async def complete(server: Served, number: int, tokens: int) -> tuple[Facts | None, float]:
     """What a completion has, None where it failed, and its longest pause."""
     try:
         response = await server.ask(**body(number, tokens))
@@ -101,7 +105,7 @@ async def kill(server: Served, kills: int, tally: Tally, draw: random.Random) ->
 async def run(server: Served, chosen: argparse.Namespace) -> Tally:
     tally, draw = Tally(), random.Random(chosen.seed)
 
-    async def all_of() -> list[tuple[tuple[Any, ...] | None, float]]:
+    async def all_of() -> list[tuple[Facts | None, float]]:
         return await asyncio.gather(*(complete(server, number, chosen.tokens) for number in range(chosen.streams)))
 
     expected = [found for found, _ in await all_of()]

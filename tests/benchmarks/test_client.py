@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 
 from bdh_batch.bench.outcome import Failed
-from benchmarks.client import Client
+from benchmarks.client import Choice, Client
 from benchmarks.raw import CLOSED, LEFT, Ending, exchange, request, status_of
 
-TOKEN = b'data: {"choices":[{"prompt_token_ids":[1,2],"token_ids":[7]}]}\n\n'
-USAGE = b'data: {"choices":[],"usage":{"prompt_tokens_details":{"cached_tokens":1}}}\n\n'
+LOGPROBS = b'{"tokens":["a"],"token_logprobs":[-0.5]}'
+TOKEN = (
+    b"""data: {"choices":[{"index":0,"text":"a","logprobs":%b,"prompt_token_ids":[1,2],"token_ids":[7]}]}\n\n"""
+    % LOGPROBS
+)
+REASON = b'data: {"choices":[{"index":0,"text":"","finish_reason":"stop"}]}\n\n'
+TOKENS = {"prompt_tokens": 2, "completion_tokens": 2, "total_tokens": 4}
+USAGE = (
+    b'data: {"choices":[],"usage":%b}\n\n'
+    % json.dumps({**TOKENS, "prompt_tokens_details": {"cached_tokens": 1}}).encode()
+)
 DONE = b"data: [DONE]\n\n"
 
 
@@ -45,11 +55,12 @@ async def answering(raw: bytes, close: bool = True) -> AsyncIterator[int]:
 
 
 async def test_a_stream_is_read_however_it_is_cut_and_comments_are_no_events() -> None:
-    sent = b": keep-alive\n\n" + TOKEN + TOKEN.replace(b"[1,2]", b"[]") + USAGE + DONE
+    sent = b": keep-alive\n\n" + TOKEN + TOKEN.replace(b"[1,2]", b"[]") + REASON + USAGE + DONE
     for size in (1, 7, len(sent)):
         async with answering(chunked(*(sent[at : at + size] for at in range(0, len(sent), size)))) as port:
             found = await Client(f"http://127.0.0.1:{port}").ask(prompt="a")
         assert (found.tokens, found.prompt, found.cached_tokens) == ([7, 7], [1, 2], 1)
+        assert (found.choices, found.usage) == ({0: Choice("aa", "stop", ["a", "a"], [-0.5, -0.5])}, TOKENS)
         assert len(found.times) == 2
         assert 0 < found.first <= found.times[-1] - found.sent
 
