@@ -251,6 +251,30 @@ class TestSaving:
         assert state is not None
         assert await asyncio.to_thread(Path(state[0].path).read_bytes) == b"state"
 
+    async def test_a_turn_looks_for_the_state_that_another_process_writes(
+        self, store: Store, aside: Aside, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        new, other = store.new_state(), open_store(Chosen(path=tmp_path))
+        saving = Saving(Written(new.path), new, store)
+        assert [each async for each in saving]
+        here, there, gets = Conversations(store, 2**22), Conversations(other, 2**22), _count_gets(other)
+        value = replace(stored(1), expected=time.time(), saver=store.process)
+        await here.put(value, "me", aside, 0, True)
+        waiting = asyncio.create_task(there.state(value, "me", aside, waits=True))
+        await asyncio.to_thread(eventually, lambda: len(gets) >= 2)
+        here.adopt(saving, value, "me", aside)
+        state = await waiting
+        assert state is not None
+        assert state[0].tokens == 3
+        monkeypatch.setattr(records, "LOOK_SECONDS", 0.05)  # one that does not come is not waited for for long
+        late, past = (replace(stored(2 + at), expected=time.time() - 6 * at, saver=store.process) for at in range(2))
+        for each, looks in ((late, 3), (past, 1)):
+            gets.clear()
+            await here.put(each, "me", aside, 0, True)
+            assert await there.state(each, "me", aside, waits=True) is None
+            assert 1 <= len(gets) <= looks
+        await other.close()
+
     async def test_a_file_that_nobody_waits_for_goes_also_where_it_comes_late(
         self, store: Store, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -368,7 +368,7 @@ class TestLosses:
 
 
 class TestLife:
-    def test_children_do_not_outlive_their_supervisor(self, tmp_path: Path) -> None:
+    def test_sighup_replaces_engines_and_children_do_not_outlive_their_supervisor(self, tmp_path: Path) -> None:
         options = ["engine.replicas=1", "engine.threads=1", f"server.pid_file={tmp_path / 'pid'}"]
         arguments = [part for option in options for part in ("--set", option)]
         with (tmp_path / "log").open("wb") as log:
@@ -376,7 +376,12 @@ class TestLife:
                 command("serve", "--port", 0, "--model", TINY, *arguments), stdout=log, stderr=log
             )
         try:
-            eventually(lambda: "is ready at" in (tmp_path / "log").read_text(), what=(tmp_path / "log").read_text)
+            log_text = (tmp_path / "log").read_text
+            eventually(lambda: "is ready at" in log_text(), what=log_text)
+            before = children(process.pid, "engine")
+            process.send_signal(signal.SIGHUP)
+            eventually(lambda: "all engines have been replaced" in log_text(), what=log_text)
+            assert {*before}.isdisjoint(children(process.pid, "engine"))
             pids = [*children(process.pid, "engine"), *children(process.pid, "front")]
         finally:
             process.kill()

@@ -201,7 +201,8 @@ class Responses:
         if transcript.before is not None and transcript.salt:
             prepared = replace(prepared, salt=transcript.salt + prepared.salt)
         if transcript.goes_on and transcript.before is not None:
-            waits = not (self._serving.settings.prefix_cache.enabled and _is_alone(model.backend))
+            own = _is_own(model.backend, transcript.before, self._store.process)
+            waits = not (own and self._serving.settings.prefix_cache.enabled)
             found = await self._conversations.state(transcript.before, client.caller.owner, transcript.aside, waits)
             if found is not None:
                 state, close = found
@@ -213,9 +214,9 @@ class Responses:
         return replace(prepared, save_to=str(new.path)), new
 
 
-def _is_alone(backend: Backend) -> bool:
-    """Whether the engine that computes a turn has computed the turn before it, and has its prefix."""
-    return not isinstance(backend, SharedBackend) or backend.engines == 1
+def _is_own(backend: Backend, before: Stored, process: str) -> bool:
+    """Whether the engine that computes a turn has computed the one before it, and may have its prefix."""
+    return backend.engines == 1 if isinstance(backend, SharedBackend) else before.saver in ("", process)
 
 
 def _new(body: ResponseBody, id: str, model: ServedModel) -> dict[str, Any]:

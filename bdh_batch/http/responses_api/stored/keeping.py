@@ -49,7 +49,7 @@ class Keeping:
         ended = (response, self.items, frames.text.getvalue(), frames.tokens, self.backend)
         value = await self.aside.run(size, self.transcript.stored, *ended)
         if self.saving is not None:
-            value = replace(value, expected=time.time())
+            value = replace(value, expected=time.time(), saver=self.conversations.store.process)
         done = await self._put(value, frames, new=not self.background)
         if self.saving is not None:
             if done:

@@ -48,6 +48,7 @@ class Stored:
         read: how many of the tokens have entered its state, if it has one.
         process: the one that it is under way in (`Store.process`); None where it has ended.
         expected: when it ended, where its state is written after that, in seconds since the epoch; else 0.
+        saver: the process that writes it (`Store.process`).
         kept: the id of its state's file; None where it has none.
         size: bytes of its record.
     """
@@ -67,6 +68,7 @@ class Stored:
     begun: int = 0
     salt: str = ""
     expected: float = 0.0
+    saver: str = ""
 
     @property
     def is_expected(self) -> bool:
@@ -84,7 +86,7 @@ class Stored:
 
     def record(self, owner: str) -> Record:
         names = ("response", "input", "length", "digest", "said", "model", "read", "process", "name", "begun", "salt")
-        body = {name: getattr(self, name) for name in (*names, "expected")}
+        body = {name: getattr(self, name) for name in (*names, "expected", "saver")}
         return Record(
             id=self.response["id"],
             kind=KIND,
@@ -187,12 +189,12 @@ class Conversations:
 
     async def _with_state(self, id: str, owner: str, aside: Aside) -> Stored:
         """The response of that id, once its state is stored, or has not come in time. Raises NotFound."""
-        param, adopting = "previous_response_id", self._adopting.get(id)
-        if adopting is not None:
+        param = "previous_response_id"
+        if (adopting := self._adopting.get(id)) is not None:
             await asyncio.wait([adopting], timeout=ADOPT_SECONDS)
         found, pause = await self.find(id, owner, aside, param), FIRST_LOOK
         end = time.monotonic() + LOOK_SECONDS
-        while adopting is None and found.is_expected and time.monotonic() < end:
+        while found.is_expected and found.saver != self.store.process and time.monotonic() < end:
             await asyncio.sleep(pause)
             found, pause = await self.find(id, owner, aside, param), 2 * pause
         return found
