@@ -59,14 +59,14 @@ class BatchBuilder:
         where it would be empty. Of so many that are `watching` the neurons are shown. `first` is the first priority."""
         copies, saves = allocator.copies.take()
         filling = self._fill(running, prompts, watching, first, allocator.copies.busy)
-        steady = len(filling.streams) == len(running) and not watching
-        segments = self._steady.segments(filling.streams, running.changes if steady else None)
-        segments = [*segments, *(prompt.segment(tokens) for prompt, tokens in filling.prompts.items())]
+        sequences, segments = filling.streams, self._steady.segments(filling.streams, keep=not watching)
+        if filling.prompts:
+            sequences = [*sequences, *filling.prompts]
+            segments = [*segments, *(prompt.segment(tokens) for prompt, tokens in filling.prompts.items())]
         if not (segments or copies or allocator.released):
             return None
         watches = watching > 0 and any(segment.watch for segment in segments)
         plan = Plan(segments, copies, allocator.released, watches)
-        sequences = [*filling.streams, *filling.prompts]
         return Step(plan, sequences, len(filling.streams), filling.prompt_tokens, allocator.now, saves)
 
     def computed(self, step: Step, seconds: float) -> None:
@@ -87,7 +87,7 @@ class BatchBuilder:
         decoding = len(running) - len(apart)
         filling = Filling(self.cost, self._size.prefill, self._policy, decoding, shown)
         if not apart and decoding <= filling.room:
-            filling.decode([*running])  # as mostly: in which order they go makes no difference
+            filling.streams = self._steady.streams(running)  # as mostly: in which order they go makes no difference
         else:
             ready, walk = prompts - waiting, [members for _, members in running.forwards(first)]
             streams_first = self._passed_over or not filling.splits  # all of them, before all prompts

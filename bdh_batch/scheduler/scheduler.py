@@ -151,9 +151,7 @@ class Scheduler:
         """Commits the outcome of a step: returns its sequences' deltas, and frees the slots of those that ended."""
         updates: list[Update] = []
         for row, (sequence, segment) in enumerate(zip(step.sequences, step.plan.segments, strict=True)):
-            latent, draws = segment.tokens[0] < 0, segment.sampling is not None
             delta = sequence.take(segment, outcome, row, now)
-            sequence.standing.computed(min(sequence.computed, len(sequence.prompt)), draws, latent, now)
             if delta is not None:
                 updates.append((sequence, delta))
         self._batches.computed(step, now - step.planned)

@@ -93,22 +93,12 @@ class Standing:
     state_began: int = 0  # tokens generated before it was given its present state
     charged: int = 0  # tokens of the prompt that its tenant was charged for, or that were cached
 
-    def computed(self, prompt_tokens: int, drawn: int, latent: bool, now: float) -> None:
-        """Charges its tenant for what a step has computed.
-
-        Args:
-            prompt_tokens: those at the beginning of its prompt that are in its state. Each is charged once.
-            drawn: tokens that were drawn.
-            latent: whether the last one of the prompt is a latent step, which costs what a drawn token does.
-            now: when the step had ended, in seconds.
-        """
-        tokens = max(0, prompt_tokens - self.charged)
-        self.charged += tokens
-        self.account.charge(*((0, tokens + drawn) if latent else (tokens, drawn)))
-        self.steps += 1
-        self.served_at = now
-        if drawn or latent:
-            self.due = now
+    def charge(self, prompt_tokens: int, latent: bool = False) -> None:
+        """Charges its tenant for so many tokens at the beginning of its prompt, each once. A `latent` step, which is
+        the last of them, costs what a generated token does."""
+        if (tokens := prompt_tokens - self.charged) > 0:
+            self.account.charge(*((0, tokens) if latent else (tokens, 0)))
+            self.charged = prompt_tokens
 
 
 @dataclass(slots=True)
@@ -257,8 +247,19 @@ class Sequence:
         return [*self.prompt[start:], *self.generated[max(0, start - split) : end - split]]
 
     def take(self, segment: Segment, outcome: Outcome, row: int, now: float) -> Delta | None:
-        """Takes what a step computed for `segment`, its row of `outcome`; returns a delta if there is one."""
+        """Takes what a step computed for `segment`, its row of `outcome`, and charges its tenant; returns a delta if
+        there is one."""
+        # Inline, as it is done for each token.
+        standing, latent, draws = self.standing, segment.tokens[0] < 0, segment.sampling is not None
         self.computed += len(segment.tokens)
+        standing.steps += 1
+        standing.served_at = now
+        if standing.charged < len(self.prompt):
+            standing.charge(min(self.computed, len(self.prompt)), latent)
+        if draws:
+            standing.account.charge(0, 1)
+        if draws or latent:
+            standing.due = now
         delta = self.completion.take(segment, outcome, row)
         if delta is not None:
             if delta.tokens:

@@ -4,25 +4,29 @@ goes, as segments are kept up. Decides nothing."""
 from __future__ import annotations
 
 from bdh_batch.messages import Segment
+from bdh_batch.scheduler.groups import Groups
 from bdh_batch.scheduler.sequence import Sequence
 
 
 class Steady:
-    """The segments of the streams of a step."""
+    """The streams of steps that have one token of all that runs, and their segments."""
 
     def __init__(self) -> None:
-        self._changes: int | None = None
-        self._segments: list[Segment] = []
+        self._changes = -1
+        self._streams: list[Sequence] = []
+        self._segments: list[Segment] | None = None
 
-    def segments(self, streams: list[Sequence], changes: int | None) -> list[Segment]:
-        """Those of `streams`, not to be changed.
+    def streams(self, running: Groups) -> list[Sequence]:
+        """All that is `running`: the same list, not to be changed, while nothing comes or goes."""
+        if self._changes != running.changes:
+            self._changes, self._streams, self._segments = running.changes, [*running], None
+        return self._streams
 
-        Args:
-            changes: how often a sequence came to run, or ceased to, where `streams` are all that run; None where they
-                are not, or where a sequence may become another segment's without coming or going.
-        """
-        if changes is None or changes != self._changes:
-            self._segments = [stream.decoding or stream.decode_segment() for stream in streams]
-            kept = changes is not None and all(stream.decoding is not None for stream in streams)
-            self._changes = changes if kept else None
-        return self._segments
+    def segments(self, streams: list[Sequence], keep: bool) -> list[Segment]:
+        """The segments of `streams`, not to be changed. To be kept for the next step if that may have the same."""
+        if self._segments is not None and streams is self._streams:
+            return self._segments
+        segments = [stream.decoding or stream.decode_segment() for stream in streams]
+        kept = keep and streams is self._streams and all(stream.decoding is not None for stream in streams)
+        self._segments = segments if kept else None
+        return segments

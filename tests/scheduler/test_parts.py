@@ -58,7 +58,7 @@ class Waiting:
         """The next one is scheduled, its prompt is computed, and it ends."""
         if (sequence := self.take()) is None:
             return None
-        sequence.standing.computed(len(sequence.prompt), drawn=0, latent=False, now=0.0)
+        sequence.standing.charge(len(sequence.prompt))
         sequence.standing.account.count(waiting=0, holding=-1)
         return sequence.id
 
@@ -127,7 +127,7 @@ class TestQueue:
     def test_a_tenant_is_charged_once_and_for_what_is_computed(self) -> None:
         standing = Standing(account=Tenant(weight=2.0), charged=10)  # the first ones were cached
         for computed, charged in ((20, 10), (50, 40), (30, 40), (50, 40)):  # in between, its state was lost
-            standing.computed(computed, drawn=0, latent=False, now=0.0)
+            standing.charge(computed)
             assert standing.account.virtual_time == charged / 2
 
     def test_who_worked_alone_is_in_nobodys_debt(self) -> None:
@@ -227,7 +227,8 @@ class QueueMachine(RuleBasedStateMachine):
         sequence = self.under_way[which % len(self.under_way)]
         before = sequence.standing.charged
         sequence.computed = min(len(sequence.prompt), sequence.computed + tokens)
-        sequence.standing.computed(sequence.computed, drawn=1, latent=False, now=float(self.arrivals))
+        sequence.standing.charge(sequence.computed)
+        sequence.standing.account.charge(0, 1)
         self.plain.times[sequence.tenant] += sequence.standing.charged - before + 2
         if not (ends or comes_back):
             return
