@@ -255,7 +255,8 @@ def become(program: Program, streams: Sequence[int]) -> None:
         os.close(descriptor)
     if program.name:
         os.setsid()
-        Path("/proc/self/comm").write_text(program.name)
+        if sys.platform == "linux":
+            Path("/proc/self/comm").write_text(program.name)
     os.environ.clear()
     os.environ.update(program.env)
     sys.argv = [program.module, *program.arguments]

@@ -4,8 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import AsyncIterator
 
+import httpx
 import torch
+
+
+async def event_lines(response: httpx.Response) -> AsyncIterator[str]:
+    """The lines of a stream of events as they come. Those of httpx also end where Unicode has a line end, as at U+0085,
+    which may be in the midst of a text."""
+    left = b""
+    async for piece in response.aiter_bytes():
+        *lines, left = (left + piece).split(b"\n")
+        for line in lines:
+            yield line.decode()
 
 
 def resident(block: torch.Tensor) -> int:

@@ -20,6 +20,7 @@ from openai import AsyncOpenAI
 from bdh_batch.http.watch.response_types import RecordedSteps
 from bdh_batch.processes.folder import RuntimeFolder
 from tests.conftest import HANG_SECONDS, Cli, ServeFactory, Server, command, eventually
+from tests.support import event_lines
 
 TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
 HEARTBEAT = 3.0
@@ -110,7 +111,7 @@ async def streamed(
     choices: dict[int, dict[str, Any]] = {}
     async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
         assert response.status_code == 200, await response.aread()
-        async for line in response.aiter_lines():
+        async for line in event_lines(response):
             if not line.startswith("data: {"):
                 continue
             if begun is not None:

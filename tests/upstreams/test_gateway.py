@@ -18,6 +18,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from tests.conftest import CONFORMANCE, HANG_SECONDS, ServeFactory, Server, clean_environment, eventually, free_port
 from tests.launcher import Launcher
+from tests.support import event_lines
 from tests.upstreams.fakes import Connection, chunk, token
 from tests.upstreams.gateway import Behind, gateway, options
 
@@ -483,7 +484,7 @@ async def texts(server: Server, model: str, begun: asyncio.Event | None = None, 
         body = {"model": model, "prompt": PROMPTS[number], "seed": number, "stream": True, **fields}
         said: list[str] = []
         async with http.stream("POST", f"{server.url}/v1/completions", json=body) as response:
-            async for line in response.aiter_lines():
+            async for line in event_lines(response):
                 if line.startswith("data: {"):
                     event = json.loads(line[6:])
                     assert "error" not in event, event
