@@ -173,10 +173,13 @@ def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
     inspect.add_argument("--memory", metavar="SIZE", help='also count what fits so much, as in "8 GiB"')
     inspect.add_argument("--json", action="store_true", help="as JSON, sizes in bytes")
     inspect.set_defaults(run=_inspect)
-    convert = actions.add_parser("convert", parents=[common], help="write any checkpoint as a native folder")
-    convert.add_argument("target", type=Path, metavar="DST", help="the folder to write, whole or not at all")
-    convert.add_argument("--force", action="store_true", help="replace a model that is there")
-    convert.set_defaults(run=_convert)
+    target = argparse.ArgumentParser(add_help=False, parents=[common])
+    target.add_argument("target", type=Path, metavar="DST", help="the folder to write, whole or not at all")
+    target.add_argument("--force", action="store_true", help="replace a model that is there")
+    convert = actions.add_parser("convert", parents=[target], help="write any checkpoint as a native folder")
+    convert.set_defaults(run=_convert, quantized=False)
+    quantize = actions.add_parser("quantize", parents=[target], help="the same with weights of int8 (model.dtype)")
+    quantize.set_defaults(run=_convert, quantized=True)
 
 
 def _add_state_commands(state: argparse.ArgumentParser) -> None:
@@ -340,8 +343,10 @@ def _inspect(options: argparse.Namespace) -> int:
 def _convert(options: argparse.Namespace) -> int:
     from bdh_batch.plan.offline import convert, given_by
 
-    checkpoint = convert(locate(options.source).path, options.target, given_by(options), options.force)
-    print(f"{checkpoint.file} is written to {options.target}; serve it: bdh-batch serve --model {options.target}")
+    source = locate(options.source).path
+    checkpoint = convert(source, options.target, given_by(options), options.force, options.quantized)
+    command = f"bdh-batch serve --model {options.target}" + " --dtype int8" * options.quantized
+    print(f"{checkpoint.file} is written to {options.target}; serve it: {command}")
     return 0
 
 

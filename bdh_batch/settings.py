@@ -222,9 +222,10 @@ class Model(Section):
     )
     aliases: Strings = Field([], description="Other names that requests may use.")
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="auto takes CUDA where there is a GPU.")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = Field(
         "float32",
-        description="The dtype of the weights. On a CPU, bfloat16 is half the size with avx512_bf16, else widened.",
+        description="The dtype of the weights. On a CPU, bfloat16 is half the size with avx512_bf16, else widened. "
+        "int8 has a scale for each neuron's weights, and is for CPUs alone.",
     )
     attention_window: NonNegativeInt | None = Field(
         None,
@@ -285,7 +286,7 @@ class ModelEntry(Section):
         description="Seconds without a request after which a model on demand is unloaded; .inf is never.",
     )
     device: Literal["auto", "cuda", "cpu"] = Field("auto", description="As model.device.")
-    dtype: Literal["float32", "float16", "bfloat16"] = Field("float32", description="As model.dtype.")
+    dtype: Literal["float32", "float16", "bfloat16", "int8"] = Field("float32", description="As model.dtype.")
     attention_window: NonNegativeInt | None = Field(None, description="As model.attention_window.")
     layers: PositiveInt | None = Field(None, description="As model.layers.")
     norm: Literal["every_layer", "final"] | None = Field(None, description="As model.norm.")

@@ -43,7 +43,9 @@ def test_inspect_counts_what_serving_takes(run: Any, tmp_path: Path, write: form
     assert found["layers_told"] is True
     assert found["parameters"] == parameters
     assert found["weights_saved"] == {"bfloat16": 2 * parameters}
-    assert found["weights_served"] == {"float32": 4 * parameters, "bfloat16": 2 * parameters, "float16": 2 * parameters}
+    scaled = parameters + 3 * 8 * 11 + 4 * (3 * 32 + 11)  # a float32 for each neuron, and an embedding of them
+    sizes = {"float32": 4 * parameters, "bfloat16": 2 * parameters, "float16": 2 * parameters, "int8": scaled}
+    assert found["weights_served"] == sizes
     assert found["state"] == {
         "float32": {"without_window": STATE, "with_window": 2 * STATE},
         "bfloat16": {"without_window": STATE // 2, "with_window": STATE},
@@ -109,6 +111,15 @@ def test_convert_writes_what_serves(run: Any, tmp_path: Path) -> None:
     assert json.loads(run("inspect", tmp_path / "native", "--json"))["config"] == CONFIG.to_dict()
 
 
+def test_quantize_writes_what_serves_in_a_quarter_of_the_bytes(run: Any, tmp_path: Path) -> None:
+    target = tmp_path / "narrow"
+    assert f"serve it: bdh-batch serve --model {target} --dtype int8" in run("quantize", BUNDLED, target)
+    neurons, tokens, width = 4 * 1024, 256, 128
+    saved = {"int8": (3 * neurons + tokens) * width, "float32": 4 * (tokens * width + 3 * neurons + tokens)}
+    assert json.loads(run("inspect", target, "--json"))["weights_saved"] == saved
+    assert json.loads(run("inspect", target, "--json"))["attention_window"] == 512
+
+
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
@@ -118,6 +129,7 @@ def test_convert_writes_what_serves(run: Any, tmp_path: Path) -> None:
         (("inspect", BUNDLED, "--layers", 5), "its config says 6, model.layers says 5"),
         (("convert", BUNDLED, BUNDLED, "--force"), "is where the source lies"),
         (("convert", BUNDLED, __file__), "is a file"),
+        (("quantize", BUNDLED, BUNDLED, "--force"), "is where the source lies"),
     ],
 )
 def test_what_cannot_work_ends_in_one_line(

@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
+from bdh_batch.checkpoint import int8
 from bdh_batch.checkpoint.checks import check, check_open, dtype_name, frequencies_agree, settled, sizes_of
 from bdh_batch.checkpoint.config import MATRICES, NOTHING, BDHConfig, Given
 from bdh_batch.checkpoint.dialects.fields import read_fields
@@ -26,7 +27,7 @@ from bdh_batch.checkpoint.dialects.keys import EMBED, FREQUENCIES, HEAD, LATENT
 from bdh_batch.checkpoint.dialects.kinds import arrange, read_tensors
 from bdh_batch.checkpoint.files import CONFIG, WEIGHTS, ObjectFields, State, read_source
 from bdh_batch.errors import CheckpointError
-from bdh_batch.kernels.base import Weights
+from bdh_batch.kernels.base import Scales, Weights
 from bdh_batch.system.device_memory import free_memory
 from bdh_batch.system.documents import listed
 
@@ -62,6 +63,24 @@ class Checkpoint:
     layers_known: bool
     kind: str
 
+    def tensor_keys(self) -> list[str]:
+        """Of all that is in `state` and part of the model, but for RoPE's frequencies."""
+        keys = self.config.shapes()
+        return [*keys, *int8.scale_keys(self.state, keys), *({LATENT} & self.state.keys())]
+
+    def read(self, key: str, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """A matrix or the head to be copied to `dtype`; and as int8, its scales.
+
+        Raises:
+            CheckpointError: it has scales below 0.
+        """
+        tensor, scales = self.state[key], self.state.get(int8.scales_key(key))
+        if scales is not None and (scales < 0).any():
+            raise CheckpointError(f"{self.file}: {int8.scales_key(key)} has numbers below 0")
+        if dtype != torch.int8:
+            return (tensor if scales is None else int8.widen(tensor, scales, int8.across(key))), None
+        return int8.quantize(tensor, int8.across(key)) if scales is None else (tensor, scales)
+
     def frequencies(self) -> Tensor:
         """RoPE's [N], float32, in the file's order. What was saved narrower has lost the phases: then they are computed
         anew."""
@@ -85,21 +104,35 @@ class Checkpoint:
         Raises:
             CheckpointError: some are NaN or infinite; the message counts them.
         """
-        keys = (*self.config.shapes(), *({LATENT} & self.state.keys()))
-        _check_finite({key: self.state[key] for key in keys}, self.file)
+        _check_finite({key: self.state[key] for key in self.tensor_keys()}, self.file)
 
 
 def fingerprint(weights: Weights) -> str:
     """Returns a hash of all that is in `weights`, as they are in memory."""
     digest = blake2b(digest_size=16)
-    for field in fields(Weights):
-        value = getattr(weights, field.name)
-        if isinstance(value, Tensor):
-            digest.update(f"{field.name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    tensors = dict(_tensors(weights))
+    for name in (field.name for field in fields(Weights) if field.name != "scales"):
+        if name not in tensors:
+            digest.update(f"{name} {getattr(weights, name)}".encode())
         else:
-            digest.update(f"{field.name} {value}".encode())
+            _add(digest, name, tensors.pop(name))
+    for name, tensor in tensors.items():
+        _add(digest, name, tensor)
     return digest.hexdigest()
+
+
+def _add(digest: blake2b, name: str, tensor: Tensor) -> None:
+    digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+def _tensors(weights: Weights) -> Iterator[tuple[str, Tensor]]:
+    """All that `weights` hold, by name; scales by that of what they are of."""
+    for name in (field.name for field in fields(Weights)):
+        if isinstance(tensor := getattr(weights, name), Tensor):
+            yield name, tensor
+    for name in (field.name for field in fields(Scales)) if weights.scales is not None else ():
+        yield f"{name}_scales", getattr(weights.scales, name)
 
 
 def load_model(path: Path, dtype: torch.dtype, device: torch.device, given: Given = NOTHING) -> Model:
@@ -107,7 +140,7 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, given: Give
 
     Args:
         path: the folder or the file; a `config.json` beside a file goes before the config inside it.
-        dtype: of the weights in memory; RoPE's frequencies stay float32.
+        dtype: of the weights in memory; RoPE's frequencies stay float32, and beside int8 the embedding.
         given: what the file may leave open.
 
     Raises:
@@ -119,6 +152,8 @@ def load_model(path: Path, dtype: torch.dtype, device: torch.device, given: Give
         log.warning("%s does not say its number of layers: taking upstream's %d (model.layers)", name, UPSTREAM_LAYERS)
     _check_memory(checkpoint, dtype, device)
     log.info("%s: %s; %s", checkpoint.file, checkpoint.kind, checkpoint.variant())
+    if dtype != torch.int8 and int8.scale_keys(checkpoint.state, checkpoint.config.shapes()):
+        log.info("its weights are int8, and are widened: model.dtype=int8 serves them as they are")
     weights = _weights(checkpoint, dtype, device)
     return Model(checkpoint.config, weights, checkpoint.config.neuron_order(), checkpoint.kind)
 
@@ -127,38 +162,56 @@ def _weights(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -
     """Copies always: what is only mapped would change with the file."""
     config, order = checkpoint.config, checkpoint.config.neuron_order()
 
-    def copy(tensor: Tensor, dtype: torch.dtype = dtype) -> Tensor:
+    def copy(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         return tensor.to(device=device, dtype=dtype, copy=True).contiguous()
 
-    def stack(name: str) -> Tensor:
-        """The matrices of all sets [M, …], their neurons in the kernels' order."""
-        keys = config.matrix_keys(name)
-        sets = torch.empty(len(keys), *config.shapes()[keys[0]], dtype=dtype, device=device)
-        for matrix, key in zip(sets, keys):
-            source = checkpoint.state[key]
-            if order is not None and name == "decoder":
-                source = source.reshape(config.n_head, -1, config.n_embd)[:, order].flatten(0, 1)
-            elif order is not None:
-                source = source[..., order]
-            matrix.copy_(source)
-        return sets
-
-    matrices = {name: stack(name) for name in MATRICES}
-    embed, head = copy(checkpoint.state[EMBED]), copy(checkpoint.state[HEAD])
+    read = {name: _matrices(checkpoint, name, dtype, device) for name in MATRICES}
+    head, head_scales = checkpoint.read(HEAD, dtype)
+    tensors = {name: sets for name, (sets, _) in read.items()} | {"lm_head": copy(head, dtype)}
+    found = {name: scales for name, (_, scales) in read.items() if scales is not None}
+    scales = None if head_scales is None else Scales(**found, lm_head=copy(head_scales))
+    embed = copy(checkpoint.state[EMBED], torch.float32 if dtype == torch.int8 else dtype)
     frequencies = checkpoint.frequencies()
     latent = checkpoint.state.get(LATENT)
-    _check_finite(
-        {EMBED: embed, **matrices, HEAD: head} | ({} if latent is None else {LATENT: latent}), checkpoint.file
-    )
-    return Weights(
+    weights = Weights(
         layers=config.n_layer,
         embed=embed,
-        **matrices,
-        lm_head=head,
-        frequencies=copy(frequencies if order is None else frequencies[order], torch.float32),
+        **tensors,
+        frequencies=copy(frequencies if order is None else frequencies[order]),
         final_norm=config.norm == "final",
-        latent_embed=None if latent is None else copy(latent, torch.float32),
+        latent_embed=None if latent is None else copy(latent),
+        scales=scales,
     )
+    names = {"embed": EMBED, "lm_head": HEAD, "latent_embed": LATENT}
+    _check_finite({names.get(name, name): tensor for name, tensor in _tensors(weights)}, checkpoint.file)
+    return weights
+
+
+def _matrices(
+    checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor | None]:
+    """The matrices of all sets [M, …], their neurons in the kernels' order; and of int8, their scales."""
+    config = checkpoint.config
+    keys = config.matrix_keys(name)
+    shape = config.shapes()[keys[0]]
+    sets = torch.empty(len(keys), *shape, dtype=dtype, device=device)
+    scales = torch.empty(len(keys), *int8.scales_shape(name, shape), device=device) if dtype == torch.int8 else None
+    for at, key in enumerate(keys):
+        matrix, of_matrix = checkpoint.read(key, dtype)
+        sets[at].copy_(_ordered(matrix, name, config))
+        if scales is not None and of_matrix is not None:
+            scales[at].copy_(_ordered(of_matrix, name, config))
+    return sets, scales
+
+
+def _ordered(tensor: Tensor, name: str, config: BDHConfig) -> Tensor:
+    """A matrix, or its scales, with neurons in the kernels' order."""
+    order = config.neuron_order()
+    if order is None:
+        return tensor
+    if name == "decoder":
+        return tensor.view(config.n_head, -1, *tensor.shape[1:])[:, order].flatten(0, 1)
+    return tensor[..., order]
 
 
 def open_checkpoint(path: Path, given: Given = NOTHING) -> Checkpoint:
@@ -217,7 +270,7 @@ def save_model(folder: Path, config: BDHConfig, state: Mapping[str, Tensor], gen
 
 
 def _check_memory(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> None:
-    size = sum(checkpoint.state[key].numel() for key in checkpoint.config.shapes()) * dtype.itemsize
+    size = int8.bytes_of_weights(checkpoint.config, dtype)
     if size > (free := free_memory(device)):
         text = (
             f"its weights take {size:,} bytes in {dtype_name(dtype)} (model.dtype), and {free:,} are free on {device}"

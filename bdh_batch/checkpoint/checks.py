@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdh_batch.checkpoint import int8
 from bdh_batch.checkpoint.config import ROPE_THETA, BDHConfig, Given
 from bdh_batch.checkpoint.dialects.fields import NEURONS, Fields
 from bdh_batch.checkpoint.dialects.keys import EMBED, FREQUENCIES, LATENT, RADIANS
@@ -119,7 +120,9 @@ def check(tensors: Tensors, config: BDHConfig, fields: Fields, known: Collection
         return shown(key) if origin == key else f"{shown(origin)} ({shown(key)})"
 
     problems = [f"missing {name(key)} {list(shape)}" for key, shape in expected.items() if key not in state]
-    problems += [f"extra {name(key)}" for key in sorted(state.keys() - expected.keys() - SPARE_KEYS - {RADIANS})]
+    spare = {*SPARE_KEYS, RADIANS, *map(int8.scales_key, expected)}
+    problems += [f"extra {name(key)}" for key in sorted(state.keys() - expected.keys() - spare)]
+    problems += int8.problems_of(state, expected)
     present = {key: state[key] for key in expected if key in state}
     problems += [
         f"{name(key)} has shape {list(tensor.shape)}, not {list(expected[key])}"
@@ -129,7 +132,7 @@ def check(tensors: Tensors, config: BDHConfig, fields: Fields, known: Collection
     problems += [
         f"{name(key)} holds {dtype_name(tensor.dtype)}, not floats of 16, 32 or 64 bits"
         for key, tensor in present.items()
-        if tensor.dtype not in DTYPES
+        if tensor.dtype not in DTYPES and not (tensor.dtype == torch.int8 and int8.scales_key(key) in state)
     ]
     if RADIANS in state:
         text = f"has {state[RADIANS].numel()} elements of {dtype_name(state[RADIANS].dtype)}"

@@ -28,6 +28,7 @@ LARGEST_CONTEXT = 2**40
 LARGEST_THETA = 1e30  # its powers fit float32
 LARGEST_STATE = 2**50  # bytes of one sequence, in float32 with a window
 MATRICES = ("encoder", "encoder_v", "decoder")  # what layers may have of their own
+SCALES = tuple(f"{name}_scales" for name in MATRICES)  # likewise, of matrices that are int8
 
 Norm = Literal["every_layer", "final"]
 RopeLayout = Literal["interleaved", "half"]

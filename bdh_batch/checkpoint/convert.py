@@ -1,4 +1,4 @@
-"""Any checkpoint to a native folder that holds the same model, bit by bit."""
+"""Any checkpoint to a native folder that holds the same model, bit by bit, or the same with weights of int8."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import Tensor
 
+from bdh_batch.checkpoint import int8
 from bdh_batch.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from bdh_batch.checkpoint.config import NOTHING, Given
-from bdh_batch.checkpoint.dialects.keys import FREQUENCIES, LATENT
+from bdh_batch.checkpoint.dialects.keys import EMBED, FREQUENCIES, LATENT
 from bdh_batch.checkpoint.files import CONFIG, WEIGHTS
 from bdh_batch.errors import CheckpointError
 from bdh_batch.system.documents import listed, of_tokenizer, shown
@@ -30,7 +32,9 @@ BESIDE = (
 OWN = {CONFIG, WEIGHTS, *BESIDE}
 
 
-def convert(source: Path, target: Path, given: Given = NOTHING, force: bool = False) -> Checkpoint:
+def convert(
+    source: Path, target: Path, given: Given = NOTHING, force: bool = False, quantized: bool = False
+) -> Checkpoint:
     """Writes the model at `source` as the native folder `target`, whole or not at all; the checkpoint that was read.
 
     Weights keep their dtype; RoPE's frequencies are written as they are served. The tokenizer, the chat template and
@@ -39,6 +43,7 @@ def convert(source: Path, target: Path, given: Given = NOTHING, force: bool = Fa
     Args:
         given: what the source may leave open.
         force: may replace a model folder, which nothing else may lie in.
+        quantized: writes the matrices and the head as int8 with their scales.
 
     Raises:
         CheckpointError: the source cannot be loaded, or the target cannot be written.
@@ -56,7 +61,7 @@ def convert(source: Path, target: Path, given: Given = NOTHING, force: bool = Fa
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
             new = Path(scratch) / "new"
             new.mkdir()
-            _write(new, checkpoint, beside)
+            _write(new, checkpoint, quantized_tensors(checkpoint) if quantized else plain_tensors(checkpoint), beside)
             _put(new, target, Path(scratch) / "old")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{target}: cannot be written ({shown(error)})") from error
@@ -79,12 +84,26 @@ def _check_target(file: Path, target: Path, force: bool) -> None:
         )
 
 
-def _write(folder: Path, checkpoint: Checkpoint, beside: Mapping[str, Path]) -> None:
+def plain_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The tensors of a native folder, but for RoPE's frequencies, as they are in the checkpoint."""
+    return {key: checkpoint.state[key] for key in checkpoint.tensor_keys()}
+
+
+def quantized_tensors(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The same with int8 matrices and head, and their scales."""
+    tensors = {key: checkpoint.state[key] for key in ({EMBED, LATENT} & checkpoint.state.keys())}
+    for key in filter(int8.is_quantized, checkpoint.config.shapes()):
+        tensors[key], scales = checkpoint.read(key, torch.int8)
+        if scales is not None:
+            tensors[int8.scales_key(key)] = scales
+    return tensors
+
+
+def _write(folder: Path, checkpoint: Checkpoint, found: Mapping[str, Tensor], beside: Mapping[str, Path]) -> None:
     config = checkpoint.config
     (folder / CONFIG).write_text(json.dumps(checkpoint.description(), indent=2) + "\n", "utf-8")
     # Clones, as a safetensors file cannot hold two tensors that share memory.
-    keys = [*config.shapes(), *({LATENT} & checkpoint.state.keys())]
-    tensors = {key: checkpoint.state[key].clone(memory_format=torch.contiguous_format) for key in keys}
+    tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in found.items()}
     tensors[FREQUENCIES] = checkpoint.frequencies().view(1, 1, 1, -1).clone()
     save_file(tensors, folder / WEIGHTS)
     (folder / WEIGHTS).chmod((folder / CONFIG).stat().st_mode)  # save_file leaves it to its owner alone

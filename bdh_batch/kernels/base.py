@@ -6,15 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Scales:
+    """What int8 weights are multiples of, float32: a number for each column of D of them, the weights of one neuron in
+    a matrix, or of one token in the head."""
+
+    encoder: Tensor  # [M, heads, N]
+    encoder_v: Tensor  # [M, heads, N]
+    decoder: Tensor  # [M, heads * N]
+    lm_head: Tensor  # [V]
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
     """A BDH model's tensors. D is the width, N the neurons of one head.
 
-    M, the sets of matrices, is 1 where all `layers` share theirs, else there is one for each layer. The matrices have
-    one dtype (float32, float16 or bfloat16); `frequencies` is float32 whatever theirs is.
+    M, the sets of matrices, is 1 where all `layers` share theirs, else there is one for each layer. The matrices and
+    the head have one dtype: float32, float16, bfloat16, or int8 with `scales`. `embed` has it too, but beside int8 it
+    is float32; `frequencies` is float32 whatever theirs is.
     """
 
     layers: int
@@ -26,6 +39,12 @@ class Weights:
     frequencies: Tensor  # [N], RoPE turns per position; neurons 2i and 2i + 1 share one
     final_norm: bool = False  # one LayerNorm after the last layer, instead of one after every layer
     latent_embed: Tensor | None = None  # [D] float32, added to the vector that enters a latent step
+    scales: Scales | None = None  # of int8
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the matrices."""
+        return self.encoder.dtype
 
     def set_of(self, layer: int) -> int:
         """The index of a layer's matrices."""

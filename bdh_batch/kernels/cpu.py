@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numba
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from bdh_batch.kernels import cpu_passes as passes, cpu_state, simd, simd_terms, vector
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cpu_layout import (
+    INTEGERS,
     MAX_TOKENS,
     PANEL,
     ROWS,
@@ -27,13 +29,14 @@ from bdh_batch.kernels.cpu_layout import (
     aligned,
     allocate,
     allocate_scratch,
-    as_terms,
+    head_scales,
     pack,
     pack_columns,
-    padded,
     round_up,
+    rows_of,
     shape_of,
 )
+from bdh_batch.kernels.cpu_products import product, scale_panel
 from bdh_batch.kernels.vector import LANES, compiled, in_parallel, inlined
 
 PIECES = 4  # for each thread, groups times heads: what the threads share out in a layer
@@ -46,17 +49,25 @@ NO_FLOATS = np.empty(0, np.float32)
 NO_TOKENS = np.empty(0, np.int64)
 
 
+class Columns(NamedTuple):
+    """What rows are multiplied with, and what the sums of integers are multiples of."""
+
+    numbers: Terms  # packed
+    row_scales: Floats  # [T], or empty
+    scales: Floats  # [columns], or empty
+
+
 class CpuKernels:
     """Computes the forward pass with compiled loops on all threads."""
 
     def __init__(self, weights: Weights, window: int = 0) -> None:
-        #: Whether weights stay bfloat16, which the processor multiplies in pairs.
-        self.pairs = weights.embed.dtype == torch.bfloat16 and simd_terms.multiplies_pairs()
+        #: Whether weights stay as narrow as they are, and are multiplied in pairs.
+        self.pairs = weights.dtype == torch.int8 or (weights.dtype == torch.bfloat16 and simd_terms.multiplies_pairs())
         self._shape = shape_of(weights, window, self.pairs)
         self._packed = pack(weights, self._shape)
         self._lm_head = pack_columns(weights.lm_head[None], self._shape)
+        self._head_scales = head_scales(weights)
         self._vocabulary = weights.lm_head.shape[1]
-        self._dtype = weights.lm_head.dtype
         self._threads = min(torch.get_num_threads(), vector.most_threads())
         self._work = allocate(MAX_TOKENS, self._shape)
         self._scratch = allocate_scratch(self._threads, self._shape)
@@ -85,14 +96,13 @@ class CpuKernels:
         pass  # nothing depends on where the states lie
 
     def logits(self, hidden: Tensor) -> Tensor:
-        rows = padded(self._shape, len(hidden) + ROWS)
-        rows[: len(hidden), : self._shape.width] = hidden.to(self._dtype)
+        rows, row_scales = rows_of(hidden, self._shape)
         out = aligned(len(hidden), round_up(self._vocabulary, PANEL))
         panels = out.shape[1] // PANEL
         threads = self._threads if len(hidden) * panels >= WORTH_SHARING else 1
-        numbers, logits = as_terms(rows), out.view(-1).numpy()
+        columns = Columns(self._lm_head, row_scales, self._head_scales)
         vector.use_threads(threads)
-        project(numbers, len(hidden), self._shape, self._lm_head, self._scratch, logits, self._counters, threads)
+        project(rows, len(hidden), self._shape, columns, self._scratch, out.view(-1).numpy(), self._counters, threads)
         return out[:, : self._vocabulary]
 
 
@@ -214,7 +224,8 @@ def scratch_of(scratches: Scratch, thread: int) -> Scratch:
     return Scratch(
         scratches.fired[thread], scratches.starts[thread], scratches.pairs[thread], scratches.even[thread],
         scratches.odd[thread], scratches.y[thread], scratches.products[thread], scratches.normed[thread],
-        scratches.neurons[thread], scratches.gated[thread], scratches.gates[thread], scratches.active[thread],
+        scratches.normed_scales[thread], scratches.neurons[thread], scratches.gated[thread], scratches.gates[thread],
+        scratches.active[thread],
     )  # fmt: skip
 
 
@@ -289,7 +300,7 @@ def finish_some(layer: int, part: Round, shape: Shape, work: Work, counters: Lon
 
 @in_parallel
 def project(
-    rows: Terms, tokens: int, shape: Shape, columns: Terms, scratches: Scratch, out: Floats, counters: Longs,
+    rows: Terms, tokens: int, shape: Shape, columns: Columns, scratches: Scratch, out: Floats, counters: Longs,
     threads: int,
 ) -> None:  # fmt: skip
     """out [tokens, columns] = rows [tokens + ROWS, input_pitch] · packed columns.
@@ -305,10 +316,10 @@ def project(
 
 @compiled
 def project_some(
-    rows: Terms, tokens: int, shape: Shape, columns: Terms, products: Floats, out: Floats, counters: Longs
+    rows: Terms, tokens: int, shape: Shape, columns: Columns, products: Floats, out: Floats, counters: Longs
 ) -> None:
     pitch = shape.input_pitch
-    panels = len(columns) // (pitch * PANEL)
+    panels = len(columns.numbers) // (pitch * PANEL)
     while True:
         panel = simd.take_work(counters, 0)
         if panel >= panels:
@@ -316,8 +327,11 @@ def project_some(
         start = panel * pitch * PANEL
         for token in range(0, tokens, ROWS):
             count = min(ROWS, tokens - token)
-            passes.product(rows, token * pitch, count, pitch, columns, start, shape.depth, products, 0)
+            product(rows, token * pitch, count, pitch, columns.numbers, start, shape.depth, products, 0)
             for i in range(count):
+                if shape.rounding == INTEGERS:
+                    by = columns.row_scales[token + i]
+                    scale_panel(products, i * PANEL, by, columns.scales, panel * PANEL)
                 to = (token + i) * panels * PANEL + panel * PANEL
                 simd.store(out, to, simd.load(products, i * PANEL))
                 simd.store(out, to + LANES, simd.load(products, i * PANEL + LANES))

@@ -12,8 +12,7 @@ import numpy.typing as npt
 
 from bdh_batch.kernels import simd, simd_state, simd_terms as terms
 from bdh_batch.kernels.cpu_layout import (
-    BFLOAT16,
-    FLOAT16,
+    INTEGERS,
     MAX_TILE,
     PANEL,
     PANELS,
@@ -23,21 +22,12 @@ from bdh_batch.kernels.cpu_layout import (
     Round,
     Scratch,
     Shape,
-    Terms,
     Work,
 )
+from bdh_batch.kernels.cpu_products import product, rounded, scale_panel, store_row
 from bdh_batch.kernels.vector import LANES, compiled, inlined
 
 ALL_LANES = (1 << LANES) - 1
-
-
-@inlined
-def rounded(value: Any, rounding: int) -> Any:
-    if rounding == FLOAT16:
-        return simd.through_half(value)
-    if rounding == BFLOAT16:
-        return simd.through_bfloat(value)
-    return value
 
 
 @compiled
@@ -74,8 +64,7 @@ def set_inputs(token: int, shape: Shape, work: Work) -> None:
         simd_state.take_apart(work.x, i, work.x_apart, i)
     for i in range(twos, x + shape.pitch, LANES):
         simd.store(work.x_apart, i, simd.load(work.x, i))
-    for i in range(x, x + shape.pitch, LANES):
-        terms.store(work.inputs, i, rounded(simd.load(work.x, i), shape.rounding))
+    work.scales[token] = store_row(work.x, x, shape, work.inputs, x)
 
 
 @compiled
@@ -117,68 +106,6 @@ def set_angles(position: float, frequencies: npt.NDArray[np.float64], start: int
 
 
 @inlined
-def product_row(a: Terms, row: int, panel: Terms, start: int, depth: int, out: Floats, to: int) -> None:
-    """out [PANEL] = a row of a · panel [depth, PANEL]."""
-    even, odd = simd.splat(np.float32(0)), simd.splat(np.float32(0))
-    for k in range(depth):
-        a0 = terms.spread(a, row + k)
-        even = terms.multiply_add(a0, terms.load(panel, start + k * PANEL), even)
-        odd = terms.multiply_add(a0, terms.load(panel, start + k * PANEL + LANES), odd)
-    simd.store(out, to, even)
-    simd.store(out, to + LANES, odd)
-
-
-@inlined
-def product_rows(a: Terms, row: int, pitch: int, panel: Terms, start: int, depth: int, out: Floats, to: int) -> None:
-    """out [ROWS, PANEL] = ROWS rows of a · panel [depth, PANEL]; the bits are those of `product_row`."""
-    e0 = e1 = e2 = e3 = e4 = e5 = e6 = e7 = simd.splat(np.float32(0))
-    o0 = o1 = o2 = o3 = o4 = o5 = o6 = o7 = simd.splat(np.float32(0))
-    for k in range(depth):
-        even, odd = terms.load(panel, start + k * PANEL), terms.load(panel, start + k * PANEL + LANES)
-        at = row + k
-        a0, a1 = terms.spread(a, at), terms.spread(a, at + pitch)
-        e0, o0 = terms.multiply_add(a0, even, e0), terms.multiply_add(a0, odd, o0)
-        e1, o1 = terms.multiply_add(a1, even, e1), terms.multiply_add(a1, odd, o1)
-        a2, a3 = terms.spread(a, at + 2 * pitch), terms.spread(a, at + 3 * pitch)
-        e2, o2 = terms.multiply_add(a2, even, e2), terms.multiply_add(a2, odd, o2)
-        e3, o3 = terms.multiply_add(a3, even, e3), terms.multiply_add(a3, odd, o3)
-        a4, a5 = terms.spread(a, at + 4 * pitch), terms.spread(a, at + 5 * pitch)
-        e4, o4 = terms.multiply_add(a4, even, e4), terms.multiply_add(a4, odd, o4)
-        e5, o5 = terms.multiply_add(a5, even, e5), terms.multiply_add(a5, odd, o5)
-        a6, a7 = terms.spread(a, at + 6 * pitch), terms.spread(a, at + 7 * pitch)
-        e6, o6 = terms.multiply_add(a6, even, e6), terms.multiply_add(a6, odd, o6)
-        e7, o7 = terms.multiply_add(a7, even, e7), terms.multiply_add(a7, odd, o7)
-    simd.store(out, to + 0 * PANEL, e0)
-    simd.store(out, to + 0 * PANEL + LANES, o0)
-    simd.store(out, to + 1 * PANEL, e1)
-    simd.store(out, to + 1 * PANEL + LANES, o1)
-    simd.store(out, to + 2 * PANEL, e2)
-    simd.store(out, to + 2 * PANEL + LANES, o2)
-    simd.store(out, to + 3 * PANEL, e3)
-    simd.store(out, to + 3 * PANEL + LANES, o3)
-    simd.store(out, to + 4 * PANEL, e4)
-    simd.store(out, to + 4 * PANEL + LANES, o4)
-    simd.store(out, to + 5 * PANEL, e5)
-    simd.store(out, to + 5 * PANEL + LANES, o5)
-    simd.store(out, to + 6 * PANEL, e6)
-    simd.store(out, to + 6 * PANEL + LANES, o6)
-    simd.store(out, to + 7 * PANEL, e7)
-    simd.store(out, to + 7 * PANEL + LANES, o7)
-
-
-@compiled
-def product(
-    a: Terms, row: int, rows: int, pitch: int, panel: Terms, start: int, depth: int, out: Floats, to: int
-) -> None:
-    """out [rows, PANEL] for 1 … ROWS rows. May compute ROWS, and so reads a and writes out up to there."""
-    if rows > ROWS // 3:
-        product_rows(a, row, pitch, panel, start, depth, out, to)
-    else:
-        for i in range(rows):
-            product_row(a, row + i * pitch, panel, start, depth, out, to + i * PANEL)
-
-
-@inlined
 def matrices_of(layer: int, head: int, shape: Shape) -> int:
     """Where the packed matrices of one head in a layer lie, counted in heads."""
     return layer % shape.sets * shape.heads + head
@@ -195,13 +122,16 @@ def expand(
     for tile in range(first, last, MAX_TILE):
         tile_end = min(tile + MAX_TILE, last)
         for panel in range(shape.panels):
-            columns = (matrices * shape.panels + panel) * pitch * PANEL
+            neuron = (matrices * shape.panels + panel) * PANEL
+            columns = neuron * pitch
             lanes = simd.first_bits(ALL_LANES, shape.neurons // 2 - panel * LANES)
             for token in range(tile, tile_end, ROWS):
                 rows = min(ROWS, tile_end - token)
                 row, products = token * pitch, scratch.products
                 product(work.inputs, row, rows, pitch, weights.encoder, columns, shape.depth, products, 0)
                 for i in range(rows):
+                    if shape.rounding == INTEGERS:
+                        scale_panel(scratch.products, i * PANEL, work.scales[token + i], weights.encoder_scales, neuron)
                     record(token + i, token + i - first, panel, lanes, i * PANEL, layer, shape, work, scratch)
 
 
@@ -263,8 +193,10 @@ def contract(
             neurons = (matrices * shape.panels + block) * PANEL
             for i in range(tokens):
                 count = list_fired(row + i, block, shape, scratch)
-                gate(i * shape.input_pitch, count, neurons, shape, weights, scratch)
+                gate(i, count, neurons, shape, weights, scratch)
                 passed = keep_passed(count, scratch)
+                if shape.rounding == INTEGERS:
+                    scale_passed(passed, weights.gated_scales, neurons, scratch)
                 z = ((first + row + i) * shape.heads + head) * shape.pitch
                 add_rows(passed, neurons, z, shape, weights, work, scratch)
 
@@ -275,10 +207,9 @@ def normalise(first: int, row: int, tokens: int, head: int, shape: Shape, work: 
     for i in range(tokens):
         y, z = (row + i) * shape.pitch, ((first + i) * shape.heads + head) * shape.pitch
         layer_norm(scratch.y, y, shape, scratch.y, y)
-        for k in range(0, shape.pitch, LANES):
-            normed = rounded(simd.load(scratch.y, y + k), shape.rounding)
-            terms.store(scratch.normed, i * shape.pitch + k, normed)
-            simd.store(work.z, z + k, simd.splat(np.float32(0)))
+        scratch.normed_scales[i] = store_row(scratch.y, y, shape, scratch.normed, i * shape.pitch)
+        for k in range(z, z + shape.pitch, LANES):
+            simd.store(work.z, k, simd.splat(np.float32(0)))
 
 
 @inlined
@@ -296,8 +227,10 @@ def list_fired(row: int, block: int, shape: Shape, scratch: Scratch) -> Any:
 
 
 @inlined
-def gate(y: int, count: int, neurons: int, shape: Shape, weights: Packed, scratch: Scratch) -> None:
-    """The gates, before their relu, of the neurons listed: each a dot product, by fours."""
+def gate(row: int, count: int, neurons: int, shape: Shape, weights: Packed, scratch: Scratch) -> None:
+    """The gates, before their relu, of the neurons listed: each a dot product, by fours. Those of int8 lack the scale
+    of their weights."""
+    y = row * shape.input_pitch
     for entry in range(0, count, 4):
         last = count - 1
         a = (neurons + scratch.neurons[entry]) * shape.input_pitch
@@ -311,7 +244,12 @@ def gate(y: int, count: int, neurons: int, shape: Shape, weights: Packed, scratc
             by_b = terms.multiply_add(normed, terms.load(weights.encoder_v, b + k), by_b)
             by_c = terms.multiply_add(normed, terms.load(weights.encoder_v, c + k), by_c)
             by_d = terms.multiply_add(normed, terms.load(weights.encoder_v, d + k), by_d)
-        simd.store(scratch.gates, entry, simd.sums(by_a, by_b, by_c, by_d))
+        by_a, by_b = terms.total(weights.encoder_v, by_a), terms.total(weights.encoder_v, by_b)
+        by_c, by_d = terms.total(weights.encoder_v, by_c), terms.total(weights.encoder_v, by_d)
+        gates = simd.sums(by_a, by_b, by_c, by_d)
+        if shape.rounding == INTEGERS:
+            gates = simd.multiply(gates, simd.splat(scratch.normed_scales[row]))
+        simd.store(scratch.gates, entry, gates)
 
 
 @inlined
@@ -325,6 +263,13 @@ def keep_passed(count: int, scratch: Scratch) -> Any:
         simd.store_chosen(scratch.gated, passed, gated, bits)
         passed += simd.count_bits(bits)
     return passed
+
+
+@inlined
+def scale_passed(count: int, scales: Floats, neurons: int, scratch: Scratch) -> None:
+    """What is listed, times what its weights in encoder_v and in the decoder are multiples of."""
+    for entry in range(count):
+        scratch.gated[entry] *= scales[neurons + scratch.neurons[entry]]
 
 
 @inlined

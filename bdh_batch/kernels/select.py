@@ -68,26 +68,30 @@ def _automatic(weights: Weights, window: int) -> tuple[Kernels, str]:
     if device != "cuda":
         return TorchKernels(weights, window), f"torch: there are no other kernels for {device}"
     if obstacle := triton_obstacle(weights):
+        if weights.dtype == torch.int8:  # which the reference would widen for every product
+            raise ConfigError(f"model.dtype: int8 is for CPUs; on a GPU, triton kernels {obstacle}")
         return TorchKernels(weights, window), f"torch: triton kernels {obstacle}"
     return _triton(weights, window), "triton: the weights are on a GPU"
 
 
 def _cpu(weights: Weights, window: int, reason: str) -> tuple[Kernels, str]:
-    """The CPU's kernels; the reason says how they multiply 16-bit weights, which follows from the processor."""
+    """The CPU's kernels; the reason says how they multiply narrow weights, which may follow from the processor."""
     kernels = CpuKernels(weights, window)
-    dtype = str(weights.embed.dtype).removeprefix("torch.")
-    if kernels.pairs:
+    dtype = str(weights.dtype).removeprefix("torch.")
+    if weights.dtype == torch.int8:
+        reason += f"; weights of {dtype} stay so, and are multiplied with inputs of int16"
+    elif kernels.pairs:
         reason += f"; weights of {dtype} stay so, and are multiplied by avx512_bf16"
-    elif weights.embed.dtype == torch.bfloat16:
+    elif weights.dtype == torch.bfloat16:
         reason += f"; weights of {dtype} are widened to float32, as this processor has no avx512_bf16"
-    elif weights.embed.dtype != torch.float32:
+    elif weights.dtype != torch.float32:
         reason += f"; weights of {dtype} are widened to float32"
     return kernels, f"cpu: {reason}"
 
 
 def triton_obstacle(weights: Weights) -> str | None:
     """Why the Triton kernels cannot serve a model here, and what to change; None where they can."""
-    device, dtype, width = weights.embed.device, weights.embed.dtype, weights.encoder.shape[2]
+    device, dtype, width = weights.embed.device, weights.dtype, weights.encoder.shape[2]
     if device.type != "cuda":
         return f"cannot read weights on {device.type}; set model.device to cuda, or engine.kernels to auto"
     if find_spec("triton") is None:
@@ -128,7 +132,7 @@ def _check_pairs(weights: Weights) -> None:
 
 
 def _check_cpu(weights: Weights) -> None:
-    device, dtype = weights.embed.device.type, weights.embed.dtype
+    device, dtype = weights.embed.device.type, weights.dtype
     if device != "cpu":
         raise ConfigError(f"engine.kernels: cpu kernels cannot read weights on {device}; set engine.kernels to auto")
     if dtype not in ROUNDING:

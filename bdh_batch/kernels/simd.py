@@ -99,6 +99,32 @@ def relu(context: Any, vector: Any) -> Any:
 
 
 @intrinsic
+def larger(context: Any, a: Any, b: Any) -> Any:
+    """max(a, |b|); NaN where one of them is."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        size = builder.call(declare(builder, "llvm.fabs.v16f32", FLOATS, [FLOATS]), [args[1]])
+        return builder.call(declare(builder, "llvm.maximum.v16f32", FLOATS, [FLOATS] * 2), [args[0], size])
+
+    return VECTOR(VECTOR, VECTOR), generate
+
+
+@intrinsic
+def largest(context: Any, vector: Any) -> Any:
+    """The largest of the lanes; NaN where one of them is."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        (vector,) = args
+        maximum = declare(builder, "llvm.maximum.v16f32", FLOATS, [FLOATS] * 2)
+        for half in (8, 4, 2, 1):
+            turned = shuffle(builder, vector, vector, [(lane + half) % LANES for lane in range(LANES)])
+            vector = builder.call(maximum, [vector, turned])
+        return builder.extract_element(vector, ir.Constant(INT, 0))
+
+    return types.float32(VECTOR), generate
+
+
+@intrinsic
 def nonzero(context: Any, vector: Any) -> Any:
     """An integer with bit i set where lane i is not zero (NaN is not)."""
 

@@ -4,7 +4,7 @@ Of pathwaycom/bdh, `bdh.py`, only the order of summation is changed. There the w
 token, y_t = Σ_{s<t} (q_t · q_s) x_s. Here what came before a segment is read from the sequence's state
 S = Σ_s q_s ⊗ x_s, one N × D matrix per layer and head, which has the same size at any length.
 
-Shapes: T tokens, D width, h heads, N neurons per head. The matrices may be 16 bits wide; activations and sums are
+Shapes: T tokens, D width, h heads, N neurons per head. The matrices may be 16 or 8 bits wide; activations and sums are
 float32. States are float32, or bfloat16: then they are rounded to the nearest when a segment has been added.
 """
 
@@ -35,7 +35,8 @@ class TorchKernels:
         pass  # nothing depends on where the states lie
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return project(hidden, self._weights.lm_head)
+        weights = self._weights
+        return project(hidden, weights.lm_head, None if weights.scales is None else weights.scales.lm_head)
 
 
 def forward(
@@ -51,17 +52,21 @@ def forward(
     `active` and `shown` are what `Kernels.forward` calls `active` and `fired`.
     """
     cos, sin = rotation(weights.frequencies, batch.positions)
-    x = inputs(weights, batch)
+    x, scales = inputs(weights, batch), weights.scales
     for layer in range(weights.layers):
         matrices = weights.set_of(layer)
-        fired = project(x, weights.encoder[matrices]).relu()  # [h, T, N]
+        of_encoder = None if scales is None else scales.encoder[matrices]
+        of_gate = None if scales is None else scales.encoder_v[matrices]
+        fired = project(x, weights.encoder[matrices], of_encoder).relu()  # [h, T, N]
         if active is not None:
             active[layer] = (fired != 0).float().mean()
         if shown is not None:
             shown[layer] = fired[:, list(batch.watched)].transpose(0, 1)
         y = attend(rotate(fired, cos, sin), x, states[:, layer], batch, window)
-        gate = project(layer_norm(y), weights.encoder_v[matrices]).relu()
+        gate = project(layer_norm(y), weights.encoder_v[matrices], of_gate).relu()
         gated = (fired * gate).transpose(0, 1).flatten(1)  # [T, h * N]
+        if scales is not None:
+            gated = gated * scales.decoder[matrices]
         x = x + layer_norm(project(gated, weights.decoder[matrices]))
         if not weights.final_norm or layer == weights.layers - 1:
             x = layer_norm(x)
@@ -77,9 +82,13 @@ def inputs(weights: Weights, batch: RaggedBatch) -> Tensor:
     return x
 
 
-def project(x: Tensor, matrix: Tensor) -> Tensor:
-    """x · matrix in the matrix's precision, given back as float32."""
-    return (x.to(matrix.dtype) @ matrix).float()
+def project(x: Tensor, matrix: Tensor, scales: Tensor | None = None) -> Tensor:
+    """x · matrix in the matrix's precision, given back as float32. One of int8 is widened to float32; `scales` are
+    those of its columns, [..., N]."""
+    if matrix.dtype != torch.int8:
+        return (x.to(matrix.dtype) @ matrix).float()
+    product = x @ matrix.float()
+    return product if scales is None else product * scales[..., None, :]
 
 
 def layer_norm(x: Tensor) -> Tensor:

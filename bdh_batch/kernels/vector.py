@@ -1,7 +1,7 @@
 """Sixteen float32 side by side as a type of Numba's, and how functions are compiled that use it.
 
 A `Vector` is a value that lives in registers; LLVM splits it where the machine's are narrower. `PAIRS` is the same
-register with a pair of bfloat16 in each lane.
+register with a pair of bfloat16 in each lane, `SHORTS` with a pair of int16.
 """
 
 from __future__ import annotations
@@ -92,6 +92,22 @@ PAIRS: Any = PairsType()
 
 @register_model(PairsType)
 class _PairsModel(models.PrimitiveModel):
+    def __init__(self, manager: Any, numba_type: Any) -> None:
+        super().__init__(manager, numba_type, INTS)  # type: ignore[no-untyped-call]
+
+
+class ShortsType(types.Type):
+    """Numba's type of sixteen pairs of int16 in registers."""
+
+    def __init__(self) -> None:
+        super().__init__(name="int16x32")
+
+
+SHORTS: Any = ShortsType()
+
+
+@register_model(ShortsType)
+class _ShortsModel(models.PrimitiveModel):
     def __init__(self, manager: Any, numba_type: Any) -> None:
         super().__init__(manager, numba_type, INTS)  # type: ignore[no-untyped-call]
 

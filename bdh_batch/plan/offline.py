@@ -15,6 +15,8 @@ import torch
 from bdh_batch.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from bdh_batch.checkpoint.config import NOTHING, Given, bytes_per_sequence
 from bdh_batch.checkpoint.convert import convert
+from bdh_batch.checkpoint.dialects.keys import LATENT
+from bdh_batch.checkpoint.int8 import bytes_of_weights
 from bdh_batch.errors import CheckpointError
 from bdh_batch.system.device_memory import free_memory
 from bdh_batch.system.sizes import size_text
@@ -23,7 +25,7 @@ from bdh_batch.text.tokenizer import ByteTokenizer, TokenIdsOnly
 
 __all__ = ["Inspection", "convert", "given_by", "inspect"]
 
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 KINDS = {"without_window": 0, "with_window": 2}  # any window takes the same
 MEMORIES = {"cpu": "fit what is free", "cuda": "fit what the GPU has free", "asked": "fit what was asked about"}
@@ -119,7 +121,7 @@ def inspect(path: Path, given: Given = NOTHING, memory: int | None = None) -> In
         layers_told=checkpoint.layers_known,
         parameters=parameters,
         weights_saved=saved_sizes(checkpoint),
-        weights_served={short(dtype): parameters * dtype.itemsize for dtype in WEIGHT_DTYPES},
+        weights_served={short(dtype): bytes_of_weights(config, dtype) for dtype in WEIGHT_DTYPES},
         attention_window=config.suggested_window,
         tokenizer=tokenizer_kind(checkpoint.file.parent, config.vocab_size),
         state=state,
@@ -134,7 +136,7 @@ def inspect(path: Path, given: Given = NOTHING, memory: int | None = None) -> In
 def saved_sizes(checkpoint: Checkpoint) -> dict[str, int]:
     """Bytes of the weights in the file, by dtype; a tied head counts as the embedding it is."""
     found: Counter[str] = Counter()
-    tensors = (checkpoint.state[key] for key in checkpoint.config.shapes())
+    tensors = (checkpoint.state[key] for key in checkpoint.tensor_keys() if key != LATENT)
     for tensor in {tensor.data_ptr(): tensor for tensor in tensors}.values():
         found[short(tensor.dtype)] += tensor.nbytes
     return dict(found)

@@ -1,11 +1,17 @@
-"""What a model's window and the precision of its states cost: loss by position, on text that it was not trained on.
+"""What a model's window and the precision of its weights and states cost: loss by position, on text that it was not
+trained on.
 
     python -m benchmarks.engine.loss --text shakespeare.txt  # of the bundled model
     python -m benchmarks.engine.loss --text my.txt --model models/my-bdh --windows 0 256 512
 
-The last tenth of the text is cut in contexts that do not overlap. Writes `loss.json`: for each
-window and state dtype the mean loss in nats per token, whole and by position; and for each dtype of cached prefixes
-(`prefix_cache.dtype`) the loss of what follows a prefix that was kept in it, and how many states fit a GiB.
+The last tenth of the text is cut in contexts that do not overlap. Writes `loss.json`, in nats per token:
+
+    losses    for each window and state dtype the mean loss, whole and by position
+    weights   for each dtype of the weights (`model.dtype`), with the model's window: the loss, the bytes of matrices,
+              head and embedding as the kernels lay them out, and the tokens/s of decoding batches and of a prompt by
+              the runner, for which the dtypes take turns
+    restored  for each dtype of cached prefixes (`prefix_cache.dtype`) the loss of what follows a prefix that was kept
+              in it, and how many states fit a GiB
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,9 +33,12 @@ from bdh_batch.checkpoint.checkpoint import Model, load_model
 from bdh_batch.engine.narrow_states import narrow_bytes
 from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_pool import StatePool
+from bdh_batch.kernels.base import Kernels, Weights
+from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.select import select_kernels
-from bdh_batch.messages import Segment
+from bdh_batch.messages import Plan, SamplingParams, Segment
 from benchmarks import ROOT
+from benchmarks.common import figure, take_turns
 from benchmarks.report import report_head, results_folder, write_report
 
 BUNDLED = ROOT / "models" / "bdh-shakespeare"
@@ -37,6 +47,11 @@ DTYPES = (torch.float32, torch.bfloat16)
 PREFIXES = (256, 1024, 4096)  # tokens after which a state is cached and restored
 FOLLOWING = 256  # tokens whose loss is measured then
 NARROW = (None, torch.bfloat16, torch.int8)  # dtypes of cached prefixes
+WEIGHTS = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+BATCHES = {1: 64, 32: 8}  # sequences that decode, and steps in each timed run: positions of a window's first block
+BEGUN = 64  # tokens of each
+PROMPT = 1024  # tokens
+SECTIONS = ("losses", "weights", "restored")
 
 
 def main() -> None:
@@ -45,28 +60,96 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(arguments.model, torch.float32, device)
     tokens = validation(arguments.text, arguments.context)
-    rows = []
-    with tqdm(total=len(arguments.windows) * len(DTYPES) * len(tokens), unit="context") as bar:
-        for window in arguments.windows:
-            for dtype in DTYPES:
-                bar.set_description(f"window {window}, {dtype}")
-                losses = loss_by_position(model, window, dtype, tokens, bar)
-                rows.append({"window": window, "state_dtype": name_of(dtype), **summary(losses)})
-    restored = [
-        row
-        for window in dict.fromkeys((0, model.config.suggested_window))
-        for row in after_restoring(model, window, arguments.text)
-    ]
+    sections = {
+        "losses": lambda: by_window(model, tokens, arguments.windows),
+        "weights": lambda: by_weights(arguments.model, device, tokens, arguments.repeats),
+        "restored": lambda: [
+            row
+            for window in dict.fromkeys((0, model.config.suggested_window))
+            for row in after_restoring(model, window, arguments.text)
+        ],
+    }
     report = {
         **head,
         "model": arguments.model.name,
         "contexts": len(tokens),
         "tokens_of_a_context": arguments.context,
-        "losses": rows,
-        "restored": restored,
+        **{name: sections[name]() for name in arguments.only},
     }
     write_report(arguments.out / "loss.json", report)
     print(json.dumps(report, indent=2))
+
+
+def by_window(model: Model, tokens: Tensor, windows: list[int]) -> list[dict[str, object]]:
+    rows = []
+    with tqdm(total=len(windows) * len(DTYPES) * len(tokens), unit="context") as bar:
+        for window in windows:
+            for dtype in DTYPES:
+                bar.set_description(f"window {window}, {dtype}")
+                losses = loss_by_position(model, window, dtype, tokens, bar)
+                rows.append({"window": window, "state_dtype": name_of(dtype), **summary(losses)})
+    return rows
+
+
+def by_weights(path: Path, device: torch.device, tokens: Tensor, repeats: int) -> list[dict[str, object]]:
+    """For each dtype: loss, bytes, and tokens/s, of states in float32."""
+    models = {dtype: load_model(path, dtype, device) for dtype in WEIGHTS}
+    config = models[torch.float32].config
+    window = config.suggested_window
+    pool = StatePool(config, max(BATCHES) + 1, device, window)
+    chosen = {dtype: select_kernels("auto", model.weights, window) for dtype, model in models.items()}
+    runs = {}
+    for dtype, (kernels, _) in chosen.items():
+        runner = Runner(kernels, pool)
+        for size, steps in BATCHES.items():
+            runs[f"{name_of(dtype)} {size}"] = partial(decode, runner, tokens, size, steps)
+        runs[f"{name_of(dtype)} prompt"] = partial(read_prompt, runner, tokens)
+    decode(Runner(chosen[torch.float32][0], pool), tokens, max(BATCHES), 1, begun=0)
+    with tqdm(total=repeats, unit="round") as bar:
+        times = take_turns(runs, repeats, tick=bar.update)
+
+    def rates(name: str, count: int) -> dict[str, object]:
+        return figure([count / seconds for seconds in times[name]], "tokens/s", "higher")
+
+    rows: list[dict[str, object]] = []
+    with tqdm(total=len(models) * len(tokens), unit="context") as bar:
+        for dtype, model in models.items():
+            losses = loss_by_position(model, window, torch.float32, tokens, bar)
+            decoded = {
+                f"batch {size}": rates(f"{name_of(dtype)} {size}", size * steps) for size, steps in BATCHES.items()
+            }
+            rows.append(
+                {
+                    "dtype": name_of(dtype),
+                    "kernels": chosen[dtype][1],
+                    "window": window,
+                    "bytes": bytes_read(chosen[dtype][0], model.weights),
+                    **summary(losses),
+                    "tokens_per_s": {**decoded, "prompt": rates(f"{name_of(dtype)} prompt", PROMPT)},
+                }
+            )
+    return rows
+
+
+def bytes_read(kernels: Kernels, weights: Weights) -> int:
+    if isinstance(kernels, CpuKernels):
+        return sum(array.nbytes for array in (*kernels._packed, kernels._lm_head, kernels._head_scales))
+    return sum(getattr(weights, name).nbytes for name in ("embed", "encoder", "encoder_v", "decoder", "lm_head"))
+
+
+def decode(runner: Runner, tokens: Tensor, size: int, steps: int, begun: int = BEGUN) -> None:
+    """Steps of one token of each of `size` sequences; with `begun` 0, the first takes them through their prompts."""
+    for step in range(steps):
+        position = begun + step
+        length = 1 if position else BEGUN
+        rows = [tokens.flatten()[97 * slot + position :][:length].tolist() for slot in range(size)]
+        sampling = [SamplingParams(temperature=0.8, seed=slot) for slot in range(size)]
+        runner.run(Plan([Segment(slot, position, row, sampling[slot]) for slot, row in enumerate(rows)]))
+
+
+def read_prompt(runner: Runner, tokens: Tensor) -> None:
+    for start in range(0, PROMPT, CHUNK):
+        runner.forward([Segment(max(BATCHES), start, tokens.flatten()[start : start + CHUNK].tolist(), None)])
 
 
 def parse() -> argparse.Namespace:
@@ -75,6 +158,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=BUNDLED, help="a model folder")
     parser.add_argument("--windows", type=int, nargs="+", default=[0, 256, 512, 1024, 2048])
     parser.add_argument("--context", type=int, default=4096)
+    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--repeats", type=int, default=15, help="rounds in which the dtypes of the weights are timed")
     parser.add_argument("--out", type=Path, default=results_folder())
     return parser.parse_args()
 

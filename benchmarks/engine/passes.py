@@ -87,6 +87,26 @@ def contract_share(
         )
 
 
+def one_token_each(tokens: Tensor, position: int) -> RaggedBatch:
+    """A decode step of so many sequences, all at one position."""
+    count = len(tokens)
+    return RaggedBatch(tokens, torch.full((count,), position), range(count + 1), range(count))
+
+
+def fill_lists(kernels: CpuKernels, text: Tensor, begun: int) -> None:
+    """Leaves in every thread's scratch buffers what the tokens of a text from `begun` on fire, a row for each, in the
+    first head of a layer after the last."""
+    shape = kernels._shape
+    states = torch.zeros(1, shape.layers, shape.heads, shape.neurons, shape.width)
+    for begin, end in ((0, begun), (begun, len(text))):
+        batch = RaggedBatch(text[begin:end], torch.arange(begin, end), [0, end - begin], [0])
+        kernels.forward(states, batch)
+    scratch = cpu.scratch_of(kernels._scratch, 0)
+    cpu_passes.expand(0, len(text) - begun, 0, 0, shape, kernels._packed, kernels._work, scratch)
+    for array in kernels._scratch:
+        array[1:] = array[:1]
+
+
 def pass_variants(kernels: CpuKernels, states: dict[str, Tensor], batch: RaggedBatch) -> dict[str, Callable[[], None]]:
     """Each pass of a decode step by itself; the scratch buffers are as the pass before left them."""
     flat = {name: cpu.flatten(each) for name, each in states.items()}

@@ -32,6 +32,7 @@ WRITERS = {
     "engine/simulate": "a picture, and figures on its standard output",
     "fleet/page": "tables in docs/fleets.md",
     "reports/document": "docs/performance.md",
+    "reports/widths": "a table in docs/models.md",
     "server/loads": "prompts for `bench serve`",
     "stress/faulty": "a census",
     "stress/fuzz": "a chat template",

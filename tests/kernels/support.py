@@ -6,13 +6,15 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bdh_batch.checkpoint import int8
 from bdh_batch.checkpoint.config import BDHConfig
-from bdh_batch.kernels.base import Kernels, RaggedBatch, Weights
+from bdh_batch.kernels.base import Kernels, RaggedBatch, Scales, Weights
 from bdh_batch.kernels.cpu import CpuKernels
 
 CONFORMANCE = Path(__file__).parents[1] / "data" / "conformance"
@@ -53,6 +55,15 @@ def variant(weights: Weights, name: str) -> Weights:
         turns = torch.arange(neurons) < neurons // 8 * 2
         weights = replace(weights, frequencies=weights.frequencies * turns)
     return weights
+
+
+def quantized(weights: Weights) -> Weights:
+    """The same rounded to int8."""
+    axes = {"encoder": -2, "encoder_v": -2, "decoder": -1, "lm_head": -2}
+    pairs = {name: int8.quantize(getattr(weights, name), axis) for name, axis in axes.items()}
+    scales = Scales(**{name: scales for name, (_, scales) in pairs.items()})
+    integers: dict[str, Any] = {name: integers for name, (integers, _) in pairs.items()}
+    return replace(weights, embed=weights.embed.float(), scales=scales, **integers)
 
 
 def feed(

@@ -58,7 +58,7 @@ def test_what_cannot_be_served_is_refused(weights: Weights) -> None:
     with pytest.raises(ConfigError, match=r"engine\.kernels: cpu kernels cannot read weights on meta"):
         select_kernels("cpu", elsewhere(weights), 0)
     with pytest.raises(ConfigError, match=r"engine\.kernels: cpu kernels know weights of .*, not float64"):
-        select_kernels("cpu", replace(weights, embed=weights.embed.double()), 0)
+        select_kernels("cpu", replace(weights, encoder=weights.encoder.double()), 0)
     with pytest.raises(ConfigError, match=r"engine\.kernels: no kernels for heads of 31 neurons"):
         select_kernels("auto", replace(weights, encoder=weights.encoder[..., :31]), 0)
 
@@ -67,8 +67,9 @@ class OnGpu:
     """Stands for weights on a GPU that this machine does not have."""
 
     def __init__(self, dtype: torch.dtype = torch.float32, width: int = 16) -> None:
-        self.embed = SimpleNamespace(device=torch.device("cuda"), dtype=dtype)
+        self.embed = SimpleNamespace(device=torch.device("cuda"))
         self.encoder = torch.empty(1, 2, width, 32, device="meta")
+        self.dtype = dtype
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,7 @@ class OnGpu:
         (OnGpu(), True, (9, 0), None),
         (OnGpu(), False, (9, 0), r"need Triton, which is not installed"),
         (OnGpu(), True, (7, 5), r"capability 8\.0 or later; set engine\.kernels to torch"),
+        (OnGpu(dtype=torch.int8), True, (9, 0), r"not int8; set model\.dtype"),
         (OnGpu(dtype=torch.float64), True, (9, 0), r"not float64; set model\.dtype"),
         (OnGpu(width=513), True, (9, 0), r"at most 512 numbers, not 513; set engine\.kernels"),
     ],
@@ -89,7 +91,12 @@ def test_what_triton_cannot_serve(
     monkeypatch.setattr(select, "_triton", lambda weights, window: "triton kernels")
     monkeypatch.setattr(select, "TorchKernels", lambda weights, window: "reference")
     obstacle = select.triton_obstacle(gpu)
-    chosen: list[object] = [select_kernels("auto", gpu, 0)]
+    chosen: list[object] = []
+    if gpu.dtype == torch.int8:
+        with pytest.raises(ConfigError, match=r"model\.dtype: int8 is for CPUs; .*, not int8; set model\.dtype"):
+            select_kernels("auto", gpu, 0)
+    else:
+        chosen.append(select_kernels("auto", gpu, 0))
     if reason is None:
         assert obstacle is None
         chosen.append(select_kernels("triton", gpu, 0))
@@ -100,7 +107,8 @@ def test_what_triton_cannot_serve(
     else:
         assert obstacle is not None
         assert re.search(reason, obstacle)
-        assert chosen == [("reference", f"torch: triton kernels {obstacle}")]
+        if gpu.dtype != torch.int8:
+            assert chosen == [("reference", f"torch: triton kernels {obstacle}")]
         with pytest.raises(ConfigError, match=reason):
             select_kernels("triton", gpu, 0)
 

@@ -27,6 +27,7 @@ from tests.kernels.test_triton import DEVICE, Poisoned, states_on_device
 pytestmark = pytest.mark.no_cover  # tracing would more than double what the interpreter takes
 
 MODEL = Path(__file__).parents[2] / "models" / "bdh-shakespeare"
+VALIDATION = Path(__file__).parents[1] / "data" / "shakespeare-validation.txt"
 TEXT = b"ROMEO:\nBut soft, what light through yonder"
 TOLERANCE = 1e-4
 CUTS = [35, 36, 37]  # a prompt, decode steps, a prompt's rest
@@ -92,6 +93,17 @@ def test_the_specification_in_pieces(weights: Weights, window: int, expected: Te
 def test_cpu(weights: Weights, window: int, expected: Tensor) -> None:
     logits = alone(CpuKernels(weights, window), states_for(weights, 1, window), tokens(), 0, CUTS)
     assert error(logits, expected) <= TOLERANCE
+
+
+def test_int8_costs_next_to_no_loss(weights: Weights) -> None:
+    """On 2,000 bytes of the validation split. `python -m benchmarks.engine.loss` reads more."""
+    text = torch.tensor(list(VALIDATION.read_bytes()[:2001]))
+
+    def loss(weights: Weights) -> float:
+        logits = alone(CpuKernels(weights, 512), states_for(weights, 1, 512), text[:-1], 0, [])
+        return float(torch.nn.functional.cross_entropy(logits, text[1:]))
+
+    assert loss(load_model(MODEL, torch.int8, CPU).weights) - loss(weights) <= 0.002
 
 
 def test_triton(weights: Weights) -> None:

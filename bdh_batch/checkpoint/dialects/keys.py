@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdh_batch.checkpoint.config import MATRICES
+from bdh_batch.checkpoint.config import MATRICES, SCALES
 from bdh_batch.checkpoint.files import State
 from bdh_batch.errors import CheckpointError
 from bdh_batch.system.documents import listed, shown
@@ -76,7 +76,7 @@ def grouped(state: Mapping[str, Tensor], names: Mapping[str, str]) -> Keys:
     if problems:
         raise CheckpointError(listed(problems))
     unshared = [name for name, members in groups.items() if not _is_shared(members, state)]
-    if others := sorted(set(unshared) - set(MATRICES)):
+    if others := sorted(set(unshared) - {*MATRICES, *SCALES}):
         raise CheckpointError(f"{listed(map(shown, others), ', ')} differs between layers, which no BDH has")
     origins = {name: next(iter(members.values())) for name, members in groups.items() if name not in unshared}
     origins |= {f"{name}.{layer}": key for name in unshared for layer, key in groups[name].items()}

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bdh_batch.checkpoint.config import MATRICES, BDHConfig
+from bdh_batch.checkpoint.config import MATRICES, SCALES, BDHConfig
 from bdh_batch.checkpoint.dialects import cq
 from bdh_batch.checkpoint.dialects.fields import Fields
 from bdh_batch.checkpoint.dialects.keys import EMBED, FREQUENCIES, HEAD, RADIANS, bare, grouped, layer_of, same
@@ -99,7 +99,7 @@ def arrange(tensors: Tensors, config: BDHConfig) -> None:
     """Gives every layer its matrices, where the config says that it has some: a file may hold what is shared once. And
     every neuron its frequency in turns, where the file has those of pairs in radians."""
     state, origins = tensors.state, tensors.origins
-    for name in MATRICES if config.per_layer_weights else ():
+    for name in (*MATRICES, *SCALES) if config.per_layer_weights else ():
         if name in state:
             tensor, origin = state.pop(name), origins.pop(name)
             state.update(dict.fromkeys(config.matrix_keys(name), tensor))
