@@ -39,7 +39,7 @@ def test_so_do_prompts_of_the_trained_model(server: Server, sampling: dict[str, 
     assert alone(server, PROMPTS[:20], sampling) == responses(server, PROMPTS[:20], sampling)
 
 
-def test_narrow_states_and_a_window_change_nothing_about_that(serve: ServeFactory) -> None:
-    options = ("engine.state_dtype=bfloat16", "model.attention_window=16")
+def test_narrow_weights_and_states_and_a_window_change_nothing_about_that(serve: ServeFactory) -> None:
+    options = ("model.dtype=int8", "engine.state_dtype=bfloat16", "model.attention_window=16")
     with serve(*options, model=CONFORMANCE / "tiny") as server:
         assert alone(server, PROMPTS[:20], SEEDED) == responses(server, PROMPTS[:20], SEEDED)
