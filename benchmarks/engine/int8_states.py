@@ -11,16 +11,13 @@ only grows, until a window drops a block. Three ways to round what is written:
     feedback    to the nearest, and what is left over is kept as another int8, and added at the next write: as many
                 bytes as bfloat16
 
-Writes `int8-states.json`: `losses`, for each window the mean loss in nats per token, whole and by position, of these
-and of the kernels' own states in float32 and bfloat16; and `passes`, the microseconds that the pass over the states
-takes for a token of a batch, of which the variants take turns.
+Writes `int8-states.json`: for each window the mean loss in nats per token, whole and by position, of these and of the
+kernels' own states in float32 and bfloat16.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,9 +34,8 @@ from bdh_batch.kernels import cpu, cpu_passes
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.cpu_layout import Floats, Packed, Round, Scratch, Shape, Work
 from bdh_batch.kernels.vector import in_parallel
-from benchmarks.common import figure, take_turns
 from benchmarks.engine.loss import BUNDLED, DTYPES, loss_by_position, name_of, summary, validation
-from benchmarks.engine.passes import attend_all, fill_lists, one_token_each
+from benchmarks.engine.passes import one_token_each
 from benchmarks.report import report_head, results_folder, write_report
 
 NEAREST, STOCHASTIC, FEEDBACK = 0, 1, 2
@@ -47,8 +43,6 @@ ROUNDINGS = {"nearest": NEAREST, "stochastic": STOCHASTIC, "feedback": FEEDBACK}
 LARGEST = np.float32(127)
 HEADROOM = np.float32(1.25)  # by which a scale grows beyond the need, as every growth rounds the whole row again
 STEPS = np.float32(254)  # of what is left over, in one multiple
-BATCH = 32  # sequences whose pass is timed
-BEGUN = 256  # tokens before those whose lists of what fires are used
 
 plain = numba.njit(nogil=True, error_model="numpy", fastmath=True)  # loops that LLVM makes vectors of
 
@@ -190,26 +184,6 @@ def step(
         step_share(thread, threads, part, shape, weights, states, rounding, work, scratches)
 
 
-@plain
-def pass_share(
-    thread: int, threads: int, part: Round, shape: Shape, states: Narrow, rounding: int, work: Work, scratches: Scratch
-) -> None:
-    """Every layer's and head's state by the lists in the scratch buffers, as `passes.attend_share` has them."""
-    scratch = cpu.scratch_of(scratches, thread)
-    for piece in range(thread, shape.layers * shape.heads, threads):
-        layer, head = piece // shape.heads, piece % shape.heads
-        for token in range(len(part.tokens)):
-            attend(token, layer, head, part, shape, states, rounding, states.rows[thread], work, scratch, token)
-
-
-@in_parallel
-def pass_all(
-    part: Round, shape: Shape, states: Narrow, rounding: int, work: Work, scratches: Scratch, threads: int
-) -> None:
-    for thread in numba.prange(threads):
-        pass_share(thread, threads, part, shape, states, rounding, work, scratches)
-
-
 def narrow_loss(model: Model, window: int, rounding: int, tokens: Tensor, bar: tqdm[Any]) -> Tensor:
     """Mean over the contexts, which decode side by side: nats [context]."""
     kernels = CpuKernels(model.weights, window)
@@ -228,36 +202,17 @@ def narrow_loss(model: Model, window: int, rounding: int, tokens: Tensor, bar: t
 def losses_of(model: Model, windows: list[int], tokens: Tensor) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for window in windows:
-        with tqdm(total=len(DTYPES) * len(tokens), unit="context", desc=f"window {window}") as bar:
+        with tqdm(total=len(DTYPES) * len(tokens), unit="context", desc=f"window {window}", mininterval=10) as bar:
             own = {name_of(dtype): loss_by_position(model, window, dtype, tokens, bar) for dtype in DTYPES}
-        with tqdm(total=len(ROUNDINGS) * (tokens.shape[1] - 1), unit="token", desc=f"window {window}") as bar:
+        with tqdm(
+            total=len(ROUNDINGS) * (tokens.shape[1] - 1), unit="token", desc=f"window {window}", mininterval=10
+        ) as bar:
             narrow = {
                 f"int8, {name}": narrow_loss(model, window, rounding, tokens, bar)
                 for name, rounding in ROUNDINGS.items()
             }
         rows += [{"window": window, "states": name, **summary(losses)} for name, losses in (own | narrow).items()]
     return rows
-
-
-def passes_of(model: Model, tokens: Tensor, repeats: int) -> dict[str, object]:
-    """Microseconds of the pass for a token of `BATCH` sequences, without a window."""
-    kernels = CpuKernels(model.weights)
-    shape, work, scratches, threads = kernels._shape, kernels._work, kernels._scratch, kernels._threads
-    fill_lists(kernels, tokens.flatten()[: BEGUN + BATCH], BEGUN)
-    (part,) = cpu.rounds(one_token_each(tokens.flatten()[:BATCH], BEGUN), 1, 1)
-    wide = torch.zeros(BATCH, shape.layers, shape.heads, shape.neurons, shape.width)
-    variants: dict[str, Callable[[], object]] = {}
-    for dtype in DTYPES:
-        flat = cpu.flatten(wide.to(dtype))
-        variants[name_of(dtype)] = partial(attend_all, part, shape, flat, work, scratches, threads)
-    for name, rounding in ROUNDINGS.items():
-        states = narrow_states(BATCH, shape, rounding, threads)
-        variants[f"int8, {name}"] = partial(pass_all, part, shape, states, rounding, work, scratches, threads)
-    times = take_turns(variants, repeats)
-    return {
-        "batch": BATCH,
-        **{name: figure([1e6 * each / BATCH for each in found], "µs", "lower") for name, found in times.items()},
-    }
 
 
 def main() -> None:
@@ -270,7 +225,6 @@ def main() -> None:
         "model": arguments.model.name,
         "contexts": len(tokens),
         "tokens_of_a_context": arguments.context,
-        "passes": passes_of(model, tokens, arguments.repeats),
         "losses": losses_of(model, arguments.windows, tokens),
     }
     write_report(arguments.out / "int8-states.json", report)
@@ -282,8 +236,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=BUNDLED, help="a model folder")
     parser.add_argument("--windows", type=int, nargs="+", default=[0, 512])
     parser.add_argument("--context", type=int, default=16384)
-    parser.add_argument("--contexts", type=int, default=4, help="how many, at most")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds in which the passes are timed")
+    parser.add_argument("--contexts", type=int, default=2, help="how many, at most")
     parser.add_argument("--out", type=Path, default=results_folder())
     return parser.parse_args()
 

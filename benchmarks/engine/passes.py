@@ -95,14 +95,14 @@ def one_token_each(tokens: Tensor, position: int) -> RaggedBatch:
 
 def fill_lists(kernels: CpuKernels, text: Tensor, begun: int) -> None:
     """Leaves in every thread's scratch buffers what the tokens of a text from `begun` on fire, a row for each, in the
-    first head of a layer after the last."""
+    last head of a layer after the last."""
     shape = kernels._shape
     states = torch.zeros(1, shape.layers, shape.heads, shape.neurons, shape.width)
     for begin, end in ((0, begun), (begun, len(text))):
         batch = RaggedBatch(text[begin:end], torch.arange(begin, end), [0, end - begin], [0])
         kernels.forward(states, batch)
-    scratch = cpu.scratch_of(kernels._scratch, 0)
-    cpu_passes.expand(0, len(text) - begun, 0, 0, shape, kernels._packed, kernels._work, scratch)
+    (part,) = cpu.rounds(batch, 1, 1)
+    expand_all(part, shape, kernels._packed, kernels._work, kernels._scratch, 1)
     for array in kernels._scratch:
         array[1:] = array[:1]
 

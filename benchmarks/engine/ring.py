@@ -12,7 +12,8 @@ heads of a batch of sequences, on all threads. Writes `ring.json`: for each batc
     dots        q · q_j of half a ring, and its share of y
     flush       adding a ring to the state, over R tokens
     ratio       in_place to the sum of the others; above 1 the ring wins
-    union       the share of the rows that a flush writes
+    by_bytes    the same by the bytes of rows and rings that move alone
+    fired       the share of the rows that a token reads, and `union` that which a flush writes
 """
 
 from __future__ import annotations
@@ -156,13 +157,19 @@ class Bench:
 
     def union(self, size: int) -> float:
         """The share of the rows that `size` tokens fire together, in the mean over the lists."""
-        shape, scratch = self._shape, cpu.scratch_of(self._scratches, 0)
+        shape, pairs, starts = self._shape, self._scratches.pairs[0], self._scratches.starts[0]
         lists = [
-            set(scratch.pairs[row * shape.list_pitch :][: scratch.starts[(row + 1) * (shape.panels + 1) - 1]].tolist())
+            set(pairs[row * shape.list_pitch :][: starts[(row + 1) * (shape.panels + 1) - 1]].tolist())
             for row in range(LISTS)
         ]
         groups = [set().union(*lists[at : at + size]) for at in range(0, LISTS, size)]
         return 2 * sum(map(len, groups)) / len(groups) / shape.neurons
+
+    def by_bytes(self, size: int) -> float:
+        """In rows: a token's are read and written, or read, with its share of a flush and of half a ring, which for
+        each of its tokens holds a number where the state has a row."""
+        fired = self.union(1)
+        return 2 * fired / (fired + 2 * self.union(size) / size + (size / 2 + 1) / self._shape.width)
 
     def measure(self, batch: int, sizes: list[int], repeats: int) -> list[dict[str, Any]]:
         shape, work, scratches, threads = self._shape, self._work, self._scratches, self._threads
@@ -191,7 +198,9 @@ class Bench:
                 {
                     "batch": batch,
                     "ring": size,
+                    "fired": self.union(1),
                     "union": self.union(size),
+                    "by_bytes": self.by_bytes(size),
                     **{name: figure(found, "µs", "lower") for name, found in parts.items()},
                     "ratio": asdict(ratio(each["in_place"], ringed)),
                 }

@@ -3,7 +3,7 @@
     python -m benchmarks.reports.document  # of this machine's folder
     python -m benchmarks.reports.document --results folder --out elsewhere.md
 
-What a folder lacks has no section.
+What a folder lacks has no section. Experiments lie in the folder above it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from benchmarks import ROOT
 from benchmarks.report import suite_folder
-
-Report = Mapping[str, Any]
-Lines = Iterator[str]
-Cells = Sequence[object]
+from benchmarks.reports import experiments
+from benchmarks.reports.cells import Lines, Report, number, shown, table
 
 NAMES = {
     "server": "this server",
@@ -40,7 +37,6 @@ NAMES = {
 
 def document(results: Path, home: Path) -> str:
     """The page, with links as from the folder `home`."""
-    link = os.path.relpath(results, home)
     lines = [
         "# Performance",
         "",
@@ -53,35 +49,14 @@ def document(results: Path, home: Path) -> str:
         "from one run to the next is in no interval. `python -m benchmarks.reports.compare A B` says what got slower",
         "between two folders, and goes by the rounds.",
     ]
-    for name, section in SECTIONS.items():
-        file = results / f"{name}.json"
-        if file.is_file():
-            report = json.loads(file.read_text())
-            lines += ["", *section(report, link), "", f"[`{file.name}`]({link}/{file.name})"]
+    for folder, sections in ((results, SECTIONS), (results.parent, experiments.SECTIONS)):
+        link = os.path.relpath(folder, home)
+        for name, section in sections.items():
+            file = folder / f"{name}.json"
+            if file.is_file():
+                report = json.loads(file.read_text())
+                lines += ["", *section(report, link), "", f"[`{file.name}`]({link}/{file.name})"]
     return "\n".join(lines) + "\n"
-
-
-def table(*rows: Cells) -> Lines:
-    """The first row is the head; columns after the first hold numbers."""
-    head, *body = rows
-    yield row(head)
-    yield row(["---", *("---:" for _ in head[1:])])
-    yield from map(row, body)
-
-
-def row(cells: Cells) -> str:
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def number(value: float) -> str:
-    """Three digits that count, and all of those before the point."""
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
-def shown(figure: Report) -> str:
-    return f"{number(figure['value'])} ({number(figure['low'])} to {number(figure['high'])})"
 
 
 def judged(ratio: Report) -> tuple[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.client import COMPLETIONS
-from benchmarks.reports import document
+from benchmarks.reports import cells, document
 from benchmarks.reports.compare import figures
 from benchmarks.served import Served
 from benchmarks.server import frontend
@@ -97,5 +97,5 @@ def test_all_systems_have_figures(tmp_path: Path) -> None:
         f"frontend/figures/{name}/{key}" for name in SYSTEMS for key in ("events_per_second", "server_us_per_token")
     }
     page = "\n".join(document.frontend(report, ""))
-    assert all(f"| {document.shown(each['events_per_second'])} |" in page for each in report["figures"].values())
+    assert all(f"| {cells.shown(each['events_per_second'])} |" in page for each in report["figures"].values())
     assert report["events_ratio_to"]["bare"]["ahead"]["value"] > 0

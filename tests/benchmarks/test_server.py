@@ -13,7 +13,7 @@ import pytest
 
 from benchmarks.common import figure
 from benchmarks.engine import throughput as engine
-from benchmarks.reports import document
+from benchmarks.reports import cells, document
 from benchmarks.server import loads, throughput as server
 from benchmarks.server.loads import Request
 from benchmarks.server.systems import TEMPERATURE, Remote
@@ -89,7 +89,7 @@ def test_what_is_measured_is_judged_and_shown(bench: server.Bench, tmp_path: Pat
     page = written(tmp_path)
     assert "at least 10: missed" in page
     assert "at least 2: met" in page
-    assert document.shown(against["sides"]["dense"]["tokens_per_s"]) in page
+    assert cells.shown(against["sides"]["dense"]["tokens_per_s"]) in page
     assert not re.search(r"\s\n", page.replace("\n\n", "\n"))
     assert "The client's own strain, this server: the client was late." in page
     assert "![throughput against latency](results/server-curve.svg)" in page
@@ -112,7 +112,7 @@ def test_the_page_tells_what_the_engine_benchmark_wrote(tmp_path: Path) -> None:
     report = json.loads((results / "engine-cpu.json").read_text())
     page = written(results)
     for row in [*report["batches"], *report["contexts"]["by_context"], *report["mixes"]]:
-        assert document.shown(row["figure"]) in page
+        assert cells.shown(row["figure"]) in page
     assert "## The server over HTTP" not in page
 
 
@@ -128,14 +128,14 @@ def test_the_page_says_what_run_it_was(tmp_path: Path) -> None:
 
 
 def test_numbers_have_the_digits_that_count() -> None:
-    assert [document.number(each) for each in (3087.56, 100.4, 19.26, 0.8512, 0)] == [
+    assert [cells.number(each) for each in (3087.56, 100.4, 19.26, 0.8512, 0)] == [
         "3,088",
         "100",
         "19.3",
         "0.851",
         "0",
     ]
-    assert document.shown(figure([10.0, 10.0, 12.5], "ms", "lower")) == "10 (10 to 12.5)"
+    assert cells.shown(figure([10.0, 10.0, 12.5], "ms", "lower")) == "10 (10 to 12.5)"
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
