@@ -14,7 +14,7 @@ def int8_states(report: Report, link: str) -> Lines:
     yield "## Tried: states of int8"
     yield ""
     count, length = report["contexts"], report["tokens_of_a_context"]
-    yield f"Loss in nats a byte over {count} contexts of {length:,} bytes: that of states in float32, and what others"
+    yield f"Loss in nats a byte, over {count} × {length:,} bytes: that of states in float32, and what others"
     yield "differ by. Those of int8 have a scale for each row. With feedback, what was rounded away is kept in another"
     yield "byte, so they take as many as bfloat16. To be served, states may cost at most"
     yield f"{MOST:g}. The server has none of int8."
