@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from openai import AsyncOpenAI
 
 from bdh_batch.http.watch.response_types import RecordedSteps
 from bdh_batch.processes.folder import RuntimeFolder
-from tests.conftest import HANG_SECONDS, Cli, ServeFactory, Server, command, eventually
+from tests.conftest import HANG_SECONDS, Cli, ServeFactory, Server, eventually
 from tests.support import event_lines
 
 TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
@@ -58,7 +57,6 @@ def engines(server: Server) -> list[dict[str, Any]]:
 
 
 def facts_of(engine: Mapping[str, Any]) -> dict[str, Any]:
-    """What is known of an engine process."""
     return {name: engine[name] for name in ("pid", "model", "device", "state")}
 
 
@@ -306,20 +304,18 @@ class TestLosses:
     def test_of_an_engine_that_hangs_change_no_byte(self, several: Server) -> None:
         until_ready(several)
         expected = self.undisturbed(several, 8, 150)
-        hung = engines(several)[0]["pid"]
-        known = [facts_of(each) for each in engines(several)]
-        assert [each | {"model": "tiny", "device": "cpu", "state": "ready"} for each in known] == known
+        known = facts_of(engines(several)[0])
+        hung = known["pid"]
+        assert known == {"pid": hung, "model": "tiny", "device": "cpu", "state": "ready"}
         try:
             assert self.disturbed(several, 8, 150, lambda: os.kill(hung, signal.SIGSTOP)) == expected
-            eventually(lambda: known[0] | {"state": "connecting"} in [facts_of(each) for each in engines(several)])
+            eventually(lambda: known | {"state": "connecting"} in [facts_of(each) for each in engines(several)])
         finally:
             os.kill(hung, signal.SIGCONT)
         until_ready(several)
-        assert hung in [each["pid"] for each in engines(several)]  # it is back, and does no harm
-        folder = RuntimeFolder(_folder(hung))
-        before = folder.last_beat("engine-0-0")
-        assert before is not None
-        eventually(lambda: folder.last_beat("engine-0-0") != before)  # else its supervisor would kill it
+        [name] = [each["name"] for each in engines(several) if each["pid"] == hung]  # it is back, and does no harm
+        before = (folder := RuntimeFolder(_folder(hung))).last_beat(name)
+        eventually(lambda: folder.last_beat(name) != before)  # else its supervisor would kill it
         assert self.undisturbed(several, 8, 150) == expected
 
     def test_of_a_front_end_are_noticed_by_its_own_clients_alone(self, several: Server) -> None:
@@ -368,43 +364,12 @@ class TestLosses:
         assert before.isdisjoint({each["pid"] for each in engines(several)})
 
 
-class TestLife:
-    def test_sighup_replaces_engines_and_children_do_not_outlive_their_supervisor(self, tmp_path: Path) -> None:
-        options = ["engine.replicas=1", "engine.threads=1", f"server.pid_file={tmp_path / 'pid'}"]
-        arguments = [part for option in options for part in ("--set", option)]
-        with (tmp_path / "log").open("wb") as log:
-            process = subprocess.Popen(
-                command("serve", "--port", 0, "--model", TINY, *arguments), stdout=log, stderr=log
-            )
-        try:
-            log_text = (tmp_path / "log").read_text
-            eventually(lambda: "is ready at" in log_text(), what=log_text)
-            before = children(process.pid, "engine")
-            process.send_signal(signal.SIGHUP)
-            eventually(lambda: "all engines have been replaced" in log_text(), what=log_text)
-            assert {*before}.isdisjoint(children(process.pid, "engine"))
-            pids = [*children(process.pid, "engine"), *children(process.pid, "front")]
-        finally:
-            process.kill()
-            process.wait(HANG_SECONDS)
-        assert len(pids) == 2
-        eventually(lambda: not any(_lives(pid) for pid in pids))
-
-    def test_a_model_that_cannot_be_loaded_ends_the_start(self, cli: Cli, tmp_path: Path) -> None:
-        done = cli("serve", "--port", 0, "--set", "engine.replicas=1", "--model", tmp_path)
-        assert done.returncode == 2
-        assert str(tmp_path) in done.stderr
-
-    def test_one_pid_file_is_of_one_server(self, several: Server, cli: Cli, pid_file: Path) -> None:
-        assert int(pid_file.read_text().splitlines()[0]) == several.process.pid
-        options = ["--set", "engine.replicas=1", "--set", f"server.pid_file={pid_file}", "--model", TINY]
-        done = cli("serve", "--port", 0, *options)
-        assert done.returncode == 2
-        assert "another server" in done.stderr
-
-    def test_nobody_can_be_asked_to_reload_who_does_not_run(self, cli: Cli, tmp_path: Path) -> None:
-        done = cli("reload", "--pid-file", tmp_path / "none")
-        assert (done.returncode, str(tmp_path) in done.stderr) == (2, True)
+def test_one_pid_file_is_of_one_server(several: Server, cli: Cli, pid_file: Path) -> None:
+    assert int(pid_file.read_text().splitlines()[0]) == several.process.pid
+    options = ["--set", "engine.replicas=1", "--set", f"server.pid_file={pid_file}", "--model", TINY]
+    done = cli("serve", "--port", 0, *options)
+    assert done.returncode == 2
+    assert "another server" in done.stderr
 
 
 class TestEnd:
@@ -421,11 +386,11 @@ class TestEnd:
         assert stream.read_all().rstrip().endswith(b"[DONE]\n\n\r\n0") or b"[DONE]" in stream.received
         assert several.exit_code() == 0
         stream.close()
-        assert not any(_lives(pid) for pid in pids)
+        assert not any(lives(pid) for pid in pids)
         assert not folder.exists()
 
 
-def _lives(pid: int) -> bool:
+def lives(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
