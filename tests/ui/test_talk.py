@@ -101,13 +101,25 @@ async def test_a_conversation_needs_a_keyboard_only(tiny: Server, open_page: Ope
         await expect(page.get_by_role("status")).to_contain_text("Done: 8 tokens")
 
 
+async def fewer_listed(route: Route) -> None:
+    """The list of what the server keeps ends after two responses."""
+    text = (await (await route.fetch()).body()).decode()
+    assert "const PAGES = 5;" in text
+    assert "const PAGE = 100;" in text
+    text = text.replace("const PAGES = 5;", "const PAGES = 1;").replace("const PAGE = 100;", "const PAGE = 2;")
+    await route.fulfill(body=text, content_type="text/javascript")
+
+
 async def test_the_server_keeps_chats_and_a_branch_is_a_fork_of_a_response(tiny: Server, open_page: OpenPage) -> None:
     async with open_page(tiny) as page:
         sent: list[Any] = []
+        fetched: list[str] = []
 
         def note(asked: Request) -> None:
             if asked.method == "POST":
                 sent.append(asked.post_data_json)
+            elif "/v1/responses" in asked.url:
+                fetched.append(asked.url.partition("/v1/responses")[2])
 
         page.on("request", note)
         await parameters(page, max_tokens=8, seed=1)
@@ -115,9 +127,11 @@ async def test_the_server_keeps_chats_and_a_branch_is_a_fork_of_a_response(tiny:
         await say(page, "Second")
         await page.get_by_role("button", name="Branch here").first.click()
         await say(page, "Another second")
+        assert fetched == []  # the list was asked for once: what was said since is known
         first, second, third = (each for each in sent if "input" in each)
         assert "previous_response_id" not in first
-        assert second["previous_response_id"] == third["previous_response_id"]
+        assert second["previous_response_id"] == third["previous_response_id"] == second["metadata"]["earlier"]
+        assert third["metadata"]["earlier"] not in (None, second["metadata"]["earlier"])
         assert (first["max_output_tokens"], first["seed"], third["input"]) == (8, 1, "Another second")
         assert "cached" in await page.locator(".stats").last.inner_text()
         shown = await texts(page)
@@ -126,9 +140,11 @@ async def test_the_server_keeps_chats_and_a_branch_is_a_fork_of_a_response(tiny:
         assert (
             await page.evaluate("Object.keys(localStorage).filter(name => name.startsWith('bdh-conversation-'))") == []
         )
+        fetched.clear()
         await page.reload()  # its address names the conversation
         await expect(page.locator(".message")).to_have_count(4)
         assert await texts(page) == shown
+        assert len(fetched) == 1 + 2 * 2  # the list, and for the end of each branch its response and its items
         await page.get_by_role("button", name="Branch before").click()
         assert (await texts(page))[2] == "Second"
         await page.get_by_role("button", name="Edit").first.click()
@@ -138,8 +154,26 @@ async def test_the_server_keeps_chats_and_a_branch_is_a_fork_of_a_response(tiny:
         assert len(await texts(page)) == 2
         nodes = (await conversation(page))["nodes"]
         assert [node["text"] for node in nodes if node["parent"] is None] == ["First", "Other words"]
-        await page.get_by_role("button", name="Delete").click()
-        await expect(entry).to_have_count(0)
+        await delete_all(page, tiny)
+
+
+async def delete_all(page: Page, server: Server) -> None:
+    """Deletes the conversation from a page that lists only one of its responses, of which it has then shown all."""
+    before = (await conversation(page))["nodes"]
+    other = server.http.post("/v1/responses", json={"input": "a", "max_output_tokens": 1}).json()
+    await page.route("**/talk/kept.js", fewer_listed)
+    await page.reload()
+    entry = page.locator(".conversations button", has_text="First")
+    await expect(entry).to_have_attribute("aria-current", "true")
+    after = (await conversation(page))["nodes"]
+    assert [(each["author"], each["text"]) for each in after] == [(each["author"], each["text"]) for each in before]
+    await page.get_by_role("button", name="Show older").click()
+    await page.get_by_role("button", name="Delete").click()
+    await expect(entry).to_have_count(0)
+    for node in before:
+        if node["author"] == "model":
+            server.error(server.http.get(f"/v1/responses/{node['responseId']}"), 404)
+    assert server.http.delete(f"/v1/responses/{other['id']}").status_code == 200
 
 
 async def test_a_conversation_that_the_server_does_not_delete_stays(tiny: Server, open_page: OpenPage) -> None:

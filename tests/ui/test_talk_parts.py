@@ -36,6 +36,7 @@ async def test_parts_do_what_they_say(tiny: Server, open_page: OpenPage) -> None
         assert not kept["huge"]
         assert kept["titles"][:2] == ["59", "58"]
         assert len(kept["titles"]) == kept["stored"] - 1 <= 50
+        assert kept["shortened"] == [["a", None], ["one", "1"], ["b", None], ["two", "2"]]  # the first has expired
         assert kept["path"] == ["a", "one", "b", "three"]
         assert (kept["siblings"], kept["isStored"]) == (2, True)
         assert "### Model\n\nthree" in kept["markdown"]

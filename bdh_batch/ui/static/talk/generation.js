@@ -3,11 +3,13 @@
 import { ApiError } from "../api.js";
 
 /** Yields texts as they come, and fills in `outcome`: `{finish, usage, responseId, ttft, seconds}`, times in seconds.
+ *  `onStored` gets the response, where it was stored.
  *  Throws ApiError, or AbortError where `signal` fired; `outcome` has what was known by then. */
-export async function* generate(api, { path, body, kind }, signal, outcome, now = () => performance.now()) {
+export async function* generate(api, { path, body, kind }, signal, outcome, onStored) {
+  const now = () => performance.now();
   const began = now();
   let first = null;
-  for await (const text of READERS[kind](api, path, body, signal, outcome)) {
+  for await (const text of READERS[kind](api, path, body, signal, outcome, onStored)) {
     first ??= now();
     outcome.ttft = (first - began) / 1000;
     outcome.seconds = (now() - first) / 1000;
@@ -21,9 +23,9 @@ export function rate({ usage, seconds }) {
   return tokens > 1 && seconds > 0 ? (tokens - 1) / seconds : null;
 }
 
-const READERS = { completion: (...given) => choices(...given, (choice) => choice.text), chat: (...given) => choices(...given, (choice) => choice.delta?.content), response };
+const READERS = { completion: (...given) => choices((choice) => choice.text, ...given), chat: (...given) => choices((choice) => choice.delta?.content, ...given), response };
 
-async function* choices(api, path, body, signal, outcome, textOf) {
+async function* choices(textOf, api, path, body, signal, outcome) {
   for await (const chunk of api.chunks(path, { body, signal })) {
     if (chunk.usage) outcome.usage = usageOf(chunk.usage, "prompt", "completion");
     const choice = chunk.choices?.[0];
@@ -34,13 +36,17 @@ async function* choices(api, path, body, signal, outcome, textOf) {
   }
 }
 
-async function* response(api, path, body, signal, outcome) {
+async function* response(api, path, body, signal, outcome, onStored) {
   for await (const { data } of api.events(path, { body, signal })) {
     const event = JSON.parse(data);
     if (event.type === "response.output_text.delta") yield event.delta;
     else if (event.type === "error") throw new ApiError(500, event.message ?? event.error?.message ?? "The response failed.");
     else if (event.type === "response.failed") throw new ApiError(500, event.response.error?.message ?? "The response failed.");
-    else if (["response.completed", "response.incomplete"].includes(event.type)) return finish(event.response, outcome);
+    else if (["response.completed", "response.incomplete"].includes(event.type)) {
+      finish(event.response, outcome);
+      if (event.response.store) onStored(event.response);
+      return;
+    }
   }
   throw new ApiError(0, "The stream was cut before the response was complete.");
 }

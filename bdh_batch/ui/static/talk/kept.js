@@ -5,7 +5,9 @@ import { Conversation } from "./tree.js";
 const INDEX = "bdh-conversations"; // [{id, title, mode, updated}], the newest first
 const MOST = 50; // conversations, and
 const MOST_CHARACTERS = 2 << 20; // of all of them, in this browser: the oldest go
-const PAGES = 5; // of the server's list
+const PAGES = 5; // of the server's list at a time, and
+const PAGE = 100; // responses of each
+const OWNER = /^msg_([0-9a-f]{32})_(i?)\d+$/; // an item's id: of which response it is, and whether of its input
 
 const nameOf = (id) => `bdh-conversation-${id}`;
 
@@ -64,73 +66,144 @@ export class BrowserKept {
   }
 }
 
-/** Those that the server keeps: its stored responses that this page has made. */
+/** Those that the server keeps: its stored responses that this page has made. Each says in its `metadata` which one of its
+ *  conversation was made just before it, so that all are found, however many others are newer. */
 export class ServerKept {
   #listed = []; // what is known of the newest responses, the newest first
-  #responses = new Map(); // the same by conversation, the oldest first
+  #after = null; // the id behind which older ones would be listed; null where there are none
 
   constructor(api) {
     this.api = api;
   }
 
-  /** Asks for the newest, or, unless `whole`, for those that are new. Returns [{id, title, updated, mode, where}]. */
-  async list(whole = true) {
-    const news = whole ? null : await this.#news();
-    this.#listed = news === null ? await this.#pages() : [...news, ...this.#listed];
-    const ours = this.#listed.filter(({ metadata }) => metadata?.conversation).reverse();
-    this.#responses = Map.groupBy(ours, ({ metadata }) => metadata.conversation);
-    const entries = [...this.#responses].map(([id, all]) => ({ id, title: all[0].metadata.title ?? "Untitled", updated: all.at(-1).created_at * 1000, mode: "chat", where: "server" }));
+  /** Whether there are older responses than those that were listed. */
+  get hasOlder() {
+    return this.#after !== null;
+  }
+
+  /** Conversations of the responses that are known, as [{id, title, updated, mode, where}], the newest first. */
+  get entries() {
+    const entries = [...this.#grouped()].map(([id, all]) => ({ id, title: all[0].metadata.title ?? "Untitled", updated: all.at(-1).created_at * 1000, mode: "chat", where: "server" }));
     return entries.sort((a, b) => b.updated - a.updated);
   }
 
-  async #pages() {
-    const found = [];
-    let after = "";
-    for (let page = 0; page < PAGES; page += 1) {
-      const { data, has_more: more, last_id: last } = await this.api.json(`v1/responses?limit=20${after}`);
-      found.push(...data);
-      if (!more) break;
-      after = `&after=${encodeURIComponent(last)}`;
-    }
-    return found;
+  /** Asks for the newest responses. */
+  async list() {
+    const [found, after] = await this.#pages(null);
+    [this.#listed, this.#after] = [found, after];
   }
 
-  /** Those that came since the last list, or null where they are too many to tell. */
-  async #news() {
-    const { data } = await this.api.json("v1/responses?limit=5");
-    const known = data.findIndex(({ id }) => id === this.#listed[0]?.id);
-    return known < 0 ? null : data.slice(0, known);
+  /** Asks for those before them. */
+  async listOlder() {
+    const [found, after] = await this.#pages(this.#after);
+    this.#listed.push(...found);
+    this.#after = after;
   }
 
-  /** Fetches a listed conversation. */
+  /** Another response has been stored. */
+  add({ id, created_at, model, previous_response_id, metadata }) {
+    this.#listed.unshift({ id, created_at, model, previous_response_id, metadata });
+  }
+
+  /** Fetches a conversation of which a response is listed; null where it has gone since. */
   async get(id) {
-    const listed = this.#responses.get(id) ?? [];
-    const whole = [];
-    for (const { id: response } of listed) whole.push(await this.#whole(response));
-    return fromResponses(id, listed[0]?.metadata?.title ?? "", whole.filter(Boolean));
+    const known = await this.#all(id);
+    const title = known[0]?.metadata.title ?? "Untitled";
+    const texts = new Map(); // by response: {items, output}
+    for (const response of known.toReversed()) if (!texts.has(response.id)) await this.#read(response.id, known, texts);
+    const whole = known.filter((response) => texts.has(response.id)).map((response) => ({ response: { ...response, ...texts.get(response.id) }, items: texts.get(response.id).items }));
+    return whole.length ? fromResponses(id, title, whole) : null;
   }
 
-  async remove(id) {
-    for (const { id: response } of this.#responses.get(id) ?? []) {
-      await this.api.json(`v1/responses/${response}`, { method: "DELETE" }).catch((error) => {
-        if (error.status !== 404) throw error;
-      });
+  /** Deletes all responses of a conversation. */
+  async remove(conversation) {
+    const known = [...conversation.nodes.values()].map(({ responseId }) => responseId).filter(Boolean);
+    const listed = this.#grouped().get(conversation.id) ?? [];
+    for (const id of new Set([...known, ...listed.map((response) => response.id)])) await this.#unless404(`v1/responses/${id}`, { method: "DELETE" });
+    this.#listed = this.#listed.filter(({ metadata }) => metadata?.conversation !== conversation.id);
+  }
+
+  /** The listed responses by conversation, the oldest first. */
+  #grouped() {
+    return Map.groupBy(this.#listed.filter(({ metadata }) => metadata?.conversation).reverse(), ({ metadata }) => metadata.conversation);
+  }
+
+  async #pages(after) {
+    const found = [];
+    for (let page = 0; page < PAGES; page += 1) {
+      const behind = after === null ? "" : `&after=${encodeURIComponent(after)}`;
+      const { data, has_more: more, last_id: last } = await this.api.json(`v1/responses?limit=${PAGE}${behind}`);
+      found.push(...data);
+      if (!more) return [found, null];
+      after = last;
     }
-    this.#listed = this.#listed.filter(({ metadata }) => metadata?.conversation !== id);
-    this.#responses.delete(id);
+    return [found, after];
   }
 
-  /** A response, and the items that it was made of: of one that goes on from another, only its own; or null. */
-  async #whole(id) {
+  /** All responses of a conversation, the oldest first. Those that are not listed are fetched one by one. */
+  async #all(id) {
+    const listed = this.#grouped().get(id) ?? [];
+    const known = new Set(listed.map((response) => response.id));
+    const older = [];
+    const waiting = listed.flatMap(before);
+    while (waiting.length) {
+      const next = waiting.pop();
+      if (known.has(next)) continue;
+      known.add(next);
+      const response = await this.#unless404(`v1/responses/${encodeURIComponent(next)}`);
+      if (response?.metadata?.conversation !== id) continue; // it has gone, or somebody else went on from another one
+      older.push(response);
+      waiting.push(...before(response));
+    }
+    return [...older.reverse(), ...listed].sort((a, b) => a.created_at - b.created_at);
+  }
+
+  /** Fills in the texts of a response, and of all before it, which are its items. `known` gets those before it that have
+   *  gone meanwhile, too. */
+  async #read(id, known, texts) {
+    const response = await this.#unless404(`v1/responses/${encodeURIComponent(id)}`);
+    if (response === null) return;
+    const items = Map.groupBy(await this.#items(id), (item) => ownerOf(item) ?? id);
+    let last = null;
+    for (const [owner, all] of items) {
+      const own = Map.groupBy(all, (item) => (OWNER.exec(item.id)?.[2] === "" ? "output" : "items"));
+      if (!texts.has(owner)) texts.set(owner, { items: own.get("items") ?? [], output: own.get("output") ?? [] });
+      if (known.every((each) => each.id !== owner)) known.splice(known.findIndex((each) => each.id === last) + 1, 0, { id: owner, previous_response_id: last });
+      last = owner;
+    }
+    texts.set(id, { items: texts.get(id)?.items ?? [], output: response.output, instructions: response.instructions });
+  }
+
+  async #items(id) {
+    const found = [];
+    for (let after = ""; ; ) {
+      const page = await this.#unless404(`v1/responses/${encodeURIComponent(id)}/input_items?limit=100&order=asc${after}`);
+      found.push(...(page?.data ?? []));
+      if (!page?.has_more) return found;
+      after = `&after=${encodeURIComponent(page.last_id)}`;
+    }
+  }
+
+  /** What the server returns, or null where there is nothing (any more). */
+  async #unless404(path, options = {}) {
     try {
-      const response = await this.api.json(`v1/responses/${id}`);
-      const which = response.previous_response_id ? "limit=1&order=desc" : "limit=100&order=asc";
-      return { response, items: (await this.api.json(`v1/responses/${id}/input_items?${which}`)).data };
+      return await this.api.json(path, options);
     } catch (error) {
-      if (error.status === 404) return null; // it has gone since
+      if (error.status === 404) return null;
       throw error;
     }
   }
+}
+
+/** The id of the response that an item was part of; null where others than the server have named it. */
+function ownerOf(item) {
+  const hex = OWNER.exec(item.id)?.[1];
+  return hex ? `resp_${hex}` : null;
+}
+
+/** The responses that one names as made before it: last the one that was made just before it. */
+function before({ previous_response_id: previous, metadata }) {
+  return [previous, metadata?.earlier].filter(Boolean);
 }
 
 /** The tree that responses make, the oldest first: those to the same words after the same response are siblings. */
@@ -148,7 +221,7 @@ export function fromResponses(id, title, whole) {
     conversation.nodes.delete(answer.id);
     conversation.nodes.set(response.id, { ...answer, id: response.id });
     conversation.leaf = response.id;
-    conversation.updated = response.created_at * 1000;
+    if (response.created_at) conversation.updated = response.created_at * 1000;
   }
   return conversation;
 }

@@ -5,6 +5,8 @@ import { h } from "../dom.js";
 export function layout() {
   const parts = {
     list: h("ul", { class: "conversations" }),
+    older: h("p", { class: "hint", hidden: true }, "The server has older responses. "),
+    olderButton: h("button", { type: "button", class: "small" }, "Show older"),
     fresh: h("button", { type: "button", class: "primary" }, "New conversation"),
     mode: h("select", { id: "talk-mode" }, h("option", { value: "chat" }, "Chat"), h("option", { value: "text" }, "Text")),
     system: h("textarea", { id: "talk-system", rows: 2 }),
@@ -20,6 +22,7 @@ export function layout() {
     remove: h("button", { type: "button", class: "small" }, "Delete"),
     hint: h("span", { class: "hint" }),
   };
+  parts.older.append(parts.olderButton);
   parts.systemRow.append(h("label", { htmlFor: "talk-system" }, "System message"), parts.system);
   parts.form = h(
     "form",
@@ -33,7 +36,7 @@ export function layout() {
   parts.root = h(
     "div",
     { class: "talk" },
-    side("Conversations", "Conversations", parts.fresh, parts.list),
+    side("Conversations", "Conversations", parts.fresh, parts.list, parts.older),
     h("div", { class: "middle" }, parts.log, parts.problem, parts.form),
     side("Parameters", "Parameters", h("div", { class: "parameter" }, h("label", { htmlFor: "talk-mode" }, "Mode"), parts.mode, h("p", { class: "hint" }, "A chat uses the model's template. Text goes on as it is.")), parts.systemRow, parts.parameters),
   );

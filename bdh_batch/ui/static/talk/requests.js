@@ -1,8 +1,9 @@
 // What is sent for an answer: a pure function of the conversation, the parameters and what the server's document knows.
 
 /** @returns `{path, body, kind}`; `kind` is "completion", "chat" or "response".
- *  `parent` is the node that is answered; `schemas` are those of /openapi.json. */
-export function requestFor(conversation, parent, model, fields, schemas) {
+ *  `node` is the answer that is asked for; `schemas` are those of /openapi.json. */
+export function requestFor(conversation, node, schemas) {
+  const { parent, model, fields = {} } = node;
   const nodes = conversation.path(parent);
   if (conversation.mode === "text") {
     const prompt = nodes.map((node) => node.text).join("");
@@ -10,7 +11,7 @@ export function requestFor(conversation, parent, model, fields, schemas) {
   }
   const stored = storedFields(fields, schemas.ResponseBody?.properties ?? {});
   if (stored === null) return chat(conversation, nodes, model, fields);
-  return response(conversation, nodes, model, stored);
+  return response(conversation, nodes, model, stored, earlier(conversation, node));
 }
 
 const streamed = { stream: true, stream_options: { include_usage: true } };
@@ -38,7 +39,7 @@ function chat(conversation, nodes, model, fields) {
 }
 
 /** It goes on from the stored response before, if that is the same model's: a fork of its state. */
-function response(conversation, nodes, model, fields) {
+function response(conversation, nodes, model, fields, earlier) {
   const asked = nodes.at(-1);
   const before = nodes.at(-2);
   const known = before?.responseId && before.model === model;
@@ -49,8 +50,14 @@ function response(conversation, nodes, model, fields) {
     ...(conversation.system ? { instructions: conversation.system } : {}),
     stream: true,
     store: true,
-    metadata: { conversation: conversation.id, title: conversation.title },
+    metadata: { conversation: conversation.id, title: conversation.title, ...(earlier ? { earlier } : {}) },
     ...fields,
   };
   return { kind: "response", path: "v1/responses", body };
+}
+
+/** The stored response of the conversation, whatever its branch, that came just before a node, or null. */
+function earlier(conversation, node) {
+  const nodes = [...conversation.nodes.values()];
+  return nodes.slice(0, nodes.findIndex(({ id }) => id === node.id)).findLast(({ responseId }) => responseId)?.responseId ?? null;
 }

@@ -20,7 +20,6 @@ class Talk {
   #parameters = new Parameters(this.#parts.parameters);
   #conversation = new Conversation();
   #running = null; // {controller, message}
-  #listed = [];
 
   constructor(element, context) {
     this.context = context;
@@ -35,7 +34,7 @@ class Talk {
   }
 
   #wire() {
-    const { form, input, stop, fresh, mode, system, exportJson, exportText, remove, root } = this.#parts;
+    const { form, input, stop, fresh, mode, system, exportJson, exportText, remove, olderButton, root } = this.#parts;
     const { connection, keys } = this.context;
     form.addEventListener("submit", (event) => { event.preventDefault(); this.#send(); });
     input.addEventListener("keydown", (event) => {
@@ -50,6 +49,7 @@ class Talk {
     exportJson.addEventListener("click", () => download(`${this.#conversation.title || "conversation"}.json`, "application/json", JSON.stringify(this.#conversation, null, 2)));
     exportText.addEventListener("click", () => download(`${this.#conversation.title || "conversation"}.md`, "text/markdown", this.#conversation.toMarkdown()));
     remove.addEventListener("click", () => this.#remove());
+    olderButton.addEventListener("click", () => this.#refresh(() => this.server.listOlder()));
     for (const source of [connection, keys]) {
       source.addEventListener(source === keys ? "change" : "back", () => { this.loading = this.#loadSchemas(); this.#refresh(); });
     }
@@ -87,21 +87,24 @@ class Talk {
     this.#address();
   }
 
-  /** `whole`: all of the server's list, not only what is new. */
-  async #refresh(whole = true) {
-    let kept = [];
+  /** Asks for what the server keeps. */
+  async #refresh(list = () => this.server.list()) {
     try {
-      kept = await this.server.list(whole);
+      await list();
     } catch (error) {
       if (![0, 401, 404, 503].includes(error.status)) this.#problem(error); // the frame says those, or there is no store
     }
-    const here = this.browser.list();
-    const known = new Set(here.map(({ id }) => id));
-    this.#listed = [...here, ...kept.filter(({ id }) => !known.has(id))].sort((a, b) => b.updated - a.updated);
     this.#drawList();
   }
 
+  get #listed() {
+    const here = this.browser.list();
+    const known = new Set(here.map(({ id }) => id));
+    return [...here, ...this.server.entries.filter(({ id }) => !known.has(id))].sort((a, b) => b.updated - a.updated);
+  }
+
   #drawList() {
+    this.#parts.older.hidden = !this.server.hasOlder;
     this.#parts.list.replaceChildren(
       ...this.#listed.map((entry) => {
         const current = entry.id === this.#conversation.id ? { aria: { current: "true" } } : {};
@@ -114,6 +117,7 @@ class Talk {
     try {
       const found = where === "browser" ? this.browser.get(id) : await this.server.get(id);
       if (found) this.#open(found);
+      else this.#problem(new Error("The server does not have this conversation any more."));
     } catch (error) {
       this.#problem(error);
     }
@@ -121,7 +125,7 @@ class Talk {
 
   /** Opens the conversation that the address names, as after a reload. */
   #resume(id) {
-    const entry = this.#listed.find((each) => each.id === id);
+    const entry = id && this.#listed.find((each) => each.id === id);
     if (entry && this.#conversation.leaf === null) this.#choose(entry);
   }
 
@@ -130,21 +134,21 @@ class Talk {
     history.replaceState(null, "", this.#conversation.leaf === null ? "#talk" : `#talk/${this.#conversation.id}`);
   }
 
-  async #keep(conversation) {
+  #keep(conversation) {
     if (conversation.isStored) this.browser.remove(conversation.id);
     else if (!this.browser.put(conversation)) this.#problem(new Error("This conversation is too long to be kept in the browser. The export has all of it."));
     this.#address();
-    await this.#refresh(false);
+    this.#drawList();
   }
 
   async #remove() {
-    const { id } = this.#conversation;
+    const conversation = this.#conversation;
     try {
-      await this.server.remove(id);
+      await this.server.remove(conversation);
     } catch (error) {
       return this.#problem(error);
     }
-    this.browser.remove(id);
+    this.browser.remove(conversation.id);
     this.#open(new Conversation({ mode: this.#parts.mode.value }));
     await this.#refresh();
   }
@@ -188,7 +192,7 @@ class Talk {
 
   #showCode(node, kind) {
     const { api, keys } = this.context;
-    const request = requestFor(this.#conversation, node.parent, node.model, node.fields ?? {}, this.schemas ?? {});
+    const request = requestFor(this.#conversation, node, this.schemas ?? {});
     const text = kind === "curl" ? asCurl(api.url(request.path), request.body, keys.key !== "") : asPython(api.root.href, request);
     showCode(kind === "curl" ? "As curl" : "As Python", text, this.context.announce);
   }
@@ -266,14 +270,14 @@ class Talk {
     this.#busy(false);
     if (conversation.nodes.has(node.id)) message.finish();
     else if (conversation === this.#conversation) this.#draw();
-    await this.#keep(conversation);
+    this.#keep(conversation);
   }
 
   /** Streams the answer. A stored response that is gone is not gone on from: all of the conversation is sent. */
   async #stream(conversation, node, message, signal) {
-    const request = requestFor(conversation, node.parent, node.model, node.fields, this.schemas);
+    const request = requestFor(conversation, node, this.schemas);
     try {
-      for await (const text of generate(this.context.api, request, signal, node.outcome)) {
+      for await (const text of generate(this.context.api, request, signal, node.outcome, (stored) => this.server.add(stored))) {
         node.text += text;
         message.text.append(text);
       }
