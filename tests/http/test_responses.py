@@ -204,6 +204,8 @@ class TestStored:
         assert page["has_more"]
         assert page["data"][0]["previous_response_id"] == first["id"]
         assert rest["data"][0]["metadata"] == {"title": "a"}
+        for name in ("incomplete_details", "usage"):
+            assert rest["data"][0][name] == first[name]
         assert "output" not in rest["data"][0]
         ResponseList.model_validate(page)
         for query, status in (("limit=0", 400), ("limit=101", 400), ("order=asc", 400), ("after=resp_none", 404)):

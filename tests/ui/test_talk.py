@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -134,7 +135,8 @@ async def test_the_server_keeps_chats_and_a_branch_is_a_fork_of_a_response(tiny:
         assert third["metadata"]["earlier"] not in (None, second["metadata"]["earlier"])
         assert (first["max_output_tokens"], first["seed"], third["input"]) == (8, 1, "Another second")
         assert "cached" in await page.locator(".stats").last.inner_text()
-        shown = await texts(page)
+        shown, asked = await texts(page), await curls(page)
+        stats = await page.locator(".stats").all_inner_texts()
         entry = page.locator(".conversations button", has_text="First")
         await expect(entry).to_contain_text("kept by the server")
         assert (
@@ -143,18 +145,33 @@ async def test_the_server_keeps_chats_and_a_branch_is_a_fork_of_a_response(tiny:
         fetched.clear()
         await page.reload()  # its address names the conversation
         await expect(page.locator(".message")).to_have_count(4)
-        assert await texts(page) == shown
+        assert (await texts(page), await curls(page)) == (shown, asked)
+        timeless = [re.sub(r"[\d.]+ tokens/s · TTFT \d+ ms · ", "", each) for each in stats]
+        assert await page.locator(".stats").all_inner_texts() == timeless
+        assert "seed 1" in timeless[0]
         assert len(fetched) == 1 + 2 * 2  # the list, and for the end of each branch its response and its items
         await page.get_by_role("button", name="Branch before").click()
         assert (await texts(page))[2] == "Second"
         await page.get_by_role("button", name="Edit").first.click()
         await page.get_by_label("Edit the message").fill("Other words")
+        await parameters(page, stop="x" * 600)  # more than metadata may have
         await page.get_by_role("button", name="Send as a new branch").click()
         await done(page)
         assert len(await texts(page)) == 2
         nodes = (await conversation(page))["nodes"]
         assert [node["text"] for node in nodes if node["parent"] is None] == ["First", "Other words"]
+        await expect(page.get_by_role("button", name="Copy as curl")).to_be_enabled()
         await delete_all(page, tiny)
+
+
+async def curls(page: Page) -> list[str]:
+    """What *curl* shows of each response."""
+    found = []
+    for each in await page.get_by_role("button", name="Copy as curl").all():
+        await each.click()
+        found.append(await page.locator("dialog pre").inner_text())
+        await page.keyboard.press("Escape")
+    return found
 
 
 async def delete_all(page: Page, server: Server) -> None:
@@ -167,6 +184,8 @@ async def delete_all(page: Page, server: Server) -> None:
     await expect(entry).to_have_attribute("aria-current", "true")
     after = (await conversation(page))["nodes"]
     assert [(each["author"], each["text"]) for each in after] == [(each["author"], each["text"]) for each in before]
+    for name in ("Copy as curl", "Copy as Python"):
+        await expect(page.get_by_role("button", name=name)).to_be_disabled()
     await page.get_by_role("button", name="Show older").click()
     await page.get_by_role("button", name="Delete").click()
     await expect(entry).to_have_count(0)

@@ -288,6 +288,8 @@ class ResponseSummary(ResponseModel):
     model: str
     previous_response_id: str | None
     metadata: dict[str, str]
+    incomplete_details: IncompleteDetails | None
+    usage: ResponseUsage | None
 
 
 class ResponseList(ResponseModel):

@@ -22,7 +22,7 @@ from bdh_batch.http.responses_api.stored.records import KIND, UNFINISHED, Conver
 from bdh_batch.http.serving import Serving
 
 MOST_LISTED, LISTED = 100, 20
-SHOWN = ("id", "object", "created_at", "model", "previous_response_id", "metadata")
+SHOWN = ("id", "object", "created_at", "model", "previous_response_id", "metadata", "incomplete_details", "usage")
 STOP_SECONDS, LOOK_SECONDS = 5.0, 0.1  # in which another process ends a response, and between two looks whether it has
 
 

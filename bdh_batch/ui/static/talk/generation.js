@@ -53,8 +53,13 @@ async function* response(api, path, body, signal, outcome, onStored) {
 
 function finish(response, outcome) {
   outcome.responseId = response.store ? response.id : null;
-  outcome.usage = usageOf(response.usage, "input", "output");
-  outcome.finish = response.status === "completed" ? "stop" : { max_output_tokens: "length" }[response.incomplete_details?.reason] ?? response.status;
+  Object.assign(outcome, outcomeOf(response));
+}
+
+/** How a response ended, and its tokens, as far as it says so. */
+export function outcomeOf({ usage, incomplete_details: cut }) {
+  if (!usage) return {};
+  return { usage: usageOf(usage, "input", "output"), finish: cut ? { max_output_tokens: "length" }[cut.reason] ?? cut.reason : "stop" };
 }
 
 function usageOf(usage, prompt, completion) {

@@ -1,5 +1,7 @@
 // Conversations that are kept: by the server, as stored responses, or else in this browser, within bounds.
 
+import { outcomeOf } from "./generation.js";
+import { fieldsIn } from "./requests.js";
 import { Conversation } from "./tree.js";
 
 const INDEX = "bdh-conversations"; // [{id, title, mode, updated}], the newest first
@@ -101,8 +103,8 @@ export class ServerKept {
   }
 
   /** Another response has been stored. */
-  add({ id, created_at, model, previous_response_id, metadata }) {
-    this.#listed.unshift({ id, created_at, model, previous_response_id, metadata });
+  add({ id, created_at, model, previous_response_id, metadata, incomplete_details, usage }) {
+    this.#listed.unshift({ id, created_at, model, previous_response_id, metadata, incomplete_details, usage });
   }
 
   /** Fetches a conversation of which a response is listed; null where it has gone since. */
@@ -217,7 +219,7 @@ export function fromResponses(id, title, whole) {
       if (item.role !== "system") parent = child(conversation, parent, author, textOf(item)).id;
     }
     const text = response.output.filter((item) => item.type === "message").map(textOf).join("");
-    const answer = conversation.add(parent, "model", text, { model: response.model, responseId: response.id });
+    const answer = conversation.add(parent, "model", text, { model: response.model, responseId: response.id, fields: fieldsIn(response.metadata), outcome: outcomeOf(response) });
     conversation.nodes.delete(answer.id);
     conversation.nodes.set(response.id, { ...answer, id: response.id });
     conversation.leaf = response.id;

@@ -4,6 +4,7 @@ import { button, h } from "../dom.js";
 import { rate } from "./generation.js";
 import { StreamedText } from "./streamed_text.js";
 
+const UNKNOWN = { disabled: true, title: "The parameters of this request were not kept." };
 const NAMES = { user: "You", model: "Model" };
 
 /** The element of a node. `acts` are what its buttons do: `{edit, regenerate, branch, choose, code, copy}`. */
@@ -30,8 +31,9 @@ export class Message {
   finish() {
     this.element.classList.remove("running");
     const { node, acts } = this;
-    const small = (label, act, name) => button(label, () => act(node), { class: "small", ...(name ? { aria: { label: name } } : {}) });
-    const own = node.author === "user" ? [small("Edit", () => this.edit())] : [small("Regenerate", acts.regenerate), small("Branch here", acts.branch), small("curl", (it) => acts.code(it, "curl"), "Copy as curl"), small("Python", (it) => acts.code(it, "python"), "Copy as Python")];
+    const small = (label, act, more = {}) => button(label, () => act(node), { class: "small", ...more });
+    const code = (label, kind) => small(label, (it) => acts.code(it, kind), { aria: { label: `Copy as ${label}` }, ...(node.fields ? {} : UNKNOWN) });
+    const own = node.author === "user" ? [small("Edit", () => this.edit())] : [small("Regenerate", acts.regenerate), small("Branch here", acts.branch), code("curl", "curl"), code("Python", "python")];
     this.#foot.replaceChildren(
       ...this.#switch(),
       ...own,

@@ -11,10 +11,11 @@ export function requestFor(conversation, node, schemas) {
   }
   const stored = storedFields(fields, schemas.ResponseBody?.properties ?? {});
   if (stored === null) return chat(conversation, nodes, model, fields);
-  return response(conversation, nodes, model, stored, earlier(conversation, node));
+  return response(conversation, nodes, node, stored);
 }
 
 const streamed = { stream: true, stream_options: { include_usage: true } };
+const MOST_METADATA = 512; // characters of a value
 const RENAMED = { max_tokens: "max_output_tokens" };
 
 /** The parameters as the Responses API has them, or null where it lacks one: then it is a chat that is not stored. */
@@ -28,6 +29,12 @@ function storedFields(fields, known) {
   return Object.keys(known).length ? found : null;
 }
 
+/** The parameters as metadata, so that the request is known after a reload, too; nothing where they are too long for it. */
+function kept(fields = {}) {
+  const text = JSON.stringify(fields);
+  return text.length <= MOST_METADATA ? { fields: text } : {};
+}
+
 function role(node) {
   return node.author === "user" ? "user" : "assistant";
 }
@@ -39,7 +46,9 @@ function chat(conversation, nodes, model, fields) {
 }
 
 /** It goes on from the stored response before, if that is the same model's: a fork of its state. */
-function response(conversation, nodes, model, fields, earlier) {
+function response(conversation, nodes, node, fields) {
+  const { model } = node;
+  const earlier = earlierOf(conversation, node);
   const asked = nodes.at(-1);
   const before = nodes.at(-2);
   const known = before?.responseId && before.model === model;
@@ -50,14 +59,24 @@ function response(conversation, nodes, model, fields, earlier) {
     ...(conversation.system ? { instructions: conversation.system } : {}),
     stream: true,
     store: true,
-    metadata: { conversation: conversation.id, title: conversation.title, ...(earlier ? { earlier } : {}) },
+    metadata: { conversation: conversation.id, title: conversation.title, ...(earlier ? { earlier } : {}), ...kept(node.fields) },
     ...fields,
   };
   return { kind: "response", path: "v1/responses", body };
 }
 
 /** The stored response of the conversation, whatever its branch, that came just before a node, or null. */
-function earlier(conversation, node) {
+function earlierOf(conversation, node) {
   const nodes = [...conversation.nodes.values()];
   return nodes.slice(0, nodes.findIndex(({ id }) => id === node.id)).findLast(({ responseId }) => responseId)?.responseId ?? null;
+}
+
+/** The parameters that metadata has, or undefined where it has none. */
+export function fieldsIn(metadata) {
+  try {
+    const fields = JSON.parse(metadata?.fields ?? "null");
+    return fields !== null && typeof fields === "object" && !Array.isArray(fields) ? fields : undefined;
+  } catch {
+    return undefined; // somebody else's
+  }
 }
