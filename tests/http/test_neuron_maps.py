@@ -47,7 +47,7 @@ def server_with(serve: ServeFactory, studied: Path) -> Iterator[Server]:
 
 
 def test_says_how_many_neurons_a_model_has_and_what_it_read(tiny: Server, server_with: Server) -> None:
-    sizes = {"layers": 2, "heads": 2, "neurons_per_head": 128}
+    sizes = {"layers": 2, "heads": 2, "neurons_per_head": 128, "max_neurons": 2**20}
     assert tiny.http.get(MAP).json() == {"model": "tiny", **sizes, "study": None}
     study = {"text": "text.txt", "tokens": len(TEXT.encode()), "length": 512}
     assert server_with.http.get(MAP, params={"model": "tiny"}).json() == {"model": "tiny", **sizes, "study": study}

@@ -27,6 +27,9 @@ class NeuronMap(ResponseModel):
     layers: Size
     heads: Size
     neurons_per_head: Size
+    max_neurons: Size = Field(
+        description="How many a response may show: tokens x layers x `neurons.top` (limits.max_neurons)."
+    )
     study: Study | None = Field(
         description="What /v1/neurons/contexts knows of; null where there is no `neurons.json`."
     )

@@ -36,7 +36,9 @@ class NeuronMaps:
         model = await self._serving.model(client, request.query_params.get("model"))
         folder, (layers, heads, per_head) = _neurons_of(model)
         study = await self._serving.aside(client).run(READING, _study, folder, (layers, heads, per_head))
-        return _json(NeuronMap(model=model.name, layers=layers, heads=heads, neurons_per_head=per_head, study=study))
+        sizes = {"layers": layers, "heads": heads, "neurons_per_head": per_head}
+        most = self._serving.settings.limits.max_neurons
+        return _json(NeuronMap(model=model.name, **sizes, max_neurons=most, study=study))
 
     async def contexts(self, request: Request) -> Response:
         check_query(request, self._serving.settings, "model", *NUMBERS)

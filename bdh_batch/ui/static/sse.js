@@ -5,19 +5,26 @@ const MOST = 16 << 20; // characters of one event: no server of ours sends nearl
 /** Yields `{event, data, id}` of each event. Comments are left out. Throws RangeError where one does not end. */
 export async function* events(body) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let left = "";
+  let block = []; // parts of the event that has not ended
+  let size = 0;
+  let held = ""; // half of an end of line, perhaps
   try {
     for (let read = await reader.read(); !read.done; read = await reader.read()) {
-      left += read.value;
-      if (left.includes("\r")) left = left.replaceAll(/\r\n|\r(?!$)/g, "\n");
-      let begin = 0;
-      for (let end = left.indexOf("\n\n"); end >= 0; end = left.indexOf("\n\n", begin)) {
-        const found = parse(left.slice(begin, end));
-        begin = end + 2;
-        if (found) yield found;
+      let text = held + read.value;
+      held = text.endsWith("\r") ? "\r" : "";
+      text = text.slice(0, text.length - held.length).replaceAll(/\r\n?/g, "\n");
+      if (!text) continue;
+      if (text[0] === "\n" && block.at(-1)?.endsWith("\n")) text = `${block.pop()}${text}`; // an empty line, in two pieces
+      for (const [at, part] of text.split("\n\n").entries()) {
+        if (at > 0) {
+          const found = parse(block.join(""));
+          if (found) yield found;
+          [block, size] = [[], 0];
+        }
+        if (part) block.push(part);
+        size += part.length;
       }
-      left = left.slice(begin);
-      if (left.length > MOST) throw new RangeError("An event of the stream is too long.");
+      if (size > MOST) throw new RangeError("An event of the stream is too long.");
     }
   } finally {
     await reader.cancel().catch(() => {}); // it may have failed already: whoever reads knows

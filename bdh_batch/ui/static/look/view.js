@@ -10,9 +10,10 @@ import { Letters } from "./letters.js";
 import { NeuronMap } from "./map.js";
 import { neuronName } from "./words.js";
 
-const ALTERNATIVES = 5; // likeliest tokens that are asked for
 const NO_NEURONS = { layers: 0, heads: 0, perHead: 1 };
+const NO_STUDY = "The model has no usable neurons/neurons.json; `bdh-batch model neurons --out …/neurons` makes it.";
 const SLICE = 20; // milliseconds of work on a stream, before anything else gets its turn
+const AT_ONCE = 1024; // tokens whose names are added without a look at the time
 const SELDOM = 250; // milliseconds between draws of what takes longer
 
 export function mount(element, context) {
@@ -24,7 +25,7 @@ class Look {
   #shape = NO_NEURONS;
   #study = null;
   #asked = null; // the name of the model whose shape is known, or asked for
-  #history = new History(NO_NEURONS, 1, ALTERNATIVES);
+  #history = new History(NO_NEURONS, 1, 0);
   #lit = 0; // tokens that the map has seen
   #selected = null;
   #running = null;
@@ -48,7 +49,7 @@ class Look {
     this.tableOf = h("details", { ontoggle: () => this.#showTable() }, h("summary", {}, "The map as a table"), this.#table);
     element.append(this.#layout());
     context.models.addEventListener("change", () => this.#learn());
-    this.#begin(new History(NO_NEURONS, 1, ALTERNATIVES));
+    this.#begin(new History(NO_NEURONS, 1, 0));
   }
 
   show() {
@@ -75,9 +76,11 @@ class Look {
     const notes = [];
     let shape = NO_NEURONS;
     let study = null;
+    let most = 0;
     try {
       const found = await api.json(`v1/neurons${query}`);
       shape = { layers: found.layers, heads: found.heads, perHead: found.neurons_per_head };
+      most = found.max_neurons;
       study = found.study;
     } catch (error) {
       if (error.status === 404) notes.push(`${error.message} Its text and log-probabilities are shown where it has them.`);
@@ -92,8 +95,8 @@ class Look {
     this.#note.textContent = notes.join(" ");
     this.#note.hidden = !notes.length;
     this.#problem.hidden = true;
-    this.form.ready({ layers: shape.layers, idsOnly });
-    if (!this.#running) this.#begin(new History(shape, this.#history.top, ALTERNATIVES));
+    this.form.ready({ layers: shape.layers, most, idsOnly });
+    if (!this.#running) this.#begin(new History(shape, this.#history.top, 0));
   }
 
   /** It is asked again when there is a reason to: another model, another key, the server is back. */
@@ -118,15 +121,15 @@ class Look {
 
   async #run(asked) {
     const { api, models, announce } = this.context;
-    const history = new History(this.#shape, asked.top, ALTERNATIVES);
+    const history = new History(asked.top ? this.#shape : NO_NEURONS, asked.top || 1, asked.alternatives);
     this.#begin(history);
     const running = new AbortController();
     this.#running = running;
     this.form.running(true);
     announce("The model begins to read.");
     try {
-      const body = { ...asked.body, model: models.chosen, echo: true, logprobs: ALTERNATIVES, stream: true };
-      if (this.#shape.layers) body.neurons = { top: asked.top };
+      const body = { ...asked.body, model: models.chosen, echo: true, logprobs: asked.alternatives, stream: true };
+      if (asked.top) body.neurons = { top: asked.top };
       await this.#read(api.chunks("v1/completions", { body, signal: running.signal }), history);
       announce(`Done: ${history.end} tokens.`);
     } catch (error) {
@@ -142,18 +145,24 @@ class Look {
   }
 
   async #read(chunks, history) {
+    const upstream = !this.#shape.layers;
     let until = performance.now() + SLICE;
+    const others = async () => {
+      this.#draw();
+      if (performance.now() < until) return;
+      await new Promise((resolve) => { setTimeout(resolve); });
+      until = performance.now() + SLICE;
+    };
     for await (const { choices } of chunks) {
       for (const { text, logprobs, neurons } of choices) {
-        if (logprobs) history.addNames(logprobs);
-        else if (text && !history.shape.layers) history.addNames({ tokens: [text], token_logprobs: [null] }); // an upstream's
+        for (const part of parts(logprobs)) {
+          history.addNames(part);
+          await others();
+        }
+        if (text && !logprobs && upstream) history.addNames({ tokens: [text], token_logprobs: [null] });
         if (neurons) history.addNeurons(neurons);
       }
-      this.#draw();
-      if (performance.now() > until) {
-        await new Promise((resolve) => { setTimeout(resolve); });
-        until = performance.now() + SLICE;
-      }
+      await others();
     }
   }
 
@@ -205,6 +214,7 @@ class Look {
     this.letters.mark(neuron);
     this.map.ring(neuron);
     this.context.announce(`${neuronName(neuron)}: ${count} tokens of this text.`);
+    if (this.#study === null) return this.neuron.showProblem(NO_STUDY);
     const query = new URLSearchParams({ model: this.#asked ?? "", ...neuron });
     try {
       const found = await this.context.api.json(`v1/neurons/contexts?${query}`);
@@ -218,5 +228,13 @@ class Look {
     this.#problem.textContent = error.message;
     this.#problem.hidden = false;
     this.form.blame(error.param);
+  }
+}
+
+/** Log-probabilities of a chunk, a part at a time: those of a text come all at once. */
+function* parts(logprobs) {
+  for (let at = 0; at < (logprobs?.tokens.length ?? 0); at += AT_ONCE) {
+    const { tokens, token_logprobs: own, top_logprobs: tops } = logprobs;
+    yield { tokens: tokens.slice(at, at + AT_ONCE), token_logprobs: own.slice(at, at + AT_ONCE), top_logprobs: tops?.slice(at, at + AT_ONCE) };
   }
 }
