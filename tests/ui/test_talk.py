@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from playwright.async_api import Page, Request, Route, expect
 
-from tests.conftest import ROOT, clean_environment, eventually, free_port
+from tests.conftest import ROOT, clean_environment, eventually
 from tests.ui.browsing import ELSEWHERE, OpenPage
 
 if TYPE_CHECKING:
@@ -306,26 +306,6 @@ async def test_markup_is_text_wherever_it_comes_from(tiny: Server, open_page: Op
         await page.locator(".conversations button").first.click()
         await expect(page.locator(".message")).to_have_count(2)
         assert await page.evaluate("window.hurt") is None
-
-
-async def test_a_server_that_ends_is_told_and_one_that_comes_back_is_used(
-    serve: ServeFactory, open_page: OpenPage
-) -> None:
-    port, banner = free_port(), "#banner"
-    with serve(model=TINY, port=port) as first:
-        async with open_page(first, allow=REFUSED) as page:
-            await parameters(page, max_tokens=4)
-            await say(page, "Hello")
-            first.stop()
-            await page.fill("#talk-input", "Are you there?")
-            await page.keyboard.press("Enter")
-            await expect(page.locator(banner)).to_contain_text("The server cannot be reached.")
-            await expect(page.locator(".middle > .error")).to_contain_text("The server cannot be reached.")
-            with serve(model=TINY, port=port):
-                await expect(page.locator(banner)).to_be_hidden()
-                await page.get_by_role("button", name="Try again").click()
-                await expect(page.locator(".stats")).to_have_count(2)
-                assert len(await texts(page)) == 4  # the response before is gone with its server: all was sent
 
 
 async def test_a_draining_server_is_told(serve: ServeFactory, open_page: OpenPage) -> None:
