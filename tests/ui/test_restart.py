@@ -1,4 +1,4 @@
-"""A server of two models that is killed while its pages stream; the next one has one model, and a store that is full."""
+"""A server of two models that is killed while its pages stream; the next one has one model, and a full store."""
 
 from __future__ import annotations
 

@@ -100,6 +100,35 @@ async def test_a_conversation_needs_a_keyboard_only(tiny: Server, open_page: Ope
         await page.keyboard.press("Enter")
         await expect(page.locator(".message.model .switch")).to_have_text("‹ 1 / 2 ›")
         await expect(page.get_by_role("status")).to_contain_text("Done: 8 tokens")
+        await tab_to(page, "Edit", "Shift+Tab")
+        await page.keyboard.press("Enter")
+        await page.keyboard.type(" And here?")
+        await page.keyboard.press("Control+Enter")
+        await expect(page.locator(".message.user .switch")).to_have_text("‹ 2 / 2 ›")
+        await done(page)
+        assert (await texts(page))[0] == "Who is there? And here?"
+        await tab_to(page, "max_tokens")
+        await page.keyboard.type("100000")  # in place of what is there, which is selected
+        await tab_to(page, "Message", "Shift+Tab")
+        await page.keyboard.type("Talk on")
+        await page.keyboard.press("Enter")
+        await expect(page.locator(".message.running .body")).not_to_be_empty()
+        await tab_to(page, "Stop")
+        await page.keyboard.press("Enter")
+        await done(page)
+        await expect(page.get_by_label("Message", exact=True)).to_be_focused()
+        await expect(page.locator(".stats").last).to_contain_text("stopped")
+        await tab_to(page, "Export text")
+        async with page.expect_download() as coming:
+            await page.keyboard.press("Enter")
+        assert "### You\n\nWho is there? And here?\n" in Path(await (await coming.value).path()).read_text()
+        await tab_to(page, "Copy as curl", "Shift+Tab")
+        await page.keyboard.press("Enter")
+        await tab_to(page, "Copy")
+        await page.keyboard.press("Enter")
+        await expect(page.get_by_role("dialog").get_by_role("button", name="Copied")).to_be_focused()
+        await page.keyboard.press("Escape")
+        await expect(page.get_by_role("button", name="Copy as curl").last).to_be_focused()
 
 
 async def fewer_listed(route: Route) -> None:
