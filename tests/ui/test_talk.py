@@ -56,6 +56,10 @@ async def conversation(page: Page) -> dict[str, Any]:
     return loaded(await (await coming.value).path())
 
 
+def exported(file: Path) -> str:
+    return file.read_text()
+
+
 def loaded(file: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads(file.read_text())
     return found
@@ -121,7 +125,7 @@ async def test_a_conversation_needs_a_keyboard_only(tiny: Server, open_page: Ope
         await tab_to(page, "Export text")
         async with page.expect_download() as coming:
             await page.keyboard.press("Enter")
-        assert "### You\n\nWho is there? And here?\n" in Path(await (await coming.value).path()).read_text()
+        assert "### You\n\nWho is there? And here?\n" in exported(await (await coming.value).path())
         await tab_to(page, "Copy as curl", "Shift+Tab")
         await page.keyboard.press("Enter")
         await tab_to(page, "Copy")

@@ -20,6 +20,7 @@ def neurons() -> list[Endpoint]:
                     "layers": 6,
                     "heads": 4,
                     "neurons_per_head": 1024,
+                    "max_neurons": 2**20,
                     "study": None,
                 }
             },

@@ -10,6 +10,7 @@ const COUNTS = [16, 50, 100, 200];
 const SECONDS = 10; // that a recording waits for steps
 const FOLLOW_SECONDS = 1; // between steps that are followed
 const STRIP = 60; // height of the picture of all steps
+const NONE = "There are no steps: none of this model's engines records them, as on Ray or where an upstream computes it.";
 const REASONS = {
   no_slot: "no slot is free",
   max_running: "as many as may hold a state (scheduler.max_running)",
@@ -103,7 +104,7 @@ export class Steps {
     const query = new URLSearchParams({ model: this.#context.models.chosen, steps, seconds });
     try {
       const { engines } = await this.#context.api.json(`watch/steps?${query}`, { signal: abort.signal });
-      this.#took(engines.filter((engine) => engine.steps.length));
+      this.#took(engines.filter((engine) => engine.steps.length), engines.length ? `No step in ${SECONDS} s: nothing runs.` : NONE);
       return true;
     } catch (error) {
       if (wasAborted(error)) return false;
@@ -113,9 +114,10 @@ export class Steps {
     }
   }
 
-  #took(engines) {
+  /** `otherwise` says why there are none. */
+  #took(engines, otherwise) {
     if (!engines.length) {
-      this.#status.textContent = `No step in ${SECONDS} s: nothing runs.`;
+      this.#status.textContent = otherwise;
       return;
     }
     this.#engines = engines;
