@@ -204,7 +204,7 @@ async def test_of_many_tokens_fewer_neurons_are_shown_or_none(tiny: Server, open
         async with page.expect_request("**/v1/completions") as asked:
             await look.click()
         shown = most // (100_002 * 2)
-        assert (await asked.value).post_data_json["neurons"] == {"top": shown}
+        assert json.loads((await asked.value).post_data or "")["neurons"] == {"top": shown}
         await expect(page.get_by_text(f"the {shown} strongest neurons of a layer are shown, not 8")).to_be_visible()
         await page.get_by_role("button", name="Stop").click()
         await expect(look).to_be_enabled()
@@ -214,7 +214,7 @@ async def test_of_many_tokens_fewer_neurons_are_shown_or_none(tiny: Server, open
         await generated.fill("0")
         async with page.expect_request("**/v1/completions") as asked:
             await look.click()
-        assert "neurons" not in (await asked.value).post_data_json
+        assert "neurons" not in json.loads((await asked.value).post_data or "")
         await expect(page.get_by_text("too many tokens to show their neurons")).to_be_visible()
         await expect(page.get_by_text(f"{len(text):,} tokens", exact=True)).to_be_visible()
         await expect(page.get_by_role("region", name="Neurons")).to_be_hidden()

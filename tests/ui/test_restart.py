@@ -68,7 +68,7 @@ async def go_on_with_another_model(page: Page) -> None:
     await picker.select_option(MARKUP)
     async with page.expect_request("**/v1/responses") as asked:
         await say(page, "Go on")
-    body = (await asked.value).post_data_json
+    body = json.loads((await asked.value).post_data or "")
     assert (body["model"], len(body["input"]), "previous_response_id" in body) == (MARKUP, 3, False)
     for name, stats in zip(("one", MARKUP), await page.locator(".stats").all_inner_texts(), strict=True):
         assert stats.endswith(f" · {name}")
