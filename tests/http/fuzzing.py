@@ -155,6 +155,7 @@ def check_stream(text: str, chunk: jsonschema.Draft202012Validator) -> None:
     assert all(event.startswith(EVENT) for event in events)
     reported = [event.removeprefix(EVENT) for event in events]
     if "sequence_number" in json.loads(reported[0]):
+        assert reported.pop() == "[DONE]"
         in_order([json.loads(event) for event in reported])
     elif reported[-1] == "[DONE]":
         reported.pop()

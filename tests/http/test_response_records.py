@@ -49,7 +49,8 @@ def event(number: int, size: int = 0) -> bytes:
 async def numbers(log: EventLog, after: int) -> list[int]:
     """Those of the events behind number `after`."""
     text = b"".join([part async for part in log.read(after)]).decode()
-    data = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    *data, done = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+    assert done == "[DONE]"
     return [json.loads(each)["sequence_number"] for each in data]
 
 
@@ -77,7 +78,7 @@ class TestEventLog:
         parts = log.read(-1, keepalive=0.01)
         assert await anext(parts) == b": keep-alive\n\n"
         log.end()
-        assert [part async for part in parts if not part.startswith(b":")] == []
+        assert [part async for part in parts if not part.startswith(b":")] == [b"data: [DONE]\n\n"]
 
     async def test_keeps_the_newest(self) -> None:
         log = EventLog(10_000)
@@ -92,6 +93,7 @@ class TestEventLog:
         late = await anext(parts)
         assert late.startswith(b"event: error\n")
         assert b"limits.max_background_bytes" in late
+        assert late.endswith(b"data: [DONE]\n\n")
         assert await anext(parts, None) is None
 
 

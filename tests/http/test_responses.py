@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
 PATH, CHAT = "/v1/responses", "/v1/chat/completions"
 KEYS = ("key-1-of-two", "key-2-of-two")
+ENDS = ("completed", "incomplete", "failed")
 SCHEMA: Any = {
     "type": "object",
     "properties": {"who": {"enum": ["Romeo", "Juliet"]}},
@@ -70,8 +71,9 @@ def ask(server: Server, **body: Any) -> dict[str, Any]:
 
 
 def events_in(text: str) -> list[dict[str, Any]]:
-    *frames, rest = text.split("\n\n")
-    assert rest == ""
+    """The events of a whole stream."""
+    *frames, done, rest = text.split("\n\n")
+    assert (done, rest) == ("data: [DONE]", "")
     found = []
     for frame in frames:
         name, data = frame.split("\n")
@@ -252,6 +254,8 @@ class TestBackground:
         assert client.responses.cancel(begun.id).status == "cancelled"
         assert client.responses.cancel(begun.id).status == "cancelled"
         server.until_idle()
+        stream = server.http.get(f"{PATH}/{begun.id}", params={"stream": "true"}).text
+        assert {event["type"].rpartition(".")[2] for event in events_in(stream)}.isdisjoint(ENDS)
 
     def test_only_one_in_the_background_is_cancelled(self, server: Server) -> None:
         response = ask(server, input="Speak!")

@@ -21,7 +21,7 @@ from starlette.responses import StreamingResponse
 from bdh_batch.backends.base import Generation
 from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, QueueFull, StoreFailed, Unavailable
 from bdh_batch.http.responses.chunks import Chunks
-from bdh_batch.http.responses.frames import COMMENT
+from bdh_batch.http.responses.frames import COMMENT, DONE
 from bdh_batch.http.responses.generation import failure_of
 from bdh_batch.http.responses_api.frames import ResponseFrames, problem_event
 from bdh_batch.store.record import Record, Records
@@ -79,8 +79,8 @@ class EventLog:
             await self._changed.wait()
 
     async def read(self, after: int, keepalive: float = 0) -> AsyncIterator[bytes]:
-        """The events behind number `after`, those that are still to come included. A reader for whom they go too fast
-        gets an error at last.
+        """The events behind number `after`, those that are still to come included, and [DONE]. A reader for whom they
+        go too fast gets an error before that.
 
         Args:
             keepalive: seconds after which silence is broken; 0 is never.
@@ -89,13 +89,14 @@ class EventLog:
         while True:
             changed, ended = self._changed, self.ended
             if wanted < self.earliest:
-                yield problem_event(wanted, self.gone(wanted))
+                yield problem_event(wanted, self.gone(wanted)) + DONE
                 return
             if wanted < self._next:
                 found, wanted = self._from(wanted)
                 yield found
                 await asyncio.sleep(0)  # a client that takes all at once does not keep the others waiting
             elif ended:
+                yield DONE
                 return
             else:
                 try:
@@ -210,7 +211,7 @@ class Run:
             raise Unavailable("The server is shutting down.", 5)
         usage = self._generation.usage(tokens)
         await frames.before_end(usage)
-        self._add(frames, frames.closing(usage))
+        self._add(frames, frames.ending)
         if not self.response["store"]:  # who asks for it later has to know that it is over
             frames.fail(StoreFailed("The response could not be stored."))
             await self._put(frames)
@@ -231,7 +232,7 @@ class Run:
         return tokens
 
     async def _fail(self, frames: ResponseFrames, error: BDHError) -> None:
-        self._add(frames, frames.failed(error))
+        self._add(frames, frames.failure(error))
         await self._put(frames)
 
     def _add(self, frames: ResponseFrames, events: bytes) -> None:

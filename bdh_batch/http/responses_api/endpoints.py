@@ -31,7 +31,6 @@ ONE = f"{ROOT}/{{id}}"
 
 
 def responses() -> list[Endpoint]:
-    last = "response.completed, response.incomplete or response.failed"
     text = "With `stream`, the response is server-sent events. With `background`, it goes on without its client."
     return [
         Endpoint(
@@ -40,7 +39,6 @@ def responses() -> list[Endpoint]:
             description=text,
             bodies=[ResponseBody],
             event=ResponseEvent,
-            last_event=last,
             errors=MODEL + WORK + UPSTREAM,
             requests={
                 "text": {**_ASKED, "temperature": 0},
@@ -67,7 +65,6 @@ def responses() -> list[Endpoint]:
             *("getResponse", "responses.stored.retrieve", "Responses", ONE, "A stored response", ResponseObject),
             query=("stream", "starting_after"),
             event=ResponseEvent,
-            last_event=last,
             errors=(404,),
         ),
         Endpoint(

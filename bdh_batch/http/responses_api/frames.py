@@ -1,7 +1,8 @@
 """Responses in the shape of the Responses API: one object, or the events that it is put together from.
 
 A stream is response.created, response.in_progress, the output items one after the other (output_item.added, what they
-gain, output_item.done), and response.completed or response.incomplete. An error and response.failed end one that fails.
+gain, output_item.done), and response.completed or response.incomplete; or, where it fails, an error and
+response.failed. Behind all of them is [DONE].
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import orjson
 from bdh_batch.errors import BDHError
 from bdh_batch.http.errors import describe
 from bdh_batch.http.request.off_loop import LARGE, Aside
-from bdh_batch.http.responses.frames import Frames, ResponseOptions
+from bdh_batch.http.responses.frames import DONE, Frames, ResponseOptions
 from bdh_batch.http.responses.logprobs import listed
 from bdh_batch.http.schema.other_names import Names
 from bdh_batch.messages import Delta, FinishReason, Usage
@@ -105,6 +106,7 @@ class ResponseFrames(Frames):
         self._open: _Item | None = None
         self._calls: dict[int, _Item] = {}
         self.number = 0  # of the next event
+        self.ending = b""  # the last events, once it has ended well
         self._logprob_bytes = 0
         self._held: list[bytes] = []  # log-probabilities whose text has not come yet
 
@@ -166,10 +168,10 @@ class ResponseFrames(Frames):
         if self._keep is not None:
             self.response["store"] = await self._keep(self)
         if not ends:  # it is a stream
-            self._ending = await self._aside.run(self._ending_cost, self._encode_ending)
+            self.ending = await self._aside.run(self._ending_cost, self._encode_ending)
 
     def closing(self, usage: Usage) -> bytes:
-        return self._ending
+        return self.ending + DONE
 
     def cost(self, prompts: Sequence[Sequence[int]], deltas: Sequence[Delta]) -> int:
         return super().cost(prompts, deltas) + (self._size if prompts else 0)
@@ -189,6 +191,10 @@ class ResponseFrames(Frames):
         return self._names.of(error)
 
     def failed(self, error: BDHError) -> bytes:
+        return self.failure(error) + DONE
+
+    def failure(self, error: BDHError) -> bytes:
+        """The last events of one that fails."""
         self.fail(error)
         self.number += 1
         first = problem_event(self.number - 1, error)
