@@ -115,6 +115,11 @@ class TestCreate:
         assert plain == [{**item, "id": "", "call_id": ""} for item in whole["output"]]
         assert streamed["store"] is True
 
+    def test_the_format_comes_back_with_all_of_its_fields(self, server: Server) -> None:
+        form = {"type": "json_schema", "name": "entrance", "schema": SCHEMA}
+        shown = ask(server, input="Speak!", text={"format": form}, max_output_tokens=1)["text"]["format"]
+        assert shown == {**form, "description": None, "strict": False}
+
     def test_the_client_streams_and_parses(self, client: openai.OpenAI) -> None:
         class Entrance(BaseModel):
             sure: bool

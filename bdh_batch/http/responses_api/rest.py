@@ -224,8 +224,6 @@ def _new(body: ResponseBody, id: str, model: ServedModel) -> dict[str, Any]:
     defaults, choice = model.defaults, body.tool_choice
     if isinstance(choice, ToolSelection):
         choice = choice.model_dump(exclude_none=True)
-    form = None if body.text is None or body.text.format is None else body.text.format
-    shown = {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)
     tools = [tool.model_dump() for tool in body.tools or ()]
     return {
         "id": id,
@@ -252,7 +250,7 @@ def _new(body: ResponseBody, id: str, model: ServedModel) -> dict[str, Any]:
         "service_tier": "default",
         "store": body.store is not False,
         "temperature": defaults.temperature if body.temperature is None else body.temperature,
-        "text": {"format": shown},
+        "text": {"format": _format(body)},
         "tool_choice": choice or "auto",
         "tools": tools,
         "top_logprobs": body.top_logprobs or 0,
@@ -261,3 +259,13 @@ def _new(body: ResponseBody, id: str, model: ServedModel) -> dict[str, Any]:
         "usage": None,
         "user": body.user,
     }
+
+
+def _format(body: ResponseBody) -> dict[str, Any]:
+    """`text.format` as responses have it: that of a schema with all of its fields."""
+    form = None if body.text is None else body.text.format
+    if form is None:
+        return {"type": "text"}
+    if form.type != "json_schema":
+        return {"type": form.type}
+    return {**form.model_dump(by_alias=True), "strict": bool(form.strict)}
