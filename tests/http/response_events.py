@@ -49,6 +49,8 @@ def in_order(events: list[dict[str, Any]]) -> dict[str, Any]:
     assert state == "over"
     final: dict[str, Any] = events[-1]["response"]
     assert final["status"] == events[-1]["type"].removeprefix("response.")
-    if final["status"] != "failed":
-        assert final["output"] == output
+    ended, rest = final["output"][: len(output)], final["output"][len(output) :]
+    assert ended == output  # what has ended stays as it was, whatever becomes of the response
+    assert [each["status"] for each in rest] == ["incomplete"] * (item + 1 - len(output))
+    assert not rest or final["status"] == "failed"
     return final

@@ -49,6 +49,7 @@ class _Item:
     id: str
     index: int
     call: Uses | None
+    status: str = "in_progress"
     text: StringIO = field(default_factory=lambda: StringIO(newline=""))
     logprobs: list[bytes] = field(default_factory=list)
 
@@ -57,12 +58,12 @@ class _Item:
         logprobs = orjson.Fragment(b"[" + b",".join(self.logprobs) + b"]")
         return {"type": "output_text", "text": self.text.getvalue(), "annotations": [], "logprobs": logprobs}
 
-    def json(self, status: str) -> dict[str, Any]:
+    def json(self) -> dict[str, Any]:
         if self.call is not None:
             called = {"call_id": self.call.id, "name": self.call.name, "arguments": self.text.getvalue()}
-            return {"type": "function_call", "id": self.id, "status": status, **called}
-        content = [] if status == "in_progress" else [self.part()]
-        return {"type": "message", "id": self.id, "status": status, "role": "assistant", "content": content}
+            return {"type": "function_call", "id": self.id, "status": self.status, **called}
+        content = [] if self.status == "in_progress" else [self.part()]
+        return {"type": "message", "id": self.id, "status": self.status, "role": "assistant", "content": content}
 
 
 class ResponseFrames(Frames):
@@ -207,12 +208,18 @@ class ResponseFrames(Frames):
         self.response |= {
             "status": "failed",
             "error": {"code": code, "message": body["error"]["message"]},
-            "output": [item.json("incomplete") for item in self._items],
+            "output": self._output(),
         }
 
     def cancel(self) -> None:
         """The response has been cancelled."""
-        self.response |= {"status": "cancelled", "output": [item.json("incomplete") for item in self._items]}
+        self.response |= {"status": "cancelled", "output": self._output()}
+
+    def _output(self) -> list[dict[str, Any]]:
+        """All items; one that is open is incomplete, and the others stay what they were when they ended."""
+        if self._open is not None:
+            self._open.status = "incomplete"
+        return [item.json() for item in self._items]
 
     def _finish(self, usage: Usage, ends: Sequence[Delta]) -> None:
         for index, end in enumerate(ends):
@@ -221,12 +228,11 @@ class ResponseFrames(Frames):
         status = "completed" if reason is None else "incomplete"
         self._last = [] if self._items else self._begin_item(None)
         self._last += self._close(status)
-        states = ["completed"] * (len(self._items) - 1) + [status]
         self.response |= {
             "status": status,
             "completed_at": None if reason else int(time.time()),
             "incomplete_details": reason and {"reason": reason},
-            "output": [item.json(state) for item, state in zip(self._items, states, strict=True)],
+            "output": self._output(),
             "usage": usage_of(usage),
         }
 
@@ -247,8 +253,7 @@ class ResponseFrames(Frames):
         self._open = item = _Item(f"{'msg' if call is None else 'fc'}_{self._options.id[5:]}_{index}", index, call)
         self._items.append(item)
         self._held = self._held if call is None else []
-        shown = item.json("in_progress")
-        frames.append(self._event("response.output_item.added", output_index=index, item=shown))
+        frames.append(self._event("response.output_item.added", output_index=index, item=item.json()))
         if call is None:
             frames.append(self._event("response.content_part.added", **self._place(), part=item.part()))
         return frames
@@ -266,8 +271,8 @@ class ResponseFrames(Frames):
             place = {"item_id": item.id, "output_index": item.index, "name": item.call.name}
             done = self._event("response.function_call_arguments.done", **place, arguments=item.text.getvalue())
             frames = [done]
-        self._open = None
-        frames.append(self._event("response.output_item.done", output_index=item.index, item=item.json(status)))
+        self._open, item.status = None, status
+        frames.append(self._event("response.output_item.done", output_index=item.index, item=item.json()))
         return frames
 
     def _place(self) -> dict[str, Any]:
