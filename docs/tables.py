@@ -19,6 +19,7 @@ from openai.types.chat import (
     chat_completion_stream_options_param,
     completion_create_params as chat_create_params,
 )
+from openai.types.responses import input_token_count_params, response_create_params
 from pydantic import BaseModel
 
 from bdh_batch import settings
@@ -63,6 +64,9 @@ OPENAI: dict[str, set[str]] = {
     | set(chat_create_params.CompletionCreateParamsBase.__annotations__),
     "StreamOptions": set(chat_completion_stream_options_param.ChatCompletionStreamOptionsParam.__annotations__),
     "EmbeddingBody": set(embedding_create_params.EmbeddingCreateParams.__annotations__),
+    "ResponseBody": set(response_create_params.ResponseCreateParamsStreaming.__annotations__)
+    | set(response_create_params.ResponseCreateParamsBase.__annotations__),
+    "InputTokensBody": set(input_token_count_params.InputTokenCountParams.__annotations__),
 }
 OURS = {"chunk_tokens", "latent_steps", "neurons", "state", "update_latent_memory"}
 ENDPOINTS = {
@@ -89,6 +93,7 @@ DEFAULTS: dict[str, str] = {
     "max_completion_tokens": "`max_tokens`",
     "model": "the served model",
     "parallel_tool_calls": "`true`",
+    "ResponseBody.store": "`true`",
     "seed": "random",
     "tool_choice": '`"auto"` with `tools`',
     "top_logprobs": "0",
