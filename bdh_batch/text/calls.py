@@ -39,18 +39,18 @@ def head(name: str) -> str:
 def from_tools(
     tools: Sequence[Tool],
     param: str,
-    parallel: bool,
+    most: int | None,
     required: bool,
     otherwise: Source | None = None,
 ) -> Source:
-    """Calls of `tools`; one, or several where they may be `parallel`. Where none is required, a response may be any
-    text, or only JSON of the schema `otherwise`."""
+    """Calls of `tools`: `most` of them at most, None is no bound. Where none is required, a response may be any text,
+    or only JSON of the schema `otherwise`."""
     parts = [from_schema(tool.schema, tool.param, tool.strict) for tool in tools]
     if otherwise is not None:
         parts.append(otherwise)
     offered = [(tool.name, tool.schema, tool.strict, tool.param) for tool in tools]
     other = None if otherwise is None else (*otherwise.value, otherwise.param)
-    value = {"tools": offered, "parallel": parallel, "required": required, "otherwise": other}
+    value = {"tools": offered, "most": most, "required": required, "otherwise": other}
     return Source("calls", value, param, parts, OPEN if not required and otherwise is None else "")
 
 

@@ -100,18 +100,19 @@ def _inline_schema(grammar: str, at: int) -> tuple[dict[str, Any], int] | None:
 def _calls(
     made: Written,
     tools: Sequence[tuple[str, Mapping[str, Any], bool, str]],
-    parallel: bool,
+    most: int | None,
     required: bool,
     otherwise: tuple[Mapping[str, Any], bool, str] | None,
 ) -> str:
-    """Calls of `tools`; one, or several where they may be `parallel`. Where none is required, a response may be any
-    text, or only JSON of the schema `otherwise`. Schemas come with whether they are strict, and with their fields."""
+    """Calls of `tools`: `most` of them at most, None is no bound. Where none is required, a response may be any text,
+    or only JSON of the schema `otherwise`. Schemas come with whether they are strict, and with their fields."""
     rules = [
         f'tool{i}: {_json(head(name))} %json {made.schema(schema, strict, param)} "}}" {GAP} "{CLOSE}"'
         for i, (name, schema, strict, param) in enumerate(tools)
     ]
     rules.append(f"call: {GAP} ({' | '.join(f'tool{i}' for i in range(len(tools)))})")
-    rules.append("calls: call" + (f' ({GAP} "{OPEN}" call)* {GAP}' if parallel else ""))
+    further = "*" if most is None else f"{{0,{most - 1}}}"
+    rules.append("calls: call" + (f' ({GAP} "{OPEN}" call){further} {GAP}' if most != 1 else ""))
     start = "calls" if not required and otherwise is None else f'"{OPEN}" calls'
     if not required and otherwise is not None:
         start += f" | %json {made.schema(*otherwise)}"

@@ -10,7 +10,7 @@ from typing import Any
 
 from bdh_batch.errors import UnsupportedParameter
 
-HERE = frozenset(("model", "stream", "stream_options", "n", "best_of"))  # what is done on this side
+HERE = frozenset(("model", "stream", "stream_options", "n", "best_of", "max_tool_calls"))  # what is done on this side
 STOPS = frozenset(("stop", "include_stop_str_in_output"))
 UNRELAYED = frozenset(("return_token_ids", "prompt_logprobs"))  # what they ask for is not passed back
 # Where an upstream cannot express a field, the values with which it asks for nothing.

@@ -120,6 +120,17 @@ class TestCreate:
         shown = ask(server, input="Speak!", text={"format": form}, max_output_tokens=1)["text"]["format"]
         assert shown == {**form, "description": None, "strict": False}
 
+    def test_truncation_may_be_automatic_and_cuts_nothing(self, server: Server) -> None:
+        asked: dict[str, Any] = {"input": "Speak!", "truncation": "auto"}
+        assert ask(server, **asked, max_output_tokens=1)["truncation"] == "auto"
+        assert server.refusal(asked | {"max_output_tokens": 2**30}, PATH)["param"] == "max_output_tokens"
+
+    def test_calls_are_at_most_as_many_as_the_body_says(self, server: Server) -> None:
+        asked: dict[str, Any] = {"input": "Speak!", "tools": [ENTER], "tool_choice": "required", "ignore_eos": True}
+        two, any_number = (ask(server, **asked, max_tool_calls=most, max_output_tokens=300) for most in (2, None))
+        assert (two["status"], len(two["output"])) == ("completed", 2)
+        assert len(any_number["output"]) > 2
+
     def test_the_client_streams_and_parses(self, client: openai.OpenAI) -> None:
         class Entrance(BaseModel):
             sure: bool
@@ -277,8 +288,8 @@ BAD: list[tuple[str | None, dict[str, Any]]] = [
     ("input[0].call_id", {"input": [{"type": "function_call_output", "output": "a"}]}),
     ("conversation", {"input": "a", "conversation": "conv_1"}),
     ("reasoning.effort", {"input": "a", "reasoning": {"effort": "high"}}),
-    ("truncation", {"input": "a", "truncation": "auto"}),
-    ("max_tool_calls", {"input": "a", "max_tool_calls": 2}),
+    ("truncation", {"input": "a", "truncation": "none"}),
+    ("max_tool_calls", {"input": "a", "max_tool_calls": 0}),
     ("background", {"input": "a", "background": True, "store": False}),
     ("tools[0]", {"input": "a", "tools": [{"type": "web_search"}]}),
     ("text.format.schema", {"input": "a", "text": {"format": {"type": "json_schema", "name": "a"}}}),

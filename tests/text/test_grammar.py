@@ -197,7 +197,7 @@ async def test_a_response_does_not_end_early_as_long_as_it_can_go_on(vocabulary:
 
 
 async def test_calls_go_on_as_long_as_they_can() -> None:
-    source = from_tools([Tool("g", None, "p")], "tools", parallel=True, required=False)
+    source = from_tools([Tool("g", None, "p")], "tools", most=None, required=False)
     grammar = await inline_grammars(byte_vocabulary(256)).compile(source)
     call = f"{OPEN}{head('g')}{{}}}}{CLOSE}".encode()
     for early, may_end in ((0, True), (len(call), True), (len(call) + 1, False), (math.inf, False)):
@@ -208,7 +208,7 @@ async def test_calls_go_on_as_long_as_they_can() -> None:
 
 @pytest.mark.parametrize("vocabulary", vocabularies())
 async def test_after_its_trigger_a_free_text_follows_the_grammar(vocabulary: Vocabulary) -> None:
-    source = from_tools([Tool("abc", {}, "p")], "tools", parallel=False, required=False)
+    source = from_tools([Tool("abc", {}, "p")], "tools", most=1, required=False)
     constraint = (await inline_grammars(vocabulary).compile(source)).constraint()
     for token in vocabulary.tokens.tokenize_str("ab < c <tool") + vocabulary.tokens.tokenize_str("_call"):
         assert constraint.mask() is None
@@ -232,8 +232,8 @@ async def test_what_is_a_token_by_itself_can_be_said(vocabulary: Vocabulary) -> 
         ),
         (from_regex(r"<\|im_end\|>x", "r"), {"<|im_end|>x"}),
         (from_schema({"enum": ["<s>", "<|end|>"]}, "s"), {'"<s>"', '"<|end|>"'}),
-        (from_tools([tool], "tools", parallel=False, required=True), {call}),
-        (from_tools([tool], "tools", parallel=False, required=False), {f"Well, {call}"}),
+        (from_tools([tool], "tools", most=1, required=True), {call}),
+        (from_tools([tool], "tools", most=1, required=False), {f"Well, {call}"}),
     ]
     grammars, rng = inline_grammars(vocabulary), random.Random(1)
     for source, texts in asked:
@@ -263,9 +263,9 @@ async def test_calls_are_of_the_tools_and_of_their_schemas() -> None:
     tools = [Tool("f", {"properties": {"a": {"enum": [1, 2]}}, "required": ["a"]}, "p0"), Tool("g", None, "p1")]
     vocabulary, rng = byte_vocabulary(256), random.Random(5)
     grammars = inline_grammars(vocabulary)
-    one = await grammars.compile(from_tools(tools, "tools", parallel=False, required=True))
-    either = await grammars.compile(from_tools(tools, "tools", False, False, from_schema({"enum": ["no"]}, "f")))
-    several = (await grammars.compile(from_tools(tools[1:], "tools", parallel=True, required=True))).constraint()
+    one = await grammars.compile(from_tools(tools, "tools", most=1, required=True))
+    either = await grammars.compile(from_tools(tools, "tools", 1, False, from_schema({"enum": ["no"]}, "f")))
+    several = (await grammars.compile(from_tools(tools[1:], "tools", most=None, required=True))).constraint()
     for _ in range(10):
         text, ended = walk(one.constraint(), vocabulary, rng, 4000)
         assert not ended or re.fullmatch(rf'{OPEN}\n?\{{"name": "[fg]", .*\}}\n?{CLOSE}', text.decode(), re.DOTALL)
@@ -276,6 +276,9 @@ async def test_calls_are_of_the_tools_and_of_their_schemas() -> None:
         assert several.accept(byte)
     assert several.mask() is None
     assert not several.accept(ord("x"))
+    two = (await grammars.compile(from_tools(tools[1:], "tools", most=2, required=True))).constraint()
+    assert all(two.accept(byte) for byte in f"{call}\n{call}".encode())
+    assert not two.accept(ord("<")), "the start of a third"
 
 
 strict_schema = partial(from_schema, strict=True)
@@ -353,7 +356,7 @@ async def test_hard_grammars_are_walked(kind: Any, asked: Any) -> None:
 async def test_a_tool_whose_schema_is_at_fault_is_named() -> None:
     tools = [Tool("f", None, "tools[0].function.parameters"), Tool("g", {"not": {}}, "tools[1].function.parameters")]
     with pytest.raises(InvalidRequest) as refused:
-        await inline_grammars(byte_vocabulary(256)).compile(from_tools(tools, "tools", True, True))
+        await inline_grammars(byte_vocabulary(256)).compile(from_tools(tools, "tools", None, True))
     assert refused.value.param == "tools[1].function.parameters"
 
 
@@ -371,8 +374,8 @@ def test_a_schema_that_leads_to_itself_in_countless_ways_is_decided_at_once() ->
 async def test_grammars_are_bounded_in_bytes_whatever_they_are_made_of() -> None:
     grammars = inline_grammars(byte_vocabulary(256), 1000)
     long = {"enum": ["a" * 1001]}
-    calls = from_tools([Tool("f", None, "t0"), Tool("g", long, "t1")], "tools", parallel=True, required=True)
-    several = from_tools([Tool(f"f{i}", {"enum": ["a" * 300]}, f"t{i}") for i in range(4)], "tools", True, True)
+    calls = from_tools([Tool("f", None, "t0"), Tool("g", long, "t1")], "tools", most=None, required=True)
+    several = from_tools([Tool(f"f{i}", {"enum": ["a" * 300]}, f"t{i}") for i in range(4)], "tools", None, True)
     asked: list[tuple[Source, str]] = [
         (from_regex("a" * 1001, "p"), "p"),
         (from_lark("é" * 501, "p"), "p"),
@@ -495,7 +498,7 @@ async def test_whatever_is_asked_for_is_followed_or_refused(sandboxed: Grammars,
 async def test_a_tool_that_the_compiler_crashes_on_is_refused(sandboxed: Grammars) -> None:
     tool = Tool("g", properties(1200) | {"type": "object"}, "tools[0].function.parameters")
     with pytest.raises(InvalidRequest, match="too deeply") as refused:
-        await sandboxed.compile(from_tools([tool], "tools", True, True))
+        await sandboxed.compile(from_tools([tool], "tools", None, True))
     assert refused.value.param == "tools"
 
 

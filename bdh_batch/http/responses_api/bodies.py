@@ -16,11 +16,9 @@ from bdh_batch.http.schema.chat import Content, TemplateVariables
 from bdh_batch.http.schema.requests import MAX_CHUNK, MAX_LOGPROBS, SamplingFields
 
 LOGPROBS = "message.output_text.logprobs"
+MAX_CALLS = 1024
 # Fields of the API that are not built, and the values besides null that ask for nothing.
-INPUT: Neutral = {
-    **dict.fromkeys(("conversation", "personality", "prompt"), ()),
-    "truncation": ("disabled",),
-}
+INPUT: Neutral = dict.fromkeys(("conversation", "personality", "prompt"), ())
 CREATE: Neutral = {
     **INPUT,
     **dict.fromkeys(("access_programs", "image", "moderation", "prompt_cache_options"), ()),
@@ -241,6 +239,7 @@ class InputTokensBody(Wire):
     parallel_tool_calls: bool | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
+    truncation: Literal["auto", "disabled"] | None = None
 
     @model_validator(mode="after")
     def _begins_once(self) -> Self:
@@ -273,7 +272,7 @@ class ResponseBody(InputTokensBody, SamplingFields):
     background: bool | None = None
     include: Annotated[list[Include], Field(max_length=8)] | None = None
     max_output_tokens: int | None = Field(None, ge=1)
-    max_tool_calls: int | None = Field(None, ge=1, le=1)
+    max_tool_calls: int | None = Field(None, ge=1, le=MAX_CALLS)
     metadata: Annotated[dict[MetadataKey, MetadataValue], Field(max_length=16)] | None = None
     store: bool | None = None
     stream: bool | None = None

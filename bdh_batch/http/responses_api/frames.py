@@ -106,6 +106,7 @@ class ResponseFrames(Frames):
         self._items: list[_Item] = []
         self._open: _Item | None = None
         self._calls: dict[int, _Item] = {}
+        self._most_calls: int | None = response.get("max_tool_calls")
         self.number = 0  # of the next event
         self.ending = b""  # the last events, once it has ended well
         self._logprob_bytes = 0
@@ -154,10 +155,11 @@ class ResponseFrames(Frames):
             if isinstance(part, Said):
                 frames += self._say(part.text)
             elif isinstance(part, Uses):
+                if self._most_calls is not None and len(self._calls) >= self._most_calls:
+                    continue  # an upstream does not know how many there may be
                 frames += self._begin_item(part)
                 self._calls[part.index] = self._items[-1]
-            else:
-                item = self._calls[part.index]
+            elif (item := self._calls.get(part.index)) is not None:
                 item.text.write(part.text)
                 place = {"item_id": item.id, "output_index": item.index}
                 frames.append(self._event("response.function_call_arguments.delta", **place, delta=part.text))

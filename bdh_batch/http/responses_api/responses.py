@@ -147,7 +147,7 @@ class ResponseObject(ResponseModel):
     tools: list[dict[str, Any]]
     top_logprobs: Count
     top_p: float
-    truncation: Literal["disabled"]
+    truncation: Literal["auto", "disabled"]
     usage: ResponseUsage | None = Field(description="Null until it has ended.")
     user: str | None
     warnings: list[SchemaWarning] = Field(

@@ -241,7 +241,7 @@ def _new(body: ResponseBody, id: str, model: ServedModel) -> dict[str, Any]:
         "metadata": body.metadata or {},
         "model": body.model or model.name,
         "output": [],
-        "parallel_tool_calls": body.parallel_tool_calls is not False and body.max_tool_calls is None,
+        "parallel_tool_calls": body.parallel_tool_calls is not False and body.max_tool_calls != 1,
         "presence_penalty": body.presence_penalty or 0.0,
         "previous_response_id": body.previous_response_id,
         "prompt_cache_key": body.prompt_cache_key,
@@ -255,7 +255,7 @@ def _new(body: ResponseBody, id: str, model: ServedModel) -> dict[str, Any]:
         "tools": tools,
         "top_logprobs": body.top_logprobs or 0,
         "top_p": defaults.top_p if body.top_p is None else body.top_p,
-        "truncation": "disabled",
+        "truncation": body.truncation or "disabled",
         "usage": None,
         "user": body.user,
     }

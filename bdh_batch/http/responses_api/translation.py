@@ -33,6 +33,8 @@ SAME = ("chat_template_kwargs", "prompt_cache_key", "safety_identifier", "stream
 class TurnBody(ChatBody):
     """A chat body with what was said in the turns before, which has been checked already."""
 
+    max_tool_calls: int | None = None
+
     _before: Sequence[Mapping[str, Any]] = PrivateAttr(default=())
 
     def goes_on_from(self, before: Sequence[Mapping[str, Any]]) -> None:
@@ -55,6 +57,10 @@ class TurnBody(ChatBody):
             known.variables,
             known.add_special,
         )
+
+    @property
+    def most_calls(self) -> int | None:
+        return super().most_calls or self.max_tool_calls
 
     def _whole(self, new: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
         instructed = int(bool(self._before) and self._instructed)
@@ -96,7 +102,8 @@ def chat_fields(body: InputTokensBody, items: Sequence[Item]) -> tuple[dict[str,
             values |= {"logprobs": True, "top_logprobs": body.top_logprobs or 0}
         if body.stream_options is not None:
             values["stream_options"] = {"chunk_tokens": body.stream_options.chunk_tokens}
-        if body.max_tool_calls is not None:
+        values |= {"max_tool_calls": body.max_tool_calls}
+        if body.max_tool_calls == 1:
             values["parallel_tool_calls"] = False
     return _said(**values), Names(origins, NAMES)
 

@@ -93,6 +93,11 @@ class Tools(Wire):
         return self.tool_choice != "none" and bool(self.tools or self.tool_choice not in (None, "auto"))
 
     @property
+    def most_calls(self) -> int | None:
+        """Most calls of a response; None is no bound. One that is named is called once."""
+        return 1 if self.parallel_tool_calls is False or isinstance(self.tool_choice, NamedChoice) else None
+
+    @property
     def tool_names(self) -> list[str]:
         return [tool.function.name for tool in self.tools or ()]
 
@@ -118,6 +123,4 @@ class Tools(Wire):
                 )
         if not tools:
             raise InvalidRequest("tool_choice can only be used with tools.", "tool_choice")
-        # One that is named is called once.
-        parallel = self.parallel_tool_calls is not False and not isinstance(self.tool_choice, NamedChoice)
-        return from_tools(tools, "tools", parallel, self.tool_choice not in (None, "auto"), structured_output)
+        return from_tools(tools, "tools", self.most_calls, self.tool_choice not in (None, "auto"), structured_output)
