@@ -197,7 +197,7 @@ def describe(error: BDHError) -> tuple[int, dict[str, Any]]:
     """The status and the body of the response that reports `error`."""
     if isinstance(error, InvalidRequest):
         return 400, _body(400, error.message, error.param, error.code)
-    status, code = STATUS.get(type(error), (500, None))
+    status, code = next((STATUS[kind] for kind in type(error).__mro__ if kind in STATUS), (500, None))
     param = "model" if isinstance(error, ModelNotFound) else getattr(error, "param", None)
     return status, _body(status, error.message, param, getattr(error, "code", code))
 

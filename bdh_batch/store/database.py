@@ -23,7 +23,7 @@ from bdh_batch.errors import StoreFailed, StoreFull
 from bdh_batch.store import statements as sql
 from bdh_batch.store.kept_files import KeptFolder
 from bdh_batch.store.record import Record, StoreLimits
-from bdh_batch.store.sealing import Sealer
+from bdh_batch.store.sealing import Sealer, SealingFailed
 from bdh_batch.store.state_files import StateFiles
 
 EXPIRED_AT_ONCE = 256  # records that one transaction removes
@@ -149,17 +149,30 @@ class Database:
             self._remove_expired(connection, now)
             return connection.execute(sql.DELETE, _key(kind, id, owner)).rowcount > 0
 
-    def list(self, kind: str, owner: str, limit: int, after: str | None, now: float) -> Sequence[Record]:
-        """The newest first, without their tokens."""
+    def list(
+        self, kind: str, owner: str, limit: int, after: str | None, now: float
+    ) -> tuple[Sequence[Record], Mapping[str, str]]:
+        """The newest first, without their tokens; and by the ids of those in between that cannot be decrypted, why."""
+        found: list[Record] = []
+        damaged: dict[str, str] = {}
         before: Sequence[Any] | None = (float("inf"), 2**63 - 1)
         with self._driver.reading.connect() as connection:
-            if after is not None:
-                before = connection.execute(sql.POSITION, _key(kind, after, owner)).first()
-            if before is None:
-                return []
-            values = {"kind": kind, "owner": owner, "now": now, "limit": limit}
-            rows = connection.execute(sql.LIST, {**values, "created": before[0], "rowid": before[1]}).all()
-        return [self._record(row) for row in rows]
+            while wanted := limit - len(found):
+                if after is not None:
+                    before = connection.execute(sql.POSITION, _key(kind, after, owner)).first()
+                if before is None:
+                    break
+                values = {"kind": kind, "owner": owner, "now": now, "limit": wanted}
+                rows = connection.execute(sql.LIST, {**values, "created": before[0], "rowid": before[1]}).all()
+                for row in rows:
+                    try:
+                        found.append(self._record(row))
+                    except SealingFailed as error:
+                        damaged[row[0]] = str(error)
+                if len(rows) < wanted:
+                    break
+                after = rows[-1][0]
+        return found, damaged
 
     def announce(self, state: str, now: float) -> None:
         """Notes that a file is about to come, before it is kept elsewhere."""

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from bdh_batch.errors import StoreFailed
+
+
+class RecordDamaged(StoreFailed):
+    """500: raised where a record has another content than what was stored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +42,15 @@ class Record:
     def size(self) -> int:
         """Bytes that it counts for, but for its state's."""
         return ROW_BYTES + len(self.body) + len(self.tokens)
+
+
+@contextlib.contextmanager
+def reading(record: Record) -> Iterator[None]:
+    """Within it, a record's content is read: what that raises becomes RecordDamaged."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordDamaged(f"The stored {record.kind} {record.id} is damaged.") from error
 
 
 ROW_BYTES = 256  # of a record beside its body and tokens, about

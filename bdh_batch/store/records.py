@@ -113,12 +113,20 @@ class Store:
         return await self._query("delete", self._database.delete, kind, id, owner, self._clock())
 
     async def list(self, kind: str, owner: str, limit: int, after: str | None = None) -> Sequence[Record]:
-        """Returns the newest records of an owner, without their tokens.
+        """Returns the newest records of an owner, without their tokens and without those that cannot be decrypted.
 
         Args:
             after: the id of one; those older than it are returned. Where it is not there, none is.
         """
-        return await self._query("list", self._database.list, kind, owner, limit, after, self._clock())
+        found, damaged = await self._query("list", self._database.list, kind, owner, limit, after, self._clock())
+        for id, problem in damaged.items():
+            self.left_out(id, problem)
+        return found
+
+    def left_out(self, id: str, problem: str) -> None:
+        """Counts a record that a list does not show, as it is damaged."""
+        self.failures["damaged"] += 1
+        log.warning("the record %s is damaged, and left out: %s", id, problem)
 
     def new_state(self) -> NewState:
         """Returns an id for a state, and where its file is to be written."""

@@ -14,6 +14,7 @@ import pytest
 
 from bdh_batch.http.states.objects import StateList, StateObject
 from tests.conftest import HANG_SECONDS, eventually
+from tests.store.test_store import damage
 
 if TYPE_CHECKING:
     from tests.conftest import ServeFactory, Server
@@ -23,6 +24,11 @@ PATH, COMPLETIONS, CHAT, RESPONSES = "/v1/states", "/v1/completions", "/v1/chat/
 OCTETS = "application/octet-stream"
 TEXT, MORE = "ROMEO:\nBut soft! what light", " through yonder window"
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+
+
+def damaged_500(response: httpx.Response) -> bool:
+    error = response.json()["error"]
+    return (response.status_code, error["code"]) == (500, "store_failed") and "damaged" in error["message"]
 
 
 def made(server: Server, **body: Any) -> dict[str, Any]:
@@ -195,6 +201,23 @@ class TestFiles:
             assert server.http.get(f"{PATH}/{state['id']}/content").content == file
             copy = server.http.post(f"{PATH}/content", content=file, headers={"content-type": OCTETS}).json()
             assert server.text(state=copy["id"], prompt=MORE, **GREEDY) == said
+
+    def test_lists_leave_out_what_is_damaged(self, serve: ServeFactory, tmp_path: Path) -> None:
+        with serve(f"store.path={tmp_path}", model=TINY) as server:
+            asked = {"input": "a", "max_output_tokens": 1}
+            states = [made(server, prompt=TEXT)["id"] for _ in range(4)]
+            responses = [server.http.post(RESPONSES, json=asked).json()["id"] for _ in range(4)]
+            server.until_idle()
+            for path, (oldest, *damaged, other, newest) in ((PATH, states), (RESPONSES, responses)):
+                damage(tmp_path, *damaged, newest)
+                pages = [server.http.get(path).json(), server.http.get(path, params={"limit": 1}).json()]
+                pages.append(server.http.get(path, params={"limit": 1, "after": other}).json())
+                ids = [[each["id"] for each in page["data"]] for page in pages]
+                assert ids == [[other, oldest], [other], [oldest]]
+                assert [page["has_more"] for page in pages] == [False, True, False]
+                assert damaged_500(server.http.get(f"{path}/{newest}"))
+            assert damaged_500(server.http.post(PATH, json={"response": newest}))
+            assert server.metrics()["bdh_store_failures_total{call=damaged}"] >= 8
 
     def test_a_state_of_another_model_is_refused_by_name(self, serve: ServeFactory, tmp_path: Path) -> None:
         option = f"store.path={tmp_path}"

@@ -73,6 +73,12 @@ async def with_state(store: Store, of: Record, content: bytes) -> Record:
     return found
 
 
+def damage(path: Path, *ids: str) -> None:
+    """Puts something else in the place of the bodies of records."""
+    with contextlib.closing(sqlite3.connect(path / "records.sqlite3")) as database, database:
+        database.executemany("UPDATE records SET body = X'00' WHERE id = ?", [(id,) for id in ids])
+
+
 def files(path: Path) -> list[Path]:
     return [each for each in path.rglob("*") if each.is_file()]
 
@@ -357,6 +363,20 @@ async def test_a_damaged_state_is_counted_and_removed_and_harms_nothing_else(pla
         assert (found.body, found.state) == (b"1", None)
         assert store.failures == {"read": 1, "damaged": 1}
         await left(tmp_path / "states", 0)
+
+
+async def test_a_list_leaves_out_the_records_that_cannot_be_decrypted(tmp_path: Path) -> None:
+    async with opened(tmp_path, encryption_key=KEY) as store:
+        for number in range(7):
+            await store.put(record(str(number), created=1000.0 + number))
+        damage(tmp_path, "0", "3", "4", "6")
+        for limit in range(1, 5):
+            listed = await store.list("response", "me", limit)
+            assert [each.id for each in listed] == ["5", "2", "1"][:limit]
+            assert [each.id for each in await store.list("response", "me", limit, "5")] == ["2", "1"][:limit]
+        assert store.failures["damaged"] > 4
+        with pytest.raises(StoreFailed, match="damaged"):
+            await store.get("response", "3", "me")
 
 
 async def test_a_state_that_may_be_damaged_is_looked_at_and_removed_only_where_it_is(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from bdh_batch.http.states import header
 from bdh_batch.http.states.header import Header
 from bdh_batch.messages import Prompt, latent_positions
 from bdh_batch.messages.state import INVALID, SavedState
-from bdh_batch.store.record import Record
+from bdh_batch.store.record import Record, reading
 from bdh_batch.store.records import StateFile, Store
 from bdh_batch.system.threads import in_daemon_thread
 
@@ -48,7 +48,9 @@ class About:
 
     @classmethod
     def of(cls, record: Record) -> About:
-        return cls(**orjson.loads(record.body))
+        """Raises RecordDamaged."""
+        with reading(record):
+            return cls(**orjson.loads(record.body))
 
     def body(self) -> bytes:
         return orjson.dumps(asdict(self))

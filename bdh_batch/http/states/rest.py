@@ -24,7 +24,7 @@ from bdh_batch.http.states.records import KIND, About, found, new_record, opened
 from bdh_batch.http.states.saving import Saving, Source
 from bdh_batch.http.states.transfer import Upload, Uploads, download, head_of
 from bdh_batch.messages.state import INVALID, SavedState
-from bdh_batch.store.record import Record
+from bdh_batch.store.record import Record, RecordDamaged, reading
 
 MOST_LISTED, LISTED = 100, 20
 RESPONSE = "response"
@@ -60,10 +60,19 @@ class States:
         after = request.query_params.get("after")
         if after is not None:
             await found(self._records, after, owner, "after")
-        listed = await self._records.list(KIND, owner, limit + 1, after)
-        page = [shown(each) for each in listed[:limit]]
+        page: list[dict[str, Any]] = []
+        more = True
+        while more and (wanted := limit - len(page)):
+            listed = await self._records.list(KIND, owner, wanted + 1, after)
+            more = len(listed) > wanted
+            for each in listed[:wanted]:
+                after = each.id
+                try:
+                    page.append(shown(each))
+                except RecordDamaged as error:
+                    self._records.left_out(after, error.message)
         ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
-        return JSONResponse({"object": "list", "data": page, **ends, "has_more": len(listed) > limit})
+        return JSONResponse({"object": "list", "data": page, **ends, "has_more": more})
 
     async def show(self, request: Request) -> Response:
         check_query(request, self._serving.settings)
@@ -141,8 +150,8 @@ class States:
             raise InvalidRequest(
                 "The response's tokens are not known: it has not ended well, or is an upstream's.", RESPONSE
             )
-        body = await self._serving.aside(client).run(len(record.body), orjson.loads, record.body)
-        saving, salt = await self._saving(client, body["response"]["model"]), body["salt"]
+        model, salt = await self._serving.aside(client).run(len(record.body), _model_and_salt, record)
+        saving = await self._saving(client, model)
         tokens = array("i", record.tokens)
         about = About(saving.model.name, len(tokens), metadata=metadata, salt=salt)
         opened = await opened_file(self._records, record)
@@ -189,6 +198,13 @@ class States:
         if given is not None and given > most:
             raise InvalidRequest(f"ttl is at most {most:g} seconds (store.ttl_seconds).", "ttl")
         return given
+
+
+def _model_and_salt(record: Record) -> tuple[str, str]:
+    """Those of a stored response. Raises RecordDamaged."""
+    with reading(record):
+        body = orjson.loads(record.body)
+        return body["response"]["model"], body["salt"]
 
 
 def _limit(request: Request) -> int:

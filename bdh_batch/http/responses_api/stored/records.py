@@ -18,7 +18,7 @@ from bdh_batch.http.errors import NotFound
 from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses_api.stored.saving import Saving
 from bdh_batch.messages import SavedState
-from bdh_batch.store.record import Record
+from bdh_batch.store.record import Record, reading
 from bdh_batch.store.records import Store
 
 log = logging.getLogger(__name__)
@@ -99,8 +99,10 @@ class Stored:
 
     @classmethod
     def of(cls, record: Record) -> Stored:
-        tokens = array("i", record.tokens)
-        return cls(**orjson.loads(record.body), tokens=tokens, kept=record.state, size=_bytes(record))
+        """Raises RecordDamaged."""
+        with reading(record):
+            tokens = array("i", record.tokens)
+            return cls(**orjson.loads(record.body), tokens=tokens, kept=record.state, size=_bytes(record))
 
 
 def _without_logprobs(item: Item) -> Item:

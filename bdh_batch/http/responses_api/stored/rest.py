@@ -20,6 +20,7 @@ from bdh_batch.http.responses_api.background import Background, Run, stream_of
 from bdh_batch.http.responses_api.bodies import INCLUDED, LOGPROBS
 from bdh_batch.http.responses_api.stored.records import KIND, UNFINISHED, Conversations, Stored
 from bdh_batch.http.serving import Serving
+from bdh_batch.store.record import Record, RecordDamaged, reading
 
 MOST_LISTED, LISTED = 100, 20
 SHOWN = ("id", "object", "created_at", "model", "previous_response_id", "metadata", "incomplete_details", "usage")
@@ -62,10 +63,14 @@ class StoredResponses:
         if after is not None:
             await self._conversations.find(after, owner, aside, "after")
         page: list[dict[str, Any]] = []
-        while found := await self._store.list(KIND, owner, 1, page[-1]["id"] if page else after):
+        while found := await self._store.list(KIND, owner, 1, after):
             if len(page) == limit:
                 break
-            page.append(await aside.run(len(found[0].body), _summary, found[0].body))
+            after = found[0].id
+            try:
+                page.append(await aside.run(len(found[0].body), _summary, found[0]))
+            except RecordDamaged as error:
+                self._store.left_out(after, error.message)
         ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
         return json_response({"object": "list", "data": page, **ends, "has_more": bool(found)})
 
@@ -143,10 +148,11 @@ class StoredResponses:
         return await aside.run(found.size, json_response, response)
 
 
-def _summary(body: bytes) -> dict[str, Any]:
-    """What a list shows of a stored response: none of its text."""
-    response = orjson.loads(body)["response"]
-    return {name: response[name] for name in SHOWN}
+def _summary(record: Record) -> dict[str, Any]:
+    """What a list shows of a stored response: none of its text. Raises RecordDamaged."""
+    with reading(record):
+        response = orjson.loads(record.body)["response"]
+        return {name: response[name] for name in SHOWN}
 
 
 def json_response(value: Any) -> Response:
