@@ -57,7 +57,8 @@ class Calls:
             if not is_probe:
                 self._failures[what] += 1
                 if not isinstance(error, Unreachable):
-                    log.warning("the store failed (%s): %s", what, error)
+                    cause = error.__cause__  # which may name a file: that is nothing for clients
+                    log.warning("the store failed (%s): %s", what, cause if isinstance(cause, OSError) else error)
             raise
 
     def submit(self, function: Callable[..., object], *given: object) -> None:
@@ -89,7 +90,7 @@ class Calls:
                 raise StoreFailed(f"The store failed: {error}.") from error
             problem = f"no response within {self._seconds:g} s"
         except (SQLAlchemyError, OSError) as error:
-            problem = said(error)
+            problem = (isinstance(error, OSError) and error.strerror) or said(error)
             if circuit is None or not isinstance(error, circuit.errors):
                 raise StoreFailed(f"The store failed: {problem}.") from error
         assert circuit is not None

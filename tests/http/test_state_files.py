@@ -338,6 +338,40 @@ def test_a_full_disk_harms_no_response(serve: ServeFactory, tmp_path: Path) -> N
         assert len(list((tmp_path / "states").iterdir())) == 2
 
 
+def test_a_folder_that_cannot_be_used_any_more_harms_no_response(serve: ServeFactory, tmp_path: Path) -> None:
+    """A file is in the place of the folder of states: root could write in one that is read-only."""
+    folder, away = tmp_path / "states", tmp_path / "away"
+    with serve(f"store.path={tmp_path}", model=TINY) as server:
+
+        def turn(before: str | None = None) -> dict[str, Any]:
+            asked = {"input": "a", "max_output_tokens": 3, "temperature": 0, "previous_response_id": before}
+            response: dict[str, Any] = server.http.post("/v1/responses", json=asked).json()
+            assert (response["status"], response["store"]) == ("incomplete", True)
+            return response
+
+        def said() -> tuple[Any, str]:
+            (item,) = turn(first)["output"]
+            return item["content"], server.text(state=id, prompt=MORE, **GREEDY)
+
+        id = server.http.post(PATH, json={"prompt": TEXT}).json()["id"]
+        file, first = content(server, id), turn()["id"]
+        server.until(lambda metrics: metrics["bdh_store_states"] == 2)
+        expected = said()
+        server.until(lambda metrics: metrics["bdh_store_states"] == 3)
+        folder.rename(away)
+        folder.touch()
+        assert refused(server, file) == (500, "store_failed")
+        error = server.http.post(PATH, json={"prompt": MORE}).json()["error"]
+        assert (error["code"], str(tmp_path) in error["message"]) == ("store_failed", False)
+        assert said() == expected
+        server.until(lambda metrics: metrics["bdh_store_failures_total{call=adopt}"] >= 3)
+        folder.unlink()
+        away.rename(folder)
+        assert upload(server, file).status_code == 200
+        assert said() == expected
+        server.until(lambda metrics: metrics["bdh_store_states"] == 5 == len([*folder.iterdir()]))
+
+
 def refused(server: Server, file: bytes) -> tuple[int, str]:
     response = upload(server, file)
     return response.status_code, response.json()["error"]["code"]

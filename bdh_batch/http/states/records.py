@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import time
 from array import array
@@ -145,7 +146,9 @@ class Beginning:
         if about.model != model.name:
             text = f"The state is of the model {about.model!r}, not of {model.name!r}."
             raise InvalidRequest(text, "state", INVALID)
-        state, opened = None, await opened_file(records, record)
+        state = opened = None
+        with contextlib.suppress(StoreFailed):  # which was counted; the tokens are there
+            opened = await opened_file(records, record)
         if opened is not None:
             file, known = opened
             client.cleanup.callback(file.close)
