@@ -227,6 +227,7 @@ def launch(control: socket.socket) -> Program | None:
             os.close(descriptor)
         channel.sendall(b"%d\n" % pid)
         running[pid] = channel
+    signal.set_wakeup_fd(-1)  # nobody listens any more
     for pid in running:
         os.kill(pid, signal.SIGKILL)
     return None

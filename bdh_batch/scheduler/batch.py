@@ -69,6 +69,10 @@ class BatchBuilder:
         plan = Plan(segments, copies, allocator.released, watches)
         return Step(plan, sequences, len(filling.streams), filling.prompt_tokens, allocator.now, saves)
 
+    def forget(self) -> None:
+        """Keeps nothing of the last step, with what its requests hold."""
+        self._steady = Steady()
+
     def computed(self, step: Step, seconds: float) -> None:
         """Learns from a step that took so many seconds, and did not run out of memory."""
         if step.sequences:  # else nothing was computed

@@ -255,6 +255,8 @@ class Scheduler:
                 continue
             self.stages.move(sequence, Stage.ENDED)
             self.files.ended(sequence)
+        if not self.running:  # there may be no plan for long
+            self._batches.forget()
 
     def _spoilt(self, step: Step) -> tuple[set[Sequence], list[Update]]:
         """A step has failed, and no copy is made. Returns the sequences whose states are lost, and what is said of

@@ -175,6 +175,7 @@ async def test_who_is_no_front_end_of_ours_is_refused_and_harms_nothing(tmp_path
             writer.write(bad)
             assert b"Refusal" in await asyncio.wait_for(reader.read(), 300)
             writer.close()
+            await writer.wait_closed()
         stranger = connect(only.address, backend, secret="a guess")
         other_version = connect(only.address, backend, version="0.0.0")
         await asyncio.sleep(0)
@@ -182,6 +183,7 @@ async def test_who_is_no_front_end_of_ours_is_refused_and_harms_nothing(tmp_path
         assert stranger.state is other_version.state is State.CONNECTING
         stranger.close()
         other_version.close()
+        await until(lambda: len(only.port.connections) == 1)
 
 
 async def test_strangers_cannot_take_all_connections_nor_learn_of_the_engine(
@@ -200,6 +202,7 @@ async def test_strangers_cannot_take_all_connections_nor_learn_of_the_engine(
         await until(lambda: all(replica.state is State.LEAVING for replica in backend.replicas.values()))
         for _, each in guests:
             each.close()
+        await until(lambda: len(only.port.connections) == 1)
 
 
 async def test_a_reader_that_is_slow_is_caught_up_with(tmp_path: Path) -> None:
