@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.store.postgresql import Postgresql, programs
+from tests.store.postgresql import Postgresql, why_not
 
 
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[Postgresql]:
-    if programs() is None:
-        pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
+    if (reason := why_not()) is not None:
+        pytest.skip(reason)
     with Postgresql.run() as server:
         yield server
 

@@ -39,6 +39,20 @@ def unprivileged() -> dict[str, Any]:
     return {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
 
 
+def why_not() -> str | None:
+    """Why PostgreSQL cannot run here; None if it can."""
+    if programs() is None:
+        return "PostgreSQL is not installed: apt-get install postgresql"
+    with tempfile.TemporaryDirectory(prefix="bdh-postgresql-") as folder:
+        try:
+            if os.geteuid() == 0:
+                shutil.chown(folder, "postgres", "postgres")
+            subprocess.run(["test", "-w", folder], check=True, **unprivileged())
+        except (LookupError, OSError, subprocess.SubprocessError) as error:
+            return f"PostgreSQL needs a user postgres, who can write to the folder of temporary files: {error}"
+    return None
+
+
 @dataclass
 class Postgresql:
     """A server in a folder of its own, at a port of this machine."""
