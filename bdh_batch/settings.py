@@ -459,6 +459,22 @@ class PrefixCache(Section):
     min_tokens: PositiveInt = Field(32, description="Fewest tokens of a prefix that is cached or shared.")
 
 
+class Speculative(Section):
+    """Drafts: tokens that are checked together with a sequence's next one. They change no text."""
+
+    method: Literal["ngram"] | None = Field(
+        None,
+        description="ngram: what came where the last tokens were before, in the prompt or the completion. Needs the "
+        "cpu kernels, and a model without latent steps. null is none.",
+    )
+    num_speculative_tokens: PositiveInt = Field(
+        8, le=64, description="Most tokens of a draft; fewer are tried where they come true too seldom to pay."
+    )
+    prompt_lookup_min: PositiveInt = Field(
+        8, le=256, description="Fewest last tokens of a sequence that must have been there before."
+    )
+
+
 class Generation(Section):
     """What a request that does not say gets; null is what the folder's generation_config.json says, if it does."""
 
@@ -801,6 +817,7 @@ class Settings(BaseModel):
     engine: Engine = Engine()
     scheduler: Scheduler = Scheduler()
     prefix_cache: PrefixCache = PrefixCache()
+    speculative: Speculative = Speculative()
     generation: Generation = Generation()
     chat: Chat = Chat()
     auth: Auth = Auth()

@@ -14,7 +14,9 @@ from bdh_batch.errors import BDHError, GenerationFailed, InvalidRequest, NotFini
 from bdh_batch.messages import (
     Constraint,
     Delta,
+    Drawn,
     FinishReason,
+    Gathering,
     LogitsProcessors,
     Outcome,
     SamplingParams,
@@ -87,6 +89,11 @@ class Completion:
         """Whether all of its prompt has to be computed, without a cached prefix."""
         return self.pool or self.watches_prompt or self.prompt_logprobs is not None
 
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether what may be drawn does not depend on the tokens just before, so that several can be in one step."""
+        return self.constraint is None and (self.processors is None or self.processors.is_fixed)
+
     def segment(self, slot: int, start: int, tokens: Tokens[int], draws: bool) -> Segment:
         """Makes the segment that computes `tokens` from position `start` on and, with `draws`, draws the next token."""
         wanted = self.prompt_logprobs is not None and not self._has_prompt_logprobs
@@ -110,7 +117,8 @@ class Completion:
             return self.add(outcome.pooled[row], complete=segment.start + len(segment.tokens) == len(self.prompt))
         if segment.sampling is None:
             return None
-        return self.accept(outcome.drawn[row], outcome.logprobs.get(row))
+        delta = self.accept(outcome.drawn[row], outcome.logprobs.get(row))
+        return self._go_on(delta, outcome.more[row]) if row in outcome.more else delta
 
     def restart(self) -> None:
         """Prepares for a lost state: prompt and generated tokens are computed again, with the same results."""
@@ -155,6 +163,17 @@ class Completion:
         if first and self.prompt_logprobs is not None:
             delta.prompt_logprobs = self._prompt_logprobs
         return delta
+
+    def _go_on(self, delta: Delta, more: Tokens[Drawn]) -> Delta:
+        """Takes the tokens that were drawn behind that of `delta`, as far as the completion goes; returns one delta."""
+        whole = Gathering()
+        whole.add(delta)
+        for token, logprob in more:
+            if delta.finish_reason is not None:
+                break
+            delta = self.accept(token, logprob)
+            whole.add(delta)
+        return whole.whole()
 
     @property
     def _has_prompt_logprobs(self) -> bool:

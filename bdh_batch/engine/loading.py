@@ -15,6 +15,7 @@ import torch
 
 from bdh_batch.checkpoint.checkpoint import Model, fingerprint, load_model
 from bdh_batch.checkpoint.config import BDHConfig, Given, bytes_per_sequence
+from bdh_batch.engine.drafts import draft_policy
 from bdh_batch.engine.narrow_states import narrow_bytes
 from bdh_batch.engine.neurons import most_watched
 from bdh_batch.engine.pages import HUGE
@@ -30,6 +31,7 @@ from bdh_batch.messages import StateLayout
 from bdh_batch.scheduler import working_set
 from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.copies import WHOLE, CopyLimits
+from bdh_batch.scheduler.drafts import NO_DRAFTS, DraftPolicy
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.scheduler import Scheduler
 from bdh_batch.settings import Engine, Model as ModelOptions, PrefixCache, Settings
@@ -61,6 +63,7 @@ class LoadedEngine:
     states: StateIO | None = None  # reads and writes states
     copies: CopyLimits = WHOLE
     kernels: str = ""  # which compute, why, and with what arithmetic
+    drafts: DraftPolicy = NO_DRAFTS
     prepare: Callable[[bool], bool] = lambda idle: False  # see `Worker`
 
 
@@ -77,6 +80,7 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     window = attention_window(settings.model.attention_window, model.config)
     state_dtype: torch.dtype = getattr(torch, settings.engine.state_dtype)
     kernels, reason = select_kernels(settings.engine.kernels, model.weights, window, state_dtype)
+    drafts = draft_policy(settings.speculative, kernels, model.config, window)
     each = bytes_per_sequence(model.config, window, state_dtype)
     budget = state_budget(settings.engine, device, each)
     most = settings.scheduler.max_running + (settings.prefix_cache.entries if settings.prefix_cache.enabled else 0)
@@ -105,14 +109,16 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
         )
     runner = Runner(kernels, pool, model.weights.latent_embed, model.neuron_order)
     log.info("warming up: kernels that are not in the cache are compiled now")
-    runner.warm(settings.scheduler.prefill_tokens)
+    runner.warm(settings.scheduler.prefill_tokens, drafts.most)
     if device.type == "cpu" and pool.states.nbytes >= HUGE:
         where = "are in huge pages" if pool.huge_bytes else "are not in huge pages, as the system gives none: slower"
         log.info("states %s", where)
     weights, grows = fingerprint(model.weights), device.type == "cpu"
     states = StateIO(pool, state_layout(pool, weights, window))
     copies = copy_limits(each, host_dtype) if grows else WHOLE
-    return LoadedEngine(model, runner, slots, host_slots, grows, weights, states, copies, reason, pool.back_ahead)
+    return LoadedEngine(
+        model, runner, slots, host_slots, grows, weights, states, copies, reason, drafts, pool.back_ahead
+    )
 
 
 def given_by(model: ModelOptions) -> Given:
@@ -234,6 +240,7 @@ def scheduler_for(settings: Settings, engine: LoadedEngine) -> Scheduler:
         idle_release=settings.engine.idle_release_seconds if engine.grows else 0.0,
         patience=chosen.priority_patience_seconds,
         most_watched=most_watched(config.n_layer, config.n_head, config.neurons_per_head),
+        drafts=engine.drafts,
         queue_unit=max(1, chosen.max_queued_tokens // chosen.max_queued_requests),
     )
     return Scheduler(engine.slots, chosen.prefill_tokens, policy)

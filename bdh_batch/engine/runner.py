@@ -11,13 +11,14 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
+from bdh_batch.engine.drafts import one_by_one, verify, with_drafts
 from bdh_batch.engine.hidden_vectors import HiddenVectors, latent_segments
 from bdh_batch.engine.neurons import NeuronView, watched
 from bdh_batch.engine.sampling.choosing import Chooser
 from bdh_batch.engine.sampling.logprobs import ROWS, index_of, rows_of, token_logprobs
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.errors import OutOfMemory
-from bdh_batch.kernels.base import Kernels, RaggedBatch
+from bdh_batch.kernels.base import DraftKernels, Kernels, RaggedBatch
 from bdh_batch.messages import (
     LATENT,
     LogitBias,
@@ -84,6 +85,8 @@ class Runner:
             self._pool.release(slot)
         if not plan.segments:
             return Outcome([])
+        if plan.drafts:
+            return self._run_drafts(plan)
         active = self._wanted_activity()
         watching = watched(plan.segments) if plan.watches else []
         fired = self._view.memory(len(watching)) if watching else None
@@ -93,6 +96,15 @@ class Runner:
         shares = [] if active is None else active.tolist()
         neurons = {} if fired is None else self._view.shown(plan.segments, fired)
         return Outcome(drawn, logprobs, target_logprobs, sums(hidden, plan.segments), shares, neurons)
+
+    def _run_drafts(self, plan: Plan) -> Outcome:
+        """A step in which segments have drafts; none of them has what is asked for of some sequences only."""
+        assert isinstance(self._kernels, DraftKernels)
+        drafts = [len(segment.draft) for segment in plan.segments]
+        hidden = self.forward(with_drafts(plan.segments), drafts=drafts)
+        drawn, logprobs, more = verify(plan.segments, *self._draw(one_by_one(plan.segments), hidden))
+        self._kernels.accept(self._pool.states, [len(more.get(index, ())) for index in range(len(drafts))])
+        return Outcome(drawn, logprobs, more=more)
 
     def _wanted_activity(self) -> Tensor | None:
         """Where the kernels put the share of neurons that fire in each layer, in one step of many."""
@@ -154,12 +166,14 @@ class Runner:
         active: Tensor | None = None,
         watching: Sequence[int] = (),
         fired: Tensor | None = None,
+        drafts: Sequence[int] = (),
     ) -> Tensor:
         """Adds the segments' tokens to their states, and returns the final hidden vectors of all tokens.
 
         Args:
             active: [layers] float32, or None; gets the share of neurons that fired in each layer.
             watching: indices of tokens, rising, whose activations `fired` [layers, W, h, N] gets.
+            drafts: how many of each segment's last tokens are not added; empty where all are.
 
         Returns:
             [T, D], in the order of the segments' tokens.
@@ -181,6 +195,7 @@ class Runner:
             vectors=vectors,
             frozen=frozen,
             watched=watching,
+            drafts=drafts,
         )
         hidden = self._kernels.forward(self._pool.states, batch, active, fired)
         if self._pool.vectors is not None:
@@ -204,7 +219,7 @@ class Runner:
         """Returns the logits [T, V] float32 of the token after each token of the segments, in their order."""
         return self._kernels.logits(self.forward(segments))
 
-    def warm(self, chunk: int) -> None:
+    def warm(self, chunk: int, drafts: int = 0) -> None:
         """Runs a prefill chunk and a decode step in slot 0, so that no request waits for what is done once."""
         self._pool.warm()
         self._kernels.warm(self._pool.states)
@@ -212,6 +227,9 @@ class Runner:
         processors = LogitsProcessors.of(sampling, [0], distinct([0]), early=1)
         self.run(Plan([Segment(0, 0, [0] * chunk, sampling, processors)]))
         self.run(Plan([Segment(0, chunk, [0], sampling, processors)]))
+        if drafts:
+            draft = Segment(0, chunk + 1, [0], sampling, draft=[token % 2 for token in range(drafts)])
+            self._run_drafts(Plan([draft], drafts=drafts))
         if self._pool.vectors is not None:
             self.run(Plan([Segment(0, chunk + 1, [LATENT], sampling, processors)]))
 

@@ -112,7 +112,7 @@ def describe_step(step: Step, scheduler: Scheduler) -> Record:
             }
             for sequence, segment in shown
         ],
-        "waiting_total": sum(map(len, scheduler.groups.values())) - len(members),
+        "waiting_total": len(scheduler.stages) - len(members),
         "waiting": [
             _identity(sequence)
             | {"reason": _reason(sequence, scheduler, holding), "seconds": _waited(sequence, step.planned)}
@@ -123,7 +123,7 @@ def describe_step(step: Step, scheduler: Scheduler) -> Record:
 
 def _first(scheduler: Scheduler) -> list[Sequence]:
     """Those without a slot, the first in rank first."""
-    groups = [group for stage, group in scheduler.groups.items() if stage is not Stage.RUNNING]
+    groups = [group for stage, group in scheduler.stages.groups.items() if stage is not Stage.RUNNING]
     some: Iterable[Sequence] = islice(chain.from_iterable(groups), LOOKED_AT)
     return nsmallest(SHOWN, some, key=rank)
 

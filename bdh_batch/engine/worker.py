@@ -11,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence as Many
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from bdh_batch.engine.trace import Trace
 from bdh_batch.errors import BDHError, GenerationFailed, OutOfMemory, QueueFull, Unavailable
 from bdh_batch.messages import Outcome, Plan
 from bdh_batch.scheduler.batch import Step
+from bdh_batch.scheduler.drafts import DraftCounts
 from bdh_batch.scheduler.invariants import check_invariants
 from bdh_batch.scheduler.scheduler import Scheduler, Update
 from bdh_batch.scheduler.sequence import Sequence
@@ -74,6 +75,7 @@ class Load:
     preemptions: int
     cache_queries: int  # tokens of prompts that were looked up
     cache_hits: int  # of them, those that were found
+    drafts: DraftCounts = field(default_factory=DraftCounts)
 
 
 class Worker:
@@ -207,6 +209,7 @@ class Worker:
             preemptions=scheduler.counts.preemptions,
             cache_queries=scheduler.sharing.queries,
             cache_hits=scheduler.sharing.hits,
+            drafts=replace(scheduler.drafts.counts),
         )
 
     def queues(self, most: int) -> Mapping[str, int]:
@@ -221,11 +224,11 @@ class Worker:
         """Where it `sheds` others for them, as many go as are too many now."""
         of, updates = self._scheduler, []
         if sheds:
-            tokens = of.backlog.tokens + sum(len(sequence.prompt) for sequence in sequences)
-            excess = self._admission.excess(len(of.backlog) + len(sequences), tokens, of.free)
+            tokens = of.stages.backlog.tokens + sum(len(sequence.prompt) for sequence in sequences)
+            excess = self._admission.excess(len(of.stages.backlog) + len(sequences), tokens, of.free)
             updates = of.shed(*excess, sequences[0].queue_key, self._made_room())
         of.submit(sequences)
-        self._admission.arrived(sequences, of.take_changes())
+        self._admission.arrived(sequences, of.stages.take_changes())
         if self._trace is not None:
             self._trace.submitted(sequences, time.monotonic())
         return updates
@@ -300,7 +303,7 @@ class Worker:
     def _count(self) -> None:
         """What waits, now that a plan has given out slots or a step has ended some."""
         of, now = self._scheduler, time.monotonic()
-        self._admission.update(of.take_changes(), of.free, of.counts.served, now, of.last_priority)
+        self._admission.update(of.stages.take_changes(), of.free, of.counts.served, now, of.last_priority)
 
     def _compute(self, step: Step) -> list[Update]:
         self._planned = step

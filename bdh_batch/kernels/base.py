@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -47,6 +47,9 @@ class RaggedBatch:
     # For each segment, whether its state is only read. Such a segment has one token. Empty: all are written.
     frozen: Sequence[bool] = ()
     watched: Sequence[int] = ()  # W tokens, rising, whose neurons `forward` is to show
+    # For each segment, how many of its last tokens are drafts: they are computed, but do not enter its state; for
+    # `DraftKernels` alone. Empty: none.
+    drafts: Sequence[int] = ()
 
 
 class Kernels(Protocol):
@@ -81,3 +84,15 @@ class Kernels(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns the logits [T, V] float32 of the next token for hidden vectors [T, D] float32."""
+
+
+@runtime_checkable
+class DraftKernels(Kernels, Protocol):
+    """An implementation that can try tokens. Drafts are in the first `most_tried` tokens of a batch, after a token that
+    is none, and in the same block of a window as that."""
+
+    most_tried: int
+
+    def accept(self, states: Tensor, counts: Sequence[int]) -> None:
+        """Adds the first `counts[s]` drafts of each segment of the last batch to its state, with the bits that they
+        would have without having been drafts."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from bdh_batch.kernels import cpu_passes as passes, cpu_state, simd, simd_terms, vector
+from bdh_batch.kernels import cpu_drafts, cpu_passes as passes, cpu_state, simd, simd_terms, vector
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cpu_layout import (
     MAX_TOKENS,
@@ -28,6 +28,7 @@ from bdh_batch.kernels.cpu_layout import (
     allocate,
     allocate_scratch,
     as_terms,
+    kept_of,
     pack,
     pack_columns,
     padded,
@@ -49,6 +50,8 @@ NO_TOKENS = np.empty(0, np.int64)
 class CpuKernels:
     """Computes the forward pass with compiled loops on all threads."""
 
+    most_tried = MAX_TOKENS
+
     def __init__(self, weights: Weights, window: int = 0) -> None:
         #: Whether weights stay bfloat16, which the processor multiplies in pairs.
         self.pairs = weights.embed.dtype == torch.bfloat16 and simd_terms.multiplies_pairs()
@@ -61,6 +64,7 @@ class CpuKernels:
         self._work = allocate(MAX_TOKENS, self._shape)
         self._scratch = allocate_scratch(self._threads, self._shape)
         self._counters = np.empty(1 + 2 * weights.layers, np.int64)
+        self._tried: Round | None = None  # the last, if it has drafts
 
     def forward(
         self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None, fired: Tensor | None = None
@@ -69,6 +73,7 @@ class CpuKernels:
         self._scratch.active.fill(0)
         hidden = torch.empty(len(batch.tokens), self._shape.width)
         flat = flatten(states)
+        self._make_room(flat, batch)
         start = 0
         for part in rounds(batch, self._threads, self._shape.heads, fired):
             run(part, self._shape, self._packed, flat, self._work, self._scratch, self._counters, self._threads)
@@ -76,10 +81,37 @@ class CpuKernels:
             read = torch.from_numpy(self._work.x).view(-1, self._shape.pitch)
             hidden[start:end] = read[: end - start, : self._shape.width]
             start = end
+            if batch.drafts and self._tried is None:
+                self._tried = part
         if active is not None:
             each = len(batch.tokens) * self._shape.heads * self._shape.neurons
             active.copy_(torch.from_numpy(self._scratch.active.sum(axis=0)[: len(active)] / each))
         return hidden
+
+    def accept(self, states: Tensor, counts: Sequence[int]) -> None:
+        part, self._tried = self._tried, None
+        assert part is not None, "there were drafts"
+        count = np.array(counts[: len(part.slots)], np.int64)
+        taken = np.flatnonzero(count)
+        if not len(taken):
+            return
+        first = part.bounds[1:][taken] - part.drafts[taken]
+        accepted = cpu_drafts.Accepted(part.kept[taken], count[taken], part.positions[first], part.slots[taken])
+        vector.use_threads(self._threads)
+        cpu_drafts.add_kept(
+            accepted, self._shape, flatten(states), self._work, self._scratch, self._counters, self._threads
+        )
+
+    def _make_room(self, states: States, batch: RaggedBatch) -> None:
+        """Memory for a batch's drafts, and for copies of such states."""
+        self._tried = None
+        drafts = batch.drafts
+        if drafts and max((end for end, count in zip(batch.bounds[1:], drafts) if count), default=0) > self.most_tried:
+            raise ValueError(f"drafts lie behind the first {self.most_tried} tokens of a step")
+        if self._scratch.tried.dtype != states.dtype:
+            self._scratch = self._scratch._replace(tried=np.empty(self._scratch.tried.shape, states.dtype))
+        if drafts and sum(drafts) * self._shape.pitch > self._work.kept_x.shape[1]:
+            self._work = self._work._replace(**kept_of(sum(drafts), self._shape))
 
     def warm(self, states: Tensor) -> None:
         pass  # nothing depends on where the states lie
@@ -101,6 +133,8 @@ def rounds(batch: RaggedBatch, threads: int, heads: int, fired: Tensor | None = 
     tokens, positions = batch.tokens.numpy(), batch.positions.numpy()
     bounds, slots = np.array(batch.bounds, np.int64), np.array(batch.slots, np.int64)
     frozen = np.array(batch.frozen, np.bool_) if batch.frozen else np.zeros(len(slots), np.bool_)
+    drafts = np.array(batch.drafts, np.int64) if batch.drafts else np.zeros(len(slots), np.int64)
+    kept = drafts.cumsum() - drafts
     vectors = NO_FLOATS if batch.vectors is None else batch.vectors.contiguous().view(-1).numpy()
     for start in range(0, len(tokens), MAX_TOKENS):
         end = min(start + MAX_TOKENS, len(tokens))
@@ -113,8 +147,8 @@ def rounds(batch: RaggedBatch, threads: int, heads: int, fired: Tensor | None = 
         if not apart:
             groups = group(work, threads * PIECES // heads)
         yield Round(
-            tokens[start:end], positions[start:end], cut, slots[first:last], frozen[first:last], groups, apart, vectors,
-            *watched_in(start, end, batch, fired),
+            tokens[start:end], positions[start:end], cut, slots[first:last], frozen[first:last],
+            drafts[first:last], kept[first:last], groups, apart, vectors, *watched_in(start, end, batch, fired),
         )  # fmt: skip
 
 
@@ -215,6 +249,7 @@ def scratch_of(scratches: Scratch, thread: int) -> Scratch:
         scratches.fired[thread], scratches.starts[thread], scratches.pairs[thread], scratches.even[thread],
         scratches.odd[thread], scratches.y[thread], scratches.products[thread], scratches.normed[thread],
         scratches.neurons[thread], scratches.gated[thread], scratches.gates[thread], scratches.active[thread],
+        scratches.tried[thread],
     )  # fmt: skip
 
 
@@ -254,11 +289,12 @@ def attend(
     segment: int, tile_start: int, layer: int, head: int, part: Round, shape: Shape, states: States, work: Work,
     scratch: Scratch,
 ) -> None:  # fmt: skip
-    """A sequence's tokens in one head, cut where a block of the window begins."""
+    """A sequence's tokens in one head, cut where a block of the window begins, and where drafts do."""
     elements = shape.neurons * shape.width
     layer_size = elements * shape.heads * (2 if shape.half_window else 1)
     state = (part.slots[segment] * shape.layers + layer) * layer_size + head * elements
-    first, last = part.bounds[segment], part.bounds[segment + 1]
+    first, drafts = part.bounds[segment], part.bounds[segment + 1]
+    last = drafts - part.drafts[segment]
     while first < last:
         end = last
         if shape.half_window:
@@ -274,6 +310,10 @@ def attend(
         else:
             cpu_state.attend_tokens(first, end, row, position, state, shape, states, work, scratch)
         first = end
+    if last < drafts:
+        cpu_drafts.attend_drafts(
+            last, drafts, last - tile_start, segment, layer, head, state, part, shape, states, work, scratch
+        )
 
 
 @compiled

@@ -8,7 +8,7 @@ even members of 16 RoPE pairs and then the odd ones, so that a pair is the same 
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -72,6 +72,13 @@ class Work(NamedTuple):
     cos: Floats  # [T, list_pitch]
     sin: Floats
     z: Floats  # [T, heads, pitch]: each head's share of the decoder's sum
+    # What K drafts would write into their states: their lists in every head, as in `Scratch`, and x in every layer.
+    kept_starts: Integers  # [layers, heads, K * (panels + 1)]
+    kept_pairs: Integers  # [layers, heads, K * list_pitch]
+    kept_even: Floats
+    kept_odd: Floats
+    kept_x: Floats  # [layers, K * pitch]
+    kept_apart: Floats
 
 
 class Scratch(NamedTuple):
@@ -89,6 +96,7 @@ class Scratch(NamedTuple):
     gated: Floats  # [PANELS * PANEL]: their activations, later times their gates
     gates: Floats  # [PANELS * PANEL]
     active: Longs  # [layers]: how many neurons have fired, in a row of cache lines that no other thread writes
+    tried: States  # [PANEL, D]: a copy of a panel of a state
 
 
 class Round(NamedTuple):
@@ -103,6 +111,8 @@ class Round(NamedTuple):
     bounds: Longs
     slots: Longs
     frozen: Flags  # of each segment, whether its state is only read
+    drafts: Longs  # of each segment, how many of its last tokens are
+    kept: Longs  # of each segment, where its drafts begin among all
     groups: Longs
     apart: bool
     vectors: Floats  # [K, D], the batch's
@@ -199,11 +209,25 @@ def allocate(tokens: int, shape: Shape) -> Work:
         cos=_floats(tokens * shape.list_pitch),
         sin=_floats(tokens * shape.list_pitch),
         z=_floats(tokens * shape.heads * shape.pitch),
+        **kept_of(1, shape),
     )
 
 
+def kept_of(drafts: int, shape: Shape) -> dict[str, Any]:
+    """Memory for what so many drafts would write, as `Work` has it."""
+    lists = (shape.layers, shape.heads, drafts * shape.list_pitch)
+    return {
+        "kept_starts": np.empty((shape.layers, shape.heads, drafts * (shape.panels + 1)), np.int32),
+        "kept_pairs": np.empty(lists, np.int32),
+        "kept_even": _floats(*lists),
+        "kept_odd": _floats(*lists),
+        "kept_x": _floats(shape.layers, drafts * shape.pitch),
+        "kept_apart": _floats(shape.layers, drafts * shape.pitch),
+    }
+
+
 def allocate_scratch(threads: int, shape: Shape) -> Scratch:
-    """Scratch buffers for all threads: every array has an axis [threads] in front."""
+    """Scratch buffers for all threads, beside states in float32: every array has an axis [threads] in front."""
 
     def integers(*sizes: int) -> Integers:
         return np.empty((threads, *sizes), np.int32)
@@ -222,6 +246,7 @@ def allocate_scratch(threads: int, shape: Shape) -> Scratch:
         gated=_floats(threads, PANELS * PANEL + LANES),
         gates=_floats(threads, PANELS * PANEL + LANES),
         active=np.zeros((threads, round_up(shape.layers, LANES) + LANES), np.int64),
+        tried=_floats(threads, PANEL * shape.width),
     )
 
 

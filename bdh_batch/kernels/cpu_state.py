@@ -203,6 +203,20 @@ def read_token(row: int, state: int, shape: Shape, states: States, work: Work, s
     settle(states, row, row + 1, shape, scratch)
 
 
+@inlined
+def fold_panel(rows: Rows, panel: int, token: int, row: int, shape: Shape, scratch: Scratch) -> None:
+    """One token's pairs in one panel."""
+    size, x, y = 2 * shape.width, token * shape.pitch, row * shape.pitch
+    entries, cursor = row * shape.list_pitch, row * (shape.panels + 1) + panel
+    entry, end = entries + scratch.starts[cursor], entries + scratch.starts[cursor + 1]
+    while entry + 1 < end:
+        at, then = scratch.pairs[entry] * size, scratch.pairs[entry + 1] * size
+        fold_two_pairs(rows, at, then, -1, -1, shape.width, scratch, entry, x, y)
+        entry += 2
+    if entry < end:
+        fold_pair(rows, scratch.pairs[entry] * size, shape.width, scratch, entry, x, y)
+
+
 @compiled
 def attend_tokens(
     first: int, last: int, first_row: int, position: int, state: int, shape: Shape, states: States, work: Work,
@@ -214,20 +228,10 @@ def attend_tokens(
     """
     for i in range(first_row * shape.pitch, (first_row + last - first) * shape.pitch):
         scratch.y[i] = 0
-    size = 2 * shape.width
     for panel in range(shape.panels):
         for token in range(first, last):
             rows = rows_of(states, state, position + token - first, work)
-            row = first_row + token - first
-            x, y = token * shape.pitch, row * shape.pitch
-            entries, cursor = row * shape.list_pitch, row * (shape.panels + 1) + panel
-            entry, end = entries + scratch.starts[cursor], entries + scratch.starts[cursor + 1]
-            while entry + 1 < end:
-                at, then = scratch.pairs[entry] * size, scratch.pairs[entry + 1] * size
-                fold_two_pairs(rows, at, then, -1, -1, shape.width, scratch, entry, x, y)
-                entry += 2
-            if entry < end:
-                fold_pair(rows, scratch.pairs[entry] * size, shape.width, scratch, entry, x, y)
+            fold_panel(rows, panel, token, first_row + token - first, shape, scratch)
     settle(states, first_row, first_row + last - first, shape, scratch)
 
 

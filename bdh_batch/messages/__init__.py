@@ -17,7 +17,7 @@ from bdh_batch.messages.request import (
 from bdh_batch.messages.response import UNKNOWN_TOKEN, Delta, FinishReason, Gathering, Taker, TokenLogprob, Usage
 from bdh_batch.messages.sampling import NO_TOKENS, LogitBias, LogitsProcessors, SamplingParams, distinct
 from bdh_batch.messages.state import SavedState, StateLayout
-from bdh_batch.messages.step import Copy, Outcome, Plan, Segment
+from bdh_batch.messages.step import Copy, Drawn, Outcome, Plan, Segment
 
 __all__ = [
     "LATENT",
@@ -27,6 +27,7 @@ __all__ = [
     "Constraint",
     "Copy",
     "Delta",
+    "Drawn",
     "FinishReason",
     "Gathering",
     "GenerationRequest",

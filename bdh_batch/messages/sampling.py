@@ -101,6 +101,11 @@ class LogitsProcessors:
         return LogitsProcessors(self.sampling, self.prompt, self._banned, self._early)
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether they change the logits of every token to come alike."""
+        return not self.sampling.penalises and not self.bans
+
+    @property
     def bans(self) -> array[int]:
         return self._banned if self._length < self._early else NO_TOKENS
 

@@ -22,6 +22,7 @@ class Segment:
     final hidden vectors are summed.
     The scheduler may use it again for a later step; it does not change while its step is computed.
     Logprobs are computed for `targets`: token i of them is the one after token i of `tokens`.
+    With a `draft`, which follows on `tokens`, as many tokens more are drawn as of it come true; those enter the state.
     """
 
     slot: int
@@ -35,6 +36,7 @@ class Segment:
     pool: bool = False
     watch: int = 0  # how many of the strongest neurons are shown, by layer, of each token from `watch_from` on; 0: none
     watch_from: int = 0
+    draft: Sequence[int] = ()
 
 
 class Copy(NamedTuple):
@@ -57,24 +59,29 @@ class Plan(NamedTuple):
     Slots are numbered through: those on the device first, then those in the host's memory, then those for states on
     their way from and to files. The memory of the slots in
     `releases` goes back to the system; they hold no state that anyone needs. `watches` says whether a segment has
-    `watch`.
+    `watch`, `drafts` how many tokens those of all segments have.
     """
 
     segments: Sequence[Segment]
     copies: Sequence[Copy] = ()
     releases: Sequence[int] = ()
     watches: bool = False
+    drafts: int = 0
 
     @property
     def tokens(self) -> int:
         return sum(len(segment.tokens) for segment in self.segments)
 
 
+Drawn = tuple[int | None, TokenLogprob | None]  # a token, with its logprobs where they are asked for
+
+
 class Outcome(NamedTuple):
     """The outcome of a step: for each segment the next token, None where none was asked for or none could be drawn.
 
     By the index of their segment, `logprobs` has those of the drawn tokens, `target_logprobs` those of targets,
-    `pooled` the sum [D] of the hidden vectors where that was asked for, and `neurons` those of the watched tokens.
+    `pooled` the sum [D] of the hidden vectors where that was asked for, and `neurons` those of the watched tokens;
+    `more` has the tokens that were drawn after the first because drafts came true, one for each of these.
     `active` is, by layer, the share of neurons that fired for its tokens; empty where that was not measured.
     """
 
@@ -84,3 +91,4 @@ class Outcome(NamedTuple):
     pooled: Mapping[int, Sequence[float]] = MappingProxyType({})
     active: Sequence[float] = ()
     neurons: Mapping[int, Sequence[Neurons]] = MappingProxyType({})
+    more: Mapping[int, Sequence[Drawn]] = MappingProxyType({})

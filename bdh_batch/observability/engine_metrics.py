@@ -84,10 +84,10 @@ class EngineMetrics:
             self._active.labels(self._model_name, layer).set(share)
 
     def gained(self, sequences: Sequences[Sequence]) -> None:
-        self._generated.inc(len(sequences))
+        self._generated.inc(sum(sequence.times.gained_tokens for sequence in sequences))
         gaps: dict[float, int] = {}  # those of one step are mostly the same
         for sequence in sequences:
-            if len(sequence.generated) > 1:
+            if len(sequence.generated) > sequence.times.gained_tokens:
                 gap = sequence.times.gap
                 gaps[gap] = gaps.get(gap, 0) + 1
             elif (seconds := sequence.times.to_first_token) is not None:
@@ -179,6 +179,9 @@ class _LoadCollector(Collector):
             ("prefix_cache_queries", "Prompt tokens that were looked up", load.cache_queries),
             ("prefix_cache_hits", "Prompt tokens that were found", load.cache_hits),
             ("prompt_tokens_cached", "Prompt tokens that did not have to be computed", load.cache_hits),
+            ("spec_decode_num_drafts", "Drafts that were tried", load.drafts.drafts),
+            ("spec_decode_num_draft_tokens", "Tokens of drafts that were tried", load.drafts.tokens),
+            ("spec_decode_num_accepted_tokens", "Tokens of drafts that came true", load.drafts.accepted),
         ):
             counter = CounterMetricFamily(f"bdh_{name}", text, labels=["model_name"])
             counter.add_metric([self._model_name], count)

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from heapq import heapify, heappop, heappush
 from typing import TYPE_CHECKING
 
+from bdh_batch.errors import BDHError, QueueTimeout, RunTimeout
+
 if TYPE_CHECKING:
     from bdh_batch.scheduler.sequence import Sequence
 
@@ -30,10 +32,14 @@ class Deadlines:
         if sequence.deadline is not None:
             heappush(self._heap, (sequence.deadline, sequence.standing.arrival, False, sequence))
 
-    def due(self, now: float) -> Iterator[Sequence]:
-        """Those that have not ended by a deadline of theirs; none comes twice. The first that have ended are let go,
-        however far their time is off."""
+    def due(self, now: float) -> Iterator[tuple[Sequence, BDHError]]:
+        """Those that have not ended by a deadline of theirs, and the error with which they do; they should end before
+        the next one is asked for. The first that have ended are let go, however far their time is off."""
         while self._heap and (self._heap[0][0] <= now or self._heap[0][3].finish_reason is not None):
             _, _, while_queued, sequence = heappop(self._heap)
-            if sequence.finish_reason is None and not (while_queued and sequence.times.scheduled is not None):
-                yield sequence
+            if sequence.finish_reason is not None or (while_queued and sequence.times.scheduled is not None):
+                continue
+            if sequence.times.scheduled is None:
+                yield sequence, QueueTimeout("The request timed out while it waited in the queue.")
+            else:
+                yield sequence, RunTimeout("The request timed out before its response was complete.")

@@ -10,7 +10,7 @@ from bdh_batch.messages import Delta, FinishReason
 from bdh_batch.messages.state import INVALID
 from bdh_batch.scheduler.copies import Save
 from bdh_batch.scheduler.prefixes import pack
-from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.sequence import Sequence, Stage
 from bdh_batch.scheduler.sharing import Sharing
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.transfers import Load
@@ -28,13 +28,13 @@ class FileStates:
 
     # States that are read
 
-    def await_state(self, candidate: Sequence) -> bool:
-        """Whether it waits until the state that it begins in is read: that is neither there nor cached."""
+    def awaits(self, candidate: Sequence) -> Stage | None:
+        """The stage in which it waits until the state that it begins in is read: that is neither there nor cached."""
         state = candidate.state
         if state is None or candidate.prefix.loaded is not None or self._sharing.holds_state(candidate, state.tokens):
-            return False
+            return None
         self._transfers.await_load(candidate, state, *self._sharing.prefix_of(candidate, state.tokens))
-        return True
+        return Stage.AWAITING_STATE
 
     def loaded(
         self, load: Load, waiting: Many[Sequence], error: str | None, room: int
@@ -81,6 +81,7 @@ class FileStates:
 
     def ended(self, sequence: Sequence) -> None:
         """It has ended, in whatever way; it keeps its slot until its state is copied, if that is to be saved."""
+        self._sharing.expect_no_more(sequence)
         self._sharing.forget_loaded(sequence)
         self._transfers.to_come -= sequence.save_to is not None
         if sequence.slot is not None and not self._transfers.keeps(sequence):

@@ -13,14 +13,14 @@ def check_invariants(scheduler: Scheduler) -> None:
     running, swapped = scheduler.running, scheduler.swapped
     assert all(s.decodes for s in running if s.decoding), "what is known to decode does"
     prompts = {sequence for sequence in running if not sequence.decodes}
-    assert {s for s in scheduler.prompts if not s.decodes} == prompts, "prompts that run are known"
-    assert scheduler.watching == sum(s.watches for s in running), "watched sequences are counted"
+    assert {s for s in scheduler.stages.prompts if not s.decodes} == prompts, "prompts that run are known"
+    assert scheduler.stages.watching == sum(s.watches for s in running), "watched sequences are counted"
     assert len(running) <= scheduler.size.width, "no more run than may"
-    waiting = [*chain.from_iterable(scheduler.groups[stage] for stage in WAITING)]
+    waiting = [*chain.from_iterable(scheduler.stages.groups[stage] for stage in WAITING)]
     assert all(s.slot is None for s in waiting), "what waits holds no slot"
     assert all(s.finish_reason is None and s.pending >= 1 for s in (*running, *swapped)), "what runs has work"
-    for stage, group in scheduler.groups.items():
+    for stage, group in scheduler.stages.groups.items():
         assert all(sequence.stage is stage for sequence in group), "stages are right"
-    assert len(scheduler.backlog) == len(waiting), "what waits is counted"
+    assert len(scheduler.stages.backlog) == len(waiting), "what waits is counted"
     scheduler.allocator.check([*running], [*swapped])
     scheduler.sharing.check()

@@ -8,6 +8,7 @@ from math import inf
 
 from bdh_batch.scheduler.backlog import NO_UNIT
 from bdh_batch.scheduler.copies import WHOLE, CopyLimits
+from bdh_batch.scheduler.drafts import NO_DRAFTS, DraftPolicy
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,9 @@ class Guards:
     least_share: float = 0.25  # of the time of a step without prompts, that prompts get after the streams before them
     least_width: int = 64  # streams in any step, if no prompt goes before them
     little: float = 0.1  # of a step's time: where a step costs more by itself, no stream is left out
+    exchanges: bool = True  # no more are preempted in a plan than keeps every time slice whole
+    again: bool = True  # who loses its state has got further with it than the other one has to compute again
+    later_apart: bool = True  # swapped sequences of a later priority do not count against `max_running`
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class Policy:
         patience: seconds without a computed token after which a sequence competes in the first priority.
         most_watched: tokens in a step whose neurons are shown.
         queue_unit: tokens of a prompt that fill the queue as another sequence does.
+        drafts: how drafts are made.
         guards: no option: it is there to be measured without them.
     """
 
@@ -61,6 +66,7 @@ class Policy:
     patience: float = inf
     most_watched: int = 2**62
     queue_unit: int = NO_UNIT
+    drafts: DraftPolicy = NO_DRAFTS
     guards: Guards = Guards()
 
 

@@ -6,6 +6,8 @@ One of a later priority is preempted at once. At the same priority a tenant give
 - otherwise with the one that began first, once its time slice is over, so that states are not moved to and fro.
   Sequences of one tenant take time slices in this way, too.
 
+A time slice passes with the steps that compute something of its sequence.
+
 Where there is no room for one more state, a tenant gives way that holds more of them, and the sequence that does loses
 its state. So it must have got on since it began with it, by a time slice and by more than the other one has lost.
 
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from bdh_batch.scheduler.groups import Group, Groups
+from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.rank import BEGAN, tenant_rank
 from bdh_batch.scheduler.sequence import Sequence
 from bdh_batch.scheduler.tenants import Tenant
@@ -31,14 +34,14 @@ class Preemption:
     Args:
         running: what runs.
         first: the first priority.
-        time_slice: steps.
+        policy: how long a time slice is.
         step: the number of this one. What began to run in it is not preempted in it.
         exchanges: most that are preempted; of later priorities more may be.
     """
 
     running: Groups
     first: float
-    time_slice: int
+    policy: Policy
     step: int
     exchanges: int
 
@@ -70,9 +73,9 @@ class Preemption:
     def _is_over(self, sequence: Sequence, candidate: Sequence | None) -> bool:
         """Whether its time slice is; where it loses its state for `candidate`, whether it has got on enough."""
         if candidate is None:
-            return sequence.standing.since + sequence.standing.copying <= self.step - self.time_slice
-        again = candidate.pending if candidate.times.scheduled is not None else 0
-        return len(sequence.generated) - sequence.standing.state_began >= max(self.time_slice, again)
+            return sequence.standing.steps >= self.policy.time_slice
+        again = candidate.pending if self.policy.guards.again and candidate.times.scheduled is not None else 0
+        return len(sequence.generated) - sequence.standing.state_began >= max(self.policy.time_slice, again)
 
 
 def _holds_more(theirs: Tenant, mine: Tenant, given: int) -> bool:

@@ -3,7 +3,7 @@
 1. The priority: that of the request, or, once nothing was computed for it for too long (it has aged), the first one
    there is.
 2. The virtual time of its tenant (`tenants.py`); of equal ones, as where one has just come, the tenant that holds fewer
-   slots.
+   slots. One that gave a slot up without a token is noticed with its next token, as ranks become less then.
 3. When it is due. A prompt is due some times what it takes alone after it came, so that short prompts overtake long
    ones, but not for ever; a stream when it had its last token; a preempted sequence when it was preempted.
 
@@ -27,7 +27,7 @@ def rank(sequence: Sequence, first: float = -inf) -> Rank:
     """The rank of a sequence, where `first` is the first priority."""
     standing, account = sequence.standing, sequence.standing.account
     priority = first if standing.aged else sequence.priority
-    return priority, account.virtual_time, account.held, standing.due, standing.arrival
+    return priority, account.virtual_time, account.slots, standing.due, standing.arrival
 
 
 def tenant_rank(sequence: Sequence, first: float) -> Rank:

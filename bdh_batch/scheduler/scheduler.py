@@ -9,23 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from itertools import chain, count
-from operator import attrgetter
+from itertools import count
+from math import inf
 
-from bdh_batch.errors import BDHError, GenerationFailed, QueueTimeout, RunTimeout
+from bdh_batch.errors import BDHError, GenerationFailed
 from bdh_batch.messages import Delta, Outcome
-from bdh_batch.scheduler.backlog import Backlog
 from bdh_batch.scheduler.batch import BatchBuilder, Step
 from bdh_batch.scheduler.deadlines import Deadlines
 from bdh_batch.scheduler.file_states import FileStates
-from bdh_batch.scheduler.groups import Groups
 from bdh_batch.scheduler.policy import Counts, Policy
 from bdh_batch.scheduler.preemption import Preemption
-from bdh_batch.scheduler.rank import BEGAN, DUE, rank
-from bdh_batch.scheduler.ranking import Ranking
-from bdh_batch.scheduler.sequence import HOLDING, WAITING, QueueKey, Sequence, Stage
+from bdh_batch.scheduler.rank import rank
+from bdh_batch.scheduler.sequence import WAITING, QueueKey, Sequence, Stage
 from bdh_batch.scheduler.sharing import Sharing
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
+from bdh_batch.scheduler.stages import Stages
 from bdh_batch.scheduler.step_size import StepSize
 from bdh_batch.scheduler.tenants import Tenants
 from bdh_batch.scheduler.transfers import Load
@@ -47,29 +45,25 @@ class Scheduler:
     """
 
     def __init__(self, slots: int, prefill_tokens: int, policy: Policy | None = None) -> None:
-        policy = policy or Policy()
-        self.policy = policy
+        self.policy = policy = policy or Policy()
         swapped = policy.host_slots if policy.swaps else 0  # as many sequences at most
         self._scratch = min(1, swapped)  # without a slot to spare, no two states could change theirs
         self.max_running = min(policy.max_running or slots, slots + swapped - self._scratch)
         self.counts = Counts()
         self.size = StepSize(prefill_tokens, min(slots, self.max_running))
-        self._batches = BatchBuilder(self.size, policy.target_step, policy.guards, policy.most_watched)
+        self._batches = BatchBuilder(self.size, policy)
+        self.drafts = self._batches.drafts
         self.allocator = SlotAllocator(slots, policy)
         self.transfers = self.allocator.transfers
         self.sharing = Sharing(self.allocator, policy.cache_prefixes, policy.share_all, policy.min_shared)
         self.files = FileStates(self.allocator, self.sharing)
         self._tenants = Tenants(policy.weights)
         self._deadlines = Deadlines()
-        self.backlog = Backlog(policy.queue_unit)  # of those that wait for their first slot, or another one
-        self.groups = {stage: Groups(BEGAN if stage is Stage.RUNNING else DUE) for stage in WAITING + HOLDING}
-        self._queue, self._awaiting, self._loading, self.running, self.swapped = self.groups.values()
-        self.prompts: dict[Sequence, None] = {}  # that run; one that has become a stream goes with the next plan
-        self._ageing: Ranking[Sequence] = Ranking(attrgetter("standing.served_at"))  # those that have not aged
-        self.watching = 0  # that run, and whose tokens' neurons are shown
+        self.stages = Stages(self.allocator, self.sharing, self.counts, policy.queue_unit)
+        groups = self.stages.groups
+        self._queue, self.running, self.swapped = groups[Stage.QUEUED], groups[Stage.RUNNING], groups[Stage.SWAPPED]
         self._first = 0  # the first priority of all sequences
         self._arrivals = count(1)
-        self._changes: dict[Sequence, int] = {}  # which sequences wait now, and did not when last asked: 1, or -1
 
     @property
     def free(self) -> int:
@@ -84,7 +78,7 @@ class Scheduler:
     @property
     def has_work(self) -> bool:
         waits = self.transfers.pending or self.sharing.pending or len(self.allocator.copies) > 0
-        return waits or any(self.groups.values())
+        return waits or len(self.stages) > 0
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         for sequence in (s for s in sequences if s.finish_reason is None):  # others were aborted on their way here
@@ -93,22 +87,18 @@ class Scheduler:
             standing.account = self._tenants.join(sequence.tenant, sequence.weight)
             alone = len(sequence.prompt) * (self._batches.cost.prompt_token or PROMPT_TOKEN)
             standing.due = arrived + min(OVERDUE * alone, self.policy.patience)
-            self._move(sequence, Stage.QUEUED)
+            self.stages.move(sequence, Stage.QUEUED)
             self._deadlines.add(sequence)
             self.files.submitted(sequence)
-
-    def take_changes(self) -> dict[Sequence, int]:
-        """Returns the sequences that wait since the last call (1), and those that no longer wait (-1)."""
-        changes, self._changes = self._changes, {}
-        return changes
 
     def shed(self, count: int, tokens: int, queue_key: QueueKey, error: BDHError) -> list[Update]:
         """Ends `count` of those in the queue with `tokens` in their prompts, or more, for newcomers of a queue: the
         last of those who fill it."""
         updates: list[Update] = []
-        while (len(updates) < count or tokens > 0) and (yielding := self.backlog.yielding(queue_key)) is not None:
-            last = self._queue.last(yielding) or self._awaiting.last(yielding) or self._loading.last(yielding)
-            assert last is not None, "what waits is counted"
+        while (len(updates) < count or tokens > 0) and (
+            yielding := self.stages.backlog.yielding(queue_key)
+        ) is not None:
+            last = next(filter(None, (self.stages.groups[stage].last(yielding) for stage in WAITING)))
             updates += self.abort([last], error)
             tokens -= len(last.prompt)
         return updates
@@ -121,17 +111,10 @@ class Scheduler:
 
     def expire(self, now: float) -> list[Update]:
         """Ends the sequences that have timed out."""
-        updates = []
-        for sequence in self._deadlines.due(now):
-            if sequence.times.scheduled is None:
-                error: BDHError = QueueTimeout("The request timed out while it waited in the queue.")
-            else:
-                error = RunTimeout("The request timed out before its response was complete.")
-            updates += self.abort([sequence], error)
-        return updates
+        return [update for sequence, error in self._deadlines.due(now) for update in self.abort([sequence], error)]
 
     def fail_all(self, error: BDHError) -> list[Update]:
-        return self.abort([*chain.from_iterable(self.groups.values())], error)
+        return self.abort([*self.stages], error)
 
     def fail(self, step: Step, error: BDHError) -> list[Update]:
         """Ends the sequences of a step that could not be computed, as their states are no longer known."""
@@ -145,10 +128,10 @@ class Scheduler:
         spoilt, updates = self._spoilt(step)
         for sequence in spoilt:
             sequence.restart()
-        self.prompts = dict.fromkeys(self.running)
+        self.stages.prompts.update(dict.fromkeys(self.running))
         forwards = [sequence for _, members in self.running.forwards(self._first) for sequence in members]
         for sequence in forwards[self.size.width :]:
-            self._move(sequence, Stage.SWAPPED)
+            self.stages.move(sequence, Stage.SWAPPED)
         return updates
 
     def plan(self, now: float) -> Step | None:
@@ -156,32 +139,21 @@ class Scheduler:
         self.allocator.begin(now)
         self.counts.steps += 1
         self.files.plan_copies()
-        if self.prompts:
-            self.prompts = {sequence: None for sequence in self.prompts if not sequence.decodes}
-        prompts = [*self.prompts]
-        for waiter in self.sharing.advance(prompts):
-            self._move(waiter, Stage.QUEUED)
+        for waiter in self.sharing.advance(self.stages.in_prompt()):
+            self.stages.move(waiter, Stage.QUEUED)
         self._age(now)
         if self._queue or self.swapped:
-            self._give_slots(prompts, now)
+            self._give_slots(now)
         self.allocator.release_idle()
-        left = {sequence for sequence in self.prompts if not sequence.at_latent}
-        return self._batches.build(self.running, left, self.watching, self._first, self.allocator)
+        prompts = {sequence for sequence in self.stages.prompts if not sequence.at_latent}
+        return self._batches.build(self.running, prompts, self.stages.watching, self._first, self.allocator)
 
     def commit(self, step: Step, outcome: Outcome, now: float) -> list[Update]:
         """Commits the outcome of a step: returns its sequences' deltas, and frees the slots of those that ended."""
         updates: list[Update] = []
+        self.drafts.verify(step.sequences, step.plan, outcome)
         for row, (sequence, segment) in enumerate(zip(step.sequences, step.plan.segments, strict=True)):
-            standing, latent = sequence.standing, bool(sequence.latents) and segment.tokens[0] < 0
             delta = sequence.take(segment, outcome, row, now)
-            standing.served_at = now
-            if standing.charged < len(sequence.prompt):
-                standing.charge(min(sequence.computed, len(sequence.prompt)), latent)
-            if latent:
-                standing.due = now
-            if segment.sampling is not None:
-                standing.due = now
-                standing.account.charge(0, 1)
             if delta is not None:
                 updates.append((sequence, delta))
         self._batches.computed(step, now - step.planned)
@@ -193,44 +165,34 @@ class Scheduler:
         """A state is in its slot, or could not be read because of `error`: who waited for it is queued again."""
         waiting, room = [*load.waiting], max(1, self.size.width - len(self.running))
         for sequence in waiting:
-            self._move(sequence, Stage.QUEUED)
+            self.stages.move(sequence, Stage.QUEUED)
         return self.abort(*self.files.loaded(load, waiting, error, room))
 
     # Which sequences run
 
     def _age(self, now: float) -> None:
         """Has those compete in the first priority for which nothing was computed for as long as the patience."""
-        present = {each for group in self.groups.values() if group.priorities for each, _ in group.priorities}
+        present = self.stages.priorities
         self._first = min(present, default=0)
         if len(present) < 2:
             return
         for _ in range(AGE):
-            if (sequence := self._ageing.first(now - self.policy.patience)) is None:
+            if (sequence := self.stages.ageing.first(now - self.policy.patience)) is None:
                 return
-            self._ageing.drop(sequence)
-            group = self.groups[sequence.stage]
-            group.remove(sequence)
-            sequence.standing.aged = True
-            group.push(sequence)
+            self.stages.age(sequence)
 
-    def _give_slots(self, prompts: list[Sequence], now: float) -> None:
-        """Gives slots to waiting sequences, in the order of their ranks. Adds those to `prompts` that get one."""
-        exchanges = max(1, self.size.width // self.policy.time_slice)
-        preemption = Preemption(self.running, self._first, self.policy.time_slice, self.counts.steps, exchanges)
+    def _give_slots(self, now: float) -> None:
+        """Gives slots to waiting sequences, in the order of their ranks."""
+        exchanges = max(1, self.size.width // (self.policy.time_slice if self.policy.guards.exchanges else 1))
+        preemption = Preemption(self.running, self._first, self.policy, self.counts.steps, exchanges)
         waiters = 0
         while waiters < PREFIX_WAITERS and (found := self._next(preemption)) is not None:
             candidate, victim = found
-            if candidate.stage is Stage.QUEUED and self.files.await_state(candidate):
-                self._move(candidate, Stage.AWAITING_STATE)
+            fresh = candidate.stage is Stage.QUEUED
+            if fresh and (stage := self.files.awaits(candidate) or self.sharing.awaits(candidate)) is not None:
+                self.stages.move(candidate, stage)
                 waiters += 1
-            elif self.allocator.full and (candidate.stage is not Stage.QUEUED or self.sharing.cached_prefix(candidate)):
-                return  # it would have to be copied
-            elif candidate.stage is Stage.QUEUED and self.sharing.await_prefix(candidate, prompts):
-                self._move(candidate, Stage.AWAITING_PREFIX)
-                waiters += 1
-            elif self._run(candidate, victim, now):
-                prompts.append(candidate)
-            else:
+            elif not self._run(candidate, victim, now):
                 return
 
     def _next(self, preemption: Preemption) -> tuple[Sequence, Sequence | None] | None:
@@ -249,7 +211,7 @@ class Scheduler:
         """Whether as many hold a state as may. Swapped ones of a later priority do not keep it out."""
         if len(self.running) + len(self.swapped) < self.max_running:
             return False  # as mostly
-        own = rank(candidate, self._first)[0]
+        own = rank(candidate, self._first)[0] if self.policy.guards.later_apart else inf
         swapped = sum(n for (priority, aged), n in self.swapped.priorities.items() if aged or priority <= own)
         return len(self.running) + swapped >= self.max_running
 
@@ -259,26 +221,22 @@ class Scheduler:
 
     def _run(self, candidate: Sequence, victim: Sequence | None, now: float) -> bool:
         """Puts `candidate` in a slot on the device, instead of `victim`. False if there is none for it."""
+        fresh = candidate.stage is Stage.QUEUED
+        entry = self.sharing.cached_prefix(candidate) if fresh else None
+        if self.allocator.full and not (fresh and entry is None):
+            return False  # it would have to be copied
         if victim is not None:
             self._preempt(victim, by_recompute=self._loses_state(candidate))
-        standing, fresh = candidate.standing, candidate.stage is Stage.QUEUED
-        entry = self.sharing.cached_prefix(candidate) if fresh else None
         # Of those that wait for one state, none takes its slot from the others; but not for ever.
-        waited = self.counts.steps - standing.since
+        waited = self.counts.steps - candidate.standing.since
         patient = candidate.prefix.expects is not None and victim is None and waited < self.policy.time_slice
         if not self.allocator.bring(candidate, entry, patient):
             return False
         if fresh:
             self.sharing.begun(candidate, entry, alone=not self.running)
-            standing.state_began = len(candidate.generated)
-            standing.charged = max(standing.charged, candidate.computed)  # what is cached costs nothing
-            if candidate.times.scheduled is None:
-                candidate.times.scheduled = now
+            candidate.begin(now)
             self.counts.served += 1
-        candidate.decoding = None  # its slot may be another one
-        self._move(candidate, Stage.RUNNING)
-        if not candidate.decodes:
-            self.prompts[candidate] = None
+        self.stages.move(candidate, Stage.RUNNING)
         return True
 
     def _preempt(self, sequence: Sequence, by_recompute: bool) -> None:
@@ -288,37 +246,7 @@ class Scheduler:
         if by_recompute:
             self.allocator.give(sequence.leave_slot())
             sequence.restart()
-        self._move(sequence, Stage.QUEUED if by_recompute else Stage.SWAPPED)
-
-    def _move(self, sequence: Sequence, stage: Stage) -> None:
-        """Takes it out of the stage that it is in, and puts it into another one."""
-        before, sequence.stage = sequence.stage, stage
-        standing = sequence.standing
-        if before in self.groups:
-            self.groups[before].remove(sequence)
-        self.allocator.parked.pop(sequence, None)
-        if before is Stage.AWAITING_PREFIX:
-            self.sharing.stop_waiting(sequence)
-        elif before is Stage.AWAITING_STATE:
-            self.transfers.stop_waiting(sequence)
-        if stage is Stage.SWAPPED:
-            standing.due = self.allocator.now
-            self.allocator.parked[sequence] = None
-        if Stage.RUNNING in (before, stage):
-            self.watching += sequence.watches * ((stage is Stage.RUNNING) - (before is Stage.RUNNING))
-            standing.since, standing.copying = self.counts.steps, 0
-            self.prompts.pop(sequence, None)
-        if before in (Stage.NEW, Stage.RUNNING):
-            standing.aged = False
-            self._ageing.put(sequence)
-        if stage in self.groups:
-            self.groups[stage].push(sequence)
-        waits = (stage in WAITING) - (before in WAITING)
-        standing.account.count(waits, (stage in HOLDING) - (before in HOLDING))
-        if waits:
-            (self.backlog.add if waits > 0 else self.backlog.remove)(sequence)
-            if not self._changes.pop(sequence, 0):
-                self._changes[sequence] = waits
+        self.stages.move(sequence, Stage.QUEUED if by_recompute else Stage.SWAPPED)
 
     # Which sequences have ended
 
@@ -327,9 +255,7 @@ class Scheduler:
         for sequence in ended:
             if sequence.stage is Stage.NEW:  # it has ended on its way here
                 continue
-            self._move(sequence, Stage.ENDED)
-            self._ageing.drop(sequence)
-            self.sharing.expect_no_more(sequence)
+            self.stages.move(sequence, Stage.ENDED)
             self.files.ended(sequence)
 
     def _spoilt(self, step: Step) -> tuple[set[Sequence], list[Update]]:

@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 
 from bdh_batch.errors import BDHError
 from bdh_batch.messages import Delta, FinishReason, Outcome, SamplingParams, SavedState, Segment
+from bdh_batch.scheduler.drafter import Drafter
 from bdh_batch.scheduler.prefix_index import Entry
 from bdh_batch.scheduler.tenants import Tenant
 
@@ -26,11 +27,16 @@ class Completion(Protocol):
     prompt: Tokens[int]
     max_tokens: int
     sampling: SamplingParams | None
+    stop_token_ids: frozenset[int]  # that end it
     latent_steps: int  # with which the prompt ends
 
     @property
     def needs_all(self) -> bool:
         """Whether all of the prompt has to be computed, without a cached prefix."""
+
+    @property
+    def takes_drafts(self) -> bool:
+        """Whether what may be drawn does not depend on the tokens just before, so that several can be in one step."""
 
     def segment(self, slot: int, start: int, tokens: Tokens[int], draws: bool) -> Segment:
         """Makes the segment that computes `tokens` from position `start` on and, with `draws`, draws the next token."""
@@ -87,7 +93,7 @@ class Standing:
     account: Tenant = field(default_factory=Tenant)
     due: float = 0.0  # when its prompt should be computed, or when it had its last token, or was preempted
     since: int = 0  # the step from which on it has run, or has not
-    copying: int = 0  # of the steps since then, those in which it waited for copies
+    steps: int = 0  # since then, that computed something of it
     arrival: int = 0  # its number in the order of arrival
     served_at: float = 0.0  # when a step last computed something of it; before, when it arrived
     state_began: int = 0  # tokens generated before it was given its present state
@@ -125,9 +131,11 @@ class Times:
     first_token: float | None = None
     last_token: float | None = None
     gap: float = 0.0  # before the last token, since the one before it or since arrival
+    gained_tokens: int = 0  # at the last token's time
 
-    def gained(self, now: float) -> None:
-        """Records the time of one more token."""
+    def gained(self, now: float, tokens: int) -> None:
+        """Records the time of so many more tokens."""
+        self.gained_tokens = tokens
         self.gap = now - (self.arrived if self.last_token is None else self.last_token)
         self.first_token = now if self.first_token is None else self.first_token
         self.last_token = now
@@ -177,6 +185,7 @@ class Sequence:
     finish_reason: FinishReason | None = field(default=None, init=False)
     error: BDHError | None = field(default=None, init=False)  # why, where that is ERROR
     decoding: Segment | None = field(default=None, init=False)  # its share of the next step while it decodes, kept up
+    drafter: Drafter | None = field(default=None, init=False)  # once it may have had a draft
 
     def __post_init__(self) -> None:
         self.prompt = self.completion.prompt
@@ -195,6 +204,11 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that are known but have not entered the state yet."""
         return len(self.prompt) + len(self.generated) - self.computed
+
+    @property
+    def overran(self) -> bool:
+        """Whether it ended amid tokens of a draft: others than its own have entered its state."""
+        return self.pending < 0
 
     @property
     def decodes(self) -> bool:
@@ -247,15 +261,27 @@ class Sequence:
         return [*self.prompt[start:], *self.generated[max(0, start - split) : end - split]]
 
     def take(self, segment: Segment, outcome: Outcome, row: int, now: float) -> Delta | None:
-        """Takes what a step computed for `segment`, its row of `outcome`; returns a delta if there is one."""
-        self.computed += len(segment.tokens)
+        """Takes what a step computed for `segment`, its row of `outcome`, and charges its tenant; returns a delta if
+        there is one."""
+        # Inline, as it is done for each token.
+        standing, latent, draws = self.standing, segment.tokens[0] < 0, segment.sampling is not None
+        more = len(outcome.more.get(row, ()))  # tokens of a draft that came true
+        self.computed += len(segment.tokens) + more
+        standing.steps += 1
+        standing.served_at = now
+        if standing.charged < len(self.prompt):
+            standing.charge(min(self.computed, len(self.prompt)), latent)
+        if draws:
+            standing.account.charge(0, 1 + more)
+        if draws or latent:
+            standing.due = now
         delta = self.completion.take(segment, outcome, row)
         if delta is not None:
             if delta.tokens:
                 self.generated += delta.tokens
-                self.times.gained(now)
+                self.times.gained(now, len(delta.tokens))
                 if segment is self.decoding:
-                    segment.start, segment.tokens = self.computed, tuple(delta.tokens)
+                    segment.start, segment.tokens, segment.draft = self.computed, (delta.tokens[-1],), ()
             self.finish_reason, self.error = delta.finish_reason, delta.error
             if self.finish_reason is FinishReason.ERROR:
                 delta.save_error = self._not_saved
@@ -274,6 +300,14 @@ class Sequence:
         """Prepares for a lost state: prompt and generated tokens are computed again, with the same results."""
         self.computed, self.prefix.cuts, self.decoding = 0, [], None
         self.completion.restart()
+
+    def begin(self, now: float) -> None:
+        """It has been given a state, its first one or another one for one that was lost. What was `computed` of that
+        already costs its tenant nothing."""
+        self.standing.state_began = len(self.generated)
+        self.standing.charged = max(self.standing.charged, self.computed)
+        if self.times.scheduled is None:
+            self.times.scheduled = now
 
     def leave_slot(self) -> int:
         """Takes the slot from the sequence and returns it."""

@@ -50,9 +50,9 @@ class Sharing:
         self._last: tuple[Tokens[int], bytes] = (), b""  # the last prompt that was packed, and as bytes
         self._read: OrderedDict[Key, None] = OrderedDict()  # states that were read from files of late
         self._uncached: list[Entry] = []  # states that were read, of which the next plans make copies for others
-        # In this plan, those in their prompts, by namespace and the first tokens; and how many of them are there.
+        # In this plan, those in their prompts, by namespace and the first tokens; and those that are not there yet.
         self._by_head: dict[tuple[str, bytes], list[Sequence]] = {}
-        self._indexed = 0
+        self._in_prompt: list[Sequence] = []
 
     @property
     def pending(self) -> bool:
@@ -77,6 +77,7 @@ class Sharing:
         self.forget_loaded(sequence)
         if not self._may_share(sequence):
             return
+        self._in_prompt.append(sequence)
         self.queries += len(sequence.prompt)
         found = 0 if entry is None else entry.length
         prompt, namespace = self._packed(sequence), sequence.prefix.namespace
@@ -118,23 +119,22 @@ class Sharing:
         if entry is not None:
             self._leave(entry)
 
-    def await_prefix(self, sequence: Sequence, in_prompt: Tokens[Sequence]) -> bool:
-        """Whether one of those `in_prompt` is about to compute more of `sequence` than is cached; it then waits. In one
-        plan, more of them come at the end only."""
+    def awaits(self, sequence: Sequence) -> Stage | None:
+        """The stage in which `sequence` waits where one that runs is about to compute more of it than is cached."""
         if not self._may_share(sequence):
-            return False
-        producer, shared = self._producer_of(sequence, in_prompt)
+            return None
+        producer, shared = self._producer_of(sequence)
         if producer is None:
-            return False
+            return None
         entry = self.cached_prefix(sequence)
         if entry is not None and shared - entry.length < self._least:
-            return False
+            return None
         self.expect_no_more(sequence)
         if shared not in producer.prefix.cuts:
             insort(producer.prefix.cuts, shared)
         self._waiters.setdefault(producer, {})[sequence] = shared
         self._producers[sequence] = producer
-        return True
+        return Stage.AWAITING_PREFIX
 
     def expect_no_more(self, sequence: Sequence) -> None:
         """`sequence` has begun, or has ended before it could."""
@@ -153,7 +153,7 @@ class Sharing:
 
     def advance(self, prompts: Iterable[Sequence]) -> list[Sequence]:
         """Takes the states of `prompts` that are wanted now; gives those that need not wait any longer."""
-        self._by_head, self._indexed = {}, 0
+        self._by_head, self._in_prompt = {}, [*prompts]
         self._cache_loaded()
         for sequence in prompts:
             if sequence.prefix.cuts and sequence.prefix.cuts[0] <= sequence.computed:
@@ -173,6 +173,7 @@ class Sharing:
         if (
             self._cache_prefixes
             and complete
+            and not sequence.overran
             and sequence.computed >= least
             and sequence.computed > len(sequence.prompt)
         ):
@@ -284,10 +285,10 @@ class Sharing:
             wanted.add(last)
         return wanted
 
-    def _producer_of(self, sequence: Sequence, in_prompt: Tokens[Sequence]) -> tuple[Sequence | None, int]:
-        for producer in in_prompt[self._indexed :]:
+    def _producer_of(self, sequence: Sequence) -> tuple[Sequence | None, int]:
+        for producer in self._in_prompt:
             self._by_head.setdefault(self._head(producer), []).append(producer)
-        self._indexed = len(in_prompt)
+        self._in_prompt = []
         prompt = self._packed(sequence)
         best, longest, looked_at = None, self._least - 1, 0
         for producer in self._by_head.get(self._head(sequence), ()):

@@ -1,4 +1,4 @@
-"""Remembers the segments of a step in which all that runs decodes. The next step is the same while nothing comes or
+"""Remembers the segments of a step in which all that runs decodes. The next step has the same while nothing comes or
 goes, as segments are kept up. Decides nothing."""
 
 from __future__ import annotations
@@ -7,25 +7,26 @@ from bdh_batch.messages import Segment
 from bdh_batch.scheduler.groups import Groups
 from bdh_batch.scheduler.sequence import Sequence
 
-Streams = tuple[list[Segment], list[Sequence]]
-
 
 class Steady:
-    """The segments and sequences of a step that has all that runs, and nothing else."""
+    """The streams of steps that have one token of all that runs, and their segments."""
 
     def __init__(self) -> None:
-        self._changes = -1  # of what runs, when they were listed
-        self._streams: Streams | None = None
+        self._changes = -1
+        self._streams: list[Sequence] = []
+        self._segments: list[Segment] | None = None
 
-    def forget(self) -> None:
-        """Another step was planned: a sequence may begin to decode without coming or going."""
-        self._changes, self._streams = -1, None
-
-    def streams(self, running: Groups) -> Streams | None:
-        """Those of what is `running`; None where a sequence does not decode."""
+    def streams(self, running: Groups) -> list[Sequence]:
+        """All that is `running`: the same list, not to be changed, while nothing comes or goes."""
         if self._changes != running.changes:
-            sequences = [*running]
-            segments = [sequence.decoding for sequence in sequences if sequence.decoding is not None]
-            self._streams = (segments, sequences) if len(segments) == len(sequences) else None
-            self._changes = running.changes if self._streams else -1
+            self._changes, self._streams, self._segments = running.changes, [*running], None
         return self._streams
+
+    def segments(self, streams: list[Sequence], keep: bool) -> list[Segment]:
+        """The segments of `streams`, not to be changed. To be kept for the next step if that may have the same."""
+        if self._segments is not None and streams is self._streams:
+            return self._segments
+        segments = [stream.decoding or stream.decode_segment() for stream in streams]
+        kept = keep and streams is self._streams and all(stream.decoding is not None for stream in streams)
+        self._segments = segments if kept else None
+        return segments

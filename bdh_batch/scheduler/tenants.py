@@ -27,17 +27,14 @@ class Tenant:
     virtual_time: float = 0.0
     waiting: int = 0  # sequences that wait in the queue
     slots: int = 0  # sequences that hold a state
-    held: int = 0  # the same, and those that ceased to since its virtual time changed: ranks never become less
 
     def charge(self, prompt_tokens: int, generated: int) -> None:
         self.virtual_time += (prompt_tokens + GENERATED * generated) / self.weight
-        self.held = self.slots
 
     def count(self, waiting: int, holding: int) -> None:
         """Counts so many more of its sequences that wait, and that hold a state."""
         self.waiting += waiting
         self.slots += holding
-        self.held += max(0, holding)
 
 
 class Tenants:
@@ -59,7 +56,7 @@ class Tenants:
         if not tenant.waiting:
             self._by_time.drop(tenant)
             if tenant.virtual_time < (level := self._least_active()):
-                tenant.virtual_time, tenant.held = level, tenant.slots
+                tenant.virtual_time = level
             self._known[name] = tenant
             self._by_time.put(tenant)
         if weight is not None:

@@ -152,6 +152,24 @@ def many_tenants(tenants: int, length: int = 256, **policy: object) -> dict[str,
     return {"gap_s": quantiles(gaps), "first_token_s": quantiles([r.wait for r in play.responses[tenants:]])}
 
 
+def earlier_priority(slots: int, **policy: object) -> dict[str, object]:
+    """Sequences of a later priority hold all states that there may be; then as many as half of them come that go before
+    them, and are more than can run at a time."""
+    draw, play = random.Random(6), server(slots, CPU, host_slots=3 * slots, max_running=4 * slots, **policy)
+    for _ in range(4 * slots):
+        play.ask(Request(0.0, "later", 1, tokens(draw, 32), 400))
+    for _ in range(2 * slots):
+        play.ask(Request(4.0, "earlier", 0, tokens(draw, 64), 200))
+    play.run()
+    earlier = [r for r in play.responses if r.request.tenant == "earlier"]
+    return {
+        "first_token_s": quantiles([r.wait for r in earlier]),
+        "until_the_last_ended_s": round(max(r.times[-1] for r in earlier) - 4.0, 2),
+        "seconds": round(play.now, 2),
+        "preemptions": play.scheduler.counts.preemptions,
+    }
+
+
 SCENARIOS: Mapping[str, Callable[..., dict[str, object]]] = {
     "lone tenant beside 300": partial(lone_tenant, 300, 256),
     "lone tenant beside 300, 150 slots": partial(lone_tenant, 300, 150),
@@ -160,6 +178,7 @@ SCENARIOS: Mapping[str, Callable[..., dict[str, object]]] = {
     "two floods, 64 slots and 64 on the host": partial(two_floods, 64, host_slots=64, max_running=120),
     "two floods, a larger model": partial(two_floods, 1024, cost=SLOW),
     "two floods, a GPU": partial(two_floods, 1024, cost=GPU),
+    "an earlier priority, 32 slots and 96 on the host": partial(earlier_priority, 32),
     "8,192 tokens beside 32 streams": partial(long_prompt, 32, "streams"),
     "8,192 tokens of another tenant beside 32 streams": partial(long_prompt, 32, "other"),
     "1,024 tokens beside 256 streams": partial(long_prompt, 256, "streams", 1024),
@@ -173,6 +192,9 @@ GUARDED: Mapping[str, Many[str]] = {  # the guards of `policy.Guards`, and the s
     "least_share": ["1,024 tokens beside 256 streams", "two floods, a GPU"],
     "least_width": ["two floods, a larger model"],
     "little": ["two floods, a GPU"],
+    "exchanges": ["two floods, 64 slots and 64 on the host"],
+    "again": ["an earlier priority, 32 slots and 96 on the host"],
+    "later_apart": ["an earlier priority, 32 slots and 96 on the host"],
 }
 UNGUARDED: Mapping[str, Any] = {
     "alternate": False,
@@ -180,6 +202,9 @@ UNGUARDED: Mapping[str, Any] = {
     "least_share": 0.0,
     "least_width": 0,
     "little": inf,
+    "exchanges": False,
+    "again": False,
+    "later_apart": False,
 }
 
 

@@ -122,7 +122,7 @@ class Loop:
     def decode(self, prompts: Sequence[list[int]]) -> None:
         """Starts sequences, and takes them through their prompts."""
         self._scheduler.submit([generation(prompt, seed) for seed, prompt in enumerate(prompts)])
-        while len(self._scheduler.backlog) or self.decoded < len(prompts):
+        while len(self._scheduler.stages.backlog) or self.decoded < len(prompts):
             self.decoded = 0
             self.step()
 

@@ -177,7 +177,8 @@ GAUGES = (
 )
 COUNTERS = (
     *("prefix_cache_queries", "prefix_cache_hits", "num_preemptions", "prompt_tokens", "prompt_tokens_cached"),
-    "generation_tokens",
+    *("generation_tokens", "spec_decode_num_drafts", "spec_decode_num_draft_tokens"),
+    "spec_decode_num_accepted_tokens",
 )
 HISTOGRAMS = {
     "time_to_first_token_seconds": FIRST_TOKEN,

@@ -9,6 +9,7 @@ from bdh_batch.engine.completion import Completion
 from bdh_batch.messages import (
     Copy,
     Delta,
+    Drawn,
     Neurons,
     NeuronsAsked,
     Outcome,
@@ -18,6 +19,7 @@ from bdh_batch.messages import (
     latent_positions,
 )
 from bdh_batch.scheduler.batch import Step
+from bdh_batch.scheduler.drafts import Drafts
 from bdh_batch.scheduler.sequence import Client, Prefix, Sequence
 from bdh_batch.scheduler.watched import WatchedSequence
 
@@ -54,7 +56,10 @@ class FakeRunner:
         }
         assert plan.watches == any(segment.watch for segment in plan.segments)
         neurons = {at: fake_neurons(segment) for at, segment in enumerate(plan.segments) if segment.watch}
-        return Outcome([self._segment(segment) for segment in plan.segments], pooled=pooled, neurons=neurons)
+        assert plan.drafts == sum(len(segment.draft) for segment in plan.segments)
+        drawn = [self._segment(segment) for segment in plan.segments]
+        more = {at: self._more(each, drawn[at]) for at, each in enumerate(plan.segments) if each.draft}
+        return Outcome(drawn, pooled=pooled, neurons=neurons, more={at: each for at, each in more.items() if each})
 
     def _copy(self, copy: Copy) -> None:
         """Checks that the parts of a copy come in order, and that what it reads stays as it is meanwhile."""
@@ -77,6 +82,27 @@ class FakeRunner:
         assert len(segment.tokens) == 1 or not latent_positions(segment.tokens), "a latent step comes alone"
         known.extend(segment.tokens)
         return next_token(known) if segment.sampling else None
+
+    def _more(self, segment: Segment, token: int | None) -> list[Drawn]:
+        """The tokens after drafts that come true, which enter the state."""
+        known, more = self.slots[segment.slot], list[Drawn]()
+        for draft in segment.draft:
+            if draft != token:
+                break
+            known.append(draft)
+            token = next_token(known)
+            more.append((token, None))
+        return more
+
+
+def drafts_half_right(drafts: Drafts, streams: Iterable[Sequence], segments: Iterable[Segment]) -> int:
+    """In place of `Drafts.propose`: some tokens that will be drawn, and one that mostly will not."""
+    for sequence, segment in zip(streams, segments):
+        if drafts.may_have(sequence, segment):
+            known = [*sequence.prompt, *sequence.generated]
+            true = expected_tokens(known, len(known) % 4)
+            segment.draft = [*true, 0][: drafts.longest(sequence, segment)]
+    return sum(len(segment.draft) for segment in segments)
 
 
 def fake_neurons(segment: Segment) -> list[Neurons]:

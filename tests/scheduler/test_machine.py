@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections import Counter
+from functools import partial
 from math import inf
 from typing import Any
 
@@ -25,6 +26,7 @@ from bdh_batch.messages import LATENT_FROZEN, FinishReason, NeuronsAsked, SavedS
 from bdh_batch.scheduler.backlog import NO_UNIT
 from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.copies import CopyLimits, Save
+from bdh_batch.scheduler.drafts import DraftPolicy
 from bdh_batch.scheduler.invariants import check_invariants
 from bdh_batch.scheduler.policy import Policy
 from bdh_batch.scheduler.prefix_cache import digests_at
@@ -32,7 +34,7 @@ from bdh_batch.scheduler.prefixes import pack
 from bdh_batch.scheduler.scheduler import Scheduler, Update
 from bdh_batch.scheduler.sequence import WAITING, Sequence, Stage
 from bdh_batch.scheduler.transfers import Load
-from tests.scheduler.fakes import FakeRunner, FakeText, expected_tokens, make_sequence
+from tests.scheduler.fakes import FakeRunner, FakeText, drafts_half_right, expected_tokens, make_sequence
 
 BROKEN = GenerationFailed("broken")
 STEM = [7 * at % 251 for at in range(40)]  # most prompts begin as this does, some longer, some shorter
@@ -61,6 +63,7 @@ policies = st.builds(
     patience=st.sampled_from([inf, 2.0, 5.0, 20.0]),
     queue_unit=st.sampled_from([4, NO_UNIT]),
     most_watched=st.integers(2, 9),
+    drafts=st.sampled_from([DraftPolicy(), DraftPolicy(3), DraftPolicy(5, block=4)]),
 )
 
 
@@ -73,6 +76,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def begin(self, slots: int, prefill_tokens: int, policy: Policy) -> None:
         self.scheduler = Scheduler(slots, prefill_tokens, policy)
         self.runner = FakeRunner()
+        if policy.drafts.most:
+            propose = partial(drafts_half_right, self.scheduler.drafts)
+            self.scheduler.drafts.propose = propose  # type: ignore[method-assign]
         self.now = 0.0
         self.submitted: list[Sequence] = []
         self.shown: dict[Sequence, list[int]] = {}
@@ -268,7 +274,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         queue=st.tuples(st.integers(-1, 1), st.sampled_from("ab")),
     )
     def shed(self, count: int, tokens: int, queue: tuple[int, str]) -> None:
-        before = len(self.scheduler.backlog)
+        before = len(self.scheduler.stages.backlog)
         shed = self.scheduler.shed(count, tokens, queue, BROKEN)
         self.take(shed)
         freed = sum(len(sequence.prompt) for sequence, _ in shed)
@@ -304,10 +310,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "scheduler"):
             return
         check_invariants(self.scheduler)
-        for sequence, change in self.scheduler.take_changes().items():
+        for sequence, change in self.scheduler.stages.take_changes().items():
             (self.waiting.add if change > 0 else self.waiting.remove)(sequence)
         assert self.waiting == {s for s in self.submitted if s.stage in WAITING and s.standing.arrival}
-        assert len(self.scheduler.backlog) == len(self.waiting)
+        assert len(self.scheduler.stages.backlog) == len(self.waiting)
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):

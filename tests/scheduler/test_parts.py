@@ -166,7 +166,7 @@ class Plain:
             return (
                 first if sequence.standing.aged else sequence.priority,
                 self.times[sequence.tenant],
-                sequence.standing.account.held,
+                sequence.standing.account.slots,
                 sequence.standing.due,
                 sequence.standing.arrival,
             )
@@ -289,7 +289,7 @@ class TestManyTenants:
             return look
 
         scheduler, runner = Scheduler(1, 64, Policy(patience=30.0)), FakeRunner()
-        rankings: list[Any] = [scheduler._tenants._by_time, scheduler._ageing, *scheduler._queue._ranked]
+        rankings: list[Any] = [scheduler._tenants._by_time, scheduler.stages.ageing, *scheduler._queue._ranked]
         for ranking in rankings:
             ranking._key = counted(ranking._key)
         for number in range(20_000):

@@ -251,7 +251,7 @@ class TestSharing:
         producer, waiter = make_sequence([5] * 50, 4), make_sequence([5] * 50, 4)
         scheduler.submit([producer, waiter])
         step(scheduler, runner)
-        assert (len(scheduler.running), len(scheduler.backlog)) == (1, 1)
+        assert (len(scheduler.running), len(scheduler.stages.backlog)) == (1, 1)
         scheduler.abort([producer])
         run_dry(scheduler, runner)
         assert waiter.generated == expected_tokens([5] * 50, 4)
