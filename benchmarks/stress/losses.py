@@ -6,7 +6,8 @@
 A server of two engine processes has many streams at once, with every parameter among them. First undisturbed, for what
 they should be. Then, while the same requests come again and again, an engine is killed at random moments (SIGKILL).
 Reported are the completions that differ, those that failed, and the longest pause within each stream; at the end no
-engine may have anything left. Writes `losses.json`; exit code 1 if something was lost.
+engine may have anything left. A request that comes while both engines are down is refused before it begins (503), and
+sent again, as the official clients do: these are counted. Writes `losses.json`; exit code 1 if something was lost.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ PARAMETERS: list[dict[str, Any]] = [
 ]
 PAUSES = (0.3, 3.0)  # seconds between two kills, at random
 READY_SECONDS = 120.0
+RETRY_SECONDS = 0.25  # after a refusal
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Tally:
     completions: int = 0
     differ: int = 0
     failed: int = 0
+    refused: int = 0  # before they began, and sent again
     kills: int = 0
     pauses: list[float] = field(default_factory=list)  # seconds: the longest within each stream
 
@@ -76,13 +79,19 @@ def facts(response: Response) -> Facts:
     return response.choices, response.usage
 
 
-async def complete(server: Served, number: int, tokens: int) -> tuple[Facts | None, float]:
+async def complete(server: Served, number: int, tokens: int, tally: Tally) -> tuple[Facts | None, float]:
     """What a completion has, None where it failed, and its longest pause."""
-    try:
-        response = await server.ask(**body(number, tokens))
-    except RuntimeError as error:
-        print(f"  request {number}: {error}", flush=True)
-        return None, 0.0
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        try:
+            response = await server.ask(**body(number, tokens))
+            break
+        except RuntimeError as error:
+            if not str(error).startswith("status 503") or time.monotonic() > deadline:
+                print(f"  request {number}: {error}", flush=True)
+                return None, 0.0
+            tally.refused += 1
+            await asyncio.sleep(RETRY_SECONDS)
     times = [response.sent, *response.times]
     return facts(response), max(after - before for before, after in pairwise(times))
 
@@ -106,7 +115,9 @@ async def run(server: Served, chosen: argparse.Namespace) -> Tally:
     tally, draw = Tally(), random.Random(chosen.seed)
 
     async def all_of() -> list[tuple[Facts | None, float]]:
-        return await asyncio.gather(*(complete(server, number, chosen.tokens) for number in range(chosen.streams)))
+        return await asyncio.gather(
+            *(complete(server, number, chosen.tokens, tally) for number in range(chosen.streams))
+        )
 
     expected = [found for found, _ in await all_of()]
     if None in expected:
@@ -155,6 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "completions": tally.completions,
         "differ": tally.differ,
         "failed": tally.failed,
+        "refused": tally.refused,
         "left_running": left,
         "longest_pause_s": {
             "median": pauses[len(pauses) // 2],
@@ -163,7 +175,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         },
     }
     write_report(chosen.out / "losses.json", report)
-    print(json.dumps({name: report[name] for name in ("kills", "completions", "differ", "failed", "longest_pause_s")}))
+    print(
+        json.dumps(
+            {name: report[name] for name in ("kills", "completions", "differ", "failed", "refused", "longest_pause_s")}
+        )
+    )
     sys.exit(1 if tally.differ or tally.failed or left else 0)
 
 
