@@ -28,7 +28,7 @@ import uvloop
 from benchmarks import ROOT
 from benchmarks.report import report_head, results_folder, write_report
 from benchmarks.served import Served, served
-from benchmarks.stress.losses import complete
+from benchmarks.stress.losses import Tally, complete
 
 CONFORMANCE = ROOT / "tests" / "data" / "conformance"
 MODELS = (
@@ -77,14 +77,15 @@ async def load_again_and_again(server: Served, times: int) -> tuple[list[dict[st
 
 async def run(server: Served, chosen: argparse.Namespace) -> dict[str, Any]:
     numbers = range(chosen.streams)
-    expected = await asyncio.gather(*(complete(server, number, TOKENS) for number in numbers))
+    tally = Tally()
+    expected = await asyncio.gather(*(complete(server, number, TOKENS, tally) for number in numbers))
     done = asyncio.Event()
     completions = differ = 0
 
     async def steady() -> None:
         nonlocal completions, differ
         while not done.is_set():
-            found = await asyncio.gather(*(complete(server, number, TOKENS) for number in numbers))
+            found = await asyncio.gather(*(complete(server, number, TOKENS, tally) for number in numbers))
             completions += len(found)
             differ += sum(tokens != before for (tokens, _), (before, _) in zip(found, expected, strict=True))
 
@@ -92,6 +93,7 @@ async def run(server: Served, chosen: argparse.Namespace) -> dict[str, Any]:
     samples, seconds, wrong = await load_again_and_again(server, chosen.times)
     done.set()
     await beside
+    differ += tally.refused  # no engine was lost
     settled = samples[min(WARM_UP, len(samples) // 2) :]
     third = max(1, len(settled) // 3)
     growth = {
