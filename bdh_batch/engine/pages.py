@@ -82,6 +82,7 @@ class PagesAhead:
     def __init__(self, blocks: Tensor) -> None:
         assert blocks.is_contiguous()
         self._blocks = blocks  # holds the memory
+        self._address, self._bytes = blocks.data_ptr(), blocks.nbytes
         self._size = blocks[0].nbytes if len(blocks) else 1  # of the first one
         self._ahead = max(LEAST_AHEAD, min(MOST_AHEAD, AHEAD // self._size))
         self._used = 0  # blocks
@@ -104,13 +105,13 @@ class PagesAhead:
         return self._back(self._ahead if idle else 1)
 
     def _back(self, ahead: int) -> bool:
-        begin, end = self._backed, min(self._blocks.nbytes, (self._used + ahead) * self._size)
+        begin, end = self._backed, min(self._bytes, (self._used + ahead) * self._size)
         if begin >= end:
             return False
         self._backed = min(end, begin + HUGE)
-        if _advise(self._blocks.data_ptr() + begin, self._backed - begin, MADV_POPULATE_WRITE):
+        if _advise(self._address + begin, self._backed - begin, MADV_POPULATE_WRITE):
             return True
-        self._backed = self._blocks.nbytes  # the system cannot: it is not asked again
+        self._backed = self._bytes  # the system cannot: it is not asked again
         return False
 
 
