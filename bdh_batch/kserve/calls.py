@@ -74,6 +74,11 @@ class Call:
         except OVER:
             raise asyncio.CancelledError from None
 
+    def is_over(self) -> bool:
+        """Whether its deadline has come."""
+        remaining = self.context.time_remaining()
+        return remaining is not None and remaining <= SOONEST
+
     def timeout(self) -> float | None:
         """Seconds until its deadline, or as its metadata say. Raises InvalidRequest."""
         remaining = self.context.time_remaining()

@@ -12,7 +12,7 @@ from typing import Any
 
 from tritonclient.grpc import service_pb2
 
-from bdh_batch.errors import InvalidRequest, Unavailable
+from bdh_batch.errors import DeadlineExceeded, InvalidRequest, Unavailable
 from bdh_batch.http.errors import BodyTimeout, Unauthorized, WriteTimeout
 from bdh_batch.http.gate import Gate
 from bdh_batch.http.request.client import Client
@@ -69,7 +69,7 @@ class _Stream:
     async def run(self, messages: AsyncIterator[bytes], draining: asyncio.Event) -> None:
         """Reads requests, as many at a time as it may have, until the client ends its sending or it is drained.
 
-        Raises BodyTimeout: it has none for too long. Raises WriteTimeout.
+        Raises BodyTimeout: it has none for too long. Raises WriteTimeout, and DeadlineExceeded: its deadline has come.
         """
         try:
             async with asyncio.TaskGroup() as group:
@@ -91,7 +91,9 @@ class _Stream:
                     await self._infer(message, len(raw), await self._calls.admit(request))
         except WriteTimeout:
             raise
-        except Exception as error:  # noqa: BLE001 - it is reported to the client, and was logged
+        except Exception as error:
+            if isinstance(error, DeadlineExceeded) and self._call.is_over():
+                raise  # the call's own deadline is its status, whichever side sees it first
             await self._write(stream_error(self._calls.refusal(error), id))
         finally:
             self._slots.release()
