@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,7 @@ SHORTCUTS = {
     "dtype": "model.dtype",
 }
 
+FAILED, INTERRUPTED = 1, 130  # exit codes
 MODEL_PATHS = "model folder, .pt, .bin or .safetensors file, or a name that `model list` shows"
 RIGHTS = ("models", "operator", "weight", "requests_per_minute", "tokens_per_minute", "top_priority")
 PLANNED = {  # flags of `plan`, with their defaults
@@ -58,10 +60,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     options.arguments = [*(sys.argv[1:] if arguments is None else arguments)]
     try:
-        return int(options.run(options))
+        code = int(options.run(options))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except (ConfigError, CheckpointError, MemoryError) as error:
         warn(reason(error))
         return CANNOT_START
+    except OSError as error:  # of the output, most likely: what can go wrong elsewhere says where
+        return _unwritten(error)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+
+
+def _unwritten(error: OSError) -> int:
+    """The exit code of a command that cannot write; a reader who has left is no fault. Nothing is tried once more."""
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return 0
+    warn(reason(error))
+    return FAILED
 
 
 def _stand_on_firm_ground() -> None:
@@ -167,7 +186,7 @@ def _add_model_commands(commands: argparse._SubParsersAction[argparse.ArgumentPa
         "--norm", choices=["every_layer", "final"], help="where the file does not say it, as are these:"
     )
     common.add_argument("--rope-layout", choices=["interleaved", "half"], help="which neurons RoPE turns together")
-    common.add_argument("--rope-theta", type=float, metavar="BASE", help="RoPE's base")
+    common.add_argument("--rope-theta", type=_base, metavar="BASE", help="RoPE's base")
     common.add_argument("--rotary-dim", type=int, metavar="N", help="how many neurons of a head RoPE turns")
     inspect = actions.add_parser("inspect", parents=[common], help="config, sizes, and how many sequences fit")
     inspect.add_argument("--memory", metavar="SIZE", help='also count what fits so much, as in "8 GiB"')
@@ -222,6 +241,12 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or len(text) > 9 or not int(text):
         raise argparse.ArgumentTypeError(f"should be a positive integer, not {text!r}")
     return int(text)
+
+
+def _base(text: str) -> float:
+    if not 1 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"should be above 1, not {text!r}")
+    return float(text)
 
 
 def _overrides(options: argparse.Namespace) -> list[tuple[str, object]]:

@@ -66,7 +66,7 @@ class TestCommands:
         ("arguments", "said"),
         [
             (("add", "--name", "a"), "'a' already"),
-            (("add", "--name", ""), "name"),
+            (("add", "--name", " "), "name: Input should not be empty"),
             (("add", "--name", "b", "--weight", "0"), "weight"),
             (("add", "--name", "b", "--requests-per-minute", "x"), "requests_per_minute"),
             (("revoke", "b"), "no key 'b'"),

@@ -10,6 +10,7 @@ from openai import BaseModel, RequestOptions
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk, ChatCompletionMessageParam
 
+from bdh_batch.client.errors import ServerFailed
 from bdh_batch.client.parameters import ChatParameters, CompletionParameters, Prompt, StreamOptions
 from bdh_batch.client.responses import Metrics, Score, ServerInfo, Text, TokenizerInfo, Tokens
 
@@ -181,7 +182,8 @@ Model = TypeVar("Model", bound=BaseModel)
 
 def itself(kind: type[Model]) -> Callable[[Any], Model]:
     def read(response: Any) -> Model:
-        assert isinstance(response, kind)
+        if not isinstance(response, kind):  # some other server's, or a proxy's
+            raise ServerFailed(f"The response is no JSON object, but {response!r:.200}.")
         return response
 
     return read

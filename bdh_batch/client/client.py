@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
 from typing import Any, Concatenate, Self
+from urllib.parse import urlsplit
 
 from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
 
@@ -51,11 +52,14 @@ class BDHClient:
     Args:
         base_url: the server's, with or without `/v1`.
         options: of `openai.OpenAI`, such as `timeout` (seconds) and `max_retries`.
+
+    Raises:
+        ValueError: `base_url` is no server's, or `api_key` cannot be sent.
     """
 
     def __init__(self, base_url: str = DEFAULT_URL, api_key: str = "none", **options: Any) -> None:
         self._root = _root(base_url)
-        self.openai = OpenAI(base_url=f"{self._root}/v1", api_key=api_key, **options)
+        self.openai = OpenAI(base_url=f"{self._root}/v1", api_key=_sendable(api_key), **options)
         self.states = States(self, self.openai, self._root)
 
     complete = now(calls.complete)
@@ -124,7 +128,7 @@ class AsyncBDHClient:
 
     def __init__(self, base_url: str = DEFAULT_URL, api_key: str = "none", **options: Any) -> None:
         self._root = _root(base_url)
-        self.openai = AsyncOpenAI(base_url=f"{self._root}/v1", api_key=api_key, **options)
+        self.openai = AsyncOpenAI(base_url=f"{self._root}/v1", api_key=_sendable(api_key), **options)
         self.states = AsyncStates(self, self.openai, self._root)
 
     complete = awaited(calls.complete)
@@ -190,4 +194,19 @@ class AsyncBDHClient:
 
 
 def _root(base_url: str) -> str:
+    """Raises ValueError: it is no server's."""
+    try:
+        parts = urlsplit(base_url)
+        is_url = parts.scheme in ("http", "https") and bool((parts.hostname or "").encode("idna")) and parts.port != 0
+    except ValueError:
+        is_url = False
+    if not is_url or parts.query or parts.fragment or any(character <= " " for character in base_url):
+        raise ValueError(f"base_url: should be as in {DEFAULT_URL}, not {base_url!r:.200}")
     return base_url.rstrip("/").removesuffix("/v1").rstrip("/")
+
+
+def _sendable(api_key: str) -> str:
+    """Raises ValueError: no header can have it. The error does not show it."""
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise ValueError("api_key: has characters that are not visible ASCII")
+    return api_key

@@ -13,12 +13,19 @@ from bdh_batch.client.errors import ClientError
 from bdh_batch.client.states import State
 
 PAGE = 100
+CANNOT_START = 2  # the exit code
 
 
 def run(options: argparse.Namespace) -> int:
     """Runs the command that was given; returns its exit code."""
     try:
-        with BDHClient(options.base_url, options.api_key) as client:
+        opened = BDHClient(options.base_url, options.api_key)
+    except ValueError as error:
+        name, _, problem = str(error).partition(": ")
+        print(f"bdh-batch: --{name.replace('_', '-')}: {problem}", file=sys.stderr)
+        return CANNOT_START
+    try:
+        with opened as client:
             if options.action == "list":
                 for state in _all(client):
                     print(json.dumps(state.to_dict()) if options.json else _line(state))

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 
 from openai import APIConnectionError, APIError, APIStatusError
 
@@ -173,11 +174,15 @@ def meaning() -> Iterator[None]:
         yield
     except APIError as error:
         raise translated(error) from error
+    except (JSONDecodeError, UnicodeDecodeError) as error:
+        raise ServerFailed(f"The response is not valid JSON: {error}.") from error
+    except ValueError as error:  # NaN, or half of a surrogate pair
+        raise InvalidRequest(f"The request cannot be sent as JSON: {error}.") from error
 
 
 def translated(error: APIError) -> ClientError:
     if isinstance(error, APIConnectionError):
-        return Unreachable(error.message)
+        return Unreachable(f"{error.message.rstrip('.')}: {error.request.url} ({error.__cause__ or 'no response'})")
     status, request_id, retry_after = None, None, None
     if isinstance(error, APIStatusError):
         status, request_id = error.status_code, error.request_id

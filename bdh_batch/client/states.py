@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
+import secrets
 from collections.abc import AsyncIterator, Awaitable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -12,10 +14,11 @@ from typing import Any, BinaryIO
 from openai import APIResponse, AsyncAPIResponse, AsyncOpenAI, BaseModel, OpenAI, RequestOptions
 
 from bdh_batch.client.calls import Call, itself, nothing
-from bdh_batch.client.errors import meaning
+from bdh_batch.client.errors import InvalidRequest, meaning
 from bdh_batch.client.methods import AsyncSender, Result, Sender, awaited, now
 
 PATH = "/v1/states"
+ID = re.compile(r"\w+", re.ASCII)
 PIECE = 2**20  # bytes that are read or written at a time
 FILE = {"content-type": "application/octet-stream"}
 STREAMED = {"x-stainless-raw-response": "stream", "accept": "*/*"}  # has the official client leave a response unread
@@ -71,7 +74,7 @@ def save(
 
 def load(id: str) -> Call[State]:
     """The state of that id."""
-    return Call(f"{PATH}/{id}", State, itself(State))
+    return Call(_path(id), State, itself(State))
 
 
 def fork(id: str, *, metadata: Mapping[str, str] | None = None, ttl: float | None = None) -> Call[State]:
@@ -82,12 +85,12 @@ def fork(id: str, *, metadata: Mapping[str, str] | None = None, ttl: float | Non
 def list_states(*, limit: int = 20, after: str | None = None) -> Call[list[State]]:
     """A page of one's states, the newest first: those older than the one of the id `after`."""
     query = {"limit": str(limit)} | ({} if after is None else {"after": after})
-    return Call(PATH, Page, lambda page: list(page.data), options={"params": query})
+    return Call(PATH, Page, lambda page: list(itself(Page)(page).data), options={"params": query})
 
 
 def delete(id: str) -> Call[None]:
     """Deletes a state. Requests that have begun in it go on."""
-    return Call(f"{PATH}/{id}", object, nothing, method="delete")
+    return Call(_path(id), object, nothing, method="delete")
 
 
 class States:
@@ -109,7 +112,7 @@ class States:
 
     def download(self, id: str, path: str | os.PathLike[str]) -> None:
         """Writes a state to a safetensors file, whole or not at all. Raises OSError, too."""
-        url, options = f"{self._root}{PATH}/{id}/content", _options(STREAMED)
+        url, options = f"{self._root}{_path(id)}/content", _options(STREAMED)
         with meaning(), _written(Path(path)) as file:
             response: Any = self._openai.get(url, cast_to=APIResponse[bytes], options=options)
             with contextlib.closing(response):
@@ -150,7 +153,7 @@ class AsyncStates:
 
     async def download(self, id: str, path: str | os.PathLike[str]) -> None:
         """Writes a state to a safetensors file, whole or not at all. Raises OSError, too."""
-        url, options = f"{self._root}{PATH}/{id}/content", _options(STREAMED)
+        url, options = f"{self._root}{_path(id)}/content", _options(STREAMED)
         with meaning(), _written(Path(path)) as file:
             response: Any = await self._openai.get(url, cast_to=AsyncAPIResponse[bytes], options=options)
             async with contextlib.AsyncExitStack() as stack:
@@ -176,6 +179,13 @@ class AsyncStates:
             return await self._openai.post(url, cast_to=State, content=_pieces(file), options=options)
 
 
+def _path(id: str) -> str:
+    """The path of that state, and of nothing else. Raises InvalidRequest: no state has such an id."""
+    if ID.fullmatch(id) is None:
+        raise InvalidRequest(f"id: {id!r:.200} is not the id of a state.", param="id")
+    return f"{PATH}/{id}"
+
+
 def _options(headers: Mapping[str, str], query: Mapping[str, object] | None = None) -> RequestOptions:
     """Nothing is sent twice: a file would be at its end."""
     return {"headers": {**headers}, "params": query or {}, "max_retries": 0}
@@ -193,7 +203,7 @@ async def _pieces(file: BinaryIO) -> AsyncIterator[bytes]:
 @contextlib.contextmanager
 def _written(path: Path) -> Iterator[BinaryIO]:
     """A file that has its name once it is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         with partial.open("wb") as file:
             yield file

@@ -261,7 +261,7 @@ def _nothing_at(request: Request) -> str:
     plain = REPEATED_SLASHES.sub("/", path).rstrip("/")
     for meant in (f"/v1{path}", path.removeprefix("/v1"), plain, f"/v1{plain}", plain.removeprefix("/v1")):
         scope = {**request.scope, "path": meant}
-        if meant != "/" and any(route.matches(scope)[0] != Match.NONE for route in request.app.routes):
+        if meant not in ("/", path) and any(route.matches(scope)[0] != Match.NONE for route in request.app.routes):
             return f"The path {shown} does not exist. Did you mean {meant}?"
     known = [route.path.replace(":path}", "}") for route in request.app.routes if isinstance(route, Route)]
     near = dict.fromkeys((*get_close_matches(path[:LONGEST_PATH], known, 3, SIMILAR), *MAIN_PATHS))

@@ -337,6 +337,22 @@ class TestErrors:
                 with pytest.raises(errors.Unreachable):
                     await other.wait_until_ready(0.3)
 
+    def test_of_what_cannot_be_sent_name_the_request(self) -> None:
+        with BDHClient("http://127.0.0.1:1") as client:
+            for prompt, temperature in (("half \ud800", 1.0), ("a", float("nan"))):
+                with pytest.raises(errors.InvalidRequest, match="cannot be sent as JSON"):
+                    client.complete(prompt, temperature=temperature)
+            for url, key in (("foo", "none"), ("http://a?b", "none"), ("http://[", "none"), (client._root, "a\nb")):
+                with pytest.raises(ValueError, match="^(base_url|api_key): "):
+                    BDHClient(url, key)
+
+    def test_of_another_server_say_what_came(self) -> None:
+        page = httpx2.MockTransport(lambda _: httpx2.Response(200, text="<html>"))
+        with BDHClient(http_client=httpx2.Client(transport=page)) as client:
+            for call in (client.server_info, client.states.list, lambda: client.complete("a")):
+                with pytest.raises(errors.ServerFailed, match="<html>"):
+                    call()
+
     @pytest.mark.parametrize(("status", "kind"), errors.BY_STATUS.items())
     def test_of_a_proxy_go_by_its_status(self, status: int, kind: type[ClientError]) -> None:
         response = httpx2.Response(status, text="<html>", headers={"retry-after": "3"}, request=REQUEST)

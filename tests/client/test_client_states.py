@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from safetensors import safe_open
 
+from bdh_batch.cli import main
 from bdh_batch.client import AsyncBDHClient, BDHClient, InvalidRequest, NotFound, State
 
 if TYPE_CHECKING:
@@ -92,3 +93,30 @@ def test_the_commands_carry_states_from_server_to_server(
     failed = cli("state", "export", "st_0", file, *server)
     assert (failed.returncode, failed.stderr.count("\n")) == (1, 1)
     assert "not found" in failed.stderr
+
+
+def test_what_is_no_id_names_nothing_else(client: BDHClient, tmp_path: Path) -> None:
+    state = client.states.save(TEXT)
+    for id in (f"../states/{state.id}", f"{state.id}/content", f"{state.id}?", f"{state.id}#", "", "..", "\n"):
+        for ask in (client.states.load, client.states.delete, lambda id: client.states.download(id, tmp_path / "a")):
+            with pytest.raises(InvalidRequest, match="^id: .* is not the id of a state"):
+                ask(id)
+    assert client.states.load(state.id) == state
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "problem"),
+    [
+        ("--base-url", "foo", "--base-url: should be as in http://127.0.0.1:8000, not 'foo'"),
+        ("--base-url", "http://[", "--base-url: should be as in"),
+        ("--base-url", "http://127.0.0.1:99999", "--base-url: should be as in"),
+        ("--api-key", "kéy", "--api-key: has characters that are not visible ASCII"),
+        ("--base-url", "http://127.0.0.1:1", "http://127.0.0.1:1/v1/states?limit=100"),
+    ],
+)
+def test_the_commands_say_in_a_line_what_is_wrong(
+    flag: str, value: str, problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["state", "list", flag, value]) in (1, 2)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and problem in said

@@ -268,7 +268,9 @@ class KeyRing:
 
 
 def new_key(sha256: str, name: str, rights: Mapping[str, object]) -> Key:
-    """A record for `KeyFile.add`. Raises ConfigError: a right that cannot be."""
+    """A record for `KeyFile.add`. Raises ConfigError: no name, or a right that cannot be."""
+    if not name.strip():
+        raise ConfigError("name: Input should not be empty")
     values = {"sha256": sha256, "name": name, "created": datetime.now(UTC).replace(microsecond=0), **rights}
     try:
         return Key.model_validate(values)
