@@ -157,3 +157,10 @@ def test_the_program_itself_ends_so(cli: Cli) -> None:
 )
 def test_sizes_are_said_as_people_say_them(size: int, text: str) -> None:
     assert size_text(size) == text
+
+
+@pytest.mark.parametrize("theta", ["nan", "inf", "1", "-5"])
+def test_a_base_of_rope_is_above_one(capsys: pytest.CaptureFixture[str], theta: str) -> None:
+    with pytest.raises(SystemExit):
+        command_line.main(["model", "inspect", str(BUNDLED), "--rope-theta", theta])
+    assert "--rope-theta: should be above 1" in capsys.readouterr().err

@@ -26,7 +26,7 @@ from bdh_batch.llm.outputs import (
 from bdh_batch.llm.params import SamplingParams, spread
 from bdh_batch.llm.progress import UseTqdm, progress
 from bdh_batch.llm.prompts import Pair, Plain, conversations, is_one, listed, pairs, plain
-from bdh_batch.llm.requests import Ask, Ended, Requests, Stream, closed
+from bdh_batch.llm.requests import Ask, Ended, Requests, Stream, closed, encoded
 from bdh_batch.llm.states import File, States, id_of
 from bdh_batch.llm.window import Job, window_for
 from bdh_batch.messages import Text
@@ -305,6 +305,7 @@ class AsyncLLM:
         """The tokens of a text. Raises InvalidRequest: there is no tokenizer, or it is no text."""
         if not isinstance(text, str):
             raise InvalidRequest("text: Input should be a text.", "text")
+        encoded({"text": text})  # refuses half of a surrogate pair, as every other prompt does
         backend = (await self._ready()).host.served.backend
         return [*await backend.tokenize(Text(text, add_special_tokens), "text")]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -87,6 +88,8 @@ def encoded(values: Mapping[str, Any]) -> bytes:
     """The members of a JSON object. Raises InvalidRequest, naming the field that JSON has no way to say."""
     members = []
     for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InvalidRequest(f"{name}: Input should be a finite number.", name)
         try:
             members.append(b'"%b":%b' % (name.encode(), orjson.dumps(value, option=OPTIONS)))
         except (TypeError, ValueError) as error:

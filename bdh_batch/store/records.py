@@ -128,6 +128,11 @@ class Store:
         self.failures["damaged"] += 1
         log.warning("the record %s is damaged, and left out: %s", id, problem)
 
+    def not_saved(self, reason: str) -> None:
+        """Counts a state that its engine has not written."""
+        self.failures["save"] += 1
+        log.warning("the store failed (save): %s", reason)
+
     def new_state(self) -> NewState:
         """Returns an id for a state, and where its file is to be written."""
         id = uuid.uuid4().hex

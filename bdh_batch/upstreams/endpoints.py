@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from bdh_batch.upstreams.config import Upstream
+from bdh_batch.upstreams.errors import described
 from bdh_batch.upstreams.protocol import Connector, EndpointFacts, Fault
 
 log = logging.getLogger(__name__)
@@ -141,7 +142,7 @@ class Endpoints:
             async with asyncio.timeout(2 * limit):
                 facts = await self._connector.probe(endpoint.address)
         except (Fault, TimeoutError) as error:
-            why = error.args if isinstance(error, Fault) else f"no reply within {2 * limit:g} s"
+            why = described(error) if isinstance(error, Fault) else f"no reply within {2 * limit:g} s"
             if endpoint.up:
                 log.warning("upstream %s: %s is down: %s", self._upstream.id, endpoint.address, why)
             endpoint.up = False

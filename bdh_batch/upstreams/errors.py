@@ -29,16 +29,21 @@ TEXTS = {
 
 def error_of(upstream: Upstream, fault: Fault, retry_after: int) -> BDHError:
     """Returns the error that a client gets for the fault that its request ended with."""
-    text = f"The upstream {upstream.id!r} {TEXTS[fault.kind]}"
+    text = f"The upstream {upstream.id!r} {described(fault)}"
     if fault.kind is FaultKind.NOT_FOUND:
-        return UpstreamLacksModel(f"{text} {upstream.target}.", f"upstream_{fault.kind}")
-    text += f": {brief(fault.message)}" if fault.message else "."
+        text = f"The upstream {upstream.id!r} {TEXTS[fault.kind]} {upstream.target}."
+        return UpstreamLacksModel(text, f"upstream_{fault.kind}")
     if fault.kind is FaultKind.REFUSED:
         return InvalidRequest(text, fault.param, "upstream_refused")
     if fault.kind is FaultKind.BUSY:
         return Unavailable(text, retry_after)
     kind = UpstreamTimeout if fault.kind in TIMEOUTS else UpstreamFailed
     return kind(text, f"upstream_{fault.kind}")
+
+
+def described(fault: Fault) -> str:
+    """Returns what an endpoint did, as in "failed: status 500"."""
+    return TEXTS[fault.kind] + (f": {brief(fault.message)}" if fault.message else ".")
 
 
 def none_able(upstream: str, retry_after: int) -> Unavailable:

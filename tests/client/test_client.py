@@ -343,7 +343,7 @@ class TestErrors:
                 with pytest.raises(errors.InvalidRequest, match="cannot be sent as JSON"):
                     client.complete(prompt, temperature=temperature)
             for url, key in (("foo", "none"), ("http://a?b", "none"), ("http://[", "none"), (client._root, "a\nb")):
-                with pytest.raises(ValueError, match="^(base_url|api_key): "):
+                with pytest.raises(ValueError, match=r"^(base_url|api_key): "):
                     BDHClient(url, key)
 
     def test_of_another_server_say_what_came(self) -> None:

@@ -99,7 +99,7 @@ def test_what_is_no_id_names_nothing_else(client: BDHClient, tmp_path: Path) -> 
     state = client.states.save(TEXT)
     for id in (f"../states/{state.id}", f"{state.id}/content", f"{state.id}?", f"{state.id}#", "", "..", "\n"):
         for ask in (client.states.load, client.states.delete, lambda id: client.states.download(id, tmp_path / "a")):
-            with pytest.raises(InvalidRequest, match="^id: .* is not the id of a state"):
+            with pytest.raises(InvalidRequest, match=r"^id: .* is not the id of a state"):
                 ask(id)
     assert client.states.load(state.id) == state
 
@@ -119,4 +119,5 @@ def test_the_commands_say_in_a_line_what_is_wrong(
 ) -> None:
     assert main(["state", "list", flag, value]) in (1, 2)
     said = capsys.readouterr().err
-    assert said.count("\n") == 1 and problem in said
+    assert said.count("\n") == 1
+    assert problem in said

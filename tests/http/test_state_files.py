@@ -328,6 +328,7 @@ def test_a_full_disk_harms_no_response(serve: ServeFactory, tmp_path: Path) -> N
         error = server.error(server.http.post(PATH, json={"prompt": MORE}), 503)
         assert "could not be saved" in error["message"]
         assert refused(server, file) == (500, "store_failed")
+        assert server.metrics()["bdh_store_failures_total{call=save}"] == 1
         full(1)
         response = server.http.post("/v1/responses", json={"input": "a", "max_output_tokens": 3}).json()
         assert (response["status"], response["store"]) == ("incomplete", False)
@@ -336,6 +337,11 @@ def test_a_full_disk_harms_no_response(serve: ServeFactory, tmp_path: Path) -> N
         full(resource.RLIM_INFINITY)
         assert upload(server, file).status_code == 200
         assert len(list((tmp_path / "states").iterdir())) == 2
+        (tmp_path / "work").rename(tmp_path / "away")
+        response = server.http.post("/v1/responses", json={"input": "a", "max_output_tokens": 3}).json()
+        assert (response["status"], response["store"]) == ("incomplete", True), "its tokens make its state again"
+        server.until(lambda metrics: metrics["bdh_store_failures_total{call=save}"] == 2)
+        (tmp_path / "away").rename(tmp_path / "work")
 
 
 def test_a_folder_that_cannot_be_used_any_more_harms_no_response(serve: ServeFactory, tmp_path: Path) -> None:

@@ -269,9 +269,11 @@ BAD: dict[str, tuple[Callable[[Any], Any], str]] = {
     "nothing to save": (lambda llm: llm.save_state(""), "of"),
     "metadata": (lambda llm: llm.save_state("a", metadata={"a": 1}), "metadata.a"),
     "a ttl": (lambda llm: llm.save_state("a", ttl=-1), "ttl"),
+    "a ttl that is no number": (lambda llm: llm.save_state("a", ttl=float("nan")), "ttl"),
     "a long ttl": (lambda llm: llm.save_state("a", ttl=1e9), "ttl"),
     "a file": (lambda llm: llm.import_state(__file__), "path"),
     "no text": (lambda llm: llm.tokenize(5), "text"),
+    "half a character to tokenize": (lambda llm: llm.tokenize("\ud800"), "text"),
     "no tokens": (lambda llm: llm.detokenize("a"), "tokens"),
     "a token too large": (lambda llm: llm.detokenize([256]), "tokens"),
 }

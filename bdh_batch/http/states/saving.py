@@ -128,6 +128,7 @@ class Saving:
             [end] = await collect(await self.serving.start(self.client, self.model, request), self.client)
             if end.saved is None:
                 reason = (end.save_error or "its engine says nothing of it").rstrip(".")
+                records.not_saved(reason)
                 raise Unavailable(f"The state could not be saved: {reason}.", RETRY_SECONDS)
             return new, await self.serving.aside(self.client).run(sys.maxsize, header.read, new.path)
         except BaseException:

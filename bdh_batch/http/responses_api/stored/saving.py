@@ -31,6 +31,7 @@ class Saving:
         self._new = new
         self._store = store
         self._saved: SavedState | None = None
+        self._problem = "its engine says nothing of it"  # where it is not written
         self._ended = False  # well
         self._kept = self._dropped = False
         self._decision: asyncio.TimerHandle | None = None
@@ -79,15 +80,18 @@ class Saving:
             asyncio.get_running_loop().call_later(SAVE_SECONDS, self.discard)
 
     async def saved(self) -> SavedState | None:
-        """What was written, once it is; None where it could not be, which the engine counts. Ends the generation."""
+        """What was written, once it is; None where it could not be, which is counted. Ends the generation."""
         try:
             async with asyncio.timeout(SAVE_SECONDS):
                 async for deltas in self._deltas:
                     self._look(deltas)
         except TimeoutError:  # it may come yet
+            self._problem = f"it takes longer than {SAVE_SECONDS:g} s"
             asyncio.get_running_loop().call_later(SAVE_SECONDS, self.discard)
         finally:
             self._generation.abort()
+        if self._saved is None:
+            self._store.not_saved(self._problem)
         return self._saved
 
     async def adopt(self, record: Record) -> None:
@@ -104,3 +108,4 @@ class Saving:
         for _, delta in deltas:
             self._ended = self._ended or delta.finish_reason in COMPLETE
             self._saved = delta.saved or self._saved
+            self._problem = delta.save_error or self._problem
