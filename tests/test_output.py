@@ -9,7 +9,8 @@ import sys
 
 import pytest
 
-from bdh_batch import cli
+from bdh_batch import settings
+from bdh_batch.cli import main
 
 COMMAND = [sys.executable, "-m", "bdh_batch", "config", "default"]
 
@@ -30,5 +31,5 @@ def test_output_that_cannot_be_written_is_told_in_a_line() -> None:
 
 
 def test_an_interrupted_command_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli.settings, "default_yaml", lambda: signal.raise_signal(signal.SIGINT))
-    assert cli.main(["config", "default"]) == 128 + signal.SIGINT
+    monkeypatch.setattr(settings, "default_yaml", lambda: signal.raise_signal(signal.SIGINT))
+    assert main(["config", "default"]) == 128 + signal.SIGINT

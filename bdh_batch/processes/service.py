@@ -183,7 +183,7 @@ class Service:
 
 
 async def run_until_signal(service: Service) -> None:
-    """Runs `service` until SIGTERM or SIGINT; a second signal does not wait for the drain."""
+    """Runs `service` until SIGTERM or SIGINT; a second one does not wait for the drain. SIGHUP begins it, too."""
     loop = asyncio.get_running_loop()
     running = asyncio.ensure_future(service.run())
 
@@ -194,5 +194,7 @@ async def run_until_signal(service: Service) -> None:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # `nohup` has it ignored
+        loop.add_signal_handler(signal.SIGHUP, service.stop)
     with contextlib.suppress(asyncio.CancelledError):
         await running
