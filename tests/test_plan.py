@@ -17,7 +17,7 @@ from bdh_batch.backends.wire import Gain, Gains, Start, frame
 from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.cli import PLANNED, main
 from bdh_batch.errors import ConfigError
-from bdh_batch.messages import GenerationRequest, Origin, Prompt
+from bdh_batch.messages import Delta, GenerationRequest, Origin, Prompt
 from bdh_batch.plan.costs import Load, costs_of
 from bdh_batch.plan.fleet import (
     FRAMES,
@@ -184,7 +184,7 @@ def test_a_very_large_fleet_is_sized_at_once() -> None:
 
 
 def test_messages_between_ingress_and_engine_are_as_large_as_planned() -> None:
-    assert len(frame(Gains([Gain(stream=1234, index=0, text=" t", tokens=[117])]))) == RETURNED_BYTES
+    assert len(frame(Gains([Gain(1234, 0, 0, Delta(" t", [117]))]))) == RETURNED_BYTES
     sizes = [
         len(frame(Start.of(1, GenerationRequest(Origin("id"), [Prompt([7] * length)], 8), [])))
         for length in (300, 1300)

@@ -30,11 +30,11 @@ from bdh_batch.backends.wire import (
     Unpacker,
     Welcome,
     frame,
-    packed_error,
 )
 from bdh_batch.engine.worker import Load
 from bdh_batch.errors import BDHError, GenerationFailed
 from bdh_batch.messages import Delta, Gathering, Grammar, GrammarText
+from bdh_batch.scheduler.sequence import Sequence
 
 log = logging.getLogger(__name__)
 
@@ -128,19 +128,22 @@ class Stream:
         }
         self._open = 0
         self._submission: Submission | None = None
+        self._unreported: dict[int, Sequence] = {}  # those of which nothing was sent yet
 
     def began(self, submission: Submission) -> None:
         self._submission = submission
+        self._unreported = {sequence.client.index: sequence for sequence in submission.sequences}
         self._open = len(submission.sequences) + sum(each.save_to is not None for each in submission.sequences)
 
     def put(self, index: int, delta: Delta) -> None:
-        assert self._submission is not None
         if index in self._ahead:
             self._drop_received(self._ahead[index], delta)
-        self._connection.gained(self._number, index, delta, self._submission.cached_of(index))
-        self._open -= delta.ends
-        if not self._open:
-            self._connection.drop(self._number)
+        cached = self._unreported.pop(index).prefix.cached if index in self._unreported else 0
+        self._connection.gained(self._number, index, cached, delta)
+        if ends := delta.ends:
+            self._open -= ends
+            if not self._open:
+                self._connection.drop(self._number)
 
     def abandon(self) -> None:
         if self._submission is not None:
@@ -199,7 +202,7 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._slow = False
         merged, self._merged = self._merged, {}
-        self._gains += [Gain.of(*key, gathering.whole(), cached) for key, (gathering, cached) in merged.items()]
+        self._gains += [Gain(*key, cached, gathering.whole()) for key, (gathering, cached) in merged.items()]
         self._flush()
 
     def data_received(self, data: bytes) -> None:
@@ -225,19 +228,15 @@ class Connection(asyncio.Protocol):
         """Closes the connection at once, without sending what is buffered."""
         self._transport.abort()
 
-    def gained(self, stream: int, index: int, delta: Delta, cached: int) -> None:
-        """Sends a delta together with the others of its step, or merges it where the front end is slow.
-
-        Args:
-            cached: tokens of the prompt that were taken from a cached prefix.
-        """
+    def gained(self, stream: int, index: int, cached: int, delta: Delta) -> None:
+        """Sends a `Gain` together with the others of its step, or merges it where the front end is slow."""
         if self._slow:
             gathering, _ = self._merged.setdefault((stream, index), (Gathering(), cached))
             gathering.add(delta)
             return
         if not self._gains:
             self._loop.call_soon(self._flush)
-        self._gains.append(Gain.of(stream, index, delta, cached))
+        self._gains.append(Gain(stream, index, cached, delta))
 
     def _flush(self) -> None:
         gains, self._gains = self._gains, []
@@ -305,4 +304,4 @@ class Connection(asyncio.Protocol):
 
     def _ended(self, stream: int, error: BDHError) -> None:
         if self.drop(stream) is not None:
-            self.send(Started(stream, packed_error(error)))
+            self.send(Started(stream, error))

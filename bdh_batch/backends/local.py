@@ -74,16 +74,11 @@ class Submission:
 
     def __init__(self, sequences: Many[Sequence], engine: Engine) -> None:
         self._sequences = sequences
-        self._by_index = {sequence.client.index: sequence for sequence in sequences}
         self._engine = engine
 
     @property
     def sequences(self) -> Many[Sequence]:
         return self._sequences
-
-    def cached_of(self, index: int) -> int:
-        """How many tokens of that sequence's prompt were taken from a cached prefix."""
-        return self._by_index[index].prefix.cached
 
     @property
     def cached_tokens(self) -> Many[int]:

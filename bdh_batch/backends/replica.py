@@ -26,7 +26,6 @@ from bdh_batch.backends.wire import (
     Unpacker,
     Welcome,
     frame,
-    unpacked_error,
 )
 from bdh_batch.errors import BDHError
 
@@ -173,7 +172,7 @@ class Replica:
                 if error is not None:
                     self.readers.pop(stream, None)
                 if reader is not None:
-                    reader.started(self, None if error is None else unpacked_error(error))
+                    reader.started(self, error)
             case Heartbeat():
                 self._on_heartbeat(message)
             case Refusal(reason):

@@ -45,13 +45,13 @@ class SequenceRecord:
         self.resumable = 0  # tokens that another engine gets
         self.since = [0, 0]  # characters and logprobs that were received after those
 
-    def take(self, gain: Gain) -> None:
-        """Adds a delta from an engine."""
-        self.tokens += gain.tokens
-        self.cached = max(self.cached, gain.cached_tokens)
-        self.ended = gain.finish_reason is not None
-        self.since[0] += len(gain.text)
-        self.since[1] += len(gain.logprobs or ())
+    def take(self, delta: Delta, cached: int) -> None:
+        """Adds a delta from an engine, and how many tokens of the prompt that has taken from a cached prefix."""
+        self.tokens += delta.tokens
+        self.cached = max(self.cached, cached)
+        self.ended = delta.finish_reason is not None
+        self.since[0] += len(delta.text)
+        self.since[1] += len(delta.logprobs or ())
         if not self.has_logprobs or self.resumable + self.since[1] == len(self.tokens):
             self.resumable, self.since = len(self.tokens), [0, 0]
 
@@ -123,20 +123,18 @@ class RemoteStream:
             self.fail(error)
 
     def gained(self, gain: Gain) -> None:
-        record = self.records[gain.index]
+        record, delta = self.records[gain.index], gain.delta
         if record.ended:
             self._take_saved(gain)
             return
-        delta = gain.delta
         if isinstance(delta.error, Unavailable):  # the engine has gone down, though its process has not
             self._leave()
             self._dispatcher.refused(self)
             return
         if record.tokens:
-            gain.prompt_logprobs = None  # they came with the first token
-        if gain.tokens or gain.text or gain.finish_reason or gain.logprobs or gain.prompt_logprobs:
-            record.take(gain)
-            delta.prompt_logprobs = gain.prompt_logprobs
+            delta.prompt_logprobs = None  # they came with the first token
+        if delta.tokens or delta.text or delta.finish_reason or delta.logprobs or delta.prompt_logprobs:
+            record.take(delta, gain.cached_tokens)
             self._mailbox.put(gain.index, delta)
             self._silent.discard(gain.index)
         if not (self.has_token or self._silent):
@@ -167,14 +165,14 @@ class RemoteStream:
         for index, record in enumerate(self.records):
             if not record.ended:
                 record.ended = True
-                self._mailbox.put(index, replace(last))
+                self._mailbox.put(index, last.replaced())
         self._give_up_saving("The response is not complete.")
 
     def _take_saved(self, gain: Gain) -> None:
         """What became of the state of the first sequence, which has ended."""
-        if self._saving and (gain.saved or gain.save_error):
+        if self._saving and gain.delta.ends:
             self._saving = False
-            self._mailbox.put(gain.index, Delta(saved=gain.saved, save_error=gain.save_error))
+            self._mailbox.put(gain.index, gain.delta)
             if self.ended:
                 self.abandon()
 

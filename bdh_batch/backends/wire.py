@@ -17,21 +17,9 @@ import msgspec
 
 from bdh_batch import errors
 from bdh_batch.errors import BDHError, InvalidRequest, RetryLater
-from bdh_batch.messages import (
-    Delta,
-    FinishReason,
-    GenerationRequest,
-    Grammar,
-    GrammarText,
-    LogitBias,
-    Neurons,
-    Progress,
-    SavedState,
-    StateLayout,
-    TokenLogprob,
-)
+from bdh_batch.messages import Delta, GenerationRequest, Grammar, GrammarText, LogitBias, Progress, StateLayout
 
-PROTOCOL = 6  # grows whenever a message changes
+PROTOCOL = 7  # grows whenever a message changes
 LENGTH = struct.Struct("<I")
 MOST_BYTES = 2**28  # of a frame; a request may have a prompt of many tokens, a delta the logprobs of one
 MOST_GREETING = 2**14  # bytes of the first frame, before the sender is authenticated
@@ -108,7 +96,7 @@ class Started(msgspec.Struct, tag=True):
     """Says that a request was started, or, with `error`, why it was not."""
 
     stream: int
-    error: list[Any] | None = None
+    error: BDHError | None = None
 
 
 class Abort(msgspec.Struct, tag=True):
@@ -118,61 +106,13 @@ class Abort(msgspec.Struct, tag=True):
 
 
 class Gain(msgspec.Struct, array_like=True):
-    """A delta of one sequence of a stream."""
+    """A delta of one sequence of a stream. The first one has how many tokens of its prompt were taken from a cached
+    prefix."""
 
     stream: int
     index: int
-    text: str
-    tokens: list[int]
-    finish_reason: str | None = None
-    cached_tokens: int = 0
-    logprob: float = 0.0
-    logprobs: list[tuple[int, TokenLogprob]] | None = None
-    prompt_logprobs: list[TokenLogprob] | None = None
-    pooled: list[float] | None = None
-    error: list[Any] | None = None
-    stop: str | None = None
-    saved: SavedState | None = None
-    save_error: str | None = None
-    neurons: list[Neurons] | None = None
-
-    @classmethod
-    def of(cls, stream: int, index: int, delta: Delta, cached_tokens: int) -> Gain:
-        reason, error = delta.finish_reason, delta.error
-        return cls(
-            stream,
-            index,
-            delta.text,
-            delta.tokens,
-            None if reason is None else reason.value,
-            cached_tokens,
-            delta.logprob,
-            delta.logprobs,
-            None if delta.prompt_logprobs is None else list(delta.prompt_logprobs),
-            None if delta.pooled is None else list(delta.pooled),
-            None if error is None else packed_error(error),
-            delta.stop,
-            delta.saved,
-            delta.save_error,
-            delta.neurons,
-        )
-
-    @property
-    def delta(self) -> Delta:
-        return Delta(
-            self.text,
-            self.tokens,
-            None if self.finish_reason is None else FinishReason(self.finish_reason),
-            None if self.error is None else unpacked_error(self.error),
-            self.logprobs,
-            self.logprob,
-            self.prompt_logprobs,
-            self.pooled,
-            stop=self.stop,
-            saved=self.saved,
-            save_error=self.save_error,
-            neurons=self.neurons,
-        )
+    cached_tokens: int
+    delta: Delta
 
 
 class Gains(msgspec.Struct, tag=True):
@@ -223,6 +163,8 @@ def unpacked_error(packed: Sequence[Any]) -> BDHError:
 def _encoded(value: Any) -> Any:
     if isinstance(value, LogitBias):
         return [value.tokens.tobytes(), value.amounts.tobytes()]
+    if isinstance(value, BDHError):
+        return packed_error(value)
     if isinstance(value, Sequence):
         return list(value)
     raise TypeError(f"{type(value).__name__} does not cross between processes")
@@ -236,6 +178,8 @@ def _decoded(kind: type, value: Any) -> Any:
         return bias
     if kind is Grammar:
         return msgspec.convert(value, GrammarText)
+    if kind is BDHError:
+        return unpacked_error(value)
     raise TypeError(f"{kind.__name__} does not cross between processes")
 
 

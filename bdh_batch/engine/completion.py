@@ -38,7 +38,7 @@ class TextSink(Protocol):
     @property
     def unfinished(self) -> bool: ...
 
-    def push(self, token: int) -> str: ...
+    def push(self, token: int, /) -> str: ...
 
     def flush(self) -> str: ...
 
@@ -110,7 +110,7 @@ class Completion:
             return self.add(outcome.pooled[row], complete=segment.start + len(segment.tokens) == len(self.prompt))
         if segment.sampling is None:
             return None
-        return self.accept(outcome.drawn[row], outcome.logprobs.get(row))
+        return self.accept(outcome.drawn[row], None if self._alignment is None else outcome.logprobs.get(row))
 
     def restart(self) -> None:
         """Prepares for a lost state: prompt and generated tokens are computed again, with the same results."""
@@ -147,14 +147,9 @@ class Completion:
 
     def accept(self, token: int | None, logprob: TokenLogprob | None = None) -> Delta:
         """Takes the token that a step drew, and its logprobs; None says that its logits were not finite."""
-        first = not self._length
-        if token is None or (first and not all(isfinite(each.logprob) for each in self._prompt_logprobs)):
+        if token is None:
             return _failed(NotFinite())
-        # Where only the prompt was of interest, what was drawn after it is not returned.
-        delta = self._grow(token, logprob) if self.max_tokens else Delta(finish_reason=FinishReason.LENGTH)
-        if first and self.prompt_logprobs is not None:
-            delta.prompt_logprobs = self._prompt_logprobs
-        return delta
+        return self._grow(token, logprob) if self._length else self._begin(token, logprob)
 
     @property
     def _has_prompt_logprobs(self) -> bool:
@@ -165,6 +160,15 @@ class Completion:
         """Tokens of the prompt, its latent steps left out."""
         return len(self.prompt) - self.latent_steps
 
+    def _begin(self, token: int, logprob: TokenLogprob | None) -> Delta:
+        if not all(isfinite(each.logprob) for each in self._prompt_logprobs):
+            return _failed(NotFinite())
+        # Where only the prompt was of interest, what was drawn after it is not returned.
+        delta = self._grow(token, logprob) if self.max_tokens else Delta(finish_reason=FinishReason.LENGTH)
+        if self.prompt_logprobs is not None:
+            delta.prompt_logprobs = self._prompt_logprobs
+        return delta
+
     def _grow(self, token: int, logprob: TokenLogprob | None) -> Delta:
         if self.constraint is not None and (end := self._constrain(self.constraint, token, logprob)) is not None:
             return end
@@ -172,13 +176,20 @@ class Completion:
         if self.processors is not None:
             self.processors.count(token)
         # Structured output may leave no other token that ends it before `min_tokens`.
-        at_stop = self._length > self.min_tokens and token in self.stop_token_ids
+        at_stop = token in self.stop_token_ids and self._length > self.min_tokens
+        complete = at_stop or (self.constraint is not None and self.constraint.complete)
+        reason, out = None, self.text
         try:
-            text, reason = self._say(token, at_stop)
+            text = "" if at_stop and not self.show_stop_token else out.push(token)
+            if complete or self._length >= self.max_tokens:
+                reason = FinishReason.STOP if complete else FinishReason.LENGTH
+                text += out.flush()
+            if out.stopped:
+                reason = FinishReason.STOP
         except Exception:  # one request's text must not end the worker, and with it all others
             log.exception("decoding failed in request %s", self.id, extra={"fields": {"request_id": self.id}})
             return _failed(GenerationFailed("The completion's tokens could not be decoded."))
-        delta = Delta(text, [token], reason, stop=self.text.found)
+        delta = Delta(text, [token], reason, stop=out.found)
         if logprob is not None:
             delta.logprob = logprob.logprob
             delta.logprobs = self._shown(logprob, text, reason, hidden=at_stop and not self.show_stop_token)
@@ -204,16 +215,6 @@ class Completion:
         if reason is None:
             return self._alignment.push(logprob, text, self.text.held, self.text.unfinished)
         return self._alignment.end(logprob, text, cut=self.text.stopped, hidden=hidden)
-
-    def _say(self, token: int, at_stop: bool) -> tuple[str, FinishReason | None]:
-        """The text that `token` makes certain, and why it is the last, if it is."""
-        complete = at_stop or (self.constraint is not None and self.constraint.complete)
-        text = "" if at_stop and not self.show_stop_token else self.text.push(token)
-        reason = None
-        if complete or self._length >= self.max_tokens:
-            reason = FinishReason.STOP if complete else FinishReason.LENGTH
-            text += self.text.flush()
-        return text, FinishReason.STOP if self.text.stopped else reason
 
 
 def _failed(error: BDHError) -> Delta:

@@ -108,26 +108,29 @@ class Runner:
         Returns:
             A token or None for each segment; and logprobs by the segment's index, where they are asked for.
         """
-        indices = [index for index, segment in enumerate(segments) if segment.sampling is not None]
+        params = [segment.sampling for segment in segments if segment.sampling is not None]
+        if len(params) == len(hidden):  # each is a token that decodes
+            return self._choose(self._kernels.logits(hidden), segments, params)
         drawn: list[int | None] = [None] * len(segments)
-        if not indices:
+        if not params:
             return drawn, {}
-        drawing = segments if len(indices) == len(segments) else [segments[index] for index in indices]
-        if len(indices) < len(hidden):  # else each is a token that decodes
-            ends = [*accumulate([len(segment.tokens) for segment in segments])]
-            hidden = rows_of(hidden, [ends[index] - 1 for index in indices])
-        logits = self._kernels.logits(hidden)
-        # The device is at work on it: the time to find out what may be drawn.
-        masks = [None if segment.constraint is None else segment.constraint.mask() for segment in drawing]
-        params = [segment.sampling for segment in drawing if segment.sampling is not None]
-        positions = [segment.start + len(segment.tokens) for segment in drawing]
-        processors = [(row, each) for row, segment in enumerate(drawing) if (each := segment.processors) is not None]
-        tokens, logprobs = self._chooser.choose(logits, params, positions, processors, masks)
-        if drawing is segments:
-            return tokens, logprobs
+        indices = [index for index, segment in enumerate(segments) if segment.sampling is not None]
+        ends = [*accumulate([len(segment.tokens) for segment in segments])]
+        logits = self._kernels.logits(rows_of(hidden, [ends[index] - 1 for index in indices]))
+        tokens, logprobs = self._choose(logits, [segments[index] for index in indices], params)
         for index, token in zip(indices, tokens):
             drawn[index] = token
         return drawn, {indices[row]: each for row, each in logprobs.items()}
+
+    def _choose(
+        self, logits: Tensor, drawing: Sequence[Segment], params: Sequence[SamplingParams]
+    ) -> tuple[list[int | None], dict[int, TokenLogprob]]:
+        """Draws from a row of `logits` for each segment. The device may still be at work on them: the time to find out
+        what may be drawn."""
+        masks = [None if segment.constraint is None else segment.constraint.mask() for segment in drawing]
+        positions = [segment.start + len(segment.tokens) for segment in drawing]
+        processors = [(row, each) for row, segment in enumerate(drawing) if (each := segment.processors) is not None]
+        return self._chooser.choose(logits, params, positions, processors, masks)
 
     def _target_logprobs(self, segments: Sequence[Segment], hidden: Tensor) -> dict[int, list[TokenLogprob]]:
         """Returns the logprobs of each segment's targets, by the segment's index; `hidden` is [T, D]."""
@@ -164,18 +167,24 @@ class Runner:
         Returns:
             [T, D], in the order of the segments' tokens.
         """
-        for segment in segments:
-            if segment.start == 0:
-                self._pool.clear(segment.slot)
-        tokens = [token for segment in segments for token in segment.tokens]
+        bounds = [0, *accumulate([len(segment.tokens) for segment in segments])]
+        if bounds[-1] == len(segments):  # each is a token that decodes
+            tokens = [segment.tokens[0] for segment in segments]
+            positions = [segment.start for segment in segments]
+        else:
+            tokens = [token for segment in segments for token in segment.tokens]
+            positions = [p for segment in segments for p in range(segment.start, segment.start + len(segment.tokens))]
+        if 0 in positions:
+            for segment in segments:
+                if segment.start == 0:
+                    self._pool.clear(segment.slot)
         vectors, frozen = None, list[bool]()
         if self._pool.vectors is not None:
             vectors, frozen = self._entering(self._pool.vectors, segments, tokens)
-        positions = [p for segment in segments for p in range(segment.start, segment.start + len(segment.tokens))]
         batch = RaggedBatch(
             tokens=index_of(tokens, self._device),
             positions=index_of(positions, self._device),
-            bounds=[0, *accumulate([len(segment.tokens) for segment in segments])],
+            bounds=bounds,
             slots=[segment.slot for segment in segments],
             draws=[segment.sampling is not None for segment in segments],
             vectors=vectors,

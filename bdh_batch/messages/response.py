@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
 from io import StringIO
 from typing import Any, NamedTuple
+
+import msgspec
 
 from bdh_batch.errors import BDHError
 from bdh_batch.messages.neurons import Neurons
@@ -38,8 +40,7 @@ class TokenLogprob(NamedTuple):
     rank: int = 0  # how many tokens are at least as likely, itself included; of a prompt's tokens only
 
 
-@dataclass(slots=True)
-class Delta:
+class Delta(msgspec.Struct, array_like=True):
     """What a step adds to a sequence's completion: text that is safe to show, and the tokens behind it.
 
     The last one of a sequence has `finish_reason`; when that is ERROR, `error` is why. `logprobs` are of tokens whose
@@ -51,10 +52,13 @@ class Delta:
 
     Where the request has `save_to`, its first sequence has one delta with `saved` or, where there is no such file,
     with `save_error`. That is its last one, or one more after it.
+
+    One is made for each token, and crosses between processes as it is: as a dataclass, making it would take longer than
+    anything else that is done for a token outside the step.
     """
 
     text: str = ""
-    tokens: list[int] = field(default_factory=list)
+    tokens: list[int] = []
     finish_reason: FinishReason | None = None
     error: BDHError | None = None
     logprobs: list[tuple[int, TokenLogprob]] | None = None
@@ -71,6 +75,10 @@ class Delta:
     def ends(self) -> int:
         """How many things have come to their end with it: a sequence, and the writing of its state."""
         return (self.finish_reason is not None) + (self.saved is not None or self.save_error is not None)
+
+    def replaced(self, **fields: Any) -> Delta:
+        """Returns a copy with other `fields`."""
+        return msgspec.structs.replace(self, **fields)
 
 
 # Is called on the event loop with new deltas, oldest first. Returns whether it took them: all, or none.

@@ -17,7 +17,7 @@ from bdh_batch.system.sizes import size_text
 FRAMES = 123_000.0  # SSE frames a second that one process writes; amd-epyc-2-threads/suite/frontend.json, `ahead`
 # Bytes between ingress and engine, by backends/wire.py: of a token that an engine returns, alone in its message, and of
 # one of a prompt.
-RETURNED_BYTES, PROMPT_BYTES = 52, 4
+RETURNED_BYTES, PROMPT_BYTES = 54, 4
 SHORT_OF = 0.001  # share of the time in which more replicas may be away than there are spares
 DAY = 86_400.0  # seconds
 GBIT = 1e9 / 8  # bytes

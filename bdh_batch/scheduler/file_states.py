@@ -70,10 +70,10 @@ class FileStates:
         for sequence in self._allocator.copy_saves():
             self._sharing.bequeath(sequence)
 
-    def save(self, updates: Iterable[tuple[Sequence, Delta]]) -> None:
-        """Plans that the states of sequences that have just become complete are written; a delta says where one is
-        not."""
-        for sequence, delta in updates:
+    def save(self, ended: Iterable[tuple[Sequence, Delta]]) -> None:
+        """Plans that the states of sequences that have just ended, and are complete, are written; a delta, its last,
+        says where one is not."""
+        for sequence, delta in ended:
             if sequence.save_to is not None and delta.finish_reason in COMPLETE:
                 tokens = pack(sequence.known(0, sequence.computed))
                 if not self._transfers.save(sequence, sequence.save_to, tokens):

@@ -155,8 +155,9 @@ class Scheduler:
             if delta is not None:
                 updates.append((sequence, delta))
         self._batches.computed(step, now - step.planned)
-        self.files.save(updates)
-        self._end([sequence for sequence, delta in updates if delta.finish_reason is not None])
+        ended = [update for update in updates if update[1].finish_reason is not None]
+        self.files.save(ended)
+        self._end(sequence for sequence, _ in ended)
         return updates
 
     def loaded(self, load: Load, error: str | None) -> list[Update]:

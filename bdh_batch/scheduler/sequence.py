@@ -128,9 +128,10 @@ class Times:
 
     def gained(self, now: float) -> None:
         """Records the time of one more token."""
-        self.gap = now - (self.arrived if self.last_token is None else self.last_token)
-        self.first_token = now if self.first_token is None else self.first_token
-        self.last_token = now
+        last = self.last_token
+        if last is None:
+            last, self.first_token = self.arrived, now
+        self.gap, self.last_token = now - last, now
 
     @property
     def in_queue(self) -> float | None:
@@ -249,26 +250,28 @@ class Sequence:
     def take(self, segment: Segment, outcome: Outcome, row: int, now: float) -> Delta | None:
         """Takes what a step computed for `segment`, its row of `outcome`, and charges its tenant; returns a delta if
         there is one."""
-        # Inline, as it is done for each token.
-        standing, latent, draws = self.standing, segment.tokens[0] < 0, segment.sampling is not None
-        self.computed += len(segment.tokens)
+        standing, tokens = self.standing, segment.tokens
+        self.computed += len(tokens)
         standing.steps += 1
         standing.served_at = now
         if standing.charged < len(self.prompt):
-            standing.charge(min(self.computed, len(self.prompt)), latent)
-        if draws:
-            standing.account.charge(0, 1)
-        if draws or latent:
+            standing.charge(min(self.computed, len(self.prompt)), latent=tokens[0] < 0)
+        if segment.sampling is not None:
+            standing.account.charge_generated()
+            standing.due = now
+        elif tokens[0] < 0:
             standing.due = now
         delta = self.completion.take(segment, outcome, row)
-        if delta is not None:
-            if delta.tokens:
-                self.generated += delta.tokens
-                self.times.gained(now)
-                if segment is self.decoding:
-                    segment.start, segment.tokens = self.computed, tuple(delta.tokens)
+        if delta is None:
+            return None
+        if delta.tokens:
+            self.generated += delta.tokens
+            self.times.gained(now)
+            if segment is self.decoding:
+                segment.start, segment.tokens = self.computed, delta.tokens
+        if delta.finish_reason is not None:
             self.finish_reason, self.error = delta.finish_reason, delta.error
-            if self.finish_reason is FinishReason.ERROR:
+            if delta.finish_reason is FinishReason.ERROR:
                 delta.save_error = self._not_saved
         return delta
 

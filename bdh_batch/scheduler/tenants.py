@@ -31,6 +31,10 @@ class Tenant:
     def charge(self, prompt_tokens: int, generated: int) -> None:
         self.virtual_time += (prompt_tokens + GENERATED * generated) / self.weight
 
+    def charge_generated(self) -> None:
+        """Charges it for one token, as each step does for each of its sequences."""
+        self.virtual_time += GENERATED / self.weight
+
     def count(self, waiting: int, holding: int) -> None:
         """Counts so many more of its sequences that wait, and that hold a state."""
         self.waiting += waiting

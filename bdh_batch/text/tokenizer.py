@@ -24,7 +24,7 @@ class Decoder(Protocol):
     def unfinished(self) -> bool:
         """Whether the last character still lacks some of its bytes."""
 
-    def push(self, token: int) -> str:
+    def push(self, token: int, /) -> str:
         """The characters that `token` completes."""
 
     def flush(self) -> str:

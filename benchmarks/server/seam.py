@@ -2,6 +2,7 @@
 
     python -m benchmarks.server.seam             # some minutes
     python -m benchmarks.server.seam --rounds 1
+    python -m benchmarks.server.seam --against ../before  # the engine process beside that of another checkout
 
 First with an engine that computes nothing, as in `frontend.py`: the server in one process, with its engine in another,
 and with two front ends before that. Once as fast as the processes can, where several tokens go out in one event, and
@@ -10,8 +11,9 @@ microseconds of processor time that a token costs all processes of the server; w
 The clients need processor time, too, so tokens a second are those of all processes on the cores there are. What two
 front ends would bring with a core of its own for each process follows from processor time: the busiest process limits
 the rate, and that is one process against the larger of the engine and each of the front ends, which have half of the
-tokens each. Then the bundled model, over HTTP, with the engine in the server's process and in its own: tokens a second
-of so many streams. Systems take turns. Writes `seam.json`.
+tokens each. Where a checkout is given, its two front ends take turns with the others. Then the bundled model, over
+HTTP, with the engine in the server's process and in its own: tokens a second of so many streams. Systems take turns.
+Writes `seam.json`.
 """
 
 from __future__ import annotations
@@ -28,16 +30,18 @@ from typing import Any
 
 import uvloop
 
+from benchmarks import ROOT
 from benchmarks.client import COMPLETIONS
 from benchmarks.common import figure, ratio
 from benchmarks.report import report_head, results_folder, write_report
 from benchmarks.served import Served, served
-from benchmarks.server.frontend import AHEAD, PROMPT, WARM_TOKENS, System, turn
+from benchmarks.server.frontend import AHEAD, BEFORE, PROMPT, WARM_TOKENS, System, turn
 
+TWO = "two front ends"
 SYSTEMS = {
     "one process": (),
     "an engine process": ("--replicas", "1"),
-    "two front ends": ("--replicas", "1", "--workers", "2"),
+    TWO: ("--replicas", "1", "--workers", "2"),
 }
 PACED = {f"{name}, in step": (*options, "--pace", "0.02") for name, options in SYSTEMS.items()}
 MODEL = {"one process": (), "an engine process": ("engine.replicas=1",)}
@@ -51,14 +55,19 @@ Figures = dict[str, float]
 
 
 async def computing_nothing(
-    systems: Mapping[str, Sequence[str]], streams: int, tokens: int, rounds: int
+    systems: Mapping[str, Sequence[str]], streams: int, tokens: int, rounds: int, other: Path = ROOT
 ) -> dict[str, list[Figures]]:
-    """One round more goes before those that count."""
+    """One round more goes before those that count. Systems whose names end with BEFORE are of the checkout `other`."""
     found: dict[str, list[Figures]] = {name: [] for name in systems}
     crowd = ("--crowd", str(streams), "--ahead", str(AHEAD))
     with ExitStack() as stack:
         running = {
-            name: stack.enter_context(served(module=("benchmarks.server.modelless", *crowd, *options)))
+            name: stack.enter_context(
+                served(
+                    module=("benchmarks.server.modelless", *crowd, *options),
+                    root=other if name.endswith(BEFORE) else ROOT,
+                )
+            )
             for name, options in systems.items()
         }
         for number in range(rounds + 1):
@@ -95,6 +104,11 @@ def summary(nothing: Mapping[str, Sequence[Figures]], model: Mapping[str, Sequen
     costs = {name: [each["server_us_per_token"] for each in rounds] for name, rounds in nothing.items()}
     one, remote, two = SYSTEMS
     one_in_step, _, two_in_step = PACED
+    engines = {
+        name: [each["engine_us_per_token"] for each in rounds]
+        for name, rounds in nothing.items()
+        if name not in (one, one_in_step)
+    }
     busiest = {
         name: [max(each["engine_us_per_token"], each["front_us_per_token"] / 2) for each in nothing[name]]
         for name in (two, two_in_step)
@@ -104,6 +118,7 @@ def summary(nothing: Mapping[str, Sequence[Figures]], model: Mapping[str, Sequen
             **{f"{name}: tokens/s": figure(rounds, "tokens/s", "higher") for name, rounds in tokens.items()},
             **{f"{name}: cost of a token": figure(rounds, "µs", "lower") for name, rounds in costs.items()},
             **{f"{name}: busiest process": figure(rounds, "µs", "lower") for name, rounds in busiest.items()},
+            **{f"{name}: engine process": figure(rounds, "µs", "lower") for name, rounds in engines.items()},
             **{f"{name}: bundled model": figure(rounds, "tokens/s", "higher") for name, rounds in model.items()},
         },
         "seam_us_per_token": round(
@@ -127,12 +142,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--streams", type=int, default=64, help="of the bundled model")
     parser.add_argument("--model-tokens", type=int, default=128, help="of each")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--against", type=Path, help="another checkout, whose engine process is measured beside this one's"
+    )
     parser.add_argument("--out", type=Path, default=results_folder())
     chosen = parser.parse_args(argv)
     head = report_head(["torch", "numba", "uvicorn", "uvloop", "msgspec"])
     nothing: dict[str, list[Figures]] = {}
     for systems in (SYSTEMS, PACED):
-        nothing |= uvloop.run(computing_nothing(systems, chosen.crowd, chosen.tokens, chosen.rounds))
+        if chosen.against is not None:
+            before = {name + BEFORE: options for name, options in systems.items() if name.startswith(TWO)}
+            systems = {**systems, **before}
+        other = ROOT if chosen.against is None else chosen.against.resolve()
+        nothing |= uvloop.run(computing_nothing(systems, chosen.crowd, chosen.tokens, chosen.rounds, other))
     model = uvloop.run(bundled_model(chosen.streams, chosen.model_tokens, chosen.rounds))
     report = {**head, **summary(nothing, model)}
     write_report(chosen.out / "seam.json", report)

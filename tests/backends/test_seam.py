@@ -87,8 +87,8 @@ def test_a_delta_crosses_with_all_that_it_has() -> None:
     neurons = [Neurons(1, 8, b"1234", b"12345678", b"87654321")]
     delta = Delta("a", [1], FinishReason.STOP, logprob=-0.5, stop="b", saved=saved, save_error="c", neurons=neurons)
     crossed = Unpacker(Gains)
-    (gains,) = crossed.feed(frame(Gains([Gain.of(7, 0, delta, cached_tokens=3)])))
-    assert [each.delta for each in gains.gains] == [delta]
+    (gains,) = crossed.feed(frame(Gains([gain := Gain(7, 0, 3, delta)])))
+    assert gains.gains == [gain]
 
 
 async def test_an_engine_that_leaves_is_left(tmp_path: Path) -> None:

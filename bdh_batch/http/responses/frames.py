@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -136,7 +136,7 @@ class Frames:
             logprobs = orjson.dumps(extra.get("logprobs"))
             frames.append(self._frame(index, content + b',"logprobs":' + logprobs + b',"finish_reason":null'))
             text = ""
-        return frames + self.delta(index, replace(delta, text="", extras=None)) if delta.finish_reason else frames
+        return frames + self.delta(index, delta.replaced(text="", extras=None)) if delta.finish_reason else frames
 
     def cost(self, prompts: Sequence[Sequence[int]], deltas: Sequence[Delta]) -> int:
         """About how many microseconds it takes to encode `deltas`, with the `prompts` that are part of the response."""

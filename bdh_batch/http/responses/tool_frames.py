@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -31,7 +30,7 @@ class ToolFrames(ChatFrames):
             pieces += reader.flush()
         said = "".join(piece.text for piece in pieces if isinstance(piece, Said))
         # What was said comes before any call; the tokens, which frames may show, go with it.
-        frames = super().delta(index, replace(delta, text=said, finish_reason=None))
+        frames = super().delta(index, delta.replaced(text=said, finish_reason=None))
         frames += [self._frame(index, _call_delta(piece)) for piece in pieces if not isinstance(piece, Said)]
         if delta.finish_reason is not None:
             frames += super().delta(index, Delta(finish_reason=_reason(delta.finish_reason, reader)))
@@ -42,7 +41,7 @@ class ToolFrames(ChatFrames):
         for end in ends:
             reader = self._read(end.text)[1]
             assert end.finish_reason is not None
-            finished.append(replace(end, finish_reason=_reason(end.finish_reason, reader)))
+            finished.append(end.replaced(finish_reason=_reason(end.finish_reason, reader)))
         return super().whole(prompts, usage, finished)
 
     def _whole_content(self, text: str) -> dict[str, Any]:
