@@ -71,7 +71,7 @@ class HostSampler:
                 self._filter(numbers, words, count, filtered)
             self._softmax(self._scaled_rows, count)
             at = np.array(positions, np.int64)
-            passes.draw(self._probabilities, vocabulary, words, at, hot, count, tokens)
+            passes.draw(self._probabilities, vocabulary, words, at, hot, count, tokens, self._sums)
         return [None if token < 0 else token for token in tokens.tolist()]
 
     def _filter(self, numbers: passes.Floats, words: passes.Longs, count: int, filtered: int) -> None:
@@ -117,6 +117,7 @@ class HostSampler:
         self._probabilities = self._probability_rows.view(-1).numpy()
         self._ranking = np.empty(rows * vocabulary, np.int32)
         self._spare = np.empty(vocabulary, np.int32)
+        self._sums = np.empty(vocabulary, np.float64)
         self._counts = np.empty(passes.BYTES * passes.DIGITS, np.int64)
         self._tokens, self._hot, self._filtered = (np.empty(rows, np.int64) for _ in range(3))
         self._mask_of = np.empty(rows, np.int32)

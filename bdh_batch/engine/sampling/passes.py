@@ -27,6 +27,7 @@ BYTES = 4
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Integers = np.ndarray[Any, np.dtype[np.int32]]
 Longs = np.ndarray[Any, np.dtype[np.int64]]
+Doubles = np.ndarray[Any, np.dtype[np.float64]]
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
@@ -198,29 +199,26 @@ def keep_likeliest(
 
 @compiled
 def draw(
-    probabilities: Floats, vocabulary: int, words: Longs, positions: Longs, hot: Longs, count: int, tokens: Longs
-) -> None:
+    probabilities: Floats, vocabulary: int, words: Longs, positions: Longs, hot: Longs, count: int, tokens: Longs,
+    sums: Doubles,
+) -> None:  # fmt: skip
     """Draws a token for each of the `count` hot rows of `probabilities`, by its seed and position.
 
     Args:
         words: [rows, WORDS].
         positions: [rows].
         tokens: [rows], gets them.
+        sums: [vocabulary]: scratch, for running sums.
     """
     for index in range(count):
         row, begin = hot[index], index * vocabulary
         total = 0.0
-        for at in range(begin, begin + vocabulary):
-            total += np.float64(probabilities[at])
+        for at in range(vocabulary):
+            total += np.float64(probabilities[begin + at])
+            sums[at] = total
         # Rounding must not reach past the last token that has any probability: scale by the sum, stay below it.
         target = min(_uniform(words[row * WORDS + SEED], positions[row]) * total, total * (1 - 1e-12))
-        together, token = 0.0, 0
-        while token < vocabulary - 1:
-            together += np.float64(probabilities[begin + token])
-            if together > target:
-                break
-            token += 1
-        tokens[row] = token
+        tokens[row] = min(np.searchsorted(sums[:vocabulary], target, side="right"), vocabulary - 1)
 
 
 @compiled
