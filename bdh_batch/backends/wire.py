@@ -105,7 +105,7 @@ class Abort(msgspec.Struct, tag=True):
     stream: int
 
 
-class Gain(msgspec.Struct, array_like=True):
+class Gain(msgspec.Struct, array_like=True, gc=False):  # nothing it holds leads back to it
     """A delta of one sequence of a stream. The first one has how many tokens of its prompt were taken from a cached
     prefix."""
 

@@ -19,6 +19,7 @@ from bdh_batch.backends.wire import (
     Gain,
     Gains,
     Hello,
+    Malformed,
     Refusal,
     Start,
     Unpacker,
@@ -36,6 +37,7 @@ from bdh_batch.messages import (
     Prompt,
     SamplingParams,
     SavedState,
+    TokenLogprob,
 )
 from tests.backends.engines import POISON, FakeEngine, Whole, connect, empty, engines, read, until
 
@@ -83,12 +85,35 @@ async def test_a_stream_whose_engine_is_killed_goes_on_with_the_same_bytes(name:
 
 
 def test_a_delta_crosses_with_all_that_it_has() -> None:
-    saved = SavedState("a path", 7)
-    neurons = [Neurons(1, 8, b"1234", b"12345678", b"87654321")]
-    delta = Delta("a", [1], FinishReason.STOP, logprob=-0.5, stop="b", saved=saved, save_error="c", neurons=neurons)
+    one = TokenLogprob(1, -0.5, [(1, -0.5), (2, -1.5)], rank=1)
+    delta = Delta(
+        text="a",
+        tokens=[1],
+        finish_reason=FinishReason.STOP,
+        logprobs=[(0, one)],
+        logprob=-0.5,
+        prompt_logprobs=[one],
+        pooled=[0.5],
+        stop="b",
+        neurons=[Neurons(1, 8, b"1234", b"12345678", b"87654321")],
+        extras=[{"delta": {"tool_calls": []}}],
+        saved=SavedState("a path", 7),
+        save_error="c",
+    )
     crossed = Unpacker(Gains)
     (gains,) = crossed.feed(frame(Gains([gain := Gain(7, 0, 3, delta)])))
     assert gains.gains == [gain]
+    failed = Delta(finish_reason=FinishReason.ERROR, error=Unavailable("It is down.", retry_after=3))
+    (gains,) = crossed.feed(frame(Gains([Gain(7, 0, 0, failed)])))
+    (error,) = [each.delta.error for each in gains.gains]
+    assert isinstance(error, Unavailable)
+    assert (error.message, error.retry_after) == ("It is down.", 3)
+
+
+def test_an_error_of_an_unknown_class_is_no_message() -> None:
+    bytes_of = frame(Gains([Gain(7, 0, 0, Delta(error=Unavailable("no", retry_after=1)))]))
+    with pytest.raises(Malformed, match="unknown class"):
+        Unpacker(Gains).feed(bytes_of.replace(b"Unavailable", b"Unattainabl"))
 
 
 async def test_an_engine_that_leaves_is_left(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def draw(
             sums[at] = total
         # Rounding must not reach past the last token that has any probability: scale by the sum, stay below it.
         target = min(_uniform(words[row * WORDS + SEED], positions[row]) * total, total * (1 - 1e-12))
-        tokens[row] = min(np.searchsorted(sums[:vocabulary], target, side="right"), vocabulary - 1)
+        tokens[row] = min(int(np.searchsorted(sums[:vocabulary], target, side="right")), vocabulary - 1)
 
 
 @compiled
