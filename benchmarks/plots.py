@@ -11,10 +11,12 @@ from matplotlib.figure import Figure
 Line = tuple[Sequence[float], Sequence[float]]
 
 
-def lines(file: Path, title: str, x: str, y: str, data: Mapping[str, Line], log_y: bool = False) -> None:
-    """One line for each name, over a logarithmic x axis whose ticks are the measured values."""
+def lines(
+    file: Path, title: str, x: str, y: str, data: Mapping[str, Line], log_y: bool = False, log_x: bool = True
+) -> None:
+    """One line for each name, over an x axis whose ticks are the measured values."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.add_subplot(title=title, xlabel=x, ylabel=y, xscale="log")
+    axes = figure.add_subplot(title=title, xlabel=x, ylabel=y, xscale="log" if log_x else "linear")
     for name, (xs, ys) in data.items():
         axes.plot(xs, ys, marker="o", label=name)
     ticks = sorted({value for xs, _ in data.values() for value in xs})

@@ -1,40 +1,37 @@
 """The simulation of one replica against a real server with the bundled model, on this machine.
 
-    python -m benchmarks.fleet.agreement     # under three minutes; fails where they differ by more than 15 %
+    python -m benchmarks.fleet.agreement     # under four minutes; fails where they differ by more than 15 %
 
-Rounds of two loads take turns, both made of conversations that begin at random, but of different seeds. In the first
-load the server's own trace says how long steps take, of which least squares make the costs of a step; and what a first
-token takes more over HTTP than in the simulation of that load is the constant that stands for the way there and back.
-The second load is played by the simulation, knowing nothing of it but what clients ask, and when they would if both
-were equally fast. Writes `fleet-agreement.json`.
+Loads of conversations follow each other, each of a seed of its own. Some calibrate: the server's own trace says how
+long their steps took, with the server, its event loop and the clients on the same cores, of which least squares make
+the costs of a step, and how much steps vary. What a first token takes longer for the client than for the engine is a
+constant. The loads between, at another rate, are compared: the simulation plays them, knowing nothing of them but what
+clients ask, and when they would if both were equally fast. Writes `fleet-agreement.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import numpy
 import torch
 
 from bdh_batch.checkpoint.checkpoint import open_checkpoint
 from bdh_batch.checkpoint.config import bytes_per_sequence
 from bdh_batch.engine.state_pool import slots_within
-from bdh_batch.messages import Copy
 from bdh_batch.settings import Settings
 from benchmarks import ROOT
 from benchmarks.client import Response
-from benchmarks.engine.play import Cost
-from benchmarks.fleet.engine import Engine, copied, scheduler_of
+from benchmarks.fleet.calibrated import Calibrated, first_tokens, steps
+from benchmarks.fleet.engine import Costs, Engine, scheduler_of
 from benchmarks.fleet.fleet import Fleet, Simulation, seconds_of
 from benchmarks.fleet.load import Chats, Conversation, conversations
 from benchmarks.fleet.streams import Stream
@@ -42,22 +39,27 @@ from benchmarks.report import report_head, results_folder, write_report
 from benchmarks.served import Served, served
 
 MODEL = ROOT / "models" / "bdh-shakespeare"
-CHATS = Chats(pause=1.0)
+CHATS = Chats(pause=1.0, breaks=False)  # prompts are tokens
 MEMORY = 2**31  # bytes of states
 CLOSE = 0.15  # the largest difference
-COMPARED = {"first_token_s": ("mean", "p50", "p90", "p99"), "between_tokens_s": ("mean", "p50", "p90")}
-FAILING = {"first_token_s": ("mean", "p50", "p90"), "between_tokens_s": ("mean", "p50")}  # a p99 is of few requests
+SECONDS = ("mean", "p50", "p90", "p99")
+COMPARED = {"first_token_s": SECONDS, "between_tokens_s": SECONDS, "throughput": ("tokens/s",)}
+CALIBRATING = (0.6, 1.4)  # times the rate that is compared
 WARM_UP_SECONDS, SETTLE_SECONDS = 5.0, 0.5
 
 
 @dataclass
 class Played:
-    """A load that the server has had: when that was, by `time.perf_counter`, and its responses."""
+    """A load that the server has had: when it began, by `time.perf_counter`, and its responses."""
 
     fleet: Fleet
     begin: float
-    end: float = 0.0
     responses: list[tuple[float, Response]] = field(default_factory=list)  # and when they were asked for
+
+    @property
+    def end(self) -> float:
+        """When the last token came."""
+        return max(response.times[-1] for _, response in self.responses)
 
     @property
     def warm(self) -> list[Response]:
@@ -71,6 +73,10 @@ class Played:
     def gaps(self) -> list[float]:
         """Mean seconds between the tokens of each request."""
         return [(each.times[-1] - each.times[0]) / (len(each.times) - 1) for each in self.warm if len(each.times) > 1]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(response.tokens) for _, response in self.responses)
 
     @property
     def cached_share(self) -> float:
@@ -87,7 +93,6 @@ async def play(server: Served, fleet: Fleet) -> Played:
                 break
             await asyncio.sleep(played.begin + at - time.perf_counter())
             clients.create_task(converse(server, conversation, over, played))
-    played.end = time.perf_counter()
     await asyncio.sleep(SETTLE_SECONDS)
     return played
 
@@ -104,68 +109,41 @@ async def converse(server: Served, conversation: Conversation, over: float, play
         await asyncio.sleep(pause)
 
 
-# What steps cost
-
-
-def steps(lines: Iterable[str]) -> Iterator[tuple[float, tuple[float, int, int, float]]]:
-    """From a trace: of each step when it was planned, and its seconds, streams, prompt tokens and copied states. Where
-    work was left after it, its seconds last until the next one was planned."""
-    last: Mapping[str, Any] | None = None
-    present: set[int] = set()
-    left: int | None = None  # requests after the last step's ends, once others were submitted
-    for line in lines:
-        event = json.loads(line)
-        if event["event"] == "submit":
-            left = len(present) if left is None else left
-            present.add(event["place"])
-        elif event["event"] == "end":
-            present.discard(event["place"])
-        elif event["event"] == "step":
-            if last is not None:
-                busy = len(present) if left is None else left
-                yield last["now"], _step(last, event["now"] - last["now"] if busy else last["seconds"])
-            last, left = event, None
-
-
-def _step(event: Mapping[str, Any], seconds: float) -> tuple[float, int, int, float]:
-    copies = copied([Copy(*copy) for copy in event["copies"]])
-    return seconds, event["decodes"], sum(event["prefill"].values()), copies
-
-
-def fitted(rows: Sequence[tuple[float, int, int, float]]) -> Cost:
-    """By least squares; nothing costs less than nothing."""
-    seconds = numpy.array([row[0] for row in rows])
-    features = numpy.array([[1.0, *row[1:]] for row in rows])
-    found, *_ = numpy.linalg.lstsq(features, seconds, rcond=None)
-    return Cost(*(max(0.0, float(each)) for each in found))
-
-
 # The simulation
 
 
 @dataclass
 class Simulated:
-    """A load that the simulation has had: its requests after the warm-up."""
+    """A load that the simulation has had.
 
-    streams: list[Stream]
+    Args:
+        begin: when it began.
+        end: when the last token of the load came.
+        warm: its requests after the warm-up.
+    """
+
+    begin: float
+    end: float
+    tokens: int
+    warm: list[Stream]
 
     @property
     def first_tokens(self) -> list[float]:
-        return [stream.first - stream.arrived for stream in self.streams if stream.first is not None]
+        return [stream.first - stream.arrived for stream in self.warm if stream.first is not None]
 
     @property
     def gaps(self) -> list[float]:
         """Mean seconds between the tokens of each request."""
         return [
             (stream.last - stream.first) / (stream.tokens - 1)
-            for stream in self.streams
+            for stream in self.warm
             if stream.first is not None and stream.tokens > 1
         ]
 
     @property
     def cached_share(self) -> float:
-        prompts = sum(len(stream.request.prompts[0].tokens) for stream in self.streams)
-        return sum(stream.work.cached for stream in self.streams) / prompts
+        prompts = sum(len(stream.request.prompts[0].tokens) for stream in self.warm)
+        return sum(stream.work.cached for stream in self.warm) / prompts
 
 
 class Replica:
@@ -178,35 +156,42 @@ class Replica:
         most = self._settings.scheduler.max_running + self._settings.prefix_cache.entries
         self.slots = slots_within(MEMORY, self._state_bytes, most)
 
-    def simulated(self, loads: Sequence[Played], cost: Cost) -> list[Simulated]:
+    def simulated(self, loads: Sequence[Played], costs: Costs) -> list[Simulated]:
         """Plays loads one after the other, as the server has had them, on one engine with one cache."""
-        engine = Engine(scheduler_of(self._settings, self._config, self.slots, self._state_bytes), cost)
-        found = []
-        for load in loads:
-            fleet = replace(load.fleet, begins=load.begin - loads[0].begin)
-            simulation = Simulation(fleet, lambda: engine)
-            simulation.run()
-            warm = fleet.begins + fleet.warm
-            found.append(Simulated([stream for stream in simulation.streams if stream.arrived >= warm]))
-        return found
+        engine = Engine(scheduler_of(self._settings, self._config, self.slots, self._state_bytes), costs, leaps=False)
+        return [self._simulated(replace(load.fleet, begins=load.begin - loads[0].begin), engine) for load in loads]
+
+    def _simulated(self, fleet: Fleet, engine: Engine) -> Simulated:
+        simulation = Simulation(fleet, lambda: engine)
+        simulation.run()
+        streams, warm = simulation.streams, fleet.begins + fleet.warm
+        end = max((stream.last for stream in streams), default=fleet.begins)
+        tokens = sum(stream.tokens for stream in streams)
+        return Simulated(fleet.begins, end, tokens, [stream for stream in streams if stream.arrived >= warm])
 
 
-def compare(replica: Replica, loads: Sequence[Played], trace: Path) -> dict[str, Any]:
-    """Fits the costs to every other one of the loads after the first, and compares those between."""
-    learnt, tested = loads[1::2], loads[2::2]
-    rows = [
-        row for at, row in steps(trace.read_text().splitlines()) if any(each.begin <= at < each.end for each in learnt)
-    ]
-    cost = fitted(rows)
-    simulated = replica.simulated(loads, cost)
-    way = mean(seconds for each in learnt for seconds in each.first_tokens) - mean(
-        seconds for each in simulated[1::2] for seconds in each.first_tokens
+def compare(replica: Replica, loads: Sequence[Played], rate: float, trace: Sequence[str]) -> dict[str, Any]:
+    """Compares the loads of that `rate` with the simulation, whose costs are those of the others.
+
+    Args:
+        loads: the first one has only warmed up.
+        trace: the lines of the server's.
+    """
+    calibrating = [each for each in loads[1:] if each.fleet.rate != rate]
+
+    def calibrates(at: float) -> bool:
+        return any(each.begin <= at < each.end for each in calibrating)
+
+    costs = Calibrated([step for step in steps(trace) if calibrates(step.at)])
+    way = mean(each.first for load in calibrating for _, each in load.responses) - mean(
+        seconds for submitted, seconds in first_tokens(trace) if calibrates(submitted)
     )
-    sides = {"measured": figures(tested, 0.0), "simulated": figures(simulated[2::2], way)}
+    both = zip(loads, replica.simulated(loads, costs), strict=True)
+    pairs = [pair for pair in both if pair[0] in loads[1:] and pair[0] not in calibrating]
+    sides = {"measured": figures([each for each, _ in pairs]), "simulated": figures([each for _, each in pairs], way)}
     return {
-        "cost": asdict(cost),
+        "cost": asdict(costs.cost),
         "way_s": way,
-        "steps_fitted": len(rows),
         **sides,
         "simulated_over_measured": {
             name: {each: sides["simulated"][name][each] / sides["measured"][name][each] for each in which}
@@ -215,23 +200,35 @@ def compare(replica: Replica, loads: Sequence[Played], trace: Path) -> dict[str,
     }
 
 
-def figures(sides: Sequence[Played | Simulated], way: float) -> dict[str, Any]:
-    """Of all rounds together; a first token takes the seconds of the `way` more."""
+def figures(loads: Sequence[Played | Simulated], way: float = 0.0) -> dict[str, Any]:
+    """Of all loads together; a first token takes the seconds of the `way` more."""
     return {
-        "requests": sum(len(each.first_tokens) for each in sides),
-        "first_token_s": seconds_of(seconds + way for each in sides for seconds in each.first_tokens),
-        "between_tokens_s": seconds_of(seconds for each in sides for seconds in each.gaps),
-        "cached_share_of_prompts": round(mean(each.cached_share for each in sides), 4),
+        "requests": sum(len(each.first_tokens) for each in loads),
+        "first_token_s": seconds_of(seconds + way for each in loads for seconds in each.first_tokens),
+        "between_tokens_s": seconds_of(seconds for each in loads for seconds in each.gaps),
+        "throughput": {"tokens/s": sum(each.tokens for each in loads) / sum(each.end - each.begin for each in loads)},
+        "cached_share_of_prompts": round(mean(each.cached_share for each in loads), 4),
     }
 
 
 def disagreeing(ratios: Mapping[str, Mapping[str, float]]) -> list[str]:
     return [
-        f"{name}, {each}: {ratios[name][each]:.3f}"
-        for name, which in FAILING.items()
-        for each in which
-        if abs(ratios[name][each] - 1) > CLOSE
+        f"{name}, {which}: {ratio:.3f}"
+        for name, found in ratios.items()
+        for which, ratio in found.items()
+        if abs(ratio - 1) > CLOSE
     ]
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """A line for each figure that is compared."""
+    lines = [f"{'':24} {'measured':>10} {'simulated':>10} {'ratio':>7}"]
+    for name, ratios in found["simulated_over_measured"].items():
+        for which, ratio in ratios.items():
+            measured, simulated = (found[side][name][which] for side in ("measured", "simulated"))
+            verdict = "agrees" if abs(ratio - 1) <= CLOSE else "DIFFERS"
+            lines.append(f"{f'{name}, {which}':24} {measured:10.5g} {simulated:10.5g} {ratio:7.3f}  {verdict}")
+    return "\n".join(lines)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -240,20 +237,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         prog="python -m benchmarks.fleet.agreement",
     )
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=18.0, help="of each load")
-    parser.add_argument("--rate", type=float, default=8.0, help="requests a second")
+    parser.add_argument("--rounds", type=int, default=2, help="of two loads that calibrate, and two that are compared")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of each load")
+    parser.add_argument("--rate", type=float, default=8.0, help="requests a second of the compared loads")
     parser.add_argument("--out", type=Path, default=results_folder())
     return parser.parse_args(argv)
 
 
 async def measure(server: Served, chosen: argparse.Namespace) -> list[Played]:
-    """A load that warms up, and then in turns one to learn from and one to compare; none begins as another does."""
+    """A load that warms up, and then those that calibrate and are compared in turns; none begins as another does."""
     fleet = Fleet(1, chosen.rate, chosen.seconds, warm=0.2 * chosen.seconds)
-    seconds = [WARM_UP_SECONDS, *[chosen.seconds] * (2 * chosen.rounds)]
+    loads = [replace(fleet, seconds=WARM_UP_SECONDS)]
+    for times in (*CALIBRATING,) * chosen.rounds:
+        loads += [replace(fleet, rate=times * chosen.rate), fleet]
     return [
-        await play(server, replace(fleet, seconds=each, seed=seed, chats=replace(CHATS, first=1000 * seed)))
-        for seed, each in enumerate(seconds)
+        await play(server, replace(load, seed=seed, chats=replace(CHATS, first=1000 * seed)))
+        for seed, load in enumerate(loads)
     ]
 
 
@@ -265,10 +264,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         trace = Path(folder, "trace.jsonl")
         with served(f"engine.state_memory={MEMORY}", f"scheduler.trace_file={trace}") as server:
             loads = asyncio.run(measure(server, chosen))
-        found = compare(replica, loads, trace)
+        found = compare(replica, loads, chosen.rate, trace.read_text("utf-8").splitlines())
     settings = {"rounds": chosen.rounds, "seconds": chosen.seconds, "rate": chosen.rate, "slots": replica.slots}
     write_report(chosen.out / "fleet-agreement.json", {**head, **settings, "chats": asdict(CHATS), **found})
-    print(json.dumps(found, indent=2))
+    print(table(found))
     if wrong := disagreeing(found["simulated_over_measured"]):
         sys.exit(f"the simulation is more than {CLOSE:.0%} off: {'; '.join(wrong)}")
 

@@ -20,6 +20,7 @@ class Chats:
         instructions: of the system prompt that a conversation begins with, one of `stems`.
         turns: the mean number of turns, of a geometric distribution.
         pause: mean seconds between a response and the next turn.
+        breaks: whether a prompt says where its turns end, as one made of messages does.
     """
 
     stems: int = 32
@@ -29,6 +30,7 @@ class Chats:
     turns: float = 4.0
     pause: float = 5.0
     first: int = 0
+    breaks: bool = True
 
     @property
     def prompt_tokens(self) -> float:
@@ -54,7 +56,7 @@ class Conversation:
         self._turns += 1
         answer = 1 + int(self._draw.expovariate(1 / self._chats.answer))
         origin = Origin(f"{self.number}-{self._turns}")
-        prompt = Prompt(self._said, breaks=tuple(self._breaks))
+        prompt = Prompt(self._said, breaks=tuple(self._breaks) if self._chats.breaks else ())
         return GenerationRequest(origin, [prompt], answer, sampling=SAMPLING)
 
     def heard(self, answer: list[int]) -> float | None:

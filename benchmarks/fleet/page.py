@@ -26,27 +26,29 @@ Fleets = Sequence[Mapping[str, Any]]
 Rows = Iterator[Sequence[object]]
 
 
-def by_rule(fleets: Fleets, value: Callable[[Mapping[str, Any]], float]) -> dict[str, plots.Line]:
-    """A line for each routing rule, over the replicas."""
+def by_rule(fleets: Fleets, x: str, value: Callable[[Mapping[str, Any]], float]) -> dict[str, plots.Line]:
+    """A line for each routing rule, over what the fleets differ in."""
     rules = dict.fromkeys(fleet["rule"] for fleet in fleets)
     own = {rule: [fleet for fleet in fleets if fleet["rule"] == rule] for rule in rules}
-    return {rule: ([each["replicas"] for each in of], [value(each) for each in of]) for rule, of in own.items()}
+    return {rule: ([each[x] for each in of], [value(each) for each in of]) for rule, of in own.items()}
 
 
 def draw(report: Report, folder: Path) -> None:
-    """Waits and recomputed tokens by the size of the fleet."""
-    sizes, fleets = report["sizes"], report["sizes"]["fleets"]
-    failures = f"{fleets[0]['failures_per_hour']:g} failures an hour of each"
-    load = f"load {sizes['load']:g}, {failures}"
-    waits = by_rule(fleets, lambda fleet: float(fleet["first_token_s"]["p99"]))
-    title = f"Seconds to the first token, p99; {load}"
-    plots.lines(folder / "fleets-waits.svg", title, "replicas", "seconds", waits, log_y=True)
-    hours = {
-        rule: (replicas, [max(value, 1.0) for value in values])
-        for rule, (replicas, values) in by_rule(fleets, per_hour).items()
-    }
-    title = f"Tokens computed again in an hour; {failures}"
-    plots.lines(folder / "fleets-recomputed.svg", title, "replicas", "tokens", hours, log_y=True)
+    """Waits and recomputed tokens, by the size of the fleet and by failures."""
+    sizes, failures = report["sizes"], report["failures"]
+    rate = f"{sizes['fleets'][0]['failures_per_hour']:g} failures an hour of each"
+    size = f"{failures['fleets'][0]['replicas']} replicas"
+    for report_of, name, x, x_label, what in (
+        (sizes, "fleets", "replicas", "replicas", rate),
+        (failures, "fleets-failures", "failures_per_hour", "failures an hour of each replica", size),
+    ):
+        fleets, log_x = report_of["fleets"], x == "replicas"
+        title = f"Seconds to the first token, p99; load {report_of['load']:g}, {what}"
+        slowest = by_rule(fleets, x, lambda fleet: float(fleet["first_token_s"]["p99"]))
+        plots.lines(folder / f"{name}-waits.svg", title, x_label, "seconds", slowest, log_y=True, log_x=log_x)
+        title = f"Tokens computed again in an hour; {what}"
+        again = by_rule(fleets, x, lambda fleet: max(per_hour(fleet), 1.0))  # none has a point on the logarithmic axis
+        plots.lines(folder / f"{name}-recomputed.svg", title, x_label, "tokens", again, log_y=log_x, log_x=log_x)
 
 
 def per_hour(fleet: Mapping[str, Any]) -> float:
@@ -86,8 +88,10 @@ def sizes(fleets: Fleets) -> Rows:
 
 
 def failures(fleets: Fleets) -> Rows:
+    """A row for each rule of each rate."""
     yield [
         "failures an hour of each",
+        "rule",
         "lost replicas",
         "first token",
         "pause",
@@ -96,7 +100,8 @@ def failures(fleets: Fleets) -> Rows:
     ]
     for fleet in fleets:
         each = (each_loss(fleet), share(fleet["recomputed_share"]))
-        yield [f"{fleet['failures_per_hour']:g}", fleet["failures"], waits(fleet), pauses(fleet), *each]
+        rate = f"{fleet['failures_per_hour']:g}"
+        yield [rate, fleet["rule"], fleet["failures"], waits(fleet), pauses(fleet), *each]
 
 
 def detection(fleets: Fleets) -> Rows:

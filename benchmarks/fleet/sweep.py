@@ -10,7 +10,7 @@ default model (25M parameters) on the machine of --results. Nothing here depends
 `processor_seconds`. Writes `fleet.json`, fleet by fleet:
 
     sizes       by routing rule and number of replicas
-    failures    by failures of a replica an hour
+    failures    by routing rule and failures of a replica an hour
     detection   by the seconds until a lost engine is known to be lost
     ingresses   by ingress processes, where a conversation stays with one and where each turn comes to any
 
@@ -42,7 +42,7 @@ from benchmarks.fleet.streams import RULES
 from benchmarks.report import RESULTS, load_json, report_head, results_folder, write_report
 
 SIZES = (1, 8, 64, 512, 2048)
-FAILURES = (0.0, 1.0, 6.0, 36.0)
+FAILURES = (0.0, 6.0, 18.0, 36.0)
 DETECTION = (0.05, 1.0, 5.0)  # a process that ends is known at once; a machine after engine.heartbeat_seconds
 INGRESSES = (1, 4, 16)
 MIDDLE, MIDDLE_REQUESTS = 128, 8000  # replicas, where these do not vary, and requests of these fleets
@@ -116,7 +116,8 @@ class Sweep:
             yield from (self.fleet(size, rule=rule, failures_per_hour=2.0) for rule in RULES)
 
     def failures(self) -> Iterator[Fleet]:
-        yield from (self.middle(failures_per_hour=failures) for failures in FAILURES)
+        for failures in FAILURES:
+            yield from (self.middle(rule=rule, failures_per_hour=failures) for rule in RULES)
 
     def detection(self) -> Iterator[Fleet]:
         yield from (self.middle(failures_per_hour=6.0, detected=seconds) for seconds in DETECTION)

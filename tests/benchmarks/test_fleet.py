@@ -19,7 +19,7 @@ from bdh_batch.messages import GenerationRequest
 from bdh_batch.settings import PrefixCache, Scheduler as SchedulerOptions, Settings
 from benchmarks import ROOT
 from benchmarks.engine.play import Cost
-from benchmarks.fleet.agreement import fitted, steps
+from benchmarks.fleet.calibrated import Calibrated, Taken, first_tokens, fitted, steps
 from benchmarks.fleet.engine import TOKEN, Engine, Lost, scheduler_of
 from benchmarks.fleet.fleet import Fleet, Simulation, play
 from benchmarks.fleet.load import Chats, Conversation
@@ -185,33 +185,61 @@ def test_what_another_loss_brings_back_without_a_token_is_not_sent_to_where_a_su
     assert sent[6:] == [(2, 1)]
 
 
-def test_steps_of_a_trace_last_until_the_next_where_work_is_left() -> None:
-    def step(now: float, seconds: float, decodes: int, prefill: int, copies: list[list[int]]) -> dict[str, Any]:
-        counts = {"decodes": decodes, "prefill": {"1": prefill}, "copies": copies}
+def test_a_trace_says_how_long_steps_took_and_requests_waited() -> None:
+    """A step lasts until the next one where work is left after it."""
+
+    def step(now: float, seconds: float, decodes: int, prefill: dict[str, int], copies: list[list[int]]) -> Any:
+        counts = {"decodes": decodes, "prefill": prefill, "copies": copies}
         return {"event": "step", "now": now, "seconds": seconds, **counts}
 
     events = [
-        {"event": "submit", "now": 0.0, "place": 1},
-        step(0.0, 0.5, 0, 7, []),
-        step(0.6, 0.5, 1, 0, [[0, 1, 0, 1, 2]]),
+        {"event": "submit", "now": -0.5, "place": 1},
+        step(0.0, 0.5, 0, {"1": 7}, []),
+        step(0.6, 0.5, 1, {}, [[0, 1, 0, 1, 2]]),
         {"event": "end", "now": 1.1, "place": 1},
         {"event": "submit", "now": 3.0, "place": 2},
-        step(3.0, 0.4, 0, 5, []),
-        step(3.5, 0.4, 1, 0, []),
+        step(3.0, 0.4, 0, {"2": 5}, []),
+        step(3.5, 0.3, 0, {"2": 1}, []),
+        {"event": "end", "now": 3.8, "place": 2},
+        step(4.0, 0.4, 0, {}, []),
     ]
-    found = [*steps(json.dumps(event) for event in events)]
-    assert found == [
-        (0.0, (pytest.approx(0.6), 0, 7, 0.0)),
-        (0.6, (0.5, 1, 0, 0.5)),
-        (3.0, (pytest.approx(0.5), 0, 5, 0.0)),
+    lines = [json.dumps(event) for event in events]
+    assert [*steps(lines)] == [
+        (0.0, pytest.approx(0.6), 0, 7, 0.0),
+        (0.6, 0.5, 1, 0, 0.5),
+        (3.0, pytest.approx(0.5), 0, 5, 0.0),
+        (3.5, 0.3, 0, 1, 0.0),
     ]
+    assert [*first_tokens(lines)] == [(-0.5, 1.0), (3.0, pytest.approx(0.8))]
+
+
+def some_steps(count: int, noise: float) -> list[Taken]:
+    draw = random.Random(1)
+    shapes = [(draw.randrange(9), draw.choice([0, draw.randrange(200)]), draw.choice([0, 1])) for _ in range(count)]
+    return [Taken(0.0, COST.of(*shape) + noise * draw.random(), *shape) for shape in shapes]
 
 
 def test_costs_are_found_again_in_the_steps_that_they_make() -> None:
-    draw = random.Random(1)
-    shapes = [(draw.randrange(9), draw.randrange(200), draw.random()) for _ in range(50)]
-    found = fitted([(COST.of(*shape), *shape) for shape in shapes])
-    assert asdict(found) == pytest.approx(asdict(COST))
+    made = some_steps(50, noise=0.0)
+    assert asdict(fitted(made)) == pytest.approx(asdict(COST))
+    assert [Calibrated(made).of(*each[2:]) for each in made] == pytest.approx([each.seconds for each in made])
+
+
+def test_no_cost_is_below_nothing() -> None:
+    made = [
+        each._replace(seconds=0.001 + 0.002 * each.decodes - 1e-6 * each.prompt_tokens) for each in some_steps(50, 0)
+    ]
+    found = fitted(made)
+    assert (found.prefill, found.copy >= 0) == (0.0, True)
+    assert found.decode == pytest.approx(0.002, rel=0.05)
+
+
+def test_calibrated_steps_vary_as_the_measured_ones_did() -> None:
+    made = some_steps(400, noise=0.01)
+    costs = Calibrated(made)
+    drawn = [costs.of(*each[2:]) for each in made for _ in range(20)]
+    assert sum(drawn) / len(drawn) == pytest.approx(sum(each.seconds for each in made) / len(made), rel=0.02)
+    assert max(drawn) - min(drawn) > 0.009
 
 
 def test_the_page_has_the_figures_of_the_result() -> None:

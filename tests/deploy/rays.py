@@ -26,6 +26,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "TMPDIR": "/tmp",  # paths of sockets are short
 }
+AGAIN_SECONDS = 0.1  # until a client asks again
 
 
 @dataclass
@@ -34,13 +35,13 @@ class Told:
 
     Args:
         pause: the longest time between two chunks, in seconds.
-        broken: whether the connection ended before the stream did.
+        cut: what had come where the connection ended before the stream did; None where it did not.
     """
 
     text: str = ""
     finish_reason: str | None = None
     pause: float = 0.0
-    broken: bool = False
+    cut: str | None = None
 
 
 class Cluster:
@@ -84,16 +85,21 @@ class Cluster:
         every = psutil.Process(self.process.pid).children(recursive=True) if among is None else among
         next(each for each in every if f"bdh-batch:{deployment}" in " ".join(each.cmdline())).send_signal(number)
 
-    async def streams(self, count: int, tokens: int, begun: Callable[[], object] | None = None) -> list[Told]:
+    async def streams(
+        self, count: int, tokens: int, begun: Callable[[], object] | None = None, again: bool = False
+    ) -> list[Told]:
         """Streams of the official client, each with a prompt and a seed of its own.
 
         Args:
             begun: is called once each of them has begun.
+            again: whether a client whose connection ends asks again with the same seed, until it has the whole text.
         """
         told = [Told() for _ in range(count)]
         client = AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=HANG_SECONDS)
         async with client:
-            reading = [asyncio.create_task(_read(client, number, tokens, each)) for number, each in enumerate(told)]
+            reading = [
+                asyncio.create_task(_read(client, number, tokens, each, again)) for number, each in enumerate(told)
+            ]
             if begun is not None:
                 while not all(len(each.text) > 8 or task.done() for each, task in zip(told, reading, strict=True)):
                     await asyncio.wait(reading, timeout=0.01)
@@ -109,7 +115,15 @@ class Cluster:
         return self.process.wait(HANG_SECONDS)
 
 
-async def _read(client: AsyncOpenAI, number: int, tokens: int, told: Told) -> None:
+async def _read(client: AsyncOpenAI, number: int, tokens: int, told: Told, again: bool) -> None:
+    async with asyncio.timeout(HANG_SECONDS):
+        while not await _is_read(client, number, tokens, told) and again:
+            told.text = ""
+            await asyncio.sleep(AGAIN_SECONDS)
+
+
+async def _is_read(client: AsyncOpenAI, number: int, tokens: int, told: Told) -> bool:
+    """Returns whether the connection lasted as long as the stream."""
     prompt, last = f"The {number}th scene:\n", time.monotonic()
     try:
         stream = await client.completions.create(
@@ -122,7 +136,9 @@ async def _read(client: AsyncOpenAI, number: int, tokens: int, told: Told) -> No
                 told.text += choice.text
                 told.finish_reason = choice.finish_reason or told.finish_reason
     except (APIError, httpx.HTTPError):
-        told.broken = True
+        told.cut = told.text if told.cut is None else told.cut
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -51,15 +51,14 @@ async def test_engines_and_front_ends_are_killed(tmp_path: Path, capsys: pytest.
         report(capsys, "an engine of two hangs", undisturbed, hung)
         await asyncio.to_thread(server.until_engines, 2)  # it has failed Ray's health check, and was replaced
 
-        cut = await server.streams(STREAMS, TOKENS, begun=lambda: server.kill_one("front"))
-        broken = [number for number, each in enumerate(cut) if each.broken]
-        assert 0 < len(broken) < STREAMS
-        for number, (each, whole) in enumerate(zip(cut, undisturbed, strict=True)):
-            assert each.text == whole.text[: len(each.text)]
-            assert each.broken == (each.finish_reason is None), number
-            assert each.broken or each.text == whole.text
+        # Connections through a front end end with it. Asked again with its seed, a request gives the same text.
+        cut = await server.streams(STREAMS, TOKENS, begun=lambda: server.kill_one("front"), again=True)
+        begins = [(each.cut, each.text) for each in cut if each.cut is not None]
+        assert 0 < len(begins) < STREAMS
+        assert all(text.startswith(begin) for begin, text in begins)
+        assert texts(cut) == texts(undisturbed)
         with capsys.disabled():
-            print(f"a front end of two is killed: {len(broken)} of {STREAMS} connections break, no text is wrong")
+            print(f"a front end of two is killed: {len(begins)} of {STREAMS} connections break, no text is wrong")
         await asyncio.to_thread(eventually, server.ready)
         assert texts(await server.streams(STREAMS, TOKENS)) == texts(undisturbed)
 
