@@ -38,6 +38,7 @@ class Trace:
                 "submit",
                 now,
                 place=s.standing.arrival,
+                arrived=s.times.arrived,
                 request=s.id,
                 key=s.prefix.cache_namespace,
                 tenant=s.tenant,

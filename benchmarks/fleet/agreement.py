@@ -18,6 +18,8 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -31,7 +33,7 @@ from bdh_batch.settings import Settings
 from benchmarks import ROOT
 from benchmarks.client import Response
 from benchmarks.fleet.calibrated import Calibrated, first_tokens, steps
-from benchmarks.fleet.engine import Costs, Engine, scheduler_of
+from benchmarks.fleet.engine import Engine, scheduler_of
 from benchmarks.fleet.fleet import Fleet, Simulation, seconds_of
 from benchmarks.fleet.load import Chats, Conversation, conversations
 from benchmarks.fleet.streams import Stream
@@ -43,7 +45,7 @@ CHATS = Chats(pause=1.0, breaks=False)  # prompts are tokens
 MEMORY = 2**31  # bytes of states
 CLOSE = 0.15  # the largest difference
 SECONDS = ("mean", "p50", "p90", "p99")
-COMPARED = {"first_token_s": SECONDS, "between_tokens_s": SECONDS, "throughput": ("tokens/s",)}
+COMPARED = {"first_token_s": SECONDS, "between_tokens_s": SECONDS, "engine": ("tokens/s", "busy")}
 CALIBRATING = (0.6, 1.4)  # times the rate that is compared
 WARM_UP_SECONDS, SETTLE_SECONDS = 5.0, 0.5
 
@@ -55,8 +57,12 @@ class Played:
     fleet: Fleet
     begin: float
     responses: list[tuple[float, Response]] = field(default_factory=list)  # and when they were asked for
+    busy: float = 0.0  # seconds of all steps
 
-    @property
+    def had(self, moment: float) -> bool:
+        return self.begin <= moment <= self.end
+
+    @cached_property
     def end(self) -> float:
         """When the last token came."""
         return max(response.times[-1] for _, response in self.responses)
@@ -71,8 +77,8 @@ class Played:
 
     @property
     def gaps(self) -> list[float]:
-        """Mean seconds between the tokens of each request."""
-        return [(each.times[-1] - each.times[0]) / (len(each.times) - 1) for each in self.warm if len(each.times) > 1]
+        """Seconds between each two tokens of a request."""
+        return [later - one for each in self.warm for one, later in pairwise(each.times)]
 
     @property
     def tokens(self) -> int:
@@ -119,11 +125,13 @@ class Simulated:
     Args:
         begin: when it began.
         end: when the last token of the load came.
+        busy: seconds of all steps.
         warm: its requests after the warm-up.
     """
 
     begin: float
     end: float
+    busy: float
     tokens: int
     warm: list[Stream]
 
@@ -133,12 +141,8 @@ class Simulated:
 
     @property
     def gaps(self) -> list[float]:
-        """Mean seconds between the tokens of each request."""
-        return [
-            (stream.last - stream.first) / (stream.tokens - 1)
-            for stream in self.warm
-            if stream.first is not None and stream.tokens > 1
-        ]
+        """Seconds between each two tokens of a request."""
+        return [later - one for each in self.warm for one, later in pairwise(each.times)]
 
     @property
     def cached_share(self) -> float:
@@ -156,18 +160,21 @@ class Replica:
         most = self._settings.scheduler.max_running + self._settings.prefix_cache.entries
         self.slots = slots_within(MEMORY, self._state_bytes, most)
 
-    def simulated(self, loads: Sequence[Played], costs: Costs) -> list[Simulated]:
+    def simulated(self, loads: Sequence[Played], costs: Calibrated) -> list[Simulated]:
         """Plays loads one after the other, as the server has had them, on one engine with one cache."""
         engine = Engine(scheduler_of(self._settings, self._config, self.slots, self._state_bytes), costs, leaps=False)
-        return [self._simulated(replace(load.fleet, begins=load.begin - loads[0].begin), engine) for load in loads]
-
-    def _simulated(self, fleet: Fleet, engine: Engine) -> Simulated:
-        simulation = Simulation(fleet, lambda: engine)
-        simulation.run()
-        streams, warm = simulation.streams, fleet.begins + fleet.warm
-        end = max((stream.last for stream in streams), default=fleet.begins)
-        tokens = sum(stream.tokens for stream in streams)
-        return Simulated(fleet.begins, end, tokens, [stream for stream in streams if stream.arrived >= warm])
+        found = []
+        for load in loads:
+            fleet, before = replace(load.fleet, begins=load.begin - loads[0].begin), costs.spent
+            simulation = Simulation(fleet, lambda: engine)
+            simulation.run()
+            streams, warm = (
+                simulation.streams,
+                [s for s in simulation.streams if s.arrived >= fleet.begins + fleet.warm],
+            )
+            end, tokens = max(stream.last for stream in streams), sum(stream.tokens for stream in streams)
+            found.append(Simulated(fleet.begins, end, costs.spent - before, tokens, warm))
+        return found
 
 
 def compare(replica: Replica, loads: Sequence[Played], rate: float, trace: Sequence[str]) -> dict[str, Any]:
@@ -177,18 +184,21 @@ def compare(replica: Replica, loads: Sequence[Played], rate: float, trace: Seque
         loads: the first one has only warmed up.
         trace: the lines of the server's.
     """
-    calibrating = [each for each in loads[1:] if each.fleet.rate != rate]
-
-    def calibrates(at: float) -> bool:
-        return any(each.begin <= at < each.end for each in calibrating)
-
-    costs = Calibrated([step for step in steps(trace) if calibrates(step.at)])
+    every = [*steps(trace)]
+    for load in loads:
+        load.busy = sum(step.seconds for step in every if load.had(step.at))
+    calibrating = [load for load in loads[1:] if load.fleet.rate != rate]
+    costs = Calibrated([step for step in every if any(load.had(step.at) for load in calibrating)])
+    # Means of the same requests, as their clients and as the engine saw them.
     way = mean(each.first for load in calibrating for _, each in load.responses) - mean(
-        seconds for submitted, seconds in first_tokens(trace) if calibrates(submitted)
+        seconds for arrived, seconds in first_tokens(trace) if any(load.had(arrived) for load in calibrating)
     )
     both = zip(loads, replica.simulated(loads, costs), strict=True)
-    pairs = [pair for pair in both if pair[0] in loads[1:] and pair[0] not in calibrating]
-    sides = {"measured": figures([each for each, _ in pairs]), "simulated": figures([each for _, each in pairs], way)}
+    pairs = [(load, simulated) for load, simulated in both if load.fleet.rate == rate and load is not loads[0]]
+    sides = {
+        "measured": figures([load for load, _ in pairs]),
+        "simulated": figures([simulated for _, simulated in pairs], way),
+    }
     return {
         "cost": asdict(costs.cost),
         "way_s": way,
@@ -202,11 +212,15 @@ def compare(replica: Replica, loads: Sequence[Played], rate: float, trace: Seque
 
 def figures(loads: Sequence[Played | Simulated], way: float = 0.0) -> dict[str, Any]:
     """Of all loads together; a first token takes the seconds of the `way` more."""
+    seconds = sum(each.end - each.begin for each in loads)
     return {
         "requests": sum(len(each.first_tokens) for each in loads),
         "first_token_s": seconds_of(seconds + way for each in loads for seconds in each.first_tokens),
         "between_tokens_s": seconds_of(seconds for each in loads for seconds in each.gaps),
-        "throughput": {"tokens/s": sum(each.tokens for each in loads) / sum(each.end - each.begin for each in loads)},
+        "engine": {
+            "tokens/s": round(sum(each.tokens for each in loads) / seconds, 2),
+            "busy": round(sum(each.busy for each in loads) / seconds, 4),
+        },
         "cached_share_of_prompts": round(mean(each.cached_share for each in loads), 4),
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from statistics import median
 from typing import Any, NamedTuple
 
 import numpy
@@ -12,6 +13,9 @@ import numpy
 from bdh_batch.messages import Copy
 from benchmarks.engine.play import Cost
 from benchmarks.fleet.engine import copied
+
+HELD_UP = 10.0  # times the median error
+ROUNDS = 4
 
 Kind = tuple[bool, bool]
 
@@ -28,6 +32,10 @@ class Taken(NamedTuple):
     @property
     def kind(self) -> Kind:
         return bool(self.prompt_tokens), bool(self.copies)
+
+    def by(self, cost: Cost) -> float:
+        """The seconds that it should take."""
+        return cost.of(self.decodes, self.prompt_tokens, self.copies)
 
 
 def steps(lines: Iterable[str]) -> Iterator[Taken]:
@@ -55,22 +63,35 @@ def _taken(event: Mapping[str, Any], seconds: float) -> Taken:
 
 
 def first_tokens(lines: Iterable[str]) -> Iterator[tuple[float, float]]:
-    """Of each request of a trace that has ended: when it was submitted, and the seconds until its first token."""
-    submitted: dict[int, float] = {}
+    """Of each request of a trace that has ended: when it arrived, and the seconds until its first token."""
+    arrived: dict[int, float] = {}
     first: dict[int, float] = {}
     for line in lines:
         event = json.loads(line)
         if event["event"] == "submit":
-            submitted[event["place"]] = event["now"]
+            arrived[event["place"]] = event["arrived"]
         elif event["event"] == "step":
             first.update((int(place), event["now"] + event["seconds"]) for place in event["prefill"])
         elif event["event"] == "end":
-            begun = submitted.pop(event["place"])
+            begun = arrived.pop(event["place"])
             yield begun, first.pop(event["place"]) - begun
 
 
 def fitted(taken: Sequence[Taken]) -> Cost:
-    """The costs by least squares, none of them below 0."""
+    """The costs by least squares, none of them below 0. Steps that were held up, by another program say, would move
+    them far: in each round those are left out that are off by many times the usual error of their kind."""
+    kept, cost = taken, _least_squares(taken)
+    for _ in range(ROUNDS):
+        kinds: dict[Kind, list[float]] = {}
+        for each in taken:
+            kinds.setdefault(each.kind, []).append(abs(each.seconds - each.by(cost)))
+        most = {kind: HELD_UP * median(errors) for kind, errors in kinds.items()}
+        kept = [each for each in taken if abs(each.seconds - each.by(cost)) <= most[each.kind]]
+        cost = _least_squares(kept)
+    return cost
+
+
+def _least_squares(taken: Sequence[Taken]) -> Cost:
     seconds = numpy.array([each.seconds for each in taken])
     features = numpy.array([[1.0, each.decodes, each.prompt_tokens, each.copies] for each in taken])
     costs, used = numpy.zeros(features.shape[1]), list(range(features.shape[1]))
@@ -85,17 +106,19 @@ def fitted(taken: Sequence[Taken]) -> Cost:
 
 class Calibrated:
     """The costs of steps that were measured. One step takes what least squares say, and by so much more or less as one
-    of the measured steps of its kind, drawn at random."""
+    of the measured steps of its kind, drawn at random; those that were held up are among them."""
 
     def __init__(self, taken: Sequence[Taken], seed: int = 0) -> None:
         self.cost = fitted(taken)
+        self.spent = 0.0  # seconds of all steps that were asked for
         self._least = min(each.seconds for each in taken)
         self._draw = random.Random(seed)
         self._others: dict[Kind, list[float]] = {}
         for each in taken:
-            likely = self.cost.of(each.decodes, each.prompt_tokens, each.copies)
-            self._others.setdefault(each.kind, []).append(each.seconds - likely)
+            self._others.setdefault(each.kind, []).append(each.seconds - each.by(self.cost))
 
     def of(self, decodes: int, prefill_tokens: int, copies: float) -> float:
         others = self._others.get((bool(prefill_tokens), bool(copies)), [0.0])
-        return max(self._least, self.cost.of(decodes, prefill_tokens, copies) + self._draw.choice(others))
+        seconds = max(self._least, self.cost.of(decodes, prefill_tokens, copies) + self._draw.choice(others))
+        self.spent += seconds
+        return seconds

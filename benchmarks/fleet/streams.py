@@ -82,6 +82,7 @@ class Stream:
         self.tokens = 0  # that its reader has
         self.first: float | None = None  # seconds at which its reader got its tokens
         self.last = arrived
+        self.times: list[float] = []  # seconds, each time that it got tokens
         self.pauses: list[float] = []  # seconds from the last token before a loss to the next one
         self.work = Work()
         self.waits = False  # for the first token after a loss
@@ -110,6 +111,7 @@ class Stream:
         self.waits = False
         self.tokens += tokens
         self.last = now
+        self.times.append(now)
         first, self.has_token = not self.has_token, True
         if first:
             self.failovers = 0

@@ -193,11 +193,11 @@ def test_a_trace_says_how_long_steps_took_and_requests_waited() -> None:
         return {"event": "step", "now": now, "seconds": seconds, **counts}
 
     events = [
-        {"event": "submit", "now": -0.5, "place": 1},
+        {"event": "submit", "now": -0.4, "arrived": -0.5, "place": 1},
         step(0.0, 0.5, 0, {"1": 7}, []),
         step(0.6, 0.5, 1, {}, [[0, 1, 0, 1, 2]]),
         {"event": "end", "now": 1.1, "place": 1},
-        {"event": "submit", "now": 3.0, "place": 2},
+        {"event": "submit", "now": 3.0, "arrived": 3.0, "place": 2},
         step(3.0, 0.4, 0, {"2": 5}, []),
         step(3.5, 0.3, 0, {"2": 1}, []),
         {"event": "end", "now": 3.8, "place": 2},
@@ -223,6 +223,13 @@ def test_costs_are_found_again_in_the_steps_that_they_make() -> None:
     made = some_steps(50, noise=0.0)
     assert asdict(fitted(made)) == pytest.approx(asdict(COST))
     assert [Calibrated(made).of(*each[2:]) for each in made] == pytest.approx([each.seconds for each in made])
+
+
+def test_steps_that_were_held_up_move_no_cost() -> None:
+    made = some_steps(200, noise=0.0001)
+    held_up = [each._replace(seconds=each.seconds + 0.2) for each in made[::20]]
+    found = fitted([*made, *held_up])
+    assert asdict(found) == pytest.approx(asdict(fitted(made)), rel=0.01)
 
 
 def test_no_cost_is_below_nothing() -> None:

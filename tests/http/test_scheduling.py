@@ -46,7 +46,9 @@ def crowded(serve: ServeFactory, tmp_path_factory: pytest.TempPathFactory) -> It
         yield server
     events = [json.loads(line) for line in trace.read_text().splitlines()]
     assert {event["event"] for event in events} == {"submit", "step", "end"}
-    submitted = [event["place"] for event in events if event["event"] == "submit"]
+    submits = [event for event in events if event["event"] == "submit"]
+    assert all(event["arrived"] <= event["now"] for event in submits)
+    submitted = [event["place"] for event in submits]
     assert submitted == sorted(event["place"] for event in events if event["event"] == "end")
 
 
