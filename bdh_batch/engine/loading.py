@@ -21,9 +21,11 @@ from bdh_batch.engine.pages import HUGE
 from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_io import StateIO
 from bdh_batch.engine.state_pool import StatePool, slots_within
+from bdh_batch.engine.torch_threads import keep_to_one_thread
 from bdh_batch.engine.trace import Trace
 from bdh_batch.engine.worker import Observer, StepRunner, Worker
 from bdh_batch.errors import ConfigError, NotEnoughMemory
+from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.vector import most_threads
 from bdh_batch.messages import StateLayout
@@ -62,6 +64,7 @@ class LoadedEngine:
     copies: CopyLimits = WHOLE
     kernels: str = ""  # which compute, why, and with what arithmetic
     prepare: Callable[[bool], bool] = lambda idle: False  # see `Worker`
+    begin: Callable[[], None] = lambda: None  # likewise
 
 
 def load_engine(settings: Settings, path: Path) -> LoadedEngine:
@@ -112,7 +115,10 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     weights, grows = fingerprint(model.weights), device.type == "cpu"
     states = StateIO(pool, state_layout(pool, weights, window))
     copies = copy_limits(each, host_dtype) if grows else WHOLE
-    return LoadedEngine(model, runner, slots, host_slots, grows, weights, states, copies, reason, pool.back_ahead)
+    begin = keep_to_one_thread if isinstance(kernels, CpuKernels) else lambda: None
+    return LoadedEngine(
+        model, runner, slots, host_slots, grows, weights, states, copies, reason, pool.back_ahead, begin
+    )
 
 
 def given_by(model: ModelOptions) -> Given:
@@ -254,6 +260,7 @@ def start_worker(
         before,
         engine.states,
         engine.prepare,
+        engine.begin,
     )
 
 

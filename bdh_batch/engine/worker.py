@@ -87,6 +87,7 @@ class Worker:
         states: reads and writes states; None where there are no transfer slots.
         prepare: does a little of what later steps would wait for, in few milliseconds; is told whether the engine is
             idle, and returns whether there was something to do.
+        begin: is called in the worker's thread before its first step.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class Worker:
         before: Callable[[Step], None] = lambda step: None,
         states: StateIO | None = None,
         prepare: Callable[[bool], bool] = lambda idle: False,
+        begin: Callable[[], None] = lambda: None,
     ) -> None:
         self._scheduler = scheduler
         self._runner = runner
@@ -113,6 +115,7 @@ class Worker:
         self._trace = trace
         self._before = before
         self._prepare = prepare
+        self._begin = begin
         self._recordings = StepRecordings(scheduler)
         self._traffic = StateTraffic(scheduler, states, self._post_from_thread)
         self._inbox: list[Message] = []
@@ -245,6 +248,7 @@ class Worker:
     def _main(self) -> None:
         last_words = shutting_down()
         try:
+            self._begin()
             while not self._stopping:
                 self._step()
         except Exception:

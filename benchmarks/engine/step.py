@@ -134,6 +134,7 @@ def one_round(batches: Many[int], steps: int) -> dict[str, dict[str, float]]:
     """The parts of a step of each batch and kind."""
     chosen = settings.load(None, [("model.path", str(bundled_model()))]).settings
     engine = load_engine(chosen, bundled_model())
+    getattr(engine, "begin", lambda: None)()  # as the worker's thread does; an older checkout's does not
     return {
         f"{batch} {kind}": parts(asyncio.run(measure(chosen, engine, batch, kind, max(20, steps // batch))))
         for batch in batches
