@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
-from bdh_batch.kernels import cpu_passes as passes, cpu_state, simd, simd_terms, vector
+from bdh_batch.kernels import cpu_step, simd_terms, team, vector
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cpu_layout import (
-    INTEGERS,
     MAX_TOKENS,
     PANEL,
-    ROWS,
+    Columns,
     Floats,
     Longs,
     Packed,
@@ -36,25 +36,14 @@ from bdh_batch.kernels.cpu_layout import (
     rows_of,
     shape_of,
 )
-from bdh_batch.kernels.cpu_products import product, scale_panel
-from bdh_batch.kernels.vector import LANES, compiled, in_parallel, inlined
 
-PIECES = 4  # for each thread, groups times heads: what the threads share out in a layer
-UNEVEN = 1.25  # how much more than its share a thread may get, if that spares all threads the waiting in every layer
+PIECES = 2  # for each thread, at least: groups times heads, which are what the threads share out in a layer
 # Work is counted in half tokens of a long segment, as measured: a lone token reads and writes its part of a state for
 # itself; several go over the whole state once.
 LONE, WHOLE, EACH = 5, 9, 2
 WORTH_SHARING = 2048  # rows times panels of a product, from which on waking other threads takes less than it saves
 NO_FLOATS = np.empty(0, np.float32)
 NO_TOKENS = np.empty(0, np.int64)
-
-
-class Columns(NamedTuple):
-    """What rows are multiplied with, and what the sums of integers are multiples of."""
-
-    numbers: Terms  # packed
-    row_scales: Floats  # [T], or empty
-    scales: Floats  # [columns], or empty
 
 
 class CpuKernels:
@@ -65,24 +54,24 @@ class CpuKernels:
         self.pairs = weights.dtype == torch.int8 or (weights.dtype == torch.bfloat16 and simd_terms.multiplies_pairs())
         self._shape = shape_of(weights, window, self.pairs)
         self._packed = pack(weights, self._shape)
-        self._lm_head = pack_columns(weights.lm_head[None], self._shape)
-        self._head_scales = head_scales(weights)
+        self._head = Columns(pack_columns(weights.lm_head[None], self._shape), head_scales(weights))
         self._vocabulary = weights.lm_head.shape[1]
         self._threads = min(torch.get_num_threads(), vector.most_threads())
         self._work = allocate(MAX_TOKENS, self._shape)
         self._scratch = allocate_scratch(self._threads, self._shape)
-        self._counters = np.empty(1 + 2 * weights.layers, np.int64)
+        self._crews: dict[np.dtype[Any], Crew] = {}  # by the dtype of states, of which an engine has one
+        self._process = os.getpid()
 
     def forward(
         self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None, fired: Tensor | None = None
     ) -> Tensor:
-        vector.use_threads(self._threads)
         self._scratch.active.fill(0)
         hidden = torch.empty(len(batch.tokens), self._shape.width)
         flat = flatten(states)
+        crew = self._crew(flat.dtype)
         start = 0
         for part in rounds(batch, self._threads, self._shape.heads, fired):
-            run(part, self._shape, self._packed, flat, self._work, self._scratch, self._counters, self._threads)
+            crew.compute(part, flat)
             end = start + len(part.tokens)
             read = torch.from_numpy(self._work.x).view(-1, self._shape.pitch)
             hidden[start:end] = read[: end - start, : self._shape.width]
@@ -92,23 +81,68 @@ class CpuKernels:
             active.copy_(torch.from_numpy(self._scratch.active.sum(axis=0)[: len(active)] / each))
         return hidden
 
+    def _crew(self, dtype: np.dtype[Any]) -> Crew:
+        if self._process != os.getpid():  # a fork, which has none of the threads
+            self._process, self._crews = os.getpid(), {}
+        if dtype not in self._crews:
+            arrays = (self._packed, self._head, self._work, self._scratch)
+            self._crews[dtype] = Crew(self._threads, np.empty(0, dtype), self._shape, *arrays)
+        return self._crews[dtype]
+
     def warm(self, states: Tensor) -> None:
         pass  # nothing depends on where the states lie
 
     def logits(self, hidden: Tensor) -> Tensor:
         rows, row_scales = rows_of(hidden, self._shape)
         out = aligned(len(hidden), round_up(self._vocabulary, PANEL))
+        logits = out.view(-1).numpy()
         panels = out.shape[1] // PANEL
-        threads = self._threads if len(hidden) * panels >= WORTH_SHARING else 1
-        columns = Columns(self._lm_head, row_scales, self._head_scales)
-        vector.use_threads(threads)
-        project(rows, len(hidden), self._shape, columns, self._scratch, out.view(-1).numpy(), self._counters, threads)
+        if self._threads > 1 and len(hidden) * panels >= WORTH_SHARING:
+            dtype = next(iter(self._crews), np.dtype(np.float32))  # any will do
+            self._crew(dtype).project(rows, row_scales, len(hidden), logits)
+        else:
+            products = self._scratch.products[0]
+            cpu_step.project(0, panels, rows, row_scales, len(hidden), self._shape, self._head, products, logits)
         return out[:, : self._vocabulary]
+
+
+class Crew:
+    """The threads that compute a model's steps on states of one dtype.
+
+    Args:
+        kind: an empty array of that dtype.
+        columns: the lm_head.
+    """
+
+    def __init__(
+        self,
+        threads: int,
+        kind: States,
+        shape: Shape,
+        weights: Packed,
+        columns: Columns,
+        work: Work,
+        scratches: Scratch,
+    ) -> None:
+        self._shape, self._job = shape, np.zeros(cpu_step.JOB, np.int64)
+        self._board = team.new_board(threads, MAX_TOKENS)
+        fixed = (self._board, self._job, kind, shape, weights, columns, work, scratches)
+        self._lead = partial(cpu_step.lead, *fixed)
+        self._team = team.Team(threads, self._board, lambda number: cpu_step.serve(number, *fixed))
+
+    def compute(self, part: Round, states: States) -> None:
+        cpu_step.begin_step(part, states, self._shape, self._board, self._job)
+        self._lead()
+
+    def project(self, rows: Terms, row_scales: Floats, tokens: int, out: Floats) -> None:
+        """Computes `out` [tokens, columns] from rows [tokens + ROWS, input_pitch] and what they are multiples of."""
+        cpu_step.begin_logits(rows, row_scales, tokens, out, self._board, self._job)
+        self._lead()
 
 
 def rounds(batch: RaggedBatch, threads: int, heads: int, fired: Tensor | None = None) -> Iterator[Round]:
     """Cuts a batch in rounds, and those in groups. Neither changes any token's result."""
-    tokens, positions = batch.tokens.numpy(), batch.positions.numpy()
+    tokens, positions = batch.tokens.contiguous().numpy(), batch.positions.contiguous().numpy()  # helpers get addresses
     bounds, slots = np.array(batch.bounds, np.int64), np.array(batch.slots, np.int64)
     frozen = np.array(batch.frozen, np.bool_) if batch.frozen else np.zeros(len(slots), np.bool_)
     vectors = NO_FLOATS if batch.vectors is None else batch.vectors.contiguous().view(-1).numpy()
@@ -118,12 +152,9 @@ def rounds(batch: RaggedBatch, threads: int, heads: int, fired: Tensor | None = 
         last = np.searchsorted(bounds, end, side="left")
         cut = bounds[first : last + 1].clip(start, end) - start
         work = work_of(cut)
-        groups = group(work, threads)
-        apart = bool(largest(groups, work) * threads <= UNEVEN * work[-1])
-        if not apart:
-            groups = group(work, threads * PIECES // heads)
+        groups = group(work, max(threads, threads * PIECES // heads) if threads > 1 else 1)
         yield Round(
-            tokens[start:end], positions[start:end], cut, slots[first:last], frozen[first:last], groups, apart, vectors,
+            tokens[start:end], positions[start:end], cut, slots[first:last], frozen[first:last], groups, vectors,
             *watched_in(start, end, batch, fired),
         )  # fmt: skip
 
@@ -145,10 +176,6 @@ def work_of(bounds: Longs) -> Longs:
     return np.concatenate([[0], np.where(tokens == 1, LONE, WHOLE + EACH * tokens).cumsum()])
 
 
-def largest(groups: Longs, work: Longs) -> int:
-    return int(work[groups[0, 1]] - work[groups[0, 0]])
-
-
 def group(work: Longs, groups: int) -> Longs:
     """Neighbouring segments together until they have their share of the work; the largest groups come first."""
     share = -(-int(work[-1]) // max(1, groups))
@@ -165,173 +192,3 @@ def flatten(states: Tensor) -> States:
     """The numbers of a state pool for the passes; bfloat16 by their bits."""
     flat = states.view(-1)
     return flat.view(torch.uint16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
-
-
-@in_parallel
-def run(
-    part: Round, shape: Shape, weights: Packed, states: States, work: Work, scratches: Scratch, counters: Longs,
-    threads: int,
-) -> None:  # fmt: skip
-    """One round through all the layers. After each loop all threads meet."""
-    counters[:] = 0
-    if part.apart:
-        for thread in numba.prange(threads):
-            carry_some(thread, part, shape, weights, states, work, scratches, counters)
-        return
-    for _ in numba.prange(threads):
-        begin_some(part, shape, weights, work, counters)
-    for layer in range(shape.layers):
-        for thread in numba.prange(threads):
-            compute_heads(layer, thread, part, shape, weights, states, work, scratches, counters)
-        for _ in numba.prange(threads):
-            finish_some(layer, part, shape, work, counters)
-
-
-@compiled
-def carry_some(
-    thread: int, part: Round, shape: Shape, weights: Packed, states: States, work: Work, scratches: Scratch,
-    counters: Longs,
-) -> None:  # fmt: skip
-    """Takes whole groups through all the layers: sequences need nothing of each other."""
-    scratch = scratch_of(scratches, thread)
-    while True:
-        chosen = simd.take_work(counters, 0)
-        if chosen >= len(part.groups):
-            return
-        first, last = part.bounds[part.groups[chosen, 0]], part.bounds[part.groups[chosen, 1]]
-        for token in range(first, last):
-            passes.begin(token, part, shape, weights, work)
-        for layer in range(shape.layers):
-            for head in range(shape.heads):
-                compute_head(chosen, layer, head, part, shape, weights, states, work, scratch)
-            for token in range(first, last):
-                passes.finish(token, layer, shape, work)
-
-
-@compiled
-def begin_some(part: Round, shape: Shape, weights: Packed, work: Work, counters: Longs) -> None:
-    tokens = len(part.tokens)
-    while True:
-        first = simd.take_work(counters, 0) * ROWS
-        if first >= tokens:
-            return
-        for token in range(first, min(first + ROWS, tokens)):
-            passes.begin(token, part, shape, weights, work)
-
-
-@inlined
-def scratch_of(scratches: Scratch, thread: int) -> Scratch:
-    return Scratch(
-        scratches.fired[thread], scratches.starts[thread], scratches.pairs[thread], scratches.even[thread],
-        scratches.odd[thread], scratches.y[thread], scratches.products[thread], scratches.normed[thread],
-        scratches.normed_scales[thread], scratches.neurons[thread], scratches.gated[thread], scratches.gates[thread],
-        scratches.active[thread],
-    )  # fmt: skip
-
-
-@compiled
-def compute_heads(
-    layer: int, thread: int, part: Round, shape: Shape, weights: Packed, states: States, work: Work, scratches: Scratch,
-    counters: Longs,
-) -> None:  # fmt: skip
-    """Computes groups of segments in the heads of one layer, until the work counter has run out."""
-    scratch = scratch_of(scratches, thread)
-    while True:
-        piece = simd.take_work(counters, 2 * layer + 1)
-        chosen, head = piece // shape.heads, piece % shape.heads
-        if chosen >= len(part.groups):
-            return
-        compute_head(chosen, layer, head, part, shape, weights, states, work, scratch)
-
-
-@compiled
-def compute_head(
-    chosen: int, layer: int, head: int, part: Round, shape: Shape, weights: Packed, states: States, work: Work,
-    scratch: Scratch,
-) -> None:  # fmt: skip
-    """Computes a group of segments in one head of a layer."""
-    begin, end = part.groups[chosen, 0], part.groups[chosen, 1]
-    first, last = part.bounds[begin], part.bounds[end]
-    passes.expand(first, last, layer, head, shape, weights, work, scratch)
-    if len(part.watched):
-        passes.show(first, last, layer, head, part, shape, scratch)
-    for segment in range(begin, end):
-        attend(segment, first, layer, head, part, shape, states, work, scratch)
-    passes.contract(first, last, layer, head, shape, weights, work, scratch)
-
-
-@compiled
-def attend(
-    segment: int, tile_start: int, layer: int, head: int, part: Round, shape: Shape, states: States, work: Work,
-    scratch: Scratch,
-) -> None:  # fmt: skip
-    """A sequence's tokens in one head, cut where a block of the window begins."""
-    elements = shape.neurons * shape.width
-    layer_size = elements * shape.heads * (2 if shape.half_window else 1)
-    state = (part.slots[segment] * shape.layers + layer) * layer_size + head * elements
-    first, last = part.bounds[segment], part.bounds[segment + 1]
-    while first < last:
-        end = last
-        if shape.half_window:
-            inside = part.positions[first] % shape.half_window
-            end = min(last, first + shape.half_window - inside)
-            if inside == 0:
-                cpu_state.start_block(states, state, shape.heads * elements, elements)
-        row, position = first - tile_start, part.positions[first]
-        if part.frozen[segment]:
-            cpu_state.read_token(row, state, shape, states, work, scratch)
-        elif end == first + 1:
-            cpu_state.attend_token(first, row, position, state, shape, states, work, scratch)
-        else:
-            cpu_state.attend_tokens(first, end, row, position, state, shape, states, work, scratch)
-        first = end
-
-
-@compiled
-def finish_some(layer: int, part: Round, shape: Shape, work: Work, counters: Longs) -> None:
-    tokens = len(part.tokens)
-    while True:
-        first = simd.take_work(counters, 2 * layer + 2) * ROWS
-        if first >= tokens:
-            return
-        for token in range(first, min(first + ROWS, tokens)):
-            passes.finish(token, layer, shape, work)
-
-
-@in_parallel
-def project(
-    rows: Terms, tokens: int, shape: Shape, columns: Columns, scratches: Scratch, out: Floats, counters: Longs,
-    threads: int,
-) -> None:  # fmt: skip
-    """out [tokens, columns] = rows [tokens + ROWS, input_pitch] · packed columns.
-
-    Threads share out the panels, each of which is computed as it would be by one alone."""
-    counters[0] = 0
-    if threads == 1:  # without the time that waking the others takes
-        project_some(rows, tokens, shape, columns, scratches.products[0], out, counters)
-        return
-    for thread in numba.prange(threads):
-        project_some(rows, tokens, shape, columns, scratches.products[thread], out, counters)
-
-
-@compiled
-def project_some(
-    rows: Terms, tokens: int, shape: Shape, columns: Columns, products: Floats, out: Floats, counters: Longs
-) -> None:
-    pitch = shape.input_pitch
-    panels = len(columns.numbers) // (pitch * PANEL)
-    while True:
-        panel = simd.take_work(counters, 0)
-        if panel >= panels:
-            return
-        start = panel * pitch * PANEL
-        for token in range(0, tokens, ROWS):
-            count = min(ROWS, tokens - token)
-            product(rows, token * pitch, count, pitch, columns.numbers, start, shape.depth, products, 0)
-            for i in range(count):
-                if shape.rounding == INTEGERS:
-                    by = columns.row_scales[token + i]
-                    scale_panel(products, i * PANEL, by, columns.scales, panel * PANEL)
-                to = (token + i) * panels * PANEL + panel * PANEL
-                simd.store(out, to, simd.load(products, i * PANEL))
-                simd.store(out, to + LANES, simd.load(products, i * PANEL + LANES))

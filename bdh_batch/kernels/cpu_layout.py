@@ -69,6 +69,13 @@ class Packed(NamedTuple):
     frequencies: npt.NDArray[np.float64]  # [panels * 16], of each pair
 
 
+class Columns(NamedTuple):
+    """The head, with which hidden vectors are multiplied, and what the sums of integers are multiples of."""
+
+    numbers: Terms  # [panels, input_pitch, PANEL]
+    scales: Floats  # [panels, PANEL] of int8, else empty
+
+
 class Work(NamedTuple):
     """What the passes of a round of T tokens share."""
 
@@ -102,8 +109,7 @@ class Scratch(NamedTuple):
 class Round(NamedTuple):
     """At most MAX_TOKENS tokens: those of segment s are `bounds[s]` … `bounds[s + 1]` − 1, its slot `slots[s]`.
 
-    A thread takes a group of segments at a time, `groups[g, 0]` … `groups[g, 1]` − 1: in one head of one layer, or,
-    where the groups are to go `apart`, through the whole model without waiting for any other.
+    A thread takes a group of segments at a time, `groups[g, 0]` … `groups[g, 1]` − 1, in one head of one layer.
     """
 
     tokens: Longs  # −1 − k: row k of `vectors`
@@ -112,7 +118,6 @@ class Round(NamedTuple):
     slots: Longs
     frozen: Flags  # of each segment, whether its state is only read
     groups: Longs
-    apart: bool
     vectors: Floats  # [K, D], the batch's
     watched: Longs  # tokens whose activations are shown, rising
     shown: Floats  # where: [layers, watched, heads, N], with rows of other rounds' between the layers

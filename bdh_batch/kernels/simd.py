@@ -249,17 +249,6 @@ def total(context: Any, vector: Any) -> Any:
 
 
 @intrinsic
-def take_work(context: Any, counters: Any, index: Any) -> Any:
-    """Takes the next piece of work: counters[index]++ for an int64 array, atomically; gives the value before."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = address(context, builder, signature.args[0], args[0], args[1], ir.IntType(64))
-        return builder.atomic_rmw("add", pointer, ir.Constant(ir.IntType(64), 1), "monotonic")
-
-    return types.int64(counters, types.int64), generate
-
-
-@intrinsic
 def through_half(context: Any, value: Any) -> Any:
     """A number or a vector rounded to float16 and back."""
 

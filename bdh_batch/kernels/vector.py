@@ -50,14 +50,8 @@ in_parallel = _compiler(parallel=True)  # `prange` loops on several threads
 
 
 def most_threads() -> int:
-    """Threads that a `prange` loop can have."""
+    """Threads that a program can have: one for each core, where nothing else says how many."""
     return int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
-
-
-def use_threads(count: int) -> None:
-    """Has `prange` loops of the calling thread run on so many threads: all that a loop has are waited for, also those
-    that nothing is left for, and that have no core of their own."""
-    numba.set_num_threads(count)
 
 
 def intrinsic(function: Callable[..., Any]) -> Callable[..., Any]:

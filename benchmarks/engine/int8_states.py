@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bdh_batch.checkpoint.checkpoint import Model, load_model
-from bdh_batch.kernels import cpu, cpu_passes
+from bdh_batch.kernels import cpu, cpu_passes, cpu_step
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.cpu_layout import Floats, Packed, Round, Scratch, Shape, Work
 from bdh_batch.kernels.vector import in_parallel
@@ -164,7 +164,7 @@ def step_share(
     scratches: Scratch,
 ) -> None:  # fmt: skip
     """A token of each of some sequences, through the whole model."""
-    scratch = cpu.scratch_of(scratches, thread)
+    scratch = cpu_step.scratch_of(scratches, thread)
     for token in range(thread, len(part.tokens), threads):
         cpu_passes.begin(token, part, shape, weights, work)
         for layer in range(shape.layers):

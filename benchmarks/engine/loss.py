@@ -133,7 +133,7 @@ def by_weights(path: Path, device: torch.device, tokens: Tensor, repeats: int) -
 
 def bytes_read(kernels: Kernels, weights: Weights) -> int:
     if isinstance(kernels, CpuKernels):
-        return sum(array.nbytes for array in (*kernels._packed, kernels._lm_head, kernels._head_scales))
+        return sum(array.nbytes for array in (*kernels._packed, *kernels._head))
     return sum(getattr(weights, name).nbytes for name in ("embed", "encoder", "encoder_v", "decoder", "lm_head"))
 
 

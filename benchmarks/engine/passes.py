@@ -9,7 +9,7 @@ import numba
 import torch
 from torch import Tensor
 
-from bdh_batch.kernels import cpu, cpu_passes, vector
+from bdh_batch.kernels import cpu, cpu_passes, cpu_step, vector
 from bdh_batch.kernels.base import RaggedBatch
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.cpu_layout import Packed, Round, Scratch, Shape, States, Work
@@ -60,7 +60,7 @@ def contract_all(part: Round, shape: Shape, weights: Packed, work: Work, scratch
 def expand_share(
     thread: int, threads: int, part: Round, shape: Shape, weights: Packed, work: Work, scratches: Scratch
 ) -> None:
-    scratch = cpu.scratch_of(scratches, thread)
+    scratch = cpu_step.scratch_of(scratches, thread)
     for piece in range(thread, shape.layers * shape.heads, threads):
         cpu_passes.expand(0, part.bounds[-1], piece // shape.heads, piece % shape.heads, shape, weights, work, scratch)
 
@@ -70,17 +70,17 @@ def attend_share(
     thread: int, threads: int, part: Round, shape: Shape, states: States, work: Work, scratches: Scratch
 ) -> None:
     """Every layer's and head's state by the lists in the scratch buffers."""
-    scratch = cpu.scratch_of(scratches, thread)
+    scratch = cpu_step.scratch_of(scratches, thread)
     for piece in range(thread, shape.layers * shape.heads, threads):
         for segment in range(len(part.slots)):
-            cpu.attend(segment, 0, piece // shape.heads, piece % shape.heads, part, shape, states, work, scratch)
+            cpu_step.attend(segment, 0, piece // shape.heads, piece % shape.heads, part, shape, states, work, scratch)
 
 
 @vector.compiled
 def contract_share(
     thread: int, threads: int, part: Round, shape: Shape, weights: Packed, work: Work, scratches: Scratch
 ) -> None:
-    scratch = cpu.scratch_of(scratches, thread)
+    scratch = cpu_step.scratch_of(scratches, thread)
     for piece in range(thread, shape.layers * shape.heads, threads):
         cpu_passes.contract(
             0, part.bounds[-1], piece // shape.heads, piece % shape.heads, shape, weights, work, scratch

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from bdh_batch.checkpoint.checkpoint import load_model
-from bdh_batch.kernels import cpu, cpu_state, simd, simd_state, simd_terms as terms
+from bdh_batch.kernels import cpu, cpu_state, cpu_step, simd, simd_state, simd_terms as terms
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.cpu_layout import PANEL, Floats, Round, Scratch, Shape, States, Work
 from bdh_batch.kernels.vector import LANES, compiled, in_parallel, inlined
@@ -56,7 +56,7 @@ class Ring(NamedTuple):
 def read_share(
     thread: int, threads: int, part: Round, shape: Shape, states: States, work: Work, scratches: Scratch
 ) -> None:
-    scratch = cpu.scratch_of(scratches, thread)
+    scratch = cpu_step.scratch_of(scratches, thread)
     for piece in range(thread, shape.layers * shape.heads, threads):
         for segment in range(len(part.slots)):
             cpu_state.read_token(segment, state_of(segment, piece, part, shape), shape, states, work, scratch)
@@ -72,7 +72,7 @@ def dots_share(
     thread: int, threads: int, filled: int, size: int, part: Round, shape: Shape, ring: Ring, scratches: Scratch
 ) -> None:
     """y += Σ (q · q_j) x_j over `filled` of the `size` tokens of each ring; then the token goes into it."""
-    scratch = cpu.scratch_of(scratches, thread)
+    scratch = cpu_step.scratch_of(scratches, thread)
     for piece in range(thread, shape.layers * shape.heads, threads):
         for segment in range(len(part.slots)):
             q = (part.slots[segment] * shape.layers * shape.heads + piece) * size * shape.neurons
@@ -96,7 +96,7 @@ def flush_share(
     thread: int, threads: int, size: int, part: Round, shape: Shape, states: States, work: Work, scratches: Scratch
 ) -> None:
     """S += Σ q_j ⊗ x_j over a ring's tokens, a panel of rows at a time: `cpu_state.attend_tokens` without reading."""
-    scratch = cpu.scratch_of(scratches, thread)
+    scratch = cpu_step.scratch_of(scratches, thread)
     for piece in range(thread, shape.layers * shape.heads, threads):
         for segment in range(len(part.slots)):
             state = state_of(segment, piece, part, shape)

@@ -28,6 +28,10 @@ NOT_NUMBERS = [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001, 0x7FC00000, 0xFFC
 Piece = tuple[int, int, int]  # slot, first and last position of a share of a sequence
 
 
+def text(length: int, vocabulary: int, seed: int = 0) -> Tensor:
+    return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
+
+
 def states_for(weights: Weights, slots: int, window: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     _, heads, width, neurons = weights.encoder.shape
     blocks = (2,) if window else ()

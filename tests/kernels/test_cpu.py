@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from torch import Tensor
 
-from bdh_batch.kernels import cpu, cpu_layout, cpu_state, simd_terms, vector
+from bdh_batch.kernels import cpu, cpu_layout, cpu_state, cpu_step, simd_terms, vector
 from bdh_batch.kernels.base import RaggedBatch, Weights
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.torch_reference import TorchKernels, rotation
 from benchmarks.engine.synthetic import synthetic_weights
-from tests.kernels.support import VARIANTS, alone, distance, feed, in_a_crowd, model, poison, states_for, variant
+from tests.kernels.support import VARIANTS, alone, distance, feed, in_a_crowd, model, poison, states_for, text, variant
 
 TOLERANCE = 1e-5
 # Rounding of the weights is the same; that of what products give back is the specification's alone.
@@ -25,10 +23,6 @@ TOLERANCE_OF = {torch.float32: TOLERANCE, torch.bfloat16: 3e-2, torch.float16: 4
 properties = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 FLOAT32 = st.just(torch.float32)
-
-
-def text(length: int, vocabulary: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
 
 
 @st.composite
@@ -54,25 +48,6 @@ def test_agrees_with_the_specification(weights: Weights, lengths: list[int], see
         expected = torch.cat(feed(TorchKernels(weights), right, sequences, pieces))
         assert (got - expected).norm() <= TOLERANCE * expected.norm()
         assert (mine - right).norm() <= TOLERANCE * right.norm()
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_loops_have_the_threads_of_the_engine_and_no_others(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else an engine that has one core waits at each loop for threads that have nothing to do, and no core."""
-    weights = synthetic_weights(model(3, 2, 48, 96, 60), 0.3)
-    found: list[int] = []
-
-    def observed(states: Tensor, batch: RaggedBatch) -> Tensor:
-        hidden = forward(states, batch)
-        found.append(numba.get_num_threads())  # of this thread
-        return hidden
-
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    kernels = CpuKernels(weights)
-    forward = kernels.forward
-    monkeypatch.setattr(kernels, "forward", observed)
-    alone(kernels, states_for(weights, 1), text(80, 60), 0, [50, 60])
-    assert set(found) == {min(threads, vector.most_threads())}
 
 
 @pytest.mark.parametrize("width", [15, 48, 80])
@@ -157,14 +132,14 @@ def test_logits_of_a_large_vocabulary_have_the_same_bits_on_any_number_of_thread
 ) -> None:
     weights = synthetic_weights(model(1, 1, 32, 64, 40_013), 0.3)
     hidden = torch.randn(rows, 32, generator=torch.Generator().manual_seed(1))
-    asked: list[int] = []
-    project = cpu.project
+    shared: list[int] = []
+    project = cpu.Crew.project
 
-    def counted(*arguments: Any) -> None:
-        asked.append(arguments[-1])
-        project(*arguments)
+    def counted(crew: cpu.Crew, *arguments: Any) -> None:
+        shared.append(arguments[2])
+        project(crew, *arguments)
 
-    monkeypatch.setattr(cpu, "project", counted)
+    monkeypatch.setattr(cpu.Crew, "project", counted)
     found = []
     before = torch.get_num_threads()
     for threads in (1, 2):
@@ -175,7 +150,7 @@ def test_logits_of_a_large_vocabulary_have_the_same_bits_on_any_number_of_thread
             found.append(kernels.logits(hidden))
         finally:
             torch.set_num_threads(before)
-    assert asked == [1, 1 if rows == 1 else 2]
+    assert shared == ([] if rows == 1 else [rows])
     assert torch.equal(*found)
     expected = TorchKernels(weights).logits(hidden)
     assert distance(found[0], expected) <= TOLERANCE
@@ -234,7 +209,6 @@ def test_lone_tokens_are_more_work_than_those_of_a_prompt() -> None:
     """Two threads share 63 sequences that decode and a prompt of 64 tokens: who has the prompt gets some of the 63."""
     batch = RaggedBatch(torch.zeros(127, dtype=torch.long), torch.arange(127), [*range(64), 127], list(range(64)))
     (part,) = cpu.rounds(batch, threads=2, heads=4)
-    assert part.apart
     alone, *shared = [part.bounds[last] - part.bounds[first] for first, last in part.groups]
     assert 40 <= alone <= 50
     assert sum(shared) == 127 - alone
@@ -242,6 +216,6 @@ def test_lone_tokens_are_more_work_than_those_of_a_prompt() -> None:
 
 def test_what_was_compiled_is_recompiled_when_any_source_changes() -> None:
     """Numba alone would go on using what it kept."""
-    dispatchers: list[Any] = [cpu.run, cpu_state.fold_row]
+    dispatchers: list[Any] = [cpu_step.lead, cpu_state.fold_row]
     for dispatcher in dispatchers:
         assert vector.SOURCES in dispatcher._cache._cache_file._source_stamp

@@ -28,9 +28,9 @@ from tests.kernels.support import (
     in_a_crowd,
     model,
     states_for,
+    text,
     variant,
 )
-from tests.kernels.test_cpu import text
 
 TOLERANCE = 3e-2  # bfloat16 keeps 8 bits
 BUNDLED = Path(__file__).parents[2] / "models" / "bdh-shakespeare"
