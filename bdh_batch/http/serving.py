@@ -24,6 +24,7 @@ from bdh_batch.http.request.client import Client, unless_left
 from bdh_batch.http.request.off_loop import Aside, OffLoop
 from bdh_batch.http.responses.frames import Frames, ResponseOptions
 from bdh_batch.http.responses.generation import EventStream, whole
+from bdh_batch.http.responses_api.shared_events import SharedEvents
 from bdh_batch.http.schema.requests import GenerationBody
 from bdh_batch.http.states.header import problem_of
 from bdh_batch.http.watch.feed import Feed
@@ -51,6 +52,7 @@ class Serving:
     Args:
         records: what clients have stored.
         recent: completions whose states can be saved.
+        events: of responses in the background.
         spans: where they are exported.
         responses: those that are kept.
         feed: what operators watch.
@@ -64,6 +66,7 @@ class Serving:
     quota: Quota
     records: Store
     recent: Recent
+    events: SharedEvents
     spans: Spans | None = None
     responses: ResponseCache | None = None
     feed: Feed = field(default_factory=Feed)
@@ -79,8 +82,9 @@ class Serving:
         keys: KeyRing | None = None,
         spans: Spans | None = None,
         recent: Recent | None = None,
+        events: SharedEvents | None = None,
     ) -> Serving:
-        """Without `keys`, none is asked for; without `recent`, nothing is shared with other processes.
+        """Without `keys`, none is asked for; without `recent` and `events`, nothing is shared with other processes.
 
         Raises:
             ConfigError: what the rates are counted in, or responses are kept or stored in, cannot be used.
@@ -93,8 +97,8 @@ class Serving:
             metrics.watch_response_cache(lambda: responses.held)
         records = open_store(settings.store)
         metrics.watch_store(records)
-        recent = recent or Recent(settings.store.recent_requests)
-        return cls(settings, gate, metrics, Admission(keys, rates), quota, records, recent, spans, responses)
+        recent, events = recent or Recent(settings.store.recent_requests), events or SharedEvents()
+        return cls(settings, gate, metrics, Admission(keys, rates), quota, records, recent, events, spans, responses)
 
     def aside(self, client: Client) -> Aside:
         """Where what takes long is done for a client, whose body has been read."""

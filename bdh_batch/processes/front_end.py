@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from bdh_batch.processes.folder import RuntimeFolder
 from bdh_batch.processes.model_settings import models_of
-from bdh_batch.processes.others import Others, answers_of
+from bdh_batch.processes.others import EVENTS, Others, answers_of, answers_of_front_end
 from bdh_batch.processes.questions import answer
 from bdh_batch.processes.service import Service, run_until_signal
 from bdh_batch.processes.supervised_models import SupervisedModels
@@ -49,8 +49,10 @@ async def run_front_end(
     service.metrics.join(name, others.metrics)
     service.metrics.watched.join(name, others)
     service.recent.join(others.completion)
-    answers = answers_of(service.metrics.exposition, service.metrics.watched, service.recent)
-    answering = await answer(folder.questions(name), answers)
+    service.events.join(others)
+    answers = answers_of(service.metrics.exposition, service.metrics.watched)
+    answers |= answers_of_front_end(service.recent, service.events)
+    answering = await answer(folder.questions(name), answers, patient=[EVENTS])
     try:
         await run_until_signal(service)
     finally:

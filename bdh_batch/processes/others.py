@@ -1,4 +1,5 @@
-"""What the processes of a server ask each other: their metrics, recent completions, and what operators watch."""
+"""What the processes of a server ask each other: their metrics, what operators watch, and, of front ends, recent
+completions and the events of responses in the background."""
 
 from __future__ import annotations
 
@@ -9,30 +10,28 @@ from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 from bdh_batch.errors import Unavailable
+from bdh_batch.http.responses_api.shared_events import SharedEvents
 from bdh_batch.observability.figures import Figures
 from bdh_batch.observability.watched import StepRecord, Watched
 from bdh_batch.processes.folder import RuntimeFolder
-from bdh_batch.processes.questions import Answer, ask
+from bdh_batch.processes.questions import Answer, ask, follow
 from bdh_batch.store.recent import Completion, Recent
 
-METRICS, COMPLETION, FIGURES, STEPS = "metrics", "completion", "figures", "steps"
+METRICS, FIGURES, STEPS = "metrics", "figures", "steps"
+COMPLETION, EARLIEST_EVENT, EVENTS = "completion", "earliest event", "events"
 SECONDS = 2.0  # within which a process has to answer
 FIGURES_SECONDS = 1.0
 STEPS_SECONDS = 10.0  # within which recorded steps, some megabytes at most, have to be there once they are recorded
 
 
-def answers_of(exposition: Callable[[], bytes], watched: Watched, recent: Recent | None = None) -> dict[str, Answer]:
-    """What a process answers; only a front end has completions."""
+def answers_of(exposition: Callable[[], bytes], watched: Watched) -> dict[str, Answer]:
+    """What every process answers."""
 
     async def metrics() -> AsyncIterator[bytes]:
         yield exposition()
 
     async def figures() -> AsyncIterator[bytes]:
         yield watched.figures().dump()
-
-    async def completion(owner: str, id: str) -> AsyncIterator[bytes]:
-        if recent is not None and (found := recent.get(owner, id)) is not None:
-            yield _line([found.model, found.salt, b64encode(found.tokens().tobytes()).decode()])
 
     async def steps(model: str, count: int, seconds: float) -> AsyncIterator[bytes]:
         """Each step in a line of its own: no process encodes or parses many at once."""
@@ -46,11 +45,31 @@ def answers_of(exposition: Callable[[], bytes], watched: Watched, recent: Recent
             yield _line(step)
             await asyncio.sleep(0)
 
-    return {METRICS: metrics, FIGURES: figures, COMPLETION: completion, STEPS: steps}
+    return {METRICS: metrics, FIGURES: figures, STEPS: steps}
+
+
+def answers_of_front_end(recent: Recent, shared: SharedEvents) -> dict[str, Answer]:
+    """What only a front end answers."""
+
+    async def completion(owner: str, id: str) -> AsyncIterator[bytes]:
+        if (found := recent.get(owner, id)) is not None:
+            yield _line([found.model, found.salt, b64encode(found.tokens().tobytes()).decode()])
+
+    async def earliest_event(owner: str, id: str) -> AsyncIterator[bytes]:
+        if (log := shared.own(owner, id)) is not None:
+            yield str(log.earliest).encode()
+
+    async def events(owner: str, id: str, after: int, keepalive: float) -> AsyncIterator[bytes]:
+        if (log := shared.own(owner, id)) is not None:
+            async for piece in log.read(after, keepalive):
+                yield piece
+
+    return {COMPLETION: completion, EARLIEST_EVENT: earliest_event, EVENTS: events}
 
 
 class Others:
-    """The other processes of a server. Implements `observability.watched.OtherProcesses`.
+    """The other processes of a server. Implements `observability.watched.OtherProcesses`, and that of
+    `http.responses_api.shared_events`.
 
     Args:
         name: of this process, which is not asked.
@@ -70,6 +89,14 @@ class Others:
             model, salt, tokens = json.loads(answer)
             return Completion(model, salt, array("i", b64decode(tokens)))
         return None
+
+    async def earliest_event(self, owner: str, id: str) -> tuple[str, int] | None:
+        for process, number in (await self._ask(SECONDS, EARLIEST_EVENT, owner, id)).items():
+            return process, int(number)
+        return None
+
+    def events(self, process: str, owner: str, id: str, after: int, keepalive: float) -> AsyncIterator[bytes]:
+        return follow(self._folder.questions(process), EVENTS, owner, id, after, keepalive)
 
     async def figures(self) -> Mapping[str, Figures]:
         return {name: Figures.load(each) for name, each in (await self._ask(FIGURES_SECONDS, FIGURES)).items()}

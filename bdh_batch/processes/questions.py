@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ END = b"\0"
 Answer = Callable[..., AsyncIterator[bytes]]
 
 
-async def answer(path: Path, answers: Mapping[str, Answer]) -> asyncio.AbstractServer:
+async def answer(path: Path, answers: Mapping[str, Answer], patient: Collection[str] = ()) -> asyncio.AbstractServer:
     """Has other processes ask this one, at a new socket.
 
     Args:
         answers: by the kinds of questions, what returns the parts of an answer; what else is asked has none.
+        patient: the kinds whose answers may be read as slowly as whoever asked likes.
     """
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -32,14 +33,33 @@ async def answer(path: Path, answers: Mapping[str, Answer]) -> asyncio.AbstractS
             async with asyncio.timeout(SECONDS):
                 kind, *arguments = json.loads(await reader.readline())
             if kind in answers:
-                async for part in answers[kind](*arguments):
-                    writer.write(part)
-                    async with asyncio.timeout(SECONDS):
-                        await writer.drain()
-                writer.write(END)
+                parts = _send(answers[kind](*arguments), writer, None if kind in patient else SECONDS)
+                await _unless_left(reader, parts)
         writer.close()
 
     return await asyncio.start_unix_server(serve, str(path), limit=LONGEST)
+
+
+async def _send(parts: AsyncIterator[bytes], writer: asyncio.StreamWriter, seconds: float | None) -> None:
+    """Sends an answer. Raises TimeoutError where a part of it is not read within `seconds`."""
+    async for part in parts:
+        writer.write(part)
+        async with asyncio.timeout(seconds):
+            await writer.drain()
+    writer.write(END)
+
+
+async def _unless_left(reader: asyncio.StreamReader, sending: Coroutine[None, None, None]) -> None:
+    """Sends an answer until whoever asked has closed the connection: nothing more need come of it then."""
+    answering, left = asyncio.ensure_future(sending), asyncio.ensure_future(reader.read(1))
+    try:
+        await asyncio.wait((answering, left), return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            answering.result()
+    finally:
+        answering.cancel()
+        left.cancel()
+        await asyncio.gather(answering, left, return_exceptions=True)
 
 
 async def ask(sockets: Mapping[str, Path], seconds: float, *question: Any) -> dict[str, bytes]:
@@ -53,6 +73,25 @@ async def ask(sockets: Mapping[str, Path], seconds: float, *question: Any) -> di
     line = json.dumps(question).encode() + b"\n"
     answers = await asyncio.gather(*(_ask(path, seconds, line) for path in sockets.values()))
     return {name: each for name, each in zip(sockets, answers, strict=True) if each}
+
+
+async def follow(socket: Path, *question: Any) -> AsyncIterator[bytes]:
+    """Yields the answer of one process as it comes.
+
+    Raises:
+        OSError: the process has ended before its answer did.
+    """
+    reader, writer = await asyncio.open_unix_connection(str(socket))
+    try:
+        writer.write(json.dumps(question).encode() + b"\n")
+        while piece := await reader.read(LONGEST):
+            if piece.endswith(END):
+                yield piece[: -len(END)]
+                return
+            yield piece
+        raise ConnectionResetError("it has ended")
+    finally:
+        writer.close()
 
 
 async def _ask(socket: Path, seconds: float, line: bytes) -> bytes:

@@ -20,6 +20,7 @@ from bdh_batch.errors import ConfigError
 from bdh_batch.http.app import create_app
 from bdh_batch.http.auth.keys import KeyRing
 from bdh_batch.http.gate import Gate
+from bdh_batch.http.responses_api.shared_events import SharedEvents
 from bdh_batch.http.serving import Serving
 from bdh_batch.http.transport.server import Server, listen, local_only, url_of
 from bdh_batch.observability.metrics import Metrics
@@ -112,6 +113,7 @@ class Service:
         self._gate = Gate()
         self.metrics = Metrics(name, settings.telemetry.vllm_metrics)
         self.recent = Recent(settings.store.recent_requests)
+        self.events = SharedEvents()
         self._spans = open_spans(settings, name)
         self._models = with_upstreams(settings, models(self.metrics, self._spans), self.metrics)
         self._stop = asyncio.Event()
@@ -132,7 +134,7 @@ class Service:
         """
         keys = key_ring(self._settings.auth)
         listeners = [*self._listeners] or listen(self._settings.server)
-        serving = Serving.of(self._settings, self._gate, self.metrics, keys, self._spans, self.recent)
+        serving = Serving.of(self._settings, self._gate, self.metrics, keys, self._spans, self.recent, self.events)
         server = Server(create_app(serving, local_only(listeners)), self._settings, self.metrics)
         self._grpc = open_grpc(serving)
         self._feed = serving.feed

@@ -169,6 +169,12 @@ def test_any_front_end_has_all_responses(several: Server) -> None:
         else:
             assert ask("DELETE", path)["deleted"]
         several.until(lambda metrics: not any(all_of(metrics, "bdh_num_requests_running")))
+    path = (
+        f"{several.url}/v1/responses/{ask('POST', input='b', background=True, max_output_tokens=20)['id']}?stream=true"
+    )
+    (events,) = {httpx.get(path, timeout=HANG_SECONDS).text for _ in range(8)}
+    assert "response.created" in events
+    assert events.endswith("data: [DONE]\n\n")
 
 
 def test_turns_back_to_back_compute_nothing_again(several: Server) -> None:

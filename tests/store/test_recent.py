@@ -7,11 +7,10 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from hypothesis import given, strategies as st
-from prometheus_client import CollectorRegistry
 
-from bdh_batch.observability.watched import Watched
+from bdh_batch.http.responses_api.shared_events import SharedEvents
 from bdh_batch.processes.folder import RuntimeFolder
-from bdh_batch.processes.others import Others, answers_of
+from bdh_batch.processes.others import Others, answers_of_front_end
 from bdh_batch.processes.questions import answer, ask
 from bdh_batch.store.recent import TOKEN_BYTES, Completion, Recent
 
@@ -52,7 +51,7 @@ async def test_another_process_is_asked(tmp_path: Path) -> None:
     theirs.add("me", "a", completion(3))
     mine.join(Others(folder, "mine").completion)
     folder.questions("gone").touch()
-    answers = answers_of(lambda: b"", Watched(CollectorRegistry()), theirs)
+    answers = answers_of_front_end(theirs, SharedEvents())
     async with await answer(folder.questions("theirs"), answers), await answer(folder.questions("other"), {}):
         found = await mine.find("me", "a")
         assert found is not None

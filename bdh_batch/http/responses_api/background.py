@@ -15,6 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack
 from itertools import accumulate
+from typing import Protocol
 
 from starlette.responses import StreamingResponse
 
@@ -89,7 +90,7 @@ class EventLog:
         while True:
             changed, ended = self._changed, self.ended
             if wanted < self.earliest:
-                yield problem_event(wanted, self.gone(wanted)) + DONE
+                yield problem_event(wanted, gone(wanted, self.earliest)) + DONE
                 return
             if wanted < self._next:
                 found, wanted = self._from(wanted)
@@ -103,11 +104,6 @@ class EventLog:
                     await asyncio.wait_for(changed.wait(), keepalive or None)
                 except TimeoutError:
                     yield COMMENT
-
-    def gone(self, number: int) -> InvalidRequest:
-        """The error for who wants an event that is not kept any more."""
-        text = f"Event {number} is not kept any more (limits.max_background_bytes): the first one is {self.earliest}."
-        return InvalidRequest(text, "starting_after")
 
     def _from(self, wanted: int) -> tuple[bytes, int]:
         """Events from number `wanted` on, about SENT bytes, and the number of the one behind them."""
@@ -274,6 +270,11 @@ class Background:
         run = self._running.get(id) or self._ended.get(id)
         return run if run is not None and run.owner == owner else None
 
+    def log(self, owner: str, id: str) -> EventLog | None:
+        """The events of one that runs here, or has ended a short while ago."""
+        run = self.find(id, owner)
+        return None if run is None else run.log
+
     async def stop_elsewhere(self, id: str, owner: str) -> None:
         """Asks the process that runs it, another one, to cancel it. Raises StoreFailed."""
         now = time.time()
@@ -312,13 +313,30 @@ class Background:
             self._ended.popitem(last=False)
 
 
-def stream_of(run: Run, keepalive: float, after: int = -1) -> StreamingResponse:
-    """The events of a run behind number `after`; a client that leaves ends nothing.
+class Events(Protocol):
+    """The events of one response: an `EventLog`, or that of another process."""
+
+    @property
+    def earliest(self) -> int:
+        """The number of the earliest event that can be read."""
+
+    def read(self, after: int, keepalive: float = 0) -> AsyncIterator[bytes]:
+        """See `EventLog.read`."""
+
+
+def stream_of(events: Events, keepalive: float, after: int = -1) -> StreamingResponse:
+    """The events behind number `after`; a client that leaves ends nothing.
 
     Raises:
         InvalidRequest: they are not kept any more.
     """
-    if after + 1 < run.log.earliest:
-        raise run.log.gone(after + 1)
+    if after + 1 < events.earliest:
+        raise gone(after + 1, events.earliest)
     headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-    return StreamingResponse(run.log.read(after, keepalive), headers=headers, media_type="text/event-stream")
+    return StreamingResponse(events.read(after, keepalive), headers=headers, media_type="text/event-stream")
+
+
+def gone(number: int, earliest: int) -> InvalidRequest:
+    """The error for who wants an event that is not kept any more."""
+    text = f"Event {number} is not kept any more (limits.max_background_bytes): the first one is {earliest}."
+    return InvalidRequest(text, "starting_after")

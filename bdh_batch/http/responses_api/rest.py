@@ -59,6 +59,7 @@ class Responses:
         self._store = serving.records
         self._conversations = Conversations(serving.records, self._limits.max_body_bytes)
         self._background = Background(self._limits.max_background, serving.records)
+        serving.events.offer(self._background.log)
         self.stored = StoredResponses(serving, self._conversations, self._background)
         serving.on_close(self._background.close)
         serving.on_close(self._conversations.close)
@@ -115,7 +116,7 @@ class Responses:
         if body.background:
             run = await self._begun(generation, frames, keeping, chunk_tokens, client)
             if body.stream:
-                return stream_of(run, keepalive)
+                return stream_of(run.log, keepalive)
             return await aside.run(len(raw), json_response, frames.response)
         if body.stream:
             return EventStream(generation, frames, aside, chunk_tokens, keepalive)

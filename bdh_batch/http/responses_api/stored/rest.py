@@ -49,10 +49,11 @@ class StoredResponses:
         if LOGPROBS in included and not _has_logprobs(found.response):
             raise InvalidRequest("include: The response was made without log-probabilities.", "include")
         if streams:
-            if run is None:
-                text = "Only the process that has a response in the background has its events, for some time after its"
+            events = await self._serving.events.find(request.state.caller.owner, found.response["id"])
+            if events is None:
+                text = "Only the server that has a response in the background has its events, for some time after its"
                 raise InvalidRequest(f"stream: {text} end: retrieve the response without them.", "stream")
-            return stream_of(run, self._serving.settings.server.sse_keepalive_seconds, after)
+            return stream_of(events, self._serving.settings.server.sse_keepalive_seconds, after)
         return await self._shown(run, found, aside)
 
     async def list(self, request: Request) -> Response:
