@@ -105,7 +105,8 @@ class EnginePort:
 
     def state(self) -> Heartbeat:
         load = self._load()
-        return Heartbeat(load.running, load.waiting, self.backend.health(), self._leaving)
+        sequences = load.running + load.waiting + load.swapped
+        return Heartbeat(sequences, load.prompt_tokens, self.backend.health(), self._leaving)
 
     def close(self) -> None:
         for connection in [*self.connections]:

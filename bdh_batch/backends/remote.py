@@ -28,7 +28,7 @@ from bdh_batch.text.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 LAST_WORDS_SECONDS = 2.0  # for the error events of a drain that ran out of time to reach their clients
-NO_ENGINE = "no engine is ready"
+NO_ENGINE, ALL_BEHIND = "no engine is ready", "no engine reads what it is sent"
 
 
 class RemoteBackend:
@@ -54,8 +54,8 @@ class RemoteBackend:
         self._failover = Failover(max_failovers, self._ready, Routing(random.Random()).choose)
 
     async def generate(self, request: GenerationRequest) -> MailboxGeneration:
-        if not self._ready():
-            raise Unavailable(f"The model is not available: {NO_ENGINE}.", retry_after=1)
+        if (problem := self.ready()) is not None:
+            raise Unavailable(f"The model is not available: {problem}.", retry_after=1)
         timeout = request.origin.timeout_within(self._timeout)
         deadline = None if timeout is None else time.monotonic() + timeout
         mailbox = Mailbox(self._deliveries)
@@ -95,7 +95,9 @@ class RemoteBackend:
         return None  # an engine that is lost is no fault of this process
 
     def ready(self) -> str | None:
-        return None if self._ready() else NO_ENGINE
+        if self._ready():
+            return None
+        return ALL_BEHIND if any(each.state is State.READY for each in self.replicas.values()) else NO_ENGINE
 
     async def drain(self, seconds: float) -> None:
         if await self._running.wait_until_idle(seconds):
@@ -116,7 +118,7 @@ class RemoteBackend:
         self._failover.lost(replica, [each for each in readers if isinstance(each, RemoteStream)])
 
     def _ready(self) -> list[Replica]:
-        return [replica for replica in self.replicas.values() if replica.state is State.READY]
+        return [replica for replica in self.replicas.values() if replica.accepts]
 
     def _streams(self) -> list[RemoteStream]:
         found = {id(reader): reader for replica in self.replicas.values() for reader in replica.readers.values()}

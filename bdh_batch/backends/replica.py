@@ -10,6 +10,7 @@ from functools import partial
 from typing import Protocol, cast
 
 from bdh_batch.backends.address import Address
+from bdh_batch.backends.outstanding import Outstanding
 from bdh_batch.backends.wire import (
     MOST_BYTES,
     PROTOCOL,
@@ -33,6 +34,9 @@ log = logging.getLogger(__name__)
 
 FIRST_RETRY, LONGEST_RETRY = 0.02, 1.0  # seconds
 LATE_SECONDS = 0.1  # in which what has been received is read, before an engine counts as lost
+# Bytes that wait to be sent to an engine, two of the longest prompts. With more it gets no requests until it has read
+# three quarters of them.
+MOST_UNSENT = 2**25
 
 
 class State(StrEnum):
@@ -47,7 +51,7 @@ class State(StrEnum):
 class Reader(Protocol):
     """Receives the deltas of one stream.
 
-    `id` is that of its request; `has_token` says whether the engine that computes it now has sent any.
+    `id` and `tenant` are those of its request; `has_token` says whether the engine that computes it now has sent any.
     """
 
     has_token: bool
@@ -55,20 +59,12 @@ class Reader(Protocol):
     @property
     def id(self) -> str: ...
 
+    @property
+    def tenant(self) -> str: ...
+
     def started(self, replica: Replica, error: BDHError | None) -> None: ...
 
     def gained(self, gain: Gain) -> None: ...
-
-
-def outstanding_streams(reported: int, then: int, now: int) -> int:
-    """Returns an engine's load as a front end reckons it; it is never less than the front end's own.
-
-    Args:
-        reported: by the last heartbeat, of all front ends.
-        then: of this front end, when that heartbeat came.
-        now: of this front end.
-    """
-    return max(now, reported + now - then)
 
 
 class Replica:
@@ -80,6 +76,8 @@ class Replica:
         changed: is called when the state has changed.
         on_lost: is called with the readers of streams that this engine will not finish.
         fits: returns why an engine that sent `Welcome` cannot be used, or None if it can.
+
+    `outstanding` is what it has to do.
     """
 
     def __init__(
@@ -96,9 +94,8 @@ class Replica:
         self.heartbeat_timeout = heartbeat_timeout
         self.state = State.CONNECTING
         self.welcome: Welcome | None = None  # the last one: it stays when the connection is lost
-        self.last_heartbeat: Heartbeat | None = None
         self.readers: dict[int, Reader] = {}
-        self._reported_at = 0  # streams of this front end when the last heartbeat came
+        self.outstanding = Outstanding()
         self._hello = Hello(PROTOCOL, version, secret)
         self._changed = changed
         self._on_lost = on_lost
@@ -110,24 +107,22 @@ class Replica:
         self._connecting = asyncio.create_task(self._connect())
 
     @property
-    def outstanding(self) -> int:
-        """The engine's load: all sequences of its last heartbeat, and what this front end has begun and ended since."""
-        if self.last_heartbeat is None:
-            return len(self.readers)
-        reported = self.last_heartbeat.running + self.last_heartbeat.waiting
-        return outstanding_streams(reported, self._reported_at, len(self.readers))
+    def accepts(self) -> bool:
+        """Whether it can be sent requests: it is ready, and reads what it was sent before."""
+        return self.state is State.READY and self._connection is not None and not self._connection.is_behind
 
     def start(self, reader: Reader, make: Callable[[int], Start]) -> int:
         """Sends the message that `make` returns for the number of a new stream, and returns that number."""
         assert self._connection is not None
         self._numbers += 1
         self.readers[self._numbers] = reader
+        self.outstanding.begin(reader.tenant)
         self._connection.send(make(self._numbers))
         return self._numbers
 
     def abort(self, stream: int) -> None:
         """Ends a stream and drops its deltas that are still to come. Idempotent."""
-        if self.readers.pop(stream, None) is not None and self._connection is not None:
+        if self._drop(stream) is not None and self._connection is not None:
             self._connection.send(Abort(stream))
 
     @property
@@ -168,9 +163,7 @@ class Replica:
                     if reader is not None:
                         reader.gained(gain)
             case Started(stream, error):
-                reader = self.readers.get(stream)
-                if error is not None:
-                    self.readers.pop(stream, None)
+                reader = self.readers.get(stream) if error is None else self._drop(stream)
                 if reader is not None:
                     reader.started(self, error)
             case Heartbeat():
@@ -180,6 +173,10 @@ class Replica:
             case _:
                 raise Malformed("it sent a second Welcome")
 
+    def caught_up(self) -> None:
+        """Lets streams be sent to it again, as it has read what waited for it."""
+        self._changed(self)
+
     def lost(self, connection: _Connection, reason: str) -> None:
         """Moves the engine's streams to others, as its connection was closed, and connects again."""
         if connection is not self._connection:
@@ -188,13 +185,13 @@ class Replica:
         if self.state is not State.CONNECTING:
             level = logging.INFO if self.state is State.LEAVING else logging.WARNING
             log.log(level, "the engine at %s is lost: %s", self.address, reason)
-        self.last_heartbeat = None
+        self.outstanding.report(0, 0)
         self._enter(State.CONNECTING)
         self._hand_over()
         self._connecting = asyncio.create_task(self._connect())
 
     def _on_heartbeat(self, heartbeat: Heartbeat) -> None:
-        self.last_heartbeat, self._reported_at = heartbeat, len(self.readers)
+        self.outstanding.report(heartbeat.sequences, heartbeat.prompt_tokens)
         well = State.READY if heartbeat.problem is None else State.UNHEALTHY
         state = State.LEAVING if heartbeat.leaving else well
         if state is not self.state:
@@ -203,6 +200,12 @@ class Replica:
             self._enter(state)
         if state is not State.READY:
             self._hand_over()
+
+    def _drop(self, stream: int) -> Reader | None:
+        reader = self.readers.pop(stream, None)
+        if reader is not None:
+            self.outstanding.end(reader.tenant)
+        return reader
 
     def _hand_over(self) -> None:
         """Gives its streams back, to be computed by other engines."""
@@ -230,9 +233,14 @@ class Replica:
 
 
 class _Connection(asyncio.Protocol):
-    """One connection to the engine of a replica."""
+    """One connection to the engine of a replica.
+
+    `is_behind` says whether more than MOST_UNSENT bytes wait to be sent. Beyond them there are at most the request that
+    came last, and a few bytes to abort each stream that was started.
+    """
 
     def __init__(self, replica: Replica) -> None:
+        self.is_behind = False
         self._replica = replica
         self._unpacker = Unpacker(FromEngine)
         self._greeted = False
@@ -241,6 +249,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(high=MOST_UNSENT)
         self._loop = asyncio.get_running_loop()
         self._heard = self._loop.time()
         self._watching = self._loop.call_later(self._replica.heartbeat_timeout, self._watch)
@@ -248,6 +257,14 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self._watching.cancel()
         self._replica.lost(self, self._reason)
+
+    def pause_writing(self) -> None:
+        self.is_behind = True
+        log.warning("the engine at %s does not read what it is sent: it gets no requests", self._replica.address)
+
+    def resume_writing(self) -> None:
+        self.is_behind = False
+        self._replica.caught_up()
 
     def data_received(self, data: bytes) -> None:
         self._heard, self._late = self._loop.time(), False

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Protocol, TypeVar
 
+from bdh_batch.backends.outstanding import Outstanding
 from bdh_batch.messages import GenerationRequest
 
 BLOCK = 64  # tokens: prefixes are compared in multiples of it
@@ -18,25 +19,26 @@ IMBALANCE = 4
 
 
 class Target(Protocol):
-    """What can compute a request: a `replica.Replica`. `outstanding` is its load in streams."""
+    """What can compute a request: a `replica.Replica`."""
 
     @property
     def address(self) -> object: ...
 
     @property
-    def outstanding(self) -> int: ...
+    def outstanding(self) -> Outstanding: ...
 
 
 AnyTarget = TypeVar("AnyTarget", bound=Target)
 
 
-def least_loaded(ready: Sequence[AnyTarget], draw: random.Random) -> AnyTarget:
-    """Returns any one of the least loaded of `ready`, which is not empty.
+def least_loaded(ready: Sequence[AnyTarget], tenant: str, draw: random.Random) -> AnyTarget:
+    """Returns any one of those of `ready`, which is not empty, that are least loaded for a tenant.
 
     If front ends took the first of these, all would send what comes until the next heartbeat to the same replica.
     """
-    least = min(replica.outstanding for replica in ready)
-    return draw.choice([replica for replica in ready if replica.outstanding == least])
+    loads = [replica.outstanding.load_for(tenant) for replica in ready]
+    least = min(loads)
+    return draw.choice([replica for replica, load in zip(ready, loads, strict=True) if load == least])
 
 
 class Routing:
@@ -54,25 +56,35 @@ class Routing:
         """Returns one of `ready` for `request`, and remembers its prefixes; None where no replica is ready."""
         if not ready:
             return None
-        least = least_loaded(ready, self._draw)
+        tenant = request.origin.tenant
+        chosen = least = least_loaded(ready, tenant, self._draw)
         prefixes = [*self._prefixes(request)]
-        chosen = self._with_longest(ready, prefixes) or least
-        if chosen.outstanding > max(least.outstanding + IMBALANCE, 1.5 * least.outstanding):
-            chosen = least
+        found, blocks = self._with_longest(ready, prefixes)
+        if found is not None and self._may_have_more(found, least, tenant):
+            chosen = found
         for prefix in prefixes:
             self._known[prefix] = str(chosen.address)
             self._known.move_to_end(prefix)
         while len(self._known) > MOST_KNOWN:
             self._known.popitem(last=False)
+        chosen.outstanding.expect(request.prompt_tokens - (blocks * BLOCK if chosen is found else 0))
         return chosen
 
-    def _with_longest(self, ready: Sequence[AnyTarget], prefixes: Sequence[bytes]) -> AnyTarget | None:
-        """Returns the replica that has computed the longest of `prefixes`; None where none has computed any."""
+    def _with_longest(self, ready: Sequence[AnyTarget], prefixes: Sequence[bytes]) -> tuple[AnyTarget | None, int]:
+        """Returns the replica that has computed the longest of `prefixes`, and that one's blocks; None where none has
+        computed any."""
         by_name = {str(replica.address): replica for replica in ready}
-        for prefix in reversed(prefixes):
-            if (replica := by_name.get(self._known.get(prefix, ""))) is not None:
-                return replica
-        return None
+        for blocks in range(len(prefixes), 0, -1):
+            if (replica := by_name.get(self._known.get(prefixes[blocks - 1], ""))) is not None:
+                return replica, blocks
+        return None, 0
+
+    @staticmethod
+    def _may_have_more(found: Target, least: Target, tenant: str) -> bool:
+        """Whether `found` may have more than the least loaded replica: of all tenants' load, and of that tenant's."""
+        one, other = found.outstanding, least.outstanding
+        pairs = (one.load, other.load), (one.streams_of(tenant), other.streams_of(tenant))
+        return all(load <= max(lowest + IMBALANCE, 1.5 * lowest) for load, lowest in pairs)
 
     @staticmethod
     def _prefixes(request: GenerationRequest) -> Iterator[bytes]:

@@ -95,6 +95,10 @@ class RemoteStream:
         return self.request.origin.id
 
     @property
+    def tenant(self) -> str:
+        return self.request.origin.tenant
+
+    @property
     def cached_tokens(self) -> Sequence[int]:
         return [record.cached for record in self.records]
 

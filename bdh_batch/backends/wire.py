@@ -124,11 +124,12 @@ class Gains(msgspec.Struct, tag=True):
 class Heartbeat(msgspec.Struct, tag=True):
     """Says that an engine lives, its load, and its `problem`, if it has one.
 
+    `sequences` are all that have not ended, and `prompt_tokens` those of their prompts that are still to be computed.
     `leaving` asks front ends to move their streams to other engines.
     """
 
-    running: int
-    waiting: int
+    sequences: int
+    prompt_tokens: int
     problem: str | None = None
     leaving: bool = False
 

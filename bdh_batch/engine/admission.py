@@ -57,6 +57,11 @@ class Admission:
     def queued(self) -> int:
         return len(self._backlog)
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the prompts that wait."""
+        return self._backlog.tokens
+
     def queues(self, most: int) -> dict[str, int]:
         """How many sequences of each tenant wait: of those of whom most do."""
         with self._lock:

@@ -74,6 +74,7 @@ class Load:
     preemptions: int
     cache_queries: int  # tokens of prompts that were looked up
     cache_hits: int  # of them, those that were found
+    prompt_tokens: int  # that are still to be computed, of prompts that run or wait
 
 
 class Worker:
@@ -210,6 +211,7 @@ class Worker:
             preemptions=scheduler.counts.preemptions,
             cache_queries=scheduler.sharing.queries,
             cache_hits=scheduler.sharing.hits,
+            prompt_tokens=self._admission.prompt_tokens + scheduler.stages.prompt_tokens,
         )
 
     def queues(self, most: int) -> Mapping[str, int]:

@@ -49,6 +49,11 @@ class Stages:
         """Those of all sequences."""
         return {each for group in self.groups.values() if group.priorities for each, _ in group.priorities}
 
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens that are still to be computed of the prompts that run. Any thread may ask."""
+        return sum(max(0, len(sequence.prompt) - sequence.computed) for sequence in [*self.prompts])
+
     def in_prompt(self) -> dict[Sequence, None]:
         """Those that run and are in their prompts, in the order in which they began."""
         if self.prompts:

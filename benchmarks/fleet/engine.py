@@ -106,6 +106,11 @@ class Engine:
         """Sequences that run or wait."""
         return len(self._keys)
 
+    @property
+    def prompt_tokens(self) -> int:
+        """That are still to be computed, of prompts that run or wait."""
+        return self.scheduler.stages.backlog.tokens + self.scheduler.stages.prompt_tokens
+
     def submit(self, key: int, request: GenerationRequest, generated: Many[int], now: float) -> None:
         """Takes in a request under a number; `generated` are the tokens that other engines have returned of it."""
         silent, (prompt,) = Silent(), request.prompts
@@ -115,6 +120,8 @@ class Engine:
             client=Client(silent),
             prefix=Prefix(request.origin.cache_namespace, request.salt, prompt.breaks),
             times=Times(arrived=now),
+            tenant=request.origin.tenant,
+            weight=request.origin.weight,
         )
         sequence.resume(generated)
         self._keys[sequence] = key

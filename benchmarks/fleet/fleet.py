@@ -184,7 +184,7 @@ class Simulation:
         engine = self.engines[number]
         for ingress in self.ingresses if engine is not None else ():
             assert engine is not None
-            ingress.views[number].report(engine.load)
+            ingress.views[number].report(engine.load, engine.prompt_tokens)
         if not self._over:
             self._in(self.fleet.heartbeat, self._beat, number)
 

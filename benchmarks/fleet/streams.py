@@ -8,52 +8,44 @@ from typing import cast
 
 from bdh_batch.backends import routing
 from bdh_batch.backends.failover import Failover
-from bdh_batch.backends.replica import Replica, State, outstanding_streams
+from bdh_batch.backends.outstanding import Outstanding
+from bdh_batch.backends.replica import Replica, State
 from bdh_batch.backends.stream import RemoteStream
 from bdh_batch.errors import BDHError
 from bdh_batch.messages import GenerationRequest
 
 
 class View:
-    """An engine as one ingress process sees it: the part of `backends.replica.Replica` that routing and failover use.
+    """An engine as an ingress process sees it: the part of `backends.replica.Replica` that routing and failover use."""
 
-    `outstanding` is kept up by the rule of that class.
-    """
-
-    __slots__ = ("address", "in_step", "number", "outstanding", "readers", "reported", "reported_at", "state")
+    __slots__ = ("address", "in_step", "number", "outstanding", "readers", "state")
 
     def __init__(self, number: int) -> None:
         self.number = number
         self.address = f"engine {number}"
         self.state = State.READY
         self.readers: dict[int, Stream] = {}
-        self.reported = 0
-        self.reported_at = 0  # streams of this ingress when that was reported
-        self.outstanding = 0
+        self.outstanding = Outstanding()
         self.in_step: Collection[str] = ()
 
     def add(self, stream: Stream) -> None:
         self.readers[stream.key] = stream
-        self._count()
+        self.outstanding.begin(stream.request.origin.tenant)
 
     def drop(self, stream: Stream) -> None:
         del self.readers[stream.key]
-        self._count()
+        self.outstanding.end(stream.request.origin.tenant)
 
-    def report(self, load: int) -> None:
+    def report(self, load: int, prompt_tokens: int) -> None:
         """A heartbeat has come."""
-        self.reported, self.reported_at = load, len(self.readers)
-        self._count()
+        self.outstanding.report(load, prompt_tokens)
 
     def lose(self) -> list[Stream]:
         """The connection is lost: returns the streams that were sent over it."""
         streams = [*self.readers.values()]
         self.readers.clear()
-        self.report(0)
+        self.outstanding = Outstanding()
         return streams
-
-    def _count(self) -> None:
-        self.outstanding = outstanding_streams(self.reported, self.reported_at, len(self.readers))
 
 
 class Stream:
@@ -168,7 +160,7 @@ def affinity(draw: random.Random) -> Rule:
 
 def least_loaded(draw: random.Random) -> Rule:
     """The server's own, without prefixes."""
-    return lambda ready, request: routing.least_loaded(ready, draw) if ready else None
+    return lambda ready, request: routing.least_loaded(ready, request.origin.tenant, draw) if ready else None
 
 
 def at_random(draw: random.Random) -> Rule:

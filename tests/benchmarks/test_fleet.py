@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -37,9 +37,13 @@ def engine(cached: bool = True) -> Engine:
     return Engine(scheduler_of(chosen, BDHConfig(), 16, STATE_BYTES), COST)
 
 
-@pytest.fixture(autouse=True)
-def _quiet() -> None:
-    logging.getLogger(failover.__name__).setLevel(logging.CRITICAL)
+@pytest.fixture(autouse=True, scope="module")
+def _quiet() -> Iterator[None]:
+    log = logging.getLogger(failover.__name__)
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    yield
+    log.setLevel(before)
 
 
 FLEETS = st.builds(
@@ -138,7 +142,7 @@ def some_streams(count: int, sent: list[tuple[int, int]]) -> list[Stream]:
 
 
 def first_of_least_loaded(ready: Sequence[View], request: GenerationRequest) -> View | None:
-    return min(ready, key=lambda view: view.outstanding, default=None)
+    return min(ready, key=lambda view: view.outstanding.load_for(""), default=None)
 
 
 def test_new_requests_go_to_other_engines_while_a_suspect_is_probed() -> None:

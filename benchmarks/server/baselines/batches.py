@@ -88,7 +88,7 @@ class Batches:
     @property
     def load(self) -> Load:
         running = sum(sequence.finish_reason is None for sequence in self._batch)
-        return Load(running, self._queue.qsize(), 0, self._most, 0, 0, 0, 0)
+        return Load(running, self._queue.qsize(), 0, self._most, 0, 0, 0, 0, 0)
 
     def _main(self) -> None:
         while not self._stopping:
