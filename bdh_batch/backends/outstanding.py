@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-# Tokens of prompts that count as one more stream: as many as are computed in the time of a completion of 128 tokens,
-# each of which counts for two (`scheduler.tenants`).
-PROMPT_TOKENS = 256
+# Tokens of prompts that count as one more stream. With 256, first tokens of conversations came later on simulated
+# fleets: short prompts are computed before the next heartbeat says so. With 1024 they came as without this, and sooner
+# where one prompt of twenty has 8,000 tokens.
+PROMPT_TOKENS = 1024
 
 
 class Outstanding:
@@ -22,7 +23,7 @@ class Outstanding:
         self._begun = 0  # sum of these
         self._reported = self._reported_at = 0  # sequences of all front ends, and streams of this one at that time
         self._prompt_tokens = 0
-        self._streams = 0  # of all front ends
+        self.streams = 0  # of all front ends
         self._prompts = 0  # in streams
 
     def begin(self, tenant: str) -> None:
@@ -51,21 +52,16 @@ class Outstanding:
         self._prompt_tokens = prompt_tokens
         self._count()
 
-    @property
-    def load(self) -> int:
-        """That of all tenants."""
-        return self._streams + self._prompts
-
     def load_for(self, tenant: str) -> float:
         """The load for a tenant, whose own streams weigh as much as those of all: each engine shares itself between the
         tenants that it has, so a tenant has its share of all engines only where its streams are spread over them."""
-        return (self._streams + self.streams_of(tenant)) / 2 + self._prompts
+        return (self.streams + self.streams_of(tenant)) / 2 + self._prompts
 
     def streams_of(self, tenant: str) -> float:
         """A tenant's streams of all front ends: its part in theirs is taken to be as large as in those of this one."""
         own = self._own.get(tenant, 0)
-        return own * self._streams / self._begun if own else 0.0
+        return own * self.streams / self._begun if own else 0.0
 
     def _count(self) -> None:
-        self._streams = max(self._begun, self._reported + self._begun - self._reported_at)
+        self.streams = max(self._begun, self._reported + self._begun - self._reported_at)
         self._prompts = self._prompt_tokens // PROMPT_TOKENS

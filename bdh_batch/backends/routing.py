@@ -81,9 +81,10 @@ class Routing:
 
     @staticmethod
     def _may_have_more(found: Target, least: Target, tenant: str) -> bool:
-        """Whether `found` may have more than the least loaded replica: of all tenants' load, and of that tenant's."""
+        """Whether `found` may have more than the least loaded replica: streams of all tenants, and of that one. Prompts
+        do not count: they are over sooner than a prefix would be computed elsewhere."""
         one, other = found.outstanding, least.outstanding
-        pairs = (one.load, other.load), (one.streams_of(tenant), other.streams_of(tenant))
+        pairs = (one.streams, other.streams), (one.streams_of(tenant), other.streams_of(tenant))
         return all(load <= max(lowest + IMBALANCE, 1.5 * lowest) for load, lowest in pairs)
 
     @staticmethod
