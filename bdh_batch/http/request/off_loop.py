@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from bdh_batch.http.request.client import Client, unless_left
-from bdh_batch.system.threads import in_daemon_thread
+from bdh_batch.system.threads import DaemonThreads
 from bdh_batch.text.job_queue import JobQueue, QueueLimits
 
 T = TypeVar("T")
@@ -26,6 +26,7 @@ class OffLoop:
 
     def __init__(self) -> None:
         self._queue = JobQueue(QueueLimits(at_once=1, most_waiting=sys.maxsize, most_bytes=sys.maxsize, seconds=None))
+        self._thread = DaemonThreads(1, THREAD)
 
     def of(self, tenant: str, client: Client | None = None) -> Aside:
         return Aside(self, tenant, client)
@@ -33,7 +34,7 @@ class OffLoop:
     async def run(self, tenant: str, work: Callable[[], T]) -> T:
         """What `work` returns or raises. A task that is cancelled leaves the queue; work that has begun is finished."""
         await self._queue.take(tenant, 0)
-        outcome = in_daemon_thread(work, THREAD)
+        outcome = asyncio.wrap_future(self._thread.submit(work))
         outcome.add_done_callback(lambda _: self._queue.give_back(tenant))
         return await asyncio.shield(outcome)
 
