@@ -1,13 +1,16 @@
 """Conversations that go on from saved states: what a turn computes, and how long its first token takes.
 
-    python -m benchmarks.server.conversation             # 10 conversations of 20 turns, about two minutes
-    python -m benchmarks.server.conversation --rounds 3
+    python -m benchmarks.server.conversation             # 24 conversations of 20 turns, about three minutes
+    python -m benchmarks.server.conversation --rounds 4
 
-All turns of a conversation have messages of one length, over `/v1/responses` with `previous_response_id`. Each goes on
-in one server, and is told a second time with a restart of the server before its last turn: its texts have to be the
-same. A turn should compute its own tokens, and no earlier ones but the last that was drawn, which had not been read.
-What is quoted is the ratio to the first turn's time to the first token, by conversation. Writes `conversation.json`;
-exit code 1 if a text differs.
+All turns of a conversation have messages of one length, over `/v1/responses` with `previous_response_id`. The last one
+is asked for twice, from the same turn before: in the server in which the others were, and after a restart of it. Its
+texts have to be the same. A turn should compute its own tokens, and no earlier ones but the last that was drawn, which
+had not been read.
+
+First turns and last ones take turns, before a restart and after it, and each waits until the states of those before it
+are written. What is quoted is the ratio of a last turn's time to the first token to that of the first turn beside it.
+Writes `conversation.json`; exit code 1 if a text differs.
 """
 
 from __future__ import annotations
@@ -29,7 +32,11 @@ from benchmarks.served import Served, served
 
 RESPONSES = "/v1/responses"
 ROOM = 64 * 2**30  # bytes: no state has to go
-SETTLE_SECONDS = 0.5  # in which what a turn has left behind is written
+LOOK_SECONDS = 0.05  # between two looks whether states are written
+SETTLE_SECONDS = 0.3  # after that, for what else a turn has left to do
+WRITE_SECONDS = 60.0  # in which a state is written
+WARM = 10_000  # the number of the first conversation that nothing is measured of
+NEW = 1_000  # of those of which there is a first turn, and no more
 
 
 @dataclass(frozen=True)
@@ -42,81 +49,126 @@ class Turn:
     text: str
     id: str
 
-
-async def say(server: Served, conversation: int, number: int, before: str | None, tokens: int) -> Turn:
-    message = f"Scene {conversation:04}, part {number:04}: what do you say to it?"
-    body = {"input": message, "max_output_tokens": tokens, "temperature": 0, "previous_response_id": before}
-    sent, events = await server.events(RESPONSES, **body)
-    first = next(now for now, event in events if event["type"] == "response.output_text.delta")
-    response = events[-1][1]["response"]
-    usage = response["usage"]
-    (item,) = response["output"]
-    text = "".join(part["text"] for part in item["content"])
-    cached = usage["input_tokens_details"]["cached_tokens"]
-    return Turn(first - sent, usage["input_tokens"], cached, text, response["id"])
+    @property
+    def computed(self) -> int:
+        return self.prompt_tokens - self.cached_tokens
 
 
-async def converse(
-    server: Served, conversation: int, numbers: Sequence[int], before: str | None, tokens: int
-) -> list[Turn]:
-    turns: list[Turn] = []
-    for number in numbers:
-        turns.append(await say(server, conversation, number, turns[-1].id if turns else before, tokens))
+class Speaker:
+    """Has conversations with one server."""
+
+    def __init__(self, server: Served, tokens: int) -> None:
+        self._server = server
+        self._tokens = tokens
+
+    async def say(self, conversation: int, number: int, before: str | None) -> Turn:
+        """One turn. Returns once its state is written."""
+        states = (await self._server.metrics())["bdh_store_states"]
+        message = f"Scene {conversation:05}, part {number:04}: what do you say to it?"
+        body = {"input": message, "max_output_tokens": self._tokens, "temperature": 0, "previous_response_id": before}
+        sent, events = await self._server.events(RESPONSES, **body)
+        first = next(now for now, event in events if event["type"] == "response.output_text.delta")
+        response = events[-1][1]["response"]
+        usage = response["usage"]
+        (item,) = response["output"]
+        text = "".join(part["text"] for part in item["content"])
+        async with asyncio.timeout(WRITE_SECONDS):
+            while (await self._server.metrics())["bdh_store_states"] <= states:  # noqa: ASYNC110 - of another process
+                await asyncio.sleep(LOOK_SECONDS)
+        cached = usage["input_tokens_details"]["cached_tokens"]
+        return Turn(first - sent, usage["input_tokens"], cached, text, response["id"])
+
+    async def measured(self, conversation: int, number: int, before: str | None) -> Turn:
         await asyncio.sleep(SETTLE_SECONDS)
-    return turns
+        return await self.say(conversation, number, before)
+
+    async def forget(self, turn: Turn) -> None:
+        """Deletes a response that nothing goes on from, so that the files of states stay in the system's memory."""
+        status, content = await self._server.whole("DELETE", f"{RESPONSES}/{turn.id}")
+        if status != 200:
+            raise RuntimeError(f"status {status}: {content[-500:]!r}")
+
+    async def warm_up(self) -> None:
+        begun = await self.say(WARM, 0, None)
+        await self.say(WARM, 1, begun.id)
+
+    async def converse(self, conversation: int, count: int) -> list[Turn]:
+        """The turns of a conversation. The first and the last are measured, and the last but one stays stored."""
+        turns = [await self.measured(conversation, 0, None)]
+        for number in range(1, count - 1):
+            turns.append(await self.say(conversation, number, turns[-1].id))
+            await self.forget(turns[-2])
+        turns.append(await self.measured(conversation, count - 1, turns[-1].id))
+        await self.forget(turns[-1])
+        return turns
+
+    async def go_on(self, conversation: int, turns: Sequence[Turn]) -> tuple[Turn, Turn]:
+        """The first turn of another conversation, and the last one of this."""
+        first = await self.measured(NEW + conversation, 0, None)
+        last = await self.measured(conversation, len(turns) - 1, turns[-2].id)
+        for turn in (first, last, turns[-2]):
+            await self.forget(turn)
+        return first, last
 
 
-def play(rounds: int, turns: int, tokens: int) -> tuple[list[list[Turn]], list[list[Turn]]]:
-    """The turns of each conversation: uninterrupted, and with a restart before the last turn."""
+def play(rounds: int, turns: int, tokens: int, restarts: int) -> tuple[list[list[Turn]], list[tuple[Turn, Turn]]]:
+    """The turns of so many conversations; and for each, after one of the restarts, another first turn and its last."""
+    whole: list[list[Turn]] = []
+    after: dict[int, tuple[Turn, Turn]] = {}
 
-    async def before_restart(server: Served) -> tuple[list[list[Turn]], list[list[Turn]]]:
-        await converse(server, rounds, range(2), None, tokens)  # warms up
-        whole = [await converse(server, each, range(turns), None, tokens) for each in range(rounds)]
-        return whole, [await converse(server, each, range(turns - 1), None, tokens) for each in range(rounds)]
+    async def before_restart(server: Served) -> None:
+        speaker = Speaker(server, tokens)
+        await speaker.warm_up()
+        whole.extend([await speaker.converse(number, turns) for number in range(rounds)])
 
-    async def after_restart(server: Served) -> None:
-        await converse(server, rounds, range(2), None, tokens)
-        for number, half in enumerate(halves):
-            half += await converse(server, number, [turns - 1], half[-1].id, tokens)
+    async def after_restart(server: Served, numbers: range) -> None:
+        speaker = Speaker(server, tokens)
+        await speaker.warm_up()
+        for number in numbers:
+            after[number] = await speaker.go_on(number, whole[number])
 
     with tempfile.TemporaryDirectory() as folder:
         options = f"store.path={folder}", f"store.max_bytes={ROOM}"
         with served(*options) as server:
-            whole, halves = uvloop.run(before_restart(server))
-        with served(*options) as server:
-            uvloop.run(after_restart(server))
-    return whole, halves
+            uvloop.run(before_restart(server))
+        for restart in range(restarts):
+            with served(*options) as server:
+                uvloop.run(after_restart(server, range(restart, rounds, restarts)))
+    return whole, [after[number] for number in range(rounds)]
 
 
-def summary(whole: Sequence[Sequence[Turn]], restarted: Sequence[Sequence[Turn]]) -> dict[str, Any]:
-    first = [turns[0].first for turns in whole]
-    computed = [[turn.prompt_tokens - turn.cached_tokens for turn in turns] for turns in whole]
+def summary(whole: Sequence[Sequence[Turn]], after: Sequence[tuple[Turn, Turn]]) -> dict[str, Any]:
+    first, last = ([turns[at].first for turns in whole] for at in (0, -1))
+    first_restarted, restarted = ([turns[at].first for turns in after] for at in (0, 1))
+    named = {
+        "first turn": first,
+        "last turn": last,
+        "first turn, restarted": first_restarted,
+        "last turn, restarted": restarted,
+    }
     return {
-        "figures": {
-            "first turn": figure([1000 * each for each in first], "ms", "lower"),
-            "last turn": figure([1000 * turns[-1].first for turns in whole], "ms", "lower"),
-            "last turn, restarted": figure([1000 * turns[-1].first for turns in restarted], "ms", "lower"),
-        },
-        "last_turn_to_first": asdict(ratio([turns[-1].first for turns in whole], first)),
-        "last_turn_restarted_to_first": asdict(ratio([turns[-1].first for turns in restarted], first)),
+        "figures": {name: figure([1000 * each for each in times], "ms", "lower") for name, times in named.items()},
+        "last_turn_to_first": asdict(ratio(last, first)),
+        "last_turn_restarted_to_first": asdict(ratio(restarted, first_restarted)),
         "prompt_tokens": [turn.prompt_tokens for turn in whole[0]],
-        "computed_tokens_most": [max(each[number] for each in computed) for number in range(len(whole[0]))],
-        "computed_tokens_restarted": max(turns[-1].prompt_tokens - turns[-1].cached_tokens for turns in restarted),
-        "texts_differ": sum(a.text != b.text for one, other in zip(whole, restarted) for a, b in zip(one, other)),
+        "computed_tokens_most": [max(turn.computed for turn in each) for each in zip(*whole)],
+        "computed_tokens_restarted": max(turn.computed for _, turn in after),
+        "texts_differ": sum(turns[-1].text != turn.text for turns, (_, turn) in zip(whole, after)),
     }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=10, help="conversations")
+    parser.add_argument("--rounds", type=int, default=24, help="conversations")
     parser.add_argument("--turns", type=int, default=20, help="of each")
     parser.add_argument("--tokens", type=int, default=24, help="of each response")
+    parser.add_argument("--restarts", type=int, default=4, help="of the server; a part of them go on after each")
     parser.add_argument("--out", type=Path, default=results_folder())
     chosen = parser.parse_args(argv)
     head = report_head(["torch", "numba", "uvicorn", "uvloop"])
-    whole, restarted = play(chosen.rounds, chosen.turns, chosen.tokens)
+    whole, after = play(chosen.rounds, chosen.turns, chosen.tokens, min(chosen.restarts, chosen.rounds))
     report = {**head, "rounds": chosen.rounds, "turns": chosen.turns, "tokens": chosen.tokens}
-    report |= summary(whole, restarted)
+    report |= {"restarts": chosen.restarts} | summary(whole, after)
     write_report(chosen.out / "conversation.json", report)
     for name, value in report["figures"].items():
         print(f"{name}: {value['value']:.6g} {value['unit']}")
