@@ -47,6 +47,7 @@ FILE_MEMORY = 2**29  # bytes for states from and to files, likewise
 LEAST_TRANSFERS, MOST_TRANSFERS = 2, 64  # of them at a time, whatever their memory: one each way, at least
 COPIED = 3 * 2**26  # bytes of states that are copied in one step of a CPU: more would take too long
 PART = 2**22  # bytes of a state that are copied at least
+READY = 2  # free states that keep their memory: a turn takes two, and its file's another two
 ROUNDED = {torch.int8: 10, torch.bfloat16: 2}  # times as long as a copy takes a CPU one that rounds, about
 
 
@@ -238,6 +239,7 @@ def scheduler_for(settings: Settings, engine: LoadedEngine) -> Scheduler:
         weights=chosen.weights,
         free_slots=free_slots,
         idle_release=settings.engine.idle_release_seconds if engine.grows else 0.0,
+        idle_kept=READY,
         patience=chosen.priority_patience_seconds,
         most_watched=most_watched(config.n_layer, config.n_head, config.neurons_per_head),
         queue_unit=max(1, chosen.max_queued_tokens // chosen.max_queued_requests),

@@ -37,7 +37,7 @@ class Runner:
     """Computes planned steps with the kernels, and draws the next tokens.
 
     Args:
-        kernels: compute with `pool.states`.
+        kernels: compute with `pool.rows`.
         pool: the states [slots, layers, h, N, D], or [slots, layers, 2, h, N, D] with a window; and hidden vectors,
             where the model has latent steps.
         latent_embed: [D] float32, added to a hidden vector that enters as a latent step.
@@ -185,13 +185,13 @@ class Runner:
             tokens=index_of(tokens, self._device),
             positions=index_of(positions, self._device),
             bounds=bounds,
-            slots=[segment.slot for segment in segments],
+            slots=[self._pool.row(segment.slot) for segment in segments],
             draws=[segment.sampling is not None for segment in segments],
             vectors=vectors,
             frozen=frozen,
             watched=watching,
         )
-        hidden = self._kernels.forward(self._pool.states, batch, active, fired)
+        hidden = self._kernels.forward(self._pool.rows, batch, active, fired)
         if self._pool.vectors is not None:
             self._pool.vectors.keep(segments, hidden)
         return hidden
@@ -216,7 +216,7 @@ class Runner:
     def warm(self, chunk: int) -> None:
         """Runs a prefill chunk and a decode step in slot 0, so that no request waits for what is done once."""
         self._pool.warm()
-        self._kernels.warm(self._pool.states)
+        self._kernels.warm(self._pool.rows)
         sampling = SamplingParams(top_k=1, repetition_penalty=2.0, logit_bias=LogitBias.of({0: 1.0}))
         processors = LogitsProcessors.of(sampling, [0], distinct([0]), early=1)
         self.run(Plan([Segment(0, 0, [0] * chunk, sampling, processors)]))

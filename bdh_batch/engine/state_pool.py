@@ -43,6 +43,9 @@ class StatePool:
     after those, whose memory other threads read and write: it is on its way from or to a file. With a `host_dtype` the
     states in the host's memory are narrower than the others, and rounded when they are copied there. `vectors` are the
     hidden vectors of all slots, None where the model has no latent steps.
+
+    On the CPU, the blocks of transfer slots lie behind those of `states`, and change hands with them where a state that
+    was read from a file is moved: `rows` is all of these blocks, and `row` says which one is a slot's.
     """
 
     def __init__(
@@ -62,16 +65,18 @@ class StatePool:
         self._pages: PagesAhead | None = None
         if device.type == "cpu":
             reserve: Reserve = partial(pages.reserve, huge=huge_pages)
-            self.states = reserve(shape, dtype)
+            self.rows = reserve((slots + transfer_slots, *shape[1:]), dtype)
+            self.states, self._transfer = self.rows[:slots], self.rows[slots:]
             self._pages = PagesAhead(self.states)
         else:
-            self.states = torch.empty(shape, dtype=dtype, device=device)
+            self.rows = self.states = torch.empty(shape, dtype=dtype, device=device)
             # Pinned, so that a copy from or to a GPU runs at the speed of the bus, and does not hold up the host.
             reserve = partial(torch.empty, pin_memory=True)
+            self._transfer = reserve((transfer_slots, *shape[1:]), dtype)
+        self._row: list[int] = [*range(slots + transfer_slots)]  # of the slots on the device, then of transfer slots
         narrow = host_dtype is not None and host_dtype.itemsize < dtype.itemsize
         self._host = reserve((0 if narrow else host_slots, *shape[1:]), dtype)
         self._narrow = NarrowStates((host_slots if narrow else 0, *shape[1:]), host_dtype or dtype, reserve)
-        self._transfer = reserve((transfer_slots, *shape[1:]), dtype)
         self.vectors: HiddenVectors | None = None
         if config.latent_steps:
             self.vectors = HiddenVectors(slots + host_slots, transfer_slots, config.n_embd, device)
@@ -106,15 +111,19 @@ class StatePool:
     def transfer_slots(self) -> int:
         return len(self._transfer)
 
+    def row(self, slot: int) -> int:
+        """The index in `rows` of the state in a slot on the device."""
+        return self._row[slot]
+
     def clear(self, slot: int) -> None:
         """Back to the state before any token."""
         self._about_to_write(slot)
         if self._pages is None:
             self.states[slot].zero_()
         else:
-            _bytes(self.states[slot]).fill(0)
+            _bytes(self._slot(slot)).fill(0)
 
-    def copy(self, source: int, target: int, begin: int = 0, end: int = 1, parts: int = 1) -> None:
+    def copy(self, source: int, target: int, begin: int = 0, end: int = 1, parts: int = 1, moves: bool = False) -> None:
         """The state in slot `target` becomes that in slot `source`, or parts of it do (see `messages.Copy`); ordered
         with whatever the device computes."""
         self._about_to_write(target)
@@ -123,7 +132,10 @@ class StatePool:
         count = math.prod(self.states.shape[1:-1])
         rows = slice(count * begin // parts, count * end // parts)
         into, come = target - len(self.states), source - len(self.states)
-        if 0 <= into < len(self._narrow):
+        if moves and self._pages is not None:
+            one, other = self._index(source), self._index(target)
+            self._row[one], self._row[other] = self._row[other], self._row[one]
+        elif 0 <= into < len(self._narrow):
             self._narrow.store(into, self._slot(source), rows)
         elif 0 <= come < len(self._narrow):
             self._narrow.restore(come, self._slot(target), rows)
@@ -155,19 +167,24 @@ class StatePool:
         return event.synchronize
 
     def _about_to_write(self, slot: int) -> None:
-        if self._pages is not None and slot < len(self.states):
-            self._pages.used(slot)
+        if self._pages is not None and slot < len(self.states) and (row := self._row[slot]) < len(self.states):
+            self._pages.used(row)
+
+    def _index(self, slot: int) -> int:
+        """The index in `_row` of a slot on the device, or of a transfer slot."""
+        return slot if slot < len(self.states) else slot - self.host_slots
 
     def _rows(self, slot: int) -> Tensor:
         """A state as a matrix, [layers · … · N, D]."""
         return self._slot(slot).view(-1, self.states.shape[-1])
 
     def _slot(self, slot: int) -> Tensor:
-        for block in (self.states, self._host):
-            if slot < len(block):
-                return block[slot]
-            slot -= len(block)
-        return self._transfer[slot - len(self._narrow)]
+        host = slot - len(self.states)
+        if 0 <= host < self.host_slots:
+            return self._host[host]  # narrow ones are nobody's to see
+        if self._pages is None and host >= 0:
+            return self._transfer[host - self.host_slots]
+        return self.rows[self._row[self._index(slot)]]
 
 
 def _bytes(state: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

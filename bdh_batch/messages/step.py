@@ -41,6 +41,7 @@ class Copy(NamedTuple):
     """The state in slot `source` is copied over that in slot `target`; either may lie on the device or on the host.
 
     Of `parts` equal parts of it, those from `begin` to `end` are; the others, in order, in steps before and after.
+    One that `moves` is made at once, as a whole: nobody needs what the source holds then.
     """
 
     source: int
@@ -48,6 +49,7 @@ class Copy(NamedTuple):
     begin: int = 0
     end: int = 1
     parts: int = 1
+    moves: bool = False
 
 
 class Plan(NamedTuple):

@@ -54,8 +54,13 @@ class _Planned:
     source: int
     target: int
     cost: int  # of each part
+    parts: int
     save: Save | None
     made: int = 0  # parts, when the step is computed
+
+    @property
+    def moves(self) -> bool:
+        return not self.cost
 
 
 class Copies:
@@ -85,8 +90,13 @@ class Copies:
 
     def add(self, source: int, target: int, save: Save | None = None) -> None:
         cost = self._limits.rounded if source in self._host or target in self._host else 1
-        self._waiting.append(_Planned(source, target, cost, save))
+        self._waiting.append(_Planned(source, target, cost, self._limits.parts, save))
         self._cost += cost * self._limits.parts
+
+    def move(self, source: int, target: int) -> None:
+        """Plans a copy of a state that nobody needs in `source` then: its memory may change hands, which costs
+        nothing."""
+        self._waiting.append(_Planned(source, target, 0, 1, None))
 
     def take(self) -> tuple[list[Copy], list[Save]]:
         """Returns what the next step copies, and the states whose copies it completes that are to be saved."""
@@ -96,18 +106,20 @@ class Copies:
         if not self._waiting:  # as mostly
             self.busy = NOTHING
             return copies, saves
-        left, parts = self._most, self._limits.parts
+        left = self._most
         while self._waiting:
             first = self._waiting[0]
-            count = min(parts - first.made, left // first.cost if copies else max(1, left // first.cost))
+            count = first.parts - first.made
+            if not first.moves:
+                count = min(count, left // first.cost if copies else max(1, left // first.cost))
             if not count:
                 break
-            copies.append(Copy(first.source, first.target, first.made, first.made + count, parts))
+            copies.append(Copy(first.source, first.target, first.made, first.made + count, first.parts, first.moves))
             first.made += count
             left -= count * first.cost
             self._cost -= count * first.cost
             self._computed.append(first)
-            if first.made < parts:
+            if first.made < first.parts:
                 break
             self._waiting.popleft()
             if first.save is not None:

@@ -42,6 +42,7 @@ class Policy:
         weights: of tenants, in their share; one that is not named weighs 1.
         free_slots: slots whose memory may be touched before anything has shown that it is of use; None is all.
         idle_release: seconds after which the memory of idle slots goes back to the system; 0 is never.
+        idle_kept: so many free slots, of each kind, keep their memory: nobody who comes after a pause waits for pages.
         patience: seconds without a computed token after which a sequence competes in the first priority.
         most_watched: tokens in a step whose neurons are shown.
         queue_unit: tokens of a prompt that fill the queue as another sequence does.
@@ -61,6 +62,7 @@ class Policy:
     weights: Mapping[str, float] = field(default_factory=dict)
     free_slots: int | None = None
     idle_release: float = 0.0
+    idle_kept: int = 0
     patience: float = inf
     most_watched: int = 2**62
     queue_unit: int = NO_UNIT

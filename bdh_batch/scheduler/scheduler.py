@@ -229,7 +229,7 @@ class Scheduler:
         # Of those that wait for one state, none takes its slot from the others; but not for ever.
         waited = self.counts.steps - candidate.standing.since
         patient = candidate.prefix.expects is not None and victim is None and waited < self.policy.time_slice
-        if not self.allocator.bring(candidate, entry, patient):
+        if not self.allocator.bring(candidate, entry, patient, self.sharing.is_only_use(candidate, entry)):
             return False
         if fresh:
             self.sharing.begun(candidate, entry, alone=not self.running)

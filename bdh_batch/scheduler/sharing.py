@@ -68,6 +68,11 @@ class Sharing:
         found = self.cache.find(sequence.prefix.namespace, prompt, len(sequence.prompt) - 1)
         return loaded if loaded is not None and (found is None or found.length < loaded.length) else found
 
+    def is_only_use(self, sequence: Sequence, entry: Entry | None) -> bool:
+        """Whether `entry` was read from a file, and nobody needs its state there once `sequence` begins in it."""
+        loaded = sequence.prefix.loaded
+        return loaded is not None and loaded is entry and loaded.awaited == 1 and not self._is_kept(loaded)
+
     def begun(self, sequence: Sequence, entry: Entry | None, alone: bool = True) -> None:
         """`sequence` has been given its slot, with the state of `entry` in it; it is `alone` where no other one
         runs."""
@@ -201,14 +206,19 @@ class Sharing:
         sequence.computed = loaded.length
         if sequence.times.scheduled is None:
             sequence.prefix.cached = loaded.length
-        again = loaded.awaited > 1 or loaded.key in self._read
+        is_kept = self._is_kept(loaded)
         self._read[loaded.key] = None
         if len(self._read) > REMEMBERED:
             self._read.popitem(last=False)
-        if self._cache_prefixes and again and loaded.length >= self._least and loaded not in self._uncached:
+        if is_kept:
             loaded.awaited += 1
             self._uncached.append(loaded)
             self._cache_loaded()
+
+    def _is_kept(self, loaded: Entry) -> bool:
+        """Whether a state that was read is to be cached, now that a sequence begins in it."""
+        again = loaded.awaited > 1 or loaded.key in self._read
+        return self._cache_prefixes and again and loaded.length >= self._least and loaded not in self._uncached
 
     def _cache_loaded(self) -> None:
         """Makes cached prefixes of states that were read, as far as the plan has time for copies."""

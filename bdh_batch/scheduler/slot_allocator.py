@@ -28,10 +28,10 @@ class SlotAllocator:
 
     def __init__(self, device: int, policy: Policy) -> None:
         first_transfer = device + policy.host_slots
-        self.slots = Slots(device, policy.host_slots)
+        self.slots = Slots(device, policy.host_slots, policy.idle_kept)
         self.working_set = WorkingSet(device, policy.free_slots)
         self.copies = Copies(policy.copies, range(device, first_transfer))
-        self.transfers = Transfers(first_transfer, policy.transfer_slots, self.copies)
+        self.transfers = Transfers(first_transfer, policy.transfer_slots, self.copies, policy.idle_kept)
         self.cache = PrefixCache(device)
         self.parked: dict[Sequence, None] = {}  # swapped sequences whose states are still on the device
         self._idle_release = policy.idle_release
@@ -66,9 +66,13 @@ class SlotAllocator:
             self.copy(save.sequence.slot, save.slot, save)
             yield save.sequence
 
-    def bring(self, sequence: Sequence, entry: Entry | None, patient: bool = False) -> bool:
+    def bring(self, sequence: Sequence, entry: Entry | None, patient: bool = False, is_only_use: bool = False) -> bool:
         """Gives `sequence` a slot on the device, with its own state or that of `entry`. False if there is none; one
-        that is `patient` does not take the slot of a state that others wait for."""
+        that is `patient` does not take the slot of a state that others wait for.
+
+        Args:
+            is_only_use: whether nobody else needs the state of `entry`, which was read from a file.
+        """
         old = sequence.slot
         if old is not None and self.slots.on_device(old):
             return True
@@ -76,12 +80,12 @@ class SlotAllocator:
         if slot is None:
             if entry is None or (patient and entry.awaited > (sequence.prefix.expects is entry)):
                 return False
-            return self._take_over(sequence, entry)
+            return self._take_over(sequence, entry, is_only_use)
         if old is not None:
             self._move(sequence, slot)
             self.give(old)
         elif entry is not None:
-            self.copy(entry.slot, slot)
+            self._bring_state(entry, slot, is_only_use)
         sequence.slot = slot
         return True
 
@@ -157,7 +161,14 @@ class SlotAllocator:
             return slot
         return self.slots.take_untouched() if self.working_set.may_grow(self.slots.touched) else None
 
-    def _take_over(self, sequence: Sequence, entry: Entry) -> bool:
+    def _bring_state(self, entry: Entry, slot: int, is_only_use: bool) -> None:
+        """Plans that the state of `entry` comes to `slot`."""
+        if is_only_use:
+            self.copies.move(entry.slot, slot)
+        else:
+            self.copy(entry.slot, slot)
+
+    def _take_over(self, sequence: Sequence, entry: Entry, is_only_use: bool) -> bool:
         """The last slot there is, is that of `entry`: becomes the slot of `sequence`, or makes room for it."""
         if self.slots.on_device(entry.slot):
             self.cache.drop(entry)
@@ -165,7 +176,7 @@ class SlotAllocator:
             return True
         sequence.slot = slot = self._on_device(None, False)
         if slot is not None and (self.cache.holds(entry) or self.transfers.holds(entry.slot)):
-            self.copy(entry.slot, slot)
+            self._bring_state(entry, slot, is_only_use)
         return slot is not None
 
     def _on_device(self, spare: Entry | None, patient: bool) -> int | None:

@@ -11,9 +11,14 @@ from heapq import heappop, heappush
 
 
 class Slots:
-    """The free slots on the device and on the host."""
+    """The free slots on the device and on the host.
 
-    def __init__(self, device: int, host: int = 0) -> None:
+    Args:
+        kept: free ones on the device that are never idle.
+    """
+
+    def __init__(self, device: int, host: int = 0, kept: int = 0) -> None:
+        self._kept = kept
         self.device = device
         self.host = host
         self._touched: deque[tuple[float, int]] = deque()  # free ones, and since when; the last to come goes first
@@ -39,8 +44,8 @@ class Slots:
 
     @property
     def idle_since(self) -> float | None:
-        """When the touched slot that has been free for longest became so; None where there is none."""
-        return self._touched[0][0] if self._touched else None
+        """When the touched slot that has been free for longest became so; None where there is none but those kept."""
+        return self._touched[0][0] if len(self._touched) > self._kept else None
 
     def on_device(self, slot: int) -> bool:
         return slot < self.device

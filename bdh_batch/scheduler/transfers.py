@@ -42,14 +42,15 @@ class Transfers:
         first: the number of the first one.
         count: how many there are.
         copies: from and to them, among others.
+        kept: free ones that are never idle.
     """
 
-    def __init__(self, first: int, count: int, copies: Copies) -> None:
+    def __init__(self, first: int, count: int, copies: Copies, kept: int = 0) -> None:
         self.first = first
         self.count = count
         self.to_come = 0  # sequences under way whose states are to be saved
         self._copies = copies
-        self._slots = Slots(count)
+        self._slots = Slots(count, kept=kept)
         self._loading: set[int] = set()
         self._loads: dict[tuple[str, str, bytes], Load] = {}
         self._load_of: dict[Sequence, Load] = {}
@@ -63,7 +64,8 @@ class Transfers:
 
     @property
     def idle_since(self) -> float | None:
-        """When the slot that has been free for longest, and has memory, became so; None where there is none."""
+        """When the slot that has been free for longest, and has memory, became so; None where there is none but those
+        kept."""
         return None if self.to_come else self._slots.idle_since
 
     def holds(self, slot: int) -> bool:

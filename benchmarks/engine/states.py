@@ -4,7 +4,7 @@
     python -m benchmarks.engine.states --rounds 3
 
 Variants take turns. `save` copies a slot and writes it to a file that is synced, as the engine does in two threads,
-`restore` reads and checks it and copies it to a slot, `fork` copies it from slot to slot. `file copy` reads a file,
+`restore` reads and checks it and moves it to a slot, `fork` copies it from slot to slot. `file copy` reads a file,
 writes another one and syncs it; `file read` only reads, both from memory where the system still has the file there.
 `step` is what of a save or a restore an engine's step pays. Writes `states.json`: milliseconds, and ratios to a copy
 of a file in the same round, and for `restore` to a reading of it.
@@ -86,7 +86,7 @@ def variants_of(pool: StatePool, folder: Path) -> dict[str, Callable[[], object]
 
     def restore() -> None:
         read_state(plain, layout, TOKENS, pool.memory(transfer))
-        pool.copy(transfer, 1)
+        pool.copy(transfer, 1, moves=True)
 
     def copy_file() -> None:
         shutil.copyfile(plain, copied)

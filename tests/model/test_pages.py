@@ -150,6 +150,28 @@ def test_a_pool_that_is_warm_has_memory_for_the_first_states() -> None:
     assert transfers[3] == 0
 
 
+@pytest.mark.parametrize("host_dtype", [None, torch.int8])
+def test_a_state_that_moves_changes_memory_with_the_slot_that_it_comes_to(host_dtype: torch.dtype | None) -> None:
+    config = BDHConfig(n_layer=2, n_embd=64, n_head=2, mlp_internal_dim_multiplier=64, vocab_size=256)
+    pool = StatePool(config, 2, torch.device("cpu"), host_slots=1, transfer_slots=2, host_dtype=host_dtype)
+    pool.rows[:] = torch.arange(4.0).view(4, 1, 1, 1, 1)
+    read, kept, slot = 4, 3, 1  # two transfer slots, and one on the device
+    before = pool.rows.clone()
+    pool.copy(read, slot, moves=True)
+    assert torch.equal(pool.rows, before)
+    assert [float(pool.rows[pool.row(each)].max()) for each in (0, slot)] == [0.0, 3.0]
+    assert {*torch.frombuffer(pool.memory(kept), dtype=torch.float32).tolist()} == {2.0}
+    pool.copy(slot, read)  # its memory is another one now
+    pool.clear(slot)
+    assert {*torch.frombuffer(pool.memory(read), dtype=torch.float32).tolist()} == {3.0}
+    assert not pool.rows[pool.row(slot)].any()
+    pool.copy(read, 2)  # the host's
+    pool.copy(2, 0)
+    torch.testing.assert_close(pool.states[0], torch.full_like(pool.states[0], 3.0), rtol=0, atol=1e-5)
+    pool.release(read)
+    assert [round(float(row.max())) for row in pool.rows[:3]] == [3, 0, 2]
+
+
 def test_huge_pages_are_told_where_the_system_gives_them(tmp_path: Path) -> None:
     block = pages.reserve((2**20,), torch.float32).fill_(1.0)
     begin = block.data_ptr()

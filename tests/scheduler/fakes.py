@@ -66,7 +66,9 @@ class FakeRunner:
             self.slots[copy.target] = [-1]  # which is no state
         else:
             self.slots[copy.target] = state
-            self.copies += 1
+            self.copies += not copy.moves
+        if copy.moves:
+            self.slots[copy.source] = [-1]
 
     def _segment(self, segment) -> int | None:  # type: ignore[no-untyped-def]
         if segment.start == 0:

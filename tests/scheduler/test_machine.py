@@ -58,6 +58,7 @@ policies = st.builds(
     weights=st.just({"b": 3.0}),
     free_slots=st.none() | st.integers(1, 5),
     idle_release=st.sampled_from([0.0, 1.0, 5.0]),
+    idle_kept=st.integers(0, 2),
     patience=st.sampled_from([inf, 2.0, 5.0, 20.0]),
     queue_unit=st.sampled_from([4, NO_UNIT]),
     most_watched=st.integers(2, 9),
@@ -109,6 +110,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         states = dict(self.runner.slots)
         for copy in step.plan.copies:
             states[copy.target] = states[copy.source] if copy.end == copy.parts else [-1]
+            if copy.moves:
+                states[copy.source] = [-1]
         for slot in step.plan.releases:
             states.pop(slot, None)
         for sequence, segment in zip(step.sequences, step.plan.segments, strict=True):

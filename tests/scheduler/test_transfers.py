@@ -149,7 +149,7 @@ def test_a_state_that_was_read_is_cached_for_those_who_come_later() -> None:
 
 
 def test_the_first_to_begin_in_a_state_waits_for_no_copy_for_others_and_the_second_makes_one() -> None:
-    scheduler, copies, known = scheduler_of(slots=8), [], []
+    scheduler, moves, known = scheduler_of(slots=8), [], []
     for number in range(2):
         fork = make_sequence([*PROMPT[:30], *[100 + number] * 10], 1)
         fork.state = SavedState("file", 30)
@@ -161,11 +161,11 @@ def test_the_first_to_begin_in_a_state_waits_for_no_copy_for_others_and_the_seco
         scheduler.loaded(load, None)
         step = scheduler.plan(0.0)
         assert step is not None
-        copies.append(len(step.plan.copies))
+        moves.append([copy.moves for copy in step.plan.copies])
         known.append(any(entry.length == 30 for entry in scheduler.sharing.cache))
         scheduler.commit(step, runner.run(step.plan), 0.0)
         run(scheduler, runner)
-    assert (copies, known) == ([1, 2], [False, True])
+    assert (moves, known) == ([[True], [False, False]], [False, True])
 
 
 def test_a_turn_that_goes_on_from_a_state_takes_as_many_steps_as_a_first_one() -> None:
@@ -282,7 +282,7 @@ def test_a_step_has_no_more_copies_than_there_is_time_for(parts: int, most: int 
     moved, saves = [0], 0
     while scheduler.has_work:
         if (step := scheduler.plan(0.0)) is not None:
-            moved.append(sum(copy.end - copy.begin for copy in step.plan.copies))
+            moved.append(sum(copy.end - copy.begin for copy in step.plan.copies if not copy.moves))
             saves += len(step.saves)
             scheduler.commit(step, runner.run(step.plan), 0.0)
             for save in step.saves:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, strategies as st
 
 from bdh_batch.scheduler.invariants import check_invariants
@@ -178,8 +179,9 @@ class TestScheduler:
 
 
 class TestIdle:
-    def test_free_slots_go_back_one_a_plan_once_they_are_idle_for_so_long(self) -> None:
-        engine = Engine(8, cache_prefixes=False, idle_release=60.0)
+    @pytest.mark.parametrize("kept", [0, 2])
+    def test_free_slots_but_those_kept_go_back_one_a_plan_once_they_are_idle_for_so_long(self, kept: int) -> None:
+        engine = Engine(8, cache_prefixes=False, idle_release=60.0, idle_kept=kept)
         engine.ask(*(conversation(number) for number in range(5)))
         assert engine.scheduler.allocator.release_due == 60.0
         engine.now = 59.0
@@ -188,10 +190,10 @@ class TestIdle:
         while engine.step():
             assert not engine.scheduler.has_work
         assert engine.scheduler.allocator.release_due is None
-        assert engine.touched == 0
-        assert sorted(engine.released) == [0, 1, 2, 3, 4]
+        assert engine.touched == kept
+        assert len({*engine.released}) == len(engine.released) == 5 - kept
         engine.ask(conversation(7))
-        assert engine.touched == 1
+        assert engine.touched == max(1, kept)
 
     def test_a_slot_in_use_keeps_its_memory_while_others_lose_theirs(self) -> None:
         engine = Engine(8, cache_prefixes=False, idle_release=60.0)
