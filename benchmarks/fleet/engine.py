@@ -54,7 +54,7 @@ def scheduler_of(settings: Settings, config: BDHConfig, slots: int, state_bytes:
 
 def copied(copies: Many[Copy]) -> float:
     """How many whole states these are."""
-    return sum((copy.end - copy.begin) / copy.parts for copy in copies)
+    return sum((copy.end - copy.begin) / copy.parts for copy in copies if not copy.moves)
 
 
 @dataclass(frozen=True, slots=True)
