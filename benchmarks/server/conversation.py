@@ -34,7 +34,7 @@ RESPONSES = "/v1/responses"
 ROOM = 64 * 2**30  # bytes: no state has to go
 LOOK_SECONDS = 0.05  # between two looks whether states are written
 SETTLE_SECONDS = 0.3  # after that, for what else a turn has left to do
-WRITE_SECONDS = 60.0  # in which a state is written
+WRITE_SECONDS = 300.0  # in which a state is written
 WARM = 10_000  # the number of the first conversation that nothing is measured of
 NEW = 1_000  # of those of which there is a first turn, and no more
 
