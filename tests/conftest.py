@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -266,6 +266,11 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "bdh_batch", *map(str, arguments)]
 
 
+def of_several(arguments: Iterable[object]) -> bool:
+    """Whether a server with these options starts processes, which are forked, too."""
+    return any(str(each).startswith(SEVERAL) for each in arguments)
+
+
 @pytest.fixture(scope="session")
 def launcher() -> Iterator[Launcher]:
     """Where forked programs come from."""
@@ -285,9 +290,7 @@ def serve(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Serve
         wait: bool = True,
         env: Mapping[str, str] | None = None,
         cutting: bool = False,  # the server must cut a client off at its end, and may say so in its log
-        whole_end: bool = False,  # the interpreter is taken down, too; with `cutting` and `afresh` always
-        forks: bool = True,  # the processes that it starts are forked, too
-        afresh: bool = False,
+        whole_end: bool = False,  # the interpreter is taken down, too; with `cutting` and `inside` always
         inside: Sequence[object] = (),  # a command that becomes the server, in the environment that it makes
         verb: str = "serve",
         port: int | None = None,
@@ -299,7 +302,7 @@ def serve(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Serve
         environment = clean_environment() | dict(env or {})
         with log.open("wb") as output:
             process: Process
-            if afresh or inside:
+            if inside:
                 process = subprocess.Popen(
                     [*map(str, inside), *command(*arguments)],
                     cwd=ROOT,
@@ -309,8 +312,7 @@ def serve(launcher: Launcher, tmp_path_factory: pytest.TempPathFactory) -> Serve
                     stderr=subprocess.STDOUT,
                 )
             else:
-                forks = forks and any(option.startswith(SEVERAL) for option in options)
-                brief = not (cutting or whole_end)
+                brief, forks = not (cutting or whole_end), of_several(options)
                 process = launcher.start(arguments, environment, output, brief_end=brief, forks=forks)
         server = Server(process, port, log)
         try:
@@ -344,7 +346,7 @@ def both(serve: ServeFactory, tmp_path_factory: pytest.TempPathFactory) -> Itera
         with one_at_a_time(tmp_path_factory):
             tiny = servers.enter_context(of_bytes)
             wait_until_ready(tiny)
-        yield servers.enter_context(serve(*sizes, afresh=True)), tiny
+        yield servers.enter_context(serve(*sizes)), tiny
 
 
 @contextlib.contextmanager
@@ -358,7 +360,7 @@ def one_at_a_time(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def server(both: tuple[Server, Server]) -> Server:
-    """The bundled model, as `make serve` starts it."""
+    """The bundled model."""
     return both[0]
 
 
@@ -400,7 +402,9 @@ def cli(launcher: Launcher) -> Cli:
                 timeout=START_SECONDS,
             )
         with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as problems:
-            code = launcher.start(arguments, environment, output, problems, brief_end=True).wait(START_SECONDS)
+            forks = of_several(arguments)
+            started = launcher.start(arguments, environment, output, problems, brief_end=True, forks=forks)
+            code = started.wait(START_SECONDS)
             for each in (output, problems):
                 each.seek(0)
             return subprocess.CompletedProcess(command(*arguments), code, output.read(), problems.read())

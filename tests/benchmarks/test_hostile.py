@@ -31,6 +31,7 @@ SMALLEST = (
 )
 
 
+@pytest.mark.usefixtures("forked_servers")
 def test_attacks_harm_nobody_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [*SERVER, "--health", PATIENT, "--peace", "0.1", "--out", str(tmp_path)]
     code = hostile.main([*arguments, *SMALLEST])

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from tests.conftest import HANG_SECONDS, clean_environment
+from tests.launcher import Launcher
 
 
-def test_a_model_belongs_to_its_event_loop(folder: Path) -> None:
+def run(launcher: Launcher, program: str) -> tuple[int, str, str]:
+    """Its exit code and what it prints. It is forked, and ends as any program does."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as problems:
+        code = launcher.start([program], clean_environment(), output, problems, module="tests.program").wait(
+            HANG_SECONDS
+        )
+        output.seek(0)
+        problems.seek(0)
+        return code, output.read(), problems.read()
+
+
+def test_a_model_belongs_to_its_event_loop(folder: Path, launcher: Launcher) -> None:
     """A loop that has been closed is missed by nobody: the engine's thread ends, and complains of nothing."""
     program = f"""
 import asyncio, threading
@@ -26,9 +39,7 @@ for verb in (lambda: model.generate("a"), model.close):
     except RuntimeError as error:
         print("belongs to the event loop that loaded it" in str(error))
 """
-    given = [sys.executable, "-c", program]
-    done = subprocess.run(given, env=clean_environment(), capture_output=True, text=True, timeout=HANG_SECONDS)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "True\nTrue\n", "")
+    assert run(launcher, program) == (0, "True\nTrue\n", "")
 
 
 def test_a_program_may_end_without_closing_it(folder: Path) -> None:
@@ -46,7 +57,7 @@ raise SystemExit(3)
     assert "Traceback" not in done.stderr
 
 
-def test_a_forked_process_ends_and_says_that_the_model_is_not_its_own(folder: Path) -> None:
+def test_a_forked_process_ends_and_says_that_the_model_is_not_its_own(folder: Path, launcher: Launcher) -> None:
     program = f"""
 import multiprocessing
 from bdh_batch import LLM, SamplingParams
@@ -63,8 +74,7 @@ child.start()
 child.join()
 print(child.exitcode, len(next(pieces).token_ids))
 """
-    given = [sys.executable, "-c", program]
-    done = subprocess.run(given, env=clean_environment(), capture_output=True, text=True, timeout=HANG_SECONDS)
-    said, end = done.stdout.splitlines()
+    code, output, problems = run(launcher, program)
+    said, end = output.splitlines()
     assert said.startswith("This model is in the process that this one was forked from")
-    assert (end, done.returncode, done.stderr) == ("0 1", 0, "")
+    assert (end, code, problems) == ("0 1", 0, "")

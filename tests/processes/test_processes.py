@@ -46,7 +46,7 @@ def pid_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def several(serve: ServeFactory, pid_file: Path) -> Iterator[Server]:
     options = [f"engine.heartbeat_seconds={HEARTBEAT}", "server.workers=2", "engine.replicas=2", "engine.threads=1"]
     more = (f"server.pid_file={pid_file}", "telemetry.vllm_metrics=true")
-    with serve(*options, *more, model=TINY, cutting=True, forks=False) as server:
+    with serve(*options, *more, model=TINY, cutting=True) as server:
         until_ready(server)
         yield server
 
@@ -403,6 +403,9 @@ def lives(pid: int) -> bool:
         return False
 
 
-def _folder(pid: int) -> Path:
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
-    return Path(words[words.index("--process") + 1].split(":")[2])
+def _folder(engine: int) -> Path:
+    """Where an engine listens: the folder of its model's sockets."""
+    held = {os.readlink(each) for each in Path(f"/proc/{engine}/fd").iterdir()}
+    sockets = [line.split() for line in Path("/proc/net/unix").read_text().splitlines()[1:]]
+    [folder] = {Path(words[7]).parent for words in sockets if len(words) > 7 and f"socket:[{words[6]}]" in held}
+    return folder

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import subprocess
 from pathlib import Path
@@ -9,8 +11,11 @@ from pathlib import Path
 from tests.conftest import HANG_SECONDS, Cli, command, eventually
 from tests.processes.test_processes import TINY, children, lives
 
+READY = re.compile(r"the process engine-\S+ is ready")
 
-def test_sighup_replaces_engines_and_children_do_not_outlive_their_supervisor(tmp_path: Path) -> None:
+
+def test_engines_are_started_again_and_replaced_and_children_do_not_outlive_their_supervisor(tmp_path: Path) -> None:
+    """Here alone, each process is one that the server starts itself, as a user's does; elsewhere they are forked."""
     options = ["engine.replicas=1", "engine.threads=1", f"server.pid_file={tmp_path / 'pid'}"]
     arguments = [part for option in options for part in ("--set", option)]
     with (tmp_path / "log").open("wb") as log:
@@ -20,6 +25,10 @@ def test_sighup_replaces_engines_and_children_do_not_outlive_their_supervisor(tm
         eventually(lambda: "is ready at" in log_text(), what=log_text)
         before = children(process.pid, "engine")
         assert len(before) == 1
+        os.kill(before[0], signal.SIGKILL)
+        eventually(lambda: len(READY.findall(log_text())) == 2, what=log_text)
+        before += children(process.pid, "engine")
+        assert len(before) == 2
         process.send_signal(signal.SIGHUP)
         eventually(lambda: "all engines have been replaced" in log_text(), what=log_text)
         assert {*before}.isdisjoint(children(process.pid, "engine"))

@@ -8,7 +8,6 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -27,15 +26,14 @@ from bdh_batch.registry import download
 from bdh_batch.registry.add import MOST_PARTS, AddOptions, add
 from bdh_batch.registry.locate import locate
 from bdh_batch.registry.store import Store
-from tests.conftest import command, eventually
+from tests.conftest import eventually
 from tests.model import formats
 from tests.registry.conftest import CPU, FILES, TINY, Run, left_in, loads, sha256
 from tests.registry.web import Web
 
 if TYPE_CHECKING:
-    pass
+    from tests.launcher import Launcher
 
-ROOT = Path(__file__).parent.parent.parent
 CONFIG = BDHConfig(n_layer=3, n_embd=8, n_head=2, mlp_internal_dim_multiplier=4, vocab_size=11)
 
 
@@ -153,14 +151,21 @@ class TestAdd:
 
     @pytest.mark.parametrize("killed", [False, True])
     def test_two_processes_at_once(
-        self, store: Store, web: Web, model: Path, caplog: pytest.LogCaptureFixture, killed: bool
+        self,
+        launcher: Launcher,
+        store: Store,
+        web: Web,
+        model: Path,
+        caplog: pytest.LogCaptureFixture,
+        tmp_path: Path,
+        killed: bool,
     ) -> None:
         """Another process has half of the weights when this one wants them, and goes on or is killed."""
         url, path = web.serve_folder(model), "/model/model.safetensors"
         web.held[path] = threading.Event()
-        other = subprocess.Popen(
-            command("model", "add", url, "--id", "mine"), cwd=ROOT, env=os.environ | {"BDH_CACHE": str(store.root)}
-        )
+        with (tmp_path / "log").open("wb") as log:
+            env = os.environ | {"BDH_CACHE": str(store.root)}
+            other = launcher.start(["model", "add", url, "--id", "mine"], env, log)
         with ThreadPoolExecutor(1) as pool:
             try:
                 eventually(lambda: bool(web.of(path)))

@@ -13,11 +13,13 @@ ELSEWHERE = "box.local"  # a name of this machine's for which browsers want HTTP
 PHONE = {"width": 360, "height": 740}
 DESKTOP = {"width": 1200, "height": 800}
 
+NO_MORE = {"resultTypes": ["violations"]}  # not each element's way through each rule: of a long page, megabytes
+
 OpenPage = Callable[..., AbstractAsyncContextManager[Page]]
 
 
 async def serious(page: Page) -> list[str]:
     """What axe-core finds wrong with a page for those who do not see it, or see little; opened with `bypass_csp`."""
-    found = await Axe().run(page)
+    found = await Axe().run(page, options=NO_MORE)
     bad = [each for each in found["violations"] if each["impact"] in ("serious", "critical")]
     return [f"{each['id']}: {node['html']} {node['failureSummary']}" for each in bad for node in each["nodes"]]

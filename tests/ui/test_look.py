@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from axe_core_python.async_playwright import Axe
 from playwright.async_api import Locator, Page, expect
 
 from bdh_batch.http.neurons.study_file import FILE
-from tests.ui.browsing import PHONE, OpenPage
+from tests.ui.browsing import PHONE, OpenPage, serious
 
 if TYPE_CHECKING:
     from tests.conftest import ServeFactory, Server
@@ -190,8 +189,7 @@ async def test_a_neuron_is_shown_where_it_fires_in_the_text_it_was_studied_with(
         assert await page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
         for theme in ("dark", "light"):
             await page.emulate_media(color_scheme=theme)
-            found = await Axe().run(page)
-            assert [each for each in found["violations"] if each["impact"] in ("serious", "critical")] == []
+            assert await serious(page) == []
 
 
 async def test_of_many_tokens_fewer_neurons_are_shown_or_none(tiny: Server, open_page: OpenPage) -> None:

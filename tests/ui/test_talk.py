@@ -231,7 +231,7 @@ async def test_markup_is_text_wherever_it_comes_from(tiny: Server, open_page: Op
 
 
 async def test_a_draining_server_is_told(serve: ServeFactory, open_page: OpenPage) -> None:
-    with serve("server.drain_seconds=2", model=TINY, cutting=True) as server:
+    with serve("server.drain_seconds=0.5", model=TINY, cutting=True) as server:
         async with open_page(server, allow=REFUSED) as page:
             await parameters(page, max_tokens=100000)
             await page.fill("#talk-input", "Talk on")

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING
 
 import httpx
 import pytest
-from axe_core_python.async_playwright import Axe
 from playwright.async_api import Page, expect
 
 from bdh_batch.http.auth.keys import KeyFile, new_key
 from bdh_batch.http.watch.endpoints import STEP
 from tests.conftest import HANG_SECONDS
-from tests.ui.browsing import PHONE, OpenPage
+from tests.ui.browsing import PHONE, OpenPage, serious
 
 if TYPE_CHECKING:
     from tests.conftest import ServeFactory, Server
@@ -86,45 +85,53 @@ async def test_an_operator_watches_models_and_steps(
     watched: Server, operator: str, file: KeyFile, open_page: OpenPage
 ) -> None:
     """Names and ids that are markup are shown as text: an image of theirs would be asked for, which fails the test."""
-    async with open_page(watched, "#watch", allow=UNAUTHORIZED) as page, busy(watched, operator):
-        await give_key(page, operator)
-        await expect(page.get_by_role("status").filter(has_text="Live")).to_be_visible()
-        await expect(page.get_by_text("1 of 1 slots")).to_be_visible()
-        await expect(page.locator(".figures div").filter(has_text="Waiting")).to_contain_text("1")
-        await expect(page.get_by_text("tokens/s").first).not_to_have_text("0 tokens/s")
-        tenants = page.get_by_role("table", name="Tenants and keys")
-        row = tenants.get_by_role("row").filter(has_text=MARKUP)
-        await expect(row).to_contain_text("of 10,000,000 tokens")
-        await expect(page.get_by_role("table", name="Engine processes")).to_contain_text("ready")
+    async with open_page(watched, "#watch", allow=UNAUTHORIZED) as page:
+        async with busy(watched, operator):
+            await steps_are_shown(page, operator)
+        await load_and_unload(page)
 
-        await page.get_by_label("Steps", exact=True).select_option("16")
-        await page.get_by_role("button", name="Record").click()
-        await expect(page.get_by_text("16 steps of engine-0-0")).to_be_visible()
-        await expect(page.get_by_role("table", name="In this step")).to_contain_text(f"{MARKUP}")
-        await expect(page.get_by_role("table", name="Waiting")).to_contain_text("as many as may hold a state")
-        summary = page.get_by_text("slots are held")
-        first = await summary.text_content()
-        await page.get_by_role("slider", name="Step").focus()
-        await page.keyboard.press("ArrowRight")
-        assert await summary.text_content() != first
 
-        models = page.get_by_role("table", name="Models")
-        odd = models.get_by_role("row").filter(has_text="odd")
-        state = odd.get_by_role("cell").first
-        await models.get_by_role("button", name="Load odd").press("Enter")
-        await expect(state).to_have_text("loaded")
-        await expect(odd).not_to_contain_text("…")  # until the response has come, another press does nothing
-        await models.get_by_role("button", name="Unload odd").press("Enter")
-        await expect(state).to_have_text("unloaded")
+async def steps_are_shown(page: Page, key: str) -> None:
+    await give_key(page, key)
+    await expect(page.get_by_role("status").filter(has_text="Live")).to_be_visible()
+    await expect(page.get_by_text("1 of 1 slots")).to_be_visible()
+    await expect(page.locator(".figures div").filter(has_text="Waiting")).to_contain_text("1")
+    await expect(page.get_by_text("tokens/s").first).not_to_have_text("0 tokens/s")
+    tenants = page.get_by_role("table", name="Tenants and keys")
+    row = tenants.get_by_role("row").filter(has_text=MARKUP)
+    await expect(row).to_contain_text("of 10,000,000 tokens")
+    await expect(page.get_by_role("table", name="Engine processes")).to_contain_text("ready")
 
-        await page.get_by_role("button", name="Pause").click()
-        figures = page.locator(".figures")
-        paused = await figures.text_content()
-        await page.get_by_text("in numbers").click()
-        await page.evaluate("new Promise((resolve) => setTimeout(resolve, 2500))")  # more than a sample
-        assert await figures.text_content() == paused
-        await page.get_by_role("button", name="Go on").click()
-        await expect(page.get_by_role("table", name="Minute by minute").get_by_role("row").nth(1)).to_be_visible()
+    await page.get_by_label("Steps", exact=True).select_option("16")
+    await page.get_by_role("button", name="Record").click()
+    await expect(page.get_by_text("16 steps of engine-0-0")).to_be_visible()
+    await expect(page.get_by_role("table", name="In this step")).to_contain_text(f"{MARKUP}")
+    await expect(page.get_by_role("table", name="Waiting")).to_contain_text("as many as may hold a state")
+    summary = page.get_by_text("slots are held")
+    first = await summary.text_content()
+    await page.get_by_role("slider", name="Step").focus()
+    await page.keyboard.press("ArrowRight")
+    assert await summary.text_content() != first
+
+    await page.get_by_role("button", name="Pause").click()
+    figures = page.locator(".figures")
+    paused = await figures.text_content()
+    await page.get_by_text("in numbers").click()
+    await page.evaluate("new Promise((resolve) => setTimeout(resolve, 2500))")  # more than a sample
+    assert await figures.text_content() == paused
+    await page.get_by_role("button", name="Go on").click()
+    await expect(page.get_by_role("table", name="Minute by minute").get_by_role("row").nth(1)).to_be_visible()
+
+
+async def load_and_unload(page: Page) -> None:
+    models = page.get_by_role("table", name="Models")
+    odd = models.get_by_role("row").filter(has_text="odd")
+    state = odd.get_by_role("cell").first
+    await models.get_by_role("button", name="Load odd").press("Enter")
+    await expect(state).to_have_text("loaded")
+    await expect(odd).not_to_contain_text("…")  # until the response has come, another press does nothing
+    await models.get_by_role("button", name="Unload odd").press("Enter")
+    await expect(state).to_have_text("unloaded")
 
 
 async def test_other_keys_see_figures_and_revoked_ones_are_asked_again(
@@ -182,8 +189,7 @@ async def test_fits_a_phone_and_has_no_serious_finding(tiny: Server, open_page: 
             await page.get_by_text("in numbers").click()
             await expect(page.get_by_role("table", name="Models")).to_be_visible()
             assert await page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"]
-            found = await Axe().run(page)
-            assert [each for each in found["violations"] if each["impact"] in ("serious", "critical")] == []
+            assert await serious(page) == []
 
 
 async def test_holds_fifteen_minutes_and_no_more(tiny: Server, open_page: OpenPage) -> None:
