@@ -9,7 +9,7 @@ from typing import IO
 import pytest
 
 from benchmarks import served
-from tests.conftest import ROOT, clean_environment
+from tests.conftest import ONE_THREAD, ROOT, clean_environment
 from tests.launcher import Launcher, Process
 
 
@@ -20,7 +20,8 @@ def forked_servers(launcher: Launcher) -> Iterator[None]:
     def start(program: Sequence[str], root: Path, output: IO[bytes]) -> Process:
         assert root == ROOT
         module, *arguments = program
-        return launcher.start(arguments, clean_environment(), output, module=module, brief_end=True)
+        environment = clean_environment() | ONE_THREAD
+        return launcher.start(arguments, environment, output, module=module, brief_end=True)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(served, "start", start)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hatchling.builders.wheel import WheelBuilder
-from playwright.async_api import Route, expect
+from playwright.async_api import Page, Route, ViewportSize, expect
 
 from bdh_batch.ui.assets import STATIC, assets
-from tests.ui.browsing import DESKTOP, PHONE, OpenPage, serious
+from tests.ui.browsing import DESKTOP, PHONE, OpenPage, Scheme, serious
 
 if TYPE_CHECKING:
     from tests.conftest import ServeFactory, Server
@@ -108,14 +108,21 @@ async def test_a_server_that_does_not_answer_is_asked_again(tiny: Server, open_p
 
 
 async def test_has_no_serious_finding_and_fits_a_phone(tiny: Server, open_page: OpenPage) -> None:
-    for scheme, size in (("light", PHONE), ("dark", DESKTOP)):
-        async with open_page(tiny, viewport=size, color_scheme=scheme, bypass_csp=True) as page:
-            await page.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
-            await page.get_by_label("max_tokens", exact=True).fill("4")
-            await page.fill("#talk-input", "Hello")
-            await page.keyboard.press("Enter")
-            await expect(page.locator(".stats")).to_have_count(1)
-            assert await page.evaluate("document.documentElement.scrollWidth") <= size["width"]
-            assert await serious(page) == []
-            await page.get_by_role("button", name="API key").click()
-            assert await serious(page) == []
+    async with open_page(tiny, bypass_csp=True) as page:
+        await page.evaluate("for (const each of document.querySelectorAll('details')) each.open = true")
+        await page.get_by_label("max_tokens", exact=True).fill("4")
+        await page.fill("#talk-input", "Hello")
+        await page.keyboard.press("Enter")
+        await expect(page.locator(".stats")).to_have_count(1)
+        await is_accessible(page, "light", PHONE)
+        await is_accessible(page, "dark", DESKTOP)
+
+
+async def is_accessible(page: Page, scheme: Scheme, size: ViewportSize) -> None:
+    await page.set_viewport_size(size)
+    assert await page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+    assert await serious(page, scheme) == []
+    await page.get_by_role("button", name="API key").click()
+    assert await serious(page, scheme) == []
+    await page.keyboard.press("Escape")
+    await expect(page.get_by_role("dialog")).to_be_hidden()
