@@ -31,11 +31,10 @@ help:  ## this list
 
 venv: $(INSTALLED)  ## the environment alone, in .venv
 
-# Made again only when what it holds has changed. Bytecode is made and kept of what is imported: of all the packages, it
-# takes half a minute of processor time, and two thirds of it are never imported.
+# Made again only when what it holds has changed.
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 serve: $(INSTALLED)  ## serve the bundled model at 127.0.0.1:8000; ARGS="--port 9000" for options
