@@ -88,6 +88,10 @@ async def asked(
         raise Fault(FaultKind.CLOSED if closed else FaultKind.MALFORMED) from error
     except httpx.HTTPError as error:
         raise Fault(FaultKind.CLOSED) from error
+    except AttributeError as error:  # of anyio: what was lost as it opened has no socket to ask for its peer
+        if "getpeername" not in str(error):
+            raise
+        raise Fault(FaultKind.CONNECT) from error
 
 
 async def read(response: httpx.Response, most: int) -> bytes:

@@ -227,6 +227,7 @@ async def test_strangers_cannot_take_all_connections_nor_learn_of_the_engine(
         await until(lambda: all(replica.state is State.LEAVING for replica in backend.replicas.values()))
         for _, each in guests:
             each.close()
+            await each.wait_closed()
         await until(lambda: len(only.port.connections) == 1)
 
 

@@ -14,7 +14,9 @@ from pydantic import ValidationError
 from bdh_batch.errors import InvalidRequest, Unavailable, UnsupportedParameter, UpstreamFailed, UpstreamTimeout
 from bdh_batch.messages import FinishReason, Usage, merged
 from bdh_batch.upstreams.config import OpenAIUpstream
+from bdh_batch.upstreams.protocol import Fault, FaultKind
 from bdh_batch.upstreams.sse import events
+from bdh_batch.upstreams.web import asked as web_asked
 from tests.upstreams.fakes import HEAD, Connection, Script, chunk, web
 from tests.upstreams.support import Response, leave, upstream
 
@@ -43,6 +45,21 @@ async def test_a_completion_is_passed_on_as_it_came_and_streamed_back() -> None:
     assert request.body == wanted | {"model": "theirs", "stream": True, "stream_options": {"include_usage": True}}
     assert (request.headers["x-team"], request.headers["x-trace"]) == ("a", "7")
     assert "authorization" not in request.headers
+
+
+@pytest.mark.parametrize(("text", "kind"), [("has no attribute 'getpeername'", Fault), ("another", AttributeError)])
+async def test_a_connection_that_is_lost_as_it_opens_is_a_connection_that_failed(text: str, kind: type) -> None:
+    """anyio asks the socket for its peer, and uvloop's transport has none left."""
+
+    def lost(_request: httpx.Request) -> httpx.Response:
+        raise AttributeError(text)
+
+    async with httpx.AsyncClient(transport=httpx.MockTransport(lost)) as client:
+        with pytest.raises(kind) as failed:
+            async with web_asked(client, "GET", "http://127.0.0.1/", {}):
+                pass
+    if isinstance(failed.value, Fault):
+        assert failed.value.kind is FaultKind.CONNECT
 
 
 async def test_a_chat_with_thoughts_and_calls_of_tools_comes_back_whole() -> None:
