@@ -353,16 +353,17 @@ class Worker:
             self._trace.stepped(step, time.monotonic(), repr(error))
 
     def _publish(self, updates: list[Update]) -> None:
+        """Metrics first: a client that has seen an end finds it counted."""
         if not updates:
             return
-        self._hand_over(updates)
         ended = [sequence for sequence, delta in updates if delta.finish_reason is not None]
-        self._open.difference_update(ended)
-        self._traffic.published(updates)
         now = time.monotonic()
         self._observer.gained([sequence for sequence, delta in updates if delta.tokens])
         for sequence in ended:
             self._observer.finished(sequence, now)
+        self._hand_over(updates)
+        self._open.difference_update(ended)
+        self._traffic.published(updates)
         if self._trace is not None:
             self._trace.updated(updates, now)
 
