@@ -14,6 +14,7 @@ import functools
 import gc
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -24,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx
@@ -89,15 +91,23 @@ def eventually(
 class RawStream:
     """A client that does only what a test tells it to: sends its request, and reads when asked."""
 
-    def __init__(self, port: int, path: str, body: Mapping[str, Any], receive_buffer: int | None = None) -> None:
+    def __init__(
+        self,
+        port: int,
+        path: str,
+        body: Mapping[str, Any],
+        receive_buffer: int | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.socket = socket.socket()
         if receive_buffer is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
         self.socket.settimeout(HANG_SECONDS)
         self.socket.connect(("127.0.0.1", port))
         content = json.dumps(body).encode()
-        head = f"POST {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\ncontent-length: {len(content)}\r\n\r\n"
-        self.socket.sendall(head.encode() + content)
+        given = {"host": "test", "connection": "close", "content-length": len(content), **headers}
+        lines = [f"POST {path} HTTP/1.1", *(f"{name}: {value}" for name, value in given.items()), "", ""]
+        self.socket.sendall("\r\n".join(lines).encode() + content)
         self.received = b""
 
     def read_until(self, mark: bytes) -> None:
@@ -147,9 +157,13 @@ class Server:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=HANG_SECONDS)
 
     def raw(
-        self, body: Mapping[str, Any], path: str = "/v1/completions", receive_buffer: int | None = None
+        self,
+        body: Mapping[str, Any],
+        path: str = "/v1/completions",
+        receive_buffer: int | None = None,
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> RawStream:
-        return RawStream(self.port, path, body, receive_buffer)
+        return RawStream(self.port, path, body, receive_buffer, headers)
 
     def complete(self, **body: Any) -> dict[str, Any]:
         """The response of /v1/completions; it must be one."""
@@ -222,6 +236,11 @@ class Server:
         """Until nothing runs or waits in the engine."""
         self.until(lambda m: m["bdh_num_requests_running"] == m["bdh_num_requests_waiting"] == 0, within)
 
+    def until_alone(self) -> None:
+        """Until the engine is idle, and no request is left but the one that asks."""
+        self.until_idle()
+        self.until(lambda m: m["bdh_http_requests_in_flight"] == 1)
+
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
@@ -261,10 +280,24 @@ def sample_name(text: str) -> str:
     return name + (f"{{{labels}}}" if labels else "")
 
 
+def candidates() -> Iterator[int]:
+    """Ports below those that the system gives to whoever asks for any; each process of a run that tests has its own."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 16
+    first = random.randrange(1250)
+    while True:
+        yield from (10_000 + 16 * ((first + number) % 1250) + worker for number in range(1250))
+
+
+CANDIDATES = candidates()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody has, nor takes before the server starts for which it is."""
+    for port in CANDIDATES:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("there are always more")
 
 
 def clean_environment() -> dict[str, str]:
