@@ -17,6 +17,6 @@ if TYPE_CHECKING:
 @pytest.fixture(scope="session")
 def worker(serve: ServeFactory) -> Iterator[Worker]:
     """A random model of bytes, with gRPC."""
-    options = ("model.aliases=generate", "limits.body_seconds=2", "kserve.max_stream_requests=8")
+    options = ("model.aliases=generate", "kserve.max_stream_requests=8")
     with worker_of(serve, free_port(), "tiny", *options, model=CONFORMANCE / "tiny") as worker:
         yield worker

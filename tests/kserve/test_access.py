@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 import subprocess
 import sys
@@ -123,13 +124,23 @@ def test_calls_are_bounded_and_probes_are_not(serve: ServeFactory) -> None:
             for call in calls:
                 call.cancel()
             stream = channel.unary_stream(f"{SERVICE}ModelStreamInfer")
-            eventually(lambda: not refused())
-            stalled = stream(request("tiny", n=8, logprobs=20, **LONG).SerializeToString(), timeout=300)
-            next(stalled)  # and nothing more: its requests end as soon as nothing fits the buffers between
+            asked = request("tiny", n=8, logprobs=20, **LONG).SerializeToString()
+            stalled: list[Any] = []
+
+            def begins() -> bool:
+                """Reads one response and no more: its requests end as soon as nothing fits the buffers between."""
+                stalled.append(stream(asked, timeout=300))
+                try:
+                    return bool(next(stalled[-1]))
+                except grpc.RpcError:  # others are not seen to be gone, or this was read too late
+                    return False
+
+            eventually(begins)
             url = f"https://localhost:{server.port}/load"
-            with httpx.Client(verify=ssl.create_default_context(cadata=certificate.decode())) as https:
+            context = ssl.create_default_context(cadata=certificate.decode())
+            with httpx.Client(verify=context, timeout=300) as https:
                 eventually(lambda: https.get(url).json()["server_load"] == 0)
-            del stalled
+            stalled.clear()
         with grpc.insecure_channel(f"127.0.0.1:{port}") as plain, pytest.raises(grpc.RpcError) as broken:
             plain.unary_unary(f"{SERVICE}ServerReady")(b"", timeout=300)
         assert broken.value.code() == grpc.StatusCode.UNAVAILABLE
@@ -147,9 +158,12 @@ def test_a_drain_finishes_what_runs_and_refuses_what_is_new(serve: ServeFactory)
         expected = worker.server.text(prompt="ROMEO:", **LAST)
         stream = worker.stream(requests())
         text = next(stream).infer_response.outputs[0].contents.bytes_contents[0]
+        endless = worker.stream([request("tiny", **LONG)])  # it drains until this one is left
+        next(endless)
         worker.server.terminate()
         eventually(lambda: not worker.triton.is_server_ready())
         assert worker.refused("ModelInfer", request("tiny", max_tokens=1))[0] == grpc.StatusCode.UNAVAILABLE
+        endless.cancel()
         rest: list[bytes] = []
         with pytest.raises(grpc.RpcError) as ended:
             rest.extend(each.infer_response.outputs[0].contents.bytes_contents[0] for each in stream)
@@ -159,14 +173,21 @@ def test_a_drain_finishes_what_runs_and_refuses_what_is_new(serve: ServeFactory)
         assert worker.server.exit_code() == 0
 
 
-def test_a_call_without_a_request_ends_after_a_while(serve: ServeFactory) -> None:
+def test_a_call_without_a_request_or_a_message_ends_after_a_while(serve: ServeFactory) -> None:
     held = threading.Event()
 
     def requests(*first: Any) -> Iterator[Any]:
         yield from first
         held.wait()
 
-    with worker_of(serve, free_port(), "tiny", "kserve.idle_seconds=0.5", model=TINY) as worker:
+    def first(call: Any) -> Any:
+        """Its first response; None where its request has come too late."""
+        with contextlib.suppress(grpc.RpcError):
+            return next(call)
+        return None
+
+    hasty = ("kserve.idle_seconds=0.5", "limits.body_seconds=0.5")
+    with worker_of(serve, free_port(), "tiny", *hasty, model=TINY) as worker:
         reflection = reflection_pb2_grpc.ServerReflectionStub(worker.channel).ServerReflectionInfo
         listed = reflection_pb2.ServerReflectionRequest(list_services="")
         short = request("tiny", max_tokens=1)
@@ -175,7 +196,13 @@ def test_a_call_without_a_request_ends_after_a_while(serve: ServeFactory) -> Non
                 list(call)
             assert ended.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
             assert "kserve.idle_seconds" in (ended.value.details() or "")
-        began, call = time.monotonic(), worker.stream(requests(request("tiny", **LONG)))
+        with pytest.raises(grpc.RpcError) as ended:
+            worker.channel.stream_unary(f"{SERVICE}ModelInfer")(requests(), timeout=300)
+        assert ended.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "limits.body_seconds" in (ended.value.details() or "")
+        while first(call := worker.stream(requests(request("tiny", **LONG)))) is None:
+            pass
+        began = time.monotonic()
         while time.monotonic() < began + 1.5:  # a request is under way
             assert not next(call).error_message
         call.cancel()

@@ -177,7 +177,7 @@ class TestMetadata:
         for key in (name("ModelInfer", 200), name("ModelInfer", 404), name("ModelStreamInfer", 200)):
             assert after[key] - before.get(key, 0) == 1
         assert after[name("ModelStreamInfer", 400)] - before.get(name("ModelStreamInfer", 400), 0) == 1
-        assert after["bdh_http_requests_in_flight"] == 1  # this scrape
+        worker.server.until(lambda metrics: metrics["bdh_http_requests_in_flight"] == 1)  # the scrape
 
 
 class TestRefusals:

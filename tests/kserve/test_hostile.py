@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import struct
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -150,20 +149,6 @@ def test_metadata_that_are_too_large_are_refused(worker: Worker) -> None:
 def test_unknown_methods_are_unimplemented(worker: Worker) -> None:
     for method in ("RepositoryModelUnload", "Nothing"):
         assert worker.refused(method, b"")[0] == grpc.StatusCode.UNIMPLEMENTED
-
-
-def test_a_message_that_does_not_come_is_not_waited_for(worker: Worker) -> None:
-    silent = threading.Event()
-
-    def nothing() -> Iterator[bytes]:
-        silent.wait()
-        yield b""
-
-    with pytest.raises(grpc.RpcError) as refused:
-        worker.channel.stream_unary(f"{SERVICE}ModelInfer")(nothing(), timeout=300)
-    silent.set()
-    assert refused.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
-    assert "limits.body_seconds" in (refused.value.details() or "")
 
 
 def test_a_call_without_a_message_is_refused(worker: Worker) -> None:
