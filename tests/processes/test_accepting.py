@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ async def test_connections_wait_in_the_kernel_until_the_models_are_loaded_unless
     models, ready = Models(), asyncio.Event()
     settings = load(overrides=[]).settings
     service = Service(settings, lambda *_: models, "m", lambda *_: ready.set(), [listener], early)
-    async with asyncio.timeout(HANG_SECONDS), httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http:
+    url = f"http://127.0.0.1:{port}"
+    async with asyncio.timeout(HANG_SECONDS), httpx.AsyncClient(base_url=url, timeout=HANG_SECONDS) as http:
         running = asyncio.create_task(service.run())
         await models.loading.wait()
         if early:
@@ -54,6 +56,7 @@ async def test_connections_wait_in_the_kernel_until_the_models_are_loaded_unless
         else:
             with socket.create_connection(("127.0.0.1", port)):
                 await asyncio.sleep(0)  # whoever accepts has had its turn
+                select.select([same], [], [], HANG_SECONDS)
                 taken, _ = same.accept()  # it is still there for another front end
                 taken.close()
         assert not ready.is_set()
