@@ -105,19 +105,19 @@ def refused(server: Server, sent: bytes, status: int) -> dict[str, Any]:
     return error
 
 
-def test_what_is_not_http_gets_an_error_in_json(hasty: Server) -> None:
+def test_what_is_not_http_gets_an_error_in_json(tiny: Server) -> None:
     for sent in MALFORMED.values():
-        assert refused(hasty, sent, 400)["code"] == "invalid_http"
-    assert hasty.metrics()["bdh_http_requests_total{route=unread,status=400}"] >= len(MALFORMED)
-    assert "Invalid HTTP" not in hasty.log
+        assert refused(tiny, sent, 400)["code"] == "invalid_http"
+    assert tiny.metrics()["bdh_http_requests_total{route=unread,status=400}"] >= len(MALFORMED)
+    assert "Invalid HTTP" not in tiny.log
 
 
-def test_heads_that_are_too_large_are_refused(hasty: Server) -> None:
+def test_heads_that_are_too_large_are_refused(tiny: Server) -> None:
     for sent in TOO_LARGE.values():
-        assert refused(hasty, sent, 431)["code"] == "headers_too_large"
+        assert refused(tiny, sent, 431)["code"] == "headers_too_large"
     for tail in (b"0\r\n" + b"a: b\r\n" * 60_000, b"1;" + b"a" * 300_000):  # trailers, and extensions of a chunk
-        assert refused(hasty, CHUNKED + tail, 431)["code"] == "headers_too_large"
-    assert hasty.http.get("/health", headers={"x": "a" * 30_000}).status_code == 200
+        assert refused(tiny, CHUNKED + tail, 431)["code"] == "headers_too_large"
+    assert tiny.http.get("/health", headers={"x": "a" * 30_000}).status_code == 200
 
 
 def test_who_is_slow_is_not_waited_for(hasty: Server) -> None:
@@ -145,7 +145,7 @@ def test_a_body_that_drips_has_no_more_time_than_another(hasty: Server) -> None:
     client.socket.close()
 
 
-def test_odd_requests_are_answered_for_what_they_are(hasty: Server) -> None:
+def test_odd_requests_are_answered_for_what_they_are(tiny: Server) -> None:
     close = b"GET /health HTTP/1.1\r\nhost: a\r\nconnection: close\r\n"
     odd = {
         close + b"x: \xff\xfe\xc3\r\n\r\n": [200],
@@ -158,24 +158,24 @@ def test_odd_requests_are_answered_for_what_they_are(hasty: Server) -> None:
         ],
     }
     for sent, statuses in odd.items():
-        assert [status for status, _ in Client(hasty, sent).responses()] == statuses
+        assert [status for status, _ in Client(tiny, sent).responses()] == statuses
 
 
-def test_nonsense_behind_a_request_is_no_response_to_it(hasty: Server) -> None:
+def test_nonsense_behind_a_request_is_no_response_to_it(tiny: Server) -> None:
     body = json.dumps({"prompt": "a", "max_tokens": 100_000, "stream": True}).encode()
-    client = Client(hasty, HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+    client = Client(tiny, HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
     got = client.socket.recv(65536)
     client.socket.sendall(b"NONSENSE\r\n\r\n")
     with client.socket:
         while more := client.socket.recv(1 << 20):
             got += more
     assert got.count(b"HTTP/1.1") == 1
-    hasty.until_idle()
+    tiny.until_idle()
 
 
-def test_headers_after_a_body_are_not_the_requests(hasty: Server) -> None:
+def test_headers_after_a_body_are_not_the_requests(tiny: Server) -> None:
     tail = b"2\r\n{}\r\n0\r\nx-request-id: from-the-trailer\r\n\r\n"
-    (response,) = [Client(hasty, CHUNKED.replace(b"host: a", b"host: a\r\nconnection: close") + tail)]
+    (response,) = [Client(tiny, CHUNKED.replace(b"host: a", b"host: a\r\nconnection: close") + tail)]
     with response.socket:
         assert b"from-the-trailer" not in response.socket.recv(65536)
 
@@ -207,7 +207,7 @@ def proxied(serve: ServeFactory) -> Iterator[tuple[Server, ssl.SSLContext]]:
 def test_https_is_all_there_is_with_a_certificate(proxied: tuple[Server, ssl.SSLContext]) -> None:
     server, context = proxied
     assert f"https://127.0.0.1:{server.port}/v1/completions" in server.log
-    with httpx.Client(base_url=f"https://localhost:{server.port}", verify=context) as client:
+    with httpx.Client(base_url=f"https://localhost:{server.port}", verify=context, timeout=300) as client:
         assert client.get("/health").status_code == 200
     with pytest.raises(httpx.TransportError):
         server.http.get("/health")
@@ -230,7 +230,7 @@ def test_a_client_is_known_by_what_the_nearest_proxy_says(proxied: tuple[Server,
 
     def ask(via: str, *forwarded: str) -> int:
         transport = httpx.HTTPTransport(local_address=via, verify=context)
-        with httpx.Client(transport=transport) as client:
+        with httpx.Client(transport=transport, timeout=300) as client:
             headers = [("x-forwarded-for", value) for value in forwarded]
             return client.get(f"https://127.0.0.1:{server.port}/v1/models", headers=headers).status_code
 

@@ -96,7 +96,7 @@ def test_the_name(bounded: Server) -> None:
 
 def test_the_rate_of_each_address_where_there_are_no_keys(bounded: Server) -> None:
     from_elsewhere = httpx.HTTPTransport(local_address="127.0.0.2")
-    with httpx.Client(base_url=bounded.url, transport=from_elsewhere) as client:
+    with httpx.Client(base_url=bounded.url, transport=from_elsewhere, timeout=300) as client:
         responses = [client.get("/v1/models", headers={"authorization": f"Bearer {n}"}) for n in range(PER_MINUTE + 1)]
     assert [response.status_code for response in responses] == [200] * PER_MINUTE + [429]
     assert bounded.error(responses[-1], 429)["code"] == "rate_limit_exceeded"

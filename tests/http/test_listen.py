@@ -118,9 +118,10 @@ class TestUnixSocket:
             eventually(lambda: "is ready at" in server.log, what=lambda: server.log)
             assert f"is ready at unix:{path}." in server.log
             assert f"curl -s http://localhost/v1/completions --unix-socket {path} " in server.log
-            with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
+            transport = httpx.HTTPTransport(uds=str(path))
+            with httpx.Client(transport=transport, base_url="http://localhost", timeout=300) as client:
                 assert client.get("/health", headers={"host": "any.example.com"}).status_code == 200
-                response = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2}, timeout=300)
+                response = client.post("/v1/completions", json={"prompt": "a", "max_tokens": 2})
                 assert response.json()["usage"]["completion_tokens"] == 2
             server.terminate()
             assert server.exit_code() == 0

@@ -87,7 +87,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> KeyFile:
 
 @pytest.fixture(scope="module")
 def limited_key(keys: KeyFile) -> str:
-    """A key whose one request a minute is made before any test asks with it."""
+    """A key that may make one request a minute."""
     return keys.add(lambda digest: new_key(digest, "limited", {"requests_per_minute": 1}))
 
 
@@ -98,8 +98,6 @@ def backend(serve: ServeFactory, keys: KeyFile, limited_key: str) -> Iterator[Se
     one_by_one = ("scheduler.max_running=1", "server.sse_keepalive_seconds=0.1")
     with serve(*options, *one_by_one, f"model.aliases={LONG_NAME}", model=CONFORMANCE / "tiny") as server:
         server.http.headers["authorization"] = f"Bearer {KEY}"
-        bearer = {"authorization": f"Bearer {limited_key}"}
-        assert server.http.post("/v1/completions", json=SHORT, headers=bearer).status_code == 200
         yield server
 
 
@@ -177,6 +175,8 @@ def test_a_refusal_keeps_its_status_and_its_body(
     body: bytes,
 ) -> None:
     headers = {name: value.replace("limited", limited_key) for name, value in headers.items()}
+    if status == 429:  # the minute of the last one may be over
+        backend.http.post("/v1/completions", json=SHORT, headers=headers)
     of_nginx = client.post(path, content=body, headers=headers)
     direct = backend.http.post(path, content=body, headers=headers)
     assert without_numbers(backend.error(of_nginx, status)) == without_numbers(backend.error(direct, status))

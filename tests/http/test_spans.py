@@ -37,7 +37,6 @@ TINY = Path(__file__).parent.parent / "data" / "conformance" / "tiny"
 TRACE, PARENT = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
 SECRET = "the-secret-word"
 ERROR = Status.STATUS_CODE_ERROR
-GRPC_PORT = free_port()
 WITHIN = 300.0  # seconds, or it is a failure
 
 
@@ -146,23 +145,28 @@ def listening(collector: Collector) -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def traced(serve: ServeFactory) -> Iterator[tuple[Server, Collector]]:
+def grpc_port() -> int:
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def traced(serve: ServeFactory, grpc_port: int) -> Iterator[tuple[Server, Collector]]:
     collector = Collector()
     environment = {"OTEL_BSP_SCHEDULE_DELAY": "50", "OTEL_EXPORTER_OTLP_HEADERS": "x-tenant=team-a"}
     with listening(collector) as url:
         option = f"telemetry.otlp_endpoint={url}"
-        options = (option, "limits.max_n=4", f"kserve.grpc_port={GRPC_PORT}")
+        options = (option, "limits.max_n=4", f"kserve.grpc_port={grpc_port}")
         with serve(*options, model=TINY, env=environment) as server:
             yield server, collector
 
 
-def test_a_call_of_grpc_is_part_of_its_clients_trace(traced: tuple[Server, Collector]) -> None:
+def test_a_call_of_grpc_is_part_of_its_clients_trace(traced: tuple[Server, Collector], grpc_port: int) -> None:
     _, collector = traced
     asked = ModelInferRequest(model_name="tiny")
     asked.inputs.add(name="prompt", datatype="BYTES", shape=[1]).contents.bytes_contents.append(b"a")
     asked.parameters["max_tokens"].int64_param = 3
     metadata = [("x-request-id", "called"), ("traceparent", f"00-{TRACE}-{PARENT}-01")]
-    with grpc.insecure_channel(f"127.0.0.1:{GRPC_PORT}") as channel:
+    with grpc.insecure_channel(f"127.0.0.1:{grpc_port}") as channel:
         route = "/inference.GRPCInferenceService/ModelInfer"
         channel.unary_unary(route)(asked.SerializeToString(), metadata=metadata, timeout=WITHIN)
     request, (generation,) = collector.of("called", 1)
