@@ -184,7 +184,7 @@ def test_every_error_code_is_explained() -> None:
 def test_every_metric_is_explained_and_there(server: Server) -> None:
     page = (DOCS / "operations.md").read_text("utf-8")
     explained = set(re.findall(r"^\| `(bdh_\w+)` \|", page, re.MULTILINE))
-    scraped = httpx.get(f"{server.url}/metrics").text
+    scraped = httpx.get(f"{server.url}/metrics", timeout=300).text
     there = {family.name for family in text_string_to_metric_families(scraped) if family.name.startswith("bdh_")}
     assert explained == there
 

@@ -83,7 +83,8 @@ def test_a_request_is_an_event_with_counts_and_times_and_no_text(serve: ServeFac
             assert server.http.post("/v1/completions", json=body, headers=headers).status_code == 200
         server.http.post("/v1/completions", json=ask | {"model": SECRET}, headers={"x-request-id": "other"})
         server.http.get(f"/v1/models/{SECRET}", headers={"x-request-id": "path"})
-        httpx.post(f"{server.url}/v1/completions", json=ask, headers={"authorization": f"Bearer {SECRET}"})
+        bearer = {"authorization": f"Bearer {SECRET}"}
+        httpx.post(f"{server.url}/v1/completions", json=ask, headers=bearer, timeout=HANG_SECONDS)
         with OpenAI(base_url=f"{server.url}/v1", api_key=key) as client:
             ended = client.responses.create(input=SECRET, background=True, max_output_tokens=5)
             eventually(lambda: client.responses.retrieve(ended.id).status in ("completed", "incomplete"))

@@ -70,7 +70,7 @@ def test_a_baseline_speaks_the_same_api(kind: str, tiny: Server, baselines: dict
 def test_what_a_baseline_cannot_do_is_refused_by_name(kind: str, baselines: dict[str, Served]) -> None:
     url = f"http://127.0.0.1:{baselines[kind].port}/v1/completions"
     for param, body in REFUSED.items():
-        refused = httpx.post(url, json={"prompt": "a", "max_tokens": 1, **body})
+        refused = httpx.post(url, json={"prompt": "a", "max_tokens": 1, **body}, timeout=300)
         assert refused.status_code == 400
         assert refused.json()["error"]["param"] == param
 

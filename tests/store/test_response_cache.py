@@ -262,7 +262,9 @@ class TestServer:
         assert self.post(keeping, **body).headers["x-cache"] == "miss"
         assert self.post(keeping, **body, model="tiny", user="u").headers["x-cache"] == "hit"
         assert self.post(keeping, **body | {"seed": 6}).headers["x-cache"] == "miss"
-        other = httpx.post(f"{keeping.url}/v1/completions", json=body, headers={"authorization": "Bearer two"})
+        other = httpx.post(
+            f"{keeping.url}/v1/completions", json=body, headers={"authorization": "Bearer two"}, timeout=300
+        )
         assert other.headers["x-cache"] == "miss"
 
     def test_does_not_keep_what_failed_or_was_left(self, keeping: Server) -> None:
