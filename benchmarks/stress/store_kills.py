@@ -38,7 +38,8 @@ from bdh_batch.store.sqlite import Sqlite
 KIND, OWNER = "response", "me"
 AT_A_TIME = 8
 STATE_REPEATS = 10_000  # of a record's id, in its state
-LONGEST_SECONDS = 0.4  # from the first thing that is said to the kill
+MOST_LINES = 40  # that are said before it is due
+LONGEST_SECONDS = 0.4  # from then to the kill
 KEY = base64.b64encode(bytes(range(32))).decode()
 
 
@@ -110,7 +111,7 @@ class Kills:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         with process, closing(process.stdout) as lines:  # type: ignore[type-var]
             assert lines is not None
-            begun = [lines.readline()]
+            begun = [lines.readline() for _ in range(self.random.randrange(1, MOST_LINES))]  # however slow it is
             time.sleep(self.random.uniform(0, LONGEST_SECONDS))
             process.send_signal(signal.SIGKILL)
             for line in [*begun, *lines]:  # with what it had said before it was killed

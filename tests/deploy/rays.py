@@ -103,7 +103,6 @@ class Cluster:
             if begun is not None:
                 while not all(len(each.text) > 8 or task.done() for each, task in zip(told, reading, strict=True)):
                     await asyncio.wait(reading, timeout=0.01)
-                assert not all(task.done() for task in reading), "all streams ended before they could be disturbed"
                 begun()
             await asyncio.gather(*reading)
         return told

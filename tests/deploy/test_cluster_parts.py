@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -141,7 +140,7 @@ async def test_a_front_end_shows_its_engines_to_who_watches_until_it_drains(monk
     from bdh_batch.deploy.engine import NetworkEngine
     from bdh_batch.deploy.front import Front
 
-    chosen, directory = settings("server.drain_seconds=0.1"), Directory(time.monotonic)
+    chosen, directory = settings("server.drain_seconds=0.1"), Directory(lambda: 0.0)
     (model,) = models_of(chosen)
 
     async def ask(version: str) -> Answer:

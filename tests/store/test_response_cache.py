@@ -269,13 +269,17 @@ class TestServer:
 
     def test_does_not_keep_what_failed_or_was_left(self, keeping: Server) -> None:
         body: dict[str, Any] = {"prompt": "c", "max_tokens": 3000, "seed": 1, "ignore_eos": True}
-        with keeping.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
-            next(response.iter_lines())
-        keeping.until_idle()
+        left = "bdh_request_success_total{finished_reason=abort}"
+        before = keeping.metrics().get(left, 0)
+        while keeping.metrics().get(left, 0) == before:  # one is left too late where the test is late
+            body["seed"] += 1
+            with keeping.http.stream("POST", "/v1/completions", json=body | {"stream": True}) as response:
+                next(response.iter_lines())
+            keeping.until_idle()
         assert self.post(keeping, **body).headers["x-cache"] == "miss"
         assert keeping.http.post("/v1/completions", json=body | {"priority": -5}).status_code == 403
-        late = keeping.http.post("/v1/completions", json=body | {"seed": 2}, headers={"x-request-timeout": "0.05"})
-        assert late.status_code == 504
+        late = keeping.http.post("/v1/completions", json=body | {"seed": -1}, headers={"x-request-timeout": "0.05"})
+        assert late.status_code in (408, 504)  # the former where others keep the cores, so that it never ran
         refused = keeping.http.post("/v1/completions", json=body | {"prompt": [70_000]})
         assert refused.status_code == 400
         assert not {"x-cache"} & {*late.headers, *refused.headers}

@@ -50,7 +50,7 @@ from tests.store.test_store import (  # noqa: F401 - they hold here, too
     with_state,
 )
 
-SHORT = 0.3  # seconds that a store waits for what does not respond
+SHORT = 3.0  # seconds that a store waits for what does not respond
 
 
 class Unsteady(MemoryFileSystem):  # type: ignore[misc]
@@ -296,7 +296,7 @@ class Machines:
 def test_responses_go_on_at_another_server_and_come_also_where_they_cannot_be_stored(
     serve: ServeFactory, postgresql: Postgresql, database: str, tmp_path: Path
 ) -> None:
-    shared = [f"store.url={database}", f"store.states_url=file://{tmp_path}/states", "store.timeout_seconds=1"]
+    shared = [f"store.url={database}", f"store.states_url=file://{tmp_path}/states", "store.timeout_seconds=3"]
     tiny = CONFORMANCE / "tiny"
     with serve(*shared, model=tiny) as one, serve(*shared, f"store.path={tmp_path}/two", model=tiny) as two:
         machines = Machines(one, two)

@@ -575,14 +575,24 @@ async def test_an_upstream_stands_beside_the_servers_own_model(serve: ServeFacto
 async def test_after_kill_9_of_one_of_two_all_64_streams_go_on(
     kind: str, serve: ServeFactory, direct: tuple[Server, int], wanted: list[str], launcher: Launcher, tmp_path: Path
 ) -> None:
+    for number in range(10):
+        if await killed_in_the_midst(kind, serve, direct, wanted, launcher, tmp_path / f"log-{number}"):
+            return
+    raise AssertionError("no server was killed while some of its streams had begun and others had not")
+
+
+async def killed_in_the_midst(
+    kind: str, serve: ServeFactory, direct: tuple[Server, int], wanted: list[str], launcher: Launcher, log_file: Path
+) -> bool:
+    """Kills one of two; returns whether some of its streams had begun by then, and others had not."""
     survivor, survivors_port = direct
-    with (tmp_path / "log").open("wb") as log:
+    with log_file.open("wb") as log:
         port, grpc_port = free_port(), free_port()
         arguments = ["serve", "--port", str(port), "--model", str(CONFORMANCE / "tiny")]
         # So few run at once that many of its half have not begun when it is killed, and some are under way.
         arguments += ["--set", f"kserve.grpc_port={grpc_port}", "--set", "scheduler.max_running=4"]
         victim = launcher.start(arguments, clean_environment(), log)
-    doomed = Server(victim, port, tmp_path / "log")
+    doomed = Server(victim, port, log_file)
     await asyncio.to_thread(eventually, lambda: is_ready(doomed))
     addresses = {
         "kserve": [f"127.0.0.1:{grpc_port}", f"127.0.0.1:{survivors_port}"],
@@ -595,7 +605,8 @@ async def test_after_kill_9_of_one_of_two_all_64_streams_go_on(
         await asyncio.wait_for(begun.wait(), HANG_SECONDS)
         victim.send_signal(signal.SIGKILL)
         assert await asking == wanted
-        for begun_before in ("true", "false"):
-            assert await metric(front, "bdh_upstream_failovers_total", upstream="up", begun=begun_before) > 0
+        metrics = await asyncio.to_thread(front.metrics)
     doomed.http.close()
     victim.wait(HANG_SECONDS)
+    names = [f"bdh_upstream_failovers_total{{begun={begun},upstream=up}}" for begun in ("true", "false")]
+    return all(metrics.get(name, 0) > 0 for name in names)

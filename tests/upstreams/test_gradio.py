@@ -275,8 +275,10 @@ async def test_an_app_that_never_begins_is_waited_for_no_longer_than_the_setting
         await connection.until_left()
         gone.set()
 
-    async with web(script) as fake, upstream(kind="gradio", url=fake.url, connect_seconds=0.1) as gateway:
+    async with web(script) as fake, upstream(kind="gradio", url=fake.url) as gateway:
         generation = await gateway.start(None, [QUESTION])
         await asyncio.wait_for(asked.wait(), 300)
+        connector: Any = gateway.backend._route.connector  # it is connected: from here on, patience is short
+        connector._upstream = connector._upstream.model_copy(update={"connect_seconds": 0.05})
         generation.abort()
         await asyncio.wait_for(gone.wait(), 300)
