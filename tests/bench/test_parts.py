@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import math
+import re
 import time
 from pathlib import Path
 from random import Random
@@ -148,7 +149,8 @@ async def test_progress_is_one_line_on_a_terminal_and_lines_elsewhere() -> None:
         tally = Tally(9)
         async with Progress(tally, out, silent=False):
             tally.completed, tally.failed, tally.running = 3, 2, 1
-        assert out.getvalue() == shape.format("5/9 requests, 2 failed, 1 under way, 0 tokens/s, 0 s")
+        said = re.sub(r"\d+ s\b", "N s", out.getvalue())
+        assert said == shape.format("5/9 requests, 2 failed, 1 under way, 0 tokens/s, N s")
 
 
 @given(st.data())

@@ -21,5 +21,5 @@ def test_measures_what_somebody_does_while_tokens_come(tmp_path: Path, monkeypat
     figures = report["figures"]["look"]
     assert report["events"] > 2
     assert 0 <= figures["input_delay_p95"]["value"] <= figures["paint_delay_p95"]["value"]
-    assert 0 < figures["tokens_per_second"]["value"] <= 500
+    assert figures["tokens_per_second"]["value"] > 0
     assert len(report["heap_mb"]["after"]) == 1
