@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from bdh_batch.backends.base import Generation
 from bdh_batch.backends.local import LocalBackend
 from bdh_batch.checkpoint.checkpoint import fingerprint
 from bdh_batch.engine.loading import state_layout
@@ -55,9 +57,10 @@ STEPS = (0, 1, 4, 16)
 
 
 class WatchedRunner(Runner):
-    """Looks at the plans that it computes."""
+    """Looks at the plans that it computes, and goes on after its first latent step only once it `may`."""
 
     plans: list[Plan]
+    may: threading.Event
 
     @property
     def latent(self) -> list[tuple[int, Segment]]:
@@ -71,6 +74,8 @@ class WatchedRunner(Runner):
                 assert not latent or len(segment.tokens) == 1, "a latent step is a segment of its own"
             copied = [replace(segment, tokens=tuple(segment.tokens)) for segment in plan.segments]
             self.plans.append(Plan(copied, plan.copies))
+            if self.latent:
+                assert self.may.wait(300)
         return super().run(plan)
 
 
@@ -86,19 +91,22 @@ class Engine:
 
     async def says(self, request: GenerationRequest) -> list[Delta]:
         """All that a request gained."""
-        generation = await self.backend.generate(request)
-        async with asyncio.timeout(300):
-            gained = [delta async for deltas in generation for _, delta in deltas]
-        generation.abort()
-        for delta in gained:
-            assert delta.error is None, delta.error
-        return gained
+        return await gained_of(await self.backend.generate(request))
 
     async def answer(
         self, steps: int, update: bool = True, prompt: Sequence[int] = PROMPT, **changes: Any
     ) -> list[int]:
         latent = LatentSteps(steps, frozen=not update)
         return tokens_of(await self.says(asked(prompt, latent=latent, **changes)))
+
+
+async def gained_of(generation: Generation) -> list[Delta]:
+    async with asyncio.timeout(300):
+        gained = [delta async for deltas in generation for _, delta in deltas]
+    generation.abort()
+    for delta in gained:
+        assert delta.error is None, delta.error
+    return gained
 
 
 @asynccontextmanager
@@ -112,7 +120,8 @@ async def started(
     )
     scheduler = Scheduler(slots, prefill, chosen)
     runner = WatchedRunner(kernels(model.weights), pool, model.weights.latent_embed)
-    runner.plans = []
+    runner.plans, runner.may = [], threading.Event()
+    runner.may.set()
     states = StateIO(pool, state_layout(pool, fingerprint(model.weights), 0))
     worker = Worker(scheduler, runner, FakeObserver(), 500, states=states)
     backend = LocalBackend(worker, ByteTokenizer(), model.config.vocab_size, 4096, 60.0, latent=True)
@@ -164,11 +173,13 @@ async def test_among_31_other_requests_with_other_steps(kernels: type[Any]) -> N
 )
 async def test_a_preempted_sequence_goes_on_with_its_vector(options: dict[str, Any], moves: bool) -> None:
     async with started(**options) as engine:
+        engine.runner.may.clear()
         first = [asyncio.create_task(engine.answer(16, update, priority=1)) for update in (True, False)]
         while not engine.runner.latent:  # noqa: ASYNC110 - what is waited for happens in a thread
             await asyncio.sleep(0)
-        urgent = [asyncio.create_task(engine.answer(steps)) for steps in STEPS]
-        answers = [await each for each in (*first, *urgent)]
+        urgent = [await engine.backend.generate(asked(PROMPT, latent=LatentSteps(steps))) for steps in STEPS]
+        engine.runner.may.set()
+        answers = [await each for each in first] + [tokens_of(await gained_of(each)) for each in urgent]
         assert engine.scheduler.counts.preemptions
         moved = {(at, copy.target) for at, plan in enumerate(engine.runner.plans) for copy in plan.copies}
         assert moves == any((at, segment.slot) in moved for at, segment in engine.runner.latent)

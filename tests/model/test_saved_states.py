@@ -290,7 +290,7 @@ async def test_an_engine_without_slots_for_files_says_so(tmp_path: Path) -> None
 
 async def test_an_engine_that_ends_says_what_was_not_saved(tmp_path: Path) -> None:
     engine = start()
-    generation = await engine.backend.generate(request(TEXT, 1000, save_to=str(tmp_path / "state")))
+    generation = await engine.backend.generate(request(TEXT, 100_000, save_to=str(tmp_path / "state")))
     async with asyncio.timeout(300):
         engine.worker.close()
         gained = [delta async for deltas in generation for _, delta in deltas]

@@ -277,7 +277,7 @@ BOMB = (
 
 async def test_a_template_in_its_sandbox_renders_and_survives_what_does_not_end() -> None:
     source = TemplateSource(BOMB, "bomb.jinja", SPECIAL)
-    sandbox, template = await asyncio.to_thread(open_template, source, 0.2, 2**28, QueueLimits())
+    sandbox, template = await asyncio.to_thread(open_template, source, 0.5, 2**28, QueueLimits())
     try:
         expected = await inline_template(source).render(Conversation(TURNS))
         assert await template.render(Conversation(TURNS)) == expected

@@ -19,7 +19,7 @@ from bdh_batch.text.sandbox import JobFailed, Sandbox, Work
 from bdh_batch.text.sandbox_process import JobLimits, Refused
 
 WITHIN = 300.0  # seconds; nothing here takes long, but the machine may be busy
-LIMITS = JobLimits(seconds=0.3, memory=64 * 2**20, stack=2**20, jobs=3)
+LIMITS = JobLimits(seconds=0.3, memory=64 * 2**20, stack=2**20, jobs=3, patience=12.0)  # the machine may be busy
 STRANGERS = set[psutil.Process]()  # of servers that other tests keep in this process
 
 
@@ -114,7 +114,7 @@ async def test_jobs_and_results_may_be_large(sandbox: Sandbox) -> None:
 
 
 async def test_a_worker_does_some_jobs_and_one_that_has_grown_is_replaced() -> None:
-    sandbox = opened(JobLimits(seconds=1.0, memory=2**30, jobs=3))
+    sandbox = opened(JobLimits(seconds=WITHIN, memory=2**30, jobs=3))
     try:
         pids = [await run(sandbox, "pid") for _ in range(6)]
         assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [3, 3]
