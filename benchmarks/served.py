@@ -16,7 +16,7 @@ from typing import IO, Any
 from benchmarks import ROOT
 from benchmarks.client import Client
 
-START_SECONDS = 180.0  # where no cache holds the kernels yet, they are compiled first
+START_SECONDS = 600.0  # where no cache holds the kernels yet, they are compiled first
 STOP_SECONDS = 30.0
 
 

@@ -46,7 +46,7 @@ PARAMETERS: list[dict[str, Any]] = [
     {"temperature": 0},
 ]
 PAUSES = (0.3, 3.0)  # seconds between two kills, at random
-READY_SECONDS = 120.0
+READY_SECONDS = 600.0
 RETRY_SECONDS = 0.25  # after a refusal
 
 

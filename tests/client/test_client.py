@@ -48,7 +48,7 @@ TEXT = ROOT / "tests" / "data" / "shakespeare-validation.txt"
 MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "Sing, é!"}]
 X: dict[int, float] = {120: 100.0}  # all but forces an x
 ENDLESS = 100_000
-START_SECONDS = 180.0
+START_SECONDS = 600.0
 REQUEST = httpx2.Request("GET", "http://proxy/v1/models")
 
 

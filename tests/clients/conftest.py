@@ -21,7 +21,7 @@ import httpx
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-START_SECONDS = 180.0
+START_SECONDS = 600.0
 STOP_SECONDS = 20.0
 POLL_SECONDS = 0.02
 KEY = "key-of-the-clients"
