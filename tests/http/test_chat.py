@@ -189,7 +189,8 @@ def keyed(serve: ServeFactory, tmp_path_factory: pytest.TempPathFactory) -> Iter
     """A server of two keys, whose template spins if it is told to."""
     template = tmp_path_factory.mktemp("template") / "spinning.jinja"
     template.write_text(SPINNING)
-    options = ("auth.enabled=true", "auth.api_keys=a,b", f"chat.template={template}", "sandbox.template_seconds=600")
+    patient = ("sandbox.template_seconds=600", "sandbox.queue_seconds=600")
+    options = ("auth.enabled=true", "auth.api_keys=a,b", f"chat.template={template}", *patient)
     with serve(*options, model=CONFORMANCE / "tiny") as server:
         yield server
 

@@ -237,13 +237,17 @@ class TestFiles:
         assert tiny.refusal({"state": state["id"], "prompt": "a"}, status=404)["param"] == "state"
 
     def test_one_that_is_deleted_while_its_file_is_made_again_stays_deleted(self, serve: ServeFactory) -> None:
-        with serve("store.max_bytes=160000", "prefix_cache.enabled=false", model=TINY) as server:
+        options = ("store.max_bytes=160000", "prefix_cache.enabled=false", "scheduler.max_running=1")
+        with serve(*options, model=TINY) as server:
             path = f"{PATH}/{made(server, prompt=[97] * 10_000)['id']}"
             made(server, prompt=TEXT)  # there is no room for the file of the first one any more
+            endless = server.raw({"prompt": "a", "max_tokens": 100_000, "stream": True})
+            endless.read_until(b"data: ")
             with ThreadPoolExecutor(1) as thread:
                 download = thread.submit(server.http.get, f"{path}/content")
-                server.until(lambda metrics: metrics["bdh_num_requests_running"] > 0)
+                server.until(lambda metrics: metrics["bdh_num_requests_waiting"] == 1)
                 assert server.http.delete(path).status_code == 200
+                endless.close()
                 assert server.error(download.result(), 404)["code"] == "not_found"
             server.error(server.http.get(path), 404)
             assert len(listed(server)["data"]) == 1
