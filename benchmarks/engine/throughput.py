@@ -36,7 +36,9 @@ from bdh_batch.checkpoint.config import bytes_per_sequence
 from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.runner import Runner
 from bdh_batch.engine.state_pool import StatePool
+from bdh_batch.engine.torch_threads import keep_to_one_thread
 from bdh_batch.kernels.base import Kernels
+from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.messages import Plan, SamplingParams, Segment
@@ -62,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
     model = load_model(arguments.model, dtype, device)
     kernels, reason = select_kernels(arguments.kernels, model.weights, arguments.window)
+    if isinstance(kernels, CpuKernels):
+        keep_to_one_thread()  # as the worker's thread does
     bench = Bench(model, kernels, arguments)
     tolerance = max(TOLERANCES[dtype], TOLERANCES[bench.state_dtype])
     if not (error := bench.disagreement()) <= tolerance:
