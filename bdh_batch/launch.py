@@ -30,7 +30,7 @@ def warn(text: str) -> None:
 
 def run_server(resolved: Resolved, serve: Callable[[], Coroutine[None, None, None]], process: str = "") -> int:
     """Serves until a signal, and logs meanwhile as the settings say; `process` is the name of a child."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM):  # whoever sees that SIGTERM is caught knows that both are
         signal.signal(number, lambda *_: os._exit(0))  # until the server has handlers of its own: nothing runs yet
     as_json = set_up_logs(resolved, process)
     import uvloop

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from bdh_batch.text.stop_strings import START, StopStrings
 from bdh_batch.text.tokenizer import Decoder
 
@@ -40,12 +38,13 @@ class TextStream:
         self._state = START  # of the stop strings, after the text that is held
         self._include_stop = include_stop
         self._early = min_tokens  # tokens that come before one can complete a stop string
-        #: Returns the text that a token makes certain. Without stop strings, that is what it decodes to.
-        self.push: Callable[[int], str] = self._push if stop else decoder.push
 
-    def _push(self, token: int) -> str:
-        text = self.add(self._decoder.push(token))
-        self._early -= 1
+    def push(self, token: int) -> str:
+        """Returns the text that a token makes certain. Without stop strings, that is what it decodes to."""
+        text = self._decoder.push(token)
+        if self._stop:
+            text = self.add(text)
+            self._early -= 1
         return text
 
     @property
