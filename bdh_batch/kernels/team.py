@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -64,9 +64,13 @@ class Team:
     """
 
     def __init__(self, threads: int, board: Board, serve: Serve) -> None:
-        for number in range(1, threads):
-            threading.Thread(target=_help, args=(number, board, serve), name=NAME, daemon=True).start()
-        weakref.finalize(self, _end, board)
+        numbers = range(1, threads)
+        helpers = [
+            threading.Thread(target=_help, args=(each, board, serve), name=NAME, daemon=True) for each in numbers
+        ]
+        for helper in helpers:
+            helper.start()
+        weakref.finalize(self, _end, board, helpers)
 
 
 def new_board(threads: int, groups: int) -> Board:
@@ -87,10 +91,14 @@ def _help(number: int, board: Board, serve: Serve) -> None:
     serve(number)
 
 
-def _end(board: Board) -> None:
+def _end(board: Board, helpers: Sequence[threading.Thread]) -> None:
+    """Ends the helpers, and waits for them: one that came back while the interpreter ends would abort the process."""
     board.words[ENDED] = 1
     for at in range(SLEEP, len(board.threads), THREAD):
         cores.post_semaphore(board.threads, at)
+    for helper in helpers:
+        if helper is not threading.current_thread():
+            helper.join()
 
 
 @intrinsic

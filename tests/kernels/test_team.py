@@ -33,6 +33,13 @@ child = os.fork()
 if child == 0:  # has none of the threads, and starts its own
     os._exit(not torch.equal(usual, alone(kernels, states_for(weights, 1), text(50, 60), 0, [30, 31])))
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+for _ in range(5):
+    child = os.fork()
+    if child == 0:  # ends right behind its kernels, whose threads still come back to the interpreter
+        kernels = None
+        alone(CpuKernels(weights), states_for(weights, 1), text(50, 60), 0, [30, 31])
+        sys.exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:1])  # of this thread alone
     assert torch.equal(usual, alone(kernels, states_for(weights, 1), text(50, 60), 0, [30, 31]))
