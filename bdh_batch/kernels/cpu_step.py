@@ -182,7 +182,7 @@ def take_part(
             continue
         loop, piece = (counter >> team.LOOP_BITS) % team.MOST_LOOPS, counter % team.PIECES
         if job[MODE] == LOGITS:
-            rows, row_scales = array_at(columns.numbers, job[0], job[1]), array_at(np.float32, job[2], job[3])
+            rows, row_scales = array_at(work.inputs, job[0], job[1]), array_at(np.float32, job[2], job[3])
             out, first = array_at(np.float32, job[4], job[5]), piece * PANELS_AT_A_TIME
             project(first, PANELS_AT_A_TIME, rows, row_scales, job[TOKENS], shape, columns, scratch.products, out)
         else:

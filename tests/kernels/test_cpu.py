@@ -15,11 +15,23 @@ from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.torch_reference import TorchKernels, rotation
 from benchmarks.engine.synthetic import synthetic_weights
-from tests.kernels.support import VARIANTS, alone, distance, feed, in_a_crowd, model, poison, states_for, text, variant
+from tests.kernels.support import (
+    VARIANTS,
+    alone,
+    distance,
+    feed,
+    in_a_crowd,
+    model,
+    poison,
+    quantized,
+    states_for,
+    text,
+    variant,
+)
 
 TOLERANCE = 1e-5
 # Rounding of the weights is the same; that of what products give back is the specification's alone.
-TOLERANCE_OF = {torch.float32: TOLERANCE, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+TOLERANCE_OF = {torch.float32: TOLERANCE, torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.int8: 1e-3}
 properties = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 FLOAT32 = st.just(torch.float32)
@@ -126,11 +138,16 @@ def test_the_same_bits_on_any_number_of_threads(threads: int) -> None:
     assert torch.equal(torch.cat(usual), torch.cat(other))
 
 
-@pytest.mark.parametrize("rows", [1, 3, 64])
+@pytest.mark.parametrize(
+    ("rows", "dtype"),
+    [(1, torch.float32), (3, torch.float32), (64, torch.float32), (3, torch.bfloat16), (3, torch.int8)],
+)
 def test_logits_of_a_large_vocabulary_have_the_same_bits_on_any_number_of_threads(
-    rows: int, monkeypatch: pytest.MonkeyPatch
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights = synthetic_weights(model(1, 1, 32, 64, 40_013), 0.3)
+    narrow = dtype == torch.int8
+    weights = synthetic_weights(model(1, 1, 32, 64, 40_013), 0.3, dtype=torch.float32 if narrow else dtype)
+    weights = quantized(weights) if narrow else weights
     hidden = torch.randn(rows, 32, generator=torch.Generator().manual_seed(1))
     shared: list[int] = []
     project = cpu.Crew.project
@@ -153,7 +170,7 @@ def test_logits_of_a_large_vocabulary_have_the_same_bits_on_any_number_of_thread
     assert shared == ([] if rows == 1 else [rows])
     assert torch.equal(*found)
     expected = TorchKernels(weights).logits(hidden)
-    assert distance(found[0], expected) <= TOLERANCE
+    assert distance(found[0], expected) <= TOLERANCE_OF[dtype]
     for row in range(rows):
         assert torch.equal(kernels.logits(hidden[row : row + 1])[0], found[0][row])
 

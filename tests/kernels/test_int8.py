@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from torch import Tensor
 
 from bdh_batch.checkpoint import int8
 from bdh_batch.kernels import cpu_layout, simd, simd_terms as terms
@@ -21,13 +20,20 @@ from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.torch_reference import TorchKernels
 from bdh_batch.kernels.vector import LANES
 from benchmarks.engine.synthetic import synthetic_weights
-from tests.kernels.support import VARIANTS, alone, distance, feed, in_a_crowd, model, quantized, states_for, variant
+from tests.kernels.support import (
+    VARIANTS,
+    alone,
+    distance,
+    feed,
+    in_a_crowd,
+    model,
+    quantized,
+    states_for,
+    text,
+    variant,
+)
 
 TOLERANCE = 1e-3  # inputs are rounded to 16 bits; the specification leaves them as they are
-
-
-def text(length: int, vocabulary: int, seed: int = 0) -> Tensor:
-    return torch.randint(0, vocabulary, (length,), generator=torch.Generator().manual_seed(seed))
 
 
 @st.composite
