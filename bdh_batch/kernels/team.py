@@ -218,8 +218,8 @@ def wake(board: Board) -> None:
 def sleep(board: Board, thread: int, seen: int) -> None:
     """Sleeps until CHANGES is no longer what was `seen`, or the team ends."""
     at = thread * THREAD
-    write(board.threads, at + SLEEPS, 1)
-    add(board.words, ASLEEP, 1)
+    add(board.words, ASLEEP, 1)  # first: were it less than the threads whose SLEEPS is set, some would not be woken
+    write(board.threads, at + SLEEPS, 1)  # and only then CHANGES is looked at: who changes it later sees both
     posted = False
     while not posted and read(board.words, CHANGES) == seen and read(board.words, ENDED) == 0:
         posted = cores.wait(board.threads, at + SLEEP)

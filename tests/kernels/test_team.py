@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bdh_batch.kernels import cpu_layout, team, vector
+from bdh_batch.kernels import cores, cpu_layout, team, vector
 from bdh_batch.kernels.base import RaggedBatch
 from bdh_batch.kernels.cpu import CpuKernels
 from benchmarks.engine.synthetic import synthetic_weights
@@ -62,7 +62,7 @@ def test_steps_have_the_threads_of_the_engine_until_it_is_gone(threads: int, mon
     del kernels
     gc.collect()
     for each in started:
-        each.join(60)
+        each.join(300)
         assert not each.is_alive()
 
 
@@ -158,11 +158,42 @@ def test_a_thread_that_sleeps_is_woken_once_and_none_is_missed(early: bool) -> N
         sleeper.start()
         if not early:
             announce(board)
-        sleeper.join(60)
+        sleeper.join(300)
         assert not sleeper.is_alive()
     assert board.words[team.CHANGES] == 50
     assert board.words[team.ASLEEP] == board.threads[team.SLEEPS] == 0
     assert not board.threads[team.SLEEP] & 0xFFFFFFFF  # what its semaphore counts
+
+
+def test_threads_that_sleep_are_counted_before_they_can_be_woken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise, a wake between the two writes of a helper makes the count too small, and the leader is not woken."""
+    board = team.new_board(3, 1)
+    counts: list[int] = []
+
+    def add(numbers: cpu_layout.Longs, index: int, value: int) -> int:
+        numbers[index] += value
+        others()
+        return int(numbers[index] - value)
+
+    def write(numbers: cpu_layout.Longs, index: int, value: int) -> None:
+        numbers[index] = value
+        others()
+
+    def others() -> None:
+        """Another thread wakes all that it sees asleep."""
+        for each in range(0, len(board.threads), team.THREAD):
+            if board.threads[each + team.SLEEPS]:
+                board.threads[each + team.SLEEPS] = 0
+                board.words[team.ASLEEP] -= 1
+        counts.append(int(board.words[team.ASLEEP]))
+
+    for name, function in {"add": add, "write": write, "read": lambda numbers, index: numbers[index]}.items():
+        monkeypatch.setattr(team, name, function)
+    monkeypatch.setattr(cores, "wait", lambda *_: True)
+    monkeypatch.setattr(team, "replace", lambda *_: pytest.fail("it was woken"))
+    for thread in (1, 2, 0):
+        team.sleep.py_func(board, thread, 0)  # type: ignore[attr-defined]
+    assert counts == [1, 0] * 3
 
 
 @vector.compiled
