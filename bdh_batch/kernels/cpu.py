@@ -128,14 +128,17 @@ class Crew:
         self._board = team.new_board(threads, MAX_TOKENS)
         fixed = (self._board, self._job, kind, shape, weights, columns, work, scratches)
         self._lead = partial(cpu_step.lead, *fixed)
-        self._team = team.Team(threads, self._board, lambda number: cpu_step.serve(number, *fixed))
+        self._pool = team.ThreadPool(threads, self._board, lambda number: cpu_step.serve(number, *fixed))
 
     def compute(self, part: Round, states: States) -> None:
+        """Computes a round, of which `states` and the work's arrays are changed."""
+        self._pool.check()
         cpu_step.begin_step(part, states, self._shape, self._board, self._job)
         self._lead()
 
     def project(self, rows: Terms, row_scales: Floats, tokens: int, out: Floats) -> None:
         """Computes `out` [tokens, columns] from rows [tokens + ROWS, input_pitch] and what they are multiples of."""
+        self._pool.check()
         cpu_step.begin_logits(rows, row_scales, tokens, out, self._board, self._job)
         self._lead()
 

@@ -1,4 +1,4 @@
-"""A team of threads that take pieces of a step.
+"""A pool of threads that take pieces of a step.
 
 A step has groups of work that need nothing of each other. A group has loops, one after the other, and a loop pieces.
 Nobody waits for a thread, but for pieces alone: a thread whose core another program has takes none, and the others do
@@ -28,7 +28,8 @@ from bdh_batch.kernels.vector import address, compiled, inlined, intrinsic
 CHANGES, GENERATION, GROUPS, LEFT, ENDED, ASLEEP, CORE, ALONE = range(0, 64, 8)
 # Numbers of a thread: whether it sleeps, and is in a step; its id; how long it has had a core; its semaphore; a time.
 SLEEPS, BUSY, THREAD_ID, HAD = range(4)
-SLEEP, TIME = 8, 12
+SLEEP = 8
+TIME = SLEEP + cores.SEMAPHORE
 THREAD = 16
 COUNTER, DONE, BY_ROWS, BY_HEADS, LOOPS = range(5)  # numbers of a group: pieces of its even loops, and of its odd ones
 GROUP = 8
@@ -37,6 +38,7 @@ PIECES = 1 << LOOP_BITS
 MOST_LOOPS = 1 << GENERATION_BITS - LOOP_BITS
 OVER = MOST_LOOPS - 1  # the loop of a group that is finished
 GENERATIONS = 1 << 63 - GENERATION_BITS
+LEADER = 0  # the number of the thread that calls
 NOTHING = -1  # is taken when no piece is left
 LINGER = 200_000  # ns that a helper without a piece keeps its core, as waking takes some 50,000
 PATIENCE = 20_000  # ns between the leader's looks at who holds the last pieces
@@ -44,7 +46,7 @@ NAME = "bdh-kernels"
 
 
 class Board(NamedTuple):
-    """What the threads of a team tell each other."""
+    """What the threads of a pool share."""
 
     words: Longs
     threads: Longs  # [T, THREAD]
@@ -55,22 +57,33 @@ class Board(NamedTuple):
 Serve = Callable[[int], None]
 
 
-class Team:
+class ThreadPool:
     """The threads of one engine, of which the caller's is number 0, the leader.
 
     Args:
-        threads: of the team, the caller's included.
-        serve: takes pieces as the helper of that number until ENDED is set.
+        threads: of the pool, the caller's included.
+        serve: takes pieces as the helper of that number until ENDED is set. It is compiled, or read from the disk, in
+            the caller's thread before helpers start: what it raises then is the caller's, who waits for nothing else.
     """
 
     def __init__(self, threads: int, board: Board, serve: Serve) -> None:
-        numbers = range(1, threads)
-        helpers = [
-            threading.Thread(target=_help, args=(each, board, serve), name=NAME, daemon=True) for each in numbers
-        ]
-        for helper in helpers:
-            helper.start()
+        self._errors: list[Exception] = []  # of helpers that have ended
+        if threads > 1:
+            board.words[ENDED] = 1  # so that it returns at once
+            serve(1)
+            board.words[ENDED] = 0
+        helpers: list[threading.Thread] = []
         weakref.finalize(self, _end, board, helpers)
+        for number in range(1, threads):
+            arguments = (number, board, serve, self._errors)
+            helper = threading.Thread(target=_help, args=arguments, name=NAME, daemon=True)
+            helper.start()
+            helpers.append(helper)
+
+    def check(self) -> None:
+        """Raises what a helper raised, if one did."""
+        if self._errors:
+            raise self._errors[0]
 
 
 def new_board(threads: int, groups: int) -> Board:
@@ -85,10 +98,15 @@ def new_board(threads: int, groups: int) -> Board:
     return board
 
 
-def _help(number: int, board: Board, serve: Serve) -> None:
+def _help(number: int, board: Board, serve: Serve, errors: list[Exception]) -> None:
     board.threads[number * THREAD + THREAD_ID] = threading.get_native_id()
     board.words[CORE] = -1  # so that the leader says where this thread may run
-    serve(number)
+    try:
+        serve(number)
+    except Exception as error:  # noqa: BLE001 - the next step raises it
+        errors.append(error)
+    finally:
+        board.threads[number * THREAD + THREAD_ID] = 0  # the system may give it to another thread
 
 
 def _end(board: Board, helpers: Sequence[threading.Thread]) -> None:
@@ -156,7 +174,7 @@ def set_group(board: Board, group: int, by_rows: int, by_heads: int, loops: int)
 
 
 @compiled
-def put_up(board: Board, groups: int) -> None:
+def begin(board: Board, groups: int) -> None:
     """Begins a step of so many groups, which have been written down."""
     generation = (board.words[GENERATION] + 1) % GENERATIONS
     board.words[GROUPS], board.words[LEFT] = groups, groups
@@ -216,7 +234,7 @@ def wake(board: Board) -> None:
 
 @compiled
 def sleep(board: Board, thread: int, seen: int) -> None:
-    """Sleeps until CHANGES is no longer what was `seen`, or the team ends."""
+    """Sleeps until CHANGES is no longer what was `seen`, or the pool ends."""
     at = thread * THREAD
     add(board.words, ASLEEP, 1)  # first: were it less than the threads whose SLEEPS is set, some would not be woken
     write(board.threads, at + SLEEPS, 1)  # and only then CHANGES is looked at: who changes it later sees both
@@ -267,13 +285,13 @@ def hand_over(board: Board) -> bool:
 
 
 @compiled
-def lead_on(board: Board, seen: int) -> None:
+def wait_for_change(leader: int, board: Board, seen: int) -> None:
     """The leader waits until CHANGES is no longer what was `seen`."""
     until = cores.now(board.threads, TIME) + PATIENCE
     while read(board.words, CHANGES) == seen:
         if cores.now(board.threads, TIME) > until:
             if hand_over(board):
-                sleep(board, 0, seen)
+                sleep(board, leader, seen)
                 write(board.words, CORE, -1)
                 keep_away(board)
             until = cores.now(board.threads, TIME) + PATIENCE

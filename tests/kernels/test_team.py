@@ -90,6 +90,29 @@ def test_after_a_fork_and_on_one_core_steps_go_on_with_the_same_bits() -> None:
     assert run.returncode == 0, run.stderr
 
 
+def test_what_a_helper_raises_is_raised_by_the_next_step() -> None:
+    """And what is raised before helpers start, as where it cannot be compiled, at once."""
+    board = team.new_board(3, 1)
+
+    def serve(number: int) -> None:
+        if not board.words[team.ENDED]:
+            raise MemoryError(f"helper {number}")
+
+    before = set(threading.enumerate())
+    pool = team.ThreadPool(3, board, serve)
+    for each in set(threading.enumerate()) - before:
+        each.join(300)
+    with pytest.raises(MemoryError, match="helper"):
+        pool.check()
+    assert not board.threads[team.THREAD_ID :: team.THREAD].any()
+
+    def broken(number: int) -> None:
+        raise MemoryError(f"compiled for {number}")
+
+    with pytest.raises(MemoryError, match="compiled for 1"):
+        team.ThreadPool(3, board, broken)
+
+
 def test_tokens_that_do_not_lie_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """Helpers find a step's arrays by their addresses."""
     weights = synthetic_weights(model(1, 2, 32, 64, 60), 0.3)
