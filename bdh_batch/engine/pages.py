@@ -3,7 +3,7 @@
 The kernel gives fresh memory page by page as it is first written, which takes ten times as long as writing it: a state
 that begins in fresh memory would hold up a step. So the kernel is asked to back the next ones in advance, a huge page
 at a time, by the engine's own thread: a thread beside it is not interrupted while the kernel makes a huge page, and
-every parallel loop of a step would wait for that.
+would keep a core from a step meanwhile.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What compiled loops ask of the system: the time, sleep, and cores.
 
-What the system reads or writes lies in arrays of int64. Only Linux can be told where a thread runs, and has semaphores
-in shared memory; elsewhere threads sleep for moments, and run where the system puts them.
+What the system reads or writes lies in arrays of int64. Only on Linux a program chooses the cores of a thread, and has
+semaphores in shared memory; elsewhere threads sleep for moments, and run where the system puts them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from bdh_batch.kernels.vector import address, inlined, intrinsic
 
 LINUX = sys.platform == "linux"
 SEMAPHORE = 4  # numbers that a semaphore takes
-TIME = 2  # numbers that a time takes: seconds and nanoseconds
 CORES = 128  # numbers that a set of cores takes: 8,192 of them
 NAP = 50  # µs
 MONOTONIC = 1 if LINUX else 6  # the number of a clock
@@ -109,4 +108,5 @@ def other_cores(core: int, found: Longs) -> bool:
 @inlined
 def move(thread: int, cores: Longs) -> None:
     """Lets a thread of this process run on some cores and no others. Where the system refuses, it stays where it is."""
-    _setaffinity(thread, 8 * CORES, address_of(cores, 0))
+    if LINUX:
+        _setaffinity(thread, 8 * CORES, address_of(cores, 0))

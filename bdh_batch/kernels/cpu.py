@@ -1,4 +1,4 @@
-"""The forward pass on the CPU: plans a batch's passes, shares them out among threads, keeps the buffers."""
+"""The forward pass on the CPU: cuts a batch in rounds and groups, has threads compute them, keeps the buffers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from bdh_batch.kernels.cpu_layout import (
     shape_of,
 )
 
-PIECES = 2  # for each thread, at least: groups times heads, which are what the threads share out in a layer
+PIECES_PER_THREAD = 2  # at least: groups times heads, which are what the threads share out in a layer
 # Work is counted in half tokens of a long segment, as measured: a lone token reads and writes its part of a state for
 # itself; several go over the whole state once.
 LONE, WHOLE, EACH = 5, 9, 2
@@ -59,7 +59,7 @@ class CpuKernels:
         self._threads = min(torch.get_num_threads(), vector.most_threads())
         self._work = allocate(MAX_TOKENS, self._shape)
         self._scratch = allocate_scratch(self._threads, self._shape)
-        self._crews: dict[np.dtype[Any], Crew] = {}  # by the dtype of states, of which an engine has one
+        self._step_threads: dict[np.dtype[Any], StepThreads] = {}  # by the dtype of states, of which an engine has one
         self._process = os.getpid()
 
     def forward(
@@ -68,10 +68,10 @@ class CpuKernels:
         self._scratch.active.fill(0)
         hidden = torch.empty(len(batch.tokens), self._shape.width)
         flat = flatten(states)
-        crew = self._crew(flat.dtype)
+        step_threads = self._threads_for(flat.dtype)
         start = 0
         for part in rounds(batch, self._threads, self._shape.heads, fired):
-            crew.compute(part, flat)
+            step_threads.compute(part, flat)
             end = start + len(part.tokens)
             read = torch.from_numpy(self._work.x).view(-1, self._shape.pitch)
             hidden[start:end] = read[: end - start, : self._shape.width]
@@ -81,13 +81,13 @@ class CpuKernels:
             active.copy_(torch.from_numpy(self._scratch.active.sum(axis=0)[: len(active)] / each))
         return hidden
 
-    def _crew(self, dtype: np.dtype[Any]) -> Crew:
+    def _threads_for(self, dtype: np.dtype[Any]) -> StepThreads:
         if self._process != os.getpid():  # a fork, which has none of the threads
-            self._process, self._crews = os.getpid(), {}
-        if dtype not in self._crews:
+            self._process, self._step_threads = os.getpid(), {}
+        if dtype not in self._step_threads:
             arrays = (self._packed, self._head, self._work, self._scratch)
-            self._crews[dtype] = Crew(self._threads, np.empty(0, dtype), self._shape, *arrays)
-        return self._crews[dtype]
+            self._step_threads[dtype] = StepThreads(self._threads, np.empty(0, dtype), self._shape, *arrays)
+        return self._step_threads[dtype]
 
     def warm(self, states: Tensor) -> None:
         pass  # nothing depends on where the states lie
@@ -98,15 +98,15 @@ class CpuKernels:
         logits = out.view(-1).numpy()
         panels = out.shape[1] // PANEL
         if self._threads > 1 and len(hidden) * panels >= WORTH_SHARING:
-            dtype = next(iter(self._crews), np.dtype(np.float32))  # any will do
-            self._crew(dtype).project(rows, row_scales, len(hidden), logits)
+            dtype = next(iter(self._step_threads), np.dtype(np.float32))  # any will do
+            self._threads_for(dtype).project(rows, row_scales, len(hidden), logits)
         else:
             products = self._scratch.products[0]
             cpu_step.project(0, panels, rows, row_scales, len(hidden), self._shape, self._head, products, logits)
         return out[:, : self._vocabulary]
 
 
-class Crew:
+class StepThreads:
     """The threads that compute a model's steps on states of one dtype.
 
     Args:
@@ -127,7 +127,7 @@ class Crew:
         self._shape, self._job = shape, np.zeros(cpu_step.JOB, np.int64)
         self._board = team.new_board(threads, MAX_TOKENS)
         fixed = (self._board, self._job, kind, shape, weights, columns, work, scratches)
-        self._lead = partial(cpu_step.lead, *fixed)
+        self._lead = partial(cpu_step.lead, team.LEADER, *fixed)
         self._pool = team.ThreadPool(threads, self._board, lambda number: cpu_step.serve(number, *fixed))
 
     def compute(self, part: Round, states: States) -> None:
@@ -155,7 +155,7 @@ def rounds(batch: RaggedBatch, threads: int, heads: int, fired: Tensor | None = 
         last = np.searchsorted(bounds, end, side="left")
         cut = bounds[first : last + 1].clip(start, end) - start
         work = work_of(cut)
-        groups = group(work, max(threads, threads * PIECES // heads) if threads > 1 else 1)
+        groups = group(work, max(threads, threads * PIECES_PER_THREAD // heads) if threads > 1 else 1)
         yield Round(
             tokens[start:end], positions[start:end], cut, slots[first:last], frozen[first:last], groups, vectors,
             *watched_in(start, end, batch, fired),

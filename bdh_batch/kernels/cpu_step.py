@@ -1,4 +1,4 @@
-"""A step as a team of threads computes it: written down as numbers, and cut in pieces.
+"""A step as a pool of threads computes it: written down as numbers, and cut in pieces.
 
 A helper's loop is compiled once for arrays that stay. What differs from step to step is in `job`: sizes, and addresses
 of arrays that stay where they are until the step's last piece is done.
@@ -108,7 +108,7 @@ def begin_step(part: Round, states: States, shape: Shape, board: Board, job: Lon
     for group in range(len(part.groups)):
         tokens = part.bounds[part.groups[group, 1]] - part.bounds[part.groups[group, 0]]
         team.set_group(board, group, (tokens + ROWS - 1) // ROWS, shape.heads, 1 + 2 * shape.layers)
-    team.put_up(board, len(part.groups))
+    team.begin(board, len(part.groups))
 
 
 @compiled
@@ -119,7 +119,7 @@ def begin_logits(rows: Terms, row_scales: Floats, tokens: int, out: Floats, boar
     write_array(job, 2, out)
     job[MODE], job[TOKENS] = LOGITS, tokens
     team.set_group(board, 0, (len(out) // (tokens * PANEL) + PANELS_AT_A_TIME - 1) // PANELS_AT_A_TIME, 0, 1)
-    team.put_up(board, 1)
+    team.begin(board, 1)
 
 
 @inlined
@@ -137,7 +137,7 @@ def serve(
     thread: int, board: Board, job: Longs, kind: States, shape: Shape, weights: Packed, columns: Columns, work: Work,
     scratches: Scratch,
 ) -> None:  # fmt: skip
-    """A helper's part in all steps, until the team ends. `kind` is empty: an array as states are."""
+    """A helper's part in all steps, until the pool ends. `kind` is empty: an array as states are."""
     clock = thread * team.THREAD + team.TIME
     idle_since = cores.now(board.threads, clock)
     while team.read(board.words, team.ENDED) == 0:
@@ -151,16 +151,17 @@ def serve(
 
 @compiled
 def lead(
-    board: Board, job: Longs, kind: States, shape: Shape, weights: Packed, columns: Columns, work: Work,
+    thread: int, board: Board, job: Longs, kind: States, shape: Shape, weights: Packed, columns: Columns, work: Work,
     scratches: Scratch,
 ) -> None:  # fmt: skip
-    """The caller's part in the step on the board; returns when all of it is done."""
+    """The caller's part in the step on the board, as `thread`, which is the leader's number: written here, it would be
+    a type of its own, for which all is compiled again. Returns when all of the step is done."""
     while True:
         seen = team.read(board.words, team.CHANGES)
-        take_part(0, board, job, kind, shape, weights, columns, work, scratches)
+        take_part(thread, board, job, kind, shape, weights, columns, work, scratches)
         if team.read(board.words, team.LEFT) == 0:
             return
-        team.lead_on(board, seen)
+        team.wait_for_change(thread, board, seen)
 
 
 @compiled

@@ -1,7 +1,8 @@
 """Slots in host memory through which states come from files, and go to files. Pure: it reads and writes no file.
 
-They are numbered behind all others. A state that was read is copied from there, by each sequence that begins in it; a
-state that is to be written is copied there, in the step after its sequence has ended.
+They are numbered behind all others. A state that was read is moved from there to the slot of the sequence that begins
+in it, or copied where it is needed again. A state that is to be written is copied there, in the step after its sequence
+has ended.
 """
 
 from __future__ import annotations

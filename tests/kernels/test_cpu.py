@@ -150,13 +150,13 @@ def test_logits_of_a_large_vocabulary_have_the_same_bits_on_any_number_of_thread
     weights = quantized(weights) if narrow else weights
     hidden = torch.randn(rows, 32, generator=torch.Generator().manual_seed(1))
     shared: list[int] = []
-    project = cpu.Crew.project
+    project = cpu.StepThreads.project
 
-    def counted(crew: cpu.Crew, *arguments: Any) -> None:
+    def counted(step_threads: cpu.StepThreads, *arguments: Any) -> None:
         shared.append(arguments[2])
-        project(crew, *arguments)
+        project(step_threads, *arguments)
 
-    monkeypatch.setattr(cpu.Crew, "project", counted)
+    monkeypatch.setattr(cpu.StepThreads, "project", counted)
     found = []
     before = torch.get_num_threads()
     for threads in (1, 2):

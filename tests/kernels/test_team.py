@@ -133,7 +133,7 @@ def test_who_was_away_for_a_step_takes_nothing_of_the_next() -> None:
     board = team.new_board(2, 2)
     set_group(board, 0, 2, 1, 2)
     set_group(board, 1, 1, 1, 1)
-    team.put_up(board, 2)
+    team.begin(board, 2)
     first, second = take_piece(board, 0, 1), take_piece(board, 0, 1)
     assert [each % team.PIECES for each in (first, second)] == [0, 1]
     assert take_piece(board, 0, 1) == team.NOTHING
@@ -148,7 +148,7 @@ def test_who_was_away_for_a_step_takes_nothing_of_the_next() -> None:
     assert board.words[team.LEFT] == 0
     set_group(board, 0, 5, 5, 9)  # as while the next step is written down
     assert take_piece(board, 0, 1) == team.NOTHING
-    team.put_up(board, 1)
+    team.begin(board, 1)
     assert take_piece(board, 0, 1) == team.NOTHING
     assert take_piece(board, 0, 2) % team.PIECES == 0
 
