@@ -74,7 +74,7 @@ class Load:
     preemptions: int
     cache_queries: int  # tokens of prompts that were looked up
     cache_hits: int  # of them, those that were found
-    prompt_tokens: int  # that are still to be computed, of prompts that run or wait
+    prompt_tokens: int  # that are still to be computed, of prompts that run, are swapped, or wait
 
 
 class Worker:

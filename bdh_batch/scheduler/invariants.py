@@ -14,6 +14,8 @@ def check_invariants(scheduler: Scheduler) -> None:
     assert all(s.decodes for s in running if s.decoding), "what is known to decode does"
     prompts = {sequence for sequence in running if not sequence.decodes}
     assert {s for s in scheduler.stages.prompts if not s.decodes} == prompts, "prompts that run are known"
+    left = sum(max(0, len(s.prompt) - s.computed) for s in (*running, *swapped))
+    assert scheduler.stages.prompt_tokens == left, "tokens of prompts are counted, also of those swapped"
     assert scheduler.stages.watching == sum(s.watches for s in running), "watched sequences are counted"
     assert len(running) <= scheduler.size.width, "no more run than may"
     waiting = [*chain.from_iterable(scheduler.stages.groups[stage] for stage in WAITING)]

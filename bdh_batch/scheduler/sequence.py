@@ -268,7 +268,7 @@ class Sequence:
             self.generated += delta.tokens
             self.times.gained(now)
             if segment is self.decoding:
-                segment.start, segment.tokens = self.computed, delta.tokens
+                segment.start, segment.tokens = self.computed, tuple(delta.tokens)  # the client has the list
         if delta.finish_reason is not None:
             self.finish_reason, self.error = delta.finish_reason, delta.error
             if delta.finish_reason is FinishReason.ERROR:

@@ -31,6 +31,7 @@ class Stages:
         self.groups = {stage: Groups(BEGAN if stage is Stage.RUNNING else DUE) for stage in WAITING + HOLDING}
         self.backlog = Backlog(queue_unit)  # of those that wait for their first slot, or another one
         self.prompts: dict[Sequence, None] = {}  # that run; one that has become a stream goes when next looked at
+        self._swapped_prompts: dict[Sequence, None] = {}
         self.watching = 0  # that run, and whose tokens' neurons are shown
         self.ageing: Ranking[Sequence] = Ranking(attrgetter("standing.served_at"))  # those that have not aged
         self._allocator = allocator
@@ -51,8 +52,9 @@ class Stages:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens that are still to be computed of the prompts that run. Any thread may ask."""
-        return sum(max(0, len(sequence.prompt) - sequence.computed) for sequence in [*self.prompts])
+        """Tokens that are still to be computed of the prompts that run or are swapped. Any thread may ask."""
+        prompts = [*self.prompts, *self._swapped_prompts]
+        return sum(max(0, len(sequence.prompt) - sequence.computed) for sequence in prompts)
 
     def in_prompt(self) -> dict[Sequence, None]:
         """Those that run and are in their prompts, in the order in which they began."""
@@ -82,9 +84,12 @@ class Stages:
             self._sharing.stop_waiting(sequence)
         elif before is Stage.AWAITING_STATE:
             self._allocator.transfers.stop_waiting(sequence)
+        self._swapped_prompts.pop(sequence, None)
         if stage is Stage.SWAPPED:
             sequence.standing.due = self._allocator.now
             self._allocator.parked[sequence] = None
+            if sequence.computed < len(sequence.prompt):
+                self._swapped_prompts[sequence] = None
         if Stage.RUNNING in (before, stage):
             self._run(sequence, 1 if stage is Stage.RUNNING else -1)
         if stage is Stage.ENDED:
