@@ -8,8 +8,11 @@ import json
 import sqlite3
 import threading
 import time
+from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -23,12 +26,14 @@ from bdh_batch.http.errors import NotFound
 from bdh_batch.http.request.off_loop import LARGE, THREAD, Aside, OffLoop
 from bdh_batch.http.responses_api.background import SENT, EventLog
 from bdh_batch.http.responses_api.stored import records, saving as saving_module
+from bdh_batch.http.responses_api.stored.opening import Opening
 from bdh_batch.http.responses_api.stored.records import Conversations, Stored
 from bdh_batch.http.responses_api.stored.saving import Saving
 from bdh_batch.messages import Delta, FinishReason, SavedState, Usage
 from bdh_batch.settings import Store as Chosen
 from bdh_batch.store.opening import open_store
-from bdh_batch.store.records import Store
+from bdh_batch.store.record import Record
+from bdh_batch.store.records import StateFile, Store
 from tests.conftest import eventually
 from tests.http.response_events import in_order
 from tests.http.test_responses import events_in
@@ -276,6 +281,58 @@ class TestSaving:
             assert await there.state(each, "me", aside, waits=True) is None
             assert 1 <= len(gets) <= looks
         await other.close()
+
+    async def test_turns_that_do_not_take_their_state_leave_no_fetch_and_no_file(
+        self, store: Store, aside: Aside, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        conversations, fetched, fetching, go_on = Conversations(store, 2**22), Counter[str](), 0, asyncio.Event()
+
+        async def fetch(record: Record) -> StateFile:
+            nonlocal fetching
+            fetching += 1
+            begun.set()
+            await go_on.wait()
+            fetching -= 1
+            return StateFile("state", Path("state"), partial(fetched.update, ["closed"]))
+
+        monkeypatch.setattr(store, "state_file", fetch)
+
+        async def turn(taken: bool, refused: bool) -> None:
+            with ExitStack() as cleanup:
+                state = conversations.state(stored(1), "me", aside, waits=False)
+                async with Opening(state, cleanup) as opening:
+                    await begun.wait()
+                    if taken:
+                        assert await opening.take() is not None
+                        assert not fetched
+                    if refused:
+                        raise InvalidRequest("no", "input")
+
+        before = asyncio.all_tasks()
+        for taken, refused, cancelled in (
+            (True, False, False),
+            (False, False, False),
+            (False, True, False),
+            (True, False, True),
+        ):
+            begun = asyncio.Event()
+            fetched.clear()
+            go_on.clear()
+            turns = asyncio.create_task(turn(taken, refused))
+            await begun.wait()
+            await asyncio.sleep(0)
+            if cancelled:
+                turns.cancel()
+            assert not turns.done()  # while a fetch is under way
+            go_on.set()
+            await asyncio.wait([turns])
+            assert (fetching, fetched["closed"], asyncio.all_tasks()) == (0, 1, before)
+            assert turns.cancelled() == cancelled
+            if not cancelled:
+                assert isinstance(turns.exception(), InvalidRequest) == refused
+        with ExitStack() as cleanup:
+            async with Opening(None, cleanup) as opening:
+                assert await opening.take() is None
 
     async def test_a_file_that_nobody_waits_for_goes_also_where_it_comes_late(
         self, store: Store, monkeypatch: pytest.MonkeyPatch

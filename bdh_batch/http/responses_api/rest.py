@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +21,7 @@ from bdh_batch.http.responses_api.background import Background, EventLog, Run, s
 from bdh_batch.http.responses_api.bodies import InputTokensBody, ResponseBody, ToolSelection
 from bdh_batch.http.responses_api.frames import ResponseFrames
 from bdh_batch.http.responses_api.stored.keeping import Keeping
+from bdh_batch.http.responses_api.stored.opening import Opening
 from bdh_batch.http.responses_api.stored.records import Conversations, Item, Stored, weight
 from bdh_batch.http.responses_api.stored.rest import StoredResponses, json_response
 from bdh_batch.http.responses_api.stored.saving import Saving
@@ -29,10 +29,8 @@ from bdh_batch.http.responses_api.stored.transcript import Transcript
 from bdh_batch.http.responses_api.translation import TurnBody, chat_fields, input_items, messages_of
 from bdh_batch.http.schema.other_names import Names
 from bdh_batch.http.serving import Serving, response_options
-from bdh_batch.messages import GenerationRequest, SavedState
+from bdh_batch.messages import GenerationRequest
 from bdh_batch.store.records import NewState
-
-Opening = asyncio.Task[tuple[SavedState, Callable[[], object]] | None]  # see `Conversations.state`
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +77,11 @@ class Responses:
         options = response_options(f"resp_{unique}", turn.body, model)
         response = await aside.run(len(raw), _new, body, options.id, model)
         transcript = Transcript.of(aside, model, turn.before)
-        opening = self._opening(client, model, transcript)
         with turn.names.as_written():
-            prepared = await serving.preparation(client, model, turn.size).generation(turn.body, transcript)
-            transcript.latent = prepared.latent
-            prepared, new = await self._with_states(model, body, prepared, transcript, opening)
+            async with self._opening(client, model, transcript) as opening:
+                prepared = await serving.preparation(client, model, turn.size).generation(turn.body, transcript)
+                transcript.latent = prepared.latent
+                prepared, new = await self._with_states(model, body, prepared, transcript, opening)
             # What goes on from drawn tokens is not determined by its fields alone.
             kept = None if turn.before is not None else turn.body
             generation = await serving.start(client, model, prepared, kept, len(raw))
@@ -191,17 +189,15 @@ class Responses:
             turn.goes_on_from([message for _, message in messages_of(known)])
         return turn, names, [*known, *items]
 
-    def _opening(self, client: Client, model: ServedModel, transcript: Transcript) -> Opening | None:
-        """Begins to open the file of the state that a turn may begin in, beside what else has to be prepared."""
+    def _opening(self, client: Client, model: ServedModel, transcript: Transcript) -> Opening:
+        """Begins to open the file of the state that a turn may begin in."""
         before = transcript.before
         if before is None or isinstance(model.backend, TextBackend):
-            return None
+            return Opening(None, client.cleanup)
         own = _is_own(model.backend, before, self._store.process)
         waits = not (own and self._serving.settings.prefix_cache.enabled)
         state = self._conversations.state(before, client.caller.owner, transcript.aside, waits)
-        opening = asyncio.create_task(state)
-        client.cleanup.callback(opening.add_done_callback, _close)
-        return opening
+        return Opening(state, client.cleanup)
 
     async def _with_states(
         self,
@@ -209,7 +205,7 @@ class Responses:
         body: ResponseBody,
         prepared: GenerationRequest,
         transcript: Transcript,
-        opening: Opening | None,
+        opening: Opening,
     ) -> tuple[GenerationRequest, NewState | None]:
         """The request, which begins in the state of the response before, if there is one, and where its own is written
         if it is to be stored."""
@@ -217,19 +213,12 @@ class Responses:
             return prepared, None
         if transcript.before is not None and transcript.salt:
             prepared = replace(prepared, salt=transcript.salt + prepared.salt)
-        if transcript.goes_on and opening is not None and (found := await opening) is not None:
-            prepared = replace(prepared, state=found[0], state_optional=True)
+        if transcript.goes_on and (state := await opening.take()) is not None:
+            prepared = replace(prepared, state=state, state_optional=True)
         if body.store is False or not self._serving.settings.store.response_states:
             return prepared, None
         new = self._store.new_state()
         return replace(prepared, save_to=str(new.path)), new
-
-
-def _close(opening: Opening) -> None:
-    """Its file is not needed any more, if it was opened."""
-    if not opening.cancelled() and opening.exception() is None and (found := opening.result()) is not None:
-        _, close = found
-        close()
 
 
 def _is_own(backend: Backend, before: Stored, process: str) -> bool:
