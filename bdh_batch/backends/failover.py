@@ -109,10 +109,10 @@ class Failover:
         """Sends waiting streams to ready engines: resumed ones first, then suspects, then new ones."""
         if not self.waiting:
             return
-        others = self._not_probing()
+        # Which engines are ready is asked for each stream: the one before may have filled what waits for an engine.
         for stream in [each for each in self.waiting if not each.failovers and each.admitted.done()]:
             # One without a token may crash the next engine, and a suspect that is probed there would be blamed.
-            self._send_to_one(others or (self._ready() if stream.tokens else ()), stream)
+            self._send_to_one(self._not_probing() or (self._ready() if stream.tokens else ()), stream)
         suspects = sorted((each for each in self.waiting if each.failovers), key=lambda each: each.tokens)
         for replica in self._ready() if suspects else ():
             if suspects and all(reader.has_token for reader in replica.readers.values()):
@@ -120,8 +120,9 @@ class Failover:
                 self._send(stream, replica)
         if suspects:
             return
-        others = self._not_probing()
         for stream in [*self.waiting]:
+            if not (others := self._not_probing()):
+                return
             self._send_to_one(others, stream)
 
     def _not_probing(self) -> Sequence[Replica]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from bdh_batch.backends import replica
 from bdh_batch.backends.remote import RemoteBackend
+from bdh_batch.backends.stream import RemoteStream
 from bdh_batch.backends.wire import Start, frame
 from bdh_batch.errors import Unavailable
 from bdh_batch.messages import GenerationRequest, Origin, Prompt, SamplingParams
@@ -68,3 +70,32 @@ async def test_what_waits_for_an_engine_that_does_not_read_is_bounded(
         engine_side._transport.resume_reading()
         assert [each.facts() for each in await waiting] == [undisturbed.facts()]
         await until(lambda: both["still"].accepts)
+
+
+async def test_it_is_bounded_also_where_many_streams_move_there_at_once(tmp_path: Path) -> None:
+    """Those that do not fit wait, and are sent as it reads: such that had begun elsewhere, and new ones."""
+    still, other = FakeEngine(tmp_path / "still.sock"), FakeEngine(tmp_path / "other.sock")
+    async with engines(still, other) as backend:
+        both = backend.replicas
+        connection = both["still"]._connection
+        assert connection is not None
+        connection._transport.set_write_buffer_limits(high=MOST_UNSENT)
+        connection._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        (engine_side,) = still.port.connections
+        engine_side._transport.pause_reading()
+        backend.replicas = {"other": both["other"]}
+        moved = both["other"].readers
+        running = [asyncio.create_task(said(backend, LONG)) for _ in range(8)]
+        await until(lambda: sum(isinstance(each, RemoteStream) and each.confirmed for each in moved.values()) == 8)
+        running += [asyncio.create_task(said(backend, LONG)) for _ in range(8)]
+        await asyncio.sleep(0)
+        assert len(moved) > 8  # some of which the engine has not started
+        count = len(moved)
+        backend.replicas = both
+        both["other"].leave()
+        unsent = connection._transport.get_write_buffer_size()
+        assert MOST_UNSENT < unsent < MOST_UNSENT + len(frame(Start.of(1, LONG, []))) + 5000  # with the tokens so far
+        assert len(both["still"].readers) + len(backend._failover.waiting) == count
+        engine_side._transport.resume_reading()
+        texts = [[each.facts() for each in whole] for whole in await asyncio.gather(*running)]
+        assert texts == [texts[0]] * 16
