@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 
 # Tokens of prompts that count as one more stream. With 256, first tokens of conversations came later on simulated
 # fleets: short prompts are computed before the next heartbeat says so. With 1024 they came as without this, and sooner
@@ -52,15 +53,29 @@ class Outstanding:
         self._prompt_tokens = prompt_tokens
         self._count()
 
-    def load_for(self, tenant: str) -> float:
+    def load_for(self, tenant: str, share: float) -> float:
         """The load for a tenant, whose own streams weigh as much as those of all: each engine shares itself between the
-        tenants that it has, so a tenant has its share of all engines only where its streams are spread over them."""
-        return (self.streams + self.streams_of(tenant)) / 2 + self._prompts
+        tenants that it has, so a tenant has its share of all engines only where its streams are spread over them.
 
-    def streams_of(self, tenant: str) -> float:
-        """A tenant's streams of all front ends: its part in theirs is taken to be as large as in those of this one."""
+        Args:
+            share: the tenant's, `share_of`.
+        """
+        return (self.streams + self.streams_of(tenant, share)) / 2 + self._prompts
+
+    def streams_of(self, tenant: str, share: float) -> float:
+        """A tenant's streams of all front ends. Its part in those of others is taken to be as large as in those of this
+        one here; where these are few, as in those on all engines: `share` counts as one more of them."""
         own = self._own.get(tenant, 0)
-        return own * self.streams / self._begun if own else 0.0
+        return own + (self.streams - self._begun) * (own + share) / (self._begun + 1)
+
+    @staticmethod
+    def share_of(tenant: str, engines: Iterable[Outstanding]) -> float:
+        """A tenant's part, 0 to 1, in this front end's streams on some engines; 0 where there are none."""
+        own = begun = 0
+        for each in engines:
+            own += each._own.get(tenant, 0)
+            begun += each._begun
+        return own / begun if begun else 0.0
 
     def _count(self) -> None:
         self.streams = max(self._begun, self._reported + self._begun - self._reported_at)

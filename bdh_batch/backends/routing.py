@@ -36,7 +36,8 @@ def least_loaded(ready: Sequence[AnyTarget], tenant: str, draw: random.Random) -
 
     If front ends took the first of these, all would send what comes until the next heartbeat to the same replica.
     """
-    loads = [replica.outstanding.load_for(tenant) for replica in ready]
+    share = Outstanding.share_of(tenant, (replica.outstanding for replica in ready))
+    loads = [replica.outstanding.load_for(tenant, share) for replica in ready]
     least = min(loads)
     return draw.choice([replica for replica, load in zip(ready, loads, strict=True) if load == least])
 
@@ -60,7 +61,7 @@ class Routing:
         chosen = least = least_loaded(ready, tenant, self._draw)
         prefixes = [*self._prefixes(request)]
         found, blocks = self._with_longest(ready, prefixes)
-        if found is not None and self._may_have_more(found, least, tenant):
+        if found is not None and self._may_have_more(found, least, tenant, ready):
             chosen = found
         for prefix in prefixes:
             self._known[prefix] = str(chosen.address)
@@ -80,11 +81,12 @@ class Routing:
         return None, 0
 
     @staticmethod
-    def _may_have_more(found: Target, least: Target, tenant: str) -> bool:
+    def _may_have_more(found: Target, least: Target, tenant: str, ready: Sequence[Target]) -> bool:
         """Whether `found` may have more than the least loaded replica: streams of all tenants, and of that one. Prompts
         do not count: they are over sooner than a prefix would be computed elsewhere."""
         one, other = found.outstanding, least.outstanding
-        pairs = (one.streams, other.streams), (one.streams_of(tenant), other.streams_of(tenant))
+        share = Outstanding.share_of(tenant, (replica.outstanding for replica in ready))
+        pairs = (one.streams, other.streams), (one.streams_of(tenant, share), other.streams_of(tenant, share))
         return all(load <= max(lowest + IMBALANCE, 1.5 * lowest) for load, lowest in pairs)
 
     @staticmethod

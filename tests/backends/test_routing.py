@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bdh_batch.backends.outstanding import PROMPT_TOKENS, Outstanding
 from bdh_batch.backends.replica import Replica
-from bdh_batch.backends.routing import BLOCK, IMBALANCE, Routing
+from bdh_batch.backends.routing import BLOCK, IMBALANCE, Routing, least_loaded
 from bdh_batch.backends.wire import Gain, Heartbeat, Start
 from bdh_batch.errors import BDHError
 from bdh_batch.messages import GenerationRequest, Origin, Prompt, SamplingParams
@@ -38,7 +38,11 @@ async def test_load_is_what_was_reported_and_what_has_begun_and_ended_since(tmp_
     async with engines(FakeEngine(tmp_path / "one.sock")) as backend:
         # Nothing is awaited from here on, so that the engine's own heartbeats do not come between.
         replica = backend.replicas["one"]
-        load = replica.outstanding.load_for
+
+        def load(tenant: str) -> float:
+            outstanding = replica.outstanding
+            return outstanding.load_for(tenant, Outstanding.share_of(tenant, [outstanding]))
+
         streams = [begin(replica) for _ in range(2)]
         replica.take(Heartbeat(sequences=7, prompt_tokens=0))  # of which two are of this front end
         assert (load("somebody"), load("")) == (3.5, 7.0)
@@ -127,6 +131,22 @@ def test_a_tenant_does_not_have_all_of_its_streams_where_its_prefix_is() -> None
         chosen.outstanding.begin("ann")
         where[chosen.address] += 1
     assert min(where.values()) >= 8, where
+
+
+def test_a_tenants_streams_of_other_front_ends_count_where_this_one_has_none_of_it() -> None:
+    ready = some(2)
+    ready[1].outstanding.begin("ann")
+    ready[0].report(18)
+    ready[1].report(10)
+    share = Outstanding.share_of("ann", (each.outstanding for each in ready))
+    assert [each.outstanding.load_for("ann", share) for each in ready] == [18, 10]
+    for tenant in ("bob", "ann", "bob"):
+        ready[0].outstanding.begin(tenant)
+    assert Outstanding.share_of("ann", (each.outstanding for each in ready)) == 0.5
+    assert ready[0].outstanding.streams_of("ann", 0.5) == 1 + 18 * (1 + 0.5) / (3 + 1)
+    assert Outstanding.share_of("ann", ()) == 0
+    (chosen,) = {least_loaded(ready, "ann", random.Random(number)).address for number in range(8)}
+    assert chosen == "1"
 
 
 def test_long_prompts_are_spread_and_weigh_as_much_as_is_to_be_computed_of_them() -> None:

@@ -142,7 +142,7 @@ def some_streams(count: int, sent: list[tuple[int, int]]) -> list[Stream]:
 
 
 def first_of_least_loaded(ready: Sequence[View], request: GenerationRequest) -> View | None:
-    return min(ready, key=lambda view: view.outstanding.load_for(""), default=None)
+    return min(ready, key=lambda view: view.outstanding.load_for("", 1.0), default=None)
 
 
 def test_new_requests_go_to_other_engines_while_a_suspect_is_probed() -> None:
