@@ -6,9 +6,12 @@ What cannot work ends in one line and exit code 2.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import math
 import os
+import select
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -67,7 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ConfigError, CheckpointError, MemoryError) as error:
         warn(reason(error))
         return CANNOT_START
-    except OSError as error:  # of the output, most likely: what can go wrong elsewhere says where
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) and not _is_output_broken():
+            raise  # of a socket, say
         return _unwritten(error)
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -75,12 +80,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _unwritten(error: OSError) -> int:
     """The exit code of a command that cannot write; a reader who has left is no fault. Nothing is tried once more."""
-    if sys.stdout is not None:
+    with contextlib.suppress(io.UnsupportedOperation):  # of a stream that is no file
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
         return 0
     warn(reason(error))
     return FAILED
+
+
+def _is_output_broken() -> bool:
+    """Whether the reader of standard output has left."""
+    if sys.stdout is None:
+        return False
+    try:
+        sys.stdout.flush()
+        watched = select.poll()
+        watched.register(sys.stdout.fileno(), 0)
+    except io.UnsupportedOperation:
+        return False
+    except OSError:
+        return True
+    return any(event & select.POLLERR for _, event in watched.poll(0))
 
 
 def _stand_on_firm_ground() -> None:

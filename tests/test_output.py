@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -33,3 +34,14 @@ def test_output_that_cannot_be_written_is_told_in_a_line() -> None:
 def test_an_interrupted_command_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "default_yaml", lambda: signal.raise_signal(signal.SIGINT))
     assert main(["config", "default"]) == 128 + signal.SIGINT
+
+
+def test_what_breaks_elsewhere_is_no_readers_leaving(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> str:
+        raise BrokenPipeError("a socket")
+
+    monkeypatch.setattr(settings, "default_yaml", broken)
+    for stdout in (sys.stdout, io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(BrokenPipeError, match="a socket"):
+            main(["config", "default"])
