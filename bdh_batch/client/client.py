@@ -13,7 +13,7 @@ from openai import AsyncOpenAI, AsyncStream, OpenAI, Stream
 
 from bdh_batch.client import calls
 from bdh_batch.client.calls import Call, Streamed
-from bdh_batch.client.errors import Unavailable, Unreachable, meaning
+from bdh_batch.client.errors import Unavailable, Unreachable, meaning, reading, shown
 from bdh_batch.client.methods import Arguments, Result, awaited, describe, now
 from bdh_batch.client.states import AsyncStates, States
 
@@ -95,10 +95,13 @@ class BDHClient:
         url = self._root + call.path
         with meaning():
             if call.method == "delete":
-                return call.read(self.openai.delete(url, cast_to=call.kind, options=call.options))
-            if call.body is None:
-                return call.read(self.openai.get(url, cast_to=call.kind, options=call.options))
-            return call.read(self.openai.post(url, cast_to=call.kind, body=call.body, options=call.options))
+                response = self.openai.delete(url, cast_to=call.kind, options=call.options)
+            elif call.body is None:
+                response = self.openai.get(url, cast_to=call.kind, options=call.options)
+            else:
+                response = self.openai.post(url, cast_to=call.kind, body=call.body, options=call.options)
+        with reading():
+            return call.read(response)
 
     def stream(self, call: Streamed[Result]) -> Iterator[Result]:
         with meaning():
@@ -110,8 +113,8 @@ class BDHClient:
                 stream=True,
                 stream_cls=Streams[call.kind],
             )
-            with closing(chunks):
-                yield from chunks
+        with reading(), closing(chunks):
+            yield from chunks
 
     def close(self) -> None:
         self.openai.close()
@@ -164,10 +167,13 @@ class AsyncBDHClient:
         url = self._root + call.path
         with meaning():
             if call.method == "delete":
-                return call.read(await self.openai.delete(url, cast_to=call.kind, options=call.options))
-            if call.body is None:
-                return call.read(await self.openai.get(url, cast_to=call.kind, options=call.options))
-            return call.read(await self.openai.post(url, cast_to=call.kind, body=call.body, options=call.options))
+                response = await self.openai.delete(url, cast_to=call.kind, options=call.options)
+            elif call.body is None:
+                response = await self.openai.get(url, cast_to=call.kind, options=call.options)
+            else:
+                response = await self.openai.post(url, cast_to=call.kind, body=call.body, options=call.options)
+        with reading():
+            return call.read(response)
 
     async def stream(self, call: Streamed[Result]) -> AsyncIterator[Result]:
         with meaning():
@@ -179,6 +185,7 @@ class AsyncBDHClient:
                 stream=True,
                 stream_cls=AsyncStreams[call.kind],
             )
+        with reading():
             async with chunks:
                 async for chunk in chunks:
                     yield chunk
@@ -201,7 +208,7 @@ def _root(base_url: str) -> str:
     except ValueError:
         is_url = False
     if not is_url or parts.query or parts.fragment or any(character <= " " for character in base_url):
-        raise ValueError(f"base_url: should be as in {DEFAULT_URL}, not {base_url!r:.200}")
+        raise ValueError(f"base_url: should be as in {DEFAULT_URL}, not {shown(base_url)!r:.200}")
     return base_url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 

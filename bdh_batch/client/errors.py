@@ -23,6 +23,7 @@ ClientError
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -169,7 +170,7 @@ BY_STATUS: dict[int | None, type[ClientError]] = {
 
 @contextmanager
 def meaning() -> Iterator[None]:
-    """Raises what the `openai` client raises inside as the ClientError that it means."""
+    """Raises what the `openai` client raises inside, while it sends, as the ClientError that it means."""
     try:
         yield
     except APIError as error:
@@ -180,9 +181,21 @@ def meaning() -> Iterator[None]:
         raise InvalidRequest(f"The request cannot be sent as JSON: {error}.") from error
 
 
+@contextmanager
+def reading() -> Iterator[None]:
+    """As `meaning`, while a response is read: what is wrong then is the server's fault."""
+    try:
+        yield
+    except APIError as error:
+        raise translated(error) from error
+    except ValueError as error:
+        raise ServerFailed(f"The response cannot be read: {error}.") from error
+
+
 def translated(error: APIError) -> ClientError:
     if isinstance(error, APIConnectionError):
-        return Unreachable(f"{error.message.rstrip('.')}: {error.request.url} ({error.__cause__ or 'no response'})")
+        cause = error.__cause__ or "no response"
+        return Unreachable(f"{error.message.rstrip('.')}: {shown(str(error.request.url))} ({cause})")
     status, request_id, retry_after = None, None, None
     if isinstance(error, APIStatusError):
         status, request_id = error.status_code, error.request_id
@@ -192,6 +205,13 @@ def translated(error: APIError) -> ClientError:
     return kind(
         message, status=status, code=error.code, param=error.param, request_id=request_id, retry_after=retry_after
     )
+
+
+def shown(url: str) -> str:
+    """The scheme, host, port and path of a URL: no user, no password, no query."""
+    scheme, _, rest = url.partition("://")
+    authority, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{authority.rpartition('@')[2]}{slash}{path}" if rest else scheme.rpartition("@")[2]
 
 
 def _seconds(value: str) -> float | None:

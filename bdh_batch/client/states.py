@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 from openai import APIResponse, AsyncAPIResponse, AsyncOpenAI, BaseModel, OpenAI, RequestOptions
 
 from bdh_batch.client.calls import Call, itself, nothing
-from bdh_batch.client.errors import InvalidRequest, meaning
+from bdh_batch.client.errors import InvalidRequest, meaning, reading
 from bdh_batch.client.methods import AsyncSender, Result, Sender, awaited, now
 
 PATH = "/v1/states"
@@ -113,9 +113,10 @@ class States:
     def download(self, id: str, path: str | os.PathLike[str]) -> None:
         """Writes a state to a safetensors file, whole or not at all. Raises OSError, too."""
         url, options = f"{self._root}{_path(id)}/content", _options(STREAMED)
-        with meaning(), _written(Path(path)) as file:
-            response: Any = self._openai.get(url, cast_to=APIResponse[bytes], options=options)
-            with contextlib.closing(response):
+        with _written(Path(path)) as file:
+            with meaning():
+                response: Any = self._openai.get(url, cast_to=APIResponse[bytes], options=options)
+            with reading(), contextlib.closing(response):
                 for piece in response.iter_bytes(PIECE):
                     file.write(piece)
 
@@ -130,7 +131,7 @@ class States:
             OSError, too.
         """
         url, options = f"{self._root}{PATH}/content", _options(FILE, _query(model, ttl))
-        with meaning(), Path(path).open("rb") as file:
+        with Path(path).open("rb") as file, meaning():
             return self._openai.post(url, cast_to=State, content=file, options=options)
 
 
@@ -154,9 +155,11 @@ class AsyncStates:
     async def download(self, id: str, path: str | os.PathLike[str]) -> None:
         """Writes a state to a safetensors file, whole or not at all. Raises OSError, too."""
         url, options = f"{self._root}{_path(id)}/content", _options(STREAMED)
-        with meaning(), _written(Path(path)) as file:
-            response: Any = await self._openai.get(url, cast_to=AsyncAPIResponse[bytes], options=options)
+        with _written(Path(path)) as file:
+            with meaning():
+                response: Any = await self._openai.get(url, cast_to=AsyncAPIResponse[bytes], options=options)
             async with contextlib.AsyncExitStack() as stack:
+                stack.enter_context(reading())
                 stack.push_async_callback(response.close)
                 async for piece in response.iter_bytes(PIECE):
                     await asyncio.to_thread(file.write, piece)
@@ -173,7 +176,7 @@ class AsyncStates:
         Raises:
             OSError, too.
         """
-        with meaning(), await asyncio.to_thread(Path(path).open, "rb") as file:
+        with await asyncio.to_thread(Path(path).open, "rb") as file, meaning():
             length = {"content-length": str(os.fstat(file.fileno()).st_size)}
             url, options = f"{self._root}{PATH}/content", _options(FILE | length, _query(model, ttl))
             return await self._openai.post(url, cast_to=State, content=_pieces(file), options=options)

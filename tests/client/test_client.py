@@ -353,13 +353,23 @@ class TestErrors:
             for url, key in (("foo", "none"), ("http://a?b", "none"), ("http://[", "none"), (client._root, "a\nb")):
                 with pytest.raises(ValueError, match=r"^(base_url|api_key): "):
                     BDHClient(url, key)
+        with pytest.raises(ValueError, match="base_url") as caught:
+            BDHClient("http://user:secret@a/path?token=secret")
+        assert "http://a/path" in str(caught.value)
+        client = BDHClient("http://user:secret@127.0.0.1:1", max_retries=0)
+        with client, pytest.raises(errors.Unreachable) as unreachable:
+            client.health()
+        assert "http://127.0.0.1:1/health" in str(unreachable.value)
+        assert "secret" not in str(caught.value) + str(unreachable.value)
 
     def test_of_another_server_say_what_came(self) -> None:
         page = httpx2.MockTransport(lambda _: httpx2.Response(200, text="<html>"))
         with BDHClient(http_client=httpx2.Client(transport=page)) as client:
-            for call in (client.server_info, client.states.list, lambda: client.complete("a")):
-                with pytest.raises(errors.ServerFailed, match="<html>"):
+            for call in (client.server_info, client.states.list, client.metrics, lambda: client.complete("a")):
+                with pytest.raises(errors.ServerFailed, match="html"):
                     call()
+            with pytest.raises(ValueError, match="empty name"):  # of the path, which is no file's
+                client.states.download("state_1", "/")
 
     @pytest.mark.parametrize(("status", "kind"), errors.BY_STATUS.items())
     def test_of_a_proxy_go_by_its_status(self, status: int, kind: type[ClientError]) -> None:

@@ -111,7 +111,7 @@ def test_what_is_no_id_names_nothing_else(client: BDHClient, tmp_path: Path) -> 
         ("--base-url", "http://[", "--base-url: should be as in"),
         ("--base-url", "http://127.0.0.1:99999", "--base-url: should be as in"),
         ("--api-key", "kéy", "--api-key: has characters that are not visible ASCII"),
-        ("--base-url", "http://127.0.0.1:1", "http://127.0.0.1:1/v1/states?limit=100"),
+        ("--base-url", "http://127.0.0.1:1", "http://127.0.0.1:1/v1/states ("),
     ],
 )
 def test_the_commands_say_in_a_line_what_is_wrong(
