@@ -133,6 +133,10 @@ class RuntimeFolder:
         """The sockets at which processes answer, those of engines included, by the processes' names."""
         return {path.stem: path for pattern in ("*.ask", "*/*.ask") for path in sorted(self.path.glob(pattern))}
 
+    def front_ends(self) -> Mapping[str, Path]:
+        """Those of `answering` that are of front ends."""
+        return {path.stem: path for path in sorted(self.path.glob("*.ask"))}
+
     def engines(self) -> Mapping[str, LocalAddress]:
         """The addresses of engines, by the engines' names. Raises OSError."""
         return {path.stem: LocalAddress(path) for path in sorted(self.path.glob("*.sock"))}

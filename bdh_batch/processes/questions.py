@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ SECONDS = 2.0  # within which a question has to come, and each part of its answe
 LONGEST = 64 * 1024  # bytes of a question
 END = b"\0"
 
-Answer = Callable[..., AsyncIterator[bytes]]
+Answer = Callable[..., AsyncGenerator[bytes, None]]
 
 
 async def answer(path: Path, answers: Mapping[str, Answer], patient: Collection[str] = ()) -> asyncio.AbstractServer:
@@ -40,12 +40,13 @@ async def answer(path: Path, answers: Mapping[str, Answer], patient: Collection[
     return await asyncio.start_unix_server(serve, str(path), limit=LONGEST)
 
 
-async def _send(parts: AsyncIterator[bytes], writer: asyncio.StreamWriter, seconds: float | None) -> None:
+async def _send(parts: AsyncGenerator[bytes, None], writer: asyncio.StreamWriter, seconds: float | None) -> None:
     """Sends an answer. Raises TimeoutError where a part of it is not read within `seconds`."""
-    async for part in parts:
-        writer.write(part)
-        async with asyncio.timeout(seconds):
-            await writer.drain()
+    async with contextlib.aclosing(parts):
+        async for part in parts:
+            writer.write(part)
+            async with asyncio.timeout(seconds):
+                await writer.drain()
     writer.write(END)
 
 
@@ -75,26 +76,61 @@ async def ask(sockets: Mapping[str, Path], seconds: float, *question: Any) -> di
     return {name: each for name, each in zip(sockets, answers, strict=True) if each}
 
 
-async def follow(socket: Path, *question: Any) -> AsyncIterator[bytes]:
-    """Yields the answer of one process as it comes.
+async def first(sockets: Mapping[str, Path], seconds: float, *question: Any) -> tuple[str, bytes] | None:
+    """Returns the first answer that is not empty, and the name of its process; None where no process has one.
 
     Raises:
-        OSError: the process has ended before its answer did.
+        TimeoutError: there is none within `seconds`, and some have not answered.
     """
-    reader, writer = await asyncio.open_unix_connection(str(socket))
+    line = json.dumps(question).encode() + b"\n"
+
+    async def asked(name: str, path: Path) -> tuple[str, bytes | None]:
+        return name, await _ask(path, seconds, line)
+
+    asking, is_late = [asyncio.create_task(asked(*each)) for each in sockets.items()], False
+    try:
+        for each in asyncio.as_completed(asking):
+            name, found = await each
+            if found:
+                return name, found
+            is_late = is_late or found is None
+    finally:
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+    if is_late:
+        raise TimeoutError
+    return None
+
+
+async def follow(socket: Path, seconds: float, *question: Any) -> AsyncIterator[bytes]:
+    """Yields the answer of one process as it comes.
+
+    Args:
+        seconds: within which each part of it has to come.
+
+    Raises:
+        OSError: the process has ended before its answer did, or (TimeoutError) is silent.
+    """
+    async with asyncio.timeout(seconds):
+        reader, writer = await asyncio.open_unix_connection(str(socket))
     try:
         writer.write(json.dumps(question).encode() + b"\n")
-        while piece := await reader.read(LONGEST):
+        while True:
+            async with asyncio.timeout(seconds):
+                piece = await reader.read(LONGEST)
+            if not piece:
+                raise ConnectionResetError("it has ended")
             if piece.endswith(END):
                 yield piece[: -len(END)]
                 return
             yield piece
-        raise ConnectionResetError("it has ended")
     finally:
         writer.close()
 
 
-async def _ask(socket: Path, seconds: float, line: bytes) -> bytes:
+async def _ask(socket: Path, seconds: float, line: bytes) -> bytes | None:
+    """The answer: empty where the process has none, or has ended; None where it is late."""
     try:
         async with asyncio.timeout(seconds):
             reader, writer = await asyncio.open_unix_connection(str(socket))
@@ -103,6 +139,8 @@ async def _ask(socket: Path, seconds: float, line: bytes) -> bytes:
                 answer = await reader.read()
             finally:
                 writer.close()
-    except (OSError, TimeoutError):
+    except TimeoutError:
+        return None
+    except OSError:
         return b""
     return answer[: -len(END)] if answer.endswith(END) else b""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from hypothesis import given, strategies as st
@@ -62,11 +62,11 @@ async def test_another_process_is_asked(tmp_path: Path) -> None:
 
 
 async def test_an_answer_that_is_cut_short_is_none(tmp_path: Path) -> None:
-    async def half() -> AsyncIterator[bytes]:
+    async def half() -> AsyncGenerator[bytes, None]:
         yield b"half of it"
         raise OSError("its process has ended")
 
-    async def whole() -> AsyncIterator[bytes]:
+    async def whole() -> AsyncGenerator[bytes, None]:
         yield b"all"
         yield b" of it"
 

@@ -22,7 +22,8 @@ class OtherProcesses(Protocol):
         """The process that has the events of a response, and the number of the earliest; None where none has."""
 
     def events(self, process: str, owner: str, id: str, after: int, keepalive: float) -> AsyncIterator[bytes]:
-        """What `EventLog.read` yields there. Raises OSError where that process ends before."""
+        """What `EventLog.read` yields there, with comments also where `keepalive` is 0. Raises OSError where that
+        process ends before, or is silent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +37,15 @@ class OtherLog:
     _others: OtherProcesses
 
     async def read(self, after: int, keepalive: float = 0) -> AsyncIterator[bytes]:
-        """As `EventLog.read`. Where that process ends before the response, the last event is an error."""
+        """As `EventLog.read`. Where that process ends before the response, or does nothing any more, the last event is
+        an error."""
         number, rest = after + 1, b""
         try:
             async for piece in self._others.events(self._process, self._owner, self._id, after, keepalive):
                 begun, end, rest = (rest + piece).rpartition(b"\n\n")
                 if events := begun + end:
                     number += events.count(b"\n\n") - events.count(COMMENT)
-                    yield events
+                    yield events if keepalive else events.replace(COMMENT, b"")
         except OSError:
             error = Unavailable("The process that computed the response has ended.", 1)
             yield problem_event(number, error) + DONE
