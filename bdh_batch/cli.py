@@ -6,12 +6,9 @@ What cannot work ends in one line and exit code 2.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import logging
 import math
 import os
-import select
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -22,7 +19,18 @@ from bdh_batch.bench import options as bench_options
 from bdh_batch.deploy import commands as deploy_commands
 from bdh_batch.errors import CheckpointError, ConfigError
 from bdh_batch.http.auth.keys import KeyFile, new_key
-from bdh_batch.launch import CANNOT_START, announcement, leave, reason, run_server, say_nothing, set_up_logs, warn
+from bdh_batch.launch import (
+    CANNOT_START,
+    announcement,
+    is_output_broken,
+    leave,
+    reason,
+    run_server,
+    say_nothing,
+    set_up_logs,
+    unwritten,
+    warn,
+)
 from bdh_batch.neurons import commands as neurons_commands
 from bdh_batch.processes.control import default_pid_file, send_command
 from bdh_batch.registry import commands as registry_commands
@@ -37,7 +45,7 @@ SHORTCUTS = {
     "dtype": "model.dtype",
 }
 
-FAILED, INTERRUPTED = 1, 130  # exit codes
+INTERRUPTED = 130  # the exit code
 MODEL_PATHS = "model folder, .pt, .bin or .safetensors file, or a name that `model list` shows"
 RIGHTS = ("models", "operator", "weight", "requests_per_minute", "tokens_per_minute", "top_priority")
 PLANNED = {  # flags of `plan`, with their defaults
@@ -71,36 +79,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warn(reason(error))
         return CANNOT_START
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and not _is_output_broken():
+        if isinstance(error, BrokenPipeError) and not is_output_broken():
             raise  # of a socket, say
-        return _unwritten(error)
+        return unwritten(error)
     except KeyboardInterrupt:
         return INTERRUPTED
-
-
-def _unwritten(error: OSError) -> int:
-    """The exit code of a command that cannot write; a reader who has left is no fault. Nothing is tried once more."""
-    with contextlib.suppress(io.UnsupportedOperation):  # of a stream that is no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    if isinstance(error, BrokenPipeError):
-        return 0
-    warn(reason(error))
-    return FAILED
-
-
-def _is_output_broken() -> bool:
-    """Whether the reader of standard output has left."""
-    if sys.stdout is None:
-        return False
-    try:
-        sys.stdout.flush()
-        watched = select.poll()
-        watched.register(sys.stdout.fileno(), 0)
-    except io.UnsupportedOperation:
-        return False
-    except OSError:
-        return True
-    return any(event & select.POLLERR for _, event in watched.poll(0))
 
 
 def _stand_on_firm_ground() -> None:

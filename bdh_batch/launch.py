@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
+import select
 import shlex
 import signal
 import sys
@@ -17,7 +20,7 @@ from bdh_batch.system.documents import shown
 
 log = logging.getLogger(__name__)
 
-CANNOT_START = 2  # the exit code
+FAILED, CANNOT_START = 1, 2  # exit codes
 
 
 def reason(error: Exception) -> str:
@@ -93,3 +96,28 @@ def _announce(with_key: bool, with_page: bool, url: str, model: str) -> None:
     except OSError as error:  # a full disk, or a pipe that nobody reads any more
         log.warning("%s is ready at %s, which cannot be printed: %s", model, url, error.strerror)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit tries once more, and fails
+
+
+def unwritten(error: OSError) -> int:
+    """The exit code of a command that cannot write; a reader who has left is no fault. Nothing is tried once more."""
+    with contextlib.suppress(io.UnsupportedOperation):  # of a stream that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if isinstance(error, BrokenPipeError):
+        return 0
+    warn(reason(error))
+    return FAILED
+
+
+def is_output_broken() -> bool:
+    """Whether the reader of standard output has left."""
+    if sys.stdout is None:
+        return False
+    try:
+        sys.stdout.flush()
+        watched = select.poll()
+        watched.register(sys.stdout.fileno(), 0)
+    except io.UnsupportedOperation:
+        return False
+    except OSError:
+        return True
+    return any(event & select.POLLERR for _, event in watched.poll(0))
