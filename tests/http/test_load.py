@@ -84,10 +84,12 @@ async def test_64_streams_all_complete(server: Server) -> None:
 def test_64_streams_share_every_step(server: Server) -> None:
     crowd = begun(server, 64)  # none of which ends before it is left
     before = server.metrics()
-    server.until(lambda m: m[STEPS] > before[STEPS])
+    server.until(lambda m: m[STEPS] > before[STEPS] + 1)
     after = server.metrics()
-    assert after[ENDED] == before[ENDED]
-    assert after["bdh_batch_occupancy_sum"] - before["bdh_batch_occupancy_sum"] == 64 * (after[STEPS] - before[STEPS])
+    assert after.get(ENDED, 0) == before.get(ENDED, 0)
+    sequences = after["bdh_batch_occupancy_sum"] - before["bdh_batch_occupancy_sum"]
+    # A scrape may come between the sum and the count of a step.
+    assert abs(sequences / 64 - (after[STEPS] - before[STEPS])) <= 1
     for stream in crowd:
         stream.close()
     server.until_idle()
