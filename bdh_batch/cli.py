@@ -22,7 +22,6 @@ from bdh_batch.http.auth.keys import KeyFile, new_key
 from bdh_batch.launch import (
     CANNOT_START,
     announcement,
-    is_output_broken,
     leave,
     reason,
     run_server,
@@ -79,8 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warn(reason(error))
         return CANNOT_START
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and not is_output_broken():
-            raise  # of a socket, say
         return unwritten(error)
     except KeyboardInterrupt:
         return INTERRUPTED

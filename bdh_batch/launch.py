@@ -99,16 +99,20 @@ def _announce(with_key: bool, with_page: bool, url: str, model: str) -> None:
 
 
 def unwritten(error: OSError) -> int:
-    """The exit code of a command that cannot write; a reader who has left is no fault. Nothing is tried once more."""
-    with contextlib.suppress(io.UnsupportedOperation):  # of a stream that is no file
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """The exit code of a command that cannot write; a reader who has left is no fault. Nothing is tried once more.
+    Raises `error`, where it is a broken pipe and not that of standard output."""
+    if isinstance(error, BrokenPipeError) and not _is_output_broken():
+        raise error
+    if sys.stdout is not None:
+        with contextlib.suppress(io.UnsupportedOperation):  # it is no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if isinstance(error, BrokenPipeError):
         return 0
     warn(reason(error))
     return FAILED
 
 
-def is_output_broken() -> bool:
+def _is_output_broken() -> bool:
     """Whether the reader of standard output has left."""
     if sys.stdout is None:
         return False
