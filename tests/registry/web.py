@@ -176,13 +176,13 @@ class _Handler(BaseHTTPRequestHandler):
         cuts = web.cuts.get(path)
         most = cuts.pop(0) if cuts else len(body)
         self.close_connection = most < len(body) or not web.lengths
+        web.sent += len(body[:most])  # before a client can have it, and look
         if path in web.held:
             self.wfile.write(body[: most // 2])
             web.held[path].wait(300)
             self.wfile.write(body[most // 2 : most])
         else:
             self.wfile.write(body[:most])
-        web.sent += len(body[:most])
 
 
 def _sha256(content: bytes) -> str:
