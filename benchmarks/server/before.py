@@ -44,10 +44,11 @@ Rates = dict[str, float]
 
 def in_process(checkout: Path, dtype: str) -> Rates:
     """Tokens/s of its engine with weights and states of a type."""
-    sizes = ["--batches", *map(str, BATCHES), "--decoders", "8", "--prompts", "1", "--repeats", "5"]
+    sizes = ["--batches", *map(str, BATCHES), "--decoders", "8", "--prompts", "1"]
+    turns = ["--steps", "100", "--repeats", "5"]  # many, as threads have slept before each turn
     types = ["--dtype", dtype, "--state-dtype", dtype]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
-        what = ["--only", "batches", "mixes", *sizes, *types, "--out", folder]
+        what = ["--only", "batches", "mixes", *sizes, *turns, *types, "--out", folder]
         process = start(["benchmarks.engine.throughput", *what], checkout, log)
         if process.wait():
             log.seek(0)
