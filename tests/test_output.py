@@ -33,7 +33,11 @@ def test_output_that_cannot_be_written_is_told_in_a_line() -> None:
 
 def test_an_interrupted_command_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(settings, "default_yaml", lambda: signal.raise_signal(signal.SIGINT))
-    assert main(["config", "default"]) == 128 + signal.SIGINT
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # where it was ignored at the start, it still is
+    try:
+        assert main(["config", "default"]) == 128 + signal.SIGINT
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_what_breaks_elsewhere_is_no_readers_leaving(monkeypatch: pytest.MonkeyPatch) -> None:
