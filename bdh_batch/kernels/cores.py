@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba.core import types
 
 from bdh_batch.kernels.cpu_layout import Longs
-from bdh_batch.kernels.vector import address, inlined, intrinsic
+from bdh_batch.kernels.vector import inlined, intrinsic
 
 LINUX = sys.platform == "linux"
 SEMAPHORE = 4  # numbers that a semaphore takes
@@ -33,14 +33,20 @@ _setaffinity: Any = types.ExternalFunction("sched_setaffinity", types.int32(type
 
 
 @intrinsic
-def address_of(context: Any, array: Any, index: Any) -> Any:
-    """Where an element of an array of int64 lies in memory."""
+def start_of(context: Any, array: Any) -> Any:
+    """Where an array begins in memory."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        pointer = address(context, builder, signature.args[0], args[0], args[1], ir.IntType(64))
-        return builder.ptrtoint(pointer, ir.IntType(64))
+        data = context.make_array(signature.args[0])(context, builder, args[0]).data
+        return builder.ptrtoint(data, ir.IntType(64))
 
-    return types.int64(array, types.int64), generate
+    return types.int64(array), generate
+
+
+@inlined
+def address_of(numbers: Longs, index: int) -> Any:
+    """Where numbers[index] lies in memory."""
+    return start_of(numbers) + 8 * index
 
 
 def make_semaphore(numbers: Longs, index: int) -> None:

@@ -41,17 +41,6 @@ PANELS_AT_A_TIME = 8  # panels of a product of scores that are one piece
 
 
 @intrinsic
-def address_of(context: Any, array: Any) -> Any:
-    """Where an array begins in memory."""
-
-    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.ptrtoint(data, ir.IntType(64))
-
-    return types.int64(array), generate
-
-
-@intrinsic
 def array_at(context: Any, kind: Any, number: Any, length: Any) -> Any:
     """The array of so many numbers at an address; of a dtype, or of that of an array."""
     array_type: Any = types.Array(kind.dtype, 1, "C")
@@ -88,7 +77,7 @@ def _array(context: Any, builder: Any, array_type: Any, number: Any, shape: list
 
 @inlined
 def write_array(job: Longs, index: int, array: Any) -> None:
-    job[2 * index], job[2 * index + 1] = address_of(array), array.size
+    job[2 * index], job[2 * index + 1] = cores.start_of(array), array.size
 
 
 @compiled

@@ -29,10 +29,10 @@ TEXTS = {
 
 def error_of(upstream: Upstream, fault: Fault, retry_after: int) -> BDHError:
     """Returns the error that a client gets for the fault that its request ended with."""
-    text = f"The upstream {upstream.id!r} {described(fault)}"
     if fault.kind is FaultKind.NOT_FOUND:
         text = f"The upstream {upstream.id!r} {TEXTS[fault.kind]} {upstream.target}."
         return UpstreamLacksModel(text, f"upstream_{fault.kind}")
+    text = f"The upstream {upstream.id!r} {described(fault)}"
     if fault.kind is FaultKind.REFUSED:
         return InvalidRequest(text, fault.param, "upstream_refused")
     if fault.kind is FaultKind.BUSY:
