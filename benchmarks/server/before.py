@@ -1,10 +1,10 @@
 """Tokens per second of this checkout and of an older one, by turns: engines in process, and servers over HTTP.
 
-    python -m benchmarks.server.before ../before
+    python -m benchmarks.server.before ../before   # about six minutes a round
 
-Both are asked by `bench serve` of this checkout; an engine in process is measured by its own checkout's
-`benchmarks.engine.throughput`. Writes `before.json`: tokens/s by batch and by the types of weights and states, prompt
-tokens/s beside one prompt, tokens/s over HTTP by how many streams there are, and the ratios of this one to the other.
+Both are asked by `bench serve` of this checkout; an engine in process is measured by its own checkout's benchmark.
+Writes `before.json`: tokens/s by batch and by the types of weights and states, prompt tokens/s beside one prompt,
+tokens/s over HTTP by how many streams there are, and the ratios of this one to the other.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ OPTIONS = (
 Rates = dict[str, float]
 
 
+def engine_benchmark(checkout: Path) -> str:
+    """The module that measures an engine in process; before the benchmarks were in packages it had another name."""
+    return "benchmarks.engine.throughput" if Path(checkout, "benchmarks", "engine").is_dir() else "benchmarks.engine"
+
+
 def in_process(checkout: Path, dtype: str) -> Rates:
     """Tokens/s of its engine with weights and states of a type."""
     sizes = ["--batches", *map(str, BATCHES), "--decoders", "8", "--prompts", "1"]
@@ -49,7 +54,7 @@ def in_process(checkout: Path, dtype: str) -> Rates:
     types = ["--dtype", dtype, "--state-dtype", dtype]
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as log:
         what = ["--only", "batches", "mixes", *sizes, *turns, *types, "--out", folder]
-        process = start(["benchmarks.engine.throughput", *what], checkout, log)
+        process = start([engine_benchmark(checkout), *what], checkout, log)
         if process.wait():
             log.seek(0)
             raise RuntimeError(log.read().decode())
