@@ -108,11 +108,12 @@ class Nodes:
         """Starts one more node, the head first, and waits until it is there."""
         log = self._folder / "ray.log"
         ray = str(Path(sys.executable).parent / "ray")
+        anywhere = "--min-worker-port=0", "--max-worker-port=0"  # Ray's own range has ports that are given out here
         environment = clean_environment() | ENVIRONMENT
         with log.open("ab") as output:
             self._processes.append(
                 subprocess.Popen(
-                    [ray, "start", "--block", "--object-store-memory=100000000", *flags],
+                    [ray, "start", "--block", "--object-store-memory=100000000", *anywhere, *flags],
                     env=environment,
                     stdout=output,
                     stderr=output,
@@ -156,7 +157,7 @@ def ray_nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nodes]:
         (["engine.replicas=3", "engine.threads=64", "ray.address=127.0.0.1:{port}"], "engine.threads: an engine of"),
         (
             ["engine.replicas=64", "engine.threads=2", "ray.address=127.0.0.1:{port}"],
-            "engine.replicas: the engines take 128 CPU",
+            "engine.replicas: the cluster's nodes have room for 1 of 64 engines",
         ),
         (["ray.address=127.0.0.1:1"], "ray.address: no head node of a Ray cluster answers at 127.0.0.1:1"),
         (["ray.start_seconds=0.5"], "ray.start_seconds: not all of it was ready within 0.5 s: "),
