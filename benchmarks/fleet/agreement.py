@@ -4,19 +4,20 @@
 
 Loads of conversations follow each other, each of a seed of its own. Some calibrate: the server's own trace says how
 long their steps took, with the server, its event loop and the clients on the same cores, of which least squares make
-the costs of a step, and how much steps vary. What a first token takes longer for the client than for the engine is a
-constant. The loads between, at another rate, are compared: the simulation plays them, knowing nothing of them but what
-clients ask, and when they would if both were equally fast. Writes `fleet-agreement.json`.
+the costs of a step, and how much steps vary. What a first token takes longer for the client than for the engine is
+drawn from what it took. The loads between, at another rate, are compared: the simulation plays them, knowing nothing of
+them but what clients ask, and when they would if both were equally fast. Writes `fleet-agreement.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import random
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -189,19 +190,16 @@ def compare(replica: Replica, loads: Sequence[Played], rate: float, trace: Seque
         load.busy = sum(step.seconds for step in every if load.had(step.at))
     calibrating = [load for load in loads[1:] if load.fleet.rate != rate]
     costs = Calibrated([step for step in every if any(load.had(step.at) for load in calibrating)])
-    # Means of the same requests, as their clients and as the engine saw them.
-    way = mean(each.first for load in calibrating for _, each in load.responses) - mean(
-        seconds for arrived, seconds in first_tokens(trace) if any(load.had(arrived) for load in calibrating)
-    )
+    ways = ways_of(calibrating, first_tokens(trace))
     both = zip(loads, replica.simulated(loads, costs), strict=True)
     pairs = [(load, simulated) for load, simulated in both if load.fleet.rate == rate and load is not loads[0]]
     sides = {
         "measured": figures([load for load, _ in pairs]),
-        "simulated": figures([simulated for _, simulated in pairs], way),
+        "simulated": figures([simulated for _, simulated in pairs], ways),
     }
     return {
         "cost": asdict(costs.cost),
-        "way_s": way,
+        "way_s": seconds_of(iter(ways)),
         **sides,
         "simulated_over_measured": {
             name: {each: sides["simulated"][name][each] / sides["measured"][name][each] for each in which}
@@ -210,12 +208,23 @@ def compare(replica: Replica, loads: Sequence[Played], rate: float, trace: Seque
     }
 
 
-def figures(loads: Sequence[Played | Simulated], way: float = 0.0) -> dict[str, Any]:
-    """Of all loads together; a first token takes the seconds of the `way` more."""
-    seconds = sum(each.end - each.begin for each in loads)
+def ways_of(loads: Sequence[Played], of_engine: Iterable[tuple[float, float]]) -> list[float]:
+    """The seconds that a first token took longer for its client than for the engine, of each request.
+
+    Args:
+        of_engine: when requests arrived there, and the seconds until their first tokens.
+    """
+    asked = sorted((at, response.first) for load in loads for at, response in load.responses)
+    arrived = sorted(each for each in of_engine if any(load.had(each[0]) for load in loads))
+    return [client - engine for (_, client), (_, engine) in zip(asked, arrived, strict=True)]
+
+
+def figures(loads: Sequence[Played | Simulated], ways: Sequence[float] = (0.0,)) -> dict[str, Any]:
+    """Of all loads together; a first token takes the seconds of one of the `ways` more."""
+    seconds, draw = sum(each.end - each.begin for each in loads), random.Random(0)
     return {
         "requests": sum(len(each.first_tokens) for each in loads),
-        "first_token_s": seconds_of(seconds + way for each in loads for seconds in each.first_tokens),
+        "first_token_s": seconds_of(each + draw.choice(ways) for load in loads for each in load.first_tokens),
         "between_tokens_s": seconds_of(seconds for each in loads for seconds in each.gaps),
         "engine": {
             "tokens/s": round(sum(each.tokens for each in loads) / seconds, 2),

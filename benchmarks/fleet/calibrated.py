@@ -17,7 +17,10 @@ from benchmarks.fleet.engine import copied
 HELD_UP = 10.0  # times the median error
 ROUNDS = 4
 
-Kind = tuple[bool, bool]
+ENOUGH = 30  # steps, to draw from
+
+Kind = tuple[bool, bool]  # whether it had prompts, and copies
+Like = tuple[int, bool, bool]  # and how many sequences decoded
 
 
 class Taken(NamedTuple):
@@ -105,20 +108,24 @@ def _least_squares(taken: Sequence[Taken]) -> Cost:
 
 
 class Calibrated:
-    """The costs of steps that were measured. One step takes what least squares say, and by so much more or less as one
-    of the measured steps of its kind, drawn at random; those that were held up are among them."""
+    """The costs of steps that were measured. One step takes what least squares say, times what one of the measured
+    steps like it took of that, drawn at random; those that were held up are among them."""
 
     def __init__(self, taken: Sequence[Taken], seed: int = 0) -> None:
         self.cost = fitted(taken)
         self.spent = 0.0  # seconds of all steps that were asked for
-        self._least = min(each.seconds for each in taken)
         self._draw = random.Random(seed)
-        self._others: dict[Kind, list[float]] = {}
+        self._shares: dict[Kind | Like, list[float]] = {}
         for each in taken:
-            self._others.setdefault(each.kind, []).append(each.seconds - each.by(self.cost))
+            if (expected := each.by(self.cost)) > 0:
+                for group in (each.kind, (each.decodes, *each.kind)):
+                    self._shares.setdefault(group, []).append(each.seconds / expected)
 
     def of(self, decodes: int, prefill_tokens: int, copies: float) -> float:
-        others = self._others.get((bool(prefill_tokens), bool(copies)), [0.0])
-        seconds = max(self._least, self.cost.of(decodes, prefill_tokens, copies) + self._draw.choice(others))
+        kind = bool(prefill_tokens), bool(copies)
+        shares = self._shares.get((decodes, *kind), [])
+        if len(shares) < ENOUGH:
+            shares = self._shares.get(kind, [1.0])
+        seconds = self.cost.of(decodes, prefill_tokens, copies) * self._draw.choice(shares)
         self.spent += seconds
         return seconds

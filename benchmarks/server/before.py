@@ -1,10 +1,10 @@
 """Tokens per second of this checkout and of an older one, by turns: engines in process, and servers over HTTP.
 
-    python -m benchmarks.server.before ../before   # about six minutes a round
+    python -m benchmarks.server.before ../before   # about five minutes a round
 
 Both are asked by `bench serve` of this checkout; an engine in process is measured by its own checkout's benchmark.
 Writes `before.json`: tokens/s by batch and by the types of weights and states, prompt tokens/s beside one prompt,
-tokens/s over HTTP by how many streams there are, and the ratios of this one to the other.
+tokens/s over HTTP by streams and types, and the ratios of this one to the other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import ROOT
 from benchmarks.common import figure, ratio
-from benchmarks.report import report_head, results_folder, write_report
+from benchmarks.report import commit, report_head, results_folder, write_report
 from benchmarks.served import served, start
 
 BATCHES = (1, 8, 32, 64)
@@ -64,10 +64,10 @@ def in_process(checkout: Path, dtype: str) -> Rates:
     return rates | {f"in process, {dtype}, prompt tokens beside 8 streams": mix["prefilled_tokens_per_s"]}
 
 
-def over_http(checkout: Path) -> Rates:
-    """Tokens/s of its server, as their clients get them."""
-    rates = {}
-    with served(root=checkout) as server, tempfile.TemporaryDirectory() as folder:
+def over_http(checkout: Path, dtype: str) -> Rates:
+    """Tokens/s of its server with weights and states of a type, as its clients get them."""
+    rates, types = {}, (f"model.dtype={dtype}", f"engine.state_dtype={dtype}")
+    with served(*types, root=checkout) as server, tempfile.TemporaryDirectory() as folder:
         for streams in STREAMS:
             asked = ["--num-prompts", str(3 * streams), "--max-concurrency", str(streams)]
             asked += ["--random-output-len", str(TOKENS[streams]), "--result-dir", folder, "--result-filename", "found"]
@@ -82,14 +82,15 @@ def over_http(checkout: Path) -> Rates:
                 "--disable-tqdm",
             ]
             subprocess.run([*program, *OPTIONS, *asked], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
-            rates[f"over HTTP, {streams} streams"] = json.loads(Path(folder, "found").read_bytes())["output_throughput"]
+            found = Path(folder, "found").read_bytes()
+            rates[f"over HTTP, {dtype}, {streams} streams"] = json.loads(found)["output_throughput"]
     return rates
 
 
 def all_of(checkout: Path) -> Rates:
-    rates = over_http(checkout)
+    rates: Rates = {}
     for dtype in DTYPES:
-        rates |= in_process(checkout, dtype)
+        rates |= over_http(checkout, dtype) | in_process(checkout, dtype)
     return rates
 
 
@@ -113,8 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     figures = compared([(all_of(ROOT), all_of(chosen.other.resolve())) for _ in range(chosen.rounds)])
     for name, each in figures.items():
         print(f"{name:55} {each['before']['value']:9.0f} {each['now']['value']:9.0f} {each['ratio']['value']:6.2f}")
-    other = subprocess.run(["git", "rev-parse", "HEAD"], cwd=chosen.other, capture_output=True, text=True, check=True)
-    write_report(chosen.out / "before.json", head | {"before": other.stdout.strip(), "figures": figures})
+    write_report(chosen.out / "before.json", head | {"before": commit(chosen.other), "figures": figures})
 
 
 if __name__ == "__main__":

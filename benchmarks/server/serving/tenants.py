@@ -7,12 +7,15 @@ import asyncio
 import random
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from bdh_batch.bench.strain import Watch
 from bdh_batch.settings import load
+from benchmarks import ROOT
 from benchmarks.client import Response
 from benchmarks.common import figure
+from benchmarks.report import commit
 from benchmarks.served import Served, served
 from benchmarks.server.serving.common import (
     GREEDY,
@@ -34,16 +37,26 @@ def jain(amounts: Sequence[float]) -> float:
 
 
 async def keys(chosen: argparse.Namespace) -> Figures:
-    by_running = []
+    """The figures of this checkout's server and, by turns, of that of another one."""
+    by_running: list[Figures] = []
+    other: list[Figures] = []
     for running in chosen.running:
-        options = [f"scheduler.max_running={running}", "auth.enabled=true", f"auth.api_keys={','.join(KEYS)}"]
-        with served(*options, *chosen.set) as server:
-            async with Watch() as watch:
-                figures = {**await beside_a_flood(server, chosen), **await two_floods(server, chosen)}
-        by_running.append({"max_running": running, **figures, "client": strained(watch)})
-        print_scenario(f"max_running {running}", by_running[-1])
+        by_running.append(await tenants_of(ROOT, running, chosen))
+        if chosen.against:
+            other.append(await tenants_of(chosen.against.resolve(), running, chosen))
     queue = load().settings.scheduler.max_queued_requests
-    return {"flood": chosen.flood, "max_queued_requests": queue, "options": chosen.set, "by_max_running": by_running}
+    figures = {"flood": chosen.flood, "max_queued_requests": queue, "options": chosen.set, "by_max_running": by_running}
+    return figures | ({"against": {"commit": commit(chosen.against), "by_max_running": other}} if other else {})
+
+
+async def tenants_of(root: Path, running: int, chosen: argparse.Namespace) -> Figures:
+    options = [f"scheduler.max_running={running}", "auth.enabled=true", f"auth.api_keys={','.join(KEYS)}"]
+    with served(*options, *chosen.set, root=root) as server:
+        async with Watch() as watch:
+            found = {**await beside_a_flood(server, chosen), **await two_floods(server, chosen)}
+    found = {"max_running": running, **found, "client": strained(watch)}
+    print_scenario(f"max_running {running}" if root == ROOT else f"max_running {running}, {root.name}", found)
+    return found
 
 
 async def beside_a_flood(server: Served, chosen: argparse.Namespace) -> Figures:
