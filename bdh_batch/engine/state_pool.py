@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.engine import pages
+from bdh_batch.engine.copy_stream import CopyStream, CudaStreams
 from bdh_batch.engine.hidden_vectors import HiddenVectors
 from bdh_batch.engine.narrow_states import NarrowStates, Reserve
 from bdh_batch.engine.pages import PagesAhead
@@ -63,6 +65,7 @@ class StatePool:
         shape = (slots, *self.shape_of(config, window))
         # Not filled, as slots are cleared when a sequence begins: on the CPU, those never used then take no memory.
         self._pages: PagesAhead | None = None
+        self._stream = CopyStream(CudaStreams(device)) if device.type == "cuda" else None
         if device.type == "cpu":
             reserve: Reserve = partial(pages.reserve, huge=huge_pages)
             self.rows = reserve((slots + transfer_slots, *shape[1:]), dtype)
@@ -123,9 +126,19 @@ class StatePool:
         else:
             _bytes(self._slot(slot)).fill(0)
 
+    def begin(self, used: Collection[int]) -> None:
+        """A step begins, whose segments are in those slots; its copies come next, and on a GPU are made beside it
+        where they are of other slots."""
+        if self._stream is not None:
+            self._stream.begin(used)
+
     def copy(self, source: int, target: int, begin: int = 0, end: int = 1, parts: int = 1, moves: bool = False) -> None:
         """The state in slot `target` becomes that in slot `source`, or parts of it do (see `messages.Copy`); ordered
         with whatever the device computes."""
+        with nullcontext() if self._stream is None else self._stream.copying(source, target):
+            self._copy(source, target, begin, end, parts, moves)
+
+    def _copy(self, source: int, target: int, begin: int, end: int, parts: int, moves: bool) -> None:
         self._about_to_write(target)
         if self.vectors is not None and end == parts:
             self.vectors.copy(source, target)
@@ -160,11 +173,10 @@ class StatePool:
 
     def copies_made(self) -> Callable[[], object]:
         """Returns a function that waits, in any thread, until the copies that were begun are made."""
-        if self._pages is not None:
+        if self._stream is None:
             return lambda: None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return event.synchronize
+        wait: Callable[[], object] = self._stream.all_begun().synchronize
+        return wait
 
     def _about_to_write(self, slot: int) -> None:
         if self._pages is not None and slot < len(self.states) and (row := self._row[slot]) < len(self.states):
