@@ -14,12 +14,14 @@ from torch import Tensor
 from bdh_batch.engine.hidden_vectors import HiddenVectors, latent_segments
 from bdh_batch.engine.neurons import NeuronView, watched
 from bdh_batch.engine.sampling.choosing import Chooser
+from bdh_batch.engine.sampling.draw import drawn_tokens, numbers
 from bdh_batch.engine.sampling.logprobs import ROWS, index_of, rows_of, token_logprobs
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.errors import OutOfMemory
-from bdh_batch.kernels.base import Kernels, RaggedBatch
+from bdh_batch.kernels.base import DecodeBatch, DecodeKernels, Kernels, RaggedBatch
 from bdh_batch.messages import (
     LATENT,
+    LATENT_FROZEN,
     LogitBias,
     LogitsProcessors,
     Outcome,
@@ -30,6 +32,7 @@ from bdh_batch.messages import (
     distinct,
 )
 
+NOTHING_DRAWN = SamplingParams(temperature=0.0)  # in the stead of those that a sequence has none of in this step
 FIRST_LOOK, LOOK_EVERY = 8, 64  # steps, in which the share of neurons that fire is measured
 
 
@@ -59,6 +62,9 @@ class Runner:
         self._device = pool.states.device
         heads, neurons = pool.states.shape[-3:-1]
         self._chooser = Chooser(self._device)
+        # Those of a model with latent steps know them by what is added to their vectors.
+        knows_latent = pool.vectors is None or latent_embed is not None
+        self._decoder = kernels if isinstance(kernels, DecodeKernels) and knows_latent else None
         self._view = NeuronView(self._layers, heads, neurons, self._device, neuron_order)
 
     @torch.inference_mode()
@@ -87,6 +93,8 @@ class Runner:
             return Outcome([])
         active = self._wanted_activity()
         watching = watched(plan.segments) if plan.watches else []
+        if active is None and not watching and (decoder := self._decoder_for(plan.segments)) is not None:
+            return self._decode(decoder, plan.segments)
         fired = self._view.memory(len(watching)) if watching else None
         hidden = self.forward(plan.segments, active, watching, fired)
         target_logprobs = self._target_logprobs(plan.segments, hidden)
@@ -99,6 +107,38 @@ class Runner:
         """Where the kernels put the share of neurons that fire in each layer, in one step of many."""
         self._steps += 1
         return torch.empty(self._layers, device=self._device) if self._steps % LOOK_EVERY == FIRST_LOOK else None
+
+    def _decoder_for(self, segments: Sequence[Segment]) -> DecodeKernels | None:
+        """The kernels, where they compute such a step in one go: one token of each sequence, as in decoding."""
+        if self._decoder is None or len(segments) > self._decoder.most_decoded:
+            return None
+        decodes = all(
+            len(each.tokens) == 1 and not each.targets and (each.sampling or each.tokens[0] == LATENT_FROZEN)
+            for each in segments
+        )
+        return self._decoder if decodes else None
+
+    def _decode(self, decoder: DecodeKernels, segments: Sequence[Segment]) -> Outcome:
+        """Computes a step that draws its tokens as it goes, but for rows with logits processors, constraints, or
+        log-probabilities: those are drawn from its logits."""
+        tokens, positions = [segment.tokens[0] for segment in segments], [segment.start for segment in segments]
+        vectors, frozen = self._begin(segments, tokens, positions)
+        params = [segment.sampling or NOTHING_DRAWN for segment in segments]
+        rows, uniform = numbers(params, [position + 1 for position in positions])
+        slots = [self._pool.row(segment.slot) for segment in segments]
+        batch = DecodeBatch(tokens, positions, slots, rows, uniform, frozen, vectors)
+        decoded = decoder.decode(self._pool.rows, batch)
+        self._keep(segments, decoded.hidden)
+        others = [row for row, segment in enumerate(segments) if drawn_apart(segment)]
+        chosen, logprobs = list[int | None](), dict[int, TokenLogprob]()
+        if others:
+            logits = rows_of(decoded.logits, others)
+            chosen, logprobs = self._choose(logits, [segments[row] for row in others], [params[row] for row in others])
+        drawn = drawn_tokens(decoded.tokens())
+        for row, token in zip(others, chosen):
+            drawn[row] = token
+        drawn = [token if segment.sampling else None for token, segment in zip(drawn, segments)]
+        return Outcome(drawn, {others[row]: each for row, each in logprobs.items()})
 
     def _draw(self, segments: Sequence[Segment], hidden: Tensor) -> tuple[list[int | None], dict[int, TokenLogprob]]:
         """Draws the next token of each segment that has `sampling`.
@@ -175,13 +215,7 @@ class Runner:
         else:
             tokens = [token for segment in segments for token in segment.tokens]
             positions = [p for segment in segments for p in range(segment.start, segment.start + len(segment.tokens))]
-        if 0 in positions:
-            for segment in segments:
-                if segment.start == 0:
-                    self._pool.clear(segment.slot)
-        vectors, frozen = None, list[bool]()
-        if self._pool.vectors is not None:
-            vectors, frozen = self._entering(self._pool.vectors, segments, tokens)
+        vectors, frozen = self._begin(segments, tokens, positions)
         batch = RaggedBatch(
             tokens=index_of(tokens, self._device),
             positions=index_of(positions, self._device),
@@ -193,14 +227,28 @@ class Runner:
             watched=watching,
         )
         hidden = self._kernels.forward(self._pool.rows, batch, active, fired)
+        self._keep(segments, hidden)
+        return hidden
+
+    def _begin(
+        self, segments: Sequence[Segment], tokens: list[int], positions: Sequence[int]
+    ) -> tuple[Tensor | None, list[bool]]:
+        """Clears the states that begin. Returns the vectors of the latent steps, [K, D] or None, by whose rows `tokens`
+        then name them; and `frozen`."""
+        if 0 in positions:
+            for segment in segments:
+                if segment.start == 0:
+                    self._pool.clear(segment.slot)
+        return (None, []) if self._pool.vectors is None else self._entering(self._pool.vectors, segments, tokens)
+
+    def _keep(self, segments: Sequence[Segment], hidden: Tensor) -> None:
         if self._pool.vectors is not None:
             self._pool.vectors.keep(segments, hidden)
-        return hidden
 
     def _entering(
         self, kept: HiddenVectors, segments: Sequence[Segment], tokens: list[int]
     ) -> tuple[Tensor | None, list[bool]]:
-        """The vectors of the latent steps, [K, D] or None, by whose rows `tokens` then name them; and `frozen`."""
+        """See `_begin`."""
         latent, frozen = latent_segments(segments)
         if not latent:
             return None, []
@@ -224,6 +272,13 @@ class Runner:
         self.run(Plan([Segment(0, chunk, [0], sampling, processors, watch=1)], watches=True))
         if self._pool.vectors is not None:
             self.run(Plan([Segment(0, chunk + 1, [LATENT], sampling, processors)]))
+
+
+def drawn_apart(segment: Segment) -> bool:
+    """Whether drawing its token takes more than sampling parameters that are numbers."""
+    if segment.sampling is None:
+        return False
+    return segment.processors is not None or segment.constraint is not None or segment.sampling.logprobs is not None
 
 
 def sums(hidden: Tensor, segments: Sequence[Segment]) -> dict[int, list[float]]:

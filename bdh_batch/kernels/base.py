@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from bdh_batch.kernels.drawing import Doubles, Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,35 @@ class RaggedBatch:
     watched: Sequence[int] = ()  # W tokens, rising, whose neurons `forward` is to show
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """S sequences with one token each, in main memory, and how the tokens after them are drawn."""
+
+    tokens: Sequence[int]  # S; as in RaggedBatch
+    positions: Sequence[int]  # S, of these tokens
+    slots: Sequence[int]  # S
+    rows: Rows  # [S]
+    uniform: Doubles  # [S], random numbers
+    frozen: Sequence[bool] = ()  # as in RaggedBatch
+    vectors: Tensor | None = None  # [K, D] float32, of latent steps, on the device
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a decode step leaves on the device, until the next one; and its tokens."""
+
+    hidden: Tensor  # [S, D] float32
+    logits: Tensor  # [S, V] float32
+    tokens: Callable[[], list[int]]  # waits for them; `drawing.NO_TOKEN` where logits are not finite
+
+
+def listed(slots: Sequence[int], frozen: Sequence[bool]) -> Sequence[int]:
+    """Slots as the Triton kernels take them: −2 − s is slot s where the state is only read."""
+    return (
+        [-2 - slot if only_read else slot for slot, only_read in zip(slots, frozen, strict=True)] if frozen else slots
+    )
+
+
 class Kernels(Protocol):
     """An implementation, made once for a model's weights, which it may rearrange to its liking.
 
@@ -100,3 +131,15 @@ class Kernels(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns the logits [T, V] float32 of the next token for hidden vectors [T, D] float32."""
+
+
+@runtime_checkable
+class DecodeKernels(Kernels, Protocol):
+    """Kernels that compute a step in which each sequence has one token with its logits and draws, in one go."""
+
+    @property
+    def most_decoded(self) -> int:
+        """Sequences of the largest such step."""
+
+    def decode(self, states: Tensor, batch: DecodeBatch) -> Decoded:
+        """Queues a step: adds its tokens to `states` as `forward` does, with the same bits, and draws the next ones."""

@@ -1,4 +1,5 @@
-"""The forward pass on a GPU: cuts a batch in rounds, launches the Triton kernels, replays a decode step as one graph.
+"""The forward pass on a GPU: cuts a batch in rounds, and launches the Triton kernels. `decode_steps.py` replays those of
+a step that only decodes.
 
 Also runs without a GPU, in Triton's interpreter, when TRITON_INTERPRET=1 is set before Triton is imported. Nothing in a
 step waits for the GPU; all memory that steps work in is taken once.
@@ -16,11 +17,11 @@ import torch
 from torch import Tensor
 
 from bdh_batch.kernels import triton_ops as ops
-from bdh_batch.kernels.base import RaggedBatch, Weights
+from bdh_batch.kernels.base import DecodeBatch, Decoded, RaggedBatch, Weights, listed
+from bdh_batch.kernels.decode_steps import DecodeSteps, Inputs
 from bdh_batch.kernels.tuning import Blocks, at_least_smallest, key_of, load_blocks
 
 MAX_TOKENS = 2048  # of one round; the memory to work in is for as many
-MAX_GRAPH = 1024  # sequences of the largest decode step that is kept as a graph
 ANGLES = 256  # of one program
 ROWS = 4  # of partial sums that one program adds at a time
 LOGIT_TILE, LOGIT_DEPTH, LOGIT_STAGES = 32, 64, 3
@@ -84,8 +85,11 @@ class TritonKernels:
         self._constants = constants(self._shape, self._blocks)
         self._work = allocate(max_tokens, self._shape, self._blocks, self._device)
         self._max_tokens = max_tokens
-        latent = weights.latent_embed is not None
-        self._decode = DecodeSteps(self, min(MAX_GRAPH, max_tokens), self._device, width if latent else 0)
+        latent_width = 0 if weights.latent_embed is None else width
+        self._steps = DecodeSteps(self, max_tokens, vocabulary, self._device, latent_width)
+        # Of a decode step: its tokens, which are all single ones, and no segments.
+        self._singles = torch.arange(self._steps.most, device=self._device)
+        self._no_segments = torch.zeros(0, 3, dtype=torch.int64, device=self._device)
 
     def forward(
         self, states: Tensor, batch: RaggedBatch, active: Tensor | None = None, fired: Tensor | None = None
@@ -95,20 +99,15 @@ class TritonKernels:
         hidden = torch.empty(len(batch.tokens), self._shape.width, device=self._device)
         if active is not None:
             active.zero_()
-        vectors = self._vectors_of(batch)
-        replays = active is None and fired is None and self._decode.takes(vectors)
-        shown = 0
+        vectors, shown = self._vectors_of(batch), 0
         with on(self._device):
             for first, bounds, slots, drawn in rounds(batch.bounds, *marked(batch), self._max_tokens):
                 last = first + bounds[-1]
-                tokens, positions = batch.tokens[first:last], batch.positions[first:last]
-                if replays and bounds[-1] == sum(drawn) <= self._decode.most:
-                    self._decode.run(states, tokens, positions, slots, vectors)
-                else:  # a graph does not say what fired in between
-                    watched = [token - first for token in batch.watched if first <= token < last]
-                    part = replace(upload(tokens, positions, bounds, slots, drawn), vectors=vectors, watched=watched)
-                    self.launch(states, part, active, None if fired is None else fired[:, shown:][:, : len(watched)])
-                    shown += len(watched)
+                watched = [token - first for token in batch.watched if first <= token < last]
+                part = upload(batch.tokens[first:last], batch.positions[first:last], bounds, slots, drawn)
+                part = replace(part, vectors=vectors, watched=watched)
+                self.launch(states, part, active, None if fired is None else fired[:, shown:][:, : len(watched)])
+                shown += len(watched)
                 hidden[first:last] = self._work.x[: last - first]
         if active is not None:
             active /= len(batch.tokens) * self._shape.heads * self._shape.neurons
@@ -122,10 +121,26 @@ class TritonKernels:
             self._run(ops.logits_kernel, grid, hidden.contiguous(), self._weights.lm_head, out, len(hidden))
         return out
 
+    @property
+    def most_decoded(self) -> int:
+        return self._steps.most
+
+    def decode(self, states: Tensor, batch: DecodeBatch) -> Decoded:
+        if not states.is_contiguous():
+            raise ValueError("states must be contiguous")
+        with on(self._device):
+            return self._steps.run(states, batch)
+
+    def decode_forward(self, states: Tensor, inputs: Inputs, vectors: Tensor | None) -> Tensor:
+        """Launches the kernels of a decode step; see `decode_steps.Model`."""
+        singles = self._singles[: len(inputs.slots)]
+        self.launch(states, Round(inputs.tokens, inputs.positions, singles, inputs.slots, self._no_segments, vectors))
+        return self._work.x[: len(singles)]
+
     def warm(self, states: Tensor) -> None:
         """Captures every decode step, so that no request waits for it."""
         with on(self._device):
-            self._decode.capture_all(states)
+            self._steps.capture_all(states)
 
     def launch(self, states: Tensor, part: Round, active: Tensor | None = None, fired: Tensor | None = None) -> None:
         """Queues a round's kernels; its hidden vectors will be the first rows of the workspace. How many neurons fired
@@ -143,8 +158,8 @@ class TritonKernels:
         """What latent steps of a batch read. A model that knows such steps has the same kernels in every batch."""
         if batch.vectors is not None:
             return batch.vectors.contiguous()
-        if self._decode.vectors is not None:
-            return self._decode.vectors
+        if self._steps.vectors is not None:
+            return self._steps.vectors
         return self._work.x if any(batch.frozen) else None
 
     def begin(self, part: Round) -> None:
@@ -186,85 +201,15 @@ class TritonKernels:
         kernel[grid](*arguments, **self._constants[kernel.__name__], **flags)
 
 
-class DecodeSteps:
-    """Steps in which every sequence has one token: padded to a few sizes, each of which is captured once as a graph.
-
-    A graph holds the addresses of the states and of the inputs, which are copied to where it expects them.
-    """
-
-    def __init__(self, kernels: TritonKernels, most: int, device: torch.device, latent_width: int = 0) -> None:
-        self.most = most
-        self.vectors = torch.zeros(most, latent_width, device=device) if latent_width else None
-        self._kernels = kernels
-        self._captures = device.type == "cuda"
-        self._graphs: dict[tuple[int, int], Any] = {}
-        # One array, so that a step copies its slots in one go and the padding with them.
-        self._tokens = torch.zeros(most, dtype=torch.int64, device=device)
-        self._positions = torch.zeros(most, dtype=torch.int64, device=device)
-        self._slots = torch.full((most,), -1, dtype=torch.int64, device=device)
-        self._singles = torch.arange(most, device=device)
-        self._segments = torch.zeros(0, 3, dtype=torch.int64, device=device)
-
-    def takes(self, vectors: Tensor | None) -> bool:
-        """Whether a batch can be replayed that has these vectors of latent steps."""
-        return vectors is None or (self.vectors is not None and len(vectors) <= self.most)
-
-    def run(
-        self, states: Tensor, tokens: Tensor, positions: Tensor, slots: Sequence[int], vectors: Tensor | None = None
-    ) -> None:
-        count = len(slots)
-        size = bucket(count, self.most)
-        if self._captures and (size, states.data_ptr()) not in self._graphs:
-            self._capture(states, size)
-        self._tokens[:count].copy_(tokens, non_blocking=True)
-        self._positions[:count].copy_(positions, non_blocking=True)
-        self._slots[:size].copy_(torch.tensor([*slots, *[-1] * (size - count)]), non_blocking=True)
-        if self.vectors is not None and vectors is not None and vectors is not self.vectors:
-            self.vectors[: len(vectors)].copy_(vectors, non_blocking=True)
-        if self._captures:
-            self._graphs[size, states.data_ptr()].replay()
-        else:
-            self._kernels.launch(states, self._round(size))
-
-    def capture_all(self, states: Tensor) -> None:
-        """Every size, before the first request comes."""
-        size = 1
-        while size < self.most:
-            size = bucket(size, self.most)
-            if self._captures and (size, states.data_ptr()) not in self._graphs:
-                self._capture(states, size)
-            size += 1
-
-    def _capture(self, states: Tensor, size: int) -> None:
-        """Runs the step once with padding alone, which compiles what is not compiled and changes no state."""
-        self._slots.fill_(-1)
-        self._kernels.launch(states, self._round(size))
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._kernels.launch(states, self._round(size))
-        self._graphs[size, states.data_ptr()] = graph
-
-    def _round(self, size: int) -> Round:
-        inputs = (self._tokens[:size], self._positions[:size], self._singles[:size], self._slots[:size])
-        return Round(*inputs, self._segments, self.vectors)
-
-
-def bucket(count: int, most: int) -> int:
-    """The power of two that holds `count`, at most `most`."""
-    return min(1 << (count - 1).bit_length(), most)
-
-
 def marked(batch: RaggedBatch) -> tuple[Sequence[int], Sequence[bool]]:
-    """A batch's slots as the kernels take them, −2 − s where a state is only read, and which segments end in a token
-    that is computed by itself: those after which one is drawn, and those whose state is only read."""
+    """A batch's slots as the kernels take them, and which segments end in a token that is computed by itself: those
+    after which one is drawn, and those whose state is only read."""
     draws = batch.draws or [end - begin == 1 for begin, end in pairwise(batch.bounds)]
     if not any(batch.frozen):
         return batch.slots, draws
     if any(frozen and end - begin != 1 for frozen, (begin, end) in zip(batch.frozen, pairwise(batch.bounds))):
         raise ValueError("a segment whose state is only read has one token")
-    slots = [-2 - slot if frozen else slot for slot, frozen in zip(batch.slots, batch.frozen, strict=True)]
-    return slots, [draw or frozen for draw, frozen in zip(draws, batch.frozen)]
+    return listed(batch.slots, batch.frozen), [draw or frozen for draw, frozen in zip(draws, batch.frozen)]
 
 
 def rounds(

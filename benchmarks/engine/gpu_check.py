@@ -35,6 +35,7 @@ from bdh_batch.kernels.tuning import FILE, Blocks, load_blocks, save_blocks, sea
 from benchmarks import ROOT
 from benchmarks.common import alternate
 from benchmarks.engine.dense import dense_batched, recompute
+from benchmarks.engine.gpu_graphs import SIZES, decode_step, differing_draws
 from benchmarks.engine.synthetic import synthetic_weights
 from benchmarks.report import RESULTS, report_head, results_folder, write_report
 
@@ -98,6 +99,7 @@ def parts(arguments: argparse.Namespace) -> dict[str, Part]:
     found: dict[str, Part] = {} if arguments.skip_tests else {"tests": tests_part}
     for name, config in models.items():
         found[f"{name}, errors"] = partial(errors_part, name, config)
+        found[f"{name}, graphs"] = partial(graphs_part, name, config)
     for name, config in models.items():
         if not arguments.skip_tuning:
             found[f"{name}, tuning"] = partial(tuning_part, config)
@@ -150,6 +152,17 @@ def errors_part(name: str, config: BDHConfig, left: float) -> Figures:
     return {"passed": True}
 
 
+def graphs_part(name: str, config: BDHConfig, left: float) -> Figures:
+    from bdh_batch.kernels.cuda import TritonKernels
+
+    slots = min(max(SIZES), most_slots(config, torch.bfloat16) // 2)
+    kernels, states = TritonKernels(weights_for(config, torch.bfloat16)), states_for(config, slots, torch.bfloat16)
+    found = differing_draws(kernels, states, config.vocab_size)
+    if found["others"] or not found["states_are_the_same"]:
+        raise WrongResultError(f"{name}: graphs do not what their kernels do one by one: {found}")
+    return found
+
+
 def tuning_part(config: BDHConfig, left: float) -> Figures:
     return {"blocks": asdict(tuned(config, weights_for(config, torch.bfloat16), min(left, TUNING_SECONDS)))}
 
@@ -172,7 +185,7 @@ def tests_pass(seconds: float) -> bool:
     not have."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_DEFAULT_FP_FUSION": "1"}
     environment.pop("TRITON_INTERPRET", None)
-    names = [f"tests/kernels/test_triton{part}.py" for part in ("", "_properties")]
+    names = [f"tests/kernels/test_triton{part}.py" for part in ("", "_decode", "_properties")]
     options = [
         "-q",
         "-c",
@@ -251,10 +264,11 @@ def tuned(config: BDHConfig, weights: Weights, seconds: float) -> Blocks:
         if time.monotonic() > until:
             return math.inf
         kernels = TritonKernels(weights, blocks=blocks)
-        work = [ragged(min(size, len(states)), 900, 1, config.vocab_size) for size in TUNED_FOR]
-        work.append(ragged(1, 0, 2048, config.vocab_size))
+        sizes = [min(size, len(states)) for size in TUNED_FOR]
+        work = [decode_step(kernels, states, ragged(size, 900, 1, config.vocab_size)) for size in sizes]
+        work.append(step(kernels, states, ragged(1, 0, 2048, config.vocab_size)))
         try:
-            times = alternate({str(i): step(kernels, states, batch) for i, batch in enumerate(work)}, 7, gpu_clock)
+            times = alternate({str(i): each for i, each in enumerate(work)}, 7, gpu_clock)
         except OutOfResources:
             return math.inf
         print(f"  {blocks}: " + ", ".join(f"{seconds * 1e3:.3f} ms" for seconds in times.values()))
@@ -292,7 +306,7 @@ def decode_figures(
     estimated = on_paper()
     for size in (size for size in BATCHES if size <= len(states)):
         batch = ragged(size, 900, 1, config.vocab_size)
-        variants: dict[str, Callable[[], object]] = {"triton": step(kernels, states, batch)}
+        variants: dict[str, Callable[[], object]] = {"triton": decode_step(kernels, states, batch)}
         if dtype == torch.float32:
             variants["dense"] = partial(dense_batched, weights, states[:size], batch)
         if dtype == torch.float32 and size <= 64:

@@ -4,7 +4,8 @@
 
 Nothing here was measured on a GPU. A kernel takes what the slowest of these takes: its bytes through the memory, its
 bytes through the second cache, its products, and its programs' waits for loads, some side by side and the rest in
-turns. The host's share of a step, drawing included, is not in it.
+turns. What is done around the kernels (inputs sent, tokens drawn and brought back) is counted by itself: copies, and
+launches by the host or in a graph. Of the host's share of a step, planning is not in it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from benchmarks.report import suite_folder
 
 BATCHES = (1, 32, 256)
+OPERATORS = {"plain": 19, "filtered": 33}  # of torch, that draw tokens in a graph; a test counts them
 # upstream's default model: layers, heads, width, neurons of a head; weights and states in bfloat16
 LAYERS, HEADS, WIDTH, NEURONS, VOCABULARY, ITEM = 6, 4, 256, 8192, 256, 2
 
@@ -31,6 +33,8 @@ class Assumptions:
     multiprocessors: int = 132
     latency_s: float = 0.8e-6  # of a load, with others under way
     launch_s: float = 1.5e-6  # from one kernel of a graph to the next
+    copy_s: float = 10e-6  # of a few bytes to or from the device, and the host's wait for it
+    operator_s: float = 6e-6  # that the host takes to launch an operator, or a graph
     fired: float = 0.12  # of the neurons; 9 to 15 % in trained models of 25M to 100M
 
 
@@ -65,6 +69,25 @@ class Kernel:
             (self.memory_bytes + self.cache_bytes) / given.cache_bytes_per_s,
             self.products / given.products_per_s,
         )
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a decode step takes beside the forward pass and the logits: none of it overlaps with them."""
+
+    copies: int  # to the device and back
+    launched: int  # by the host, one by one
+    in_graph: int = 0
+
+    def seconds(self, given: Assumptions) -> float:
+        return self.copies * given.copy_s + self.launched * given.operator_s + self.in_graph * given.launch_s
+
+
+# At commit 896ca448: tokens, positions and slots were sent one by one, and so was each parameter, from unpinned memory,
+# by copies that wait for the device; tokens and what was finite came back. The host launched a graph, two copies before
+# it and one after it, the logits, and the operators that draw.
+AROUND_BEFORE = {"plain": Around(8, 5 + 18), "filtered": Around(15, 5 + 36)}
+AROUND_NOW = {kind: Around(2, 1, operators) for kind, operators in OPERATORS.items()}
 
 
 # As compiled at commit 4789805cb, before loads overlapped: in every iteration `contract` waited for a tile of 4 KB, and
@@ -155,6 +178,10 @@ def estimates(kernels: Mapping[str, Mapping[str, int]], blocks: Mapping[str, int
     designs = {"before": BEFORE, "now": design_of(kernels, blocks)}
     return {
         "assumptions": asdict(given),
+        "around": {
+            name: {kind: {**asdict(each), "us": each.seconds(given) * 1e6} for kind, each in kinds.items()}
+            for name, kinds in {"before": AROUND_BEFORE, "now": AROUND_NOW}.items()
+        },
         "by_batch": [
             {
                 "batch": batch,
@@ -168,6 +195,10 @@ def estimates(kernels: Mapping[str, Mapping[str, int]], blocks: Mapping[str, int
 
 def main() -> None:
     report = json.loads((suite_folder() / "gpu-kernels.json").read_text())
+    for name, kinds in report["estimates"]["around"].items():
+        print(
+            f"around the kernels, {name}: " + ", ".join(f"{kind} {each['us']:.0f} us" for kind, each in kinds.items())
+        )
     for each in report["estimates"]["by_batch"]:
         for name in ("before", "now"):
             found = each[name]

@@ -226,7 +226,7 @@ def gpu_estimates(found: Report) -> Lines:
     given = found["assumptions"]
     rate, products = given["memory_bytes_per_s"] / 1e12, given["products_per_s"] / 1e12
     load, launch = given["latency_s"] * 1e6, given["launch_s"] * 1e6
-    yield "A decode step on an H200, on paper, bf16, without the host's part and drawing. The bound is the matrices of"
+    yield "A decode step's kernels on an H200, on paper, bf16. The bound is the matrices of"
     yield f"each layer once, and the rows that fired, read and written, at {rate:g} TB/s. Assumed:"
     yield f"{given['fired']:.0%} of the neurons fire, a kernel reaches {given['memory_share']:.0%} of that rate,"
     yield f"a load takes {load:g} µs, a launch in a graph {launch:g} µs, products run at {products:.0f} TFLOP/s."
@@ -242,6 +242,25 @@ def gpu_estimates(found: Report) -> Lines:
         for each in found["by_batch"]
     ]
     yield from table(["sequences", "bound, µs", "before, µs", "now, µs", "before, of the bound", "now"], *rows)
+    if around := found.get("around"):
+        yield ""
+        yield from around_the_kernels(around, given)
+
+
+def around_the_kernels(around: Report, given: Report) -> Lines:
+    """What of a step is neither forward pass nor logits."""
+    copy, operator = given["copy_s"] * 1e6, given["operator_s"] * 1e6
+    yield "Around them, a step sends its inputs, draws, and brings its tokens back, whatever its size, by a copy"
+    yield f"of {copy:g} µs and a launch by the host of {operator:g} µs. Drawing is part of the graph now; before, it"
+    yield "was launched operator by operator, and each of its parameters was sent:"
+    yield ""
+    rows = [
+        [f"{kind}, {name}", each["copies"], each["launched"], each["in_graph"], number(each["us"])]
+        for kind in ("plain", "filtered")
+        for name, kinds in around.items()
+        for each in [kinds[kind]]
+    ]
+    yield from table(["", "copies", "launched by the host", "in the graph", "µs"], *rows)
 
 
 def scheduler(report: Report, link: str) -> Lines:

@@ -18,9 +18,10 @@ import triton
 import triton.language as tl
 
 from bdh_batch.errors import ConfigError
-from bdh_batch.kernels import cuda, triton_ops, tuning
+from bdh_batch.kernels import triton_ops, tuning
 from bdh_batch.kernels.base import RaggedBatch, Weights
-from bdh_batch.kernels.cuda import TritonKernels, bucket, rounds
+from bdh_batch.kernels.cuda import TritonKernels, rounds
+from bdh_batch.kernels.decode_steps import bucket
 from bdh_batch.kernels.torch_reference import TorchKernels, rotation
 from bdh_batch.kernels.tuning import Blocks
 from benchmarks.engine.synthetic import synthetic_weights
@@ -302,30 +303,6 @@ def test_rounds_keep_segments_whole_and_no_two_pieces_of_one_together() -> None:
 
 def test_buckets_are_powers_of_two() -> None:
     assert [bucket(count, 48) for count in (1, 2, 3, 5, 33, 48)] == [1, 2, 4, 8, 48, 48]
-
-
-def test_a_graph_is_captured_once_for_each_size_and_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a GPU would replay; here the capture only counts."""
-    captured: list[int] = []
-    steps = cuda.DecodeSteps(None, 48, torch.device("cpu"))  # type: ignore[arg-type]
-    steps._captures = True
-
-    class Graph:
-        def replay(self) -> None:
-            captured.append(0)
-
-    def capture(states: Tensor, size: int) -> None:
-        captured.append(size)
-        steps._graphs[size, states.data_ptr()] = Graph()
-
-    monkeypatch.setattr(steps, "_capture", capture)
-    states = torch.zeros(3)
-    for count in (3, 4, 3):
-        steps.run(states, torch.arange(count), torch.arange(count), list(range(count)))
-    assert captured == [4, 0, 0, 0]
-    assert steps._slots[:4].tolist() == [0, 1, 2, -1]
-    steps.capture_all(states)
-    assert captured == [4, 0, 0, 0, 1, 2, 8, 16, 32, 48]
 
 
 def test_block_sizes_are_kept_by_gpu_and_shape(tmp_path: Path) -> None:

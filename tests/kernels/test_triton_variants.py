@@ -136,30 +136,6 @@ def test_only_single_tokens_are_frozen() -> None:
         cuda.marked(batch)
 
 
-def test_a_replayed_step_finds_its_vectors_and_frozen_slots_where_the_graph_reads_them() -> None:
-    """What a GPU would replay; here the kernels only note what they would read."""
-    seen: list[cuda.Round] = []
-
-    class Noting:
-        def launch(self, states: Tensor, part: cuda.Round) -> None:
-            seen.append(part)
-
-    steps = cuda.DecodeSteps(Noting(), 4, torch.device("cpu"), 2)  # type: ignore[arg-type]
-    vectors = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
-    steps.run(torch.zeros(1), torch.tensor([-2, 7, -1]), torch.arange(3), [5, -2, 0], vectors)
-    steps.run(torch.zeros(1), torch.tensor([8]), torch.arange(1), [3], steps.vectors)
-    first, second = seen
-    assert first.vectors is second.vectors is steps.vectors
-    assert steps.vectors is not None
-    assert steps.vectors.tolist() == [[1, 2], [3, 4], [0, 0], [0, 0]]
-    assert steps._slots.tolist() == [3, -2, 0, -1]
-    assert [len(each.tokens) for each in seen] == [4, 1]
-    assert steps.takes(None)
-    assert steps.takes(torch.zeros(4, 2))
-    assert not steps.takes(torch.zeros(5, 2))
-    assert not cuda.DecodeSteps(Noting(), 4, torch.device("cpu")).takes(vectors)  # type: ignore[arg-type]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_watched_tokens_fire_is_shown_and_changes_nothing(dtype: torch.dtype) -> None:
     """Of decode steps, of prompts, and of a batch of several rounds, in one of which nothing is watched."""

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import math
-import struct
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bdh_batch.engine.sampling import passes
-from bdh_batch.engine.sampling.draw import COLDEST
+from bdh_batch.engine.sampling.parameters import packed
 from bdh_batch.messages import SamplingParams
 
 ELEMENTS = 2**18  # numbers of the rows that are drawn at a time, at least one: a megabyte, and the buffers stay small
-ALL = 2**62  # tokens, more than any vocabulary has
-KNOWN = 4096  # rows' parameters whose numbers are kept; not the parameters, which may have a large bias
-PACKED = struct.Struct("<ffffqQ")  # as `passes` reads them: float32 beside the int64 of the same row
 
 
 class HostSampler:
@@ -58,8 +52,8 @@ class HostSampler:
     ) -> list[int | None]:
         rows, vocabulary = logits.shape
         flat, pitch = _flat(logits)
-        packed = bytearray().join([_packed(p.temperature, p.top_p, p.top_k, p.min_p, p.seed) for p in params])
-        numbers, words = np.frombuffer(packed, np.float32), np.frombuffer(packed, np.int64)
+        records = packed(params)
+        numbers, words = np.frombuffer(records, np.float32), np.frombuffer(records, np.int64)
         tokens, hot = self._tokens[:rows], self._hot
         packed_masks, mask_of, mask_size = self._masks(masks, vocabulary)
         count, filtered = passes.scale(
@@ -99,8 +93,8 @@ class HostSampler:
             return NO_MASKS, mask_of, 0
         mask_of[present] = np.arange(len(present))
         size = -(-vocabulary // 8)
-        packed = bytearray().join([(masks[row] or b"")[:size].ljust(size, b"\0") for row in present])
-        return np.frombuffer(packed, np.uint8), mask_of, size
+        joined = bytearray().join([(masks[row] or b"")[:size].ljust(size, b"\0") for row in present])
+        return np.frombuffer(joined, np.uint8), mask_of, size
 
     def _allocate(self, rows: int, vocabulary: int) -> None:
         """Makes the buffers, where they are too small or for another vocabulary."""
@@ -124,16 +118,6 @@ class HostSampler:
 
 
 NO_MASKS = np.zeros(1, np.uint8)
-
-
-@lru_cache(maxsize=KNOWN)
-def _packed(temperature: float, top_p: float, top_k: int, min_p: float, seed: int) -> bytes:
-    """The numbers of a row's parameters."""
-    temperature = max(temperature, COLDEST) if temperature > 0 else 0.0
-    rounded = torch.tensor([temperature, top_p])  # to float32, as the specification does
-    least = torch.tensor([min_p]).log() if min_p > 0 else -math.inf
-    kept = (min(top_k, ALL) or ALL) if top_k > 0 or top_p < 1 else 0
-    return PACKED.pack(*rounded.tolist(), float(least), 0.0, kept, seed)
 
 
 def _flat(logits: Tensor) -> tuple[passes.Floats, int]:
