@@ -1,5 +1,5 @@
-"""The forward pass on a GPU: cuts a batch in rounds, and launches the Triton kernels. `decode_steps.py` replays those of
-a step that only decodes.
+"""The forward pass on a GPU: cuts a batch in rounds, and launches the Triton kernels. `decode_steps.py` replays them
+where a step only decodes.
 
 Also runs without a GPU, in Triton's interpreter, when TRITON_INTERPRET=1 is set before Triton is imported. Nothing in a
 step waits for the GPU; all memory that steps work in is taken once.
