@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -152,6 +154,28 @@ def test_a_graph_is_captured_once_for_each_size_pool_and_use_of_filters(monkeypa
     captured.clear()
     steps.capture_all(pool)
     assert captured == [(size, filters) for size in (1, 2, 8, 16, 32, 48) for filters in (False, True)]
+
+
+def test_a_step_is_recorded_with_padding_alone_and_then_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By stand-ins for what torch records and replays with."""
+    replays: list[object] = []
+    graph = SimpleNamespace(replay=lambda: replays.append(None))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    table, states = Table(), torch.empty(1)
+    steps = DecodeSteps(table, 8, VOCABULARY, CPU)
+    steps.run(states, batch_of(list(range(8))))
+    monkeypatch.setattr(steps, "_captures", True)
+    monkeypatch.setattr(steps, "_event", lambda: lambda: None)
+    table.seen.clear()
+    for number in (1, 2):
+        steps.run(states, batch_of([4, 0, 2]))
+        assert [each[:2] for each in table.seen] == [([0] * 4, [PADDING] * 4)] * 2, "to compile, and to record"
+        assert len(replays) == number
+    inputs = steps._sent(4).inputs
+    assert (inputs.tokens.tolist(), inputs.slots.tolist()) == ([0, 1, 2, 0], [4, 0, 2, PADDING])
 
 
 def test_large_vocabularies_have_smaller_steps() -> None:

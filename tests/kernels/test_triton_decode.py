@@ -9,14 +9,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 if sys.platform != "linux":
     pytest.importorskip("triton", reason="triton is not installed")
 
-from bdh_batch.kernels.base import DecodeBatch, RaggedBatch
+from bdh_batch.kernels.base import DecodeBatch, Decoded, RaggedBatch
 from bdh_batch.kernels.cuda import TritonKernels
 from bdh_batch.kernels.drawing import NO_TOKEN
-from benchmarks.engine.gpu_graphs import random_rows, tokens_of
+from benchmarks.engine import gpu_graphs
+from benchmarks.engine.gpu_graphs import differing_draws, random_rows, tokens_of
 from benchmarks.engine.synthetic import synthetic_weights
 from tests.kernels.support import model
 from tests.kernels.test_triton import DEVICE, SMALL, on_device, states_on_device, text
@@ -24,11 +26,6 @@ from tests.kernels.test_triton import DEVICE, SMALL, on_device, states_on_device
 pytestmark = pytest.mark.no_cover  # tracing would more than double what the interpreter takes
 
 VOCABULARY = 40
-
-
-@pytest.fixture(autouse=True)
-def _poisoned_memory() -> None:
-    """Instead of the one that asks for deterministic operators, of which sums over a row on a GPU are none."""
 
 
 @pytest.mark.parametrize(("window", "dtype"), [(0, torch.float32), (6, torch.bfloat16)])
@@ -59,3 +56,19 @@ def test_a_step_leaves_and_draws_what_it_does_kernel_by_kernel(window: int, dtyp
         assert torch.equal(logits, kernels.logits(expected))
         assert drawn == tokens_of(logits, rows, uniform)
         assert NO_TOKEN not in drawn
+
+
+def test_the_check_on_a_gpu_tells_other_tokens_and_states(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_graphs, "SIZES", (3, 1))
+    weights = on_device(synthetic_weights(model(1, 1, 16, 32, VOCABULARY), 0.3))
+    kernels, states = TritonKernels(weights, 0, SMALL, max_tokens=4), states_on_device(weights, 4)
+    assert differing_draws(kernels, states, VOCABULARY) == {"drawn": 4, "others": 0, "states_are_the_same": True}
+    decode = kernels.decode
+
+    def other(states: Tensor, batch: DecodeBatch) -> Decoded:
+        found = decode(states, batch)
+        states += 1
+        return replace(found, tokens=lambda: [token + 1 for token in found.tokens()])
+
+    monkeypatch.setattr(kernels, "decode", other)
+    assert differing_draws(kernels, states, VOCABULARY) == {"drawn": 4, "others": 4, "states_are_the_same": False}
