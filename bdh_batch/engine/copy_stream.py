@@ -6,7 +6,7 @@ tensors.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -55,10 +55,10 @@ class CopyStream:
         self._used: Collection[int] = ()
         self._under_way: dict[int, Any] = {}  # by slot, its last copy that no step has waited for
 
-    def begin(self, used: Collection[int]) -> None:
+    def begin(self, used: Iterable[int]) -> None:
         """A step begins, whose segments read and write the states in those slots. Its copies come next."""
-        self._used = used
-        self._wait_for(used)
+        self._used = set(used)
+        self._wait_for(self._used)
 
     @contextmanager
     def copying(self, source: int, target: int) -> Iterator[None]:

@@ -84,7 +84,7 @@ class Runner:
             raise
 
     def _run(self, plan: Plan) -> Outcome:
-        self._pool.begin([segment.slot for segment in plan.segments])
+        self._pool.begin(segment.slot for segment in plan.segments)
         for copy in plan.copies:
             self._pool.copy(*copy)
         for slot in plan.releases:  # a state that is to be saved may have been copied from there

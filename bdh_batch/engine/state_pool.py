@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -126,7 +126,7 @@ class StatePool:
         else:
             _bytes(self._slot(slot)).fill(0)
 
-    def begin(self, used: Collection[int]) -> None:
+    def begin(self, used: Iterable[int]) -> None:
         """A step begins, whose segments are in those slots; its copies come next, and on a GPU are made beside it
         where they are of other slots."""
         if self._stream is not None:
