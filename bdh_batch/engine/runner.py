@@ -5,12 +5,14 @@ The runner owns every tensor. It knows slots, and nothing about requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from bdh_batch.engine.begun_copies import begun_copies
 from bdh_batch.engine.hidden_vectors import HiddenVectors, latent_segments
 from bdh_batch.engine.neurons import NeuronView, watched
 from bdh_batch.engine.sampling.choosing import Chooser
@@ -22,6 +24,7 @@ from bdh_batch.kernels.base import DecodeBatch, DecodeKernels, Kernels, RaggedBa
 from bdh_batch.messages import (
     LATENT,
     LATENT_FROZEN,
+    Copy,
     LogitBias,
     LogitsProcessors,
     Outcome,
@@ -85,18 +88,22 @@ class Runner:
 
     def _run(self, plan: Plan) -> Outcome:
         self._pool.begin(segment.slot for segment in plan.segments)
+        begun = begun_copies(plan, self._pool.can_be_begun_in)
         for copy in plan.copies:
-            self._pool.copy(*copy)
+            if begun.get(copy.target) is copy:  # left to the kernels
+                self._pool.begin_copy(copy.source, copy.target)
+            else:
+                self._pool.copy(*copy)
         for slot in plan.releases:  # a state that is to be saved may have been copied from there
             self._pool.release(slot)
         if not plan.segments:
             return Outcome([])
         active = self._wanted_activity()
         watching = watched(plan.segments) if plan.watches else []
-        if active is None and not watching and (decoder := self._decoder_for(plan.segments)) is not None:
+        if active is None and not (watching or begun) and (decoder := self._decoder_for(plan.segments)) is not None:
             return self._decode(decoder, plan.segments)
         fired = self._view.memory(len(watching)) if watching else None
-        hidden = self.forward(plan.segments, active, watching, fired)
+        hidden = self.forward(plan.segments, active, watching, fired, begun)
         target_logprobs = self._target_logprobs(plan.segments, hidden)
         drawn, logprobs = self._draw(plan.segments, hidden)
         shares = [] if active is None else active.tolist()
@@ -198,12 +205,14 @@ class Runner:
         active: Tensor | None = None,
         watching: Sequence[int] = (),
         fired: Tensor | None = None,
+        begun: Mapping[int, Copy] = MappingProxyType({}),
     ) -> Tensor:
         """Adds the segments' tokens to their states, and returns the final hidden vectors of all tokens.
 
         Args:
             active: [layers] float32, or None; gets the share of neurons that fired in each layer.
             watching: indices of tokens, rising, whose activations `fired` [layers, W, h, N] gets.
+            begun: copies that the segments in their targets begin with, by those.
 
         Returns:
             [T, D], in the order of the segments' tokens.
@@ -216,14 +225,17 @@ class Runner:
             tokens = [token for segment in segments for token in segment.tokens]
             positions = [p for segment in segments for p in range(segment.start, segment.start + len(segment.tokens))]
         vectors, frozen = self._begin(segments, tokens, positions)
+        slots = [segment.slot for segment in segments]
+        sources = [begun[slot].source if slot in begun else slot for slot in slots] if begun else []
         batch = RaggedBatch(
             tokens=index_of(tokens, self._device),
             positions=index_of(positions, self._device),
             bounds=bounds,
-            slots=[self._pool.row(segment.slot) for segment in segments],
+            slots=[self._pool.row(slot) for slot in slots],
             draws=[segment.sampling is not None for segment in segments],
             vectors=vectors,
             frozen=frozen,
+            sources=[self._pool.row(source) for source in sources],
             watched=watching,
         )
         hidden = self._kernels.forward(self._pool.rows, batch, active, fired)

@@ -115,8 +115,13 @@ class StatePool:
         return len(self._transfer)
 
     def row(self, slot: int) -> int:
-        """The index in `rows` of the state in a slot on the device."""
-        return self._row[slot]
+        """The index in `rows` of the state in a slot that is `in_rows`."""
+        return self._row[self._index(slot)]
+
+    def in_rows(self, slot: int) -> bool:
+        """Whether the state in a slot lies in `rows`, where the kernels reach it."""
+        is_transfer = slot >= len(self.states) + self.host_slots
+        return slot < len(self.states) or (is_transfer and self._pages is not None)
 
     def clear(self, slot: int) -> None:
         """Back to the state before any token."""
@@ -157,6 +162,12 @@ class StatePool:
         else:
             self._rows(target)[rows].copy_(self._rows(source)[rows], non_blocking=True)
 
+    def begin_copy(self, source: int, target: int) -> None:
+        """As `copy`, but leaves what is in `rows` to the kernels."""
+        self._about_to_write(target)
+        if self.vectors is not None:
+            self.vectors.copy(source, target)
+
     def release(self, slot: int) -> None:
         """Gives the memory of a slot back to the system, which holds no state that anyone needs."""
         if self._pages is not None:
@@ -196,7 +207,7 @@ class StatePool:
             return self._host[host]  # narrow ones are nobody's to see
         if self._pages is None and host >= 0:
             return self._transfer[host - self.host_slots]
-        return self.rows[self._row[self._index(slot)]]
+        return self.rows[self.row(slot)]
 
 
 def _bytes(state: Tensor) -> np.ndarray[Any, np.dtype[np.uint8]]:

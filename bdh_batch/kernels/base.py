@@ -67,6 +67,9 @@ class RaggedBatch:
     vectors: Tensor | None = None  # [K, D] float32, of latent steps
     # For each segment, whether its state is only read. Such a segment has one token. Empty: all are written.
     frozen: Sequence[bool] = ()
+    # For each segment, the slot whose state is copied to its own before its first token; no other segment's slot, but
+    # several may have the same one. Its own: nothing is copied. Empty: all are their own.
+    sources: Sequence[int] = ()
     watched: Sequence[int] = ()  # W tokens, rising, whose neurons `forward` is to show
 
 
@@ -97,6 +100,13 @@ def listed(slots: Sequence[int], frozen: Sequence[bool]) -> Sequence[int]:
     return (
         [-2 - slot if only_read else slot for slot, only_read in zip(slots, frozen, strict=True)] if frozen else slots
     )
+
+
+def copy_sources(states: Tensor, batch: RaggedBatch) -> None:
+    """Makes the copies of a batch's `sources`, for kernels that have no better way."""
+    for slot, source in zip(batch.slots, batch.sources):
+        if source != slot:
+            states[slot].copy_(states[source])
 
 
 class Kernels(Protocol):

@@ -147,6 +147,7 @@ def rounds(batch: RaggedBatch, threads: int, heads: int, fired: Tensor | None = 
     """Cuts a batch in rounds, and those in groups. Neither changes any token's result."""
     tokens, positions = batch.tokens.contiguous().numpy(), batch.positions.contiguous().numpy()  # helpers get addresses
     bounds, slots = np.array(batch.bounds, np.int64), np.array(batch.slots, np.int64)
+    sources = np.array(batch.sources, np.int64) if batch.sources else slots
     frozen = np.array(batch.frozen, np.bool_) if batch.frozen else np.zeros(len(slots), np.bool_)
     vectors = NO_FLOATS if batch.vectors is None else batch.vectors.contiguous().view(-1).numpy()
     for start in range(0, len(tokens), MAX_TOKENS):
@@ -155,10 +156,11 @@ def rounds(batch: RaggedBatch, threads: int, heads: int, fired: Tensor | None = 
         last = np.searchsorted(bounds, end, side="left")
         cut = bounds[first : last + 1].clip(start, end) - start
         work = work_of(cut)
+        begun = np.where(bounds[:-1] < start, slots, sources)  # what a round has begun, the next ones go on with
         groups = group(work, max(threads, threads * PIECES_PER_THREAD // heads) if threads > 1 else 1)
         yield Round(
-            tokens[start:end], positions[start:end], cut, slots[first:last], frozen[first:last], groups, vectors,
-            *watched_in(start, end, batch, fired),
+            tokens[start:end], positions[start:end], cut, slots[first:last], begun[first:last], frozen[first:last],
+            groups, vectors, *watched_in(start, end, batch, fired),
         )  # fmt: skip
 
 

@@ -116,6 +116,7 @@ class Round(NamedTuple):
     positions: Longs
     bounds: Longs
     slots: Longs
+    sources: Longs  # of each segment, the slot whose state it begins in; its own: none is copied
     frozen: Flags  # of each segment, whether its state is only read
     groups: Longs
     vectors: Floats  # [K, D], the batch's

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.np.arrayobj import populate_array
 
-from bdh_batch.kernels import cores, cpu_passes as passes, cpu_state, simd, team
+from bdh_batch.kernels import cores, cpu_passes as passes, cpu_state, simd, simd_state, team
 from bdh_batch.kernels.cpu_layout import (
     INTEGERS,
     PANEL,
@@ -33,7 +33,7 @@ from bdh_batch.kernels.cpu_products import product, scale_panel
 from bdh_batch.kernels.team import Board
 from bdh_batch.kernels.vector import LANES, compiled, inlined, intrinsic
 
-ARRAYS = 10  # of a job, each with its address and its length
+ARRAYS = 11  # of a job, each with its address and its length
 MODE, SHOWN_PITCH, TOKENS = 2 * ARRAYS, 2 * ARRAYS + 1, 2 * ARRAYS + 2
 JOB = 2 * ARRAYS + 3
 ROUND, LOGITS = 0, 1  # modes: what is computed
@@ -87,12 +87,13 @@ def begin_step(part: Round, states: States, shape: Shape, board: Board, job: Lon
     write_array(job, 1, part.positions)
     write_array(job, 2, part.bounds)
     write_array(job, 3, part.slots)
-    write_array(job, 4, part.frozen)
-    write_array(job, 5, part.groups)
-    write_array(job, 6, part.vectors)
-    write_array(job, 7, part.watched)
-    write_array(job, 8, part.shown)
-    write_array(job, 9, states)
+    write_array(job, 4, part.sources)
+    write_array(job, 5, part.frozen)
+    write_array(job, 6, part.groups)
+    write_array(job, 7, part.vectors)
+    write_array(job, 8, part.watched)
+    write_array(job, 9, part.shown)
+    write_array(job, 10, states)
     job[MODE], job[SHOWN_PITCH] = ROUND, part.shown_pitch
     for group in range(len(part.groups)):
         tokens = part.bounds[part.groups[group, 1]] - part.bounds[part.groups[group, 0]]
@@ -115,9 +116,9 @@ def begin_logits(rows: Terms, row_scales: Floats, tokens: int, out: Floats, boar
 def part_of(job: Longs) -> Round:
     return Round(
         array_at(np.int64, job[0], job[1]), array_at(np.int64, job[2], job[3]), array_at(np.int64, job[4], job[5]),
-        array_at(np.int64, job[6], job[7]), array_at(np.bool_, job[8], job[9]), pairs_at(job[10], job[11]),
-        array_at(np.float32, job[12], job[13]), array_at(np.int64, job[14], job[15]),
-        array_at(np.float32, job[16], job[17]), job[SHOWN_PITCH],
+        array_at(np.int64, job[6], job[7]), array_at(np.int64, job[8], job[9]), array_at(np.bool_, job[10], job[11]),
+        pairs_at(job[12], job[13]), array_at(np.float32, job[14], job[15]), array_at(np.int64, job[16], job[17]),
+        array_at(np.float32, job[18], job[19]), job[SHOWN_PITCH],
     )  # fmt: skip
 
 
@@ -176,7 +177,7 @@ def take_part(
             out, first = array_at(np.float32, job[4], job[5]), piece * PANELS_AT_A_TIME
             project(first, PANELS_AT_A_TIME, rows, row_scales, job[TOKENS], shape, columns, scratch.products, out)
         else:
-            compute(loop, group, piece, part_of(job), shape, weights, array_at(kind, job[18], job[19]), work, scratch)
+            compute(loop, group, piece, part_of(job), shape, weights, array_at(kind, job[20], job[21]), work, scratch)
         team.finish(board, group, counter)
         without, taken = 0, taken + 1
     team.write(board.threads, thread * team.THREAD + team.BUSY, 0)
@@ -231,10 +232,16 @@ def attend(
     segment: int, tile_start: int, layer: int, head: int, part: Round, shape: Shape, states: States, work: Work,
     scratch: Scratch,
 ) -> None:  # fmt: skip
-    """A sequence's tokens in one head, cut where a block of the window begins."""
-    elements = shape.neurons * shape.width
-    layer_size = elements * shape.heads * (2 if shape.half_window else 1)
+    """A sequence's tokens in one head, cut where a block of the window begins; before them, the copy that it begins
+    in, which is in the cache then."""
+    elements, blocks = shape.neurons * shape.width, 2 if shape.half_window else 1
+    layer_size = elements * shape.heads * blocks
     state = (part.slots[segment] * shape.layers + layer) * layer_size + head * elements
+    if part.sources[segment] != part.slots[segment]:
+        source = (part.sources[segment] * shape.layers + layer) * layer_size + head * elements
+        for block in range(blocks - 1, -1, -1):  # last the one that tokens read
+            behind = block * shape.heads * elements
+            simd_state.copy_states(states, source + behind, state + behind, elements)
     first, last = part.bounds[segment], part.bounds[segment + 1]
     while first < last:
         end = last

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bdh_batch.kernels import triton_ops as ops
-from bdh_batch.kernels.base import DecodeBatch, Decoded, RaggedBatch, Weights, listed
+from bdh_batch.kernels.base import DecodeBatch, Decoded, RaggedBatch, Weights, copy_sources, listed
 from bdh_batch.kernels.decode_steps import DecodeSteps, Inputs
 from bdh_batch.kernels.tuning import Blocks, at_least_smallest, key_of, load_blocks
 
@@ -101,6 +101,7 @@ class TritonKernels:
             active.zero_()
         vectors, shown = self._vectors_of(batch), 0
         with on(self._device):
+            copy_sources(states, batch)
             for first, bounds, slots, drawn in rounds(batch.bounds, *marked(batch), self._max_tokens):
                 last = first + bounds[-1]
                 watched = [token - first for token in batch.watched if first <= token < last]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 
 from bdh_batch.kernels.vector import (
     BYTES,
@@ -227,6 +227,20 @@ def store_state_end(context: Any, array: Any, index: Any, vector: Any, noise: An
         return context.get_dummy_value()
 
     return types.none(array, types.int64, VECTOR, VECTOR, types.int64), generate
+
+
+@intrinsic
+def copy_states(context: Any, array: Any, source: Any, target: Any, count: Any) -> Any:
+    """array[target : target + count] = array[source : source + count], as bits. The two do not overlap."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        kind = signature.args[0]
+        come, go = (address(context, builder, kind, args[0], index, ir.IntType(8)) for index in args[1:3])
+        size = context.get_abi_sizeof(context.get_data_type(kind.dtype))
+        cgutils.raw_memcpy(builder, go, come, args[3], size)  # type: ignore[no-untyped-call]
+        return context.get_dummy_value()
+
+    return types.none(array, types.int64, types.int64, types.int64), generate
 
 
 @intrinsic

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdh_batch.kernels.base import RaggedBatch, Weights
+from bdh_batch.kernels.base import RaggedBatch, Weights, copy_sources
 
 
 class TorchKernels:
@@ -51,6 +51,7 @@ def forward(
 
     `active` and `shown` are what `Kernels.forward` calls `active` and `fired`.
     """
+    copy_sources(states, batch)
     cos, sin = rotation(weights.frequencies, batch.positions)
     x, scales = inputs(weights, batch), weights.scales
     for layer in range(weights.layers):

@@ -2,8 +2,8 @@
 
 A state is wanted where a prompt ends (but for its last token, which every sequence computes itself), where a chat's
 instructions and its earlier turns do, at powers of two, where prompts were seen to part, and where a sequence waits for
-it. There a chunk of prefill ends, and the next plan copies the state before the sequence goes on. A fork is no more
-than sequences that wait for the first of them.
+it. There a chunk of prefill ends, and the sequence goes on in a copy of its state, with which the next step begins. A
+fork is no more than sequences that wait for the first of them.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ class Sharing:
             self._allocator.transfers.leave(loaded.slot)
 
     def _take(self, sequence: Sequence) -> None:
-        """Copies the state of `sequence` to a slot of its own, for others to begin with."""
+        """Caches the state of `sequence`, for others to begin with, beside the one that it goes on with."""
         at = sequence.computed
         wanted = at == sequence.prefix.cuts[0]
         while sequence.prefix.cuts and sequence.prefix.cuts[0] <= at:
@@ -259,8 +259,7 @@ class Sharing:
             if slot is None:
                 self._allocator.working_set.evicted(new)
                 return
-            self._allocator.copy(sequence.slot, slot)
-            entry, new.slot = new, slot
+            entry, new.slot = new, self._allocator.copy_aside(sequence, slot)
             self.cache.add(entry, self._allocator.now)
         for waiter in waiting:
             waiter.prefix.expects = entry

@@ -58,6 +58,15 @@ class SlotAllocator:
     def copy(self, source: int, target: int, save: Save | None = None) -> None:
         self.copies.add(source, target, save)
 
+    def copy_aside(self, sequence: Sequence, slot: int) -> int:
+        """Copies the state of `sequence` to `slot`, and returns which of the two slots is no longer the sequence's. It
+        goes on in the copy, if that is on the device: the step makes it as it computes the sequence."""
+        assert sequence.slot is not None
+        self.copy(sequence.slot, slot)
+        if self.slots.on_device(slot):
+            slot, sequence.slot = sequence.slot, slot
+        return slot
+
     def copy_saves(self) -> Iterator[Sequence]:
         """Plans the copies of states that are to be saved, as far as there is time; the slots of these sequences are
         not theirs any more."""
