@@ -130,6 +130,18 @@ def test_a_frozen_token_reads_as_any_other_and_writes_nothing(window: int, dtype
             torch.testing.assert_close(both.float(), left, rtol=torch.finfo(dtype).eps, atol=0)
 
 
+def test_segments_begin_in_the_states_of_their_sources() -> None:
+    weights = weights_of(UPSTREAM)
+    kernels, states = Poisoned(weights), states_on_device(weights, 4)
+    kernels.forward(states, RaggedBatch(text(5, VOCABULARY), torch.arange(5), [0, 5], [2]))
+    copied = states.clone()
+    copied[:2] = states[2]
+    batch = RaggedBatch(text(4, VOCABULARY), torch.tensor([5, 5, 6, 0]), [0, 1, 3, 4], [0, 1, 3])
+    expected = kernels.forward(copied, batch)
+    assert torch.equal(kernels.forward(states, replace(batch, sources=[2, 2, 3])), expected)
+    assert torch.equal(states, copied)
+
+
 def test_only_single_tokens_are_frozen() -> None:
     batch = RaggedBatch(text(3, VOCABULARY), torch.arange(3), [0, 1, 3], [1, 0], frozen=[False, True])
     with pytest.raises(ValueError, match="only read has one token"):

@@ -208,6 +208,21 @@ class TestSharing:
         run_dry(scheduler, runner)
         assert runner.computed == 49 + 10
 
+    def test_a_state_that_is_cached_stays_and_all_that_go_on_from_it_begin_in_copies(self) -> None:
+        """Their own step reads them, so the kernels can make them; that of who computed it, too."""
+        scheduler, runner = Scheduler(5, 1000, self.CACHING), FakeRunner()
+        sequences = [make_sequence([5] * 40, 3) for _ in range(3)]
+        scheduler.submit(sequences)
+        computed, forked = step(scheduler, runner), step(scheduler, runner)
+        assert computed is not None
+        assert forked is not None
+        (entry,) = scheduler.sharing.cache
+        assert [segment.slot for segment in computed.plan.segments] == [entry.slot]
+        assert {copy.source for copy in forked.plan.copies} == {entry.slot}
+        assert {copy.target for copy in forked.plan.copies} == {segment.slot for segment in forked.plan.segments}
+        run_dry(scheduler, runner)
+        assert [sequence.generated for sequence in sequences] == [expected_tokens([5] * 40, 3)] * 3
+
     def test_another_one_does_not_wait_for_a_state_that_is_awaited(self) -> None:
         for host_slots in (0, 1, 2):
             scheduler, runner = (
