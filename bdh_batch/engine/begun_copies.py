@@ -11,13 +11,13 @@ from collections.abc import Callable
 from bdh_batch.messages import Copy, Plan
 
 
-def begun_copies(plan: Plan, in_rows: Callable[[int], bool]) -> dict[int, Copy]:
+def begun_copies(plan: Plan, can_be_begun_in: Callable[[int], bool]) -> dict[int, Copy]:
     """The copies that can be made after all the others and after the releases, by their targets: slots of segments.
 
     Such a copy is whole, nothing after it in the plan reads or writes its target, and nothing writes its source.
 
     Args:
-        in_rows: whether the kernels reach the state in a slot.
+        can_be_begun_in: whether the kernels may copy the state in a slot.
     """
     if not plan.copies:  # as mostly
         return {}
@@ -28,7 +28,7 @@ def begun_copies(plan: Plan, in_rows: Callable[[int], bool]) -> dict[int, Copy]:
     for copy in reversed(plan.copies):
         is_whole = copy.end - copy.begin == copy.parts and not copy.moves
         is_begun_in = copy.target in computed - cleared - used
-        if is_whole and is_begun_in and copy.source not in written and in_rows(copy.source):
+        if is_whole and is_begun_in and copy.source not in written and can_be_begun_in(copy.source):
             begun[copy.target] = copy
         used |= {copy.source, copy.target}
         written |= {copy.source, copy.target} if copy.moves else {copy.target}  # a move exchanges memory

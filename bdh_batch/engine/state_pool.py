@@ -115,13 +115,14 @@ class StatePool:
         return len(self._transfer)
 
     def row(self, slot: int) -> int:
-        """The index in `rows` of the state in a slot that is `in_rows`."""
+        """The index in `rows` of the state in a slot on the device, or on a CPU in a transfer slot."""
         return self._row[self._index(slot)]
 
-    def in_rows(self, slot: int) -> bool:
-        """Whether the state in a slot lies in `rows`, where the kernels reach it."""
-        is_transfer = slot >= len(self.states) + self.host_slots
-        return slot < len(self.states) or (is_transfer and self._pages is not None)
+    def can_be_begun_in(self, slot: int) -> bool:
+        """Whether kernels should copy the state in a slot as they compute: it is in `rows`, and those are not a GPU's,
+        which copies as fast by itself."""
+        is_on_host = 0 <= slot - len(self.states) < self.host_slots
+        return self._pages is not None and not is_on_host
 
     def clear(self, slot: int) -> None:
         """Back to the state before any token."""
