@@ -1,5 +1,6 @@
 # docker build -t bdh-batch .                              for CPUs
 # docker build -t bdh-batch:cuda --build-arg VARIANT=cuda .     for NVIDIA GPUs (run with --gpus all)
+# docker build -t bdh-batch --build-arg EXTRAS=redis,s3 .       with extras of the package
 #
 # The default package index has torch with CUDA only, which runs on CPUs too but is large. A smaller image for CPUs takes
 # torch from PyTorch's own index of CPU builds: --build-arg TORCH_INDEX=its address.
@@ -7,6 +8,7 @@
 FROM python:3.11-slim AS builder
 ARG VARIANT=cpu
 ARG TORCH_INDEX=
+ARG EXTRAS=
 WORKDIR /src
 
 COPY constraints.txt ./
@@ -26,7 +28,8 @@ COPY pyproject.toml README.md LICENSE ./
 COPY bdh_batch bdh_batch
 COPY models/bdh-shakespeare models/bdh-shakespeare
 RUN python -m pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /dist .
-RUN python -m pip --python /opt/bdh-batch/bin/python install --no-cache-dir -c constraints.txt /dist/*.whl
+RUN python -m pip --python /opt/bdh-batch/bin/python install --no-cache-dir -c constraints.txt \
+    "$(echo /dist/*.whl)${EXTRAS:+[$EXTRAS]}"
 
 
 FROM python:3.11-slim

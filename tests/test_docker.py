@@ -86,6 +86,7 @@ class Image:
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PIP_CONFIG_FILE": os.devnull,
             "PIP_NO_INDEX": "1",
+            "EXTRAS": "encryption,redis,s3",
         }
 
     def moved(self, text: str) -> str:

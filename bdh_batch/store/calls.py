@@ -4,9 +4,11 @@ time."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -41,25 +43,33 @@ class Calls:
         self._waiting = 0
         self.circuit: Circuit | None = None
 
-    async def call(self, what: str, function: Callable[..., T], *given: object, is_probe: bool = False) -> T:
+    async def call(
+        self,
+        what: str,
+        function: Callable[..., T],
+        *given: object,
+        is_probe: bool = False,
+        unclaimed: Callable[[T], object] | None = None,
+    ) -> T:
         """Returns what a function returns.
 
         Args:
             is_probe: whether it is called although nothing else is, and its failure not counted.
+            unclaimed: is called on a thread with what the function returns, where nobody waits for that any more: the
+                caller was cancelled, or the time was over.
 
         Raises:
             StoreFailed: the function has raised that, or one of SQLAlchemy or of the system; or there are too many
                 calls, or what is asked does not respond. It is counted as `what`.
         """
-        try:
-            return await self._call(function, *given, is_probe=is_probe)
-        except StoreFailed as error:
-            if not is_probe:
-                self._failures[what] += 1
-                if not isinstance(error, Unreachable):
-                    cause = error.__cause__  # which may name a file: that is nothing for clients
-                    log.warning("the store failed (%s): %s", what, cause if isinstance(cause, OSError) else error)
-            raise
+        with contextlib.nullcontext() if is_probe else self._counted(what):
+            return await self._call(function, given, is_probe, unclaimed)
+
+    def check(self, what: str) -> None:
+        """Raises Unreachable, which is counted as `what`: a call would fail."""
+        with self._counted(what):
+            if self.circuit is not None:
+                self.circuit.check()
 
     def submit(self, function: Callable[..., object], *given: object) -> None:
         """Calls a function some time. What it raises is nobody's."""
@@ -72,14 +82,32 @@ class Calls:
         for each in done:
             each.result()
 
-    async def _call(self, function: Callable[..., T], *given: object, is_probe: bool) -> T:
+    @contextlib.contextmanager
+    def _counted(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except StoreFailed as error:
+            self._failures[what] += 1
+            if not isinstance(error, Unreachable):
+                cause = error.__cause__  # which may name a file: that is nothing for clients
+                log.warning("the store failed (%s): %s", what, cause if isinstance(cause, OSError) else error)
+            raise
+
+    async def _call(
+        self,
+        function: Callable[..., T],
+        given: tuple[object, ...],
+        is_probe: bool,
+        unclaimed: Callable[[T], object] | None,
+    ) -> T:
         if self._waiting >= MOST_WAITING:
             raise StoreFailed(f"The store is behind: {self._waiting} calls wait for it.")
         circuit = self.circuit
         if circuit is not None and not is_probe:
             circuit.check()
         self._waiting += 1
-        future = asyncio.wrap_future(self._threads.submit(self._in_thread, function, given, is_probe))
+        running = self._threads.submit(self._in_thread, function, given, is_probe)
+        future = asyncio.wrap_future(running)
         future.add_done_callback(self._done)
         try:
             async with asyncio.timeout(self._seconds) as limit:
@@ -88,7 +116,11 @@ class Calls:
         except TimeoutError as error:
             if not limit.expired():
                 raise StoreFailed(f"The store failed: {error}.") from error
+            self._leave(running, unclaimed)
             problem = f"no response within {self._seconds:g} s"
+        except asyncio.CancelledError:
+            self._leave(running, unclaimed)
+            raise
         except (SQLAlchemyError, OSError) as error:
             problem = (isinstance(error, OSError) and error.strerror) or said(error)
             if circuit is None or not isinstance(error, circuit.errors):
@@ -96,6 +128,17 @@ class Calls:
         assert circuit is not None
         circuit.open(problem)
         raise Unreachable("The store cannot be reached.")
+
+    def _leave(self, running: Future[T], unclaimed: Callable[[T], object] | None) -> None:
+        """Nobody waits any more for what a thread does."""
+        if unclaimed is None:
+            return
+
+        def clear(done: Future[T]) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self.submit(unclaimed, done.result())
+
+        running.add_done_callback(clear)
 
     def _in_thread(self, function: Callable[..., T], given: tuple[object, ...], is_probe: bool) -> T:
         if self.circuit is not None and not is_probe:

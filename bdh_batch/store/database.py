@@ -322,7 +322,7 @@ class Database:
         """Removes a file in the folder. One that stays is an orphan, removed at a start."""
         if self._folder is not None:
             with contextlib.suppress(OSError):
-                self._files.remove([id])
+                self._files.remove(id)
 
     def _clean(self, connection: Connection, folder: KeptFolder) -> None:
         """Removes files without a row, and rows without a file."""

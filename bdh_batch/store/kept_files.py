@@ -14,14 +14,18 @@ from bdh_batch.settings import without_password
 from bdh_batch.store.calls import said
 from bdh_batch.system.durable import sync_folder
 
-# What file systems are told, by their protocols: S3's how long a request may take, as others have limits of their own.
+PROBE = "probe"  # a file without content, which is there for a moment
+
+# What file systems are told, by their protocols: S3's how long a request may take, as others have limits of their own,
+# and to hold one part of a file in memory at a time. It tries again by itself, and need not do so twice over.
 OPTIONS: dict[str, Callable[[float], dict[str, Any]]] = {
     "s3": lambda seconds: {
+        "max_concurrency": 1,
         "config_kwargs": {
             "connect_timeout": math.ceil(seconds),
             "read_timeout": math.ceil(seconds),
-            "retries": {"max_attempts": 1},
-        }
+            "retries": {"max_attempts": 0},
+        },
     },
     "file": lambda seconds: {"auto_mkdir": True},
 }
@@ -76,13 +80,14 @@ class KeptObjects:
 
     Args:
         url: of a folder or prefix, as in s3://bucket/states.
-        seconds: that one request of the file system may take, where that can be said.
+        request_seconds: that one request of the file system may take, where that can be said.
+        seconds: that one of the methods may take, where the file system's calls can be cut off.
 
     Raises:
-        ConfigError: the URL is none, a package is missing, or there is no response.
+        ConfigError: the URL is none, a package is missing, there is no response, or files cannot be written there.
     """
 
-    def __init__(self, url: str, seconds: float) -> None:
+    def __init__(self, url: str, request_seconds: float, seconds: float) -> None:
         try:
             import fsspec
         except ImportError as error:
@@ -91,49 +96,54 @@ class KeptObjects:
         shown = without_password(url)
         try:
             make = OPTIONS.get(url.partition("://")[0])
-            options = {} if make is None else make(seconds)
-            self._files, self._root = fsspec.url_to_fs(url, **options)
+            options = {} if make is None else make(request_seconds)
+            self._files, self._root = fsspec.url_to_fs(url, skip_instance_cache=True, **options)
         except ImportError as error:
             raise ConfigError(f"store.states_url: {shown} needs a package ({said(error)})") from error
         except (ValueError, OSError) as error:
             raise ConfigError(f"store.states_url: {shown} is no folder of an object store ({said(error)})") from error
+        self._limit = {"timeout": seconds} if self._files.async_impl else {}
         try:
             self.ping()
         except ObjectStoreFailed as error:
             raise ConfigError(f"store.states_url: {shown} cannot be used ({said(error)})") from error
 
     def ping(self) -> None:
-        """Raises ObjectStoreFailed: it does not respond."""
+        """Raises ObjectStoreFailed: it does not respond, or a file cannot be written, removed, and found missing."""
+        path = self._path(PROBE)
+        with _failures():
+            self._files.pipe_file(path, b"", **self._limit)
+        self.remove(PROBE)
         with _failures(), contextlib.suppress(FileNotFoundError):
             self._files.invalidate_cache()
-            self._files.info(self._path("ping"))
+            self._files.info(path, **self._limit)
 
     def upload(self, ready: Path, name: str) -> None:
         with _failures():
-            self._files.put_file(str(ready), self._path(name))
+            self._files.put_file(str(ready), self._path(name), **self._limit)
         ready.unlink()
 
     def keep(self, ready: Path, name: str) -> None:
         """It is there."""
 
     def fetch(self, name: str, to: Path) -> None:
-        with _failures():
-            self._files.get_file(self._path(name), str(to))
+        with _failures(FileNotFoundError):
+            self._files.get_file(self._path(name), str(to), **self._limit)
 
     def remove(self, name: str) -> None:
         with _failures(), contextlib.suppress(FileNotFoundError):
-            self._files.rm_file(self._path(name))
+            self._files.rm_file(self._path(name), **self._limit)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
 
 @contextlib.contextmanager
-def _failures() -> Iterator[None]:
+def _failures(*but: type[Exception]) -> Iterator[None]:
     """What a file system raises is of its library's kind: that of Amazon, of an HTTP client, or of the system."""
     try:
         yield
-    except FileNotFoundError:
+    except but:
         raise
     except Exception as error:
         raise ObjectStoreFailed(f"{type(error).__name__}: {error}") from error

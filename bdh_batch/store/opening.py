@@ -79,7 +79,7 @@ def _kept(chosen: Chosen, path: Path) -> KeptFolder | KeptObjects:
     if path.stat().st_mode & stat.S_IWOTH:
         raise PermissionError(f"any user may write to {path}: chmod o-w")
     if chosen.states_url is not None:
-        return KeptObjects(chosen.states_url, chosen.timeout_seconds)
+        return KeptObjects(chosen.states_url, chosen.timeout_seconds, TRANSFER * chosen.timeout_seconds)
     folder = path / "states"
     folder.mkdir(mode=0o700, exist_ok=True)
     return KeptFolder(folder)

@@ -161,16 +161,20 @@ class Store:
             StoreFull: it is larger than the store, or its owner's part of it, may be. The file is removed.
             StoreFailed
         """
+        uploaded = False
         try:
+            if self._database.announces:
+                self._calls.kept.check("adopt")  # else each would be announced while nothing can come
             size = await self._calls.files.call("adopt", self._files.prepare, state)
             if self._database.announces:
                 await self._query("adopt", self._database.announce, state, self._clock())
                 await self._calls.kept.call("adopt", self._files.upload, state)
+                uploaded = True
             key = (record.kind, record.id, record.owner)
             return await self._query("adopt", self._database.adopt, state, size, key, self._clock())
         except StoreFailed:
-            if self._database.announces:
-                with contextlib.suppress(StoreFailed):  # then it goes when nobody expects it any more
+            if uploaded:  # one that has failed may arrive yet: it goes when nobody expects it any more
+                with contextlib.suppress(StoreFailed):  # then this one does, too
                     await self._query("remove", self._database.give_up, state)
             raise
         finally:
@@ -185,15 +189,15 @@ class Store:
         record; None where there is none any more, or it is damaged."""
         if record.state is None:
             return None
+        close = self._files.close_opened
         try:
-            path = await self._calls.kept.call("read", self._files.open, record.state)
+            path = await self._calls.kept.call("read", self._files.open, record.state, unclaimed=close)
         except SealingFailed as error:
             await self.damaged(record.state, str(error))
             return None
         if path is None:
             return None
-        remove = partial(path.unlink, missing_ok=True)
-        return StateFile(record.state, path, partial(self._calls.files.submit, remove))
+        return StateFile(record.state, path, partial(self._calls.files.submit, close, path))
 
     async def damaged(self, state: str, problem: str) -> None:
         """Removes the file of a state in which nothing can begin. Its records stay, whose tokens make it again."""
@@ -284,7 +288,8 @@ class Store:
         query = self._calls.database.call
         try:
             while ids := await query("remove", self._database.to_remove, self._clock()):
-                await self._calls.kept.call("remove", self._files.remove, ids)
+                for id in ids:  # each has its time
+                    await self._calls.kept.call("remove", self._files.remove, id)
                 await query("remove", self._database.have_removed, ids)
         except StoreFailed:  # which was counted
             await asyncio.sleep(BEATS * BEAT_SECONDS)

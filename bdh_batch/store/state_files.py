@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -82,10 +82,15 @@ class StateFiles:
         for path in {self.to_write(id), self._ready(id)}:
             path.unlink(missing_ok=True)
 
-    def remove(self, ids: Sequence[str]) -> None:
-        """Removes files that are kept. Idempotent."""
-        for id in ids:
-            self._kept.remove(self._name(id))
+    def remove(self, id: str) -> None:
+        """Removes a file that is kept. Idempotent."""
+        self._kept.remove(self._name(id))
+
+    @staticmethod
+    def close_opened(path: Path | None) -> None:
+        """Removes a file that `open` has given. Idempotent."""
+        if path is not None:
+            path.unlink(missing_ok=True)
 
     def open(self, id: str) -> Path | None:
         """A file of this process's with a state; None where it is not kept (any more)."""

@@ -117,6 +117,9 @@ async def opened_file(records: Store, record: Record) -> tuple[StateFile, Header
     except OSError as error:
         file.close()
         raise StoreFailed(f"The file of the state cannot be read ({error.strerror}).") from error
+    except BaseException:  # whoever wanted it has left
+        file.close()
+        raise
 
 
 @dataclass(frozen=True, slots=True)
