@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from bdh_batch.http.request.off_loop import Aside
 from bdh_batch.http.responses_api.stored.saving import Saving
 from bdh_batch.messages import SavedState
 from bdh_batch.store.record import Record, reading
-from bdh_batch.store.records import Store
+from bdh_batch.store.records import StateFile, Store
 
 log = logging.getLogger(__name__)
 
@@ -180,11 +180,13 @@ class Conversations:
 
         Args:
             waits: for one that is on its way, as the engine may not have it cached. It takes a while.
+
+        Where this is cancelled, a file that is being fetched is first waited for, and closed.
         """
         if waits and before.kept is None:
             before = await self._with_state(before.response["id"], owner, aside)
         try:
-            file = await self.store.state_file(before.bare(owner))
+            file = await _to_its_end(self.store.state_file(before.bare(owner)))
         except BDHError:  # which was counted; the tokens are there
             return None
         return None if file is None else (SavedState(str(file.path), before.read), file.close)
@@ -248,6 +250,22 @@ class Conversations:
         except BDHError:
             return False
         return True
+
+
+async def _to_its_end(fetching: Coroutine[Any, Any, StateFile | None]) -> StateFile | None:
+    """Returns what a fetch returns. It cannot be cut off: where this is cancelled, the fetch ends first."""
+    task = asyncio.create_task(fetching)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        task.add_done_callback(_close_file)
+        await asyncio.wait([task])
+        raise
+
+
+def _close_file(task: asyncio.Task[StateFile | None]) -> None:
+    if not task.cancelled() and task.exception() is None and (file := task.result()) is not None:
+        file.close()
 
 
 def _bytes(record: Record) -> int:
