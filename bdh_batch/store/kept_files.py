@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import math
 import os
@@ -102,7 +103,7 @@ class KeptObjects:
             raise ConfigError(f"store.states_url: {shown} needs a package ({said(error)})") from error
         except (ValueError, OSError) as error:
             raise ConfigError(f"store.states_url: {shown} is no folder of an object store ({said(error)})") from error
-        self._limit = {"timeout": seconds} if self._files.async_impl else {}
+        self._seconds = seconds
         try:
             self.ping()
         except ObjectStoreFailed as error:
@@ -110,17 +111,16 @@ class KeptObjects:
 
     def ping(self) -> None:
         """Raises ObjectStoreFailed: it does not respond, or a file cannot be written, removed, and found missing."""
-        path = self._path(PROBE)
         with _failures():
-            self._files.pipe_file(path, b"", **self._limit)
+            self._call("pipe_file", self._path(PROBE), b"")
         self.remove(PROBE)
         with _failures(), contextlib.suppress(FileNotFoundError):
             self._files.invalidate_cache()
-            self._files.info(path, **self._limit)
+            self._call("info", self._path(PROBE))
 
     def upload(self, ready: Path, name: str) -> None:
         with _failures():
-            self._files.put_file(str(ready), self._path(name), **self._limit)
+            self._call("put_file", str(ready), self._path(name))
         ready.unlink()
 
     def keep(self, ready: Path, name: str) -> None:
@@ -128,14 +128,28 @@ class KeptObjects:
 
     def fetch(self, name: str, to: Path) -> None:
         with _failures(FileNotFoundError):
-            self._files.get_file(self._path(name), str(to), **self._limit)
+            self._call("get_file", self._path(name), str(to))
 
     def remove(self, name: str) -> None:
         with _failures(), contextlib.suppress(FileNotFoundError):
-            self._files.rm_file(self._path(name), **self._limit)
+            self._call("rm_file", self._path(name))
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
+
+    def _call(self, method: str, *given: object) -> None:
+        """Calls a method of the file system, which has ended when this returns or raises: it is cut off where it takes
+        too long. Those of one without coroutines cannot be."""
+        if not self._files.async_impl:
+            getattr(self._files, method)(*given)
+            return
+        coroutine = getattr(self._files, f"_{method}")  # as fsspec names them
+
+        async def within() -> None:
+            async with asyncio.timeout(self._seconds):
+                await coroutine(*given)
+
+        asyncio.run_coroutine_threadsafe(within(), self._files.loop).result()
 
 
 @contextlib.contextmanager

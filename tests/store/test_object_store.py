@@ -170,7 +170,7 @@ async def test_a_slow_read_is_cut_off_harms_nothing_else_and_leaves_nothing(
         assert store.failures == {}
 
         with monkeypatch.context() as patch, objects.holding("bodies"):
-            patch.setattr(store._files._kept, "_limit", {"timeout": SHORT})  # the server holds it for longer
+            patch.setattr(store._files._kept, "_seconds", SHORT)  # the server holds it for longer
             with pytest.raises(Unreachable):
                 await store.state_file(of)
             assert not files(tmp_path / "work")
