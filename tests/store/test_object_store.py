@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("s3fs", reason="s3fs is not installed: pip install 'bdh-batch[s3]'")
+pytest.importorskip("moto", reason="moto is not installed: pip install 'moto[s3]'")
 
 from bdh_batch.errors import ConfigError
 from bdh_batch.settings import Store as Chosen
