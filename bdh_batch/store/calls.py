@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -106,20 +107,21 @@ class Calls:
         if circuit is not None and not is_probe:
             circuit.check()
         self._waiting += 1
-        running = self._threads.submit(self._in_thread, function, given, is_probe)
+        left = threading.Event()
+        running = self._threads.submit(self._in_thread, left, function, given, is_probe)
         future = asyncio.wrap_future(running)
         future.add_done_callback(self._done)
         try:
             async with asyncio.timeout(self._seconds) as limit:
-                result: T = await future
+                result: T = await asyncio.shield(future)  # it waits, and counts, until a thread has had it
                 return result
         except TimeoutError as error:
             if not limit.expired():
                 raise StoreFailed(f"The store failed: {error}.") from error
-            self._leave(running, unclaimed)
+            self._leave(running, left, unclaimed)
             problem = f"no response within {self._seconds:g} s"
         except asyncio.CancelledError:
-            self._leave(running, unclaimed)
+            self._leave(running, left, unclaimed)
             raise
         except (SQLAlchemyError, OSError) as error:
             problem = (isinstance(error, OSError) and error.strerror) or said(error)
@@ -129,18 +131,23 @@ class Calls:
         circuit.open(problem)
         raise Unreachable("The store cannot be reached.")
 
-    def _leave(self, running: Future[T], unclaimed: Callable[[T], object] | None) -> None:
-        """Nobody waits any more for what a thread does."""
+    def _leave(self, running: Future[T], left: threading.Event, unclaimed: Callable[[T], object] | None) -> None:
+        """Nobody waits any more for what a thread does, or is about to do."""
+        left.set()
         if unclaimed is None:
             return
 
         def clear(done: Future[T]) -> None:
-            if not done.cancelled() and done.exception() is None:
+            if done.exception() is None:
                 self.submit(unclaimed, done.result())
 
         running.add_done_callback(clear)
 
-    def _in_thread(self, function: Callable[..., T], given: tuple[object, ...], is_probe: bool) -> T:
+    def _in_thread(
+        self, left: threading.Event, function: Callable[..., T], given: tuple[object, ...], is_probe: bool
+    ) -> T:
+        if left.is_set():
+            raise StoreFailed("Nobody waits for this call of the store any more.")
         if self.circuit is not None and not is_probe:
             self.circuit.check()  # it may have been reachable when the call came
         return function(*given)
