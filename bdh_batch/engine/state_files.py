@@ -2,7 +2,10 @@
 
 A file holds one tensor, `state`, and says in its metadata which model's it is, and after which tokens. Where the model
 has latent steps, a second one, `hidden`, is the final hidden vector of the last token. They are read to and written
-from memory that the caller has; pieces pass through the caches once, for all that is done with them.
+from memory that the caller has.
+
+Whether all numbers are finite is looked at when they are written, and where a client's file comes in
+(`http/states/transfer.py`). The checksum says that they are still the same, and a conversation waits for no more.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ TENSOR, HIDDEN = "state", "hidden"
 METADATA = "__metadata__"
 FORMAT = "1"
 LARGEST_HEADER = 2**20  # bytes; who keeps a file may add to its metadata
-PIECE = 2**20  # bytes that are read or written at a time, a whole number of numbers
+PIECE = 2**20  # bytes that are written at a time, a whole number of numbers, which stay in the caches meanwhile
+READ = 2**23  # that are read at a time: between two reads, the thread may have to wait for the interpreter's lock
 LENGTH = 8  # bytes of the header's length, before it
 UNKNOWN_HASH = "0" * 32  # stands where the tensor's will, once it is known
 EXPONENT = np.uint16(0x7F80)  # of a bfloat16, which numpy does not know: where all its bits are set, it is not finite
@@ -57,11 +61,9 @@ def read_state(path: Path, layout: StateLayout, tokens: bytes, into: memoryview,
         metadata = _check(header, layout, os.fstat(file.fileno()).st_size - begin)
         _check_tokens(metadata, tokens)
         digest = xxh3_128()
-        for piece, dtype in _pieces(layout, into, hidden):
+        for piece, _ in _pieces(layout, into, hidden, READ):
             _fill(file, piece)
             digest.update(piece)
-            if not _finite(piece, dtype):
-                raise BadState("it has numbers that are not finite.")
         if digest.hexdigest() != metadata.get("xxh3_128"):
             raise BadState("it is damaged: its checksum differs.")
 
@@ -84,7 +86,7 @@ def write_state(
         with partial.open("xb", buffering=0) as file:
             _write(file, _header(layout, tokens, UNKNOWN_HASH))
             digest = xxh3_128()
-            for piece, dtype in _pieces(layout, state, hidden):
+            for piece, dtype in _pieces(layout, state, hidden, PIECE):
                 if not _finite(piece, dtype):
                     raise BadState("it has numbers that are not finite.")
                 digest.update(piece)
@@ -121,10 +123,13 @@ def _tensors(layout: StateLayout) -> dict[str, Any]:
     return {TENSOR: state} | ({HIDDEN: hidden} if layout.hidden else {})
 
 
-def _pieces(layout: StateLayout, state: memoryview, hidden: memoryview) -> Iterator[tuple[memoryview, Dtype]]:
-    """The pieces of a state and of its hidden vector, as a file has them, each with its dtype."""
-    for at in range(0, layout.size, PIECE):
-        yield state[at : at + PIECE], layout.dtype
+def _pieces(
+    layout: StateLayout, state: memoryview, hidden: memoryview, most: int
+) -> Iterator[tuple[memoryview, Dtype]]:
+    """The pieces of a state, of at most so many bytes, and of its hidden vector, as a file has them; each with its
+    dtype."""
+    for at in range(0, layout.size, most):
+        yield state[at : at + most], layout.dtype
     if layout.hidden:
         yield hidden, "F32"
 

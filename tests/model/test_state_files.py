@@ -79,7 +79,7 @@ def test_a_hidden_vector_is_a_tensor_of_its_own(tmp_path: Path) -> None:
     damaged = bytearray(path.read_bytes())
     for change, reason in (
         (at_the_end(b"\1\2\3\4"), "checksum"),
-        (at_the_end(np.float32(np.nan).tobytes()), "finite"),
+        (at_the_end(np.float32(np.nan).tobytes()), "checksum"),
         (lambda content: content.__delitem__(slice(-4, None)), "cut off"),
         (in_header(b'"hidden":{"dtype":"F32"', b'"hidden":{"dtype":"F16"'), "bytes of state and hidden"),
     ):
@@ -138,8 +138,7 @@ def in_header(old: bytes, new: bytes) -> Change:
         (lambda content: content.pop(), "cut off"),
         (lambda content: content.append(0), "too much"),
         (at_the_end(b"\1\2\3\4"), "checksum"),
-        (at_the_end(np.float32(np.nan).tobytes()), "finite"),
-        (at_the_end(np.float32(-np.inf).tobytes()), "finite"),
+        (at_the_end(np.float32(np.nan).tobytes()), "checksum"),
         (lambda content: content.__setitem__(slice(8), b"\xff" * 8), "header"),  # of 2^64 bytes
         (lambda content: content.__setitem__(slice(8), (2**30).to_bytes(8, "little")), "header"),
         (lambda content: content.__setitem__(slice(8), bytes(8)), "header"),
@@ -204,6 +203,7 @@ def test_a_state_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
 
 def test_a_state_larger_than_a_piece_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_files, "PIECE", 1000)
+    monkeypatch.setattr(state_files, "READ", 3000)
     write_state(tmp_path / "state", LAYOUT, TOKENS, memoryview(numbers(LAYOUT)))
     assert read(tmp_path / "state") == numbers(LAYOUT)
 

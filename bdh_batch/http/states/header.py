@@ -65,6 +65,12 @@ class Header:
         return DTYPES[self.tensor["dtype"]]
 
     @property
+    def parts(self) -> Sequence[tuple[int, str]]:
+        """The bytes of each tensor, as they lie one behind the other, and its dtype."""
+        tensors = [self.tensor, *([] if self.hidden is None else [self.hidden])]
+        return [(end - begin, each["dtype"]) for each in tensors for begin, end in [each["data_offsets"]]]
+
+    @property
     def fingerprint(self) -> str:
         return self.metadata["fingerprint"]
 

@@ -120,7 +120,7 @@ class States:
 
             async def pieces() -> Any:
                 yield known.of_engine(tokens)
-                async for piece in coming.tensor():
+                async for piece in coming.tensors():
                     yield piece
 
             try:

@@ -6,11 +6,12 @@ import contextlib
 import os
 from array import array
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import orjson
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -25,7 +26,8 @@ from bdh_batch.messages.state import INVALID
 from bdh_batch.store.record import Record
 from bdh_batch.system.threads import in_daemon_thread
 
-PIECE = 2**18  # bytes that are read or written at a time
+PIECE = 2**18  # bytes that are read or written at a time, a whole number of numbers
+EXPONENT = np.uint16(0x7F80)  # of a bfloat16: where all its bits are set, it is not finite
 MOST_UPLOADS = 8  # at a time, of which one caller may have half
 RETRY_SECONDS = 2
 THREAD = "bdh-state-files"
@@ -65,7 +67,7 @@ class Upload:
         self._length = request.headers.get("content-length")
         self._most = most
         self._waiting = bytearray()
-        self._size = 0
+        self._parts: Sequence[tuple[int, str]] = ()
 
     async def header(self) -> bytes:
         """The text of its header. Raises InvalidRequest, BodyTooLarge: there is none, or none of a state."""
@@ -85,20 +87,23 @@ class Upload:
             raise too_large(self._most)
         if self._length is not None and int(self._length) != whole:
             raise _cut(f"it has {self._length} bytes, and by its header {whole}")
-        self._size = found.size
+        self._parts = found.parts
 
-    async def tensor(self) -> AsyncIterator[bytes]:
-        """The tensor, in pieces. Raises InvalidRequest: it is cut off, or there is more."""
-        left = self._size
-        while left:
-            await self._fill(min(left, PIECE))
-            piece = bytes(self._waiting[: min(left, PIECE)])
-            del self._waiting[: len(piece)]
-            self._release(len(piece))
-            left -= len(piece)
-            yield piece
+    async def tensors(self) -> AsyncIterator[bytes]:
+        """The tensors, in pieces. Raises InvalidRequest: they are cut off, there is more, or a number is not finite."""
+        for left, dtype in self._parts:
+            while left:
+                await self._fill(min(left, PIECE))
+                piece = bytes(self._waiting[: min(left, PIECE)])
+                del self._waiting[: len(piece)]
+                self._release(len(piece))
+                left -= len(piece)
+                if not _is_finite(piece, dtype):
+                    text = "The state cannot be used: it has numbers that are not finite."
+                    raise InvalidRequest(text, header.FILE, INVALID)
+                yield piece
         if self._waiting or await self._more():
-            raise _cut(f"there is more behind its {self._size} bytes")
+            raise _cut(f"there is more behind its {sum(size for size, _ in self._parts)} bytes")
 
     async def _fill(self, size: int) -> None:
         while len(self._waiting) < size:
@@ -112,6 +117,12 @@ class Upload:
                 self._waiting += piece
                 return True
         return False
+
+
+def _is_finite(piece: bytes, dtype: str) -> bool:
+    if dtype == "F32":
+        return bool(np.isfinite(np.frombuffer(piece, np.float32)).all())
+    return not np.any((np.frombuffer(piece, np.uint16) & EXPONENT) == EXPONENT)
 
 
 def head_of(record: Record, found: Header) -> bytes:
