@@ -15,6 +15,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -22,15 +23,17 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from xxhash import xxh3_128  # finds damage as a cryptographic hash does, and sooner
 
+from bdh_batch.engine.filling import CutOff, fill, filled
 from bdh_batch.messages import StateLayout
 from bdh_batch.system.durable import sync_folder
+from bdh_batch.system.threads import Executor
 
 TENSOR, HIDDEN = "state", "hidden"
 METADATA = "__metadata__"
 FORMAT = "1"
 LARGEST_HEADER = 2**20  # bytes; who keeps a file may add to its metadata
 PIECE = 2**20  # bytes that are written at a time, a whole number of numbers, which stay in the caches meanwhile
-READ = 2**23  # that are read at a time: between two reads, the thread may have to wait for the interpreter's lock
+READ = 2**21  # that are read at a time: between two reads, a thread may have to wait for the interpreter's lock
 LENGTH = 8  # bytes of the header's length, before it
 UNKNOWN_HASH = "0" * 32  # stands where the tensor's will, once it is known
 EXPONENT = np.uint16(0x7F80)  # of a bfloat16, which numpy does not know: where all its bits are set, it is not finite
@@ -44,26 +47,36 @@ class BadState(Exception):
     """A file holds no state that can be used here. Raised while it is read; `str` is the reason, for the client."""
 
 
-def read_state(path: Path, layout: StateLayout, tokens: bytes, into: memoryview, hidden: memoryview = NOTHING) -> None:
+def read_state(
+    path: Path,
+    layout: StateLayout,
+    tokens: bytes,
+    into: memoryview,
+    hidden: memoryview = NOTHING,
+    helper: Executor | None = None,
+) -> None:
     """Reads the state after some tokens.
 
     Args:
         tokens: all that have entered it, as 32-bit integers.
         into: as many bytes as a state of the layout; what it holds after an error is no state.
         hidden: as many as its hidden vector.
+        helper: has a thread that reads beside this one, if it is free.
 
     Raises:
         BadState: it is damaged, is not of this layout, or is the state after other tokens.
         OSError: there is no such file, or it cannot be read.
     """
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb", buffering=0) as opened, _cut_off_is_bad():
+        file = opened.fileno()
         header, begin = _read_header(file)
-        metadata = _check(header, layout, os.fstat(file.fileno()).st_size - begin)
+        metadata = _check(header, layout, os.fstat(file).st_size - begin)
         _check_tokens(metadata, tokens)
         digest = xxh3_128()
-        for piece, _ in _pieces(layout, into, hidden, READ):
-            _fill(file, piece)
-            digest.update(piece)
+        pieces = [piece for piece, _ in _pieces(layout, into, hidden, READ)]
+        with closing(filled(file, pieces, begin, helper)) as read:
+            for piece in read:
+                digest.update(piece)
         if digest.hexdigest() != metadata.get("xxh3_128"):
             raise BadState("it is damaged: its checksum differs.")
 
@@ -134,15 +147,15 @@ def _pieces(
         yield hidden, "F32"
 
 
-def _read_header(file: BinaryIO) -> tuple[Header, int]:
+def _read_header(file: int) -> tuple[Header, int]:
     """Returns the header, and where the tensor begins."""
     length = bytearray(LENGTH)
-    _fill(file, memoryview(length))
+    fill(file, memoryview(length), 0)
     size = int.from_bytes(length, "little")
     if size > LARGEST_HEADER:
         raise BadState(f"its header would have {size:,} bytes, and may have {LARGEST_HEADER:,}.")
     text = bytearray(size)
-    _fill(file, memoryview(text))
+    fill(file, memoryview(text), LENGTH)
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
@@ -177,13 +190,12 @@ def _finite(piece: memoryview, dtype: Dtype) -> bool:
     return not np.any((np.frombuffer(piece, np.uint16) & EXPONENT) == EXPONENT)
 
 
-def _fill(file: BinaryIO, piece: memoryview) -> None:
-    at = 0
-    while at < len(piece):
-        count = file.readinto(piece[at:])  # type: ignore[attr-defined]
-        if not count:
-            raise BadState("it is cut off.")
-        at += count
+@contextlib.contextmanager
+def _cut_off_is_bad() -> Iterator[None]:
+    try:
+        yield
+    except CutOff as error:
+        raise BadState("it is cut off.") from error
 
 
 def _write(file: BinaryIO, piece: bytes | memoryview) -> None:

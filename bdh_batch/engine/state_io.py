@@ -16,7 +16,7 @@ from bdh_batch.system.threads import DaemonThreads
 
 log = logging.getLogger(__name__)
 
-THREADS = 2  # a state that is read need not wait for one that is written
+THREADS = 2  # a state that is read need not wait for one that is written; where none is, both read it
 
 
 class StateIO:
@@ -55,7 +55,7 @@ class StateIO:
         error: str | None = "it could not be read."
         try:
             copies_made()
-            read_state(Path(load.state.path), self.layout, load.tokens, *self._memory(load.slot))
+            read_state(Path(load.state.path), self.layout, load.tokens, *self._memory(load.slot), self._threads)
             error = None
         except BadState as bad:
             error = str(bad)

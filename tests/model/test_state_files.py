@@ -11,15 +11,18 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from bdh_batch.engine import state_files
+from bdh_batch.engine.filling import CutOff, filled
 from bdh_batch.engine.state_files import BadState, read_state, write_state
 from bdh_batch.messages import StateLayout
 from bdh_batch.scheduler.prefixes import pack
+from bdh_batch.system.threads import DaemonThreads
 
 TOKENS = pack([1, 2, 3, 70000])
 LAYOUT = StateLayout("model", "F32", (3, 2, 40, 16), 0)
@@ -203,9 +206,28 @@ def test_a_state_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
 
 def test_a_state_larger_than_a_piece_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(state_files, "PIECE", 1000)
-    monkeypatch.setattr(state_files, "READ", 3000)
+    monkeypatch.setattr(state_files, "READ", 100)
     write_state(tmp_path / "state", LAYOUT, TOKENS, memoryview(numbers(LAYOUT)))
     assert read(tmp_path / "state") == numbers(LAYOUT)
+    threads, go_on = DaemonThreads(1, "helper"), Event()
+    for busy in (False, True):
+        if busy:
+            threads.submit(go_on.wait)
+        into = bytearray(LAYOUT.size)
+        read_state(tmp_path / "state", LAYOUT, TOKENS, memoryview(into), helper=threads)
+        assert into == numbers(LAYOUT)
+    go_on.set()
+
+
+@pytest.mark.parametrize("helped", [True, False])
+def test_a_file_that_is_cut_off_while_it_is_read_is_read_no_further(tmp_path: Path, helped: bool) -> None:
+    (tmp_path / "state").write_bytes(bytes(range(100)))
+    memory, threads = memoryview(bytearray(160)), DaemonThreads(1, "helper") if helped else None
+    pieces = [memory[at : at + 40] for at in range(0, 160, 40)]
+    read: list[bytes] = []
+    with (tmp_path / "state").open("rb") as file, pytest.raises(CutOff):
+        read.extend(map(bytes, filled(file.fileno(), pieces, 5, threads)))
+    assert read == [bytes(range(5, 45)), bytes(range(45, 85))]
 
 
 KILLED = """
