@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future
 
 from bdh_batch.system.threads import Executor
@@ -32,7 +32,9 @@ class Piece:
             self.filled.set_result(None)
 
 
-def filled(file: int, pieces: Sequence[memoryview], offset: int, helper: Executor | None) -> Iterator[memoryview]:
+def filled(
+    file: int, pieces: Sequence[memoryview], offset: int, helper: Executor | None
+) -> Generator[memoryview, None, None]:
     """Yields pieces in their order, each once it is filled from an open file, in which they lie on end.
 
     Args:
