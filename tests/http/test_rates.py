@@ -1,9 +1,12 @@
-"""Requests and tokens per minute, in memory and in Redis, which is fakeredis here: it speaks the protocol over TCP, and
-runs our Lua scripts, but it is not the real thing."""
+"""Requests and tokens per minute, in memory and in Redis: a real one where it is installed, and fakeredis, which speaks
+the protocol over TCP and can be made to do what a real one does not."""
 
 from __future__ import annotations
 
+import contextlib
+import shutil
 import socket
+import subprocess
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -26,6 +29,7 @@ from bdh_batch.http.request.client import Client
 from bdh_batch.messages import Delta, FinishReason, GenerationRequest, Origin, Prompt, SamplingParams
 from bdh_batch.observability.metrics import Metrics
 from bdh_batch.settings import RateLimiting
+from tests.conftest import eventually, free_port
 
 ANN = Caller("ann")
 BOB = Caller("bob")
@@ -54,9 +58,28 @@ def redis_url() -> Iterator[str]:
         yield url.replace(":secret-word@", "")
 
 
-@pytest.fixture(params=["memory", "redis"])
+@pytest.fixture(scope="module")
+def real_redis_url() -> Iterator[str]:
+    program = shutil.which("redis-server")
+    if program is None:
+        pytest.skip("Redis is not installed: apt-get install redis-server")
+    port = free_port()
+    options = ("--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--daemonize", "no")
+    with subprocess.Popen([program, *options], stdout=subprocess.DEVNULL) as server:
+        eventually(lambda: answers(port))
+        yield f"redis://127.0.0.1:{port}/0"
+        server.terminate()
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
+@pytest.fixture(params=["memory", "redis_url", "real_redis_url"])
 def storage(request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture) -> Iterator[str]:
-    yield "memory" if request.param == "memory" else str(request.getfixturevalue("redis_url"))
+    yield "memory" if request.param == "memory" else str(request.getfixturevalue(request.param))
     assert not caplog.records, "it is Redis that has counted"
 
 
