@@ -9,14 +9,17 @@ from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bdh_batch.engine.begun_copies import begun_copies
 from bdh_batch.engine.hidden_vectors import HiddenVectors, latent_segments
+from bdh_batch.engine.layout import Layout, Layouts, drawn_apart, layout_of
 from bdh_batch.engine.neurons import NeuronView, watched
 from bdh_batch.engine.sampling.choosing import Chooser
 from bdh_batch.engine.sampling.draw import drawn_tokens, numbers
+from bdh_batch.engine.sampling.host_sampler import Packed
 from bdh_batch.engine.sampling.logprobs import ROWS, index_of, rows_of, token_logprobs
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.errors import OutOfMemory
@@ -65,6 +68,7 @@ class Runner:
         self._device = pool.states.device
         heads, neurons = pool.states.shape[-3:-1]
         self._chooser = Chooser(self._device)
+        self._layouts = Layouts(pool, self._chooser)
         # Those of a model with latent steps know them by what is added to their vectors.
         knows_latent = pool.vectors is None or latent_embed is not None
         self._decoder = kernels if isinstance(kernels, DecodeKernels) and knows_latent else None
@@ -103,17 +107,25 @@ class Runner:
         if active is None and not (watching or begun) and (decoder := self._decoder_for(plan.segments)) is not None:
             return self._decode(decoder, plan.segments)
         fired = self._view.memory(len(watching)) if watching else None
-        hidden = self.forward(plan.segments, active, watching, fired, begun)
+        layout = self._layouts.of(plan)
+        hidden = self.forward(plan.segments, active, watching, fired, begun, layout)
+        if layout.packed is not None:
+            return Outcome(self._draw_again(plan.segments, layout.packed, hidden), active=shares_of(active))
         target_logprobs = self._target_logprobs(plan.segments, hidden)
         drawn, logprobs = self._draw(plan.segments, hidden)
-        shares = [] if active is None else active.tolist()
         neurons = {} if fired is None else self._view.shown(plan.segments, fired)
-        return Outcome(drawn, logprobs, target_logprobs, sums(hidden, plan.segments), shares, neurons)
+        return Outcome(drawn, logprobs, target_logprobs, sums(hidden, plan.segments), shares_of(active), neurons)
 
     def _wanted_activity(self) -> Tensor | None:
         """Where the kernels put the share of neurons that fire in each layer, in one step of many."""
         self._steps += 1
         return torch.empty(self._layers, device=self._device) if self._steps % LOOK_EVERY == FIRST_LOOK else None
+
+    def _draw_again(self, segments: Sequence[Segment], packed: Packed, hidden: Tensor) -> list[int | None]:
+        """Draws the next token of each of the segments by sampling parameters that were packed; `hidden` is [S, D]."""
+        positions = np.array([segment.start for segment in segments], np.int64)
+        positions += 1
+        return self._chooser.draw_packed(self._kernels.logits(hidden), packed, positions)
 
     def _decoder_for(self, segments: Sequence[Segment]) -> DecodeKernels | None:
         """The kernels, where they compute such a step in one go: one token of each sequence, as in decoding."""
@@ -206,6 +218,7 @@ class Runner:
         watching: Sequence[int] = (),
         fired: Tensor | None = None,
         begun: Mapping[int, Copy] = MappingProxyType({}),
+        layout: Layout | None = None,
     ) -> Tensor:
         """Adds the segments' tokens to their states, and returns the final hidden vectors of all tokens.
 
@@ -213,26 +226,27 @@ class Runner:
             active: [layers] float32, or None; gets the share of neurons that fired in each layer.
             watching: indices of tokens, rising, whose activations `fired` [layers, W, h, N] gets.
             begun: copies that the segments in their targets begin with, by those.
+            layout: of the segments, where it is known.
 
         Returns:
             [T, D], in the order of the segments' tokens.
         """
-        bounds = [0, *accumulate([len(segment.tokens) for segment in segments])]
-        if bounds[-1] == len(segments):  # each is a token that decodes
+        layout = layout or layout_of(segments, self._pool)
+        if layout.bounds[-1] == len(segments):  # each is a token that decodes
             tokens = [segment.tokens[0] for segment in segments]
             positions = [segment.start for segment in segments]
         else:
             tokens = [token for segment in segments for token in segment.tokens]
             positions = [p for segment in segments for p in range(segment.start, segment.start + len(segment.tokens))]
         vectors, frozen = self._begin(segments, tokens, positions)
-        slots = [segment.slot for segment in segments]
-        sources = [begun[slot].source if slot in begun else slot for slot in slots] if begun else []
+        slots = [segment.slot for segment in segments] if begun else []
+        sources = [begun[slot].source if slot in begun else slot for slot in slots]
         batch = RaggedBatch(
             tokens=index_of(tokens, self._device),
             positions=index_of(positions, self._device),
-            bounds=bounds,
-            slots=[self._pool.row(slot) for slot in slots],
-            draws=[segment.sampling is not None for segment in segments],
+            bounds=layout.bounds,
+            slots=layout.rows,
+            draws=layout.draws,
             vectors=vectors,
             frozen=frozen,
             sources=[self._pool.row(source) for source in sources],
@@ -286,11 +300,9 @@ class Runner:
             self.run(Plan([Segment(0, chunk + 1, [LATENT], sampling, processors)]))
 
 
-def drawn_apart(segment: Segment) -> bool:
-    """Whether drawing its token takes more than sampling parameters that are numbers."""
-    if segment.sampling is None:
-        return False
-    return segment.processors is not None or segment.constraint is not None or segment.sampling.logprobs is not None
+def shares_of(active: Tensor | None) -> list[float]:
+    """The share of neurons that fired, by layer; none where that was not measured."""
+    return [] if active is None else active.tolist()
 
 
 def sums(hidden: Tensor, segments: Sequence[Segment]) -> dict[int, list[float]]:

@@ -103,7 +103,7 @@ class CpuKernels:
         else:
             products = self._scratch.products[0]
             cpu_step.project(0, panels, rows, row_scales, len(hidden), self._shape, self._head, products, logits)
-        return out[:, : self._vocabulary]
+        return out if out.shape[1] == self._vocabulary else out[:, : self._vocabulary]
 
 
 class StepThreads:

@@ -34,6 +34,7 @@ PANELS = 4  # that are gated before their decoder rows are added, all in the fir
 FLOAT32, FLOAT16, BFLOAT16, INTEGERS = 0, 1, 2, 3  # what the inputs of products are rounded to
 ROUNDING = {torch.float32: FLOAT32, torch.float16: FLOAT16, torch.bfloat16: BFLOAT16, torch.int8: INTEGERS}
 DTYPES = {rounding: dtype for dtype, rounding in ROUNDING.items()}
+NO_SCALES = np.empty(0, np.float32)
 LARGEST_SUM, LARGEST_INPUT, LARGEST_WEIGHT = 2**31 - 1, 2**15 - 1, 2**7  # of integers
 
 
@@ -215,10 +216,14 @@ def head_scales(weights: Weights) -> Floats:
 def rows_of(hidden: Tensor, shape: Shape) -> tuple[Terms, Floats]:
     """Hidden vectors [T, D] as products take them, [T + ROWS, input_pitch], and what they are multiples of, [T], where
     they are integers."""
+    if shape.rounding == FLOAT32:  # by numpy, whose operators begin sooner than torch's
+        plain = np.zeros((len(hidden) + ROWS, shape.input_pitch), np.float32)
+        plain[: len(hidden), : shape.width] = hidden.numpy()
+        return plain.reshape(-1), NO_SCALES
     rows = padded(shape, input_dtype(shape), len(hidden) + ROWS)
     if shape.rounding != INTEGERS:
         rows[: len(hidden), : shape.width] = hidden.to(DTYPES[shape.rounding])
-        return as_terms(rows), np.empty(0, np.float32)
+        return as_terms(rows), NO_SCALES
     largest = hidden.abs().amax(dim=1, keepdim=True)  # NaN where one is
     multiples = (hidden * (shape.largest_input / largest)).nan_to_num(0.0, 0.0, 0.0)
     rows[: len(hidden), : shape.width] = multiples.round()

@@ -245,14 +245,15 @@ def copy_states(context: Any, array: Any, source: Any, target: Any, count: Any) 
 
 @intrinsic
 def prefetch_states(context: Any, array: Any, index: Any) -> Any:
-    """Asks for the cache lines of 32 elements, which need not exist, into the second cache.
+    """Asks for the cache lines of 32 elements, which need not exist, as what will not be needed again soon.
 
-    More lines can be under way to that one than to the first.
+    A step of many sequences goes over more than the last cache holds. What was there stays: weights, and all that the
+    step needs beside its kernels.
     """
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         function = declare(builder, "llvm.prefetch.p0", ir.VoidType(), [BYTES, INT, INT, INT])
-        flags = [ir.Constant(INT, flag) for flag in (0, 2, 1)]
+        flags = [ir.Constant(INT, flag) for flag in (0, 0, 1)]
         pointer = address(context, builder, signature.args[0], args[0], args[1], ir.IntType(8))
         builder.call(function, [pointer, *flags])
         if signature.args[0].dtype == types.float32:

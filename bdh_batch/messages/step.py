@@ -59,13 +59,15 @@ class Plan(NamedTuple):
     Slots are numbered through: those on the device first, then those in the host's memory, then those for states on
     their way from and to files. The memory of the slots in
     `releases` goes back to the system; they hold no state that anyone needs. `watches` says whether a segment has
-    `watch`.
+    `watch`. Plans with the same `steady`, if that is not 0, have the same segments, of one token each: only that and
+    where it starts differ.
     """
 
     segments: Sequence[Segment]
     copies: Sequence[Copy] = ()
     releases: Sequence[int] = ()
     watches: bool = False
+    steady: int = 0
 
     @property
     def tokens(self) -> int:

@@ -59,14 +59,16 @@ class BatchBuilder:
         where it would be empty. Of so many that are `watching` the neurons are shown. `first` is the first priority."""
         copies, saves = allocator.copies.take()
         filling = self._fill(running, prompts, watching, first, allocator.copies.busy)
-        sequences, segments = filling.streams, self._steady.segments(filling.streams, keep=not watching)
+        sequences = filling.streams
+        segments, steady = self._steady.segments(sequences, keep=not watching)
         if filling.prompts:
+            steady = 0
             sequences = [*sequences, *filling.prompts]
             segments = [*segments, *(prompt.segment(tokens) for prompt, tokens in filling.prompts.items())]
         if not (segments or copies or allocator.released):
             return None
         watches = watching > 0 and any(segment.watch for segment in segments)
-        plan = Plan(segments, copies, allocator.released, watches)
+        plan = Plan(segments, copies, allocator.released, watches, steady)
         return Step(plan, sequences, len(filling.streams), filling.prompt_tokens, allocator.now, saves)
 
     def forget(self) -> None:

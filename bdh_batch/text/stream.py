@@ -34,7 +34,7 @@ class TextStream:
         self._coming = ""  # what comes after that, while it may be a prefix of the text that has no stop strings
         self._stale = 0  # characters of that which came too early to complete a stop string
         self._decoder = decoder
-        self._stop = stop
+        self._stop = stop or NO_STOPS  # compared by identity, as is done for every token
         self._state = START  # of the stop strings, after the text that is held
         self._include_stop = include_stop
         self._early = min_tokens  # tokens that come before one can complete a stop string
@@ -42,7 +42,7 @@ class TextStream:
     def push(self, token: int) -> str:
         """Returns the text that a token makes certain. Without stop strings, that is what it decodes to."""
         text = self._decoder.push(token)
-        if self._stop:
+        if self._stop is not NO_STOPS:
             text = self.add(text)
             self._early -= 1
         return text
@@ -69,7 +69,7 @@ class TextStream:
 
     def add(self, text: str) -> str:
         """The text that more of it makes certain, where it comes without tokens."""
-        if not self._stop:
+        if self._stop is NO_STOPS:
             return text
         text = self._coming + text
         if self._early > 0:

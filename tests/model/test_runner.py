@@ -94,3 +94,20 @@ def test_a_want_of_main_memory_is_told_from_other_faults(
     monkeypatch.setattr(TorchKernels, "forward", fail)
     with pytest.raises(seen):
         runner.run(Plan([Segment(0, 0, [1], GREEDY)]))
+
+
+def test_steps_of_the_same_segments_give_what_others_give(runner: Runner) -> None:
+    """Tokens are drawn by parameters of the first such step; what else a segment asks for is looked at in each step."""
+    other = Runner(runner._kernels, StatePool(load_model(TINY, torch.float32, CPU).config, 2, CPU, host_slots=2))
+    hot, few = SamplingParams(temperature=1.5, seed=3), SamplingParams(temperature=2.0, seed=4, top_k=5, top_p=0.9)
+    kinds = [(hot, few), (few, hot), (hot, SamplingParams(seed=5, logprobs=2)), (GREEDY, GREEDY)]
+    for number, params in enumerate(kinds, start=1):
+        for start, steady in enumerate((0, number, number, number, 0, number)):
+            copies = [Copy(0, 2), Copy(2, 1)] if start == 4 else []
+            segments = [Segment(slot, start, [start + slot], each) for slot, each in enumerate(params)]
+            found, wanted = runner.run(Plan(segments, copies, steady=steady)), other.run(Plan(segments, copies))
+            assert found.drawn == wanted.drawn
+            assert None not in found.drawn
+            assert [(row, each[:2], [*each.top]) for row, each in found.logprobs.items()] == [
+                (row, each[:2], [*each.top]) for row, each in wanted.logprobs.items()
+            ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 from bdh_batch.engine.completion import Completion
@@ -36,6 +37,7 @@ class FakeRunner:
         self.copies = 0
         self._begun: dict[tuple[int, int], tuple[int, list[int]]] = {}
         self.computed = 0  # tokens
+        self._steady: dict[int, list[Segment]] = {}  # of the last steady plan, without tokens
 
     def run(self, plan: Plan) -> Outcome:
         if self.fail_next:
@@ -46,6 +48,11 @@ class FakeRunner:
         for slot in plan.releases:
             self.slots.pop(slot, None)
         self.computed += plan.tokens
+        if plan.steady:
+            same = [replace(segment, start=0, tokens=()) for segment in plan.segments]
+            assert plan.tokens == len(same)
+            assert self._steady.get(plan.steady, same) == same, "what is steady stays the same"
+            self._steady = {plan.steady: same}
         assert len({segment.slot for segment in plan.segments}) == len(plan.segments)
         pooled = {
             at: [float(sum(segment.tokens)), float(len(segment.tokens))]

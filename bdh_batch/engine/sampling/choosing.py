@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from bdh_batch.engine.sampling.draw import sample
-from bdh_batch.engine.sampling.host_sampler import HostSampler
+from bdh_batch.engine.sampling.host_sampler import HostSampler, Packed, pack
 from bdh_batch.engine.sampling.logits_processors import RowProcessors, process_logits
 from bdh_batch.engine.sampling.logprobs import rows_of, token_logprobs
+from bdh_batch.engine.sampling.passes import Longs
 from bdh_batch.messages import SamplingParams, TokenLogprob
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,8 @@ class Chooser:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._sample = HostSampler() if device.type == "cpu" else sample
+        self._host = HostSampler() if device.type == "cpu" else None
+        self._sample = self._host or sample
 
     def choose(
         self,
@@ -58,6 +60,15 @@ class Chooser:
         tops = [params[row].logprobs or 0 for row in wanted]
         logprobs = token_logprobs(raw, [tokens[row] or 0 for row in wanted], tops)
         return tokens, dict(zip(wanted, logprobs))
+
+    def pack(self, params: Sequence[SamplingParams]) -> Packed | None:
+        """The parameters of rows that `draw_packed` can draw by, again and again; None on a device."""
+        return None if self._host is None else pack(params)
+
+    def draw_packed(self, logits: Tensor, packed: Packed, positions: Longs) -> list[int | None]:
+        """As `draw`, of rows in main memory without masks, by what `pack` gave; `positions` are [rows]."""
+        assert self._host is not None, "on a device nothing is packed"
+        return self._host.draw(logits, packed, positions)
 
     def draw(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,13 @@ from bdh_batch.engine.sampling.parameters import packed
 from bdh_batch.messages import SamplingParams
 
 ELEMENTS = 2**18  # numbers of the rows that are drawn at a time, at least one: a megabyte, and the buffers stay small
+
+
+class Packed(NamedTuple):
+    """The numbers of rows' parameters, as `passes` reads them."""
+
+    numbers: passes.Floats  # [rows, passes.NUMBERS]
+    words: passes.Longs  # the same as [rows, passes.WORDS]
 
 
 class HostSampler:
@@ -32,28 +40,31 @@ class HostSampler:
         masks: Sequence[bytes | None] = (),
     ) -> list[int | None]:
         """Draws as `draw.sample` does; `logits` [rows, V] float32 lie in main memory."""
+        return self.draw(logits, pack(params), np.array(positions, np.int64), masks)
+
+    def draw(
+        self, logits: Tensor, by: Packed, positions: passes.Longs, masks: Sequence[bytes | None] = ()
+    ) -> list[int | None]:
+        """Draws by parameters that `pack` has packed; `positions` are [rows]."""
         rows, vocabulary = logits.shape
         most = max(1, ELEMENTS // vocabulary)
         self._allocate(min(rows, most), vocabulary)
         if rows <= most:
-            return self._sample(logits, params, positions, masks)
+            return self._sample(logits, by, positions, masks)
         tokens: list[int | None] = []
         for begin in range(0, rows, most):
             part = slice(begin, begin + most)
-            tokens += self._sample(logits[part], params[part], positions[part], masks[part])
+            numbers = by.numbers[begin * passes.NUMBERS : (begin + most) * passes.NUMBERS]
+            words = by.words[begin * passes.WORDS : (begin + most) * passes.WORDS]
+            tokens += self._sample(logits[part], Packed(numbers, words), positions[part], masks[part])
         return tokens
 
     def _sample(
-        self,
-        logits: Tensor,
-        params: Sequence[SamplingParams],
-        positions: Sequence[int],
-        masks: Sequence[bytes | None],
+        self, logits: Tensor, by: Packed, positions: passes.Longs, masks: Sequence[bytes | None]
     ) -> list[int | None]:
         rows, vocabulary = logits.shape
         flat, pitch = _flat(logits)
-        records = packed(params)
-        numbers, words = np.frombuffer(records, np.float32), np.frombuffer(records, np.int64)
+        numbers, words = by
         tokens, hot = self._tokens[:rows], self._hot
         packed_masks, mask_of, mask_size = self._masks(masks, vocabulary)
         count, filtered = passes.scale(
@@ -64,33 +75,34 @@ class HostSampler:
             if filtered:
                 self._filter(numbers, words, count, filtered)
             self._softmax(self._scaled_rows, count)
-            at = np.array(positions, np.int64)
-            passes.draw(self._probabilities, vocabulary, words, at, hot, count, tokens, self._sums)
+            passes.draw(self._probabilities, vocabulary, words, positions, hot, count, tokens, self._sums)
         return [None if token < 0 else token for token in tokens.tolist()]
 
     def _filter(self, numbers: passes.Floats, words: passes.Longs, count: int, filtered: int) -> None:
         """Keeps the likeliest tokens of the `filtered` ones of the `count` scaled rows."""
         passes.order(
-            self._scaled, self._scaled_bits, self._vocabulary, words, self._hot, count, self._filtered, self._ordered,
-            self._ranking, self._spare, self._counts,
+            self._scaled, self._scaled_bits, self._vocabulary, words, self._hot, count, self._filtered, self._sizes,
+            self._ordered, self._ranking, self._keys, self._spare, self._counts,
         )  # fmt: skip
         self._softmax(self._ordered_rows, filtered)
         passes.keep_likeliest(
-            self._scaled, self._vocabulary, numbers, self._hot, self._filtered, filtered, self._ordered, self._ranking,
-            self._probabilities,
+            self._scaled, self._vocabulary, numbers, self._hot, self._filtered, self._sizes, filtered, self._ordered,
+            self._ranking, self._probabilities,
         )  # fmt: skip
 
     def _softmax(self, rows: Tensor, count: int) -> None:
         """Puts the softmax of the first `count` of `rows` into the buffer for probabilities."""
-        torch.softmax(rows[:count], dim=-1, out=self._probability_rows[:count])
+        into = self._probability_rows
+        if count < len(rows):
+            rows, into = rows[:count], into[:count]
+        torch.softmax(rows, dim=-1, out=into)
 
     def _masks(self, masks: Sequence[bytes | None], vocabulary: int) -> tuple[passes.Bytes, passes.Integers, int]:
         """The masks that there are, one behind the other; which of them each row has, or −1; and their size."""
-        mask_of = self._mask_of
         present = [row for row, mask in enumerate(masks) if mask is not None]
-        mask_of.fill(-1)
         if not present:
-            return NO_MASKS, mask_of, 0
+            return NO_MASKS, self._no_mask_of, 0
+        mask_of = np.full_like(self._no_mask_of, -1)
         mask_of[present] = np.arange(len(present))
         size = -(-vocabulary // 8)
         joined = bytearray().join([(masks[row] or b"")[:size].ljust(size, b"\0") for row in present])
@@ -110,19 +122,26 @@ class HostSampler:
         self._ordered = self._ordered_rows.view(-1).numpy()
         self._probabilities = self._probability_rows.view(-1).numpy()
         self._ranking = np.empty(rows * vocabulary, np.int32)
-        self._spare = np.empty(vocabulary, np.int32)
+        self._keys, self._spare = np.empty(vocabulary, np.int32), np.empty(vocabulary, np.int32)
         self._sums = np.empty(vocabulary, np.float64)
         self._counts = np.empty(passes.BYTES * passes.DIGITS, np.int64)
-        self._tokens, self._hot, self._filtered = (np.empty(rows, np.int64) for _ in range(3))
-        self._mask_of = np.empty(rows, np.int32)
+        self._tokens, self._hot, self._filtered, self._sizes = (np.empty(rows, np.int64) for _ in range(4))
+        self._no_mask_of = np.full(rows, -1, np.int32)
 
 
 NO_MASKS = np.zeros(1, np.uint8)
 
 
+def pack(params: Sequence[SamplingParams]) -> Packed:
+    records = packed(params)
+    return Packed(np.frombuffer(records, np.float32), np.frombuffer(records, np.int64))
+
+
 def _flat(logits: Tensor) -> tuple[passes.Floats, int]:
     """The numbers of the rows of `logits`, and how far one row begins behind another."""
     rows, vocabulary = logits.shape
+    if logits.is_contiguous():  # as mostly
+        return logits.numpy().reshape(-1), vocabulary
     if logits.stride(1) != 1:
         logits = logits.contiguous()
     pitch = logits.stride(0) if rows > 1 else vocabulary

@@ -73,7 +73,8 @@ def rows_of(matrix: Tensor, rows: Sequence[int]) -> Tensor:
 
 def index_of(numbers: Sequence[int], device: torch.device) -> Tensor:
     """[n] int64 on `device`; of a list of numbers, numpy makes it several times as fast as torch."""
-    return torch.from_numpy(np.array(numbers, np.int64)).to(device)
+    found = torch.from_numpy(np.array(numbers, np.int64))
+    return found if device.type == "cpu" else found.to(device)
 
 
 def _likeliest(logprobs: Tensor, count: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:

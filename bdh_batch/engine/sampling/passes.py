@@ -23,6 +23,7 @@ REFUSED = np.finfo(np.float32).min  # the logit of a token that a mask refuses
 INFINITE = 0x7F800000  # the bits of float32's infinity
 DIGITS = 256  # of the sort's passes: bytes
 BYTES = 4
+FEW = 128  # tokens, up to which counting who comes before each takes less than a radix sort
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Integers = np.ndarray[Any, np.dtype[np.int32]]
@@ -83,14 +84,7 @@ def _largest(logits: Floats, bits: Integers, first: int, vocabulary: int) -> tup
         key = bits[at] ^ (bits[at] >> np.int32(31) & np.int32(0x7FFFFFFF))
         most, least = max(most, key), min(least, key)
     finite = bool(most < INFINITE and least > -INFINITE - 1)
-    largest = np.float32(0)
-    if finite:
-        for at in range(first, first + vocabulary):
-            key = bits[at] ^ (bits[at] >> np.int32(31) & np.int32(0x7FFFFFFF))
-            if key == most:
-                largest = logits[at]
-                break
-    return largest, finite
+    return np.int32(most ^ (most >> np.int32(31) & np.int32(0x7FFFFFFF))).view(np.float32), finite
 
 
 @inlined
@@ -118,17 +112,17 @@ def _mask(
 @compiled
 def order(
     scaled: Floats, bits: Integers, vocabulary: int, words: Longs, hot: Longs, count: int, filtered: Longs,
-    ordered: Floats, ranking: Integers, spare: Integers, counts: Longs,
+    sizes: Longs, ordered: Floats, ranking: Integers, keys: Integers, spare: Integers, counts: Longs,
 ) -> None:  # fmt: skip
-    """Orders each of the `count` hot rows that has a `top_k` or a `top_p`, the likeliest tokens first, equal ones as
-    they come.
+    """Orders the tokens that may be kept of each of the `count` hot rows that has a `top_k` or a `top_p`: the likeliest
+    first, equal ones as they come.
 
     Args:
         bits: those of `scaled`, as int32; a scaled row has no number above 0.
-        filtered: gets those rows, by their index among the hot ones.
-        ordered: [rows, vocabulary], gets their values without gaps, −∞ behind those that are kept.
+        filtered: gets those rows, by their index among the hot ones; `sizes`: how many tokens are ordered of each.
+        ordered: [rows, vocabulary], gets their values without gaps, −∞ behind those that are ordered.
         ranking: [rows, vocabulary], gets the tokens in that order.
-        spare: [vocabulary], `counts`: [BYTES * DIGITS]: scratch.
+        keys, spare: [vocabulary], `counts`: [BYTES * DIGITS]: scratch.
     """
     found = 0
     for index in range(count):
@@ -136,12 +130,17 @@ def order(
         if not kept:
             continue
         first, to = index * vocabulary, found * vocabulary
-        _rank(bits, first, vocabulary, ranking, to, spare, counts)
-        for at in range(kept):
+        size = _candidates(bits, first, vocabulary, ranking, to, keys)
+        if size > kept:
+            size = _smallest(keys, size, kept, ranking, to)
+        if size <= FEW:
+            _rank_few(keys, size, ranking, to, spare)
+        else:
+            _rank(bits, first, size, ranking, to, spare, counts)
+        for at in range(size):
             ordered[to + at] = scaled[first + ranking[to + at]]
-        for at in range(kept, vocabulary):
-            ordered[to + at] = -np.float32(np.inf)
-        filtered[found] = index
+        ordered[to + size : to + vocabulary] = -np.float32(np.inf)
+        filtered[found], sizes[found] = index, size
         found += 1
 
 
@@ -152,49 +151,102 @@ def _key(bits: Integers, at: int) -> int:
 
 
 @inlined
-def _rank(
-    bits: Integers, first: int, vocabulary: int, ranking: Integers, to: int, spare: Integers, counts: Longs
-) -> None:
-    """A radix sort, byte by byte from the lowest on: stable, and in a time that does not depend on the values."""
-    counts[:] = 0
+def _candidates(bits: Integers, first: int, vocabulary: int, ranking: Integers, to: int, keys: Integers) -> int:
+    """Writes down the tokens of a row that are not at −∞, and their keys; returns how many there are."""
+    size = 0
     for token in range(vocabulary):
         key = _key(bits, first + token)
+        keys[size], ranking[to + size] = key, token
+        size += key < INFINITE
+    return size
+
+
+@inlined
+def _smallest(keys: Integers, size: int, kept: int, ranking: Integers, to: int) -> int:
+    """Leaves those of `size` tokens that have the `kept` smallest keys, of equal ones the first; returns `kept`.
+
+    The last key that stays is found by halving: counting is what vectors do best, and takes the same for any values."""
+    low, high = 0, INFINITE
+    while low < high:
+        middle = np.int32((low + high) >> 1)
+        reached = 0
+        for at in range(size):
+            reached += keys[at] <= middle
+        if reached >= kept:
+            high = int(middle)
+        else:
+            low = int(middle) + 1
+    equal = kept  # how many tokens with that key stay
+    for at in range(size):
+        equal -= keys[at] < low
+    left = 0
+    for at in range(size):
+        key = keys[at]
+        stays = key < low or (key == low and equal > 0)
+        equal -= key == low
+        keys[left], ranking[to + left] = key, ranking[to + at]
+        left += stays
+    return kept
+
+
+@inlined
+def _rank_few(keys: Integers, size: int, ranking: Integers, to: int, spare: Integers) -> None:
+    """A token's rank is the number of those before it. Counting them takes less than a radix sort where there are few
+    tokens, and as little a time for any values."""
+    for at in range(size):
+        key, rank = keys[at], 0
+        for other in range(at):
+            rank += keys[other] <= key
+        for other in range(at + 1, size):
+            rank += keys[other] < key
+        spare[rank] = ranking[to + at]
+    for at in range(size):
+        ranking[to + at] = spare[at]
+
+
+@inlined
+def _rank(bits: Integers, first: int, size: int, ranking: Integers, to: int, spare: Integers, counts: Longs) -> None:
+    """A radix sort, byte by byte from the lowest on: stable, and in a time that does not depend on the values."""
+    counts[:] = 0
+    for at in range(size):
+        key = _key(bits, first + ranking[to + at])
         for byte in range(BYTES):
             counts[byte * DIGITS + (key >> (8 * byte) & 0xFF)] += 1
-        ranking[to + token] = token
+    any_key = _key(bits, first + ranking[to])
     for byte in range(BYTES):
         digits = byte * DIGITS
-        if counts[digits + (_key(bits, first) >> (8 * byte) & 0xFF)] == vocabulary:
+        if counts[digits + (any_key >> (8 * byte) & 0xFF)] == size:
             continue  # all have the same
         ahead = 0
         for digit in range(digits, digits + DIGITS):
             ahead, counts[digit] = ahead + counts[digit], ahead
-        for at in range(vocabulary):
+        for at in range(size):
             token = ranking[to + at]
             digit = digits + (_key(bits, first + token) >> (8 * byte) & 0xFF)
             spare[counts[digit]] = token
             counts[digit] += 1
-        for at in range(vocabulary):
+        for at in range(size):
             ranking[to + at] = spare[at]
 
 
 @compiled
 def keep_likeliest(
-    scaled: Floats, vocabulary: int, numbers: Floats, hot: Longs, filtered: Longs, count: int, ordered: Floats,
-    ranking: Integers, probabilities: Floats,
+    scaled: Floats, vocabulary: int, numbers: Floats, hot: Longs, filtered: Longs, sizes: Longs, count: int,
+    ordered: Floats, ranking: Integers, probabilities: Floats,
 ) -> None:  # fmt: skip
     """Sets all but the likeliest tokens that together reach `top_p`, and are in `top_k`, to −∞ in the `count` filtered
     rows of `scaled`. `probabilities` is the softmax of `ordered`; the rest is as in `order`."""
     for number in range(count):
         at, to = number * vocabulary, filtered[number] * vocabulary
         top_p = numbers[hot[filtered[number]] * NUMBERS + TOP_P]
+        scaled[to : to + vocabulary] = -np.float32(np.inf)
         together = 0.0
-        for rank in range(vocabulary):
+        for rank in range(sizes[number]):
             share = probabilities[at + rank]
             together += np.float64(share)
             ahead = np.float32(together) - share
-            beyond = rank > 0 and ahead >= top_p  # the likeliest always stays
-            scaled[to + ranking[at + rank]] = -np.float32(np.inf) if beyond else ordered[at + rank]
+            if rank == 0 or ahead < top_p:  # the likeliest always stays
+                scaled[to + ranking[at + rank]] = ordered[at + rank]
 
 
 @compiled
