@@ -27,24 +27,35 @@ from contextlib import AbstractContextManager
 from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
-from openai import AsyncOpenAI, OpenAI
 
 from tests.launcher import Launcher, Process
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI, OpenAI
 
 # How long an example takes, or making it, says more about what else the machine does than about what is tested.
 settings.register_profile("gate", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("gate")
 
+
+def has_gpu() -> bool:
+    """Asks torch only where a driver's device is: a process that directs others need not import it."""
+    if not any(Path("/dev", name).exists() for name in ("nvidiactl", "dxg")):
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
 # Triton reads this when it is imported, for the whole process, and nothing has imported it yet: bdh-cq's dependencies
 # would. Kernels are compiled in a process of their own (`benchmarks/engine/gpu_compile.py`). Where there is a GPU, the
 # same tests run on it.
-if not torch.cuda.is_available():
+if not has_gpu():
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # Triton from 3.9 on warns where this is not said
 
@@ -70,9 +81,15 @@ ServeFactory = Callable[..., AbstractContextManager["Server"]]
 Cli = Callable[..., subprocess.CompletedProcess[str]]
 
 
-def pytest_collection_finish() -> None:
-    """What was imported and collected stays: the collector need not walk it again at each of its rounds."""
-    gc.freeze()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """What is imported and collected stays: the collector need not walk it, now or at its later rounds."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def eventually(
@@ -152,9 +169,13 @@ class Server:
         return self._log.read_text()
 
     def openai(self, api_key: str = "none") -> OpenAI:
+        from openai import OpenAI
+
         return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=HANG_SECONDS)
 
     def async_openai(self, api_key: str = "none") -> AsyncOpenAI:
+        from openai import AsyncOpenAI
+
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=HANG_SECONDS)
 
     def raw(

@@ -154,6 +154,8 @@ class Calls:
 
     def _done(self, future: asyncio.Future[Any]) -> None:
         self._waiting -= 1
+        if not future.cancelled():
+            future.exception()  # where nobody waits for it any more, asyncio would log it
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections import Counter
 
@@ -15,7 +16,7 @@ from tests.conftest import eventually
 
 
 async def test_calls_whose_callers_leave_are_bounded_and_what_comes_of_them_is_cleared(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(module, "MOST_WAITING", 3)
     calls, begun, goes = Calls(1, "test", Counter()), threading.Event(), threading.Event()
@@ -39,3 +40,6 @@ async def test_calls_whose_callers_leave_are_bounded_and_what_comes_of_them_is_c
     await asyncio.to_thread(eventually, lambda: cleared == [0])
     assert await calls.call("read", make, 4) == 4
     assert made == [0, 4], "what nobody waited for before it began was not called"
+    del waiting
+    gc.collect()
+    assert [each.name for each in caplog.records if each.name == "asyncio"] == [], "errors that are nobody's"
