@@ -33,7 +33,7 @@ from bdh_batch.engine.state_pool import slots_within
 from bdh_batch.settings import Settings
 from benchmarks import ROOT
 from benchmarks.client import Response
-from benchmarks.fleet.calibrated import Calibrated, first_tokens, steps
+from benchmarks.fleet.calibrated import Calibrated, Taken, first_tokens, steps
 from benchmarks.fleet.engine import Engine, scheduler_of
 from benchmarks.fleet.fleet import Fleet, Simulation, seconds_of
 from benchmarks.fleet.load import Chats, Conversation, conversations
@@ -46,7 +46,13 @@ CHATS = Chats(pause=1.0, breaks=False)  # prompts are tokens
 MEMORY = 2**31  # bytes of states
 CLOSE = 0.15  # the largest difference
 SECONDS = ("mean", "p50", "p90", "p99")
-COMPARED = {"first_token_s": SECONDS, "between_tokens_s": SECONDS, "engine": ("tokens/s", "busy")}
+# A gap of a client has its own event loop in it, which nothing simulates: of those, means are compared.
+COMPARED = {
+    "first_token_s": SECONDS,
+    "between_tokens_s": ("mean",),
+    "between_tokens_of_engine_s": SECONDS,
+    "engine": ("tokens/s", "busy"),
+}
 CALIBRATING = (0.6, 1.4)  # times the rate that is compared
 WARM_UP_SECONDS, SETTLE_SECONDS = 5.0, 0.5
 
@@ -58,10 +64,15 @@ class Played:
     fleet: Fleet
     begin: float
     responses: list[tuple[float, Response]] = field(default_factory=list)  # and when they were asked for
-    busy: float = 0.0  # seconds of all steps
+    steps: list[Taken] = field(default_factory=list)  # those of the server's trace
 
-    def had(self, moment: float) -> bool:
+    def includes(self, moment: float) -> bool:
         return self.begin <= moment <= self.end
+
+    @property
+    def busy(self) -> float:
+        """Seconds of all steps."""
+        return sum(step.seconds for step in self.steps)
 
     @cached_property
     def end(self) -> float:
@@ -80,6 +91,12 @@ class Played:
     def gaps(self) -> list[float]:
         """Seconds between each two tokens of a request."""
         return [later - one for each in self.warm for one, later in pairwise(each.times)]
+
+    @property
+    def engine_gaps(self) -> list[float]:
+        """The same by the engine's trace: a stream has a token in each step, as long as all fit."""
+        warm = [step for step in self.steps if step.at >= self.begin + self.fleet.warm]
+        return [step.seconds for step in warm for _ in range(step.decodes)]
 
     @property
     def tokens(self) -> int:
@@ -146,6 +163,10 @@ class Simulated:
         return [later - one for each in self.warm for one, later in pairwise(each.times)]
 
     @property
+    def engine_gaps(self) -> list[float]:
+        return self.gaps
+
+    @property
     def cached_share(self) -> float:
         prompts = sum(len(stream.request.prompts[0].tokens) for stream in self.warm)
         return sum(stream.work.cached for stream in self.warm) / prompts
@@ -187,9 +208,9 @@ def compare(replica: Replica, loads: Sequence[Played], rate: float, trace: Seque
     """
     every = [*steps(trace)]
     for load in loads:
-        load.busy = sum(step.seconds for step in every if load.had(step.at))
+        load.steps = [step for step in every if load.includes(step.at)]
     calibrating = [load for load in loads[1:] if load.fleet.rate != rate]
-    costs = Calibrated([step for step in every if any(load.had(step.at) for load in calibrating)])
+    costs = Calibrated([step for load in calibrating for step in load.steps])
     ways = ways_of(calibrating, first_tokens(trace))
     both = zip(loads, replica.simulated(loads, costs), strict=True)
     pairs = [(load, simulated) for load, simulated in both if load.fleet.rate == rate and load is not loads[0]]
@@ -209,13 +230,14 @@ def compare(replica: Replica, loads: Sequence[Played], rate: float, trace: Seque
 
 
 def ways_of(loads: Sequence[Played], of_engine: Iterable[tuple[float, float]]) -> list[float]:
-    """The seconds that a first token took longer for its client than for the engine, of each request.
+    """The seconds that first tokens took longer for their clients than for the engine. Requests are paired in the order
+    in which they came, of which two at once may have changed places on the way.
 
     Args:
         of_engine: when requests arrived there, and the seconds until their first tokens.
     """
     asked = sorted((at, response.first) for load in loads for at, response in load.responses)
-    arrived = sorted(each for each in of_engine if any(load.had(each[0]) for load in loads))
+    arrived = sorted(each for each in of_engine if any(load.includes(each[0]) for load in loads))
     return [client - engine for (_, client), (_, engine) in zip(asked, arrived, strict=True)]
 
 
@@ -226,6 +248,7 @@ def figures(loads: Sequence[Played | Simulated], ways: Sequence[float] = (0.0,))
         "requests": sum(len(each.first_tokens) for each in loads),
         "first_token_s": seconds_of(each + draw.choice(ways) for load in loads for each in load.first_tokens),
         "between_tokens_s": seconds_of(seconds for each in loads for seconds in each.gaps),
+        "between_tokens_of_engine_s": seconds_of(seconds for each in loads for seconds in each.engine_gaps),
         "engine": {
             "tokens/s": round(sum(each.tokens for each in loads) / seconds, 2),
             "busy": round(sum(each.busy for each in loads) / seconds, 4),
@@ -245,12 +268,12 @@ def disagreeing(ratios: Mapping[str, Mapping[str, float]]) -> list[str]:
 
 def table(found: Mapping[str, Any]) -> str:
     """A line for each figure that is compared."""
-    lines = [f"{'':24} {'measured':>10} {'simulated':>10} {'ratio':>7}"]
+    lines = [f"{'':32} {'measured':>10} {'simulated':>10} {'ratio':>7}"]
     for name, ratios in found["simulated_over_measured"].items():
         for which, ratio in ratios.items():
             measured, simulated = (found[side][name][which] for side in ("measured", "simulated"))
             verdict = "agrees" if abs(ratio - 1) <= CLOSE else "DIFFERS"
-            lines.append(f"{f'{name}, {which}':24} {measured:10.5g} {simulated:10.5g} {ratio:7.3f}  {verdict}")
+            lines.append(f"{f'{name}, {which}':32} {measured:10.5g} {simulated:10.5g} {ratio:7.3f}  {verdict}")
     return "\n".join(lines)
 
 

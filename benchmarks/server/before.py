@@ -27,14 +27,12 @@ from benchmarks.served import served, start
 BATCHES = (1, 8, 32, 64)
 DTYPES = ("float32", "bfloat16")
 STREAMS = (1, 32)
-TOKENS = {1: 2000, 32: 200}  # of each completion, by the streams
+TOKENS = {1: 1000, 32: 200}  # of each completion, by the streams
 OPTIONS = (
     "--dataset-name",
     "random",
     "--random-input-len",
     "32",
-    "--num-warmups",
-    "1",
     "--ignore-eos",
     "--save-result",
 )
@@ -70,6 +68,7 @@ def over_http(checkout: Path, dtype: str) -> Rates:
     with served(*types, root=checkout) as server, tempfile.TemporaryDirectory() as folder:
         for streams in STREAMS:
             asked = ["--num-prompts", str(3 * streams), "--max-concurrency", str(streams)]
+            asked += ["--num-warmups", str(3 * streams)]  # as many: states then lie in memory that was used before
             asked += ["--random-output-len", str(TOKENS[streams]), "--result-dir", folder, "--result-filename", "found"]
             program = [
                 sys.executable,
