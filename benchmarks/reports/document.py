@@ -3,7 +3,7 @@
     python -m benchmarks.reports.document  # of this machine's folder
     python -m benchmarks.reports.document --results folder --out elsewhere.md
 
-What a folder lacks has no section. Experiments lie in the folder above it.
+What a folder lacks has no section. What `make bench` does not run lies in the folder above it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks import ROOT
 from benchmarks.report import suite_folder
-from benchmarks.reports import experiments
+from benchmarks.reports import by_themselves, experiments
 from benchmarks.reports.cells import Lines, Report, number, shown, table
 
 NAMES = {
@@ -49,7 +49,8 @@ def document(results: Path, home: Path) -> str:
         "from one run to the next is in no interval. `python -m benchmarks.reports.compare A B` says what got slower",
         "between two folders, and goes by the rounds.",
     ]
-    for folder, sections in ((results, SECTIONS), (results.parent, experiments.SECTIONS)):
+    above = {**by_themselves.SECTIONS, **experiments.SECTIONS}
+    for folder, sections in ((results, SECTIONS), (results.parent, above)):
         link = os.path.relpath(folder, home)
         for name, section in sections.items():
             file = folder / f"{name}.json"

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import ROOT
 from benchmarks.common import figure
-from benchmarks.reports import document, experiments, widths
+from benchmarks.reports import by_themselves, document, experiments, widths
 
 
 def weights(dtype: str, loss: float, speed: float) -> dict[str, Any]:
@@ -50,3 +51,13 @@ def test_a_ring_is_set_beside_the_pass_in_place() -> None:
 def test_a_section_is_named_as_the_file_that_its_benchmark_writes(section: str) -> None:
     module = Path(experiments.__file__).parents[1] / "engine" / f"{section.replace('-', '_')}.py"
     assert f'"{section}.json"' in module.read_text()
+
+
+def test_results_of_this_checkout_have_their_sections() -> None:
+    results = ROOT / "benchmarks" / "results" / "amd-epyc-2-threads"
+    page = document.document(results / "suite", results)
+    for name in by_themselves.SECTIONS:
+        assert f"[`{name}.json`](./{name}.json)" in page
+    report = json.loads((results / "step.json").read_text())
+    around = report["now"]["64 filtered"]["around"]["value"]
+    assert f"| 64 filtered | {report['now']['64 filtered']['us']['forward']:,.0f} | {around:,.0f} (" in page

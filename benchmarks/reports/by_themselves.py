@@ -1,0 +1,84 @@
+"""Sections of docs/performance.md on benchmarks that are run by themselves, not by `make bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks.reports.cells import Lines, Report, shown, table
+
+
+def before(report: Report, link: str) -> Lines:
+    yield "## Against earlier code"
+    yield ""
+    yield f"Tokens/s of commit {report['before'][:8]} and of {report['commit'][:8]}, by turns in one run, by the type"
+    yield "of weights and states; over HTTP with the benchmark's client on the same cores:"
+    yield ""
+    rows = [
+        [name, *(shown(each[side]) for side in ("before", "now", "ratio"))] for name, each in report["figures"].items()
+    ]
+    yield from table(["", "before", "now", "ratio"], *rows)
+
+
+def step(report: Report, link: str) -> Lines:
+    yield "## A step of decoding"
+    yield ""
+    yield "Microseconds of a step of the bundled model, in process. Around the forward pass and logits are drawing,"
+    yield "planning, committing and handing over; `filtered` draws with top-k, top-p and min-p:"
+    yield ""
+    rows = []
+    for name, each in report["now"].items():
+        share = each["around"]["value"] / each["all"]["value"]
+        rows.append([name, f"{each['us']['forward']:,.0f}", shown(each["around"]), f"{share:.1%}"])
+    yield from table(["sequences", "forward pass", "around it", "share"], *rows)
+
+
+def beside(report: Report, link: str) -> Lines:
+    yield "## Beside another program"
+    yield ""
+    yield "The forward pass of a step, with a busy loop of another program on one of the cores. Two threads, of which"
+    yield "one shares its core fairly with the loop, would take 1.33 times as long as alone:"
+    yield ""
+    rows = [
+        [batch, *(shown(each[which]) for which in ("alone", "beside", "beside / alone"))]
+        for batch, each in report["now"].items()
+    ]
+    yield from table(["sequences", "ms alone", "ms beside", "ratio"], *rows)
+
+
+def peer(report: Report, link: str) -> Lines:
+    yield "## Against bdh-cq"
+    yield ""
+    yield f"Generation of bdh-cq {report['versions']['bdh-cq']}, which keeps states too, with a model of the bundled"
+    yield "one's sizes, in tokens/s of all sequences:"
+    yield ""
+    sides = ("bdh-cq", "bdh-batch", "times as fast")
+    rows = [[batch, *(shown(each[side]) for side in sides)] for batch, each in report["batches"].items()]
+    yield from table(["sequences", "bdh-cq", "this engine", "times as fast"], *rows)
+
+
+def conversation(report: Report, link: str) -> Lines:
+    yield "## Conversations"
+    yield ""
+    turns, most = report["turns"], max(report["computed_tokens_most"][1:])
+    yield f"The first token of the first and of the last of {turns} turns over `/v1/responses`, as its client gets it:"
+    yield "in the server that has computed the turn before, and after its restart, when its state is read from a file."
+    yield f"The last turn computes {most} of its {report['prompt_tokens'][-1]:,} tokens:"
+    yield ""
+    figures = report["figures"]
+    rows = []
+    for what, end, name in (
+        ("", "", "last_turn_to_first"),
+        ("restarted", ", restarted", "last_turn_restarted_to_first"),
+    ):
+        first, last = (shown(figures[f"{turn} turn{end}"]) for turn in ("first", "last"))
+        rows.append([what or "the same server", first, last, shown(report[name])])
+    yield from table(["", "ms, first turn", "ms, last turn", "ratio"], *rows)
+
+
+SECTIONS: dict[str, Callable[[Report, str], Lines]] = {
+    "before": before,
+    "peer": peer,
+    "step": step,
+    "beside": beside,
+    "conversation": conversation,
+}
