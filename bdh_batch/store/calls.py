@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -26,12 +27,25 @@ T = TypeVar("T")
 MOST_WAITING = 1024  # calls: beyond, the store is behind, and says so at once
 
 
+@dataclass(slots=True)
+class Attempt:
+    """A call on its way, as the event loop and the thread that makes it both know it.
+
+    Args:
+        begun: when it got a thread, by the monotonic clock; None while it waits for one.
+        left: whether nobody waits for it any more.
+    """
+
+    begun: float | None
+    left: bool = False
+
+
 class Calls:
     """Calls functions on a few threads, first come, first served. To be used on the event loop.
 
     Args:
         failures: counts failed calls by what was tried.
-        seconds: that a call may take, the time that it waits for a thread included; None is no bound.
+        seconds: that a call may take, and that it may wait for a thread before; None is no bound.
 
     Attributes:
         circuit: opens where what is asked does not respond; None where it is on this machine.
@@ -39,6 +53,7 @@ class Calls:
 
     def __init__(self, threads: int, name: str, failures: Counter[str], seconds: float | None = None) -> None:
         self._threads = DaemonThreads(threads, name)
+        self._count = threads
         self._failures = failures
         self._seconds = seconds
         self._waiting = 0
@@ -106,48 +121,72 @@ class Calls:
         circuit = self.circuit
         if circuit is not None and not is_probe:
             circuit.check()
+        attempt = Attempt(time.monotonic() if self._waiting < self._count else None)
         self._waiting += 1
-        left = threading.Event()
-        running = self._threads.submit(self._in_thread, left, function, given, is_probe)
+        running = self._threads.submit(self._in_thread, attempt, function, given, is_probe)
         future = asyncio.wrap_future(running)
-        future.add_done_callback(self._done)
+        future.add_done_callback(self._done)  # it counts until a thread is done with it, whoever waits
         try:
-            async with asyncio.timeout(self._seconds) as limit:
-                result: T = await asyncio.shield(future)  # it waits, and counts, until a thread has had it
-                return result
-        except TimeoutError as error:
-            if not limit.expired():
-                raise StoreFailed(f"The store failed: {error}.") from error
-            self._leave(running, left, unclaimed)
-            problem = f"no response within {self._seconds:g} s"
+            await self._wait(future, attempt)
         except asyncio.CancelledError:
-            self._leave(running, left, unclaimed)
+            self._leave(running, attempt, unclaimed)
             raise
+        if not future.done():
+            self._leave(running, attempt, unclaimed)
+            raise self._too_late(attempt)
+        try:
+            return future.result()
         except (SQLAlchemyError, OSError) as error:
             problem = (isinstance(error, OSError) and error.strerror) or said(error)
             if circuit is None or not isinstance(error, circuit.errors):
                 raise StoreFailed(f"The store failed: {problem}.") from error
-        assert circuit is not None
-        circuit.open(problem)
-        raise Unreachable("The store cannot be reached.")
+            raise self._unreachable(problem) from error
 
-    def _leave(self, running: Future[T], left: threading.Event, unclaimed: Callable[[T], object] | None) -> None:
+    async def _wait(self, future: asyncio.Future[Any], attempt: Attempt) -> None:
+        """Waits until a call has ended, or its time is over."""
+        # asyncio.shield would log what it raises after that, from Python 3.14 on.
+        await asyncio.wait([future], timeout=self._seconds)
+        if self._seconds is None or future.done() or attempt.begun is None:
+            return
+        rest = attempt.begun + self._seconds - time.monotonic()
+        if rest > 0:  # it got its thread late
+            await asyncio.wait([future], timeout=rest)
+
+    def _too_late(self, attempt: Attempt) -> StoreFailed:
+        """What a call fails with that has not ended in time. One that never began says nothing of what it would ask."""
+        if attempt.begun is not None:
+            return self._unreachable(f"no response within {self._seconds:g} s")
+        if self.circuit is not None and self.circuit.is_open:
+            return Unreachable("The store cannot be reached.")
+        return StoreFailed(f"The store is behind: a call has waited for others for {self._seconds:g} s.")
+
+    def _unreachable(self, problem: str) -> Unreachable:
+        assert self.circuit is not None  # as there is a network in between
+        self.circuit.open(problem)
+        return Unreachable("The store cannot be reached.")
+
+    def _leave(self, running: Future[T], attempt: Attempt, unclaimed: Callable[[T], object] | None) -> None:
         """Nobody waits any more for what a thread does, or is about to do."""
-        left.set()
+        attempt.left = True
         if unclaimed is None:
             return
+        event_loop = threading.get_ident()
 
         def clear(done: Future[T]) -> None:
-            if done.exception() is None:
+            if done.exception() is not None:
+                return
+            if threading.get_ident() == event_loop:  # it had ended already
                 self.submit(unclaimed, done.result())
+            else:
+                unclaimed(done.result())
 
         running.add_done_callback(clear)
 
-    def _in_thread(
-        self, left: threading.Event, function: Callable[..., T], given: tuple[object, ...], is_probe: bool
-    ) -> T:
-        if left.is_set():
+    def _in_thread(self, attempt: Attempt, function: Callable[..., T], given: tuple[object, ...], is_probe: bool) -> T:
+        if attempt.left:
             raise StoreFailed("Nobody waits for this call of the store any more.")
+        if attempt.begun is None:
+            attempt.begun = time.monotonic()
         if self.circuit is not None and not is_probe:
             self.circuit.check()  # it may have been reachable when the call came
         return function(*given)

@@ -253,14 +253,16 @@ class Conversations:
 
 
 async def _to_its_end(fetching: Coroutine[Any, Any, StateFile | None]) -> StateFile | None:
-    """Returns what a fetch returns. It cannot be cut off: where this is cancelled, the fetch ends first."""
+    """Returns what a fetch returns. Where this is cancelled, the fetch ends first, and its file is closed: else, a request
+    that has ended might have one under way (`Opening`)."""
     task = asyncio.create_task(fetching)
     try:
-        return await asyncio.shield(task)
+        await asyncio.wait([task])
     except asyncio.CancelledError:
         task.add_done_callback(_close_file)
         await asyncio.wait([task])
         raise
+    return task.result()
 
 
 def _close_file(task: asyncio.Task[StateFile | None]) -> None:
