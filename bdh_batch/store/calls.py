@@ -135,12 +135,13 @@ class Calls:
             self._leave(running, attempt, unclaimed)
             raise self._too_late(attempt)
         try:
-            return future.result()
+            result: T = future.result()
         except (SQLAlchemyError, OSError) as error:
             problem = (isinstance(error, OSError) and error.strerror) or said(error)
             if circuit is None or not isinstance(error, circuit.errors):
                 raise StoreFailed(f"The store failed: {problem}.") from error
             raise self._unreachable(problem) from error
+        return result
 
     async def _wait(self, future: asyncio.Future[Any], attempt: Attempt) -> None:
         """Waits until a call has ended, or its time is over."""

@@ -253,8 +253,8 @@ class Conversations:
 
 
 async def _to_its_end(fetching: Coroutine[Any, Any, StateFile | None]) -> StateFile | None:
-    """Returns what a fetch returns. Where this is cancelled, the fetch ends first, and its file is closed: else, a request
-    that has ended might have one under way (`Opening`)."""
+    """Returns what a fetch returns. Where this is cancelled, the fetch ends first, and its file is closed: no request
+    that has ended has one under way (`Opening`)."""
     task = asyncio.create_task(fetching)
     try:
         await asyncio.wait([task])
