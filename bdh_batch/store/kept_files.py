@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import math
 import os
 from collections.abc import Callable, Iterator
@@ -17,8 +18,10 @@ from bdh_batch.system.durable import sync_folder
 
 PROBE = "probe"  # a file without content, which is there for a moment
 
-# What file systems are told, by their protocols: S3's how long a request may take, as others have limits of their own,
-# and to hold one part of a file in memory at a time. It tries again by itself, and need not do so twice over.
+LOCAL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})  # errors of a disk of this machine
+
+# Options of file systems, by protocol. S3's gets a limit for each request, as others have limits of their own, and one
+# part of a file in memory at a time. It tries again by itself, and need not do so twice over.
 OPTIONS: dict[str, Callable[[float], dict[str, Any]]] = {
     "s3": lambda seconds: {
         "max_concurrency": 1,
@@ -89,14 +92,16 @@ class KeptObjects:
     """
 
     def __init__(self, url: str, request_seconds: float, seconds: float) -> None:
+        protocol = url.partition("://")[0]
         try:
             import fsspec
         except ImportError as error:
-            text = "an object store needs a package: pip install 'bdh-batch[shared-store]'"
+            extra = "s3" if protocol == "s3" else "shared-store"
+            text = f"an object store needs a package: pip install 'bdh-batch[{extra}]'"
             raise ConfigError(f"store.states_url: {text}") from error
         shown = without_password(url)
         try:
-            make = OPTIONS.get(url.partition("://")[0])
+            make = OPTIONS.get(protocol)
             options = {} if make is None else make(request_seconds)
             self._files, self._root = fsspec.url_to_fs(url, skip_instance_cache=True, **options)
         except ImportError as error:
@@ -106,17 +111,18 @@ class KeptObjects:
         self._seconds = seconds
         try:
             self.ping()
-        except ObjectStoreFailed as error:
+        except OSError as error:
             raise ConfigError(f"store.states_url: {shown} cannot be used ({said(error)})") from error
 
     def ping(self) -> None:
         """Raises ObjectStoreFailed: it does not respond, or a file cannot be written, removed, and found missing."""
         with _failures():
             self._call("pipe_file", self._path(PROBE), b"")
-        self.remove(PROBE)
-        with _failures(), contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # another server has removed it
+                self._call("rm_file", self._path(PROBE))
             self._files.invalidate_cache()
-            self._call("info", self._path(PROBE))
+            with contextlib.suppress(FileNotFoundError):
+                self._call("info", self._path(PROBE))
 
     def upload(self, ready: Path, name: str) -> None:
         with _failures():
@@ -127,12 +133,19 @@ class KeptObjects:
         """It is there."""
 
     def fetch(self, name: str, to: Path) -> None:
-        with _failures(FileNotFoundError):
-            self._call("get_file", self._path(name), str(to))
+        try:
+            with _failures(FileNotFoundError):
+                self._call("get_file", self._path(name), str(to))
+        except FileNotFoundError:
+            self.ping()  # that is said of a bucket that is gone, too, with all that may come back
+            raise
 
     def remove(self, name: str) -> None:
-        with _failures(), contextlib.suppress(FileNotFoundError):
-            self._call("rm_file", self._path(name))
+        try:
+            with _failures(FileNotFoundError):
+                self._call("rm_file", self._path(name))
+        except FileNotFoundError:
+            self.ping()
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
@@ -154,10 +167,14 @@ class KeptObjects:
 
 @contextlib.contextmanager
 def _failures(*but: type[Exception]) -> Iterator[None]:
-    """What a file system raises is of its library's kind: that of Amazon, of an HTTP client, or of the system."""
+    """What a file system raises is of its library's kind: that of Amazon, of an HTTP client, or of the system. What is
+    wrong with this machine's disk passes, as nothing is wrong with the object store then."""
     try:
         yield
     except but:
         raise
     except Exception as error:
+        # S3's says EIO of what it does not know, and has that as the cause.
+        if isinstance(error, OSError) and error.errno in LOCAL and error.__cause__ is None:
+            raise
         raise ObjectStoreFailed(f"{type(error).__name__}: {error}") from error

@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -144,13 +144,17 @@ class Store:
         Raises StoreFailed.
         """
         calls = self._calls.files
-        file = await calls.call("write", self._files.begin, new.id)
+        file = await calls.call("write", self._files.begin, new.id, unclaimed=partial(self._undo, new.id))
         try:
             async for piece in pieces:
                 await calls.call("write", file.write, piece)
             await calls.call("write", finish, file)
         finally:
             calls.submit(file.close)
+
+    def _undo(self, state: str, file: BinaryIO) -> None:
+        file.close()
+        self._files.discard(state)
 
     async def adopt(self, state: str, record: Record) -> bool:
         """Takes in the file that was written for `state` (`new_state`) as the one of a record that has been put.

@@ -94,8 +94,9 @@ class ObjectServer:
                 case "says nothing":
                     ends.enter_context(self.holding("responses"))
                 case "has no bucket":
-                    buckets = self._backend.buckets
+                    buckets, accounts = self._backend.buckets, s3_backends.bucket_accounts
                     ends.callback(buckets.__setitem__, BUCKET, buckets.pop(BUCKET))
+                    ends.callback(accounts.__setitem__, BUCKET, accounts.pop(BUCKET))
                 case "refuses the key":
                     ends.enter_context(self.checking())
                     ends.callback(setattr, self._key, "secret_access_key", self.secret)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from bdh_batch.settings import Store as Chosen
 from bdh_batch.store import database
 from bdh_batch.store.circuit import Unreachable
 from bdh_batch.store.database import UPLOAD_SECONDS
+from bdh_batch.store.kept_files import KeptObjects, ObjectStoreFailed
 from bdh_batch.store.opening import open_store
 from bdh_batch.store.records import Store
 from benchmarks.stress.store_kills import content
@@ -40,7 +43,7 @@ def objects() -> Iterator[ObjectServer]:
 
 
 @pytest.fixture
-def place(objects: ObjectServer, tmp_path: Path) -> Settings:
+def settings(objects: ObjectServer, tmp_path: Path) -> Settings:
     """A store with an empty bucket. Calls that get a response may take long: the machine may be busy."""
     objects.empty()
     return {"path": tmp_path, "states_url": "s3://states/of/bdh", "timeout_seconds": 60.0}
@@ -58,12 +61,12 @@ async def recovered(store: Store) -> None:
 
 
 async def test_what_one_writes_another_reads_and_all_of_it_goes(
-    place: Settings, objects: ObjectServer, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, objects: ObjectServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Encrypted. Files that were uploaded by a process that was killed then go, too."""
     monkeypatch.setattr(database, "REMOVED_AT_ONCE", 2)
     clock = Clock()
-    async with opened(place, clock, encryption_key=KEY) as one, opened(place, clock, encryption_key=KEY) as two:
+    async with opened(settings, clock, encryption_key=KEY) as one, opened(settings, clock, encryption_key=KEY) as two:
         assert objects.names() == []  # a probe leaves nothing
         stored = [await with_state(one, record(f"r{number}"), STATE) for number in range(5)]
         assert objects.names() == sorted(f"of/bdh/{each.state}.sealed" for each in stored)
@@ -101,38 +104,41 @@ def test_what_cannot_be_written_is_refused_at_the_start(
     environment: dict[str, str],
     said: str,
     objects: ObjectServer,
-    place: Settings,
+    settings: Settings,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value.format(free=free_port()))
     with objects.checking(), pytest.raises(ConfigError, match=rf"^store\.states_url: {url} .*{said}") as refused:
-        open_store(Chosen(**{**place, "states_url": url}))
+        open_store(Chosen(**{**settings, "states_url": url}))
     assert objects.secret not in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_a_store_that_says_nothing_is_refused_at_the_start(place: Settings, objects: ObjectServer) -> None:
+def test_a_store_that_says_nothing_is_refused_at_the_start(settings: Settings, objects: ObjectServer) -> None:
     with objects.holding("responses"), pytest.raises(ConfigError, match=r"cannot be used .*Timeout"):
-        open_store(Chosen(**{**place, "timeout_seconds": 0.1}))
+        open_store(Chosen(**{**settings, "timeout_seconds": 0.1}))
 
 
 @pytest.mark.parametrize("how", ["refuses", "says nothing", "has no bucket", "refuses the key"])
 async def test_records_do_not_depend_on_it_and_it_comes_back_by_itself(
-    how: str, place: Settings, objects: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: str, settings: Settings, objects: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with opened(place) as store:
+    async with opened(settings) as store:
         of, other = [await with_state(store, record(id), STATE) for id in "ab"]
         with monkeypatch.context() as patch, objects.failing(how):
             if how == "says nothing":
                 short(store, patch)
+            if how == "has no bucket":  # which could be taken for a file that is not there
+                assert await store.delete("response", "b", "me")
+                await asyncio.to_thread(eventually, lambda: store.failures["remove"] == 1)
             new = store.new_state()
             new.path.write_bytes(STATE)
             with pytest.raises(Unreachable):
                 await store.adopt(new.id, of)
             with pytest.raises(Unreachable):  # nobody is asked
                 await store.state_file(of)
-            assert await store.delete("response", "b", "me")
+            assert await store.delete("response", "b", "me") == (how != "has no bucket")
             await store.put(record("c"))
             assert await store.get("response", "c", "me") is not None
             assert store.failures["read"] == store.failures["adopt"] == 1
@@ -143,21 +149,41 @@ async def test_records_do_not_depend_on_it_and_it_comes_back_by_itself(
                     await store.adopt(another.id, of)
             with store._database._driver.reading.connect() as connection:
                 announced = connection.exec_driver_sql("SELECT count(*) FROM coming").scalar()
-            assert announced == 1, "what cannot come is not announced"
+            assert announced == (how != "has no bucket"), "what cannot come is not announced"
         await recovered(store)
-        if how != "has no bucket":
-            assert await content(store, of) == STATE
+        assert await content(store, of) == STATE
         await with_state(store, record("c"), STATE)
         await left(tmp_path / "work", 0)
-    async with opened(place) as store:  # which removes what could not be
+    async with opened(settings) as store:  # which removes what could not be
         await store.tidy()
         await asyncio.to_thread(eventually, lambda: not any(str(other.state) in each for each in objects.names()))
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no /dev/full")
+def test_what_is_wrong_is_told_apart(objects: ObjectServer, settings: Settings, tmp_path: Path) -> None:
+    """An object that is gone, a bucket that is gone, and a full disk of this machine."""
+    kept = KeptObjects(settings["states_url"], HANG_SECONDS, HANG_SECONDS)
+    (tmp_path / "file").write_bytes(STATE)
+    kept.upload(tmp_path / "file", "file")
+    with pytest.raises(OSError, match=os.strerror(errno.ENOSPC)) as failed:
+        kept.fetch("file", Path("/dev/full"))
+    assert not isinstance(failed.value, ObjectStoreFailed)
+    with objects.failing("has no bucket"):
+        with pytest.raises(ObjectStoreFailed, match="bucket"):
+            kept.fetch("file", tmp_path / "to")
+        with pytest.raises(ObjectStoreFailed, match="bucket"):
+            kept.remove("file")
+    for _ in range(2):
+        kept.remove("file")
+    with pytest.raises(FileNotFoundError):
+        kept.fetch("file", tmp_path / "to")
+    assert objects.names() == []
+
+
 async def test_a_slow_read_is_cut_off_harms_nothing_else_and_leaves_nothing(
-    place: Settings, objects: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    settings: Settings, objects: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with opened(place) as store:
+    async with opened(settings) as store:
         of = await with_state(store, record("a"), STATE)
         with objects.holding("bodies"):
             reading = asyncio.create_task(store.state_file(of))
@@ -193,9 +219,9 @@ def ask(server: Server, method: str, path: str = "/v1/responses", **body: Any) -
 
 
 def test_a_conversation_goes_on_at_another_server_and_while_the_store_is_away(
-    serve: ServeFactory, place: Settings, objects: ObjectServer
+    serve: ServeFactory, settings: Settings, objects: ObjectServer
 ) -> None:
-    options = [f"store.path={place['path']}", f"store.states_url={place['states_url']}", "prefix_cache.enabled=false"]
+    options = [*(f"store.{name}={value}" for name, value in settings.items()), "prefix_cache.enabled=false"]
     with (
         serve(*options, model=CONFORMANCE / "tiny", env=objects.environment) as one,
         serve(*options, model=CONFORMANCE / "tiny", env=objects.environment) as two,

@@ -86,7 +86,7 @@ fsspec.register_implementation("unsteady", Unsteady)
 
 
 @pytest.fixture
-def place(database: str, tmp_path: Path) -> Settings:
+def settings(database: str, tmp_path: Path) -> Settings:
     return {"path": tmp_path, "url": database, "states_url": f"file://{tmp_path}/states"}
 
 
@@ -139,9 +139,9 @@ async def test_all_that_was_acknowledged_is_there_after_every_kill(database: str
     assert len(kills.said["state"]) > 3
 
 
-async def test_a_file_whose_process_was_killed_goes_when_nobody_expects_it(place: Settings, tmp_path: Path) -> None:
+async def test_a_file_whose_process_was_killed_goes_when_nobody_expects_it(settings: Settings, tmp_path: Path) -> None:
     clock = Clock()
-    async with opened(place, clock) as store:
+    async with opened(settings, clock) as store:
         new = store.new_state()
         store._database.announce(new.id, clock())
         new.path.write_bytes(b"state")
@@ -161,9 +161,9 @@ async def test_a_file_whose_process_was_killed_goes_when_nobody_expects_it(place
 
 @pytest.mark.parametrize("how", ["hangs", "has ended"])
 async def test_a_database_that_is_away_fails_at_once_and_comes_back_by_itself(
-    place: Settings, postgresql: Postgresql, how: str
+    settings: Settings, postgresql: Postgresql, how: str
 ) -> None:
-    async with opened(place, timeout_seconds=SHORT) as store:
+    async with opened(settings, timeout_seconds=SHORT) as store:
         await store.put(record("before"))
         if how == "hangs":
             postgresql.freeze()
@@ -189,9 +189,9 @@ async def test_a_database_that_is_away_fails_at_once_and_comes_back_by_itself(
 
 
 async def test_a_process_that_is_stopped_in_a_transaction_does_not_keep_others_from_writing(
-    place: Settings, postgresql: Postgresql
+    settings: Settings, postgresql: Postgresql
 ) -> None:
-    async with opened(place, timeout_seconds=SHORT) as store, opened(place, timeout_seconds=SHORT) as stopped:
+    async with opened(settings, timeout_seconds=SHORT) as store, opened(settings, timeout_seconds=SHORT) as stopped:
         connection = stopped._database._driver.writing.connect()
         assert connection.exec_driver_sql("SELECT 1").scalar() == 1  # which has taken the lock
         with pytest.raises(Unreachable):
@@ -271,11 +271,20 @@ def test_what_cannot_be_opened_is_named_without_its_secrets(
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(("missing", "place"), [("psycopg", "url"), ("fsspec", "states_url")])
-def test_a_missing_package_is_named(missing: str, place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("missing", "option", "url", "extra"),
+    [
+        ("psycopg", "url", "postgresql://127.0.0.1:1/x", "shared-store"),
+        ("fsspec", "states_url", "memory://x", "shared-store"),
+        ("fsspec", "states_url", "s3://x", "s3"),
+    ],
+)
+def test_a_missing_package_is_named(
+    missing: str, option: str, url: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, missing, None)
-    given: Settings = {"url": "postgresql://127.0.0.1:1/x"} if place == "url" else {"states_url": "memory://x"}
-    with pytest.raises(ConfigError, match=rf"^store\.{place}: .*pip install 'bdh-batch\[shared-store\]'$"):
+    given: Settings = {option: url}
+    with pytest.raises(ConfigError, match=rf"^store\.{option}: .*pip install 'bdh-batch\[{extra}\]'$"):
         open_store(Chosen(path=tmp_path, **given))
 
 

@@ -10,9 +10,10 @@ import random
 import sqlite3
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -24,7 +25,7 @@ from bdh_batch.store.sealing import FRAME, SealingFailed, sealer_of
 from bdh_batch.store.sqlite import LARGEST_LOG
 from bdh_batch.store.temporary import TEMPORARY, temporary_folder
 from benchmarks.stress.store_kills import Kills, content
-from tests.conftest import eventually
+from tests.conftest import HANG_SECONDS, eventually
 
 Settings = dict[str, Any]
 KEY = base64.b64encode(bytes(range(32))).decode()
@@ -41,16 +42,16 @@ class Clock:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Settings:
+def settings(tmp_path: Path) -> Settings:
     """Where the store is, as settings have it. Tests that take it hold for any (`test_shared_store.py`)."""
     return {"path": tmp_path}
 
 
 @contextlib.asynccontextmanager
 async def opened(
-    place: Path | Settings | None, clock: Callable[[], float] | None = None, **options: Any
+    settings: Path | Settings | None, clock: Callable[[], float] | None = None, **options: Any
 ) -> AsyncIterator[Store]:
-    chosen = place if isinstance(place, dict) else {"path": place}
+    chosen = settings if isinstance(settings, dict) else {"path": settings}
     store = open_store(Chosen(**chosen, **options), clock or Clock())
     try:
         yield store
@@ -74,7 +75,7 @@ async def with_state(store: Store, of: Record, content: bytes) -> Record:
 
 
 def damage(path: Path, *ids: str) -> None:
-    """Puts something else in the place of the bodies of records."""
+    """Overwrites the bodies of records."""
     with contextlib.closing(sqlite3.connect(path / "records.sqlite3")) as database, database:
         database.executemany("UPDATE records SET body = X'00' WHERE id = ?", [(id,) for id in ids])
 
@@ -89,12 +90,12 @@ async def left(path: Path, count: int) -> None:
 
 
 @pytest.mark.parametrize("key", [None, KEY])
-async def test_what_was_put_is_there_after_a_restart(place: Settings, key: str | None) -> None:
+async def test_what_was_put_is_there_after_a_restart(settings: Settings, key: str | None) -> None:
     state = os.urandom(FRAME + 5)
-    async with opened(place, encryption_key=key) as store:
+    async with opened(settings, encryption_key=key) as store:
         put = record("a", parent="b", body=b'{"x":1}', tokens=b"\1\0\0\0", expires=5000.0)
         kept = await with_state(store, put, state)
-    async with opened(place, encryption_key=key) as store:
+    async with opened(settings, encryption_key=key) as store:
         found = await store.get("response", "a", "me")
         assert found == kept
         assert found.state is not None
@@ -102,8 +103,8 @@ async def test_what_was_put_is_there_after_a_restart(place: Settings, key: str |
         assert await content(store, found) == state
 
 
-async def test_nobody_else_finds_changes_or_deletes_a_record(place: Settings) -> None:
-    async with opened(place) as store:
+async def test_nobody_else_finds_changes_or_deletes_a_record(settings: Settings) -> None:
+    async with opened(settings) as store:
         await store.put(record("a", body=b"1"))
         assert await store.get("response", "a", "you") is None
         assert await store.get("state", "a", "me") is None
@@ -117,9 +118,9 @@ async def test_nobody_else_finds_changes_or_deletes_a_record(place: Settings) ->
         assert store.failures == {"put": 1}
 
 
-async def test_what_has_expired_is_not_found_and_its_file_goes(place: Settings, tmp_path: Path) -> None:
+async def test_what_has_expired_is_not_found_and_its_file_goes(settings: Settings, tmp_path: Path) -> None:
     clock = Clock()
-    async with opened(place, clock) as store:
+    async with opened(settings, clock) as store:
         of = await with_state(store, record("a", expires=2000.0), b"state")
         await store.put(record("b"))
         clock.now = 2000.0
@@ -131,9 +132,9 @@ async def test_what_has_expired_is_not_found_and_its_file_goes(place: Settings, 
         assert await content(store, of) is None
 
 
-async def test_a_record_that_does_not_say_expires_by_the_setting(place: Settings) -> None:
+async def test_a_record_that_does_not_say_expires_by_the_setting(settings: Settings) -> None:
     clock = Clock()
-    async with opened(place, clock, ttl_seconds=50) as store:
+    async with opened(settings, clock, ttl_seconds=50) as store:
         await store.put(record("a", created=1000.0))
         clock.now = 1049.0
         assert await store.get("response", "a", "me") is not None
@@ -141,8 +142,8 @@ async def test_a_record_that_does_not_say_expires_by_the_setting(place: Settings
         assert await store.get("response", "a", "me") is None
 
 
-async def test_lists_go_from_the_newest_on(place: Settings) -> None:
-    async with opened(place) as store:
+async def test_lists_go_from_the_newest_on(settings: Settings) -> None:
+    async with opened(settings) as store:
         for number in range(5):
             await store.put(record(f"r{number}", created=1000.0 + number // 2, tokens=b"1234"))
         first = await store.list("response", "me", 2)
@@ -166,8 +167,8 @@ async def test_ten_thousand_conversations_go_through_a_store_of_a_hundred() -> N
         assert await store.get("response", "r9999", "me") is not None
 
 
-async def test_states_go_before_records_and_the_least_recently_used_first(place: Settings, tmp_path: Path) -> None:
-    async with opened(place, max_bytes=10_000) as store:
+async def test_states_go_before_records_and_the_least_recently_used_first(settings: Settings, tmp_path: Path) -> None:
+    async with opened(settings, max_bytes=10_000) as store:
         one = await with_state(store, record("a"), bytes(3000))
         await with_state(store, record("b"), bytes(3000))
         assert await store.get("response", "a", "me") == one
@@ -178,16 +179,16 @@ async def test_states_go_before_records_and_the_least_recently_used_first(place:
         await left(tmp_path / "states", 2)
 
 
-async def test_room_is_made_by_who_has_most(place: Settings) -> None:
-    async with opened(place, max_records=10) as store:
+async def test_room_is_made_by_who_has_most(settings: Settings) -> None:
+    async with opened(settings, max_records=10) as store:
         await store.put(record("mine"))
         for number in range(50):
             await store.put(record(f"r{number}", "you"))
         assert await store.get("response", "mine", "me") is not None
 
 
-async def test_a_callers_own_limit_leaves_others_alone(place: Settings, tmp_path: Path) -> None:
-    async with opened(place, max_bytes_per_key=5_000) as store:
+async def test_a_callers_own_limit_leaves_others_alone(settings: Settings, tmp_path: Path) -> None:
+    async with opened(settings, max_bytes_per_key=5_000) as store:
         await with_state(store, record("mine"), bytes(4000))
         for number in range(50):
             await store.put(record(f"r{number}", "you", tokens=bytes(400)))
@@ -209,8 +210,8 @@ async def test_a_callers_own_limit_leaves_others_alone(place: Settings, tmp_path
         await left(tmp_path / "states", 1)
 
 
-async def test_records_share_a_state_which_goes_with_the_last_one(place: Settings, tmp_path: Path) -> None:
-    async with opened(place) as store:
+async def test_records_share_a_state_which_goes_with_the_last_one(settings: Settings, tmp_path: Path) -> None:
+    async with opened(settings) as store:
         of = await with_state(store, record("a"), b"state")
         await store.put(record("s", kind="state", state=of.state))
         await store.delete("response", "a", "me")
@@ -225,8 +226,8 @@ async def test_records_share_a_state_which_goes_with_the_last_one(place: Setting
         await left(tmp_path / "states", 0)
 
 
-async def test_a_state_that_is_deleted_stays_readable_to_who_uses_it(place: Settings, tmp_path: Path) -> None:
-    async with opened(place) as store:
+async def test_a_state_that_is_deleted_stays_readable_to_who_uses_it(settings: Settings, tmp_path: Path) -> None:
+    async with opened(settings) as store:
         of = await with_state(store, record("a"), b"state")
         used = [await store.state_file(of) for _ in range(3)]
         assert await store.delete("response", "a", "me")
@@ -240,8 +241,8 @@ async def test_a_state_that_is_deleted_stays_readable_to_who_uses_it(place: Sett
     assert not files(tmp_path / "work")
 
 
-async def test_deleting_while_it_is_adopted_leaves_no_file(place: Settings, tmp_path: Path) -> None:
-    async with opened(place) as store:
+async def test_deleting_while_it_is_adopted_leaves_no_file(settings: Settings, tmp_path: Path) -> None:
+    async with opened(settings) as store:
         for number in range(20):
             of = record(f"r{number}")
             await store.put(of)
@@ -269,17 +270,48 @@ async def test_orphans_and_lost_files_are_cleaned_up_at_start(tmp_path: Path) ->
     assert not files(tmp_path / "states") + files(tmp_path / "work")
 
 
-async def test_two_servers_share_a_store(place: Settings) -> None:
-    async with opened(place) as one, opened(place) as two:
+async def test_a_file_whose_writer_leaves_before_it_is_there_is_closed_and_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, goes = threading.Event(), threading.Event()
+    made: list[BinaryIO] = []
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield b"state"
+
+    async with opened(tmp_path) as store:
+        begin = store._files.begin
+
+        def begin_late(id: str) -> BinaryIO:
+            begun.set()
+            goes.wait(HANG_SECONDS)
+            made.append(begin(id))
+            return made[0]
+
+        monkeypatch.setattr(store._files, "begin", begin_late)
+        new = store.new_state()
+        writing = asyncio.create_task(store.write(new, pieces()))
+        await asyncio.to_thread(begun.wait, HANG_SECONDS)
+        writing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+        store.discard(new.id)  # as its writer does
+        goes.set()
+        await asyncio.to_thread(eventually, lambda: len(made) == 1 and made[0].closed)
+        await left(tmp_path / "work", 0)
+
+
+async def test_two_servers_share_a_store(settings: Settings) -> None:
+    async with opened(settings) as one, opened(settings) as two:
         of = await with_state(one, record("a"), b"state")
-        async with opened(place):
+        async with opened(settings):
             assert await content(two, of) == b"state", "a start removes nothing of those that run"
         await asyncio.gather(*(store.put(record(f"{n}{id(store)}")) for n in range(20) for store in (one, two)))
         assert len(await one.list("response", "me", 100)) == 41
 
 
-async def test_what_was_deleted_is_not_updated(place: Settings) -> None:
-    async with opened(place) as store:
+async def test_what_was_deleted_is_not_updated(settings: Settings) -> None:
+    async with opened(settings) as store:
         await with_state(store, record("a"), b"state")
         assert await store.update(record("a", body=b"{1}", tokens=b"1234"))
         found = await store.get("response", "a", "me")
@@ -291,9 +323,9 @@ async def test_what_was_deleted_is_not_updated(place: Settings) -> None:
         assert await store.get("response", "a", "me") is None
 
 
-async def test_whether_a_process_lives_is_known_to_others(place: Settings) -> None:
-    async with opened(place) as one:
-        async with opened(place) as other:
+async def test_whether_a_process_lives_is_known_to_others(settings: Settings) -> None:
+    async with opened(settings) as one:
+        async with opened(settings) as other:
             name = other.process
             assert await one.lives(name)
             assert await one.lives(one.process)
@@ -309,12 +341,12 @@ async def test_nothing_encrypted_lies_in_plain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", [None, base64.b64encode(bytes(32)).decode()])
-async def test_another_key_is_refused_at_start(place: Settings, key: str | None) -> None:
-    async with opened(place, encryption_key=KEY):
+async def test_another_key_is_refused_at_start(settings: Settings, key: str | None) -> None:
+    async with opened(settings, encryption_key=KEY):
         pass
     with pytest.raises(ConfigError, match=r"store\.encryption_key"):
-        open_store(Chosen(**place, encryption_key=key))
-    async with opened(place, encryption_key=KEY):
+        open_store(Chosen(**settings, encryption_key=key))
+    async with opened(settings, encryption_key=KEY):
         pass
 
 
@@ -352,8 +384,10 @@ def test_files_are_encrypted_in_frames(tmp_path: Path, size: int) -> None:
         read()
 
 
-async def test_a_damaged_state_is_counted_and_removed_and_harms_nothing_else(place: Settings, tmp_path: Path) -> None:
-    async with opened(place, encryption_key=KEY) as store:
+async def test_a_damaged_state_is_counted_and_removed_and_harms_nothing_else(
+    settings: Settings, tmp_path: Path
+) -> None:
+    async with opened(settings, encryption_key=KEY) as store:
         of = await with_state(store, record("a", body=b"1"), b"state")
         [file] = files(tmp_path / "states")
         file.write_bytes(file.read_bytes()[:-3])
