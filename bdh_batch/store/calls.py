@@ -147,7 +147,8 @@ class Calls:
         """Waits until a call has ended, or its time is over."""
         # asyncio.shield would log what it raises after that, from Python 3.14 on.
         await asyncio.wait([future], timeout=self._seconds)
-        if self._seconds is None or future.done() or attempt.begun is None:
+        is_open = self.circuit is not None and self.circuit.is_open
+        if self._seconds is None or future.done() or attempt.begun is None or is_open:
             return
         rest = attempt.begun + self._seconds - time.monotonic()
         if rest > 0:  # it got its thread late
