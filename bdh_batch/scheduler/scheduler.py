@@ -116,18 +116,18 @@ class Scheduler:
         return self.abort([*self.stages], error)
 
     def fail(self, step: Step, error: BDHError) -> list[Update]:
-        """Ends the sequences of a step that could not be computed, as their states are no longer known."""
-        spoilt, updates = self._spoilt(step)
-        return self.abort(spoilt, error) + updates
+        """Ends the sequences of a step that could not be computed, as their states are no longer known. Others whose
+        copies are not made have theirs computed again."""
+        others, updates = self._give_up_copies(step)
+        self.stages.restart(others)
+        return self.abort(step.sequences, error) + updates
 
     def out_of_memory(self, step: Step) -> list[Update]:
         """Makes later steps smaller, as this one ran out of memory; they compute its sequences' states again."""
         if not self.size.shrink(step.prefill_tokens, len(step.sequences)):
             return self.fail(step, GenerationFailed("There is not enough memory for the request."))
-        spoilt, updates = self._spoilt(step)
-        for sequence in spoilt:
-            sequence.restart()
-        self.stages.prompts.update(dict.fromkeys(self.running))
+        others, updates = self._give_up_copies(step)
+        self.stages.restart([*step.sequences, *others])
         forwards = [sequence for _, members in self.running.forwards(self._first) for sequence in members]
         for sequence in forwards[self.size.width :]:
             self.stages.move(sequence, Stage.SWAPPED)
@@ -259,10 +259,12 @@ class Scheduler:
         if not self.running:  # there may be no plan for long
             self._batches.forget()
 
-    def _spoilt(self, step: Step) -> tuple[set[Sequence], list[Update]]:
-        """A step has failed, and no copy is made. Returns the sequences whose states are lost, and what is said of
-        states that are not saved."""
+    def _give_up_copies(self, step: Step) -> tuple[list[Sequence], list[Update]]:
+        """A step has failed, and no copy is made. Returns the sequences that are not in it whose states are lost, too,
+        and what is said of states that are not saved."""
         slots, saves = self.allocator.copies.give_up()
         self.sharing.forget(slots)
-        spoilt = {*step.sequences, *(each for each in (*self.running, *self.swapped) if each.slot in slots)}
-        return spoilt, self.files.lost(saves)
+        self._batches.forget()
+        computed = set(step.sequences)
+        others = [s for s in (*self.running, *self.swapped) if s.slot in slots and s not in computed]
+        return others, self.files.lost(saves)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from operator import attrgetter
 
@@ -73,6 +73,12 @@ class Stages:
         self.groups[sequence.stage].remove(sequence)
         sequence.standing.aged = True
         self.groups[sequence.stage].push(sequence)
+
+    def restart(self, sequences: Iterable[Sequence]) -> None:
+        """The states of `sequences`, which run or are swapped, are lost: they stay there, and are computed again."""
+        for sequence in sequences:
+            sequence.restart()
+            (self.prompts if sequence.stage is Stage.RUNNING else self._swapped_prompts)[sequence] = None
 
     def move(self, sequence: Sequence, stage: Stage) -> None:
         """Takes `sequence` out of the stage that it is in, and puts it into another one."""

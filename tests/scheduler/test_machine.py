@@ -282,7 +282,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         step = self.scheduler.plan(self.now)
         if step is not None:
             self.spoil(step)
-            self.take(self.scheduler.fail(step, BROKEN))
+            updates = self.scheduler.fail(step, BROKEN)
+            ended = {sequence for sequence, delta in updates if delta.finish_reason is not None}
+            assert ended == set(step.sequences), "a failed step ends its own sequences, and no others"
+            self.take(updates)
 
     @rule()
     def run_out_of_memory(self) -> None:

@@ -318,6 +318,26 @@ def test_what_is_rounded_on_its_way_to_the_host_counts_as_what_it_takes(swaps: b
     assert runner.copies
 
 
+def test_a_failed_step_has_those_computed_again_whose_copies_were_not_made() -> None:
+    """The first one's prefix is cached: it goes on in a copy, which takes two steps. The step between them fails."""
+    policy = Policy(min_shared=4, copies=CopyLimits(parts=4, most=2), cache_prefixes=True)
+    scheduler, runner = Scheduler(3, 64, policy), FakeRunner()
+    cached, beside = make_sequence(PROMPT, 4), make_sequence([9], 4)
+    scheduler.submit([cached])
+    step = scheduler.plan(0.0)
+    assert step is not None
+    scheduler.commit(step, runner.run(step.plan), 0.0)
+    scheduler.submit([beside])
+    step = scheduler.plan(0.0)
+    assert step is not None
+    assert (step.sequences, cached.slot) == ([beside], step.plan.copies[0].target)
+    updates = scheduler.fail(step, GenerationFailed("broken"))
+    check_invariants(scheduler)
+    assert [sequence for sequence, _ in updates] == [beside]
+    run(scheduler, runner)
+    assert cached.generated == expected_tokens(PROMPT, 4)
+
+
 def test_a_time_slice_does_not_pass_while_its_sequence_waits_for_copies() -> None:
     """Else two that take turns at one slot would be exchanged after each token, as an exchange takes longer than a
     slice."""
