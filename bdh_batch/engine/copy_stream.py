@@ -13,38 +13,42 @@ from typing import Any, Protocol
 import torch
 
 
+class Stream(Protocol):
+    """A stream of work on a device, as CUDA has them."""
+
+    def record_event(self) -> Any:
+        """Returns an event that is complete when all work that is in the stream now is."""
+
+    def wait_event(self, event: Any) -> None:
+        """Work that is launched in the stream from now on waits until the event is complete."""
+
+
 class Streams(Protocol):
-    """Two queues of work on a device, one for steps and one for copies."""
+    """A stream for steps, and one for copies."""
 
-    def record(self, copies: bool) -> Any:
-        """Returns what comes to pass when all that a queue has now is done."""
+    @property
+    def steps(self) -> Stream: ...
 
-    def wait(self, copies: bool, event: Any) -> None:
-        """What a queue gets from now on waits for that."""
+    @property
+    def copies(self) -> Stream: ...
 
     def for_copies(self) -> AbstractContextManager[Any]:
-        """What is launched within goes to the queue for copies; else to that for steps."""
+        """What is launched within goes to the stream for copies; else to that for steps."""
 
 
 class CudaStreams:
-    """Those of a GPU: its present stream, and one more."""
+    """Those of a GPU: its current stream, and one more."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def record(self, copies: bool) -> torch.cuda.Event:
-        event: torch.cuda.Event = self._stream(copies).record_event()
-        return event
-
-    def wait(self, copies: bool, event: torch.cuda.Event) -> None:
-        self._stream(copies).wait_event(event)
+    @property
+    def steps(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream(self._device)
 
     def for_copies(self) -> AbstractContextManager[Any]:
-        return torch.cuda.stream(self._copies)
-
-    def _stream(self, copies: bool) -> torch.cuda.Stream:
-        return self._copies if copies else torch.cuda.current_stream(self._device)
+        return torch.cuda.stream(self.copies)
 
 
 class CopyStream:
@@ -67,17 +71,21 @@ class CopyStream:
             self._wait_for((source, target))
             yield
             return
-        self._streams.wait(True, self._streams.record(False))
-        with self._streams.for_copies():
-            yield
-        self._under_way[source] = self._under_way[target] = self._streams.record(True)
+        steps, copies = self._streams.steps, self._streams.copies
+        copies.wait_event(steps.record_event())
+        try:
+            with self._streams.for_copies():
+                yield
+        finally:  # of a copy that fails, a part may have been launched
+            self._under_way[source] = self._under_way[target] = copies.record_event()
 
     def all_begun(self) -> Any:
-        """Returns what comes to pass when all copies that were begun are made."""
-        self._streams.wait(True, self._streams.record(False))
-        return self._streams.record(True)
+        """Returns an event that is complete when all copies that were begun are made."""
+        steps, copies = self._streams.steps, self._streams.copies
+        copies.wait_event(steps.record_event())
+        return copies.record_event()
 
     def _wait_for(self, slots: Collection[int]) -> None:
         for slot in slots:
             if (event := self._under_way.pop(slot, None)) is not None:
-                self._streams.wait(False, event)
+                self._streams.steps.wait_event(event)

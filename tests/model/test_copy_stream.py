@@ -4,47 +4,65 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import count
+
+import pytest
 
 from bdh_batch.engine.copy_stream import CopyStream
 
 SLOTS = 6
+EVENTS = count(1)
+
+
+class Queue:
+    """A stream whose work is done later. An event is a number, which is in `complete` once it is."""
+
+    def __init__(self, complete: set[int]) -> None:
+        self.work: list[Callable[[], bool]] = []
+        self._complete = complete
+
+    def record_event(self) -> int:
+        event = next(EVENTS)
+        self.work.append(partial(done, partial(self._complete.add, event)))
+        return event
+
+    def wait_event(self, event: int) -> None:
+        self.work.append(lambda: event in self._complete)
+
+    def run(self) -> None:
+        """As far as it need not wait."""
+        while self.work and self.work[0]():
+            self.work.pop(0)
 
 
 class Queues:
-    """Two streams whose work is done later, in any order that their waits allow."""
+    """Two streams whose work is done in any order that their waits allow."""
 
     def __init__(self) -> None:
-        self.work: tuple[list[Callable[[], bool]], list[Callable[[], bool]]] = ([], [])
-        self.reached: set[int] = set()
-        self.events = self.beside = 0
-        self.within = False
-
-    def record(self, copies: bool) -> int:
-        self.events += 1
-        event = self.events
-        self.work[copies].append(partial(done, partial(self.reached.add, event)))
-        return event
-
-    def wait(self, copies: bool, event: int) -> None:
-        self.work[copies].append(lambda: event in self.reached)
+        self.complete: set[int] = set()
+        self.steps, self.copies = Queue(self.complete), Queue(self.complete)
+        self.beside = 0
+        self._current = self.steps
 
     @contextmanager
     def for_copies(self) -> Iterator[None]:
-        self.within, self.beside = True, self.beside + 1
-        yield
-        self.within = False
+        self._current, self.beside = self.copies, self.beside + 1
+        try:
+            yield
+        finally:
+            self._current = self.steps
 
     def launch(self, change: Callable[[], None]) -> None:
-        self.work[self.within].append(partial(done, change))
+        self._current.work.append(partial(done, change))
 
     def run(self, chance: random.Random, until: int | None = None) -> None:
-        """All of it, or until an event comes to pass."""
-        while any(self.work) and until not in self.reached:
-            queue = chance.choice([each for each in self.work if each])
-            if queue[0]():
-                queue.pop(0)
+        """All of it, or until an event is complete."""
+        while (self.steps.work or self.copies.work) and until not in self.complete:
+            work = chance.choice([each.work for each in (self.steps, self.copies) if each.work])
+            if work[0]():
+                work.pop(0)
 
 
 def done(change: Callable[[], None]) -> bool:
@@ -87,23 +105,23 @@ def test_states_are_those_of_one_stream_in_any_order_that_the_waits_allow() -> N
     assert beside > 1000, "of some 3,600 copies"
 
 
-def test_a_step_waits_for_copies_of_its_own_slots_alone() -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_step_waits_for_copies_of_its_own_slots_alone(fails: bool) -> None:
+    """For those of which a part was launched, too."""
     queues, made = Queues(), list[str]()
     stream = CopyStream(queues)
     stream.begin([0])
-    with stream.copying(1, 2):
+    with pytest.raises(MemoryError) if fails else nullcontext(), stream.copying(1, 2):
         queues.launch(partial(made.append, "copy"))
+        if fails:
+            raise MemoryError
     queues.launch(partial(made.append, "step"))
     stream.begin([0])
     queues.launch(partial(made.append, "next"))
     stream.begin([2])
     queues.launch(partial(made.append, "waits"))
-    steps, copies = queues.work
-    while steps and steps[0]():
-        steps.pop(0)
+    queues.steps.run()
     assert made == ["step", "next"]
-    while copies and copies[0]():
-        copies.pop(0)
-    while steps and steps[0]():
-        steps.pop(0)
+    queues.copies.run()
+    queues.steps.run()
     assert made == ["step", "next", "copy", "waits"]
