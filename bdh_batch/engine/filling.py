@@ -49,8 +49,10 @@ def filled(
         every.append(Piece(memory, offset))
         offset += len(memory)
     left = deque(every)  # each is taken by one thread
-    helping = None if helper is None else helper.submit(_fill_all, file, left)
+    helping: Future[None] | None = None
     try:
+        if helper is not None:
+            helping = helper.submit(_fill_all, file, left)
         for piece in every:
             while not piece.filled.done() and (mine := _take(left)) is not None:
                 mine.fill(file)

@@ -20,7 +20,8 @@ THREADS = 2  # a state that is read need not wait for one that is written; where
 
 
 class StateIO:
-    """Moves states between files and the transfer slots of a pool. It is called in the worker's thread.
+    """Moves states between files and the transfer slots of a pool. It is called in the worker's thread; one of its own
+    threads that reads a state has the other one help, if that is free.
 
     Args:
         layout: of the states in `pool`.

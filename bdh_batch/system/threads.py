@@ -70,6 +70,7 @@ def in_daemon_thread(function: Callable[[], T], name: str) -> asyncio.Future[T]:
 
 class DaemonThreads:
     """A few threads that call functions, first come, first served. They end once nobody has this object any more.
+    Any thread may submit calls, these among them.
 
     `concurrent.futures` waits for its threads when the interpreter ends; nothing waits for these.
     """
@@ -79,6 +80,7 @@ class DaemonThreads:
         self._name = name
         self._calls: Calls = SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._growing = threading.Lock()
         weakref.finalize(self, _end, self._calls, self._threads).atexit = False
 
     def submit(self, function: Callable[..., T], /, *arguments: Any) -> Future[T]:
@@ -96,8 +98,9 @@ class DaemonThreads:
 
         _under_way.add(id(call))  # before it is begun: nobody can tell when that will be
         self._calls.put(call)
-        if len(self._threads) < self._count:
-            self._threads.append(start_daemon(partial(_serve, self._calls), self._name, ends=False))
+        with self._growing:
+            if len(self._threads) < self._count:
+                self._threads.append(start_daemon(partial(_serve, self._calls), self._name, ends=False))
         return future
 
 

@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ TOKENS = pack([1, 2, 3, 70000])
 LAYOUT = StateLayout("model", "F32", (3, 2, 40, 16), 0)
 HALF = replace(LAYOUT, dtype="BF16", shape=(3, 2, 2, 40, 16), window=64)
 
+T = TypeVar("T")
 Change = Callable[[bytearray], object]
 
 
@@ -209,14 +212,29 @@ def test_a_state_larger_than_a_piece_is_written_and_read(tmp_path: Path, monkeyp
     monkeypatch.setattr(state_files, "READ", 100)
     write_state(tmp_path / "state", LAYOUT, TOKENS, memoryview(numbers(LAYOUT)))
     assert read(tmp_path / "state") == numbers(LAYOUT)
-    threads, go_on = DaemonThreads(1, "helper"), Event()
-    for busy in (False, True):
-        if busy:
-            threads.submit(go_on.wait)
-        into = bytearray(LAYOUT.size)
+    threads, go_on, into = DaemonThreads(1, "helper"), Event(), bytearray(LAYOUT.size)
+    threads.submit(go_on.wait)
+    try:
         read_state(tmp_path / "state", LAYOUT, TOKENS, memoryview(into), helper=threads)
-        assert into == numbers(LAYOUT)
-    go_on.set()
+    finally:
+        go_on.set()
+    assert into == numbers(LAYOUT), "without a helper that is busy"
+    into = bytearray(LAYOUT.size)
+    read_state(tmp_path / "state", LAYOUT, TOKENS, memoryview(into), helper=AtOnce(tmp_path / "state"))
+    assert into == numbers(LAYOUT), "by the helper alone"
+
+
+class AtOnce:
+    """Does what it is given at once, then empties the file: nobody can read anything there that it has not read."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def submit(self, function: Callable[..., T], /, *arguments: Any) -> Future[T]:
+        future: Future[T] = Future()
+        future.set_result(function(*arguments))
+        os.truncate(self._path, 0)
+        return future
 
 
 @pytest.mark.parametrize("helped", [True, False])
