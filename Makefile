@@ -102,7 +102,7 @@ train: $(INSTALLED)  ## train a model: TEXT=file OUT=folder, ARGS for more optio
 bench: $(INSTALLED)  ## measure everything here, about 20 minutes; ARGS="--quick" tries it out in three
 	@exec $(BIN)/python -m benchmarks.reports.suite $(ARGS)
 
-# With the Python of the machine: it needs no more than torch, triton, numpy, numba, pytest and safetensors.
+# With the Python of the machine: it needs no more than torch, triton, numpy, numba, pytest, safetensors and msgspec.
 gpu-check:  ## on a machine with a GPU: test the Triton kernels on it, tune, measure
 	@exec $(PYTHON) -m benchmarks.engine.gpu_check $(ARGS)
 

@@ -12,7 +12,7 @@ import torch
 from bdh_batch.checkpoint.config import BDHConfig
 from bdh_batch.engine import loading
 from bdh_batch.engine.state_pool import StatePool
-from bdh_batch.errors import ConfigError
+from bdh_batch.errors import ConfigError, NotEnoughMemory
 from bdh_batch.settings import Engine, Scheduler, Settings
 
 CONFIG = BDHConfig(n_layer=1, n_embd=8, n_head=1, mlp_internal_dim_multiplier=2, vocab_size=256)
@@ -77,6 +77,15 @@ def test_no_memory_at_all_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(loading, "StatePool", none)
     with pytest.raises(ConfigError, match="state_memory"):
         loading.take_states(CONFIG, 64, CPU, 0, torch.float32, 0)
+
+
+def test_states_that_leave_no_memory_for_steps_end_the_start() -> None:
+    def warm(chunk: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 1 GiB")
+
+    runner: Any = SimpleNamespace(warm=warm)
+    with pytest.raises(NotEnoughMemory, match=r"^engine\.state_memory: .* \(CUDA out of memory\.\); set it lower"):
+        loading.warm(runner, 512)
 
 
 def budget(each: int, free: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> int:

@@ -24,7 +24,7 @@ from bdh_batch.engine.state_pool import StatePool, slots_within
 from bdh_batch.engine.torch_threads import keep_to_one_thread
 from bdh_batch.engine.trace import Trace
 from bdh_batch.engine.worker import Observer, StepRunner, Worker
-from bdh_batch.errors import ConfigError, NotEnoughMemory
+from bdh_batch.errors import ConfigError, NotEnoughMemory, OutOfMemory
 from bdh_batch.kernels.cpu import CpuKernels
 from bdh_batch.kernels.select import select_kernels
 from bdh_batch.kernels.vector import most_threads
@@ -80,7 +80,9 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     model = load_model(path, dtype, device, given_by(settings.model))
     window = attention_window(settings.model.attention_window, model.config)
     state_dtype: torch.dtype = getattr(torch, settings.engine.state_dtype)
-    kernels, reason = select_kernels(settings.engine.kernels, model.weights, window, state_dtype)
+    kernels, reason = select_kernels(
+        settings.engine.kernels, model.weights, window, state_dtype, model.config.latent_steps
+    )
     each = bytes_per_sequence(model.config, window, state_dtype)
     budget = state_budget(settings.engine, device, each)
     most = settings.scheduler.max_running + (settings.prefix_cache.entries if settings.prefix_cache.enabled else 0)
@@ -109,7 +111,7 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
         )
     runner = Runner(kernels, pool, model.weights.latent_embed, model.neuron_order)
     log.info("warming up: kernels that are not in the cache are compiled now")
-    runner.warm(settings.scheduler.prefill_tokens)
+    warm(runner, settings.scheduler.prefill_tokens)
     if device.type == "cpu" and pool.states.nbytes >= HUGE:
         where = "are in huge pages" if pool.huge_bytes else "are not in huge pages, as the system gives none: slower"
         log.info("states %s", where)
@@ -120,6 +122,23 @@ def load_engine(settings: Settings, path: Path) -> LoadedEngine:
     return LoadedEngine(
         model, runner, slots, host_slots, grows, weights, states, copies, reason, pool.back_ahead, begin
     )
+
+
+def warm(runner: Runner, chunk: int) -> None:
+    """Computes a prefill chunk of so many tokens, and decode steps. On a GPU these become graphs, whose memory is in no
+    budget.
+
+    Raises:
+        NotEnoughMemory: the states leave too little.
+    """
+    try:
+        runner.warm(chunk)
+    except (MemoryError, torch.OutOfMemoryError, OutOfMemory) as error:
+        reason = str(error).partition("\n")[0]
+        raise NotEnoughMemory(
+            f"engine.state_memory: the states leave too little memory for steps ({reason}); set it lower, or "
+            "scheduler.prefill_tokens"
+        ) from error
 
 
 def given_by(model: ModelOptions) -> Given:

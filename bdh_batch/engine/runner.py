@@ -69,9 +69,7 @@ class Runner:
         heads, neurons = pool.states.shape[-3:-1]
         self._chooser = Chooser(self._device)
         self._layouts = Layouts(pool, self._chooser)
-        # Those of a model with latent steps know them by what is added to their vectors.
-        knows_latent = pool.vectors is None or latent_embed is not None
-        self._decoder = kernels if isinstance(kernels, DecodeKernels) and knows_latent else None
+        self._decoder = kernels if isinstance(kernels, DecodeKernels) else None
         self._view = NeuronView(self._layers, heads, neurons, self._device, neuron_order)
 
     @torch.inference_mode()

@@ -70,10 +70,21 @@ class Workspace:
 
 
 class TritonKernels:
-    """`base.Kernels` in Triton. `blocks` are what was tuned for this GPU and shape unless they are given."""
+    """`base.Kernels` in Triton.
+
+    Args:
+        blocks: what was tuned for this GPU and shape unless they are given.
+        max_tokens: of one round.
+        latent: whether the model has latent steps. It has the same kernels in every batch then.
+    """
 
     def __init__(
-        self, weights: Weights, window: int = 0, blocks: Blocks | None = None, max_tokens: int = MAX_TOKENS
+        self,
+        weights: Weights,
+        window: int = 0,
+        blocks: Blocks | None = None,
+        max_tokens: int = MAX_TOKENS,
+        latent: bool = False,
     ) -> None:
         _, heads, width, neurons = weights.encoder.shape
         self._device = weights.embed.device
@@ -85,8 +96,7 @@ class TritonKernels:
         self._constants = constants(self._shape, self._blocks)
         self._work = allocate(max_tokens, self._shape, self._blocks, self._device)
         self._max_tokens = max_tokens
-        latent_width = 0 if weights.latent_embed is None else width
-        self._steps = DecodeSteps(self, max_tokens, vocabulary, self._device, latent_width)
+        self._steps = DecodeSteps(self, max_tokens, vocabulary, self._device, width if latent else 0)
         # Of a decode step: its tokens, which are all single ones, and no segments.
         self._singles = torch.arange(self._steps.most, device=self._device)
         self._no_segments = torch.zeros(0, 3, dtype=torch.int64, device=self._device)
@@ -156,12 +166,8 @@ class TritonKernels:
                 fired[layer] = self._work.fired[watched]
 
     def _vectors_of(self, batch: RaggedBatch) -> Tensor | None:
-        """What latent steps of a batch read. A model that knows such steps has the same kernels in every batch."""
-        if batch.vectors is not None:
-            return batch.vectors.contiguous()
-        if self._steps.vectors is not None:
-            return self._steps.vectors
-        return self._work.x if any(batch.frozen) else None
+        """What latent steps of a batch read; None of a model that has none."""
+        return self._steps.vectors if batch.vectors is None else batch.vectors.contiguous()
 
     def begin(self, part: Round) -> None:
         """Looks the tokens up, and their angles."""

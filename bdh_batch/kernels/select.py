@@ -22,7 +22,11 @@ OLDEST_GPU = (8, 0)  # compute capability; the Triton kernels use its tensor cor
 
 
 def select_kernels(
-    name: Choice, weights: Weights, window: int, state_dtype: torch.dtype = torch.float32
+    name: Choice,
+    weights: Weights,
+    window: int,
+    state_dtype: torch.dtype = torch.float32,
+    latent: bool = False,
 ) -> tuple[Kernels, str]:
     """The kernels for a model, and the reason for them in a few words.
 
@@ -30,11 +34,12 @@ def select_kernels(
         name: the setting `engine.kernels`.
         window: the setting `model.attention_window`; 0 attends to everything.
         state_dtype: the setting `engine.state_dtype`.
+        latent: whether the model has latent steps.
 
     Raises:
         ConfigError: these kernels cannot serve this model, here.
     """
-    kernels, reason = _select(name, weights, window)
+    kernels, reason = _select(name, weights, window, latent)
     if state_dtype != torch.float32 and isinstance(kernels, TorchKernels):
         raise ConfigError(
             "engine.state_dtype: the torch kernels round to the nearest, and a state in bfloat16 then loses what it "
@@ -43,7 +48,7 @@ def select_kernels(
     return kernels, reason
 
 
-def _select(name: Choice, weights: Weights, window: int) -> tuple[Kernels, str]:
+def _select(name: Choice, weights: Weights, window: int, latent: bool) -> tuple[Kernels, str]:
     _check_window(window)
     _check_pairs(weights)
     if name == "torch":
@@ -54,13 +59,13 @@ def _select(name: Choice, weights: Weights, window: int) -> tuple[Kernels, str]:
     if name == "triton":
         if obstacle := triton_obstacle(weights):
             raise ConfigError(f"engine.kernels: triton kernels {obstacle}")
-        return _triton(weights, window), "triton: engine.kernels asks for it"
+        return _triton(weights, window, latent), "triton: engine.kernels asks for it"
     if name == "auto":
-        return _automatic(weights, window)
+        return _automatic(weights, window, latent)
     raise ConfigError(f"engine.kernels: {name!r} is not one of auto, torch, cpu, triton")
 
 
-def _automatic(weights: Weights, window: int) -> tuple[Kernels, str]:
+def _automatic(weights: Weights, window: int, latent: bool) -> tuple[Kernels, str]:
     device = weights.embed.device.type
     if device == "cpu":
         _check_cpu(weights)
@@ -71,7 +76,7 @@ def _automatic(weights: Weights, window: int) -> tuple[Kernels, str]:
         if weights.dtype == torch.int8:  # which the reference would widen for every product
             raise ConfigError(f"model.dtype: int8 is for CPUs; on a GPU, triton kernels {obstacle}")
         return TorchKernels(weights, window), f"torch: triton kernels {obstacle}"
-    return _triton(weights, window), "triton: the weights are on a GPU"
+    return _triton(weights, window, latent), "triton: the weights are on a GPU"
 
 
 def _cpu(weights: Weights, window: int, reason: str) -> tuple[Kernels, str]:
@@ -108,13 +113,13 @@ def triton_obstacle(weights: Weights) -> str | None:
     return None
 
 
-def _triton(weights: Weights, window: int) -> Kernels:
+def _triton(weights: Weights, window: int, latent: bool) -> Kernels:
     """Imported when it is chosen: where Triton is not installed, the rest works."""
     if folder := choose_triton_cache():
         os.environ["TRITON_CACHE_DIR"] = folder
     from bdh_batch.kernels.cuda import TritonKernels
 
-    return TritonKernels(weights, window)
+    return TritonKernels(weights, window, latent=latent)
 
 
 def _check_window(window: int) -> None:

@@ -36,7 +36,7 @@ class Reader:
         device = choose_device(settings.model.device)
         model = load_model(path, getattr(torch, settings.model.dtype), device, given_by(settings.model))
         window = attention_window(settings.model.attention_window, model.config)
-        kernels, _ = select_kernels(settings.engine.kernels, model.weights, window)
+        kernels, _ = select_kernels(settings.engine.kernels, model.weights, window, latent=model.config.latent_steps)
         pool = StatePool(model.config, 1, device, window)
         kernels.warm(pool.states)
         return cls(model, kernels, pool, length)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,10 +40,11 @@ def tokens_of(logits: Tensor, rows: Rows, uniform: Doubles) -> list[int]:
 
 
 def differing_draws(kernels: TritonKernels, states: Tensor, vocabulary: int) -> dict[str, Any]:
-    """How many tokens decode steps draw by random parameters, and how many of them are not what the same step gives
-    when its kernels are launched one by one; and whether its states are the same. Takes a copy of `states`."""
+    """How many tokens decode steps draw by random parameters; how many of them are not those of the same step when its
+    kernels are launched one by one, or its rows are drawn alone; whether its states are the same. Takes a copy of
+    `states`."""
     kernels.warm(states)
-    generator, right, drawn, others = np.random.default_rng(7), states.clone(), 0, 0
+    generator, right, drawn, others, apart = np.random.default_rng(7), states.clone(), 0, 0, 0
     for count in (min(size, len(states)) for size in SIZES):
         rows, uniform = random_rows(generator, count, vocabulary)
         tokens, slots = generator.integers(0, vocabulary, count), generator.permutation(len(states))[:count].tolist()
@@ -51,10 +52,18 @@ def differing_draws(kernels: TritonKernels, states: Tensor, vocabulary: int) -> 
         mine = kernels.decode(states, batch).tokens()
         at = torch.full((count,), POSITION, device=states.device)
         ragged = RaggedBatch(torch.from_numpy(tokens).to(states.device), at, range(count + 1), slots)
-        expected = tokens_of(kernels.logits(kernels.forward(right, ragged)), rows, uniform)
+        logits = kernels.logits(kernels.forward(right, ragged))
+        each = [slice(row, row + 1) for row in range(count)]
+        alone = [token for row in each for token in tokens_of(logits[row], rows[row], uniform[row])]
         drawn += count
-        others += sum(one != other for one, other in zip(mine, expected, strict=True))
-    return {"drawn": drawn, "others": others, "states_are_the_same": torch.equal(states, right)}
+        others += differing(mine, tokens_of(logits, rows, uniform))
+        apart += differing(mine, alone)
+    states_are_the_same = torch.equal(states, right)
+    return {"drawn": drawn, "others": others, "others_alone": apart, "states_are_the_same": states_are_the_same}
+
+
+def differing(mine: Sequence[int], expected: Sequence[int]) -> int:
+    return sum(one != other for one, other in zip(mine, expected, strict=True))
 
 
 def decode_step(kernels: TritonKernels, states: Tensor, batch: RaggedBatch) -> Callable[[], object]:

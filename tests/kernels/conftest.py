@@ -33,6 +33,11 @@ def pytest_collection_finish(session: pytest.Session) -> None:
         begin_to_compile(config)
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """On a GPU, draws add up rows as torch does it there, of which it warns under `_poisoned_memory`."""
+    item.add_marker(pytest.mark.filterwarnings("ignore:.* does not have a deterministic implementation:UserWarning"))
+
+
 def begin_to_compile(config: pytest.Config) -> None:
     folder = kept_in(config)
     config.stash[COMPILING] = subprocess.Popen(
@@ -111,7 +116,7 @@ def _interpreter_works_out_once_what_stays() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """What torch.empty gives is NaN: an output that is not written shows."""
-    # Without this, the next line has no effect. On a GPU, draws add up rows as torch does it there, of which it warns.
+    # Without this, the next line has no effect.
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     yield

@@ -88,7 +88,7 @@ def test_what_triton_cannot_serve(
 ) -> None:
     monkeypatch.setattr(select, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(select, "_triton", lambda weights, window: "triton kernels")
+    monkeypatch.setattr(select, "_triton", lambda weights, window, latent: ("triton kernels", latent))
     monkeypatch.setattr(select, "TorchKernels", lambda weights, window: "reference")
     obstacle = select.triton_obstacle(gpu)
     chosen: list[object] = []
@@ -99,10 +99,10 @@ def test_what_triton_cannot_serve(
         chosen.append(select_kernels("auto", gpu, 0))
     if reason is None:
         assert obstacle is None
-        chosen.append(select_kernels("triton", gpu, 0))
+        chosen.append(select_kernels("triton", gpu, 0, latent=True))
         assert chosen == [
-            ("triton kernels", "triton: the weights are on a GPU"),
-            ("triton kernels", "triton: engine.kernels asks for it"),
+            (("triton kernels", False), "triton: the weights are on a GPU"),
+            (("triton kernels", True), "triton: engine.kernels asks for it"),
         ]
     else:
         assert obstacle is not None

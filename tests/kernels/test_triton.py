@@ -44,8 +44,10 @@ WINDOW = 12
 class Poisoned:
     """Kernels that find nothing in their memory that a step could mistake for its own, with all tensors on DEVICE."""
 
-    def __init__(self, weights: Weights, window: int = 0, blocks: Blocks = SMALL, max_tokens: int = 64) -> None:
-        self.kernels = TritonKernels(on_device(weights), window, blocks, max_tokens)
+    def __init__(
+        self, weights: Weights, window: int = 0, blocks: Blocks = SMALL, max_tokens: int = 64, latent: bool = False
+    ) -> None:
+        self.kernels = TritonKernels(on_device(weights), window, blocks, max_tokens, latent)
 
     def warm(self, states: Tensor) -> None:
         self.kernels.warm(states)

@@ -31,8 +31,7 @@ VOCABULARY = 40
 @pytest.mark.parametrize(("window", "dtype"), [(0, torch.float32), (6, torch.bfloat16)])
 def test_a_step_leaves_and_draws_what_it_does_kernel_by_kernel(window: int, dtype: torch.dtype) -> None:
     weights = on_device(synthetic_weights(model(2, 1, 16, 32, VOCABULARY), 0.3))
-    weights = replace(weights, latent_embed=torch.zeros(16, device=DEVICE))
-    kernels = TritonKernels(weights, window, SMALL, max_tokens=8)
+    kernels = TritonKernels(weights, window, SMALL, max_tokens=8, latent=True)
     mine = states_on_device(weights, 8, window).to(dtype)
     right, generator = mine.clone(), np.random.default_rng(5)
     for step, count in enumerate((3, 8, 1, 5)):
@@ -62,7 +61,8 @@ def test_the_check_on_a_gpu_tells_other_tokens_and_states(monkeypatch: pytest.Mo
     monkeypatch.setattr(gpu_graphs, "SIZES", (3, 1))
     weights = on_device(synthetic_weights(model(1, 1, 16, 32, VOCABULARY), 0.3))
     kernels, states = TritonKernels(weights, 0, SMALL, max_tokens=4), states_on_device(weights, 4)
-    assert differing_draws(kernels, states, VOCABULARY) == {"drawn": 4, "others": 0, "states_are_the_same": True}
+    same = {"drawn": 4, "others": 0, "others_alone": 0, "states_are_the_same": True}
+    assert differing_draws(kernels, states, VOCABULARY) == same
     decode = kernels.decode
 
     def other(states: Tensor, batch: DecodeBatch) -> Decoded:
@@ -71,4 +71,5 @@ def test_the_check_on_a_gpu_tells_other_tokens_and_states(monkeypatch: pytest.Mo
         return replace(found, tokens=lambda: [token + 1 for token in found.tokens()])
 
     monkeypatch.setattr(kernels, "decode", other)
-    assert differing_draws(kernels, states, VOCABULARY) == {"drawn": 4, "others": 4, "states_are_the_same": False}
+    wrong = {"drawn": 4, "others": 4, "others_alone": 4, "states_are_the_same": False}
+    assert differing_draws(kernels, states, VOCABULARY) == wrong

@@ -31,11 +31,10 @@ from bdh_batch.messages import (
 )
 from benchmarks.engine.synthetic import synthetic_weights
 from tests.kernels.support import model
-from tests.kernels.test_triton import SMALL
+from tests.kernels.test_triton import DEVICE, SMALL, on_device
 
 pytestmark = pytest.mark.no_cover  # tracing would more than double what the interpreter takes
 
-CPU = torch.device("cpu")
 VOCABULARY = 20
 
 
@@ -80,11 +79,11 @@ def test_outcomes_are_the_same_whatever_is_asked_for(monkeypatch: pytest.MonkeyP
     """Greedy and hot rows, all filters, log-probabilities, penalties and bias, constraints, and latent steps, of which
     some only read their state: beside each other, and each by itself. In one step of many, neurons are counted."""
     config = replace(model(1, 1, 16, 32, VOCABULARY), latent_steps=True)
-    weights = replace(synthetic_weights(config, 0.3), latent_embed=torch.full((16,), 0.1))
-    kernels, slots = TritonKernels(weights, 0, SMALL, max_tokens=8), 6
-    pools = [StatePool(config, slots, CPU) for _ in range(2)]
+    weights, latent_embed = on_device(synthetic_weights(config, 0.3)), torch.full((16,), 0.1, device=DEVICE)
+    kernels, slots = TritonKernels(weights, 0, SMALL, max_tokens=8, latent=True), 6
+    pools = [StatePool(config, slots, DEVICE) for _ in range(2)]
     both: list[Kernels] = [kernels, StepByStep(kernels)]
-    runners = [Runner(each, pool, weights.latent_embed) for each, pool in zip(both, pools, strict=True)]
+    runners = [Runner(each, pool, latent_embed) for each, pool in zip(both, pools, strict=True)]
     decode = Mock(wraps=kernels.decode)
     monkeypatch.setattr(kernels, "decode", decode)
     chance = random.Random(3)

@@ -27,11 +27,9 @@ WINDOW = 6
 KINDS = [kind for kind in VARIANTS if kind not in (UPSTREAM, "base 10,000")]  # a base is a table of frequencies
 
 
-def weights_of(kind: str, latent: bool = False, dtype: torch.dtype = torch.float32) -> Weights:
+def weights_of(kind: str, dtype: torch.dtype = torch.float32) -> Weights:
     """A width of 17: a layer's matrices do not begin at a multiple of 16 bytes."""
-    weights = variant(synthetic_weights(model(2, 1, 17, 34, VOCABULARY), 0.3, dtype=dtype), kind)
-    embed = torch.randn(17, generator=torch.Generator().manual_seed(3)) if latent else None
-    return replace(weights, latent_embed=embed)
+    return variant(synthetic_weights(model(2, 1, 17, 34, VOCABULARY), 0.3, dtype=dtype), kind)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,22 +82,22 @@ STEPS, FROZEN = {3: 2, 1: 3, 2: 1}, (1, 2)
 
 
 @pytest.mark.parametrize(
-    ("window", "beside", "latent"),
-    [(0, 1, True), (WINDOW, 1, True), (WINDOW, 2, True), (0, 1, False)],
-    ids=["decode", "decode in a window", "beside a prompt", "of a model that does not say so"],
+    ("window", "beside"),
+    [(0, 1), (WINDOW, 1), (WINDOW, 2)],
+    ids=["decode", "decode in a window", "beside a prompt"],
 )
-def test_latent_steps_agree_with_the_specification(window: int, beside: int, latent: bool) -> None:
-    weights = weights_of(ALL_AT_ONCE, latent)
+def test_latent_steps_agree_with_the_specification(window: int, beside: int) -> None:
+    weights = weights_of(ALL_AT_ONCE)
     mine, right = states_on_device(weights, 4, window), states_for(weights, 4, window)
-    got = reason(Poisoned(weights, window), mine, STEPS, FROZEN, beside)
+    got = reason(Poisoned(weights, window, latent=True), mine, STEPS, FROZEN, beside)
     expected = reason(TorchKernels(weights, window), right, STEPS, FROZEN, beside)
     assert distance(got.cpu(), expected) <= TOLERANCE
     assert distance(mine.cpu(), right) <= TOLERANCE
 
 
 def test_latent_steps_have_the_same_bits_in_any_company() -> None:
-    weights = weights_of(UPSTREAM, latent=True)
-    kernels, crowd, beside = Poisoned(weights), states_on_device(weights, 4), states_on_device(weights, 4)
+    weights = weights_of(UPSTREAM)
+    kernels, crowd, beside = Poisoned(weights, latent=True), states_on_device(weights, 4), states_on_device(weights, 4)
     together = reason(kernels, crowd, STEPS, FROZEN, 1)
     assert torch.equal(reason(kernels, beside, STEPS, FROZEN, 2), together)
     assert torch.equal(beside[1:], crowd[1:])
@@ -112,7 +110,7 @@ def test_latent_steps_have_the_same_bits_in_any_company() -> None:
 def test_a_frozen_token_reads_as_any_other_and_writes_nothing(window: int, dtype: torch.dtype) -> None:
     """At a block's first position too, where the oldest block leaves all the same."""
     weights = weights_of(UPSTREAM)
-    kernels, states = Poisoned(weights, window), states_on_device(weights, 1, window).to(dtype)
+    kernels, states = Poisoned(weights, window, latent=True), states_on_device(weights, 1, window).to(dtype)
     row = text(6, VOCABULARY)
     kernels.forward(states, RaggedBatch(row[:5], torch.arange(5), [0, 5], [0]))
     for position in (5, 6):
