@@ -42,7 +42,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="OPTION=VALUE", help="of servers, beside the scenario's own"
     )
-    parser.add_argument("--against", type=Path, help="an older checkout, whose server has the keys by turns, too")
+    parser.add_argument(
+        "--against", type=Path, help="an older checkout, whose server alternates with this one's in `keys`"
+    )
     parser.add_argument("--chats", type=int, default=100, help="with a system prompt in common")
     parser.add_argument("--system", type=int, default=2048, help="tokens of the system prompt")
     parser.add_argument("--together", type=int, default=16, help="chats sent at once")
