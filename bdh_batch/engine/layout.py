@@ -1,5 +1,6 @@
-"""What is told by a step's segments before any of their tokens, in numbers. The next steps have the same while all that
-runs decodes, and nothing comes or goes: with many streams, asking each segment again takes longer than packing them."""
+"""What follows from a step's segments without their tokens: bounds, rows of the state pool, packed parameters. The next
+steps have the same while all that runs decodes, and nothing comes or goes: with many streams, asking each segment again
+takes longer than packing them."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from bdh_batch.engine.sampling.choosing import Chooser
-from bdh_batch.engine.sampling.host_sampler import Packed
+from bdh_batch.engine.sampling.host_sampler import PackedParameters
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.messages import Plan, Segment
 
@@ -19,7 +20,7 @@ class Layout(NamedTuple):
     bounds: list[int]  # S + 1 offsets into the tokens
     rows: list[int]  # of the state pool
     draws: list[bool]
-    packed: Packed | None = None  # the sampling parameters, where they are all that a step of single tokens needs
+    packed: PackedParameters | None = None  # where sampling parameters are all that a step of single tokens needs
 
 
 def layout_of(segments: Sequence[Segment], pool: StatePool) -> Layout:
@@ -53,7 +54,7 @@ class Layouts:
             self._kept = layout = layout._replace(packed=self._packed(plan.segments))
         return layout
 
-    def _packed(self, segments: Sequence[Segment]) -> Packed | None:
+    def _packed(self, segments: Sequence[Segment]) -> PackedParameters | None:
         params = [
             segment.sampling
             for segment in segments

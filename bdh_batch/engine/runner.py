@@ -19,7 +19,7 @@ from bdh_batch.engine.layout import Layout, Layouts, drawn_apart, layout_of
 from bdh_batch.engine.neurons import NeuronView, watched
 from bdh_batch.engine.sampling.choosing import Chooser
 from bdh_batch.engine.sampling.draw import drawn_tokens, numbers
-from bdh_batch.engine.sampling.host_sampler import Packed
+from bdh_batch.engine.sampling.host_sampler import PackedParameters
 from bdh_batch.engine.sampling.logprobs import ROWS, index_of, rows_of, token_logprobs
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.errors import OutOfMemory
@@ -38,7 +38,7 @@ from bdh_batch.messages import (
     distinct,
 )
 
-NOTHING_DRAWN = SamplingParams(temperature=0.0)  # in the stead of those that a sequence has none of in this step
+NOTHING_DRAWN = SamplingParams(temperature=0.0)  # by a sequence for which nothing is drawn in this step
 FIRST_LOOK, LOOK_EVERY = 8, 64  # steps, in which the share of neurons that fire is measured
 
 
@@ -119,7 +119,7 @@ class Runner:
         self._steps += 1
         return torch.empty(self._layers, device=self._device) if self._steps % LOOK_EVERY == FIRST_LOOK else None
 
-    def _draw_again(self, segments: Sequence[Segment], packed: Packed, hidden: Tensor) -> list[int | None]:
+    def _draw_again(self, segments: Sequence[Segment], packed: PackedParameters, hidden: Tensor) -> list[int | None]:
         """Draws the next token of each of the segments by sampling parameters that were packed; `hidden` is [S, D]."""
         positions = np.array([segment.start for segment in segments], np.int64)
         positions += 1

@@ -15,13 +15,13 @@ from torch import Tensor
 
 NO_TOKEN = -1
 COLDEST = 1e-30  # temperature: by less, float32 could not divide
-WORDS = 4  # of 8 bytes, that a row's numbers take
 
 # A row's sampling parameters in main memory: `kept` is how many of the likeliest tokens stay at most, 0 where neither
 # top_k nor top_p filters; `least` is the scaled logit below which min_p drops a token, −∞ without it.
 ROW = np.dtype(
     [("temperature", "f4"), ("top_p", "f4"), ("least", "f4"), ("unused", "f4"), ("kept", "i8"), ("seed", "u8")]
 )
+WORDS = ROW.itemsize // 8  # of 8 bytes
 Rows = np.ndarray[Any, np.dtype[np.void]]  # [R] of ROW
 Doubles = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -38,7 +38,7 @@ class Draws:
 
     @classmethod
     def of(cls, words: Tensor) -> Draws:
-        """The views of `words` [WORDS, R] int64."""
+        """The views of `words` [WORDS, R] int64: `uniform` takes as much as a seed."""
         rows = words.shape[1]
         temperature, top_p, least, _ = words[2:].reshape(-1).view(torch.float32).view(4, rows)
         return cls(words[0].view(torch.float64), words[1], temperature, top_p, least)
@@ -81,7 +81,8 @@ def _keep_likely(scaled: Tensor, draws: Draws) -> Tensor:
     ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
     ordered = ordered.masked_fill(ranks >= kept, -torch.inf)
     probabilities = ordered.softmax(dim=-1)
-    ahead = probabilities.cumsum(dim=-1) - probabilities
+    # In float64: a GPU cuts its sums by how many rows there are, which rounding to float32 hides.
+    ahead = probabilities.cumsum(dim=-1, dtype=torch.float64).float() - probabilities
     beyond = (ahead >= draws.top_p[:, None]) & (ranks > 0)  # the likeliest always stays
     likely = torch.empty_like(scaled).scatter_(-1, order, ordered.masked_fill(beyond, -torch.inf))
     return torch.where(kept > 0, likely, scaled)

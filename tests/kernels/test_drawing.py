@@ -34,7 +34,9 @@ class Noted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.overloadpacket.__name__)
+        name = func.overloadpacket.__name__
+        stays = name == "_to_copy" and not (kwargs or {}).get("device")
+        self.names.append("to_dtype" if stays else name)
         return func(*args, **(kwargs or {}))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import given, settings, strategies as st
 from bdh_batch.engine.sampling import logits_processors
 from bdh_batch.engine.sampling.choosing import Chooser
 from bdh_batch.engine.sampling.draw import uniforms
+from bdh_batch.engine.sampling.host_sampler import HostSampler
 from bdh_batch.engine.sampling.logits_processors import process_in_main_memory, process_on_device
 from bdh_batch.messages import NO_TOKENS, LogitBias, LogitsProcessors, SamplingParams, TokenLogprob, distinct
 
@@ -186,6 +188,31 @@ def test_logits_are_processed_alike_in_main_memory_and_on_a_device(given: list[R
     process_in_main_memory(host, processors)
     process_on_device(device, processors)
     torch.testing.assert_close(host, device, rtol=1e-6, atol=0)
+
+
+def test_a_row_whose_draw_fails_costs_no_other_its_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether its parameters are packed for many steps, or come with each."""
+    params, positions = [SamplingParams(seed=row, top_p=0.9) for row in range(12)], range(12)
+    packed, right, draw = CHOOSER.pack(params), CHOOSER.draw(LOGITS, params, positions), HostSampler.draw
+    assert packed is not None
+    failure: list[Exception] = [ValueError("broken")]
+
+    def broken(*arguments: Any) -> list[int | None]:
+        if 5 in arguments[3]:
+            raise failure[0]
+        return draw(*arguments)
+
+    monkeypatch.setattr(HostSampler, "draw", broken)
+    variants = [
+        partial(CHOOSER.draw, LOGITS, params, positions),
+        partial(CHOOSER.draw_packed, LOGITS, packed, np.arange(12)),
+    ]
+    for variant in variants:
+        assert variant() == [*right[:5], None, *right[6:]]
+    failure[0] = MemoryError()
+    for variant in variants:
+        with pytest.raises(MemoryError):
+            variant()
 
 
 def test_choices_for_one_prompt_share_what_does_not_differ_and_nothing_else() -> None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from bdh_batch.engine.sampling.draw import sample
-from bdh_batch.engine.sampling.host_sampler import HostSampler, Packed, pack
+from bdh_batch.engine.sampling.host_sampler import HostSampler, PackedParameters, pack
 from bdh_batch.engine.sampling.logits_processors import RowProcessors, process_logits
 from bdh_batch.engine.sampling.logprobs import rows_of, token_logprobs
 from bdh_batch.engine.sampling.passes import Longs
 from bdh_batch.messages import SamplingParams, TokenLogprob
 
 log = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = (MemoryError, torch.OutOfMemoryError)
+Tokens = list[int | None]
 
 
 class Chooser:
@@ -61,14 +64,19 @@ class Chooser:
         logprobs = token_logprobs(raw, [tokens[row] or 0 for row in wanted], tops)
         return tokens, dict(zip(wanted, logprobs))
 
-    def pack(self, params: Sequence[SamplingParams]) -> Packed | None:
+    def pack(self, params: Sequence[SamplingParams]) -> PackedParameters | None:
         """The parameters of rows that `draw_packed` can draw by, again and again; None on a device."""
         return None if self._host is None else pack(params)
 
-    def draw_packed(self, logits: Tensor, packed: Packed, positions: Longs) -> list[int | None]:
+    def draw_packed(self, logits: Tensor, packed: PackedParameters, positions: Longs) -> list[int | None]:
         """As `draw`, of rows in main memory without masks, by what `pack` gave; `positions` are [rows]."""
-        assert self._host is not None, "on a device nothing is packed"
-        return self._host.draw(logits, packed, positions)
+        host = self._host
+        assert host is not None, "on a device nothing is packed"
+        return drawn_together(
+            len(positions),
+            lambda: host.draw(logits, packed, positions),
+            lambda row: host.draw(logits[row : row + 1], packed.of(row, row + 1), positions[row : row + 1]),
+        )
 
     def draw(
         self,
@@ -78,17 +86,32 @@ class Chooser:
         masks: Sequence[bytes | None] = (),
     ) -> list[int | None]:
         """Draws a token for each row of `logits` [rows, V] float32; one that fails gets None, the others a token."""
+        return drawn_together(
+            len(params),
+            lambda: self._sample(logits, params, positions, masks),
+            lambda row: self._sample(logits[row : row + 1], [params[row]], [positions[row]], masks[row : row + 1]),
+        )
+
+
+def drawn_together(rows: int, together: Callable[[], Tokens], alone: Callable[[int], Tokens]) -> Tokens:
+    """What `together` draws for all rows. Where it fails, each is drawn `alone`: one that fails has None.
+
+    Raises:
+        MemoryError, torch.OutOfMemoryError: it is for the caller to do with less.
+    """
+    try:
+        return together()
+    except OUT_OF_MEMORY:
+        raise
+    except Exception:
+        log.exception("drawing %d tokens failed; they are drawn one by one", rows)
+    drawn: Tokens = []
+    for row in range(rows):
         try:
-            return self._sample(logits, params, positions, masks)
-        except (MemoryError, torch.OutOfMemoryError):
+            drawn += alone(row)
+        except OUT_OF_MEMORY:
             raise
         except Exception:
-            log.exception("drawing %d tokens failed; they are drawn one by one", len(params))
-        drawn: list[int | None] = []
-        for row, (param, position) in enumerate(zip(params, positions, strict=True)):
-            try:
-                drawn += self._sample(logits[row : row + 1], [param], [position], masks[row : row + 1])
-            except Exception:
-                log.exception("drawing with %s failed", param)
-                drawn.append(None)
-        return drawn
+            log.exception("drawing for row %d failed", row)
+            drawn.append(None)
+    return drawn

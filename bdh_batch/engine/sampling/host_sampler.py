@@ -11,16 +11,23 @@ from torch import Tensor
 
 from bdh_batch.engine.sampling import passes
 from bdh_batch.engine.sampling.parameters import packed
+from bdh_batch.kernels.drawing import WORDS
 from bdh_batch.messages import SamplingParams
 
 ELEMENTS = 2**18  # numbers of the rows that are drawn at a time, at least one: a megabyte, and the buffers stay small
 
 
-class Packed(NamedTuple):
-    """The numbers of rows' parameters, as `passes` reads them."""
+class PackedParameters(NamedTuple):
+    """The records of rows' parameters, as `passes` reads them."""
 
-    numbers: passes.Floats  # [rows, passes.NUMBERS]
-    words: passes.Longs  # the same as [rows, passes.WORDS]
+    numbers: passes.Floats  # [rows * NUMBERS]
+    words: passes.Longs  # the same as [rows * WORDS]
+
+    def of(self, begin: int, end: int) -> PackedParameters:
+        """Those of the rows from `begin` to `end`."""
+        return PackedParameters(
+            self.numbers[begin * passes.NUMBERS : end * passes.NUMBERS], self.words[begin * WORDS : end * WORDS]
+        )
 
 
 class HostSampler:
@@ -43,7 +50,7 @@ class HostSampler:
         return self.draw(logits, pack(params), np.array(positions, np.int64), masks)
 
     def draw(
-        self, logits: Tensor, by: Packed, positions: passes.Longs, masks: Sequence[bytes | None] = ()
+        self, logits: Tensor, by: PackedParameters, positions: passes.Longs, masks: Sequence[bytes | None] = ()
     ) -> list[int | None]:
         """Draws by parameters that `pack` has packed; `positions` are [rows]."""
         rows, vocabulary = logits.shape
@@ -54,13 +61,11 @@ class HostSampler:
         tokens: list[int | None] = []
         for begin in range(0, rows, most):
             part = slice(begin, begin + most)
-            numbers = by.numbers[begin * passes.NUMBERS : (begin + most) * passes.NUMBERS]
-            words = by.words[begin * passes.WORDS : (begin + most) * passes.WORDS]
-            tokens += self._sample(logits[part], Packed(numbers, words), positions[part], masks[part])
+            tokens += self._sample(logits[part], by.of(begin, begin + most), positions[part], masks[part])
         return tokens
 
     def _sample(
-        self, logits: Tensor, by: Packed, positions: passes.Longs, masks: Sequence[bytes | None]
+        self, logits: Tensor, by: PackedParameters, positions: passes.Longs, masks: Sequence[bytes | None]
     ) -> list[int | None]:
         rows, vocabulary = logits.shape
         flat, pitch = _flat(logits)
@@ -132,9 +137,9 @@ class HostSampler:
 NO_MASKS = np.zeros(1, np.uint8)
 
 
-def pack(params: Sequence[SamplingParams]) -> Packed:
+def pack(params: Sequence[SamplingParams]) -> PackedParameters:
     records = packed(params)
-    return Packed(np.frombuffer(records, np.float32), np.frombuffer(records, np.int64))
+    return PackedParameters(np.frombuffer(records, np.float32), np.frombuffer(records, np.int64))
 
 
 def _flat(logits: Tensor) -> tuple[passes.Floats, int]:

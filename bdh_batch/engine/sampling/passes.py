@@ -11,14 +11,15 @@ from typing import Any
 
 import numpy as np
 
+from bdh_batch.kernels.drawing import NO_TOKEN, ROW, WORDS
 from bdh_batch.kernels.vector import compiled, inlined
 
-# Columns of a row's numbers, as `pack_numbers` lays them out: eight float32, the last four of which are two int64.
-NUMBERS, WORDS = 8, 4
-TEMPERATURE, TOP_P, LEAST = 0, 1, 2
-KEPT, SEED = 2, 3  # KEPT: of the likeliest tokens, how many at most; 0 where neither `top_k` nor `top_p` filters
+OFFSETS = {name: offset for name, (_, offset, *_) in (ROW.fields or {}).items()}  # in bytes
+# Columns of a row's record, read as float32, and read as int64, of which it has WORDS.
+NUMBERS = ROW.itemsize // 4
+TEMPERATURE, TOP_P, LEAST = (OFFSETS[name] // 4 for name in ("temperature", "top_p", "least"))
+KEPT, SEED = (OFFSETS[name] // 8 for name in ("kept", "seed"))
 
-NO_TOKEN = -1
 REFUSED = np.finfo(np.float32).min  # the logit of a token that a mask refuses
 INFINITE = 0x7F800000  # the bits of float32's infinity
 DIGITS = 256  # of the sort's passes: bytes
