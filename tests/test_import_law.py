@@ -23,7 +23,7 @@ TABLES = {"settings.py"}  # long, but read by looking something up
 LAW: dict[str, tuple[set[str], set[str]]] = {
     "errors": (set(), set()),
     "messages": ({"errors"}, {"msgspec"}),
-    "system": ({"errors"}, {"google", "platformdirs", "torch", "yaml"}),
+    "system": ({"errors"}, {"google", "numpy", "platformdirs", "torch", "yaml"}),
     # Of upstreams no more than what the settings say of them.
     "settings": ({"errors", "system", "upstreams"}, {"pydantic", "pydantic_core", "yaml"}),
     "text": (SHARED, {"jinja2", "llguidance", "orjson", "tokenizers"}),

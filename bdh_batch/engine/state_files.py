@@ -4,8 +4,9 @@ A file holds one tensor, `state`, and says in its metadata which model's it is, 
 has latent steps, a second one, `hidden`, is the final hidden vector of the last token. They are read to and written
 from memory that the caller has.
 
-Whether all numbers are finite is looked at when they are written, and where a client's file comes in
-(`http/states/transfer.py`). The checksum says that they are still the same, and a conversation waits for no more.
+Whether all numbers are finite is looked at when they are written, and where a client's file comes in: by HTTP
+(`http/states/transfer.py`) or by the Python API (`llm/states.py`). The checksum says that they are still the same, and a
+conversation waits for no more.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-import numpy as np
 from xxhash import xxh3_128  # finds damage as a cryptographic hash does, and sooner
 
 from bdh_batch.engine.filling import CutOff, fill, filled
 from bdh_batch.messages import StateLayout
 from bdh_batch.system.durable import sync_folder
+from bdh_batch.system.finite import is_finite
 from bdh_batch.system.threads import Executor
 
 TENSOR, HIDDEN = "state", "hidden"
@@ -36,7 +37,6 @@ PIECE = 2**20  # bytes that are written at a time, a whole number of numbers, wh
 READ = 2**21  # that are read at a time: between two reads, a thread may have to wait for the interpreter's lock
 LENGTH = 8  # bytes of the header's length, before it
 UNKNOWN_HASH = "0" * 32  # stands where the tensor's will, once it is known
-EXPONENT = np.uint16(0x7F80)  # of a bfloat16, which numpy does not know: where all its bits are set, it is not finite
 NOTHING = memoryview(b"")  # instead of a hidden vector
 
 Header = Mapping[str, Any]
@@ -100,7 +100,7 @@ def write_state(
             _write(file, _header(layout, tokens, UNKNOWN_HASH))
             digest = xxh3_128()
             for piece, dtype in _pieces(layout, state, hidden, PIECE):
-                if not _finite(piece, dtype):
+                if not is_finite(piece, dtype):
                     raise BadState("it has numbers that are not finite.")
                 digest.update(piece)
                 _write(file, piece)
@@ -182,12 +182,6 @@ def _check(header: Header, layout: StateLayout, size: int) -> Mapping[str, Any]:
 def _check_tokens(metadata: Mapping[str, Any], tokens: bytes) -> None:
     if metadata.get("tokens") != str(len(tokens) // 4) or metadata.get("tokens_sha256") != sha256(tokens).hexdigest():
         raise BadState("the prompt does not begin with the tokens that it is the state after.")
-
-
-def _finite(piece: memoryview, dtype: Dtype) -> bool:
-    if dtype == "F32":
-        return bool(np.isfinite(np.frombuffer(piece, np.float32)).all())
-    return not np.any((np.frombuffer(piece, np.uint16) & EXPONENT) == EXPONENT)
 
 
 @contextlib.contextmanager

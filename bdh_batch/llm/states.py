@@ -18,10 +18,11 @@ from bdh_batch.http.states.bodies import StateBody
 from bdh_batch.http.states.header import Header
 from bdh_batch.http.states.records import KIND, About, found, new_record, shown
 from bdh_batch.http.states.saving import Saving, Source
-from bdh_batch.http.states.transfer import PIECE, head_of
+from bdh_batch.http.states.transfer import PIECE, check_finite, head_of
 from bdh_batch.llm.outputs import Prompt, RequestOutput, State
 from bdh_batch.llm.prompts import plain
 from bdh_batch.llm.requests import Requests, encoded, named
+from bdh_batch.messages.state import INVALID
 from bdh_batch.store.record import Record
 from bdh_batch.system.threads import in_daemon_thread
 
@@ -151,15 +152,28 @@ def _header_of(file: BinaryIO) -> Header:
     whole, there = header.LENGTH + length + known.size, os.fstat(file.fileno()).st_size
     if there != whole:
         text = f"The file is no whole state: it has {there} bytes, and by its header {whole}."
-        raise InvalidRequest(text, header.FILE, "invalid_state")
+        raise InvalidRequest(text, header.FILE, INVALID)
     return known
 
 
 async def _pieces(file: BinaryIO, known: Header, tokens: array[int]) -> AsyncIterator[bytes]:
-    """The file as an engine writes it; it has been read up to its tensor."""
+    """The file as an engine writes it; it has been read up to its tensor. Raises InvalidRequest: a number in it is not
+    finite."""
     yield known.of_engine(tokens)
-    while piece := await in_daemon_thread(partial(file.read, PIECE), THREAD):
-        yield piece
+    for left, dtype in known.parts:
+        while left:
+            piece = await in_daemon_thread(partial(_piece, file, min(left, PIECE), dtype), THREAD)
+            left -= len(piece)
+            yield piece
+
+
+def _piece(file: BinaryIO, size: int, dtype: str) -> bytes:
+    """Raises InvalidRequest: it is cut off meanwhile, or a number is not finite."""
+    piece = file.read(size)
+    if len(piece) < size:
+        raise InvalidRequest("The file is no whole state: it ends too soon.", header.FILE, INVALID)
+    check_finite(piece, dtype)
+    return piece
 
 
 def _copy(source: Path, target: Path, head: bytes, size: int) -> None:

@@ -3,6 +3,7 @@ and in the server's."""
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from tests.reasoning import reasoning, write_folder
+from tests.support import ending_in
 
 if TYPE_CHECKING:
     from tests.conftest import ServeFactory, Server
@@ -159,6 +161,8 @@ def test_a_state_holds_the_latent_steps_that_it_has_read(several: Server) -> Non
     uploaded = several.http.post(f"{STATES}/content", content=file)
     assert uploaded.status_code == 200, uploaded.text
     assert goes_on(uploaded.json()["id"]) == expected
+    refused = several.http.post(f"{STATES}/content", content=ending_in(file, math.nan))  # in the hidden vector
+    assert "finite" in several.error(refused, 400)["message"]
     of_prompt = several.http.post(STATES, json={"prompt": PROMPT}).json()
     thought = {"prompt": " then", "state": of_prompt["id"], "latent_steps": 4, **GREEDY}
     found = several.http.post(COMPLETIONS, json=thought).json()["choices"][0]["token_ids"]

@@ -19,6 +19,7 @@ from xxhash import xxh3_128_hexdigest
 from bdh_batch.http.states.header import MOST
 from bdh_batch.http.states.objects import StateObject
 from tests.conftest import eventually
+from tests.support import ending_in
 
 if TYPE_CHECKING:
     from tests.conftest import ServeFactory, Server
@@ -193,11 +194,7 @@ class TestHostile:
 
     @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
     def test_numbers_that_are_not_finite_are_refused(self, small: Server, file: bytes, number: float) -> None:
-        header, tensor = apart(file)
-        numbers = np.frombuffer(tensor, np.float32).copy()
-        numbers[-1] = number
-        header["__metadata__"]["xxh3_128"] = xxh3_128_hexdigest(numbers.tobytes())
-        error = refusal(small, together(header, numbers.tobytes()))
+        error = refusal(small, ending_in(file, number))
         assert (error["param"], error["code"]) == ("file", "invalid_state")
         assert "finite" in error["message"]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +13,7 @@ from bdh_batch.errors import InvalidRequest
 from bdh_batch.shell.session import Session
 from bdh_batch.shell.talk import COMMANDS
 from tests.reasoning import reasoning, write_folder
+from tests.support import ending_in
 
 PROMPT = "What is behind the seventh door? "
 TOKENS = 8
@@ -45,7 +48,7 @@ def test_answers_after_latent_steps_are_those_of_the_package(thinker: LLM) -> No
     assert by_effort.outputs[0].token_ids == answer(4)
 
 
-def test_a_state_has_read_the_latent_steps_too(thinker: LLM) -> None:
+def test_a_state_has_read_the_latent_steps_too(thinker: LLM, tmp_path: Path) -> None:
     whole = SamplingParams(temperature=0, max_tokens=TOKENS, latent_steps=3)
     half = SamplingParams(temperature=0, max_tokens=TOKENS // 2, latent_steps=3)
     [expected], [begun] = thinker.generate(PROMPT, whole), thinker.generate(PROMPT, half)
@@ -56,6 +59,11 @@ def test_a_state_has_read_the_latent_steps_too(thinker: LLM) -> None:
     rest = SamplingParams(temperature=0, max_tokens=TOKENS // 2, latent_steps=0)
     [on] = thinker.generate([[last]], rest, state=state)
     assert [*before, last, *on.outputs[0].token_ids] == expected.outputs[0].token_ids
+    path = tmp_path / "state.safetensors"
+    thinker.export_state(state, path)
+    path.write_bytes(ending_in(path.read_bytes(), math.nan))  # in the hidden vector
+    with pytest.raises(InvalidRequest, match="finite"):
+        thinker.import_state(path)
 
 
 def test_at_the_terminal(thinker: LLM) -> None:

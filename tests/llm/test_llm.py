@@ -15,6 +15,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import bdh_batch
@@ -22,6 +23,7 @@ from bdh_batch import LLM, AsyncLLM, SamplingParams, StructuredOutputsParams
 from bdh_batch.errors import CheckpointError, ConfigError, InvalidRequest, Unavailable
 from bdh_batch.http.errors import NotFound
 from tests.conftest import clean_environment, eventually
+from tests.support import ending_in
 
 LONG = SamplingParams(max_tokens=100_000, ignore_eos=True)
 BRIEF = SamplingParams(max_tokens=4, seed=1)
@@ -188,6 +190,19 @@ def test_states_are_begun_in_forked_and_carried_in_files(llm: LLM, tmp_path: Pat
     with pytest.raises(NotFound) as missing:
         llm.generate("x", state=state)
     assert missing.value.param == "state"
+
+
+@pytest.mark.parametrize("number", [np.nan, -np.inf])
+def test_a_file_with_a_number_that_is_not_finite_is_refused(llm: LLM, tmp_path: Path, number: float) -> None:
+    path, before = tmp_path / "state.safetensors", llm.list_states()
+    state = llm.save_state("To be, or")
+    llm.export_state(state, path)
+    llm.delete_state(state)
+    path.write_bytes(ending_in(path.read_bytes(), number))
+    with pytest.raises(InvalidRequest, match="finite") as refused:
+        llm.import_state(path)
+    assert refused.value.param == "path"
+    assert llm.list_states() == before
 
 
 def test_a_state_after_what_was_generated(llm: LLM) -> None:

@@ -24,6 +24,7 @@ from bdh_batch.engine.filling import CutOff, filled
 from bdh_batch.engine.state_files import BadState, read_state, write_state
 from bdh_batch.messages import StateLayout
 from bdh_batch.scheduler.prefixes import pack
+from bdh_batch.system.finite import is_finite
 from bdh_batch.system.threads import DaemonThreads
 
 TOKENS = pack([1, 2, 3, 70000])
@@ -205,6 +206,19 @@ def test_a_state_that_is_not_finite_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(BadState, match="finite"):
         write_state(tmp_path / "state", LAYOUT, TOKENS, memoryview(state))
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(("dtype", "infinite", "size"), [("F32", 0x7F800000, 4), ("BF16", 0x7F80, 2)])
+def test_a_number_that_is_not_finite_is_found_wherever_it_is(dtype: str, infinite: int, size: int) -> None:
+    def bits(*values: int) -> bytes:
+        return b"".join(value.to_bytes(size, "little") for value in values)
+
+    sign = 1 << (8 * size - 1)
+    finite = [0, sign, 1, infinite - 1, infinite - 1 | sign]
+    assert is_finite(bits(*finite), dtype)
+    for bad in (infinite, infinite | sign, infinite + 1, infinite | sign | 1, sign - 1):
+        for at in (0, 3, 5):
+            assert not is_finite(memoryview(bits(*finite[:at], bad, *finite[at:])), dtype)
 
 
 def test_a_state_larger_than_a_piece_is_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
 import orjson
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
@@ -24,10 +23,10 @@ from bdh_batch.http.states.records import About
 from bdh_batch.http.transport.exchange import RELEASE
 from bdh_batch.messages.state import INVALID
 from bdh_batch.store.record import Record
+from bdh_batch.system.finite import is_finite
 from bdh_batch.system.threads import in_daemon_thread
 
 PIECE = 2**18  # bytes that are read or written at a time, a whole number of numbers
-EXPONENT = np.uint16(0x7F80)  # of a bfloat16: where all its bits are set, it is not finite
 MOST_UPLOADS = 8  # at a time, of which one caller may have half
 RETRY_SECONDS = 2
 THREAD = "bdh-state-files"
@@ -98,9 +97,7 @@ class Upload:
                 del self._waiting[: len(piece)]
                 self._release(len(piece))
                 left -= len(piece)
-                if not _is_finite(piece, dtype):
-                    text = "The state cannot be used: it has numbers that are not finite."
-                    raise InvalidRequest(text, header.FILE, INVALID)
+                check_finite(piece, dtype)
                 yield piece
         if self._waiting or await self._more():
             raise _cut(f"there is more behind its {sum(size for size, _ in self._parts)} bytes")
@@ -119,10 +116,11 @@ class Upload:
         return False
 
 
-def _is_finite(piece: bytes, dtype: str) -> bool:
-    if dtype == "F32":
-        return bool(np.isfinite(np.frombuffer(piece, np.float32)).all())
-    return not np.any((np.frombuffer(piece, np.uint16) & EXPONENT) == EXPONENT)
+def check_finite(piece: bytes, dtype: str) -> None:
+    """Raises InvalidRequest: a number in a piece of a client's file is not finite."""
+    if not is_finite(piece, dtype):
+        text = "The state cannot be used: it has numbers that are not finite."
+        raise InvalidRequest(text, header.FILE, INVALID)
 
 
 def head_of(record: Record, found: Header) -> bytes:
