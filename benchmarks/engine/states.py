@@ -3,9 +3,10 @@
     python -m benchmarks.engine.states               # states of 24 MiB and of 201 MB, 9 rounds
     python -m benchmarks.engine.states --rounds 3
 
-Variants take turns. `save` copies a slot and writes it to a file that is synced, as the engine does in two threads,
-`restore` reads and checks it and moves it to a slot, `fork` copies it from slot to slot. `file copy` reads a file,
-writes another one and syncs it; `file read` only reads, both from memory where the system still has the file there.
+Variants take turns. `save` copies a slot and writes it to a file that is synced. `restore` reads and checks it with a
+second thread, as the engine does while that writes nothing, and moves it to a slot. `fork` copies it from slot to slot.
+`file copy` reads a file, writes another one and syncs it; `file read` only reads, both from memory where the system still
+has the file there.
 `step` is what of a save or a restore an engine's step pays. Writes `states.json`: milliseconds, and ratios to a copy
 of a file in the same round, and for `restore` to a reading of it.
 """
@@ -28,6 +29,7 @@ from bdh_batch.engine.loading import state_layout
 from bdh_batch.engine.state_files import read_state, write_state
 from bdh_batch.engine.state_pool import StatePool
 from bdh_batch.scheduler.prefixes import pack
+from bdh_batch.system.threads import DaemonThreads
 from benchmarks.common import figure, ratio, take_turns
 from benchmarks.report import report_head, results_folder, write_report
 
@@ -79,13 +81,14 @@ def variants_of(pool: StatePool, folder: Path) -> dict[str, Callable[[], object]
     transfer, layout = len(pool.states), state_layout(pool, "a model", 0)
     pool.states[0].normal_()
     saved, plain, copied = folder / "state", folder / "plain", folder / "copied"
+    helper = DaemonThreads(1, "helper")
     write_state(plain, layout, TOKENS, memory_of(pool, transfer, 0))
 
     def save() -> None:
         write_state(saved, layout, TOKENS, memory_of(pool, transfer, 0))
 
     def restore() -> None:
-        read_state(plain, layout, TOKENS, pool.memory(transfer))
+        read_state(plain, layout, TOKENS, pool.memory(transfer), helper=helper)
         pool.copy(transfer, 1, moves=True)
 
     def copy_file() -> None:
