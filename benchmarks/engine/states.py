@@ -70,7 +70,8 @@ def measured(name: str, config: BDHConfig, folder: Path, rounds: int) -> dict[st
     figures: dict[str, object] = {
         variant: figure([1000 * each for each in seconds], "ms", "lower") for variant, seconds in times.items()
     }
-    for variant, beside in (("save", "file copy"), ("restore", "file copy"), ("restore", "file read")):
+    copied = [(variant, "file copy") for variant in ("save", "restore", "fork")]
+    for variant, beside in (*copied, ("restore", "file read")):
         found = ratio(times[variant], times[beside])
         figures[f"{variant} / {beside}"] = {"value": found.value, "low": found.low, "high": found.high}
     return {"bytes": size, **figures}
