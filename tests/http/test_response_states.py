@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
+import json
+import shutil
+import struct
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 
 from bdh_batch.http.responses_api.stored.transcript import end_of
-from tests.conftest import eventually
+from tests.conftest import HANG_SECONDS, eventually
 from tests.http.test_responses import text_of
 
 if TYPE_CHECKING:
@@ -38,7 +42,7 @@ def start(serve: ServeFactory, tmp_path: Path) -> Start:
     template = tmp_path / "template.jinja"
     template.write_text(TEMPLATE)
     options = (f"store.path={tmp_path / 'store'}", f"chat.template={template}", "prefix_cache.enabled=false")
-    return lambda *more: serve(*options, *more, model=TINY)
+    return lambda *more, model=TINY: serve(*options, *more, model=model)
 
 
 def ask(server: Server, text: str, before: str | None = None, **more: Any) -> dict[str, Any]:
@@ -108,23 +112,64 @@ def test_a_turn_that_comes_before_the_state_of_the_last_one_is_stored_waits_for_
         assert said[-1] == uninterrupted(server, said[:-1])
 
 
-def test_many_forks_at_once_say_what_each_says_alone(start: Start) -> None:
-    with start() as server, ThreadPoolExecutor(16) as threads:
+async def test_a_hundred_forks_at_once_say_what_each_says_alone_and_leave_nothing(start: Start, tmp_path: Path) -> None:
+    work = tmp_path / "store" / "work"
+
+    def in_use(server: Server) -> tuple[float, list[Path]]:
+        """The share of the slots, and the files on their way to the store or from there."""
+        server.until_alone()
+        return server.metrics()["bdh_state_slots_usage_perc"], [*work.glob("*/*")]
+
+    with start() as server:
         first = ask(server, "Who is there?")
+        eventually(lambda: in_use(server) == (0, []))
+        more = {"previous_response_id": first["id"], "max_output_tokens": TOKENS, **ASKED}
+        async with httpx.AsyncClient(base_url=server.url, timeout=HANG_SECONDS) as client:
+            bodies = [{"input": f"{number:3}", **more} for number in range(100)]
+            responses = await asyncio.gather(*(client.post(PATH, json=body) for body in bodies))
+        for number, response in enumerate(responses):
+            found = response.json()
+            assert text_of(found) == uninterrupted(server, ["Who is there?", text_of(first), f"{number:3}"])
+            assert computed(found) <= 1 + len("\nuser:100\nassistant:")  # less where forks share their beginnings
+        server.until(lambda metrics: metrics["bdh_store_states"] == 101)
+        eventually(lambda: in_use(server) == (0, []))
 
-        def fork(number: int) -> tuple[int, str, str]:
-            body = {"input": f"{number:3}", "previous_response_id": first["id"], "max_output_tokens": TOKENS, **ASKED}
-            found = server.http.post(PATH, json=body).json()
-            return (
-                computed(found),
-                text_of(found),
-                uninterrupted(server, ["Who is there?", text_of(first), f"{number:3}"]),
-            )
 
-        for read, text, alone in threads.map(fork, range(100)):
-            assert text == alone
-            assert read <= 1 + len("\nuser:100\nassistant:")  # less where forks share their beginnings in flight
-        server.until_idle()
+def with_another_weight(folder: Path) -> None:
+    """Changes one number of a model; all else, its name too, stays as it was."""
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    begin = 8 + int.from_bytes(content[:8], "little")
+    at = begin + json.loads(content[8:begin])["encoder"]["data_offsets"][0]
+    content[at : at + 4] = struct.pack("<f", 1 + struct.unpack("<f", content[at : at + 4])[0])
+    file.write_bytes(content)
+
+
+def test_with_other_weights_a_state_is_refused_and_a_conversation_computed_again(start: Start, tmp_path: Path) -> None:
+    model = tmp_path / "tiny"
+    shutil.copytree(TINY, model)
+    with start(model=model) as server:
+        first, state = ask(server, "Who?"), new_state(server)
+        said = completion(server, state)
+    shutil.copytree(model, tmp_path / "before" / "tiny")
+    with_another_weight(model)
+    for _ in range(2):
+        with start(model=model) as server:
+            for path, field in (("/v1/completions", "prompt"), (PATH, "input")):
+                error = server.refusal({field: "a", "state": state}, path)
+                assert (error["param"], error["code"]) == ("state", "invalid_state")
+                assert "another model" in error["message"]
+            goes_on = {"input": "I.", "previous_response_id": first["id"], "max_output_tokens": TOKENS, "store": False}
+            after = server.http.post(PATH, json=goes_on | ASKED).json()
+            assert computed(after) == after["usage"]["input_tokens"]
+            assert text_of(after) == uninterrupted(server, ["Who?", text_of(first), "I."])
+    with start(model=tmp_path / "before" / "tiny") as server:
+        assert completion(server, state) == said
+    for file in (tmp_path / "store" / "states").iterdir():
+        file.unlink()
+    with start(model=model) as server:  # nor is it made of its tokens, where its file is gone
+        assert server.refusal({"prompt": "a", "state": state})["param"] == "state"
+        assert server.error(server.http.get(f"{STATES}/{state}/content"), 400)["param"] == "state"
 
 
 @pytest.mark.parametrize("fate", ["deleted", "damaged", "not saved"])

@@ -95,10 +95,8 @@ class TestBeginning:
         async with httpx.AsyncClient(base_url=tiny.url, timeout=HANG_SECONDS) as client:
             asked = [{"state": state["id"], "prompt": f"{n}", **GREEDY} for n in range(100)]
             forks = await asyncio.gather(*(client.post(COMPLETIONS, json=body) for body in asked))
-        for number in (0, 50, 99):
-            text = forks[number].json()["choices"][0]["text"]
-            assert text == tiny.text(prompt=f"{TEXT}{number}", **GREEDY)
-        assert {fork.status_code for fork in forks} == {200}
+        for number, fork in enumerate(forks):
+            assert fork.json()["choices"][0]["text"] == tiny.text(prompt=f"{TEXT}{number}", **GREEDY)
         tiny.until_idle()
 
     def test_only_the_new_part_of_the_prompt_is_cut(self, tiny: Server, state: dict[str, Any]) -> None:

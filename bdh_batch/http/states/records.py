@@ -19,7 +19,7 @@ from bdh_batch.http.gate import ServedModel
 from bdh_batch.http.request.client import Client
 from bdh_batch.http.states import header
 from bdh_batch.http.states.header import Header
-from bdh_batch.messages import Prompt, latent_positions
+from bdh_batch.messages import Prompt, StateLayout, latent_positions
 from bdh_batch.messages.state import INVALID, SavedState
 from bdh_batch.store.record import Record, reading
 from bdh_batch.store.records import StateFile, Store
@@ -55,6 +55,11 @@ class About:
 
     def body(self) -> bytes:
         return orjson.dumps(asdict(self))
+
+    def check(self, layout: StateLayout | None) -> None:
+        """Raises InvalidRequest: it is of other weights than those of an engine whose states are of that layout."""
+        if layout is not None and self.fingerprint != layout.fingerprint:
+            raise InvalidRequest("The state cannot be used: it is a state of another model.", "state", INVALID)
 
     def with_file(self, found: Header) -> About:
         return replace(self, fingerprint=found.fingerprint, dtype=found.dtype, size=found.size)
@@ -149,6 +154,7 @@ class Beginning:
         if about.model != model.name:
             text = f"The state is of the model {about.model!r}, not of {model.name!r}."
             raise InvalidRequest(text, "state", INVALID)
+        about.check(model.layout)
         state = opened = None
         with contextlib.suppress(StoreFailed):  # which was counted; the tokens are there
             opened = await opened_file(records, record)

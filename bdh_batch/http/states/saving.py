@@ -64,8 +64,10 @@ class Saving:
         return await self._adopted(new, self._record(about.with_file(found), source, ttl))
 
     async def restored(self, record: Record) -> Record:
-        """Computes the state of a record whose file is gone. Raises as `stored` does; NotFound: the record is, too."""
+        """Computes the state of a record whose file is gone. Raises as `stored` does; NotFound: the record is, too;
+        InvalidRequest: it is of other weights."""
         about = About.of(record)
+        about.check(self.model.layout)
         new, found = await self._written(Source(array("i", record.tokens), "state", salt=about.salt))
         return await self._adopted(new, replace(record, body=about.with_file(found).body()), is_new=False)
 
