@@ -5,8 +5,8 @@ has latent steps, a second one, `hidden`, is the final hidden vector of the last
 from memory that the caller has.
 
 Whether all numbers are finite is looked at when they are written, and where a client's file comes in: by HTTP
-(`http/states/transfer.py`) or by the Python API (`llm/states.py`). The checksum says that they are still the same, and a
-conversation waits for no more.
+(`http/states/transfer.py`) or by the Python API (`llm/states.py`). The checksum says that they are still the same, and
+a conversation waits for no more.
 """
 
 from __future__ import annotations

@@ -5,10 +5,9 @@
 
 Variants take turns. `save` copies a slot and writes it to a file that is synced. `restore` reads and checks it with a
 second thread, as the engine does while that writes nothing, and moves it to a slot. `fork` copies it from slot to slot.
-`file copy` reads a file, writes another one and syncs it; `file read` only reads, both from memory where the system still
-has the file there.
-`step` is what of a save or a restore an engine's step pays. Writes `states.json`: milliseconds, and ratios to a copy
-of a file in the same round, and for `restore` to a reading of it.
+`file copy` reads a file, writes another one and syncs it; `file read` only reads, both from memory where the system
+still has the file there. `step` is what of a save or a restore an engine's step pays. Writes `states.json`:
+milliseconds, and ratios to a copy of a file in the same round, and for `restore` to a reading of it.
 """
 
 from __future__ import annotations
