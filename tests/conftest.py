@@ -34,6 +34,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.launcher import Launcher, Process
+from tests.streams import look_at_all
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI, OpenAI
@@ -333,6 +334,22 @@ def command(*arguments: object) -> list[str]:
 def of_several(arguments: Iterable[object]) -> bool:
     """Whether a server with these options starts processes, which are forked, too."""
     return any(str(each).startswith(SEVERAL) for each in arguments)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def wrong_responses() -> Iterator[list[str]]:
+    """What is wrong with the responses and streams that tests have read (`streams.py`)."""
+    wrong: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        look_at_all(patch, wrong)
+        yield wrong
+
+
+@pytest.fixture(autouse=True)
+def _responses_are_right(wrong_responses: list[str]) -> Iterator[None]:
+    yield
+    wrong, wrong_responses[:] = [*wrong_responses], []
+    assert not wrong
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jsonschema
+import pydantic
 import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed as seeded, settings
@@ -28,7 +29,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.http.response_events import in_order
+from tests.http import message_events, response_events
 
 Operation = APIOperation[Any, Any, Any, Any]
 AnyCase = Case[Any]
@@ -40,6 +41,13 @@ CHECKS = [
     response_headers_conformance,
     response_schema_conformance,
 ]
+WRONG = (
+    AssertionError,
+    FailureGroup,
+    jsonschema.ValidationError,
+    pydantic.ValidationError,
+    requests.RequestException,
+)
 RESPONSE_SECONDS = 300.0  # a response that is not there by then is a hang
 WITHOUT_BODY = 5  # cases of an operation that has but its headers to vary, of each mode
 MOST_TOKENS = 4
@@ -131,7 +139,7 @@ class Fuzzer:
         try:
             response = case.call_and_validate(self._url, self._session, checks=CHECKS, timeout=RESPONSE_SECONDS)
             self._look(case, response)
-        except (AssertionError, FailureGroup, jsonschema.ValidationError, requests.RequestException) as error:
+        except WRONG as error:
             self.found.wrong.append(f"{case.operation.label}: {error!r}\n{case.headers!r}\n{case.body!r}")
         self.found.slowest = max(self.found.slowest, time.perf_counter() - began)
 
@@ -156,11 +164,13 @@ def check_stream(text: str, chunk: jsonschema.Draft202012Validator) -> None:
     reported = [event.removeprefix(EVENT) for event in events]
     if "sequence_number" in json.loads(reported[0]):
         assert reported.pop() == "[DONE]"
-        in_order([json.loads(event) for event in reported])
+        response_events.in_order([json.loads(event) for event in reported])
+    elif json.loads(reported[0]).get("type") == "message_start":
+        message_events.in_order([json.loads(event) for event in reported])
     elif reported[-1] == "[DONE]":
         reported.pop()
         assert not any("error" in json.loads(event) for event in reported)
-    elif (last := json.loads(reported[-1])).get("done") or last.get("type") == "message_stop":
+    elif json.loads(reported[-1]).get("done"):
         assert not any("error" in json.loads(event) for event in reported)
     else:
         assert "error" in json.loads(reported[-1])

@@ -40,6 +40,7 @@ def test_calls_that_an_upstream_sent_are_uses_of_tools() -> None:
     sent.append(stream.closing(Usage(3, 3)))
     found = [json.loads(line[6:]) for line in b"".join(sent).decode().splitlines() if line.startswith("data: ")]
     in_order(found)
+    assert found[-1]["type"] == "message_stop"
     assert found[-2]["delta"]["stop_reason"] == "tool_use"
     extras = [extra for delta in deltas for extra in delta.extras or ()]
     (end,) = [Delta("So:", [1] * 3, FinishReason.TOOL_CALLS, extras=extras)]
