@@ -59,19 +59,16 @@ def peer(report: Report, link: str) -> Lines:
 def conversation(report: Report, link: str) -> Lines:
     yield "## Conversations"
     yield ""
-    turns, most = report["turns"], max(report["computed_tokens_most"][1:])
+    turns = report["turns"]
     yield f"The first token of the first and of the last of {turns} turns over `/v1/responses`, as its client gets it:"
-    yield "in the server that has computed the turn before, and after its restart, when its state is read from a file."
-    yield f"The last turn computes {most} of its {report['prompt_tokens'][-1]:,} tokens:"
+    yield "in the server that has computed the turn before, and after its restart, when its state is read from a file:"
     yield ""
-    figures = report["figures"]
     rows = []
-    for what, end, name in (
-        ("", "", "last_turn_to_first"),
-        ("restarted", ", restarted", "last_turn_restarted_to_first"),
-    ):
-        first, last = (shown(figures[f"{turn} turn{end}"]) for turn in ("first", "last"))
-        rows.append([what or "the same server", first, last, shown(report[name])])
+    for found in report["by_length"]:
+        of = f"{found['length']} letters a message, {found['prompt_tokens'][-1]:,} tokens in the end"
+        for end, name in (("", "last_turn_to_first"), (", restarted", "last_turn_restarted_to_first")):
+            first, last = (shown(found["figures"][f"{turn} turn{end}"]) for turn in ("first", "last"))
+            rows.append([of + end, first, last, shown(found[name])])
     yield from table(["", "ms, first turn", "ms, last turn", "ratio"], *rows)
 
 

@@ -1,12 +1,12 @@
 """Conversations that go on from saved states: what a turn computes, and how long its first token takes.
 
-    python -m benchmarks.server.conversation             # 24 conversations of 20 turns, about three minutes
-    python -m benchmarks.server.conversation --rounds 4
+    python -m benchmarks.server.conversation             # 24 conversations of 20 turns for each length, six minutes
+    python -m benchmarks.server.conversation --rounds 4 --lengths 48
 
-All turns of a conversation have messages of one length, over `/v1/responses` with `previous_response_id`. The last one
-is asked for twice, from the same turn before: in the server in which the others were, and after a restart of it. Its
-texts have to be the same. A turn should compute its own tokens, and no earlier ones but the last that was drawn, which
-had not been read.
+All turns of a conversation have messages of one length, a few words or a few sentences, over `/v1/responses` with
+`previous_response_id`. The last one is asked for twice, from the same turn before: in the server in which the others
+were, and after a restart of it. Its texts have to be the same. A turn should compute its own tokens, and no earlier
+ones but the last that was drawn, which had not been read.
 
 First turns and last ones take turns, before a restart and after it, and each waits until the states of those before it
 are written. What is quoted is the ratio of a last turn's time to the first token to that of the first turn beside it.
@@ -19,7 +19,7 @@ import argparse
 import asyncio
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ SETTLE_SECONDS = 0.3  # after that, for what else a turn has left to do
 WRITE_SECONDS = 300.0  # in which a state is written
 WARM = 10_000  # the number of the first conversation that nothing is measured of
 NEW = 1_000  # of those of which there is a first turn, and no more
+MORE = " Say what you see, what you hear, and what you would do if you were there."
 
 
 @dataclass(frozen=True)
@@ -55,16 +56,18 @@ class Turn:
 
 
 class Speaker:
-    """Has conversations with one server."""
+    """Has conversations with one server, in messages of so many letters."""
 
-    def __init__(self, server: Served, tokens: int) -> None:
+    def __init__(self, server: Served, tokens: int, length: int) -> None:
         self._server = server
         self._tokens = tokens
+        self._length = length
 
     async def say(self, conversation: int, number: int, before: str | None) -> Turn:
         """One turn. Returns once its state is written."""
         states = (await self._server.metrics())["bdh_store_states"]
         message = f"Scene {conversation:05}, part {number:04}: what do you say to it?"
+        message += (MORE * (self._length // len(MORE) + 1))[: self._length - len(message)]
         body = {"input": message, "max_output_tokens": self._tokens, "temperature": 0, "previous_response_id": before}
         sent, events = await self._server.events(RESPONSES, **body)
         first = next(now for now, event in events if event["type"] == "response.output_text.delta")
@@ -111,18 +114,20 @@ class Speaker:
         return first, last
 
 
-def play(rounds: int, turns: int, tokens: int, restarts: int) -> tuple[list[list[Turn]], list[tuple[Turn, Turn]]]:
+def play(
+    rounds: int, turns: int, tokens: int, restarts: int, length: int
+) -> tuple[list[list[Turn]], list[tuple[Turn, Turn]]]:
     """The turns of so many conversations; and for each, after one of the restarts, another first turn and its last."""
     whole: list[list[Turn]] = []
     after: dict[int, tuple[Turn, Turn]] = {}
 
     async def before_restart(server: Served) -> None:
-        speaker = Speaker(server, tokens)
+        speaker = Speaker(server, tokens, length)
         await speaker.warm_up()
         whole.extend([await speaker.converse(number, turns) for number in range(rounds)])
 
     async def after_restart(server: Served, numbers: range) -> None:
-        speaker = Speaker(server, tokens)
+        speaker = Speaker(server, tokens, length)
         await speaker.warm_up()
         for number in numbers:
             after[number] = await speaker.go_on(number, whole[number])
@@ -162,15 +167,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=24, help="conversations")
     parser.add_argument("--turns", type=int, default=20, help="of each")
     parser.add_argument("--tokens", type=int, default=24, help="of each response")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[48, 240], help="letters of messages, from 48 on")
     parser.add_argument("--restarts", type=int, default=4, help="of the server; a part of them go on after each")
     parser.add_argument("--out", type=Path, default=results_folder())
     chosen = parser.parse_args(argv)
     head = report_head(["torch", "numba", "uvicorn", "uvloop"])
-    whole, after = play(chosen.rounds, chosen.turns, chosen.tokens, min(chosen.restarts, chosen.rounds))
     report = {**head, "rounds": chosen.rounds, "turns": chosen.turns, "tokens": chosen.tokens}
-    report |= {"restarts": chosen.restarts} | summary(whole, after)
+    report["restarts"] = restarts = min(chosen.restarts, chosen.rounds)
+    report["by_length"] = []
+    for length in chosen.lengths:
+        found = summary(*play(chosen.rounds, chosen.turns, chosen.tokens, restarts, length))
+        report["by_length"].append({"length": length, **found})
+        show(length, found)
     write_report(chosen.out / "conversation.json", report)
-    for name, value in report["figures"].items():
+    if any(found["texts_differ"] for found in report["by_length"]):
+        sys.exit(1)
+
+
+def show(length: int, found: Mapping[str, Any]) -> None:
+    print(f"messages of {length} letters")
+    for name, value in found["figures"].items():
         print(f"{name}: {value['value']:.6g} {value['unit']}")
     for name in (
         "last_turn_to_first",
@@ -179,9 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "computed_tokens_restarted",
         "texts_differ",
     ):
-        print(f"{name}: {report[name]}")
-    if report["texts_differ"]:
-        sys.exit(1)
+        print(f"{name}: {found[name]}")
 
 
 if __name__ == "__main__":
