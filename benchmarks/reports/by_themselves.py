@@ -72,10 +72,24 @@ def conversation(report: Report, link: str) -> Lines:
     yield from table(["", "ms, first turn", "ms, last turn", "ratio"], *rows)
 
 
+def frontend(report: Report, link: str) -> Lines:
+    yield "## The way out, against earlier code"
+    yield ""
+    yield "Events/s of a server without a model, beside an older one's by turns: in step, where each token is an event"
+    yield "of its own, and with several tokens ready at a time:"
+    yield ""
+    rows = []
+    for name, ratio in report["events_ratio_to_before"].items():
+        old, new = (shown(report["figures"][side]["events_per_second"]) for side in (f"{name}, before", name))
+        rows.append([name, old, new, shown(ratio)])
+    yield from table(["", "before", "now", "ratio"], *rows)
+
+
 SECTIONS: dict[str, Callable[[Report, str], Lines]] = {
     "before": before,
     "peer": peer,
     "step": step,
     "beside": beside,
     "conversation": conversation,
+    "frontend": frontend,
 }
