@@ -108,7 +108,7 @@ class Runner:
         layout = self._layouts.of(plan)
         hidden = self.forward(plan.segments, active, watching, fired, begun, layout)
         if layout.packed is not None:
-            return Outcome(self._draw_again(plan.segments, layout.packed, hidden), active=shares_of(active))
+            return Outcome(self._draw_packed(plan.segments, layout.packed, hidden), active=shares_of(active))
         target_logprobs = self._target_logprobs(plan.segments, hidden)
         drawn, logprobs = self._draw(plan.segments, hidden)
         neurons = {} if fired is None else self._view.shown(plan.segments, fired)
@@ -119,7 +119,7 @@ class Runner:
         self._steps += 1
         return torch.empty(self._layers, device=self._device) if self._steps % LOOK_EVERY == FIRST_LOOK else None
 
-    def _draw_again(self, segments: Sequence[Segment], packed: PackedParameters, hidden: Tensor) -> list[int | None]:
+    def _draw_packed(self, segments: Sequence[Segment], packed: PackedParameters, hidden: Tensor) -> list[int | None]:
         """Draws the next token of each of the segments by sampling parameters that were packed; `hidden` is [S, D]."""
         positions = np.array([segment.start for segment in segments], np.int64)
         positions += 1

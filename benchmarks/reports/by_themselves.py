@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from benchmarks.reports.cells import Lines, Report, shown, table
+
+
+def by_sides(head: Sequence[str], found: Report, sides: Sequence[str]) -> Lines:
+    """A row for each of what was found: the figures of its sides."""
+    yield from table(head, *([name, *(shown(each[side]) for side in sides)] for name, each in found.items()))
 
 
 def before(report: Report, link: str) -> Lines:
@@ -13,10 +18,8 @@ def before(report: Report, link: str) -> Lines:
     yield f"Tokens/s of commit {report['before'][:8]} and of {report['commit'][:8]}, by turns in one run, by the type"
     yield "of weights and states; over HTTP with the benchmark's client on the same cores:"
     yield ""
-    rows = [
-        [name, *(shown(each[side]) for side in ("before", "now", "ratio"))] for name, each in report["figures"].items()
-    ]
-    yield from table(["", "before", "now", "ratio"], *rows)
+    sides = ("before", "now", "ratio")
+    yield from by_sides(["", *sides], report["figures"], sides)
 
 
 def step(report: Report, link: str) -> Lines:
@@ -38,11 +41,8 @@ def beside(report: Report, link: str) -> Lines:
     yield "The forward pass of a step, with a busy loop of another program on one of the cores. Two threads, of which"
     yield "one shares its core fairly with the loop, would take 1.33 times as long as alone:"
     yield ""
-    rows = [
-        [batch, *(shown(each[which]) for which in ("alone", "beside", "beside / alone"))]
-        for batch, each in report["now"].items()
-    ]
-    yield from table(["sequences", "ms alone", "ms beside", "ratio"], *rows)
+    sides = ("alone", "beside", "beside / alone")
+    yield from by_sides(["sequences", "ms alone", "ms beside", "ratio"], report["now"], sides)
 
 
 def peer(report: Report, link: str) -> Lines:
@@ -52,8 +52,7 @@ def peer(report: Report, link: str) -> Lines:
     yield "one's sizes, in tokens/s of all sequences:"
     yield ""
     sides = ("bdh-cq", "bdh-batch", "times as fast")
-    rows = [[batch, *(shown(each[side]) for side in sides)] for batch, each in report["batches"].items()]
-    yield from table(["sequences", "bdh-cq", "this engine", "times as fast"], *rows)
+    yield from by_sides(["sequences", "bdh-cq", "this engine", "times as fast"], report["batches"], sides)
 
 
 def conversation(report: Report, link: str) -> Lines:
