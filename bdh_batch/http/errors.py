@@ -47,6 +47,7 @@ from bdh_batch.errors import (
     StoreFull,
     TooLate,
     Unavailable,
+    UnsupportedParameter,
     UpstreamFailed,
     UpstreamLacksModel,
     UpstreamTimeout,
@@ -85,6 +86,8 @@ ANTHROPIC_TYPES = {
     503: "overloaded_error",
     504: "timeout_error",
 }
+# The tool runners of Anthropic's clients ask for a thread, and go on without it where the error has these details.
+NO_THREAD = {"details": {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}}
 
 
 class Unauthorized(BDHError):
@@ -308,4 +311,6 @@ def kserve_error(error: Mapping[str, Any]) -> dict[str, Any]:
 def anthropic_error(status: int, error: Mapping[str, Any], request_id: str) -> dict[str, Any]:
     """The body of an error in Anthropic's API, from the object of OpenAI's; `param` and `code` are there, too."""
     kind = ANTHROPIC_TYPES.get(status, "invalid_request_error")
-    return {"type": "error", "error": {**error, "type": kind}, "request_id": request_id}
+    refused = (error["code"], error["param"])
+    details = NO_THREAD if refused == (UnsupportedParameter.code, "thread") else {}
+    return {"type": "error", "error": {**error, "type": kind, **details}, "request_id": request_id}

@@ -20,14 +20,14 @@ CACHED = ({"type": "ephemeral"}, {"type": "ephemeral", "ttl": "5m"})
 # Fields of the API that are not built, and the values besides null that ask for nothing.
 CONVERSATION: Neutral = {
     "cache_control": CACHED,
-    **dict.fromkeys(("context_management", "user_profile_id", "workspace_id"), ()),
+    **dict.fromkeys(("billing_policy", "compaction", "context_management", "user_profile_id", "workspace_id"), ()),
     "mcp_servers": ([],),
     "speed": ("standard",),
     "thinking": ({"type": "disabled"},),
 }
 MESSAGES: Neutral = {
     **CONVERSATION,
-    **dict.fromkeys(("container", "diagnostics", "inference_geo"), ()),
+    **dict.fromkeys(("container", "diagnostics", "fallback_credit_token", "fallbacks", "inference_geo", "thread"), ()),
     "service_tier": ("auto", "standard_only"),
 }
 BLOCK: Neutral = {"cache_control": CACHED, "citations": ([],)}
@@ -277,7 +277,7 @@ class JsonFormat(Wire):
 class OutputConfig(Wire):
     """The field `output_config`: what the response has to look like."""
 
-    unsupported: ClassVar[Neutral] = {"effort": ("high",)}
+    unsupported: ClassVar[Neutral] = {"effort": ("high",), "task_budget": ()}
 
     format: JsonFormat | None = None
 

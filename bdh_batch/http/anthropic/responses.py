@@ -13,6 +13,13 @@ StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use", "ref
 WARNINGS = "What was left out of schemas that are not strict; absent where there is nothing."
 
 
+class ProblemDetails(ResponseModel):
+    """Tells Anthropic's clients to send the request without `thread`."""
+
+    error_code: Literal["thread_unsupported_request"]
+    unsupported: list[str]
+
+
 class AnthropicProblem(ResponseModel):
     """What was wrong."""
 
@@ -20,6 +27,9 @@ class AnthropicProblem(ResponseModel):
     message: str
     param: str | None = Field(description="The field at fault, as in `messages[2].content`.")
     code: str | None
+    details: ProblemDetails | None = Field(
+        default_factory=lambda: None, description="Where `thread` is refused; else absent."
+    )
 
 
 class AnthropicError(ResponseModel):
