@@ -27,11 +27,12 @@ def frames_of(tools: list[str] | None, **response: Any) -> ResponseFrames:
 
 @pytest.mark.parametrize("end", ["failed", "cancelled"])
 def test_what_has_ended_stays_completed_where_the_response_does_not_end_well(end: str) -> None:
-    frames = frames_of(["f"])
+    frames = frames_of(["f"], store=True)
     sent = b"".join([frames.opening([]), *frames.delta(0, Delta(TEXT, [1]))])
     if end == "failed":
         sent += frames.failed(GenerationFailed("The engine is gone."))
         assert sent.endswith(b"\n\ndata: [DONE]\n\n")
+        assert frames.response["store"] is False, "nobody will find it"
     else:
         frames.cancel()
     assert frames.response["status"] == end

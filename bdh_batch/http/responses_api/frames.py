@@ -194,6 +194,7 @@ class ResponseFrames(Frames):
         return self._names.of(error)
 
     def failed(self, error: BDHError) -> bytes:
+        self.response["store"] = False  # only its end is stored, where it is not in the background
         return self.failure(error) + DONE
 
     def failure(self, error: BDHError) -> bytes:
