@@ -19,6 +19,7 @@ from bdh_batch.settings import Limits, Settings
 Body = TypeVar("Body", bound=Wire)
 
 LONGEST_NAME = 128  # characters of a field's name that an error repeats
+NO_OBJECT = "Input should be an object"  # in JSON's words, and without the name of the class
 
 
 def parse(raw: bytes, kind: type[Body], limits: Limits, unknown_fields: Literal["refuse", "ignore"] = "refuse") -> Body:
@@ -80,7 +81,8 @@ def _invalid(error: ValidationError, hints: bool) -> InvalidRequest:
         return UnknownParameter(text, param)
     if problem["type"] == "unsupported":
         return UnsupportedParameter(f"{problem['msg']}.{instead}", param)
-    return InvalidRequest(f"{param}: {problem['msg']}", param)
+    text = NO_OBJECT if problem["type"] in ("dict_type", "model_type") else problem["msg"]
+    return InvalidRequest(f"{param}: {text}", param)
 
 
 def _path(location: tuple[int | str, ...]) -> str:
