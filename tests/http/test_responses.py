@@ -310,6 +310,7 @@ BAD: list[tuple[str | None, dict[str, Any]]] = [
     ("messages", {"input": "a", "messages": []}),
     ("top_logprobs", {"input": "a", "top_logprobs": 21}),
     ("metadata.a", {"input": "a", "metadata": {"a": "b" * 513}}),
+    (f"metadata.{'a' * 65}", {"input": "a", "metadata": {"a" * 65: "b"}}),
 ]
 
 

@@ -19,6 +19,7 @@ from bdh_batch.settings import Limits, Settings
 Body = TypeVar("Body", bound=Wire)
 
 LONGEST_NAME = 128  # characters of a field's name that an error repeats
+KEY = "[key]"  # the last part of pydantic's location where it is the name of a member that is wrong
 NO_OBJECT = "Input should be an object"  # in JSON's words, and without the name of the class
 
 
@@ -72,7 +73,10 @@ def _invalid(error: ValidationError, hints: bool) -> InvalidRequest:
     problem = error.errors(include_url=False, include_input=False)[0]
     context = problem.get("ctx", {})
     # Validators of a whole object or list say in their context which part of it they mean.
-    param = _path((*problem["loc"], *(context[key] for key in ("field", "index") if key in context)))
+    location = problem["loc"]
+    of_name = location[-1:] == (KEY,)
+    location = location[:-1] if of_name else location
+    param = _path((*location, *(context[key] for key in ("field", "index") if key in context)))
     instead = f" {text}" if hints and (text := hint(param)) else ""
     if problem["type"] == "extra_forbidden":
         text = (
@@ -82,7 +86,7 @@ def _invalid(error: ValidationError, hints: bool) -> InvalidRequest:
     if problem["type"] == "unsupported":
         return UnsupportedParameter(f"{problem['msg']}.{instead}", param)
     text = NO_OBJECT if problem["type"] in ("dict_type", "model_type") else problem["msg"]
-    return InvalidRequest(f"{param}: {text}", param)
+    return InvalidRequest(f"{param}{' (its name)' if of_name else ''}: {text}", param)
 
 
 def _path(location: tuple[int | str, ...]) -> str:
