@@ -229,22 +229,6 @@ class TestTools:
         assert message.content[0].type == "tool_use"
         assert message.content[0].input == {}
 
-    def test_the_clients_runner_uses_tools_without_a_thread(self, client: anthropic.Anthropic, tiny: Server) -> None:
-        """It asks for a thread first, and sends all messages where it is refused one in the way that it knows."""
-        entered: list[str] = []
-
-        @anthropic.beta_tool(input_schema=SCHEMA)
-        def enter(who: str) -> str:
-            """Somebody enters."""
-            entered.append(who)
-            return "Here."
-
-        asked: Any = ASKED | {"max_tokens": 200, "messages": [USER], "tool_choice": {"type": "tool", "name": "enter"}}
-        runner = client.beta.messages.tool_runner(**asked, tools=[enter], max_iterations=2)
-        assert [message.stop_reason for message in runner] == ["tool_use", "tool_use"]
-        assert set(entered) <= {"Romeo", "Juliet"}
-        assert len(entered) >= 2
-
 
 class TestCountTokens:
     def test_counts_the_tokens_that_a_message_would_have(self, client: anthropic.Anthropic, tiny: Server) -> None:
