@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Protocol, runtime_checkable
 
-from bdh_batch.messages import Delta, GenerationRequest, Prompt, Taker, Text, Usage, Written
+from bdh_batch.messages import Delta, GenerationRequest, Prompt, SavedState, Taker, Text, Usage, Written
+from bdh_batch.messages.state import Warmed
 from bdh_batch.text.tokenizer import Tokenizer
 
 RawPrompt = tuple[str, Text | Sequence[int]]  # the request's field, and the prompt in it, which is not checked yet
@@ -103,6 +104,20 @@ class SharedBackend(Protocol):
     @property
     def engines(self) -> int:
         """How many there are."""
+
+
+@runtime_checkable
+class WarmedBackend(Protocol):
+    """What a backend has besides whose only engine is in this process: states in files can be read in advance."""
+
+    async def warm(self, state: SavedState, tokens: bytes, cache_namespace: str, salt: str) -> Warmed:
+        """Has a state read and cached when the engine has nothing else to do, and returns what has become of it. To be
+        awaited before the next one.
+
+        Args:
+            tokens: all that have entered it, as 32-bit integers.
+            cache_namespace, salt: those of the requests that may begin there.
+        """
 
 
 @runtime_checkable

@@ -6,6 +6,7 @@ import asyncio
 import math
 from array import array
 from collections.abc import Sequence as Many
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -24,10 +25,11 @@ from bdh_batch.messages import (
     NeuronLimit,
     Progress,
     Prompt,
+    SavedState,
     Text,
     distinct,
 )
-from bdh_batch.messages.state import INVALID
+from bdh_batch.messages.state import INVALID, Warmed
 from bdh_batch.scheduler.sequence import Client, Outbox, Prefix, Sequence
 from bdh_batch.scheduler.watched import WatchedSequence
 from bdh_batch.text.restrictions import Restriction, sequences_of
@@ -50,6 +52,8 @@ class Engine(Protocol):
     def abort(self, sequences: Many[Sequence]) -> None: ...
 
     def fail_all(self, error: BDHError) -> None: ...
+
+    def warm(self, state: SavedState, tokens: bytes, prefix: Prefix) -> Future[Warmed]: ...
 
     def health(self, stall_seconds: float) -> str | None: ...
 
@@ -163,6 +167,9 @@ class LocalBackend:
         queue_timeout = None if progress else self._queue_timeout
         self._engine.submit(sequences, queue_timeout, request.origin.timeout_within(self._timeout), bool(progress))
         return Submission(sequences, self._engine)
+
+    async def warm(self, state: SavedState, tokens: bytes, cache_namespace: str, salt: str) -> Warmed:
+        return await asyncio.wrap_future(self._engine.warm(state, tokens, Prefix(cache_namespace, salt)))
 
     @property
     def tokenizer(self) -> Tokenizer:

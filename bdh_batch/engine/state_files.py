@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from hashlib import sha256
 from pathlib import Path
@@ -43,6 +43,10 @@ Header = Mapping[str, Any]
 Dtype = Literal["F32", "BF16"]
 
 
+class Interrupted(Exception):
+    """A state was not read to its end, as that is not wanted any more. Raised while it is read."""
+
+
 class BadState(Exception):
     """A file holds no state that can be used here. Raised while it is read; `str` is the reason, for the client."""
 
@@ -54,6 +58,7 @@ def read_state(
     into: memoryview,
     hidden: memoryview = NOTHING,
     helper: Executor | None = None,
+    goes_on: Callable[[], bool] = lambda: True,
 ) -> None:
     """Reads the state after some tokens.
 
@@ -62,8 +67,10 @@ def read_state(
         into: as many bytes as a state of the layout; what it holds after an error is no state.
         hidden: as many as its hidden vector.
         helper: has a thread that reads beside this one, if it is free.
+        goes_on: is asked after each piece whether to read on.
 
     Raises:
+        Interrupted
         BadState: it is damaged, is not of this layout, or is the state after other tokens.
         OSError: there is no such file, or it cannot be read.
     """
@@ -77,6 +84,8 @@ def read_state(
         with closing(filled(file, pieces, begin, helper)) as read:
             for piece in read:
                 digest.update(piece)
+                if not goes_on():
+                    raise Interrupted
         if digest.hexdigest() != metadata.get("xxh3_128"):
             raise BadState("it is damaged: its checksum differs.")
 

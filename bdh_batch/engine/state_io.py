@@ -6,13 +6,13 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from bdh_batch.engine.state_files import NOTHING, BadState, read_state, write_state
+from bdh_batch.engine.state_files import NOTHING, BadState, Interrupted, read_state, write_state
 from bdh_batch.engine.state_pool import StatePool
-from bdh_batch.engine.state_traffic import Done
+from bdh_batch.engine.state_traffic import INTERRUPTED, Done
 from bdh_batch.messages import StateLayout
 from bdh_batch.scheduler.copies import Save
 from bdh_batch.scheduler.transfers import Load
-from bdh_batch.system.threads import DaemonThreads
+from bdh_batch.system.threads import DaemonThreads, Executor
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,11 @@ class StateIO:
         self._threads.submit(self._pool.back, slot)
 
     def read(self, load: Load, done: Done) -> None:
-        self._threads.submit(self._read, load, self._pool.copies_made(), done)
+        self._threads.submit(self._read, load, self._pool.copies_made(), done, self._threads)
+
+    def read_ahead(self, load: Load, done: Done, goes_on: Callable[[], bool]) -> None:
+        """Reads a state that nobody waits for, with one thread, for as long as it `goes_on`."""
+        self._threads.submit(self._read, load, self._pool.copies_made(), done, None, goes_on)
 
     def write(self, save: Save, done: Done) -> None:
         self._threads.submit(self._write, save, self._pool.copies_made(), done)
@@ -52,12 +56,22 @@ class StateIO:
         vectors = self._pool.vectors
         return self._pool.memory(slot), NOTHING if vectors is None else vectors.memory(slot)
 
-    def _read(self, load: Load, copies_made: Callable[[], object], done: Done) -> None:
+    def _read(
+        self,
+        load: Load,
+        copies_made: Callable[[], object],
+        done: Done,
+        helper: Executor | None,
+        goes_on: Callable[[], bool] = lambda: True,
+    ) -> None:
         error: str | None = "it could not be read."
         try:
             copies_made()
-            read_state(Path(load.state.path), self.layout, load.tokens, *self._memory(load.slot), self._threads)
+            memory, hidden = self._memory(load.slot)
+            read_state(Path(load.state.path), self.layout, load.tokens, memory, hidden, helper, goes_on)
             error = None
+        except Interrupted:
+            error = INTERRUPTED
         except BadState as bad:
             error = str(bad)
         except OSError as failure:

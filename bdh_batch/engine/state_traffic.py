@@ -21,6 +21,8 @@ from bdh_batch.scheduler.transfers import Load
 
 T = TypeVar("T")
 
+INTERRUPTED = "it was not read to its end."
+
 # Is called in any thread with why a file could not be read or written, for the client; None where it was.
 Done = Callable[[str | None], None]
 Post = Callable[[Callable[[], list[Update]]], None]  # has the worker call something, from any thread
@@ -32,6 +34,8 @@ class StateIO(Protocol):
     def back(self, slot: int) -> None: ...
 
     def read(self, load: Load, done: Done) -> None: ...
+
+    def read_ahead(self, load: Load, done: Done, goes_on: Callable[[], bool]) -> None: ...
 
     def write(self, save: Save, done: Done) -> None: ...
 

@@ -151,3 +151,13 @@ def _reason(sequence: Sequence, scheduler: Scheduler, holding: int) -> str:
 def _waited(sequence: Sequence, now: float) -> float:
     """Seconds since something of it was computed; of one that has just come, since then."""
     return round(max(0.0, now - sequence.standing.served_at), 3)
+
+
+def describe(step: Step | None) -> str:
+    """A plan in short, for the log."""
+    if step is None:
+        return "nothing"
+    return (
+        f"{len(step.sequences)} sequences ({step.decodes} decoding), {step.prefill_tokens} prompt tokens "
+        f"and {len(step.plan.copies)} copies, of requests {', '.join(sorted({s.id for s in step.sequences})[:8])}"
+    )

@@ -17,14 +17,15 @@ from typing import Protocol
 
 from bdh_batch.engine.admission import Admission
 from bdh_batch.engine.state_traffic import StateIO, StateTraffic
-from bdh_batch.engine.steps import Record, StepRecordings
+from bdh_batch.engine.steps import Record, StepRecordings, describe
 from bdh_batch.engine.trace import Trace
+from bdh_batch.engine.warming import Outcome as Warm, Warming
 from bdh_batch.errors import BDHError, GenerationFailed, OutOfMemory, QueueFull, Unavailable
-from bdh_batch.messages import Outcome, Plan
+from bdh_batch.messages import Outcome, Plan, SavedState
 from bdh_batch.scheduler.batch import Step
 from bdh_batch.scheduler.invariants import check_invariants
 from bdh_batch.scheduler.scheduler import Scheduler, Update
-from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.sequence import Prefix, Sequence
 from bdh_batch.system.threads import start_daemon
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,7 @@ class Worker:
         self._begin = begin
         self._recordings = StepRecordings(scheduler)
         self._traffic = StateTraffic(scheduler, states, self._post_from_thread)
+        self._warming = Warming(scheduler, states, self._post_from_thread)
         self._inbox: list[Message] = []
         self._open: set[Sequence] = set()  # those that were admitted and whose end has not been reported
         self._inbox_changed = threading.Condition()
@@ -161,6 +163,13 @@ class Worker:
         """Ends `sequences` before the next plan."""
         with self._inbox_changed:
             self._post(partial(self._scheduler.abort, sequences))
+
+    def warm(self, state: SavedState, tokens: bytes, prefix: Prefix) -> Warm:
+        """Has the state after packed `tokens` read, when the engine is idle, and cached as one of a request with
+        `prefix`. Whoever calls it waits for the outcome before the next one."""
+        outcome = Warm()
+        self._post_from_thread(partial(self._warming.add, state, tokens, prefix, outcome))
+        return outcome
 
     def fail_all(self, error: BDHError) -> None:
         """Ends whatever waits or runs with an error."""
@@ -293,6 +302,8 @@ class Worker:
         for so long that it goes back to the system."""
         while not (self._inbox or self._stopping or self._scheduler.has_work) and self._prepare(True):
             self._progress = time.monotonic()
+        if not (self._inbox or self._scheduler.has_work):
+            self._warming.go_on()
         with self._inbox_changed:
             while not (self._inbox or self._stopping or self._scheduler.has_work):
                 check_invariants(self._scheduler)
@@ -379,16 +390,6 @@ class Worker:
                 raise
             with self._inbox_changed:
                 self._stopping = True
-
-
-def describe(step: Step | None) -> str:
-    """A plan in short, for the log."""
-    if step is None:
-        return "nothing"
-    return (
-        f"{len(step.sequences)} sequences ({step.decodes} decoding), {step.prefill_tokens} prompt tokens "
-        f"and {len(step.plan.copies)} copies, of requests {', '.join(sorted({s.id for s in step.sequences})[:8])}"
-    )
 
 
 def _deliver(updates: list[Update]) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 INVALID = "invalid_state"  # the code of errors about states that cannot be used
+Warmed = Literal["cached", "no room", "unreadable"]  # what has become of a state that was to be read in advance
 SIZES = {"F32": 4, "BF16": 2}  # bytes of a number, by the dtype's name in a file
 
 

@@ -21,6 +21,7 @@ from bdh_batch.http.app import create_app
 from bdh_batch.http.auth.keys import KeyRing
 from bdh_batch.http.gate import Gate
 from bdh_batch.http.responses_api.shared_events import SharedEvents
+from bdh_batch.http.responses_api.stored.warming import warm
 from bdh_batch.http.serving import Serving
 from bdh_batch.http.transport.server import Server, listen, local_only, url_of
 from bdh_batch.observability.metrics import Metrics
@@ -137,7 +138,7 @@ class Service:
         serving = Serving.of(self._settings, self._gate, self.metrics, keys, self._spans, self.recent, self.events)
         server = Server(create_app(serving, local_only(listeners)), self._settings, self.metrics)
         self._grpc = open_grpc(serving)
-        self._feed = serving.feed
+        self._serving = serving
         watching = [asyncio.create_task(serving.records.watch()), asyncio.create_task(sample(serving))]
         if keys is not None:
             watching.append(asyncio.create_task(keys.watch()))
@@ -167,9 +168,11 @@ class Service:
             if not self._accepts_early:
                 await self._accept(server, listeners)
             self._on_ready(url_of(listeners, self._settings.server), self._name)
+            warming = asyncio.create_task(warm(self._serving))
             await stopped
+            warming.cancel()
             self._gate.drain()
-            self._feed.close()
+            self._serving.feed.close()
             if self._grpc is not None:
                 self._grpc.drain()
             log.info("draining for up to %.0f s", self._settings.server.drain_seconds)

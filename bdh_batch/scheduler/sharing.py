@@ -13,10 +13,11 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence as Tokens, Set
 
 from bdh_batch.messages import FinishReason
+from bdh_batch.messages.state import Warmed
 from bdh_batch.scheduler.prefix_cache import End, Entry
 from bdh_batch.scheduler.prefix_index import Key
 from bdh_batch.scheduler.prefixes import TOKEN_BYTES, RecentPrompts, common, pack
-from bdh_batch.scheduler.sequence import Sequence, Stage
+from bdh_batch.scheduler.sequence import Prefix, Sequence, Stage
 from bdh_batch.scheduler.slot_allocator import SlotAllocator
 from bdh_batch.scheduler.transfers import Load
 
@@ -113,10 +114,32 @@ class Sharing:
 
     def loaded(self, sequences: Iterable[Sequence], load: Load) -> None:
         """`sequences` can begin in a state that was read; it is not cached yet."""
-        entry = Entry.of(load.namespace, load.tokens, len(load.tokens) // TOKEN_BYTES, load.slot)
+        entry = _entry_of(load)
         for sequence in sequences:
             sequence.prefix.loaded = entry
             entry.awaited += 1
+
+    def warmed(self, load: Load) -> Warmed | None:
+        """What becomes of a state that nobody has asked for; None where it may be read."""
+        if self.cache.twin(_entry_of(load)) is not None:
+            return "cached"
+        return None if self._cache_prefixes and self._allocator.may_warm else "no room"
+
+    def warm(self, load: Load) -> Warmed:
+        """Caches a state that was read before anyone has asked for it, if it may be."""
+        self._allocator.transfers.leave(load.slot)  # from where it may be moved first
+        if (how := self.warmed(load)) is not None:
+            return how
+        entry, slot = _entry_of(load), self._allocator.for_warming()
+        self._allocator.copies.move(load.slot, slot)
+        entry.slot, entry.end = slot, End.COMPLETION
+        self.cache.add(entry, self._allocator.now)
+        return "cached"
+
+    def namespace_of(self, prefix: Prefix) -> str:
+        """Inside which requests of a `cache_namespace` and `salt` share prefixes."""
+        shared, salt = "" if self._share_all else prefix.cache_namespace, prefix.salt
+        return f"{salt} {shared}" if salt else shared
 
     def forget_loaded(self, sequence: Sequence) -> None:
         """`sequence` has begun, or has ended before it could. Idempotent."""
@@ -181,7 +204,7 @@ class Sharing:
             and sequence.computed >= least
             and sequence.computed > len(sequence.prompt)
         ):
-            namespace, known = self._namespace(sequence), pack(sequence.known(0, sequence.computed))
+            namespace, known = self.namespace_of(sequence.prefix), pack(sequence.known(0, sequence.computed))
             entry = Entry.of(namespace, known, sequence.computed, slot, End.COMPLETION)
             if self.cache.twin(entry) is None:
                 self.cache.add(entry, self._allocator.now)
@@ -320,15 +343,15 @@ class Sharing:
     def _may_share(self, sequence: Sequence) -> bool:
         return len(sequence.prompt) > self._least and not sequence.completion.needs_all
 
-    def _namespace(self, sequence: Sequence) -> str:
-        prefix = sequence.prefix
-        shared, salt = "" if self._share_all else prefix.cache_namespace, prefix.salt
-        return f"{salt} {shared}" if salt else shared
-
     def _packed(self, sequence: Sequence) -> bytes:
         """The prompt as bytes. Completions of one prompt come one after the other, and share them."""
         if not sequence.prefix.packed:
             if sequence.prompt is not self._last[0]:
                 self._last = sequence.prompt, pack(sequence.prompt)
-            sequence.prefix.packed, sequence.prefix.namespace = self._last[1], self._namespace(sequence)
+            sequence.prefix.packed, sequence.prefix.namespace = self._last[1], self.namespace_of(sequence.prefix)
         return sequence.prefix.packed
+
+
+def _entry_of(load: Load) -> Entry:
+    """The prefix whose state was, or is to be, read to a transfer slot."""
+    return Entry.of(load.namespace, load.tokens, len(load.tokens) // TOKEN_BYTES, load.slot)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from bdh_batch.scheduler.sequence import Sequence
 
 LONG = 512  # tokens; from so many on a cached prefix is worth a copy to the host before anyone has used it
+WARMED_SHARE = 1 / 4  # of the slots that may be used without evidence, for states that nobody has asked for yet
 
 
 class SlotAllocator:
@@ -108,6 +109,18 @@ class SlotAllocator:
         if awaited and (slot := self.slots.take_untouched()) is not None:
             return slot
         return self._on_host(worth, None)
+
+    @property
+    def may_warm(self) -> bool:
+        """Whether there is a slot for a state that nobody has asked for: nothing has used it, and few are cached."""
+        few = self.cache.on_device < WARMED_SHARE * self.working_set.free
+        return few and self.working_set.may_grow(self.slots.touched)
+
+    def for_warming(self) -> int:
+        """That slot."""
+        slot = self.slots.take_untouched()
+        assert slot is not None, "what may be touched is not yet"
+        return slot
 
     def discard(self, entry: Entry) -> None:
         """Removes `entry` from the cache and frees its slot."""

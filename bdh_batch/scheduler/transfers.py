@@ -115,6 +115,11 @@ class Transfers:
                 taken.append(load)
         return taken
 
+    def take_spare(self) -> int | None:
+        """Returns a slot for a state that nobody waits for, if one is free. It is none of those that `take_loads` may
+        fill: whoever needs one gets it."""
+        return self._take()
+
     def end_load(self, load: Load) -> None:
         """The state is in its slot, or could not be read; who asks for it from now on has it read again."""
         del self._loads[load.key]

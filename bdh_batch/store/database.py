@@ -133,16 +133,24 @@ class Database:
                 self._make_room(connection, record.owner, (record.kind, record.id), found[0] or "")
             return found is not None
 
-    def get(self, kind: str, id: str, owner: str, now: float) -> Record | None:
+    def get(self, kind: str, id: str, owner: str, now: float, is_use: bool = True) -> Record | None:
         if "\0" in id:  # which PostgreSQL takes in no text
             return None
         with self._driver.reading.connect() as connection:
             found = connection.execute(sql.GET, {**_key(kind, id, owner), "now": now}).first()
         if found is None:
             return None
-        if len(self._touched) < MOST_TOUCHED:  # where nothing can be written, they are not noted
+        if is_use and len(self._touched) < MOST_TOUCHED:  # where nothing can be written, they are not noted
             self._touched[kind, id] = now
         return self._record(found)
+
+    def latest(self, kind: str, most: int, now: float) -> Sequence[tuple[str, str]]:
+        """The ids and owners of the records of the states that were used last, but for those that another one of them
+        goes on from: it has gone further."""
+        with self._driver.reading.connect() as connection:
+            rows = connection.execute(sql.LATEST, {"kind": kind, "most": most, "now": now}).all()
+        parents = {parent for _, _, parent in rows}
+        return [(id, owner) for id, owner, _ in rows if id not in parents]
 
     def delete(self, kind: str, id: str, owner: str, now: float) -> bool:
         with self._writing() as connection:

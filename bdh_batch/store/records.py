@@ -108,6 +108,20 @@ class Store:
         """Returns a record; None where there is none, it is somebody else's, or it has expired."""
         return await self._query("get", self._database.get, kind, id, owner, self._clock())
 
+    async def latest(self, kind: str, most: int) -> Sequence[tuple[str, str]]:
+        """Returns the ids and owners of the records whose states were used last, in this order, of at most so many;
+        without those that another one of them goes on from."""
+        return await self._query("read", self._database.latest, kind, most, self._clock())
+
+    async def peek(self, kind: str, id: str, owner: str) -> Record | None:
+        """As `get`, but for nobody: it does not count as a use."""
+        return await self._query("read", self._database.get, kind, id, owner, self._clock(), False)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all of it is in a folder of this machine."""
+        return not self._database.announces
+
     async def delete(self, kind: str, id: str, owner: str) -> bool:
         """Deletes a record, and its state where no other record has it. Returns whether there was one."""
         return await self._query("delete", self._database.delete, kind, id, owner, self._clock())

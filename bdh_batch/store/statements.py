@@ -26,6 +26,11 @@ LIST = text(
     "AND (expires IS NULL OR expires > :now) AND (created, rowid) < (:created, :rowid) "
     "ORDER BY created DESC, rowid DESC LIMIT :limit"
 )
+# Those whose states were used last; there is no index of `used` alone, and few states beside records.
+LATEST = text(
+    "SELECT id, owner, parent FROM records WHERE kind = :kind AND (expires IS NULL OR expires > :now) "
+    "AND state IN (SELECT id FROM states ORDER BY used DESC LIMIT :most) ORDER BY used DESC"
+)
 SET_STATE = text(f"UPDATE records SET state = :state WHERE {KEY}")
 
 NOTE_RECORD = text("UPDATE records SET used = :now WHERE kind = :kind AND id = :id AND used < :now")

@@ -102,6 +102,9 @@ class FakeStates:
             self._runner.slots[load.slot] = known
             done(None)
 
+    def read_ahead(self, load: Load, done: Done, goes_on: Callable[[], bool]) -> None:
+        self.read(load, done)
+
     def write(self, save: Save, done: Done) -> None:
         if self.stuck:
             return

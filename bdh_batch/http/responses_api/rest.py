@@ -213,6 +213,7 @@ class Responses:
             return prepared, None
         if transcript.before is not None and transcript.salt:
             prepared = replace(prepared, salt=transcript.salt + prepared.salt)
+        transcript.prefix_salt = prepared.salt
         if transcript.goes_on and (state := await opening.take()) is not None:
             prepared = replace(prepared, state=state, state_optional=True)
         if body.store is False or not self._serving.settings.store.response_states:

@@ -13,13 +13,15 @@ import queue
 import threading
 import time
 from collections.abc import Sequence as Many
+from concurrent.futures import Future
 
 from bdh_batch.engine.completion import Completion
 from bdh_batch.engine.worker import STEP_SECONDS, Load, Observer, StepRunner, engine_down, shutting_down
 from bdh_batch.errors import BDHError, GenerationFailed, QueueFull, UnsupportedParameter
-from bdh_batch.messages import Delta, FinishReason, Plan, Segment
+from bdh_batch.messages import Delta, FinishReason, Plan, SavedState, Segment
+from bdh_batch.messages.state import Warmed
 from bdh_batch.scheduler.scheduler import Update
-from bdh_batch.scheduler.sequence import Sequence
+from bdh_batch.scheduler.sequence import Prefix, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,12 @@ class Batches:
     def fail_all(self, error: BDHError) -> None:
         self._failure = error
         self._queue.put(None)
+
+    def warm(self, state: SavedState, tokens: bytes, prefix: Prefix) -> Future[Warmed]:
+        """No state is kept from one batch to the next."""
+        outcome: Future[Warmed] = Future()
+        outcome.set_result("no room")
+        return outcome
 
     def health(self, stall_seconds: float) -> str | None:
         if not self._thread.is_alive():

@@ -48,6 +48,8 @@ class Stored:
         read: how many of the tokens have entered its state, if it has one.
         process: the one that it is under way in (`Store.process`); None where it has ended.
         expected: when it ended, where its state is written after that, in seconds since the epoch; else 0.
+        prefix_salt: of its request, and of the state that the conversation began in: inside which its prefixes are
+            cached. None is unknown: an earlier version has stored it.
         saver: the process that writes it (`Store.process`).
         kept: the id of its state's file; None where it has none.
         size: bytes of its record.
@@ -69,6 +71,7 @@ class Stored:
     salt: str = ""
     expected: float = 0.0
     saver: str = ""
+    prefix_salt: str | None = None
 
     @property
     def is_expected(self) -> bool:
@@ -86,7 +89,7 @@ class Stored:
 
     def record(self, owner: str) -> Record:
         names = ("response", "input", "length", "digest", "said", "model", "read", "process", "name", "begun", "salt")
-        body = {name: getattr(self, name) for name in (*names, "expected", "saver")}
+        body = {name: getattr(self, name) for name in (*names, "expected", "saver", "prefix_salt")}
         return Record(
             id=self.response["id"],
             kind=KIND,

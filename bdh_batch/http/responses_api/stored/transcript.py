@@ -28,6 +28,7 @@ class Transcript:
         goes_on: whether the prompt begins with all of that one's tokens.
         begun: how many tokens, of a state, come before those of the text.
         salt: of that state.
+        prefix_salt: inside which its prefixes are cached.
         latent: the latent steps between the prompt and what is generated.
     """
 
@@ -40,6 +41,7 @@ class Transcript:
     tokens: Sequence[int] = field(default=())
     begun: int = 0
     salt: str = ""
+    prefix_salt: str = ""
     latent: LatentSteps | None = None
 
     @classmethod
@@ -127,6 +129,7 @@ class Transcript:
             name=self.name,
             begun=self.begun,
             salt=self.salt,
+            prefix_salt=self.prefix_salt,
         )
 
 
